@@ -1,0 +1,261 @@
+"""Hugging Face checkpoints: open one without loading it, and save a merged one.
+
+A Checkpoint is a read-only mapping from tensor names to tensors that stay mapped from the safetensors files in their
+stored dtype, so that several processes of one machine share the pages and nothing is read before it is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raymerge import demo
+from raymerge.architectures import Architecture, architecture_of, attention_windows, trimmed_config
+from raymerge.identity import digest
+
+WEIGHT_INDEX = "model.safetensors.index.json"
+_SHARD_BYTES = 5 * 10**9
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# What belongs to a tokenizer or to generation and is carried over to a merged checkpoint as it is.
+_CARRIED = ("token", "vocab", "merges", "special", "added", "chat_template", "generation_config")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written as asked; the message names the file and the cure."""
+
+
+def resolve_model(path: str, revision: str | None = None) -> Path:
+    """The local folder of a model: "demo", a folder, or a hub id, which is downloaded (safetensors only)."""
+    if path == "demo":
+        return demo.MODEL_PATH
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise CheckpointError(f"there is no model folder {path}: give a folder, a hub id such as owner/name, or demo")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_PATTERNS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise CheckpointError(
+            f"the model {path} (revision {revision or 'main'}) is no local folder and could not be fetched from the "
+            f"hub: {type(error).__name__}: {error}. Check the name and the network, log in with `hf auth login` if "
+            "the model is gated, or give a local folder"
+        ) from error
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """An opened checkpoint. Indexing gives a tensor in its stored dtype, mapped from disk, on the CPU.
+
+    Tied embeddings are resolved: the unembedding's name always works.
+    """
+
+    def __init__(self, path: str, *, revision: str | None = None, trust_remote_code: bool = False):
+        from transformers import AutoConfig
+
+        self.directory = resolve_model(path, revision)
+        self.trust_remote_code = trust_remote_code
+        if not (self.directory / "config.json").is_file():
+            raise CheckpointError(f"{self.directory} has no config.json: it is no Hugging Face checkpoint")
+        declared = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        if "quantization_config" in declared:
+            raise CheckpointError(f"{self.directory} is quantised: merge the unquantised checkpoint, quantise after")
+        try:
+            self.config = AutoConfig.from_pretrained(self.directory, trust_remote_code=trust_remote_code)
+        except (ValueError, OSError, KeyError) as error:
+            kind = declared.get("model_type")
+            raise CheckpointError(f"transformers cannot read {self.directory} (model type {kind}): {error}") from error
+        self.architecture: Architecture = architecture_of(self.config)
+        self.n_layers: int = self.config.num_hidden_layers
+        self.windows = attention_windows(self.config)
+        self._files = _weight_files(self.directory)
+        self._handles = {}
+        self._where: dict[str, Path] = {}
+        for file in self._files:
+            try:
+                self._handles[file] = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} cannot be read: {error}; fetch it again") from error
+            self._where.update(dict.fromkeys(self._handles[file].keys(), file))
+        self._check_complete()
+
+    def _check_complete(self) -> None:
+        arch = self.architecture
+        wanted = [arch.embedding, arch.final_norm] + [
+            arch.layer_name(layer, f"{matrix}.weight") for layer in range(self.n_layers) for matrix in arch.matrices
+        ]
+        if not self.tied:
+            wanted.append(arch.unembedding)
+        if missing := [name for name in wanted if name not in self._where]:
+            raise CheckpointError(
+                f"{self.directory} lacks {len(missing)} of the tensors that its config asks for, such as {missing[:3]}"
+            )
+
+    @property
+    def tied(self) -> bool:
+        """Whether the unembedding is the embedding matrix."""
+        return bool(getattr(self.config, "tie_word_embeddings", False))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name == self.architecture.unembedding and name not in self._where and self.tied:
+            name = self.architecture.embedding
+        if name not in self._where:
+            raise KeyError(name)
+        return self._handles[self._where[name]].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def layer_tensors(self, layer: int) -> list[str]:
+        """Names, relative to the layer, of the tensors that decoder layer `layer` has."""
+        prefix = self.architecture.layer_name(layer, "")
+        return [name.removeprefix(prefix) for name in self._where if name.startswith(prefix)]
+
+    def layer(self, layer: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """One decoder layer's tensors by relative name, converted: with float32 the only copy that is private."""
+        name = self.architecture.layer_name
+        return {rel: self[name(layer, rel)].to(device, dtype) for rel in self.layer_tensors(layer)}
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The stored dtype of the projection matrices."""
+        return self[self.architecture.layer_name(0, f"{self.architecture.matrices[0]}.weight")].dtype
+
+    @cached_property
+    def identity(self) -> str:
+        """First 16 hex digits of SHA-256 over the config and the weight files, wherever they lie."""
+        config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        # Which transformers wrote it and where from says nothing about what the model computes.
+        for key in ("transformers_version", "_name_or_path"):
+            config.pop(key, None)
+        hashes = []
+        for file in self._files:
+            with file.open("rb") as stream:
+                hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        return digest({"config": config, "weights": hashes})
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's fast tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+        except (ValueError, OSError, KeyError) as error:
+            raise CheckpointError(f"{self.directory} has no tokenizer that transformers can read: {error}") from error
+
+    def parameters(self) -> int:
+        """Number of parameters, a tied embedding counted once."""
+        return sum(_size(self._handles[file].get_slice(name).get_shape()) for name, file in self._where.items())
+
+    def save(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        kept: list[int],
+        destination: Path,
+        *,
+        extra_files: Mapping[str, str] | None = None,
+    ) -> int:
+        """Write a merged model as an ordinary Hugging Face checkpoint and return its weights' bytes.
+
+        tensors: (name, tensor) of the whole merged model, consumed one by one, so that at most one shard (5 GB) is
+        in memory. kept: the original layers whose per-layer config entries remain. extra_files: name -> text.
+        The folder appears under its own name only when it is complete; an existing one is never overwritten.
+        """
+        destination = Path(destination)
+        if destination.exists():
+            raise CheckpointError(f"{destination} exists already: give another folder, or delete it")
+        unfinished = destination.with_name(f"_tmp.{destination.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            unfinished.mkdir(parents=True)
+            written = _write_shards(tensors, unfinished)
+            values = trimmed_config(self.config.to_dict(), kept)
+            self.config.__class__.from_dict(values).save_pretrained(unfinished)
+            for file in sorted(self.directory.iterdir()):
+                if file.is_file() and file.name.startswith(_CARRIED):
+                    shutil.copyfile(file, unfinished / file.name)
+            for name, text in (extra_files or {}).items():
+                (unfinished / name).write_text(text, encoding="utf-8")
+            os.replace(unfinished, destination)
+        except OSError as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            free = shutil.disk_usage(unfinished.parent).free if unfinished.parent.exists() else 0
+            raise CheckpointError(
+                f"could not write {destination}: {error} ({free / 1e9:.2f} GB free); nothing was left behind"
+            ) from error
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        return written
+
+
+def _size(shape: Iterable[int]) -> int:
+    size = 1
+    for axis in shape:
+        size *= axis
+    return size
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / WEIGHT_INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [directory / name for name in names]
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise CheckpointError(f"weight files are missing: {', '.join(missing)}")
+    if not files:
+        others = sorted(file.name for file in directory.glob("*.bin"))
+        hint = f"; {others[0]} is a pickle, which raymerge never loads: convert it to safetensors" if others else ""
+        raise CheckpointError(f"{directory} has no .safetensors weights{hint}")
+    return files
+
+
+def _write_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> int:
+    """Write shards of at most 5 GB as they fill; a single one gets the plain name and no index."""
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    total = held = 0
+
+    def flush() -> None:
+        nonlocal shard, held
+        save_file(shard, directory / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard, held = {}, 0
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if shard and held + size > _SHARD_BYTES:
+            flush()
+        shard[name] = tensor.contiguous()
+        held, total = held + size, total + size
+    flush()
+    if len(shards) == 1:
+        os.replace(directory / "shard-0.safetensors", directory / "model.safetensors")
+        return total
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(directory / f"shard-{number}.safetensors", directory / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / WEIGHT_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return total

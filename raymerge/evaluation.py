@@ -1,0 +1,134 @@
+"""A merged model as a whole on MMLU questions and on plain text, from embedding to unembedding.
+
+Few-shot prefixes are run once a subject and questions are batched by length; or, given the trunk's cached states, the
+run starts where the plan first changes anything. Answers are those of a plain forward of each prompt, to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raymerge.forward import GroupStates, LayerRunner
+from raymerge.fusion import check_mergeable
+from raymerge.plan import MergePlan
+from raymerge.prompts import Prompts, Shard
+from raymerge.scoring import TrunkCache
+
+_TEXT_TOKENS = 512  # positions whose whole-vocabulary logits are computed at once
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered, for the questions `rows` (n,) of a question set.
+
+    logits (n, 4) float32 of " A" … " D"; logsumexp (n,) float32 over the whole vocabulary; top_is_letter (n,) bool:
+    the most probable token is one of the four; prompt_nll (n,) float64: mean negative log-likelihood in nats of the
+    question's own prompt tokens (few-shot prefix masked), NaN where it was not asked for; prompt_tokens (n,) int64.
+    """
+
+    rows: np.ndarray
+    logits: np.ndarray
+    logsumexp: np.ndarray
+    top_is_letter: np.ndarray
+    prompt_nll: np.ndarray
+    prompt_tokens: np.ndarray
+
+    @staticmethod
+    def join(parts: Iterable[Answers]) -> Answers:
+        """Several shares of one question set, in the order of its rows."""
+        parts = list(parts)
+        columns = {
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in Answers.__dataclass_fields__
+        }
+        order = np.argsort(columns["rows"], kind="stable")
+        return Answers(**{name: values[order] for name, values in columns.items()})
+
+
+@torch.inference_mode()
+def answer_shard(
+    runner: LayerRunner,
+    plan: MergePlan,
+    prompts: Prompts,
+    shard: Shard,
+    *,
+    trunk: TrunkCache | None = None,
+    prompt_nll: bool = False,
+) -> Answers:
+    """Answers of the merged model to one shard's questions.
+
+    trunk: start from its cached states where the plan leaves the trunk as it is. prompt_nll: also compute the loss of
+    the prompts' own tokens, which costs the whole vocabulary at every one of them.
+    """
+    states = _run(runner, plan, shard, trunk)
+    parts = []
+    for state in states:
+        rows, last = state.last()
+        hidden = runner.normalise(last)
+        logits = hidden @ runner.unembedding_rows(list(prompts.letters)).T
+        logsumexp, top = runner.vocabulary(hidden)
+        is_letter = torch.isin(top.cpu(), torch.tensor(prompts.letters))
+        order = [i for members, _, _ in state.batches for i in members]
+        tokens = np.array([len(state.group.sequences[i]) for i in order])
+        losses = _sequence_nll(runner, state)[order] / tokens if prompt_nll else np.full(len(rows), np.nan)
+        parts.append(
+            Answers(
+                np.array(rows), logits.cpu().numpy(), logsumexp.cpu().numpy(), is_letter.numpy(), losses, tokens
+            )
+        )
+    return Answers.join(parts)
+
+
+@torch.inference_mode()
+def text_nll(
+    runner: LayerRunner, plan: MergePlan, shard: Shard, *, trunk: TrunkCache | None = None
+) -> tuple[float, int]:
+    """Summed negative log-likelihood (nats) and number of scored tokens of a shard of plain text.
+
+    The first token of each window is not scored.
+    """
+    states = _run(runner, plan, shard, trunk)
+    total = sum(float(_sequence_nll(runner, state).sum()) for state in states)
+    return total, sum(len(ids) - 1 for group in shard.groups for ids in group.sequences)
+
+
+def _run(runner: LayerRunner, plan: MergePlan, shard: Shard, trunk: TrunkCache | None) -> list[GroupStates]:
+    check_mergeable(runner.checkpoint, plan)
+    if trunk is not None and plan.first_changed >= trunk.first:
+        return runner.run(trunk.states(shard), runner.plan_layers(plan, trunk.first))
+    return runner.run(runner.embed(shard), runner.plan_layers(plan))
+
+
+def _sequence_nll(runner: LayerRunner, state: GroupStates) -> np.ndarray:
+    """(sequences,) float64 nats summed over each sequence's own tokens.
+
+    With a prefix its last position predicts the first own token; without one the first token is not scored.
+    """
+    has_prefix = state.prefix.shape[1] > 0
+    before, targets, owner = [], [], []
+    for members, lengths, x in state.batches:
+        for row, i in enumerate(members):
+            ids = state.group.sequences[i]
+            if has_prefix:
+                before.append(state.prefix[0, -1:])
+            before.append(x[row, : lengths[row] - 1])
+            targets.append(ids if has_prefix else ids[1:])
+            owner += [i] * len(targets[-1])
+    # All sequences together: one window of the vocabulary is converted for many tokens, not for a question's 70.
+    nll = _token_nll(runner, torch.cat(before), torch.from_numpy(np.concatenate(targets)))
+    return np.bincount(owner, weights=nll, minlength=len(state.group.sequences))
+
+
+def _token_nll(runner: LayerRunner, states: Tensor, targets: Tensor) -> np.ndarray:
+    """(N,) float64 negative log-likelihood in nats of each target given the state before it."""
+    parts = []
+    for start in range(0, len(targets), _TEXT_TOKENS):
+        hidden = runner.normalise(states[start : start + _TEXT_TOKENS])
+        rows = runner.unembedding_rows(targets[start : start + _TEXT_TOKENS])
+        logsumexp, _ = runner.vocabulary(hidden)
+        parts.append((logsumexp.double() - (hidden * rows).sum(-1).double()).cpu().numpy())
+    return np.concatenate(parts)

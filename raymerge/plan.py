@@ -1,0 +1,304 @@
+"""Merge plans: which decoder layer is merged into which, and with what weight.
+
+A plan is a few hundred bytes, and everything about a candidate follows from it and the base weights, so plans are
+shipped to workers and tensors are not. Layers are numbered from 0 and always by their number in the unmerged model,
+as the published alpha files do; `into` names the layer that survives and `remove` the one that goes.
+
+Merging layer j into i: theta = alpha * theta_i + (1 - alpha) * theta_j  (Liu et al. 2024, "Pruning via Merging",
+stage 5). Chained merges multiply out to effective coefficients, one for each original layer, that sum to 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from raymerge.identity import digest
+
+#: The published heuristic's value for equal similarities: sigmoid(1/2). See `similarity_ratio`.
+FIXED_RATIO = 1.0 / (1.0 + math.exp(-0.5))
+
+
+class PlanError(ValueError):
+    """A merge plan or an alpha file that cannot be carried out; the message names the value and the limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeStep:
+    """One merge: layer `remove` is averaged into its surviving neighbour `into`, which keeps weight `alpha`."""
+
+    into: int
+    remove: int
+    alpha: float
+
+
+@dataclass(frozen=True, slots=True)
+class KeptLayer:
+    """One layer of the merged model.
+
+    `index` is the original layer whose norms, biases and attention type it keeps; `coefficients` maps original
+    layers to their weight in its projection matrices (they sum to 1; layers with weight 0 are left out).
+    """
+
+    index: int
+    coefficients: tuple[tuple[int, float], ...]
+
+    @property
+    def unchanged(self) -> bool:
+        return self.coefficients == ((self.index, 1.0),)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """An ordered list of merges on a model of `n_layers` decoder layers.
+
+    `biases`: "keep" leaves the biases of the surviving layer (published), "merge" averages them like the matrices.
+    `alignment` and `norms` name what issue-specific transforms were applied before averaging; "none" and "keep" are
+    the published way. `kind` is one of base, drop, before_last, fixed, random, file, found, heuristic.
+    """
+
+    n_layers: int
+    steps: tuple[MergeStep, ...]
+    name: str = "plan"
+    kind: str = "file"
+    selection: str = "tail"
+    alignment: str = "none"
+    norms: str = "keep"
+    biases: str = "keep"
+    _kept: tuple[KeptLayer, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.steps) >= self.n_layers:
+            raise PlanError(
+                f"{len(self.steps)} merges need more than {len(self.steps)} layers, the model has {self.n_layers}: "
+                f"merge at most {self.n_layers - 1}"
+            )
+        object.__setattr__(self, "_kept", _fold(self.n_layers, self.steps))
+
+    @property
+    def kept(self) -> tuple[KeptLayer, ...]:
+        """The merged model's layers, in order."""
+        return self._kept
+
+    @property
+    def alphas(self) -> list[float]:
+        return [step.alpha for step in self.steps]
+
+    @property
+    def first_changed(self) -> int:
+        """Position of the first layer that differs from the unmerged model; `n_layers` for the empty plan.
+
+        Everything before it, the trunk, computes what the unmerged model computes.
+        """
+        for position, layer in enumerate(self._kept):
+            if layer.index != position or not layer.unchanged:
+                return position
+        return len(self._kept)
+
+    def plan_id(self, model_identity: str) -> str:
+        """First 16 hex digits of SHA-256 over everything that determines the merged weights."""
+        return digest(
+            {
+                "model": model_identity,
+                "steps": [[step.into, step.remove] for step in self.steps],
+                "alphas": [float(step.alpha) for step in self.steps],
+                "alignment": self.alignment,
+                "norms": self.norms,
+                "biases": self.biases,
+                "selection": self.selection,
+            }
+        )
+
+
+def _fold(n_layers: int, steps: Sequence[MergeStep]) -> tuple[KeptLayer, ...]:
+    """Multiply the steps out; raises PlanError where they do not chain."""
+    alive: dict[int, dict[int, float]] = {layer: {layer: 1.0} for layer in range(n_layers)}
+    for number, step in enumerate(steps):
+        where = f"step {number} ({step.into} <- {step.remove})"
+        if not (math.isfinite(step.alpha) and 0.0 <= step.alpha <= 1.0):
+            raise PlanError(f"{where}: alpha is {step.alpha}, but it must lie in [0, 1]")
+        for role, layer in (("into", step.into), ("remove", step.remove)):
+            if not 0 <= layer < n_layers:
+                raise PlanError(f"{where}: layer {layer} ({role}) does not exist, the model has 0 to {n_layers - 1}")
+            if layer not in alive:
+                raise PlanError(f"{where}: layer {layer} ({role}) was already removed by an earlier step")
+        if step.into == step.remove:
+            raise PlanError(f"{where}: a layer cannot be merged into itself")
+        low, high = sorted((step.into, step.remove))
+        between = [layer for layer in alive if low < layer < high]
+        if between:
+            raise PlanError(
+                f"{where}: layers {between} still stand between the two, and only neighbours can be merged: "
+                "order the steps so that they chain"
+            )
+        removed = alive.pop(step.remove)
+        merged = {layer: step.alpha * weight for layer, weight in alive[step.into].items()}
+        for layer, weight in removed.items():
+            merged[layer] = merged.get(layer, 0.0) + (1.0 - step.alpha) * weight
+        alive[step.into] = merged
+    return tuple(
+        KeptLayer(index, tuple((layer, weight) for layer, weight in sorted(alive[index].items()) if weight != 0.0))
+        for index in sorted(alive)
+    )
+
+
+def tail_coefficients(alphas: np.ndarray | Sequence[float]) -> np.ndarray:
+    """Effective coefficients of tail merging: (..., K) alphas to (..., K + 1) coefficients, float64.
+
+    `alphas[..., s]` is the alpha of step s, which merges layer L-1-s into L-2-s. Column j of the result belongs to
+    original layer L-1-K+j. The coefficients are a stick-breaking product and sum to 1.
+    """
+    reverse = np.asarray(alphas, dtype=np.float64)[..., ::-1]
+    ones = np.ones((*reverse.shape[:-1], 1))
+    return np.concatenate([reverse, ones], axis=-1) * np.concatenate([ones, np.cumprod(1.0 - reverse, -1)], axis=-1)
+
+
+def tail_plan(n_layers: int, alphas: Sequence[float], *, name: str, kind: str, biases: str = "keep") -> MergePlan:
+    """Merge the last K = len(alphas) layers one into the next, deepest first: L-1 into L-2, L-2 into L-3, …"""
+    check_merges(n_layers, len(alphas))
+    steps = tuple(MergeStep(n_layers - 2 - s, n_layers - 1 - s, float(alpha)) for s, alpha in enumerate(alphas))
+    return MergePlan(n_layers, steps, name=name, kind=kind, biases=biases)
+
+
+def base_plan(n_layers: int) -> MergePlan:
+    """The unmerged model."""
+    return MergePlan(n_layers, (), name="base", kind="base", selection="none")
+
+
+def drop_plan(n_layers: int, merges: int) -> MergePlan:
+    """Drop the last `merges` layers: tail merging with every alpha 1. What released MKA code really does."""
+    return tail_plan(n_layers, [1.0] * merges, name="drop", kind="drop")
+
+
+def before_last_plan(n_layers: int, merges: int) -> MergePlan:
+    """Keep the last layer, with its norms and biases, and drop the `merges` layers before it."""
+    check_merges(n_layers, merges)
+    last = n_layers - 1
+    steps = tuple(MergeStep(last, last - 1 - s, 1.0) for s in range(merges))
+    return MergePlan(n_layers, steps, name="before_last", kind="before_last", selection="before_last")
+
+
+def check_merges(n_layers: int, merges: int) -> None:
+    """Raise PlanError unless 1 <= merges < n_layers."""
+    if not 1 <= merges < n_layers:
+        raise PlanError(
+            f"cannot merge {merges} layers of a model that has {n_layers}: merges must lie in 1 to {n_layers - 1}"
+        )
+
+
+def similarity_ratio(similarity: np.ndarray, into: int, remove: int, *, beta: float = 1.0) -> float:
+    """The published code's alpha for merging layer `remove` into `into`, from an (L, L) similarity matrix.
+
+    s_i is the mean of row i, diagonal included; r = s_i / (s_i + s_j); alpha = sigmoid(beta r). For non-negative
+    similarities it lies in [0.5, 0.731], 0.6225 for equal rows. Raises PlanError for rows with missing values.
+    """
+    means = []
+    for layer in (into, remove):
+        row = similarity[layer]
+        if not np.all(np.isfinite(row)):
+            missing = np.flatnonzero(~np.isfinite(row)).tolist()
+            raise PlanError(f"similarity row {layer} has no value at {missing}: a ratio needs the whole row")
+        means.append(float(row.mean()))
+    total = means[0] + means[1]
+    if total == 0.0:
+        raise PlanError(f"similarity rows {into} and {remove} have means that add up to 0: their ratio is undefined")
+    return 1.0 / (1.0 + math.exp(-beta * means[0] / total))
+
+
+def similarity_alpha(similarity: np.ndarray, into: int, remove: int) -> float:
+    """The paper's alpha: the normalised similarity S_ij / sqrt(S_ii S_jj), clipped to [0, 1]."""
+    value, scale = similarity[into, remove], similarity[into, into] * similarity[remove, remove]
+    if not (math.isfinite(value) and math.isfinite(scale) and scale > 0.0):
+        raise PlanError(
+            f"the similarity of layers {into} and {remove} is {value} with diagonal product {scale}: both must be "
+            "finite and the product positive"
+        )
+    return min(1.0, max(0.0, float(value / math.sqrt(scale))))
+
+
+def base_alphas(
+    n_layers: int, merges: int, base: str, *, ratio: float = FIXED_RATIO, similarity: np.ndarray | None = None
+) -> list[float]:
+    """The starting coefficients of a tail merge, step by step.
+
+    `base`: "fixed" gives `ratio` everywhere; "similarity_ratio" and "similarity" compute them from `similarity`,
+    an (L, L) matrix.
+    """
+    check_merges(n_layers, merges)
+    if base == "fixed":
+        return [ratio] * merges
+    rules = {"similarity_ratio": similarity_ratio, "similarity": similarity_alpha}
+    if base not in rules:
+        raise PlanError(f"base {base!r} is not one of fixed, {', '.join(rules)}")
+    if similarity is None:
+        raise PlanError(f"base {base!r} needs a similarity matrix")
+    if similarity.shape != (n_layers, n_layers):
+        raise PlanError(f"the similarity matrix is {similarity.shape}, the model has {n_layers} layers")
+    return [rules[base](similarity, n_layers - 2 - s, n_layers - 1 - s) for s in range(merges)]
+
+
+_REQUIRED = ("layer_to_merge_into", "layer_to_remove", "ratio_i_alpha")
+_ALLOWED = frozenset(("step", "ratio_j", *_REQUIRED))
+
+
+def read_alpha_file(path: str | Path, n_layers: int, *, name: str | None = None) -> MergePlan:
+    """Read the published alpha file format: a JSON list of
+    {"step", "layer_to_merge_into", "layer_to_remove", "ratio_i_alpha"[, "ratio_j"]}.
+
+    The order in the file counts and `step` is only informative (the published base file numbers them -18 to -6).
+    Raises PlanError where the file is not of that form, an alpha lies outside [0, 1], or the layers do not chain.
+    """
+    path = Path(path)
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanError(f"there is no alpha file {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise PlanError(f"{path} is not a JSON alpha file: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise PlanError(f"{path} must hold a JSON list of merge steps, and at least one")
+    steps = [_read_step(entry, f"{path}, entry {number}") for number, entry in enumerate(entries)]
+    tail = [(n_layers - 2 - s, n_layers - 1 - s) for s in range(len(steps))]
+    selection = "tail" if [(step.into, step.remove) for step in steps] == tail else "list"
+    try:
+        return MergePlan(n_layers, tuple(steps), name=name or path.stem, kind="file", selection=selection)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+
+
+def _read_step(entry: object, where: str) -> MergeStep:
+    if not isinstance(entry, dict):
+        raise PlanError(f"{where} is {entry!r}: each entry must be an object with {', '.join(_REQUIRED)}")
+    unknown, missing = sorted(set(entry) - _ALLOWED), [key for key in _REQUIRED if key not in entry]
+    if unknown or missing:
+        raise PlanError(f"{where}: unknown keys {unknown}, missing keys {missing}; the keys are {sorted(_ALLOWED)}")
+    for key in ("layer_to_merge_into", "layer_to_remove"):
+        if type(entry[key]) is not int:
+            raise PlanError(f"{where}: {key} is {entry[key]!r}, but must be a whole number")
+    for key in ("ratio_i_alpha", "ratio_j"):
+        if key in entry and (isinstance(entry[key], bool) or not isinstance(entry[key], int | float)):
+            raise PlanError(f"{where}: {key} is {entry[key]!r}, but must be a number")
+    alpha = float(entry["ratio_i_alpha"])
+    if "ratio_j" in entry and not math.isclose(entry["ratio_j"], 1.0 - alpha, abs_tol=1e-6):
+        raise PlanError(f"{where}: ratio_j is {entry['ratio_j']}, but 1 - ratio_i_alpha is {1.0 - alpha}")
+    return MergeStep(entry["layer_to_merge_into"], entry["layer_to_remove"], alpha)
+
+
+def alpha_file_text(steps: Iterable[MergeStep]) -> str:
+    """The steps as the text of an alpha file; `read_alpha_file` gives back the same float64 values."""
+    entries = [
+        {
+            "step": number,
+            "layer_to_merge_into": step.into,
+            "layer_to_remove": step.remove,
+            "ratio_i_alpha": step.alpha,
+            "ratio_j": 1.0 - step.alpha,
+        }
+        for number, step in enumerate(steps)
+    ]
+    return json.dumps(entries, indent=2) + "\n"

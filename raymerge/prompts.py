@@ -1,0 +1,203 @@
+"""Questions and plain text as token ids, grouped so that what prompts share is computed once.
+
+A group is one shared prefix (a subject's few-shot examples; empty for plain text) and the sequences that follow it.
+Prompts are always tokenised whole; the shared prefix is what their token ids have in common, so that sharing can
+never change a prompt, whatever the tokenizer does where prefix and question meet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from raymerge.identity import digest
+from raymerge.questions import LETTERS, QuestionSet, prefix_text, question_text
+
+TEXT_WINDOW = 1024  # tokens in one window of plain text; windows do not overlap
+
+
+class PromptError(ValueError):
+    """A tokenizer or a text that prompts cannot be made with; the message names what was found."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences that share a prefix.
+
+    prefix: (P,) int64 token ids, P may be 0; sequences: the ids that follow, each of at least one token; rows: for
+    each sequence, the row of the question set (or the number of the text window) that it belongs to.
+    """
+
+    subject: str
+    prefix: np.ndarray
+    sequences: tuple[np.ndarray, ...]
+    rows: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to run: the prefix once, and every sequence's own."""
+        return len(self.prefix) + sum(len(ids) for ids in self.sequences)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A share of the groups small enough to be run in one piece; the unit of caching and of parallel work."""
+
+    groups: tuple[Group, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(group.tokens for group in self.groups)
+
+    @property
+    def identity(self) -> str:
+        """16 hex digits over all token ids and how they are grouped."""
+        sha = hashlib.sha256()
+        for group in self.groups:
+            for ids in (group.prefix, *group.sequences):
+                sha.update(len(ids).to_bytes(8, "little"))
+                sha.update(np.ascontiguousarray(ids, dtype="<i8").tobytes())
+            sha.update(b"|")
+        return sha.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A tokenised question set: `letters` are the token ids of " A" … " D"; `answers` (n,) int8 in 0-3."""
+
+    shards: tuple[Shard, ...]
+    letters: tuple[int, int, int, int]
+    answers: np.ndarray
+    add_bos: bool
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def identity(self) -> str:
+        return digest([self.letters, self.answers.tolist(), [shard.identity for shard in self.shards]])
+
+
+def encode_questions(
+    questions: QuestionSet, tokenizer: Any, *, add_bos: bool | None = None, shard_tokens: int = 8192
+) -> Prompts:
+    """Tokenise a question set.
+
+    add_bos: put the beginning-of-sequence token first; None does what the tokenizer does by default.
+    shard_tokens: target size of a shard.
+    """
+    bos = _bos(tokenizer, add_bos)
+    groups, letters = [], None
+    row_of = {question.question_id: row for row, question in enumerate(questions.questions)}
+    for subject, members in questions.by_subject().items():
+        prefix = prefix_text(subject, questions.examples[subject])
+        texts = [prefix + question_text(question) for question in members]
+        encoded = _encode([prefix, *texts], tokenizer, bos)
+        found = _letter_ids(texts[0], encoded[1], tokenizer, bos)
+        if letters is not None and found != letters:
+            raise PromptError(f"the answer letters' tokens are {found} in {subject} but {letters} before it")
+        letters = found
+        shared = _common_prefix(encoded[0], encoded[1:])
+        groups.append(
+            Group(
+                subject,
+                encoded[0][:shared],
+                tuple(ids[shared:] for ids in encoded[1:]),
+                tuple(row_of[question.question_id] for question in members),
+            )
+        )
+    if letters is None:
+        raise PromptError("the question set is empty")
+    answers = np.array([question.answer for question in questions.questions], dtype=np.int8)
+    return Prompts(_shards(groups, shard_tokens), letters, answers, bos is not None)
+
+
+def encode_text(text: str, tokenizer: Any, *, limit: int | None = None, window: int = TEXT_WINDOW) -> tuple[Shard, ...]:
+    """Plain text as windows of `window` tokens that do not overlap, at most `limit` tokens in all.
+
+    A last window of one token is left out: the first token of each window is not scored.
+    """
+    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)[:limit]
+    windows = [ids[start : start + window] for start in range(0, len(ids), window)]
+    windows = [part for part in windows if len(part) > 1]
+    if not windows:
+        raise PromptError(f"the text for perplexity has {len(ids)} tokens: it needs at least 2")
+    empty = np.zeros(0, dtype=np.int64)
+    return _shards([Group("text", empty, tuple(windows), tuple(range(len(windows))))], 4 * window)
+
+
+def _bos(tokenizer: Any, add_bos: bool | None) -> int | None:
+    token = tokenizer.bos_token_id
+    if add_bos is None:
+        by_default = tokenizer("x")["input_ids"]
+        return token if token is not None and by_default and by_default[0] == token else None
+    if add_bos and token is None:
+        raise PromptError("add_bos is true, but the tokenizer has no beginning-of-sequence token")
+    return token if add_bos else None
+
+
+def _encode(texts: Sequence[str], tokenizer: Any, bos: int | None) -> list[np.ndarray]:
+    start = [] if bos is None else [bos]
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return [np.asarray(start + ids, dtype=np.int64) for ids in encoded]
+
+
+def _letter_ids(prompt: str, ids: np.ndarray, tokenizer: Any, bos: int | None) -> tuple[int, ...]:
+    """The token that each answer " A" … " D" adds to a prompt; scored as lm-evaluation-harness does."""
+    letters = []
+    for letter in LETTERS:
+        (longer,) = _encode([f"{prompt} {letter}"], tokenizer, bos)
+        if len(longer) != len(ids) + 1 or not np.array_equal(longer[:-1], ids):
+            added = longer[len(ids) :].tolist()
+            raise PromptError(
+                f"the answer ' {letter}' does not add exactly one token to a prompt (it ends in {added}): "
+                "this tokenizer cannot be scored by letters"
+            )
+        letters.append(int(longer[-1]))
+    return tuple(letters)
+
+
+def _common_prefix(prefix: np.ndarray, prompts: Sequence[np.ndarray]) -> int:
+    """How many leading tokens of `prefix` all prompts share, leaving each prompt at least one token of its own."""
+    shared = len(prefix)
+    for ids in prompts:
+        length = min(shared, len(ids) - 1)
+        different = np.flatnonzero(prefix[:length] != ids[:length])
+        shared = int(different[0]) if len(different) else length
+    return shared
+
+
+def _shards(groups: Sequence[Group], limit: int) -> tuple[Shard, ...]:
+    """Cut large groups and pack small ones, longest sequences first, into shards of about `limit` tokens."""
+    shards: list[Shard] = []
+    pending: list[Group] = []
+    for piece in (piece for group in groups for piece in _pieces(group, limit)):
+        if pending and sum(group.tokens for group in pending) + piece.tokens > limit:
+            shards.append(Shard(tuple(pending)))
+            pending = []
+        pending.append(piece)
+    if pending:
+        shards.append(Shard(tuple(pending)))
+    return tuple(shards)
+
+
+def _pieces(group: Group, limit: int) -> list[Group]:
+    order = sorted(range(len(group.sequences)), key=lambda i: (-len(group.sequences[i]), i))
+    pieces: list[list[int]] = [[]]
+    held = 0
+    for i in order:
+        length = len(group.sequences[i])
+        if pieces[-1] and held + length > limit:
+            pieces.append([])
+            held = 0
+        pieces[-1].append(i)
+        held += length
+    return [
+        Group(group.subject, group.prefix, tuple(group.sequences[i] for i in part), tuple(group.rows[i] for i in part))
+        for part in pieces
+    ]

@@ -1,0 +1,364 @@
+"""The frozen trunk: score thousands of merges for the price of one.
+
+All candidates of a search share the layers before the first merged one. Their states are computed once, kept on disk
+by content, and for each candidate only what follows is run. After a tail merge that is one layer, of which only the
+last position of each question matters: keys and values of all cached tokens, query, attention, output and MLP at the
+last position, the final norm and the unembedding of the four answer letters. The result equals a full forward pass of
+the merged model to rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raymerge.fusion import check_mergeable
+from raymerge.forward import GroupStates, LayerRunner, visible
+from raymerge.identity import digest
+from raymerge.plan import MergePlan, base_plan
+from raymerge.prompts import Prompts, Shard
+
+_BUCKET_TOKENS = 16384  # padded tokens of the questions whose own attention is computed in one call
+
+
+class TrunkCache:
+    """States entering layer `first`, one file a shard, named by content: model, layer, dtype and token ids.
+
+    A file is written under a temporary name and renamed, so that a reader never sees half of one; two workers that
+    compute the same shard write the same bytes.
+    """
+
+    def __init__(self, runner: LayerRunner, first: int, folder: Path):
+        self.runner = runner
+        self.first = first
+        self.folder = Path(folder)
+
+    def path(self, shard: Shard) -> Path:
+        key = [self.runner.checkpoint.identity, self.first, str(self.runner.dtype), shard.identity]
+        return self.folder / f"trunk-{digest(key)}.safetensors"
+
+    def compute(self, shard: Shard) -> Path:
+        """Run the trunk on a shard, unless its file is there already; return the file."""
+        path = self.path(shard)
+        if not path.exists():
+            self._write(shard, path)
+        return path
+
+    def load(self, shard: Shard) -> list[tuple[Tensor, Tensor]]:
+        """For each group of the shard the states (P, d) of the prefix and (N, d) of its sequences, packed.
+
+        Computed first if they are not on this machine's disk yet. The tensors are mapped, not read.
+        """
+        path = self.compute(shard)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return [(file.get_tensor(f"{i}.prefix"), file.get_tensor(f"{i}.own")) for i in range(len(shard.groups))]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"the trunk states {path} cannot be read: {error}; delete the file") from error
+
+    @torch.inference_mode()
+    def _write(self, shard: Shard, path: Path) -> None:
+        trunk = self.runner.plan_layers(base_plan(self.runner.checkpoint.n_layers))[: self.first]
+        packed = self.runner.pack(self.runner.run(self.runner.embed(shard), trunk))
+        tensors = {}
+        for i, (prefix, own) in enumerate(packed):
+            tensors[f"{i}.prefix"], tensors[f"{i}.own"] = prefix.cpu().contiguous(), own.cpu().contiguous()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"_tmp.{os.getpid()}.{path.name}")
+        try:
+            save_file(tensors, unfinished)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def states(self, shard: Shard) -> list[GroupStates]:
+        """The states laid out to be run on from layer `first`."""
+        return self.runner.from_packed(shard, self.load(shard))
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """One subject's shared prefix: rows [start, stop) of the prefix tokens, and its questions in global order."""
+
+    start: int
+    stop: int
+    questions: Tensor
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Questions of similar length: `count` of them from `first` on, padded to `width` tokens from row `start` on."""
+
+    first: int
+    count: int
+    start: int
+    width: int
+
+
+class TailScorer:
+    """Answer logits of models whose layers from `first` on are collapsed into one.
+
+    The state held in memory is what entered the merged layer, RMS-normalised without the norm's gain (gains are
+    multiplied into the matrices, so that any layer's norm can be used), for every token; and the raw states at the
+    last positions. Questions are kept sorted by length, in buckets padded to their longest.
+
+    fused_dtype: the dtype to which merged matrices are rounded before scoring. By default the checkpoint's stored
+    dtype, so that what is scored is exactly what would be saved; torch.float32 leaves them unrounded.
+    """
+
+    def __init__(self, trunk: TrunkCache, prompts: Prompts, *, fused_dtype: torch.dtype | None = None):
+        self.runner = trunk.runner
+        self.first = trunk.first
+        self.prompts = prompts
+        self.fused_dtype = fused_dtype or self.runner.checkpoint.dtype
+        self.n_sources = self.runner.checkpoint.n_layers - self.first
+        attention = self.runner.modules[self.first].self_attn
+        self._head_dim = attention.head_dim
+        self._scaling = attention.scaling
+        self._epsilon = self.runner.modules[self.first].input_layernorm.variance_epsilon
+        config = self.runner.checkpoint.config
+        self._kv_heads = config.num_key_value_heads
+        self._groups = config.num_attention_heads // config.num_key_value_heads
+        self._activation = self.runner.modules[self.first].mlp.act_fn
+        self._stack_weights()
+        self._arrange(trunk)
+        self._letters = self.runner.unembedding_rows(list(prompts.letters))
+
+    # -- setting up ---------------------------------------------------------------------------------------------
+
+    def _stack_weights(self) -> None:
+        """One contiguous (sources, parameters) float32 matrix, so that fusing is a single product."""
+        arch, checkpoint = self.runner.checkpoint.architecture, self.runner.checkpoint
+        self._names = [f"{matrix}.weight" for matrix in arch.matrices]
+        biases = [f"{matrix}.bias" for matrix in arch.matrices]
+        present = set(checkpoint.layer_tensors(self.first))
+        self._bias_names = [name for name in biases if name in present]
+        names = self._names + self._bias_names
+        self._shapes = [checkpoint[arch.layer_name(self.first, name)].shape for name in names]
+        self._sizes = [shape.numel() for shape in self._shapes]
+        device = self.runner.device
+        self._stack = torch.empty(self.n_sources, sum(self._sizes), dtype=torch.float32, device=device)
+        self._others = []
+        for j in range(self.n_sources):
+            layer = self.first + j
+            parts = [checkpoint[arch.layer_name(layer, name)].reshape(-1) for name in names]
+            torch.cat([part.float() for part in parts], out=self._stack[j])
+            rest = present.difference(names)
+            self._others.append({name: checkpoint[arch.layer_name(layer, name)].to(device).float() for name in rest})
+
+    def _arrange(self, trunk: TrunkCache) -> None:
+        prefixes, lengths, rows, positions, owners, owned = [], [], [], [], [], []
+        for shard in self.prompts.shards:
+            for group, (prefix, own) in zip(shard.groups, trunk.load(shard), strict=True):
+                sizes = [len(ids) for ids in group.sequences]
+                owned.extend(own.split(sizes))
+                lengths += sizes
+                rows += group.rows
+                positions += [len(group.prefix)] * len(sizes)
+                owners += [len(prefixes)] * len(sizes)
+                prefixes.append(prefix)
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+        device, dtype = self.runner.device, torch.float32
+        self.rows = torch.tensor([rows[i] for i in order])
+        self._lengths = torch.tensor([lengths[i] for i in order], device=device)
+        owner = torch.tensor([owners[i] for i in order])
+        offset = torch.tensor([positions[i] for i in order])
+
+        self._prefixes, start = [], 0
+        for number, prefix in enumerate(prefixes):
+            stop = start + len(prefix)
+            questions = torch.nonzero(owner == number).flatten().to(device)
+            self._prefixes.append(_Prefix(start, stop, questions))
+            start = stop
+        self._prefix_order = torch.argsort(torch.cat([prefix.questions for prefix in self._prefixes]))
+
+        self._buckets, blocks, token_positions, start, begin = [], [], [], 0, 0
+        while begin < len(order):
+            # Extend while the whole bucket, padded to its longest question, stays in the limit and little is wasted.
+            end = begin + 1
+            while end < len(order):
+                width = lengths[order[end]]
+                if width * (end + 1 - begin) > _BUCKET_TOKENS or width > 1.15 * lengths[order[begin]] + 8:
+                    break
+                end += 1
+            count, width = end - begin, lengths[order[end - 1]]
+            block = torch.zeros(count, width, owned[0].shape[-1], dtype=dtype, device=device)
+            for row, i in enumerate(order[begin:end]):
+                block[row, : lengths[i]] = owned[i].to(device, dtype)
+            self._buckets.append(_Bucket(begin, count, start, width))
+            blocks.append(block.flatten(0, 1))
+            token_positions.append((offset[begin:end, None] + torch.arange(width)[None]).flatten())
+            start, begin = start + count * width, end
+        own = torch.cat(blocks)
+        last = torch.cat(
+            [
+                torch.arange(b.count, device=device) * b.width + b.start + self._lengths[b.first : b.first + b.count] - 1
+                for b in self._buckets
+            ]
+        )
+        self._last = own[last]
+        prefix_states = torch.cat([prefix.to(device, dtype) for prefix in prefixes])
+        self._tokens = _rms(torch.cat([prefix_states, own]), self._epsilon)
+        self._last_normalised = _rms(self._last, self._epsilon)
+        self._n_prefix = len(prefix_states)
+        all_positions = torch.cat([torch.arange(len(prefix)) for prefix in prefixes] + token_positions)
+        self._rotary = self._cos_sin(all_positions)
+        self._last_positions = (offset.to(device) + self._lengths) - 1
+        self._last_rotary = self._cos_sin(self._last_positions)
+
+    def _cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        # (N, 1, head_dim) each; the middle axis broadcasts over heads.
+        cos, sin = self.runner.rotary(positions)
+        return cos[0].float()[:, None], sin[0].float()[:, None]
+
+    # -- scoring ------------------------------------------------------------------------------------------------
+
+    def accepts(self, plan: MergePlan) -> bool:
+        """Whether the plan leaves the trunk as it is and collapses all that follows into one layer."""
+        return (
+            plan.n_layers == self.runner.checkpoint.n_layers
+            and len(plan.kept) == self.first + 1
+            and plan.first_changed >= self.first
+        )
+
+    def coefficients(self, plan: MergePlan) -> Tensor:
+        """The merged layer's coefficients as (sources,) float64; column j belongs to original layer first + j."""
+        values = torch.zeros(self.n_sources, dtype=torch.float64)
+        for source, weight in plan.kept[self.first].coefficients:
+            values[source - self.first] = weight
+        return values
+
+    @torch.inference_mode()
+    def score(self, plan: MergePlan, *, vocabulary: bool = False) -> tuple[Tensor, ...]:
+        """Answer logits (n, 4) float32 of the merged model, in question order.
+
+        With vocabulary=True also logsumexp (n,) and most probable token (n,) over the whole vocabulary.
+        """
+        check_mergeable(self.runner.checkpoint, plan)
+        if not self.accepts(plan):
+            raise ValueError(f"plan {plan.name!r} does not collapse the layers from {self.first} on into one")
+        rest = plan.kept[self.first].index - self.first
+        hidden = self.hidden(self.coefficients(plan), rest=rest, merge_biases=plan.biases == "merge")
+        found = (hidden @ self._letters.T, *(self.runner.vocabulary(hidden) if vocabulary else ()))
+        return tuple(self._unsort(values).cpu() for values in found)
+
+    def logits(self, coefficients: Tensor, *, rest: int = 0, merge_biases: bool = False) -> Tensor:
+        """Answer logits (n, 4) in question order, differentiable in `coefficients` (sources,)."""
+        return self._unsort(self.hidden(coefficients, rest=rest, merge_biases=merge_biases) @ self._letters.T)
+
+    def _unsort(self, values: Tensor) -> Tensor:
+        return values[torch.argsort(self.rows).to(values.device)]
+
+    def hidden(self, coefficients: Tensor, *, rest: int = 0, merge_biases: bool = False) -> Tensor:
+        """States (n, d) float32 after the final norm at each question's last position, in bucket order.
+
+        rest: which source layer gives norms and, unless they are merged, biases.
+        """
+        weights = self._fuse(coefficients, rest, merge_biases)
+        query = self._heads(self._last_normalised, "q", weights, self._last_rotary)
+        keys = self._heads(self._tokens, "k", weights, self._rotary)
+        values = self._project(self._tokens, "v", weights).unflatten(-1, (self._kv_heads, self._head_dim))
+        query = query.unflatten(1, (self._kv_heads, self._groups))
+        attended = self._attend(query, keys, values).flatten(1)
+        x = self._last + self._linear(attended, "self_attn.o_proj", weights)
+        inner = _rms(x, self._epsilon) * weights["post_attention_layernorm.weight"]
+        gate = self._activation(self._linear(inner, "mlp.gate_proj", weights))
+        x = x + self._linear(gate * self._linear(inner, "mlp.up_proj", weights), "mlp.down_proj", weights)
+        return self.runner.normalise(x)
+
+    def _fuse(self, coefficients: Tensor, rest: int, merge_biases: bool) -> dict[str, Tensor]:
+        flat = coefficients.to(self._stack.device, torch.float32) @ self._stack
+        if self.fused_dtype != torch.float32:
+            flat = flat.to(self.fused_dtype).float()
+        names = self._names + self._bias_names
+        weights = {
+            name: part.view(shape)
+            for name, part, shape in zip(names, flat.split(self._sizes), self._shapes, strict=True)
+        }
+        if not merge_biases:
+            own = self._stack[rest].split(self._sizes)
+            for name, part in zip(self._bias_names, own[len(self._names) :], strict=True):
+                weights[name] = part
+        return weights | self._others[rest]
+
+    @staticmethod
+    def _linear(x: Tensor, name: str, weights: dict[str, Tensor]) -> Tensor:
+        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def _project(self, normalised: Tensor, which: str, weights: dict[str, Tensor]) -> Tensor:
+        # The gain moves from every token's state to the matrix's columns.
+        name = f"self_attn.{which}_proj"
+        matrix = weights[f"{name}.weight"] * weights["input_layernorm.weight"]
+        return F.linear(normalised, matrix, weights.get(f"{name}.bias"))
+
+    def _heads(self, normalised: Tensor, which: str, weights: dict[str, Tensor], rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries or keys (N, heads, head_dim), normalised per head where the family does so, and rotated."""
+        heads = self._project(normalised, which, weights).unflatten(-1, (-1, self._head_dim))
+        if (gain := weights.get(f"self_attn.{which}_norm.weight")) is not None:
+            heads = _rms(heads, self._epsilon) * gain
+        cos, sin = rotary
+        first, second = heads.chunk(2, -1)
+        return heads * cos + torch.cat([-second, first], -1) * sin
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of each last position, (n, kv, group, head_dim), over its prefix and its own tokens.
+
+        The two parts are computed apart - the prefix once a subject, the questions bucket by bucket across all
+        subjects - and joined by their log-sum-exps.
+        """
+        window = self.runner.checkpoint.windows[self.first]
+        prefix_parts = []
+        for prefix in self._prefixes:
+            q = query[prefix.questions]
+            k, v = (t[prefix.start : prefix.stop].permute(1, 2, 0) for t in (keys, values))  # (kv, head_dim, P)
+            scores = torch.einsum("nkgd,kdp->nkgp", q, k) * self._scaling
+            if window is not None:
+                seen = visible(
+                    self._last_positions[prefix.questions],
+                    torch.arange(prefix.stop - prefix.start, device=scores.device),
+                    window,
+                )
+                scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+            prefix_parts.append(_partial_softmax(scores, lambda p, v=v: torch.einsum("nkgp,kdp->nkgd", p, v)))
+        own_parts = []
+        for bucket in self._buckets:
+            rows = slice(bucket.first, bucket.first + bucket.count)
+            start = self._n_prefix + bucket.start
+            span = slice(start, start + bucket.count * bucket.width)
+            k, v = (t[span].unflatten(0, (bucket.count, bucket.width)) for t in (keys, values))
+            scores = torch.einsum("nkgd,ntkd->nkgt", query[rows], k) * self._scaling
+            behind = self._lengths[rows, None] - 1 - torch.arange(bucket.width, device=scores.device)
+            seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+            scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+            own_parts.append(_partial_softmax(scores, lambda p, v=v: torch.einsum("nkgt,ntkd->nkgd", p, v)))
+        prefix_log, prefix_out = (torch.cat(part)[self._prefix_order] for part in zip(*prefix_parts, strict=True))
+        own_log, own_out = (torch.cat(part) for part in zip(*own_parts, strict=True))
+        share = torch.sigmoid(prefix_log - own_log)[..., None]  # exp(a) / (exp(a) + exp(b))
+        return share * prefix_out + (1.0 - share) * own_out
+
+
+def _rms(x: Tensor, epsilon: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+
+
+def _partial_softmax(scores: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """log-sum-exp of the scores over their last axis, and the values weighted by their softmax.
+
+    Where nothing is visible (or there is no key at all) the log is -inf and the weighted values are 0, not NaN.
+    """
+    if scores.shape[-1] == 0:
+        return scores.new_full(scores.shape[:-1], -torch.inf), weigh(scores)
+    top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+    exponentials = torch.exp(scores - top)
+    total = exponentials.sum(-1, keepdim=True)
+    log = (torch.log(total) + top)[..., 0]
+    return log, weigh(exponentials / total.clamp_min(torch.finfo(scores.dtype).tiny))
+
