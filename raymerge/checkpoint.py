@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +27,7 @@ from raymerge.identity import digest
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 5 * 10**9
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # What belongs to a tokenizer or to generation and is carried over to a merged checkpoint as it is.
 _CARRIED = ("token", "vocab", "merges", "special", "added", "chat_template", "generation_config")
@@ -45,11 +47,10 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
     if folder.exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise CheckpointError(f"there is no model folder {path}: give a folder, a hub id such as owner/name, or demo")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:  # the hub raises its own, OSErrors and its HTTP client's errors, and which has changed
         raise CheckpointError(
             f"the model {path} (revision {revision or 'main'}) is no local folder and could not be fetched from the "
             f"hub: {type(error).__name__}: {error}. Check the name and the network, log in with `hf auth login` if "
@@ -70,7 +71,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.trust_remote_code = trust_remote_code
         if not (self.directory / "config.json").is_file():
             raise CheckpointError(f"{self.directory} has no config.json: it is no Hugging Face checkpoint")
-        declared = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        declared = _read_json(self.directory / "config.json")
         if "quantization_config" in declared:
             raise CheckpointError(f"{self.directory} is quantised: merge the unquantised checkpoint, quantise after")
         try:
@@ -89,7 +90,9 @@ class Checkpoint(Mapping[str, Tensor]):
                 self._handles[file] = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} cannot be read: {error}; fetch it again") from error
-            self._where.update(dict.fromkeys(self._handles[file].keys(), file))
+            # Old Llama files hold the rotary embedding's frequencies, which transformers computes.
+            names = [name for name in self._handles[file].keys() if not name.endswith("rotary_emb.inv_freq")]
+            self._where.update(dict.fromkeys(names, file))
         self._check_complete()
 
     def _check_complete(self) -> None:
@@ -140,7 +143,7 @@ class Checkpoint(Mapping[str, Tensor]):
     @cached_property
     def identity(self) -> str:
         """First 16 hex digits of SHA-256 over the config and the weight files, wherever they lie."""
-        config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        config = _read_json(self.directory / "config.json")
         # Which transformers wrote it and where from says nothing about what the model computes.
         for key in ("transformers_version", "_name_or_path"):
             config.pop(key, None)
@@ -160,9 +163,18 @@ class Checkpoint(Mapping[str, Tensor]):
         except (ValueError, OSError, KeyError) as error:
             raise CheckpointError(f"{self.directory} has no tokenizer that transformers can read: {error}") from error
 
-    def parameters(self) -> int:
-        """Number of parameters, a tied embedding counted once."""
-        return sum(_size(self._handles[file].get_slice(name).get_shape()) for name, file in self._where.items())
+    def size(self, kept: Iterable[int] | None = None) -> tuple[int, int]:
+        """Parameters and bytes as stored, of all layers or of those in `kept`; a tied embedding counts once."""
+        prefixes = tuple(self.architecture.layer_name(layer, "") for layer in range(self.n_layers))
+        wanted = prefixes if kept is None else tuple(prefixes[layer] for layer in kept)
+        parameters = stored = 0
+        for name, file in self._where.items():
+            if name.startswith(wanted) or not name.startswith(prefixes):
+                piece = self._handles[file].get_slice(name)
+                count = math.prod(piece.get_shape())
+                parameters += count
+                stored += count * _BYTES[piece.get_dtype()]
+        return parameters, stored
 
     def save(
         self,
@@ -194,7 +206,7 @@ class Checkpoint(Mapping[str, Tensor]):
             for name, text in (extra_files or {}).items():
                 (unfinished / name).write_text(text, encoding="utf-8")
             os.replace(unfinished, destination)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
             shutil.rmtree(unfinished, ignore_errors=True)
             free = shutil.disk_usage(unfinished.parent).free if unfinished.parent.exists() else 0
             raise CheckpointError(
@@ -206,18 +218,26 @@ class Checkpoint(Mapping[str, Tensor]):
         return written
 
 
-def _size(shape: Iterable[int]) -> int:
-    size = 1
-    for axis in shape:
-        size *= axis
-    return size
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} cannot be read: it holds no JSON object; fetch it again")
+    return values
 
 
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / WEIGHT_INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [directory / name for name in names]
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index} cannot be read: it has no weight_map; fetch it again")
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+    elif (directory / "model.safetensors").is_file():
+        # As transformers does: Mistral's folders have the same weights once more in consolidated.safetensors.
+        files = [directory / "model.safetensors"]
     else:
         files = sorted(directory.glob("*.safetensors"))
     if missing := [str(file) for file in files if not file.is_file()]:

@@ -7,6 +7,7 @@ for these.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,8 +32,8 @@ class _Section(BaseModel):
 
 class ModelConfig(_Section):
     """The model. path: demo, a folder, or a hub id. dtype: of the computation; auto is float32 on CPUs and the stored
-    dtype on GPUs. add_bos: put the BOS token first; null does as the tokenizer does. device: auto takes a GPU if the
-    worker has one."""
+    dtype on GPUs. add_bos: put the BOS token first; null does as the tokenizer does. trust_remote_code: run the
+    model repository's own Python."""
 
     path: str = "demo"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -171,6 +172,16 @@ class Config(_Section):
 
     def resolved(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
+
+
+def describe(config: Config) -> str:
+    """The configuration as YAML, each section under its explanation; itself a valid configuration file."""
+    lines = []
+    for name, field in Config.model_fields.items():
+        lines += [f"# {line.strip()}" for line in inspect.getdoc(field.annotation).splitlines()]
+        section = {name: getattr(config, name).model_dump(mode="json")}
+        lines += [yaml.safe_dump(section, sort_keys=False, allow_unicode=True)]
+    return "\n".join(lines)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -7,6 +7,7 @@ shard are all that is held.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -74,7 +75,7 @@ class LayerRunner:
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else checkpoint.dtype)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(
-                checkpoint.config,
+                copy.deepcopy(checkpoint.config),  # from_config writes the compute dtype into it
                 attn_implementation="sdpa",
                 dtype=self.dtype,
                 trust_remote_code=checkpoint.trust_remote_code,

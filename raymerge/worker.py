@@ -48,6 +48,7 @@ class ModelWorker:
         first: int | None = None,
         cache: str | Path | None = None,
         threads: int = 1,
+        search_split: str = "validation",
         objective: str = "micro_accuracy",
         biases: str = "keep",
         return_logits: bool = False,
@@ -64,6 +65,7 @@ class ModelWorker:
         self._trunk = None if first is None or cache is None else TrunkCache(self.runner, first, Path(cache))
         self._prompts: dict[str, Prompts] = {}
         self._scorers: dict[str, TailScorer] = {}
+        self._search_split = search_split
         self._objective = objective
         self._biases = biases
         self._return_logits = return_logits
@@ -114,12 +116,13 @@ class ModelWorker:
             self._scorers[split] = TailScorer(self._trunk, self.prompts(split))
         return self._scorers[split]
 
-    def score(self, candidates: Sequence[Sequence[float]], split: str = "validation") -> list[dict[str, Any]]:
-        """Judge tail merges by the run's objective, on a split.
+    def score(self, candidates: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+        """Judge tail merges by the run's objective, on the split that is searched on.
 
         candidates: alphas of each, step by step. A result has value, accuracy, nll, n_questions and seconds; and
         logits (n, 4) float32 if the worker was told to return them.
         """
+        split = self._search_split
         scorer, questions = self.scorer(split), self._questions[split]
         subjects = [question.subject for question in questions.questions]
         results = []

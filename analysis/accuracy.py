@@ -1,0 +1,362 @@
+"""Draw the accuracy of a run's plans: accuracy.png, accuracy_by_subject*.png, letters.png, accuracy.md.
+
+    python analysis/accuracy.py RUN [--out DIR]
+
+Reads tables answers, plans and perplexity; accuracies are derived from answers, so a run that has
+not ended can be looked at. Shows the report split; a run with several languages gets one set of
+files a language.
+
+  accuracy.png             micro and macro average, paired difference to the reference plan, perplexity
+  accuracy_by_subject.png  every subject with its standard error, one column a plan, the reference in grey
+  letters.png              which letters each plan predicts
+  accuracy.md              the same as tables
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pyarrow.compute as pc
+from plotting import COLOURS, STYLE, markdown, need, number, plan_labels, run_main, save, save_text
+
+from raymerge.tables import MACRO, MICRO, RunDirectory, RunError, derive_accuracy
+
+_COLUMNS = ["plan_id", "split", "language", "subject", "question_id", "logit_a", "logit_b", "logit_c", "logit_d",
+            "top_is_letter", "answer", "predicted"]  # fmt: skip
+_PANELS = 5  # plans beside each other in one figure by subject
+
+
+class View(NamedTuple):
+    """What one set of figures shows: one split and language of a run."""
+
+    split: str
+    language: str
+    plans: dict[str, str]  # plan_id -> label, in order; those that have answers
+    reference: str  # plan_id
+    accuracy: dict[tuple[str, str], dict]  # (plan_id, subject) -> row of `accuracy`
+    subjects: list[str]  # best first under the reference
+    difference: dict[str, tuple[float, float]]  # plan_id -> mean and standard error of paired differences
+    letters: dict[str, np.ndarray]  # plan_id -> share of predictions that are A, B, C, D
+    truth: np.ndarray  # share of questions whose answer is A, B, C, D
+    top_is_letter: dict[str, float | None]
+    perplexity: dict[str, float]  # plan_id -> perplexity on plain text
+    text_nll: dict[str, float]  # nats a token
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    return run_main(draw, __doc__, argv)
+
+
+def draw(run: RunDirectory, out: Path) -> list[Path]:
+    """Write the figures and accuracy.md into `out`; return their paths. RunError if a table is missing."""
+    views = views_of(run)
+    paths, text = [], [f"# Accuracy of run {run.run_id} ({run.experiment})"]
+    with plt.rc_context(STYLE):
+        for view in views:
+            suffix = f"_{view.language}" if len(views) > 1 else ""
+            paths.append(draw_overview(view, out / f"accuracy{suffix}.png"))
+            others = [plan for plan in view.plans if plan != view.reference] or [view.reference]
+            wide = math.ceil(len(others) / math.ceil(len(others) / _PANELS))  # pages of nearly equal width
+            for page, start in enumerate(range(0, len(others), wide), start=1):
+                name = f"accuracy_by_subject{suffix}{f'_{page}' if page > 1 else ''}.png"
+                paths.append(draw_subjects(view, others[start : start + wide], out / name))
+            paths.append(draw_letters(view, out / f"letters{suffix}.png"))
+            text += describe(view)
+    paths.append(save_text("\n\n".join(text) + "\n", out / "accuracy.md"))
+    return paths
+
+
+def views_of(run: RunDirectory) -> list[View]:
+    """One View a language of the report split."""
+    plans = need(run, "plans", "the names of the plans")
+    answers = run.read("answers", columns=_COLUMNS)
+    if not answers.num_rows:
+        need(run, "answers", "accuracies")
+    split = report_split(run, answers)
+    answers = answers.filter(pc.equal(answers["split"], split))
+    rows = derive_accuracy(answers)  # not table accuracy, which is written at the end and may be older
+    text = [row for row in run.read("perplexity").to_pylist() if row["target"] == "text"]
+    labels = plan_labels(plans)
+    views = []
+    for language in answers["language"].unique().to_pylist():
+        part = answers.filter(pc.equal(answers["language"], language))
+        answered = part["plan_id"].unique().to_pylist()
+        order = [plan for plan in labels if plan in answered] + [plan for plan in answered if plan not in labels]
+        shown = {plan: labels.get(plan, plan) for plan in order}
+        reference = reference_plan(plans, order)
+        accuracy = {(row["plan_id"], row["subject"]): row for row in rows if row["language"] == language}
+        subjects = [subject for plan, subject in accuracy if plan == reference and subject not in (MICRO, MACRO)]
+        subjects.sort(key=lambda subject: -accuracy[reference, subject]["accuracy"])
+        difference, letters, top_is_letter = {}, {}, {}
+        correct = {}
+        for plan in order:
+            mine = part.filter(pc.equal(part["plan_id"], plan))
+            keys = zip(mine["subject"].to_pylist(), mine["question_id"].to_pylist(), strict=True)
+            predicted, answer = mine["predicted"].to_numpy(), mine["answer"].to_numpy()
+            correct[plan] = dict(zip(keys, (predicted == answer).tolist(), strict=True))
+            letters[plan] = np.bincount(predicted, minlength=4) / predicted.size
+            top_is_letter[plan] = pc.mean(mine["top_is_letter"]).as_py()
+            if plan == reference:
+                truth = np.bincount(answer, minlength=4) / answer.size
+        for plan in order:
+            common = correct[plan].keys() & correct[reference].keys()
+            d = np.array([correct[plan][key] - correct[reference][key] for key in common], dtype=float)
+            error = float(d.std(ddof=1) / math.sqrt(d.size)) if d.size > 1 else math.nan
+            difference[plan] = (float(d.mean()) if d.size else math.nan, error)
+        views.append(
+            View(split, language, shown, reference, accuracy, subjects, difference, letters, truth, top_is_letter,
+                 {row["plan_id"]: row["perplexity"] for row in text}, {row["plan_id"]: row["nll"] for row in text})
+        )  # fmt: skip
+    return views
+
+
+def report_split(run: RunDirectory, answers) -> str:
+    """The config's data.report_split if it has answers, else "test", else the only split there is."""
+    there = answers["split"].unique().to_pylist()
+    for split in ((run.config.get("data") or {}).get("report_split"), "test"):
+        if split in there:
+            return split
+    if len(there) > 1:
+        raise RunError(f"{run.path_of()} has answers for {', '.join(there)}, none of them the config's report_split")
+    return there[0]
+
+
+def reference_plan(plans: list[dict], order: list[str]) -> str:
+    """The unmerged model if it was evaluated, else the plan of kind base, else the first."""
+    base = [row for row in plans if row["kind"] == "base" and row["plan_id"] in order]
+    return next((row["plan_id"] for row in sorted(base, key=lambda row: row["step"] is not None)), order[0])
+
+
+def draw_overview(view: View, path: Path) -> Path:
+    """Rows are plans; panels are the averages, the paired difference and the perplexity of plain text."""
+    plans = list(view.plans)
+    y = np.arange(len(plans))
+    known = [plan for plan in plans if plan in view.perplexity]
+    figure, axes = plt.subplots(
+        1, 3 if known else 2, sharey=True, figsize=(10.5 if known else 8, 1.75 + 0.3 * len(plans)), squeeze=False
+    )
+    averages, change = axes[0, :2]
+    for subject, shift, fill, name in (
+        (MICRO, -0.13, True, "micro (per question)"),
+        (MACRO, 0.13, False, "macro (per subject)"),
+    ):
+        rows = [view.accuracy[plan, subject] for plan in plans]
+        averages.errorbar(
+            [100 * row["accuracy"] for row in rows],
+            y + shift,
+            fmt="o" if fill else "D",
+            color="#0072B2",
+            xerr=[100 * row["standard_error"] for row in rows],
+            mfc=None if fill else "white",
+            ms=5,
+            lw=1.2,
+            label=name,
+        )
+    averages.axvline(25, color="#7F7F7F", ls=":", lw=1.2, label="chance")
+    averages.plot(100 * view.truth[0], len(plans), "x", color="#7F7F7F", ms=6)
+    averages.set_yticks([*y, len(plans)], [*view.plans.values(), "always A"])
+    averages.set_ylim(len(plans) + 0.6, -0.6)
+    averages.set(xlabel="accuracy (%)", title=f"Accuracy, {view.split} split")
+    reference = plans.index(view.reference)
+    moved = [i for i in range(len(plans)) if i != reference]
+    change.errorbar(
+        [100 * view.difference[plans[i]][0] for i in moved],
+        moved,
+        fmt="o",
+        color="#D55E00",
+        ms=5,
+        lw=1.2,
+        xerr=[100 * view.difference[plans[i]][1] for i in moved],
+    )
+    change.axvline(0, color="black", lw=1)
+    change.set(xlabel="percentage points", title=f"Difference to {view.plans[view.reference]}")
+    if known:
+        text = axes[0, 2]
+        text.plot(
+            [view.perplexity[plan] for plan in known], [plans.index(plan) for plan in known], "s", color="#009E73", ms=5
+        )
+        text.set_xscale("log")
+        text.set(xlabel="perplexity (log scale)", title="Plain text, lower is better")
+        for plan in known:
+            text.annotate(
+                figures(view.perplexity[plan]),
+                (view.perplexity[plan], plans.index(plan)),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7.5,
+            )
+        text.margins(x=0.3)  # room for the numbers
+    n, languages = view.accuracy[view.reference, MICRO]["n"], f"language {view.language}"
+    note = f"bars: ± 1 standard error; {n:,} questions, {len(view.subjects)} subjects, {languages}"
+    handles = averages.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8, title=note, title_fontsize=8)
+    return save(figure, path)
+
+
+def draw_subjects(view: View, plans: list[str], path: Path) -> Path:
+    """One column a plan, one line a subject: the reference in grey, the plan in colour, its standard error."""
+    lines = [MICRO, MACRO, *view.subjects]
+    y = np.arange(len(lines), dtype=float)
+    y[:2] -= 0.8  # the averages stand apart
+    figure, axes = plt.subplots(
+        1,
+        len(plans),
+        squeeze=False,
+        figsize=(2.4 + 1.95 * len(plans), 1.5 + 0.185 * len(lines)),
+    )
+    for axis, plan in zip(axes[0], plans, strict=True):
+        base = np.array([100 * view.accuracy[view.reference, subject]["accuracy"] for subject in lines])
+        rows = [view.accuracy.get((plan, subject), {}) for subject in lines]  # a plan may lack a subject: a gap
+        mine = np.array([100 * row.get("accuracy", math.nan) for row in rows])
+        error = np.nan_to_num([100 * row.get("standard_error", 0.0) for row in rows])
+        if plan != view.reference:
+            axis.plot(base, y, "o", ms=4.5, mfc="white", mec="#6B6B6B", mew=1, zorder=2)
+            axis.hlines(y, base, mine, color="#C4C4C4", lw=1.1, zorder=1)
+        axis.errorbar(mine, y, xerr=error, fmt="o", ms=4, elinewidth=0.9, color=COLOURS[1], zorder=3)
+        axis.axvline(25, color="#7F7F7F", ls=":", lw=1)
+        axis.set_xlim(-3, 103)
+        axis.set_xticks([0, 25, 50, 75, 100])
+        axis.set_title(view.plans[plan].replace(" = ", "\n= "), fontsize=9)
+        # lines instead of ticks: 57 tick objects a panel take longer to lay out than all else to draw
+        axis.set_yticks([])
+        axis.hlines(y, -3, 103, color=STYLE["grid.color"], lw=STYLE["grid.linewidth"], zorder=0)
+        axis.set_ylim(y[-1] + 0.7, y[0] - 0.7)
+    names = ["micro average", "macro average", *(subject.replace("_", " ") for subject in view.subjects)]
+    axes[0, 0].set_yticks(y, names, fontsize=8)
+    for label in axes[0, 0].get_yticklabels()[:2]:
+        label.set_fontweight("bold")
+    axes[0, 0].tick_params(axis="y", length=0)
+    note = "" if plans == [view.reference] else f"; open circles: {view.plans[view.reference]}"
+    figure.supxlabel(
+        f"accuracy (%), {view.split} split, {view.language}; bars ± 1 standard error; dotted: chance{note}",
+        fontsize=8.5,
+    )
+    return save(figure, path)
+
+
+def draw_letters(view: View, path: Path) -> Path:
+    """Stacked bars: the share of each letter among a plan's predictions, and among the right answers."""
+    names = ["right answers", *view.plans.values()]
+    shares = 100 * np.stack([view.truth, *view.letters.values()])
+    y = np.arange(len(names), dtype=float)
+    y[0] -= 0.4
+    figure, axis = plt.subplots(figsize=(7.2, 1.5 + 0.29 * len(names)))
+    start = np.zeros(len(names))
+    for k, (letter, colour) in enumerate(zip("ABCD", ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=True)):
+        axis.barh(y, shares[:, k], left=start, height=0.76, color=colour, edgecolor="white", lw=0.8, label=letter)
+        for i in range(len(names)):
+            if shares[i, k] >= 5:
+                axis.text(
+                    start[i] + shares[i, k] / 2,
+                    y[i],
+                    f"{shares[i, k]:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    color="white" if letter == "A" else "black",
+                )
+        start += shares[:, k]
+    axis.set_yticks(y, names)
+    axis.set_ylim(y[-1] + 0.6, y[0] - 0.6)
+    axis.set_xlim(0, 100)
+    axis.grid(False)
+    axis.set(xlabel="share of questions (%)", title=f"Letters predicted, {view.split} split, {view.language}")
+    figure.legend(loc="outside right center", title="letter")
+    return save(figure, path)
+
+
+def describe(view: View) -> list[str]:
+    """The sections of accuracy.md for one view."""
+    reference = view.plans[view.reference]
+    rows = []
+    for plan, label in view.plans.items():
+        micro, macro = view.accuracy[plan, MICRO], view.accuracy[plan, MACRO]
+        rows.append(
+            [
+                label,
+                micro["n"],
+                measured(micro),
+                measured(macro),
+                signed(*view.difference[plan]) if plan != view.reference else None,
+                number(micro["nll"]),
+                figures(view.perplexity.get(plan)),
+                number(view.text_nll.get(plan)),
+            ]
+        )
+    n = view.accuracy[view.reference, MICRO]["n"]
+    always = float(view.truth[0])
+    error = math.sqrt(always * (1 - always) / (n - 1)) if n > 1 else math.nan
+    rows.append(["always A", n, measured({"accuracy": always, "standard_error": error}), None, None, None, None, None])
+    header = [
+        "plan",
+        "n",
+        "micro accuracy",
+        "macro accuracy",
+        f"difference to {reference}",
+        "answer NLL",
+        "text perplexity",
+        "text NLL",
+    ]
+    letters = [["right answers", *[number(share) for share in view.truth], None]]
+    for plan, label in view.plans.items():
+        letters.append([label, *[number(share) for share in view.letters[plan]], number(view.top_is_letter[plan])])
+    subjects = []
+    for subject in [MICRO, MACRO, *view.subjects]:
+        cells = [view.accuracy.get((plan, subject)) for plan in view.plans]
+        subjects.append(
+            [
+                subject.strip("_"),
+                view.accuracy[view.reference, subject]["n"],
+                *[cell and measured(cell) for cell in cells],
+            ]
+        )
+    return [
+        f"## {view.split} split, language {view.language}",
+        "Accuracy ± one standard error (sample standard deviation over √n). The difference is paired, question by "
+        "question, over the micro average. NLL in nats: of the right letter among the four, and a token of plain text.",
+        markdown(header, rows),
+        "### Letters\n\nShare of each letter among the predictions, and share of questions whose most likely token in "
+        "the whole vocabulary is a letter.",
+        markdown(["plan", "A", "B", "C", "D", "top token is a letter"], letters),
+        "### By subject",
+        markdown(["subject", "n", *view.plans.values()], subjects),
+        "### Answer NLL by subject",
+        markdown(
+            ["subject", *view.plans.values()],
+            [
+                [
+                    subject.strip("_"),
+                    *[number(view.accuracy.get((plan, subject), {}).get("nll")) for plan in view.plans],
+                ]
+                for subject in [MICRO, MACRO, *view.subjects]
+            ],
+        ),
+    ]
+
+
+def measured(row: dict) -> str:
+    """Accuracy ± standard error as shares."""
+    return f"{row['accuracy']:.3f} ± {number(row['standard_error']) or '–'}"
+
+
+def signed(value: float, error: float) -> str | None:
+    """Signed difference ± standard error."""
+    return None if math.isnan(value) else f"{value:+.3f} ± {number(error) or '–'}"
+
+
+def figures(value: float | None) -> str | None:
+    """A perplexity with four significant figures and no exponent."""
+    if value is None or not math.isfinite(value):
+        return None
+    return f"{value:,.{max(0, 3 - math.floor(math.log10(value)))}f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,364 @@
+"""Draw the merge coefficients of a run: alphas.png, alpha_distribution.png, search_progress.png, alphas.md.
+
+    python analysis/alphas.py RUN [--out DIR]
+
+Reads tables plans, coefficients and trials. A run without trials (no search) gets the first figure
+and the Markdown only.
+
+  alphas.png              alpha of every merge step, and the weight each original layer ends up with
+  alpha_distribution.png  all alphas the search tried, beside the best candidate's
+  search_progress.png     objective by candidate, running best, controls as horizontal lines
+  alphas.md               the same as tables
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from plotting import COLOURS, STYLE, markdown, need, number, plan_labels, run_main, save, save_text, style_of
+
+from raymerge.tables import RunDirectory, lower_is_better
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    return run_main(draw, __doc__, argv)
+
+
+def draw(run: RunDirectory, out: Path) -> list[Path]:
+    """Write the figures and alphas.md into `out`; return their paths. RunError if plans are missing."""
+    plans = need(run, "plans", "the alphas")
+    coefficients = need(run, "coefficients", "the effective weight of each layer")
+    trials = run.read("trials").to_pylist()
+    labels = plan_labels(plans)
+    with plt.rc_context(STYLE):
+        paths = [draw_plans(plans, coefficients, labels, out / "alphas.png")]
+        searchers = {}
+        for row in sorted(trials, key=lambda row: row["iteration"]):
+            if row["searcher"] != "controls":
+                searchers.setdefault(row["searcher"], []).append(row)
+        if any(usable(rows) for rows in searchers.values()):
+            paths.append(draw_distribution(searchers, labels, out / "alpha_distribution.png"))
+            controls = [row for row in trials if row["searcher"] == "controls"]
+            paths.append(draw_progress(searchers, controls, labels, out / "search_progress.png"))
+    paths.append(save_text(describe(run, plans, coefficients, searchers, labels), out / "alphas.md"))
+    return paths
+
+
+def usable(rows: list[dict]) -> list[dict]:
+    """The trials that gave a finite value."""
+    return [row for row in rows if row["status"] == "ok" and row["value"] is not None and math.isfinite(row["value"])]
+
+
+def best_of(rows: list[dict]) -> dict | None:
+    """The best usable trial; ties go to the lower NLL, then to the earlier one."""
+    sign = 1 if rows and lower_is_better(rows[0]["objective"]) else -1
+
+    def rank(row):
+        return sign * row["value"], math.inf if row["nll"] is None else row["nll"], row["iteration"]
+
+    return min(usable(rows), key=rank, default=None)
+
+
+def standard_error(row: dict) -> float | None:
+    """Binomial standard error of a trial's micro accuracy; None for other objectives, which need the answers."""
+    if row["objective"] != "micro_accuracy" or row["n_questions"] < 2:
+        return None
+    return math.sqrt(row["value"] * (1 - row["value"]) / (row["n_questions"] - 1))
+
+
+def steps_of(plans: list[dict]) -> dict[tuple[str, str | None], list[dict]]:
+    """(plan_id, matrix) -> its steps in order, for plans that have steps; each plan once, whatever its names."""
+    found: dict[tuple, dict[int, dict]] = {}
+    for row in plans:
+        if row["step"] is not None:
+            found.setdefault((row["plan_id"], row["matrix"]), {})[row["step"]] = row
+    return {key: [steps[step] for step in sorted(steps)] for key, steps in found.items()}
+
+
+def label_of(key: tuple[str, str | None], labels: dict[str, str]) -> str:
+    """Name of a plan, with the matrix where a plan's coefficients depend on it."""
+    plan_id, matrix = key
+    return labels.get(plan_id, plan_id) + (f" · {matrix}" if matrix else "")
+
+
+def weights_of(plans: list[dict], coefficients: list[dict]) -> tuple[dict[tuple, dict[int, float]], list[int]]:
+    """(plan, matrix) -> {original layer: weight in the layer that keeps it}, and the layers that any plan merges.
+
+    A layer that a plan removes and that has no row weighs 0; one that it leaves alone weighs 1.
+    """
+    merged = sorted({row[side] for row in plans if row["step"] is not None for side in ("into", "remove")})
+    weights: dict[tuple, dict[int, float]] = {}
+    for key, steps in steps_of(plans).items():
+        removed = {row["remove"] for row in steps}
+        weights[key] = {layer: 0.0 if layer in removed else 1.0 for layer in merged}
+        touched = removed | {row["into"] for row in steps}
+        for row in coefficients:
+            if (row["plan_id"], row["matrix"]) == key and row["source_layer"] in touched:
+                weights[key][row["source_layer"]] = row["coefficient"]
+    return weights, merged
+
+
+def draw_plans(plans, coefficients, labels, path: Path) -> Path:
+    """Alphas by merge step as lines, effective weights by original layer as an annotated heat map."""
+    steps = steps_of(plans)
+    weights, layers = weights_of(plans, coefficients)
+    n = max(1, len(steps))
+    steps_wide = 2.2 + 0.27 * max([row["step"] for rows in steps.values() for row in rows], default=0)
+    left_width, right_width = max(4.2, steps_wide), max(3.2, 0.48 * len(layers) + 1.6)
+    figure, (left, right) = plt.subplots(
+        1,
+        2,
+        figsize=(left_width + right_width, max(3.6, 0.34 * n + 1.6)),
+        width_ratios=[left_width, right_width],
+    )
+    ends = sorted({(row["step"], row["remove"], row["into"]) for rows in steps.values() for row in rows})
+    shared = len({step for step, _, _ in ends}) == len(ends)  # every plan merges the same layers at a step
+    for i, (key, rows) in enumerate(steps.items()):
+        shift = 0.30 * (i - (n - 1) / 2) / n  # equal plans stay apart
+        x = [row["step"] + shift for row in rows]
+        left.plot(x, [row["alpha"] for row in rows], **style_of(i), ms=4.5, lw=1, label=label_of(key, labels))
+    left.set(ylim=(-0.04, 1.04), ylabel="α (weight of the layer merged into)", title="α by merge step")
+    if shared and ends:
+        stride = math.ceil(len(ends) / 20)
+        names = [f"{step}: {remove}→{into}" for step, remove, into in ends[::stride]]
+        left.set_xticks([e[0] for e in ends[::stride]], names, fontsize=7.5, rotation=90 if len(names) > 5 else 0)
+        left.set_xlabel("merge step: layer removed → layer it merges into")
+    else:
+        left.set_xlabel("merge step")
+    figure.legend(loc="outside lower center", ncols=min(n, 6), fontsize=8)
+
+    grid = np.array([[row[layer] for layer in layers] for row in weights.values()]).reshape(len(weights), len(layers))
+    image = right.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (i, j), value in np.ndenumerate(grid):
+        text = "0" if value == 0 else "1" if value == 1 else "<.001" if value < 0.0005 else f"{value:.3f}".lstrip("0")
+        right.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if value > 0.55 else "#222222")
+    right.set_xticks(range(len(layers)), layers)
+    right.set_yticks(range(len(weights)), [label_of(key, labels) for key in weights])
+    right.grid(False)
+    right.tick_params(length=0)
+    right.spines[:].set_visible(False)
+    right.set(xlabel="original decoder layer", title="Effective coefficient of each original layer")
+    figure.colorbar(image, ax=right, label="weight", fraction=0.05, pad=0.02).outline.set_visible(False)
+    return save(figure, path)
+
+
+def draw_distribution(searchers: dict[str, list[dict]], labels, path: Path) -> Path:
+    """Histogram of all alphas tried with the best candidate's as ticks, and the same by step, coloured by value."""
+    shown = {name: usable(rows) for name, rows in searchers.items() if usable(rows)}
+    figure, axes = plt.subplots(
+        1, 1 + len(shown), figsize=(4.0 + 4.4 * len(shown), 3.9), width_ratios=[1] + [1.15] * len(shown), squeeze=False
+    )
+    left, bins = axes[0, 0], np.linspace(0, 1, 26)
+    for i, (name, rows) in enumerate(shown.items()):
+        colour = COLOURS[1 + i % (len(COLOURS) - 1)]
+        alphas = np.concatenate([row["alphas"] for row in rows])
+        left.hist(
+            alphas,
+            bins=bins,
+            weights=np.full(alphas.size, 100 / alphas.size),
+            histtype="step",
+            lw=1.6,
+            color=colour,
+            label=f"{name}: all {len(rows)} candidates (mean {alphas.mean():.2f})",
+        )
+        best = best_of(rows)["alphas"]
+        left.plot(
+            best,
+            np.full(len(best), -(0.03 + 0.045 * i)),
+            "|",
+            ms=9,
+            mew=1.6,
+            color=colour,
+            clip_on=False,
+            transform=left.get_xaxis_transform(),
+            label=f"{name}: best (mean {np.mean(best):.2f})",
+        )
+    left.tick_params(axis="x", pad=6 + 8 * len(shown))
+    left.set(xlim=(0, 1), xlabel="α", ylabel=f"share of alphas (% per bin of {bins[1]:.2f})", title="Distribution of α")
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.26), fontsize=7.5)
+    rng = np.random.default_rng(0)
+    values = [row["value"] for rows in shown.values() for row in rows]
+    lower = lower_is_better(next(iter(shown.values()))[0]["objective"])
+    scale = plt.Normalize(min(values), max(values))  # one scale, so that colours compare between searchers
+    for axis, (name, rows) in zip(axes[0, 1:], shown.items(), strict=True):
+        rows = sorted(rows, key=lambda row: row["value"], reverse=lower)  # the better on top
+        x = np.concatenate([np.arange(len(row["alphas"])) for row in rows])
+        alphas = np.concatenate([row["alphas"] for row in rows])
+        value = np.concatenate([np.full(len(row["alphas"]), row["value"]) for row in rows])
+        dots = axis.scatter(
+            x + rng.uniform(-0.25, 0.25, size=x.size),
+            alphas,
+            c=value,
+            cmap="cividis_r" if lower else "cividis",
+            norm=scale,
+            s=11,
+            lw=0,
+        )
+        best = best_of(rows)["alphas"]
+        axis.plot(range(len(best)), best, "o", ms=8, mfc="none", mec="#D55E00", mew=1.6, label="best candidate")
+        axis.set(ylim=(-0.03, 1.03), xlabel="merge step", ylabel="α", title=f"α tried at each step ({name})")
+        axis.set_xticks(range(0, x.max() + 1, math.ceil((x.max() + 1) / 16)))
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8)
+    objective = next(iter(shown.values()))[0]["objective"].replace("_", " ")
+    direction = "lower" if lower else "higher"
+    figure.colorbar(dots, ax=axes[0, -1], label=f"{objective} ({direction} is better)", fraction=0.05, pad=0.02)
+    return save(figure, path)
+
+
+def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels, path: Path) -> Path:
+    """Value of every candidate, running best of each searcher, controls as labelled lines."""
+    every = usable([row for rows in searchers.values() for row in rows])
+    objective = every[0]["objective"]
+    lower = lower_is_better(objective)
+    figure, axis = plt.subplots(figsize=(7.6, 4.7))
+    for i, (name, rows) in enumerate(searchers.items()):
+        ok, look = usable(rows), {**style_of(i + 1)}
+        if not ok:
+            continue
+        values = np.array([row["value"] for row in ok])
+        x = np.array([row["iteration"] for row in ok]) + 1
+        running = np.minimum.accumulate(values) if lower else np.maximum.accumulate(values)
+        failed = len(rows) - len(ok)
+        axis.plot(x, values, ls="none", marker=look["marker"], ms=4, color=look["color"], alpha=0.45, mew=0)
+        axis.step(
+            [*x, x[-1]],
+            [*running, running[-1]],
+            where="post",
+            color=look["color"],
+            lw=1.8,
+            label=f"{name}, running best ({len(ok)} candidates{f', {failed} failed' if failed else ''})",
+        )
+    last = max(row["iteration"] for row in every) + 1
+    axis.set_xlim(0, last + 1)
+    lines = sorted(
+        {
+            (row["value"], labels.get(row["plan_id"], row["plan_id"]))
+            for row in usable(controls)
+            if row["objective"] == objective
+        }
+    )
+    for value, _ in lines:
+        axis.axhline(value, color="#7F7F7F", ls=(0, (4, 3)), lw=0.9, zorder=1)
+    axis.margins(y=0.06)
+    unit = " (nats a question)" if lower else " (share of questions)" if "accuracy" in objective else ""
+    axis.set(
+        xlabel="candidates evaluated",
+        ylabel=f"{objective.replace('_', ' ')}{unit}, {'lower' if lower else 'higher'} is better",
+        title="Search progress (dots: single candidates; dashed: controls)",
+    )
+    low, high = axis.get_ylim()
+    for (value, name), y in zip(lines, spread([value for value, _ in lines], 0.042 * (high - low)), strict=True):
+        axis.annotate(
+            f"{name}  {value:.3f}",
+            xy=(last + 1, value),
+            xytext=(1.035, (y - low) / (high - low)),
+            textcoords="axes fraction",
+            fontsize=7.5,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "#7F7F7F", "lw": 0.6, "shrinkA": 1, "shrinkB": 0},
+        )
+    axis.set_ylim(low, high)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return save(figure, path)
+
+
+def spread(values: list[float], gap: float) -> list[float]:
+    """Positions near ascending `values` at least `gap` apart, moved as little as pushing clusters about their mean."""
+    clusters: list[list[float]] = []  # [sum of values, how many]
+    for value in values:
+        clusters.append([value, 1])
+        while len(clusters) > 1:
+            (s0, n0), (s1, n1) = clusters[-2:]
+            if s1 / n1 - s0 / n0 >= gap * (n0 + n1) / 2:
+                break
+            clusters[-2:] = [[s0 + s1, n0 + n1]]
+    return [total / n + gap * (i - (n - 1) / 2) for total, n in clusters for i in range(n)]
+
+
+def describe(run: RunDirectory, plans, coefficients, searchers, labels) -> str:
+    """alphas.md."""
+    steps = steps_of(plans)
+    text = [f"# Merge coefficients of run {run.run_id} ({run.experiment})"]
+    text.append(
+        "Step s merges a layer into another: θ = α θ(into) + (1 - α) θ(removed). Layers count from 0. "
+        "The effective coefficient is the weight an original layer ends up with."
+    )
+    if steps:
+        ends = sorted({(row["step"], row["remove"], row["into"]) for rows in steps.values() for row in rows})
+        values = {key: {(r["step"], r["remove"], r["into"]): r["alpha"] for r in rows} for key, rows in steps.items()}
+        names = [label_of(key, labels) for key in steps]
+        table = [
+            [f"{step}", f"{remove} → {into}", *[number(values[key].get((step, remove, into)), 4) for key in steps]]
+            for step, remove, into in ends
+        ]
+        text += ["## α by merge step", markdown(["step", "layers", *names], table)]
+        weights, layers = weights_of(plans, coefficients)
+        rows = [[layer, *[number(weights[key][layer], 4) for key in weights]] for layer in layers]
+        text += ["## Effective coefficients", markdown(["original layer", *names], rows)]
+    bare = [labels[row["plan_id"]] for row in plans if row["step"] is None]
+    if bare:
+        text.append(f"Without merge steps: {', '.join(dict.fromkeys(bare))}.")
+    summary, spread_of = [], []
+    for name, rows in searchers.items():
+        ok, best = usable(rows), best_of(rows)
+        if best is None:
+            continue
+        plan = labels.get(best["plan_id"])
+        summary.append(
+            [
+                name,
+                best["objective"],
+                len(rows),
+                len(rows) - len(ok),
+                best["n_questions"],
+                number(best["value"], 4),
+                number(standard_error(best), 4),
+                number(best["accuracy"], 4),
+                number(best["nll"], 4),
+                best["iteration"] + 1,
+                plan,
+            ]
+        )
+        for what, alphas in (("all tried", [a for row in ok for a in row["alphas"]]), ("best", best["alphas"])):
+            quartiles = np.percentile(alphas, [0, 25, 50, 75, 100])
+            spread_of.append(
+                [
+                    f"{name}, {what}",
+                    len(alphas),
+                    number(np.mean(alphas)),
+                    number(np.std(alphas)),
+                    *[number(q) for q in quartiles],
+                ]
+            )
+    if summary:
+        header = [
+            "searcher",
+            "objective",
+            "candidates",
+            "failed",
+            "questions",
+            "best value",
+            "± s.e.",
+            "accuracy",
+            "NLL",
+            "found at candidate",
+            "plan",
+        ]
+        text += ["## Search", markdown(header, summary)]
+        text.append(
+            "The best value is the best of many noisy ones on the questions searched, so it flatters; "
+            "judge by the report split (accuracy.md)."
+        )
+        header = ["α of", "values", "mean", "sd", "min", "25 %", "median", "75 %", "max"]
+        text += ["## Distribution of α", markdown(header, spread_of)]
+    return "\n\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

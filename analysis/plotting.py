@@ -1,0 +1,113 @@
+"""What the analysis scripts share: arguments, plan labels, colours, Markdown tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from raymerge.tables import RunDirectory, RunError
+
+# Okabe & Ito (2008) without yellow, which is too faint on white; the last is Paul Tol's wine
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 150,
+}
+
+
+def style_of(number: int) -> dict:
+    """Colour and marker of the number-th series; 56 combinations before one repeats."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[(number + number // 8) % len(MARKERS)]}
+
+
+def save(figure, path: Path) -> Path:
+    """Write a figure and close it; a temporary name first, so that no viewer opens half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"_tmp.{path.name}")
+    try:
+        figure.savefig(temporary, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        plt.close(figure)
+    return path
+
+
+def save_text(text: str, path: Path) -> Path:
+    """Write a Markdown file in one go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"_tmp.{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    return temporary.replace(path)
+
+
+def need(run: RunDirectory, table: str, why: str) -> list[dict]:
+    """Return a table's rows; RunError names the table and the command that writes it if there are none."""
+    rows = run.read(table).to_pylist()
+    if not rows:
+        command = (
+            "raymerge search CONFIG --out RUN"
+            if table in ("plans", "coefficients", "trials")
+            else ("raymerge search CONFIG --out RUN or raymerge evaluate MODEL --mmlu DIR --out RUN")
+        )
+        raise RunError(f"{run.path_of()} has no rows in table {table}, needed for {why}; {command} writes it")
+    return rows
+
+
+def plan_labels(plans: list[dict]) -> dict[str, str]:
+    """plan_id -> its names joined by ' = ' (a found plan can be the base plan), in order of appearance."""
+    names: dict[str, list[str]] = {}
+    for row in plans:
+        known = names.setdefault(row["plan_id"], [])
+        if row["name"] not in known:
+            known.append(row["name"])
+    return {plan_id: " = ".join(known) for plan_id, known in names.items()}
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    """A Markdown table, first column to the left, the others to the right; None becomes an en dash."""
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join("–" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+
+
+def number(value: float | None, digits: int = 3) -> str | None:
+    """Fixed digits; None (an en dash in a table) for a missing or undefined value."""
+    return None if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
+
+
+def run_main(draw, description: str, argv: list[str] | None) -> int:
+    """Command line of one analysis script: RUN [--out DIR]; returns the exit code."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="a run directory (folder or URI) that raymerge wrote")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder for the files (default: RUN/figures)")
+    arguments = parser.parse_args(argv)
+    try:
+        run = RunDirectory.load(arguments.run)
+        if arguments.out is None and not run.is_local:
+            raise RunError(f"{arguments.run} is not on this machine; say with --out where the figures should go")
+        paths = draw(run, arguments.out or Path(run.path_of("figures")))
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for path in paths:
+        print(path)
+    return 0

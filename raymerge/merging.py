@@ -1,0 +1,86 @@
+"""Merge a model by a plan and save it: an ordinary checkpoint with the plan, the receipts and a model card beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import raymerge
+from raymerge import rows
+from raymerge.checkpoint import Checkpoint
+from raymerge.fusion import check_mergeable, fused_tensors, receipts
+from raymerge.plan import MergePlan, PlanError, alpha_file_text, read_alpha_file
+
+
+def merge(model: str, alpha_file: str | Path, out: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """Merge a model by an alpha file and save it as an ordinary Hugging Face checkpoint; what was done, in figures."""
+    if Path(out).exists():
+        raise PlanError(f"{out} exists already: give another --out, or delete it")
+    checkpoint = Checkpoint(model, revision=revision)
+    plan = read_alpha_file(alpha_file, checkpoint.n_layers)
+    check_mergeable(checkpoint, plan)
+    return save_merged(checkpoint, plan, Path(out))
+
+
+def save_merged(checkpoint: Checkpoint, plan: MergePlan, folder: Path) -> dict[str, Any]:
+    """Write the merged checkpoint with alphas.json, merge_plan.json (plan, receipts) and a model card."""
+    architecture = checkpoint.architecture
+    found = receipts(checkpoint, architecture, plan)
+    plan_id = plan.plan_id(checkpoint.identity)
+    cost = rows.cost_row(plan, plan_id, checkpoint)
+    changed = [receipt for receipt in found if receipt.max_abs_change > 0.0]
+    record = {
+        "raymerge": raymerge.__version__,
+        "plan_id": plan_id,
+        "name": plan.name,
+        "base_model_identity": checkpoint.identity,
+        "selection": plan.selection,
+        "alignment": plan.alignment,
+        "norms": plan.norms,
+        "biases": plan.biases,
+        "alphas": plan.alphas,
+        "layers": [{"kept": kept.index, "coefficients": dict(kept.coefficients)} for kept in plan.kept],
+        "layers_before": plan.n_layers,
+        "layers_after": len(plan.kept),
+        "parameters_removed": cost["parameters_removed"],
+        "tensors_changed": len(changed),
+        "largest_relative_change": max((receipt.relative_change for receipt in changed), default=0.0),
+        "receipts": [rows.receipt_rows(plan_id, [receipt])[0] for receipt in found],
+    }
+    written = checkpoint.save(
+        fused_tensors(checkpoint, architecture, plan),
+        [kept.index for kept in plan.kept],
+        folder,
+        extra_files={
+            "merge_plan.json": json.dumps(record, indent=2) + "\n",
+            "alphas.json": alpha_file_text(plan.steps),
+            "README.md": _model_card(checkpoint, plan, record),
+        },
+    )
+    return record | {"bytes": written, "folder": str(folder)}
+
+
+def _model_card(checkpoint: Checkpoint, plan: MergePlan, record: dict[str, Any]) -> str:
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [layer-merging, raymerge]",
+        "---",
+        f"# {checkpoint.directory.name}, {record['layers_before'] - record['layers_after']} layers merged away",
+        "",
+        f"Made by raymerge {record['raymerge']} from a model with identity `{record['base_model_identity']}`: "
+        f"{record['layers_before']} decoder layers became {record['layers_after']} "
+        f"(plan `{record['plan_id']}`, {plan.name}; norms {plan.norms}, biases {plan.biases}, "
+        f"alignment {plan.alignment}).",
+        "",
+        f"{record['tensors_changed']} tensors differ from those of the layer that they are named after; "
+        "`merge_plan.json` lists by how much, and the effective coefficient of every original layer.",
+        "",
+        "| step | into | removed | alpha |",
+        "|---:|---:|---:|---:|",
+        *(f"| {number} | {s.into} | {s.remove} | {s.alpha:.6f} |" for number, s in enumerate(plan.steps)),
+        "",
+        "Merging layers costs quality: measure it with `raymerge evaluate` before use.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,31 @@
+"""How experiments tell a user how far they are, without knowing whether anybody watches."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """What an experiment calls. Stages follow one another; `advance` counts within the current stage."""
+
+    def stage(self, name: str, total: int) -> None:
+        """A new stage of `total` units begins."""
+
+    def advance(self, done: int, note: str = "") -> None:
+        """`done` units of the current stage are finished; `note` is the latest figure worth showing."""
+
+    def message(self, text: str) -> None:
+        """A line for the user to keep."""
+
+
+class Silent:
+    """Says nothing; the default of library calls."""
+
+    def stage(self, name: str, total: int) -> None:
+        pass
+
+    def advance(self, done: int, note: str = "") -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass

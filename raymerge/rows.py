@@ -1,0 +1,164 @@
+"""From results to table rows: plans, answers, perplexities, costs and receipts, as tables.py stores them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raymerge.checkpoint import Checkpoint
+from raymerge.evaluation import Answers
+from raymerge.fusion import Receipt
+from raymerge.plan import MergePlan
+from raymerge.questions import QuestionSet
+from raymerge.statistics import answer_nll, mcnemar, paired_difference
+
+Row = dict[str, Any]
+
+
+def plan_rows(plan: MergePlan, plan_id: str) -> list[Row]:
+    """Rows of `plans`: one a step; a plan without steps has one with nulls."""
+    common = {
+        "plan_id": plan_id,
+        "name": plan.name,
+        "kind": plan.kind,
+        "selection": plan.selection,
+        "alignment": plan.alignment,
+        "norms": plan.norms,
+    }
+    return [
+        common | {"step": number, "into": step.into, "remove": step.remove, "alpha": step.alpha}
+        for number, step in enumerate(plan.steps)
+    ] or [common]
+
+
+def coefficient_rows(plan: MergePlan, plan_id: str) -> list[Row]:
+    """Rows of `coefficients`: the effective weight of every original layer in every kept one."""
+    return [
+        {"plan_id": plan_id, "kept_layer": kept.index, "source_layer": source, "coefficient": coefficient}
+        for kept in plan.kept
+        for source, coefficient in kept.coefficients
+    ]
+
+
+def answer_table(plan_id: str, split: str, questions: QuestionSet, answers: Answers) -> pa.Table:
+    """Rows of `answers` for all questions of a set, in its order; `answers` must cover it exactly."""
+    members = questions.questions
+    if not np.array_equal(answers.rows, np.arange(len(members))):
+        raise ValueError(f"answers cover {len(answers.rows)} of {len(members)} questions of {split}")
+    columns = {
+        "plan_id": [plan_id] * len(members),
+        "split": [split] * len(members),
+        "language": [question.language for question in members],
+        "subject": [question.subject for question in members],
+        "question_id": [question.question_id for question in members],
+        "content_hash": [question.content_hash for question in members],
+        **{f"logit_{letter}": answers.logits[:, i].astype(np.float32) for i, letter in enumerate("abcd")},
+        "logsumexp_all": answers.logsumexp.astype(np.float32),
+        "top_is_letter": answers.top_is_letter.astype(bool),
+        "answer": np.array([question.answer for question in members], dtype=np.int8),
+        "predicted": answers.logits.argmax(-1).astype(np.int8),
+    }
+    return pa.table(columns)
+
+
+def question_perplexity_rows(plan_id: str, questions: QuestionSet, answers: Answers) -> list[Row]:
+    """Rows of `perplexity` with target "question", one a subject and one (subject null) for all.
+
+    As published: exp of the mean over questions of the loss on the question's own prompt tokens.
+    """
+    subjects = np.array([question.subject for question in questions.questions])
+    rows = []
+    for subject in [None, *sorted(set(subjects.tolist()))]:
+        chosen = slice(None) if subject is None else subjects == subject
+        nll = float(answers.prompt_nll[chosen].mean())
+        tokens = int(answers.prompt_tokens[chosen].sum())
+        rows.append(perplexity_row(plan_id, "question", nll, tokens, subject=subject))
+    return rows
+
+
+def perplexity_row(
+    plan_id: str, target: str, nll: float, tokens: int, *, subject: str | None = None, text_hash: str | None = None
+) -> Row:
+    """One row of `perplexity`; nll is the mean in nats, and exp overflows to infinity rather than fail."""
+    return {
+        "plan_id": plan_id,
+        "target": target,
+        "subject": subject,
+        "tokens": tokens,
+        "nll": nll,
+        "perplexity": math.exp(nll) if nll < 700 else math.inf,
+        "text_hash": text_hash,
+    }
+
+
+def text_hash(text: str) -> str:
+    """16 hex digits of SHA-256 over a text's UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cost_row(plan: MergePlan, plan_id: str, checkpoint: Checkpoint) -> Row:
+    """The row of `costs`: layers and parameters, and the weights' bytes as stored."""
+    kept = [layer.index for layer in plan.kept]
+    parameters, stored = checkpoint.size(kept)
+    return {
+        "plan_id": plan_id,
+        "layers": len(kept),
+        "layers_removed": plan.n_layers - len(kept),
+        "parameters": parameters,
+        "parameters_removed": checkpoint.size()[0] - parameters,
+        "bytes": stored,
+    }
+
+
+def receipt_rows(plan_id: str, found: Sequence[Receipt]) -> list[Row]:
+    """Rows of `receipts`."""
+    return [
+        {
+            "plan_id": plan_id,
+            "tensor": receipt.tensor,
+            "max_abs_change": receipt.max_abs_change,
+            "relative_change": receipt.relative_change,
+        }
+        for receipt in found
+    ]
+
+
+def comparison_rows(split: str, answers: pa.Table, plan_a: str, plan_b: str) -> list[Row]:
+    """Rows of `comparisons` between two plans on the same questions: accuracy (exact McNemar p) and answer NLL.
+
+    Differences are plan_a - plan_b with paired-bootstrap intervals of 95 %. `answers` holds both plans' rows.
+    """
+    sides = []
+    for plan in (plan_a, plan_b):
+        rows = answers.filter(pc.equal(answers["plan_id"], plan)).sort_by("question_id")
+        logits = np.stack([rows[f"logit_{letter}"].to_numpy() for letter in "abcd"], axis=1)
+        answer = rows["answer"].to_numpy()
+        correct = rows["predicted"].to_numpy() == answer
+        sides.append((rows["question_id"].to_pylist(), correct, answer_nll(logits, answer)))
+    (ids_a, correct_a, nll_a), (ids_b, correct_b, nll_b) = sides
+    if ids_a != ids_b:
+        raise ValueError(f"plans {plan_a} and {plan_b} did not answer the same questions of {split}")
+    rows = []
+    for measure, a, b in (("accuracy", correct_a, correct_b), ("answer_nll", nll_a, nll_b)):
+        difference = paired_difference(a, b)
+        exact = measure == "accuracy"
+        rows.append(
+            {
+                "plan_a": plan_a,
+                "plan_b": plan_b,
+                "split": split,
+                "measure": measure,
+                "difference": difference.difference,
+                "ci_low": difference.ci_low,
+                "ci_high": difference.ci_high,
+                "p_value": mcnemar(a, b).p_value if exact else difference.p_value,
+                "test": "mcnemar_exact" if exact else "paired_sign_flip",
+            }
+        )
+    return rows

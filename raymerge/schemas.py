@@ -1,0 +1,189 @@
+"""The schema of every Arrow table, rows checked against it, and the accuracies that follow from answers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from raymerge.statistics import accuracy_summary, answer_nll, macro_summary
+
+MICRO, MACRO = "_micro", "_macro"
+"""Subjects of `accuracy` that are averages: over questions, and over subjects."""
+
+_TYPES = {
+    "str": pa.string(),
+    "i8": pa.int8(),
+    "i32": pa.int32(),
+    "i64": pa.int64(),
+    "f32": pa.float32(),
+    "f64": pa.float64(),
+    "bool": pa.bool_(),
+    "list": pa.list_(pa.float64()),
+}
+
+
+def _schema(text: str) -> pa.Schema:
+    """Schema from 'name:type name:type? …'; '?' marks nullable; run_id goes first."""
+    fields = [pa.field("run_id", pa.string(), nullable=False)]
+    for word in text.split():
+        name, kind = word.split(":")
+        fields.append(pa.field(name, _TYPES[kind.rstrip("?")], nullable=kind.endswith("?")))
+    return pa.schema(fields)
+
+
+# fmt: off
+SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
+    # layer similarity S[layer_i, layer_j] with its shuffled null; null where entropies degenerate (method.md §3)
+    "similarity": "subset:str language:str measure:str embedding:str layer_i:i32 layer_j:i32 value:f64? null_mean:f64 "
+        "null_p95:f64 ci_low:f64? ci_high:f64? n_samples:i32 note:str?",
+    "similarity_correlation": "subset_a:str language_a:str subset_b:str language_b:str measure:str pearson:f64 "
+        "pearson_off_diagonal:f64 ci_low:f64? ci_high:f64? reliability_a:f64? reliability_b:f64?",
+    "embeddings": "subset:str language:str embedding:str layer:i32 sample:i32 coordinate:i32 value:f64",
+    "degeneracy": "subset:str language:str layer:i32 effective_rank:f64 off_diagonal_mass:f64",
+    # one row per merge step; a plan without steps has one row with step, into, remove, alpha null
+    "plans": "plan_id:str name:str kind:str selection:str alignment:str norms:str matrix:str? step:i32? into:i32? "
+        "remove:i32? alpha:f64?",
+    "coefficients": "plan_id:str matrix:str? kept_layer:i32 source_layer:i32 coefficient:f64",
+    # value is the objective itself: higher is better, except for objectives ending in "nll"
+    "trials": "searcher:str iteration:i32 batch:i32 tune_trial:str actor:str seed:i64 plan_id:str alphas:list "
+        "objective:str value:f64? accuracy:f64? nll:f64? n_questions:i32 seconds:f64 status:str error:str?",
+    # answer and predicted: 0 to 3 for A to D
+    "answers": "plan_id:str split:str language:str subject:str question_id:str content_hash:str logit_a:f32 "
+        "logit_b:f32 logit_c:f32 logit_d:f32 logsumexp_all:f32? top_is_letter:bool? answer:i8 predicted:i8",
+    "accuracy": "plan_id:str split:str language:str subject:str n:i32 correct:i32 accuracy:f64 standard_error:f64 "
+        "nll:f64",
+    # difference = plan_a - plan_b
+    "comparisons": "plan_a:str plan_b:str split:str measure:str difference:f64 ci_low:f64 ci_high:f64 p_value:f64 "
+        "test:str",
+    "perplexity": "plan_id:str target:str subject:str? tokens:i64 nll:f64 perplexity:f64 text_hash:str?",
+    "costs": "plan_id:str layers:i32 layers_removed:i32 parameters:i64 parameters_removed:i64 bytes:i64 "
+        "tokens_per_second:f64?",
+    "receipts": "plan_id:str tensor:str max_abs_change:f64 relative_change:f64",
+    "gradient_history": "start:i32 epoch:i32 loss:f64 held_out_loss:f64? alphas:list",
+}.items()}
+"""Schema of every table (design.md, 'A run directory'); seconds, nats for nll, bytes, shares in [0, 1]."""
+# fmt: on
+
+
+def lower_is_better(objective: str) -> bool:
+    """Return whether `trials.value` of this objective is minimised: names ending in "nll" are."""
+    return objective.endswith("nll")
+
+
+def schema_of(table: str) -> pa.Schema:
+    """Return the schema of a table; ValueError names the tables there are."""
+    if table not in SCHEMAS:
+        raise ValueError(f"there is no table {table!r}; tables are {', '.join(SCHEMAS)}")
+    return SCHEMAS[table]
+
+
+def conform(table: str, rows, run_id: str) -> pa.Table:
+    """Return rows as an Arrow table of exactly the table's schema.
+
+    Parameters
+    ----------
+    table : str
+        A name in `SCHEMAS`.
+    rows : list of dict or pyarrow.Table
+        Nullable columns may be missing; so may run_id, which if given must be the run's.
+    run_id : str
+
+    Raises
+    ------
+    ValueError
+        For an unknown or missing column, a null where none may be, a value of the wrong type, another
+        run's rows; the message names table, column and row.
+    """
+    schema = schema_of(table)
+    is_table = isinstance(rows, pa.Table)
+    rows = rows if is_table else list(rows)
+    count = rows.num_rows if is_table else len(rows)
+    present = set(rows.column_names) if is_table else set().union(*rows)
+    if unknown := sorted(present - set(schema.names)):
+        raise ValueError(f"table {table} has no column {', '.join(unknown)}; it has {', '.join(schema.names)}")
+    if not count and not is_table:
+        return schema.empty_table()
+    if missing := [f.name for f in schema if not f.nullable and f.name not in {*present, "run_id"}]:
+        raise ValueError(f"rows for table {table} lack {', '.join(missing)}")
+    columns = []
+    for field in schema:
+        default = run_id if field.name == "run_id" else None
+        try:
+            if not is_table:
+                values = [row.get(field.name, default) for row in rows]
+                # given an integer type, pyarrow would cut 1.5 to 1 in silence; a cast refuses
+                column = pa.array(values, type=None if pa.types.is_integer(field.type) else field.type)
+                column = column.cast(field.type)
+            elif field.name in present:
+                column = rows.column(field.name).cast(field.type)
+            else:
+                column = pa.array([default] * count, type=field.type)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"table {table}, column {field.name} ({field.type}): {error}") from error
+        if column.null_count and not field.nullable:
+            at = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0]
+            raise ValueError(
+                f"table {table}, column {field.name}: {column.null_count} of {count} rows have no value, "
+                f"the first is row {at}; this column is never null"
+            )
+        if field.name == "run_id" and any(value != run_id for value in column.unique().to_pylist()):
+            raise ValueError(f"rows for table {table} carry another run's run_id; drop that column")
+        columns.append(column)
+    return pa.table(columns, schema=schema)
+
+
+def derive_accuracy(answers: pa.Table) -> list[dict]:
+    """Return the rows of table `accuracy` that follow from rows of `answers`.
+
+    For each plan, split and language: `_micro` (all questions), `_macro` (mean over subjects;
+    n and correct are totals, nll the mean of the subjects' means), then each subject by name.
+    Standard errors as in `raymerge.statistics`; NaN where a subject has one question. nll is the
+    mean negative log-likelihood (nats) of the correct letter among the four.
+
+    Raises
+    ------
+    ValueError
+        If a question occurs twice for the same plan, split, language and subject.
+    """
+    if not answers.num_rows:
+        return []
+    keys, levels = {}, {}
+    for name in ("plan_id", "split", "language", "subject", "question_id"):
+        encoded = answers.column(name).combine_chunks().dictionary_encode()
+        keys[name] = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        levels[name] = encoded.dictionary.to_pylist()
+    cell = keys["plan_id"]  # one integer per group, plans, splits and languages in order of appearance
+    for name in ("split", "language", "subject"):
+        cell = cell * len(levels[name]) + keys[name]
+    unique, first, counts = np.unique(
+        cell * len(levels["question_id"]) + keys["question_id"], return_index=True, return_counts=True
+    )
+    if unique.size < cell.size:
+        row = {name: levels[name][keys[name][first[np.argmax(counts)]]] for name in keys}
+        raise ValueError(f"answers hold {cell.size - unique.size} rows twice, for example {row}; each counts once")
+    answer = answers.column("answer").to_numpy()
+    correct = answers.column("predicted").to_numpy() == answer
+    nll = answer_nll(np.stack([answers.column(f"logit_{c}").to_numpy() for c in "abcd"], axis=1), answer)
+    order = np.argsort(cell, kind="stable")
+    starts = np.flatnonzero(np.diff(cell[order], prepend=-1))
+    groups: dict[tuple, list] = {}
+    for rows in np.split(order, starts[1:]):
+        names = [levels[name][keys[name][rows[0]]] for name in ("plan_id", "split", "language", "subject")]
+        groups.setdefault(tuple(names[:3]), []).append((names[3], rows))
+    result = []
+    for group, subjects in groups.items():
+        base = dict(zip(("plan_id", "split", "language"), group, strict=True))
+        named = [(subject, rows) for subject, rows in sorted(subjects, key=lambda item: item[0])]
+        every = np.concatenate([rows for _, rows in named])
+        lines = [_accuracy_row(subject, correct[rows], nll[rows]) for subject, rows in [(MICRO, every), *named]]
+        accuracy, error = macro_summary(
+            [line["accuracy"] for line in lines[1:]], [line["standard_error"] for line in lines[1:]]
+        )
+        mean_nll = float(np.mean([line["nll"] for line in lines[1:]]))
+        macro = {**lines[0], "subject": MACRO, "accuracy": accuracy, "standard_error": error, "nll": mean_nll}
+        result += [{**base, **line} for line in [lines[0], macro, *lines[1:]]]
+    return result
+
+
+def _accuracy_row(subject: str, correct: np.ndarray, nll: np.ndarray) -> dict:
+    return {"subject": subject, **accuracy_summary(correct)._asdict(), "nll": float(nll.mean())}

@@ -1,0 +1,193 @@
+"""Standard errors, paired tests and intervals for per-question results (NumPy and SciPy only)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import logsumexp
+from scipy.stats import binomtest
+
+_CHUNK = 4_000_000  # resampled values held at once: 32 MB of float64
+
+
+class AccuracySummary(NamedTuple):
+    """Questions, correct ones, their share and its standard error (both shares in [0, 1])."""
+
+    n: int
+    correct: int
+    accuracy: float
+    standard_error: float
+
+
+class McNemar(NamedTuple):
+    """Questions only A got right, questions only B got right, exact two-sided p."""
+
+    only_a: int
+    only_b: int
+    p_value: float
+
+
+class PairedDifference(NamedTuple):
+    """Mean of a - b, its 95 % (by default) interval, and a two-sided p of the mean being 0."""
+
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+
+
+def accuracy_summary(correct) -> AccuracySummary:
+    """Return n, correct, accuracy and standard error of one group of questions.
+
+    Parameters
+    ----------
+    correct : array of bool, shape (n,)
+
+    Notes
+    -----
+    The standard error is lm-evaluation-harness's `mean_stderr`: the sample standard deviation
+    (ddof = 1) over sqrt(n), which for 0/1 values equals sqrt(p (1 - p) / (n - 1)). One question has
+    none: NaN. At p = 0 or 1 it is 0, which understates the doubt.
+    """
+    correct = _vector(correct, "correct", bool)
+    n, right = correct.size, int(correct.sum())
+    accuracy = right / n
+    error = float(np.sqrt(accuracy * (1 - accuracy) / (n - 1))) if n > 1 else float("nan")
+    return AccuracySummary(n, right, accuracy, error)
+
+
+def macro_summary(accuracies, standard_errors) -> tuple[float, float]:
+    """Return the unweighted mean over subjects and its standard error, sqrt(sum se^2) / S.
+
+    Subjects count as fixed and their errors as independent: the error is that of drawing other
+    questions of the same subjects, not other subjects. A NaN among the errors makes it NaN.
+
+    Parameters
+    ----------
+    accuracies, standard_errors : array of float, shape (S,)
+    """
+    accuracies = _vector(accuracies, "accuracies", np.float64)
+    errors = _vector(standard_errors, "standard_errors", np.float64)
+    if accuracies.size != errors.size:
+        raise ValueError(f"{accuracies.size} accuracies but {errors.size} standard errors")
+    return float(accuracies.mean()), float(np.sqrt(np.sum(errors**2)) / errors.size)
+
+
+def answer_nll(logits, answer) -> np.ndarray:
+    """Return the negative log-likelihood (nats) of the correct letter among the four.
+
+    Parameters
+    ----------
+    logits : array of float, shape (n, 4)
+        Logits of the answer letters A to D; computed in float64 whatever their dtype.
+    answer : array of int, shape (n,)
+        Correct letter, 0 to 3.
+
+    Returns
+    -------
+    array of float64, shape (n,)
+    """
+    logits = np.asarray(logits, dtype=np.float64)
+    answer = np.asarray(answer)
+    if logits.ndim != 2 or logits.shape[1] != 4 or answer.shape != logits.shape[:1]:
+        raise ValueError(f"logits {logits.shape} and answer {answer.shape} should be (n, 4) and (n,)")
+    answer = answer.astype(np.int64, casting="same_kind")
+    if answer.size and not (0 <= answer.min() and answer.max() <= 3):
+        raise ValueError(f"answers lie in {answer.min()}..{answer.max()}, but the letters A to D are 0..3")
+    return logsumexp(logits, axis=1) - np.take_along_axis(logits, answer[:, None], axis=1)[:, 0]
+
+
+def mcnemar(correct_a, correct_b) -> McNemar:
+    """Exact McNemar test of two plans on the same questions.
+
+    Under the null a question on which the two disagree favours either with probability 1/2, so
+    `only_a` is binomial(only_a + only_b, 1/2); with no disagreement p = 1. Exact, hence right for
+    the handful of discordant questions near-equal plans have, where the chi-square form is not.
+
+    Parameters
+    ----------
+    correct_a, correct_b : array of bool, shape (n,)
+        Row i of both is the same question.
+    """
+    a, b = _pair(correct_a, correct_b, bool)
+    only_a, only_b = int(np.sum(a & ~b)), int(np.sum(b & ~a))
+    discordant = only_a + only_b
+    p_value = float(binomtest(only_a, discordant, 0.5).pvalue) if discordant else 1.0
+    return McNemar(only_a, only_b, p_value)
+
+
+def paired_difference(
+    a, b, *, confidence: float = 0.95, n_resamples: int = 10_000, random_state: int = 0
+) -> PairedDifference:
+    """Return mean(a - b) with a percentile-bootstrap interval and a sign-flip p-value.
+
+    Questions are resampled as pairs, so that what both plans find hard cancels. The p-value comes
+    from `n_resamples` random flips of the signs of a - b (the null: a and b can be swapped on any
+    question), counted with the observed draw, so it is never below 1 / (n_resamples + 1).
+
+    Parameters
+    ----------
+    a, b : array of float or bool, shape (n,)
+        A measure per question (correctness, NLL in nats); row i of both is the same question.
+    confidence : float in (0, 1)
+    n_resamples : int
+    random_state : int
+        Seed; the same arguments give the same result.
+    """
+    a, b = _pair(a, b, np.float64)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("a paired difference needs finite values; leave out questions that failed")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}, but should lie between 0 and 1, for example 0.95")
+    if n_resamples < 1:
+        raise ValueError(f"n_resamples is {n_resamples}, but at least 1 is needed")
+    rng = np.random.default_rng(random_state)
+    d = a - b
+    observed = float(d.mean())
+    means = _bootstrap_means(d, n_resamples, rng)
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(means, [tail, 100 - tail])
+    flipped = np.abs(_sign_flip_means(d, n_resamples, rng))
+    # ties with the observed value must count although both carry rounding
+    extreme = int(np.sum(flipped >= abs(observed) - 1e-12 * max(1.0, np.abs(d).max())))
+    return PairedDifference(observed, float(low), float(high), (1 + extreme) / (1 + n_resamples))
+
+
+def _bootstrap_means(d: np.ndarray, n_resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Means of `n_resamples` samples of d drawn with replacement, shape (n_resamples,)."""
+    values, counts = np.unique(d, return_counts=True)
+    if values.size <= 64:  # correctness: -1, 0, 1. Drawing the counts is the same law, ~1000 times cheaper
+        return rng.multinomial(d.size, counts / d.size, size=n_resamples) @ values / d.size
+    step = max(1, _CHUNK // d.size)
+    sizes = [min(step, n_resamples - start) for start in range(0, n_resamples, step)]
+    return np.concatenate([d[rng.integers(d.size, size=(size, d.size))].mean(axis=1) for size in sizes])
+
+
+def _sign_flip_means(d: np.ndarray, n_resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Means of d with every sign drawn anew, shape (n_resamples,)."""
+    values, counts = np.unique(np.abs(d), return_counts=True)
+    if values.size <= 64:
+        return (2 * rng.binomial(counts, 0.5, size=(n_resamples, values.size)) - counts) @ values / d.size
+    step = max(1, _CHUNK // d.size)
+    sizes = [min(step, n_resamples - start) for start in range(0, n_resamples, step)]
+    total = d.sum()
+    return np.concatenate(
+        [(2 * (rng.integers(2, size=(size, d.size), dtype=np.int8) @ d) - total) / d.size for size in sizes]
+    )
+
+
+def _vector(values, name: str, dtype) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"{name} has shape {array.shape}, but should be one value per item, at least one")
+    if dtype is bool and array.dtype != bool:
+        raise ValueError(f"{name} has dtype {array.dtype}, but should be bool: say which questions were right")
+    return array.astype(dtype)
+
+
+def _pair(a, b, dtype) -> tuple[np.ndarray, np.ndarray]:
+    a, b = _vector(a, "a", dtype), _vector(b, "b", dtype)
+    if a.size != b.size:
+        raise ValueError(f"a has {a.size} questions and b has {b.size}; a paired test needs the same questions in both")
+    return a, b

@@ -1,0 +1,199 @@
+"""Files that appear whole or not at all, on a local disk or any file system pyarrow opens."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+TEMPORARY = "_tmp."
+"""How temporary names begin. Readers of data sets skip names that begin with '_'."""
+
+_ONE_PUT = frozenset({"s3", "gcs", "abfs"})  # pyarrow file systems where an object appears when its PUT ends
+_FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota used up", errno.EFBIG: "file size limit reached"}
+
+
+class RunError(ValueError):
+    """A run directory cannot be used or written; the message says where, why and what to do."""
+
+
+class Storage:
+    """A folder; names inside it are relative, with '/' between them.
+
+    Attributes
+    ----------
+    name : str
+        The folder's path, or its URI, as messages show it.
+    is_local : bool
+        Whether `name` is a path on this machine.
+    """
+
+    def __init__(self, path, filesystem: pafs.FileSystem | None = None):
+        """Attach to a local path or a URI; nothing is read or created.
+
+        Parameters
+        ----------
+        path : str or path
+        filesystem : pyarrow.fs.FileSystem, optional
+            The file system `path` lies in, where a URI cannot say it.
+        """
+        text = os.fspath(path)
+        if not text:
+            raise RunError("the path of a run is empty; give --out a folder")
+        if filesystem is not None:
+            self._fs, self._base, self.name = filesystem, text.rstrip("/"), text.rstrip("/")
+        elif "://" not in text:
+            self._fs, self._base = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
+            self.name = self._base
+        else:
+            try:
+                self._fs, inside = pafs.FileSystem.from_uri(text)
+            except (pa.ArrowException, OSError, ValueError, ImportError) as error:
+                cure = "give a folder, or a URI that pyarrow knows, such as s3://bucket/run"
+                raise RunError(f"{text} cannot be opened ({error}); {cure}") from error
+            self._base = inside.rstrip("/")
+            self.name = self._base if self._fs.type_name == "local" else text.rstrip("/")
+        self.is_local = self._fs.type_name == "local"
+        self._one_put = self._fs.type_name in _ONE_PUT
+
+    def show(self, inside: str) -> str:
+        """Return the path or URI of something inside, a URI's query (endpoint, region) kept."""
+        if "://" not in self.name:
+            return f"{self.name}/{inside}"
+        parts = urlsplit(self.name)
+        return parts._replace(path=f"{parts.path.rstrip('/')}/{inside}").geturl()
+
+    def is_file(self) -> bool:
+        """Return whether the folder is in truth a file."""
+        return self._fs.get_file_info(self._base).type == pafs.FileType.File
+
+    def names(self, folder: str = "") -> list[str]:
+        """Return the names in a folder, sorted; [] if there is no such folder."""
+        selector = pafs.FileSelector(self._at(folder), recursive=False, allow_not_found=True)
+        return sorted(info.base_name for info in self._fs.get_file_info(selector))
+
+    def open(self, inside: str):
+        """Return a file open for random reading; FileNotFoundError if there is none."""
+        return self._fs.open_input_file(self._at(inside))
+
+    def read(self, inside: str) -> bytes:
+        """Return a file's content; FileNotFoundError if there is none."""
+        with self.open(inside) as file:
+            return file.read()
+
+    def delete(self, inside: str) -> None:
+        """Delete a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.delete_file(self._at(inside))
+
+    def publish(self, inside: str, data) -> None:
+        """Make a file appear with this content, whole or not at all, in place of one that was there.
+
+        Parameters
+        ----------
+        inside : str
+        data : bytes or pyarrow.Buffer
+
+        Raises
+        ------
+        RunError
+            Where the disk is full or the write fails. The temporary file is gone then, and an
+            earlier file of that name is as it was.
+        """
+        path = self._at(inside)
+        target = path if self._one_put else _temporary(path)
+        try:
+            if self.is_local:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(target, "wb") as file:  # not pyarrow's stream, which has no fsync
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())  # else a power cut can leave the new name with no bytes behind it
+                os.replace(target, path)
+                return
+            if not self._one_put:
+                self._fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
+            with self._fs.open_output_stream(target, compression=None) as stream:
+                stream.write(data)
+            if not self._one_put:
+                self._fs.move(target, path)
+        except BaseException as error:
+            if not self._one_put:
+                with contextlib.suppress(OSError):
+                    self._fs.delete_file(target)
+            if isinstance(error, OSError):
+                raise self._write_error(error, inside, len(data)) from error
+            raise
+
+    def upload(self, source, inside: str) -> None:
+        """Copy a local folder. On disks it appears whole; an object store gets it file by file."""
+        files = [file for file in Path(source).rglob("*") if file.is_file()]
+        if not files:
+            raise RunError(f"{source} is no folder with files, so there is nothing to copy to {self.show(inside)}")
+        path = self._at(inside)
+        target = path if self._one_put else _temporary(path)
+        try:
+            if self._one_put:
+                self._delete_folder(path)
+            else:
+                self._fs.create_dir(target, recursive=True)
+            pafs.copy_files(os.fspath(source), target, pafs.LocalFileSystem(), self._fs)
+            if not self._one_put:
+                self._delete_folder(path)
+                self._fs.move(target, path)
+        except BaseException as error:
+            self._delete_folder(target)
+            if isinstance(error, OSError):
+                raise self._write_error(error, inside, sum(file.stat().st_size for file in files)) from error
+            raise
+
+    def clear_temporary(self) -> None:
+        """Delete what a killed process left under temporary names."""
+        selector = pafs.FileSelector(self._base, recursive=True, allow_not_found=True)
+        for info in self._fs.get_file_info(selector):
+            if info.base_name.startswith(TEMPORARY):
+                if info.type == pafs.FileType.Directory:
+                    self._delete_folder(info.path)
+                else:
+                    with contextlib.suppress(FileNotFoundError):  # went with its folder
+                        self._fs.delete_file(info.path)
+
+    def _at(self, inside: str) -> str:
+        return f"{self._base}/{inside}" if inside else self._base
+
+    def _delete_folder(self, path: str) -> None:
+        with contextlib.suppress(OSError):
+            self._fs.delete_dir(path)
+
+    def _write_error(self, error: OSError, inside: str, needed: int) -> RunError:
+        what = _FULL.get(error.errno)
+        if what is None:
+            return RunError(f"could not write {self.show(inside)}: {error}; nothing half-written is left there")
+        free = ""
+        if self.is_local:
+            with contextlib.suppress(OSError):
+                free = f", {_size(shutil.disk_usage(self._base).free)} free"
+        return RunError(
+            f"{what}: {self.show(inside)} needs about {_size(needed)}{free}; nothing half-written is left. Free space "
+            "and run the same command again: finished candidates are kept"
+        )
+
+
+def _temporary(path: str) -> str:
+    folder, _, name = path.rpartition("/")
+    return f"{folder}/{TEMPORARY}{uuid.uuid4().hex[:8]}.{name}"
+
+
+def _size(number: float) -> str:
+    for unit, digits in (("bytes", 0), ("kB", 1), ("MB", 1)):
+        if number < 1000:
+            return f"{number:.{digits}f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"

@@ -1,0 +1,122 @@
+"""The closing summary of a run, made from its tables alone: what a user should see first."""
+
+from __future__ import annotations
+
+import math
+
+import pyarrow.compute as pc
+
+from raymerge.tables import MACRO, MICRO, RunDirectory
+
+
+def always_a_share(run: RunDirectory, split: str) -> float:
+    """Share of a split's questions whose right answer is A: what a model that always says A would get."""
+    answers = run.read("answers", ["plan_id", "split", "answer"])
+    answers = answers.filter(pc.equal(answers["split"], split))
+    one_plan = answers.filter(pc.equal(answers["plan_id"], answers["plan_id"][0]))
+    return pc.mean(pc.equal(one_plan["answer"], 0)).as_py()
+
+
+def plan_lines(run: RunDirectory, split: str) -> list[dict]:
+    """For each plan, in the order in which they were stored, its name and what it reached on `split`.
+
+    Keys: plan_id, name, kind, layers, accuracy, standard_error, macro, macro_error, nll, perplexity (plain text),
+    picked (share of each letter, A to D) and top_is_letter (share); None where a table has nothing.
+    """
+    plans = {row["plan_id"]: row for row in run.read("plans").to_pylist()}
+    accuracy = {
+        (row["plan_id"], row["subject"]): row for row in run.read("accuracy").to_pylist() if row["split"] == split
+    }
+    texts = {row["plan_id"]: row for row in run.read("perplexity").to_pylist() if row["target"] == "text"}
+    costs = {row["plan_id"]: row for row in run.read("costs").to_pylist()}
+    answers = run.read("answers", ["plan_id", "split", "predicted", "top_is_letter"])
+    answers = answers.filter(pc.equal(answers["split"], split))
+    lines = []
+    for plan_id, plan in plans.items():
+        if (plan_id, MICRO) not in accuracy:
+            continue
+        micro, macro = accuracy[plan_id, MICRO], accuracy[plan_id, MACRO]
+        own = answers.filter(pc.equal(answers["plan_id"], plan_id))
+        picked = [pc.mean(pc.equal(own["predicted"], letter)).as_py() for letter in range(4)]
+        lines.append(
+            {
+                "plan_id": plan_id,
+                "name": plan["name"],
+                "kind": plan["kind"],
+                "layers": costs.get(plan_id, {}).get("layers"),
+                "n": micro["n"],
+                "accuracy": micro["accuracy"],
+                "standard_error": micro["standard_error"],
+                "macro": macro["accuracy"],
+                "macro_error": macro["standard_error"],
+                "nll": micro["nll"],
+                "perplexity": texts.get(plan_id, {}).get("perplexity"),
+                "picked": picked,
+                "top_is_letter": pc.mean(own["top_is_letter"]).as_py(),
+            }
+        )
+    return lines
+
+
+def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the plans' table, as text."""
+    header = ["plan", "layers", "accuracy ± se", "macro ± se", "answer NLL", "text ppl", "A/B/C/D picked %", "letter top %"]
+    rows = []
+    for line in lines:
+        picked = "/".join(f"{100 * share:.0f}" for share in line["picked"])
+        rows.append(
+            [
+                line["name"],
+                str(line["layers"] if line["layers"] is not None else "–"),
+                f"{line['accuracy']:.4f} ± {line['standard_error']:.4f}",
+                f"{line['macro']:.4f} ± {line['macro_error']:.4f}",
+                f"{line['nll']:.4f}",
+                number(line["perplexity"]),
+                picked,
+                "–" if line["top_is_letter"] is None else f"{100 * line['top_is_letter']:.0f}",
+            ]
+        )
+    return header, rows
+
+
+def comparison_lines(run: RunDirectory) -> list[str]:
+    """One sentence for each comparison of accuracies, saying where two plans cannot be told apart."""
+    names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
+    lines = []
+    for row in run.read("comparisons").to_pylist():
+        if row["measure"] != "accuracy":
+            continue
+        a, b = names.get(row["plan_a"], row["plan_a"]), names.get(row["plan_b"], row["plan_b"])
+        verdict = "indistinguishable" if row["p_value"] >= 0.05 else ("better" if row["difference"] > 0 else "worse")
+        lines.append(
+            f"{a} against {b}: {row['difference']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}], "
+            f"p = {row['p_value']:.3g}: {verdict}"
+        )
+    return lines
+
+
+def search_lines(run: RunDirectory) -> list[str]:
+    """What the searchers found on the search questions, one line each."""
+    lines = []
+    trials = run.read("trials").to_pylist()
+    for searcher in dict.fromkeys(row["searcher"] for row in trials):
+        rows = [row for row in trials if row["searcher"] == searcher]
+        values = [row["value"] for row in rows if row["status"] == "ok"]
+        failed = f", {len(rows) - len(values)} failed" if len(values) < len(rows) else ""
+        if not values:
+            lines.append(f"{searcher}: {len(rows)} candidates, all failed")
+            continue
+        objective = rows[0]["objective"]
+        best, worst = (min, max) if objective.endswith("nll") else (max, min)
+        lines.append(
+            f"{searcher}: {len(rows)} candidates{failed}; {objective} best {best(values):.4f}, "
+            f"mean {sum(values) / len(values):.4f}, worst {worst(values):.4f}"
+        )
+    return lines
+
+
+def number(value: float | None) -> str:
+    """A perplexity as text: four significant digits, or a dash where there is none."""
+    if value is None or math.isnan(value):
+        return "–"
+    return "inf" if math.isinf(value) else f"{value:,.4g}" if value < 10000 else f"{value:,.0f}"
