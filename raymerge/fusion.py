@@ -19,7 +19,7 @@ from raymerge.plan import KeptLayer, MergePlan, PlanError
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """How far one tensor of the merged model is from the same tensor of the layer it is named after.
+    """How far one tensor of the merged model is from the base model's tensor of the same name.
 
     max_abs_change: largest absolute difference; relative_change: Frobenius norm of the difference over that of the
     base tensor. `tensor` is the name in the merged checkpoint.
@@ -83,15 +83,16 @@ def receipts(base: Mapping[str, Tensor], architecture: Architecture, plan: Merge
     """
     found = []
     for position, kept in enumerate(plan.kept):
-        if kept.unchanged:
+        if kept.unchanged and kept.index == position:
             continue
         for relative, tensor in fused_layer(base, architecture, kept, biases=plan.biases).items():
-            own = base[architecture.layer_name(kept.index, relative)].float()
-            change = tensor.float() - own
-            norm = own.norm().item()
+            name = architecture.layer_name(position, relative)
+            before = base[name].float()
+            change = tensor.float() - before
+            norm = before.norm().item()
             found.append(
                 Receipt(
-                    architecture.layer_name(position, relative),
+                    name,
                     change.abs().max().item(),
                     change.norm().item() / norm if norm else float(bool(change.any())),
                 )

@@ -161,7 +161,8 @@ def _bootstrap_means(d: np.ndarray, n_resamples: int, rng: np.random.Generator) 
         return rng.multinomial(d.size, counts / d.size, size=n_resamples) @ values / d.size
     step = max(1, _CHUNK // d.size)
     sizes = [min(step, n_resamples - start) for start in range(0, n_resamples, step)]
-    return np.concatenate([d[rng.integers(d.size, size=(size, d.size))].mean(axis=1) for size in sizes])
+    draws = (rng.integers(d.size, size=(size, d.size), dtype=np.uint32) for size in sizes)
+    return np.concatenate([d.take(rows).mean(axis=1) for rows in draws])
 
 
 def _sign_flip_means(d: np.ndarray, n_resamples: int, rng: np.random.Generator) -> np.ndarray:
@@ -172,9 +173,10 @@ def _sign_flip_means(d: np.ndarray, n_resamples: int, rng: np.random.Generator) 
     step = max(1, _CHUNK // d.size)
     sizes = [min(step, n_resamples - start) for start in range(0, n_resamples, step)]
     total = d.sum()
-    return np.concatenate(
-        [(2 * (rng.integers(2, size=(size, d.size), dtype=np.int8) @ d) - total) / d.size for size in sizes]
-    )
+    width = -(-d.size // 8)  # one random bit a sign; as float64, so that BLAS multiplies
+    bits = (np.frombuffer(rng.bytes(size * width), np.uint8).reshape(size, width) for size in sizes)
+    kept = (np.unpackbits(rows, axis=1, count=d.size).astype(np.float64) @ d for rows in bits)
+    return np.concatenate([(2 * chosen - total) / d.size for chosen in kept])
 
 
 def _vector(values, name: str, dtype) -> np.ndarray:
