@@ -76,9 +76,7 @@ def answer_shard(
         tokens = np.array([len(state.group.sequences[i]) for i in order])
         losses = _sequence_nll(runner, state)[order] / tokens if prompt_nll else np.full(len(rows), np.nan)
         parts.append(
-            Answers(
-                np.array(rows), logits.cpu().numpy(), logsumexp.cpu().numpy(), is_letter.numpy(), losses, tokens
-            )
+            Answers(np.array(rows), logits.cpu().numpy(), logsumexp.cpu().numpy(), is_letter.numpy(), losses, tokens)
         )
     return Answers.join(parts)
 

@@ -179,7 +179,9 @@ class LayerRunner:
         for number, (members, lengths, x) in enumerate(state.batches):
             state.batches[number] = (members, lengths, self._call(index, weights, x, n_prefix, shared))
 
-    def _call(self, index: int, weights: dict[str, Tensor], x: Tensor, start: int, shared: _SharedPrefix | None) -> Tensor:
+    def _call(
+        self, index: int, weights: dict[str, Tensor], x: Tensor, start: int, shared: _SharedPrefix | None
+    ) -> Tensor:
         length = x.shape[1]
         positions = torch.arange(start, start + length, device=self.device)
         keys = positions if shared is None or shared.keys is None else torch.arange(start + length, device=self.device)

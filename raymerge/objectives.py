@@ -54,4 +54,6 @@ def score_answers(objective: str, logits: np.ndarray, answers: np.ndarray, subje
         return Score(float(shares.mean()), accuracy, nll)
     if objective == "micro_accuracy" or named is not None:
         return Score(accuracy, accuracy, nll)
-    raise ValueError(f"objective {objective!r} is not one of micro_accuracy, macro_accuracy, answer_nll, accuracy:SUBJECT")
+    raise ValueError(
+        f"objective {objective!r} is not one of micro_accuracy, macro_accuracy, answer_nll, accuracy:SUBJECT"
+    )

@@ -10,7 +10,7 @@ the merged model to rounding.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from raymerge.fusion import check_mergeable
 from raymerge.forward import GroupStates, LayerRunner, visible
+from raymerge.fusion import check_mergeable
 from raymerge.identity import digest
 from raymerge.plan import MergePlan, base_plan
 from raymerge.prompts import Prompts, Shard
 
+_MIXED_TOGETHER = 4  # candidates whose weights are mixed in one pass and held at once (60 MB each at 0.5B)
 _BUCKET_TOKENS = 16384  # padded tokens of the questions whose own attention is computed in one call
 
 
@@ -76,6 +77,8 @@ class TrunkCache:
         try:
             save_file(tensors, unfinished)
             os.replace(unfinished, path)
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+            raise ValueError(f"the trunk states {path} cannot be written: {error}; free space on that disk") from error
         finally:
             unfinished.unlink(missing_ok=True)
 
@@ -103,6 +106,45 @@ class _Bucket:
     width: int
 
 
+class SourceLayers:
+    """The weights of the layers from `first` on, stacked so that mixing them is a single matrix product.
+
+    stack: (sources, parameters of one layer) float32, matrices and then biases. Mixing several candidates at once
+    reads it once: a candidate's mix is otherwise bound by memory (9 merges of a 0.5B model read 600 MB).
+    """
+
+    def __init__(self, runner: LayerRunner, first: int):
+        checkpoint, arch = runner.checkpoint, runner.checkpoint.architecture
+        self.count = checkpoint.n_layers - first
+        present = set(checkpoint.layer_tensors(first))
+        matrices = [f"{matrix}.weight" for matrix in arch.matrices]
+        self._biases = [f"{matrix}.bias" for matrix in arch.matrices if f"{matrix}.bias" in present]
+        self._names = matrices + self._biases
+        self._shapes = [checkpoint[arch.layer_name(first, name)].shape for name in self._names]
+        self._sizes = [shape.numel() for shape in self._shapes]
+        self.stack = torch.empty(self.count, sum(self._sizes), dtype=torch.float32, device=runner.device)
+        self._others = []
+        for j in range(self.count):
+            tensors = {name: checkpoint[arch.layer_name(first + j, name)] for name in present}
+            for part, name in zip(self.stack[j].split(self._sizes), self._names, strict=True):
+                part.copy_(tensors.pop(name).reshape(-1))
+            self._others.append({name: tensor.to(runner.device).float() for name, tensor in tensors.items()})
+
+    def mix(self, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
+        """(candidates, sources) coefficients to (candidates, parameters) float32, rounded to `dtype`."""
+        mixed = coefficients.to(self.stack.device, torch.float32) @ self.stack
+        return mixed if dtype == torch.float32 else mixed.to(dtype).float()
+
+    def weights(self, mixed: Tensor, rest: int, merge_biases: bool) -> dict[str, Tensor]:
+        """One candidate's layer: its mixed matrices, with norms and, unless they are merged, biases of `rest`."""
+        parts = zip(self._names, mixed.split(self._sizes), self._shapes, strict=True)
+        weights = {name: part.view(shape) for name, part, shape in parts}
+        if not merge_biases:
+            own = self.stack[rest].split(self._sizes)[-len(self._biases) :] if self._biases else ()
+            weights.update(zip(self._biases, own, strict=True))
+        return weights | self._others[rest]
+
+
 class TailScorer:
     """Answer logits of models whose layers from `first` on are collapsed into one.
 
@@ -112,14 +154,22 @@ class TailScorer:
 
     fused_dtype: the dtype to which merged matrices are rounded before scoring. By default the checkpoint's stored
     dtype, so that what is scored is exactly what would be saved; torch.float32 leaves them unrounded.
+    sources: the stacked weights, where several scorers share them.
     """
 
-    def __init__(self, trunk: TrunkCache, prompts: Prompts, *, fused_dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        trunk: TrunkCache,
+        prompts: Prompts,
+        *,
+        fused_dtype: torch.dtype | None = None,
+        sources: SourceLayers | None = None,
+    ):
         self.runner = trunk.runner
         self.first = trunk.first
         self.prompts = prompts
         self.fused_dtype = fused_dtype or self.runner.checkpoint.dtype
-        self.n_sources = self.runner.checkpoint.n_layers - self.first
+        self.sources = sources or SourceLayers(self.runner, self.first)
         attention = self.runner.modules[self.first].self_attn
         self._head_dim = attention.head_dim
         self._scaling = attention.scaling
@@ -128,31 +178,10 @@ class TailScorer:
         self._kv_heads = config.num_key_value_heads
         self._groups = config.num_attention_heads // config.num_key_value_heads
         self._activation = self.runner.modules[self.first].mlp.act_fn
-        self._stack_weights()
         self._arrange(trunk)
         self._letters = self.runner.unembedding_rows(list(prompts.letters))
 
     # -- setting up ---------------------------------------------------------------------------------------------
-
-    def _stack_weights(self) -> None:
-        """One contiguous (sources, parameters) float32 matrix, so that fusing is a single product."""
-        arch, checkpoint = self.runner.checkpoint.architecture, self.runner.checkpoint
-        self._names = [f"{matrix}.weight" for matrix in arch.matrices]
-        biases = [f"{matrix}.bias" for matrix in arch.matrices]
-        present = set(checkpoint.layer_tensors(self.first))
-        self._bias_names = [name for name in biases if name in present]
-        names = self._names + self._bias_names
-        self._shapes = [checkpoint[arch.layer_name(self.first, name)].shape for name in names]
-        self._sizes = [shape.numel() for shape in self._shapes]
-        device = self.runner.device
-        self._stack = torch.empty(self.n_sources, sum(self._sizes), dtype=torch.float32, device=device)
-        self._others = []
-        for j in range(self.n_sources):
-            layer = self.first + j
-            parts = [checkpoint[arch.layer_name(layer, name)].reshape(-1) for name in names]
-            torch.cat([part.float() for part in parts], out=self._stack[j])
-            rest = present.difference(names)
-            self._others.append({name: checkpoint[arch.layer_name(layer, name)].to(device).float() for name in rest})
 
     def _arrange(self, trunk: TrunkCache) -> None:
         prefixes, lengths, rows, positions, owners, owned = [], [], [], [], [], []
@@ -198,12 +227,8 @@ class TailScorer:
             token_positions.append((offset[begin:end, None] + torch.arange(width)[None]).flatten())
             start, begin = start + count * width, end
         own = torch.cat(blocks)
-        last = torch.cat(
-            [
-                torch.arange(b.count, device=device) * b.width + b.start + self._lengths[b.first : b.first + b.count] - 1
-                for b in self._buckets
-            ]
-        )
+        starts = [torch.arange(b.count, device=device) * b.width + b.start for b in self._buckets]
+        last = torch.cat(starts) + self._lengths - 1
         self._last = own[last]
         prefix_states = torch.cat([prefix.to(device, dtype) for prefix in prefixes])
         self._tokens = _rms(torch.cat([prefix_states, own]), self._epsilon)
@@ -231,63 +256,66 @@ class TailScorer:
 
     def coefficients(self, plan: MergePlan) -> Tensor:
         """The merged layer's coefficients as (sources,) float64; column j belongs to original layer first + j."""
-        values = torch.zeros(self.n_sources, dtype=torch.float64)
+        values = torch.zeros(self.sources.count, dtype=torch.float64)
         for source, weight in plan.kept[self.first].coefficients:
             values[source - self.first] = weight
         return values
 
     @torch.inference_mode()
-    def score(self, plan: MergePlan, *, vocabulary: bool = False) -> tuple[Tensor, ...]:
-        """Answer logits (n, 4) float32 of the merged model, in question order.
+    def score(self, plan: MergePlan) -> tuple[Tensor, Tensor, Tensor]:
+        """What the merged model answers, in question order.
 
-        With vocabulary=True also logsumexp (n,) and most probable token (n,) over the whole vocabulary.
+        Answer logits (n, 4) float32, and over the whole vocabulary logsumexp (n,) and the most probable token (n,).
         """
-        check_mergeable(self.runner.checkpoint, plan)
-        if not self.accepts(plan):
-            raise ValueError(f"plan {plan.name!r} does not collapse the layers from {self.first} on into one")
-        rest = plan.kept[self.first].index - self.first
-        hidden = self.hidden(self.coefficients(plan), rest=rest, merge_biases=plan.biases == "merge")
-        found = (hidden @ self._letters.T, *(self.runner.vocabulary(hidden) if vocabulary else ()))
-        return tuple(self._unsort(values).cpu() for values in found)
+        (hidden,) = self._hidden_of([plan])
+        found = (hidden @ self._letters.T, *self.runner.vocabulary(hidden))
+        logits, logsumexp, top = (self._unsort(values).cpu() for values in found)
+        return logits, logsumexp, top
+
+    @torch.inference_mode()
+    def score_many(self, plans: Sequence[MergePlan]) -> Iterator[Tensor]:
+        """Answer logits (n, 4) float32 of each plan in turn, in question order."""
+        for hidden in self._hidden_of(plans):
+            yield self._unsort(hidden @ self._letters.T).cpu()
+
+    def _hidden_of(self, plans: Sequence[MergePlan]) -> Iterator[Tensor]:
+        for plan in plans:
+            check_mergeable(self.runner.checkpoint, plan)
+            if not self.accepts(plan):
+                raise ValueError(f"plan {plan.name!r} does not collapse the layers from {self.first} on into one")
+        for start in range(0, len(plans), _MIXED_TOGETHER):
+            together = plans[start : start + _MIXED_TOGETHER]
+            mixed = self.sources.mix(torch.stack([self.coefficients(plan) for plan in together]), self.fused_dtype)
+            for plan, parameters in zip(together, mixed, strict=True):
+                rest = plan.kept[self.first].index - self.first
+                yield self.hidden(self.sources.weights(parameters, rest, plan.biases == "merge"))
 
     def logits(self, coefficients: Tensor, *, rest: int = 0, merge_biases: bool = False) -> Tensor:
-        """Answer logits (n, 4) in question order, differentiable in `coefficients` (sources,)."""
-        return self._unsort(self.hidden(coefficients, rest=rest, merge_biases=merge_biases) @ self._letters.T)
+        """Answer logits (n, 4) in question order, differentiable in `coefficients` (sources,).
+
+        rest: which source layer gives norms, attention window and, unless they are merged, biases.
+        """
+        (mixed,) = self.sources.mix(coefficients[None], self.fused_dtype)
+        return self._unsort(self.hidden(self.sources.weights(mixed, rest, merge_biases)) @ self._letters.T)
 
     def _unsort(self, values: Tensor) -> Tensor:
         return values[torch.argsort(self.rows).to(values.device)]
 
-    def hidden(self, coefficients: Tensor, *, rest: int = 0, merge_biases: bool = False) -> Tensor:
+    def hidden(self, weights: dict[str, Tensor]) -> Tensor:
         """States (n, d) float32 after the final norm at each question's last position, in bucket order.
 
-        rest: which source layer gives norms and, unless they are merged, biases.
+        weights: the merged layer's tensors by relative name, float32.
         """
-        weights = self._fuse(coefficients, rest, merge_biases)
         query = self._heads(self._last_normalised, "q", weights, self._last_rotary)
         keys = self._heads(self._tokens, "k", weights, self._rotary)
         values = self._project(self._tokens, "v", weights).unflatten(-1, (self._kv_heads, self._head_dim))
         query = query.unflatten(1, (self._kv_heads, self._groups))
-        attended = self._attend(query, keys, values).flatten(1)
+        attended = self._attend(query, keys, values, self.runner.checkpoint.windows[self.first + rest]).flatten(1)
         x = self._last + self._linear(attended, "self_attn.o_proj", weights)
         inner = _rms(x, self._epsilon) * weights["post_attention_layernorm.weight"]
         gate = self._activation(self._linear(inner, "mlp.gate_proj", weights))
         x = x + self._linear(gate * self._linear(inner, "mlp.up_proj", weights), "mlp.down_proj", weights)
         return self.runner.normalise(x)
-
-    def _fuse(self, coefficients: Tensor, rest: int, merge_biases: bool) -> dict[str, Tensor]:
-        flat = coefficients.to(self._stack.device, torch.float32) @ self._stack
-        if self.fused_dtype != torch.float32:
-            flat = flat.to(self.fused_dtype).float()
-        names = self._names + self._bias_names
-        weights = {
-            name: part.view(shape)
-            for name, part, shape in zip(names, flat.split(self._sizes), self._shapes, strict=True)
-        }
-        if not merge_biases:
-            own = self._stack[rest].split(self._sizes)
-            for name, part in zip(self._bias_names, own[len(self._names) :], strict=True):
-                weights[name] = part
-        return weights | self._others[rest]
 
     @staticmethod
     def _linear(x: Tensor, name: str, weights: dict[str, Tensor]) -> Tensor:
@@ -299,7 +327,9 @@ class TailScorer:
         matrix = weights[f"{name}.weight"] * weights["input_layernorm.weight"]
         return F.linear(normalised, matrix, weights.get(f"{name}.bias"))
 
-    def _heads(self, normalised: Tensor, which: str, weights: dict[str, Tensor], rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def _heads(
+        self, normalised: Tensor, which: str, weights: dict[str, Tensor], rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
         """Queries or keys (N, heads, head_dim), normalised per head where the family does so, and rotated."""
         heads = self._project(normalised, which, weights).unflatten(-1, (-1, self._head_dim))
         if (gain := weights.get(f"self_attn.{which}_norm.weight")) is not None:
@@ -308,13 +338,12 @@ class TailScorer:
         first, second = heads.chunk(2, -1)
         return heads * cos + torch.cat([-second, first], -1) * sin
 
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
         """Attention of each last position, (n, kv, group, head_dim), over its prefix and its own tokens.
 
         The two parts are computed apart - the prefix once a subject, the questions bucket by bucket across all
         subjects - and joined by their log-sum-exps.
         """
-        window = self.runner.checkpoint.windows[self.first]
         prefix_parts = []
         for prefix in self._prefixes:
             q = query[prefix.questions]
@@ -361,4 +390,3 @@ def _partial_softmax(scores: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple
     total = exponentials.sum(-1, keepdim=True)
     log = (torch.log(total) + top)[..., 0]
     return log, weigh(exponentials / total.clamp_min(torch.finfo(scores.dtype).tiny))
-

@@ -60,7 +60,16 @@ def plan_lines(run: RunDirectory, split: str) -> list[dict]:
 
 def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the plans' table, as text."""
-    header = ["plan", "layers", "accuracy ± se", "macro ± se", "answer NLL", "text ppl", "A/B/C/D picked %", "letter top %"]
+    header = [
+        "plan",
+        "layers",
+        "accuracy ± se",
+        "macro ± se",
+        "answer NLL",
+        "text ppl",
+        "A/B/C/D picked %",
+        "letter top %",
+    ]
     rows = []
     for line in lines:
         picked = "/".join(f"{100 * share:.0f}" for share in line["picked"])

@@ -16,7 +16,7 @@ import re
 import sys
 import time
 import uuid
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -67,7 +67,7 @@ class RunDirectory:
         self.run_id = self.experiment = ""
         self.config: dict = {}
         self._next: dict[str, int] = {}
-        self._begun = (datetime.now(timezone.utc), time.monotonic())
+        self._begun = (datetime.now(UTC), time.monotonic())
 
     def __repr__(self) -> str:
         return f"RunDirectory({self._storage.name!r}, {self.experiment!r}, run_id={self.run_id!r})"
@@ -224,7 +224,7 @@ class RunDirectory:
     def begin(self) -> None:
         """Start or continue the work: remove the manifest of an earlier end, and start the clock."""
         self._storage.delete("manifest.json")
-        self._begun = (datetime.now(timezone.utc), time.monotonic())
+        self._begun = (datetime.now(UTC), time.monotonic())
 
     def write_manifest(self, status: str, *, command: list[str] | None = None, **facts) -> dict:
         """Write manifest.json, the last act of a run, and return its content.
@@ -246,7 +246,7 @@ class RunDirectory:
             "run_id": self.run_id,
             "command": list(sys.argv if command is None else command),
             "started": started.isoformat(timespec="seconds"),
-            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - clock, 3),
             **software(),
             "rows": self.row_counts(),

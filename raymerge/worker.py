@@ -25,7 +25,7 @@ from raymerge.objectives import score_answers
 from raymerge.plan import MergePlan, tail_plan
 from raymerge.prompts import Prompts, Shard, encode_questions, encode_text
 from raymerge.questions import QuestionSet
-from raymerge.scoring import TailScorer, TrunkCache
+from raymerge.scoring import SourceLayers, TailScorer, TrunkCache
 
 TEXT = "text"  # the name by which the plain text is asked for, where a split's name could stand
 
@@ -113,8 +113,12 @@ class ModelWorker:
     def scorer(self, split: str) -> TailScorer:
         """The frozen-trunk scorer of a split; made when first asked for."""
         if split not in self._scorers:
-            self._scorers[split] = TailScorer(self._trunk, self.prompts(split))
+            self._scorers[split] = TailScorer(self._trunk, self.prompts(split), sources=self._sources)
         return self._scorers[split]
+
+    @cached_property
+    def _sources(self) -> SourceLayers:
+        return SourceLayers(self.runner, self._trunk.first)
 
     def score(self, candidates: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
         """Judge tail merges by the run's objective, on the split that is searched on.
@@ -123,16 +127,17 @@ class ModelWorker:
         logits (n, 4) float32 if the worker was told to return them.
         """
         split = self._search_split
-        scorer, questions = self.scorer(split), self._questions[split]
-        subjects = [question.subject for question in questions.questions]
-        results = []
-        for alphas in candidates:
-            began = time.perf_counter()
-            plan = tail_plan(self.checkpoint.n_layers, alphas, name="candidate", kind="found", biases=self._biases)
-            (logits,) = scorer.score(plan)
+        subjects = [question.subject for question in self._questions[split].questions]
+        plans = [
+            tail_plan(self.checkpoint.n_layers, alphas, name="candidate", kind="found", biases=self._biases)
+            for alphas in candidates
+        ]
+        results, began = [], time.perf_counter()
+        for logits in self.scorer(split).score_many(plans):
             values = score_answers(self._objective, logits.numpy(), self.prompts(split).answers, subjects)
             result = {**values._asdict(), "n_questions": len(subjects), "seconds": time.perf_counter() - began}
             results.append(result | ({"logits": logits.numpy()} if self._return_logits else {}))
+            began = time.perf_counter()
         return results
 
     def answers(self, item: tuple[MergePlan, str, int | None, bool]) -> Answers:
@@ -145,7 +150,7 @@ class ModelWorker:
         if number is not None:
             shard = prompts.shards[number]
             return answer_shard(self.runner, plan, prompts, shard, trunk=self._trunk, prompt_nll=prompt_nll)
-        logits, logsumexp, top = (values.numpy() for values in self.scorer(split).score(plan, vocabulary=True))
+        logits, logsumexp, top = (values.numpy() for values in self.scorer(split).score(plan))
         n = len(logits)
         is_letter = np.isin(top, prompts.letters)
         return Answers(np.arange(n), logits, logsumexp, is_letter, np.full(n, np.nan), np.zeros(n, dtype=np.int64))

@@ -58,9 +58,7 @@ def main() -> None:
 
     checkpoint = Checkpoint(options.model)
     names = load_questions(options.mmlu, split="test").subjects[: options.subjects]
-    questions = load_questions(
-        options.mmlu, split="test", subjects=list(names), limit_per_subject=options.questions
-    )
+    questions = load_questions(options.mmlu, split="test", subjects=list(names), limit_per_subject=options.questions)
     prompts = encode_questions(questions, checkpoint.tokenizer)
     generator = random.Random(0)
     candidates = [[generator.uniform(0.3, 0.7) for _ in range(options.merges)] for _ in range(options.candidates)]
@@ -73,9 +71,9 @@ def main() -> None:
         # Unrounded: the reference merges in float32 and keeps float32.
         scorer = TailScorer(trunk, prompts, fused_dtype=torch.float32)
         setup_seconds = time.perf_counter() - began
-        scorer.score(plans[0])
+        list(scorer.score_many(plans[:1]))
         began = time.perf_counter()
-        scores = [scorer.score(plan)[0] for plan in plans]
+        scores = list(scorer.score_many(plans))
         trunk_seconds = (time.perf_counter() - began) / len(plans)
     del scorer
 
@@ -84,7 +82,8 @@ def main() -> None:
         began = time.perf_counter()
         merged = published_merge(model, candidates[0])
         merge_seconds = time.perf_counter() - began
-        timed = generator.sample(range(len(questions.questions)), min(options.reference_questions, len(questions.questions)))
+        n = len(questions.questions)
+        timed = generator.sample(range(n), min(options.reference_questions, n))
         reference, began = [], time.perf_counter()
         for row in timed:
             question = questions.questions[row]
@@ -92,7 +91,7 @@ def main() -> None:
             ids = checkpoint.tokenizer(text, return_tensors="pt").input_ids
             reference.append(merged(ids).logits[0, -1, list(prompts.letters)])
         forward_seconds = (time.perf_counter() - began) / len(timed)
-    reference_seconds = merge_seconds + forward_seconds * len(questions.questions)
+    reference_seconds = merge_seconds + forward_seconds * n
     found, expected = scores[0][timed], torch.stack(reference)
     print(
         json.dumps(
@@ -102,7 +101,7 @@ def main() -> None:
                 "ratio": round(reference_seconds / trunk_seconds, 1),
                 "max_abs_logit_difference": float((found - expected).abs().max()),
                 "predictions_agree": bool((found.argmax(-1) == expected.argmax(-1)).all()),
-                "questions": len(questions.questions),
+                "questions": n,
                 "questions_timed": len(timed),
                 "setup_seconds_once": round(setup_seconds, 2),
                 "merges": options.merges,
