@@ -275,7 +275,8 @@ class _Log:
 def _print_table(header: list[str], cells: list[list[str]]) -> None:
     widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
     for row in [header, ["-" * width for width in widths], *cells]:
-        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
+        cells_of_row = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join([row[0].ljust(widths[0]), *cells_of_row[1:]]))
 
 
 def print_search(run: RunDirectory, split: str) -> None:
