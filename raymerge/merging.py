@@ -1,4 +1,4 @@
-"""Merge a model by a plan and save it: an ordinary checkpoint with the plan, the receipts and a model card beside it."""
+"""Merge a model by a plan and save it: an ordinary checkpoint, with the plan, receipts and a model card beside it."""
 
 from __future__ import annotations
 
