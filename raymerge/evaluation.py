@@ -74,7 +74,10 @@ def answer_shard(
         is_letter = torch.isin(top.cpu(), torch.tensor(prompts.letters))
         order = [i for members, _, _ in state.batches for i in members]
         tokens = np.array([len(state.group.sequences[i]) for i in order])
-        losses = _sequence_nll(runner, state)[order] / tokens if prompt_nll else np.full(len(rows), np.nan)
+        losses = np.full(len(rows), np.nan)
+        if prompt_nll:
+            scored = tokens - (state.prefix.shape[1] == 0)
+            losses = _sequence_nll(runner, state)[order] / np.where(scored > 0, scored, np.nan)
         parts.append(
             Answers(np.array(rows), logits.cpu().numpy(), logsumexp.cpu().numpy(), is_letter.numpy(), losses, tokens)
         )

@@ -19,11 +19,12 @@ import numpy as np
 import pyarrow.compute as pc
 
 import raymerge
-from raymerge import demo, rows
+from raymerge import rows
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config, ConfigError
 from raymerge.evaluation import Answers
 from raymerge.fusion import check_mergeable, receipts
+from raymerge.inputs import REPORT, SEARCH, TEXT, read_questions, read_text
 from raymerge.merging import save_merged
 from raymerge.objectives import is_minimised, objective_subjects, score_answers
 from raymerge.plan import (
@@ -39,10 +40,11 @@ from raymerge.plan import (
 )
 from raymerge.pool import Placement, WorkerPool, cluster_resources, plan_workers, start_ray
 from raymerge.progress import Progress, Silent
-from raymerge.questions import QuestionSet, load_questions
-from raymerge.search import BayesProposer, RandomProposer, choose_batch, run_search
+from raymerge.proposers import BayesProposer, RandomProposer
+from raymerge.questions import QuestionSet
+from raymerge.search import choose_batch, run_search
 from raymerge.tables import RunDirectory, derive_accuracy
-from raymerge.worker import TEXT, ModelWorker
+from raymerge.worker import ModelWorker
 
 FIXED_CONTROL = 0.62  # the constant that published coefficients amount to; see method, similarity_ratio
 
@@ -56,35 +58,10 @@ class _Inputs:
     text: str | None
 
 
-def read_text(source: str | None) -> str | None:
-    """The plain text for perplexity: "demo", a UTF-8 file, or None."""
-    if source is None:
-        return None
-    path = demo.TEXT_PATH if source == "demo" else Path(source).expanduser()
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.perplexity_text = {source!r} cannot be read as UTF-8 text: {error}") from error
-
-
-def _read_inputs(config: Config, splits: Sequence[tuple[str, int | None]]) -> _Inputs:
-    model, data = config.model, config.data
+def _read_inputs(config: Config, roles: Sequence[str]) -> _Inputs:
+    model = config.model
     checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    questions = {
-        split: load_questions(
-            data.mmlu,
-            language=data.language,
-            split=split,
-            subjects=data.subjects,
-            shots=data.shots,
-            limit_per_subject=limit,
-            seed=data.seed,
-            revision=data.revision,
-            domains=data.domains or None,
-        )
-        for split, limit in splits
-    }
-    return _Inputs(checkpoint, questions, read_text(data.perplexity_text))
+    return _Inputs(checkpoint, {role: read_questions(config, role) for role in roles}, read_text(config))
 
 
 def _place(config: Config) -> Placement:
@@ -95,19 +72,7 @@ def _place(config: Config) -> Placement:
 def _open_pool(config: Config, inputs: _Inputs, placement: Placement, cache: str, first: int | None) -> WorkerPool:
     return WorkerPool(
         ModelWorker,
-        {
-            "model": config.model,
-            "questions": inputs.questions,
-            "text": inputs.text,
-            "text_tokens": config.data.perplexity_tokens,
-            "first": first,
-            "cache": cache,
-            "threads": config.workers.cpus_per_worker,
-            "search_split": config.data.search_split,
-            "objective": config.search.objective,
-            "biases": config.plan.biases,
-            "return_logits": config.output.store_candidate_answers,
-        },
+        {"config": config, "roles": tuple(inputs.questions), "first": first, "cache": cache},
         count=placement.count,
         cpus_per_worker=placement.cpus,
         gpus_per_worker=placement.gpus,
@@ -116,15 +81,20 @@ def _open_pool(config: Config, inputs: _Inputs, placement: Placement, cache: str
     )
 
 
-def _describe_workers(pool: WorkerPool, checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """What every worker holds; refuses a pool whose machines have different models under one path."""
+def _describe_workers(pool: WorkerPool, inputs: _Inputs) -> list[dict[str, Any]]:
+    """What every worker holds; refuses a pool whose machines have other files under the same paths."""
     found = pool.broadcast("describe")
-    strangers = [worker for worker in found if worker["model_identity"] != checkpoint.identity]
-    if strangers:
-        raise ValueError(
-            f"worker on {strangers[0]['host']} holds model {strangers[0]['model_identity']} under "
-            f"{checkpoint.directory}, the driver {checkpoint.identity}: give every machine the same files"
-        )
+    ours = {
+        "model_identity": inputs.checkpoint.identity,
+        "data_identities": {role: questions.identity for role, questions in inputs.questions.items()},
+    }
+    for worker in found:
+        for key, value in ours.items():
+            if worker[key] != value:
+                raise ValueError(
+                    f"{key} of the worker on {worker['host']} is {worker[key]}, the driver's {value}: the paths in the "
+                    "configuration must lead to the same files on every machine"
+                )
     return found
 
 
@@ -142,9 +112,8 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     directory cannot be used.
     """
     progress = progress or Silent()
-    data, merges = config.data, config.plan.merges
-    splits = [(data.search_split, data.limit_per_subject), (data.report_split, data.report_limit_per_subject)]
-    inputs = _read_inputs(config, splits)
+    merges = config.plan.merges
+    inputs = _read_inputs(config, (SEARCH, REPORT))
     checkpoint = inputs.checkpoint
     check_merges(checkpoint.n_layers, merges)
     start = _starting_plan(config, checkpoint.n_layers)
@@ -153,7 +122,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
         check_mergeable(checkpoint, plan)
         if len(plan.steps) != merges or plan.selection != "tail":
             raise PlanError(f"plan {plan.name} has {len(plan.steps)} steps, not a tail merge of plan.merges = {merges}")
-    known_subjects = inputs.questions[data.search_split].subjects
+    known_subjects = inputs.questions[SEARCH].subjects
     if missing := sorted(set(objective_subjects(config.search.objective) or ()) - set(known_subjects)):
         raise ConfigError(f"search.objective names {missing}, which are not among the {len(known_subjects)} subjects")
 
@@ -209,7 +178,7 @@ class _Search:
         began = time.monotonic()
         with _open_pool(self.config, self.inputs, placement, self.cache, self.first) as pool:
             self.pool = pool
-            self.facts["workers"] = _describe_workers(pool, self.inputs.checkpoint)
+            self.facts["workers"] = _describe_workers(pool, self.inputs)
             self._compute_trunk()
             trunk_seconds = time.monotonic() - began
             controls = self._controls(start)
@@ -231,7 +200,7 @@ class _Search:
             command=self.command,
             seeds={"data": self.config.data.seed, "search": self.config.search.seed},
             model={"path": self.config.model.path, "identity": self.identity, "revision": self.config.model.revision},
-            data={split: questions.identity for split, questions in self.inputs.questions.items()},
+            data={role: questions.identity for role, questions in self.inputs.questions.items()},
             text_hash=None if self.inputs.text is None else rows.text_hash(self.inputs.text),
             best={"name": best.name, "plan_id": best.plan_id(self.identity), "alphas": best.alphas, "model": model},
             figures=figures,
@@ -250,7 +219,7 @@ class _Search:
             items += [(of, number) for number in range(len(tokens))]
             sizes += tokens
         self.n_text_shards = sum(of == TEXT for of, _ in items)
-        self.n_report_shards = sum(of == self.config.data.report_split for of, _ in items)
+        self.n_report_shards = sum(of == REPORT for of, _ in items)
         order = sorted(range(len(items)), key=lambda i: -sizes[i])
         self.progress.stage("trunk states (tokens)", sum(sizes))
         done = 0
@@ -280,15 +249,14 @@ class _Search:
 
     def _try_controls(self, controls: list[MergePlan]) -> float:
         """Judge the controls on the search questions, as rows of `trials`; seconds that a candidate takes."""
-        split = self.config.data.search_split
-        questions = self.inputs.questions[split]
+        questions = self.inputs.questions[SEARCH]
         answers = np.array([question.answer for question in questions.questions])
         subjects = [question.subject for question in questions.questions]
         tail = [plan for plan in controls if plan.steps]
         self.progress.stage("controls on the search questions", len(tail))
         found = self.pool.map(
             "answers",
-            [(plan, split, None, False) for plan in tail],
+            [(plan, SEARCH, None, False) for plan in tail],
             lambda number, _: self.progress.advance(number + 1),
         )
         objective, trials = self.config.search.objective, []
@@ -311,17 +279,20 @@ class _Search:
                     "status": "ok",
                 }
             )
-            self._write_answers(plan, split, result)
+            self._write_answers(plan, SEARCH, result)
         self.run.append("trials", trials, part="controls")
         # The second call is warm: the first has set up the scorer.
         start = controls[-1].alphas
         timed = self.pool.broadcast("score", [start])
         return max(results[0]["seconds"] for results in timed)
 
-    def _write_answers(self, plan: MergePlan, split: str, answers: Answers) -> None:
+    def _write_answers(self, plan: MergePlan, role: str, answers: Answers) -> None:
+        data = self.config.data
+        if role == SEARCH and data.search_split == data.report_split:
+            return  # The report answers the same split; rows are told apart by split.
         plan_id = plan.plan_id(self.identity)
-        table = rows.answer_table(plan_id, split, self.inputs.questions[split], answers)
-        self.run.append("answers", table, part=f"{split}-{plan_id}")
+        table = rows.answer_table(plan_id, self.inputs.questions[role], answers)
+        self.run.append("answers", table, part=f"{role}-{plan_id}")
 
     # -- the search
 
@@ -374,7 +345,6 @@ class _Search:
     def _record(self, part: str, trials: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
         """Store one finished batch; the searcher is told only after this returns."""
         if self.config.output.store_candidate_answers:
-            split = self.config.data.search_split
             for trial, result in zip(trials, results, strict=True):
                 if trial["status"] == "ok":
                     logits = result["logits"]
@@ -382,7 +352,7 @@ class _Search:
                     empty = np.full(n, np.nan)
                     self._write_answers(
                         self._plan(trial["alphas"], "candidate", "found"),
-                        split,
+                        SEARCH,
                         Answers(np.arange(n), logits, empty, empty, empty, empty),
                     )
         self.run.append("trials", trials, part=part)
@@ -418,7 +388,7 @@ class _Search:
             if plan.plan_id(self.identity) not in stored:
                 whole = not plan.steps or data.question_perplexity
                 numbers = range(self.n_report_shards) if whole else [None]
-                jobs["answers", plan] = [(plan, data.report_split, n, data.question_perplexity) for n in numbers]
+                jobs["answers", plan] = [(plan, REPORT, n, data.question_perplexity) for n in numbers]
         measured = set(self.run.read("perplexity", ["plan_id"])["plan_id"].to_pylist())
         for plan in plans:
             if self.n_text_shards and plan.plan_id(self.identity) not in measured:
@@ -437,9 +407,9 @@ class _Search:
             plan_id = plan.plan_id(self.identity)
             if method == "answers":
                 answers = Answers.join(results)
-                self._write_answers(plan, data.report_split, answers)
+                self._write_answers(plan, REPORT, answers)
                 if data.question_perplexity:
-                    questions = self.inputs.questions[data.report_split]
+                    questions = self.inputs.questions[REPORT]
                     perplexities += rows.question_perplexity_rows(plan_id, questions, answers)
             else:
                 nll, tokens = (sum(values) for values in zip(*results, strict=True))
@@ -496,8 +466,8 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
     """
     progress = progress or Silent()
     data = config.data
-    inputs = _read_inputs(config, [(data.report_split, data.report_limit_per_subject)])
-    checkpoint, questions = inputs.checkpoint, inputs.questions[data.report_split]
+    inputs = _read_inputs(config, (REPORT,))
+    checkpoint, questions = inputs.checkpoint, inputs.questions[REPORT]
     settings = {key: value for key, value in config.resolved().items() if key not in ("plan", "search")}
     run = RunDirectory.open(config.output.run, settings, "evaluate")
     if run.complete:
@@ -507,8 +477,8 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
     plan = base_plan(checkpoint.n_layers)
     plan_id = plan.plan_id(checkpoint.identity)
     with start_ray(), _open_pool(config, inputs, _place(config), run.path_of("cache"), None) as pool:
-        workers = _describe_workers(pool, checkpoint)
-        names = [data.report_split] + ([TEXT] if inputs.text is not None else [])
+        workers = _describe_workers(pool, inputs)
+        names = [REPORT] + ([TEXT] if inputs.text is not None else [])
         sizes = dict(zip(names, pool.map("shard_tokens", names), strict=True))
         progress.stage("evaluation (tokens)", sum(map(sum, sizes.values())))
         done = 0
@@ -521,8 +491,8 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
 
             return finished
 
-        tokens = sizes[data.report_split]
-        items = [(plan, data.report_split, number, data.question_perplexity) for number in range(len(tokens))]
+        tokens = sizes[REPORT]
+        items = [(plan, REPORT, number, data.question_perplexity) for number in range(len(tokens))]
         answers = Answers.join(pool.map("answers", items, counted(tokens)))
         perplexities = []
         if data.question_perplexity:
@@ -533,7 +503,7 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
             nll, scored = (sum(values) for values in zip(*found, strict=True))
             hashed = rows.text_hash(inputs.text)
             perplexities.append(rows.perplexity_row(plan_id, "text", nll / scored, scored, text_hash=hashed))
-    table = rows.answer_table(plan_id, data.report_split, questions, answers)
+    table = rows.answer_table(plan_id, questions, answers)
     run.replace("answers", table)
     run.replace("accuracy", derive_accuracy(run.read("answers")))
     run.replace("perplexity", perplexities)
@@ -543,7 +513,7 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
         "complete",
         command=command,
         model={"path": config.model.path, "identity": checkpoint.identity, "revision": config.model.revision},
-        data={data.report_split: questions.identity},
+        data={REPORT: questions.identity},
         text_hash=None if inputs.text is None else rows.text_hash(inputs.text),
         workers=workers,
     )

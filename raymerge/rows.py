@@ -46,14 +46,14 @@ def coefficient_rows(plan: MergePlan, plan_id: str) -> list[Row]:
     ]
 
 
-def answer_table(plan_id: str, split: str, questions: QuestionSet, answers: Answers) -> pa.Table:
+def answer_table(plan_id: str, questions: QuestionSet, answers: Answers) -> pa.Table:
     """Rows of `answers` for all questions of a set, in its order; `answers` must cover it exactly."""
     members = questions.questions
     if not np.array_equal(answers.rows, np.arange(len(members))):
-        raise ValueError(f"answers cover {len(answers.rows)} of {len(members)} questions of {split}")
+        raise ValueError(f"answers cover {len(answers.rows)} of {len(members)} questions of {questions.split}")
     columns = {
         "plan_id": [plan_id] * len(members),
-        "split": [split] * len(members),
+        "split": [questions.split] * len(members),
         "language": [question.language for question in members],
         "subject": [question.subject for question in members],
         "question_id": [question.question_id for question in members],

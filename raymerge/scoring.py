@@ -288,7 +288,7 @@ class TailScorer:
             mixed = self.sources.mix(torch.stack([self.coefficients(plan) for plan in together]), self.fused_dtype)
             for plan, parameters in zip(together, mixed, strict=True):
                 rest = plan.kept[self.first].index - self.first
-                yield self.hidden(self.sources.weights(parameters, rest, plan.biases == "merge"))
+                yield self.hidden(self.sources.weights(parameters, rest, plan.biases == "merge"), rest)
 
     def logits(self, coefficients: Tensor, *, rest: int = 0, merge_biases: bool = False) -> Tensor:
         """Answer logits (n, 4) in question order, differentiable in `coefficients` (sources,).
@@ -296,21 +296,22 @@ class TailScorer:
         rest: which source layer gives norms, attention window and, unless they are merged, biases.
         """
         (mixed,) = self.sources.mix(coefficients[None], self.fused_dtype)
-        return self._unsort(self.hidden(self.sources.weights(mixed, rest, merge_biases)) @ self._letters.T)
+        return self._unsort(self.hidden(self.sources.weights(mixed, rest, merge_biases), rest) @ self._letters.T)
 
     def _unsort(self, values: Tensor) -> Tensor:
         return values[torch.argsort(self.rows).to(values.device)]
 
-    def hidden(self, weights: dict[str, Tensor]) -> Tensor:
+    def hidden(self, weights: dict[str, Tensor], rest: int) -> Tensor:
         """States (n, d) float32 after the final norm at each question's last position, in bucket order.
 
-        weights: the merged layer's tensors by relative name, float32.
+        weights: the merged layer's tensors by relative name, float32; rest: the source layer whose window it has.
         """
+        window = self.runner.checkpoint.windows[self.first + rest]
         query = self._heads(self._last_normalised, "q", weights, self._last_rotary)
         keys = self._heads(self._tokens, "k", weights, self._rotary)
         values = self._project(self._tokens, "v", weights).unflatten(-1, (self._kv_heads, self._head_dim))
         query = query.unflatten(1, (self._kv_heads, self._groups))
-        attended = self._attend(query, keys, values, self.runner.checkpoint.windows[self.first + rest]).flatten(1)
+        attended = self._attend(query, keys, values, window).flatten(1)
         x = self._last + self._linear(attended, "self_attn.o_proj", weights)
         inner = _rms(x, self._epsilon) * weights["post_attention_layernorm.weight"]
         gate = self._activation(self._linear(inner, "mlp.gate_proj", weights))

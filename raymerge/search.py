@@ -1,0 +1,252 @@
+"""The alpha search on Ray Tune: trials that carry batches of candidates, and a record that outlives everything.
+
+A candidate on a frozen trunk costs less than Tune's own work for a trial (60-330 ms with reused trial actors), so a
+trial carries several. The caller's record of a batch is written before the proposer hears of it; a restart tells the
+proposer what the record holds and goes on. Tune's own snapshots are not needed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+from ray.tune.search import Searcher
+
+from raymerge.pool import WorkerError, WorkerPool, call_worker
+from raymerge.proposers import BayesProposer, Point, RandomProposer
+
+Row = dict[str, Any]
+#: record(part name, rows of table `trials`, the workers' results): stores one finished batch for good.
+Record = Callable[[str, list[Row], list[Row]], None]
+
+_OVERHEAD_S = 0.2  # of Tune for one trial, measured with reused trial actors: 0.06-0.33
+_SHARE = 0.1  # of a trial's time that may be overhead
+_ROUNDS = 10  # proposals must be able to learn at least so often
+_TIE_BREAK = 1e-3  # weight of the NLL (nats) beside an accuracy: below one question in 200 for differences under 5
+
+
+def choose_batch(seconds_per_candidate: float, candidates: int, concurrent: int) -> int:
+    """Candidates a trial should carry: enough that Tune's 0.2 s a trial is a tenth of its time, but so few that the
+    proposer learns at least ten times, and at least one."""
+    wanted = math.ceil(_OVERHEAD_S / _SHARE / max(seconds_per_candidate, 1e-6))
+    return max(1, min(wanted, candidates // (_ROUNDS * concurrent)))
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """finished: candidates that ended in this call, failed ones too; wall_seconds: from start to end; and the share
+    of the workers' time in that span in which they did not score (None where nothing was left to do)."""
+
+    finished: int
+    wall_seconds: float
+    share_not_scoring: float | None
+
+
+class _Trial(tune.Trainable):
+    """Hands a batch to a pool worker and waits. Takes no CPU itself, and is reused from trial to trial."""
+
+    def setup(self, config: Row, handles: Sequence[Any] = (), timeout_s: float = 600.0, method: str = "score") -> None:
+        self._handles, self._timeout_s, self._method = handles, timeout_s, method
+
+    def reset_config(self, new_config: Row) -> bool:
+        return True
+
+    def step(self) -> Row:
+        return {"results": self._score(self.config["candidates"]), "value": 0.0, "done": True}
+
+    def _score(self, candidates: list[Point]) -> list[Row]:
+        handle = self._handles[self.config["slot"]]
+        try:
+            return call_worker(handle, self._method, candidates, timeout_s=self._timeout_s)
+        except (WorkerError, Exception) as error:  # noqa: B014
+            if len(candidates) == 1:
+                return [{"error": f"{type(error).__name__}: {error}"[:2000]}]
+        # One bad candidate must not take its batch along: each is tried alone.
+        return [result for candidate in candidates for result in self._score([candidate])]
+
+
+class BatchSearcher(Searcher):
+    """Gives Tune one batch of candidates a trial, on a worker that is free; stores what comes back, then learns."""
+
+    def __init__(
+        self,
+        proposer: BayesProposer | RandomProposer,
+        *,
+        candidates: int,
+        batch: int,
+        concurrent: int,
+        describe: Callable[[Point], Row],
+        minimise: bool,
+        record: Record,
+        replayed: Sequence[Row] = (),
+        on_progress: Callable[[int, float | None], None] | None = None,
+    ):
+        super().__init__(metric="value", mode="max")
+        self._proposer, self._size, self._describe, self._record = proposer, batch, describe, record
+        self._minimise, self._on_progress = minimise, on_progress
+        self._free = list(range(concurrent))
+        self._running: dict[str, tuple[int, int, list[int], list[Point]]] = {}
+        self.best: tuple[float, float] | None = None
+        self.done = self.finished = 0
+        self.scoring_seconds = 0.0
+        self.failure: BaseException | None = None
+        for row in sorted(replayed, key=lambda row: row["iteration"]):
+            self._learn(row)
+        self._iteration = 1 + max((row["iteration"] for row in replayed), default=-1)
+        self._batch = 1 + max((row["batch"] for row in replayed), default=-1)
+        self._left = candidates - len(replayed)
+
+    def suggest(self, trial_id: str) -> Row | str | None:
+        if self.failure is not None or (self._left <= 0 and not self._running):
+            return self.FINISHED
+        if self._left <= 0 or not self._free:
+            return None
+        slot = self._free.pop(0)
+        count = min(self._size, self._left)
+        pending = [point for _, _, _, points in self._running.values() for point in points]
+        points = self._proposer.ask(count, pending)
+        iterations = list(range(self._iteration, self._iteration + count))
+        self._running[trial_id] = (slot, self._batch, iterations, points)
+        self._iteration, self._batch, self._left = self._iteration + count, self._batch + 1, self._left - count
+        return {"candidates": points, "slot": slot}
+
+    def on_trial_complete(self, trial_id: str, result: Row | None = None, error: bool = False) -> None:
+        if trial_id not in self._running:
+            return
+        slot, batch, iterations, points = self._running.pop(trial_id)
+        self._free.append(slot)
+        results = (result or {}).get("results")
+        if error or results is None:
+            results = [{"error": "the Tune trial failed; its error stands in Tune's folder of the run"}] * len(points)
+        rows = [
+            self._row(trial_id, slot, batch, iteration, point, found)
+            for iteration, point, found in zip(iterations, points, results, strict=True)
+        ]
+        try:
+            self._record(f"{rows[0]['searcher']}-{batch:06d}", rows, results)
+        except Exception as failed:
+            # Tune would take an exception here for the trial's; it ends the search and is raised when Tune is done.
+            self.failure = failed
+            return
+        self.finished += len(rows)
+        for row in rows:
+            self._learn(row)
+
+    def _row(self, trial_id: str, slot: int, batch: int, iteration: int, point: Point, found: Row) -> Row:
+        values = {key: found.get(key) for key in ("value", "accuracy", "nll")}
+        error = found.get("error")
+        if error is None and not all(value is not None and math.isfinite(value) for value in values.values()):
+            error = f"the score is not finite: {values}"
+        if error is not None:
+            values = dict.fromkeys(values)
+        return {
+            **self._describe(point),
+            "iteration": iteration,
+            "batch": batch,
+            "tune_trial": trial_id,
+            "actor": f"worker-{slot}",
+            "alphas": point,
+            **values,
+            "n_questions": found.get("n_questions", 0),
+            "seconds": found.get("seconds", 0.0),
+            "status": "ok" if error is None else "failed",
+            "error": error,
+        }
+
+    def _learn(self, row: Row) -> None:
+        self.done += 1
+        self.scoring_seconds += row["seconds"]
+        if row["status"] != "ok":
+            self._proposer.tell(row["alphas"], None)
+        else:
+            score = -row["value"] if self._minimise else row["value"]
+            # Accuracy over few questions is a staircase with ties, which the likelihood of the answers breaks.
+            self._proposer.tell(row["alphas"], score if self._minimise else score - _TIE_BREAK * row["nll"])
+            self.best = max(self.best, (score, -row["nll"])) if self.best else (score, -row["nll"])
+        if self._on_progress is not None:
+            shown = None if self.best is None else (-self.best[0] if self._minimise else self.best[0])
+            self._on_progress(self.done, shown)
+
+    def __getstate__(self) -> Row:
+        # Tune pickles its searcher for `Tuner.restore`, which is not used: the caller's record is the state.
+        return {"_metric": self._metric, "_mode": self._mode}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the caller's record is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the caller's record is the state."""
+
+
+def run_search(
+    pool: WorkerPool,
+    proposer: BayesProposer | RandomProposer,
+    *,
+    searcher: str,
+    objective: str,
+    minimise: bool,
+    candidates: int,
+    batch: int,
+    concurrent: int,
+    seed: int,
+    record: Record,
+    plan_id_of: Callable[[Point], str],
+    replayed: Sequence[Row] = (),
+    on_progress: Callable[[int, float | None], None] | None = None,
+    storage_path: str,
+    method: str = "score",
+) -> SearchOutcome:
+    """Evaluate candidates until `candidates` rows exist, those in `replayed` included.
+
+    The worker's `method` takes a list of points and returns, for each, a dict with value, accuracy, nll, n_questions
+    and seconds. A candidate whose worker raises, dies three times, or scores NaN ends as a failed row with its error.
+    Rows have the columns of table `trials`. Raises what `record` raises, after Tune has stopped.
+    """
+    alphas_done = len(replayed)
+    common = {"searcher": searcher, "seed": seed, "objective": objective}
+    algorithm = BatchSearcher(
+        proposer,
+        candidates=candidates,
+        batch=batch,
+        concurrent=concurrent,
+        describe=lambda point: {**common, "plan_id": plan_id_of(point)},
+        minimise=minimise,
+        record=record,
+        replayed=replayed,
+        on_progress=on_progress,
+    )
+    if alphas_done >= candidates:
+        return SearchOutcome(0, 0.0, None)
+    _quiet_tune()
+    began, replayed_seconds = time.monotonic(), algorithm.scoring_seconds
+    trainable = tune.with_parameters(_Trial, handles=pool.handles, timeout_s=pool.timeout_s, method=method)
+    tuner = tune.Tuner(
+        # The workers have the CPUs; Tune wants a trial to need something, so it gets a byte of memory.
+        tune.with_resources(trainable, {"cpu": 0, "memory": 1}),
+        tune_config=tune.TuneConfig(search_alg=algorithm, num_samples=-1, reuse_actors=True),
+        run_config=tune.RunConfig(
+            name=f"{searcher}-{uuid.uuid4().hex[:8]}",
+            storage_path=storage_path,
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=2),
+        ),
+    )
+    tuner.fit()
+    if algorithm.failure is not None:
+        raise algorithm.failure
+    wall = time.monotonic() - began
+    scoring = algorithm.scoring_seconds - replayed_seconds
+    return SearchOutcome(algorithm.finished, wall, 1.0 - scoring / (wall * concurrent))
+
+
+def _quiet_tune() -> None:
+    # Without the default loggers the driver needs a third of the CPU a trial; snapshots are not read.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")

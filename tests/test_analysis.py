@@ -1,0 +1,365 @@
+"""The analysis scripts on synthetic runs: what they write, and what they say when something is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from raymerge.tables import RunDirectory, RunError, derive_accuracy
+
+ANALYSIS = Path(__file__).parent.parent / "analysis"
+sys.path.insert(0, str(ANALYSIS))  # the scripts are not part of the package; run as scripts they find each other
+
+import accuracy as accuracy_script  # noqa: E402
+import alphas as alphas_script  # noqa: E402
+
+SUBJECTS = """abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
+college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
+econometrics electrical_engineering elementary_mathematics formal_logic global_facts high_school_biology
+high_school_chemistry high_school_computer_science high_school_european_history high_school_geography
+high_school_government_and_politics high_school_macroeconomics high_school_mathematics high_school_microeconomics
+high_school_physics high_school_psychology high_school_statistics high_school_us_history high_school_world_history
+human_aging human_sexuality international_law jurisprudence logical_fallacies machine_learning management marketing
+medical_genetics miscellaneous moral_disputes moral_scenarios nutrition philosophy prehistory professional_accounting
+professional_law professional_medicine professional_psychology public_relations security_studies sociology
+us_foreign_policy virology world_religions""".split()
+
+
+def make_run(
+    path, *, layers=16, merges=13, subjects=12, questions=20, candidates=60, languages=("en",),
+    objective="micro_accuracy", extra=(), found_is_base=False, seed=0,
+):  # fmt: skip
+    """A run as the search writes it, with plausible numbers: better plans answer more questions right."""
+    rng = np.random.default_rng(seed)
+    run = RunDirectory.open(path, {"model": {"path": "synthetic"}, "data": {"report_split": "test"}}, "search")
+    run.begin()
+    vectors = {
+        "base": None,
+        "drop": np.ones(merges),
+        "before_last": np.zeros(merges),
+        "published": np.full(merges, 0.6225),
+        "fixed_0.62": np.full(merges, 0.62),
+        "random": rng.uniform(0.3, 0.7, merges),
+        "found_random": np.clip(rng.normal(0.6, 0.2, merges), 0, 1),
+        "found_bayes": np.clip(rng.normal(0.75, 0.15, merges), 0, 1),
+        **{name: rng.uniform(0, 1, merges) for name in extra},
+    }
+    skill = {"base": 0.78, "drop": 0.55, "before_last": 0.27, "random": 0.5, "found_bayes": 0.66}
+    perplexity = {"base": 9.3, "drop": 310.0, "before_last": 31010.0}
+    ids = {name: f"{i:016x}" for i, name in enumerate(vectors)}
+    if found_is_base:
+        ids["found_bayes"] = ids["published"]
+    plans, coefficients, text, answers = [], [], [], []
+    for name, alphas in vectors.items():
+        kind = name.split("_0")[0].split("_bayes")[0].split("_random")[0]
+        common = {
+            "plan_id": ids[name], "name": name, "kind": kind, "selection": "tail", "alignment": "none", "norms": "keep",
+        }  # fmt: skip
+        ppl = perplexity.get(name, 80.0)
+        text.append(
+            {"plan_id": ids[name], "target": "text", "tokens": 4000, "nll": float(np.log(ppl)), "perplexity": ppl}
+        )
+        if alphas is None:
+            plans.append(common)
+            continue
+        rest = 1.0
+        kept = layers - 1 - merges
+        weight = {}
+        for step in range(merges):
+            plans.append({**common, "step": step, "into": layers - 2 - step, "remove": layers - 1 - step,
+                          "alpha": float(alphas[step])})  # fmt: skip
+        for step in reversed(range(merges)):
+            weight[layers - 2 - step] = rest * alphas[step]
+            rest *= 1 - alphas[step]
+        weight[layers - 1] = rest
+        coefficients += [
+            {"plan_id": ids[name], "kept_layer": kept, "source_layer": layer, "coefficient": float(value)}
+            for layer, value in weight.items()
+        ]
+    hard = dict(zip(SUBJECTS, rng.normal(0, 0.13, len(SUBJECTS)), strict=True))
+    for language in languages:
+        for subject in SUBJECTS[:subjects]:
+            truth, luck = rng.integers(4, size=questions), rng.uniform(size=questions)
+            for name in dict.fromkeys(vectors):
+                if found_is_base and name == "found_bayes":
+                    continue
+                p = np.clip(skill.get(name, 0.6) + hard[subject] - 0.1 * (language != "en"), 0.22, 0.97)
+                noise = rng.uniform(size=questions)
+                right = 0.6 * luck + 0.4 * noise < p
+                predicted = np.where(right, truth, np.where(noise < 0.5, 0, (truth + 1) % 4))
+                logits = rng.normal(0, 0.5, (questions, 4)).astype(np.float32)
+                logits[np.arange(questions), predicted] += 3
+                answers += [
+                    {"plan_id": ids[name], "split": "test", "language": language, "subject": subject,
+                     "question_id": f"{subject}/test/{i}", "content_hash": f"{i:x}", "answer": int(truth[i]),
+                     "predicted": int(logits[i].argmax()), "top_is_letter": bool(noise[i] < 0.9),
+                     **{f"logit_{c}": logits[i, k] for k, c in enumerate("abcd")}}
+                    for i in range(questions)
+                ]  # fmt: skip
+    lower = objective.endswith("nll")
+    for searcher in ("random", "bayes"):
+        rows = []
+        for i in range(candidates):
+            a = rng.uniform(0, 1, merges)
+            if searcher == "bayes":
+                a = np.clip(0.75 + (a - 0.75) * (0.3 + 0.7 * np.exp(-i / 15)), 0, 1)
+            share = round(200 * (0.68 - 0.5 * np.mean((a - 0.75) ** 2)) + rng.normal(0, 2)) / 200
+            failed = i == 7
+            rows.append({
+                "searcher": searcher, "iteration": i, "batch": i // 4, "tune_trial": f"t{i // 4}", "actor": "w0",
+                "seed": 0, "plan_id": f"{searcher}{i}", "alphas": a.tolist(), "objective": objective,
+                "value": None if failed else (2.4 - 2 * share if lower else share),
+                "accuracy": None if failed else share, "nll": None if failed else 2.4 - 2 * share,
+                "n_questions": 200, "seconds": 0.1,
+                "status": "failed" if failed else "ok", "error": "OutOfMemoryError" if failed else None,
+            })  # fmt: skip
+        if rows:
+            run.append("trials", rows, part=searcher)
+    values = {"drop": 0.55, "before_last": 0.3, "published": 0.6, "fixed_0.62": 0.605, "random": 0.52, "base": 0.78}
+    if candidates:
+        run.append("trials", [
+            {"searcher": "controls", "iteration": i, "batch": 0, "tune_trial": "", "actor": "w0", "seed": 0,
+             "plan_id": ids[name], "alphas": [], "objective": objective, "value": 2.4 - 2 * v if lower else v,
+             "accuracy": v, "nll": 2.4 - 2 * v, "n_questions": 200, "seconds": 0.1, "status": "ok"}
+            for i, (name, v) in enumerate(values.items())
+        ], part="controls")  # fmt: skip
+    run.replace("plans", plans)
+    run.replace("coefficients", coefficients)
+    run.replace("perplexity", text)
+    if answers:
+        run.append("answers", answers)
+        run.replace("accuracy", derive_accuracy(run.read("answers")))
+    run.write_manifest("complete", command=["synthetic"])
+    return run
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """(width, height); reading fails for half a file."""
+    height, width = matplotlib.image.imread(path).shape[:2]
+    return width, height
+
+
+def table_of(text: str, heading: str) -> list[list[str]]:
+    """Cells of the first Markdown table after a heading, without its rule."""
+    lines = text[text.index(heading) :].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    stop = next((i for i in range(start, len(lines)) if not lines[i].startswith("|")), len(lines))
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[start:stop]]
+    return [rows[0], *rows[2:]]
+
+
+@pytest.fixture(scope="module")
+def k13(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("k13") / "run")
+
+
+@pytest.fixture(scope="module")
+def alphas_text(k13):
+    assert alphas_script.main([k13.path_of()]) == 0
+    return Path(k13.path_of("figures"), "alphas.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def accuracy_text(k13):
+    assert accuracy_script.main([k13.path_of()]) == 0
+    return Path(k13.path_of("figures"), "accuracy.md").read_text()
+
+
+def test_scripts_write_whole_figures_into_the_run(k13, alphas_text, accuracy_text):
+    folder = Path(k13.path_of("figures"))
+    pictures = sorted(path.name for path in folder.iterdir() if path.suffix == ".png")
+    assert pictures == [
+        "accuracy.png", "accuracy_by_subject.png", "accuracy_by_subject_2.png", "alpha_distribution.png", "alphas.png",
+        "letters.png", "search_progress.png",
+    ]  # fmt: skip
+    assert all(min(png_size(folder / name)) > 400 for name in pictures)
+    assert sorted(p.name for p in folder.iterdir() if p.suffix != ".png") == ["accuracy.md", "alphas.md"]
+
+
+def test_alphas_by_step_are_the_plans(k13, alphas_text):
+    header, *rows = table_of(alphas_text, "## α by merge step")
+    names = "drop before_last published fixed_0.62 random found_random found_bayes".split()
+    assert header == ["step", "layers", *names]
+    assert [row[:2] for row in (rows[0], rows[-1])] == [["0", "15 → 14"], ["12", "3 → 2"]]
+    stored = {(row["name"], row["step"]): row["alpha"] for row in k13.read("plans").to_pylist()}
+    for step, row in enumerate(rows):
+        assert row[2:] == [f"{stored[name, step]:.4f}" for name in header[2:]]
+    assert "Without merge steps: base." in alphas_text
+
+
+def test_effective_coefficients_add_up_to_one_per_method(alphas_text):
+    _, *rows = table_of(alphas_text, "## Effective coefficients")
+    assert [int(row[0]) for row in rows] == list(range(2, 16))
+    sums = np.array([row[1:] for row in rows], dtype=float).sum(axis=0)
+    np.testing.assert_allclose(sums, 1, atol=0.0015)
+
+
+def test_layers_without_a_row_weigh_nothing_where_removed_and_one_where_left_alone():
+    plans = [
+        {"plan_id": "deep", "name": "deep", "matrix": None, "step": 0, "into": 4, "remove": 5, "alpha": 1.0},
+        {"plan_id": "deep", "name": "deep", "matrix": None, "step": 1, "into": 3, "remove": 4, "alpha": 1.0},
+        {"plan_id": "flat", "name": "flat", "matrix": None, "step": 0, "into": 4, "remove": 5, "alpha": 0.7},
+    ]
+    rows = [("deep", 3, 3, 1.0), ("flat", 4, 4, 0.7), ("flat", 4, 5, 0.3)]
+    names = ("plan_id", "kept_layer", "source_layer", "coefficient")
+    coefficients = [{"matrix": None, **dict(zip(names, row, strict=True))} for row in rows]
+    weights, layers = alphas_script.weights_of(plans, coefficients)
+    assert layers == [3, 4, 5]
+    assert weights == {("deep", None): {3: 1.0, 4: 0.0, 5: 0.0}, ("flat", None): {3: 1.0, 4: 0.7, 5: 0.3}}
+
+
+def test_search_table_names_the_best_trial(k13, alphas_text):
+    header, *rows = table_of(alphas_text, "## Search")
+    trials = [row for row in k13.read("trials").to_pylist() if row["status"] == "ok"]
+    for row in rows:
+        cells = dict(zip(header, row, strict=True))
+        best = max(t["value"] for t in trials if t["searcher"] == cells["searcher"])
+        assert cells["best value"] == f"{best:.4f}" and cells["failed"] == "1" and cells["candidates"] == "60"
+        assert cells["± s.e."] == f"{np.sqrt(best * (1 - best) / 199):.4f}"
+    assert {row[0] for row in rows} == {"bayes", "random"}  # controls are lines, not a search
+
+
+def trial(iteration, value, nll=None, status="ok", objective="micro_accuracy"):
+    return {"iteration": iteration, "value": value, "nll": nll, "status": status, "objective": objective}
+
+
+def test_best_trial_breaks_ties_by_nll_and_knows_the_direction():
+    rows = [trial(0, 0.5, 1.2), trial(1, 0.5, 1.1), trial(2, 0.4, 0.1), trial(3, None, status="failed"),
+            trial(4, 0.9, 0.1, status="failed"), trial(5, float("nan"))]  # fmt: skip
+    assert alphas_script.best_of(rows)["iteration"] == 1
+    assert alphas_script.best_of([{**row, "objective": "answer_nll"} for row in rows])["iteration"] == 2
+    assert alphas_script.best_of([trial(0, None, status="failed")]) is None
+
+
+def test_spread_keeps_labels_apart_in_order():
+    assert alphas_script.spread([0.0, 5.0], 1.0) == [0.0, 5.0]
+    moved = alphas_script.spread([1.0, 1.0, 1.1, 1.9, 7.0], 1.0)
+    assert np.diff(moved).min() >= 1 - 1e-12 and moved[-1] == 7.0
+    assert np.mean(moved[:4]) == pytest.approx(np.mean([1.0, 1.0, 1.1, 1.9]))
+
+
+def test_accuracy_table_is_the_stored_one(k13, accuracy_text):
+    stored = {(row["plan_id"], row["subject"]): row for row in k13.read("accuracy").to_pylist()}
+    ids = {row["name"]: row["plan_id"] for row in k13.read("plans").to_pylist()}
+    header, *rows = table_of(accuracy_text, "## test split")
+    for row in rows[:-1]:
+        micro, macro = stored[ids[row[0]], "_micro"], stored[ids[row[0]], "_macro"]
+        assert row[1] == "240"
+        assert row[2] == f"{micro['accuracy']:.3f} ± {micro['standard_error']:.3f}"
+        assert row[3] == f"{macro['accuracy']:.3f} ± {macro['standard_error']:.3f}"
+        assert row[5] == f"{micro['nll']:.3f}"
+    assert [row[6] for row in rows[:3]] == ["9.300", "310.0", "31,010"]
+    subjects = table_of(accuracy_text, "### By subject")
+    assert [row[0] for row in subjects[1:3]] == ["micro", "macro"] and len(subjects) == 15
+    base = [float(row[2].split()[0]) for row in subjects[3:]]
+    assert base == sorted(base, reverse=True)
+
+
+def test_differences_are_paired(k13, accuracy_text):
+    answers = k13.read("answers").to_pylist()
+    ids = {row["name"]: row["plan_id"] for row in k13.read("plans").to_pylist()}
+
+    def correct(name):
+        mine = [row for row in answers if row["plan_id"] == ids[name]]
+        return np.array([row["answer"] == row["predicted"] for row in sorted(mine, key=lambda row: row["question_id"])])
+
+    _, *rows = table_of(accuracy_text, "## test split")
+    d = correct("drop").astype(float) - correct("base")
+    expected = f"{d.mean():+.3f} ± {d.std(ddof=1) / np.sqrt(d.size):.3f}"
+    assert {row[0]: row[4] for row in rows}["drop"] == expected
+    assert {row[0]: row[4] for row in rows}["base"] == "–"
+
+
+def test_letters_and_always_a(k13, accuracy_text):
+    answers = k13.read("answers")
+    ids = {row["name"]: row["plan_id"] for row in k13.read("plans").to_pylist()}
+    mine = [row for row in answers.to_pylist() if row["plan_id"] == ids["before_last"]]
+    rows = {row[0]: row[1:] for row in table_of(accuracy_text, "### Letters")[1:]}
+    assert rows["before_last"][:4] == [f"{np.mean([r['predicted'] == k for r in mine]):.3f}" for k in range(4)]
+    assert rows["before_last"][4] == f"{np.mean([r['top_is_letter'] for r in mine]):.3f}"
+    truth = [f"{np.mean([r['answer'] == k for r in mine]):.3f}" for k in range(4)]
+    assert rows["right answers"] == [*truth, "–"]
+    overview = {row[0]: row for row in table_of(accuracy_text, "## test split")[1:]}
+    assert overview["always A"][2].startswith(truth[0])
+
+
+def test_many_plans_subjects_and_languages(tmp_path):
+    run = make_run(tmp_path / "run", layers=28, merges=4, subjects=57, questions=3, candidates=9, seed=1,
+                   objective="answer_nll", languages=("en", "es"), found_is_base=True)  # fmt: skip
+    out = tmp_path / "out"
+    assert alphas_script.main([run.path_of(), "--out", str(out)]) == 0
+    assert accuracy_script.main([run.path_of(), "--out", str(out)]) == 0
+    assert not Path(run.path_of("figures")).exists()
+    assert {"accuracy_en.png", "accuracy_es.png", "letters_es.png"} <= {path.name for path in out.iterdir()}
+    assert png_size(out / "accuracy_by_subject_es.png")[1] > 57 * 25  # a line of text is about 20 pixels
+    text = (out / "accuracy.md").read_text()
+    assert "language en" in text and "language es" in text and "published = found_bayes" in text
+
+
+def test_a_run_that_has_not_searched_gets_the_first_figure(tmp_path, capsys):
+    run = make_run(tmp_path / "run", merges=2, subjects=1, questions=2, candidates=0)
+    assert alphas_script.main([run.path_of()]) == 0
+    assert [Path(line).name for line in capsys.readouterr().out.split()] == ["alphas.png", "alphas.md"]
+
+
+def test_one_plan_one_question_without_perplexity(tmp_path):
+    run = RunDirectory.open(tmp_path / "run", {}, "evaluate")
+    run.replace("plans", [{"plan_id": "p", "name": "model", "kind": "base", "selection": "tail", "alignment": "none",
+                           "norms": "keep"}])  # fmt: skip
+    run.replace("answers", [{"plan_id": "p", "split": "validation", "language": "fr", "subject": "s",
+                             "content_hash": "", "question_id": "s/0", "answer": 1, "predicted": 1,
+                             **{f"logit_{c}": 0.0 for c in "abcd"}}])  # fmt: skip
+    assert accuracy_script.main([run.path_of()]) == 0
+    text = Path(run.path_of("figures"), "accuracy.md").read_text()
+    assert "| model | 1 | 1.000 ± – | 1.000 ± – | – | 1.386 | – | – |" in text
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [(alphas_script, "no rows in table plans, needed for the alphas; raymerge search CONFIG"),
+     (accuracy_script, "no rows in table plans, needed for the names of the plans; raymerge search CONFIG")],
+)  # fmt: skip
+def test_missing_tables_are_named_with_the_command(tmp_path, capsys, script, message):
+    RunDirectory.open(tmp_path / "run", {}, "search")
+    assert script.main([str(tmp_path / "run")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "figures").exists()
+
+
+def test_answers_of_a_split_nobody_asked_for(tmp_path):
+    run = make_run(tmp_path / "run", merges=1, subjects=1, questions=2, candidates=0)
+    answers = run.read("answers")
+    for split in ("dev", "validation"):
+        column = [split] * answers.num_rows
+        run.append(
+            "answers", answers.set_column(answers.schema.get_field_index("split"), "split", [column]), part=split
+        )
+    assert accuracy_script.report_split(run, run.read("answers")) == "test"
+    unasked = [row for row in run.read("answers").to_pylist() if row["split"] != "test"]
+    run.replace("answers", unasked)
+    with pytest.raises(RunError, match="answers for dev, validation"):
+        accuracy_script.draw(run, tmp_path)
+
+
+def test_what_is_no_run_is_an_error_and_help_teaches(tmp_path, capsys):
+    assert alphas_script.main([str(tmp_path)]) == 1
+    assert "not a run directory" in capsys.readouterr().err
+    done = subprocess.run(
+        [sys.executable, ANALYSIS / "alphas.py", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "search_progress.png" in done.stdout and "RUN/figures" in done.stdout
+
+
+if __name__ == "__main__":  # python tests/test_analysis.py DIR: runs to look at
+    folder = Path(sys.argv[1])
+    make_run(folder / "k13")
+    make_run(folder / "wide", layers=28, merges=4, subjects=57, objective="answer_nll", seed=1,
+             extra=[f"alphas_{i}" for i in range(8)], languages=("en", "es"), found_is_base=True)  # fmt: skip
+    for run in ("k13", "wide"):
+        for script in (alphas_script, accuracy_script):
+            script.main([str(folder / run)])

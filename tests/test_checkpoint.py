@@ -1,0 +1,466 @@
+"""checkpoint.py: opening, identity, refusals, and saving a merge that plain transformers loads."""
+
+import errno
+import json
+import resource
+import shutil
+import sys
+
+import huggingface_hub
+import pytest
+import tiny
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import raymerge.checkpoint
+from raymerge.architectures import ArchitectureError
+from raymerge.checkpoint import Checkpoint, CheckpointError, resolve_model
+from raymerge.demo import MODEL_PATH
+from raymerge.forward import LayerRunner
+from raymerge.fusion import fuse_state_dict, fused_tensors
+from raymerge.plan import base_plan, before_last_plan, tail_plan
+
+torch.set_num_threads(1)
+
+# The hub's HTTP client, whose own errors some failures are: httpx, or httpx2 from huggingface_hub 2 on.
+http_client = sys.modules[next(c.__module__ for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError").split(".")[0]]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny.make_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture
+def copy(llama, tmp_path):
+    """A copy of the checkpoint that a test may spoil."""
+    return shutil.copytree(llama, tmp_path / "copy")
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(values))
+
+
+def save_merge(checkpoint, plan, destination, **options):
+    kept = [layer.index for layer in plan.kept]
+    return checkpoint.save(fused_tensors(checkpoint, checkpoint.architecture, plan), kept, destination, **options)
+
+
+# -- opening ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_tensors_are_those_that_transformers_loads(tmp_path, family):
+    folder = tiny.make_checkpoint(tmp_path / "m", family, dtype=torch.bfloat16)
+    checkpoint = Checkpoint(str(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    state = model.state_dict()
+    for name in state:
+        assert checkpoint[name].dtype == torch.bfloat16
+        assert torch.equal(checkpoint[name], state[name])
+    assert checkpoint.dtype == torch.bfloat16 and checkpoint.n_layers == 5
+    assert set(checkpoint) == set(state) - ({"lm_head.weight"} if family == "qwen2" else set())
+    assert checkpoint.tied == (family == "qwen2")
+    assert len(checkpoint) == len(set(checkpoint))
+    parameters = sum(tensor.numel() for tensor in model.parameters())
+    assert checkpoint.size() == (parameters, 2 * parameters)
+    with pytest.raises(KeyError, match="nothing"):
+        checkpoint["nothing"]
+
+
+def test_a_layer_is_converted_and_the_stored_one_is_not(llama):
+    checkpoint = Checkpoint(str(llama))
+    layer = checkpoint.layer(3, dtype=torch.float64)
+    state = load_file(llama / "model.safetensors")
+    expected = {name for name in state if name.startswith("model.layers.3.")}
+    assert {f"model.layers.3.{name}" for name in layer} == expected
+    assert sorted(checkpoint.layer_tensors(3)) == sorted(layer)
+    assert all(torch.equal(value, state[f"model.layers.3.{name}"].double()) for name, value in layer.items())
+    assert checkpoint["model.layers.3.mlp.up_proj.weight"].dtype == torch.float32
+
+
+def test_layer_one_is_not_layer_ten(tmp_path):
+    folder = tiny.make_checkpoint(tmp_path / "m", "llama", num_hidden_layers=11)
+    checkpoint = Checkpoint(str(folder))
+    assert len(checkpoint.layer_tensors(1)) == len(checkpoint.layer_tensors(10)) == 9
+
+
+def test_shards_are_read_through_their_index(llama, tmp_path):
+    sharded = tiny.make_checkpoint(tmp_path / "m", "llama", shard="60KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 3
+    one, many = Checkpoint(str(llama)), Checkpoint(str(sharded))
+    assert set(one) == set(many)
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    assert one.identity != many.identity  # other files, though the same weights
+
+
+def test_other_safetensors_beside_the_model_are_not_the_model(copy):
+    """As Mistral publishes them: the same weights again under other names in consolidated.safetensors."""
+    save_file({"layers.0.attention.wq.weight": torch.zeros(2)}, copy / "consolidated.safetensors")
+    assert "layers.0.attention.wq.weight" not in Checkpoint(str(copy))
+
+
+def test_rotary_buffers_of_old_checkpoints_are_no_weights(copy, tmp_path):
+    """Llama 2's files hold them; transformers computes them."""
+    state = load_file(copy / "model.safetensors")
+    buffers = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(4) for n in range(5)}
+    save_file(state | buffers, copy / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint(str(copy))
+    assert set(checkpoint) == set(state)
+    assert "self_attn.rotary_emb.inv_freq" not in checkpoint.layer(0, dtype=torch.float32)
+
+
+def test_demo_and_folders_and_tilde(llama, monkeypatch):
+    assert resolve_model("demo") == MODEL_PATH
+    assert resolve_model(str(llama)) == llama
+    monkeypatch.setenv("HOME", str(llama.parent))
+    assert resolve_model(f"~/{llama.name}") == llama
+
+
+# -- identity --------------------------------------------------------------------------------------------------------
+
+
+def test_identity_is_of_the_content_not_of_the_place(llama, copy):
+    one = Checkpoint(str(llama)).identity
+    assert len(one) == 16 and int(one, 16) >= 0
+    edit_config(copy, _name_or_path="elsewhere", transformers_version="4.40.0")
+    (copy / "README.md").write_text("a note")
+    assert Checkpoint(str(copy)).identity == one
+
+
+def test_identity_changes_with_one_weight_and_with_the_config(llama, copy):
+    one = Checkpoint(str(llama)).identity
+    edit_config(copy, rms_norm_eps=2e-5)
+    assert Checkpoint(str(copy)).identity != one
+    shutil.copyfile(llama / "config.json", copy / "config.json")
+    state = load_file(copy / "model.safetensors")
+    state["model.layers.4.mlp.down_proj.weight"][3, 7] += 2**-20
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    assert Checkpoint(str(copy)).identity != one
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_missing_folders(tmp_path):
+    for path in (str(tmp_path / "absent"), "./absent", "absent", "a/b/c", "~/absent-folder/x"):
+        with pytest.raises(CheckpointError, match="there is no model folder .*give a folder, a hub id"):
+            resolve_model(path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="there is no model folder"):
+        resolve_model(str(tmp_path / "file"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="has no config.json"):
+        Checkpoint(str(tmp_path / "empty"))
+
+
+def test_missing_shard(tmp_path):
+    folder = tiny.make_checkpoint(tmp_path / "m", "llama", shard="60KB")
+    gone = sorted(folder.glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(CheckpointError, match=f"weight files are missing: {gone}"):
+        Checkpoint(str(folder))
+
+
+def test_missing_tensors(copy):
+    state = load_file(copy / "model.safetensors")
+    del state["model.layers.2.mlp.up_proj.weight"], state["lm_head.weight"]
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 2 of the tensors .*model.layers.2.mlp.up_proj.weight.*lm_head"):
+        Checkpoint(str(copy))
+
+
+def test_a_config_of_more_layers_than_there_are(copy):
+    edit_config(copy, num_hidden_layers=6)
+    with pytest.raises(CheckpointError, match="lacks 7 of the tensors .*model.layers.5"):
+        Checkpoint(str(copy))
+
+
+def test_pickles_are_never_loaded(copy):
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has no .safetensors weights$"):
+        Checkpoint(str(copy))
+    (copy / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    with pytest.raises(CheckpointError, match="pytorch_model.bin is a pickle, which raymerge never loads"):
+        Checkpoint(str(copy))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+def test_truncated_weights(copy, keep):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read: .*; fetch it again"):
+        Checkpoint(str(copy))
+
+
+def test_damaged_json(copy):
+    (copy / "config.json").write_text('{"model_type": "lla')
+    with pytest.raises(CheckpointError, match="config.json cannot be read"):
+        Checkpoint(str(copy))
+
+
+def test_damaged_index(tmp_path):
+    folder = tiny.make_checkpoint(tmp_path / "m", "llama", shard="60KB")
+    for text in ('{"weight_map": ', "{}", "[]"):
+        (folder / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(CheckpointError, match="index.json cannot be read"):
+            Checkpoint(str(folder))
+
+
+def test_quantised_checkpoints(copy):
+    edit_config(copy, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(CheckpointError, match="is quantised: merge the unquantised checkpoint"):
+        Checkpoint(str(copy))
+
+
+def test_unknown_architectures(copy):
+    edit_config(copy, model_type="gpt_neox")
+    with pytest.raises(ArchitectureError, match="'gpt_neox' is not supported; supported are llama, mistral"):
+        Checkpoint(str(copy))
+    edit_config(copy, model_type="from_the_future")
+    with pytest.raises(CheckpointError, match="transformers cannot read .*model type from_the_future"):
+        Checkpoint(str(copy))
+
+
+def test_no_tokenizer(copy):
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer that transformers can read"):
+        _ = Checkpoint(str(copy)).tokenizer
+
+
+def response(code):
+    return http_client.Response(code, request=http_client.Request("GET", "https://huggingface.co/x"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        LocalEntryNotFoundError("no connection and nothing cached"),
+        OfflineModeIsEnabled("offline mode is enabled"),
+        RepositoryNotFoundError("404 Client Error", response=response(404)),
+        GatedRepoError("403 Client Error", response=response(403)),
+        HFValidationError("Repo id must use alphanumeric chars"),
+        http_client.ProxyError("503 from the proxy"),
+        ConnectionResetError("reset by peer"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_hub_that_does_not_give_the_model(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(
+        CheckpointError, match=r"owner/name \(revision v2\) is no local folder and could not be"
+    ) as caught:
+        Checkpoint("owner/name", revision="v2")
+    assert type(error).__name__ in str(caught.value) and "local folder" in str(caught.value)
+
+
+def test_only_safetensors_and_text_are_fetched(monkeypatch, llama):
+    asked = {}
+
+    def fetch(name, **options):
+        asked.update(options, name=name)
+        return str(llama)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert Checkpoint("owner/name", revision="v2").directory == llama
+    assert (asked["name"], asked["revision"]) == ("owner/name", "v2")
+    assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked["allow_patterns"])
+
+
+def test_offline_mode_for_real(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="the model owner/name .* could not be fetched from the hub"):
+        resolve_model("owner/name")
+
+
+# -- saving ----------------------------------------------------------------------------------------------------------
+
+SAVED = {
+    "llama": {},
+    "llama_biases": {},
+    "llama3_rope": {},
+    "mistral_window": {},
+    "qwen2": {},
+    "qwen2_untied": {"tie_word_embeddings": False},
+    "qwen2_windows": {},
+    "qwen2_windows_before_last": {"max_window_layers": 4},
+    "qwen3": {},
+    "qwen3_biases": {"tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_a_saved_merge_is_an_ordinary_checkpoint(tmp_path, case):
+    """transformers' reload, the strictly loaded fused state dict and the published merging give the same logits."""
+    family = case if case in tiny.FAMILIES else next(f for f in sorted(tiny.FAMILIES, key=len)[::-1] if f in case)
+    folder = tiny.make_checkpoint(tmp_path / "base", family, **SAVED[case])
+    checkpoint = Checkpoint(str(folder))
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    if case.endswith("before_last"):
+        plan = before_last_plan(5, 2)
+    else:
+        plan = tail_plan(5, [0.3, 0.8], name="x", kind="found")
+    written = save_merge(checkpoint, plan, tmp_path / "merged")
+
+    merged, report = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert merged.config.num_hidden_layers == 3 and merged.dtype == torch.float32
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    assert written == sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    assert ("lm_head.weight" in stored) is not base.config.tie_word_embeddings
+
+    fused = fuse_state_dict(checkpoint, checkpoint.architecture, plan)
+    assert set(fused) == set(stored) and all(torch.equal(fused[name], stored[name]) for name in fused)
+
+    ids = torch.arange(70) * 7 % base.config.vocab_size
+    with torch.no_grad():
+        found = merged(input_ids=ids[None]).logits[0].double()
+    expected = tiny.plain_logits(tiny.merged_model(base, tiny.steps_of(plan)), ids)
+    # Float32 against float64: unit roundoff 6e-8, amplified by three layers of large weights.
+    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+    out = merged.generate(ids[None, :12], max_new_tokens=5, do_sample=False, use_cache=True)
+    slow = merged.generate(ids[None, :12], max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(out, slow)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer("the red cat")["input_ids"] == checkpoint.tokenizer("the red cat")["input_ids"]
+    # A merged model can be merged again.
+    again = Checkpoint(str(tmp_path / "merged"))
+    kept = [layer.index for layer in plan.kept]
+    assert again.size() == checkpoint.size(kept) == (written // 4, written)
+    assert again.n_layers == 3 and again.windows == [checkpoint.windows[layer] for layer in kept]
+
+
+def test_the_unmerged_plan_saves_the_model_itself(llama, tmp_path):
+    save_merge(Checkpoint(str(llama)), base_plan(5), tmp_path / "same")
+    one, two = load_file(llama / "model.safetensors"), load_file(tmp_path / "same" / "model.safetensors")
+    assert set(one) == set(two) and all(torch.equal(one[name], two[name]) for name in one)
+    first, second = (json.loads((f / "config.json").read_text()) for f in (llama, tmp_path / "same"))
+    assert first == second
+
+
+def test_the_stored_dtype_is_kept_whatever_computed(tmp_path):
+    folder = tiny.make_checkpoint(tmp_path / "base", "qwen2", dtype=torch.bfloat16)
+    checkpoint = Checkpoint(str(folder))
+    LayerRunner(checkpoint, dtype=torch.float32)  # must not change what the config says
+    save_merge(checkpoint, tail_plan(5, [0.4], name="x", kind="found"), tmp_path / "merged")
+    assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+
+
+def test_several_shards(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(raymerge.checkpoint, "_SHARD_BYTES", 50_000)
+    checkpoint, plan = Checkpoint(str(llama)), tail_plan(5, [0.4], name="x", kind="found")
+    written = save_merge(checkpoint, plan, tmp_path / "merged")
+    files = sorted(file.name for file in (tmp_path / "merged").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    sizes = 0
+    for file in files:
+        with safe_open(tmp_path / "merged" / file, framework="pt") as opened:
+            names = set(opened.keys())
+            held = sum(opened.get_tensor(n).numel() * 4 for n in names)
+        assert names == {name for name, where in index["weight_map"].items() if where == file}
+        assert held <= 50_000 or len(names) == 1
+        sizes += held
+    assert sizes == written == index["metadata"]["total_size"]
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    fused = fuse_state_dict(checkpoint, checkpoint.architecture, plan)
+    assert all(torch.equal(state[name], fused[name]) for name in fused)
+
+
+def test_tokenizer_generation_config_and_chat_template_are_carried(copy, tmp_path):
+    (copy / "generation_config.json").write_text('{"eos_token_id": [2, 3], "temperature": 0.5, "do_sample": true}')
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    (copy / "special_tokens_map.json").write_text("{}")
+    (copy / "README.md").write_text("about the base")
+    save_merge(
+        Checkpoint(str(copy)),
+        tail_plan(5, [0.4], name="x", kind="found"),
+        tmp_path / "merged",
+        extra_files={"README.md": "about the merge, größer", "plan.json": "[]"},
+    )
+    merged = tmp_path / "merged"
+    for name in ("generation_config.json", "chat_template.jinja", "special_tokens_map.json", "tokenizer.json"):
+        assert (merged / name).read_bytes() == (copy / name).read_bytes()
+    assert (merged / "README.md").read_text(encoding="utf-8") == "about the merge, größer"
+    assert (merged / "plan.json").read_text() == "[]"
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert model.generation_config.eos_token_id == [2, 3] and model.generation_config.temperature == 0.5
+
+
+def test_an_existing_folder_is_not_touched(llama, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(CheckpointError, match="mine exists already: give another folder"):
+        save_merge(Checkpoint(str(llama)), base_plan(5), tmp_path / "mine")
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_full_disk_leaves_nothing(llama, tmp_path, monkeypatch):
+    calls = []
+
+    def fill(tensors, path, **options):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path, **options)
+
+    monkeypatch.setattr(raymerge.checkpoint, "save_file", fill)
+    monkeypatch.setattr(raymerge.checkpoint, "_SHARD_BYTES", 50_000)
+    with pytest.raises(CheckpointError, match=r"could not write .*merged: .*No space left.*nothing was left behind"):
+        save_merge(Checkpoint(str(llama)), base_plan(5), tmp_path / "sub" / "merged")
+    assert len(calls) == 2
+    assert not list((tmp_path / "sub").iterdir())
+
+
+def test_a_write_that_the_system_refuses(llama, tmp_path):
+    """safetensors has an error of its own for this, which is no OSError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match="could not write .*merged: .*too large.*nothing was left behind"):
+            save_merge(Checkpoint(str(llama)), base_plan(5), tmp_path / "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_save_leaves_nothing(llama, tmp_path):
+    checkpoint = Checkpoint(str(llama))
+
+    def tensors():
+        yield "model.norm.weight", checkpoint["model.norm.weight"]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tensors(), [0], tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_does_not_stay(llama, tmp_path):
+    (tmp_path / "_tmp.merged").mkdir()
+    (tmp_path / "_tmp.merged" / "shard-9.safetensors").write_text("half")
+    save_merge(Checkpoint(str(llama)), base_plan(5), tmp_path / "merged")
+    assert not (tmp_path / "_tmp.merged").exists()
+    assert sorted(file.name for file in (tmp_path / "merged").glob("*.safetensors")) == ["model.safetensors"]

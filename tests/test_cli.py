@@ -1,0 +1,134 @@
+"""The command line: help that teaches, and wrong inputs that get one readable line and leave nothing behind."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from raymerge import cli, demo
+from raymerge.checkpoint import Checkpoint
+from raymerge.config import parse_config
+
+N_LAYERS = json.loads((demo.MODEL_PATH / "config.json").read_text())["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("command", [[], ["search"], ["evaluate"], ["merge"], ["config"]])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: raymerge" in capsys.readouterr().out
+
+
+def test_help_does_not_import_torch_or_ray():
+    code = "import sys; from raymerge import cli; cli._parser(); print([m for m in ('torch', 'ray') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_printed_configuration_is_a_configuration(capsys):
+    assert cli.main(["config", "--set", "plan.merges=4"]) == 0
+    values = yaml.safe_load(capsys.readouterr().out)
+    config = parse_config(values, source="printed")
+    assert config.plan.merges == 4
+    assert config.resolved() == values
+
+
+def _mmlu(folder, *, dev=5, row=("What?", "a", "b", "c", "d", "A")):
+    for split, count in (("dev", dev), ("val", 3), ("test", 3)):
+        (folder / split).mkdir(parents=True)
+        with (folder / split / f"anatomy_{split}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([row if i == 0 else ("Q", "a", "b", "c", "d", "B") for i in range(count)])
+    return folder
+
+
+def _alphas(path, steps):
+    entries = [{"step": 0, "layer_to_merge_into": i, "layer_to_remove": j, "ratio_i_alpha": a} for i, j, a in steps]
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def _refused(arguments, capsys, out, *words):
+    """Exit code 2, one line on stderr with all the words, nothing written."""
+    assert cli.main([str(a) for a in arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("raymerge: ") and "Traceback" not in error
+    for word in words:
+        assert word in error
+    assert not out.exists()
+
+
+def test_wrong_inputs_of_a_search_leave_nothing_half_written(tmp_path, capsys):
+    out = tmp_path / "run"
+    search = ["search", "--out", out]
+    (tmp_path / "empty").mkdir()
+    missing_dev = _mmlu(tmp_path / "few", dev=2)
+    short_row = _mmlu(tmp_path / "short", row=("What?", "a", "b", "c", "A"))
+    cases = [
+        (["search", tmp_path / "none.yaml", "--out", out], ["none.yaml", "jobs/configs"]),
+        ([*search, "--set", "plan.mergs=4"], ["plan.mergs", "merges"]),
+        ([*search, "--set", f"data.mmlu={tmp_path / 'missing'}"], ["missing"]),
+        ([*search, "--set", f"data.mmlu={tmp_path / 'empty'}"], ["empty"]),
+        ([*search, "--set", f"data.mmlu={missing_dev}"], ["anatomy", "2", "5"]),
+        ([*search, "--set", f"data.mmlu={short_row}"], ["anatomy", "line 1"]),
+        ([*search, "--set", f"plan.merges={N_LAYERS}"], [f"{N_LAYERS}", f"1 to {N_LAYERS - 1}"]),
+        ([*search, "--set", "plan.ratio=1.5"], ["plan.ratio", "1.5"]),
+        ([*search, "--set", f"model.path={tmp_path / 'nowhere'}"], ["nowhere", "hub id"]),
+        ([*search, "--set", "data.perplexity_text=/no/such/text"], ["/no/such/text"]),
+        ([*search, "--set", "search.objective=accuracy:anatomy"], ["anatomy"]),
+        ([*search, "--set", "data.search_split=test"], ["search_on_test"]),
+    ]
+    for arguments, words in cases:
+        _refused(arguments, capsys, out, *words)
+
+
+def test_wrong_alpha_files_are_refused_by_search_and_merge(tmp_path, capsys):
+    out = tmp_path / "out"
+    last = N_LAYERS - 1
+    cases = {
+        "outside.json": ([(last - 1, last, 1.2)], ["1.2", "[0, 1]"]),
+        "broken_chain.json": ([(last - 1, last, 0.5), (last - 1, last, 0.5)], ["already removed"]),
+        "apart.json": ([(last - 3, last, 0.5)], ["neighbours"]),
+        "too_deep.json": ([(40, 41, 0.5)], ["does not exist", f"0 to {last}"]),
+    }
+    for name, (steps, words) in cases.items():
+        path = _alphas(tmp_path / name, steps)
+        _refused(["merge", "demo", "--alphas", path, "--out", out], capsys, out, name, *words)
+        _refused(
+            ["search", "--out", out, "--set", "plan.base=file", "--set", f"plan.alpha_file={path}"],
+            capsys,
+            out,
+            name,
+            *words,
+        )
+
+
+def test_an_unknown_architecture_is_named_with_those_that_work(tmp_path, capsys):
+    model = tmp_path / "model"
+    model.mkdir()
+    values = json.loads((demo.MODEL_PATH / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**values, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    out = tmp_path / "out"
+    _refused(["evaluate", model, "--out", out], capsys, out, "gpt2", "llama")
+
+
+def test_an_unreachable_hub_says_what_to_do(tmp_path, capsys, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def unreachable(*_, **__):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    out = tmp_path / "out"
+    _refused(["evaluate", "owner/model", "--out", out], capsys, out, "owner/model", "no connection", "local folder")
+
+
+def test_merge_writes_a_checkpoint_that_evaluates_like_any_other(tmp_path, capsys):
+    alphas = _alphas(tmp_path / "a.json", [(N_LAYERS - 2, N_LAYERS - 1, 0.6)])
+    assert cli.main(["merge", "demo", "--alphas", str(alphas), "--out", str(tmp_path / "merged")]) == 0
+    assert f"{N_LAYERS} layers became {N_LAYERS - 1}" in capsys.readouterr().out
+    assert Checkpoint(str(tmp_path / "merged")).n_layers == N_LAYERS - 1

@@ -1,0 +1,258 @@
+"""config.py: defaults, YAML, overrides, and what is refused."""
+
+import re
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from raymerge.config import Config, ConfigError, load_config, parse_config
+
+# The shape that design.md documents; a default that changes is a change that users see.
+DEFAULTS = {
+    "model": {"path": "demo", "dtype": "auto", "revision": None, "add_bos": None, "trust_remote_code": False},
+    "data": {
+        "mmlu": "demo",
+        "revision": None,
+        "language": "en",
+        "subjects": "all",
+        "domains": {},
+        "shots": 5,
+        "search_split": "validation",
+        "report_split": "test",
+        "search_on_test": False,
+        "limit_per_subject": None,
+        "report_limit_per_subject": None,
+        "seed": 0,
+        "perplexity_text": "demo",
+        "perplexity_tokens": 8192,
+        "question_perplexity": False,
+    },
+    "plan": {
+        "merges": 13,
+        "selection": "tail",
+        "base": "fixed",
+        "ratio": 0.6225,
+        "similarity_run": None,
+        "alpha_file": None,
+        "alignment": "none",
+        "norms": "keep",
+        "biases": "keep",
+    },
+    "search": {
+        "searcher": "bayes",
+        "objective": "micro_accuracy",
+        "candidates": 60,
+        "initial": 10,
+        "random_candidates": 10,
+        "probes": [],
+        "bounds": [0.0, 1.0],
+        "batch": "auto",
+        "concurrent": "auto",
+        "seed": 0,
+    },
+    "workers": {
+        "count": "auto",
+        "gpus_per_worker": "auto",
+        "cpus_per_worker": 1,
+        "timeout_s": 1800.0,
+        "max_restarts": 3,
+    },
+    "output": {
+        "run": "runs/demo",
+        "cache": None,
+        "store_candidate_answers": False,
+        "save_best": True,
+        "figures": True,
+    },
+}
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults():
+    assert load_config().resolved() == DEFAULTS
+    assert parse_config({}, source="x") == Config() == load_config(None, [])
+
+
+def test_an_empty_file_and_empty_sections_are_all_defaults(tmp_path):
+    assert load_config(write(tmp_path, "")) == Config()
+    assert load_config(write(tmp_path, "# nothing\n")) == Config()
+
+
+def test_a_file_changes_what_it_names(tmp_path):
+    path = write(
+        tmp_path, "model: {path: /models/x, dtype: bfloat16}\nplan: {merges: 4}\nsearch:\n  bounds: [0.3, 0.7]\n"
+    )
+    expected = {section: dict(values) for section, values in DEFAULTS.items()}
+    expected["model"] |= {"path": "/models/x", "dtype": "bfloat16"}
+    expected["plan"] |= {"merges": 4}
+    expected["search"] |= {"bounds": [0.3, 0.7]}
+    assert load_config(path).resolved() == expected
+
+
+def test_what_is_written_to_a_run_reads_back_as_the_same_configuration():
+    config = parse_config(
+        {
+            "model": {"path": "über/x", "add_bos": True, "revision": "1e5"},
+            "data": {"subjects": ["anatomy", "law"], "domains": {"mine": ["a", "b"]}, "limit_per_subject": 3},
+            "plan": {"merges": 2, "ratio": 1 / 3, "base": "file", "alpha_file": "a.json", "biases": "merge"},
+            "search": {"objective": "accuracy:anatomy,law", "bounds": [0.1, 0.9], "batch": 4, "probes": ["p.json"]},
+            "workers": {"count": 2, "gpus_per_worker": 0.5},
+            "output": {"run": "s3://bucket/x", "cache": "/tmp/c"},
+        },
+        source="x",
+    )
+    text = yaml.safe_dump(config.resolved(), allow_unicode=True)
+    again = parse_config(yaml.safe_load(text), source="x")
+    assert again == config and again.resolved() == config.resolved()
+    assert again.plan.ratio == 1 / 3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"plan": {"mergs": 4}}, "here: unknown key plan.mergs: did you mean merges?"),
+        ({"modle": {}}, "here: unknown key modle: did you mean model?"),
+        ({"model": {"zzz": 1}}, "unknown key model.zzz: known are path, dtype, revision"),
+        ({"search": {"bound": [0, 1], "sed": 1}}, "unknown key search.sed: did you mean seed?"),
+        ({"model": 3}, "model = 3"),
+        ({"model": None}, "model = None"),
+        ({"plan": {"merges": 0}}, "plan.merges = 0"),
+        ({"plan": {"merges": "many"}}, "plan.merges = 'many'"),
+        ({"plan": {"merges": 2.5}}, "plan.merges = 2.5"),
+        ({"plan": {"ratio": 1.1}}, "plan.ratio = 1.1"),
+        ({"plan": {"ratio": float("nan")}}, "plan.ratio = nan"),
+        ({"plan": {"selection": "most_similar"}}, "plan.selection = 'most_similar': Input should be 'tail'"),
+        ({"plan": {"base": "file"}}, "base is file, so alpha_file must name one"),
+        ({"plan": {"base": "similarity"}}, "base is similarity, so similarity_run must name"),
+        ({"plan": {"base": "similarity_ratio"}}, "base is similarity_ratio, so similarity_run must name"),
+        ({"search": {"bounds": [0.7, 0.3]}}, "bounds are [0.7, 0.3]: they must satisfy 0 <= low < high <= 1"),
+        ({"search": {"bounds": [0.5, 0.5]}}, "bounds are [0.5, 0.5]"),
+        ({"search": {"bounds": [-0.1, 0.5]}}, "bounds are [-0.1, 0.5]"),
+        ({"search": {"bounds": [0.5, 1.1]}}, "bounds are [0.5, 1.1]"),
+        ({"search": {"bounds": [0.5, float("nan")]}}, "bounds are [0.5, nan]"),
+        ({"search": {"bounds": [0.5]}}, "search.bounds"),
+        ({"search": {"objective": "accurcy"}}, "'accurcy' is not one of micro_accuracy, macro_accuracy, answer_nll"),
+        ({"search": {"objective": "accuracy: "}}, "must be followed by subjects"),
+        ({"search": {"batch": 0}}, "search.batch = 0"),
+        ({"search": {"batch": "most"}}, "search.batch = 'most'"),
+        ({"search": {"candidates": 0}}, "search.candidates = 0"),
+        ({"workers": {"gpus_per_worker": -1}}, "workers.gpus_per_worker = -1"),
+        ({"workers": {"timeout_s": 0}}, "workers.timeout_s = 0"),
+        ({"data": {"shots": -1}}, "data.shots = -1"),
+        ({"data": {"limit_per_subject": 0}}, "data.limit_per_subject = 0"),
+        ({"data": {"search_split": "tests"}}, "data.search_split = 'tests'"),
+        ({"data": {"perplexity_tokens": 1}}, "data.perplexity_tokens = 1"),
+        ({"model": {"dtype": "int8"}}, "model.dtype = 'int8'"),
+    ],
+)
+def test_refused_values_name_the_key_the_value_and_what_is_allowed(values, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_config(values, source="here")
+
+
+def test_several_mistakes_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"plan": {"mergs": 4}, "search": {"batch": 0}}, source="x.yaml")
+    text = str(caught.value)
+    assert text.startswith("x.yaml: ") and "plan.mergs" in text and "search.batch = 0" in text and "\n" not in text
+
+
+@pytest.mark.parametrize("text", ["model: [", "a: b: c", "\t- x"])
+def test_bad_yaml(tmp_path, text):
+    with pytest.raises(ConfigError, match="run.yaml cannot be read as YAML"):
+        load_config(write(tmp_path, text))
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    with pytest.raises(ConfigError, match="there is no configuration .*absent.yaml"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match="must hold sections such as model"):
+        load_config(write(tmp_path, "- model\n- data\n"))
+    with pytest.raises(ConfigError, match="must hold sections"):
+        load_config(write(tmp_path, "just words"))
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        load_config(tmp_path / "binary.yaml")
+
+
+def test_overrides_come_last_and_are_yaml(tmp_path):
+    path = write(tmp_path, "plan: {merges: 4, ratio: 0.5}\noutput:\n")
+    config = load_config(
+        path,
+        [
+            "plan.merges=2",
+            "plan.merges=3",
+            "search.bounds=[0.3, 0.7]",
+            "data.limit_per_subject=null",
+            "data.subjects=anatomy, law",
+            "output.run=s3://b/x?region=a=b",
+            "data.domains.mine=[anatomy]",
+            "model.add_bos=false",
+        ],
+    )
+    assert (config.plan.merges, config.plan.ratio) == (3, 0.5)
+    assert config.search.bounds == (0.3, 0.7)
+    assert config.data.subjects == ["anatomy", "law"] and config.data.domains == {"mine": ["anatomy"]}
+    assert config.output.run == "s3://b/x?region=a=b"
+    assert config.model.add_bos is False
+    assert load_config(None, ["plan.merges=5"]).plan.merges == 5
+
+
+@pytest.mark.parametrize("override", ["merges", "merges=4", "=4", "plan.=4", ".merges=4", "plan.merges", ""])
+def test_overrides_that_are_none(override):
+    with pytest.raises(ConfigError, match="is no override: write section.key=value"):
+        load_config(None, [override])
+
+
+def test_overrides_are_checked_like_files(tmp_path):
+    with pytest.raises(ConfigError, match="the command line: unknown key plan.mergs: did you mean merges"):
+        load_config(None, ["plan.mergs=4"])
+    with pytest.raises(ConfigError, match="is no YAML"):
+        load_config(None, ["plan.merges=[1"])
+    with pytest.raises(ConfigError, match="path is not a section"):
+        load_config(write(tmp_path, "model: {path: x}"), ["model.path.deeper=1"])
+
+
+def test_searching_on_test_questions_needs_its_name_said():
+    with pytest.raises(ConfigError, match=r"data.search_split is test: .*data.search_on_test: true"):
+        parse_config({"data": {"search_split": "test"}}, source="x")
+    allowed = parse_config({"data": {"search_split": "test", "search_on_test": True}}, source="x")
+    assert allowed.data.search_split == "test"
+    assert load_config(None, ["data.search_split=test", "data.search_on_test=true"]) == allowed
+
+
+def test_subjects_as_text_or_list():
+    for value in ("law, anatomy,", ["law", "anatomy"]):
+        assert parse_config({"data": {"subjects": value}}, source="x").data.subjects == ["law", "anatomy"]
+    assert parse_config({"data": {"subjects": "all"}}, source="x").data.subjects == "all"
+
+
+def test_objectives():
+    for objective in ("micro_accuracy", "macro_accuracy", "answer_nll", "accuracy:anatomy", "accuracy:a,b"):
+        assert parse_config({"search": {"objective": objective}}, source="x").search.objective == objective
+
+
+def test_a_configuration_does_not_change():
+    config = Config()
+    for change in (
+        lambda: setattr(config, "plan", config.plan),
+        lambda: setattr(config.plan, "merges", 2),
+        lambda: setattr(config.search, "bounds", (0.1, 0.2)),
+    ):
+        with pytest.raises(ValidationError, match="frozen"):
+            change()
+    assert config == Config()
+
+
+def test_parsing_leaves_its_input_alone():
+    values = {"data": {"subjects": "law,anatomy"}}
+    parse_config(values, source="x")
+    assert values == {"data": {"subjects": "law,anatomy"}}

@@ -1,0 +1,197 @@
+"""evaluation.py: losses of prompts and of plain text against transformers' own, and joining shares.
+
+That its answers equal plain forwards for every family is in test_scoring.py, beside the scorer's.
+"""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+import raymerge.evaluation
+from raymerge.checkpoint import Checkpoint
+from raymerge.evaluation import Answers, answer_shard, text_nll
+from raymerge.forward import LayerRunner
+from raymerge.fusion import fused_tensors
+from raymerge.plan import PlanError, base_plan, before_last_plan, drop_plan, tail_plan
+from raymerge.prompts import Group, Prompts, Shard, encode_questions, encode_text
+from raymerge.questions import load_questions
+from raymerge.scoring import TailScorer, TrunkCache
+
+torch.set_num_threads(1)
+
+LIMIT = 2e-5  # as in test_scoring.py: float32's roundoff amplified by the layers, as a part of the largest logit
+N = tiny.N_LAYERS
+PLANS = [base_plan(N), tail_plan(N, [0.3, 0.8], name="x", kind="found"), before_last_plan(N, 2), drop_plan(N, 4)]
+REAL_MODEL, MMLU = os.environ.get("RAYMERGE_REAL_MODEL"), os.environ.get("RAYMERGE_MMLU")
+
+
+@pytest.fixture(scope="module", params=["llama_biases", "mistral_window", "qwen2_windows", "qwen3"])
+def case(request, tmp_path_factory):
+    folder = tiny.make_checkpoint(tmp_path_factory.mktemp("m"), request.param)
+    runner = LayerRunner(Checkpoint(str(folder)))
+    return SimpleNamespace(
+        runner=runner,
+        base=AutoModelForCausalLM.from_pretrained(folder),
+        trunk=TrunkCache(runner, N - 3, tmp_path_factory.mktemp("trunk")),
+    )
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return tiny.make_questions({"cats": 3, "roads": 3, "boxes": 1})
+
+
+def own_loss(model, group, sequence):
+    """transformers' loss over the sequence's own tokens: the prefix is masked by labels of -100."""
+    ids = torch.from_numpy(np.concatenate([group.prefix, sequence]))[None]
+    labels = ids.clone()
+    labels[0, : len(group.prefix)] = -100
+    with torch.no_grad():
+        return model(input_ids=ids, labels=labels, use_cache=False).loss.item()
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
+def test_prompt_losses_are_transformers_losses(case, questions, plan):
+    prompts = encode_questions(questions, tiny.demo_tokenizer(), shard_tokens=300)
+    merged = tiny.merged_model(case.base, tiny.steps_of(plan))
+    scale = max(
+        tiny.plain_logits(merged, ids).abs().max() for ids in tiny.whole_prompts(questions, tiny.demo_tokenizer())
+    )
+    for trunk in (None, case.trunk):
+        for shard in prompts.shards:
+            found = answer_shard(case.runner, plan, prompts, shard, trunk=trunk, prompt_nll=True)
+            assert found.prompt_nll.dtype == np.float64
+            by_row = dict(
+                zip(found.rows.tolist(), zip(found.prompt_nll, found.prompt_tokens, strict=True), strict=True)
+            )
+            for group in shard.groups:
+                for row, ids in zip(group.rows, group.sequences, strict=True):
+                    nll, tokens = by_row[row]
+                    assert tokens == len(ids)
+                    assert abs(nll - own_loss(merged, group, ids)) < LIMIT * scale
+
+
+def test_losses_that_were_not_asked_for(case, questions):
+    prompts = encode_questions(questions, tiny.demo_tokenizer())
+    found = answer_shard(case.runner, PLANS[1], prompts, prompts.shards[0])
+    assert np.isnan(found.prompt_nll).all() and (found.prompt_tokens > 0).all()
+
+
+def test_without_a_prefix_the_first_token_has_no_loss(case):
+    rng = np.random.default_rng(0)
+    group = Group(
+        "a",
+        np.zeros(0, np.int64),
+        (rng.integers(5, 800, 20), rng.integers(5, 800, 2), rng.integers(5, 800, 1)),
+        (0, 1, 2),
+    )
+    shard = Shard((group,))
+    prompts = Prompts((shard,), (5, 6, 7, 8), np.zeros(3, np.int8), False)
+    found = answer_shard(case.runner, base_plan(N), prompts, shard, prompt_nll=True)
+    model = tiny.merged_model(case.base, [])
+    assert np.isnan(found.prompt_nll[2]) and found.prompt_tokens.tolist() == [20, 2, 1]
+    for row, ids in enumerate(group.sequences[:2]):
+        assert abs(found.prompt_nll[row] - own_loss(model, group, ids)) < LIMIT * 50
+
+
+# -- plain text ------------------------------------------------------------------------------------------------------
+
+TEXT = " ".join(np.random.default_rng(5).choice(tiny.WORDS, 400))
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
+@pytest.mark.parametrize(("window", "limit"), [(64, 300), (1024, None)])
+def test_text_losses_are_transformers_losses_window_by_window(case, plan, window, limit, monkeypatch):
+    """Windows of text are longer than the models' attention windows of 11 and 40."""
+    tokenizer = tiny.demo_tokenizer()
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"][:limit]
+    merged = tiny.merged_model(case.base, tiny.steps_of(plan))
+    total = scored = 0
+    for start in range(0, len(ids), window):
+        part = torch.tensor(ids[start : start + window])[None]
+        if part.shape[1] > 1:
+            with torch.no_grad():
+                loss = merged(input_ids=part, labels=part, use_cache=False).loss.item()
+            scored += part.shape[1] - 1
+            total += loss * (part.shape[1] - 1)
+    shards = encode_text(TEXT, tokenizer, limit=limit, window=window)
+    for trunk, piece in ((None, 512), (case.trunk, 7)):
+        monkeypatch.setattr(raymerge.evaluation, "_TEXT_TOKENS", piece)
+        found = [text_nll(case.runner, plan, shard, trunk=trunk) for shard in shards]
+        assert sum(tokens for _, tokens in found) == scored
+        # Each token's loss is as exact as a logit; logits of these models stay below 50.
+        assert abs(sum(nll for nll, _ in found) - total) < LIMIT * 50 * scored
+
+
+def test_plans_that_do_not_fit_are_refused(case, questions):
+    prompts = encode_questions(questions, tiny.demo_tokenizer())
+    with pytest.raises(PlanError, match="the plan is for 6 layers"):
+        answer_shard(case.runner, drop_plan(6, 2), prompts, prompts.shards[0])
+    with pytest.raises(PlanError, match="the plan is for 6 layers"):
+        text_nll(case.runner, drop_plan(6, 2), encode_text("the red cat", tiny.demo_tokenizer())[0])
+
+
+# -- joining ---------------------------------------------------------------------------------------------------------
+
+
+def part(rows):
+    rows = np.array(rows)
+    return Answers(rows, np.repeat(rows[:, None], 4, 1) + 0.5, rows * 2.0, rows % 2 == 0, rows * 3.0, rows * 4)
+
+
+def test_joined_shares_are_in_row_order():
+    joined = Answers.join([part([5, 2]), part([0]), part([4, 1, 3])])
+    expected = part(range(6))
+    for name in Answers.__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(joined, name), getattr(expected, name))
+    assert joined.logits.shape == (6, 4)
+    again = Answers.join(iter([joined]))
+    np.testing.assert_array_equal(again.rows, np.arange(6))
+
+
+# -- a real model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(
+    not (REAL_MODEL and MMLU), reason="RAYMERGE_REAL_MODEL (a checkpoint) and RAYMERGE_MMLU (its CSVs) are not both set"
+)
+def test_a_real_model_on_real_questions(tmp_path):
+    """Scorer and evaluation against transformers' float32 forward of the saved merge, whole prompts one at a time."""
+    checkpoint = Checkpoint(REAL_MODEL)
+    runner = LayerRunner(checkpoint)
+    questions = load_questions(MMLU, subjects="anatomy,astronomy", limit_per_subject=2)
+    prompts = encode_questions(questions, checkpoint.tokenizer)
+    plan = tail_plan(checkpoint.n_layers, [0.6, 0.3, 0.8], name="x", kind="found")
+    kept = [layer.index for layer in plan.kept]
+    checkpoint.save(fused_tensors(checkpoint, checkpoint.architecture, plan), kept, tmp_path / "merged")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+
+    rows = {
+        row: torch.from_numpy(np.concatenate([group.prefix, ids]))[None]
+        for shard in prompts.shards
+        for group in shard.groups
+        for row, ids in zip(group.rows, group.sequences, strict=True)
+    }
+    with torch.no_grad():
+        last = torch.stack([saved(input_ids=rows[row], use_cache=False).logits[0, -1] for row in range(4)])
+    expected = last[:, list(prompts.letters)].numpy()
+    right_tokens = torch.tensor([prompts.letters[answer] for answer in prompts.answers])
+    losses = F.cross_entropy(last, right_tokens, reduction="none")
+
+    trunk = TrunkCache(runner, checkpoint.n_layers - 4, Path(tmp_path) / "trunk")
+    logits, logsumexp, top = TailScorer(trunk, prompts).score(plan)
+    whole = Answers.join(answer_shard(runner, plan, prompts, shard, trunk=trunk) for shard in prompts.shards)
+    for found in (logits.numpy(), whole.logits):
+        assert np.abs(found - expected).max() < 1e-3
+        assert (found.argmax(-1) == expected.argmax(-1)).all()
+    assert torch.equal(top, last.argmax(-1))
+    right = logits[torch.arange(4), torch.from_numpy(prompts.answers).long()]
+    assert (logsumexp - right - losses).abs().max() < 1e-3

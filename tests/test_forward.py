@@ -1,0 +1,203 @@
+"""forward.py: layers run one at a time over shared prefixes, against transformers' hidden states of whole prompts."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+import raymerge.forward
+from raymerge.checkpoint import Checkpoint
+from raymerge.forward import LayerRunner, visible
+from raymerge.plan import base_plan, tail_plan
+from raymerge.prompts import Group, Shard
+
+torch.set_num_threads(1)
+
+# Float32 against float64: unit roundoff 6e-8, amplified by five layers whose weights are large on purpose (tiny.py).
+# Measured at most 3e-6 of the largest value; a wrong mask, position or norm moves it by more than 1e-2.
+LIMIT = 2e-5
+
+
+def ids_of(seed, n):
+    return np.random.default_rng(seed).integers(5, 800, n)
+
+
+@pytest.fixture(scope="module")
+def shard():
+    """Prefixes of several lengths (one empty), sequences from 1 to 90 tokens, in no order of length."""
+    lengths = [(30, (5, 61, 1)), (0, (17, 1, 40)), (3, (90, 2)), (120, (9,))]
+    groups, seed, row = [], 0, 0
+    for n_prefix, own in lengths:
+        prefix, seed = ids_of(seed, n_prefix), seed + 1
+        sequences = tuple(ids_of(seed + i, n) for i, n in enumerate(own))
+        groups.append(Group(f"s{seed}", prefix, sequences, tuple(range(row, row + len(own)))))
+        seed, row = seed + len(own), row + len(own)
+    return Shard(tuple(groups))
+
+
+def whole(shard):
+    return {
+        row: np.concatenate([group.prefix, ids])
+        for group in shard.groups
+        for row, ids in zip(group.rows, group.sequences, strict=True)
+    }
+
+
+@torch.no_grad()
+def hidden_states(folder, ids):
+    """Float64 states that enter layers 0 … L-1, and that leave the last one: L + 1 of (T, d), before the final norm."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    found = {}
+    for row, prompt in ids.items():
+        states = []
+        hooks = [
+            layer.register_forward_hook(lambda module, args, out, s=states: s.append((args[0][0], out[0])))
+            for layer in model.model.layers
+        ]
+        model(input_ids=torch.from_numpy(prompt)[None], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        found[row] = [before for before, _ in states] + [states[-1][1]]
+    return found
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_state_is_that_of_the_whole_prompt(tmp_path, shard, family):
+    folder = tiny.make_checkpoint(tmp_path / "m", family)
+    runner = LayerRunner(Checkpoint(str(folder)))
+    expected = hidden_states(folder, whole(shard))
+    layers = runner.plan_layers(base_plan(tiny.N_LAYERS))
+    states = runner.embed(shard)
+    for number in range(tiny.N_LAYERS + 1):
+        for group, (prefix, own) in zip(shard.groups, runner.pack(states), strict=True):
+            starts = np.cumsum([0, *map(len, group.sequences)])
+            for row, start, stop in zip(group.rows, starts, starts[1:], strict=False):
+                found = torch.cat([prefix, own[start:stop]]).double()
+                scale = expected[row][number].abs().max()
+                assert (found - expected[row][number]).abs().max() < LIMIT * scale, (number, row)
+        if number < tiny.N_LAYERS:
+            states = runner.run(states, layers[number : number + 1])
+
+
+def test_batches_do_not_change_anything(tmp_path, shard, monkeypatch):
+    runner = LayerRunner(Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", "mistral_window"))))
+    layers = runner.plan_layers(base_plan(tiny.N_LAYERS))
+    results = []
+    for tokens in (1, 100, 10**6):
+        monkeypatch.setattr(raymerge.forward, "_BATCH_TOKENS", tokens)
+        states = runner.embed(shard)
+        for state in states:
+            sizes = [len(members) * max(lengths) for members, lengths, _ in state.batches]
+            assert all(size <= tokens or len(state.batches[i][0]) == 1 for i, size in enumerate(sizes))
+            assert sorted(i for members, _, _ in state.batches for i in members) == list(range(len(state.group.rows)))
+            assert all(x.shape[1] == max(lengths) for _, lengths, x in state.batches)
+        results.append((sum(len(state.batches) for state in states), runner.pack(runner.run(states, layers))))
+    assert results[0][0] > results[1][0] > results[2][0]
+    for _, packed in results[:2]:
+        for pair, other in zip(packed, results[2][1], strict=True):
+            for a, b in zip(pair, other, strict=True):
+                assert a.shape == b.shape
+                if len(b):
+                    assert (a - b).abs().max() < LIMIT * b.abs().max()
+
+
+def test_packing_and_unpacking_are_inverse(tmp_path, shard):
+    runner = LayerRunner(Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", "llama"))))
+    packed = runner.pack(runner.embed(shard))
+    table = runner.checkpoint["model.embed_tokens.weight"]
+    for group, (prefix, own) in zip(shard.groups, packed, strict=True):
+        assert torch.equal(prefix, table[torch.from_numpy(group.prefix)])
+        assert torch.equal(own, table[torch.from_numpy(np.concatenate(group.sequences))])
+    again = runner.pack(runner.from_packed(shard, packed))
+    assert all(torch.equal(a, b) for one, two in zip(packed, again, strict=True) for a, b in zip(one, two, strict=True))
+
+
+def test_last_states_and_their_rows(tmp_path, shard):
+    runner = LayerRunner(Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", "llama"))))
+    table, prompts = runner.checkpoint["model.embed_tokens.weight"], whole(shard)
+    seen = []
+    for state in runner.embed(shard):
+        rows, last = state.last()
+        assert torch.equal(last, table[torch.tensor([prompts[row][-1] for row in rows])])
+        seen += rows
+    assert sorted(seen) == sorted(prompts)
+
+
+def test_a_layer_s_weights_are_asked_for_once_a_shard(tmp_path, shard, monkeypatch):
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", "llama")))
+    runner = LayerRunner(checkpoint)
+    asked = []
+    original = Checkpoint.layer
+    monkeypatch.setattr(Checkpoint, "layer", lambda self, n, **kw: asked.append(n) or original(self, n, **kw))
+    layers = runner.plan_layers(tail_plan(5, [0.5], name="x", kind="found"), 1)
+    assert [index for index, _ in layers] == [1, 2, 3] and not asked
+    runner.run(runner.embed(shard), layers)
+    assert asked == [1, 2]  # layer 3 is fused, not loaded
+
+
+def test_bfloat16_storage_is_computed_in_float32_on_a_cpu(tmp_path, shard):
+    """Converting is exact, so the states are those of the float32 copy of the stored model."""
+    folder = tiny.make_checkpoint(tmp_path / "m", "llama", dtype=torch.bfloat16)
+    runner = LayerRunner(Checkpoint(str(folder)))
+    assert runner.dtype == torch.float32
+    expected = hidden_states(folder, whole(shard))
+    states = runner.run(runner.embed(shard), runner.plan_layers(base_plan(5)))
+    for state in states:
+        rows, last = state.last()
+        for row, found in zip(rows, last, strict=True):
+            target = expected[row][-1][-1]
+            assert (found.double() - target).abs().max() < LIMIT * target.abs().max()
+
+
+def test_half_precision_on_request(tmp_path, shard):
+    folder = tiny.make_checkpoint(tmp_path / "m", "qwen3", dtype=torch.bfloat16)
+    runner = LayerRunner(Checkpoint(str(folder)), dtype=torch.bfloat16)
+    states = runner.run(runner.embed(shard), runner.plan_layers(base_plan(5)))
+    expected = hidden_states(folder, whole(shard))
+    for state in states:
+        rows, last = state.last()
+        assert last.dtype == torch.bfloat16
+        for row, found in zip(rows, last, strict=True):
+            target = expected[row][-1][-1]
+            # bfloat16's unit roundoff is 4e-3, amplified as float32's is above (50 times).
+            assert (found.double() - target).abs().max() < 0.2 * target.abs().max()
+        hidden = runner.normalise(last)
+        assert hidden.dtype == torch.float32
+
+
+def test_final_norm_and_vocabulary(tmp_path, monkeypatch):
+    """Whatever the size of the pieces in which the unembedding is converted."""
+    folder = tiny.make_checkpoint(tmp_path / "m", "qwen2", dtype=torch.bfloat16)  # tied
+    runner = LayerRunner(Checkpoint(str(folder)))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0)) * 5
+    with torch.no_grad():
+        expected = model.model.norm(x.double())
+        logits = expected @ model.lm_head.weight.T
+    hidden = runner.normalise(x)
+    # RMSNorm computes in float32 in transformers too: a few roundings of values below 10.
+    assert (hidden - expected).abs().max() < 1e-5
+    for chunk in (7, 500, 10**6):
+        monkeypatch.setattr(raymerge.forward, "_VOCABULARY_CHUNK", chunk)
+        logsumexp, top = runner.vocabulary(hidden)
+        assert torch.equal(top, logits.argmax(-1))
+        assert (logsumexp - torch.logsumexp(logits, -1)).abs().max() < 1e-6 * 32 * logits.abs().max()
+    rows = runner.unembedding_rows([3, 700])
+    assert torch.equal(rows, model.lm_head.weight[[3, 700]].float()) and rows.dtype == torch.float32
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 100])
+def test_visible_positions(window):
+    queries, keys = torch.arange(3, 9), torch.arange(9)
+    found = visible(queries, keys, window)
+    for i, q in enumerate(queries.tolist()):
+        for j, k in enumerate(keys.tolist()):
+            assert found[i, j] == (k <= q and (window is None or q - k < window))
+
+
+def test_a_runner_leaves_the_config_alone(tmp_path):
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", "qwen2", dtype=torch.bfloat16)))
+    before = checkpoint.config.to_dict()
+    LayerRunner(checkpoint, dtype=torch.float32)
+    assert checkpoint.config.to_dict() == before

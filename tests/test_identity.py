@@ -1,0 +1,87 @@
+"""Canonical text, digests and what the software says of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raymerge.identity import canonical_json, digest, git_state, plain, software
+
+
+def test_canonical_text_does_not_depend_on_order_or_container():
+    assert canonical_json({"b": (1, 2.0), "a": {"y": None, "x": True}}) == '{"a":{"x":true,"y":null},"b":[1,2.0]}'
+    assert canonical_json({"b": 1, "a": 2}) == canonical_json({"a": 2, "b": 1})
+
+
+def test_numbers_are_float64_in_shortest_form():
+    assert canonical_json([0.1, 1 / 3, 1e-7, -0.0, 1]) == "[0.1,0.3333333333333333,1e-07,0.0,1]"
+    assert canonical_json(np.float32(0.1)) == "0.10000000149011612"
+    assert canonical_json({"a": np.arange(3), "b": np.bool_(True)}) == '{"a":[0,1,2],"b":true}'
+
+
+def test_text_stays_unicode_and_paths_become_text():
+    assert canonical_json({"frage": "größer", "p": Path("a/b")}) == '{"frage":"größer","p":"a/b"}'
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [-np.inf]])
+def test_numbers_json_cannot_hold_are_refused(value):
+    with pytest.raises(ValueError, match="only finite"):
+        canonical_json(value)
+
+
+def test_nan_can_become_none():
+    assert plain({"a": [float("nan"), 1.0]}, nan_as_none=True) == {"a": [None, 1.0]}
+
+
+@pytest.mark.parametrize("value", [{1: "a"}, {1, 2}, object()])
+def test_other_types_are_refused(value):
+    with pytest.raises(TypeError):
+        canonical_json(value)
+
+
+def test_digest_is_sha256_of_the_utf8_text():
+    assert digest({"a": "é"}) == hashlib.sha256('{"a":"é"}'.encode()).hexdigest()[:16]
+    assert digest([1], length=64) == hashlib.sha256(b"[1]").hexdigest()
+    with pytest.raises(ValueError, match="length is 65"):
+        digest([1], length=65)
+
+
+def test_a_package_inside_somebody_elses_repository_has_no_commit(tmp_path):
+    package = tmp_path / "venv" / "package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    assert git_state(package) == (None, None)  # no repository at all
+
+    def git(*arguments):
+        subprocess.run(
+            ["git", "-C", tmp_path, "-c", "user.name=t", "-c", "user.email=t@t", *arguments],
+            check=True,
+            capture_output=True,
+        )
+
+    git("init")
+    (tmp_path / "readme").write_text("x")
+    git("add", "readme")
+    git("commit", "-m", "one")
+    assert git_state(package) == (None, None)  # a repository that does not track the package
+    git("add", "venv")
+    git("commit", "-m", "two")
+    head = subprocess.run(["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert git_state(package) == (head, False)
+    (package / "new.py").write_text("")
+    assert git_state(package) == (head, True)
+
+
+def test_git_missing_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_state(Path(__file__).parent) == (None, None)
+
+
+def test_software_names_versions():
+    known = software()
+    assert known["packages"]["numpy"] == np.__version__
+    assert set(known) == {"raymerge_version", "git_commit", "git_dirty", "python", "platform", "packages"}

@@ -1,0 +1,160 @@
+"""The house's layers, as docs/design.md draws them: who may import whom, and that importing does nothing."""
+
+import ast
+import graphlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "raymerge"
+
+# A new module gets a line here and in docs/design.md.
+LAYERS = {
+    0: ("identity", "statistics", "objectives", "plan", "diffusion", "similarity", "assignment"),
+    1: ("config", "schemas", "storage", "tables", "questions", "summary", "progress"),
+    2: (
+        "architectures", "checkpoint", "fusion", "prompts", "forward", "scoring", "evaluation", "rows", "merging",
+        "activations", "gradient",
+    ),
+    3: ("worker",),
+    4: ("pool", "search", "experiments"),
+    5: ("cli",),
+}  # fmt: skip
+LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
+# Third parties from the layer on in which they may first appear; Ray and its searcher in that one alone.
+THIRD_PARTY = {
+    "numpy": 0, "scipy": 0, "sklearn": 0,
+    "pydantic": 1, "yaml": 1, "pyarrow": 1, "huggingface_hub": 1,
+    "torch": 2, "transformers": 2, "safetensors": 2,
+    "ray": 4, "bayes_opt": 4, "threadpoolctl": 4,
+    "rich": 5,
+}  # fmt: skip
+ONLY_THERE = {"ray", "bayes_opt"}
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+DEMO = sorted(path.stem for path in (PACKAGE / "demo").glob("*.py") if path.stem != "__init__")
+
+
+def imports(path):
+    """Every module that a file imports, anywhere in it: full names, of raymerge's own down to the module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                inside = ROOT / Path(*whole.split("."))
+                found.add(whole if inside.is_dir() or inside.with_suffix(".py").is_file() else node.module)
+    return found
+
+
+def own(path):
+    return {name.removeprefix("raymerge.") for name in imports(path) if name.startswith("raymerge.")}
+
+
+def third_party(path):
+    tops = {name.split(".")[0] for name in imports(path)}
+    return tops - set(sys.stdlib_module_names) - {"raymerge", "__future__"}
+
+
+def test_the_parser_sees_imports_of_every_kind(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text(
+        "import ray.tune as t\nfrom raymerge import demo, plan, __version__\nfrom raymerge.demo.build import x\n"
+        "def f():\n    from torch.nn import functional\n    if True:\n        import scipy.stats\n"
+    )
+    assert imports(path) == {
+        "ray.tune", "raymerge.demo", "raymerge.plan", "raymerge", "raymerge.demo.build", "torch.nn", "scipy.stats",
+    }  # fmt: skip
+    assert own(path) == {"demo", "plan", "demo.build"}
+    assert third_party(path) == {"ray", "torch", "scipy"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_from_its_own_layer_or_below(module):
+    assert module in LAYER_OF, f"{module} has no layer: add it to LAYERS here and to the table in docs/design.md"
+    layer, path = LAYER_OF[module], PACKAGE / f"{module}.py"
+    for other in own(path) - {"demo"}:  # raymerge.demo is paths alone
+        assert other in LAYER_OF, f"{module} imports raymerge.{other}, which is no module of a layer"
+        assert LAYER_OF[other] <= layer, f"{module} (layer {layer}) imports {other} (layer {LAYER_OF[other]})"
+    for name in third_party(path):
+        assert name in THIRD_PARTY, f"{module} imports {name}: give it a layer in THIRD_PARTY"
+        first = THIRD_PARTY[name]
+        assert first == layer if name in ONLY_THERE else first <= layer, f"{module} (layer {layer}) imports {name}"
+
+
+def test_no_module_imports_itself_around_a_corner():
+    graph = {module: own(PACKAGE / f"{module}.py") - {"demo"} for module in MODULES}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(MODULES)
+
+
+def test_the_demo_stands_alone():
+    assert imports(PACKAGE / "demo" / "__init__.py") == {"pathlib"}
+    for module in DEMO:
+        path = PACKAGE / "demo" / f"{module}.py"
+        assert all(name.split(".")[0] == "demo" for name in own(path)), module
+        assert third_party(path) <= {"numpy", "torch", "transformers", "tokenizers", "safetensors"}, module
+
+
+def test_the_edges_import_only_what_they_may():
+    for path in (ROOT / "analysis").glob("*.py"):
+        assert own(path) <= {"tables"}, path.name
+        assert not third_party(path) & {"ray", "torch", "transformers"}, path.name
+    for path in (ROOT / "jobs").glob("*.py"):
+        assert not third_party(path) & {"ray", "torch", "transformers"}, path.name
+
+
+def test_the_design_page_draws_the_same_layers():
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\d) [^|]*\|([^|]*)\|", page, flags=re.MULTILINE))
+    drawn = {name: int(layer) for layer, text in rows.items() for name in re.findall(r"`(\w+)`", text)}
+    there = {module: LAYER_OF.get(module) for module in MODULES}
+    assert {module: drawn.get(module) for module in MODULES} == there
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def importing(modules, unwanted):
+    code = f"""
+import json, logging, os, sys, threading
+before = dict(os.environ), list(logging.getLogger().handlers), threading.active_count(), os.getcwd()
+import {", ".join(modules)}
+after = dict(os.environ), list(logging.getLogger().handlers), threading.active_count(), os.getcwd()
+changed = [name for name, a, b in zip(("environ", "handlers", "threads", "cwd"), before, after) if a != b]
+print(json.dumps([sorted(set({sorted(unwanted)!r}) & set(sys.modules)), changed]))
+"""
+    done = run(code)
+    assert not done.stderr
+    (line,) = done.stdout.splitlines()
+    return json.loads(line)
+
+
+def of_layers(*layers):
+    return [f"raymerge.{module}" for module in MODULES if LAYER_OF.get(module) in layers]
+
+
+def test_importing_mathematics_and_contracts_loads_nothing_heavy():
+    heavy = {"torch", "transformers", "ray", "safetensors", "matplotlib", "rich", "bayes_opt"}
+    assert importing(["raymerge", "raymerge.demo", *of_layers(0, 1)], heavy) == [[], []]
+
+
+def test_importing_the_package_loads_nothing_at_all():
+    assert importing(["raymerge", "raymerge.demo"], {"numpy", "yaml", "pydantic", "pyarrow", "torch"}) == [[], []]
+
+
+def test_importing_model_and_worker_does_not_load_ray_or_transformers():
+    """transformers costs seconds; it is imported where a model is opened."""
+    loaded, changed = importing(of_layers(2, 3), {"ray", "transformers", "matplotlib", "rich"})
+    assert loaded == []
+    assert set(changed) <= {"environ"}  # torch sets a variable of its own

@@ -1,0 +1,422 @@
+"""plan.py: closed forms, the sequential definition of merging, alpha files and everything they refuse."""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+from dataclasses import FrozenInstanceError, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raymerge.plan import (
+    FIXED_RATIO,
+    MergePlan,
+    MergeStep,
+    PlanError,
+    alpha_file_text,
+    base_alphas,
+    base_plan,
+    before_last_plan,
+    drop_plan,
+    read_alpha_file,
+    similarity_alpha,
+    similarity_ratio,
+    tail_coefficients,
+    tail_plan,
+)
+
+REFERENCE = os.environ.get("RAYMERGE_REFERENCE")
+EPS = np.finfo(np.float64).eps
+
+
+def plan_of(n_layers, steps, **options):
+    return MergePlan(n_layers, tuple(MergeStep(*step) for step in steps), **options)
+
+
+def sequential(n_layers, steps, matrices):
+    """The published definition: average in place, delete the removed one. Returns {layer: matrix}."""
+    alive = {layer: matrices[layer].copy() for layer in range(n_layers)}
+    for into, remove, alpha in steps:
+        alive[into] = alpha * alive[into] + (1 - alpha) * alive[remove]
+        del alive[remove]
+    return alive
+
+
+# -- coefficients ----------------------------------------------------------------------------------------------------
+
+
+def test_tail_coefficients_follow_the_stick_breaking_formula():
+    # By hand for K = 3: alphas a0, a1, a2 merge L-1, then L-2, then L-3 (the kept layer L-4 has the last word).
+    a0, a1, a2 = 0.9, 0.2, 0.5
+    expected = [a2, (1 - a2) * a1, (1 - a2) * (1 - a1) * a0, (1 - a2) * (1 - a1) * (1 - a0)]
+    np.testing.assert_allclose(tail_coefficients([a0, a1, a2]), expected, rtol=8 * EPS)
+
+
+def test_equal_alphas_give_a_geometric_sequence():
+    alpha, merges = 0.6225, 13
+    expected = [alpha * (1 - alpha) ** j for j in range(merges)] + [(1 - alpha) ** merges]
+    found = tail_coefficients([alpha] * merges)
+    np.testing.assert_allclose(found, expected, rtol=32 * EPS)
+    # What method.md states: only about four of the thirteen do anything.
+    np.testing.assert_allclose(found[:5], [0.6225, 0.2350, 0.0887, 0.0335, 0.0126], atol=5e-5)
+    assert (found[5:] < 0.005).all()
+
+
+@pytest.mark.parametrize("merges", [1, 2, 13])
+def test_tail_coefficients_sum_to_one_and_take_batches(merges):
+    alphas = np.random.default_rng(merges).random((7, 3, merges))
+    found = tail_coefficients(alphas)
+    assert found.shape == (7, 3, merges + 1) and found.dtype == np.float64
+    np.testing.assert_allclose(found.sum(-1), 1.0, rtol=0, atol=4 * merges * EPS)
+    for row in np.ndindex(7, 3):
+        np.testing.assert_array_equal(found[row], tail_coefficients(list(alphas[row])))
+
+
+def test_tail_coefficients_are_those_of_the_plan():
+    alphas = [0.3, 0.8, 0.55, 0.1]
+    (merged,) = [layer for layer in tail_plan(9, alphas, name="x", kind="found").kept if not layer.unchanged]
+    assert merged.index == 4
+    assert [source for source, _ in merged.coefficients] == [4, 5, 6, 7, 8]
+    np.testing.assert_allclose([weight for _, weight in merged.coefficients], tail_coefficients(alphas), rtol=8 * EPS)
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "steps"),
+    [
+        (6, [(4, 5, 0.3), (3, 4, 0.9), (2, 3, 0.45)]),  # tail
+        (6, [(5, 4, 0.3), (5, 3, 0.6)]),  # towards the last
+        (7, [(2, 3, 0.7), (5, 4, 0.2)]),  # pairs in the middle, one upwards
+        (7, [(2, 3, 0.7), (2, 1, 0.4), (5, 4, 0.2), (2, 5, 0.35)]),  # merged ones merged again
+        (4, [(1, 0, 0.25), (2, 1, 0.5), (3, 2, 0.75)]),  # all into the last
+    ],
+    ids=["tail", "last", "middle", "list", "upwards"],
+)
+def test_folded_steps_equal_merging_one_after_the_other(n_layers, steps):
+    rng = np.random.default_rng(3)
+    matrices = rng.normal(size=(n_layers, 4, 3))
+    expected = sequential(n_layers, steps, matrices)
+    kept = plan_of(n_layers, steps).kept
+    assert [layer.index for layer in kept] == sorted(expected)
+    for layer in kept:
+        folded = sum(weight * matrices[source] for source, weight in layer.coefficients)
+        # A handful of products and sums of values below 4: each rounds by at most 4 eps.
+        np.testing.assert_allclose(folded, expected[layer.index], rtol=0, atol=32 * EPS)
+        assert math.isclose(sum(weight for _, weight in layer.coefficients), 1.0, abs_tol=8 * EPS)
+
+
+def test_the_order_of_steps_counts():
+    steps = [(2, 3, 0.5), (1, 2, 0.25)]
+    (first,) = [k for k in plan_of(4, steps).kept if not k.unchanged]
+    assert first.coefficients == ((1, 0.25), (2, 0.375), (3, 0.375))
+    with pytest.raises(PlanError, match="layer 2 .into. was already removed"):
+        plan_of(4, steps[::-1])
+
+
+# -- corners ---------------------------------------------------------------------------------------------------------
+
+
+def test_drop_is_tail_merging_with_every_alpha_one():
+    plan = drop_plan(6, 2)
+    assert [(layer.index, layer.coefficients) for layer in plan.kept] == [(i, ((i, 1.0),)) for i in range(4)]
+    assert plan.first_changed == 4  # none of the four layers that remain differs
+    assert plan.alphas == [1.0, 1.0] and plan.kind == "drop"
+
+
+def test_before_last_keeps_the_last_layer():
+    plan = before_last_plan(6, 2)
+    assert [layer.index for layer in plan.kept] == [0, 1, 2, 5]
+    assert plan.kept[3].coefficients == ((5, 1.0),)
+    assert plan.kept[3].unchanged  # its own tensors,
+    assert plan.first_changed == 3  # though not in their own place
+
+
+def test_all_but_one_layer_can_go():
+    assert [layer.index for layer in drop_plan(4, 3).kept] == [0]
+    assert [layer.index for layer in before_last_plan(4, 3).kept] == [3]
+    assert before_last_plan(4, 3).first_changed == 0
+
+
+@pytest.mark.parametrize(
+    ("plan", "first"),
+    [
+        (base_plan(5), 5),
+        (tail_plan(5, [0.5], name="x", kind="found"), 3),
+        (tail_plan(5, [0.5, 1.0], name="x", kind="found"), 3),  # alpha 1 last: layer 2 keeps its own weights
+        (tail_plan(5, [0.5, 0.0], name="x", kind="found"), 2),
+        (plan_of(5, [(1, 2, 0.5)]), 1),
+        (plan_of(5, [(2, 1, 1.0)]), 1),
+    ],
+)
+def test_first_changed(plan, first):
+    assert plan.first_changed == first
+
+
+def test_weights_of_zero_are_left_out():
+    plan = tail_plan(4, [0.0, 1.0], name="x", kind="found")
+    assert plan.kept[1].coefficients == ((1, 1.0),)
+    (merged,) = tail_plan(3, [0.5, 0.0], name="x", kind="found").kept
+    assert merged.coefficients == ((1, 0.5), (2, 0.5)) and merged.index == 0
+
+
+@pytest.mark.parametrize("merges", [0, 5, 6])
+def test_merges_must_leave_a_layer(merges):
+    for make in (drop_plan, before_last_plan, lambda n, k: base_alphas(n, k, "fixed")):
+        with pytest.raises(PlanError, match=f"cannot merge {merges} layers of a model that has 5.*1 to 4"):
+            make(5, merges)
+    with pytest.raises(PlanError, match="cannot merge 5 layers"):
+        tail_plan(5, [0.5] * 5, name="x", kind="found")
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([(2, 3, 1.5)], r"step 0 \(2 <- 3\): alpha is 1.5, but it must lie in \[0, 1\]"),
+        ([(2, 3, -1e-9)], "alpha is -1e-09"),
+        ([(2, 3, float("nan"))], "alpha is nan"),
+        ([(2, 3, float("inf"))], "alpha is inf"),
+        ([(2, 4, 0.5)], r"layer 4 \(remove\) does not exist, the model has 0 to 3"),
+        ([(-1, 0, 0.5)], r"layer -1 \(into\) does not exist"),
+        ([(2, 2, 0.5)], "cannot be merged into itself"),
+        ([(0, 2, 0.5)], r"layers \[1\] still stand between"),
+        ([(2, 3, 0.5), (1, 3, 0.5)], r"step 1 \(1 <- 3\): layer 3 \(remove\) was already removed"),
+        ([(2, 3, 0.5)] * 4, "4 merges need more than 4 layers.*merge at most 3"),
+    ],
+)
+def test_refused_steps(steps, message):
+    with pytest.raises(PlanError, match=message):
+        plan_of(4, steps)
+
+
+def test_plans_are_immutable_and_can_be_shipped():
+    plan = tail_plan(6, [0.3, 0.9], name="x", kind="found", biases="merge")
+    copy = pickle.loads(pickle.dumps(plan))
+    assert copy == plan and copy.kept == plan.kept and hash(copy) == hash(plan)
+    with pytest.raises(FrozenInstanceError):
+        plan.biases = "keep"
+
+
+# -- identity --------------------------------------------------------------------------------------------------------
+
+
+def test_plan_id_is_the_digest_of_the_documented_text():
+    plan = tail_plan(4, [1, 0.25], name="ignored", kind="found")
+    text = (
+        '{"alignment":"none","alphas":[1.0,0.25],"biases":"keep","model":"0123abcd","norms":"keep",'
+        '"selection":"tail","steps":[[2,3],[1,2]]}'
+    )
+    assert plan.plan_id("0123abcd") == hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert plan.plan_id("0123abcd") == "4aafe56fc44ede12"
+
+
+def test_plan_id_changes_with_each_ingredient_and_with_nothing_else():
+    plan = tail_plan(6, [0.3, 0.9], name="x", kind="found")
+    one_more_bit = math.nextafter(0.3, 1)
+    others = [
+        plan_of(6, [(4, 5, one_more_bit), (3, 4, 0.9)], selection="tail"),
+        plan_of(6, [(4, 5, 0.9), (3, 4, 0.3)], selection="tail"),
+        plan_of(6, [(5, 4, 0.3), (3, 5, 0.9)], selection="tail"),
+        replace(plan, alignment="rows"),
+        replace(plan, norms="fold"),
+        replace(plan, biases="merge"),
+        replace(plan, selection="list"),
+        tail_plan(6, [0.3], name="x", kind="found"),
+    ]
+    ids = [p.plan_id("m") for p in (plan, *others)] + [plan.plan_id("other model")]
+    assert len(set(ids)) == len(ids)
+    same = replace(plan, name="another", kind="random")
+    assert same.plan_id("m") == plan.plan_id("m")
+    assert tail_plan(6, np.array([0.3, 0.9]), name="x", kind="found").plan_id("m") == plan.plan_id("m")
+
+
+# -- base coefficients -----------------------------------------------------------------------------------------------
+
+
+def test_the_fixed_ratio_is_sigmoid_of_one_half():
+    assert math.isclose(FIXED_RATIO, math.exp(0.5) / (1 + math.exp(0.5)), rel_tol=4 * EPS)
+    assert base_alphas(20, 13, "fixed") == [FIXED_RATIO] * 13
+    assert base_alphas(20, 3, "fixed", ratio=0.7) == [0.7] * 3
+
+
+def test_similarity_ratio_is_the_published_formula():
+    similarity = np.random.default_rng(0).random((6, 6)) + 0.1
+    found = base_alphas(6, 3, "similarity_ratio", similarity=similarity)
+    for (into, remove), alpha in zip([(4, 5), (3, 4), (2, 3)], found, strict=True):
+        s_i, s_j = np.mean(similarity[into]), np.mean(similarity[remove])
+        r = s_i / (s_i + s_j)
+        assert math.isclose(alpha, np.exp(r) / (1 + np.exp(r)), rel_tol=16 * EPS)
+    assert math.isclose(similarity_ratio(np.ones((3, 3)), 0, 1), FIXED_RATIO, rel_tol=4 * EPS)
+    r = 3 / 4
+    rows = np.array([[3.0, 3.0], [1.0, 1.0]])
+    assert math.isclose(similarity_ratio(rows, 0, 1, beta=2.0), 1 / (1 + math.exp(-2 * r)), rel_tol=16 * EPS)
+
+
+def test_similarity_ratio_reaches_only_half_to_sigmoid_of_one():
+    # r = 0 and r = 1 are the ends for similarities that are not negative.
+    extreme = np.array([[0.0, 0.0], [1.0, 1.0]])
+    assert similarity_ratio(extreme, 0, 1) == 0.5
+    assert math.isclose(similarity_ratio(extreme, 1, 0), math.e / (1 + math.e), rel_tol=4 * EPS)
+    values = [similarity_ratio(np.random.default_rng(s).random((9, 9)) ** 4, 3, 7) for s in range(50)]
+    assert min(values) >= 0.5 and max(values) <= 0.7311
+
+
+def test_similarity_is_normalised_and_clipped():
+    similarity = np.array([[4.0, 3.0, 9.0], [3.0, 9.0, -1.0], [9.0, -1.0, 1.0]])
+    assert similarity_alpha(similarity, 0, 1) == 0.5  # 3 / sqrt(4 * 9)
+    assert similarity_alpha(similarity, 1, 2) == 0.0  # negative
+    assert similarity_alpha(similarity, 0, 2) == 1.0  # 9 / sqrt(4 * 1) = 4.5
+    assert base_alphas(3, 2, "similarity", similarity=similarity) == [0.0, 0.5]
+
+
+def test_similarities_without_values_are_refused():
+    similarity = np.ones((4, 4))
+    similarity[2, 0] = np.nan
+    with pytest.raises(PlanError, match=r"similarity row 2 has no value at \[0\]"):
+        base_alphas(4, 1, "similarity_ratio", similarity=similarity)
+    with pytest.raises(PlanError, match="row 2"):
+        similarity_ratio(similarity, 1, 2)
+    similarity[2, 0], similarity[2, 3] = 1.0, np.nan
+    with pytest.raises(PlanError, match="similarity of layers 2 and 3 is nan"):
+        base_alphas(4, 1, "similarity", similarity=similarity)
+    for diagonal in (0.0, -1.0, np.nan):
+        broken = np.ones((2, 2))
+        broken[0, 0] = diagonal
+        with pytest.raises(PlanError, match="diagonal product"):
+            similarity_alpha(broken, 0, 1)
+    with pytest.raises(PlanError, match="add up to 0"):
+        similarity_ratio(np.array([[1.0, 1.0], [-1.0, -1.0]]), 0, 1)
+
+
+def test_base_alphas_refuses_what_it_cannot_do():
+    with pytest.raises(PlanError, match="'best' is not one of fixed, similarity_ratio, similarity"):
+        base_alphas(4, 1, "best")
+    with pytest.raises(PlanError, match="needs a similarity matrix"):
+        base_alphas(4, 1, "similarity")
+    with pytest.raises(PlanError, match=r"is \(5, 5\), the model has 4 layers"):
+        base_alphas(4, 1, "similarity", similarity=np.ones((5, 5)))
+
+
+# -- alpha files -----------------------------------------------------------------------------------------------------
+
+
+def entry(into, remove, alpha, **more):
+    return {"step": 0, "layer_to_merge_into": into, "layer_to_remove": remove, "ratio_i_alpha": alpha} | more
+
+
+def write(tmp_path, content):
+    path = tmp_path / "alphas.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_reads_the_published_format(tmp_path):
+    path = write(
+        tmp_path,
+        [
+            entry(4, 5, 0.6257765467409394, step=-18, ratio_j=0.3742234532590606),
+            entry(3, 4, 1, step=-17),
+            {key: value for key, value in entry(2, 3, 0.25).items() if key != "step"},
+        ],
+    )
+    plan = read_alpha_file(path, 6)
+    assert plan.steps == (MergeStep(4, 5, 0.6257765467409394), MergeStep(3, 4, 1.0), MergeStep(2, 3, 0.25))
+    assert all(type(step.alpha) is float for step in plan.steps)
+    assert (plan.name, plan.kind, plan.selection) == ("alphas", "file", "tail")
+    assert read_alpha_file(str(path), 6, name="mine").name == "mine"
+
+
+def test_the_order_in_the_file_counts_not_the_step_numbers(tmp_path):
+    plan = read_alpha_file(write(tmp_path, [entry(4, 5, 0.5, step=7), entry(3, 4, 0.25, step=1)]), 6)
+    assert [step.into for step in plan.steps] == [4, 3]
+
+
+@pytest.mark.parametrize("n_layers", [7, 10])
+def test_a_list_that_does_not_start_at_the_end_is_no_tail(tmp_path, n_layers):
+    plan = read_alpha_file(write(tmp_path, [entry(4, 5, 0.5), entry(3, 4, 0.25)]), n_layers)
+    assert plan.selection == "list" and len(plan.kept) == n_layers - 2
+
+
+def test_alphas_survive_a_round_trip_to_the_last_bit(tmp_path):
+    values = [0.1 + 0.2, math.nextafter(1.0, 0.0), 5e-324, 1 / 3, 0.0, 1.0, 2**-60]
+    plan = tail_plan(9, values, name="x", kind="found")
+    again = read_alpha_file(write(tmp_path, alpha_file_text(plan.steps)), 9)
+    assert again.steps == plan.steps and again.alphas == values
+    assert again.plan_id("m") == plan.plan_id("m")
+    entries = json.loads(alpha_file_text(plan.steps))
+    assert [e["step"] for e in entries] == list(range(7))
+    assert set(entries[0]) == {"step", "layer_to_merge_into", "layer_to_remove", "ratio_i_alpha", "ratio_j"}
+    assert all(math.isclose(e["ratio_j"], 1 - e["ratio_i_alpha"], abs_tol=EPS) for e in entries)
+
+
+def test_ratio_j_is_checked_to_the_digits_that_published_files_carry(tmp_path):
+    read_alpha_file(write(tmp_path, [entry(4, 5, 0.3249944307, ratio_j=0.675006)]), 6)
+    with pytest.raises(PlanError, match="ratio_j is 0.67501, but 1 - ratio_i_alpha is 0.675"):
+        read_alpha_file(write(tmp_path, [entry(4, 5, 0.3249944307, ratio_j=0.67501)]), 6)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{not json", "is not a JSON alpha file"),
+        ("", "is not a JSON alpha file"),
+        ({"steps": []}, "must hold a JSON list"),
+        ([], "at least one"),
+        ("null", "must hold a JSON list"),
+        ([[4, 5, 0.5]], r"entry 0 is \[4, 5, 0.5\]: each entry must be an object"),
+        ([entry(4, 5, 0.5, ratio_i=0.3)], r"entry 0: unknown keys \['ratio_i'\], missing keys \[\]"),
+        ([entry(4, 5, 0.5), {"step": 1}], r"entry 1: unknown keys \[\], missing keys \['layer_to_merge_into'"),
+        ([entry(4, 5, 1.01)], "alpha is 1.01"),
+        ([entry(4, 5, -0.01)], "alpha is -0.01"),
+        ('[{"layer_to_merge_into": 4, "layer_to_remove": 5, "ratio_i_alpha": NaN}]', "alpha is nan"),
+        ('[{"layer_to_merge_into": 4, "layer_to_remove": 5, "ratio_i_alpha": 1e999}]', "alpha is inf"),
+        ([entry(4, 5, 0.5, ratio_j=float("nan"))], "ratio_j is nan"),
+        ([entry(4, 5, 0.5), entry(3, 5, 0.5)], r"step 1 \(3 <- 5\): layer 5 \(remove\) was already removed"),
+        ([entry(4, 5, 0.5), entry(2, 3, 0.5), entry(1, 4, 0.5)], r"layers \[2\] still stand between"),
+        ([entry(30, 31, 0.5)], "layer 30 .into. does not exist, the model has 0 to 5"),
+        ([entry(i, i + 1, 0.5) for i in range(5, -1, -1)], "6 merges need more than 6 layers"),
+        ([entry(True, 5, 0.5)], "layer_to_merge_into is True, but must be a whole number"),
+        ([entry(4, "5", 0.5)], "layer_to_remove is '5', but must be a whole number"),
+        ([entry(4.0, 5, 0.5)], "layer_to_merge_into is 4.0"),
+        ([entry(4, None, 0.5)], "layer_to_remove is None"),
+        ([entry(4, 5, "0.5")], "ratio_i_alpha is '0.5', but must be a number"),
+        ([entry(4, 5, True)], "ratio_i_alpha is True"),
+        ([entry(4, 5, None)], "ratio_i_alpha is None"),
+        ([entry(4, 5, 0.5, ratio_j="0.5")], "ratio_j is '0.5'"),
+        ([entry(4, 5, 0.0, ratio_j=True)], "ratio_j is True"),
+    ],
+)
+def test_refused_alpha_files(tmp_path, content, message):
+    path = write(tmp_path, content)
+    with pytest.raises(PlanError, match=message) as caught:
+        read_alpha_file(path, 6)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_unreadable_and_binary_alpha_files(tmp_path):
+    with pytest.raises(PlanError, match="there is no alpha file .*absent.json"):
+        read_alpha_file(tmp_path / "absent.json", 6)
+    with pytest.raises(PlanError, match="not a JSON alpha file"):
+        read_alpha_file(tmp_path, 6)
+    binary = tmp_path / "model.safetensors"
+    binary.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(PlanError, match="not a JSON alpha file"):
+        read_alpha_file(binary, 6)
+
+
+@pytest.mark.skipif(not REFERENCE, reason="RAYMERGE_REFERENCE (a folder with the published alphas/) is not set")
+@pytest.mark.parametrize("name", ["base", "bayesian_anatomy", "bayesian_all", "gradient"])
+def test_published_files_are_tail_merges_of_thirteen_layers(name):
+    path = Path(REFERENCE) / "alphas" / f"{name}.json"
+    plan = read_alpha_file(path, 32)
+    assert plan.selection == "tail" and plan.name == name and len(plan.kept) == 19
+    assert plan.alphas == [e["ratio_i_alpha"] for e in json.loads(path.read_text())]
+    assert all(a.into - 1 == b.into for a, b in pairwise(plan.steps))
+    coefficients = dict(plan.kept[18].coefficients)
+    product = 1.0
+    for layer, alpha in zip(range(18, 31), reversed(plan.alphas), strict=True):
+        assert math.isclose(coefficients[layer], product * alpha, rel_tol=64 * EPS)
+        product *= 1 - alpha
+    assert math.isclose(coefficients[31], product, rel_tol=64 * EPS)

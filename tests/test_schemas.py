@@ -1,0 +1,151 @@
+"""Schemas match design.md; rows that do not fit are refused; accuracies follow from answers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raymerge.schemas import SCHEMAS, conform, derive_accuracy, lower_is_better, schema_of
+
+TRIAL = {
+    "searcher": "bayes", "iteration": 3, "batch": 1, "tune_trial": "t", "actor": "w", "seed": 0, "plan_id": "p",
+    "alphas": [0.5, 0.25], "objective": "answer_nll", "n_questions": 20, "seconds": 0.5, "status": "failed",
+}  # fmt: skip
+
+
+def test_tables_of_the_contract():
+    assert sorted(SCHEMAS) == sorted(
+        "similarity similarity_correlation embeddings degeneracy plans coefficients trials answers accuracy "
+        "comparisons perplexity costs receipts gradient_history".split()
+    )
+    for schema in SCHEMAS.values():
+        assert schema.field(0).equals(pa.field("run_id", pa.string(), nullable=False))
+    nullable = {name: [f.name for f in schema if f.nullable] for name, schema in SCHEMAS.items()}
+    assert nullable["plans"] == ["matrix", "step", "into", "remove", "alpha"]
+    assert nullable["trials"] == ["value", "accuracy", "nll", "error"]
+    assert nullable["answers"] == ["logsumexp_all", "top_is_letter"]
+    assert nullable["similarity"] == ["value", "ci_low", "ci_high", "note"]
+    assert nullable["accuracy"] == nullable["comparisons"] == nullable["receipts"] == []
+    assert SCHEMAS["answers"].field("logit_d").type == pa.float32()
+    assert SCHEMAS["answers"].field("predicted").type == pa.int8()
+    assert SCHEMAS["trials"].field("alphas").type == pa.list_(pa.float64())
+
+
+def test_conform_fills_nullable_columns_and_run_id():
+    table = conform("trials", [TRIAL], "r")
+    assert table.schema.equals(SCHEMAS["trials"])
+    assert table.to_pylist() == [{"run_id": "r", **TRIAL, "value": None, "accuracy": None, "nll": None, "error": None}]
+    assert conform("trials", pa.Table.from_pylist([TRIAL]), "r").equals(table)
+    assert conform("trials", table, "r").equals(table)
+
+
+def test_conform_takes_numpy_values():
+    row = {**TRIAL, "alphas": np.array([0.5, 0.25]), "iteration": np.int64(3), "seconds": np.float32(0.5)}
+    assert conform("trials", [row], "r").equals(conform("trials", [TRIAL], "r"))
+
+
+def test_conform_of_nothing():
+    assert conform("trials", [], "r").equals(SCHEMAS["trials"].empty_table())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"valeu": 1.0}, "no column valeu; it has run_id, searcher"),
+        ({"status": None}, "column status: 1 of 2 rows have no value, the first is row 1"),
+        ({"iteration": 1.5}, r"column iteration \(int32\)"),
+        ({"iteration": 2**40}, r"column iteration \(int32\)"),
+        ({"searcher": 7}, r"column searcher \(string\)"),
+        ({"run_id": "another"}, "another run's run_id"),
+    ],
+)
+def test_conform_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        conform("trials", [TRIAL, {**TRIAL, **change}], "r")
+
+
+def test_conform_names_missing_columns_and_tables():
+    with pytest.raises(ValueError, match="lack objective, seconds"):
+        conform("trials", [{k: v for k, v in TRIAL.items() if k not in ("objective", "seconds")}], "r")
+    with pytest.raises(ValueError, match="lack objective"):
+        conform("trials", pa.Table.from_pylist([TRIAL]).drop_columns("objective"), "r")
+    with pytest.raises(ValueError, match="no table 'trial'; tables are similarity"):
+        schema_of("trial")
+
+
+def test_direction_of_objectives():
+    assert lower_is_better("answer_nll") and not lower_is_better("micro_accuracy")
+
+
+def answers_table(rows):
+    """Rows (plan, split, language, subject, answer, predicted) as an answers table, logit 1 on the prediction."""
+    return conform(
+        "answers",
+        [
+            {"plan_id": p, "split": s, "language": g, "subject": t, "question_id": f"{t}/{i}", "content_hash": "",
+             "answer": a, "predicted": q, **{f"logit_{c}": float(k == q) for k, c in enumerate("abcd")}}
+            for i, (p, s, g, t, a, q) in enumerate(rows)
+        ],
+        "r",
+    )  # fmt: skip
+
+
+def test_derived_accuracy_by_hand():
+    rows = [("p", "test", "en", "b", 0, 0), ("p", "test", "en", "b", 1, 1), ("p", "test", "en", "b", 2, 0),
+            ("p", "test", "en", "b", 3, 3), ("p", "test", "en", "a", 0, 1), ("p", "test", "en", "a", 0, 0)]  # fmt: skip
+    result = {row["subject"]: row for row in derive_accuracy(answers_table(rows))}
+    assert list(result) == ["_micro", "_macro", "a", "b"]
+    right = math.log(math.e + 3) - 1  # nll where the prediction is right, and where it is wrong
+    wrong = math.log(math.e + 3)
+    expect = {
+        "a": (2, 1, 0.5, 0.5, (right + wrong) / 2),
+        "b": (4, 3, 0.75, 0.25, (3 * right + wrong) / 4),
+        "_micro": (6, 4, 4 / 6, math.sqrt(4 / 6 * 2 / 6 / 5), (4 * right + 2 * wrong) / 6),
+        "_macro": (6, 4, 0.625, math.sqrt(0.5**2 + 0.25**2) / 2, (5 * right + 3 * wrong) / 8),
+    }
+    for subject, values in expect.items():
+        row = result[subject]
+        got = [row[name] for name in ("n", "correct", "accuracy", "standard_error", "nll")]
+        assert got == pytest.approx(values, rel=1e-12), subject
+    assert conform("accuracy", list(result.values()), "r").num_rows == 4
+
+
+def test_derived_accuracy_keeps_groups_apart_in_any_order():
+    rng = np.random.default_rng(0)
+    rows = [
+        (p, s, g, t, int(rng.integers(4)), int(rng.integers(4)))
+        for p in ("z", "a") for s in ("validation", "test") for g in ("en", "es") for t in ("x", "y", "w")
+        for _ in range(9)
+    ]  # fmt: skip
+    table = answers_table(rows)
+    straight = derive_accuracy(table)
+    assert len(straight) == 2 * 2 * 2 * 5
+    for row in straight:
+        inside = [r for r in rows if r[:3] == (row["plan_id"], row["split"], row["language"])]
+        if not row["subject"].startswith("_"):
+            inside = [r for r in inside if r[3] == row["subject"]]
+        assert (row["n"], row["correct"]) == (len(inside), sum(r[4] == r[5] for r in inside))
+    shuffled = derive_accuracy(table.take(rng.permutation(table.num_rows)))
+
+    def key(row):
+        return row["plan_id"], row["split"], row["language"], row["subject"]
+
+    for one, other in zip(sorted(straight, key=key), sorted(shuffled, key=key), strict=True):
+        assert key(one) == key(other)
+        for name in ("n", "correct", "accuracy", "standard_error", "nll"):
+            assert one[name] == pytest.approx(other[name], rel=1e-12)
+
+
+def test_derived_accuracy_refuses_a_question_twice():
+    table = answers_table([("p", "test", "en", "a", 0, 0), ("p", "test", "en", "a", 1, 0)])
+    with pytest.raises(ValueError, match="1 rows twice, for example .*a/1"):
+        derive_accuracy(pa.concat_tables([table, table.slice(1)]))
+
+
+def test_derived_accuracy_of_nothing_and_of_one_question():
+    assert derive_accuracy(SCHEMAS["answers"].empty_table()) == []
+    rows = derive_accuracy(answers_table([("p", "test", "en", "a", 0, 0)]))
+    assert all(math.isnan(row["standard_error"]) for row in rows) and rows[0]["accuracy"] == 1.0

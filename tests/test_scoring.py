@@ -1,0 +1,494 @@
+"""scoring.py and evaluation.py's answers: the frozen trunk against whole prompts through plain transformers models.
+
+The reference (tiny.py) merges step by step in float64, builds an ordinary model, and runs each prompt alone.
+"""
+
+import copy
+import errno
+import gc
+import resource
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+
+import raymerge.forward
+import raymerge.scoring
+from raymerge.checkpoint import Checkpoint
+from raymerge.evaluation import Answers, answer_shard
+from raymerge.forward import LayerRunner
+from raymerge.fusion import fused_tensors
+from raymerge.plan import PlanError, base_plan, before_last_plan, drop_plan, tail_plan
+from raymerge.prompts import Group, Prompts, Shard, encode_questions
+from raymerge.scoring import SourceLayers, TailScorer, TrunkCache
+
+torch.set_num_threads(1)
+
+# Float32 against float64: unit roundoff 6e-8, amplified by up to five layers whose weights are large on purpose.
+# Measured at most 4e-6 of the largest logit over all cases; what a wrong mask, position, bias or norm does is
+# some 1e-1 of it.
+LIMIT = 2e-5
+N = tiny.N_LAYERS
+
+FAMILIES = {name: {} for name in tiny.FAMILIES} | {
+    # The window reaches into the prefix for short questions, and not even over the whole of long ones.
+    "mistral_window_60": {"family": "mistral_window", "sliding_window": 60},
+    # Only the last layer slides, so that what `before_last` keeps has another window than what it stands in for.
+    "qwen2_last_window": {"family": "qwen2_windows", "max_window_layers": 4, "sliding_window": 50},
+}
+
+
+def close(found, expected):
+    found, expected = np.asarray(found, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    assert found.shape == expected.shape
+    error, scale = np.abs(found - expected).max(), np.abs(expected).max()
+    assert error < LIMIT * scale, f"off by {error} where values reach {scale}"
+
+
+def same_answers(found, expected):
+    """Logits (n, 4) close, and the same letter wherever rounding cannot decide it."""
+    found = np.asarray(found)
+    close(found, expected)
+    first, second = np.sort(expected, -1)[:, :-3:-1].T
+    clear = first - second > 2 * LIMIT * np.abs(expected).max()
+    assert clear.mean() > 0.9
+    assert (np.argmax(found, -1) == expected.argmax(-1))[clear].all()
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return tiny.make_questions({"cats": 5, "roads": 4, "boxes": 1})
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory, questions):
+    """case(family) -> a checkpoint with everything that is asked of it, made once."""
+    tokenizer = tiny.demo_tokenizer()
+
+    @cache
+    def make(name):
+        options = dict(FAMILIES[name])
+        folder = tiny.make_checkpoint(tmp_path_factory.mktemp(name), options.pop("family", name), **options)
+        runner, cache_folder = LayerRunner(Checkpoint(str(folder))), tmp_path_factory.mktemp("trunk")
+        return SimpleNamespace(
+            folder=folder,
+            base=AutoModelForCausalLM.from_pretrained(folder),
+            runner=runner,
+            prompts=encode_questions(questions, tokenizer, shard_tokens=250),
+            whole=tiny.whole_prompts(questions, tokenizer),
+            trunk=lambda first: TrunkCache(runner, first, cache_folder),
+        )
+
+    return make
+
+
+def answers(case, plan, trunk=None, prompts=None):
+    prompts = prompts or case.prompts
+    return Answers.join(answer_shard(case.runner, plan, prompts, shard, trunk=trunk) for shard in prompts.shards)
+
+
+def reference(case, plan, whole=None):
+    merged = tiny.merged_model(case.base, tiny.steps_of(plan), biases=plan.biases)
+    return tiny.plain_answers(merged, whole or case.whole, case.prompts.letters)
+
+
+def found(*alphas, biases="keep"):
+    return tail_plan(N, alphas, name="x", kind="found", biases=biases)
+
+
+PLANS = {
+    "random": found(0.35, 0.8),
+    "drop": drop_plan(N, 2),
+    "before_last": before_last_plan(N, 2),
+    "merged_biases": found(0.2, 0.6, biases="merge"),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    # Averaging layers with different windows is refused (below).
+    [(f, p) for f in FAMILIES for p in PLANS if f != "qwen2_last_window" or p in ("drop", "before_last")],
+)
+def test_scorer_and_evaluation_equal_plain_forwards(case, family, name):
+    case, plan = case(family), PLANS[name]
+    assert len(case.prompts.shards) > 2
+    expected, logsumexp, top = reference(case, plan)
+    trunk = case.trunk(N - 3)
+    logits, scored_sum, scored_top = TailScorer(trunk, case.prompts).score(plan)
+    same_answers(logits, expected)
+    close(scored_sum, logsumexp)
+    assert (scored_top.numpy() == top).mean() > 0.9
+    for evaluated in (answers(case, plan, trunk), answers(case, plan)):
+        same_answers(evaluated.logits, expected)
+        close(evaluated.logsumexp, logsumexp)
+        is_letter = np.isin(top, case.prompts.letters)
+        assert (evaluated.top_is_letter == is_letter).mean() > 0.9
+        assert evaluated.rows.tolist() == list(range(10))
+
+
+def test_the_windows_are_what_the_cases_are_about(case):
+    """Else the test above would prove less than it says."""
+    prompts = case("mistral_window").prompts
+    own = [len(ids) for shard in prompts.shards for group in shard.groups for ids in group.sequences]
+    prefixes = [len(group.prefix) for shard in prompts.shards for group in shard.groups]
+    assert min(own) > 11 == case("mistral_window").runner.checkpoint.windows[0]  # no prefix key is visible
+    assert min(own) < 50 and max(own) > 60 and min(prefixes) > 60  # part of the prefix, or of the question, is
+    assert case("qwen2_windows").runner.checkpoint.windows == [None, None, 40, 40, 40]
+    assert case("qwen2_last_window").runner.checkpoint.windows == [None] * 4 + [50]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window_60"])
+@pytest.mark.parametrize("plan", [found(0.4), found(0.1, 0.9, 0.5, 0.3), before_last_plan(N, N - 1), drop_plan(N, 1)])
+def test_one_merge_and_all_merges(case, family, plan):
+    case, first = case(family), N - 1 - len(plan.steps)
+    expected, *_ = reference(case, plan)
+    trunk = case.trunk(first)
+    same_answers(TailScorer(trunk, case.prompts).score(plan)[0], expected)
+    same_answers(answers(case, plan, trunk).logits, expected)
+
+
+def test_plans_that_change_less_than_the_trunk_allows(case):
+    """The base model and merges of fewer layers run on from the trunk; a merge of more starts from the embedding."""
+    case = case("llama")
+    trunk = case.trunk(N - 3)
+    for plan in (base_plan(N), found(0.4), drop_plan(N, 4), found(0.3, 0.8, 0.2)):
+        same_answers(answers(case, plan, trunk).logits, reference(case, plan)[0])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral_window_60"])
+def test_a_prefix_without_examples(case, family):
+    case, questions = case(family), tiny.make_questions({"cats": 3, "roads": 2}, shots=0)
+    prompts = encode_questions(questions, tiny.demo_tokenizer())
+    assert all(len(group.prefix) < 25 for shard in prompts.shards for group in shard.groups)
+    expected, *_ = reference(case, PLANS["random"], tiny.whole_prompts(questions, tiny.demo_tokenizer()))
+    trunk = case.trunk(N - 3)
+    same_answers(TailScorer(trunk, prompts).score(PLANS["random"])[0], expected)
+    same_answers(answers(case, PLANS["random"], trunk, prompts).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen3_biases"])
+def test_any_grouping_of_tokens(case, family):
+    """Empty prefixes, prefixes and sequences of one token, very long beside very short ones, rows in any order."""
+    case = case(family)
+    rng = np.random.default_rng(1)
+
+    def ids(n):
+        return rng.integers(5, 800, n)
+
+    groups = (
+        Group("a", ids(0), (ids(7), ids(1), ids(150)), (4, 0, 7)),
+        Group("b", ids(1), (ids(1), ids(30)), (2, 6)),
+        Group("c", ids(200), (ids(3),), (5,)),
+        Group("d", ids(0), (ids(2),), (1,)),
+        Group("e", ids(9), (ids(90),), (3,)),
+    )
+    shards = (Shard(groups[:2]), Shard(groups[2:3]), Shard(groups[3:]))
+    prompts = Prompts(shards, case.prompts.letters, np.zeros(8, np.int8), False)
+    rows = {r: np.concatenate([g.prefix, s]) for g in groups for r, s in zip(g.rows, g.sequences, strict=True)}
+    expected, *_ = reference(case, PLANS["random"], [rows[r] for r in range(8)])
+    trunk = case.trunk(N - 3)
+    close(TailScorer(trunk, prompts).score(PLANS["random"])[0], expected)
+    close(answers(case, PLANS["random"], trunk, prompts).logits, expected)
+    close(answers(case, PLANS["random"], None, prompts).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window_60"])
+def test_batches_buckets_and_shards_do_not_change_answers(case, family, questions, tmp_path, monkeypatch):
+    case, plan = case(family), PLANS["random"]
+    expected, *_ = reference(case, plan)
+    buckets = set()
+    for size, shard_tokens in ((1, 100), (200, 400), (10**6, 10**6)):
+        monkeypatch.setattr(raymerge.scoring, "_BUCKET_TOKENS", size)
+        monkeypatch.setattr(raymerge.forward, "_BATCH_TOKENS", size)
+        prompts = encode_questions(questions, tiny.demo_tokenizer(), shard_tokens=shard_tokens)
+        trunk = TrunkCache(case.runner, N - 3, tmp_path / str(size))
+        scorer = TailScorer(trunk, prompts)
+        buckets.add(len(scorer._buckets))
+        same_answers(scorer.score(plan)[0], expected)
+        same_answers(answers(case, plan, trunk, prompts).logits, expected)
+    assert len(buckets) == 3
+
+
+def test_the_same_scorer_scores_any_candidate(case):
+    """Nothing of one candidate is left for the next, and the same one gives the same answers."""
+    case = case("qwen2")
+    scorer = TailScorer(case.trunk(N - 3), case.prompts)
+    first = [scorer.score(plan)[0] for plan in PLANS.values()]
+    again = [scorer.score(plan)[0] for plan in reversed(PLANS.values())][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert len({tuple(logits.flatten().tolist()) for logits in first}) == len(PLANS)
+
+
+def test_many_candidates_at_once_are_scored_as_one_at_a_time(case, monkeypatch):
+    """More than are mixed together, with norms of different layers, biases merged and not."""
+    case = case("llama_biases")
+    plans = [*PLANS.values(), found(0.9, 0.1), found(0.0, 0.0, biases="merge"), before_last_plan(N, 2)]
+    scorer = TailScorer(case.trunk(N - 3), case.prompts)
+    expected = [reference(case, plan)[0] for plan in plans]
+    for together in (1, 3, 100):
+        monkeypatch.setattr(raymerge.scoring, "_MIXED_TOGETHER", together)
+        logits = list(scorer.score_many(plans))
+        assert len(logits) == len(plans)
+        for plan, target, many in zip(plans, expected, logits, strict=True):
+            same_answers(many, target)
+            close(many, scorer.score(plan)[0])
+    assert list(scorer.score_many([])) == []
+    with pytest.raises(ValueError, match="does not collapse"):
+        next(scorer.score_many([plans[0], found(0.5)]))
+
+
+def test_scorers_share_the_stacked_weights(case):
+    case = case("qwen2")
+    trunk = case.trunk(N - 3)
+    sources = SourceLayers(case.runner, N - 3)
+    one, two = (TailScorer(trunk, case.prompts, sources=sources) for _ in range(2))
+    assert one.sources is two.sources is sources
+    plain = TailScorer(trunk, case.prompts)
+    for plan in PLANS.values():
+        assert torch.equal(one.score(plan)[0], plain.score(plan)[0])
+
+
+# -- what is scored is what is saved ---------------------------------------------------------------------------------
+
+
+def test_bfloat16_candidates_are_rounded_as_saving_does(tmp_path, questions):
+    """Alphas of 1/2 and 1/4 make every float32 sum of bfloat16 weights exact, so that rounding is the only change."""
+    folder = tiny.make_checkpoint(tmp_path / "base", "qwen2", dtype=torch.bfloat16)
+    checkpoint = Checkpoint(str(folder))
+    runner = LayerRunner(checkpoint)
+    prompts = encode_questions(questions, tiny.demo_tokenizer())
+    whole = tiny.whole_prompts(questions, tiny.demo_tokenizer())
+    trunk = TrunkCache(runner, N - 3, tmp_path / "cache")
+    for plan in (found(0.5, 0.25), found(0.75, 0.5, biases="merge"), before_last_plan(N, 2)):
+        destination = tmp_path / plan.plan_id("x")
+        kept = [layer.index for layer in plan.kept]
+        checkpoint.save(fused_tensors(checkpoint, checkpoint.architecture, plan), kept, destination)
+        saved = AutoModelForCausalLM.from_pretrained(destination, dtype=torch.float64, attn_implementation="eager")
+        expected, *_ = tiny.plain_answers(saved, whole, prompts.letters)
+        same_answers(TailScorer(trunk, prompts).score(plan)[0], expected)
+        same_answers(answers(SimpleNamespace(runner=runner), plan, trunk, prompts).logits, expected)
+    unrounded = TailScorer(trunk, prompts, fused_dtype=torch.float32).score(found(0.5, 0.25))[0]
+    rounded = TailScorer(trunk, prompts).score(found(0.5, 0.25))[0]
+    # Rounding to 8 bits moves logits by some 1e-2 of their size: far more than the limit that both are held to.
+    assert (unrounded - rounded).abs().max() > 20 * LIMIT * rounded.abs().max()
+
+
+# -- gradients -------------------------------------------------------------------------------------------------------
+
+
+def whole_model_logits(case, first, coefficients, rest, merge_biases):
+    """Answer logits as a float64 function of the coefficients, through a whole transformers model."""
+    config = copy.deepcopy(case.base.config)
+    config.num_hidden_layers = first + 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:first] + [config.layer_types[first + rest]]
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float64)
+    state = {name: tensor.double() for name, tensor in case.base.state_dict().items()}
+    weights = {}
+    for name in model.state_dict():
+        if not name.startswith(f"model.layers.{first}."):
+            weights[name] = state[name]
+            continue
+        sources = [state[name.replace(f"layers.{first}.", f"layers.{first + j}.")] for j in range(len(coefficients))]
+        averaged = "_proj.weight" in name or (merge_biases and "_proj.bias" in name)
+        weights[name] = sum(c * w for c, w in zip(coefficients, sources, strict=True)) if averaged else sources[rest]
+    ids = [torch.tensor(prompt)[None] for prompt in case.whole]
+    last = [functional_call(model, weights, (i,), {"use_cache": False}).logits[0, -1] for i in ids]
+    return torch.stack(last)[:, list(case.prompts.letters)]
+
+
+@pytest.mark.parametrize(
+    ("family", "rest", "merge_biases"),
+    [
+        ("llama_biases", 0, False),
+        ("llama_biases", 2, True),
+        ("mistral_window", 0, False),  # no prefix key is visible: nothing of it may turn into NaN
+        ("mistral_window_60", 1, False),
+        ("qwen3", 0, False),
+    ],
+)
+def test_gradients_equal_those_through_the_whole_model(case, family, rest, merge_biases):
+    case, first = case(family), N - 3
+    weigh = torch.randn(len(case.whole), 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = [0.45, 0.35, 0.2]
+
+    theirs = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    expected = whole_model_logits(case, first, theirs, rest, merge_biases)
+    (expected * weigh).sum().backward()
+
+    ours = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    scorer = TailScorer(case.trunk(first), case.prompts)
+    logits = scorer.logits(ours, rest=rest, merge_biases=merge_biases)
+    (logits.double() * weigh).sum().backward()
+
+    close(logits.detach(), expected.detach())
+    scale = theirs.grad.abs().max()
+    # A gradient is a sum over thousands of float32 weights, with cancellation.
+    assert (ours.grad - theirs.grad).abs().max() < 10 * LIMIT * scale
+
+    # And the reference's own gradient is the slope of its values: central differences. Transformers computes norms
+    # in float32 whatever the dtype: roundings of some 1e-5 over the step, and the step's square, are the limit.
+    step = 2e-3
+    for j in range(len(values)):
+        ends = []
+        for sign in (1, -1):
+            moved = torch.tensor(values, dtype=torch.float64)
+            moved[j] += sign * step
+            with torch.no_grad():
+                ends.append((whole_model_logits(case, first, moved, rest, merge_biases) * weigh).sum())
+        assert abs((ends[0] - ends[1]) / (2 * step) - theirs.grad[j]) < 1e-3 * scale
+
+
+def test_gradients_with_an_empty_prefix(case):
+    case = case("llama")
+    rng = np.random.default_rng(0)
+    group = Group("a", np.zeros(0, np.int64), (rng.integers(5, 800, 9), rng.integers(5, 800, 4)), (0, 1))
+    prompts = Prompts((Shard((group,)),), case.prompts.letters, np.zeros(2, np.int8), False)
+    coefficients = torch.full((3,), 1 / 3, requires_grad=True)
+    TailScorer(case.trunk(N - 3), prompts).logits(coefficients).sum().backward()
+    assert torch.isfinite(coefficients.grad).all() and (coefficients.grad != 0).all()
+
+
+# -- which plans -----------------------------------------------------------------------------------------------------
+
+
+def test_coefficients_are_laid_out_by_source(case):
+    scorer = TailScorer(case("llama").trunk(N - 3), case("llama").prompts)
+    assert scorer.sources.count == 3
+    assert scorer.coefficients(found(0.25, 0.5)).tolist() == [0.5, 0.125, 0.375]
+    assert scorer.coefficients(drop_plan(N, 2)).tolist() == [1.0, 0.0, 0.0]
+    assert scorer.coefficients(before_last_plan(N, 2)).tolist() == [0.0, 0.0, 1.0]
+    assert scorer.coefficients(found(0.25, 0.5)).dtype == torch.float64
+
+
+def test_plans_that_leave_more_than_one_layer_are_refused(case):
+    scorer = TailScorer(case("llama").trunk(N - 3), case("llama").prompts)
+    for plan in PLANS.values():
+        assert scorer.accepts(plan)
+    for plan in (base_plan(N), found(0.5), found(0.5, 0.5, 0.5), before_last_plan(N, 1), drop_plan(N, 3)):
+        assert not scorer.accepts(plan)
+        with pytest.raises(ValueError, match="does not collapse the layers from 2 on into one"):
+            scorer.score(plan)
+    for plan in (drop_plan(6, 2), drop_plan(6, 3)):
+        assert not scorer.accepts(plan)
+        with pytest.raises(PlanError, match="the plan is for 6 layers"):
+            scorer.score(plan)
+
+
+def test_mixed_windows_are_refused_not_computed(case):
+    case = case("qwen2_last_window")
+    scorer = TailScorer(case.trunk(N - 3), case.prompts)
+    with pytest.raises(PlanError, match="attention windows differ"):
+        scorer.score(found(0.5, 0.5))
+    with pytest.raises(PlanError, match="attention windows differ"):
+        answers(case, found(0.5, 0.5))
+
+
+# -- the trunk's cache -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many layer calls were made so far."""
+    calls = []
+    original = LayerRunner._call
+    monkeypatch.setattr(LayerRunner, "_call", lambda self, *a, **k: calls.append(a[0]) or original(self, *a, **k))
+    return calls
+
+
+def test_states_are_computed_once(case, tmp_path, counted):
+    case = case("llama")
+    TailScorer(TrunkCache(case.runner, 2, tmp_path), case.prompts)
+    assert set(counted) == {0, 1}
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == len(case.prompts.shards) and all(f.name.startswith("trunk-") for f in files)
+    counted.clear()
+    again = TrunkCache(LayerRunner(Checkpoint(str(case.folder))), 2, tmp_path)  # as another worker would
+    scorer = TailScorer(again, case.prompts)
+    same_answers(scorer.score(PLANS["random"])[0], reference(case, PLANS["random"])[0])
+    assert not counted
+    answers(case, PLANS["random"], again)
+    assert set(counted) == {2}
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_the_stored_states_are_those_that_enter_the_layer(case, tmp_path):
+    case = case("mistral_window_60")
+    model = tiny.merged_model(case.base, [])
+    shard = case.prompts.shards[0]
+    loaded = TrunkCache(case.runner, 3, tmp_path).load(shard)
+    for group, (prefix, own) in zip(shard.groups, loaded, strict=True):
+        start = 0
+        for ids, row in zip(group.sequences, group.rows, strict=True):
+            entered = []
+            hook = model.model.layers[3].register_forward_pre_hook(lambda m, args, e=entered: e.append(args[0][0]))
+            tiny.plain_logits(model, case.whole[row])
+            hook.remove()
+            close(torch.cat([prefix, own[start : start + len(ids)]]), entered[0])
+            start += len(ids)
+
+
+def test_files_are_named_by_content(case, tmp_path):
+    one, other = case("llama"), case("qwen2")
+    shards = one.prompts.shards
+    path = TrunkCache(one.runner, 2, tmp_path).path(shards[0])
+    assert path.parent == tmp_path
+    assert path == TrunkCache(LayerRunner(Checkpoint(str(one.folder))), 2, tmp_path).path(shards[0])
+    changed_token = copy.deepcopy(shards[0])
+    changed_token.groups[0].sequences[0][-1] += 1
+    others = [
+        TrunkCache(other.runner, 2, tmp_path).path(shards[0]),
+        TrunkCache(one.runner, 3, tmp_path).path(shards[0]),
+        TrunkCache(one.runner, 2, tmp_path).path(shards[1]),
+        TrunkCache(one.runner, 2, tmp_path).path(changed_token),
+        TrunkCache(LayerRunner(one.runner.checkpoint, dtype=torch.bfloat16), 2, tmp_path).path(shards[0]),
+    ]
+    assert len({path, *others}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "noise", "other"])
+def test_a_spoilt_file_is_named(case, tmp_path, damage):
+    case = case("llama")
+    trunk = TrunkCache(case.runner, 2, tmp_path)
+    path = trunk.compute(case.prompts.shards[0])
+    content = path.read_bytes()
+    gc.collect()
+    if damage == "other":
+        save_file({"x": torch.zeros(1)}, path)
+    else:
+        path.write_bytes({"empty": b"", "cut": content[:-1], "noise": b"\xff" * len(content)}[damage])
+    with pytest.raises(ValueError, match=rf"the trunk states {path} cannot be read: .*delete the file"):
+        trunk.load(case.prompts.shards[0])
+
+
+def test_a_full_disk_leaves_no_states(case, tmp_path, monkeypatch):
+    """Neither an OSError nor safetensors' own error; what was there stays."""
+    case = case("llama")
+    trunk = TrunkCache(case.runner, 2, tmp_path)
+    first, second = case.prompts.shards[:2]
+    kept = trunk.compute(first)
+    states = load_file(kept)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(ValueError, match=rf"the trunk states {trunk.path(second)} cannot be written: .*too large"):
+            trunk.compute(second)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [kept]
+
+    def fail(_tensors, path):
+        path.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(raymerge.scoring, "save_file", fail)
+    with pytest.raises(ValueError, match="No space left"):
+        trunk.compute(second)
+    assert list(tmp_path.iterdir()) == [kept]
+    assert all(torch.equal(states[name], tensor) for name, tensor in load_file(kept).items())

@@ -1,0 +1,156 @@
+"""Statistics against closed forms, scipy and exact enumeration."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from raymerge.statistics import accuracy_summary, answer_nll, macro_summary, mcnemar, paired_difference
+
+
+def test_accuracy_summary_is_the_standard_error_of_the_mean():
+    correct = np.random.default_rng(0).uniform(size=137) < 0.6
+    summary = accuracy_summary(correct)
+    assert (summary.n, summary.correct) == (137, correct.sum())
+    assert summary.accuracy == pytest.approx(correct.mean(), rel=1e-15)
+    assert summary.standard_error == pytest.approx(scipy.stats.sem(correct, ddof=1), rel=1e-12)
+
+
+def test_accuracy_summary_at_the_edges():
+    assert accuracy_summary(np.ones(5, bool)) == (5, 5, 1.0, 0.0)
+    assert math.isnan(accuracy_summary(np.array([True])).standard_error)
+    with pytest.raises(ValueError, match="at least one"):
+        accuracy_summary(np.array([], dtype=bool))
+    with pytest.raises(ValueError, match="should be bool"):
+        accuracy_summary(np.array([0, 3, 1]))  # predicted letters passed by mistake
+
+
+def test_macro_standard_error_is_that_of_a_mean_of_independent_means():
+    mean, error = macro_summary([0.5, 0.7, 0.9], [0.03, 0.04, 0.12])
+    assert mean == pytest.approx(0.7)
+    assert error == pytest.approx(0.13 / 3)
+    rng = np.random.default_rng(1)  # simulated: three subjects of 40, 60 and 100 questions
+    p, n = np.array([0.3, 0.6, 0.9]), np.array([40, 60, 100])
+    simulated = (rng.binomial(n, p, size=(200_000, 3)) / n).mean(axis=1).std()
+    assert macro_summary(p, np.sqrt(p * (1 - p) / n))[1] == pytest.approx(simulated, rel=0.01)
+    with pytest.raises(ValueError, match="2 accuracies but 1"):
+        macro_summary([0.5, 0.6], [0.1])
+
+
+def test_answer_nll_is_the_log_softmax_over_four_letters():
+    logits = np.random.default_rng(2).normal(size=(50, 4)).astype(np.float32)
+    answer = np.random.default_rng(3).integers(4, size=50).astype(np.int8)
+    exact = [-math.log(math.exp(row[k]) / math.fsum(map(math.exp, row))) for row, k in zip(logits, answer, strict=True)]
+    nll = answer_nll(logits, answer)
+    assert nll.dtype == np.float64
+    np.testing.assert_allclose(nll, exact, rtol=1e-12)
+
+
+def test_answer_nll_of_equal_and_of_huge_logits():
+    assert answer_nll(np.zeros((1, 4)), [2]) == pytest.approx(math.log(4))
+    np.testing.assert_allclose(answer_nll([[1e4, 0, 0, 0], [1e4, 0, 0, 0]], [0, 1]), [0, 1e4])
+
+
+@pytest.mark.parametrize(
+    ("logits", "answer", "message"),
+    [
+        (np.zeros((2, 3)), [0, 0], "should be"),
+        (np.zeros((2, 4)), [0], "should be"),
+        (np.zeros((1, 4)), [4], "0..3"),
+        (np.zeros((1, 4)), [-1], "0..3"),
+    ],
+)
+def test_answer_nll_refuses(logits, answer, message):
+    with pytest.raises(ValueError, match=message):
+        answer_nll(logits, answer)
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (0, 5), (7, 1), (4, 4), (30, 12)])
+def test_mcnemar_is_the_exact_binomial(only_a, only_b):
+    a = np.array([True] * only_a + [False] * only_b + [True] * 20 + [False] * 10)
+    b = np.array([False] * only_a + [True] * only_b + [True] * 20 + [False] * 10)
+    n, smaller = only_a + only_b, min(only_a, only_b)
+    tail = sum(math.comb(n, k) for k in range(smaller + 1)) / 2**n  # p = 1/2 is symmetric: twice one tail
+    result = mcnemar(a, b)
+    assert result[:2] == (only_a, only_b)
+    assert result.p_value == pytest.approx(min(1.0, 2 * tail), rel=1e-12)
+    assert mcnemar(b, a).p_value == result.p_value
+
+
+def test_mcnemar_refuses_different_questions():
+    with pytest.raises(ValueError, match="same questions"):
+        mcnemar(np.ones(3, bool), np.ones(4, bool))
+
+
+@pytest.mark.parametrize("kind", ["correctness", "nll"])  # few distinct values, and all distinct
+def test_interval_agrees_with_scipys_paired_bootstrap(kind):
+    rng = np.random.default_rng(4)
+    if kind == "correctness":
+        a, b = rng.uniform(size=300) < 0.7, rng.uniform(size=300) < 0.6
+    else:
+        a = rng.exponential(size=300)
+        b = a + rng.normal(0.1, 0.5, size=300)
+    a, b = a.astype(float), b.astype(float)
+    ours = paired_difference(a, b, n_resamples=20_000)
+    scipys = scipy.stats.bootstrap(
+        (a, b), lambda x, y, axis: (x - y).mean(axis=axis), paired=True, method="percentile", n_resamples=20_000,
+        rng=np.random.default_rng(5), batch=1000,
+    ).confidence_interval  # fmt: skip
+    width = scipys.high - scipys.low
+    assert ours.difference == pytest.approx((a - b).mean())
+    assert ours.ci_low == pytest.approx(scipys.low, abs=0.05 * width)
+    assert ours.ci_high == pytest.approx(scipys.high, abs=0.05 * width)
+
+
+@pytest.mark.parametrize("repeat", [1, 12])  # 12 questions with distinct values, and 84 sharing 7 of them
+def test_p_value_is_that_of_sign_flips(repeat):
+    rng = np.random.default_rng(6)
+    if repeat == 1:
+        d = rng.normal(0.5, 1.0, size=12)
+        flips = np.array(list(itertools.product([-1, 1], repeat=12)))
+        exact = np.mean(np.abs(flips @ d) >= abs(d.sum()) - 1e-12)  # all 4,096 of them
+    else:
+        d = np.repeat([1.0, 0.0, 0.0, -1.0, 1.0, 0.0, 0.0], repeat)
+        exact = scipy.stats.binomtest(24, 36).pvalue  # 24 ups, 12 downs: the exact McNemar p
+    assert paired_difference(d, np.zeros(d.size), n_resamples=40_000).p_value == pytest.approx(exact, abs=0.01)
+
+
+def test_chunks_do_not_change_the_law(monkeypatch):
+    d = np.random.default_rng(7).normal(0.05, 1, size=400)
+    whole = paired_difference(d, np.zeros(400))
+    monkeypatch.setattr("raymerge.statistics._CHUNK", 400 * 300)
+    parts = paired_difference(d, np.zeros(400))
+    assert parts.ci_low == pytest.approx(whole.ci_low, abs=0.01)
+    assert parts.p_value == pytest.approx(whole.p_value, abs=0.02)
+
+
+def test_paired_difference_is_seeded_and_antisymmetric_in_the_mean():
+    rng = np.random.default_rng(8)
+    a, b = rng.normal(size=100), rng.normal(size=100)
+    assert paired_difference(a, b) == paired_difference(a, b)
+    assert paired_difference(a, b) != paired_difference(a, b, random_state=1)
+    assert paired_difference(b, a).difference == -paired_difference(a, b).difference
+    narrow = paired_difference(a, b, confidence=0.5)
+    wide = paired_difference(a, b, confidence=0.99)
+    assert wide.ci_low < narrow.ci_low < narrow.ci_high < wide.ci_high
+
+
+def test_equal_plans_have_no_difference():
+    assert paired_difference(np.ones(10), np.ones(10)) == (0.0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"confidence": 95}, "confidence is 95"), ({"n_resamples": 0}, "n_resamples is 0")]
+)
+def test_paired_difference_refuses_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        paired_difference(np.ones(3), np.zeros(3), **options)
+
+
+def test_paired_difference_refuses_nan():
+    with pytest.raises(ValueError, match="finite"):
+        paired_difference([1.0, np.nan], [0.0, 0.0])

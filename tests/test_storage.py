@@ -1,0 +1,200 @@
+"""Files appear whole or not at all, on disks and on other file systems."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+
+import pyarrow.fs as pafs
+import pytest
+
+from raymerge import storage as storage_module
+from raymerge.storage import RunError, Storage
+
+
+@pytest.fixture(params=["path", "uri", "subtree", "mock", "one_put"])
+def storage(request, tmp_path, monkeypatch):
+    """One storage of every kind: own code for local disks, pyarrow with renames, pyarrow with one PUT."""
+    if request.param == "path":
+        return Storage(tmp_path / "run")
+    if request.param == "uri":
+        return Storage((tmp_path / "run").as_uri())
+    if request.param == "subtree":
+        return Storage("run", pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()))
+    if request.param == "one_put":
+        monkeypatch.setattr(storage_module, "_ONE_PUT", frozenset({"mock"}))
+    filesystem = pafs._MockFileSystem()
+    for folder in (
+        "tables/x",
+        "tables/t",
+        "models/m",
+        "models/_tmp.3.m",
+        "models/best",
+    ):  # object stores know no folders; this does
+        filesystem.create_dir(f"run/{folder}")
+    return Storage("run", filesystem)
+
+
+def test_publish_read_list_delete(storage):
+    assert storage.names("tables/x") == []
+    storage.publish("tables/x/a", b"one")
+    storage.publish("tables/x/b", b"two")
+    storage.publish("tables/x/a", b"three")
+    assert storage.read("tables/x/a") == b"three"
+    assert storage.names("tables/x") == ["a", "b"]  # and no temporary file
+    storage.delete("tables/x/a")
+    storage.delete("tables/x/a")
+    assert storage.names("tables/x") == ["b"]
+    with pytest.raises(FileNotFoundError):
+        storage.read("tables/x/a")
+
+
+def test_upload_replaces_a_folder(storage, tmp_path):
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "old").write_bytes(b"1")
+    storage.upload(source, "models/best")
+    (source / "old").unlink()
+    (source / "sub" / "new").write_bytes(b"2")
+    storage.upload(source, "models/best")
+    assert storage.read("models/best/sub/new") == b"2"
+    assert not [name for name in storage.names("models") if name.endswith(".best")]  # a temporary name
+    assert "old" not in storage.names("models/best")
+    with pytest.raises(RunError, match="nothing to copy"):
+        storage.upload(tmp_path / "absent", "models/other")
+
+
+def test_clear_temporary_leaves_the_rest(storage):
+    for name in ("a", "_tmp.1.a", "tables/t/_tmp.2.p", "tables/t/p", "models/_tmp.3.m/weights", "models/m/weights"):
+        storage.publish(name, b"x")
+    storage.clear_temporary()
+    assert storage.names() == ["a", "models", "tables"]
+    assert storage.names("tables/t") == ["p"]
+    assert "m" in storage.names("models") and "_tmp.3.m" not in storage.names("models")
+    assert storage.names("models/m") == ["weights"]
+
+
+def test_names_of_the_places():
+    assert (
+        Storage("s3://bucket/runs/a?region=eu-west-1").show("models/b")
+        == "s3://bucket/runs/a/models/b?region=eu-west-1"
+    )
+    assert Storage("/tmp/x/").show("models") == "/tmp/x/models"
+    assert Storage("file:///tmp/x").is_local and Storage("file:///tmp/x").name == "/tmp/x"
+    with pytest.raises(RunError, match="cannot be opened"):
+        Storage("nosuch://bucket/run")
+    with pytest.raises(RunError, match="empty"):
+        Storage("")
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "disk full"), (errno.EDQUOT, "quota"), (errno.EACCES, "could not write")]
+)
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_failing_write_on_a_disk_leaves_the_old_file(tmp_path, monkeypatch, number, words, step):
+    storage = Storage(tmp_path)
+    storage.publish("f", b"old")
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(RunError, match=words) as caught:
+        storage.publish("f", b"new" * 1000)
+    assert str(tmp_path / "f") in str(caught.value)
+    if number != errno.EACCES:
+        assert all(words in str(caught.value) for words in ("3.0 kB", " free", "run the same command"))
+    assert storage.names() == ["f"] and storage.read("f") == b"old"
+
+
+def test_a_disk_that_really_ends_midway(tmp_path):
+    storage = Storage(tmp_path)
+    storage.publish("f", b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(RunError, match="file size limit reached"):
+            storage.publish("f", b"x" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert storage.names() == ["f"] and storage.read("f") == b"old"
+
+
+class FullHandler(pafs.FileSystemHandler):
+    """A local file system through Python whose renames fail as on a full disk."""
+
+    def __init__(self):
+        self.disk = pafs.LocalFileSystem()
+
+    def get_type_name(self):
+        return "full"
+
+    def normalize_path(self, path):
+        return path
+
+    def get_file_info(self, paths):
+        return self.disk.get_file_info(paths)
+
+    def get_file_info_selector(self, selector):
+        return self.disk.get_file_info(selector)
+
+    def create_dir(self, path, recursive):
+        self.disk.create_dir(path, recursive=recursive)
+
+    def open_output_stream(self, path, metadata):
+        return self.disk.open_output_stream(path)
+
+    def open_input_file(self, path):
+        return self.disk.open_input_file(path)
+
+    def delete_file(self, path):
+        self.disk.delete_file(path)
+
+    def move(self, source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def delete_dir(self, path):
+        self.disk.delete_dir(path)
+
+    def delete_dir_contents(self, path, missing_dir_ok=False):
+        raise NotImplementedError
+
+    def delete_root_dir_contents(self):
+        raise NotImplementedError
+
+    def copy_file(self, source, target):
+        raise NotImplementedError
+
+    def open_input_stream(self, path):
+        return self.disk.open_input_stream(path)
+
+    def open_append_stream(self, path, metadata):
+        raise NotImplementedError
+
+
+def test_failing_rename_elsewhere_leaves_no_temporary_file(tmp_path):
+    storage = Storage(str(tmp_path), pafs.PyFileSystem(FullHandler()))
+    with pytest.raises(RunError, match="disk full"):
+        storage.publish("f", b"new")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "w").write_bytes(b"1")
+    with pytest.raises(RunError, match="disk full"):
+        storage.upload(source, "m")
+    assert storage.names() == ["source"]
+
+
+def test_an_interrupt_leaves_no_temporary_file(tmp_path, monkeypatch):
+    storage = Storage(tmp_path)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        storage.publish("f", b"new")
+    assert storage.names() == []

@@ -1,0 +1,406 @@
+"""Run directories: round trips, resuming, replacing and compacting without a torn read, manifests."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from raymerge.tables import SCHEMAS, RunDirectory, RunError
+
+CONFIG = {
+    "model": {"path": "demo", "revision": None},
+    "search": {"bounds": [0.0, 1.0], "candidates": 60},
+    "workers": {"count": 2},
+    "output": {"run": "runs/demo"},
+}
+
+
+def receipt(i: int, plan: str = "p") -> dict:
+    return {"plan_id": plan, "tensor": f"t{i}", "max_abs_change": i / 2, "relative_change": 0.0}
+
+
+def tensors(run: RunDirectory) -> list[str]:
+    return run.read("receipts").column("tensor").to_pylist()
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDirectory.open(tmp_path / "run", CONFIG, "search")
+
+
+@pytest.fixture(params=["path", "file_uri", "mock", "subtree"])
+def place(request, tmp_path):
+    """Keyword arguments of `open` and `load` for each kind of place."""
+    if request.param == "path":
+        return {"path": tmp_path / "run"}
+    if request.param == "file_uri":
+        return {"path": (tmp_path / "run").as_uri()}
+    if request.param == "mock":
+        return {"path": "run", "filesystem": pafs._MockFileSystem()}
+    return {"path": "run", "filesystem": pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())}
+
+
+def value_for(field: pa.Field):
+    if pa.types.is_list(field.type):
+        return [0.25, 1 / 3]
+    if pa.types.is_floating(field.type):
+        return 0.125
+    return True if pa.types.is_boolean(field.type) else "größe" if pa.types.is_string(field.type) else 3
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", SCHEMAS)
+def test_every_table_comes_back_with_its_schema(table, place):
+    run = RunDirectory.open(config=CONFIG, experiment="search", **place)
+    full = {field.name: value_for(field) for field in SCHEMAS[table] if field.name != "run_id"}
+    bare = {name: value for name, value in full.items() if not SCHEMAS[table].field(name).nullable}
+    assert run.read(table).schema.equals(SCHEMAS[table], check_metadata=True)
+    run.append(table, [full])
+    run.append(table, pa.Table.from_pylist([bare]))
+    back = RunDirectory.load(**place).read(table)
+    assert back.schema.equals(SCHEMAS[table], check_metadata=True)
+    empty = {name: None for name in full if name not in bare}
+    assert back.to_pylist() == [{"run_id": run.run_id, **full}, {"run_id": run.run_id, **bare, **empty}]
+    run.compact(table)
+    run.replace(table, back)
+    assert run.read(table).equals(back) and run.row_counts() == {table: 2}
+
+
+def test_columns_can_be_chosen(run):
+    run.append("receipts", [receipt(0)])
+    assert run.read("receipts", ["tensor", "plan_id"]).to_pylist() == [{"tensor": "t0", "plan_id": "p"}]
+    with pytest.raises(ValueError, match="no column alpha"):
+        run.read("receipts", ["alpha"])
+
+
+def test_parts_keep_their_order_across_processes(run, tmp_path):
+    run.append("receipts", [receipt(0)])
+    again = RunDirectory.open(tmp_path / "run", CONFIG, "search")
+    again.append("receipts", [receipt(1)])
+    again.compact("receipts")
+    third = RunDirectory.open(tmp_path / "run", CONFIG, "search")
+    assert third.append("receipts", [receipt(2)]).startswith("000002-")
+    assert tensors(run) == ["t0", "t1", "t2"]
+
+
+def test_the_same_part_again_replaces_it_also_after_compact(run):
+    for i in range(3):
+        run.append("receipts", [receipt(i), receipt(10 * i)], part=f"batch_{i}")
+    run.append("receipts", [receipt(7)], part="batch_1")
+    assert tensors(run) == ["t0", "t0", "t7", "t2", "t20"]
+    run.compact("receipts")
+    assert tensors(run) == ["t0", "t0", "t7", "t2", "t20"]
+    run.append("receipts", [receipt(8), receipt(9)], part="batch_1")
+    assert sorted(tensors(run)) == ["t0", "t0", "t2", "t20", "t8", "t9"]
+    run.append("receipts", [receipt(6)], part="batch_3")
+    run.compact("receipts")
+    run.append("receipts", [], part="batch_0")
+    run.append("receipts", [receipt(5)], part="batch_3")
+    assert sorted(tensors(run)) == ["t2", "t20", "t5", "t8", "t9"]
+    assert run.row_counts() == {"receipts": 5}
+
+
+def test_replaced_rows_survive_compacting_and_repeated_parts(run):
+    run.append("receipts", [receipt(0)], part="a")
+    run.replace("receipts", [receipt(1), receipt(2)])
+    run.append("receipts", [receipt(3)], part="b")
+    run.compact("receipts")
+    run.append("receipts", [receipt(4)], part="b")
+    run.append("receipts", [receipt(5)], part="a")
+    assert sorted(tensors(run)) == ["t1", "t2", "t4", "t5"]
+    run.replace("receipts", [])
+    assert tensors(run) == [] and not run.has("receipts") and run.row_counts() == {}
+
+
+def test_has_and_row_counts(run):
+    assert not run.has("receipts") and run.row_counts() == {}
+    run.append("receipts", [receipt(i) for i in range(3)])
+    run.append("receipts", [receipt(3)])
+    run.append("degeneracy", [], part="nothing")
+    assert run.has("receipts") and not run.has("degeneracy")
+    assert run.row_counts() == {"receipts": 4}
+
+
+@pytest.mark.parametrize("call", ["append", "replace", "read", "has"])
+def test_unknown_tables_are_named(run, call):
+    with pytest.raises(ValueError, match="no table 'answer'"):
+        getattr(run, call)("answer", *([[]] if call in ("append", "replace") else []))
+
+
+@pytest.mark.parametrize("part", ["", "all", "../x", "_tmp.x", ".x", "a/b"])
+def test_part_names_cannot_leave_the_table(run, part):
+    with pytest.raises(ValueError, match="part is"):
+        run.append("receipts", [receipt(0)], part=part)
+
+
+def test_readers_ignore_temporary_and_foreign_files(run, tmp_path):
+    run.append("receipts", [receipt(0)])
+    folder = tmp_path / "run" / "tables" / "receipts"
+    for name in ("_tmp.1.x.parquet", ".hidden.parquet", "notes.txt"):
+        (folder / name).write_bytes(b"half")
+    assert tensors(run) == ["t0"] and run.row_counts() == {"receipts": 1}
+    RunDirectory.open(tmp_path / "run", CONFIG, "search")
+    assert not (folder / "_tmp.1.x.parquet").exists()  # opening to write clears the leftovers
+    assert (folder / "notes.txt").exists()
+
+
+def test_a_damaged_part_is_named(run, tmp_path):
+    part = run.append("receipts", [receipt(0)])
+    path = tmp_path / "run" / "tables" / "receipts" / f"{part}.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(RunError, match=f"{part}.parquet is not a readable part of table receipts"):
+        run.read("receipts")
+
+
+def test_parts_of_another_version(run, tmp_path):
+    folder = tmp_path / "run" / "tables" / "perplexity"
+    folder.mkdir(parents=True)
+    old = {"run_id": "r", "plan_id": "p", "target": "text", "tokens": 5, "nll": 1.0, "perplexity": 2.7}
+    pq.write_table(pa.Table.from_pylist([old]), folder / "old.parquet")  # before subject and text_hash existed
+    assert run.read("perplexity").to_pylist() == [{**old, "subject": None, "text_hash": None}]
+    pq.write_table(pa.Table.from_pylist([{"run_id": "r", "plan_id": "p"}]), folder / "old.parquet")
+    with pytest.raises(RunError, match="old.parquet lacks target, tokens, nll, perplexity"):
+        run.read("perplexity")
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("act", ["append", "replace", "compact", "rewrite"])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_table_as_it_was(run, tmp_path, monkeypatch, act, step):
+    run.append("receipts", [receipt(0)], part="a")
+    if act == "rewrite":
+        run.compact("receipts")
+    run.append("receipts", [receipt(1)], part="b")
+    before = sorted(os.listdir(tmp_path / "run" / "tables" / "receipts"))
+    monkeypatch.setattr(os, step, full_disk)
+    with pytest.raises(RunError, match=r"disk full: .*receipts/.*needs about .* free.*finished candidates are kept"):
+        if act == "compact":
+            run.compact("receipts")
+        elif act == "replace":
+            run.replace("receipts", [receipt(2)])
+        else:
+            run.append("receipts", [receipt(2)], part="a")
+    monkeypatch.undo()
+    assert sorted(tensors(run)) == ["t0", "t1"]
+    assert sorted(os.listdir(tmp_path / "run" / "tables" / "receipts")) == before
+    run.append("receipts", [receipt(2)])  # and the run goes on once there is space
+    assert sorted(tensors(run)) == ["t0", "t1", "t2"]
+
+
+def test_rows_that_cannot_be_encoded_touch_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("pyarrow.parquet.write_table", full_disk)
+    with pytest.raises(OSError):
+        run.append("receipts", [receipt(0)])
+    assert not (tmp_path / "run" / "tables").exists()
+
+
+@pytest.mark.parametrize("act", ["compact", "replace"])
+def test_dying_between_the_new_file_and_the_deletions_counts_nothing_twice(run, tmp_path, monkeypatch, act):
+    run.append("receipts", [receipt(0)], part="a")
+    run.append("receipts", [receipt(1)], part="b")
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunDirectory, "_delete_parts", die)
+    with pytest.raises(KeyboardInterrupt):
+        run.compact("receipts") if act == "compact" else run.replace("receipts", [receipt(5)])
+    monkeypatch.undo()
+    assert len(os.listdir(tmp_path / "run" / "tables" / "receipts")) == 3  # the old parts still lie there
+    expected = ["t0", "t1"] if act == "compact" else ["t5"]
+    again = RunDirectory.open(tmp_path / "run", CONFIG, "search")
+    assert tensors(again) == expected and again.row_counts() == {"receipts": len(expected)}
+    again.append("receipts", [receipt(9)], part="b")  # a batch repeated after the crash
+    assert tensors(again) == (["t0", "t9"] if act == "compact" else ["t9", "t5"])
+    again.compact("receipts")
+    assert len(tensors(again)) == 2
+    assert os.listdir(tmp_path / "run" / "tables" / "receipts") == ["all.parquet"]
+
+
+def test_a_reader_beside_a_writer_never_sees_a_torn_table(run, tmp_path):
+    """Every state the reader may see is a run of batches 0…n, each whole and once."""
+    stop, faults, seen = threading.Event(), [], set()
+
+    def look():
+        reader = RunDirectory.load(tmp_path / "run")
+        while not stop.is_set():
+            try:
+                got = tensors(reader)
+                seen.add(len(got))
+                if got != [f"t{i // 2}" for i in range(len(got))] or len(got) % 2:
+                    faults.append(got)
+            except Exception as error:  # noqa: BLE001 - any error is what the test looks for
+                faults.append(error)
+                return
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for i in range(40):
+            run.append("receipts", [receipt(i), receipt(i)], part=f"batch_{i:03d}")
+            if i % 5 == 4:
+                run.compact("receipts")
+    finally:
+        stop.set()
+        thread.join()
+    assert not faults and len(seen) > 1
+
+
+# --- resuming -------------------------------------------------------------------------------------
+
+
+def test_config_is_stored_and_read_back(place):
+    run = RunDirectory.open(config=CONFIG, experiment="search", **place)
+    back = RunDirectory.load(**place)
+    assert (back.config, back.experiment, back.run_id) == (CONFIG, "search", run.run_id)
+    assert len(run.run_id) == 16
+
+
+def test_stored_config_is_a_config_file(run, tmp_path):
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == CONFIG
+
+
+def test_run_id_depends_on_experiment_and_config_but_not_on_workers(tmp_path):
+    def run_id(name, experiment="search", **change):
+        return RunDirectory.open(tmp_path / name, {**CONFIG, **change}, experiment).run_id
+
+    first = run_id("a")
+    assert run_id("b", workers={"count": 9}, output={}) == first
+    assert run_id("c", experiment="sweep") != first
+    assert run_id("d", model={"path": "other"}) != first
+
+
+def test_resuming_with_other_workers_keeps_the_run_and_updates_the_config(run, tmp_path):
+    other = {**CONFIG, "workers": {"count": 7}, "output": {"figures": False}}
+    again = RunDirectory.open(tmp_path / "run", other, "search")
+    assert again.run_id == run.run_id
+    assert RunDirectory.load(tmp_path / "run").config == other
+
+
+def test_equal_numbers_of_other_types_keep_the_run_id(run, tmp_path):
+    again = RunDirectory.open(tmp_path / "run", {**CONFIG, "search": {"bounds": (0, 1), "candidates": 60}}, "search")
+    assert again.run_id == run.run_id
+    assert RunDirectory.load(tmp_path / "run").run_id == RunDirectory.open(tmp_path / "run", CONFIG, "search").run_id
+
+
+def test_another_config_is_refused_naming_every_key(run, tmp_path):
+    other = {**CONFIG, "search": {"bounds": [0.3, 0.7], "candidates": 60, "seed": 1}, "model": {"path": "demo"}}
+    with pytest.raises(RunError) as caught:
+        RunDirectory.open(tmp_path / "run", other, "search")
+    message = str(caught.value)
+    assert "search.bounds: [0.0, 1.0] in the run, [0.3, 0.7] now" in message
+    assert "search.seed: absent in the run, 1 now" in message
+    assert "model.revision: None in the run, absent now" in message
+    assert "candidates" not in message and "another --out, or delete the folder" in message
+    assert RunDirectory.load(tmp_path / "run").config == CONFIG
+
+
+def test_another_experiment_is_refused(run, tmp_path):
+    with pytest.raises(RunError, match="holds a run of search, not of evaluate"):
+        RunDirectory.open(tmp_path / "run", CONFIG, "evaluate")
+
+
+def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(RunError, match="holds thesis.tex but no config.yaml"):
+        RunDirectory.open(tmp_path, CONFIG, "search")
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+    with pytest.raises(RunError, match="is a file"):
+        RunDirectory.open(tmp_path / "thesis.tex", CONFIG, "search")
+    with pytest.raises(RunError, match="not a run directory"):
+        RunDirectory.load(tmp_path)
+    with pytest.raises(RunError, match="not a run directory"):
+        RunDirectory.load(tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_start_that_was_killed_can_be_repeated(tmp_path):
+    (tmp_path / "_tmp.0.config.yaml").write_text("half")
+    RunDirectory.open(tmp_path, CONFIG, "search")
+    assert os.listdir(tmp_path) == ["config.yaml"]
+
+
+@pytest.mark.parametrize("text", ["model: demo\n", "# experiment: search\n- 1\n", "# experiment: search\n{\n"])
+def test_a_foreign_config_is_refused(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(RunError, match="config.yaml"):
+        RunDirectory.open(tmp_path, CONFIG, "search")
+
+
+# --- manifest, folders ----------------------------------------------------------------------------
+
+
+def test_manifest(run, tmp_path, place):
+    run = RunDirectory.open(config=CONFIG, experiment="sweep", **{**place, "path": f"{place['path']}2"})
+    run.begin()
+    assert run.manifest() is None and not run.complete
+    run.append("receipts", [receipt(0), receipt(1)])
+    written = run.write_manifest(
+        "complete", command=["raymerge", "search"], seed=3, model={"sha": "x"}, loss=float("nan")
+    )
+    assert run.manifest() == written and run.complete
+    assert written["rows"] == {"receipts": 2} and written["run_id"] == run.run_id
+    assert (written["experiment"], written["command"], written["seed"]) == ("sweep", ["raymerge", "search"], 3)
+    assert written["loss"] is None and written["model"] == {"sha": "x"}
+    assert written["packages"]["pyarrow"] == pa.__version__
+    assert written["started"].endswith("+00:00") and written["started"] <= written["finished"]
+    assert 0 <= written["seconds"] < 60
+    run.begin()  # continuing: what is there is no longer complete
+    assert run.manifest() is None
+    run.write_manifest("failed", error="no memory")
+    assert not run.complete and run.manifest()["error"] == "no memory" and run.manifest()["command"] == sys.argv
+
+
+def test_manifest_is_strict_json(run, tmp_path):
+    run.write_manifest("complete", value=float("inf"))
+    json.loads((tmp_path / "run" / "manifest.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_manifest_refuses(run):
+    with pytest.raises(ValueError, match="status is 'done'"):
+        run.write_manifest("done")
+    with pytest.raises(ValueError, match="rows, run_id itself"):
+        run.write_manifest("complete", run_id="x", rows={})
+    assert run.manifest() is None
+
+
+def test_a_damaged_manifest_is_named(run, tmp_path):
+    (tmp_path / "run" / "manifest.json").write_text("{")
+    with pytest.raises(RunError, match="manifest.json is not JSON"):
+        _ = run.complete
+
+
+def test_folders_and_uploads(place, tmp_path):
+    run = RunDirectory.open(config=CONFIG, experiment="search", **place)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").write_text("{}")
+    where = run.upload(tmp_path / "checkpoint", "models", "best")
+    assert where == run.path_of("models", "best") and where.endswith("run/models/best")
+    if run.is_local:
+        assert os.listdir(where) == ["config.json"]
+    for bad in ("..", "a/b", "", "_tmp.x"):
+        with pytest.raises(ValueError, match="not the name"):
+            run.path_of("models", bad)
+
+
+def test_no_torch_and_no_ray():
+    code = "import sys, raymerge.tables; assert not {'torch', 'ray', 'pandas', 'sklearn'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)

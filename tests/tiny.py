@@ -1,0 +1,204 @@
+"""Tiny random checkpoints and questions, and what they must answer by other means than raymerge's.
+
+The reference merges one step after the other in float64, as the published method is written, builds an ordinary
+transformers model of the result with strict loading, and runs whole prompts one at a time with eager attention.
+"""
+
+import copy
+import shutil
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from raymerge.demo import MODEL_PATH
+from raymerge.questions import LETTERS, Question, QuestionSet
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+N_LAYERS = 5
+
+#: What differs from the common shape below; together they have every feature that a supported family may have.
+FAMILIES = {
+    "llama": {"model_type": "llama"},
+    "llama_biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
+    "llama3_rope": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "llama_yarn": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 8},
+    # The window is shorter than every question of `questions`, so that the last position sees no prefix key.
+    "mistral_window": {"model_type": "mistral", "sliding_window": 11, "head_dim": 12},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2_windows": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2},
+    "qwen3": {"model_type": "qwen3", "head_dim": 12},
+    "qwen3_biases": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True, "num_key_value_heads": 1},
+}
+
+
+def demo_tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL_PATH)
+
+
+def config_of(family, **options):
+    values = (
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": N_LAYERS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": len(demo_tokenizer()),
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        | FAMILIES[family]
+        | options
+    )
+    if "rope_parameters" not in values:
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": 100.0}
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def random_model(config, *, seed=0, dtype=torch.float32):
+    """A transformers model with weights so large that attention is far from uniform and layers matter."""
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            noise = torch.randn(tensor.shape, generator=generator)
+            if "norm" in name:
+                value = 1 + 0.3 * noise
+            elif name.endswith("bias"):
+                value = 0.5 * noise
+            elif "embed" in name or "lm_head" in name:
+                value = noise
+            else:
+                value = 1.5 * noise / tensor.shape[1] ** 0.5
+            tensor.copy_(value)
+    return model.eval()
+
+
+def make_checkpoint(folder, family="llama", *, seed=0, dtype=torch.float32, shard="5GB", **options):
+    """Write a random checkpoint with the demo's tokenizer; returns the folder."""
+    model = random_model(config_of(family, **options), seed=seed, dtype=dtype)
+    model.save_pretrained(folder, max_shard_size=shard)
+    for file in MODEL_PATH.glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+# -- the reference ---------------------------------------------------------------------------------------------------
+
+
+def published_merge(state, n_layers, steps, *, biases="keep"):
+    """(state dict, kept layers): merge (into, remove, alpha) steps one after the other, as the paper writes it.
+
+    theta_into = alpha theta_into + (1 - alpha) theta_remove over the seven matrices, in float64, rounded at the end.
+    """
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    dtypes = {name: tensor.dtype for name, tensor in state.items()}
+    averaged = [f"{'mlp' if p in PROJECTIONS[4:] else 'self_attn'}.{p}.weight" for p in PROJECTIONS]
+    if biases == "merge":
+        averaged += [name.replace(".weight", ".bias") for name in averaged]
+    alive = list(range(n_layers))
+    for into, remove, alpha in steps:
+        for relative in averaged:
+            name, other = f"model.layers.{into}.{relative}", f"model.layers.{remove}.{relative}"
+            if name in state:
+                state[name] = alpha * state[name].double() + (1 - alpha) * state[other].double()
+        alive.remove(remove)
+    merged = {}
+    for name, tensor in state.items():
+        parts = name.split(".")
+        if parts[:2] == ["model", "layers"]:
+            if int(parts[2]) not in alive:
+                continue
+            parts[2] = str(alive.index(int(parts[2])))
+        merged[".".join(parts)] = tensor.to(dtypes[name])
+    return merged, alive
+
+
+def steps_of(plan):
+    return [(step.into, step.remove, step.alpha) for step in plan.steps]
+
+
+def merged_model(model, steps, *, biases="keep"):
+    """The merged transformers model in float64, from the reference's own merging, loaded strictly."""
+    config = copy.deepcopy(model.config)
+    state, alive = published_merge(model.state_dict(), config.num_hidden_layers, steps, biases=biases)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in alive]
+    config.num_hidden_layers = len(alive)
+    merged = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float64)
+    merged.load_state_dict(state, strict=True)
+    return merged.eval()
+
+
+@torch.no_grad()
+def plain_logits(model, ids):
+    """(T, V) float64 logits of one whole prompt."""
+    return model(input_ids=torch.as_tensor(np.asarray(ids))[None], use_cache=False).logits[0].double()
+
+
+def plain_answers(model, prompts_ids, letters):
+    """Last-position figures of whole prompts, one at a time: letters' logits (n, 4), logsumexp (n,), top token (n,)."""
+    last = torch.stack([plain_logits(model, ids)[-1] for ids in prompts_ids])
+    return last[:, list(letters)].numpy(), torch.logsumexp(last, -1).numpy(), last.argmax(-1).numpy()
+
+
+# -- questions -------------------------------------------------------------------------------------------------------
+
+WORDS = "the red cat has a small box and two old birds in water near that long road of stone by night".split()
+
+
+def make_questions(counts, *, shots=2, seed=0, longest=40):
+    """A QuestionSet of `counts` {subject: questions} with texts of 1 to `longest` words."""
+    rng = np.random.default_rng(seed)
+
+    def words(n):
+        return " ".join(rng.choice(WORDS, n))
+
+    def question(subject, split, row, n):
+        options = tuple(words(1 + int(rng.integers(3))) for _ in range(4))
+        return Question(f"{subject}/{split}/{row}", subject, split, "en", words(n) + "?", options, int(rng.integers(4)))
+
+    subjects = sorted(counts)
+    lengths = {s: rng.integers(1, longest + 1, counts[s]) for s in subjects}
+    for s in subjects:  # the extremes occur for certain
+        lengths[s][:2] = [longest, 1][: counts[s]]
+    asked = tuple(question(s, "test", row, int(n)) for s in subjects for row, n in enumerate(lengths[s]))
+    examples = {s: tuple(question(s, "dev", row, 6) for row in range(shots)) for s in subjects}
+    return QuestionSet("tiny", "en", "test", asked, examples)
+
+
+def whole_prompts(questions, tokenizer, *, bos=None):
+    """The token ids of every whole prompt, in question order, from text assembled here."""
+    prompts = []
+    for question in questions.questions:
+        text = f"The following are multiple choice questions (with answers) about {question.subject}.\n\n"
+        for q in (*questions.examples[question.subject], question):
+            text += q.text + "".join(f"\n{letter}. {o}" for letter, o in zip(LETTERS, q.options, strict=True))
+            text += "\nAnswer:" + ("" if q is question else f" {LETTERS[q.answer]}\n\n")
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        prompts.append(([] if bos is None else [bos]) + ids)
+    return prompts
