@@ -235,6 +235,8 @@ def run_search(
             storage_path=storage_path,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=2),
+            # A trial holds nothing that could be saved.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
     tuner.fit()

@@ -101,6 +101,20 @@ def test_without_a_prefix_the_first_token_has_no_loss(case):
         assert abs(found.prompt_nll[row] - own_loss(model, group, ids)) < LIMIT * 50
 
 
+def test_whether_the_most_probable_token_is_one_of_the_letters(case, questions):
+    """Random models never prefer real letters, so other tokens play them: the top token of one prompt among others."""
+    tokenizer = tiny.demo_tokenizer()
+    prompts = encode_questions(questions, tokenizer, shard_tokens=10**6)
+    merged = tiny.merged_model(case.base, [])
+    *_, top = tiny.plain_answers(merged, tiny.whole_prompts(questions, tokenizer), prompts.letters)
+    unused = [token for token in range(5, 50) if token not in top][:3]
+    for place in range(4):
+        letters = (*unused[:place], int(top[place]), *unused[place:])
+        played = Prompts(prompts.shards, letters, prompts.answers, False)
+        found = answer_shard(case.runner, base_plan(N), played, played.shards[0])
+        assert found.top_is_letter.tolist() == (top == top[place]).tolist()
+
+
 # -- plain text ------------------------------------------------------------------------------------------------------
 
 TEXT = " ".join(np.random.default_rng(5).choice(tiny.WORDS, 400))
