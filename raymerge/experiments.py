@@ -36,6 +36,7 @@ from raymerge.plan import (
     check_merges,
     drop_plan,
     read_alpha_file,
+    tail_coefficients,
     tail_plan,
 )
 from raymerge.pool import Placement, WorkerPool, cluster_resources, plan_workers, start_ray
@@ -313,7 +314,7 @@ class _Search:
             batch = choose_batch(seconds_per_candidate, candidates, concurrent)
         common = {"dimensions": self.config.plan.merges, "bounds": settings.bounds, "seed": settings.seed}
         if searcher == "bayes":
-            proposer = BayesProposer(**common, initial=settings.initial, known=known)
+            proposer = BayesProposer(**common, initial=settings.initial, known=known, warp=tail_coefficients)
         else:
             proposer = RandomProposer(**common, known=known)
         self.progress.stage(f"{searcher} search, {settings.objective}", candidates)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 Point = list[float]
+
+
+# Local search: rounds of Gaussian steps of these sizes (shares of the bounds' width) around the best points so far.
+_STEPS = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
+_LOCAL_STARTS = 5
+_LOCAL_TRIES = 40  # per start and round
+_FAILED_RADIUS = 0.01  # share of the bounds' width: no proposal falls nearer than this to a point that failed
 
 
 class _Proposer:
@@ -44,7 +52,12 @@ class _Proposer:
 
 
 class RandomProposer(_Proposer):
-    """Uniform random points: the control of every search."""
+    """Uniform random points: the control of every search, so they are none of those that a BayesProposer of the same
+    seed starts with."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self._random = np.random.default_rng([self.seed, 1])
 
     def ask(self, count: int, pending: Sequence[Point] = ()) -> list[Point]:
         """The next `count` points."""
@@ -64,8 +77,10 @@ class BayesProposer(_Proposer):
 
     Known points first, then `initial` random ones, then proposals. Points that are being evaluated count with the
     mean of the values so far (a constant liar), so that a batch spreads. The noise term is for objectives that are
-    shares of few questions; a search then does not chase single questions. The GP is fitted with one BLAS thread
-    (29 ms of CPU a candidate against 225 with all).
+    shares of few questions; a search then does not chase single questions. `warp` maps points (n, dimensions) to what
+    the GP measures distances in; plan.tail_coefficients for tail merges: on a made-up objective of 13 dimensions and
+    200 questions, 60 candidates reached a true accuracy of .836 with it, .814 without it or at random, and .799
+    without the noise term. The GP is fitted with one BLAS thread (29 ms of CPU a candidate against 225 with all).
     """
 
     def __init__(
@@ -76,6 +91,7 @@ class BayesProposer(_Proposer):
         seed: int,
         initial: int = 10,
         known: Sequence[Point] = (),
+        warp: Callable[[np.ndarray], np.ndarray] | None = None,
         acquisition_points: int = 1000,
     ):
         super().__init__(dimensions=dimensions, bounds=bounds, seed=seed, known=known)
@@ -85,7 +101,12 @@ class BayesProposer(_Proposer):
 
         self._planned += [self._draw() for _ in range(initial)]
         self._acquisition_points = acquisition_points
-        self._liar = acquisition.ConstantLiar(acquisition.ExpectedImprovement(xi=1e-3), strategy="mean")
+        self._failed: list[Point] = []
+        improvement = acquisition.ExpectedImprovement(xi=1e-3)
+        # Its own local search differentiates numerically, 14 predictions of one point a step: 0.3-1.7 s a proposal
+        # where predictions in bulk take 0.01-0.1 s and end as well.
+        improvement._smart_minimize = _search_locally
+        self._liar = acquisition.ConstantLiar(improvement, strategy="mean")
         self._optimizer = BayesianOptimization(
             None,
             {f"alpha_{i:03d}": bounds for i in range(dimensions)},
@@ -95,9 +116,7 @@ class BayesProposer(_Proposer):
             allow_duplicate_points=True,
         )
         kernel = Matern(nu=2.5) + WhiteKernel(1e-2, (1e-6, 1.0))
-        self._optimizer.set_gp_params(
-            kernel=wrap_kernel(kernel, transform=self._optimizer.space.kernel_transform), n_restarts_optimizer=0
-        )
+        self._optimizer._gp.set_params(kernel=wrap_kernel(kernel, transform=warp or np.asarray), n_restarts_optimizer=0)
 
     def ask(self, count: int, pending: Sequence[Point] = ()) -> list[Point]:
         """The next `count` points, given that `pending` are being evaluated."""
@@ -112,6 +131,8 @@ class BayesProposer(_Proposer):
         space = self._optimizer.space
         if len(space) < 2:
             return self._draw()
+        # By the number of points so far, not a stream: a restart told the record goes on as the search would have.
+        random_state = np.random.RandomState([self.seed, len(self._done)])
         # The liar would keep a failed point for ever: it is told anew what is pending.
         self._liar.dummies = [np.asarray(point) for point in pending]
         with threadpool_limits(1), warnings.catch_warnings():
@@ -121,13 +142,35 @@ class BayesProposer(_Proposer):
                 gp=self._optimizer._gp,
                 target_space=space,
                 n_random=self._acquisition_points,
-                n_smart=2,
-                random_state=self._optimizer._random_state,
+                n_smart=_LOCAL_STARTS,
+                random_state=random_state,
             )
         point = [float(value) for value in found]
-        return self._draw() if tuple(point) in self._done else point
+        near = _FAILED_RADIUS * (self.bounds[1] - self.bounds[0])
+        if tuple(point) in self._done or any(np.abs(np.subtract(point, bad)).max() < near for bad in self._failed):
+            return self._draw()
+        return point
 
     def tell(self, point: Point, value: float | None) -> None:
         super().tell(point, value)
         if value is not None and math.isfinite(value):
             self._optimizer.register(np.asarray(point), float(value))
+        else:
+            # The GP never hears of it, so it would be proposed, or all but, again and again.
+            self._failed.append(list(point))
+
+
+def _search_locally(
+    acq: Callable[[np.ndarray], np.ndarray], space: Any, x_seeds: np.ndarray, random_state: np.random.RandomState
+) -> tuple[np.ndarray, float]:
+    """The point of least `acq` near the best random ones: random steps in all, half or a few coordinates."""
+    low, high = space.bounds[:, 0], space.bounds[:, 1]
+    points, values = np.array(x_seeds), acq(np.array(x_seeds))
+    for size in _STEPS:
+        tries = np.repeat(points, _LOCAL_TRIES, axis=0)
+        moved = random_state.uniform(size=tries.shape) < random_state.choice([0.15, 0.5, 1.0], size=(len(tries), 1))
+        tries = np.clip(tries + moved * random_state.normal(size=tries.shape) * size * (high - low), low, high)
+        points, values = np.vstack([points, tries]), np.concatenate([values, acq(tries)])
+        best = np.argsort(values)[:_LOCAL_STARTS]
+        points, values = points[best], values[best]
+    return points[0], float(values[0])

@@ -18,7 +18,7 @@ from typing import Any
 from ray import tune
 from ray.tune.search import Searcher
 
-from raymerge.pool import WorkerError, WorkerPool, call_worker
+from raymerge.pool import WorkerError, WorkerLost, WorkerPool, call_worker
 from raymerge.proposers import BayesProposer, Point, RandomProposer
 
 Row = dict[str, Any]
@@ -28,6 +28,7 @@ Record = Callable[[str, list[Row], list[Row]], None]
 _OVERHEAD_S = 0.2  # of Tune for one trial, measured with reused trial actors: 0.06-0.33
 _SHARE = 0.1  # of a trial's time that may be overhead
 _ROUNDS = 10  # proposals must be able to learn at least so often
+_LOSSES = 3  # workers that may die or hang over a candidate before it counts as failed
 _TIE_BREAK = 1e-3  # weight of the NLL (nats) beside an accuracy: below one question in 200 for differences under 5
 
 
@@ -58,17 +59,33 @@ class _Trial(tune.Trainable):
         return True
 
     def step(self) -> Row:
-        return {"results": self._score(self.config["candidates"]), "value": 0.0, "done": True}
-
-    def _score(self, candidates: list[Point]) -> list[Row]:
         handle = self._handles[self.config["slot"]]
         try:
+            found: Row = {"results": self._score(handle, self.config["candidates"])}
+        except WorkerLost as error:
+            found = {"lost": str(error), "gone": error.gone}
+        return {**found, "value": 0.0, "done": True}
+
+    def _score(self, handle: Any, candidates: list[Point]) -> list[Row]:
+        try:
             return call_worker(handle, self._method, candidates, timeout_s=self._timeout_s)
-        except (WorkerError, Exception) as error:  # noqa: B014
+        except WorkerLost:
+            raise
+        except Exception as error:  # whatever the worker's own code raises ends as the candidate's error
             if len(candidates) == 1:
                 return [{"error": f"{type(error).__name__}: {error}"[:2000]}]
         # One bad candidate must not take its batch along: each is tried alone.
-        return [result for candidate in candidates for result in self._score([candidate])]
+        return [result for candidate in candidates for result in self._score(handle, [candidate])]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Candidates that go to a worker together; `losses`: how often one died or hung over them."""
+
+    number: int
+    iterations: list[int]
+    points: list[Point]
+    losses: int = 0
 
 
 class BatchSearcher(Searcher):
@@ -81,6 +98,7 @@ class BatchSearcher(Searcher):
         candidates: int,
         batch: int,
         concurrent: int,
+        workers: int | None = None,
         describe: Callable[[Point], Row],
         minimise: bool,
         record: Record,
@@ -90,8 +108,11 @@ class BatchSearcher(Searcher):
         super().__init__(metric="value", mode="max")
         self._proposer, self._size, self._describe, self._record = proposer, batch, describe, record
         self._minimise, self._on_progress = minimise, on_progress
-        self._free = list(range(concurrent))
-        self._running: dict[str, tuple[int, int, list[int], list[Point]]] = {}
+        self._concurrent = concurrent
+        self._free = list(range(concurrent if workers is None else workers))
+        self._running: dict[str, tuple[int, _Batch]] = {}
+        self._again: list[_Batch] = []
+        self.gone: dict[int, str] = {}
         self.best: tuple[float, float] | None = None
         self.done = self.finished = 0
         self.scoring_seconds = 0.0
@@ -103,33 +124,58 @@ class BatchSearcher(Searcher):
         self._left = candidates - len(replayed)
 
     def suggest(self, trial_id: str) -> Row | str | None:
-        if self.failure is not None or (self._left <= 0 and not self._running):
+        finished = self._left <= 0 and not self._again
+        if self.failure is not None or (finished and not self._running):
             return self.FINISHED
-        if self._left <= 0 or not self._free:
+        if not self._free and not self._running:
+            self.failure = WorkerError(f"no worker is left, each died more often than allowed: {self.gone}")
+            return self.FINISHED
+        if finished or not self._free or len(self._running) >= self._concurrent:
             return None
+        batch = self._again.pop(0) if self._again else self._propose()
         slot = self._free.pop(0)
+        self._running[trial_id] = (slot, batch)
+        return {"candidates": batch.points, "slot": slot}
+
+    def _propose(self) -> _Batch:
         count = min(self._size, self._left)
-        pending = [point for _, _, _, points in self._running.values() for point in points]
-        points = self._proposer.ask(count, pending)
+        waiting = [batch for _, batch in self._running.values()] + self._again
+        points = self._proposer.ask(count, [point for batch in waiting for point in batch.points])
         iterations = list(range(self._iteration, self._iteration + count))
-        self._running[trial_id] = (slot, self._batch, iterations, points)
-        self._iteration, self._batch, self._left = self._iteration + count, self._batch + 1, self._left - count
-        return {"candidates": points, "slot": slot}
+        self._iteration, self._left = self._iteration + count, self._left - count
+        return _Batch(self._next_number(), iterations, points)
+
+    def _next_number(self) -> int:
+        self._batch += 1
+        return self._batch - 1
 
     def on_trial_complete(self, trial_id: str, result: Row | None = None, error: bool = False) -> None:
         if trial_id not in self._running:
             return
-        slot, batch, iterations, points = self._running.pop(trial_id)
-        self._free.append(slot)
-        results = (result or {}).get("results")
+        slot, batch = self._running.pop(trial_id)
+        result = result or {}
+        if result.get("gone"):
+            self.gone[slot] = result["lost"]
+        else:
+            self._free.append(slot)
+        results = result.get("results")
         if error or results is None:
-            results = [{"error": "the Tune trial failed; its error stands in Tune's folder of the run"}] * len(points)
+            cause = result.get("lost") or "the Tune trial failed; its error stands in Tune's folder of the run"
+            if self._repeat(batch):
+                return
+            results = [{"error": cause}] * len(batch.points)
+        elif len(results) != len(batch.points):
+            results = [{"error": f"the worker gave {len(results)} results for {len(batch.points)} candidates"}] * len(
+                batch.points
+            )
         rows = [
-            self._row(trial_id, slot, batch, iteration, point, found)
-            for iteration, point, found in zip(iterations, points, results, strict=True)
+            self._row(trial_id, slot, batch.number, iteration, point, found)
+            for iteration, point, found in zip(batch.iterations, batch.points, results, strict=True)
         ]
+        if self.failure is not None:
+            return  # Nothing is stored after a store that failed: the batch is done again at the next start.
         try:
-            self._record(f"{rows[0]['searcher']}-{batch:06d}", rows, results)
+            self._record(f"{rows[0]['searcher']}-{batch.number:06d}", rows, results)
         except Exception as failed:
             # Tune would take an exception here for the trial's; it ends the search and is raised when Tune is done.
             self.failure = failed
@@ -137,6 +183,18 @@ class BatchSearcher(Searcher):
         self.finished += len(rows)
         for row in rows:
             self._learn(row)
+
+    def _repeat(self, batch: _Batch) -> bool:
+        """Queue a batch whose worker was lost once more. Its candidates then go alone, so that one that kills its
+        worker fails by itself, and after _LOSSES losses."""
+        losses = batch.losses + 1
+        if losses >= _LOSSES:
+            return False
+        self._again += [
+            _Batch(batch.number if len(batch.points) == 1 else self._next_number(), [iteration], [point], losses)
+            for iteration, point in zip(batch.iterations, batch.points, strict=True)
+        ]
+        return True
 
     def _row(self, trial_id: str, slot: int, batch: int, iteration: int, point: Point, found: Row) -> Row:
         values = {key: found.get(key) for key in ("value", "accuracy", "nll")}
@@ -215,6 +273,7 @@ def run_search(
         candidates=candidates,
         batch=batch,
         concurrent=concurrent,
+        workers=pool.count,
         describe=lambda point: {**common, "plan_id": plan_id_of(point)},
         minimise=minimise,
         record=record,
@@ -242,6 +301,9 @@ def run_search(
     tuner.fit()
     if algorithm.failure is not None:
         raise algorithm.failure
+    if algorithm.done < candidates:
+        # Tune ends quietly where it is told to stop; a search that is cut short must not pass for a whole one.
+        raise WorkerError(f"Tune stopped after {algorithm.done} of {candidates} candidates; start again to resume")
     wall = time.monotonic() - began
     scoring = algorithm.scoring_seconds - replayed_seconds
     return SearchOutcome(algorithm.finished, wall, 1.0 - scoring / (wall * concurrent))
@@ -252,3 +314,5 @@ def _quiet_tune() -> None:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # Tune would take Ctrl-C for a wish to end early and return as if all were done.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")

@@ -1,0 +1,146 @@
+"""Placement by arithmetic; the pool on a plain class whose instances die, hang and raise on request."""
+
+import os
+import time
+
+import pytest
+import ray
+
+from raymerge.pool import PlacementError, WorkerError, WorkerPool, plan_workers
+
+
+class Plain:
+    """Does what an item says. `folder` holds one file for every process that was started and every mishap."""
+
+    def __init__(self, folder, slow_restart_s=0.0):
+        self.folder = folder
+        if slow_restart_s and self.once("started"):
+            time.sleep(slow_restart_s)
+
+    def once(self, name):
+        """Whether `name` was there already; it is afterwards."""
+        try:
+            os.close(os.open(os.path.join(self.folder, name), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return True
+        return False
+
+    def work(self, item):
+        what, number = item
+        if what == "die" or (what == "die once" and not self.once("died")):
+            os._exit(1)
+        if what == "hang once" and not self.once("hung"):
+            time.sleep(600)
+        if what == "raise":
+            raise KeyError(f"bad item {number}")
+        return number * number
+
+    def threads(self, _):
+        return os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]
+
+    def process(self):
+        return os.getpid()
+
+
+class Refuses:
+    def __init__(self, path):
+        raise ValueError(f"no model at {path}")
+
+
+@pytest.fixture(scope="module")
+def pool(ray_session, tmp_path_factory):
+    with WorkerPool(Plain, {"folder": str(tmp_path_factory.mktemp("plain"))}, count=2, timeout_s=60) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(
+    "count, gpus, cpus_each, cluster, expected",
+    [
+        ("auto", "auto", 1, {"CPU": 4}, (4, 1, 0)),
+        ("auto", "auto", 2, {"CPU": 5}, (2, 2, 0)),
+        (3, "auto", 1, {"CPU": 4}, (3, 1, 0)),
+        ("auto", "auto", 1, {"CPU": 16, "GPU": 4}, (4, 1, 1)),
+        ("auto", 0.5, 1, {"CPU": 16, "GPU": 4}, (8, 1, 0.5)),
+        ("auto", 0.3, 1, {"CPU": 16, "GPU": 1}, (3, 1, 0.3)),
+        ("auto", "auto", 1, {"CPU": 2, "GPU": 4}, (2, 1, 1)),
+        ("auto", 0, 1, {"CPU": 2, "GPU": 4}, (2, 1, 0)),
+    ],
+)
+def test_as_many_workers_are_planned_as_fit(count, gpus, cpus_each, cluster, expected):
+    placement = plan_workers(count, gpus, cpus_each, cluster)
+    assert (placement.count, placement.cpus, placement.gpus) == expected
+
+
+@pytest.mark.parametrize("count, cluster", [(5, {"CPU": 4}), (3, {"CPU": 8, "GPU": 2}), ("auto", {})])
+def test_more_workers_than_fit_are_refused_with_the_figures(count, cluster):
+    with pytest.raises(PlacementError, match=rf"cluster has {cluster.get('CPU', 0)} CPUs and {cluster.get('GPU', 0)}"):
+        plan_workers(count, "auto", 1, cluster)
+
+
+def test_results_come_in_the_items_order_and_once_each(pool):
+    seen = {}
+    items = [("work", number) for number in range(20)]
+    assert pool.map("work", items, seen.__setitem__) == [n * n for n in range(20)]
+    assert seen == {n: n * n for n in range(20)}
+    assert pool.map("work", []) == []
+
+
+def test_the_local_ray_listens_on_the_loopback_only(ray_session):
+    assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
+
+
+def test_broadcast_reaches_every_worker_once(pool):
+    assert len(set(pool.broadcast("process"))) == pool.count == 2
+
+
+def test_a_worker_computes_with_as_many_threads_as_it_has_cpus(pool):
+    assert pool.map("threads", [None]) == [("1", "passive")]
+
+
+def test_what_the_workers_code_raises_is_raised_at_once(pool):
+    with pytest.raises(KeyError, match="bad item 3"):
+        pool.map("work", [("raise" if number == 3 else "work", number) for number in range(6)])
+    assert pool.map("work", [("work", 5)]) == [25], "the workers live on"
+
+
+def test_a_death_and_a_slow_restart_lose_nothing(ray_session, tmp_path):
+    """Ray refuses calls to an actor that restarts: those must not use up the item's attempts. A model takes longer
+    than these six seconds to load."""
+    kwargs = {"folder": str(tmp_path), "slow_restart_s": 6.0}
+    with WorkerPool(Plain, kwargs, count=1, timeout_s=60) as pool:
+        assert pool.map("work", [("die once", 1), ("work", 2), ("work", 3)]) == [1, 4, 9]
+
+
+def test_a_worker_that_hangs_is_restarted_and_its_item_done_again(ray_session, tmp_path):
+    with WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, timeout_s=30) as pool:
+        pool.timeout_s = 3.0
+        pool.broadcast("process")
+        began = time.monotonic()
+        assert pool.map("work", [("hang once", 1), ("work", 2)]) == [1, 4]
+        assert 3.0 <= time.monotonic() - began < 40
+
+
+def test_an_item_that_kills_every_worker_is_named(ray_session, tmp_path):
+    with WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, timeout_s=60, max_restarts=5) as pool:
+        with pytest.raises(WorkerError, match=r"work of item 1 .*die.* failed 3 times"):
+            pool.map("work", [("work", 0), ("die", 1)])
+
+
+def test_a_pool_whose_workers_are_used_up_says_so(ray_session, tmp_path):
+    with WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, timeout_s=60, max_restarts=0) as pool:
+        with pytest.raises(WorkerError, match="no worker is left for work"):
+            pool.map("work", [("die", 0)])
+
+
+def test_a_constructor_that_raises_is_reported_with_its_words(ray_session):
+    with pytest.raises(WorkerError, match="no model at /nowhere"):
+        WorkerPool(Refuses, {"path": "/nowhere"}, count=2, timeout_s=60)
+
+
+def test_workers_without_room_are_left_out(pool, tmp_path):
+    # `pool` has two of the four CPUs.
+    with WorkerPool(Plain, {"folder": str(tmp_path)}, count=2, cpus_per_worker=2, timeout_s=15) as pool:
+        assert pool.count == 1
+        assert pool.map("work", [("work", 3)]) == [9]
+    with pytest.raises(WorkerError, match="no Plain of 9 CPUs"):
+        WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, cpus_per_worker=9, timeout_s=2)
