@@ -1,6 +1,6 @@
 """Alpha search as a Ray job:
 
-    ray job submit --working-dir . -- python jobs/search_alphas.py jobs/configs/demo.yaml [--out RUN] [--set KEY=VALUE]
+ray job submit --working-dir . -- python jobs/search_alphas.py jobs/configs/demo.yaml [--out RUN] [--set KEY=VALUE]
 """
 
 import sys

@@ -382,44 +382,51 @@ class _Search:
     def _report(self, plans: list[MergePlan]) -> None:
         """Answers on the report questions and plain-text perplexity of every plan, all in one parallel pass."""
         data = self.config.data
-        stored = self.run.read("answers", ["plan_id", "split"]).to_pylist()
-        stored = {row["plan_id"] for row in stored if row["split"] == data.report_split}
+        answered = self.run.read("answers", ["plan_id", "split"]).to_pylist()
+        answered = {row["plan_id"] for row in answered if row["split"] == data.report_split}
+        texts = self.run.read("perplexity", ["plan_id", "target"]).to_pylist()
+        measured = {row["plan_id"] for row in texts if row["target"] == "text"}
         jobs: dict[tuple[str, MergePlan], list] = {}
         for plan in plans:
-            if plan.plan_id(self.identity) not in stored:
+            plan_id = plan.plan_id(self.identity)
+            if plan_id not in answered:
+                # The unmerged model does not collapse into one layer, and prompt tokens need every position.
                 whole = not plan.steps or data.question_perplexity
                 numbers = range(self.n_report_shards) if whole else [None]
-                jobs["answers", plan] = [(plan, REPORT, n, data.question_perplexity) for n in numbers]
-        measured = set(self.run.read("perplexity", ["plan_id"])["plan_id"].to_pylist())
-        for plan in plans:
-            if self.n_text_shards and plan.plan_id(self.identity) not in measured:
-                jobs["text_nll", plan] = [(plan, n) for n in range(self.n_text_shards)]
-        self.progress.stage(f"report on {data.report_split}", sum(map(len, jobs.values())))
+                jobs["answers", plan] = [(plan, REPORT, number, data.question_perplexity) for number in numbers]
+            if self.n_text_shards and plan_id not in measured:
+                jobs["text_nll", plan] = [(plan, number) for number in range(self.n_text_shards)]
+        tasks = [(key, key[0], item) for key, items in jobs.items() for item in items]
+        self.progress.stage(f"report on {data.report_split}", len(tasks))
+        results: dict[tuple[str, MergePlan], list] = {key: [] for key in jobs}
         done = 0
 
-        def one_more(*_: object) -> None:
+        def finished(number: int, result: Any) -> None:
             nonlocal done
             done += 1
             self.progress.advance(done)
+            key = tasks[number][0]
+            results[key].append(result)
+            if len(results[key]) == len(jobs[key]):
+                self._store_report(*key, results.pop(key))
 
-        perplexities = []
-        for (method, plan), items in jobs.items():
-            results = self.pool.map(method, items, one_more)
-            plan_id = plan.plan_id(self.identity)
-            if method == "answers":
-                answers = Answers.join(results)
-                self._write_answers(plan, REPORT, answers)
-                if data.question_perplexity:
-                    questions = self.inputs.questions[REPORT]
-                    perplexities += rows.question_perplexity_rows(plan_id, questions, answers)
-            else:
-                nll, tokens = (sum(values) for values in zip(*results, strict=True))
-                hashed = rows.text_hash(self.inputs.text)
-                perplexities.append(rows.perplexity_row(plan_id, "text", nll / tokens, tokens, text_hash=hashed))
-                self.run.append("perplexity", perplexities, part=plan_id)
-                perplexities = []
-        if perplexities:
-            self.run.append("perplexity", perplexities)
+        self.pool.map("run", [(method, item) for _, method, item in tasks], finished)
+
+    def _store_report(self, method: str, plan: MergePlan, results: list) -> None:
+        """Store what one plan answered, or its perplexity of the text, as one part."""
+        plan_id = plan.plan_id(self.identity)
+        if method == "text_nll":
+            nll, tokens = (sum(values) for values in zip(*results, strict=True))
+            hashed = rows.text_hash(self.inputs.text)
+            row = rows.perplexity_row(plan_id, "text", nll / tokens, tokens, text_hash=hashed)
+            self.run.append("perplexity", [row], part=f"text-{plan_id}")
+            return
+        answers = Answers.join(results)
+        if self.config.data.question_perplexity:
+            found = rows.question_perplexity_rows(plan_id, self.inputs.questions[REPORT], answers)
+            self.run.append("perplexity", found, part=f"question-{plan_id}")
+        # Last: a plan whose answers are stored is not asked again.
+        self._write_answers(plan, REPORT, answers)
 
     def _save_best(self, best: MergePlan) -> str:
         """The merged checkpoint in models/, with plan, alphas and receipts beside the weights."""
@@ -430,7 +437,9 @@ class _Search:
         with tempfile.TemporaryDirectory(dir=Path(where).parent.parent if self.run.is_local else None) as scratch:
             folder = Path(scratch) / best.name
             save_merged(self.inputs.checkpoint, best, folder)
-            return self.run.upload(folder, "models", best.name)
+            uploaded = self.run.upload(folder, "models", best.name)
+        self.progress.advance(1)
+        return uploaded
 
     def _derive(self, plans: list[MergePlan]) -> None:
         """The tables that follow from others or from the plans: written whole, so that nothing is there twice."""

@@ -130,6 +130,11 @@ class ModelWorker:
             began = time.perf_counter()
         return results
 
+    def run(self, task: tuple[str, Any]) -> Any:
+        """Do a task (method name, its argument), so that a pool can mix kinds of work in one pass."""
+        method, item = task
+        return getattr(self, method)(item)
+
     def answers(self, item: tuple[MergePlan, str, int | None, bool]) -> Answers:
         """Answers of a merged model to a role's questions: (plan, role, shard or None for all, prompt_nll).
 

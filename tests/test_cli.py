@@ -24,7 +24,9 @@ def test_every_command_has_help(command, capsys):
 
 
 def test_help_does_not_import_torch_or_ray():
-    code = "import sys; from raymerge import cli; cli._parser(); print([m for m in ('torch', 'ray') if m in sys.modules])"
+    code = (
+        "import sys; from raymerge import cli; cli._parser(); print([m for m in ('torch', 'ray') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -110,7 +112,9 @@ def test_an_unknown_architecture_is_named_with_those_that_work(tmp_path, capsys)
     model = tmp_path / "model"
     model.mkdir()
     values = json.loads((demo.MODEL_PATH / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**values, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    (model / "config.json").write_text(
+        json.dumps({**values, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    )
     out = tmp_path / "out"
     _refused(["evaluate", model, "--out", out], capsys, out, "gpt2", "llama")
 

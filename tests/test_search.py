@@ -86,15 +86,20 @@ def test_a_batch_and_pending_points_spread():
 
 
 def test_bayes_beats_random_on_a_smooth_bump_in_13_dimensions():
-    best = {}
-    for proposer in (BayesProposer, RandomProposer):
-        runs = [
-            maximise(proposer(dimensions=13, bounds=(0, 1), seed=seed, known=[[0.5] * 13]), bump, 40)
-            for seed in range(2)
-        ]
-        best[proposer] = np.mean([max(map(bump, points)) for points in runs])
-    # Without search .353; three seeds with 40 points: bayes .8 or more, random .35-.4.
-    assert best[BayesProposer] > best[RandomProposer] + 0.2
+    def broad(point):
+        return math.exp(-8.0 * np.mean((np.array(point) - 0.7) ** 2))
+
+    best = {
+        proposer: np.mean(
+            [
+                max(map(broad, maximise(proposer(dimensions=13, bounds=(0, 1), seed=seed), broad, 40)))
+                for seed in range(3)
+            ]
+        )
+        for proposer in (BayesProposer, RandomProposer)
+    }
+    # Six seeds: bayes .75-.93, mean .86; random .63-.73, mean .68.
+    assert best[BayesProposer] > best[RandomProposer] + 0.08
 
 
 def test_a_warp_finds_what_depends_on_effective_coefficients_alone():

@@ -3,55 +3,56 @@
 import numpy as np
 import pytest
 
-from raymerge import demo
-from raymerge.config import ModelConfig
+from raymerge.checkpoint import Checkpoint
+from raymerge.config import load_config
 from raymerge.evaluation import Answers
+from raymerge.inputs import REPORT, SEARCH, TEXT
 from raymerge.objectives import score_answers
 from raymerge.plan import base_plan, tail_plan
-from raymerge.questions import load_questions
-from raymerge.worker import TEXT, ModelWorker
+from raymerge.worker import ModelWorker
 
+CONFIG = load_config(
+    None,
+    [
+        "data.limit_per_subject=2",
+        "data.report_limit_per_subject=2",
+        "data.perplexity_tokens=1300",
+        "search.objective=answer_nll",
+        "output.store_candidate_answers=true",
+    ],
+)
 MERGES = 5
 
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory):
-    questions = {split: load_questions("demo", split=split, limit_per_subject=2) for split in ("validation", "test")}
-    text = demo.TEXT_PATH.read_text(encoding="utf-8")[:6000]
-    probe = ModelWorker(model=ModelConfig(), questions=questions)
-    return ModelWorker(
-        model=ModelConfig(),
-        questions=questions,
-        text=text,
-        text_tokens=1300,
-        first=probe.checkpoint.n_layers - 1 - MERGES,
-        cache=tmp_path_factory.mktemp("cache"),
-        objective="answer_nll",
-        return_logits=True,
-    )
+    first = Checkpoint("demo").n_layers - 1 - MERGES
+    return ModelWorker(CONFIG, first=first, cache=tmp_path_factory.mktemp("cache"))
 
 
-def test_scores_are_those_of_the_answers_of_the_whole_merged_model(worker):
+@pytest.fixture(scope="module")
+def whole():
+    """A worker without a trunk: it runs whole models."""
+    return ModelWorker(CONFIG)
+
+
+def test_scores_are_those_of_the_answers_of_the_whole_merged_model(worker, whole):
     alphas = [0.3, 0.9, 0.5, 0.7, 0.4]
     (result,) = worker.score([alphas])
     plan = tail_plan(worker.checkpoint.n_layers, alphas, name="x", kind="found")
-    whole = ModelWorker(model=ModelConfig(), questions=worker._questions)
-    answers = Answers.join(
-        whole.answers((plan, "validation", number, False)) for number in range(len(whole.shards("validation")))
-    )
-    subjects = [question.subject for question in worker._questions["validation"].questions]
-    expected = score_answers("answer_nll", answers.logits, worker.prompts("validation").answers, subjects)
+    answers = Answers.join(whole.answers((plan, SEARCH, number, False)) for number in range(len(whole.shards(SEARCH))))
+    subjects = [question.subject for question in worker.questions[SEARCH].questions]
+    expected = score_answers("answer_nll", answers.logits, worker.prompts(SEARCH).answers, subjects)
     assert result["value"] == pytest.approx(expected.value, abs=1e-5)
     assert result["n_questions"] == len(subjects)
     np.testing.assert_allclose(result["logits"], answers.logits, atol=2e-4)
-    collapsed = worker.answers((plan, "validation", None, False))
+    collapsed = worker.run(("answers", (plan, SEARCH, None, False)))
     np.testing.assert_allclose(collapsed.logsumexp, answers.logsumexp, atol=2e-4)
     np.testing.assert_array_equal(collapsed.top_is_letter, answers.top_is_letter)
 
 
-def test_text_and_base_model_do_not_depend_on_the_trunk(worker):
+def test_text_and_base_model_do_not_depend_on_the_trunk(worker, whole):
     base = base_plan(worker.checkpoint.n_layers)
-    whole = ModelWorker(model=ModelConfig(), questions={}, text=worker._text, text_tokens=1300)
     shards = range(len(worker.shards(TEXT)))
     with_trunk = [worker.text_nll((base, number)) for number in shards]
     without = [whole.text_nll((base, number)) for number in shards]
@@ -61,10 +62,10 @@ def test_text_and_base_model_do_not_depend_on_the_trunk(worker):
 
 
 def test_trunk_states_are_computed_once(worker):
-    worker.compute_trunk(("test", 0))
-    path = worker._trunk.path(worker.shards("test")[0])
+    worker.compute_trunk((REPORT, 0))
+    path = worker._trunk.path(worker.shards(REPORT)[0])
     written = path.stat().st_mtime_ns
-    assert worker.compute_trunk(("test", 0)) == worker.shard_tokens("test")[0]
+    assert worker.compute_trunk((REPORT, 0)) == worker.shard_tokens(REPORT)[0]
     assert path.stat().st_mtime_ns == written
 
 
@@ -72,3 +73,4 @@ def test_a_worker_tells_what_it_holds(worker):
     described = worker.describe()
     assert described["device"] == "cpu" and described["dtype"] == "float32"
     assert described["model_identity"] == worker.checkpoint.identity
+    assert described["data_identities"][SEARCH] == worker.questions[SEARCH].identity

@@ -1,0 +1,154 @@
+"""Whole experiments on the embedded model over a small pool: what a run directory holds, and that it resumes."""
+
+import json
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+
+from raymerge import summary
+from raymerge.checkpoint import Checkpoint
+from raymerge.config import load_config
+from raymerge.experiments import evaluate, search
+from raymerge.plan import read_alpha_file
+from raymerge.tables import RunDirectory, RunError
+
+SETTINGS = [
+    "plan.merges=13",
+    "data.subjects=country_capitals,colour_mixing,number_words",
+    "data.limit_per_subject=6",
+    "data.report_limit_per_subject=6",
+    "data.perplexity_tokens=300",
+    "search.candidates=9",
+    "search.initial=3",
+    "search.random_candidates=3",
+    "workers.count=2",
+    "output.figures=false",
+]
+
+
+def config(out, *more):
+    return load_config(None, [*SETTINGS, f"output.run={out}", *more])
+
+
+@pytest.fixture(scope="module")
+def run(ray_session, tmp_path_factory):
+    return search(config(tmp_path_factory.mktemp("runs") / "search"), command=["test"])
+
+
+def test_a_search_stores_every_candidate_and_every_control_once(run):
+    assert run.complete
+    trials = run.read("trials").to_pylist()
+    counts = {
+        name: sorted(row["iteration"] for row in trials if row["searcher"] == name) for name in ("bayes", "random")
+    }
+    assert counts == {"bayes": list(range(9)), "random": list(range(3))}
+    assert {row["status"] for row in trials} == {"ok"}
+    names = pc.unique(run.read("plans")["name"]).to_pylist()
+    assert names == ["base", "drop", "before_last", "fixed_0.62", "fixed_0.6225", "random", "found_bayes"]
+    accuracy = run.read("accuracy")
+    assert len(pc.unique(accuracy.filter(pc.equal(accuracy["split"], "test"))["plan_id"])) == 7
+    assert len(run.read("perplexity")) == 7
+    assert run.manifest()["rows"]["trials"] == len(trials)
+
+
+def test_known_points_come_first_and_the_best_is_the_best(run):
+    trials = [row for row in run.read("trials").to_pylist() if row["searcher"] == "bayes"]
+    trials.sort(key=lambda row: row["iteration"])
+    assert trials[0]["alphas"] == [0.6225] * 13 and trials[1]["alphas"] == [1.0] * 13
+    best = max(trials, key=lambda row: (row["value"], -row["nll"]))
+    assert run.manifest()["best"]["alphas"] == best["alphas"]
+
+
+def test_the_saved_model_answers_as_the_scorer_said(run, ray_session, tmp_path):
+    """Evaluated as any other checkpoint, it gives the logits of the search's report."""
+    path = run.path_of("models", "found_bayes")
+    assert Checkpoint(path).n_layers == Checkpoint("demo").n_layers - 13
+    again = evaluate(config(tmp_path / "again", f"model.path={path}"), command=["test"])
+    found = run.manifest()["best"]["plan_id"]
+    letters = [f"logit_{letter}" for letter in "abcd"]
+    tables = []
+    for source, plan_id in ((run, found), (again, again.read("plans")["plan_id"][0].as_py())):
+        answers = source.read("answers")
+        chosen = pc.and_(pc.equal(answers["plan_id"], plan_id), pc.equal(answers["split"], "test"))
+        answers = answers.filter(chosen).sort_by("question_id")
+        tables.append(np.stack([answers[name].to_numpy() for name in letters]))
+    np.testing.assert_allclose(tables[0], tables[1], atol=1e-4)
+    text = [row["perplexity"] for row in again.read("perplexity").to_pylist() if row["target"] == "text"]
+    before = [row["perplexity"] for row in run.read("perplexity").to_pylist() if row["plan_id"] == found]
+    assert text == pytest.approx(before, rel=1e-4)
+    alphas = read_alpha_file(f"{path}/alphas.json", Checkpoint("demo").n_layers).alphas
+    assert alphas == run.manifest()["best"]["alphas"]
+
+
+def test_receipts_say_that_dropping_changes_nothing_and_merging_seven_matrices(run):
+    names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
+    changed = {}
+    for row in run.read("receipts").to_pylist():
+        changed.setdefault(names[row["plan_id"]], []).append(row["max_abs_change"] > 0)
+    assert not any(changed.get("drop", []))
+    assert sum(changed["fixed_0.62"]) == 7
+
+
+def test_an_interrupted_search_goes_on_and_a_complete_one_is_left_alone(run, ray_session, tmp_path, monkeypatch):
+    settings = config(tmp_path / "cut")
+    from raymerge import experiments
+
+    class Cut(Exception):
+        pass
+
+    stored = []
+
+    def cut(self, part, trials, results):
+        if len(stored) == 2:
+            raise Cut
+        stored.append(part)
+        return original(self, part, trials, results)
+
+    original = experiments._Search._record
+    monkeypatch.setattr(experiments._Search, "_record", cut)
+    with pytest.raises(Cut):
+        search(settings, command=["test"])
+    half = RunDirectory.load(tmp_path / "cut")
+    assert not half.complete
+    before = {row["plan_id"] for row in half.read("trials").to_pylist()}
+    monkeypatch.undo()
+    whole = search(settings, command=["test"])
+    trials = whole.read("trials").to_pylist()
+    assert before <= {row["plan_id"] for row in trials}
+    assert sorted(row["iteration"] for row in trials if row["searcher"] == "bayes") == list(range(9))
+    manifest = whole.manifest()
+    assert search(settings, command=["again"]).manifest() == manifest
+    # Random candidates follow from the seed alone, interrupted or not.
+    drawn = [
+        sorted(row["alphas"] for row in r.read("trials").to_pylist() if row["searcher"] == "random")
+        for r in (run, whole)
+    ]
+    assert drawn[0] == drawn[1]
+
+
+def test_another_configuration_is_refused_by_name(run):
+    with pytest.raises(RunError, match="plan.merges"):
+        search(config(run.path_of("tables").removesuffix("/tables"), "plan.merges=4"))
+
+
+def test_the_summary_is_made_from_tables(run, capsys):
+    from raymerge.cli import print_search
+
+    lines = summary.plan_lines(run, "test")
+    assert [line["name"] for line in lines][0] == "base" and all(line["n"] == 18 for line in lines)
+    accuracy = {row["plan_id"]: row for row in run.read("accuracy").to_pylist() if row["subject"] == "_micro"}
+    assert lines[0]["accuracy"] == accuracy[lines[0]["plan_id"]]["accuracy"]
+    print_search(run, "test")
+    shown = capsys.readouterr().out
+    for words in ("Always answering A", "found_bayes against base", "not scoring", "Merged model"):
+        assert words in shown
+
+
+def test_an_evaluation_has_subjects_averages_and_perplexities(ray_session, tmp_path):
+    run = evaluate(config(tmp_path / "base", "data.question_perplexity=true"), command=["test"])
+    subjects = run.read("accuracy")["subject"].to_pylist()
+    assert subjects == ["_micro", "_macro", "colour_mixing", "country_capitals", "number_words"]
+    perplexity = run.read("perplexity").to_pylist()
+    assert [row["target"] for row in perplexity] == ["question"] * 4 + ["text"]
+    assert json.loads(json.dumps(run.manifest()))["status"] == "complete"
