@@ -115,6 +115,13 @@ class _Host:
 
     def __init__(self, worker_class: type, kwargs: Mapping[str, Any]):
         self.worker = worker_class(**kwargs)
+        self._marks: set[str] = set()
+
+    def mark(self, name: str) -> None:
+        self._marks.add(name)
+
+    def marked(self, name: str) -> bool:
+        return name in self._marks
 
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self.worker, method)(*args)

@@ -1,8 +1,8 @@
 """The alpha search on Ray Tune: trials that carry batches of candidates, and a record that outlives everything.
 
-A candidate on a frozen trunk costs less than Tune's own work for a trial (60-330 ms with reused trial actors), so a
-trial carries several. The caller's record of a batch is written before the proposer hears of it; a restart tells the
-proposer what the record holds and goes on. Tune's own snapshots are not needed.
+A candidate on a frozen trunk can cost less than Tune's own work for a trial (5-11 ms while trial actors are reused,
+200-330 ms where that fails), so a trial carries several. The caller's record of a batch is written before the proposer
+hears of it; a restart tells the proposer what the record holds and goes on. Tune's own snapshots are not needed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray import tune
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.tune.search import Searcher
 
 from raymerge.pool import WorkerError, WorkerLost, WorkerPool, call_worker
@@ -25,15 +27,16 @@ Row = dict[str, Any]
 #: record(part name, rows of table `trials`, the workers' results): stores one finished batch for good.
 Record = Callable[[str, list[Row], list[Row]], None]
 
-_OVERHEAD_S = 0.2  # of Tune for one trial, measured with reused trial actors: 0.06-0.33
+_OVERHEAD_S = 0.02  # of Tune for one trial: 5-11 ms measured with two trials at once on reused actors
 _SHARE = 0.1  # of a trial's time that may be overhead
 _ROUNDS = 10  # proposals must be able to learn at least so often
+_START_S = 30.0  # for the trial actors of the first round to start
 _LOSSES = 3  # workers that may die or hang over a candidate before it counts as failed
 _TIE_BREAK = 1e-3  # weight of the NLL (nats) beside an accuracy: below one question in 200 for differences under 5
 
 
 def choose_batch(seconds_per_candidate: float, candidates: int, concurrent: int) -> int:
-    """Candidates a trial should carry: enough that Tune's 0.2 s a trial is a tenth of its time, but so few that the
+    """Candidates a trial should carry: enough that Tune's 20 ms a trial is a tenth of its time, but so few that the
     proposer learns at least ten times, and at least one."""
     wanted = math.ceil(_OVERHEAD_S / _SHARE / max(seconds_per_candidate, 1e-6))
     return max(1, min(wanted, candidates // (_ROUNDS * concurrent)))
@@ -60,11 +63,28 @@ class _Trial(tune.Trainable):
 
     def step(self) -> Row:
         handle = self._handles[self.config["slot"]]
+        self._wait_for_others()
         try:
             found: Row = {"results": self._score(handle, self.config["candidates"])}
         except WorkerLost as error:
             found = {"lost": str(error), "gone": error.gone}
         return {**found, "value": 0.0, "done": True}
+
+    def _wait_for_others(self) -> None:
+        """Let no trial of the first round end before all have started. Tune gives the actor of a trial that ended to
+        one whose own actor is still starting, and drops the latter: with trials shorter than a start (1-3 s), all of
+        them run on one actor, one process a trial is started in vain, and Tune waits ten seconds for those at the end.
+        """
+        others = [self._handles[slot] for slot in self.config["first_round"]]
+        deadline = time.monotonic() + _START_S
+        try:
+            ray.get(self._handles[self.config["slot"]].mark.remote(self.config["search"]), timeout=_START_S)
+            while others and time.monotonic() < deadline:
+                found = ray.get([other.marked.remote(self.config["search"]) for other in others], timeout=_START_S)
+                others = [other for other, marked in zip(others, found, strict=True) if not marked]
+                time.sleep(0.02 if others else 0.0)
+        except (RayActorError, GetTimeoutError):
+            return  # Slower, no worse; what is wrong with the worker shows when it is asked to score.
 
     def _score(self, handle: Any, candidates: list[Point]) -> list[Row]:
         try:
@@ -112,6 +132,7 @@ class BatchSearcher(Searcher):
         self._free = list(range(concurrent if workers is None else workers))
         self._running: dict[str, tuple[int, _Batch]] = {}
         self._again: list[_Batch] = []
+        self._name = uuid.uuid4().hex
         self.gone: dict[int, str] = {}
         self.best: tuple[float, float] | None = None
         self.done = self.finished = 0
@@ -122,6 +143,8 @@ class BatchSearcher(Searcher):
         self._iteration = 1 + max((row["iteration"] for row in replayed), default=-1)
         self._batch = 1 + max((row["batch"] for row in replayed), default=-1)
         self._left = candidates - len(replayed)
+        self._first_round = self._free[: min(concurrent, -(-self._left // batch))]
+        self._handed_out = 0
 
     def suggest(self, trial_id: str) -> Row | str | None:
         finished = self._left <= 0 and not self._again
@@ -135,7 +158,9 @@ class BatchSearcher(Searcher):
         batch = self._again.pop(0) if self._again else self._propose()
         slot = self._free.pop(0)
         self._running[trial_id] = (slot, batch)
-        return {"candidates": batch.points, "slot": slot}
+        self._handed_out += 1
+        first_round = self._first_round if self._handed_out <= len(self._first_round) else []
+        return {"candidates": batch.points, "slot": slot, "search": self._name, "first_round": first_round}
 
     def _propose(self) -> _Batch:
         count = min(self._size, self._left)

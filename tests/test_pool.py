@@ -139,7 +139,7 @@ def test_a_constructor_that_raises_is_reported_with_its_words(ray_session):
 
 def test_workers_without_room_are_left_out(pool, tmp_path):
     # `pool` has two of the four CPUs.
-    with WorkerPool(Plain, {"folder": str(tmp_path)}, count=2, cpus_per_worker=2, timeout_s=15) as pool:
+    with WorkerPool(Plain, {"folder": str(tmp_path)}, count=2, cpus_per_worker=2, timeout_s=8) as pool:
         assert pool.count == 1
         assert pool.map("work", [("work", 3)]) == [9]
     with pytest.raises(WorkerError, match="no Plain of 9 CPUs"):

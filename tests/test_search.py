@@ -118,7 +118,7 @@ def test_a_warp_finds_what_depends_on_effective_coefficients_alone():
 
 @pytest.mark.parametrize(
     "seconds, candidates, concurrent, expected",
-    [(10.0, 60, 2, 1), (0.2, 200, 2, 10), (0.2, 60, 2, 3), (0.0, 30, 4, 1), (1e-3, 1000, 1, 100)],
+    [(10.0, 60, 2, 1), (0.02, 200, 2, 10), (0.02, 60, 2, 3), (0.0, 30, 4, 1), (1e-3, 1000, 1, 100)],
 )
 def test_batches_are_as_large_as_overhead_asks_and_learning_allows(seconds, candidates, concurrent, expected):
     assert choose_batch(seconds, candidates, concurrent) == expected
@@ -315,9 +315,9 @@ def search(pool, folder, rows, *, candidates=12, record=None, known=(), **option
     )
 
 
-@pytest.fixture
-def pool(ray_session, tmp_path):
-    with WorkerPool(Scorer, {"folder": str(tmp_path)}, count=2, timeout_s=60) as pool:
+@pytest.fixture(scope="module")
+def pool(ray_session, tmp_path_factory):
+    with WorkerPool(Scorer, {"folder": str(tmp_path_factory.mktemp("scorer"))}, count=2, timeout_s=60) as pool:
         pool.timeout_s = 5.0
         yield pool
 
@@ -334,6 +334,15 @@ def test_every_candidate_ends_as_one_row_whatever_befalls_it(pool, tmp_path):
     assert [done for done, _ in progress] == list(range(1, 13))
     assert progress[-1][1] == max(row["value"] for row in rows if row["status"] == "ok")
     assert 0.0 < outcome.share_not_scoring < 1.0
+
+
+def test_short_trials_run_on_all_workers_and_end_at_once(pool, tmp_path):
+    """Tune's trial actors take seconds to start; trials of 10 ms must not all end up on the first."""
+    rows, seen = [], []
+    search(pool, tmp_path, rows, candidates=20, batch=1, on_progress=lambda *_: seen.append(time.monotonic()))
+    assert time.monotonic() - seen[-1] < 5.0, "ten seconds where Tune waits for actors that were started in vain"
+    counts = [sum(row["actor"] == f"worker-{slot}" for row in rows) for slot in (0, 1)]
+    assert sum(counts) == 20 and min(counts) >= 5
 
 
 def test_a_search_resumes_from_its_record(pool, tmp_path):
