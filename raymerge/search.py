@@ -1,6 +1,6 @@
 """The alpha search on Ray Tune: trials that carry batches of candidates, and a record that outlives everything.
 
-A candidate on a frozen trunk can cost less than Tune's own work for a trial (5-11 ms while trial actors are reused,
+A candidate on a frozen trunk can cost less than Tune's own work for a trial (5-140 ms while trial actors are reused,
 200-330 ms where that fails), so a trial carries several. The caller's record of a batch is written before the proposer
 hears of it; a restart tells the proposer what the record holds and goes on. Tune's own snapshots are not needed.
 """
@@ -27,7 +27,8 @@ Row = dict[str, Any]
 #: record(part name, rows of table `trials`, the workers' results): stores one finished batch for good.
 Record = Callable[[str, list[Row], list[Row]], None]
 
-_OVERHEAD_S = 0.02  # of Tune for one trial: 5-11 ms measured with two trials at once on reused actors
+# Of Tune for one trial on reused actors: 5-11 ms while CPUs are idle, 0.14 s where the workers keep all of them busy.
+_OVERHEAD_S = 0.15
 _SHARE = 0.1  # of a trial's time that may be overhead
 _ROUNDS = 10  # proposals must be able to learn at least so often
 _START_S = 30.0  # for the trial actors of the first round to start
@@ -36,7 +37,7 @@ _TIE_BREAK = 1e-3  # weight of the NLL (nats) beside an accuracy: below one ques
 
 
 def choose_batch(seconds_per_candidate: float, candidates: int, concurrent: int) -> int:
-    """Candidates a trial should carry: enough that Tune's 20 ms a trial is a tenth of its time, but so few that the
+    """Candidates a trial should carry: enough that Tune's 0.15 s a trial is a tenth of its time, but so few that the
     proposer learns at least ten times, and at least one."""
     wanted = math.ceil(_OVERHEAD_S / _SHARE / max(seconds_per_candidate, 1e-6))
     return max(1, min(wanted, candidates // (_ROUNDS * concurrent)))
@@ -132,6 +133,7 @@ class BatchSearcher(Searcher):
         self._free = list(range(concurrent if workers is None else workers))
         self._running: dict[str, tuple[int, _Batch]] = {}
         self._again: list[_Batch] = []
+        self._ready: _Batch | None = None
         self._name = uuid.uuid4().hex
         self.gone: dict[int, str] = {}
         self.best: tuple[float, float] | None = None
@@ -147,15 +149,20 @@ class BatchSearcher(Searcher):
         self._handed_out = 0
 
     def suggest(self, trial_id: str) -> Row | str | None:
-        finished = self._left <= 0 and not self._again
+        finished = self._left <= 0 and not self._again and self._ready is None
         if self.failure is not None or (finished and not self._running):
             return self.FINISHED
         if not self._free and not self._running:
             self.failure = WorkerError(f"no worker is left, each died more often than allowed: {self.gone}")
             return self.FINISHED
         if finished or not self._free or len(self._running) >= self._concurrent:
+            if self._ready is None and self._left > 0:
+                # While the workers are busy: a proposal takes 0.1-0.2 s, for which a free one would wait.
+                self._ready = self._propose()
             return None
-        batch = self._again.pop(0) if self._again else self._propose()
+        batch = self._again.pop(0) if self._again else self._ready or self._propose()
+        if batch is self._ready:
+            self._ready = None
         slot = self._free.pop(0)
         self._running[trial_id] = (slot, batch)
         self._handed_out += 1
