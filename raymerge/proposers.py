@@ -78,9 +78,8 @@ class BayesProposer(_Proposer):
     Known points first, then `initial` random ones, then proposals. Points that are being evaluated count with the
     mean of the values so far (a constant liar), so that a batch spreads. The noise term is for objectives that are
     shares of few questions; a search then does not chase single questions. `warp` maps points (n, dimensions) to what
-    the GP measures distances in; plan.tail_coefficients for tail merges: on a made-up objective of 13 dimensions and
-    200 questions, 60 candidates reached a true accuracy of .836 with it, .814 without it or at random, and .799
-    without the noise term. The GP is fitted with one BLAS thread (29 ms of CPU a candidate against 225 with all).
+    the GP measures distances in; plan.tail_coefficients for tail merges (tests/benchmarks/search.py has the figures).
+    The GP is fitted with one BLAS thread (29 ms of CPU a candidate against 225 with all).
     """
 
     def __init__(
@@ -115,7 +114,9 @@ class BayesProposer(_Proposer):
             verbose=0,
             allow_duplicate_points=True,
         )
-        kernel = Matern(nu=2.5) + WhiteKernel(1e-2, (1e-6, 1.0))
+        # Coordinates lie in [0, 1]. With sklearn's bounds of 1e-5 and 1e5 the fit to ten points may end at 1e-5, where
+        # every point is news: of six made-up searches one never left its start (true accuracy .594 for .837).
+        kernel = Matern(nu=2.5, length_scale_bounds=(0.05, 10.0)) + WhiteKernel(1e-2, (1e-6, 0.3))
         self._optimizer._gp.set_params(kernel=wrap_kernel(kernel, transform=warp or np.asarray), n_restarts_optimizer=0)
 
     def ask(self, count: int, pending: Sequence[Point] = ()) -> list[Point]:
