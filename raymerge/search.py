@@ -28,7 +28,8 @@ Row = dict[str, Any]
 Record = Callable[[str, list[Row], list[Row]], None]
 
 # Of Tune for one trial on reused actors: 5-11 ms while CPUs are idle, 0.14 s where the workers keep all of them busy.
-_OVERHEAD_S = 0.15
+# With proposals made ahead, candidates of a second were fastest one a trial.
+_OVERHEAD_S = 0.1
 _SHARE = 0.1  # of a trial's time that may be overhead
 _ROUNDS = 10  # proposals must be able to learn at least so often
 _START_S = 30.0  # for the trial actors of the first round to start
@@ -37,7 +38,7 @@ _TIE_BREAK = 1e-3  # weight of the NLL (nats) beside an accuracy: below one ques
 
 
 def choose_batch(seconds_per_candidate: float, candidates: int, concurrent: int) -> int:
-    """Candidates a trial should carry: enough that Tune's 0.15 s a trial is a tenth of its time, but so few that the
+    """Candidates a trial should carry: enough that Tune's 0.1 s a trial is a tenth of its time, but so few that the
     proposer learns at least ten times, and at least one."""
     wanted = math.ceil(_OVERHEAD_S / _SHARE / max(seconds_per_candidate, 1e-6))
     return max(1, min(wanted, candidates // (_ROUNDS * concurrent)))
