@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from plotting import COLOURS, STYLE, markdown, need, number, plan_labels, run_main, save, save_text, style_of
 
-from raymerge.tables import RunDirectory, lower_is_better
+from raymerge.tables import RunDirectory, is_minimised
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def usable(rows: list[dict]) -> list[dict]:
 
 def best_of(rows: list[dict]) -> dict | None:
     """The best usable trial; ties go to the lower NLL, then to the earlier one."""
-    sign = 1 if rows and lower_is_better(rows[0]["objective"]) else -1
+    sign = 1 if rows and is_minimised(rows[0]["objective"]) else -1
 
     def rank(row):
         return sign * row["value"], math.inf if row["nll"] is None else row["nll"], row["iteration"]
@@ -183,7 +183,7 @@ def draw_distribution(searchers: dict[str, list[dict]], labels, path: Path) -> P
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.26), fontsize=7.5)
     rng = np.random.default_rng(0)
     values = [row["value"] for rows in shown.values() for row in rows]
-    lower = lower_is_better(next(iter(shown.values()))[0]["objective"])
+    lower = is_minimised(next(iter(shown.values()))[0]["objective"])
     scale = plt.Normalize(min(values), max(values))  # one scale, so that colours compare between searchers
     for axis, (name, rows) in zip(axes[0, 1:], shown.items(), strict=True):
         rows = sorted(rows, key=lambda row: row["value"], reverse=lower)  # the better on top
@@ -214,7 +214,7 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
     """Value of every candidate, running best of each searcher, controls as labelled lines."""
     every = usable([row for rows in searchers.values() for row in rows])
     objective = every[0]["objective"]
-    lower = lower_is_better(objective)
+    lower = is_minimised(objective)
     figure, axis = plt.subplots(figsize=(7.6, 4.7))
     for i, (name, rows) in enumerate(searchers.items()):
         ok, look = usable(rows), {**style_of(i + 1)}

@@ -65,11 +65,6 @@ SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
 # fmt: on
 
 
-def lower_is_better(objective: str) -> bool:
-    """Return whether `trials.value` of this objective is minimised: names ending in "nll" are."""
-    return objective.endswith("nll")
-
-
 def schema_of(table: str) -> pa.Schema:
     """Return the schema of a table; ValueError names the tables there are."""
     if table not in SCHEMAS:

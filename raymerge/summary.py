@@ -6,6 +6,7 @@ import math
 
 import pyarrow.compute as pc
 
+from raymerge.objectives import is_minimised
 from raymerge.tables import MACRO, MICRO, RunDirectory
 
 
@@ -116,7 +117,7 @@ def search_lines(run: RunDirectory) -> list[str]:
             lines.append(f"{searcher}: {len(rows)} candidates, all failed")
             continue
         objective = rows[0]["objective"]
-        best, worst = (min, max) if objective.endswith("nll") else (max, min)
+        best, worst = (min, max) if is_minimised(objective) else (max, min)
         lines.append(
             f"{searcher}: {len(rows)} candidates{failed}; {objective} best {best(values):.4f}, "
             f"mean {sum(values) / len(values):.4f}, worst {worst(values):.4f}"

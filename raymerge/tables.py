@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from raymerge.identity import canonical_json, digest, plain, software
-from raymerge.schemas import MACRO, MICRO, SCHEMAS, conform, derive_accuracy, lower_is_better, schema_of
+from raymerge.objectives import is_minimised
+from raymerge.schemas import MACRO, MICRO, SCHEMAS, conform, derive_accuracy, schema_of
 from raymerge.storage import TEMPORARY, RunError, Storage
 
 __all__ = [
@@ -35,7 +36,7 @@ __all__ = [
     "RunDirectory",
     "RunError",
     "derive_accuracy",
-    "lower_is_better",
+    "is_minimised",
 ]
 
 FREE_SECTIONS = ("workers", "output")

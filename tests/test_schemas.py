@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raymerge.schemas import SCHEMAS, conform, derive_accuracy, lower_is_better, schema_of
+from raymerge.schemas import SCHEMAS, conform, derive_accuracy, schema_of
 
 TRIAL = {
     "searcher": "bayes", "iteration": 3, "batch": 1, "tune_trial": "t", "actor": "w", "seed": 0, "plan_id": "p",
@@ -74,10 +74,6 @@ def test_conform_names_missing_columns_and_tables():
         conform("trials", pa.Table.from_pylist([TRIAL]).drop_columns("objective"), "r")
     with pytest.raises(ValueError, match="no table 'trial'; tables are similarity"):
         schema_of("trial")
-
-
-def test_direction_of_objectives():
-    assert lower_is_better("answer_nll") and not lower_is_better("micro_accuracy")
 
 
 def answers_table(rows):
