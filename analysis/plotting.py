@@ -60,17 +60,48 @@ def save_text(text: str, path: Path) -> Path:
     return temporary.replace(path)
 
 
+_SEARCH = "raymerge search CONFIG --out RUN"
+_SIMILARITY = "raymerge similarity CONFIG --out RUN"
+_SWEEP = "raymerge sweep CONFIG --out RUN"
+_COMMANDS = {
+    **dict.fromkeys(("plans", "coefficients", "trials"), _SEARCH),
+    **dict.fromkeys(
+        ("similarity", "similarity_correlation", "embeddings", "degeneracy", "samples", "block_influence"), _SIMILARITY
+    ),
+    "sensitivity": "raymerge sensitivity CONFIG --out RUN",
+    **dict.fromkeys(("sweep", "context"), _SWEEP),
+}
+
+
 def need(run: RunDirectory, table: str, why: str) -> list[dict]:
-    """Return a table's rows; RunError names the table and the command that writes it if there are none."""
+    """Return a table's rows; RunError names the table and the command that writes it if there are none.
+
+    A table that several commands write is named with the one that made this run, where that is known.
+    """
     rows = run.read(table).to_pylist()
     if not rows:
-        command = (
-            "raymerge search CONFIG --out RUN"
-            if table in ("plans", "coefficients", "trials")
-            else ("raymerge search CONFIG --out RUN or raymerge evaluate MODEL --mmlu DIR --out RUN")
+        command = _COMMANDS.get(table) or (
+            _SWEEP if run.experiment == "sweep" else f"{_SEARCH} or raymerge evaluate MODEL --mmlu DIR --out RUN"
         )
         raise RunError(f"{run.path_of()} has no rows in table {table}, needed for {why}; {command} writes it")
     return rows
+
+
+def subset_name(row: dict, suffix: str = "") -> str:
+    """How a figure calls a row's subset: "medical en", or "medical" where the matrix was imported without a language.
+
+    The columns may carry a suffix such as "_a".
+    """
+    subset, language = row[f"subset{suffix}"], row[f"language{suffix}"]
+    return subset if language == "imported" else f"{subset} {language}"
+
+
+def show_layers(axis, layers: list[int], most: int = 8) -> None:
+    """Ticks of an image whose rows and columns are layers: at most `most` a side, evenly spaced, the first included."""
+    stride = next(s for s in (1, 2, 4, 5, 8, 10, 16, 20, 50, len(layers)) if -(-len(layers) // s) <= most)
+    at = range(0, len(layers), stride)
+    axis.set_xticks(at, [layers[i] for i in at], fontsize=7.5)
+    axis.set_yticks(at, [layers[i] for i in at], fontsize=7.5)
 
 
 def plan_labels(plans: list[dict]) -> dict[str, str]:
@@ -94,17 +125,23 @@ def number(value: float | None, digits: int = 3) -> str | None:
     return None if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
 
 
-def run_main(draw, description: str, argv: list[str] | None) -> int:
-    """Command line of one analysis script: RUN [--out DIR]; returns the exit code."""
+def run_main(draw, description: str, argv: list[str] | None, add_options=None) -> int:
+    """Command line of one analysis script: RUN [--out DIR]; returns the exit code.
+
+    `add_options(parser)` may add a script's own options; `draw` gets them by keyword.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="a run directory (folder or URI) that raymerge wrote")
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder for the files (default: RUN/figures)")
-    arguments = parser.parse_args(argv)
+    if add_options is not None:
+        add_options(parser)
+    options = vars(parser.parse_args(argv))
+    path, out = options.pop("run"), options.pop("out")
     try:
-        run = RunDirectory.load(arguments.run)
-        if arguments.out is None and not run.is_local:
-            raise RunError(f"{arguments.run} is not on this machine; say with --out where the figures should go")
-        paths = draw(run, arguments.out or Path(run.path_of("figures")))
+        run = RunDirectory.load(path)
+        if out is None and not run.is_local:
+            raise RunError(f"{path} is not on this machine; say with --out where the figures should go")
+        paths = draw(run, out or Path(run.path_of("figures")), **options)
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

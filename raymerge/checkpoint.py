@@ -23,6 +23,7 @@ from torch import Tensor
 
 from raymerge import demo
 from raymerge.architectures import Architecture, architecture_of, attention_windows, trimmed_config
+from raymerge.errors import UserError
 from raymerge.identity import digest
 
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -33,7 +34,7 @@ _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _CARRIED = ("token", "vocab", "merges", "special", "added", "chat_template", "generation_config")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be read or written as asked; the message names the file and the cure."""
 
 

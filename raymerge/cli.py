@@ -5,21 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import raymerge
-from raymerge.config import ConfigError, describe, load_config
-from raymerge.plan import PlanError
-from raymerge.questions import DataError
-from raymerge.tables import RunDirectory, RunError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-_LOG_EVERY_S = 30.0  # without a terminal, a progress line at most this often
+from raymerge import console
+from raymerge.config import Config, describe, load_config
+from raymerge.errors import UserError
+from raymerge.tables import RunDirectory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,22 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     try:
         return options.run(options)
-    except (ConfigError, PlanError, DataError, RunError) as error:
-        return _refuse(error)
-    except ValueError as error:
-        # CheckpointError, ArchitectureError and PromptError live in modules that import torch, which --help should
-        # not wait for. Other ValueErrors are bugs and keep their traceback.
-        if type(error).__name__ in ("CheckpointError", "ArchitectureError", "PromptError", "PlacementError"):
-            return _refuse(error)
-        raise
+    except UserError as error:  # other errors are bugs and keep their traceback
+        print(f"raymerge: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("raymerge: interrupted; the same command again goes on from what is stored", file=sys.stderr)
         return 130
-
-
-def _refuse(error: Exception) -> int:
-    print(f"raymerge: {error}", file=sys.stderr)
-    return 2
 
 
 def _quiet_libraries() -> None:
@@ -64,23 +46,71 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"raymerge {raymerge.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    search = commands.add_parser(
+    def experiment(name: str, function: Callable, *, help: str, description: str, examples: str) -> None:
+        command = commands.add_parser(
+            name,
+            formatter_class=raw,
+            help=help,
+            description=f"{description}\nThe same command again resumes where it stopped.",
+            epilog=f"examples:\n{examples}\n\nEvery key, what it means and its default: raymerge config.",
+        )
+        command.add_argument(
+            "config", nargs="?", help="YAML file; without it every default, which is the embedded demo"
+        )
+        command.add_argument("--out", metavar="RUN", help="run directory (output.run)")
+        command.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="as in plan.merges=4")
+        command.set_defaults(run=function)
+
+    experiment(
         "search",
-        formatter_class=raw,
+        _search,
         help="search the merge coefficients of the last K layers",
-        description="Search the coefficients with which the last K layers are merged, and report the best beside\n"
-        "every control (unmerged, dropped, fixed, random). Searches on validation questions, reports on test.\n"
-        "The same command again resumes where it stopped.",
-        epilog="examples:\n"
-        "  raymerge search jobs/configs/demo.yaml\n"
+        description="Search the coefficients with which layers are merged, and report the best beside every control\n"
+        "(unmerged, dropped, fixed, random). Searches on validation questions, reports on test.",
+        examples="  raymerge search jobs/configs/demo.yaml\n"
         "  raymerge search jobs/configs/demo.yaml --out runs/k4 --set plan.merges=4 --set search.objective=answer_nll\n"
-        "  raymerge search jobs/configs/llama3-8b.yaml --set model.path=/models/Llama-3-8B\n\n"
-        "Every key, what it means and its default: raymerge config.",
+        "  raymerge search jobs/configs/llama3-8b.yaml --set model.path=/models/Llama-3-8B",
     )
-    search.add_argument("config", nargs="?", help="YAML file; without it every default, which is the embedded demo")
-    search.add_argument("--out", metavar="RUN", help="run directory (output.run)")
-    search.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override, as in plan.merges=4")
-    search.set_defaults(run=_search)
+    experiment(
+        "similarity",
+        _similarity,
+        help="compare a model's layers on tasks and languages",
+        description="Collect activations over subsets of prompts, compare the layers of the model on each, and\n"
+        "correlate the matrices: with a null model, intervals, and the reliability that bounds every correlation.",
+        examples="  raymerge similarity jobs/configs/similarity-demo.yaml\n"
+        "  raymerge similarity jobs/configs/similarity-tasks-llama3-8b.yaml --set model.path=/models/Llama-3-8B\n"
+        "  raymerge search jobs/configs/demo.yaml --set plan.base=similarity_ratio \\\n"
+        "      --set plan.similarity_run=runs/similarity-demo --out runs/from-similarity",
+    )
+    experiment(
+        "sensitivity",
+        _sensitivity,
+        help="vary every setting of the similarity, one at a time",
+        description="Vary bandwidth, dimensions, samples, neighbours, threshold, embedding and measure around the\n"
+        "similarity section, and show whether the matrices agree and whether the plans they choose do.",
+        examples="  raymerge sensitivity jobs/configs/similarity-demo.yaml --out runs/sensitivity",
+    )
+    experiment(
+        "sweep",
+        _sweep,
+        help="draw accuracy and perplexity against the number of merged layers",
+        description="Evaluate every number of merged layers under every way of merging - dropping, fixed and\n"
+        "similarity-derived coefficients, with and without aligned neurons and folded norms - over the pool.",
+        examples="  raymerge sweep jobs/configs/sweep-demo.yaml\n"
+        "  raymerge sweep jobs/configs/published.yaml --set model.path=/models/Llama-3-8B",
+    )
+
+    imported = commands.add_parser(
+        "import-similarity",
+        formatter_class=raw,
+        help="bring (L, L) matrices from .npy files into a run",
+        description="Bring foreign similarity matrices into a run, with their correlations. The subset is named after\n"
+        "the file, without a trailing _40s. The run can be given to plan.similarity_run.",
+        epilog="example:\n  raymerge import-similarity medical_40s.npy legal_40s.npy --out runs/published",
+    )
+    imported.add_argument("files", nargs="+", metavar="FILE.npy", help="square matrices of the same size")
+    imported.add_argument("--out", required=True, metavar="RUN", help="run directory")
+    imported.set_defaults(run=_import_similarity)
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -136,14 +166,39 @@ def _command_line() -> list[str]:
     return ["raymerge", *sys.argv[1:]]
 
 
-def _search(options: argparse.Namespace) -> int:
+def _run_experiment(options: argparse.Namespace, name: str, show: Callable[[RunDirectory, Config], None]) -> int:
     overrides = options.set + ([f"output.run={options.out}"] if options.out else [])
     config = load_config(options.config, overrides)
-    from raymerge.experiments import search
+    from raymerge import experiments
 
-    with console_progress() as progress:
-        run = search(config, command=_command_line(), progress=progress)
-    print_search(run, config.data.report_split)
+    with console.progress() as progress:
+        run = getattr(experiments, name)(config, command=_command_line(), progress=progress)
+    show(run, config)
+    return 0
+
+
+def _search(options: argparse.Namespace) -> int:
+    return _run_experiment(options, "search", lambda run, config: console.print_search(run, config.data.report_split))
+
+
+def _similarity(options: argparse.Namespace) -> int:
+    return _run_experiment(options, "similarity", lambda run, _: console.print_similarity(run))
+
+
+def _sensitivity(options: argparse.Namespace) -> int:
+    return _run_experiment(options, "sensitivity", lambda run, _: console.print_sensitivity(run))
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    return _run_experiment(options, "sweep", lambda run, config: console.print_sweep(run, config.data.report_split))
+
+
+def _import_similarity(options: argparse.Namespace) -> int:
+    from raymerge.experiments import import_similarity
+
+    with console.progress() as progress:
+        run = import_similarity(options.files, options.out, command=_command_line(), progress=progress)
+    console.print_similarity(run)
     return 0
 
 
@@ -170,9 +225,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     config = load_config(None, overrides + options.set)
     from raymerge.experiments import evaluate
 
-    with console_progress() as progress:
+    with console.progress() as progress:
         run = evaluate(config, command=_command_line(), progress=progress)
-    print_evaluation(run, config.data.report_split)
+    console.print_evaluation(run, config.data.report_split)
     return 0
 
 
@@ -187,150 +242,6 @@ def _merge(options: argparse.Namespace) -> int:
         f"Saved {done['bytes'] / 1e6:.1f} MB in {done['folder']} (plan {done['plan_id']}, merge_plan.json)."
     )
     return 0
-
-
-# -- what a user sees -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def console_progress():
-    """A live line on a terminal; without one, a plain line per stage and every 30 seconds."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    progress = _Live(console) if console.is_terminal else _Log(lambda text: print(text, file=sys.stderr, flush=True))
-    try:
-        yield progress
-    finally:
-        progress.close()
-
-
-class _Live:
-    def __init__(self, console: Console):
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._bars.start()
-        self._task = None
-
-    def stage(self, name: str, total: int) -> None:
-        self._task = self._bars.add_task(name, total=total, note="")
-
-    def advance(self, done: int, note: str = "") -> None:
-        self._bars.update(self._task, completed=done, note=note)
-
-    def message(self, text: str) -> None:
-        self._bars.console.print(text)
-
-    def close(self) -> None:
-        self._bars.stop()
-
-
-class _Log:
-    def __init__(self, write: Callable[[str], None]):
-        self._write = write
-        self._name, self._total, self._began, self._last, self._done, self._note = "", 0, 0.0, 0.0, 0, ""
-
-    def stage(self, name: str, total: int) -> None:
-        self.close()
-        self._name, self._total, self._done, self._note = name, total, 0, ""
-        self._began = self._last = time.monotonic()
-
-    def advance(self, done: int, note: str = "") -> None:
-        self._done, self._note = done, note
-        now = time.monotonic()
-        if now - self._last >= _LOG_EVERY_S:
-            self._last = now
-            left = (now - self._began) * (self._total - done) / max(done, 1)
-            self._line(f"about {left:.0f} s left")
-
-    def message(self, text: str) -> None:
-        self._write(text)
-
-    def close(self) -> None:
-        if self._name:
-            self._line(f"{time.monotonic() - self._began:.1f} s")
-            self._name = ""
-
-    def _line(self, timing: str) -> None:
-        parts = [f"{self._name}: {self._done}/{self._total}", self._note, timing]
-        self._write(", ".join(part for part in parts if part))
-
-
-def _print_table(header: list[str], cells: list[list[str]]) -> None:
-    widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
-    for row in [header, ["-" * width for width in widths], *cells]:
-        cells_of_row = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join([row[0].ljust(widths[0]), *cells_of_row[1:]]))
-
-
-def print_search(run: RunDirectory, split: str) -> None:
-    """The closing summary of a search: plans with standard errors, what was found, where things lie."""
-    from raymerge import summary
-
-    lines = summary.plan_lines(run, split)
-    manifest = run.manifest()
-    print(f"\n{lines[0]['n']} {split} questions:")
-    _print_table(*summary.plan_table(lines))
-    print(f"Always answering A: {summary.always_a_share(run, split):.4f}")
-    print("\nOn the search questions:")
-    for line in summary.search_lines(run):
-        print(f"  {line}")
-    print("\nAccuracy on the report questions, 95 % intervals of the paired difference:")
-    for line in summary.comparison_lines(run):
-        print(f"  {line}")
-    for key, facts in manifest.items():
-        if key.endswith("_search") and facts["share_not_scoring"] is not None:
-            print(
-                f"\n{key.removesuffix('_search')} search: {facts['candidates_this_call']} candidates in "
-                f"{facts['wall_seconds']:.1f} s, {100 * facts['share_not_scoring']:.0f} % of it not scoring "
-                f"({facts['batch']} a trial, {facts['concurrent']} at a time)",
-                end="",
-            )
-    print(f"\n\nTables, figures and manifest: {run.path_of('tables').removesuffix('/tables')}")
-    if manifest["best"]["model"]:
-        print(f"Merged model: {manifest['best']['model']}")
-
-
-def print_evaluation(run: RunDirectory, split: str) -> None:
-    """Accuracy by subject, averages and perplexities of an evaluation."""
-    from raymerge import summary
-
-    questions = {
-        row["subject"]: row["perplexity"] for row in run.read("perplexity").to_pylist() if row["target"] == "question"
-    }
-    cells = []
-    for row in run.read("accuracy").to_pylist():
-        key = None if row["subject"] == summary.MICRO else row["subject"]
-        cells.append(
-            [
-                row["subject"],
-                str(row["n"]),
-                f"{row['accuracy']:.4f} ± {row['standard_error']:.4f}",
-                f"{row['nll']:.4f}",
-                summary.number(questions.get(key)),
-            ]
-        )
-    _print_table(["subject", "n", "accuracy ± se", "answer NLL", "question ppl"], cells[2:] + cells[:2])
-    (line,) = summary.plan_lines(run, split)
-    print(f"\nAlways answering A: {summary.always_a_share(run, split):.4f}", end="; ")
-    print(f"plain-text perplexity: {summary.number(line['perplexity'])}")
-    print(f"Tables and manifest: {run.path_of('tables').removesuffix('/tables')}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from raymerge.errors import UserError
 from raymerge.plan import FIXED_RATIO
 
 Auto = Literal["auto"]
@@ -22,7 +23,7 @@ Positive = Annotated[int, Field(ge=1)]
 NAMED_OBJECTIVES = ("micro_accuracy", "macro_accuracy", "answer_nll")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot be used; the message names the key, its value and what is allowed."""
 
 
@@ -73,17 +74,27 @@ class DataConfig(_Section):
 
 
 class PlanConfig(_Section):
-    """What is merged: the last `merges` layers. base: where the base coefficients come from - fixed (`ratio`
-    everywhere), similarity_ratio or similarity (from `similarity_run`), or file (`alpha_file`)."""
+    """What is merged, and the base coefficients. selection: tail merges the last `merges` layers; most_similar
+    repeatedly the most similar neighbours, until `merges` merges or (merges: null) until none exceeds `threshold`;
+    list the steps of `alpha_file`; recompute collects the similarities anew after each merge. base: fixed (`ratio`
+    everywhere), similarity_ratio or similarity, or file (`alpha_file`). similarity_run: a run of `raymerge similarity`;
+    similarity_subset and similarity_language choose among its matrices. Its prompts are left out of every report.
+    alignment: none, rows (published) or neurons, found from weights or from activations (align_by). norms: keep
+    (published) or fold."""
 
-    merges: Positive = 13
-    selection: Literal["tail"] = "tail"
+    merges: Positive | None = 13
+    selection: Literal["tail", "most_similar", "list"] = "tail"
+    threshold: float | None = None
+    recompute: bool = False
     base: Literal["fixed", "similarity_ratio", "similarity", "file"] = "fixed"
     ratio: Annotated[float, Field(ge=0, le=1)] = round(FIXED_RATIO, 4)
     similarity_run: str | None = None
+    similarity_subset: str | None = None
+    similarity_language: str | None = None
     alpha_file: str | None = None
-    alignment: Literal["none"] = "none"
-    norms: Literal["keep"] = "keep"
+    alignment: Literal["none", "rows", "neurons"] = "none"
+    align_by: Literal["weights", "activations"] = "weights"
+    norms: Literal["keep", "fold"] = "keep"
     biases: Literal["keep", "merge"] = "keep"
 
     @model_validator(mode="after")
@@ -92,6 +103,19 @@ class PlanConfig(_Section):
             raise ValueError("base is file, so alpha_file must name one")
         if self.base.startswith("similarity") and not self.similarity_run:
             raise ValueError(f"base is {self.base}, so similarity_run must name the run of `raymerge similarity`")
+        if self.selection == "most_similar":
+            if not self.similarity_run:
+                raise ValueError(
+                    "selection is most_similar, so similarity_run must name a run of `raymerge similarity`"
+                )
+            if self.merges is None and self.threshold is None:
+                raise ValueError("selection is most_similar, so merges or threshold must say where to stop")
+        elif self.threshold is not None or self.recompute:
+            raise ValueError(f"selection is {self.selection}, but threshold and recompute belong to most_similar")
+        elif self.selection == "list" and self.base != "file":
+            raise ValueError("selection is list, so base must be file and alpha_file name one")
+        elif self.selection == "tail" and self.merges is None:
+            raise ValueError("selection is tail, which needs merges")
         return self
 
 
@@ -129,6 +153,106 @@ class SearchConfig(_Section):
         return value
 
 
+class SimilarityConfig(_Section):
+    """Layer similarity. subsets: subjects, domains, or all (every subject of data.subjects), each one matrix; samples:
+    prompts of each, spread evenly over its subjects; languages: null is data.language; shots: few-shot examples
+    before each prompt. pooling: sequence (states of the first max_tokens tokens), last or mean. embedding: diffusion,
+    diffusion_gaussian, pca, tsne or umap, with sigma (a number or median), anisotropy, dimensions. measure: npib
+    (neighbors for information, entropy_neighbors for entropy), gaussian, cosine or cka. Draws: shuffled null matrices,
+    subsamples for intervals, half splits for reliability."""
+
+    subsets: list[str] = ["all"]
+    languages: list[str] | None = None
+    samples: Annotated[int, Field(ge=4)] = 57
+    split: Literal["validation", "test", "dev"] = "validation"
+    shots: Annotated[int, Field(ge=0)] = 0
+    pooling: Literal["sequence", "last", "mean"] = "sequence"
+    max_tokens: Positive = 512
+    embedding: Literal["diffusion", "diffusion_gaussian", "pca", "tsne", "umap"] = "diffusion"
+    sigma: Annotated[float, Field(gt=0)] | Literal["median"] = 8.0
+    anisotropy: float = 0.5
+    dimensions: Positive = 2
+    measure: Literal["npib", "gaussian", "cosine", "cka"] = "npib"
+    neighbors: Positive = 5
+    entropy_neighbors: Positive = 50
+    null_draws: Annotated[int, Field(ge=20)] = 20
+    interval_draws: Annotated[int, Field(ge=10)] = 40
+    half_draws: Annotated[int, Field(ge=2)] = 20
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _has_states(self) -> SimilarityConfig:
+        if self.measure == "cosine" and self.pooling == "sequence":
+            raise ValueError("measure is cosine, which compares vectors: set pooling to last or mean")
+        if self.measure == "gaussian" and self.embedding == "diffusion":
+            raise ValueError(
+                "measure is gaussian on embedding diffusion, whose columns have variance 1 and so entropies of 0, which it "
+                "would divide by: set embedding to diffusion_gaussian or pca"
+            )
+        if self.measure == "npib" and self.entropy_neighbors >= self.samples:
+            raise ValueError(
+                f"entropy_neighbors is {self.entropy_neighbors} for {self.samples} samples: the k-th neighbour needs "
+                "more than k samples; take more samples or set similarity.entropy_neighbors"
+            )
+        return self
+
+
+class SensitivityConfig(_Section):
+    """What `raymerge sensitivity` varies, one key at a time around the similarity section: lists of settings. samples:
+    numbers of prompts, fewer than similarity.samples. thresholds: where most_similar stops. merges: K of the compared
+    plans."""
+
+    sigma: list[Annotated[float, Field(gt=0)] | Literal["median"]] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, "median"]
+    dimensions: list[Positive] = [1, 2, 3, 5]
+    samples: list[Annotated[int, Field(ge=4)]] = []
+    neighbors: list[Positive] = [3, 5, 8]
+    entropy_neighbors: list[Positive] = []
+    thresholds: list[float] = [0.2, 0.4, 0.6, 0.8]
+    embedding: list[Literal["diffusion", "diffusion_gaussian", "pca", "tsne", "umap"]] = [
+        "diffusion",
+        "diffusion_gaussian",
+        "pca",
+        "tsne",
+    ]
+    measure: list[Literal["npib", "gaussian", "cosine", "cka"]] = ["npib", "gaussian", "cka"]
+    merges: Positive = 4
+
+
+SWEEP_METHODS = ("drop", "before_last", "block_influence", "similarity_ratio", "similarity", "most_similar", "file")
+
+
+class SweepConfig(_Section):
+    """The compression curve: every method at every number of merged layers. methods: drop, before_last, fixed:RATIO,
+    and with plan.similarity_run block_influence, similarity_ratio, similarity, most_similar (base coefficients by
+    plan.base); file takes plan.alpha_file at its own K. Methods that average are tried with every alignment and
+    norms. context: also measure NLL by position and key-value retrieval by distance (tokens). speed_tokens: tokens
+    generated to time each number of layers; 0 skips it."""
+
+    merges: list[Positive] = [1, 4, 11, 13, 15]
+    methods: list[str] = ["drop", "before_last", "fixed:0.4", "fixed:0.5", "fixed:0.6", "fixed:0.62", "fixed:0.7"]
+    alignments: list[Literal["none", "rows", "neurons"]] = ["none", "neurons"]
+    norms: list[Literal["keep", "fold"]] = ["keep", "fold"]
+    context: bool = True
+    distances: list[Positive] = [32, 64, 128, 256, 512, 1024]
+    retrieval_prompts: Positive = 20
+    speed_tokens: Annotated[int, Field(ge=0)] = 32
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, value: list[str]) -> list[str]:
+        for method in value:
+            kind, _, ratio = method.partition(":")
+            try:
+                known = method in SWEEP_METHODS or (kind == "fixed" and 0.0 <= float(ratio) <= 1.0)
+            except ValueError:
+                known = False
+            if not known:
+                raise ValueError(
+                    f"{method!r} is not one of {', '.join(SWEEP_METHODS)}, fixed:RATIO with 0 <= RATIO <= 1"
+                )
+        return value
+
+
 class WorkersConfig(_Section):
     """Model actors. count and gpus_per_worker: auto means one actor a GPU, or without GPUs one for every
     cpus_per_worker CPUs. timeout_s: seconds after which a silent actor is replaced."""
@@ -157,6 +281,9 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     plan: PlanConfig = PlanConfig()
     search: SearchConfig = SearchConfig()
+    similarity: SimilarityConfig = SimilarityConfig()
+    sensitivity: SensitivityConfig = SensitivityConfig()
+    sweep: SweepConfig = SweepConfig()
     workers: WorkersConfig = WorkersConfig()
     output: OutputConfig = OutputConfig()
 

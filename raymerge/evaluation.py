@@ -6,6 +6,7 @@ run starts where the plan first changes anything. Answers are those of a plain f
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raymerge.architectures import trimmed_config
+from raymerge.checkpoint import Checkpoint
 from raymerge.forward import GroupStates, LayerRunner
 from raymerge.fusion import check_mergeable
 from raymerge.plan import MergePlan
@@ -64,7 +67,7 @@ def answer_shard(
     trunk: start from its cached states where the plan leaves the trunk as it is. prompt_nll: also compute the loss of
     the prompts' own tokens, which costs the whole vocabulary at every one of them.
     """
-    states = _run(runner, plan, shard, trunk)
+    states = merged_states(runner, plan, shard, trunk)
     parts = []
     for state in states:
         rows, last = state.last()
@@ -92,12 +95,13 @@ def text_nll(
 
     The first token of each window is not scored.
     """
-    states = _run(runner, plan, shard, trunk)
+    states = merged_states(runner, plan, shard, trunk)
     total = sum(float(_sequence_nll(runner, state).sum()) for state in states)
     return total, sum(len(ids) - 1 for group in shard.groups for ids in group.sequences)
 
 
-def _run(runner: LayerRunner, plan: MergePlan, shard: Shard, trunk: TrunkCache | None) -> list[GroupStates]:
+def merged_states(runner: LayerRunner, plan: MergePlan, shard: Shard, trunk: TrunkCache | None) -> list[GroupStates]:
+    """The states that leave the merged model's last layer, from the trunk's where the plan leaves it as it is."""
     check_mergeable(runner.checkpoint, plan)
     if trunk is not None and plan.first_changed >= trunk.first:
         return runner.run(trunk.states(shard), runner.plan_layers(plan, trunk.first))
@@ -105,12 +109,20 @@ def _run(runner: LayerRunner, plan: MergePlan, shard: Shard, trunk: TrunkCache |
 
 
 def _sequence_nll(runner: LayerRunner, state: GroupStates) -> np.ndarray:
-    """(sequences,) float64 nats summed over each sequence's own tokens.
+    """(sequences,) float64 nats summed over each sequence's own tokens."""
+    owner, _, nll = token_losses(runner, state)
+    return np.bincount(owner, weights=nll, minlength=len(state.group.sequences))
+
+
+def token_losses(runner: LayerRunner, state: GroupStates) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every scored token of a group's sequences: which sequence it is of (N,), its position (N,) counted from the
+    prefix's first token on, and its negative log-likelihood (N,) float64 in nats.
 
     With a prefix its last position predicts the first own token; without one the first token is not scored.
     """
-    has_prefix = state.prefix.shape[1] > 0
-    before, targets, owner = [], [], []
+    n_prefix = state.prefix.shape[1]
+    has_prefix = n_prefix > 0
+    before, targets, owner, positions = [], [], [], []
     for members, lengths, x in state.batches:
         for row, i in enumerate(members):
             ids = state.group.sequences[i]
@@ -119,9 +131,10 @@ def _sequence_nll(runner: LayerRunner, state: GroupStates) -> np.ndarray:
             before.append(x[row, : lengths[row] - 1])
             targets.append(ids if has_prefix else ids[1:])
             owner += [i] * len(targets[-1])
+            positions.append(np.arange(n_prefix if has_prefix else 1, n_prefix + len(ids)))
     # All sequences together: one window of the vocabulary is converted for many tokens, not for a question's 70.
     nll = _token_nll(runner, torch.cat(before), torch.from_numpy(np.concatenate(targets)))
-    return np.bincount(owner, weights=nll, minlength=len(state.group.sequences))
+    return np.array(owner, dtype=np.int64), np.concatenate(positions), nll
 
 
 def _token_nll(runner: LayerRunner, states: Tensor, targets: Tensor) -> np.ndarray:
@@ -133,3 +146,32 @@ def _token_nll(runner: LayerRunner, states: Tensor, targets: Tensor) -> np.ndarr
         logsumexp, _ = runner.vocabulary(hidden)
         parts.append((logsumexp.double() - (hidden * rows).sum(-1).double()).cpu().numpy())
     return np.concatenate(parts)
+
+
+@torch.inference_mode()
+def generation_speed(
+    checkpoint: Checkpoint, layers: int, *, tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> float:
+    """Tokens per second of greedy generation by transformers, one sequence, with the first `layers` decoder layers.
+
+    The first token, which pays for the prompt and for warming up, is not timed. The whole model is loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    arch, kept = checkpoint.architecture, list(range(layers))
+    others = tuple(arch.layer_name(layer, "") for layer in range(layers, checkpoint.n_layers))
+    config = type(checkpoint.config).from_dict(trimmed_config(checkpoint.config.to_dict(), kept))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code)
+    model.load_state_dict(
+        {name: checkpoint[name].to(dtype) for name in checkpoint if not name.startswith(others)},
+        strict=False,  # a tied unembedding has no tensor of its own
+    )
+    model = model.to(device).eval()
+    prompt = torch.arange(1, 9, device=device)[None]
+    options = {"do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0, "eos_token_id": -1}
+    seconds = []
+    for count in (1, 1, 1 + tokens):
+        began = time.perf_counter()
+        model.generate(prompt, min_new_tokens=count, max_new_tokens=count, **options)
+        seconds.append(time.perf_counter() - began)
+    return tokens / max(seconds[2] - seconds[1], 1e-9)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from raymerge.alignment import Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import fused_layer
 from raymerge.plan import MergePlan
@@ -65,12 +66,23 @@ Layer = tuple[int, Callable[[], dict[str, Tensor]]]
 
 
 class LayerRunner:
-    """Runs a checkpoint's embedding, decoder layers and unembedding on `device` in `dtype`."""
+    """Runs a checkpoint's embedding, decoder layers and unembedding on `device` in `dtype`.
 
-    def __init__(self, checkpoint: Checkpoint, *, device: str = "cpu", dtype: torch.dtype | None = None):
+    aligner: where plans that align layers take permutations from; by default one that computes what it is asked for.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        aligner: Aligner | None = None,
+    ):
         from transformers import AutoModelForCausalLM
 
         self.checkpoint = checkpoint
+        self.aligner = aligner or Aligner(checkpoint)
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else checkpoint.dtype)
         with torch.device("meta"):
@@ -102,10 +114,11 @@ class LayerRunner:
         kept = plan.kept[position]
         if kept.unchanged:
             return lambda: self.weights(kept.index)
-        arch = self.checkpoint.architecture
         return lambda: {
             name: tensor.to(self.device, self.dtype)
-            for name, tensor in fused_layer(self.checkpoint, arch, kept, biases=plan.biases).items()
+            for name, tensor in fused_layer(
+                self.checkpoint, self.checkpoint.architecture, plan, position, aligner=self.aligner
+            ).items()
         }
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,6 +182,27 @@ class LayerRunner:
             for state in states:
                 self._run_group(index, weights, state)
         return states
+
+    def mlp_units(self, states: list[GroupStates], layer: int) -> Tensor:
+        """Run an original layer on the states, replacing them, and return its MLP units' values (tokens, n).
+
+        They are what the down projection reads, at every token once and in the same order for every layer.
+        """
+        found: list[Tensor] = []
+        down = self.modules[layer].mlp.down_proj
+        hook = down.register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0]))
+        try:
+            self.run(states, [(layer, lambda: self.weights(layer))])
+        finally:
+            hook.remove()
+        calls, units = iter(found), []
+        for state in states:
+            if state.prefix.shape[1]:
+                units.append(next(calls)[0])
+            for _, lengths, _ in state.batches:
+                values = next(calls)
+                units.extend(values[row, :length] for row, length in enumerate(lengths))
+        return torch.cat(units)
 
     def _run_group(self, index: int, weights: dict[str, Tensor], state: GroupStates) -> None:
         n_prefix = state.prefix.shape[1]

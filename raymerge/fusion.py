@@ -6,15 +6,19 @@ change nothing, as assigning into a module's `state_dict()` does in published co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from raymerge.architectures import Architecture
+from raymerge.alignment import Aligner, fuse_rows, layer_tensors
+from raymerge.architectures import Architecture, Permutations, source_tensor
 from raymerge.checkpoint import Checkpoint
 from raymerge.plan import KeptLayer, MergePlan, PlanError
+
+ALIGNMENTS = ("none", "rows", "neurons")
+NORMS = ("keep", "fold")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,52 +35,139 @@ class Receipt:
 
 
 def fused_layer(
-    base: Mapping[str, Tensor], architecture: Architecture, kept: KeptLayer, *, biases: str = "keep"
+    base: Mapping[str, Tensor],
+    architecture: Architecture,
+    plan: MergePlan,
+    position: int,
+    *,
+    aligner: Aligner | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """One merged decoder layer, tensors by relative name, in the stored dtype.
+    """The merged model's decoder layer `position`, tensors by relative name, in the stored dtype.
 
     The matrices (and with biases="merge" their biases) are sum_j c_j W_j, summed in float32 and rounded once to the
-    stored dtype; everything else is layer `kept.index`'s own. Raises PlanError where shapes differ between layers.
+    stored dtype, or to `dtype`; everything else is layer `plan.kept[position].index`'s own. With norms="fold" the W_j
+    have their layer's input-norm gains multiplied in and the merged layer's two gains are ones. With
+    alignment="neurons" the units of every W_j are laid on the kept layer's; with "rows" it is the outcome of the
+    steps, each matrix's rows matched at every one. A layer that nothing is averaged into stays as it is.
+    aligner: where permutations are taken from; made for this call where it is needed and not given.
+    Raises PlanError where shapes differ between layers.
     """
-    prefix = architecture.layer_name(kept.index, "")
-    averaged = {f"{matrix}.weight" for matrix in architecture.matrices}
-    if biases == "merge":
-        averaged |= {f"{matrix}.bias" for matrix in architecture.matrices}
-    layer = {}
-    for name in base:
-        if not name.startswith(prefix):
-            continue
-        own, relative = base[name], name.removeprefix(prefix)
-        if kept.unchanged or relative not in averaged:
-            layer[relative] = own
-            continue
-        total = torch.zeros(own.shape, dtype=torch.float32)
+    kept = plan.kept[position]
+    stored = {source: layer_tensors(base, architecture, source) for source, _ in kept.coefficients}
+    own = stored.get(kept.index) or layer_tensors(base, architecture, kept.index)
+    if kept.unchanged:
+        return own
+    averaged = _averaged(architecture, plan, own)
+    for source, tensors in stored.items():
+        for name in averaged:
+            if name not in tensors or tensors[name].shape != own[name].shape:
+                raise PlanError(
+                    f"{architecture.layer_name(source, name)} is missing or not {tuple(own[name].shape)} as "
+                    f"{architecture.layer_name(kept.index, name)}: they cannot be merged"
+                )
+    if plan.alignment == "rows":
+        sums = _fused_rows(base, architecture, plan, kept, aligner)
+    else:
+        sums = _weighted_sums(base, architecture, plan, kept, stored, averaged, aligner)
+    for name, total in sums:
+        own[name] = total.to(dtype or own[name].dtype)
+    if plan.norms == "fold":
+        for norm in architecture.norm_inputs:
+            own[f"{norm}.weight"] = torch.ones_like(own[f"{norm}.weight"])
+    return own
+
+
+def _averaged(architecture: Architecture, plan: MergePlan, layer: Iterable[str]) -> list[str]:
+    """Names of those of a layer's tensors that the plan averages."""
+    names = {f"{matrix}.weight" for matrix in architecture.matrices}
+    if plan.biases == "merge":
+        names |= {f"{matrix}.bias" for matrix in architecture.matrices}
+    return [name for name in layer if name in names]
+
+
+def _weighted_sums(
+    base: Mapping[str, Tensor],
+    architecture: Architecture,
+    plan: MergePlan,
+    kept: KeptLayer,
+    stored: Mapping[int, Mapping[str, Tensor]],
+    averaged: Iterable[str],
+    aligner: Aligner | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, sum over the sources, float32), one tensor at a time."""
+    permutations: Mapping[int, Permutations] = {}
+    if plan.alignment == "neurons":
+        aligner = aligner or _own_aligner(base)
+        permutations = aligner.towards(kept.index, stored)
+    for name in averaged:
+        total = None
         for source, coefficient in kept.coefficients:
-            source_name = architecture.layer_name(source, relative)
-            if source_name not in base or base[source_name].shape != own.shape:
-                raise PlanError(f"{source_name} is missing or not {tuple(own.shape)} as {name}: they cannot be merged")
-            total.add_(base[source_name].float(), alpha=coefficient)
-        layer[relative] = total.to(own.dtype)
-    return layer
+            tensor = source_tensor(
+                architecture, stored[source], name, norms=plan.norms, permutations=permutations.get(source)
+            )
+            total = torch.zeros_like(tensor) if total is None else total
+            total.add_(tensor, alpha=coefficient)
+        yield name, total
 
 
-def fused_tensors(base: Mapping[str, Tensor], architecture: Architecture, plan: MergePlan) -> Iterator:
+def _fused_rows(
+    base: Mapping[str, Tensor],
+    architecture: Architecture,
+    plan: MergePlan,
+    kept: KeptLayer,
+    aligner: Aligner | None,
+) -> Iterable[tuple[str, Tensor]]:
+    """(name, merged tensor, float32) of the steps that end up in the kept layer, rows matched at each."""
+    members, numbers = {kept.index}, []
+    for number, step in reversed(list(enumerate(plan.steps))):
+        if step.into in members:
+            members.add(step.remove)
+            numbers.insert(0, number)
+    matches = None if aligner is None else aligner.row_matches(plan)
+
+    def load(layer: int) -> dict[str, Tensor]:
+        tensors = layer_tensors(base, architecture, layer)
+        averaged = _averaged(architecture, plan, tensors)
+        return {name: source_tensor(architecture, tensors, name, norms=plan.norms) for name in averaged}
+
+    last: dict[str, Tensor] = {}
+    steps = [plan.steps[number] for number in numbers]
+    own = None if matches is None else [matches[number] for number in numbers]
+    for fused, _ in fuse_rows(load, architecture.matrices, steps, own):
+        last = fused
+    return last.items()
+
+
+def _own_aligner(base: Mapping[str, Tensor]) -> Aligner:
+    if not isinstance(base, Checkpoint):
+        raise PlanError('alignment "neurons" of weights that are no opened checkpoint needs an aligner')
+    return Aligner(base)
+
+
+def fused_tensors(
+    base: Mapping[str, Tensor], architecture: Architecture, plan: MergePlan, *, aligner: Aligner | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the merged model, one by one, so that one layer at a time is in memory."""
     layer_root = architecture.layer_prefix.split("{")[0]
     for name in base:
         if not name.startswith(layer_root):
             yield name, base[name]
-    for position, kept in enumerate(plan.kept):
-        for relative, tensor in fused_layer(base, architecture, kept, biases=plan.biases).items():
+    for position in range(len(plan.kept)):
+        for relative, tensor in fused_layer(base, architecture, plan, position, aligner=aligner).items():
             yield architecture.layer_name(position, relative), tensor
 
 
-def fuse_state_dict(base: Mapping[str, Tensor], architecture: Architecture, plan: MergePlan) -> dict[str, Tensor]:
+def fuse_state_dict(
+    base: Mapping[str, Tensor], architecture: Architecture, plan: MergePlan, *, aligner: Aligner | None = None
+) -> dict[str, Tensor]:
     """The merged model's whole state dict."""
-    return dict(fused_tensors(base, architecture, plan))
+    return dict(fused_tensors(base, architecture, plan, aligner=aligner))
 
 
-def receipts(base: Mapping[str, Tensor], architecture: Architecture, plan: MergePlan) -> list[Receipt]:
+def receipts(
+    base: Mapping[str, Tensor], architecture: Architecture, plan: MergePlan, *, aligner: Aligner | None = None
+) -> list[Receipt]:
     """What the merge changed: a Receipt for every tensor of every layer that is not an unchanged layer in its place.
 
     A layer that stands where it stood and is a copy of itself is left out; all its changes are zero.
@@ -85,7 +176,7 @@ def receipts(base: Mapping[str, Tensor], architecture: Architecture, plan: Merge
     for position, kept in enumerate(plan.kept):
         if kept.unchanged and kept.index == position:
             continue
-        for relative, tensor in fused_layer(base, architecture, kept, biases=plan.biases).items():
+        for relative, tensor in fused_layer(base, architecture, plan, position, aligner=aligner).items():
             name = architecture.layer_name(position, relative)
             before = base[name].float()
             change = tensor.float() - before
@@ -102,6 +193,9 @@ def receipts(base: Mapping[str, Tensor], architecture: Architecture, plan: Merge
 
 def check_mergeable(checkpoint: Checkpoint, plan: MergePlan) -> None:
     """Refuse a plan that does not fit the checkpoint, or that averages layers whose attention differs."""
+    for option, allowed in (("alignment", ALIGNMENTS), ("norms", NORMS)):
+        if getattr(plan, option) not in allowed:
+            raise PlanError(f"{option} is {getattr(plan, option)!r}, but must be one of {', '.join(allowed)}")
     if plan.n_layers != checkpoint.n_layers:
         raise PlanError(f"the plan is for {plan.n_layers} layers, the model has {checkpoint.n_layers}")
     for kept in plan.kept:

@@ -5,33 +5,156 @@ Driver and workers each read for themselves, by the same functions, and compare 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from raymerge import demo
 from raymerge.config import Config, ConfigError
-from raymerge.questions import QuestionSet, load_questions
+from raymerge.questions import DataError, Question, QuestionSet, load_questions, sample
+from raymerge.tables import RunDirectory
 
-SEARCH, REPORT, TEXT = "search", "report", "text"  # what can be read, by what it is for
+# What prompts are for: to search on, to report on, to compare layers on; plain text; key-value prompts.
+SEARCH, REPORT, SUBSETS, TEXT, RETRIEVAL = "search", "report", "subsets", "text", "retrieval"
+ALL = "all"  # the subset of every subject
 
 
 def read_questions(config: Config, role: str) -> QuestionSet:
-    """The questions of role SEARCH or REPORT. Raises DataError."""
+    """The questions of role SEARCH or REPORT, without those that plan.similarity_run was made of. Raises DataError."""
     data = config.data
     split, limit = {
         SEARCH: (data.search_split, data.limit_per_subject),
         REPORT: (data.report_split, data.report_limit_per_subject),
     }[role]
+    found = _load(config, split, data.subjects, data.language, data.shots)
+    if config.plan.similarity_run is not None and role == REPORT:
+        found = _without(found, read_samples(config.plan.similarity_run))
+    if limit is None:
+        return found
+    parts = (sample(part, limit, data.seed) for part in found.by_subject().values())
+    return replace(found, questions=tuple(question for part in parts for question in part))
+
+
+def _load(config: Config, split: str, subjects: str | Iterable[str], language: str, shots: int) -> QuestionSet:
+    data = config.data
     return load_questions(
         data.mmlu,
-        language=data.language,
+        language=language,
         split=split,
-        subjects=data.subjects,
-        shots=data.shots,
-        limit_per_subject=limit,
-        seed=data.seed,
+        subjects=subjects,
+        shots=shots,
         revision=data.revision,
         domains=data.domains or None,
     )
+
+
+def _without(questions: QuestionSet, used: set[tuple[str, str]]) -> QuestionSet:
+    """The set without questions that a similarity run has seen, in this or in another source or language."""
+    kept = tuple(
+        question
+        for question in questions.questions
+        if ("id", f"{question.split}/{question.question_id}") not in used
+        and ("content", question.content_hash) not in used
+    )
+    if not kept:
+        raise DataError("every question of the report stands in plan.similarity_run: report on other questions")
+    return replace(questions, questions=kept)
+
+
+def read_samples(similarity_run: str) -> set[tuple[str, str]]:
+    """What names the prompts of a similarity run: ("id", split/question id) and ("content", hash). Raises RunError."""
+    rows = RunDirectory.load(similarity_run).read("samples", ["split", "question_id", "content_hash"]).to_pylist()
+    return {("id", f"{row['split']}/{row['question_id']}") for row in rows} | {
+        ("content", row["content_hash"]) for row in rows
+    }
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The prompts of one similarity matrix: `name` of a subject, a domain or ALL."""
+
+    name: str
+    language: str
+    questions: QuestionSet
+
+
+def read_subsets(config: Config) -> list[Subset]:
+    """The subsets of the similarity section, languages within subsets.
+
+    A subset's samples are spread evenly over its subjects, drawn by the section's seed; what a subject lacks the
+    others give. Several languages get the same questions: those that stand in all of them. Raises DataError where a
+    subset has too few prompts, or none.
+    """
+    settings = config.similarity
+    languages = settings.languages or [config.data.language]
+    if len(set(settings.subsets)) < len(settings.subsets) or len(set(languages)) < len(languages):
+        raise ConfigError(f"similarity.subsets {settings.subsets} or languages {languages} name one twice")
+    subsets = []
+    for name in settings.subsets:
+        subjects = config.data.subjects if name == ALL else [name]
+        found = {of: _load(config, settings.split, subjects, of, settings.shots) for of in languages}
+        ids = [{(q.subject, q.question_id) for q in questions.questions} for questions in found.values()]
+        shared = set.intersection(*ids)
+        for language, questions in found.items():
+            usable = tuple(q for q in questions.questions if (q.subject, q.question_id) in shared)
+            chosen = _spread(replace(questions, questions=usable), settings.samples, settings.seed)
+            if len(chosen) < settings.samples:
+                where = f"split {questions.split}" + (" of every language" if len(languages) > 1 else "")
+                raise DataError(
+                    f"subset {name} has {len(usable)} prompts in {where}, but similarity.samples asks for "
+                    f"{settings.samples}: take fewer, or set similarity.split to test (reports leave those prompts out)"
+                )
+            subsets.append(Subset(name, language, replace(questions, questions=chosen)))
+    return subsets
+
+
+def _spread(questions: QuestionSet, count: int, seed: int) -> tuple[Question, ...]:
+    """At most `count` questions, as evenly over the subjects as they have them, in the set's order."""
+    parts = list(questions.by_subject().values())
+    shares, left = [0] * len(parts), count
+    while left and any(share < len(part) for share, part in zip(shares, parts, strict=True)):
+        for number, part in enumerate(parts):
+            if left and shares[number] < len(part):
+                shares[number] += 1
+                left -= 1
+    picked = [sample(part, share, seed) for part, share in zip(parts, shares, strict=True) if share]
+    return tuple(question for part in picked for question in part)
+
+
+def read_similarity(
+    run: str, *, n_layers: int, subset: str | None = None, language: str | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The (L, L) float64 matrix of a similarity run, and block influence (L,) float64 where the run has it.
+
+    subset and language choose where there are several matrices. Missing values are NaN. Raises ConfigError where the
+    choice is not unique or the run is of another number of layers, RunError where there is no such run.
+    """
+    loaded = RunDirectory.load(run)
+    found: dict[tuple[str, ...], list[dict]] = {}
+    for row in loaded.read("similarity").to_pylist():
+        if subset in (None, row["subset"]) and language in (None, row["language"]):
+            found.setdefault(tuple(row[key] for key in ("subset", "language", "measure", "embedding")), []).append(row)
+    if len(found) != 1:
+        raise ConfigError(
+            f"{run} holds {len(found)} similarity matrices{f' {sorted(found)[:4]}' if found else ''} for subset "
+            f"{subset or 'any'} and language {language or 'any'}, but coefficients need exactly one: set "
+            "plan.similarity_subset and plan.similarity_language"
+        )
+    ((key, rows),) = found.items()
+    size = 1 + max(row["layer_i"] for row in rows)
+    if size != n_layers:
+        raise ConfigError(f"{run} is of a model of {size} layers, this one has {n_layers}: give a run of this model")
+    matrix = np.full((size, size), np.nan)
+    for row in rows:
+        if row["value"] is not None:
+            matrix[row["layer_i"], row["layer_j"]] = row["value"]
+    influence = np.full(size, np.nan)
+    for row in loaded.read("block_influence").to_pylist():
+        if (row["subset"], row["language"]) == key[:2]:
+            influence[row["layer"]] = row["value"]
+    return matrix, None if np.isnan(influence).any() else influence
 
 
 def read_text(config: Config) -> str | None:

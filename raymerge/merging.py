@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import raymerge
 from raymerge import rows
+from raymerge.alignment import Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import check_mergeable, fused_tensors, receipts
 from raymerge.plan import MergePlan, PlanError, alpha_file_text, read_alpha_file
 
 
-def merge(model: str, alpha_file: str | Path, out: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """Merge a model by an alpha file and save it as an ordinary Hugging Face checkpoint; what was done, in figures."""
+def merge(
+    model: str,
+    alpha_file: str | Path,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    alignment: str = "none",
+    norms: str = "keep",
+    biases: str = "keep",
+    cache_folder: str | Path | None = None,
+) -> dict[str, Any]:
+    """Merge a model by an alpha file and save it as an ordinary Hugging Face checkpoint; what was done, in figures.
+
+    alignment, norms, biases: as a MergePlan has them; the published way by default. cache_folder: where permutations
+    are kept for another merge of the same model.
+    """
     if Path(out).exists():
         raise PlanError(f"{out} exists already: give another --out, or delete it")
     checkpoint = Checkpoint(model, revision=revision)
     plan = read_alpha_file(alpha_file, checkpoint.n_layers)
+    plan = replace(plan, alignment=alignment, norms=norms, biases=biases)
     check_mergeable(checkpoint, plan)
-    return save_merged(checkpoint, plan, Path(out))
+    return save_merged(checkpoint, plan, Path(out), aligner=Aligner(checkpoint, cache_folder))
 
 
-def save_merged(checkpoint: Checkpoint, plan: MergePlan, folder: Path) -> dict[str, Any]:
+def save_merged(
+    checkpoint: Checkpoint, plan: MergePlan, folder: Path, *, aligner: Aligner | None = None
+) -> dict[str, Any]:
     """Write the merged checkpoint with alphas.json, merge_plan.json (plan, receipts) and a model card."""
+    aligner = aligner or Aligner(checkpoint)  # one for both passes, so that nothing is matched twice
     architecture = checkpoint.architecture
-    found = receipts(checkpoint, architecture, plan)
+    found = receipts(checkpoint, architecture, plan, aligner=aligner)
     plan_id = plan.plan_id(checkpoint.identity)
     cost = rows.cost_row(plan, plan_id, checkpoint)
     changed = [receipt for receipt in found if receipt.max_abs_change > 0.0]
@@ -49,7 +69,7 @@ def save_merged(checkpoint: Checkpoint, plan: MergePlan, folder: Path) -> dict[s
         "receipts": [rows.receipt_rows(plan_id, [receipt])[0] for receipt in found],
     }
     written = checkpoint.save(
-        fused_tensors(checkpoint, architecture, plan),
+        fused_tensors(checkpoint, architecture, plan, aligner=aligner),
         [kept.index for kept in plan.kept],
         folder,
         extra_files={

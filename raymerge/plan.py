@@ -13,18 +13,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from raymerge.errors import UserError
 from raymerge.identity import digest
 
 #: The published heuristic's value for equal similarities: sigmoid(1/2). See `similarity_ratio`.
 FIXED_RATIO = 1.0 / (1.0 + math.exp(-0.5))
 
 
-class PlanError(ValueError):
+class PlanError(UserError):
     """A merge plan or an alpha file that cannot be carried out; the message names the value and the limit."""
 
 
@@ -58,8 +59,10 @@ class MergePlan:
     """An ordered list of merges on a model of `n_layers` decoder layers.
 
     `biases`: "keep" leaves the biases of the surviving layer (published), "merge" averages them like the matrices.
-    `alignment` and `norms` name what issue-specific transforms were applied before averaging; "none" and "keep" are
-    the published way. `kind` is one of base, drop, before_last, fixed, random, file, found, heuristic.
+    `alignment`: "none", "rows" (each matrix's rows re-ordered, as published) or "neurons" (whole units re-ordered so
+    that each layer's function stays). `norms`: "keep" leaves the survivor's norms (published), "fold" multiplies every
+    layer's input-norm gains into its matrices before averaging. `kind` is one of base, drop, before_last, fixed,
+    random, file, found.
     """
 
     n_layers: int
@@ -88,6 +91,27 @@ class MergePlan:
     @property
     def alphas(self) -> list[float]:
         return [step.alpha for step in self.steps]
+
+    @property
+    def resumes_at(self) -> int:
+        """The deepest position from which the merged model can be run on states of the unmerged one.
+
+        It is the first changed layer, or the last one where none that is left differs (plain dropping), so that there
+        is always a layer to run.
+        """
+        return min(self.first_changed, len(self._kept) - 1)
+
+    @property
+    def ends_at_once(self) -> bool:
+        """Whether one layer is all that follows the unchanged trunk, as after a tail merge."""
+        return bool(self.steps) and self.resumes_at == len(self._kept) - 1
+
+    def with_alphas(self, alphas: Sequence[float], *, name: str, kind: str) -> MergePlan:
+        """The same merges with other coefficients, one a step."""
+        if len(alphas) != len(self.steps):
+            raise PlanError(f"{len(alphas)} alphas are given for a plan of {len(self.steps)} steps")
+        steps = (MergeStep(step.into, step.remove, float(a)) for step, a in zip(self.steps, alphas, strict=True))
+        return replace(self, steps=tuple(steps), name=name, kind=kind)
 
     @property
     def first_changed(self) -> int:
@@ -158,11 +182,24 @@ def tail_coefficients(alphas: np.ndarray | Sequence[float]) -> np.ndarray:
     return np.concatenate([reverse, ones], axis=-1) * np.concatenate([ones, np.cumprod(1.0 - reverse, -1)], axis=-1)
 
 
-def tail_plan(n_layers: int, alphas: Sequence[float], *, name: str, kind: str, biases: str = "keep") -> MergePlan:
-    """Merge the last K = len(alphas) layers one into the next, deepest first: L-1 into L-2, L-2 into L-3, …"""
-    check_merges(n_layers, len(alphas))
-    steps = tuple(MergeStep(n_layers - 2 - s, n_layers - 1 - s, float(alpha)) for s, alpha in enumerate(alphas))
-    return MergePlan(n_layers, steps, name=name, kind=kind, biases=biases)
+def tail_pairs(n_layers: int, merges: int) -> list[tuple[int, int]]:
+    """(into, remove) of merging the last `merges` layers one into the next, deepest first: L-1 into L-2, L-2 into
+    L-3, …"""
+    check_merges(n_layers, merges)
+    return [(n_layers - 2 - s, n_layers - 1 - s) for s in range(merges)]
+
+
+def pairs_plan(
+    n_layers: int, pairs: Iterable[tuple[int, int]], alphas: Iterable[float], *, name: str, kind: str, **options: str
+) -> MergePlan:
+    """Merge each pair (into, remove) in order, with one alpha a pair; options are MergePlan's."""
+    steps = tuple(MergeStep(into, remove, float(a)) for (into, remove), a in zip(pairs, alphas, strict=True))
+    return MergePlan(n_layers, steps, name=name, kind=kind, **options)
+
+
+def tail_plan(n_layers: int, alphas: Sequence[float], *, name: str, kind: str, **options: str) -> MergePlan:
+    """Merge the last K = len(alphas) layers one into the next, deepest first; options are MergePlan's."""
+    return pairs_plan(n_layers, tail_pairs(n_layers, len(alphas)), alphas, name=name, kind=kind, **options)
 
 
 def base_plan(n_layers: int) -> MergePlan:
@@ -179,8 +216,32 @@ def before_last_plan(n_layers: int, merges: int) -> MergePlan:
     """Keep the last layer, with its norms and biases, and drop the `merges` layers before it."""
     check_merges(n_layers, merges)
     last = n_layers - 1
-    steps = tuple(MergeStep(last, last - 1 - s, 1.0) for s in range(merges))
-    return MergePlan(n_layers, steps, name="before_last", kind="before_last", selection="before_last")
+    pairs = [(last, last - 1 - s) for s in range(merges)]
+    return pairs_plan(n_layers, pairs, [1.0] * merges, name="before_last", kind="before_last", selection="before_last")
+
+
+def drop_layers_plan(n_layers: int, layers: Iterable[int], *, name: str) -> MergePlan:
+    """Drop any layers: each is merged with alpha 1 into the nearest layer before it that stays, or after it."""
+    gone = sorted(set(layers))
+    check_merges(n_layers, len(gone))
+    stays = [layer for layer in range(n_layers) if layer not in gone]
+    # The nearest first on either side, so that only neighbours are merged.
+    pairs = [(max(layer for layer in stays if layer < drop), drop) for drop in gone if drop > stays[0]]
+    pairs += [(stays[0], drop) for drop in reversed(gone) if drop < stays[0]]
+    return pairs_plan(n_layers, pairs, [1.0] * len(gone), name=name, kind="drop", selection="list")
+
+
+def least_influence_plan(block_influence: np.ndarray, merges: int) -> MergePlan:
+    """Drop the `merges` layers of least block influence (ShortGPT, Men et al. 2024, arXiv 2403.03853).
+
+    block_influence: (L,), 1 - mean cosine between the states entering and leaving each layer.
+    """
+    n_layers = len(block_influence)
+    check_merges(n_layers, merges)
+    if not np.all(np.isfinite(block_influence)):
+        raise PlanError(f"block influence has no value for layers {np.flatnonzero(~np.isfinite(block_influence))}")
+    least = np.argsort(block_influence, kind="stable")[:merges]
+    return drop_layers_plan(n_layers, least.tolist(), name="block_influence")
 
 
 def check_merges(n_layers: int, merges: int) -> None:
@@ -211,35 +272,83 @@ def similarity_ratio(similarity: np.ndarray, into: int, remove: int, *, beta: fl
 
 
 def similarity_alpha(similarity: np.ndarray, into: int, remove: int) -> float:
-    """The paper's alpha: the normalised similarity S_ij / sqrt(S_ii S_jj), clipped to [0, 1]."""
+    """The paper's alpha: the normalised similarity, clipped to [0, 1]."""
+    return min(1.0, max(0.0, normalised_similarity(similarity, into, remove)))
+
+
+def normalised_similarity(similarity: np.ndarray, into: int, remove: int) -> float:
+    """S_ij / sqrt(S_ii S_jj) of an (L, L) matrix; PlanError where it is undefined."""
     value, scale = similarity[into, remove], similarity[into, into] * similarity[remove, remove]
     if not (math.isfinite(value) and math.isfinite(scale) and scale > 0.0):
         raise PlanError(
             f"the similarity of layers {into} and {remove} is {value} with diagonal product {scale}: both must be "
             "finite and the product positive"
         )
-    return min(1.0, max(0.0, float(value / math.sqrt(scale))))
+    return float(value / math.sqrt(scale))
 
 
-def base_alphas(
-    n_layers: int, merges: int, base: str, *, ratio: float = FIXED_RATIO, similarity: np.ndarray | None = None
+def pair_alphas(
+    pairs: Iterable[tuple[int, int]], base: str, *, ratio: float = FIXED_RATIO, similarity: np.ndarray | None = None
 ) -> list[float]:
-    """The starting coefficients of a tail merge, step by step.
+    """The starting coefficient of each merge (into, remove).
 
     `base`: "fixed" gives `ratio` everywhere; "similarity_ratio" and "similarity" compute them from `similarity`,
     an (L, L) matrix.
     """
-    check_merges(n_layers, merges)
+    pairs = list(pairs)
     if base == "fixed":
-        return [ratio] * merges
+        return [ratio] * len(pairs)
     rules = {"similarity_ratio": similarity_ratio, "similarity": similarity_alpha}
     if base not in rules:
         raise PlanError(f"base {base!r} is not one of fixed, {', '.join(rules)}")
     if similarity is None:
         raise PlanError(f"base {base!r} needs a similarity matrix")
-    if similarity.shape != (n_layers, n_layers):
-        raise PlanError(f"the similarity matrix is {similarity.shape}, the model has {n_layers} layers")
-    return [rules[base](similarity, n_layers - 2 - s, n_layers - 1 - s) for s in range(merges)]
+    deepest = max((layer for pair in pairs for layer in pair), default=0)
+    if similarity.shape != (len(similarity),) * 2 or len(similarity) <= deepest:
+        raise PlanError(f"the similarity matrix is {similarity.shape}, but layer {deepest} is to be merged")
+    return [rules[base](similarity, into, remove) for into, remove in pairs]
+
+
+def most_similar_pair(
+    similarity: np.ndarray, alive: Sequence[int] | None = None, *, threshold: float | None = None
+) -> tuple[int, int] | None:
+    """The neighbouring layers (into, remove) of highest normalised similarity, the deeper one removed.
+
+    alive: layers still there, in order (all by default); rows of `similarity` are numbered as they are. None where no
+    pair exceeds `threshold` (Liu et al. 2024, stage 5: merging goes on until none does). Equal pairs: the deepest.
+    """
+    alive = list(range(len(similarity))) if alive is None else list(alive)
+    best: tuple[float, tuple[int, int]] | None = None
+    for into, remove in zip(alive, alive[1:], strict=False):
+        value = normalised_similarity(similarity, into, remove)
+        if (threshold is None or value > threshold) and (best is None or value >= best[0]):
+            best = value, (into, remove)
+    return None if best is None else best[1]
+
+
+def most_similar_pairs(
+    similarity: np.ndarray, *, merges: int | None = None, threshold: float | None = None
+) -> list[tuple[int, int]]:
+    """Repeatedly the most similar neighbours, until `merges` merges or until no pair exceeds `threshold`.
+
+    A merged layer keeps the number, and the row of `similarity` (L, L), of the layer that it was merged into.
+    Raises PlanError where neither limit is given, `merges` is too large, or no pair exceeds the threshold.
+    """
+    n_layers = len(similarity)
+    if merges is None and threshold is None:
+        raise PlanError("most_similar needs plan.merges or plan.threshold, or both")
+    if merges is not None:
+        check_merges(n_layers, merges)
+    alive, pairs = list(range(n_layers)), []
+    while len(alive) > 1 and (merges is None or len(pairs) < merges):
+        pair = most_similar_pair(similarity, alive, threshold=threshold)
+        if pair is None:
+            break
+        pairs.append(pair)
+        alive.remove(pair[1])
+    if not pairs:
+        raise PlanError(f"no neighbouring layers are more similar than plan.threshold = {threshold}: lower it")
+    return pairs
 
 
 _REQUIRED = ("layer_to_merge_into", "layer_to_remove", "ratio_i_alpha")

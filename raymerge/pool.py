@@ -12,7 +12,9 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
+
+from raymerge.errors import UserError
 
 _ATTEMPTS = 3  # how often one item is tried before its failure is the pool's
 _PAUSE_S = 0.3  # before an actor that is restarting is asked again; each such call itself takes 1-2 s to be refused
@@ -30,7 +32,7 @@ class WorkerLost(WorkerError):
         self.gone = gone
 
 
-class PlacementError(ValueError):
+class PlacementError(UserError):
     """More workers asked for than the cluster has room for; the message has the figures."""
 
 
@@ -284,6 +286,11 @@ class WorkerPool:
                         ray.kill(self.handles[slot], no_restart=number is None)
                         raise GetTimeoutError(f"no answer in {self.timeout_s:g} s")
                     result = ray.get(reference)
+                except RayTaskError as error:
+                    # A user's mistake that only a worker can see reads as well as one that the driver sees.
+                    if isinstance(error.cause, UserError):
+                        raise error.cause from None
+                    raise
                 except (RayActorError, GetTimeoutError) as error:
                     causes[slot] = error
                     died = isinstance(error, ActorDiedError)  # Its restarts are used up: its slot is never free again.

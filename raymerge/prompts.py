@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from raymerge.errors import UserError
 from raymerge.identity import digest
 from raymerge.questions import LETTERS, QuestionSet, prefix_text, question_text
 
 TEXT_WINDOW = 1024  # tokens in one window of plain text; windows do not overlap
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """A tokenizer or a text that prompts cannot be made with; the message names what was found."""
 
 

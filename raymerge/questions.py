@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raymerge.errors import UserError
+
 LETTERS = "ABCD"
 
 # The subsets whose layer similarities the method compares (seed 002).
@@ -51,7 +53,7 @@ _LAYOUTS = (
 )
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Questions that are missing, malformed or not what was asked for; the message says where, and what to do."""
 
 

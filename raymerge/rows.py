@@ -15,6 +15,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.evaluation import Answers
 from raymerge.fusion import Receipt
 from raymerge.plan import MergePlan
+from raymerge.prompts import TEXT_WINDOW
 from raymerge.questions import QuestionSet
 from raymerge.statistics import answer_nll, mcnemar, paired_difference
 
@@ -95,6 +96,31 @@ def perplexity_row(
         "perplexity": math.exp(nll) if nll < 700 else math.inf,
         "text_hash": text_hash,
     }
+
+
+#: Where the buckets of a token's position in its window of plain text begin; the last ends with the window.
+POSITIONS = (1, 16, 64, 256, 512, TEXT_WINDOW)
+
+
+def text_perplexity_row(plan_id: str, losses: np.ndarray, tokens: np.ndarray, text: str) -> Row:
+    """The row of `perplexity` of plain text, from summed losses (nats) and tokens by position."""
+    scored = int(tokens.sum())
+    return perplexity_row(plan_id, "text", float(losses.sum()) / scored, scored, text_hash=text_hash(text))
+
+
+def position_rows(plan_id: str, losses: np.ndarray, tokens: np.ndarray) -> list[Row]:
+    """Rows of `context`: the mean loss of text tokens by position, buckets without tokens left out."""
+    return [
+        {
+            "plan_id": plan_id,
+            "measure": "position_nll",
+            "bucket": bucket,
+            "n": int(count),
+            "value": float(loss) / int(count),
+        }
+        for bucket, loss, count in zip(POSITIONS[:-1], losses, tokens, strict=True)
+        if count
+    ]
 
 
 def text_hash(text: str) -> str:

@@ -34,12 +34,19 @@ def _schema(text: str) -> pa.Schema:
 # fmt: off
 SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
     # layer similarity S[layer_i, layer_j] with its shuffled null; null where entropies degenerate (method.md §3)
-    "similarity": "subset:str language:str measure:str embedding:str layer_i:i32 layer_j:i32 value:f64? null_mean:f64 "
-        "null_p95:f64 ci_low:f64? ci_high:f64? n_samples:i32 note:str?",
+    "similarity": "subset:str language:str measure:str embedding:str layer_i:i32 layer_j:i32 value:f64? null_mean:f64? "
+        "null_p95:f64? ci_low:f64? ci_high:f64? n_samples:i32 note:str?",
     "similarity_correlation": "subset_a:str language_a:str subset_b:str language_b:str measure:str pearson:f64 "
         "pearson_off_diagonal:f64 ci_low:f64? ci_high:f64? reliability_a:f64? reliability_b:f64?",
     "embeddings": "subset:str language:str embedding:str layer:i32 sample:i32 coordinate:i32 value:f64",
     "degeneracy": "subset:str language:str layer:i32 effective_rank:f64 off_diagonal_mass:f64",
+    # which prompts a subset's matrix was made of; `sample` as in table embeddings
+    "samples": "subset:str language:str sample:i32 subject:str split:str question_id:str content_hash:str",
+    # 1 - mean cosine of the states entering and leaving a layer (ShortGPT)
+    "block_influence": "subset:str language:str layer:i32 value:f64 n_samples:i32",
+    # one variation of one parameter against the reference setting: agreement of matrices and of the plans they choose
+    "sensitivity": "subset:str language:str parameter:str setting:str reference:bool pearson:f64? "
+        "pearson_off_diagonal:f64? plan_overlap:f64? alpha_max_difference:f64? note:str?",
     # one row per merge step; a plan without steps has one row with step, into, remove, alpha null
     "plans": "plan_id:str name:str kind:str selection:str alignment:str norms:str matrix:str? step:i32? into:i32? "
         "remove:i32? alpha:f64?",
@@ -58,6 +65,11 @@ SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
     "perplexity": "plan_id:str target:str subject:str? tokens:i64 nll:f64 perplexity:f64 text_hash:str?",
     "costs": "plan_id:str layers:i32 layers_removed:i32 parameters:i64 parameters_removed:i64 bytes:i64 "
         "tokens_per_second:f64?",
+    # one point of the compression curve; a plan may stand under several methods
+    "sweep": "plan_id:str merges:i32 method:str alignment:str norms:str",
+    # measure position_nll: mean NLL (nats) of text tokens in [bucket, next bucket) of a window; retrieval: accuracy on
+    # key-value prompts by distance in tokens
+    "context": "plan_id:str measure:str bucket:i32 n:i64 value:f64 standard_error:f64?",
     "receipts": "plan_id:str tensor:str max_abs_change:f64 relative_change:f64",
     "gradient_history": "start:i32 epoch:i32 loss:f64 held_out_loss:f64? alphas:list",
 }.items()}

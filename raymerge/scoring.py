@@ -10,8 +10,9 @@ the merged model to rounding.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,8 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from raymerge.alignment import layer_tensors
+from raymerge.architectures import Permutations, source_tensor
+from raymerge.errors import UserError
 from raymerge.forward import GroupStates, LayerRunner, visible
-from raymerge.fusion import check_mergeable
+from raymerge.fusion import check_mergeable, fused_layer
 from raymerge.identity import digest
 from raymerge.plan import MergePlan, base_plan
 from raymerge.prompts import Prompts, Shard
@@ -48,10 +52,8 @@ class TrunkCache:
 
     def compute(self, shard: Shard) -> Path:
         """Run the trunk on a shard, unless its file is there already; return the file."""
-        path = self.path(shard)
-        if not path.exists():
-            self._write(shard, path)
-        return path
+        compute_trunks([self], shard)
+        return self.path(shard)
 
     def load(self, shard: Shard) -> list[tuple[Tensor, Tensor]]:
         """For each group of the shard the states (P, d) of the prefix and (N, d) of its sequences, packed.
@@ -63,12 +65,9 @@ class TrunkCache:
             with safe_open(path, framework="pt") as file:
                 return [(file.get_tensor(f"{i}.prefix"), file.get_tensor(f"{i}.own")) for i in range(len(shard.groups))]
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"the trunk states {path} cannot be read: {error}; delete the file") from error
+            raise UserError(f"the trunk states {path} cannot be read: {error}; delete the file") from error
 
-    @torch.inference_mode()
-    def _write(self, shard: Shard, path: Path) -> None:
-        trunk = self.runner.plan_layers(base_plan(self.runner.checkpoint.n_layers))[: self.first]
-        packed = self.runner.pack(self.runner.run(self.runner.embed(shard), trunk))
+    def _write(self, packed: list[tuple[Tensor, Tensor]], path: Path) -> None:
         tensors = {}
         for i, (prefix, own) in enumerate(packed):
             tensors[f"{i}.prefix"], tensors[f"{i}.own"] = prefix.cpu().contiguous(), own.cpu().contiguous()
@@ -78,13 +77,35 @@ class TrunkCache:
             save_file(tensors, unfinished)
             os.replace(unfinished, path)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-            raise ValueError(f"the trunk states {path} cannot be written: {error}; free space on that disk") from error
+            raise UserError(f"the trunk states {path} cannot be written: {error}; free space on that disk") from error
         finally:
             unfinished.unlink(missing_ok=True)
 
     def states(self, shard: Shard) -> list[GroupStates]:
         """The states laid out to be run on from layer `first`."""
         return self.runner.from_packed(shard, self.load(shard))
+
+
+@torch.inference_mode()
+def compute_trunks(caches: Sequence[TrunkCache], shard: Shard) -> None:
+    """Write a shard's states for several caches of one runner, where they are missing, in one pass over the layers.
+
+    The pass goes on from the deepest states that are there already.
+    """
+    layers = None
+    states, depth = None, -1
+    for cache in sorted(caches, key=lambda cache: cache.first):
+        path = cache.path(shard)
+        if path.exists():
+            states, depth = None, cache.first  # read only if a deeper one is missing
+            reached = cache
+            continue
+        if states is None:
+            states = reached.states(shard) if depth >= 0 else cache.runner.embed(shard)
+            depth = max(depth, 0)
+        layers = layers or cache.runner.plan_layers(base_plan(cache.runner.checkpoint.n_layers))
+        states, depth = cache.runner.run(states, layers[depth : cache.first]), cache.first
+        cache._write(cache.runner.pack(states), path)
 
 
 @dataclass(frozen=True)
@@ -109,26 +130,67 @@ class _Bucket:
 class SourceLayers:
     """The weights of the layers from `first` on, stacked so that mixing them is a single matrix product.
 
-    stack: (sources, parameters of one layer) float32, matrices and then biases. Mixing several candidates at once
-    reads it once: a candidate's mix is otherwise bound by memory (9 merges of a 0.5B model read 600 MB).
+    stack: (sources, parameters of one layer) float32, matrices and then biases; made when first asked for. Mixing
+    several candidates at once reads it once: a candidate's mix is otherwise bound by memory (9 merges of a 0.5B model
+    read 600 MB).
+    norms: as plans have it; with "fold" the gains are in the stacked matrices. permutations: by layer, those of a
+    plan's alignment "neurons" (`Aligner.permutations`); a layer that has none stays as it is. To which layer of the
+    group they lead does not matter: the mix is then the same units in another order.
     """
 
-    def __init__(self, runner: LayerRunner, first: int):
+    def __init__(
+        self,
+        runner: LayerRunner,
+        first: int,
+        *,
+        norms: str = "keep",
+        permutations: Mapping[int, Permutations] | None = None,
+    ):
         checkpoint, arch = runner.checkpoint, runner.checkpoint.architecture
+        self.norms = norms
+        self.alignment = "none" if permutations is None else "neurons"
+        self._permutations = permutations or {}
         self.count = checkpoint.n_layers - first
+        self._runner = runner
+        self._first = first
         present = set(checkpoint.layer_tensors(first))
         matrices = [f"{matrix}.weight" for matrix in arch.matrices]
         self._biases = [f"{matrix}.bias" for matrix in arch.matrices if f"{matrix}.bias" in present]
         self._names = matrices + self._biases
         self._shapes = [checkpoint[arch.layer_name(first, name)].shape for name in self._names]
         self._sizes = [shape.numel() for shape in self._shapes]
-        self.stack = torch.empty(self.count, sum(self._sizes), dtype=torch.float32, device=runner.device)
-        self._others = []
-        for j in range(self.count):
-            tensors = {name: checkpoint[arch.layer_name(first + j, name)] for name in present}
-            for part, name in zip(self.stack[j].split(self._sizes), self._names, strict=True):
-                part.copy_(tensors.pop(name).reshape(-1))
-            self._others.append({name: tensor.to(runner.device).float() for name, tensor in tensors.items()})
+
+    # Made in normal mode, wherever they are first asked for: gradients are taken through them as well.
+
+    @cached_property
+    @torch.inference_mode(False)
+    def stack(self) -> Tensor:
+        checkpoint, arch = self._runner.checkpoint, self._runner.checkpoint.architecture
+        stack = torch.empty(self.count, sum(self._sizes), dtype=torch.float32, device=self._runner.device)
+        for j, row in enumerate(stack):
+            layer = self._first + j
+            tensors = layer_tensors(checkpoint, arch, layer)
+            for part, name in zip(row.split(self._sizes), self._names, strict=True):
+                order = self._permutations.get(layer)
+                part.copy_(source_tensor(arch, tensors, name, norms=self.norms, permutations=order).reshape(-1))
+        return stack
+
+    @cached_property
+    @torch.inference_mode(False)
+    def _others(self) -> list[dict[str, Tensor]]:
+        """What is not averaged of each source layer; folded norms are ones."""
+        checkpoint, arch = self._runner.checkpoint, self._runner.checkpoint.architecture
+        others = []
+        for layer in range(self._first, checkpoint.n_layers):
+            tensors = layer_tensors(checkpoint, arch, layer)
+            others.append(
+                {
+                    name: source_tensor(arch, tensors, name, norms=self.norms).to(self._runner.device)
+                    for name in tensors
+                    if name not in self._names
+                }
+            )
+        return others
 
     def mix(self, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
         """(candidates, sources) coefficients to (candidates, parameters) float32, rounded to `dtype`."""
@@ -154,7 +216,8 @@ class TailScorer:
 
     fused_dtype: the dtype to which merged matrices are rounded before scoring. By default the checkpoint's stored
     dtype, so that what is scored is exactly what would be saved; torch.float32 leaves them unrounded.
-    sources: the stacked weights, where several scorers share them.
+    sources: the stacked weights, where several scorers share them; plans with their norms and alignment are scored
+    fastest (`is_stacked`), and all others are fused one by one.
     """
 
     def __init__(
@@ -285,10 +348,41 @@ class TailScorer:
                 raise ValueError(f"plan {plan.name!r} does not collapse the layers from {self.first} on into one")
         for start in range(0, len(plans), _MIXED_TOGETHER):
             together = plans[start : start + _MIXED_TOGETHER]
-            mixed = self.sources.mix(torch.stack([self.coefficients(plan) for plan in together]), self.fused_dtype)
-            for plan, parameters in zip(together, mixed, strict=True):
+            stacked = [plan for plan in together if self.is_stacked(plan)]
+            mixed = iter(())
+            if stacked:
+                coefficients = torch.stack([self.coefficients(plan) for plan in stacked])
+                mixed = iter(self.sources.mix(coefficients, self.fused_dtype))
+            for plan in together:
                 rest = plan.kept[self.first].index - self.first
-                yield self.hidden(self.sources.weights(parameters, rest, plan.biases == "merge"), rest)
+                if self.is_stacked(plan):
+                    weights = self.sources.weights(next(mixed), rest, plan.biases == "merge")
+                else:
+                    weights = self._fused(plan)
+                yield self.hidden(weights, rest)
+
+    def is_stacked(self, plan: MergePlan) -> bool:
+        """Whether the plan's merged layer is a weighted sum of the stacked sources; else it is fused by itself.
+
+        A layer that nothing is averaged into is saved as it is, whatever the plan's norms and alignment, and rounding
+        folded gains would not give it back exactly.
+        """
+        if plan.kept[self.first].unchanged:
+            return self.sources.norms == "keep" and self.sources.alignment == "none"
+        return (plan.norms, plan.alignment) == (self.sources.norms, self.sources.alignment)
+
+    def _fused(self, plan: MergePlan) -> dict[str, Tensor]:
+        """The merged layer of a plan as `fusion` gives it, float32."""
+        checkpoint = self.runner.checkpoint
+        layer = fused_layer(
+            checkpoint,
+            checkpoint.architecture,
+            plan,
+            self.first,
+            aligner=self.runner.aligner,
+            dtype=self.fused_dtype,
+        )
+        return {name: tensor.to(self.runner.device, torch.float32) for name, tensor in layer.items()}
 
     def logits(self, coefficients: Tensor, *, rest: int = 0, merge_biases: bool = False) -> Tensor:
         """Answer logits (n, 4) in question order, differentiable in `coefficients` (sources,).

@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from raymerge.errors import UserError
+
 TEMPORARY = "_tmp."
 """How temporary names begin. Readers of data sets skip names that begin with '_'."""
 
@@ -20,7 +22,7 @@ _ONE_PUT = frozenset({"s3", "gcs", "abfs"})  # pyarrow file systems where an obj
 _FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota used up", errno.EFBIG: "file size limit reached"}
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """A run directory cannot be used or written; the message says where, why and what to do."""
 
 

@@ -125,6 +125,110 @@ def search_lines(run: RunDirectory) -> list[str]:
     return lines
 
 
+def similarity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: each subset's matrix off the diagonal, against what unrelated layers score."""
+    keys = ["subset", "language", "measure", "embedding"]
+    found: dict[tuple[str, ...], list[dict]] = {}
+    for row in run.read("similarity").to_pylist():
+        if row["layer_i"] < row["layer_j"]:
+            found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    header = [
+        "subset",
+        "language",
+        "measure",
+        "embedding",
+        "n",
+        "mean",
+        "neighbours",
+        "null",
+        "above null %",
+        "undefined",
+    ]
+    cells = []
+    for key, rows in found.items():
+        known = [row for row in rows if row["value"] is not None]
+        null = [row for row in known if row["null_p95"] is not None]
+        cells.append(
+            [
+                *key,
+                str(rows[0]["n_samples"] or "–"),
+                _mean([row["value"] for row in known]),
+                _mean([row["value"] for row in known if row["layer_j"] == row["layer_i"] + 1]),
+                _mean([row["null_mean"] for row in null]),
+                _percent([row["value"] > row["null_p95"] for row in null]),
+                str(len(rows) - len(known)),
+            ]
+        )
+    return header, cells
+
+
+def correlation_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the correlations between subsets, as published and off the diagonal, with the ceiling."""
+    header = ["subsets", "as published", "off the diagonal", "95 % interval", "ceiling"]
+    cells = []
+    for row in run.read("similarity_correlation").to_pylist():
+        names = [f"{row[f'subset_{side}']}/{row[f'language_{side}']}" for side in "ab"]
+        interval = "–" if row["ci_low"] is None else f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]"
+        a, b = row["reliability_a"], row["reliability_b"]
+        ceiling = "–" if a is None or b is None or a * b < 0 else f"{math.sqrt(a * b):.4f}"
+        found = [f"{row['pearson']:.4f}", f"{row['pearson_off_diagonal']:.4f}"]
+        cells.append([" – ".join(names), *found, interval, ceiling])
+    return header, cells
+
+
+def sensitivity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: each setting's agreement with the reference, averaged over the subsets that have it."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for row in run.read("sensitivity").to_pylist():
+        if not row["reference"]:
+            found.setdefault((row["parameter"], row["setting"]), []).append(row)
+    header = ["parameter", "setting", "off-diagonal r", "same merges %", "alpha moves by", "note"]
+    cells = []
+    for key, rows in found.items():
+        shares = [row["plan_overlap"] for row in rows if row["plan_overlap"] is not None]
+        cells.append(
+            [
+                *key,
+                _mean([row["pearson_off_diagonal"] for row in rows]),
+                _percent(shares),
+                _mean([row["alpha_max_difference"] for row in rows]),
+                next((row["note"] for row in rows if row["note"]), ""),
+            ]
+        )
+    return header, cells
+
+
+def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the compression curve, one line a point."""
+    lines = {line["plan_id"]: line for line in plan_lines(run, split)}
+    header = ["merged", "method", "alignment", "norms", "accuracy ± se", "macro ± se", "answer NLL", "text ppl"]
+    cells = []
+    for row in sorted(run.read("sweep").to_pylist(), key=lambda row: row["merges"]):
+        line = lines[row["plan_id"]]
+        cells.append(
+            [
+                str(row["merges"]),
+                row["method"],
+                row["alignment"],
+                row["norms"],
+                f"{line['accuracy']:.4f} ± {line['standard_error']:.4f}",
+                f"{line['macro']:.4f} ± {line['macro_error']:.4f}",
+                f"{line['nll']:.4f}",
+                number(line["perplexity"]),
+            ]
+        )
+    return header, cells
+
+
+def _mean(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.3f}" if known else "–"
+
+
+def _percent(shares: list) -> str:
+    return f"{100 * sum(shares) / len(shares):.0f}" if shares else "–"
+
+
 def number(value: float | None) -> str:
     """A perplexity as text: four significant digits, or a dash where there is none."""
     if value is None or math.isnan(value):

@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,31 +18,41 @@ from typing import Any
 import numpy as np
 import torch
 
+from raymerge.activations import ActivationCache, Activations, distinct_samples
+from raymerge.alignment import Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
-from raymerge.evaluation import Answers, answer_shard, text_nll
+from raymerge.context import RetrievalSet, position_nll, retrieval_prompts, retrieve, usable_distances
+from raymerge.evaluation import Answers, answer_shard, generation_speed
 from raymerge.forward import LayerRunner
-from raymerge.inputs import REPORT, SEARCH, TEXT, read_questions, read_text
+from raymerge.fusion import Receipt, receipts
+from raymerge.inputs import RETRIEVAL, SEARCH, SUBSETS, TEXT, Subset, read_questions, read_subsets, read_text
 from raymerge.objectives import score_answers
-from raymerge.plan import MergePlan, tail_plan
+from raymerge.plan import MergePlan
 from raymerge.prompts import Prompts, Shard, encode_questions, encode_text
-from raymerge.scoring import SourceLayers, TailScorer, TrunkCache
+from raymerge.reliability import Study, study
+from raymerge.rows import POSITIONS
+from raymerge.scoring import SourceLayers, TailScorer, TrunkCache, compute_trunks
+from raymerge.sensitivity import recipe_of, vary
+from raymerge.similarity import compute
 
 
 class ModelWorker:
-    """Holds a model (weights mapped from disk), tokenised questions by role, and the trunk's states.
+    """Holds a model (weights mapped from disk), tokenised prompts by role, and the trunk's states.
 
-    roles: which questions it is asked about, SEARCH and REPORT. first: the layer whose inputs are cached (the first
-    that any plan of this run changes); None runs whole models. cache: folder of the trunk's states.
+    roles: what it is asked about: SEARCH, REPORT, SUBSETS. template: the plan whose coefficients are searched.
+    firsts: layers whose inputs are cached, so that plans which change nothing before them start there. cache: folder
+    of trunk states, activations and alignments.
     """
 
     def __init__(
         self,
         config: Config,
         *,
-        roles: Sequence[str] = (SEARCH, REPORT),
-        first: int | None = None,
-        cache: str | Path | None = None,
+        roles: Sequence[str],
+        cache: str | Path,
+        template: MergePlan | None = None,
+        firsts: Sequence[int] = (),
     ):
         # One thread is the safe default on CPUs: several workers of several threads each have been measured a
         # hundred times slower.
@@ -49,24 +60,35 @@ class ModelWorker:
         model = config.model
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
-        self.config = config
+        self.config, self.template, self.cache = config, template, Path(cache)
         self.checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-        self.runner = LayerRunner(self.checkpoint, device=device, dtype=dtype)
-        self.questions = {role: read_questions(config, role) for role in roles}
-        self._trunk = None if first is None or cache is None else TrunkCache(self.runner, first, Path(cache))
+        self.aligner = Aligner(self.checkpoint, self.cache, by=config.plan.align_by)
+        self.runner = LayerRunner(self.checkpoint, device=device, dtype=dtype, aligner=self.aligner)
+        self.questions = {role: read_questions(config, role) for role in roles if role != SUBSETS}
+        self.subsets: list[Subset] = read_subsets(config) if SUBSETS in roles else []
+        self._trunks = {first: TrunkCache(self.runner, first, self.cache) for first in sorted(firsts)}
         self._prompts: dict[str, Prompts] = {}
-        self._scorers: dict[str, TailScorer] = {}
+        self._scorers: dict[tuple[str, int], TailScorer] = {}
+        self._sources: dict[int, SourceLayers] = {}
 
     def describe(self) -> dict[str, Any]:
-        """Where this worker runs and what it holds; the identity lets a pool check that all hold the same model."""
+        """Where this worker runs and what it holds; the identities let a pool check that all hold the same."""
         return {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "device": torch.cuda.get_device_name() if self.runner.device.type == "cuda" else "cpu",
             "dtype": str(self.runner.dtype).removeprefix("torch."),
             "model_identity": self.checkpoint.identity,
-            "data_identities": {role: questions.identity for role, questions in self.questions.items()},
+            "data_identities": {role: questions.identity for role, questions in self.questions.items()}
+            | {f"{subset.name}/{subset.language}": subset.questions.identity for subset in self.subsets},
         }
+
+    def run(self, task: tuple[str, Any]) -> Any:
+        """Do a task (method name, its argument), so that a pool can mix kinds of work in one pass."""
+        method, item = task
+        return getattr(self, method)(item)
+
+    # -- prompts and the trunk ----------------------------------------------------------------------------------
 
     def prompts(self, role: str) -> Prompts:
         """The tokenised questions of a role."""
@@ -85,7 +107,9 @@ class ModelWorker:
         return encode_text(text, self.checkpoint.tokenizer, limit=self.config.data.perplexity_tokens)
 
     def shards(self, of: str) -> tuple[Shard, ...]:
-        """The shards of a role's questions, or of the plain text (TEXT)."""
+        """The shards of a role's questions, of the plain text (TEXT), or of the key-value prompts (RETRIEVAL)."""
+        if of == RETRIEVAL:
+            return self.retrieval_set.shards
         return self.text_shards if of == TEXT else self.prompts(of).shards
 
     def shard_tokens(self, of: str) -> list[int]:
@@ -96,44 +120,63 @@ class ModelWorker:
         """Make sure that the trunk's states of one shard (of a role or the text) are on disk; its tokens."""
         of, number = item
         shard = self.shards(of)[number]
-        self._trunk.compute(shard)
+        compute_trunks(list(self._trunks.values()), shard)
         return shard.tokens
 
-    def scorer(self, role: str) -> TailScorer:
-        """The frozen-trunk scorer of a role's questions; made when first asked for."""
-        if role not in self._scorers:
-            self._scorers[role] = TailScorer(self._trunk, self.prompts(role), sources=self._sources)
-        return self._scorers[role]
+    def align(self, pair: tuple[int, int]) -> tuple[int, int]:
+        """Make sure that the alignment of layer pair[1] to its neighbour pair[0] is on disk; the pair."""
+        self.aligner.compute(pair)
+        return pair
 
-    @cached_property
-    def _sources(self) -> SourceLayers:
-        return SourceLayers(self.runner, self._trunk.first)
+    def _trunk_of(self, plan: MergePlan) -> TrunkCache | None:
+        """The deepest cached states that the plan leaves as they are."""
+        usable = [first for first in self._trunks if first <= plan.resumes_at]
+        return self._trunks[max(usable)] if usable else None
+
+    def _scorer(self, role: str, plan: MergePlan) -> TailScorer | None:
+        """The frozen-trunk scorer of a plan that collapses all after the trunk into one layer; else None."""
+        trunk = self._trunk_of(plan)
+        if trunk is None or not plan.ends_at_once or trunk.first != plan.resumes_at:
+            return None
+        key = role, trunk.first
+        if key not in self._scorers:
+            self._scorers[key] = TailScorer(trunk, self.prompts(role), sources=self._sources_of(trunk.first))
+        return self._scorers[key]
+
+    def _sources_of(self, first: int) -> SourceLayers:
+        """The stacked weights from `first` on, as the template's candidates mix them."""
+        if first not in self._sources:
+            plan = self.template
+            if plan is None:
+                self._sources[first] = SourceLayers(self.runner, first)
+            else:
+                permutations = self.aligner.permutations(plan) if plan.alignment == "neurons" else None
+                self._sources[first] = SourceLayers(self.runner, first, norms=plan.norms, permutations=permutations)
+        return self._sources[first]
+
+    # -- judging plans ------------------------------------------------------------------------------------------
 
     def score(self, candidates: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-        """Judge tail merges by the run's objective on the search questions.
+        """Judge coefficient vectors of the template by the run's objective on the search questions.
 
         candidates: alphas of each, step by step. A result has value, accuracy, nll, n_questions and seconds; and
         logits (n, 4) float32 if candidates' answers are to be stored.
         """
-        scorer, answers = self.scorer(SEARCH), self.prompts(SEARCH).answers
+        answers = self.prompts(SEARCH).answers
         subjects = [question.subject for question in self.questions[SEARCH].questions]
-        biases = self.config.plan.biases
-        plans = [
-            tail_plan(self.checkpoint.n_layers, alphas, name="candidate", kind="found", biases=biases)
-            for alphas in candidates
-        ]
+        plans = [self.template.with_alphas(alphas, name="candidate", kind="found") for alphas in candidates]
+        scorer = self._scorer(SEARCH, self.template) if plans else None
+        if scorer is None:
+            found = (torch.from_numpy(self.answers((plan, SEARCH, None, False)).logits) for plan in plans)
+        else:
+            found = scorer.score_many(plans)
         results, began = [], time.perf_counter()
-        for logits in scorer.score_many(plans):
+        for logits in found:
             values = score_answers(self.config.search.objective, logits.numpy(), answers, subjects)
             result = {**values._asdict(), "n_questions": len(subjects), "seconds": time.perf_counter() - began}
             results.append(result | ({"logits": logits.numpy()} if self.config.output.store_candidate_answers else {}))
             began = time.perf_counter()
         return results
-
-    def run(self, task: tuple[str, Any]) -> Any:
-        """Do a task (method name, its argument), so that a pool can mix kinds of work in one pass."""
-        method, item = task
-        return getattr(self, method)(item)
 
     def answers(self, item: tuple[MergePlan, str, int | None, bool]) -> Answers:
         """Answers of a merged model to a role's questions: (plan, role, shard or None for all, prompt_nll).
@@ -144,13 +187,92 @@ class ModelWorker:
         prompts = self.prompts(role)
         if number is not None:
             shard = prompts.shards[number]
-            return answer_shard(self.runner, plan, prompts, shard, trunk=self._trunk, prompt_nll=prompt_nll)
-        logits, logsumexp, top = (values.numpy() for values in self.scorer(role).score(plan))
+            return answer_shard(self.runner, plan, prompts, shard, trunk=self._trunk_of(plan), prompt_nll=prompt_nll)
+        scorer = None if prompt_nll else self._scorer(role, plan)
+        if scorer is None:
+            return Answers.join(self.answers((plan, role, i, prompt_nll)) for i in range(len(prompts.shards)))
+        logits, logsumexp, top = (values.numpy() for values in scorer.score(plan))
         n = len(logits)
         is_letter = np.isin(top, prompts.letters)
         return Answers(np.arange(n), logits, logsumexp, is_letter, np.full(n, np.nan), np.zeros(n, dtype=np.int64))
 
-    def text_nll(self, item: tuple[MergePlan, int]) -> tuple[float, int]:
-        """Summed NLL (nats) and scored tokens of one shard of the plain text under a merged model."""
+    def text_nll(self, item: tuple[MergePlan, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Summed NLL (nats) and scored tokens of one shard of the plain text under a merged model, by position."""
         plan, number = item
-        return text_nll(self.runner, plan, self.text_shards[number], trunk=self._trunk)
+        trunk = self._trunk_of(plan)
+        return position_nll(self.runner, plan, self.text_shards[number], trunk=trunk, edges=POSITIONS)
+
+    def receipts(self, plan: MergePlan) -> list[Receipt]:
+        """What a plan changes, tensor by tensor."""
+        return receipts(self.checkpoint, self.checkpoint.architecture, plan, aligner=self.aligner)
+
+    @cached_property
+    def retrieval_set(self) -> RetrievalSet:
+        """Key-value prompts at the distances of the sweep section that this model can be asked about."""
+        settings = self.config.sweep
+        return retrieval_prompts(
+            self.checkpoint.tokenizer,
+            distances=usable_distances(self.checkpoint, settings.distances),
+            per_distance=settings.retrieval_prompts,
+            seed=self.config.data.seed,
+            add_bos=self.config.model.add_bos,
+        )
+
+    def retrieval(self, plan: MergePlan) -> tuple[np.ndarray, np.ndarray]:
+        """(distances (n,), whether the merged model found the value (n,) bool) of every key-value prompt."""
+        prompts, trunk = self.retrieval_set, self._trunk_of(plan)
+        parts = [retrieve(self.runner, plan, prompts, shard, trunk=trunk) for shard in prompts.shards]
+        rows = np.concatenate([part.rows for part in parts])
+        return prompts.distances[rows], np.concatenate([part.correct for part in parts])
+
+    def generation_speed(self, layers: int) -> float:
+        """Tokens per second of greedy generation, one sequence, by transformers with this many layers.
+
+        The speed depends on how many layers there are, not on what they hold, so the first ones are taken.
+        """
+        return generation_speed(
+            self.checkpoint,
+            layers,
+            tokens=self.config.sweep.speed_tokens,
+            dtype=self.runner.dtype,
+            device=self.runner.device,
+        )
+
+    # -- similarity ---------------------------------------------------------------------------------------------
+
+    def _samples(self, number: int) -> tuple[Shard, ...]:
+        questions = self.subsets[number].questions
+        return encode_questions(questions, self.checkpoint.tokenizer, add_bos=self.config.model.add_bos).shards
+
+    def activations(self, number: int, plan: MergePlan | None = None) -> Activations:
+        """Activations of subset `number` of the similarity section, collected or read from the cache."""
+        settings = self.config.similarity
+        cache, shards = ActivationCache(self.cache), self._samples(number)
+        return cache.get(self.runner, shards, pooling=settings.pooling, max_tokens=settings.max_tokens, plan=plan)
+
+    def similarity(self, number: int) -> tuple[Study, Activations, int]:
+        """One subset's similarity matrix with its noise, what it was made from, and how many samples are distinct."""
+        settings, found = self.config.similarity, self.activations(number)
+        result = study(
+            recipe_of(settings),
+            found.distances,
+            found.states,
+            null_draws=settings.null_draws,
+            interval_draws=settings.interval_draws,
+            half_draws=settings.half_draws,
+            random_state=settings.seed,
+        )
+        kept = settings.max_tokens if settings.pooling == "sequence" else None
+        return result, replace(found, states=None), distinct_samples(self._samples(number), max_tokens=kept)
+
+    def similarity_after(self, item: tuple[int, MergePlan]) -> np.ndarray:
+        """The (L', L') similarity of the layers that a plan keeps, collected from the merged model on a subset."""
+        number, plan = item
+        found = self.activations(number, plan)
+        return compute(recipe_of(self.config.similarity), found.distances, found.states).values
+
+    def sensitivity(self, number: int) -> list[dict[str, Any]]:
+        """How one subset's matrix, and the plans that it chooses, depend on each setting: rows of `sensitivity`."""
+        subset, found = self.subsets[number], self.activations(number)
+        rows = vary(self.config.similarity, self.config.sensitivity, found.distances, found.states)
+        return [{"subset": subset.name, "language": subset.language, **row} for row in rows]

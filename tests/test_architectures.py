@@ -3,9 +3,11 @@
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from raymerge.architectures import (
@@ -14,6 +16,9 @@ from raymerge.architectures import (
     ArchitectureError,
     architecture_of,
     attention_windows,
+    permute_layer,
+    permute_tensor,
+    source_tensor,
     trimmed_config,
 )
 
@@ -143,3 +148,92 @@ def test_a_trimmed_config_has_the_windows_of_the_kept_layers():
     config = tiny.config_of("qwen2_windows")
     trimmed = type(config).from_dict(trimmed_config(config.to_dict(), [0, 1, 4]))
     assert attention_windows(trimmed) == [None, None, 40]
+
+
+# -- what may be reordered -------------------------------------------------------------------------------------------
+
+
+def one_layer(family):
+    """(config, architecture, function of a layer's tensors, the tensors), all in float64."""
+    config = tiny.config_of(family, num_hidden_layers=1)
+    model = tiny.random_model(config, dtype=torch.float64)
+    layer = model.model.layers[0]
+    x = torch.randn(2, 70, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    positions = torch.arange(70)[None]
+    window = attention_windows(config)[0]
+    behind = torch.arange(70)[:, None] - torch.arange(70)
+    mask = ((behind >= 0) & (behind < (window or 70)))[None, None]
+    rotary = model.model.rotary_emb(x, positions)
+
+    def run(tensors):
+        with torch.no_grad():
+            return functional_call(
+                layer, tensors, (x,), {"attention_mask": mask, "position_ids": positions, "position_embeddings": rotary}
+            )
+
+    return config, architecture_of(config), run, dict(layer.state_dict())
+
+
+def random_permutations(config, seed=0):
+    rng = np.random.default_rng(seed)
+    kv, heads = config.num_key_value_heads, config.num_attention_heads
+    channels = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return {
+        "units": rng.permutation(config.intermediate_size),
+        "kv_heads": rng.permutation(kv),
+        "query_heads": np.stack([rng.permutation(heads // kv) for _ in range(kv)]),
+        "value_channels": np.stack([rng.permutation(channels) for _ in range(kv)]),
+    }
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_permuted_layer_computes_the_same(family):
+    """Every group of every family, alone and all at once, grouped queries and biases included."""
+    config, arch, run, tensors = one_layer(family)
+    expected = run(tensors)
+    every = random_permutations(config)
+    assert set(every) == set(arch.unit_groups)
+    for permutations in (every, *({name: order} for name, order in every.items())):
+        permuted = permute_layer(arch, tensors, permutations)
+        assert (run(permuted) - expected).abs().max() < 1e-10 * expected.abs().max()
+        moves = any((order != np.arange(order.shape[-1])).any() for order in permutations.values())
+        assert moves == any(not torch.equal(permuted[name], tensors[name]) for name in tensors)
+
+
+def test_what_is_no_group_does_not_compute_the_same():
+    """Half of a permutation, and the dimensions of query and key heads together: the checks above can fail."""
+    config, arch, run, tensors = one_layer("qwen2")
+    expected, every = run(tensors), random_permutations(config)
+    for name in ("self_attn.q_proj.weight", "self_attn.v_proj.bias", "self_attn.o_proj.weight", "mlp.up_proj.weight"):
+        half = tensors | {name: permute_tensor(arch, name, tensors[name], every)}
+        assert (run(half) - expected).abs().max() > 1e-2
+    rotary = dict(tensors)
+    order = np.random.default_rng(3).permutation(8)
+    for which, heads in (("q", 4), ("k", 2)):
+        for kind in ("weight", "bias"):
+            name = f"self_attn.{which}_proj.{kind}"
+            rotary[name] = tensors[name].unflatten(0, (heads, 8))[:, order].flatten(0, 1)
+    assert (run(rotary) - expected).abs().max() > 1e-2
+
+
+def test_permutations_of_another_size_are_refused():
+    config, arch, _, tensors = one_layer("llama")
+    wrong = random_permutations(config) | {"value_channels": np.tile(np.arange(5), (2, 1))}
+    with pytest.raises(ArchitectureError, match="self_attn.v_proj.weight has 16 slices, but the permutations are for"):
+        permute_layer(arch, tensors, wrong)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_folded_gains_compute_the_same(family):
+    _, arch, run, tensors = one_layer(family)
+    folded = {name: source_tensor(arch, tensors, name, norms="fold") for name in tensors}
+    expected = run({name: tensor.float().double() for name, tensor in tensors.items()})
+    found = run({name: tensor.double() for name, tensor in folded.items()})
+    # Products of float32 weights and gains, rounded to float32 once.
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    for norm in arch.norm_inputs:
+        assert (folded[f"{norm}.weight"] == 1).all() and not (tensors[f"{norm}.weight"] == 1).any()
+    for name in tensors:
+        if "o_proj" in name or "down_proj" in name or "_norm" in name or name.endswith("bias"):
+            assert torch.equal(folded[name], tensors[name].float())
+        assert torch.equal(source_tensor(arch, tensors, name), tensors[name].float())

@@ -12,10 +12,14 @@ from raymerge import cli, demo
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import parse_config
 
+COMMANDS = [
+    [],
+    *([name] for name in "search similarity sensitivity sweep import-similarity evaluate merge config".split()),
+]
 N_LAYERS = json.loads((demo.MODEL_PATH / "config.json").read_text())["num_hidden_layers"]
 
 
-@pytest.mark.parametrize("command", [[], ["search"], ["evaluate"], ["merge"], ["config"]])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])

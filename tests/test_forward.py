@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import raymerge.forward
+from raymerge.alignment import Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.forward import LayerRunner, visible
 from raymerge.plan import base_plan, tail_plan
@@ -185,6 +186,54 @@ def test_final_norm_and_vocabulary(tmp_path, monkeypatch):
         assert (logsumexp - torch.logsumexp(logits, -1)).abs().max() < 1e-6 * 32 * logits.abs().max()
     rows = runner.unembedding_rows([3, 700])
     assert torch.equal(rows, model.lm_head.weight[[3, 700]].float()) and rows.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["llama_biases", "mistral_window"])
+def test_mlp_units_are_what_the_down_projection_reads(tmp_path, shard, family):
+    """At every token once, prefixes first in their group, in the same order for every layer; states move on."""
+    folder = tiny.make_checkpoint(tmp_path / "m", family)
+    runner = LayerRunner(Checkpoint(str(folder)))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    states = runner.embed(shard)
+    with torch.inference_mode():
+        found = [runner.mlp_units(states, layer) for layer in (0, 1)]
+    after = runner.run(runner.embed(shard), runner.plan_layers(base_plan(5))[:2])
+    assert all(torch.equal(a.prefix, b.prefix) for a, b in zip(states, after, strict=True))
+    prompts = whole(shard)
+    for layer in (0, 1):
+        seen = {}
+        for row, ids in prompts.items():
+            hook = model.model.layers[layer].mlp.down_proj.register_forward_pre_hook(
+                lambda _m, args, s=seen, row=row: s.__setitem__(row, args[0][0])
+            )
+            with torch.no_grad():
+                model(input_ids=torch.from_numpy(ids)[None], use_cache=False)
+            hook.remove()
+        expected = []
+        for state in states:
+            n_prefix = len(state.group.prefix)
+            expected.append(seen[state.group.rows[0]][:n_prefix])
+            expected += [seen[state.group.rows[i]][n_prefix:] for members, _, _ in state.batches for i in members]
+        expected = torch.cat(expected)
+        assert found[layer].shape == (sum(group.tokens for group in shard.groups), 48)
+        assert (found[layer] - expected).abs().max() < LIMIT * expected.abs().max()
+
+
+def test_aligned_plans_take_permutations_from_the_runner_s_aligner(tmp_path, shard):
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", "llama")))
+    asked = []
+
+    class Spy(Aligner):
+        def towards(self, kept, sources):
+            asked.append((kept, sorted(sources)))
+            return super().towards(kept, sources)
+
+    plan = tail_plan(5, [0.5], name="x", kind="found", alignment="neurons")
+    results = []
+    for runner in (LayerRunner(checkpoint, aligner=Spy(checkpoint)), LayerRunner(checkpoint)):
+        results.append(runner.pack(runner.run(runner.embed(shard), runner.plan_layers(plan))))
+    assert asked == [(3, [3, 4])]
+    assert all(torch.equal(a, b) for one, two in zip(*results, strict=True) for a, b in zip(one, two, strict=True))
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 100])

@@ -3,15 +3,19 @@
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
 from transformers import AutoModelForCausalLM
 
+from raymerge.alignment import Aligner
 from raymerge.architectures import architecture_of
 from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import Receipt, check_mergeable, fuse_state_dict, fused_layer, fused_tensors, receipts
-from raymerge.plan import KeptLayer, MergePlan, MergeStep, PlanError, base_plan, before_last_plan, drop_plan, tail_plan
+from raymerge.plan import MergePlan, MergeStep, PlanError, base_plan, before_last_plan, drop_plan, tail_plan
 
 torch.set_num_threads(1)
 EPS = torch.finfo(torch.float32).eps
@@ -111,7 +115,221 @@ def test_layers_of_other_shapes_are_not_merged():
         fuse_state_dict(state, arch, tail_plan(5, [0.5], name="x", kind="found"))
     del state["model.layers.4.mlp.up_proj.weight"]
     with pytest.raises(PlanError, match="model.layers.4.mlp.up_proj.weight is missing"):
-        fused_layer(state, arch, KeptLayer(3, ((3, 0.5), (4, 0.5))))
+        fused_layer(state, arch, tail_plan(5, [0.5], name="x", kind="found"), 3)
+
+
+# -- norms and alignment ---------------------------------------------------------------------------------------------
+
+OPTIONS = [(alignment, norms) for alignment in ("none", "rows", "neurons") for norms in ("keep", "fold")]
+
+
+@pytest.fixture(scope="module", params=["llama_biases", "qwen3_biases", "qwen2", "mistral"])
+def checkpoint(request, tmp_path_factory):
+    return Checkpoint(str(tiny.make_checkpoint(tmp_path_factory.mktemp("m"), request.param)))
+
+
+@pytest.fixture(scope="module")
+def aligner(checkpoint):
+    return Aligner(checkpoint)
+
+
+def with_options(plan, alignment, norms, biases="keep"):
+    return MergePlan(plan.n_layers, plan.steps, alignment=alignment, norms=norms, biases=biases)
+
+
+def fold(state, layer):
+    """Gains into the columns of what reads them, written out."""
+    prefix = f"model.layers.{layer}."
+    for norm, readers in (
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ):
+        for matrix in readers:
+            name = f"{prefix}{matrix}.weight"
+            state[name] = torch.einsum("oi,i->oi", state[name].double(), state[f"{prefix}{norm}.weight"].double())
+        state[f"{prefix}{norm}.weight"] = torch.ones_like(state[f"{prefix}{norm}.weight"])
+
+
+def reorder(state, layer, config, order):
+    """Units of one layer moved by loops over heads, without the product's tables."""
+    kv, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    q, k, v, units = [], [], [], torch.from_numpy(order["units"])
+    o = []
+    for a in range(kv):
+        b = int(order["kv_heads"][a])
+        k += range(b * size, (b + 1) * size)
+        channels = [int(c) for c in order["value_channels"][a]]
+        v += [b * size + c for c in channels]
+        for p in range(group):
+            head = b * group + int(order["query_heads"][a, p])
+            q += range(head * size, (head + 1) * size)
+            o += [head * size + c for c in channels]
+    prefix = f"model.layers.{layer}."
+    rows = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v}
+    for matrix, index in (rows | {"mlp.gate_proj": units, "mlp.up_proj": units}).items():
+        for kind in ("weight", "bias"):
+            if (name := f"{prefix}{matrix}.{kind}") in state:
+                state[name] = state[name][index]
+    for matrix, index in (("self_attn.o_proj", o), ("mlp.down_proj", units)):
+        state[f"{prefix}{matrix}.weight"] = state[f"{prefix}{matrix}.weight"][:, index]
+
+
+def rows_matched_merge(state, plan):
+    """(state dict, kept layers): as published_merge, every matrix's rows matched and moved before each step."""
+    state, alive = dict(state), list(range(plan.n_layers))
+    averaged = [f"{'mlp' if p in tiny.PROJECTIONS[4:] else 'self_attn'}.{p}" for p in tiny.PROJECTIONS]
+    dtypes = {name: tensor.dtype for name, tensor in state.items()}
+    for step in plan.steps:
+        for matrix in averaged:
+            into, remove = (f"model.layers.{layer}.{matrix}" for layer in (step.into, step.remove))
+            one, two = (state[f"{name}.weight"].double() for name in (into, remove))
+            unit = [(w / (w.norm(dim=1, keepdim=True) + 1e-12)).numpy() for w in (one, two)]
+            order = torch.from_numpy(linear_sum_assignment(cdist(*unit))[1])
+            for kind in ("weight", "bias") if plan.biases == "merge" else ("weight",):
+                if f"{into}.{kind}" in state:
+                    merged = step.alpha * state[f"{into}.{kind}"].double()
+                    state[f"{into}.{kind}"] = merged + (1 - step.alpha) * state[f"{remove}.{kind}"].double()[order]
+        alive.remove(step.remove)
+    merged, _ = tiny.published_merge(state, plan.n_layers, [])
+    chosen = {}
+    for name, tensor in merged.items():
+        parts = name.split(".")
+        if parts[:2] == ["model", "layers"]:
+            if int(parts[2]) not in alive:
+                continue
+            parts[2] = str(alive.index(int(parts[2])))
+        chosen[".".join(parts)] = tensor.to(dtypes[name])
+    return chosen, alive
+
+
+def reference(checkpoint, plan, aligner):
+    """The merged state dict by other means: groups folded and reordered as wholes, then merged step by step."""
+    state = {name: checkpoint[name] for name in checkpoint}
+    permutations = aligner.permutations(plan) if plan.alignment == "neurons" else {}
+    for layer, order in permutations.items():
+        reorder(state, layer, checkpoint.config, order)
+    if plan.norms == "fold":
+        group_of = {layer: layer for layer in range(plan.n_layers)}
+        for step in reversed(plan.steps):
+            group_of[step.remove] = group_of[step.into]
+        changed = {kept.index for kept in plan.kept if not kept.unchanged}
+        for layer, kept in group_of.items():
+            if kept in changed:
+                fold(state, layer)
+    if plan.alignment == "rows":
+        return rows_matched_merge(state, plan)
+    return tiny.published_merge(state, plan.n_layers, tiny.steps_of(plan), biases=plan.biases)
+
+
+@pytest.mark.parametrize("biases", ["keep", "merge"])
+@pytest.mark.parametrize(("alignment", "norms"), OPTIONS)
+def test_every_alignment_with_every_norm(checkpoint, aligner, alignment, norms, biases):
+    for name in ("tail", "all", "middle", "pairs"):
+        plan = with_options(PLANS[name], alignment, norms, biases)
+        fused = fuse_state_dict(checkpoint, checkpoint.architecture, plan, aligner=aligner)
+        expected, alive = reference(checkpoint, plan, aligner)
+        assert [kept.index for kept in plan.kept] == alive and set(fused) == set(expected)
+        for key, tensor in fused.items():
+            assert tensor.dtype == torch.float32
+            # As above, and a product with a gain that is rounded too.
+            assert (tensor - expected[key]).abs().max() <= 20 * EPS * max(1, expected[key].abs().max()), (name, key)
+        again = fuse_state_dict(checkpoint, checkpoint.architecture, plan)  # without an aligner it makes its own
+        assert all(torch.equal(fused[key], again[key]) for key in fused)
+
+
+@pytest.mark.parametrize(("alignment", "norms"), OPTIONS[1:])
+def test_options_change_what_is_merged_and_nothing_else(checkpoint, aligner, alignment, norms):
+    arch, plan = checkpoint.architecture, PLANS["tail"]
+    plain = fuse_state_dict(checkpoint, arch, plan)
+    fused = fuse_state_dict(checkpoint, arch, with_options(plan, alignment, norms), aligner=aligner)
+    changed = {name for name in plain if not torch.equal(plain[name], fused[name])}
+    if checkpoint.config.num_key_value_heads < 4 and norms == "keep":  # so few may well stay in their order
+        changed.add("model.layers.2.self_attn.k_proj.weight")
+    if alignment == "none":  # what reads no gain stays
+        matrices = {m for readers in arch.norm_inputs.values() for m in readers}
+    else:
+        matrices = set(arch.matrices)
+    expected = {f"model.layers.2.{matrix}.weight" for matrix in matrices}
+    if norms == "fold":
+        expected |= {f"model.layers.2.{norm}.weight" for norm in arch.norm_inputs}
+    assert changed == expected
+
+
+@pytest.mark.parametrize(("alignment", "norms"), OPTIONS)
+def test_corners_keep_their_layers_as_they_are(checkpoint, aligner, alignment, norms):
+    """Nothing is averaged, so that gains are not folded and the function is the same to the last bit."""
+    arch = checkpoint.architecture
+    for name in ("drop", "before_last"):
+        plain = fuse_state_dict(checkpoint, arch, PLANS[name])
+        fused = fuse_state_dict(checkpoint, arch, with_options(PLANS[name], alignment, norms), aligner=aligner)
+        assert all(torch.equal(plain[key], fused[key]) for key in plain)
+
+
+def model_of(checkpoint, state, n_layers):
+    config = copy.deepcopy(checkpoint.config)
+    config.num_hidden_layers = n_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:n_layers]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    state = {"lm_head.weight": state["model.embed_tokens.weight"]} | state  # tied or not
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+def test_all_weight_on_a_deeper_layer_computes_that_layer(checkpoint, aligner):
+    """Folded, in its units' new order and with its own biases it is the last layer: the "before last" model."""
+    if checkpoint.architecture.head_norms:
+        pytest.skip("query and key norms are the kept layer's")
+    arch, ids = checkpoint.architecture, np.random.default_rng(0).integers(5, 800, 30)
+    plan = with_options(PLANS["always_last"], "neurons", "fold", "merge")
+    fused = fuse_state_dict(checkpoint, arch, plan, aligner=aligner)
+    before_last = fuse_state_dict(checkpoint, arch, PLANS["before_last"])
+    assert not torch.equal(fused["model.layers.2.mlp.up_proj.weight"], before_last["model.layers.2.mlp.up_proj.weight"])
+    found, expected = (tiny.plain_logits(model_of(checkpoint, s, 3), ids) for s in (fused, before_last))
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    # The published way it is not: other units, gains and biases meet.
+    plain = fuse_state_dict(checkpoint, arch, PLANS["always_last"])
+    assert (tiny.plain_logits(model_of(checkpoint, plain, 3), ids) - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("norms", ["keep", "fold"])
+def test_neurons_stay_linear_in_the_effective_coefficients(checkpoint, aligner, norms):
+    """The same permutations whatever the alphas: each plan is the sum of three matrices, found from three plans."""
+    arch = checkpoint.architecture
+
+    def fused(alphas):
+        plan = with_options(tail_plan(5, alphas, name="x", kind="found"), "neurons", norms)
+        (kept,) = [kept for kept in plan.kept if kept.index == 2]
+        layer = fused_layer(checkpoint, arch, plan, 2, aligner=aligner)
+        weights = dict(kept.coefficients)
+        return torch.tensor([weights.get(n, 0.0) for n in (2, 3, 4)]), layer
+
+    probes = [fused(alphas) for alphas in ([0.5, 0.5], [0.2, 0.9], [0.7, 0.1])]
+    target, layer = fused([0.35, 0.6])
+    share = torch.linalg.solve(torch.stack([c for c, _ in probes]).T, target)
+    for matrix in arch.matrices:
+        name = f"{matrix}.weight"
+        combined = sum(s * probe[name] for s, (_, probe) in zip(share, probes, strict=True))
+        assert (combined - layer[name]).abs().max() < 1e-5 * layer[name].abs().max()
+
+
+def test_weights_that_are_no_checkpoint_need_an_aligner():
+    model = tiny.random_model(tiny.config_of("llama"))
+    plan = with_options(PLANS["tail"], "neurons", "keep")
+    with pytest.raises(PlanError, match="needs an aligner"):
+        fuse_state_dict(model.state_dict(), architecture_of(model.config), plan)
+
+
+def test_rounding_to_another_dtype(checkpoint):
+    plan = with_options(PLANS["tail"], "none", "fold")
+    plain = fused_layer(checkpoint, checkpoint.architecture, plan, 2)
+    rounded = fused_layer(checkpoint, checkpoint.architecture, plan, 2, dtype=torch.bfloat16)
+    for name in plain:
+        if "_proj.weight" in name:
+            assert torch.equal(rounded[name], plain[name].bfloat16())
+        else:
+            assert torch.equal(rounded[name], plain[name])
 
 
 # -- receipts --------------------------------------------------------------------------------------------------------
@@ -178,6 +396,10 @@ def test_layers_with_other_attention_windows_are_not_averaged(tmp_path):
 
 def test_plans_of_other_models_are_refused():
     checkpoint = SimpleNamespace(n_layers=5, windows=[None] * 5)
+    with pytest.raises(PlanError, match="alignment is 'columns', but must be one of none, rows, neurons"):
+        check_mergeable(checkpoint, with_options(drop_plan(5, 2), "columns", "keep"))
+    with pytest.raises(PlanError, match="norms is 'drop', but must be one of keep, fold"):
+        check_mergeable(checkpoint, with_options(drop_plan(5, 2), "none", "drop"))
     with pytest.raises(PlanError, match="the plan is for 6 layers, the model has 5"):
         check_mergeable(checkpoint, drop_plan(6, 2))
     check_mergeable(checkpoint, drop_plan(5, 2))

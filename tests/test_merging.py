@@ -1,11 +1,14 @@
 """Merge and save: what lands in the folder, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+import raymerge.alignment
 from raymerge.checkpoint import Checkpoint
+from raymerge.fusion import fuse_state_dict
 from raymerge.merging import merge
 from raymerge.plan import PlanError, alpha_file_text, read_alpha_file, tail_plan
 
@@ -31,6 +34,36 @@ def test_the_record_and_the_alpha_file_say_what_was_done(tmp_path, alphas):
     changed = [name for name in merged if not torch.equal(merged[name], base[name])]
     assert sorted(changed) == sorted(row["tensor"] for row in record["receipts"] if row["max_abs_change"] > 0)
     assert len(changed) == record["tensors_changed"] == 7
+
+
+@pytest.mark.parametrize(("alignment", "norms"), [("neurons", "fold"), ("rows", "keep"), ("none", "fold")])
+def test_a_plan_s_alignment_and_norms_are_what_is_saved(tmp_path, alphas, monkeypatch, alignment, norms):
+    base = Checkpoint("demo")
+    calls = []
+    for name in ("align_pair", "match_rows"):
+        original = getattr(raymerge.alignment, name)
+        monkeypatch.setattr(raymerge.alignment, name, lambda *a, f=original, **k: calls.append(1) or f(*a, **k))
+    done = merge(
+        "demo", alphas, tmp_path / "out", alignment=alignment, norms=norms, biases="merge", cache_folder=tmp_path / "c"
+    )
+    # Receipts and weights are two passes, but nothing is matched twice.
+    assert len(calls) == {"neurons": 3, "rows": 3 * 7, "none": 0}[alignment]
+    assert (tmp_path / "c").exists() == (alignment == "neurons")
+    plan = read_alpha_file(alphas, base.n_layers)
+    plan = replace(plan, alignment=alignment, norms=norms, biases="merge")
+    assert done["plan_id"] == plan.plan_id(base.identity) and done["norms"] == norms and done["alignment"] == alignment
+    assert f"norms {norms}, biases merge, alignment {alignment}" in (tmp_path / "out" / "README.md").read_text()
+    merged, expected = Checkpoint(str(tmp_path / "out")), fuse_state_dict(base, base.architecture, plan)
+    assert set(merged) == set(expected)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+    changed = [row["tensor"] for row in done["receipts"] if row["max_abs_change"] > 0]
+    assert len(changed) == (9 if norms == "fold" else 7)
+
+
+def test_an_unknown_alignment_is_refused(tmp_path, alphas):
+    with pytest.raises(PlanError, match="alignment is 'columns'"):
+        merge("demo", alphas, tmp_path / "out", alignment="columns")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_existing_folder_is_refused_before_anything_is_read(tmp_path, alphas):

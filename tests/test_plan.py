@@ -18,14 +18,20 @@ from raymerge.plan import (
     MergeStep,
     PlanError,
     alpha_file_text,
-    base_alphas,
     base_plan,
     before_last_plan,
+    drop_layers_plan,
     drop_plan,
+    least_influence_plan,
+    most_similar_pair,
+    most_similar_pairs,
+    pair_alphas,
+    pairs_plan,
     read_alpha_file,
     similarity_alpha,
     similarity_ratio,
     tail_coefficients,
+    tail_pairs,
     tail_plan,
 )
 
@@ -164,7 +170,7 @@ def test_weights_of_zero_are_left_out():
 
 @pytest.mark.parametrize("merges", [0, 5, 6])
 def test_merges_must_leave_a_layer(merges):
-    for make in (drop_plan, before_last_plan, lambda n, k: base_alphas(n, k, "fixed")):
+    for make in (drop_plan, before_last_plan, tail_pairs):
         with pytest.raises(PlanError, match=f"cannot merge {merges} layers of a model that has 5.*1 to 4"):
             make(5, merges)
     with pytest.raises(PlanError, match="cannot merge 5 layers"):
@@ -237,13 +243,13 @@ def test_plan_id_changes_with_each_ingredient_and_with_nothing_else():
 
 def test_the_fixed_ratio_is_sigmoid_of_one_half():
     assert math.isclose(FIXED_RATIO, math.exp(0.5) / (1 + math.exp(0.5)), rel_tol=4 * EPS)
-    assert base_alphas(20, 13, "fixed") == [FIXED_RATIO] * 13
-    assert base_alphas(20, 3, "fixed", ratio=0.7) == [0.7] * 3
+    assert pair_alphas(tail_pairs(20, 13), "fixed") == [FIXED_RATIO] * 13
+    assert pair_alphas(tail_pairs(20, 3), "fixed", ratio=0.7) == [0.7] * 3
 
 
 def test_similarity_ratio_is_the_published_formula():
     similarity = np.random.default_rng(0).random((6, 6)) + 0.1
-    found = base_alphas(6, 3, "similarity_ratio", similarity=similarity)
+    found = pair_alphas(tail_pairs(6, 3), "similarity_ratio", similarity=similarity)
     for (into, remove), alpha in zip([(4, 5), (3, 4), (2, 3)], found, strict=True):
         s_i, s_j = np.mean(similarity[into]), np.mean(similarity[remove])
         r = s_i / (s_i + s_j)
@@ -268,19 +274,19 @@ def test_similarity_is_normalised_and_clipped():
     assert similarity_alpha(similarity, 0, 1) == 0.5  # 3 / sqrt(4 * 9)
     assert similarity_alpha(similarity, 1, 2) == 0.0  # negative
     assert similarity_alpha(similarity, 0, 2) == 1.0  # 9 / sqrt(4 * 1) = 4.5
-    assert base_alphas(3, 2, "similarity", similarity=similarity) == [0.0, 0.5]
+    assert pair_alphas(tail_pairs(3, 2), "similarity", similarity=similarity) == [0.0, 0.5]
 
 
 def test_similarities_without_values_are_refused():
     similarity = np.ones((4, 4))
     similarity[2, 0] = np.nan
     with pytest.raises(PlanError, match=r"similarity row 2 has no value at \[0\]"):
-        base_alphas(4, 1, "similarity_ratio", similarity=similarity)
+        pair_alphas(tail_pairs(4, 1), "similarity_ratio", similarity=similarity)
     with pytest.raises(PlanError, match="row 2"):
         similarity_ratio(similarity, 1, 2)
     similarity[2, 0], similarity[2, 3] = 1.0, np.nan
     with pytest.raises(PlanError, match="similarity of layers 2 and 3 is nan"):
-        base_alphas(4, 1, "similarity", similarity=similarity)
+        pair_alphas(tail_pairs(4, 1), "similarity", similarity=similarity)
     for diagonal in (0.0, -1.0, np.nan):
         broken = np.ones((2, 2))
         broken[0, 0] = diagonal
@@ -290,13 +296,91 @@ def test_similarities_without_values_are_refused():
         similarity_ratio(np.array([[1.0, 1.0], [-1.0, -1.0]]), 0, 1)
 
 
-def test_base_alphas_refuses_what_it_cannot_do():
+def test_pair_alphas_refuse_what_they_cannot_do():
     with pytest.raises(PlanError, match="'best' is not one of fixed, similarity_ratio, similarity"):
-        base_alphas(4, 1, "best")
+        pair_alphas(tail_pairs(4, 1), "best")
     with pytest.raises(PlanError, match="needs a similarity matrix"):
-        base_alphas(4, 1, "similarity")
-    with pytest.raises(PlanError, match=r"is \(5, 5\), the model has 4 layers"):
-        base_alphas(4, 1, "similarity", similarity=np.ones((5, 5)))
+        pair_alphas(tail_pairs(4, 1), "similarity")
+    for shape in ((3, 3), (4, 5)):
+        with pytest.raises(PlanError, match=rf"is \({shape[0]}, {shape[1]}\), but layer 3 is to be merged"):
+            pair_alphas(tail_pairs(4, 1), "similarity", similarity=np.ones(shape))
+
+
+# -- which layers to merge -------------------------------------------------------------------------------------------
+
+
+def planted(n_layers, pairs):
+    """A similarity of 0.1 everywhere, 1 on the diagonal, and the given values."""
+    matrix = np.full((n_layers, n_layers), 0.1)
+    np.fill_diagonal(matrix, 1.0)
+    for (i, j), value in pairs.items():
+        matrix[i, j] = matrix[j, i] = value
+    return matrix
+
+
+def test_the_most_similar_neighbours_are_merged_first():
+    similarity = planted(6, {(1, 2): 0.7, (3, 4): 0.9, (0, 5): 0.99})
+    assert most_similar_pairs(similarity, merges=2) == [(3, 4), (1, 2)]  # 0 and 5 are no neighbours
+    # After 3 <- 4, layer 5 stands next to 3, which keeps its own row.
+    similarity = planted(6, {(3, 4): 0.9, (3, 5): 0.8, (4, 5): 0.3, (1, 2): 0.5})
+    assert most_similar_pairs(similarity, merges=3) == [(3, 4), (3, 5), (1, 2)]
+    assert most_similar_pair(similarity, [0, 1, 2, 3, 5]) == (3, 5)
+
+
+def test_a_threshold_stops_the_merging():
+    similarity = planted(6, {(1, 2): 0.7, (3, 4): 0.9})
+    assert most_similar_pairs(similarity, threshold=0.8) == [(3, 4)]
+    assert most_similar_pairs(similarity, threshold=0.5) == [(3, 4), (1, 2)]
+    assert most_similar_pairs(similarity, merges=1, threshold=0.5) == [(3, 4)]
+    assert most_similar_pair(similarity, threshold=0.9) is None  # above, not at
+    with pytest.raises(PlanError, match="no neighbouring layers are more similar than plan.threshold = 0.95"):
+        most_similar_pairs(similarity, threshold=0.95)
+    with pytest.raises(PlanError, match="needs plan.merges or plan.threshold"):
+        most_similar_pairs(similarity)
+
+
+def test_pairs_are_chosen_by_normalised_similarity():
+    # Layer 1 is loud: its row is four times as large, which says nothing about likeness.
+    similarity = planted(4, {(2, 3): 0.5}) * np.outer([1, 4, 1, 1], [1, 4, 1, 1])
+    assert similarity[0, 1] == pytest.approx(0.4) and most_similar_pair(similarity) == (2, 3)
+
+
+def test_equal_similarities_merge_the_deepest_pair_as_tail_merging_does():
+    pairs = most_similar_pairs(planted(5, {}), merges=1)
+    assert pairs == tail_pairs(5, 1)
+
+
+@pytest.mark.parametrize("layers", [[4], [0], [1, 2], [0, 1, 4], [0, 3, 4], [0, 1, 2, 3], [1, 3]])
+def test_dropping_any_layers_leaves_the_others_as_they_are(layers):
+    plan = drop_layers_plan(5, layers, name="x")
+    assert [kept.index for kept in plan.kept] == [layer for layer in range(5) if layer not in layers]
+    assert all(kept.unchanged for kept in plan.kept) and plan.kind == "drop"
+
+
+def test_least_influence_drops_what_changes_the_states_least():
+    plan = least_influence_plan(np.array([0.5, 0.1, 0.3, 0.05]), 2)
+    assert [kept.index for kept in plan.kept] == [0, 2] and plan.name == "block_influence"
+    with pytest.raises(PlanError, match=r"no value for layers \[1\]"):
+        least_influence_plan(np.array([0.5, np.nan, 0.3]), 1)
+
+
+def test_where_a_merged_model_can_resume_from_the_unmerged_states():
+    tail = tail_plan(8, [0.5, 0.2, 0.7], name="x", kind="found")
+    assert (tail.resumes_at, tail.ends_at_once) == (4, True)
+    for plan in (drop_plan(8, 3), before_last_plan(8, 3), tail_plan(8, [0.5, 0.5, 1.0], name="x", kind="found")):
+        assert (plan.resumes_at, plan.ends_at_once) == (4, True)
+    assert (base_plan(8).resumes_at, base_plan(8).ends_at_once) == (7, False)
+    middle = pairs_plan(8, [(2, 3), (6, 7)], [0.5, 0.5], name="x", kind="file")
+    assert (middle.resumes_at, middle.ends_at_once) == (2, False)
+
+
+def test_other_coefficients_for_the_same_merges():
+    plan = tail_plan(6, [0.3, 0.9], name="x", kind="found", norms="fold")
+    other = plan.with_alphas([0.1, 0.2], name="y", kind="random")
+    assert (other.alphas, other.norms, other.name, other.kind) == ([0.1, 0.2], "fold", "y", "random")
+    assert other.kept != plan.kept and [(s.into, s.remove) for s in other.steps] == [(4, 5), (3, 4)]
+    with pytest.raises(PlanError, match="3 alphas are given for a plan of 2 steps"):
+        plan.with_alphas([0.1, 0.2, 0.3], name="y", kind="random")
 
 
 # -- alpha files -----------------------------------------------------------------------------------------------------

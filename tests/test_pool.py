@@ -6,6 +6,7 @@ import time
 import pytest
 import ray
 
+from raymerge.errors import UserError
 from raymerge.pool import PlacementError, WorkerError, WorkerPool, plan_workers
 
 
@@ -34,6 +35,9 @@ class Plain:
         if what == "raise":
             raise KeyError(f"bad item {number}")
         return number * number
+
+    def mistaken(self, number):
+        raise UserError(f"item {number} is too large: give at most 2")
 
     def threads(self, _):
         return os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]
@@ -144,3 +148,10 @@ def test_workers_without_room_are_left_out(pool, tmp_path):
         assert pool.map("work", [("work", 3)]) == [9]
     with pytest.raises(WorkerError, match="no Plain of 9 CPUs"):
         WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, cpus_per_worker=9, timeout_s=2)
+
+
+def test_a_users_mistake_that_only_a_worker_sees_is_raised_without_rays_traceback(pool):
+    with pytest.raises(UserError) as caught:
+        pool.map("mistaken", [3])
+    assert str(caught.value) == "item 3 is too large: give at most 2"
+    assert type(caught.value) is UserError

@@ -19,7 +19,8 @@ TRIAL = {
 def test_tables_of_the_contract():
     assert sorted(SCHEMAS) == sorted(
         "similarity similarity_correlation embeddings degeneracy plans coefficients trials answers accuracy "
-        "comparisons perplexity costs receipts gradient_history".split()
+        "comparisons perplexity costs receipts gradient_history samples block_influence sensitivity sweep "
+        "context".split()
     )
     for schema in SCHEMAS.values():
         assert schema.field(0).equals(pa.field("run_id", pa.string(), nullable=False))
@@ -27,7 +28,7 @@ def test_tables_of_the_contract():
     assert nullable["plans"] == ["matrix", "step", "into", "remove", "alpha"]
     assert nullable["trials"] == ["value", "accuracy", "nll", "error"]
     assert nullable["answers"] == ["logsumexp_all", "top_is_letter"]
-    assert nullable["similarity"] == ["value", "ci_low", "ci_high", "note"]
+    assert nullable["similarity"] == ["value", "null_mean", "null_p95", "ci_low", "ci_high", "note"]
     assert nullable["accuracy"] == nullable["comparisons"] == nullable["receipts"] == []
     assert SCHEMAS["answers"].field("logit_d").type == pa.float32()
     assert SCHEMAS["answers"].field("predicted").type == pa.int8()

@@ -7,6 +7,7 @@ import copy
 import errno
 import gc
 import resource
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -23,10 +24,10 @@ import raymerge.scoring
 from raymerge.checkpoint import Checkpoint
 from raymerge.evaluation import Answers, answer_shard
 from raymerge.forward import LayerRunner
-from raymerge.fusion import fused_tensors
-from raymerge.plan import PlanError, base_plan, before_last_plan, drop_plan, tail_plan
+from raymerge.fusion import fuse_state_dict, fused_tensors
+from raymerge.plan import MergePlan, MergeStep, PlanError, base_plan, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import Group, Prompts, Shard, encode_questions
-from raymerge.scoring import SourceLayers, TailScorer, TrunkCache
+from raymerge.scoring import SourceLayers, TailScorer, TrunkCache, compute_trunks
 
 torch.set_num_threads(1)
 
@@ -355,6 +356,97 @@ def test_gradients_with_an_empty_prefix(case):
     assert torch.isfinite(coefficients.grad).all() and (coefficients.grad != 0).all()
 
 
+def test_gradients_after_scoring(case):
+    """The stack is made when first asked for, which may be while scoring, where autograd is off."""
+    scorer = TailScorer(case("llama").trunk(N - 3), case("llama").prompts)
+    expected = scorer.score(PLANS["random"])[0]
+    coefficients = scorer.coefficients(PLANS["random"]).requires_grad_()
+    logits = scorer.logits(coefficients)
+    close(logits.detach(), expected)
+    logits.sum().backward()
+    assert torch.isfinite(coefficients.grad).all() and (coefficients.grad != 0).all()
+
+
+# -- norms and alignment ---------------------------------------------------------------------------------------------
+
+OPTIONS = [(alignment, norms) for alignment in ("none", "rows", "neurons") for norms in ("keep", "fold")]
+OPTION_PLANS = {
+    "random": PLANS["random"],
+    "merged_biases": PLANS["merged_biases"],
+    "drop": PLANS["drop"],
+    "before_last": PLANS["before_last"],
+    "always_last": found(0.0, 0.0, biases="merge"),
+    # Into the last and into the middle layer: norms, biases and the order of units are not those of the first.
+    "last": MergePlan(N, (MergeStep(N - 1, N - 2, 0.7), MergeStep(N - 1, N - 3, 0.4)), kind="found"),
+    "middle": MergePlan(N, (MergeStep(N - 2, N - 1, 0.6), MergeStep(N - 2, N - 3, 0.5)), kind="found"),
+}
+
+
+def fused_reference(case, plan):
+    """Answers of the fused state dict in an ordinary float64 model; that it is the right one is in test_fusion."""
+    checkpoint = case.runner.checkpoint
+    state = fuse_state_dict(checkpoint, checkpoint.architecture, plan, aligner=case.runner.aligner)
+    state = {"lm_head.weight": state["model.embed_tokens.weight"]} | state  # tied or not
+    config = copy.deepcopy(case.base.config)
+    config.num_hidden_layers = len(plan.kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[kept.index] for kept in plan.kept]
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float64)
+    model.load_state_dict(state, strict=True)
+    return tiny.plain_answers(model.eval(), case.whole, case.prompts.letters)[0]
+
+
+@pytest.mark.parametrize(("alignment", "norms"), OPTIONS)
+@pytest.mark.parametrize("family", ["llama_biases", "qwen3_biases", "mistral_window_60"])
+def test_every_alignment_with_every_norm(case, family, alignment, norms):
+    """A stack of the run's own combination, the published one and any other give the fused model's answers."""
+    case = case(family)
+    plans = [replace(plan, alignment=alignment, norms=norms) for plan in OPTION_PLANS.values()]
+    permutations = case.runner.aligner.permutations(plans[0])
+    trunk = case.trunk(N - 3)
+    expected = [fused_reference(case, plan) for plan in plans]
+    stacks = [
+        SourceLayers(case.runner, N - 3),
+        SourceLayers(case.runner, N - 3, norms="fold", permutations=permutations),
+        SourceLayers(case.runner, N - 3, norms=norms, permutations=permutations if alignment == "neurons" else None),
+    ]
+    for sources in stacks:
+        scorer = TailScorer(trunk, case.prompts, sources=sources)
+        for target, logits in zip(expected, scorer.score_many(plans), strict=True):
+            same_answers(logits, target)
+    assert [scorer.is_stacked(plan) for plan in plans if not plan.kept[-1].unchanged] == [alignment != "rows"] * 5
+    for plan, target in zip(plans, expected, strict=True):
+        same_answers(scorer.score(plan)[0], target)
+        same_answers(answers(case, plan, trunk).logits, target)
+
+
+def test_the_stack_is_made_only_where_it_is_mixed(case):
+    case = case("qwen2")
+    sources = SourceLayers(case.runner, N - 3)
+    scorer = TailScorer(case.trunk(N - 3), case.prompts, sources=sources)
+    for alignment, norms in OPTIONS[1:]:
+        scorer.score(replace(PLANS["random"], alignment=alignment, norms=norms))
+    assert "stack" not in vars(sources)
+    scorer.score(PLANS["random"])
+    assert "stack" in vars(sources)
+
+
+def test_aligned_and_folded_candidates_mix_as_they_are_saved(tmp_path, questions):
+    """In bfloat16: rounded once, after the sum, so the stack and the fused layer differ by no rounding to 8 bits."""
+    folder = tiny.make_checkpoint(tmp_path / "base", "qwen2", dtype=torch.bfloat16)
+    runner = LayerRunner(Checkpoint(str(folder)))
+    prompts = encode_questions(questions, tiny.demo_tokenizer())
+    trunk = TrunkCache(runner, N - 3, tmp_path / "cache")
+    plan = replace(found(0.5, 0.25), alignment="neurons", norms="fold")
+    permutations = runner.aligner.permutations(plan)
+    sources = SourceLayers(runner, N - 3, norms="fold", permutations=permutations)
+    for dtype in (None, torch.float32):
+        stacked = TailScorer(trunk, prompts, sources=sources, fused_dtype=dtype)
+        explicit = TailScorer(trunk, prompts, fused_dtype=dtype)
+        assert stacked.is_stacked(plan) and not explicit.is_stacked(plan)
+        close(stacked.score(plan)[0], explicit.score(plan)[0])
+
+
 # -- which plans -----------------------------------------------------------------------------------------------------
 
 
@@ -432,6 +524,35 @@ def test_the_stored_states_are_those_that_enter_the_layer(case, tmp_path):
             hook.remove()
             close(torch.cat([prefix, own[start : start + len(ids)]]), entered[0])
             start += len(ids)
+
+
+def test_several_layers_states_in_one_pass(case, tmp_path, counted):
+    """The same files as one by one; each layer is run once, and only after the deepest state that is there."""
+    case = case("mistral_window_60")
+    shard = case.prompts.shards[0]
+    caches = {first: TrunkCache(case.runner, first, tmp_path / "many") for first in (0, 1, 3, 4)}
+    compute_trunks([caches[3], caches[1]], shard)
+    assert sorted(set(counted)) == [0, 1, 2]
+    per_layer = len(counted) / 3
+    counted.clear()
+    compute_trunks([*caches.values(), caches[4]], shard)
+    assert set(counted) == {3} and len(counted) == per_layer
+    assert len(list((tmp_path / "many").iterdir())) == 4
+    for first, together in caches.items():
+        alone = TrunkCache(case.runner, first, tmp_path / "alone")
+        assert alone.compute(shard).read_bytes() == together.path(shard).read_bytes()
+    counted.clear()
+    compute_trunks(list(caches.values()), shard)
+    compute_trunks([], shard)
+    assert not counted
+    # A gap below what is there is filled from below, and what lies deeper goes on from the deepest.
+    caches[2] = TrunkCache(case.runner, 2, tmp_path / "many")
+    caches[4].path(shard).unlink()
+    compute_trunks(list(caches.values()), shard)
+    assert sorted(set(counted)) == [1, 3]
+    for first in (2, 4):
+        alone = TrunkCache(case.runner, first, tmp_path / "alone")
+        assert alone.compute(shard).read_bytes() == caches[first].path(shard).read_bytes()
 
 
 def test_files_are_named_by_content(case, tmp_path):

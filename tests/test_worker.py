@@ -22,18 +22,21 @@ CONFIG = load_config(
     ],
 )
 MERGES = 5
+ROLES = (SEARCH, REPORT)
 
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory):
-    first = Checkpoint("demo").n_layers - 1 - MERGES
-    return ModelWorker(CONFIG, first=first, cache=tmp_path_factory.mktemp("cache"))
+    n_layers = Checkpoint("demo").n_layers
+    template = tail_plan(n_layers, [0.5] * MERGES, name="candidate", kind="found")
+    cache = tmp_path_factory.mktemp("cache")
+    return ModelWorker(CONFIG, roles=ROLES, cache=cache, template=template, firsts=[template.resumes_at])
 
 
 @pytest.fixture(scope="module")
-def whole():
+def whole(tmp_path_factory):
     """A worker without a trunk: it runs whole models."""
-    return ModelWorker(CONFIG)
+    return ModelWorker(CONFIG, roles=ROLES, cache=tmp_path_factory.mktemp("whole"))
 
 
 def test_scores_are_those_of_the_answers_of_the_whole_merged_model(worker, whole):
@@ -58,12 +61,13 @@ def test_text_and_base_model_do_not_depend_on_the_trunk(worker, whole):
     without = [whole.text_nll((base, number)) for number in shards]
     np.testing.assert_allclose([nll for nll, _ in with_trunk], [nll for nll, _ in without], rtol=1e-6)
     # 1,300 tokens are windows of 1,024 and 276, whose first tokens are not scored.
-    assert sum(tokens for _, tokens in with_trunk) == 1298
+    assert sum(tokens.sum() for _, tokens in with_trunk) == 1298
 
 
 def test_trunk_states_are_computed_once(worker):
     worker.compute_trunk((REPORT, 0))
-    path = worker._trunk.path(worker.shards(REPORT)[0])
+    (trunk,) = worker._trunks.values()
+    path = trunk.path(worker.shards(REPORT)[0])
     written = path.stat().st_mtime_ns
     assert worker.compute_trunk((REPORT, 0)) == worker.shard_tokens(REPORT)[0]
     assert path.stat().st_mtime_ns == written

@@ -1,0 +1,498 @@
+"""Draw quality against layers removed for a sweep: compression.png, context.png, compression.md.
+
+    python analysis/compression.py RUN [--out DIR]
+
+Reads tables sweep, accuracy, costs, perplexity, comparisons and context; the last three may be empty, and without
+context there is no context.png. Accuracies are of the report split; a run with several languages gets one
+compression-LANGUAGE.png each.
+
+  compression.png  accuracy and plain-text perplexity against layers removed, one line a method and one row of panels
+                   an alignment and treatment of norms; accuracy against the share of layers removed beside published
+                   points
+  context.png      NLL of text by position in the window, and retrieval by distance, of the plans measured
+  compression.md   every point, the stability of each method's curve, and the context table
+
+Published points are in published/compression.csv, each with its source.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+from plotting import COLOURS, MARKERS, STYLE, markdown, need, number, run_main, save, save_text, style_of
+
+from raymerge.tables import MACRO, MICRO, RunDirectory, RunError
+
+_PUBLISHED = Path(__file__).parent / "published" / "compression.csv"
+_CHANCE = 0.25
+_FEW = 10  # plans that context.png can tell apart
+
+
+class Point(NamedTuple):
+    """One row of `sweep` with what was measured of its plan; None where it was not."""
+
+    plan_id: str
+    method: str
+    alignment: str
+    norms: str
+    merges: int
+    removed: int  # layers
+    layers: int  # of the unmerged model
+    parameters_removed: float  # share
+    micro: dict | None  # row of `accuracy`
+    macro: dict | None
+    perplexity: float | None  # of plain text
+    difference: dict | None  # row of `comparisons`, signed as this plan - drop of the same merges
+
+    @property
+    def share(self) -> float:
+        """Share of the model's layers removed."""
+        return self.removed / self.layers
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    return run_main(draw, __doc__, argv)
+
+
+def draw(run: RunDirectory, out: Path) -> list[Path]:
+    """Write the figures and compression.md into `out`; return their paths. RunError if a table is missing."""
+    sweep = need(run, "sweep", "the compression curve")
+    accuracy = need(run, "accuracy", "the accuracy of the sweep's plans")
+    costs = {row["plan_id"]: row for row in need(run, "costs", "the layers that each plan removes")}
+    if missing := sorted({row["plan_id"] for row in sweep} - costs.keys()):
+        raise RunError(f"{run.path_of()}: table costs lacks plan {missing[0]} and {len(missing) - 1} more of the sweep")
+    split = report_split(run, accuracy)
+    accuracy = [row for row in accuracy if row["split"] == split]
+    texts = {row["plan_id"]: row["perplexity"] for row in run.read("perplexity").to_pylist() if row["target"] == "text"}
+    comparisons = [row for row in run.read("comparisons").to_pylist() if row["split"] == split]
+    published = read_published()
+    languages = list(dict.fromkeys(row["language"] for row in accuracy))
+    paths, text = [], [f"# Compression curve of run {run.run_id} ({run.experiment})"]
+    with plt.rc_context(STYLE):
+        for language in languages:
+            mine = {(row["plan_id"], row["subject"]): row for row in accuracy if row["language"] == language}
+            points = points_of(sweep, mine, costs, texts, comparisons)
+            name = "compression.png" if len(languages) == 1 else f"compression-{language}.png"
+            paths.append(draw_curves(points, published, split, language, out / name))
+            text += describe(points, published, split, language)
+        context = run.read("context").to_pylist()
+        if context:
+            names = plan_names(sweep)
+            paths.append(draw_context(context, names, sweep, out / "context.png"))
+            text += describe_context(context, names)
+    paths.append(save_text("\n\n".join(text) + "\n", out / "compression.md"))
+    return paths
+
+
+def report_split(run: RunDirectory, accuracy: list[dict]) -> str:
+    """The config's data.report_split if it has accuracies, else "test", else the only split there is."""
+    there = list(dict.fromkeys(row["split"] for row in accuracy))
+    for split in ((run.config.get("data") or {}).get("report_split"), "test"):
+        if split in there:
+            return split
+    if len(there) > 1:
+        raise RunError(f"{run.path_of()} has accuracies for {', '.join(there)}, none of them the config's report_split")
+    return there[0]
+
+
+def read_published() -> list[dict]:
+    """Rows of published/compression.csv with numbers as numbers."""
+    with _PUBLISHED.open(encoding="utf-8", newline="") as file:
+        return [
+            {
+                **row,
+                "layers": int(row["layers"]),
+                "compression_percent": float(row["compression_percent"]),
+                "accuracy": float(row["accuracy"]),
+            }
+            for row in csv.DictReader(file)
+        ]
+
+
+def points_of(sweep, accuracy, costs, texts, comparisons) -> list[Point]:
+    """One Point a row of `sweep`, methods in order of appearance, each by merges."""
+    drops: dict[int, list[str]] = {}
+    for row in sweep:
+        if row["method"] == "drop":
+            drops.setdefault(row["merges"], []).append(row["plan_id"])
+    paired = {}
+    for row in comparisons:
+        if row["measure"] == "accuracy":
+            paired[row["plan_a"], row["plan_b"]] = row
+            flipped = {"difference": -row["difference"], "ci_low": -row["ci_high"], "ci_high": -row["ci_low"]}
+            paired.setdefault((row["plan_b"], row["plan_a"]), {**row, **flipped})
+    order = {key: i for i, key in enumerate(dict.fromkeys(line_of(row) for row in sweep))}
+    points = []
+    for row in sorted(sweep, key=lambda row: (order[line_of(row)], row["merges"])):
+        plan, cost = row["plan_id"], costs[row["plan_id"]]
+        found = [paired[plan, drop] for drop in drops.get(row["merges"], []) if (plan, drop) in paired]
+        points.append(
+            Point(
+                plan,
+                *line_of(row),
+                row["merges"],
+                cost["layers_removed"],
+                cost["layers"] + cost["layers_removed"],
+                cost["parameters_removed"] / (cost["parameters"] + cost["parameters_removed"]),
+                accuracy.get((plan, MICRO)),
+                accuracy.get((plan, MACRO)),
+                texts.get(plan),
+                found[0] if found else None,
+            )
+        )
+    return points
+
+
+def line_of(row: dict) -> tuple[str, str, str]:
+    """(method, alignment, norms): what one line of the figure shows."""
+    return row["method"], row["alignment"], row["norms"]
+
+
+def curves_of(points: list[Point]) -> dict[str, list[Point]]:
+    """Label -> the points of one line by layers removed; the unmerged model is no line."""
+    curves: dict[str, list[Point]] = {}
+    for point in points:
+        if point.removed:
+            curves.setdefault(label_of(*point[1:4]), []).append(point)
+    return {label: sorted(mine, key=lambda point: point.removed) for label, mine in curves.items()}
+
+
+def label_of(method: str, alignment: str, norms: str) -> str:
+    """The method, and alignment and norms where they are not "none" and "keep"."""
+    parts = [method.replace("_", " ")]
+    parts += [f"{alignment} aligned"] if alignment != "none" else []
+    parts += [f"norms {norms}"] if norms != "keep" else []
+    return ", ".join(parts)
+
+
+def plan_names(sweep: list[dict]) -> dict[str, str]:
+    """plan_id -> "drop, 4 merges", several methods of one plan joined by " = "."""
+    names: dict[str, list[str]] = {}
+    for row in sweep:
+        merges = f" × {row['merges']}" if row["merges"] else ""
+        known = names.setdefault(row["plan_id"], [])
+        if (name := label_of(*line_of(row)) + merges) not in known:
+            known.append(name)
+    return {plan: " = ".join(known) for plan, known in names.items()}
+
+
+def curve_style(index: int) -> dict:
+    """Colour, marker and line of the index-th method: seven colours, black being the unmerged model's, four lines."""
+    return {
+        "color": COLOURS[1 + index % (len(COLOURS) - 1)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "ls": ("-", "--", ":", "-.")[(index // (len(COLOURS) - 1)) % 4],
+    }
+
+
+def base_of(points: list[Point]) -> Point | None:
+    """The unmerged model's point."""
+    return next((point for point in points if not point.removed), None)
+
+
+def draw_curves(points: list[Point], published: list[dict], split: str, language: str, path: Path) -> Path:
+    """One row of panels an alignment and treatment of norms, so that a row has few lines; one colour a method.
+
+    Methods with one variant only, where others have several, are controls (dropping averages nothing, so nothing can
+    be aligned); they are drawn in every row, thinner.
+    """
+    base, curves = base_of(points), list(curves_of(points).values())
+    variants = list(dict.fromkeys((point.alignment, point.norms) for mine in curves for point in mine[:1]))
+    methods = list(dict.fromkeys(mine[0].method for mine in curves))
+    counts = {method: sum(mine[0].method == method for mine in curves) for method in methods}
+    controls = {method for method in methods if counts[method] == 1 < max(counts.values())}
+    known = any(point.perplexity is not None for point in points)
+    n, wide = max(1, len(variants)), 3 if known else 2
+    figure, axes = plt.subplots(
+        n, wide, figsize=(4.7 * wide, (4.0 if n == 1 else 3.1 * n) + 1.5), squeeze=False, sharex="col", sharey="col"
+    )
+    handles: dict[str, object] = {}
+    for line, variant in zip(axes, variants or [("none", "keep")], strict=True):
+        shown = [mine for mine in curves if variant == mine[0][2:4] or mine[0].method in controls]
+        spacing = 0.3 / max(1, len(shown))
+        for i, mine in enumerate(shown):
+            method, x, y = mine[0].method, *measured_of(mine)
+            control = method in controls
+            look = {**curve_style(methods.index(method)), "lw": 0.8 if control else 1.3, "ms": 3.5 if control else 4.5}
+            error = np.nan_to_num([point.micro["standard_error"] for point in mine if point.micro])
+            shift = spacing * (i - (len(shown) - 1) / 2)  # so that error bars of equal points stay apart
+            handle = line[0].errorbar(x + shift, y, yerr=error, **look, elinewidth=0.8)
+            handles.setdefault(method.replace("_", " "), handle)
+            line[-1].plot(100 * x / mine[0].layers, y, **{**look, "ms": 3.2, "lw": 0.9}, alpha=0.55)
+            if known:
+                texts = [point for point in mine if point.perplexity is not None]
+                line[1].plot([point.removed for point in texts], [point.perplexity for point in texts], **look)
+        draw_levels(line, base, known)
+        for label, artist in draw_published(line[-1], published).items():
+            handles[label] = artist
+        title = "accuracy (bars: ± 1 standard error)"
+        if n > 1:
+            title = f"alignment {variant[0]}, norms {variant[1]}"
+        line[0].set_title(title[0].upper() + title[1:])
+        if known:
+            line[1].set_title("Plain text, lower is better")
+            line[1].set(ylabel="perplexity (log scale)", yscale="log")
+        line[-1].set_title(f"Beside published points ({published[0]['model']})")
+        for axis in (line[0], line[-1]):
+            axis.set_ylabel("micro accuracy")
+    for axis in axes[-1, :-1]:
+        axis.set_xlabel("layers removed")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1, -1].set_xlabel("share of the model's layers removed (%)")
+    handles = {label: artist for label, artist in handles.items() if not label.startswith("published")} | {
+        "unmerged model": plt.Line2D([], [], color="black", lw=1),
+        "chance": plt.Line2D([], [], color="#7F7F7F", ls=":", lw=1.2),
+        **{label: artist for label, artist in handles.items() if label.startswith("published")},
+    }
+    questions = next((point.micro["n"] for point in points if point.micro), 0)
+    note = f"{questions:,} questions, {split} split, language {language}; model of {points[0].layers} layers"
+    note += "; bars ± 1 standard error" if n > 1 else ""
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4 if wide == 2 else 6,
+                  fontsize=8, title=note, title_fontsize=8)  # fmt: skip
+    return save(figure, path)
+
+
+def measured_of(points: list[Point]) -> tuple[np.ndarray, list[float]]:
+    """Layers removed and micro accuracy of the points that have one."""
+    answered = [point for point in points if point.micro]
+    return np.array([float(point.removed) for point in answered]), [point.micro["accuracy"] for point in answered]
+
+
+def draw_levels(line, base: Point | None, known: bool) -> None:
+    """The unmerged model and chance as horizontal lines."""
+    for axis in (line[0], line[-1]):
+        axis.axhline(_CHANCE, color="#7F7F7F", ls=":", lw=1.2)
+        if base and base.micro:
+            axis.axhline(base.micro["accuracy"], color="black", lw=1)
+    if known and base and base.perplexity is not None:
+        line[1].axhline(base.perplexity, color="black", lw=1)
+
+
+def draw_published(axis, published: list[dict]) -> dict[str, object]:
+    """Published curves in black and grey, single points as crosses; returns label -> artist for the legend."""
+    handles, singles = {}, []
+    for method, mine in published_curves(published).items():
+        x, y = zip(*mine, strict=True)
+        if len(mine) == 1:
+            (cross,) = axis.plot(x, y, "x", color="#9A9A9A", ms=6, mew=1.4)
+            singles.append((method, cross))
+        else:
+            look = ({"color": "#000000", "marker": "*", "ls": "-"}, {"color": "#6B6B6B", "marker": "P", "ls": "--"})
+            (handles[f"published {method}"],) = axis.plot(x, y, **look[len(handles) % 2], lw=1.4, ms=7)
+    if singles:
+        words = [method.removeprefix("fixed ") for method, _ in singles]
+        handles[f"published fixed {', '.join(words)}"] = singles[0][1]
+    return handles
+
+
+def published_curves(published: list[dict]) -> dict[str, list[tuple[float, float]]]:
+    """Method -> (percent of layers removed, accuracy) in order; points that several tables repeat count once."""
+    curves: dict[str, dict[int, tuple[float, float]]] = {}
+    for row in published:
+        curves.setdefault(row["method"], {})[row["layers"]] = row["compression_percent"], row["accuracy"]
+    return {method: [mine[layers] for layers in sorted(mine)] for method, mine in curves.items()}
+
+
+def stability(values: list[float]) -> tuple[float, float | None]:
+    """(population standard deviation, largest drop to the next point) of accuracies by layers removed; None for one."""
+    drops = [before - after for before, after in zip(values, values[1:], strict=False)]
+    return float(np.std(values)), max(drops, default=None)
+
+
+def stability_rows(points: list[Point], published: list[dict]) -> list[list]:
+    """Cells of the stability table: every published series, then every method of the run.
+
+    A method is judged on the published numbers of merges as far as the run has at least two of them, and, where that
+    leaves points out, on all of its points as well.
+    """
+    rows = []
+    series: dict[tuple[str, str], dict[int, float]] = {}
+    for row in published:
+        series.setdefault((row["source"], row["method"]), {})[row["layers"]] = row["accuracy"]
+    compared = max((set(mine) for mine in series.values()), key=len)
+    for (source, method), mine in series.items():
+        if len(mine) > 1:
+            rows.append([f"{method} ({source})", *stability_cells(mine)])
+    for label, mine in curves_of(points).items():
+        by_merges: dict[int, list[float]] = {}
+        for point in mine:
+            if point.micro:
+                by_merges.setdefault(point.merges, []).append(point.micro["accuracy"])
+        every = {merges: float(np.mean(by_merges[merges])) for merges in sorted(by_merges)}
+        same = {merges: value for merges, value in every.items() if merges in compared}
+        if len(same) > 1:
+            rows.append([label, *stability_cells(same)])
+        if every and every != same:
+            rows.append([f"{label} (all points)", *stability_cells(every)])
+    return rows
+
+
+def stability_cells(accuracy: dict[int, float]) -> list:
+    """Merges, standard deviation, largest drop and where it is."""
+    merges = sorted(accuracy)
+    values = [accuracy[m] for m in merges]
+    deviation, drop = stability(values)
+    where = None
+    if drop is not None:
+        i = next(i for i in range(len(values) - 1) if values[i] - values[i + 1] == drop)
+        where = f"{merges[i]} → {merges[i + 1]}"
+    return [", ".join(map(str, merges)), number(deviation, 4), number(drop, 4), where]
+
+
+def describe(points: list[Point], published: list[dict], split: str, language: str) -> list[str]:
+    """The sections of compression.md for one language."""
+    rows = []
+    for point in points:
+        difference = point.difference
+        rows.append(
+            [
+                point.method,
+                point.alignment,
+                point.norms,
+                point.merges,
+                number(100 * point.share, 2),
+                number(100 * point.parameters_removed, 2),
+                measured(point.micro),
+                measured(point.macro),
+                point.micro and number(point.micro["nll"]),
+                figures(point.perplexity),
+                difference and f"{difference['difference']:+.4f}",
+                difference and probability(difference["p_value"]),
+            ]
+        )
+    header = ["method", "alignment", "norms", "K", "layers removed %", "parameters removed %", "micro accuracy",
+              "macro accuracy", "answer NLL", "text perplexity", "difference to drop", "p"]  # fmt: skip
+    stable = stability_rows(points, published)
+    cited = [
+        [row["source"], row["method"], row["layers"], number(row["compression_percent"], 3), number(row["accuracy"], 4)]
+        for row in published
+    ]
+    return [
+        f"## {split} split, language {language}",
+        "K merges; accuracy ± one standard error. The difference to `drop` of the same K is paired, question by "
+        "question (exact McNemar p). Answer NLL in nats: of the right letter among the four. Chance is 0.25.",
+        markdown(header, rows),
+        "### Stability\n\nPopulation standard deviation of the accuracies over the merges named, and the largest drop "
+        "from one to the next; the unmerged model is not counted. A method that is uniformly bad is stable too.",
+        markdown(["curve", "K", "standard deviation", "largest drop", "at K"], stable),
+        "### Published points\n\nMeta-Llama-3-8B, 32 layers; layers removed % is layers / 32. Beyond Naive Merging: "
+        "Borate et al., the study of alignment and similarity that follows arXiv 2406.16330; the MKA and fixed points "
+        "are quoted as it gives them.",
+        markdown(["source", "method", "layers removed", "layers removed %", "accuracy"], cited),
+    ]
+
+
+def draw_context(context: list[dict], names: dict[str, str], sweep: list[dict], path: Path) -> Path:
+    """NLL by position and retrieval by distance; the unmerged model, and the plans of one number of merges if many."""
+    shown = few_plans(context, sweep)
+    panels = [measure for measure in ("position_nll", "retrieval") if any(row["measure"] == measure for row in context)]
+    figure, axes = plt.subplots(1, len(panels), figsize=(1.6 + 5.2 * len(panels), 4.6), squeeze=False)
+    base = {row["plan_id"] for row in sweep if not row["merges"]}
+    for axis, measure in zip(axes[0], panels, strict=True):
+        buckets = sorted({row["bucket"] for row in context if row["measure"] == measure})
+        for i, plan in enumerate(shown):
+            mine = [row for row in context if (row["plan_id"], row["measure"]) == (plan, measure)]
+            mine.sort(key=lambda row: row["bucket"])
+            shift = 0.05 * (i - (len(shown) - 1) / 2)
+            error = [row["standard_error"] or 0.0 for row in mine]
+            look = style_of(0) if plan in base else curve_style(i - len(base.intersection(shown[:i])))
+            axis.errorbar(
+                [buckets.index(row["bucket"]) + shift for row in mine], [row["value"] for row in mine],
+                yerr=np.nan_to_num(error), **look, ms=4.5, lw=1.1, elinewidth=0.8, label=names.get(plan, plan),
+            )  # fmt: skip
+        every = range(0, len(buckets), math.ceil(len(buckets) / 12))
+        axis.set_xticks(every, [f"{buckets[i]:,}" for i in every])
+        if measure == "position_nll":
+            axis.set(xlabel="position in the window (first of the bucket)", ylabel="NLL (nats a token)",
+                     title="Plain text by position (bars: ± 1 standard error)")  # fmt: skip
+        else:
+            axis.set(xlabel="distance of the key (tokens)", ylabel="accuracy", ylim=(-0.03, 1.03),
+                     title="Retrieval by distance (bars: ± 1 standard error)")  # fmt: skip
+    handles: dict[str, object] = {}
+    for axis in axes[0]:
+        for artist, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, artist)
+    n = len({row["plan_id"] for row in context})
+    note = f"{len(shown)} of the {n} plans measured; compression.md has them all" if len(shown) < n else None
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, title=note, title_fontsize=8
+    )
+    return save(figure, path)
+
+
+def few_plans(context: list[dict], sweep: list[dict]) -> list[str]:
+    """Plans to draw: all if few, else the unmerged model and those of one number of merges.
+
+    That number is the middle one of those that most plans have; if it still has too many plans, those with neither
+    alignment nor folded norms.
+    """
+    there = list(dict.fromkeys(row["plan_id"] for row in context))
+    if len(there) <= _FEW:
+        return there
+    merges: dict[int, dict[str, bool]] = {}  # merges -> {plan: whether it is plain}
+    for row in sweep:
+        if row["plan_id"] in there:
+            merges.setdefault(row["merges"], {}).setdefault(row["plan_id"], line_of(row)[1:] == ("none", "keep"))
+    base = list(merges.pop(0, {}))[:1]
+    most = max(map(len, merges.values()), default=0)
+    widest = sorted(number_ for number_, mine in merges.items() if len(mine) == most)
+    mine = merges[widest[len(widest) // 2]] if widest else {}
+    chosen = [plan for plan, plain in mine.items() if plain or len(mine) + len(base) <= _FEW]
+    return [*base, *chosen][:_FEW] or there[:_FEW]
+
+
+def describe_context(context: list[dict], names: dict[str, str]) -> list[str]:
+    """The context section of compression.md."""
+    text = ["## Context"]
+    titles = {
+        "position_nll": ("Mean NLL (nats a token) of plain text by position in the window; a column starts at its "
+                         "position and ends before the next."),
+        "retrieval": "Accuracy on synthetic key-value prompts by distance in tokens.",
+    }  # fmt: skip
+    for measure in dict.fromkeys(row["measure"] for row in context):
+        mine = [row for row in context if row["measure"] == measure]
+        buckets = sorted({row["bucket"] for row in mine})
+        cells = {(row["plan_id"], row["bucket"]): row for row in mine}
+        rows = []
+        for plan in dict.fromkeys(row["plan_id"] for row in mine):
+            line = [cells.get((plan, bucket)) for bucket in buckets]
+            rows.append([names.get(plan, plan), *[cell and value_and_error(cell) for cell in line]])
+        text += [f"### {measure}\n\n{titles.get(measure, '')}".rstrip(), markdown(["plan", *buckets], rows)]
+    return text
+
+
+def value_and_error(row: dict) -> str | None:
+    """value ± standard error of a row of `context`."""
+    value, error = number(row["value"]), None if row["standard_error"] is None else number(row["standard_error"])
+    return f"{value} ± {error}" if value and error else value
+
+
+def measured(row: dict | None) -> str | None:
+    """Accuracy ± standard error as shares."""
+    return row and f"{row['accuracy']:.4f} ± {number(row['standard_error'], 4) or '–'}"
+
+
+def probability(p: float) -> str:
+    """A p-value with as many digits as say something."""
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}" if p > 0 else "0"
+
+
+def figures(value: float | None) -> str | None:
+    """A perplexity with four significant figures and no exponent below 10^9; an overflow is infinite."""
+    if value is None or math.isnan(value):
+        return None
+    if math.isinf(value):
+        return "∞"
+    return f"{value:.3e}" if value >= 1e9 else f"{value:,.{max(0, 3 - math.floor(math.log10(value)))}f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Draw how similar the similarity matrices of subsets are: correlations.png, correlations.md.
+
+    python analysis/correlations.py RUN [--out DIR]
+
+Reads table similarity_correlation. A run with several measures gets one figure each, correlations-MEASURE.png.
+
+  correlations.png  Pearson correlation of the flattened matrices (as published, diagonal included), the same off
+                    the diagonal with its interval and ceiling, and every pair's correlation against its ceiling
+  correlations.md   the same as a table
+
+The ceiling is sqrt(reliability of a x reliability of b): what two subsets without any difference would reach, given
+how well each one's few samples determine its own matrix.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from plotting import COLOURS, STYLE, markdown, need, number, run_main, save, save_text, subset_name
+
+from raymerge.tables import RunDirectory
+
+_KINDS = {
+    "subsets in one language": COLOURS[1],
+    "languages of one subset": COLOURS[2],
+    "both differ": "#7F7F7F",
+}
+_NONE = "#EDEDED"  # cells without a value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    return run_main(draw, __doc__, argv)
+
+
+def draw(run: RunDirectory, out: Path) -> list[Path]:
+    """Write the figures and correlations.md into `out`; return their paths. RunError if there are no correlations."""
+    measures: dict[str, list[dict]] = {}
+    for row in need(run, "similarity_correlation", "correlations between subsets (a run of one subset has none)"):
+        measures.setdefault(row["measure"], []).append(row)
+    paths, text = [], [f"# Correlations between similarity matrices of run {run.run_id} ({run.experiment})", _EXPLAINED]
+    with plt.rc_context(STYLE):
+        for measure, rows in measures.items():
+            name = "correlations.png" if len(measures) == 1 else f"correlations-{measure}.png"
+            paths.append(draw_correlations(rows, measure, out / name))
+            text += describe(rows, measure)
+    paths.append(save_text("\n\n".join(text) + "\n", out / "correlations.md"))
+    return paths
+
+
+def names_of(rows: list[dict]) -> list[str]:
+    """Subsets in order of appearance, those of the first language first."""
+    seen = {subset_name(row, side): row[f"language{side}"] for side in ("_a", "_b") for row in rows}
+    languages = list(dict.fromkeys(seen.values()))
+    return sorted(seen, key=lambda name: languages.index(seen[name]))
+
+
+def pairs_of(rows: list[dict]) -> list[dict]:
+    """Rows that compare two different subsets, highest off-diagonal correlation first; a pair counts once."""
+    found = {}
+    for row in rows:
+        pair = frozenset((subset_name(row, "_a"), subset_name(row, "_b")))
+        if len(pair) == 2:
+            found.setdefault(pair, row)
+    return sorted(found.values(), key=lambda row: -row["pearson_off_diagonal"])
+
+
+def ceiling_of(row: dict) -> float | None:
+    """sqrt of the product of the reliabilities; None where one is missing or not positive."""
+    a, b = row["reliability_a"], row["reliability_b"]
+    return None if a is None or b is None or min(a, b) <= 0 else math.sqrt(a * b)
+
+
+def kind_of(row: dict) -> str:
+    """Which of `_KINDS` a pair is."""
+    if row["language_a"] == row["language_b"]:
+        return "subsets in one language"
+    return "languages of one subset" if row["subset_a"] == row["subset_b"] else "both differ"
+
+
+def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
+    """Two annotated matrices and a dot plot of the pairs."""
+    names, pairs = names_of(rows), pairs_of(rows)
+    n = len(names)
+    left, middle, right = max(2.6, 0.58 * n + 1.1), max(2.8, 0.8 * n + 0.6), 5.6
+    height = max(3.8, 0.58 * n + 1.6, 0.19 * len(pairs) + 1.7)
+    figure, axes = plt.subplots(1, 3, figsize=(left + middle + right, height), width_ratios=[left, middle, right])
+    grids = np.full((2, n, n), np.nan)
+    grids[:, np.arange(n), np.arange(n)] = 1.0
+    detail: dict[tuple[int, int], dict] = {}
+    for row in pairs:
+        i, j = names.index(subset_name(row, "_a")), names.index(subset_name(row, "_b"))
+        grids[:, [i, j], [j, i]] = np.array([[row["pearson"]], [row["pearson_off_diagonal"]]])
+        detail[i, j] = detail[j, i] = row
+    low = min(0.8, math.floor(5 * float(np.nanmin(grids))) / 5)  # from 0, matrices that all agree look alike
+    titles = ("Flattened matrices\n(as published)", "Off the diagonal\n[95 % interval] ≤ ceiling")
+    for axis, grid, title, detailed in zip(axes, grids, titles, (False, True), strict=False):
+        axis.patch.set_facecolor(_NONE)
+        axis.imshow(np.ma.masked_invalid(grid), cmap="Blues", vmin=low, vmax=1, aspect="auto")
+        for (i, j), value in np.ndenumerate(grid):
+            if np.isnan(value):
+                continue
+            text = "1" if i == j else f"{value:.3f}" if not detailed else f"{value:.2f}"
+            if detailed and i != j:
+                row = detail[i, j]
+                if row["ci_low"] is not None and row["ci_high"] is not None:
+                    text += f"\n[{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
+                if (ceiling := ceiling_of(row)) is not None:
+                    text += f"\n≤ {ceiling:.2f}"
+            dark = (value - low) / (1 - low) > 0.6
+            axis.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "#222222")
+        axis.set_xticks(range(n), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+        axis.set_yticks(range(n), names if axis is axes[0] else [""] * n, fontsize=8)
+        axis.tick_params(length=0)
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+        axis.set_title(title)
+    draw_pairs(axes[2], pairs)
+    figure.suptitle(f"Correlation of layer similarity between subsets ({measure})", fontweight="bold")
+    return save(figure, path)
+
+
+def draw_pairs(axis, pairs: list[dict]) -> None:
+    """One line a pair: its interval, its correlation as a dot, its ceiling as a bar."""
+    for y, row in enumerate(pairs):
+        colour = _KINDS[kind_of(row)]
+        if row["ci_low"] is not None and row["ci_high"] is not None:
+            axis.hlines(y, row["ci_low"], row["ci_high"], color=colour, lw=1.4)
+        axis.plot(row["pearson_off_diagonal"], y, "o", ms=5, color=colour)
+        if (ceiling := ceiling_of(row)) is not None:
+            axis.plot(ceiling, y, "|", ms=10, mew=1.8, color="black")
+    labels = [f"{subset_name(row, '_a')} – {subset_name(row, '_b')}" for row in pairs]
+    axis.set_yticks(range(len(pairs)), labels, fontsize=7.5)
+    axis.set_ylim(len(pairs) - 0.4, -0.6)
+    axis.set_xlim(right=max(1.02, axis.get_xlim()[1]))
+    axis.set(xlabel="off-diagonal Pearson correlation", title="Every pair\nagainst its ceiling")
+    for kind in dict.fromkeys(kind_of(row) for row in pairs):
+        axis.plot([], [], "o-", ms=5, lw=1.4, color=_KINDS[kind], label=kind)
+    if any(ceiling_of(row) is not None for row in pairs):
+        axis.plot([], [], "|", ms=10, mew=1.8, color="black", label="ceiling")
+    axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower right", ncols=4, fontsize=8)
+
+
+_EXPLAINED = (
+    "Pearson is over the flattened matrices, diagonal included, as published; the interval, the reliabilities and the "
+    "ceiling are of the correlation off the diagonal. The ceiling is the root of the product of the reliabilities: "
+    "a ratio near 1 says that the two matrices differ no more than their few samples make them."
+)
+
+
+def describe(rows: list[dict], measure: str) -> list[str]:
+    """The section of correlations.md for one measure."""
+    table = []
+    for row in pairs_of(rows):
+        ceiling = ceiling_of(row)
+        known = row["ci_low"] is not None and row["ci_high"] is not None
+        table.append(
+            [
+                f"{subset_name(row, '_a')} – {subset_name(row, '_b')}",
+                kind_of(row),
+                number(row["pearson"], 4),
+                number(row["pearson_off_diagonal"], 4),
+                f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]" if known else None,
+                number(row["reliability_a"]),
+                number(row["reliability_b"]),
+                number(ceiling),
+                number(None if ceiling is None else row["pearson_off_diagonal"] / ceiling),
+            ]
+        )
+    header = ["pair", "kind", "Pearson", "off-diagonal", "95 % interval", "reliability a", "reliability b", "ceiling",
+              "off-diagonal / ceiling"]  # fmt: skip
+    text = [f"## {measure}", markdown(header, table)]
+    means = []
+    for kind in _KINDS:
+        mine = [row for row in pairs_of(rows) if kind_of(row) == kind]
+        ratios = [row["pearson_off_diagonal"] / ceiling for row in mine if (ceiling := ceiling_of(row)) is not None]
+        if mine:
+            means.append(
+                [
+                    kind,
+                    len(mine),
+                    number(np.mean([row["pearson"] for row in mine]), 4),
+                    number(np.mean([row["pearson_off_diagonal"] for row in mine]), 4),
+                    number(np.mean(ratios) if ratios else None),
+                ]
+            )
+    header = ["mean of", "pairs", "Pearson", "off-diagonal", "off-diagonal / ceiling"]
+    return [*text, markdown(header, means)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,350 @@
+"""How far samples lie from one another at every layer, collected in one pass.
+
+The published code runs one full forward a layer a sample. Here all samples go through layer l, the distances of layer
+l are taken, and then they go through layer l+1, so that every layer is run once a sample and the states of one layer
+are all that is held. Everything that similarity needs later follows from the distances (L, N, N), or for measures on
+vectors from the pooled states (L, N, d).
+
+The hidden state of layer l is that decoder layer's output, before the final norm (Liu et al. 2024, "Pruning via
+Merging", stage 1; the released code reads the layer's input instead).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from raymerge.errors import UserError
+from raymerge.forward import GroupStates, Layer, LayerRunner
+from raymerge.fusion import check_mergeable
+from raymerge.identity import digest
+from raymerge.plan import MergePlan, base_plan
+from raymerge.prompts import Group, Shard
+
+POOLINGS = ("sequence", "last", "mean")
+
+_BLOCK_VALUES = 4 * 2**20  # float64 values of one block of token positions of all samples (34 MB)
+_ATTENDED_TOKENS = 16384  # keys of the sequences run together, each with the whole prefix before it
+
+
+class ActivationError(UserError):
+    """Samples or options that activations cannot be collected with; the message names the value and the cure."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What N samples look like at the output of each of L layers.
+
+    distances: (L, N, N) float64, symmetric with a zero diagonal: Frobenius (for vectors Euclidean) norm of the
+    difference of two samples' pooled states. states: (L, N, d) float32 pooled states; None for pooling "sequence".
+    block_influence: (L,) float64, 1 minus the mean over all tokens of all samples of the cosine between the state that
+    enters the layer and the one that leaves it (Men et al. 2024, ShortGPT, arXiv:2403.03853, section 3.2).
+    """
+
+    distances: np.ndarray
+    states: np.ndarray | None
+    block_influence: np.ndarray
+
+
+@torch.inference_mode()
+def collect(
+    runner: LayerRunner,
+    shards: Sequence[Shard],
+    *,
+    pooling: str,
+    max_tokens: int = 512,
+    plan: MergePlan | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Activations:
+    """Distances, pooled states and block influence of every layer.
+
+    Sample n is the sequence whose entry in `group.rows` is n, with its group's prefix before it.
+
+    Parameters
+    ----------
+    pooling : "sequence" compares the (T, d) states of the first `max_tokens` tokens, position by position, with zeros
+        where a sample is shorter. "last" takes the state at the last token, "mean" the mean over all tokens, prefix
+        included.
+    max_tokens : only for "sequence". What follows is not run at all, since no earlier token depends on it, so that
+        block influence is then a mean over the first `max_tokens` tokens of each sample. Samples that do not differ
+        before that have distance 0 up to rounding, as those of one subject after a long few-shot prefix do; see
+        `distinct_samples`.
+    plan : run the merged model's layers; L is then the number of kept layers. None is the unmerged model.
+    progress : called with the number of finished layers after each layer.
+
+    Memory beyond the weights (of which one layer's are converted at a time) grows with the number of tokens run times
+    d, not with L, with N^2 d or with N max_tokens d in float64. For 57 samples of up to 2,048 tokens on an 8B model
+    (d = 4,096, float32) the states are at most 1.9 GB (0.48 GB for 512 tokens), one group's new states beside its old
+    ones 0.2 GB, the largest intermediates of a batch (the MLP's, or keys and values repeated for every query head)
+    under 1 GB, and a block of positions in float64 34 MB: below 4 GB in all. Measured at these shapes: 0.51 GB for 8
+    samples of 512 tokens (0.07 GB of states), 0.77 GB for 57 samples of 36 tokens after 1,500 that they share.
+
+    Raises
+    ------
+    ActivationError : an unknown pooling, max_tokens below 1, fewer than 2 samples, rows other than 0 to N-1, samples
+        that are all the same, or a layer whose output is not finite.
+    PlanError : a plan that does not fit the model.
+    """
+    _check_options(pooling, max_tokens)
+    plan = plan or base_plan(runner.checkpoint.n_layers)
+    check_mergeable(runner.checkpoint, plan)
+    n = _count_samples(shards)
+    kept = max_tokens if pooling == "sequence" else None
+    if distinct_samples(shards, max_tokens=kept) == 1:
+        within = f" in their first {kept} tokens: raise max_tokens, use fewer shots, or" if kept else ":"
+        raise ActivationError(f"all {n} samples are the same{within} choose other samples")
+    if kept:
+        shards = truncate(shards, kept)
+    states = [_narrowed(state) for shard in shards for state in runner.embed(shard)]
+
+    distances, pooled, influence = [], [], []
+    for done, layer in enumerate(runner.plan_layers(plan), 1):
+        influence.append(1.0 - _run_layer(runner, layer, states))
+        if pooling == "sequence":
+            distances.append(_distances(_blocks(states, n)))
+        else:
+            vectors = _POOLED[pooling](states, n)
+            pooled.append(vectors.float().cpu().numpy())
+            distances.append(_distances([vectors.double()]))
+        if progress is not None:
+            progress(done)
+    return Activations(np.stack(distances), np.stack(pooled) if pooled else None, np.array(influence))
+
+
+def truncate(shards: Sequence[Shard], max_tokens: int) -> tuple[Shard, ...]:
+    """The same samples without the tokens after the first `max_tokens` of each.
+
+    A group's sequences must have a token each, so a prefix that would fill `max_tokens` gives its last one to them.
+    """
+
+    def cut(group: Group) -> Group:
+        shared = min(len(group.prefix), max_tokens - 1)
+        own = tuple(np.concatenate([group.prefix[shared:], ids])[: max_tokens - shared] for ids in group.sequences)
+        return Group(group.subject, group.prefix[:shared], own, group.rows)
+
+    return tuple(Shard(tuple(cut(group) for group in shard.groups)) for shard in shards)
+
+
+def distinct_samples(shards: Sequence[Shard], *, max_tokens: int | None = None) -> int:
+    """How many of the samples differ in their tokens, or in their first `max_tokens`; N if no two are alike."""
+    return len(
+        {
+            np.concatenate([group.prefix, ids])[:max_tokens].astype("<i8").tobytes()
+            for shard in shards
+            for group in shard.groups
+            for ids in group.sequences
+        }
+    )
+
+
+def _check_options(pooling: str, max_tokens: int) -> None:
+    if pooling not in POOLINGS:
+        raise ActivationError(f"pooling is {pooling!r}, but must be one of {', '.join(POOLINGS)}")
+    if max_tokens < 1:
+        raise ActivationError(f"max_tokens is {max_tokens}, but must be at least 1")
+
+
+def _count_samples(shards: Sequence[Shard]) -> int:
+    rows = sorted(row for shard in shards for group in shard.groups for row in group.rows)
+    if len(rows) < 2:
+        raise ActivationError(f"{len(rows)} samples have no distances: give at least 2")
+    if rows != list(range(len(rows))):
+        missing = sorted(set(range(len(rows))) - set(rows))
+        raise ActivationError(
+            f"the rows of {len(rows)} samples must be 0 to {len(rows) - 1}, each once, but {missing[:3]} are missing: "
+            "give all shards of a question set, and each once"
+        )
+    return len(rows)
+
+
+def _narrowed(state: GroupStates) -> GroupStates:
+    """Cut batches of many short sequences after a long prefix.
+
+    Attention repeats the prefix's keys and values for every sequence and every query head: the runner's batch of 2,048
+    tokens, 57 sequences of 36 after 1,500 shared ones, would take 3.6 GB of them on an 8B model in float32.
+    """
+    batches = []
+    for members, lengths, x in state.batches:
+        size = max(1, _ATTENDED_TOKENS // (state.prefix.shape[1] + x.shape[1]))
+        for start in range(0, len(members), size):
+            part = slice(start, start + size)
+            batches.append((members[part], lengths[part], x[part]))
+    return GroupStates(state.group, state.prefix, batches)
+
+
+def _run_layer(runner: LayerRunner, layer: Layer, states: Sequence[GroupStates]) -> float:
+    """Run all groups through one layer; the mean cosine between what enters and what leaves.
+
+    The layer's weights live in this call only, so that two layers' are never held together.
+    """
+    index, load = layer
+    weights = load()
+    total, tokens = 0.0, 0
+    for state in states:
+        entering = list(_tokens(state))
+        runner.run([state], [(index, lambda: weights)])
+        for (count, before), (_, after) in zip(entering, _tokens(state), strict=True):
+            if not torch.isfinite(after).all():
+                raise ActivationError(
+                    f"layer {index} gives values that are not finite in {str(runner.dtype).removeprefix('torch.')}: "
+                    "compute in bfloat16 or float32, or check the weights"
+                )
+            cosine = torch.cosine_similarity(before.double(), after.double(), dim=-1)
+            total += count * float(cosine.sum())
+            tokens += count * len(after)
+    return total / tokens
+
+
+def _tokens(state: GroupStates) -> Iterator[tuple[int, Tensor]]:
+    """(samples it belongs to, (T, d) states without padding) of the prefix and of each sequence, as views."""
+    yield len(state.group.sequences), state.prefix[0]
+    for _, lengths, x in state.batches:
+        for row, length in enumerate(lengths):
+            yield 1, x[row, :length]
+
+
+def _samples(state: GroupStates) -> Iterator[tuple[int, Tensor]]:
+    """(sample number, (T, d) states of its own tokens without padding), as views."""
+    for members, lengths, x in state.batches:
+        for row, (i, length) in enumerate(zip(members, lengths, strict=True)):
+            yield state.group.rows[i], x[row, :length]
+
+
+def _last(states: Sequence[GroupStates], n: int) -> Tensor:
+    """(N, d) states at each sample's last token."""
+    first = states[0].prefix
+    vectors = first.new_empty(n, first.shape[-1])
+    for state in states:
+        rows, last = state.last()
+        vectors[rows] = last
+    return vectors
+
+
+def _mean(states: Sequence[GroupStates], n: int) -> Tensor:
+    """(N, d) float64 means over all tokens of each sample."""
+    first = states[0].prefix
+    vectors = first.new_empty(n, first.shape[-1], dtype=torch.float64)
+    for state in states:
+        shared, length = state.prefix[0].sum(0, dtype=torch.float64), state.prefix.shape[1]
+        for row, own in _samples(state):
+            vectors[row] = (shared + own.sum(0, dtype=torch.float64)) / (length + len(own))
+    return vectors
+
+
+_POOLED = {"last": _last, "mean": _mean}
+
+
+def _blocks(states: Sequence[GroupStates], n: int) -> Iterator[Tensor]:
+    """The samples' whole sequences, a few token positions at a time: (N, positions * d) float64, zero-padded."""
+    first = states[0].prefix
+    width = first.shape[-1]
+    longest = max(state.prefix.shape[1] + max(lengths) for state in states for _, lengths, _ in state.batches)
+    step = max(1, _BLOCK_VALUES // (n * width))
+    for start in range(0, longest, step):
+        stop = min(start + step, longest)
+        block = first.new_zeros(n, stop - start, width, dtype=torch.float64)
+        for state in states:
+            length = state.prefix.shape[1]
+            shared = state.prefix[0, start:stop]
+            block[list(state.group.rows), : len(shared)] = shared.double()
+            for row, own in _samples(state):
+                own = own[max(start - length, 0) : max(stop - length, 0)]
+                block[row, len(shared) : len(shared) + len(own)] = own
+        yield block.view(n, -1)
+
+
+def _distances(blocks: Iterable[Tensor]) -> np.ndarray:
+    """(N, N) float64 distances between the rows of blocks (N, any) float64, which are side by side and overwritten.
+
+    From Gram matrices, |x - y|^2 = x.x + y.y - 2 x.y. The mean over the samples changes no difference and is taken off
+    first: language models have activations in the thousands that are nearly the same for every sample, whose squares
+    would swallow the differences.
+    """
+    gram = None
+    for block in blocks:
+        block -= block.mean(0)
+        part = block @ block.T
+        gram = part if gram is None else gram.add_(part)
+    gram = ((gram + gram.T) / 2).cpu().numpy()
+    norms = np.diag(gram)
+    return np.sqrt(np.maximum(norms[:, None] + norms[None, :] - 2.0 * gram, 0.0))
+
+
+class ActivationCache:
+    """Collected activations, one file each, named by content: model, plan, dtype, pooling and token ids.
+
+    A file is written under a temporary name and renamed, so that a reader never sees half of one.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+
+    def path(
+        self,
+        runner: LayerRunner,
+        shards: Sequence[Shard],
+        *,
+        pooling: str,
+        max_tokens: int = 512,
+        plan: MergePlan | None = None,
+    ) -> Path:
+        """The file for these arguments of `collect`, whether it exists or not."""
+        model = runner.checkpoint.identity
+        key = [
+            model,
+            plan.plan_id(model) if plan is not None and plan.steps else None,
+            str(runner.dtype),
+            pooling,
+            max_tokens if pooling == "sequence" else None,
+            # A shard's identity says nothing of which sample is which.
+            [[shard.identity, [list(group.rows) for group in shard.groups]] for shard in shards],
+        ]
+        return self.folder / f"activations-{digest(key)}.safetensors"
+
+    def get(
+        self,
+        runner: LayerRunner,
+        shards: Sequence[Shard],
+        *,
+        pooling: str,
+        max_tokens: int = 512,
+        plan: MergePlan | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Activations:
+        """What `collect` gives for the same arguments, from the file if it is there, else collected and stored.
+
+        Raises ActivationError for a file that cannot be read or written, and whatever `collect` raises.
+        """
+        _check_options(pooling, max_tokens)
+        path = self.path(runner, shards, pooling=pooling, max_tokens=max_tokens, plan=plan)
+        if not path.exists():
+            found = collect(runner, shards, pooling=pooling, max_tokens=max_tokens, plan=plan, progress=progress)
+            self._write(found, path)
+            return found
+        try:
+            with safe_open(path, framework="np") as file:
+                states = None if pooling == "sequence" else file.get_tensor("states")
+                return Activations(file.get_tensor("distances"), states, file.get_tensor("block_influence"))
+        except (SafetensorError, OSError) as error:
+            raise ActivationError(f"the activations {path} cannot be read: {error}; delete the file") from error
+
+    def _write(self, found: Activations, path: Path) -> None:
+        tensors = {name: values for name, values in vars(found).items() if values is not None}
+        unfinished = path.with_name(f"_tmp.{os.getpid()}.{path.name}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, unfinished)
+            os.replace(unfinished, path)
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+            raise ActivationError(f"the activations {path} cannot be written: {error}; free space there") from error
+        finally:
+            if unfinished.exists():
+                unfinished.unlink()

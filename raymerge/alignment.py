@@ -1,0 +1,340 @@
+"""Which unit of a deeper layer corresponds to which unit of a shallower one, before the two are averaged.
+
+`neurons`: only reorderings that leave a layer's function as it is (the groups that `architectures` declares), found
+by matching. What is maximised is one number, the sum of the cosines of all rows (of q, k, v, gate, up) and columns (of
+o, down) that come to lie on each other, input norms' gains multiplied in, whatever norms the plan keeps: what a unit
+computes does not depend on the plan. Biases do not take part. For MLP units the maximum is exact. For attention it is
+exact over key/value heads given the scores of their pairs; a pair's score, over the order of its query heads and of
+its value channels together, is a local maximum (each exact given the other), since their columns of o depend on both.
+
+Each layer is matched to its neighbour, once, and matches are composed along the chain, so that they do not depend on
+alpha and a merged layer stays linear in its coefficients.
+
+`rows` (published: Liu et al. 2024, stage 4 of the reference): each matrix on its own, its rows matched by Euclidean
+distance and permuted alone. It is not the same function afterwards, it is matched anew at every step against what has
+been fused so far, and so depends on alpha.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from raymerge.architectures import Architecture, Permutations, source_tensor
+from raymerge.assignment import assign
+from raymerge.checkpoint import Checkpoint
+from raymerge.errors import UserError
+from raymerge.identity import digest
+from raymerge.plan import MergePlan, MergeStep
+
+_VERSION = 1  # of what is matched with what; another value makes cached permutations of earlier versions unused
+_EPSILON = 1e-12  # added to a row's norm (published)
+_SWEEPS = 20  # alternations between query heads and value channels; two or three are usual
+_PLANS_HELD = 8  # plans whose row matches an Aligner keeps in memory
+
+
+def align_pair(
+    reference: Mapping[str, Tensor],
+    other: Mapping[str, Tensor],
+    architecture: Architecture,
+    config: Any,
+    *,
+    activations: tuple[Tensor, Tensor] | None = None,
+) -> Permutations:
+    """The order in which the other layer's units match the reference layer's.
+
+    reference, other: two layers' tensors by relative name. activations: the MLP units' values (tokens, n) in both
+    layers on the same tokens; units are then matched by their correlation (a constant unit correlates with nothing),
+    and heads still by weights.
+    """
+    if activations is None:
+        likeness = unit_likeness(reference, other, architecture)
+    else:
+        centred = [F.normalize(values.double() - values.double().mean(0), dim=0) for values in activations]
+        likeness = centred[0].T @ centred[1]
+    heads = (_head_features(layer, architecture, config) for layer in (reference, other))
+    return {"units": assign(-likeness.numpy(force=True)), **_match_heads(*heads)}
+
+
+def unit_likeness(reference: Mapping[str, Tensor], other: Mapping[str, Tensor], architecture: Architecture) -> Tensor:
+    """(n, n) float32: for each pair of MLP units, the sum of the cosines of their rows of gate and up and columns of
+    down."""
+    total = None
+    for matrix in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+        one, two = (_unit_rows(layer, architecture, matrix) for layer in (reference, other))
+        total = one @ two.T if total is None else total.addmm_(one, two.T)
+    return total
+
+
+def _unit_rows(layer: Mapping[str, Tensor], architecture: Architecture, matrix: str) -> Tensor:
+    """Unit-norm rows, or columns where units lie along those, of a matrix with its gain, float32."""
+    weight = source_tensor(architecture, layer, f"{matrix}.weight", norms="fold")
+    return F.normalize(weight if architecture.unit_axes[matrix][0] == 0 else weight.T, dim=1)
+
+
+def _head_features(layer: Mapping[str, Tensor], architecture: Architecture, config: Any) -> dict[str, Tensor]:
+    """Unit-norm rows of heads, columns of o: q (kv, groups, r, d), k (kv, r, d), v (kv, c, d), o (kv, groups, c, d)."""
+    kv, groups = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    return {
+        name: _unit_rows(layer, architecture, f"self_attn.{name}_proj").unflatten(
+            0, (kv, groups, -1) if name in "qo" else (kv, -1)
+        )
+        for name in "qkvo"
+    }
+
+
+def _match_heads(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Key/value heads, query heads inside each and value channels inside each."""
+    kv, groups, channels = one["o"].shape[:3]
+    keys = torch.einsum("ard,brd->ab", one["k"], two["k"]).numpy(force=True)
+    queries = torch.einsum("apld,bqld->abpq", one["q"], two["q"]).numpy(force=True)
+    scores = np.empty((kv, kv))
+    inner = {}
+    for a in range(kv):
+        values = torch.einsum("cd,bed->bce", one["v"][a], two["v"]).numpy(force=True)
+        outputs = one["o"][a].flatten(0, 1) @ two["o"].flatten(0, 2).T  # (groups c, kv groups c)
+        outputs = outputs.unflatten(1, (kv, groups, channels)).unflatten(0, (groups, channels)).numpy(force=True)
+        for b in range(kv):
+            score, *inner[a, b] = _match_inside(queries[a, b], values[b], outputs[:, :, b])
+            scores[a, b] = keys[a, b] + score
+    order = assign(-scores)
+    query_heads, value_channels = zip(*(inner[a, b] for a, b in enumerate(order.tolist())), strict=True)
+    return {"kv_heads": order, "query_heads": np.stack(query_heads), "value_channels": np.stack(value_channels)}
+
+
+def _match_inside(queries: np.ndarray, values: np.ndarray, outputs: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """(score, order of query heads, order of value channels) of one pair of key/value heads.
+
+    queries (g, g), values (c, c), outputs (g, c, g, c): cosines, the reference's units first. From the query heads'
+    own match on, value channels and query heads are matched in turn, each exactly given the other, while the score
+    rises.
+    """
+    g, c = np.arange(len(queries)), np.arange(len(values))
+    heads, best = assign(-queries), -np.inf
+    channels = c
+    for _ in range(_SWEEPS):
+        new_channels = assign(-(values + outputs[g, :, heads].sum(0)))
+        head_scores = queries + outputs[:, c, :, new_channels].sum(0)
+        new_heads = assign(-head_scores)
+        score = float(values[c, new_channels].sum() + head_scores[g, new_heads].sum())
+        if score <= best:
+            break
+        best, heads, channels = score, new_heads, new_channels
+    return best, heads, channels
+
+
+# -- chains ----------------------------------------------------------------------------------------------------------
+
+
+def compose(first: Permutations, then: Permutations, architecture: Architecture) -> Permutations:
+    """One reordering that does what `first` and, on its result, `then` do."""
+    combined = {}
+    for name, outer in architecture.unit_groups.items():
+        if name not in first:
+            continue
+        if outer is None:
+            combined[name] = first[name][then[name]]
+        else:
+            combined[name] = np.take_along_axis(first[name][then[outer]], then[name], axis=1)
+    return combined
+
+
+def invert(permutations: Permutations, architecture: Architecture) -> Permutations:
+    """The reordering that undoes another."""
+    undone = {}
+    for name, outer in architecture.unit_groups.items():
+        if name in permutations:
+            order = permutations[name]
+            undone[name] = np.argsort(order, axis=-1)
+            if outer is not None:
+                undone[name] = undone[name][np.argsort(permutations[outer])]
+    return undone
+
+
+class Aligner:
+    """Permutations of a checkpoint's layers for merge plans: each computed once, in memory and, with a folder, on disk.
+
+    Files are named by content (model, layers, how matched) and appear whole, so that several processes may share a
+    folder. by: "weights", or "activations" with `units`, a function that gives a layer's MLP units (tokens, n) on
+    calibration prompts (see `LayerRunner.mlp_units`), and `data`, which names those prompts.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        cache_folder: str | Path | None = None,
+        by: str = "weights",
+        *,
+        units: Callable[[int], Tensor] | None = None,
+        data: str = "",
+    ):
+        if by not in ("weights", "activations"):
+            raise ValueError(f"units cannot be matched by {by!r}: weights or activations")
+        self.checkpoint = checkpoint
+        self.by = by
+        self._folder = None if cache_folder is None else Path(cache_folder)
+        self._units = units
+        self._data = data
+        self._pairs: dict[tuple[int, int], Permutations] = {}
+        self._rows: dict[str, list[dict[str, np.ndarray]]] = {}
+
+    @staticmethod
+    def pairs(plan: MergePlan) -> list[tuple[int, int]]:
+        """The neighbouring layers (reference, other) whose matches `permutations(plan)` is composed of.
+
+        The reference is always the shallower of the two; towards a kept layer that is the deeper, the match is
+        inverted. They are independent of each other, so `compute` may be called for each by another process.
+        """
+        groups = _groups(plan)
+        return sorted({(n, n + 1) for layers in groups.values() for n in range(min(layers), max(layers))})
+
+    def compute(self, pair: tuple[int, int]) -> Permutations:
+        """The match of two neighbouring layers (reference, other), from memory, from disk or from the weights."""
+        if pair not in self._pairs:
+            path = self._path(pair)
+            if path is not None and path.exists():
+                try:
+                    self._pairs[pair] = load_file(path)
+                except (SafetensorError, OSError) as error:
+                    raise UserError(f"the alignment {path} cannot be read: {error}; delete the file") from error
+            else:
+                self._pairs[pair] = self._match(*pair)
+                if path is not None:
+                    self._write(self._pairs[pair], path)
+        return self._pairs[pair]
+
+    def _match(self, reference: int, other: int) -> Permutations:
+        architecture = self.checkpoint.architecture
+        layers = [layer_tensors(self.checkpoint, architecture, layer) for layer in (reference, other)]
+        activations = None
+        if self.by == "activations":
+            if self._units is None:
+                raise ValueError("matching by activations needs `units`, a function that gives a layer's activations")
+            activations = self._units(reference), self._units(other)
+        return align_pair(*layers, architecture, self.checkpoint.config, activations=activations)
+
+    def towards(self, kept: int, sources: Iterable[int]) -> dict[int, Permutations]:
+        """For each source layer other than `kept`, the reordering that lays its units on those of layer `kept`."""
+        architecture, found = self.checkpoint.architecture, {}
+        for source in sources:
+            total = None
+            step = 1 if kept < source else -1
+            for layer in range(source, kept, -step):  # from the source towards the kept layer
+                nearer = layer - step
+                match = self.compute((min(layer, nearer), max(layer, nearer)))
+                match = match if nearer < layer else invert(match, architecture)
+                total = match if total is None else compose(total, match, architecture)
+            if total is not None:
+                found[source] = total
+        return found
+
+    def permutations(self, plan: MergePlan) -> dict[int, Permutations]:
+        """For every layer that the plan merges into another, whatever its coefficient, its reordering ("neurons")."""
+        found = {}
+        for kept, layers in _groups(plan).items():
+            found.update(self.towards(kept, layers))
+        return found
+
+    def row_matches(self, plan: MergePlan) -> list[dict[str, np.ndarray]]:
+        """For each step of the plan, each matrix's order of the removed layer's rows ("rows")."""
+        steps = [[step.into, step.remove, float(step.alpha)] for step in plan.steps]
+        key = digest([steps, plan.norms])
+        if key not in self._rows:
+            while len(self._rows) >= _PLANS_HELD:
+                del self._rows[next(iter(self._rows))]
+            architecture = self.checkpoint.architecture
+
+            def load(layer: int) -> dict[str, Tensor]:
+                stored = layer_tensors(self.checkpoint, architecture, layer)
+                names = [f"{matrix}.weight" for matrix in architecture.matrices]
+                return {name: source_tensor(architecture, stored, name, norms=plan.norms) for name in names}
+
+            # Not on disk: they depend on alpha, so a search would leave a file for every candidate.
+            self._rows[key] = [match for _, match in fuse_rows(load, architecture.matrices, plan.steps)]
+        return self._rows[key]
+
+    def _path(self, pair: tuple[int, int]) -> Path | None:
+        if self._folder is None:
+            return None
+        key = [_VERSION, self.checkpoint.identity, *pair, self.by, self._data]
+        return self._folder / f"alignment-{digest(key)}.safetensors"
+
+    @staticmethod
+    def _write(found: Permutations, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"_tmp.{os.getpid()}.{path.name}")
+        try:
+            save_file(dict(found), unfinished)
+            os.replace(unfinished, path)
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+            raise UserError(f"the alignment {path} cannot be written: {error}; free space on that disk") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _groups(plan: MergePlan) -> dict[int, list[int]]:
+    """For each layer that others are merged into and that is kept, all layers of its group, itself included."""
+    groups: dict[int, list[int]] = {}
+    for step in plan.steps:
+        groups.setdefault(step.into, [step.into]).extend(groups.pop(step.remove, [step.remove]))
+    return groups
+
+
+def layer_tensors(base: Mapping[str, Tensor], architecture: Architecture, layer: int) -> dict[str, Tensor]:
+    """A layer's tensors by relative name, as they are stored."""
+    prefix = architecture.layer_name(layer, "")
+    return {name.removeprefix(prefix): base[name] for name in base if name.startswith(prefix)}
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+def match_rows(reference: Tensor, other: Tensor) -> np.ndarray:
+    """The order of the other matrix's rows (n, m) that is nearest to the reference's, row by row (published).
+
+    Rows are divided by their norm + 1e-12; the cost is the Euclidean distance.
+    """
+    one, two = (w.float() / (w.float().norm(dim=1, keepdim=True) + _EPSILON) for w in (reference, other))
+    return assign(torch.cdist(one, two, compute_mode="use_mm_for_euclid_dist").numpy(force=True))
+
+
+def fuse_rows(
+    load: Callable[[int], dict[str, Tensor]],
+    matrices: Sequence[str],
+    steps: Sequence[MergeStep],
+    matches: Sequence[Mapping[str, np.ndarray]] | None = None,
+) -> Iterator[tuple[dict[str, Tensor], dict[str, np.ndarray]]]:
+    """Merge step by step, matching the removed layer's rows anew each time against what is fused so far.
+
+    load(layer): its tensors by relative name, float32: the matrices' weights and those biases that are merged, which
+    follow their matrix's rows. matches: those of an earlier call, used instead of matching again.
+    Yields for each step the layer that it gives and the order of rows of each matrix.
+    """
+    alive: dict[int, dict[str, Tensor]] = {}
+    for number, step in enumerate(steps):
+        into = alive.get(step.into) or load(step.into)
+        removed = alive.pop(step.remove, None) or load(step.remove)
+        found = {}
+        for matrix in matrices:
+            weight = f"{matrix}.weight"
+            if matches is not None:
+                found[matrix] = matches[number][matrix]
+            elif step.alpha == 1.0:  # nothing of it is used
+                found[matrix] = np.arange(len(removed[weight]))
+            else:
+                found[matrix] = match_rows(into[weight], removed[weight])
+        fused = {}
+        for name, own in into.items():
+            order = torch.from_numpy(found[name.rpartition(".")[0]])
+            fused[name] = step.alpha * own + (1.0 - step.alpha) * removed[name][order]
+        alive[step.into] = fused
+        yield fused, found

@@ -1,0 +1,337 @@
+"""`search`: the merge coefficients of a plan, by Bayesian optimisation or at random, beside every control.
+
+Everything that can be refused is refused before anything is written. What is finished is in the tables, and the same
+call again goes on from there.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raymerge.alignment import Aligner
+from raymerge.config import Config, ConfigError
+from raymerge.evaluation import Answers
+from raymerge.experiments.common import (
+    Inputs,
+    cache_of,
+    compute_trunk,
+    counted,
+    describe_workers,
+    draw_figures,
+    model_facts,
+    open_pool,
+    read_inputs,
+    settings_of,
+)
+from raymerge.experiments.planning import (
+    Similarity,
+    influence_plan,
+    recomputed_plan,
+    shuffled_plan,
+    similarity_of,
+    starting_plan,
+)
+from raymerge.experiments.reporting import Reporter
+from raymerge.fusion import check_mergeable
+from raymerge.inputs import REPORT, SEARCH
+from raymerge.merging import save_merged
+from raymerge.objectives import is_minimised, objective_subjects, score_answers
+from raymerge.plan import (
+    MergePlan,
+    PlanError,
+    base_plan,
+    before_last_plan,
+    drop_plan,
+    read_alpha_file,
+    tail_coefficients,
+)
+from raymerge.pool import WorkerPool, start_ray
+from raymerge.progress import Progress, Silent
+from raymerge.proposers import BayesProposer, RandomProposer
+from raymerge.search import choose_batch, run_search
+from raymerge.tables import RunDirectory
+
+FIXED_CONTROL = 0.62  # the constant that published coefficients amount to; see method, similarity_ratio
+
+
+def search(config: Config, *, command: Sequence[str] | None = None, progress: Progress | None = None) -> RunDirectory:
+    """Search the coefficients of a merge, and report the best beside every control.
+
+    Leaves in config.output.run: tables trials, plans, coefficients, answers, accuracy, comparisons, perplexity,
+    costs, receipts; models/BEST; figures; and the manifest. Searches on data.search_split, reports on
+    data.report_split. The same call again resumes; a complete run is returned as it is.
+
+    Raises ConfigError, PlanError, CheckpointError, DataError before anything is written, RunError where the run
+    directory cannot be used.
+    """
+    progress = progress or Silent()
+    inputs = read_inputs(config, (SEARCH, REPORT))
+    n_layers = inputs.checkpoint.n_layers
+    similarity = similarity_of(config, n_layers)
+    # With plan.recompute the merges come from the model; the similarity as it was collected shows what can be refused.
+    start = starting_plan(config.plan, n_layers, similarity)
+    probes = [read_alpha_file(path, n_layers) for path in config.search.probes]
+    _check(config, inputs, start, probes)
+    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", "plan", "search"), "search")
+    if run.complete:
+        progress.message("This run is complete; nothing is left to do.")
+        return run
+    run.begin()
+    with start_ray():
+        cache = cache_of(config, run)
+        if config.plan.recompute:
+            start = recomputed_plan(config, n_layers, cache, progress)
+            _check(config, inputs, start, probes)
+        return _Search(config, inputs, run, cache, start, similarity, progress, command).execute(probes)
+
+
+def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[MergePlan]) -> None:
+    """Refuse plans that cannot be merged, probes of other merges, and an objective about other subjects."""
+    merges, shape = config.plan.merges, [(step.into, step.remove) for step in start.steps]
+    if config.plan.selection == "tail" and (start.selection != "tail" or len(shape) != merges):
+        raise PlanError(
+            f"plan {start.name} has {len(shape)} steps, not a tail merge of plan.merges = {merges}; for the file's own "
+            "steps set plan.selection: list"
+        )
+    for plan in (start, *probes):
+        check_mergeable(inputs.checkpoint, plan)
+        if [(step.into, step.remove) for step in plan.steps] != shape:
+            raise PlanError(f"probe {plan.name} merges other layers than {start.name}: its alphas cannot be tried")
+    known_subjects = inputs.questions[SEARCH].subjects
+    if missing := sorted(set(objective_subjects(config.search.objective) or ()) - set(known_subjects)):
+        raise ConfigError(f"search.objective names {missing}, which are not among the {len(known_subjects)} subjects")
+
+
+class _Search:
+    """One run of the alpha search: its inputs, where results go, and the pool while it is open."""
+
+    pool: WorkerPool
+
+    def __init__(
+        self,
+        config: Config,
+        inputs: Inputs,
+        run: RunDirectory,
+        cache: str,
+        start: MergePlan,
+        similarity: Similarity | None,
+        progress: Progress,
+        command: Sequence[str] | None,
+    ):
+        self.config, self.inputs, self.run, self.cache = config, inputs, run, cache
+        self.start, self.similarity, self.progress, self.command = start, similarity, progress, command
+        self.identity = inputs.checkpoint.identity
+        self.reporter = Reporter(config, inputs, run)
+        # Whatever its coefficients turn out to be, a candidate changes nothing before its first merged layer.
+        self.template = self._candidate([0.5] * len(start.steps))
+        self.firsts = (self.template.resumes_at,)
+        self.facts: dict[str, Any] = {}
+
+    def _candidate(self, alphas: Sequence[float], name: str = "candidate", kind: str = "found") -> MergePlan:
+        return self.start.with_alphas(alphas, name=name, kind=kind)
+
+    def execute(self, probes: list[MergePlan]) -> RunDirectory:
+        began = time.monotonic()
+        merges = len(self.start.steps)
+        options = {"template": self.template, "firsts": self.firsts}
+        with open_pool(self.config, self.inputs, self.cache, **options) as pool:
+            self.pool = pool
+            self.facts["workers"] = describe_workers(pool, self.inputs)
+            self._align()
+            shards = compute_trunk(pool, self.inputs, self.progress)
+            trunk_seconds = time.monotonic() - began
+            controls = self._controls()
+            seconds_per_candidate = self._try_controls(controls)
+            self._search_coefficients("random", self.config.search.random_candidates, [], seconds_per_candidate)
+            known = [plan.alphas for plan in (self.start, *probes)] + [[1.0] * merges]
+            low, high = self.config.search.bounds
+            known = [alphas for alphas in known if all(low <= alpha <= high for alpha in alphas)]
+            name = self.config.search.searcher
+            self._search_coefficients(name, self.config.search.candidates, known, seconds_per_candidate)
+            plans = self._reported(controls)
+            self.reporter.report(pool, plans, shards, self.firsts, self.progress)
+        best = plans[-1]
+        model = self._save_best(best) if self.config.output.save_best else None
+        self.reporter.derive(plans, [(best, plan) for plan in plans[:-1]])
+        scripts = ("alphas.py", "accuracy.py")
+        figures = draw_figures(self.run, scripts, self.progress) if self.config.output.figures else []
+        self.run.write_manifest(
+            "complete",
+            command=self.command,
+            seeds={"data": self.config.data.seed, "search": self.config.search.seed},
+            best={"name": best.name, "plan_id": best.plan_id(self.identity), "alphas": best.alphas, "model": model},
+            figures=figures,
+            trunk_seconds=round(trunk_seconds, 3),
+            **model_facts(self.config, self.inputs),
+            **self.facts,
+        )
+        return self.run
+
+    # -- the trunk and the controls
+
+    def _align(self) -> None:
+        """Alignments of neighbours, in parallel, before any worker needs them all."""
+        if self.start.alignment != "neurons":
+            return
+        pairs = Aligner.pairs(self.template)
+        self.progress.stage("aligning neurons (pairs of layers)", len(pairs))
+        self.pool.map("align", pairs, counted(self.progress))
+
+    def _controls(self) -> list[MergePlan]:
+        """The unmerged model, both ways of dropping, the constant, what a similarity run offers, and the start."""
+        n_layers, merges, start = self.inputs.checkpoint.n_layers, len(self.start.steps), self.start
+        controls = [
+            base_plan(n_layers),
+            drop_plan(n_layers, merges),
+            before_last_plan(n_layers, merges),
+            *influence_plan(self.similarity, merges),
+            start.with_alphas([FIXED_CONTROL] * merges, name=f"fixed_{FIXED_CONTROL}", kind="fixed"),
+        ]
+        plan = self.config.plan
+        if self.similarity is not None and (plan.base.startswith("similarity") or plan.selection == "most_similar"):
+            controls.append(shuffled_plan(plan, n_layers, self.similarity))
+        if (start.alignment, start.norms) != ("none", "keep"):
+            controls.append(replace(start, name=f"{start.name}_plain", alignment="none", norms="keep"))
+        same = [control for control in controls if control.plan_id("") == start.plan_id("")]
+        return controls if same else [*controls, start]
+
+    def _try_controls(self, controls: list[MergePlan]) -> float:
+        """Judge the controls on the search questions, as rows of `trials`; seconds that a candidate takes."""
+        questions = self.inputs.questions[SEARCH]
+        answers = np.array([question.answer for question in questions.questions])
+        subjects = [question.subject for question in questions.questions]
+        tail = [plan for plan in controls if plan.steps]
+        self.progress.stage("controls on the search questions", len(tail))
+        found = self.pool.map(
+            "answers",
+            [(plan, SEARCH, None, False) for plan in tail],
+            counted(self.progress),
+        )
+        objective, trials = self.config.search.objective, []
+        for iteration, (plan, result) in enumerate(zip(tail, found, strict=True)):
+            score = score_answers(objective, result.logits, answers, subjects)
+            trials.append(
+                {
+                    "searcher": "controls",
+                    "iteration": iteration,
+                    "batch": 0,
+                    "tune_trial": "",
+                    "actor": "",
+                    "seed": self.config.search.seed,
+                    "plan_id": plan.plan_id(self.identity),
+                    "alphas": plan.alphas,
+                    "objective": objective,
+                    **score._asdict(),
+                    "n_questions": len(subjects),
+                    "seconds": 0.0,
+                    "status": "ok",
+                }
+            )
+            self.reporter.store_answers(plan, SEARCH, result)
+        self.run.append("trials", trials, part="controls")
+        # The second call is warm: the first has set up the scorer.
+        timed = self.pool.broadcast("score", [self.start.alphas])
+        return max(results[0]["seconds"] for results in timed)
+
+    # -- the search
+
+    def _search_coefficients(
+        self, searcher: str, candidates: int, known: list[list[float]], seconds_per_candidate: float
+    ) -> None:
+        """Try candidates until `candidates` rows of `trials` have this searcher's name."""
+        settings = self.config.search
+        if searcher == "random" and settings.searcher == "random" and candidates != settings.candidates:
+            return  # The search itself is random: a smaller random control beside it would say nothing more.
+        done = [row for row in self.run.read("trials").to_pylist() if row["searcher"] == searcher]
+        concurrent = self.pool.count if settings.concurrent == "auto" else min(settings.concurrent, self.pool.count)
+        batch = settings.batch
+        if batch == "auto":
+            batch = choose_batch(seconds_per_candidate, candidates, concurrent)
+        common = {"dimensions": len(self.start.steps), "bounds": settings.bounds, "seed": settings.seed}
+        if searcher == "bayes":
+            warp = tail_coefficients if self.start.selection == "tail" else None
+            proposer = BayesProposer(**common, initial=settings.initial, known=known, warp=warp)
+        else:
+            proposer = RandomProposer(**common, known=known)
+        self.progress.stage(f"{searcher} search, {settings.objective}", candidates)
+        outcome = run_search(
+            self.pool,
+            proposer,
+            searcher=searcher,
+            objective=settings.objective,
+            minimise=is_minimised(settings.objective),
+            candidates=candidates,
+            batch=batch,
+            concurrent=concurrent,
+            seed=settings.seed,
+            record=self._record,
+            replayed=done,
+            plan_id_of=lambda alphas: self._candidate(alphas).plan_id(self.identity),
+            on_progress=lambda n, best: self.progress.advance(n, "" if best is None else f"best {best:.4f}"),
+            storage_path=str(Path(self.cache).absolute() / "tune"),
+        )
+        self.facts[f"{searcher}_search"] = {
+            "batch": batch,
+            "concurrent": concurrent,
+            "seconds_per_candidate": round(seconds_per_candidate, 5),
+            "wall_seconds": round(outcome.wall_seconds, 3),
+            "share_not_scoring": outcome.share_not_scoring,
+            "candidates_this_call": outcome.finished,
+        }
+
+    def _record(self, part: str, trials: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
+        """Store one finished batch; the searcher is told only after this returns."""
+        if self.config.output.store_candidate_answers:
+            for trial, result in zip(trials, results, strict=True):
+                if trial["status"] == "ok":
+                    logits = result["logits"]
+                    n = len(logits)
+                    empty = np.full(n, np.nan)
+                    self.reporter.store_answers(
+                        self._candidate(trial["alphas"]),
+                        SEARCH,
+                        Answers(np.arange(n), logits, empty, empty, empty, empty),
+                    )
+        self.run.append("trials", trials, part=part)
+
+    def _best(self, searcher: str, name: str, kind: str) -> MergePlan | None:
+        """The best finished candidate of a searcher; ties go to the lower NLL, then to the earlier."""
+        trials = self.run.read("trials").to_pylist()
+        trials = [row for row in trials if row["searcher"] == searcher and row["status"] == "ok"]
+        if not trials:
+            return None
+        sign = -1.0 if is_minimised(self.config.search.objective) else 1.0
+        best = max(trials, key=lambda row: (sign * row["value"], -row["nll"], -row["iteration"]))
+        return self._candidate(best["alphas"], name, kind)
+
+    # -- the report
+
+    def _reported(self, controls: list[MergePlan]) -> list[MergePlan]:
+        """Every plan that is evaluated on the report questions; the best found is the last."""
+        searcher = self.config.search.searcher
+        found = self._best(searcher, f"found_{searcher}", "found")
+        if found is None:
+            raise RuntimeError("every candidate of the search failed: the errors stand in table trials")
+        random = self._best("random", "random", "random") if searcher != "random" else None
+        return controls + ([random] if random else []) + [found]
+
+    def _save_best(self, best: MergePlan) -> str:
+        """The merged checkpoint in models/, with plan, alphas and receipts beside the weights."""
+        where = self.run.path_of("models", best.name)
+        if self.run.is_local and Path(where).exists():
+            return where
+        self.progress.stage("saving the merged model", 1)
+        with tempfile.TemporaryDirectory(dir=Path(where).parent.parent if self.run.is_local else None) as scratch:
+            folder = Path(scratch) / best.name
+            aligner = Aligner(self.inputs.checkpoint, Path(self.cache), by=self.config.plan.align_by)
+            save_merged(self.inputs.checkpoint, best, folder, aligner=aligner)
+            uploaded = self.run.upload(folder, "models", best.name)
+        self.progress.advance(1)
+        return uploaded

@@ -1,0 +1,333 @@
+"""`similarity`, `import_similarity` and `sensitivity`: how alike a model's layers are, on which prompts, how surely."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raymerge.activations import Activations
+from raymerge.config import Config, ConfigError
+from raymerge.embedding import embed_layers
+from raymerge.experiments.common import (
+    Inputs,
+    cache_of,
+    counted,
+    describe_workers,
+    draw_figures,
+    model_facts,
+    open_pool,
+    read_inputs,
+    settings_of,
+)
+from raymerge.inputs import SUBSETS, Subset
+from raymerge.pool import start_ray
+from raymerge.progress import Progress, Silent
+from raymerge.reliability import Correlation, Study, correlate, correlate_matrices
+from raymerge.sensitivity import recipe_of
+from raymerge.tables import RunDirectory
+
+Row = dict[str, Any]
+
+_IDENTITY = 0.9  # effective rank as a share of N from which a kernel is all but the identity
+_CONSTANT = 1.05  # effective rank below which a kernel is all but constant
+_FOREIGN = "imported"  # measure, embedding and language of matrices that other programs made
+
+
+def similarity(
+    config: Config, *, command: Sequence[str] | None = None, progress: Progress | None = None
+) -> RunDirectory:
+    """Compare the layers of one model on every subset of prompts: matrices with their noise, and their correlations.
+
+    Leaves in config.output.run: tables similarity, similarity_correlation, embeddings, degeneracy, samples,
+    block_influence; figures; the manifest. Subsets are shared out over the workers; activations that are collected
+    are not collected again. Raises ConfigError, CheckpointError, DataError before anything is written, RunError where
+    the run directory cannot be used, SimilarityError and ActivationError where the prompts cannot be compared.
+    """
+    progress = progress or Silent()
+    inputs = read_inputs(config, (SUBSETS,), text=False)
+    recipe_of(config.similarity)
+    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", "similarity"), "similarity")
+    if run.complete:
+        progress.message("This run is complete; nothing is left to do.")
+        return run
+    run.begin()
+    cache = cache_of(config, run)
+    with start_ray(), open_pool(config, inputs, cache, most=len(inputs.subsets)) as pool:
+        workers = describe_workers(pool, inputs)
+        progress.stage("similarity (subsets)", len(inputs.subsets))
+
+        def store(number: int, result: tuple[Study, Activations, int]) -> None:
+            _store(config, run, inputs.subsets[number], *result[:2])
+
+        results = pool.map("similarity", range(len(inputs.subsets)), counted(progress, then=store))
+    studies = [found for found, _, _ in results]
+    run.replace("similarity_correlation", _correlations(config.similarity.measure, inputs.subsets, studies))
+    distinct = [count for _, _, count in results]
+    warnings = _repeated_samples(config, inputs.subsets, distinct) + degenerate_layers(run)
+    for warning in warnings:
+        progress.message(warning)
+    scripts = ["heatmaps.py", *(["correlations.py"] if len(studies) > 1 else [])]
+    scripts += ["embeddings.py"] if run.has("embeddings") else []
+    figures = draw_figures(run, scripts, progress) if config.output.figures else []
+    run.write_manifest(
+        "complete",
+        command=command,
+        seeds={"similarity": config.similarity.seed},
+        workers=workers,
+        figures=figures,
+        warnings=warnings,
+        **model_facts(config, inputs),
+    )
+    return run
+
+
+def _store(config: Config, run: RunDirectory, subset: Subset, found: Study, activations: Activations) -> None:
+    """The rows of one subset, as one part of each table."""
+    settings = config.similarity
+    common = {"subset": subset.name, "language": subset.language}
+    part = f"{subset.name}-{subset.language}"
+    run.append("samples", sample_rows(subset), part=part)
+    run.append(
+        "block_influence",
+        [
+            common | {"layer": layer, "value": float(value), "n_samples": found.n_samples}
+            for layer, value in enumerate(activations.block_influence)
+        ],
+        part=part,
+    )
+    if settings.measure in ("npib", "gaussian"):
+        coordinates, rank, mass = embed_layers(
+            activations.distances,
+            method=settings.embedding,
+            dimensions=settings.dimensions,
+            sigma=settings.sigma,
+            anisotropy=settings.anisotropy,
+            random_state=settings.seed,
+        )
+        run.append("embeddings", embedding_rows(common, settings.embedding, coordinates), part=part)
+        run.append(
+            "degeneracy",
+            [
+                common | {"layer": layer, "effective_rank": float(r), "off_diagonal_mass": float(m)}
+                for layer, (r, m) in enumerate(zip(rank, mass, strict=True))
+                if np.isfinite(r)
+            ],
+            part=part,
+        )
+    embedding = settings.embedding if settings.measure in ("npib", "gaussian") else "none"
+    names = common | {"measure": settings.measure, "embedding": embedding}
+    run.append("similarity", similarity_rows(names, found), part=part)
+
+
+def sample_rows(subset: Subset) -> list[Row]:
+    """Which prompts a subset's matrix is made of."""
+    return [
+        {
+            "subset": subset.name,
+            "language": subset.language,
+            "sample": number,
+            "subject": question.subject,
+            "split": question.split,
+            "question_id": question.question_id,
+            "content_hash": question.content_hash,
+        }
+        for number, question in enumerate(subset.questions.questions)
+    ]
+
+
+def embedding_rows(common: Row, embedding: str, coordinates: np.ndarray) -> list[Row]:
+    """Every sample's coordinates (L, N, d) at every layer."""
+    return [
+        common | {"embedding": embedding, "layer": layer, "sample": sample, "coordinate": axis, "value": float(value)}
+        for (layer, sample, axis), value in np.ndenumerate(coordinates)
+    ]
+
+
+def similarity_rows(names: Row, found: Study) -> list[Row]:
+    """Every entry of a matrix with its null and interval; undefined entries are null with a note, never NaN."""
+    rows = []
+    for (i, j), value in np.ndenumerate(found.matrix.values):
+        rows.append(
+            names
+            | {
+                "layer_i": i,
+                "layer_j": j,
+                "value": _known(value),
+                "null_mean": _known(found.null_mean[i, j]),
+                "null_p95": _known(found.null_p95[i, j]),
+                "ci_low": _known(found.ci_low[i, j]),
+                "ci_high": _known(found.ci_high[i, j]),
+                "n_samples": found.n_samples,
+                "note": found.matrix.notes.get((i, j)),
+            }
+        )
+    return rows
+
+
+def _known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _correlations(measure: str, subsets: Sequence[Subset], studies: Sequence[Study]) -> list[Row]:
+    named = list(zip(subsets, studies, strict=True))
+    return [
+        correlation_row(measure, (a.name, a.language), (b.name, b.language), correlate(x, y))
+        for (a, x), (b, y) in combinations(named, 2)
+    ]
+
+
+def correlation_row(measure: str, a: tuple[str, str], b: tuple[str, str], found: Correlation) -> Row:
+    """One row of `similarity_correlation`; a and b are (subset, language)."""
+    return {
+        "subset_a": a[0],
+        "language_a": a[1],
+        "subset_b": b[0],
+        "language_b": b[1],
+        "measure": measure,
+        "pearson": found.pearson,
+        "pearson_off_diagonal": found.pearson_off_diagonal,
+        "ci_low": found.ci_low,
+        "ci_high": found.ci_high,
+        "reliability_a": found.reliability_a,
+        "reliability_b": found.reliability_b,
+    }
+
+
+def _repeated_samples(config: Config, subsets: Sequence[Subset], distinct: Sequence[int]) -> list[str]:
+    """Warnings of samples that are the same: those of one subject share their few-shot prefix, which may fill
+    max_tokens (532 and 1,392 tokens of 512 for the two legal subjects, whose 40 samples are then 2)."""
+    return [
+        f"{subset.name} ({subset.language}): only {count} of {config.similarity.samples} samples differ in their first "
+        f"{config.similarity.max_tokens} tokens: set similarity.shots to 0, pooling to last, or raise max_tokens"
+        for subset, count in zip(subsets, distinct, strict=True)
+        if count < config.similarity.samples
+    ]
+
+
+def degenerate_layers(run: RunDirectory) -> list[str]:
+    """Warnings of diffusion maps that are noise: kernels that are all but the identity, or all but constant."""
+    sizes = Counter((row["subset"], row["language"]) for row in run.read("samples").to_pylist())
+    bad: dict[tuple[str, str, str], list[int]] = {}
+    for row in run.read("degeneracy").to_pylist():
+        key = row["subset"], row["language"]
+        if row["effective_rank"] > _IDENTITY * sizes[key]:
+            bad.setdefault((*key, "below"), []).append(row["layer"])
+        elif row["effective_rank"] < _CONSTANT:
+            bad.setdefault((*key, "above"), []).append(row["layer"])
+    return [
+        f"{subset} ({language}): the diffusion map is degenerate in {len(layers)} layers ({_ranges(layers)}): the "
+        f"bandwidth is far {side} the distances ("
+        + (f"effective rank above {_IDENTITY:.0%} of the samples" if side == "below" else "effective rank near 1")
+        + "); similarities there are noise. Try similarity.sigma: median"
+        for (subset, language, side), layers in bad.items()
+    ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+# -- matrices from elsewhere ----------------------------------------------------------------------------------------
+
+
+def import_similarity(
+    files: Sequence[str | Path], out: str, *, command: Sequence[str] | None = None, progress: Progress | None = None
+) -> RunDirectory:
+    """Bring foreign (L, L) matrices in .npy files into a run: subset = file stem without a trailing `_40s`.
+
+    Leaves tables similarity (without noise: the samples are not at hand) and similarity_correlation. Raises ConfigError
+    for a file that is no square matrix, files of different sizes or two of one name.
+    """
+    progress = progress or Silent()
+    matrices = {_subset_name(Path(file)): _read_matrix(Path(file)) for file in files}
+    if len(matrices) < len(files):
+        raise ConfigError(f"{len(files)} files give {len(matrices)} subset names ({', '.join(matrices)}): rename some")
+    sizes = {name: len(matrix) for name, matrix in matrices.items()}
+    if len(set(sizes.values())) > 1:
+        raise ConfigError(f"the matrices are of different numbers of layers, {sizes}: they cannot be compared")
+    run = RunDirectory.open(out, {"files": [str(Path(file).resolve()) for file in files]}, "import-similarity")
+    run.begin()
+    rows = []
+    for name, matrix in matrices.items():
+        names = {"subset": name, "language": _FOREIGN, "measure": _FOREIGN, "embedding": _FOREIGN, "n_samples": 0}
+        rows += [
+            names | {"layer_i": i, "layer_j": j, "value": _known(value)} for (i, j), value in np.ndenumerate(matrix)
+        ]
+    run.replace("similarity", rows)
+    found = [
+        correlation_row(_FOREIGN, (a, _FOREIGN), (b, _FOREIGN), correlate_matrices(x, y))
+        for (a, x), (b, y) in combinations(matrices.items(), 2)
+    ]
+    run.replace("similarity_correlation", found)
+    scripts = ["heatmaps.py", *(["correlations.py"] if found else [])]
+    run.write_manifest("complete", command=command, figures=draw_figures(run, scripts, progress))
+    return run
+
+
+def _subset_name(file: Path) -> str:
+    return file.stem.removesuffix("_40s")
+
+
+def _read_matrix(file: Path) -> np.ndarray:
+    try:
+        matrix = np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read as a NumPy array: {error}") from error
+    if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
+        shape = getattr(matrix, "shape", type(matrix).__name__)
+        raise ConfigError(f"{file} holds {shape}, but must hold an (L, L) matrix of at least two layers")
+    if not np.issubdtype(matrix.dtype, np.number) or np.iscomplexobj(matrix):
+        raise ConfigError(f"{file} holds {matrix.dtype}, but must hold real numbers")
+    return matrix.astype(np.float64)
+
+
+# -- sensitivity ----------------------------------------------------------------------------------------------------
+
+
+def sensitivity(
+    config: Config, *, command: Sequence[str] | None = None, progress: Progress | None = None
+) -> RunDirectory:
+    """Vary every setting of the similarity section, one at a time: does it change the matrices, or the plans?
+
+    Leaves table sensitivity, one figure, the manifest. Errors as `similarity`.
+    """
+    progress = progress or Silent()
+    inputs = read_inputs(config, (SUBSETS,), text=False)
+    _check_ranges(config, inputs)
+    run = RunDirectory.open(
+        config.output.run, settings_of(config, "model", "data", "similarity", "sensitivity"), "sensitivity"
+    )
+    if run.complete:
+        progress.message("This run is complete; nothing is left to do.")
+        return run
+    run.begin()
+    with start_ray(), open_pool(config, inputs, cache_of(config, run), most=len(inputs.subsets)) as pool:
+        workers = describe_workers(pool, inputs)
+        progress.stage("sensitivity (subsets)", len(inputs.subsets))
+        found = pool.map("sensitivity", range(len(inputs.subsets)), counted(progress))
+    run.replace("sensitivity", [row for rows in found for row in rows])
+    figures = draw_figures(run, ["sensitivity.py"], progress) if config.output.figures else []
+    run.write_manifest("complete", command=command, workers=workers, figures=figures, **model_facts(config, inputs))
+    return run
+
+
+def _check_ranges(config: Config, inputs: Inputs) -> None:
+    merges, n_layers = config.sensitivity.merges, inputs.checkpoint.n_layers
+    if merges >= n_layers:
+        raise ConfigError(f"sensitivity.merges is {merges}, but the model has {n_layers} layers: lower it")
+    if too_many := [count for count in config.sensitivity.samples if count > config.similarity.samples]:
+        raise ConfigError(
+            f"sensitivity.samples {too_many} are more than the {config.similarity.samples} of similarity.samples"
+        )

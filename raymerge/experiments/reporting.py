@@ -1,0 +1,129 @@
+"""What plans reach on the report questions and on plain text, and the tables that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow.compute as pc
+
+from raymerge import rows
+from raymerge.config import Config
+from raymerge.evaluation import Answers
+from raymerge.experiments.common import Inputs
+from raymerge.inputs import REPORT, SEARCH, TEXT
+from raymerge.plan import MergePlan
+from raymerge.pool import WorkerPool
+from raymerge.progress import Progress
+from raymerge.tables import RunDirectory, derive_accuracy
+
+
+class Reporter:
+    """Stores what plans answer, once each: a plan whose rows are there is not asked again."""
+
+    def __init__(self, config: Config, inputs: Inputs, run: RunDirectory):
+        self.config, self.inputs, self.run = config, inputs, run
+        self.identity = inputs.checkpoint.identity
+
+    def store_answers(self, plan: MergePlan, role: str, answers: Answers) -> None:
+        """One part of `answers`."""
+        data = self.config.data
+        if role == SEARCH and data.search_split == data.report_split:
+            return  # The report answers the same split; rows are told apart by split.
+        plan_id = plan.plan_id(self.identity)
+        table = rows.answer_table(plan_id, self.inputs.questions[role], answers)
+        self.run.append("answers", table, part=f"{role}-{plan_id}")
+
+    def report(
+        self,
+        pool: WorkerPool,
+        plans: Sequence[MergePlan],
+        shards: dict[str, int],
+        firsts: Sequence[int],
+        progress: Progress,
+    ) -> None:
+        """Answers on the report questions, plain-text perplexity and receipts of every plan, in one parallel pass.
+
+        shards: the number of shards by role (and TEXT); firsts: layers whose inputs the workers have cached.
+        """
+        data = self.config.data
+        answered = self.run.read("answers", ["plan_id", "split"]).to_pylist()
+        answered = {row["plan_id"] for row in answered if row["split"] == data.report_split}
+        texts = self.run.read("perplexity", ["plan_id", "target"]).to_pylist()
+        measured = {row["plan_id"] for row in texts if row["target"] == "text"}
+        proved = set(self.run.read("receipts", ["plan_id"])["plan_id"].to_pylist())
+        jobs: dict[tuple[str, str], tuple[MergePlan, list]] = {}
+        for plan in plans:
+            plan_id = plan.plan_id(self.identity)
+            if plan_id not in answered:
+                # One layer at the last positions goes in one piece; whole layers, and prompt tokens, shard by shard.
+                at_once = plan.ends_at_once and plan.resumes_at in firsts and not data.question_perplexity
+                numbers = [None] if at_once else range(shards[REPORT])
+                items = [(plan, REPORT, number, data.question_perplexity) for number in numbers]
+                jobs["answers", plan_id] = plan, items
+            if shards.get(TEXT) and plan_id not in measured:
+                jobs["text_nll", plan_id] = plan, [(plan, number) for number in range(shards[TEXT])]
+            if plan_id not in proved:
+                jobs["receipts", plan_id] = plan, [plan]
+        tasks = [(key, item) for key, (_, items) in jobs.items() for item in items]
+        progress.stage(f"report on {data.report_split}", len(tasks))
+        results: dict[tuple[str, str], list] = {key: [] for key in jobs}
+        done = 0
+
+        def finished(number: int, result: Any) -> None:
+            nonlocal done
+            done += 1
+            progress.advance(done)
+            key = tasks[number][0]
+            results[key].append(result)
+            plan, items = jobs[key]
+            if len(results[key]) == len(items):
+                self._store(key[0], plan, results.pop(key))
+
+        pool.map("run", [(key[0], item) for key, item in tasks], finished)
+
+    def _store(self, method: str, plan: MergePlan, results: list) -> None:
+        """Store what one plan answered, its perplexity of the text, or what it changed, as one part."""
+        plan_id = plan.plan_id(self.identity)
+        if method == "text_nll":
+            losses, tokens = (sum(values) for values in zip(*results, strict=True))
+            self.run.append("context", rows.position_rows(plan_id, losses, tokens), part=f"text-{plan_id}")
+            row = rows.text_perplexity_row(plan_id, losses, tokens, self.inputs.text)
+            self.run.append("perplexity", [row], part=f"text-{plan_id}")
+            return
+        if method == "receipts":
+            self.run.append("receipts", rows.receipt_rows(plan_id, results[0]), part=plan_id)
+            return
+        answers = Answers.join(results)
+        if self.config.data.question_perplexity:
+            found = rows.question_perplexity_rows(plan_id, self.inputs.questions[REPORT], answers)
+            self.run.append("perplexity", found, part=f"question-{plan_id}")
+        # Last: a plan whose answers are stored is not asked again.
+        self.store_answers(plan, REPORT, answers)
+
+    def derive(
+        self,
+        plans: Sequence[MergePlan],
+        compared: Iterable[tuple[MergePlan, MergePlan]],
+        *,
+        speeds: Mapping[int, float] | None = None,
+    ) -> None:
+        """The tables that follow from others or from the plans: written whole, so that nothing is there twice.
+
+        speeds: tokens per second of generation, by number of layers.
+        """
+        checkpoint = self.inputs.checkpoint
+        named = {plan: plan.plan_id(self.identity) for plan in plans}
+        self.run.replace("plans", [row for plan, key in named.items() for row in rows.plan_rows(plan, key)])
+        once = {key: plan for plan, key in named.items()}
+        self.run.replace(
+            "coefficients", [row for key, plan in once.items() for row in rows.coefficient_rows(plan, key)]
+        )
+        costs = [rows.cost_row(plan, key, checkpoint) for key, plan in once.items()]
+        self.run.replace("costs", [row | {"tokens_per_second": (speeds or {}).get(row["layers"])} for row in costs])
+        answers = self.run.read("answers")
+        self.run.replace("accuracy", derive_accuracy(answers))
+        split = self.config.data.report_split
+        answers = answers.filter(pc.equal(answers["split"], split))
+        pairs = dict.fromkeys((named[a], named[b]) for a, b in compared if named[a] != named[b])
+        self.run.replace("comparisons", [row for a, b in pairs for row in rows.comparison_rows(split, answers, a, b)])

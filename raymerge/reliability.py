@@ -1,0 +1,199 @@
+"""How much of a similarity matrix, and of the correlation of two, is the choice of the samples (layer 0)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.stats import norm
+
+from raymerge.diffusion import SimilarityError
+from raymerge.similarity import Recipe, SimilarityMatrix, compute, features, measure, pearson, smallest_sample
+
+
+@dataclass(frozen=True)
+class Study:
+    """A matrix with its noise. All arrays float64; where the matrix is undefined, null and interval are NaN.
+
+    matrix: over all `n_samples` samples.
+    null_mean, null_p95: (L, L), mean and 95th percentile of what unrelated layers score.
+    ci_low, ci_high: (L, L), the interval.
+    draws: (B, L, L), matrices over random subsets of `draw_size` samples.
+    halves: (H, 2, L, L), matrices over two halves of the samples; H is 0 where halves are too small to compute.
+    """
+
+    matrix: SimilarityMatrix
+    null_mean: np.ndarray
+    null_p95: np.ndarray
+    ci_low: np.ndarray
+    ci_high: np.ndarray
+    draws: np.ndarray
+    draw_size: int
+    halves: np.ndarray
+    n_samples: int
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Pearson correlations of two matrices; None where there are no samples to judge by, or nothing is defined.
+
+    pearson: over the flattened matrices, diagonal included (as published). pearson_off_diagonal: each pair of
+    different layers once; `ci_low` and `ci_high` are its interval. reliability_a, reliability_b: see `reliability`.
+    """
+
+    pearson: float
+    pearson_off_diagonal: float
+    ci_low: float | None
+    ci_high: float | None
+    reliability_a: float | None
+    reliability_b: float | None
+
+
+def study(
+    recipe: Recipe,
+    distances: np.ndarray | None,
+    states: np.ndarray | None = None,
+    *,
+    null_draws: int = 20,
+    interval_draws: int = 40,
+    half_draws: int = 20,
+    confidence: float = 0.95,
+    random_state: int = 0,
+) -> Study:
+    """Compute a matrix (see `similarity.compute`) with a null model, intervals and halves.
+
+    Null: the samples of the second layer of each pair are shuffled, each layer by an order of its own.
+    Intervals: normal-theory, around the matrix, by the delete-d jackknife with d = N // 5 (`jackknife_variance`). No
+    bootstrap, as duplicated samples are neighbours at distance 0. The same N, interval_draws and random_state give the
+    same subsets: where the samples of two studies are translations of one another, so are those of each draw.
+    Halves: random splits into two times N // 2 samples.
+
+    A subset is computed as if it were all there is. Too few samples for a subset's matrix raise SimilarityError; too
+    few for a half's leave `halves` empty.
+    """
+    if null_draws < 1 or interval_draws < 2 or half_draws < 0:
+        raise SimilarityError(
+            f"null_draws {null_draws}, interval_draws {interval_draws} and half_draws {half_draws} should be at least "
+            "1, 2 and 0"
+        )
+    quantile = _quantile(confidence)
+    values = features(recipe, distances, states)
+    matrix = measure(recipe, values)
+    n_layers, n = values.shape[:2]
+    streams = [np.random.default_rng(seed) for seed in np.random.SeedSequence(random_state).spawn(3)]
+    orders = np.tile(np.arange(n), (n_layers, 1))
+    null = [measure(recipe, values, permutations=streams[0].permuted(orders, axis=1)).values for _ in range(null_draws)]
+
+    def of(rows):
+        return compute(recipe, distances, states, rows=rows).values
+
+    size = n - max(1, n // 5)
+    draws = np.stack([of(streams[1].permutation(n)[:size]) for _ in range(interval_draws)])
+    half = n // 2
+    splits = [streams[2].permutation(n) for _ in range(half_draws if half >= smallest_sample(recipe) else 0)]
+    halves = [[of(order[:half]), of(order[half : 2 * half])] for order in splits]
+
+    undefined = np.isnan(matrix.values)
+    margin = quantile * np.sqrt(jackknife_variance(draws, size, n))
+    margin[undefined] = np.nan
+    null_mean, null_p95 = np.mean(null, axis=0), np.percentile(null, 95, axis=0)
+    null_mean[undefined] = null_p95[undefined] = np.nan
+    return Study(
+        matrix=matrix,
+        null_mean=null_mean,
+        null_p95=null_p95,
+        ci_low=matrix.values - margin,
+        ci_high=matrix.values + margin,
+        draws=draws,
+        draw_size=size,
+        halves=np.array(halves).reshape(len(halves), 2, n_layers, n_layers),
+        n_samples=n,
+    )
+
+
+def jackknife_variance(draws: np.ndarray, draw_size: int, n_samples: int) -> np.ndarray:
+    """Variance of a statistic over N samples, from `draws` (B, ...) of it over random subsets of m of them.
+
+    m / (N - m) times the variance of the draws: the delete-d jackknife of Shao and Wu (Annals of Statistics 17, 1989,
+    p. 1176), d = N - m, with B random subsets instead of all. For a mean its expectation is s^2 / N exactly: a mean of
+    m out of N has variance s^2 (1/m - 1/N). The draws' variance is unbiased (over B - 1), as the mean that they scatter
+    around is their own. A NaN leaves its draw out; fewer than 2 draws give NaN.
+    """
+    defined = np.isfinite(draws)
+    count = defined.sum(axis=0)
+    mean = np.where(defined, draws, 0).sum(axis=0) / np.maximum(count, 1)
+    scatter = np.sum(np.where(defined, draws - mean, 0) ** 2, axis=0) / np.maximum(count - 1, 1)
+    return np.where(count >= 2, draw_size / (n_samples - draw_size) * scatter, np.nan)
+
+
+def reliability(found: Study) -> float | None:
+    """Correlation that this matrix would have, off the diagonal, with one over N other samples of the same kind.
+
+    The mean correlation r of two halves' matrices, stepped up from N / 2 to N samples by Spearman and Brown's
+    2 r / (1 + r). 1: the samples do not matter; 0: the pattern between layers is noise. None where the study has no
+    halves or none that can be correlated.
+
+    Noise weakens correlations: two matrices whose true patterns agree fully still correlate by no more than
+    sqrt(reliability_a reliability_b) in expectation (Spearman, 1904). That is the ceiling against which the correlation
+    of two subsets is to be read: at the ceiling they do not differ as far as these samples can tell.
+    """
+    r = [_off_diagonal(first, second) for first, second in found.halves]
+    r = [value for value in r if np.isfinite(value)]
+    if not r or np.mean(r) <= -1:
+        return None
+    return float(2 * np.mean(r) / (1 + np.mean(r)))
+
+
+def correlate(a: Study, b: Study, *, confidence: float = 0.95) -> Correlation:
+    """Correlate two studies' matrices, with an interval off the diagonal and both reliabilities.
+
+    The interval is the jackknife's on Fisher's z, transformed back. It is of the correlation of N samples' matrices,
+    which noise weakens (see `reliability`), not of the patterns behind them. Draw s of one study is correlated with
+    draw s of the other, so that samples common to both (translations) vary together; of unrelated samples, the
+    variances add up either way. With unlike numbers of samples or draws they are added up: each study's draws against
+    the other's whole matrix.
+    """
+    bare = correlate_matrices(a.matrix, b.matrix)
+    if (a.n_samples, a.draw_size, len(a.draws)) == (b.n_samples, b.draw_size, len(b.draws)):
+        pairs = [(a, zip(a.draws, b.draws, strict=True))]
+    else:
+        whole_a, whole_b = a.matrix.values, b.matrix.values
+        pairs = [(a, ((draw, whole_b) for draw in a.draws)), (b, ((whole_a, draw) for draw in b.draws))]
+    variance = sum(
+        jackknife_variance(_z(np.array([_off_diagonal(x, y) for x, y in drawn])), source.draw_size, source.n_samples)
+        for source, drawn in pairs
+    )
+    margin = _quantile(confidence) * np.sqrt(variance)
+    low, high = np.tanh(_z(np.array(bare.pearson_off_diagonal)) + np.array([-margin, margin]))
+    known = bool(np.isfinite(margin))
+    return replace(
+        bare,
+        ci_low=float(low) if known else None,
+        ci_high=float(high) if known else None,
+        reliability_a=reliability(a),
+        reliability_b=reliability(b),
+    )
+
+
+def correlate_matrices(a: SimilarityMatrix | np.ndarray, b: SimilarityMatrix | np.ndarray) -> Correlation:
+    """Correlate two matrices (L, L) whose samples are not at hand: no interval, no reliabilities."""
+    a, b = (m.values if isinstance(m, SimilarityMatrix) else m for m in (a, b))
+    return Correlation(pearson(a, b), pearson(a, b, off_diagonal=True), None, None, None, None)
+
+
+def _quantile(confidence: float) -> float:
+    """Half the width, in standard errors, of a normal-theory interval."""
+    if not 0 < confidence < 1:
+        raise SimilarityError(f"confidence is {confidence}, but should lie between 0 and 1, for example 0.95")
+    return float(norm.ppf((1 + confidence) / 2))
+
+
+def _off_diagonal(a: np.ndarray, b: np.ndarray) -> float:
+    try:
+        return pearson(a, b, off_diagonal=True)
+    except SimilarityError:
+        return float("nan")  # a draw without a correlation is left out
+
+
+def _z(r: np.ndarray) -> np.ndarray:
+    return np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))  # finite for equal matrices

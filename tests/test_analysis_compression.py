@@ -1,0 +1,303 @@
+"""The compression script on synthetic sweeps: curves, stability, paired differences, context."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from raymerge.tables import RunDirectory, RunError
+
+ANALYSIS = Path(__file__).parent.parent / "analysis"
+sys.path.insert(0, str(ANALYSIS))  # the scripts are not part of the package; run as scripts they find each other
+
+import compression as compression_script  # noqa: E402
+
+METHODS = {  # (method, alignment, norms): accuracy lost and log-perplexity gained a layer
+    ("drop", "none", "keep"): (0.010, 0.22),
+    ("before_last", "none", "keep"): (0.028, 0.55),
+    ("block_influence", "none", "keep"): (0.016, 0.18),
+    ("fixed_0.62", "none", "keep"): (0.012, 0.25),
+    ("fixed_0.62", "neurons", "fold"): (0.011, 0.24),
+    ("similarity_ratio", "none", "keep"): (0.012, 0.26),
+    ("similarity_ratio", "rows", "keep"): (0.020, 0.45),
+    ("most_similar", "none", "keep"): (0.017, 0.20),
+}
+MERGES = (1, 4, 8, 11, 13, 15)
+
+
+def make_run(
+    path,
+    *,
+    layers=28,
+    merges=MERGES,
+    questions=1000,
+    languages=("en",),
+    context=True,
+    text=True,
+    seed=0,
+    methods=METHODS,
+):
+    """A sweep as the command writes it, with plausible numbers; most_similar of one merge is block_influence's plan."""
+    rng = np.random.default_rng(seed)
+    run = RunDirectory.open(path, {"data": {"report_split": "test"}}, "sweep")
+    sweep = [{"plan_id": "base", "merges": 0, "method": "base", "alignment": "none", "norms": "keep"}]
+    for k in merges:
+        for i, (method, alignment, norms) in enumerate(methods):
+            plan = "block_influence2_1" if (method, k) == ("most_similar", 1) else f"{method}{i}_{k}"
+            sweep.append({"plan_id": plan, "merges": k, "method": method, "alignment": alignment, "norms": norms})
+    accuracy, perplexity, costs, points, comparisons = [], [], [], [], []
+    done = set()
+    for row in sweep:
+        plan, k = row["plan_id"], row["merges"]
+        if plan in done:
+            continue
+        done.add(plan)
+        lost, gained = methods.get((row["method"], row["alignment"], row["norms"]), (0, 0))
+        cliff = 0.3 if k >= 15 else 0.0
+        for language in languages:
+            p = max(0.24, 0.66 - lost * k - cliff - 0.1 * (language != "en") + rng.normal(0, 0.01))
+            for subject, shift in (("_micro", 0), ("_macro", 0.007), ("anatomy", -0.02)):
+                accuracy.append({
+                    "plan_id": plan, "split": "test", "language": language, "subject": subject, "n": questions,
+                    "correct": round(p * questions), "accuracy": p + shift,
+                    "standard_error": math.sqrt(p * (1 - p) / questions), "nll": 1.5 - p,
+                })  # fmt: skip
+        accuracy.append({**accuracy[-3], "split": "validation", "accuracy": 0.99})
+        nll = 2.3 + gained * k
+        targets = (("text", nll), ("question", nll / 2)) if text else (("question", nll),)
+        for target, value in targets:
+            perplexity.append({"plan_id": plan, "target": target, "tokens": 4000, "nll": value,
+                               "perplexity": math.exp(value)})  # fmt: skip
+        costs.append({"plan_id": plan, "layers": layers - k, "layers_removed": k, "bytes": 2,
+                      "parameters": 1000 - 25 * k, "parameters_removed": 25 * k})  # fmt: skip
+        if row["method"] not in ("base", "drop"):
+            sides = plan, f"drop0_{k}"
+            for measure, difference in (("accuracy", 0.01 * rng.normal()), ("answer_nll", 5.0)):
+                a, b, sign = (*sides, 1) if k != 4 else (*sides[::-1], -1)  # either side may be the drop
+                comparisons.append({
+                    "plan_a": a, "plan_b": b, "split": "test", "measure": measure, "difference": sign * difference,
+                    "ci_low": sign * difference - 0.02, "ci_high": sign * difference + 0.03,
+                    "p_value": float(rng.uniform()) ** 8, "test": "mcnemar",
+                })  # fmt: skip
+        if context and k in (0, 4, 13):
+            for bucket in (0, 128, 256, 512, 768, 1024, 1536):
+                points.append({"plan_id": plan, "measure": "position_nll", "bucket": bucket, "n": 5000,
+                               "value": nll - 0.1 * math.log1p(bucket / 100), "standard_error": 0.03})  # fmt: skip
+            for bucket in (64, 256, 1024, 4096):
+                p = max(0.02, 1 - 0.08 * k - bucket / 9000)
+                points.append({"plan_id": plan, "measure": "retrieval", "bucket": bucket, "n": 50, "value": p,
+                               "standard_error": math.sqrt(p * (1 - p) / 49)})  # fmt: skip
+    tables = {"sweep": sweep, "accuracy": accuracy, "perplexity": perplexity, "costs": costs, "context": points,
+              "comparisons": comparisons}  # fmt: skip
+    for name, rows in tables.items():
+        run.replace(name, rows)
+    run.write_manifest("complete", command=["synthetic"])
+    return run
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """(width, height); reading fails for half a file."""
+    height, width = matplotlib.image.imread(path).shape[:2]
+    return width, height
+
+
+def table_of(text: str, heading: str) -> list[list[str]]:
+    """Cells of the first Markdown table after a heading, without its rule."""
+    block = next(block for block in text[text.index(heading) :].split("\n\n") if block.startswith("|"))
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in block.splitlines()]
+    return [rows[0], *rows[2:]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("sweep") / "run")
+
+
+@pytest.fixture(scope="module")
+def folder(run):
+    assert compression_script.main([run.path_of()]) == 0
+    return Path(run.path_of("figures"))
+
+
+@pytest.fixture(scope="module")
+def text(folder):
+    return (folder / "compression.md").read_text()
+
+
+def test_figures_are_whole(folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["compression.md", "compression.png", "context.png"]
+    assert min(png_size(folder / "compression.png")) > 700 and min(png_size(folder / "context.png")) > 600
+
+
+def test_every_point_is_in_the_table(run, text):
+    header, *lines = table_of(text, "## test split")
+    sweep = run.read("sweep").to_pylist()
+    assert len(lines) == len(sweep) == 1 + len(METHODS) * len(MERGES)
+    plans = {(row["method"], row["alignment"], row["norms"], str(row["merges"])): row["plan_id"] for row in sweep}
+    accuracy = {
+        (row["plan_id"], row["subject"]): row for row in run.read("accuracy").to_pylist() if row["split"] == "test"
+    }
+    texts = {row["plan_id"]: row["nll"] for row in run.read("perplexity").to_pylist() if row["target"] == "text"}
+    costs = {row["plan_id"]: row for row in run.read("costs").to_pylist()}
+    for line in lines:
+        cells, plan = dict(zip(header, line, strict=True)), plans[tuple(line[:4])]
+        for name in ("micro", "macro"):
+            row = accuracy[plan, f"_{name}"]
+            assert cells[f"{name} accuracy"] == f"{row['accuracy']:.4f} ± {row['standard_error']:.4f}"
+        assert cells["answer NLL"] == f"{accuracy[plan, '_micro']['nll']:.3f}"
+        assert float(cells["text perplexity"].replace(",", "")) == pytest.approx(math.exp(texts[plan]), rel=5e-4)
+        assert cells["layers removed %"] == f"{100 * int(line[3]) / 28:.2f}"
+        assert cells["parameters removed %"] == f"{costs[plan]['parameters_removed'] / 10:.2f}"
+
+
+def test_differences_to_drop_have_the_sign_of_the_method(run, text):
+    header, *lines = table_of(text, "## test split")
+    stored = {
+        tuple(sorted((row["plan_a"], row["plan_b"]))): row
+        for row in run.read("comparisons").to_pylist()
+        if row["measure"] == "accuracy"
+    }
+    plans = {
+        (row["method"], row["alignment"], row["norms"], str(row["merges"])): row["plan_id"]
+        for row in run.read("sweep").to_pylist()
+    }
+    for line in lines:
+        cells, plan = dict(zip(header, line, strict=True)), plans[tuple(line[:4])]
+        if line[0] in ("base", "drop"):
+            assert cells["difference to drop"] == cells["p"] == "–"
+            continue
+        row = stored[tuple(sorted((plan, f"drop0_{line[3]}")))]
+        assert (row["plan_a"] == plan) == (line[3] != "4")
+        sign = 1 if row["plan_a"] == plan else -1
+        assert cells["difference to drop"] == f"{sign * row['difference']:+.4f}"
+        assert float(cells["p"]) == pytest.approx(row["p_value"], abs=5e-4)
+
+
+def test_published_points_and_their_stability(text):
+    with (ANALYSIS / "published" / "compression.csv").open() as file:
+        published = list(csv.DictReader(file))
+    assert all(row["source"] and row["model"] == "Meta-Llama-3-8B" for row in published)
+    for row in published:  # the sources round, and call 11 layers both 34.38 and 34.375
+        assert float(row["compression_percent"]) == pytest.approx(100 * int(row["layers"]) / 32, abs=0.006)
+    by_layers: dict[tuple[str, str], set[str]] = {}
+    for row in published:
+        by_layers.setdefault((row["method"], row["layers"]), set()).add(row["accuracy"])
+    assert all(len(values) == 1 for values in by_layers.values())  # tables that repeat a point agree
+    lines = {line[0]: line[1:] for line in table_of(text, "### Stability")[1:]}
+    aligned = lines["aligned (Beyond Naive Merging, Table 8)"]
+    mka = lines["MKA (arXiv 2406.16330, as in Table 8 of Beyond Naive Merging)"]
+    assert aligned == ["1, 4, 11, 13, 15", "0.1485", "0.3761", "13 → 15"]
+    assert mka == ["1, 4, 11, 13, 15", "0.1353", "0.3342", "13 → 15"]
+
+
+def test_stability_of_our_methods(run, text):
+    lines = {line[0]: line[1:] for line in table_of(text, "### Stability")[1:]}
+    accuracy = {
+        row["plan_id"]: row["accuracy"]
+        for row in run.read("accuracy").to_pylist()
+        if (row["split"], row["subject"]) == ("test", "_micro")
+    }
+    for name, merges in (("drop", (1, 4, 11, 13, 15)), ("drop (all points)", MERGES)):
+        values = np.array([accuracy[f"drop0_{k}"] for k in merges])
+        largest = -np.diff(values).min()
+        assert lines[name][:3] == [", ".join(map(str, merges)), f"{values.std():.4f}", f"{largest:.4f}"]
+    assert {"fixed 0.62", "fixed 0.62, neurons aligned, norms fold", "most similar"} <= set(lines)
+
+
+def test_stability_from_closed_forms():
+    assert compression_script.stability([0.6, 0.6, 0.6]) == (pytest.approx(0), 0)
+    assert compression_script.stability([0.5, 0.7, 0.4, 0.8]) == (pytest.approx(math.sqrt(0.025)), pytest.approx(0.3))
+    assert compression_script.stability([0.4, 0.5]) == (pytest.approx(0.05), pytest.approx(-0.1))
+    assert compression_script.stability([0.4]) == (0.0, None)
+
+
+def test_context(run, text):
+    rows = run.read("context").to_pylist()
+    header, *lines = table_of(text, "### position_nll")
+    assert header[1:] == ["0", "128", "256", "512", "768", "1024", "1536"]
+    base = {row["bucket"]: row for row in rows if (row["plan_id"], row["measure"]) == ("base", "position_nll")}
+    assert lines[0] == ["base", *[f"{base[int(b)]['value']:.3f} ± 0.030" for b in header[1:]]]
+    assert len(lines) == 1 + 2 * len(METHODS)
+    assert "Accuracy on synthetic key-value prompts" in text
+    shown = compression_script.few_plans(rows, run.read("sweep").to_pylist())
+    assert shown[0] == "base" and len(shown) == 9 and all(plan.endswith("_13") for plan in shown[1:])
+    many = [{**row, "plan_id": f"{row['plan_id']}+", "alignment": "rows"} for row in run.read("sweep").to_pylist()]
+    more = [{**row, "plan_id": f"{row['plan_id']}+"} for row in rows]
+    plain = compression_script.few_plans(rows + more, run.read("sweep").to_pylist() + many)
+    assert plain[0] == "base" and len(plain) == 7 and not any(plan.endswith("+") for plan in plain)
+
+
+def test_a_plan_under_several_methods_has_all_its_names(run):
+    sweep = run.read("sweep").to_pylist()
+    names = compression_script.plan_names(sweep)
+    assert names["block_influence2_1"] == "block influence × 1 = most similar × 1" and names["base"] == "base"
+
+
+def test_styles_of_methods_differ():
+    styles = [tuple(compression_script.curve_style(i).values()) for i in range(28)]
+    assert len(set(styles)) == 28 and not any(colour == "#000000" for colour, _, _ in styles)
+
+
+def test_several_languages_without_context_or_text(tmp_path):
+    run = make_run(tmp_path / "run", merges=(2, 3), languages=("en", "es"), context=False, text=False)
+    run.replace("comparisons", [])
+    assert compression_script.main([run.path_of()]) == 0
+    folder = Path(run.path_of("figures"))
+    names = ["compression-en.png", "compression-es.png", "compression.md"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    text = (folder / "compression.md").read_text()
+    assert "language en" in text and "language es" in text and "Context" not in text
+    assert {line[9] for line in table_of(text, "## test split, language es")[1:]} == {"–"}
+
+
+def test_missing_tables_are_named_with_the_command(tmp_path, capsys):
+    run = RunDirectory.open(tmp_path / "run", {}, "sweep")
+    for table, why in (("sweep", "the compression curve"), ("accuracy", "the accuracy of the sweep's plans")):
+        assert compression_script.main([run.path_of()]) == 1
+        assert f"no rows in table {table}, needed for {why}; raymerge sweep CONFIG" in capsys.readouterr().err
+        if table == "sweep":
+            run.replace(
+                "sweep", [{"plan_id": "p", "merges": 1, "method": "drop", "alignment": "none", "norms": "keep"}]
+            )
+    assert not (tmp_path / "run" / "figures").exists()
+
+
+def test_an_unfinished_sweep_says_which_costs_are_missing(tmp_path):
+    run = make_run(tmp_path / "run", merges=(1,))
+    run.replace("costs", [row for row in run.read("costs").to_pylist() if row["plan_id"] != "drop0_1"])
+    with pytest.raises(RunError, match="lacks plan drop0_1 and 0 more"):
+        compression_script.draw(run, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [(9.3, "9.300"), (31010.4, "31,010"), (3.2e11, "3.200e+11"), (math.inf, "∞"), (math.nan, None), (None, None)],
+)
+def test_perplexities_are_written_out(value, written):
+    assert compression_script.figures(value) == written
+
+
+if __name__ == "__main__":  # python tests/test_analysis_compression.py DIR: runs to look at
+    folder = Path(sys.argv[1])
+    make_run(folder / "sweep")
+    make_run(folder / "small", merges=(2, 5), text=False, layers=8)
+    plain = {name: loss for name, loss in METHODS.items() if name[1:] == ("none", "keep")}
+    make_run(folder / "plain", methods=plain)
+    ratios = {("drop", "none", "keep"): (0.01, 0.22), ("before_last", "none", "keep"): (0.028, 0.55)} | {
+        (f"fixed_{ratio}", alignment, norms): (
+            0.01 + 0.01 * (0.7 - ratio),
+            0.3 - 0.1 * ratio - 0.05 * (norms == "fold"),
+        )
+        for ratio in (0.4, 0.5, 0.6, 0.62, 0.7)
+        for alignment in ("none", "neurons")
+        for norms in ("keep", "fold")
+    }
+    make_run(folder / "default", methods=ratios)
+    for name in ("sweep", "small", "plain", "default"):
+        compression_script.main([str(folder / name)])

@@ -1,0 +1,391 @@
+"""The analysis scripts of similarity runs on synthetic tables: heat maps, correlations, embeddings, sensitivity."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from raymerge.tables import RunDirectory, RunError
+
+ANALYSIS = Path(__file__).parent.parent / "analysis"
+sys.path.insert(0, str(ANALYSIS))  # the scripts are not part of the package; run as scripts they find each other
+
+import correlations as correlations_script  # noqa: E402
+import embeddings as embeddings_script  # noqa: E402
+import heatmaps as heatmaps_script  # noqa: E402
+import plotting  # noqa: E402
+import sensitivity as sensitivity_script  # noqa: E402
+
+SUBSETS = [("medical", "en"), ("legal", "en"), ("math", "en"), ("cs", "en"), ("humanities", "en"),
+           ("medical", "es"), ("medical", "fr"), ("medical", "zh")]  # fmt: skip
+SUBJECTS = {"medical": "clinical_knowledge professional_medicine", "legal": "professional_law international_law",
+            "math": "high_school_mathematics college_mathematics", "cs": "computer_security machine_learning",
+            "humanities": "world_religions philosophy"}  # fmt: skip
+
+
+def make_run(path, *, layers=28, samples=20, subsets=5, measures=(("npib", "diffusion"),), seed=0, one_side=False):
+    """A similarity run with plausible numbers: late layers resemble each other, the diagonal of npib exceeds 1."""
+    rng = np.random.default_rng(seed)
+    run = RunDirectory.open(path, {"model": {"path": "synthetic"}}, "similarity")
+    chosen = SUBSETS[:subsets]
+    similarity, ranks, influence, points, asked = [], [], [], [], []
+    depth = np.arange(layers) / layers
+    for subset, language in chosen:
+        common = {"subset": subset, "language": language}
+        for measure, embedding in measures:
+            value = np.exp(-layers * np.abs(depth[:, None] - depth) / 5) * (
+                0.25 + 0.75 * np.minimum.outer(depth, depth)
+            )
+            value += np.abs(rng.normal(0, 0.04, value.shape))
+            value = (value + value.T) / 2
+            null = np.abs(rng.normal(0.06, 0.01, value.shape))
+            if measure == "npib":
+                np.fill_diagonal(value, rng.normal(3.7, 0.1, layers))
+            else:
+                np.fill_diagonal(value, 1.0)
+            for i in range(layers):
+                for j in range(layers):
+                    if one_side and j < i:
+                        continue
+                    undefined = subset == "legal" and 3 in (i, j)
+                    similarity.append({
+                        **common, "measure": measure, "embedding": embedding, "layer_i": i, "layer_j": j,
+                        "value": None if undefined else value[i, j], "null_mean": null[i, j],
+                        "null_p95": null[i, j] + 0.06, "n_samples": samples,
+                        "ci_low": None if undefined else value[i, j] - 0.05 - 0.1 * depth[j],
+                        "ci_high": None if undefined else value[i, j] + 0.05,
+                        "note": "entropies have different signs" if undefined else None,
+                    })  # fmt: skip
+        for layer in range(layers):
+            noise = layer < 2
+            ranks.append({**common, "layer": layer, "effective_rank": samples - 0.5 if noise else 4 + 0.1 * layer,
+                          "off_diagonal_mass": 0.01 if noise else 0.6})  # fmt: skip
+            influence.append({**common, "layer": layer, "value": 0.3 * np.exp(-3 * depth[layer]) + rng.uniform(0, 0.01),
+                              "n_samples": samples})  # fmt: skip
+        group = np.arange(samples) % len(SUBJECTS[subset].split())
+        for sample in range(samples):
+            subject = SUBJECTS[subset].split()[group[sample]]
+            asked.append({**common, "sample": sample, "subject": subject, "split": "test",
+                          "question_id": f"{subject}/test/{sample}", "content_hash": f"{sample:x}"})  # fmt: skip
+        for layer in range(layers):
+            xy = rng.normal(0, 1, (samples, 2)) + depth[layer] * 3 * group[:, None]
+            points += [
+                {**common, "embedding": "diffusion", "layer": layer, "sample": i, "coordinate": c, "value": xy[i, c]}
+                for i in range(samples)
+                for c in range(2)
+            ]
+    correlations = []
+    for a in range(len(chosen)):
+        for b in range(a + 1, len(chosen)):
+            apart = 0.06 * (chosen[a][0] != chosen[b][0]) + 0.12 * (chosen[a][1] != chosen[b][1])
+            r = 0.9 - apart - rng.uniform(0, 0.1)
+            for measure in dict.fromkeys(measure for measure, _ in measures):
+                correlations.append({
+                    **{f"{k}_a": v for k, v in zip(("subset", "language"), chosen[a], strict=True)},
+                    **{f"{k}_b": v for k, v in zip(("subset", "language"), chosen[b], strict=True)},
+                    "measure": measure, "pearson": r + 0.05, "pearson_off_diagonal": r, "ci_low": r - 0.08,
+                    "ci_high": r + 0.05, "reliability_a": None if a == 3 else 0.92, "reliability_b": 0.85,
+                })  # fmt: skip
+    tables = {"similarity": similarity, "degeneracy": ranks, "block_influence": influence, "embeddings": points,
+              "samples": asked, "similarity_correlation": correlations}  # fmt: skip
+    for name, rows in tables.items():
+        run.replace(name, rows)
+    run.write_manifest("complete", command=["synthetic"])
+    return run
+
+
+def make_sensitivity(path, *, subsets=3, seed=0):
+    """A sensitivity run: every parameter the method has, the reference setting of each in it."""
+    rng = np.random.default_rng(seed)
+    run = RunDirectory.open(path, {"similarity": {"sigma": "median", "dimensions": 2}}, "sensitivity")
+    settings = {"sigma": ["median", "8", "2", "32"], "dimensions": ["2", "1", "5", "10"], "samples": ["57", "20", "40"],
+                "neighbors": ["5", "3", "10"], "entropy_neighbors": ["50", "10", "30"],
+                "embedding": ["diffusion", "gaussian_diffusion", "pca", "tsne", "umap"],
+                "measure": ["npib", "normalised", "gaussian", "cosine", "cka"],
+                "threshold": ["0.5", "0.2"]}  # fmt: skip
+    rows = []
+    for subset, language in SUBSETS[:subsets]:
+        rows.append({"subset": subset, "language": language, "parameter": "reference", "setting": "",
+                     "reference": True, "pearson": 1.0, "pearson_off_diagonal": 1.0, "plan_overlap": 1.0,
+                     "note": "one pair undefined" if subset == "math" else None})  # fmt: skip
+        for parameter, values in settings.items():
+            for i, setting in enumerate(values):
+                same = i == 0 and parameter in ("sigma", "dimensions", "neighbors")
+                lost = setting in ("gaussian", "20") and (subset == "legal" or setting == "gaussian")
+                r = 1.0 if same else rng.uniform(0.3, 0.95)
+                rows.append({
+                    "subset": subset, "language": language, "parameter": parameter, "setting": setting,
+                    "reference": False, "pearson": None if lost else min(1.0, r + 0.03),
+                    "pearson_off_diagonal": None if lost else r,
+                    "plan_overlap": None if lost else round(13 * r) / 13,
+                    "alpha_max_difference": None if lost or parameter == "threshold" else 0.1 * (1 - r),
+                    "note": "a quarter of the pairs undefined" if lost else None,
+                })  # fmt: skip
+    run.replace("sensitivity", rows)
+    return run
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """(width, height); reading fails for half a file."""
+    height, width = matplotlib.image.imread(path).shape[:2]
+    return width, height
+
+
+def table_of(text: str, heading: str, nth: int = 0) -> list[list[str]]:
+    """Cells of the nth Markdown table after a heading, without its rule."""
+    blocks = [block for block in text[text.index(heading) :].split("\n\n") if block.startswith("|")]
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in blocks[nth].splitlines()]
+    return [rows[0], *rows[2:]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("similarity") / "run", layers=10)
+
+
+@pytest.fixture(scope="module")
+def figures(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("figures")
+    for script in (heatmaps_script, correlations_script, embeddings_script):
+        assert script.main([run.path_of(), "--out", str(out)]) == 0
+    return out
+
+
+def test_every_figure_is_whole(figures):
+    names = sorted(path.name for path in figures.iterdir())
+    assert names == ["block_influence.png", "correlations.md", "correlations.png", "embeddings.png", "heatmaps.md",
+                     "heatmaps.png"]  # fmt: skip
+    assert all(min(png_size(figures / name)) > 400 for name in names if name.endswith(".png"))
+
+
+def test_heatmap_table_is_computed_from_the_rows(run, figures):
+    header, *lines = table_of((figures / "heatmaps.md").read_text(), "## npib")
+    rows = run.read("similarity").to_pylist()
+    assert [line[0] for line in lines] == [f"{subset} {language}" for subset, language in SUBSETS[:5]]
+    for line in lines:
+        cells = dict(zip(header, line, strict=True))
+        mine = [row for row in rows if f"{row['subset']} {row['language']}" == line[0]]
+        off = [row for row in mine if row["layer_i"] != row["layer_j"]]
+        known = [row for row in off if row["value"] is not None]
+        assert cells["n"] == "20"
+        assert cells["mean off-diagonal"] == f"{np.mean([row['value'] for row in known]):.3f}"
+        assert cells["null mean"] == f"{np.mean([row['null_mean'] for row in known]):.3f}"
+        assert cells["share above null p95"] == f"{np.mean([row['value'] > row['null_p95'] for row in known]):.3f}"
+        widths = [row["ci_high"] - row["ci_low"] for row in known]
+        assert cells["median interval width"] == f"{np.median(widths):.3f}"
+        assert cells["undefined cells"] == str(len(off) - len(known)) == ("18" if line[0] == "legal en" else "0")
+        assert cells["degenerate layers"] == "0-1"
+
+
+def test_heatmap_says_that_npib_is_not_bounded_by_one(figures):
+    text = (figures / "heatmaps.md").read_text()
+    assert "is clipped: it is not bounded by 1" in text and "legal en: entropies have different signs" in text
+    influence = table_of(text, "## Block influence")
+    assert influence[0] == ["layer", *[f"{subset} {language}" for subset, language in SUBSETS[:5]]]
+    assert [row[0] for row in influence[1:]] == [str(i) for i in range(10)]
+
+
+def test_colours_are_robust_against_the_diagonal(run):
+    views = heatmaps_script.views_of(run.read("similarity").to_pylist())
+    low, high, low_clips, high_clips = heatmaps_script.colour_range(views)
+    off = np.concatenate([view.value[~np.eye(10, dtype=bool)] for view in views])
+    assert (low, low_clips, high_clips) == (0.0, False, True)
+    assert high == pytest.approx(np.nanpercentile(off, 99)) and high < 2
+    narrow = [view._replace(value=0.95 + 0.01 * np.clip(view.value, 0, 1)) for view in views]
+    assert heatmaps_script.colour_range(narrow)[0] > 0.9  # a scale from 0 would hide every difference
+
+
+def test_one_triangle_is_enough(tmp_path):
+    whole = make_run(tmp_path / "whole", layers=6, subsets=2)
+    half = make_run(tmp_path / "half", layers=6, subsets=2, one_side=True)
+    for a, b in zip(*(heatmaps_script.views_of(r.read("similarity").to_pylist()) for r in (whole, half)), strict=True):
+        np.testing.assert_array_equal(a.value, b.value)
+        np.testing.assert_array_equal(b.null_p95, b.null_p95.T)
+        assert np.isnan(b.value).sum() == (11 if b.name == "legal en" else 0)
+
+
+def test_one_figure_a_measure(tmp_path):
+    run = make_run(tmp_path / "run", layers=4, subsets=2, measures=(("npib", "diffusion"), ("cka", "none")))
+    for script in (heatmaps_script, correlations_script):
+        assert script.main([run.path_of()]) == 0
+    pictures = {path.name for path in Path(run.path_of("figures")).iterdir() if path.suffix == ".png"}
+    assert pictures == {"heatmaps-npib-diffusion.png", "heatmaps-cka-none.png", "block_influence.png",
+                        "correlations-npib.png", "correlations-cka.png"}  # fmt: skip
+
+
+def test_more_than_five_subsets_need_a_second_band(tmp_path):
+    run = make_run(tmp_path / "run", layers=4, subsets=6)
+    views = heatmaps_script.views_of(run.read("similarity").to_pylist())
+    with plotting.plt.rc_context(plotting.STYLE):
+        path = heatmaps_script.draw_matrices(views, "npib", "diffusion", tmp_path / "bands.png")
+    assert png_size(path)[1] > 1200
+
+
+def test_foreign_matrices_have_no_null(tmp_path):
+    run = RunDirectory.open(tmp_path / "run", {}, "import-similarity")
+    values = np.random.default_rng(0).uniform(0, 1, (2, 5, 5))
+    names = {"language": "imported", "measure": "imported", "embedding": "imported", "n_samples": 0}
+    run.replace("similarity", [
+        {**names, "subset": f"s{k}", "layer_i": i, "layer_j": j, "value": value}
+        for (k, i, j), value in np.ndenumerate(values)
+    ])  # fmt: skip
+    assert heatmaps_script.main([run.path_of()]) == 0
+    text = Path(run.path_of("figures"), "heatmaps.md").read_text()
+    off = values[1][~np.eye(5, dtype=bool)].mean()
+    row = table_of(text, "## imported")[2]
+    assert row[:5] == ["s1", "–", f"{off:.3f}", "–", "–"]
+    width, height = png_size(Path(run.path_of("figures"), "heatmaps.png"))
+    assert height < width  # one row of panels
+
+
+def test_layers_are_written_as_ranges():
+    assert heatmaps_script.ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8" and heatmaps_script.ranges([]) == ""
+
+
+def test_correlation_table_and_ceilings(run, figures):
+    text = (figures / "correlations.md").read_text()
+    header, *lines = table_of(text, "## npib")
+    stored = {
+        f"{row['subset_a']} {row['language_a']} – {row['subset_b']} {row['language_b']}": row
+        for row in run.read("similarity_correlation").to_pylist()
+    }
+    assert {line[0] for line in lines} == set(stored) and len(lines) == 10
+    values = [float(line[3]) for line in lines]
+    assert values == sorted(values, reverse=True)
+    for line in lines:
+        cells, row = dict(zip(header, line, strict=True)), stored[line[0]]
+        assert cells["Pearson"] == f"{row['pearson']:.4f}"
+        assert cells["95 % interval"] == f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+        if row["reliability_a"] is None:
+            assert line[0].startswith("cs en") and cells["ceiling"] == cells["off-diagonal / ceiling"] == "–"
+        else:
+            ceiling = math.sqrt(row["reliability_a"] * row["reliability_b"])
+            assert cells["ceiling"] == f"{ceiling:.3f}"
+            assert cells["off-diagonal / ceiling"] == f"{row['pearson_off_diagonal'] / ceiling:.3f}"
+    means = table_of(text, "## npib", nth=1)
+    mean = np.mean([row["pearson_off_diagonal"] for row in stored.values()])
+    assert means[1][:2] == ["subsets in one language", "10"] and means[1][3] == f"{mean:.4f}"
+
+
+def correlation(a, b, **values):
+    row = dict(zip(("subset_a", "language_a", "subset_b", "language_b"), (*a, *b), strict=True))
+    given = {"pearson_off_diagonal": 0.5, "reliability_a": 0.9, "reliability_b": 0.4}
+    return {**row, **given, **values}
+
+
+def test_pairs_count_once_and_have_a_kind():
+    a, b, c = ("x", "en"), ("y", "en"), ("x", "es")
+    rows = [correlation(a, c), correlation(a, a), correlation(a, b, pearson_off_diagonal=0.7), correlation(b, a),
+            correlation(b, c, reliability_a=-0.1)]  # fmt: skip
+    pairs = correlations_script.pairs_of(rows)
+    kinds = ["subsets in one language", "languages of one subset", "both differ"]
+    assert [correlations_script.kind_of(row) for row in pairs] == kinds
+    assert [correlations_script.ceiling_of(row) for row in pairs] == [pytest.approx(0.6), pytest.approx(0.6), None]
+    assert correlations_script.names_of(rows) == ["x en", "y en", "x es"]
+
+
+def test_layers_of_the_maps():
+    assert embeddings_script.chosen_layers(list(range(28)), None) == [0, 5, 11, 16, 22, 27]
+    assert embeddings_script.chosen_layers([0, 1, 2], None) == [0, 1, 2]
+    assert embeddings_script.chosen_layers(list(range(28)), "27,3,3") == [27, 3]
+    with pytest.raises(RunError, match="no embeddings of layer 30; there are 0 to 27"):
+        embeddings_script.chosen_layers(list(range(28)), "3,30")
+    with pytest.raises(RunError, match="is 'a', but should be whole numbers"):
+        embeddings_script.chosen_layers([0], "a")
+
+
+def test_maps_of_asked_layers_without_samples(tmp_path, capsys):
+    run = make_run(tmp_path / "run", layers=4, subsets=2)
+    run.replace("samples", [])
+    assert embeddings_script.main([run.path_of(), "--layers", "0,3"]) == 0
+    assert embeddings_script.main([run.path_of(), "--layers", "4"]) == 1
+    assert "no embeddings of layer 4" in capsys.readouterr().err
+    points = embeddings_script.points_of(run.read("embeddings").to_pylist())
+    stored = {
+        (row["layer"], row["sample"], row["coordinate"]): row["value"]
+        for row in run.read("embeddings").to_pylist()
+        if row["subset"] == "legal"
+    }
+    samples, xy = points["legal en", 3]
+    np.testing.assert_array_equal(xy[:, 1], [stored[3, sample, 1] for sample in samples])
+
+
+def test_many_subjects_are_coloured_by_category():
+    with (ANALYSIS / "published" / "mmlu_categories.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    counts = {"STEM": 18, "humanities": 13, "social sciences": 12, "other": 14}
+    assert Counter(row["category"] for row in rows) == counts
+    common = {"subset": "all", "language": "en"}
+    samples = [{**common, "sample": i, "subject": row["subject"]} for i, row in enumerate(rows)]
+    groups = embeddings_script.groups_of(samples)["all en"]
+    assert set(groups.values()) == counts.keys() and len(groups) == 57
+    assert set(embeddings_script.groups_of(samples[:8])["all en"].values()) == {
+        row["subject"].replace("_", " ") for row in rows[:8]
+    }
+
+
+def test_sensitivity(tmp_path):
+    run = make_sensitivity(tmp_path / "run")
+    assert sensitivity_script.main([run.path_of()]) == 0
+    folder = Path(run.path_of("figures"))
+    assert min(png_size(folder / "sensitivity.png")) > 400
+    rows = run.read("sensitivity").to_pylist()
+    header, *lines = table_of((folder / "sensitivity.md").read_text(), "# Sensitivity")
+    for line in lines:
+        cells = dict(zip(header, line, strict=True))
+        mine = [row for row in rows if [row["parameter"], row["setting"]] == line[:2]]
+        known = [row for row in mine if row["pearson_off_diagonal"] is not None]
+        assert cells["undefined"] == str(len(mine) - len(known))
+        if known:
+            assert cells["off-diagonal"] == f"{np.mean([row['pearson_off_diagonal'] for row in known]):.3f}"
+            assert cells["plan overlap"] == f"{np.mean([row['plan_overlap'] for row in known]):.3f}"
+            alphas = [row["alpha_max_difference"] for row in known if row["alpha_max_difference"] is not None]
+            assert cells["largest α difference"] == (f"{max(alphas):.3f}" if alphas else "–")
+            assert bool(alphas) == (line[0] != "threshold")
+        else:
+            assert cells["off-diagonal"] == "–"
+        assert (cells[""] == "reference") == (line[:2] in (["sigma", "median"], ["dimensions", "2"]))
+    assert [line[1] for line in lines if line[0] == "sigma"] == ["2", "8", "32", "median"]
+    assert "- math en: one pair undefined" in (folder / "sensitivity.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [(heatmaps_script, "table similarity, needed for the heat maps; raymerge similarity CONFIG"),
+     (correlations_script, "(a run of one subset has none); raymerge similarity CONFIG"),
+     (embeddings_script, "table embeddings, needed for maps of the samples; raymerge similarity CONFIG"),
+     (sensitivity_script, "table sensitivity, needed for the dependence on settings; raymerge sensitivity CONFIG")],
+)  # fmt: skip
+def test_missing_tables_are_named_with_the_command(tmp_path, capsys, script, message):
+    RunDirectory.open(tmp_path / "run", {}, "similarity")
+    assert script.main([str(tmp_path / "run")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "figures").exists()
+
+
+def test_ticks_of_layers_stay_few():
+    figure, axis = plotting.plt.subplots()
+    for count in (1, 6, 28, 36, 200):
+        plotting.show_layers(axis, list(range(count)))
+        assert 1 <= len(axis.get_xticks()) <= 8 and axis.get_xticks()[0] == 0
+    plotting.plt.close(figure)
+
+
+if __name__ == "__main__":  # python tests/test_analysis_similarity.py DIR: runs to look at
+    folder = Path(sys.argv[1])
+    make_run(folder / "tasks")
+    SUBJECTS["medical"] += " anatomy virology nutrition college_medicine medical_genetics human_aging sociology"
+    make_run(folder / "all", subsets=8, samples=57, layers=36, measures=(("npib", "diffusion"), ("cka", "none")))
+    make_run(folder / "pair", subsets=2, layers=16)
+    make_sensitivity(folder / "sensitivity")
+    for name in ("tasks", "all", "pair"):
+        for script in (heatmaps_script, correlations_script, embeddings_script):
+            script.main([str(folder / name)])
+    sensitivity_script.main([str(folder / "sensitivity")])

@@ -1,0 +1,175 @@
+"""inputs.py: which prompts a matrix is made of, what reports leave out, and how a similarity run is read."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from raymerge.config import ConfigError, load_config
+from raymerge.inputs import REPORT, SEARCH, read_questions, read_similarity, read_subsets
+from raymerge.questions import DataError, sample
+from raymerge.tables import RunDirectory, RunError
+
+
+@pytest.fixture(scope="module")
+def mmlu(tmp_path_factory):
+    """Three subjects of 3, 9 and 9 questions in two parallel languages."""
+    root = tmp_path_factory.mktemp("mmlu")
+    for language in ("en", "es"):
+        for split, counts in (("dev", (5, 5, 5)), ("val", (3, 9, 9)), ("test", (3, 9, 9))):
+            (root / language / split).mkdir(parents=True)
+            for subject, count in zip(("anatomy", "botany", "chess"), counts, strict=True):
+                path = root / language / split / f"{subject}_{split}.csv"
+                rows = [[f"{subject} {split} {row} {language}?", "a", "b", "c", "d", "A"] for row in range(count)]
+                with path.open("w", newline="") as file:
+                    csv.writer(file).writerows(rows)
+    return root
+
+
+def config(mmlu, *more):
+    settings = [f"data.mmlu={mmlu}", "similarity.measure=cka", "similarity.samples=6"]
+    return load_config(None, [*settings, *more])
+
+
+def counts(subset):
+    return {subject: len(part) for subject, part in subset.questions.by_subject().items()}
+
+
+def test_samples_are_spread_evenly_and_what_one_subject_lacks_the_others_give(mmlu):
+    (subset,) = read_subsets(config(mmlu))
+    assert (subset.name, subset.language, counts(subset)) == ("all", "en", {"anatomy": 2, "botany": 2, "chess": 2})
+    (subset,) = read_subsets(config(mmlu, "similarity.samples=15"))
+    assert counts(subset) == {"anatomy": 3, "botany": 6, "chess": 6}
+    domain = ["data.domains.life=[anatomy, botany]", "similarity.subsets=[life, chess]"]
+    life, chess = read_subsets(config(mmlu, *domain))
+    assert counts(life) == {"anatomy": 3, "botany": 3} and counts(chess) == {"chess": 6}
+
+
+def test_samples_follow_from_the_seed_and_a_smaller_set_lies_in_a_larger(mmlu):
+    def ids(*more):
+        (subset,) = read_subsets(config(mmlu, "similarity.subsets=[chess]", *more))
+        return [question.question_id for question in subset.questions.questions]
+
+    assert ids() == ids() and ids() != ids("similarity.seed=1")
+    assert set(ids("similarity.samples=4")) < set(ids())
+
+
+def test_all_follows_data_subjects(mmlu):
+    (subset,) = read_subsets(config(mmlu, "data.subjects=botany,chess"))
+    assert set(counts(subset)) == {"botany", "chess"}
+
+
+def test_languages_get_the_same_questions(mmlu):
+    found = read_subsets(config(mmlu, "similarity.languages=[en, es]", "similarity.subsets=[chess, botany]"))
+    assert [(s.name, s.language) for s in found] == [
+        ("chess", "en"),
+        ("chess", "es"),
+        ("botany", "en"),
+        ("botany", "es"),
+    ]
+    for english, spanish in (found[:2], found[2:]):
+        assert [q.question_id for q in english.questions.questions] == [
+            q.question_id for q in spanish.questions.questions
+        ]
+        assert all(q.text.endswith("es?") for q in spanish.questions.questions)
+
+
+def test_only_questions_that_every_language_has_are_taken(mmlu, tmp_path):
+    from shutil import copytree
+
+    root = copytree(mmlu, tmp_path / "short")
+    path = root / "es" / "val" / "chess_val.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    short = ["similarity.languages=[en, es]", "similarity.subsets=[chess]"]
+    english, spanish = read_subsets(config(root, *short, "similarity.samples=4"))
+    assert [q.question_id for q in english.questions.questions] == [f"chess/validation/{row}" for row in range(4)]
+    with pytest.raises(DataError, match="subset chess has 4 prompts in split validation of every language, but .* 6"):
+        read_subsets(config(root, *short))
+
+
+def test_subsets_that_cannot_be_made_are_refused(mmlu):
+    with pytest.raises(
+        DataError, match="subset anatomy has 3 prompts in split validation, but similarity.samples asks"
+    ):
+        read_subsets(config(mmlu, "similarity.subsets=[anatomy]"))
+    with pytest.raises(DataError, match="unknown subject 'botani'; did you mean botany"):
+        read_subsets(config(mmlu, "similarity.subsets=[botani]"))
+    with pytest.raises(ConfigError, match="name one twice"):
+        read_subsets(config(mmlu, "similarity.subsets=[chess, chess]"))
+    with pytest.raises(DataError, match="language 'zh' is not in"):
+        read_subsets(config(mmlu, "similarity.languages=[en, zh]"))
+
+
+# -- similarity runs -------------------------------------------------------------------------------------------------
+
+
+def similarity_run(path, subsets, *, n_layers=4, samples=(), influence=True):
+    run = RunDirectory.open(path, {}, "similarity")
+    for number, (subset, language) in enumerate(subsets):
+        matrix = np.arange(n_layers**2, dtype=float).reshape(n_layers, n_layers) + 100 * number
+        run.append(
+            "similarity",
+            [
+                {
+                    "subset": subset,
+                    "language": language,
+                    "measure": "npib",
+                    "embedding": "diffusion",
+                    "layer_i": i,
+                    "layer_j": j,
+                    "value": None if (i, j) == (1, 2) else float(value),
+                    "n_samples": 57,
+                }
+                for (i, j), value in np.ndenumerate(matrix)
+            ],
+        )
+        if influence:
+            rows = [{"layer": layer, "value": layer / 10 + number, "n_samples": 57} for layer in range(n_layers)]
+            run.append("block_influence", [{"subset": subset, "language": language, **row} for row in rows])
+    run.append("samples", list(samples))
+    return str(path)
+
+
+def test_a_matrix_is_read_back_with_missing_values_and_block_influence(tmp_path):
+    run = similarity_run(tmp_path / "run", [("all", "en")])
+    matrix, influence = read_similarity(run, n_layers=4)
+    expected = np.arange(16.0).reshape(4, 4)
+    expected[1, 2] = np.nan
+    np.testing.assert_array_equal(matrix, expected)
+    np.testing.assert_allclose(influence, [0, 0.1, 0.2, 0.3])
+    other = similarity_run(tmp_path / "without", [("all", "en")], influence=False)
+    assert read_similarity(other, n_layers=4)[1] is None
+
+
+def test_one_matrix_of_several_must_be_named(tmp_path):
+    run = similarity_run(tmp_path / "run", [("law", "en"), ("law", "es"), ("math", "en")])
+    matrix, influence = read_similarity(run, n_layers=4, subset="law", language="es")
+    assert matrix[0, 0] == 100 and influence[0] == 1.0
+    assert read_similarity(run, n_layers=4, subset="math")[0][0, 0] == 200
+    for choice, count in (({}, 3), ({"subset": "law"}, 2), ({"subset": "cs"}, 0)):
+        with pytest.raises(ConfigError, match=f"holds {count} similarity matrices.*plan.similarity_subset"):
+            read_similarity(run, n_layers=4, **choice)
+    with pytest.raises(ConfigError, match="is of a model of 4 layers, this one has 28"):
+        read_similarity(run, n_layers=28, subset="math")
+    with pytest.raises(RunError, match="is not a run directory"):
+        read_similarity(str(tmp_path / "nothing"), n_layers=4)
+
+
+def test_reports_leave_out_what_the_similarity_has_seen(mmlu, tmp_path):
+    plain = config(mmlu)
+    before = read_questions(plain, REPORT).questions
+    seen = [before[4], before[7]]
+    samples = [
+        {"subset": "all", "language": "es", "sample": i, "subject": q.subject, "split": "test"}
+        | {"question_id": q.question_id, "content_hash": "of the Spanish text"}
+        for i, q in enumerate(seen)
+    ]
+    samples += [{**samples[0], "sample": 2, "split": "dev", "question_id": "x", "content_hash": before[9].content_hash}]
+    run = similarity_run(tmp_path / "run", [("all", "en")], samples=samples)
+    with_run = config(mmlu, f"plan.similarity_run={run}")
+    left = read_questions(with_run, REPORT).questions
+    assert left == tuple(q for q in before if q not in (*seen, before[9]))
+    assert read_questions(with_run, SEARCH) == read_questions(plain, SEARCH)
+    limited = read_questions(config(mmlu, f"plan.similarity_run={run}", "data.report_limit_per_subject=2"), REPORT)
+    botany = [q for q in left if q.subject == "botany"]
+    assert limited.by_subject()["botany"] == sample(botany, 2, 0)

@@ -1,0 +1,204 @@
+"""Layer similarity as a whole on the embedded model: tables, resuming, plans made from it, foreign matrices."""
+
+import numpy as np
+import pytest
+
+from raymerge.config import ConfigError, load_config
+from raymerge.experiments import import_similarity, search, sensitivity, similarity
+from raymerge.inputs import read_similarity, read_subsets
+from raymerge.tables import RunDirectory, RunError
+
+N_LAYERS = 21
+SETTINGS = [
+    "data.domains={arithmetic: [elementary_addition, elementary_subtraction], knowledge: [country_capitals]}",
+    "similarity.subsets=[arithmetic, knowledge]",
+    "similarity.samples=12",
+    "similarity.measure=gaussian",
+    "similarity.embedding=diffusion_gaussian",
+    "similarity.sigma=median",
+    "similarity.pooling=last",
+    "similarity.interval_draws=12",
+    "similarity.half_draws=4",
+    "workers.count=2",
+    "output.figures=false",
+]
+
+
+def config(out, *more):
+    return load_config(None, [*SETTINGS, f"output.run={out}", *more])
+
+
+@pytest.fixture(scope="module")
+def run(ray_session, tmp_path_factory):
+    return similarity(config(tmp_path_factory.mktemp("runs") / "similarity"), command=["test"])
+
+
+def test_a_run_has_every_entry_of_every_matrix_with_its_noise(run):
+    assert run.complete
+    rows = run.read("similarity").to_pylist()
+    assert len(rows) == 2 * N_LAYERS**2 and {row["n_samples"] for row in rows} == {12}
+    for row in rows:
+        assert row["value"] is None or (
+            np.isfinite(row["value"])
+            and row["ci_low"] <= row["value"] <= row["ci_high"]
+            and row["null_p95"] is not None
+        )
+        assert (row["value"] is None) == (row["note"] is not None)
+    matrix, influence = read_similarity(run.path_of(), n_layers=N_LAYERS, subset="arithmetic")
+    np.testing.assert_array_equal(matrix, matrix.T)
+    assert np.all((influence > 0) & (influence < 1))
+    (row,) = run.read("similarity_correlation").to_pylist()
+    assert (row["subset_a"], row["subset_b"]) == ("arithmetic", "knowledge") and -1 <= row["pearson"] <= 1
+    assert row["ci_low"] < row["pearson_off_diagonal"] < row["ci_high"]
+
+
+def test_the_prompts_that_were_used_are_recorded(run):
+    subsets = read_subsets(config("unused"))
+    expected = [
+        (subset.name, number, question.question_id)
+        for subset in subsets
+        for number, question in enumerate(subset.questions.questions)
+    ]
+    rows = run.read("samples").to_pylist()
+    assert sorted((row["subset"], row["sample"], row["question_id"]) for row in rows) == sorted(expected)
+    assert len(run.read("embeddings")) == 2 * N_LAYERS * 12 * 2 and len(run.read("degeneracy")) == 2 * N_LAYERS
+
+
+def test_the_same_command_again_repeats_nothing_and_another_is_refused(run):
+    manifest = run.manifest()
+    assert similarity(config(run.path_of()), command=["again"]).manifest() == manifest
+    with pytest.raises(RunError, match="similarity.sigma"):
+        similarity(config(run.path_of(), "similarity.sigma=2"))
+
+
+def test_a_search_takes_base_coefficients_and_controls_from_a_similarity_run(run, ray_session, tmp_path):
+    found = search(
+        load_config(
+            None,
+            [
+                f"plan.similarity_run={run.path_of()}",
+                "plan.similarity_subset=arithmetic",
+                "plan.base=similarity",
+                "plan.merges=4",
+                "data.subjects=country_capitals,colour_mixing",
+                "data.limit_per_subject=4",
+                "data.report_limit_per_subject=4",
+                "data.perplexity_tokens=200",
+                "search.candidates=4",
+                "search.initial=1",
+                "search.random_candidates=1",
+                "output.save_best=false",
+                "output.figures=false",
+                f"output.run={tmp_path / 'search'}",
+            ],
+        ),
+        command=["test"],
+    )
+    plans = {row["name"]: row for row in found.read("plans").to_pylist()}
+    assert {"block_influence", "similarity_shuffled", "similarity"} <= set(plans)
+    matrix, influence = read_similarity(run.path_of(), n_layers=N_LAYERS, subset="arithmetic")
+    alphas = {row["step"]: row["alpha"] for row in found.read("plans").to_pylist() if row["name"] == "similarity"}
+    for step, (into, remove) in enumerate([(19, 20), (18, 19), (17, 18), (16, 17)]):
+        expected = matrix[into, remove] / np.sqrt(matrix[into, into] * matrix[remove, remove])
+        assert alphas[step] == pytest.approx(np.clip(expected, 0, 1))
+    dropped = {row["remove"] for row in found.read("plans").to_pylist() if row["name"] == "block_influence"}
+    assert dropped == set(np.argsort(influence, kind="stable")[:4].tolist())
+
+
+def test_the_most_similar_layers_are_merged_once_and_with_similarity_collected_again(run, ray_session, tmp_path):
+    """A merge amid the model, where no trunk ends just before a last layer; recompute runs merged models."""
+    common = [
+        f"plan.similarity_run={run.path_of()}",
+        "plan.similarity_subset=knowledge",
+        "plan.selection=most_similar",
+        "plan.merges=2",
+        "data.subjects=colour_mixing",
+        "data.limit_per_subject=3",
+        "data.report_limit_per_subject=3",
+        "data.perplexity_text=null",
+        "search.searcher=random",
+        "search.candidates=3",
+        "output.save_best=false",
+        "output.figures=false",
+    ]
+    steps = {}
+    for name, recompute in (("once", "false"), ("again", "true")):
+        options = [*common, f"plan.recompute={recompute}", f"output.run={tmp_path / name}"]
+        found = search(load_config(None, options), command=["test"])
+        rows = [row for row in found.read("plans").to_pylist() if row["name"] == "found_random"]
+        steps[name] = [(row["into"], row["remove"]) for row in sorted(rows, key=lambda row: row["step"])]
+        assert {row["selection"] for row in rows} == {"most_similar"}
+    matrix, _ = read_similarity(run.path_of(), n_layers=N_LAYERS, subset="knowledge")
+    normalised = matrix / np.sqrt(np.outer(np.diag(matrix), np.diag(matrix)))
+    first = int(np.nanargmax(np.diag(normalised, 1)))
+    assert steps["once"][0] == steps["again"][0] == (first, first + 1)
+
+
+def test_sensitivity_says_how_far_each_setting_matters(ray_session, tmp_path):
+    ranges = [
+        "sensitivity.sigma=[median, 5]",
+        "sensitivity.dimensions=[2, 3]",
+        "sensitivity.samples=[8]",
+        "sensitivity.neighbors=[]",
+        "sensitivity.embedding=[pca]",
+        "sensitivity.measure=[cka, cosine]",
+        "sensitivity.thresholds=[0.5]",
+    ]
+    found = sensitivity(config(tmp_path / "run", *ranges), command=["test"])
+    rows = found.read("sensitivity").to_pylist()
+    assert len(rows) == 2 * (1 + 2 + 2 + 1 + 1 + 2 + 1) and found.complete
+    same = [row for row in rows if (row["parameter"], row["setting"]) == ("sigma", "median")]
+    assert [row["pearson_off_diagonal"] for row in same] == pytest.approx([1.0, 1.0])
+    with pytest.raises(ConfigError, match=r"sensitivity.samples \[40\] are more than the 12"):
+        sensitivity(config(tmp_path / "more", "sensitivity.samples=[40]"))
+    with pytest.raises(ConfigError, match="sensitivity.merges is 21, but the model has 21 layers"):
+        sensitivity(config(tmp_path / "deep", "sensitivity.merges=21"))
+
+
+# -- matrices from elsewhere -----------------------------------------------------------------------------------------
+
+
+def save(folder, name, matrix):
+    np.save(folder / f"{name}.npy", matrix)
+    return folder / f"{name}.npy"
+
+
+def test_foreign_matrices_are_named_after_their_files_and_correlated(tmp_path):
+    rng = np.random.default_rng(0)
+    matrices = {name: rng.random((5, 5)) for name in ("law", "math")}
+    matrices["law"][0, 3] = np.nan
+    files = [save(tmp_path, f"{name}_40s", matrix.astype(np.float32)) for name, matrix in matrices.items()]
+    found = import_similarity(files, str(tmp_path / "run"), command=["test"])
+    matrix, influence = read_similarity(found.path_of(), n_layers=5, subset="law")
+    np.testing.assert_array_equal(matrix, matrices["law"].astype(np.float32))
+    assert influence is None and found.complete
+    (row,) = found.read("similarity_correlation").to_pylist()
+    known = np.isfinite(matrices["law"])
+    assert row["pearson"] == pytest.approx(np.corrcoef(matrices["law"][known], matrices["math"][known])[0, 1], abs=1e-6)
+    assert row["ci_low"] is None and row["reliability_a"] is None
+
+
+def test_foreign_files_that_are_no_matrices_are_refused(tmp_path):
+    def refuse(match, *files):
+        with pytest.raises(ConfigError, match=match):
+            import_similarity(files, str(tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+
+    square = save(tmp_path, "square", np.ones((4, 4)))
+    refuse("of different numbers of layers", square, save(tmp_path, "other", np.ones((5, 5))))
+    refuse(r"holds \(4, 5\), but must hold an \(L, L\) matrix", save(tmp_path, "wide", np.ones((4, 5))))
+    refuse("must hold real numbers", save(tmp_path, "words", np.full((4, 4), "x")))
+    refuse("2 files give 1 subset names", square, save(tmp_path, "square_40s", np.ones((4, 4))))
+    refuse("cannot be read as a NumPy array", tmp_path / "absent.npy")
+    pickled = tmp_path / "pickled.npy"
+    np.save(pickled, np.array([[{}, {}], [{}, {}]]), allow_pickle=True)
+    refuse("cannot be read as a NumPy array: Object arrays cannot be loaded", pickled)
+
+
+def test_runs_of_another_model_are_refused(tmp_path):
+    file = save(tmp_path, "law", np.ones((32, 32)))
+    found = import_similarity([file], str(tmp_path / "run"))
+    options = [f"plan.similarity_run={found.path_of()}", "plan.base=similarity", f"output.run={tmp_path / 'search'}"]
+    with pytest.raises(ConfigError, match="is of a model of 32 layers, this one has 21"):
+        search(load_config(None, options))
+    assert RunDirectory(tmp_path / "search").manifest() is None

@@ -1,0 +1,139 @@
+"""The compression curve as a whole on the embedded model: every point once, the same figures by other ways."""
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+
+from raymerge import experiments, summary
+from raymerge.checkpoint import Checkpoint
+from raymerge.config import ConfigError, load_config
+from raymerge.experiments import evaluate, import_similarity, sweep
+from raymerge.merging import merge
+from raymerge.plan import PlanError, alpha_file_text, tail_plan
+
+SETTINGS = [
+    "data.subjects=country_capitals,colour_mixing",
+    "data.report_limit_per_subject=6",
+    "data.perplexity_tokens=300",
+    "sweep.merges=[1, 6]",
+    "sweep.methods=[drop, before_last, 'fixed:0.62']",
+    "sweep.alignments=[none, neurons]",
+    "sweep.norms=[keep, fold]",
+    "sweep.distances=[16, 32]",
+    "sweep.retrieval_prompts=2",
+    "sweep.speed_tokens=2",
+    "workers.count=2",
+    "output.figures=false",
+]
+N_LAYERS = Checkpoint("demo").n_layers
+
+
+def config(out, *more):
+    return load_config(None, [*SETTINGS, f"output.run={out}", *more])
+
+
+@pytest.fixture(scope="module")
+def run(ray_session, tmp_path_factory):
+    return sweep(config(tmp_path_factory.mktemp("runs") / "sweep"), command=["test"])
+
+
+def test_every_method_stands_at_every_number_of_merges(run):
+    assert run.complete
+    points = [(row["merges"], row["method"], row["alignment"], row["norms"]) for row in run.read("sweep").to_pylist()]
+    expected = [(0, "base", "none", "keep")]
+    for merges in (1, 6):
+        expected += [(merges, method, "none", "keep") for method in ("drop", "before_last")]
+        expected += [(merges, "fixed_0.62", a, n) for a in ("none", "neurons") for n in ("keep", "fold")]
+    assert sorted(points) == sorted(expected)
+    ids = run.read("sweep")["plan_id"].to_pylist()
+    for table in ("accuracy", "perplexity", "costs", "context"):
+        assert set(run.read(table)["plan_id"].to_pylist()) == set(ids), table
+    costs = {row["plan_id"]: row for row in run.read("costs").to_pylist()}
+    for row in run.read("sweep").to_pylist():
+        assert costs[row["plan_id"]]["layers_removed"] == row["merges"]
+        assert costs[row["plan_id"]]["tokens_per_second"] > 0
+    header, cells = summary.sweep_table(run, "test")
+    assert len(cells) == len(points) and len(cells[0]) == len(header)
+
+
+def test_each_point_is_compared_with_dropping_and_with_itself_unaligned(run):
+    points = {row["plan_id"]: row for row in run.read("sweep").to_pylist()}
+    found = {
+        (points[row["plan_a"]]["merges"], describe(points[row["plan_a"]]), describe(points[row["plan_b"]]))
+        for row in run.read("comparisons").to_pylist()
+    }
+    for merges in (1, 6):
+        assert (merges, "before_last", "drop") in found
+        for variant in ("neurons keep", "neurons fold", "none fold"):
+            assert (merges, f"fixed_0.62 {variant}", "drop") in found
+            assert (merges, f"fixed_0.62 {variant}", "fixed_0.62 none keep") in found
+    assert all(points[row["plan_a"]]["merges"] == points[row["plan_b"]]["merges"] for row in
+               run.read("comparisons").to_pylist())  # fmt: skip
+
+
+def describe(point):
+    averages = point["method"].startswith("fixed")
+    return f"{point['method']} {point['alignment']} {point['norms']}" if averages else point["method"]
+
+
+@pytest.mark.parametrize("alignment, norms", [("none", "keep"), ("neurons", "fold")])
+def test_a_point_is_what_the_saved_merge_evaluates_to(run, ray_session, tmp_path, alignment, norms):
+    """Merged by the command line, saved, opened as any checkpoint and evaluated: the same logits and perplexity."""
+    plan = tail_plan(N_LAYERS, [0.62] * 6, name="x", kind="fixed")
+    (tmp_path / "alphas.json").write_text(alpha_file_text(plan.steps))
+    done = merge("demo", tmp_path / "alphas.json", tmp_path / "merged", alignment=alignment, norms=norms)
+    again = evaluate(config(tmp_path / "again", f"model.path={tmp_path / 'merged'}"), command=["test"])
+    letters = [f"logit_{letter}" for letter in "abcd"]
+    tables = []
+    for source, plan_id in ((run, done["plan_id"]), (again, again.read("plans")["plan_id"][0].as_py())):
+        answers = source.read("answers")
+        answers = answers.filter(pc.equal(answers["plan_id"], plan_id)).sort_by("question_id")
+        tables.append(np.stack([answers[name].to_numpy() for name in letters]))
+    assert tables[0].shape == (4, 12)
+    np.testing.assert_allclose(tables[0], tables[1], atol=1e-4)
+    perplexity = [
+        next(row["perplexity"] for row in source.read("perplexity").to_pylist() if row["plan_id"] == plan_id)
+        for source, plan_id in ((run, done["plan_id"]), (again, again.read("plans")["plan_id"][0].as_py()))
+    ]
+    assert perplexity[0] == pytest.approx(perplexity[1], rel=1e-4)
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(run, ray_session, tmp_path, monkeypatch):
+    settings = config(tmp_path / "cut", "sweep.alignments=[none]", "sweep.norms=[keep]", "sweep.context=false")
+    reporting = experiments.compression_sweep.Reporter
+
+    class Cut(Exception):
+        pass
+
+    original, stored = reporting._store, []
+
+    def cut(self, method, plan, results):
+        if len(stored) == 5:
+            raise Cut
+        stored.append((method, plan.name))
+        return original(self, method, plan, results)
+
+    monkeypatch.setattr(reporting, "_store", cut)
+    with pytest.raises(Cut):
+        sweep(settings, command=["test"])
+    before, stored[:] = list(stored), []
+    monkeypatch.setattr(reporting, "_store", lambda *args: (stored.append((args[1], args[2].name)), original(*args)))
+    whole = sweep(settings, command=["test"])
+    assert whole.complete and not {item for item in before if item[0] != "receipts"} & set(stored)
+    rows = whole.read("answers", ["plan_id", "question_id"]).to_pylist()
+    assert len(rows) == len({tuple(row.values()) for row in rows}) == 7 * 12
+
+
+def test_what_a_sweep_needs_is_asked_for_before_anything_is_written(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError, match=r"sweep.methods \['similarity'\] need plan.similarity_run"):
+        sweep(config(out, "sweep.methods=[similarity]"))
+    with pytest.raises(ConfigError, match="sweep.methods has file, so plan.alpha_file must name one"):
+        sweep(config(out, "sweep.methods=[file]"))
+    with pytest.raises(PlanError, match="cannot merge 21 layers of a model that has 21"):
+        sweep(config(out, "sweep.merges=[1, 21]"))
+    np.save(tmp_path / "law.npy", np.eye(N_LAYERS) + 0.1)
+    imported = import_similarity([tmp_path / "law.npy"], str(tmp_path / "imported"))
+    with pytest.raises(ConfigError, match="has no block influence"):
+        sweep(config(out, "sweep.methods=[block_influence]", f"plan.similarity_run={imported.path_of()}"))
+    assert not out.exists()
