@@ -186,8 +186,8 @@ class SimilarityConfig(_Section):
             raise ValueError("measure is cosine, which compares vectors: set pooling to last or mean")
         if self.measure == "gaussian" and self.embedding == "diffusion":
             raise ValueError(
-                "measure is gaussian on embedding diffusion, whose columns have variance 1 and so entropies of 0, which it "
-                "would divide by: set embedding to diffusion_gaussian or pca"
+                "measure is gaussian on embedding diffusion, whose columns have variance 1 and so entropies of 0 to "
+                "divide by: set embedding to diffusion_gaussian or pca"
             )
         if self.measure == "npib" and self.entropy_neighbors >= self.samples:
             raise ValueError(

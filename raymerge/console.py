@@ -164,7 +164,10 @@ def print_similarity(run: RunDirectory) -> None:
     _print_table(*summary.similarity_table(run))
     header, cells = summary.correlation_table(run)
     if cells:
-        print("\nCorrelations of the matrices (off the diagonal with 95 % intervals; ceiling: sqrt of reliabilities):")
+        print(
+            "\nCorrelations of the matrices, off the diagonal with 95 % intervals. Ceiling: what noise leaves of a\n"
+            "correlation of 1; pairs on the same questions (translations) share their noise and may exceed it."
+        )
         _print_table(header, cells)
     for warning in (run.manifest() or {}).get("warnings", []):
         print(f"\nWarning: {warning}.")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from raymerge.checkpoint import Checkpoint
+from raymerge.errors import UserError
 from raymerge.evaluation import merged_states, token_losses
 from raymerge.forward import LayerRunner
 from raymerge.identity import digest
@@ -33,7 +34,7 @@ _SHARD_TOKENS = 8192
 _WORD = re.compile(r"[Ġ▁]([A-Za-z][a-z]{2,})")
 
 
-class ContextError(ValueError):
+class ContextError(UserError):
     """Positions or distances that cannot be measured; the message names the value and the limit."""
 
 

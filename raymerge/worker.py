@@ -36,6 +36,8 @@ from raymerge.scoring import SourceLayers, TailScorer, TrunkCache, compute_trunk
 from raymerge.sensitivity import recipe_of, vary
 from raymerge.similarity import compute
 
+_SCORERS_HELD = 2  # a search has two: of the questions it searches on and of those it reports on
+
 
 class ModelWorker:
     """Holds a model (weights mapped from disk), tokenised prompts by role, and the trunk's states.
@@ -140,6 +142,9 @@ class ModelWorker:
             return None
         key = role, trunk.first
         if key not in self._scorers:
+            # Each holds the states of all its tokens; a sweep goes through its first layers one after the other.
+            while len(self._scorers) >= _SCORERS_HELD:
+                del self._scorers[next(iter(self._scorers))]
             self._scorers[key] = TailScorer(trunk, self.prompts(role), sources=self._sources_of(trunk.first))
         return self._scorers[key]
 

@@ -33,7 +33,9 @@ def test_no_permutation_is_cheaper(way, n):
         np.full((n, n), -7.25) + rng.random((n, 1)),  # each row's costs alike
         rng.standard_normal((n, n)) * 10.0 ** rng.integers(-8, 8, (n, 1)),
         1e6 + rng.standard_normal((n, n)),
-        1e-30 * rng.standard_normal((n, n)),
+        rng.standard_normal((n, n)) * 10.0 ** rng.integers(-8, 8, n),
+        rng.random((n, n)) + 1e9 * (rng.random((n, 1)) < 0.3) * (rng.random(n) < 0.3),  # far beyond the temperature
+        *(scale * rng.standard_normal((n, n)) for scale in (1e-200, 1e-35, 1e-30, 1e30, 1e37, 1e200)),
     ):
         found = assign(cost)
         assert found.dtype == np.int64 and sorted(found) == list(range(n))

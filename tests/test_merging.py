@@ -9,7 +9,7 @@ import torch
 import raymerge.alignment
 from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import fuse_state_dict
-from raymerge.merging import merge
+from raymerge.merging import merge, save_merged
 from raymerge.plan import PlanError, alpha_file_text, read_alpha_file, tail_plan
 
 
@@ -58,6 +58,9 @@ def test_a_plan_s_alignment_and_norms_are_what_is_saved(tmp_path, alphas, monkey
     assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
     changed = [row["tensor"] for row in done["receipts"] if row["max_abs_change"] > 0]
     assert len(changed) == (9 if norms == "fold" else 7)
+    calls.clear()
+    save_merged(base, plan, tmp_path / "again")
+    assert len(calls) == {"neurons": 3, "rows": 3 * 7, "none": 0}[alignment]
 
 
 def test_an_unknown_alignment_is_refused(tmp_path, alphas):

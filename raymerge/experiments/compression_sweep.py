@@ -100,11 +100,11 @@ def _points(config: Config, inputs: Inputs, similarity: Similarity | None) -> li
             continue
         for merges in settings.merges:
             if method == "drop":
-                points.append(Point(merges, method, drop_plan(n_layers, merges)))
+                points.append(_dropped(merges, method, drop_plan(n_layers, merges)))
             elif method == "before_last":
-                points.append(Point(merges, method, before_last_plan(n_layers, merges)))
+                points.append(_dropped(merges, method, before_last_plan(n_layers, merges)))
             elif method == "block_influence":
-                points += [Point(merges, method, found) for found in influence_plan(similarity, merges)]
+                points += [_dropped(merges, method, found) for found in influence_plan(similarity, merges)]
             else:
                 pairs, base, ratio = tail_pairs(n_layers, merges), method, plan.ratio
                 if method == "most_similar":
@@ -127,6 +127,10 @@ def _points(config: Config, inputs: Inputs, similarity: Similarity | None) -> li
     for point in points:
         check_mergeable(inputs.checkpoint, point.plan)
     return points
+
+
+def _dropped(merges: int, method: str, plan: MergePlan) -> Point:
+    return Point(merges, method, replace(plan, name=f"{method}_k{merges}"))
 
 
 def _variants(config: Config, merges: int, method: str, plan: MergePlan) -> list[Point]:

@@ -65,7 +65,9 @@ class Reporter:
                 jobs["text_nll", plan_id] = plan, [(plan, number) for number in range(shards[TEXT])]
             if plan_id not in proved:
                 jobs["receipts", plan_id] = plan, [plan]
-        tasks = [(key, item) for key, (_, items) in jobs.items() for item in items]
+        # Plans that start at the same layer one after the other: workers then load its states once.
+        order = sorted(jobs, key=lambda key: (jobs[key][0].resumes_at, key[0]))
+        tasks = [(key, item) for key in order for item in jobs[key][1]]
         progress.stage(f"report on {data.report_split}", len(tasks))
         results: dict[tuple[str, str], list] = {key: [] for key in jobs}
         done = 0
