@@ -11,15 +11,12 @@ Merging", stage 1; the released code reads the layer's input instead).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from raymerge.errors import UserError
@@ -28,9 +25,11 @@ from raymerge.fusion import check_mergeable
 from raymerge.identity import digest
 from raymerge.plan import MergePlan, base_plan
 from raymerge.prompts import Group, Shard
+from raymerge.tensorfiles import read_tensors, write_tensors
 
 POOLINGS = ("sequence", "last", "mean")
 
+_WHAT = "the activations"  # of a file, in errors
 _BLOCK_VALUES = 4 * 2**20  # float64 values of one block of token positions of all samples (34 MB)
 _ATTENDED_TOKENS = 16384  # keys of the sequences run together, each with the whole prefix before it
 
@@ -321,30 +320,15 @@ class ActivationCache:
     ) -> Activations:
         """What `collect` gives for the same arguments, from the file if it is there, else collected and stored.
 
-        Raises ActivationError for a file that cannot be read or written, and whatever `collect` raises.
+        Raises UserError for a file that cannot be read or written, and whatever `collect` raises.
         """
         _check_options(pooling, max_tokens)
         path = self.path(runner, shards, pooling=pooling, max_tokens=max_tokens, plan=plan)
         if not path.exists():
             found = collect(runner, shards, pooling=pooling, max_tokens=max_tokens, plan=plan, progress=progress)
-            self._write(found, path)
+            values = {name: torch.from_numpy(v) for name, v in vars(found).items() if v is not None}
+            write_tensors(path, values, _WHAT)
             return found
-        try:
-            with safe_open(path, framework="np") as file:
-                states = None if pooling == "sequence" else file.get_tensor("states")
-                return Activations(file.get_tensor("distances"), states, file.get_tensor("block_influence"))
-        except (SafetensorError, OSError) as error:
-            raise ActivationError(f"the activations {path} cannot be read: {error}; delete the file") from error
-
-    def _write(self, found: Activations, path: Path) -> None:
-        tensors = {name: values for name, values in vars(found).items() if values is not None}
-        unfinished = path.with_name(f"_tmp.{os.getpid()}.{path.name}")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, unfinished)
-            os.replace(unfinished, path)
-        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-            raise ActivationError(f"the activations {path} cannot be written: {error}; free space there") from error
-        finally:
-            if unfinished.exists():
-                unfinished.unlink()
+        names = [name for name in Activations.__dataclass_fields__ if name != "states" or pooling != "sequence"]
+        found = {name: tensor.numpy() for name, tensor in read_tensors(path, _WHAT, names).items()}
+        return Activations(**{"states": None, **found})

@@ -7,6 +7,9 @@ computes does not depend on the plan. Biases do not take part. For MLP units the
 exact over key/value heads given the scores of their pairs; a pair's score, over the order of its query heads and of
 its value channels together, is a local maximum (each exact given the other), since their columns of o depend on both.
 
+`activations`: the same reorderings, MLP units matched by the correlation of their values on calibration prompts
+instead.
+
 Each layer is matched to its neighbour, once, and matches are composed along the chain, so that they do not depend on
 alpha and a merged layer stays linear in its coefficients.
 
@@ -17,7 +20,6 @@ been fused so far, and so depends on alpha.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from raymerge.architectures import Architecture, Permutations, source_tensor
@@ -35,11 +35,20 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.errors import UserError
 from raymerge.identity import digest
 from raymerge.plan import MergePlan, MergeStep
+from raymerge.tensorfiles import read_tensors, write_tensors
 
+#: Alignments that keep every layer's function: whole units are reordered.
+REORDERED = ("neurons", "activations")
+
+_WHAT = "the alignment"  # of a file, in errors
 _VERSION = 1  # of what is matched with what; another value makes cached permutations of earlier versions unused
 _EPSILON = 1e-12  # added to a row's norm (published)
 _SWEEPS = 20  # alternations between query heads and value channels; two or three are usual
 _PLANS_HELD = 8  # plans whose row matches an Aligner keeps in memory
+
+
+class AlignmentError(UserError):
+    """Layers that cannot be aligned as asked; the message says what is missing."""
 
 
 def align_pair(
@@ -164,27 +173,23 @@ class Aligner:
     """Permutations of a checkpoint's layers for merge plans: each computed once, in memory and, with a folder, on disk.
 
     Files are named by content (model, layers, how matched) and appear whole, so that several processes may share a
-    folder. by: "weights", or "activations" with `units`, a function that gives a layer's MLP units (tokens, n) on
-    calibration prompts (see `LayerRunner.mlp_units`), and `data`, which names those prompts.
+    folder. Alignment "activations" needs `units`, a function that gives a layer's MLP units (tokens, n) on calibration
+    prompts (see `LayerRunner.mlp_units`), and `data`, which names those prompts.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         cache_folder: str | Path | None = None,
-        by: str = "weights",
         *,
         units: Callable[[int], Tensor] | None = None,
         data: str = "",
     ):
-        if by not in ("weights", "activations"):
-            raise ValueError(f"units cannot be matched by {by!r}: weights or activations")
         self.checkpoint = checkpoint
-        self.by = by
         self._folder = None if cache_folder is None else Path(cache_folder)
         self._units = units
         self._data = data
-        self._pairs: dict[tuple[int, int], Permutations] = {}
+        self._pairs: dict[tuple[str, int, int], Permutations] = {}
         self._rows: dict[str, list[dict[str, np.ndarray]]] = {}
 
     @staticmethod
@@ -197,32 +202,34 @@ class Aligner:
         groups = _groups(plan)
         return sorted({(n, n + 1) for layers in groups.values() for n in range(min(layers), max(layers))})
 
-    def compute(self, pair: tuple[int, int]) -> Permutations:
-        """The match of two neighbouring layers (reference, other), from memory, from disk or from the weights."""
-        if pair not in self._pairs:
-            path = self._path(pair)
+    def compute(self, pair: tuple[int, int], alignment: str = "neurons") -> Permutations:
+        """The match of two neighbouring layers (reference, other), from memory, from disk or from the model."""
+        key = alignment, *pair
+        if key not in self._pairs:
+            path = self._path(pair, alignment)
             if path is not None and path.exists():
-                try:
-                    self._pairs[pair] = load_file(path)
-                except (SafetensorError, OSError) as error:
-                    raise UserError(f"the alignment {path} cannot be read: {error}; delete the file") from error
+                self._pairs[key] = {name: order.numpy() for name, order in read_tensors(path, _WHAT).items()}
             else:
-                self._pairs[pair] = self._match(*pair)
+                self._pairs[key] = self._match(pair, alignment)
                 if path is not None:
-                    self._write(self._pairs[pair], path)
-        return self._pairs[pair]
+                    found = {name: torch.from_numpy(order) for name, order in self._pairs[key].items()}
+                    write_tensors(path, found, _WHAT)
+        return self._pairs[key]
 
-    def _match(self, reference: int, other: int) -> Permutations:
+    def _match(self, pair: tuple[int, int], alignment: str) -> Permutations:
         architecture = self.checkpoint.architecture
-        layers = [layer_tensors(self.checkpoint, architecture, layer) for layer in (reference, other)]
+        layers = [layer_tensors(self.checkpoint, architecture, layer) for layer in pair]
         activations = None
-        if self.by == "activations":
+        if alignment == "activations":
             if self._units is None:
-                raise ValueError("matching by activations needs `units`, a function that gives a layer's activations")
-            activations = self._units(reference), self._units(other)
+                raise AlignmentError(
+                    "alignment activations needs calibration prompts, which only a search or a sweep has: use "
+                    "alignment neurons here"
+                )
+            activations = tuple(self._units(layer) for layer in pair)
         return align_pair(*layers, architecture, self.checkpoint.config, activations=activations)
 
-    def towards(self, kept: int, sources: Iterable[int]) -> dict[int, Permutations]:
+    def towards(self, kept: int, sources: Iterable[int], alignment: str = "neurons") -> dict[int, Permutations]:
         """For each source layer other than `kept`, the reordering that lays its units on those of layer `kept`."""
         architecture, found = self.checkpoint.architecture, {}
         for source in sources:
@@ -230,7 +237,7 @@ class Aligner:
             step = 1 if kept < source else -1
             for layer in range(source, kept, -step):  # from the source towards the kept layer
                 nearer = layer - step
-                match = self.compute((min(layer, nearer), max(layer, nearer)))
+                match = self.compute((min(layer, nearer), max(layer, nearer)), alignment)
                 match = match if nearer < layer else invert(match, architecture)
                 total = match if total is None else compose(total, match, architecture)
             if total is not None:
@@ -238,10 +245,10 @@ class Aligner:
         return found
 
     def permutations(self, plan: MergePlan) -> dict[int, Permutations]:
-        """For every layer that the plan merges into another, whatever its coefficient, its reordering ("neurons")."""
+        """For every layer that the plan merges into another, whatever its coefficient, its reordering."""
         found = {}
         for kept, layers in _groups(plan).items():
-            found.update(self.towards(kept, layers))
+            found.update(self.towards(kept, layers, plan.alignment))
         return found
 
     def row_matches(self, plan: MergePlan) -> list[dict[str, np.ndarray]]:
@@ -262,23 +269,14 @@ class Aligner:
             self._rows[key] = [match for _, match in fuse_rows(load, architecture.matrices, plan.steps)]
         return self._rows[key]
 
-    def _path(self, pair: tuple[int, int]) -> Path | None:
+    def _path(self, pair: tuple[int, int], alignment: str) -> Path | None:
         if self._folder is None:
             return None
-        key = [_VERSION, self.checkpoint.identity, *pair, self.by, self._data]
-        return self._folder / f"alignment-{digest(key)}.safetensors"
-
-    @staticmethod
-    def _write(found: Permutations, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"_tmp.{os.getpid()}.{path.name}")
-        try:
-            save_file(dict(found), unfinished)
-            os.replace(unfinished, path)
-        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-            raise UserError(f"the alignment {path} cannot be written: {error}; free space on that disk") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
+        data = self._data if alignment == "activations" else ""
+        return (
+            self._folder
+            / f"alignment-{digest([_VERSION, self.checkpoint.identity, *pair, alignment, data])}.safetensors"
+        )
 
 
 def _groups(plan: MergePlan) -> dict[int, list[int]]:

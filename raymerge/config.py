@@ -79,8 +79,9 @@ class PlanConfig(_Section):
     list the steps of `alpha_file`; recompute collects the similarities anew after each merge. base: fixed (`ratio`
     everywhere), similarity_ratio or similarity, or file (`alpha_file`). similarity_run: a run of `raymerge similarity`;
     similarity_subset and similarity_language choose among its matrices. Its prompts are left out of every report.
-    alignment: none, rows (published) or neurons, found from weights or from activations (align_by). norms: keep
-    (published) or fold."""
+    alignment: none, rows (published), or the layers' neurons reordered so that their function stays, matched by their
+    weights (neurons) or by their activations on prompts of the first questions (activations). norms: keep (published)
+    or fold."""
 
     merges: Positive | None = 13
     selection: Literal["tail", "most_similar", "list"] = "tail"
@@ -92,8 +93,7 @@ class PlanConfig(_Section):
     similarity_subset: str | None = None
     similarity_language: str | None = None
     alpha_file: str | None = None
-    alignment: Literal["none", "rows", "neurons"] = "none"
-    align_by: Literal["weights", "activations"] = "weights"
+    alignment: Literal["none", "rows", "neurons", "activations"] = "none"
     norms: Literal["keep", "fold"] = "keep"
     biases: Literal["keep", "merge"] = "keep"
 
@@ -230,7 +230,7 @@ class SweepConfig(_Section):
 
     merges: list[Positive] = [1, 4, 11, 13, 15]
     methods: list[str] = ["drop", "before_last", "fixed:0.4", "fixed:0.5", "fixed:0.6", "fixed:0.62", "fixed:0.7"]
-    alignments: list[Literal["none", "rows", "neurons"]] = ["none", "neurons"]
+    alignments: list[Literal["none", "rows", "neurons", "activations"]] = ["none", "neurons"]
     norms: list[Literal["keep", "fold"]] = ["keep", "fold"]
     context: bool = True
     distances: list[Positive] = [32, 64, 128, 256, 512, 1024]

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raymerge.alignment import Aligner, fuse_rows, layer_tensors
+from raymerge.alignment import REORDERED, Aligner, fuse_rows, layer_tensors
 from raymerge.architectures import Architecture, Permutations, source_tensor
 from raymerge.checkpoint import Checkpoint
 from raymerge.plan import KeptLayer, MergePlan, PlanError
 
-ALIGNMENTS = ("none", "rows", "neurons")
+ALIGNMENTS = ("none", "rows", *REORDERED)
 NORMS = ("keep", "fold")
 
 
@@ -47,9 +47,9 @@ def fused_layer(
 
     The matrices (and with biases="merge" their biases) are sum_j c_j W_j, summed in float32 and rounded once to the
     stored dtype, or to `dtype`; everything else is layer `plan.kept[position].index`'s own. With norms="fold" the W_j
-    have their layer's input-norm gains multiplied in and the merged layer's two gains are ones. With
-    alignment="neurons" the units of every W_j are laid on the kept layer's; with "rows" it is the outcome of the
-    steps, each matrix's rows matched at every one. A layer that nothing is averaged into stays as it is.
+    have their layer's input-norm gains multiplied in and the merged layer's two gains are ones. With alignment
+    "neurons" or "activations" the units of every W_j are laid on the kept layer's; with "rows" it is the outcome of
+    the steps, each matrix's rows matched at every one. A layer that nothing is averaged into stays as it is.
     aligner: where permutations are taken from; made for this call where it is needed and not given.
     Raises PlanError where shapes differ between layers.
     """
@@ -97,9 +97,9 @@ def _weighted_sums(
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, sum over the sources, float32), one tensor at a time."""
     permutations: Mapping[int, Permutations] = {}
-    if plan.alignment == "neurons":
+    if plan.alignment in REORDERED:
         aligner = aligner or _own_aligner(base)
-        permutations = aligner.towards(kept.index, stored)
+        permutations = aligner.towards(kept.index, stored, plan.alignment)
     for name in averaged:
         total = None
         for source, coefficient in kept.coefficients:

@@ -59,10 +59,10 @@ class MergePlan:
     """An ordered list of merges on a model of `n_layers` decoder layers.
 
     `biases`: "keep" leaves the biases of the surviving layer (published), "merge" averages them like the matrices.
-    `alignment`: "none", "rows" (each matrix's rows re-ordered, as published) or "neurons" (whole units re-ordered so
-    that each layer's function stays). `norms`: "keep" leaves the survivor's norms (published), "fold" multiplies every
-    layer's input-norm gains into its matrices before averaging. `kind` is one of base, drop, before_last, fixed,
-    random, file, found.
+    `alignment`: "none", "rows" (each matrix's rows re-ordered, as published), or whole units re-ordered so that each
+    layer's function stays, matched by weights ("neurons") or by what they do on prompts ("activations"). `norms`:
+    "keep" leaves the survivor's norms (published), "fold" multiplies every layer's input-norm gains into its matrices
+    before averaging. `kind` is one of base, drop, before_last, fixed, random, file, found.
     """
 
     n_layers: int

@@ -9,27 +9,25 @@ the merged model to rounding.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from raymerge.alignment import layer_tensors
-from raymerge.architectures import Permutations, source_tensor
-from raymerge.errors import UserError
+from raymerge.alignment import REORDERED, layer_tensors
+from raymerge.architectures import source_tensor
 from raymerge.forward import GroupStates, LayerRunner, visible
 from raymerge.fusion import check_mergeable, fused_layer
 from raymerge.identity import digest
 from raymerge.plan import MergePlan, base_plan
 from raymerge.prompts import Prompts, Shard
+from raymerge.tensorfiles import read_tensors, write_tensors
 
+_WHAT = "the trunk states"  # of a file, in errors
 _MIXED_TOGETHER = 4  # candidates whose weights are mixed in one pass and held at once (60 MB each at 0.5B)
 _BUCKET_TOKENS = 16384  # padded tokens of the questions whose own attention is computed in one call
 
@@ -60,26 +58,16 @@ class TrunkCache:
 
         Computed first if they are not on this machine's disk yet. The tensors are mapped, not read.
         """
-        path = self.compute(shard)
-        try:
-            with safe_open(path, framework="pt") as file:
-                return [(file.get_tensor(f"{i}.prefix"), file.get_tensor(f"{i}.own")) for i in range(len(shard.groups))]
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"the trunk states {path} cannot be read: {error}; delete the file") from error
+        pairs = [(f"{i}.prefix", f"{i}.own") for i in range(len(shard.groups))]
+        tensors = read_tensors(self.compute(shard), _WHAT, [name for pair in pairs for name in pair])
+        return [(tensors[prefix], tensors[own]) for prefix, own in pairs]
 
-    def _write(self, packed: list[tuple[Tensor, Tensor]], path: Path) -> None:
+    def store(self, shard: Shard, states: list[GroupStates]) -> None:
+        """Write a shard's states."""
         tensors = {}
-        for i, (prefix, own) in enumerate(packed):
-            tensors[f"{i}.prefix"], tensors[f"{i}.own"] = prefix.cpu().contiguous(), own.cpu().contiguous()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"_tmp.{os.getpid()}.{path.name}")
-        try:
-            save_file(tensors, unfinished)
-            os.replace(unfinished, path)
-        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-            raise UserError(f"the trunk states {path} cannot be written: {error}; free space on that disk") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
+        for i, (prefix, own) in enumerate(self.runner.pack(states)):
+            tensors[f"{i}.prefix"], tensors[f"{i}.own"] = prefix, own
+        write_tensors(self.path(shard), tensors, _WHAT)
 
     def states(self, shard: Shard) -> list[GroupStates]:
         """The states laid out to be run on from layer `first`."""
@@ -105,7 +93,7 @@ def compute_trunks(caches: Sequence[TrunkCache], shard: Shard) -> None:
             depth = max(depth, 0)
         layers = layers or cache.runner.plan_layers(base_plan(cache.runner.checkpoint.n_layers))
         states, depth = cache.runner.run(states, layers[depth : cache.first]), cache.first
-        cache._write(cache.runner.pack(states), path)
+        cache.store(shard, states)
 
 
 @dataclass(frozen=True)
@@ -133,9 +121,9 @@ class SourceLayers:
     stack: (sources, parameters of one layer) float32, matrices and then biases; made when first asked for. Mixing
     several candidates at once reads it once: a candidate's mix is otherwise bound by memory (9 merges of a 0.5B model
     read 600 MB).
-    norms: as plans have it; with "fold" the gains are in the stacked matrices. permutations: by layer, those of a
-    plan's alignment "neurons" (`Aligner.permutations`); a layer that has none stays as it is. To which layer of the
-    group they lead does not matter: the mix is then the same units in another order.
+    norms: as plans have it; with "fold" the gains are in the stacked matrices. alignment: as plans have it, but not
+    "rows"; units are laid on those of layer `first`. Which layer of the group they are laid on does not matter: the mix
+    is then the same units in another order.
     """
 
     def __init__(
@@ -144,12 +132,11 @@ class SourceLayers:
         first: int,
         *,
         norms: str = "keep",
-        permutations: Mapping[int, Permutations] | None = None,
+        alignment: str = "none",
     ):
         checkpoint, arch = runner.checkpoint, runner.checkpoint.architecture
         self.norms = norms
-        self.alignment = "none" if permutations is None else "neurons"
-        self._permutations = permutations or {}
+        self.alignment = alignment
         self.count = checkpoint.n_layers - first
         self._runner = runner
         self._first = first
@@ -167,11 +154,15 @@ class SourceLayers:
     def stack(self) -> Tensor:
         checkpoint, arch = self._runner.checkpoint, self._runner.checkpoint.architecture
         stack = torch.empty(self.count, sum(self._sizes), dtype=torch.float32, device=self._runner.device)
+        permutations = {}
+        if self.alignment in REORDERED:
+            layers = range(self._first, checkpoint.n_layers)
+            permutations = self._runner.aligner.towards(self._first, layers, self.alignment)
         for j, row in enumerate(stack):
             layer = self._first + j
             tensors = layer_tensors(checkpoint, arch, layer)
             for part, name in zip(row.split(self._sizes), self._names, strict=True):
-                order = self._permutations.get(layer)
+                order = permutations.get(layer)
                 part.copy_(source_tensor(arch, tensors, name, norms=self.norms, permutations=order).reshape(-1))
         return stack
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from raymerge.activations import ActivationCache, Activations, distinct_samples
-from raymerge.alignment import Aligner
+from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
 from raymerge.context import RetrievalSet, position_nll, retrieval_prompts, retrieve, usable_distances
@@ -64,10 +64,11 @@ class ModelWorker:
         dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
         self.config, self.template, self.cache = config, template, Path(cache)
         self.checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-        self.aligner = Aligner(self.checkpoint, self.cache, by=config.plan.align_by)
-        self.runner = LayerRunner(self.checkpoint, device=device, dtype=dtype, aligner=self.aligner)
         self.questions = {role: read_questions(config, role) for role in roles if role != SUBSETS}
         self.subsets: list[Subset] = read_subsets(config) if SUBSETS in roles else []
+        calibration = [*self.questions.values(), *(subset.questions for subset in self.subsets)][0]
+        self.aligner = Aligner(self.checkpoint, self.cache, units=self._units, data=calibration.identity)
+        self.runner = LayerRunner(self.checkpoint, device=device, dtype=dtype, aligner=self.aligner)
         self._trunks = {first: TrunkCache(self.runner, first, self.cache) for first in sorted(firsts)}
         self._prompts: dict[str, Prompts] = {}
         self._scorers: dict[tuple[str, int], TailScorer] = {}
@@ -125,10 +126,15 @@ class ModelWorker:
         compute_trunks(list(self._trunks.values()), shard)
         return shard.tokens
 
-    def align(self, pair: tuple[int, int]) -> tuple[int, int]:
-        """Make sure that the alignment of layer pair[1] to its neighbour pair[0] is on disk; the pair."""
-        self.aligner.compute(pair)
-        return pair
+    def align(self, item: tuple[str, tuple[int, int]]) -> None:
+        """Make sure that an alignment (its name, two neighbouring layers) is on disk."""
+        alignment, pair = item
+        self.aligner.compute(pair, alignment)
+
+    def _units(self, layer: int) -> torch.Tensor:
+        """MLP units (tokens, n) of an unmerged layer on calibration prompts: the first shard of the first questions."""
+        shard = (self.prompts(next(iter(self.questions))).shards if self.questions else self._samples(0))[0]
+        return self.runner.mlp_units(TrunkCache(self.runner, layer, self.cache).states(shard), layer)
 
     def _trunk_of(self, plan: MergePlan) -> TrunkCache | None:
         """The deepest cached states that the plan leaves as they are."""
@@ -155,8 +161,8 @@ class ModelWorker:
             if plan is None:
                 self._sources[first] = SourceLayers(self.runner, first)
             else:
-                permutations = self.aligner.permutations(plan) if plan.alignment == "neurons" else None
-                self._sources[first] = SourceLayers(self.runner, first, norms=plan.norms, permutations=permutations)
+                alignment = plan.alignment if plan.alignment in REORDERED else "none"
+                self._sources[first] = SourceLayers(self.runner, first, norms=plan.norms, alignment=alignment)
         return self._sources[first]
 
     # -- judging plans ------------------------------------------------------------------------------------------

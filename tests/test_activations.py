@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import raymerge.activations
 import raymerge.forward
+import raymerge.tensorfiles
 from raymerge.activations import (
     POOLINGS,
     ActivationCache,
@@ -24,6 +25,7 @@ from raymerge.activations import (
     truncate,
 )
 from raymerge.checkpoint import Checkpoint
+from raymerge.errors import UserError
 from raymerge.forward import LayerRunner
 from raymerge.plan import MergePlan, MergeStep, PlanError, base_plan, tail_plan
 from raymerge.prompts import Group, Shard
@@ -367,13 +369,13 @@ def test_a_broken_file_is_named_with_the_cure(tmp_path, llama):
     path = cache.path(llama, SHARDS, pooling="last")
     for content in (path.read_bytes()[:-9], b"", b"nothing"):
         path.write_bytes(content)
-        with pytest.raises(ActivationError, match=f"{path.name} cannot be read: .*; delete the file"):
+        with pytest.raises(UserError, match=f"{path.name} cannot be read: .*; delete the file"):
             cache.get(llama, SHARDS, pooling="last")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, llama):
     (tmp_path / "file").write_text(json.dumps({}))
-    with pytest.raises(ActivationError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         ActivationCache(tmp_path / "file" / "cache").get(llama, SHARDS, pooling="last")
 
 
@@ -382,8 +384,8 @@ def test_nothing_is_left_of_an_interrupted_write(tmp_path, llama, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(raymerge.activations, "save_file", fail)
-    with pytest.raises(ActivationError, match="No space left on device.*free space"):
+    monkeypatch.setattr(raymerge.tensorfiles, "save_file", fail)
+    with pytest.raises(UserError, match="No space left on device.*free space"):
         ActivationCache(tmp_path).get(llama, SHARDS, pooling="last")
     assert not list(tmp_path.iterdir())
 

@@ -8,13 +8,22 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.numpy import save_file
+from safetensors.torch import save_file
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from test_architectures import one_layer, random_permutations
 
-import raymerge.alignment
-from raymerge.alignment import Aligner, align_pair, compose, fuse_rows, invert, layer_tensors, match_rows
+import raymerge.tensorfiles
+from raymerge.alignment import (
+    Aligner,
+    AlignmentError,
+    align_pair,
+    compose,
+    fuse_rows,
+    invert,
+    layer_tensors,
+    match_rows,
+)
 from raymerge.architectures import architecture_of, permute_layer
 from raymerge.checkpoint import Checkpoint
 from raymerge.errors import UserError
@@ -226,21 +235,21 @@ def test_files_are_named_by_what_they_depend_on(checkpoint, tmp_path):
     aligners = [
         Aligner(checkpoint, tmp_path / "cache"),
         Aligner(other, tmp_path / "cache"),
-        Aligner(checkpoint, tmp_path / "cache", by="activations", units=units, data="a"),
-        Aligner(checkpoint, tmp_path / "cache", by="activations", units=units, data="b"),
+        Aligner(checkpoint, tmp_path / "cache", units=units, data="a"),
+        Aligner(checkpoint, tmp_path / "cache", units=units, data="b"),
     ]
-    for aligner in aligners:
-        aligner.compute((0, 1))
-        aligner.compute((1, 2))
+    for aligner, alignment in zip(aligners, ("neurons", "neurons", "activations", "activations"), strict=True):
+        aligner.compute((0, 1), alignment)
+        aligner.compute((1, 2), alignment)
     assert len(list((tmp_path / "cache").iterdir())) == 2 * len(aligners)
-    assert not np.array_equal(aligners[0].compute((0, 1))["units"], aligners[2].compute((0, 1))["units"])
+    by_weights, by_activations = (aligners[2].compute((0, 1), name)["units"] for name in ("neurons", "activations"))
+    assert not np.array_equal(by_weights, by_activations)
+    assert len(list((tmp_path / "cache").iterdir())) == 2 * len(aligners), "prompts do not matter to weights"
 
 
-def test_how_units_are_matched_must_be_known(checkpoint):
-    with pytest.raises(ValueError, match="cannot be matched by 'magic': weights or activations"):
-        Aligner(checkpoint, by="magic")
-    with pytest.raises(ValueError, match="needs `units`"):
-        Aligner(checkpoint, by="activations").compute((0, 1))
+def test_activations_without_prompts_are_refused(checkpoint):
+    with pytest.raises(AlignmentError, match="needs calibration prompts, .* use alignment neurons here"):
+        Aligner(checkpoint).compute((0, 1), "activations")
 
 
 def test_a_spoilt_file_is_named(checkpoint, tmp_path):
@@ -256,7 +265,7 @@ def test_a_full_disk_leaves_nothing(checkpoint, tmp_path, monkeypatch):
         save_file(tensors, path)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(raymerge.alignment, "save_file", fail)
+    monkeypatch.setattr(raymerge.tensorfiles, "save_file", fail)
     with pytest.raises(UserError, match="cannot be written: .*No space left on device"):
         Aligner(checkpoint, tmp_path).compute((0, 1))
     assert list(tmp_path.iterdir()) == []
@@ -275,8 +284,8 @@ def test_activations_of_a_runner_match_a_planted_permutation(tmp_path):
     runner = LayerRunner(planted)
     ids = np.random.default_rng(1).integers(5, 800, 60)
     shard = Shard((Group("a", ids[:20], (ids[20:50], ids[50:]), (0, 1)), Group("b", ids[:0], (ids,), (2,))))
-    aligner = Aligner(planted, by="activations", units=lambda layer: runner.mlp_units(runner.embed(shard), layer))
-    assert np.array_equal(aligner.compute((0, 1))["units"], np.argsort(order))
+    aligner = Aligner(planted, units=lambda layer: runner.mlp_units(runner.embed(shard), layer))
+    assert np.array_equal(aligner.compute((0, 1), "activations")["units"], np.argsort(order))
 
 
 # -- rows, as published ----------------------------------------------------------------------------------------------

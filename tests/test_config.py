@@ -40,7 +40,6 @@ DEFAULTS = {
         "similarity_language": None,
         "alpha_file": None,
         "alignment": "none",
-        "align_by": "weights",
         "norms": "keep",
         "biases": "keep",
     },

@@ -224,9 +224,9 @@ def test_aligned_plans_take_permutations_from_the_runner_s_aligner(tmp_path, sha
     asked = []
 
     class Spy(Aligner):
-        def towards(self, kept, sources):
+        def towards(self, kept, sources, alignment):
             asked.append((kept, sorted(sources)))
-            return super().towards(kept, sources)
+            return super().towards(kept, sources, alignment)
 
     plan = tail_plan(5, [0.5], name="x", kind="found", alignment="neurons")
     results = []

@@ -21,8 +21,8 @@ LAYERS = {
     ),
     1: ("config", "schemas", "storage", "tables", "questions", "summary", "progress", "inputs", "sensitivity"),
     2: (
-        "architectures", "checkpoint", "fusion", "prompts", "forward", "scoring", "evaluation", "rows", "merging",
-        "activations", "alignment", "context",
+        "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "scoring", "evaluation", "rows",
+        "merging", "activations", "alignment", "context",
     ),
     3: ("worker",),
     4: ("pool", "search", "proposers", "experiments"),

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import raymerge.forward
-import raymerge.scoring
+import raymerge.tensorfiles
 from raymerge.checkpoint import Checkpoint
 from raymerge.evaluation import Answers, answer_shard
 from raymerge.forward import LayerRunner
@@ -402,13 +402,12 @@ def test_every_alignment_with_every_norm(case, family, alignment, norms):
     """A stack of the run's own combination, the published one and any other give the fused model's answers."""
     case = case(family)
     plans = [replace(plan, alignment=alignment, norms=norms) for plan in OPTION_PLANS.values()]
-    permutations = case.runner.aligner.permutations(plans[0])
     trunk = case.trunk(N - 3)
     expected = [fused_reference(case, plan) for plan in plans]
     stacks = [
         SourceLayers(case.runner, N - 3),
-        SourceLayers(case.runner, N - 3, norms="fold", permutations=permutations),
-        SourceLayers(case.runner, N - 3, norms=norms, permutations=permutations if alignment == "neurons" else None),
+        SourceLayers(case.runner, N - 3, norms="fold", alignment="neurons"),
+        SourceLayers(case.runner, N - 3, norms=norms, alignment="neurons" if alignment == "neurons" else "none"),
     ]
     for sources in stacks:
         scorer = TailScorer(trunk, case.prompts, sources=sources)
@@ -438,8 +437,7 @@ def test_aligned_and_folded_candidates_mix_as_they_are_saved(tmp_path, questions
     prompts = encode_questions(questions, tiny.demo_tokenizer())
     trunk = TrunkCache(runner, N - 3, tmp_path / "cache")
     plan = replace(found(0.5, 0.25), alignment="neurons", norms="fold")
-    permutations = runner.aligner.permutations(plan)
-    sources = SourceLayers(runner, N - 3, norms="fold", permutations=permutations)
+    sources = SourceLayers(runner, N - 3, norms="fold", alignment="neurons")
     for dtype in (None, torch.float32):
         stacked = TailScorer(trunk, prompts, sources=sources, fused_dtype=dtype)
         explicit = TailScorer(trunk, prompts, fused_dtype=dtype)
@@ -612,7 +610,7 @@ def test_a_full_disk_leaves_no_states(case, tmp_path, monkeypatch):
         path.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(raymerge.scoring, "save_file", fail)
+    monkeypatch.setattr(raymerge.tensorfiles, "save_file", fail)
     with pytest.raises(ValueError, match="No space left"):
         trunk.compute(second)
     assert list(tmp_path.iterdir()) == [kept]

@@ -1,5 +1,7 @@
 """The worker without Ray: the same figures by its three ways of answering."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -52,6 +54,17 @@ def test_scores_are_those_of_the_answers_of_the_whole_merged_model(worker, whole
     collapsed = worker.run(("answers", (plan, SEARCH, None, False)))
     np.testing.assert_allclose(collapsed.logsumexp, answers.logsumexp, atol=2e-4)
     np.testing.assert_array_equal(collapsed.top_is_letter, answers.top_is_letter)
+
+
+@pytest.mark.parametrize("alignment", ["neurons", "activations"])
+def test_aligned_plans_are_answered_alike_with_and_without_a_trunk(worker, whole, alignment):
+    """Activations come from the same prompts whatever the worker has cached, so the same units are matched."""
+    alphas = [0.3, 0.9, 0.5, 0.7, 0.4]
+    plan = tail_plan(worker.checkpoint.n_layers, alphas, name="x", kind="found", alignment=alignment, norms="fold")
+    found, expected = (each.answers((plan, SEARCH, None, False)).logits for each in (worker, whole))
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    plain = worker.answers((replace(plan, alignment="none"), SEARCH, None, False)).logits
+    assert np.abs(found - plain).max() > 1e-2
 
 
 def test_text_and_base_model_do_not_depend_on_the_trunk(worker, whole):

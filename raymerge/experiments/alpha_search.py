@@ -20,6 +20,7 @@ from raymerge.config import Config, ConfigError
 from raymerge.evaluation import Answers
 from raymerge.experiments.common import (
     Inputs,
+    align,
     cache_of,
     compute_trunk,
     counted,
@@ -144,7 +145,7 @@ class _Search:
         with open_pool(self.config, self.inputs, self.cache, **options) as pool:
             self.pool = pool
             self.facts["workers"] = describe_workers(pool, self.inputs)
-            self._align()
+            align(pool, [self.template], self.progress)
             shards = compute_trunk(pool, self.inputs, self.progress)
             trunk_seconds = time.monotonic() - began
             controls = self._controls()
@@ -175,14 +176,6 @@ class _Search:
         return self.run
 
     # -- the trunk and the controls
-
-    def _align(self) -> None:
-        """Alignments of neighbours, in parallel, before any worker needs them all."""
-        if self.start.alignment != "neurons":
-            return
-        pairs = Aligner.pairs(self.template)
-        self.progress.stage("aligning neurons (pairs of layers)", len(pairs))
-        self.pool.map("align", pairs, counted(self.progress))
 
     def _controls(self) -> list[MergePlan]:
         """The unmerged model, both ways of dropping, the constant, what a similarity run offers, and the start."""
@@ -330,7 +323,9 @@ class _Search:
         self.progress.stage("saving the merged model", 1)
         with tempfile.TemporaryDirectory(dir=Path(where).parent.parent if self.run.is_local else None) as scratch:
             folder = Path(scratch) / best.name
-            aligner = Aligner(self.inputs.checkpoint, Path(self.cache), by=self.config.plan.align_by)
+            # What the workers have matched is read from the cache.
+            data = next(iter(self.inputs.questions.values())).identity
+            aligner = Aligner(self.inputs.checkpoint, Path(self.cache), data=data)
             save_merged(self.inputs.checkpoint, best, folder, aligner=aligner)
             uploaded = self.run.upload(folder, "models", best.name)
         self.progress.advance(1)

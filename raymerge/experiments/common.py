@@ -12,6 +12,7 @@ from typing import Any
 
 import raymerge
 from raymerge import rows
+from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
 from raymerge.inputs import SUBSETS, TEXT, Subset, read_questions, read_subsets, read_text
@@ -116,6 +117,16 @@ def compute_trunk(pool: WorkerPool, inputs: Inputs, progress: Progress, further:
     progress.stage("trunk states (tokens)", sum(sizes))
     pool.map("compute_trunk", [items[i] for i in order], counted(progress, lambda _, tokens: tokens))
     return shards
+
+
+def align(pool: WorkerPool, plans: Sequence[MergePlan], progress: Progress) -> None:
+    """Match the neurons of every pair of layers that the plans need, in parallel, before any worker needs them all."""
+    items = sorted(
+        {(plan.alignment, pair) for plan in plans if plan.alignment in REORDERED for pair in Aligner.pairs(plan)}
+    )
+    if items:
+        progress.stage("aligning neurons (pairs of layers)", len(items))
+        pool.map("align", items, counted(progress))
 
 
 def counted(

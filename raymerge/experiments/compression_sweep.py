@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from raymerge.alignment import Aligner
 from raymerge.config import Config, ConfigError
 from raymerge.experiments.common import (
     Inputs,
+    align,
     cache_of,
     compute_trunk,
     counted,
@@ -168,10 +168,7 @@ class _Sweep:
         reporter = Reporter(self.config, self.inputs, self.run)
         with open_pool(self.config, self.inputs, cache, firsts=self.firsts) as pool:
             workers = describe_workers(pool, self.inputs)
-            pairs = sorted({pair for plan in self.plans if plan.alignment == "neurons" for pair in Aligner.pairs(plan)})
-            if pairs:
-                self.progress.stage("aligning neurons (pairs of layers)", len(pairs))
-                pool.map("align", pairs, counted(self.progress))
+            align(pool, self.plans, self.progress)
             further = (RETRIEVAL,) if self.config.sweep.context else ()
             shards = compute_trunk(pool, self.inputs, self.progress, further)
             reporter.report(pool, self.plans, shards, self.firsts, self.progress)
