@@ -296,11 +296,11 @@ class ActivationCache:
         plan: MergePlan | None = None,
     ) -> Path:
         """The file for these arguments of `collect`, whether it exists or not."""
-        model = runner.checkpoint.identity
+        model, *options = runner.identity
         key = [
             model,
             plan.plan_id(model) if plan is not None and plan.steps else None,
-            str(runner.dtype),
+            *options,
             pooling,
             max_tokens if pooling == "sequence" else None,
             # A shard's identity says nothing of which sample is which.

@@ -148,6 +148,24 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("model", help="demo, a checkpoint folder, or a hub id")
     merge.add_argument("--alphas", required=True, metavar="FILE", help="alpha file")
     merge.add_argument("--out", required=True, metavar="DIR", help="folder of the merged checkpoint; must not exist")
+    merge.add_argument(
+        "--alignment",
+        default="none",
+        choices=["none", "rows", "neurons"],
+        help="reorder each matrix's rows (published) or whole neurons before averaging (default: none)",
+    )
+    merge.add_argument(
+        "--norms",
+        default="keep",
+        choices=["keep", "fold"],
+        help="keep the survivor's norms (published) or fold every layer's gains into its matrices (default: keep)",
+    )
+    merge.add_argument(
+        "--biases",
+        default="keep",
+        choices=["keep", "merge"],
+        help="biases of the survivor, or averaged (default: keep)",
+    )
     merge.add_argument("--revision", help="hub revision of the model")
     merge.set_defaults(run=_merge)
 
@@ -234,7 +252,15 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _merge(options: argparse.Namespace) -> int:
     from raymerge.merging import merge
 
-    done = merge(options.model, options.alphas, options.out, revision=options.revision)
+    done = merge(
+        options.model,
+        options.alphas,
+        options.out,
+        revision=options.revision,
+        alignment=options.alignment,
+        norms=options.norms,
+        biases=options.biases,
+    )
     print(
         f"{done['layers_before']} layers became {done['layers_after']}; "
         f"{done['parameters_removed'] / 1e6:.2f} M parameters removed; {done['tensors_changed']} tensors changed, "

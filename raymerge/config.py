@@ -33,13 +33,16 @@ class _Section(BaseModel):
 
 class ModelConfig(_Section):
     """The model. path: demo, a folder, or a hub id. dtype: of the computation; auto is float32 on CPUs and the stored
-    dtype on GPUs. add_bos: put the BOS token first; null does as the tokenizer does. trust_remote_code: run the
+    dtype on GPUs. add_bos: put the BOS token first; null does as the tokenizer does. quantise: judge
+    the models with every decoder layer's matrices rounded to int8 or int4 after merging (needs the extra quant); saved
+    checkpoints stay as they are. trust_remote_code: run the
     model repository's own Python."""
 
     path: str = "demo"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     revision: str | None = None
     add_bos: bool | None = None
+    quantise: Literal["none", "int8", "int4"] = "none"
     trust_remote_code: bool = False
 
 

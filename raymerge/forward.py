@@ -8,7 +8,7 @@ shard are all that is held.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import fused_layer
 from raymerge.plan import MergePlan
 from raymerge.prompts import Group, Shard
+from raymerge.quantisation import quantise_layer
 
 _BATCH_TOKENS = 2048  # padded tokens of the sequences run together; larger gains nothing on a CPU
 _VOCABULARY_CHUNK = 16384  # rows of the unembedding converted to float32 at a time (58 MB at hidden size 896)
@@ -69,6 +70,7 @@ class LayerRunner:
     """Runs a checkpoint's embedding, decoder layers and unembedding on `device` in `dtype`.
 
     aligner: where plans that align layers take permutations from; by default one that computes what it is asked for.
+    quantise: round the matrices of every layer, merged ones after merging, to int8 or int4 (see `quantisation`).
     """
 
     def __init__(
@@ -78,11 +80,13 @@ class LayerRunner:
         device: str = "cpu",
         dtype: torch.dtype | None = None,
         aligner: Aligner | None = None,
+        quantise: str = "none",
     ):
         from transformers import AutoModelForCausalLM
 
         self.checkpoint = checkpoint
         self.aligner = aligner or Aligner(checkpoint)
+        self.quantise = quantise
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else checkpoint.dtype)
         with torch.device("meta"):
@@ -100,11 +104,22 @@ class LayerRunner:
 
     def weights(self, layer: int) -> dict[str, Tensor]:
         """An original layer's weights in the compute dtype; kept on an accelerator, converted anew on a CPU."""
-        if self.device.type == "cpu":
-            return self.checkpoint.layer(layer, dtype=self.dtype)
-        if layer not in self._resident:
-            self._resident[layer] = self.checkpoint.layer(layer, dtype=self.dtype, device=self.device)
-        return self._resident[layer]
+        if layer in self._resident:
+            return self._resident[layer]
+        weights = self.deployed(self.checkpoint.layer(layer, dtype=self.dtype, device=self.device))
+        if self.device.type != "cpu":
+            self._resident[layer] = weights
+        return weights
+
+    @property
+    def identity(self) -> list[str]:
+        """What decides a layer's output beside its input: names caches."""
+        options = [] if self.quantise == "none" else [self.quantise]
+        return [self.checkpoint.identity, str(self.dtype), *options]
+
+    def deployed(self, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A layer's weights as the deployed model has them."""
+        return quantise_layer(self.checkpoint.architecture, layer, self.quantise)
 
     def plan_layers(self, plan: MergePlan, start: int = 0) -> list[Layer]:
         """The layers of the merged model from position `start` on, as `run` takes them."""
@@ -114,12 +129,13 @@ class LayerRunner:
         kept = plan.kept[position]
         if kept.unchanged:
             return lambda: self.weights(kept.index)
-        return lambda: {
-            name: tensor.to(self.device, self.dtype)
-            for name, tensor in fused_layer(
-                self.checkpoint, self.checkpoint.architecture, plan, position, aligner=self.aligner
-            ).items()
-        }
+
+        def load() -> dict[str, Tensor]:
+            arch = self.checkpoint.architecture
+            layer = fused_layer(self.checkpoint, arch, plan, position, aligner=self.aligner)
+            return self.deployed({name: tensor.to(self.device, self.dtype) for name, tensor in layer.items()})
+
+        return load
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each (1, T, head_dim) in the compute dtype, of positions (T,)."""

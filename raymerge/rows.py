@@ -16,6 +16,7 @@ from raymerge.evaluation import Answers
 from raymerge.fusion import Receipt
 from raymerge.plan import MergePlan
 from raymerge.prompts import TEXT_WINDOW
+from raymerge.quantisation import quantised_bytes
 from raymerge.questions import QuestionSet
 from raymerge.statistics import answer_nll, mcnemar, paired_difference
 
@@ -128,10 +129,14 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def cost_row(plan: MergePlan, plan_id: str, checkpoint: Checkpoint) -> Row:
-    """The row of `costs`: layers and parameters, and the weights' bytes as stored."""
+def cost_row(plan: MergePlan, plan_id: str, checkpoint: Checkpoint, quantise: str = "none") -> Row:
+    """The row of `costs`: layers and parameters, and the weights' bytes as stored, or with quantised matrices."""
     kept = [layer.index for layer in plan.kept]
     parameters, stored = checkpoint.size(kept)
+    if quantise != "none":
+        arch = checkpoint.architecture
+        for matrix in (checkpoint[arch.layer_name(layer, f"{m}.weight")] for layer in kept for m in arch.matrices):
+            stored += quantised_bytes(*matrix.shape, quantise) - matrix.nbytes
     return {
         "plan_id": plan_id,
         "layers": len(kept),

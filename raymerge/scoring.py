@@ -45,7 +45,8 @@ class TrunkCache:
         self.folder = Path(folder)
 
     def path(self, shard: Shard) -> Path:
-        key = [self.runner.checkpoint.identity, self.first, str(self.runner.dtype), shard.identity]
+        model, *options = self.runner.identity
+        key = [model, self.first, *options, shard.identity]
         return self.folder / f"trunk-{digest(key)}.safetensors"
 
     def compute(self, shard: Shard) -> Path:
@@ -350,7 +351,7 @@ class TailScorer:
                     weights = self.sources.weights(next(mixed), rest, plan.biases == "merge")
                 else:
                     weights = self._fused(plan)
-                yield self.hidden(weights, rest)
+                yield self.hidden(self.runner.deployed(weights), rest)
 
     def is_stacked(self, plan: MergePlan) -> bool:
         """Whether the plan's merged layer is a weighted sum of the stacked sources; else it is fused by itself.

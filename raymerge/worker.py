@@ -68,7 +68,9 @@ class ModelWorker:
         self.subsets: list[Subset] = read_subsets(config) if SUBSETS in roles else []
         calibration = [*self.questions.values(), *(subset.questions for subset in self.subsets)][0]
         self.aligner = Aligner(self.checkpoint, self.cache, units=self._units, data=calibration.identity)
-        self.runner = LayerRunner(self.checkpoint, device=device, dtype=dtype, aligner=self.aligner)
+        self.runner = LayerRunner(
+            self.checkpoint, device=device, dtype=dtype, aligner=self.aligner, quantise=model.quantise
+        )
         self._trunks = {first: TrunkCache(self.runner, first, self.cache) for first in sorted(firsts)}
         self._prompts: dict[str, Prompts] = {}
         self._scorers: dict[tuple[str, int], TailScorer] = {}

@@ -10,7 +10,14 @@ from raymerge.config import Config, ConfigError, load_config, parse_config
 
 # The shape that design.md documents; a default that changes is a change that users see.
 DEFAULTS = {
-    "model": {"path": "demo", "dtype": "auto", "revision": None, "add_bos": None, "trust_remote_code": False},
+    "model": {
+        "path": "demo",
+        "dtype": "auto",
+        "revision": None,
+        "add_bos": None,
+        "quantise": "none",
+        "trust_remote_code": False,
+    },
     "data": {
         "mmlu": "demo",
         "revision": None,

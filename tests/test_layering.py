@@ -22,7 +22,7 @@ LAYERS = {
     1: ("config", "schemas", "storage", "tables", "questions", "summary", "progress", "inputs", "sensitivity"),
     2: (
         "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "scoring", "evaluation", "rows",
-        "merging", "activations", "alignment", "context",
+        "merging", "activations", "alignment", "context", "quantisation",
     ),
     3: ("worker",),
     4: ("pool", "search", "proposers", "experiments"),
@@ -40,7 +40,7 @@ def layer_of(module):
 THIRD_PARTY = {
     "numpy": 0, "scipy": 0, "sklearn": 0, "umap": 0,
     "pydantic": 1, "yaml": 1, "pyarrow": 1, "huggingface_hub": 1,
-    "torch": 2, "transformers": 2, "safetensors": 2,
+    "torch": 2, "transformers": 2, "safetensors": 2, "torchao": 2,
     "ray": 4, "bayes_opt": 4, "threadpoolctl": 4,
     "rich": 5,
 }  # fmt: skip

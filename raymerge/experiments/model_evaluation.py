@@ -58,6 +58,6 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
     run.replace("accuracy", derive_accuracy(run.read("answers")))
     run.replace("perplexity", perplexities)
     run.replace("plans", rows.plan_rows(plan, plan_id))
-    run.replace("costs", [rows.cost_row(plan, plan_id, checkpoint)])
+    run.replace("costs", [rows.cost_row(plan, plan_id, checkpoint, config.model.quantise)])
     run.write_manifest("complete", command=command, workers=workers, **model_facts(config, inputs))
     return run

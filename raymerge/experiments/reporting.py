@@ -121,7 +121,7 @@ class Reporter:
         self.run.replace(
             "coefficients", [row for key, plan in once.items() for row in rows.coefficient_rows(plan, key)]
         )
-        costs = [rows.cost_row(plan, key, checkpoint) for key, plan in once.items()]
+        costs = [rows.cost_row(plan, key, checkpoint, self.config.model.quantise) for key, plan in once.items()]
         self.run.replace("costs", [row | {"tokens_per_second": (speeds or {}).get(row["layers"])} for row in costs])
         answers = self.run.read("answers")
         self.run.replace("accuracy", derive_accuracy(answers))
