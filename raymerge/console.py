@@ -115,8 +115,10 @@ def print_search(run: RunDirectory, split: str) -> None:
     print("\nOn the search questions:")
     for line in summary.search_lines(run):
         print(f"  {line}")
+    for line in summary.optimism_lines(run, split):
+        print(f"  {line}")
     print("\nAccuracy on the report questions, 95 % intervals of the paired difference:")
-    for line in summary.comparison_lines(run):
+    for line in summary.comparison_lines(run, manifest["best"]["plan_id"]):
         print(f"  {line}")
     for key, facts in manifest.items():
         if key.endswith("_search") and facts["share_not_scoring"] is not None:
@@ -145,12 +147,12 @@ def print_evaluation(run: RunDirectory, split: str) -> None:
             [
                 row["subject"],
                 str(row["n"]),
-                f"{row['accuracy']:.4f} ± {row['standard_error']:.4f}",
+                summary.share(row["accuracy"], row["standard_error"], (row["ci_low"], row["ci_high"])),
                 f"{row['nll']:.4f}",
                 summary.number(questions.get(key)),
             ]
         )
-    _print_table(["subject", "n", "accuracy ± se", "answer NLL", "question ppl"], cells[2:] + cells[:2])
+    _print_table(["subject", "n", "accuracy ± se [95 %]", "answer NLL", "question ppl"], cells[2:] + cells[:2])
     (line,) = summary.plan_lines(run, split)
     print(f"\nAlways answering A: {summary.always_a_share(run, split):.4f}", end="; ")
     print(f"plain-text perplexity: {summary.number(line['perplexity'])}")

@@ -18,6 +18,7 @@ from raymerge.tables import RunDirectory
 
 # What prompts are for: to search on, to report on, to compare layers on; plain text; key-value prompts.
 SEARCH, REPORT, SUBSETS, TEXT, RETRIEVAL = "search", "report", "subsets", "text", "retrieval"
+SEARCH_TEXT = "search_text"  # the plain text that candidates are judged on, which is not the one reported on
 ALL = "all"  # the subset of every subject
 
 
@@ -160,10 +161,36 @@ def read_similarity(
 def read_text(config: Config) -> str | None:
     """The plain text for perplexity: the embedded one, a UTF-8 file, or None. Raises ConfigError."""
     source = config.data.perplexity_text
-    if source is None:
+    return None if source is None else _read_text(source, "data.perplexity_text")
+
+
+def read_search_text(config: Config) -> tuple[str, int] | None:
+    """The plain text that candidates are judged on and the number of its first token; None where none is asked for.
+
+    Where it is the text reported on, by content, it begins after the tokens that are: candidates are chosen on other
+    tokens than those they are reported on. Two texts of which one holds the other are refused; texts that share less
+    than that are not noticed. Raises ConfigError.
+    """
+    settings = config.search
+    if not settings.needs_text:
         return None
+    text, reported = _read_text(settings.text, "search.text"), read_text(config)
+    if reported is None:
+        return text, 0
+    if text.strip() == reported.strip():
+        return text, config.data.perplexity_tokens
+    if text.strip() in reported or reported.strip() in text:
+        raise ConfigError(
+            f"search.text = {settings.text!r} and data.perplexity_text = {config.data.perplexity_text!r} overlap: one "
+            "holds the other. Name the same file twice (the search then takes tokens after those reported on) or "
+            "two different texts"
+        )
+    return text, 0
+
+
+def _read_text(source: str, key: str) -> str:
     path = demo.TEXT_PATH if source == "demo" else Path(source).expanduser()
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.perplexity_text = {source!r} cannot be read as UTF-8 text: {error}") from error
+        raise ConfigError(f"{key} = {source!r} cannot be read as UTF-8 text: {error}") from error

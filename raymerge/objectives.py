@@ -1,59 +1,219 @@
-"""What a candidate is judged by, from its answer logits."""
+"""What a candidate is judged by: from its answer logits, and where asked from its loss on plain text."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import log_softmax
 
+from raymerge.errors import UserError
 from raymerge.statistics import answer_nll
+
+ACCURACIES = ("micro_accuracy", "macro_accuracy")
+LOSSES = ("answer_nll", "answer_kl", "text_nll")
+NAMED = f"{', '.join(ACCURACIES)}, {', '.join(LOSSES)}, accuracy:SUBJECT[,SUBJECT]"
+
+_WORST_LETTERS = 5.0  # nats; guessing costs log 4 = 1.39. Beside a ceiling a letter loss counts as no more than this
+
+
+class ObjectiveError(UserError):
+    """A text that is no objective; the message names it and what is allowed."""
 
 
 class Score(NamedTuple):
-    """`value` in the objective's own unit (see `is_minimised`); micro accuracy; mean answer NLL in nats."""
+    """`value` in the objective's own unit (see `is_minimised`); micro accuracy; mean answer NLL in nats; perplexity of
+    the search text, None where it was not asked for."""
 
     value: float
     accuracy: float
     nll: float
+    perplexity: float | None = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of an objective: weight, what is measured, and of accuracy:… the subjects."""
+
+    weight: float
+    measure: str
+    subjects: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of measures, all of them accuracies or all of them losses."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def minimised(self) -> bool:
+        """Whether a smaller value is better (losses) or a larger one (accuracies)."""
+        return self.terms[0].measure in LOSSES
+
+    @property
+    def weight(self) -> float:
+        """The sum of the weights: of accuracies, the largest value that there can be."""
+        return sum(term.weight for term in self.terms)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the loss on plain text is part of it."""
+        return any(term.measure == "text_nll" for term in self.terms)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the unmerged model's answers are part of it."""
+        return any(term.measure == "answer_kl" for term in self.terms)
+
+    @property
+    def subjects(self) -> list[str]:
+        """Every subject that a term names, in order."""
+        return list(dict.fromkeys(name for term in self.terms for name in term.subjects))
+
+
+def parse_objective(text: str) -> Objective:
+    """Read an objective: one measure, or several joined by +, each with a weight before * where it is not 1.
+
+    Measures, over the search questions (letters: the distribution over the four answer letters):
+
+    - micro_accuracy, macro_accuracy, accuracy:a,b: shares of right answers; of all questions, averaged over subjects,
+      of the subjects a and b
+    - answer_nll: mean negative log-likelihood (nats) of the right letter
+    - answer_kl: mean KL(unmerged || merged) of the letters (nats): nothing is lost that the unmerged model knew,
+      whether or not it was right
+    - text_nll: mean next-token negative log-likelihood (nats) of the plain text search.text
+
+    There is no KL of next tokens: it takes both models' logits over the whole vocabulary at every token, twice the
+    cost of text_nll, which already costs more than all answers do.
+
+    Raises ObjectiveError for an unknown measure, a weight that is not above 0, and a sum of accuracies and losses.
+    """
+    terms = tuple(_term(part.strip(), text) for part in text.split("+"))
+    if len({term.measure in LOSSES for term in terms}) == 2:
+        raise ObjectiveError(
+            f"{text!r} adds accuracies, of which more is better, to losses, of which less is: "
+            "take answer_nll for the accuracy, or a ceiling (search.perplexity_ceiling) for the loss"
+        )
+    return Objective(terms)
+
+
+def _term(part: str, text: str) -> Term:
+    weight, star, measure = part.rpartition("*")
+    try:
+        weight = float(weight) if star else 1.0
+    except ValueError:
+        raise ObjectiveError(f"{text!r}: {weight!r} is no number: write a sum as answer_nll+0.1*text_nll") from None
+    if not (math.isfinite(weight) and weight > 0):
+        raise ObjectiveError(f"{text!r}: the weight {weight:g} should be above 0; leave the measure out instead")
+    measure = measure.strip()
+    kind, colon, names = measure.partition(":")
+    if kind == "accuracy" and colon:
+        subjects = tuple(name.strip() for name in names.split(",") if name.strip())
+        if not subjects:
+            raise ObjectiveError("accuracy: must be followed by subjects, such as accuracy:anatomy")
+        return Term(weight, "accuracy", subjects)
+    if measure not in (*ACCURACIES, *LOSSES):
+        raise ObjectiveError(f"{measure!r} is not one of {NAMED}, or a sum such as answer_nll+0.1*text_nll")
+    return Term(weight, measure)
 
 
 def is_minimised(objective: str) -> bool:
-    """Whether a smaller value of this objective is better (an NLL) or a larger one (an accuracy)."""
-    return objective.endswith("nll")
+    """Whether a smaller value of this objective is better (losses) or a larger one (accuracies)."""
+    return parse_objective(objective).minimised
 
 
-def objective_subjects(objective: str) -> list[str] | None:
-    """The subjects that an objective of the form accuracy:a,b names, else None."""
-    kind, _, names = objective.partition(":")
-    return [name.strip() for name in names.split(",")] if kind == "accuracy" else None
-
-
-def score_answers(objective: str, logits: np.ndarray, answers: np.ndarray, subjects: Sequence[str]) -> Score:
+def score_answers(
+    objective: str,
+    logits: np.ndarray,
+    answers: np.ndarray,
+    subjects: Sequence[str],
+    *,
+    reference: np.ndarray | None = None,
+    text_nll: float | None = None,
+    ceiling: float | None = None,
+) -> Score:
     """Judge answer logits (n, 4) against the right letters (n,), given each question's subject.
 
-    micro_accuracy: share of all questions; macro_accuracy: mean of the subjects' shares; answer_nll: mean NLL of the
-    right letter among the four; accuracy:a,b: share of the questions of subjects a and b. Accuracy and NLL of the
-    result are over the same questions as the value. Logits that are not finite give NaN everywhere.
+    Parameters
+    ----------
+    reference : array of float, shape (n, 4), optional
+        The unmerged model's logits on the same questions; answer_kl needs them.
+    text_nll : float, optional
+        Mean NLL (nats) of the search text; text_nll and a ceiling need it.
+    ceiling : float, optional
+        Perplexity of the text above which a candidate may not be chosen. Its value then only says how far above it is,
+        e = text_nll - log(ceiling) > 0 nats: of accuracies -w e / (1 + e), w the sum of weights, which is below 0, the
+        least accuracy; of losses B + w e / (1 + e), where B, 5 nats for each letter loss and log(ceiling) for the
+        text, each times its weight, is above any other value: beside a ceiling feasible values above B count as B
+        (guessing costs 1.39 nats a letter). So every feasible candidate beats it, the further above the worse, and
+        the steps stay small enough for a searcher's model.
+
+    Accuracy and NLL of the result are over the questions of the named subjects where every term names some, else over
+    all. What is not finite, logits of those questions or text, gives NaN everywhere.
     """
+    parsed = parse_objective(objective)
     subjects = np.asarray(subjects)
-    if (named := objective_subjects(objective)) is not None:
-        chosen = np.isin(subjects, named)
-        if not chosen.any():
-            raise ValueError(f"objective {objective}: none of its subjects is among {sorted(set(subjects.tolist()))}")
+    if all(term.subjects for term in parsed.terms):
+        chosen = _of(parsed.subjects, subjects, objective)
         logits, answers, subjects = logits[chosen], answers[chosen], subjects[chosen]
-    if not np.isfinite(logits).all():
-        return Score(float("nan"), float("nan"), float("nan"))
-    correct = logits.argmax(-1) == answers
-    accuracy, nll = float(correct.mean()), float(answer_nll(logits, answers).mean())
-    if objective == "answer_nll":
-        return Score(nll, accuracy, nll)
-    if objective == "macro_accuracy":
-        names, which = np.unique(subjects, return_inverse=True)
-        shares = np.bincount(which, weights=correct) / np.bincount(which, minlength=len(names))
-        return Score(float(shares.mean()), accuracy, nll)
-    if objective == "micro_accuracy" or named is not None:
-        return Score(accuracy, accuracy, nll)
-    raise ValueError(
-        f"objective {objective!r} is not one of micro_accuracy, macro_accuracy, answer_nll, accuracy:SUBJECT"
+        reference = None if reference is None else reference[chosen]
+    if (parsed.needs_text or ceiling is not None) and text_nll is None:
+        raise ValueError(f"objective {objective} with ceiling {ceiling} needs the loss on a plain text (search.text)")
+    if not np.isfinite(logits).all() or not (text_nll is None or math.isfinite(text_nll)):
+        return Score(math.nan, math.nan, math.nan, None if text_nll is None else math.nan)
+    correct, nll = logits.argmax(-1) == answers, answer_nll(logits, answers)
+    value = 0.0
+    for term in parsed.terms:
+        if term.measure == "text_nll":
+            found = text_nll
+        elif term.measure == "answer_nll":
+            found = float(nll.mean())
+        elif term.measure == "answer_kl":
+            if reference is None:
+                raise ValueError(f"objective {objective} needs the unmerged model's answers")
+            found = float(answer_kl(reference, logits).mean())
+        elif term.measure == "macro_accuracy":
+            names, which = np.unique(subjects, return_inverse=True)
+            shares = np.bincount(which, weights=correct) / np.bincount(which, minlength=len(names))
+            found = float(shares.mean())
+        else:
+            found = float((correct[_of(term.subjects, subjects, objective)] if term.subjects else correct).mean())
+        value += term.weight * found
+    if ceiling is not None:
+        value = _held_to(ceiling, parsed, value, text_nll)
+    return Score(value, float(correct.mean()), float(nll.mean()), None if text_nll is None else perplexity(text_nll))
+
+
+def _of(named: Sequence[str], subjects: np.ndarray, objective: str) -> np.ndarray:
+    """Which questions are of the named subjects."""
+    chosen = np.isin(subjects, named)
+    if not chosen.any():
+        raise ValueError(f"objective {objective}: none of its subjects is among {sorted(set(subjects.tolist()))}")
+    return chosen
+
+
+def _held_to(ceiling: float, objective: Objective, value: float, text_nll: float) -> float:
+    """The value of a candidate beside a ceiling; see `score_answers`."""
+    excess = text_nll - math.log(ceiling)
+    penalty = objective.weight * excess / (1 + excess) if excess > 0 else 0.0
+    if not objective.minimised:
+        return -penalty if penalty else value
+    worst = sum(
+        term.weight * (math.log(ceiling) if term.measure == "text_nll" else _WORST_LETTERS) for term in objective.terms
     )
+    return worst + penalty if penalty else min(value, worst)
+
+
+def answer_kl(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """KL(reference || candidate) in nats (n,) float64 between distributions over the letters, given logits (n, 4)."""
+    p, q = (log_softmax(np.asarray(values, dtype=np.float64), axis=-1) for values in (reference, logits))
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
+def perplexity(nll: float) -> float:
+    """exp of a mean NLL in nats; infinity rather than an overflow."""
+    return math.exp(nll) if nll < 700 else math.inf

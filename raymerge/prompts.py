@@ -118,16 +118,20 @@ def encode_questions(
     return Prompts(_shards(groups, shard_tokens), letters, answers, bos is not None)
 
 
-def encode_text(text: str, tokenizer: Any, *, limit: int | None = None, window: int = TEXT_WINDOW) -> tuple[Shard, ...]:
-    """Plain text as windows of `window` tokens that do not overlap, at most `limit` tokens in all.
+def encode_text(
+    text: str, tokenizer: Any, *, limit: int | None = None, window: int = TEXT_WINDOW, start: int = 0
+) -> tuple[Shard, ...]:
+    """Plain text as windows of `window` tokens that do not overlap, at most `limit` tokens from number `start` on.
 
     A last window of one token is left out: the first token of each window is not scored.
     """
-    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)[:limit]
-    windows = [ids[start : start + window] for start in range(0, len(ids), window)]
+    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    whole, ids = len(ids), ids[start:][:limit]
+    windows = [ids[first : first + window] for first in range(0, len(ids), window)]
     windows = [part for part in windows if len(part) > 1]
     if not windows:
-        raise PromptError(f"the text for perplexity has {len(ids)} tokens: it needs at least 2")
+        after = f" of {whole} after the first {start}" if start else ""
+        raise PromptError(f"the text for perplexity has {len(ids)} tokens{after}: it needs at least 2")
     empty = np.zeros(0, dtype=np.int64)
     return _shards([Group("text", empty, tuple(windows), tuple(range(len(windows))))], 4 * window)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +13,12 @@ import pyarrow.compute as pc
 from raymerge.checkpoint import Checkpoint
 from raymerge.evaluation import Answers
 from raymerge.fusion import Receipt
+from raymerge.objectives import perplexity
 from raymerge.plan import MergePlan
 from raymerge.prompts import TEXT_WINDOW
 from raymerge.quantisation import quantised_bytes
 from raymerge.questions import QuestionSet
-from raymerge.statistics import answer_nll, mcnemar, paired_difference
+from raymerge.statistics import answer_nll, holm, mcnemar, paired_difference
 
 Row = dict[str, Any]
 
@@ -94,7 +94,7 @@ def perplexity_row(
         "subject": subject,
         "tokens": tokens,
         "nll": nll,
-        "perplexity": math.exp(nll) if nll < 700 else math.inf,
+        "perplexity": perplexity(nll),
         "text_hash": text_hash,
     }
 
@@ -160,36 +160,44 @@ def receipt_rows(plan_id: str, found: Sequence[Receipt]) -> list[Row]:
     ]
 
 
-def comparison_rows(split: str, answers: pa.Table, plan_a: str, plan_b: str) -> list[Row]:
-    """Rows of `comparisons` between two plans on the same questions: accuracy (exact McNemar p) and answer NLL.
+def comparison_rows(split: str, answers: pa.Table, pairs: Sequence[tuple[str, str]]) -> list[Row]:
+    """Rows of `comparisons` of pairs of plans on the same questions: accuracy (exact McNemar p) and answer NLL.
 
-    Differences are plan_a - plan_b with paired-bootstrap intervals of 95 %. `answers` holds both plans' rows.
+    Differences are those of a pair's first plan minus its second, with paired-bootstrap intervals of 95 %. The pairs
+    are one family: p_holm is adjusted for all of them, measure by measure. `answers` holds the plans' rows of `split`.
     """
-    sides = []
-    for plan in (plan_a, plan_b):
-        rows = answers.filter(pc.equal(answers["plan_id"], plan)).sort_by("question_id")
-        logits = np.stack([rows[f"logit_{letter}"].to_numpy() for letter in "abcd"], axis=1)
-        answer = rows["answer"].to_numpy()
-        correct = rows["predicted"].to_numpy() == answer
-        sides.append((rows["question_id"].to_pylist(), correct, answer_nll(logits, answer)))
-    (ids_a, correct_a, nll_a), (ids_b, correct_b, nll_b) = sides
-    if ids_a != ids_b:
-        raise ValueError(f"plans {plan_a} and {plan_b} did not answer the same questions of {split}")
+    sides = {plan: _side(answers, plan) for plan in dict.fromkeys(plan for pair in pairs for plan in pair)}
     rows = []
-    for measure, a, b in (("accuracy", correct_a, correct_b), ("answer_nll", nll_a, nll_b)):
-        difference = paired_difference(a, b)
-        exact = measure == "accuracy"
-        rows.append(
-            {
-                "plan_a": plan_a,
-                "plan_b": plan_b,
-                "split": split,
-                "measure": measure,
-                "difference": difference.difference,
-                "ci_low": difference.ci_low,
-                "ci_high": difference.ci_high,
-                "p_value": mcnemar(a, b).p_value if exact else difference.p_value,
-                "test": "mcnemar_exact" if exact else "paired_sign_flip",
-            }
-        )
+    for plan_a, plan_b in pairs:
+        (ids_a, *measures_a), (ids_b, *measures_b) = sides[plan_a], sides[plan_b]
+        if ids_a != ids_b:
+            raise ValueError(f"plans {plan_a} and {plan_b} did not answer the same questions of {split}")
+        for measure, a, b in zip(("accuracy", "answer_nll"), measures_a, measures_b, strict=True):
+            difference = paired_difference(a, b)
+            exact = measure == "accuracy"
+            rows.append(
+                {
+                    "plan_a": plan_a,
+                    "plan_b": plan_b,
+                    "split": split,
+                    "measure": measure,
+                    "difference": difference.difference,
+                    "ci_low": difference.ci_low,
+                    "ci_high": difference.ci_high,
+                    "p_value": mcnemar(a, b).p_value if exact else difference.p_value,
+                    "test": "mcnemar_exact" if exact else "paired_sign_flip",
+                }
+            )
+    for measure in {row["measure"] for row in rows}:
+        family = [row for row in rows if row["measure"] == measure]
+        for row, adjusted in zip(family, holm([row["p_value"] for row in family]), strict=True):
+            row["p_holm"] = float(adjusted)
     return rows
+
+
+def _side(answers: pa.Table, plan_id: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """A plan's question ids in order, which of them it got right, and their answer NLL."""
+    rows = answers.filter(pc.equal(answers["plan_id"], plan_id)).sort_by("question_id")
+    logits = np.stack([rows[f"logit_{letter}"].to_numpy() for letter in "abcd"], axis=1)
+    answer = rows["answer"].to_numpy()
+    return rows["question_id"].to_pylist(), rows["predicted"].to_numpy() == answer, answer_nll(logits, answer)

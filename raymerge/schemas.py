@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from raymerge.statistics import accuracy_summary, answer_nll, macro_summary
+from raymerge.statistics import accuracy_summary, answer_nll, macro_interval, macro_summary, wilson_interval
 
 MICRO, MACRO = "_micro", "_macro"
 """Subjects of `accuracy` that are averages: over questions, and over subjects."""
@@ -51,17 +51,21 @@ SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
     "plans": "plan_id:str name:str kind:str selection:str alignment:str norms:str matrix:str? step:i32? into:i32? "
         "remove:i32? alpha:f64?",
     "coefficients": "plan_id:str matrix:str? kept_layer:i32 source_layer:i32 coefficient:f64",
-    # value is the objective itself: higher is better, except for objectives ending in "nll"
+    # value is the objective itself (objectives.is_minimised says which way is better), or beside a perplexity ceiling
+    # how far above it; perplexity: of the search text
     "trials": "searcher:str iteration:i32 batch:i32 tune_trial:str actor:str seed:i64 plan_id:str alphas:list "
-        "objective:str value:f64? accuracy:f64? nll:f64? n_questions:i32 seconds:f64 status:str error:str?",
+        "objective:str value:f64? accuracy:f64? nll:f64? perplexity:f64? n_questions:i32 seconds:f64 "
+        "status:str error:str?",
     # answer and predicted: 0 to 3 for A to D
     "answers": "plan_id:str split:str language:str subject:str question_id:str content_hash:str logit_a:f32 "
         "logit_b:f32 logit_c:f32 logit_d:f32 logsumexp_all:f32? top_is_letter:bool? answer:i8 predicted:i8",
+    # 95 % intervals: Wilson's for a subject and for all questions, for the mean over subjects made of theirs
     "accuracy": "plan_id:str split:str language:str subject:str n:i32 correct:i32 accuracy:f64 standard_error:f64 "
-        "nll:f64",
-    # difference = plan_a - plan_b
+        "ci_low:f64? ci_high:f64? nll:f64",
+    # difference = plan_a - plan_b, 95 % interval; p_value uncorrected, p_holm over the comparisons of the same measure
+    # in the same family: those of the best plan found, or all others
     "comparisons": "plan_a:str plan_b:str split:str measure:str difference:f64 ci_low:f64 ci_high:f64 p_value:f64 "
-        "test:str",
+        "p_holm:f64? test:str",
     "perplexity": "plan_id:str target:str subject:str? tokens:i64 nll:f64 perplexity:f64 text_hash:str?",
     "costs": "plan_id:str layers:i32 layers_removed:i32 parameters:i64 parameters_removed:i64 bytes:i64 "
         "tokens_per_second:f64?",
@@ -144,7 +148,8 @@ def derive_accuracy(answers: pa.Table) -> list[dict]:
 
     For each plan, split and language: `_micro` (all questions), `_macro` (mean over subjects;
     n and correct are totals, nll the mean of the subjects' means), then each subject by name.
-    Standard errors as in `raymerge.statistics`; NaN where a subject has one question. nll is the
+    Standard errors as in `raymerge.statistics`; NaN where a subject has one question. Intervals of 95 %:
+    `wilson_interval`, for `_macro` `macro_interval`. nll is the
     mean negative log-likelihood (nats) of the correct letter among the four.
 
     Raises
@@ -187,10 +192,14 @@ def derive_accuracy(answers: pa.Table) -> list[dict]:
             [line["accuracy"] for line in lines[1:]], [line["standard_error"] for line in lines[1:]]
         )
         mean_nll = float(np.mean([line["nll"] for line in lines[1:]]))
+        low, high = macro_interval([line["correct"] for line in lines[1:]], [line["n"] for line in lines[1:]])
         macro = {**lines[0], "subject": MACRO, "accuracy": accuracy, "standard_error": error, "nll": mean_nll}
+        macro |= {"ci_low": low, "ci_high": high}
         result += [{**base, **line} for line in [lines[0], macro, *lines[1:]]]
     return result
 
 
 def _accuracy_row(subject: str, correct: np.ndarray, nll: np.ndarray) -> dict:
-    return {"subject": subject, **accuracy_summary(correct)._asdict(), "nll": float(nll.mean())}
+    summary = accuracy_summary(correct)
+    low, high = wilson_interval(summary.correct, summary.n)
+    return {"subject": subject, **summary._asdict(), "ci_low": low, "ci_high": high, "nll": float(nll.mean())}

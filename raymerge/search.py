@@ -244,6 +244,7 @@ class BatchSearcher(Searcher):
             "actor": f"worker-{slot}",
             "alphas": point,
             **values,
+            "perplexity": found.get("perplexity") if error is None else None,
             "n_questions": found.get("n_questions", 0),
             "seconds": found.get("seconds", 0.0),
             "status": "ok" if error is None else "failed",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.special import logsumexp
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
 _CHUNK = 4_000_000  # resampled values held at once: 32 MB of float64
 
@@ -72,6 +72,69 @@ def macro_summary(accuracies, standard_errors) -> tuple[float, float]:
     if accuracies.size != errors.size:
         raise ValueError(f"{accuracies.size} accuracies but {errors.size} standard errors")
     return float(accuracies.mean()), float(np.sqrt(np.sum(errors**2)) / errors.size)
+
+
+def wilson_interval(correct: int, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's score interval of a share: right answers out of n questions.
+
+    The shares p for which the observed one is within z standard errors, with the error at p: unlike p ± z se it stays
+    in [0, 1] and says something at 0 and 1 (E. B. Wilson, JASA 22, 1927).
+    """
+    low, high = _wilson(np.array([correct]), np.array([n]), confidence)
+    return float(low[0]), float(high[0])
+
+
+def macro_interval(correct, n, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Return an interval of the unweighted mean over subjects of their accuracies.
+
+    Each subject's Wilson limits l, u around its share p give the mean's: mean - sqrt(sum (p - l)^2) / S and
+    mean + sqrt(sum (u - p)^2) / S, the distances adding in squares as independent errors do (MOVER: G. Zou and
+    A. Donner, Statistics in Medicine 27, 2008; for two shares, Newcombe's). With many questions a subject it is the
+    normal interval of `macro_summary`; unlike that and the stratified bootstrap it does not shrink to nothing where
+    subjects have few questions, all right or all wrong, and takes a subject with one. Subjects count as fixed.
+
+    Parameters
+    ----------
+    correct, n : array of int, shape (S,)
+    """
+    correct, n = _vector(correct, "correct", np.int64), _vector(n, "n", np.int64)
+    if correct.size != n.size:
+        raise ValueError(f"{correct.size} counts of right answers but {n.size} of questions")
+    low, high = _wilson(correct, n, confidence)
+    share = correct / n
+    below, above = np.sqrt(np.sum((share - low) ** 2)), np.sqrt(np.sum((high - share) ** 2))
+    return float(share.mean() - below / n.size), float(share.mean() + above / n.size)
+
+
+def _wilson(correct: np.ndarray, n: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}, but should lie between 0 and 1, for example 0.95")
+    if (n < 1).any() or (correct < 0).any() or (correct > n).any():
+        raise ValueError(f"{correct.tolist()} right answers of {n.tolist()} questions: each from 0 to n, n at least 1")
+    z2 = norm.ppf((1 + confidence) / 2) ** 2
+    middle, half = correct + z2 / 2, np.sqrt(z2 * (correct * (n - correct) / n + z2 / 4))
+    low, high = (middle - half) / (n + z2), (middle + half) / (n + z2)
+    # none and all right: the limit is the share itself, without rounding
+    return np.where(correct == 0, 0.0, low), np.where(correct == n, 1.0, high)
+
+
+def holm(p_values) -> np.ndarray:
+    """Return Holm's adjusted p-values (m,): rejecting those of at most a errs at all with a chance of at most a.
+
+    The k-th smallest is multiplied by m - k + 1, made monotone, and capped at 1 (S. Holm, Scand. J. Statist. 6, 1979);
+    no assumption about how the tests depend on each other.
+
+    Parameters
+    ----------
+    p_values : array of float, shape (m,)
+    """
+    p = _vector(p_values, "p_values", np.float64)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"p-values {p.tolist()} should lie between 0 and 1")
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1)))
+    return adjusted
 
 
 def answer_nll(logits, answer) -> np.ndarray:

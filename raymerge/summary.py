@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from raymerge.objectives import is_minimised
+from raymerge.objectives import is_minimised, parse_objective, score_answers
 from raymerge.tables import MACRO, MICRO, RunDirectory
 
 
@@ -21,8 +23,9 @@ def always_a_share(run: RunDirectory, split: str) -> float:
 def plan_lines(run: RunDirectory, split: str) -> list[dict]:
     """For each plan, in the order in which they were stored, its name and what it reached on `split`.
 
-    Keys: plan_id, name, kind, layers, accuracy, standard_error, macro, macro_error, nll, perplexity (plain text),
-    picked (share of each letter, A to D) and top_is_letter (share); None where a table has nothing.
+    Keys: plan_id, name, kind, layers, accuracy, standard_error, interval (low, high; 95 %), macro, macro_error,
+    macro_interval, nll, perplexity (plain text), picked (share of each letter, A to D) and top_is_letter (share); None
+    where a table has nothing.
     """
     plans = {row["plan_id"]: row for row in run.read("plans").to_pylist()}
     accuracy = {
@@ -48,7 +51,9 @@ def plan_lines(run: RunDirectory, split: str) -> list[dict]:
                 "n": micro["n"],
                 "accuracy": micro["accuracy"],
                 "standard_error": micro["standard_error"],
+                "interval": (micro["ci_low"], micro["ci_high"]),
                 "macro": macro["accuracy"],
+                "macro_interval": (macro["ci_low"], macro["ci_high"]),
                 "macro_error": macro["standard_error"],
                 "nll": micro["nll"],
                 "perplexity": texts.get(plan_id, {}).get("perplexity"),
@@ -64,8 +69,8 @@ def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
     header = [
         "plan",
         "layers",
-        "accuracy ± se",
-        "macro ± se",
+        "accuracy ± se [95 %]",
+        "macro ± se [95 %]",
         "answer NLL",
         "text ppl",
         "A/B/C/D picked %",
@@ -78,8 +83,8 @@ def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
             [
                 line["name"],
                 str(line["layers"] if line["layers"] is not None else "–"),
-                f"{line['accuracy']:.4f} ± {line['standard_error']:.4f}",
-                f"{line['macro']:.4f} ± {line['macro_error']:.4f}",
+                share(line["accuracy"], line["standard_error"], line["interval"]),
+                share(line["macro"], line["macro_error"], line["macro_interval"]),
                 f"{line['nll']:.4f}",
                 number(line["perplexity"]),
                 picked,
@@ -89,32 +94,136 @@ def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def comparison_lines(run: RunDirectory) -> list[str]:
-    """One sentence for each comparison of accuracies, saying where two plans cannot be told apart."""
+def share(value: float, error: float, interval: tuple[float | None, float | None]) -> str:
+    """A share with its standard error and interval, as text; runs of earlier versions have no interval."""
+    low, high = interval
+    return f"{value:.4f} ± {error:.4f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+
+
+def comparison_lines(run: RunDirectory, plan_id: str | None = None) -> list[str]:
+    """One sentence for each comparison of accuracies, of one plan if it is given, saying where two plans cannot be told
+    apart; and where there are several, what their p-values are."""
     names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
+    rows = [row for row in run.read("comparisons").to_pylist() if row["measure"] == "accuracy"]
+    shown = [row for row in rows if plan_id in (None, row["plan_a"], row["plan_b"])]
     lines = []
-    for row in run.read("comparisons").to_pylist():
-        if row["measure"] != "accuracy":
-            continue
+    for row in shown:
         a, b = names.get(row["plan_a"], row["plan_a"]), names.get(row["plan_b"], row["plan_b"])
         verdict = "indistinguishable" if row["p_value"] >= 0.05 else ("better" if row["difference"] > 0 else "worse")
+        adjusted = row["p_holm"]
+        if adjusted is not None and verdict != "indistinguishable" and adjusted >= 0.05:
+            verdict += ", but not among so many comparisons"
         lines.append(
             f"{a} against {b}: {row['difference']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}], "
-            f"p = {row['p_value']:.3g}: {verdict}"
+            f"p = {row['p_value']:.3g}{'' if adjusted is None else f' (Holm {adjusted:.3g})'}: {verdict}"
+        )
+    if len(shown) > 1:
+        lines.append(
+            f"({len(shown)} comparisons: p and intervals are of each on its own, uncorrected; Holm's p allows for all "
+            "of them.)"
+        )
+    if len(rows) > len(shown):
+        lines.append(f"({len(rows) - len(shown)} further pairs of plans stand in table comparisons.)")
+    return lines
+
+
+def objective_value(run: RunDirectory, split: str, plan_id: str, objective: str) -> float | None:
+    """An objective's value on a split's stored answers and the text reported on, without a ceiling; None where the
+    run has not what it takes: the plan's answers to the subjects, the unmerged model's for answer_kl, the loss on a
+    text."""
+    parsed = parse_objective(objective)
+    answers = run.read("answers")
+    answers = answers.filter(pc.equal(answers["split"], split))
+    own = answers.filter(pc.equal(answers["plan_id"], plan_id)).sort_by("question_id")
+    reference = text = None
+    if parsed.needs_reference:
+        base = [row["plan_id"] for row in run.read("plans").to_pylist() if row["kind"] == "base"]
+        unmerged = answers.filter(pc.is_in(answers["plan_id"], pa.array(base, pa.string()))).sort_by("question_id")
+        if not base or unmerged["question_id"].to_pylist() != own["question_id"].to_pylist():
+            return None
+        reference = _logits(unmerged)
+    if parsed.needs_text:
+        texts = run.read("perplexity").to_pylist()
+        text = next((row["nll"] for row in texts if (row["plan_id"], row["target"]) == (plan_id, "text")), None)
+        if text is None:
+            return None
+    present = set(own["subject"].to_pylist())
+    if not present or any(term.subjects and present.isdisjoint(term.subjects) for term in parsed.terms):
+        return None
+    return score_answers(
+        objective,
+        _logits(own),
+        own["answer"].to_numpy(),
+        own["subject"].to_pylist(),
+        reference=reference,
+        text_nll=text,
+    ).value
+
+
+def _logits(answers: pa.Table) -> np.ndarray:
+    return np.stack([answers[f"logit_{letter}"].to_numpy() for letter in "abcd"], axis=1)
+
+
+def optimism_lines(run: RunDirectory, split: str) -> list[str]:
+    """What was found, on the questions that chose it and on those of the report: the best of many noisy values is too
+    good, and by how much too good beside the controls, which nothing chose, tells that from a harder split."""
+    trials = [row for row in run.read("trials").to_pylist() if row["status"] == "ok"]
+    best = (run.manifest() or {}).get("best") or {}
+    found = next((row for row in trials if row["plan_id"] == best.get("plan_id")), None)
+    if found is None:
+        return []
+    objective, ceiling = found["objective"], run.config.get("search", {}).get("perplexity_ceiling")
+    if _above(found, ceiling):
+        return [
+            f"{best['name']}: its perplexity of the search text is {number(found['perplexity'])}, above the ceiling of "
+            f"{number(ceiling)}, as is every candidate's: it is the one nearest to it"
+        ]
+    sign = -1.0 if is_minimised(objective) else 1.0
+    gaps = {}
+    for row in trials:
+        if row["plan_id"] == found["plan_id"] or (row["searcher"] == "controls" and not _above(row, ceiling)):
+            reported = objective_value(run, split, row["plan_id"], objective)
+            if reported is not None:
+                gaps[row["plan_id"]] = sign * (row["value"] - reported), reported
+    if found["plan_id"] not in gaps:
+        return []
+    gap, reported = gaps.pop(found["plan_id"])
+    lines = [
+        f"{best['name']}: {objective} {found['value']:.4f} on the {found['n_questions']} questions it was chosen on, "
+        f"{reported:.4f} on the report's: optimism {gap:+.4f}"
+    ]
+    if gaps:
+        mean = sum(gap for gap, _ in gaps.values()) / len(gaps)
+        lines.append(
+            f"{'The control' if len(gaps) == 1 else f'The {len(gaps)} controls'}, chosen by nothing: {mean:+.4f} on "
+            "average, which is the difference between the two sets of questions"
+            + (" and texts" if parse_objective(objective).needs_text else "")
         )
     return lines
+
+
+def _above(trial: dict, ceiling: float | None) -> bool:
+    return ceiling is not None and trial["perplexity"] is not None and trial["perplexity"] > ceiling
 
 
 def search_lines(run: RunDirectory) -> list[str]:
     """What the searchers found on the search questions, one line each."""
     lines = []
+    ceiling = run.config.get("search", {}).get("perplexity_ceiling")
     trials = run.read("trials").to_pylist()
     for searcher in dict.fromkeys(row["searcher"] for row in trials):
         rows = [row for row in trials if row["searcher"] == searcher]
-        values = [row["value"] for row in rows if row["status"] == "ok"]
-        failed = f", {len(rows) - len(values)} failed" if len(values) < len(rows) else ""
-        if not values:
+        judged = [row for row in rows if row["status"] == "ok"]
+        failed = f", {len(rows) - len(judged)} failed" if len(judged) < len(rows) else ""
+        if not judged:
             lines.append(f"{searcher}: {len(rows)} candidates, all failed")
+            continue
+        # Above a ceiling the value is a penalty, no value of the objective.
+        values = [row["value"] for row in judged if not _above(row, ceiling)]
+        if len(values) < len(judged):
+            failed += f", {len(judged) - len(values)} above the perplexity ceiling of {number(ceiling)}"
+        if not values:
+            lines.append(f"{searcher}: {len(rows)} candidates{failed}")
             continue
         objective = rows[0]["objective"]
         best, worst = (min, max) if is_minimised(objective) else (max, min)

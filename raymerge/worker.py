@@ -23,15 +23,26 @@ from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
 from raymerge.context import RetrievalSet, position_nll, retrieval_prompts, retrieve, usable_distances
-from raymerge.evaluation import Answers, answer_shard, generation_speed
+from raymerge.evaluation import Answers, answer_shard, generation_speed, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
-from raymerge.inputs import RETRIEVAL, SEARCH, SUBSETS, TEXT, Subset, read_questions, read_subsets, read_text
-from raymerge.objectives import score_answers
-from raymerge.plan import MergePlan
+from raymerge.inputs import (
+    RETRIEVAL,
+    SEARCH,
+    SEARCH_TEXT,
+    SUBSETS,
+    TEXT,
+    Subset,
+    read_questions,
+    read_search_text,
+    read_subsets,
+    read_text,
+)
+from raymerge.objectives import parse_objective, score_answers
+from raymerge.plan import MergePlan, base_plan
 from raymerge.prompts import Prompts, Shard, encode_questions, encode_text
 from raymerge.reliability import Study, study
-from raymerge.rows import POSITIONS
+from raymerge.rows import POSITIONS, text_hash
 from raymerge.scoring import SourceLayers, TailScorer, TrunkCache, compute_trunks
 from raymerge.sensitivity import recipe_of, vary
 from raymerge.similarity import compute
@@ -66,6 +77,7 @@ class ModelWorker:
         self.checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
         self.questions = {role: read_questions(config, role) for role in roles if role != SUBSETS}
         self.subsets: list[Subset] = read_subsets(config) if SUBSETS in roles else []
+        self.search_text = read_search_text(config) if SEARCH in roles else None
         calibration = [*self.questions.values(), *(subset.questions for subset in self.subsets)][0]
         self.aligner = Aligner(self.checkpoint, self.cache, units=self._units, data=calibration.identity)
         self.runner = LayerRunner(
@@ -85,7 +97,8 @@ class ModelWorker:
             "dtype": str(self.runner.dtype).removeprefix("torch."),
             "model_identity": self.checkpoint.identity,
             "data_identities": {role: questions.identity for role, questions in self.questions.items()}
-            | {f"{subset.name}/{subset.language}": subset.questions.identity for subset in self.subsets},
+            | {f"{subset.name}/{subset.language}": subset.questions.identity for subset in self.subsets}
+            | ({} if self.search_text is None else {SEARCH_TEXT: text_hash(self.search_text[0])}),
         }
 
     def run(self, task: tuple[str, Any]) -> Any:
@@ -111,10 +124,21 @@ class ModelWorker:
             return ()
         return encode_text(text, self.checkpoint.tokenizer, limit=self.config.data.perplexity_tokens)
 
+    @cached_property
+    def search_text_shards(self) -> tuple[Shard, ...]:
+        """The plain text that candidates are judged on; none where the search asks for none."""
+        if self.search_text is None:
+            return ()
+        text, start = self.search_text
+        return encode_text(text, self.checkpoint.tokenizer, limit=self.config.search.text_tokens, start=start)
+
     def shards(self, of: str) -> tuple[Shard, ...]:
-        """The shards of a role's questions, of the plain text (TEXT), or of the key-value prompts (RETRIEVAL)."""
+        """The shards of a role's questions, of a plain text (TEXT, SEARCH_TEXT), or of the key-value prompts
+        (RETRIEVAL)."""
         if of == RETRIEVAL:
             return self.retrieval_set.shards
+        if of == SEARCH_TEXT:
+            return self.search_text_shards
         return self.text_shards if of == TEXT else self.prompts(of).shards
 
     def shard_tokens(self, of: str) -> list[int]:
@@ -172,11 +196,9 @@ class ModelWorker:
     def score(self, candidates: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
         """Judge coefficient vectors of the template by the run's objective on the search questions.
 
-        candidates: alphas of each, step by step. A result has value, accuracy, nll, n_questions and seconds; and
-        logits (n, 4) float32 if candidates' answers are to be stored.
+        candidates: alphas of each, step by step. A result has value, accuracy, nll, perplexity (of the search text, or
+        None), n_questions and seconds; and logits (n, 4) float32 if candidates' answers are to be stored.
         """
-        answers = self.prompts(SEARCH).answers
-        subjects = [question.subject for question in self.questions[SEARCH].questions]
         plans = [self.template.with_alphas(alphas, name="candidate", kind="found") for alphas in candidates]
         scorer = self._scorer(SEARCH, self.template) if plans else None
         if scorer is None:
@@ -184,12 +206,40 @@ class ModelWorker:
         else:
             found = scorer.score_many(plans)
         results, began = [], time.perf_counter()
-        for logits in found:
-            values = score_answers(self.config.search.objective, logits.numpy(), answers, subjects)
-            result = {**values._asdict(), "n_questions": len(subjects), "seconds": time.perf_counter() - began}
+        for plan, logits in zip(plans, found, strict=True):
+            result = {**self._judged(plan, logits.numpy()), "seconds": time.perf_counter() - began}
             results.append(result | ({"logits": logits.numpy()} if self.config.output.store_candidate_answers else {}))
             began = time.perf_counter()
         return results
+
+    def judge(self, plan: MergePlan) -> tuple[dict[str, Any], Answers]:
+        """Judge any plan as `score` does a candidate; its result without seconds, and its answers."""
+        answers = self.answers((plan, SEARCH, None, False))
+        return self._judged(plan, answers.logits), answers
+
+    def _judged(self, plan: MergePlan, logits: np.ndarray) -> dict[str, Any]:
+        settings, questions = self.config.search, self.questions[SEARCH].questions
+        score = score_answers(
+            settings.objective,
+            logits,
+            self.prompts(SEARCH).answers,
+            [question.subject for question in questions],
+            reference=self.reference if parse_objective(settings.objective).needs_reference else None,
+            text_nll=None if self.search_text is None else self.search_text_nll(plan),
+            ceiling=settings.perplexity_ceiling,
+        )
+        return {**score._asdict(), "n_questions": len(questions)}
+
+    @cached_property
+    def reference(self) -> np.ndarray:
+        """The unmerged model's answer logits (n, 4) float32 to the search questions."""
+        return self.answers((base_plan(self.checkpoint.n_layers), SEARCH, None, False)).logits
+
+    def search_text_nll(self, plan: MergePlan) -> float:
+        """Mean NLL (nats) of the search text's tokens under a merged model, from the trunk's states."""
+        trunk = self._trunk_of(plan)
+        parts = [text_nll(self.runner, plan, shard, trunk=trunk) for shard in self.search_text_shards]
+        return sum(nll for nll, _ in parts) / sum(tokens for _, tokens in parts)
 
     def answers(self, item: tuple[MergePlan, str, int | None, bool]) -> Answers:
         """Answers of a merged model to a role's questions: (plan, role, shard or None for all, prompt_nll).

@@ -4,13 +4,15 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import entropy
 
-from raymerge.objectives import is_minimised, objective_subjects, score_answers
+from raymerge.objectives import ObjectiveError, answer_kl, is_minimised, parse_objective, perplexity, score_answers
 
 # Two subjects of 1 and 3 questions; the model is right on the first two.
 LOGITS = np.array([[2.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 3.0, 0], [0, 0, 0, 0.5]], dtype=np.float32)
 ANSWERS = np.array([0, 1, 1, 0], dtype=np.int8)
 SUBJECTS = ["a", "b", "b", "b"]
+REFERENCE = np.array([[1.0, 0, 0, 2], [0, 1.0, 0, 0], [0, 2.0, 3.0, 0], [4, 0, 0, 0.5]], dtype=np.float32)
 
 
 def nll(row: int) -> float:
@@ -18,35 +20,139 @@ def nll(row: int) -> float:
     return math.log(sum(math.exp(v) for v in values)) - values[ANSWERS[row]]
 
 
+def softmax(logits):
+    exps = np.exp(logits.astype(np.float64))
+    return exps / exps.sum(axis=1, keepdims=True)
+
+
+def score(objective, **options):
+    return score_answers(objective, LOGITS, ANSWERS, SUBJECTS, **options)
+
+
 def test_micro_accuracy_counts_questions_and_macro_counts_subjects():
-    assert score_answers("micro_accuracy", LOGITS, ANSWERS, SUBJECTS).value == 0.5
-    assert score_answers("macro_accuracy", LOGITS, ANSWERS, SUBJECTS).value == pytest.approx((1 + 1 / 3) / 2)
+    assert score("micro_accuracy").value == 0.5
+    assert score("macro_accuracy").value == pytest.approx((1 + 1 / 3) / 2)
 
 
 def test_answer_nll_is_the_mean_over_questions_and_is_minimised():
-    score = score_answers("answer_nll", LOGITS, ANSWERS, SUBJECTS)
-    assert score.value == score.nll == pytest.approx(sum(nll(row) for row in range(4)) / 4, rel=1e-12)
+    found = score("answer_nll")
+    assert found.value == found.nll == pytest.approx(sum(nll(row) for row in range(4)) / 4, rel=1e-12)
     assert is_minimised("answer_nll") and not is_minimised("micro_accuracy")
 
 
 def test_named_subjects_restrict_value_accuracy_and_nll():
-    score = score_answers("accuracy:b", LOGITS, ANSWERS, SUBJECTS)
-    assert score.value == score.accuracy == pytest.approx(1 / 3)
-    assert score.nll == pytest.approx(sum(nll(row) for row in (1, 2, 3)) / 3)
-    assert objective_subjects("accuracy:b, a") == ["b", "a"]
-    assert objective_subjects("micro_accuracy") is None
+    found = score("accuracy:b")
+    assert found.value == found.accuracy == pytest.approx(1 / 3)
+    assert found.nll == pytest.approx(sum(nll(row) for row in (1, 2, 3)) / 3)
+    assert parse_objective("accuracy:b, a").subjects == ["b", "a"]
+    assert parse_objective("micro_accuracy").subjects == []
 
 
 def test_a_subject_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match=r"accuracy:c.*\['a', 'b'\]"):
-        score_answers("accuracy:c", LOGITS, ANSWERS, SUBJECTS)
+    for objective in ("accuracy:c", "micro_accuracy+accuracy:c"):
+        with pytest.raises(ValueError, match=r"accuracy:c.*\['a', 'b'\]"):
+            score(objective)
 
 
 def test_logits_that_are_not_finite_score_nan_not_zero():
     broken = LOGITS.copy()
     broken[3, 0] = np.nan
-    assert all(math.isnan(value) for value in score_answers("micro_accuracy", broken, ANSWERS, SUBJECTS))
+    found = score_answers("micro_accuracy", broken, ANSWERS, SUBJECTS)
+    assert all(math.isnan(value) for value in found[:3]) and found.perplexity is None
     # A question outside the named subjects cannot spoil them.
     broken = LOGITS.copy()
     broken[0, 0] = np.inf
     assert score_answers("accuracy:b", broken, ANSWERS, SUBJECTS).value == pytest.approx(1 / 3)
+    assert math.isnan(score("micro_accuracy", text_nll=math.nan, ceiling=10).value)
+
+
+def test_answer_kl_is_from_the_unmerged_model_to_the_merged():
+    expected = entropy(softmax(REFERENCE), softmax(LOGITS), axis=1)  # SciPy's relative entropy
+    np.testing.assert_allclose(answer_kl(REFERENCE, LOGITS), expected, rtol=1e-6)
+    assert score("answer_kl", reference=REFERENCE).value == pytest.approx(expected.mean(), rel=1e-6)
+    assert score("answer_kl", reference=LOGITS).value == pytest.approx(0, abs=1e-15)
+    # Adding the same to all four logits of a question changes no distribution.
+    assert score("answer_kl", reference=REFERENCE + 7).value == pytest.approx(expected.mean(), rel=1e-6)
+    with pytest.raises(ValueError, match="unmerged model's answers"):
+        score("answer_kl")
+
+
+def test_a_sum_is_its_weighted_terms():
+    found = score("answer_nll + 0.1*text_nll+2 * answer_kl", reference=REFERENCE, text_nll=3.0)
+    kl = score("answer_kl", reference=REFERENCE).value
+    assert found.value == pytest.approx(found.nll + 0.3 + 2 * kl) and found.perplexity == pytest.approx(math.exp(3))
+    assert score("0.5*micro_accuracy+accuracy:a").value == pytest.approx(0.25 + 1)
+    # Accuracy and NLL are over the questions that the value is over.
+    assert score("accuracy:a+0.5*accuracy:b").accuracy == 0.5 and score("0.5*accuracy:b").accuracy == pytest.approx(
+        1 / 3
+    )
+    assert score("0.5*micro_accuracy+accuracy:a").accuracy == 0.5
+
+
+def test_what_an_objective_needs():
+    parsed = parse_objective("answer_kl+0.1*text_nll")
+    assert parsed.needs_text and parsed.needs_reference and parsed.minimised and parsed.weight == 1.1
+    plain = parse_objective("micro_accuracy+accuracy:a")
+    assert not (plain.needs_text or plain.needs_reference or plain.minimised)
+    with pytest.raises(ValueError, match="search.text"):
+        score("text_nll")
+    with pytest.raises(ValueError, match="search.text"):
+        score("micro_accuracy", ceiling=10.0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ("accurcy", "'accurcy' is not one of micro_accuracy, macro_accuracy, answer_nll"),
+        ("answer_nll+", "'' is not one of"),
+        ("accuracy: ,", "must be followed by subjects"),
+        ("accuracy", "'accuracy' is not one of"),
+        ("micro_accuracy+0.1*text_nll", "adds accuracies.*to losses.*perplexity_ceiling"),
+        ("answer_nll+0*text_nll", "weight 0 should be above 0"),
+        ("-1*answer_nll", "weight -1 should be above 0"),
+        ("inf*answer_nll", "weight inf"),
+        ("x*answer_nll", "'x' is no number"),
+        ("answer_nll*text_nll", "'answer_nll' is no number"),
+    ],
+)
+def test_what_is_no_objective_is_refused(objective, message):
+    with pytest.raises(ObjectiveError, match=message):
+        parse_objective(objective)
+
+
+@pytest.mark.parametrize("objective", ["micro_accuracy", "2*macro_accuracy+accuracy:a", "answer_nll", "answer_kl",
+                                       "text_nll", "answer_nll+0.1*text_nll"])  # fmt: skip
+def test_any_candidate_under_the_ceiling_beats_any_above_and_the_further_above_the_worse(objective):
+    ceiling, rng = 20.0, np.random.default_rng(0)
+    sign = -1 if is_minimised(objective) else 1
+    right = np.zeros((4, 4))
+    right[np.arange(4), ANSWERS] = 1
+    # From all right to as wrong as logits of 1000 are, and texts from far under to far above the ceiling.
+    models = [right * size for size in (20.0, 1.0, 0.0, -1.0, -1000.0)] + [rng.normal(size=(4, 4)) for _ in range(20)]
+
+    def value(logits, text):
+        found = score_answers(objective, logits, ANSWERS, SUBJECTS, reference=REFERENCE, text_nll=text, ceiling=ceiling)
+        return sign * found.value
+
+    edge = math.log(ceiling)
+    feasible = [value(logits, text) for logits in models for text in (0.5, edge - 1e-9)]
+    above = [[value(logits, text) for logits in models] for text in (edge + 1e-6, edge + 0.1, edge + 3, edge + 1000)]
+    assert min(feasible) > max(above[0])
+    for nearer, further in zip(above, above[1:], strict=False):
+        assert min(nearer) > max(further)
+    # A searcher's model sees steps of the size of the values: no more than twice the range of what is feasible.
+    assert max(feasible) - above[-1][0] < 2 * (max(feasible) - min(feasible)) + parse_objective(objective).weight
+
+
+def test_a_ceiling_leaves_the_values_under_it_alone():
+    assert score("micro_accuracy", text_nll=2.0, ceiling=20.0) == score("micro_accuracy")._replace(perplexity=math.e**2)
+    found = score("answer_nll", text_nll=2.0, ceiling=20.0)
+    assert found.value == found.nll == score("answer_nll").value
+    excess = math.log(30 / 20)
+    penalised = score("answer_nll", text_nll=math.log(30), ceiling=20.0)
+    assert penalised.value == pytest.approx(5 + excess / (1 + excess)) and penalised.nll == found.nll
+    assert score("micro_accuracy", text_nll=math.log(30), ceiling=20.0).value == pytest.approx(-excess / (1 + excess))
+
+
+def test_a_perplexity_beyond_floats_is_infinite():
+    assert perplexity(800.0) == math.inf and perplexity(math.log(12)) == pytest.approx(12)

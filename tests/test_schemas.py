@@ -26,10 +26,11 @@ def test_tables_of_the_contract():
         assert schema.field(0).equals(pa.field("run_id", pa.string(), nullable=False))
     nullable = {name: [f.name for f in schema if f.nullable] for name, schema in SCHEMAS.items()}
     assert nullable["plans"] == ["matrix", "step", "into", "remove", "alpha"]
-    assert nullable["trials"] == ["value", "accuracy", "nll", "error"]
+    assert nullable["trials"] == ["value", "accuracy", "nll", "perplexity", "error"]
     assert nullable["answers"] == ["logsumexp_all", "top_is_letter"]
     assert nullable["similarity"] == ["value", "null_mean", "null_p95", "ci_low", "ci_high", "note"]
-    assert nullable["accuracy"] == nullable["comparisons"] == nullable["receipts"] == []
+    assert nullable["accuracy"] == ["ci_low", "ci_high"] and nullable["comparisons"] == ["p_holm"]
+    assert nullable["receipts"] == []
     assert SCHEMAS["answers"].field("logit_d").type == pa.float32()
     assert SCHEMAS["answers"].field("predicted").type == pa.int8()
     assert SCHEMAS["trials"].field("alphas").type == pa.list_(pa.float64())
@@ -38,7 +39,7 @@ def test_tables_of_the_contract():
 def test_conform_fills_nullable_columns_and_run_id():
     table = conform("trials", [TRIAL], "r")
     assert table.schema.equals(SCHEMAS["trials"])
-    assert table.to_pylist() == [{"run_id": "r", **TRIAL, "value": None, "accuracy": None, "nll": None, "error": None}]
+    assert table.to_pylist() == [{"run_id": "r", **TRIAL, **dict.fromkeys(("value", "accuracy", "nll", "perplexity", "error"))}]
     assert conform("trials", pa.Table.from_pylist([TRIAL]), "r").equals(table)
     assert conform("trials", table, "r").equals(table)
 
@@ -108,6 +109,11 @@ def test_derived_accuracy_by_hand():
         got = [row[name] for name in ("n", "correct", "accuracy", "standard_error", "nll")]
         assert got == pytest.approx(values, rel=1e-12), subject
     assert conform("accuracy", list(result.values()), "r").num_rows == 4
+    # Wilson's interval of 3 of 4, and the macro one from the subjects' distances in squares
+    assert (result["b"]["ci_low"], result["b"]["ci_high"]) == pytest.approx((0.3006418, 0.9544127), abs=1e-6)
+    below = [(result[s]["accuracy"] - result[s]["ci_low"]) ** 2 for s in "ab"]
+    assert result["_macro"]["ci_low"] == pytest.approx(0.625 - math.sqrt(sum(below)) / 2, rel=1e-12)
+    assert result["_micro"]["ci_low"] < 4 / 6 < result["_micro"]["ci_high"]
 
 
 def test_derived_accuracy_keeps_groups_apart_in_any_order():

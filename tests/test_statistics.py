@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from raymerge.statistics import accuracy_summary, answer_nll, macro_summary, mcnemar, paired_difference
+from raymerge.statistics import (
+    accuracy_summary,
+    answer_nll,
+    holm,
+    macro_interval,
+    macro_summary,
+    mcnemar,
+    paired_difference,
+    wilson_interval,
+)
 
 
 def test_accuracy_summary_is_the_standard_error_of_the_mean():
@@ -154,3 +163,59 @@ def test_paired_difference_refuses_options(options, message):
 def test_paired_difference_refuses_nan():
     with pytest.raises(ValueError, match="finite"):
         paired_difference([1.0, np.nan], [0.0, 0.0])
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 1), (1, 1), (0, 20), (20, 20), (13, 20), (91, 135), (9000, 14042)])
+@pytest.mark.parametrize("confidence", [0.95, 0.5])
+def test_wilson_is_scipys(correct, n, confidence):
+    expected = scipy.stats.binomtest(correct, n).proportion_ci(confidence, method="wilson")
+    assert wilson_interval(correct, n, confidence=confidence) == pytest.approx(
+        (expected.low, expected.high), rel=1e-12, abs=1e-15
+    )
+
+
+def test_wilson_at_the_edges_is_inside_and_holds_the_share():
+    assert wilson_interval(0, 7)[0] == 0.0 and wilson_interval(7, 7)[1] == 1.0
+    for correct, n, message in ((3, 2, "3.* right answers of .*2"), (-1, 2, "-1"), (0, 0, "at least 1")):
+        with pytest.raises(ValueError, match=message):
+            wilson_interval(correct, n)
+    with pytest.raises(ValueError, match="confidence is 95"):
+        wilson_interval(1, 2, confidence=95)
+
+
+def test_the_macro_interval_of_one_subject_is_wilsons_and_of_large_ones_the_normal():
+    assert macro_interval([13], [20]) == pytest.approx(wilson_interval(13, 20), rel=1e-12)
+    correct, n = np.array([60_000, 30_000, 45_000]), np.array([100_000, 90_000, 50_000])
+    p = correct / n
+    mean, error = macro_summary(p, np.sqrt(p * (1 - p) / (n - 1)))
+    assert macro_interval(correct, n) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=2e-5)
+    low, high = macro_interval([5, 5, 1], [5, 5, 1])  # where the normal one and a bootstrap would be [1, 1] or nothing
+    assert 0.6 < low < 0.9 and high == 1.0
+    with pytest.raises(ValueError, match="2 counts .* but 1"):
+        macro_interval([1, 2], [3])
+
+
+@pytest.mark.parametrize("questions", [(5, 40), (1, 6), (100, 300)])
+def test_the_macro_interval_holds_the_mean_as_often_as_it_says(questions):
+    rng = np.random.default_rng(9)
+    n = rng.integers(*questions, size=57)
+    p = rng.uniform(0.25, 0.95, size=57)
+    draws = rng.binomial(n, p, size=(2000, 57))
+    held = np.mean([low <= p.mean() <= high for low, high in (macro_interval(row, n) for row in draws)])
+    assert 0.935 < held < 0.985  # with few questions a subject it errs on the safe side
+
+
+def test_holm_by_hand_and_against_its_step_down_rule():
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(holm([0.6, 0.7]), [1.0, 1.0])
+    p = np.random.default_rng(10).uniform(size=12) ** 4
+    adjusted = holm(p)
+    for level in (0.01, 0.05, 0.2, 0.5):
+        rejected, left = set(), np.argsort(p)
+        for rank, index in enumerate(left):
+            if p[index] > level / (len(p) - rank):
+                break
+            rejected.add(index)
+        assert rejected == set(np.flatnonzero(adjusted <= level + 1e-12))
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        holm([0.2, np.nan])

@@ -43,7 +43,7 @@ from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
 from raymerge.inputs import REPORT, SEARCH
 from raymerge.merging import save_merged
-from raymerge.objectives import is_minimised, objective_subjects, score_answers
+from raymerge.objectives import is_minimised, parse_objective
 from raymerge.plan import (
     MergePlan,
     PlanError,
@@ -55,6 +55,7 @@ from raymerge.plan import (
 )
 from raymerge.pool import WorkerPool, start_ray
 from raymerge.progress import Progress, Silent
+from raymerge.prompts import PromptError, encode_text
 from raymerge.proposers import BayesProposer, RandomProposer
 from raymerge.search import choose_batch, run_search
 from raymerge.tables import RunDirectory
@@ -106,8 +107,15 @@ def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[Me
         if [(step.into, step.remove) for step in plan.steps] != shape:
             raise PlanError(f"probe {plan.name} merges other layers than {start.name}: its alphas cannot be tried")
     known_subjects = inputs.questions[SEARCH].subjects
-    if missing := sorted(set(objective_subjects(config.search.objective) or ()) - set(known_subjects)):
+    if missing := sorted(set(parse_objective(config.search.objective).subjects) - set(known_subjects)):
         raise ConfigError(f"search.objective names {missing}, which are not among the {len(known_subjects)} subjects")
+    if inputs.search_text is not None:
+        text, first = inputs.search_text
+        try:
+            encode_text(text, inputs.checkpoint.tokenizer, limit=config.search.text_tokens, start=first)
+        except PromptError as error:
+            fewer = ", or report on fewer tokens of this one (data.perplexity_tokens)" if first else ""
+            raise ConfigError(f"search.text = {config.search.text}: {error}; name a longer text{fewer}") from error
 
 
 class _Search:
@@ -197,19 +205,11 @@ class _Search:
 
     def _try_controls(self, controls: list[MergePlan]) -> float:
         """Judge the controls on the search questions, as rows of `trials`; seconds that a candidate takes."""
-        questions = self.inputs.questions[SEARCH]
-        answers = np.array([question.answer for question in questions.questions])
-        subjects = [question.subject for question in questions.questions]
         tail = [plan for plan in controls if plan.steps]
         self.progress.stage("controls on the search questions", len(tail))
-        found = self.pool.map(
-            "answers",
-            [(plan, SEARCH, None, False) for plan in tail],
-            counted(self.progress),
-        )
-        objective, trials = self.config.search.objective, []
-        for iteration, (plan, result) in enumerate(zip(tail, found, strict=True)):
-            score = score_answers(objective, result.logits, answers, subjects)
+        found = self.pool.map("judge", tail, counted(self.progress))
+        trials = []
+        for iteration, (plan, (result, answers)) in enumerate(zip(tail, found, strict=True)):
             trials.append(
                 {
                     "searcher": "controls",
@@ -220,14 +220,13 @@ class _Search:
                     "seed": self.config.search.seed,
                     "plan_id": plan.plan_id(self.identity),
                     "alphas": plan.alphas,
-                    "objective": objective,
-                    **score._asdict(),
-                    "n_questions": len(subjects),
+                    "objective": self.config.search.objective,
+                    **result,
                     "seconds": 0.0,
                     "status": "ok",
                 }
             )
-            self.reporter.store_answers(plan, SEARCH, result)
+            self.reporter.store_answers(plan, SEARCH, answers)
         self.run.append("trials", trials, part="controls")
         # The second call is warm: the first has set up the scorer.
         timed = self.pool.broadcast("score", [self.start.alphas])
@@ -295,7 +294,10 @@ class _Search:
         self.run.append("trials", trials, part=part)
 
     def _best(self, searcher: str, name: str, kind: str) -> MergePlan | None:
-        """The best finished candidate of a searcher; ties go to the lower NLL, then to the earlier."""
+        """The best finished candidate of a searcher; ties go to the lower NLL, then to the earlier.
+
+        Above a ceiling of perplexity the value is below that of any candidate that keeps to it.
+        """
         trials = self.run.read("trials").to_pylist()
         trials = [row for row in trials if row["searcher"] == searcher and row["status"] == "ok"]
         if not trials:

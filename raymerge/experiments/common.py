@@ -15,7 +15,17 @@ from raymerge import rows
 from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
-from raymerge.inputs import SUBSETS, TEXT, Subset, read_questions, read_subsets, read_text
+from raymerge.inputs import (
+    SEARCH,
+    SEARCH_TEXT,
+    SUBSETS,
+    TEXT,
+    Subset,
+    read_questions,
+    read_search_text,
+    read_subsets,
+    read_text,
+)
 from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool, cluster_resources, plan_workers
 from raymerge.progress import Progress
@@ -26,12 +36,14 @@ from raymerge.worker import ModelWorker
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an experiment reads before it writes anything."""
+    """What an experiment reads before it writes anything. text: what is reported on; search_text: what candidates are
+    judged on, and the number of its first token."""
 
     checkpoint: Checkpoint
     questions: dict[str, QuestionSet]
     subsets: list[Subset]
     text: str | None
+    search_text: tuple[str, int] | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -40,9 +52,11 @@ class Inputs:
     @property
     def identities(self) -> dict[str, str]:
         """The identity of every set of prompts, as `ModelWorker.describe` gives them."""
-        return {role: questions.identity for role, questions in self.questions.items()} | {
-            f"{subset.name}/{subset.language}": subset.questions.identity for subset in self.subsets
-        }
+        return (
+            {role: questions.identity for role, questions in self.questions.items()}
+            | {f"{subset.name}/{subset.language}": subset.questions.identity for subset in self.subsets}
+            | ({} if self.search_text is None else {SEARCH_TEXT: rows.text_hash(self.search_text[0])})
+        )
 
 
 def read_inputs(config: Config, roles: Sequence[str], *, text: bool = True) -> Inputs:
@@ -51,7 +65,8 @@ def read_inputs(config: Config, roles: Sequence[str], *, text: bool = True) -> I
     checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     questions = {role: read_questions(config, role) for role in roles if role != SUBSETS}
     subsets = read_subsets(config) if SUBSETS in roles else []
-    return Inputs(checkpoint, questions, subsets, read_text(config) if text else None)
+    search_text = read_search_text(config) if SEARCH in roles else None
+    return Inputs(checkpoint, questions, subsets, read_text(config) if text else None, search_text)
 
 
 def settings_of(config: Config, *sections: str) -> dict[str, Any]:
@@ -108,7 +123,8 @@ def compute_trunk(pool: WorkerPool, inputs: Inputs, progress: Progress, further:
     further: other prompts than the inputs' own (RETRIEVAL). Returns the number of shards of each role, and of the text.
     """
     items, sizes, shards = [], [], {}
-    names = [*inputs.questions, *([TEXT] if inputs.text is not None else []), *further]
+    texts = {TEXT: inputs.text, SEARCH_TEXT: inputs.search_text}
+    names = [*inputs.questions, *(name for name, text in texts.items() if text is not None), *further]
     for of, tokens in zip(names, pool.map("shard_tokens", names), strict=True):
         items += [(of, number) for number in range(len(tokens))]
         sizes += tokens

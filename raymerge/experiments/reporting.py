@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress
 from raymerge.tables import RunDirectory, derive_accuracy
+
+_PAIRS_OF = 12  # plans of which all pairs are compared, 66 at the most
 
 
 class Reporter:
@@ -112,7 +115,9 @@ class Reporter:
     ) -> None:
         """The tables that follow from others or from the plans: written whole, so that nothing is there twice.
 
-        speeds: tokens per second of generation, by number of layers.
+        compared: the pairs that are asked about, one family of tests (`p_holm`). With at most 12 plans all other pairs
+        follow as a second family, so that what is asked for pays nothing for what else is there. speeds: tokens per
+        second of generation, by number of layers.
         """
         checkpoint = self.inputs.checkpoint
         named = {plan: plan.plan_id(self.identity) for plan in plans}
@@ -128,4 +133,9 @@ class Reporter:
         split = self.config.data.report_split
         answers = answers.filter(pc.equal(answers["split"], split))
         pairs = dict.fromkeys((named[a], named[b]) for a, b in compared if named[a] != named[b])
-        self.run.replace("comparisons", [row for a, b in pairs for row in rows.comparison_rows(split, answers, a, b)])
+        seen = {frozenset(pair) for pair in pairs}
+        others = [pair for pair in itertools.combinations(once, 2) if frozenset(pair) not in seen]
+        families = [list(pairs), others if len(once) <= _PAIRS_OF else []]
+        self.run.replace(
+            "comparisons", [row for each in families for row in rows.comparison_rows(split, answers, each)]
+        )
