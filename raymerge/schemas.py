@@ -59,7 +59,7 @@ SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
     # answer and predicted: 0 to 3 for A to D
     "answers": "plan_id:str split:str language:str subject:str question_id:str content_hash:str logit_a:f32 "
         "logit_b:f32 logit_c:f32 logit_d:f32 logsumexp_all:f32? top_is_letter:bool? answer:i8 predicted:i8",
-    # 95 % intervals: Wilson's for a subject and for all questions, for the mean over subjects made of theirs
+    # 95 % intervals: Wilson's; of _macro with the effective number of questions (statistics.macro_interval)
     "accuracy": "plan_id:str split:str language:str subject:str n:i32 correct:i32 accuracy:f64 standard_error:f64 "
         "ci_low:f64? ci_high:f64? nll:f64",
     # difference = plan_a - plan_b, 95 % interval; p_value uncorrected, p_holm over the comparisons of the same measure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -80,18 +81,18 @@ def wilson_interval(correct: int, n: int, *, confidence: float = 0.95) -> tuple[
     The shares p for which the observed one is within z standard errors, with the error at p: unlike p ± z se it stays
     in [0, 1] and says something at 0 and 1 (E. B. Wilson, JASA 22, 1927).
     """
-    low, high = _wilson(np.array([correct]), np.array([n]), confidence)
-    return float(low[0]), float(high[0])
+    _check_counts(np.array([correct]), np.array([n]))
+    return _wilson(correct / n, n, confidence)
 
 
 def macro_interval(correct, n, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Return an interval of the unweighted mean over subjects of their accuracies.
+    """Return Wilson's interval of the unweighted mean over subjects of their accuracies.
 
-    Each subject's Wilson limits l, u around its share p give the mean's: mean - sqrt(sum (p - l)^2) / S and
-    mean + sqrt(sum (u - p)^2) / S, the distances adding in squares as independent errors do (MOVER: G. Zou and
-    A. Donner, Statistics in Medicine 27, 2008; for two shares, Newcombe's). With many questions a subject it is the
-    normal interval of `macro_summary`; unlike that and the stratified bootstrap it does not shrink to nothing where
-    subjects have few questions, all right or all wrong, and takes a subject with one. Subjects count as fixed.
+    For n stands the effective number of questions, m (1 - m) over the variance of the mean m: so many questions of one
+    kind would know a share of m as well. The variance is that of `macro_summary`; a subject with one question counts
+    as m (1 - m), and where all are right or wrong in each subject, which leaves no variance, the number is
+    S^2 / sum(1 / n), that of subjects alike. With many questions this is the normal interval; with few it does not
+    shrink to nothing as that and a stratified bootstrap do. Subjects count as fixed.
 
     Parameters
     ----------
@@ -100,22 +101,28 @@ def macro_interval(correct, n, *, confidence: float = 0.95) -> tuple[float, floa
     correct, n = _vector(correct, "correct", np.int64), _vector(n, "n", np.int64)
     if correct.size != n.size:
         raise ValueError(f"{correct.size} counts of right answers but {n.size} of questions")
-    low, high = _wilson(correct, n, confidence)
+    _check_counts(correct, n)
     share = correct / n
-    below, above = np.sqrt(np.sum((share - low) ** 2)), np.sqrt(np.sum((high - share) ** 2))
-    return float(share.mean() - below / n.size), float(share.mean() + above / n.size)
+    mean = float(share.mean())
+    spread = mean * (1 - mean)
+    variance = np.sum(np.where(n > 1, share * (1 - share) / np.maximum(n - 1, 1), spread)) / n.size**2
+    effective = spread / variance if variance > 0 else n.size**2 / np.sum(1 / n)
+    return _wilson(mean, float(effective), confidence)
 
 
-def _wilson(correct: np.ndarray, n: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}, but should lie between 0 and 1, for example 0.95")
+def _check_counts(correct: np.ndarray, n: np.ndarray) -> None:
     if (n < 1).any() or (correct < 0).any() or (correct > n).any():
         raise ValueError(f"{correct.tolist()} right answers of {n.tolist()} questions: each from 0 to n, n at least 1")
-    z2 = norm.ppf((1 + confidence) / 2) ** 2
-    middle, half = correct + z2 / 2, np.sqrt(z2 * (correct * (n - correct) / n + z2 / 4))
-    low, high = (middle - half) / (n + z2), (middle + half) / (n + z2)
+
+
+def _wilson(share: float, n: float, confidence: float) -> tuple[float, float]:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}, but should lie between 0 and 1, for example 0.95")
+    z2 = float(norm.ppf((1 + confidence) / 2)) ** 2
+    middle, half = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))
+    low, high = (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
     # none and all right: the limit is the share itself, without rounding
-    return np.where(correct == 0, 0.0, low), np.where(correct == n, 1.0, high)
+    return 0.0 if share == 0 else low, 1.0 if share == 1 else high
 
 
 def holm(p_values) -> np.ndarray:

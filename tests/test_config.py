@@ -53,6 +53,9 @@ DEFAULTS = {
     "search": {
         "searcher": "bayes",
         "objective": "micro_accuracy",
+        "perplexity_ceiling": None,
+        "text": None,
+        "text_tokens": 1024,
         "candidates": 60,
         "initial": 10,
         "random_candidates": 10,
@@ -213,6 +216,10 @@ def test_what_is_written_to_a_run_reads_back_as_the_same_configuration():
         ({"search": {"bounds": [0.5]}}, "search.bounds"),
         ({"search": {"objective": "accurcy"}}, "'accurcy' is not one of micro_accuracy, macro_accuracy, answer_nll"),
         ({"search": {"objective": "accuracy: "}}, "must be followed by subjects"),
+        ({"search": {"objective": "answer_nll+micro_accuracy"}}, "adds accuracies, of which more is better, to losses"),
+        ({"search": {"objective": "text_nll"}}, "objective text_nll needs a plain text"),
+        ({"search": {"perplexity_ceiling": 30}}, "perplexity_ceiling needs a plain text"),
+        ({"search": {"perplexity_ceiling": 1, "text": "demo"}}, "search.perplexity_ceiling = 1"),
         ({"search": {"batch": 0}}, "search.batch = 0"),
         ({"search": {"batch": "most"}}, "search.batch = 'most'"),
         ({"search": {"candidates": 0}}, "search.candidates = 0"),
@@ -309,8 +316,24 @@ def test_subjects_as_text_or_list():
     assert parse_config({"data": {"subjects": "all"}}, source="x").data.subjects == "all"
 
 
+def test_a_search_measures_text_only_where_it_is_asked_to():
+    def search(**keys):
+        return parse_config({"search": keys}, source="x").search
+
+    assert not search(text="demo").needs_text and not search(objective="answer_kl").needs_text
+    assert search(text="demo", objective="answer_nll+0.1*text_nll").needs_text
+    assert search(text="demo", perplexity_ceiling=20).needs_text
+
+
 def test_objectives():
-    for objective in ("micro_accuracy", "macro_accuracy", "answer_nll", "accuracy:anatomy", "accuracy:a,b"):
+    for objective in (
+        "micro_accuracy",
+        "macro_accuracy",
+        "answer_nll",
+        "answer_kl",
+        "accuracy:anatomy",
+        "accuracy:a,b",
+    ):
         assert parse_config({"search": {"objective": objective}}, source="x").search.objective == objective
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from raymerge import summary
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import load_config
+from raymerge.config import ConfigError, load_config
 from raymerge.experiments import evaluate, search
 from raymerge.plan import read_alpha_file
 from raymerge.tables import RunDirectory, RunError
@@ -125,6 +125,39 @@ def test_an_interrupted_search_goes_on_and_a_complete_one_is_left_alone(run, ray
         for r in (run, whole)
     ]
     assert drawn[0] == drawn[1]
+
+
+def test_a_search_that_keeps_the_language_model(ray_session, tmp_path):
+    """Values, perplexities and the choice follow from the tables; what is chosen keeps to the ceiling."""
+    settings = [
+        "data.perplexity_tokens=300",
+        "search.objective=answer_nll+0.1*text_nll",
+        "search.text=demo",
+        "search.text_tokens=120",
+        "search.random_candidates=0",
+        "plan.merges=4",
+        "output.save_best=false",
+    ]
+    ceiling = 4.6
+    run = search(config(tmp_path / "kl", *settings, f"search.perplexity_ceiling={ceiling}"), command=["test"])
+    trials = run.read("trials").to_pylist()
+    assert all(row["status"] == "ok" and row["perplexity"] > 1 for row in trials)
+    for row in trials:
+        if row["perplexity"] <= ceiling:
+            assert row["value"] == pytest.approx(row["nll"] + 0.1 * np.log(row["perplexity"]))
+        else:
+            assert row["value"] > 5
+    assert {row["perplexity"] <= ceiling for row in trials} == {True, False}
+    best = min((row for row in trials if row["searcher"] == "bayes"), key=lambda row: (row["value"], row["nll"]))
+    assert best["perplexity"] <= ceiling and run.manifest()["best"]["plan_id"] == best["plan_id"]
+    comparisons = run.read("comparisons").to_pylist()
+    n_plans = len(pc.unique(run.read("plans")["plan_id"]))
+    assert len(comparisons) == n_plans * (n_plans - 1)  # all pairs, two measures
+    assert all(row["plan_a"] == best["plan_id"] for row in comparisons[: 2 * (n_plans - 1)])
+    assert len(summary.optimism_lines(run, "test")) == 2
+    with pytest.raises(ConfigError, match="search.text = demo: .* after the first 100000.*data.perplexity_tokens"):
+        search(config(tmp_path / "none", *settings, "data.perplexity_tokens=100000"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_another_configuration_is_refused_by_name(run):

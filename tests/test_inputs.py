@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raymerge.config import ConfigError, load_config
-from raymerge.inputs import REPORT, SEARCH, read_questions, read_similarity, read_subsets
+from raymerge.inputs import REPORT, SEARCH, read_questions, read_search_text, read_similarity, read_subsets, read_text
 from raymerge.questions import DataError, sample
 from raymerge.tables import RunDirectory, RunError
 
@@ -98,6 +98,32 @@ def test_subsets_that_cannot_be_made_are_refused(mmlu):
         read_subsets(config(mmlu, "similarity.subsets=[chess, chess]"))
     with pytest.raises(DataError, match="language 'zh' is not in"):
         read_subsets(config(mmlu, "similarity.languages=[en, zh]"))
+
+
+# -- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_search_text_is_read_where_asked_for_and_begins_after_the_tokens_reported_on(tmp_path):
+    one, same, other, part = (tmp_path / name for name in ("one.txt", "same.txt", "other.txt", "part.txt"))
+    one.write_text("The first text.\nIt has two lines.\n")
+    same.write_text(one.read_text() + "\n")  # the same but for the white space at its end
+    other.write_text("Another one.")
+    part.write_text("It has two lines.")
+
+    def found(text, *more, objective="answer_nll+text_nll", reported=one):
+        settings = [f"search.text={text}", f"search.objective={objective}", f"data.perplexity_text={reported}"]
+        return read_search_text(load_config(None, [*settings, "data.perplexity_tokens=7", *more]))
+
+    assert found(one, objective="answer_nll") is None
+    assert found(one, "search.perplexity_ceiling=9", objective="micro_accuracy") == (one.read_text(), 7)
+    assert found(one) == (one.read_text(), 7) and found(same) == (same.read_text(), 7)
+    assert found(other) == ("Another one.", 0) and found(one, reported="null") == (one.read_text(), 0)
+    for pair in ((part, one), (one, part)):
+        with pytest.raises(ConfigError, match="search.text = .* and data.perplexity_text = .* overlap"):
+            found(pair[0], reported=pair[1])
+    with pytest.raises(ConfigError, match="search.text = .*none.txt' cannot be read"):
+        found(tmp_path / "none.txt")
+    assert read_text(load_config(None, [f"data.perplexity_text={other}"])) == "Another one."
 
 
 # -- similarity runs -------------------------------------------------------------------------------------------------

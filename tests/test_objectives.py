@@ -145,7 +145,8 @@ def test_any_candidate_under_the_ceiling_beats_any_above_and_the_further_above_t
 
 
 def test_a_ceiling_leaves_the_values_under_it_alone():
-    assert score("micro_accuracy", text_nll=2.0, ceiling=20.0) == score("micro_accuracy")._replace(perplexity=math.e**2)
+    found = score("micro_accuracy", text_nll=2.0, ceiling=20.0)
+    assert found[:3] == score("micro_accuracy")[:3] and found.perplexity == pytest.approx(math.e**2)
     found = score("answer_nll", text_nll=2.0, ceiling=20.0)
     assert found.value == found.nll == score("answer_nll").value
     excess = math.log(30 / 20)

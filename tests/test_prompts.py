@@ -279,6 +279,14 @@ def test_too_little_text(text, limit):
         encode_text(text, letters_tokenizer(), limit=limit)
 
 
+def test_a_text_can_begin_later():
+    text = "".join(chr(97 + i % 26) for i in range(50))
+    found = windows_of(encode_text(text, letters_tokenizer(), start=40, limit=7, window=4))
+    assert sum(found, []) == [ord(character) for character in text[40:47]]
+    with pytest.raises(PromptError, match="has 1 tokens of 50 after the first 49: it needs at least 2"):
+        encode_text(text, letters_tokenizer(), start=49)
+
+
 def test_text_has_no_special_tokens(demo):
     tokenizer = byte_tokenizer(bos=True)
     (window,) = windows_of(encode_text("red cat", tokenizer))

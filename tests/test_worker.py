@@ -7,9 +7,9 @@ import pytest
 
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import load_config
-from raymerge.evaluation import Answers
-from raymerge.inputs import REPORT, SEARCH, TEXT
-from raymerge.objectives import score_answers
+from raymerge.evaluation import Answers, text_nll
+from raymerge.inputs import REPORT, SEARCH, SEARCH_TEXT, TEXT
+from raymerge.objectives import answer_kl, score_answers
 from raymerge.plan import base_plan, tail_plan
 from raymerge.worker import ModelWorker
 
@@ -54,6 +54,41 @@ def test_scores_are_those_of_the_answers_of_the_whole_merged_model(worker, whole
     collapsed = worker.run(("answers", (plan, SEARCH, None, False)))
     np.testing.assert_allclose(collapsed.logsumexp, answers.logsumexp, atol=2e-4)
     np.testing.assert_array_equal(collapsed.top_is_letter, answers.top_is_letter)
+
+
+def test_candidates_are_judged_on_letters_text_and_ceiling(whole, tmp_path):
+    """Against figures of a worker without a trunk: the unmerged model's letters, and the reported text's method."""
+    settings = ["data.limit_per_subject=2", "data.perplexity_tokens=1300", "search.text=demo", "search.text_tokens=200"]
+    objective, alphas = "answer_kl+0.1*text_nll", [0.3, 0.9, 0.5, 0.7, 0.4]
+    n_layers = Checkpoint("demo").n_layers
+    plan = tail_plan(n_layers, alphas, name="x", kind="found")
+
+    def judged(folder, *more):
+        config = load_config(None, [*settings, f"search.objective={objective}", *more])
+        worker = ModelWorker(config, roles=(SEARCH,), cache=folder, template=plan, firsts=[plan.resumes_at])
+        return worker, *worker.score([alphas])
+
+    worker, result = judged(tmp_path)
+    ids = np.concatenate([ids for shard in whole.shards(TEXT) for group in shard.groups for ids in group.sequences])
+    (shard,) = worker.shards(SEARCH_TEXT)
+    (searched,) = shard.groups[0].sequences
+    text = whole.checkpoint.tokenizer(worker.search_text[0], add_special_tokens=False)["input_ids"]
+    # The tokens that follow the 1,300 reported on.
+    assert searched.tolist() == text[1300:1500] and sorted(ids.tolist()) == sorted(text[:1300])
+    loss, tokens = text_nll(whole.runner, plan, shard)
+    merged, base = (
+        Answers.join(whole.answers((each, SEARCH, number, False)) for number in range(len(whole.shards(SEARCH))))
+        for each in (plan, base_plan(n_layers))
+    )
+    kl = answer_kl(base.logits, merged.logits).mean()
+    assert kl > 1e-3 and result["value"] == pytest.approx(kl + 0.1 * loss / tokens, abs=1e-5)
+    assert result["perplexity"] == pytest.approx(np.exp(loss / tokens), rel=1e-5)
+    # A control is judged as a candidate is, and a ceiling below this perplexity changes the value alone.
+    control, answers = worker.judge(plan)
+    assert control["value"] == pytest.approx(result["value"], abs=1e-6) and len(answers.rows) == result["n_questions"]
+    _, penalised = judged(tmp_path, f"search.perplexity_ceiling={0.9 * result['perplexity']}")
+    assert penalised["value"] > 5 and penalised["nll"] == pytest.approx(result["nll"], abs=1e-6)
+    assert SEARCH_TEXT in worker.describe()["data_identities"] and not whole.shards(SEARCH_TEXT)
 
 
 @pytest.mark.parametrize("alignment", ["neurons", "activations"])

@@ -1,0 +1,134 @@
+"""What a search's summary says, from tables made by hand."""
+
+import numpy as np
+import pytest
+
+from raymerge import summary
+from raymerge.objectives import score_answers
+from raymerge.rows import comparison_rows
+from raymerge.statistics import holm
+from raymerge.tables import RunDirectory, derive_accuracy
+
+SEARCHED, REPORTED = 40, 100
+PLANS = ("base", "drop", "fixed", "found")
+
+
+def make_run(path, *, objective="micro_accuracy", ceiling=None, perplexity=9.0, seed=0, right=None):
+    """Four plans on 100 report questions of two subjects; `found` was chosen with a value of 0.9 or 0.2 nats."""
+    rng = np.random.default_rng(seed)
+    config = {"data": {"report_split": "test"}, "search": {"objective": objective, "perplexity_ceiling": ceiling}}
+    run = RunDirectory.open(path, config, "search")
+    run.begin()
+    answer = rng.integers(4, size=REPORTED)
+    logits, answers = {}, []
+    for plan, share in (right or {"base": 0.9, "drop": 0.3, "fixed": 0.6, "found": 0.62}).items():
+        logits[plan] = rng.normal(0, 0.5, (REPORTED, 4)).astype(np.float32)
+        chosen = np.where(rng.uniform(size=REPORTED) < share, answer, (answer + 1) % 4)
+        logits[plan][np.arange(REPORTED), chosen] += 3
+        answers += [
+            {"plan_id": plan, "split": "test", "language": "en", "subject": "ab"[i % 2], "question_id": f"{i:03}",
+             "content_hash": "", "answer": int(answer[i]), "predicted": int(logits[plan][i].argmax()),
+             **{f"logit_{c}": logits[plan][i, k] for k, c in enumerate("abcd")}}
+            for i in range(REPORTED)
+        ]  # fmt: skip
+    run.append("answers", answers)
+    run.replace("accuracy", derive_accuracy(run.read("answers")))
+    kinds = {"base": "base", "drop": "drop", "fixed": "fixed", "found": "found"}
+    run.replace("plans", [
+        {"plan_id": plan, "name": f"plan_{plan}", "kind": kinds[plan], "selection": "tail", "alignment": "none",
+         "norms": "keep", **({} if plan == "base" else {"step": 0, "into": 1, "remove": 2, "alpha": 0.5})}
+        for plan in PLANS
+    ])  # fmt: skip
+    run.replace("perplexity", [
+        {"plan_id": plan, "target": "text", "tokens": 9, "nll": nll, "perplexity": float(np.exp(nll))}
+        for plan, nll in zip(PLANS, (1.5, 4.0, 2.5, 2.25), strict=True)
+    ])  # fmt: skip
+    value = 0.2 if "nll" in objective or "kl" in objective else 0.9
+    trials = [("controls", 0, "drop", value / 2, 1e6), ("controls", 1, "fixed", value, 12.0),
+              ("bayes", 0, "found", value, perplexity), ("bayes", 1, "other", value / 3, 500.0)]  # fmt: skip
+    run.append("trials", [
+        {"searcher": searcher, "iteration": iteration, "batch": 0, "tune_trial": "", "actor": "", "seed": 0,
+         "plan_id": plan, "alphas": [0.5], "objective": objective, "value": v, "accuracy": 0.9, "nll": 0.2,
+         "perplexity": p if ceiling or "text" in objective else None, "n_questions": SEARCHED, "seconds": 0.1,
+         "status": "ok"}
+        for searcher, iteration, plan, v, p in trials
+    ])  # fmt: skip
+    table = run.read("answers")
+    asked = [("found", "base"), ("found", "drop"), ("found", "fixed")]
+    others = [("base", "drop"), ("base", "fixed"), ("drop", "fixed")]
+    run.replace("comparisons", comparison_rows("test", table, asked) + comparison_rows("test", table, others))
+    run.write_manifest("complete", command=["test"], best={"name": "found_bayes", "plan_id": "found", "model": None})
+    return run, logits, answer
+
+
+def test_the_value_on_the_report_is_the_objectives_own(tmp_path):
+    run, logits, answer = make_run(tmp_path / "run")
+    subjects = ["ab"[i % 2] for i in range(REPORTED)]
+    for objective in ("micro_accuracy", "macro_accuracy", "accuracy:b", "answer_nll", "answer_kl+0.5*text_nll"):
+        found = summary.objective_value(run, "test", "found", objective)
+        expected = score_answers(
+            objective, logits["found"], answer, subjects, reference=logits["base"], text_nll=2.25
+        ).value
+        assert found == pytest.approx(expected, rel=1e-6)
+    assert summary.objective_value(run, "test", "nobody", "answer_nll") is None
+    assert summary.objective_value(run, "test", "found", "accuracy:c") is None
+    assert summary.objective_value(run, "validation", "found", "answer_kl") is None
+
+
+@pytest.mark.parametrize(("objective", "searched"), [("micro_accuracy", 0.9), ("answer_nll", 0.2)])
+def test_optimism_is_how_much_better_the_choosing_questions_were(tmp_path, objective, searched):
+    run, logits, answer = make_run(tmp_path / "run", objective=objective)
+    first, second = summary.optimism_lines(run, "test")
+    reported = {plan: summary.objective_value(run, "test", plan, objective) for plan in PLANS}
+    sign = 1 if objective == "micro_accuracy" else -1
+    gap = sign * (searched - reported["found"])
+    assert gap > 0.1  # positive where the search flatters, whichever way the objective goes
+    assert first == (
+        f"found_bayes: {objective} {searched:.4f} on the 40 questions it was chosen on, {reported['found']:.4f} on the "
+        f"report's: optimism {gap:+.4f}"
+    )
+    controls = sign * np.mean([searched / 2 - reported["drop"], searched - reported["fixed"]])
+    assert second.startswith(f"The 2 controls, chosen by nothing: {controls:+.4f} on average")
+
+
+def test_values_above_a_ceiling_are_no_values(tmp_path):
+    run, *_ = make_run(tmp_path / "run", ceiling=20.0)
+    controls, bayes = summary.search_lines(run)
+    assert "1 above the perplexity ceiling of 20; micro_accuracy best 0.9000, mean 0.9000" in bayes
+    assert "best 0.9000" in controls and "worst 0.9000" in controls
+    assert summary.optimism_lines(run, "test")[1].startswith("The control, chosen by nothing")
+    run, *_ = make_run(tmp_path / "none", ceiling=8.0)
+    assert summary.search_lines(run)[1] == "bayes: 2 candidates, 2 above the perplexity ceiling of 8"
+    assert "above the ceiling of 8, as is every candidate's" in summary.optimism_lines(run, "test")[0]
+
+
+def test_comparisons_of_a_plan_with_adjusted_p(tmp_path):
+    run, *_ = make_run(tmp_path / "run")
+    rows = [row for row in run.read("comparisons").to_pylist() if row["measure"] == "accuracy"]
+    for family in (rows[:3], rows[3:]):
+        np.testing.assert_allclose([r["p_holm"] for r in family], holm([r["p_value"] for r in family]))
+    lines = summary.comparison_lines(run, "found")
+    assert [line.split(":")[0] for line in lines[:3]] == [f"plan_found against plan_{p}" for p in PLANS[:3]]
+    assert lines[0].endswith(": worse") and lines[1].endswith(": better") and lines[2].endswith(": indistinguishable")
+    assert f"p = {rows[0]['p_value']:.3g} (Holm {rows[0]['p_holm']:.3g})" in lines[0]
+    assert lines[3].startswith("(3 comparisons: p and intervals are of each on its own, uncorrected")
+    assert lines[4] == "(3 further pairs of plans stand in table comparisons.)"
+    assert len(summary.comparison_lines(run)) == 7
+
+
+def test_a_gain_that_only_an_uncorrected_p_calls_one_is_said_to_be_so(tmp_path):
+    run, *_ = make_run(tmp_path / "run")
+    rows = run.read("comparisons").to_pylist()
+    rows = [row | {"p_value": 0.03, "p_holm": 0.09, "difference": 0.1} for row in rows]
+    run.replace("comparisons", [{key: value for key, value in row.items() if key != "run_id"} for row in rows])
+    assert summary.comparison_lines(run, "found")[0].endswith(": better, but not among so many comparisons")
+
+
+def test_the_table_of_plans_has_intervals(tmp_path):
+    run, *_ = make_run(tmp_path / "run")
+    (line, *_) = summary.plan_lines(run, "test")
+    header, cells = summary.plan_table([line | {"picked": [0.25] * 4, "top_is_letter": None}])
+    stored = run.read("accuracy").to_pylist()[0]
+    assert header[2] == "accuracy ± se [95 %]"
+    assert cells[0][2].endswith(f"[{stored['ci_low']:.3f}, {stored['ci_high']:.3f}]")
+    assert summary.share(0.5, 0.1, (None, None)) == "0.5000 ± 0.1000"
