@@ -1,13 +1,18 @@
-"""Draw the merge coefficients of a run: alphas.png, alpha_distribution.png, search_progress.png, alphas.md.
+"""Draw the merge coefficients of a run, or of alpha files, as figures and as tables.
 
-    python analysis/alphas.py RUN [--out DIR]
+    python analysis/alphas.py RUN [--out DIR] [--similarity RUN [--subset NAME[/LANGUAGE]]]
+    python analysis/alphas.py --files FILE.json… --out DIR [--similarity RUN [--subset NAME[/LANGUAGE]]]
 
-Reads tables plans, coefficients and trials. A run without trials (no search) gets the first figure
-and the Markdown only.
+Reads tables plans, coefficients, trials and gradient_history, and draws those of which there are rows. --similarity
+names a run of `raymerge similarity`; without it the one that the run itself took its coefficients from is used.
 
   alphas.png              alpha of every merge step, and the weight each original layer ends up with
   alpha_distribution.png  all alphas the search tried, beside the best candidate's
   search_progress.png     objective by candidate, running best, controls as horizontal lines
+  learned_alphas.png      the published figure, a row for each method whose alphas differ from step to step: their
+                          distribution with its mean, alpha by merge step, alpha against the merged layers' similarity
+                          (where there is one) with Pearson's r
+  gradient_history.png    loss and held-out loss by epoch, the alphas of the best start
   alphas.md               the same as tables
 """
 
@@ -19,22 +24,60 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from alpha_panels import (
+    MOST_METHODS,
+    correlation,
+    draw_history,
+    draw_methods,
+    history_rows,
+    pairs_of,
+    read_alpha_files,
+    read_similarity,
+)
 from plotting import COLOURS, STYLE, markdown, need, number, plan_labels, run_main, save, save_text, style_of
 
-from raymerge.tables import RunDirectory, is_minimised
+from raymerge.tables import RunDirectory, RunError, is_minimised
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    return run_main(draw, __doc__, argv)
+    return run_main(draw, __doc__, argv, add_options, draw_files)
 
 
-def draw(run: RunDirectory, out: Path) -> list[Path]:
+def add_options(parser) -> None:
+    """The script's own options."""
+    parser.add_argument("--files", metavar="FILE", nargs="+", type=Path, help="alpha files to draw in place of a run")
+    parser.add_argument("--similarity", metavar="RUN", help="a similarity run, to draw alphas against")
+    parser.add_argument("--subset", metavar="NAME[/LANGUAGE]", help="which of its matrices, where it has several")
+
+
+def draw_files(out: Path | None, *, files: list[Path] | None, similarity=None, subset=None) -> list[Path]:
+    """Write alphas.png, learned_alphas.png and alphas.md of alpha files into `out`. RunError for what is no alpha
+    file."""
+    if not files or out is None:
+        raise RunError("name a RUN, or alpha files with --files FILE.json… and their folder with --out DIR")
+    plans, coefficients = read_alpha_files(files)
+    labels, known = plan_labels(plans), None if similarity is None else read_similarity(similarity, subset)
+    methods = {label_of(key, labels): rows for key, rows in steps_of(plans).items()}
+    with plt.rc_context(STYLE):
+        paths = [draw_plans(plans, coefficients, labels, out / "alphas.png")]
+        paths.append(draw_methods(dict(list(methods.items())[:MOST_METHODS]), known, out / "learned_alphas.png"))
+    text = ["# Merge coefficients of alpha files", *describe_plans(plans, coefficients, labels)]
+    text += describe_methods(methods, known)
+    return [*paths, save_text("\n\n".join(text) + "\n", out / "alphas.md")]
+
+
+def draw(run: RunDirectory, out: Path, *, files=None, similarity=None, subset=None) -> list[Path]:
     """Write the figures and alphas.md into `out`; return their paths. RunError if plans are missing."""
+    if files:
+        raise RunError("give a RUN or --files, not both")
     plans = need(run, "plans", "the alphas")
     coefficients = need(run, "coefficients", "the effective weight of each layer")
-    trials = run.read("trials").to_pylist()
+    trials = held_to(run, run.read("trials").to_pylist())
+    history = run.read("gradient_history").to_pylist()
     labels = plan_labels(plans)
+    known = similarity_of(run, similarity, subset)
+    methods = learned(plans, labels)
     with plt.rc_context(STYLE):
         paths = [draw_plans(plans, coefficients, labels, out / "alphas.png")]
         searchers = {}
@@ -45,8 +88,76 @@ def draw(run: RunDirectory, out: Path) -> list[Path]:
             paths.append(draw_distribution(searchers, labels, out / "alpha_distribution.png"))
             controls = [row for row in trials if row["searcher"] == "controls"]
             paths.append(draw_progress(searchers, controls, labels, out / "search_progress.png"))
-    paths.append(save_text(describe(run, plans, coefficients, searchers, labels), out / "alphas.md"))
+        if methods:
+            paths.append(draw_methods(dict(list(methods.items())[:MOST_METHODS]), known, out / "learned_alphas.png"))
+        if history:
+            paths.append(draw_history(history, out / "gradient_history.png"))
+    text = describe(run, plans, coefficients, searchers, labels) + describe_methods(methods, known)
+    if history:
+        header = ["start", "epochs", "first loss", "last loss", "lowest held-out loss", "at epoch"]
+        text += ["## Gradient descent", markdown(header, history_rows(history))]
+    paths.append(save_text("\n\n".join(text) + "\n", out / "alphas.md"))
     return paths
+
+
+def held_to(run: RunDirectory, trials: list[dict]) -> list[dict]:
+    """The trials, those above the search's ceiling of perplexity without a value: theirs is a penalty."""
+    ceiling = run.config.get("search", {}).get("perplexity_ceiling")
+    if ceiling is None:
+        return trials
+    return [
+        row | {"value": None, "status": _ABOVE}
+        if row["status"] == "ok" and row["perplexity"] is not None and row["perplexity"] > ceiling
+        else row
+        for row in trials
+    ]
+
+
+def similarity_of(run: RunDirectory, path: str | None, subset: str | None) -> dict[tuple[int, int], float] | None:
+    """The similarity that is asked for, or the one that the run's coefficients come from, where it can be read."""
+    if path is not None:
+        return read_similarity(path, subset)
+    plan = run.config.get("plan", {})
+    if plan.get("similarity_run") is None:
+        return None
+    try:
+        return read_similarity(plan["similarity_run"], plan.get("similarity_subset"), plan.get("similarity_language"))
+    except RunError:  # moved, or of another machine: the run's own figures are drawn without it
+        return None
+
+
+def learned(plans: list[dict], labels: dict[str, str]) -> dict[str, list[dict]]:
+    """Name -> steps of the plans whose alphas are not the same at every step, what was found first."""
+    kinds = {row["plan_id"]: row["kind"] for row in reversed(plans)}
+    found = {key: rows for key, rows in steps_of(plans).items() if np.ptp([row["alpha"] for row in rows]) > 1e-9}
+    order = sorted(found, key=lambda key: kinds[key[0]] not in ("found", "gradient"))
+    return {label_of(key, labels): found[key] for key in order}
+
+
+def describe_methods(methods: dict[str, list[dict]], similarity) -> list[str]:
+    """Mean and spread of each method's alphas, and their correlation with the similarity of the layers merged."""
+    if not methods:
+        return []
+    header = ["method", "steps", "mean", "sd", "min", "max"]
+    table = []
+    for name, rows in methods.items():
+        alphas = [row["alpha"] for row in rows]
+        cells = [np.mean(alphas), np.std(alphas), min(alphas), max(alphas)]
+        table.append([name, len(alphas), *[number(value) for value in cells]])
+        if similarity is not None:
+            found = correlation(*pairs_of(rows, similarity))
+            interval = f" [{found.low:.3f}, {found.high:.3f}]" if math.isfinite(found.low) else ""
+            table[-1] += [None if math.isnan(found.r) else f"{found.r:.3f}{interval}", found.n]
+    text = ["## α of each method"]
+    if similarity is not None:
+        header += ["Pearson's r with similarity [95 %]", "pairs"]
+    text.append(markdown(header, table))
+    if len(methods) > MOST_METHODS:
+        text.append(f"The figure shows the first {MOST_METHODS}.")
+    return text
+
+
+_ABOVE = "above ceiling"
 
 
 def usable(rows: list[dict]) -> list[dict]:
@@ -224,6 +335,7 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
         x = np.array([row["iteration"] for row in ok]) + 1
         running = np.minimum.accumulate(values) if lower else np.maximum.accumulate(values)
         failed = len(rows) - len(ok)
+        why = "failed or above the ceiling" if any(row["status"] == _ABOVE for row in rows) else "failed"
         axis.plot(x, values, ls="none", marker=look["marker"], ms=4, color=look["color"], alpha=0.45, mew=0)
         axis.step(
             [*x, x[-1]],
@@ -231,7 +343,7 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
             where="post",
             color=look["color"],
             lw=1.8,
-            label=f"{name}, running best ({len(ok)} candidates{f', {failed} failed' if failed else ''})",
+            label=f"{name}, running best ({len(ok)} candidates{f', {failed} {why}' if failed else ''})",
         )
     last = max(row["iteration"] for row in every) + 1
     axis.set_xlim(0, last + 1)
@@ -245,7 +357,7 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
     for value, _ in lines:
         axis.axhline(value, color="#7F7F7F", ls=(0, (4, 3)), lw=0.9, zorder=1)
     axis.margins(y=0.06)
-    unit = " (nats a question)" if lower else " (share of questions)" if "accuracy" in objective else ""
+    unit = " (nats)" if lower else " (share of questions)" if "accuracy" in objective else ""
     axis.set(
         xlabel="candidates evaluated",
         ylabel=f"{objective.replace('_', ' ')}{unit}, {'lower' if lower else 'higher'} is better",
@@ -281,14 +393,13 @@ def spread(values: list[float], gap: float) -> list[float]:
     return [total / n + gap * (i - (n - 1) / 2) for total, n in clusters for i in range(n)]
 
 
-def describe(run: RunDirectory, plans, coefficients, searchers, labels) -> str:
-    """alphas.md."""
+def describe_plans(plans, coefficients, labels) -> list[str]:
+    """Alphas by merge step and effective coefficients of every plan."""
     steps = steps_of(plans)
-    text = [f"# Merge coefficients of run {run.run_id} ({run.experiment})"]
-    text.append(
+    text = [
         "Step s merges a layer into another: θ = α θ(into) + (1 - α) θ(removed). Layers count from 0. "
         "The effective coefficient is the weight an original layer ends up with."
-    )
+    ]
     if steps:
         ends = sorted({(row["step"], row["remove"], row["into"]) for rows in steps.values() for row in rows})
         values = {key: {(r["step"], r["remove"], r["into"]): r["alpha"] for r in rows} for key, rows in steps.items()}
@@ -304,6 +415,14 @@ def describe(run: RunDirectory, plans, coefficients, searchers, labels) -> str:
     bare = [labels[row["plan_id"]] for row in plans if row["step"] is None]
     if bare:
         text.append(f"Without merge steps: {', '.join(dict.fromkeys(bare))}.")
+    return text
+
+
+def describe(run: RunDirectory, plans, coefficients, searchers, labels) -> list[str]:
+    """The parts of alphas.md on plans and on the search."""
+    text = [f"# Merge coefficients of run {run.run_id} ({run.experiment})"]
+    text += describe_plans(plans, coefficients, labels)
+    trials = [row for rows in searchers.values() for row in rows]
     summary, spread_of = [], []
     for name, rows in searchers.items():
         ok, best = usable(rows), best_of(rows)
@@ -341,7 +460,7 @@ def describe(run: RunDirectory, plans, coefficients, searchers, labels) -> str:
             "searcher",
             "objective",
             "candidates",
-            "failed",
+            "failed or above the ceiling" if any(row["status"] == _ABOVE for row in trials) else "failed",
             "questions",
             "best value",
             "± s.e.",
@@ -357,7 +476,7 @@ def describe(run: RunDirectory, plans, coefficients, searchers, labels) -> str:
         )
         header = ["α of", "values", "mean", "sd", "min", "25 %", "median", "75 %", "max"]
         text += ["## Distribution of α", markdown(header, spread_of)]
-    return "\n\n".join(text) + "\n"
+    return text
 
 
 if __name__ == "__main__":

@@ -125,23 +125,28 @@ def number(value: float | None, digits: int = 3) -> str | None:
     return None if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
 
 
-def run_main(draw, description: str, argv: list[str] | None, add_options=None) -> int:
+def run_main(draw, description: str, argv: list[str] | None, add_options=None, without_run=None) -> int:
     """Command line of one analysis script: RUN [--out DIR]; returns the exit code.
 
-    `add_options(parser)` may add a script's own options; `draw` gets them by keyword.
+    `add_options(parser)` may add a script's own options; `draw` gets them by keyword. `without_run(out, **options)`,
+    where it is given, is called in place of `draw` when there is no RUN.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="a run directory (folder or URI) that raymerge wrote")
+    optional = {"nargs": "?"} if without_run is not None else {}
+    parser.add_argument("run", metavar="RUN", help="a run directory (folder or URI) that raymerge wrote", **optional)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder for the files (default: RUN/figures)")
     if add_options is not None:
         add_options(parser)
     options = vars(parser.parse_args(argv))
     path, out = options.pop("run"), options.pop("out")
     try:
-        run = RunDirectory.load(path)
-        if out is None and not run.is_local:
-            raise RunError(f"{path} is not on this machine; say with --out where the figures should go")
-        paths = draw(run, out or Path(run.path_of("figures")), **options)
+        if path is None:
+            paths = without_run(out, **options)
+        else:
+            run = RunDirectory.load(path)
+            if out is None and not run.is_local:
+                raise RunError(f"{path} is not on this machine; say with --out where the figures should go")
+            paths = draw(run, out or Path(run.path_of("figures")), **options)
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,214 @@
+"""What alphas.py draws of single methods: the published figure of learned coefficients, losses of gradient descent, and
+coefficients read from alpha files instead of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+from plotting import COLOURS, number, save, style_of
+
+from raymerge.tables import RunDirectory, RunError
+
+MOST_METHODS = 8  # rows of the figure
+_KEYS = ("layer_to_merge_into", "layer_to_remove", "ratio_i_alpha")
+
+
+class Correlation(NamedTuple):
+    """Pearson's r of n pairs with Fisher's 95 % interval; NaN where it is undefined."""
+
+    r: float
+    low: float
+    high: float
+    n: int
+
+
+def correlation(x: list[float], y: list[float]) -> Correlation:
+    """Pearson's r; undefined for fewer than 3 pairs or where one side does not vary, the interval for fewer than 4."""
+    n = len(x)
+    if n < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return Correlation(math.nan, math.nan, math.nan, n)
+    r = float(np.corrcoef(x, y)[0, 1])
+    if n < 4 or abs(r) >= 1:
+        return Correlation(r, math.nan, math.nan, n)
+    z, half = math.atanh(r), 1.96 / math.sqrt(n - 3)
+    return Correlation(r, math.tanh(z - half), math.tanh(z + half), n)
+
+
+# -- alpha files -----------------------------------------------------------------------------------------------------
+
+
+def read_alpha_files(paths: list[Path]) -> tuple[list[dict], list[dict]]:
+    """Rows as those of tables plans and coefficients, one plan a file, named as the file is.
+
+    The order in a file counts, and `step` is only informative, as in the published ones. RunError for a file that is
+    no list of steps, or merges a layer that is gone.
+    """
+    plans, coefficients = [], []
+    stems = [path.stem for path in paths]
+    for path in paths:
+        name = path.stem if stems.count(path.stem) == 1 else str(path)
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+            steps = [(int(e[_KEYS[0]]), int(e[_KEYS[1]]), float(e[_KEYS[2]])) for e in entries]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            wanted = "a JSON list of steps with " + ", ".join(_KEYS)
+            raise RunError(f"{path} cannot be read as {wanted}: {type(error).__name__} {error}") from error
+        weights: dict[int, dict[int, float]] = {
+            layer: {layer: 1.0} for into, gone, _ in steps for layer in (into, gone)
+        }
+        for number_, (into, gone, alpha) in enumerate(steps):
+            if into == gone or into not in weights or gone not in weights:
+                raise RunError(f"{path}, step {number_}: layer {gone} into {into}, but one of them is merged before")
+            plans.append({"plan_id": name, "name": name, "kind": "file", "matrix": None, "step": number_, "into": into,
+                          "remove": gone, "alpha": alpha})  # fmt: skip
+            kept, removed = weights[into], weights.pop(gone)
+            weights[into] = {
+                layer: alpha * kept.get(layer, 0.0) + (1 - alpha) * removed.get(layer, 0.0)
+                for layer in sorted({*kept, *removed})
+            }
+        coefficients += [
+            {"plan_id": name, "matrix": None, "kept_layer": kept, "source_layer": source, "coefficient": value}
+            for kept, sources in weights.items()
+            for source, value in sources.items()
+        ]
+    return plans, coefficients
+
+
+# -- similarity ------------------------------------------------------------------------------------------------------
+
+
+def read_similarity(path: str, subset: str | None, language: str | None = None) -> dict[tuple[int, int], float]:
+    """(layer, layer) -> similarity, both ways round, from a similarity run; pairs without a value are left out.
+
+    subset: NAME or NAME/LANGUAGE where there are several matrices. RunError where it is not one matrix.
+    """
+    name, _, after = (subset or "").partition("/")
+    found: dict[tuple, list[dict]] = {}
+    for row in RunDirectory.load(path).read("similarity").to_pylist():
+        if name in ("", row["subset"]) and (after or language) in ("", None, row["language"]):
+            found.setdefault((row["subset"], row["language"], row["measure"], row["embedding"]), []).append(row)
+    if len(found) != 1:
+        names = ", ".join(f"{key[0]}/{key[1]} ({key[2]})" for key in found) or "none"
+        raise RunError(f"{path} holds {len(found)} similarity matrices ({names}), not one: name it with --subset")
+    (rows,) = found.values()
+    values = {(row["layer_i"], row["layer_j"]): row["value"] for row in rows if row["value"] is not None}
+    return {(j, i): value for (i, j), value in values.items()} | values
+
+
+def pairs_of(rows: list[dict], similarity: dict[tuple[int, int], float]) -> tuple[list[float], list[float]]:
+    """Similarity of the two layers of every step that has one, and the step's alpha."""
+    known = [row for row in rows if (row["into"], row["remove"]) in similarity]
+    return [similarity[row["into"], row["remove"]] for row in known], [row["alpha"] for row in known]
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+
+def draw_methods(methods: dict[str, list[dict]], similarity: dict[tuple[int, int], float] | None, path: Path) -> Path:
+    """The study's Figure 1, one row a method: distribution of alpha, alpha by step, alpha against similarity."""
+    columns = 2 if similarity is None else 3
+    figure, axes = plt.subplots(len(methods), columns, figsize=(4.3 * columns, 2.9 * len(methods) + 0.3), squeeze=False)
+    for i, (row_axes, (name, rows)) in enumerate(zip(axes, methods.items(), strict=True)):
+        look, alphas = style_of(i), np.array([row["alpha"] for row in rows])
+        first = row_axes[0]
+        first.hist(alphas, bins=np.linspace(0, 1, 26), color=look["color"], alpha=0.55)
+        first.axvline(alphas.mean(), color=look["color"], ls="--", lw=1.4, label=f"mean {alphas.mean():.3f}")
+        first.set(xlim=(0, 1), xlabel="α", ylabel="merge steps", title=f"{name}: distribution of α")
+        first.yaxis.get_major_locator().set_params(integer=True)
+        first.legend(fontsize=8)
+        second = row_axes[1]
+        x = [row["step"] for row in rows]
+        second.plot(x, alphas, **look, ms=4.5, lw=1.2)
+        second.axhline(alphas.mean(), color="#7F7F7F", ls=(0, (4, 3)), lw=0.9)
+        stride = math.ceil(len(rows) / 16)
+        ticks = [f"{row['remove']}→{row['into']}" for row in rows[::stride]]
+        second.set_xticks(x[::stride], ticks, fontsize=7, rotation=90 if len(ticks) > 5 else 0)
+        second.set(ylim=(-0.03, 1.03), xlabel="merge step: removed → into", ylabel="α", title="α by merge step")
+        if similarity is not None:
+            draw_against(row_axes[2], *pairs_of(rows, similarity), look)
+    return save(figure, path)
+
+
+def draw_against(axis, x: list[float], y: list[float], look: dict) -> None:
+    """Alpha against the similarity of the merged layers, with Pearson's r and the least-squares line."""
+    found = correlation(x, y)
+    axis.plot(x, y, ls="none", **look, ms=5)
+    if math.isfinite(found.r):
+        slope, intercept = np.polyfit(x, y, 1)
+        ends = np.array([min(x), max(x)])
+        axis.plot(ends, slope * ends + intercept, color="#7F7F7F", lw=1)
+    interval = f" [{found.low:.2f}, {found.high:.2f}]" if math.isfinite(found.low) else ""
+    shown = f"r = {found.r:.3f}{interval}" if math.isfinite(found.r) else "r undefined"
+    axis.set(xlabel="similarity $S_{lm}$", ylabel="α", title=f"α against similarity: {shown}, n = {found.n}")
+
+
+def starts_of(history: list[dict]) -> dict[int, list[dict]]:
+    """Start -> its rows by epoch."""
+    starts: dict[int, list[dict]] = {}
+    for row in sorted(history, key=lambda row: (row["start"], row["epoch"])):
+        starts.setdefault(row["start"], []).append(row)
+    return starts
+
+
+def lowest(rows: list[dict]) -> dict:
+    """The epoch of the lowest held-out loss, or without one of the lowest loss."""
+    held = [row for row in rows if row["held_out_loss"] is not None and math.isfinite(row["held_out_loss"])]
+    return min(held, key=lambda row: row["held_out_loss"]) if held else min(rows, key=lambda row: row["loss"])
+
+
+def best_start(starts: dict[int, list[dict]]) -> int:
+    """The start that came lowest, by held-out loss where there is one."""
+
+    def reached(start: int) -> float:
+        row = lowest(starts[start])
+        return row["loss"] if row["held_out_loss"] is None else row["held_out_loss"]
+
+    return min(starts, key=reached)
+
+
+def draw_history(history: list[dict], path: Path) -> Path:
+    """Losses by epoch, one colour a start, held-out ones dashed; and the alphas of the best start as they move."""
+    starts = starts_of(history)
+    best = best_start(starts)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    for i, (start, rows) in enumerate(starts.items()):
+        colour, epochs = COLOURS[(i + 1) % len(COLOURS)], [row["epoch"] for row in rows]
+        mark = "o" if len(rows) == 1 else None
+        width = 2.0 if start == best else 1.1
+        left.plot(epochs, [row["loss"] for row in rows], color=colour, lw=width, marker=mark, label=f"start {start}")
+        held = [(row["epoch"], row["held_out_loss"]) for row in rows if row["held_out_loss"] is not None]
+        if held:
+            left.plot(*zip(*held, strict=True), color=colour, lw=width, ls="--", marker=mark)
+            least = lowest(rows)
+            left.plot(least["epoch"], least["held_out_loss"], "o", ms=6, mfc="none", color=colour)
+    held_out = any(row["held_out_loss"] is not None for row in history)
+    title = "Loss by epoch" + (" (dashed: held out; ring: its minimum)" if held_out else "")
+    left.set(xlabel="epoch", ylabel="loss", title=title)
+    left.legend(fontsize=8, ncols=max(1, len(starts) // 6))
+    rows = starts[best]
+    alphas = np.array([row["alphas"] for row in rows])
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.92, alphas.shape[1]))
+    for step, colour in enumerate(colours):
+        right.plot([row["epoch"] for row in rows], alphas[:, step], color=colour, lw=1.2)
+        right.annotate(
+            str(step), (rows[-1]["epoch"], alphas[-1, step]), xytext=(3, 0), textcoords="offset points", fontsize=6.5,
+            va="center", color=colour,
+        )  # fmt: skip
+    # With alphas for single matrices there are several of a step: the numbers then count coefficients.
+    right.set(ylim=(-0.03, 1.03), xlabel="epoch", ylabel="α", title=f"α of start {best}, numbered by step")
+    return save(figure, path)
+
+
+def history_rows(history: list[dict]) -> list[list]:
+    """For each start: epochs, first and last loss, the lowest held-out loss and its epoch."""
+    table = []
+    for start, rows in starts_of(history).items():
+        least = lowest(rows)
+        first, last = number(rows[0]["loss"], 4), number(rows[-1]["loss"], 4)
+        table.append([start, len(rows), first, last, number(least["held_out_loss"], 4), least["epoch"]])
+    return table
