@@ -144,7 +144,9 @@ def draw_against(axis, x: list[float], y: list[float], look: dict) -> None:
         axis.plot(ends, slope * ends + intercept, color="#7F7F7F", lw=1)
     interval = f" [{found.low:.2f}, {found.high:.2f}]" if math.isfinite(found.low) else ""
     shown = f"r = {found.r:.3f}{interval}" if math.isfinite(found.r) else "r undefined"
-    axis.set(xlabel="similarity $S_{lm}$", ylabel="α", title=f"α against similarity: {shown}, n = {found.n}")
+    axis.margins(y=0.22)  # room for the text above the points
+    axis.text(0.03, 0.96, f"{shown}, n = {found.n}", transform=axis.transAxes, va="top", fontsize=8)
+    axis.set(xlabel="similarity $S_{lm}$", ylabel="α", title="α against similarity")
 
 
 def starts_of(history: list[dict]) -> dict[int, list[dict]]:

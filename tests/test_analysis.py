@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ ANALYSIS = Path(__file__).parent.parent / "analysis"
 sys.path.insert(0, str(ANALYSIS))  # the scripts are not part of the package; run as scripts they find each other
 
 import accuracy as accuracy_script  # noqa: E402
+import alpha_panels  # noqa: E402
 import alphas as alphas_script  # noqa: E402
 
 SUBJECTS = """abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
@@ -175,7 +177,7 @@ def test_scripts_write_whole_figures_into_the_run(k13, alphas_text, accuracy_tex
     pictures = sorted(path.name for path in folder.iterdir() if path.suffix == ".png")
     assert pictures == [
         "accuracy.png", "accuracy_by_subject.png", "accuracy_by_subject_2.png", "alpha_distribution.png", "alphas.png",
-        "letters.png", "search_progress.png",
+        "learned_alphas.png", "letters.png", "search_progress.png",
     ]  # fmt: skip
     assert all(min(png_size(folder / name)) > 400 for name in pictures)
     assert sorted(p.name for p in folder.iterdir() if p.suffix != ".png") == ["accuracy.md", "alphas.md"]
@@ -304,7 +306,11 @@ def test_many_plans_subjects_and_languages(tmp_path):
 def test_a_run_that_has_not_searched_gets_the_first_figure(tmp_path, capsys):
     run = make_run(tmp_path / "run", merges=2, subjects=1, questions=2, candidates=0)
     assert alphas_script.main([run.path_of()]) == 0
-    assert [Path(line).name for line in capsys.readouterr().out.split()] == ["alphas.png", "alphas.md"]
+    assert [Path(line).name for line in capsys.readouterr().out.split()] == [
+        "alphas.png",
+        "learned_alphas.png",
+        "alphas.md",
+    ]
 
 
 def test_one_plan_one_question_without_perplexity(tmp_path):
@@ -344,6 +350,156 @@ def test_answers_of_a_split_nobody_asked_for(tmp_path):
     run.replace("answers", unasked)
     with pytest.raises(RunError, match="answers for dev, validation"):
         accuracy_script.draw(run, tmp_path)
+
+
+# -- single methods: the published figure ----------------------------------------------------------------------------
+
+
+def write_alphas(path, steps, **more):
+    keys = ("layer_to_merge_into", "layer_to_remove", "ratio_i_alpha")
+    path.write_text(
+        json.dumps([{"step": -i, **dict(zip(keys, step, strict=True)), **more} for i, step in enumerate(steps)])
+    )
+    return path
+
+
+def similarity_run(path, subsets=("all",), layers=6):
+    """S_ij = (i + j) / 10 over the upper triangle; the pair (0, 1) has no value."""
+    run = RunDirectory.open(path, {}, "similarity")
+    run.replace("similarity", [
+        {"subset": subset, "language": "en", "measure": "cka", "embedding": "none", "layer_i": i, "layer_j": j,
+         "value": None if (i, j) == (0, 1) else (i + j) / 10, "n_samples": 9}
+        for subset in subsets for i in range(layers) for j in range(i, layers)
+    ])  # fmt: skip
+    return run.path_of()
+
+
+def test_effective_coefficients_of_alpha_files(tmp_path):
+    """A chain is stick-breaking; steps that are no chain and a file of the same name elsewhere are told apart."""
+    chain = write_alphas(tmp_path / "a.json", [(4, 5, 0.5), (3, 4, 0.75), (2, 3, 0.6)], ratio_j=0.0)
+    (tmp_path / "other").mkdir()
+    flat = write_alphas(tmp_path / "other" / "a.json", [(1, 2, 0.7), (4, 5, 0.2)])
+    plans, coefficients = alpha_panels.read_alpha_files([chain, flat])
+    found = {}
+    for row in coefficients:
+        found.setdefault(row["plan_id"], {})[row["kept_layer"], row["source_layer"]] = row["coefficient"]
+    assert found[str(chain)] == pytest.approx({(2, 2): 0.6, (2, 3): 0.3, (2, 4): 0.05, (2, 5): 0.05})
+    assert found[str(flat)] == pytest.approx({(1, 1): 0.7, (1, 2): 0.3, (4, 4): 0.2, (4, 5): 0.8})
+    assert [(row["step"], row["alpha"]) for row in plans if row["plan_id"] == str(chain)] == [
+        (0, 0.5),
+        (1, 0.75),
+        (2, 0.6),
+    ]
+
+
+def test_alpha_files_are_drawn_as_the_study_draws_them(tmp_path, capsys):
+    alphas = [0.9, 0.4, 0.8, 0.1]
+    rising = write_alphas(tmp_path / "rising.json", [(4 - i, 5 - i, a) for i, a in enumerate(alphas)])
+    level = write_alphas(tmp_path / "level.json", [(4 - i, 5 - i, 0.62) for i in range(4)])
+    out, run = tmp_path / "out", similarity_run(tmp_path / "similarity")
+    arguments = ["--files", str(rising), str(level), "--out", str(out), "--similarity", run]
+    assert alphas_script.main(arguments) == 0
+    assert [Path(line).name for line in capsys.readouterr().out.split()] == [
+        "alphas.png",
+        "learned_alphas.png",
+        "alphas.md",
+    ]
+    text = (out / "alphas.md").read_text()
+    header, *rows = table_of(text, "## α of each method")
+    r = np.corrcoef([0.9, 0.7, 0.5, 0.3], alphas)[0, 1]
+    half = 1.96 / np.sqrt(4 - 3)
+    low, high = np.tanh(np.arctanh(r) - half), np.tanh(np.arctanh(r) + half)
+    assert rows[0] == ["rising", "4", "0.550", f"{np.std(alphas):.3f}", "0.100", "0.900",
+                       f"{r:.3f} [{low:.3f}, {high:.3f}]", "4"]  # fmt: skip
+    assert rows[1][6:] == ["–", "4"]  # equal alphas have no correlation
+    assert png_size(out / "learned_alphas.png")[0] > png_size(out / "learned_alphas.png")[1]
+    weights = np.array([row[1:] for row in table_of(text, "## Effective coefficients")[1:]], dtype=float)
+    np.testing.assert_allclose(weights.sum(axis=0), 1, atol=0.0005)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"a": 1}', "a.json cannot be read as a JSON list of steps"), ("[1]", "cannot be read as"), ("x", "JSON"),
+     ('[{"layer_to_merge_into": 1}]', "KeyError 'layer_to_remove'"),
+     (None, "No such file")],
+)  # fmt: skip
+def test_what_is_no_alpha_file_is_refused(tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    assert alphas_script.main(["--files", str(tmp_path / "a.json"), "--out", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_options_that_do_not_go_together_are_refused(tmp_path, capsys):
+    path = write_alphas(tmp_path / "a.json", [(1, 2, 0.5), (2, 3, 0.5)])
+    run = similarity_run(tmp_path / "two", ("law", "math"))
+    good = write_alphas(tmp_path / "good.json", [(1, 2, 0.5)])
+    cases = {
+        (): "name a RUN, or alpha files with --files",
+        ("--files", str(good)): "name a RUN, or alpha files",
+        (run, "--files", str(good)): "a RUN or --files, not both",
+        ("--files", str(path), "--out", str(tmp_path)): "step 1: layer 3 into 2, but one of them is merged before",
+        (
+            "--files",
+            str(good),
+            "--out",
+            str(tmp_path),
+            "--similarity",
+            run,
+        ): "holds 2 similarity matrices (law/en (cka), math/en (cka)), not one: name it with --subset",
+    }
+    for arguments, message in cases.items():
+        assert alphas_script.main(list(arguments)) == 1
+        assert message in capsys.readouterr().err
+    found = alpha_panels.read_similarity(run, "law/en")
+    assert found == alpha_panels.read_similarity(run, "law") and found[3, 2] == found[2, 3] == 0.5
+    assert (0, 1) not in found and (1, 0) not in found
+
+
+def test_correlations_that_are_undefined():
+    assert np.isnan(alpha_panels.correlation([1, 2], [1, 2]).r) and np.isnan(
+        alpha_panels.correlation([1] * 5, range(5)).r
+    )
+    three = alpha_panels.correlation([1, 2, 3], [1, 2, 2])
+    assert np.isfinite(three.r) and np.isnan(three.low)
+
+
+def test_methods_of_a_run_whose_alphas_differ_come_found_first_with_its_own_similarity(tmp_path):
+    similarity = similarity_run(tmp_path / "similarity", layers=8)
+    made = make_run(tmp_path / "made", layers=8, merges=4, subjects=1, questions=2, candidates=3)
+    run = RunDirectory.open(tmp_path / "run", {"plan": {"similarity_run": similarity}}, "search")
+    for table in ("plans", "coefficients"):
+        run.replace(table, made.read(table).drop_columns("run_id"))
+    history = [
+        {"start": start, "epoch": epoch, "loss": 1 / (1 + epoch + start), "held_out_loss": held,
+         "alphas": [0.5, 0.1 * epoch]}
+        for start, losses in enumerate(([0.9, 0.4, 0.6], [0.9, 0.5, 0.7])) for epoch, held in enumerate(losses)
+    ]  # fmt: skip
+    run.replace("gradient_history", history)
+    paths = alphas_script.draw(run, tmp_path / "out")
+    assert [path.name for path in paths] == ["alphas.png", "learned_alphas.png", "gradient_history.png", "alphas.md"]
+    header, *rows = table_of(paths[-1].read_text(), "## α of each method")
+    assert [row[0] for row in rows] == ["found_random", "found_bayes", "random"]
+    assert header[-1] == "pairs" and {row[-1] for row in rows} == {"4"}
+    table = table_of(paths[-1].read_text(), "## Gradient descent")
+    assert table[1:] == [["0", "3", "1.0000", "0.3333", "0.4000", "1"], ["1", "3", "0.5000", "0.2500", "0.5000", "1"]]
+    assert alpha_panels.best_start(alpha_panels.starts_of(history)) == 0  # by held-out loss, though 1 has less loss
+    bare = [row | {"held_out_loss": None} for row in history]
+    assert alpha_panels.best_start(alpha_panels.starts_of(bare)) == 1
+    alpha_panels.draw_history(bare[:1], tmp_path / "one.png")
+
+
+def test_trials_above_a_ceiling_are_not_drawn_as_values(tmp_path):
+    rows = [
+        trial(0, 0.5) | {"perplexity": 3.0},
+        trial(1, 0.9) | {"perplexity": 9.0},
+        trial(2, 0.1) | {"perplexity": None},
+    ]
+    run = RunDirectory.open(tmp_path / "run", {"search": {"perplexity_ceiling": 5.0}}, "search")
+    held = alphas_script.held_to(run, rows)
+    assert alphas_script.best_of(held)["iteration"] == 0 and len(alphas_script.usable(held)) == 2
+    free = RunDirectory.open(tmp_path / "free", {}, "search")
+    assert alphas_script.held_to(free, rows) == rows
 
 
 def test_what_is_no_run_is_an_error_and_help_teaches(tmp_path, capsys):

@@ -92,7 +92,7 @@ def test_receipts_say_that_dropping_changes_nothing_and_merging_seven_matrices(r
 
 def test_an_interrupted_search_goes_on_and_a_complete_one_is_left_alone(run, ray_session, tmp_path, monkeypatch):
     settings = config(tmp_path / "cut")
-    from raymerge import experiments
+    from raymerge.experiments import alpha_search
 
     class Cut(Exception):
         pass
@@ -105,8 +105,8 @@ def test_an_interrupted_search_goes_on_and_a_complete_one_is_left_alone(run, ray
         stored.append(part)
         return original(self, part, trials, results)
 
-    original = experiments._Search._record
-    monkeypatch.setattr(experiments._Search, "_record", cut)
+    original = alpha_search._Search._record
+    monkeypatch.setattr(alpha_search._Search, "_record", cut)
     with pytest.raises(Cut):
         search(settings, command=["test"])
     half = RunDirectory.load(tmp_path / "cut")
