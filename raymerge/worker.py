@@ -136,7 +136,10 @@ class ModelWorker:
     def _units(self, layer: int) -> torch.Tensor:
         """MLP units (tokens, n) of an unmerged layer on calibration prompts: the first shard of the first questions."""
         shard = (self.prompts(next(iter(self.questions))).shards if self.questions else self._samples(0))[0]
-        return self.runner.mlp_units(TrunkCache(self.runner, layer, self.cache).states(shard), layer)
+        entering = TrunkCache(self.runner, layer, self.cache)
+        # From the deepest states that are on disk already.
+        compute_trunks([*(trunk for first, trunk in self._trunks.items() if first < layer), entering], shard)
+        return self.runner.mlp_units(entering.states(shard), layer)
 
     def _trunk_of(self, plan: MergePlan) -> TrunkCache | None:
         """The deepest cached states that the plan leaves as they are."""

@@ -145,8 +145,8 @@ class _Search:
         with open_pool(self.config, self.inputs, self.cache, **options) as pool:
             self.pool = pool
             self.facts["workers"] = describe_workers(pool, self.inputs)
-            align(pool, [self.template], self.progress)
             shards = compute_trunk(pool, self.inputs, self.progress)
+            align(pool, [self.template], self.progress)  # after the trunk, whose states matching by activations needs
             trunk_seconds = time.monotonic() - began
             controls = self._controls()
             seconds_per_candidate = self._try_controls(controls)
