@@ -67,7 +67,7 @@ class ModelWorker:
         self.questions = {role: read_questions(config, role) for role in roles if role != SUBSETS}
         self.subsets: list[Subset] = read_subsets(config) if SUBSETS in roles else []
         calibration = [*self.questions.values(), *(subset.questions for subset in self.subsets)][0]
-        self.aligner = Aligner(self.checkpoint, self.cache, units=self._units, data=calibration.identity)
+        self.aligner = Aligner(self.checkpoint, self.cache, device=device, units=self._units, data=calibration.identity)
         self.runner = LayerRunner(
             self.checkpoint, device=device, dtype=dtype, aligner=self.aligner, quantise=model.quantise
         )
