@@ -26,10 +26,20 @@ from raymerge.context import RetrievalSet, position_nll, retrieval_prompts, retr
 from raymerge.evaluation import Answers, answer_shard, generation_speed
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
-from raymerge.inputs import RETRIEVAL, SEARCH, SUBSETS, TEXT, Subset, read_questions, read_subsets, read_text
+from raymerge.inputs import (
+    RETRIEVAL,
+    SEARCH,
+    SUBSETS,
+    TEXT,
+    Subset,
+    read_questions,
+    read_subsets,
+    read_text,
+)
 from raymerge.objectives import score_answers
 from raymerge.plan import MergePlan
 from raymerge.prompts import Prompts, Shard, encode_questions, encode_text
+from raymerge.questions import QuestionSet
 from raymerge.reliability import Study, study
 from raymerge.rows import POSITIONS
 from raymerge.scoring import SourceLayers, TailScorer, TrunkCache, compute_trunks
@@ -66,8 +76,9 @@ class ModelWorker:
         self.checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
         self.questions = {role: read_questions(config, role) for role in roles if role != SUBSETS}
         self.subsets: list[Subset] = read_subsets(config) if SUBSETS in roles else []
-        calibration = [*self.questions.values(), *(subset.questions for subset in self.subsets)][0]
-        self.aligner = Aligner(self.checkpoint, self.cache, device=device, units=self._units, data=calibration.identity)
+        self._calibration = calibration_questions(config, self.questions, self.subsets)
+        data = "" if self._calibration is None else self._calibration.identity
+        self.aligner = Aligner(self.checkpoint, self.cache, device=device, units=self._units, data=data)
         self.runner = LayerRunner(
             self.checkpoint, device=device, dtype=dtype, aligner=self.aligner, quantise=model.quantise
         )
@@ -98,10 +109,11 @@ class ModelWorker:
     def prompts(self, role: str) -> Prompts:
         """The tokenised questions of a role."""
         if role not in self._prompts:
-            self._prompts[role] = encode_questions(
-                self.questions[role], self.checkpoint.tokenizer, add_bos=self.config.model.add_bos
-            )
+            self._prompts[role] = self._encode(self.questions[role])
         return self._prompts[role]
+
+    def _encode(self, questions: QuestionSet) -> Prompts:
+        return encode_questions(questions, self.checkpoint.tokenizer, add_bos=self.config.model.add_bos)
 
     @cached_property
     def text_shards(self) -> tuple[Shard, ...]:
@@ -134,8 +146,8 @@ class ModelWorker:
         self.aligner.compute(pair, alignment)
 
     def _units(self, layer: int) -> torch.Tensor:
-        """MLP units (tokens, n) of an unmerged layer on calibration prompts: the first shard of the first questions."""
-        shard = (self.prompts(next(iter(self.questions))).shards if self.questions else self._samples(0))[0]
+        """MLP units (tokens, n) of an unmerged layer on calibration prompts: the first shard of theirs."""
+        shard = self._encode(self._calibration).shards[0]
         entering = TrunkCache(self.runner, layer, self.cache)
         # From the deepest states that are on disk already.
         compute_trunks([*(trunk for first, trunk in self._trunks.items() if first < layer), entering], shard)
@@ -256,14 +268,10 @@ class ModelWorker:
 
     # -- similarity ---------------------------------------------------------------------------------------------
 
-    def _samples(self, number: int) -> tuple[Shard, ...]:
-        questions = self.subsets[number].questions
-        return encode_questions(questions, self.checkpoint.tokenizer, add_bos=self.config.model.add_bos).shards
-
     def activations(self, number: int, plan: MergePlan | None = None) -> Activations:
         """Activations of subset `number` of the similarity section, collected or read from the cache."""
         settings = self.config.similarity
-        cache, shards = ActivationCache(self.cache), self._samples(number)
+        cache, shards = ActivationCache(self.cache), self._encode(self.subsets[number].questions).shards
         return cache.get(self.runner, shards, pooling=settings.pooling, max_tokens=settings.max_tokens, plan=plan)
 
     def similarity(self, number: int) -> tuple[Study, Activations, int]:
@@ -279,7 +287,8 @@ class ModelWorker:
             random_state=settings.seed,
         )
         kept = settings.max_tokens if settings.pooling == "sequence" else None
-        return result, replace(found, states=None), distinct_samples(self._samples(number), max_tokens=kept)
+        shards = self._encode(self.subsets[number].questions).shards
+        return result, replace(found, states=None), distinct_samples(shards, max_tokens=kept)
 
     def similarity_after(self, item: tuple[int, MergePlan]) -> np.ndarray:
         """The (L', L') similarity of the layers that a plan keeps, collected from the merged model on a subset."""

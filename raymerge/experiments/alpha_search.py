@@ -324,7 +324,7 @@ class _Search:
         with tempfile.TemporaryDirectory(dir=Path(where).parent.parent if self.run.is_local else None) as scratch:
             folder = Path(scratch) / best.name
             # What the workers have matched is read from the cache.
-            data = next(iter(self.inputs.questions.values())).identity
+            data = self.inputs.questions[SEARCH].identity
             aligner = Aligner(self.inputs.checkpoint, Path(self.cache), data=data)
             save_merged(self.inputs.checkpoint, best, folder, aligner=aligner)
             uploaded = self.run.upload(folder, "models", best.name)
