@@ -32,6 +32,7 @@ from raymerge.inputs import (
     SUBSETS,
     TEXT,
     Subset,
+    calibration_questions,
     read_questions,
     read_subsets,
     read_text,
