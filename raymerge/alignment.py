@@ -173,8 +173,8 @@ class Aligner:
     """Permutations of a checkpoint's layers for merge plans: each computed once, in memory and, with a folder, on disk.
 
     Files are named by content (model, layers, how matched) and appear whole, so that several processes may share a
-    folder. Alignment "activations" needs `units`, a function that gives a layer's MLP units (tokens, n) on calibration
-    prompts (see `LayerRunner.mlp_units`), and `data`, which names those prompts.
+    folder. device: where costs are computed. Alignment "activations" needs `units`, a function that gives a layer's
+    MLP units (tokens, n) on calibration prompts (see `LayerRunner.mlp_units`), and `data`, which names those prompts.
     """
 
     def __init__(
@@ -182,10 +182,12 @@ class Aligner:
         checkpoint: Checkpoint,
         cache_folder: str | Path | None = None,
         *,
+        device: torch.device | str = "cpu",
         units: Callable[[int], Tensor] | None = None,
         data: str = "",
     ):
         self.checkpoint = checkpoint
+        self._device = device
         self._folder = None if cache_folder is None else Path(cache_folder)
         self._units = units
         self._data = data
@@ -218,7 +220,7 @@ class Aligner:
 
     def _match(self, pair: tuple[int, int], alignment: str) -> Permutations:
         architecture = self.checkpoint.architecture
-        layers = [layer_tensors(self.checkpoint, architecture, layer) for layer in pair]
+        layers = [self._tensors(layer) for layer in pair]
         activations = None
         if alignment == "activations":
             if self._units is None:
@@ -228,6 +230,10 @@ class Aligner:
                 )
             activations = tuple(self._units(layer) for layer in pair)
         return align_pair(*layers, architecture, self.checkpoint.config, activations=activations)
+
+    def _tensors(self, layer: int) -> dict[str, Tensor]:
+        stored = layer_tensors(self.checkpoint, self.checkpoint.architecture, layer)
+        return {name: tensor.to(self._device) for name, tensor in stored.items()}
 
     def towards(self, kept: int, sources: Iterable[int], alignment: str = "neurons") -> dict[int, Permutations]:
         """For each source layer other than `kept`, the reordering that lays its units on those of layer `kept`."""
@@ -261,7 +267,7 @@ class Aligner:
             architecture = self.checkpoint.architecture
 
             def load(layer: int) -> dict[str, Tensor]:
-                stored = layer_tensors(self.checkpoint, architecture, layer)
+                stored = self._tensors(layer)
                 names = [f"{matrix}.weight" for matrix in architecture.matrices]
                 return {name: source_tensor(architecture, stored, name, norms=plan.norms) for name in names}
 

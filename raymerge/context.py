@@ -21,7 +21,7 @@ from raymerge.evaluation import merged_states, token_losses
 from raymerge.forward import LayerRunner
 from raymerge.identity import digest
 from raymerge.plan import MergePlan
-from raymerge.prompts import Group, Shard, _bos
+from raymerge.prompts import Group, Shard, bos_token
 from raymerge.scoring import TrunkCache
 
 _OPTIONS = 4
@@ -141,7 +141,7 @@ def retrieval_prompts(
         raise ContextError(f"per_distance is {per_distance}: at least one prompt is needed")
     if not distances or len(set(distances)) < len(distances) or min(distances) < _SHORTEST:
         raise ContextError(f"distances {list(distances)} must be different, at least one, and none below {_SHORTEST}")
-    bos = _bos(tokenizer, add_bos)
+    bos = bos_token(tokenizer, add_bos)
     words = _words(tokenizer)
     longest = max(distances)
     if (needed := _words_needed(longest)) > len(words):

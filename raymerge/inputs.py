@@ -5,7 +5,7 @@ Driver and workers each read for themselves, by the same functions, and compare 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +36,20 @@ def read_questions(config: Config, role: str) -> QuestionSet:
         return found
     parts = (sample(part, limit, data.seed) for part in found.by_subject().values())
     return replace(found, questions=tuple(question for part in parts for question in part))
+
+
+def calibration_questions(
+    config: Config, read: Mapping[str, QuestionSet], subsets: Sequence[Subset] = ()
+) -> QuestionSet | None:
+    """Prompts to match neurons by activations on: the questions of the search, never those of a report.
+
+    read: questions by role that are read already. Where nothing asks for activations, None.
+    """
+    if SEARCH in read:
+        return read[SEARCH]
+    if "activations" in (config.plan.alignment, *config.sweep.alignments):
+        return read_questions(config, SEARCH)
+    return subsets[0].questions if subsets else None
 
 
 def _load(config: Config, split: str, subjects: str | Iterable[str], language: str, shots: int) -> QuestionSet:

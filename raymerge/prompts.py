@@ -92,7 +92,7 @@ def encode_questions(
     add_bos: put the beginning-of-sequence token first; None does what the tokenizer does by default.
     shard_tokens: target size of a shard.
     """
-    bos = _bos(tokenizer, add_bos)
+    bos = bos_token(tokenizer, add_bos)
     groups, letters = [], None
     row_of = {question.question_id: row for row, question in enumerate(questions.questions)}
     for subject, members in questions.by_subject().items():
@@ -136,7 +136,8 @@ def encode_text(
     return _shards([Group("text", empty, tuple(windows), tuple(range(len(windows))))], 4 * window)
 
 
-def _bos(tokenizer: Any, add_bos: bool | None) -> int | None:
+def bos_token(tokenizer: Any, add_bos: bool | None) -> int | None:
+    """The token to put first: asked for or not, or (None) as the tokenizer does by default; None for none."""
     token = tokenizer.bos_token_id
     if add_bos is None:
         by_default = tokenizer("x")["input_ids"]

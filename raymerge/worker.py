@@ -33,6 +33,7 @@ from raymerge.inputs import (
     SUBSETS,
     TEXT,
     Subset,
+    calibration_questions,
     read_questions,
     read_search_text,
     read_subsets,
@@ -41,6 +42,7 @@ from raymerge.inputs import (
 from raymerge.objectives import parse_objective, score_answers
 from raymerge.plan import MergePlan, base_plan
 from raymerge.prompts import Prompts, Shard, encode_questions, encode_text
+from raymerge.questions import QuestionSet
 from raymerge.reliability import Study, study
 from raymerge.rows import POSITIONS, text_hash
 from raymerge.scoring import SourceLayers, TailScorer, TrunkCache, compute_trunks
@@ -78,8 +80,9 @@ class ModelWorker:
         self.questions = {role: read_questions(config, role) for role in roles if role != SUBSETS}
         self.subsets: list[Subset] = read_subsets(config) if SUBSETS in roles else []
         self.search_text = read_search_text(config) if SEARCH in roles else None
-        calibration = [*self.questions.values(), *(subset.questions for subset in self.subsets)][0]
-        self.aligner = Aligner(self.checkpoint, self.cache, units=self._units, data=calibration.identity)
+        self._calibration = calibration_questions(config, self.questions, self.subsets)
+        data = "" if self._calibration is None else self._calibration.identity
+        self.aligner = Aligner(self.checkpoint, self.cache, device=device, units=self._units, data=data)
         self.runner = LayerRunner(
             self.checkpoint, device=device, dtype=dtype, aligner=self.aligner, quantise=model.quantise
         )
@@ -111,10 +114,11 @@ class ModelWorker:
     def prompts(self, role: str) -> Prompts:
         """The tokenised questions of a role."""
         if role not in self._prompts:
-            self._prompts[role] = encode_questions(
-                self.questions[role], self.checkpoint.tokenizer, add_bos=self.config.model.add_bos
-            )
+            self._prompts[role] = self._encode(self.questions[role])
         return self._prompts[role]
+
+    def _encode(self, questions: QuestionSet) -> Prompts:
+        return encode_questions(questions, self.checkpoint.tokenizer, add_bos=self.config.model.add_bos)
 
     @cached_property
     def text_shards(self) -> tuple[Shard, ...]:
@@ -158,9 +162,12 @@ class ModelWorker:
         self.aligner.compute(pair, alignment)
 
     def _units(self, layer: int) -> torch.Tensor:
-        """MLP units (tokens, n) of an unmerged layer on calibration prompts: the first shard of the first questions."""
-        shard = (self.prompts(next(iter(self.questions))).shards if self.questions else self._samples(0))[0]
-        return self.runner.mlp_units(TrunkCache(self.runner, layer, self.cache).states(shard), layer)
+        """MLP units (tokens, n) of an unmerged layer on calibration prompts: the first shard of theirs."""
+        shard = self._encode(self._calibration).shards[0]
+        entering = TrunkCache(self.runner, layer, self.cache)
+        # From the deepest states that are on disk already.
+        compute_trunks([*(trunk for first, trunk in self._trunks.items() if first < layer), entering], shard)
+        return self.runner.mlp_units(entering.states(shard), layer)
 
     def _trunk_of(self, plan: MergePlan) -> TrunkCache | None:
         """The deepest cached states that the plan leaves as they are."""
@@ -303,14 +310,10 @@ class ModelWorker:
 
     # -- similarity ---------------------------------------------------------------------------------------------
 
-    def _samples(self, number: int) -> tuple[Shard, ...]:
-        questions = self.subsets[number].questions
-        return encode_questions(questions, self.checkpoint.tokenizer, add_bos=self.config.model.add_bos).shards
-
     def activations(self, number: int, plan: MergePlan | None = None) -> Activations:
         """Activations of subset `number` of the similarity section, collected or read from the cache."""
         settings = self.config.similarity
-        cache, shards = ActivationCache(self.cache), self._samples(number)
+        cache, shards = ActivationCache(self.cache), self._encode(self.subsets[number].questions).shards
         return cache.get(self.runner, shards, pooling=settings.pooling, max_tokens=settings.max_tokens, plan=plan)
 
     def similarity(self, number: int) -> tuple[Study, Activations, int]:
@@ -326,7 +329,8 @@ class ModelWorker:
             random_state=settings.seed,
         )
         kept = settings.max_tokens if settings.pooling == "sequence" else None
-        return result, replace(found, states=None), distinct_samples(self._samples(number), max_tokens=kept)
+        shards = self._encode(self.subsets[number].questions).shards
+        return result, replace(found, states=None), distinct_samples(shards, max_tokens=kept)
 
     def similarity_after(self, item: tuple[int, MergePlan]) -> np.ndarray:
         """The (L', L') similarity of the layers that a plan keeps, collected from the merged model on a subset."""

@@ -319,4 +319,4 @@ def test_letters_must_be_the_same_in_every_subject():
 
 
 def test_a_tokenizer_without_bos_attribute_of_its_own():
-    assert raymerge.prompts._bos(SimpleNamespace(bos_token_id=None), False) is None
+    assert raymerge.prompts.bos_token(SimpleNamespace(bos_token_id=None), False) is None

@@ -153,8 +153,8 @@ class _Search:
         with open_pool(self.config, self.inputs, self.cache, **options) as pool:
             self.pool = pool
             self.facts["workers"] = describe_workers(pool, self.inputs)
-            align(pool, [self.template], self.progress)
             shards = compute_trunk(pool, self.inputs, self.progress)
+            align(pool, [self.template], self.progress)  # after the trunk, whose states matching by activations needs
             trunk_seconds = time.monotonic() - began
             controls = self._controls()
             seconds_per_candidate = self._try_controls(controls)
@@ -326,7 +326,7 @@ class _Search:
         with tempfile.TemporaryDirectory(dir=Path(where).parent.parent if self.run.is_local else None) as scratch:
             folder = Path(scratch) / best.name
             # What the workers have matched is read from the cache.
-            data = next(iter(self.inputs.questions.values())).identity
+            data = self.inputs.questions[SEARCH].identity
             aligner = Aligner(self.inputs.checkpoint, Path(self.cache), data=data)
             save_merged(self.inputs.checkpoint, best, folder, aligner=aligner)
             uploaded = self.run.upload(folder, "models", best.name)

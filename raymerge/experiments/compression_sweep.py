@@ -168,9 +168,9 @@ class _Sweep:
         reporter = Reporter(self.config, self.inputs, self.run)
         with open_pool(self.config, self.inputs, cache, firsts=self.firsts) as pool:
             workers = describe_workers(pool, self.inputs)
-            align(pool, self.plans, self.progress)
             further = (RETRIEVAL,) if self.config.sweep.context else ()
             shards = compute_trunk(pool, self.inputs, self.progress, further)
+            align(pool, self.plans, self.progress)  # after the trunk, whose states matching by activations needs
             reporter.report(pool, self.plans, shards, self.firsts, self.progress)
             if self.config.sweep.context:
                 self._retrieve(pool)
