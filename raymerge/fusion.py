@@ -45,13 +45,14 @@ def fused_layer(
 ) -> dict[str, Tensor]:
     """The merged model's decoder layer `position`, tensors by relative name, in the stored dtype.
 
-    The matrices (and with biases="merge" their biases) are sum_j c_j W_j, c_j those of the matrix, summed in float32 and rounded once to the
-    stored dtype, or to `dtype`; everything else is layer `plan.kept[position].index`'s own. With norms="fold" the W_j
-    have their layer's input-norm gains multiplied in and the merged layer's two gains are ones. With
-    alignment="neurons" the units of every W_j are laid on the kept layer's; with "rows" it is the outcome of the
-    steps, each matrix's rows matched at every one. A layer that nothing is averaged into stays as it is.
+    The matrices (and with biases="merge" their biases) are sum_j c_j W_j with the coefficients that the plan has for
+    the matrix, summed in float32 and rounded once to the stored dtype, or to `dtype`; everything else is layer
+    `plan.kept[position].index`'s own. With norms="fold" the W_j have their layer's input-norm gains multiplied in and
+    the merged layer's two gains are ones. With alignment="neurons" the units of every W_j are laid on the kept
+    layer's; with "rows" it is the outcome of the steps, each matrix's rows matched at every one. A layer that nothing
+    is averaged into stays as it is.
     aligner: where permutations are taken from; made for this call where it is needed and not given.
-    Raises PlanError where shapes differ between layers.
+    Raises PlanError where shapes differ between layers, or for matrix_alphas that cannot be carried out.
     """
     kept = plan.kept[position]
     _check_matrices(architecture, plan)

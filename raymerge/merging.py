@@ -111,7 +111,10 @@ def _model_card(checkpoint: Checkpoint, plan: MergePlan, record: dict[str, Any])
         *(f"| {number} | {s.into} | {s.remove} | {s.alpha:.6f} |" for number, s in enumerate(plan.steps)),
         "",
         *(
-            ["Matrices have alphas of their own beside these, which `alphas.json` cannot hold: `merge_plan.json` does.", ""]
+            [
+                "Some matrices have alphas of their own, which `alphas.json` cannot hold: `merge_plan.json` does.",
+                "",
+            ]
             if plan.matrix_alphas
             else []
         ),

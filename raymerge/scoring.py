@@ -334,7 +334,9 @@ class TailScorer:
         place = {row: number for number, row in enumerate(rows)}
         chosen = torch.tensor([i for i, row in enumerate(self.rows.tolist()) if row in place], dtype=torch.int64)
         if len(place) < len(rows) or len(chosen) < len(place) or not len(place):
-            raise ValueError(f"{len(rows)} rows are asked for, but {len(chosen)} of {len(self.rows)} questions are meant")
+            raise ValueError(
+                f"{len(rows)} rows are asked for, but {len(chosen)} of {len(self.rows)} questions are meant"
+            )
         part = copy.copy(self)
         device = self._lengths.device
         part.rows = torch.tensor([place[row] for row in self.rows[chosen].tolist()])
