@@ -55,7 +55,8 @@ def fused_layer(
     Raises PlanError where shapes differ between layers, or for matrix_alphas that cannot be carried out.
     """
     kept = plan.kept[position]
-    _check_matrices(architecture, plan)
+    if plan.matrix_alphas:
+        _check_matrices(architecture, plan)
     stored = {source: layer_tensors(base, architecture, source) for source in kept.sources}
     own = stored.get(kept.index) or layer_tensors(base, architecture, kept.index)
     if kept.unchanged:
@@ -198,7 +199,8 @@ def check_mergeable(checkpoint: Checkpoint, plan: MergePlan) -> None:
     for option, allowed in (("alignment", ALIGNMENTS), ("norms", NORMS)):
         if getattr(plan, option) not in allowed:
             raise PlanError(f"{option} is {getattr(plan, option)!r}, but must be one of {', '.join(allowed)}")
-    _check_matrices(checkpoint.architecture, plan)
+    if plan.matrix_alphas:
+        _check_matrices(checkpoint.architecture, plan)
     if plan.n_layers != checkpoint.n_layers:
         raise PlanError(f"the plan is for {plan.n_layers} layers, the model has {checkpoint.n_layers}")
     for kept in plan.kept:
@@ -218,7 +220,7 @@ def _check_matrices(architecture: Architecture, plan: MergePlan) -> None:
             f"matrix_alphas name {', '.join(unknown)}, but the matrices of {architecture.name} are "
             f"{', '.join(architecture.matrices)}"
         )
-    if plan.matrix_alphas and plan.alignment == "rows":
+    if plan.alignment == "rows":
         raise PlanError(
             'alignment "rows" matches each matrix step by step with the steps\' own alphas: it has no matrix_alphas; '
             'use alignment "none" or "neurons"'
