@@ -177,7 +177,7 @@ class TextWindows:
 
     def everything(self) -> Drawn:
         """All positions of all windows."""
-        return [(window, torch.arange(len(ids) - 1)) for window, ids in enumerate(self._ids)]
+        return [(window, torch.arange(len(ids) - 1)) for window, ids in enumerate(self._ids) if len(ids) > 1]
 
     def losses(self, layer: Mapping[str, Tensor], window: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Summed NLL and KL (0 without a reference) at some positions of one window, differentiable in the weights.
@@ -195,7 +195,9 @@ class TextWindows:
         for start in range(0, len(positions), _TEXT_POSITIONS):
             part = slice(start, start + _TEXT_POSITIONS)
             hidden = runner.normalise(out[part])
-            logsumexp = _LogSumExp.apply(hidden, runner)
+            # Without a gradient to prepare for it costs half as much.
+            differentiable = hidden.requires_grad
+            logsumexp = _LogSumExp.apply(hidden, runner) if differentiable else runner.vocabulary(hidden)[0]
             nll = nll + (logsumexp - (hidden * runner.unembedding_rows(targets[part])).sum(-1)).sum()
             if self.has_reference:
                 mean, entropy = (values[positions[part].to(values.device)] for values in self._reference[window])
@@ -295,8 +297,9 @@ class TailLoss:
     ) -> Evaluation:
         """The loss with unrounded weights, and its gradient by `coefficients`, (sources,) or (matrices, sources).
 
-        rows: the questions it is over, all by default; of few ones only their tokens are run. held_out: questions
-        whose loss is computed beside, for little, but not differentiated. drawn: the text, all of it by default.
+        rows: the questions it is over, all by default; of few ones only their tokens are run, with their prefixes.
+        held_out: questions whose loss is computed beside, for little, but not differentiated. drawn: the text, all of
+        it by default.
         """
         (mixed,) = self.sources.mix(coefficients.detach()[None], torch.float32)
         merge_biases = self.template.biases == "merge"
@@ -308,12 +311,12 @@ class TailLoss:
         with torch.set_grad_enabled(gradient):
             answers = beside = (math.nan, math.nan)
             if self.weights.of_answers:
-                if rows is None or held_out:
+                if rows is not None and not held_out and 2 * len(rows) <= self.n_questions:
+                    answers = self._of_answers(self.scorer.select(rows).answer_logits(layer, 0), rows, chosen=True)
+                else:  # a copy of most tokens would cost more than it spares
                     logits = self.scorer.answer_logits(layer, 0)
                     answers = self._of_answers(logits, rows)
                     beside = self._held_out(logits, held_out)
-                else:
-                    answers = self._of_answers(self.scorer.select(rows).answer_logits(layer, 0), rows, True)
             text = self._of_text(layer, drawn)
         pulled = None
         if gradient:
@@ -339,7 +342,7 @@ class TailLoss:
         with torch.no_grad():
             return self._of_answers(logits.detach(), rows) if rows else (math.nan, math.nan)
 
-    def _of_answers(self, logits: Tensor, rows: Sequence[int] | None, chosen: bool = False) -> tuple[float, float]:
+    def _of_answers(self, logits: Tensor, rows: Sequence[int] | None, *, chosen: bool = False) -> tuple[float, float]:
         """Means (NLL, KL) over the questions `rows` of all logits, or, where they are chosen already, of just these.
 
         Where gradients are on, that of the weighted sum goes to the leaves.
@@ -623,8 +626,6 @@ class _Run:
         order = np.random.default_rng([settings.seed, number]).permutation(self.rows).tolist()
         for step, start in enumerate(range(0, len(order), self._batch)):
             rows = order[start : start + self._batch]
-            if len(rows) == self.loss.n_questions:
-                rows = None  # nothing is chosen, and nothing need be copied
             drawn = self.loss.text.draw(settings.seed, number, step) if self.loss.weights.of_text else None
             coefficients = self.shape.coefficients(self.parameters)
             found = self.loss(coefficients, rows=rows, drawn=drawn)

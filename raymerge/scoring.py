@@ -329,13 +329,14 @@ class TailScorer:
         """A scorer of these questions alone, which it answers in the order given; no row may occur twice.
 
         Their states are copied out of this one's, with the prefixes that they need: for a few questions it costs a few
-        megabytes and no forward pass. Everything else is shared.
+        megabytes and no forward pass. Everything else is shared; `prompts` stays that of all questions.
         """
         place = {row: number for number, row in enumerate(rows)}
         chosen = torch.tensor([i for i, row in enumerate(self.rows.tolist()) if row in place], dtype=torch.int64)
         if len(place) < len(rows) or len(chosen) < len(place) or not len(place):
             raise ValueError(
-                f"{len(rows)} rows are asked for, but {len(chosen)} of {len(self.rows)} questions are meant"
+                f"{len(rows)} rows are asked for, which name {len(chosen)} of {len(self.rows)} questions: name "
+                "at least one, each once"
             )
         part = copy.copy(self)
         device = self._lengths.device
