@@ -282,6 +282,25 @@ class LayerRunner:
             best, top = torch.where(better, value, best), torch.where(better, token + start, top)
         return total, top
 
+    def vocabulary_mean(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
+        """logsumexp (n,) float32 over the whole vocabulary, and the unembedding's mean row (n, d) float32 under its
+        softmax: the gradient of the first by `normalised`.
+
+        One pass over the unembedding, as `vocabulary`; what is summed so far is scaled by the largest logit so far.
+        """
+        table = self.checkpoint[self.checkpoint.architecture.unembedding]
+        top = normalised.new_full((len(normalised), 1), -torch.inf)
+        total, weighted = torch.zeros_like(top), torch.zeros_like(normalised)
+        for start in range(0, table.shape[0], _VOCABULARY_CHUNK):
+            rows = table[start : start + _VOCABULARY_CHUNK].to(self.device, torch.float32)
+            logits = normalised @ rows.T
+            higher = torch.maximum(top, logits.amax(-1, keepdim=True))
+            scale, exponentials = torch.exp(top - higher), logits.sub_(higher).exp_()
+            total = total * scale + exponentials.sum(-1, keepdim=True)
+            weighted = (weighted * scale).addmm_(exponentials, rows)
+            top = higher
+        return (total.log() + top)[:, 0], weighted / total
+
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     """(Q, K) bool: which key positions each query position attends to, causal and within `window` positions."""

@@ -45,16 +45,19 @@ def fused_layer(
 ) -> dict[str, Tensor]:
     """The merged model's decoder layer `position`, tensors by relative name, in the stored dtype.
 
-    The matrices (and with biases="merge" their biases) are sum_j c_j W_j, summed in float32 and rounded once to the
-    stored dtype, or to `dtype`; everything else is layer `plan.kept[position].index`'s own. With norms="fold" the W_j
-    have their layer's input-norm gains multiplied in and the merged layer's two gains are ones. With alignment
-    "neurons" or "activations" the units of every W_j are laid on the kept layer's; with "rows" it is the outcome of
-    the steps, each matrix's rows matched at every one. A layer that nothing is averaged into stays as it is.
+    The matrices (and with biases="merge" their biases) are sum_j c_j W_j with the coefficients that the plan has for
+    the matrix, summed in float32 and rounded once to the stored dtype, or to `dtype`; everything else is layer
+    `plan.kept[position].index`'s own. With norms="fold" the W_j have their layer's input-norm gains multiplied in and
+    the merged layer's two gains are ones. With alignment "neurons" or "activations" the units of every W_j are laid on
+    the kept layer's; with "rows" it is the outcome of the steps, each matrix's rows matched at every one. A layer that
+    nothing is averaged into stays as it is.
     aligner: where permutations are taken from; made for this call where it is needed and not given.
-    Raises PlanError where shapes differ between layers.
+    Raises PlanError where shapes differ between layers, or for matrix_alphas that cannot be carried out.
     """
     kept = plan.kept[position]
-    stored = {source: layer_tensors(base, architecture, source) for source, _ in kept.coefficients}
+    if plan.matrix_alphas:
+        _check_matrices(architecture, plan)
+    stored = {source: layer_tensors(base, architecture, source) for source in kept.sources}
     own = stored.get(kept.index) or layer_tensors(base, architecture, kept.index)
     if kept.unchanged:
         return own
@@ -102,7 +105,7 @@ def _weighted_sums(
         permutations = aligner.towards(kept.index, stored, plan.alignment)
     for name in averaged:
         total = None
-        for source, coefficient in kept.coefficients:
+        for source, coefficient in kept.coefficients_of(name.rpartition(".")[0]):
             tensor = source_tensor(
                 architecture, stored[source], name, norms=plan.norms, permutations=permutations.get(source)
             )
@@ -196,12 +199,29 @@ def check_mergeable(checkpoint: Checkpoint, plan: MergePlan) -> None:
     for option, allowed in (("alignment", ALIGNMENTS), ("norms", NORMS)):
         if getattr(plan, option) not in allowed:
             raise PlanError(f"{option} is {getattr(plan, option)!r}, but must be one of {', '.join(allowed)}")
+    if plan.matrix_alphas:
+        _check_matrices(checkpoint.architecture, plan)
     if plan.n_layers != checkpoint.n_layers:
         raise PlanError(f"the plan is for {plan.n_layers} layers, the model has {checkpoint.n_layers}")
     for kept in plan.kept:
-        windows = {checkpoint.windows[source] for source, _ in kept.coefficients} | {checkpoint.windows[kept.index]}
+        windows = {checkpoint.windows[source] for source in (*kept.sources, kept.index)}
         if len(windows) > 1:
             raise PlanError(
-                f"layers {[source for source, _ in kept.coefficients]} would be averaged, but their attention windows "
+                f"layers {kept.sources} would be averaged, but their attention windows "
                 f"differ ({', '.join(map(str, windows))} positions; None is full attention)"
             )
+
+
+def _check_matrices(architecture: Architecture, plan: MergePlan) -> None:
+    """Refuse alphas of matrices that the family does not have, or of a plan that cannot have any."""
+    unknown = [matrix for matrix, _ in plan.matrix_alphas if matrix not in architecture.matrices]
+    if unknown:
+        raise PlanError(
+            f"matrix_alphas name {', '.join(unknown)}, but the matrices of {architecture.name} are "
+            f"{', '.join(architecture.matrices)}"
+        )
+    if plan.alignment == "rows":
+        raise PlanError(
+            'alignment "rows" matches each matrix step by step with the steps\' own alphas: it has no matrix_alphas; '
+            'use alignment "none" or "neurons"'
+        )

@@ -12,7 +12,7 @@ from raymerge import rows
 from raymerge.alignment import Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import check_mergeable, fused_tensors, receipts
-from raymerge.plan import MergePlan, PlanError, alpha_file_text, read_alpha_file
+from raymerge.plan import KeptLayer, MergePlan, PlanError, alpha_file_text, read_alpha_file
 
 
 def merge(
@@ -60,7 +60,7 @@ def save_merged(
         "norms": plan.norms,
         "biases": plan.biases,
         "alphas": plan.alphas,
-        "layers": [{"kept": kept.index, "coefficients": dict(kept.coefficients)} for kept in plan.kept],
+        "layers": [_layer_record(kept) for kept in plan.kept],
         "layers_before": plan.n_layers,
         "layers_after": len(plan.kept),
         "parameters_removed": cost["parameters_removed"],
@@ -68,6 +68,8 @@ def save_merged(
         "largest_relative_change": max((receipt.relative_change for receipt in changed), default=0.0),
         "receipts": [rows.receipt_rows(plan_id, [receipt])[0] for receipt in found],
     }
+    if plan.matrix_alphas:
+        record["matrix_alphas"] = dict(plan.matrix_alphas)
     written = checkpoint.save(
         fused_tensors(checkpoint, architecture, plan, aligner=aligner),
         [kept.index for kept in plan.kept],
@@ -79,6 +81,13 @@ def save_merged(
         },
     )
     return record | {"bytes": written, "folder": str(folder)}
+
+
+def _layer_record(kept: KeptLayer) -> dict[str, Any]:
+    record: dict[str, Any] = {"kept": kept.index, "coefficients": dict(kept.coefficients)}
+    if kept.matrices:
+        record["matrices"] = {matrix: dict(coefficients) for matrix, coefficients in kept.matrices}
+    return record
 
 
 def _model_card(checkpoint: Checkpoint, plan: MergePlan, record: dict[str, Any]) -> str:
@@ -101,6 +110,14 @@ def _model_card(checkpoint: Checkpoint, plan: MergePlan, record: dict[str, Any])
         "|---:|---:|---:|---:|",
         *(f"| {number} | {s.into} | {s.remove} | {s.alpha:.6f} |" for number, s in enumerate(plan.steps)),
         "",
+        *(
+            [
+                "Some matrices have alphas of their own, which `alphas.json` cannot hold: `merge_plan.json` does.",
+                "",
+            ]
+            if plan.matrix_alphas
+            else []
+        ),
         "Merging layers costs quality: measure it with `raymerge evaluate` before use.",
     ]
     return "\n".join(lines) + "\n"

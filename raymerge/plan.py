@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -43,15 +43,28 @@ class KeptLayer:
     """One layer of the merged model.
 
     `index` is the original layer whose norms, biases and attention type it keeps; `coefficients` maps original
-    layers to their weight in its projection matrices (they sum to 1; layers with weight 0 are left out).
+    layers to their weight in its projection matrices (they sum to 1; layers with weight 0 are left out). `matrices`
+    holds those of the matrices that have coefficients of their own.
     """
 
     index: int
     coefficients: tuple[tuple[int, float], ...]
+    matrices: tuple[tuple[str, tuple[tuple[int, float], ...]], ...] = ()
+
+    def coefficients_of(self, matrix: str) -> tuple[tuple[int, float], ...]:
+        """What `coefficients` is, for one projection matrix."""
+        return dict(self.matrices).get(matrix, self.coefficients)
+
+    @property
+    def sources(self) -> list[int]:
+        """The original layers that have a weight in any matrix."""
+        own = (self.coefficients, *(coefficients for _, coefficients in self.matrices))
+        return sorted({source for coefficients in own for source, _ in coefficients})
 
     @property
     def unchanged(self) -> bool:
-        return self.coefficients == ((self.index, 1.0),)
+        itself = ((self.index, 1.0),)
+        return self.coefficients == itself and all(own == itself for _, own in self.matrices)
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,8 @@ class MergePlan:
     layer's function stays, matched by weights ("neurons") or by what they do on prompts ("activations"). `norms`:
     "keep" leaves the survivor's norms (published), "fold" multiplies every layer's input-norm gains into its matrices
     before averaging. `kind` is one of base, drop, before_last, fixed, random, file, found.
+    `matrix_alphas`: alphas, one a step, of those projection matrices (relative names, "mlp.up_proj") that are not
+    averaged with the steps' own; a matrix's bias follows it where biases are merged.
     """
 
     n_layers: int
@@ -73,6 +88,7 @@ class MergePlan:
     alignment: str = "none"
     norms: str = "keep"
     biases: str = "keep"
+    matrix_alphas: tuple[tuple[str, tuple[float, ...]], ...] = ()
     _kept: tuple[KeptLayer, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +97,31 @@ class MergePlan:
                 f"{len(self.steps)} merges need more than {len(self.steps)} layers, the model has {self.n_layers}: "
                 f"merge at most {self.n_layers - 1}"
             )
-        object.__setattr__(self, "_kept", _fold(self.n_layers, self.steps))
+        own = sorted((matrix, tuple(float(alpha) for alpha in alphas)) for matrix, alphas in self.matrix_alphas)
+        object.__setattr__(self, "matrix_alphas", tuple(own))
+        object.__setattr__(self, "_kept", self._fold())
+
+    def _fold(self) -> tuple[KeptLayer, ...]:
+        kept = _fold(self.n_layers, self.steps)
+        names = [matrix for matrix, _ in self.matrix_alphas]
+        if len(set(names)) < len(names):
+            raise PlanError(f"matrix_alphas name a matrix twice: {', '.join(names)}")
+        merged = {step.into for step in self.steps}
+        for matrix, alphas in self.matrix_alphas:
+            if len(alphas) != len(self.steps):
+                raise PlanError(f"{len(alphas)} alphas are given for {matrix} in a plan of {len(self.steps)} steps")
+            steps = [MergeStep(step.into, step.remove, alpha) for step, alpha in zip(self.steps, alphas, strict=True)]
+            try:
+                folded = _fold(self.n_layers, steps)
+            except PlanError as error:
+                raise PlanError(f"{matrix}: {error}") from error
+            kept = tuple(
+                replace(layer, matrices=(*layer.matrices, (matrix, own.coefficients)))
+                if layer.index in merged
+                else layer
+                for layer, own in zip(kept, folded, strict=True)
+            )
+        return kept
 
     @property
     def kept(self) -> tuple[KeptLayer, ...]:
@@ -106,12 +146,20 @@ class MergePlan:
         """Whether one layer is all that follows the unchanged trunk, as after a tail merge."""
         return bool(self.steps) and self.resumes_at == len(self._kept) - 1
 
-    def with_alphas(self, alphas: Sequence[float], *, name: str, kind: str) -> MergePlan:
-        """The same merges with other coefficients, one a step."""
+    def with_alphas(
+        self,
+        alphas: Sequence[float],
+        *,
+        name: str,
+        kind: str,
+        matrix_alphas: Mapping[str, Sequence[float]] | None = None,
+    ) -> MergePlan:
+        """The same merges with other coefficients, one a step; matrices have their own only where they are given."""
         if len(alphas) != len(self.steps):
             raise PlanError(f"{len(alphas)} alphas are given for a plan of {len(self.steps)} steps")
         steps = (MergeStep(step.into, step.remove, float(a)) for step, a in zip(self.steps, alphas, strict=True))
-        return replace(self, steps=tuple(steps), name=name, kind=kind)
+        own = tuple((matrix, tuple(values)) for matrix, values in (matrix_alphas or {}).items())
+        return replace(self, steps=tuple(steps), name=name, kind=kind, matrix_alphas=own)
 
     @property
     def first_changed(self) -> int:
@@ -136,6 +184,8 @@ class MergePlan:
                 "biases": self.biases,
                 "selection": self.selection,
             }
+            # Left out where there are none, so that plans keep the id that they had before matrices could differ.
+            | ({"matrix_alphas": dict(self.matrix_alphas)} if self.matrix_alphas else {})
         )
 
 
@@ -180,6 +230,23 @@ def tail_coefficients(alphas: np.ndarray | Sequence[float]) -> np.ndarray:
     reverse = np.asarray(alphas, dtype=np.float64)[..., ::-1]
     ones = np.ones((*reverse.shape[:-1], 1))
     return np.concatenate([reverse, ones], axis=-1) * np.concatenate([ones, np.cumprod(1.0 - reverse, -1)], axis=-1)
+
+
+def coefficients_to_alphas(coefficients: np.ndarray | Sequence[float]) -> np.ndarray:
+    """The inverse of `tail_coefficients`: (..., K + 1) effective coefficients to (..., K) alphas, float64.
+
+    Each alpha is its layer's share of what it and the deeper layers have together; where they have nothing, no alpha
+    changes anything and it is 1. Coefficients that do not add up to 1 to 1e-6 or are negative raise PlanError.
+    """
+    values = np.asarray(coefficients, dtype=np.float64)
+    if not np.all(np.isfinite(values)) or np.any(values < 0.0):
+        raise PlanError(f"effective coefficients must be finite and not negative: {values.tolist()}")
+    totals = values.sum(-1)
+    if np.any(np.abs(totals - 1.0) > 1e-6):
+        raise PlanError(f"effective coefficients must add up to 1: {values.tolist()} add up to {totals.tolist()}")
+    left = np.cumsum(values[..., ::-1], -1)[..., ::-1]
+    shares = np.divide(values, left, out=np.ones_like(values), where=left > 0.0)
+    return shares[..., -2::-1]
 
 
 def tail_pairs(n_layers: int, merges: int) -> list[tuple[int, int]]:

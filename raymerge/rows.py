@@ -24,7 +24,8 @@ Row = dict[str, Any]
 
 
 def plan_rows(plan: MergePlan, plan_id: str) -> list[Row]:
-    """Rows of `plans`: one a step; a plan without steps has one with nulls."""
+    """Rows of `plans`: one a step, and one a step for each matrix that has alphas of its own; a plan without steps has
+    one with nulls."""
     common = {
         "plan_id": plan_id,
         "name": plan.name,
@@ -34,17 +35,28 @@ def plan_rows(plan: MergePlan, plan_id: str) -> list[Row]:
         "norms": plan.norms,
     }
     return [
-        common | {"step": number, "into": step.into, "remove": step.remove, "alpha": step.alpha}
-        for number, step in enumerate(plan.steps)
+        common | {"matrix": matrix, "step": number, "into": step.into, "remove": step.remove, "alpha": alpha}
+        for matrix, alphas in ((None, plan.alphas), *plan.matrix_alphas)
+        for number, (step, alpha) in enumerate(zip(plan.steps, alphas, strict=True))
     ] or [common]
 
 
 def coefficient_rows(plan: MergePlan, plan_id: str) -> list[Row]:
-    """Rows of `coefficients`: the effective weight of every original layer in every kept one."""
+    """Rows of `coefficients`: the effective weight of every original layer in every kept one.
+
+    `matrix` is null in those of all matrices that have no rows of their own.
+    """
     return [
-        {"plan_id": plan_id, "kept_layer": kept.index, "source_layer": source, "coefficient": coefficient}
+        {
+            "plan_id": plan_id,
+            "matrix": matrix,
+            "kept_layer": kept.index,
+            "source_layer": source,
+            "coefficient": coefficient,
+        }
         for kept in plan.kept
-        for source, coefficient in kept.coefficients
+        for matrix, coefficients in ((None, kept.coefficients), *kept.matrices)
+        for source, coefficient in coefficients
     ]
 
 

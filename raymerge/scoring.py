@@ -9,7 +9,8 @@ the merged model to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,6 +146,7 @@ class SourceLayers:
         matrices = [f"{matrix}.weight" for matrix in arch.matrices]
         self._biases = [f"{matrix}.bias" for matrix in arch.matrices if f"{matrix}.bias" in present]
         self._names = matrices + self._biases
+        self._matrix_of = [arch.matrices.index(name.rpartition(".")[0]) for name in self._names]
         self._shapes = [checkpoint[arch.layer_name(first, name)].shape for name in self._names]
         self._sizes = [shape.numel() for shape in self._shapes]
 
@@ -185,9 +187,34 @@ class SourceLayers:
         return others
 
     def mix(self, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
-        """(candidates, sources) coefficients to (candidates, parameters) float32, rounded to `dtype`."""
-        mixed = coefficients.to(self.stack.device, torch.float32) @ self.stack
+        """(candidates, sources) coefficients to (candidates, parameters) float32, rounded to `dtype`.
+
+        Coefficients may also be (candidates, matrices, sources), one row for each of the family's matrices.
+        """
+        coefficients = coefficients.to(self.stack.device, torch.float32)
+        if coefficients.ndim == 2:
+            mixed = coefficients @ self.stack
+        else:
+            parts = zip(self._matrix_of, self.stack.split(self._sizes, dim=1), strict=True)
+            mixed = torch.cat([coefficients[:, matrix] @ part for matrix, part in parts], dim=1)
         return mixed if dtype == torch.float32 else mixed.to(dtype).float()
+
+    def averaged(self, merge_biases: bool) -> list[str]:
+        """Names of the tensors that are averaged, as `weights` gives them."""
+        return self._names if merge_biases else self._names[: len(self._names) - len(self._biases)]
+
+    def pull_back(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Gradients of a loss by averaged tensors to those by coefficients: (matrices, sources) float64, <W_j, dW>.
+
+        Their sum over the matrices is the gradient by coefficients that all matrices share.
+        """
+        count = len(self._runner.checkpoint.architecture.matrices)
+        found = torch.zeros(count, self.count, dtype=torch.float64)
+        parts = zip(self._names, self._matrix_of, self.stack.split(self._sizes, dim=1), strict=True)
+        for name, matrix, part in parts:
+            if (gradient := gradients.get(name)) is not None:
+                found[matrix] += (part @ gradient.reshape(-1)).double().cpu()
+        return found
 
     def weights(self, mixed: Tensor, rest: int, merge_biases: bool) -> dict[str, Tensor]:
         """One candidate's layer: its mixed matrices, with norms and, unless they are merged, biases of `rest`."""
@@ -264,31 +291,22 @@ class TailScorer:
             start = stop
         self._prefix_order = torch.argsort(torch.cat([prefix.questions for prefix in self._prefixes]))
 
-        self._buckets, blocks, token_positions, start, begin = [], [], [], 0, 0
-        while begin < len(order):
-            # Extend while the whole bucket, padded to its longest question, stays in the limit and little is wasted.
-            end = begin + 1
-            while end < len(order):
-                width = lengths[order[end]]
-                if width * (end + 1 - begin) > _BUCKET_TOKENS or width > 1.15 * lengths[order[begin]] + 8:
-                    break
-                end += 1
-            count, width = end - begin, lengths[order[end - 1]]
-            block = torch.zeros(count, width, owned[0].shape[-1], dtype=dtype, device=device)
-            for row, i in enumerate(order[begin:end]):
+        self._buckets, blocks, token_positions = _buckets_of([lengths[i] for i in order]), [], []
+        for bucket in self._buckets:
+            span = slice(bucket.first, bucket.first + bucket.count)
+            block = torch.zeros(bucket.count, bucket.width, owned[0].shape[-1], dtype=dtype, device=device)
+            for row, i in enumerate(order[span]):
                 block[row, : lengths[i]] = owned[i].to(device, dtype)
-            self._buckets.append(_Bucket(begin, count, start, width))
             blocks.append(block.flatten(0, 1))
-            token_positions.append((offset[begin:end, None] + torch.arange(width)[None]).flatten())
-            start, begin = start + count * width, end
+            token_positions.append((offset[span, None] + torch.arange(bucket.width)[None]).flatten())
         own = torch.cat(blocks)
-        starts = [torch.arange(b.count, device=device) * b.width + b.start for b in self._buckets]
-        last = torch.cat(starts) + self._lengths - 1
-        self._last = own[last]
+        starts = torch.cat([torch.arange(b.count, device=device) * b.width + b.start for b in self._buckets])
+        self._last = own[starts + self._lengths - 1]
         prefix_states = torch.cat([prefix.to(device, dtype) for prefix in prefixes])
         self._tokens = _rms(torch.cat([prefix_states, own]), self._epsilon)
         self._last_normalised = _rms(self._last, self._epsilon)
         self._n_prefix = len(prefix_states)
+        self._starts = starts + self._n_prefix
         all_positions = torch.cat([torch.arange(len(prefix)) for prefix in prefixes] + token_positions)
         self._rotary = self._cos_sin(all_positions)
         self._last_positions = (offset.to(device) + self._lengths) - 1
@@ -298,6 +316,53 @@ class TailScorer:
         # (N, 1, head_dim) each; the middle axis broadcasts over heads.
         cos, sin = self.runner.rotary(positions)
         return cos[0].float()[:, None], sin[0].float()[:, None]
+
+    def select(self, rows: Sequence[int]) -> TailScorer:
+        """A scorer of these questions alone, which it answers in the order given; no row may occur twice.
+
+        Their states are copied out of this one's, with the prefixes that they need: for a few questions it costs a few
+        megabytes and no forward pass. Everything else is shared; `prompts` stays that of all questions.
+        """
+        place = {row: number for number, row in enumerate(rows)}
+        chosen = torch.tensor([i for i, row in enumerate(self.rows.tolist()) if row in place], dtype=torch.int64)
+        if len(place) < len(rows) or len(chosen) < len(place) or not len(place):
+            raise ValueError(
+                f"{len(rows)} rows are asked for, which name {len(chosen)} of {len(self.rows)} questions: name "
+                "at least one, each once"
+            )
+        part = copy.copy(self)
+        device = self._lengths.device
+        part.rows = torch.tensor([place[row] for row in self.rows[chosen].tolist()])
+        at = chosen.to(device)
+        for name in ("_lengths", "_last", "_last_normalised", "_last_positions"):
+            setattr(part, name, getattr(self, name)[at])
+        part._last_rotary = tuple(values[at] for values in self._last_rotary)
+
+        new_place = torch.full((len(self.rows),), -1, device=device)
+        new_place[at] = torch.arange(len(at), device=device)
+        part._prefixes, indices, start = [], [], 0
+        for prefix in self._prefixes:
+            questions = new_place[prefix.questions]
+            questions = questions[questions >= 0]
+            if len(questions):
+                length = prefix.stop - prefix.start
+                part._prefixes.append(_Prefix(start, start + length, questions))
+                indices.append(torch.arange(prefix.start, prefix.stop, device=device))
+                start += length
+        part._prefix_order = torch.argsort(torch.cat([prefix.questions for prefix in part._prefixes]))
+        part._n_prefix = start
+        part._buckets, starts = _buckets_of(part._lengths.tolist()), []
+        for bucket in part._buckets:
+            members = slice(bucket.first, bucket.first + bucket.count)
+            # Beyond a question's end its last token is repeated: attention does not see it.
+            offset = torch.arange(bucket.width, device=device)[None].minimum(part._lengths[members, None] - 1)
+            indices.append((self._starts[at][members, None] + offset).flatten())
+            starts.append(torch.arange(bucket.count, device=device) * bucket.width + bucket.start + start)
+        part._starts = torch.cat(starts)
+        index = torch.cat(indices)
+        part._tokens = self._tokens[index]
+        part._rotary = tuple(values[index] for values in self._rotary)
+        return part
 
     # -- scoring ------------------------------------------------------------------------------------------------
 
@@ -310,11 +375,17 @@ class TailScorer:
         )
 
     def coefficients(self, plan: MergePlan) -> Tensor:
-        """The merged layer's coefficients as (sources,) float64; column j belongs to original layer first + j."""
-        values = torch.zeros(self.sources.count, dtype=torch.float64)
-        for source, weight in plan.kept[self.first].coefficients:
-            values[source - self.first] = weight
-        return values
+        """The merged layer's coefficients as (sources,) float64; column j belongs to original layer first + j.
+
+        Where the plan gives matrices coefficients of their own it is (matrices, sources).
+        """
+        kept = plan.kept[self.first]
+        matrices = self.runner.checkpoint.architecture.matrices
+        values = torch.zeros(len(matrices), self.sources.count, dtype=torch.float64)
+        for row, matrix in zip(values, matrices, strict=True):
+            for source, weight in kept.coefficients_of(matrix):
+                row[source - self.first] = weight
+        return values if kept.matrices else values[0]
 
     @torch.inference_mode()
     def score(self, plan: MergePlan) -> tuple[Tensor, Tensor, Tensor]:
@@ -340,15 +411,17 @@ class TailScorer:
                 raise ValueError(f"plan {plan.name!r} does not collapse the layers from {self.first} on into one")
         for start in range(0, len(plans), _MIXED_TOGETHER):
             together = plans[start : start + _MIXED_TOGETHER]
-            stacked = [plan for plan in together if self.is_stacked(plan)]
-            mixed = iter(())
-            if stacked:
-                coefficients = torch.stack([self.coefficients(plan) for plan in stacked])
-                mixed = iter(self.sources.mix(coefficients, self.fused_dtype))
+            stacked = [self.coefficients(plan) for plan in together if self.is_stacked(plan)]
+            # Those that have coefficients for each matrix are mixed apart: all other products stay what they are.
+            mixed = {}
+            for axes in {values.ndim for values in stacked}:
+                alike = torch.stack([values for values in stacked if values.ndim == axes])
+                mixed[axes] = iter(self.sources.mix(alike, self.fused_dtype))
             for plan in together:
                 rest = plan.kept[self.first].index - self.first
                 if self.is_stacked(plan):
-                    weights = self.sources.weights(next(mixed), rest, plan.biases == "merge")
+                    own = next(mixed[self.coefficients(plan).ndim])
+                    weights = self.sources.weights(own, rest, plan.biases == "merge")
                 else:
                     weights = self._fused(plan)
                 yield self.hidden(self.runner.deployed(weights), rest)
@@ -377,12 +450,16 @@ class TailScorer:
         return {name: tensor.to(self.runner.device, torch.float32) for name, tensor in layer.items()}
 
     def logits(self, coefficients: Tensor, *, rest: int = 0, merge_biases: bool = False) -> Tensor:
-        """Answer logits (n, 4) in question order, differentiable in `coefficients` (sources,).
+        """Answer logits (n, 4) in question order, differentiable in `coefficients`, (sources,) or (matrices, sources).
 
         rest: which source layer gives norms, attention window and, unless they are merged, biases.
         """
         (mixed,) = self.sources.mix(coefficients[None], self.fused_dtype)
-        return self._unsort(self.hidden(self.sources.weights(mixed, rest, merge_biases), rest) @ self._letters.T)
+        return self.answer_logits(self.sources.weights(mixed, rest, merge_biases), rest)
+
+    def answer_logits(self, weights: dict[str, Tensor], rest: int) -> Tensor:
+        """Answer logits (n, 4) in question order of a merged layer, differentiable in its weights; see `hidden`."""
+        return self._unsort(self.hidden(weights, rest) @ self._letters.T)
 
     def _unsort(self, values: Tensor) -> Tensor:
         return values[torch.argsort(self.rows).to(values.device)]
@@ -459,6 +536,23 @@ class TailScorer:
         own_log, own_out = (torch.cat(part) for part in zip(*own_parts, strict=True))
         share = torch.sigmoid(prefix_log - own_log)[..., None]  # exp(a) / (exp(a) + exp(b))
         return share * prefix_out + (1.0 - share) * own_out
+
+
+def _buckets_of(lengths: Sequence[int]) -> list[_Bucket]:
+    """Questions, sorted by length, cut into buckets that are each padded to their longest."""
+    buckets, start, begin = [], 0, 0
+    while begin < len(lengths):
+        # Extend while the whole bucket, padded to its longest question, stays in the limit and little is wasted.
+        end = begin + 1
+        while end < len(lengths):
+            width = lengths[end]
+            if width * (end + 1 - begin) > _BUCKET_TOKENS or width > 1.15 * lengths[begin] + 8:
+                break
+            end += 1
+        count, width = end - begin, lengths[end - 1]
+        buckets.append(_Bucket(begin, count, start, width))
+        start, begin = start + count * width, end
+    return buckets
 
 
 def _rms(x: Tensor, epsilon: float) -> Tensor:

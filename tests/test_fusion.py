@@ -1,6 +1,7 @@
 """fusion.py: the fused state dict against merging step by step as published, and receipts."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -403,3 +404,56 @@ def test_plans_of_other_models_are_refused():
     with pytest.raises(PlanError, match="the plan is for 6 layers, the model has 5"):
         check_mergeable(checkpoint, drop_plan(6, 2))
     check_mergeable(checkpoint, drop_plan(5, 2))
+
+
+# -- alphas of single matrices ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("biases", ["keep", "merge"])
+def test_each_matrix_is_merged_by_its_own_alphas(biased, biases):
+    """Each tensor is that of the published merge with its matrix's alphas; a matrix's bias follows it if merged."""
+    own = {"self_attn.q_proj": (0.9, 0.1), "mlp.down_proj": (0.0, 0.0), "mlp.up_proj": (1.0, 1.0)}
+    plan = replace(PLANS["tail"], biases=biases, matrix_alphas=tuple(own.items()))
+    state, architecture = biased.state_dict(), architecture_of(biased.config)
+    fused = fuse_state_dict(state, architecture, plan)
+    largest = max(tensor.abs().max() for tensor in state.values())
+    for matrix in architecture.matrices:
+        steps = tiny.steps_of(PLANS["tail"].with_alphas(own.get(matrix, (0.3, 0.8)), name="x", kind="found"))
+        expected, _ = tiny.published_merge(state, 5, steps, biases=biases)
+        for kind in ("weight", "bias"):
+            name = f"model.layers.2.{matrix}.{kind}"
+            assert (fused[name] - expected[name]).abs().max() <= 8 * EPS * largest, name
+    assert torch.equal(fused["model.layers.2.mlp.up_proj.weight"], state["model.layers.2.mlp.up_proj.weight"])
+    assert torch.equal(fused["model.layers.2.mlp.down_proj.weight"], state["model.layers.4.mlp.down_proj.weight"])
+
+
+def test_matrix_alphas_go_with_folded_norms_and_aligned_neurons(checkpoint, aligner):
+    """Linear as ever: each tensor is that of the plan whose alphas are all the matrix's."""
+    plan = with_options(PLANS["tail"], "neurons", "fold")
+    arch = checkpoint.architecture
+    own = fused_layer(
+        checkpoint, arch, replace(plan, matrix_alphas=(("mlp.gate_proj", (0.1, 0.2)),)), 2, aligner=aligner
+    )
+    other = fused_layer(
+        checkpoint,
+        arch,
+        replace(plan, steps=plan.with_alphas((0.1, 0.2), name="x", kind="found").steps),
+        2,
+        aligner=aligner,
+    )
+    plain = fused_layer(checkpoint, arch, plan, 2, aligner=aligner)
+    for name, tensor in own.items():
+        assert torch.equal(tensor, (other if name == "mlp.gate_proj.weight" else plain)[name]), name
+
+
+def test_matrix_alphas_that_cannot_be_carried_out_are_refused(checkpoint):
+    plan = replace(PLANS["tail"], matrix_alphas=(("mlp.sideways_proj", (0.5, 0.5)),))
+    rows = replace(PLANS["tail"], alignment="rows", matrix_alphas=(("mlp.up_proj", (0.5, 0.5)),))
+    for refused, message in (
+        (plan, "name mlp.sideways_proj, but the matrices of .* are self_attn.q_proj"),
+        (rows, 'alignment "rows" .*has no matrix_alphas; use alignment "none" or "neurons"'),
+    ):
+        with pytest.raises(PlanError, match=message):
+            check_mergeable(checkpoint, refused)
+        with pytest.raises(PlanError, match=message):
+            fused_layer(checkpoint, checkpoint.architecture, refused, 2)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,8 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import fuse_state_dict
 from raymerge.merging import merge, save_merged
 from raymerge.plan import PlanError, alpha_file_text, read_alpha_file, tail_plan
+from raymerge.rows import coefficient_rows, plan_rows
+from raymerge.tables import conform
 
 
 @pytest.fixture
@@ -82,3 +85,37 @@ def test_a_plan_for_another_depth_leaves_nothing_behind(tmp_path):
     with pytest.raises(PlanError, match="does not exist, the model has 0 to"):
         merge("demo", tmp_path / "deeper.json", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_alphas_of_single_matrices_are_recorded(tmp_path):
+    base = Checkpoint("demo")
+    plan = tail_plan(base.n_layers, [0.7, 0.2], name="own", kind="found")
+    plan = replace(plan, matrix_alphas=(("mlp.up_proj", (0.5, 0.5)),))
+    save_merged(base, plan, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "merge_plan.json").read_text())
+    assert record["plan_id"] == plan.plan_id(base.identity)
+    assert record["matrix_alphas"] == {"mlp.up_proj": [0.5, 0.5]}
+    merged = record["layers"][-1]
+    assert list(merged["matrices"]["mlp.up_proj"].values()) == [0.5, 0.25, 0.25]
+    np.testing.assert_allclose(list(merged["coefficients"].values()), [0.2, 0.56, 0.24])
+    assert all("matrices" not in layer for layer in record["layers"][:-1])
+    assert "which `alphas.json` cannot hold" in (tmp_path / "out" / "README.md").read_text()
+    saved, expected = Checkpoint(str(tmp_path / "out")), fuse_state_dict(base, base.architecture, plan)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+
+    stored = conform("plans", plan_rows(plan, "p"), "run").to_pylist()
+    assert [(row["matrix"], row["step"], row["alpha"]) for row in stored] == [
+        (None, 0, 0.7),
+        (None, 1, 0.2),
+        ("mlp.up_proj", 0, 0.5),
+        ("mlp.up_proj", 1, 0.5),
+    ]
+    stored = conform("coefficients", coefficient_rows(plan, "p"), "run").to_pylist()
+    own = [row for row in stored if row["matrix"] == "mlp.up_proj"]
+    assert [(row["source_layer"], row["coefficient"]) for row in own] == [
+        (base.n_layers - 3, 0.5),
+        (base.n_layers - 2, 0.25),
+        (base.n_layers - 1, 0.25),
+    ]
+    assert {row["kept_layer"] for row in own} == {base.n_layers - 3}
+    assert len(stored) == len(own) + base.n_layers - 3 + 3

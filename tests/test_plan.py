@@ -20,6 +20,7 @@ from raymerge.plan import (
     alpha_file_text,
     base_plan,
     before_last_plan,
+    coefficients_to_alphas,
     drop_layers_plan,
     drop_plan,
     least_influence_plan,
@@ -203,6 +204,110 @@ def test_plans_are_immutable_and_can_be_shipped():
     assert copy == plan and copy.kept == plan.kept and hash(copy) == hash(plan)
     with pytest.raises(FrozenInstanceError):
         plan.biases = "keep"
+
+
+# -- effective coefficients to alphas --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merges", [1, 2, 5, 13])
+def test_alphas_give_back_their_coefficients(merges):
+    rng = np.random.default_rng(merges)
+    coefficients = rng.dirichlet([0.5] * (merges + 1), 200)
+    alphas = coefficients_to_alphas(coefficients)
+    assert alphas.shape == (200, merges) and (alphas >= 0).all() and (alphas <= 1).all()
+    np.testing.assert_allclose(tail_coefficients(alphas), coefficients, atol=4 * merges * EPS)
+    alphas = rng.uniform(0.05, 0.95, (200, merges))
+    np.testing.assert_allclose(coefficients_to_alphas(tail_coefficients(alphas)), alphas, rtol=1e-9)
+    one = coefficients_to_alphas(coefficients[0])
+    np.testing.assert_array_equal(one, coefficients_to_alphas(coefficients)[0])
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "alphas"),
+    [
+        ([1, 0, 0, 0], [1, 1, 1]),  # drop: below it there is nothing to share
+        ([0, 0, 0, 1], [0, 0, 0]),
+        ([0, 1, 0, 0], [1, 1, 0]),
+        ([0, 0.25, 0, 0.75], [0, 0.25, 0]),
+        ([0.5, 0, 0.5, 0], [1, 0, 0.5]),
+        ([0.25, 0.25, 0.25, 0.25], [0.5, 1 / 3, 0.25]),
+    ],
+)
+def test_coefficients_of_zero(coefficients, alphas):
+    np.testing.assert_allclose(coefficients_to_alphas(coefficients), alphas, atol=EPS)
+    np.testing.assert_allclose(tail_coefficients(coefficients_to_alphas(coefficients)), coefficients, atol=EPS)
+    plan = tail_plan(6, coefficients_to_alphas(coefficients), name="x", kind="found")
+    assert [layer for layer, _ in plan.kept[2].coefficients] == [2 + j for j, c in enumerate(coefficients) if c]
+
+
+def test_the_corner_of_the_first_layer_is_dropping():
+    alphas = coefficients_to_alphas([1.0, 0.0, 0.0])
+    assert tail_plan(5, alphas, name="x", kind="found").plan_id("m") == drop_plan(5, 2).plan_id("m")
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "message"),
+    [
+        ([0.5, 0.6], "must add up to 1.*add up to 1.1"),
+        ([[0.5, 0.5], [0.5, 0.4]], "must add up to 1"),
+        ([1.5, -0.5], "finite and not negative"),
+        ([float("nan"), 1.0], "finite and not negative"),
+    ],
+)
+def test_refused_coefficients(coefficients, message):
+    with pytest.raises(PlanError, match=message):
+        coefficients_to_alphas(coefficients)
+
+
+# -- alphas of single matrices ---------------------------------------------------------------------------------------
+
+OWN = (("mlp.up_proj", (0.2, 0.7)), ("mlp.down_proj", (1.0, 1.0)))
+
+
+def test_matrices_have_coefficients_of_their_own():
+    plan = replace(tail_plan(5, [0.5, 0.25], name="x", kind="found"), matrix_alphas=OWN)
+    merged = plan.kept[2]
+    assert merged.coefficients == merged.coefficients_of("mlp.gate_proj") == ((2, 0.25), (3, 0.375), (4, 0.375))
+    up = tail_plan(5, [0.2, 0.7], name="x", kind="found").kept[2].coefficients
+    assert merged.coefficients_of("mlp.up_proj") == up
+    assert merged.coefficients_of("mlp.down_proj") == ((2, 1.0),)
+    assert merged.sources == [2, 3, 4] and not merged.unchanged
+    assert all(layer.matrices == () and layer.unchanged for layer in plan.kept[:2])
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+def test_a_layer_is_unchanged_only_if_every_matrix_is():
+    dropped = drop_plan(5, 2)
+    assert replace(dropped, matrix_alphas=(("mlp.up_proj", (0.3, 1.0)),)).kept[2].unchanged
+    plan = replace(dropped, matrix_alphas=(("mlp.up_proj", (1.0, 0.5)),))
+    assert not plan.kept[2].unchanged and plan.first_changed == 2 and plan.kept[2].sources == [2, 3]
+    assert plan.kept[2].coefficients_of("mlp.down_proj") == ((2, 1.0),)
+
+
+def test_matrix_alphas_are_part_of_the_identity_where_there_are_any():
+    plan = tail_plan(5, [0.5, 0.25], name="x", kind="found")
+    own = replace(plan, matrix_alphas=OWN)
+    others = [own, replace(plan, matrix_alphas=OWN[:1]), replace(plan, matrix_alphas=((OWN[0][0], OWN[1][1]),))]
+    assert len({p.plan_id("m") for p in (plan, *others)}) == 4
+    assert replace(plan, matrix_alphas=OWN[::-1]) == own
+    assert replace(plan, matrix_alphas=OWN[::-1]).plan_id("m") == own.plan_id("m")
+    assert replace(own, matrix_alphas=()).plan_id("m") == plan.plan_id("m")
+    assert own.with_alphas([0.5, 0.25], name="x", kind="found") == plan
+    assert plan.with_alphas([0.5, 0.25], name="x", kind="found", matrix_alphas=dict(OWN)) == own
+
+
+@pytest.mark.parametrize(
+    ("matrix_alphas", "message"),
+    [
+        ((("mlp.up_proj", (0.5,)),), "1 alphas are given for mlp.up_proj in a plan of 2 steps"),
+        ((("mlp.up_proj", (0.5, 1.5)),), r"mlp.up_proj: step 1 \(2 <- 3\): alpha is 1.5, but it must lie in"),
+        ((("mlp.up_proj", (0.5, float("nan"))),), "mlp.up_proj: step 1 .*alpha is nan"),
+        ((("mlp.up_proj", (0.5, 0.5)), ("mlp.up_proj", (0.5, 0.4))), "name a matrix twice: mlp.up_proj, mlp.up_proj"),
+    ],
+)
+def test_refused_matrix_alphas(matrix_alphas, message):
+    with pytest.raises(PlanError, match=message):
+        replace(tail_plan(5, [0.5, 0.25], name="x", kind="found"), matrix_alphas=matrix_alphas)
 
 
 # -- identity --------------------------------------------------------------------------------------------------------

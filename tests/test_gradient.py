@@ -1,0 +1,587 @@
+"""gradient.py: losses and gradients against backpropagation through whole transformers models, and descents.
+
+The reference builds the whole fused model in float64 with weights that are functions of the coefficients, and runs
+every prompt and window alone. Nothing of raymerge's own layers, stacks or losses is in it.
+"""
+
+import copy
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+
+import raymerge.forward
+import raymerge.gradient
+from raymerge.checkpoint import Checkpoint
+from raymerge.evaluation import answer_shard, text_nll
+from raymerge.forward import LayerRunner
+from raymerge.gradient import (
+    GradientError,
+    LossWeights,
+    Parametrisation,
+    Settings,
+    TailLoss,
+    TextWindows,
+    descend,
+    unmerged_logits,
+)
+from raymerge.plan import base_plan, before_last_plan, drop_plan, tail_plan
+from raymerge.prompts import Group, Shard, encode_questions
+from raymerge.scoring import SourceLayers, TailScorer, TrunkCache
+
+torch.set_num_threads(1)
+
+# As in test_scoring: float32 against float64 through layers whose weights are large on purpose; a gradient is a sum
+# over thousands of weights, with cancellation.
+LIMIT, GRADIENT_LIMIT = 2e-5, 2e-4
+N = tiny.N_LAYERS
+FIRST = N - 3
+MATRICES = tuple(("mlp." if p in tiny.PROJECTIONS[4:] else "self_attn.") + p for p in tiny.PROJECTIONS)
+GAINS = dict.fromkeys(MATRICES[:3], "input_layernorm") | dict.fromkeys(MATRICES[4:6], "post_attention_layernorm")
+ANSWERS, TEXT = LossWeights(), LossWeights(answer_nll=0.0, text_nll=1.0)
+EVERYTHING = LossWeights(answer_nll=0.5, answer_kl=1.0, text_nll=0.3, text_kl=2.0)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """case(family) -> a checkpoint, questions and text as tokens, and what raymerge makes of them, made once."""
+    tokenizer, questions = tiny.demo_tokenizer(), tiny.make_questions({"cats": 3, "roads": 2, "boxes": 1}, shots=1)
+
+    @cache
+    def make(family):
+        folder = tiny.make_checkpoint(tmp_path_factory.mktemp(family), family)
+        runner, cache_folder = LayerRunner(Checkpoint(str(folder))), tmp_path_factory.mktemp("trunk")
+        trunk = TrunkCache(runner, FIRST, cache_folder)
+        rng = np.random.default_rng(0)
+        windows = tuple(rng.integers(5, 800, n) for n in (50, 50, 23, 2))
+        none = np.zeros(0, dtype=np.int64)
+        shards = (
+            Shard((Group("text", none, windows[:2], (0, 1)),)),
+            Shard((Group("text", none, windows[2:], (2, 3)),)),
+        )
+        prompts = encode_questions(questions, tokenizer, shard_tokens=250)
+        return SimpleNamespace(
+            base=AutoModelForCausalLM.from_pretrained(folder),
+            runner=runner,
+            trunk=trunk,
+            prompts=prompts,
+            whole=tiny.whole_prompts(questions, tokenizer),
+            windows=windows,
+            shards=shards,
+            scorer=TailScorer(trunk, prompts),
+            reference=unmerged_logits(runner, prompts, trunk),
+            text=TextWindows(trunk, shards, reference=True),
+        )
+
+    return make
+
+
+def template(alphas=(0.6, 0.45), **options):
+    return tail_plan(N, alphas, name="template", kind="fixed", **options)
+
+
+def loss_of(case, weights=ANSWERS, plan=None, **options):
+    plan = plan or template()
+    scorer = case.scorer
+    if plan.norms == "fold":
+        scorer = TailScorer(case.trunk, case.prompts, sources=SourceLayers(case.runner, FIRST, norms="fold"))
+    return TailLoss(scorer, plan, weights, **({"reference": case.reference, "text": case.text} | options))
+
+
+def whole_model(case, coefficients, *, merge_biases=False, fold=False):
+    """A function from token ids to (T, V) float64 logits of the model fused with (matrices, sources) coefficients."""
+    config = copy.deepcopy(case.base.config)
+    config.num_hidden_layers = FIRST + 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: FIRST + 1]
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float64)
+    state = {name: tensor.double() for name, tensor in case.base.state_dict().items()}
+    weights = {}
+    for name, _ in model.named_parameters():  # of tied weights one name
+        weights[name] = state[name]
+        relative = name.removeprefix(f"model.layers.{FIRST}.")
+        matrix, _, kind = relative.rpartition(".")
+        if relative == name:
+            continue
+        if fold and matrix in GAINS.values():
+            weights[name] = torch.ones_like(state[name])
+        if matrix in MATRICES and (kind == "weight" or merge_biases):
+            sources = []
+            for j in range(coefficients.shape[1]):
+                layer = f"model.layers.{FIRST + j}."
+                gain = state[f"{layer}{GAINS[matrix]}.weight"] if fold and kind == "weight" and matrix in GAINS else 1.0
+                sources.append(state[layer + relative] * gain)
+            own = coefficients[MATRICES.index(matrix)]
+            weights[name] = sum(c * w for c, w in zip(own, sources, strict=True))
+    return lambda ids: functional_call(model, weights, (torch.tensor(ids)[None],), {"use_cache": False}).logits[0]
+
+
+def whole_losses(case, coefficients, **options):
+    """The four means of LossWeights, by whole prompts and windows."""
+    model = whole_model(case, coefficients, **options)
+    letters = list(case.prompts.letters)
+    base = copy.deepcopy(case.base).double()
+    pairs = ([], [], [], [])
+    for ids, answer in zip(case.whole, case.prompts.answers.tolist(), strict=True):
+        log = torch.log_softmax(model(ids)[-1, letters], -1)
+        target = torch.log_softmax(tiny.plain_logits(base, ids)[-1, letters], -1)
+        pairs[0].append(-log[answer])
+        pairs[1].append((target.exp() * (target - log)).sum())
+    for ids in case.windows:
+        log = torch.log_softmax(model(ids)[:-1], -1)
+        target = torch.log_softmax(tiny.plain_logits(base, ids)[:-1], -1)
+        pairs[2].extend(-log[torch.arange(len(ids) - 1), torch.tensor(ids)[1:]])
+        pairs[3].extend((target.exp() * (target - log)).sum(-1))
+    return [torch.stack(values).mean() for values in pairs]
+
+
+def some_coefficients(seed=0):
+    values = np.random.default_rng(seed).dirichlet([3.0] * 3, len(MATRICES))
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def near(found, expected, limit):
+    found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
+    assert found.shape == expected.shape
+    scale = expected.abs().max()
+    assert (found - expected).abs().max() < limit * scale, f"{found} where {expected} is expected"
+
+
+# -- gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_gradients_equal_those_through_the_whole_model(case, family):
+    """Per matrix and shared, of the answers' NLL and of the text's."""
+    case, values = case(family), some_coefficients()
+    for shared in (False, True):
+        theirs = (values[0] if shared else values).clone().requires_grad_()
+        expected = whole_losses(case, theirs.expand(len(MATRICES), 3))
+        for weights, number in ((ANSWERS, 0), (TEXT, 2)):
+            (gradient,) = torch.autograd.grad(expected[number], theirs, retain_graph=True)
+            found = loss_of(case, weights)(theirs)
+            near(found.loss.total, expected[number].detach(), LIMIT)
+            near(found.gradient, gradient, GRADIENT_LIMIT)
+            assert gradient.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama_biases", {"biases": "merge"}),
+        ("qwen3_biases", {"norms": "fold"}),
+        ("mistral_window", {"norms": "fold", "biases": "merge"}),
+    ],
+)
+def test_every_term_with_every_option(case, family, options):
+    """All four terms at once, each term's own value, biases averaged and norms folded."""
+    case, theirs = case(family), some_coefficients(1).requires_grad_()
+    merge_biases, fold = options.get("biases") == "merge", options.get("norms") == "fold"
+    expected = whole_losses(case, theirs, merge_biases=merge_biases, fold=fold)
+    total = sum(w * value for w, value in zip((0.5, 1.0, 0.3, 2.0), expected, strict=True))
+    total.backward()
+    found = loss_of(case, EVERYTHING, template(**options))(theirs)
+    for value, target in zip(found.loss, (total, *expected), strict=True):
+        near(value, target.detach(), LIMIT)
+    near(found.gradient, theirs.grad, GRADIENT_LIMIT)
+    again = loss_of(case, EVERYTHING, template(**options))(theirs, gradient=False)
+    near(torch.tensor(again.loss), torch.tensor(found.loss), LIMIT)
+    assert again.gradient is None
+
+
+@pytest.mark.parametrize("kind", raymerge.gradient.PARAMETRISATIONS)
+def test_gradients_by_the_parameters_are_slopes(case, kind):
+    """Central differences: float32 losses (roundings of 1e-6) over steps of 2e-2, whose square is the error."""
+    loss = loss_of(case("qwen2"), EVERYTHING)
+    shape = Parametrisation(kind, template(), MATRICES, bounds=(0.2, 0.9))
+    parameters = shape.start().requires_grad_()
+    coefficients = shape.coefficients(parameters)
+    (gradient,) = torch.autograd.grad(coefficients, parameters, loss(coefficients).gradient)
+    direction = torch.randn(len(parameters), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for along in (direction, torch.eye(len(parameters), dtype=torch.float64)[1]):
+        ends = [
+            loss(shape.coefficients(parameters.detach() + sign * 1e-2 * along), gradient=False).loss.total
+            for sign in (1, -1)
+        ]
+        assert abs((ends[0] - ends[1]) / 2e-2 - gradient @ along) < 2e-3 * gradient.norm() * along.norm()
+
+
+def test_minibatches_add_up_to_the_full_batch(case):
+    """Gradients of parts, computed by scorers of some questions, average to that of all; so do drawn positions."""
+    case, values = case("mistral_window"), some_coefficients()
+    loss = loss_of(case)
+    parts = [loss(values, rows=rows) for rows in ([4, 0, 2], [5, 1, 3])]
+    whole = loss(values)
+    near(sum(part.gradient for part in parts) / 2, whole.gradient, GRADIENT_LIMIT)
+    assert sum(part.loss.total for part in parts) / 2 == pytest.approx(whole.loss.total, rel=LIMIT)
+    beside = loss(values, rows=[5, 1, 3], held_out=[0, 4, 2])
+    near(beside.gradient, parts[1].gradient, GRADIENT_LIMIT)
+    assert beside.held_out.total == pytest.approx(parts[0].loss.total, rel=LIMIT)
+
+    loss = loss_of(case, TEXT)
+    everything = case.text.everything()
+    halves = [[(w, p[start::2]) for w, p in everything if len(p[start::2])] for start in (0, 1)]
+    counts = [sum(len(p) for _, p in half) for half in halves]
+    parts = [loss(values, drawn=half).gradient * count for half, count in zip(halves, counts, strict=True)]
+    near(sum(parts) / sum(counts), loss(values).gradient, GRADIENT_LIMIT)
+
+
+# -- text ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_vocabulary_is_summed_piece_by_piece(case, monkeypatch):
+    case = case("llama")
+    hidden = 3 * torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    table = case.base.lm_head.weight.detach()
+    expected = torch.softmax(hidden.double() @ table.double().T, -1)
+    for chunk in (1, 100, 10**6):
+        monkeypatch.setattr(raymerge.forward, "_VOCABULARY_CHUNK", chunk)
+        logsumexp, mean = case.runner.vocabulary_mean(hidden)
+        near(logsumexp, torch.logsumexp(hidden.double() @ table.double().T, -1), 1e-6)
+        near(mean, expected @ table.double(), 1e-5)
+
+
+def test_text_pieces_do_not_change_the_loss(case, monkeypatch):
+    case, values = case("qwen2"), some_coefficients()
+    expected = loss_of(case, EVERYTHING)(values)
+    monkeypatch.setattr(raymerge.gradient, "_TEXT_POSITIONS", 3)
+    again = loss_of(case, EVERYTHING, text=TextWindows(case.trunk, case.shards, reference=True))(values)
+    near(torch.tensor(again.loss), torch.tensor(expected.loss), LIMIT)
+    near(again.gradient, expected.gradient, GRADIENT_LIMIT)
+
+
+def test_the_unmerged_model_is_what_divergence_is_measured_from(case):
+    """KL of a model to itself is 0; NLL is evaluation's."""
+    case = case("llama3_rope")
+    text = TextWindows(case.trunk, case.shards, reference=True)
+    plan = base_plan(N)
+    nll, count = np.sum([text_nll(case.runner, plan, shard) for shard in case.shards], axis=0)
+    assert count == sum(len(positions) for _, positions in text.everything()) == 49 + 49 + 22 + 1
+    (mean, entropy) = (torch.cat(values) for values in zip(*text._reference, strict=True))
+    assert mean.shape == (count, 32) and (entropy >= 0).all()
+    answers = [answer_shard(case.runner, plan, case.prompts, shard) for shard in case.prompts.shards]
+    rows = np.concatenate([part.rows for part in answers])
+    near(case.reference[rows], np.concatenate([part.logits for part in answers]), LIMIT)
+
+
+def test_draws_follow_from_the_seed(case):
+    case = case("llama")
+    text = TextWindows(case.trunk, case.shards, windows=2, positions=20)
+    drawn = text.draw(3, 1)
+    assert sum(len(positions) for _, positions in drawn) <= 20 and len(drawn) <= 2
+    assert all(0 <= positions.min() and positions.max() < len(case.windows[w]) - 1 for w, positions in drawn)
+    assert all(len(set(positions.tolist())) == len(positions) for _, positions in drawn)
+
+    def plain(drawn):
+        return [(window, positions.tolist()) for window, positions in drawn]
+
+    assert plain(text.draw(3, 1)) == plain(drawn)
+    assert len({str(plain(text.draw(seed, epoch))) for seed in range(3) for epoch in range(3)}) == 9
+    assert {window for seed in range(30) for window, _ in text.draw(seed)} == {0, 1, 2, 3}
+    assert text.sampled and not case.text.sampled
+    assert plain(case.text.draw(1)) == plain(case.text.everything())
+    for options, message in (({"windows": 5}, "5 windows of text.*1 to 4"), ({"positions": 0}, "0 positions of text")):
+        with pytest.raises(GradientError, match=message):
+            TextWindows(case.trunk, case.shards, **options)
+    with pytest.raises(ValueError, match="share no prefix"):
+        TextWindows(case.trunk, case.prompts.shards)
+
+
+# -- plans -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", raymerge.gradient.PARAMETRISATIONS)
+def test_parameters_and_plans_are_each_others_inverse(case, kind):
+    scorer = case("llama").scorer
+    rng = np.random.default_rng(0)
+    plan = template(rng.uniform(0.1, 0.9, 2), biases="merge", norms="fold")
+    shape = Parametrisation(kind, plan, MATRICES)
+    parameters = shape.start()
+    found = shape.plan(parameters)
+    assert (found.kind, found.name, found.norms, found.biases) == ("found", "gradient", "fold", "merge")
+    np.testing.assert_allclose(scorer.coefficients(found)[..., :], shape.coefficients(parameters), atol=1e-12)
+    np.testing.assert_allclose(found.alphas, plan.alphas, atol=1e-12)
+    moved = parameters + torch.tensor(rng.normal(size=len(parameters)))
+    found = shape.plan(moved)
+    np.testing.assert_allclose(scorer.coefficients(found), shape.coefficients(moved), atol=1e-12)
+    assert [matrix for matrix, _ in found.matrix_alphas] == (sorted(MATRICES) if kind == "per_matrix" else [])
+    again = Parametrisation(kind, found, MATRICES)
+    np.testing.assert_allclose(again.coefficients(again.start()), shape.coefficients(moved), atol=1e-12)
+
+
+def test_starts_are_inside(case):
+    for alphas in ([0.0, 1.0], [1.0, 0.0], [1.0, 1.0]):
+        for kind in raymerge.gradient.PARAMETRISATIONS:
+            shape = Parametrisation(kind, template(alphas), MATRICES, bounds=(0.3, 0.7))
+            start = shape.start()
+            assert torch.isfinite(start).all()
+            coefficients = shape.coefficients(start)
+            assert (coefficients > 0).all() and torch.allclose(coefficients.sum(-1), torch.ones(()).double())
+            if kind == "alphas":
+                assert ((shape.alphas(start) > 0.3) & (shape.alphas(start) < 0.7)).all()
+
+
+@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if not f.startswith("qwen3")])
+def test_the_corners_of_the_simplex_are_the_controls(case, family):
+    case = case(family)
+    loss = loss_of(case, EVERYTHING, template(norms="fold", biases="merge"))
+    shape = Parametrisation("simplex", loss.template, MATRICES)
+    matrices = Parametrisation("per_matrix", loss.template, MATRICES)
+    for corner, control in (([1.0, 0.0, 0.0], drop_plan(N, 2)), ([0.0, 0.0, 1.0], before_last_plan(N, 2))):
+        expected = case.scorer.score(control)[0]
+        plans = [shape.plan_of(np.array(corner)), matrices.plan_of(np.array([corner] * 7))]
+        for plan in plans:
+            near(loss.scorer.score(plan)[0], expected, LIMIT)
+        # And the point on the way there is the same one: what is descended on reaches it.
+        target = loss.of_plan(plans[0]).loss
+        near(torch.tensor(loss(torch.tensor(corner)).loss), torch.tensor(target), LIMIT)
+        nll = sum(text_nll(case.runner, control, shard)[0] for shard in case.shards) / 121
+        assert target.text_nll == pytest.approx(nll, rel=LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama_biases", {"biases": "merge"}), ("qwen3_biases", {"norms": "fold"}), ("qwen2", {})],
+)
+def test_plans_with_alphas_for_each_matrix_are_scored(case, family, options):
+    """Stacked or fused by themselves, among plain plans, by the scorer and from the embedding on."""
+    case, values = case(family), some_coefficients(2)
+    plan = Parametrisation("per_matrix", template(**options), MATRICES).plan_of(values.numpy())
+    merge_biases, fold = options.get("biases") == "merge", options.get("norms") == "fold"
+    model = whole_model(case, values, merge_biases=merge_biases, fold=fold)
+    with torch.no_grad():
+        expected = torch.stack([model(ids)[-1] for ids in case.whole])[:, list(case.prompts.letters)]
+    for norms in ("keep", "fold"):
+        scorer = TailScorer(case.trunk, case.prompts, sources=SourceLayers(case.runner, FIRST, norms=norms))
+        near(scorer.score(plan)[0], expected, LIMIT)
+        near(list(scorer.score_many([template(**options), plan, drop_plan(N, 2), plan]))[3], expected, LIMIT)
+    parts = [answer_shard(case.runner, plan, case.prompts, shard) for shard in case.prompts.shards]
+    rows = np.concatenate([part.rows for part in parts])
+    near(np.concatenate([part.logits for part in parts]), expected[rows], LIMIT)
+    coefficients = values.clone().requires_grad_()
+    near(
+        loss_of(case, ANSWERS, template(**options)).scorer.logits(coefficients, merge_biases=merge_biases),
+        expected,
+        LIMIT,
+    )
+
+
+# -- a scorer of some questions --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window"])
+def test_some_questions_are_scored_as_among_all(case, family):
+    scorer, plan = case(family).scorer, template()
+    everything = scorer.score(plan)
+    for rows in ([0], [5, 0], [3, 1, 4], [5, 4, 3, 2, 1, 0]):
+        part = scorer.select(rows)
+        for found, expected in zip(part.score(plan)[:2], everything[:2], strict=True):
+            near(found, expected[rows], LIMIT)
+    near(scorer.select([3, 1, 4]).select([2, 0]).score(plan)[0], everything[0][[4, 3]], LIMIT)
+    near(scorer.score(plan)[0], everything[0], 1e-12)
+    for rows in ([], [0, 0], [6], [0, 6]):
+        with pytest.raises(ValueError, match=f"{len(rows)} rows are asked for"):
+            scorer.select(rows)
+
+
+# -- descending ------------------------------------------------------------------------------------------------------
+
+FAST = Settings(parametrisation="simplex", learning_rate=0.1, epochs=100)
+
+
+@pytest.mark.parametrize(("kind", "planted"), [("simplex", (0.15, 0.6, 0.25)), ("alphas", (0.7, 0.1, 0.2))])
+def test_a_planted_optimum_is_found(case, kind, planted):
+    """The divergence from a known merge's own answers has its minimum, 0, there."""
+    case = case("qwen2")
+    shape = Parametrisation("simplex", template(), MATRICES)
+    reference = case.scorer.score(shape.plan_of(np.array(planted)))[0]
+    loss = loss_of(case, LossWeights(answer_nll=0.0, answer_kl=1.0), reference=reference)
+    found = descend(loss, replace(FAST, parametrisation=kind, epochs=200))
+    assert found.history[0].loss > 1e-2 and found.loss.total < 1e-4
+    np.testing.assert_allclose(case.scorer.coefficients(found.plan), planted, atol=0.02)
+
+
+def test_descent_beats_chance(case):
+    """All three parametrisations reach a lower loss than the best of 200 random points and than both controls."""
+    case = case("llama")
+    options = {"norms": "fold", "biases": "merge"}
+    loss = loss_of(case, ANSWERS, template(**options))
+    rng = np.random.default_rng(0)
+    chance = min(loss(torch.from_numpy(point), gradient=False).loss.total for point in rng.dirichlet([1.0] * 3, 200))
+    values = {kind: descend(loss, replace(FAST, parametrisation=kind)).loss.total for kind in ("alphas", "simplex")}
+    values["per_matrix"] = descend(loss, replace(FAST, parametrisation="per_matrix")).loss.total
+    # Of a grid in two dimensions 200 random points come near to the best; seven simplices reach further.
+    assert values["alphas"] < chance + 1e-3 and values["simplex"] < chance + 1e-3
+    assert values["per_matrix"] < chance - 0.05
+
+
+def same(one, two):
+    assert one.plan == two.plan and one.best_epoch == two.best_epoch and one.stopped_early == two.stopped_early
+    assert one.held_out_rows == two.held_out_rows
+    np.testing.assert_equal(list(one.loss), list(two.loss))
+    np.testing.assert_equal([list(epoch) for epoch in one.history], [list(epoch) for epoch in two.history])
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights"),
+    [
+        (Settings("alphas", optimizer="adam", learning_rate=0.05, epochs=5), ANSWERS),
+        (Settings("simplex", optimizer="sgd", learning_rate=0.5, epochs=5, held_out=0.3), ANSWERS),
+        (Settings("per_matrix", learning_rate=0.05, epochs=5, batch_size=2, held_out=0.3, seed=4), EVERYTHING),
+        (Settings("simplex", learning_rate=0.05, epochs=5, batch_size=2), TEXT),
+    ],
+)
+def test_going_on_equals_not_stopping(case, tmp_path, settings, weights):
+    case = case("qwen2")
+    loss = loss_of(case, weights, text=TextWindows(case.trunk, case.shards, reference=True, windows=2, positions=30))
+    seen = []
+    whole = descend(loss, settings, on_epoch=lambda row, state: seen.append((row, state)))
+    assert [row.epoch for row, _ in seen] == list(range(6)) == [row.epoch for row in whole.history]
+    np.testing.assert_equal([list(row) for row, _ in seen], [list(row) for row in whole.history])
+    for epoch in (0, 3, 5):
+        file = tmp_path / f"{epoch}.safetensors"
+        save_file(seen[epoch][1], file)
+        same(descend(loss, settings, state=load_file(file)), whole)
+    same(descend(loss, replace(settings, epochs=2)), descend(loss, replace(settings, epochs=2), state=seen[2][1]))
+    for other in (replace(settings, seed=settings.seed + 1), replace(settings, learning_rate=0.01)):
+        with pytest.raises(GradientError, match="one of other questions, weights or settings"):
+            descend(loss, other, state=seen[2][1])
+
+
+def test_minibatches_follow_from_the_seed(case, monkeypatch):
+    """So do the positions of text that each step is over; no two steps are over the same."""
+    case = case("qwen2")
+    text = TextWindows(case.trunk, case.shards, positions=10)
+    loss = loss_of(case, LossWeights(text_nll=1.0), text=text)
+    steps = []
+    call = TailLoss.__call__
+
+    def spy(self, coefficients, *, rows=None, drawn=None, gradient=True, **options):
+        if gradient:
+            steps.append((tuple(rows), str([(window, positions.tolist()) for window, positions in drawn])))
+        return call(self, coefficients, rows=rows, drawn=drawn, gradient=gradient, **options)
+
+    monkeypatch.setattr(TailLoss, "__call__", spy)
+
+    def run(seed):
+        steps.clear()
+        found = descend(loss, Settings(learning_rate=0.05, epochs=3, batch_size=4, seed=seed))
+        return found, *zip(*steps, strict=True)
+
+    (one, first, texts), (two, second, again), (_, other, others) = run(1), run(1), run(2)
+    same(one, two)
+    assert first == second != other and texts == again and not set(texts) & set(others)
+    assert [len(batch) for batch in first] == [4, 2] * 3
+    assert all(sorted(first[i] + first[i + 1]) == list(range(6)) for i in (0, 2, 4))
+    assert len({first[0], first[2], first[4]}) == 3 and len(set(texts)) == 6
+
+
+def test_the_best_point_is_returned_and_patience_ends(case):
+    case = case("qwen2")
+    loss = loss_of(case)
+    settings = Settings("simplex", learning_rate=1.0, epochs=60, held_out=0.34, patience=4, seed=2)
+    found = descend(loss, settings)
+    held_out = [row.held_out_loss for row in found.history]
+    best = int(np.argmin(held_out))
+    assert found.stopped_early and len(found.history) == best + 5 < 61
+    assert found.best_epoch == best and held_out[-1] > held_out[best]
+    np.testing.assert_allclose(case.scorer.coefficients(found.plan), found.history[best].coefficients, atol=1e-12)
+    assert len(found.held_out_rows) == 2
+    logits, answers = case.scorer.score(found.plan)[0].double(), torch.from_numpy(case.prompts.answers).long()
+    nll = torch.nn.functional.cross_entropy(logits, answers, reduction="none")
+    rows = list(found.held_out_rows)
+    others = [row for row in range(6) if row not in rows]
+    assert found.held_out_loss.total == pytest.approx(nll[rows].mean().item(), rel=LIMIT)
+    assert found.loss.total == pytest.approx(nll[others].mean().item(), rel=LIMIT)
+    assert held_out[best] == pytest.approx(found.held_out_loss.total, rel=LIMIT)
+    # Without held-out questions the training loss decides.
+    alone = descend(loss, replace(settings, held_out=0.0, patience=None, epochs=12))
+    losses = [row.loss for row in alone.history]
+    assert alone.best_epoch == int(np.argmin(losses)) and not alone.stopped_early
+    assert alone.held_out_loss is None and all(row.held_out_loss is None for row in alone.history)
+    assert (
+        len(
+            {found.held_out_rows} | {descend(loss, replace(settings, seed=s, epochs=0)).held_out_rows for s in range(4)}
+        )
+        > 1
+    )
+
+
+def test_what_is_reported_is_rounded(tmp_path):
+    """In bfloat16 the reported loss is that of the plan as it would be saved, the history's is unrounded."""
+    folder = tiny.make_checkpoint(tmp_path / "base", "qwen2", dtype=torch.bfloat16)
+    runner = LayerRunner(Checkpoint(str(folder)))
+    questions = tiny.make_questions({"cats": 4, "roads": 3}, shots=1)
+    prompts = encode_questions(questions, tiny.demo_tokenizer())
+    trunk = TrunkCache(runner, FIRST, tmp_path / "cache")
+    shards = (Shard((Group("text", np.zeros(0, np.int64), (np.arange(5, 60),), (0,)),)),)
+    weights = LossWeights(text_nll=1.0)
+    loss = TailLoss(TailScorer(trunk, prompts), template(), weights, text=TextWindows(trunk, shards))
+    found = descend(loss, replace(FAST, epochs=3))
+    answers = torch.from_numpy(prompts.answers).long()
+    rounded = torch.nn.functional.cross_entropy(TailScorer(trunk, prompts).score(found.plan)[0], answers).item()
+    assert found.loss.answer_nll == pytest.approx(rounded, rel=LIMIT)
+    nll, count = text_nll(runner, found.plan, shards[0])
+    assert found.loss.text_nll == pytest.approx(nll / count, rel=LIMIT)
+    assert abs(found.history[found.best_epoch].loss - found.loss.total) > 2 * LIMIT * found.loss.total
+
+
+def test_alphas_stay_in_their_bounds(case):
+    found = descend(loss_of(case("llama")), Settings(bounds=(0.3, 0.7), learning_rate=2.0, epochs=20))
+    alphas = np.array([row.alphas for row in found.history])
+    assert alphas.min() >= 0.3 and alphas.max() <= 0.7 and np.ptp(alphas) > 0.1
+    assert found.history[0].alphas.tolist() == pytest.approx([0.6, 0.45])
+    np.testing.assert_allclose(found.plan.alphas, alphas[found.best_epoch])
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_descended_on_is_refused(case):
+    case = case("llama")
+    plain = TextWindows(case.trunk, case.shards)
+    refused = [
+        ({"plan": before_last_plan(N, 2)}, "descend on a tail plan"),
+        ({"plan": template([0.5])}, "descend on a tail plan"),
+        ({"plan": template(alignment="rows")}, 'alignment "rows" has no gradient'),
+        ({"weights": LossWeights(answer_kl=1.0), "reference": None}, "answer_kl needs the unmerged model's logits"),
+        ({"weights": TEXT, "text": None}, "need a text"),
+        ({"weights": LossWeights(text_kl=1.0), "text": plain}, "text_kl needs windows of text with a reference"),
+    ]
+    for options, message in refused:
+        with pytest.raises(GradientError, match=message):
+            loss_of(case, **options)
+    with pytest.raises(GradientError, match="norms fold and alignment none, the stacked sources keep and none"):
+        TailLoss(case.scorer, template(norms="fold"))
+    for make, message in [
+        (lambda: LossWeights(0.0), "not all 0"),
+        (lambda: LossWeights(-1.0), "not negative"),
+        (lambda: Parametrisation("x", template(), MATRICES), "'x' is not one of alphas, simplex, per_matrix"),
+        (lambda: Parametrisation("alphas", template(), MATRICES, bounds=(0.5, 0.5)), "bounds of alpha are 0.5 and 0.5"),
+        (lambda: Settings(optimizer="lbfgs"), "optimizer is 'lbfgs', but it must be one of adam, sgd"),
+        (lambda: Settings(learning_rate=0.0), "learning_rate is 0.0"),
+        (lambda: Settings(batch_size=0), "batch_size is 0"),
+        (lambda: Settings(held_out=1.0), "held_out is 1.0"),
+        (lambda: Settings(patience=0), "patience is 0"),
+        (lambda: Settings(epochs=-1), "epochs is -1"),
+        (lambda: descend(loss_of(case), Settings(held_out=0.95)), "leaves none of 6 questions"),
+        (lambda: descend(loss_of(case, TEXT), Settings(held_out=0.5)), "questions can be held out only"),
+    ]:
+        with pytest.raises(GradientError, match=message):
+            make()
+
+
+def test_a_loss_that_is_not_finite_ends_the_descent(case):
+    case = case("llama")
+    broken = case.reference.clone()
+    broken[2] = torch.nan
+    loss = loss_of(case, LossWeights(answer_nll=0.0, answer_kl=1.0), reference=broken)
+    with pytest.raises(GradientError, match="the loss after epoch 0 is nan .*lower the learning rate, which is 0.001"):
+        descend(loss)
