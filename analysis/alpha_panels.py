@@ -149,11 +149,15 @@ def draw_against(axis, x: list[float], y: list[float], look: dict) -> None:
     axis.set(xlabel="similarity $S_{lm}$", ylabel="α", title="α against similarity")
 
 
-def starts_of(history: list[dict]) -> dict[int, list[dict]]:
-    """Start -> its rows by epoch."""
-    starts: dict[int, list[dict]] = {}
-    for row in sorted(history, key=lambda row: (row["start"], row["epoch"])):
-        starts.setdefault(row["start"], []).append(row)
+def starts_of(history: list[dict]) -> dict[str, list[dict]]:
+    """Start, with its searcher where there are several -> its rows by epoch."""
+    several = len({row["searcher"] for row in history}) > 1
+    starts: dict[str, list[dict]] = {}
+    for row in sorted(history, key=lambda row: (row["searcher"], row["start"], row["epoch"])):
+        name = (
+            f"{row['searcher'].removeprefix('gradient_')}, start {row['start']}" if several else f"start {row['start']}"
+        )
+        starts.setdefault(name, []).append(row)
     return starts
 
 
@@ -163,10 +167,10 @@ def lowest(rows: list[dict]) -> dict:
     return min(held, key=lambda row: row["held_out_loss"]) if held else min(rows, key=lambda row: row["loss"])
 
 
-def best_start(starts: dict[int, list[dict]]) -> int:
+def best_start(starts: dict[str, list[dict]]) -> str:
     """The start that came lowest, by held-out loss where there is one."""
 
-    def reached(start: int) -> float:
+    def reached(start: str) -> float:
         row = lowest(starts[start])
         return row["loss"] if row["held_out_loss"] is None else row["held_out_loss"]
 
@@ -182,7 +186,7 @@ def draw_history(history: list[dict], path: Path) -> Path:
         colour, epochs = COLOURS[(i + 1) % len(COLOURS)], [row["epoch"] for row in rows]
         mark = "o" if len(rows) == 1 else None
         width = 2.0 if start == best else 1.1
-        left.plot(epochs, [row["loss"] for row in rows], color=colour, lw=width, marker=mark, label=f"start {start}")
+        left.plot(epochs, [row["loss"] for row in rows], color=colour, lw=width, marker=mark, label=start)
         held = [(row["epoch"], row["held_out_loss"]) for row in rows if row["held_out_loss"] is not None]
         if held:
             left.plot(*zip(*held, strict=True), color=colour, lw=width, ls="--", marker=mark)
@@ -202,7 +206,7 @@ def draw_history(history: list[dict], path: Path) -> Path:
             va="center", color=colour,
         )  # fmt: skip
     # With alphas for single matrices there are several of a step: the numbers then count coefficients.
-    right.set(ylim=(-0.03, 1.03), xlabel="epoch", ylabel="α", title=f"α of start {best}, numbered by step")
+    right.set(ylim=(-0.03, 1.03), xlabel="epoch", ylabel="α", title=f"α of {best}, numbered by step")
     return save(figure, path)
 
 

@@ -131,7 +131,7 @@ class SearchConfig(_Section):
     random ones before the model proposes; random_candidates: random vectors scored as a control; batch: candidates a
     Tune trial carries; probes: further alpha files tried first."""
 
-    searcher: Literal["bayes", "random"] = "bayes"
+    searcher: Literal["bayes", "random", "gradient"] = "bayes"
     objective: str = "micro_accuracy"
     perplexity_ceiling: Annotated[float, Field(gt=1)] | None = None
     text: str | None = None
@@ -169,6 +169,29 @@ class SearchConfig(_Section):
             asks = "perplexity_ceiling" if self.perplexity_ceiling is not None else f"objective {self.objective}"
             raise ValueError(f"{asks} needs a plain text to measure candidates on: set search.text to a file or demo")
         return self
+
+
+class GradientConfig(_Section):
+    """Coefficients by gradient descent, where search.searcher is gradient. parametrisations, one search each: alphas
+    (within search.bounds), simplex (the effective coefficients) or per_matrix (a simplex for each projection matrix).
+    starts: descents of each, from the base coefficients, the probes, both corners (the first and the last merged layer
+    alone), and random points. What is descended on is search.objective, or answer_nll where that is an accuracy, plus
+    text_kl times the KL of next tokens to the unmerged model on search.text. batch_size: questions of a step, null for
+    all. held_out: share of the search questions that no step sees and that the best epoch is chosen by; patience:
+    epochs without a better one until a descent stops. text_windows, text_positions: how much of search.text a step
+    draws, null for all. Published: alphas, adam, 1e-3, batches of 4, 500 epochs, nothing held out."""
+
+    parametrisations: list[Literal["alphas", "simplex", "per_matrix"]] = ["simplex"]
+    starts: Positive = 4
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    epochs: Positive = 60
+    batch_size: Positive | None = None
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    patience: Positive | None = 10
+    text_kl: Annotated[float, Field(ge=0)] = 0.0
+    text_windows: Positive | None = None
+    text_positions: Positive | None = 256
 
 
 class SimilarityConfig(_Section):
@@ -299,6 +322,7 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     plan: PlanConfig = PlanConfig()
     search: SearchConfig = SearchConfig()
+    gradient: GradientConfig = GradientConfig()
     similarity: SimilarityConfig = SimilarityConfig()
     sensitivity: SensitivityConfig = SensitivityConfig()
     sweep: SweepConfig = SweepConfig()
@@ -313,6 +337,17 @@ class Config(_Section):
                 "data.search_split is test: coefficients chosen on test questions make every test figure too good; "
                 "search on validation, or set data.search_on_test: true to do it all the same"
             )
+        return self
+
+    @property
+    def needs_search_text(self) -> bool:
+        """Whether candidates are measured, or descended, on plain text."""
+        return self.search.needs_text or (self.search.searcher == "gradient" and self.gradient.text_kl > 0)
+
+    @model_validator(mode="after")
+    def _has_its_search_text(self) -> Config:
+        if self.needs_search_text and self.search.text is None:
+            raise ValueError("gradient.text_kl needs a plain text to descend on: set search.text to a file or demo")
         return self
 
     def resolved(self) -> dict[str, Any]:

@@ -21,11 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raymerge.config import Config
 from raymerge.errors import UserError
 from raymerge.evaluation import Answers, answer_shard
 from raymerge.forward import LayerRunner
 from raymerge.fusion import check_mergeable
 from raymerge.identity import digest
+from raymerge.objectives import parse_objective
 from raymerge.plan import MergePlan, base_plan, coefficients_to_alphas, tail_pairs
 from raymerge.prompts import Group, Prompts, Shard
 from raymerge.scoring import SourceLayers, TailScorer, TrunkCache
@@ -492,6 +494,29 @@ class Settings:
         ):
             if not valid:
                 raise GradientError(f"{name} is {getattr(self, name)!r}, but it must be {limit}")
+
+
+def descent_settings(config: Config, parametrisation: str) -> Settings:
+    """The settings of the gradient section."""
+    own = config.gradient
+    return Settings(
+        parametrisation=parametrisation,
+        bounds=config.search.bounds,
+        optimizer=own.optimizer,
+        learning_rate=own.learning_rate,
+        epochs=own.epochs,
+        batch_size=own.batch_size,
+        held_out=own.held_out,
+        patience=own.patience,
+        seed=config.search.seed,
+    )
+
+
+def loss_weights(config: Config) -> LossWeights:
+    """What is descended on: the terms of search.objective, or for accuracies, which have no gradient, answer_nll."""
+    objective = parse_objective(config.search.objective)
+    terms = {term.measure: term.weight for term in objective.terms} if objective.minimised else {"answer_nll": 1.0}
+    return LossWeights(**{"answer_nll": 0.0, **terms, "text_kl": config.gradient.text_kl})
 
 
 class Epoch(NamedTuple):

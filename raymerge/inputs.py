@@ -186,7 +186,7 @@ def read_search_text(config: Config) -> tuple[str, int] | None:
     than that are not noticed. Raises ConfigError.
     """
     settings = config.search
-    if not settings.needs_text:
+    if not config.needs_search_text:
         return None
     text, reported = _read_text(settings.text, "search.text"), read_text(config)
     if reported is None:

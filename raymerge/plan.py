@@ -162,6 +162,21 @@ class MergePlan:
         return replace(self, steps=tuple(steps), name=name, kind=kind, matrix_alphas=own)
 
     @property
+    def flat_alphas(self) -> list[float]:
+        """The steps' alphas, followed by those of each matrix that has its own; `with_flat_alphas` takes them back."""
+        return [*self.alphas, *(alpha for _, own in self.matrix_alphas for alpha in own)]
+
+    def with_flat_alphas(self, values: Sequence[float], matrices: Sequence[str], *, name: str, kind: str) -> MergePlan:
+        """The same merges with `flat_alphas` of another plan: one a step, or besides one a step for each matrix."""
+        steps = len(self.steps)
+        if len(values) == steps:
+            return self.with_alphas(values, name=name, kind=kind)
+        if len(values) != steps * (1 + len(matrices)):
+            raise PlanError(f"{len(values)} alphas are given for {steps} steps and {len(matrices)} matrices")
+        own = {matrix: values[steps * (i + 1) : steps * (i + 2)] for i, matrix in enumerate(matrices)}
+        return self.with_alphas(values[:steps], name=name, kind=kind, matrix_alphas=own)
+
+    @property
     def first_changed(self) -> int:
         """Position of the first layer that differs from the unmerged model; `n_layers` for the empty plan.
 

@@ -20,7 +20,7 @@ _LOCAL_TRIES = 40  # per start and round
 _FAILED_RADIUS = 0.01  # share of the bounds' width: no proposal falls nearer than this to a point that failed
 
 
-class _Proposer:
+class Proposer:
     """Points that are decided beforehand - known ones, then random ones - and the bookkeeping of all proposers.
 
     The points follow from the seed alone, so that a restart can leave out those that are done.
@@ -51,7 +51,7 @@ class _Proposer:
         self._done.add(tuple(point))
 
 
-class RandomProposer(_Proposer):
+class RandomProposer(Proposer):
     """Uniform random points: the control of every search, so they are none of those that a BayesProposer of the same
     seed starts with."""
 
@@ -72,7 +72,22 @@ class RandomProposer(_Proposer):
         return point
 
 
-class BayesProposer(_Proposer):
+class Starts:
+    """Given points in their order, for searches that move from each on their own; nothing is learnt from them."""
+
+    def __init__(self, points: Sequence[Point]):
+        self._points = [list(map(float, point)) for point in points]
+
+    def ask(self, count: int, pending: Sequence[Point] = ()) -> list[Point]:
+        """The next `count` points."""
+        taken, self._points = self._points[:count], self._points[count:]
+        return taken
+
+    def tell(self, point: Point, value: float | None) -> None:
+        """Nothing is learnt."""
+
+
+class BayesProposer(Proposer):
     """Gaussian-process proposals by bayesian-optimization 3: Matern 5/2 with a noise term, expected improvement.
 
     Known points first, then `initial` random ones, then proposals. Points that are being evaluated count with the

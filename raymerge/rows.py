@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from raymerge.checkpoint import Checkpoint
 from raymerge.evaluation import Answers
 from raymerge.fusion import Receipt
+from raymerge.gradient import Epoch
 from raymerge.objectives import perplexity
 from raymerge.plan import MergePlan
 from raymerge.prompts import TEXT_WINDOW
@@ -169,6 +170,21 @@ def receipt_rows(plan_id: str, found: Sequence[Receipt]) -> list[Row]:
             "relative_change": receipt.relative_change,
         }
         for receipt in found
+    ]
+
+
+def history_rows(searcher: str, start: int, history: Sequence[Epoch]) -> list[Row]:
+    """Rows of `gradient_history`, one an epoch; alphas step by step, per matrix one matrix after the other."""
+    return [
+        {
+            "searcher": searcher,
+            "start": start,
+            "epoch": epoch.epoch,
+            "loss": epoch.loss,
+            "held_out_loss": epoch.held_out_loss,
+            "alphas": epoch.alphas.ravel().tolist(),
+        }
+        for epoch in history
     ]
 
 

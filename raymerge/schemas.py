@@ -75,7 +75,7 @@ SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
     # key-value prompts by distance in tokens
     "context": "plan_id:str measure:str bucket:i32 n:i64 value:f64 standard_error:f64?",
     "receipts": "plan_id:str tensor:str max_abs_change:f64 relative_change:f64",
-    "gradient_history": "start:i32 epoch:i32 loss:f64 held_out_loss:f64? alphas:list",
+    "gradient_history": "searcher:str start:i32 epoch:i32 loss:f64 held_out_loss:f64? alphas:list",
 }.items()}
 """Schema of every table (design.md, 'A run directory'); seconds, nats for nll, bytes, shares in [0, 1]."""
 # fmt: on

@@ -21,7 +21,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from ray.tune.search import Searcher
 
 from raymerge.pool import WorkerError, WorkerLost, WorkerPool, call_worker
-from raymerge.proposers import BayesProposer, Point, RandomProposer
+from raymerge.proposers import Point, Proposer
 
 Row = dict[str, Any]
 #: record(part name, rows of table `trials`, the workers' results): stores one finished batch for good.
@@ -57,8 +57,15 @@ class SearchOutcome:
 class _Trial(tune.Trainable):
     """Hands a batch to a pool worker and waits. Takes no CPU itself, and is reused from trial to trial."""
 
-    def setup(self, config: Row, handles: Sequence[Any] = (), timeout_s: float = 600.0, method: str = "score") -> None:
-        self._handles, self._timeout_s, self._method = handles, timeout_s, method
+    def setup(
+        self,
+        config: Row,
+        handles: Sequence[Any] = (),
+        timeout_s: float = 600.0,
+        method: str = "score",
+        arguments: Sequence[Any] = (),
+    ) -> None:
+        self._handles, self._timeout_s, self._method, self._arguments = handles, timeout_s, method, arguments
 
     def reset_config(self, new_config: Row) -> bool:
         return True
@@ -90,7 +97,7 @@ class _Trial(tune.Trainable):
 
     def _score(self, handle: Any, candidates: list[Point]) -> list[Row]:
         try:
-            return call_worker(handle, self._method, candidates, timeout_s=self._timeout_s)
+            return call_worker(handle, self._method, candidates, *self._arguments, timeout_s=self._timeout_s)
         except WorkerLost:
             raise
         except Exception as error:  # whatever the worker's own code raises ends as the candidate's error
@@ -115,7 +122,7 @@ class BatchSearcher(Searcher):
 
     def __init__(
         self,
-        proposer: BayesProposer | RandomProposer,
+        proposer: Proposer,
         *,
         candidates: int,
         batch: int,
@@ -143,7 +150,9 @@ class BatchSearcher(Searcher):
         self.failure: BaseException | None = None
         for row in sorted(replayed, key=lambda row: row["iteration"]):
             self._learn(row)
-        self._iteration = 1 + max((row["iteration"] for row in replayed), default=-1)
+        # Numbers that a killed run had given to candidates which did not end are given again.
+        finished = {row["iteration"] for row in replayed}
+        self._iterations = [number for number in range(candidates) if number not in finished]
         self._batch = 1 + max((row["batch"] for row in replayed), default=-1)
         self._left = candidates - len(replayed)
         self._first_round = self._free[: min(concurrent, -(-self._left // batch))]
@@ -174,8 +183,8 @@ class BatchSearcher(Searcher):
         count = min(self._size, self._left)
         waiting = [batch for _, batch in self._running.values()] + self._again
         points = self._proposer.ask(count, [point for batch in waiting for point in batch.points])
-        iterations = list(range(self._iteration, self._iteration + count))
-        self._iteration, self._left = self._iteration + count, self._left - count
+        iterations, self._iterations = self._iterations[:count], self._iterations[count:]
+        self._left -= count
         return _Batch(self._next_number(), iterations, points)
 
     def _next_number(self) -> int:
@@ -236,6 +245,7 @@ class BatchSearcher(Searcher):
             error = f"the score is not finite: {values}"
         if error is not None:
             values = dict.fromkeys(values)
+        point = found.get("alphas", point)  # a descent ends elsewhere than where it started
         return {
             **self._describe(point),
             "iteration": iteration,
@@ -278,7 +288,7 @@ class BatchSearcher(Searcher):
 
 def run_search(
     pool: WorkerPool,
-    proposer: BayesProposer | RandomProposer,
+    proposer: Proposer,
     *,
     searcher: str,
     objective: str,
@@ -293,12 +303,14 @@ def run_search(
     on_progress: Callable[[int, float | None], None] | None = None,
     storage_path: str,
     method: str = "score",
+    arguments: Sequence[Any] = (),
 ) -> SearchOutcome:
     """Evaluate candidates until `candidates` rows exist, those in `replayed` included.
 
-    The worker's `method` takes a list of points and returns, for each, a dict with value, accuracy, nll, n_questions
-    and seconds. A candidate whose worker raises, dies three times, or scores NaN ends as a failed row with its error.
-    Rows have the columns of table `trials`. Raises what `record` raises, after Tune has stopped.
+    The worker's `method` takes a list of points (and `arguments`) and returns, for each, a dict with value, accuracy,
+    nll, n_questions and seconds, and where it ended elsewhere alphas. A candidate whose worker raises, dies three
+    times, or scores NaN ends as a failed row with its error. Rows have the columns of table `trials`. Raises what
+    `record` raises, after Tune has stopped.
     """
     alphas_done = len(replayed)
     common = {"searcher": searcher, "seed": seed, "objective": objective}
@@ -318,7 +330,9 @@ def run_search(
         return SearchOutcome(0, 0.0, None)
     _quiet_tune()
     began, replayed_seconds = time.monotonic(), algorithm.scoring_seconds
-    trainable = tune.with_parameters(_Trial, handles=pool.handles, timeout_s=pool.timeout_s, method=method)
+    trainable = tune.with_parameters(
+        _Trial, handles=pool.handles, timeout_s=pool.timeout_s, method=method, arguments=arguments
+    )
     tuner = tune.Tuner(
         # The workers have the CPUs; Tune wants a trial to need something, so it gets a byte of memory.
         tune.with_resources(trainable, {"cpu": 0, "memory": 1}),

@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from raymerge.context import RetrievalSet, position_nll, retrieval_prompts, retr
 from raymerge.evaluation import Answers, answer_shard, generation_speed, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
+from raymerge.gradient import TailLoss, TextWindows, descend, descent_settings, loss_weights
+from raymerge.identity import digest
 from raymerge.inputs import (
     RETRIEVAL,
     SEARCH,
@@ -48,6 +50,7 @@ from raymerge.rows import POSITIONS, text_hash
 from raymerge.scoring import SourceLayers, TailScorer, TrunkCache, compute_trunks
 from raymerge.sensitivity import recipe_of, vary
 from raymerge.similarity import compute
+from raymerge.tensorfiles import read_tensors, write_tensors
 
 _SCORERS_HELD = 2  # a search has two: of the questions it searches on and of those it reports on
 
@@ -218,6 +221,51 @@ class ModelWorker:
             results.append(result | ({"logits": logits.numpy()} if self.config.output.store_candidate_answers else {}))
             began = time.perf_counter()
         return results
+
+    def descend(self, starts: Sequence[Sequence[float]], parametrisation: str) -> list[dict[str, Any]]:
+        """Go downhill from each start (alphas, step by step) on the search questions; see GradientConfig.
+
+        A result has what `score` gives for the best epoch's plan, with its flat alphas; and history, an Epoch for every
+        one. Each epoch's state is in the cache, from which a descent that was cut short goes on.
+        """
+        results = []
+        for start in starts:
+            began = time.perf_counter()
+            loss = self._tail_loss(self.template.with_alphas(start, name="start", kind="found"))
+            settings = descent_settings(self.config, parametrisation)
+            path = self.cache / f"descent-{digest([loss.identity, asdict(settings), list(start)])}.safetensors"
+            found = descend(
+                loss,
+                settings,
+                state=read_tensors(path, "the descent") if path.exists() else None,
+                on_epoch=lambda _, state, path=path: write_tensors(path, state, "the descent"),
+            )
+            (logits,) = loss.scorer.score_many([found.plan])
+            result = {**self._judged(found.plan, logits.numpy()), "seconds": time.perf_counter() - began}
+            result |= {"alphas": found.plan.flat_alphas, "history": found.history}
+            results.append(result | ({"logits": logits.numpy()} if self.config.output.store_candidate_answers else {}))
+        return results
+
+    def _tail_loss(self, start: MergePlan) -> TailLoss:
+        weights = loss_weights(self.config)
+        return TailLoss(
+            self._scorer(SEARCH, self.template),
+            start,
+            weights,
+            reference=torch.from_numpy(self.reference) if weights.answer_kl else None,
+            text=self._text_windows if weights.of_text else None,
+        )
+
+    @cached_property
+    def _text_windows(self) -> TextWindows:
+        settings = self.config.gradient
+        return TextWindows(
+            self._trunks[self.template.resumes_at],
+            self.search_text_shards,
+            reference=settings.text_kl > 0,
+            windows=settings.text_windows,
+            positions=settings.text_positions,
+        )
 
     def judge(self, plan: MergePlan) -> tuple[dict[str, Any], Answers]:
         """Judge any plan as `score` does a candidate; its result without seconds, and its answers."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from raymerge import rows
 from raymerge.alignment import Aligner
 from raymerge.config import Config, ConfigError
 from raymerge.evaluation import Answers
@@ -56,7 +57,7 @@ from raymerge.plan import (
 from raymerge.pool import WorkerPool, start_ray
 from raymerge.progress import Progress, Silent
 from raymerge.prompts import PromptError, encode_text
-from raymerge.proposers import BayesProposer, RandomProposer
+from raymerge.proposers import BayesProposer, Proposer, RandomProposer, Starts
 from raymerge.search import choose_batch, run_search
 from raymerge.tables import RunDirectory
 
@@ -81,7 +82,8 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     start = starting_plan(config.plan, n_layers, similarity)
     probes = [read_alpha_file(path, n_layers) for path in config.search.probes]
     _check(config, inputs, start, probes)
-    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", "plan", "search"), "search")
+    sections = ["search", *(["gradient"] if config.search.searcher == "gradient" else [])]
+    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", "plan", *sections), "search")
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
         return run
@@ -106,6 +108,13 @@ def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[Me
         check_mergeable(inputs.checkpoint, plan)
         if [(step.into, step.remove) for step in plan.steps] != shape:
             raise PlanError(f"probe {plan.name} merges other layers than {start.name}: its alphas cannot be tried")
+    if config.search.searcher == "gradient" and start.selection != "tail":
+        raise ConfigError(f"search.searcher gradient descends on tail merges, but plan.selection is {start.selection}")
+    if config.search.searcher == "gradient" and (start.alignment == "rows" or config.model.quantise != "none"):
+        raise ConfigError(
+            f"plan.alignment {start.alignment} with model.quantise {config.model.quantise} has no gradient: "
+            "use alignment neurons and quantise none, or search.searcher bayes"
+        )
     known_subjects = inputs.questions[SEARCH].subjects
     if missing := sorted(set(parse_objective(config.search.objective).subjects) - set(known_subjects)):
         raise ConfigError(f"search.objective names {missing}, which are not among the {len(known_subjects)} subjects")
@@ -144,7 +153,8 @@ class _Search:
         self.facts: dict[str, Any] = {}
 
     def _candidate(self, alphas: Sequence[float], name: str = "candidate", kind: str = "found") -> MergePlan:
-        return self.start.with_alphas(alphas, name=name, kind=kind)
+        matrices = self.inputs.checkpoint.architecture.matrices
+        return self.start.with_flat_alphas(alphas, matrices, name=name, kind=kind)
 
     def execute(self, probes: list[MergePlan]) -> RunDirectory:
         began = time.monotonic()
@@ -159,11 +169,17 @@ class _Search:
             controls = self._controls()
             seconds_per_candidate = self._try_controls(controls)
             self._search_coefficients("random", self.config.search.random_candidates, [], seconds_per_candidate)
-            known = [plan.alphas for plan in (self.start, *probes)] + [[1.0] * merges]
-            low, high = self.config.search.bounds
-            known = [alphas for alphas in known if all(low <= alpha <= high for alpha in alphas)]
-            name = self.config.search.searcher
-            self._search_coefficients(name, self.config.search.candidates, known, seconds_per_candidate)
+            known = [plan.alphas for plan in (self.start, *probes)]
+            if self.config.search.searcher == "gradient":
+                # Both corners too: the first of the merged layers alone, and the last.
+                starts = self._starts([*known, [1.0] * merges, [0.0] * merges])
+                for parametrisation in self.config.gradient.parametrisations:
+                    self._descend(parametrisation, starts)
+            else:
+                low, high = self.config.search.bounds
+                known = [p for p in [*known, [1.0] * merges] if all(low <= alpha <= high for alpha in p)]
+                name = self.config.search.searcher
+                self._search_coefficients(name, self.config.search.candidates, known, seconds_per_candidate)
             plans = self._reported(controls)
             self.reporter.report(pool, plans, shards, self.firsts, self.progress)
         best = plans[-1]
@@ -253,6 +269,36 @@ class _Search:
         else:
             proposer = RandomProposer(**common, known=known)
         self.progress.stage(f"{searcher} search, {settings.objective}", candidates)
+        self._run(searcher, proposer, candidates, batch, done)
+        self.facts[f"{searcher}_search"]["seconds_per_candidate"] = round(seconds_per_candidate, 5)
+
+    def _starts(self, known: list[list[float]]) -> list[list[float]]:
+        """gradient.starts points to descend from: known ones, then random ones."""
+        count = self.config.gradient.starts
+        drawn = np.random.default_rng(self.config.search.seed).uniform(size=(count, len(self.start.steps)))
+        return [*known, *drawn.tolist()][:count]
+
+    def _descend(self, parametrisation: str, starts: list[list[float]]) -> None:
+        """Descend from every start, one a trial; a trial's iteration is its start's number."""
+        searcher = f"gradient_{parametrisation}"
+        done = [row for row in self.run.read("trials").to_pylist() if row["searcher"] == searcher]
+        finished = {row["iteration"] for row in done}
+        left = Starts([start for number, start in enumerate(starts) if number not in finished])
+        self.progress.stage(f"{searcher} descents, {self.config.search.objective}", len(starts))
+        self._run(searcher, left, len(starts), 1, done, method="descend", arguments=(parametrisation,))
+
+    def _run(
+        self,
+        searcher: str,
+        proposer: Proposer | Starts,
+        candidates: int,
+        batch: int,
+        done: list[dict[str, Any]],
+        **options: Any,
+    ) -> None:
+        """Try what a proposer gives until `candidates` rows of `trials`, `done` among them, have this name."""
+        settings = self.config.search
+        concurrent = self.pool.count if settings.concurrent == "auto" else min(settings.concurrent, self.pool.count)
         outcome = run_search(
             self.pool,
             proposer,
@@ -268,11 +314,11 @@ class _Search:
             plan_id_of=lambda alphas: self._candidate(alphas).plan_id(self.identity),
             on_progress=lambda n, best: self.progress.advance(n, "" if best is None else f"best {best:.4f}"),
             storage_path=str(Path(self.cache).absolute() / "tune"),
+            **options,
         )
         self.facts[f"{searcher}_search"] = {
             "batch": batch,
             "concurrent": concurrent,
-            "seconds_per_candidate": round(seconds_per_candidate, 5),
             "wall_seconds": round(outcome.wall_seconds, 3),
             "share_not_scoring": outcome.share_not_scoring,
             "candidates_this_call": outcome.finished,
@@ -291,12 +337,17 @@ class _Search:
                         SEARCH,
                         Answers(np.arange(n), logits, empty, empty, empty, empty),
                     )
+        for trial, result in zip(trials, results, strict=True):
+            if trial["status"] == "ok" and "history" in result:
+                history = rows.history_rows(trial["searcher"], trial["iteration"], result["history"])
+                self.run.append("gradient_history", history, part=f"{trial['searcher']}-{trial['iteration']:06d}")
         self.run.append("trials", trials, part=part)
 
-    def _best(self, searcher: str, name: str, kind: str) -> MergePlan | None:
-        """The best finished candidate of a searcher; ties go to the lower NLL, then to the earlier.
+    def _best(self, searcher: str, name: str, kind: str) -> tuple[tuple[float, float], MergePlan] | None:
+        """The best finished candidate of a searcher, after what it is ranked by (larger is better).
 
-        Above a ceiling of perplexity the value is below that of any candidate that keeps to it.
+        Ties go to the lower NLL, then to the earlier. Above a ceiling of perplexity the value is below that of any
+        candidate that keeps to it.
         """
         trials = self.run.read("trials").to_pylist()
         trials = [row for row in trials if row["searcher"] == searcher and row["status"] == "ok"]
@@ -304,18 +355,21 @@ class _Search:
             return None
         sign = -1.0 if is_minimised(self.config.search.objective) else 1.0
         best = max(trials, key=lambda row: (sign * row["value"], -row["nll"], -row["iteration"]))
-        return self._candidate(best["alphas"], name, kind)
+        return (sign * best["value"], -best["nll"]), self._candidate(best["alphas"], name, kind)
 
     # -- the report
 
     def _reported(self, controls: list[MergePlan]) -> list[MergePlan]:
         """Every plan that is evaluated on the report questions; the best found is the last."""
-        searcher = self.config.search.searcher
-        found = self._best(searcher, f"found_{searcher}", "found")
-        if found is None:
+        own, kinds = self.config.search.searcher, self.config.gradient.parametrisations
+        searchers = [f"gradient_{kind}" for kind in kinds] if own == "gradient" else [own]
+        found = [best for name in searchers if (best := self._best(name, f"found_{name}", "found"))]
+        if not found:
             raise RuntimeError("every candidate of the search failed: the errors stand in table trials")
-        random = self._best("random", "random", "random") if searcher != "random" else None
-        return controls + ([random] if random else []) + [found]
+        random = self._best("random", "random", "random") if own != "random" else None
+        # The best of several parametrisations by the search questions, which is what a search may choose by.
+        found.sort(key=lambda best: best[0])
+        return controls + ([random[1]] if random else []) + [plan for _, plan in found]
 
     def _save_best(self, best: MergePlan) -> str:
         """The merged checkpoint in models/, with plan, alphas and receipts beside the weights."""
