@@ -471,8 +471,8 @@ def test_methods_of_a_run_whose_alphas_differ_come_found_first_with_its_own_simi
     for table in ("plans", "coefficients"):
         run.replace(table, made.read(table).drop_columns("run_id"))
     history = [
-        {"start": start, "epoch": epoch, "loss": 1 / (1 + epoch + start), "held_out_loss": held,
-         "alphas": [0.5, 0.1 * epoch]}
+        {"searcher": "gradient_simplex", "start": start, "epoch": epoch, "loss": 1 / (1 + epoch + start),
+         "held_out_loss": held, "alphas": [0.5, 0.1 * epoch]}
         for start, losses in enumerate(([0.9, 0.4, 0.6], [0.9, 0.5, 0.7])) for epoch, held in enumerate(losses)
     ]  # fmt: skip
     run.replace("gradient_history", history)
@@ -482,10 +482,16 @@ def test_methods_of_a_run_whose_alphas_differ_come_found_first_with_its_own_simi
     assert [row[0] for row in rows] == ["found_random", "found_bayes", "random"]
     assert header[-1] == "pairs" and {row[-1] for row in rows} == {"4"}
     table = table_of(paths[-1].read_text(), "## Gradient descent")
-    assert table[1:] == [["0", "3", "1.0000", "0.3333", "0.4000", "1"], ["1", "3", "0.5000", "0.2500", "0.5000", "1"]]
-    assert alpha_panels.best_start(alpha_panels.starts_of(history)) == 0  # by held-out loss, though 1 has less loss
+    assert table[1:] == [
+        ["start 0", "3", "1.0000", "0.3333", "0.4000", "1"],
+        ["start 1", "3", "0.5000", "0.2500", "0.5000", "1"],
+    ]
+    # By held-out loss, though the other has less loss.
+    assert alpha_panels.best_start(alpha_panels.starts_of(history)) == "start 0"
     bare = [row | {"held_out_loss": None} for row in history]
-    assert alpha_panels.best_start(alpha_panels.starts_of(bare)) == 1
+    assert alpha_panels.best_start(alpha_panels.starts_of(bare)) == "start 1"
+    both = history + [row | {"searcher": "gradient_alphas", "start": 0} for row in history[:3]]
+    assert list(alpha_panels.starts_of(both)) == ["alphas, start 0", "simplex, start 0", "simplex, start 1"]
     alpha_panels.draw_history(bare[:1], tmp_path / "one.png")
 
 

@@ -186,3 +186,91 @@ def test_an_evaluation_has_subjects_averages_and_perplexities(ray_session, tmp_p
     perplexity = run.read("perplexity").to_pylist()
     assert [row["target"] for row in perplexity] == ["question"] * 4 + ["text"]
     assert json.loads(json.dumps(run.manifest()))["status"] == "complete"
+
+
+GRADIENT = [
+    "search.searcher=gradient",
+    "search.objective=answer_nll+0.1*text_nll",
+    "search.text=demo",
+    "search.text_tokens=100",
+    "data.perplexity_tokens=200",
+    "plan.merges=4",
+    "plan.norms=fold",
+    "plan.biases=merge",
+    "gradient.parametrisations=[simplex, per_matrix]",
+    "gradient.starts=2",
+    "gradient.epochs=3",
+    "gradient.text_kl=0.05",
+    "gradient.text_positions=20",
+]
+
+
+def test_a_search_by_gradient_keeps_every_epoch_and_goes_on_where_it_was_cut(ray_session, tmp_path, monkeypatch):
+    from raymerge.experiments import alpha_search
+
+    class Cut(Exception):
+        pass
+
+    stored, original = [], alpha_search._Search._record
+
+    def cut(self, part, trials, results):
+        if len([name for name in stored if name.startswith("gradient")]) == 3:
+            raise Cut
+        stored.append(part)
+        return original(self, part, trials, results)
+
+    monkeypatch.setattr(alpha_search._Search, "_record", cut)
+    with pytest.raises(Cut):
+        search(config(tmp_path / "cut", *GRADIENT), command=["test"])
+    monkeypatch.undo()
+    run = search(config(tmp_path / "cut", *GRADIENT), command=["test"])
+
+    trials = [row for row in run.read("trials").to_pylist() if row["searcher"].startswith("gradient")]
+    assert sorted((row["searcher"], row["iteration"]) for row in trials) == [
+        (f"gradient_{kind}", start) for kind in ("per_matrix", "simplex") for start in (0, 1)
+    ]
+    assert {row["status"] for row in trials} == {"ok"} and all(row["perplexity"] > 1 for row in trials)
+    history = run.read("gradient_history").to_pylist()
+    assert sorted((row["searcher"], row["start"], row["epoch"]) for row in history) == [
+        (f"gradient_{kind}", start, epoch)
+        for kind in ("per_matrix", "simplex")
+        for start in (0, 1)
+        for epoch in range(4)
+    ]
+    # The first start is the base point; seven sets of alphas where each matrix has its own.
+    first = {row["searcher"]: row["alphas"] for row in history if row["start"] == row["epoch"] == 0}
+    np.testing.assert_allclose(first["gradient_simplex"], [0.6225] * 4, atol=1e-9)
+    np.testing.assert_allclose(first["gradient_per_matrix"], [0.6225] * 28, atol=1e-9)
+    for row in trials:
+        losses = [each["loss"] for each in history if (each["searcher"], each["start"]) == (row["searcher"], 0)]
+        assert min(losses[1:]) < losses[0]
+
+
+def test_what_gradient_descent_found_is_saved_as_it_was_scored(ray_session, tmp_path):
+    """A coefficient set for each matrix survives table, plan, checkpoint and reload."""
+    one = ["gradient.parametrisations=[per_matrix]", "gradient.starts=1"]
+    run = search(config(tmp_path / "run", *GRADIENT, *one), command=["test"])
+    path = run.path_of("models", "found_gradient_per_matrix")
+    again = evaluate(config(tmp_path / "again", f"model.path={path}"), command=["test"])
+    found = run.manifest()["best"]["plan_id"]
+    letters = [f"logit_{letter}" for letter in "abcd"]
+    tables = []
+    for source, plan_id in ((run, found), (again, again.read("plans")["plan_id"][0].as_py())):
+        answers = source.read("answers")
+        chosen = pc.and_(pc.equal(answers["plan_id"], plan_id), pc.equal(answers["split"], "test"))
+        answers = answers.filter(chosen).sort_by("question_id")
+        tables.append(np.stack([answers[name].to_numpy() for name in letters]))
+    assert tables[0].shape == (4, 18)
+    np.testing.assert_allclose(tables[0], tables[1], atol=1e-4)
+    matrices = {row["matrix"] for row in run.read("plans").to_pylist() if row["plan_id"] == found}
+    assert len(matrices - {None}) == 7
+
+
+def test_a_gradient_that_there_is_not_is_refused(tmp_path):
+    for more, words in (
+        (["plan.alignment=rows"], "plan.alignment rows with model.quantise none has no gradient"),
+        (["model.quantise=int8"], "plan.alignment none with model.quantise int8 has no gradient"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            search(config(tmp_path / "run", *GRADIENT, *more))
+    assert not (tmp_path / "run").exists()

@@ -479,6 +479,18 @@ def test_where_a_merged_model_can_resume_from_the_unmerged_states():
     assert (middle.resumes_at, middle.ends_at_once) == (2, False)
 
 
+def test_flat_alphas_hold_those_of_single_matrices_too():
+    matrices = ("mlp.down_proj", "mlp.up_proj")
+    plan = tail_plan(6, [0.3, 0.9], name="x", kind="found")
+    assert plan.flat_alphas == [0.3, 0.9]
+    own = plan.with_alphas([0.5, 0.6], name="x", kind="found", matrix_alphas=dict.fromkeys(matrices, (0.1, 0.2)))
+    assert own.flat_alphas == [0.5, 0.6, 0.1, 0.2, 0.1, 0.2]
+    for each in (plan, own):
+        assert plan.with_flat_alphas(each.flat_alphas, matrices, name="x", kind="found") == each
+    with pytest.raises(PlanError, match="3 alphas are given for 2 steps and 2 matrices"):
+        plan.with_flat_alphas([0.1] * 3, matrices, name="x", kind="found")
+
+
 def test_other_coefficients_for_the_same_merges():
     plan = tail_plan(6, [0.3, 0.9], name="x", kind="found", norms="fold")
     other = plan.with_alphas([0.1, 0.2], name="y", kind="random")

@@ -9,7 +9,7 @@ import pytest
 
 from raymerge.plan import tail_coefficients
 from raymerge.pool import WorkerError, WorkerPool
-from raymerge.proposers import BayesProposer, RandomProposer
+from raymerge.proposers import BayesProposer, RandomProposer, Starts
 from raymerge.search import BatchSearcher, choose_batch, run_search
 
 COLUMNS = {
@@ -122,6 +122,13 @@ def test_a_warp_finds_what_depends_on_effective_coefficients_alone():
 )
 def test_batches_are_as_large_as_overhead_asks_and_learning_allows(seconds, candidates, concurrent, expected):
     assert choose_batch(seconds, candidates, concurrent) == expected
+
+
+def test_starts_are_given_in_their_order_and_learn_nothing():
+    starts = Starts([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
+    assert starts.ask(2) == [[0.1, 0.2], [0.3, 0.4]]
+    starts.tell([0.9, 0.9], 1.0)
+    assert starts.ask(2) == [[0.5, 0.6]]
 
 
 # -- the searcher, as Tune calls it
