@@ -22,7 +22,7 @@ from raymerge.forward import LayerRunner
 from raymerge.identity import digest
 from raymerge.plan import MergePlan
 from raymerge.prompts import Group, Shard, bos_token
-from raymerge.scoring import TrunkCache
+from raymerge.trunk import TrunkCache
 
 _OPTIONS = 4
 _LINE = 4  # tokens of a line " key: value\n"; each further word of a key is one more

@@ -20,7 +20,7 @@ from raymerge.forward import GroupStates, LayerRunner
 from raymerge.fusion import check_mergeable
 from raymerge.plan import MergePlan
 from raymerge.prompts import Prompts, Shard
-from raymerge.scoring import TrunkCache
+from raymerge.trunk import TrunkCache
 
 _TEXT_TOKENS = 512  # positions whose whole-vocabulary logits are computed at once
 

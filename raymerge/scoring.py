@@ -13,7 +13,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,81 +20,14 @@ from torch import Tensor
 
 from raymerge.alignment import REORDERED, layer_tensors
 from raymerge.architectures import source_tensor
-from raymerge.forward import GroupStates, LayerRunner, visible
+from raymerge.forward import LayerRunner, visible
 from raymerge.fusion import check_mergeable, fused_layer
-from raymerge.identity import digest
-from raymerge.plan import MergePlan, base_plan
-from raymerge.prompts import Prompts, Shard
-from raymerge.tensorfiles import read_tensors, write_tensors
+from raymerge.plan import MergePlan
+from raymerge.prompts import Prompts
+from raymerge.trunk import TrunkCache
 
-_WHAT = "the trunk states"  # of a file, in errors
 _MIXED_TOGETHER = 4  # candidates whose weights are mixed in one pass and held at once (60 MB each at 0.5B)
 _BUCKET_TOKENS = 16384  # padded tokens of the questions whose own attention is computed in one call
-
-
-class TrunkCache:
-    """States entering layer `first`, one file a shard, named by content: model, layer, dtype and token ids.
-
-    A file is written under a temporary name and renamed, so that a reader never sees half of one; two workers that
-    compute the same shard write the same bytes.
-    """
-
-    def __init__(self, runner: LayerRunner, first: int, folder: Path):
-        self.runner = runner
-        self.first = first
-        self.folder = Path(folder)
-
-    def path(self, shard: Shard) -> Path:
-        model, *options = self.runner.identity
-        key = [model, self.first, *options, shard.identity]
-        return self.folder / f"trunk-{digest(key)}.safetensors"
-
-    def compute(self, shard: Shard) -> Path:
-        """Run the trunk on a shard, unless its file is there already; return the file."""
-        compute_trunks([self], shard)
-        return self.path(shard)
-
-    def load(self, shard: Shard) -> list[tuple[Tensor, Tensor]]:
-        """For each group of the shard the states (P, d) of the prefix and (N, d) of its sequences, packed.
-
-        Computed first if they are not on this machine's disk yet. The tensors are mapped, not read.
-        """
-        pairs = [(f"{i}.prefix", f"{i}.own") for i in range(len(shard.groups))]
-        tensors = read_tensors(self.compute(shard), _WHAT, [name for pair in pairs for name in pair])
-        return [(tensors[prefix], tensors[own]) for prefix, own in pairs]
-
-    def store(self, shard: Shard, states: list[GroupStates]) -> None:
-        """Write a shard's states."""
-        tensors = {}
-        for i, (prefix, own) in enumerate(self.runner.pack(states)):
-            tensors[f"{i}.prefix"], tensors[f"{i}.own"] = prefix, own
-        write_tensors(self.path(shard), tensors, _WHAT)
-
-    def states(self, shard: Shard) -> list[GroupStates]:
-        """The states laid out to be run on from layer `first`."""
-        return self.runner.from_packed(shard, self.load(shard))
-
-
-@torch.inference_mode()
-def compute_trunks(caches: Sequence[TrunkCache], shard: Shard) -> None:
-    """Write a shard's states for several caches of one runner, where they are missing, in one pass over the layers.
-
-    The pass goes on from the deepest states that are there already.
-    """
-    layers = None
-    states, depth = None, -1
-    for cache in sorted(caches, key=lambda cache: cache.first):
-        path = cache.path(shard)
-        if path.exists():
-            states, depth = None, cache.first  # read only if a deeper one is missing
-            reached = cache
-            continue
-        if states is None:
-            states = reached.states(shard) if depth >= 0 else cache.runner.embed(shard)
-            depth = max(depth, 0)
-        layers = layers or cache.runner.plan_layers(base_plan(cache.runner.checkpoint.n_layers))
-        states, depth = cache.runner.run(states, layers[depth : cache.first]), cache.first
-        cache.store(shard, states)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from raymerge.context import RetrievalSet, position_nll, retrieval_prompts, retr
 from raymerge.evaluation import Answers, answer_shard, generation_speed, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
-from raymerge.gradient import TailLoss, TextWindows, descend, descent_settings, loss_weights
+from raymerge.gradient import descend, descent_settings
 from raymerge.identity import digest
 from raymerge.inputs import (
     RETRIEVAL,
@@ -47,10 +47,12 @@ from raymerge.prompts import Prompts, Shard, encode_questions, encode_text
 from raymerge.questions import QuestionSet
 from raymerge.reliability import Study, study
 from raymerge.rows import POSITIONS, text_hash
-from raymerge.scoring import SourceLayers, TailScorer, TrunkCache, compute_trunks
+from raymerge.scoring import SourceLayers, TailScorer
 from raymerge.sensitivity import recipe_of, vary
 from raymerge.similarity import compute
+from raymerge.tail_loss import TailLoss, TextWindows, loss_weights
 from raymerge.tensorfiles import read_tensors, write_tensors
+from raymerge.trunk import TrunkCache, compute_trunks
 
 _SCORERS_HELD = 2  # a search has two: of the questions it searches on and of those it reports on
 

@@ -18,7 +18,7 @@ from raymerge.evaluation import text_nll
 from raymerge.forward import LayerRunner
 from raymerge.plan import base_plan, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import Group, PromptError, Shard, encode_text
-from raymerge.scoring import TrunkCache
+from raymerge.trunk import TrunkCache
 
 torch.set_num_threads(1)
 

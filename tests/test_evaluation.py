@@ -22,7 +22,8 @@ from raymerge.fusion import fused_tensors
 from raymerge.plan import PlanError, base_plan, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import Group, Prompts, Shard, encode_questions, encode_text
 from raymerge.questions import load_questions
-from raymerge.scoring import TailScorer, TrunkCache
+from raymerge.scoring import TailScorer
+from raymerge.trunk import TrunkCache
 
 torch.set_num_threads(1)
 

@@ -19,22 +19,16 @@ from transformers import AutoModelForCausalLM
 
 import raymerge.forward
 import raymerge.gradient
+import raymerge.tail_loss
 from raymerge.checkpoint import Checkpoint
 from raymerge.evaluation import answer_shard, text_nll
 from raymerge.forward import LayerRunner
-from raymerge.gradient import (
-    GradientError,
-    LossWeights,
-    Parametrisation,
-    Settings,
-    TailLoss,
-    TextWindows,
-    descend,
-    unmerged_logits,
-)
+from raymerge.gradient import Parametrisation, Settings, descend
 from raymerge.plan import base_plan, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import Group, Shard, encode_questions
-from raymerge.scoring import SourceLayers, TailScorer, TrunkCache
+from raymerge.scoring import SourceLayers, TailScorer
+from raymerge.tail_loss import GradientError, LossWeights, TailLoss, TextWindows, unmerged_logits
+from raymerge.trunk import TrunkCache
 
 torch.set_num_threads(1)
 
@@ -251,7 +245,7 @@ def test_the_vocabulary_is_summed_piece_by_piece(case, monkeypatch):
 def test_text_pieces_do_not_change_the_loss(case, monkeypatch):
     case, values = case("qwen2"), some_coefficients()
     expected = loss_of(case, EVERYTHING)(values)
-    monkeypatch.setattr(raymerge.gradient, "_TEXT_POSITIONS", 3)
+    monkeypatch.setattr(raymerge.tail_loss, "_TEXT_POSITIONS", 3)
     again = loss_of(case, EVERYTHING, text=TextWindows(case.trunk, case.shards, reference=True))(values)
     near(torch.tensor(again.loss), torch.tensor(expected.loss), LIMIT)
     near(again.gradient, expected.gradient, GRADIENT_LIMIT)

@@ -22,7 +22,8 @@ LAYERS = {
     1: ("config", "schemas", "storage", "tables", "questions", "summary", "progress", "inputs", "sensitivity"),
     2: (
         "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "scoring", "evaluation", "rows",
-        "merging", "activations", "alignment", "context", "quantisation", "gradient",
+        "merging", "activations", "alignment", "context", "quantisation", "gradient", "tail_loss",
+        "trunk",
     ),
     3: ("worker",),
     4: ("pool", "search", "proposers", "experiments"),

@@ -20,11 +20,13 @@ from torch.func import functional_call
 
 from raymerge.checkpoint import Checkpoint
 from raymerge.forward import LayerRunner
-from raymerge.gradient import LossWeights, Settings, TailLoss, TextWindows, descend
+from raymerge.gradient import Settings, descend
 from raymerge.plan import tail_coefficients, tail_plan
 from raymerge.prompts import encode_questions, encode_text
 from raymerge.questions import load_questions, prefix_text, question_text
-from raymerge.scoring import TailScorer, TrunkCache
+from raymerge.scoring import TailScorer
+from raymerge.tail_loss import LossWeights, TailLoss, TextWindows
+from raymerge.trunk import TrunkCache
 
 PUBLISHED_QUESTIONS, PUBLISHED_EPOCHS, BATCH = 1000, 500, 4
 

@@ -22,7 +22,8 @@ from raymerge.forward import LayerRunner
 from raymerge.plan import tail_plan
 from raymerge.prompts import encode_questions
 from raymerge.questions import load_questions, prefix_text, question_text
-from raymerge.scoring import TailScorer, TrunkCache
+from raymerge.scoring import TailScorer
+from raymerge.trunk import TrunkCache
 
 MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MATRICES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

@@ -1,0 +1,382 @@
+"""What the coefficients of a tail merge are descended on: losses of answers and of text, with their gradient.
+
+Only the merged layer depends on the coefficients. Its fused weights are the leaves of the backward pass, and the
+gradient by coefficient j is then <W_j, dW>, one product with the stacked sources, however many pieces (questions,
+windows of text) the loss was summed over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raymerge.config import Config
+from raymerge.errors import UserError
+from raymerge.evaluation import Answers, answer_shard
+from raymerge.forward import LayerRunner
+from raymerge.fusion import check_mergeable
+from raymerge.identity import digest
+from raymerge.objectives import parse_objective
+from raymerge.plan import MergePlan, base_plan, tail_pairs
+from raymerge.prompts import Group, Prompts, Shard
+from raymerge.scoring import SourceLayers, TailScorer
+from raymerge.trunk import TrunkCache
+
+_TEXT_POSITIONS = 512  # positions whose whole-vocabulary logits are computed at once
+
+
+class GradientError(UserError):
+    """A descent that cannot be made or that failed; the message names the value and the cure."""
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What is minimised: a weighted sum of means, each in nats.
+
+    answer_nll: of the right letter among the four; answer_kl: KL from the unmerged model's distribution over the four
+    letters to the merged model's; text_nll, text_kl: the same of the next token of plain text, over the whole
+    vocabulary.
+    """
+
+    answer_nll: float = 1.0
+    answer_kl: float = 0.0
+    text_nll: float = 0.0
+    text_kl: float = 0.0
+
+    def __post_init__(self) -> None:
+        values = [self.answer_nll, self.answer_kl, self.text_nll, self.text_kl]
+        if not all(math.isfinite(value) and value >= 0.0 for value in values) or not any(values):
+            raise GradientError(f"the weights of a loss are not negative and not all 0: {self}")
+
+    @property
+    def of_answers(self) -> bool:
+        return self.answer_nll > 0.0 or self.answer_kl > 0.0
+
+    @property
+    def of_text(self) -> bool:
+        return self.text_nll > 0.0 or self.text_kl > 0.0
+
+
+def unmerged_logits(runner: LayerRunner, prompts: Prompts, trunk: TrunkCache | None = None) -> Tensor:
+    """Answer logits (n, 4) float32 of the unmerged model, in question order: what `answer_kl` measures from."""
+    plan = base_plan(runner.checkpoint.n_layers)
+    parts = [answer_shard(runner, plan, prompts, shard, trunk=trunk) for shard in prompts.shards]
+    return torch.from_numpy(Answers.join(parts).logits)
+
+
+class _LogSumExp(torch.autograd.Function):
+    """logsumexp (n,) of the vocabulary's logits of (n, d) states; no (n, vocabulary) values are kept for backward."""
+
+    @staticmethod
+    def forward(ctx, normalised: Tensor, runner: LayerRunner) -> Tensor:
+        found, mean = runner.vocabulary_mean(normalised)
+        ctx.save_for_backward(mean)
+        return found
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (mean,) = ctx.saved_tensors
+        return gradient[:, None] * mean, None
+
+
+#: Windows of text, in order, each with those of its positions (n,) whose next token is scored.
+Drawn = list[tuple[int, Tensor]]
+
+
+class TextWindows:
+    """Plain text as it enters the merged layer: states of windows, and what follows each position.
+
+    A window's first token is not scored, as everywhere. reference: also keep what `text_kl` measures from, the
+    unmerged model's mean unembedding row and entropy at each position: KL(p || q) = logsumexp(q's logits) -
+    <q's state, sum_v p_v E_v> - H(p), so that no distribution over the vocabulary is kept.
+    windows, positions: how many are drawn for a step; None for all. One step's cost grows with the windows' tokens and
+    the positions' share of the vocabulary.
+    """
+
+    def __init__(
+        self,
+        trunk: TrunkCache,
+        shards: Sequence[Shard],
+        *,
+        reference: bool = False,
+        windows: int | None = None,
+        positions: int | None = None,
+    ):
+        self.runner, self.first = trunk.runner, trunk.first
+        self._drawn_windows, self._drawn_positions = windows, positions
+        self._ids: list[np.ndarray] = []
+        self._states: list[Tensor] = []
+        self._reference: list[tuple[Tensor, Tensor]] = []
+        for shard in shards:
+            if any(len(group.prefix) for group in shard.groups):
+                raise ValueError("windows of plain text share no prefix")
+            for group, (_, own) in zip(shard.groups, trunk.load(shard), strict=True):
+                self._ids += group.sequences
+                self._states += own.split([len(ids) for ids in group.sequences])
+            if reference:
+                self._reference += self._unmerged(trunk, shard)
+        for name, value, most in (("windows", windows, len(self._ids)), ("positions", positions, None)):
+            if value is not None and (value < 1 or (most is not None and value > most)):
+                raise GradientError(f"{value} {name} of text are to be drawn: it must be 1 to {most or 'all'}")
+        self.has_reference = reference
+        self.identity = digest([[shard.identity for shard in shards], windows, positions])
+
+    @property
+    def sampled(self) -> bool:
+        return self._drawn_windows is not None or self._drawn_positions is not None
+
+    @torch.no_grad()
+    def _unmerged(self, trunk: TrunkCache, shard: Shard) -> list[tuple[Tensor, Tensor]]:
+        layers = self.runner.plan_layers(base_plan(self.runner.checkpoint.n_layers), self.first)
+        packed = self.runner.pack(self.runner.run(trunk.states(shard), layers))
+        reference = []
+        for group, (_, own) in zip(shard.groups, packed, strict=True):
+            for states in own.split([len(ids) for ids in group.sequences]):
+                means, entropies = [], []
+                for part in states[:-1].split(_TEXT_POSITIONS):
+                    hidden = self.runner.normalise(part)
+                    logsumexp, mean = self.runner.vocabulary_mean(hidden)
+                    means.append(mean)
+                    entropies.append(logsumexp - (hidden * mean).sum(-1))
+                reference.append((torch.cat(means), torch.cat(entropies)))
+        return reference
+
+    def draw(self, *seed: int) -> Drawn:
+        """The text of one step: all of it, or a sample that follows from the seed."""
+        rng = np.random.default_rng(seed)
+        chosen = np.arange(len(self._ids))
+        if self._drawn_windows is not None:
+            chosen = np.sort(rng.choice(len(self._ids), self._drawn_windows, replace=False))
+        counts = [len(self._ids[window]) - 1 for window in chosen]
+        where = np.arange(sum(counts))
+        if self._drawn_positions is not None and self._drawn_positions < len(where):
+            where = np.sort(rng.choice(len(where), self._drawn_positions, replace=False))
+        starts = np.cumsum([0, *counts])
+        drawn = []
+        for number, window in enumerate(chosen.tolist()):
+            inside = where[(where >= starts[number]) & (where < starts[number + 1])] - starts[number]
+            if len(inside):
+                drawn.append((window, torch.from_numpy(inside)))
+        return drawn
+
+    def everything(self) -> Drawn:
+        """All positions of all windows."""
+        return [(window, torch.arange(len(ids) - 1)) for window, ids in enumerate(self._ids) if len(ids) > 1]
+
+    def losses(self, layer: Mapping[str, Tensor], window: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed NLL and KL (0 without a reference) at some positions of one window, differentiable in the weights.
+
+        layer: the merged layer's tensors by relative name.
+        """
+        ids, runner = self._ids[window][: int(positions.max()) + 1], self.runner
+        group = Group("text", np.zeros(0, dtype=np.int64), (ids,), (0,))
+        states = runner.from_packed(Shard((group,)), [(self._states[window][:0], self._states[window][: len(ids)])])
+        weights = {name: tensor.to(runner.dtype) for name, tensor in layer.items()}
+        (state,) = runner.run(states, [(self.first, lambda: weights)])
+        out = state.batches[0][2][0][positions.to(runner.device)]
+        targets = torch.from_numpy(self._ids[window])[positions + 1]
+        nll = kl = out.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(positions), _TEXT_POSITIONS):
+            part = slice(start, start + _TEXT_POSITIONS)
+            hidden = runner.normalise(out[part])
+            # Without a gradient to prepare for it costs half as much.
+            differentiable = hidden.requires_grad
+            logsumexp = _LogSumExp.apply(hidden, runner) if differentiable else runner.vocabulary(hidden)[0]
+            nll = nll + (logsumexp - (hidden * runner.unembedding_rows(targets[part])).sum(-1)).sum()
+            if self.has_reference:
+                mean, entropy = (values[positions[part].to(values.device)] for values in self._reference[window])
+                kl = kl + (logsumexp - (hidden * mean).sum(-1) - entropy).sum()
+        return nll, kl
+
+
+class Loss(NamedTuple):
+    """Means in nats; `total` is their weighted sum. What was not computed is NaN."""
+
+    total: float
+    answer_nll: float
+    answer_kl: float
+    text_nll: float
+    text_kl: float
+
+
+class Evaluation(NamedTuple):
+    """A loss, that of held-out questions beside it, and the first one's gradient by coefficients, float64."""
+
+    loss: Loss
+    held_out: Loss | None
+    gradient: Tensor | None
+
+
+class TailLoss:
+    """The loss of a template's merges as a differentiable function of the merged layer's coefficients.
+
+    scorer: of all questions, with sources stacked as the template merges them. reference: `unmerged_logits` of its
+    prompts, needed for answer_kl. text: needed for the terms of text; with reference for text_kl.
+    Raises GradientError where something that a term needs is missing, or the template cannot be descended on.
+    """
+
+    def __init__(
+        self,
+        scorer: TailScorer,
+        template: MergePlan,
+        weights: LossWeights | None = None,
+        *,
+        reference: Tensor | None = None,
+        text: TextWindows | None = None,
+    ):
+        # With all layers in use: at a corner, layers that cannot be averaged go unnoticed.
+        inside = template.with_alphas([0.5] * len(template.steps), name=template.name, kind="found")
+        check_mergeable(scorer.runner.checkpoint, inside)
+        weights = weights or LossWeights()
+        tail = [(step.into, step.remove) for step in template.steps]
+        if not tail or tail != tail_pairs(template.n_layers, len(tail)) or len(template.kept) != scorer.first + 1:
+            raise GradientError(
+                f"plan {template.name!r} does not merge the layers from {scorer.first} on one into the next: descend "
+                "on a tail plan"
+            )
+        if (template.norms, template.alignment) != (scorer.sources.norms, scorer.sources.alignment):
+            raise GradientError(
+                f"the template has norms {template.norms} and alignment {template.alignment}, the stacked sources "
+                f'{scorer.sources.norms} and {scorer.sources.alignment}; alignment "rows" has no gradient'
+            )
+        if weights.answer_kl and reference is None:
+            raise GradientError("answer_kl needs the unmerged model's logits")
+        if weights.of_text and text is None:
+            raise GradientError("text_nll and text_kl need a text: give one, or set their weights to 0")
+        if weights.text_kl and not text.has_reference:
+            raise GradientError("text_kl needs windows of text with a reference")
+        self.scorer, self.template, self.weights, self.text = scorer, template, weights, text
+        self.sources: SourceLayers = scorer.sources
+        self.matrices = scorer.runner.checkpoint.architecture.matrices
+        device = scorer.runner.device
+        self._answers = torch.from_numpy(scorer.prompts.answers.astype(np.int64)).to(device)
+        self._reference = None if reference is None else F.log_softmax(reference.to(device, torch.float32), -1)
+
+    @property
+    def n_questions(self) -> int:
+        return len(self._answers)
+
+    @property
+    def identity(self) -> str:
+        """16 hex digits over everything that the loss depends on."""
+        checkpoint = self.scorer.runner.checkpoint
+        weights = self.weights
+        return digest(
+            [
+                self.template.plan_id(checkpoint.identity),
+                self.scorer.prompts.identity,
+                [weights.answer_nll, weights.answer_kl, weights.text_nll, weights.text_kl],
+                self.text.identity if weights.of_text else "",
+            ]
+        )
+
+    def __call__(
+        self,
+        coefficients: Tensor,
+        *,
+        rows: Sequence[int] | None = None,
+        held_out: Sequence[int] = (),
+        drawn: Drawn | None = None,
+        gradient: bool = True,
+    ) -> Evaluation:
+        """The loss with unrounded weights, and its gradient by `coefficients`, (sources,) or (matrices, sources).
+
+        rows: the questions it is over, all by default; of few ones only their tokens are run, with their prefixes.
+        held_out: questions whose loss is computed beside, for little, but not differentiated. drawn: the text, all of
+        it by default.
+        """
+        (mixed,) = self.sources.mix(coefficients.detach()[None], torch.float32)
+        merge_biases = self.template.biases == "merge"
+        layer = self.sources.weights(mixed, 0, merge_biases)
+        leaves = {}
+        if gradient:
+            leaves = {name: layer[name].detach().requires_grad_() for name in self.sources.averaged(merge_biases)}
+            layer |= leaves
+        with torch.set_grad_enabled(gradient):
+            answers = beside = (math.nan, math.nan)
+            if self.weights.of_answers:
+                if rows is not None and not held_out and 2 * len(rows) <= self.n_questions:
+                    answers = self._of_answers(self.scorer.select(rows).answer_logits(layer, 0), rows, chosen=True)
+                else:  # a copy of most tokens would cost more than it spares
+                    logits = self.scorer.answer_logits(layer, 0)
+                    answers = self._of_answers(logits, rows)
+                    beside = self._held_out(logits, held_out)
+            text = self._of_text(layer, drawn)
+        pulled = None
+        if gradient:
+            pulled = self.sources.pull_back({name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})
+            pulled = pulled if coefficients.ndim == 2 else pulled.sum(0)
+        return Evaluation(self._total(answers, text), self._total(beside, text) if held_out else None, pulled)
+
+    @torch.no_grad()
+    def of_plan(
+        self, plan: MergePlan, *, rows: Sequence[int] | None = None, held_out: Sequence[int] = ()
+    ) -> Evaluation:
+        """The loss of a merge as it would be saved, rounded to the stored dtype, with the whole text; no gradient."""
+        (logits,) = self.scorer.score_many([plan])
+        logits = logits.to(self._answers.device)
+        text = (math.nan, math.nan)
+        if self.weights.of_text:
+            ((_, load),) = self.scorer.runner.plan_layers(plan, self.scorer.first)
+            text = self._of_text(load(), None)
+        beside = self._total(self._held_out(logits, held_out), text) if held_out else None
+        return Evaluation(self._total(self._of_answers(logits, rows), text), beside, None)
+
+    def _held_out(self, logits: Tensor, rows: Sequence[int]) -> tuple[float, float]:
+        with torch.no_grad():
+            return self._of_answers(logits.detach(), rows) if rows else (math.nan, math.nan)
+
+    def _of_answers(self, logits: Tensor, rows: Sequence[int] | None, *, chosen: bool = False) -> tuple[float, float]:
+        """Means (NLL, KL) over the questions `rows` of all logits, or, where they are chosen already, of just these.
+
+        Where gradients are on, that of the weighted sum goes to the leaves.
+        """
+        weights = self.weights
+        rows = slice(None) if rows is None else list(rows)
+        logits = logits if chosen else logits[rows]
+        nll = F.cross_entropy(logits, self._answers[rows])
+        kl, total = math.nan, weights.answer_nll * nll
+        if weights.answer_kl:
+            log = F.log_softmax(logits, -1)
+            divergence = F.kl_div(log, self._reference[rows], reduction="batchmean", log_target=True)
+            kl, total = divergence.item(), total + weights.answer_kl * divergence
+        if torch.is_grad_enabled():
+            total.backward()
+        return nll.item(), kl
+
+    def _of_text(self, layer: Mapping[str, Tensor], drawn: Drawn | None) -> tuple[float, float]:
+        """Means over positions, (NLL, KL), one window at a time, so that one window's graph is all that is held."""
+        weights = self.weights
+        if not weights.of_text:
+            return math.nan, math.nan
+        drawn = self.text.everything() if drawn is None else drawn
+        count = sum(len(positions) for _, positions in drawn)
+        sums = [0.0, 0.0]
+        for window, positions in drawn:
+            nll, kl = self.text.losses(layer, window, positions)
+            if torch.is_grad_enabled():
+                ((weights.text_nll * nll + weights.text_kl * kl) / count).backward()
+            sums[0] += nll.item()
+            sums[1] += kl.item()
+        return sums[0] / count, sums[1] / count if self.text.has_reference else math.nan
+
+    def _total(self, answers: tuple[float, float], text: tuple[float, float]) -> Loss:
+        weights = self.weights
+        pairs = zip(
+            (weights.answer_nll, weights.answer_kl, weights.text_nll, weights.text_kl), (*answers, *text), strict=True
+        )
+        return Loss(sum(weight * value for weight, value in pairs if weight), *answers, *text)
+
+
+def loss_weights(config: Config) -> LossWeights:
+    """What is descended on: the terms of search.objective, or for accuracies, which have no gradient, answer_nll."""
+    objective = parse_objective(config.search.objective)
+    terms = {term.measure: term.weight for term in objective.terms} if objective.minimised else {"answer_nll": 1.0}
+    return LossWeights(**{"answer_nll": 0.0, **terms, "text_kl": config.gradient.text_kl})
