@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from raymerge.config import SensitivityConfig, SimilarityConfig
-from raymerge.plan import PlanError, most_similar_pairs, pair_alphas, tail_pairs
+from raymerge.heuristics import most_similar_pairs, pair_alphas
+from raymerge.plan import PlanError, tail_pairs
 from raymerge.similarity import Recipe, SimilarityError, SimilarityMatrix, compute, pearson
 
 Row = dict[str, Any]

@@ -31,6 +31,14 @@ def config(out, *more):
     return load_config(None, [*SETTINGS, f"output.run={out}", *more])
 
 
+def logits_on_test(run, plan_id):
+    """(4, n) logits of a plan's answers to the test questions."""
+    answers = run.read("answers")
+    chosen = pc.and_(pc.equal(answers["plan_id"], plan_id), pc.equal(answers["split"], "test"))
+    answers = answers.filter(chosen).sort_by("question_id")
+    return np.stack([answers[f"logit_{letter}"].to_numpy() for letter in "abcd"])
+
+
 @pytest.fixture(scope="module")
 def run(ray_session, tmp_path_factory):
     return search(config(tmp_path_factory.mktemp("runs") / "search"), command=["test"])
@@ -66,13 +74,10 @@ def test_the_saved_model_answers_as_the_scorer_said(run, ray_session, tmp_path):
     assert Checkpoint(path).n_layers == Checkpoint("demo").n_layers - 13
     again = evaluate(config(tmp_path / "again", f"model.path={path}"), command=["test"])
     found = run.manifest()["best"]["plan_id"]
-    letters = [f"logit_{letter}" for letter in "abcd"]
-    tables = []
-    for source, plan_id in ((run, found), (again, again.read("plans")["plan_id"][0].as_py())):
-        answers = source.read("answers")
-        chosen = pc.and_(pc.equal(answers["plan_id"], plan_id), pc.equal(answers["split"], "test"))
-        answers = answers.filter(chosen).sort_by("question_id")
-        tables.append(np.stack([answers[name].to_numpy() for name in letters]))
+    tables = [
+        logits_on_test(source, plan_id)
+        for source, plan_id in ((run, found), (again, again.read("plans")["plan_id"][0].as_py()))
+    ]
     np.testing.assert_allclose(tables[0], tables[1], atol=1e-4)
     text = [row["perplexity"] for row in again.read("perplexity").to_pylist() if row["target"] == "text"]
     before = [row["perplexity"] for row in run.read("perplexity").to_pylist() if row["plan_id"] == found]
@@ -253,13 +258,10 @@ def test_what_gradient_descent_found_is_saved_as_it_was_scored(ray_session, tmp_
     path = run.path_of("models", "found_gradient_per_matrix")
     again = evaluate(config(tmp_path / "again", f"model.path={path}"), command=["test"])
     found = run.manifest()["best"]["plan_id"]
-    letters = [f"logit_{letter}" for letter in "abcd"]
-    tables = []
-    for source, plan_id in ((run, found), (again, again.read("plans")["plan_id"][0].as_py())):
-        answers = source.read("answers")
-        chosen = pc.and_(pc.equal(answers["plan_id"], plan_id), pc.equal(answers["split"], "test"))
-        answers = answers.filter(chosen).sort_by("question_id")
-        tables.append(np.stack([answers[name].to_numpy() for name in letters]))
+    tables = [
+        logits_on_test(source, plan_id)
+        for source, plan_id in ((run, found), (again, again.read("plans")["plan_id"][0].as_py()))
+    ]
     assert tables[0].shape == (4, 18)
     np.testing.assert_allclose(tables[0], tables[1], atol=1e-4)
     matrices = {row["matrix"] for row in run.read("plans").to_pylist() if row["plan_id"] == found}

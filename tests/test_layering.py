@@ -16,8 +16,8 @@ PACKAGE = ROOT / "raymerge"
 # A new module gets a line here and in docs/design.md.
 LAYERS = {
     0: (
-        "errors", "identity", "statistics", "objectives", "plan", "diffusion", "embedding", "similarity", "reliability",
-        "assignment",
+        "errors", "identity", "statistics", "objectives", "plan", "heuristics", "diffusion", "embedding", "similarity",
+        "reliability", "assignment",
     ),
     1: ("config", "schemas", "storage", "tables", "questions", "summary", "progress", "inputs", "sensitivity"),
     2: (

@@ -25,6 +25,7 @@ from raymerge.experiments.common import (
 from raymerge.experiments.planning import Similarity, influence_plan, similarity_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
+from raymerge.heuristics import most_similar_pairs, pair_alphas
 from raymerge.inputs import REPORT, RETRIEVAL
 from raymerge.plan import (
     MergePlan,
@@ -32,8 +33,6 @@ from raymerge.plan import (
     before_last_plan,
     check_merges,
     drop_plan,
-    most_similar_pairs,
-    pair_alphas,
     pairs_plan,
     read_alpha_file,
     tail_pairs,

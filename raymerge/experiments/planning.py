@@ -8,18 +8,9 @@ import numpy as np
 
 from raymerge.config import Config, ConfigError, PlanConfig, parse_config
 from raymerge.experiments.common import open_pool, read_inputs
+from raymerge.heuristics import least_influence_plan, most_similar_pair, most_similar_pairs, pair_alphas
 from raymerge.inputs import SUBSETS, read_similarity
-from raymerge.plan import (
-    MergePlan,
-    PlanError,
-    least_influence_plan,
-    most_similar_pair,
-    most_similar_pairs,
-    pair_alphas,
-    pairs_plan,
-    read_alpha_file,
-    tail_pairs,
-)
+from raymerge.plan import MergePlan, PlanError, pairs_plan, read_alpha_file, tail_pairs
 from raymerge.progress import Progress
 from raymerge.tables import RunDirectory
 

@@ -1,0 +1,126 @@
+"""Which layers to merge and with what coefficients, by what a similarity run says of the layers.
+
+Ratios: Liu et al. 2024, "Pruning via Merging", stage 5, as its code computes them (`similarity_ratio`) and as the paper
+writes them (`similarity_alpha`). Selection: the most similar neighbours, or the layers of least block influence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from raymerge.plan import FIXED_RATIO, MergePlan, PlanError, check_merges, drop_layers_plan
+
+
+def similarity_ratio(similarity: np.ndarray, into: int, remove: int, *, beta: float = 1.0) -> float:
+    """The published code's alpha for merging layer `remove` into `into`, from an (L, L) similarity matrix.
+
+    s_i is the mean of row i, diagonal included; r = s_i / (s_i + s_j); alpha = sigmoid(beta r). For non-negative
+    similarities it lies in [0.5, 0.731], 0.6225 for equal rows. Raises PlanError for rows with missing values.
+    """
+    means = []
+    for layer in (into, remove):
+        row = similarity[layer]
+        if not np.all(np.isfinite(row)):
+            missing = np.flatnonzero(~np.isfinite(row)).tolist()
+            raise PlanError(f"similarity row {layer} has no value at {missing}: a ratio needs the whole row")
+        means.append(float(row.mean()))
+    total = means[0] + means[1]
+    if total == 0.0:
+        raise PlanError(f"similarity rows {into} and {remove} have means that add up to 0: their ratio is undefined")
+    return 1.0 / (1.0 + math.exp(-beta * means[0] / total))
+
+
+def similarity_alpha(similarity: np.ndarray, into: int, remove: int) -> float:
+    """The paper's alpha: the normalised similarity, clipped to [0, 1]."""
+    return min(1.0, max(0.0, normalised_similarity(similarity, into, remove)))
+
+
+def normalised_similarity(similarity: np.ndarray, into: int, remove: int) -> float:
+    """S_ij / sqrt(S_ii S_jj) of an (L, L) matrix; PlanError where it is undefined."""
+    value, scale = similarity[into, remove], similarity[into, into] * similarity[remove, remove]
+    if not (math.isfinite(value) and math.isfinite(scale) and scale > 0.0):
+        raise PlanError(
+            f"the similarity of layers {into} and {remove} is {value} with diagonal product {scale}: both must be "
+            "finite and the product positive"
+        )
+    return float(value / math.sqrt(scale))
+
+
+def pair_alphas(
+    pairs: Iterable[tuple[int, int]], base: str, *, ratio: float = FIXED_RATIO, similarity: np.ndarray | None = None
+) -> list[float]:
+    """The starting coefficient of each merge (into, remove).
+
+    `base`: "fixed" gives `ratio` everywhere; "similarity_ratio" and "similarity" compute them from `similarity`,
+    an (L, L) matrix.
+    """
+    pairs = list(pairs)
+    if base == "fixed":
+        return [ratio] * len(pairs)
+    rules = {"similarity_ratio": similarity_ratio, "similarity": similarity_alpha}
+    if base not in rules:
+        raise PlanError(f"base {base!r} is not one of fixed, {', '.join(rules)}")
+    if similarity is None:
+        raise PlanError(f"base {base!r} needs a similarity matrix")
+    deepest = max((layer for pair in pairs for layer in pair), default=0)
+    if similarity.shape != (len(similarity),) * 2 or len(similarity) <= deepest:
+        raise PlanError(f"the similarity matrix is {similarity.shape}, but layer {deepest} is to be merged")
+    return [rules[base](similarity, into, remove) for into, remove in pairs]
+
+
+def most_similar_pair(
+    similarity: np.ndarray, alive: Sequence[int] | None = None, *, threshold: float | None = None
+) -> tuple[int, int] | None:
+    """The neighbouring layers (into, remove) of highest normalised similarity, the deeper one removed.
+
+    alive: layers still there, in order (all by default); rows of `similarity` are numbered as they are. None where no
+    pair exceeds `threshold` (Liu et al. 2024, stage 5: merging goes on until none does). Equal pairs: the deepest.
+    """
+    alive = list(range(len(similarity))) if alive is None else list(alive)
+    best: tuple[float, tuple[int, int]] | None = None
+    for into, remove in zip(alive, alive[1:], strict=False):
+        value = normalised_similarity(similarity, into, remove)
+        if (threshold is None or value > threshold) and (best is None or value >= best[0]):
+            best = value, (into, remove)
+    return None if best is None else best[1]
+
+
+def most_similar_pairs(
+    similarity: np.ndarray, *, merges: int | None = None, threshold: float | None = None
+) -> list[tuple[int, int]]:
+    """Repeatedly the most similar neighbours, until `merges` merges or until no pair exceeds `threshold`.
+
+    A merged layer keeps the number, and the row of `similarity` (L, L), of the layer that it was merged into.
+    Raises PlanError where neither limit is given, `merges` is too large, or no pair exceeds the threshold.
+    """
+    n_layers = len(similarity)
+    if merges is None and threshold is None:
+        raise PlanError("most_similar needs plan.merges or plan.threshold, or both")
+    if merges is not None:
+        check_merges(n_layers, merges)
+    alive, pairs = list(range(n_layers)), []
+    while len(alive) > 1 and (merges is None or len(pairs) < merges):
+        pair = most_similar_pair(similarity, alive, threshold=threshold)
+        if pair is None:
+            break
+        pairs.append(pair)
+        alive.remove(pair[1])
+    if not pairs:
+        raise PlanError(f"no neighbouring layers are more similar than plan.threshold = {threshold}: lower it")
+    return pairs
+
+
+def least_influence_plan(block_influence: np.ndarray, merges: int) -> MergePlan:
+    """Drop the `merges` layers of least block influence (ShortGPT, Men et al. 2024, arXiv 2403.03853).
+
+    block_influence: (L,), 1 - mean cosine between the states entering and leaving each layer.
+    """
+    n_layers = len(block_influence)
+    check_merges(n_layers, merges)
+    if not np.all(np.isfinite(block_influence)):
+        raise PlanError(f"block influence has no value for layers {np.flatnonzero(~np.isfinite(block_influence))}")
+    least = np.argsort(block_influence, kind="stable")[:merges]
+    return drop_layers_plan(n_layers, least.tolist(), name="block_influence")
