@@ -8,6 +8,7 @@ shard are all that is held.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ class _SharedPrefix:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def update(self, keys: Tensor, values: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         if self.keys is None:
             self.keys, self.values = keys, values
             return keys, values
@@ -97,6 +98,9 @@ class LayerRunner:
                 trust_remote_code=checkpoint.trust_remote_code,
             ).eval()
         self.modules = skeleton.model.layers
+        # transformers 5.24 renamed the argument, and warns of the old name.
+        accepted = inspect.signature(self.modules[0].forward).parameters
+        self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
         self._norm = skeleton.model.norm
         # Rotary frequencies are computed, not stored: they must not stay on the meta device.
         self._rotary = type(skeleton.model.rotary_emb)(config=checkpoint.config).to(self.device)
@@ -248,7 +252,7 @@ class LayerRunner:
                 "attention_mask": mask,
                 "position_ids": positions[None],
                 "position_embeddings": self.rotary(positions),
-                "past_key_values": shared,
+                self._cache_argument: shared,
                 "use_cache": shared is not None,
             },
         )
