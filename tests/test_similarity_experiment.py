@@ -5,6 +5,7 @@ import pytest
 
 from raymerge.config import ConfigError, load_config
 from raymerge.experiments import import_similarity, search, sensitivity, similarity
+from raymerge.experiments.planning import similarity_of, starting_plan
 from raymerge.inputs import read_similarity, read_subsets
 from raymerge.tables import RunDirectory, RunError
 
@@ -105,33 +106,37 @@ def test_a_search_takes_base_coefficients_and_controls_from_a_similarity_run(run
     assert dropped == set(np.argsort(influence, kind="stable")[:4].tolist())
 
 
-def test_the_most_similar_layers_are_merged_once_and_with_similarity_collected_again(run, ray_session, tmp_path):
+def test_the_most_similar_layers_are_merged_with_similarity_collected_anew(run, ray_session, tmp_path):
     """A merge amid the model, where no trunk ends just before a last layer; recompute runs merged models."""
-    common = [
-        f"plan.similarity_run={run.path_of()}",
-        "plan.similarity_subset=knowledge",
-        "plan.selection=most_similar",
-        "plan.merges=2",
-        "data.subjects=colour_mixing",
-        "data.limit_per_subject=3",
-        "data.report_limit_per_subject=3",
-        "data.perplexity_text=null",
-        "search.searcher=random",
-        "search.candidates=3",
-        "output.save_best=false",
-        "output.figures=false",
-    ]
-    steps = {}
-    for name, recompute in (("once", "false"), ("again", "true")):
-        options = [*common, f"plan.recompute={recompute}", f"output.run={tmp_path / name}"]
-        found = search(load_config(None, options), command=["test"])
-        rows = [row for row in found.read("plans").to_pylist() if row["name"] == "found_random"]
-        steps[name] = [(row["into"], row["remove"]) for row in sorted(rows, key=lambda row: row["step"])]
-        assert {row["selection"] for row in rows} == {"most_similar"}
+    settings = load_config(
+        None,
+        [
+            f"plan.similarity_run={run.path_of()}",
+            "plan.similarity_subset=knowledge",
+            "plan.selection=most_similar",
+            "plan.merges=2",
+            "plan.recompute=true",
+            "data.subjects=colour_mixing",
+            "data.limit_per_subject=3",
+            "data.report_limit_per_subject=3",
+            "data.perplexity_text=null",
+            "search.searcher=random",
+            "search.candidates=3",
+            "output.save_best=false",
+            "output.figures=false",
+            f"output.run={tmp_path / 'run'}",
+        ],
+    )
+    found = search(settings, command=["test"])
+    rows = [row for row in found.read("plans").to_pylist() if row["name"] == "found_random"]
+    steps = [(row["into"], row["remove"]) for row in sorted(rows, key=lambda row: row["step"])]
+    assert {row["selection"] for row in rows} == {"most_similar"} and len(steps) == 2
     matrix, _ = read_similarity(run.path_of(), n_layers=N_LAYERS, subset="knowledge")
     normalised = matrix / np.sqrt(np.outer(np.diag(matrix), np.diag(matrix)))
     first = int(np.nanargmax(np.diag(normalised, 1)))
-    assert steps["once"][0] == steps["again"][0] == (first, first + 1)
+    assert steps[0] == (first, first + 1)
+    once = starting_plan(settings.plan, N_LAYERS, similarity_of(settings, N_LAYERS))
+    assert (once.steps[0].into, once.steps[0].remove) == steps[0]
 
 
 def test_sensitivity_says_how_far_each_setting_matters(ray_session, tmp_path):
