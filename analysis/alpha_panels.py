@@ -195,7 +195,7 @@ def draw_history(history: list[dict], path: Path) -> Path:
     held_out = any(row["held_out_loss"] is not None for row in history)
     title = "Loss by epoch" + (" (dashed: held out; ring: its minimum)" if held_out else "")
     left.set(xlabel="epoch", ylabel="loss", title=title)
-    left.legend(fontsize=8, ncols=max(1, len(starts) // 6))
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=min(6, len(starts)), loc="outside lower center")
     rows = starts[best]
     alphas = np.array([row["alphas"] for row in rows])
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.92, alphas.shape[1]))

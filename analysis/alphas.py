@@ -220,7 +220,8 @@ def draw_plans(plans, coefficients, labels, path: Path) -> Path:
     weights, layers = weights_of(plans, coefficients)
     n = max(1, len(steps))
     steps_wide = 2.2 + 0.27 * max([row["step"] for rows in steps.values() for row in rows], default=0)
-    left_width, right_width = max(4.2, steps_wide), max(3.2, 0.48 * len(layers) + 1.6)
+    longest = 0.08 * max((len(label_of(key, labels)) for key in steps), default=0)  # inches, at the labels' size
+    left_width, right_width = max(4.2, steps_wide), max(4.2, 0.48 * len(layers) + 1.6) + longest
     figure, (left, right) = plt.subplots(
         1,
         2,
@@ -241,7 +242,8 @@ def draw_plans(plans, coefficients, labels, path: Path) -> Path:
         left.set_xlabel("merge step: layer removed → layer it merges into")
     else:
         left.set_xlabel("merge step")
-    figure.legend(loc="outside lower center", ncols=min(n, 6), fontsize=8)
+    columns = max(1, int((left_width + right_width) / (longest + 0.7)))
+    figure.legend(loc="outside lower center", ncols=min(n, columns), fontsize=8)
 
     grid = np.array([[row[layer] for layer in layers] for row in weights.values()]).reshape(len(weights), len(layers))
     image = right.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
