@@ -175,11 +175,11 @@ class GradientConfig(_Section):
     """Coefficients by gradient descent, where search.searcher is gradient. parametrisations, one search each: alphas
     (within search.bounds), simplex (the effective coefficients) or per_matrix (a simplex for each projection matrix).
     starts: descents of each, from the base coefficients, the probes, near both corners (the first and the last merged
-    layer alone), and from random points. What is descended on is search.objective, or answer_nll where that is an accuracy, plus
-    text_kl times the KL of next tokens to the unmerged model on search.text. batch_size: questions of a step, null for
-    all. held_out: share of the search questions that no step sees and that the best epoch is chosen by; patience:
-    epochs without a better one until a descent stops. text_windows, text_positions: how much of search.text a step
-    draws, null for all. Published: alphas, adam, 1e-3, batches of 4, 500 epochs, nothing held out."""
+    layer alone), and from random points. What is descended on is search.objective, or answer_nll where that is an
+    accuracy, plus text_kl times the KL of next tokens to the unmerged model on search.text. batch_size: questions of a
+    step, null for all. held_out: share of the search questions that no step sees and that the best epoch is chosen by;
+    patience: epochs without a better one until a descent stops. text_windows, text_positions: how much of search.text
+    a step draws, null for all. Published: alphas, adam, 1e-3, batches of 4, 500 epochs, nothing held out."""
 
     parametrisations: list[Literal["alphas", "simplex", "per_matrix"]] = ["simplex"]
     starts: Positive = 4
