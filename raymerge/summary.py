@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 
 import numpy as np
 import pyarrow as pa
@@ -301,7 +302,7 @@ def sensitivity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
                 _mean([row["pearson_off_diagonal"] for row in rows]),
                 _percent(shares),
                 _mean([row["alpha_max_difference"] for row in rows]),
-                next((row["note"] for row in rows if row["note"]), ""),
+                textwrap.shorten(next((row["note"] for row in rows if row["note"]), ""), 60, placeholder=" …"),
             ]
         )
     return header, cells
