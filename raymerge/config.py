@@ -122,16 +122,21 @@ class PlanConfig(_Section):
         return self
 
 
-class SearchConfig(_Section):
-    """The alpha search. objective: micro_accuracy, macro_accuracy, accuracy:SUBJECT[,SUBJECT…]; answer_nll, answer_kl
-    (the unmerged model's letters kept), text_nll; or a weighted sum, answer_nll+0.1*text_nll. perplexity_ceiling: no
-    candidate of a higher perplexity of plain text is chosen. text: the plain text that text_nll and the ceiling are
-    measured on (demo or a file), text_tokens of its tokens; where it is data.perplexity_text itself, those after the
-    data.perplexity_tokens that are reported on. candidates: coefficient vectors tried, known ones included; initial:
-    random ones before the model proposes; random_candidates: random vectors scored as a control; batch: candidates a
-    Tune trial carries; probes: further alpha files tried first."""
+SearcherName = Literal["bayes", "random", "gradient"]
 
-    searcher: Literal["bayes", "random", "gradient"] = "bayes"
+
+class SearchConfig(_Section):
+    """The alpha search. searcher: bayes, random or gradient, or a list of them, one search after the other on the
+    same questions, whose plans are all reported. objective: micro_accuracy, macro_accuracy,
+    accuracy:SUBJECT[,SUBJECT…]; answer_nll, answer_kl (the unmerged model's letters kept), text_nll; or a weighted
+    sum, answer_nll+0.1*text_nll. perplexity_ceiling: no candidate of a higher perplexity of plain text is chosen.
+    text: the plain text that text_nll and the ceiling are measured on (demo or a file), text_tokens of its tokens;
+    where it is data.perplexity_text itself, those after the data.perplexity_tokens that are reported on. candidates:
+    coefficient vectors tried, known ones included; initial: random ones before the model proposes; random_candidates:
+    random vectors scored as a control; batch: candidates a Tune trial carries; probes: further alpha files tried
+    first."""
+
+    searcher: SearcherName | list[SearcherName] = "bayes"
     objective: str = "micro_accuracy"
     perplexity_ceiling: Annotated[float, Field(gt=1)] | None = None
     text: str | None = None
@@ -152,11 +157,23 @@ class SearchConfig(_Section):
             raise ValueError(f"bounds are {list(value)}: they must satisfy 0 <= low < high <= 1")
         return value
 
+    @field_validator("searcher")
+    @classmethod
+    def _distinct(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, list) and (not value or len(set(value)) < len(value)):
+            raise ValueError(f"searcher is {value}: name at least one searcher, each once")
+        return value
+
     @field_validator("objective")
     @classmethod
     def _known_objective(cls, value: str) -> str:
         parse_objective(value)
         return value
+
+    @property
+    def searchers(self) -> list[str]:
+        """The searchers by name, also where there is one."""
+        return [self.searcher] if isinstance(self.searcher, str) else list(self.searcher)
 
     @property
     def needs_text(self) -> bool:
@@ -172,7 +189,7 @@ class SearchConfig(_Section):
 
 
 class GradientConfig(_Section):
-    """Coefficients by gradient descent, where search.searcher is gradient. parametrisations, one search each: alphas
+    """Coefficients by gradient descent, where search.searcher names gradient. parametrisations, one search each: alphas
     (within search.bounds), simplex (the effective coefficients) or per_matrix (a simplex for each projection matrix).
     starts: descents of each, from the base coefficients, the probes, near both corners (the first and the last merged
     layer alone), and from random points. What is descended on is search.objective, or answer_nll where that is an
@@ -342,7 +359,7 @@ class Config(_Section):
     @property
     def needs_search_text(self) -> bool:
         """Whether candidates are measured, or descended, on plain text."""
-        return self.search.needs_text or (self.search.searcher == "gradient" and self.gradient.text_kl > 0)
+        return self.search.needs_text or ("gradient" in self.search.searchers and self.gradient.text_kl > 0)
 
     @model_validator(mode="after")
     def _has_its_search_text(self) -> Config:

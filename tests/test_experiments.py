@@ -1,6 +1,7 @@
 """Whole experiments on the embedded model over a small pool: what a run directory holds, and that it resumes."""
 
 import json
+from itertools import combinations
 
 import numpy as np
 import pyarrow.compute as pc
@@ -64,6 +65,7 @@ def test_known_points_come_first_and_the_best_is_the_best(run):
     trials = [row for row in run.read("trials").to_pylist() if row["searcher"] == "bayes"]
     trials.sort(key=lambda row: row["iteration"])
     assert trials[0]["alphas"] == [0.6225] * 13 and trials[1]["alphas"] == [1.0] * 13
+    assert trials[2]["alphas"] == [0.0] * 13
     best = max(trials, key=lambda row: (row["value"], -row["nll"]))
     assert run.manifest()["best"]["alphas"] == best["alphas"]
 
@@ -194,7 +196,7 @@ def test_an_evaluation_has_subjects_averages_and_perplexities(ray_session, tmp_p
 
 
 GRADIENT = [
-    "search.searcher=gradient",
+    "search.searcher=[bayes, gradient]",
     "search.objective=answer_nll+0.1*text_nll",
     "search.text=demo",
     "search.text_tokens=100",
@@ -249,6 +251,21 @@ def test_a_search_by_gradient_keeps_every_epoch_and_goes_on_where_it_was_cut(ray
     for row in trials:
         losses = [each["loss"] for each in history if (each["searcher"], each["start"]) == (row["searcher"], 0)]
         assert min(losses[1:]) < losses[0]
+
+    # Both searchers in one run: each has its best reported, all pairs are compared, and the best of all is last.
+    bayes = [row for row in run.read("trials").to_pylist() if row["searcher"] == "bayes"]
+    assert len(bayes) == 9 and [row["alphas"] for row in sorted(bayes, key=lambda row: row["iteration"])[:3]] == [
+        [0.6225] * 4,
+        [1.0] * 4,
+        [0.0] * 4,
+    ]
+    names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
+    found = [name for name in names.values() if name.startswith("found_")]
+    assert sorted(found) == ["found_bayes", "found_gradient_per_matrix", "found_gradient_simplex"]
+    pairs = {frozenset((names[row["plan_a"]], names[row["plan_b"]])) for row in run.read("comparisons").to_pylist()}
+    assert {frozenset(pair) for pair in combinations(found, 2)} <= pairs
+    best_value = min([*bayes, *trials], key=lambda row: (row["value"], row["nll"]))
+    assert run.manifest()["best"]["name"] == f"found_{best_value['searcher']}"
 
     # Coefficients survive table, plan, checkpoint and reload; one set for each matrix is in the tables.
     plans = {row["name"]: row["plan_id"] for row in run.read("plans").to_pylist()}

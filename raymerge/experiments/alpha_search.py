@@ -83,7 +83,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     start = starting_plan(config.plan, n_layers, similarity)
     probes = [read_alpha_file(path, n_layers) for path in config.search.probes]
     _check(config, inputs, start, probes)
-    sections = ["search", *(["gradient"] if config.search.searcher == "gradient" else [])]
+    sections = ["search", *(["gradient"] if "gradient" in config.search.searchers else [])]
     run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", "plan", *sections), "search")
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
@@ -109,9 +109,9 @@ def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[Me
         check_mergeable(inputs.checkpoint, plan)
         if [(step.into, step.remove) for step in plan.steps] != shape:
             raise PlanError(f"probe {plan.name} merges other layers than {start.name}: its alphas cannot be tried")
-    if config.search.searcher == "gradient" and start.selection != "tail":
+    if "gradient" in config.search.searchers and start.selection != "tail":
         raise ConfigError(f"search.searcher gradient descends on tail merges, but plan.selection is {start.selection}")
-    if config.search.searcher == "gradient" and (start.alignment == "rows" or config.model.quantise != "none"):
+    if "gradient" in config.search.searchers and (start.alignment == "rows" or config.model.quantise != "none"):
         raise ConfigError(
             f"plan.alignment {start.alignment} with model.quantise {config.model.quantise} has no gradient: "
             "use alignment neurons and quantise none, or search.searcher bayes"
@@ -159,7 +159,6 @@ class _Search:
 
     def execute(self, probes: list[MergePlan]) -> RunDirectory:
         began = time.monotonic()
-        merges = len(self.start.steps)
         options = {"template": self.template, "firsts": self.firsts}
         with open_pool(self.config, self.inputs, self.cache, **options) as pool:
             self.pool = pool
@@ -169,20 +168,16 @@ class _Search:
             trunk_seconds = time.monotonic() - began
             controls = self._controls()
             seconds_per_candidate = self._try_controls(controls)
-            self._search_coefficients("random", self.config.search.random_candidates, [], seconds_per_candidate)
+            if "random" not in self.config.search.searchers:  # beside which a smaller control would say nothing more
+                self._search_coefficients("random", self.config.search.random_candidates, [], seconds_per_candidate)
             known = [plan.alphas for plan in (self.start, *probes)]
-            if self.config.search.searcher == "gradient":
-                # From near both corners too, the first of the merged layers alone and the last. At a corner itself the
-                # simplex has no slope: from 1e-4 inside, 20 epochs at 0.1 moved 2 % of the weight where a search found
-                # that 20 % should move. The corners themselves are controls.
-                starts = self._starts([*known, [1.0 - _INSIDE] * merges, [_INSIDE] * merges])
-                for parametrisation in self.config.gradient.parametrisations:
-                    self._descend(parametrisation, starts)
-            else:
-                low, high = self.config.search.bounds
-                known = [p for p in [*known, [1.0] * merges] if all(low <= alpha <= high for alpha in p)]
-                name = self.config.search.searcher
-                self._search_coefficients(name, self.config.search.candidates, known, seconds_per_candidate)
+            for searcher in self.config.search.searchers:
+                if searcher == "gradient":
+                    self._descend_all(known)
+                else:
+                    self._search_coefficients(
+                        searcher, self.config.search.candidates, [*known, *self._corners()], seconds_per_candidate
+                    )
             plans = self._reported(controls)
             self.reporter.report(pool, plans, shards, self.firsts, self.progress)
         best = plans[-1]
@@ -256,10 +251,11 @@ class _Search:
     def _search_coefficients(
         self, searcher: str, candidates: int, known: list[list[float]], seconds_per_candidate: float
     ) -> None:
-        """Try candidates until `candidates` rows of `trials` have this searcher's name."""
+        """Try candidates until `candidates` rows of `trials` have this searcher's name; first the known ones that lie
+        within the bounds."""
         settings = self.config.search
-        if searcher == "random" and settings.searcher == "random" and candidates != settings.candidates:
-            return  # The search itself is random: a smaller random control beside it would say nothing more.
+        low, high = settings.bounds
+        known = [point for point in known if all(low <= alpha <= high for alpha in point)]
         done = [row for row in self.run.read("trials").to_pylist() if row["searcher"] == searcher]
         concurrent = self.pool.count if settings.concurrent == "auto" else min(settings.concurrent, self.pool.count)
         batch = settings.batch
@@ -275,11 +271,21 @@ class _Search:
         self._run(searcher, proposer, candidates, batch, done)
         self.facts[f"{searcher}_search"]["seconds_per_candidate"] = round(seconds_per_candidate, 5)
 
-    def _starts(self, known: list[list[float]]) -> list[list[float]]:
-        """gradient.starts points to descend from: known ones, then random ones."""
+    def _corners(self, inside: float = 0.0) -> list[list[float]]:
+        """The first of the merged layers alone and the last, or points so far inside."""
+        merges = len(self.start.steps)
+        return [[1.0 - inside] * merges, [inside] * merges]
+
+    def _descend_all(self, known: list[list[float]]) -> None:
+        """Descend in every parametrisation, from the same starts: known ones, near both corners, then random ones."""
+        # At a corner itself the simplex has no slope: from 1e-4 inside, 20 epochs at 0.1 moved 2 % of the weight where
+        # a search found that 20 % should move. The corners themselves are controls.
+        known = [*known, *self._corners(_INSIDE)]
         count = self.config.gradient.starts
         drawn = np.random.default_rng(self.config.search.seed).uniform(size=(count, len(self.start.steps)))
-        return [*known, *drawn.tolist()][:count]
+        starts = [*known, *drawn.tolist()][:count]
+        for parametrisation in self.config.gradient.parametrisations:
+            self._descend(parametrisation, starts)
 
     def _descend(self, parametrisation: str, starts: list[list[float]]) -> None:
         """Descend from every start, one a trial; a trial's iteration is its start's number."""
@@ -364,13 +370,15 @@ class _Search:
 
     def _reported(self, controls: list[MergePlan]) -> list[MergePlan]:
         """Every plan that is evaluated on the report questions; the best found is the last."""
-        own, kinds = self.config.search.searcher, self.config.gradient.parametrisations
-        searchers = [f"gradient_{kind}" for kind in kinds] if own == "gradient" else [own]
+        searchers = []
+        for own in self.config.search.searchers:
+            kinds = self.config.gradient.parametrisations
+            searchers += [f"gradient_{kind}" for kind in kinds] if own == "gradient" else [own]
         found = [best for name in searchers if (best := self._best(name, f"found_{name}", "found"))]
         if not found:
             raise RuntimeError("every candidate of the search failed: the errors stand in table trials")
-        random = self._best("random", "random", "random") if own != "random" else None
-        # The best of several parametrisations by the search questions, which is what a search may choose by.
+        random = None if "random" in searchers else self._best("random", "random", "random")
+        # The best of several searches by the search questions, which is what a search may choose by.
         found.sort(key=lambda best: best[0])
         return controls + ([random[1]] if random else []) + [plan for _, plan in found]
 
