@@ -76,10 +76,18 @@ class DataConfig(_Section):
         return value
 
 
+BlockMeasure = Literal["cosine", "angular", "similarity", "loss", "search"]
+
+
 class PlanConfig(_Section):
-    """What is merged, and the base coefficients. selection: tail merges the last `merges` layers; most_similar
-    repeatedly the most similar neighbours, until `merges` merges or (merges: null) until none exceeds `threshold`;
-    list the steps of `alpha_file`; recompute collects the similarities anew after each merge. base: fixed (`ratio`
+    """What is merged, and the base coefficients. selection: tail merges the last `merges` layers; block any `merges`
+    layers in a row; most_similar repeatedly the most similar neighbours, until `merges` merges or (merges: null) until
+    none exceeds `threshold`; list the steps of `alpha_file`; recompute collects the similarities anew after each merge.
+    block: the first layer that goes, or how it is chosen: cosine or angular (the least distance between the states
+    that enter the block and those that leave it, on calibration.text), similarity (by similarity_run, whatever its
+    measure), loss (the least loss of calibration.text with the block dropped), or search (first layer and coefficients
+    together, beginning with the choice by cosine); starts: the first layers to choose from, null for all. survivor: the
+    layer before or after the block takes it in. base: fixed (`ratio`
     everywhere), similarity_ratio or similarity, or file (`alpha_file`). similarity_run: a run of `raymerge similarity`;
     similarity_subset and similarity_language choose among its matrices. Its prompts are left out of every report.
     alignment: none, rows (published), or the layers' neurons reordered so that their function stays, matched by their
@@ -87,7 +95,10 @@ class PlanConfig(_Section):
     or fold."""
 
     merges: Positive | None = 13
-    selection: Literal["tail", "most_similar", "list"] = "tail"
+    selection: Literal["tail", "block", "most_similar", "list"] = "tail"
+    block: Annotated[int, Field(ge=0)] | BlockMeasure = "cosine"
+    starts: list[Annotated[int, Field(ge=0)]] | None = None
+    survivor: Literal["before", "after"] = "before"
     threshold: float | None = None
     recompute: bool = False
     base: Literal["fixed", "similarity_ratio", "similarity", "file"] = "fixed"
@@ -117,8 +128,12 @@ class PlanConfig(_Section):
             raise ValueError(f"selection is {self.selection}, but threshold and recompute belong to most_similar")
         elif self.selection == "list" and self.base != "file":
             raise ValueError("selection is list, so base must be file and alpha_file name one")
-        elif self.selection == "tail" and self.merges is None:
-            raise ValueError("selection is tail, which needs merges")
+        elif self.selection in ("tail", "block") and self.merges is None:
+            raise ValueError(f"selection is {self.selection}, which needs merges")
+        elif self.selection == "block" and self.base == "file":
+            raise ValueError("selection is block, but an alpha file names its own layers: set selection to list")
+        if self.selection == "block" and self.block == "similarity" and not self.similarity_run:
+            raise ValueError("block is similarity, so similarity_run must name a run of `raymerge similarity`")
         return self
 
 
