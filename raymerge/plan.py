@@ -169,9 +169,14 @@ class MergePlan:
         """The steps' alphas, followed by those of each matrix that has its own; `with_flat_alphas` takes them back."""
         return [*self.alphas, *(alpha for _, own in self.matrix_alphas for alpha in own)]
 
+    @property
+    def first_removed(self) -> int:
+        """The shallowest layer that goes: of a block, its first; `n_layers` where none does."""
+        return min((step.remove for step in self.steps), default=self.n_layers)
+
     def moved_to(self, first: int) -> MergePlan:
         """The same merges so many layers deeper, or less deep, that `first` is the first layer that goes."""
-        shift = first - min(step.remove for step in self.steps)
+        shift = first - self.first_removed
         steps = (MergeStep(step.into + shift, step.remove + shift, step.alpha) for step in self.steps)
         return replace(self, steps=tuple(steps))
 

@@ -81,6 +81,7 @@ DEFAULTS = {
         "text_windows": None,
         "text_positions": 256,
     },
+    "calibration": {"text": None, "tokens": 12288, "seed": 0},
     "similarity": {
         "subsets": ["all"],
         "languages": None,
@@ -218,6 +219,15 @@ def test_what_is_written_to_a_run_reads_back_as_the_same_configuration():
             {"plan": {"selection": "block", "base": "file", "alpha_file": "a.json"}},
             "selection is block, but an alpha file names its own layers: set selection to list",
         ),
+        (
+            {"plan": {"selection": "block", "block": "loss"}},
+            "plan.block is loss, that of a plain text: set calibration",
+        ),
+        (
+            {"plan": {"block": "loss"}, "sweep": {"methods": ["drop_block"]}},
+            "plan.block is loss, that of a plain text: set calibration.text",
+        ),
+        ({"calibration": {"tokens": 1}}, "calibration.tokens = 1"),
         ({"plan": {"selection": "list"}}, "selection is list, so base must be file"),
         ({"similarity": {"measure": "cosine"}}, "measure is cosine, which compares vectors: set pooling"),
         (
