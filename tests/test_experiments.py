@@ -201,10 +201,9 @@ def test_block_and_coefficients_are_searched_together(ray_session, tmp_path):
     kept = [row["into"] for row in run.read("plans").to_pylist() if row["name"] == "found_bayes"]
     assert min(kept) == best["block"] - 1
     # The saved alpha file names the same plan.
-    assert (
-        read_alpha_file(f"{path}/alphas.json", Checkpoint("demo").n_layers).plan_id(Checkpoint("demo").identity)
-        == (best["plan_id"])
-    )
+    demo = Checkpoint("demo")
+    saved = read_alpha_file(f"{run.path_of('models', 'found_bayes')}/alphas.json", demo.n_layers)
+    assert saved.plan_id(demo.identity) == best["plan_id"] == run.manifest()["best"]["plan_id"]
 
 
 def test_another_configuration_is_refused_by_name(run):
