@@ -163,6 +163,12 @@ def test_blocks_are_chosen_once_for_every_number_of_layers_and_stand_beside_the_
         merged = block_plan(N_LAYERS, first, [0.6225] * merges, name="x", kind="file", survivor="after")
         assert names[merged.plan_id(identity)] == f"merge_block_k{merges}"
     assert perplexity["drop_block_k6"] < perplexity["drop_k6"]
+    compared = {(names[row["plan_a"]], names[row["plan_b"]]) for row in run.read("comparisons").to_pylist()}
+    assert {
+        ("merge_block_k6", "drop_block_k6"),
+        ("merge_block_k6", "drop_k6"),
+        ("drop_block_k1", "drop_k1"),
+    } <= compared
     lines = summary.block_lines(run)
     assert len(lines) == 2 and f"block of 6: {chosen[6]}-{chosen[6] + 5} by loss" in lines[1]
 

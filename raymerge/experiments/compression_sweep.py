@@ -225,7 +225,8 @@ class _Sweep:
         }
 
     def _compared(self) -> list[tuple[MergePlan, MergePlan]]:
-        """Each point against dropping as many layers, and each aligned or folded one against its plain self."""
+        """Each point against dropping as many layers, a merged block also against that block dropped, and each aligned
+        or folded one against its plain self."""
         plain = {
             (point.merges, point.method): point.plan
             for point in self.points
@@ -233,7 +234,7 @@ class _Sweep:
         }
         pairs = []
         for point in self.points:
-            for method in ("drop", point.method):
+            for method in ("drop", *(["drop_block"] if point.method == "merge_block" else []), point.method):
                 other = plain.get((point.merges, method))
                 if other is not None and other is not point.plan:
                     pairs.append((point.plan, other))
