@@ -48,7 +48,7 @@ def whole(shard):
 @torch.no_grad()
 def hidden_states(folder, ids):
     """Float64 states that enter layers 0 … L-1, and that leave the last one: L + 1 of (T, d), before the final norm."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **tiny.PLAIN)
     found = {}
     for row, prompt in ids.items():
         states = []
@@ -193,7 +193,7 @@ def test_mlp_units_are_what_the_down_projection_reads(tmp_path, shard, family):
     """At every token once, prefixes first in their group, in the same order for every layer; states move on."""
     folder = tiny.make_checkpoint(tmp_path / "m", family)
     runner = LayerRunner(Checkpoint(str(folder)))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **tiny.PLAIN)
     states = runner.embed(shard)
     with torch.inference_mode():
         found = [runner.mlp_units(states, layer) for layer in (0, 1)]

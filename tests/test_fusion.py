@@ -396,7 +396,7 @@ def test_layers_with_other_attention_windows_are_not_averaged(tmp_path):
 
 
 def test_plans_of_other_models_are_refused():
-    checkpoint = SimpleNamespace(n_layers=5, windows=[None] * 5)
+    checkpoint = SimpleNamespace(n_layers=5, windows=[None] * 5, rotary_types=[None] * 5)
     with pytest.raises(PlanError, match="alignment is 'columns', but must be one of none, rows, neurons"):
         check_mergeable(checkpoint, with_options(drop_plan(5, 2), "columns", "keep"))
     with pytest.raises(PlanError, match="norms is 'drop', but must be one of keep, fold"):
