@@ -214,7 +214,7 @@ def check_mergeable(checkpoint: Checkpoint, plan: MergePlan) -> None:
             raise PlanError(
                 f"layers {sorted(together)} would be averaged, but their attention windows differ "
                 f"({', '.join(map(str, windows))} positions; None is full attention): merge into layer {kept.index} "
-                f"only layers of its kind, {alike}. An alpha file may name any pairs, and leaves a layer out by alpha 1"
+                f"only layers of its kind, {alike}; in an alpha file, alpha 1 leaves out those between them"
             )
 
 

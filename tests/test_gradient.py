@@ -170,6 +170,11 @@ def test_gradients_equal_those_through_the_whole_model(case, family):
             near(found.loss.total, expected[number].detach(), LIMIT)
             near(found.gradient, gradient, GRADIENT_LIMIT)
             assert gradient.abs().max() > 1e-2
+    # And the slope of the answers' own loss: roundings of 1e-6 over a step so small that no routing changes.
+    loss, along = loss_of(case), torch.randn(3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ends = [loss(values[0] + sign * 1e-3 * along, gradient=False).loss.total for sign in (1, -1)]
+    slope = loss(values[0]).gradient @ along
+    assert abs((ends[0] - ends[1]) / 2e-3 - slope) < 5e-3 * (1 + abs(slope))
 
 
 @pytest.mark.parametrize(
