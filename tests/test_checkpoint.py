@@ -29,6 +29,7 @@ from raymerge.demo import MODEL_PATH
 from raymerge.forward import LayerRunner
 from raymerge.fusion import fuse_state_dict, fused_tensors
 from raymerge.plan import base_plan, before_last_plan, tail_plan
+from raymerge.tensorfiles import OpenTensorFile
 
 torch.set_num_threads(1)
 
@@ -419,14 +420,15 @@ def test_an_existing_folder_is_not_touched(llama, tmp_path):
 
 def test_a_full_disk_leaves_nothing(llama, tmp_path, monkeypatch):
     calls = []
+    write = OpenTensorFile.write
 
-    def fill(tensors, path, **options):
-        calls.append(path)
+    def fill(self, name, tensor):
+        calls.append(name)
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(tensors, path, **options)
+        write(self, name, tensor)
 
-    monkeypatch.setattr(raymerge.checkpoint, "save_file", fill)
+    monkeypatch.setattr(OpenTensorFile, "write", fill)
     monkeypatch.setattr(raymerge.checkpoint, "_SHARD_BYTES", 50_000)
     with pytest.raises(CheckpointError, match=r"could not write .*merged: .*No space left.*nothing was left behind"):
         save_merge(Checkpoint(str(llama)), base_plan(5), tmp_path / "sub" / "merged")
@@ -435,7 +437,6 @@ def test_a_full_disk_leaves_nothing(llama, tmp_path, monkeypatch):
 
 
 def test_a_write_that_the_system_refuses(llama, tmp_path):
-    """safetensors has an error of its own for this, which is no OSError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
