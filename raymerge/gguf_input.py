@@ -14,8 +14,10 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from raymerge.errors import UserError
 
@@ -66,6 +68,7 @@ def converted_gguf(file: Path) -> Path:
 
 
 def _convert(file: Path, sha256: str, folder: Path) -> None:
+    import transformers
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,7 +82,11 @@ def _convert(file: Path, sha256: str, folder: Path) -> None:
         dtype = _KEPT.get(next(iter(types)), torch.bfloat16)
         named = {"gguf_file": file.name}
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **named)
-        AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **named).save_pretrained(unfinished)
+        # From transformers 5.2x on a file's blocks are kept as they are unless this says otherwise.
+        packed = getattr(transformers, "GgufConfig", None)
+        options = named if packed is None else named | {"quantization_config": packed(dequantize=True)}
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **options)
+        _save_dense(model, unfinished)
         tokenizer.save_pretrained(unfinished)
         source = {"file": file.name, "sha256": sha256, "values_by_type": types, "stored_as": str(dtype)}
         (unfinished / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
@@ -92,3 +99,15 @@ def _convert(file: Path, sha256: str, folder: Path) -> None:
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _save_dense(model: Any, folder: Path) -> None:
+    """Write a model as an ordinary checkpoint, which transformers refuses for one from GGUF, dequantised or not."""
+    folder.mkdir(parents=True)
+    tensors: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        tensors.setdefault(tensor.data_ptr(), (name, tensor.contiguous()))  # a tied unembedding comes second
+    save_file(dict(tensors.values()), folder / "model.safetensors", metadata={"format": "pt"})
+    values = model.config.to_dict()
+    values.pop("quantization_config", None)
+    type(model.config).from_dict(values).save_pretrained(folder)
