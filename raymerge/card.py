@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from raymerge import summary
@@ -42,7 +43,7 @@ def model_card(record: dict[str, Any], *, title: str, results: Sequence[str] = (
 
 
 def _is_hub_id(model: str) -> bool:
-    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists()
 
 
 def _plan_lines(record: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ import json
 import resource
 import shutil
 import sys
+import weakref
 
 import huggingface_hub
 import pytest
@@ -502,6 +503,23 @@ def test_tensors_come_in_any_order_and_none_may_be_missing(llama, tmp_path, monk
     with pytest.raises(ValueError, match=r"up_proj.weight is torch.float32 \(48, 31\), but the file has room for F32"):
         checkpoint.save([("model.layers.2.mlp.up_proj.weight", gone[:, 1:])], kept, tmp_path / "less")
     assert not list(tmp_path.glob("*less"))
+
+
+def test_no_tensor_is_held_once_it_is_written(llama, tmp_path):
+    checkpoint, plan = Checkpoint(str(llama)), tail_plan(5, [0.4], name="x", kind="found")
+    written = []
+
+    def tensors():
+        for name, tensor in fused_tensors(checkpoint, checkpoint.architecture, plan):
+            own = tensor.clone()
+            written.append(weakref.ref(own))
+            del tensor
+            yield name, own
+            del own
+            assert sum(tensor() is not None for tensor in written) <= 1  # the loop that writes still names the last
+
+    checkpoint.save(tensors(), [layer.index for layer in plan.kept], tmp_path / "merged")
+    assert len(written) == len(Checkpoint(str(tmp_path / "merged")))
 
 
 def test_an_existing_folder_is_not_touched(llama, tmp_path):
