@@ -1,3 +1,44 @@
-"""raymerge: merge decoder layers of large language models, search the coefficients, measure the cost."""
+"""raymerge: merge decoder layers of large language models, search the coefficients, measure the cost.
+
+What a notebook needs stands here and is loaded when it is first used, so that `import raymerge` costs nothing:
+`load_config` and the functions of `experiments`, which take its Config and return a RunDirectory; `merge`, which saves
+a merged checkpoint; `write_report`, which makes the page of a run.
+"""
+
+import importlib
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "RunDirectory",
+    "UserError",
+    "__version__",
+    "experiments",
+    "load_config",
+    "merge",
+    "write_report",
+]
+
+_HOMES = {
+    "Config": "raymerge.config",
+    "RunDirectory": "raymerge.tables",
+    "UserError": "raymerge.errors",
+    "load_config": "raymerge.config",
+    "merge": "raymerge.merging",
+    "write_report": "raymerge.report",
+}
+
+
+def __getattr__(name: str):
+    """Load a public name where it is first asked for (PEP 562)."""
+    if name == "experiments":  # search and similarity are modules' names too, so the experiments keep their namespace
+        return importlib.import_module("raymerge.experiments")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'raymerge' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

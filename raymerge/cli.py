@@ -11,6 +11,7 @@ import raymerge
 from raymerge import console
 from raymerge.config import Config, describe, load_config
 from raymerge.errors import UserError
+from raymerge.reference import config_reference
 from raymerge.tables import RunDirectory
 
 
@@ -183,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     show.add_argument("config", nargs="?", help="YAML file; without it the defaults")
     show.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override")
+    show.add_argument("--markdown", action="store_true", help="print the reference page of all keys (docs/config.md)")
     show.set_defaults(run=_show_config)
     return parser
 
@@ -228,6 +230,11 @@ def _import_similarity(options: argparse.Namespace) -> int:
 
 
 def _show_config(options: argparse.Namespace) -> int:
+    if options.markdown:
+        if options.config or options.set:
+            raise UserError("--markdown prints the reference of all keys, which takes no file and no --set")
+        print(config_reference(), end="")
+        return 0
     print(describe(load_config(options.config, options.set)), end="")
     return 0
 

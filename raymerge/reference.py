@@ -1,0 +1,67 @@
+"""The reference of the configuration as a Markdown page, from the configuration's own models (docs/config.md)."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+from raymerge.config import Config
+
+_HEAD = """# The configuration
+
+<!-- Made by `make docs` from raymerge/config.py: edit that. tests/test_docs.py compares. -->
+
+A configuration is a YAML file of sections; every key has a default, and unknown keys are refused. On the command line
+`--set SECTION.KEY=VALUE` overrides one, with VALUE in YAML. `raymerge config [FILE]` prints a configuration in full.
+"""
+
+_BOUNDS = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
+
+
+def config_reference() -> str:
+    """The page: of each section what its docstring says, and a table of key, allowed values and default."""
+    schema = Config.model_json_schema()
+    definitions = schema["$defs"]
+    lines = [_HEAD]
+    for name, field in Config.model_fields.items():
+        section = _resolved(schema["properties"][name], definitions)
+        explanation = inspect.getdoc(field.annotation).replace("<", "\\<")
+        lines += [f"## {name}\n", explanation, "", "| key | value | default |", "|---|---|---|"]
+        keys, prefix = section.get("properties"), f"{name}."
+        if keys is None:  # a mapping of names of the user's own to sections of one kind
+            (kind,) = (section.get("patternProperties") or {"": section["additionalProperties"]}).values()
+            keys, prefix = _resolved(kind, definitions)["properties"], f"{name}.NAME."
+        for key, values in keys.items():
+            default = f"`{_yaml(values['default'])}`" if "default" in values else "must be given"
+            lines.append(f"| `{prefix}{key}` | {_allowed(values, definitions)} | {default} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _resolved(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    reference = schema.get("$ref") or next((part["$ref"] for part in schema.get("allOf", ()) if "$ref" in part), None)
+    return schema if reference is None else definitions[reference.rpartition("/")[2]]
+
+
+def _yaml(value: Any) -> str:
+    """A value on one line, as it may stand in YAML: JSON, but strings bare."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _allowed(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """What a key takes, in words."""
+    schema = _resolved(schema, definitions)
+    if "anyOf" in schema:
+        return " or ".join(_allowed(part, definitions) for part in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
+    kind = schema["type"]
+    if kind == "array" and "prefixItems" in schema:
+        return "list of " + ", ".join(_allowed(part, definitions) for part in schema["prefixItems"])
+    if kind == "array":
+        return f"list of {_allowed(schema['items'], definitions)}"
+    if kind == "object":
+        return f"mapping of names to {_allowed(schema['additionalProperties'], definitions)}"
+    words = {"string": "text", "integer": "integer", "number": "number", "boolean": "true, false", "null": "null"}[kind]
+    return " ".join([words, ", ".join(f"{sign} {schema[key]}" for key, sign in _BOUNDS if key in schema)]).strip()
