@@ -12,13 +12,18 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import ray
+from pyarrow.fs import FileSelector, FileSystem
 from ray.cluster_utils import Cluster
 
+from raymerge import experiments
+from raymerge.config import load_config
 from raymerge.pool import NoRoomError, WorkerPool, cluster_resources, plan_workers, start_ray
 from raymerge.proposers import RandomProposer
 from raymerge.search import run_search
@@ -83,7 +88,7 @@ def cluster(monkeypatch):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-ADDRESS = {"node_ip_address": "127.0.0.1", "include_dashboard": False}
+ADDRESS = {"include_dashboard": False}
 NODE = {"num_cpus": 1, "num_gpus": 1, **ADDRESS}
 
 
@@ -231,6 +236,76 @@ def test_a_scorer_that_hangs_is_replaced_and_holds_nobody_up(cluster, tmp_path):
     check(record, tmp_path, again=1)
     assert [(kind, "hangs" in detail) for kind, _, detail in events][0] == ("lost", True)
     assert record.rows[-1]["plan_id"] == f"{HANGS:.9f}" or record.rows[-1]["iteration"] == CANDIDATES - 1
+
+
+@pytest.fixture
+def local(monkeypatch):
+    """A local Ray with a dashboard, as `workers.dashboard: true` starts it; the dashboard's address."""
+    folder = tempfile.mkdtemp(prefix="rayd")
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with start_ray(num_cpus=2, dashboard=True) as address:
+        yield address
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def listening():
+    """Addresses (hexadecimal, as /proc has them) on which this process's Ray listens."""
+    session = ray._private.worker._global_node.get_session_dir_path()
+    processes = [
+        path.parent
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if session.encode() in path.read_bytes() or "ray::" in path.read_text(errors="replace")
+    ]
+    sockets = set()
+    for process in processes:
+        try:
+            sockets |= {os.readlink(link) for link in (process / "fd").iterdir()}
+        except OSError:
+            continue  # it has ended meanwhile
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            _, local_address, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in sockets:
+                found.add(local_address.partition(":")[0])
+    return found
+
+
+def test_a_dashboard_listens_on_the_loopback_alone(local):
+    assert local.startswith("http://127.0.0.1:")
+    deadline = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            with urllib.request.urlopen(f"{local}/api/version", timeout=10) as answer:
+                assert ray.__version__.encode() in answer.read()
+            break
+        except urllib.error.HTTPError as error:
+            assert error.code == 401, "token authentication"
+            break
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+    assert listening() <= {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+
+
+def test_a_search_into_an_object_store_goes_on_from_what_is_stored_there(local, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    where = "fsspec+memory://bucket/search"
+    settings = load_config(None, [*SETTINGS, f"output.run={where}", "output.save_best=true"])
+    run = experiments.search(settings, command=["test"])
+    assert run.complete and any(tmp_path.rglob("trunk-*.safetensors"))
+    files, base = FileSystem.from_uri(where)
+    for gone in ("manifest.json", "tables/trials/random-000005.parquet", "tables/trials/random-000011.parquet"):
+        files.delete_file(f"{base}/{gone}")
+    run = experiments.search(settings, command=["again"])
+    rows = [row for row in run.read("trials").to_pylist() if row["searcher"] == "random"]
+    assert sorted(row["iteration"] for row in rows) == list(range(30))
+    assert run.manifest()["random_search"]["candidates_this_call"] == 2
+    model = Path(run.manifest()["best"]["model"].removeprefix("fsspec+memory://")).name
+    assert f"{base}/models/{model}/model.safetensors" in {
+        info.path for info in files.get_file_info(FileSelector(f"{base}/models", recursive=True))
+    }
 
 
 SETTINGS = [
