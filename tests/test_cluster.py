@@ -302,12 +302,17 @@ def test_a_search_into_an_object_store_goes_on_from_what_is_stored_there(local, 
     rows = [row for row in run.read("trials").to_pylist() if row["searcher"] == "random"]
     assert sorted(row["iteration"] for row in rows) == list(range(30))
     assert run.manifest()["random_search"]["candidates_this_call"] == 2
+    on_disk = experiments.evaluate(
+        load_config(None, [*EVALUATED, f"output.run=file://{tmp_path}/evaluated"]), command=["test"]
+    )
+    assert on_disk.is_local and (tmp_path / "evaluated" / "manifest.json").is_file()
     model = Path(run.manifest()["best"]["model"].removeprefix("fsspec+memory://")).name
     assert f"{base}/models/{model}/model.safetensors" in {
         info.path for info in files.get_file_info(FileSelector(f"{base}/models", recursive=True))
     }
 
 
+EVALUATED = ["data.subjects=country_capitals", "data.report_limit_per_subject=4", "data.perplexity_tokens=200"]
 SETTINGS = [
     "data.subjects=country_capitals,colour_mixing,number_words",
     "data.limit_per_subject=4",

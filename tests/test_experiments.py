@@ -279,5 +279,3 @@ def test_a_run_may_lie_in_an_object_store_with_its_cache_on_the_disk(ray_session
     assert evaluate(config(where), command=["again"]).manifest()["command"] == ["test"], "it is complete"
     with pytest.raises(RunError, match="holds a run with another config"):
         evaluate(config(where, "data.shots=2"), command=["test"])
-    as_file = evaluate(config(f"file://{tmp_path}/run"), command=["test"])
-    assert as_file.is_local and (tmp_path / "run" / "manifest.json").is_file()

@@ -5,9 +5,18 @@ import time
 
 import pytest
 import ray
+from ray.exceptions import ObjectLostError, ObjectStoreFullError, OutOfDiskError
 
 from raymerge.errors import UserError
-from raymerge.pool import NoRoomError, PlacementError, WorkerError, WorkerPool, plan_workers
+from raymerge.pool import (
+    NoRoomError,
+    PlacementError,
+    WorkerError,
+    WorkerLost,
+    WorkerPool,
+    call_worker,
+    plan_workers,
+)
 
 
 class Plain:
@@ -191,6 +200,26 @@ def test_items_do_not_wait_for_a_worker_that_is_not_back(ray_session, tmp_path, 
         monkeypatch.setattr(pool, "poll", lambda: [])
         assert pool.map("work", [("die once", 1), *[("work", n) for n in range(6)]]) == [1, *(n * n for n in range(6))]
         assert pool.count == pool.awaited == 1
+
+
+@pytest.mark.parametrize(
+    "raised, expected, message",
+    [
+        (OutOfDiskError("Local disk is full"), NoRoomError, "object store is full.*run the same command again"),
+        (ObjectStoreFullError("Failed to put"), NoRoomError, "object store is full"),
+        (ObjectLostError("00" * 28, "", ""), WorkerLost, "work: ObjectLostError"),
+    ],
+)
+def test_a_full_store_is_nobodys_fault_and_a_lost_result_is_a_lost_worker(pool, monkeypatch, raised, expected, message):
+    """The latter where a node goes between its worker's answer and the fetching of it."""
+    handle = ray.get_actor(pool.name_of(0))
+
+    def get(*_, **__):
+        raise raised
+
+    monkeypatch.setattr("raymerge.pool.ray.get", get)
+    with pytest.raises(expected, match=message):
+        call_worker(handle, "work", ("work", 1), timeout_s=1.0)
 
 
 def test_a_full_disk_is_told_from_a_bug(pool):
