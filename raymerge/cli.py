@@ -35,9 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stopped:  # which Ray makes of SIGTERM, as `ray job stop` sends it
         if stopped.code != signal.SIGTERM:
             raise
-        print(f"raymerge: stopped; {_STOPPED}", file=sys.stderr, flush=True)
-        # Ray is shut down by now. The interpreter's own end was seen to abort in Ray's threads after a SIGTERM.
-        os._exit(128 + signal.SIGTERM)
+        print(f"raymerge: stopped; {_STOPPED}", file=sys.stderr)
+        return 128 + signal.SIGTERM
 
 
 def _quiet_libraries() -> None:

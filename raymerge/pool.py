@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import sys
+import threading
 import time
 import uuid
 from collections import deque
@@ -127,6 +130,10 @@ def start_ray(*, num_cpus: int | None = None, dashboard: bool = False) -> Iterat
         options |= {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
         with _loopback_only():
             context = ray.init(address="local", num_cpus=num_cpus, **options)
+    if threading.current_thread() is threading.main_thread():
+        # In place of Ray's own, which calls this one's like but prints a trace and aborts the process after 3 s, in
+        # which the tidying up of a busy machine does not end.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
     try:
         yield f"http://{context.dashboard_url}" if context.dashboard_url else None
     finally:
