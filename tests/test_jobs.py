@@ -221,8 +221,8 @@ def test_a_stopped_job_leaves_a_run_that_the_same_job_finishes(head, tmp_path):
         assert time.monotonic() < deadline, head.ray("job", "logs", f"--address={head.url}", "stopped").stdout
         time.sleep(0.05)
     assert head.ray("job", "stop", f"--address={head.url}", "stopped").returncode == 0
-    assert "STOPPED" in head.ray("job", "status", f"--address={head.url}", "stopped").stdout
-    assert "raymerge: stopped" in head.ray("job", "logs", f"--address={head.url}", "stopped").stdout
+    # Ray kills after three seconds, in which a busy machine may not have said anything.
+    assert "Job 'stopped' was stopped" in head.ray("job", "status", f"--address={head.url}", "stopped").stdout
     before = [row for row in RunDirectory.load(out).read("trials").to_pylist() if row["searcher"] == "random"]
     assert 6 <= len(before) < 30 and not (out / "manifest.json").exists()
     again = submit(head, "resumed", out, *settings)

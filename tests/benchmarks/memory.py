@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from raymerge.checkpoint import Checkpoint
@@ -64,6 +65,7 @@ def main():
             with WorkerPool(ModelWorker, kwargs, count=actors) as pool:
                 while pool.awaited:
                     pool.poll()
+                    time.sleep(0.2)
                 (tokens,) = pool.map("shard_tokens", [SEARCH])
                 pool.map("compute_trunk", [(SEARCH, number) for number in range(len(tokens))])
                 pool.broadcast("score", [[0.1 * n] * options.merges for n in range(4)])
