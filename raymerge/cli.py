@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import raymerge
 from raymerge import console
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     _quiet_libraries()
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         return options.run(options)
     except UserError as error:  # other errors are bugs and keep their traceback
@@ -32,11 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"raymerge: interrupted; {_STOPPED}", file=sys.stderr)
         return 130
-    except SystemExit as stopped:  # which Ray makes of SIGTERM, as `ray job stop` sends it
-        if stopped.code != signal.SIGTERM:
-            raise
-        print(f"raymerge: stopped; {_STOPPED}", file=sys.stderr)
-        return 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    """End at once at a SIGTERM, as `ray job stop` sends it: what is finished is stored, a local Ray ends with its
+    driver, and an exception would not get through Tune from wherever it is."""
+    os.write(2, f"raymerge: stopped; {_STOPPED}\n".encode())
+    os._exit(128 + number)
 
 
 def _quiet_libraries() -> None:

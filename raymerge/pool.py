@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import sys
 import threading
 import time
 import uuid
@@ -123,6 +122,7 @@ def start_ray(*, num_cpus: int | None = None, dashboard: bool = False) -> Iterat
     if ray.is_initialized():
         yield None
         return
+    on_stop = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
         context = ray.init(**options)
@@ -131,9 +131,8 @@ def start_ray(*, num_cpus: int | None = None, dashboard: bool = False) -> Iterat
         with _loopback_only():
             context = ray.init(address="local", num_cpus=num_cpus, **options)
     if threading.current_thread() is threading.main_thread():
-        # In place of Ray's own, which calls this one's like but prints a trace and aborts the process after 3 s, in
-        # which the tidying up of a busy machine does not end.
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+        # Back to what it was: Ray's own prints a trace and aborts the process (SIGABRT) if it takes 3 s to end.
+        signal.signal(signal.SIGTERM, on_stop)
     try:
         yield f"http://{context.dashboard_url}" if context.dashboard_url else None
     finally:
