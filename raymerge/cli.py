@@ -4,29 +4,45 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import raymerge
 from raymerge import console
-from raymerge.config import Config, describe, load_config
+from raymerge.config import Config, ConfigError, describe, load_config
 from raymerge.errors import UserError
 from raymerge.tables import RunDirectory
 
+_IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entry point of a job
+_STOPPED = "the same command again goes on from what is stored"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when it succeeded, 2 for a wrong input, 130 when interrupted."""
+    """Run a command; 0 when it succeeded, 2 for a wrong input or where there is no room, 130 when interrupted, 143 when
+    stopped."""
     parser = _parser()
     options = parser.parse_args(argv)
     _quiet_libraries()
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         return options.run(options)
     except UserError as error:  # other errors are bugs and keep their traceback
         print(f"raymerge: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("raymerge: interrupted; the same command again goes on from what is stored", file=sys.stderr)
+        print(f"raymerge: interrupted; {_STOPPED}", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    """End at once at a SIGTERM, as `ray job stop` sends it: what is finished is stored, a local Ray ends with its
+    driver, and an exception would not get through Tune from wherever it is."""
+    os.write(2, f"raymerge: stopped; {_STOPPED}\n".encode())
+    os._exit(128 + number)
 
 
 def _quiet_libraries() -> None:
@@ -191,9 +207,19 @@ def _command_line() -> list[str]:
     return ["raymerge", *sys.argv[1:]]
 
 
+def _check_lasts(out: str) -> None:
+    """Refuse a run directory inside a job's own copy of the project, which a job that is submitted again lacks."""
+    if os.environ.get(_IN_A_JOB) and "://" not in out and not os.path.isabs(os.path.expanduser(out)):
+        raise ConfigError(
+            f"--out (output.run) is {out!r}, a folder of Ray's temporary copy of the project: give a job an absolute "
+            "path that the cluster's machines share, or a URI such as s3://bucket/run"
+        )
+
+
 def _run_experiment(options: argparse.Namespace, name: str, show: Callable[[RunDirectory, Config], None]) -> int:
     overrides = options.set + ([f"output.run={options.out}"] if options.out else [])
     config = load_config(options.config, overrides)
+    _check_lasts(config.output.run)
     from raymerge import experiments
 
     with console.progress() as progress:
@@ -248,6 +274,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.limit is not None:
         overrides.append(f"data.report_limit_per_subject={options.limit}")
     config = load_config(None, overrides + options.set)
+    _check_lasts(config.output.run)
     from raymerge.experiments import evaluate
 
     with console.progress() as progress:
@@ -257,6 +284,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
+    _check_lasts(options.out)
     from raymerge.merging import merge
 
     if options.public and options.push is None:

@@ -343,19 +343,36 @@ class SweepConfig(_Section):
 
 class WorkersConfig(_Section):
     """Model actors. count and gpus_per_worker: auto means one actor a GPU, or without GPUs one for every
-    cpus_per_worker CPUs. timeout_s: seconds after which a silent actor is replaced."""
+    cpus_per_worker CPUs, more as nodes join. autoscaling: the cluster grows on demand, so count (a number, as
+    gpus_per_worker then is) may be more than it has room for now. timeout_s: seconds after which a silent actor is
+    replaced. wait_s: how long to wait for a worker when there is none. max_restarts: how often in a row, finishing
+    nothing. dashboard: start Ray's dashboard with a local Ray, on 127.0.0.1."""
 
     count: Positive | Auto = "auto"
     gpus_per_worker: Annotated[float, Field(ge=0)] | Auto = "auto"
     cpus_per_worker: Positive = 1
+    autoscaling: bool = False
     timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    wait_s: Annotated[float, Field(gt=0)] = 900.0
     max_restarts: Annotated[int, Field(ge=0)] = 3
+    dashboard: bool = False
+
+    @model_validator(mode="after")
+    def _says_what_to_ask_for(self) -> WorkersConfig:
+        if self.autoscaling and "auto" in (self.count, self.gpus_per_worker):
+            raise ValueError(
+                f"autoscaling is true, but count is {self.count} and gpus_per_worker {self.gpus_per_worker}: a cluster "
+                "that grows on demand must be told how many workers of how many GPUs, such as 8 of 1"
+            )
+        return self
 
 
 class OutputConfig(_Section):
-    """The run directory and what goes into it. cache: where trunk states are kept; null is RUN/cache. save_best: save
-    the merged model; verify: prove it, which reloads it in a fresh process, compares its logits with the scored plan's
-    and lets it generate (seconds, and memory for the stored model)."""
+    """The run directory - a folder, or a URI such as s3://bucket/run - and what goes into it. cache: the local folder
+    of trunk states; null is RUN/cache, or beside a URI a folder of the user's cache. save_best: save the merged model;
+    verify: prove it, which reloads it in a fresh process, compares its logits with the scored plan's and lets it
+    generate (seconds, and memory for the stored model). loggers: tensorboard, mlflow, wandb: where a search's trials
+    are shown too, by Ray Tune's callbacks; they need their packages."""
 
     run: str = "runs/demo"
     cache: str | None = None
@@ -363,6 +380,7 @@ class OutputConfig(_Section):
     save_best: bool = True
     verify: bool = True
     figures: bool = True
+    loggers: list[Literal["tensorboard", "mlflow", "wandb"]] = []
 
 
 class Config(_Section):

@@ -103,6 +103,17 @@ def _print_table(header: list[str], cells: list[list[str]]) -> None:
         print("  ".join([row[0].ljust(widths[0]), *cells_of_row[1:]]))
 
 
+def _print_incidents(run: RunDirectory) -> None:
+    """What befell the run, if anything did; nothing is lost by it."""
+    from raymerge import summary
+
+    lines = summary.incident_lines(run)
+    if lines:
+        print("\nOn the way (table incidents), at the cost of nothing that was finished:")
+        for line in lines:
+            print(f"  {line}")
+
+
 def print_search(run: RunDirectory, split: str) -> None:
     """The closing summary of a search: plans with standard errors, what was found, where things lie."""
     from raymerge import summary
@@ -129,7 +140,12 @@ def print_search(run: RunDirectory, split: str) -> None:
                 f"({facts['batch']} a trial, {facts['concurrent']} at a time)",
                 end="",
             )
-    print(f"\n\nTables, figures and manifest: {run.path_of().rstrip('/')}")
+    header, cells = summary.worker_table(run)
+    if cells:
+        print("\n\nThe workers of this call:")
+        _print_table(header, cells)
+    _print_incidents(run)
+    print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")
     if manifest["best"]["model"]:
         print(f"Merged model: {manifest['best']['model']}")
 
@@ -167,6 +183,7 @@ def print_evaluation(run: RunDirectory, split: str) -> None:
     (line,) = summary.plan_lines(run, split)
     print(f"\nAlways answering A: {summary.always_a_share(run, split):.4f}", end="; ")
     print(f"plain-text perplexity: {summary.number(line['perplexity'])}")
+    _print_incidents(run)
     print(f"Tables and manifest: {run.path_of().rstrip('/')}")
 
 
@@ -184,6 +201,7 @@ def print_similarity(run: RunDirectory) -> None:
         _print_table(header, cells)
     for warning in (run.manifest() or {}).get("warnings", []):
         print(f"\nWarning: {warning}.")
+    _print_incidents(run)
     print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")
 
 
@@ -192,6 +210,7 @@ def print_sensitivity(run: RunDirectory) -> None:
     from raymerge import summary
 
     _print_table(*summary.sensitivity_table(run))
+    _print_incidents(run)
     print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")
 
 
@@ -201,4 +220,5 @@ def print_sweep(run: RunDirectory, split: str) -> None:
 
     _print_table(*summary.sweep_table(run, split))
     _print_blocks(run)
+    _print_incidents(run)
     print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")

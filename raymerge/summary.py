@@ -268,6 +268,47 @@ def _seconds(trials: list[dict]) -> str:
     return f"; {wall:.1f} s of the workers" + ("" if None in cpu else f", {sum(cpu):.1f} s of their CPU time")
 
 
+def incident_lines(run: RunDirectory) -> list[str]:
+    """What befell a run, one line a kind, from table `incidents`: restarts of the run, and of its workers."""
+    rows = run.read("incidents").to_pylist()
+    rows.sort(key=lambda row: row["time"])
+    lines = []
+    for kind, (one, several) in _INCIDENTS.items():
+        details = [row["detail"] or "" for row in rows if row["kind"] == kind]
+        if details:
+            what = f"1 {one}" if len(details) == 1 else f"{len(details)} {several}, the last"
+            lines.append(f"{what}: {textwrap.shorten(details[-1], 200, placeholder=' …')}")
+    return lines
+
+
+_INCIDENTS = {
+    "resumed": ("start that found stored results", "starts that found stored results"),
+    "lost": ("worker lost", "workers lost"),
+    "back": ("came back", "came back"),
+    "replaced": ("replaced by a new one", "replaced by new ones"),
+    "joined": ("worker joined late", "workers joined late"),
+    "gone": ("given up", "given up"),
+}
+
+
+def worker_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: how much of its time each worker scored, by search, as the manifest of the last call has it."""
+    cells = []
+    for key, facts in (run.manifest() or {}).items():
+        for row in facts.get("workers", ()) if key.endswith("_search") else ():
+            cells.append(
+                [
+                    key.removesuffix("_search"),
+                    row["worker"],
+                    str(row["candidates"]),
+                    f"{row['scoring_seconds']:.1f}",
+                    f"{row['present_seconds']:.1f}",
+                    f"{100 * row['utilisation']:.0f}",
+                ]
+            )
+    return ["search", "worker", "candidates", "scoring s", "there s", "used %"], cells
+
+
 def similarity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
     """Header and cells: each subset's matrix off the diagonal, against what unrelated layers score."""
     keys = ["subset", "language", "measure", "embedding"]

@@ -23,6 +23,7 @@ from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
 from raymerge.context import RetrievalSet, position_nll, retrieval_prompts, retrieve, usable_distances
+from raymerge.errors import UserError
 from raymerge.evaluation import Answers, answer_shard, generation_speed, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
@@ -69,6 +70,34 @@ def _taken(began: tuple[float, float]) -> dict[str, float]:
     return {"seconds": wall - began[0], "cpu_seconds": cpu - began[1]}
 
 
+class TooLargeError(UserError):
+    """A model that does not fit into the accelerator memory of one worker; the message has the bytes."""
+
+
+def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, template: MergePlan | None) -> int:
+    """Bytes of the weights that a worker holds on an accelerator: every layer in the compute dtype, and for a search
+    the layers that are mixed, float32, once more."""
+    name = checkpoint.architecture.layer_name
+    sizes = [
+        sum(checkpoint[name(layer, tensor)].numel() for tensor in checkpoint.layer_tensors(layer))
+        for layer in range(checkpoint.n_layers)
+    ]
+    mixed = 0 if template is None else sum(sizes[template.resumes_at :])
+    return sum(sizes) * dtype.itemsize + 4 * mixed
+
+
+def refuse_oversized(checkpoint: Checkpoint, dtype: torch.dtype, template: MergePlan | None, free: int) -> None:
+    """Raise TooLargeError where a worker's weights alone are more than `free` bytes."""
+    needed = weight_bytes(checkpoint, dtype, template)
+    if needed > free:
+        raise TooLargeError(
+            f"{checkpoint.directory.name} in {str(dtype).removeprefix('torch.')} needs {needed / 1e9:.2f} GB for "
+            f"weights alone, but this worker's share of the GPU has {free / 1e9:.2f} GB free: give a worker a whole, "
+            "larger GPU (workers.gpus_per_worker: 1), a smaller model.dtype, fewer merges, or CPUs "
+            "(workers.gpus_per_worker: 0). A model is not split over GPUs: every layer is run on one"
+        )
+
+
 class ModelWorker:
     """Holds a model (weights mapped from disk), tokenised prompts by role, and the trunk's states.
 
@@ -103,6 +132,11 @@ class ModelWorker:
         self._calibration = calibration_questions(config, self.questions, self.subsets, wanted=wanted)
         data = "" if self._calibration is None else self._calibration.identity
         self.aligner = Aligner(self.checkpoint, self.cache, device=device, units=self._units, data=data)
+        if device == "cuda":
+            share = config.workers.gpus_per_worker
+            free, total = torch.cuda.mem_get_info()
+            limit = free if share == "auto" else min(free, int(min(share, 1.0) * total))
+            refuse_oversized(self.checkpoint, dtype or self.checkpoint.dtype, template, limit)
         self.runner = LayerRunner(
             self.checkpoint, device=device, dtype=dtype, aligner=self.aligner, quantise=model.quantise
         )

@@ -127,8 +127,11 @@ DEFAULTS = {
         "count": "auto",
         "gpus_per_worker": "auto",
         "cpus_per_worker": 1,
+        "autoscaling": False,
         "timeout_s": 1800.0,
+        "wait_s": 900.0,
         "max_restarts": 3,
+        "dashboard": False,
     },
     "output": {
         "run": "runs/demo",
@@ -137,6 +140,7 @@ DEFAULTS = {
         "save_best": True,
         "verify": True,
         "figures": True,
+        "loggers": [],
     },
 }
 
@@ -269,6 +273,8 @@ def test_what_is_written_to_a_run_reads_back_as_the_same_configuration():
         ({"search": {"candidates": 0}}, "search.candidates = 0"),
         ({"workers": {"gpus_per_worker": -1}}, "workers.gpus_per_worker = -1"),
         ({"workers": {"timeout_s": 0}}, "workers.timeout_s = 0"),
+        ({"workers": {"autoscaling": True, "count": 8}}, "count is 8 and gpus_per_worker auto: a cluster that grows"),
+        ({"output": {"loggers": ["comet"]}}, "output.loggers"),
         ({"data": {"shots": -1}}, "data.shots = -1"),
         ({"data": {"limit_per_subject": 0}}, "data.limit_per_subject = 0"),
         ({"data": {"search_split": "tests"}}, "data.search_split = 'tests'"),

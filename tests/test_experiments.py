@@ -353,3 +353,14 @@ def test_a_gradient_that_there_is_not_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=words):
             search(config(tmp_path / "run", *GRADIENT, *more))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_may_lie_in_an_object_store_with_its_cache_on_the_disk(ray_session, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    where = f"fsspec+memory://bucket/{tmp_path.name}"
+    done = evaluate(config(where), command=["test"])
+    assert not done.is_local and RunDirectory.load(where).complete
+    assert done.read("accuracy").num_rows == 5 and done.manifest()["rows"]["perplexity"] == 1
+    assert evaluate(config(where), command=["again"]).manifest()["command"] == ["test"], "it is complete"
+    with pytest.raises(RunError, match="holds a run with another config"):
+        evaluate(config(where, "data.shots=2"), command=["test"])

@@ -139,3 +139,28 @@ def test_the_table_of_plans_has_intervals(tmp_path):
     assert header[2] == "accuracy ± se [95 %]"
     assert cells[0][2].endswith(f"[{stored['ci_low']:.3f}, {stored['ci_high']:.3f}]")
     assert summary.share(0.5, 0.1, (None, None)) == "0.5000 ± 0.1000"
+
+
+def test_what_befell_a_run_is_counted_and_nothing_said_where_nothing_did(tmp_path):
+    run, *_ = make_run(tmp_path / "run")
+    assert summary.incident_lines(run) == []
+    run.note("lost", "worker-0", "score: no answer in time, the worker hangs")
+    run.note("back", "worker-0", "on 10.0.0.2")
+    run.note("lost", "worker-1", "score: ActorDiedError: killed " + 400 * "x")
+    run.begin()
+    resumed, lost, back = summary.incident_lines(run)
+    assert resumed.startswith("1 start that found stored results: 16 accuracy, 400 answers,")
+    assert resumed.endswith(", 4 trials")
+    assert lost.startswith("2 workers lost, the last: score: ActorDiedError: killed") and len(lost) < 240
+    assert back == "1 came back: on 10.0.0.2"
+
+
+def test_how_much_each_worker_was_used(tmp_path):
+    run, *_ = make_run(tmp_path / "run")
+    assert summary.worker_table(run)[1] == []
+    used = {"worker": "worker-1", "candidates": 7, "scoring_seconds": 3.04, "present_seconds": 4.0, "utilisation": 0.76}
+    run.write_manifest("complete", command=["test"], bayes_search={"batch": 1, "workers": [used]})
+    header, cells = summary.worker_table(run)
+    assert dict(zip(header, cells[0], strict=True)) == {
+        "search": "bayes", "worker": "worker-1", "candidates": "7", "scoring s": "3.0", "there s": "4.0", "used %": "76"
+    }  # fmt: skip

@@ -31,6 +31,7 @@ from raymerge.experiments.common import (
     model_facts,
     open_pool,
     read_inputs,
+    runtime,
     settings_of,
 )
 from raymerge.experiments.planning import (
@@ -58,10 +59,10 @@ from raymerge.plan import (
     read_alpha_file,
     tail_coefficients,
 )
-from raymerge.pool import WorkerPool, start_ray
+from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent
 from raymerge.proposers import BayesProposer, Proposer, RandomProposer, Starts
-from raymerge.search import choose_batch, run_search
+from raymerge.search import check_loggers, choose_batch, run_search
 from raymerge.tables import RunDirectory
 
 _INSIDE = 0.05  # an alpha's distance from its corner where a descent starts near one
@@ -79,6 +80,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     directory cannot be used.
     """
     progress = progress or Silent()
+    check_loggers(config.output.loggers)
     calibrates = config.plan.selection == "block" and config.chooses_blocks
     inputs = read_inputs(config, (SEARCH, REPORT, *([CALIBRATION] if calibrates else [])))
     n_layers = inputs.checkpoint.n_layers
@@ -94,7 +96,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
         progress.message("This run is complete; nothing is left to do.")
         return run
     run.begin()
-    with start_ray():
+    with runtime(config, progress):
         cache = cache_of(config, run)
         if config.plan.recompute:
             start = recomputed_plan(config, n_layers, cache, progress)
@@ -177,7 +179,7 @@ class _Search:
 
     def execute(self, probes: list[MergePlan]) -> RunDirectory:
         began = time.monotonic()
-        options = {"template": self.template, "firsts": self.firsts}
+        options = {"run": self.run, "template": self.template, "firsts": self.firsts}
         with open_pool(self.config, self.inputs, self.cache, **options) as pool:
             self.pool = pool
             self.facts["workers"] = describe_workers(pool, self.inputs)
@@ -351,13 +353,14 @@ class _Search:
             minimise=is_minimised(settings.objective),
             candidates=candidates,
             batch=batch,
-            concurrent=concurrent,
+            concurrent=None if settings.concurrent == "auto" else concurrent,
             seed=settings.seed,
             record=self._record,
             replayed=done,
             plan_id_of=lambda alphas: self._candidate(alphas).plan_id(self.identity),
             on_progress=lambda n, best: self.progress.advance(n, "" if best is None else f"best {best:.4f}"),
             storage_path=str(Path(self.cache).absolute() / "tune"),
+            loggers=self.config.output.loggers,
             **options,
         )
         self.facts[f"{searcher}_search"] = {
@@ -365,6 +368,7 @@ class _Search:
             "concurrent": concurrent,
             "wall_seconds": round(outcome.wall_seconds, 3),
             "share_not_scoring": outcome.share_not_scoring,
+            "workers": list(outcome.workers),
             "candidates_this_call": outcome.finished,
         }
 

@@ -20,6 +20,7 @@ from raymerge.experiments.common import (
     model_facts,
     open_pool,
     read_inputs,
+    runtime,
     settings_of,
 )
 from raymerge.experiments.planning import Similarity, allowed_starts, choose_blocks, influence_plan, similarity_of
@@ -39,7 +40,7 @@ from raymerge.plan import (
     read_alpha_file,
     tail_pairs,
 )
-from raymerge.pool import WorkerPool, start_ray
+from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent
 from raymerge.statistics import accuracy_summary
 from raymerge.tables import RunDirectory
@@ -79,7 +80,7 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
         progress.message("This run is complete; nothing is left to do.")
         return run
     run.begin()
-    with start_ray():
+    with runtime(config, progress):
         if blocks:
             cache, n_layers = cache_of(config, run), inputs.checkpoint.n_layers
             blocks = choose_blocks(config, n_layers, list(blocks), run, cache, similarity, progress)
@@ -193,7 +194,7 @@ class _Sweep:
     def execute(self) -> RunDirectory:
         cache = cache_of(self.config, self.run)
         reporter = Reporter(self.config, self.inputs, self.run)
-        with open_pool(self.config, self.inputs, cache, firsts=self.firsts) as pool:
+        with open_pool(self.config, self.inputs, cache, run=self.run, firsts=self.firsts) as pool:
             workers = describe_workers(pool, self.inputs)
             further = (RETRIEVAL,) if self.config.sweep.context else ()
             shards = compute_trunk(pool, self.inputs, self.progress, further)

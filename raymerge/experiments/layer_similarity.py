@@ -23,10 +23,10 @@ from raymerge.experiments.common import (
     model_facts,
     open_pool,
     read_inputs,
+    runtime,
     settings_of,
 )
 from raymerge.inputs import SUBSETS, Subset
-from raymerge.pool import start_ray
 from raymerge.progress import Progress, Silent
 from raymerge.reliability import Correlation, Study, correlate, correlate_matrices
 from raymerge.sensitivity import recipe_of
@@ -58,7 +58,8 @@ def similarity(
         return run
     run.begin()
     cache = cache_of(config, run)
-    with start_ray(), open_pool(config, inputs, cache, most=len(inputs.subsets)) as pool:
+    options = {"run": run, "most": len(inputs.subsets)}
+    with runtime(config, progress), open_pool(config, inputs, cache, **options) as pool:
         workers = describe_workers(pool, inputs)
         progress.stage("similarity (subsets)", len(inputs.subsets))
 
@@ -313,7 +314,8 @@ def sensitivity(
         progress.message("This run is complete; nothing is left to do.")
         return run
     run.begin()
-    with start_ray(), open_pool(config, inputs, cache_of(config, run), most=len(inputs.subsets)) as pool:
+    options = {"run": run, "most": len(inputs.subsets)}
+    with runtime(config, progress), open_pool(config, inputs, cache_of(config, run), **options) as pool:
         workers = describe_workers(pool, inputs)
         progress.stage("sensitivity (subsets)", len(inputs.subsets))
         found = pool.map("sensitivity", range(len(inputs.subsets)), counted(progress))

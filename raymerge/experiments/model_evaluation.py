@@ -14,11 +14,11 @@ from raymerge.experiments.common import (
     model_facts,
     open_pool,
     read_inputs,
+    runtime,
     settings_of,
 )
 from raymerge.inputs import REPORT, TEXT
 from raymerge.plan import base_plan
-from raymerge.pool import start_ray
 from raymerge.progress import Progress, Silent
 from raymerge.tables import RunDirectory, derive_accuracy
 
@@ -39,7 +39,7 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
     run.begin()
     plan = base_plan(checkpoint.n_layers)
     plan_id = plan.plan_id(checkpoint.identity)
-    with start_ray(), open_pool(config, inputs, cache_of(config, run)) as pool:
+    with runtime(config, progress), open_pool(config, inputs, cache_of(config, run), run=run) as pool:
         workers = describe_workers(pool, inputs)
         names = [REPORT] + ([TEXT] if inputs.text is not None else [])
         sizes = dict(zip(names, pool.map("shard_tokens", names), strict=True))
