@@ -136,6 +136,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="any further option")
     evaluate.set_defaults(run=_evaluate)
 
+    report = commands.add_parser(
+        "report",
+        formatter_class=raw,
+        help="one HTML page of one or several runs, to read or to send",
+        description="Make one self-contained HTML page of runs, from their tables alone: what was asked, the answer\n"
+        "against base and controls, and interactive figures with their rows. It needs no network to be opened.",
+        epilog="examples:\n  raymerge report runs/demo\n  raymerge report runs/k4 runs/k8 runs/sweep --out report.html",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directories (folders or URIs)")
+    report.add_argument("--out", metavar="FILE", help="the page (default: RUN/report.html of a single run)")
+    report.set_defaults(run=_report)
+
     merge = commands.add_parser(
         "merge",
         formatter_class=raw,
@@ -246,6 +258,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     with console.progress() as progress:
         run = evaluate(config, command=_command_line(), progress=progress)
     console.print_evaluation(run, config.data.report_split)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from raymerge.report import write_report
+
+    path = write_report(options.runs, options.out)
+    print(f"Report: {path} ({path.stat().st_size / 1e6:.1f} MB, opens without a network)")
     return 0
 
 
