@@ -264,7 +264,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from raymerge.report import write_report
 
-    path = write_report(options.runs, options.out)
+    with console.progress() as progress:
+        path = write_report(options.runs, options.out, progress=progress)
     print(f"Report: {path} ({path.stat().st_size / 1e6:.1f} MB, opens without a network)")
     return 0
 
@@ -272,15 +273,17 @@ def _report(options: argparse.Namespace) -> int:
 def _merge(options: argparse.Namespace) -> int:
     from raymerge.merging import merge
 
-    done = merge(
-        options.model,
-        options.alphas,
-        options.out,
-        revision=options.revision,
-        alignment=options.alignment,
-        norms=options.norms,
-        biases=options.biases,
-    )
+    with console.progress() as progress:
+        done = merge(
+            options.model,
+            options.alphas,
+            options.out,
+            revision=options.revision,
+            alignment=options.alignment,
+            norms=options.norms,
+            biases=options.biases,
+            progress=progress,
+        )
     print(
         f"{done['layers_before']} layers became {done['layers_after']}; "
         f"{done['parameters_removed'] / 1e6:.2f} M parameters removed; {done['tensors_changed']} tensors changed, "

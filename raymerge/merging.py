@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 import raymerge
 from raymerge import rows
@@ -13,6 +16,7 @@ from raymerge.alignment import Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import check_mergeable, fused_tensors, receipts
 from raymerge.plan import KeptLayer, MergePlan, PlanError, alpha_file_text, read_alpha_file
+from raymerge.progress import Progress, Silent, step
 
 
 def merge(
@@ -25,6 +29,7 @@ def merge(
     norms: str = "keep",
     biases: str = "keep",
     cache_folder: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Merge a model by an alpha file and save it as an ordinary Hugging Face checkpoint; what was done, in figures.
 
@@ -37,17 +42,25 @@ def merge(
     plan = read_alpha_file(alpha_file, checkpoint.n_layers)
     plan = replace(plan, alignment=alignment, norms=norms, biases=biases)
     check_mergeable(checkpoint, plan)
-    return save_merged(checkpoint, plan, Path(out), aligner=Aligner(checkpoint, cache_folder))
+    return save_merged(checkpoint, plan, Path(out), aligner=Aligner(checkpoint, cache_folder), progress=progress)
 
 
 def save_merged(
-    checkpoint: Checkpoint, plan: MergePlan, folder: Path, *, aligner: Aligner | None = None
+    checkpoint: Checkpoint,
+    plan: MergePlan,
+    folder: Path,
+    *,
+    aligner: Aligner | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the merged checkpoint with alphas.json, merge_plan.json (plan, receipts) and a model card."""
     aligner = aligner or Aligner(checkpoint)  # one for both passes, so that nothing is matched twice
     architecture = checkpoint.architecture
-    found = receipts(checkpoint, architecture, plan, aligner=aligner)
-    plan_id = plan.plan_id(checkpoint.identity)
+    progress = progress or Silent()
+    with step(progress, "receipts of the merge"):
+        found = receipts(checkpoint, architecture, plan, aligner=aligner)
+    with step(progress, "digest of the model's files"):
+        plan_id = plan.plan_id(checkpoint.identity)
     cost = rows.cost_row(plan, plan_id, checkpoint)
     changed = [receipt for receipt in found if receipt.max_abs_change > 0.0]
     record = {
@@ -70,8 +83,10 @@ def save_merged(
     }
     if plan.matrix_alphas:
         record["matrix_alphas"] = dict(plan.matrix_alphas)
+    layers = sum(len(checkpoint.layer_tensors(layer)) for layer in range(plan.n_layers))
+    total = len(checkpoint) - layers + sum(len(checkpoint.layer_tensors(kept.index)) for kept in plan.kept)
     written = checkpoint.save(
-        fused_tensors(checkpoint, architecture, plan, aligner=aligner),
+        _counted(fused_tensors(checkpoint, architecture, plan, aligner=aligner), total, progress),
         [kept.index for kept in plan.kept],
         folder,
         extra_files={
@@ -81,6 +96,14 @@ def save_merged(
         },
     )
     return record | {"bytes": written, "folder": str(folder)}
+
+
+def _counted(tensors: Iterator[tuple[str, Tensor]], total: int, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, counted as they are taken."""
+    progress.stage("saving the merged model (tensors)", total)
+    for done, tensor in enumerate(tensors, 1):
+        yield tensor
+        progress.advance(done)
 
 
 def _layer_record(kept: KeptLayer) -> dict[str, Any]:

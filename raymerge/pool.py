@@ -15,6 +15,7 @@ from ray._private import ray_constants
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 
 from raymerge.errors import UserError
+from raymerge.progress import Progress, Silent, step
 
 _ATTEMPTS = 3  # how often one item is tried before its failure is the pool's
 _PAUSE_S = 0.3  # before an actor that is restarting is asked again; each such call itself takes 1-2 s to be refused
@@ -73,7 +74,7 @@ def cluster_resources() -> dict[str, float]:
 
 
 @contextmanager
-def start_ray(*, num_cpus: int | None = None) -> Iterator[None]:
+def start_ray(*, num_cpus: int | None = None, progress: Progress | None = None) -> Iterator[None]:
     """Use the Ray there is - a job's, RAY_ADDRESS's or this process's - else start a local one and end it after.
 
     The local one listens on 127.0.0.1 only and has `num_cpus` (logical) CPUs, else the machine's.
@@ -83,11 +84,12 @@ def start_ray(*, num_cpus: int | None = None) -> Iterator[None]:
         return
     # No dashboard: a search needs none, and it would listen on a port.
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "include_dashboard": False}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
-    else:
-        with _loopback_only():
-            ray.init(address="local", num_cpus=num_cpus, **options)
+    with step(progress or Silent(), "starting Ray"):
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**options)
+        else:
+            with _loopback_only():
+                ray.init(address="local", num_cpus=num_cpus, **options)
     try:
         yield
     finally:

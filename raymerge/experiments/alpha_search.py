@@ -55,7 +55,7 @@ from raymerge.plan import (
     tail_coefficients,
 )
 from raymerge.pool import WorkerPool, start_ray
-from raymerge.progress import Progress, Silent
+from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
 from raymerge.proposers import BayesProposer, Proposer, RandomProposer, Starts
 from raymerge.search import choose_batch, run_search
@@ -76,7 +76,8 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     directory cannot be used.
     """
     progress = progress or Silent()
-    inputs = read_inputs(config, (SEARCH, REPORT))
+    with step(progress, "reading model and questions"):
+        inputs = read_inputs(config, (SEARCH, REPORT))
     n_layers = inputs.checkpoint.n_layers
     similarity = similarity_of(config, n_layers)
     # With plan.recompute the merges come from the model; the similarity as it was collected shows what can be refused.
@@ -89,7 +90,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
         progress.message("This run is complete; nothing is left to do.")
         return run
     run.begin()
-    with start_ray():
+    with start_ray(progress=progress):
         cache = cache_of(config, run)
         if config.plan.recompute:
             start = recomputed_plan(config, n_layers, cache, progress)
@@ -161,9 +162,9 @@ class _Search:
         began = time.monotonic()
         merges = len(self.start.steps)
         options = {"template": self.template, "firsts": self.firsts}
-        with open_pool(self.config, self.inputs, self.cache, **options) as pool:
+        with open_pool(self.config, self.inputs, self.cache, progress=self.progress, **options) as pool:
             self.pool = pool
-            self.facts["workers"] = describe_workers(pool, self.inputs)
+            self.facts["workers"] = describe_workers(pool, self.inputs, self.progress)
             shards = compute_trunk(pool, self.inputs, self.progress)
             align(pool, [self.template], self.progress)  # after the trunk, whose states matching by activations needs
             trunk_seconds = time.monotonic() - began
@@ -187,7 +188,8 @@ class _Search:
             self.reporter.report(pool, plans, shards, self.firsts, self.progress)
         best = plans[-1]
         model = self._save_best(best) if self.config.output.save_best else None
-        self.reporter.derive(plans, [(best, plan) for plan in plans[:-1]])
+        with step(self.progress, "accuracies and comparisons"):
+            self.reporter.derive(plans, [(best, plan) for plan in plans[:-1]])
         scripts = ("alphas.py", "accuracy.py")
         figures = draw_figures(self.run, scripts, self.progress) if self.config.output.figures else []
         self.run.write_manifest(
@@ -379,13 +381,10 @@ class _Search:
         where = self.run.path_of("models", best.name)
         if self.run.is_local and Path(where).exists():
             return where
-        self.progress.stage("saving the merged model", 1)
         with tempfile.TemporaryDirectory(dir=Path(where).parent.parent if self.run.is_local else None) as scratch:
             folder = Path(scratch) / best.name
             # What the workers have matched is read from the cache.
             data = self.inputs.questions[SEARCH].identity
             aligner = Aligner(self.inputs.checkpoint, Path(self.cache), data=data)
-            save_merged(self.inputs.checkpoint, best, folder, aligner=aligner)
-            uploaded = self.run.upload(folder, "models", best.name)
-        self.progress.advance(1)
-        return uploaded
+            save_merged(self.inputs.checkpoint, best, folder, aligner=aligner, progress=self.progress)
+            return self.run.upload(folder, "models", best.name)

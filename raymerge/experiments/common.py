@@ -28,7 +28,7 @@ from raymerge.inputs import (
 )
 from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool, cluster_resources, plan_workers
-from raymerge.progress import Progress
+from raymerge.progress import Progress, Silent, step
 from raymerge.questions import QuestionSet
 from raymerge.tables import RunDirectory
 from raymerge.worker import ModelWorker
@@ -88,25 +88,29 @@ def open_pool(
     template: MergePlan | None = None,
     firsts: Sequence[int] = (),
     most: int | None = None,
+    progress: Progress | None = None,
 ) -> WorkerPool:
     """Start the workers, `most` of them at the most; refuses a pool whose machines have other files."""
     workers = config.workers
     placement = plan_workers(workers.count, workers.gpus_per_worker, workers.cpus_per_worker, cluster_resources())
-    return WorkerPool(
-        ModelWorker,
-        {"config": config, "roles": inputs.roles, "cache": cache, "template": template, "firsts": tuple(firsts)},
-        count=placement.count if most is None else max(1, min(most, placement.count)),
-        cpus_per_worker=placement.cpus,
-        gpus_per_worker=placement.gpus,
-        timeout_s=workers.timeout_s,
-        max_restarts=workers.max_restarts,
-    )
+    count = placement.count if most is None else max(1, min(most, placement.count))
+    with step(progress or Silent(), f"loading the model in {count} worker{'s' if count > 1 else ''}"):
+        return WorkerPool(
+            ModelWorker,
+            {"config": config, "roles": inputs.roles, "cache": cache, "template": template, "firsts": tuple(firsts)},
+            count=count,
+            cpus_per_worker=placement.cpus,
+            gpus_per_worker=placement.gpus,
+            timeout_s=workers.timeout_s,
+            max_restarts=workers.max_restarts,
+        )
 
 
-def describe_workers(pool: WorkerPool, inputs: Inputs) -> list[dict[str, Any]]:
+def describe_workers(pool: WorkerPool, inputs: Inputs, progress: Progress) -> list[dict[str, Any]]:
     """What every worker holds; refuses a pool whose machines have other files under the same paths."""
-    found = pool.broadcast("describe")
-    ours = {"model_identity": inputs.checkpoint.identity, "data_identities": inputs.identities}
+    with step(progress, "comparing the workers' files"):  # all of the model's are read, for their digest
+        found = pool.broadcast("describe")
+        ours = {"model_identity": inputs.checkpoint.identity, "data_identities": inputs.identities}
     for worker in found:
         for key, value in ours.items():
             if worker[key] != value:
@@ -183,7 +187,8 @@ def draw_figures(run: RunDirectory, scripts: Sequence[str], progress: Progress) 
         progress.message("No figures: the analysis scripts are not beside this installation, or RUN is not local.")
         return []
     out = Path(run.path_of("figures"))
-    for script in scripts:
+    progress.stage("figures", len(scripts))
+    for number, script in enumerate(scripts, 1):
         done = subprocess.run(
             [sys.executable, str(folder / script), str(out.parent), "--out", str(out)],
             capture_output=True,
@@ -192,4 +197,5 @@ def draw_figures(run: RunDirectory, scripts: Sequence[str], progress: Progress) 
         )
         if done.returncode:
             raise RuntimeError(f"analysis/{script} failed with exit code {done.returncode}: {done.stderr[-2000:]}")
+        progress.advance(number)
     return sorted(str(path.relative_to(out.parent)) for path in out.iterdir())

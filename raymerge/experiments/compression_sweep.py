@@ -38,7 +38,7 @@ from raymerge.plan import (
     tail_pairs,
 )
 from raymerge.pool import WorkerPool, start_ray
-from raymerge.progress import Progress, Silent
+from raymerge.progress import Progress, Silent, step
 from raymerge.statistics import accuracy_summary
 from raymerge.tables import RunDirectory
 
@@ -64,7 +64,8 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     resumes. Errors as `search`.
     """
     progress = progress or Silent()
-    inputs = read_inputs(config, (REPORT,))
+    with step(progress, "reading model and questions"):
+        inputs = read_inputs(config, (REPORT,))
     similarity = similarity_of(config, inputs.checkpoint.n_layers)
     points = _points(config, inputs, similarity)
     run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", "plan", "sweep"), "sweep")
@@ -72,7 +73,7 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
         progress.message("This run is complete; nothing is left to do.")
         return run
     run.begin()
-    with start_ray():
+    with start_ray(progress=progress):
         return _Sweep(config, inputs, run, points, progress, command).execute()
 
 
@@ -165,8 +166,8 @@ class _Sweep:
     def execute(self) -> RunDirectory:
         cache = cache_of(self.config, self.run)
         reporter = Reporter(self.config, self.inputs, self.run)
-        with open_pool(self.config, self.inputs, cache, firsts=self.firsts) as pool:
-            workers = describe_workers(pool, self.inputs)
+        with open_pool(self.config, self.inputs, cache, firsts=self.firsts, progress=self.progress) as pool:
+            workers = describe_workers(pool, self.inputs, self.progress)
             further = (RETRIEVAL,) if self.config.sweep.context else ()
             shards = compute_trunk(pool, self.inputs, self.progress, further)
             align(pool, self.plans, self.progress)  # after the trunk, whose states matching by activations needs
@@ -175,7 +176,8 @@ class _Sweep:
                 self._retrieve(pool)
             speeds = self._time_generation(pool)
         self.run.replace("sweep", [self._row(point) for point in self.points])
-        reporter.derive([point.plan for point in self.points], self._compared(), speeds=speeds)
+        with step(self.progress, "accuracies and comparisons"):
+            reporter.derive([point.plan for point in self.points], self._compared(), speeds=speeds)
         figures = draw_figures(self.run, ["compression.py"], self.progress) if self.config.output.figures else []
         self.run.write_manifest(
             "complete",

@@ -118,8 +118,8 @@ def recomputed_plan(config: Config, n_layers: int, cache: str, progress: Progres
     pairs: list[tuple[int, int]] = []
     alphas: list[float] = []
     most = plan.merges or n_layers - 1
-    progress.stage("merging with recomputed similarity", most)
-    with open_pool(source, inputs, cache, most=1) as pool:
+    with open_pool(source, inputs, cache, most=1, progress=progress) as pool:
+        progress.stage("merging with recomputed similarity", most)
         while len(pairs) < most:
             so_far = pairs_plan(n_layers, pairs, alphas, name="so far", kind="file", **options_of(plan))
             (values,) = pool.map("similarity_after", [(wanted[0], so_far)])

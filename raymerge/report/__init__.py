@@ -6,14 +6,17 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from raymerge.progress import Progress, Silent, step
 from raymerge.report.build import page_of
-from raymerge.report.render import render
+from raymerge.report.render import to_html
 from raymerge.tables import RunDirectory, RunError
 
 __all__ = ["write_report"]
 
 
-def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+def write_report(
+    runs: Sequence[str | Path], out: str | Path | None = None, *, progress: Progress | None = None
+) -> Path:
     """Write the page of `runs` to `out` (one run: RUN/report.html by default) and return its path.
 
     The page needs neither network nor the run directories to be opened. Raises RunError for what is no run, and where
@@ -31,7 +34,10 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
     path = Path(out)
     if path.is_dir():
         raise RunError(f"{path} is a folder; --out names the page, for example {path / 'report.html'}")
-    html = render(page_of(loaded, shlex.join(["raymerge", "report", *map(str, runs)])))
+    progress = progress or Silent()
+    page = page_of(loaded, shlex.join(["raymerge", "report", *map(str, runs)]), progress)
+    with step(progress, "writing the page"):
+        html = to_html(page)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"_tmp.{path.name}")
     temporary.write_text(html, encoding="utf-8")

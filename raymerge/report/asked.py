@@ -90,14 +90,16 @@ def _model(model: dict, manifest: dict) -> Fact:
 def _data(data: dict, manifest: dict) -> list[Fact]:
     if not data:
         return []
-    subjects = data.get("subjects")
-    named = subjects if isinstance(subjects, str) else f"{plural(len(subjects), 'subject')}: {listed(subjects)}"
+    subjects = data.get("subjects") or "all"
+    named = f"subjects: {subjects}"
+    if not isinstance(subjects, str):
+        named = f"{plural(len(subjects), 'subject')}: {listed(subjects)}"
     facts = [
         Fact(
             "Questions",
             f"{data.get('mmlu')}, language {data.get('language')}, {plural(data.get('shots') or 0, 'example')} shown "
             "first",
-            f"subjects: {named}",
+            named,
         )
     ]
     if (manifest.get("data") or {}).keys() & {"search", "report"}:

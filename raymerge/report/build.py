@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from raymerge.identity import software
+from raymerge.progress import Progress
 from raymerge.report import compared, curve, layers, plans
 from raymerge.report.asked import asked, command_of, model_name, run_name, unfinished
 from raymerge.report.content import Block, Notice, Page, Section, Table, Text
@@ -71,16 +72,18 @@ GLOSSARY = (
 """What the words of a page mean."""
 
 
-def page_of(runs: Sequence[RunDirectory], command: str) -> Page:
+def page_of(runs: Sequence[RunDirectory], command: str, progress: Progress) -> Page:
     """The page of one run or of several; `command` is what made it."""
+    progress.stage("reading runs", len(runs))
     sections: list[Section] = []
     if len(runs) > 1:
         reached = [Reached(run) for run in runs]
         with_plans = [one for one in reached if one.lines]
         others = [(run_name(o.run), o.run.experiment, model_name(o.run)) for o in reached if not o.lines]
         sections.append(compared.compared(with_plans, others))
-    for run in runs:
+    for number, run in enumerate(runs, 1):
         sections += run_sections(run, heading=len(runs) > 1)
+        progress.advance(number)
     sections.append(
         Section(
             "What the words mean",

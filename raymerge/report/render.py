@@ -23,7 +23,7 @@ from raymerge.report.figures import CONFIG
 _DIGITS = 7  # significant ones of a number in the page's rows; the parquet has all
 
 
-def render(page: Page) -> str:
+def to_html(page: Page) -> str:
     """The page as HTML."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -79,6 +79,9 @@ def library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, which sets window.vegaEmbed."""
     import vl_convert
 
-    code = vl_convert.javascript_bundle()
-    # in a function of its own, so that its names stay inside; no text in it may end the script element
+    return contained(vl_convert.javascript_bundle())
+
+
+def contained(code: str) -> str:
+    """A script in a function of its own, so that its names stay inside, in which no text ends the script element."""
     return "(function(){" + code.replace("</script", "<\\/script") + "})();"
