@@ -76,10 +76,18 @@ class DataConfig(_Section):
         return value
 
 
+BlockMeasure = Literal["cosine", "angular", "similarity", "loss", "search"]
+
+
 class PlanConfig(_Section):
-    """What is merged, and the base coefficients. selection: tail merges the last `merges` layers; most_similar
-    repeatedly the most similar neighbours, until `merges` merges or (merges: null) until none exceeds `threshold`;
-    list the steps of `alpha_file`; recompute collects the similarities anew after each merge. base: fixed (`ratio`
+    """What is merged, and the base coefficients. selection: tail merges the last `merges` layers; block any `merges`
+    layers in a row; most_similar repeatedly the most similar neighbours, until `merges` merges or (merges: null) until
+    none exceeds `threshold`; list the steps of `alpha_file`; recompute collects the similarities anew after each merge.
+    block: the first layer that goes, or how it is chosen: cosine or angular (the least distance between the states
+    that enter the block and those that leave it, on calibration.text), similarity (by similarity_run, whatever its
+    measure), loss (the least loss of calibration.text with the block dropped), or search (first layer and coefficients
+    together, beginning with the choice by cosine); starts: the first layers to choose from, null for all. survivor: the
+    layer before or after the block takes it in. base: fixed (`ratio`
     everywhere), similarity_ratio or similarity, or file (`alpha_file`). similarity_run: a run of `raymerge similarity`;
     similarity_subset and similarity_language choose among its matrices. Its prompts are left out of every report.
     alignment: none, rows (published), or the layers' neurons reordered so that their function stays, matched by their
@@ -87,7 +95,10 @@ class PlanConfig(_Section):
     or fold."""
 
     merges: Positive | None = 13
-    selection: Literal["tail", "most_similar", "list"] = "tail"
+    selection: Literal["tail", "block", "most_similar", "list"] = "tail"
+    block: Annotated[int, Field(ge=0)] | BlockMeasure = "cosine"
+    starts: list[Annotated[int, Field(ge=0)]] | None = None
+    survivor: Literal["before", "after"] = "before"
     threshold: float | None = None
     recompute: bool = False
     base: Literal["fixed", "similarity_ratio", "similarity", "file"] = "fixed"
@@ -117,21 +128,30 @@ class PlanConfig(_Section):
             raise ValueError(f"selection is {self.selection}, but threshold and recompute belong to most_similar")
         elif self.selection == "list" and self.base != "file":
             raise ValueError("selection is list, so base must be file and alpha_file name one")
-        elif self.selection == "tail" and self.merges is None:
-            raise ValueError("selection is tail, which needs merges")
+        elif self.selection in ("tail", "block") and self.merges is None:
+            raise ValueError(f"selection is {self.selection}, which needs merges")
+        elif self.selection == "block" and self.base == "file":
+            raise ValueError("selection is block, but an alpha file names its own layers: set selection to list")
+        if self.selection == "block" and self.block == "similarity" and not self.similarity_run:
+            raise ValueError("block is similarity, so similarity_run must name a run of `raymerge similarity`")
         return self
 
 
-class SearchConfig(_Section):
-    """The alpha search. objective: micro_accuracy, macro_accuracy, accuracy:SUBJECT[,SUBJECT…]; answer_nll, answer_kl
-    (the unmerged model's letters kept), text_nll; or a weighted sum, answer_nll+0.1*text_nll. perplexity_ceiling: no
-    candidate of a higher perplexity of plain text is chosen. text: the plain text that text_nll and the ceiling are
-    measured on (demo or a file), text_tokens of its tokens; where it is data.perplexity_text itself, those after the
-    data.perplexity_tokens that are reported on. candidates: coefficient vectors tried, known ones included; initial:
-    random ones before the model proposes; random_candidates: random vectors scored as a control; batch: candidates a
-    Tune trial carries; probes: further alpha files tried first."""
+SearcherName = Literal["bayes", "random", "gradient"]
 
-    searcher: Literal["bayes", "random", "gradient"] = "bayes"
+
+class SearchConfig(_Section):
+    """The alpha search. searcher: bayes, random or gradient, or a list of them, one search after the other on the
+    same questions, whose plans are all reported. objective: micro_accuracy, macro_accuracy,
+    accuracy:SUBJECT[,SUBJECT…]; answer_nll, answer_kl (the unmerged model's letters kept), text_nll; or a weighted
+    sum, answer_nll+0.1*text_nll. perplexity_ceiling: no candidate of a higher perplexity of plain text is chosen.
+    text: the plain text that text_nll and the ceiling are measured on (demo or a file), text_tokens of its tokens;
+    where it is data.perplexity_text itself, those after the data.perplexity_tokens that are reported on. candidates:
+    coefficient vectors tried, known ones included; initial: random ones before the model proposes; random_candidates:
+    random vectors scored as a control; batch: candidates a Tune trial carries; probes: further alpha files tried
+    first."""
+
+    searcher: SearcherName | list[SearcherName] = "bayes"
     objective: str = "micro_accuracy"
     perplexity_ceiling: Annotated[float, Field(gt=1)] | None = None
     text: str | None = None
@@ -152,11 +172,23 @@ class SearchConfig(_Section):
             raise ValueError(f"bounds are {list(value)}: they must satisfy 0 <= low < high <= 1")
         return value
 
+    @field_validator("searcher")
+    @classmethod
+    def _distinct(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, list) and (not value or len(set(value)) < len(value)):
+            raise ValueError(f"searcher is {value}: name at least one searcher, each once")
+        return value
+
     @field_validator("objective")
     @classmethod
     def _known_objective(cls, value: str) -> str:
         parse_objective(value)
         return value
+
+    @property
+    def searchers(self) -> list[str]:
+        """The searchers by name, also where there is one."""
+        return [self.searcher] if isinstance(self.searcher, str) else list(self.searcher)
 
     @property
     def needs_text(self) -> bool:
@@ -172,7 +204,7 @@ class SearchConfig(_Section):
 
 
 class GradientConfig(_Section):
-    """Coefficients by gradient descent, where search.searcher is gradient. parametrisations, one search each: alphas
+    """Coefficients by gradient descent, where search.searcher names gradient. parametrisations, one search each: alphas
     (within search.bounds), simplex (the effective coefficients) or per_matrix (a simplex for each projection matrix).
     starts: descents of each, from the base coefficients, the probes, near both corners (the first and the last merged
     layer alone), and from random points. What is descended on is search.objective, or answer_nll where that is an
@@ -192,6 +224,16 @@ class GradientConfig(_Section):
     text_kl: Annotated[float, Field(ge=0)] = 0.0
     text_windows: Positive | None = None
     text_positions: Positive | None = 256
+
+
+class CalibrationConfig(_Section):
+    """What is chosen or fitted on beside the search. text: plain text, demo or a file; null takes the prompts of the
+    search questions, by shards drawn with `seed`. tokens: at most so many. Where the text is one that is reported on or
+    searched on, the tokens after those; a report's questions and text are never among them."""
+
+    text: str | None = None
+    tokens: Annotated[int, Field(ge=2)] = 12288
+    seed: int = 0
 
 
 class SimilarityConfig(_Section):
@@ -259,15 +301,20 @@ class SensitivityConfig(_Section):
     merges: Positive = 4
 
 
-SWEEP_METHODS = ("drop", "before_last", "block_influence", "similarity_ratio", "similarity", "most_similar", "file")
+BLOCK_METHODS = ("drop_block", "merge_block")
+SWEEP_METHODS = (
+    *("drop", "before_last", *BLOCK_METHODS),
+    *("block_influence", "similarity_ratio", "similarity", "most_similar", "file"),
+)
 
 
 class SweepConfig(_Section):
-    """The compression curve: every method at every number of merged layers. methods: drop, before_last, fixed:RATIO,
-    and with plan.similarity_run block_influence, similarity_ratio, similarity, most_similar (base coefficients by
-    plan.base); file takes plan.alpha_file at its own K. Methods that average are tried with every alignment and
-    norms. context: also measure NLL by position and key-value retrieval by distance (tokens). speed_tokens: tokens
-    generated to time each number of layers; 0 skips it."""
+    """The compression curve: every method at every number of merged layers. methods: drop, before_last, fixed:RATIO;
+    drop_block and merge_block, the block chosen by plan.block; and with plan.similarity_run block_influence,
+    similarity_ratio, similarity, most_similar (base coefficients of it and of merge_block by plan.base); file takes
+    plan.alpha_file at its own K. Methods that average are tried with every alignment and norms. context: also measure
+    NLL by position and key-value retrieval by distance (tokens). speed_tokens: tokens generated to time each number of
+    layers; 0 skips it."""
 
     merges: list[Positive] = [1, 4, 11, 13, 15]
     methods: list[str] = ["drop", "before_last", "fixed:0.4", "fixed:0.5", "fixed:0.6", "fixed:0.62", "fixed:0.7"]
@@ -323,6 +370,7 @@ class Config(_Section):
     plan: PlanConfig = PlanConfig()
     search: SearchConfig = SearchConfig()
     gradient: GradientConfig = GradientConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
     similarity: SimilarityConfig = SimilarityConfig()
     sensitivity: SensitivityConfig = SensitivityConfig()
     sweep: SweepConfig = SweepConfig()
@@ -340,9 +388,21 @@ class Config(_Section):
         return self
 
     @property
+    def chooses_blocks(self) -> bool:
+        """Whether a block of layers is chosen by the states or the loss on the calibration text or prompts."""
+        asks = self.plan.selection == "block" or not set(BLOCK_METHODS).isdisjoint(self.sweep.methods)
+        return asks and self.plan.block in ("cosine", "angular", "loss", "search")
+
+    @model_validator(mode="after")
+    def _has_its_calibration(self) -> Config:
+        if self.chooses_blocks and self.plan.block == "loss" and self.calibration.text is None:
+            raise ValueError("plan.block is loss, that of a plain text: set calibration.text to a file or demo")
+        return self
+
+    @property
     def needs_search_text(self) -> bool:
         """Whether candidates are measured, or descended, on plain text."""
-        return self.search.needs_text or (self.search.searcher == "gradient" and self.gradient.text_kl > 0)
+        return self.search.needs_text or ("gradient" in self.search.searchers and self.gradient.text_kl > 0)
 
     @model_validator(mode="after")
     def _has_its_search_text(self) -> Config:

@@ -1,6 +1,7 @@
 """Whole experiments on the embedded model over a small pool: what a run directory holds, and that it resumes."""
 
 import json
+from itertools import combinations
 
 import numpy as np
 import pyarrow.compute as pc
@@ -64,6 +65,7 @@ def test_known_points_come_first_and_the_best_is_the_best(run):
     trials = [row for row in run.read("trials").to_pylist() if row["searcher"] == "bayes"]
     trials.sort(key=lambda row: row["iteration"])
     assert trials[0]["alphas"] == [0.6225] * 13 and trials[1]["alphas"] == [1.0] * 13
+    assert trials[2]["alphas"] == [0.0] * 13
     best = max(trials, key=lambda row: (row["value"], -row["nll"]))
     assert run.manifest()["best"]["alphas"] == best["alphas"]
 
@@ -166,6 +168,44 @@ def test_a_search_that_keeps_the_language_model(ray_session, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_block_and_coefficients_are_searched_together(ray_session, tmp_path):
+    """Every trial has its block; what is reported and saved is the best one's."""
+    settings = [
+        "plan.selection=block",
+        "plan.block=search",
+        "plan.merges=4",
+        "plan.starts=[3, 8, 17]",
+        "search.objective=answer_nll",
+        "search.candidates=8",
+        "search.random_candidates=0",
+        "calibration.tokens=600",
+        "data.subjects=country_capitals",
+        "data.perplexity_tokens=100",
+        "workers.count=1",
+    ]
+    run = search(config(tmp_path / "blocks", *settings), command=["test"])
+    trials = [row for row in run.read("trials").to_pylist() if row["status"] == "ok"]
+    searched = sorted((row for row in trials if row["searcher"] == "bayes"), key=lambda row: row["iteration"])
+    assert len(searched) == 8 and all(len(row["alphas"]) == 4 for row in trials)
+    assert {row["block"] for row in searched} == {3, 8, 17}
+    assert {row["block"] for row in trials if row["searcher"] == "controls"} == {None}
+    blocks = run.read("blocks").to_pylist()
+    (first,) = (row["first"] for row in blocks if row["chosen"])
+    # The search begins with what the cosine chooses: base coefficients, then the block dropped.
+    assert [(row["block"], row["alphas"]) for row in searched[:2]] == [(first, [0.6225] * 4), (first, [1.0] * 4)]
+    assert {(row["measure"], row["first"]) for row in blocks} >= {("cosine", 0), ("angular", 17)}
+    names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
+    assert {"drop", "before_last", "drop_block", "found_bayes"} <= set(names.values())
+    best = min(searched, key=lambda row: (row["value"], row["nll"]))
+    assert names[best["plan_id"]] == "found_bayes" and run.manifest()["best"]["alphas"] == best["alphas"]
+    kept = [row["into"] for row in run.read("plans").to_pylist() if row["name"] == "found_bayes"]
+    assert min(kept) == best["block"] - 1
+    # The saved alpha file names the same plan.
+    demo = Checkpoint("demo")
+    saved = read_alpha_file(f"{run.path_of('models', 'found_bayes')}/alphas.json", demo.n_layers)
+    assert saved.plan_id(demo.identity) == best["plan_id"] == run.manifest()["best"]["plan_id"]
+
+
 def test_another_configuration_is_refused_by_name(run):
     with pytest.raises(RunError, match="plan.merges"):
         search(config(run.path_of("tables").removesuffix("/tables"), "plan.merges=4"))
@@ -194,7 +234,7 @@ def test_an_evaluation_has_subjects_averages_and_perplexities(ray_session, tmp_p
 
 
 GRADIENT = [
-    "search.searcher=gradient",
+    "search.searcher=[bayes, gradient]",
     "search.objective=answer_nll+0.1*text_nll",
     "search.text=demo",
     "search.text_tokens=100",
@@ -249,6 +289,21 @@ def test_a_search_by_gradient_keeps_every_epoch_and_goes_on_where_it_was_cut(ray
     for row in trials:
         losses = [each["loss"] for each in history if (each["searcher"], each["start"]) == (row["searcher"], 0)]
         assert min(losses[1:]) < losses[0]
+
+    # Both searchers in one run: each has its best reported, all pairs are compared, and the best of all is last.
+    bayes = [row for row in run.read("trials").to_pylist() if row["searcher"] == "bayes"]
+    assert len(bayes) == 9 and [row["alphas"] for row in sorted(bayes, key=lambda row: row["iteration"])[:3]] == [
+        [0.6225] * 4,
+        [1.0] * 4,
+        [0.0] * 4,
+    ]
+    names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
+    found = [name for name in names.values() if name.startswith("found_")]
+    assert sorted(found) == ["found_bayes", "found_gradient_per_matrix", "found_gradient_simplex"]
+    pairs = {frozenset((names[row["plan_a"]], names[row["plan_b"]])) for row in run.read("comparisons").to_pylist()}
+    assert {frozenset(pair) for pair in combinations(found, 2)} <= pairs
+    best_value = min([*bayes, *trials], key=lambda row: (row["value"], row["nll"]))
+    assert run.manifest()["best"]["name"] == f"found_{best_value['searcher']}"
 
     # Coefficients survive table, plan, checkpoint and reload; one set for each matrix is in the tables.
     plans = {row["name"]: row["plan_id"] for row in run.read("plans").to_pylist()}

@@ -124,8 +124,9 @@ def _plan(plan: dict, experiment: str) -> list[Fact]:
     if experiment == "sweep":
         return []
     base = plan.get("base") if plan.get("base") != "fixed" else f"constant {plan.get('ratio')}"
+    chosen = f", block {plan.get('block')}" if plan.get("selection") == "block" else ""
     return [
-        Fact("Merges (K)", f"{plan.get('merges')}, selection {plan.get('selection')}", options),
+        Fact("Merges (K)", f"{plan.get('merges')}, selection {plan.get('selection')}{chosen}", options),
         Fact("Starting coefficients", str(base), str(plan.get("similarity_run") or plan.get("alpha_file") or "")),
     ]
 
@@ -144,18 +145,17 @@ def _search(config: dict, experiment: str) -> list[Fact]:
     search = config.get("search") if experiment == "search" else None
     if not search:
         return []
+    named = search.get("searcher")
+    searchers = [str(named)] if isinstance(named, str) else [str(name) for name in named or []]
     gradient = config.get("gradient") or {}
-    how = (
-        f"{gradient.get('starts')} starts of {gradient.get('epochs')} epochs, {gradient.get('optimizer')}, "
-        f"learning rate {gradient.get('learning_rate')}"
-        if search.get("searcher") == "gradient"
-        else f"{plural(search.get('candidates') or 0, 'candidate')}"
-    )
+    how = [plural(search.get("candidates") or 0, "candidate")] if searchers != ["gradient"] else []
+    if "gradient" in searchers:
+        how.append(f"{gradient.get('starts')} descents of {gradient.get('epochs')} epochs, {gradient.get('optimizer')}")
     ceiling = search.get("perplexity_ceiling")
     return [
         Fact(
             "Search",
-            f"{search.get('searcher')}, {how}",
+            "; ".join([listed(searchers), *how]),
             f"{search.get('random_candidates')} at random as a control",
         ),
         Fact("Objective", str(search.get("objective")), "" if ceiling is None else f"perplexity at most {ceiling}"),

@@ -8,7 +8,7 @@ from typing import Any
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Block, Figure, Rows, Section, Table, Text
-from raymerge.report.plans import Reached, missing, tensor_name
+from raymerge.report.plans import Reached, chosen_layers, missing, tensor_name
 from raymerge.report.wording import difference, interval, percent, perplexity, plural, value
 from raymerge.summary import verdict
 
@@ -23,7 +23,7 @@ def answer(reached: Reached) -> Section:
     blocks: list[Block] = []
     if lasts:
         blocks += [Text(_sentence(base, lasts)), _best(reached, base, lasts)]
-    blocks += [_curves(reached, points, base), _everything(points)]
+    blocks += [*chosen_layers(reached.run), _curves(reached, points, base), _everything(points)]
     return Section("The answer", tuple(blocks))
 
 

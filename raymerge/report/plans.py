@@ -43,6 +43,7 @@ _KINDS = {
 _NAMES = {
     "drop": "last layers left out",
     "before_last": "layers before the last left out",
+    "drop_block": "the same layers left out",
     "similarity_shuffled": "those of a shuffled similarity",
 }
 
@@ -126,10 +127,17 @@ def answer(reached: Reached) -> Section:
     if found:
         blocks.append(_verdicts(reached, found))
     blocks += [plan_table(reached), *_overview(reached)]
+    blocks += chosen_layers(run)
     optimism = summary.optimism_lines(run, reached.split)
     if optimism:
         blocks.append(Text(f"How far the search flatters itself. {'. '.join(optimism)}."))
     return Section("The answer", tuple(blocks))
+
+
+def chosen_layers(run: RunDirectory) -> list[Block]:
+    """Which layers go, where a block of them was chosen, and by what."""
+    lines = summary.block_lines(run)
+    return [Text(f"Layers that go. {'. '.join(lines)}.")] if lines else []
 
 
 def missing(run: RunDirectory, *tables: str) -> Notice:
