@@ -162,8 +162,9 @@ def print_search(run: RunDirectory, split: str) -> None:
         print(f"  {line}")
     _print_blocks(run)
     print("\nAccuracy on the report questions, 95 % intervals of the paired difference:")
-    for line in summary.comparison_lines(run, manifest["best"]["plan_id"]):
-        print(f"  {line}")
+    _print_table(*summary.comparison_table(run, manifest["best"]["plan_id"]))
+    for line in summary.comparison_notes(run, manifest["best"]["plan_id"]):
+        print(line)
     for key, facts in manifest.items():
         if key.endswith("_search") and facts["share_not_scoring"] is not None:
             print(

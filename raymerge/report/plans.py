@@ -508,6 +508,7 @@ def search(reached: Reached) -> Section:
                     "best": best,
                     "label": "",
                     "plan_id": row["plan_id"],
+                    "block": row["block"],
                     "alphas": ", ".join(f"{alpha:.3f}" for alpha in row["alphas"]),
                     "perplexity": row["perplexity"],
                     "seconds": row["seconds"],
