@@ -17,9 +17,10 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from raymerge.alignment import REORDERED, layer_tensors
-from raymerge.architectures import source_tensor
+from raymerge.architectures import module_layer, source_tensor
 from raymerge.forward import LayerRunner, visible
 from raymerge.fusion import check_mergeable, fused_layer
 from raymerge.plan import MergePlan
@@ -162,8 +163,10 @@ class TailScorer:
     """Answer logits of models whose layers from `first` on are collapsed into one.
 
     The state held in memory is what entered the merged layer, RMS-normalised without the norm's gain (gains are
-    multiplied into the matrices, so that any layer's norm can be used), for every token; and the raw states at the
-    last positions. Questions are kept sorted by length, in buckets padded to their longest.
+    multiplied into the matrices, so that any layer's norm can be used; raw in a family without an input norm), for
+    every token; and the raw states at the last positions. Attention at the last position is written out here; norms
+    and the MLP, or its experts, are transformers' own modules. Questions are kept sorted by length, in buckets padded
+    to their longest.
 
     fused_dtype: the dtype to which merged matrices are rounded before scoring. By default the checkpoint's stored
     dtype, so that what is scored is exactly what would be saved; torch.float32 leaves them unrounded.
@@ -184,14 +187,16 @@ class TailScorer:
         self.prompts = prompts
         self.fused_dtype = fused_dtype or self.runner.checkpoint.dtype
         self.sources = sources or SourceLayers(self.runner, self.first)
-        attention = self.runner.modules[self.first].self_attn
-        self._head_dim = attention.head_dim
-        self._scaling = attention.scaling
-        self._epsilon = self.runner.modules[self.first].input_layernorm.variance_epsilon
-        config = self.runner.checkpoint.config
-        self._kv_heads = config.num_key_value_heads
-        self._groups = config.num_attention_heads // config.num_key_value_heads
-        self._activation = self.runner.modules[self.first].mlp.act_fn
+        self._block = self.runner.modules[self.first]
+        arch = self.runner.checkpoint.architecture
+        self._architecture = arch
+        self._head_dim, self._kv_heads, self._groups = (
+            arch.sizes[name] for name in ("rotary", "kv_heads", "query_heads")
+        )
+        self._scaling = self._block.self_attn.scaling
+        # Of families without an input norm the states are read as they are.
+        self._normalises = arch.gain_of(arch.rows_of("q")[0]) is not None
+        self._epsilon = self.runner.checkpoint.config.rms_norm_eps
         self._arrange(trunk)
         self._letters = self.runner.unembedding_rows(list(prompts.letters))
 
@@ -235,19 +240,26 @@ class TailScorer:
         starts = torch.cat([torch.arange(b.count, device=device) * b.width + b.start for b in self._buckets])
         self._last = own[starts + self._lengths - 1]
         prefix_states = torch.cat([prefix.to(device, dtype) for prefix in prefixes])
-        self._tokens = _rms(torch.cat([prefix_states, own]), self._epsilon)
-        self._last_normalised = _rms(self._last, self._epsilon)
+        self._tokens = self._entering(torch.cat([prefix_states, own]))
+        self._last_normalised = self._entering(self._last)
         self._n_prefix = len(prefix_states)
         self._starts = starts + self._n_prefix
         all_positions = torch.cat([torch.arange(len(prefix)) for prefix in prefixes] + token_positions)
-        self._rotary = self._cos_sin(all_positions)
         self._last_positions = (offset.to(device) + self._lengths) - 1
+        self._rotary = self._cos_sin(all_positions)
         self._last_rotary = self._cos_sin(self._last_positions)
 
-    def _cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        # (N, 1, head_dim) each; the middle axis broadcasts over heads.
-        cos, sin = self.runner.rotary(positions)
-        return cos[0].float()[:, None], sin[0].float()[:, None]
+    def _entering(self, x: Tensor) -> Tensor:
+        return _rms(x, self._epsilon) if self._normalises else x
+
+    def _cos_sin(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        # (N, 1, rotated dimensions) each, by rotary type; the middle axis broadcasts over heads.
+        found = {}
+        for layer in range(self.first, self.runner.checkpoint.n_layers):
+            if (kind := self.runner.checkpoint.rotary_types[layer]) not in found:
+                cos, sin = self.runner.rotary(positions, layer)
+                found[kind] = cos[0].float()[:, None], sin[0].float()[:, None]
+        return found
 
     def select(self, rows: Sequence[int]) -> TailScorer:
         """A scorer of these questions alone, which it answers in the order given; no row may occur twice.
@@ -268,7 +280,7 @@ class TailScorer:
         at = chosen.to(device)
         for name in ("_lengths", "_last", "_last_normalised", "_last_positions"):
             setattr(part, name, getattr(self, name)[at])
-        part._last_rotary = tuple(values[at] for values in self._last_rotary)
+        part._last_rotary = {kind: (cos[at], sin[at]) for kind, (cos, sin) in self._last_rotary.items()}
 
         new_place = torch.full((len(self.rows),), -1, device=device)
         new_place[at] = torch.arange(len(at), device=device)
@@ -293,7 +305,7 @@ class TailScorer:
         part._starts = torch.cat(starts)
         index = torch.cat(indices)
         part._tokens = self._tokens[index]
-        part._rotary = tuple(values[index] for values in self._rotary)
+        part._rotary = {kind: (cos[index], sin[index]) for kind, (cos, sin) in self._rotary.items()}
         return part
 
     # -- scoring ------------------------------------------------------------------------------------------------
@@ -326,7 +338,7 @@ class TailScorer:
         Answer logits (n, 4) float32, and over the whole vocabulary logsumexp (n,) and the most probable token (n,).
         """
         (hidden,) = self._hidden_of([plan])
-        found = (hidden @ self._letters.T, *self.runner.vocabulary(hidden))
+        found = (self._answers(hidden), *self.runner.vocabulary(hidden))
         logits, logsumexp, top = (self._unsort(values).cpu() for values in found)
         return logits, logsumexp, top
 
@@ -334,7 +346,7 @@ class TailScorer:
     def score_many(self, plans: Sequence[MergePlan]) -> Iterator[Tensor]:
         """Answer logits (n, 4) float32 of each plan in turn, in question order."""
         for hidden in self._hidden_of(plans):
-            yield self._unsort(hidden @ self._letters.T).cpu()
+            yield self._unsort(self._answers(hidden)).cpu()
 
     def _hidden_of(self, plans: Sequence[MergePlan]) -> Iterator[Tensor]:
         for plan in plans:
@@ -391,7 +403,10 @@ class TailScorer:
 
     def answer_logits(self, weights: dict[str, Tensor], rest: int) -> Tensor:
         """Answer logits (n, 4) in question order of a merged layer, differentiable in its weights; see `hidden`."""
-        return self._unsort(self.hidden(weights, rest) @ self._letters.T)
+        return self._unsort(self._answers(self.hidden(weights, rest)))
+
+    def _answers(self, hidden: Tensor) -> Tensor:
+        return self.runner.capped(hidden @ self._letters.T)
 
     def _unsort(self, values: Tensor) -> Tensor:
         return values[torch.argsort(self.rows).to(values.device)]
@@ -401,38 +416,61 @@ class TailScorer:
 
         weights: the merged layer's tensors by relative name, float32; rest: the source layer whose window it has.
         """
-        window = self.runner.checkpoint.windows[self.first + rest]
-        query = self._heads(self._last_normalised, "q", weights, self._last_rotary)
-        keys = self._heads(self._tokens, "k", weights, self._rotary)
+        checkpoint = self.runner.checkpoint
+        window, rotary = (each[self.first + rest] for each in (checkpoint.windows, checkpoint.rotary_types))
+        query = self._heads(self._last_normalised, "q", weights, self._last_rotary[rotary])
+        keys = self._heads(self._tokens, "k", weights, self._rotary[rotary])
         values = self._project(self._tokens, "v", weights).unflatten(-1, (self._kv_heads, self._head_dim))
         query = query.unflatten(1, (self._kv_heads, self._groups))
         attended = self._attend(query, keys, values, window).flatten(1)
-        x = self._last + self._linear(attended, "self_attn.o_proj", weights)
-        inner = _rms(x, self._epsilon) * weights["post_attention_layernorm.weight"]
-        gate = self._activation(self._linear(inner, "mlp.gate_proj", weights))
-        x = x + self._linear(gate * self._linear(inner, "mlp.up_proj", weights), "mlp.down_proj", weights)
-        return self.runner.normalise(x)
+        out = F.linear(attended, weights["self_attn.o_proj.weight"], weights.get("self_attn.o_proj.bias"))
+        x = self._last + self._leaving("self_attn", out, weights)
+        return self.runner.normalise(x + self._leaving("mlp", self._mlp(x, weights), weights))
 
-    @staticmethod
-    def _linear(x: Tensor, name: str, weights: dict[str, Tensor]) -> Tensor:
-        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+    def _module(self, name: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """One of the layer's modules, transformers' own, on (n, …) states with the weights under its name."""
+        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        return functional_call(self._block.get_submodule(name), own, (x[None],))[0]
 
-    def _project(self, normalised: Tensor, which: str, weights: dict[str, Tensor]) -> Tensor:
+    def _leaving(self, block: str, out: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """What a block adds: its output, normalised where the family does so."""
+        norm = self._architecture.output_norms.get(block)
+        return out if norm is None else self._module(norm, out, weights)
+
+    def _mlp(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        arch = self._architecture
+        norm = arch.gain_of(arch.router or arch.rows_of("up")[0])
+        inner = x if norm is None else self._module(norm.removesuffix(".weight"), x, weights)
+        return self._module("mlp", inner, module_layer(arch, weights))
+
+    def _project(self, states: Tensor, which: str, weights: Mapping[str, Tensor]) -> Tensor:
+        matrix, rows = self._architecture.rows_of(which)
+        weight, bias = weights[f"{matrix}.weight"][rows], weights.get(f"{matrix}.bias")
         # The gain moves from every token's state to the matrix's columns.
-        name = f"self_attn.{which}_proj"
-        matrix = weights[f"{name}.weight"] * weights["input_layernorm.weight"]
-        return F.linear(normalised, matrix, weights.get(f"{name}.bias"))
+        if gain := self._architecture.gain_of(matrix):
+            weight = weight * (weights[gain] + self._architecture.gain_offset)
+        return F.linear(states, weight, None if bias is None else bias[rows])
 
     def _heads(
-        self, normalised: Tensor, which: str, weights: dict[str, Tensor], rotary: tuple[Tensor, Tensor]
+        self, states: Tensor, which: str, weights: Mapping[str, Tensor], rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Queries or keys (N, heads, head_dim), normalised per head where the family does so, and rotated."""
-        heads = self._project(normalised, which, weights).unflatten(-1, (-1, self._head_dim))
-        if (gain := weights.get(f"self_attn.{which}_norm.weight")) is not None:
-            heads = _rms(heads, self._epsilon) * gain
+        """Queries or keys (N, heads, head_dim), normalised where the family does so, and rotated."""
+        norm, heads = f"self_attn.{which}_norm", self._project(states, which, weights)
+        if norm in self._architecture.projection_norms:
+            heads = self._module(norm, heads, weights)
+        heads = heads.unflatten(-1, (-1, self._head_dim))
+        if norm in self._architecture.head_norms:
+            heads = self._module(norm, heads, weights)
         cos, sin = rotary
+        heads, still = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
         first, second = heads.chunk(2, -1)
-        return heads * cos + torch.cat([-second, first], -1) * sin
+        turned = heads * cos + torch.cat([-second, first], -1) * sin
+        return torch.cat([turned, still], -1) if still.shape[-1] else turned
+
+    def _scores(self, products: Tensor) -> Tensor:
+        """Attention scores of products of queries and keys."""
+        scores, cap = products * self._scaling, self.runner.attention_softcap
+        return scores if cap is None else cap * torch.tanh(scores / cap)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
         """Attention of each last position, (n, kv, group, head_dim), over its prefix and its own tokens.
@@ -444,7 +482,7 @@ class TailScorer:
         for prefix in self._prefixes:
             q = query[prefix.questions]
             k, v = (t[prefix.start : prefix.stop].permute(1, 2, 0) for t in (keys, values))  # (kv, head_dim, P)
-            scores = torch.einsum("nkgd,kdp->nkgp", q, k) * self._scaling
+            scores = self._scores(torch.einsum("nkgd,kdp->nkgp", q, k))
             if window is not None:
                 seen = visible(
                     self._last_positions[prefix.questions],
@@ -459,7 +497,7 @@ class TailScorer:
             start = self._n_prefix + bucket.start
             span = slice(start, start + bucket.count * bucket.width)
             k, v = (t[span].unflatten(0, (bucket.count, bucket.width)) for t in (keys, values))
-            scores = torch.einsum("nkgd,ntkd->nkgt", query[rows], k) * self._scaling
+            scores = self._scores(torch.einsum("nkgd,ntkd->nkgt", query[rows], k))
             behind = self._lengths[rows, None] - 1 - torch.arange(bucket.width, device=scores.device)
             seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
             scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
