@@ -129,7 +129,7 @@ def _layerwise_logits(
     chunks = []
     for start in range(0, vocabulary, _VOCABULARY_CHUNK):
         rows = runner.unembedding_rows(torch.arange(start, min(start + _VOCABULARY_CHUNK, vocabulary)))
-        chunks.append([x @ rows.T for x in hidden])
+        chunks.append([runner.capped(x @ rows.T) for x in hidden])
     return [torch.cat(parts, dim=-1) for parts in zip(*chunks, strict=True)]
 
 

@@ -68,6 +68,9 @@ def _compute_in_float32(model: torch.nn.Module) -> None:
             getattr(module, name).data = data
 
     for module in model.modules():
+        if (scale := getattr(module, "scalar_embed_scale", None)) is not None:
+            # Gemma's, which no file holds: it was made in the stored dtype, and sqrt(d) rounded is no weight of ours.
+            module.embed_scale = torch.tensor(scale, dtype=torch.float32)
         if any(True for _ in module.parameters(recurse=False)):
             module.register_forward_pre_hook(widen)
             module.register_forward_hook(restore)
