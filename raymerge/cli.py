@@ -152,6 +152,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="any further option")
     evaluate.set_defaults(run=_evaluate)
 
+    report = commands.add_parser(
+        "report",
+        formatter_class=raw,
+        help="one HTML page of one or several runs, to read or to send",
+        description="Make one self-contained HTML page of runs, from their tables alone: what was asked, the answer\n"
+        "against base and controls, and interactive figures with their rows. It needs no network to be opened.",
+        epilog="examples:\n  raymerge report runs/demo\n  raymerge report runs/k4 runs/k8 runs/sweep --out report.html",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directories (folders or URIs)")
+    report.add_argument("--out", metavar="FILE", help="the page (default: RUN/report.html of a single run)")
+    report.set_defaults(run=_report)
+
     merge = commands.add_parser(
         "merge",
         formatter_class=raw,
@@ -283,25 +295,36 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from raymerge.report import write_report
+
+    with console.progress() as progress:
+        path = write_report(options.runs, options.out, progress=progress)
+    print(f"Report: {path} ({path.stat().st_size / 1e6:.1f} MB, opens without a network)")
+    return 0
+
+
 def _merge(options: argparse.Namespace) -> int:
     _check_lasts(options.out)
     from raymerge.merging import merge
 
     if options.public and options.push is None:
         raise UserError("--public says how --push uploads, but there is no --push OWNER/NAME")
-    done = merge(
-        options.model,
-        options.alphas,
-        options.out,
-        revision=options.revision,
-        alignment=options.alignment,
-        norms=options.norms,
-        biases=options.biases,
-        verify=not options.no_verify,
-        push=options.push,
-        private=not options.public,
-        command=_command_line(),
-    )
+    with console.progress() as progress:
+        done = merge(
+            options.model,
+            options.alphas,
+            options.out,
+            revision=options.revision,
+            alignment=options.alignment,
+            norms=options.norms,
+            biases=options.biases,
+            verify=not options.no_verify,
+            push=options.push,
+            private=not options.public,
+            command=_command_line(),
+            progress=progress,
+        )
     print(
         f"{done['layers_before']} layers became {done['layers_after']}; "
         f"{done['parameters_removed'] / 1e6:.2f} M parameters removed; {done['tensors_changed']} tensors changed, "

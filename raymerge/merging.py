@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 import raymerge
 from raymerge import hub, rows
@@ -16,6 +18,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import check_mergeable, fused_tensors, receipts
 from raymerge.mergekit import NotExpressible, mergekit_yaml
 from raymerge.plan import KeptLayer, MergePlan, PlanError, alpha_file_text, read_alpha_file
+from raymerge.progress import Progress, Silent, step
 from raymerge.proof import check_proof, prove
 
 RECORD_FILE = "merge_plan.json"
@@ -35,6 +38,7 @@ def merge(
     push: str | None = None,
     private: bool = True,
     command: Sequence[str] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Merge a model by an alpha file and save it as an ordinary Hugging Face checkpoint; what was done, in figures.
 
@@ -53,8 +57,13 @@ def merge(
     if push is not None:
         hub.check_push(push)
     aligner = Aligner(checkpoint, cache_folder)
-    record = save_merged(checkpoint, plan, Path(out), aligner=aligner, verify=verify, command=command)
-    return record | {"pushed": None if push is None else hub.push(Path(out), push, private=private)}
+    record = save_merged(
+        checkpoint, plan, Path(out), aligner=aligner, verify=verify, command=command, progress=progress
+    )
+    if push is None:
+        return record | {"pushed": None}
+    with step(progress or Silent(), "pushing to the hub"):
+        return record | {"pushed": hub.push(Path(out), push, private=private)}
 
 
 def save_merged(
@@ -66,6 +75,7 @@ def save_merged(
     verify: bool = True,
     command: Sequence[str] | None = None,
     results: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the merged checkpoint with alphas.json, merge_plan.json (plan, receipts, proof), a model card and, where
     mergekit has terms for the plan, mergekit.yaml; the record, with the folder and its weights' bytes.
@@ -76,26 +86,40 @@ def save_merged(
     """
     aligner = aligner or Aligner(checkpoint)  # one for both passes, so that nothing is matched twice
     architecture = checkpoint.architecture
-    found = receipts(checkpoint, architecture, plan, aligner=aligner)
-    plan_id = plan.plan_id(checkpoint.identity)
+    progress = progress or Silent()
+    with step(progress, "receipts of the merge"):
+        found = receipts(checkpoint, architecture, plan, aligner=aligner)
+    with step(progress, "digest of the model's files"):
+        plan_id = plan.plan_id(checkpoint.identity)
     record = _record(checkpoint, plan, rows.receipt_rows(plan_id, found), command)
     extra = {"alphas.json": alpha_file_text(plan.steps)}
     try:
         extra["mergekit.yaml"] = mergekit_yaml(checkpoint, plan)
     except NotExpressible as error:
         record["mergekit"] = str(error)
+    layers = sum(len(checkpoint.layer_tensors(layer)) for layer in range(plan.n_layers))
+    total = len(checkpoint) - layers + sum(len(checkpoint.layer_tensors(kept.index)) for kept in plan.kept)
     written = checkpoint.save(
-        fused_tensors(checkpoint, architecture, plan, aligner=aligner),
+        _counted(fused_tensors(checkpoint, architecture, plan, aligner=aligner), total, progress),
         [kept.index for kept in plan.kept],
         folder,
         extra_files=extra | _described(checkpoint, record, results),
     )
     if verify:
-        record["proof"] = prove(checkpoint, plan, folder, aligner=aligner)
+        with step(progress, "proof: the saved model, loaded in a fresh process"):
+            record["proof"] = prove(checkpoint, plan, folder, aligner=aligner)
         for name, text in _described(checkpoint, record, results).items():
             (folder / name).write_text(text, encoding="utf-8")
         check_proof(record["proof"], folder)
     return record | {"bytes": written, "folder": str(folder)}
+
+
+def _counted(tensors: Iterator[tuple[str, Tensor]], total: int, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, counted as they are taken."""
+    progress.stage("saving the merged model (tensors)", total)
+    for done, tensor in enumerate(tensors, 1):
+        yield tensor
+        progress.advance(done)
 
 
 def saved_proof(folder: Path) -> dict[str, Any] | None:

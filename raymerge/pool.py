@@ -34,6 +34,7 @@ from ray.exceptions import (
 )
 
 from raymerge.errors import UserError
+from raymerge.progress import Progress, Silent, step
 
 _ATTEMPTS = 3  # how often one item is tried before its failure is the pool's
 _PAUSE_S = 0.3  # before an actor that is restarting is asked again; each such call itself takes 1-2 s to be refused
@@ -113,7 +114,9 @@ def driver_node() -> str:
 
 
 @contextmanager
-def start_ray(*, num_cpus: int | None = None, dashboard: bool = False) -> Iterator[str | None]:
+def start_ray(
+    *, num_cpus: int | None = None, dashboard: bool = False, progress: Progress | None = None
+) -> Iterator[str | None]:
     """Use the Ray there is - a job's, RAY_ADDRESS's or this process's - else start a local one and end it after.
 
     The local one listens on 127.0.0.1 only and has `num_cpus` (logical) CPUs, else the machine's; `dashboard` starts
@@ -124,12 +127,13 @@ def start_ray(*, num_cpus: int | None = None, dashboard: bool = False) -> Iterat
         return
     on_stop = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
-        context = ray.init(**options)
-    else:
-        options |= {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
-        with _loopback_only():
-            context = ray.init(address="local", num_cpus=num_cpus, **options)
+    with step(progress or Silent(), "starting Ray"):
+        if os.environ.get("RAY_ADDRESS"):
+            context = ray.init(**options)
+        else:
+            options |= {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
+            with _loopback_only():
+                context = ray.init(address="local", num_cpus=num_cpus, **options)
     if threading.current_thread() is threading.main_thread():
         # Back to what it was: Ray's own prints a trace and aborts the process (SIGABRT) if it takes 3 s to end.
         signal.signal(signal.SIGTERM, on_stop)

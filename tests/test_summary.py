@@ -114,13 +114,14 @@ def test_comparisons_of_a_plan_with_adjusted_p(tmp_path):
     rows = [row for row in run.read("comparisons").to_pylist() if row["measure"] == "accuracy"]
     for family in (rows[:3], rows[3:]):
         np.testing.assert_allclose([r["p_holm"] for r in family], holm([r["p_value"] for r in family]))
-    lines = summary.comparison_lines(run, "found")
-    assert [line.split(":")[0] for line in lines[:3]] == [f"plan_found against plan_{p}" for p in PLANS[:3]]
-    assert lines[0].endswith(": worse") and lines[1].endswith(": better") and lines[2].endswith(": indistinguishable")
-    assert f"p = {rows[0]['p_value']:.3g} (Holm {rows[0]['p_holm']:.3g})" in lines[0]
-    assert lines[3].startswith("(3 comparisons: p and intervals are of each on its own, uncorrected")
-    assert lines[4] == "(3 further pairs of plans stand in table comparisons.)"
-    assert len(summary.comparison_lines(run)) == 7
+    _, cells = summary.comparison_table(run, "found")
+    assert [line[:2] for line in cells] == [["plan_found", f"plan_{p}"] for p in PLANS[:3]]
+    assert [line[-1] for line in cells] == ["worse", "better", "indistinguishable"]
+    assert cells[0][4:6] == [f"{rows[0]['p_value']:.3g}", f"{rows[0]['p_holm']:.3g}"]
+    notes = summary.comparison_notes(run, "found")
+    assert notes[0].startswith("(3 comparisons: p and intervals are of each on its own, uncorrected")
+    assert notes[1] == "(3 further pairs of plans stand in table comparisons.)"
+    assert len(summary.comparison_table(run)[1]) == 6 and len(summary.comparison_notes(run)) == 1
 
 
 def test_a_gain_that_only_an_uncorrected_p_calls_one_is_said_to_be_so(tmp_path):
@@ -128,7 +129,7 @@ def test_a_gain_that_only_an_uncorrected_p_calls_one_is_said_to_be_so(tmp_path):
     rows = run.read("comparisons").to_pylist()
     rows = [row | {"p_value": 0.03, "p_holm": 0.09, "difference": 0.1} for row in rows]
     run.replace("comparisons", [{key: value for key, value in row.items() if key != "run_id"} for row in rows])
-    assert summary.comparison_lines(run, "found")[0].endswith(": better, but not among so many comparisons")
+    assert summary.comparison_table(run, "found")[1][0][-1] == "better, but not among so many comparisons"
 
 
 def test_the_table_of_plans_has_intervals(tmp_path):

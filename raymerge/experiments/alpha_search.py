@@ -60,7 +60,7 @@ from raymerge.plan import (
     tail_coefficients,
 )
 from raymerge.pool import WorkerPool
-from raymerge.progress import Progress, Silent
+from raymerge.progress import Progress, Silent, step
 from raymerge.proposers import BayesProposer, Proposer, RandomProposer, Starts
 from raymerge.search import check_loggers, choose_batch, run_search
 from raymerge.tables import RunDirectory
@@ -82,7 +82,8 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     progress = progress or Silent()
     check_loggers(config.output.loggers)
     calibrates = config.plan.selection == "block" and config.chooses_blocks
-    inputs = read_inputs(config, (SEARCH, REPORT, *([CALIBRATION] if calibrates else [])))
+    with step(progress, "reading model and questions"):
+        inputs = read_inputs(config, (SEARCH, REPORT, *([CALIBRATION] if calibrates else [])))
     n_layers = inputs.checkpoint.n_layers
     similarity = similarity_of(config, n_layers)
     # With plan.recompute and plan.block the merges may come from the model; these show what can be refused.
@@ -179,10 +180,10 @@ class _Search:
 
     def execute(self, probes: list[MergePlan]) -> RunDirectory:
         began = time.monotonic()
-        options = {"run": self.run, "template": self.template, "firsts": self.firsts}
+        options = {"run": self.run, "template": self.template, "firsts": self.firsts, "progress": self.progress}
         with open_pool(self.config, self.inputs, self.cache, **options) as pool:
             self.pool = pool
-            self.facts["workers"] = describe_workers(pool, self.inputs)
+            self.facts["workers"] = describe_workers(pool, self.inputs, self.progress)
             shards = compute_trunk(pool, self.inputs, self.progress)
             align(pool, [self.template], self.progress)  # after the trunk, whose states matching by activations needs
             trunk_seconds = time.monotonic() - began
@@ -201,7 +202,8 @@ class _Search:
             plans = self._reported(controls)
             self.reporter.report(pool, plans, shards, self.firsts, self.progress)
         best = plans[-1]
-        self.reporter.derive(plans, [(best, plan) for plan in plans[:-1]])
+        with step(self.progress, "accuracies and comparisons"):
+            self.reporter.derive(plans, [(best, plan) for plan in plans[:-1]])
         model, proof = self._save_best(best) if self.config.output.save_best else (None, None)
         scripts = ("alphas.py", "accuracy.py")
         figures = draw_figures(self.run, scripts, self.progress) if self.config.output.figures else []
@@ -432,7 +434,6 @@ class _Search:
         where = self.run.path_of("models", best.name)
         if self.run.is_local and Path(where).exists():
             return where, saved_proof(Path(where))
-        self.progress.stage("saving and proving the merged model", 1)
         with tempfile.TemporaryDirectory(dir=Path(where).parent.parent if self.run.is_local else None) as scratch:
             folder = Path(scratch) / best.name
             # What the workers have matched is read from the cache.
@@ -444,10 +445,10 @@ class _Search:
                     folder,
                     aligner=Aligner(self.inputs.checkpoint, Path(self.cache), data=data),
                     verify=self.config.output.verify,
+                    progress=self.progress,
                     command=self.command,
                     results=search_results(self.run, best.plan_id(self.identity), self.config.data.report_split),
                 )
             finally:
                 uploaded = self.run.upload(folder, "models", best.name) if folder.exists() else where
-        self.progress.advance(1)
         return uploaded, record["proof"]

@@ -33,7 +33,7 @@ from raymerge.inputs import (
 )
 from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool, cluster_resources, plan_workers, start_ray
-from raymerge.progress import Progress
+from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
 from raymerge.questions import QuestionSet
 from raymerge.tables import RunDirectory
@@ -121,7 +121,7 @@ def cache_of(config: Config, run: RunDirectory) -> str:
 @contextmanager
 def runtime(config: Config, progress: Progress) -> Iterator[None]:
     """The Ray there is, or a local one for as long as this lasts, with a dashboard if the configuration asks for it."""
-    with start_ray(dashboard=config.workers.dashboard) as dashboard:
+    with start_ray(dashboard=config.workers.dashboard, progress=progress) as dashboard:
         if dashboard is not None and config.workers.dashboard:
             progress.message(f"Ray's dashboard: {dashboard}")
         yield
@@ -136,6 +136,7 @@ def open_pool(
     template: MergePlan | None = None,
     firsts: Sequence[int] = (),
     most: int | None = None,
+    progress: Progress | None = None,
 ) -> WorkerPool:
     """Start the workers, `most` of them at the most; what befalls them becomes incidents of the run. With workers.count
     auto there are more as nodes join."""
@@ -154,21 +155,23 @@ def open_pool(
         return count if most is None else max(1, min(most, count))
 
     placement = placed()
-    return WorkerPool(
-        ModelWorker,
-        {"config": config, "roles": inputs.roles, "cache": cache, "template": template, "firsts": tuple(firsts)},
-        count=limited(placement.count),
-        cpus_per_worker=placement.cpus,
-        gpus_per_worker=placement.gpus,
-        timeout_s=workers.timeout_s,
-        wait_s=workers.wait_s,
-        max_restarts=workers.max_restarts,
-        grow=(lambda: limited(placed().count)) if workers.count == "auto" else None,
-        on_event=None if run is None else run.note,
-    )
+    count = limited(placement.count)
+    with step(progress or Silent(), f"loading the model in {count} worker{'s' if count > 1 else ''}"):
+        return WorkerPool(
+            ModelWorker,
+            {"config": config, "roles": inputs.roles, "cache": cache, "template": template, "firsts": tuple(firsts)},
+            count=count,
+            cpus_per_worker=placement.cpus,
+            gpus_per_worker=placement.gpus,
+            timeout_s=workers.timeout_s,
+            wait_s=workers.wait_s,
+            max_restarts=workers.max_restarts,
+            grow=(lambda: limited(placed().count)) if workers.count == "auto" else None,
+            on_event=None if run is None else run.note,
+        )
 
 
-def describe_workers(pool: WorkerPool, inputs: Inputs) -> list[dict[str, Any]]:
+def describe_workers(pool: WorkerPool, inputs: Inputs, progress: Progress) -> list[dict[str, Any]]:
     """What every worker holds; refuses a pool whose machines have other files under the same paths, now and of every
     worker that comes later."""
     ours = {"model_identity": inputs.checkpoint.identity, "data_identities": inputs.identities}
@@ -182,7 +185,8 @@ def describe_workers(pool: WorkerPool, inputs: Inputs) -> list[dict[str, Any]]:
                 )
 
     pool.admit("describe", check)
-    found = pool.broadcast("describe")
+    with step(progress, "comparing the workers' files"):  # all of the model's are read, for their digest
+        found = pool.broadcast("describe")
     for worker in found:
         check(worker)
     return found
@@ -254,10 +258,11 @@ def draw_figures(run: RunDirectory, scripts: Sequence[str], progress: Progress) 
     if not folder.is_dir():
         progress.message("No figures: the analysis scripts are not beside this installation.")
         return []
+    progress.stage("figures", len(scripts))
     with tempfile.TemporaryDirectory() as scratch:
         # Figures are files; beside a URI they are drawn here and copied there.
         out = Path(run.path_of("figures") if run.is_local else scratch)
-        for script in scripts:
+        for number, script in enumerate(scripts, 1):
             done = subprocess.run(
                 [sys.executable, str(folder / script), run.path_of(), "--out", str(out)],
                 capture_output=True,
@@ -266,6 +271,7 @@ def draw_figures(run: RunDirectory, scripts: Sequence[str], progress: Progress) 
             )
             if done.returncode:
                 raise RuntimeError(f"analysis/{script} failed with exit code {done.returncode}: {done.stderr[-2000:]}")
+            progress.advance(number)
         if not run.is_local:
             run.upload(out, "figures")
         return sorted(f"figures/{path.name}" for path in out.iterdir())

@@ -41,7 +41,7 @@ from raymerge.plan import (
     tail_pairs,
 )
 from raymerge.pool import WorkerPool
-from raymerge.progress import Progress, Silent
+from raymerge.progress import Progress, Silent, step
 from raymerge.statistics import accuracy_summary
 from raymerge.tables import RunDirectory
 
@@ -69,7 +69,8 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     """
     progress = progress or Silent()
     calibrates = config.chooses_blocks and not set(BLOCK_METHODS).isdisjoint(config.sweep.methods)
-    inputs = read_inputs(config, (REPORT, *([CALIBRATION] if calibrates else [])))
+    with step(progress, "reading model and questions"):
+        inputs = read_inputs(config, (REPORT, *([CALIBRATION] if calibrates else [])))
     similarity = similarity_of(config, inputs.checkpoint.n_layers)
     # The blocks may be chosen by the model; the first ones allowed show what can be refused.
     blocks = {merges: starts[0] for merges, starts in _starts(config, inputs).items()}
@@ -194,8 +195,9 @@ class _Sweep:
     def execute(self) -> RunDirectory:
         cache = cache_of(self.config, self.run)
         reporter = Reporter(self.config, self.inputs, self.run)
-        with open_pool(self.config, self.inputs, cache, run=self.run, firsts=self.firsts) as pool:
-            workers = describe_workers(pool, self.inputs)
+        options = {"run": self.run, "firsts": self.firsts, "progress": self.progress}
+        with open_pool(self.config, self.inputs, cache, **options) as pool:
+            workers = describe_workers(pool, self.inputs, self.progress)
             further = (RETRIEVAL,) if self.config.sweep.context else ()
             shards = compute_trunk(pool, self.inputs, self.progress, further)
             align(pool, self.plans, self.progress)  # after the trunk, whose states matching by activations needs
@@ -204,7 +206,8 @@ class _Sweep:
                 self._retrieve(pool)
             speeds = self._time_generation(pool)
         self.run.replace("sweep", [self._row(point) for point in self.points])
-        reporter.derive([point.plan for point in self.points], self._compared(), speeds=speeds)
+        with step(self.progress, "accuracies and comparisons"):
+            reporter.derive([point.plan for point in self.points], self._compared(), speeds=speeds)
         figures = draw_figures(self.run, ["compression.py"], self.progress) if self.config.output.figures else []
         self.run.write_manifest(
             "complete",
