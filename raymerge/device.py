@@ -37,6 +37,10 @@ def choose_device(share: float | str = "auto") -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if is_accelerator(device) else "cpu"
+
+
 def is_accelerator(device: torch.device) -> bool:
     return device.type != "cpu"
 

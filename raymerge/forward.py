@@ -153,9 +153,8 @@ class LayerRunner:
         on a CPU."""
         if layer in self._resident:
             return self._resident[layer]
-        weights = self._loaded(
-            lambda: self.deployed(self.checkpoint.layer(layer, dtype=self.dtype, device=self.device))
-        )
+        options = {"dtype": self.dtype, "device": self.device}
+        weights = self._loaded(lambda: self.deployed(self.checkpoint.layer(layer, **options)))
         if self._may_keep():
             self._resident[layer] = weights
         return weights

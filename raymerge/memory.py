@@ -73,12 +73,12 @@ class ScoringPlan:
             return replace(self, chunk_tokens=self.chunk_tokens // 2)
         if self.candidates > 1:
             return replace(self, candidates=self.candidates // 2)
-        if self.chunk_tokens > _FEWEST_TOKENS:
-            return replace(self, chunk_tokens=self.chunk_tokens // 2)
         if self.key_values == "linear":
             return replace(self, key_values="recompute")
         if self.states == "device":
             return replace(self, states="host")
+        if self.chunk_tokens > _FEWEST_TOKENS:
+            return replace(self, chunk_tokens=self.chunk_tokens // 2)
         return None
 
 

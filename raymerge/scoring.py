@@ -228,7 +228,9 @@ class TailScorer:
         self._groups = config.num_attention_heads // config.num_key_value_heads
         self._activation = self.runner.modules[self.first].mlp.act_fn
         self._sums: _KeyValueSums | None = None
-        self._arrange(trunk, plan)
+        fits, _ = attempt(lambda: self._arrange(trunk, plan))
+        if not fits:  # less than the plan counted on: others may have taken memory since
+            self._arrange(trunk, replace(self.plan, states="host", key_values="recompute"))
         self._letters = self.runner.unembedding_rows(list(prompts.letters))
 
     # -- setting up ---------------------------------------------------------------------------------------------
@@ -333,6 +335,11 @@ class TailScorer:
         if self.plan.states == "host":
             return host_buffer((tokens, width), self.compute_dtype, self.runner.device)
         return torch.empty(tokens, width, dtype=self.compute_dtype, device=self.runner.device)
+
+    @property
+    def tokens_a_question(self) -> float:
+        """Cached tokens, those of prefixes and padding included, for each question."""
+        return len(self._tokens) / len(self.rows)
 
     def _normalised(self, states: Tensor) -> Tensor:
         return _rms(states, self._epsilon).to(self.compute_dtype)
@@ -517,11 +524,8 @@ class TailScorer:
         """
         weights = self.sources.weights(mixed, rest, merge_biases)
         averaged = {name: weights.pop(name) for name in self.sources.averaged(merge_biases)}
-        if sums is None:
-            return torch.func.vmap(lambda own: self.hidden(weights | own, rest))(averaged)
-        return torch.func.vmap(lambda own, keys, values: self.hidden(weights | own, rest, (keys, values)))(
-            averaged, *sums
-        )
+        dimensions = (0, None if sums is None else 0)
+        return torch.func.vmap(lambda own, sums: self.hidden(weights | own, rest, sums), dimensions)(averaged, sums)
 
     @property
     def _is_batched(self) -> bool:
