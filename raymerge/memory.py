@@ -20,7 +20,7 @@ KEY_VALUES = ("recompute", "linear")
 _USABLE = 0.9  # of the free bytes; the rest is left to fragments, libraries' workspaces and what estimates miss
 _MOST_CANDIDATES = 8  # at once: what they share (weights and states read once, fewer launches) is then 1/8 of each
 _MOST_TOKENS, _EFFICIENT_TOKENS, _FEWEST_TOKENS = 131072, 8192, 256  # of a chunk; below 8,192 matmuls are too small
-_VOCABULARY = 16384  # rows of the unembedding in float32 at a time, as `forward` takes them
+_VOCABULARY, _ANSWERS = 16384, 4096  # rows of the unembedding in float32, and questions, at a time
 _BATCH = (512, 16384)  # padded tokens of a trunk batch, least and most
 
 
@@ -109,7 +109,7 @@ def scoring_bytes(size: LayerSize, work: ScoringWork, plan: ScoringPlan) -> int:
     if plan.states == "host":
         chunk += 2 * plan.chunk_tokens * size.hidden * work.compute  # one copy arrives while the other is used
     mixing = size.parameters * (4 * plan.candidates + 4 * work.sources) // 8  # an eighth of the stack at a time
-    vocabulary = _VOCABULARY * 4 * (2 * work.questions + size.hidden)
+    vocabulary = _VOCABULARY * 4 * (2 * min(work.questions, _ANSWERS) + size.hidden)
     return held_bytes(size, work, plan) + plan.candidates * candidate + max(chunk, mixing, vocabulary)
 
 

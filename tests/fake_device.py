@@ -6,7 +6,8 @@ operands on two devices, indices on another device than what they index, `numpy(
 What would merely wait for the device - `item()`, `tolist()`, a truth value - is counted in `syncs`.
 
 Of memory it knows `free`, which `device_memory` is patched to give, and `fail_above`: a call that makes a tensor of
-more values on the device raises torch.OutOfMemoryError, as does the next `fail_next` of any size.
+more values on the device raises torch.OutOfMemoryError, and so do the next `fail_next` that make one which `fail_when`
+says is to fail.
 """
 
 import contextlib
@@ -18,12 +19,12 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("cuda", 0)
 
-_WAITS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "__len__"}
+_WAITS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "nonzero"}
 _COPIES = {"copy_", "to", "cpu", "type", "set_"}  # between any two devices
 # Of the tensor alone: nothing is computed.
 _ASKS = {"size", "stride", "dim", "numel", "element_size", "is_floating_point", "data_ptr", "is_contiguous", "shape"}
 _ASKS |= {"dtype", "ndim", "layout", "requires_grad", "is_inference", "untyped_storage", "storage_offset", "nbytes"}
-_ASKS |= {"is_sparse", "is_quantized", "names", "is_leaf", "is_complex", "_version", "__hash__"}
+_ASKS |= {"is_sparse", "is_quantized", "names", "is_leaf", "is_complex", "_version", "__hash__", "__len__"}
 
 
 class MixedDevices(AssertionError):
@@ -36,7 +37,7 @@ class FakeDevice(TorchFunctionMode):
     def __init__(self, *, free=80 * 10**9, total=80 * 10**9):
         super().__init__()
         self.free, self.total = free, total
-        self.fail_above, self.fail_next = float("inf"), 0
+        self.fail_above, self.fail_next, self.fail_when = float("inf"), 0, lambda tensor: True
         self.syncs, self.calls, self.failures, self.largest = 0, 0, 0, 0
         self._storages = {}
 
@@ -105,7 +106,7 @@ class FakeDevice(TorchFunctionMode):
         if given and target == DEVICE:
             self._allocate(found)
             return self._take(self._fresh(found) if not here and tensors else found)
-        if here and not (name == "copy_" and not self.on(args[0])):
+        if here and not (name in ("copy_", "__setitem__") and not self.on(args[0])):
             self._allocate(found)
             return self._take(found)
         return found
@@ -119,11 +120,13 @@ class FakeDevice(TorchFunctionMode):
 
     def _check(self, func, name, here, tensors):
         away = [tensor for tensor in tensors if not self.on(tensor)]
-        # A CPU scalar may be an operand anywhere, but not an index.
-        if name not in ("__getitem__", "__setitem__", "index_select", "gather", "take_along_dim"):
+        if name == "__setitem__":  # x[a:b] = y copies between devices, an index of one does not
+            own, indices, value = tensors[0], tensors[1:-1], tensors[-1]
+            same = all(self.on(index) == self.on(own) for index in indices)
+            away = away if not same or (indices and value.dim() and self.on(value) != self.on(own)) else []
+        elif name not in ("__getitem__", "index_select", "gather", "take_along_dim"):
+            # A CPU scalar may be an operand anywhere, but not an index.
             away = [tensor for tensor in away if tensor.dim() > 0]
-        elif name == "__setitem__" and away and tensors[-1] is away[-1] and len(away) == 1:
-            away = [] if not _advanced(tensors[1:-1]) else away  # x[a:b] = y copies between devices
         if away:
             raise MixedDevices(
                 f"{resolve_name(func) or name}: {[tuple(t.shape) for t in here]} on the device with "
@@ -131,9 +134,11 @@ class FakeDevice(TorchFunctionMode):
             )
 
     def _allocate(self, found):
-        sizes = [value.numel() for value in tree_flatten(found)[0] if isinstance(value, torch.Tensor)]
-        if self.fail_next > 0 or max(sizes, default=0) > self.fail_above:
-            self.fail_next = max(0, self.fail_next - 1)
+        made = [value for value in tree_flatten(found)[0] if isinstance(value, torch.Tensor)]
+        with torch._C.DisableTorchFunction():
+            unlucky = self.fail_next > 0 and any(self.fail_when(tensor) for tensor in made)
+        if unlucky or any(tensor.numel() > self.fail_above for tensor in made):
+            self.fail_next -= unlucky
             self.failures += 1
             raise torch.OutOfMemoryError("out of memory, for the test")
 
@@ -143,10 +148,6 @@ def _unwrapped(tensor):
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
-
-
-def _advanced(indices):
-    return any(isinstance(index, torch.Tensor) for index in indices)
 
 
 def _is_device(value):
