@@ -1,11 +1,13 @@
 """Which unit of a deeper layer corresponds to which unit of a shallower one, before the two are averaged.
 
 `neurons`: only reorderings that leave a layer's function as it is (the groups that `architectures` declares), found
-by matching. What is maximised is one number, the sum of the cosines of all rows (of q, k, v, gate, up) and columns (of
-o, down) that come to lie on each other, input norms' gains multiplied in, whatever norms the plan keeps: what a unit
-computes does not depend on the plan. Biases do not take part. For MLP units the maximum is exact. For attention it is
-exact over key/value heads given the scores of their pairs; a pair's score, over the order of its query heads and of
-its value channels together, is a local maximum (each exact given the other), since their columns of o depend on both.
+by matching. What is maximised is one number, the sum of the cosines of all rows (of q, k, v, gate, up, a router) and
+columns (of o, down) that come to lie on each other, input norms' gains multiplied in, whatever norms the plan keeps:
+what a unit computes does not depend on the plan. Biases do not take part. For MLP units the maximum is exact. For
+attention it is exact over key/value heads given the scores of their pairs; a pair's score, over the order of its query
+heads and of its value channels together, is a local maximum (each exact given the other), since their columns of o
+depend on both. Experts are matched, with their rows of the router, by the most that their units could score, and then
+units inside the pairs that this gives, exactly: an assignment of units for every pair of experts would cost hours.
 
 `activations`: the same reorderings, MLP units matched by the correlation of their values on calibration prompts
 instead.
@@ -29,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raymerge.architectures import Architecture, Permutations, source_tensor
+from raymerge.architectures import PROJECTIONS, Architecture, Permutations, source_tensor
 from raymerge.assignment import assign
 from raymerge.checkpoint import Checkpoint
 from raymerge.errors import UserError
@@ -59,44 +61,77 @@ def align_pair(
     *,
     activations: tuple[Tensor, Tensor] | None = None,
 ) -> Permutations:
-    """The order in which the other layer's units match the reference layer's.
+    """The order in which the other layer's units match the reference layer's, and its experts with their own units.
 
     reference, other: two layers' tensors by relative name. activations: the MLP units' values (tokens, n) in both
     layers on the same tokens; units are then matched by their correlation (a constant unit correlates with nothing),
     and heads still by weights.
     """
+    heads = _match_heads(*(_head_features(layer, architecture, config) for layer in (reference, other)))
+    if architecture.experts:
+        return {**_match_experts(reference, other, architecture), **heads}
     if activations is None:
         likeness = unit_likeness(reference, other, architecture)
     else:
         centred = [F.normalize(values.double() - values.double().mean(0), dim=0) for values in activations]
         likeness = centred[0].T @ centred[1]
-    heads = (_head_features(layer, architecture, config) for layer in (reference, other))
-    return {"units": assign(-likeness.numpy(force=True)), **_match_heads(*heads)}
+    return {"units": assign(-likeness.numpy(force=True)), **heads}
 
 
-def unit_likeness(reference: Mapping[str, Tensor], other: Mapping[str, Tensor], architecture: Architecture) -> Tensor:
+def unit_likeness(
+    reference: Mapping[str, Tensor],
+    other: Mapping[str, Tensor],
+    architecture: Architecture,
+    experts: tuple[int, int] | None = None,
+) -> Tensor:
     """(n, n) float32: for each pair of MLP units, the sum of the cosines of their rows of gate and up and columns of
-    down."""
+    down. experts: whose units, of the reference's and of the other's experts."""
     total = None
-    for matrix in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
-        one, two = (_unit_rows(layer, architecture, matrix) for layer in (reference, other))
+    for projection in ("gate", "up", "down"):
+        one, two = (
+            _unit_rows(layer, architecture, projection, expert)
+            for layer, expert in zip((reference, other), experts or (None, None), strict=True)
+        )
         total = one @ two.T if total is None else total.addmm_(one, two.T)
     return total
 
 
-def _unit_rows(layer: Mapping[str, Tensor], architecture: Architecture, matrix: str) -> Tensor:
-    """Unit-norm rows, or columns where units lie along those, of a matrix with its gain, float32."""
-    weight = source_tensor(architecture, layer, f"{matrix}.weight", norms="fold")
-    return F.normalize(weight if architecture.unit_axes[matrix][0] == 0 else weight.T, dim=1)
+def _unit_rows(
+    layer: Mapping[str, Tensor], architecture: Architecture, projection: str, expert: int | None = None
+) -> Tensor:
+    """Unit-norm rows, or columns where units lie along those, of a projection with its gain, float32."""
+    matrix, rows = architecture.rows_of(projection, expert)
+    weight = source_tensor(architecture, layer, f"{matrix}.weight", norms="fold")[rows]
+    return F.normalize(weight if PROJECTIONS[projection][0] == 0 else weight.T, dim=1)
+
+
+def _match_experts(
+    reference: Mapping[str, Tensor], other: Mapping[str, Tensor], architecture: Architecture
+) -> dict[str, np.ndarray]:
+    """Experts (E,), and the units inside each (E, n).
+
+    A pair of experts scores its router rows' cosine and, for its units, the mean of two bounds of what matching them
+    can reach: each reference unit on the other expert's likest, and each of the other's on the reference's.
+    """
+    one, two = (_unit_rows(layer, architecture, "router") for layer in (reference, other))
+    scores = (one @ two.T).numpy(force=True)
+    for a in range(len(scores)):
+        for b in range(len(scores)):
+            likeness = unit_likeness(reference, other, architecture, (a, b))
+            scores[a, b] += 0.5 * float(likeness.amax(1).sum() + likeness.amax(0).sum())
+    order = assign(-scores)
+    units = [
+        assign(-unit_likeness(reference, other, architecture, (a, b)).numpy(force=True))
+        for a, b in enumerate(order.tolist())
+    ]
+    return {"experts": order, "units": np.stack(units)}
 
 
 def _head_features(layer: Mapping[str, Tensor], architecture: Architecture, config: Any) -> dict[str, Tensor]:
     """Unit-norm rows of heads, columns of o: q (kv, groups, r, d), k (kv, r, d), v (kv, c, d), o (kv, groups, c, d)."""
     kv, groups = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
     return {
-        name: _unit_rows(layer, architecture, f"self_attn.{name}_proj").unflatten(
-            0, (kv, groups, -1) if name in "qo" else (kv, -1)
-        )
+        name: _unit_rows(layer, architecture, name).unflatten(0, (kv, groups, -1) if name in "qo" else (kv, -1))
         for name in "qkvo"
     }
 
@@ -272,7 +307,8 @@ class Aligner:
                 return {name: source_tensor(architecture, stored, name, norms=plan.norms) for name in names}
 
             # Not on disk: they depend on alpha, so a search would leave a file for every candidate.
-            self._rows[key] = [match for _, match in fuse_rows(load, architecture.matrices, plan.steps)]
+            blocks = architecture.fused_blocks
+            self._rows[key] = [match for _, match in fuse_rows(load, architecture.matrices, plan.steps, blocks=blocks)]
         return self._rows[key]
 
     def _path(self, pair: tuple[int, int], alignment: str) -> Path | None:
@@ -316,11 +352,14 @@ def fuse_rows(
     matrices: Sequence[str],
     steps: Sequence[MergeStep],
     matches: Sequence[Mapping[str, np.ndarray]] | None = None,
+    *,
+    blocks: Mapping[str, Sequence[int]] | None = None,
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, np.ndarray]]]:
     """Merge step by step, matching the removed layer's rows anew each time against what is fused so far.
 
     load(layer): its tensors by relative name, float32: the matrices' weights and those biases that are merged, which
-    follow their matrix's rows. matches: those of an earlier call, used instead of matching again.
+    follow their matrix's rows. matches: those of an earlier call, used instead of matching again. blocks: of matrices
+    that hold several projections, how many rows each has; rows are matched inside them.
     Yields for each step the layer that it gives and the order of rows of each matrix.
     """
     alive: dict[int, dict[str, Tensor]] = {}
@@ -335,7 +374,10 @@ def fuse_rows(
             elif step.alpha == 1.0:  # nothing of it is used
                 found[matrix] = np.arange(len(removed[weight]))
             else:
-                found[matrix] = match_rows(into[weight], removed[weight])
+                parts = [w.split((blocks or {}).get(matrix, [len(w)])) for w in (into[weight], removed[weight])]
+                starts = np.cumsum([0, *(len(part) for part in parts[0])])
+                orders = (start + match_rows(*pair) for start, *pair in zip(starts[:-1], *parts, strict=True))
+                found[matrix] = np.concatenate(list(orders))
         fused = {}
         for name, own in into.items():
             order = torch.from_numpy(found[name.rpartition(".")[0]]).to(own.device)

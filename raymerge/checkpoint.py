@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raymerge import demo
-from raymerge.architectures import Architecture, architecture_of, attention_windows, trimmed_config
+from raymerge.architectures import Architecture, architecture_of, attention_windows, rotary_types, trimmed_config
 from raymerge.errors import UserError
 from raymerge.identity import digest
 
@@ -83,6 +83,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.architecture: Architecture = architecture_of(self.config)
         self.n_layers: int = self.config.num_hidden_layers
         self.windows = attention_windows(self.config)
+        self.rotary_types = rotary_types(self.config)
         self._files = _weight_files(self.directory)
         self._handles = {}
         self._where: dict[str, Path] = {}

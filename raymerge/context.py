@@ -193,7 +193,7 @@ def retrieve(
         ids = torch.from_numpy(prompts.options[of_group])
         table = runner.unembedding_rows(ids.flatten()).unflatten(0, ids.shape)
         rows += of_group
-        logits.append(torch.einsum("nd,nod->no", hidden, table).cpu().numpy())
+        logits.append(runner.capped(torch.einsum("nd,nod->no", hidden, table)).cpu().numpy())
     found = np.concatenate(logits)
     return Retrieved(np.array(rows, dtype=np.int64), found, found.argmax(1) == prompts.answers[rows])
 

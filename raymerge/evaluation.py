@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raymerge.architectures import trimmed_config
+from raymerge.architectures import module_layer, trimmed_config
 from raymerge.checkpoint import Checkpoint
 from raymerge.forward import GroupStates, LayerRunner
 from raymerge.fusion import check_mergeable
@@ -72,7 +72,7 @@ def answer_shard(
     for state in states:
         rows, last = state.last()
         hidden = runner.normalise(last)
-        logits = hidden @ runner.unembedding_rows(list(prompts.letters)).T
+        logits = runner.capped(hidden @ runner.unembedding_rows(list(prompts.letters)).T)
         logsumexp, top = runner.vocabulary(hidden)
         is_letter = torch.isin(top.cpu(), torch.tensor(prompts.letters))
         order = [i for members, _, _ in state.batches for i in members]
@@ -144,7 +144,7 @@ def _token_nll(runner: LayerRunner, states: Tensor, targets: Tensor) -> np.ndarr
         hidden = runner.normalise(states[start : start + _TEXT_TOKENS])
         rows = runner.unembedding_rows(targets[start : start + _TEXT_TOKENS])
         logsumexp, _ = runner.vocabulary(hidden)
-        parts.append((logsumexp.double() - (hidden * rows).sum(-1).double()).cpu().numpy())
+        parts.append((logsumexp.double() - runner.capped((hidden * rows).sum(-1)).double()).cpu().numpy())
     return np.concatenate(parts)
 
 
@@ -159,13 +159,14 @@ def generation_speed(
     from transformers import AutoModelForCausalLM
 
     arch, kept = checkpoint.architecture, list(range(layers))
-    others = tuple(arch.layer_name(layer, "") for layer in range(layers, checkpoint.n_layers))
+    prefixes = tuple(arch.layer_name(layer, "") for layer in range(checkpoint.n_layers))
     config = type(checkpoint.config).from_dict(trimmed_config(checkpoint.config.to_dict(), kept))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code)
-    model.load_state_dict(
-        {name: checkpoint[name].to(dtype) for name in checkpoint if not name.startswith(others)},
-        strict=False,  # a tied unembedding has no tensor of its own
-    )
+    state = {name: checkpoint[name].to(dtype) for name in checkpoint if not name.startswith(prefixes)}
+    for layer in kept:
+        own = module_layer(arch, checkpoint.layer(layer, dtype=dtype))
+        state |= {arch.layer_name(layer, name): tensor for name, tensor in own.items()}
+    model.load_state_dict(state, strict=False)  # a tied unembedding has no tensor of its own
     model = model.to(device).eval()
     prompt = torch.arange(1, 9, device=device)[None]
     options = {"do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0, "eos_token_id": -1}

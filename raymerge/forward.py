@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from raymerge.alignment import Aligner
+from raymerge.alignment import Aligner, AlignmentError
+from raymerge.architectures import module_layer
 from raymerge.checkpoint import Checkpoint
 from raymerge.device import attempt, device_memory, is_accelerator
 from raymerge.fusion import fused_layer
@@ -113,10 +114,14 @@ class LayerRunner:
         self.device = torch.device(device)
         self.accelerated = is_accelerator(self.device)
         self.dtype = dtype or (checkpoint.dtype if self.accelerated else torch.float32)
+        arch, config = checkpoint.architecture, checkpoint.config
+        # SDPA has no softcap, and transformers' use of it leaves one out.
+        self.attention_softcap: float | None = arch.attention_softcap and getattr(config, arch.attention_softcap)
+        self.logit_softcap: float | None = arch.logit_softcap and getattr(config, arch.logit_softcap)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(
-                copy.deepcopy(checkpoint.config),  # from_config writes the compute dtype into it
-                attn_implementation="sdpa",
+                copy.deepcopy(config),  # from_config writes the compute dtype into it
+                attn_implementation="eager" if self.attention_softcap else "sdpa",
                 dtype=self.dtype,
                 trust_remote_code=checkpoint.trust_remote_code,
             ).eval()
@@ -126,7 +131,8 @@ class LayerRunner:
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
         self._norm = skeleton.model.norm
         # Rotary frequencies are computed, not stored: they must not stay on the meta device.
-        self._rotary = type(skeleton.model.rotary_emb)(config=checkpoint.config).to(self.device)
+        self._rotary = type(skeleton.model.rotary_emb)(config=config).to(self.device)
+        self._embedding_scale = torch.tensor(config.hidden_size**0.5 if arch.scaled_embedding else 1.0).to(self.dtype)
         self._resident: dict[int, dict[str, Tensor]] = {}
         self._fused: tuple[MergePlan | None, dict[int, dict[str, Tensor]]] = (None, {})
         self._tables: dict[str, Tensor] = {}
@@ -137,13 +143,14 @@ class LayerRunner:
         checkpoint, config = self.checkpoint, self.checkpoint.config
         last = checkpoint.n_layers - 1
         names = (checkpoint.architecture.layer_name(last, name) for name in checkpoint.layer_tensors(last))
-        head_dim = self.modules[last].self_attn.head_dim
+        sizes = checkpoint.architecture.sizes
+        kv_width = sizes["kv_heads"] * sizes["rotary"]
         mlp = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         return LayerSize(
             parameters=sum(checkpoint[name].numel() for name in names),
             hidden=config.hidden_size,
-            query=config.num_attention_heads * head_dim,
-            key=config.num_key_value_heads * head_dim,
+            query=sizes["query_heads"] * kv_width,
+            key=kv_width,
             mlp=mlp * (getattr(config, "num_experts_per_tok", None) or 1),
             heads=config.num_attention_heads,
         )
@@ -245,9 +252,10 @@ class LayerRunner:
                 return layer
         return fuse(self.checkpoint)
 
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, each (1, T, head_dim) in the compute dtype, of positions (T,)."""
-        return self._rotary(torch.empty(0, dtype=self.dtype, device=self.device), positions[None].to(self.device))
+    def rotary(self, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, each (1, T, rotated dimensions) in the compute dtype, of positions (T,) in an original layer."""
+        like, kind = torch.empty(0, dtype=self.dtype, device=self.device), self.checkpoint.rotary_types[layer]
+        return self._rotary(like, positions[None].to(self.device), *(() if kind is None else (kind,)))
 
     def embed(self, shard: Shard) -> list[GroupStates]:
         """The states that enter layer 0."""
@@ -255,7 +263,8 @@ class LayerRunner:
 
     def _rows_of_embedding(self, ids: np.ndarray, _start: int) -> Tensor:
         table = self._table(self.checkpoint.architecture.embedding)
-        return table[torch.from_numpy(np.ascontiguousarray(ids)).to(table.device)].to(self.device, self.dtype)
+        rows = table[torch.from_numpy(np.ascontiguousarray(ids)).to(table.device)].to(self.device, self.dtype)
+        return rows * self._embedding_scale if self.checkpoint.architecture.scaled_embedding else rows
 
     def from_packed(self, shard: Shard, packed: list[tuple[Tensor, Tensor]]) -> list[GroupStates]:
         """The inverse of `pack`: states laid out in batches again."""
@@ -315,7 +324,7 @@ class LayerRunner:
     def run(self, states: list[GroupStates], layers: Iterable[Layer]) -> list[GroupStates]:
         """Run the layers in order; each layer's weights are asked for once. States are replaced in place."""
         for index, load in layers:
-            weights = load()
+            weights = module_layer(self.checkpoint.architecture, load())
             for state in states:
                 self._run_group(index, weights, state)
         return states
@@ -325,6 +334,11 @@ class LayerRunner:
 
         They are what the down projection reads, at every token once and in the same order for every layer.
         """
+        if self.checkpoint.architecture.experts:
+            raise AlignmentError(
+                f"the MLP units of {self.checkpoint.architecture.name} see only the tokens that are routed to their "
+                "expert, which differ between layers: alignment activations cannot match them; use alignment neurons"
+            )
         found: list[Tensor] = []  # (T, n) of each sequence, in the order they were run
         seen: list[Tensor] = []
         module = self.modules[layer]
@@ -377,8 +391,10 @@ class LayerRunner:
         window = self.checkpoint.windows[index]
         mask = None
         # Without a prefix and with all positions inside the window, attention's own causal path is faster.
-        if len(keys) > length or (window is not None and len(keys) > window):
+        if len(keys) > length or (window is not None and len(keys) > window) or self.attention_softcap:
             mask = visible(positions, keys, window)[None, None]
+        if self.attention_softcap:  # eager attention adds its mask
+            mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)
         out = functional_call(
             self.modules[index],
             weights,
@@ -386,7 +402,7 @@ class LayerRunner:
             {
                 "attention_mask": mask,
                 "position_ids": positions[None],
-                "position_embeddings": self.rotary(positions),
+                "position_embeddings": self.rotary(positions, index),
                 self._cache_argument: shared,
                 "use_cache": shared is not None,
             },
@@ -402,6 +418,11 @@ class LayerRunner:
     def _final_gain(self) -> Tensor:
         return self.checkpoint[self.checkpoint.architecture.final_norm].to(self.device, torch.float32)
 
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits as the model gives them, of products of states and the unembedding's rows."""
+        cap = self.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def unembedding_rows(self, ids: Tensor | list[int]) -> Tensor:
         """Rows (n, d) float32 of the unembedding matrix."""
         table = self._table(self.checkpoint.architecture.unembedding)
@@ -415,7 +436,7 @@ class LayerRunner:
         table = self._table(self.checkpoint.architecture.unembedding)
         total = best = top = None
         for start in range(0, table.shape[0], _VOCABULARY_CHUNK):
-            logits = normalised @ table[start : start + _VOCABULARY_CHUNK].to(self.device, torch.float32).T
+            logits = self.capped(normalised @ table[start : start + _VOCABULARY_CHUNK].to(self.device, torch.float32).T)
             part, (value, token) = torch.logsumexp(logits, -1), logits.max(-1)
             if total is None:
                 total, best, top = part, value, token
@@ -426,7 +447,7 @@ class LayerRunner:
 
     def vocabulary_mean(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
         """logsumexp (n,) float32 over the whole vocabulary, and the unembedding's mean row (n, d) float32 under its
-        softmax: the gradient of the first by `normalised`.
+        softmax: the gradient of the first by `normalised`. Where logits are capped, each row counts by the cap's slope.
 
         One pass over the unembedding, as `vocabulary`; what is summed so far is scaled by the largest logit so far.
         """
@@ -435,10 +456,12 @@ class LayerRunner:
         total, weighted = torch.zeros_like(top), torch.zeros_like(normalised)
         for start in range(0, table.shape[0], _VOCABULARY_CHUNK):
             rows = table[start : start + _VOCABULARY_CHUNK].to(self.device, torch.float32)
-            logits = normalised @ rows.T
+            logits = self.capped(normalised @ rows.T)
             higher = torch.maximum(top, logits.amax(-1, keepdim=True))
+            slope = None if self.logit_softcap is None else 1.0 - (logits / self.logit_softcap).square()
             scale, exponentials = torch.exp(top - higher), logits.sub_(higher).exp_()
             total = total * scale + exponentials.sum(-1, keepdim=True)
+            exponentials = exponentials if slope is None else exponentials.mul_(slope)
             weighted = (weighted * scale).addmm_(exponentials, rows)
             top = higher
         return (total.log() + top)[:, 0], weighted / total

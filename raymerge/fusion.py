@@ -48,9 +48,9 @@ def fused_layer(
     The matrices (and with biases="merge" their biases) are sum_j c_j W_j with the coefficients that the plan has for
     the matrix, summed in float32 and rounded once to the stored dtype, or to `dtype`; everything else is layer
     `plan.kept[position].index`'s own. With norms="fold" the W_j have their layer's input-norm gains multiplied in and
-    the merged layer's two gains are ones. With alignment "neurons" or "activations" the units of every W_j are laid on
-    the kept layer's; with "rows" it is the outcome of the steps, each matrix's rows matched at every one. A layer that
-    nothing is averaged into stays as it is.
+    the merged layer's input-norm gains are one. With alignment "neurons" or "activations" the units of every W_j are
+    laid on the kept layer's; with "rows" it is the outcome of the steps, each matrix's rows matched at every one. A
+    layer that nothing is averaged into stays as it is.
     aligner: where permutations are taken from; made for this call where it is needed and not given.
     Raises PlanError where shapes differ between layers, or for matrix_alphas that cannot be carried out.
     """
@@ -77,7 +77,7 @@ def fused_layer(
         own[name] = total.to(dtype or own[name].dtype)
     if plan.norms == "fold":
         for norm in architecture.norm_inputs:
-            own[f"{norm}.weight"] = torch.ones_like(own[f"{norm}.weight"])
+            own[f"{norm}.weight"] = torch.full_like(own[f"{norm}.weight"], 1.0 - architecture.gain_offset)
     return own
 
 
@@ -137,7 +137,7 @@ def _fused_rows(
     last: dict[str, Tensor] = {}
     steps = [plan.steps[number] for number in numbers]
     own = None if matches is None else [matches[number] for number in numbers]
-    for fused, _ in fuse_rows(load, architecture.matrices, steps, own):
+    for fused, _ in fuse_rows(load, architecture.matrices, steps, own, blocks=architecture.fused_blocks):
         last = fused
     return last.items()
 
@@ -195,21 +195,42 @@ def receipts(
 
 
 def check_mergeable(checkpoint: Checkpoint, plan: MergePlan) -> None:
-    """Refuse a plan that does not fit the checkpoint, or that averages layers whose attention differs."""
+    """Refuse a plan that does not fit the checkpoint or its family, or that averages layers whose attention differs."""
     for option, allowed in (("alignment", ALIGNMENTS), ("norms", NORMS)):
         if getattr(plan, option) not in allowed:
             raise PlanError(f"{option} is {getattr(plan, option)!r}, but must be one of {', '.join(allowed)}")
+    if plan.norms == "fold" or plan.alignment != "none":
+        _check_family(checkpoint.architecture, plan)
     if plan.matrix_alphas:
         _check_matrices(checkpoint.architecture, plan)
     if plan.n_layers != checkpoint.n_layers:
         raise PlanError(f"the plan is for {plan.n_layers} layers, the model has {checkpoint.n_layers}")
     for kept in plan.kept:
-        windows = {checkpoint.windows[source] for source in (*kept.sources, kept.index)}
-        if len(windows) > 1:
+        together = {*kept.sources, kept.index}
+        windows = {checkpoint.windows[source] for source in together}
+        if len(windows) > 1 or len({checkpoint.rotary_types[source] for source in together}) > 1:
+            own = checkpoint.windows[kept.index]
+            alike = [layer for layer, window in enumerate(checkpoint.windows) if window == own]
             raise PlanError(
-                f"layers {kept.sources} would be averaged, but their attention windows "
-                f"differ ({', '.join(map(str, windows))} positions; None is full attention)"
+                f"layers {sorted(together)} would be averaged, but their attention windows differ "
+                f"({', '.join(map(str, windows))} positions; None is full attention): merge into layer {kept.index} "
+                f"only layers of its kind, {alike}; in an alpha file, alpha 1 leaves out those between them"
             )
+
+
+def _check_family(architecture: Architecture, plan: MergePlan) -> None:
+    """Refuse options that mean nothing, or nothing sound, in a family."""
+    if plan.norms == "fold" and not architecture.norm_inputs:
+        raise PlanError(
+            f"norms fold multiplies input norms' gains into the matrices that read them, but {architecture.name} "
+            "normalises outputs, whose gains no matrix can take up: use norms keep"
+        )
+    if plan.alignment in ("rows", "activations") and architecture.experts:
+        reason = {
+            "rows": "permutes each matrix alone, which would part a router's rows from their experts",
+            "activations": "compares MLP units on the same tokens, but a router sends each expert tokens of its own",
+        }[plan.alignment]
+        raise PlanError(f"alignment {plan.alignment} {reason}: use neurons or none for {architecture.name}")
 
 
 def _check_matrices(architecture: Architecture, plan: MergePlan) -> None:

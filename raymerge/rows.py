@@ -148,7 +148,8 @@ def cost_row(plan: MergePlan, plan_id: str, checkpoint: Checkpoint, quantise: st
     parameters, stored = checkpoint.size(kept)
     if quantise != "none":
         arch = checkpoint.architecture
-        for matrix in (checkpoint[arch.layer_name(layer, f"{m}.weight")] for layer in kept for m in arch.matrices):
+        quantised = [matrix for matrix in arch.matrices if matrix != arch.router]
+        for matrix in (checkpoint[arch.layer_name(layer, f"{m}.weight")] for layer in kept for m in quantised):
             stored += quantised_bytes(*matrix.shape, quantise) - matrix.nbytes
     return {
         "plan_id": plan_id,

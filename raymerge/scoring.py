@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from raymerge.alignment import REORDERED, layer_tensors
-from raymerge.architectures import source_tensor
+from raymerge.architectures import module_layer, source_tensor
 from raymerge.device import attempt, device_memory, host_buffer, host_free, release_cached, streamed
 from raymerge.forward import LayerRunner, visible
 from raymerge.fusion import check_mergeable
@@ -189,8 +190,10 @@ class TailScorer:
     """Answer logits of models whose layers from `first` on are collapsed into one.
 
     The state held in memory is what entered the merged layer, RMS-normalised without the norm's gain (gains are
-    multiplied into the matrices, so that any layer's norm can be used), for every token; and the raw states at the
-    last positions. Questions are kept sorted by length, in buckets padded to their longest.
+    multiplied into the matrices, so that any layer's norm can be used; raw in a family without an input norm), for
+    every token; and the raw states at the last positions. Attention at the last position is written out here; norms
+    and the MLP, or its experts, are transformers' own modules. Questions are kept sorted by length, in buckets padded
+    to their longest.
 
     fused_dtype: the dtype to which merged matrices are rounded before scoring. By default the checkpoint's stored
     dtype, so that what is scored is exactly what would be saved; torch.float32 leaves them unrounded.
@@ -219,14 +222,16 @@ class TailScorer:
         self.fused_dtype = fused_dtype or self.runner.checkpoint.dtype
         self.compute_dtype = compute_dtype or (self.runner.dtype if self.runner.accelerated else torch.float32)
         self.sources = sources or SourceLayers(self.runner, self.first)
-        attention = self.runner.modules[self.first].self_attn
-        self._head_dim = attention.head_dim
-        self._scaling = attention.scaling
-        self._epsilon = self.runner.modules[self.first].input_layernorm.variance_epsilon
-        config = self.runner.checkpoint.config
-        self._kv_heads = config.num_key_value_heads
-        self._groups = config.num_attention_heads // config.num_key_value_heads
-        self._activation = self.runner.modules[self.first].mlp.act_fn
+        self._block = self.runner.modules[self.first]
+        arch = self.runner.checkpoint.architecture
+        self._architecture = arch
+        self._head_dim, self._kv_heads, self._groups = (
+            arch.sizes[name] for name in ("rotary", "kv_heads", "query_heads")
+        )
+        self._scaling = self._block.self_attn.scaling
+        # Of families without an input norm the states are read as they are.
+        self._normalises = arch.gain_of(arch.rows_of("q")[0]) is not None
+        self._epsilon = self.runner.checkpoint.config.rms_norm_eps
         self._sums: _KeyValueSums | None = None
         fits, _ = attempt(lambda: self._arrange(trunk, plan))
         if not fits:  # less than the plan counted on: others may have taken memory since
@@ -271,7 +276,7 @@ class TailScorer:
         width = (owned or prefixes)[0].shape[-1]
         self._tokens = self._empty_states(n_prefix + padded, width)
         for prefix, place in zip(prefixes, self._prefixes, strict=True):
-            self._tokens[place.start : place.stop] = self._normalised(prefix.to(device, torch.float32))
+            self._tokens[place.start : place.stop] = self._entering(prefix.to(device, torch.float32))
         last, starts = [], []
         for bucket in self._buckets:
             block = torch.zeros(bucket.count, bucket.width, width, dtype=owned[0].dtype)
@@ -282,13 +287,10 @@ class TailScorer:
             last.append(states[numbers, self._lengths[bucket.first : bucket.first + bucket.count] - 1])
             begin = n_prefix + bucket.start
             starts.append(numbers * bucket.width + begin)
-            self._tokens[begin : begin + len(states) * bucket.width] = self._normalised(states.flatten(0, 1))
+            self._tokens[begin : begin + len(states) * bucket.width] = self._entering(states.flatten(0, 1))
         self._last, self._starts = torch.cat(last), torch.cat(starts)
-        self._last_normalised = self._normalised(self._last)
-        longest = max((int(p) for p in self._positions_needed()), default=0)
-        # (positions, 1, head_dim) each; the middle axis broadcasts over heads.
-        cos, sin = self.runner.rotary(torch.arange(longest, device=device))
-        self._rotary = cos[0].float()[:, None], sin[0].float()[:, None]
+        self._last_normalised = self._entering(self._last)
+        self._rotary = self._cos_sin(torch.arange(max(self._positions_needed()), device=device))
         self._index()
 
     def _positions_needed(self) -> Iterator[int]:
@@ -341,11 +343,20 @@ class TailScorer:
         """Cached tokens, those of prefixes and padding included, for each question."""
         return len(self._tokens) / len(self.rows)
 
-    def _normalised(self, states: Tensor) -> Tensor:
-        return _rms(states, self._epsilon).to(self.compute_dtype)
+    def _entering(self, x: Tensor) -> Tensor:
+        return (_rms(x, self._epsilon) if self._normalises else x).to(self.compute_dtype)
 
-    def _rotary_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self._rotary
+    def _cos_sin(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        # (N, 1, rotated dimensions) each, by rotary type; the middle axis broadcasts over heads.
+        found = {}
+        for layer in range(self.first, self.runner.checkpoint.n_layers):
+            if (kind := self.runner.checkpoint.rotary_types[layer]) not in found:
+                cos, sin = self.runner.rotary(positions, layer)
+                found[kind] = cos[0].float()[:, None], sin[0].float()[:, None]
+        return found
+
+    def _rotary_at(self, positions: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+        cos, sin = self._rotary[kind]
         return cos[positions], sin[positions]
 
     def select(self, rows: Sequence[int]) -> TailScorer:
@@ -427,7 +438,7 @@ class TailScorer:
         # A CPU converts the unembedding for every part.
         parts = hidden.split(_VOCABULARY_QUESTIONS) if self.runner.accelerated else (hidden,)
         logsumexp, top = (torch.cat(values) for values in zip(*map(self.runner.vocabulary, parts), strict=True))
-        found = (hidden @ self._letters.T, logsumexp, top)
+        found = (self._answers(hidden), logsumexp, top)
         logits, logsumexp, top = (self._unsort(values).cpu() for values in found)
         return logits, logsumexp, top
 
@@ -435,7 +446,7 @@ class TailScorer:
     def score_many(self, plans: Sequence[MergePlan]) -> Iterator[Tensor]:
         """Answer logits (n, 4) float32 of each plan in turn, in question order."""
         for hidden in self._hidden_of(plans):
-            yield self._unsort(hidden @ self._letters.T).cpu()
+            yield self._unsort(self._answers(hidden)).cpu()
 
     def _hidden_of(self, plans: Sequence[MergePlan]) -> Iterator[Tensor]:
         for plan in plans:
@@ -529,8 +540,9 @@ class TailScorer:
 
     @property
     def _is_batched(self) -> bool:
-        """Whether several candidates can be scored at once: quantising takes one matrix at a time."""
-        return self.runner.quantise == "none"
+        """Whether several candidates can be scored at once: quantising takes one matrix at a time, and which experts a
+        token goes to is not known before."""
+        return self.runner.quantise == "none" and not self._architecture.experts
 
     def is_stacked(self, plan: MergePlan) -> bool:
         """Whether the plan's merged layer is a weighted sum of the stacked sources; else it is fused by itself.
@@ -557,7 +569,10 @@ class TailScorer:
 
     def answer_logits(self, weights: dict[str, Tensor], rest: int) -> Tensor:
         """Answer logits (n, 4) in question order of a merged layer, differentiable in its weights; see `hidden`."""
-        return self._unsort(self.hidden(weights, rest) @ self._letters.T)
+        return self._unsort(self._answers(self.hidden(weights, rest)))
+
+    def _answers(self, hidden: Tensor) -> Tensor:
+        return self.runner.capped(hidden @ self._letters.T)
 
     def _unsort(self, values: Tensor) -> Tensor:
         return values[self._question_order]
@@ -568,24 +583,21 @@ class TailScorer:
         weights: the merged layer's tensors by relative name; rest: the source layer whose window it has. sums: the
         coefficients (sources,) by which keys and values are those of the sources, where these are held.
         """
-        window = self.runner.checkpoint.windows[self.first + rest]
-        query = self._heads(self._last_normalised, "q", weights, self._rotary_at(self._offsets + self._lengths - 1))
+        checkpoint = self.runner.checkpoint
+        window, rotary = (each[self.first + rest] for each in (checkpoint.windows, checkpoint.rotary_types))
+        last = self._rotary_at(self._offsets + self._lengths - 1, rotary)
+        query = self._heads(self._last_normalised, "q", weights, last)
         query = query.unflatten(1, (self._kv_heads, self._groups))
-        attended = self._attend(query, weights, window, sums).flatten(1)
+        attended = self._attend(query, weights, window, rotary, sums).flatten(1)
         rows = max(1, self.plan.chunk_tokens // _ROW)
         parts = zip(self._last.split(rows), attended.split(rows), strict=True)
         return torch.cat([self._finish(x, part, weights) for x, part in parts])
 
-    def _finish(self, last: Tensor, attended: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def _finish(self, last: Tensor, attended: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """What follows attention, to the final norm, for some of the questions."""
-        x = last + self._linear(attended, "self_attn.o_proj", weights)
-        inner = _rms(x, self._epsilon) * weights["post_attention_layernorm.weight"]
-        gate = self._activation(self._linear(inner, "mlp.gate_proj", weights))
-        x = x + self._linear(gate * self._linear(inner, "mlp.up_proj", weights), "mlp.down_proj", weights)
-        return self.runner.normalise(x)
-
-    def _linear(self, x: Tensor, name: str, weights: dict[str, Tensor]) -> Tensor:
-        return self._product(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+        out = self._product(attended, weights["self_attn.o_proj.weight"], weights.get("self_attn.o_proj.bias"))
+        x = last + self._leaving("self_attn", out, weights)
+        return self.runner.normalise(x + self._leaving("mlp", self._mlp(x, weights), weights))
 
     def _product(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         """A linear map in the compute dtype, its bias added in float32; float32."""
@@ -595,22 +607,52 @@ class TailScorer:
         product = F.linear(x.to(dtype), matrix.to(dtype)).float()
         return product if bias is None else product + bias
 
-    def _project(self, normalised: Tensor, which: str, weights: dict[str, Tensor]) -> Tensor:
+    def _module(self, name: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """One of the layer's modules, transformers' own, on (n, …) states with the weights under its name."""
+        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        return functional_call(self._block.get_submodule(name), own, (x[None],))[0]
+
+    def _leaving(self, block: str, out: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """What a block adds: its output, normalised where the family does so."""
+        norm = self._architecture.output_norms.get(block)
+        return out if norm is None else self._module(norm, out, weights)
+
+    def _mlp(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        arch = self._architecture
+        norm = arch.gain_of(arch.router or arch.rows_of("up")[0])
+        inner = x if norm is None else self._module(norm.removesuffix(".weight"), x, weights)
+        own = module_layer(arch, weights).items()
+        own = {name: tensor.to(self.compute_dtype) for name, tensor in own if name.startswith("mlp.")}
+        return self._module("mlp", inner.to(self.compute_dtype), own).float()
+
+    def _project(self, states: Tensor, which: str, weights: Mapping[str, Tensor]) -> Tensor:
+        matrix, rows = self._architecture.rows_of(which)
+        weight, bias = weights[f"{matrix}.weight"][rows], weights.get(f"{matrix}.bias")
         # The gain moves from every token's state to the matrix's columns.
-        name = f"self_attn.{which}_proj"
-        matrix = weights[f"{name}.weight"].float() * weights["input_layernorm.weight"].float()
-        return self._product(normalised, matrix, weights.get(f"{name}.bias"))
+        if gain := self._architecture.gain_of(matrix):
+            weight = weight.float() * (weights[gain].float() + self._architecture.gain_offset)
+        return self._product(states, weight, None if bias is None else bias[rows])
 
     def _heads(
-        self, normalised: Tensor, which: str, weights: dict[str, Tensor], rotary: tuple[Tensor, Tensor]
+        self, states: Tensor, which: str, weights: Mapping[str, Tensor], rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Queries or keys (N, heads, head_dim), normalised per head where the family does so, and rotated."""
-        heads = self._project(normalised, which, weights).unflatten(-1, (-1, self._head_dim))
-        if (gain := weights.get(f"self_attn.{which}_norm.weight")) is not None:
-            heads = _rms(heads, self._epsilon) * gain
+        """Queries or keys (N, heads, head_dim), normalised where the family does so, and rotated."""
+        norm, heads = f"self_attn.{which}_norm", self._project(states, which, weights)
+        if norm in self._architecture.projection_norms:
+            heads = self._module(norm, heads, weights)
+        heads = heads.unflatten(-1, (-1, self._head_dim))
+        if norm in self._architecture.head_norms:
+            heads = self._module(norm, heads, weights)
         cos, sin = rotary
+        heads, still = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
         first, second = heads.chunk(2, -1)
-        return heads * cos + torch.cat([-second, first], -1) * sin
+        turned = heads * cos + torch.cat([-second, first], -1) * sin
+        return torch.cat([turned, still], -1) if still.shape[-1] else turned
+
+    def _scores(self, products: Tensor) -> Tensor:
+        """Attention scores of products of queries and keys."""
+        scores, cap = products * self._scaling, self.runner.attention_softcap
+        return scores if cap is None else cap * torch.tanh(scores / cap)
 
     def _pieces(self) -> list[_Bucket]:
         """The buckets, cut so that none has more tokens than the plan allows (but one question's)."""
@@ -647,7 +689,11 @@ class TailScorer:
         return streamed(self._tokens, spans, device)
 
     def _keys_values(
-        self, pieces: Sequence[_Bucket], weights: dict[str, Tensor], sums: tuple[Tensor, Tensor] | None
+        self,
+        pieces: Sequence[_Bucket],
+        weights: Mapping[str, Tensor],
+        rotary: str | None,
+        sums: tuple[Tensor, Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Rotated keys and values (tokens, kv, head_dim) float32 of each prefix, then of each piece."""
         spans = self._spans(pieces)
@@ -658,11 +704,16 @@ class TailScorer:
                 yield tuple(_sum(c, part).unflatten(-1, heads) for c, part in zip(sums, summands, strict=True))
             return
         for tokens, positions in zip(self._states_of(spans), self._positions(pieces), strict=True):
-            keys = self._heads(tokens, "k", weights, self._rotary_at(positions))
+            keys = self._heads(tokens, "k", weights, self._rotary_at(positions, rotary))
             yield keys, self._project(tokens, "v", weights).unflatten(-1, (self._kv_heads, self._head_dim))
 
     def _attend(
-        self, query: Tensor, weights: dict[str, Tensor], window: int | None, sums: tuple[Tensor, Tensor] | None
+        self,
+        query: Tensor,
+        weights: Mapping[str, Tensor],
+        window: int | None,
+        rotary: str | None,
+        sums: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """Attention of each last position, (n, kv, group, head_dim), over its prefix and its own tokens.
 
@@ -670,13 +721,13 @@ class TailScorer:
         subjects - and joined by their log-sum-exps.
         """
         device, pieces = query.device, self._pieces()
-        keys_values = self._keys_values(pieces, weights, sums)
+        keys_values = self._keys_values(pieces, weights, rotary, sums)
         prefix_parts = []
         for prefix in self._prefixes:
             k, v = (t.permute(1, 2, 0) for t in next(keys_values))  # (kv, head_dim, P)
             length = prefix.stop - prefix.start
             for questions in prefix.questions.split(max(1, _PAIRS * self.plan.chunk_tokens // max(1, length))):
-                scores = torch.einsum("nkgd,kdp->nkgp", query[questions], k) * self._scaling
+                scores = self._scores(torch.einsum("nkgd,kdp->nkgp", query[questions], k))
                 if window is not None:
                     last = self._offsets[questions] + self._lengths[questions] - 1
                     seen = visible(last, torch.arange(length, device=device), window)
@@ -686,7 +737,7 @@ class TailScorer:
         for piece in pieces:
             rows = slice(piece.first, piece.first + piece.count)
             k, v = (t.unflatten(0, (piece.count, piece.width)) for t in next(keys_values))
-            scores = torch.einsum("nkgd,ntkd->nkgt", query[rows], k) * self._scaling
+            scores = self._scores(torch.einsum("nkgd,ntkd->nkgt", query[rows], k))
             behind = self._lengths[rows, None] - 1 - torch.arange(piece.width, device=device)
             seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
             scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
@@ -703,8 +754,9 @@ class TailScorer:
         """Whether keys and values may be sums over the sources': without biases (which are kept or merged) and norms
         of keys between them and the weights, and where rounding the merged matrices is below the compute dtype's own
         rounding, or is not asked for."""
+        arch = self._architecture
         names = self.runner.checkpoint.layer_tensors(self.first)
-        between = [f"self_attn.{name}" for name in ("k_norm.weight", "k_proj.bias", "v_proj.bias")]
+        between = ["self_attn.k_norm.weight", *(f"{arch.rows_of(which)[0]}.bias" for which in "kv")]
         narrow = self.compute_dtype != torch.float32 or self.fused_dtype == torch.float32
         return narrow and self._is_batched and not set(between) & set(names)
 
@@ -713,9 +765,10 @@ class TailScorer:
         shape = (self.sources.count, len(self._tokens), self._kv_heads * self._head_dim)
         options = {"dtype": self.compute_dtype, "device": self.runner.device}
         found, pieces = _KeyValueSums(torch.empty(shape, **options), torch.empty(shape, **options)), self._pieces()
+        rotary = self.runner.checkpoint.rotary_types[self.first]
         for source, own in enumerate(self.sources.stack):
             weights, spans = self.sources.weights(own, 0, False), self._spans(pieces)
-            for (start, stop), both in zip(spans, self._keys_values(pieces, weights, None), strict=True):
+            for (start, stop), both in zip(spans, self._keys_values(pieces, weights, rotary), strict=True):
                 for kept, values in zip(found, both, strict=True):
                     kept[source, start:stop] = values.flatten(1)
         return found
@@ -728,8 +781,8 @@ class TailScorer:
         coefficients = coefficients.to(self.runner.device, torch.float32)
         if coefficients.ndim == 2:
             return coefficients, coefficients
-        matrices = self.runner.checkpoint.architecture.matrices
-        keys, values = (coefficients[:, matrices.index(f"self_attn.{which}_proj")] for which in "kv")
+        matrices = list(self._architecture.matrices)
+        keys, values = (coefficients[:, matrices.index(self._architecture.rows_of(which)[0])] for which in "kv")
         return keys, values
 
 

@@ -116,6 +116,12 @@ class TextWindows:
         self._ids: list[np.ndarray] = []
         self._states: list[Tensor] = []
         self._reference: list[tuple[Tensor, Tensor]] = []
+        if reference and self.runner.logit_softcap is not None:
+            raise GradientError(
+                f"text_kl sums over the vocabulary by the mean unembedding row, but the logits of "
+                f"{self.runner.checkpoint.architecture.name} are capped at {self.runner.logit_softcap}: set "
+                "gradient.text_kl to 0; text_nll works"
+            )
         for shard in shards:
             if any(len(group.prefix) for group in shard.groups):
                 raise ValueError("windows of plain text share no prefix")
@@ -191,7 +197,8 @@ class TextWindows:
             # Without a gradient to prepare for it costs half as much.
             differentiable = hidden.requires_grad
             logsumexp = _LogSumExp.apply(hidden, runner) if differentiable else runner.vocabulary(hidden)[0]
-            nll = nll + (logsumexp - (hidden * runner.unembedding_rows(targets[part])).sum(-1)).sum()
+            logits = runner.capped((hidden * runner.unembedding_rows(targets[part])).sum(-1))
+            nll = nll + (logsumexp - logits).sum()
             if self.has_reference:
                 mean, entropy = (values[positions[part].to(values.device)] for values in self._reference[window])
                 kl = kl + (logsumexp - (hidden * mean).sum(-1) - entropy).sum()

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import raymerge.forward
-from raymerge.alignment import Aligner
+from raymerge.alignment import Aligner, AlignmentError
 from raymerge.checkpoint import Checkpoint
 from raymerge.forward import LayerRunner, visible
 from raymerge.plan import base_plan, tail_plan
@@ -48,7 +48,7 @@ def whole(shard):
 @torch.no_grad()
 def hidden_states(folder, ids):
     """Float64 states that enter layers 0 … L-1, and that leave the last one: L + 1 of (T, d), before the final norm."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **tiny.PLAIN)
     found = {}
     for row, prompt in ids.items():
         states = []
@@ -193,7 +193,7 @@ def test_mlp_units_are_what_the_down_projection_reads(tmp_path, shard, family):
     """At every token once, prefixes first in their group, in the same order for every layer; states move on."""
     folder = tiny.make_checkpoint(tmp_path / "m", family)
     runner = LayerRunner(Checkpoint(str(folder)))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **tiny.PLAIN)
     states = runner.embed(shard)
     with torch.inference_mode():
         found = [runner.mlp_units(states, layer) for layer in (0, 1)]
@@ -217,6 +217,12 @@ def test_mlp_units_are_what_the_down_projection_reads(tmp_path, shard, family):
         expected = torch.cat(expected)
         assert found[layer].shape == (sum(group.tokens for group in shard.groups), 48)
         assert (found[layer] - expected).abs().max() < LIMIT * expected.abs().max()
+
+
+def test_the_units_of_experts_have_no_values_at_every_token(tmp_path, shard):
+    runner = LayerRunner(Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", "mixtral"))))
+    with pytest.raises(AlignmentError, match="units of mixtral see only the tokens .*use alignment neurons"):
+        runner.mlp_units(runner.embed(shard), 0)
 
 
 def test_aligned_plans_take_permutations_from_the_runner_s_aligner(tmp_path, shard):

@@ -138,25 +138,26 @@ def with_options(plan, alignment, norms, biases="keep"):
     return MergePlan(plan.n_layers, plan.steps, alignment=alignment, norms=norms, biases=biases)
 
 
-def fold(state, layer):
+def fold(state, layer, config):
     """Gains into the columns of what reads them, written out."""
-    prefix = f"model.layers.{layer}."
+    prefix, offset = f"model.layers.{layer}.", 1 if config.model_type.startswith("gemma") else 0
+    before_mlp = "pre_feedforward_layernorm" if offset else "post_attention_layernorm"
     for norm, readers in (
-        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ("input_layernorm", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
+        (before_mlp, ("gate_proj", "up_proj", "gate_up_proj", "gate", "w1", "w3")),
     ):
-        for matrix in readers:
-            name = f"{prefix}{matrix}.weight"
-            state[name] = torch.einsum("oi,i->oi", state[name].double(), state[f"{prefix}{norm}.weight"].double())
-        state[f"{prefix}{norm}.weight"] = torch.ones_like(state[f"{prefix}{norm}.weight"])
+        gain = state[f"{prefix}{norm}.weight"].double() + offset
+        for name in state:
+            if name.startswith(prefix) and name.endswith(tuple(f".{reader}.weight" for reader in readers)):
+                state[name] = torch.einsum("oi,i->oi", state[name].double(), gain)
+        state[f"{prefix}{norm}.weight"] = torch.full_like(state[f"{prefix}{norm}.weight"], 1 - offset)
 
 
 def reorder(state, layer, config, order):
-    """Units of one layer moved by loops over heads, without the product's tables."""
+    """Units of one layer moved by loops over heads and experts, without the product's tables."""
     kv, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    q, k, v, units = [], [], [], torch.from_numpy(order["units"])
-    o = []
+    q, k, v, o = [], [], [], []
     for a in range(kv):
         b = int(order["kv_heads"][a])
         k += range(b * size, (b + 1) * size)
@@ -166,27 +167,48 @@ def reorder(state, layer, config, order):
             head = b * group + int(order["query_heads"][a, p])
             q += range(head * size, (head + 1) * size)
             o += [head * size + c for c in channels]
-    prefix = f"model.layers.{layer}."
+    prefix, (heads, kv_rows) = f"model.layers.{layer}.", (len(q), len(k))
     rows = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v}
-    for matrix, index in (rows | {"mlp.gate_proj": units, "mlp.up_proj": units}).items():
+    rows["self_attn.qkv_proj"] = [*q, *(heads + i for i in k), *(heads + kv_rows + i for i in v)]
+    columns = {"self_attn.o_proj": o}
+    old = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if "experts" in order:
+        router, *names = tiny.expert_names(config.model_type)
+        rows[router] = order["experts"].tolist()
+        for number, (expert, units) in enumerate(zip(order["experts"].tolist(), order["units"], strict=True)):
+            for name in names:
+                state[f"{prefix}{name.format(number)}.weight"] = old[f"{prefix}{name.format(expert)}.weight"]
+            gate, up, down = (name.format(number) for name in names)
+            rows[gate] = rows[up] = columns[down] = units.tolist()
+    else:
+        units = order["units"].tolist()
+        rows["mlp.gate_proj"] = rows["mlp.up_proj"] = columns["mlp.down_proj"] = units
+        rows["mlp.gate_up_proj"] = [*units, *(len(units) + i for i in units)]
+    for matrix, index in rows.items():
         for kind in ("weight", "bias"):
             if (name := f"{prefix}{matrix}.{kind}") in state:
                 state[name] = state[name][index]
-    for matrix, index in (("self_attn.o_proj", o), ("mlp.down_proj", units)):
+    for matrix, index in columns.items():
         state[f"{prefix}{matrix}.weight"] = state[f"{prefix}{matrix}.weight"][:, index]
 
 
 def rows_matched_merge(state, plan):
     """(state dict, kept layers): as published_merge, every matrix's rows matched and moved before each step."""
     state, alive = dict(state), list(range(plan.n_layers))
-    averaged = [f"{'mlp' if p in tiny.PROJECTIONS[4:] else 'self_attn'}.{p}" for p in tiny.PROJECTIONS]
+    first = "model.layers.0."
+    averaged = [n.removeprefix(first)[:-7] for n, tensor in state.items() if n.startswith(first) and tensor.ndim > 1]
+    blocks = {"self_attn.qkv_proj": (32, 16, 16), "mlp.gate_up_proj": (48, 48)}  # of tiny Phi-3, matched by themselves
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
     for step in plan.steps:
         for matrix in averaged:
             into, remove = (f"model.layers.{layer}.{matrix}" for layer in (step.into, step.remove))
             one, two = (state[f"{name}.weight"].double() for name in (into, remove))
-            unit = [(w / (w.norm(dim=1, keepdim=True) + 1e-12)).numpy() for w in (one, two)]
-            order = torch.from_numpy(linear_sum_assignment(cdist(*unit))[1])
+            order, start = [], 0
+            for rows in blocks.get(matrix, (len(one),)):
+                part = slice(start, start + rows)
+                unit = [(w / (w.norm(dim=1, keepdim=True) + 1e-12)).numpy() for w in (one[part], two[part])]
+                order += (start + linear_sum_assignment(cdist(*unit))[1]).tolist()
+                start += rows
             for kind in ("weight", "bias") if plan.biases == "merge" else ("weight",):
                 if f"{into}.{kind}" in state:
                     merged = step.alpha * state[f"{into}.{kind}"].double()
@@ -217,7 +239,7 @@ def reference(checkpoint, plan, aligner):
         changed = {kept.index for kept in plan.kept if not kept.unchanged}
         for layer, kept in group_of.items():
             if kept in changed:
-                fold(state, layer)
+                fold(state, layer, checkpoint.config)
     if plan.alignment == "rows":
         return rows_matched_merge(state, plan)
     return tiny.published_merge(state, plan.n_layers, tiny.steps_of(plan), biases=plan.biases)
@@ -237,6 +259,36 @@ def test_every_alignment_with_every_norm(checkpoint, aligner, alignment, norms, 
             assert (tensor - expected[key]).abs().max() <= 20 * EPS * max(1, expected[key].abs().max()), (name, key)
         again = fuse_state_dict(checkpoint, checkpoint.architecture, plan)  # without an aligner it makes its own
         assert all(torch.equal(fused[key], again[key]) for key in fused)
+
+
+@pytest.mark.parametrize(
+    ("family", "alignment", "norms"),
+    [
+        ("gemma2", "neurons", "fold"),
+        ("gemma3", "rows", "fold"),
+        ("phi3", "neurons", "fold"),
+        ("phi3", "rows", "keep"),
+        ("olmo2", "neurons", "keep"),
+        ("mixtral", "neurons", "fold"),
+        ("olmoe", "neurons", "fold"),
+        ("qwen3_moe", "none", "fold"),
+        ("qwen3_moe", "neurons", "keep"),
+    ],
+)
+def test_every_family_is_merged_as_written_out(tmp_path, family, alignment, norms):
+    """Fused projections, experts with their router's rows, offset gains; receipts name what is stored."""
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family)))
+    plan = with_options(PLANS["tail"], alignment, norms, "merge")
+    check_mergeable(checkpoint, plan)
+    aligner = Aligner(checkpoint)
+    fused = fuse_state_dict(checkpoint, checkpoint.architecture, plan, aligner=aligner)
+    expected, _ = reference(checkpoint, plan, aligner)
+    assert set(fused) == set(expected)
+    for key, tensor in fused.items():
+        assert (tensor - expected[key]).abs().max() <= 20 * EPS * max(1, expected[key].abs().max()), key
+    found = {r.tensor for r in receipts(checkpoint, checkpoint.architecture, plan, aligner=aligner) if r.max_abs_change}
+    assert found == set(by_name_differences(checkpoint, fused))
+    assert {name for name in expected if name.startswith("model.layers.2.") and expected[name].ndim > 1} <= found
 
 
 @pytest.mark.parametrize(("alignment", "norms"), OPTIONS[1:])
@@ -272,21 +324,27 @@ def model_of(checkpoint, state, n_layers):
     config.num_hidden_layers = n_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:n_layers]
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, **tiny.PLAIN)
+    state = tiny.of_layers(tiny.loaded_layer, config.model_type, state)
     state = {"lm_head.weight": state["model.embed_tokens.weight"]} | state  # tied or not
     model.load_state_dict(state, strict=True)
     return model.eval()
 
 
-def test_all_weight_on_a_deeper_layer_computes_that_layer(checkpoint, aligner):
-    """Folded, in its units' new order and with its own biases it is the last layer: the "before last" model."""
-    if checkpoint.architecture.head_norms:
-        pytest.skip("query and key norms are the kept layer's")
+@pytest.mark.parametrize("family", ["llama_biases", "qwen2", "phi3", "mixtral"])
+def test_all_weight_on_a_deeper_layer_computes_that_layer(tmp_path, family):
+    """Folded, in its units' new order and with its own biases it is the last layer: the "before last" model.
+
+    Of families whose norms are all folded: query and key norms and those of outputs are the kept layer's.
+    """
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family)))
+    aligner = Aligner(checkpoint)
     arch, ids = checkpoint.architecture, np.random.default_rng(0).integers(5, 800, 30)
     plan = with_options(PLANS["always_last"], "neurons", "fold", "merge")
     fused = fuse_state_dict(checkpoint, arch, plan, aligner=aligner)
     before_last = fuse_state_dict(checkpoint, arch, PLANS["before_last"])
-    assert not torch.equal(fused["model.layers.2.mlp.up_proj.weight"], before_last["model.layers.2.mlp.up_proj.weight"])
+    name = arch.layer_name(2, f"{arch.matrices[-1]}.weight")
+    assert not torch.equal(fused[name], before_last[name])
     found, expected = (tiny.plain_logits(model_of(checkpoint, s, 3), ids) for s in (fused, before_last))
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     # The published way it is not: other units, gains and biases meet.
@@ -395,8 +453,34 @@ def test_layers_with_other_attention_windows_are_not_averaged(tmp_path):
     check_mergeable(checkpoint, before_last_plan(5, 4))
 
 
+def test_alternating_attention_is_refused_with_what_may_be_merged(tmp_path):
+    """Gemma's layers take turns; a tail merge may average every other one, those between are left out."""
+    sliding, full = "sliding_attention", "full_attention"
+    for family in ("gemma2", "gemma3"):
+        folder = tiny.make_checkpoint(tmp_path / family, family, layer_types=[sliding, full, sliding, full, sliding])
+        checkpoint = Checkpoint(str(folder))
+        with pytest.raises(PlanError, match=r"only layers of its kind, \[1, 3\]; in an alpha file, alpha 1 leaves"):
+            check_mergeable(checkpoint, tail_plan(5, [0.5], name="x", kind="found"))
+        check_mergeable(checkpoint, plan_of([(3, 4, 1.0), (2, 3, 1.0)]))
+        check_mergeable(checkpoint, plan_of([(1, 2, 1.0), (1, 3, 0.5)]))
+
+
+@pytest.mark.parametrize(
+    ("family", "alignment", "norms", "message"),
+    [
+        ("olmo2", "none", "fold", "olmo2 normalises outputs, whose gains no matrix can take up: use norms keep"),
+        ("mixtral", "rows", "keep", "alignment rows permutes each matrix alone, .* use neurons or none for mixtral"),
+        ("qwen3_moe", "activations", "keep", "a router sends each expert tokens of its own: use neurons or none"),
+    ],
+)
+def test_options_that_mean_nothing_in_a_family_are_refused(tmp_path, family, alignment, norms, message):
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family)))
+    with pytest.raises(PlanError, match=message):
+        check_mergeable(checkpoint, with_options(PLANS["tail"], alignment, norms))
+
+
 def test_plans_of_other_models_are_refused():
-    checkpoint = SimpleNamespace(n_layers=5, windows=[None] * 5)
+    checkpoint = SimpleNamespace(n_layers=5, windows=[None] * 5, rotary_types=[None] * 5)
     with pytest.raises(PlanError, match="alignment is 'columns', but must be one of none, rows, neurons"):
         check_mergeable(checkpoint, with_options(drop_plan(5, 2), "columns", "keep"))
     with pytest.raises(PlanError, match="norms is 'drop', but must be one of keep, fold"):

@@ -1,11 +1,15 @@
 """Merge and save: what lands in the folder, and what is refused."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from transformers import AutoModelForCausalLM
 
 import raymerge.alignment
 from raymerge.checkpoint import Checkpoint
@@ -119,3 +123,64 @@ def test_alphas_of_single_matrices_are_recorded(tmp_path):
     ]
     assert {row["kept_layer"] for row in own} == {base.n_layers - 3}
     assert len(stored) == len(own) + base.n_layers - 3 + 3
+
+
+# -- round trip ------------------------------------------------------------------------------------------------------
+
+RELOAD = """
+import json, sys
+import numpy as np, torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+found = {}
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.from_numpy(np.load(folder + "/ids.npy"))[None]
+    with torch.no_grad():
+        found[folder] = model(input_ids=ids).logits[0].numpy()
+    out = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    found[folder + "/tokens"] = out[0, ids.shape[1]:].numpy()
+np.savez(sys.argv[1], **found)
+"""
+
+
+def test_every_family_comes_back_in_a_new_process(tmp_path):
+    """Merge, save, from_pretrained, logits and generate, with prompts longer than any window; and the config.
+
+    The reference merges and computes by itself, in float64 (tiny.py).
+    """
+    families = {name: name for name in tiny.FAMILIES if "_" not in name or name == "qwen3_moe"}
+    # Layers that take turns: 1 and 3 are averaged and 2, which lies between them, is dropped.
+    turns = ["sliding_attention", "full_attention"]
+    options = {"turns": {"layer_types": 2 * turns + turns[:1]}} | {name: {} for name in families}
+    families["turns"] = "gemma3"
+    folders, expected = [], {}
+    for name, family in families.items():
+        base = tiny.make_checkpoint(tmp_path / name, family, **options[name])
+        steps = [(1, 2, 1.0), (1, 3, 0.3)] if name == "turns" else [(3, 4, 0.3), (2, 3, 0.8)]
+        records = [
+            {"step": n, "layer_to_merge_into": i, "layer_to_remove": r, "ratio_i_alpha": a}
+            for n, (i, r, a) in enumerate(steps)
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+        out = tmp_path / f"{name}-merged"
+        merge(str(base), tmp_path / f"{name}.json", out)
+        model = tiny.merged_model(AutoModelForCausalLM.from_pretrained(base, **tiny.PLAIN), steps)
+        ids = np.random.default_rng(0).integers(5, 800, 90)
+        np.save(out / "ids.npy", ids)
+        tokens = ids.tolist()
+        for _ in range(4):
+            logits = tiny.plain_logits(model, tokens)
+            tokens.append(int(logits[-1].argmax()))
+        expected[str(out)] = logits[:90].numpy(), tokens[90:]
+        folders.append(str(out))
+        config, kept = Checkpoint(str(out)).config, [0, 1, 4] if name == "turns" else [0, 1, 2]
+        before = Checkpoint(str(base))
+        assert config.num_hidden_layers == 3 and Checkpoint(str(out)).windows == [before.windows[n] for n in kept]
+        assert Checkpoint(str(out)).rotary_types == [before.rotary_types[n] for n in kept]
+    subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path / "found.npz"), *folders], check=True)
+    with np.load(tmp_path / "found.npz") as found:
+        for folder, (logits, tokens) in expected.items():
+            # Float32 against float64, as in test_scoring.
+            assert np.abs(found[folder] - logits).max() < 2e-5 * np.abs(logits).max(), folder
+            assert found[f"{folder}/tokens"].tolist() == tokens, folder

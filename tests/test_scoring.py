@@ -43,7 +43,10 @@ FAMILIES = {name: {} for name in tiny.FAMILIES} | {
     "mistral_window_60": {"family": "mistral_window", "sliding_window": 60},
     # Only the last layer slides, so that what `before_last` keeps has another window than what it stands in for.
     "qwen2_last_window": {"family": "qwen2_windows", "max_window_layers": 4, "sliding_window": 50},
+    # The same with another rotary embedding.
+    "gemma3_last_full": {"family": "gemma3", "layer_types": ["sliding_attention"] * 4 + ["full_attention"]},
 }
+ONE_KIND = [name for name in FAMILIES if name not in ("qwen2_last_window", "gemma3_last_full")]
 
 
 def close(found, expected):
@@ -80,7 +83,7 @@ def case(tmp_path_factory, questions):
         runner, cache_folder = LayerRunner(Checkpoint(str(folder))), tmp_path_factory.mktemp("trunk")
         return SimpleNamespace(
             folder=folder,
-            base=AutoModelForCausalLM.from_pretrained(folder),
+            base=AutoModelForCausalLM.from_pretrained(folder, **tiny.PLAIN),
             runner=runner,
             prompts=encode_questions(questions, tokenizer, shard_tokens=250),
             whole=tiny.whole_prompts(questions, tokenizer),
@@ -115,7 +118,7 @@ PLANS = {
 @pytest.mark.parametrize(
     ("family", "name"),
     # Averaging layers with different windows is refused (below).
-    [(f, p) for f in FAMILIES for p in PLANS if f != "qwen2_last_window" or p in ("drop", "before_last")],
+    [(f, p) for f in FAMILIES for p in PLANS if f in ONE_KIND or p in ("drop", "before_last")],
 )
 def test_scorer_and_evaluation_equal_plain_forwards(case, family, name):
     case, plan = case(family), PLANS[name]
@@ -271,7 +274,7 @@ def test_bfloat16_candidates_are_rounded_as_saving_does(tmp_path, questions):
         destination = tmp_path / plan.plan_id("x")
         kept = [layer.index for layer in plan.kept]
         checkpoint.save(fused_tensors(checkpoint, checkpoint.architecture, plan), kept, destination)
-        saved = AutoModelForCausalLM.from_pretrained(destination, dtype=torch.float64, attn_implementation="eager")
+        saved = AutoModelForCausalLM.from_pretrained(destination, dtype=torch.float64, **tiny.PLAIN)
         expected, *_ = tiny.plain_answers(saved, whole, prompts.letters)
         same_answers(TailScorer(trunk, prompts).score(plan)[0], expected)
         same_answers(answers(SimpleNamespace(runner=runner), plan, trunk, prompts).logits, expected)
@@ -290,7 +293,7 @@ def whole_model_logits(case, first, coefficients, rest, merge_biases):
     config.num_hidden_layers = first + 1
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:first] + [config.layer_types[first + rest]]
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float64)
+    model = AutoModelForCausalLM.from_config(config, **tiny.PLAIN, dtype=torch.float64)
     state = {name: tensor.double() for name, tensor in case.base.state_dict().items()}
     weights = {}
     for name in model.state_dict():
@@ -392,7 +395,7 @@ def fused_reference(case, plan):
     config.num_hidden_layers = len(plan.kept)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[kept.index] for kept in plan.kept]
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float64)
+    model = AutoModelForCausalLM.from_config(config, **tiny.PLAIN, dtype=torch.float64)
     model.load_state_dict(state, strict=True)
     return tiny.plain_answers(model.eval(), case.whole, case.prompts.letters)[0]
 

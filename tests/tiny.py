@@ -17,6 +17,11 @@ from raymerge.questions import LETTERS, Question, QuestionSet
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 N_LAYERS = 5
 
+#: How reference models compute: plainly. Other implementations leave softcaps out, or know no float64.
+PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
+
+_SLIDING, _FULL = ["sliding_attention"], ["full_attention"]
+
 #: What differs from the common shape below; together they have every feature that a supported family may have.
 FAMILIES = {
     "llama": {"model_type": "llama"},
@@ -49,7 +54,49 @@ FAMILIES = {
     "qwen2_windows": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2},
     "qwen3": {"model_type": "qwen3", "head_dim": 12},
     "qwen3_biases": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True, "num_key_value_heads": 1},
+    # Scores and logits reach far beyond their caps. The last layers are of one kind, so that they can be averaged.
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 12,
+        "query_pre_attn_scalar": 5,
+        "sliding_window": 40,
+        "layer_types": _SLIDING[:1] + _FULL + 3 * _SLIDING,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 8.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 12,
+        "query_pre_attn_scalar": 5,
+        "sliding_window": 40,
+        "layer_types": _SLIDING[:1] + _FULL + 3 * _SLIDING,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},
+        },
+        "attention_bias": True,
+    },
+    "phi3": {
+        "model_type": "phi3",
+        "sliding_window": 60,
+        "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    },
+    "olmo2": {"model_type": "olmo2", "attention_bias": True},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 3, "intermediate_size": 24},
+    "olmoe": {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 20},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "head_dim": 12,
+    },
 }
+#: Those whose norms all stand before the matrices that read them, so that folding takes up every gain.
+FOLDABLE = [name for name in FAMILIES if not name.startswith(("qwen3", "gemma", "olmo"))]
 
 
 def demo_tokenizer():
@@ -71,9 +118,11 @@ def config_of(family, **options):
             "bos_token_id": 1,
             "eos_token_id": 2,
         }
-        | FAMILIES[family]
+        | copy.deepcopy(FAMILIES[family])
         | options
     )
+    if "layer_types" in values:
+        values["layer_types"] = values["layer_types"][: values["num_hidden_layers"]]
     if "rope_parameters" not in values:
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": 100.0}
     return AutoConfig.for_model(values.pop("model_type"), **values)
@@ -81,19 +130,19 @@ def config_of(family, **options):
 
 def random_model(config, *, seed=0, dtype=torch.float32):
     """A transformers model with weights so large that attention is far from uniform and layers matter."""
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             noise = torch.randn(tensor.shape, generator=generator)
             if "norm" in name:
-                value = 1 + 0.3 * noise
+                value = 0.3 * noise + (0 if config.model_type.startswith("gemma") else 1)
             elif name.endswith("bias"):
                 value = 0.5 * noise
             elif "embed" in name or "lm_head" in name:
                 value = noise
             else:
-                value = 1.5 * noise / tensor.shape[1] ** 0.5
+                value = 1.5 * noise / tensor.shape[-1] ** 0.5
             tensor.copy_(value)
     return model.eval()
 
@@ -107,19 +156,76 @@ def make_checkpoint(folder, family="llama", *, seed=0, dtype=torch.float32, shar
     return folder
 
 
+# -- experts ---------------------------------------------------------------------------------------------------------
+
+
+def expert_names(model_type):
+    """Names of the router and of an expert's projections (gate, up, down) in a published checkpoint; None: no expert"""
+    if model_type == "mixtral":
+        return "block_sparse_moe.gate", *(f"block_sparse_moe.experts.{{}}.{name}" for name in ("w1", "w3", "w2"))
+    if model_type in ("olmoe", "qwen3_moe"):
+        return "mlp.gate", *(f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down"))
+    return None
+
+
+def stored_layer(model_type, layer):
+    """A layer of transformers' module, tensors by relative name, as checkpoints store it."""
+    if (names := expert_names(model_type)) is None:
+        return dict(layer)
+    layer = dict(layer)
+    router, gate, up, down = names
+    stored = {f"{router}.weight": layer.pop("mlp.gate.weight")}
+    gate_up, downs = layer.pop("mlp.experts.gate_up_proj"), layer.pop("mlp.experts.down_proj")
+    for number in range(len(downs)):
+        half = gate_up.shape[1] // 2
+        stored[f"{gate.format(number)}.weight"] = gate_up[number, :half].contiguous()
+        stored[f"{up.format(number)}.weight"] = gate_up[number, half:].contiguous()
+        stored[f"{down.format(number)}.weight"] = downs[number].contiguous()
+    return layer | stored
+
+
+def loaded_layer(model_type, layer):
+    """The inverse of `stored_layer`."""
+    if (names := expert_names(model_type)) is None:
+        return dict(layer)
+    router, *projections = (f"{name}.weight" for name in names)
+    count = len(layer[router])
+    gate, up, down = (torch.stack([layer[name.format(n)] for n in range(count)]) for name in projections)
+    experts = {name.format(n) for n in range(count) for name in projections}
+    loaded = {name: tensor for name, tensor in layer.items() if name not in (router, *experts)}
+    loaded["mlp.gate.weight"] = layer[router]
+    return loaded | {"mlp.experts.gate_up_proj": torch.cat([gate, up], 1), "mlp.experts.down_proj": down}
+
+
+def of_layers(change, model_type, state):
+    """A whole state dict with `stored_layer` or `loaded_layer` applied to its layers."""
+    changed, layers = {}, {}
+    for name, tensor in state.items():
+        if name.startswith("model.layers."):
+            _, _, number, relative = name.split(".", 3)
+            layers.setdefault(number, {})[relative] = tensor
+        else:
+            changed[name] = tensor
+    for number, layer in layers.items():
+        changed |= {f"model.layers.{number}.{name}": tensor for name, tensor in change(model_type, layer).items()}
+    return changed
+
+
 # -- the reference ---------------------------------------------------------------------------------------------------
 
 
 def published_merge(state, n_layers, steps, *, biases="keep"):
     """(state dict, kept layers): merge (into, remove, alpha) steps one after the other, as the paper writes it.
 
-    theta_into = alpha theta_into + (1 - alpha) theta_remove over the seven matrices, in float64, rounded at the end.
+    theta_into = alpha theta_into + (1 - alpha) theta_remove over all matrices, in float64, rounded at the end.
     """
     state = {name: tensor.clone() for name, tensor in state.items()}
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
-    averaged = [f"{'mlp' if p in PROJECTIONS[4:] else 'self_attn'}.{p}.weight" for p in PROJECTIONS]
-    if biases == "merge":
-        averaged += [name.replace(".weight", ".bias") for name in averaged]
+    averaged = [
+        name.removeprefix("model.layers.0.")
+        for name, tensor in state.items()
+        if name.startswith("model.layers.0.") and (tensor.ndim > 1 or (biases == "merge" and name.endswith(".bias")))
+    ]
     alive = list(range(n_layers))
     for into, remove, alpha in steps:
         for relative in averaged:
@@ -149,7 +255,7 @@ def merged_model(model, steps, *, biases="keep"):
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer] for layer in alive]
     config.num_hidden_layers = len(alive)
-    merged = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float64)
+    merged = AutoModelForCausalLM.from_config(config, **PLAIN, dtype=torch.float64)
     merged.load_state_dict(state, strict=True)
     return merged.eval()
 
