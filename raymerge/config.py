@@ -76,10 +76,18 @@ class DataConfig(_Section):
         return value
 
 
+BlockMeasure = Literal["cosine", "angular", "similarity", "loss", "search"]
+
+
 class PlanConfig(_Section):
-    """What is merged, and the base coefficients. selection: tail merges the last `merges` layers; most_similar
-    repeatedly the most similar neighbours, until `merges` merges or (merges: null) until none exceeds `threshold`;
-    list the steps of `alpha_file`; recompute collects the similarities anew after each merge. base: fixed (`ratio`
+    """What is merged, and the base coefficients. selection: tail merges the last `merges` layers; block any `merges`
+    layers in a row; most_similar repeatedly the most similar neighbours, until `merges` merges or (merges: null) until
+    none exceeds `threshold`; list the steps of `alpha_file`; recompute collects the similarities anew after each merge.
+    block: the first layer that goes, or how it is chosen: cosine or angular (the least distance between the states
+    that enter the block and those that leave it, on calibration.text), similarity (by similarity_run, whatever its
+    measure), loss (the least loss of calibration.text with the block dropped), or search (first layer and coefficients
+    together, beginning with the choice by cosine); starts: the first layers to choose from, null for all. survivor: the
+    layer before or after the block takes it in. base: fixed (`ratio`
     everywhere), similarity_ratio or similarity, or file (`alpha_file`). similarity_run: a run of `raymerge similarity`;
     similarity_subset and similarity_language choose among its matrices. Its prompts are left out of every report.
     alignment: none, rows (published), or the layers' neurons reordered so that their function stays, matched by their
@@ -87,7 +95,10 @@ class PlanConfig(_Section):
     or fold."""
 
     merges: Positive | None = 13
-    selection: Literal["tail", "most_similar", "list"] = "tail"
+    selection: Literal["tail", "block", "most_similar", "list"] = "tail"
+    block: Annotated[int, Field(ge=0)] | BlockMeasure = "cosine"
+    starts: list[Annotated[int, Field(ge=0)]] | None = None
+    survivor: Literal["before", "after"] = "before"
     threshold: float | None = None
     recompute: bool = False
     base: Literal["fixed", "similarity_ratio", "similarity", "file"] = "fixed"
@@ -117,8 +128,12 @@ class PlanConfig(_Section):
             raise ValueError(f"selection is {self.selection}, but threshold and recompute belong to most_similar")
         elif self.selection == "list" and self.base != "file":
             raise ValueError("selection is list, so base must be file and alpha_file name one")
-        elif self.selection == "tail" and self.merges is None:
-            raise ValueError("selection is tail, which needs merges")
+        elif self.selection in ("tail", "block") and self.merges is None:
+            raise ValueError(f"selection is {self.selection}, which needs merges")
+        elif self.selection == "block" and self.base == "file":
+            raise ValueError("selection is block, but an alpha file names its own layers: set selection to list")
+        if self.selection == "block" and self.block == "similarity" and not self.similarity_run:
+            raise ValueError("block is similarity, so similarity_run must name a run of `raymerge similarity`")
         return self
 
 
@@ -211,6 +226,16 @@ class GradientConfig(_Section):
     text_positions: Positive | None = 256
 
 
+class CalibrationConfig(_Section):
+    """What is chosen or fitted on beside the search. text: plain text, demo or a file; null takes the prompts of the
+    search questions, by shards drawn with `seed`. tokens: at most so many. Where the text is one that is reported on or
+    searched on, the tokens after those; a report's questions and text are never among them."""
+
+    text: str | None = None
+    tokens: Annotated[int, Field(ge=2)] = 12288
+    seed: int = 0
+
+
 class SimilarityConfig(_Section):
     """Layer similarity. subsets: subjects, domains, or all (every subject of data.subjects), each one matrix; samples:
     prompts of each, spread evenly over its subjects; languages: null is data.language; shots: few-shot examples
@@ -276,15 +301,20 @@ class SensitivityConfig(_Section):
     merges: Positive = 4
 
 
-SWEEP_METHODS = ("drop", "before_last", "block_influence", "similarity_ratio", "similarity", "most_similar", "file")
+BLOCK_METHODS = ("drop_block", "merge_block")
+SWEEP_METHODS = (
+    *("drop", "before_last", *BLOCK_METHODS),
+    *("block_influence", "similarity_ratio", "similarity", "most_similar", "file"),
+)
 
 
 class SweepConfig(_Section):
-    """The compression curve: every method at every number of merged layers. methods: drop, before_last, fixed:RATIO,
-    and with plan.similarity_run block_influence, similarity_ratio, similarity, most_similar (base coefficients by
-    plan.base); file takes plan.alpha_file at its own K. Methods that average are tried with every alignment and
-    norms. context: also measure NLL by position and key-value retrieval by distance (tokens). speed_tokens: tokens
-    generated to time each number of layers; 0 skips it."""
+    """The compression curve: every method at every number of merged layers. methods: drop, before_last, fixed:RATIO;
+    drop_block and merge_block, the block chosen by plan.block; and with plan.similarity_run block_influence,
+    similarity_ratio, similarity, most_similar (base coefficients of it and of merge_block by plan.base); file takes
+    plan.alpha_file at its own K. Methods that average are tried with every alignment and norms. context: also measure
+    NLL by position and key-value retrieval by distance (tokens). speed_tokens: tokens generated to time each number of
+    layers; 0 skips it."""
 
     merges: list[Positive] = [1, 4, 11, 13, 15]
     methods: list[str] = ["drop", "before_last", "fixed:0.4", "fixed:0.5", "fixed:0.6", "fixed:0.62", "fixed:0.7"]
@@ -340,6 +370,7 @@ class Config(_Section):
     plan: PlanConfig = PlanConfig()
     search: SearchConfig = SearchConfig()
     gradient: GradientConfig = GradientConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
     similarity: SimilarityConfig = SimilarityConfig()
     sensitivity: SensitivityConfig = SensitivityConfig()
     sweep: SweepConfig = SweepConfig()
@@ -354,6 +385,18 @@ class Config(_Section):
                 "data.search_split is test: coefficients chosen on test questions make every test figure too good; "
                 "search on validation, or set data.search_on_test: true to do it all the same"
             )
+        return self
+
+    @property
+    def chooses_blocks(self) -> bool:
+        """Whether a block of layers is chosen by the states or the loss on the calibration text or prompts."""
+        asks = self.plan.selection == "block" or not set(BLOCK_METHODS).isdisjoint(self.sweep.methods)
+        return asks and self.plan.block in ("cosine", "angular", "loss", "search")
+
+    @model_validator(mode="after")
+    def _has_its_calibration(self) -> Config:
+        if self.chooses_blocks and self.plan.block == "loss" and self.calibration.text is None:
+            raise ValueError("plan.block is loss, that of a plain text: set calibration.text to a file or demo")
         return self
 
     @property

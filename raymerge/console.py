@@ -117,6 +117,7 @@ def print_search(run: RunDirectory, split: str) -> None:
         print(f"  {line}")
     for line in summary.optimism_lines(run, split):
         print(f"  {line}")
+    _print_blocks(run)
     print("\nAccuracy on the report questions, 95 % intervals of the paired difference:")
     for line in summary.comparison_lines(run, manifest["best"]["plan_id"]):
         print(f"  {line}")
@@ -131,6 +132,16 @@ def print_search(run: RunDirectory, split: str) -> None:
     print(f"\n\nTables, figures and manifest: {run.path_of().rstrip('/')}")
     if manifest["best"]["model"]:
         print(f"Merged model: {manifest['best']['model']}")
+
+
+def _print_blocks(run: RunDirectory) -> None:
+    """How the blocks of layers were chosen, where any were."""
+    from raymerge import summary
+
+    if lines := summary.block_lines(run):
+        print("\nLayers that go:")
+        for line in lines:
+            print(f"  {line}")
 
 
 def print_evaluation(run: RunDirectory, split: str) -> None:
@@ -189,4 +200,5 @@ def print_sweep(run: RunDirectory, split: str) -> None:
     from raymerge import summary
 
     _print_table(*summary.sweep_table(run, split))
+    _print_blocks(run)
     print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")

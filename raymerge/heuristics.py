@@ -1,13 +1,14 @@
 """Which layers to merge and with what coefficients, by what a similarity run says of the layers.
 
 Ratios: Liu et al. 2024, "Pruning via Merging", stage 5, as its code computes them (`similarity_ratio`) and as the paper
-writes them (`similarity_alpha`). Selection: the most similar neighbours, or the layers of least block influence.
+writes them (`similarity_alpha`). Selection: the most similar neighbours, the layers of least block influence, or the
+block of layers that changes the states least.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -111,6 +112,36 @@ def most_similar_pairs(
     if not pairs:
         raise PlanError(f"no neighbouring layers are more similar than plan.threshold = {threshold}: lower it")
     return pairs
+
+
+def block_scores(distances: np.ndarray, merges: int) -> dict[int, float]:
+    """How far the states that enter a block of `merges` layers are from those that leave it, by its first layer.
+
+    distances: (L+1, L+1), row i for the states that enter layer i, row L for those that leave the last one.
+    """
+    check_merges(len(distances) - 1, merges)
+    return dict(enumerate(np.diagonal(distances, merges).astype(float).tolist()))
+
+
+def similar_block_scores(similarity: np.ndarray, merges: int) -> dict[int, float]:
+    """1 - the normalised similarity of what enters a block of `merges` layers and what leaves it, by its first layer.
+
+    similarity: (L, L) of the layers' outputs, so that a block that begins with layer 0 has no score.
+    """
+    n_layers = len(similarity)
+    check_merges(n_layers, merges)
+    starts = range(1, n_layers - merges + 1)
+    return {first: 1.0 - normalised_similarity(similarity, first - 1, first + merges - 1) for first in starts}
+
+
+def best_block(scores: Mapping[int, float], starts: Iterable[int]) -> int:
+    """The first layer, among `starts`, of the block of least score; of equal ones the deepest. Raises PlanError."""
+    starts = sorted(starts)
+    if missing := [first for first in starts if not math.isfinite(scores.get(first, math.nan))]:
+        raise PlanError(f"the blocks from layers {missing} on have no finite score: set plan.starts to leave them out")
+    if not starts:
+        raise PlanError("there is no block to choose from")
+    return min(starts, key=lambda first: (scores[first], -first))
 
 
 def least_influence_plan(block_influence: np.ndarray, merges: int) -> MergePlan:

@@ -19,6 +19,7 @@ from raymerge.tables import RunDirectory
 # What prompts are for: to search on, to report on, to compare layers on; plain text; key-value prompts.
 SEARCH, REPORT, SUBSETS, TEXT, RETRIEVAL = "search", "report", "subsets", "text", "retrieval"
 SEARCH_TEXT = "search_text"  # the plain text that candidates are judged on, which is not the one reported on
+CALIBRATION = "calibration"  # plain text or prompts that something is chosen or fitted on
 ALL = "all"  # the subset of every subject
 
 
@@ -39,15 +40,15 @@ def read_questions(config: Config, role: str) -> QuestionSet:
 
 
 def calibration_questions(
-    config: Config, read: Mapping[str, QuestionSet], subsets: Sequence[Subset] = ()
+    config: Config, read: Mapping[str, QuestionSet], subsets: Sequence[Subset] = (), *, wanted: bool = False
 ) -> QuestionSet | None:
     """Prompts to match neurons by activations on: the questions of the search, never those of a report.
 
-    read: questions by role that are read already. Where nothing asks for activations, None.
+    read: questions by role that are read already. Where nothing asks for activations, nor `wanted`, None.
     """
     if SEARCH in read:
         return read[SEARCH]
-    if "activations" in (config.plan.alignment, *config.sweep.alignments):
+    if wanted or "activations" in (config.plan.alignment, *config.sweep.alignments):
         return read_questions(config, SEARCH)
     return subsets[0].questions if subsets else None
 
@@ -188,18 +189,45 @@ def read_search_text(config: Config) -> tuple[str, int] | None:
     settings = config.search
     if not config.needs_search_text:
         return None
-    text, reported = _read_text(settings.text, "search.text"), read_text(config)
-    if reported is None:
-        return text, 0
-    if text.strip() == reported.strip():
-        return text, config.data.perplexity_tokens
-    if text.strip() in reported or reported.strip() in text:
-        raise ConfigError(
-            f"search.text = {settings.text!r} and data.perplexity_text = {config.data.perplexity_text!r} overlap: one "
-            "holds the other. Name the same file twice (the search then takes tokens after those reported on) or "
-            "two different texts"
-        )
-    return text, 0
+    text = _read_text(settings.text, "search.text")
+    return text, _first_token(text, "search.text", settings.text, [_reported(config)])
+
+
+def read_calibration_text(config: Config) -> tuple[str, int] | None:
+    """The plain text of the calibration section and the number of its first token; None where it names none.
+
+    It begins after what is reported on and after what candidates are judged on, as `read_search_text`'s does after the
+    former. Raises ConfigError.
+    """
+    source = config.calibration.text
+    if source is None:
+        return None
+    text, used = _read_text(source, "calibration.text"), [_reported(config)]
+    if (search := read_search_text(config)) is not None:
+        used.append((search[0], "search.text", config.search.text, search[1] + config.search.text_tokens))
+    return text, _first_token(text, "calibration.text", source, used)
+
+
+_Used = tuple[str, str, str, int]  # a text, its key and its name, and the first of its tokens that is not used
+
+
+def _reported(config: Config) -> _Used | None:
+    text, data = read_text(config), config.data
+    return None if text is None else (text, "data.perplexity_text", data.perplexity_text, data.perplexity_tokens)
+
+
+def _first_token(text: str, key: str, source: str, used: Sequence[_Used | None]) -> int:
+    """The first token of a text that no other use of the same text takes."""
+    first = 0
+    for other, other_key, other_source, end in filter(None, used):
+        if text.strip() == other.strip():
+            first = max(first, end)
+        elif text.strip() in other or other.strip() in text:
+            raise ConfigError(
+                f"{key} = {source!r} and {other_key} = {other_source!r} overlap: one holds the other. Name the same "
+                "file twice (each then takes tokens after the other's) or two different texts"
+            )
+    return first
 
 
 def _read_text(source: str, key: str) -> str:

@@ -21,6 +21,9 @@ import numpy as np
 from raymerge.errors import UserError
 from raymerge.identity import digest
 
+#: Which layer takes a block in, and keeps its norms and biases: the one before it, as in tail merging, or after it.
+SURVIVORS = ("before", "after")
+
 #: The published heuristic's value for equal similarities: sigmoid(1/2). See `similarity_ratio`.
 FIXED_RATIO = 1.0 / (1.0 + math.exp(-0.5))
 
@@ -166,9 +169,26 @@ class MergePlan:
         """The steps' alphas, followed by those of each matrix that has its own; `with_flat_alphas` takes them back."""
         return [*self.alphas, *(alpha for _, own in self.matrix_alphas for alpha in own)]
 
+    @property
+    def first_removed(self) -> int:
+        """The shallowest layer that goes: of a block, its first; `n_layers` where none does."""
+        return min((step.remove for step in self.steps), default=self.n_layers)
+
+    def moved_to(self, first: int) -> MergePlan:
+        """The same merges so many layers deeper, or less deep, that `first` is the first layer that goes."""
+        shift = first - self.first_removed
+        steps = (MergeStep(step.into + shift, step.remove + shift, step.alpha) for step in self.steps)
+        return replace(self, steps=tuple(steps))
+
     def with_flat_alphas(self, values: Sequence[float], matrices: Sequence[str], *, name: str, kind: str) -> MergePlan:
-        """The same merges with `flat_alphas` of another plan: one a step, or besides one a step for each matrix."""
+        """The same merges with `flat_alphas` of another plan: one a step, or besides one a step for each matrix.
+
+        A block's plan also takes the number of the block's first layer, and then one a step: a point of a search over
+        blocks and coefficients.
+        """
         steps = len(self.steps)
+        if self.selection == "block" and len(values) == steps + 1:
+            return self.moved_to(round(values[0])).with_alphas(values[1:], name=name, kind=kind)
         if len(values) == steps:
             return self.with_alphas(values, name=name, kind=kind)
         if len(values) != steps * (1 + len(matrices)):
@@ -271,6 +291,33 @@ def tail_pairs(n_layers: int, merges: int) -> list[tuple[int, int]]:
     return [(n_layers - 2 - s, n_layers - 1 - s) for s in range(merges)]
 
 
+def block_starts(n_layers: int, merges: int, survivor: str) -> range:
+    """The first layers of the blocks of `merges` layers that have a survivor on that side."""
+    check_merges(n_layers, merges)
+    if survivor not in SURVIVORS:
+        raise PlanError(f"survivor is {survivor!r}, but must be one of {', '.join(SURVIVORS)}")
+    return range(1, n_layers - merges + 1) if survivor == "before" else range(n_layers - merges)
+
+
+def block_pairs(n_layers: int, first: int, merges: int, survivor: str = "before") -> list[tuple[int, int]]:
+    """(into, remove) of merging the layers first … first + merges - 1 one into the next, towards the survivor.
+
+    The survivor, layer first - 1 or first + merges, comes on top: merges + 1 layers become one. The block of the last
+    layers with its survivor before it is the tail. Of either side, the effective coefficients are `tail_coefficients`,
+    the survivor's first: with every alpha 1 the block is dropped.
+    """
+    starts = block_starts(n_layers, merges, survivor)
+    if first not in starts:
+        raise PlanError(
+            f"a block of {merges} layers from layer {first} on has no layer {survivor} it in a model of {n_layers}: "
+            f"its first layer must lie in {starts[0]} to {starts[-1]}"
+        )
+    if survivor == "after":
+        return [(first + 1 + s, first + s) for s in range(merges)]
+    last = first + merges - 1
+    return [(last - 1 - s, last - s) for s in range(merges)]
+
+
 def pairs_plan(
     n_layers: int, pairs: Iterable[tuple[int, int]], alphas: Iterable[float], *, name: str, kind: str, **options: str
 ) -> MergePlan:
@@ -282,6 +329,21 @@ def pairs_plan(
 def tail_plan(n_layers: int, alphas: Sequence[float], *, name: str, kind: str, **options: str) -> MergePlan:
     """Merge the last K = len(alphas) layers one into the next, deepest first; options are MergePlan's."""
     return pairs_plan(n_layers, tail_pairs(n_layers, len(alphas)), alphas, name=name, kind=kind, **options)
+
+
+def block_plan(
+    n_layers: int,
+    first: int,
+    alphas: Sequence[float],
+    *,
+    name: str,
+    kind: str,
+    survivor: str = "before",
+    **options: str,
+) -> MergePlan:
+    """Merge the K = len(alphas) layers from `first` on into the layer before or after them; see `block_pairs`."""
+    pairs = block_pairs(n_layers, first, len(alphas), survivor)
+    return pairs_plan(n_layers, pairs, alphas, name=name, kind=kind, selection="block", **options)
 
 
 def base_plan(n_layers: int) -> MergePlan:
@@ -300,6 +362,13 @@ def before_last_plan(n_layers: int, merges: int) -> MergePlan:
     last = n_layers - 1
     pairs = [(last, last - 1 - s) for s in range(merges)]
     return pairs_plan(n_layers, pairs, [1.0] * merges, name="before_last", kind="before_last", selection="before_last")
+
+
+def drop_block_plan(n_layers: int, first: int, merges: int) -> MergePlan:
+    """Drop the `merges` layers from `first` on, anywhere, as block merging with every alpha 1."""
+    check_merges(n_layers, merges)
+    survivor = "before" if first else "after"
+    return block_plan(n_layers, first, [1.0] * merges, name="drop_block", kind="drop", survivor=survivor)
 
 
 def drop_layers_plan(n_layers: int, layers: Iterable[int], *, name: str) -> MergePlan:
@@ -342,12 +411,24 @@ def read_alpha_file(path: str | Path, n_layers: int, *, name: str | None = None)
     if not isinstance(entries, list) or not entries:
         raise PlanError(f"{path} must hold a JSON list of merge steps, and at least one")
     steps = [_read_step(entry, f"{path}, entry {number}") for number, entry in enumerate(entries)]
-    tail = [(n_layers - 2 - s, n_layers - 1 - s) for s in range(len(steps))]
-    selection = "tail" if [(step.into, step.remove) for step in steps] == tail else "list"
     try:
-        return MergePlan(n_layers, tuple(steps), name=name or path.stem, kind="file", selection=selection)
+        return MergePlan(
+            n_layers, tuple(steps), name=name or path.stem, kind="file", selection=_selection(n_layers, steps)
+        )
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
+
+
+def _selection(n_layers: int, steps: Sequence[MergeStep]) -> str:
+    """What the steps are: those of a tail merge, of another block, or any list."""
+    pairs, merges = [(step.into, step.remove) for step in steps], len(steps)
+    first = min(step.remove for step in steps)
+    if merges >= n_layers:
+        return "list"
+    if pairs == tail_pairs(n_layers, merges):
+        return "tail"
+    blocks = [side for side in SURVIVORS if first in block_starts(n_layers, merges, side)]
+    return "block" if pairs in [block_pairs(n_layers, first, merges, side) for side in blocks] else "list"
 
 
 def _read_step(entry: object, where: str) -> MergeStep:

@@ -17,26 +17,46 @@ Point = list[float]
 _STEPS = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 _LOCAL_STARTS = 5
 _LOCAL_TRIES = 40  # per start and round
+_CHOICE_SCALE = 2.0  # how far the first and the last choice are apart, where coefficients are at most sqrt(2)
 _FAILED_RADIUS = 0.01  # share of the bounds' width: no proposal falls nearer than this to a point that failed
 
 
 class Proposer:
     """Points that are decided beforehand - known ones, then random ones - and the bookkeeping of all proposers.
 
-    The points follow from the seed alone, so that a restart can leave out those that are done.
+    The points follow from the seed alone, so that a restart can leave out those that are done. A point is `dimensions`
+    values within `bounds`; where there are choices (numbers that have an order, such as a block's first layer), one of
+    them stands before the values.
     """
 
-    def __init__(self, *, dimensions: int, bounds: tuple[float, float], seed: int, known: Sequence[Point] = ()):
+    def __init__(
+        self,
+        *,
+        dimensions: int,
+        bounds: tuple[float, float],
+        seed: int,
+        known: Sequence[Point] = (),
+        choices: Sequence[float] = (),
+    ):
         self.dimensions, self.bounds, self.seed = dimensions, bounds, seed
+        self.choices = sorted(map(float, choices))
         for point in known:
-            if len(point) != dimensions or not all(bounds[0] <= value <= bounds[1] for value in point):
+            choice, values = self._split(point)
+            if len(values) != dimensions or not all(bounds[0] <= value <= bounds[1] for value in values):
                 raise ValueError(f"known point {point} is not {dimensions} values in {list(bounds)}")
+            if choice and choice[0] not in self.choices:
+                raise ValueError(f"known point {point} begins with none of {self.choices}")
         self._planned: list[Point] = [list(map(float, point)) for point in known]
         self._done: set[tuple[float, ...]] = set()
         self._random = np.random.default_rng(seed)
 
+    def _split(self, point: Point) -> tuple[Point, Point]:
+        """The choice, if there are any, and the values."""
+        return point[: bool(self.choices)], point[bool(self.choices) :]
+
     def _draw(self) -> Point:
-        return self._random.uniform(*self.bounds, size=self.dimensions).tolist()
+        choice = [self.choices[self._random.integers(len(self.choices))]] if self.choices else []
+        return choice + self._random.uniform(*self.bounds, size=self.dimensions).tolist()
 
     def _next_planned(self) -> Point | None:
         while self._planned:
@@ -92,8 +112,10 @@ class BayesProposer(Proposer):
 
     Known points first, then `initial` random ones, then proposals. Points that are being evaluated count with the
     mean of the values so far (a constant liar), so that a batch spreads. The noise term is for objectives that are
-    shares of few questions; a search then does not chase single questions. `warp` maps points (n, dimensions) to what
-    the GP measures distances in; plan.tail_coefficients for tail merges (tests/benchmarks/search.py has the figures).
+    shares of few questions; a search then does not chase single questions. `warp` maps values (n, dimensions) to what
+    the GP measures distances in; plan.tail_coefficients for merges of layers in a row (tests/benchmarks/search.py has
+    the figures). Choices are one more coordinate there, in their order and evenly spaced, since neighbouring blocks
+    are alike; the initial random points go through the choices in a random order before any comes again.
     The GP is fitted with one BLAS thread (29 ms of CPU a candidate against 225 with all).
     """
 
@@ -105,15 +127,20 @@ class BayesProposer(Proposer):
         seed: int,
         initial: int = 10,
         known: Sequence[Point] = (),
+        choices: Sequence[float] = (),
         warp: Callable[[np.ndarray], np.ndarray] | None = None,
         acquisition_points: int = 1000,
     ):
-        super().__init__(dimensions=dimensions, bounds=bounds, seed=seed, known=known)
+        super().__init__(dimensions=dimensions, bounds=bounds, seed=seed, known=known, choices=choices)
         from bayes_opt import BayesianOptimization, acquisition
         from bayes_opt.parameter import wrap_kernel
         from sklearn.gaussian_process.kernels import Matern, WhiteKernel
 
-        self._planned += [self._draw() for _ in range(initial)]
+        drawn = [self._draw() for _ in range(initial)]
+        if self.choices:
+            order = [self._random.permutation(self.choices) for _ in range(0, initial, len(self.choices))]
+            drawn = [[float(choice), *point[1:]] for choice, point in zip(np.ravel(order), drawn, strict=False)]
+        self._planned += drawn
         self._acquisition_points = acquisition_points
         self._failed: list[Point] = []
         improvement = acquisition.ExpectedImprovement(xi=1e-3)
@@ -123,7 +150,7 @@ class BayesProposer(Proposer):
         self._liar = acquisition.ConstantLiar(improvement, strategy="mean")
         self._optimizer = BayesianOptimization(
             None,
-            {f"alpha_{i:03d}": bounds for i in range(dimensions)},
+            ({"choice": (0.0, 1.0)} if self.choices else {}) | {f"value_{i:03d}": bounds for i in range(dimensions)},
             acquisition_function=self._liar,
             random_state=seed,
             verbose=0,
@@ -132,7 +159,28 @@ class BayesProposer(Proposer):
         # Coordinates lie in [0, 1]. With sklearn's bounds of 1e-5 and 1e5 the fit to ten points may end at 1e-5, where
         # every point is news: of six made-up searches one never left its start (true accuracy .594 for .837).
         kernel = Matern(nu=2.5, length_scale_bounds=(0.05, 10.0)) + WhiteKernel(1e-2, (1e-6, 0.3))
-        self._optimizer._gp.set_params(kernel=wrap_kernel(kernel, transform=warp or np.asarray), n_restarts_optimizer=0)
+        self._warp = warp or np.asarray
+        self._optimizer._gp.set_params(kernel=wrap_kernel(kernel, transform=self._measured), n_restarts_optimizer=0)
+
+    def _measured(self, encoded: np.ndarray) -> np.ndarray:
+        """What the GP measures distances in, of encoded points (n, coordinates)."""
+        if not self.choices:
+            return self._warp(encoded)
+        places = _CHOICE_SCALE * self._numbers(encoded[..., :1]) / max(len(self.choices) - 1, 1)
+        return np.concatenate([places, self._warp(encoded[..., 1:])], axis=-1)
+
+    def _numbers(self, coordinates: np.ndarray) -> np.ndarray:
+        """Which choice a coordinate in [0, 1] stands for: every one for an equal share of it."""
+        count = len(self.choices)
+        return np.clip(np.floor(np.asarray(coordinates) * count), 0, count - 1)
+
+    def _encode(self, point: Point) -> np.ndarray:
+        choice, values = self._split(point)
+        return np.array([*((self.choices.index(value) + 0.5) / len(self.choices) for value in choice), *values])
+
+    def _decode(self, encoded: np.ndarray) -> Point:
+        choice, values = self._split([float(value) for value in encoded])
+        return [*(self.choices[int(self._numbers(value))] for value in choice), *values]
 
     def ask(self, count: int, pending: Sequence[Point] = ()) -> list[Point]:
         """The next `count` points, given that `pending` are being evaluated."""
@@ -150,7 +198,7 @@ class BayesProposer(Proposer):
         # By the number of points so far, not a stream: a restart told the record goes on as the search would have.
         random_state = np.random.RandomState([self.seed, len(self._done)])
         # The liar would keep a failed point for ever: it is told anew what is pending.
-        self._liar.dummies = [np.asarray(point) for point in pending]
+        self._liar.dummies = [self._encode(point) for point in pending]
         with threadpool_limits(1), warnings.catch_warnings():
             # A kernel parameter at its bound (a noiseless or a flat objective) is no news to a user.
             warnings.simplefilter("ignore")
@@ -161,8 +209,8 @@ class BayesProposer(Proposer):
                 n_smart=_LOCAL_STARTS,
                 random_state=random_state,
             )
-        point = [float(value) for value in found]
-        near = _FAILED_RADIUS * (self.bounds[1] - self.bounds[0])
+        point = self._decode(found)
+        near = _FAILED_RADIUS * (self.bounds[1] - self.bounds[0])  # choices are further apart than any such
         if tuple(point) in self._done or any(np.abs(np.subtract(point, bad)).max() < near for bad in self._failed):
             return self._draw()
         return point
@@ -170,7 +218,7 @@ class BayesProposer(Proposer):
     def tell(self, point: Point, value: float | None) -> None:
         super().tell(point, value)
         if value is not None and math.isfinite(value):
-            self._optimizer.register(np.asarray(point), float(value))
+            self._optimizer.register(self._encode(point), float(value))
         else:
             # The GP never hears of it, so it would be proposed, or all but, again and again.
             self._failed.append(list(point))

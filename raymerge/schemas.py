@@ -44,6 +44,10 @@ SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
     "samples": "subset:str language:str sample:i32 subject:str split:str question_id:str content_hash:str",
     # 1 - mean cosine of the states entering and leaving a layer (ShortGPT)
     "block_influence": "subset:str language:str layer:i32 value:f64 n_samples:i32",
+    # the blocks of `merges` layers, first to last, that one was chosen from. score: by cosine, angular or similarity a
+    # distance between the states entering and leaving the block (tokens: their number), by loss the mean NLL (nats) of
+    # the calibration text with the block dropped; null for a given block
+    "blocks": "merges:i32 first:i32 last:i32 measure:str score:f64? chosen:bool tokens:i64?",
     # one variation of one parameter against the reference setting: agreement of matrices and of the plans they choose
     "sensitivity": "subset:str language:str parameter:str setting:str reference:bool pearson:f64? "
         "pearson_off_diagonal:f64? plan_overlap:f64? alpha_max_difference:f64? note:str?",
@@ -52,9 +56,9 @@ SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
         "remove:i32? alpha:f64?",
     "coefficients": "plan_id:str matrix:str? kept_layer:i32 source_layer:i32 coefficient:f64",
     # value is the objective itself (objectives.is_minimised says which way is better), or beside a perplexity ceiling
-    # how far above it; perplexity: of the search text
-    "trials": "searcher:str iteration:i32 batch:i32 tune_trial:str actor:str seed:i64 plan_id:str alphas:list "
-        "objective:str value:f64? accuracy:f64? nll:f64? perplexity:f64? n_questions:i32 seconds:f64 "
+    # how far above it; perplexity: of the search text; block: its first layer, where that is searched too
+    "trials": "searcher:str iteration:i32 batch:i32 tune_trial:str actor:str seed:i64 plan_id:str block:i32? "
+        "alphas:list objective:str value:f64? accuracy:f64? nll:f64? perplexity:f64? n_questions:i32 seconds:f64 "
         "status:str error:str?",
     # answer and predicted: 0 to 3 for A to D
     "answers": "plan_id:str split:str language:str subject:str question_id:str content_hash:str logit_a:f32 "

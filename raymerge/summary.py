@@ -128,6 +128,31 @@ def comparison_lines(run: RunDirectory, plan_id: str | None = None) -> list[str]
     return lines
 
 
+def block_lines(run: RunDirectory) -> list[str]:
+    """Which block of layers was chosen for each number of them, by what, and how the next best and the last compare."""
+    rows, lines = run.read("blocks").to_pylist(), []
+    for chosen in (row for row in rows if row["chosen"]):
+        span = _span(chosen)
+        if chosen["score"] is None:
+            lines.append(f"block of {chosen['merges']}: {span}, as given")
+            continue
+        alike = [row for row in rows if (row["merges"], row["measure"]) == (chosen["merges"], chosen["measure"])]
+        others = sorted((row for row in alike if not row["chosen"]), key=lambda row: (row["score"], -row["first"]))
+        unit = "nats without it" if chosen["measure"] == "loss" else "between what enters and what leaves"
+        next_best = "; ".join(f"{_span(row)} {row['score']:.4g}" for row in others[:2])
+        last = max(alike, key=lambda row: row["first"])
+        deepest = f"; the last, {_span(last)} {last['score']:.4g}" if last not in [chosen, *others[:2]] else ""
+        lines.append(
+            f"block of {chosen['merges']}: {span} by {chosen['measure']}, {chosen['score']:.4g} {unit} (next "
+            f"{next_best or 'none'}{deepest})"
+        )
+    return lines
+
+
+def _span(row: dict) -> str:
+    return str(row["first"]) if row["first"] == row["last"] else f"{row['first']}-{row['last']}"
+
+
 def objective_value(run: RunDirectory, split: str, plan_id: str, objective: str) -> float | None:
     """An objective's value on a split's stored answers and the text reported on, without a ceiling; None where the
     run has not what it takes: the plan's answers to the subjects, the unmerged model's for answer_kl, the loss on a

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raymerge.activations import ActivationCache, Activations, distinct_samples
+from raymerge.activations import ActivationCache, Activations, distinct_samples, state_distances
 from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
@@ -30,6 +30,7 @@ from raymerge.fusion import Receipt, receipts
 from raymerge.gradient import descend, descent_settings
 from raymerge.identity import digest
 from raymerge.inputs import (
+    CALIBRATION,
     RETRIEVAL,
     SEARCH,
     SEARCH_TEXT,
@@ -37,6 +38,7 @@ from raymerge.inputs import (
     TEXT,
     Subset,
     calibration_questions,
+    read_calibration_text,
     read_questions,
     read_search_text,
     read_subsets,
@@ -62,9 +64,9 @@ _SCORERS_HELD = 2  # a search has two: of the questions it searches on and of th
 class ModelWorker:
     """Holds a model (weights mapped from disk), tokenised prompts by role, and the trunk's states.
 
-    roles: what it is asked about: SEARCH, REPORT, SUBSETS. template: the plan whose coefficients are searched.
-    firsts: layers whose inputs are cached, so that plans which change nothing before them start there. cache: folder
-    of trunk states, activations and alignments.
+    roles: what it is asked about: SEARCH, REPORT, SUBSETS, CALIBRATION. template: the plan whose coefficients are
+    searched. firsts: layers whose inputs are cached, so that plans which change nothing before them start there.
+    cache: folder of trunk states, activations and alignments.
     """
 
     def __init__(
@@ -84,10 +86,13 @@ class ModelWorker:
         dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
         self.config, self.template, self.cache = config, template, Path(cache)
         self.checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-        self.questions = {role: read_questions(config, role) for role in roles if role != SUBSETS}
+        self.questions = {role: read_questions(config, role) for role in roles if role not in (SUBSETS, CALIBRATION)}
         self.subsets: list[Subset] = read_subsets(config) if SUBSETS in roles else []
         self.search_text = read_search_text(config) if SEARCH in roles else None
-        self._calibration = calibration_questions(config, self.questions, self.subsets)
+        self._calibrates = CALIBRATION in roles
+        self.calibration_text = read_calibration_text(config) if self._calibrates else None
+        wanted = self._calibrates and self.calibration_text is None
+        self._calibration = calibration_questions(config, self.questions, self.subsets, wanted=wanted)
         data = "" if self._calibration is None else self._calibration.identity
         self.aligner = Aligner(self.checkpoint, self.cache, device=device, units=self._units, data=data)
         self.runner = LayerRunner(
@@ -108,8 +113,14 @@ class ModelWorker:
             "model_identity": self.checkpoint.identity,
             "data_identities": {role: questions.identity for role, questions in self.questions.items()}
             | {f"{subset.name}/{subset.language}": subset.questions.identity for subset in self.subsets}
-            | ({} if self.search_text is None else {SEARCH_TEXT: text_hash(self.search_text[0])}),
+            | ({} if self.search_text is None else {SEARCH_TEXT: text_hash(self.search_text[0])})
+            | ({CALIBRATION: self._calibration_identity} if self._calibrates else {}),
         }
+
+    @property
+    def _calibration_identity(self) -> str:
+        text = self.calibration_text
+        return self._calibration.identity if text is None else text_hash(text[0])
 
     def run(self, task: tuple[str, Any]) -> Any:
         """Do a task (method name, its argument), so that a pool can mix kinds of work in one pass."""
@@ -143,11 +154,28 @@ class ModelWorker:
         text, start = self.search_text
         return encode_text(text, self.checkpoint.tokenizer, limit=self.config.search.text_tokens, start=start)
 
+    @cached_property
+    def calibration_shards(self) -> tuple[Shard, ...]:
+        """What something is chosen or fitted on: the calibration text, or shards of the search questions' prompts."""
+        settings = self.config.calibration
+        if self.calibration_text is not None:
+            text, start = self.calibration_text
+            return encode_text(text, self.checkpoint.tokenizer, limit=settings.tokens, start=start)
+        shards = self._encode(self._calibration).shards
+        chosen, tokens = [], 0
+        for number in np.random.default_rng(settings.seed).permutation(len(shards)):
+            if not chosen or tokens + shards[number].tokens <= settings.tokens:
+                chosen.append(int(number))
+                tokens += shards[number].tokens
+        return tuple(shards[number] for number in sorted(chosen))
+
     def shards(self, of: str) -> tuple[Shard, ...]:
-        """The shards of a role's questions, of a plain text (TEXT, SEARCH_TEXT), or of the key-value prompts
-        (RETRIEVAL)."""
+        """The shards of a role's questions, of a plain text (TEXT, SEARCH_TEXT), of the calibration section
+        (CALIBRATION), or of the key-value prompts (RETRIEVAL)."""
         if of == RETRIEVAL:
             return self.retrieval_set.shards
+        if of == CALIBRATION:
+            return self.calibration_shards
         if of == SEARCH_TEXT:
             return self.search_text_shards
         return self.text_shards if of == TEXT else self.prompts(of).shards
@@ -222,11 +250,14 @@ class ModelWorker:
     def score(self, candidates: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
         """Judge coefficient vectors of the template by the run's objective on the search questions.
 
-        candidates: alphas of each, step by step. A result has value, accuracy, nll, perplexity (of the search text, or
-        None), n_questions and seconds; and logits (n, 4) float32 if candidates' answers are to be stored.
+        candidates: alphas of each, step by step; where blocks are searched, a block's first layer before them. A result
+        has value, accuracy, nll, perplexity (of the search text, or None), n_questions and seconds; and logits (n, 4)
+        float32 if candidates' answers are to be stored.
         """
-        plans = [self.template.with_alphas(alphas, name="candidate", kind="found") for alphas in candidates]
-        scorer = self._scorer(SEARCH, self.template) if plans else None
+        options = {"name": "candidate", "kind": "found"}
+        plans = [self.template.with_flat_alphas(alphas, (), **options) for alphas in candidates]
+        moved = any(len(alphas) > len(self.template.steps) for alphas in candidates)
+        scorer = None if moved or not plans else self._scorer(SEARCH, self.template)
         if scorer is None:
             found = (torch.from_numpy(self.answers((plan, SEARCH, None, False)).logits) for plan in plans)
         else:
@@ -371,6 +402,17 @@ class ModelWorker:
             dtype=self.runner.dtype,
             device=self.runner.device,
         )
+
+    # -- calibration --------------------------------------------------------------------------------------------
+
+    def state_distances(self, number: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Distances between the states of every two depths, summed over one shard of the calibration."""
+        return state_distances(self.runner, self.shards(CALIBRATION)[number])
+
+    def calibration_nll(self, item: tuple[MergePlan, int]) -> tuple[float, int]:
+        """Summed NLL (nats) and scored tokens of one shard of the calibration text under a merged model."""
+        plan, number = item
+        return text_nll(self.runner, plan, self.shards(CALIBRATION)[number], trunk=self._trunk_of(plan))
 
     # -- similarity ---------------------------------------------------------------------------------------------
 

@@ -38,6 +38,9 @@ DEFAULTS = {
     "plan": {
         "merges": 13,
         "selection": "tail",
+        "block": "cosine",
+        "starts": None,
+        "survivor": "before",
         "threshold": None,
         "recompute": False,
         "base": "fixed",
@@ -78,6 +81,7 @@ DEFAULTS = {
         "text_windows": None,
         "text_positions": 256,
     },
+    "calibration": {"text": None, "tokens": 12288, "seed": 0},
     "similarity": {
         "subsets": ["all"],
         "languages": None,
@@ -195,7 +199,10 @@ def test_what_is_written_to_a_run_reads_back_as_the_same_configuration():
         ({"plan": {"merges": 2.5}}, "plan.merges = 2.5"),
         ({"plan": {"ratio": 1.1}}, "plan.ratio = 1.1"),
         ({"plan": {"ratio": float("nan")}}, "plan.ratio = nan"),
-        ({"plan": {"selection": "head"}}, "plan.selection = 'head': Input should be 'tail', 'most_similar' or 'list'"),
+        (
+            {"plan": {"selection": "head"}},
+            "plan.selection = 'head': Input should be 'tail', 'block'",
+        ),
         ({"plan": {"selection": "most_similar"}}, "selection is most_similar, so similarity_run must name a run"),
         (
             {"plan": {"selection": "most_similar", "similarity_run": "r", "merges": None}},
@@ -204,6 +211,23 @@ def test_what_is_written_to_a_run_reads_back_as_the_same_configuration():
         ({"plan": {"threshold": 0.5}}, "selection is tail, but threshold and recompute belong to most_similar"),
         ({"plan": {"recompute": True}}, "selection is tail, but threshold and recompute belong to most_similar"),
         ({"plan": {"merges": None}}, "selection is tail, which needs merges"),
+        ({"plan": {"selection": "block", "merges": None}}, "selection is block, which needs merges"),
+        ({"plan": {"block": "middle"}}, "plan.block = 'middle'"),
+        ({"plan": {"block": -1}}, "plan.block = -1"),
+        ({"plan": {"selection": "block", "block": "similarity"}}, "block is similarity, so similarity_run must name"),
+        (
+            {"plan": {"selection": "block", "base": "file", "alpha_file": "a.json"}},
+            "selection is block, but an alpha file names its own layers: set selection to list",
+        ),
+        (
+            {"plan": {"selection": "block", "block": "loss"}},
+            "plan.block is loss, that of a plain text: set calibration",
+        ),
+        (
+            {"plan": {"block": "loss"}, "sweep": {"methods": ["drop_block"]}},
+            "plan.block is loss, that of a plain text: set calibration.text",
+        ),
+        ({"calibration": {"tokens": 1}}, "calibration.tokens = 1"),
         ({"plan": {"selection": "list"}}, "selection is list, so base must be file"),
         ({"similarity": {"measure": "cosine"}}, "measure is cosine, which compares vectors: set pooling"),
         (

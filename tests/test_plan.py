@@ -19,7 +19,11 @@ from raymerge.plan import (
     alpha_file_text,
     base_plan,
     before_last_plan,
+    block_pairs,
+    block_plan,
+    block_starts,
     coefficients_to_alphas,
+    drop_block_plan,
     drop_layers_plan,
     drop_plan,
     pairs_plan,
@@ -414,7 +418,7 @@ def test_the_order_in_the_file_counts_not_the_step_numbers(tmp_path):
 @pytest.mark.parametrize("n_layers", [7, 10])
 def test_a_list_that_does_not_start_at_the_end_is_no_tail(tmp_path, n_layers):
     plan = read_alpha_file(write(tmp_path, [entry(4, 5, 0.5), entry(3, 4, 0.25)]), n_layers)
-    assert plan.selection == "list" and len(plan.kept) == n_layers - 2
+    assert plan.selection == "block" and len(plan.kept) == n_layers - 2
 
 
 def test_alphas_survive_a_round_trip_to_the_last_bit(tmp_path):
@@ -498,3 +502,79 @@ def test_published_files_are_tail_merges_of_thirteen_layers(name):
         assert math.isclose(coefficients[layer], product * alpha, rel_tol=64 * EPS)
         product *= 1 - alpha
     assert math.isclose(coefficients[31], product, rel_tol=64 * EPS)
+
+
+# -- blocks anywhere -------------------------------------------------------------------------------------------------
+
+
+def test_the_tail_is_the_last_block_and_before_last_the_block_before_it():
+    alphas = [0.2, 0.9, 0.4]
+    assert block_pairs(9, 6, 3) == tail_pairs(9, 3)
+    block = block_plan(9, 6, alphas, name="b", kind="file")
+    assert block.kept == tail_plan(9, alphas, name="b", kind="file").kept
+    assert drop_block_plan(9, 6, 3).kept == drop_plan(9, 3).kept
+    after = block_plan(9, 5, [1.0] * 3, name="b", kind="file", survivor="after")
+    assert after.kept == before_last_plan(9, 3).kept
+
+
+@pytest.mark.parametrize(("survivor", "index"), [("before", 3), ("after", 7)])
+def test_a_block_folds_into_its_survivor_with_the_tail_s_coefficients(survivor, index):
+    """Layers 4 to 6 go; the survivor's coefficient is the product rule's first, the farthest layer's the last."""
+    alphas = [0.2, 0.9, 0.4]
+    plan = block_plan(10, 4, alphas, name="b", kind="file", survivor=survivor, norms="fold")
+    (merged,) = (layer for layer in plan.kept if not layer.unchanged)
+    order = [3, 4, 5, 6] if survivor == "before" else [7, 6, 5, 4]
+    assert merged.index == index and [layer.index for layer in plan.kept] == [0, 1, 2, 3, 7, 8, 9]
+    found = dict(merged.coefficients)
+    np.testing.assert_allclose([found[layer] for layer in order], tail_coefficients(alphas), rtol=1e-14)
+    assert plan.selection == "block" and plan.norms == "fold" and not plan.ends_at_once
+    # From the states that enter the first layer that differs.
+    assert plan.resumes_at == (3 if survivor == "before" else 4)
+
+
+@pytest.mark.parametrize("first", [0, 1, 4, 6])
+def test_a_dropped_block_leaves_the_others_as_they_are(first):
+    plan = drop_block_plan(9, first, 3)
+    assert [layer.index for layer in plan.kept] == [n for n in range(9) if not first <= n < first + 3]
+    assert all(layer.unchanged for layer in plan.kept) and plan.kind == "drop"
+    assert plan.resumes_at == min(first, 5)
+    # What block merging gives with every alpha 1, whichever neighbour survives.
+    for survivor in ("before", "after"):
+        if first in block_starts(9, 3, survivor):
+            assert block_plan(9, first, [1.0] * 3, name="b", kind="file", survivor=survivor).kept == plan.kept
+
+
+def test_a_block_moves_and_takes_points_of_a_search_over_blocks():
+    alphas = [0.3, 0.8]
+    plan = block_plan(8, 2, [0.5, 0.5], name="b", kind="file", survivor="after", norms="fold")
+    moved = plan.with_flat_alphas([4.0, *alphas], ["mlp.up_proj"], name="x", kind="found")
+    assert moved == block_plan(8, 4, alphas, name="x", kind="found", survivor="after", norms="fold")
+    assert plan.with_flat_alphas(alphas, [], name="x", kind="found").steps[0].remove == 2
+    assert len(plan.with_flat_alphas([*alphas, *alphas], ["mlp.up_proj"], name="x", kind="found").matrix_alphas) == 1
+    with pytest.raises(PlanError, match="layer 8 .* does not exist"):
+        plan.moved_to(6)
+    with pytest.raises(PlanError, match="3 alphas are given"):
+        tail_plan(8, alphas, name="t", kind="file").with_flat_alphas([4.0, *alphas], ["a", "b"], name="x", kind="found")
+
+
+@pytest.mark.parametrize(
+    ("first", "merges", "survivor", "words"),
+    [
+        (0, 3, "before", "no layer before it in a model of 8: its first layer must lie in 1 to 5"),
+        (6, 3, "before", "from layer 6 on has no layer before it"),
+        (5, 3, "after", "its first layer must lie in 0 to 4"),
+        (1, 8, "before", "cannot merge 8 layers"),
+        (1, 2, "beside", "survivor is 'beside', but must be one of before, after"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(first, merges, survivor, words):
+    with pytest.raises(PlanError, match=words):
+        block_plan(8, first, [0.5] * merges, name="b", kind="file", survivor=survivor)
+
+
+@pytest.mark.parametrize("survivor", ["before", "after"])
+def test_an_alpha_file_of_a_block_is_read_as_one(tmp_path, survivor):
+    plan = block_plan(9, 2, [0.25, 0.5, 0.75], name="a", kind="file", survivor=survivor)
+    path = tmp_path / "a.json"
+    path.write_text(alpha_file_text(plan.steps))
+    assert read_alpha_file(path, 9) == plan and read_alpha_file(path, 9).plan_id("m") == plan.plan_id("m")

@@ -34,6 +34,8 @@ from raymerge.experiments.common import (
 )
 from raymerge.experiments.planning import (
     Similarity,
+    allowed_starts,
+    choose_blocks,
     influence_plan,
     recomputed_plan,
     shuffled_plan,
@@ -42,7 +44,7 @@ from raymerge.experiments.planning import (
 )
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
-from raymerge.inputs import REPORT, SEARCH
+from raymerge.inputs import CALIBRATION, REPORT, SEARCH
 from raymerge.merging import save_merged
 from raymerge.objectives import is_minimised, parse_objective
 from raymerge.plan import (
@@ -50,13 +52,13 @@ from raymerge.plan import (
     PlanError,
     base_plan,
     before_last_plan,
+    drop_block_plan,
     drop_plan,
     read_alpha_file,
     tail_coefficients,
 )
 from raymerge.pool import WorkerPool, start_ray
 from raymerge.progress import Progress, Silent
-from raymerge.prompts import PromptError, encode_text
 from raymerge.proposers import BayesProposer, Proposer, RandomProposer, Starts
 from raymerge.search import choose_batch, run_search
 from raymerge.tables import RunDirectory
@@ -69,21 +71,23 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     """Search the coefficients of a merge, and report the best beside every control.
 
     Leaves in config.output.run: tables trials, plans, coefficients, answers, accuracy, comparisons, perplexity,
-    costs, receipts; models/BEST; figures; and the manifest. Searches on data.search_split, reports on
-    data.report_split. The same call again resumes; a complete run is returned as it is.
+    costs, receipts, and blocks where plan.selection is block; models/BEST; figures; and the manifest. Searches on
+    data.search_split, reports on data.report_split. The same call again resumes; a complete run is returned as it is.
 
     Raises ConfigError, PlanError, CheckpointError, DataError before anything is written, RunError where the run
     directory cannot be used.
     """
     progress = progress or Silent()
-    inputs = read_inputs(config, (SEARCH, REPORT))
+    calibrates = config.plan.selection == "block" and config.chooses_blocks
+    inputs = read_inputs(config, (SEARCH, REPORT, *([CALIBRATION] if calibrates else [])))
     n_layers = inputs.checkpoint.n_layers
     similarity = similarity_of(config, n_layers)
-    # With plan.recompute the merges come from the model; the similarity as it was collected shows what can be refused.
+    # With plan.recompute and plan.block the merges may come from the model; these show what can be refused.
     start = starting_plan(config.plan, n_layers, similarity)
     probes = [read_alpha_file(path, n_layers) for path in config.search.probes]
-    _check(config, inputs, start, probes)
+    _check(config, inputs, start, [] if config.plan.selection == "block" else probes)
     sections = ["search", *(["gradient"] if "gradient" in config.search.searchers else [])]
+    sections += ["calibration"] if calibrates else []
     run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", "plan", *sections), "search")
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
@@ -93,6 +97,11 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
         cache = cache_of(config, run)
         if config.plan.recompute:
             start = recomputed_plan(config, n_layers, cache, progress)
+            _check(config, inputs, start, probes)
+        if config.plan.selection == "block":
+            merges = config.plan.merges
+            first = choose_blocks(config, n_layers, [merges], run, cache, similarity, progress)[merges]
+            start = starting_plan(config.plan, n_layers, similarity, first)
             _check(config, inputs, start, probes)
         return _Search(config, inputs, run, cache, start, similarity, progress, command).execute(probes)
 
@@ -105,6 +114,8 @@ def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[Me
             f"plan {start.name} has {len(shape)} steps, not a tail merge of plan.merges = {merges}; for the file's own "
             "steps set plan.selection: list"
         )
+    for first in _searched_starts(config, start):
+        check_mergeable(inputs.checkpoint, start.moved_to(first))
     for plan in (start, *probes):
         check_mergeable(inputs.checkpoint, plan)
         if [(step.into, step.remove) for step in plan.steps] != shape:
@@ -119,13 +130,14 @@ def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[Me
     known_subjects = inputs.questions[SEARCH].subjects
     if missing := sorted(set(parse_objective(config.search.objective).subjects) - set(known_subjects)):
         raise ConfigError(f"search.objective names {missing}, which are not among the {len(known_subjects)} subjects")
-    if inputs.search_text is not None:
-        text, first = inputs.search_text
-        try:
-            encode_text(text, inputs.checkpoint.tokenizer, limit=config.search.text_tokens, start=first)
-        except PromptError as error:
-            fewer = ", or report on fewer tokens of this one (data.perplexity_tokens)" if first else ""
-            raise ConfigError(f"search.text = {config.search.text}: {error}; name a longer text{fewer}") from error
+
+
+def _searched_starts(config: Config, start: MergePlan) -> list[int]:
+    """The first layers of the blocks that are searched beside the coefficients; none where the block is fixed."""
+    plan = config.plan
+    if (plan.selection, plan.block) != ("block", "search"):
+        return []
+    return allowed_starts(plan, start.n_layers, len(start.steps))
 
 
 class _Search:
@@ -150,7 +162,12 @@ class _Search:
         self.reporter = Reporter(config, inputs, run)
         # Whatever its coefficients turn out to be, a candidate changes nothing before its first merged layer.
         self.template = self._candidate([0.5] * len(start.steps))
-        self.firsts = (self.template.resumes_at,)
+        self.blocks = _searched_starts(config, start)
+        templates = [self.template.moved_to(first) for first in self.blocks] or [self.template]
+        if start.selection == "block":
+            # From where dropping the last layers and the unmerged model are run.
+            templates.append(drop_plan(start.n_layers, len(start.steps)))
+        self.firsts = tuple(sorted({template.resumes_at for template in templates}))
         self.facts: dict[str, Any] = {}
 
     def _candidate(self, alphas: Sequence[float], name: str = "candidate", kind: str = "found") -> MergePlan:
@@ -206,12 +223,14 @@ class _Search:
             base_plan(n_layers),
             drop_plan(n_layers, merges),
             before_last_plan(n_layers, merges),
+            *([drop_block_plan(n_layers, start.first_removed, merges)] if start.selection == "block" else []),
             *influence_plan(self.similarity, merges),
             start.with_alphas([FIXED_CONTROL] * merges, name=f"fixed_{FIXED_CONTROL}", kind="fixed"),
         ]
         plan = self.config.plan
         if self.similarity is not None and (plan.base.startswith("similarity") or plan.selection == "most_similar"):
-            controls.append(shuffled_plan(plan, n_layers, self.similarity))
+            first = start.first_removed if start.selection == "block" else None
+            controls.append(shuffled_plan(plan, n_layers, self.similarity, first))
         if (start.alignment, start.norms) != ("none", "keep"):
             controls.append(replace(start, name=f"{start.name}_plain", alignment="none", norms="keep"))
         same = [control for control in controls if control.plan_id("") == start.plan_id("")]
@@ -255,21 +274,30 @@ class _Search:
         within the bounds."""
         settings = self.config.search
         low, high = settings.bounds
-        known = [point for point in known if all(low <= alpha <= high for alpha in point)]
-        done = [row for row in self.run.read("trials").to_pylist() if row["searcher"] == searcher]
+        known = [self._point(alphas) for alphas in known if all(low <= alpha <= high for alpha in alphas)]
         concurrent = self.pool.count if settings.concurrent == "auto" else min(settings.concurrent, self.pool.count)
         batch = settings.batch
         if batch == "auto":
             batch = choose_batch(seconds_per_candidate, candidates, concurrent)
         common = {"dimensions": len(self.start.steps), "bounds": settings.bounds, "seed": settings.seed}
+        common["choices"] = self.blocks
         if searcher == "bayes":
-            warp = tail_coefficients if self.start.selection == "tail" else None
+            warp = tail_coefficients if self.start.selection in ("tail", "block") else None
             proposer = BayesProposer(**common, initial=settings.initial, known=known, warp=warp)
         else:
             proposer = RandomProposer(**common, known=known)
         self.progress.stage(f"{searcher} search, {settings.objective}", candidates)
-        self._run(searcher, proposer, candidates, batch, done)
+        self._run(searcher, proposer, candidates, batch, self._done(searcher))
         self.facts[f"{searcher}_search"]["seconds_per_candidate"] = round(seconds_per_candidate, 5)
+
+    def _done(self, searcher: str) -> list[dict[str, Any]]:
+        """The rows of `trials` that a searcher has, with points as it knows them for alphas."""
+        rows = [row for row in self.run.read("trials").to_pylist() if row["searcher"] == searcher]
+        return [row | {"alphas": self._point(row["alphas"], row["block"])} for row in rows]
+
+    def _point(self, alphas: list[float], block: int | None = None) -> list[float]:
+        """What a searcher moves: where blocks are searched too, the block's first layer (the start's) and alphas."""
+        return [float(self.start.first_removed if block is None else block), *alphas] if self.blocks else alphas
 
     def _corners(self, inside: float = 0.0) -> list[list[float]]:
         """The first of the merged layers alone and the last, or points so far inside."""
@@ -290,7 +318,7 @@ class _Search:
     def _descend(self, parametrisation: str, starts: list[list[float]]) -> None:
         """Descend from every start, one a trial; a trial's iteration is its start's number."""
         searcher = f"gradient_{parametrisation}"
-        done = [row for row in self.run.read("trials").to_pylist() if row["searcher"] == searcher]
+        done = self._done(searcher)
         finished = {row["iteration"] for row in done}
         left = Starts([start for number, start in enumerate(starts) if number not in finished])
         self.progress.stage(f"{searcher} descents, {self.config.search.objective}", len(starts))
@@ -350,6 +378,8 @@ class _Search:
             if trial["status"] == "ok" and "history" in result:
                 history = rows.history_rows(trial["searcher"], trial["iteration"], result["history"])
                 self.run.append("gradient_history", history, part=f"{trial['searcher']}-{trial['iteration']:06d}")
+        if self.blocks:
+            trials = [row | {"block": int(row["alphas"][0]), "alphas": row["alphas"][1:]} for row in trials]
         self.run.append("trials", trials, part=part)
 
     def _best(self, searcher: str, name: str, kind: str) -> tuple[tuple[float, float], MergePlan] | None:
@@ -364,7 +394,8 @@ class _Search:
             return None
         sign = -1.0 if is_minimised(self.config.search.objective) else 1.0
         best = max(trials, key=lambda row: (sign * row["value"], -row["nll"], -row["iteration"]))
-        return (sign * best["value"], -best["nll"]), self._candidate(best["alphas"], name, kind)
+        point = self._point(best["alphas"], best["block"])
+        return (sign * best["value"], -best["nll"]), self._candidate(point, name, kind)
 
     # -- the report
 

@@ -14,13 +14,16 @@ import raymerge
 from raymerge import rows
 from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import Config
+from raymerge.config import Config, ConfigError
 from raymerge.inputs import (
+    CALIBRATION,
     SEARCH,
     SEARCH_TEXT,
     SUBSETS,
     TEXT,
     Subset,
+    calibration_questions,
+    read_calibration_text,
     read_questions,
     read_search_text,
     read_subsets,
@@ -29,6 +32,7 @@ from raymerge.inputs import (
 from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool, cluster_resources, plan_workers
 from raymerge.progress import Progress
+from raymerge.prompts import PromptError, encode_text
 from raymerge.questions import QuestionSet
 from raymerge.tables import RunDirectory
 from raymerge.worker import ModelWorker
@@ -37,17 +41,19 @@ from raymerge.worker import ModelWorker
 @dataclass(frozen=True)
 class Inputs:
     """What an experiment reads before it writes anything. text: what is reported on; search_text: what candidates are
-    judged on, and the number of its first token."""
+    judged on, and the number of its first token; calibration: what is chosen or fitted on, such a text or prompts."""
 
     checkpoint: Checkpoint
     questions: dict[str, QuestionSet]
     subsets: list[Subset]
     text: str | None
     search_text: tuple[str, int] | None = None
+    calibration: tuple[str, int] | QuestionSet | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return (*self.questions, *([SUBSETS] if self.subsets else []))
+        more = [SUBSETS] if self.subsets else []
+        return (*self.questions, *more, *([] if self.calibration is None else [CALIBRATION]))
 
     @property
     def identities(self) -> dict[str, str]:
@@ -56,17 +62,43 @@ class Inputs:
             {role: questions.identity for role, questions in self.questions.items()}
             | {f"{subset.name}/{subset.language}": subset.questions.identity for subset in self.subsets}
             | ({} if self.search_text is None else {SEARCH_TEXT: rows.text_hash(self.search_text[0])})
+            | ({} if self.calibration is None else {CALIBRATION: self._calibration_identity})
         )
+
+    @property
+    def _calibration_identity(self) -> str:
+        found = self.calibration
+        return found.identity if isinstance(found, QuestionSet) else rows.text_hash(found[0])
 
 
 def read_inputs(config: Config, roles: Sequence[str], *, text: bool = True) -> Inputs:
-    """Everything that roles (SEARCH, REPORT, SUBSETS) need. Raises CheckpointError, DataError, ConfigError."""
+    """Everything that roles (SEARCH, REPORT, SUBSETS, CALIBRATION) need.
+
+    Raises CheckpointError, DataError, ConfigError; the last also for a text of which nothing is left."""
     model = config.model
     checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    questions = {role: read_questions(config, role) for role in roles if role != SUBSETS}
+    questions = {role: read_questions(config, role) for role in roles if role not in (SUBSETS, CALIBRATION)}
     subsets = read_subsets(config) if SUBSETS in roles else []
     search_text = read_search_text(config) if SEARCH in roles else None
-    return Inputs(checkpoint, questions, subsets, read_text(config) if text else None, search_text)
+    calibration = None
+    if CALIBRATION in roles:
+        calibration = read_calibration_text(config) or calibration_questions(config, questions, wanted=True)
+    inputs = Inputs(checkpoint, questions, subsets, read_text(config) if text else None, search_text, calibration)
+    for key, found, limit in (
+        ("search", search_text, config.search.text_tokens),
+        ("calibration", calibration, config.calibration.tokens),
+    ):
+        if isinstance(found, tuple):
+            _check_text(checkpoint, f"{key}.text = {getattr(config, key).text}", *found, limit)
+    return inputs
+
+
+def _check_text(checkpoint: Checkpoint, what: str, text: str, first: int, limit: int) -> None:
+    try:
+        encode_text(text, checkpoint.tokenizer, limit=limit, start=first)
+    except PromptError as error:
+        fewer = ", or use fewer tokens of this one before (data.perplexity_tokens, search.text_tokens)" if first else ""
+        raise ConfigError(f"{what}: {error}; name a longer text{fewer}") from error
 
 
 def settings_of(config: Config, *sections: str) -> dict[str, Any]:

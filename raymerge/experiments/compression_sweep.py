@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from raymerge.config import Config, ConfigError
+from raymerge.config import BLOCK_METHODS, Config, ConfigError
 from raymerge.experiments.common import (
     Inputs,
     align,
@@ -22,16 +22,18 @@ from raymerge.experiments.common import (
     read_inputs,
     settings_of,
 )
-from raymerge.experiments.planning import Similarity, influence_plan, similarity_of
+from raymerge.experiments.planning import Similarity, allowed_starts, choose_blocks, influence_plan, similarity_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
 from raymerge.heuristics import most_similar_pairs, pair_alphas
-from raymerge.inputs import REPORT, RETRIEVAL
+from raymerge.inputs import CALIBRATION, REPORT, RETRIEVAL
 from raymerge.plan import (
     MergePlan,
     base_plan,
     before_last_plan,
+    block_pairs,
     check_merges,
+    drop_block_plan,
     drop_plan,
     pairs_plan,
     read_alpha_file,
@@ -43,6 +45,7 @@ from raymerge.statistics import accuracy_summary
 from raymerge.tables import RunDirectory
 
 PLAIN = {"alignment": "none", "norms": "keep"}
+_SELECTIONS = {"most_similar": "most_similar", "merge_block": "block"}  # of methods that do not merge the tail
 _NEEDS_SIMILARITY = ("block_influence", "similarity_ratio", "similarity", "most_similar")
 
 
@@ -61,25 +64,43 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     One pass of the trunk serves every K: the states entering each first merged layer are kept. Leaves tables sweep,
     plans, coefficients, answers, accuracy, comparisons (each point against dropping as many layers, and each aligned or
     folded one against the plain one), perplexity, context, costs, receipts; figures; the manifest. The same call again
-    resumes. Errors as `search`.
+    resumes. Where blocks are asked for, table blocks says how they were chosen. Errors as `search`.
     """
     progress = progress or Silent()
-    inputs = read_inputs(config, (REPORT,))
+    calibrates = config.chooses_blocks and not set(BLOCK_METHODS).isdisjoint(config.sweep.methods)
+    inputs = read_inputs(config, (REPORT, *([CALIBRATION] if calibrates else [])))
     similarity = similarity_of(config, inputs.checkpoint.n_layers)
-    points = _points(config, inputs, similarity)
-    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", "plan", "sweep"), "sweep")
+    # The blocks may be chosen by the model; the first ones allowed show what can be refused.
+    blocks = {merges: starts[0] for merges, starts in _starts(config, inputs).items()}
+    points = _points(config, inputs, similarity, blocks)
+    sections = ["sweep", *(["calibration"] if inputs.calibration is not None else [])]
+    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", "plan", *sections), "sweep")
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
         return run
     run.begin()
     with start_ray():
+        if blocks:
+            cache, n_layers = cache_of(config, run), inputs.checkpoint.n_layers
+            blocks = choose_blocks(config, n_layers, list(blocks), run, cache, similarity, progress)
+            points = _points(config, inputs, similarity, blocks)
         return _Sweep(config, inputs, run, points, progress, command).execute()
 
 
-def _points(config: Config, inputs: Inputs, similarity: Similarity | None) -> list[Point]:
+def _starts(config: Config, inputs: Inputs) -> dict[int, list[int]]:
+    """By number of layers, the first layers of the blocks to choose from; nothing where no method asks for blocks."""
+    if set(BLOCK_METHODS).isdisjoint(config.sweep.methods):
+        return {}
+    if config.plan.block == "search":
+        raise ConfigError("plan.block is search, but a sweep searches nothing: choose blocks by cosine or loss")
+    return {n: allowed_starts(config.plan, inputs.checkpoint.n_layers, n) for n in dict.fromkeys(config.sweep.merges)}
+
+
+def _points(config: Config, inputs: Inputs, similarity: Similarity | None, blocks: Mapping[int, int]) -> list[Point]:
     """Every point, the unmerged model first; the same weights under two names are two points of one plan.
 
-    Raises ConfigError for a method without its source, PlanError for a K that the model does not have.
+    blocks: the first layer of the block, by number of layers. Raises ConfigError for a method without its source,
+    PlanError for a K that the model does not have.
     """
     settings, plan, n_layers = config.sweep, config.plan, inputs.checkpoint.n_layers
     for merges in settings.merges:
@@ -100,16 +121,22 @@ def _points(config: Config, inputs: Inputs, similarity: Similarity | None) -> li
         for merges in settings.merges:
             if method == "drop":
                 points.append(_dropped(merges, method, drop_plan(n_layers, merges)))
+            elif method == "drop_block":
+                points.append(_dropped(merges, method, drop_block_plan(n_layers, blocks[merges], merges)))
             elif method == "before_last":
                 points.append(_dropped(merges, method, before_last_plan(n_layers, merges)))
             elif method == "block_influence":
                 points += [_dropped(merges, method, found) for found in influence_plan(similarity, merges)]
             else:
                 pairs, base, ratio = tail_pairs(n_layers, merges), method, plan.ratio
-                if method == "most_similar":
+                if method in ("most_similar", "merge_block"):
                     # A file's coefficients belong to its own merges.
                     base = "fixed" if plan.base == "file" else plan.base
-                    pairs = most_similar_pairs(matrix, merges=merges)
+                    pairs = (
+                        most_similar_pairs(matrix, merges=merges)
+                        if method == "most_similar"
+                        else block_pairs(n_layers, blocks[merges], merges, plan.survivor)
+                    )
                 elif method.startswith("fixed:"):
                     base, ratio = "fixed", float(method.removeprefix("fixed:"))
                 name = f"fixed_{ratio:g}" if method.startswith("fixed:") else method
@@ -119,7 +146,7 @@ def _points(config: Config, inputs: Inputs, similarity: Similarity | None) -> li
                     pair_alphas(pairs, base, ratio=ratio, similarity=matrix),
                     name=name,
                     kind="fixed" if method.startswith("fixed:") else "file",
-                    selection="most_similar" if method == "most_similar" else "tail",
+                    selection=_SELECTIONS.get(method, "tail"),
                     biases=plan.biases,
                 )
                 points += _variants(config, merges, name, averaged)
@@ -159,8 +186,9 @@ class _Sweep:
         self.progress, self.command = progress, command
         self.identity = inputs.checkpoint.identity
         self.plans = list({point.plan.plan_id(self.identity): point.plan for point in points}.values())
-        # The last K layers' plans start at the deepest states; so does the unmerged model.
-        self.firsts = sorted({plan.resumes_at for plan in self.plans if plan.ends_at_once})
+        # The last K layers' plans start at the deepest states; so does the unmerged model. Blocks start at their own.
+        starting = [plan for plan in self.plans if plan.ends_at_once or plan.selection == "block"]
+        self.firsts = sorted({plan.resumes_at for plan in starting})
 
     def execute(self) -> RunDirectory:
         cache = cache_of(self.config, self.run)
@@ -197,7 +225,8 @@ class _Sweep:
         }
 
     def _compared(self) -> list[tuple[MergePlan, MergePlan]]:
-        """Each point against dropping as many layers, and each aligned or folded one against its plain self."""
+        """Each point against dropping as many layers, a merged block also against that block dropped, and each aligned
+        or folded one against its plain self."""
         plain = {
             (point.merges, point.method): point.plan
             for point in self.points
@@ -205,7 +234,7 @@ class _Sweep:
         }
         pairs = []
         for point in self.points:
-            for method in ("drop", point.method):
+            for method in ("drop", *(["drop_block"] if point.method == "merge_block" else []), point.method):
                 other = plain.get((point.merges, method))
                 if other is not None and other is not point.plan:
                     pairs.append((point.plan, other))

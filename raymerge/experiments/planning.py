@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from raymerge.config import Config, ConfigError, PlanConfig, parse_config
-from raymerge.experiments.common import open_pool, read_inputs
-from raymerge.heuristics import least_influence_plan, most_similar_pair, most_similar_pairs, pair_alphas
-from raymerge.inputs import SUBSETS, read_similarity
-from raymerge.plan import MergePlan, PlanError, pairs_plan, read_alpha_file, tail_pairs
+from raymerge.experiments.common import Inputs, counted, describe_workers, open_pool, read_inputs
+from raymerge.heuristics import (
+    best_block,
+    block_scores,
+    least_influence_plan,
+    most_similar_pair,
+    most_similar_pairs,
+    pair_alphas,
+    similar_block_scores,
+)
+from raymerge.inputs import CALIBRATION, SUBSETS, read_similarity
+from raymerge.plan import (
+    MergePlan,
+    PlanError,
+    block_pairs,
+    block_starts,
+    drop_block_plan,
+    pairs_plan,
+    read_alpha_file,
+    tail_pairs,
+)
+from raymerge.pool import WorkerPool
 from raymerge.progress import Progress
 from raymerge.tables import RunDirectory
 
@@ -46,10 +65,13 @@ def options_of(plan: PlanConfig) -> dict[str, str]:
     return {"alignment": plan.alignment, "norms": plan.norms, "biases": plan.biases}
 
 
-def starting_plan(plan: PlanConfig, n_layers: int, similarity: Similarity | None) -> MergePlan:
+def starting_plan(
+    plan: PlanConfig, n_layers: int, similarity: Similarity | None, first: int | None = None
+) -> MergePlan:
     """The merges and base coefficients of the plan section, named after where the coefficients come from.
 
-    Raises PlanError. plan.recompute is `recomputed_plan`'s; here the similarity is collected once.
+    first: the block's first layer where plan.selection is block; by default the first one allowed. Raises PlanError.
+    plan.recompute is `recomputed_plan`'s; here the similarity is collected once.
     """
     options = options_of(plan)
     if plan.base == "file":
@@ -58,6 +80,9 @@ def starting_plan(plan: PlanConfig, n_layers: int, similarity: Similarity | None
     matrix = None if similarity is None else similarity.matrix
     if plan.selection == "tail":
         pairs = tail_pairs(n_layers, plan.merges)
+    elif plan.selection == "block":
+        first = allowed_starts(plan, n_layers, plan.merges)[0] if first is None else first
+        pairs = block_pairs(n_layers, first, plan.merges, plan.survivor)
     else:
         pairs = most_similar_pairs(matrix, merges=plan.merges, threshold=plan.threshold)
     alphas = pair_alphas(pairs, plan.base, ratio=plan.ratio, similarity=matrix)
@@ -77,13 +102,16 @@ def _named(plan: PlanConfig, n_layers: int, pairs: list[tuple[int, int]], alphas
     )
 
 
-def shuffled_plan(plan: PlanConfig, n_layers: int, similarity: Similarity) -> MergePlan:
-    """The starting plan as a similarity whose layers are shuffled would have it: does the similarity matter?"""
+def shuffled_plan(plan: PlanConfig, n_layers: int, similarity: Similarity, first: int | None = None) -> MergePlan:
+    """The starting plan as a similarity whose layers are shuffled would have it: does the similarity matter?
+
+    A block (`first`) stays where it is.
+    """
     if plan.selection == "most_similar" and plan.merges is None:
         # The threshold would stop it elsewhere; a control merges as many layers.
         merges = len(starting_plan(plan, n_layers, similarity).steps)
         plan = plan.model_copy(update={"merges": merges, "threshold": None})
-    return replace(starting_plan(plan, n_layers, similarity.shuffled()), name="similarity_shuffled")
+    return replace(starting_plan(plan, n_layers, similarity.shuffled(), first), name="similarity_shuffled")
 
 
 def influence_plan(similarity: Similarity | None, merges: int) -> list[MergePlan]:
@@ -91,6 +119,120 @@ def influence_plan(similarity: Similarity | None, merges: int) -> list[MergePlan
     if similarity is None or similarity.block_influence is None:
         return []
     return [least_influence_plan(similarity.block_influence, merges)]
+
+
+def allowed_starts(plan: PlanConfig, n_layers: int, merges: int) -> list[int]:
+    """The first layers that a block of `merges` layers may have: the given one, or those of plan.starts that fit.
+
+    Raises PlanError where there is none.
+    """
+    fitting = block_starts(n_layers, merges, plan.survivor)
+    wanted = [plan.block] if isinstance(plan.block, int) else fitting if plan.starts is None else plan.starts
+    if not (found := [first for first in fitting if first in wanted]):
+        raise PlanError(
+            f"a block of {merges} layers with its survivor {plan.survivor} it begins with one of layers {fitting[0]} "
+            f"to {fitting[-1]} of this model's {n_layers}, but plan.block and plan.starts allow {list(wanted)}"
+        )
+    return found
+
+
+def choose_blocks(
+    config: Config,
+    n_layers: int,
+    merges: Sequence[int],
+    run: RunDirectory,
+    cache: str,
+    similarity: Similarity | None,
+    progress: Progress,
+) -> dict[int, int]:
+    """The first layer of the block of each number of layers, as plan.block says; all scores go into table `blocks`.
+
+    What is in the table is not measured again. Needs Ray where states or losses are measured, and then the calibration
+    section's text or prompts. Raises PlanError, ConfigError.
+    """
+    plan = config.plan
+    found = {row["merges"]: row["first"] for row in run.read("blocks").to_pylist() if row["chosen"]}
+    if set(merges) <= set(found):
+        return {count: found[count] for count in merges}
+    starts = {count: allowed_starts(plan, n_layers, count) for count in merges}
+    # A search over blocks begins with what the cosine chooses.
+    chosen_by = "cosine" if plan.block == "search" else "given" if isinstance(plan.block, int) else plan.block
+    tokens = None
+    if chosen_by == "given":
+        scores = {("given", count): {first: None for first in starts[count]} for count in merges}
+    elif chosen_by == "similarity":
+        scores = {(chosen_by, count): similar_block_scores(similarity.matrix, count) for count in merges}
+    else:
+        inputs = read_inputs(config, (CALIBRATION,), text=False)
+        measure = _block_losses if chosen_by == "loss" else _block_distances
+        scores, tokens = measure(config, inputs, starts, cache, progress)
+    table, chosen = [], {}
+    for (name, count), values in scores.items():
+        if name == chosen_by:
+            chosen[count] = starts[count][0] if name == "given" else best_block(values, starts[count])
+            what = f"layers {chosen[count]} to {chosen[count] + count - 1} of {count} to go"
+            progress.message(f"Block: {what}, {name}")
+        table += [
+            {
+                "merges": count,
+                "first": first,
+                "last": first + count - 1,
+                "measure": name,
+                "score": score,
+                "chosen": name == chosen_by and first == chosen[count],
+                "tokens": tokens,
+            }
+            for first, score in values.items()
+        ]
+    run.replace("blocks", table)
+    return chosen
+
+
+_Scores = dict[tuple[str, int], dict[int, float]]  # by measure and number of layers: by first layer
+
+
+def _block_distances(
+    config: Config, inputs: Inputs, starts: dict[int, list[int]], cache: str, progress: Progress
+) -> tuple[_Scores, int]:
+    """Distances between the states entering and leaving every block, and the number of tokens they are means over."""
+    with open_pool(config, inputs, cache) as pool:
+        shards = _calibration_shards(pool, inputs)
+        progress.stage("distances between layers (tokens)", sum(shards))
+        finished = counted(progress, lambda number, _: shards[number])
+        parts = pool.map("state_distances", list(range(len(shards))), finished)
+    cosine, angular, tokens = (sum(values) for values in zip(*parts, strict=True))
+    distances = {"cosine": cosine / tokens, "angular": angular / tokens}
+    scores = {(name, count): block_scores(values, count) for name, values in distances.items() for count in starts}
+    return scores, tokens
+
+
+def _block_losses(
+    config: Config, inputs: Inputs, starts: dict[int, list[int]], cache: str, progress: Progress
+) -> tuple[_Scores, int]:
+    """Mean NLL of the calibration text with each block dropped, from the states that enter it; tokens scored."""
+    n_layers = inputs.checkpoint.n_layers
+    plans = {(count, first): drop_block_plan(n_layers, first, count) for count in starts for first in starts[count]}
+    with open_pool(config, inputs, cache, firsts=sorted({plan.resumes_at for plan in plans.values()})) as pool:
+        shards = _calibration_shards(pool, inputs)
+        progress.stage("states entering the blocks (tokens)", sum(shards))
+        numbers = range(len(shards))
+        pool.map("compute_trunk", [(CALIBRATION, n) for n in numbers], counted(progress, lambda _, tokens: tokens))
+        tasks = [(key, number) for key in plans for number in numbers]
+        progress.stage("loss without each block", len(tasks))
+        found = pool.map("calibration_nll", [(plans[key], number) for key, number in tasks], counted(progress))
+    scores: _Scores = {("loss", count): {} for count in starts}
+    for count, first in plans:
+        parts = [part for (key, _), part in zip(tasks, found, strict=True) if key == (count, first)]
+        nll, tokens = (sum(values) for values in zip(*parts, strict=True))
+        scores["loss", count][first] = nll / tokens
+    return scores, tokens
+
+
+def _calibration_shards(pool: WorkerPool, inputs: Inputs) -> list[int]:
+    """Tokens of each shard of the calibration, which all workers hold alike."""
+    describe_workers(pool, inputs)
+    (shards,) = pool.map("shard_tokens", [CALIBRATION])
+    return shards
 
 
 def recomputed_plan(config: Config, n_layers: int, cache: str, progress: Progress) -> MergePlan:

@@ -5,9 +5,11 @@
 Overhead: a worker that sleeps 20 ms a candidate, behind Tune with batches of 1, 4 and 10 and behind a plain ray.wait
 loop, same pool, same run; two workers; from the first batch's record to the last one's, Tune's start and end apart.
 This measures the runtime, not scoring. Proposers: best value among the first 30 and among all candidates, mean over
-seeds, on two made-up objectives of 13 dimensions. `bump` is smooth in the alphas.
+seeds, on made-up objectives, the first two of 13 dimensions. `bump` is smooth in the alphas.
 `staircase` is the share of 200 made-up questions, each right while the effective coefficients are near enough
-to a hidden vector on its own scale; `true_value` judges the point that looked best by 4,000 such questions. Both are
+to a hidden vector on its own scale; `blocks` is a loss, negative, of where a block of 4 of 24 layers begins - a valley
+with noise of its own for every start, as dropping blocks of a real model has - and of coefficients whose best ones move
+with the start; `true_value` judges the point that looked best by 4,000 such questions. Both are
 made up: they rank settings, and say nothing about a model.
 """
 
@@ -27,6 +29,7 @@ from raymerge.search import run_search
 
 BODY_S = 0.02
 STEPS = 13
+BLOCK, BLOCK_STARTS = 4, range(1, 21)
 WORKERS = 2
 
 
@@ -100,6 +103,20 @@ def staircase(seed, seen=200, unseen=4000):
     return lambda point: share(point, seen), lambda point: share(point, unseen)
 
 
+def blocks(seed):
+    rng = np.random.default_rng(2000 + seed)
+    centre, rough = rng.uniform(6, 15), rng.normal(0, 0.15, BLOCK_STARTS[-1] + 1)
+    low, high = (tail_coefficients(rng.uniform(0.1, 0.9, BLOCK)) for _ in range(2))
+
+    def value(point):
+        first = int(point[0])
+        share = (first - BLOCK_STARTS[0]) / (len(BLOCK_STARTS) - 1)
+        away = tail_coefficients(point[1:]) - (low + share * (high - low))
+        return float(-8.0 * (1.0 - np.exp(-(((first - centre) / 6.0) ** 2))) - rough[first] - 2.0 * away @ away)
+
+    return value, value
+
+
 def proposers(seeds, candidates):
     settings = {
         "random": lambda **common: RandomProposer(**common),
@@ -107,12 +124,15 @@ def proposers(seeds, candidates):
         "bayes_warped": lambda **common: BayesProposer(**common, warp=tail_coefficients),
     }
     found = {}
-    for objective in (bump, staircase):
+    for objective in (bump, staircase, blocks):
+        known, dimensions, choices = [[0.6225] * STEPS], STEPS, ()
+        if objective is blocks:
+            known, dimensions, choices = [[10.0] + [0.6225] * BLOCK], BLOCK, BLOCK_STARTS
         for name, make in settings.items():
             rows, began = [], time.perf_counter()
             for seed in range(seeds):
                 value, truth = objective(seed)
-                proposer = make(dimensions=STEPS, bounds=(0.0, 1.0), seed=seed, known=[[0.6225] * STEPS])
+                proposer = make(dimensions=dimensions, bounds=(0.0, 1.0), seed=seed, known=known, choices=choices)
                 points, values = [], []
                 for _ in range(candidates):
                     points += proposer.ask(1)
