@@ -219,6 +219,8 @@ class ModelWorker:
             # Each holds the states of all its tokens; a sweep goes through its first layers one after the other.
             while len(self._scorers) >= _SCORERS_HELD:
                 del self._scorers[next(iter(self._scorers))]
+                held = {first for _, first in self._scorers}
+                self._sources = {first: sources for first, sources in self._sources.items() if first in held}
             self._scorers[key] = self._new_scorer(role, trunk)
         return self._scorers[key]
 
