@@ -393,7 +393,7 @@ def test_plans_with_alphas_for_each_matrix_are_scored(case, family, options):
 # -- a scorer of some questions --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral_window"])
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3"])
 def test_some_questions_are_scored_as_among_all(case, family):
     scorer, plan = case(family).scorer, template()
     everything = scorer.score(plan)

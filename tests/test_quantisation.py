@@ -49,6 +49,15 @@ def test_matrices_are_rounded_to_the_scheme_s_levels_and_nothing_else_is(scheme,
     assert quantise_layer(ARCHITECTURE, before, "none") == before
 
 
+def test_experts_are_rounded_and_their_router_is_not():
+    architecture, weight = architecture_of(tiny.config_of("qwen3_moe")), layer()["mlp.gate_proj.weight"]
+    before = {"mlp.gate.weight": weight, "mlp.experts.0.up_proj.weight": weight}
+    after = quantise_layer(architecture, before, "int8")
+    assert after["mlp.gate.weight"] is weight
+    assert (after["mlp.experts.0.up_proj.weight"] - rounded(weight, 256, 64)).abs().max() < 1e-1 * weight.abs().max()
+    assert not torch.equal(after["mlp.experts.0.up_proj.weight"], weight)
+
+
 def test_what_cannot_be_quantised_is_refused(monkeypatch):
     odd = {"mlp.gate_proj.weight": torch.randn(4, 40)}
     with pytest.raises(QuantisationError, match="mlp.gate_proj.weight has 40 columns, but int4 needs a multiple of 32"):
