@@ -10,7 +10,7 @@ the merged model to rounding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -303,6 +303,7 @@ class TailScorer:
     def _index(self) -> None:
         """What follows from how questions and prefixes lie."""
         device = self._lengths.device
+        self._turns: dict[tuple[str | None, int], list[tuple[Tensor, Tensor]]] = {}
         self._prefix_order = torch.argsort(torch.cat([prefix.questions for prefix in self._prefixes]))
         self._question_order = torch.argsort(self.rows).to(device)
 
@@ -586,7 +587,8 @@ class TailScorer:
         checkpoint = self.runner.checkpoint
         window, rotary = (each[self.first + rest] for each in (checkpoint.windows, checkpoint.rotary_types))
         last = self._rotary_at(self._offsets + self._lengths - 1, rotary)
-        query = self._heads(self._last_normalised, "q", weights, last)
+        query = self._product(self._last_normalised, *self._projection("q", weights))
+        query = self._heads(query, "q", weights, last)
         query = query.unflatten(1, (self._kv_heads, self._groups))
         attended = self._attend(query, weights, window, rotary, sums).flatten(1)
         rows = max(1, self.plan.chunk_tokens // _ROW)
@@ -625,19 +627,18 @@ class TailScorer:
         own = {name: tensor.to(self.compute_dtype) for name, tensor in own if name.startswith("mlp.")}
         return self._module("mlp", inner.to(self.compute_dtype), own).float()
 
-    def _project(self, states: Tensor, which: str, weights: Mapping[str, Tensor]) -> Tensor:
+    def _projection(self, which: str, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Matrix, in the compute dtype, and bias that make queries, keys or values of the entering states."""
         matrix, rows = self._architecture.rows_of(which)
         weight, bias = weights[f"{matrix}.weight"][rows], weights.get(f"{matrix}.bias")
         # The gain moves from every token's state to the matrix's columns.
         if gain := self._architecture.gain_of(matrix):
             weight = weight.float() * (weights[gain].float() + self._architecture.gain_offset)
-        return self._product(states, weight, None if bias is None else bias[rows])
+        return weight.to(self.compute_dtype), None if bias is None else bias[rows]
 
-    def _heads(
-        self, states: Tensor, which: str, weights: Mapping[str, Tensor], rotary: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """Queries or keys (N, heads, head_dim), normalised where the family does so, and rotated."""
-        norm, heads = f"self_attn.{which}_norm", self._project(states, which, weights)
+    def _heads(self, heads: Tensor, which: str, weights: Mapping[str, Tensor], rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries or keys (N, heads, head_dim) as projected, normalised where the family does so, and rotated."""
+        norm = f"self_attn.{which}_norm"
         if norm in self._architecture.projection_norms:
             heads = self._module(norm, heads, weights)
         heads = heads.unflatten(-1, (-1, self._head_dim))
@@ -679,6 +680,17 @@ class TailScorer:
             offsets = self._offsets[b.first : b.first + b.count]
             yield (offsets[:, None] + torch.arange(b.width, device=device)).flatten()
 
+    @torch.inference_mode(False)
+    def _rotations(self, pieces: Sequence[_Bucket], kind: str | None) -> Iterable[tuple[Tensor, Tensor]]:
+        """cos and sin of each token in the order of `_spans`; kept on a CPU, where looking them up takes a tenth of a
+        candidate's time."""
+        if self.runner.accelerated:
+            return (self._rotary_at(positions, kind) for positions in self._positions(pieces))
+        key = kind, self.plan.chunk_tokens
+        if key not in self._turns:
+            self._turns = {key: [self._rotary_at(positions, kind) for positions in self._positions(pieces)]}
+        return self._turns[key]
+
     def _states_of(self, spans: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
         """The normalised states of each span, on the device."""
         device = self.runner.device
@@ -703,9 +715,10 @@ class TailScorer:
                 summands = (self._sums.keys[:, start:stop], self._sums.values[:, start:stop])
                 yield tuple(_sum(c, part).unflatten(-1, heads) for c, part in zip(sums, summands, strict=True))
             return
-        for tokens, positions in zip(self._states_of(spans), self._positions(pieces), strict=True):
-            keys = self._heads(tokens, "k", weights, self._rotary_at(positions, rotary))
-            yield keys, self._project(tokens, "v", weights).unflatten(-1, (self._kv_heads, self._head_dim))
+        key, value = (self._projection(which, weights) for which in "kv")
+        for tokens, turn in zip(self._states_of(spans), self._rotations(pieces, rotary), strict=True):
+            keys = self._heads(self._product(tokens, *key), "k", weights, turn)
+            yield keys, self._product(tokens, *value).unflatten(-1, (self._kv_heads, self._head_dim))
 
     def _attend(
         self,
