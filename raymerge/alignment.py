@@ -381,7 +381,7 @@ def fuse_rows(
                 found[matrix] = np.concatenate(list(orders))
         fused = {}
         for name, own in into.items():
-            order = torch.from_numpy(found[name.rpartition(".")[0]])
+            order = torch.from_numpy(found[name.rpartition(".")[0]]).to(own.device)
             fused[name] = step.alpha * own + (1.0 - step.alpha) * removed[name][order]
         alive[step.into] = fused
         yield fused, found

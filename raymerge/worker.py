@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
 from raymerge.context import RetrievalSet, position_nll, retrieval_prompts, retrieve, usable_distances
+from raymerge.device import choose_device, device_name, release_cached
 from raymerge.errors import UserError
 from raymerge.evaluation import Answers, answer_shard, generation_speed, text_nll
 from raymerge.forward import LayerRunner
@@ -44,6 +45,7 @@ from raymerge.inputs import (
     read_subsets,
     read_text,
 )
+from raymerge.memory import MemoryPlanError
 from raymerge.objectives import parse_objective, score_answers
 from raymerge.plan import MergePlan, base_plan
 from raymerge.prompts import Prompts, Shard, encode_questions, encode_text
@@ -119,7 +121,7 @@ class ModelWorker:
         # hundred times slower.
         torch.set_num_threads(config.workers.cpus_per_worker)
         model = config.model
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = choose_device(config.workers.gpus_per_worker)
         dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
         self.config, self.template, self.cache = config, template, Path(cache)
         self.checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
@@ -150,7 +152,7 @@ class ModelWorker:
         return {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "device": torch.cuda.get_device_name() if self.runner.device.type == "cuda" else "cpu",
+            "device": device_name(self.runner.device),
             "dtype": str(self.runner.dtype).removeprefix("torch."),
             "model_identity": self.checkpoint.identity,
             "data_identities": {role: questions.identity for role, questions in self.questions.items()}
@@ -261,8 +263,22 @@ class ModelWorker:
             # Each holds the states of all its tokens; a sweep goes through its first layers one after the other.
             while len(self._scorers) >= _SCORERS_HELD:
                 del self._scorers[next(iter(self._scorers))]
-            self._scorers[key] = TailScorer(trunk, self.prompts(role), sources=self._sources_of(trunk.first))
+                held = {first for _, first in self._scorers}
+                self._sources = {first: sources for first, sources in self._sources.items() if first in held}
+            self._scorers[key] = self._new_scorer(role, trunk)
         return self._scorers[key]
+
+    def _new_scorer(self, role: str, trunk: TrunkCache) -> TailScorer:
+        make = partial(TailScorer, trunk, self.prompts(role), sources=self._sources_of(trunk.first))
+        try:
+            return make()
+        except MemoryPlanError:
+            if not self._scorers:
+                raise
+        # A device that has no room for two scorers has them one after the other.
+        self._scorers.clear()
+        release_cached()
+        return make()
 
     def _sources_of(self, first: int) -> SourceLayers:
         """The stacked weights from `first` on, as the template's candidates mix them."""

@@ -17,14 +17,14 @@ PACKAGE = ROOT / "raymerge"
 LAYERS = {
     0: (
         "errors", "identity", "statistics", "objectives", "plan", "heuristics", "diffusion", "embedding", "similarity",
-        "reliability", "assignment",
+        "reliability", "assignment", "memory",
     ),
     1: ("config", "schemas", "storage", "tables", "questions", "summary", "progress", "inputs", "sensitivity",
         "report"),
     2: (
         "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "scoring", "evaluation", "rows",
         "merging", "activations", "alignment", "context", "quantisation", "gradient", "tail_loss",
-        "trunk", "gguf_input", "mergekit", "proof", "reload", "card", "hub",
+        "trunk", "gguf_input", "mergekit", "proof", "reload", "card", "hub", "device",
     ),
     3: ("worker",),
     4: ("pool", "search", "proposers", "experiments"),
