@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from raymerge.alignment import Aligner
 from raymerge.checkpoint import Checkpoint
-from raymerge.fusion import fused_layer
+from raymerge.fusion import Refits, fused_layer
 from raymerge.plan import MergePlan
 from raymerge.prompts import Group, Shard
 from raymerge.quantisation import quantise_layer
@@ -87,6 +87,7 @@ class LayerRunner:
 
         self.checkpoint = checkpoint
         self.aligner = aligner or Aligner(checkpoint)
+        self.refits: Refits | None = None  # of plans that are refitted; set later, since fits need a runner
         self.quantise = quantise
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else checkpoint.dtype)
@@ -136,7 +137,7 @@ class LayerRunner:
 
         def load() -> dict[str, Tensor]:
             arch = self.checkpoint.architecture
-            layer = fused_layer(self.checkpoint, arch, plan, position, aligner=self.aligner)
+            layer = fused_layer(self.checkpoint, arch, plan, position, aligner=self.aligner, refits=self.refits)
             return self.deployed({name: tensor.to(self.device, self.dtype) for name, tensor in layer.items()})
 
         return load

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import raymerge
 from raymerge import rows
 from raymerge.alignment import Aligner
 from raymerge.checkpoint import Checkpoint
-from raymerge.fusion import check_mergeable, fused_tensors, receipts
+from raymerge.fusion import Refits, check_mergeable, fused_tensors, receipts
 from raymerge.plan import KeptLayer, MergePlan, PlanError, alpha_file_text, read_alpha_file
 
 
@@ -41,12 +41,17 @@ def merge(
 
 
 def save_merged(
-    checkpoint: Checkpoint, plan: MergePlan, folder: Path, *, aligner: Aligner | None = None
+    checkpoint: Checkpoint,
+    plan: MergePlan,
+    folder: Path,
+    *,
+    aligner: Aligner | None = None,
+    refits: Refits | None = None,
 ) -> dict[str, Any]:
     """Write the merged checkpoint with alphas.json, merge_plan.json (plan, receipts) and a model card."""
     aligner = aligner or Aligner(checkpoint)  # one for both passes, so that nothing is matched twice
     architecture = checkpoint.architecture
-    found = receipts(checkpoint, architecture, plan, aligner=aligner)
+    found = receipts(checkpoint, architecture, plan, aligner=aligner, refits=refits)
     plan_id = plan.plan_id(checkpoint.identity)
     cost = rows.cost_row(plan, plan_id, checkpoint)
     changed = [receipt for receipt in found if receipt.max_abs_change > 0.0]
@@ -68,10 +73,12 @@ def save_merged(
         "largest_relative_change": max((receipt.relative_change for receipt in changed), default=0.0),
         "receipts": [rows.receipt_rows(plan_id, [receipt])[0] for receipt in found],
     }
+    if plan.refit is not None:
+        record["refit"] = asdict(plan.refit)
     if plan.matrix_alphas:
         record["matrix_alphas"] = dict(plan.matrix_alphas)
     written = checkpoint.save(
-        fused_tensors(checkpoint, architecture, plan, aligner=aligner),
+        fused_tensors(checkpoint, architecture, plan, aligner=aligner, refits=refits),
         [kept.index for kept in plan.kept],
         folder,
         extra_files={

@@ -23,7 +23,7 @@ LAYERS = {
     2: (
         "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "scoring", "evaluation", "rows",
         "merging", "activations", "alignment", "context", "quantisation", "gradient", "tail_loss",
-        "trunk",
+        "trunk", "normal_equations", "refit",
     ),
     3: ("worker",),
     4: ("pool", "search", "proposers", "experiments"),
