@@ -27,7 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from raymerge.architectures import Architecture, source_tensor
+from raymerge.alignment import layer_tensors
+from raymerge.architectures import source_tensor
 from raymerge.checkpoint import Checkpoint
 from raymerge.forward import GroupStates, LayerRunner
 from raymerge.fusion import fused_layer
@@ -316,7 +317,7 @@ class Refitter:
         architecture, base = self.runner.checkpoint.architecture, self.runner.checkpoint
         found = []
         for source in sorted(plan.groups[plan.kept[step.position].index]):
-            layer = base.layer(source)
+            layer = layer_tensors(base, architecture, source)
             names = [f"{matrix}.weight" for matrix in (_GATE, _UP, _DOWN)]
             found.append((source, {n: source_tensor(architecture, layer, n, norms="fold") for n in names}))
         return found
