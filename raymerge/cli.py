@@ -166,6 +166,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=["keep", "merge"],
         help="biases of the survivor, or averaged (default: keep)",
     )
+    merge.add_argument(
+        "--refit",
+        default="none",
+        choices=["none", "linear", "scale", "outputs", "units"],
+        help="fit the merged layer to the model's own states on --calibration, in closed form (default: none)",
+    )
+    merge.add_argument("--refit-layers", type=int, default=0, metavar="N", help="fit N layers after it too")
+    merge.add_argument("--calibration", metavar="FILE", help="plain text whose first tokens a refit is made on")
     merge.add_argument("--revision", help="hub revision of the model")
     merge.set_defaults(run=_merge)
 
@@ -251,6 +259,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _merge(options: argparse.Namespace) -> int:
     from raymerge.merging import merge
+    from raymerge.plan import Refit
 
     done = merge(
         options.model,
@@ -260,6 +269,8 @@ def _merge(options: argparse.Namespace) -> int:
         alignment=options.alignment,
         norms=options.norms,
         biases=options.biases,
+        refit=None if options.refit == "none" else Refit(options.refit, layers=options.refit_layers),
+        calibration=options.calibration,
     )
     print(
         f"{done['layers_before']} layers became {done['layers_after']}; "

@@ -157,7 +157,12 @@ def _own_aligner(base: Mapping[str, Tensor]) -> Aligner:
 
 
 def fused_tensors(
-    base: Mapping[str, Tensor], architecture: Architecture, plan: MergePlan, *, aligner: Aligner | None = None, refits: Refits | None = None
+    base: Mapping[str, Tensor],
+    architecture: Architecture,
+    plan: MergePlan,
+    *,
+    aligner: Aligner | None = None,
+    refits: Refits | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the merged model, one by one, so that one layer at a time is in memory."""
     layer_root = architecture.layer_prefix.split("{")[0]
@@ -170,14 +175,24 @@ def fused_tensors(
 
 
 def fuse_state_dict(
-    base: Mapping[str, Tensor], architecture: Architecture, plan: MergePlan, *, aligner: Aligner | None = None, refits: Refits | None = None
+    base: Mapping[str, Tensor],
+    architecture: Architecture,
+    plan: MergePlan,
+    *,
+    aligner: Aligner | None = None,
+    refits: Refits | None = None,
 ) -> dict[str, Tensor]:
     """The merged model's whole state dict."""
     return dict(fused_tensors(base, architecture, plan, aligner=aligner, refits=refits))
 
 
 def receipts(
-    base: Mapping[str, Tensor], architecture: Architecture, plan: MergePlan, *, aligner: Aligner | None = None, refits: Refits | None = None
+    base: Mapping[str, Tensor],
+    architecture: Architecture,
+    plan: MergePlan,
+    *,
+    aligner: Aligner | None = None,
+    refits: Refits | None = None,
 ) -> list[Receipt]:
     """What the merge changed: a Receipt for every tensor of every layer that is not an unchanged layer in its place.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,13 @@ import raymerge
 from raymerge import rows
 from raymerge.alignment import Aligner
 from raymerge.checkpoint import Checkpoint
+from raymerge.config import CalibrationConfig
+from raymerge.forward import LayerRunner
 from raymerge.fusion import Refits, check_mergeable, fused_tensors, receipts
-from raymerge.plan import KeptLayer, MergePlan, PlanError, alpha_file_text, read_alpha_file
+from raymerge.identity import digest
+from raymerge.plan import KeptLayer, MergePlan, PlanError, Refit, alpha_file_text, read_alpha_file
+from raymerge.prompts import encode_text
+from raymerge.refit import Refitter, check_refittable
 
 
 def merge(
@@ -24,12 +30,15 @@ def merge(
     alignment: str = "none",
     norms: str = "keep",
     biases: str = "keep",
+    refit: Refit | None = None,
+    calibration: str | Path | None = None,
     cache_folder: str | Path | None = None,
 ) -> dict[str, Any]:
     """Merge a model by an alpha file and save it as an ordinary Hugging Face checkpoint; what was done, in figures.
 
-    alignment, norms, biases: as a MergePlan has them; the published way by default. cache_folder: where permutations
-    are kept for another merge of the same model.
+    alignment, norms, biases: as a MergePlan has them; the published way by default. refit: how the seams are fitted on
+    the plain text in file `calibration`, the first tokens of it; its own `calibration` is filled in here. cache_folder:
+    where permutations and fits are kept for another merge of the same model.
     """
     if Path(out).exists():
         raise PlanError(f"{out} exists already: give another --out, or delete it")
@@ -37,7 +46,33 @@ def merge(
     plan = read_alpha_file(alpha_file, checkpoint.n_layers)
     plan = replace(plan, alignment=alignment, norms=norms, biases=biases)
     check_mergeable(checkpoint, plan)
-    return save_merged(checkpoint, plan, Path(out), aligner=Aligner(checkpoint, cache_folder))
+    aligner = Aligner(checkpoint, cache_folder)
+    if refit is None:
+        return save_merged(checkpoint, plan, Path(out), aligner=aligner)
+    with tempfile.TemporaryDirectory() as scratch:
+        plan, refits = _refitted(checkpoint, plan, refit, calibration, aligner, cache_folder or scratch)
+        return save_merged(checkpoint, plan, Path(out), aligner=aligner, refits=refits)
+
+
+def _refitted(
+    checkpoint: Checkpoint,
+    plan: MergePlan,
+    refit: Refit,
+    calibration: str | Path | None,
+    aligner: Aligner,
+    cache: str | Path,
+) -> tuple[MergePlan, Refits]:
+    """The plan with its refit on the calibration text, and what gives its tensors. Raises PlanError, RefitError."""
+    if calibration is None:
+        raise PlanError(f"refit {refit.method} needs a plain text to fit on: give --calibration")
+    try:
+        text = Path(calibration).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"calibration {calibration} cannot be read as UTF-8 text: {error}") from error
+    shards = encode_text(text, checkpoint.tokenizer, limit=CalibrationConfig().tokens)
+    plan = replace(plan, refit=replace(refit, calibration=digest([shard.identity for shard in shards])))
+    check_refittable(checkpoint, plan)
+    return plan, Refitter(LayerRunner(checkpoint, aligner=aligner), cache, lambda: shards).tensors
 
 
 def save_merged(

@@ -72,9 +72,7 @@ class KeptLayer:
     @property
     def unchanged(self) -> bool:
         itself = ((self.index, 1.0),)
-        return (
-            not self.refitted and self.coefficients == itself and all(own == itself for _, own in self.matrices)
-        )
+        return not self.refitted and self.coefficients == itself and all(own == itself for _, own in self.matrices)
 
 
 @dataclass(frozen=True, slots=True)

@@ -239,7 +239,9 @@ class Refitter:
     def _stored(self, plan: MergePlan, position: int, before: int) -> dict[str, Tensor]:
         """A layer of the merged model in the stored dtype, with the fits of the steps before number `before`."""
         runner, unfitted = self.runner, replace(plan, refit=None)
-        layer = fused_layer(runner.checkpoint, runner.checkpoint.architecture, unfitted, position, aligner=runner.aligner)
+        layer = fused_layer(
+            runner.checkpoint, runner.checkpoint.architecture, unfitted, position, aligner=runner.aligner
+        )
         for number, step in enumerate(steps_of(plan)[:before]):
             if step.position == position:
                 layer |= self._read(plan, number)

@@ -362,7 +362,9 @@ class ModelWorker:
 
     def receipts(self, plan: MergePlan) -> list[Receipt]:
         """What a plan changes, tensor by tensor."""
-        return receipts(self.checkpoint, self.checkpoint.architecture, plan, aligner=self.aligner, refits=self.refitter.tensors)
+        return receipts(
+            self.checkpoint, self.checkpoint.architecture, plan, aligner=self.aligner, refits=self.refitter.tensors
+        )
 
     @cached_property
     def retrieval_set(self) -> RetrievalSet:
@@ -427,6 +429,10 @@ class ModelWorker:
         """Keep a fit on this machine's disk."""
         if self.refitter.done(plan) <= number:
             self.refitter.store(plan, number, tensors)
+
+    def refit_tensors(self, plan: MergePlan) -> dict[int, dict[str, torch.Tensor]]:
+        """What a plan's fits are, by position in the merged model."""
+        return {position: self.refitter.tensors(plan, position) for position in plan.refit_targets}
 
     def refit_records(self, plan: MergePlan) -> list[dict[str, float | int | str]]:
         """How the fits of a plan went."""

@@ -99,7 +99,9 @@ def test_no_tokens_are_refused_and_features_that_are_zero_change_nothing():
     with pytest.raises(RefitError, match="no calibration token"):
         NormalEquations.empty(3, 2).solve(0.1)
     silent = equations(torch.zeros(10, 3), torch.ones(10, 2), torch.ones(10))
-    assert torch.equal(silent.solve(0.1), torch.zeros(3, 2).double()) and torch.equal(silent.scale(0.1)[:2], torch.zeros(2).double())
+    assert torch.equal(silent.solve(0.1), torch.zeros(3, 2).double()) and torch.equal(
+        silent.scale(0.1)[:2], torch.zeros(2).double()
+    )
     # A feature that is zero next to others, whatever the ridge.
     x, r, w = problem()
     x[:, 3] = 0.0

@@ -27,9 +27,7 @@ def windows(seed=0, count=6, length=60, vocabulary=800):
 
 
 def shard_of(sequences, prefix=()):
-    return Shard(
-        (Group("text", np.array(prefix, dtype=np.int64), tuple(sequences), tuple(range(len(sequences)))),)
-    )
+    return Shard((Group("text", np.array(prefix, dtype=np.int64), tuple(sequences), tuple(range(len(sequences)))),))
 
 
 CALIBRATION = (shard_of(windows(0, 4)), shard_of(windows(1, 3, 45), prefix=range(7, 20)))
@@ -72,7 +70,9 @@ def inside(folder, layer, sequences):
     block.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: found["units"].append(inputs[0][0]))
     block.post_attention_layernorm.register_forward_pre_hook(lambda _, inputs: found["middle"].append(inputs[0][0]))
     for number, module in enumerate(model.model.layers):
-        module.register_forward_hook(lambda _m, _i, out, n=number: found[n].append((out[0] if isinstance(out, tuple) else out).squeeze(0)))
+        module.register_forward_hook(
+            lambda _m, _i, out, n=number: found[n].append((out[0] if isinstance(out, tuple) else out).squeeze(0))
+        )
     with torch.no_grad():
         for ids in sequences:
             model(input_ids=torch.as_tensor(ids)[None], use_cache=False)
@@ -80,7 +80,7 @@ def inside(folder, layer, sequences):
 
 
 def test_the_linear_replacement_is_a_least_squares_solution(folder, tmp_path):
-    """ReplaceMe as written: T minimises |M T + Y - L|, M the MLP's output, Y the state before it, L what is to leave."""
+    """ReplaceMe as written: T minimises |M T + Y - L|; M is the MLP's output, Y the state before it, L what leaves."""
     sequences = windows(0, 5)
     refitter = refitter_of(folder, tmp_path, (shard_of(sequences[:2]), shard_of(sequences[2:])))
     plan = refitted(drop_block_plan(N, 2, 2), "linear", ridge=TINY)
@@ -119,7 +119,9 @@ def test_outputs_reproduce_what_the_matrices_can(folder, tmp_path):
     plan = refitted(block_plan(N, 2, [0.6], name="b", kind="fixed"), "outputs", ridge=0.05)
     assert [(step.position, step.target, step.part) for step in steps_of(plan)] == [(1, 2, "attention"), (1, 2, "mlp")]
     found = refitter.tensors(plan, 1)
-    before = fused_layer(refitter.runner.checkpoint, refitter.runner.checkpoint.architecture, replace(plan, refit=None), 1)
+    before = fused_layer(
+        refitter.runner.checkpoint, refitter.runner.checkpoint.architecture, replace(plan, refit=None), 1
+    )
     model, seen = inside(folder, 1, sequences)
     target = seen[2]
     # The merged layer with its new o_proj, by transformers.
@@ -128,7 +130,9 @@ def test_outputs_reproduce_what_the_matrices_can(folder, tmp_path):
     units, reached = [], []
     block = model.model.layers[1]
     block.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: units.append(inputs[0][0]))
-    block.register_forward_hook(lambda _m, _i, out: reached.append((out[0] if isinstance(out, tuple) else out).squeeze(0)))
+    block.register_forward_hook(
+        lambda _m, _i, out: reached.append((out[0] if isinstance(out, tuple) else out).squeeze(0))
+    )
     with torch.no_grad():
         for ids in sequences:
             model(input_ids=torch.as_tensor(ids)[None], use_cache=False)
@@ -146,7 +150,7 @@ def test_outputs_reproduce_what_the_matrices_can(folder, tmp_path):
 
 @pytest.mark.parametrize("method", ["linear", "scale", "outputs", "units"])
 def test_a_layer_that_is_what_it_was_stays_as_it_was(tmp_path, method):
-    """Layer 2 does nothing, so what its predecessor stands for without it is what that gave: nothing is to be fitted."""
+    """Layer 2 does nothing, so what its predecessor stands for without it is what that gave: nothing is to fit."""
     folder = make_checkpoint(tmp_path / "m", "qwen2", hidden_size=16, intermediate_size=40)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
@@ -176,7 +180,9 @@ def test_shares_of_the_calibration_sum_up_to_the_whole(folder, tmp_path, method)
         shared.store(plan, number, workers[1].solve(plan, number, parts))
     for name, tensor in whole.tensors(plan, 1).items():
         torch.testing.assert_close(shared.tensors(plan, 1)[name], tensor, rtol=1e-4, atol=1e-5)
-    assert [r["ridge"] for r in shared.records(plan)] == pytest.approx([r["ridge"] for r in whole.records(plan)], nan_ok=True)
+    assert [r["ridge"] for r in shared.records(plan)] == pytest.approx(
+        [r["ridge"] for r in whole.records(plan)], nan_ok=True
+    )
 
 
 def error_of(refitter, plan, shards=CALIBRATION):
@@ -236,7 +242,10 @@ def test_fits_are_read_from_the_cache_and_belong_to_their_plan(refitter, folder,
     found = refitter.tensors(plan, 1)
     again = Refitter(refitter.runner, refitter.cache)  # without calibration: it can only read
     assert torch.equal(again.tensors(plan, 1)["mlp.down_proj.weight"], found["mlp.down_proj.weight"])
-    for other in (refitted(drop_block_plan(N, 2, 1), "linear", calibration="other"), refitted(drop_plan(N, 1), "linear")):
+    for other in (
+        refitted(drop_block_plan(N, 2, 1), "linear", calibration="other"),
+        refitted(drop_plan(N, 1), "linear"),
+    ):
         with pytest.raises(RefitError, match="needs calibration tokens"):
             again.tensors(other, other.first_changed)
 

@@ -65,8 +65,9 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
 
     One pass of the trunk serves every K: the states entering each first merged layer are kept. Leaves tables sweep,
     plans, coefficients, answers, accuracy, comparisons (each point against dropping as many layers, and each aligned or
-    folded one against the plain one), perplexity, context, refits, costs, receipts; figures; the manifest. The same call again
-    resumes. Where blocks are asked for, table blocks says how they were chosen. Errors as `search`.
+    folded one against the plain one; each refitted one against the unrefitted one and the linear replacement of the
+    dropped block), perplexity, context, refits, costs, receipts; figures; the manifest. The same call again resumes.
+    Where blocks are asked for, table blocks says how they were chosen. Errors as `search`.
     """
     progress = progress or Silent()
     calibrates = config.needs_calibration(sweep=True)
