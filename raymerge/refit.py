@@ -40,7 +40,7 @@ from raymerge.tensorfiles import read_tensors, write_tensors
 from raymerge.trunk import TrunkCache, compute_trunks
 
 #: What a plan's ridge is chosen from where it is not given.
-RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
+RIDGES = (0.01, 0.1, 1.0, 10.0)
 
 _VERSION = 1  # of what is fitted to what; another value makes cached fits of earlier versions unused
 _WHAT = "the refit"  # of a file, in errors
