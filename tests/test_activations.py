@@ -22,6 +22,7 @@ from raymerge.activations import (
     ActivationError,
     collect,
     distinct_samples,
+    state_distances,
     truncate,
 )
 from raymerge.checkpoint import Checkpoint
@@ -443,3 +444,49 @@ def test_half_precision(folders, references):
         distances = expected_of(references["llama"], pooling, 512)[0][0]
         np.testing.assert_allclose(found.distances[0], distances, rtol=0.05)
         assert found.states is None or found.states.dtype == np.float32
+
+
+# -- distances between depths ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window"])
+def test_distances_between_depths_are_means_over_every_token_that_is_run(folders, family):
+    """Token by token in float64 from plain forwards, a prefix that sequences share counted once; in two shards."""
+    runner = LayerRunner(Checkpoint(folders[family]))
+    model = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float64, attn_implementation="eager")
+    expected = [np.zeros((tiny.N_LAYERS + 1,) * 2) for _ in range(2)]
+    cosine, angular, tokens = (sum(parts) for parts in zip(*(state_distances(runner, s) for s in SHARDS), strict=True))
+    for shard in SHARDS:
+        for group in shard.groups:
+            for i, ids in enumerate(group.sequences):
+                (layers,) = plain_states(model, [np.concatenate([group.prefix, ids])])
+                depths = [layers[0][0], *(leaving for _, leaving in layers)]
+                for token in range(0 if i == 0 else len(group.prefix), len(depths[0])):
+                    unit = np.stack([x[token] / np.linalg.norm(x[token]) for x in depths])
+                    cosines = np.clip(unit @ unit.T, -1, 1)
+                    expected[0] += 1 - cosines
+                    expected[1] += np.arccos(cosines) / np.pi
+    assert tokens == sum(len(group.prefix) + sum(map(len, group.sequences)) for s in SHARDS for group in s.groups)
+    for found, value in zip((cosine, angular), expected, strict=True):
+        assert found.shape == (tiny.N_LAYERS + 1,) * 2 and not np.diag(found).any()
+        assert np.array_equal(found, found.T)
+        np.fill_diagonal(value, 0.0)
+        np.testing.assert_allclose(found / tokens, value / tokens, atol=2e-6)
+
+
+def test_neighbouring_depths_are_block_influence(folders):
+    """Without a prefix that counts for several samples, the first off-diagonal is what `collect` gives."""
+    runner = LayerRunner(Checkpoint(folders["llama"]))
+    shards = make_shards([[(0, (9, 20, 4))]], seed=3)
+    cosine, _, tokens = state_distances(runner, shards[0])
+    influence = collect(runner, shards, pooling="last").block_influence
+    np.testing.assert_allclose(np.diagonal(cosine, 1) / tokens, influence, atol=1e-9)
+
+
+def test_depths_that_are_not_finite_have_no_distances(folders, monkeypatch):
+    runner = LayerRunner(Checkpoint(folders["llama"]))
+    weights = runner.weights
+    broken = lambda layer: {k: v * float("inf") if layer == 2 else v for k, v in weights(layer).items()}  # noqa: E731
+    monkeypatch.setattr(runner, "weights", broken)
+    with pytest.raises(ActivationError, match="layer 2 gives values that are not finite in float32"):
+        state_distances(runner, SHARDS[0])

@@ -168,6 +168,44 @@ def test_a_search_that_keeps_the_language_model(ray_session, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_block_and_coefficients_are_searched_together(ray_session, tmp_path):
+    """Every trial has its block; what is reported and saved is the best one's."""
+    settings = [
+        "plan.selection=block",
+        "plan.block=search",
+        "plan.merges=4",
+        "plan.starts=[3, 8, 17]",
+        "search.objective=answer_nll",
+        "search.candidates=8",
+        "search.random_candidates=0",
+        "calibration.tokens=600",
+        "data.subjects=country_capitals",
+        "data.perplexity_tokens=100",
+        "workers.count=1",
+    ]
+    run = search(config(tmp_path / "blocks", *settings), command=["test"])
+    trials = [row for row in run.read("trials").to_pylist() if row["status"] == "ok"]
+    searched = sorted((row for row in trials if row["searcher"] == "bayes"), key=lambda row: row["iteration"])
+    assert len(searched) == 8 and all(len(row["alphas"]) == 4 for row in trials)
+    assert {row["block"] for row in searched} == {3, 8, 17}
+    assert {row["block"] for row in trials if row["searcher"] == "controls"} == {None}
+    blocks = run.read("blocks").to_pylist()
+    (first,) = (row["first"] for row in blocks if row["chosen"])
+    # The search begins with what the cosine chooses: base coefficients, then the block dropped.
+    assert [(row["block"], row["alphas"]) for row in searched[:2]] == [(first, [0.6225] * 4), (first, [1.0] * 4)]
+    assert {(row["measure"], row["first"]) for row in blocks} >= {("cosine", 0), ("angular", 17)}
+    names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
+    assert {"drop", "before_last", "drop_block", "found_bayes"} <= set(names.values())
+    best = min(searched, key=lambda row: (row["value"], row["nll"]))
+    assert names[best["plan_id"]] == "found_bayes" and run.manifest()["best"]["alphas"] == best["alphas"]
+    kept = [row["into"] for row in run.read("plans").to_pylist() if row["name"] == "found_bayes"]
+    assert min(kept) == best["block"] - 1
+    # The saved alpha file names the same plan.
+    demo = Checkpoint("demo")
+    saved = read_alpha_file(f"{run.path_of('models', 'found_bayes')}/alphas.json", demo.n_layers)
+    assert saved.plan_id(demo.identity) == best["plan_id"] == run.manifest()["best"]["plan_id"]
+
+
 def test_another_configuration_is_refused_by_name(run):
     with pytest.raises(RunError, match="plan.merges"):
         search(config(run.path_of("tables").removesuffix("/tables"), "plan.merges=4"))

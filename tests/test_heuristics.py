@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from raymerge.heuristics import (
+    best_block,
+    block_scores,
     least_influence_plan,
     most_similar_pair,
     most_similar_pairs,
     pair_alphas,
+    similar_block_scores,
     similarity_alpha,
     similarity_ratio,
 )
@@ -135,3 +138,32 @@ def test_least_influence_drops_what_changes_the_states_least():
     assert [kept.index for kept in plan.kept] == [0, 2] and plan.name == "block_influence"
     with pytest.raises(PlanError, match=r"no value for layers \[1\]"):
         least_influence_plan(np.array([0.5, np.nan, 0.3]), 1)
+
+
+# -- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_planted_block_that_changes_nothing_is_found_at_every_length():
+    """Depths on a line, d = |x_i - x_j|: layers 3 to 5 of 8 stand still, and the last two leap."""
+    depths = np.cumsum([0.0, 1.0, 1.0, 1.0, 0.01, 0.02, 0.01, 1.0, 5.0])
+    distances = np.abs(depths[:, None] - depths[None])
+    assert block_scores(distances, 1) == {first: distances[first, first + 1] for first in range(8)}
+    found = {merges: best_block(block_scores(distances, merges), range(9 - merges)) for merges in (1, 2, 3, 4, 7)}
+    # Of two alike the deepest; and neither of the last two, which leap.
+    assert found == {1: 5, 2: 4, 3: 3, 4: 3, 7: 0}
+    assert best_block(block_scores(distances, 3), [0, 1, 5]) == 1
+    with pytest.raises(PlanError, match="cannot merge 8 layers of a model that has 8"):
+        block_scores(distances, 8)
+
+
+def test_blocks_by_a_similarity_of_outputs_begin_after_the_first_layer():
+    depths = np.array([1.0, 2.0, 3.0, 3.01, 3.02, 4.0, 9.0])
+    similarity = 4.0 * np.exp(-np.abs(depths[:, None] - depths[None]))
+    scores = similar_block_scores(similarity, 2)
+    assert sorted(scores) == [1, 2, 3, 4, 5]
+    # Outputs of layers 2 and 4: the block is layers 3 and 4. Normalised: a diagonal of 4 counts as 1.
+    assert math.isclose(scores[3], 1 - math.exp(-0.02), rel_tol=1e-12) and best_block(scores, range(1, 6)) == 3
+    with pytest.raises(PlanError, match=r"the blocks from layers \[0\] on have no finite score: set plan.starts"):
+        best_block(scores, range(6))
+    with pytest.raises(PlanError, match="there is no block to choose from"):
+        best_block(scores, [])

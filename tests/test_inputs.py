@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from raymerge.config import ConfigError, load_config
-from raymerge.inputs import REPORT, SEARCH, read_questions, read_search_text, read_similarity, read_subsets, read_text
+from raymerge.inputs import (
+    REPORT,
+    SEARCH,
+    read_calibration_text,
+    read_questions,
+    read_search_text,
+    read_similarity,
+    read_subsets,
+    read_text,
+)
 from raymerge.questions import DataError, sample
 from raymerge.tables import RunDirectory, RunError
 
@@ -124,6 +133,30 @@ def test_the_search_text_is_read_where_asked_for_and_begins_after_the_tokens_rep
     with pytest.raises(ConfigError, match="search.text = .*none.txt' cannot be read"):
         found(tmp_path / "none.txt")
     assert read_text(load_config(None, [f"data.perplexity_text={other}"])) == "Another one."
+
+
+def test_calibration_begins_after_what_is_reported_and_searched_on(tmp_path):
+    one, other, part = (tmp_path / name for name in ("one.txt", "other.txt", "part.txt"))
+    one.write_text("The first text.\nIt has two lines.\n")
+    other.write_text("Another one.")
+    part.write_text("It has two lines.")
+    searched = ["search.objective=text_nll", f"search.text={one}", "search.text_tokens=5"]
+
+    def found(text, *more):
+        settings = [f"calibration.text={text}", f"data.perplexity_text={one}", "data.perplexity_tokens=7"]
+        return read_calibration_text(load_config(None, [*settings, *more]))
+
+    assert found("null") is None and found(other) == ("Another one.", 0)
+    assert found(one) == (one.read_text(), 7)
+    # The search takes tokens 7 to 11; without the report 0 to 4.
+    assert found(one, *searched)[1] == 12 and found(one, *searched, "data.perplexity_text=null")[1] == 5
+    assert found(one, *searched[1:])[1] == 7, "a search text that nothing asks for uses no tokens"
+    assert found(one, *searched, f"search.text={other}")[1] == 7
+    assert found(other, *searched, f"search.text={other}")[1] == 5
+    with pytest.raises(ConfigError, match="calibration.text = .* and data.perplexity_text = .* overlap"):
+        found(part)
+    with pytest.raises(ConfigError, match="calibration.text = .* and search.text = .* overlap"):
+        found(part, *searched, "data.perplexity_text=null")
 
 
 # -- similarity runs -------------------------------------------------------------------------------------------------

@@ -124,6 +124,52 @@ def test_batches_are_as_large_as_overhead_asks_and_learning_allows(seconds, cand
     assert choose_batch(seconds, candidates, concurrent) == expected
 
 
+CHOICES = (2, 3, 5, 8, 9)
+
+
+def planted(point):
+    """Best at choice 5 with values at .7; choices differ by more than values do."""
+    first, *values = point
+    assert first in CHOICES
+    return bump(values) - 0.3 * abs(CHOICES.index(first) - CHOICES.index(5))
+
+
+@pytest.mark.parametrize("proposer", [BayesProposer, RandomProposer])
+def test_points_with_a_choice_are_decided_by_the_seed_and_go_on_from_the_record(proposer):
+    common = {"dimensions": 2, "bounds": (0.2, 0.9), "choices": CHOICES, "known": [[3.0, 0.5, 0.5]]}
+    whole = maximise(proposer(seed=4, **common), planted, 20)
+    assert whole[0] == [3.0, 0.5, 0.5] and all(0.2 <= x <= 0.9 for point in whole for x in point[1:])
+    for done in (6, 15):
+        resumed = proposer(seed=4, **common)
+        for point in whole[:done]:
+            resumed.tell(point, planted(point))
+        assert maximise(resumed, planted, 20 - done) == whole[done:]
+
+
+def test_the_first_random_points_go_through_all_choices():
+    points = BayesProposer(dimensions=3, bounds=(0, 1), seed=1, initial=12, choices=CHOICES).ask(12)
+    for part in (points[:5], points[5:10]):
+        assert sorted(point[0] for point in part) == list(CHOICES)
+
+
+def test_choice_and_values_are_found_together():
+    found = [
+        maximise(BayesProposer(dimensions=3, bounds=(0, 1), seed=seed, initial=10, choices=CHOICES), planted, 30)
+        for seed in range(3)
+    ]
+    best = [max(points, key=planted) for points in found]
+    assert all(point[0] == 5 and planted(point) > 0.9 for point in best)
+    # Half of what is proposed stays with the best choice, where a random search has a fifth.
+    assert np.mean([point[0] == 5 for points in found for point in points[10:]]) > 0.5
+
+
+def test_choices_that_are_not_offered_are_refused():
+    with pytest.raises(ValueError, match=r"known point \[4.0, 0.5\] begins with none of \[2.0, 3.0"):
+        RandomProposer(dimensions=1, bounds=(0, 1), seed=0, choices=CHOICES, known=[[4.0, 0.5]])
+    with pytest.raises(ValueError, match="is not 2 values"):
+        BayesProposer(dimensions=2, bounds=(0, 1), seed=0, choices=CHOICES, known=[[2.0, 0.5]])
+
+
 def test_starts_are_given_in_their_order_and_learn_nothing():
     starts = Starts([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
     assert starts.ask(2) == [[0.1, 0.2], [0.3, 0.4]]

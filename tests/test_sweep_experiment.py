@@ -7,9 +7,11 @@ import pytest
 from raymerge import experiments, summary
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
-from raymerge.experiments import evaluate, import_similarity, sweep
+from raymerge.experiments import evaluate, import_similarity, planning, sweep
 from raymerge.merging import merge
-from raymerge.plan import PlanError, alpha_file_text, tail_plan
+from raymerge.plan import PlanError, alpha_file_text, block_plan, drop_block_plan, tail_plan
+from raymerge.progress import Silent
+from raymerge.tables import RunDirectory
 
 SETTINGS = [
     "data.subjects=country_capitals,colour_mixing",
@@ -124,6 +126,78 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(run, ray_session, tmp_pat
     assert len(rows) == len({tuple(row.values()) for row in rows}) == 7 * 12
 
 
+BLOCKS = [
+    "sweep.methods=[drop, drop_block, merge_block]",
+    "sweep.merges=[1, 6]",
+    "sweep.alignments=[none]",
+    "sweep.norms=[keep]",
+    "sweep.context=false",
+    "sweep.speed_tokens=0",
+    "calibration.text=demo",
+    "calibration.tokens=150",
+    "data.subjects=country_capitals",
+    "data.report_limit_per_subject=2",
+    "data.perplexity_tokens=100",
+    "workers.count=1",
+]
+
+
+def test_blocks_are_chosen_once_for_every_number_of_layers_and_stand_beside_the_tail(ray_session, tmp_path):
+    """By loss, of few starts: the chosen one has the least, which is that of the calibration text without the block."""
+    settings = config(tmp_path / "blocks", *BLOCKS, "plan.block=loss", "plan.survivor=after", "plan.starts=[3, 4, 9]")
+    run = sweep(settings, command=["test"])
+    rows, chosen = run.read("blocks").to_pylist(), {}
+    for merges in (1, 6):
+        scores = {row["first"]: row["score"] for row in rows if row["merges"] == merges}
+        assert sorted(scores) == [3, 4, 9] and {row["measure"] for row in rows} == {"loss"}
+        (chosen[merges],) = (row["first"] for row in rows if row["merges"] == merges and row["chosen"])
+        assert scores[chosen[merges]] == min(scores.values())
+    assert all(row["tokens"] == 149 and row["last"] == row["first"] + row["merges"] - 1 for row in rows)
+    # The reported text is the 100 tokens before those, of one kind: the order of dropped blocks is the same.
+    names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
+    perplexity = {names[row["plan_id"]]: row["perplexity"] for row in run.read("perplexity").to_pylist()}
+    identity = Checkpoint("demo").identity
+    for merges, first in chosen.items():
+        drop = drop_block_plan(N_LAYERS, first, merges)
+        assert names[drop.plan_id(identity)] == f"drop_block_k{merges}"
+        merged = block_plan(N_LAYERS, first, [0.6225] * merges, name="x", kind="file", survivor="after")
+        assert names[merged.plan_id(identity)] == f"merge_block_k{merges}"
+    assert perplexity["drop_block_k6"] < perplexity["drop_k6"]
+    compared = {(names[row["plan_a"]], names[row["plan_b"]]) for row in run.read("comparisons").to_pylist()}
+    assert {
+        ("merge_block_k6", "drop_block_k6"),
+        ("merge_block_k6", "drop_k6"),
+        ("drop_block_k1", "drop_k1"),
+    } <= compared
+    lines = summary.block_lines(run)
+    assert len(lines) == 2 and f"block of 6: {chosen[6]}-{chosen[6] + 5} by loss" in lines[1]
+
+    # What is in the table is not measured again, as when a run that was cut short goes on.
+    again = planning.choose_blocks(settings, N_LAYERS, [1, 6], run, str(tmp_path), None, Silent())
+    assert again == chosen
+
+
+def test_a_block_that_is_given_or_similar_needs_no_model(tmp_path):
+    depths = np.arange(N_LAYERS, dtype=float)
+    depths[8:] -= 1.9
+    depths[10:] -= 0.1  # between the outputs of layers 7 and 10 least happens: the block of layers 8 to 10
+    matrix = np.exp(-np.abs(depths[:, None] - depths[None]))
+    for more, measure, first in (
+        (["plan.block=5"], "given", 5),
+        (["plan.block=similarity", "plan.similarity_run=x"], "similarity", 8),
+        (["plan.block=similarity", "plan.similarity_run=x", "plan.starts=[2, 9, 12]"], "similarity", 9),
+    ):
+        run = RunDirectory.open(tmp_path / f"{first}", {}, "search")
+        settings = config(tmp_path, *more)
+        similar = planning.Similarity(matrix, None)
+        assert planning.choose_blocks(settings, N_LAYERS, [3], run, "", similar, Silent()) == {3: first}
+        (row,) = (row for row in run.read("blocks").to_pylist() if row["chosen"])
+        assert (row["measure"], row["first"], row["last"]) == (measure, first, first + 2)
+        assert ("as given" in summary.block_lines(run)[0]) == (measure == "given")
+    with pytest.raises(PlanError, match=r"begins with one of layers 1 to 18 .* plan.starts allow \[19\]"):
+        planning.allowed_starts(config(tmp_path, "plan.block=19").plan, N_LAYERS, 3)
+
+
 def test_what_a_sweep_needs_is_asked_for_before_anything_is_written(tmp_path):
     out = tmp_path / "run"
     with pytest.raises(ConfigError, match=r"sweep.methods \['similarity'\] need plan.similarity_run"):
@@ -136,4 +210,10 @@ def test_what_a_sweep_needs_is_asked_for_before_anything_is_written(tmp_path):
     imported = import_similarity([tmp_path / "law.npy"], str(tmp_path / "imported"))
     with pytest.raises(ConfigError, match="has no block influence"):
         sweep(config(out, "sweep.methods=[block_influence]", f"plan.similarity_run={imported.path_of()}"))
+    with pytest.raises(ConfigError, match="plan.block is search, but a sweep searches nothing"):
+        sweep(config(out, *BLOCKS, "plan.block=search"))
+    with pytest.raises(ConfigError, match="calibration.text = demo: .*after the first 100000.* name a longer text"):
+        sweep(config(out, *BLOCKS, "data.perplexity_tokens=100000"))
+    with pytest.raises(PlanError, match="plan.starts allow .20."):
+        sweep(config(out, *BLOCKS, "plan.starts=[20]"))
     assert not out.exists()

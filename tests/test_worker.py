@@ -8,9 +8,9 @@ import pytest
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import load_config
 from raymerge.evaluation import Answers, text_nll
-from raymerge.inputs import REPORT, SEARCH, SEARCH_TEXT, TEXT
+from raymerge.inputs import CALIBRATION, REPORT, SEARCH, SEARCH_TEXT, TEXT
 from raymerge.objectives import answer_kl, score_answers
-from raymerge.plan import base_plan, tail_plan
+from raymerge.plan import base_plan, block_plan, drop_block_plan, tail_plan
 from raymerge.worker import ModelWorker
 
 CONFIG = load_config(
@@ -126,3 +126,43 @@ def test_a_worker_tells_what_it_holds(worker):
     assert described["device"] == "cpu" and described["dtype"] == "float32"
     assert described["model_identity"] == worker.checkpoint.identity
     assert described["data_identities"][SEARCH] == worker.questions[SEARCH].identity
+
+
+def test_a_block_s_first_layer_moves_a_candidate_and_each_starts_at_its_own_states(whole, tmp_path):
+    n_layers, alphas = whole.checkpoint.n_layers, [0.3, 0.9, 0.5]
+    options = {"kind": "found", "survivor": "after"}
+    template = block_plan(n_layers, 2, [0.5] * 3, name="candidate", **options)
+    worker = ModelWorker(CONFIG, roles=(SEARCH,), cache=tmp_path, template=template, firsts=[2, 9])
+    results = worker.score([[2.0, *alphas], [9.0, *alphas], alphas])
+    for result, first in zip(results, (2, 9, 2), strict=True):
+        plan = block_plan(n_layers, first, alphas, name="x", **options)
+        assert worker._trunk_of(plan).first == first
+        answers = Answers.join(whole.answers((plan, SEARCH, n, False)) for n in range(len(whole.shards(SEARCH))))
+        np.testing.assert_allclose(result["logits"], answers.logits, atol=2e-4)
+    assert results[0]["value"] == pytest.approx(results[2]["value"], abs=1e-6)
+    assert abs(results[0]["value"] - results[1]["value"]) > 1e-3
+
+
+def test_calibration_is_on_tokens_of_its_own_and_its_loss_does_not_depend_on_the_trunk(whole, tmp_path):
+    settings = ["data.perplexity_tokens=1300", "calibration.text=demo", "calibration.tokens=200"]
+    worker = ModelWorker(load_config(None, settings), roles=(CALIBRATION,), cache=tmp_path, firsts=[4])
+    (shard,) = worker.shards(CALIBRATION)
+    text = whole.checkpoint.tokenizer(worker.calibration_text[0], add_special_tokens=False)["input_ids"]
+    assert shard.groups[0].sequences[0].tolist() == text[1300:1500]
+    plan = drop_block_plan(whole.checkpoint.n_layers, 4, 3)
+    assert worker.calibration_nll((plan, 0)) == pytest.approx(text_nll(whole.runner, plan, shard), rel=1e-6)
+    assert worker.state_distances(0)[2] == 200 == worker.shard_tokens(CALIBRATION)[0]
+    assert CALIBRATION in worker.describe()["data_identities"]
+
+
+def test_without_a_text_calibration_takes_prompts_of_the_search(whole, tmp_path):
+    found = {}
+    for tokens in (10, 4000, 10**6):
+        config = CONFIG.model_copy(update={"calibration": CONFIG.calibration.model_copy(update={"tokens": tokens})})
+        worker = ModelWorker(config, roles=(CALIBRATION,), cache=tmp_path)
+        found[tokens] = worker.shards(CALIBRATION)
+        assert CALIBRATION in worker.describe()["data_identities"] and not worker.questions
+    every = {shard.identity for shard in whole.shards(SEARCH)}
+    assert len(found[10]) == 1 and {shard.identity for shard in found[10**6]} == every
+    assert all(shard.identity in every for shard in found[4000])
+    assert sum(shard.tokens for shard in found[4000]) <= max(4000, found[10][0].tokens)

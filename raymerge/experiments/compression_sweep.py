@@ -245,8 +245,9 @@ class _Sweep:
         }
 
     def _compared(self) -> list[tuple[MergePlan, MergePlan]]:
-        """Each point against dropping as many layers, each aligned, folded or refitted one against its plain self, and
-        each refitted one against the linear replacement of a dropped block."""
+        """Each point against dropping as many layers, a merged block also against that block dropped, each aligned,
+        folded or refitted one against its plain self, and each refitted one against the linear replacement of the
+        dropped block."""
         plans = {
             (point.merges, point.method, _refit_name(point.plan)): point.plan
             for point in self.points
@@ -255,6 +256,7 @@ class _Sweep:
         pairs = []
         for point in self.points:
             others = [("drop", "none"), (point.method, "none")]
+            others += [("drop_block", "none")] if point.method == "merge_block" else []
             others += [("drop_block", "linear")] if point.plan.refit is not None else []
             for method, refit in others:
                 other = plans.get((point.merges, method, refit))
