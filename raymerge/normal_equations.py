@@ -45,9 +45,13 @@ class NormalEquations:
 
     @staticmethod
     def total(parts: Iterable[NormalEquations]) -> NormalEquations:
-        """The sums of several parts, which must be of one layer and hold at least one."""
-        parts = iter(parts)
-        first = next(parts)
+        """The sums of several parts of one layer; a single part is given back as it is.
+
+        8,960 features take 0.64 GB, so that nothing is copied in vain.
+        """
+        first, *parts = parts
+        if not parts:
+            return first
         found = NormalEquations(first.gram.clone(), first.cross.clone(), first.power, first.weight, first.tokens)
         for part in parts:
             found.gram += part.gram
@@ -87,6 +91,7 @@ class NormalEquations:
             shifted = self.gram.clone()
             shifted.diagonal().add_(ridge * scale)
             factor, failed = torch.linalg.cholesky_ex(shifted)
+            del shifted
             if failed:
                 raise RefitError(
                     f"the calibration's normal equations are singular to float64 at ridge {ridge:g}: raise plan.ridge"

@@ -198,10 +198,10 @@ class Refitter:
             entering = self._entering(plan, step.position, n)
             if step.part == "units":
                 part = Sums(squares=self._squares(plan, step, entering, shards[n], weights))
+                found = part if found is None else Sums.total([found, part])
             else:
                 held_out = _held_out(shards[n], first=sum(counts[:n]), sequences=sum(counts))
-                part = self._equations(plan, step, entering, shards[n], weights, held_out)
-            found = part if found is None else Sums.total([found, part])
+                found = self._add(found, plan, step, entering, shards[n], weights, held_out)
         if found is None:
             raise RefitError(f"share {share[0]} of {share[1]} has none of the {len(shards)} shards of the calibration")
         return found
@@ -279,8 +279,9 @@ class Refitter:
         """Whether the features of a step are what its matrix gives, not what it reads."""
         return plan.refit.method in ("linear", "scale")
 
-    def _equations(
+    def _add(
         self,
+        sums: Sums | None,
         plan: MergePlan,
         step: Step,
         states: list[GroupStates],
@@ -288,7 +289,7 @@ class Refitter:
         weights: Mapping[str, Tensor],
         held_out: Tensor,
     ) -> Sums:
-        """The normal equations of one shard: features of the fitted matrix, and what is missing to the target."""
+        """The sums with one shard's tokens added: features of the fitted matrix, and what is missing to the target."""
         index = plan.kept[step.position].index
         matrix = _O if step.part == "attention" else _DOWN
         seen = observe(self.runner, states, index, weights)
@@ -304,13 +305,13 @@ class Refitter:
             features = (features.to(weights[f"{matrix}.weight"].dtype) @ weights[f"{matrix}.weight"].T).float()
         counts = token_weights(target) if plan.refit.method in ("outputs", "units") else torch.ones(len(target))
         residual, counts = aim.float() - reached.float(), counts.to(target.device)
-        sums = []
-        for chosen in (~held_out, held_out):
+        if sums is None:
+            shape = features.shape[1], residual.shape[1], self.runner.device
+            sums = Sums(NormalEquations.empty(*shape), NormalEquations.empty(*shape))
+        for part, chosen in ((sums.fitted, ~held_out), (sums.held_out, held_out)):
             chosen = chosen.to(target.device)
-            part = NormalEquations.empty(features.shape[1], residual.shape[1], self.runner.device)
             part.add(features[chosen], residual[chosen], counts[chosen])
-            sums.append(part)
-        return Sums(*sums)
+        return sums
 
     # -- units --------------------------------------------------------------------------------------------------
 
