@@ -196,6 +196,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=["keep", "merge"],
         help="biases of the survivor, or averaged (default: keep)",
     )
+    merge.add_argument(
+        "--refit",
+        default="none",
+        choices=["none", "linear", "scale", "outputs", "units"],
+        help="fit the merged layer to the model's own states on --calibration, in closed form (default: none)",
+    )
+    merge.add_argument("--refit-layers", type=int, default=0, metavar="N", help="fit N layers after it too")
+    merge.add_argument("--calibration", metavar="FILE", help="plain text whose first tokens a refit is made on")
     merge.add_argument("--revision", help="hub revision of the model")
     merge.add_argument("--no-verify", action="store_true", help="do not reload the saved model to prove it")
     merge.add_argument(
@@ -307,6 +315,7 @@ def _report(options: argparse.Namespace) -> int:
 def _merge(options: argparse.Namespace) -> int:
     _check_lasts(options.out)
     from raymerge.merging import merge
+    from raymerge.plan import Refit
 
     if options.public and options.push is None:
         raise UserError("--public says how --push uploads, but there is no --push OWNER/NAME")
@@ -319,6 +328,8 @@ def _merge(options: argparse.Namespace) -> int:
             alignment=options.alignment,
             norms=options.norms,
             biases=options.biases,
+            refit=None if options.refit == "none" else Refit(options.refit, layers=options.refit_layers),
+            calibration=options.calibration,
             verify=not options.no_verify,
             push=options.push,
             private=not options.public,

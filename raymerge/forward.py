@@ -22,7 +22,7 @@ from raymerge.alignment import Aligner, AlignmentError
 from raymerge.architectures import module_layer
 from raymerge.checkpoint import Checkpoint
 from raymerge.device import attempt, device_memory, is_accelerator
-from raymerge.fusion import fused_layer
+from raymerge.fusion import Refits, fused_layer
 from raymerge.memory import LayerSize, keeps_layer, plan_batches
 from raymerge.plan import MergePlan
 from raymerge.prompts import Group, Shard
@@ -110,6 +110,7 @@ class LayerRunner:
 
         self.checkpoint = checkpoint
         self.aligner = aligner or Aligner(checkpoint)
+        self.refits: Refits | None = None  # of plans that are refitted; set later, since fits need a runner
         self.quantise = quantise
         self.device = torch.device(device)
         self.accelerated = is_accelerator(self.device)
@@ -244,7 +245,7 @@ class LayerRunner:
         arch = self.checkpoint.architecture
 
         def fuse(base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return fused_layer(base, arch, plan, position, aligner=self.aligner, dtype=dtype)
+            return fused_layer(base, arch, plan, position, aligner=self.aligner, dtype=dtype, refits=self.refits)
 
         if self.accelerated:
             fits, layer = attempt(lambda: fuse(_OnDevice(self.checkpoint, self.device)))

@@ -409,7 +409,8 @@ def sensitivity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
 def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the compression curve, one line a point."""
     lines = {line["plan_id"]: line for line in plan_lines(run, split)}
-    header = ["merged", "method", "alignment", "norms", "accuracy ± se", "macro ± se", "answer NLL", "text ppl"]
+    header = ["merged", "method", "alignment", "norms", "refit"]
+    header += ["accuracy ± se", "macro ± se", "answer NLL", "text ppl"]
     cells = []
     for row in sorted(run.read("sweep").to_pylist(), key=lambda row: row["merges"]):
         line = lines[row["plan_id"]]
@@ -419,6 +420,7 @@ def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str
                 row["method"],
                 row["alignment"],
                 row["norms"],
+                row["refit"] or "none",
                 f"{line['accuracy']:.4f} ± {line['standard_error']:.4f}",
                 f"{line['macro']:.4f} ± {line['macro_error']:.4f}",
                 f"{line['nll']:.4f}",

@@ -23,7 +23,7 @@ from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
 from raymerge.context import RetrievalSet, position_nll, retrieval_prompts, retrieve, usable_distances
-from raymerge.device import choose_device, device_name, release_cached
+from raymerge.device import choose_device, device_memory, device_name, is_accelerator, release_cached
 from raymerge.errors import UserError
 from raymerge.evaluation import Answers, answer_shard, generation_speed, text_nll
 from raymerge.forward import LayerRunner
@@ -50,6 +50,7 @@ from raymerge.objectives import parse_objective, score_answers
 from raymerge.plan import MergePlan, base_plan
 from raymerge.prompts import Prompts, Shard, encode_questions, encode_text
 from raymerge.questions import QuestionSet
+from raymerge.refit import Refitter, Sums
 from raymerge.reliability import Study, study
 from raymerge.rows import POSITIONS, text_hash
 from raymerge.scoring import SourceLayers, TailScorer
@@ -134,14 +135,17 @@ class ModelWorker:
         self._calibration = calibration_questions(config, self.questions, self.subsets, wanted=wanted)
         data = "" if self._calibration is None else self._calibration.identity
         self.aligner = Aligner(self.checkpoint, self.cache, device=device, units=self._units, data=data)
-        if device == "cuda":
-            share = config.workers.gpus_per_worker
-            free, total = torch.cuda.mem_get_info()
-            limit = free if share == "auto" else min(free, int(min(share, 1.0) * total))
-            refuse_oversized(self.checkpoint, dtype or self.checkpoint.dtype, template, limit)
+        if is_accelerator(device):
+            refuse_oversized(self.checkpoint, dtype or self.checkpoint.dtype, template, device_memory(device).free)
         self.runner = LayerRunner(
             self.checkpoint, device=device, dtype=dtype, aligner=self.aligner, quantise=model.quantise
         )
+        # Fits are made in the weights' own precision: quantisation comes after, as after merging.
+        exact = self.runner
+        if model.quantise != "none":
+            exact = LayerRunner(self.checkpoint, device=device, dtype=dtype, aligner=self.aligner)
+        self.refitter = Refitter(exact, self.cache, (lambda: self.calibration_shards) if self._calibrates else None)
+        self.runner.refits = self.refitter.tensors
         self._trunks = {first: TrunkCache(self.runner, first, self.cache) for first in sorted(firsts)}
         self._prompts: dict[str, Prompts] = {}
         self._scorers: dict[tuple[str, int], TailScorer] = {}
@@ -415,7 +419,9 @@ class ModelWorker:
 
     def receipts(self, plan: MergePlan) -> list[Receipt]:
         """What a plan changes, tensor by tensor."""
-        return receipts(self.checkpoint, self.checkpoint.architecture, plan, aligner=self.aligner)
+        return receipts(
+            self.checkpoint, self.checkpoint.architecture, plan, aligner=self.aligner, refits=self.refitter.tensors
+        )
 
     @cached_property
     def retrieval_set(self) -> RetrievalSet:
@@ -459,6 +465,35 @@ class ModelWorker:
         """Summed NLL (nats) and scored tokens of one shard of the calibration text under a merged model."""
         plan, number = item
         return text_nll(self.runner, plan, self.shards(CALIBRATION)[number], trunk=self._trunk_of(plan))
+
+    def refit_prepare(self, item: tuple[MergePlan, int]) -> int:
+        """Make sure that the states which a plan is fitted to are on disk for one calibration shard; its tokens."""
+        return self.refitter.prepare(*item)
+
+    def refit_done(self, plan: MergePlan) -> int:
+        """How many of a plan's fits are on this machine's disk."""
+        return self.refitter.done(plan)
+
+    def refit_sums(self, item: tuple[MergePlan, int, tuple[int, int]]) -> Sums:
+        """Sums of one fit of a plan over a share of the calibration; see `Refitter.sums`."""
+        return self.refitter.sums(*item)
+
+    def refit_solve(self, item: tuple[MergePlan, int, Sequence[Sums]]) -> dict[str, torch.Tensor]:
+        """The fitted tensors from all shares' sums."""
+        return self.refitter.solve(*item)
+
+    def refit_store(self, plan: MergePlan, number: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Keep a fit on this machine's disk."""
+        if self.refitter.done(plan) <= number:
+            self.refitter.store(plan, number, tensors)
+
+    def refit_tensors(self, plan: MergePlan) -> dict[int, dict[str, torch.Tensor]]:
+        """What a plan's fits are, by position in the merged model."""
+        return {position: self.refitter.tensors(plan, position) for position in plan.refit_targets}
+
+    def refit_records(self, plan: MergePlan) -> list[dict[str, float | int | str]]:
+        """How the fits of a plan went."""
+        return self.refitter.records(plan)
 
     # -- similarity ---------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ LAYERS = {
     2: (
         "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "scoring", "evaluation", "rows",
         "merging", "activations", "alignment", "context", "quantisation", "gradient", "tail_loss",
-        "trunk", "gguf_input", "mergekit", "proof", "reload", "card", "hub", "device",
+        "trunk", "gguf_input", "mergekit", "proof", "reload", "card", "hub", "device", "normal_equations", "refit",
     ),
     3: ("worker",),
     4: ("pool", "search", "proposers", "experiments"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from raymerge.experiments.planning import (
     similarity_of,
     starting_plan,
 )
+from raymerge.experiments.refitting import fit, refit_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH
@@ -81,7 +82,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     """
     progress = progress or Silent()
     check_loggers(config.output.loggers)
-    calibrates = config.plan.selection == "block" and config.chooses_blocks
+    calibrates = config.needs_calibration()
     with step(progress, "reading model and questions"):
         inputs = read_inputs(config, (SEARCH, REPORT, *([CALIBRATION] if calibrates else [])))
     n_layers = inputs.checkpoint.n_layers
@@ -200,11 +201,21 @@ class _Search:
                         searcher, self.config.search.candidates, [*known, *self._corners()], seconds_per_candidate
                     )
             plans = self._reported(controls)
+            refitted = self._refitted(plans[-1])
+            fit(pool, refitted, self.inputs, self.run, self.progress)
+            fitted = pool.map("refit_tensors", refitted[-1:])
+            # The best found stays the last: what was searched are coefficients without a refit.
+            plans = [*plans[:-1], *refitted, plans[-1]]
             self.reporter.report(pool, plans, shards, self.firsts, self.progress)
         best = plans[-1]
         with step(self.progress, "accuracies and comparisons"):
             self.reporter.derive(plans, [(best, plan) for plan in plans[:-1]])
-        model, proof = self._save_best(best) if self.config.output.save_best else (None, None)
+        model, proof = self._save(best) if self.config.output.save_best else (None, None)
+        if refitted and self.config.output.save_best:
+            saved, proved = self._save(refitted[-1], fitted[0])
+            plan_id = refitted[-1].plan_id(self.identity)
+            found = {"name": refitted[-1].name, "plan_id": plan_id, "model": saved, "proof": proved}
+            self.facts["refitted"] = found
         scripts = ("alphas.py", "accuracy.py")
         figures = draw_figures(self.run, scripts, self.progress) if self.config.output.figures else []
         self.run.write_manifest(
@@ -426,10 +437,28 @@ class _Search:
         found.sort(key=lambda best: best[0])
         return controls + ([random[1]] if random else []) + [plan for _, plan in found]
 
-    def _save_best(self, best: MergePlan) -> tuple[str, dict[str, Any] | None]:
+    def _refitted(self, best: MergePlan) -> list[MergePlan]:
+        """Where plan.refit asks for it: its layers dropped, the start and the best found, each refitted; the linear
+        replacement of the dropped layers beside them."""
+        method = self.config.plan.refit
+        if method == "none":
+            return []
+        merges = len(self.start.steps)
+        dropped = best.with_alphas([1.0] * merges, name="dropped", kind="drop")
+        plans = [(dropped, "linear"), (dropped, method), (self.start, method), (best, method)]
+        found = [
+            replace(plan, name=f"{plan.name}_{how}", refit=refit_of(self.config, self.inputs, how))
+            for plan, how in plans
+        ]
+        return list({plan.plan_id(self.identity): plan for plan in found}.values())
+
+    def _save(
+        self, best: MergePlan, fitted: Mapping[int, Mapping[str, Any]] | None = None
+    ) -> tuple[str, dict[str, Any] | None]:
         """The merged checkpoint in models/, with plan, alphas and receipts beside the weights, and its proof.
 
-        One that does not pass its proof is kept there all the same, and raises ProofError.
+        fitted: the tensors of a refitted plan by position. One that does not pass its proof is kept there all the same,
+        and raises ProofError.
         """
         where = self.run.path_of("models", best.name)
         if self.run.is_local and Path(where).exists():
@@ -444,6 +473,7 @@ class _Search:
                     best,
                     folder,
                     aligner=Aligner(self.inputs.checkpoint, Path(self.cache), data=data),
+                    refits=None if fitted is None else lambda _, position: fitted[position],
                     verify=self.config.output.verify,
                     progress=self.progress,
                     command=self.command,
