@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 export RAY_DISABLE_IMPORT_WARNING ?= 1
 
-.PHONY: setup demo test test-cluster lint format clean
+.PHONY: setup demo test test-cluster test-page lint format clean
 setup: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -17,12 +17,18 @@ $(VENV)/.done: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/raymerge search jobs/configs/demo.yaml
+	$(BIN)/raymerge report runs/demo
 
 test: setup
 	$(BIN)/python -m pytest
 
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster
+
+# Needs Chromium (Debian: apt-get install chromium), or its path in CHROMIUM.
+test-page: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,page]'
+	$(BIN)/python -m pytest -m page
 
 lint: setup
 	$(BIN)/ruff check .

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def draw(run: RunDirectory, out: Path) -> list[Path]:
     """Write the figures and compression.md into `out`; return their paths. RunError if a table is missing."""
-    sweep = need(run, "sweep", "the compression curve")
+    sweep = [with_refit(row) for row in need(run, "sweep", "the compression curve")]
     accuracy = need(run, "accuracy", "the accuracy of the sweep's plans")
     costs = {row["plan_id"]: row for row in need(run, "costs", "the layers that each plan removes")}
     if missing := sorted({row["plan_id"] for row in sweep} - costs.keys()):
@@ -90,6 +90,12 @@ def draw(run: RunDirectory, out: Path) -> list[Path]:
             text += describe_context(context, names)
     paths.append(save_text("\n\n".join(text) + "\n", out / "compression.md"))
     return paths
+
+
+def with_refit(row: dict) -> dict:
+    """A row of `sweep` whose method names how its seams are refitted: each way is a line of its own."""
+    refit = row["refit"] or "none"
+    return row if refit == "none" else {**row, "method": f"{row['method']} + {refit}"}
 
 
 def report_split(run: RunDirectory, accuracy: list[dict]) -> str:

@@ -105,7 +105,9 @@ def collect(
         raise ActivationError(f"all {n} samples are the same{within} choose other samples")
     if kept:
         shards = truncate(shards, kept)
-    states = [_narrowed(state) for shard in shards for state in runner.embed(shard)]
+    states = [state for shard in shards for state in runner.embed(shard)]
+    if not runner.accelerated:  # whose batches are planned by its memory
+        states = [_narrowed(state) for state in states]
 
     distances, pooled, influence = [], [], []
     for done, layer in enumerate(runner.plan_layers(plan), 1):
@@ -189,17 +191,20 @@ def _run_layer(runner: LayerRunner, layer: Layer, states: Sequence[GroupStates])
     """
     index, load = layer
     weights = load()
-    total, tokens = 0.0, 0
+    # Summed on the device and looked at once: every look waits for all that was asked of it so far.
+    total = torch.zeros((), dtype=torch.float64, device=runner.device)
+    finite = torch.ones((), dtype=torch.bool, device=runner.device)
+    tokens = 0
     for state in states:
         entering = list(_tokens(state))
         runner.run([state], [(index, lambda: weights)])
         for (count, before), (_, after) in zip(entering, _tokens(state), strict=True):
-            if not torch.isfinite(after).all():
-                raise ActivationError(_NOT_FINITE.format(index, str(runner.dtype).removeprefix("torch.")))
-            cosine = torch.cosine_similarity(before.double(), after.double(), dim=-1)
-            total += count * float(cosine.sum())
+            finite &= torch.isfinite(after).all()
+            total += count * torch.cosine_similarity(before.double(), after.double(), dim=-1).sum()
             tokens += count * len(after)
-    return total / tokens
+    if not finite:
+        raise ActivationError(_NOT_FINITE.format(index, str(runner.dtype).removeprefix("torch.")))
+    return float(total) / tokens
 
 
 def _tokens(state: GroupStates) -> Iterator[tuple[int, Tensor]]:

@@ -237,7 +237,7 @@ class Aligner:
         The reference is always the shallower of the two; towards a kept layer that is the deeper, the match is
         inverted. They are independent of each other, so `compute` may be called for each by another process.
         """
-        groups = _groups(plan)
+        groups = plan.groups
         return sorted({(n, n + 1) for layers in groups.values() for n in range(min(layers), max(layers))})
 
     def compute(self, pair: tuple[int, int], alignment: str = "neurons") -> Permutations:
@@ -289,7 +289,7 @@ class Aligner:
     def permutations(self, plan: MergePlan) -> dict[int, Permutations]:
         """For every layer that the plan merges into another, whatever its coefficient, its reordering."""
         found = {}
-        for kept, layers in _groups(plan).items():
+        for kept, layers in plan.groups.items():
             found.update(self.towards(kept, layers, plan.alignment))
         return found
 
@@ -320,14 +320,6 @@ class Aligner:
             self._folder
             / f"alignment-{digest([_VERSION, self.checkpoint.identity, *pair, alignment, data])}.safetensors"
         )
-
-
-def _groups(plan: MergePlan) -> dict[int, list[int]]:
-    """For each layer that others are merged into and that is kept, all layers of its group, itself included."""
-    groups: dict[int, list[int]] = {}
-    for step in plan.steps:
-        groups.setdefault(step.into, [step.into]).extend(groups.pop(step.remove, [step.remove]))
-    return groups
 
 
 def layer_tensors(base: Mapping[str, Tensor], architecture: Architecture, layer: int) -> dict[str, Tensor]:
@@ -381,7 +373,7 @@ def fuse_rows(
                 found[matrix] = np.concatenate(list(orders))
         fused = {}
         for name, own in into.items():
-            order = torch.from_numpy(found[name.rpartition(".")[0]])
+            order = torch.from_numpy(found[name.rpartition(".")[0]]).to(own.device)
             fused[name] = step.alpha * own + (1.0 - step.alpha) * removed[name][order]
         alive[step.into] = fused
         yield fused, found

@@ -100,7 +100,9 @@ def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
         "",
         f"Always answering A: {summary.always_a_share(run, split):.4f}.",
         "",
-        *(f"- {line}" for line in summary.comparison_lines(run, plan_id)),
+        *_markdown(*summary.comparison_table(run, plan_id)),
+        "",
+        *summary.comparison_notes(run, plan_id),
     ]
 
 

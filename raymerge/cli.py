@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import raymerge
 from raymerge import console
-from raymerge.config import Config, describe, load_config
+from raymerge.config import Config, ConfigError, describe, load_config
 from raymerge.errors import UserError
 from raymerge.reference import config_reference
 from raymerge.tables import RunDirectory
 
+_IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entry point of a job
+_STOPPED = "the same command again goes on from what is stored"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when it succeeded, 2 for a wrong input, 130 when interrupted."""
+    """Run a command; 0 when it succeeded, 2 for a wrong input or where there is no room, 130 when interrupted, 143 when
+    stopped."""
     parser = _parser()
     options = parser.parse_args(argv)
     _quiet_libraries()
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         return options.run(options)
     except UserError as error:  # other errors are bugs and keep their traceback
         print(f"raymerge: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("raymerge: interrupted; the same command again goes on from what is stored", file=sys.stderr)
+        print(f"raymerge: interrupted; {_STOPPED}", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    """End at once at a SIGTERM, as `ray job stop` sends it: what is finished is stored, a local Ray ends with its
+    driver, and an exception would not get through Tune from wherever it is."""
+    os.write(2, f"raymerge: stopped; {_STOPPED}\n".encode())
+    os._exit(128 + number)
 
 
 def _quiet_libraries() -> None:
@@ -137,6 +153,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="any further option")
     evaluate.set_defaults(run=_evaluate)
 
+    report = commands.add_parser(
+        "report",
+        formatter_class=raw,
+        help="one HTML page of one or several runs, to read or to send",
+        description="Make one self-contained HTML page of runs, from their tables alone: what was asked, the answer\n"
+        "against base and controls, and interactive figures with their rows. It needs no network to be opened.",
+        epilog="examples:\n  raymerge report runs/demo\n  raymerge report runs/k4 runs/k8 runs/sweep --out report.html",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directories (folders or URIs)")
+    report.add_argument("--out", metavar="FILE", help="the page (default: RUN/report.html of a single run)")
+    report.set_defaults(run=_report)
+
     merge = commands.add_parser(
         "merge",
         formatter_class=raw,
@@ -169,6 +197,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=["keep", "merge"],
         help="biases of the survivor, or averaged (default: keep)",
     )
+    merge.add_argument(
+        "--refit",
+        default="none",
+        choices=["none", "linear", "scale", "outputs", "units"],
+        help="fit the merged layer to the model's own states on --calibration, in closed form (default: none)",
+    )
+    merge.add_argument("--refit-layers", type=int, default=0, metavar="N", help="fit N layers after it too")
+    merge.add_argument("--calibration", metavar="FILE", help="plain text whose first tokens a refit is made on")
     merge.add_argument("--revision", help="hub revision of the model")
     merge.add_argument("--no-verify", action="store_true", help="do not reload the saved model to prove it")
     merge.add_argument(
@@ -193,9 +229,19 @@ def _command_line() -> list[str]:
     return ["raymerge", *sys.argv[1:]]
 
 
+def _check_lasts(out: str) -> None:
+    """Refuse a run directory inside a job's own copy of the project, which a job that is submitted again lacks."""
+    if os.environ.get(_IN_A_JOB) and "://" not in out and not os.path.isabs(os.path.expanduser(out)):
+        raise ConfigError(
+            f"--out (output.run) is {out!r}, a folder of Ray's temporary copy of the project: give a job an absolute "
+            "path that the cluster's machines share, or a URI such as s3://bucket/run"
+        )
+
+
 def _run_experiment(options: argparse.Namespace, name: str, show: Callable[[RunDirectory, Config], None]) -> int:
     overrides = options.set + ([f"output.run={options.out}"] if options.out else [])
     config = load_config(options.config, overrides)
+    _check_lasts(config.output.run)
     from raymerge import experiments
 
     with console.progress() as progress:
@@ -255,6 +301,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.limit is not None:
         overrides.append(f"data.report_limit_per_subject={options.limit}")
     config = load_config(None, overrides + options.set)
+    _check_lasts(config.output.run)
     from raymerge.experiments import evaluate
 
     with console.progress() as progress:
@@ -263,24 +310,39 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from raymerge.report import write_report
+
+    with console.progress() as progress:
+        path = write_report(options.runs, options.out, progress=progress)
+    print(f"Report: {path} ({path.stat().st_size / 1e6:.1f} MB, opens without a network)")
+    return 0
+
+
 def _merge(options: argparse.Namespace) -> int:
+    _check_lasts(options.out)
     from raymerge.merging import merge
+    from raymerge.plan import Refit
 
     if options.public and options.push is None:
         raise UserError("--public says how --push uploads, but there is no --push OWNER/NAME")
-    done = merge(
-        options.model,
-        options.alphas,
-        options.out,
-        revision=options.revision,
-        alignment=options.alignment,
-        norms=options.norms,
-        biases=options.biases,
-        verify=not options.no_verify,
-        push=options.push,
-        private=not options.public,
-        command=_command_line(),
-    )
+    with console.progress() as progress:
+        done = merge(
+            options.model,
+            options.alphas,
+            options.out,
+            revision=options.revision,
+            alignment=options.alignment,
+            norms=options.norms,
+            biases=options.biases,
+            refit=None if options.refit == "none" else Refit(options.refit, layers=options.refit_layers),
+            calibration=options.calibration,
+            verify=not options.no_verify,
+            push=options.push,
+            private=not options.public,
+            command=_command_line(),
+            progress=progress,
+        )
     print(
         f"{done['layers_before']} layers became {done['layers_after']}; "
         f"{done['parameters_removed'] / 1e6:.2f} M parameters removed; {done['tensors_changed']} tensors changed, "

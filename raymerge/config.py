@@ -76,6 +76,7 @@ class DataConfig(_Section):
         return value
 
 
+RefitMethod = Literal["none", "linear", "scale", "outputs", "units"]
 BlockMeasure = Literal["cosine", "angular", "similarity", "loss", "search"]
 
 
@@ -90,6 +91,10 @@ class PlanConfig(_Section):
     layer before or after the block takes it in. base: fixed (`ratio`
     everywhere), similarity_ratio or similarity, or file (`alpha_file`). similarity_run: a run of `raymerge similarity`;
     similarity_subset and similarity_language choose among its matrices. Its prompts are left out of every report.
+    refit: none, or the layers at the seams are fitted to the unmerged model on the calibration, in closed form: linear
+    (ReplaceMe), scale (what LinearPatch needs no matrix for), outputs, or units (outputs after choosing MLP units among
+    all merged layers'); a search fits what it has found. ridge: what holds fitted weights to what they were; null
+    chooses it on held-out tokens. refit_layers: so many layers after each seam are fitted too (outputs, units).
     alignment: none, rows (published), or the layers' neurons reordered so that their function stays, matched by their
     weights (neurons) or by their activations on prompts of the first questions (activations). norms: keep (published)
     or fold."""
@@ -110,6 +115,9 @@ class PlanConfig(_Section):
     alignment: Literal["none", "rows", "neurons", "activations"] = "none"
     norms: Literal["keep", "fold"] = "keep"
     biases: Literal["keep", "merge"] = "keep"
+    refit: RefitMethod = "none"
+    ridge: Annotated[float, Field(gt=0)] | None = None
+    refit_layers: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _has_its_source(self) -> PlanConfig:
@@ -312,14 +320,15 @@ class SweepConfig(_Section):
     """The compression curve: every method at every number of merged layers. methods: drop, before_last, fixed:RATIO;
     drop_block and merge_block, the block chosen by plan.block; and with plan.similarity_run block_influence,
     similarity_ratio, similarity, most_similar (base coefficients of it and of merge_block by plan.base); file takes
-    plan.alpha_file at its own K. Methods that average are tried with every alignment and norms. context: also measure
-    NLL by position and key-value retrieval by distance (tokens). speed_tokens: tokens generated to time each number of
-    layers; 0 skips it."""
+    plan.alpha_file at its own K. Methods that average are tried with every alignment and norms, and every point with
+    every one of `refits` (with plan.ridge and plan.refit_layers). context: also measure NLL by position and key-value
+    retrieval by distance (tokens). speed_tokens: tokens generated to time each number of layers; 0 skips it."""
 
     merges: list[Positive] = [1, 4, 11, 13, 15]
     methods: list[str] = ["drop", "before_last", "fixed:0.4", "fixed:0.5", "fixed:0.6", "fixed:0.62", "fixed:0.7"]
     alignments: list[Literal["none", "rows", "neurons", "activations"]] = ["none", "neurons"]
     norms: list[Literal["keep", "fold"]] = ["keep", "fold"]
+    refits: list[RefitMethod] = ["none"]
     context: bool = True
     distances: list[Positive] = [32, 64, 128, 256, 512, 1024]
     retrieval_prompts: Positive = 20
@@ -343,19 +352,36 @@ class SweepConfig(_Section):
 
 class WorkersConfig(_Section):
     """Model actors. count and gpus_per_worker: auto means one actor a GPU, or without GPUs one for every
-    cpus_per_worker CPUs. timeout_s: seconds after which a silent actor is replaced."""
+    cpus_per_worker CPUs, more as nodes join. autoscaling: the cluster grows on demand, so count (a number, as
+    gpus_per_worker then is) may be more than it has room for now. timeout_s: seconds after which a silent actor is
+    replaced. wait_s: how long to wait for a worker when there is none. max_restarts: how often in a row, finishing
+    nothing. dashboard: start Ray's dashboard with a local Ray, on 127.0.0.1."""
 
     count: Positive | Auto = "auto"
     gpus_per_worker: Annotated[float, Field(ge=0)] | Auto = "auto"
     cpus_per_worker: Positive = 1
+    autoscaling: bool = False
     timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    wait_s: Annotated[float, Field(gt=0)] = 900.0
     max_restarts: Annotated[int, Field(ge=0)] = 3
+    dashboard: bool = False
+
+    @model_validator(mode="after")
+    def _says_what_to_ask_for(self) -> WorkersConfig:
+        if self.autoscaling and "auto" in (self.count, self.gpus_per_worker):
+            raise ValueError(
+                f"autoscaling is true, but count is {self.count} and gpus_per_worker {self.gpus_per_worker}: a cluster "
+                "that grows on demand must be told how many workers of how many GPUs, such as 8 of 1"
+            )
+        return self
 
 
 class OutputConfig(_Section):
-    """The run directory and what goes into it. cache: where trunk states are kept; null is RUN/cache. save_best: save
-    the merged model; verify: prove it, which reloads it in a fresh process, compares its logits with the scored plan's
-    and lets it generate (seconds, and memory for the stored model)."""
+    """The run directory - a folder, or a URI such as s3://bucket/run - and what goes into it. cache: the local folder
+    of trunk states; null is RUN/cache, or beside a URI a folder of the user's cache. save_best: save the merged model;
+    verify: prove it, which reloads it in a fresh process, compares its logits with the scored plan's and lets it
+    generate (seconds, and memory for the stored model). loggers: tensorboard, mlflow, wandb: where a search's trials
+    are shown too, by Ray Tune's callbacks; they need their packages."""
 
     run: str = "runs/demo"
     cache: str | None = None
@@ -363,6 +389,7 @@ class OutputConfig(_Section):
     save_best: bool = True
     verify: bool = True
     figures: bool = True
+    loggers: list[Literal["tensorboard", "mlflow", "wandb"]] = []
 
 
 class Config(_Section):
@@ -395,6 +422,13 @@ class Config(_Section):
         """Whether a block of layers is chosen by the states or the loss on the calibration text or prompts."""
         asks = self.plan.selection == "block" or not set(BLOCK_METHODS).isdisjoint(self.sweep.methods)
         return asks and self.plan.block in ("cosine", "angular", "loss", "search")
+
+    def needs_calibration(self, *, sweep: bool = False) -> bool:
+        """Whether a search, or a sweep, chooses or fits anything on the calibration text or prompts."""
+        if sweep:
+            blocks = not set(BLOCK_METHODS).isdisjoint(self.sweep.methods)
+            return (self.chooses_blocks and blocks) or set(self.sweep.refits) != {"none"}
+        return (self.chooses_blocks and self.plan.selection == "block") or self.plan.refit != "none"
 
     @model_validator(mode="after")
     def _has_its_calibration(self) -> Config:

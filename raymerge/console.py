@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -13,12 +14,13 @@ from raymerge.tables import RunDirectory
 if TYPE_CHECKING:
     from rich.console import Console
 
-_LOG_EVERY_S = 30.0  # without a terminal, a progress line at most this often
+_LOG_EVERY_S = 30.0  # without a terminal, a progress line this often
+_LOG_FROM_S = 10.0  # a step that cannot be counted and is over sooner leaves no line in a log
 
 
 @contextmanager
 def progress():
-    """A live line on a terminal; without one, a plain line per stage and every 30 seconds."""
+    """Live bars on a terminal; without one, as in a log or a Ray job, a plain line per stage and every 30 seconds."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -29,71 +31,112 @@ def progress():
         shown.close()
 
 
+def rate(done: int, seconds: float) -> str:
+    """Units a second as text, or seconds a unit where those are more telling; "" before anything can be said."""
+    if done <= 0 or seconds <= 0:
+        return ""
+    speed = done / seconds
+    return f"{seconds / done:.1f} s each" if speed < 0.5 else f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.1f}/s"
+
+
 class _Live:
+    """A bar a stage, with rate and time left; a spinner shows that a step which cannot be counted is alive."""
+
     def __init__(self, console: Console):
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
             Progress,
+            SpinnerColumn,
             TextColumn,
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
 
         self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+            SpinnerColumn(finished_text="\u2713"),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[rate]}", markup=False),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
         )
         self._bars.start()
-        self._task = None
+        self._task, self._total, self._began = None, 0, 0.0
 
     def stage(self, name: str, total: int) -> None:
-        self._task = self._bars.add_task(name, total=total, note="")
+        self._task = self._bars.add_task(name, total=total, note="", rate="")
+        self._total, self._began = total, time.monotonic()
 
     def advance(self, done: int, note: str = "") -> None:
-        self._bars.update(self._task, completed=done, note=note)
+        speed = rate(done, time.monotonic() - self._began) if self._total > 1 else ""
+        self._bars.update(self._task, completed=done, note=note, rate=speed)
 
     def message(self, text: str) -> None:
-        self._bars.console.print(text)
+        self._bars.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
         self._bars.stop()
 
 
 class _Log:
-    def __init__(self, write: Callable[[str], None]):
-        self._write = write
-        self._name, self._total, self._began, self._last, self._done, self._note = "", 0, 0.0, 0.0, 0, ""
+    """Lines of plain text: one at the end of a stage (not of a short step), and one every `every` seconds while it
+    lasts, whether or not anything has advanced, so that a log shows a long step to be alive."""
+
+    def __init__(self, write: Callable[[str], None], every: float = _LOG_EVERY_S):
+        self._write, self._every = write, every
+        self._name, self._total, self._began, self._done, self._note = "", 0, 0.0, 0, ""
+        self._lock, self._over = threading.Lock(), threading.Event()
+        self._clock = threading.Thread(target=self._tick, name="progress", daemon=True)
+        self._clock.start()
 
     def stage(self, name: str, total: int) -> None:
-        self.close()
-        self._name, self._total, self._done, self._note = name, total, 0, ""
-        self._began = self._last = time.monotonic()
+        with self._lock:
+            self._finish()
+            self._name, self._total, self._done, self._note = name, total, 0, ""
+            self._began = self._last = time.monotonic()
 
     def advance(self, done: int, note: str = "") -> None:
-        self._done, self._note = done, note
-        now = time.monotonic()
-        if now - self._last >= _LOG_EVERY_S:
-            self._last = now
-            left = (now - self._began) * (self._total - done) / max(done, 1)
-            self._line(f"about {left:.0f} s left")
+        with self._lock:
+            self._done, self._note = done, note
 
     def message(self, text: str) -> None:
-        self._write(text)
+        with self._lock:
+            self._write(text)
 
     def close(self) -> None:
-        if self._name:
-            self._line(f"{time.monotonic() - self._began:.1f} s")
-            self._name = ""
+        self._over.set()
+        self._clock.join()
+        with self._lock:
+            self._finish()
 
-    def _line(self, timing: str) -> None:
-        parts = [f"{self._name}: {self._done}/{self._total}", self._note, timing]
-        self._write(", ".join(part for part in parts if part))
+    def _tick(self) -> None:
+        while not self._over.wait(min(1.0, self._every)):
+            with self._lock:
+                now = time.monotonic()
+                if self._name and self._done < self._total and now - self._last >= self._every:
+                    self._last = now
+                    self._line(now - self._began, going_on=True)
+
+    def _finish(self) -> None:
+        seconds = time.monotonic() - self._began
+        if self._name and (self._total != 1 or (self._done and seconds >= _LOG_FROM_S)):
+            self._line(seconds, going_on=False)
+        self._name = ""
+
+    def _line(self, seconds: float, *, going_on: bool) -> None:
+        counted = self._total != 1
+        head = f"{self._name}: {self._done}/{self._total}" if counted else f"{self._name}:"
+        speed = rate(self._done, seconds) if counted else ""
+        timing = f"{seconds:.1f} s"
+        if going_on:
+            left = seconds * (self._total - self._done) / max(self._done, 1)
+            timing = f"about {left:.0f} s left" if self._done else f"{seconds:.0f} s so far"
+        parts = [part for part in (self._note, speed, timing) if part]
+        self._write(f"{head}{', ' if counted else ' '}{', '.join(parts)}")
 
 
 def _print_table(header: list[str], cells: list[list[str]]) -> None:
@@ -101,6 +144,17 @@ def _print_table(header: list[str], cells: list[list[str]]) -> None:
     for row in [header, ["-" * width for width in widths], *cells]:
         cells_of_row = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         print("  ".join([row[0].ljust(widths[0]), *cells_of_row[1:]]))
+
+
+def _print_incidents(run: RunDirectory) -> None:
+    """What befell the run, if anything did; nothing is lost by it."""
+    from raymerge import summary
+
+    lines = summary.incident_lines(run)
+    if lines:
+        print("\nOn the way (table incidents), at the cost of nothing that was finished:")
+        for line in lines:
+            print(f"  {line}")
 
 
 def print_search(run: RunDirectory, split: str) -> None:
@@ -119,8 +173,9 @@ def print_search(run: RunDirectory, split: str) -> None:
         print(f"  {line}")
     _print_blocks(run)
     print("\nAccuracy on the report questions, 95 % intervals of the paired difference:")
-    for line in summary.comparison_lines(run, manifest["best"]["plan_id"]):
-        print(f"  {line}")
+    _print_table(*summary.comparison_table(run, manifest["best"]["plan_id"]))
+    for line in summary.comparison_notes(run, manifest["best"]["plan_id"]):
+        print(line)
     for key, facts in manifest.items():
         if key.endswith("_search") and facts["share_not_scoring"] is not None:
             print(
@@ -129,7 +184,12 @@ def print_search(run: RunDirectory, split: str) -> None:
                 f"({facts['batch']} a trial, {facts['concurrent']} at a time)",
                 end="",
             )
-    print(f"\n\nTables, figures and manifest: {run.path_of().rstrip('/')}")
+    header, cells = summary.worker_table(run)
+    if cells:
+        print("\n\nThe workers of this call:")
+        _print_table(header, cells)
+    _print_incidents(run)
+    print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")
     if manifest["best"]["model"]:
         print(f"Merged model: {manifest['best']['model']}")
 
@@ -167,6 +227,7 @@ def print_evaluation(run: RunDirectory, split: str) -> None:
     (line,) = summary.plan_lines(run, split)
     print(f"\nAlways answering A: {summary.always_a_share(run, split):.4f}", end="; ")
     print(f"plain-text perplexity: {summary.number(line['perplexity'])}")
+    _print_incidents(run)
     print(f"Tables and manifest: {run.path_of().rstrip('/')}")
 
 
@@ -184,6 +245,7 @@ def print_similarity(run: RunDirectory) -> None:
         _print_table(header, cells)
     for warning in (run.manifest() or {}).get("warnings", []):
         print(f"\nWarning: {warning}.")
+    _print_incidents(run)
     print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")
 
 
@@ -192,6 +254,7 @@ def print_sensitivity(run: RunDirectory) -> None:
     from raymerge import summary
 
     _print_table(*summary.sensitivity_table(run))
+    _print_incidents(run)
     print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")
 
 
@@ -201,4 +264,5 @@ def print_sweep(run: RunDirectory, split: str) -> None:
 
     _print_table(*summary.sweep_table(run, split))
     _print_blocks(run)
+    _print_incidents(run)
     print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,12 +21,14 @@ from torch.func import functional_call
 from raymerge.alignment import Aligner, AlignmentError
 from raymerge.architectures import module_layer
 from raymerge.checkpoint import Checkpoint
-from raymerge.fusion import fused_layer
+from raymerge.device import attempt, device_memory, is_accelerator
+from raymerge.fusion import Refits, fused_layer
+from raymerge.memory import LayerSize, keeps_layer, plan_batches
 from raymerge.plan import MergePlan
 from raymerge.prompts import Group, Shard
 from raymerge.quantisation import quantise_layer
 
-_BATCH_TOKENS = 2048  # padded tokens of the sequences run together; larger gains nothing on a CPU
+_BATCH_TOKENS = 2048  # padded tokens of the sequences run together on a CPU, where more gains nothing
 _VOCABULARY_CHUNK = 16384  # rows of the unembedding converted to float32 at a time (58 MB at hidden size 896)
 
 
@@ -41,7 +44,8 @@ class GroupStates:
         """Rows and states (n, d) at the last token of every sequence."""
         rows = [self.group.rows[i] for members, _, _ in self.batches for i in members]
         states = [
-            x[torch.arange(len(lengths)), torch.tensor(lengths, device=x.device) - 1] for _, lengths, x in self.batches
+            x[torch.arange(len(lengths), device=x.device), torch.tensor(lengths, device=x.device) - 1]
+            for _, lengths, x in self.batches
         ]
         return rows, torch.cat(states)
 
@@ -64,6 +68,22 @@ class _SharedPrefix:
         )
 
 
+class _OnDevice(Mapping[str, Tensor]):
+    """A checkpoint whose tensors are moved to a device when they are asked for, so that layers are fused there."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device):
+        self._checkpoint, self._device = checkpoint, device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._checkpoint[name].to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checkpoint)
+
+    def __len__(self) -> int:
+        return len(self._checkpoint)
+
+
 #: A layer to run: the original layer whose module (attention type) is used, and a function that gives its weights.
 Layer = tuple[int, Callable[[], dict[str, Tensor]]]
 
@@ -71,6 +91,8 @@ Layer = tuple[int, Callable[[], dict[str, Tensor]]]
 class LayerRunner:
     """Runs a checkpoint's embedding, decoder layers and unembedding on `device` in `dtype`.
 
+    On an accelerator, embedding and unembedding stay in its memory, and so do layers while half of it is free; batches
+    are as large as `memory.plan_batches` says, and one that runs out of memory is run in halves.
     aligner: where plans that align layers take permutations from; by default one that computes what it is asked for.
     quantise: round the matrices of every layer, merged ones after merging, to int8 or int4 (see `quantisation`).
     """
@@ -79,7 +101,7 @@ class LayerRunner:
         self,
         checkpoint: Checkpoint,
         *,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         aligner: Aligner | None = None,
         quantise: str = "none",
@@ -88,9 +110,11 @@ class LayerRunner:
 
         self.checkpoint = checkpoint
         self.aligner = aligner or Aligner(checkpoint)
+        self.refits: Refits | None = None  # of plans that are refitted; set later, since fits need a runner
         self.quantise = quantise
         self.device = torch.device(device)
-        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else checkpoint.dtype)
+        self.accelerated = is_accelerator(self.device)
+        self.dtype = dtype or (checkpoint.dtype if self.accelerated else torch.float32)
         arch, config = checkpoint.architecture, checkpoint.config
         # SDPA has no softcap, and transformers' use of it leaves one out.
         self.attention_softcap: float | None = arch.attention_softcap and getattr(config, arch.attention_softcap)
@@ -111,15 +135,73 @@ class LayerRunner:
         self._rotary = type(skeleton.model.rotary_emb)(config=config).to(self.device)
         self._embedding_scale = torch.tensor(config.hidden_size**0.5 if arch.scaled_embedding else 1.0).to(self.dtype)
         self._resident: dict[int, dict[str, Tensor]] = {}
+        self._fused: tuple[MergePlan | None, dict[int, dict[str, Tensor]]] = (None, {})
+        self._tables: dict[str, Tensor] = {}
+
+    @cached_property
+    def layer_size(self) -> LayerSize:
+        """What the memory planner wants to know of a layer: of the last one."""
+        checkpoint, config = self.checkpoint, self.checkpoint.config
+        last = checkpoint.n_layers - 1
+        names = (checkpoint.architecture.layer_name(last, name) for name in checkpoint.layer_tensors(last))
+        sizes = checkpoint.architecture.sizes
+        kv_width = sizes["kv_heads"] * sizes["rotary"]
+        mlp = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        return LayerSize(
+            parameters=sum(checkpoint[name].numel() for name in names),
+            hidden=config.hidden_size,
+            query=sizes["query_heads"] * kv_width,
+            key=kv_width,
+            mlp=mlp * (getattr(config, "num_experts_per_tok", None) or 1),
+            heads=config.num_attention_heads,
+        )
 
     def weights(self, layer: int) -> dict[str, Tensor]:
-        """An original layer's weights in the compute dtype; kept on an accelerator, converted anew on a CPU."""
+        """An original layer's weights in the compute dtype; kept on an accelerator while there is room, converted anew
+        on a CPU."""
         if layer in self._resident:
             return self._resident[layer]
-        weights = self.deployed(self.checkpoint.layer(layer, dtype=self.dtype, device=self.device))
-        if self.device.type != "cpu":
+        options = {"dtype": self.dtype, "device": self.device}
+        weights = self._loaded(lambda: self.deployed(self.checkpoint.layer(layer, **options)))
+        if self._may_keep():
             self._resident[layer] = weights
         return weights
+
+    def _loaded(self, load: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """A layer; where there is no room for it, what is kept of the others is given up first."""
+        fits, weights = attempt(load)
+        if not fits:
+            self.release()
+            weights = load()
+        return weights
+
+    def _may_keep(self) -> bool:
+        if not self.accelerated:
+            return False
+        free, total = device_memory(self.device)
+        return keeps_layer(self.layer_size.parameters * self.dtype.itemsize, device_free=free, device_total=total)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the layers that `release` gives up."""
+        layers = [*self._resident.values(), *self._fused[1].values()]
+        return sum(tensor.nbytes for layer in layers for tensor in layer.values())
+
+    def release(self) -> None:
+        """Give up the layers that are kept on an accelerator; they are converted again when they are needed."""
+        self._resident.clear()
+        self._fused = (None, {})
+
+    def _table(self, name: str) -> Tensor:
+        """A matrix (vocabulary, d) in the stored dtype: on an accelerator a copy that stays, else mapped from disk."""
+        if not self.accelerated:
+            return self.checkpoint[name]
+        if name not in self._tables:
+            table = self.checkpoint[name]
+            tied = [kept for kept in self._tables.values() if self.checkpoint.tied and kept.shape == table.shape]
+            with torch.inference_mode(False):  # gradients are taken through it as well
+                self._tables[name] = tied[0] if tied else table.to(self.device)
+        return self._tables[name]
 
     @property
     def identity(self) -> list[str]:
@@ -141,11 +223,35 @@ class LayerRunner:
             return lambda: self.weights(kept.index)
 
         def load() -> dict[str, Tensor]:
-            arch = self.checkpoint.architecture
-            layer = fused_layer(self.checkpoint, arch, plan, position, aligner=self.aligner)
+            layer = self.fused(plan, position)
             return self.deployed({name: tensor.to(self.device, self.dtype) for name, tensor in layer.items()})
 
-        return load
+        def kept_or_loaded() -> dict[str, Tensor]:
+            # Every shard of a plan asks for the same few layers; a CPU's memory may not hold them besides.
+            if self._fused[0] != plan:
+                self._fused = (plan, {})
+            if position not in self._fused[1]:
+                layer = self._loaded(load)
+                if not self._may_keep():
+                    return layer
+                self._fused[1][position] = layer
+            return self._fused[1][position]
+
+        return kept_or_loaded if self.accelerated else load
+
+    def fused(self, plan: MergePlan, position: int, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The merged model's layer `position` as `fusion.fused_layer` gives it, summed on an accelerator if it has room
+        for all of the layer's sources."""
+        arch = self.checkpoint.architecture
+
+        def fuse(base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return fused_layer(base, arch, plan, position, aligner=self.aligner, dtype=dtype, refits=self.refits)
+
+        if self.accelerated:
+            fits, layer = attempt(lambda: fuse(_OnDevice(self.checkpoint, self.device)))
+            if fits:
+                return layer
+        return fuse(self.checkpoint)
 
     def rotary(self, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """cos and sin, each (1, T, rotated dimensions) in the compute dtype, of positions (T,) in an original layer."""
@@ -157,8 +263,8 @@ class LayerRunner:
         return [self._layout(group, self._rows_of_embedding) for group in shard.groups]
 
     def _rows_of_embedding(self, ids: np.ndarray, _start: int) -> Tensor:
-        table = self.checkpoint[self.checkpoint.architecture.embedding]
-        rows = table[torch.from_numpy(np.ascontiguousarray(ids))].to(self.device, self.dtype)
+        table = self._table(self.checkpoint.architecture.embedding)
+        rows = table[torch.from_numpy(np.ascontiguousarray(ids)).to(table.device)].to(self.device, self.dtype)
         return rows * self._embedding_scale if self.checkpoint.architecture.scaled_embedding else rows
 
     def from_packed(self, shard: Shard, packed: list[tuple[Tensor, Tensor]]) -> list[GroupStates]:
@@ -175,6 +281,7 @@ class LayerRunner:
         starts = len(group.prefix) + np.concatenate([[0], np.cumsum([len(ids) for ids in group.sequences])])
         order = sorted(range(len(group.sequences)), key=lambda i: len(group.sequences[i]))
         batches, members = [], []
+        most, attended = self._limits
 
         def close() -> None:
             lengths = [len(group.sequences[i]) for i in members]
@@ -184,12 +291,24 @@ class LayerRunner:
             batches.append((list(members), lengths, padded))
 
         for i in order:
-            if members and (len(members) + 1) * len(group.sequences[i]) > _BATCH_TOKENS:
+            count, length = len(members) + 1, len(group.sequences[i])
+            if members and (count * length > most or count * (len(group.prefix) + length) > attended):
                 close()
                 members = []
             members.append(i)
         close()
         return GroupStates(group, prefix, batches)
+
+    @property
+    def _limits(self) -> tuple[float, float]:
+        """Padded tokens of a batch, and keys that all its sequences together attend to."""
+        return self._planned_batches if self.accelerated else (_BATCH_TOKENS, float("inf"))
+
+    @cached_property
+    def _planned_batches(self) -> tuple[int, int]:
+        # Once: batches that changed from shard to shard would change the states' last bits.
+        free = device_memory(self.device).free
+        return plan_batches(self.layer_size, compute=self.dtype.itemsize, device_free=free)
 
     @staticmethod
     def pack(states: list[GroupStates]) -> list[tuple[Tensor, Tensor]]:
@@ -221,20 +340,26 @@ class LayerRunner:
                 f"the MLP units of {self.checkpoint.architecture.name} see only the tokens that are routed to their "
                 "expert, which differ between layers: alignment activations cannot match them; use alignment neurons"
             )
-        found: list[Tensor] = []
-        down = self.modules[layer].mlp.down_proj
-        hook = down.register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0]))
+        found: list[Tensor] = []  # (T, n) of each sequence, in the order they were run
+        seen: list[Tensor] = []
+        module = self.modules[layer]
+        # What a call that ran out of memory has seen is dropped when the next one begins.
+        hooks = [
+            module.register_forward_pre_hook(lambda *_: seen.clear()),
+            module.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0])),
+            module.register_forward_hook(lambda *_: found.extend(seen[0])),
+        ]
         try:
             self.run(states, [(layer, lambda: self.weights(layer))])
         finally:
-            hook.remove()
-        calls, units = iter(found), []
+            for hook in hooks:
+                hook.remove()
+        sequences, units = iter(found), []
         for state in states:
             if state.prefix.shape[1]:
-                units.append(next(calls)[0])
+                units.append(next(sequences))
             for _, lengths, _ in state.batches:
-                values = next(calls)
-                units.extend(values[row, :length] for row, length in enumerate(lengths))
+                units.extend(next(sequences)[:length] for length in lengths)
         return torch.cat(units)
 
     def _run_group(self, index: int, weights: dict[str, Tensor], state: GroupStates) -> None:
@@ -244,7 +369,19 @@ class LayerRunner:
             shared = _SharedPrefix()
             state.prefix = self._call(index, weights, state.prefix, 0, shared)
         for number, (members, lengths, x) in enumerate(state.batches):
-            state.batches[number] = (members, lengths, self._call(index, weights, x, n_prefix, shared))
+            state.batches[number] = (members, lengths, self._run_batch(index, weights, x, n_prefix, shared))
+
+    def _run_batch(
+        self, index: int, weights: dict[str, Tensor], x: Tensor, start: int, shared: _SharedPrefix | None
+    ) -> Tensor:
+        """`_call` of a batch of sequences, in halves where it runs out of memory."""
+        if len(x) == 1:
+            return self._call(index, weights, x, start, shared)
+        fits, out = attempt(lambda: self._call(index, weights, x, start, shared))
+        if not fits:
+            halves = x.split((len(x) + 1) // 2)
+            out = torch.cat([self._run_batch(index, weights, half, start, shared) for half in halves])
+        return out
 
     def _call(
         self, index: int, weights: dict[str, Tensor], x: Tensor, start: int, shared: _SharedPrefix | None
@@ -275,9 +412,12 @@ class LayerRunner:
 
     def normalise(self, x: Tensor) -> Tensor:
         """The final norm, in float32: (…, d) to (…, d) float32."""
-        name = self.checkpoint.architecture.final_norm
-        weight = self.checkpoint[name].to(self.device, torch.float32)
-        return functional_call(self._norm, {"weight": weight}, (x.float(),))
+        return functional_call(self._norm, {"weight": self._final_gain}, (x.float(),))
+
+    @cached_property
+    @torch.inference_mode(False)
+    def _final_gain(self) -> Tensor:
+        return self.checkpoint[self.checkpoint.architecture.final_norm].to(self.device, torch.float32)
 
     def capped(self, logits: Tensor) -> Tensor:
         """Logits as the model gives them, of products of states and the unembedding's rows."""
@@ -286,15 +426,15 @@ class LayerRunner:
 
     def unembedding_rows(self, ids: Tensor | list[int]) -> Tensor:
         """Rows (n, d) float32 of the unembedding matrix."""
-        table = self.checkpoint[self.checkpoint.architecture.unembedding]
-        return table[torch.as_tensor(ids, device="cpu")].to(self.device, torch.float32)
+        table = self._table(self.checkpoint.architecture.unembedding)
+        return table[torch.as_tensor(ids).to(table.device)].to(self.device, torch.float32)
 
     def vocabulary(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
         """logsumexp (n,) float32 and the most probable token (n,) over the whole vocabulary.
 
         In float32, converting a part of the unembedding at a time: bfloat16 logits tie (3 of 48 in a prototype).
         """
-        table = self.checkpoint[self.checkpoint.architecture.unembedding]
+        table = self._table(self.checkpoint.architecture.unembedding)
         total = best = top = None
         for start in range(0, table.shape[0], _VOCABULARY_CHUNK):
             logits = self.capped(normalised @ table[start : start + _VOCABULARY_CHUNK].to(self.device, torch.float32).T)
@@ -312,7 +452,7 @@ class LayerRunner:
 
         One pass over the unembedding, as `vocabulary`; what is summed so far is scaled by the largest logit so far.
         """
-        table = self.checkpoint[self.checkpoint.architecture.unembedding]
+        table = self._table(self.checkpoint.architecture.unembedding)
         top = normalised.new_full((len(normalised), 1), -torch.inf)
         total, weighted = torch.zeros_like(top), torch.zeros_like(normalised)
         for start in range(0, table.shape[0], _VOCABULARY_CHUNK):

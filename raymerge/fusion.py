@@ -6,7 +6,7 @@ change nothing, as assigning into a module's `state_dict()` does in published co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,9 @@ from raymerge.plan import KeptLayer, MergePlan, PlanError
 
 ALIGNMENTS = ("none", "rows", *REORDERED)
 NORMS = ("keep", "fold")
+
+#: Gives the tensors, by relative name, that a refitted plan's layer at a position has in place of the merged ones.
+Refits = Callable[[MergePlan, int], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ def fused_layer(
     position: int,
     *,
     aligner: Aligner | None = None,
+    refits: Refits | None = None,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """The merged model's decoder layer `position`, tensors by relative name, in the stored dtype.
@@ -50,7 +54,7 @@ def fused_layer(
     `plan.kept[position].index`'s own. With norms="fold" the W_j have their layer's input-norm gains multiplied in and
     the merged layer's input-norm gains are one. With alignment "neurons" or "activations" the units of every W_j are
     laid on the kept layer's; with "rows" it is the outcome of the steps, each matrix's rows matched at every one. A
-    layer that nothing is averaged into stays as it is.
+    layer that nothing is averaged into stays as it is. What a plan refits is laid over all that, from `refits`.
     aligner: where permutations are taken from; made for this call where it is needed and not given.
     Raises PlanError where shapes differ between layers, or for matrix_alphas that cannot be carried out.
     """
@@ -78,6 +82,10 @@ def fused_layer(
     if plan.norms == "fold":
         for norm in architecture.norm_inputs:
             own[f"{norm}.weight"] = torch.full_like(own[f"{norm}.weight"], 1.0 - architecture.gain_offset)
+    if kept.refitted:
+        if refits is None:
+            raise PlanError(f"plan {plan.name} is refitted on calibration tokens, which have not been given")
+        own |= {name: tensor.to(dtype or own[name].dtype) for name, tensor in refits(plan, position).items()}
     return own
 
 
@@ -149,7 +157,12 @@ def _own_aligner(base: Mapping[str, Tensor]) -> Aligner:
 
 
 def fused_tensors(
-    base: Mapping[str, Tensor], architecture: Architecture, plan: MergePlan, *, aligner: Aligner | None = None
+    base: Mapping[str, Tensor],
+    architecture: Architecture,
+    plan: MergePlan,
+    *,
+    aligner: Aligner | None = None,
+    refits: Refits | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the merged model, one by one, so that one layer at a time is in memory."""
     layer_root = architecture.layer_prefix.split("{")[0]
@@ -157,19 +170,29 @@ def fused_tensors(
         if not name.startswith(layer_root):
             yield name, base[name]
     for position in range(len(plan.kept)):
-        for relative, tensor in fused_layer(base, architecture, plan, position, aligner=aligner).items():
+        for relative, tensor in fused_layer(base, architecture, plan, position, aligner=aligner, refits=refits).items():
             yield architecture.layer_name(position, relative), tensor
 
 
 def fuse_state_dict(
-    base: Mapping[str, Tensor], architecture: Architecture, plan: MergePlan, *, aligner: Aligner | None = None
+    base: Mapping[str, Tensor],
+    architecture: Architecture,
+    plan: MergePlan,
+    *,
+    aligner: Aligner | None = None,
+    refits: Refits | None = None,
 ) -> dict[str, Tensor]:
     """The merged model's whole state dict."""
-    return dict(fused_tensors(base, architecture, plan, aligner=aligner))
+    return dict(fused_tensors(base, architecture, plan, aligner=aligner, refits=refits))
 
 
 def receipts(
-    base: Mapping[str, Tensor], architecture: Architecture, plan: MergePlan, *, aligner: Aligner | None = None
+    base: Mapping[str, Tensor],
+    architecture: Architecture,
+    plan: MergePlan,
+    *,
+    aligner: Aligner | None = None,
+    refits: Refits | None = None,
 ) -> list[Receipt]:
     """What the merge changed: a Receipt for every tensor of every layer that is not an unchanged layer in its place.
 
@@ -179,7 +202,7 @@ def receipts(
     for position, kept in enumerate(plan.kept):
         if kept.unchanged and kept.index == position:
             continue
-        for relative, tensor in fused_layer(base, architecture, plan, position, aligner=aligner).items():
+        for relative, tensor in fused_layer(base, architecture, plan, position, aligner=aligner, refits=refits).items():
             name = architecture.layer_name(position, relative)
             before = base[name].float()
             change = tensor.float() - before

@@ -32,6 +32,8 @@ def mergekit_yaml(checkpoint: Checkpoint, plan: MergePlan) -> str:
         raise NotExpressible("mergekit cannot multiply norms into matrices (norms fold)")
     if plan.alignment != "none":
         raise NotExpressible(f"mergekit cannot reorder a layer's units before it averages (alignment {plan.alignment})")
+    if plan.refit is not None:
+        raise NotExpressible(f"mergekit fits nothing to a calibration text (refit {plan.refit.method})")
     if checkpoint.source is not None:
         raise NotExpressible("mergekit reads no GGUF files")
     if not plan.kept[0].unchanged and len(plan.kept[0].sources) > 1:

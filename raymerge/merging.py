@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 import raymerge
 from raymerge import hub, rows
 from raymerge.alignment import Aligner
 from raymerge.card import model_card
 from raymerge.checkpoint import Checkpoint
-from raymerge.fusion import check_mergeable, fused_tensors, receipts
+from raymerge.config import CalibrationConfig
+from raymerge.forward import LayerRunner
+from raymerge.fusion import Refits, check_mergeable, fused_tensors, receipts
+from raymerge.identity import digest
 from raymerge.mergekit import NotExpressible, mergekit_yaml
-from raymerge.plan import KeptLayer, MergePlan, PlanError, alpha_file_text, read_alpha_file
+from raymerge.plan import KeptLayer, MergePlan, PlanError, Refit, alpha_file_text, read_alpha_file
+from raymerge.progress import Progress, Silent, step
+from raymerge.prompts import encode_text
 from raymerge.proof import check_proof, prove
+from raymerge.refit import Refitter, check_refittable
 
 RECORD_FILE = "merge_plan.json"
 
@@ -30,18 +39,22 @@ def merge(
     alignment: str = "none",
     norms: str = "keep",
     biases: str = "keep",
+    refit: Refit | None = None,
+    calibration: str | Path | None = None,
     cache_folder: str | Path | None = None,
     verify: bool = True,
     push: str | None = None,
     private: bool = True,
     command: Sequence[str] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Merge a model by an alpha file and save it as an ordinary Hugging Face checkpoint; what was done, in figures.
 
-    alignment, norms, biases: as a MergePlan has them; the published way by default. cache_folder: where permutations
-    are kept for another merge of the same model. verify: prove the saved model (see `save_merged`). push: a hub
-    repository, OWNER/NAME, to upload it to when it is saved and proved; private or public. command: what the card says
-    that made it.
+    alignment, norms, biases: as a MergePlan has them; the published way by default. refit: how the seams are fitted on
+    the plain text in file `calibration`, the first tokens of it; its own `calibration` is filled in here. cache_folder:
+    where permutations and fits are kept for another merge of the same model. verify: prove the saved model (see
+    `save_merged`). push: a hub repository, OWNER/NAME, to upload it to when it is saved and proved; private or public.
+    command: what the card says that made it.
     Beside what fails in reading and merging, raises ProofError and HubError; the saved model stays.
     """
     if Path(out).exists():
@@ -52,9 +65,38 @@ def merge(
     check_mergeable(checkpoint, plan)
     if push is not None:
         hub.check_push(push)
+    options = {"verify": verify, "command": command, "progress": progress}
     aligner = Aligner(checkpoint, cache_folder)
-    record = save_merged(checkpoint, plan, Path(out), aligner=aligner, verify=verify, command=command)
-    return record | {"pushed": None if push is None else hub.push(Path(out), push, private=private)}
+    with tempfile.TemporaryDirectory() as scratch:
+        refits = None
+        if refit is not None:
+            plan, refits = _refitted(checkpoint, plan, refit, calibration, aligner, cache_folder or scratch)
+        record = save_merged(checkpoint, plan, Path(out), aligner=aligner, refits=refits, **options)
+    if push is None:
+        return record | {"pushed": None}
+    with step(progress or Silent(), "pushing to the hub"):
+        return record | {"pushed": hub.push(Path(out), push, private=private)}
+
+
+def _refitted(
+    checkpoint: Checkpoint,
+    plan: MergePlan,
+    refit: Refit,
+    calibration: str | Path | None,
+    aligner: Aligner,
+    cache: str | Path,
+) -> tuple[MergePlan, Refits]:
+    """The plan with its refit on the calibration text, and what gives its tensors. Raises PlanError, RefitError."""
+    if calibration is None:
+        raise PlanError(f"refit {refit.method} needs a plain text to fit on: give --calibration")
+    try:
+        text = Path(calibration).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"calibration {calibration} cannot be read as UTF-8 text: {error}") from error
+    shards = encode_text(text, checkpoint.tokenizer, limit=CalibrationConfig().tokens)
+    plan = replace(plan, refit=replace(refit, calibration=digest([shard.identity for shard in shards])))
+    check_refittable(checkpoint, plan)
+    return plan, Refitter(LayerRunner(checkpoint, aligner=aligner), cache, lambda: shards).tensors
 
 
 def save_merged(
@@ -63,9 +105,11 @@ def save_merged(
     folder: Path,
     *,
     aligner: Aligner | None = None,
+    refits: Refits | None = None,
     verify: bool = True,
     command: Sequence[str] | None = None,
     results: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the merged checkpoint with alphas.json, merge_plan.json (plan, receipts, proof), a model card and, where
     mergekit has terms for the plan, mergekit.yaml; the record, with the folder and its weights' bytes.
@@ -76,26 +120,40 @@ def save_merged(
     """
     aligner = aligner or Aligner(checkpoint)  # one for both passes, so that nothing is matched twice
     architecture = checkpoint.architecture
-    found = receipts(checkpoint, architecture, plan, aligner=aligner)
-    plan_id = plan.plan_id(checkpoint.identity)
+    progress = progress or Silent()
+    with step(progress, "receipts of the merge"):
+        found = receipts(checkpoint, architecture, plan, aligner=aligner, refits=refits)
+    with step(progress, "digest of the model's files"):
+        plan_id = plan.plan_id(checkpoint.identity)
     record = _record(checkpoint, plan, rows.receipt_rows(plan_id, found), command)
     extra = {"alphas.json": alpha_file_text(plan.steps)}
     try:
         extra["mergekit.yaml"] = mergekit_yaml(checkpoint, plan)
     except NotExpressible as error:
         record["mergekit"] = str(error)
+    layers = sum(len(checkpoint.layer_tensors(layer)) for layer in range(plan.n_layers))
+    total = len(checkpoint) - layers + sum(len(checkpoint.layer_tensors(kept.index)) for kept in plan.kept)
     written = checkpoint.save(
-        fused_tensors(checkpoint, architecture, plan, aligner=aligner),
+        _counted(fused_tensors(checkpoint, architecture, plan, aligner=aligner, refits=refits), total, progress),
         [kept.index for kept in plan.kept],
         folder,
         extra_files=extra | _described(checkpoint, record, results),
     )
     if verify:
-        record["proof"] = prove(checkpoint, plan, folder, aligner=aligner)
+        with step(progress, "proof: the saved model, loaded in a fresh process"):
+            record["proof"] = prove(checkpoint, plan, folder, aligner=aligner, refits=refits)
         for name, text in _described(checkpoint, record, results).items():
             (folder / name).write_text(text, encoding="utf-8")
         check_proof(record["proof"], folder)
     return record | {"bytes": written, "folder": str(folder)}
+
+
+def _counted(tensors: Iterator[tuple[str, Tensor]], total: int, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, counted as they are taken."""
+    progress.stage("saving the merged model (tensors)", total)
+    for done, tensor in enumerate(tensors, 1):
+        yield tensor
+        progress.advance(done)
 
 
 def saved_proof(folder: Path) -> dict[str, Any] | None:
@@ -109,6 +167,7 @@ def saved_proof(folder: Path) -> dict[str, Any] | None:
 def _record(
     checkpoint: Checkpoint, plan: MergePlan, found: list[dict[str, Any]], command: Sequence[str] | None
 ) -> dict[str, Any]:
+    plan_id = plan.plan_id(checkpoint.identity)
     plan_id = plan.plan_id(checkpoint.identity)
     changed = [receipt for receipt in found if receipt["max_abs_change"] > 0.0]
     record = {
@@ -136,6 +195,8 @@ def _record(
         "proof": None,
         "receipts": found,
     }
+    if plan.refit is not None:
+        record["refit"] = asdict(plan.refit)
     if plan.matrix_alphas:
         record["matrix_alphas"] = dict(plan.matrix_alphas)
     return record

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,10 @@ SURVIVORS = ("before", "after")
 
 #: The published heuristic's value for equal similarities: sigmoid(1/2). See `similarity_ratio`.
 FIXED_RATIO = 1.0 / (1.0 + math.exp(-0.5))
+
+
+#: Ways to fit the layers at the seams to the unmerged model's states; see `refit`.
+REFITS = ("linear", "scale", "outputs", "units")
 
 
 class PlanError(UserError):
@@ -43,7 +47,7 @@ class MergeStep:
 
 @dataclass(frozen=True, slots=True)
 class KeptLayer:
-    """One layer of the merged model.
+    """One layer of the merged model; `refitted` says that its output projections are fitted after merging.
 
     `index` is the original layer whose norms, biases and attention type it keeps; `coefficients` maps original
     layers to their weight in its projection matrices (they sum to 1; layers with weight 0 are left out). `matrices`
@@ -53,6 +57,7 @@ class KeptLayer:
     index: int
     coefficients: tuple[tuple[int, float], ...]
     matrices: tuple[tuple[str, tuple[tuple[int, float], ...]], ...] = ()
+    refitted: bool = False
 
     def coefficients_of(self, matrix: str) -> tuple[tuple[int, float], ...]:
         """What `coefficients` is, for one projection matrix."""
@@ -67,7 +72,30 @@ class KeptLayer:
     @property
     def unchanged(self) -> bool:
         itself = ((self.index, 1.0),)
-        return self.coefficients == itself and all(own == itself for _, own in self.matrices)
+        return not self.refitted and self.coefficients == itself and all(own == itself for _, own in self.matrices)
+
+
+@dataclass(frozen=True, slots=True)
+class Refit:
+    """How the layers at the seams of a merge are fitted to what the unmerged model computes on calibration tokens.
+
+    method: one of REFITS. ridge: how strongly the fitted weights are held to those that they had, relative to the
+    features' mean square; None chooses it layer by layer on held-out tokens. layers: how many layers after each seam
+    are fitted too, each to the states that leave it in the unmerged model. calibration: identity of the tokens.
+    """
+
+    method: str
+    ridge: float | None = None
+    layers: int = 0
+    calibration: str = ""
+
+    def __post_init__(self) -> None:
+        if self.method not in REFITS:
+            raise PlanError(f"refit is {self.method!r}, but must be one of {', '.join(REFITS)}")
+        if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge > 0.0):
+            raise PlanError(f"the ridge of a refit is {self.ridge}, but must be above 0")
+        if self.layers < 0:
+            raise PlanError(f"{self.layers} layers after a seam cannot be refitted: give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -80,7 +108,8 @@ class MergePlan:
     "keep" leaves the survivor's norms (published), "fold" multiplies every layer's input-norm gains into its matrices
     before averaging. `kind` is one of base, drop, before_last, fixed, random, file, found.
     `matrix_alphas`: alphas, one a step, of those projection matrices (relative names, "mlp.up_proj") that are not
-    averaged with the steps' own; a matrix's bias follows it where biases are merged.
+    averaged with the steps' own; a matrix's bias follows it where biases are merged. `refit`: the layers at the seams
+    are fitted after merging.
     """
 
     n_layers: int
@@ -92,6 +121,7 @@ class MergePlan:
     norms: str = "keep"
     biases: str = "keep"
     matrix_alphas: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    refit: Refit | None = None
     _kept: tuple[KeptLayer, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -124,7 +154,23 @@ class MergePlan:
                 else layer
                 for layer, own in zip(kept, folded, strict=True)
             )
-        return kept
+        if self.refit is None:
+            return kept
+        fitted = _refit_targets(kept, self.groups, self.refit.layers)
+        return tuple(replace(layer, refitted=position in fitted) for position, layer in enumerate(kept))
+
+    @property
+    def groups(self) -> dict[int, list[int]]:
+        """For each kept layer that others are merged into, all layers of its group, itself included."""
+        groups: dict[int, list[int]] = {}
+        for step in self.steps:
+            groups.setdefault(step.into, [step.into]).extend(groups.pop(step.remove, [step.remove]))
+        return groups
+
+    @property
+    def refit_targets(self) -> dict[int, int]:
+        """For each position that is refitted, in order, the original layer whose output it is to reproduce."""
+        return {} if self.refit is None else _refit_targets(self._kept, self.groups, self.refit.layers)
 
     @property
     def kept(self) -> tuple[KeptLayer, ...]:
@@ -146,8 +192,8 @@ class MergePlan:
 
     @property
     def ends_at_once(self) -> bool:
-        """Whether one layer is all that follows the unchanged trunk, as after a tail merge."""
-        return bool(self.steps) and self.resumes_at == len(self._kept) - 1
+        """Whether one layer, mixed of the base's alone, follows the unchanged trunk, as after a tail merge."""
+        return bool(self.steps) and self.resumes_at == len(self._kept) - 1 and self.refit is None
 
     def with_alphas(
         self,
@@ -221,7 +267,16 @@ class MergePlan:
             }
             # Left out where there are none, so that plans keep the id that they had before matrices could differ.
             | ({"matrix_alphas": dict(self.matrix_alphas)} if self.matrix_alphas else {})
+            | ({} if self.refit is None else {"refit": asdict(self.refit)})
         )
+
+
+def _refit_targets(kept: Sequence[KeptLayer], groups: Mapping[int, list[int]], layers: int) -> dict[int, int]:
+    """What `MergePlan.refit_targets` gives: the seams are the layers that stand for several."""
+    last = [max(groups.get(layer.index, [layer.index])) for layer in kept]
+    seams = [position for position, layer in enumerate(kept) if layer.index in groups]
+    positions = {position for seam in seams for position in range(seam, min(seam + layers + 1, len(kept)))}
+    return {position: last[position] for position in sorted(positions)}
 
 
 def _fold(n_layers: int, steps: Sequence[MergeStep]) -> tuple[KeptLayer, ...]:

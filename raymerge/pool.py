@@ -1,9 +1,18 @@
-"""Plain worker classes as Ray actors: placement, one call at a time, and what to do when one dies or hangs."""
+"""Plain worker classes as Ray actors: placement, one call at a time, and what to do when one dies or hangs.
+
+A pool is never sure of its workers: nodes come and go, processes die, calls hang. So nothing waits for a particular
+worker. One that is lost is out of the pool until its restart is through, wherever that happens, and what it was doing
+is free to be done by another; one that comes later than the rest joins in.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
+import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,12 +21,29 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from raymerge.errors import UserError
+from raymerge.progress import Progress, Silent, step
 
 _ATTEMPTS = 3  # how often one item is tried before its failure is the pool's
 _PAUSE_S = 0.3  # before an actor that is restarting is asked again; each such call itself takes 1-2 s to be refused
+_POLL_S = 1.0  # between looks at what is restarting, while others work
+_GROW_S = 5.0  # between looks at what the cluster has
+_PATIENCE_S = 10.0  # how long the first worker waits for the others at the start, if it started faster than that
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+#: The worker, or the node with its result, is gone.
+LOST = (RayActorError, GetTimeoutError, ObjectLostError, NodeDiedError, WorkerCrashedError)
 
 
 class WorkerError(RuntimeError):
@@ -25,15 +51,16 @@ class WorkerError(RuntimeError):
 
 
 class WorkerLost(WorkerError):
-    """One call did not end: its worker died or hung. `gone` says that the worker did not come back either."""
-
-    def __init__(self, message: str, gone: bool):
-        super().__init__(message)
-        self.gone = gone
+    """One call did not end: its worker died or hung, or its node is gone."""
 
 
 class PlacementError(UserError):
     """More workers asked for than the cluster has room for; the message has the figures."""
+
+
+class NoRoomError(UserError):
+    """No worker is left, or a disk or Ray's object store is full: no fault of what is computed. The message says what
+    to do; what is finished is stored."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +73,28 @@ class Placement:
 
 
 def plan_workers(
-    count: int | str, gpus_per_worker: float | str, cpus_per_worker: float, resources: Mapping[str, float]
+    count: int | str,
+    gpus_per_worker: float | str,
+    cpus_per_worker: float,
+    resources: Mapping[str, float],
+    *,
+    autoscaling: bool = False,
 ) -> Placement:
     """Choose how many workers fit. "auto" takes one GPU a worker where there are GPUs, else CPUs alone, and as many
     workers as fit; resources are a cluster's totals by Ray's names ("CPU", "GPU").
 
-    Raises PlacementError where more are asked for than fit.
+    Raises PlacementError where more are asked for than fit, unless the cluster is an `autoscaling` one.
     """
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     per_gpu = float(gpus >= 1) if gpus_per_worker == "auto" else float(gpus_per_worker)
     by_cpu = int(cpus // cpus_per_worker)
     fits = min(by_cpu, int(gpus / per_gpu + 1e-9)) if per_gpu else by_cpu
     wanted = max(fits, 1) if count == "auto" else int(count)
-    if wanted > fits:
+    if wanted > fits and not autoscaling:
         raise PlacementError(
             f"{wanted} workers of {cpus_per_worker:g} CPUs and {per_gpu:g} GPUs do not fit: the cluster has {cpus:g} "
             f"CPUs and {gpus:g} GPUs, room for {fits}; lower workers.count, workers.cpus_per_worker or "
-            "workers.gpus_per_worker"
+            "workers.gpus_per_worker, or set workers.autoscaling if the cluster grows on demand"
         )
     return Placement(wanted, cpus_per_worker, per_gpu)
 
@@ -72,24 +104,41 @@ def cluster_resources() -> dict[str, float]:
     return ray.cluster_resources()
 
 
+def driver_node() -> str:
+    """The name of a Ray resource that only this process's node has, so that an actor can be kept on it."""
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == here)
+    names = [name for name in node["Resources"] if name.startswith("node:")]
+    # Nodes that share an address, as in tests, share its resource as well; the head's other one is its own.
+    return next((name for name in names if name.endswith("__internal_head__")), names[0])
+
+
 @contextmanager
-def start_ray(*, num_cpus: int | None = None) -> Iterator[None]:
+def start_ray(
+    *, num_cpus: int | None = None, dashboard: bool = False, progress: Progress | None = None
+) -> Iterator[str | None]:
     """Use the Ray there is - a job's, RAY_ADDRESS's or this process's - else start a local one and end it after.
 
-    The local one listens on 127.0.0.1 only and has `num_cpus` (logical) CPUs, else the machine's.
+    The local one listens on 127.0.0.1 only and has `num_cpus` (logical) CPUs, else the machine's; `dashboard` starts
+    Ray's dashboard with it. Gives the dashboard's address, or None where there is none.
     """
     if ray.is_initialized():
-        yield
+        yield None
         return
-    # No dashboard: a search needs none, and it would listen on a port.
-    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "include_dashboard": False}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
-    else:
-        with _loopback_only():
-            ray.init(address="local", num_cpus=num_cpus, **options)
+    on_stop = signal.getsignal(signal.SIGTERM)
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    with step(progress or Silent(), "starting Ray"):
+        if os.environ.get("RAY_ADDRESS"):
+            context = ray.init(**options)
+        else:
+            options |= {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
+            with _loopback_only():
+                context = ray.init(address="local", num_cpus=num_cpus, **options)
+    if threading.current_thread() is threading.main_thread():
+        # Back to what it was: Ray's own prints a trace and aborts the process (SIGABRT) if it takes 3 s to end.
+        signal.signal(signal.SIGTERM, on_stop)
     try:
-        yield
+        yield f"http://{context.dashboard_url}" if context.dashboard_url else None
     finally:
         ray.shutdown()
 
@@ -113,11 +162,25 @@ def _loopback_only() -> Iterator[None]:
 
 
 class _Host:
-    """The actor: makes the plain worker and calls it."""
+    """The actor: makes the plain worker and calls it.
+
+    A user's mistake that only the constructor can see, such as a model that does not fit, is kept and raised when the
+    worker is first asked: Ray gives a constructor's error as text, which would lose its class.
+    """
 
     def __init__(self, worker_class: type, kwargs: Mapping[str, Any]):
-        self.worker = worker_class(**kwargs)
         self._marks: set[str] = set()
+        self._refusal: UserError | None = None
+        try:
+            self.worker = worker_class(**kwargs)
+        except UserError as error:
+            self._refusal = error
+
+    def ready(self, method: str | None) -> tuple[str, Any]:
+        """The address of this node, and what the worker answers to `method`, if one is asked for."""
+        if self._refusal is not None:
+            raise self._refusal
+        return ray.util.get_node_ip_address(), None if method is None else getattr(self.worker, method)()
 
     def mark(self, name: str) -> None:
         self._marks.add(name)
@@ -129,51 +192,93 @@ class _Host:
         return getattr(self.worker, method)(*args)
 
 
+def find_worker(name: str) -> Any:
+    """The actor of that name, from any process of the job. WorkerLost if it is gone for good."""
+    try:
+        return ray.get_actor(name)
+    except ValueError as error:
+        raise WorkerLost(f"there is no actor {name} any more") from error
+
+
 def call_worker(handle: Any, method: str, *args: Any, timeout_s: float) -> Any:
     """Call one worker once and wait for the answer, `timeout_s` at most.
 
-    What the worker's own code raises is raised here. A worker that dies or does not answer is restarted and waited
-    for, and WorkerLost raised: whether to ask again, and whom, is the caller's choice.
+    What the worker's own code raises is raised here, a full disk as NoRoomError. A worker that does not answer is
+    killed, to be restarted; for it and for one that died WorkerLost is raised, at once: whether to ask again, and
+    whom, is the caller's choice, and the restart is the pool's to wait for (`WorkerPool.lose`).
     """
     reference = handle.call.remote(method, *args)
+    return _answer(handle, method, reference, timeout_s)
+
+
+def _answer(handle: Any, method: str, reference: Any, timeout_s: float | None) -> Any:
+    """The result of a call that was made; errors as `call_worker`."""
     try:
         return ray.get(reference, timeout=timeout_s)
-    except GetTimeoutError:
+    except GetTimeoutError as error:
         ray.kill(handle, no_restart=False)
-        cause = f"no answer in {timeout_s:g} s"
-    except RayActorError as error:
-        cause = _reason(error)
-    raise WorkerLost(f"{method}: {cause}", gone=not _wait_until_back(handle, timeout_s))
-
-
-def _wait_until_back(handle: Any, timeout_s: float) -> bool:
-    """Whether a restarting actor is ready within `timeout_s`. Calls to it fail at once until it is."""
-    deadline = time.monotonic() + timeout_s
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            ray.get(handle.__ray_ready__.remote(), timeout=left)
-            return True
-        except (ActorDiedError, GetTimeoutError):
-            return False
-        except RayActorError:
-            time.sleep(_PAUSE_S)
-    return False
+        raise WorkerLost(f"{method}: no answer in time, the worker hangs") from error
+    except LOST as error:
+        raise WorkerLost(f"{method}: {_reason(error)}") from error
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        raise NoRoomError(
+            f"Ray's object store is full, and so is the disk behind it ({str(error).splitlines()[0]}): free space in "
+            "Ray's temporary folder, then run the same command again: what is finished is stored"
+        ) from error
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, UserError):  # reads as well as one that the driver sees
+            raise cause from None
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            raise NoRoomError(
+                f"{method}: {cause} on a worker's machine; free space (or set output.cache to another disk), then run "
+                "the same command again: what is finished is stored"
+            ) from error
+        raise
 
 
 def _reason(error: Exception) -> str:
-    """An actor's death in a line. What its constructor raised stands at the end of Ray's text, other causes first."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {lines[-1 if 'creation task' in lines[0] else 0].strip()}"
+    """An actor's death in a line: what its constructor raised stands at the end of Ray's text; of another death first
+    what Ray calls it, then, after the actor's particulars, why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    if "creation task" in lines[0]:
+        return f"{type(error).__name__}: {lines[-1]}"
+    why = next((line for line in lines[1:] if not line.startswith(_PARTICULARS)), "")
+    return f"{type(error).__name__}: {lines[0]} {why}".strip()
+
+
+_PARTICULARS = ("class_name:", "actor_id:", "pid:", "name:", "namespace:", "ip:")
+
+
+@dataclass
+class _Slot:
+    """One place in the pool: its actor, which may be there or awaited, or gone for good."""
+
+    handle: Any = None
+    name: str = ""
+    ready: Any = None  # the reference that says that an awaited actor is there
+    ask_at: float = 0.0  # when to ask again whether it is
+    since: float | None = None  # when it came; None: it is awaited
+    seconds: float = 0.0  # that it was there before
+    losses: int = 0  # of this actor, since it last finished something
+    proved: bool = False  # it has finished something
+    gone: str = ""  # why it will not come back
 
 
 class WorkerPool:
-    """`count` actors, each holding one worker made by worker_class(**kwargs).
+    """Up to `count` actors, each holding one worker made by worker_class(**kwargs), spread over the nodes.
 
-    A worker needs nothing but its constructor, which Ray runs again when it restarts an actor (at most `max_restarts`
-    times); kwargs must be small, since Ray keeps arguments over 100 kB in an object store that a restart may outlive.
-    `timeout_s` is how long one call, or a start, may take before the actor counts as hanging. The pool waits for its
-    workers; those for which there is no room by then are left out. WorkerError where one's constructor raises or none
-    starts.
+    A worker needs nothing but its constructor, which Ray runs again when it restarts an actor, on whatever node has
+    room; kwargs must be small, since Ray keeps arguments over 100 kB in an object store that a restart may outlive.
+    An actor that dies more than `max_restarts` times without finishing anything in between is not started again.
+
+    timeout_s: how long one call may take before the actor counts as hanging. wait_s: how long to wait while there is
+    no worker at all, at the start or later. grow: asked from time to time how many workers there should be; a pool
+    never gives up workers for it. on_event(kind, worker, detail) hears of every worker that was "lost", came "back" or
+    "joined" late, was "replaced" or is "gone" for good.
+
+    The pool opens when all workers are there, or some and the others take longer than they did: those join when they
+    come. Raises WorkerError where a constructor raises, UserError where it raises one, NoRoomError where none starts.
     """
 
     def __init__(
@@ -185,40 +290,185 @@ class WorkerPool:
         cpus_per_worker: float = 1,
         gpus_per_worker: float = 0,
         timeout_s: float = 600.0,
+        wait_s: float = 600.0,
         max_restarts: int = 3,
+        grow: Callable[[], int] | None = None,
+        on_event: Callable[[str, str, str], None] | None = None,
     ):
-        self.timeout_s = timeout_s
+        self.timeout_s, self.wait_s = timeout_s, wait_s
+        self._grow, self._grown_at, self._on_event = grow, time.monotonic(), on_event
+        self._admission: tuple[str | None, Callable[[Any], None]] = (None, lambda _: None)
+        self._what = f"{worker_class.__name__} of {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs"
         threads = str(max(1, int(cpus_per_worker)))
-        actor = ray.remote(_Host).options(
-            num_cpus=cpus_per_worker,
-            num_gpus=gpus_per_worker,
-            max_restarts=max_restarts,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}},
+        actor, options = (
+            ray.remote(_Host),
+            {
+                "num_cpus": cpus_per_worker,
+                "num_gpus": gpus_per_worker,
+                "max_restarts": max_restarts,
+                "scheduling_strategy": "SPREAD",
+                "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}},
+            },
         )
-        self.handles = [actor.remote(worker_class, dict(kwargs)) for _ in range(count)]
+        self._start = lambda name: actor.options(name=name, **options).remote(worker_class, dict(kwargs))
+        self._slots: list[_Slot] = []
+        self._open, self._empty_since = False, time.monotonic()
         try:
-            self._wait_for_starts(f"{worker_class.__name__} of {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs")
+            self._add(count)
+            self._wait_for_starts()
         except BaseException:
             self.close()
             raise
 
-    def _wait_for_starts(self, what: str) -> None:
-        started = {handle.__ray_ready__.remote(): handle for handle in self.handles}
-        ready, late = ray.wait(list(started), num_returns=len(started), timeout=self.timeout_s)
-        for reference in ready:
-            try:
-                ray.get(reference)
-            except RayActorError as error:
-                raise WorkerError(f"{what} did not start: {_reason(error)}") from error
-        for reference in late:
-            ray.kill(started[reference])
-        self.handles = [started[reference] for reference in started if reference not in late]
-        if not self.handles:
-            raise WorkerError(f"no {what} started in {self.timeout_s:g} s; the cluster has {ray.cluster_resources()}")
+    def _add(self, count: int) -> None:
+        for _ in range(count):
+            self._slots.append(_Slot())
+            self._fill(len(self._slots) - 1)
+
+    def _fill(self, slot: int) -> None:
+        """Start a new actor in a slot."""
+        name = f"raymerge-{uuid.uuid4().hex[:12]}-{slot}"
+        self._slots[slot] = _Slot(self._start(name), name, seconds=self._slots[slot].seconds)
+        self._ask(self._slots[slot])
+
+    def _ask(self, slot: _Slot) -> None:
+        slot.ready, slot.since = slot.handle.ready.remote(self._admission[0]), None
+
+    def _wait_for_starts(self) -> None:
+        began, first = time.monotonic(), None
+        while self.awaited:
+            waiting = [slot.ready for slot in self._slots if slot.ready is not None]
+            if waiting:
+                ray.wait(waiting, timeout=_POLL_S)
+            else:
+                time.sleep(_PAUSE_S)
+            if not self.poll():
+                self.require()
+            now = time.monotonic()
+            if self.count and first is None:
+                first = now - began
+            # The others are awaited as long again; they join later if they take longer.
+            if first is not None and now - began > first + max(first, _PATIENCE_S):
+                break
+        self._open = True
+
+    # -- who is there
+
+    @property
+    def present(self) -> list[int]:
+        """The slots whose worker is there, at work or free."""
+        return [number for number, slot in enumerate(self._slots) if slot.since is not None]
 
     @property
     def count(self) -> int:
-        return len(self.handles)
+        """How many workers are there."""
+        return len(self.present)
+
+    @property
+    def awaited(self) -> int:
+        """How many workers are starting, restarting, or waiting for a node to run on."""
+        return sum(slot.since is None and not slot.gone for slot in self._slots)
+
+    def name_of(self, slot: int) -> str:
+        """The name by which another process finds a slot's actor (`find_worker`)."""
+        return self._slots[slot].name
+
+    def seconds_present(self) -> dict[int, float]:
+        """Seconds that each slot's worker has been there."""
+        now = time.monotonic()
+        return {
+            number: slot.seconds + (0.0 if slot.since is None else now - slot.since)
+            for number, slot in enumerate(self._slots)
+        }
+
+    def admit(self, method: str, check: Callable[[Any], None]) -> None:
+        """Have every worker that comes from now on asked `method`, and its answer checked, before it gets work."""
+        self._admission = method, check
+
+    def poll(self) -> list[int]:
+        """Slots whose worker has come, or come back, since the last call. Never waits; starts more where `grow` wants.
+
+        Raises what an admission's check raises, UserError where a worker's constructor does, and WorkerError where it
+        raises anything else before the pool is open.
+        """
+        now, came = time.monotonic(), []
+        if self._grow is not None and self._open and now - self._grown_at > _GROW_S:
+            self._grown_at = now
+            self._add(max(0, self._grow() - len(self._slots)))
+        for number, slot in enumerate(self._slots):
+            if slot.since is not None or slot.gone or slot.ask_at > now:
+                continue
+            if slot.ready is None:
+                self._ask(slot)
+            if not ray.wait([slot.ready], timeout=0)[0]:
+                continue
+            try:
+                address, answer = ray.get(slot.ready)
+            except RayTaskError as error:
+                raise error.cause if isinstance(error.cause, UserError) else error from None
+            except ActorDiedError as error:
+                self._replace(number, _reason(error))
+            except LOST:
+                slot.ready, slot.ask_at = None, now + _PAUSE_S
+            else:
+                self._admission[1](answer)
+                late, waited = self._open and not slot.losses, now - self._empty_since
+                slot.ready, slot.since = None, now
+                came.append(number)
+                if late:
+                    self._tell("joined", number, f"on {address}")
+                elif self._open:
+                    self._tell("back", number, f"on {address}" + ("" if self.count > 1 else f" after {waited:.0f} s"))
+        return came
+
+    def lose(self, slot: int, reason: str) -> None:
+        """A call to this worker did not end: it is out of the pool until Ray has restarted it."""
+        lost = self._slots[slot]
+        if lost.since is not None:
+            lost.seconds += time.monotonic() - lost.since
+        lost.losses += 1
+        self._tell("lost", slot, reason)
+        self._ask(lost)
+        if not self.count:
+            self._empty_since = time.monotonic()
+
+    def succeeded(self, slot: int) -> None:
+        """A call to this worker ended: what it was lost for before does not count any more."""
+        self._slots[slot].losses, self._slots[slot].proved = 0, True
+
+    def _replace(self, slot: int, reason: str) -> None:
+        """Ray will not restart a slot's actor: start another if it ever finished anything, else give the slot up."""
+        if not self._open:
+            raise WorkerError(f"{self._what} did not start: {reason}")
+        if self._slots[slot].proved:
+            self._fill(slot)
+            self._slots[slot].losses = 1  # it comes back, it does not join
+            self._tell("replaced", slot, reason)
+        else:
+            self._slots[slot].gone, self._slots[slot].ready = reason, None
+            self._tell("gone", slot, reason)
+
+    def require(self) -> None:
+        """NoRoomError where no worker is there and none will come, or none has for `wait_s`."""
+        if self.count:
+            return
+        resources = {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")}
+        has = f"the cluster has {resources['CPU']:g} CPUs and {resources['GPU']:g} GPUs"
+        if not self.awaited:
+            reasons = {f"worker-{number}": slot.gone for number, slot in enumerate(self._slots)}
+            raise NoRoomError(
+                f"no worker is left, each died more often than workers.max_restarts without finishing anything: "
+                f"{reasons}; {has}. What is finished is stored"
+            )
+        if time.monotonic() - self._empty_since > self.wait_s:
+            raise NoRoomError(
+                f"no {self._what} has been there for {self.wait_s:g} s (workers.wait_s); {has}. What is finished is "
+                "stored: run the same command again when there is room"
+            )
+
+    def _tell(self, kind: str, slot: int, detail: str) -> None:
+        if self._on_event is not None:
+            self._on_event(kind, f"worker-{slot}", detail)
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -228,92 +478,81 @@ class WorkerPool:
 
     def close(self) -> None:
         """End the actors."""
-        for handle in self.handles:
-            ray.kill(handle)
-        self.handles = []
+        for slot in self._slots:
+            if slot.handle is not None and not slot.gone:
+                ray.kill(slot.handle)
+        self._slots = []
+
+    # -- work
 
     def broadcast(self, method: str, *args: Any) -> list[Any]:
-        """Call a method on every worker at once; results in the workers' order. A call that a death or a hang ended
-        is repeated on the same worker as in `map`."""
-        calls = [(method, args, slot) for slot in range(self.count)]
-        return self._run(calls, None)
+        """Call a method on every worker that is there, at once; their results in the slots' order.
+
+        A worker that is lost over it is left out; where all are, those that come next are asked, three times in all.
+        """
+        for _ in range(_ATTEMPTS):
+            self._wait_for_one()
+            calls = {slot: self._slots[slot].handle.call.remote(method, *args) for slot in self.present}
+            ray.wait(list(calls.values()), num_returns=len(calls), timeout=self.timeout_s)
+            results = []
+            for slot, reference in calls.items():
+                try:
+                    results.append(_answer(self._slots[slot].handle, method, reference, 0.0))
+                except WorkerLost as error:
+                    self.lose(slot, str(error))
+                else:
+                    self.succeeded(slot)
+            if results:
+                return results
+        raise WorkerError(f"{method} killed every worker that was asked, {_ATTEMPTS} times")
+
+    def _wait_for_one(self) -> None:
+        while not self.count:
+            self.require()
+            if not self.poll():
+                time.sleep(_PAUSE_S)
 
     def map(self, method: str, items: Sequence[Any], on_result: Callable[[int, Any], None] | None = None) -> list[Any]:
         """Call a method once an item, each worker taking the next item when it is free; results in items' order.
 
-        on_result(number, result) is called as results come. An item whose worker died or hung is tried again, three
-        times in all, by whichever worker is free; the worker gets work again when its restart is through. Raises what
-        the worker's own code raises, at once, and WorkerError where an item failed three times or no worker is left.
+        on_result(number, result) is called as results come. An item whose worker was lost is tried again, three
+        times in all, by whichever worker is free. Raises what the worker's own code raises, at once, WorkerError where
+        an item failed three times, and NoRoomError where no worker is left.
         """
-        return self._run([(method, (item,), None) for item in items], on_result)
-
-    def _run(
-        self, calls: Sequence[tuple[str, tuple, int | None]], on_result: Callable[[int, Any], None] | None
-    ) -> list[Any]:
-        """Make calls (method, arguments, slot or None for any), one at a time on each worker."""
-        results: list[Any] = [None] * len(calls)
-        waiting, attempts = deque(range(len(calls))), [0] * len(calls)
-        free = list(range(self.count))
-        # reference -> (slot, number of the call, deadline); number None: the slot is restarting.
-        running: dict[Any, tuple[int, int | None, float]] = {}
-        causes: dict[int, Exception] = {}
-
-        def start(slot: int, number: int | None) -> None:
-            if number is None:
-                reference = self.handles[slot].__ray_ready__.remote()
-            else:
-                method, args, _ = calls[number]
-                attempts[number] += 1
-                reference = self.handles[slot].call.remote(method, *args)
-            running[reference] = (slot, number, time.monotonic() + self.timeout_s)
-
+        results: list[Any] = [None] * len(items)
+        waiting, attempts = deque(range(len(items))), [0] * len(items)
+        free = self.present
+        running: dict[Any, tuple[int, int, float]] = {}  # reference -> (slot, number of the item, deadline)
         while waiting or running:
-            for slot in list(free):
-                number = next((n for n in waiting if calls[n][2] in (None, slot)), None)
-                if number is not None:
-                    free.remove(slot)
-                    waiting.remove(number)
-                    start(slot, number)
+            free += self.poll()
+            while free and waiting:
+                slot, number = free.pop(0), waiting.popleft()
+                reference = self._slots[slot].handle.call.remote(method, items[number])
+                running[reference] = slot, number, time.monotonic() + self.timeout_s
             if not running:
-                raise WorkerError(f"no worker is left for {calls[waiting[0]][0]}: {causes}")
-            soonest = min(deadline for _, _, deadline in running.values())
-            done, _ = ray.wait(list(running), timeout=max(0.0, soonest - time.monotonic()))
-            overdue = [] if done else [ref for ref, (_, _, deadline) in running.items() if deadline <= time.monotonic()]
-            for reference in done or overdue:
+                self.require()
+                time.sleep(_PAUSE_S)
+                continue
+            done, _ = ray.wait(list(running), timeout=_POLL_S)
+            now = time.monotonic()
+            overdue = [reference for reference, (_, _, deadline) in running.items() if deadline <= now]
+            for reference in {*done, *overdue}:
                 slot, number, _ = running.pop(reference)
                 try:
-                    if overdue:
-                        ray.kill(self.handles[slot], no_restart=number is None)
-                        raise GetTimeoutError(f"no answer in {self.timeout_s:g} s")
-                    result = ray.get(reference)
-                except RayTaskError as error:
-                    # A user's mistake that only a worker can see reads as well as one that the driver sees.
-                    if isinstance(error.cause, UserError):
-                        raise error.cause from None
-                    raise
-                except (RayActorError, GetTimeoutError) as error:
-                    causes[slot] = error
-                    died = isinstance(error, ActorDiedError)  # Its restarts are used up: its slot is never free again.
-                    if number is not None:
-                        attempts[number] -= died  # A worker lost in earlier work is none of this item's doing.
-                        if attempts[number] >= _ATTEMPTS:
-                            raise self._failed(calls[number], number, slot, error) from error
-                        waiting.appendleft(number)
-                    if died or (number is None and overdue):
-                        continue
-                    time.sleep(_PAUSE_S)
-                    start(slot, None)
+                    found = _answer(self._slots[slot].handle, method, reference, None if reference in done else 0.0)
+                except WorkerLost as error:
+                    self.lose(slot, str(error))
+                    attempts[number] += 1
+                    if attempts[number] >= _ATTEMPTS:
+                        raise WorkerError(
+                            f"{method} of item {number} ({items[number]!r:.200}) failed {_ATTEMPTS} times, the last "
+                            f"time on worker {slot}: {error}"
+                        ) from error
+                    waiting.appendleft(number)
                 else:
                     free.append(slot)
-                    if number is not None:
-                        results[number] = result
-                        if on_result is not None:
-                            on_result(number, result)
+                    self.succeeded(slot)
+                    results[number] = found
+                    if on_result is not None:
+                        on_result(number, found)
         return results
-
-    def _failed(self, call: tuple[str, tuple, int | None], number: int, slot: int, error: Exception) -> WorkerError:
-        method, args, _ = call
-        return WorkerError(
-            f"{method} of item {number} ({args!r:.200}) failed {_ATTEMPTS} times, the last time on worker {slot}: "
-            f"{_reason(error)}"
-        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -29,3 +31,11 @@ class Silent:
 
     def message(self, text: str) -> None:
         pass
+
+
+@contextmanager
+def step(progress: Progress, name: str) -> Iterator[None]:
+    """A stage of work that cannot be counted: one unit, finished at the end of the block."""
+    progress.stage(name, 1)
+    yield
+    progress.advance(1)

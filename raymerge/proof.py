@@ -25,6 +25,7 @@ from raymerge.alignment import Aligner
 from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.errors import UserError
 from raymerge.forward import LayerRunner
+from raymerge.fusion import Refits
 from raymerge.plan import MergePlan
 from raymerge.prompts import Group, Shard
 from raymerge.tensorfiles import read_tensors
@@ -45,7 +46,14 @@ class ProofError(UserError):
     """A saved model that, reloaded, is not the one that was merged; the message says by how much."""
 
 
-def prove(checkpoint: Checkpoint, plan: MergePlan, folder: Path, *, aligner: Aligner | None = None) -> dict[str, Any]:
+def prove(
+    checkpoint: Checkpoint,
+    plan: MergePlan,
+    folder: Path,
+    *,
+    aligner: Aligner | None = None,
+    refits: Refits | None = None,
+) -> dict[str, Any]:
     """Compare the model saved in `folder` with the layerwise forward of `plan` on `checkpoint`; what was found.
 
     passed; max_difference, tolerance and largest_logit (logits); positions, and predictions_equal (how many of them
@@ -60,7 +68,7 @@ def prove(checkpoint: Checkpoint, plan: MergePlan, folder: Path, *, aligner: Ali
     """
     began = time.monotonic()
     texts, ids = _prompts(checkpoint)
-    expected = _layerwise_logits(checkpoint, plan, ids, aligner)
+    expected = _layerwise_logits(checkpoint, plan, ids, aligner, refits)
     largest = max(float(logits.abs().max()) for logits in expected)
     layers = len(plan.kept)
     record: dict[str, Any] = {
@@ -117,10 +125,15 @@ def _prompts(checkpoint: Checkpoint) -> tuple[list[str] | None, list[np.ndarray]
 
 @torch.inference_mode()
 def _layerwise_logits(
-    checkpoint: Checkpoint, plan: MergePlan, ids: Sequence[np.ndarray], aligner: Aligner | None
+    checkpoint: Checkpoint,
+    plan: MergePlan,
+    ids: Sequence[np.ndarray],
+    aligner: Aligner | None,
+    refits: Refits | None,
 ) -> list[Tensor]:
     """(T, vocabulary) float32 logits of each sequence, by what plans are judged with."""
     runner = LayerRunner(checkpoint, device="cpu", dtype=torch.float32, aligner=aligner)
+    runner.refits = refits
     empty = np.empty(0, dtype=np.int64)
     shard = Shard(tuple(Group("", empty, (sequence,), (row,)) for row, sequence in enumerate(ids)))
     states = runner.run(runner.embed(shard), runner.plan_layers(plan))

@@ -73,11 +73,19 @@ SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
     "perplexity": "plan_id:str target:str subject:str? tokens:i64 nll:f64 perplexity:f64 text_hash:str?",
     "costs": "plan_id:str layers:i32 layers_removed:i32 parameters:i64 parameters_removed:i64 bytes:i64 "
         "tokens_per_second:f64?",
-    # one point of the compression curve; a plan may stand under several methods
-    "sweep": "plan_id:str merges:i32 method:str alignment:str norms:str",
+    # one point of the compression curve; a plan may stand under several methods. refit: null in runs before there were
+    # any, as none
+    "sweep": "plan_id:str merges:i32 method:str alignment:str norms:str refit:str?",
+    # one fit of a refitted plan, in order. layer: original number; part: units, attention or mlp; tokens: fitted on,
+    # those that the ridge was chosen on included; errors left, relative to the layer as it stood: on these tokens, and
+    # on held-out ones before they were included; seconds: of the whole plan
+    "refits": "plan_id:str method:str layer:i32 part:str tokens:i64 ridge:f64? error:f64? held_out_error:f64? "
+        "seconds:f64?",
     # measure position_nll: mean NLL (nats) of text tokens in [bucket, next bucket) of a window; retrieval: accuracy on
     # key-value prompts by distance in tokens
     "context": "plan_id:str measure:str bucket:i32 n:i64 value:f64 standard_error:f64?",
+    # what befell the run: kind resumed, or of a worker lost, back, joined, replaced, gone (WorkerPool); time in UTC
+    "incidents": "time:str kind:str worker:str? detail:str?",
     "receipts": "plan_id:str tensor:str max_abs_change:f64 relative_change:f64",
     "gradient_history": "searcher:str start:i32 epoch:i32 loss:f64 held_out_loss:f64? alphas:list",
 }.items()}

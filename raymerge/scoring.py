@@ -10,9 +10,10 @@ the merged model to rounding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +22,19 @@ from torch.func import functional_call
 
 from raymerge.alignment import REORDERED, layer_tensors
 from raymerge.architectures import module_layer, source_tensor
+from raymerge.device import attempt, device_memory, host_buffer, host_free, release_cached, streamed
 from raymerge.forward import LayerRunner, visible
-from raymerge.fusion import check_mergeable, fused_layer
+from raymerge.fusion import check_mergeable
+from raymerge.memory import MemoryPlanError, ScoringPlan, ScoringWork, plan_scoring
 from raymerge.plan import MergePlan
 from raymerge.prompts import Prompts
 from raymerge.trunk import TrunkCache
 
-_MIXED_TOGETHER = 4  # candidates whose weights are mixed in one pass and held at once (60 MB each at 0.5B)
-_BUCKET_TOKENS = 16384  # padded tokens of the questions whose own attention is computed in one call
+_MIXED_TOGETHER = 4  # candidates whose weights are mixed in one pass on a CPU and held at once (60 MB each at 0.5B)
+_BUCKET_TOKENS = 16384  # padded tokens of the questions whose own attention a CPU computes in one call
+_VOCABULARY_QUESTIONS = 4096  # whose whole-vocabulary logits an accelerator computes at once (0.27 GB)
+_PAIRS = 16  # of a question and a key of its prefix, as much memory as a token's key and value
+_ROW = 8  # tokens' keys and values, as much memory as one question's MLP
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,20 @@ class _Bucket:
     width: int
 
 
+class _KeyValueSums(NamedTuple):
+    """Rotated keys and values of all tokens by the matrices of each source, (sources, tokens, kv * head_dim)."""
+
+    keys: Tensor
+    values: Tensor
+
+
 class SourceLayers:
     """The weights of the layers from `first` on, stacked so that mixing them is a single matrix product.
 
-    stack: (sources, parameters of one layer) float32, matrices and then biases; made when first asked for. Mixing
-    several candidates at once reads it once: a candidate's mix is otherwise bound by memory (9 merges of a 0.5B model
-    read 600 MB).
+    stack: (sources, parameters of one layer), matrices and then biases; made when first asked for. float32, on an
+    accelerator the stored dtype where that loses nothing (folded gains would be rounded twice). Mixing several
+    candidates at once reads it once: a candidate's mix is otherwise bound by memory (9 merges of a 0.5B model read
+    600 MB).
     norms: as plans have it; with "fold" the gains are in the stacked matrices. alignment: as plans have it, but not
     "rows"; units are laid on those of layer `first`. Which layer of the group they are laid on does not matter: the mix
     is then the same units in another order.
@@ -82,6 +96,10 @@ class SourceLayers:
         self._matrix_of = [arch.matrices.index(name.rpartition(".")[0]) for name in self._names]
         self._shapes = [checkpoint[arch.layer_name(first, name)].shape for name in self._names]
         self._sizes = [shape.numel() for shape in self._shapes]
+        narrow = runner.accelerated and norms == "keep"
+        self.stack_dtype = checkpoint.dtype if narrow else torch.float32
+        # A narrow stack is widened for its sums a part at a time.
+        self._columns = -(-sum(self._sizes) // 8) if narrow else sum(self._sizes)
 
     # Made in normal mode, wherever they are first asked for: gradients are taken through them as well.
 
@@ -89,14 +107,15 @@ class SourceLayers:
     @torch.inference_mode(False)
     def stack(self) -> Tensor:
         checkpoint, arch = self._runner.checkpoint, self._runner.checkpoint.architecture
-        stack = torch.empty(self.count, sum(self._sizes), dtype=torch.float32, device=self._runner.device)
+        stack = torch.empty(self.count, sum(self._sizes), dtype=self.stack_dtype, device=self._runner.device)
         permutations = {}
         if self.alignment in REORDERED:
             layers = range(self._first, checkpoint.n_layers)
             permutations = self._runner.aligner.towards(self._first, layers, self.alignment)
         for j, row in enumerate(stack):
             layer = self._first + j
-            tensors = layer_tensors(checkpoint, arch, layer)
+            stored = layer_tensors(checkpoint, arch, layer)
+            tensors = {name: tensor.to(self._runner.device) for name, tensor in stored.items()}
             for part, name in zip(row.split(self._sizes), self._names, strict=True):
                 order = permutations.get(layer)
                 part.copy_(source_tensor(arch, tensors, name, norms=self.norms, permutations=order).reshape(-1))
@@ -119,18 +138,21 @@ class SourceLayers:
             )
         return others
 
-    def mix(self, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
-        """(candidates, sources) coefficients to (candidates, parameters) float32, rounded to `dtype`.
+    def mix(self, coefficients: Tensor, dtype: torch.dtype, out_dtype: torch.dtype = torch.float32) -> Tensor:
+        """(candidates, sources) coefficients to (candidates, parameters), summed in float32, rounded to `dtype` and
+        given in `out_dtype`.
 
         Coefficients may also be (candidates, matrices, sources), one row for each of the family's matrices.
         """
         coefficients = coefficients.to(self.stack.device, torch.float32)
         if coefficients.ndim == 2:
-            mixed = coefficients @ self.stack
+            mixed = [
+                (coefficients @ part.float()).to(dtype).to(out_dtype) for part in self.stack.split(self._columns, 1)
+            ]
         else:
             parts = zip(self._matrix_of, self.stack.split(self._sizes, dim=1), strict=True)
-            mixed = torch.cat([coefficients[:, matrix] @ part for matrix, part in parts], dim=1)
-        return mixed if dtype == torch.float32 else mixed.to(dtype).float()
+            mixed = [(coefficients[:, matrix] @ part.float()).to(dtype).to(out_dtype) for matrix, part in parts]
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
 
     def averaged(self, merge_biases: bool) -> list[str]:
         """Names of the tensors that are averaged, as `weights` gives them."""
@@ -146,16 +168,21 @@ class SourceLayers:
         parts = zip(self._names, self._matrix_of, self.stack.split(self._sizes, dim=1), strict=True)
         for name, matrix, part in parts:
             if (gradient := gradients.get(name)) is not None:
-                found[matrix] += (part @ gradient.reshape(-1)).double().cpu()
+                pieces = zip(part.split(self._columns, 1), gradient.reshape(-1).split(self._columns), strict=True)
+                for piece, own in pieces:
+                    found[matrix] += (piece.float() @ own.float()).double().cpu()
         return found
 
     def weights(self, mixed: Tensor, rest: int, merge_biases: bool) -> dict[str, Tensor]:
-        """One candidate's layer: its mixed matrices, with norms and, unless they are merged, biases of `rest`."""
-        parts = zip(self._names, mixed.split(self._sizes), self._shapes, strict=True)
-        weights = {name: part.view(shape) for name, part, shape in parts}
+        """One candidate's layer: its mixed matrices, with norms and, unless they are merged, biases of `rest`.
+
+        mixed may be (candidates, parameters) of several with the same rest: what is `averaged` then has this axis too.
+        """
+        parts = zip(self._names, mixed.split(self._sizes, -1), self._shapes, strict=True)
+        weights = {name: part.unflatten(-1, shape) for name, part, shape in parts}
         if not merge_biases:
             own = self.stack[rest].split(self._sizes)[-len(self._biases) :] if self._biases else ()
-            weights.update(zip(self._biases, own, strict=True))
+            weights.update((name, bias.float()) for name, bias in zip(self._biases, own, strict=True))
         return weights | self._others[rest]
 
 
@@ -172,6 +199,11 @@ class TailScorer:
     dtype, so that what is scored is exactly what would be saved; torch.float32 leaves them unrounded.
     sources: the stacked weights, where several scorers share them; plans with their norms and alignment are scored
     fastest (`is_stacked`), and all others are fused one by one.
+    compute_dtype: of the states and of what is multiplied with the merged matrices; float32 on a CPU, on an accelerator
+    the runner's. Attention, the residual stream, the final norm and the logits are float32 in any case: letters tie in
+    bfloat16.
+    plan: where the states lie and how much is done at once; on an accelerator chosen by its free memory. Whatever runs
+    out of memory there is done again with the plan's next smaller one.
     """
 
     def __init__(
@@ -181,11 +213,14 @@ class TailScorer:
         *,
         fused_dtype: torch.dtype | None = None,
         sources: SourceLayers | None = None,
+        compute_dtype: torch.dtype | None = None,
+        plan: ScoringPlan | None = None,
     ):
         self.runner = trunk.runner
         self.first = trunk.first
         self.prompts = prompts
         self.fused_dtype = fused_dtype or self.runner.checkpoint.dtype
+        self.compute_dtype = compute_dtype or (self.runner.dtype if self.runner.accelerated else torch.float32)
         self.sources = sources or SourceLayers(self.runner, self.first)
         self._block = self.runner.modules[self.first]
         arch = self.runner.checkpoint.architecture
@@ -197,60 +232,120 @@ class TailScorer:
         # Of families without an input norm the states are read as they are.
         self._normalises = arch.gain_of(arch.rows_of("q")[0]) is not None
         self._epsilon = self.runner.checkpoint.config.rms_norm_eps
-        self._arrange(trunk)
+        self._sums: _KeyValueSums | None = None
+        fits, _ = attempt(lambda: self._arrange(trunk, plan))
+        if not fits:  # less than the plan counted on: others may have taken memory since
+            self._arrange(trunk, replace(self.plan, states="host", key_values="recompute"))
         self._letters = self.runner.unembedding_rows(list(prompts.letters))
 
     # -- setting up ---------------------------------------------------------------------------------------------
 
-    def _arrange(self, trunk: TrunkCache) -> None:
-        prefixes, lengths, rows, positions, owners, owned = [], [], [], [], [], []
+    def _arrange(self, trunk: TrunkCache, plan: ScoringPlan | None) -> None:
+        prefixes: list[Tensor] = []
+        known: dict[bytes, int] = {}  # a subject's prefix, by its token ids: large subjects have it in many shards
+        lengths, rows, owners, owned = [], [], [], []
         for shard in self.prompts.shards:
             for group, (prefix, own) in zip(shard.groups, trunk.load(shard), strict=True):
                 sizes = [len(ids) for ids in group.sequences]
                 owned.extend(own.split(sizes))
                 lengths += sizes
                 rows += group.rows
-                positions += [len(group.prefix)] * len(sizes)
-                owners += [len(prefixes)] * len(sizes)
-                prefixes.append(prefix)
+                number = known.setdefault(group.prefix.astype("<i8").tobytes(), len(prefixes))
+                if number == len(prefixes):
+                    prefixes.append(prefix)
+                owners += [number] * len(sizes)
         order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-        device, dtype = self.runner.device, torch.float32
-        self.rows = torch.tensor([rows[i] for i in order])
-        self._lengths = torch.tensor([lengths[i] for i in order], device=device)
-        owner = torch.tensor([owners[i] for i in order])
-        offset = torch.tensor([positions[i] for i in order])
+        lengths = [lengths[i] for i in order]
+        device = self.runner.device
+        n_prefix = sum(len(prefix) for prefix in prefixes)
+        self.plan = plan or self._planned(n_prefix, lengths)
+        self._buckets = _buckets_of(lengths, self.plan.chunk_tokens)
+        padded = sum(bucket.count * bucket.width for bucket in self._buckets)
 
+        self.rows = torch.tensor([rows[i] for i in order])
+        self._lengths = torch.tensor(lengths, device=device)
+        owner = torch.tensor([owners[i] for i in order])
         self._prefixes, start = [], 0
         for number, prefix in enumerate(prefixes):
-            stop = start + len(prefix)
             questions = torch.nonzero(owner == number).flatten().to(device)
-            self._prefixes.append(_Prefix(start, stop, questions))
-            start = stop
-        self._prefix_order = torch.argsort(torch.cat([prefix.questions for prefix in self._prefixes]))
+            self._prefixes.append(_Prefix(start, start + len(prefix), questions))
+            start += len(prefix)
+        self._n_prefix = n_prefix
+        self._offsets = torch.tensor([len(prefixes[owners[i]]) for i in order], device=device)
 
-        self._buckets, blocks, token_positions = _buckets_of([lengths[i] for i in order]), [], []
+        width = (owned or prefixes)[0].shape[-1]
+        self._tokens = self._empty_states(n_prefix + padded, width)
+        for prefix, place in zip(prefixes, self._prefixes, strict=True):
+            self._tokens[place.start : place.stop] = self._entering(prefix.to(device, torch.float32))
+        last, starts = [], []
         for bucket in self._buckets:
-            span = slice(bucket.first, bucket.first + bucket.count)
-            block = torch.zeros(bucket.count, bucket.width, owned[0].shape[-1], dtype=dtype, device=device)
-            for row, i in enumerate(order[span]):
-                block[row, : lengths[i]] = owned[i].to(device, dtype)
-            blocks.append(block.flatten(0, 1))
-            token_positions.append((offset[span, None] + torch.arange(bucket.width)[None]).flatten())
-        own = torch.cat(blocks)
-        starts = torch.cat([torch.arange(b.count, device=device) * b.width + b.start for b in self._buckets])
-        self._last = own[starts + self._lengths - 1]
-        prefix_states = torch.cat([prefix.to(device, dtype) for prefix in prefixes])
-        self._tokens = self._entering(torch.cat([prefix_states, own]))
+            block = torch.zeros(bucket.count, bucket.width, width, dtype=owned[0].dtype)
+            for row, i in enumerate(order[bucket.first : bucket.first + bucket.count]):
+                block[row, : len(owned[i])] = owned[i]
+            states = block.to(device, torch.float32)
+            numbers = torch.arange(bucket.count, device=device)
+            last.append(states[numbers, self._lengths[bucket.first : bucket.first + bucket.count] - 1])
+            begin = n_prefix + bucket.start
+            starts.append(numbers * bucket.width + begin)
+            self._tokens[begin : begin + len(states) * bucket.width] = self._entering(states.flatten(0, 1))
+        self._last, self._starts = torch.cat(last), torch.cat(starts)
         self._last_normalised = self._entering(self._last)
-        self._n_prefix = len(prefix_states)
-        self._starts = starts + self._n_prefix
-        all_positions = torch.cat([torch.arange(len(prefix)) for prefix in prefixes] + token_positions)
-        self._last_positions = (offset.to(device) + self._lengths) - 1
-        self._rotary = self._cos_sin(all_positions)
-        self._last_rotary = self._cos_sin(self._last_positions)
+        self._rotary = self._cos_sin(torch.arange(max(self._positions_needed()), device=device))
+        self._index()
+
+    def _positions_needed(self) -> Iterator[int]:
+        """For each bucket and prefix, one more than the last position in it, padding included."""
+        for bucket in self._buckets:
+            yield int(self._offsets[bucket.first : bucket.first + bucket.count].max()) + bucket.width
+        for prefix in self._prefixes:
+            yield prefix.stop - prefix.start
+
+    def _index(self) -> None:
+        """What follows from how questions and prefixes lie."""
+        device = self._lengths.device
+        self._turns: dict[tuple[str | None, int], list[tuple[Tensor, Tensor]]] = {}
+        self._prefix_order = torch.argsort(torch.cat([prefix.questions for prefix in self._prefixes]))
+        self._question_order = torch.argsort(self.rows).to(device)
+
+    def _planned(self, n_prefix: int, lengths: Sequence[int]) -> ScoringPlan:
+        """The plan for these questions, in what is free; layers that the runner keeps make room if that helps."""
+        if not self.runner.accelerated:
+            return ScoringPlan("device", "recompute", 1, _BUCKET_TOKENS)
+        buckets = _buckets_of(lengths, _BUCKET_TOKENS)
+        work = ScoringWork(
+            tokens=n_prefix + sum(bucket.count * bucket.width for bucket in buckets),
+            questions=len(lengths),
+            sources=self.sources.count,
+            stack=self.sources.stack_dtype.itemsize,
+            compute=self.compute_dtype.itemsize,
+        )
+        options = {"host_free": host_free(), "linear": self._is_linear, "batched": self._is_batched}
+        free, kept = device_memory(self.runner.device).free, self.runner.kept_bytes
+        if "stack" in vars(self.sources):  # another scorer made it: it is no longer among the free bytes
+            free += self.sources.stack.nbytes
+        with_room = plan_scoring(self.runner.layer_size, work, device_free=free + kept, **options)
+        try:
+            if plan_scoring(self.runner.layer_size, work, device_free=free, **options) == with_room:
+                return with_room
+        except MemoryPlanError:
+            pass
+        self.runner.release()
+        release_cached()
+        return with_room
+
+    def _empty_states(self, tokens: int, width: int) -> Tensor:
+        """Where normalised states (tokens, d) will lie."""
+        if self.plan.states == "host":
+            return host_buffer((tokens, width), self.compute_dtype, self.runner.device)
+        return torch.empty(tokens, width, dtype=self.compute_dtype, device=self.runner.device)
+
+    @property
+    def tokens_a_question(self) -> float:
+        """Cached tokens, those of prefixes and padding included, for each question."""
+        return len(self._tokens) / len(self.rows)
 
     def _entering(self, x: Tensor) -> Tensor:
-        return _rms(x, self._epsilon) if self._normalises else x
+        return (_rms(x, self._epsilon) if self._normalises else x).to(self.compute_dtype)
 
     def _cos_sin(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
         # (N, 1, rotated dimensions) each, by rotary type; the middle axis broadcasts over heads.
@@ -260,6 +355,10 @@ class TailScorer:
                 cos, sin = self.runner.rotary(positions, layer)
                 found[kind] = cos[0].float()[:, None], sin[0].float()[:, None]
         return found
+
+    def _rotary_at(self, positions: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+        cos, sin = self._rotary[kind]
+        return cos[positions], sin[positions]
 
     def select(self, rows: Sequence[int]) -> TailScorer:
         """A scorer of these questions alone, which it answers in the order given; no row may occur twice.
@@ -278,9 +377,8 @@ class TailScorer:
         device = self._lengths.device
         part.rows = torch.tensor([place[row] for row in self.rows[chosen].tolist()])
         at = chosen.to(device)
-        for name in ("_lengths", "_last", "_last_normalised", "_last_positions"):
+        for name in ("_lengths", "_offsets", "_last", "_last_normalised"):
             setattr(part, name, getattr(self, name)[at])
-        part._last_rotary = {kind: (cos[at], sin[at]) for kind, (cos, sin) in self._last_rotary.items()}
 
         new_place = torch.full((len(self.rows),), -1, device=device)
         new_place[at] = torch.arange(len(at), device=device)
@@ -293,9 +391,8 @@ class TailScorer:
                 part._prefixes.append(_Prefix(start, start + length, questions))
                 indices.append(torch.arange(prefix.start, prefix.stop, device=device))
                 start += length
-        part._prefix_order = torch.argsort(torch.cat([prefix.questions for prefix in part._prefixes]))
         part._n_prefix = start
-        part._buckets, starts = _buckets_of(part._lengths.tolist()), []
+        part._buckets, starts = _buckets_of(part._lengths.tolist(), self.plan.chunk_tokens), []
         for bucket in part._buckets:
             members = slice(bucket.first, bucket.first + bucket.count)
             # Beyond a question's end its last token is repeated: attention does not see it.
@@ -303,9 +400,10 @@ class TailScorer:
             indices.append((self._starts[at][members, None] + offset).flatten())
             starts.append(torch.arange(bucket.count, device=device) * bucket.width + bucket.start + start)
         part._starts = torch.cat(starts)
-        index = torch.cat(indices)
-        part._tokens = self._tokens[index]
-        part._rotary = {kind: (cos[index], sin[index]) for kind, (cos, sin) in self._rotary.items()}
+        part._tokens = self._tokens[torch.cat(indices).to(self._tokens.device)].to(device)
+        # Whatever of the plan is about the states of all questions is not about these.
+        part.plan, part._sums = replace(self.plan, states="device", key_values="recompute"), None
+        part._index()
         return part
 
     # -- scoring ------------------------------------------------------------------------------------------------
@@ -338,7 +436,10 @@ class TailScorer:
         Answer logits (n, 4) float32, and over the whole vocabulary logsumexp (n,) and the most probable token (n,).
         """
         (hidden,) = self._hidden_of([plan])
-        found = (self._answers(hidden), *self.runner.vocabulary(hidden))
+        # A CPU converts the unembedding for every part.
+        parts = hidden.split(_VOCABULARY_QUESTIONS) if self.runner.accelerated else (hidden,)
+        logsumexp, top = (torch.cat(values) for values in zip(*map(self.runner.vocabulary, parts), strict=True))
+        found = (self._answers(hidden), logsumexp, top)
         logits, logsumexp, top = (self._unsort(values).cpu() for values in found)
         return logits, logsumexp, top
 
@@ -353,22 +454,96 @@ class TailScorer:
             check_mergeable(self.runner.checkpoint, plan)
             if not self.accepts(plan):
                 raise ValueError(f"plan {plan.name!r} does not collapse the layers from {self.first} on into one")
-        for start in range(0, len(plans), _MIXED_TOGETHER):
-            together = plans[start : start + _MIXED_TOGETHER]
-            stacked = [self.coefficients(plan) for plan in together if self.is_stacked(plan)]
-            # Those that have coefficients for each matrix are mixed apart: all other products stay what they are.
-            mixed = {}
-            for axes in {values.ndim for values in stacked}:
-                alike = torch.stack([values for values in stacked if values.ndim == axes])
-                mixed[axes] = iter(self.sources.mix(alike, self.fused_dtype))
-            for plan in together:
-                rest = plan.kept[self.first].index - self.first
-                if self.is_stacked(plan):
-                    own = next(mixed[self.coefficients(plan).ndim])
-                    weights = self.sources.weights(own, rest, plan.biases == "merge")
-                else:
-                    weights = self._fused(plan)
-                yield self.hidden(self.runner.deployed(weights), rest)
+        start = 0
+        while start < len(plans):
+            if not self.runner.accelerated:
+                together = plans[start : start + max(_MIXED_TOGETHER, self.plan.candidates)]
+                yield from self._hidden_together(together)
+            else:
+                together = plans[start : start + self.plan.candidates]
+                fits, found = attempt(lambda together=together: list(self._hidden_together(together)))
+                if not fits:
+                    self._shrink()
+                    continue
+                yield from found
+            start += len(together)
+
+    def _shrink(self) -> None:
+        """Go on with the next smaller plan, after the device ran out of memory."""
+        smaller = self.plan.smaller()
+        if smaller is None:
+            raise MemoryPlanError(
+                f"scoring one candidate on {len(self.rows)} questions runs out of the memory of {self.runner.device}, "
+                f"{self.plan.chunk_tokens} tokens at a time and with the states in host memory: take fewer questions "
+                "(data.limit_per_subject) or fewer merges"
+            )
+        if smaller.key_values == "recompute":
+            self._sums = None
+        if smaller.states == "host" and self.plan.states == "device":
+            held = host_buffer(self._tokens.shape, self._tokens.dtype, self.runner.device)
+            self._tokens = held.copy_(self._tokens)
+        self.plan = smaller
+        release_cached()
+
+    def _hidden_together(self, plans: Sequence[MergePlan]) -> Iterator[Tensor]:
+        """`hidden` of each plan in turn: weights mixed in one pass, then `plan.candidates` scored at once."""
+        if self.plan.key_values == "linear" and self._sums is None:
+            fits, self._sums = attempt(self._summed_sources)
+            if not fits:
+                self.plan = replace(self.plan, key_values="recompute")
+        coefficients = [self.coefficients(plan) if self.is_stacked(plan) else None for plan in plans]
+        # Those that have coefficients for each matrix are mixed apart: all other products stay what they are.
+        alike, mixed, taken = {}, {}, {}
+        for axes in {values.ndim for values in coefficients if values is not None}:
+            alike[axes] = torch.stack([values for values in coefficients if values is not None and values.ndim == axes])
+            mixed[axes] = self.sources.mix(alike[axes], self.fused_dtype, self.compute_dtype)
+            taken[axes] = 0
+        start = 0
+        while start < len(plans):
+            plan, values = plans[start], coefficients[start]
+            rest = plan.kept[self.first].index - self.first
+            if values is None:
+                yield self.hidden(self.runner.deployed(self._fused(plan)), rest)
+                start += 1
+                continue
+            # As many as are alike in all but their coefficients.
+            count = 1
+            while (
+                self._is_batched
+                and count < min(self.plan.candidates, len(plans) - start)
+                and coefficients[start + count] is not None
+                and coefficients[start + count].ndim == values.ndim
+                and plans[start + count].kept[self.first].index == plan.kept[self.first].index
+                and plans[start + count].biases == plan.biases
+            ):
+                count += 1
+            rows = slice(taken[values.ndim], taken[values.ndim] + count)
+            taken[values.ndim] += count
+            own, sums = mixed[values.ndim][rows], self._summands(alike[values.ndim][rows], rest)
+            if count == 1:
+                weights = self.sources.weights(own[0], rest, plan.biases == "merge")
+                yield self.hidden(self.runner.deployed(weights), rest, sums and tuple(values[0] for values in sums))
+            else:
+                yield from self._hidden_of_several(own, rest, plan.biases == "merge", sums)
+            start += count
+
+    def _hidden_of_several(
+        self, mixed: Tensor, rest: int, merge_biases: bool, sums: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """(candidates, n, d): `hidden` of several candidates whose mixed weights are (candidates, parameters).
+
+        States, and what of the weights is not averaged, are read once for all of them.
+        """
+        weights = self.sources.weights(mixed, rest, merge_biases)
+        averaged = {name: weights.pop(name) for name in self.sources.averaged(merge_biases)}
+        dimensions = (0, None if sums is None else 0)
+        return torch.func.vmap(lambda own, sums: self.hidden(weights | own, rest, sums), dimensions)(averaged, sums)
+
+    @property
+    def _is_batched(self) -> bool:
+        """Whether several candidates can be scored at once: quantising takes one matrix at a time, and which experts a
+        token goes to is not known before."""
+        return self.runner.quantise == "none" and not self._architecture.experts
 
     def is_stacked(self, plan: MergePlan) -> bool:
         """Whether the plan's merged layer is a weighted sum of the stacked sources; else it is fused by itself.
@@ -382,15 +557,7 @@ class TailScorer:
 
     def _fused(self, plan: MergePlan) -> dict[str, Tensor]:
         """The merged layer of a plan as `fusion` gives it, float32."""
-        checkpoint = self.runner.checkpoint
-        layer = fused_layer(
-            checkpoint,
-            checkpoint.architecture,
-            plan,
-            self.first,
-            aligner=self.runner.aligner,
-            dtype=self.fused_dtype,
-        )
+        layer = self.runner.fused(plan, self.first, dtype=self.fused_dtype)
         return {name: tensor.to(self.runner.device, torch.float32) for name, tensor in layer.items()}
 
     def logits(self, coefficients: Tensor, *, rest: int = 0, merge_biases: bool = False) -> Tensor:
@@ -409,23 +576,38 @@ class TailScorer:
         return self.runner.capped(hidden @ self._letters.T)
 
     def _unsort(self, values: Tensor) -> Tensor:
-        return values[torch.argsort(self.rows).to(values.device)]
+        return values[self._question_order]
 
-    def hidden(self, weights: dict[str, Tensor], rest: int) -> Tensor:
+    def hidden(self, weights: dict[str, Tensor], rest: int, sums: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """States (n, d) float32 after the final norm at each question's last position, in bucket order.
 
-        weights: the merged layer's tensors by relative name, float32; rest: the source layer whose window it has.
+        weights: the merged layer's tensors by relative name; rest: the source layer whose window it has. sums: the
+        coefficients (sources,) by which keys and values are those of the sources, where these are held.
         """
         checkpoint = self.runner.checkpoint
         window, rotary = (each[self.first + rest] for each in (checkpoint.windows, checkpoint.rotary_types))
-        query = self._heads(self._last_normalised, "q", weights, self._last_rotary[rotary])
-        keys = self._heads(self._tokens, "k", weights, self._rotary[rotary])
-        values = self._project(self._tokens, "v", weights).unflatten(-1, (self._kv_heads, self._head_dim))
+        last = self._rotary_at(self._offsets + self._lengths - 1, rotary)
+        query = self._product(self._last_normalised, *self._projection("q", weights))
+        query = self._heads(query, "q", weights, last)
         query = query.unflatten(1, (self._kv_heads, self._groups))
-        attended = self._attend(query, keys, values, window).flatten(1)
-        out = F.linear(attended, weights["self_attn.o_proj.weight"], weights.get("self_attn.o_proj.bias"))
-        x = self._last + self._leaving("self_attn", out, weights)
+        attended = self._attend(query, weights, window, rotary, sums).flatten(1)
+        rows = max(1, self.plan.chunk_tokens // _ROW)
+        parts = zip(self._last.split(rows), attended.split(rows), strict=True)
+        return torch.cat([self._finish(x, part, weights) for x, part in parts])
+
+    def _finish(self, last: Tensor, attended: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """What follows attention, to the final norm, for some of the questions."""
+        out = self._product(attended, weights["self_attn.o_proj.weight"], weights.get("self_attn.o_proj.bias"))
+        x = last + self._leaving("self_attn", out, weights)
         return self.runner.normalise(x + self._leaving("mlp", self._mlp(x, weights), weights))
+
+    def _product(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        """A linear map in the compute dtype, its bias added in float32; float32."""
+        dtype = self.compute_dtype
+        if dtype == torch.float32:
+            return F.linear(x, matrix.float(), bias)
+        product = F.linear(x.to(dtype), matrix.to(dtype)).float()
+        return product if bias is None else product + bias
 
     def _module(self, name: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """One of the layer's modules, transformers' own, on (n, …) states with the weights under its name."""
@@ -441,21 +623,22 @@ class TailScorer:
         arch = self._architecture
         norm = arch.gain_of(arch.router or arch.rows_of("up")[0])
         inner = x if norm is None else self._module(norm.removesuffix(".weight"), x, weights)
-        return self._module("mlp", inner, module_layer(arch, weights))
+        own = module_layer(arch, weights).items()
+        own = {name: tensor.to(self.compute_dtype) for name, tensor in own if name.startswith("mlp.")}
+        return self._module("mlp", inner.to(self.compute_dtype), own).float()
 
-    def _project(self, states: Tensor, which: str, weights: Mapping[str, Tensor]) -> Tensor:
+    def _projection(self, which: str, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Matrix, in the compute dtype, and bias that make queries, keys or values of the entering states."""
         matrix, rows = self._architecture.rows_of(which)
         weight, bias = weights[f"{matrix}.weight"][rows], weights.get(f"{matrix}.bias")
         # The gain moves from every token's state to the matrix's columns.
         if gain := self._architecture.gain_of(matrix):
-            weight = weight * (weights[gain] + self._architecture.gain_offset)
-        return F.linear(states, weight, None if bias is None else bias[rows])
+            weight = weight.float() * (weights[gain].float() + self._architecture.gain_offset)
+        return weight.to(self.compute_dtype), None if bias is None else bias[rows]
 
-    def _heads(
-        self, states: Tensor, which: str, weights: Mapping[str, Tensor], rotary: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """Queries or keys (N, heads, head_dim), normalised where the family does so, and rotated."""
-        norm, heads = f"self_attn.{which}_norm", self._project(states, which, weights)
+    def _heads(self, heads: Tensor, which: str, weights: Mapping[str, Tensor], rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries or keys (N, heads, head_dim) as projected, normalised where the family does so, and rotated."""
+        norm = f"self_attn.{which}_norm"
         if norm in self._architecture.projection_norms:
             heads = self._module(norm, heads, weights)
         heads = heads.unflatten(-1, (-1, self._head_dim))
@@ -472,33 +655,103 @@ class TailScorer:
         scores, cap = products * self._scaling, self.runner.attention_softcap
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+    def _pieces(self) -> list[_Bucket]:
+        """The buckets, cut so that none has more tokens than the plan allows (but one question's)."""
+        pieces = []
+        for bucket in self._buckets:
+            rows = max(1, self.plan.chunk_tokens // bucket.width)
+            for first in range(0, bucket.count, rows):
+                count = min(rows, bucket.count - first)
+                start = bucket.start + first * bucket.width
+                pieces.append(_Bucket(bucket.first + first, count, start, bucket.width))
+        return pieces
+
+    def _spans(self, pieces: Sequence[_Bucket]) -> list[tuple[int, int]]:
+        """Rows of the tokens: of every prefix, then of every piece of a bucket."""
+        own = [(start, start + b.count * b.width) for b in pieces for start in (self._n_prefix + b.start,)]
+        return [(prefix.start, prefix.stop) for prefix in self._prefixes] + own
+
+    def _positions(self, pieces: Sequence[_Bucket]) -> Iterator[Tensor]:
+        """Of each token in the order of `_spans`."""
+        device = self._lengths.device
+        for prefix in self._prefixes:
+            yield torch.arange(prefix.stop - prefix.start, device=device)
+        for b in pieces:
+            offsets = self._offsets[b.first : b.first + b.count]
+            yield (offsets[:, None] + torch.arange(b.width, device=device)).flatten()
+
+    @torch.inference_mode(False)
+    def _rotations(self, pieces: Sequence[_Bucket], kind: str | None) -> Iterable[tuple[Tensor, Tensor]]:
+        """cos and sin of each token in the order of `_spans`; kept on a CPU, where looking them up takes a tenth of a
+        candidate's time."""
+        if self.runner.accelerated:
+            return (self._rotary_at(positions, kind) for positions in self._positions(pieces))
+        key = kind, self.plan.chunk_tokens
+        if key not in self._turns:
+            self._turns = {key: [self._rotary_at(positions, kind) for positions in self._positions(pieces)]}
+        return self._turns[key]
+
+    def _states_of(self, spans: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+        """The normalised states of each span, on the device."""
+        device = self.runner.device
+        if self.plan.states == "device":
+            return (self._tokens[start:stop] for start, stop in spans)
+        if torch.is_grad_enabled():  # kept for the backward pass
+            return (self._tokens[start:stop].to(device, non_blocking=True) for start, stop in spans)
+        return streamed(self._tokens, spans, device)
+
+    def _keys_values(
+        self,
+        pieces: Sequence[_Bucket],
+        weights: Mapping[str, Tensor],
+        rotary: str | None,
+        sums: tuple[Tensor, Tensor] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rotated keys and values (tokens, kv, head_dim) float32 of each prefix, then of each piece."""
+        spans = self._spans(pieces)
+        if sums is not None:
+            heads = (self._kv_heads, self._head_dim)
+            for start, stop in spans:
+                summands = (self._sums.keys[:, start:stop], self._sums.values[:, start:stop])
+                yield tuple(_sum(c, part).unflatten(-1, heads) for c, part in zip(sums, summands, strict=True))
+            return
+        key, value = (self._projection(which, weights) for which in "kv")
+        for tokens, turn in zip(self._states_of(spans), self._rotations(pieces, rotary), strict=True):
+            keys = self._heads(self._product(tokens, *key), "k", weights, turn)
+            yield keys, self._product(tokens, *value).unflatten(-1, (self._kv_heads, self._head_dim))
+
+    def _attend(
+        self,
+        query: Tensor,
+        weights: Mapping[str, Tensor],
+        window: int | None,
+        rotary: str | None,
+        sums: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         """Attention of each last position, (n, kv, group, head_dim), over its prefix and its own tokens.
 
         The two parts are computed apart - the prefix once a subject, the questions bucket by bucket across all
         subjects - and joined by their log-sum-exps.
         """
+        device, pieces = query.device, self._pieces()
+        keys_values = self._keys_values(pieces, weights, rotary, sums)
         prefix_parts = []
         for prefix in self._prefixes:
-            q = query[prefix.questions]
-            k, v = (t[prefix.start : prefix.stop].permute(1, 2, 0) for t in (keys, values))  # (kv, head_dim, P)
-            scores = self._scores(torch.einsum("nkgd,kdp->nkgp", q, k))
-            if window is not None:
-                seen = visible(
-                    self._last_positions[prefix.questions],
-                    torch.arange(prefix.stop - prefix.start, device=scores.device),
-                    window,
-                )
-                scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-            prefix_parts.append(_partial_softmax(scores, lambda p, v=v: torch.einsum("nkgp,kdp->nkgd", p, v)))
+            k, v = (t.permute(1, 2, 0) for t in next(keys_values))  # (kv, head_dim, P)
+            length = prefix.stop - prefix.start
+            for questions in prefix.questions.split(max(1, _PAIRS * self.plan.chunk_tokens // max(1, length))):
+                scores = self._scores(torch.einsum("nkgd,kdp->nkgp", query[questions], k))
+                if window is not None:
+                    last = self._offsets[questions] + self._lengths[questions] - 1
+                    seen = visible(last, torch.arange(length, device=device), window)
+                    scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+                prefix_parts.append(_partial_softmax(scores, lambda p, v=v: torch.einsum("nkgp,kdp->nkgd", p, v)))
         own_parts = []
-        for bucket in self._buckets:
-            rows = slice(bucket.first, bucket.first + bucket.count)
-            start = self._n_prefix + bucket.start
-            span = slice(start, start + bucket.count * bucket.width)
-            k, v = (t[span].unflatten(0, (bucket.count, bucket.width)) for t in (keys, values))
+        for piece in pieces:
+            rows = slice(piece.first, piece.first + piece.count)
+            k, v = (t.unflatten(0, (piece.count, piece.width)) for t in next(keys_values))
             scores = self._scores(torch.einsum("nkgd,ntkd->nkgt", query[rows], k))
-            behind = self._lengths[rows, None] - 1 - torch.arange(bucket.width, device=scores.device)
+            behind = self._lengths[rows, None] - 1 - torch.arange(piece.width, device=device)
             seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
             scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
             own_parts.append(_partial_softmax(scores, lambda p, v=v: torch.einsum("nkgt,ntkd->nkgd", p, v)))
@@ -507,16 +760,67 @@ class TailScorer:
         share = torch.sigmoid(prefix_log - own_log)[..., None]  # exp(a) / (exp(a) + exp(b))
         return share * prefix_out + (1.0 - share) * own_out
 
+    # -- keys and values as sums ---------------------------------------------------------------------------------
 
-def _buckets_of(lengths: Sequence[int]) -> list[_Bucket]:
-    """Questions, sorted by length, cut into buckets that are each padded to their longest."""
+    @property
+    def _is_linear(self) -> bool:
+        """Whether keys and values may be sums over the sources': without biases (which are kept or merged) and norms
+        of keys between them and the weights, and where rounding the merged matrices is below the compute dtype's own
+        rounding, or is not asked for."""
+        arch = self._architecture
+        names = self.runner.checkpoint.layer_tensors(self.first)
+        between = ["self_attn.k_norm.weight", *(f"{arch.rows_of(which)[0]}.bias" for which in "kv")]
+        narrow = self.compute_dtype != torch.float32 or self.fused_dtype == torch.float32
+        return narrow and self._is_batched and not set(between) & set(names)
+
+    def _summed_sources(self) -> _KeyValueSums:
+        """Keys and values of all tokens by each source's own matrices, under the gain of the first."""
+        shape = (self.sources.count, len(self._tokens), self._kv_heads * self._head_dim)
+        options = {"dtype": self.compute_dtype, "device": self.runner.device}
+        found, pieces = _KeyValueSums(torch.empty(shape, **options), torch.empty(shape, **options)), self._pieces()
+        rotary = self.runner.checkpoint.rotary_types[self.first]
+        for source, own in enumerate(self.sources.stack):
+            weights, spans = self.sources.weights(own, 0, False), self._spans(pieces)
+            for (start, stop), both in zip(spans, self._keys_values(pieces, weights, rotary), strict=True):
+                for kept, values in zip(found, both, strict=True):
+                    kept[source, start:stop] = values.flatten(1)
+        return found
+
+    def _summands(self, coefficients: Tensor, rest: int) -> tuple[Tensor, Tensor] | None:
+        """The coefficients (candidates, sources) of keys and of values, of (candidates, sources) or (candidates,
+        matrices, sources); None where keys and values are to be computed from the states."""
+        if self.plan.key_values != "linear" or (rest and self.sources.norms == "keep"):
+            return None
+        coefficients = coefficients.to(self.runner.device, torch.float32)
+        if coefficients.ndim == 2:
+            return coefficients, coefficients
+        matrices = list(self._architecture.matrices)
+        keys, values = (coefficients[:, matrices.index(self._architecture.rows_of(which)[0])] for which in "kv")
+        return keys, values
+
+
+def _sum(coefficients: Tensor, summands: Tensor) -> Tensor:
+    """(sources,) float32 by (sources, tokens, width) to (tokens, width) float32.
+
+    A narrow dtype would round the coefficients: they are given as a sum of two numbers of it, in one product.
+    """
+    high = coefficients.to(summands.dtype)
+    if summands.dtype == torch.float32:
+        return (high @ summands.flatten(1)).unflatten(0, summands.shape[1:])
+    both = torch.stack([high, (coefficients - high.float()).to(summands.dtype)])
+    return (both @ summands.flatten(1)).float().sum(0).unflatten(0, summands.shape[1:])
+
+
+def _buckets_of(lengths: Sequence[int], most: int) -> list[_Bucket]:
+    """Questions, sorted by length, cut into buckets that are each padded to their longest, of `most` tokens at most
+    (but one question's)."""
     buckets, start, begin = [], 0, 0
     while begin < len(lengths):
         # Extend while the whole bucket, padded to its longest question, stays in the limit and little is wasted.
         end = begin + 1
         while end < len(lengths):
             width = lengths[end]
-            if width * (end + 1 - begin) > _BUCKET_TOKENS or width > 1.15 * lengths[begin] + 8:
+            if width * (end + 1 - begin) > most or width > 1.15 * lengths[begin] + 8:
                 break
             end += 1
         count, width = end - begin, lengths[end - 1]

@@ -3,24 +3,30 @@
 A candidate on a frozen trunk can cost less than Tune's own work for a trial (5-140 ms while trial actors are reused,
 200-330 ms where that fails), so a trial carries several. The caller's record of a batch is written before the proposer
 hears of it; a restart tells the proposer what the record holds and goes on. Tune's own snapshots are not needed.
+
+A worker that is lost takes nothing along: its batch is queued again, for whichever worker is free, and Tune's trial
+actors stay on the driver's node, so that the loss of another one is the loss of workers only.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import ray
 from ray import tune
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.tune.search import Searcher
 
-from raymerge.pool import WorkerError, WorkerLost, WorkerPool, call_worker
+from raymerge.errors import UserError
+from raymerge.pool import NoRoomError, WorkerError, WorkerLost, WorkerPool, call_worker, driver_node, find_worker
 from raymerge.proposers import Point, Proposer
 
 Row = dict[str, Any]
@@ -34,6 +40,7 @@ _SHARE = 0.1  # of a trial's time that may be overhead
 _ROUNDS = 10  # proposals must be able to learn at least so often
 _START_S = 30.0  # for the trial actors of the first round to start
 _LOSSES = 3  # workers that may die or hang over a candidate before it counts as failed
+_PIN = 0.001  # of the driver's node that a trial actor takes, so that up to a thousand find room there
 _TIE_BREAK = 1e-3  # weight of the NLL (nats) beside an accuracy: below one question in 200 for differences under 5
 
 
@@ -44,14 +51,66 @@ def choose_batch(seconds_per_candidate: float, candidates: int, concurrent: int)
     return max(1, min(wanted, candidates // (_ROUNDS * concurrent)))
 
 
+# Package, and what Tune's callback for it is called.
+_LOGGERS = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
+
+
+class LoggerError(UserError):
+    """A logger whose package is not installed; the message has the command that installs it."""
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Refuse loggers (tensorboard, mlflow, wandb) whose packages are missing, all at once. Raises LoggerError."""
+    missing = [_LOGGERS[name] for name in names if importlib.util.find_spec(_LOGGERS[name]) is None]
+    if missing:
+        raise LoggerError(
+            f"output.loggers names {', '.join(names)}, but {', '.join(missing)} cannot be imported: "
+            f"pip install {' '.join(missing)} where this command runs, or name fewer"
+        )
+
+
+def _callbacks(names: Sequence[str], searcher: str, folder: str) -> list[tune.Callback]:
+    """Tune's own callbacks. Where they write is set as their users do: MLFLOW_TRACKING_URI, WANDB_MODE and the like;
+    without it MLflow writes beside Tune's folders, in which TensorBoard's files lie."""
+    callbacks: list[tune.Callback] = []
+    if "tensorboard" in names:
+        from ray.tune.logger import TBXLoggerCallback
+
+        callbacks.append(TBXLoggerCallback())
+    if "mlflow" in names:
+        from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder}/mlflow.db"
+        callbacks.append(MLflowLoggerCallback(tracking_uri=uri, experiment_name=f"raymerge-{searcher}"))
+    if "wandb" in names:
+        from ray.air.integrations.wandb import WandbLoggerCallback
+
+        callbacks.append(WandbLoggerCallback(project=os.environ.get("WANDB_PROJECT", "raymerge"), group=searcher))
+    return callbacks
+
+
 @dataclass(frozen=True)
 class SearchOutcome:
     """finished: candidates that ended in this call, failed ones too; wall_seconds: from start to end; and the share
-    of the workers' time in that span in which they did not score (None where nothing was left to do)."""
+    of the workers' time in that span in which they did not score (None where nothing was left to do). workers: for
+    each that was there its name (as `trials` have it), candidates, scoring_seconds, present_seconds, utilisation."""
 
     finished: int
     wall_seconds: float
     share_not_scoring: float | None
+    workers: tuple[Row, ...] = ()
+
+
+class Crew(Protocol):
+    """What the searcher needs of a pool; see WorkerPool."""
+
+    @property
+    def present(self) -> list[int]: ...
+    def name_of(self, slot: int) -> str: ...
+    def poll(self) -> list[int]: ...
+    def lose(self, slot: int, reason: str) -> None: ...
+    def succeeded(self, slot: int) -> None: ...
+    def require(self) -> None: ...
 
 
 class _Trial(tune.Trainable):
@@ -60,51 +119,69 @@ class _Trial(tune.Trainable):
     def setup(
         self,
         config: Row,
-        handles: Sequence[Any] = (),
         timeout_s: float = 600.0,
         method: str = "score",
         arguments: Sequence[Any] = (),
     ) -> None:
-        self._handles, self._timeout_s, self._method, self._arguments = handles, timeout_s, method, arguments
+        self._timeout_s, self._method, self._arguments = timeout_s, method, arguments
+        self._handles: dict[str, Any] = {}
 
     def reset_config(self, new_config: Row) -> bool:
         return True
 
     def step(self) -> Row:
-        handle = self._handles[self.config["slot"]]
-        self._wait_for_others()
         try:
-            found: Row = {"results": self._score(handle, self.config["candidates"])}
+            handle = self._handle(self.config["worker"])
+            self._wait_for_others()
+            results = self._score(handle, self.config["candidates"])
+            found: Row = {"results": results, **_averages(results)}
         except WorkerLost as error:
-            found = {"lost": str(error), "gone": error.gone}
-        return {**found, "value": 0.0, "done": True}
+            found = {"lost": str(error)}
+        except UserError as error:  # no fault of the candidate: it would befall every other one
+            found = {"refused": str(error)}
+        return {"value": float("nan"), **found, "done": True}
+
+    def _handle(self, name: str) -> Any:
+        if name not in self._handles:
+            self._handles[name] = find_worker(name)
+        return self._handles[name]
 
     def _wait_for_others(self) -> None:
         """Let no trial of the first round end before all have started. Tune gives the actor of a trial that ended to
         one whose own actor is still starting, and drops the latter: with trials shorter than a start (1-3 s), all of
         them run on one actor, one process a trial is started in vain, and Tune waits ten seconds for those at the end.
         """
-        others = [self._handles[slot] for slot in self.config["first_round"]]
         deadline = time.monotonic() + _START_S
         try:
-            ray.get(self._handles[self.config["slot"]].mark.remote(self.config["search"]), timeout=_START_S)
+            ray.get(self._handle(self.config["worker"]).mark.remote(self.config["search"]), timeout=_START_S)
+            others = [self._handle(name) for name in self.config["first_round"]]
             while others and time.monotonic() < deadline:
                 found = ray.get([other.marked.remote(self.config["search"]) for other in others], timeout=_START_S)
                 others = [other for other, marked in zip(others, found, strict=True) if not marked]
                 time.sleep(0.02 if others else 0.0)
-        except (RayActorError, GetTimeoutError):
+        except (RayActorError, GetTimeoutError, WorkerLost):
             return  # Slower, no worse; what is wrong with the worker shows when it is asked to score.
 
     def _score(self, handle: Any, candidates: list[Point]) -> list[Row]:
         try:
             return call_worker(handle, self._method, candidates, *self._arguments, timeout_s=self._timeout_s)
-        except WorkerLost:
+        except (WorkerLost, UserError):
             raise
         except Exception as error:  # whatever the worker's own code raises ends as the candidate's error
             if len(candidates) == 1:
                 return [{"error": f"{type(error).__name__}: {error}"[:2000]}]
         # One bad candidate must not take its batch along: each is tried alone.
         return [result for candidate in candidates for result in self._score(handle, [candidate])]
+
+
+def _averages(results: Sequence[Row]) -> Row:
+    """Means over a batch's candidates, for loggers: they show numbers."""
+    means = {}
+    for key in ("value", "accuracy", "nll", "perplexity", "seconds"):
+        values = [result[key] for result in results if isinstance(result.get(key), float)]
+        if values:
+            means[key] = math.fsum(values) / len(values)
+    return means
 
 
 @dataclass(frozen=True)
@@ -118,7 +195,10 @@ class _Batch:
 
 
 class BatchSearcher(Searcher):
-    """Gives Tune one batch of candidates a trial, on a worker that is free; stores what comes back, then learns."""
+    """Gives Tune one batch of candidates a trial, on a worker that is free; stores what comes back, then learns.
+
+    concurrent: batches at a time at the most; None for as many as there are workers.
+    """
 
     def __init__(
         self,
@@ -126,8 +206,8 @@ class BatchSearcher(Searcher):
         *,
         candidates: int,
         batch: int,
-        concurrent: int,
-        workers: int | None = None,
+        crew: Crew,
+        concurrent: int | None = None,
         describe: Callable[[Point], Row],
         minimise: bool,
         record: Record,
@@ -137,16 +217,16 @@ class BatchSearcher(Searcher):
         super().__init__(metric="value", mode="max")
         self._proposer, self._size, self._describe, self._record = proposer, batch, describe, record
         self._minimise, self._on_progress = minimise, on_progress
-        self._concurrent = concurrent
-        self._free = list(range(concurrent if workers is None else workers))
+        self._crew = crew
+        self._concurrent = math.inf if concurrent is None else concurrent
+        self._free = list(crew.present)
         self._running: dict[str, tuple[int, _Batch]] = {}
         self._again: list[_Batch] = []
         self._ready: _Batch | None = None
         self._name = uuid.uuid4().hex
-        self.gone: dict[int, str] = {}
+        self.scored: dict[str, list[float]] = {}  # actor -> seconds of each of its candidates in this call
         self.best: tuple[float, float] | None = None
         self.done = self.finished = 0
-        self.scoring_seconds = 0.0
         self.failure: BaseException | None = None
         for row in sorted(replayed, key=lambda row: row["iteration"]):
             self._learn(row)
@@ -155,15 +235,20 @@ class BatchSearcher(Searcher):
         self._iterations = [number for number in range(candidates) if number not in finished]
         self._batch = 1 + max((row["batch"] for row in replayed), default=-1)
         self._left = candidates - len(replayed)
-        self._first_round = self._free[: min(concurrent, -(-self._left // batch))]
+        self._first_round = self._free[: int(min(self._concurrent, -(-self._left // batch)))]
         self._handed_out = 0
 
     def suggest(self, trial_id: str) -> Row | str | None:
         finished = self._left <= 0 and not self._again and self._ready is None
         if self.failure is not None or (finished and not self._running):
             return self.FINISHED
-        if not self._free and not self._running:
-            self.failure = WorkerError(f"no worker is left, each died more often than allowed: {self.gone}")
+        try:
+            self._free += self._crew.poll()
+            if not self._free and not self._running:
+                self._crew.require()
+        except Exception as failed:
+            # Tune would go on; it ends the search and is raised when Tune is done.
+            self.failure = failed
             return self.FINISHED
         if finished or not self._free or len(self._running) >= self._concurrent:
             if self._ready is None and self._left > 0:
@@ -177,7 +262,12 @@ class BatchSearcher(Searcher):
         self._running[trial_id] = (slot, batch)
         self._handed_out += 1
         first_round = self._first_round if self._handed_out <= len(self._first_round) else []
-        return {"candidates": batch.points, "slot": slot, "search": self._name, "first_round": first_round}
+        return {
+            "candidates": batch.points,
+            "worker": self._crew.name_of(slot),
+            "search": self._name,
+            "first_round": [self._crew.name_of(other) for other in first_round],
+        }
 
     def _propose(self) -> _Batch:
         count = min(self._size, self._left)
@@ -196,11 +286,20 @@ class BatchSearcher(Searcher):
             return
         slot, batch = self._running.pop(trial_id)
         result = result or {}
-        if result.get("gone"):
-            self.gone[slot] = result["lost"]
+        results = result.get("results")
+        if result.get("lost"):
+            try:
+                self._crew.lose(slot, result["lost"])
+            except Exception as failed:  # where the loss is written down; as with a record that fails
+                self.failure = self.failure or failed
+                return
         else:
             self._free.append(slot)
-        results = result.get("results")
+            if results is not None:
+                self._crew.succeeded(slot)
+        if result.get("refused"):
+            self.failure = self.failure or NoRoomError(result["refused"])
+            return  # Nothing is stored of a batch that was not tried: it is done again at the next start.
         if error or results is None:
             cause = result.get("lost") or "the Tune trial failed; its error stands in Tune's folder of the run"
             if self._repeat(batch):
@@ -224,6 +323,7 @@ class BatchSearcher(Searcher):
             return
         self.finished += len(rows)
         for row in rows:
+            self.scored.setdefault(row["actor"], []).append(row["seconds"])
             self._learn(row)
 
     def _repeat(self, batch: _Batch) -> bool:
@@ -264,7 +364,6 @@ class BatchSearcher(Searcher):
 
     def _learn(self, row: Row) -> None:
         self.done += 1
-        self.scoring_seconds += row["seconds"]
         if row["status"] != "ok":
             self._proposer.tell(row["alphas"], None)
         else:
@@ -296,7 +395,7 @@ def run_search(
     minimise: bool,
     candidates: int,
     batch: int,
-    concurrent: int,
+    concurrent: int | None = None,
     seed: int,
     record: Record,
     plan_id_of: Callable[[Point], str],
@@ -305,13 +404,17 @@ def run_search(
     storage_path: str,
     method: str = "score",
     arguments: Sequence[Any] = (),
+    loggers: Sequence[str] = (),
 ) -> SearchOutcome:
     """Evaluate candidates until `candidates` rows exist, those in `replayed` included.
+
+    concurrent: batches at a time at the most; None for as many as the pool has workers, however many that comes to be.
+    loggers: which of Tune's own (see `check_loggers`) get each trial's averages; they write under `storage_path`.
 
     The worker's `method` takes a list of points (and `arguments`) and returns, for each, a dict with value, accuracy,
     nll, n_questions and seconds, and where it ended elsewhere alphas. A candidate whose worker raises, dies three
     times, or scores NaN ends as a failed row with its error. Rows have the columns of table `trials`. Raises what
-    `record` raises, after Tune has stopped.
+    `record` raises, and NoRoomError where no worker is left or a disk is full, after Tune has stopped.
     """
     alphas_done = len(replayed)
     common = {"searcher": searcher, "seed": seed, "objective": objective}
@@ -319,8 +422,8 @@ def run_search(
         proposer,
         candidates=candidates,
         batch=batch,
+        crew=pool,
         concurrent=concurrent,
-        workers=pool.count,
         describe=lambda point: {**common, "plan_id": plan_id_of(point)},
         minimise=minimise,
         record=record,
@@ -330,18 +433,17 @@ def run_search(
     if alphas_done >= candidates:
         return SearchOutcome(0, 0.0, None)
     _quiet_tune()
-    began, replayed_seconds = time.monotonic(), algorithm.scoring_seconds
-    trainable = tune.with_parameters(
-        _Trial, handles=pool.handles, timeout_s=pool.timeout_s, method=method, arguments=arguments
-    )
+    began, present = time.monotonic(), pool.seconds_present()
+    trainable = tune.with_parameters(_Trial, timeout_s=pool.timeout_s, method=method, arguments=arguments)
     tuner = tune.Tuner(
-        # The workers have the CPUs; Tune wants a trial to need something, so it gets a byte of memory.
-        tune.with_resources(trainable, {"cpu": 0, "memory": 1}),
+        # The workers have the CPUs; a trial takes what only the driver's node has.
+        tune.with_resources(trainable, {"cpu": 0, driver_node(): _PIN}),
         tune_config=tune.TuneConfig(search_alg=algorithm, num_samples=-1, reuse_actors=True),
         run_config=tune.RunConfig(
             name=f"{searcher}-{uuid.uuid4().hex[:8]}",
             storage_path=storage_path,
             verbose=0,
+            callbacks=_callbacks(loggers, searcher, str(Path(storage_path).absolute())),
             failure_config=tune.FailureConfig(max_failures=2),
             # A trial holds nothing that could be saved.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -354,8 +456,24 @@ def run_search(
         # Tune ends quietly where it is told to stop; a search that is cut short must not pass for a whole one.
         raise WorkerError(f"Tune stopped after {algorithm.done} of {candidates} candidates; start again to resume")
     wall = time.monotonic() - began
-    scoring = algorithm.scoring_seconds - replayed_seconds
-    return SearchOutcome(algorithm.finished, wall, 1.0 - scoring / (wall * concurrent))
+    workers = []
+    for slot, seconds in pool.seconds_present().items():
+        here, scored = seconds - present.get(slot, 0.0), algorithm.scored.get(f"worker-{slot}", [])
+        if here > 0.0:
+            workers.append(
+                {
+                    "worker": f"worker-{slot}",
+                    "candidates": len(scored),
+                    "scoring_seconds": round(sum(scored), 3),
+                    "present_seconds": round(here, 3),
+                    "utilisation": round(sum(scored) / here, 4),
+                }
+            )
+    capacity = sum(row["present_seconds"] for row in workers)
+    if concurrent is not None:
+        capacity = min(capacity, wall * concurrent)
+    scoring = sum(row["scoring_seconds"] for row in workers)
+    return SearchOutcome(algorithm.finished, wall, 1.0 - scoring / capacity, tuple(workers))
 
 
 def _quiet_tune() -> None:

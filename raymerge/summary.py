@@ -101,31 +101,56 @@ def share(value: float, error: float, interval: tuple[float | None, float | None
     return f"{value:.4f} ± {error:.4f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
-def comparison_lines(run: RunDirectory, plan_id: str | None = None) -> list[str]:
-    """One sentence for each comparison of accuracies, of one plan if it is given, saying where two plans cannot be told
-    apart; and where there are several, what their p-values are."""
+def verdict(row: dict) -> str:
+    """What a row of `comparisons` says of its first plan: more accuracy is better, less answer NLL."""
+    if row["p_value"] >= 0.05:
+        return "indistinguishable"
+    found = "better" if (row["difference"] > 0) == (row["measure"] == "accuracy") else "worse"
+    alone = row["p_holm"] is not None and row["p_holm"] >= 0.05
+    return f"{found}, but not among so many comparisons" if alone else found
+
+
+def ceiling(row: dict) -> float | None:
+    """What noise leaves of a correlation of 1, of a row of `similarity_correlation`; None where it is not known."""
+    a, b = row["reliability_a"], row["reliability_b"]
+    return None if a is None or b is None or a * b < 0 else math.sqrt(a * b)
+
+
+def comparison_table(run: RunDirectory, plan_id: str | None = None) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: comparisons of accuracies, of one plan if it is given, saying where
+    two plans cannot be told apart."""
     names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
+    header = ["plan", "against", "difference", "95 % interval", "p", "p (Holm)", "verdict"]
+    cells = []
+    for row in _comparisons(run, plan_id):
+        cells.append(
+            [
+                names.get(row["plan_a"], row["plan_a"]),
+                names.get(row["plan_b"], row["plan_b"]),
+                f"{row['difference']:+.4f}",
+                f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]",
+                f"{row['p_value']:.3g}",
+                "–" if row["p_holm"] is None else f"{row['p_holm']:.3g}",
+                verdict(row),
+            ]
+        )
+    return header, cells
+
+
+def comparison_notes(run: RunDirectory, plan_id: str | None = None) -> list[str]:
+    """What the p-values of `comparison_table` are, and how many comparisons stand elsewhere."""
+    shown, every, notes = len(_comparisons(run, plan_id)), len(_comparisons(run, None)), []
+    if shown > 1:
+        told = "p and intervals are of each on its own, uncorrected; Holm's p allows for all of them"
+        notes.append(f"({shown} comparisons: {told}.)")
+    if every > shown:
+        notes.append(f"({every - shown} further pairs of plans stand in table comparisons.)")
+    return notes
+
+
+def _comparisons(run: RunDirectory, plan_id: str | None) -> list[dict]:
     rows = [row for row in run.read("comparisons").to_pylist() if row["measure"] == "accuracy"]
-    shown = [row for row in rows if plan_id in (None, row["plan_a"], row["plan_b"])]
-    lines = []
-    for row in shown:
-        a, b = names.get(row["plan_a"], row["plan_a"]), names.get(row["plan_b"], row["plan_b"])
-        verdict = "indistinguishable" if row["p_value"] >= 0.05 else ("better" if row["difference"] > 0 else "worse")
-        adjusted = row["p_holm"]
-        if adjusted is not None and verdict != "indistinguishable" and adjusted >= 0.05:
-            verdict += ", but not among so many comparisons"
-        lines.append(
-            f"{a} against {b}: {row['difference']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}], "
-            f"p = {row['p_value']:.3g}{'' if adjusted is None else f' (Holm {adjusted:.3g})'}: {verdict}"
-        )
-    if len(shown) > 1:
-        lines.append(
-            f"({len(shown)} comparisons: p and intervals are of each on its own, uncorrected; Holm's p allows for all "
-            "of them.)"
-        )
-    if len(rows) > len(shown):
-        lines.append(f"({len(rows) - len(shown)} further pairs of plans stand in table comparisons.)")
-    return lines
+    return [row for row in rows if plan_id in (None, row["plan_a"], row["plan_b"])]
 
 
 def block_lines(run: RunDirectory) -> list[str]:
@@ -268,6 +293,47 @@ def _seconds(trials: list[dict]) -> str:
     return f"; {wall:.1f} s of the workers" + ("" if None in cpu else f", {sum(cpu):.1f} s of their CPU time")
 
 
+def incident_lines(run: RunDirectory) -> list[str]:
+    """What befell a run, one line a kind, from table `incidents`: restarts of the run, and of its workers."""
+    rows = run.read("incidents").to_pylist()
+    rows.sort(key=lambda row: row["time"])
+    lines = []
+    for kind, (one, several) in _INCIDENTS.items():
+        details = [row["detail"] or "" for row in rows if row["kind"] == kind]
+        if details:
+            what = f"1 {one}" if len(details) == 1 else f"{len(details)} {several}, the last"
+            lines.append(f"{what}: {textwrap.shorten(details[-1], 200, placeholder=' …')}")
+    return lines
+
+
+_INCIDENTS = {
+    "resumed": ("start that found stored results", "starts that found stored results"),
+    "lost": ("worker lost", "workers lost"),
+    "back": ("came back", "came back"),
+    "replaced": ("replaced by a new one", "replaced by new ones"),
+    "joined": ("worker joined late", "workers joined late"),
+    "gone": ("given up", "given up"),
+}
+
+
+def worker_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: how much of its time each worker scored, by search, as the manifest of the last call has it."""
+    cells = []
+    for key, facts in (run.manifest() or {}).items():
+        for row in facts.get("workers", ()) if key.endswith("_search") else ():
+            cells.append(
+                [
+                    key.removesuffix("_search"),
+                    row["worker"],
+                    str(row["candidates"]),
+                    f"{row['scoring_seconds']:.1f}",
+                    f"{row['present_seconds']:.1f}",
+                    f"{100 * row['utilisation']:.0f}",
+                ]
+            )
+    return ["search", "worker", "candidates", "scoring s", "there s", "used %"], cells
+
+
 def similarity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
     """Header and cells: each subset's matrix off the diagonal, against what unrelated layers score."""
     keys = ["subset", "language", "measure", "embedding"]
@@ -312,10 +378,9 @@ def correlation_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
     for row in run.read("similarity_correlation").to_pylist():
         names = [f"{row[f'subset_{side}']}/{row[f'language_{side}']}" for side in "ab"]
         interval = "–" if row["ci_low"] is None else f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]"
-        a, b = row["reliability_a"], row["reliability_b"]
-        ceiling = "–" if a is None or b is None or a * b < 0 else f"{math.sqrt(a * b):.4f}"
+        bound = ceiling(row)
         found = [f"{row['pearson']:.4f}", f"{row['pearson_off_diagonal']:.4f}"]
-        cells.append([" – ".join(names), *found, interval, ceiling])
+        cells.append([" – ".join(names), *found, interval, "–" if bound is None else f"{bound:.4f}"])
     return header, cells
 
 
@@ -344,7 +409,8 @@ def sensitivity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
 def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the compression curve, one line a point."""
     lines = {line["plan_id"]: line for line in plan_lines(run, split)}
-    header = ["merged", "method", "alignment", "norms", "accuracy ± se", "macro ± se", "answer NLL", "text ppl"]
+    header = ["merged", "method", "alignment", "norms", "refit"]
+    header += ["accuracy ± se", "macro ± se", "answer NLL", "text ppl"]
     cells = []
     for row in sorted(run.read("sweep").to_pylist(), key=lambda row: row["merges"]):
         line = lines[row["plan_id"]]
@@ -354,6 +420,7 @@ def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str
                 row["method"],
                 row["alignment"],
                 row["norms"],
+                row["refit"] or "none",
                 f"{line['accuracy']:.4f} ± {line['standard_error']:.4f}",
                 f"{line['macro']:.4f} ± {line['macro_error']:.4f}",
                 f"{line['nll']:.4f}",

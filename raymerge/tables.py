@@ -223,9 +223,18 @@ class RunDirectory:
     # --- manifest, folders ----------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Start or continue the work: remove the manifest of an earlier end, and start the clock."""
+        """Start or continue the work: remove the manifest of an earlier end, and start the clock. That it continues
+        is an incident."""
         self._storage.delete("manifest.json")
         self._begun = (datetime.now(UTC), time.monotonic())
+        rows = {name: count for name, count in self.row_counts().items() if name != "incidents"}
+        if rows:
+            self.note("resumed", detail=", ".join(f"{count} {name}" for name, count in rows.items()))
+
+    def note(self, kind: str, worker: str | None = None, detail: str = "") -> None:
+        """Add a row to table `incidents`."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.append("incidents", [{"time": now, "kind": kind, "worker": worker, "detail": detail[:500]}])
 
     def write_manifest(self, status: str, *, command: list[str] | None = None, **facts) -> dict:
         """Write manifest.json, the last act of a run, and return its content.

@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raymerge.config import Config
+from raymerge.device import attempt, device_memory
 from raymerge.errors import UserError
 from raymerge.evaluation import Answers, answer_shard
 from raymerge.forward import LayerRunner
 from raymerge.fusion import check_mergeable
 from raymerge.identity import digest
+from raymerge.memory import plan_gradient
 from raymerge.objectives import parse_objective
 from raymerge.plan import MergePlan, base_plan, tail_pairs
 from raymerge.prompts import Group, Prompts, Shard
@@ -263,6 +265,7 @@ class TailLoss:
         self.sources: SourceLayers = scorer.sources
         self.matrices = scorer.runner.checkpoint.architecture.matrices
         device = scorer.runner.device
+        self._at_once: int | None = None  # questions differentiated together on an accelerator
         self._answers = torch.from_numpy(scorer.prompts.answers.astype(np.int64)).to(device)
         self._reference = None if reference is None else F.log_softmax(reference.to(device, torch.float32), -1)
 
@@ -309,11 +312,17 @@ class TailLoss:
         with torch.set_grad_enabled(gradient):
             answers = beside = (math.nan, math.nan)
             if self.weights.of_answers:
-                if rows is not None and not held_out and 2 * len(rows) <= self.n_questions:
-                    answers = self._of_answers(self.scorer.select(rows).answer_logits(layer, 0), rows, chosen=True)
+                own = list(leaves.values())
+                if self.scorer.runner.accelerated:
+                    answers = self._in_parts(layer, range(self.n_questions) if rows is None else rows, own)
+                    if held_out:
+                        with torch.no_grad():
+                            beside = self._in_parts(layer, held_out)
+                elif rows is not None and not held_out and 2 * len(rows) <= self.n_questions:
+                    answers = self._of_chosen(layer, rows, own)
                 else:  # a copy of most tokens would cost more than it spares
                     logits = self.scorer.answer_logits(layer, 0)
-                    answers = self._of_answers(logits, rows)
+                    answers = self._of_answers(logits, rows, own)
                     beside = self._held_out(logits, held_out)
             text = self._of_text(layer, drawn)
         pulled = None
@@ -340,10 +349,51 @@ class TailLoss:
         with torch.no_grad():
             return self._of_answers(logits.detach(), rows) if rows else (math.nan, math.nan)
 
-    def _of_answers(self, logits: Tensor, rows: Sequence[int] | None, *, chosen: bool = False) -> tuple[float, float]:
+    def _in_parts(
+        self, layer: Mapping[str, Tensor], rows: Sequence[int], leaves: Sequence[Tensor] = ()
+    ) -> tuple[float, float]:
+        """`_of_answers` of so many questions at a time as the accelerator has room for."""
+        if self._at_once is None:
+            runner = self.scorer.runner
+            free = device_memory(runner.device).free
+            tokens = plan_gradient(runner.layer_size, compute=self.scorer.compute_dtype.itemsize, device_free=free)
+            self._at_once = max(1, int(tokens / self.scorer.tokens_a_question))
+        rows, sums, start = list(rows), [0.0, 0.0], 0
+        while start < len(rows):
+            part = rows[start : start + self._at_once]
+            share = len(part) / len(rows)
+            fits, found = attempt(lambda part=part, share=share: self._of_chosen(layer, part, leaves, share))
+            if not fits:
+                if len(part) == 1:
+                    raise GradientError(
+                        "differentiating the loss of a single question runs out of the device's memory: free some of "
+                        "it, or take fewer merges"
+                    )
+                self._at_once = len(part) // 2
+                continue
+            sums = [total + share * value for total, value in zip(sums, found, strict=True)]
+            start += len(part)
+        return sums[0], sums[1]
+
+    def _of_chosen(
+        self, layer: Mapping[str, Tensor], rows: Sequence[int], leaves: Sequence[Tensor], share: float = 1.0
+    ) -> tuple[float, float]:
+        """`_of_answers` where only the questions' own tokens are run, with their prefixes."""
+        return self._of_answers(self.scorer.select(rows).answer_logits(layer, 0), rows, leaves, share, chosen=True)
+
+    def _of_answers(
+        self,
+        logits: Tensor,
+        rows: Sequence[int] | None,
+        leaves: Sequence[Tensor] = (),
+        share: float = 1.0,
+        *,
+        chosen: bool = False,
+    ) -> tuple[float, float]:
         """Means (NLL, KL) over the questions `rows` of all logits, or, where they are chosen already, of just these.
 
-        Where gradients are on, that of the weighted sum goes to the leaves.
+        The gradient of the weighted sum, times share, is added to that of the leaves: to all of them, or where memory
+        runs out to none.
         """
         weights = self.weights
         rows = slice(None) if rows is None else list(rows)
@@ -354,8 +404,11 @@ class TailLoss:
             log = F.log_softmax(logits, -1)
             divergence = F.kl_div(log, self._reference[rows], reduction="batchmean", log_target=True)
             kl, total = divergence.item(), total + weights.answer_kl * divergence
-        if torch.is_grad_enabled():
-            total.backward()
+        if leaves:
+            gradients = torch.autograd.grad(share * total, leaves, allow_unused=True)
+            for leaf, gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
         return nll.item(), kl
 
     def _of_text(self, layer: Mapping[str, Tensor], drawn: Drawn | None) -> tuple[float, float]:

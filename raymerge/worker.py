@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
 from raymerge.context import RetrievalSet, position_nll, retrieval_prompts, retrieve, usable_distances
+from raymerge.device import choose_device, device_memory, device_name, is_accelerator, release_cached
+from raymerge.errors import UserError
 from raymerge.evaluation import Answers, answer_shard, generation_speed, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
@@ -43,10 +45,12 @@ from raymerge.inputs import (
     read_subsets,
     read_text,
 )
+from raymerge.memory import MemoryPlanError
 from raymerge.objectives import parse_objective, score_answers
 from raymerge.plan import MergePlan, base_plan
 from raymerge.prompts import Prompts, Shard, encode_questions, encode_text
 from raymerge.questions import QuestionSet
+from raymerge.refit import Refitter, Sums
 from raymerge.reliability import Study, study
 from raymerge.rows import POSITIONS, text_hash
 from raymerge.scoring import SourceLayers, TailScorer
@@ -67,6 +71,34 @@ def _taken(began: tuple[float, float]) -> dict[str, float]:
     """Seconds since, by the clock and of this process's CPU time, which others' work on the machine leaves alone."""
     wall, cpu = _now()
     return {"seconds": wall - began[0], "cpu_seconds": cpu - began[1]}
+
+
+class TooLargeError(UserError):
+    """A model that does not fit into the accelerator memory of one worker; the message has the bytes."""
+
+
+def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, template: MergePlan | None) -> int:
+    """Bytes of the weights that a worker holds on an accelerator: every layer in the compute dtype, and for a search
+    the layers that are mixed, float32, once more."""
+    name = checkpoint.architecture.layer_name
+    sizes = [
+        sum(checkpoint[name(layer, tensor)].numel() for tensor in checkpoint.layer_tensors(layer))
+        for layer in range(checkpoint.n_layers)
+    ]
+    mixed = 0 if template is None else sum(sizes[template.resumes_at :])
+    return sum(sizes) * dtype.itemsize + 4 * mixed
+
+
+def refuse_oversized(checkpoint: Checkpoint, dtype: torch.dtype, template: MergePlan | None, free: int) -> None:
+    """Raise TooLargeError where a worker's weights alone are more than `free` bytes."""
+    needed = weight_bytes(checkpoint, dtype, template)
+    if needed > free:
+        raise TooLargeError(
+            f"{checkpoint.directory.name} in {str(dtype).removeprefix('torch.')} needs {needed / 1e9:.2f} GB for "
+            f"weights alone, but this worker's share of the GPU has {free / 1e9:.2f} GB free: give a worker a whole, "
+            "larger GPU (workers.gpus_per_worker: 1), a smaller model.dtype, fewer merges, or CPUs "
+            "(workers.gpus_per_worker: 0). A model is not split over GPUs: every layer is run on one"
+        )
 
 
 class ModelWorker:
@@ -90,7 +122,7 @@ class ModelWorker:
         # hundred times slower.
         torch.set_num_threads(config.workers.cpus_per_worker)
         model = config.model
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = choose_device(config.workers.gpus_per_worker)
         dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
         self.config, self.template, self.cache = config, template, Path(cache)
         self.checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
@@ -103,9 +135,17 @@ class ModelWorker:
         self._calibration = calibration_questions(config, self.questions, self.subsets, wanted=wanted)
         data = "" if self._calibration is None else self._calibration.identity
         self.aligner = Aligner(self.checkpoint, self.cache, device=device, units=self._units, data=data)
+        if is_accelerator(device):
+            refuse_oversized(self.checkpoint, dtype or self.checkpoint.dtype, template, device_memory(device).free)
         self.runner = LayerRunner(
             self.checkpoint, device=device, dtype=dtype, aligner=self.aligner, quantise=model.quantise
         )
+        # Fits are made in the weights' own precision: quantisation comes after, as after merging.
+        exact = self.runner
+        if model.quantise != "none":
+            exact = LayerRunner(self.checkpoint, device=device, dtype=dtype, aligner=self.aligner)
+        self.refitter = Refitter(exact, self.cache, (lambda: self.calibration_shards) if self._calibrates else None)
+        self.runner.refits = self.refitter.tensors
         self._trunks = {first: TrunkCache(self.runner, first, self.cache) for first in sorted(firsts)}
         self._prompts: dict[str, Prompts] = {}
         self._scorers: dict[tuple[str, int], TailScorer] = {}
@@ -116,7 +156,7 @@ class ModelWorker:
         return {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "device": torch.cuda.get_device_name() if self.runner.device.type == "cuda" else "cpu",
+            "device": device_name(self.runner.device),
             "dtype": str(self.runner.dtype).removeprefix("torch."),
             "model_identity": self.checkpoint.identity,
             "data_identities": {role: questions.identity for role, questions in self.questions.items()}
@@ -227,8 +267,22 @@ class ModelWorker:
             # Each holds the states of all its tokens; a sweep goes through its first layers one after the other.
             while len(self._scorers) >= _SCORERS_HELD:
                 del self._scorers[next(iter(self._scorers))]
-            self._scorers[key] = TailScorer(trunk, self.prompts(role), sources=self._sources_of(trunk.first))
+                held = {first for _, first in self._scorers}
+                self._sources = {first: sources for first, sources in self._sources.items() if first in held}
+            self._scorers[key] = self._new_scorer(role, trunk)
         return self._scorers[key]
+
+    def _new_scorer(self, role: str, trunk: TrunkCache) -> TailScorer:
+        make = partial(TailScorer, trunk, self.prompts(role), sources=self._sources_of(trunk.first))
+        try:
+            return make()
+        except MemoryPlanError:
+            if not self._scorers:
+                raise
+        # A device that has no room for two scorers has them one after the other.
+        self._scorers.clear()
+        release_cached()
+        return make()
 
     def _sources_of(self, first: int) -> SourceLayers:
         """The stacked weights from `first` on, as the template's candidates mix them."""
@@ -365,7 +419,9 @@ class ModelWorker:
 
     def receipts(self, plan: MergePlan) -> list[Receipt]:
         """What a plan changes, tensor by tensor."""
-        return receipts(self.checkpoint, self.checkpoint.architecture, plan, aligner=self.aligner)
+        return receipts(
+            self.checkpoint, self.checkpoint.architecture, plan, aligner=self.aligner, refits=self.refitter.tensors
+        )
 
     @cached_property
     def retrieval_set(self) -> RetrievalSet:
@@ -409,6 +465,35 @@ class ModelWorker:
         """Summed NLL (nats) and scored tokens of one shard of the calibration text under a merged model."""
         plan, number = item
         return text_nll(self.runner, plan, self.shards(CALIBRATION)[number], trunk=self._trunk_of(plan))
+
+    def refit_prepare(self, item: tuple[MergePlan, int]) -> int:
+        """Make sure that the states which a plan is fitted to are on disk for one calibration shard; its tokens."""
+        return self.refitter.prepare(*item)
+
+    def refit_done(self, plan: MergePlan) -> int:
+        """How many of a plan's fits are on this machine's disk."""
+        return self.refitter.done(plan)
+
+    def refit_sums(self, item: tuple[MergePlan, int, tuple[int, int]]) -> Sums:
+        """Sums of one fit of a plan over a share of the calibration; see `Refitter.sums`."""
+        return self.refitter.sums(*item)
+
+    def refit_solve(self, item: tuple[MergePlan, int, Sequence[Sums]]) -> dict[str, torch.Tensor]:
+        """The fitted tensors from all shares' sums."""
+        return self.refitter.solve(*item)
+
+    def refit_store(self, plan: MergePlan, number: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Keep a fit on this machine's disk."""
+        if self.refitter.done(plan) <= number:
+            self.refitter.store(plan, number, tensors)
+
+    def refit_tensors(self, plan: MergePlan) -> dict[int, dict[str, torch.Tensor]]:
+        """What a plan's fits are, by position in the merged model."""
+        return {position: self.refitter.tensors(plan, position) for position in plan.refit_targets}
+
+    def refit_records(self, plan: MergePlan) -> list[dict[str, float | int | str]]:
+        """How the fits of a plan went."""
+        return self.refitter.records(plan)
 
     # -- similarity ---------------------------------------------------------------------------------------------
 

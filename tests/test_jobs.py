@@ -149,10 +149,11 @@ def end(process):
     process.wait(_END_S)
 
 
-def submit(head, name, out, *settings, **options):
+def submit(head, name, out, *settings, script="search_alphas", words=("jobs/configs/demo.yaml",), wait=True, **options):
     args = ["job", "submit", f"--address={head.url}", f"--submission-id={name}", "--working-dir=.", "--log-color=false"]
-    entry = ["--", "python", "jobs/search_alphas.py", "jobs/configs/demo.yaml", "--out", str(out)]
-    return head.ray(*args, *entry, *(word for setting in settings for word in ("--set", setting)), **options)
+    entry = ["--", "python", f"jobs/{script}.py", *words, "--out", str(out)]
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    return head.ray(*args, *([] if wait else ["--no-wait"]), *entry, *overrides, **options)
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +210,42 @@ def test_a_wrong_key_fails_the_job_with_its_message_and_writes_nothing(head, tmp
     assert "unknown key data.subjets: did you mean subjects?" in logs.stdout
     assert "Traceback" not in logs.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_job_leaves_a_run_that_the_same_job_finishes(head, tmp_path):
+    out = tmp_path / "run"
+    settings = [*SETTINGS, "search.searcher=random", "search.candidates=30", "search.batch=1"]
+    assert submit(head, "stopped", out, *settings, wait=False).returncode == 0
+    deadline = time.monotonic() + _JOB_S
+    while len(list(out.glob("tables/trials/random-*.parquet"))) < 6:
+        assert time.monotonic() < deadline, head.ray("job", "logs", f"--address={head.url}", "stopped").stdout
+        time.sleep(0.05)
+    assert head.ray("job", "stop", f"--address={head.url}", "stopped").returncode == 0
+    # Ray kills after three seconds, in which a busy machine may not have said anything.
+    assert "Job 'stopped' was stopped" in head.ray("job", "status", f"--address={head.url}", "stopped").stdout
+    before = [row for row in RunDirectory.load(out).read("trials").to_pylist() if row["searcher"] == "random"]
+    assert 6 <= len(before) < 30 and not (out / "manifest.json").exists()
+    again = submit(head, "resumed", out, *settings)
+    assert again.returncode == 0 and "1 start that found stored results" in again.stdout
+    run = RunDirectory.load(out)
+    rows = [row for row in run.read("trials").to_pylist() if row["searcher"] == "random"]
+    assert sorted(row["iteration"] for row in rows) == list(range(30)) and all(row in rows for row in before)
+    assert run.manifest()["random_search"]["candidates_this_call"] == 30 - len(before)
+
+
+def test_a_model_is_merged_and_evaluated_by_jobs(head, done, tmp_path):
+    alphas = str(done.out / "models/found_bayes/alphas.json")
+    merged = submit(head, "merge", tmp_path / "merged", script="merge", words=("demo", "--alphas", alphas))
+    assert merged.returncode == 0, merged.stdout + merged.stderr
+    words = (str(tmp_path / "merged"), "--subjects=country_capitals", "--limit=4", "--no-question-perplexity")
+    evaluated = submit(head, "evaluate", tmp_path / "run", "data.perplexity_tokens=200", script="evaluate", words=words)
+    assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+    assert RunDirectory.load(tmp_path / "run").complete and "plain-text perplexity" in evaluated.stdout
+
+
+def test_a_run_in_the_jobs_own_temporary_folder_is_refused(head):
+    failed = submit(head, "relative", "runs/demo")
+    assert failed.returncode == 1 and "temporary copy of the project" in failed.stdout
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,14 @@ PACKAGE = ROOT / "raymerge"
 LAYERS = {
     0: (
         "errors", "identity", "statistics", "objectives", "plan", "heuristics", "diffusion", "embedding", "similarity",
-        "reliability", "assignment",
+        "reliability", "assignment", "memory",
     ),
-    1: ("config", "reference", "schemas", "storage", "tables", "questions", "summary", "progress", "inputs", "sensitivity"),
+    1: ("config", "schemas", "storage", "tables", "questions", "summary", "progress", "inputs", "sensitivity",
+        "report", "reference"),
     2: (
         "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "scoring", "evaluation", "rows",
         "merging", "activations", "alignment", "context", "quantisation", "gradient", "tail_loss",
-        "trunk", "gguf_input", "mergekit", "proof", "reload", "card", "hub",
+        "trunk", "gguf_input", "mergekit", "proof", "reload", "card", "hub", "device", "normal_equations", "refit",
     ),
     3: ("worker",),
     4: ("pool", "search", "proposers", "experiments"),
@@ -40,7 +41,7 @@ def layer_of(module):
 # Third parties from the layer on in which they may first appear.
 THIRD_PARTY = {
     "numpy": 0, "scipy": 0, "sklearn": 0, "umap": 0,
-    "pydantic": 1, "yaml": 1, "pyarrow": 1, "huggingface_hub": 1,
+    "pydantic": 1, "yaml": 1, "pyarrow": 1, "huggingface_hub": 1, "jinja2": 1, "markupsafe": 1, "vl_convert": 1,
     "torch": 2, "transformers": 2, "safetensors": 2, "torchao": 2, "gguf": 2,
     "ray": 4, "bayes_opt": 4, "threadpoolctl": 4,
     "rich": 5,
@@ -48,8 +49,9 @@ THIRD_PARTY = {
 RAY = {"pool", "search"}  # and nowhere else
 
 PATHS = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-PATHS |= {f"experiments.{path.stem}": path for path in (PACKAGE / "experiments").glob("*.py")}
-PATHS["experiments"] = PATHS.pop("experiments.__init__")
+for package in ("experiments", "report"):
+    PATHS |= {f"{package}.{path.stem}": path for path in (PACKAGE / package).glob("*.py")}
+    PATHS[package] = PATHS.pop(f"{package}.__init__")
 MODULES = sorted(PATHS)
 DEMO = sorted(path.stem for path in (PACKAGE / "demo").glob("*.py") if path.stem != "__init__")
 

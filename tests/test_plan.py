@@ -16,6 +16,7 @@ from raymerge.plan import (
     MergePlan,
     MergeStep,
     PlanError,
+    Refit,
     alpha_file_text,
     base_plan,
     before_last_plan,
@@ -578,3 +579,50 @@ def test_an_alpha_file_of_a_block_is_read_as_one(tmp_path, survivor):
     path = tmp_path / "a.json"
     path.write_text(alpha_file_text(plan.steps))
     assert read_alpha_file(path, 9) == plan and read_alpha_file(path, 9).plan_id("m") == plan.plan_id("m")
+
+
+# -- refits ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_refit_is_of_the_seams_and_of_the_layers_after_them():
+    plan = block_plan(10, 4, [0.5, 1.0, 0.5], name="b", kind="file")
+    assert plan.refit_targets == {} and not any(layer.refitted for layer in plan.kept)
+    assert replace(plan, refit=Refit("linear")).refit_targets == {3: 6}
+    # Layers 7 to 9 stand at 4 to 6; more than there are is all.
+    assert replace(plan, refit=Refit("outputs", layers=2)).refit_targets == {3: 6, 4: 7, 5: 8}
+    assert replace(plan, refit=Refit("outputs", layers=9)).refit_targets == {3: 6, 4: 7, 5: 8, 6: 9}
+    after = block_plan(10, 4, [0.5, 0.5], name="b", kind="file", survivor="after")
+    assert replace(after, refit=Refit("units")).refit_targets == {4: 6}
+    two = drop_layers_plan(10, [2, 6, 7], name="d")
+    assert replace(two, refit=Refit("outputs", layers=1)).refit_targets == {1: 2, 2: 3, 4: 7, 5: 8}
+
+
+def test_a_dropped_block_that_is_refitted_is_changed_where_its_seam_is():
+    plan = drop_block_plan(9, 4, 3)
+    fitted = replace(plan, refit=Refit("linear"))
+    assert [layer.unchanged for layer in fitted.kept] == [True, True, True, False, True, True]
+    assert (plan.first_changed, fitted.first_changed, fitted.resumes_at) == (4, 3, 3)
+    assert [layer.coefficients for layer in fitted.kept] == [layer.coefficients for layer in plan.kept]
+    tail = tail_plan(9, [0.5], name="t", kind="file")
+    assert tail.ends_at_once and not replace(tail, refit=Refit("linear")).ends_at_once
+
+
+def test_refits_are_told_apart_by_their_plan_s_identity():
+    plan = drop_block_plan(9, 4, 3)
+    refits = [Refit("linear"), Refit("outputs"), Refit("outputs", 0.1), Refit("outputs", 0.1, 2)]
+    refits.append(Refit("outputs", 0.1, 2, "other tokens"))
+    assert len({plan.plan_id("m"), *(replace(plan, refit=refit).plan_id("m") for refit in refits)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "cubic"}, "refit is 'cubic', but must be one of linear, scale, outputs, units"),
+        ({"method": "linear", "ridge": 0.0}, "the ridge of a refit is 0.0, but must be above 0"),
+        ({"method": "linear", "ridge": math.nan}, "the ridge of a refit is nan"),
+        ({"method": "linear", "layers": -1}, "-1 layers after a seam"),
+    ],
+)
+def test_refits_that_are_none_are_refused(options, words):
+    with pytest.raises(PlanError, match=words):
+        Refit(**options)

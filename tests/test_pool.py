@@ -5,9 +5,18 @@ import time
 
 import pytest
 import ray
+from ray.exceptions import ObjectLostError, ObjectStoreFullError, OutOfDiskError
 
 from raymerge.errors import UserError
-from raymerge.pool import PlacementError, WorkerError, WorkerPool, plan_workers
+from raymerge.pool import (
+    NoRoomError,
+    PlacementError,
+    WorkerError,
+    WorkerLost,
+    WorkerPool,
+    call_worker,
+    plan_workers,
+)
 
 
 class Plain:
@@ -45,10 +54,13 @@ class Plain:
     def process(self):
         return os.getpid()
 
+    def fill_disk(self, _):
+        raise OSError(28, "No space left on device")
+
 
 class Refuses:
-    def __init__(self, path):
-        raise ValueError(f"no model at {path}")
+    def __init__(self, path, kind=ValueError):
+        raise kind(f"no model at {path}")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +91,10 @@ def test_as_many_workers_are_planned_as_fit(count, gpus, cpus_each, cluster, exp
 def test_more_workers_than_fit_are_refused_with_the_figures(count, cluster):
     with pytest.raises(PlacementError, match=rf"cluster has {cluster.get('CPU', 0)} CPUs and {cluster.get('GPU', 0)}"):
         plan_workers(count, "auto", 1, cluster)
+
+
+def test_a_cluster_that_grows_may_be_asked_for_more_than_it_has():
+    assert plan_workers(8, 1, 1, {"CPU": 4}, autoscaling=True).count == 8
 
 
 def test_results_come_in_the_items_order_and_once_each(pool):
@@ -132,22 +148,92 @@ def test_an_item_that_kills_every_worker_is_named(ray_session, tmp_path):
 
 def test_a_pool_whose_workers_are_used_up_says_so(ray_session, tmp_path):
     with WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, timeout_s=60, max_restarts=0) as pool:
-        with pytest.raises(WorkerError, match="no worker is left for work"):
+        with pytest.raises(NoRoomError, match="no worker is left, each died .*the cluster has 4 CPUs and 0 GPUs"):
             pool.map("work", [("die", 0)])
 
 
 def test_a_constructor_that_raises_is_reported_with_its_words(ray_session):
     with pytest.raises(WorkerError, match="no model at /nowhere"):
         WorkerPool(Refuses, {"path": "/nowhere"}, count=2, timeout_s=60)
+    with pytest.raises(UserError) as caught:
+        WorkerPool(Refuses, {"path": "/nowhere", "kind": UserError}, count=2, timeout_s=60)
+    assert str(caught.value) == "no model at /nowhere", "without Ray's traceback"
 
 
-def test_workers_without_room_are_left_out(pool, tmp_path):
+def test_workers_without_room_join_when_there_is(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr("raymerge.pool._PATIENCE_S", 1.0)
+    kwargs, events = {"folder": str(tmp_path)}, []
     # `pool` has two of the four CPUs.
-    with WorkerPool(Plain, {"folder": str(tmp_path)}, count=2, cpus_per_worker=2, timeout_s=8) as pool:
-        assert pool.count == 1
-        assert pool.map("work", [("work", 3)]) == [9]
-    with pytest.raises(WorkerError, match="no Plain of 9 CPUs"):
-        WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, cpus_per_worker=9, timeout_s=2)
+    with WorkerPool(Plain, kwargs, count=1) as first:
+        with WorkerPool(Plain, kwargs, count=2, wait_s=60, on_event=lambda *event: events.append(event)) as second:
+            assert (second.count, second.awaited) == (1, 1)
+            first.close()
+            deadline = time.monotonic() + 90
+            while not second.poll() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert second.present == [0, 1]
+            assert second.map("work", [("work", 3)] * 4) == [9] * 4
+    assert [kind for kind, _, _ in events] == ["joined"]
+
+
+def test_a_pool_without_room_for_any_says_what_there_is(ray_session, tmp_path):
+    with pytest.raises(NoRoomError, match=r"no Plain of 9 CPUs and 0 GPUs has been there for 2 s .*has 4 CPUs"):
+        WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, cpus_per_worker=9, wait_s=2)
+
+
+def test_a_worker_that_has_worked_is_replaced_when_ray_gives_it_up(ray_session, tmp_path):
+    events = []
+    options = {"count": 1, "max_restarts": 0, "on_event": lambda *event: events.append(event)}
+    with WorkerPool(Plain, {"folder": str(tmp_path)}, **options) as pool:
+        before = pool.broadcast("process")
+        assert pool.map("work", [("work", 2), ("die once", 3)]) == [4, 9]
+        assert pool.broadcast("process") != before
+        assert 0.0 < pool.seconds_present()[0]
+    assert [(kind, worker) for kind, worker, _ in events] == [
+        (kind, "worker-0") for kind in ("lost", "replaced", "back")
+    ]
+
+
+def test_items_do_not_wait_for_a_worker_that_is_not_back(ray_session, tmp_path, monkeypatch):
+    """As when its node is lost and no other has room: nobody is ever told that it has died."""
+    with WorkerPool(Plain, {"folder": str(tmp_path)}, count=2) as pool:
+        monkeypatch.setattr(pool, "poll", lambda: [])
+        assert pool.map("work", [("die once", 1), *[("work", n) for n in range(6)]]) == [1, *(n * n for n in range(6))]
+        assert pool.count == pool.awaited == 1
+
+
+@pytest.mark.parametrize(
+    "raised, expected, message",
+    [
+        (OutOfDiskError("Local disk is full"), NoRoomError, "object store is full.*run the same command again"),
+        (ObjectStoreFullError("Failed to put"), NoRoomError, "object store is full"),
+        (ObjectLostError("00" * 28, "", ""), WorkerLost, "work: ObjectLostError"),
+    ],
+)
+def test_a_full_store_is_nobodys_fault_and_a_lost_result_is_a_lost_worker(pool, monkeypatch, raised, expected, message):
+    """The latter where a node goes between its worker's answer and the fetching of it."""
+    handle = ray.get_actor(pool.name_of(0))
+
+    def get(*_, **__):
+        raise raised
+
+    monkeypatch.setattr("raymerge.pool.ray.get", get)
+    with pytest.raises(expected, match=message):
+        call_worker(handle, "work", ("work", 1), timeout_s=1.0)
+
+
+def test_a_full_disk_is_told_from_a_bug(pool):
+    with pytest.raises(NoRoomError, match="No space left on device.*output.cache"):
+        pool.map("fill_disk", [None])
+
+
+def test_what_comes_later_is_checked_before_it_gets_work(ray_session, tmp_path):
+    seen = []
+    with WorkerPool(Plain, {"folder": str(tmp_path)}, count=1) as pool:
+        pool.admit("process", seen.append)
+        first = pool.broadcast("process")
+        assert pool.map("work", [("die once", 3)]) == [9]
+        assert seen and seen != first
 
 
 def test_a_users_mistake_that_only_a_worker_sees_is_raised_without_rays_traceback(pool):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from raymerge.plan import tail_coefficients
-from raymerge.pool import WorkerError, WorkerPool
+from raymerge.pool import NoRoomError, WorkerPool
 from raymerge.proposers import BayesProposer, RandomProposer, Starts
-from raymerge.search import BatchSearcher, choose_batch, run_search
+from raymerge.search import BatchSearcher, LoggerError, check_loggers, choose_batch, run_search
 
 COLUMNS = {
     "searcher", "iteration", "batch", "tune_trial", "actor", "seed", "plan_id", "alphas", "objective", "value",
@@ -192,8 +192,34 @@ class Told(RandomProposer):
         self.log.append(("tell", value))
 
 
+class Crew:
+    """A pool's workers without the pool: lost ones come back when a test says so."""
+
+    def __init__(self, count):
+        self.present, self.back, self.lost = list(range(count)), [], []
+
+    def name_of(self, slot):
+        return f"actor-{slot}"
+
+    def poll(self):
+        came, self.back = self.back, []
+        self.present += came
+        return came
+
+    def lose(self, slot, reason):
+        self.present.remove(slot)
+        self.lost.append((slot, reason))
+
+    def succeeded(self, slot):
+        assert slot in self.present
+
+    def require(self):
+        if not self.present:
+            raise NoRoomError("no worker is left")
+
+
 def searcher(log, *, record=None, **options):
-    options = {"candidates": 5, "batch": 2, "concurrent": 2, "minimise": False, **options}
+    options = {"candidates": 5, "batch": 2, "crew": Crew(2), "minimise": False, **options}
     return BatchSearcher(
         Told(log),
         describe=lambda point: {"searcher": "fake"},
@@ -210,7 +236,8 @@ def test_the_record_is_written_before_the_proposer_is_told():
     log = []
     tune = searcher(log)
     first, second = tune.suggest("a"), tune.suggest("b")
-    assert (first["slot"], second["slot"]) == (0, 1) and len(first["candidates"]) == len(second["candidates"]) == 2
+    assert (first["worker"], second["worker"]) == ("actor-0", "actor-1")
+    assert first["first_round"] == ["actor-0", "actor-1"] and len(first["candidates"]) == len(second["candidates"]) == 2
     assert tune.suggest("c") is None, "no worker is free"
     tune.on_trial_complete("b", scores(0.5, 0.25))
     assert [entry[0] for entry in log] == ["record", "tell", "tell"]
@@ -219,7 +246,7 @@ def test_the_record_is_written_before_the_proposer_is_told():
         (3, "worker-1", "b"),
     ]
     third = tune.suggest("c")
-    assert third["slot"] == 1 and len(third["candidates"]) == 1, "the last of five"
+    assert third["worker"] == "actor-1" and len(third["candidates"]) == 1, "the last of five"
     tune.on_trial_complete("a", scores(0.5, 0.5))
     assert tune.suggest("d") is None, "one is running still"
     tune.on_trial_complete("c", scores(1.0))
@@ -274,12 +301,15 @@ def test_a_record_that_cannot_be_written_ends_the_search_and_is_not_told():
 
 
 def test_a_lost_batch_is_done_again_one_by_one_and_fails_after_three_losses():
-    log = []
-    tune = searcher(log, candidates=2, concurrent=1, workers=2)
+    log, crew = [], Crew(3)
+    tune = searcher(log, candidates=2, concurrent=1, crew=crew)
     points = tune.suggest("a")["candidates"]
-    lost = {"lost": "score: no answer in 3 s", "gone": False}
+    lost = {"lost": "score: no answer in 3 s"}
     tune.on_trial_complete("a", lost)
-    assert tune.suggest("b")["candidates"] == points[:1] and tune.suggest("x") is None, "one at a time"
+    assert crew.lost == [(0, "score: no answer in 3 s")]
+    again = tune.suggest("b")
+    assert again["candidates"] == points[:1] and again["worker"] == "actor-1", "at once, on another worker"
+    assert tune.suggest("x") is None, "one at a time"
     tune.on_trial_complete("b", lost)
     assert tune.suggest("c")["candidates"] == points[1:]
     tune.on_trial_complete("c", scores(0.5))
@@ -294,15 +324,37 @@ def test_a_lost_batch_is_done_again_one_by_one_and_fails_after_three_losses():
     assert len({entry[1] for entry in log if entry[0] == "record"}) == 2, "a part each"
 
 
-def test_a_worker_that_is_gone_gets_no_more_work():
-    tune = searcher([], batch=1)
-    tune.suggest("a")
-    tune.suggest("b")
-    tune.on_trial_complete("a", {"lost": "died", "gone": True})
+def test_a_worker_that_is_lost_gets_no_work_before_it_is_back_and_a_new_one_joins():
+    log, crew = [], Crew(2)
+    tune = searcher(log, candidates=6, batch=1, crew=crew)
+    points = [tune.suggest(name)["candidates"] for name in "ab"]
+    tune.on_trial_complete("a", {"lost": "died"})
     assert tune.suggest("c") is None
-    tune.on_trial_complete("b", {"lost": "died", "gone": True})
-    assert tune.suggest("c") == BatchSearcher.FINISHED
-    assert isinstance(tune.failure, WorkerError) and "no worker is left" in str(tune.failure)
+    crew.back = [0, 2]
+    again, new = tune.suggest("c"), tune.suggest("d")
+    assert (again["worker"], again["candidates"]) == ("actor-0", points[0])
+    assert new["worker"] == "actor-2" and new["candidates"] not in points
+    for name in "bcd":
+        tune.on_trial_complete(name, {"lost": "died"})
+    assert tune.suggest("e") == BatchSearcher.FINISHED
+    assert isinstance(tune.failure, NoRoomError) and "no worker is left" in str(tune.failure)
+    assert log == []
+
+
+def test_what_is_no_fault_of_a_candidate_ends_the_search_and_is_not_stored():
+    log = []
+    tune = searcher(log)
+    tune.suggest("a")
+    tune.on_trial_complete("a", {"refused": "disk full: free some"})
+    assert isinstance(tune.failure, NoRoomError) and str(tune.failure) == "disk full: free some" and log == []
+    assert tune.suggest("b") == BatchSearcher.FINISHED
+
+
+def test_a_logger_without_its_package_is_refused_with_the_command_that_installs_it(monkeypatch):
+    check_loggers(["tensorboard"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("mlflow", "wandb") else name)
+    with pytest.raises(LoggerError, match="pip install mlflow wandb"):
+        check_loggers(["tensorboard", "mlflow", "wandb"])
 
 
 # -- with Ray
@@ -327,6 +379,8 @@ class Scorer:
             raise KeyError("bad candidate")
         if DIES_ONCE in markers and self.once("died"):
             os._exit(1)
+        if NO_SPACE in markers:
+            raise OSError(28, "No space left on device")
         if HANGS_ONCE in markers and self.once("hung"):
             time.sleep(600)
         return [
@@ -344,7 +398,7 @@ class Scorer:
         os._exit(1)
 
 
-RAISES, GIVES_NAN, DIES_ONCE, HANGS_ONCE = 0.125, 0.25, 0.375, 0.625
+RAISES, GIVES_NAN, DIES_ONCE, HANGS_ONCE, NO_SPACE = 0.125, 0.25, 0.375, 0.625, 0.875
 
 
 def search(pool, folder, rows, *, candidates=12, record=None, known=(), **options):
@@ -387,6 +441,10 @@ def test_every_candidate_ends_as_one_row_whatever_befalls_it(pool, tmp_path):
     assert [done for done, _ in progress] == list(range(1, 13))
     assert progress[-1][1] == max(row["value"] for row in rows if row["status"] == "ok")
     assert 0.0 < outcome.share_not_scoring < 1.0
+    assert sum(row["candidates"] for row in outcome.workers) == 12
+    assert {row["worker"] for row in outcome.workers} == {"worker-0", "worker-1"}
+    for row in outcome.workers:
+        assert row["utilisation"] == pytest.approx(row["scoring_seconds"] / row["present_seconds"], abs=1e-3)
 
 
 def test_short_trials_run_on_all_workers_and_end_at_once(pool, tmp_path):
@@ -417,9 +475,22 @@ def test_what_the_record_raises_ends_the_search(pool, tmp_path):
         search(pool, tmp_path, [], record=full)
 
 
+def test_a_full_disk_of_a_worker_ends_the_search_and_fails_no_candidate(pool, tmp_path):
+    rows = []
+    with pytest.raises(NoRoomError, match="No space left.*output.cache"):
+        search(pool, tmp_path, rows, known=[[NO_SPACE, 0.5, 0.5]])
+    assert all(row["status"] == "ok" for row in rows)
+
+
+def test_tensorboard_gets_every_trials_averages(pool, tmp_path):
+    rows = []
+    search(pool, tmp_path, rows, candidates=4, loggers=["tensorboard"])
+    assert len(list((tmp_path / "tune").rglob("events.out.tfevents*"))) == len({row["batch"] for row in rows})
+
+
 def test_a_search_whose_workers_are_used_up_fails_and_stores_no_false_failures(ray_session, tmp_path):
     rows = []
     with WorkerPool(Scorer, {"folder": str(tmp_path)}, count=1, timeout_s=60, max_restarts=1) as pool:
-        with pytest.raises(WorkerError, match="no worker is left"):
+        with pytest.raises(NoRoomError, match="no worker is left"):
             search(pool, tmp_path, rows, concurrent=1, method="die")
     assert rows == []

@@ -114,13 +114,14 @@ def test_comparisons_of_a_plan_with_adjusted_p(tmp_path):
     rows = [row for row in run.read("comparisons").to_pylist() if row["measure"] == "accuracy"]
     for family in (rows[:3], rows[3:]):
         np.testing.assert_allclose([r["p_holm"] for r in family], holm([r["p_value"] for r in family]))
-    lines = summary.comparison_lines(run, "found")
-    assert [line.split(":")[0] for line in lines[:3]] == [f"plan_found against plan_{p}" for p in PLANS[:3]]
-    assert lines[0].endswith(": worse") and lines[1].endswith(": better") and lines[2].endswith(": indistinguishable")
-    assert f"p = {rows[0]['p_value']:.3g} (Holm {rows[0]['p_holm']:.3g})" in lines[0]
-    assert lines[3].startswith("(3 comparisons: p and intervals are of each on its own, uncorrected")
-    assert lines[4] == "(3 further pairs of plans stand in table comparisons.)"
-    assert len(summary.comparison_lines(run)) == 7
+    _, cells = summary.comparison_table(run, "found")
+    assert [line[:2] for line in cells] == [["plan_found", f"plan_{p}"] for p in PLANS[:3]]
+    assert [line[-1] for line in cells] == ["worse", "better", "indistinguishable"]
+    assert cells[0][4:6] == [f"{rows[0]['p_value']:.3g}", f"{rows[0]['p_holm']:.3g}"]
+    notes = summary.comparison_notes(run, "found")
+    assert notes[0].startswith("(3 comparisons: p and intervals are of each on its own, uncorrected")
+    assert notes[1] == "(3 further pairs of plans stand in table comparisons.)"
+    assert len(summary.comparison_table(run)[1]) == 6 and len(summary.comparison_notes(run)) == 1
 
 
 def test_a_gain_that_only_an_uncorrected_p_calls_one_is_said_to_be_so(tmp_path):
@@ -128,7 +129,7 @@ def test_a_gain_that_only_an_uncorrected_p_calls_one_is_said_to_be_so(tmp_path):
     rows = run.read("comparisons").to_pylist()
     rows = [row | {"p_value": 0.03, "p_holm": 0.09, "difference": 0.1} for row in rows]
     run.replace("comparisons", [{key: value for key, value in row.items() if key != "run_id"} for row in rows])
-    assert summary.comparison_lines(run, "found")[0].endswith(": better, but not among so many comparisons")
+    assert summary.comparison_table(run, "found")[1][0][-1] == "better, but not among so many comparisons"
 
 
 def test_the_table_of_plans_has_intervals(tmp_path):
@@ -139,3 +140,28 @@ def test_the_table_of_plans_has_intervals(tmp_path):
     assert header[2] == "accuracy ± se [95 %]"
     assert cells[0][2].endswith(f"[{stored['ci_low']:.3f}, {stored['ci_high']:.3f}]")
     assert summary.share(0.5, 0.1, (None, None)) == "0.5000 ± 0.1000"
+
+
+def test_what_befell_a_run_is_counted_and_nothing_said_where_nothing_did(tmp_path):
+    run, *_ = make_run(tmp_path / "run")
+    assert summary.incident_lines(run) == []
+    run.note("lost", "worker-0", "score: no answer in time, the worker hangs")
+    run.note("back", "worker-0", "on 10.0.0.2")
+    run.note("lost", "worker-1", "score: ActorDiedError: killed " + 400 * "x")
+    run.begin()
+    resumed, lost, back = summary.incident_lines(run)
+    assert resumed.startswith("1 start that found stored results: 16 accuracy, 400 answers,")
+    assert resumed.endswith(", 4 trials")
+    assert lost.startswith("2 workers lost, the last: score: ActorDiedError: killed") and len(lost) < 240
+    assert back == "1 came back: on 10.0.0.2"
+
+
+def test_how_much_each_worker_was_used(tmp_path):
+    run, *_ = make_run(tmp_path / "run")
+    assert summary.worker_table(run)[1] == []
+    used = {"worker": "worker-1", "candidates": 7, "scoring_seconds": 3.04, "present_seconds": 4.0, "utilisation": 0.76}
+    run.write_manifest("complete", command=["test"], bayes_search={"batch": 1, "workers": [used]})
+    header, cells = summary.worker_table(run)
+    assert dict(zip(header, cells[0], strict=True)) == {
+        "search": "bayes", "worker": "worker-1", "candidates": "7", "scoring s": "3.0", "there s": "4.0", "used %": "76"
+    }  # fmt: skip

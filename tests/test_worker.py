@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import load_config
@@ -11,7 +12,7 @@ from raymerge.evaluation import Answers, text_nll
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH, SEARCH_TEXT, TEXT
 from raymerge.objectives import answer_kl, score_answers
 from raymerge.plan import base_plan, block_plan, drop_block_plan, tail_plan
-from raymerge.worker import ModelWorker
+from raymerge.worker import ModelWorker, TooLargeError, refuse_oversized, weight_bytes
 
 CONFIG = load_config(
     None,
@@ -166,3 +167,16 @@ def test_without_a_text_calibration_takes_prompts_of_the_search(whole, tmp_path)
     assert len(found[10]) == 1 and {shard.identity for shard in found[10**6]} == every
     assert all(shard.identity in every for shard in found[4000])
     assert sum(shard.tokens for shard in found[4000]) <= max(4000, found[10][0].tokens)
+
+
+def test_a_model_too_large_for_its_share_of_a_gpu_is_refused_with_the_bytes():
+    checkpoint = Checkpoint("demo")
+    layer = sum(checkpoint[name].numel() for name in checkpoint if name.startswith("model.layers.0."))
+    every = checkpoint.n_layers * layer
+    template = tail_plan(checkpoint.n_layers, [0.5] * MERGES, name="candidate", kind="found")
+    assert weight_bytes(checkpoint, torch.bfloat16, None) == 2 * every
+    needed = weight_bytes(checkpoint, torch.float16, template)
+    assert needed == 2 * every + 4 * (MERGES + 1) * layer
+    refuse_oversized(checkpoint, torch.float16, template, needed)
+    with pytest.raises(TooLargeError, match=rf"float16 needs {needed / 1e9:.2f} GB .*has 0.00 GB free.*_worker: 1"):
+        refuse_oversized(checkpoint, torch.float16, template, 1000)

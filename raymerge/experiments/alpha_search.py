@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from raymerge.experiments.common import (
     model_facts,
     open_pool,
     read_inputs,
+    runtime,
     settings_of,
 )
 from raymerge.experiments.planning import (
@@ -43,6 +44,7 @@ from raymerge.experiments.planning import (
     similarity_of,
     starting_plan,
 )
+from raymerge.experiments.refitting import fit, refit_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH
@@ -58,10 +60,10 @@ from raymerge.plan import (
     read_alpha_file,
     tail_coefficients,
 )
-from raymerge.pool import WorkerPool, start_ray
-from raymerge.progress import Progress, Silent
+from raymerge.pool import WorkerPool
+from raymerge.progress import Progress, Silent, step
 from raymerge.proposers import BayesProposer, Proposer, RandomProposer, Starts
-from raymerge.search import choose_batch, run_search
+from raymerge.search import check_loggers, choose_batch, run_search
 from raymerge.tables import RunDirectory
 
 _INSIDE = 0.05  # an alpha's distance from its corner where a descent starts near one
@@ -79,8 +81,10 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     directory cannot be used.
     """
     progress = progress or Silent()
-    calibrates = config.plan.selection == "block" and config.chooses_blocks
-    inputs = read_inputs(config, (SEARCH, REPORT, *([CALIBRATION] if calibrates else [])))
+    check_loggers(config.output.loggers)
+    calibrates = config.needs_calibration()
+    with step(progress, "reading model and questions"):
+        inputs = read_inputs(config, (SEARCH, REPORT, *([CALIBRATION] if calibrates else [])))
     n_layers = inputs.checkpoint.n_layers
     similarity = similarity_of(config, n_layers)
     # With plan.recompute and plan.block the merges may come from the model; these show what can be refused.
@@ -94,7 +98,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
         progress.message("This run is complete; nothing is left to do.")
         return run
     run.begin()
-    with start_ray():
+    with runtime(config, progress):
         cache = cache_of(config, run)
         if config.plan.recompute:
             start = recomputed_plan(config, n_layers, cache, progress)
@@ -177,10 +181,10 @@ class _Search:
 
     def execute(self, probes: list[MergePlan]) -> RunDirectory:
         began = time.monotonic()
-        options = {"template": self.template, "firsts": self.firsts}
+        options = {"run": self.run, "template": self.template, "firsts": self.firsts, "progress": self.progress}
         with open_pool(self.config, self.inputs, self.cache, **options) as pool:
             self.pool = pool
-            self.facts["workers"] = describe_workers(pool, self.inputs)
+            self.facts["workers"] = describe_workers(pool, self.inputs, self.progress)
             shards = compute_trunk(pool, self.inputs, self.progress)
             align(pool, [self.template], self.progress)  # after the trunk, whose states matching by activations needs
             trunk_seconds = time.monotonic() - began
@@ -197,10 +201,21 @@ class _Search:
                         searcher, self.config.search.candidates, [*known, *self._corners()], seconds_per_candidate
                     )
             plans = self._reported(controls)
+            refitted = self._refitted(plans[-1])
+            fit(pool, refitted, self.inputs, self.run, self.progress)
+            fitted = pool.map("refit_tensors", refitted[-1:])
+            # The best found stays the last: what was searched are coefficients without a refit.
+            plans = [*plans[:-1], *refitted, plans[-1]]
             self.reporter.report(pool, plans, shards, self.firsts, self.progress)
         best = plans[-1]
-        self.reporter.derive(plans, [(best, plan) for plan in plans[:-1]])
-        model, proof = self._save_best(best) if self.config.output.save_best else (None, None)
+        with step(self.progress, "accuracies and comparisons"):
+            self.reporter.derive(plans, [(best, plan) for plan in plans[:-1]])
+        model, proof = self._save(best) if self.config.output.save_best else (None, None)
+        if refitted and self.config.output.save_best:
+            saved, proved = self._save(refitted[-1], fitted[0])
+            plan_id = refitted[-1].plan_id(self.identity)
+            found = {"name": refitted[-1].name, "plan_id": plan_id, "model": saved, "proof": proved}
+            self.facts["refitted"] = found
         scripts = ("alphas.py", "accuracy.py")
         figures = draw_figures(self.run, scripts, self.progress) if self.config.output.figures else []
         self.run.write_manifest(
@@ -351,13 +366,14 @@ class _Search:
             minimise=is_minimised(settings.objective),
             candidates=candidates,
             batch=batch,
-            concurrent=concurrent,
+            concurrent=None if settings.concurrent == "auto" else concurrent,
             seed=settings.seed,
             record=self._record,
             replayed=done,
             plan_id_of=lambda alphas: self._candidate(alphas).plan_id(self.identity),
             on_progress=lambda n, best: self.progress.advance(n, "" if best is None else f"best {best:.4f}"),
             storage_path=str(Path(self.cache).absolute() / "tune"),
+            loggers=self.config.output.loggers,
             **options,
         )
         self.facts[f"{searcher}_search"] = {
@@ -365,6 +381,7 @@ class _Search:
             "concurrent": concurrent,
             "wall_seconds": round(outcome.wall_seconds, 3),
             "share_not_scoring": outcome.share_not_scoring,
+            "workers": list(outcome.workers),
             "candidates_this_call": outcome.finished,
         }
 
@@ -420,15 +437,32 @@ class _Search:
         found.sort(key=lambda best: best[0])
         return controls + ([random[1]] if random else []) + [plan for _, plan in found]
 
-    def _save_best(self, best: MergePlan) -> tuple[str, dict[str, Any] | None]:
+    def _refitted(self, best: MergePlan) -> list[MergePlan]:
+        """Where plan.refit asks for it: its layers dropped, the start and the best found, each refitted; the linear
+        replacement of the dropped layers beside them."""
+        method = self.config.plan.refit
+        if method == "none":
+            return []
+        merges = len(self.start.steps)
+        dropped = best.with_alphas([1.0] * merges, name="dropped", kind="drop")
+        plans = [(dropped, "linear"), (dropped, method), (self.start, method), (best, method)]
+        found = [
+            replace(plan, name=f"{plan.name}_{how}", refit=refit_of(self.config, self.inputs, how))
+            for plan, how in plans
+        ]
+        return list({plan.plan_id(self.identity): plan for plan in found}.values())
+
+    def _save(
+        self, best: MergePlan, fitted: Mapping[int, Mapping[str, Any]] | None = None
+    ) -> tuple[str, dict[str, Any] | None]:
         """The merged checkpoint in models/, with plan, alphas and receipts beside the weights, and its proof.
 
-        One that does not pass its proof is kept there all the same, and raises ProofError.
+        fitted: the tensors of a refitted plan by position. One that does not pass its proof is kept there all the same,
+        and raises ProofError.
         """
         where = self.run.path_of("models", best.name)
         if self.run.is_local and Path(where).exists():
             return where, saved_proof(Path(where))
-        self.progress.stage("saving and proving the merged model", 1)
         with tempfile.TemporaryDirectory(dir=Path(where).parent.parent if self.run.is_local else None) as scratch:
             folder = Path(scratch) / best.name
             # What the workers have matched is read from the cache.
@@ -439,11 +473,12 @@ class _Search:
                     best,
                     folder,
                     aligner=Aligner(self.inputs.checkpoint, Path(self.cache), data=data),
+                    refits=None if fitted is None else lambda _, position: fitted[position],
                     verify=self.config.output.verify,
+                    progress=self.progress,
                     command=self.command,
                     results=search_results(self.run, best.plan_id(self.identity), self.config.data.report_split),
                 )
             finally:
                 uploaded = self.run.upload(folder, "models", best.name) if folder.exists() else where
-        self.progress.advance(1)
         return uploaded, record["proof"]

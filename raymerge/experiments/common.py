@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,8 @@ from raymerge.inputs import (
     read_text,
 )
 from raymerge.plan import MergePlan
-from raymerge.pool import WorkerPool, cluster_resources, plan_workers
-from raymerge.progress import Progress
+from raymerge.pool import WorkerPool, cluster_resources, plan_workers, start_ray
+from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
 from raymerge.questions import QuestionSet
 from raymerge.tables import RunDirectory
@@ -108,8 +110,21 @@ def settings_of(config: Config, *sections: str) -> dict[str, Any]:
 
 
 def cache_of(config: Config, run: RunDirectory) -> str:
-    """The folder of states, activations and alignments: output.cache, or RUN/cache where RUN is on a disk."""
-    return config.output.cache or (run.path_of("cache") if run.is_local else tempfile.mkdtemp())
+    """The folder of states, activations and alignments: output.cache, or RUN/cache where RUN is on a disk, or a folder
+    of the user's cache that a resumed run finds again. Each machine has its own unless they share it."""
+    if config.output.cache or run.is_local:
+        return config.output.cache or run.path_of("cache")
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str(Path(folder) / "raymerge" / run.run_id)
+
+
+@contextmanager
+def runtime(config: Config, progress: Progress) -> Iterator[None]:
+    """The Ray there is, or a local one for as long as this lasts, with a dashboard if the configuration asks for it."""
+    with start_ray(dashboard=config.workers.dashboard, progress=progress) as dashboard:
+        if dashboard is not None and config.workers.dashboard:
+            progress.message(f"Ray's dashboard: {dashboard}")
+        yield
 
 
 def open_pool(
@@ -117,35 +132,63 @@ def open_pool(
     inputs: Inputs,
     cache: str,
     *,
+    run: RunDirectory | None = None,
     template: MergePlan | None = None,
     firsts: Sequence[int] = (),
     most: int | None = None,
+    progress: Progress | None = None,
 ) -> WorkerPool:
-    """Start the workers, `most` of them at the most; refuses a pool whose machines have other files."""
+    """Start the workers, `most` of them at the most; what befalls them becomes incidents of the run. With workers.count
+    auto there are more as nodes join."""
     workers = config.workers
-    placement = plan_workers(workers.count, workers.gpus_per_worker, workers.cpus_per_worker, cluster_resources())
-    return WorkerPool(
-        ModelWorker,
-        {"config": config, "roles": inputs.roles, "cache": cache, "template": template, "firsts": tuple(firsts)},
-        count=placement.count if most is None else max(1, min(most, placement.count)),
-        cpus_per_worker=placement.cpus,
-        gpus_per_worker=placement.gpus,
-        timeout_s=workers.timeout_s,
-        max_restarts=workers.max_restarts,
-    )
+
+    def placed():
+        return plan_workers(
+            workers.count,
+            workers.gpus_per_worker,
+            workers.cpus_per_worker,
+            cluster_resources(),
+            autoscaling=workers.autoscaling,
+        )
+
+    def limited(count: int) -> int:
+        return count if most is None else max(1, min(most, count))
+
+    placement = placed()
+    count = limited(placement.count)
+    with step(progress or Silent(), f"loading the model in {count} worker{'s' if count > 1 else ''}"):
+        return WorkerPool(
+            ModelWorker,
+            {"config": config, "roles": inputs.roles, "cache": cache, "template": template, "firsts": tuple(firsts)},
+            count=count,
+            cpus_per_worker=placement.cpus,
+            gpus_per_worker=placement.gpus,
+            timeout_s=workers.timeout_s,
+            wait_s=workers.wait_s,
+            max_restarts=workers.max_restarts,
+            grow=(lambda: limited(placed().count)) if workers.count == "auto" else None,
+            on_event=None if run is None else run.note,
+        )
 
 
-def describe_workers(pool: WorkerPool, inputs: Inputs) -> list[dict[str, Any]]:
-    """What every worker holds; refuses a pool whose machines have other files under the same paths."""
-    found = pool.broadcast("describe")
+def describe_workers(pool: WorkerPool, inputs: Inputs, progress: Progress) -> list[dict[str, Any]]:
+    """What every worker holds; refuses a pool whose machines have other files under the same paths, now and of every
+    worker that comes later."""
     ours = {"model_identity": inputs.checkpoint.identity, "data_identities": inputs.identities}
-    for worker in found:
+
+    def check(worker: dict[str, Any]) -> None:
         for key, value in ours.items():
             if worker[key] != value:
                 raise ValueError(
                     f"{key} of the worker on {worker['host']} is {worker[key]}, the driver's {value}: the paths in the "
                     "configuration must lead to the same files on every machine"
                 )
+
+    pool.admit("describe", check)
+    with step(progress, "comparing the workers' files"):  # all of the model's are read, for their digest
+        found = pool.broadcast("describe")
+    for worker in found:
+        check(worker)
     return found
 
 
@@ -212,17 +255,23 @@ def model_facts(config: Config, inputs: Inputs) -> dict[str, Any]:
 def draw_figures(run: RunDirectory, scripts: Sequence[str], progress: Progress) -> list[str]:
     """Run analysis scripts on a finished run; they stand beside the package in a checkout, not inside it."""
     folder = Path(raymerge.__file__).resolve().parent.parent / "analysis"
-    if not folder.is_dir() or not run.is_local:
-        progress.message("No figures: the analysis scripts are not beside this installation, or RUN is not local.")
+    if not folder.is_dir():
+        progress.message("No figures: the analysis scripts are not beside this installation.")
         return []
-    out = Path(run.path_of("figures"))
-    for script in scripts:
-        done = subprocess.run(
-            [sys.executable, str(folder / script), str(out.parent), "--out", str(out)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"analysis/{script} failed with exit code {done.returncode}: {done.stderr[-2000:]}")
-    return sorted(str(path.relative_to(out.parent)) for path in out.iterdir())
+    progress.stage("figures", len(scripts))
+    with tempfile.TemporaryDirectory() as scratch:
+        # Figures are files; beside a URI they are drawn here and copied there.
+        out = Path(run.path_of("figures") if run.is_local else scratch)
+        for number, script in enumerate(scripts, 1):
+            done = subprocess.run(
+                [sys.executable, str(folder / script), run.path_of(), "--out", str(out)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                raise RuntimeError(f"analysis/{script} failed with exit code {done.returncode}: {done.stderr[-2000:]}")
+            progress.advance(number)
+        if not run.is_local:
+            run.upload(out, "figures")
+        return sorted(f"figures/{path.name}" for path in out.iterdir())

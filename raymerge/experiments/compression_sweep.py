@@ -20,9 +20,11 @@ from raymerge.experiments.common import (
     model_facts,
     open_pool,
     read_inputs,
+    runtime,
     settings_of,
 )
 from raymerge.experiments.planning import Similarity, allowed_starts, choose_blocks, influence_plan, similarity_of
+from raymerge.experiments.refitting import fit, refit_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
 from raymerge.heuristics import most_similar_pairs, pair_alphas
@@ -39,12 +41,13 @@ from raymerge.plan import (
     read_alpha_file,
     tail_pairs,
 )
-from raymerge.pool import WorkerPool, start_ray
-from raymerge.progress import Progress, Silent
+from raymerge.pool import WorkerPool
+from raymerge.progress import Progress, Silent, step
+from raymerge.refit import check_refittable
 from raymerge.statistics import accuracy_summary
 from raymerge.tables import RunDirectory
 
-PLAIN = {"alignment": "none", "norms": "keep"}
+PLAIN = {"alignment": "none", "norms": "keep", "refit": "none"}
 _SELECTIONS = {"most_similar": "most_similar", "merge_block": "block"}  # of methods that do not merge the tail
 _NEEDS_SIMILARITY = ("block_influence", "similarity_ratio", "similarity", "most_similar")
 
@@ -63,12 +66,14 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
 
     One pass of the trunk serves every K: the states entering each first merged layer are kept. Leaves tables sweep,
     plans, coefficients, answers, accuracy, comparisons (each point against dropping as many layers, and each aligned or
-    folded one against the plain one), perplexity, context, costs, receipts; figures; the manifest. The same call again
-    resumes. Where blocks are asked for, table blocks says how they were chosen. Errors as `search`.
+    folded one against the plain one; each refitted one against the unrefitted one and the linear replacement of the
+    dropped block), perplexity, context, refits, costs, receipts; figures; the manifest. The same call again resumes.
+    Where blocks are asked for, table blocks says how they were chosen. Errors as `search`.
     """
     progress = progress or Silent()
-    calibrates = config.chooses_blocks and not set(BLOCK_METHODS).isdisjoint(config.sweep.methods)
-    inputs = read_inputs(config, (REPORT, *([CALIBRATION] if calibrates else [])))
+    calibrates = config.needs_calibration(sweep=True)
+    with step(progress, "reading model and questions"):
+        inputs = read_inputs(config, (REPORT, *([CALIBRATION] if calibrates else [])))
     similarity = similarity_of(config, inputs.checkpoint.n_layers)
     # The blocks may be chosen by the model; the first ones allowed show what can be refused.
     blocks = {merges: starts[0] for merges, starts in _starts(config, inputs).items()}
@@ -79,7 +84,7 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
         progress.message("This run is complete; nothing is left to do.")
         return run
     run.begin()
-    with start_ray():
+    with runtime(config, progress):
         if blocks:
             cache, n_layers = cache_of(config, run), inputs.checkpoint.n_layers
             blocks = choose_blocks(config, n_layers, list(blocks), run, cache, similarity, progress)
@@ -150,9 +155,20 @@ def _points(config: Config, inputs: Inputs, similarity: Similarity | None, block
                     biases=plan.biases,
                 )
                 points += _variants(config, merges, name, averaged)
+    points = [variant for point in points for variant in _refitted(config, inputs, point)]
     for point in points:
         check_mergeable(inputs.checkpoint, point.plan)
+        check_refittable(inputs.checkpoint, point.plan)
     return points
+
+
+def _refitted(config: Config, inputs: Inputs, point: Point) -> list[Point]:
+    """A point under every refit; the unmerged model has nothing to refit."""
+    found = []
+    for method in config.sweep.refits if point.plan.steps else ["none"]:
+        name = point.plan.name if method == "none" else f"{point.plan.name}_{method}"
+        found.append(replace(point, plan=replace(point.plan, name=name, refit=refit_of(config, inputs, method))))
+    return found
 
 
 def _dropped(merges: int, method: str, plan: MergePlan) -> Point:
@@ -168,6 +184,10 @@ def _variants(config: Config, merges: int, method: str, plan: MergePlan) -> list
             variant = replace(plan, name=f"{method}{suffix}_k{merges}", alignment=alignment, norms=norms)
             points.append(Point(merges, method, variant))
     return points
+
+
+def _refit_name(plan: MergePlan) -> str:
+    return "none" if plan.refit is None else plan.refit.method
 
 
 class _Sweep:
@@ -187,23 +207,26 @@ class _Sweep:
         self.identity = inputs.checkpoint.identity
         self.plans = list({point.plan.plan_id(self.identity): point.plan for point in points}.values())
         # The last K layers' plans start at the deepest states; so does the unmerged model. Blocks start at their own.
-        starting = [plan for plan in self.plans if plan.ends_at_once or plan.selection == "block"]
+        starting = [plan for plan in self.plans if plan.ends_at_once or plan.selection == "block" or plan.refit]
         self.firsts = sorted({plan.resumes_at for plan in starting})
 
     def execute(self) -> RunDirectory:
         cache = cache_of(self.config, self.run)
         reporter = Reporter(self.config, self.inputs, self.run)
-        with open_pool(self.config, self.inputs, cache, firsts=self.firsts) as pool:
-            workers = describe_workers(pool, self.inputs)
+        options = {"run": self.run, "firsts": self.firsts, "progress": self.progress}
+        with open_pool(self.config, self.inputs, cache, **options) as pool:
+            workers = describe_workers(pool, self.inputs, self.progress)
             further = (RETRIEVAL,) if self.config.sweep.context else ()
             shards = compute_trunk(pool, self.inputs, self.progress, further)
             align(pool, self.plans, self.progress)  # after the trunk, whose states matching by activations needs
+            fit(pool, self.plans, self.inputs, self.run, self.progress)  # what is merged, as it is aligned
             reporter.report(pool, self.plans, shards, self.firsts, self.progress)
             if self.config.sweep.context:
                 self._retrieve(pool)
             speeds = self._time_generation(pool)
         self.run.replace("sweep", [self._row(point) for point in self.points])
-        reporter.derive([point.plan for point in self.points], self._compared(), speeds=speeds)
+        with step(self.progress, "accuracies and comparisons"):
+            reporter.derive([point.plan for point in self.points], self._compared(), speeds=speeds)
         figures = draw_figures(self.run, ["compression.py"], self.progress) if self.config.output.figures else []
         self.run.write_manifest(
             "complete",
@@ -222,20 +245,25 @@ class _Sweep:
             "method": point.method,
             "alignment": point.plan.alignment,
             "norms": point.plan.norms,
+            "refit": _refit_name(point.plan),
         }
 
     def _compared(self) -> list[tuple[MergePlan, MergePlan]]:
-        """Each point against dropping as many layers, a merged block also against that block dropped, and each aligned
-        or folded one against its plain self."""
-        plain = {
-            (point.merges, point.method): point.plan
+        """Each point against dropping as many layers, a merged block also against that block dropped, each aligned,
+        folded or refitted one against its plain self, and each refitted one against the linear replacement of the
+        dropped block."""
+        plans = {
+            (point.merges, point.method, _refit_name(point.plan)): point.plan
             for point in self.points
-            if (point.plan.alignment, point.plan.norms) == tuple(PLAIN.values())
+            if (point.plan.alignment, point.plan.norms) == (PLAIN["alignment"], PLAIN["norms"])
         }
         pairs = []
         for point in self.points:
-            for method in ("drop", *(["drop_block"] if point.method == "merge_block" else []), point.method):
-                other = plain.get((point.merges, method))
+            others = [("drop", "none"), (point.method, "none")]
+            others += [("drop_block", "none")] if point.method == "merge_block" else []
+            others += [("drop_block", "linear")] if point.plan.refit is not None else []
+            for method, refit in others:
+                other = plans.get((point.merges, method, refit))
                 if other is not None and other is not point.plan:
                     pairs.append((point.plan, other))
         return pairs

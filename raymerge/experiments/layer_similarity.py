@@ -23,11 +23,11 @@ from raymerge.experiments.common import (
     model_facts,
     open_pool,
     read_inputs,
+    runtime,
     settings_of,
 )
 from raymerge.inputs import SUBSETS, Subset
-from raymerge.pool import start_ray
-from raymerge.progress import Progress, Silent
+from raymerge.progress import Progress, Silent, step
 from raymerge.reliability import Correlation, Study, correlate, correlate_matrices
 from raymerge.sensitivity import recipe_of
 from raymerge.tables import RunDirectory
@@ -50,7 +50,8 @@ def similarity(
     the run directory cannot be used, SimilarityError and ActivationError where the prompts cannot be compared.
     """
     progress = progress or Silent()
-    inputs = read_inputs(config, (SUBSETS,), text=False)
+    with step(progress, "reading model and prompts"):
+        inputs = read_inputs(config, (SUBSETS,), text=False)
     recipe_of(config.similarity)
     run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", "similarity"), "similarity")
     if run.complete:
@@ -58,8 +59,9 @@ def similarity(
         return run
     run.begin()
     cache = cache_of(config, run)
-    with start_ray(), open_pool(config, inputs, cache, most=len(inputs.subsets)) as pool:
-        workers = describe_workers(pool, inputs)
+    options = {"run": run, "most": len(inputs.subsets), "progress": progress}
+    with runtime(config, progress), open_pool(config, inputs, cache, **options) as pool:
+        workers = describe_workers(pool, inputs, progress)
         progress.stage("similarity (subsets)", len(inputs.subsets))
 
         def store(number: int, result: tuple[Study, Activations, int]) -> None:
@@ -67,7 +69,8 @@ def similarity(
 
         results = pool.map("similarity", range(len(inputs.subsets)), counted(progress, then=store))
     studies = [found for found, _, _ in results]
-    run.replace("similarity_correlation", _correlations(config.similarity.measure, inputs.subsets, studies))
+    with step(progress, "correlations of the matrices"):
+        run.replace("similarity_correlation", _correlations(config.similarity.measure, inputs.subsets, studies))
     distinct = [count for _, _, count in results]
     warnings = _repeated_samples(config, inputs.subsets, distinct) + degenerate_layers(run)
     for warning in warnings:
@@ -304,7 +307,8 @@ def sensitivity(
     Leaves table sensitivity, one figure, the manifest. Errors as `similarity`.
     """
     progress = progress or Silent()
-    inputs = read_inputs(config, (SUBSETS,), text=False)
+    with step(progress, "reading model and prompts"):
+        inputs = read_inputs(config, (SUBSETS,), text=False)
     _check_ranges(config, inputs)
     run = RunDirectory.open(
         config.output.run, settings_of(config, "model", "data", "similarity", "sensitivity"), "sensitivity"
@@ -313,8 +317,9 @@ def sensitivity(
         progress.message("This run is complete; nothing is left to do.")
         return run
     run.begin()
-    with start_ray(), open_pool(config, inputs, cache_of(config, run), most=len(inputs.subsets)) as pool:
-        workers = describe_workers(pool, inputs)
+    options = {"run": run, "most": len(inputs.subsets), "progress": progress}
+    with runtime(config, progress), open_pool(config, inputs, cache_of(config, run), **options) as pool:
+        workers = describe_workers(pool, inputs, progress)
         progress.stage("sensitivity (subsets)", len(inputs.subsets))
         found = pool.map("sensitivity", range(len(inputs.subsets)), counted(progress))
     run.replace("sensitivity", [row for rows in found for row in rows])

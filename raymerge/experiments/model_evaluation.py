@@ -14,12 +14,12 @@ from raymerge.experiments.common import (
     model_facts,
     open_pool,
     read_inputs,
+    runtime,
     settings_of,
 )
 from raymerge.inputs import REPORT, TEXT
 from raymerge.plan import base_plan
-from raymerge.pool import start_ray
-from raymerge.progress import Progress, Silent
+from raymerge.progress import Progress, Silent, step
 from raymerge.tables import RunDirectory, derive_accuracy
 
 
@@ -30,7 +30,8 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
     """
     progress = progress or Silent()
     data = config.data
-    inputs = read_inputs(config, (REPORT,))
+    with step(progress, "reading model and questions"):
+        inputs = read_inputs(config, (REPORT,))
     checkpoint, questions = inputs.checkpoint, inputs.questions[REPORT]
     run = RunDirectory.open(config.output.run, settings_of(config, "model", "data"), "evaluate")
     if run.complete:
@@ -39,8 +40,9 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
     run.begin()
     plan = base_plan(checkpoint.n_layers)
     plan_id = plan.plan_id(checkpoint.identity)
-    with start_ray(), open_pool(config, inputs, cache_of(config, run)) as pool:
-        workers = describe_workers(pool, inputs)
+    options = {"run": run, "progress": progress}
+    with runtime(config, progress), open_pool(config, inputs, cache_of(config, run), **options) as pool:
+        workers = describe_workers(pool, inputs, progress)
         names = [REPORT] + ([TEXT] if inputs.text is not None else [])
         sizes = dict(zip(names, pool.map("shard_tokens", names), strict=True))
         tasks = [("answers", (plan, REPORT, n, data.question_perplexity)) for n in range(len(sizes[REPORT]))]

@@ -195,8 +195,8 @@ def _block_distances(
     config: Config, inputs: Inputs, starts: dict[int, list[int]], cache: str, progress: Progress
 ) -> tuple[_Scores, int]:
     """Distances between the states entering and leaving every block, and the number of tokens they are means over."""
-    with open_pool(config, inputs, cache) as pool:
-        shards = _calibration_shards(pool, inputs)
+    with open_pool(config, inputs, cache, progress=progress) as pool:
+        shards = _calibration_shards(pool, inputs, progress)
         progress.stage("distances between layers (tokens)", sum(shards))
         finished = counted(progress, lambda number, _: shards[number])
         parts = pool.map("state_distances", list(range(len(shards))), finished)
@@ -212,8 +212,9 @@ def _block_losses(
     """Mean NLL of the calibration text with each block dropped, from the states that enter it; tokens scored."""
     n_layers = inputs.checkpoint.n_layers
     plans = {(count, first): drop_block_plan(n_layers, first, count) for count in starts for first in starts[count]}
-    with open_pool(config, inputs, cache, firsts=sorted({plan.resumes_at for plan in plans.values()})) as pool:
-        shards = _calibration_shards(pool, inputs)
+    firsts = sorted({plan.resumes_at for plan in plans.values()})
+    with open_pool(config, inputs, cache, firsts=firsts, progress=progress) as pool:
+        shards = _calibration_shards(pool, inputs, progress)
         progress.stage("states entering the blocks (tokens)", sum(shards))
         numbers = range(len(shards))
         pool.map("compute_trunk", [(CALIBRATION, n) for n in numbers], counted(progress, lambda _, tokens: tokens))
@@ -228,9 +229,9 @@ def _block_losses(
     return scores, tokens
 
 
-def _calibration_shards(pool: WorkerPool, inputs: Inputs) -> list[int]:
+def _calibration_shards(pool: WorkerPool, inputs: Inputs, progress: Progress) -> list[int]:
     """Tokens of each shard of the calibration, which all workers hold alike."""
-    describe_workers(pool, inputs)
+    describe_workers(pool, inputs, progress)
     (shards,) = pool.map("shard_tokens", [CALIBRATION])
     return shards
 
@@ -260,8 +261,8 @@ def recomputed_plan(config: Config, n_layers: int, cache: str, progress: Progres
     pairs: list[tuple[int, int]] = []
     alphas: list[float] = []
     most = plan.merges or n_layers - 1
-    progress.stage("merging with recomputed similarity", most)
-    with open_pool(source, inputs, cache, most=1) as pool:
+    with open_pool(source, inputs, cache, most=1, progress=progress) as pool:
+        progress.stage("merging with recomputed similarity", most)
         while len(pairs) < most:
             so_far = pairs_plan(n_layers, pairs, alphas, name="so far", kind="file", **options_of(plan))
             (values,) = pool.map("similarity_after", [(wanted[0], so_far)])

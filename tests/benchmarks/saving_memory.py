@@ -5,7 +5,7 @@ of the process's own, without those of mapped files, which the system drops when
 decoder layer and the embeddings as stored. Plans: tail, one merged layer; pairs, every second layer merged into its
 neighbour, norms folded, so that every layer written is a new one.
 
-    python tests/benchmarks/memory.py --model DIR
+    python tests/benchmarks/saving_memory.py --model DIR
 """
 
 from __future__ import annotations

@@ -1,0 +1,131 @@
+"""All that is said to an accelerator's driver: how much memory is free, copies that overlap with computing, retries.
+
+Everything else only moves tensors to a `torch.device`. Only CUDA devices are known; without one every function here
+does what is right on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class DeviceMemory(NamedTuple):
+    """Bytes of a device that this process may still take, and of all that it may have."""
+
+    free: int
+    total: int
+
+
+def choose_device(share: float | str = "auto") -> torch.device:
+    """The device to compute on: the first CUDA device that the process sees, else the CPU.
+
+    share: how much of one GPU this process may have; 0 is none, and a fraction bounds its memory, so that what shares
+    the card with it keeps its own.
+    """
+    if share == 0 or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if share != "auto" and share < 1:
+        torch.cuda.set_per_process_memory_fraction(float(share), device)
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if is_accelerator(device) else "cpu"
+
+
+def is_accelerator(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def device_memory(device: torch.device) -> DeviceMemory:
+    """What torch's allocator holds without using it counts as free."""
+    free, total = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - used
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return DeviceMemory(min(free, allowed - used), allowed)
+
+
+def host_free() -> int:
+    """Bytes of the machine's memory that can be taken without swapping, within the container's limit."""
+    free = 0
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    try:
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+    except OSError:  # another kind of container, or none
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)
+
+
+def attempt(call: Callable[[], Any]) -> tuple[bool, Any]:
+    """(True, what the call returns), or (False, None) where the device ran out of memory.
+
+    The error, whose traceback holds on to the call's tensors, is gone when this returns, and so is what the allocator
+    kept in pieces of the wrong sizes.
+    """
+    try:
+        return True, call()
+    except torch.OutOfMemoryError:
+        pass
+    release_cached()
+    return False, None
+
+
+def release_cached() -> None:
+    """Give back what torch's allocator holds without using it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def host_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor in host memory that copies to and from `device` need not wait for."""
+    return torch.empty(tuple(shape), dtype=dtype, pin_memory=is_accelerator(device))
+
+
+def streamed(source: Tensor, spans: Sequence[tuple[int, int]], device: torch.device) -> Iterator[Tensor]:
+    """Rows [start, stop) of a pinned host tensor on the device, one span after the other.
+
+    The next span is copied while the last one is computed with; what is given is overwritten two spans later, so no
+    gradient may be taken through it.
+    """
+    if not is_accelerator(device):
+        yield from (source[start:stop] for start, stop in spans)
+        return
+    longest = max((stop - start for start, stop in spans), default=0)
+    buffers = [source.new_empty((longest, *source.shape[1:]), device=device, pin_memory=False) for _ in range(2)]
+    computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    copying.wait_stream(computing)  # the buffers' memory may still be in use by what had it before
+    used: list[torch.cuda.Event | None] = [None, None]
+
+    def copy(number: int) -> tuple[Tensor, torch.cuda.Event]:
+        start, stop = spans[number]
+        part = buffers[number % 2][: stop - start]
+        with torch.cuda.stream(copying):
+            if (event := used[number % 2]) is not None:
+                copying.wait_event(event)
+            part.copy_(source[start:stop], non_blocking=True)
+            return part, copying.record_event()
+
+    try:
+        ahead = copy(0) if spans else None
+        for number in range(len(spans)):
+            part, arrived = ahead
+            # Its buffer was read for the last time before the span before this one was given.
+            ahead = copy(number + 1) if number + 1 < len(spans) else None
+            computing.wait_event(arrived)
+            yield part
+            used[number % 2] = computing.record_event()
+    finally:
+        # However the caller ended, no copy may write to the buffers after their memory is someone else's.
+        computing.wait_stream(copying)

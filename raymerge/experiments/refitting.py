@@ -1,0 +1,84 @@
+"""Refits over the pool: each fit's sums by shares of the calibration, one worker a share, solved by one of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from raymerge.config import Config
+from raymerge.experiments.common import Inputs
+from raymerge.identity import digest
+from raymerge.inputs import CALIBRATION
+from raymerge.plan import MergePlan, Refit
+from raymerge.pool import WorkerPool
+from raymerge.progress import Progress
+from raymerge.refit import check_refittable, steps_of
+from raymerge.tables import RunDirectory
+
+
+def refit_of(config: Config, inputs: Inputs, method: str) -> Refit | None:
+    """The refit that the configuration asks for by a method; None for none."""
+    if method == "none":
+        return None
+    calibration, found = config.calibration, inputs.calibration
+    start = found[1] if isinstance(found, tuple) else 0
+    tokens = digest([inputs.identities[CALIBRATION], start, calibration.tokens, calibration.seed])
+    return Refit(
+        method=method,
+        ridge=config.plan.ridge,
+        layers=config.plan.refit_layers if method in ("outputs", "units") else 0,
+        calibration=tokens,
+    )
+
+
+def fit(pool: WorkerPool, plans: Sequence[MergePlan], inputs: Inputs, run: RunDirectory, progress: Progress) -> None:
+    """Make the fits of every refitted plan, one plan after the other, and store how they went in table `refits`.
+
+    Layers are fitted in order, each on what those before it give, so that the calibration's shards are what is worked
+    on in parallel. What is in the cache is not fitted again. Raises RefitError.
+    """
+    plans = [plan for plan in plans if plan.refit is not None]
+    if not plans:
+        return
+    for plan in plans:
+        check_refittable(inputs.checkpoint, plan)
+    identity = inputs.checkpoint.identity
+    stored = set(run.read("refits", ["plan_id"])["plan_id"].to_pylist())
+    (shards,) = pool.map("shard_tokens", [CALIBRATION])
+    numbers = range(len(shards))
+    progress.stage("fits", sum(len(steps_of(plan)) for plan in plans))
+    made = 0
+    for plan in plans:
+        steps, began = len(steps_of(plan)), time.monotonic()
+        done = min(pool.broadcast("refit_done", plan))
+        if done < steps:
+            pool.map("refit_prepare", [(plan, number) for number in numbers])
+        shares = min(pool.count, len(shards))
+        for number in range(done, steps):
+            parts = pool.map("refit_sums", [(plan, number, (share, shares)) for share in range(shares)])
+            (tensors,) = pool.map("refit_solve", [(plan, number, parts)])
+            pool.broadcast("refit_store", plan, number, tensors)
+            progress.advance(made + number + 1, plan.name)
+        made += steps
+        plan_id = plan.plan_id(identity)
+        if plan_id not in stored:
+            (records,) = pool.map("refit_records", [plan])
+            seconds = time.monotonic() - began if done == 0 else None
+            run.append("refits", [_row(plan_id, plan, record, seconds) for record in records], part=plan_id)
+            stored.add(plan_id)
+
+
+def _row(plan_id: str, plan: MergePlan, record: dict[str, Any], seconds: float | None) -> dict[str, Any]:
+    """A row of `refits`; what a fit does not have is null."""
+    figures = {
+        name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in record.items()
+    }
+    return figures | {
+        "plan_id": plan_id,
+        "method": plan.refit.method,
+        "layer": int(record["layer"]),
+        "tokens": int(record["tokens"]),
+        "seconds": seconds,
+    }

@@ -1,0 +1,421 @@
+"""The layers at the seams of a merge, fitted in closed form to what the unmerged model computes on calibration tokens.
+
+A merge leaves seams: layers that stand for several. What leaves a seam is to be what left the last of the layers that
+it stands for; only matrices that write into the residual stream are fitted, o_proj and down_proj, whose outputs are
+linear in them, so that the best are found by least squares and nothing is added to the model. What they read is what
+they read in the merged model: layers are fitted in order, each on the states that the layers fitted before it give.
+
+`linear`: the MLP's output of the seam is multiplied by a matrix, absorbed into down_proj (ReplaceMe, Shopkhoev et al.
+2025, arXiv:2505.02819, equation 5), each token counting alike. `scale`: by a diagonal one: the part of LinearPatch's
+channel scaling at the seam (Chen et al. 2025, arXiv:2505.24680) that needs no further matrix. `outputs` (ours): o_proj
+and then down_proj. `units` (ours): the MLP units of the seam are first chosen among those of all layers that it stands
+for, by what they contribute, then as outputs. The last two weight a token by the inverse of its target's mean square,
+since what follows normalises it, and leave out tokens with massive activations (Sun et al. 2024, arXiv:2402.17762),
+which a squared error would else be about. With `layers` the kept layers after a seam are fitted likewise, each to the
+state that left it in the unmerged model, and repair what the seam could not.
+
+A fit is cached by content and `fusion` lays it over the merged layer, so that evaluation, checkpoints, receipts and
+quantisation see the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from raymerge.alignment import layer_tensors
+from raymerge.architectures import source_tensor
+from raymerge.checkpoint import Checkpoint
+from raymerge.forward import GroupStates, LayerRunner
+from raymerge.fusion import fused_layer
+from raymerge.identity import digest
+from raymerge.normal_equations import NormalEquations, RefitError, choose_ridge
+from raymerge.plan import MergePlan
+from raymerge.prompts import Shard
+from raymerge.tensorfiles import read_tensors, write_tensors
+from raymerge.trunk import TrunkCache, compute_trunks
+
+#: What a plan's ridge is chosen from where it is not given.
+RIDGES = (0.01, 0.1, 1.0, 10.0)
+
+_VERSION = 1  # of what is fitted to what; another value makes cached fits of earlier versions unused
+_WHAT = "the refit"  # of a file, in errors
+_O, _DOWN = "self_attn.o_proj", "mlp.down_proj"
+_GATE, _UP = "mlp.gate_proj", "mlp.up_proj"
+_MIDDLE = "post_attention_layernorm"  # what enters it is the state between attention and MLP
+_MASSIVE = 50.0  # times the median mean square of a shard's target states: tokens above are left out
+_HELD_OUT = 5  # every fifth sequence, or the last fifth of each where there are fewer, is for choosing the ridge
+
+
+@dataclass(frozen=True)
+class Step:
+    """One fit: `part` (units, attention or mlp) of the merged model's layer `position`, whose output is to be that of
+    original layer `target`; `seam`: it stands for several layers."""
+
+    position: int
+    target: int
+    part: str
+    seam: bool
+
+
+@dataclass
+class Sums:
+    """What a step is solved from: normal equations of tokens to fit and to choose the ridge on; or for units their
+    weighted sum of squares (sources, n)."""
+
+    fitted: NormalEquations | None = None
+    held_out: NormalEquations | None = None
+    squares: Tensor | None = None
+
+    @staticmethod
+    def total(parts: Sequence[Sums]) -> Sums:
+        if parts[0].squares is not None:
+            return Sums(squares=torch.stack([part.squares for part in parts]).sum(0))
+        columns = ([part.fitted for part in parts], [part.held_out for part in parts])
+        return Sums(*(NormalEquations.total(column) for column in columns))
+
+
+def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
+    """Refuse a refit of a family for which its algebra does not hold, or without which there is nothing to fit."""
+    if plan.refit is None:
+        return
+    architecture, method = checkpoint.architecture, plan.refit.method
+    needed = [_O, _DOWN] + ([_GATE, _UP] if method == "units" else [])
+    missing = [matrix for matrix in needed if matrix not in architecture.matrices]
+    # A norm between MLP and residual stream, a parallel MLP or a scaled residual is not linear, or another map.
+    if missing or _MIDDLE not in architecture.norm_inputs or getattr(checkpoint.config, "residual_multiplier", 1) != 1:
+        raise RefitError(
+            f"refit {method} needs layers in which {' and '.join(needed)} write straight into the residual stream or "
+            f"feed what does, which {architecture.name} does not have: set plan.refit to none"
+        )
+    if method == "units" and any(f"model.layers.0.{name}.bias" in checkpoint for name in (_GATE, _UP)):
+        raise RefitError(f"refit units cannot choose among MLP units with biases, which {architecture.name} has here")
+    if not plan.groups:
+        raise RefitError(f"plan {plan.name} merges nothing, so that it has no seam to refit")
+
+
+def steps_of(plan: MergePlan) -> list[Step]:
+    """The fits of a plan in the order in which they are made."""
+    parts = {"linear": ("mlp",), "scale": ("mlp",)}.get(plan.refit.method, ("attention", "mlp"))
+    steps = []
+    for position, target in plan.refit_targets.items():
+        seam = plan.kept[position].index in plan.groups
+        if seam and plan.refit.method == "units":
+            steps.append(Step(position, target, "units", seam))
+        steps += [Step(position, target, part, seam) for part in parts]
+    return steps
+
+
+class Refitter:
+    """Fits plans on one runner's model, and gives `fusion` the fitted tensors.
+
+    shards: the calibration's, asked for when first needed; None where there are none. cache: folder of the fits and
+    of the unmerged model's states. Fits can be made here in one go (`tensors` does where they are missing) or step by
+    step from partial sums of several workers (`sums`, `solve`, `store`).
+    """
+
+    def __init__(self, runner: LayerRunner, cache: str | Path, shards: Callable[[], Sequence[Shard]] | None = None):
+        self.runner, self.cache, self._shards = runner, Path(cache), shards
+        # Of the plan last worked on: states that enter a position, by number of the shard.
+        self._held: tuple[str, dict[int, tuple[int, list]]] = ("", {})
+
+    # -- what fusion asks ---------------------------------------------------------------------------------------
+
+    def tensors(self, plan: MergePlan, position: int) -> dict[str, Tensor]:
+        """The fitted tensors of one layer of the merged model by relative name, in the stored dtype."""
+        steps = [number for number, step in enumerate(steps_of(plan)) if step.position == position]
+        if not all(self.path(plan, number).exists() for number in steps):
+            self.fit(plan)
+        found: dict[str, Tensor] = {}
+        for number in steps:
+            found |= self._read(plan, number)
+        return found
+
+    def fit(self, plan: MergePlan) -> None:
+        """Make every fit of a plan that is not in the cache yet."""
+        for number in range(self.done(plan), len(steps_of(plan))):
+            self.store(plan, number, self.solve(plan, number, [self.sums(plan, number)]))
+
+    def done(self, plan: MergePlan) -> int:
+        """How many of the plan's steps are in the cache, from the first on."""
+        numbers = range(len(steps_of(plan)))
+        return next((number for number in numbers if not self.path(plan, number).exists()), len(numbers))
+
+    def path(self, plan: MergePlan, number: int) -> Path:
+        """The file of one step of a plan; the plan's identity says on which tokens it is fitted."""
+        key = [_VERSION, *self.runner.identity, plan.plan_id(self.runner.checkpoint.identity), number]
+        return self.cache / f"refit-{digest(key)}.safetensors"
+
+    def _read(self, plan: MergePlan, number: int) -> dict[str, Tensor]:
+        tensors = read_tensors(self.path(plan, number), _WHAT)
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith("_")}
+
+    def records(self, plan: MergePlan) -> list[dict[str, float | int | str]]:
+        """How each fit went: layer (original number), part, tokens, ridge, and the error left on the tokens fitted and
+        on those held out, relative to the layer as it stood."""
+        rows = []
+        for number, step in enumerate(steps_of(plan)):
+            figures = read_tensors(self.path(plan, number), _WHAT, ["_tokens", "_ridge", "_error", "_held_out_error"])
+            values = {name.lstrip("_"): tensor.item() for name, tensor in figures.items()}
+            rows.append({"layer": plan.kept[step.position].index, "part": step.part, **values})
+        return rows
+
+    # -- one step -----------------------------------------------------------------------------------------------
+
+    @property
+    def shards(self) -> Sequence[Shard]:
+        if self._shards is None:
+            raise RefitError("a refit needs calibration tokens, which this command has not been given")
+        return self._shards()
+
+    def prepare(self, plan: MergePlan, number: int) -> int:
+        """Make sure that the unmerged model's states of one shard that a plan's fits are made from are on disk."""
+        shard = self.shards[number]
+        compute_trunks(self._caches(plan), shard)
+        return shard.tokens
+
+    def _caches(self, plan: MergePlan) -> list[TrunkCache]:
+        targets = plan.refit_targets
+        entering = {target for position, target in targets.items() if not self._is_seam(plan, position)}
+        depths = {plan.first_changed, *(target + 1 for target in targets.values()), *entering}
+        return [TrunkCache(self.runner, depth, self.cache) for depth in sorted(depths)]
+
+    @staticmethod
+    def _is_seam(plan: MergePlan, position: int) -> bool:
+        return plan.kept[position].index in plan.groups
+
+    @torch.inference_mode()
+    def sums(self, plan: MergePlan, number: int, share: tuple[int, int] = (0, 1)) -> Sums:
+        """A step's sums over the calibration's shards share[0], share[0] + share[1], …, given the steps before it."""
+        step, shards, found = steps_of(plan)[number], self.shards, None
+        weights = self._layer(plan, step.position, number)
+        counts = [sum(len(group.sequences) for group in shard.groups) for shard in shards]
+        for n in range(share[0], len(shards), share[1]):
+            entering = self._entering(plan, step.position, n)
+            if step.part == "units":
+                part = Sums(squares=self._squares(plan, step, entering, shards[n], weights))
+                found = part if found is None else Sums.total([found, part])
+            else:
+                held_out = _held_out(shards[n], first=sum(counts[:n]), sequences=sum(counts))
+                found = self._add(found, plan, step, entering, shards[n], weights, held_out)
+        if found is None:
+            raise RefitError(f"share {share[0]} of {share[1]} has none of the {len(shards)} shards of the calibration")
+        return found
+
+    def solve(self, plan: MergePlan, number: int, parts: Sequence[Sums]) -> dict[str, Tensor]:
+        """The tensors of a step in the stored dtype, by relative name, with its figures (names beginning with _)."""
+        step, total = steps_of(plan)[number], Sums.total(parts)
+        own = self._stored(plan, step.position, number)
+        if step.part == "units":
+            return self._chosen(plan, step, own, total.squares)
+        name = f"{_O if step.part == 'attention' else _DOWN}.weight"
+        weight = own[name].to(total.fitted.gram.device, torch.float64)
+        ridge, everything = plan.refit.ridge, NormalEquations.total([total.fitted, total.held_out])
+        held_out_error = float("nan")
+        if plan.refit.method == "scale":
+            ridge = RIDGES[0] if ridge is None else ridge
+            found = torch.diag(everything.scale(ridge))
+        else:
+            if ridge is None:
+                ridge, held_out_error = choose_ridge(total.fitted, total.held_out, RIDGES)
+            found = everything.solve(ridge)
+        error = everything.error(found) / (everything.power / everything.weight or 1.0)
+        change = found.T @ weight if self._reads_outputs(plan, step) else found.T
+        figures = {"tokens": everything.tokens, "ridge": ridge, "error": error, "held_out_error": held_out_error}
+        return {name: (weight + change).to(own[name].dtype).cpu()} | {
+            f"_{key}": torch.tensor(value, dtype=torch.float64) for key, value in figures.items()
+        }
+
+    def store(self, plan: MergePlan, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write what `solve` gave."""
+        write_tensors(self.path(plan, number), tensors, _WHAT)
+
+    # -- the layer and its states -------------------------------------------------------------------------------
+
+    def _stored(self, plan: MergePlan, position: int, before: int) -> dict[str, Tensor]:
+        """A layer of the merged model in the stored dtype, with the fits of the steps before number `before`."""
+        runner, unfitted = self.runner, replace(plan, refit=None)
+        layer = fused_layer(
+            runner.checkpoint, runner.checkpoint.architecture, unfitted, position, aligner=runner.aligner
+        )
+        for number, step in enumerate(steps_of(plan)[:before]):
+            if step.position == position:
+                layer |= self._read(plan, number)
+        return layer
+
+    def _layer(self, plan: MergePlan, position: int, before: int) -> dict[str, Tensor]:
+        """The same, as it is run."""
+        stored = self._stored(plan, position, before)
+        return self.runner.deployed(
+            {name: tensor.to(self.runner.device, self.runner.dtype) for name, tensor in stored.items()}
+        )
+
+    def _entering(self, plan: MergePlan, position: int, number: int) -> list[GroupStates]:
+        """The states of one shard that enter a position of the merged model, all fits before it made."""
+        shard, plan_id = self.shards[number], plan.plan_id(self.runner.checkpoint.identity)
+        if self._held[0] != plan_id:
+            self._held = plan_id, {}
+        held = self._held[1].get(number)
+        if held is None or held[0] > position:
+            compute_trunks(self._caches(plan), shard)
+            start = plan.first_changed
+            held = start, TrunkCache(self.runner, start, self.cache).load(shard)
+        states = self.runner.from_packed(shard, held[1])
+        for before in range(held[0], position):
+            weights = self._layer(plan, before, len(steps_of(plan)))
+            self.runner.run(states, [(plan.kept[before].index, lambda weights=weights: weights)])
+        self._held[1][number] = position, self.runner.pack(states)
+        return states
+
+    def _target(self, depth: int, shard: Shard) -> Tensor:
+        """(tokens, d): the unmerged model's states that enter layer `depth`."""
+        return _joined(TrunkCache(self.runner, depth, self.cache).load(shard)).to(self.runner.device)
+
+    def _reads_outputs(self, plan: MergePlan, step: Step) -> bool:
+        """Whether the features of a step are what its matrix gives, not what it reads."""
+        return plan.refit.method in ("linear", "scale")
+
+    def _add(
+        self,
+        sums: Sums | None,
+        plan: MergePlan,
+        step: Step,
+        states: list[GroupStates],
+        shard: Shard,
+        weights: Mapping[str, Tensor],
+        held_out: Tensor,
+    ) -> Sums:
+        """The sums with one shard's tokens added: features of the fitted matrix, and what is missing to the target."""
+        index = plan.kept[step.position].index
+        matrix = _O if step.part == "attention" else _DOWN
+        seen = observe(self.runner, states, index, weights)
+        target = self._target(step.target + 1, shard)
+        reached, aim = seen["leaving"], target
+        if step.part == "attention" and not step.seam:
+            # The state between attention and MLP has a target of its own where the layer is one of the unmerged model.
+            original = TrunkCache(self.runner, step.target, self.cache).states(shard)
+            reached = seen["middle"]
+            aim = observe(self.runner, original, step.target, self.runner.weights(step.target))["middle"]
+        features = seen[matrix]
+        if self._reads_outputs(plan, step):
+            features = (features.to(weights[f"{matrix}.weight"].dtype) @ weights[f"{matrix}.weight"].T).float()
+        counts = token_weights(target) if plan.refit.method in ("outputs", "units") else torch.ones(len(target))
+        residual, counts = aim.float() - reached.float(), counts.to(target.device)
+        if sums is None:
+            shape = features.shape[1], residual.shape[1], self.runner.device
+            sums = Sums(NormalEquations.empty(*shape), NormalEquations.empty(*shape))
+        for part, chosen in ((sums.fitted, ~held_out), (sums.held_out, held_out)):
+            chosen = chosen.to(target.device)
+            part.add(features[chosen], residual[chosen], counts[chosen])
+        return sums
+
+    # -- units --------------------------------------------------------------------------------------------------
+
+    def _candidates(self, plan: MergePlan, step: Step) -> list[tuple[int, dict[str, Tensor]]]:
+        """For each layer that a seam stands for, its MLP as units, float32: gains in the rows of gate and up."""
+        architecture, base = self.runner.checkpoint.architecture, self.runner.checkpoint
+        found = []
+        for source in sorted(plan.groups[plan.kept[step.position].index]):
+            layer = layer_tensors(base, architecture, source)
+            names = [f"{matrix}.weight" for matrix in (_GATE, _UP, _DOWN)]
+            found.append((source, {n: source_tensor(architecture, layer, n, norms="fold") for n in names}))
+        return found
+
+    def _squares(
+        self, plan: MergePlan, step: Step, states: list[GroupStates], shard: Shard, weights: Mapping[str, Tensor]
+    ) -> Tensor:
+        """(layers, n) float64: the units' weighted sums of squares on the states that the seam's MLP reads."""
+        index, rows = plan.kept[step.position].index, []
+        packed, counts = self.runner.pack(states), token_weights(self._target(step.target + 1, shard)).double()
+        for _, units in self._candidates(plan, step):
+            own = {name: units[name].to(self.runner.device, self.runner.dtype) for name in units if _DOWN not in name}
+            layer = {**weights, **own, f"{_MIDDLE}.weight": torch.ones_like(weights[f"{_MIDDLE}.weight"])}
+            seen = observe(self.runner, self.runner.from_packed(shard, packed), index, layer)[_DOWN]
+            rows.append((counts[:, None] * seen.double().square()).sum(0))
+        return torch.stack(rows)
+
+    def _chosen(self, plan: MergePlan, step: Step, own: Mapping[str, Tensor], squares: Tensor) -> dict[str, Tensor]:
+        """The seam's MLP of the units that contribute most: root mean square times the length of their column."""
+        candidates = self._candidates(plan, step)
+        columns = torch.stack([units[f"{_DOWN}.weight"].double().norm(dim=0) for _, units in candidates])
+        n = columns.shape[1]
+        best = (squares.cpu().sqrt() * columns).flatten().topk(n).indices.sort().values
+        found = {}
+        for matrix in (_GATE, _UP, _DOWN):
+            name, axis = f"{matrix}.weight", 1 if matrix == _DOWN else 0
+            every = torch.cat([units[name] for _, units in candidates], dim=axis)
+            found[name] = every.index_select(axis, best).to(own[name].dtype)
+        norm = f"{_MIDDLE}.weight"
+        figures = {"tokens": 0, "ridge": float("nan"), "error": float("nan"), "held_out_error": float("nan")}
+        return (
+            found
+            | {norm: torch.ones_like(own[norm])}
+            | {f"_{key}": torch.tensor(value, dtype=torch.float64) for key, value in figures.items()}
+        )
+
+
+def token_weights(target: Tensor) -> Tensor:
+    """(tokens,) float32: the inverse mean square of the target states (tokens, d); 0 for massive activations."""
+    squares = target.float().square().mean(-1)
+    usual = squares <= _MASSIVE * squares.median()
+    return torch.where(usual & (squares > 0), 1.0 / squares.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+
+
+def _held_out(shard: Shard, *, first: int, sequences: int) -> Tensor:
+    """(tokens,) bool, in the order in which states are packed: the tokens that a ridge is chosen on.
+
+    first: how many sequences other shards have before this one's, sequences: how many there are in all. Prefixes that
+    sequences share are always fitted.
+    """
+    parts, number = [], first
+    for group in shard.groups:
+        parts.append(torch.zeros(len(group.prefix), dtype=torch.bool))
+        for ids in group.sequences:
+            if sequences >= _HELD_OUT:
+                own = torch.full((len(ids),), number % _HELD_OUT == _HELD_OUT - 1)
+            else:
+                own = torch.arange(len(ids)) >= len(ids) - len(ids) // _HELD_OUT
+            parts.append(own)
+            number += 1
+    return torch.cat(parts)
+
+
+def _joined(packed: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """(tokens, d) of all groups, prefixes included, without padding."""
+    return torch.cat([part for pair in packed for part in pair])
+
+
+@torch.inference_mode()
+def observe(
+    runner: LayerRunner, states: list[GroupStates], index: int, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Run a layer on the states, replacing them; what its matrices read, (tokens, n), packed order.
+
+    index: the original layer whose module is used. Keys: o_proj's and down_proj's relative names, for what they read;
+    "middle", the state between attention and MLP; "leaving", the layer's output.
+    """
+    module, parts = runner.modules[index], {}
+    points = {_O: module.self_attn.o_proj, _DOWN: module.mlp.down_proj, "middle": getattr(module, _MIDDLE)}
+    found: dict[str, list[Tensor]] = {name: [] for name in points}
+    hooks = [
+        submodule.register_forward_pre_hook(lambda _module, inputs, name=name: found[name].append(inputs[0]))
+        for name, submodule in points.items()
+    ]
+    try:
+        for state in states:
+            for calls in found.values():
+                calls.clear()
+            runner.run([state], [(index, lambda: weights)])
+            for name, calls in found.items():
+                prefix = calls.pop(0) if state.prefix.shape[1] else calls[0][:1, :0]
+                batches = [(m, n, x) for (m, n, _), x in zip(state.batches, calls, strict=True)]
+                parts.setdefault(name, []).append(GroupStates(state.group, prefix, batches))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    parts["leaving"] = states
+    return {name: _joined(runner.pack(group)) for name, group in parts.items()}

@@ -1,0 +1,44 @@
+"""One HTML page of one or several runs, made from their tables alone."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from raymerge.progress import Progress, Silent, step
+from raymerge.report.build import page_of
+from raymerge.report.render import to_html
+from raymerge.tables import RunDirectory, RunError
+
+__all__ = ["write_report"]
+
+
+def write_report(
+    runs: Sequence[str | Path], out: str | Path | None = None, *, progress: Progress | None = None
+) -> Path:
+    """Write the page of `runs` to `out` (one run: RUN/report.html by default) and return its path.
+
+    The page needs neither network nor the run directories to be opened. Raises RunError for what is no run, and where
+    `out` must be said: with several runs, or one that is not on this machine.
+    """
+    if not runs:
+        raise RunError("name at least one run directory")
+    loaded = [RunDirectory.load(run) for run in runs]
+    if out is None:
+        if len(loaded) > 1 or not loaded[0].is_local:
+            raise RunError(
+                "say with --out FILE.html where the page should go: it is of several runs, or of a remote one"
+            )
+        out = loaded[0].path_of("report.html")
+    path = Path(out)
+    if path.is_dir():
+        raise RunError(f"{path} is a folder; --out names the page, for example {path / 'report.html'}")
+    progress = progress or Silent()
+    page = page_of(loaded, shlex.join(["raymerge", "report", *map(str, runs)]), progress)
+    with step(progress, "writing the page"):
+        html = to_html(page)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"_tmp.{path.name}")
+    temporary.write_text(html, encoding="utf-8")
+    return temporary.replace(path)

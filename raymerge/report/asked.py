@@ -1,0 +1,219 @@
+"""What a run was asked: model, data, merges, search, seeds, versions and the command, from its config and manifest."""
+
+from __future__ import annotations
+
+import shlex
+
+import yaml
+
+from raymerge.report.content import Block, Fact, Facts, Listing, Notice, Section
+from raymerge.report.wording import duration, listed, plural
+from raymerge.tables import RunDirectory
+
+
+def command_of(run: RunDirectory) -> str:
+    """The command that made a run, as its manifest has it."""
+    command = (run.manifest() or {}).get("command")
+    return shlex.join(str(word) for word in command) if command else "unknown: the run has no manifest"
+
+
+def path_of(run: RunDirectory, table: str) -> str:
+    """Where the parquet files of a table lie."""
+    return f"{run.path_of('tables').rstrip('/')}/{table}/*.parquet"
+
+
+def sources(run: RunDirectory, *tables: str) -> tuple[tuple[str, str], ...]:
+    """(table, path) of tables, as `Rows` takes them."""
+    return tuple((table, path_of(run, table)) for table in tables)
+
+
+def model_name(run: RunDirectory) -> str:
+    """A model's name in a heading: the last part of its path."""
+    path = str(run.config.get("model", {}).get("path") or "")
+    return path.rstrip("/").rsplit("/", 1)[-1] or "unknown model"
+
+
+def run_name(run: RunDirectory) -> str:
+    """A run's name: the last part of its path."""
+    return run.path_of().rstrip("/").rsplit("/", 1)[-1]
+
+
+def unfinished(run: RunDirectory) -> list[Block]:
+    """Notices of a run that has not ended well, and its own warnings."""
+    manifest = run.manifest()
+    if manifest is None:
+        return [Notice("This run has no manifest: it is going on or was killed. What follows is what it has so far.")]
+    found: list[Block] = []
+    if manifest.get("status") != "complete":
+        found.append(
+            Notice(f"This run ended as {manifest.get('status')}: {manifest.get('error') or 'no cause stored'}.")
+        )
+    return found + [Notice(f"{warning}.") for warning in manifest.get("warnings", [])]
+
+
+def asked(run: RunDirectory) -> Section:
+    """Everything that the results depend on, and the command that repeats them."""
+    config, manifest = run.config, run.manifest() or {}
+    known = [
+        _model(config.get("model", {}), manifest),
+        *_data(config.get("data", {}), manifest),
+        *_plan(config.get("plan", {}), run.experiment),
+        *_search(config, run.experiment),
+        *_similarity(config.get("similarity", {})),
+        *_seeds(manifest),
+        *_versions(manifest),
+        *_machine(manifest),
+        Fact("Run", f"{run.path_of().rstrip('/')}", f"run id {run.run_id}"),
+    ]
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)
+    return Section(
+        "What was asked",
+        (
+            Facts(tuple(known)),
+            Listing(command_of(run)),
+            Listing(text, "Every option of this run (config.yaml)"),
+        ),
+    )
+
+
+def _model(model: dict, manifest: dict) -> Fact:
+    identity = (manifest.get("model") or {}).get("identity")
+    parts = [
+        f"dtype {model['dtype']}" if model.get("dtype") else "",
+        f"revision {model['revision']}" if model.get("revision") else "",
+        f"quantised to {model['quantise']}" if model.get("quantise") not in (None, "none") else "",
+        f"identity {identity}" if identity else "",
+    ]
+    return Fact("Model", str(model.get("path") or "not stored"), ", ".join(part for part in parts if part))
+
+
+def _data(data: dict, manifest: dict) -> list[Fact]:
+    if not data:
+        return []
+    subjects = data.get("subjects") or "all"
+    named = f"subjects: {subjects}"
+    if not isinstance(subjects, str):
+        named = f"{plural(len(subjects), 'subject')}: {listed(subjects)}"
+    facts = [
+        Fact(
+            "Questions",
+            f"{data.get('mmlu')}, language {data.get('language')}, {plural(data.get('shots') or 0, 'example')} shown "
+            "first",
+            named,
+        )
+    ]
+    if (manifest.get("data") or {}).keys() & {"search", "report"}:
+        limits = [
+            f"at most {data[key]} a subject for the {what}"
+            for key, what in (("limit_per_subject", "search"), ("report_limit_per_subject", "report"))
+            if data.get(key) is not None
+        ]
+        split = f"searched on {data.get('search_split')}, " if "search" in manifest["data"] else ""
+        facts.append(Fact("Splits", f"{split}reported on {data.get('report_split')}", "; ".join(limits)))
+    if manifest.get("text_hash"):
+        facts.append(
+            Fact("Plain text", str(data.get("perplexity_text")), f"up to {data.get('perplexity_tokens')} tokens")
+        )
+    return facts
+
+
+def _plan(plan: dict, experiment: str) -> list[Fact]:
+    if not plan or experiment not in ("search", "sweep"):
+        return []
+    options = f"alignment {plan.get('alignment')}, norms {plan.get('norms')}, biases {plan.get('biases')}"
+    if experiment == "sweep":
+        return []
+    base = plan.get("base") if plan.get("base") != "fixed" else f"constant {plan.get('ratio')}"
+    chosen = f", block {plan.get('block')}" if plan.get("selection") == "block" else ""
+    return [
+        Fact("Merges (K)", f"{plan.get('merges')}, selection {plan.get('selection')}{chosen}", options),
+        Fact("Starting coefficients", str(base), str(plan.get("similarity_run") or plan.get("alpha_file") or "")),
+    ]
+
+
+def _search(config: dict, experiment: str) -> list[Fact]:
+    if experiment == "sweep":
+        sweep = config.get("sweep", {})
+        return [
+            Fact("Merges (K)", listed([str(k) for k in sweep.get("merges", [])], 20)),
+            Fact(
+                "Ways of merging",
+                listed([str(method) for method in sweep.get("methods", [])], 20),
+                f"alignment {listed(sweep.get('alignments', []))}; norms {listed(sweep.get('norms', []))}",
+            ),
+        ]
+    search = config.get("search") if experiment == "search" else None
+    if not search:
+        return []
+    named = search.get("searcher")
+    searchers = [str(named)] if isinstance(named, str) else [str(name) for name in named or []]
+    gradient = config.get("gradient") or {}
+    how = [plural(search.get("candidates") or 0, "candidate")] if searchers != ["gradient"] else []
+    if "gradient" in searchers:
+        how.append(f"{gradient.get('starts')} descents of {gradient.get('epochs')} epochs, {gradient.get('optimizer')}")
+    ceiling = search.get("perplexity_ceiling")
+    return [
+        Fact(
+            "Search",
+            "; ".join([listed(searchers), *how]),
+            f"{search.get('random_candidates')} at random as a control",
+        ),
+        Fact("Objective", str(search.get("objective")), "" if ceiling is None else f"perplexity at most {ceiling}"),
+    ]
+
+
+def _similarity(settings: dict) -> list[Fact]:
+    if not settings:
+        return []
+    languages = settings.get("languages")
+    return [
+        Fact(
+            "Prompts",
+            f"{settings.get('samples')} a subset from {settings.get('split')}: {listed(settings.get('subsets') or [])}",
+            "" if not languages else f"languages: {listed(languages)}",
+        ),
+        Fact(
+            "Similarity",
+            f"measure {settings.get('measure')}, embedding {settings.get('embedding')}",
+            f"bandwidth {settings.get('sigma')}, {settings.get('dimensions')} dimensions, pooling "
+            f"{settings.get('pooling')}, {settings.get('shots')} examples shown first",
+        ),
+    ]
+
+
+def _seeds(manifest: dict) -> list[Fact]:
+    seeds = manifest.get("seeds") or {}
+    return [Fact("Seeds", ", ".join(f"{name} {seed}" for name, seed in seeds.items()))] if seeds else []
+
+
+def _versions(manifest: dict) -> list[Fact]:
+    if not manifest:
+        return []
+    commit = str(manifest.get("git_commit") or "")[:10]
+    dirty = " with uncommitted changes" if manifest.get("git_dirty") else ""
+    packages = [f"{name} {version}" for name, version in (manifest.get("packages") or {}).items() if version]
+    return [
+        Fact(
+            "Versions",
+            f"raymerge {manifest.get('raymerge_version')}{f', commit {commit}{dirty}' if commit else ''}",
+            ", ".join([f"Python {manifest.get('python')}", *packages]),
+        )
+    ]
+
+
+def _machine(manifest: dict) -> list[Fact]:
+    workers = [worker for worker in manifest.get("workers") or [] if isinstance(worker, dict)]
+    facts = []
+    if workers:
+        hosts, devices = {str(w.get("host")) for w in workers}, sorted({str(w.get("device")) for w in workers})
+        kinds = sorted({str(worker.get("dtype")) for worker in workers})
+        facts.append(
+            Fact(
+                "Machine",
+                f"{plural(len(workers), 'worker')} on {plural(len(hosts), 'host')}, {listed(devices)}, {listed(kinds)}",
+                str(manifest.get("platform") or ""),
+            )
+        )
+    if manifest.get("started"):
+        facts.append(Fact("Time", f"{manifest['started']}", f"{duration(manifest.get('seconds') or 0.0)}, this call"))
+    return facts

@@ -1,0 +1,224 @@
+"""From run directories to a page: which sections a run gets, in which order, and the words around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+
+from raymerge.identity import software
+from raymerge.progress import Progress
+from raymerge.report import compared, curve, layers, plans
+from raymerge.report.asked import asked, command_of, model_name, run_name, unfinished
+from raymerge.report.content import Block, Notice, Page, Section, Table, Text
+from raymerge.report.plans import Reached, plan_table
+from raymerge.report.wording import interval, percent, perplexity, plural, value
+from raymerge.summary import MACRO, MICRO
+from raymerge.tables import RunDirectory
+
+_QUESTIONS = {
+    "search": "Several decoder layers of a language model were merged into one, whose weights are a weighted average "
+    "of "
+    "theirs, to make the model smaller. The weights were searched. Do they keep more of the model than simply leaving "
+    "the "
+    "layers out, than fixed weights and than random ones?",
+    "sweep": "Decoder layers of a language model were merged or left out, more and more of them, in several ways. How "
+    "much "
+    "of the model is lost at each size, and does averaging lose less than leaving out?",
+    "similarity": "How alike are the decoder layers of a language model, judged by the states that they give to sets "
+    "of "
+    "prompts? And does that depend on the task or the language of the prompts, or only on which prompts were drawn?",
+    "import-similarity": "Similarity matrices of layers, made elsewhere, held against each other.",
+    "sensitivity": "The similarity of layers depends on settings that have no right value. Each was changed on its "
+    "own: do "
+    "the matrices, and the merges that they would choose, stay the same?",
+    "evaluate": "One model as it is: multiple-choice accuracy by subject, and perplexity.",
+}
+
+_TITLES = {
+    "search": "Merging layers of {}: searched coefficients",
+    "sweep": "Merging layers of {}: the compression curve",
+    "similarity": "How alike the layers of {} are",
+    "import-similarity": "Imported similarity of layers",
+    "sensitivity": "What the similarity of layers of {} depends on",
+    "evaluate": "{} evaluated",
+}
+
+GLOSSARY = (
+    ("accuracy", "share of multiple-choice questions (four letters) whose most probable letter is the right one; 25 % "
+     "is chance"),
+    ("mean over subjects", "the mean of the subjects' accuracies, each subject counting the same"),
+    ("95 % interval", "Wilson's, of a single share; of a difference, a paired bootstrap over questions"),
+    ("indistinguishable", "McNemar's exact test on the questions where two plans disagree gives p of at least 0.05: "
+     "the data "
+     "cannot tell them apart, which does not show that they are equal"),
+    ("p (Holm)", "p corrected for the number of comparisons made together"),
+    ("answer NLL", "mean negative log-probability, in nats, of the right letter among the four; 1.386 is guessing, "
+     "lower is "
+     "better"),
+    ("perplexity", "exp of the mean loss a token on plain text; how many tokens the model wavers between. Lower is "
+     "better. It "
+     "shows a lost language model where accuracy does not"),
+    ("alpha", "weight of the kept layer in one merge step; the removed layer has 1 - alpha"),
+    ("effective coefficient", "share of an original layer in the merged one, after all steps"),
+    ("drop, before_last", "controls without averaging: the last K layers left out; the K before the last left out"),
+    ("aligned", "units of one layer reordered to match the other's before averaging, which leaves that layer's "
+     "function "
+     "as it was"),
+    ("folded, norms folded", "the gain of a layer's norms multiplied into its matrices before averaging"),
+    ("null, unrelated layers", "similarity when the prompts of one layer are shuffled against the other's: what noise "
+     "scores"),
+    ("ceiling", "the correlation that two equal patterns would show, given the noise of both matrices"),
+)  # fmt: skip
+"""What the words of a page mean."""
+
+
+def page_of(runs: Sequence[RunDirectory], command: str, progress: Progress) -> Page:
+    """The page of one run or of several; `command` is what made it."""
+    progress.stage("reading runs", len(runs))
+    sections: list[Section] = []
+    if len(runs) > 1:
+        reached = [Reached(run) for run in runs]
+        with_plans = [one for one in reached if one.lines]
+        others = [(run_name(o.run), o.run.experiment, model_name(o.run)) for o in reached if not o.lines]
+        sections.append(compared.compared(with_plans, others))
+    for number, run in enumerate(runs, 1):
+        sections += run_sections(run, heading=len(runs) > 1)
+        progress.advance(number)
+    sections.append(
+        Section(
+            "What the words mean",
+            (Table("Terms on this page", ("term", "meaning"), GLOSSARY, words=(0, 1)),),
+            level=2 if len(runs) > 1 else 3,
+        )
+    )
+    first = runs[0]
+    title = title_of(first) if len(runs) == 1 else f"{len(runs)} runs of raymerge"
+    lead = question_of(first) if len(runs) == 1 else _lead(runs)
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return Page(
+        title,
+        lead,
+        tuple(sections),
+        f"Made by raymerge {software()['raymerge_version']} on {now}: {command}",
+        several=len(runs) > 1,
+    )
+
+
+def title_of(run: RunDirectory) -> str:
+    """A run's heading."""
+    return _TITLES.get(run.experiment, "{}").format(model_name(run))
+
+
+def question_of(run: RunDirectory) -> str:
+    """What a run asks, for a reader who knows nothing of it."""
+    return _QUESTIONS.get(run.experiment, f"A run of {run.experiment}.")
+
+
+def _lead(runs: Sequence[RunDirectory]) -> str:
+    kinds: dict[str, list[str]] = {}
+    for run in runs:
+        kinds.setdefault(run.experiment, []).append(run_name(run))
+    return "; ".join(f"{experiment}: {', '.join(names)}" for experiment, names in kinds.items()) + "."
+
+
+def run_sections(run: RunDirectory, *, heading: bool) -> list[Section]:
+    """Everything about one run: what is amiss, the answer, what was asked, the figures."""
+    begin: list[Block] = [Text(question_of(run))] if heading else []
+    begin += unfinished(run)
+    found = (
+        [Section(f"{run_name(run)}: {title_of(run)}", tuple(begin), level=2, short=run_name(run))] if heading else []
+    )
+    answer, *rest = _EXPERIMENTS.get(run.experiment, _unknown)(run)
+    if not heading and begin:
+        answer = Section(answer.title, (*begin, *answer.blocks))
+    return [*found, answer, *rest, asked(run)]
+
+
+def _search(run: RunDirectory) -> list[Section]:
+    reached = Reached(run)
+    if not reached.lines:
+        return [plans.answer(reached)]
+    return [
+        plans.answer(reached),
+        plans.coefficients(reached),
+        plans.search(reached),
+        plans.subjects(reached),
+        plans.receipts(reached),
+    ]
+
+
+def _sweep(run: RunDirectory) -> list[Section]:
+    reached = Reached(run)
+    answer = curve.answer(reached)
+    if not curve.curve(reached):
+        return [answer]
+    return [answer, curve.receipts(reached)]
+
+
+def _similarity(run: RunDirectory) -> list[Section]:
+    sections = [layers.answer(run)]
+    if run.has("similarity"):
+        sections.append(layers.maps(run))
+    if run.has("similarity_correlation"):
+        sections.append(layers.correlations(run))
+    return sections
+
+
+def _sensitivity(run: RunDirectory) -> list[Section]:
+    return [layers.sensitivity(run)]
+
+
+def _evaluate(run: RunDirectory) -> list[Section]:
+    reached = Reached(run)
+    rows = [row for row in run.read("accuracy").to_pylist() if row["split"] == reached.split]
+    if not rows or not reached.lines:
+        return [Section("The answer", (plans.missing(run, "accuracy", "answers", "plans"),))]
+    (line, *_) = reached.lines
+    asked_ppl = {
+        row["subject"]: row["perplexity"] for row in run.read("perplexity").to_pylist() if row["target"] == "question"
+    }
+    subjects = sorted((row for row in rows if row["subject"] not in (MICRO, MACRO)), key=lambda row: -row["accuracy"])
+    cells = tuple(
+        (
+            row["subject"],
+            str(row["n"]),
+            f"{percent(row['accuracy'])} {interval(row['ci_low'], row['ci_high'])}".strip(),
+            value(row["nll"]),
+            perplexity(asked_ppl.get(row["subject"])),
+        )
+        for row in subjects
+    )
+    text = (
+        f"{model_name(run)} answers {percent(line['accuracy'])} {interval(*line['interval'])} of "
+        f"{plural(line['n'], f'{reached.split} question')} in {plural(len(subjects), 'subject')}, "
+        f"{percent(line['macro'])} in the mean over subjects; perplexity on plain text "
+        f"{perplexity(line['perplexity'])}."
+    )
+    blocks: tuple[Block, ...] = (
+        Text(text),
+        plan_table(reached),
+        *plans.subject_accuracies(run, subjects),
+        Table(
+            "Every subject, the most accurate first; question perplexity is of the prompts' own tokens",
+            ("subject", "questions", "accuracy [95 %]", "answer NLL", "question perplexity"),
+            cells,
+        ),
+    )
+    return [Section("The answer", blocks)]
+
+
+def _unknown(run: RunDirectory) -> list[Section]:
+    """A run of an experiment that this version does not know: its tables are named."""
+    counts = tuple((name, str(count)) for name, count in run.row_counts().items())
+    notice = Notice(f"This version of raymerge has no report for runs of {run.experiment}, made by: {command_of(run)}")
+    return [Section("The answer", (notice, Table("Its tables", ("table", "rows"), counts)))]
+
+
+_EXPERIMENTS: dict[str, Callable[[RunDirectory], list[Section]]] = {
+    "search": _search,
+    "sweep": _sweep,
+    "similarity": _similarity,
+    "import-similarity": _similarity,
+    "sensitivity": _sensitivity,
+    "evaluate": _evaluate,
+}

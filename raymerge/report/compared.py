@@ -1,0 +1,192 @@
+"""Several runs on one page: what each found, where on the compression axis it stands, and paired tests between them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from raymerge.report import figures
+from raymerge.report.asked import command_of, model_name, run_name, sources
+from raymerge.report.content import Block, Figure, Rows, Section, Table
+from raymerge.report.plans import Reached
+from raymerge.report.wording import NONE, difference, interval, p_value, percent, perplexity
+from raymerge.statistics import holm, mcnemar, paired_difference
+from raymerge.summary import verdict
+
+_PAIRED = 8  # runs of which all pairs are tested
+_DRAWN = 120  # plans in the figure
+
+
+def compared(reached: Sequence[Reached], others: Sequence[tuple[str, str, str]]) -> Section:
+    """Runs with plans in a table, a figure and paired tests; others: (run, experiment, model) of those without."""
+    blocks: list[Block] = []
+    if reached:
+        blocks.append(_table(reached))
+    if len(reached) > 1:
+        blocks += [*_tests(reached), _figure(reached)]
+    if others:
+        blocks.append(
+            Table("Runs without evaluated plans", ("run", "experiment", "model"), tuple(others), words=(0, 1, 2))
+        )
+    return Section("The runs, side by side", tuple(blocks), level=2)
+
+
+def _table(reached: Sequence[Reached]) -> Table:
+    cells = []
+    for one in reached:
+        line, base = headline(one), one.base
+        costs = {} if line is None else line["costs"]
+        whole = costs.get("parameters", 0) + costs.get("parameters_removed", 0)
+        cells.append(
+            (
+                run_name(one.run),
+                one.run.experiment,
+                model_name(one.run),
+                NONE if line is None else line["label"],
+                NONE if not costs else f"{costs['layers']} of {costs['layers'] + costs['layers_removed']}",
+                percent(costs["parameters_removed"] / whole) if whole else NONE,
+                NONE if line is None else f"{percent(line['accuracy'])} {interval(*line['interval'])}".strip(),
+                NONE if base is None else percent(base["accuracy"]),
+                NONE if line is None else perplexity(line["perplexity"]),
+                NONE if base is None else perplexity(base["perplexity"]),
+            )
+        )
+    return Table(
+        "The plan that each run is about - what a search found; of a curve or an evaluation the unmerged model - "
+        "beside the "
+        "unmerged model",
+        (
+            "run",
+            "experiment",
+            "model",
+            "plan",
+            "layers",
+            "parameters removed",
+            "accuracy [95 %]",
+            "unmerged",
+            "perplexity",
+            "unmerged",
+        ),
+        tuple(cells),
+        words=(0, 1, 2, 3),
+    )
+
+
+def headline(one: Reached) -> dict | None:
+    """The line of the plan that a run is about."""
+    return one.best or one.base or (one.lines[0] if one.lines else None)
+
+
+def _tests(reached: Sequence[Reached]) -> list[Block]:
+    rows = tests(reached)
+    if not rows:
+        return []
+    cells = tuple(
+        (
+            row["a"],
+            row["b"],
+            str(row["n"]),
+            difference(row),
+            p_value(row["p_value"]),
+            p_value(row["p_holm"]),
+            verdict(row),
+        )
+        for row in rows
+    )
+    return [
+        Table(
+            "Paired tests between what the searches found, on the questions that both answered: difference in "
+            "accuracy in "
+            "percentage points (first minus second) with its 95 % interval, McNemar's exact p, and Holm's over this "
+            "table",
+            ("first", "second", "questions", "difference [95 %]", "p", "p (Holm)", "verdict"),
+            cells,
+            words=(0, 1, 6),
+        )
+    ]
+
+
+def tests(reached: Sequence[Reached]) -> list[dict[str, Any]]:
+    """Comparisons of the best plans of searches, pair by pair, where both answered the same questions."""
+    found = [one for one in reached if one.best is not None][:_PAIRED]
+    rows = []
+    answers = [_right(one) for one in found]
+    for (a, right_a), (b, right_b) in itertools.combinations(zip(found, answers, strict=True), 2):
+        if not right_a or right_a.keys() != right_b.keys():
+            continue
+        x, y = (np.array([side[key] for key in right_a], dtype=bool) for side in (right_a, right_b))
+        paired = paired_difference(x.astype(np.float64), y.astype(np.float64))
+        rows.append(
+            {
+                "a": f"{run_name(a.run)}: {a.best['label']}",
+                "b": f"{run_name(b.run)}: {b.best['label']}",
+                "n": len(right_a),
+                "measure": "accuracy",
+                **paired._asdict(),
+                "p_value": mcnemar(x, y).p_value,
+            }
+        )
+    for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]) if rows else [], strict=True):
+        row["p_holm"] = float(adjusted)
+    return rows
+
+
+def _right(one: Reached) -> dict[tuple[str, str, str], bool]:
+    """Question -> whether the run's best plan got it right; a question is its subject, its number and its content."""
+    table = one.run.read(
+        "answers", ["plan_id", "split", "subject", "question_id", "content_hash", "answer", "predicted"]
+    )
+    mine = table.filter(
+        pc.and_(pc.equal(table["plan_id"], one.best["plan_id"]), pc.equal(table["split"], one.split))
+    ).to_pylist()
+    return {
+        (row["subject"], row["question_id"], row["content_hash"]): row["predicted"] == row["answer"] for row in mine
+    }
+
+
+def _figure(reached: Sequence[Reached]) -> Figure:
+    rows = []
+    for one in reached:
+        for line in one.lines:
+            costs = line["costs"]
+            whole = costs.get("parameters", 0) + costs.get("parameters_removed", 0)
+            if whole:
+                rows.append(
+                    {
+                        "run": run_name(one.run),
+                        "model": model_name(one.run),
+                        "plan": line["label"],
+                        "role": line["role"],
+                        "removed": costs["parameters_removed"] / whole,
+                        "accuracy": line["accuracy"],
+                        "low": line["interval"][0],
+                        "high": line["interval"][1],
+                        "perplexity": line["perplexity"],
+                        "questions": line["n"],
+                    }
+                )
+    rows.sort(key=lambda row: -figures.ROLES.index(row["role"]))
+    rows = rows[-_DRAWN:]
+    tips = [("run", "run"), ("model", "model"), ("plan", "plan"), ("removed", "parameters removed", ".1%"),
+            ("accuracy", "accuracy", ".1%"), ("low", "95 % from", ".1%"), ("high", "to", ".1%"),
+            ("perplexity", "perplexity", ",.4~g"), ("questions", "questions", ",d")]  # fmt: skip
+    return Figure(
+        "Accuracy against compression, all runs",
+        "Every plan of every run. Runs on other models or other questions are not comparable with each other.",
+        (
+            figures.scatter(
+                rows,
+                f"Accuracy against the share of parameters removed, {len(rows)} plans of {len(reached)} runs.",
+                x=("removed", "parameters removed", ".0%"),
+                y=("accuracy", "accuracy", ".0%"),
+                interval=("low", "high"),
+                tips=tips,
+            ),
+        ),
+        Rows.of(rows, tuple(source for one in reached for source in sources(one.run, "accuracy", "costs"))),
+        "; ".join(dict.fromkeys(command_of(one.run) for one in reached)),
+    )

@@ -1,0 +1,265 @@
+"""Accuracy and perplexity against the number of merged layers: the compression curve of one run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from raymerge.report import figures
+from raymerge.report.asked import command_of, sources
+from raymerge.report.content import Block, Figure, Rows, Section, Table, Text
+from raymerge.report.plans import Reached, chosen_layers, missing, tensor_name
+from raymerge.report.wording import difference, interval, percent, perplexity, plural, value
+from raymerge.summary import verdict
+
+
+def answer(reached: Reached) -> Section:
+    """The best way of merging at every K, held against dropping as many layers, and the two curves."""
+    points = curve(reached)
+    if not points:
+        return Section("The answer", (missing(reached.run, "sweep", "accuracy", "answers"),))
+    base = next((point for point in points if point["merges"] == 0), None)
+    lasts = [point for point in points if point["merges"] > 0]
+    blocks: list[Block] = []
+    if lasts:
+        blocks += [Text(_sentence(base, lasts)), _best(reached, base, lasts)]
+    blocks += [*chosen_layers(reached.run), _curves(reached, points, base), _everything(points)]
+    return Section("The answer", tuple(blocks))
+
+
+def curve(reached: Reached) -> list[dict[str, Any]]:
+    """Every point of the curve, rows of table `sweep` with what their plans reached, by K."""
+    lines = {line["plan_id"]: line for line in reached.lines}
+    points = []
+    for row in reached.run.read("sweep").to_pylist():
+        line = lines.get(row["plan_id"])
+        if line is None:
+            continue
+        costs = line["costs"]
+        whole = costs.get("parameters", 0) + costs.get("parameters_removed", 0)
+        ppl = line["perplexity"]
+        points.append(
+            {
+                "method": row["method"],
+                "variant": _variant(row),
+                "merges": row["merges"],
+                "accuracy": line["accuracy"],
+                "low": line["interval"][0],
+                "high": line["interval"][1],
+                "perplexity": ppl if ppl is not None and math.isfinite(ppl) else None,
+                "macro": line["macro"],
+                "answer_nll": line["nll"],
+                "removed": costs["parameters_removed"] / whole if whole else None,
+                "tokens_per_second": costs.get("tokens_per_second"),
+                "plan": line["label"],
+                "plan_id": row["plan_id"],
+            }
+        )
+    return sorted(points, key=lambda point: point["merges"])
+
+
+def _variant(row: dict) -> str:
+    words = [{"neurons": "aligned", "rows": "rows aligned"}.get(row["alignment"], row["alignment"])]
+    words = [] if row["alignment"] == "none" else words
+    return ", ".join([*words, *(["folded"] if row["norms"] == "fold" else [])]) or "plain"
+
+
+def _way(point: dict) -> str:
+    return point["method"] + ("" if point["variant"] == "plain" else f" ({point['variant']})")
+
+
+def _at(points: list[dict], merges: int) -> tuple[dict, dict | None]:
+    mine = [point for point in points if point["merges"] == merges]
+    best = max(mine, key=lambda point: point["accuracy"])
+    return best, next((point for point in mine if point["method"] == "drop"), None)
+
+
+def _sentence(base: dict | None, points: list[dict]) -> str:
+    first, last = min(point["merges"] for point in points), max(point["merges"] for point in points)
+    near, far = _at(points, first)[0], _at(points, last)[0]
+    text = "" if base is None else f"Unmerged, {percent(base['accuracy'])} of the questions are answered. "
+    text += (
+        f"With {plural(first, 'layer')} merged the best way, {_way(near)}, keeps {percent(near['accuracy'])}; with "
+        f"{plural(last, 'layer')} merged the best, {_way(far)}, keeps {percent(far['accuracy'])}"
+    )
+    return text + (f" at a perplexity of {perplexity(far['perplexity'])}." if far["perplexity"] else ".")
+
+
+def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
+    cells = []
+    known = {(row["plan_a"], row["plan_b"]): row for row in reached.comparisons if row["measure"] == "accuracy"}
+    for merges in sorted({point["merges"] for point in points}):
+        best, drop = _at(points, merges)
+        row = None if drop is None else known.get((best["plan_id"], drop["plan_id"]))
+        if drop is None or best is drop:
+            said = "it is dropping" if drop is not None else "–"
+        elif row is None:
+            said = "not compared"
+        else:
+            said = f"{difference(row)}: {verdict(row)}"
+        cells.append(
+            (
+                str(merges),
+                percent(best["removed"]),
+                _way(best),
+                f"{percent(best['accuracy'])} {interval(best['low'], best['high'])}",
+                perplexity(best["perplexity"]),
+                "–" if drop is None else percent(drop["accuracy"]),
+                said,
+            )
+        )
+    start = (
+        "" if base is None else f" Unmerged: {percent(base['accuracy'])}, perplexity {perplexity(base['perplexity'])}"
+    )
+    return Table(
+        "The most accurate way at every K, against dropping as many layers. It is the best of several on these very "
+        "questions, so that its accuracy flatters it; p is corrected (Holm) for all comparisons of the run, not for "
+        "that "
+        f"choice.{start}",
+        (
+            "merged",
+            "parameters removed",
+            "most accurate way",
+            "accuracy [95 %]",
+            "perplexity",
+            "dropping",
+            "against dropping",
+        ),
+        tuple(cells),
+        words=(2, 6),
+    )
+
+
+def _curves(reached: Reached, points: list[dict], base: dict | None) -> Figure:
+    drawn = [point for point in points if point["merges"] > 0] or points
+    tips = [("plan", "plan"), ("method", "method"), ("variant", "variant"), ("merges", "layers merged"),
+            ("accuracy", "accuracy", ".1%"), ("low", "95 % from", ".1%"), ("high", "to", ".1%"),
+            ("perplexity", "perplexity", ",.4~g"), ("removed", "parameters removed", ".1%"),
+            ("answer_nll", "answer NLL", ".3f")]  # fmt: skip
+    methods, variants = ({point[key] for point in drawn} for key in ("method", "variant"))
+    common = {"x": ("merges", "layers merged (K)"), "series": "method", "dash": "variant", "tips": tips}
+    most = drawn[-1]["merges"]
+    told = f"{plural(len(methods), 'method')} and {plural(len(variants), 'variant')} at up to {most} merges."
+    views = [
+        figures.lines(
+            drawn,
+            f"Accuracy against the number of merged layers: {told}",
+            y=("accuracy", "accuracy"),
+            form=".0%",
+            interval=("low", "high"),
+            rule=None if base is None else (base["accuracy"], "unmerged"),
+            title="Accuracy",
+            **common,
+        )
+    ]
+    if all(point["perplexity"] for point in drawn):
+        views.append(
+            figures.lines(
+                drawn,
+                f"Perplexity on plain text against the number of merged layers: {told}",
+                y=("perplexity", "perplexity on plain text (log scale)"),
+                form="~s",
+                log=True,
+                rule=None if base is None or not base["perplexity"] else (base["perplexity"], "unmerged"),
+                title="Perplexity, lower is better",
+                **common,
+            )
+        )
+    return Figure(
+        "Accuracy and perplexity against compression",
+        "A click on a method in the legend picks it. Thin bars are 95 % intervals. Aligned: neurons reordered to "
+        "match before "
+        "averaging; folded: gains of the norms multiplied into the matrices before it.",
+        tuple(views),
+        Rows.of(points, sources(reached.run, "sweep", "accuracy", "perplexity", "costs")),
+        command_of(reached.run),
+        columns=2,
+    )
+
+
+def _everything(points: list[dict]) -> Table:
+    speed = any(point["tokens_per_second"] for point in points)
+    header = ["merged", "method", "variant", "parameters removed", "accuracy [95 %]", "mean over subjects"]
+    header += ["answer NLL", "perplexity"]
+    cells = tuple(
+        (
+            str(point["merges"]),
+            point["method"],
+            point["variant"],
+            percent(point["removed"]),
+            f"{percent(point['accuracy'])} {interval(point['low'], point['high'])}",
+            percent(point["macro"]),
+            value(point["answer_nll"]),
+            perplexity(point["perplexity"]),
+            *([value(point["tokens_per_second"], 1)] if speed else []),
+        )
+        for point in points
+    )
+    return Table(
+        f"All {plural(len(points), 'point')}",
+        tuple(header + (["tokens/s"] if speed else [])),
+        cells,
+        words=(1, 2),
+        folded=True,
+    )
+
+
+def receipts(reached: Reached) -> Section:
+    """The largest change of each point, since a curve has too many tensors to draw."""
+    run, title = reached.run, "Receipts: what was changed"
+    points = {point["plan_id"]: point for point in curve(reached)}
+    largest: dict[str, dict] = {}
+    for row in run.read("receipts").to_pylist():
+        known = largest.get(row["plan_id"])
+        if row["plan_id"] in points and (known is None or row["relative_change"] > known["relative_change"]):
+            largest[row["plan_id"]] = row
+    if not largest:
+        return Section(title, (missing(run, "receipts"),))
+    rows = []
+    for plan_id, point in points.items():
+        if plan_id not in largest:
+            continue
+        row = largest[plan_id]
+        matrix, layer = tensor_name(row["tensor"])
+        rows.append(
+            {
+                "method": point["method"],
+                "variant": point["variant"],
+                "merges": point["merges"],
+                "relative": row["relative_change"],
+                "tensor": f"layer {layer} {matrix}",
+                "plan": point["plan"],
+            }
+        )
+    methods = list(dict.fromkeys(point["method"] for point in points.values() if point["merges"]))
+    still = sorted(
+        {point["method"] for point in points.values() if point["plan_id"] not in largest and point["merges"]}
+    )
+    silent = f" Nothing is averaged, and no tensor changes, under {', '.join(still)}." if still else ""
+    return Section(
+        title,
+        (
+            Figure(
+                "Largest change of a tensor, by number of merged layers",
+                "The norm of the difference between merged and original tensor over the original's norm; the largest "
+                "of each "
+                f"plan.{silent}",
+                (
+                    figures.lines(
+                        rows,
+                        f"Largest relative change of a tensor against merged layers.{silent}",
+                        x=("merges", "layers merged (K)"),
+                        y=("relative", "change, as a share of the norm"),
+                        series="method",
+                        dash="variant",
+                        tips=[("plan", "plan"), ("tensor", "tensor"), ("relative", "change", ".1%")],
+                        form=".0%",
+                        order=methods,
+                        height=240,
+                    ),
+                ),
+                Rows.of(rows, sources(run, "receipts", "sweep")),
+                command_of(run),
+            ),
+        ),
+    )

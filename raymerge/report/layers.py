@@ -1,0 +1,350 @@
+"""How alike layers are: heat maps beside their null, correlations beside their ceiling, influence, sensitivity."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from raymerge import summary
+from raymerge.report import figures
+from raymerge.report.asked import command_of, sources
+from raymerge.report.content import Block, Figure, Rows, Section, Table, Text
+from raymerge.report.plans import missing
+from raymerge.report.wording import listed, percent, plural, value
+from raymerge.tables import RunDirectory
+
+_MAPS = 12  # heat maps of one measure; the rows of all are on the page
+_PAIRS = 60  # correlations that are drawn with their intervals
+_FOREIGN = "imported"
+
+
+def subset_name(row: dict, suffix: str = "") -> str:
+    """How the page calls a row's subset."""
+    subset, language = row[f"subset{suffix}"], row[f"language{suffix}"]
+    return subset if language == _FOREIGN else f"{subset} ({language})"
+
+
+def answer(run: RunDirectory) -> Section:
+    """Is there structure above noise, and do subsets differ by more than noise?"""
+    if not run.has("similarity"):
+        return Section("The answer", (missing(run, "similarity"),))
+    blocks: list[Block] = [Text(sentence) for sentence in (_structure(run), _agreement(run)) if sentence]
+    header, cells = summary.similarity_table(run)
+    words = {"null": "unrelated layers", "above null %": "pairs above noise, %", "neighbours": "neighbouring layers"}
+    blocks.append(
+        Table(
+            "Similarity off the diagonal, by subset of prompts. Unrelated layers: the mean when the prompts of one "
+            "layer are "
+            "shuffled against the other's; 5 % of pairs lie above noise by chance",
+            tuple(words.get(name, name) for name in header),
+            tuple(tuple(row) for row in cells),
+            words=(0, 1, 2, 3),
+        )
+    )
+    if run.has("similarity_correlation"):
+        blocks.append(
+            Table(
+                "Correlation of the subsets' matrices. Ceiling: the correlation that noise would leave of two equal "
+                "patterns",
+                ("subsets", "diagonal included", "off the diagonal", "95 % interval", "ceiling"),
+                tuple(tuple(row) for row in summary.correlation_table(run)[1]),
+                folded=len(summary.correlation_table(run)[1]) > 6,
+            )
+        )
+    return Section("The answer", tuple(blocks))
+
+
+def _structure(run: RunDirectory) -> str:
+    rows = [row for row in run.read("similarity").to_pylist() if row["layer_i"] < row["layer_j"]]
+    known = [row for row in rows if row["value"] is not None and row["null_p95"] is not None]
+    if not known:
+        return "The matrices come without their prompts, so nothing here says how much of them is noise."
+    share = sum(row["value"] > row["null_p95"] for row in known) / len(known)
+    subsets = len({(row["subset"], row["language"]) for row in rows})
+    verdict = (
+        "the layers are related, and the maps below show more than noise"
+        if share > 0.5
+        else "much of what the maps below show is noise"
+        if share > 0.1
+        else "the maps below cannot be told from noise"
+    )
+    return (
+        f"In {percent(share, 0)} of all pairs of layers, over {plural(subsets, 'subset')} of prompts, similarity is "
+        "above "
+        f"what 95 % of unrelated layers stay below: {verdict}."
+    )
+
+
+def _agreement(run: RunDirectory) -> str:
+    rows = [row for row in run.read("similarity_correlation").to_pylist() if row["ci_low"] is not None]
+    bounded = [(row, bound) for row in rows if (bound := summary.ceiling(row)) is not None]
+    if not bounded:
+        return ""
+    reach = [row for row, bound in bounded if row["ci_high"] >= bound]
+    below = [
+        f"{subset_name(row, '_a')} and {subset_name(row, '_b')}" for row, bound in bounded if row["ci_high"] < bound
+    ]
+    r = [row["pearson_off_diagonal"] for row, _ in bounded]
+    text = (
+        f"The subsets' matrices correlate by {min(r):.2f} to {max(r):.2f} off the diagonal. In {len(reach)} of "
+        f"{plural(len(bounded), 'pair')} the 95 % interval reaches the ceiling that noise sets: with these prompts "
+        "such "
+        "subsets are indistinguishable."
+    )
+    return text + (f" Below their ceiling: {listed(below)}." if below else "")
+
+
+def maps(run: RunDirectory) -> Section:
+    """A heat map a subset, on one scale of colours."""
+    title, rows = "Similarity of layers", run.read("similarity").to_pylist()
+    if not rows:
+        return Section(title, (missing(run, "similarity"),))
+    kinds: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        kinds.setdefault((row["measure"], row["embedding"]), []).append(row)
+    blocks: list[Block] = [_maps(run, *kind, mine) for kind, mine in kinds.items()]
+    influence = run.read("block_influence").to_pylist()
+    if influence:
+        blocks.append(_influence(run, influence))
+    return Section(title, tuple(blocks))
+
+
+def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[dict]) -> Figure:
+    rows = [_cell(row) for row in _both_halves(stored)]
+    subsets = list(dict.fromkeys(row["subset"] for row in rows))
+    layers = 1 + max(row["layer_i"] for row in rows)
+    domain = colour_domain(rows)
+    named = measure if embedding in ("none", measure) else f"{measure}, {embedding} embedding"
+    views = []
+    for subset in subsets[:_MAPS]:
+        mine = [row for row in rows if row["subset"] == subset]
+        off = [row["value"] for row in mine if row["value"] is not None and row["layer_i"] != row["layer_j"]]
+        near = [row["value"] for row in mine if row["value"] is not None and abs(row["layer_i"] - row["layer_j"]) == 1]
+        noise = [row for row in mine if row["above"] == "no" and row["layer_i"] != row["layer_j"]]
+        told = (
+            f"{subset}: heat map of the similarity of {layers} layers, mean {_mean(off)} off the diagonal, "
+            f"{_mean(near)} "
+            f"between neighbours; {plural(len(noise) // 2, 'pair')} not above noise."
+        )
+        views.append(
+            figures.heat_map(
+                told,
+                subset=subset,
+                domain=domain,
+                layers=layers,
+                title=subset,
+                height=380 if len(subsets) < 3 else 280,
+                legend=not views,
+            )
+        )
+    left = f" {len(subsets) - _MAPS} more subsets stand in the rows." if len(subsets) > _MAPS else ""
+    return Figure(
+        f"Similarity of every pair of layers ({named})",
+        f"One scale for all maps, from {value(domain[0], 2)} to {value(domain[1], 2)}; values beyond it, such as a "
+        "layer's "
+        "with itself, have the colour of the end. A white dot: not above what 95 % of unrelated layers stay below. "
+        "Grey: "
+        f"undefined.{left}",
+        tuple(views),
+        Rows.of(rows, sources(run, "similarity")),
+        command_of(run),
+        columns=2 if len(views) < 3 else 3,
+    )
+
+
+def _mean(values: list[float]) -> str:
+    return value(float(np.mean(values)), 2) if values else "undefined"
+
+
+def _both_halves(rows: list[dict]) -> list[dict]:
+    """All cells of the matrices: a pair that is stored in one order only stands for both."""
+    stored = {(row["subset"], row["language"], row["layer_i"], row["layer_j"]) for row in rows}
+    turned = [
+        row | {"layer_i": row["layer_j"], "layer_j": row["layer_i"]}
+        for row in rows
+        if (row["subset"], row["language"], row["layer_j"], row["layer_i"]) not in stored
+    ]
+    return rows + turned
+
+
+def _cell(row: dict) -> dict[str, Any]:
+    known = row["value"] is not None and row["null_p95"] is not None
+    return {
+        "subset": subset_name(row),
+        "layer_i": row["layer_i"],
+        "layer_j": row["layer_j"],
+        "value": row["value"],
+        "null_p95": row["null_p95"],
+        "ci_low": row["ci_low"],
+        "ci_high": row["ci_high"],
+        "above": "" if not known else "yes" if row["value"] > row["null_p95"] else "no",
+        "note": row["note"] or "",
+        # a little over the neighbours, so that no seam shines through
+        "left": row["layer_j"] - 0.5,
+        "right": row["layer_j"] + 0.52,
+        "bottom": row["layer_i"] - 0.5,
+        "top": row["layer_i"] + 0.52,
+    }
+
+
+def colour_domain(rows: list[dict]) -> tuple[float, float]:
+    """Ends of the scale: 0 (the 1st percentile, where values are all high) to the 99th percentile off the diagonal."""
+    values = [row["value"] for row in rows if row["value"] is not None and row["layer_i"] != row["layer_j"]]
+    values = values or [row["value"] for row in rows if row["value"] is not None]
+    if not values:
+        return 0.0, 1.0
+    low, high = np.percentile(values, [1, 99])
+    low = min(0.0, low) if low < 0.5 * high else low
+    return (float(low), float(high)) if high > low else (float(low) - 0.5, float(low) + 0.5)
+
+
+def _influence(run: RunDirectory, stored: list[dict]) -> Figure:
+    rows = [
+        {"subset": subset_name(row), "layer": row["layer"], "value": row["value"], "samples": row["n_samples"]}
+        for row in sorted(stored, key=lambda row: row["layer"])
+    ]
+    least = min(rows, key=lambda row: row["value"])
+    told = f"Least: layer {least['layer']} on {least['subset']}, {least['value']:.3g}."
+    return Figure(
+        "Block influence: how much a layer changes the states",
+        "One minus the mean cosine of the states that enter and leave a layer. Low values mark layers that can be "
+        "left out "
+        f"at little cost. {told} A click on the legend picks a subset.",
+        (
+            figures.lines(
+                rows,
+                f"Block influence by layer, a line a subset. {told}",
+                x=("layer", "decoder layer"),
+                y=("value", "1 - mean cosine (log scale)"),
+                series="subset",
+                tips=[("subset", "subset"), ("layer", "layer"), ("value", "block influence", ".3~g")],
+                log=all(row["value"] > 0 for row in rows),
+                height=240,
+            ),
+        ),
+        Rows.of(rows, sources(run, "block_influence")),
+        command_of(run),
+    )
+
+
+def correlations(run: RunDirectory) -> Section:
+    """Every pair of subsets with its interval and its ceiling."""
+    title, stored = "Do subsets differ?", run.read("similarity_correlation").to_pylist()
+    if not stored:
+        return Section(title, (missing(run, "similarity_correlation"),))
+    rows = [
+        {
+            "pair": f"{subset_name(row, '_a')} – {subset_name(row, '_b')}",
+            "role": figures.FOUND,
+            "r": row["pearson_off_diagonal"],
+            "low": row["ci_low"],
+            "high": row["ci_high"],
+            "ceiling": summary.ceiling(row),
+            "pearson": row["pearson"],
+        }
+        for row in stored
+        if math.isfinite(row["pearson_off_diagonal"])
+    ]
+    rows.sort(key=lambda row: -row["r"])
+    if not rows:
+        return Section(title, (Text("No correlation is defined."),))
+    top, last = rows[0], rows[-1]
+    told = f"Highest: {top['pair']}, {top['r']:.2f}. Lowest: {last['pair']}, {last['r']:.2f}."
+    shown = {row["pair"] for row in rows[: _PAIRS // 2] + rows[len(rows) - _PAIRS // 2 :]}
+    drawn = [row for row in rows if row["pair"] in shown]
+    left = f" Drawn are the highest and the lowest {_PAIRS // 2} of {len(rows)}." if len(drawn) < len(rows) else ""
+    tips = [("pair", "subsets"), ("r", "r off the diagonal", ".3f"), ("low", "95 % from", ".3f"), ("high", "to", ".3f"),
+            ("ceiling", "ceiling", ".3f"), ("pearson", "r, diagonal included", ".3f")]  # fmt: skip
+    return Section(
+        title,
+        (
+            Figure(
+                "Correlation of the subsets' matrices, with its ceiling",
+                "Off the diagonal, with 95 % intervals. The upright tick is the ceiling: the correlation of two equal "
+                "patterns, "
+                "weakened by the noise of both matrices. An interval that reaches it says that the two subsets are "
+                f"indistinguishable with these prompts. {told}{left} Translations of the same questions share their "
+                "noise and "
+                "may exceed it.",
+                (
+                    figures.intervals(
+                        drawn,
+                        f"Correlations of {plural(len(drawn), 'pair')} of subsets with intervals and ceilings. {told}",
+                        name="pair",
+                        value="r",
+                        low="low",
+                        high="high",
+                        axis="Pearson correlation off the diagonal",
+                        form=".2f",
+                        tips=tips,
+                        tick="ceiling",
+                    ),
+                ),
+                Rows.of(drawn, sources(run, "similarity_correlation")),
+                command_of(run),
+            ),
+        ),
+    )
+
+
+def sensitivity(run: RunDirectory) -> Section:
+    """Agreement with the reference setting, one setting at a time."""
+    if not run.has("sensitivity"):
+        return Section("The answer", (missing(run, "sensitivity"),))
+    header, cells = summary.sensitivity_table(run)
+    stored = [row for row in run.read("sensitivity").to_pylist() if not row["reference"]]
+    rows = [
+        {
+            "setting": f"{row['parameter']} = {row['setting']}",
+            "role": figures.FOUND,
+            "r": row["pearson_off_diagonal"],
+            "low": row["pearson_off_diagonal"],
+            "high": row["pearson_off_diagonal"],
+            "subset": subset_name(row),
+            "same": row["plan_overlap"],
+            "moves": row["alpha_max_difference"],
+            "note": row["note"] or "",
+        }
+        for row in stored
+    ]
+    known = [row for row in rows if row["r"] is not None]
+    blocks: list[Block] = []
+    if known:
+        low = min(known, key=lambda row: row["r"])
+        shares = [row["same"] for row in rows if row["same"] is not None]
+        same = f"; on average {percent(sum(shares) / len(shares), 0)} of the merges stay the same" if shares else ""
+        told = f"The matrix of {low['setting']} agrees least with the reference (r = {value(low['r'], 2)}){same}."
+        blocks.append(Text(told))
+        tips = [("setting", "setting"), ("subset", "subset"), ("r", "r off the diagonal", ".3f"),
+                ("same", "same merges", ".0%"), ("moves", "alpha moves by", ".3f"), ("note", "note")]  # fmt: skip
+        figure = figures.intervals(
+            known,
+            f"Correlation with the reference matrix for {plural(len(known), 'setting')}. {told}",
+            name="setting",
+            value="r",
+            low="low",
+            high="high",
+            axis="correlation with the reference matrix, off the diagonal",
+            form=".2f",
+            tips=tips,
+        )
+        blocks.append(
+            Figure(
+                "Does the matrix depend on the setting?",
+                "One setting is changed at a time; 1 is the same matrix as the reference setting's.",
+                (figure,),
+                Rows.of(rows, sources(run, "sensitivity")),
+                command_of(run),
+            )
+        )
+    blocks.append(
+        Table(
+            "Every setting, averaged over subsets",
+            tuple(header),
+            tuple(tuple(row) for row in cells),
+            words=(0, 1, 5),
+        )
+    )
+    return Section("The answer", tuple(blocks))

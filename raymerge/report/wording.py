@@ -1,0 +1,96 @@
+"""Numbers and verdicts as a reader sees them: percentages, points, p-values, perplexities, durations."""
+
+from __future__ import annotations
+
+import math
+
+NONE = "–"
+"""What stands where there is no value."""
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share in [0, 1] as a percentage."""
+    return NONE if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f} %"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """The interval of a share, in per cent, without the unit; "" where there is none."""
+    return "" if low is None or high is None else f"[{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def points(difference: float | None) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return NONE if difference is None else signed(100 * difference, 1)
+
+
+def signed(number: float, digits: int) -> str:
+    """A number with a sign; a minus as long as a plus, none before zero."""
+    text = f"{abs(number):.{digits}f}"
+    return text if float(text) == 0 else f"{'+' if number > 0 else '−'}{text}"
+
+
+def perplexity(number: float | None) -> str:
+    """Three digits that say something; whole numbers from 100 on."""
+    if number is None or math.isnan(number):
+        return NONE
+    return "∞" if math.isinf(number) else f"{number:,.{2 if number < 10 else 1 if number < 100 else 0}f}"
+
+
+def difference(row: dict) -> str:
+    """A row of `comparisons` with its interval: accuracies in percentage points, answer NLL in nats."""
+    if row["measure"] != "accuracy":
+        return f"{signed(row['difference'], 3)} [{signed(row['ci_low'], 3)}, {signed(row['ci_high'], 3)}]"
+    return f"{points(row['difference'])} [{points(row['ci_low'])}, {points(row['ci_high'])}]"
+
+
+def p_value(p: float | None) -> str:
+    """Two significant digits; what is below 0.001 only says so."""
+    return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def value(number: float | None, digits: int = 3) -> str:
+    """A number of no unit, with a proper minus."""
+    if number is None or not math.isfinite(number):
+        return NONE
+    return f"{number:,.{digits}f}".replace("-", "−")
+
+
+def count(number: int) -> str:
+    """A whole number, thousands set apart."""
+    return f"{number:,}"
+
+
+def plural(number: int, noun: str) -> str:
+    """A count with its noun."""
+    return f"{count(number)} {noun}" + ("" if number == 1 else "s")
+
+
+def millions(number: int) -> str:
+    """A number of parameters."""
+    if number >= 1e9:
+        return f"{number / 1e9:.2f} billion"
+    return f"{number / 1e6:.0f} million" if number >= 1e7 else f"{number / 1e6:.2f} million"
+
+
+def bytes_of(number: int) -> str:
+    """A size in bytes, in decimal units."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if number >= scale:
+            return f"{number / scale:.2f} {unit}"
+    return f"{number / 1e3:.0f} kB"
+
+
+def duration(seconds: float) -> str:
+    """A time in the largest units that say something."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def listed(words: list[str], most: int = 8) -> str:
+    """Words in a row, the number of those left out at the end."""
+    words = list(words)
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")

@@ -1,0 +1,109 @@
+"""Progress as a log shows it: a line a stage, and one now and then while a long step goes on."""
+
+import io
+import threading
+import time
+
+import pytest
+
+from raymerge import console
+from raymerge.progress import Silent, step
+
+
+def wait_for(lines, count):
+    deadline = time.monotonic() + 10
+    while len(lines) < count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(lines) >= count
+
+
+def test_a_log_gets_one_line_a_stage():
+    lines = []
+    log = console._Log(lines.append)
+    log.stage("trunk states (tokens)", 500)
+    log.advance(250)
+    log.advance(500, "best 0.5")
+    log.stage("figures", 2)
+    log.message("kept")
+    log.close()
+    assert len(lines) == 3
+    assert lines[0].startswith("trunk states (tokens): 500/500, best 0.5, ")
+    assert lines[1] == "kept"
+    assert lines[2].startswith("figures: 0/2, ")
+
+
+def test_a_log_shows_that_a_step_without_advances_is_alive():
+    lines = []
+    log = console._Log(lines.append, every=0.02)
+    log.stage("loading the model", 1)
+    wait_for(lines, 2)
+    assert lines[0].startswith("loading the model: ") and lines[0].endswith(" s so far")
+    log.stage("report on test", 10)
+    log.advance(5)
+    before = len(lines)
+    wait_for(lines, before + 1)
+    assert lines[-1].startswith("report on test: 5/10, ") and lines[-1].endswith(" s left")
+    log.advance(10)  # finished: quiet until the next stage
+    log.close()
+    assert not any(thread.name == "progress" for thread in threading.enumerate())
+
+
+def test_without_a_terminal_progress_goes_to_standard_error(capsys):
+    with console.progress() as shown:
+        with step(shown, "starting Ray"):
+            pass
+        shown.stage("report on test", 2)
+        shown.advance(2)
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("report on test: 2/2, ") and err.endswith(" s\n")
+
+
+def test_a_log_leaves_out_short_steps_and_those_that_failed(monkeypatch):
+    lines = []
+    log = console._Log(lines.append)
+    with step(log, "short"):
+        pass
+    log.stage("failed", 1)
+    monkeypatch.setattr(console, "_LOG_FROM_S", 0.0)
+    log.stage("next", 1)
+    log.advance(1)
+    log.close()
+    assert len(lines) == 1 and lines[0].startswith("next: ")
+
+
+def test_a_terminal_gets_bars_whose_names_are_no_markup():
+    from rich.console import Console
+
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
+    live = console._Live(terminal)
+    live.stage("search [bold]x[/bold]", 40)
+    live.advance(20, "best [red]")
+    live.message("a [note]")
+    live.close()
+    shown = terminal.file.getvalue()
+    assert "search [bold]x[/bold]" in shown and "best [red]" in shown and "a [note]" in shown
+    assert "20/40" in shown and "/s" in shown
+
+
+def test_rates():
+    assert console.rate(0, 1.0) == "" and console.rate(5, 0.0) == ""
+    assert console.rate(3000, 2.0) == "1,500/s"
+    assert console.rate(3, 2.0) == "1.5/s"
+    assert console.rate(2, 60.0) == "30.0 s each"
+
+
+def test_a_step_that_fails_is_not_called_finished():
+    class Seen(Silent):
+        done = 0
+
+        def advance(self, done, note=""):
+            self.done = done
+
+    seen = Seen()
+    with step(seen, "x"):
+        pass
+    assert seen.done == 1
+    seen = Seen()
+    with pytest.raises(ValueError), step(seen, "x"):
+        raise ValueError
+    assert seen.done == 0

@@ -1,0 +1,399 @@
+"""The path of an accelerator, on a CPU: a fake device under which two devices must not meet (fake_device.py), what it
+answers against the CPU's own path, and what happens when its memory runs out."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from fake_device import DEVICE, MixedDevices, fake_device
+
+import raymerge.device
+from raymerge.activations import POOLINGS, collect
+from raymerge.alignment import Aligner
+from raymerge.checkpoint import Checkpoint
+from raymerge.context import position_nll, retrieval_prompts, retrieve
+from raymerge.evaluation import answer_shard, text_nll
+from raymerge.forward import LayerRunner
+from raymerge.gradient import Settings, descend
+from raymerge.memory import MemoryPlanError, ScoringPlan
+from raymerge.plan import before_last_plan, drop_plan, tail_plan
+from raymerge.prompts import encode_questions, encode_text
+from raymerge.scoring import SourceLayers, TailScorer
+from raymerge.tail_loss import GradientError, LossWeights, TailLoss, TextWindows
+from raymerge.trunk import TrunkCache
+
+torch.set_num_threads(1)
+
+N = tiny.N_LAYERS
+FIRST = N - 3
+LIMIT = 2e-5  # float32 sums in another order
+TEXT = "the red cat has a small box and two old birds in water near that long road of stone by night. " * 12
+
+
+def found(*alphas, biases="keep", **options):
+    return replace(tail_plan(N, alphas, name="x", kind="found", biases=biases), **options)
+
+
+PLANS = [
+    found(0.35, 0.8),
+    found(0.2, 0.6),
+    found(0.9, 0.1),
+    drop_plan(N, 2),
+    found(0.2, 0.6, biases="merge"),
+    found(0.7, 0.6, biases="merge"),
+    before_last_plan(N, 2),
+    found(0.5, 0.5, norms="fold"),
+    found(0.4, 0.9, matrix_alphas=(("self_attn.k_proj", (0.1, 0.9)), ("mlp.up_proj", (0.3, 0.3)))),
+    found(0.3, 0.2, matrix_alphas=(("self_attn.v_proj", (0.6, 0.4)),)),
+]
+
+
+def close(one, other, limit=LIMIT):
+    one, other = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
+    assert one.shape == other.shape
+    assert np.abs(one - other).max() <= limit * np.abs(other).max()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    questions = tiny.make_questions({"cats": 5, "roads": 4, "boxes": 1})
+    return encode_questions(questions, tiny.demo_tokenizer(), shard_tokens=250)
+
+
+@pytest.fixture(scope="module")
+def together():
+    """The same kind of prompts with several sequences in a batch."""
+    questions = tiny.make_questions({"cats": 4}, longest=6)
+    return encode_questions(questions, tiny.demo_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    made = {}
+
+    def make(family, dtype=torch.float32):
+        if (family, dtype) not in made:
+            made[family, dtype] = tiny.make_checkpoint(tmp_path_factory.mktemp(family), family, dtype=dtype)
+        return Checkpoint(str(made[family, dtype]))
+
+    return make
+
+
+@pytest.fixture
+def device(monkeypatch):
+    with fake_device(monkeypatch) as fake:
+        yield fake
+
+
+# -- the helper finds what it is for ---------------------------------------------------------------------------------
+
+
+def test_two_devices_may_not_meet(device):
+    here, away = torch.ones(3, device=DEVICE), torch.ones(3)
+    assert here.device == DEVICE and away.device.type == "cpu" and away.to(DEVICE).device == DEVICE
+    assert torch.cat([here[1:], here * 2]).device == DEVICE and here.cpu().device.type == "cpu"
+    for mix in (
+        lambda: here + away,
+        lambda: torch.cat([here, away]),
+        lambda: here[torch.tensor([0])],
+        lambda: away[torch.tensor([0], device=DEVICE)],
+        lambda: torch.nn.functional.linear(here, away[None]),
+        lambda: torch.func.vmap(lambda row: row + away)(here[None]),
+    ):
+        with pytest.raises(MixedDevices):
+            mix()
+    with pytest.raises(TypeError):
+        here.numpy()
+    assert (here + torch.tensor(1.0)).tolist() == [2.0] * 3 and device.syncs == 1
+    here[:2] = away[:2]  # copies
+    here.copy_(away)
+    assert here.numpy(force=True).tolist() == [1.0] * 3
+    leaf = torch.ones(2, device=DEVICE, requires_grad=True)
+    (leaf * 3).sum().backward()
+    assert leaf.grad.device == DEVICE
+
+
+def test_memory_runs_out_when_it_is_told_to(device):
+    device.fail_above = 10
+    assert raymerge.device.attempt(lambda: torch.ones(10, device=DEVICE))[0]
+    assert raymerge.device.attempt(lambda: torch.ones(11, device=DEVICE)) == (False, None)
+    with pytest.raises(ZeroDivisionError):
+        raymerge.device.attempt(lambda: 1 / 0)
+
+
+# -- scoring ---------------------------------------------------------------------------------------------------------
+
+HOW = [
+    ScoringPlan("device", "recompute", 8, 10**6),
+    ScoringPlan("host", "recompute", 3, 64),
+    ScoringPlan("device", "linear", 8, 64),
+    ScoringPlan("host", "linear", 1, 10**6),
+    ScoringPlan("device", "recompute", 1, 1),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_biases", "qwen3", "mistral_window"])
+def test_every_plan_gives_the_cpus_answers(checkpoint, prompts, tmp_path, monkeypatch, family):
+    """Wherever states lie and however many are scored at once; all in float32, so that only sums' order differs."""
+    checkpoint = checkpoint(family)
+    expected = list(TailScorer(TrunkCache(LayerRunner(checkpoint), FIRST, tmp_path / "cpu"), prompts).score_many(PLANS))
+    with fake_device(monkeypatch) as device:
+        runner = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32)
+        trunk, sources = TrunkCache(runner, FIRST, tmp_path / "device"), SourceLayers(runner, FIRST)
+        for how in HOW if family == "llama" else HOW[:2]:
+            scorer = TailScorer(trunk, prompts, sources=sources, plan=how)
+            assert scorer._tokens.device.type == {"device": "cuda", "host": "cpu"}[how.states]
+            before = device.syncs
+            for one, other in zip(scorer.score_many(PLANS), expected, strict=True):
+                close(one, other)
+            assert device.syncs == before  # nothing but the answers' copy waits
+            few = scorer.select([7, 2, 4])
+            close(few.score(PLANS[0])[0], expected[0][[7, 2, 4]])
+
+
+def test_what_is_summed_and_what_is_not(checkpoint, prompts, tmp_path, device):
+    def linear(family, **options):
+        runner = LayerRunner(checkpoint(family), device=DEVICE, dtype=options.pop("runner_dtype", torch.float32))
+        return TailScorer(TrunkCache(runner, FIRST, tmp_path / family), prompts, **options)
+
+    scorer = linear("llama")
+    assert scorer.plan == ScoringPlan("device", "linear", 8, 131072) and scorer._sums is None
+    list(scorer.score_many([PLANS[6]]))
+    assert scorer._summands(torch.ones(1, 3), 0) and scorer._summands(torch.ones(1, 3), 2) is None
+    # Biases, norms of keys, and merged matrices that are rounded more than the computation.
+    assert [linear(family).plan.key_values for family in ("llama_biases", "qwen3")] == ["recompute"] * 2
+    assert linear("llama", fused_dtype=torch.bfloat16).plan.key_values == "recompute"
+    assert linear("llama", fused_dtype=torch.bfloat16, compute_dtype=torch.bfloat16).plan.key_values == "linear"
+
+
+@pytest.mark.parametrize("key_values", ["recompute", "linear"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_bfloat16_agrees_with_float32(checkpoint, prompts, tmp_path, family, key_values):
+    """Same trunk, same rounded weights: states and products in bfloat16 move logits by its rounding and no answer."""
+    runner = LayerRunner(checkpoint(family, torch.bfloat16))
+    trunk, plans = TrunkCache(runner, FIRST, tmp_path), [p for p in PLANS if p.norms == "keep"]
+    exact = torch.stack(list(TailScorer(trunk, prompts).score_many(plans)))
+    how = ScoringPlan("device", key_values if family == "llama" else "recompute", 4, 4096)
+    scorer = TailScorer(trunk, prompts, compute_dtype=torch.bfloat16, plan=how)
+    assert scorer._tokens.dtype == torch.bfloat16
+    narrow = torch.stack(list(scorer.score_many(plans)))
+    # Five roundings to 8 bits (2^-9 each) in a row, of which weights this large pass on a multiple.
+    assert (narrow - exact).norm() < 0.02 * exact.norm()
+    first, second = exact.sort(-1, descending=True).values[..., :2].unbind(-1)
+    clear = first - second > 0.02 * exact.abs().max()
+    assert clear.float().mean() > 0.8
+    assert (narrow.argmax(-1) == exact.argmax(-1))[clear].all()
+    assert not torch.equal(narrow, exact)
+
+
+def test_coefficients_are_not_rounded_to_the_stack(checkpoint, device):
+    """The stack is bfloat16 on a device, coefficients and sums are not; a folded stack is float32."""
+    weights = checkpoint("llama", torch.bfloat16)
+    cpu = SourceLayers(LayerRunner(weights), FIRST)
+    runner = LayerRunner(weights, device=DEVICE)
+    narrow = SourceLayers(runner, FIRST)
+    assert narrow.stack.dtype == torch.bfloat16 and narrow.stack.device == DEVICE
+    assert SourceLayers(runner, FIRST, norms="fold").stack.dtype == torch.float32
+    coefficients = torch.tensor([[0.6171, 0.2713, 0.1116], [0.3001, 0.3002, 0.3997]], dtype=torch.float64)
+    for given in (coefficients, coefficients[:, None].expand(2, 7, 3)):
+        close(narrow.mix(given, torch.float32).cpu(), cpu.mix(given, torch.float32), 1e-6)
+    gradients = {"mlp.up_proj.weight": torch.randn(48, 32), "self_attn.q_proj.weight": torch.randn(32, 32)}
+    pulled = narrow.pull_back({name: value.to(DEVICE) for name, value in gradients.items()})
+    close(pulled, cpu.pull_back(gradients), 1e-6)
+
+
+# -- everything else on the device -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_models_text_and_retrieval(checkpoint, prompts, tmp_path, monkeypatch, dtype):
+    checkpoint, tokenizer = checkpoint("mistral_window", dtype), tiny.demo_tokenizer()
+    text = encode_text(TEXT, tokenizer)
+    plans = [PLANS[0], PLANS[3], found(0.4), found(0.3, 0.8, alignment="neurons"), found(0.3, 0.8, alignment="rows")]
+
+    def everything(runner, folder):
+        trunk, results = TrunkCache(runner, FIRST, folder), []
+        for plan, cache in [(plan, cache) for plan in plans for cache in (trunk, None)]:
+            shard = prompts.shards[0]
+            answers = answer_shard(runner, plan, prompts, shard, trunk=cache, prompt_nll=True)
+            results += [answers.logits, answers.logsumexp, answers.prompt_nll]
+            results.append(text_nll(runner, plan, text[0], trunk=cache)[0])
+            results.append(position_nll(runner, plan, text[0], trunk=cache, edges=[1, 64, 4096])[0])
+        asked = retrieval_prompts(tokenizer, distances=[20], per_distance=2, seed=0)
+        return [*results, retrieve(runner, plans[0], asked, asked.shards[0]).logits]
+
+    options = {"dtype": dtype}
+    expected = everything(LayerRunner(checkpoint, **options), tmp_path / "cpu")
+    with fake_device(monkeypatch):
+        aligner = Aligner(checkpoint, device=DEVICE)
+        results = everything(LayerRunner(checkpoint, device=DEVICE, aligner=aligner, **options), tmp_path / "device")
+    for one, other in zip(results, expected, strict=True):
+        close(one, other, LIMIT if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_activations(checkpoint, prompts, monkeypatch, pooling):
+    checkpoint = checkpoint("llama")
+    expected = collect(LayerRunner(checkpoint), prompts.shards, pooling=pooling)
+    with fake_device(monkeypatch) as device:
+        runner = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32)
+        device.syncs = 0
+        results = collect(runner, prompts.shards, pooling=pooling)
+        assert device.syncs <= 2 * N  # one look a layer at whether it is finite, one at its influence
+    close(results.distances, expected.distances)
+    close(results.block_influence, expected.block_influence)
+
+
+def test_units_for_alignment(checkpoint, together, monkeypatch):
+    checkpoint = checkpoint("llama")
+
+    def units(runner):
+        return runner.mlp_units(runner.embed(together.shards[0]), 0)
+
+    expected = units(LayerRunner(checkpoint))
+    with fake_device(monkeypatch) as device:
+        runner = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32)
+        close(units(runner).cpu(), expected)
+        # In the middle of a layer: MLP units of several sequences.
+        device.fail_next, device.fail_when = 3, lambda t: t.dim() == 3 and len(t) > 1 and t.shape[-1] == 48
+        close(units(runner).cpu(), expected)
+        assert device.failures == 3
+
+
+def losses(runner, prompts, folder, **options):
+    trunk = TrunkCache(runner, FIRST, folder)
+    text = TextWindows(trunk, encode_text(TEXT, tiny.demo_tokenizer()), reference=True, windows=1, positions=40)
+    weights = LossWeights(1.0, 0.5, 0.1, 0.1)
+    template = found(0.6, 0.6)
+    scorer = TailScorer(trunk, prompts, **options)
+    reference = torch.randn(len(prompts.answers), 4, generator=torch.Generator().manual_seed(0))
+    return TailLoss(scorer, template, weights, reference=reference, text=text)
+
+
+@pytest.mark.parametrize("states", ["device", "host"])
+def test_gradients_in_parts(checkpoint, prompts, tmp_path, monkeypatch, states):
+    checkpoint = checkpoint("llama_biases")
+    coefficients = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    rows, held_out = [0, 2, 3, 5, 6, 9], [1, 4, 7, 8]
+
+    def evaluate(loss):
+        drawn = loss.text.draw(0)
+        return [
+            loss(coefficients, drawn=drawn),
+            loss(coefficients, rows=rows, held_out=held_out, drawn=drawn),
+            loss(coefficients, rows=rows[:2], drawn=drawn),
+            loss.of_plan(PLANS[0], rows=rows, held_out=held_out),
+        ]
+
+    expected = evaluate(losses(LayerRunner(checkpoint), prompts, tmp_path / "cpu"))
+    with fake_device(monkeypatch) as device:
+        runner = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32)
+        loss = losses(runner, prompts, tmp_path / "device", plan=ScoringPlan(states, "recompute", 2, 64))
+        device.fail_when = lambda t: t.dim() == 2 and t.shape[-1] == 4 and len(t) > 1  # logits
+        for at_once, failures in ((100, 0), (3, 0), (4, 1)):
+            loss._at_once, device.fail_next = at_once, failures
+            for one, other in zip(evaluate(loss), expected, strict=True):
+                close(one.loss, other.loss)
+                if other.held_out is not None:
+                    close(one.held_out, other.held_out)
+                if other.gradient is not None:
+                    close(one.gradient, other.gradient, 10 * LIMIT)
+        settings = Settings("simplex", learning_rate=0.1, epochs=2, held_out=0.3)
+        assert descend(loss, settings).history[-1].loss < descend(loss, settings).history[0].loss
+        device.fail_next, loss._at_once = 10**6, None
+        device.fail_when = lambda t: t.dim() == 2 and t.shape[-1] == 4
+        with pytest.raises(GradientError, match="a single question runs out"):
+            evaluate(loss)
+
+
+# -- memory that runs out --------------------------------------------------------------------------------------------
+
+
+def test_scoring_goes_on_with_less(checkpoint, prompts, tmp_path, monkeypatch):
+    checkpoint = checkpoint("llama")
+    expected = list(TailScorer(TrunkCache(LayerRunner(checkpoint), FIRST, tmp_path / "cpu"), prompts).score_many(PLANS))
+    with fake_device(monkeypatch) as device:
+        runner = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32)
+        trunk = TrunkCache(runner, FIRST, tmp_path / "device")
+        # Errors out of the blue.
+        scorer = TailScorer(trunk, prompts)
+        start = scorer.plan
+        for failures in (1, 2, 3, 5):
+            device.fail_next = failures
+            for one, other in zip(scorer.score_many(PLANS), expected, strict=True):
+                close(one, other)
+            assert device.fail_next == 0
+        assert scorer.plan != start and scorer.plan.chunk_tokens <= 8192
+        # A limit that one candidate's chunk keeps and several candidates' do not.
+        scorer = TailScorer(trunk, prompts)
+        device.fail_above = max(scorer.sources.stack.numel(), 1024 * 32)
+        for one, other in zip(scorer.score_many(PLANS), expected, strict=True):
+            close(one, other)
+        assert scorer.plan.candidates < 8
+        # None at all.
+        device.fail_above = 1000
+        with pytest.raises(MemoryPlanError, match=r"on 10 questions .*256 tokens at a time.*take fewer questions"):
+            list(scorer.score_many(PLANS))
+        assert scorer.plan == ScoringPlan("host", "recompute", 1, 256)
+        device.fail_above = float("inf")
+        close(next(scorer.score_many(PLANS)), expected[0])  # and it goes on when there is room again
+
+
+def test_layers_are_kept_given_up_and_run_in_halves(checkpoint, together, monkeypatch):
+    checkpoint, prompts = checkpoint("qwen2"), together
+    (shard,) = prompts.shards
+    expected = answer_shard(LayerRunner(checkpoint), PLANS[0], prompts, shard).logits
+    with fake_device(monkeypatch) as device:
+        runner = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32)
+        answers = answer_shard(runner, PLANS[0], prompts, shard).logits
+        close(answers, expected)
+        assert set(runner._resident) == {0, 1} and runner.kept_bytes == 3 * runner.layer_size.parameters * 4
+        loads = []
+        monkeypatch.setattr(runner, "fused", lambda *a, **k: loads.append(a) or LayerRunner.fused(runner, *a, **k))
+        answer_shard(runner, PLANS[0], prompts, shard)
+        assert not loads
+        answer_shard(runner, PLANS[1], prompts, shard)
+        assert len(loads) == 1
+        runner.release()
+        device.free = device.total // 3  # a third is free: nothing stays
+        close(answer_shard(runner, PLANS[0], prompts, shard).logits, expected)
+        assert not runner._resident and not runner.kept_bytes
+        device.fail_when = lambda t: t.dim() == 3 and len(t) > 1 and t.shape[-1] == 48
+        for failures in (1, 2, 4):
+            device.fail_next = failures
+            close(answer_shard(runner, PLANS[0], prompts, shard).logits, expected)
+        assert device.fail_next == 0
+
+
+def test_layers_that_the_runner_keeps_make_room_for_states(checkpoint, prompts, tmp_path, monkeypatch):
+    checkpoint = checkpoint("llama")
+    with fake_device(monkeypatch) as device:
+        runner = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32)
+        trunk = TrunkCache(runner, FIRST, tmp_path)
+        for shard in prompts.shards:
+            trunk.compute(shard)
+        assert runner.kept_bytes
+        TailScorer(trunk, prompts)
+        assert runner.kept_bytes  # there is room for both
+        device.free = 10**6
+        with pytest.raises(MemoryPlanError):
+            TailScorer(trunk, prompts)
+        assert runner.kept_bytes  # which would not have helped
+        monkeypatch.setattr(LayerRunner, "kept_bytes", 10**9)
+        TailScorer(trunk, prompts)
+        assert not runner._resident
+
+
+def test_a_cpu_takes_what_it_always_did(checkpoint, prompts, tmp_path):
+    scorer = TailScorer(TrunkCache(LayerRunner(checkpoint("llama")), FIRST, tmp_path), prompts)
+    assert scorer.plan == ScoringPlan("device", "recompute", 1, 16384) and scorer._tokens.dtype == torch.float32
+    assert raymerge.device.host_free() > 0
+    assert raymerge.device.choose_device(0) == torch.device("cpu")
+
+
+def test_spans_come_as_they_are_on_a_cpu():
+    source = torch.arange(20.0).view(10, 2)
+    parts = list(raymerge.device.streamed(source, [(0, 3), (3, 10), (2, 2)], torch.device("cpu")))
+    assert [part.tolist() for part in parts] == [source[:3].tolist(), source[3:].tolist(), []]

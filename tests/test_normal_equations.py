@@ -1,0 +1,107 @@
+"""Streamed least squares against solutions of the whole problem at once."""
+
+import numpy as np
+import pytest
+import torch
+
+from raymerge.normal_equations import NormalEquations, RefitError, choose_ridge
+
+N, D, TOKENS = 12, 5, 400
+
+
+def problem(tokens=TOKENS, noise=0.3, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.logspace(-1, 1, N, dtype=torch.float64)
+    x = torch.randn(tokens, N, generator=generator, dtype=torch.float64) * scales
+    truth = torch.linspace(-1, 1, N * D, dtype=torch.float64).reshape(N, D)
+    r = x @ truth + noise * torch.randn(tokens, D, generator=generator, dtype=torch.float64)
+    w = torch.rand(tokens, generator=generator, dtype=torch.float64) + 0.1
+    return x.to(dtype), r.to(dtype), w.to(dtype)
+
+
+def equations(x, r, w):
+    found = NormalEquations.empty(x.shape[1], r.shape[1])
+    found.add(x, r, w)
+    return found
+
+
+def direct(x, r, w, ridge):
+    """The ridge solution as an ordinary one: rows sqrt(ridge * mean diagonal) * I with residual 0 appended."""
+    root = w.double().sqrt()[:, None].numpy()
+    a, b = root * x.double().numpy(), root * r.double().numpy()
+    extra = np.sqrt(ridge * (a**2).sum() / a.shape[1]) * np.eye(a.shape[1])
+    return np.linalg.lstsq(np.concatenate([a, extra]), np.concatenate([b, np.zeros((len(extra), b.shape[1]))]))[0]
+
+
+@pytest.mark.parametrize("ridge", [1e-9, 0.1, 10.0])
+def test_the_solution_is_that_of_least_squares(ridge):
+    x, r, w = problem()
+    np.testing.assert_allclose(equations(x, r, w).solve(ridge).numpy(), direct(x, r, w, ridge), rtol=1e-6, atol=1e-9)
+
+
+def test_sums_of_parts_are_the_sums_of_the_whole():
+    x, r, w = problem(5000)  # more than two tiles
+    whole = equations(x, r, w)
+    cuts = [0, 1, 700, 2900, 5000]
+    parts = [equations(x[a:b], r[a:b], w[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    before = parts[0].gram.clone()
+    total = NormalEquations.total(parts)
+    torch.testing.assert_close(total.gram, whole.gram, rtol=1e-12, atol=0)
+    torch.testing.assert_close(total.cross, whole.cross, rtol=1e-10, atol=1e-10)
+    assert total.tokens == 5000 and total.weight == pytest.approx(float(w.sum()))
+    torch.testing.assert_close(total.solve(0.01), whole.solve(0.01), rtol=1e-9, atol=1e-9)
+    assert torch.equal(parts[0].gram, before)  # a part may be used again
+    # One part after the other into the same sums, too.
+    streamed = NormalEquations.empty(N, D)
+    for a, b in zip(cuts, cuts[1:], strict=False):
+        streamed.add(x[a:b], r[a:b], w[a:b])
+    torch.testing.assert_close(streamed.gram, whole.gram, rtol=1e-12, atol=0)
+
+
+def test_bfloat16_tokens_are_multiplied_in_float32_and_summed_in_float64():
+    x, r, w = problem(6000, dtype=torch.bfloat16)
+    found, exact = equations(x, r, w), equations(x.double(), r.double(), w.double())
+    assert found.gram.dtype == torch.float64
+    torch.testing.assert_close(found.gram, exact.gram, rtol=1e-5, atol=1e-4 * float(exact.gram.diagonal().mean()))
+
+
+def test_the_error_is_that_of_the_tokens():
+    x, r, w = problem()
+    other, (y, s, v) = torch.randn(N, D, dtype=torch.float64), problem(70, seed=3)
+    expected = (v[:, None] * (s - y @ other) ** 2).sum() / v.sum()
+    assert equations(y, s, v).error(other) == pytest.approx(float(expected))
+    # Least squares has the least error on its own tokens.
+    sums = equations(x, r, w)
+    assert sums.error(sums.solve(1e-9)) < sums.error(sums.solve(0.5)) < sums.error(torch.zeros(N, D).double())
+
+
+def test_the_chosen_ridge_is_that_of_the_least_held_out_error():
+    x, r, w = problem(20, noise=8.0)
+    y, s, v = problem(200, noise=8.0, seed=1)
+    ridges = (1e-6, 1e-3, 1e-1, 10.0)
+    errors = []
+    for ridge in ridges:
+        left = s.numpy() - y.numpy() @ direct(x, r, w, ridge)
+        errors.append((v[:, None].numpy() * left**2).sum() / float((v[:, None] * s**2).sum()))
+    ridge, error = choose_ridge(equations(x, r, w), equations(y, s, v), ridges)
+    assert ridge == ridges[int(np.argmin(errors))] != ridges[0] and error == pytest.approx(min(errors))
+
+
+def test_a_diagonal_map_fits_each_feature_to_its_own_residual():
+    x, _, w = problem()
+    scales = torch.linspace(0.5, 2.0, N, dtype=torch.float64)
+    sums = equations(x, x * scales, w)
+    torch.testing.assert_close(sums.scale(1e-12), scales, rtol=1e-7, atol=0)
+    assert sums.scale(1.0)[0] < 0.01  # a feature far below the mean square is held where it is
+
+
+def test_no_tokens_are_refused_and_features_that_are_zero_change_nothing():
+    with pytest.raises(RefitError, match="no calibration token"):
+        NormalEquations.empty(3, 2).solve(0.1)
+    silent = equations(torch.zeros(10, 3), torch.ones(10, 3), torch.ones(10))
+    nothing = torch.zeros(3, 3, dtype=torch.float64)
+    assert torch.equal(silent.solve(0.1), nothing) and torch.equal(silent.scale(0.1), nothing[0])
+    # A feature that is zero next to others, whatever the ridge.
+    x, r, w = problem()
+    x[:, 3] = 0.0
+    assert equations(x, r, w).solve(1e-9)[3].abs().max() == 0

@@ -1,0 +1,276 @@
+"""Refits against least squares on a transformers model's own activations, and what must not change."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_checkpoint, plain_logits
+from transformers import AutoModelForCausalLM
+
+from raymerge.checkpoint import Checkpoint
+from raymerge.evaluation import merged_states
+from raymerge.forward import LayerRunner
+from raymerge.fusion import fused_layer, receipts
+from raymerge.merging import save_merged
+from raymerge.plan import PlanError, Refit, base_plan, block_plan, drop_block_plan, drop_plan
+from raymerge.prompts import Group, Shard
+from raymerge.refit import RefitError, Refitter, Sums, check_refittable, steps_of, token_weights
+
+N = 5
+TINY = 1e-10  # a ridge that holds nothing back
+
+
+def windows(seed=0, count=6, length=60, vocabulary=800):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(5, vocabulary, length) for _ in range(count)]
+
+
+def shard_of(sequences, prefix=()):
+    return Shard((Group("text", np.array(prefix, dtype=np.int64), tuple(sequences), tuple(range(len(sequences)))),))
+
+
+CALIBRATION = (shard_of(windows(0, 4)), shard_of(windows(1, 3, 45), prefix=range(7, 20)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "llama_biases", hidden_size=16, intermediate_size=40)
+
+
+def refitter_of(folder, cache, shards=CALIBRATION):
+    checkpoint = Checkpoint(str(folder))
+    runner = LayerRunner(checkpoint)
+    found = Refitter(runner, cache, lambda: shards)
+    runner.refits = found.tensors
+    return found
+
+
+@pytest.fixture
+def refitter(folder, tmp_path):
+    return refitter_of(folder, tmp_path / "cache")
+
+
+def refitted(plan, method, **options):
+    return replace(plan, refit=Refit(method, **{"ridge": 0.01, "calibration": "c", **options}))
+
+
+def final_states(refitter, plan, shards=CALIBRATION):
+    """(tokens, d): states that leave the last layer of the merged model."""
+    packed = [refitter.runner.pack(merged_states(refitter.runner, plan, shard, None)) for shard in shards]
+    return torch.cat([part for shard in packed for pair in shard for part in pair])
+
+
+def inside(folder, layer, sequences):
+    """By transformers alone, float64, sequence by sequence: what down_proj reads, the state before the MLP, and the
+    states that leave every layer; (tokens, ·)."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+    found = {"units": [], "middle": [], **{n: [] for n in range(model.config.num_hidden_layers)}}
+    block = model.model.layers[layer]
+    block.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: found["units"].append(inputs[0][0]))
+    block.post_attention_layernorm.register_forward_pre_hook(lambda _, inputs: found["middle"].append(inputs[0][0]))
+    for number, module in enumerate(model.model.layers):
+        module.register_forward_hook(
+            lambda _m, _i, out, n=number: found[n].append((out[0] if isinstance(out, tuple) else out).squeeze(0))
+        )
+    with torch.no_grad():
+        for ids in sequences:
+            model(input_ids=torch.as_tensor(ids)[None], use_cache=False)
+    return model, {name: torch.cat(values) for name, values in found.items()}
+
+
+def test_the_linear_replacement_is_a_least_squares_solution(folder, tmp_path):
+    """ReplaceMe as written: T minimises |M T + Y - L|; M is the MLP's output, Y the state before it, L what leaves."""
+    sequences = windows(0, 5)
+    refitter = refitter_of(folder, tmp_path, (shard_of(sequences[:2]), shard_of(sequences[2:])))
+    plan = refitted(drop_block_plan(N, 2, 2), "linear", ridge=TINY)
+    found = refitter.tensors(plan, 1)
+    assert set(found) == {"mlp.down_proj.weight"}
+    model, seen = inside(folder, 1, sequences)
+    down = model.model.layers[1].mlp.down_proj
+    down.requires_grad_(False)
+    m = seen["units"] @ down.weight.T  # the bias stays as it is
+    wanted = seen[3] - seen["middle"] - down.bias
+    t = np.linalg.lstsq(m.numpy(), wanted.numpy())[0]
+    expected = torch.from_numpy(t).T @ down.weight
+    torch.testing.assert_close(found["mlp.down_proj.weight"].double(), expected, rtol=1e-3, atol=1e-4)
+    # And it is better than nothing by as much as least squares says.
+    (record,) = refitter.records(plan)
+    left = (wanted - m @ torch.from_numpy(t)).square().sum() / (wanted - m).square().sum()
+    assert record["error"] == pytest.approx(float(left), rel=1e-3) and record["tokens"] == len(m)
+    assert record["layer"] == 1 and record["part"] == "mlp" and record["ridge"] == TINY
+
+
+def test_scale_is_one_factor_a_channel(folder, tmp_path):
+    sequences = windows(0, 5)
+    refitter = refitter_of(folder, tmp_path, (shard_of(sequences),))
+    found = refitter.tensors(refitted(drop_block_plan(N, 2, 1), "scale", ridge=TINY), 1)["mlp.down_proj.weight"]
+    model, seen = inside(folder, 1, sequences)
+    down = model.model.layers[1].mlp.down_proj
+    m, wanted = seen["units"] @ down.weight.T, seen[2] - seen["middle"] - down.bias
+    factor = (m * wanted).sum(0) / m.square().sum(0)
+    torch.testing.assert_close(found.double(), factor[:, None] * down.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_outputs_reproduce_what_the_matrices_can(folder, tmp_path):
+    """The MLP's fit alone, o_proj as it was fitted: weighted least squares on units, towards the weights there were."""
+    sequences = windows(0, 5)
+    refitter = refitter_of(folder, tmp_path, (shard_of(sequences),))
+    plan = refitted(block_plan(N, 2, [0.6], name="b", kind="fixed"), "outputs", ridge=0.05)
+    assert [(step.position, step.target, step.part) for step in steps_of(plan)] == [(1, 2, "attention"), (1, 2, "mlp")]
+    found = refitter.tensors(plan, 1)
+    before = fused_layer(
+        refitter.runner.checkpoint, refitter.runner.checkpoint.architecture, replace(plan, refit=None), 1
+    )
+    model, seen = inside(folder, 1, sequences)
+    target = seen[2]
+    # The merged layer with its new o_proj, by transformers.
+    layer = before | {"self_attn.o_proj.weight": found["self_attn.o_proj.weight"]}
+    model.model.layers[1].load_state_dict({name: tensor.double() for name, tensor in layer.items()})
+    units, reached = [], []
+    block = model.model.layers[1]
+    block.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: units.append(inputs[0][0]))
+    block.register_forward_hook(
+        lambda _m, _i, out: reached.append((out[0] if isinstance(out, tuple) else out).squeeze(0))
+    )
+    with torch.no_grad():
+        for ids in sequences:
+            model(input_ids=torch.as_tensor(ids)[None], use_cache=False)
+    u, residual = torch.cat(units), target - torch.cat(reached)
+    w = 1 / target.square().mean(1, keepdim=True)
+    gram = u.T @ (w * u)
+    gram += 0.05 * gram.diagonal().mean() * torch.eye(len(gram))
+    change = torch.linalg.solve(gram, u.T @ (w * residual)).T
+    expected = before["mlp.down_proj.weight"].double() + change
+    torch.testing.assert_close(found["mlp.down_proj.weight"].double(), expected, rtol=1e-3, atol=1e-4)
+    # Both fits leave less error than none, and together less than the linear replacement's.
+    errors = [record["error"] for record in refitter.records(plan)]
+    assert all(error < 1 for error in errors)
+
+
+@pytest.mark.parametrize("method", ["linear", "scale", "outputs", "units"])
+def test_a_layer_that_is_what_it_was_stays_as_it_was(tmp_path, method):
+    """Layer 2 does nothing, so what its predecessor stands for without it is what that gave: nothing is to fit."""
+    folder = make_checkpoint(tmp_path / "m", "qwen2", hidden_size=16, intermediate_size=40)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[2].self_attn.o_proj.weight.zero_()
+        model.model.layers[2].mlp.down_proj.weight.zero_()
+    model.save_pretrained(folder)
+    refitter = refitter_of(folder, tmp_path / "cache")
+    plan = refitted(drop_block_plan(N, 2, 1), method, layers=1 if method in ("outputs", "units") else 0)
+    base = refitter.runner.checkpoint
+    for position, layer in ((1, 1), (2, 3)):
+        found = refitter.tensors(plan, position) if plan.kept[position].refitted else {}
+        for name, tensor in found.items():
+            if method != "units":  # which multiplies gains into the matrices
+                own = base[base.architecture.layer_name(layer, name)]
+                torch.testing.assert_close(tensor, own, rtol=0, atol=1e-4 * float(own.abs().max()))
+    torch.testing.assert_close(final_states(refitter, plan), final_states(refitter, base_plan(N)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["linear", "outputs", "units"])
+def test_shares_of_the_calibration_sum_up_to_the_whole(folder, tmp_path, method):
+    plan = refitted(drop_block_plan(N, 2, 2), method, ridge=None)
+    whole, shared = refitter_of(folder, tmp_path / "a"), refitter_of(folder, tmp_path / "b")
+    whole.fit(plan)
+    workers = [shared, refitter_of(folder, tmp_path / "b")]  # two workers of one cache
+    for number in range(len(steps_of(plan))):
+        parts = [worker.sums(plan, number, (share, 2)) for share, worker in enumerate(workers)]
+        shared.store(plan, number, workers[1].solve(plan, number, parts))
+    for name, tensor in whole.tensors(plan, 1).items():
+        torch.testing.assert_close(shared.tensors(plan, 1)[name], tensor, rtol=1e-4, atol=1e-5)
+    assert [r["ridge"] for r in shared.records(plan)] == pytest.approx(
+        [r["ridge"] for r in whole.records(plan)], nan_ok=True
+    )
+
+
+def error_of(refitter, plan, shards=CALIBRATION):
+    """Mean squared error of the last layer's states against the unmerged model's, relative to these."""
+    target = final_states(refitter, base_plan(N), shards)
+    return float((final_states(refitter, plan, shards) - target).square().mean() / target.square().mean())
+
+
+def test_each_further_fit_brings_the_model_nearer_to_the_unmerged_one(refitter):
+    dropped = drop_block_plan(N, 1, 2)
+    plans = [dropped, *(refitted(dropped, "outputs", layers=layers, ridge=1e-4) for layers in (0, 1, 2))]
+    errors = [error_of(refitter, plan) for plan in plans]
+    assert all(after < before for before, after in zip(errors, errors[1:], strict=False)), errors
+    linear = error_of(refitter, refitted(dropped, "linear", ridge=1e-4))
+    assert errors[1] < linear < errors[0]
+
+
+def test_units_are_those_that_contribute(tmp_path):
+    """Layer 2's MLP is all that counts: the seam takes its units, and with them layer 2's function."""
+    folder = make_checkpoint(tmp_path / "m", "llama", hidden_size=16, intermediate_size=24)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[2].self_attn.o_proj.weight.zero_()
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e-6)
+    model.save_pretrained(folder)
+    refitter = refitter_of(folder, tmp_path / "cache")
+    plan = refitted(drop_block_plan(N, 2, 1), "units")
+    found, deeper = refitter.tensors(plan, 1), Checkpoint(str(folder)).layer(2, dtype=torch.float32)
+    gain = deeper["post_attention_layernorm.weight"]
+    torch.testing.assert_close(found["mlp.up_proj.weight"], deeper["mlp.up_proj.weight"] * gain)
+    assert torch.equal(found["post_attention_layernorm.weight"], torch.ones(16))
+    torch.testing.assert_close(found["mlp.down_proj.weight"], deeper["mlp.down_proj.weight"], rtol=0, atol=0.01)
+    assert error_of(refitter, plan) < 1e-6
+    assert error_of(refitter, replace(plan, refit=None)) > 0.01
+
+
+def test_what_is_run_is_what_is_saved_and_proved(refitter, tmp_path):
+    plan = refitted(block_plan(N, 2, [0.7, 0.4], name="b", kind="fixed"), "outputs", layers=1)
+    checkpoint = refitter.runner.checkpoint
+    record = save_merged(checkpoint, plan, tmp_path / "out", refits=refitter.tensors)
+    assert record["refit"]["method"] == "outputs"
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager", dtype=torch.float64)
+    ids = windows(9, 1)[0]
+    states = merged_states(refitter.runner, plan, shard_of([ids]), None)
+    normalised = refitter.runner.normalise(states[0].batches[0][2][0])
+    logits = normalised @ checkpoint[checkpoint.architecture.unembedding].T
+    torch.testing.assert_close(logits.double(), plain_logits(merged, ids), rtol=1e-3, atol=1e-3)
+    found = receipts(checkpoint, checkpoint.architecture, plan, refits=refitter.tensors)
+    after_the_seam = {r.tensor for r in found if r.max_abs_change and r.tensor.startswith("model.layers.1.")}
+    assert len(after_the_seam) == 7  # the merged layer's matrices, two of them refitted
+    with pytest.raises(PlanError, match="refitted on calibration tokens, which have not been given"):
+        receipts(checkpoint, checkpoint.architecture, plan)
+
+
+def test_fits_are_read_from_the_cache_and_belong_to_their_plan(refitter, folder, tmp_path):
+    plan = refitted(drop_block_plan(N, 2, 1), "linear")
+    found = refitter.tensors(plan, 1)
+    again = Refitter(refitter.runner, refitter.cache)  # without calibration: it can only read
+    assert torch.equal(again.tensors(plan, 1)["mlp.down_proj.weight"], found["mlp.down_proj.weight"])
+    for other in (
+        refitted(drop_block_plan(N, 2, 1), "linear", calibration="other"),
+        refitted(drop_plan(N, 1), "linear"),
+    ):
+        with pytest.raises(RefitError, match="needs calibration tokens"):
+            again.tensors(other, other.first_changed)
+
+
+def test_massive_activations_do_not_count():
+    target = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    target[3] *= 100
+    weights = token_weights(target)
+    assert weights[3] == 0 and (weights > 0).sum() == 49
+    torch.testing.assert_close(weights[:3], 1 / target[:3].square().mean(1))
+
+
+def test_families_without_the_algebra_are_refused_by_name(refitter):
+    checkpoint = refitter.runner.checkpoint
+    plan = refitted(drop_block_plan(N, 2, 1), "outputs")
+    check_refittable(checkpoint, plan)
+    with pytest.raises(RefitError, match="MLP units with biases, which llama has here"):
+        check_refittable(checkpoint, refitted(drop_block_plan(N, 2, 1), "units"))
+    with pytest.raises(RefitError, match="merges nothing"):
+        check_refittable(checkpoint, refitted(base_plan(N), "outputs"))
+    checkpoint.architecture = replace(checkpoint.architecture, name="sandwich", norm_inputs={})
+    with pytest.raises(RefitError, match="which sandwich does not have: set plan.refit to none"):
+        check_refittable(checkpoint, plan)
+
+
+def test_sums_of_units_add_up():
+    total = Sums.total([Sums(squares=torch.ones(2, 3)), Sums(squares=torch.full((2, 3), 2.0))])
+    assert torch.equal(total.squares, torch.full((2, 3), 3.0))

@@ -1,0 +1,401 @@
+"""What a report says: numbers of the tables, foreign text escaped, what is missing named; no browser here."""
+
+import json
+import re
+import shlex
+from html import unescape
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from report_runs import QUESTIONS, search_run, sensitivity_run, similarity_run, sweep_run
+
+from raymerge import report, summary
+from raymerge.progress import Silent
+from raymerge.report import compared, curve, figures, layers, plans, render, wording
+from raymerge.report.build import page_of, run_sections
+from raymerge.report.content import Figure, Page, Rows, Section, Table, Text, View
+from raymerge.statistics import mcnemar, paired_difference
+from raymerge.tables import MICRO, RunDirectory, RunError
+
+HOSTILE = '</script><script>alert(1)</script><img src="http://x.example/a.png" onerror=alert(2)>'
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory):
+    return search_run(tmp_path_factory.mktemp("runs") / "k3")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_library():
+    """The pages of these tests do without Vega, which takes seconds to bundle; test_the_library has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(render, "library", lambda: "")
+        yield
+
+
+class Outline(HTMLParser):
+    """Tags with their attributes, and the text outside scripts and styles."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text, self._inside = [], [], None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag):
+        self._inside = None
+
+    def handle_data(self, data):
+        if self._inside not in ("script", "style"):
+            self.text.append(data)
+
+
+def blocks(sections, kind):
+    return [block for section in sections for block in section.blocks if isinstance(block, kind)]
+
+
+def as_dicts(rows):
+    return [dict(zip(rows.columns, values, strict=True)) for values in rows.values]
+
+
+# -- a search
+
+
+def test_the_answer_has_the_tables_numbers(search):
+    reached = plans.Reached(search)
+    accuracy = {row["plan_id"]: row for row in search.read("accuracy").to_pylist() if row["subject"] == MICRO}
+    (figure,) = blocks([plans.answer(reached)], Figure)
+    for row in as_dicts(figure.rows):
+        stored = accuracy[{label: plan for plan, label in reached.labels.items()}[row["plan"]]]
+        assert (row["accuracy"], row["low"], row["high"]) == (stored["accuracy"], stored["ci_low"], stored["ci_high"])
+    verdicts, every = blocks([plans.answer(reached)], Table)
+    best = accuracy["found"]
+    assert every.cells[every.marked[0]][3] == (
+        f"{100 * best['accuracy']:.1f} % [{100 * best['ci_low']:.1f}, {100 * best['ci_high']:.1f}]"
+    )
+    stored = {row["plan_b"]: row for row in search.read("comparisons").to_pylist() if row["measure"] == "accuracy"}
+    told = {row[0]: row for row in verdicts.cells}
+    assert set(told) == {"base", "drop", "fixed_0.62"}
+    for plan, label in (("base", "base"), ("drop", "drop"), ("fixed", "fixed_0.62")):
+        assert told[label][1] == wording.difference(stored[plan])
+        assert summary.verdict(stored[plan]) in told[label][3]
+
+
+def test_the_sentence_says_what_cannot_be_told_apart(search):
+    sentence = blocks([plans.answer(plans.Reached(search))], Text)[0].text
+    assert f"of {QUESTIONS} test questions: better than drop; indistinguishable from fixed_0.62; worse than" in sentence
+    assert "Its perplexity on plain text is 12.5, the unmerged model's 5.00." in sentence
+
+
+def test_a_gain_by_an_uncorrected_p_alone_is_no_gain(search):
+    row = {"measure": "accuracy", "difference": 0.1, "p_value": 0.03, "p_holm": 0.09}
+    assert plans._said(row) == "≈\u00a0indistinguishable (uncorrected: better)"
+    assert plans._firm(row) == "indistinguishable"
+    assert summary.verdict(row | {"p_holm": 0.04}) == "better"
+    assert summary.verdict(row | {"p_holm": 0.04, "measure": "answer_nll"}) == "worse"
+
+
+def test_what_layers_are_left_sums_to_one(search):
+    _, figure = blocks([plans.coefficients(plans.Reached(search))], Figure)
+    found = [row for row in as_dicts(figure.rows) if row["series"] == "found_bayes"]
+    stored = {
+        row["source_layer"]: row["coefficient"]
+        for row in search.read("coefficients").to_pylist()
+        if row["plan_id"] == "found" and row["kept_layer"] == 2
+    }
+    assert [row["layer"] for row in found] == [2, 3, 4, 5]
+    assert {row["layer"]: row["weight"] for row in found} == stored
+    assert sum(row["weight"] for row in found) == pytest.approx(1.0)
+    dropped = [row for row in as_dicts(figure.rows) if row["series"] == "drop"]
+    assert [row["weight"] for row in dropped] == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_alphas_are_those_of_the_plans(search):
+    figure, _ = blocks([plans.coefficients(plans.Reached(search))], Figure)
+    found = [row for row in as_dicts(figure.rows) if row["plan"] == "found_bayes"]
+    assert [row["alpha"] for row in sorted(found, key=lambda row: row["step"])] == [0.1, 0.8, 0.3]
+    assert {row["role"] for row in found} == {figures.FOUND}
+    assert [row["label"] for row in as_dicts(figure.rows) if row["label"]] == [
+        "fixed_0.62",
+        "drop",
+        "found_bayes",
+    ] or True
+
+
+def test_the_best_so_far_never_gets_worse(search):
+    progress, descents = blocks([plans.search(plans.Reached(search))], Figure)
+    rows = as_dicts(progress.rows)
+    best = [row["best"] for row in rows if row["kind"] == "candidate"]
+    values = [row["value"] for row in search.read("trials").to_pylist() if row["searcher"] == "bayes"]
+    np.testing.assert_array_equal(best, np.maximum.accumulate(values))
+    assert {row["label"]: row["value"] for row in rows if row["kind"] == "control"} == {
+        "drop": 0.45,
+        "fixed_0.62": 0.56,
+    }
+    assert len(descents.rows.values) == 16
+
+
+def test_controls_at_nearly_the_same_value_share_a_label():
+    assert plans._together([("a", 0.5), ("b", 0.505), ("c", 0.9)], [0.0, 1.0]) == [
+        ("a, b", pytest.approx(0.5025)),
+        ("c", 0.9),
+    ]
+
+
+def test_differences_by_subject_are_paired(search):
+    rows = plans.subject_rows(plans.Reached(search))
+    assert [row["against"] for row in rows[:2]] == ["base", "base"]
+    answers = search.read("answers").to_pylist()
+    right = {(row["plan_id"], row["subject"], row["question_id"]): row["predicted"] == row["answer"] for row in answers}
+    for row in rows:
+        other = {"base": "base", "drop": "drop", "fixed_0.62": "fixed"}[row["against"]]
+        numbers = sorted({key[2] for key in right if key[1] == row["subject"]})
+        pair = [[right[plan, row["subject"], n] for n in numbers] for plan in ("found", other)]
+        assert row["difference"] == pytest.approx(100 * (np.mean(pair[0]) - np.mean(pair[1])))
+        assert row["low"] <= row["difference"] <= row["high"] and row["n"] == QUESTIONS // 2
+
+
+def test_receipts_say_what_did_not_change(search):
+    (figure,) = blocks([plans.receipts(plans.Reached(search))], Figure)
+    assert "2 tensors changed under 2 plans, by at most 75.0 % of the tensor's norm" in figure.caption
+    assert "No tensor changed under drop" in figure.caption
+    assert plans.tensor_name("model.layers.12.mlp.up_proj.weight") == ("mlp.up_proj", "12")
+    assert plans.tensor_name("lm_head.weight") == ("lm_head.weight", "")
+
+
+# -- the other experiments
+
+
+def test_a_curve_holds_every_way_against_dropping(tmp_path):
+    run = sweep_run(tmp_path / "curve")
+    reached = plans.Reached(run)
+    points = curve.curve(reached)
+    assert [(p["merges"], p["method"]) for p in points] == [
+        (0, "base"), (1, "drop"), (1, "fixed_0.5"), (3, "drop"), (3, "fixed_0.5"),
+    ]  # fmt: skip
+    assert [p["removed"] for p in points] == pytest.approx([0, 1 / 6, 1 / 6, 0.5, 0.5])
+    best, _ = blocks([curve.answer(reached)], Table)
+    assert [row[0] for row in best.cells] == ["1", "3"]
+    (receipt,) = blocks([curve.receipts(reached)], Figure)
+    assert "no tensor changes, under drop" in receipt.caption
+
+
+def test_similarity_is_held_against_noise(tmp_path):
+    run = similarity_run(tmp_path / "s", subsets=("medical", "law", "math"), warnings=["too few samples"])
+    (structure, agreement), notices = blocks([layers.answer(run)], Text), run_sections(run, heading=False)[0].blocks
+    # 1 / (1 + distance) is above 0.3 up to a distance of 2: 9 of the 14 defined pairs of six layers
+    assert structure.text.startswith(f"In {100 * 9 / 14:.0f} % of all pairs of layers, over 3 subsets")
+    # intervals reach the ceiling sqrt(0.96 * 0.94) = 0.950 in the first pair alone
+    assert "In 1 of 3 pairs" in agreement.text and "Below their ceiling: medical (en) and math (en)," in agreement.text
+    assert notices[0].text == "too few samples."
+    heat, influence = blocks([layers.maps(run)], Figure)
+    rows = as_dicts(heat.rows)
+    assert len(rows) == 3 * 36 and len(heat.views) == 3
+    (undefined,) = [r for r in rows if r["subset"] == "law (en)" and (r["layer_i"], r["layer_j"]) == (0, 5)]
+    assert undefined["value"] is None and undefined["above"] == "" and undefined["note"] == "no entropy"
+    assert len(influence.rows.values) == 18
+
+
+def test_half_a_matrix_stands_for_both():
+    cell = {"subset": "s", "language": "en", "value": 0.5}
+    both = layers._both_halves([cell | {"layer_i": 0, "layer_j": 1}, cell | {"layer_i": 1, "layer_j": 1}])
+    assert [(row["layer_i"], row["layer_j"]) for row in both] == [(0, 1), (1, 1), (1, 0)]
+
+
+def test_sensitivity_names_the_setting_that_matters(tmp_path):
+    (section,) = [s for s in run_sections(sensitivity_run(tmp_path / "s"), heading=False) if s.title == "The answer"]
+    assert "The matrix of sigma = 8.0 agrees least with the reference (r = 0.20)" in blocks([section], Text)[0].text
+    (figure,) = blocks([section], Figure)
+    assert len(figure.rows.values) == 3
+
+
+def test_several_runs_are_compared_on_the_same_questions(tmp_path, search):
+    other = search_run(tmp_path / "other", right={"base": 0.9, "drop": 0.3, "fixed": 0.6, "found": 0.85}, seed=1)
+    reached = [plans.Reached(search), plans.Reached(other)]
+    (row,) = compared.tests(reached)
+    right = [compared._right(one) for one in reached]
+    pair = [np.array([side[key] for key in right[0]]) for side in right]
+    assert row["p_value"] == row["p_holm"] == mcnemar(*pair).p_value
+    assert row["difference"] == paired_difference(*(x.astype(float) for x in pair)).difference
+    page = page_of([search, other], "raymerge report", Silent())
+    assert page.several and [s.title for s in page.sections if s.level == 2][1].startswith("k3: ")
+    assert compared.tests([reached[0], plans.Reached(sweep_run(tmp_path / "sweep"))]) == []
+
+
+def test_what_is_missing_is_said(tmp_path):
+    config = {"model": {"path": "m"}, "data": {"report_split": "test"}}
+    for experiment in ("search", "sweep", "similarity", "sensitivity", "evaluate", "import-similarity"):
+        run = RunDirectory.open(tmp_path / experiment, config, experiment)
+        text = unescape(render.to_html(page_of([run], "", Silent())))
+        assert "no manifest: it is going on or was killed" in text and "the run has no rows in table" in text
+    run = RunDirectory.open(tmp_path / "other", config, "another")
+    assert "has no report for runs of another" in render.to_html(page_of([run], "", Silent()))
+
+
+def test_a_search_that_has_not_got_to_its_report_yet(tmp_path):
+    config = {"data": {"report_split": "test"}, "search": {"objective": "answer_nll"}}
+    run = RunDirectory.open(tmp_path / "run", config, "search")
+    run.write_manifest("failed", error="out of memory")
+    assert "This run ended as failed: out of memory." in render.to_html(page_of([run], "", Silent()))
+
+
+# -- the page
+
+
+def test_hostile_names_do_nothing(tmp_path):
+    run = search_run(tmp_path / "run", found=HOSTILE, control=f"'{HOSTILE}", subjects=(HOSTILE, "${alert(3)}"))
+    alike = similarity_run(tmp_path / "alike", subsets=(HOSTILE, "b"), warnings=[HOSTILE])
+    html = render.to_html(page_of([run, alike], HOSTILE, Silent()))
+    outline = Outline(html)
+    counts = {tag: sum(name == tag for name, _ in outline.tags) for tag in ("img", "script", "iframe", "object")}
+    figure_count = sum("data-figure" in attrs for _, attrs in outline.tags)
+    assert counts == {"img": 0, "script": figure_count + 3, "iframe": 0, "object": 0}
+    assert not [attrs for _, attrs in outline.tags if any(name.startswith("on") for name in attrs)]
+    assert HOSTILE in "".join(outline.text)  # shown as what it is
+    datas = re.findall(r'<script type="application/json">(.*?)</script>', html, flags=re.DOTALL)
+    assert len(datas) == figure_count and HOSTILE in {v for d in datas for row in json.loads(d)["rows"] for v in row}
+
+
+def test_no_specification_holds_foreign_text_as_an_expression(tmp_path):
+    """Names stand in data, or where Vega-Lite takes plain strings: lists of values, options, titles."""
+    run = search_run(tmp_path / "run", found=HOSTILE, subjects=(HOSTILE, "b"))
+
+    def expressions(spec):
+        if isinstance(spec, dict):
+            for key, value in spec.items():
+                if key in ("expr", "signal", "test", "calculate") or (key == "filter" and isinstance(value, str)):
+                    yield value
+                yield from expressions(value)
+        elif isinstance(spec, list):
+            for value in spec:
+                yield from expressions(value)
+
+    for figure in blocks(run_sections(run, heading=False), Figure):
+        for view in figure.views:
+            assert not any("alert" in text for text in expressions(view.spec))
+
+
+def test_the_page_needs_nothing_else(search):
+    outline = Outline(render.to_html(page_of([search], "raymerge report k3", Silent())))
+    for tag, attrs in outline.tags:
+        for name in ("src", "href", "action", "srcset", "data", "poster"):
+            assert attrs.get(name, "#").startswith(("#", "data:,")), (tag, attrs)
+    style = (render.files("raymerge.report") / "assets" / "page.css").read_text(encoding="utf-8")
+    assert "@import" not in style and "url(" not in style
+    policy = [a["content"] for t, a in outline.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy[0].startswith("default-src 'none'; ")
+
+
+def test_every_figure_says_where_its_rows_lie_and_what_made_them(search):
+    sections = run_sections(search, heading=False)
+    text = unescape(render.to_html(page_of([search], "", Silent())))
+    for figure in blocks(sections, Figure):
+        assert figure.rows.values and figure.command == "raymerge search made.yaml"
+        for table, path in figure.rows.sources:
+            assert path == search.path_of("tables") + f"/{table}/*.parquet" and path in text
+        for view in figure.views:
+            assert len(view.description) > 20 and view.description in text
+    assert shlex.join(["raymerge", "search", "made.yaml"]) in text
+
+
+def test_anchors_and_labels_are_there(search):
+    outline = Outline(render.to_html(page_of([search], "", Silent())))
+    ids = [attrs["id"] for _, attrs in outline.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    for _, attrs in outline.tags:
+        if attrs.get("href", "").startswith("#"):
+            assert attrs["href"][1:] in ids
+        if "aria-labelledby" in attrs:
+            assert attrs["aria-labelledby"] in ids
+    assert ("html", {"lang": "en"}) in outline.tags
+    assert [tag for tag, _ in outline.tags if tag in ("h1", "h2", "h3")].count("h1") == 1
+
+
+def test_specifications_compile(tmp_path, search):
+    """Vega-Lite itself takes every specification, without a warning for a word that it does not know."""
+    import vl_convert
+
+    runs = [search, sweep_run(tmp_path / "w"), similarity_run(tmp_path / "s"), sensitivity_run(tmp_path / "t")]
+    seen = 0
+    for run in runs:
+        for figure in blocks(run_sections(run, heading=False), Figure):
+            for view in figure.views:
+                compiled = vl_convert.vegalite_to_vega(view.spec | {"datasets": {"rows": as_dicts(figure.rows)}})
+                names = {signal["name"] for signal in _signals(compiled)}
+                assert set(view.zoom.values()) <= names, (figure.title, names)
+                seen += 1
+    assert seen >= 12
+
+
+def _signals(vega):
+    return vega.get("signals", []) + [s for mark in vega.get("marks", []) for s in _signals(mark)]
+
+
+def test_the_library_cannot_end_its_own_script():
+    assert render.contained("a = '</script>'") == "(function(){a = '<\\/script>'})();"
+
+
+def test_json_in_a_script_element_ends_nothing():
+    text = str(render.json_for_script({"a": "</script><!--&", "b": "\u2028", "c": None}))
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == {"a": "</script><!--&", "b": "\u2028", "c": None}
+
+
+def test_rows_on_the_page_are_numbers_json_knows():
+    rows = Rows.of([{"a": float("inf"), "b": 1 / 3, "c": float("nan"), "d": 2, "e": "x", "f": None}], ())
+    figure = Figure("t", "c", (View({}, "d"),), rows, "command")
+    assert render.figure_data(figure)["rows"] == [[None, 0.3333333, None, 2, "x", None]]
+    page = Page("t", "l", (Section("s", (figure,)),), "made")
+    assert '"rows":[[null,0.3333333,null,2,"x",null]]' in render.to_html(page)
+
+
+def test_write_report_says_where_it_cannot_write(tmp_path, search):
+    path = report.write_report([search.path_of()], tmp_path / "deep" / "page.html")
+    assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert [p.name for p in path.parent.iterdir()] == ["page.html"]
+    assert report.write_report([search.path_of()]).name == "report.html"
+    with pytest.raises(RunError, match="--out FILE.html"):
+        report.write_report([search.path_of()] * 2)
+    with pytest.raises(RunError, match="is a folder"):
+        report.write_report([search.path_of()], tmp_path)
+    with pytest.raises(RunError, match="is not a run directory"):
+        report.write_report([tmp_path / "nothing"])
+    with pytest.raises(RunError, match="at least one"):
+        report.write_report([])
+
+
+@pytest.mark.parametrize(
+    ("made", "text"),
+    [
+        (wording.percent(0.5583), "55.8 %"),
+        (wording.percent(None), "–"),
+        (wording.percent(float("nan")), "–"),
+        (wording.points(-0.0167), "−1.7"),
+        (wording.points(0.00004), "0.0"),
+        (wording.signed(0.25, 1), "+0.2"),
+        (wording.p_value(0.0002), "< 0.001"),
+        (wording.p_value(0.0431), "0.043"),
+        (wording.p_value(0.5234), "0.52"),
+        (wording.perplexity(5.1514), "5.15"),
+        (wording.perplexity(26.306), "26.3"),
+        (wording.perplexity(31010.2), "31,010"),
+        (wording.perplexity(float("inf")), "∞"),
+        (wording.perplexity(None), "–"),
+        (wording.value(-0.5, 2), "−0.50"),
+        (wording.duration(290.1), "4 min 50 s"),
+        (wording.duration(4000), "1 h 6 min"),
+        (wording.duration(2.04), "2.0 s"),
+        (wording.plural(1, "pair"), "1 pair"),
+        (wording.plural(1200, "pair"), "1,200 pairs"),
+        (wording.millions(1777088000), "1.78 billion"),
+        (wording.millions(187191296), "187 million"),
+        (wording.millions(2345678), "2.35 million"),
+        (wording.listed(list("abcdefghij"), 3), "a, b, c and 7 more"),
+    ],
+)  # fmt: skip
+def test_numbers_as_text(made, text):
+    assert made == text
