@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 export RAY_DISABLE_IMPORT_WARNING ?= 1
 
-.PHONY: setup demo test test-cluster test-page lint format clean
+.PHONY: setup demo test test-cluster test-page docs docs-check lint format clean
 setup: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -29,6 +29,14 @@ test-cluster: setup
 test-page: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,page]'
 	$(BIN)/python -m pytest -m page
+
+docs: setup
+	$(BIN)/raymerge config --markdown > docs/config.md
+
+# Runs the commands of README and guide in a temporary directory, and lists what ran and what was only parsed.
+docs-check: setup
+	$(BIN)/python -m pytest tests/test_docs.py
+	$(BIN)/python tests/docs_blocks.py
 
 lint: setup
 	$(BIN)/ruff check .
