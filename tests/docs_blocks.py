@@ -65,7 +65,9 @@ def commands(text: str) -> list[list[str]]:
 
 def check(block: Block) -> None:
     """AssertionError, or the parser's own error, where a block does not parse or names what is not there."""
-    assert block.language in ("bash", "python", "yaml", "text"), f"{block}: a block of {block.language or 'no language'}"
+    assert block.language in ("bash", "python", "yaml", "text"), (
+        f"{block}: a block of {block.language or 'no language'}"
+    )
     if block.language == "python":
         ast.parse(block.text)
     elif block.language == "yaml":
