@@ -120,6 +120,7 @@ def print_search(run: RunDirectory, split: str) -> None:
     print("\nAccuracy on the report questions, 95 % intervals of the paired difference:")
     for line in summary.comparison_lines(run, manifest["best"]["plan_id"]):
         print(f"  {line}")
+    _print_tasks(run, manifest["best"]["plan_id"])
     for key, facts in manifest.items():
         if key.endswith("_search") and facts["share_not_scoring"] is not None:
             print(
@@ -131,6 +132,19 @@ def print_search(run: RunDirectory, split: str) -> None:
     print(f"\n\nTables, figures and manifest: {run.path_of().rstrip('/')}")
     if manifest["best"]["model"]:
         print(f"Merged model: {manifest['best']['model']}")
+
+
+def _print_tasks(run: RunDirectory, plan_id: str | None = None) -> None:
+    """The further tasks, where there are any, with a plan's comparisons."""
+    from raymerge import summary
+
+    header, cells = summary.task_table(run)
+    if not cells:
+        return
+    print("\nTasks (acc: log-likelihood, acc_norm: log-likelihood per character):")
+    _print_table(header, cells)
+    for line in summary.task_comparison_lines(run, plan_id) if plan_id else []:
+        print(f"  {line}")
 
 
 def print_evaluation(run: RunDirectory, split: str) -> None:
@@ -152,10 +166,12 @@ def print_evaluation(run: RunDirectory, split: str) -> None:
                 summary.number(questions.get(key)),
             ]
         )
-    _print_table(["subject", "n", "accuracy ± se [95 %]", "answer NLL", "question ppl"], cells[2:] + cells[:2])
-    (line,) = summary.plan_lines(run, split)
-    print(f"\nAlways answering A: {summary.always_a_share(run, split):.4f}", end="; ")
-    print(f"plain-text perplexity: {summary.number(line['perplexity'])}")
+    if cells:
+        _print_table(["subject", "n", "accuracy ± se [95 %]", "answer NLL", "question ppl"], cells[2:] + cells[:2])
+        print(f"\nAlways answering A: {summary.always_a_share(run, split):.4f}")
+    _print_tasks(run)
+    text = [row["perplexity"] for row in run.read("perplexity").to_pylist() if row["target"] == "text"]
+    print(f"Plain-text perplexity: {summary.number(text[0] if text else None)}")
     print(f"Tables and manifest: {run.path_of().rstrip('/')}")
 
 
@@ -189,4 +205,5 @@ def print_sweep(run: RunDirectory, split: str) -> None:
     from raymerge import summary
 
     _print_table(*summary.sweep_table(run, split))
+    _print_tasks(run)
     print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")

@@ -101,11 +101,38 @@ def share(value: float, error: float, interval: tuple[float | None, float | None
     return f"{value:.4f} ± {error:.4f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
+def task_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: every plan's accuracy on every task, by each measure that the task's convention has."""
+    names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
+    header = ["plan", "task", "n", "measure", "accuracy ± se [95 %]"]
+    cells = []
+    for row in sorted(run.read("task_accuracy").to_pylist(), key=lambda row: (row["task"], row["measure"])):
+        found = share(row["accuracy"], row["standard_error"], (row["ci_low"], row["ci_high"]))
+        cells.append([names[row["plan_id"]], row["task"], str(row["n"]), row["measure"], found])
+    return header, cells
+
+
+def task_comparison_lines(run: RunDirectory, plan_id: str) -> list[str]:
+    """The sentences of `comparison_lines` for one plan on every task, by the measure that its convention prefers:
+    acc_norm where it has one."""
+    rows = run.read("task_comparisons").to_pylist()
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        measure = max(row["measure"] for row in rows if row["task"] == task)
+        own = [row for row in rows if (row["task"], row["measure"]) == (task, measure)]
+        lines += [f"{task}, {measure}: {line}" for line in _compared(run, own, plan_id, "task_comparisons")]
+    return lines
+
+
 def comparison_lines(run: RunDirectory, plan_id: str | None = None) -> list[str]:
     """One sentence for each comparison of accuracies, of one plan if it is given, saying where two plans cannot be told
     apart; and where there are several, what their p-values are."""
-    names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
     rows = [row for row in run.read("comparisons").to_pylist() if row["measure"] == "accuracy"]
+    return _compared(run, rows, plan_id, "comparisons")
+
+
+def _compared(run: RunDirectory, rows: list[dict], plan_id: str | None, table: str) -> list[str]:
+    names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
     shown = [row for row in rows if plan_id in (None, row["plan_a"], row["plan_b"])]
     lines = []
     for row in shown:
@@ -124,7 +151,7 @@ def comparison_lines(run: RunDirectory, plan_id: str | None = None) -> list[str]
             "of them.)"
         )
     if len(rows) > len(shown):
-        lines.append(f"({len(rows) - len(shown)} further pairs of plans stand in table comparisons.)")
+        lines.append(f"({len(rows) - len(shown)} further pairs of plans stand in table {table}.)")
     return lines
 
 

@@ -23,12 +23,13 @@ from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
 from raymerge.context import RetrievalSet, position_nll, retrieval_prompts, retrieve, usable_distances
-from raymerge.evaluation import Answers, answer_shard, generation_speed, text_nll
+from raymerge.evaluation import Answers, answer_shard, generation_speed, score_choices, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
 from raymerge.gradient import descend, descent_settings
 from raymerge.identity import digest
 from raymerge.inputs import (
+    REPORT,
     RETRIEVAL,
     SEARCH,
     SEARCH_TEXT,
@@ -39,11 +40,13 @@ from raymerge.inputs import (
     read_questions,
     read_search_text,
     read_subsets,
+    read_tasks,
     read_text,
+    task_role,
 )
 from raymerge.objectives import parse_objective, score_answers
 from raymerge.plan import MergePlan, base_plan
-from raymerge.prompts import Prompts, Shard, encode_questions, encode_text
+from raymerge.prompts import ChoicePrompts, Prompts, Shard, encode_questions, encode_task, encode_text
 from raymerge.questions import QuestionSet
 from raymerge.reliability import Study, study
 from raymerge.rows import POSITIONS, text_hash
@@ -60,9 +63,9 @@ _SCORERS_HELD = 2  # a search has two: of the questions it searches on and of th
 class ModelWorker:
     """Holds a model (weights mapped from disk), tokenised prompts by role, and the trunk's states.
 
-    roles: what it is asked about: SEARCH, REPORT, SUBSETS. template: the plan whose coefficients are searched.
-    firsts: layers whose inputs are cached, so that plans which change nothing before them start there. cache: folder
-    of trunk states, activations and alignments.
+    roles: what it is asked about: SEARCH, REPORT, SUBSETS, and tasks (`inputs.task_role`). template: the plan whose
+    coefficients are searched. firsts: layers whose inputs are cached, so that plans which change nothing before them
+    start there. cache: folder of trunk states, activations and alignments.
     """
 
     def __init__(
@@ -82,7 +85,8 @@ class ModelWorker:
         dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
         self.config, self.template, self.cache = config, template, Path(cache)
         self.checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-        self.questions = {role: read_questions(config, role) for role in roles if role != SUBSETS}
+        self.questions = {role: read_questions(config, role) for role in roles if role in (SEARCH, REPORT)}
+        self.tasks = {name: task for name, task in read_tasks(config).items() if task_role(name) in roles}
         self.subsets: list[Subset] = read_subsets(config) if SUBSETS in roles else []
         self.search_text = read_search_text(config) if SEARCH in roles else None
         self._calibration = calibration_questions(config, self.questions, self.subsets)
@@ -93,6 +97,7 @@ class ModelWorker:
         )
         self._trunks = {first: TrunkCache(self.runner, first, self.cache) for first in sorted(firsts)}
         self._prompts: dict[str, Prompts] = {}
+        self._choices: dict[str, ChoicePrompts] = {}
         self._scorers: dict[tuple[str, int], TailScorer] = {}
         self._sources: dict[int, SourceLayers] = {}
 
@@ -106,6 +111,7 @@ class ModelWorker:
             "model_identity": self.checkpoint.identity,
             "data_identities": {role: questions.identity for role, questions in self.questions.items()}
             | {f"{subset.name}/{subset.language}": subset.questions.identity for subset in self.subsets}
+            | {task_role(name): task.identity for name, task in self.tasks.items()}
             | ({} if self.search_text is None else {SEARCH_TEXT: text_hash(self.search_text[0])}),
         }
 
@@ -125,6 +131,14 @@ class ModelWorker:
     def _encode(self, questions: QuestionSet) -> Prompts:
         return encode_questions(questions, self.checkpoint.tokenizer, add_bos=self.config.model.add_bos)
 
+    def choice_prompts(self, role: str) -> ChoicePrompts:
+        """The tokenised task of a role, which is a task's."""
+        if role not in self._choices:
+            (task,) = [task for name, task in self.tasks.items() if task_role(name) == role]
+            tokenizer, add_bos = self.checkpoint.tokenizer, self.config.model.add_bos
+            self._choices[role] = encode_task(task, tokenizer, add_bos=add_bos)
+        return self._choices[role]
+
     @cached_property
     def text_shards(self) -> tuple[Shard, ...]:
         """The plain text as windows of tokens; none without a text."""
@@ -142,8 +156,10 @@ class ModelWorker:
         return encode_text(text, self.checkpoint.tokenizer, limit=self.config.search.text_tokens, start=start)
 
     def shards(self, of: str) -> tuple[Shard, ...]:
-        """The shards of a role's questions, of a plain text (TEXT, SEARCH_TEXT), or of the key-value prompts
+        """The shards of a role's questions or task, of a plain text (TEXT, SEARCH_TEXT), or of the key-value prompts
         (RETRIEVAL)."""
+        if of in map(task_role, self.tasks):
+            return self.choice_prompts(of).shards
         if of == RETRIEVAL:
             return self.retrieval_set.shards
         if of == SEARCH_TEXT:
@@ -153,6 +169,13 @@ class ModelWorker:
     def shard_tokens(self, of: str) -> list[int]:
         """Tokens of each shard, so that the largest can be handed out first."""
         return [shard.tokens for shard in self.shards(of)]
+
+    def shard_rows(self, of: str) -> list[list[int]]:
+        """The questions of a role (or a task's items) that each shard holds, ascending."""
+        if of in map(task_role, self.tasks):
+            prompts = self.choice_prompts(of)
+            return [prompts.items(shard).tolist() for shard in prompts.shards]
+        return [sorted(row for group in shard.groups for row in group.rows) for shard in self.shards(of)]
 
     def compute_trunk(self, item: tuple[str, int]) -> int:
         """Make sure that the trunk's states of one shard (of a role or the text) are on disk; its tokens."""
@@ -315,6 +338,15 @@ class ModelWorker:
         n = len(logits)
         is_letter = np.isin(top, prompts.letters)
         return Answers(np.arange(n), logits, logsumexp, is_letter, np.full(n, np.nan), np.zeros(n, dtype=np.int64))
+
+    def score_choices(self, item: tuple[MergePlan, str, int]) -> tuple[np.ndarray, np.ndarray]:
+        """The items (n,) in one shard of a task, and the log-likelihoods (nats) under a merged model of all their
+        choices, one item after the other: (plan, the task's role, shard)."""
+        plan, role, number = item
+        prompts = self.choice_prompts(role)
+        shard = prompts.shards[number]
+        _, found = score_choices(self.runner, plan, prompts, shard, trunk=self._trunk_of(plan))
+        return prompts.items(shard), found
 
     def text_nll(self, item: tuple[MergePlan, int]) -> tuple[np.ndarray, np.ndarray]:
         """Summed NLL (nats) and scored tokens of one shard of the plain text under a merged model, by position."""

@@ -19,7 +19,7 @@ LAYERS = {
         "errors", "identity", "statistics", "objectives", "plan", "heuristics", "diffusion", "embedding", "similarity",
         "reliability", "assignment",
     ),
-    1: ("config", "schemas", "storage", "tables", "questions", "summary", "progress", "inputs", "sensitivity"),
+    1: ("config", "schemas", "storage", "tables", "questions", "tasks", "summary", "progress", "inputs", "sensitivity"),
     2: (
         "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "scoring", "evaluation", "rows",
         "merging", "activations", "alignment", "context", "quantisation", "gradient", "tail_loss",

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,16 @@ from raymerge.inputs import (
     read_questions,
     read_search_text,
     read_subsets,
+    read_tasks,
     read_text,
+    task_role,
 )
 from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool, cluster_resources, plan_workers
 from raymerge.progress import Progress
 from raymerge.questions import QuestionSet
 from raymerge.tables import RunDirectory
+from raymerge.tasks import Task
 from raymerge.worker import ModelWorker
 
 
@@ -44,10 +47,11 @@ class Inputs:
     subsets: list[Subset]
     text: str | None
     search_text: tuple[str, int] | None = None
+    tasks: dict[str, Task] = field(default_factory=dict)
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return (*self.questions, *([SUBSETS] if self.subsets else []))
+        return (*self.questions, *([SUBSETS] if self.subsets else []), *map(task_role, self.tasks))
 
     @property
     def identities(self) -> dict[str, str]:
@@ -55,24 +59,31 @@ class Inputs:
         return (
             {role: questions.identity for role, questions in self.questions.items()}
             | {f"{subset.name}/{subset.language}": subset.questions.identity for subset in self.subsets}
+            | {task_role(name): task.identity for name, task in self.tasks.items()}
             | ({} if self.search_text is None else {SEARCH_TEXT: rows.text_hash(self.search_text[0])})
         )
 
 
 def read_inputs(config: Config, roles: Sequence[str], *, text: bool = True) -> Inputs:
-    """Everything that roles (SEARCH, REPORT, SUBSETS) need. Raises CheckpointError, DataError, ConfigError."""
+    """Everything that roles (SEARCH, REPORT, SUBSETS) need; text: and the plain text and the tasks of a report. Raises
+    CheckpointError, DataError, ConfigError."""
     model = config.model
     checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     questions = {role: read_questions(config, role) for role in roles if role != SUBSETS}
     subsets = read_subsets(config) if SUBSETS in roles else []
     search_text = read_search_text(config) if SEARCH in roles else None
-    return Inputs(checkpoint, questions, subsets, read_text(config) if text else None, search_text)
+    tasks = read_tasks(config) if text else {}
+    return Inputs(checkpoint, questions, subsets, read_text(config) if text else None, search_text, tasks)
 
 
 def settings_of(config: Config, *sections: str) -> dict[str, Any]:
-    """The sections of a configuration that an experiment depends on: what its run directory is held to."""
+    """The sections of a configuration that an experiment depends on: what its run directory is held to.
+
+    Without tasks their section is left out, as it is in runs from before there was one.
+    """
     resolved = config.resolved()
-    return {name: resolved[name] for name in (*sections, "workers", "output")}
+    named = [name for name in sections if name != "tasks" or config.tasks.root]
+    return {name: resolved[name] for name in (*named, "workers", "output")}
 
 
 def cache_of(config: Config, run: RunDirectory) -> str:
@@ -124,7 +135,8 @@ def compute_trunk(pool: WorkerPool, inputs: Inputs, progress: Progress, further:
     """
     items, sizes, shards = [], [], {}
     texts = {TEXT: inputs.text, SEARCH_TEXT: inputs.search_text}
-    names = [*inputs.questions, *(name for name, text in texts.items() if text is not None), *further]
+    roles = [*inputs.questions, *map(task_role, inputs.tasks)]
+    names = [*roles, *(name for name, text in texts.items() if text is not None), *further]
     for of, tokens in zip(names, pool.map("shard_tokens", names), strict=True):
         items += [(of, number) for number in range(len(tokens))]
         sizes += tokens

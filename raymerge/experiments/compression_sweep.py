@@ -67,7 +67,7 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     inputs = read_inputs(config, (REPORT,))
     similarity = similarity_of(config, inputs.checkpoint.n_layers)
     points = _points(config, inputs, similarity)
-    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", "plan", "sweep"), "sweep")
+    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", "tasks", "plan", "sweep"), "sweep")
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
         return run
