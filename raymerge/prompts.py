@@ -20,6 +20,8 @@ from raymerge.questions import LETTERS, QuestionSet, prefix_text, question_text
 from raymerge.tasks import Task
 
 TEXT_WINDOW = 1024  # tokens in one window of plain text; windows do not overlap
+SHARD_TOKENS = 8192  # of a shard, about: 25 MB of bfloat16 states at hidden size 1536
+_LEAST_TOKENS = 1024  # of a shard that is made small for many workers: its weights are converted anew for each
 
 
 class PromptError(UserError):
@@ -103,12 +105,17 @@ class ChoicePrompts:
 
 
 def encode_questions(
-    questions: QuestionSet, tokenizer: Any, *, add_bos: bool | None = None, shard_tokens: int = 8192
+    questions: QuestionSet,
+    tokenizer: Any,
+    *,
+    add_bos: bool | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    shards: int = 1,
 ) -> Prompts:
     """Tokenise a question set.
 
     add_bos: put the beginning-of-sequence token first; None does what the tokenizer does by default.
-    shard_tokens: target size of a shard.
+    shard_tokens: target size of a shard; smaller where there would be fewer than `shards`, but 1,024 at the least.
     """
     bos = bos_token(tokenizer, add_bos)
     groups, letters = [], None
@@ -133,11 +140,15 @@ def encode_questions(
     if letters is None:
         raise PromptError("the question set is empty")
     answers = np.array([question.answer for question in questions.questions], dtype=np.int8)
-    return Prompts(_shards(groups, shard_tokens), letters, answers, bos is not None)
+    limit = _limit(sum(group.tokens for group in groups), shard_tokens, shards)
+    return Prompts(_shards(groups, limit), letters, answers, bos is not None)
 
 
-def encode_task(task: Task, tokenizer: Any, *, add_bos: bool | None = None, shard_tokens: int = 8192) -> ChoicePrompts:
-    """Tokenise a task: every choice after its context, and what can be shared as the prefix of a group.
+def encode_task(
+    task: Task, tokenizer: Any, *, add_bos: bool | None = None, shard_tokens: int = SHARD_TOKENS, shards: int = 1
+) -> ChoicePrompts:
+    """Tokenise a task: every choice after its context, and what can be shared as the prefix of a group. Shards as
+    `encode_questions`.
 
     As lm-evaluation-harness does (`TemplateLM._encode_pair`): white space at the context's end belongs to the choices,
     and a choice's tokens are those that context and choice together have beyond the number that the context has alone.
@@ -166,8 +177,10 @@ def encode_task(task: Task, tokenizer: Any, *, add_bos: bool | None = None, shar
         for number in range(len(task.items))
     ]
     together = _group(task.name, min(contexts, key=len), sequences, range(len(sequences)))
-    groups = apart if sum(group.tokens for group in apart) < together.tokens else _cut(together, first, shard_tokens)
-    return ChoicePrompts(_pack(groups, shard_tokens), first, np.array(scored, dtype=np.int64))
+    tokens = sum(group.tokens for group in apart)
+    limit = _limit(min(tokens, together.tokens), shard_tokens, shards)
+    groups = apart if tokens < together.tokens else _cut(together, first, limit)
+    return ChoicePrompts(_pack(groups, limit), first, np.array(scored, dtype=np.int64))
 
 
 def _group(name: str, context: np.ndarray, sequences: Sequence[np.ndarray], rows: Sequence[int]) -> Group:
@@ -250,6 +263,11 @@ def _common_prefix(prefix: np.ndarray, prompts: Sequence[np.ndarray]) -> int:
         different = np.flatnonzero(prefix[:length] != ids[:length])
         shared = int(different[0]) if len(different) else length
     return shared
+
+
+def _limit(tokens: int, shard_tokens: int, shards: int) -> int:
+    """The size at which that many tokens make at least `shards` shards, where that is less than shard_tokens."""
+    return min(shard_tokens, max(tokens // shards, _LEAST_TOKENS))
 
 
 def _shards(groups: Sequence[Group], limit: int) -> tuple[Shard, ...]:

@@ -65,7 +65,8 @@ class ModelWorker:
 
     roles: what it is asked about: SEARCH, REPORT, SUBSETS, and tasks (`inputs.task_role`). template: the plan whose
     coefficients are searched. firsts: layers whose inputs are cached, so that plans which change nothing before them
-    start there. cache: folder of trunk states, activations and alignments.
+    start there. cache: folder of trunk states, activations and alignments. shards: so many shards at least of each
+    role's prompts, where they have the tokens for it.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class ModelWorker:
         cache: str | Path,
         template: MergePlan | None = None,
         firsts: Sequence[int] = (),
+        shards: int = 1,
     ):
         # One thread is the safe default on CPUs: several workers of several threads each have been measured a
         # hundred times slower.
@@ -83,7 +85,7 @@ class ModelWorker:
         model = config.model
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
-        self.config, self.template, self.cache = config, template, Path(cache)
+        self.config, self.template, self.cache, self._shards_wanted = config, template, Path(cache), shards
         self.checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
         self.questions = {role: read_questions(config, role) for role in roles if role in (SEARCH, REPORT)}
         self.tasks = {name: task for name, task in read_tasks(config).items() if task_role(name) in roles}
@@ -129,14 +131,15 @@ class ModelWorker:
         return self._prompts[role]
 
     def _encode(self, questions: QuestionSet) -> Prompts:
-        return encode_questions(questions, self.checkpoint.tokenizer, add_bos=self.config.model.add_bos)
+        options = {"add_bos": self.config.model.add_bos, "shards": self._shards_wanted}
+        return encode_questions(questions, self.checkpoint.tokenizer, **options)
 
     def choice_prompts(self, role: str) -> ChoicePrompts:
         """The tokenised task of a role, which is a task's."""
         if role not in self._choices:
             (task,) = [task for name, task in self.tasks.items() if task_role(name) == role]
-            tokenizer, add_bos = self.checkpoint.tokenizer, self.config.model.add_bos
-            self._choices[role] = encode_task(task, tokenizer, add_bos=add_bos)
+            options = {"add_bos": self.config.model.add_bos, "shards": self._shards_wanted}
+            self._choices[role] = encode_task(task, self.checkpoint.tokenizer, **options)
         return self._choices[role]
 
     @cached_property

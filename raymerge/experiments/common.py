@@ -99,14 +99,21 @@ def open_pool(
     template: MergePlan | None = None,
     firsts: Sequence[int] = (),
     most: int | None = None,
+    shards_each: int | None = None,
 ) -> WorkerPool:
-    """Start the workers, `most` of them at the most; refuses a pool whose machines have other files."""
+    """Start the workers, `most` of them at the most; refuses a pool whose machines have other files.
+
+    shards_each: cut prompts small enough that every worker has so many shards of each role. Not for states that are
+    cached: the cut names them, and it would change with the number of workers.
+    """
     workers = config.workers
     placement = plan_workers(workers.count, workers.gpus_per_worker, workers.cpus_per_worker, cluster_resources())
+    count = placement.count if most is None else max(1, min(most, placement.count))
+    arguments = {"config": config, "roles": inputs.roles, "cache": cache, "template": template, "firsts": tuple(firsts)}
     return WorkerPool(
         ModelWorker,
-        {"config": config, "roles": inputs.roles, "cache": cache, "template": template, "firsts": tuple(firsts)},
-        count=placement.count if most is None else max(1, min(most, placement.count)),
+        arguments | ({} if shards_each is None else {"shards": shards_each * count}),
+        count=count,
         cpus_per_worker=placement.cpus,
         gpus_per_worker=placement.gpus,
         timeout_s=workers.timeout_s,

@@ -30,12 +30,15 @@ from raymerge.pool import WorkerPool, start_ray
 from raymerge.progress import Progress, Silent
 from raymerge.tables import RunDirectory, derive_accuracy, derive_task_accuracy
 
+_SHARDS_EACH = 4  # of a worker, so that none waits long for the others at the end
+
 
 def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: Progress | None = None) -> RunDirectory:
     """Evaluate one model as it is on data.report_split, on the tasks and on plain text, over the pool.
 
     Leaves tables answers, accuracy, task_answers, task_accuracy, perplexity, context, plans and costs. Answers are
-    stored shard by shard, about 8,192 tokens each: the same call again goes on after the last one. Errors as `search`.
+    stored shard by shard, 8,192 tokens each or fewer: the same call again goes on after the last one. Errors as
+    `search`.
     """
     progress = progress or Silent()
     inputs = read_inputs(config, () if config.data.mmlu is None else (REPORT,))
@@ -47,7 +50,7 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
         return run
     run.begin()
     plan = base_plan(inputs.checkpoint.n_layers)
-    with start_ray(), open_pool(config, inputs, cache_of(config, run)) as pool:
+    with start_ray(), open_pool(config, inputs, cache_of(config, run), shards_each=_SHARDS_EACH) as pool:
         workers = describe_workers(pool, inputs)
         _Evaluation(config, inputs, run, plan, plan.plan_id(inputs.checkpoint.identity)).answer(pool, progress)
     if inputs.questions:
@@ -142,7 +145,8 @@ class _Evaluation:
         ordered = {}
         for role in (*self.inputs.questions, *self.tasks):
             stored = self._stored(role)
-            ordered[role] = stored.take(np.argsort(self._numbers(role, stored)))
+            # Once each: with another number of workers the shards are others, and some of a shard was there already.
+            ordered[role] = stored.take(np.unique(self._numbers(role, stored), return_index=True)[1])
         if self.inputs.questions:
             self.run.replace("answers", ordered[REPORT])
             if self.config.data.question_perplexity:

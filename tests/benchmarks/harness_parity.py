@@ -4,7 +4,8 @@ lm-eval is run by an interpreter of its own (--harness), with its own MMLU templ
 data set is replaced by local files, made here of the first questions of each subject. Both sides are offline, compute
 in float32 and may use --threads threads: ours as so many workers, lm-eval as one process of so many threads. Each is
 timed as its user would start it, loading and all, in wall and in CPU seconds (of the process and all its descendants);
-CPU seconds are what a busy machine changes little. --rounds repeats both, one after the other.
+CPU seconds are what a busy machine changes little. With --scratch what a side has finished is kept there and not run
+again, so that a long comparison can be cut in two (--side).
 
     python tests/benchmarks/harness_parity.py --model DIR --mmlu DIR --harness VENV/bin/python --questions 20
     python tests/benchmarks/harness_parity.py --model DIR --formats --harness VENV/bin/python
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,15 +135,16 @@ class Sides:
 
     def __init__(self, options: argparse.Namespace, folder: Path):
         self.options, self.folder = options, folder
+        folder.mkdir(parents=True, exist_ok=True)
         self.offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "data")}
 
-    def ours(self, name: str, *arguments: str) -> dict[str, float]:
-        """Evaluate into the run directory `name`."""
+    def ours(self, *arguments: str) -> dict[str, float]:
+        """Evaluate into the run directory "run"."""
         command = [sys.executable, "-m", "raymerge.cli", "evaluate", self.options.model, *arguments, "--text", "none"]
-        command += ["--no-question-perplexity", "--out", str(self.folder / name), "--set", "model.dtype=float32"]
+        command += ["--no-question-perplexity", "--out", str(self.folder / "run"), "--set", "model.dtype=float32"]
         command += ["--set", f"workers.count={self.options.threads}"]
         # Ray starts its workers 15 steps nicer than their driver: on a busy machine that is no equal footing.
-        return timed(command, self.folder / f"{name}.log", RAY_worker_niceness="0", **self.offline)
+        return self._once("ours", lambda log: timed(command, log, RAY_worker_niceness="0", **self.offline))
 
     def theirs(self) -> dict[str, float]:
         """Evaluate the tasks of folder "tasks" into harness.json."""
@@ -149,7 +152,14 @@ class Sides:
         command = [options.harness, "-c", HARNESS, options.model, str(self.folder / "tasks"), threads]
         command += [str(options.batch_size), str(self.folder / "harness.json")]
         settings = self.offline | {"OMP_NUM_THREADS": threads, "PYTHONPATH": ""}
-        return timed(command, self.folder / "harness.log", **settings)
+        return self._once("harness", lambda log: timed(command, log, **settings))
+
+    def _once(self, side: str, run: Callable[[Path], dict[str, float]]) -> dict[str, float]:
+        """A side's seconds, from an earlier call where it has finished."""
+        path = self.folder / f"{side}_seconds.json"
+        if not path.exists():
+            path.write_text(json.dumps(run(self.folder / f"{side}.log") | {"load": os.getloadavg()}), encoding="utf-8")
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def harness(self) -> dict:
         return json.loads((self.folder / "harness.json").read_text(encoding="utf-8"))
@@ -161,7 +171,7 @@ def formats(options: argparse.Namespace, tasks: Path, folder: Path) -> dict:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import task_files
 
-    (folder / "tasks").mkdir()
+    (folder / "tasks").mkdir(parents=True)
     sections = {}
     for format, rows in task_files.ROWS.items():
         examples = task_files.write(folder, f"{format}_dev", rows[:1])
@@ -185,7 +195,7 @@ def formats(options: argparse.Namespace, tasks: Path, folder: Path) -> dict:
             sections[name] = {"format": format, "file": str(file), "shots": shots, "examples": str(examples)}
     (folder / "config.yaml").write_text(yaml.safe_dump({"tasks": sections}), encoding="utf-8")
     sides = Sides(options, folder)
-    sides.ours("run", "--mmlu", "none", "--config", str(folder / "config.yaml"))
+    sides.ours("--mmlu", "none", "--config", str(folder / "config.yaml"))
     sides.theirs()
     run, harness = RunDirectory.load(folder / "run"), sides.harness()
     answers = run.read("task_answers").to_pylist()
@@ -211,12 +221,15 @@ def mmlu(options: argparse.Namespace, tasks: Path, folder: Path) -> dict:
     questions = replace(everything, questions=tuple(question for part in parts for question in part))
 
     write_data(questions, folder, template)
-    sides, seconds = Sides(options, folder), []
-    for number in range(options.rounds):
-        ours = sides.ours(f"run{number}", "--mmlu", str(folder / "mmlu"), "--shots", str(options.shots))
-        seconds.append({"ours": ours, "harness": sides.theirs()})
+    sides, seconds = Sides(options, folder), {}
+    if options.side != "harness":
+        seconds["ours"] = sides.ours("--mmlu", str(folder / "mmlu"), "--shots", str(options.shots))
+    if options.side != "ours":
+        seconds["harness"] = sides.theirs()
+    if options.side != "both":
+        return {"seconds": seconds}
     harness = sides.harness()
-    answers = RunDirectory.load(folder / "run0").read("answers")
+    answers = RunDirectory.load(folder / "run").read("answers")
 
     columns = [f"logit_{letter.lower()}" for letter in LETTERS]
     found, disagreements, worst, prompts_equal = {}, [], 0.0, True
@@ -242,7 +255,6 @@ def mmlu(options: argparse.Namespace, tasks: Path, folder: Path) -> dict:
             totals[side] += count
         found[subject] = {side: count / len(members) for side, count in correct.items()}
     n = len(questions.questions)
-    total = {key: [sum(each[side][key] for each in seconds) for side in ("ours", "harness")] for key in ("wall", "cpu")}
     return {
         "questions": n,
         "accuracy": {side: count / n for side, count in totals.items()},
@@ -251,11 +263,10 @@ def mmlu(options: argparse.Namespace, tasks: Path, folder: Path) -> dict:
         "disagreements": disagreements,
         "largest_log_likelihood_difference": worst,
         "seconds": seconds,
-        "times_faster": {key: round(other / mine, 2) for key, (mine, other) in total.items()},
+        "times_faster": {k: round(seconds["harness"][k] / seconds["ours"][k], 2) for k in ("wall", "cpu")},
         "lm_eval": harness["version"],
         "batch_size": options.batch_size,
         "threads": options.threads,
-        "load_average": os.getloadavg(),
     }
 
 
@@ -270,7 +281,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=20, help="the first so many questions of each")
     parser.add_argument("--shots", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=1, help="of lm-eval")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help="kept folder; by default one that is deleted")
+    parser.add_argument("--side", choices=["both", "ours", "harness"], default="both")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
 
@@ -278,7 +290,7 @@ def main() -> None:
     tasks = Path(where.stdout.split()[-1])
     with tempfile.TemporaryDirectory() as folder:
         compare = formats if options.formats else mmlu
-        print(json.dumps(compare(options, tasks, Path(folder)), indent=1))
+        print(json.dumps(compare(options, tasks, options.scratch or Path(folder)), indent=1))
 
 
 if __name__ == "__main__":
