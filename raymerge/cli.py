@@ -142,10 +142,12 @@ def _parser() -> argparse.ArgumentParser:
         help="merge a model by an alpha file and save it",
         description="Merge a model's layers by an alpha file - a JSON list of {step, layer_to_merge_into,\n"
         "layer_to_remove, ratio_i_alpha} - and save an ordinary Hugging Face checkpoint with the plan and a receipt\n"
-        "of every changed tensor.",
-        epilog="example:\n  raymerge merge demo --alphas runs/demo/models/found_bayes/alphas.json --out merged",
+        "of every changed tensor. The saved model is reloaded in a fresh process and compared with the plan.",
+        epilog="examples:\n"
+        "  raymerge merge demo --alphas runs/demo/models/found_bayes/alphas.json --out merged\n"
+        "  raymerge merge Qwen/Qwen2.5-1.5B --alphas alphas.json --out merged --push me/Qwen2.5-1.5B-merged",
     )
-    merge.add_argument("model", help="demo, a checkpoint folder, or a hub id")
+    merge.add_argument("model", help="demo, a checkpoint folder, a hub id, or a .gguf file")
     merge.add_argument("--alphas", required=True, metavar="FILE", help="alpha file")
     merge.add_argument("--out", required=True, metavar="DIR", help="folder of the merged checkpoint; must not exist")
     merge.add_argument(
@@ -167,6 +169,11 @@ def _parser() -> argparse.ArgumentParser:
         help="biases of the survivor, or averaged (default: keep)",
     )
     merge.add_argument("--revision", help="hub revision of the model")
+    merge.add_argument("--no-verify", action="store_true", help="do not reload the saved model to prove it")
+    merge.add_argument(
+        "--push", metavar="OWNER/NAME", help="also upload the saved model to this new or empty hub repository: private"
+    )
+    merge.add_argument("--public", action="store_true", help="make the repository of --push public")
     merge.set_defaults(run=_merge)
 
     show = commands.add_parser(
@@ -252,6 +259,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _merge(options: argparse.Namespace) -> int:
     from raymerge.merging import merge
 
+    if options.public and options.push is None:
+        raise UserError("--public says how --push uploads, but there is no --push OWNER/NAME")
     done = merge(
         options.model,
         options.alphas,
@@ -260,6 +269,10 @@ def _merge(options: argparse.Namespace) -> int:
         alignment=options.alignment,
         norms=options.norms,
         biases=options.biases,
+        verify=not options.no_verify,
+        push=options.push,
+        private=not options.public,
+        command=_command_line(),
     )
     print(
         f"{done['layers_before']} layers became {done['layers_after']}; "
@@ -267,6 +280,16 @@ def _merge(options: argparse.Namespace) -> int:
         f"by at most {100 * done['largest_relative_change']:.1f} % of their norm.\n"
         f"Saved {done['bytes'] / 1e6:.1f} MB in {done['folder']} (plan {done['plan_id']}, merge_plan.json)."
     )
+    if proof := done["proof"]:
+        print(
+            f"Reloaded in a fresh process: logits within {proof['max_difference']:.2g} (rounding explains "
+            f"{proof['tolerance']:.2g}), {proof['predictions_equal']} of {proof['positions']} next tokens the same, "
+            f"{proof['generated_tokens']} tokens generated."
+        )
+    if done["mergekit"] is not None:
+        print(f"No mergekit.yaml: {done['mergekit']}.")
+    if done["pushed"]:
+        print(f"Pushed to {done['pushed']}.")
     return 0
 
 

@@ -32,11 +32,11 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    """The model. path: demo, a folder, or a hub id. dtype: of the computation; auto is float32 on CPUs and the stored
-    dtype on GPUs. add_bos: put the BOS token first; null does as the tokenizer does. quantise: judge
-    the models with every decoder layer's matrices rounded to int8 or int4 after merging (needs the extra quant); saved
-    checkpoints stay as they are. trust_remote_code: run the
-    model repository's own Python."""
+    """The model. path: demo, a folder, a hub id, or a .gguf file, which is dequantised once into ~/.cache/raymerge
+    (needs the extra gguf). dtype: of the computation; auto is float32 on CPUs and the stored dtype on GPUs. add_bos:
+    put the BOS token first; null does as the tokenizer does. quantise: judge the models with every decoder layer's
+    matrices rounded to int8 or int4 after merging (needs the extra quant); saved checkpoints stay as they are.
+    trust_remote_code: run the model repository's own Python."""
 
     path: str = "demo"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -353,12 +353,15 @@ class WorkersConfig(_Section):
 
 
 class OutputConfig(_Section):
-    """The run directory and what goes into it. cache: where trunk states are kept; null is RUN/cache."""
+    """The run directory and what goes into it. cache: where trunk states are kept; null is RUN/cache. save_best: save
+    the merged model; verify: prove it, which reloads it in a fresh process, compares its logits with the scored plan's
+    and lets it generate (seconds, and memory for the stored model)."""
 
     run: str = "runs/demo"
     cache: str | None = None
     store_candidate_answers: bool = False
     save_best: bool = True
+    verify: bool = True
     figures: bool = True
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import raymerge
-from raymerge import rows
+from raymerge import hub, rows
 from raymerge.alignment import Aligner
+from raymerge.card import model_card
 from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import check_mergeable, fused_tensors, receipts
+from raymerge.mergekit import NotExpressible, mergekit_yaml
 from raymerge.plan import KeptLayer, MergePlan, PlanError, alpha_file_text, read_alpha_file
+from raymerge.proof import check_proof, prove
+
+RECORD_FILE = "merge_plan.json"
 
 
 def merge(
@@ -25,11 +31,18 @@ def merge(
     norms: str = "keep",
     biases: str = "keep",
     cache_folder: str | Path | None = None,
+    verify: bool = True,
+    push: str | None = None,
+    private: bool = True,
+    command: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Merge a model by an alpha file and save it as an ordinary Hugging Face checkpoint; what was done, in figures.
 
     alignment, norms, biases: as a MergePlan has them; the published way by default. cache_folder: where permutations
-    are kept for another merge of the same model.
+    are kept for another merge of the same model. verify: prove the saved model (see `save_merged`). push: a hub
+    repository, OWNER/NAME, to upload it to when it is saved and proved; private or public. command: what the card says
+    that made it.
+    Beside what fails in reading and merging, raises ProofError and HubError; the saved model stays.
     """
     if Path(out).exists():
         raise PlanError(f"{out} exists already: give another --out, or delete it")
@@ -37,50 +50,95 @@ def merge(
     plan = read_alpha_file(alpha_file, checkpoint.n_layers)
     plan = replace(plan, alignment=alignment, norms=norms, biases=biases)
     check_mergeable(checkpoint, plan)
-    return save_merged(checkpoint, plan, Path(out), aligner=Aligner(checkpoint, cache_folder))
+    if push is not None:
+        hub.check_push(push)
+    aligner = Aligner(checkpoint, cache_folder)
+    record = save_merged(checkpoint, plan, Path(out), aligner=aligner, verify=verify, command=command)
+    return record | {"pushed": None if push is None else hub.push(Path(out), push, private=private)}
 
 
 def save_merged(
-    checkpoint: Checkpoint, plan: MergePlan, folder: Path, *, aligner: Aligner | None = None
+    checkpoint: Checkpoint,
+    plan: MergePlan,
+    folder: Path,
+    *,
+    aligner: Aligner | None = None,
+    verify: bool = True,
+    command: Sequence[str] | None = None,
+    results: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write the merged checkpoint with alphas.json, merge_plan.json (plan, receipts) and a model card."""
+    """Write the merged checkpoint with alphas.json, merge_plan.json (plan, receipts, proof), a model card and, where
+    mergekit has terms for the plan, mergekit.yaml; the record, with the folder and its weights' bytes.
+
+    verify: reload the saved model in a fresh process, compare its logits with the plan's and let it generate (`proof`).
+    One that does not pass stays, with the finding in its record, and ProofError is raised.
+    command, results (lines of markdown): what the card says of how the model was made, and of what it reaches.
+    """
     aligner = aligner or Aligner(checkpoint)  # one for both passes, so that nothing is matched twice
     architecture = checkpoint.architecture
     found = receipts(checkpoint, architecture, plan, aligner=aligner)
     plan_id = plan.plan_id(checkpoint.identity)
-    cost = rows.cost_row(plan, plan_id, checkpoint)
-    changed = [receipt for receipt in found if receipt.max_abs_change > 0.0]
-    record = {
-        "raymerge": raymerge.__version__,
-        "plan_id": plan_id,
-        "name": plan.name,
-        "base_model_identity": checkpoint.identity,
-        "selection": plan.selection,
-        "alignment": plan.alignment,
-        "norms": plan.norms,
-        "biases": plan.biases,
-        "alphas": plan.alphas,
-        "layers": [_layer_record(kept) for kept in plan.kept],
-        "layers_before": plan.n_layers,
-        "layers_after": len(plan.kept),
-        "parameters_removed": cost["parameters_removed"],
-        "tensors_changed": len(changed),
-        "largest_relative_change": max((receipt.relative_change for receipt in changed), default=0.0),
-        "receipts": [rows.receipt_rows(plan_id, [receipt])[0] for receipt in found],
-    }
-    if plan.matrix_alphas:
-        record["matrix_alphas"] = dict(plan.matrix_alphas)
+    record = _record(checkpoint, plan, rows.receipt_rows(plan_id, found), command)
+    extra = {"alphas.json": alpha_file_text(plan.steps)}
+    try:
+        extra["mergekit.yaml"] = mergekit_yaml(checkpoint, plan)
+    except NotExpressible as error:
+        record["mergekit"] = str(error)
     written = checkpoint.save(
         fused_tensors(checkpoint, architecture, plan, aligner=aligner),
         [kept.index for kept in plan.kept],
         folder,
-        extra_files={
-            "merge_plan.json": json.dumps(record, indent=2) + "\n",
-            "alphas.json": alpha_file_text(plan.steps),
-            "README.md": _model_card(checkpoint, plan, record),
-        },
+        extra_files=extra | _described(checkpoint, record, results),
     )
+    if verify:
+        record["proof"] = prove(checkpoint, plan, folder, aligner=aligner)
+        for name, text in _described(checkpoint, record, results).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        check_proof(record["proof"], folder)
     return record | {"bytes": written, "folder": str(folder)}
+
+
+def saved_proof(folder: Path) -> dict[str, Any] | None:
+    """The proof of a model saved earlier, None where it had none; ProofError where it did not pass."""
+    proof = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")).get("proof")
+    if proof is not None:
+        check_proof(proof, folder)
+    return proof
+
+
+def _record(
+    checkpoint: Checkpoint, plan: MergePlan, found: list[dict[str, Any]], command: Sequence[str] | None
+) -> dict[str, Any]:
+    plan_id = plan.plan_id(checkpoint.identity)
+    changed = [receipt for receipt in found if receipt["max_abs_change"] > 0.0]
+    record = {
+        "raymerge": raymerge.__version__,
+        "command": None if command is None else list(command),
+        "plan_id": plan_id,
+        "name": plan.name,
+        "base_model": checkpoint.name,
+        "base_model_revision": checkpoint.revision,
+        "base_model_identity": checkpoint.identity,
+        "gguf_source": checkpoint.source,
+        "selection": plan.selection,
+        "alignment": plan.alignment,
+        "norms": plan.norms,
+        "biases": plan.biases,
+        "steps": [[step.into, step.remove, step.alpha] for step in plan.steps],
+        "alphas": plan.alphas,
+        "layers": [_layer_record(kept) for kept in plan.kept],
+        "layers_before": plan.n_layers,
+        "layers_after": len(plan.kept),
+        "parameters_removed": rows.cost_row(plan, plan_id, checkpoint)["parameters_removed"],
+        "tensors_changed": len(changed),
+        "largest_relative_change": max((receipt["relative_change"] for receipt in changed), default=0.0),
+        "mergekit": None,
+        "proof": None,
+        "receipts": found,
+    }
+    if plan.matrix_alphas:
+        record["matrix_alphas"] = dict(plan.matrix_alphas)
+    return record
 
 
 def _layer_record(kept: KeptLayer) -> dict[str, Any]:
@@ -90,34 +148,10 @@ def _layer_record(kept: KeptLayer) -> dict[str, Any]:
     return record
 
 
-def _model_card(checkpoint: Checkpoint, plan: MergePlan, record: dict[str, Any]) -> str:
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [layer-merging, raymerge]",
-        "---",
-        f"# {checkpoint.directory.name}, {record['layers_before'] - record['layers_after']} layers merged away",
-        "",
-        f"Made by raymerge {record['raymerge']} from a model with identity `{record['base_model_identity']}`: "
-        f"{record['layers_before']} decoder layers became {record['layers_after']} "
-        f"(plan `{record['plan_id']}`, {plan.name}; norms {plan.norms}, biases {plan.biases}, "
-        f"alignment {plan.alignment}).",
-        "",
-        f"{record['tensors_changed']} tensors differ from those of the layer that they are named after; "
-        "`merge_plan.json` lists by how much, and the effective coefficient of every original layer.",
-        "",
-        "| step | into | removed | alpha |",
-        "|---:|---:|---:|---:|",
-        *(f"| {number} | {s.into} | {s.remove} | {s.alpha:.6f} |" for number, s in enumerate(plan.steps)),
-        "",
-        *(
-            [
-                "Some matrices have alphas of their own, which `alphas.json` cannot hold: `merge_plan.json` does.",
-                "",
-            ]
-            if plan.matrix_alphas
-            else []
-        ),
-        "Merging layers costs quality: measure it with `raymerge evaluate` before use.",
-    ]
-    return "\n".join(lines) + "\n"
+def _described(checkpoint: Checkpoint, record: dict[str, Any], results: Sequence[str]) -> dict[str, str]:
+    """The files that say what the model is: they are written again when it has been proved."""
+    title = Path(checkpoint.name).name or checkpoint.directory.resolve().name
+    return {
+        RECORD_FILE: json.dumps(record, indent=2, ensure_ascii=False) + "\n",
+        "README.md": model_card(record, title=title, results=results),
+    }

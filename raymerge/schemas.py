@@ -59,7 +59,7 @@ SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
     # how far above it; perplexity: of the search text; block: its first layer, where that is searched too
     "trials": "searcher:str iteration:i32 batch:i32 tune_trial:str actor:str seed:i64 plan_id:str block:i32? "
         "alphas:list objective:str value:f64? accuracy:f64? nll:f64? perplexity:f64? n_questions:i32 seconds:f64 "
-        "status:str error:str?",
+        "cpu_seconds:f64? status:str error:str?",
     # answer and predicted: 0 to 3 for A to D
     "answers": "plan_id:str split:str language:str subject:str question_id:str content_hash:str logit_a:f32 "
         "logit_b:f32 logit_c:f32 logit_d:f32 logsumexp_all:f32? top_is_letter:bool? answer:i8 predicted:i8",

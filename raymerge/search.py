@@ -257,6 +257,7 @@ class BatchSearcher(Searcher):
             "perplexity": found.get("perplexity") if error is None else None,
             "n_questions": found.get("n_questions", 0),
             "seconds": found.get("seconds", 0.0),
+            "cpu_seconds": found.get("cpu_seconds"),
             "status": "ok" if error is None else "failed",
             "error": error,
         }

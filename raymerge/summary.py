@@ -255,9 +255,17 @@ def search_lines(run: RunDirectory) -> list[str]:
         best, worst = (min, max) if is_minimised(objective) else (max, min)
         lines.append(
             f"{searcher}: {len(rows)} candidates{failed}; {objective} best {best(values):.4f}, "
-            f"mean {sum(values) / len(values):.4f}, worst {worst(values):.4f}"
+            f"mean {sum(values) / len(values):.4f}, worst {worst(values):.4f}{_seconds(rows)}"
         )
     return lines
+
+
+def _seconds(trials: list[dict]) -> str:
+    """What the candidates took, where it was measured; controls are not timed."""
+    wall, cpu = sum(row["seconds"] for row in trials), [row["cpu_seconds"] for row in trials]
+    if not wall:
+        return ""
+    return f"; {wall:.1f} s of the workers" + ("" if None in cpu else f", {sum(cpu):.1f} s of their CPU time")
 
 
 def similarity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:

@@ -1,16 +1,78 @@
-"""Files of tensors that several processes share: written whole or not at all, read back mapped from disk."""
+"""Files of tensors: those that several processes share, written whole or not at all and read back mapped from disk,
+and those too large to be held, written tensor by tensor."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from raymerge.errors import UserError
+
+_KINDS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+#: Bytes of a value, by safetensors' name of its dtype.
+ITEM_BYTES = {kind: dtype.itemsize for kind, dtype in _KINDS.items()}
+#: What a file will hold: for each tensor, safetensors' name of its dtype, and its shape.
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+
+
+class OpenTensorFile:
+    """A safetensors file whose header is written first and whose tensors follow one by one, in any order.
+
+    safetensors itself writes from a dict of all tensors. The format (huggingface.co/docs/safetensors): the header's
+    length in 8 bytes, little-endian; the header, JSON of dtype, shape and offsets behind it by tensor; the tensors'
+    bytes without gaps. A context manager: leaving it without an exception while a tensor is missing raises ValueError.
+    """
+
+    def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str]):
+        self._layout, self._starts = dict(layout), {}
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        end = 0
+        for name, (kind, shape) in layout.items():
+            self._starts[name], begin = end, end
+            end += math.prod(shape) * ITEM_BYTES[kind]
+            header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # as safetensors pads it, so that tensors lie aligned
+        self._first = 8 + len(text)
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor (of the CPU) into its place; ValueError where the layout has another or none left."""
+        kind, shape = self._layout.pop(name, (None, ()))
+        if kind is None or _KINDS[kind] != tensor.dtype or tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, but the file has room for {kind} {shape}"
+            )
+        self._file.seek(self._first + self._starts[name])
+        self._file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+
+    def __enter__(self) -> OpenTensorFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        if kind is None and self._layout:
+            raise ValueError(f"{len(self._layout)} tensors were not written, such as {next(iter(self._layout))}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], what: str) -> None:

@@ -61,6 +61,16 @@ from raymerge.trunk import TrunkCache, compute_trunks
 _SCORERS_HELD = 2  # a search has two: of the questions it searches on and of those it reports on
 
 
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _taken(began: tuple[float, float]) -> dict[str, float]:
+    """Seconds since, by the clock and of this process's CPU time, which others' work on the machine leaves alone."""
+    wall, cpu = _now()
+    return {"seconds": wall - began[0], "cpu_seconds": cpu - began[1]}
+
+
 class ModelWorker:
     """Holds a model (weights mapped from disk), tokenised prompts by role, and the trunk's states.
 
@@ -253,8 +263,8 @@ class ModelWorker:
         """Judge coefficient vectors of the template by the run's objective on the search questions.
 
         candidates: alphas of each, step by step; where blocks are searched, a block's first layer before them. A result
-        has value, accuracy, nll, perplexity (of the search text, or None), n_questions and seconds; and logits (n, 4)
-        float32 if candidates' answers are to be stored.
+        has value, accuracy, nll, perplexity (of the search text, or None), n_questions, seconds and cpu_seconds; and
+        logits (n, 4) float32 if candidates' answers are to be stored.
         """
         options = {"name": "candidate", "kind": "found"}
         plans = [self.template.with_flat_alphas(alphas, (), **options) for alphas in candidates]
@@ -264,11 +274,11 @@ class ModelWorker:
             found = (torch.from_numpy(self.answers((plan, SEARCH, None, False)).logits) for plan in plans)
         else:
             found = scorer.score_many(plans)
-        results, began = [], time.perf_counter()
+        results, began = [], _now()
         for plan, logits in zip(plans, found, strict=True):
-            result = {**self._judged(plan, logits.numpy()), "seconds": time.perf_counter() - began}
+            result = {**self._judged(plan, logits.numpy()), **_taken(began)}
             results.append(result | ({"logits": logits.numpy()} if self.config.output.store_candidate_answers else {}))
-            began = time.perf_counter()
+            began = _now()
         return results
 
     def descend(self, starts: Sequence[Sequence[float]], parametrisation: str) -> list[dict[str, Any]]:
@@ -279,7 +289,7 @@ class ModelWorker:
         """
         results = []
         for start in starts:
-            began = time.perf_counter()
+            began = _now()
             loss = self._tail_loss(self.template.with_alphas(start, name="start", kind="found"))
             settings = descent_settings(self.config, parametrisation)
             path = self.cache / f"descent-{digest([loss.identity, asdict(settings), list(start)])}.safetensors"
@@ -290,7 +300,7 @@ class ModelWorker:
                 on_epoch=lambda _, state, path=path: write_tensors(path, state, "the descent"),
             )
             (logits,) = loss.scorer.score_many([found.plan])
-            result = {**self._judged(found.plan, logits.numpy()), "seconds": time.perf_counter() - began}
+            result = {**self._judged(found.plan, logits.numpy()), **_taken(began)}
             result |= {"alphas": found.plan.flat_alphas, "history": found.history}
             results.append(result | ({"logits": logits.numpy()} if self.config.output.store_candidate_answers else {}))
         return results

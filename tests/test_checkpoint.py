@@ -5,6 +5,7 @@ import json
 import resource
 import shutil
 import sys
+import weakref
 
 import huggingface_hub
 import pytest
@@ -29,6 +30,7 @@ from raymerge.demo import MODEL_PATH
 from raymerge.forward import LayerRunner
 from raymerge.fusion import fuse_state_dict, fused_tensors
 from raymerge.plan import base_plan, before_last_plan, tail_plan
+from raymerge.tensorfiles import OpenTensorFile
 
 torch.set_num_threads(1)
 
@@ -195,6 +197,84 @@ def test_pickles_are_never_loaded(copy):
     (copy / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     with pytest.raises(CheckpointError, match="pytorch_model.bin is a pickle, which raymerge never loads"):
         Checkpoint(str(copy))
+
+
+def test_a_config_of_fewer_layers_than_there_are(copy):
+    edit_config(copy, num_hidden_layers=4)
+    with pytest.raises(
+        CheckpointError, match=r"says 4 layers, but there are tensors of layer 4, such as model.layers.4"
+    ):
+        Checkpoint(str(copy))
+
+
+def test_a_config_that_transformers_cannot_build(copy):
+    edit_config(copy, hidden_act="nothing_known")
+    with pytest.raises(CheckpointError, match="transformers cannot (build|read).*nothing_known"):
+        Checkpoint(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.3.mlp.down_proj.weight", (48, 32)),
+        ("model.layers.0.self_attn.k_proj.weight", (32, 32)),
+        ("model.layers.4.input_layernorm.weight", (31,)),
+        ("lm_head.weight", (7, 32)),
+    ],
+)
+def test_a_tensor_of_another_shape(copy, name, shape):
+    state = load_file(copy / "model.safetensors") | {name: torch.ones(shape)}
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=rf"model.safetensors: {name} is \({shape[0]}, ?.*but the config .* makes"
+    ):
+        Checkpoint(str(copy))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_value_that_is_no_number_is_refused_when_its_tensor_is_read(copy, tmp_path, value, dtype):
+    state = {name: tensor.to(dtype) for name, tensor in load_file(copy / "model.safetensors").items()}
+    state["model.layers.1.mlp.up_proj.weight"][47, 31] = value
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint(str(copy))
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="model.layers.1.mlp.up_proj.weight holds NaN or infinite values"):
+            _ = checkpoint["model.layers.1.mlp.up_proj.weight"]
+    assert checkpoint["model.layers.0.mlp.up_proj.weight"].isfinite().all()
+    with pytest.raises(CheckpointError, match="layers.1.mlp.up_proj.weight holds NaN"):
+        save_merge(checkpoint, tail_plan(5, [0.4], name="x", kind="found"), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "_tmp.merged").exists()
+
+
+def test_a_merge_that_the_stored_dtype_cannot_hold(copy, tmp_path):
+    state = {name: tensor.half() for name, tensor in load_file(copy / "model.safetensors").items()}
+    for layer in (3, 4):
+        state[f"model.layers.{layer}.input_layernorm.weight"] *= 1000
+        state[f"model.layers.{layer}.self_attn.q_proj.weight"] *= 1000
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    plan = tail_plan(5, [0.4], name="x", kind="found", norms="fold")
+    with pytest.raises(
+        CheckpointError, match=r"layers.3.self_attn.q_proj.weight of the merged .* torch.float16 cannot"
+    ):
+        save_merge(Checkpoint(str(copy)), plan, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tied_unembedding_that_is_stored_all_the_same(tmp_path, equal):
+    """As transformers does: the same matrix is one matrix, another one is used."""
+    folder = tiny.make_checkpoint(tmp_path / "m", "qwen2")
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] * (1 if equal else 2)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint(str(folder))
+    save_merge(checkpoint, tail_plan(5, [0.4], name="x", kind="found"), tmp_path / "merged")
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    assert ("lm_head.weight" in stored) is not equal
+    assert torch.equal(checkpoint["lm_head.weight"], state["lm_head.weight"])
+    if equal:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("keep", [0, 5, 1000, -1])
@@ -409,6 +489,39 @@ def test_tokenizer_generation_config_and_chat_template_are_carried(copy, tmp_pat
     assert model.generation_config.eos_token_id == [2, 3] and model.generation_config.temperature == 0.5
 
 
+def test_tensors_come_in_any_order_and_none_may_be_missing(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(raymerge.checkpoint, "_SHARD_BYTES", 50_000)
+    checkpoint, plan = Checkpoint(str(llama)), tail_plan(5, [0.4], name="x", kind="found")
+    fused = fuse_state_dict(checkpoint, checkpoint.architecture, plan)
+    kept = [layer.index for layer in plan.kept]
+    checkpoint.save(reversed(fused.items()), kept, tmp_path / "merged")
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert all(torch.equal(state[name], fused[name]) for name in fused)
+    gone = fused.pop("model.layers.2.mlp.up_proj.weight")
+    with pytest.raises(ValueError, match="1 tensors were not written, such as model.layers.2.mlp.up_proj.weight"):
+        checkpoint.save(fused.items(), kept, tmp_path / "less")
+    with pytest.raises(ValueError, match=r"up_proj.weight is torch.float32 \(48, 31\), but the file has room for F32"):
+        checkpoint.save([("model.layers.2.mlp.up_proj.weight", gone[:, 1:])], kept, tmp_path / "less")
+    assert not list(tmp_path.glob("*less"))
+
+
+def test_no_tensor_is_held_once_it_is_written(llama, tmp_path):
+    checkpoint, plan = Checkpoint(str(llama)), tail_plan(5, [0.4], name="x", kind="found")
+    written = []
+
+    def tensors():
+        for name, tensor in fused_tensors(checkpoint, checkpoint.architecture, plan):
+            own = tensor.clone()
+            written.append(weakref.ref(own))
+            del tensor
+            yield name, own
+            del own
+            assert sum(tensor() is not None for tensor in written) <= 1  # the loop that writes still names the last
+
+    checkpoint.save(tensors(), [layer.index for layer in plan.kept], tmp_path / "merged")
+    assert len(written) == len(Checkpoint(str(tmp_path / "merged")))
+
+
 def test_an_existing_folder_is_not_touched(llama, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
@@ -419,14 +532,15 @@ def test_an_existing_folder_is_not_touched(llama, tmp_path):
 
 def test_a_full_disk_leaves_nothing(llama, tmp_path, monkeypatch):
     calls = []
+    write = OpenTensorFile.write
 
-    def fill(tensors, path, **options):
-        calls.append(path)
+    def fill(self, name, tensor):
+        calls.append(name)
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(tensors, path, **options)
+        write(self, name, tensor)
 
-    monkeypatch.setattr(raymerge.checkpoint, "save_file", fill)
+    monkeypatch.setattr(OpenTensorFile, "write", fill)
     monkeypatch.setattr(raymerge.checkpoint, "_SHARD_BYTES", 50_000)
     with pytest.raises(CheckpointError, match=r"could not write .*merged: .*No space left.*nothing was left behind"):
         save_merge(Checkpoint(str(llama)), base_plan(5), tmp_path / "sub" / "merged")
@@ -435,7 +549,6 @@ def test_a_full_disk_leaves_nothing(llama, tmp_path, monkeypatch):
 
 
 def test_a_write_that_the_system_refuses(llama, tmp_path):
-    """safetensors has an error of its own for this, which is no OSError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:

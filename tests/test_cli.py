@@ -138,5 +138,7 @@ def test_an_unreachable_hub_says_what_to_do(tmp_path, capsys, monkeypatch):
 def test_merge_writes_a_checkpoint_that_evaluates_like_any_other(tmp_path, capsys):
     alphas = _alphas(tmp_path / "a.json", [(N_LAYERS - 2, N_LAYERS - 1, 0.6)])
     assert cli.main(["merge", "demo", "--alphas", str(alphas), "--out", str(tmp_path / "merged")]) == 0
-    assert f"{N_LAYERS} layers became {N_LAYERS - 1}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{N_LAYERS} layers became {N_LAYERS - 1}" in out
+    assert "Reloaded in a fresh process: logits within " in out and "8 tokens generated" in out
     assert Checkpoint(str(tmp_path / "merged")).n_layers == N_LAYERS - 1

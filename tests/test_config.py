@@ -135,6 +135,7 @@ DEFAULTS = {
         "cache": None,
         "store_candidate_answers": False,
         "save_best": True,
+        "verify": True,
         "figures": True,
     },
 }

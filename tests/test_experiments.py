@@ -1,17 +1,22 @@
 """Whole experiments on the embedded model over a small pool: what a run directory holds, and that it resumes."""
 
 import json
+import shutil
+import subprocess
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 import pytest
 
+import raymerge.proof
 from raymerge import summary
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
 from raymerge.experiments import evaluate, search
 from raymerge.plan import read_alpha_file
+from raymerge.proof import ProofError
 from raymerge.tables import RunDirectory, RunError
 
 SETTINGS = [
@@ -25,6 +30,7 @@ SETTINGS = [
     "search.random_candidates=3",
     "workers.count=2",
     "output.figures=false",
+    "output.verify=false",
 ]
 
 
@@ -42,7 +48,7 @@ def logits_on_test(run, plan_id):
 
 @pytest.fixture(scope="module")
 def run(ray_session, tmp_path_factory):
-    return search(config(tmp_path_factory.mktemp("runs") / "search"), command=["test"])
+    return search(config(tmp_path_factory.mktemp("runs") / "search", "output.verify=true"), command=["test"])
 
 
 def test_a_search_stores_every_candidate_and_every_control_once(run):
@@ -86,6 +92,30 @@ def test_the_saved_model_answers_as_the_scorer_said(run, ray_session, tmp_path):
     assert text == pytest.approx(before, rel=1e-4)
     alphas = read_alpha_file(f"{path}/alphas.json", Checkpoint("demo").n_layers).alphas
     assert alphas == run.manifest()["best"]["alphas"]
+
+
+def test_the_saved_model_is_proved_and_its_card_says_what_it_reaches(run):
+    best = run.manifest()["best"]
+    assert best["proof"]["passed"] and best["proof"]["predictions_equal"] == best["proof"]["positions"]
+    card = (Path(run.path_of("models", "found_bayes")) / "README.md").read_text()
+    for line in summary.plan_lines(run, "test"):
+        assert f"| {line['name']} | {line['layers']} | {line['accuracy']:.4f} ± " in card
+        assert f"[{line['interval'][0]:.3f}, {line['interval'][1]:.3f}]" in card
+    assert all(f"- {line}" in card for line in summary.comparison_lines(run, best["plan_id"]))
+    assert "test questions, none of which the search saw" in card and "```\ntest\n```" in card
+
+
+def test_a_saved_model_that_failed_its_proof_fails_the_search_and_stays(run, ray_session, tmp_path, monkeypatch):
+    """Also when the same command is given again."""
+    again = tmp_path / "again"
+    shutil.copytree(run.path_of(), again, ignore=shutil.ignore_patterns("manifest.json", "models"))
+    killed = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr(raymerge.proof, "_run_fresh", lambda *_: killed)
+    for _ in range(2):
+        with pytest.raises(ProofError, match="is not the one that was merged.*signal 9"):
+            search(config(again, "output.verify=true"), command=["test"])
+        assert not RunDirectory.load(again).complete
+        assert Checkpoint(str(again / "models" / "found_bayes")).n_layers == Checkpoint("demo").n_layers - 13
 
 
 def test_receipts_say_that_dropping_changes_nothing_and_merging_seven_matrices(run):

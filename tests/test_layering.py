@@ -23,7 +23,7 @@ LAYERS = {
     2: (
         "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "scoring", "evaluation", "rows",
         "merging", "activations", "alignment", "context", "quantisation", "gradient", "tail_loss",
-        "trunk", "device",
+        "trunk", "device", "gguf_input", "mergekit", "proof", "reload", "card", "hub",
     ),
     3: ("worker",),
     4: ("pool", "search", "proposers", "experiments"),
@@ -41,7 +41,7 @@ def layer_of(module):
 THIRD_PARTY = {
     "numpy": 0, "scipy": 0, "sklearn": 0, "umap": 0,
     "pydantic": 1, "yaml": 1, "pyarrow": 1, "huggingface_hub": 1,
-    "torch": 2, "transformers": 2, "safetensors": 2, "torchao": 2,
+    "torch": 2, "transformers": 2, "safetensors": 2, "torchao": 2, "gguf": 2,
     "ray": 4, "bayes_opt": 4, "threadpoolctl": 4,
     "rich": 5,
 }  # fmt: skip

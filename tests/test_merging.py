@@ -30,7 +30,7 @@ def alphas(tmp_path):
 
 def test_the_record_and_the_alpha_file_say_what_was_done(tmp_path, alphas):
     base = Checkpoint("demo")
-    done = merge("demo", alphas, tmp_path / "out")
+    done = merge("demo", alphas, tmp_path / "out", verify=False, command=["raymerge", "merge", "demo"])
     record = json.loads((tmp_path / "out" / "merge_plan.json").read_text())
     assert record["layers_before"] - record["layers_after"] == 3
     assert record["base_model_identity"] == base.identity
@@ -41,6 +41,11 @@ def test_the_record_and_the_alpha_file_say_what_was_done(tmp_path, alphas):
     changed = [name for name in merged if not torch.equal(merged[name], base[name])]
     assert sorted(changed) == sorted(row["tensor"] for row in record["receipts"] if row["max_abs_change"] > 0)
     assert len(changed) == record["tensors_changed"] == 7
+    assert record["command"] == ["raymerge", "merge", "demo"] and record["proof"] is None
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "```\nraymerge merge demo\n```" in card and "# demo, 3 layers merged away" in card
+    assert "| 1 | 18 | 19 | 0.200000 |" in card
+    assert "nothing was measured here" in card and "was not reloaded" in card
 
 
 @pytest.mark.parametrize(("alignment", "norms"), [("neurons", "fold"), ("rows", "keep"), ("none", "fold")])
@@ -51,7 +56,14 @@ def test_a_plan_s_alignment_and_norms_are_what_is_saved(tmp_path, alphas, monkey
         original = getattr(raymerge.alignment, name)
         monkeypatch.setattr(raymerge.alignment, name, lambda *a, f=original, **k: calls.append(1) or f(*a, **k))
     done = merge(
-        "demo", alphas, tmp_path / "out", alignment=alignment, norms=norms, biases="merge", cache_folder=tmp_path / "c"
+        "demo",
+        alphas,
+        tmp_path / "out",
+        alignment=alignment,
+        norms=norms,
+        biases="merge",
+        cache_folder=tmp_path / "c",
+        verify=False,
     )
     # Receipts and weights are two passes, but nothing is matched twice.
     assert len(calls) == {"neurons": 3, "rows": 3 * 7, "none": 0}[alignment]
@@ -66,7 +78,7 @@ def test_a_plan_s_alignment_and_norms_are_what_is_saved(tmp_path, alphas, monkey
     changed = [row["tensor"] for row in done["receipts"] if row["max_abs_change"] > 0]
     assert len(changed) == (9 if norms == "fold" else 7)
     calls.clear()
-    save_merged(base, plan, tmp_path / "again")
+    save_merged(base, plan, tmp_path / "again", verify=False)
     assert len(calls) == {"neurons": 3, "rows": 3 * 7, "none": 0}[alignment]
 
 
@@ -95,7 +107,7 @@ def test_alphas_of_single_matrices_are_recorded(tmp_path):
     base = Checkpoint("demo")
     plan = tail_plan(base.n_layers, [0.7, 0.2], name="own", kind="found")
     plan = replace(plan, matrix_alphas=(("mlp.up_proj", (0.5, 0.5)),))
-    save_merged(base, plan, tmp_path / "out")
+    save_merged(base, plan, tmp_path / "out", verify=False)
     record = json.loads((tmp_path / "out" / "merge_plan.json").read_text())
     assert record["plan_id"] == plan.plan_id(base.identity)
     assert record["matrix_alphas"] == {"mlp.up_proj": [0.5, 0.5]}

@@ -27,7 +27,7 @@ def test_tables_of_the_contract():
         assert schema.field(0).equals(pa.field("run_id", pa.string(), nullable=False))
     nullable = {name: [f.name for f in schema if f.nullable] for name, schema in SCHEMAS.items()}
     assert nullable["plans"] == ["matrix", "step", "into", "remove", "alpha"]
-    assert nullable["trials"] == ["block", "value", "accuracy", "nll", "perplexity", "error"]
+    assert nullable["trials"] == ["block", "value", "accuracy", "nll", "perplexity", "cpu_seconds", "error"]
     assert nullable["answers"] == ["logsumexp_all", "top_is_letter"]
     assert nullable["similarity"] == ["value", "null_mean", "null_p95", "ci_low", "ci_high", "note"]
     assert nullable["accuracy"] == ["ci_low", "ci_high"] and nullable["comparisons"] == ["p_holm"]
@@ -41,7 +41,11 @@ def test_conform_fills_nullable_columns_and_run_id():
     table = conform("trials", [TRIAL], "r")
     assert table.schema.equals(SCHEMAS["trials"])
     assert table.to_pylist() == [
-        {"run_id": "r", **TRIAL, **dict.fromkeys(("block", "value", "accuracy", "nll", "perplexity", "error"))}
+        {
+            "run_id": "r",
+            **TRIAL,
+            **dict.fromkeys(("block", "value", "accuracy", "nll", "perplexity", "cpu_seconds", "error")),
+        }
     ]
     assert conform("trials", pa.Table.from_pylist([TRIAL]), "r").equals(table)
     assert conform("trials", table, "r").equals(table)

@@ -14,7 +14,7 @@ from raymerge.search import BatchSearcher, choose_batch, run_search
 
 COLUMNS = {
     "searcher", "iteration", "batch", "tune_trial", "actor", "seed", "plan_id", "alphas", "objective", "value",
-    "accuracy", "nll", "perplexity", "n_questions", "seconds", "status", "error",
+    "accuracy", "nll", "perplexity", "n_questions", "seconds", "cpu_seconds", "status", "error",
 }  # fmt: skip
 
 

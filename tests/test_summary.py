@@ -50,7 +50,7 @@ def make_run(path, *, objective="micro_accuracy", ceiling=None, perplexity=9.0, 
         {"searcher": searcher, "iteration": iteration, "batch": 0, "tune_trial": "", "actor": "", "seed": 0,
          "plan_id": plan, "alphas": [0.5], "objective": objective, "value": v, "accuracy": 0.9, "nll": 0.2,
          "perplexity": p if ceiling or "text" in objective else None, "n_questions": SEARCHED, "seconds": 0.1,
-         "status": "ok"}
+         "cpu_seconds": None if ceiling else 0.08, "status": "ok"}
         for searcher, iteration, plan, v, p in trials
     ])  # fmt: skip
     table = run.read("answers")
@@ -89,6 +89,13 @@ def test_optimism_is_how_much_better_the_choosing_questions_were(tmp_path, objec
     )
     controls = sign * np.mean([searched / 2 - reported["drop"], searched - reported["fixed"]])
     assert second.startswith(f"The 2 controls, chosen by nothing: {controls:+.4f} on average")
+
+
+def test_what_candidates_took_is_summed(tmp_path):
+    run, *_ = make_run(tmp_path / "run")
+    assert summary.search_lines(run)[1].endswith("; 0.2 s of the workers, 0.2 s of their CPU time")
+    run, *_ = make_run(tmp_path / "old", ceiling=1e9)  # as written before CPU time was measured
+    assert summary.search_lines(run)[1].endswith("; 0.2 s of the workers")
 
 
 def test_values_above_a_ceiling_are_no_values(tmp_path):

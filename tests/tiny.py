@@ -85,7 +85,8 @@ FAMILIES = {
     },
     "olmo2": {"model_type": "olmo2", "attention_bias": True},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 3, "intermediate_size": 24},
-    "olmoe": {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 20},
+    # Sizes in multiples of 8: half-precision experts are multiplied in rows of 16 bytes.
+    "olmoe": {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24},
     "qwen3_moe": {
         "model_type": "qwen3_moe",
         "num_experts": 5,

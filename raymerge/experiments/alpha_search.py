@@ -17,6 +17,7 @@ import numpy as np
 
 from raymerge import rows
 from raymerge.alignment import Aligner
+from raymerge.card import search_results
 from raymerge.config import Config, ConfigError
 from raymerge.evaluation import Answers
 from raymerge.experiments.common import (
@@ -45,7 +46,7 @@ from raymerge.experiments.planning import (
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH
-from raymerge.merging import save_merged
+from raymerge.merging import save_merged, saved_proof
 from raymerge.objectives import is_minimised, parse_objective
 from raymerge.plan import (
     MergePlan,
@@ -198,15 +199,21 @@ class _Search:
             plans = self._reported(controls)
             self.reporter.report(pool, plans, shards, self.firsts, self.progress)
         best = plans[-1]
-        model = self._save_best(best) if self.config.output.save_best else None
         self.reporter.derive(plans, [(best, plan) for plan in plans[:-1]])
+        model, proof = self._save_best(best) if self.config.output.save_best else (None, None)
         scripts = ("alphas.py", "accuracy.py")
         figures = draw_figures(self.run, scripts, self.progress) if self.config.output.figures else []
         self.run.write_manifest(
             "complete",
             command=self.command,
             seeds={"data": self.config.data.seed, "search": self.config.search.seed},
-            best={"name": best.name, "plan_id": best.plan_id(self.identity), "alphas": best.alphas, "model": model},
+            best={
+                "name": best.name,
+                "plan_id": best.plan_id(self.identity),
+                "alphas": best.alphas,
+                "model": model,
+                "proof": proof,
+            },
             figures=figures,
             trunk_seconds=round(trunk_seconds, 3),
             **model_facts(self.config, self.inputs),
@@ -413,18 +420,30 @@ class _Search:
         found.sort(key=lambda best: best[0])
         return controls + ([random[1]] if random else []) + [plan for _, plan in found]
 
-    def _save_best(self, best: MergePlan) -> str:
-        """The merged checkpoint in models/, with plan, alphas and receipts beside the weights."""
+    def _save_best(self, best: MergePlan) -> tuple[str, dict[str, Any] | None]:
+        """The merged checkpoint in models/, with plan, alphas and receipts beside the weights, and its proof.
+
+        One that does not pass its proof is kept there all the same, and raises ProofError.
+        """
         where = self.run.path_of("models", best.name)
         if self.run.is_local and Path(where).exists():
-            return where
-        self.progress.stage("saving the merged model", 1)
+            return where, saved_proof(Path(where))
+        self.progress.stage("saving and proving the merged model", 1)
         with tempfile.TemporaryDirectory(dir=Path(where).parent.parent if self.run.is_local else None) as scratch:
             folder = Path(scratch) / best.name
             # What the workers have matched is read from the cache.
             data = self.inputs.questions[SEARCH].identity
-            aligner = Aligner(self.inputs.checkpoint, Path(self.cache), data=data)
-            save_merged(self.inputs.checkpoint, best, folder, aligner=aligner)
-            uploaded = self.run.upload(folder, "models", best.name)
+            try:
+                record = save_merged(
+                    self.inputs.checkpoint,
+                    best,
+                    folder,
+                    aligner=Aligner(self.inputs.checkpoint, Path(self.cache), data=data),
+                    verify=self.config.output.verify,
+                    command=self.command,
+                    results=search_results(self.run, best.plan_id(self.identity), self.config.data.report_split),
+                )
+            finally:
+                uploaded = self.run.upload(folder, "models", best.name) if folder.exists() else where
         self.progress.advance(1)
-        return uploaded
+        return uploaded, record["proof"]

@@ -202,6 +202,7 @@ def model_facts(config: Config, inputs: Inputs) -> dict[str, Any]:
             "path": config.model.path,
             "identity": inputs.checkpoint.identity,
             "revision": config.model.revision,
+            "gguf": inputs.checkpoint.source,
         },
         "data": inputs.identities,
         "text_hash": None if inputs.text is None else rows.text_hash(inputs.text),

@@ -1,0 +1,109 @@
+"""The model card of a merged checkpoint: what was merged and how, what proves it, and what is known of its quality."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from raymerge import summary
+from raymerge.tables import RunDirectory
+
+
+def model_card(record: dict[str, Any], *, title: str, results: Sequence[str] = ()) -> str:
+    """README.md, from merge_plan.json's record. title: the base model's name; results: lines of markdown."""
+    removed = record["layers_before"] - record["layers_after"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        *([f"base_model: {record['base_model']}"] if _is_hub_id(record["base_model"]) else []),
+        "tags: [layer-merging, raymerge]",
+        "---",
+        f"# {title}, {removed} layers merged away",
+        "",
+        f"Made by raymerge {record['raymerge']} from a model with identity `{record['base_model_identity']}`: "
+        f"{record['layers_before']} decoder layers became {record['layers_after']}, and "
+        f"{record['parameters_removed'] / 1e6:,.1f} million parameters fewer "
+        f"(plan `{record['plan_id']}`, {record['name']}; norms {record['norms']}, biases {record['biases']}, "
+        f"alignment {record['alignment']}).",
+        "",
+    ]
+    if source := record["gguf_source"]:
+        lines += [
+            f"The base was the GGUF file `{source['file']}` (SHA-256 `{source['sha256']}`), dequantised to "
+            f"{source['stored_as'].removeprefix('torch.')}.",
+            "",
+        ]
+    if record["command"]:
+        lines += ["```", " ".join(record["command"]), "```", ""]
+    lines += ["## Plan", "", *_plan_lines(record), "", "## Results", ""]
+    lines += results or ["Merging layers costs quality, and nothing was measured here: `raymerge evaluate` does it."]
+    lines += ["", "## Proof", "", _proof_line(record["proof"]), ""]
+    return "\n".join(lines)
+
+
+def _is_hub_id(model: str) -> bool:
+    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists()
+
+
+def _plan_lines(record: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{record['tensors_changed']} tensors differ from those of the layer that they are named after; "
+        "`merge_plan.json` lists by how much, and the effective coefficient of every original layer.",
+        "",
+        "| step | into | removed | alpha |",
+        "|---:|---:|---:|---:|",
+        *(f"| {n} | {into} | {remove} | {alpha:.6f} |" for n, (into, remove, alpha) in enumerate(record["steps"])),
+    ]
+    if "matrix_alphas" in record:
+        lines += [
+            "",
+            "Some matrices have alphas of their own, which `alphas.json` cannot hold: `merge_plan.json` does.",
+        ]
+    if record["mergekit"] is None:
+        lines += ["", "`mergekit.yaml` is the same merge for mergekit."]
+    else:
+        lines += ["", f"There is no mergekit.yaml: {record['mergekit']}."]
+    return lines
+
+
+def _proof_line(proof: dict[str, Any] | None) -> str:
+    if proof is None:
+        return "None: the saved model was not reloaded (`output.verify` or `--no-verify`)."
+    if not proof["passed"]:
+        return f"**Failed**: {proof['error']}. Do not use this model."
+    return (
+        f"Reloaded by transformers in a fresh process, its logits are those of the plan as raymerge scores it: they "
+        f"differ by at most {proof['max_difference']:.2g} at {proof['positions']} positions (rounding explains "
+        f"{proof['tolerance']:.2g}; the largest logit is {proof['largest_logit']:.3g}), "
+        f"{proof['predictions_equal']} of {proof['positions']} next tokens are the same, and it generated "
+        f"{proof['generated_tokens']} tokens."
+    )
+
+
+def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
+    """Lines of markdown: the plan found beside every control on the report questions, with intervals of 95 %."""
+    lines = summary.plan_lines(run, split)
+    header, cells = summary.plan_table(lines)
+    objectives = sorted({row["objective"] for row in run.read("trials", ["objective"]).to_pylist()})
+    return [
+        f"On {lines[0]['n']} {split} questions, "
+        + (
+            "**which the search chose by**, so that every figure of what it found is too good."
+            if run.config["data"]["search_split"] == split
+            else "none of which the search saw."
+        ),
+        f"It searched for {', '.join(objectives)}. Every plan but base, the unmerged model, has the same number of "
+        "layers. Intervals are of 95 %; perplexity is of plain text.",
+        "",
+        *_markdown(header, cells),
+        "",
+        f"Always answering A: {summary.always_a_share(run, split):.4f}.",
+        "",
+        *(f"- {line}" for line in summary.comparison_lines(run, plan_id)),
+    ]
+
+
+def _markdown(header: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
+    rows = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
+    return ["| " + " | ".join(row) + " |" for row in rows]

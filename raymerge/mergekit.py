@@ -1,0 +1,96 @@
+"""A plan in mergekit's terms, where it has them: a YAML file that `mergekit-yaml` turns into the same tensors.
+
+mergekit's `linear` averages tensor by tensor, with weights that may depend on the tensor's name; an output slice takes
+one layer from each source. Source: mergekit's README, "Merge Configuration", and its parameter filters (substrings of
+the tensor's name, the first that fits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from raymerge.checkpoint import Checkpoint
+from raymerge.errors import UserError
+from raymerge.plan import KeptLayer, MergePlan
+
+_TYPES = {"torch.float32": "float32", "torch.float16": "float16", "torch.bfloat16": "bfloat16"}
+
+
+class NotExpressible(UserError):
+    """A plan that mergekit has no terms for; the message says in one line why."""
+
+
+def mergekit_yaml(checkpoint: Checkpoint, plan: MergePlan) -> str:
+    """The plan as a mergekit configuration (tried with mergekit 0.1.5); NotExpressible where there is none.
+
+    Sums are float32 and rounded once to the stored dtype, as ours are.
+    """
+    if plan.norms != "keep":
+        raise NotExpressible("mergekit cannot multiply norms into matrices (norms fold)")
+    if plan.alignment != "none":
+        raise NotExpressible(f"mergekit cannot reorder a layer's units before it averages (alignment {plan.alignment})")
+    if checkpoint.source is not None:
+        raise NotExpressible("mergekit reads no GGUF files")
+    if not plan.kept[0].unchanged and len(plan.kept[0].sources) > 1:
+        raise NotExpressible("mergekit would average the embedding too where the first layer is merged")
+    merged = any(not kept.unchanged for kept in plan.kept)
+    slices: list[dict[str, Any]] = []
+    for kept in plan.kept:
+        last = slices[-1]["sources"] if slices else []
+        if not kept.unchanged:
+            slices.append({"sources": _sources(checkpoint, plan, kept)})
+        elif len(last) == 1 and last[0]["layer_range"][1] == kept.index:
+            last[0]["layer_range"][1] += 1
+        else:
+            source: dict[str, Any] = {"model": _model(checkpoint, 0), "layer_range": [kept.index, kept.index + 1]}
+            slices.append({"sources": [source | ({"parameters": {"weight": 1.0}} if merged else {})]})
+    stored = _TYPES.get(str(checkpoint.dtype))
+    if stored is None:
+        raise NotExpressible(f"mergekit has no dtype {checkpoint.dtype}")
+    config: dict[str, Any] = {"merge_method": "linear" if merged else "passthrough", "slices": slices}
+    if merged:
+        config |= {"parameters": {"normalize": False}, "dtype": "float32", "out_dtype": stored}
+    else:
+        config |= {"dtype": stored}
+    lines = ["# The same merge for mergekit: mergekit-yaml mergekit.yaml OUT"]
+    if merged:
+        lines += [
+            "# mergekit tells the sources of a slice apart by their model alone, so that the same folder is written in",
+            "# a different way for each layer that is averaged.",
+        ]
+    return "\n".join(lines) + "\n" + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+
+def _model(checkpoint: Checkpoint, spelling: int) -> str:
+    """The model's folder; each spelling is another text for the same place."""
+    folder = str(checkpoint.directory.resolve())
+    if "@" in folder:
+        raise NotExpressible(f"mergekit reads what follows @ in {folder} as a revision: move the model")
+    return folder + "/." * spelling
+
+
+def _sources(checkpoint: Checkpoint, plan: MergePlan, kept: KeptLayer) -> list[dict[str, Any]]:
+    """The sources of one averaged layer, the kept one first: mergekit takes the final norm from it alone."""
+    order = [kept.index, *(source for source in kept.sources if source != kept.index)]
+    return [
+        {
+            "model": _model(checkpoint, place),
+            "layer_range": [source, source + 1],
+            "parameters": {"weight": _weights(checkpoint, plan, kept, source)},
+        }
+        for place, source in enumerate(order)
+    ]
+
+
+def _weights(checkpoint: Checkpoint, plan: MergePlan, kept: KeptLayer, source: int) -> list[Mapping[str, Any]]:
+    """A source's weight by tensor: its coefficient in the matrices, 1 or 0 in what the kept layer's own stays."""
+    kinds = ("weight", "bias") if plan.biases == "merge" else ("weight",)
+    weights = [
+        {"filter": f"{matrix}.{kind}", "value": float(dict(kept.coefficients_of(matrix)).get(source, 0.0))}
+        for matrix in checkpoint.architecture.matrices
+        for kind in kinds
+    ]
+    return [*weights, {"value": 1.0 if source == kept.index else 0.0}]

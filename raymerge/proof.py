@@ -1,0 +1,202 @@
+"""The proof that a saved merge is what was scored: reload it in a fresh process, and compare every logit.
+
+One side is the layerwise forward that plans are judged by, on the base weights and the plan; the other transformers
+alone, on the saved folder. They share no code but the families' own layers, and both compute in float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raymerge.alignment import Aligner
+from raymerge.checkpoint import Checkpoint, CheckpointError
+from raymerge.errors import UserError
+from raymerge.forward import LayerRunner
+from raymerge.plan import MergePlan
+from raymerge.prompts import Group, Shard
+from raymerge.tensorfiles import read_tensors
+
+#: Prose, figures and code, and another language: what is compared, beside what the model generates after the first.
+PROMPTS = (
+    "The capital of France is the city of Paris, which lies on the river",
+    "def area(radius):\n    return 3.14159 * radius ** 2  # 12 + 34 = 46",
+    "Der Hund schläft unter dem Tisch, und 猫在椅子上睡觉。",
+)
+NEW_TOKENS = 8
+_PRODUCTS = 4  # matrix products that follow one another in a layer: values, output, gate or up, down
+_ROUNDOFF = 2.0**-24  # half the distance of neighbouring float32 numbers near 1
+_VOCABULARY_CHUNK = 16384
+
+
+class ProofError(UserError):
+    """A saved model that, reloaded, is not the one that was merged; the message says by how much."""
+
+
+def prove(checkpoint: Checkpoint, plan: MergePlan, folder: Path, *, aligner: Aligner | None = None) -> dict[str, Any]:
+    """Compare the model saved in `folder` with the layerwise forward of `plan` on `checkpoint`; what was found.
+
+    passed; max_difference, tolerance and largest_logit (logits); positions, and predictions_equal (how many of them
+    have the same most probable token); generated_tokens and generated_text of NEW_TOKENS greedy tokens; seconds,
+    peak_bytes of the fresh process; error: why it did not pass, else None. Nothing is raised for a model that does not
+    pass (`check_proof` does), and nothing is deleted.
+
+    tolerance: both sides add the same products in another order. The sum of n products of float32 has a rounding error
+    near sqrt(n) u, u = 2^-24, of the sum's own size (Higham and Mary 2019, doi:10.1137/18M1226312); with n the longest
+    row of any matrix and 4 (L + 1) products that follow one another, errors that add up without cancelling give
+    4 (L + 1) sqrt(n) u of the largest logit. A weight rounded otherwise (2^-9 in bfloat16) is far above that.
+    """
+    began = time.monotonic()
+    texts, ids = _prompts(checkpoint)
+    expected = _layerwise_logits(checkpoint, plan, ids, aligner)
+    largest = max(float(logits.abs().max()) for logits in expected)
+    layers = len(plan.kept)
+    record: dict[str, Any] = {
+        "passed": False,
+        "max_difference": None,
+        "tolerance": _PRODUCTS * (layers + 1) * math.sqrt(_longest_row(checkpoint)) * _ROUNDOFF * largest,
+        "largest_logit": largest,
+        "positions": sum(map(len, ids)),
+        "predictions_equal": None,
+        "generated_tokens": None,
+        "generated_text": None,
+        "seconds": None,
+        "peak_bytes": None,
+        "error": None,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        request = {
+            "texts": texts,
+            "ids": [list(map(int, sequence)) for sequence in ids],
+            "new_tokens": NEW_TOKENS,
+            "trust_remote_code": checkpoint.trust_remote_code,
+        }
+        (work / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        done = _run_fresh(folder, work)
+        record["seconds"] = round(time.monotonic() - began, 2)
+        if done.returncode:
+            record["error"] = _reason(done)
+            return record
+        result = json.loads((work / "result.json").read_text(encoding="utf-8"))
+        found = read_tensors(work / "logits.safetensors", "the reloaded model's logits")
+        _compare(record, request, result, expected, [found[str(number)] for number in range(len(ids))])
+    return record
+
+
+def check_proof(record: dict[str, Any], folder: Path | str) -> None:
+    """Raise ProofError for a record of `prove` that did not pass."""
+    if not record["passed"]:
+        raise ProofError(
+            f"the model saved in {folder} is not the one that was merged: {record['error']}. It was left there, and "
+            "its merge_plan.json says so (proof); do not use it. Please report it with the model's name and that file"
+        )
+
+
+def _prompts(checkpoint: Checkpoint) -> tuple[list[str] | None, list[np.ndarray]]:
+    """The texts and their token ids; without a tokenizer no texts, and ids spread over the vocabulary."""
+    try:
+        tokenizer = checkpoint.tokenizer
+    except CheckpointError:
+        vocabulary = checkpoint[checkpoint.architecture.embedding].shape[0]
+        return None, [np.arange(1, 25) * step % vocabulary for step in (7, 611, 7919)]
+    return list(PROMPTS), [np.array(tokenizer(text)["input_ids"], dtype=np.int64) for text in PROMPTS]
+
+
+@torch.inference_mode()
+def _layerwise_logits(
+    checkpoint: Checkpoint, plan: MergePlan, ids: Sequence[np.ndarray], aligner: Aligner | None
+) -> list[Tensor]:
+    """(T, vocabulary) float32 logits of each sequence, by what plans are judged with."""
+    runner = LayerRunner(checkpoint, device="cpu", dtype=torch.float32, aligner=aligner)
+    empty = np.empty(0, dtype=np.int64)
+    shard = Shard(tuple(Group("", empty, (sequence,), (row,)) for row, sequence in enumerate(ids)))
+    states = runner.run(runner.embed(shard), runner.plan_layers(plan))
+    hidden = [runner.normalise(state.batches[0][2][0]) for state in states]
+    vocabulary = checkpoint[checkpoint.architecture.unembedding].shape[0]
+    chunks = []
+    for start in range(0, vocabulary, _VOCABULARY_CHUNK):
+        rows = runner.unembedding_rows(torch.arange(start, min(start + _VOCABULARY_CHUNK, vocabulary)))
+        chunks.append([runner.capped(x @ rows.T) for x in hidden])
+    return [torch.cat(parts, dim=-1) for parts in zip(*chunks, strict=True)]
+
+
+def _longest_row(checkpoint: Checkpoint) -> int:
+    architecture, layer = checkpoint.architecture, 0
+    names = [rel for rel in checkpoint.layer_tensors(layer) if rel.endswith(".weight")]
+    return max(checkpoint[architecture.layer_name(layer, rel)].shape[-1] for rel in names)
+
+
+def _run_fresh(folder: Path, work: Path) -> subprocess.CompletedProcess[str]:
+    # Nothing may be fetched for a folder that is to stand on its own; and no GPU, whose products are rounded otherwise.
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "raymerge.reload", str(folder), str(work)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ
+        | quiet
+        | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    if done.returncode < 0:
+        return (
+            f"the process that reloaded it was ended by signal {-done.returncode} (9: out of memory, in which case a "
+            "machine with more can reload it)"
+        )
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return f"transformers could not reload and run it: {lines[-1] if lines else f'exit code {done.returncode}'}"
+
+
+def _compare(
+    record: dict[str, Any],
+    request: dict[str, Any],
+    result: dict[str, Any],
+    expected: Sequence[Tensor],
+    found: Sequence[Tensor],
+) -> None:
+    """Fill in the record from what the fresh process found; `expected` and `found` are (T, vocabulary) each."""
+    generated = result["generated_ids"]
+    record |= {
+        "generated_tokens": len(generated),
+        "generated_text": result["generated_text"],
+        "peak_bytes": result["peak_bytes"],
+    }
+    errors = []
+    if result["problems"]:
+        errors.append(f"its tensors are not those that its config asks for: {result['problems']}")
+    if request["texts"] is not None and result["ids"] != request["ids"]:
+        errors.append("its tokenizer gives other token ids than the base model's")
+    if len(generated) != request["new_tokens"]:
+        errors.append(f"it generated {len(generated)} tokens of {request['new_tokens']}")
+    if [x.shape for x in found] != [x.shape for x in expected]:
+        errors.append(f"its logits are {list(found[0].shape)}, not {list(expected[0].shape)}")
+    else:
+        difference = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+        record["max_difference"] = difference if math.isfinite(difference) else None
+        record["predictions_equal"] = sum(
+            int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(found, expected, strict=True)
+        )
+        if not difference <= record["tolerance"]:
+            errors.append(
+                f"its logits differ by up to {difference:.3g} where rounding explains {record['tolerance']:.3g}, and "
+                f"{record['predictions_equal']} of {record['positions']} predictions are the same"
+            )
+    record["passed"], record["error"] = not errors, "; ".join(errors) or None

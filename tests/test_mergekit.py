@@ -1,0 +1,119 @@
+"""mergekit.py: its YAML, read as mergekit documents it, gives the tensors that we save.
+
+mergekit itself is no dependency; the same comparison with mergekit 0.1.5 stands in docs/results.md.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from raymerge.checkpoint import Checkpoint
+from raymerge.fusion import fuse_state_dict
+from raymerge.mergekit import NotExpressible, mergekit_yaml
+from raymerge.merging import save_merged
+from raymerge.plan import MergePlan, MergeStep, base_plan, before_last_plan, drop_plan, tail_plan
+
+
+def weight_of(setting, name):
+    """mergekit's README: a number, or a list of which the first entry holds whose filter is part of the name."""
+    if not isinstance(setting, list):
+        return setting
+    return next(entry["value"] for entry in setting if entry.get("filter", "") in name)
+
+
+def read_as_mergekit(text, names):
+    """Slices stacked, each layer averaged over the slice's sources tensor by tensor; the ends from the first source."""
+    config = yaml.safe_load(text)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}
+    merged, number = {}, 0
+    for part in config["slices"]:
+        sources = part["sources"]
+        # mergekit tells sources apart by their model's text, and takes one layer of each.
+        assert len({source["model"] for source in sources}) == len(sources)
+        states = [load_file(Path(source["model"]) / "model.safetensors") for source in sources]
+        for step in range(sources[0]["layer_range"][1] - sources[0]["layer_range"][0]):
+            for relative in {n.split(".", 3)[3] for n in names if n.startswith("model.layers.0.")}:
+                out = f"model.layers.{number}.{relative}"
+                inputs = [
+                    state[f"model.layers.{source['layer_range'][0] + step}.{relative}"]
+                    for source, state in zip(sources, states, strict=True)
+                ]
+                if config["merge_method"] == "passthrough":
+                    (merged[out],) = inputs
+                    continue
+                assert config["parameters"] == {"normalize": False} and config["dtype"] == "float32"
+                weights = [weight_of(source["parameters"]["weight"], out) for source in sources]
+                total = sum(w * tensor.float() for w, tensor in zip(weights, inputs, strict=True))
+                merged[out] = total.to(dtypes[config["out_dtype"]])
+            number += 1
+    state = load_file(Path(config["slices"][0]["sources"][0]["model"]) / "model.safetensors")
+    return merged | {name: tensor for name, tensor in state.items() if not name.startswith("model.layers.")}
+
+
+PLANS = {
+    "tail": tail_plan(5, [0.7, 0.2], name="x", kind="found"),
+    "tail_of_corners": tail_plan(5, [0.0, 0.4], name="x", kind="found"),
+    "biases": tail_plan(5, [0.7, 0.2], name="x", kind="found", biases="merge"),
+    "own_matrices": replace(
+        tail_plan(5, [0.7, 0.2], name="x", kind="found"), matrix_alphas=(("mlp.up_proj", (0.5, 0.5)),)
+    ),
+    "two_groups": MergePlan(5, (MergeStep(1, 2, 0.6), MergeStep(4, 3, 0.25)), selection="list"),
+    "drop": drop_plan(5, 2),
+    "before_last": before_last_plan(5, 2),
+    "nothing": base_plan(5),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_the_yaml_gives_the_tensors_that_we_save(tmp_path, case):
+    plan = PLANS[case]
+    family = "llama_biases" if case == "biases" else "qwen2"
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family, dtype=torch.bfloat16)))
+    ours = fuse_state_dict(checkpoint, checkpoint.architecture, plan)
+    text = mergekit_yaml(checkpoint, plan)
+    theirs = read_as_mergekit(text, list(checkpoint))
+    assert set(theirs) == set(ours)
+    for name, tensor in ours.items():
+        assert theirs[name].dtype == tensor.dtype
+        # The same float32 sum in another order: it may round to the neighbouring bfloat16, or, where terms of size 1
+        # cancel, be off by float32's own rounding.
+        torch.testing.assert_close(theirs[name].float(), tensor.float(), rtol=2**-7, atol=2**-22)
+        assert (theirs[name] == tensor).float().mean() > 0.99, name
+    averaged = case not in ("drop", "before_last", "nothing")
+    assert yaml.safe_load(text)["merge_method"] == ("linear" if averaged else "passthrough")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"norms": "fold"}, "norms"),
+        ({"alignment": "neurons"}, "alignment neurons"),
+        ({"alignment": "rows"}, "alignment rows"),
+    ],
+)
+def test_what_mergekit_cannot_do_is_said_in_one_line(tmp_path, change, reason):
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m")))
+    with pytest.raises(NotExpressible, match=reason) as caught:
+        mergekit_yaml(checkpoint, replace(PLANS["tail"], **change))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_merge_into_the_first_layer_is_not_expressed(tmp_path):
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m")))
+    with pytest.raises(NotExpressible, match="first layer"):
+        mergekit_yaml(checkpoint, MergePlan(5, (MergeStep(0, 1, 0.5),), selection="list"))
+
+
+def test_it_lies_beside_the_checkpoint_or_its_absence_is_explained(tmp_path):
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m")))
+    done = save_merged(checkpoint, PLANS["tail"], tmp_path / "a", verify=False)
+    assert done["mergekit"] is None
+    assert (tmp_path / "a" / "mergekit.yaml").read_text() == mergekit_yaml(checkpoint, PLANS["tail"])
+    done = save_merged(checkpoint, replace(PLANS["tail"], norms="fold"), tmp_path / "b", verify=False)
+    assert "norms" in done["mergekit"] and not (tmp_path / "b" / "mergekit.yaml").exists()
+    assert f"no mergekit.yaml: {done['mergekit']}" in (tmp_path / "b" / "README.md").read_text()

@@ -1,0 +1,162 @@
+"""proof.py and reload.py: a saved merge is found to be what was scored, and one that is not is found out."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import raymerge.proof
+from raymerge.checkpoint import Checkpoint
+from raymerge.merging import save_merged, saved_proof
+from raymerge.plan import before_last_plan, tail_plan
+from raymerge.proof import NEW_TOKENS, ProofError, check_proof, prove
+from raymerge.reload import reload
+
+PLAN = tail_plan(tiny.N_LAYERS, [0.3, 0.8], name="x", kind="found")
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The same steps without the seconds that a process of its own takes."""
+
+    def run(folder, work):
+        try:
+            reload(str(folder), work)
+        except (OSError, ValueError, RuntimeError) as error:
+            return subprocess.CompletedProcess([], 1, "", f"{type(error).__name__}: {error}")
+        return subprocess.CompletedProcess([], 0, "", "")
+
+    monkeypatch.setattr(raymerge.proof, "_run_fresh", run)
+
+
+def merged(tmp_path, family="llama", plan=PLAN, **options):
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "base", family, **options)))
+    save_merged(checkpoint, plan, tmp_path / "merged", verify=False)
+    return checkpoint, tmp_path / "merged"
+
+
+def test_in_a_fresh_process_the_saved_model_is_the_one_that_was_scored(tmp_path):
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "base", "qwen2", dtype=torch.bfloat16)))
+    record = save_merged(checkpoint, PLAN, tmp_path / "merged", command=["raymerge", "merge"])
+    proof = record["proof"]
+    assert proof["passed"] and proof["error"] is None
+    assert proof["predictions_equal"] == proof["positions"] > 50
+    assert proof["max_difference"] <= proof["tolerance"] < 1e-4 * proof["largest_logit"]
+    assert proof["generated_tokens"] == NEW_TOKENS and proof["generated_text"]
+    assert json.loads((tmp_path / "merged" / "merge_plan.json").read_text())["proof"] == proof
+    assert saved_proof(tmp_path / "merged") == proof
+    assert "66 of 66" not in (card := (tmp_path / "merged" / "README.md").read_text())
+    assert f"{proof['positions']} of {proof['positions']} next tokens are the same" in card
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_every_family_passes_with_room_to_spare(tmp_path, in_process, family):
+    checkpoint, folder = merged(tmp_path, family, dtype=torch.float16)
+    before = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    proof = prove(checkpoint, PLAN, folder)
+    assert proof["passed"], proof["error"]
+    assert proof["max_difference"] < proof["tolerance"] / 4
+    assert all(torch.equal(before[n], t) for n, t in load_file(folder / "model.safetensors").items())
+
+
+def spoil_weight(folder, name, change):
+    state = load_file(folder / "model.safetensors")
+    state[name] = change(state[name])
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder, **changes):
+    values = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def drop_tensor(folder):
+    state = load_file(folder / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def drop_token(folder):
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["pre_tokenizer"] = None
+    path.write_text(json.dumps(values))
+
+
+SPOILED = {
+    # One matrix rounded as bfloat16 would: the least that a wrong dtype does.
+    "rounding": (
+        lambda f: spoil_weight(f, "model.layers.2.mlp.down_proj.weight", lambda w: w.bfloat16().float()),
+        "logits differ",
+    ),
+    "one_gain": (lambda f: spoil_weight(f, "model.norm.weight", lambda w: w * 1.001), "logits differ"),
+    "not_a_number": (lambda f: spoil_weight(f, "model.norm.weight", lambda w: w * torch.nan), "differ by up to nan"),
+    "epsilon": (lambda f: edit_config(f, rms_norm_eps=1e-3), "logits differ"),
+    "fewer_layers": (lambda f: edit_config(f, num_hidden_layers=2), "tensors are not those"),
+    "a_tensor_less": (drop_tensor, "tensors are not those that its config asks for.*layers.1.mlp.up_proj"),
+    "another_tokenizer": (drop_token, "tokenizer gives other token ids"),
+    "no_weights": (lambda f: (f / "model.safetensors").unlink(), "could not reload and run it: OSError"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_a_model_that_is_not_the_plan_s_is_found_out_and_kept(tmp_path, in_process, case):
+    spoil, message = SPOILED[case]
+    checkpoint, folder = merged(tmp_path)
+    spoil(folder)
+    files = sorted(file.name for file in folder.iterdir())
+    proof = prove(checkpoint, PLAN, folder)
+    assert not proof["passed"]
+    with pytest.raises(ProofError, match=f"(?s){folder} is not the one that was merged: .*{message}.*was left there"):
+        check_proof(proof, folder)
+    assert sorted(file.name for file in folder.iterdir()) == files
+    json.dumps(proof, allow_nan=False)
+
+
+def test_another_plan_is_found_out(tmp_path, in_process):
+    checkpoint, folder = merged(tmp_path)
+    assert prove(checkpoint, PLAN, folder)["passed"]
+    for other in (
+        before_last_plan(5, 2),
+        replace(PLAN, norms="fold"),
+        PLAN.with_alphas([0.3, 0.79], name="y", kind="x"),
+    ):
+        assert "logits differ" in prove(checkpoint, other, folder)["error"]
+
+
+def test_a_failed_proof_fails_the_save_and_leaves_the_model_with_its_record(tmp_path, monkeypatch):
+    killed = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr(raymerge.proof, "_run_fresh", lambda *_: killed)
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "base")))
+    with pytest.raises(ProofError, match="ended by signal 9 .*out of memory"):
+        save_merged(checkpoint, PLAN, tmp_path / "merged")
+    record = json.loads((tmp_path / "merged" / "merge_plan.json").read_text())
+    assert record["proof"]["passed"] is False and record["proof"]["max_difference"] is None
+    assert "**Failed**" in (tmp_path / "merged" / "README.md").read_text()
+    assert Checkpoint(str(tmp_path / "merged")).n_layers == 3
+    with pytest.raises(ProofError, match="signal 9"):
+        saved_proof(tmp_path / "merged")
+
+
+def test_without_a_tokenizer_the_prompts_are_token_ids(tmp_path, in_process):
+    folder = tiny.make_checkpoint(tmp_path / "base")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    checkpoint = Checkpoint(str(folder))
+    save_merged(checkpoint, PLAN, tmp_path / "merged", verify=False)
+    proof = prove(checkpoint, PLAN, tmp_path / "merged")
+    assert proof["passed"] and proof["positions"] == 72
+    assert proof["generated_tokens"] == NEW_TOKENS and proof["generated_text"] is None
+
+
+def test_the_fresh_process_reads_nothing_but_the_folder(tmp_path):
+    """Where the folder is not one, the process ends with transformers' reason."""
+    checkpoint, folder = merged(tmp_path)
+    shutil.rmtree(folder)
+    proof = prove(checkpoint, PLAN, folder)
+    assert "could not reload and run it" in proof["error"] and proof["passed"] is False
