@@ -132,16 +132,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate",
         formatter_class=raw,
-        help="5-shot MMLU by subject and perplexity of one model",
+        help="5-shot MMLU by subject, further tasks and perplexity of one model",
         description="Evaluate a model as it is: MMLU accuracy by subject with standard errors, answer NLL, perplexity\n"
-        "of the questions' own tokens and of plain text.",
+        "of the questions' own tokens and of plain text; and the tasks of a configuration's tasks section (PIQA,\n"
+        "HellaSwag, ARC, OpenBookQA, BoolQ, RACE from files). The same command again resumes where it stopped.",
         epilog="examples:\n"
         "  raymerge evaluate demo --out runs/base\n"
         "  raymerge evaluate runs/demo/models/found_bayes --mmlu demo --out runs/best\n"
-        "  raymerge evaluate Qwen/Qwen2.5-1.5B --mmlu cais/mmlu --subjects medical,law --limit 50 --out runs/qwen",
+        "  raymerge evaluate Qwen/Qwen2.5-1.5B --mmlu cais/mmlu --subjects medical,law --limit 50 --out runs/qwen\n"
+        "  raymerge evaluate demo --mmlu none --set tasks.piqa.format=piqa --set tasks.piqa.file=validation.jsonl \\\n"
+        "      --out runs/piqa",
     )
     evaluate.add_argument("model", help="demo, a checkpoint folder, or a hub id")
-    evaluate.add_argument("--mmlu", default="demo", metavar="DIR", help="demo, a folder, or a hub id (default: demo)")
+    evaluate.add_argument("--mmlu", default="demo", metavar="DIR", help="demo, a folder, a hub id, or none")
     evaluate.add_argument("--language", default="en", help="language of the questions (default: en)")
     evaluate.add_argument("--subjects", default="all", help="subjects and domains, comma separated (default: all)")
     evaluate.add_argument("--limit", type=int, metavar="N", help="at most N questions a subject")
@@ -149,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--shots", type=int, default=5, help="few-shot examples (default: 5)")
     evaluate.add_argument("--text", default="demo", metavar="FILE", help="plain text for perplexity, demo or none")
     evaluate.add_argument("--no-question-perplexity", action="store_true", help="skip the prompts' own tokens: faster")
+    evaluate.add_argument("--config", metavar="FILE", help="YAML file with a tasks section and what has no option here")
     evaluate.add_argument("--out", required=True, metavar="RUN", help="run directory")
     evaluate.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="any further option")
     evaluate.set_defaults(run=_evaluate)
@@ -286,10 +290,10 @@ def _show_config(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    text = "null" if options.text == "none" else options.text
+    mmlu, text = ("null" if source == "none" else source for source in (options.mmlu, options.text))
     overrides = [
         f"model.path={options.model}",
-        f"data.mmlu={options.mmlu}",
+        f"data.mmlu={mmlu}",
         f"data.language={options.language}",
         f"data.subjects={options.subjects}",
         f"data.shots={options.shots}",
@@ -300,7 +304,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     ]
     if options.limit is not None:
         overrides.append(f"data.report_limit_per_subject={options.limit}")
-    config = load_config(None, overrides + options.set)
+    config = load_config(options.config, overrides + options.set)
     _check_lasts(config.output.run)
     from raymerge.experiments import evaluate
 

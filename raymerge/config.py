@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator, model_validator
 
 from raymerge.errors import UserError
 from raymerge.objectives import parse_objective
@@ -47,12 +47,13 @@ class ModelConfig(_Section):
 
 
 class DataConfig(_Section):
-    """Questions and text. mmlu: demo, a folder (CSV or parquet) or a hub id. subjects: all, or a list of subjects and
-    domains. Limits are questions a subject, drawn with `seed`. perplexity_text: demo, a text file, or null;
-    perplexity_tokens: at most so many of its tokens. question_perplexity: also the loss of the questions' own prompt
-    tokens (the whole vocabulary at every token, so it costs far more than the answers do)."""
+    """Questions and text. mmlu: demo, a folder (CSV or parquet) or a hub id; null, for `evaluate` alone, asks none.
+    subjects: all, or a list of subjects and domains. Limits are questions a subject, drawn with `seed`.
+    perplexity_text: demo, a text file, or null; perplexity_tokens: at most so many of its tokens. question_perplexity:
+    also the loss of the questions' own prompt tokens (the whole vocabulary at every token, so it costs far more than
+    the answers do)."""
 
-    mmlu: str = "demo"
+    mmlu: str | None = "demo"
     revision: str | None = None
     language: str = "en"
     subjects: Literal["all"] | list[str] = "all"
@@ -78,6 +79,31 @@ class DataConfig(_Section):
 
 RefitMethod = Literal["none", "linear", "scale", "outputs", "units"]
 BlockMeasure = Literal["cosine", "angular", "similarity", "loss", "search"]
+
+
+class TaskConfig(_Section):
+    """One task of the tasks section."""
+
+    format: Literal["piqa", "hellaswag", "arc", "openbookqa", "boolq", "race"]
+    file: str
+    limit: Positive | None = None
+    shots: Annotated[int, Field(ge=0)] = 0
+    examples: str | None = None
+
+    @model_validator(mode="after")
+    def _has_its_examples(self) -> TaskConfig:
+        if self.shots and self.examples is None:
+            raise ValueError(f"shots is {self.shots}, so examples must name a file of the same format, such as train")
+        return self
+
+
+class TasksConfig(RootModel[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], TaskConfig]]):
+    """Further multiple-choice tasks that evaluate, search and sweep report on, under names of your own: as lm-eval
+    asks them, choices ranked by log-likelihood. format: piqa, hellaswag, arc, openbookqa, boolq or race; file: JSON
+    lines or parquet in the columns of the hub's data set; limit: at most so many items, drawn with data.seed; shots:
+    the first so many items of the file `examples` before each. As in {piqa: {format: piqa, file: validation.jsonl}}."""
+
+    model_config = ConfigDict(frozen=True)
 
 
 class PlanConfig(_Section):
@@ -397,6 +423,7 @@ class Config(_Section):
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    tasks: TasksConfig = TasksConfig({})
     plan: PlanConfig = PlanConfig()
     search: SearchConfig = SearchConfig()
     gradient: GradientConfig = GradientConfig()
@@ -517,15 +544,17 @@ def _explain(error: ValidationError) -> list[str]:
             found[f"unknown key {'.'.join(where)}"] = [_near(where)]
             continue
         shown = "" if isinstance(problem["input"], dict | BaseModel) else f" = {problem['input']!r}"
-        # Beyond section and key, pydantic's location names the alternative that it tried.
-        found.setdefault(".".join(where[:2]) + shown, []).append(problem["msg"].removeprefix("Value error, "))
+        # Beyond section and key, pydantic's location names the alternative that it tried. A task's key has its name.
+        key = ".".join(where[: 3 if where[:1] == ["tasks"] else 2])
+        found.setdefault(key + shown, []).append(problem["msg"].removeprefix("Value error, "))
     return [f"{key}: {' or '.join(messages)}".removeprefix(": ") for key, messages in found.items()]
 
 
 def _near(where: list[str]) -> str:
     section: Any = Config
     for part in where[:-1]:
-        section = section.model_fields[part].annotation
+        field = section.model_fields.get(part)
+        section = TaskConfig if field is None else field.annotation  # the name of a task is nobody's field
     known = list(section.model_fields)
     near = difflib.get_close_matches(where[-1], known, n=1)
     return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"

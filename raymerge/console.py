@@ -176,6 +176,7 @@ def print_search(run: RunDirectory, split: str) -> None:
     _print_table(*summary.comparison_table(run, manifest["best"]["plan_id"]))
     for line in summary.comparison_notes(run, manifest["best"]["plan_id"]):
         print(line)
+    _print_tasks(run, manifest["best"]["plan_id"])
     for key, facts in manifest.items():
         if key.endswith("_search") and facts["share_not_scoring"] is not None:
             print(
@@ -204,6 +205,21 @@ def _print_blocks(run: RunDirectory) -> None:
             print(f"  {line}")
 
 
+def _print_tasks(run: RunDirectory, plan_id: str | None = None) -> None:
+    """The further tasks, where there are any, with a plan's comparisons."""
+    from raymerge import summary
+
+    header, cells = summary.task_table(run)
+    if not cells:
+        return
+    print("\nTasks (acc: log-likelihood, acc_norm: log-likelihood per character):")
+    _print_table(header, cells)
+    header, cells = summary.task_comparison_table(run, plan_id)
+    if cells:
+        print("\nTasks, 95 % intervals of the paired difference:")
+        _print_table(header, cells)
+
+
 def print_evaluation(run: RunDirectory, split: str) -> None:
     """Accuracy by subject, averages and perplexities of an evaluation."""
     from raymerge import summary
@@ -223,10 +239,12 @@ def print_evaluation(run: RunDirectory, split: str) -> None:
                 summary.number(questions.get(key)),
             ]
         )
-    _print_table(["subject", "n", "accuracy ± se [95 %]", "answer NLL", "question ppl"], cells[2:] + cells[:2])
-    (line,) = summary.plan_lines(run, split)
-    print(f"\nAlways answering A: {summary.always_a_share(run, split):.4f}", end="; ")
-    print(f"plain-text perplexity: {summary.number(line['perplexity'])}")
+    if cells:
+        _print_table(["subject", "n", "accuracy ± se [95 %]", "answer NLL", "question ppl"], cells[2:] + cells[:2])
+        print(f"\nAlways answering A: {summary.always_a_share(run, split):.4f}")
+    _print_tasks(run)
+    text = [row["perplexity"] for row in run.read("perplexity").to_pylist() if row["target"] == "text"]
+    print(f"Plain-text perplexity: {summary.number(text[0] if text else None)}")
     _print_incidents(run)
     print(f"Tables and manifest: {run.path_of().rstrip('/')}")
 
@@ -264,5 +282,6 @@ def print_sweep(run: RunDirectory, split: str) -> None:
 
     _print_table(*summary.sweep_table(run, split))
     _print_blocks(run)
+    _print_tasks(run)
     _print_incidents(run)
     print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")

@@ -19,7 +19,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.forward import GroupStates, LayerRunner
 from raymerge.fusion import check_mergeable
 from raymerge.plan import MergePlan
-from raymerge.prompts import Prompts, Shard
+from raymerge.prompts import ChoicePrompts, Prompts, Shard
 from raymerge.trunk import TrunkCache
 
 _TEXT_TOKENS = 512  # positions whose whole-vocabulary logits are computed at once
@@ -88,6 +88,33 @@ def answer_shard(
 
 
 @torch.inference_mode()
+def score_choices(
+    runner: LayerRunner,
+    plan: MergePlan,
+    prompts: ChoicePrompts,
+    shard: Shard,
+    *,
+    trunk: TrunkCache | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-likelihoods under the merged model of the choices in one shard of a task, each after its context.
+
+    Returns the choices' numbers (n,) int64, ascending, and the sums over their tokens (n,) float64 in nats. trunk: as
+    for `answer_shard`.
+    """
+    parts = []
+    for state in merged_states(runner, plan, shard, trunk):
+        rows = np.array(state.group.rows)
+        own = np.array([len(ids) for ids in state.group.sequences])
+        owner, _, before, targets = _scored(state, own - prompts.scored[rows])
+        parts.append((rows[owner], before, targets))
+    # The groups together, as below: one context's choices are too few tokens for a window of the vocabulary.
+    owners, before, targets = zip(*parts, strict=True)
+    rows, of = np.unique(np.concatenate(owners), return_inverse=True)
+    nll = _token_nll(runner, torch.cat(before), torch.from_numpy(np.concatenate(targets)))
+    return rows, -np.bincount(of, weights=nll)
+
+
+@torch.inference_mode()
 def text_nll(
     runner: LayerRunner, plan: MergePlan, shard: Shard, *, trunk: TrunkCache | None = None
 ) -> tuple[float, int]:
@@ -120,21 +147,27 @@ def token_losses(runner: LayerRunner, state: GroupStates) -> tuple[np.ndarray, n
 
     With a prefix its last position predicts the first own token; without one the first token is not scored.
     """
+    owner, positions, before, targets = _scored(state, np.zeros(len(state.group.sequences), dtype=np.int64))
+    # All sequences together: one window of the vocabulary is converted for many tokens, not for a question's 70.
+    return owner, positions, _token_nll(runner, before, torch.from_numpy(targets))
+
+
+def _scored(state: GroupStates, skip: np.ndarray) -> tuple[np.ndarray, np.ndarray, Tensor, np.ndarray]:
+    """A group's tokens without the first skip[i] of each sequence i: sequence (N,), position (N,), the state before the
+    token (N, d), the token (N,)."""
     n_prefix = state.prefix.shape[1]
-    has_prefix = n_prefix > 0
     before, targets, owner, positions = [], [], [], []
     for members, lengths, x in state.batches:
         for row, i in enumerate(members):
             ids = state.group.sequences[i]
-            if has_prefix:
+            start = max(int(skip[i]), 0 if n_prefix else 1)
+            if start == 0:
                 before.append(state.prefix[0, -1:])
-            before.append(x[row, : lengths[row] - 1])
-            targets.append(ids if has_prefix else ids[1:])
+            before.append(x[row, max(start - 1, 0) : lengths[row] - 1])
+            targets.append(ids[start:])
             owner += [i] * len(targets[-1])
-            positions.append(np.arange(n_prefix if has_prefix else 1, n_prefix + len(ids)))
-    # All sequences together: one window of the vocabulary is converted for many tokens, not for a question's 70.
-    nll = _token_nll(runner, torch.cat(before), torch.from_numpy(np.concatenate(targets)))
-    return np.array(owner, dtype=np.int64), np.concatenate(positions), nll
+            positions.append(np.arange(n_prefix + start, n_prefix + len(ids)))
+    return np.array(owner, dtype=np.int64), np.concatenate(positions), torch.cat(before), np.concatenate(targets)
 
 
 def _token_nll(runner: LayerRunner, states: Tensor, targets: Tensor) -> np.ndarray:

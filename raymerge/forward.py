@@ -196,11 +196,11 @@ class LayerRunner:
         """A matrix (vocabulary, d) in the stored dtype: on an accelerator a copy that stays, else mapped from disk."""
         if not self.accelerated:
             return self.checkpoint[name]
+        if name == self.checkpoint.architecture.unembedding and name not in set(iter(self.checkpoint)):
+            name = self.checkpoint.architecture.embedding  # tied, and held once
         if name not in self._tables:
-            table = self.checkpoint[name]
-            tied = [kept for kept in self._tables.values() if self.checkpoint.tied and kept.shape == table.shape]
             with torch.inference_mode(False):  # gradients are taken through it as well
-                self._tables[name] = tied[0] if tied else table.to(self.device)
+                self._tables[name] = self.checkpoint[name].to(self.device)
         return self._tables[name]
 
     @property

@@ -15,12 +15,18 @@ from raymerge import demo
 from raymerge.config import Config, ConfigError
 from raymerge.questions import DataError, Question, QuestionSet, load_questions, sample
 from raymerge.tables import RunDirectory
+from raymerge.tasks import Task, load_task
 
 # What prompts are for: to search on, to report on, to compare layers on; plain text; key-value prompts.
 SEARCH, REPORT, SUBSETS, TEXT, RETRIEVAL = "search", "report", "subsets", "text", "retrieval"
 SEARCH_TEXT = "search_text"  # the plain text that candidates are judged on, which is not the one reported on
 CALIBRATION = "calibration"  # plain text or prompts that something is chosen or fitted on
 ALL = "all"  # the subset of every subject
+
+
+def task_role(name: str) -> str:
+    """What the prompts of a task are for, beside SEARCH and the like."""
+    return f"task:{name}"
 
 
 def read_questions(config: Config, role: str) -> QuestionSet:
@@ -39,6 +45,22 @@ def read_questions(config: Config, role: str) -> QuestionSet:
     return replace(found, questions=tuple(question for part in parts for question in part))
 
 
+def read_tasks(config: Config) -> dict[str, Task]:
+    """The tasks of the tasks section, by name. Raises DataError."""
+    return {
+        name: load_task(
+            name,
+            task.format,
+            task.file,
+            shots=task.shots,
+            examples=task.examples,
+            limit=task.limit,
+            seed=config.data.seed,
+        )
+        for name, task in config.tasks.root.items()
+    }
+
+
 def calibration_questions(
     config: Config, read: Mapping[str, QuestionSet], subsets: Sequence[Subset] = (), *, wanted: bool = False
 ) -> QuestionSet | None:
@@ -55,6 +77,8 @@ def calibration_questions(
 
 def _load(config: Config, split: str, subjects: str | Iterable[str], language: str, shots: int) -> QuestionSet:
     data = config.data
+    if data.mmlu is None:
+        raise ConfigError("data.mmlu is null, but questions are needed: only `raymerge evaluate` can do without")
     return load_questions(
         data.mmlu,
         language=language,

@@ -17,8 +17,11 @@ import numpy as np
 from raymerge.errors import UserError
 from raymerge.identity import digest
 from raymerge.questions import LETTERS, QuestionSet, prefix_text, question_text
+from raymerge.tasks import Task
 
 TEXT_WINDOW = 1024  # tokens in one window of plain text; windows do not overlap
+SHARD_TOKENS = 8192  # of a shard, about: 25 MB of bfloat16 states at hidden size 1536
+_LEAST_TOKENS = 1024  # of a shard that is made small for many workers: its weights are converted anew for each
 
 
 class PromptError(UserError):
@@ -84,13 +87,35 @@ class Prompts:
         return digest([self.letters, self.answers.tolist(), [shard.identity for shard in self.shards]])
 
 
+@dataclass(frozen=True)
+class ChoicePrompts:
+    """A tokenised task. Choices are numbered item by item, `first` (items + 1,) int64 saying where each item's begin;
+    rows of the groups are these numbers. scored (choices,) int64: how many of the last tokens of a choice's sequence
+    are its own, the others being context. All choices of an item are in one shard.
+    """
+
+    shards: tuple[Shard, ...]
+    first: np.ndarray
+    scored: np.ndarray
+
+    def items(self, shard: Shard) -> np.ndarray:
+        """The items (ascending int64) whose choices a shard holds."""
+        rows = np.array([row for group in shard.groups for row in group.rows])
+        return np.unique(np.searchsorted(self.first, rows, side="right") - 1)
+
+
 def encode_questions(
-    questions: QuestionSet, tokenizer: Any, *, add_bos: bool | None = None, shard_tokens: int = 8192
+    questions: QuestionSet,
+    tokenizer: Any,
+    *,
+    add_bos: bool | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    shards: int = 1,
 ) -> Prompts:
     """Tokenise a question set.
 
     add_bos: put the beginning-of-sequence token first; None does what the tokenizer does by default.
-    shard_tokens: target size of a shard.
+    shard_tokens: target size of a shard; smaller where there would be fewer than `shards`, but 1,024 at the least.
     """
     bos = bos_token(tokenizer, add_bos)
     groups, letters = [], None
@@ -115,7 +140,69 @@ def encode_questions(
     if letters is None:
         raise PromptError("the question set is empty")
     answers = np.array([question.answer for question in questions.questions], dtype=np.int8)
-    return Prompts(_shards(groups, shard_tokens), letters, answers, bos is not None)
+    limit = _limit(sum(group.tokens for group in groups), shard_tokens, shards)
+    return Prompts(_shards(groups, limit), letters, answers, bos is not None)
+
+
+def encode_task(
+    task: Task, tokenizer: Any, *, add_bos: bool | None = None, shard_tokens: int = SHARD_TOKENS, shards: int = 1
+) -> ChoicePrompts:
+    """Tokenise a task: every choice after its context, and what can be shared as the prefix of a group. Shards as
+    `encode_questions`.
+
+    As lm-evaluation-harness does (`TemplateLM._encode_pair`): white space at the context's end belongs to the choices,
+    and a choice's tokens are those that context and choice together have beyond the number that the context has alone.
+    Either an item's choices share its context, or all items the examples: whichever leaves fewer tokens to run.
+    """
+    bos = bos_token(tokenizer, add_bos)
+    first = np.concatenate([[0], np.cumsum([len(item.choices) for item in task.items])])
+    texts = [task.prefix + item.context for item in task.items]
+    contexts = _encode([text.rstrip() for text in texts], tokenizer, bos)
+    wholes = _encode(
+        [f"{text} {choice}" for text, item in zip(texts, task.items, strict=True) for choice in item.choices],
+        tokenizer,
+        bos,
+    )
+    sequences, scored = [], []
+    for number, (item, context) in enumerate(zip(task.items, contexts, strict=True)):
+        for whole in wholes[first[number] : first[number + 1]]:
+            own = whole[len(context) :]
+            if not len(own) or not len(context):
+                what = "a choice" if len(context) else "the context"
+                raise PromptError(f"task {task.name}: {what} of {item.item_id} has no tokens; fix the file")
+            sequences.append(np.concatenate([context, own]))
+            scored.append(len(own))
+    apart = [
+        _group(task.name, contexts[number], sequences, range(first[number], first[number + 1]))
+        for number in range(len(task.items))
+    ]
+    together = _group(task.name, min(contexts, key=len), sequences, range(len(sequences)))
+    tokens = sum(group.tokens for group in apart)
+    limit = _limit(min(tokens, together.tokens), shard_tokens, shards)
+    groups = apart if tokens < together.tokens else _cut(together, first, limit)
+    return ChoicePrompts(_pack(groups, limit), first, np.array(scored, dtype=np.int64))
+
+
+def _group(name: str, context: np.ndarray, sequences: Sequence[np.ndarray], rows: Sequence[int]) -> Group:
+    """Sequences `rows` with what they share with a context, so that no token to be scored is in the prefix."""
+    shared = _common_prefix(context, [sequences[row] for row in rows])
+    return Group(name, context[:shared], tuple(sequences[row][shared:] for row in rows), tuple(rows))
+
+
+def _cut(group: Group, first: np.ndarray, limit: int) -> list[Group]:
+    """A group of many items as groups of whole items of about `limit` tokens of their own, the longest first."""
+    own = np.array([len(ids) for ids in group.sequences])
+    sizes = np.add.reduceat(own, first[:-1])
+    pieces, held = [[]], 0
+    for number in np.argsort(-sizes, kind="stable"):
+        if pieces[-1] and held + sizes[number] > limit:
+            pieces.append([])
+            held = 0
+        pieces[-1] += range(first[number], first[number + 1])
+        held += sizes[number]
+    return [
+        Group(group.subject, group.prefix, tuple(group.sequences[row] for row in rows), tuple(rows)) for rows in pieces
+    ]
 
 
 def encode_text(
@@ -178,11 +265,21 @@ def _common_prefix(prefix: np.ndarray, prompts: Sequence[np.ndarray]) -> int:
     return shared
 
 
+def _limit(tokens: int, shard_tokens: int, shards: int) -> int:
+    """The size at which that many tokens make at least `shards` shards, where that is less than shard_tokens."""
+    return min(shard_tokens, max(tokens // shards, _LEAST_TOKENS))
+
+
 def _shards(groups: Sequence[Group], limit: int) -> tuple[Shard, ...]:
     """Cut large groups and pack small ones, longest sequences first, into shards of about `limit` tokens."""
+    return _pack([piece for group in groups for piece in _pieces(group, limit)], limit)
+
+
+def _pack(groups: Sequence[Group], limit: int) -> tuple[Shard, ...]:
+    """Groups in their order, as they are, in shards of about `limit` tokens."""
     shards: list[Shard] = []
     pending: list[Group] = []
-    for piece in (piece for group in groups for piece in _pieces(group, limit)):
+    for piece in groups:
         if pending and sum(group.tokens for group in pending) + piece.tokens > limit:
             shards.append(Shard(tuple(pending)))
             pending = []

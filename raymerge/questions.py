@@ -185,14 +185,19 @@ def sample(questions: Iterable[Question], n: int, seed: int) -> tuple[Question, 
     A question's rank depends on the seed, its subject and its id alone, so a sample of 10 lies within one of 20, does
     not change with the other subjects, and picks the same rows of parallel translations.
     """
-    _check_count("n", n, 1)
     questions = tuple(questions)
+    kept = drawn([[question.subject, question.question_id] for question in questions], n, seed)
+    return tuple(questions[index] for index in kept)
+
+
+def drawn(keys: Sequence[Sequence[str]], n: int, seed: int) -> list[int]:
+    """Numbers of at most n of the keys, ascending: those whose hash with the seed is lowest."""
+    _check_count("n", n, 1)
 
     def rank(index: int) -> bytes:
-        question = questions[index]
-        return hashlib.sha256(_canonical([seed, question.subject, question.question_id])).digest()
+        return hashlib.sha256(_canonical([seed, *keys[index]])).digest()
 
-    return tuple(questions[index] for index in sorted(sorted(range(len(questions)), key=rank)[:n]))
+    return sorted(sorted(range(len(keys)), key=rank)[:n])
 
 
 def prefix_text(subject: str, examples: Iterable[Question]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,9 @@ from raymerge.plan import MergePlan
 from raymerge.prompts import TEXT_WINDOW
 from raymerge.quantisation import quantised_bytes
 from raymerge.questions import QuestionSet
+from raymerge.schemas import SCHEMAS, TASK_MEASURES
 from raymerge.statistics import answer_nll, holm, mcnemar, paired_difference
+from raymerge.tasks import Task
 
 Row = dict[str, Any]
 
@@ -61,11 +63,13 @@ def coefficient_rows(plan: MergePlan, plan_id: str) -> list[Row]:
     ]
 
 
-def answer_table(plan_id: str, questions: QuestionSet, answers: Answers) -> pa.Table:
-    """Rows of `answers` for all questions of a set, in its order; `answers` must cover it exactly."""
+def answer_table(plan_id: str, questions: QuestionSet, answers: Answers, *, partial: bool = False) -> pa.Table:
+    """Rows of `answers` for all questions of a set, in its order; `answers` must cover it exactly, unless `partial`."""
     members = questions.questions
-    if not np.array_equal(answers.rows, np.arange(len(members))):
+    if not partial and not np.array_equal(answers.rows, np.arange(len(members))):
         raise ValueError(f"answers cover {len(answers.rows)} of {len(members)} questions of {questions.split}")
+    members = [members[row] for row in answers.rows]
+    asked = ~np.isnan(answers.prompt_nll)
     columns = {
         "plan_id": [plan_id] * len(members),
         "split": [questions.split] * len(members),
@@ -78,23 +82,56 @@ def answer_table(plan_id: str, questions: QuestionSet, answers: Answers) -> pa.T
         "top_is_letter": answers.top_is_letter.astype(bool),
         "answer": np.array([question.answer for question in members], dtype=np.int8),
         "predicted": answers.logits.argmax(-1).astype(np.int8),
+        "prompt_nll": pa.array(answers.prompt_nll, pa.float64(), mask=~asked),
+        "prompt_tokens": pa.array(np.where(asked, answers.prompt_tokens, 0).astype(np.int64), mask=~asked),
     }
     return pa.table(columns)
 
 
-def question_perplexity_rows(plan_id: str, questions: QuestionSet, answers: Answers) -> list[Row]:
-    """Rows of `perplexity` with target "question", one a subject and one (subject null) for all.
+def question_perplexity_rows(answers: pa.Table) -> list[Row]:
+    """Rows of `perplexity` with target "question", one a subject and one (subject null) for all, of one plan's rows of
+    `answers`.
 
     As published: exp of the mean over questions of the loss on the question's own prompt tokens.
     """
-    subjects = np.array([question.subject for question in questions.questions])
+    subjects = np.array(answers["subject"].to_pylist())
+    losses = answers["prompt_nll"].to_numpy(zero_copy_only=False)
+    tokens = answers["prompt_tokens"].to_numpy(zero_copy_only=False)
+    (plan_id,) = set(answers["plan_id"].to_pylist())
     rows = []
     for subject in [None, *sorted(set(subjects.tolist()))]:
         chosen = slice(None) if subject is None else subjects == subject
-        nll = float(answers.prompt_nll[chosen].mean())
-        tokens = int(answers.prompt_tokens[chosen].sum())
-        rows.append(perplexity_row(plan_id, "question", nll, tokens, subject=subject))
+        nll, count = float(losses[chosen].mean()), int(np.nansum(tokens[chosen]))
+        rows.append(perplexity_row(plan_id, "question", nll, count, subject=subject))
     return rows
+
+
+def task_answer_table(plan_id: str, task: Task, items: np.ndarray, log_likelihoods: np.ndarray) -> pa.Table:
+    """Rows of `task_answers` for some items of a task (their numbers), from the log-likelihoods of all their choices,
+    one item after the other. Ties go to the first choice, as in lm-evaluation-harness."""
+    rows, start = [], 0
+    for item in (task.items[number] for number in items):
+        found = log_likelihoods[start : start + len(item.choices)]
+        start += len(item.choices)
+        lengths = np.array([len(choice) for choice in item.choices], dtype=np.float64)
+        with np.errstate(divide="ignore"):  # an empty choice is never the likeliest per character
+            normalised = int(np.argmax(found / lengths))
+        rows.append(
+            {
+                "plan_id": plan_id,
+                "task": task.name,
+                "item_id": item.item_id,
+                "content_hash": item.content_hash,
+                "log_likelihoods": found.tolist(),
+                "lengths": lengths.tolist(),
+                "answer": item.answer,
+                "predicted": int(np.argmax(found)),
+                "predicted_norm": normalised if task.normalised else None,
+            }
+        )
+    if start != len(log_likelihoods):
+        raise ValueError(f"{len(log_likelihoods)} log-likelihoods for {len(items)} items with {start} choices")
+    return pa.Table.from_pylist(rows, SCHEMAS["task_answers"].remove(0))
 
 
 def perplexity_row(
@@ -195,20 +232,36 @@ def comparison_rows(split: str, answers: pa.Table, pairs: Sequence[tuple[str, st
     Differences are those of a pair's first plan minus its second, with paired-bootstrap intervals of 95 %. The pairs
     are one family: p_holm is adjusted for all of them, measure by measure. `answers` holds the plans' rows of `split`.
     """
-    sides = {plan: _side(answers, plan) for plan in dict.fromkeys(plan for pair in pairs for plan in pair)}
+    return _compared({"split": split}, pairs, lambda plan_id: _side(answers, plan_id))
+
+
+def task_comparison_rows(answers: pa.Table, pairs: Sequence[tuple[str, str]]) -> list[Row]:
+    """Rows of `task_comparisons`, by task and measure as `comparison_rows`. answers: rows of `task_answers`."""
+    found = []
+    for task in pc.unique(answers["task"]).to_pylist():
+        own = answers.filter(pc.equal(answers["task"], task))
+        found += _compared({"task": task}, pairs, lambda plan_id, own=own: _task_side(own, plan_id))
+    return found
+
+
+def _compared(
+    common: Row, pairs: Sequence[tuple[str, str]], side: Callable[[str], tuple[list[str], dict[str, np.ndarray]]]
+) -> list[Row]:
+    """One row a pair and measure; side(plan_id) gives ids of what was asked, and each measure of it: bool or float."""
+    sides = {plan: side(plan) for plan in dict.fromkeys(plan for pair in pairs for plan in pair)}
     rows = []
     for plan_a, plan_b in pairs:
-        (ids_a, *measures_a), (ids_b, *measures_b) = sides[plan_a], sides[plan_b]
+        (ids_a, measures_a), (ids_b, measures_b) = sides[plan_a], sides[plan_b]
         if ids_a != ids_b:
-            raise ValueError(f"plans {plan_a} and {plan_b} did not answer the same questions of {split}")
-        for measure, a, b in zip(("accuracy", "answer_nll"), measures_a, measures_b, strict=True):
-            difference = paired_difference(a, b)
-            exact = measure == "accuracy"
+            raise ValueError(f"plans {plan_a} and {plan_b} did not answer the same questions of {[*common.values()]}")
+        for measure, a in measures_a.items():
+            b = measures_b[measure]
+            difference, exact = paired_difference(a, b), a.dtype == bool
             rows.append(
                 {
                     "plan_a": plan_a,
                     "plan_b": plan_b,
-                    "split": split,
+                    **common,
                     "measure": measure,
                     "difference": difference.difference,
                     "ci_low": difference.ci_low,
@@ -224,9 +277,21 @@ def comparison_rows(split: str, answers: pa.Table, pairs: Sequence[tuple[str, st
     return rows
 
 
-def _side(answers: pa.Table, plan_id: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+def _side(answers: pa.Table, plan_id: str) -> tuple[list[str], dict[str, np.ndarray]]:
     """A plan's question ids in order, which of them it got right, and their answer NLL."""
     rows = answers.filter(pc.equal(answers["plan_id"], plan_id)).sort_by("question_id")
     logits = np.stack([rows[f"logit_{letter}"].to_numpy() for letter in "abcd"], axis=1)
     answer = rows["answer"].to_numpy()
-    return rows["question_id"].to_pylist(), rows["predicted"].to_numpy() == answer, answer_nll(logits, answer)
+    measures = {"accuracy": rows["predicted"].to_numpy() == answer, "answer_nll": answer_nll(logits, answer)}
+    return rows["question_id"].to_pylist(), measures
+
+
+def _task_side(answers: pa.Table, plan_id: str) -> tuple[list[str], dict[str, np.ndarray]]:
+    """A plan's items in order, and which of them it got right by each measure that the task has."""
+    rows = answers.filter(pc.equal(answers["plan_id"], plan_id)).sort_by("item_id")
+    right = {
+        measure: rows[column].to_numpy(zero_copy_only=False) == rows["answer"].to_numpy()
+        for measure, column in TASK_MEASURES.items()
+        if not rows[column].null_count
+    }
+    return rows["item_id"].to_pylist(), right

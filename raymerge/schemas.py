@@ -10,6 +10,9 @@ from raymerge.statistics import accuracy_summary, answer_nll, macro_interval, ma
 MICRO, MACRO = "_micro", "_macro"
 """Subjects of `accuracy` that are averages: over questions, and over subjects."""
 
+TASK_MEASURES = {"acc": "predicted", "acc_norm": "predicted_norm"}
+"""Measures of `task_accuracy`, and the columns of `task_answers` that they judge by."""
+
 _TYPES = {
     "str": pa.string(),
     "i8": pa.int8(),
@@ -60,15 +63,26 @@ SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
     "trials": "searcher:str iteration:i32 batch:i32 tune_trial:str actor:str seed:i64 plan_id:str block:i32? "
         "alphas:list objective:str value:f64? accuracy:f64? nll:f64? perplexity:f64? n_questions:i32 seconds:f64 "
         "cpu_seconds:f64? status:str error:str?",
-    # answer and predicted: 0 to 3 for A to D
+    # answer and predicted: 0 to 3 for A to D; prompt_nll: mean NLL (nats) of the question's own prompt_tokens
     "answers": "plan_id:str split:str language:str subject:str question_id:str content_hash:str logit_a:f32 "
-        "logit_b:f32 logit_c:f32 logit_d:f32 logsumexp_all:f32? top_is_letter:bool? answer:i8 predicted:i8",
+        "logit_b:f32 logit_c:f32 logit_d:f32 logsumexp_all:f32? top_is_letter:bool? answer:i8 predicted:i8 "
+        "prompt_nll:f64? prompt_tokens:i64?",
+    # one item of a task (tasks.py): log-likelihood (nats) and characters of each choice; answer, predicted and, where
+    # the task's convention has it, predicted_norm (log-likelihood per character) are choices' numbers from 0
+    "task_answers": "plan_id:str task:str item_id:str content_hash:str log_likelihoods:list lengths:list answer:i8 "
+        "predicted:i8 predicted_norm:i8?",
+    # measure acc or acc_norm, by predicted or predicted_norm; 95 % intervals are Wilson's
+    "task_accuracy": "plan_id:str task:str measure:str n:i32 correct:i32 accuracy:f64 standard_error:f64 ci_low:f64 "
+        "ci_high:f64",
     # 95 % intervals: Wilson's; of _macro with the effective number of questions (statistics.macro_interval)
     "accuracy": "plan_id:str split:str language:str subject:str n:i32 correct:i32 accuracy:f64 standard_error:f64 "
         "ci_low:f64? ci_high:f64? nll:f64",
     # difference = plan_a - plan_b, 95 % interval; p_value uncorrected, p_holm over the comparisons of the same measure
     # in the same family: those of the best plan found, or all others
     "comparisons": "plan_a:str plan_b:str split:str measure:str difference:f64 ci_low:f64 ci_high:f64 p_value:f64 "
+        "p_holm:f64? test:str",
+    # the same by task; p_holm over the comparisons of one task and measure in the same family
+    "task_comparisons": "plan_a:str plan_b:str task:str measure:str difference:f64 ci_low:f64 ci_high:f64 p_value:f64 "
         "p_holm:f64? test:str",
     "perplexity": "plan_id:str target:str subject:str? tokens:i64 nll:f64 perplexity:f64 text_hash:str?",
     "costs": "plan_id:str layers:i32 layers_removed:i32 parameters:i64 parameters_removed:i64 bytes:i64 "
@@ -208,6 +222,35 @@ def derive_accuracy(answers: pa.Table) -> list[dict]:
         macro = {**lines[0], "subject": MACRO, "accuracy": accuracy, "standard_error": error, "nll": mean_nll}
         macro |= {"ci_low": low, "ci_high": high}
         result += [{**base, **line} for line in [lines[0], macro, *lines[1:]]]
+    return result
+
+
+def derive_task_accuracy(answers: pa.Table) -> list[dict]:
+    """Return the rows of table `task_accuracy` that follow from rows of `task_answers`: plans, tasks and measures in
+    order of appearance. Standard errors and intervals as in `derive_accuracy`.
+
+    Raises
+    ------
+    ValueError
+        If an item occurs twice for the same plan and task.
+    """
+    groups: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in answers.to_pylist():
+        items = groups.setdefault((row["plan_id"], row["task"]), {})
+        if row["item_id"] in items:
+            raise ValueError(f"item {row['item_id']} of task {row['task']} is there twice for plan {row['plan_id']}")
+        items[row["item_id"]] = row
+    result = []
+    for (plan_id, task), items in groups.items():
+        for measure, column in TASK_MEASURES.items():
+            predicted = [row[column] for row in items.values()]
+            if None in predicted:
+                continue
+            correct = np.array([row["answer"] for row in items.values()]) == np.array(predicted)
+            summary = accuracy_summary(correct)
+            low, high = wilson_interval(summary.correct, summary.n)
+            found = {"measure": measure, **summary._asdict(), "ci_low": low, "ci_high": high}
+            result.append({"plan_id": plan_id, "task": task, **found})
     return result
 
 

@@ -101,11 +101,14 @@ def share(value: float, error: float, interval: tuple[float | None, float | None
     return f"{value:.4f} ± {error:.4f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
+_MORE_IS_BETTER = ("accuracy", "acc", "acc_norm")
+
+
 def verdict(row: dict) -> str:
     """What a row of `comparisons` says of its first plan: more accuracy is better, less answer NLL."""
     if row["p_value"] >= 0.05:
         return "indistinguishable"
-    found = "better" if (row["difference"] > 0) == (row["measure"] == "accuracy") else "worse"
+    found = "better" if (row["difference"] > 0) == (row["measure"] in _MORE_IS_BETTER) else "worse"
     alone = row["p_holm"] is not None and row["p_holm"] >= 0.05
     return f"{found}, but not among so many comparisons" if alone else found
 
@@ -116,25 +119,49 @@ def ceiling(row: dict) -> float | None:
     return None if a is None or b is None or a * b < 0 else math.sqrt(a * b)
 
 
+_COMPARED = ["plan", "against", "difference", "95 % interval", "p", "p (Holm)", "verdict"]
+
+
 def comparison_table(run: RunDirectory, plan_id: str | None = None) -> tuple[list[str], list[list[str]]]:
     """Header and cells: comparisons of accuracies, of one plan if it is given, saying where
     two plans cannot be told apart."""
     names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
-    header = ["plan", "against", "difference", "95 % interval", "p", "p (Holm)", "verdict"]
+    return _COMPARED, [_compared(names, row) for row in _comparisons(run, plan_id)]
+
+
+def _compared(names: dict[str, str], row: dict) -> list[str]:
+    return [
+        names.get(row["plan_a"], row["plan_a"]),
+        names.get(row["plan_b"], row["plan_b"]),
+        f"{row['difference']:+.4f}",
+        f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]",
+        f"{row['p_value']:.3g}",
+        "–" if row["p_holm"] is None else f"{row['p_holm']:.3g}",
+        verdict(row),
+    ]
+
+
+def task_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: every plan's accuracy on every task, by each measure that the task's convention has."""
+    names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
+    header = ["plan", "task", "n", "measure", "accuracy ± se [95 %]"]
     cells = []
-    for row in _comparisons(run, plan_id):
-        cells.append(
-            [
-                names.get(row["plan_a"], row["plan_a"]),
-                names.get(row["plan_b"], row["plan_b"]),
-                f"{row['difference']:+.4f}",
-                f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]",
-                f"{row['p_value']:.3g}",
-                "–" if row["p_holm"] is None else f"{row['p_holm']:.3g}",
-                verdict(row),
-            ]
-        )
+    for row in sorted(run.read("task_accuracy").to_pylist(), key=lambda row: (row["task"], row["measure"])):
+        found = share(row["accuracy"], row["standard_error"], (row["ci_low"], row["ci_high"]))
+        cells.append([names[row["plan_id"]], row["task"], str(row["n"]), row["measure"], found])
     return header, cells
+
+
+def task_comparison_table(run: RunDirectory, plan_id: str | None = None) -> tuple[list[str], list[list[str]]]:
+    """`comparison_table` on every task, by the measure that its convention prefers: acc_norm where it has one."""
+    names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
+    rows, cells = run.read("task_comparisons").to_pylist(), []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        measure = max(row["measure"] for row in rows if row["task"] == task)
+        for row in rows:
+            if (row["task"], row["measure"]) == (task, measure) and plan_id in (None, row["plan_a"], row["plan_b"]):
+                cells.append([task, measure, *_compared(names, row)])
+    return ["task", "measure", *_COMPARED], cells
 
 
 def comparison_notes(run: RunDirectory, plan_id: str | None = None) -> list[str]:

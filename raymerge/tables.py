@@ -25,7 +25,7 @@ import yaml
 
 from raymerge.identity import canonical_json, digest, plain, software
 from raymerge.objectives import is_minimised
-from raymerge.schemas import MACRO, MICRO, SCHEMAS, conform, derive_accuracy, schema_of
+from raymerge.schemas import MACRO, MICRO, SCHEMAS, conform, derive_accuracy, derive_task_accuracy, schema_of
 from raymerge.storage import TEMPORARY, RunError, Storage
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "RunDirectory",
     "RunError",
     "derive_accuracy",
+    "derive_task_accuracy",
     "is_minimised",
 ]
 

@@ -25,13 +25,14 @@ from raymerge.config import Config
 from raymerge.context import RetrievalSet, position_nll, retrieval_prompts, retrieve, usable_distances
 from raymerge.device import choose_device, device_memory, device_name, is_accelerator, release_cached
 from raymerge.errors import UserError
-from raymerge.evaluation import Answers, answer_shard, generation_speed, text_nll
+from raymerge.evaluation import Answers, answer_shard, generation_speed, score_choices, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
 from raymerge.gradient import descend, descent_settings
 from raymerge.identity import digest
 from raymerge.inputs import (
     CALIBRATION,
+    REPORT,
     RETRIEVAL,
     SEARCH,
     SEARCH_TEXT,
@@ -43,12 +44,14 @@ from raymerge.inputs import (
     read_questions,
     read_search_text,
     read_subsets,
+    read_tasks,
     read_text,
+    task_role,
 )
 from raymerge.memory import MemoryPlanError
 from raymerge.objectives import parse_objective, score_answers
 from raymerge.plan import MergePlan, base_plan
-from raymerge.prompts import Prompts, Shard, encode_questions, encode_text
+from raymerge.prompts import ChoicePrompts, Prompts, Shard, encode_questions, encode_task, encode_text
 from raymerge.questions import QuestionSet
 from raymerge.refit import Refitter, Sums
 from raymerge.reliability import Study, study
@@ -104,9 +107,10 @@ def refuse_oversized(checkpoint: Checkpoint, dtype: torch.dtype, template: Merge
 class ModelWorker:
     """Holds a model (weights mapped from disk), tokenised prompts by role, and the trunk's states.
 
-    roles: what it is asked about: SEARCH, REPORT, SUBSETS, CALIBRATION. template: the plan whose coefficients are
-    searched. firsts: layers whose inputs are cached, so that plans which change nothing before them start there.
-    cache: folder of trunk states, activations and alignments.
+    roles: what it is asked about: SEARCH, REPORT, SUBSETS, CALIBRATION, and tasks (`inputs.task_role`). template: the
+    plan whose coefficients are searched. firsts: layers whose inputs are cached, so that plans which change nothing
+    before them start there. cache: folder of trunk states, activations and alignments. shards: so many shards at least
+    of each role's prompts, where they have the tokens for it.
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class ModelWorker:
         cache: str | Path,
         template: MergePlan | None = None,
         firsts: Sequence[int] = (),
+        shards: int = 1,
     ):
         # One thread is the safe default on CPUs: several workers of several threads each have been measured a
         # hundred times slower.
@@ -124,9 +129,10 @@ class ModelWorker:
         model = config.model
         device = choose_device(config.workers.gpus_per_worker)
         dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
-        self.config, self.template, self.cache = config, template, Path(cache)
+        self.config, self.template, self.cache, self._shards_wanted = config, template, Path(cache), shards
         self.checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-        self.questions = {role: read_questions(config, role) for role in roles if role not in (SUBSETS, CALIBRATION)}
+        self.questions = {role: read_questions(config, role) for role in roles if role in (SEARCH, REPORT)}
+        self.tasks = {name: task for name, task in read_tasks(config).items() if task_role(name) in roles}
         self.subsets: list[Subset] = read_subsets(config) if SUBSETS in roles else []
         self.search_text = read_search_text(config) if SEARCH in roles else None
         self._calibrates = CALIBRATION in roles
@@ -148,6 +154,7 @@ class ModelWorker:
         self.runner.refits = self.refitter.tensors
         self._trunks = {first: TrunkCache(self.runner, first, self.cache) for first in sorted(firsts)}
         self._prompts: dict[str, Prompts] = {}
+        self._choices: dict[str, ChoicePrompts] = {}
         self._scorers: dict[tuple[str, int], TailScorer] = {}
         self._sources: dict[int, SourceLayers] = {}
 
@@ -161,6 +168,7 @@ class ModelWorker:
             "model_identity": self.checkpoint.identity,
             "data_identities": {role: questions.identity for role, questions in self.questions.items()}
             | {f"{subset.name}/{subset.language}": subset.questions.identity for subset in self.subsets}
+            | {task_role(name): task.identity for name, task in self.tasks.items()}
             | ({} if self.search_text is None else {SEARCH_TEXT: text_hash(self.search_text[0])})
             | ({CALIBRATION: self._calibration_identity} if self._calibrates else {}),
         }
@@ -184,7 +192,16 @@ class ModelWorker:
         return self._prompts[role]
 
     def _encode(self, questions: QuestionSet) -> Prompts:
-        return encode_questions(questions, self.checkpoint.tokenizer, add_bos=self.config.model.add_bos)
+        options = {"add_bos": self.config.model.add_bos, "shards": self._shards_wanted}
+        return encode_questions(questions, self.checkpoint.tokenizer, **options)
+
+    def choice_prompts(self, role: str) -> ChoicePrompts:
+        """The tokenised task of a role, which is a task's."""
+        if role not in self._choices:
+            (task,) = [task for name, task in self.tasks.items() if task_role(name) == role]
+            options = {"add_bos": self.config.model.add_bos, "shards": self._shards_wanted}
+            self._choices[role] = encode_task(task, self.checkpoint.tokenizer, **options)
+        return self._choices[role]
 
     @cached_property
     def text_shards(self) -> tuple[Shard, ...]:
@@ -218,8 +235,10 @@ class ModelWorker:
         return tuple(shards[number] for number in sorted(chosen))
 
     def shards(self, of: str) -> tuple[Shard, ...]:
-        """The shards of a role's questions, of a plain text (TEXT, SEARCH_TEXT), of the calibration section
+        """The shards of a role's questions or task, of a plain text (TEXT, SEARCH_TEXT), of the calibration section
         (CALIBRATION), or of the key-value prompts (RETRIEVAL)."""
+        if of in map(task_role, self.tasks):
+            return self.choice_prompts(of).shards
         if of == RETRIEVAL:
             return self.retrieval_set.shards
         if of == CALIBRATION:
@@ -231,6 +250,13 @@ class ModelWorker:
     def shard_tokens(self, of: str) -> list[int]:
         """Tokens of each shard, so that the largest can be handed out first."""
         return [shard.tokens for shard in self.shards(of)]
+
+    def shard_rows(self, of: str) -> list[list[int]]:
+        """The questions of a role (or a task's items) that each shard holds, ascending."""
+        if of in map(task_role, self.tasks):
+            prompts = self.choice_prompts(of)
+            return [prompts.items(shard).tolist() for shard in prompts.shards]
+        return [sorted(row for group in shard.groups for row in group.rows) for shard in self.shards(of)]
 
     def compute_trunk(self, item: tuple[str, int]) -> int:
         """Make sure that the trunk's states of one shard (of a role or the text) are on disk; its tokens."""
@@ -410,6 +436,15 @@ class ModelWorker:
         n = len(logits)
         is_letter = np.isin(top, prompts.letters)
         return Answers(np.arange(n), logits, logsumexp, is_letter, np.full(n, np.nan), np.zeros(n, dtype=np.int64))
+
+    def score_choices(self, item: tuple[MergePlan, str, int]) -> tuple[np.ndarray, np.ndarray]:
+        """The items (n,) in one shard of a task, and the log-likelihoods (nats) under a merged model of all their
+        choices, one item after the other: (plan, the task's role, shard)."""
+        plan, role, number = item
+        prompts = self.choice_prompts(role)
+        shard = prompts.shards[number]
+        _, found = score_choices(self.runner, plan, prompts, shard, trunk=self._trunk_of(plan))
+        return prompts.items(shard), found
 
     def text_nll(self, item: tuple[MergePlan, int]) -> tuple[np.ndarray, np.ndarray]:
         """Summed NLL (nats) and scored tokens of one shard of the plain text under a merged model, by position."""

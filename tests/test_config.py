@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from raymerge.config import Config, ConfigError, load_config, parse_config
+from raymerge.config import Config, ConfigError, describe, load_config, parse_config
 
 # The shape that design.md documents; a default that changes is a change that users see.
 DEFAULTS = {
@@ -35,6 +35,7 @@ DEFAULTS = {
         "perplexity_tokens": 8192,
         "question_perplexity": False,
     },
+    "tasks": {},
     "plan": {
         "merges": 13,
         "selection": "tail",
@@ -410,3 +411,32 @@ def test_parsing_leaves_its_input_alone():
     values = {"data": {"subjects": "law,anatomy"}}
     parse_config(values, source="x")
     assert values == {"data": {"subjects": "law,anatomy"}}
+
+
+TASK = ["tasks.piqa.format=piqa", "tasks.piqa.file=x.jsonl"]
+
+
+def test_tasks_have_names_of_their_own(tmp_path):
+    config = load_config(None, [*TASK, "tasks.later-one.format=arc", "tasks.later-one.file=y", "tasks.piqa.limit=5"])
+    assert list(config.tasks.root) == ["piqa", "later-one"] and config.tasks.root["piqa"].limit == 5
+    assert parse_config(yaml.safe_load(describe(config)), source="x") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tasks.piqa.fromat=x", "unknown key tasks.piqa.fromat: did you mean format?"),
+        ("tasks.piqa.format=winogrande", "tasks.piqa.format = 'winogrande': Input should be 'piqa'"),
+        ("tasks.piqa.limit=0", "tasks.piqa.limit = 0: "),
+        ("tasks.piqa.shots=2", "tasks.piqa: shots is 2, so examples must name a file"),
+        ("tasks.b.format=arc", "tasks.b.file: Field required"),
+    ],
+)
+def test_tasks_that_do_not_do(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [*TASK, override])
+
+
+def test_a_task_s_name_can_name_a_file():
+    with pytest.raises(ConfigError, match="String should match pattern"):
+        load_config(None, ["tasks.a b.format=arc", "tasks.a b.file=x"])

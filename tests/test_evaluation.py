@@ -15,14 +15,17 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import raymerge.evaluation
+import raymerge.forward
 from raymerge.checkpoint import Checkpoint
-from raymerge.evaluation import Answers, answer_shard, text_nll
+from raymerge.evaluation import Answers, answer_shard, score_choices, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.fusion import fused_tensors
 from raymerge.plan import PlanError, base_plan, before_last_plan, drop_plan, tail_plan
-from raymerge.prompts import Group, Prompts, Shard, encode_questions, encode_text
+from raymerge.prompts import Group, Prompts, Shard, encode_questions, encode_task, encode_text
 from raymerge.questions import load_questions
+from raymerge.rows import task_answer_table
 from raymerge.scoring import TailScorer
+from raymerge.tasks import Item, Task
 from raymerge.trunk import TrunkCache
 
 torch.set_num_threads(1)
@@ -151,6 +154,92 @@ def test_plans_that_do_not_fit_are_refused(case, questions):
         answer_shard(case.runner, drop_plan(6, 2), prompts, prompts.shards[0])
     with pytest.raises(PlanError, match="the plan is for 6 layers"):
         text_nll(case.runner, drop_plan(6, 2), encode_text("the red cat", tiny.demo_tokenizer())[0])
+
+
+# -- choices of tasks ------------------------------------------------------------------------------------------------
+
+
+def make_task(shots):
+    """Five items of 2 to 4 choices; one choice begins as another does, and one is a single token."""
+    rng = np.random.default_rng(3)
+
+    def words(n):
+        return " ".join(rng.choice(tiny.WORDS, n))
+
+    items = [Item(f"t/{i}", words(int(rng.integers(3, 50))), (words(1), words(9), words(4)), 1) for i in range(4)]
+    start = words(3)
+    items.append(Item("t/4", words(20), (start, f"{start} and", "cat", words(6)), 2))
+    return Task("t", True, tuple(items), tuple(Item(f"t/e{i}", words(30), ("box", "road"), 1) for i in range(shots)))
+
+
+def likelihoods(case, plan, prompts, trunk=None):
+    parts = [score_choices(case.runner, plan, prompts, shard, trunk=trunk) for shard in prompts.shards]
+    assert all((np.diff(rows) > 0).all() for rows, _ in parts)
+    found = dict(pair for part in parts for pair in zip(*part, strict=True))
+    return np.array([found[row] for row in range(len(prompts.scored))])
+
+
+@pytest.mark.parametrize("plan", PLANS[:2], ids=lambda plan: plan.name)
+@pytest.mark.parametrize("shots", [0, 2])
+def test_log_likelihoods_are_transformers_losses_of_the_choice(case, plan, shots):
+    """Labels of -100 mask the context, as in the test of prompts."""
+    tokenizer, task = tiny.demo_tokenizer(), make_task(shots)
+    merged = tiny.merged_model(case.base, tiny.steps_of(plan))
+    expected, scale = [], 0.0
+    for item in task.items:
+        for choice in item.choices:
+            before = tokenizer(task.prefix + item.context, add_special_tokens=False)["input_ids"]
+            whole = tokenizer(f"{task.prefix}{item.context} {choice}", add_special_tokens=False)["input_ids"]
+            assert whole[: len(before)] == before
+            ids = torch.tensor(whole)[None]
+            labels = ids.clone()
+            labels[0, : len(before)] = -100
+            with torch.no_grad():
+                out = merged(input_ids=ids, labels=labels, use_cache=False)
+            expected.append(-out.loss.item() * (len(whole) - len(before)))
+            scale = max(scale, out.logits.abs().max().item() * (len(whole) - len(before)))
+    for trunk in (None, case.trunk):
+        found = likelihoods(case, plan, encode_task(task, tokenizer, shard_tokens=150), trunk)
+        assert found.dtype == np.float64 and np.abs(found - expected).max() < LIMIT * scale
+
+
+def test_batches_and_padding_never_change_an_answer(case, questions, monkeypatch):
+    """One sequence at a time, a few, and all of them padded to the longest; in many shards and in one."""
+    tokenizer, plan = tiny.demo_tokenizer(), PLANS[1]
+    answers, choices = [], []
+    for batch, shard_tokens in ((1, 60), (150, 400), (10**6, 10**6)):
+        monkeypatch.setattr(raymerge.forward, "_BATCH_TOKENS", batch)
+        prompts = encode_questions(questions, tokenizer, shard_tokens=shard_tokens)
+        answers.append(Answers.join(answer_shard(case.runner, plan, prompts, shard) for shard in prompts.shards))
+        for shots in (0, 2):
+            choices.append(likelihoods(case, plan, encode_task(make_task(shots), tokenizer, shard_tokens=shard_tokens)))
+    scale = np.abs(answers[0].logits).max()
+    for other in answers[1:]:
+        assert (other.logits.argmax(-1) == answers[0].logits.argmax(-1)).all()
+        assert np.abs(other.logits - answers[0].logits).max() < LIMIT * scale
+    for number, other in enumerate(choices[2:]):
+        # Sums over up to nine tokens.
+        np.testing.assert_allclose(other, choices[number % 2], atol=9 * LIMIT * scale)
+        table = [task_answer_table("p", make_task(0), np.arange(5), each) for each in (other, choices[number % 2])]
+        for column in ("predicted", "predicted_norm"):
+            assert table[0][column].equals(table[1][column])
+
+
+def test_what_is_predicted_of_log_likelihoods():
+    """By hand: the likeliest, per character, ties to the first, and an empty choice never per character."""
+    items = [
+        Item("t/0", "c", ("abcd", "ab", "a"), 0),  # per character -1, -1.5, -5
+        Item("t/1", "c", ("ab", "cd"), 1),  # a tie
+        Item("t/2", "c", ("", "é"), 1),  # one character, two bytes
+    ]
+    values = np.array([-4.0, -3.0, -5.0, -2.0, -2.0, -0.5, -6.0])
+    rows = task_answer_table("p", Task("t", True, tuple(items), ()), np.arange(3), values).to_pylist()
+    assert [(row["predicted"], row["predicted_norm"]) for row in rows] == [(1, 0), (0, 0), (0, 1)]
+    assert rows[2]["lengths"] == [0.0, 1.0] and rows[0]["log_likelihoods"] == [-4.0, -3.0, -5.0]
+    (row,) = task_answer_table("p", Task("t", False, tuple(items), ()), np.array([1]), values[3:5]).to_pylist()
+    assert row["item_id"] == "t/1" and row["predicted_norm"] is None
+    with pytest.raises(ValueError, match="3 log-likelihoods for 1 items with 2 choices"):
+        task_answer_table("p", Task("t", False, tuple(items), ()), np.array([1]), values[:3])
 
 
 # -- joining ---------------------------------------------------------------------------------------------------------

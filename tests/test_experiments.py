@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+import task_files
 
 import raymerge.proof
-from raymerge import summary
+from raymerge import cli, summary
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
 from raymerge.experiments import evaluate, search
@@ -46,9 +47,20 @@ def logits_on_test(run, plan_id):
     return np.stack([answers[f"logit_{letter}"].to_numpy() for letter in "abcd"])
 
 
+def tasks(folder, *names):
+    """Settings that add tasks, from files in the folder."""
+    return [
+        setting
+        for name in names
+        for setting in (f"tasks.{name}.format={name}", f"tasks.{name}.file={task_files.write(folder, name)}")
+    ]
+
+
 @pytest.fixture(scope="module")
 def run(ray_session, tmp_path_factory):
-    return search(config(tmp_path_factory.mktemp("runs") / "search", "output.verify=true"), command=["test"])
+    folder = tmp_path_factory.mktemp("runs")
+    settings = [*tasks(folder, "piqa", "boolq"), "output.verify=true"]
+    return search(config(folder / "search", *settings), command=["test"])
 
 
 def test_a_search_stores_every_candidate_and_every_control_once(run):
@@ -65,6 +77,36 @@ def test_a_search_stores_every_candidate_and_every_control_once(run):
     assert len(pc.unique(accuracy.filter(pc.equal(accuracy["split"], "test"))["plan_id"])) == 7
     assert len(run.read("perplexity")) == 7
     assert run.manifest()["rows"]["trials"] == len(trials)
+
+
+def test_a_report_has_every_plan_on_every_task(run, capsys):
+    """Merged plans and their controls, compared on the same items; the summary says so."""
+    plans = list(dict.fromkeys(run.read("plans")["plan_id"].to_pylist()))
+    accuracy = run.read("task_accuracy").to_pylist()
+    assert {(row["plan_id"], row["task"], row["measure"], row["n"]) for row in accuracy} == {
+        (plan, task, measure, n)
+        for plan in plans
+        for task, measure, n in (("piqa", "acc", 3), ("piqa", "acc_norm", 3), ("boolq", "acc", 2))
+    }
+    likelihoods = {}
+    for row in run.read("task_answers").to_pylist():
+        likelihoods.setdefault(row["plan_id"], []).append(np.round(row["log_likelihoods"], 3).tolist())
+    assert len({str(values) for values in likelihoods.values()}) == len(plans)  # no two plans are the same model
+    best = run.manifest()["best"]["plan_id"]
+    comparisons = run.read("task_comparisons").to_pylist()
+    assert len(comparisons) == 3 * len(plans) * (len(plans) - 1) / 2
+    found = {(row["plan_a"], row["plan_b"], row["task"], row["measure"]): row for row in comparisons}
+    of = {(row["plan_id"], row["task"], row["measure"]): row["accuracy"] for row in accuracy}
+    for plan in plans:
+        if plan != best:
+            row = found[best, plan, "piqa", "acc_norm"]
+            difference = of[best, "piqa", "acc_norm"] - of[plan, "piqa", "acc_norm"]
+            assert row["difference"] == pytest.approx(difference) and row["p_holm"] >= row["p_value"]
+    from raymerge.console import print_search
+
+    print_search(run, "test")
+    shown = capsys.readouterr().out
+    assert "piqa, acc_norm: found_bayes against base" in shown and "boolq, acc: found_bayes against drop" in shown
 
 
 def test_known_points_come_first_and_the_best_is_the_best(run):
@@ -254,13 +296,64 @@ def test_the_summary_is_made_from_tables(run, capsys):
         assert words in shown
 
 
-def test_an_evaluation_has_subjects_averages_and_perplexities(ray_session, tmp_path):
-    run = evaluate(config(tmp_path / "base", "data.question_perplexity=true"), command=["test"])
+def test_an_interrupted_evaluation_goes_on_by_shard(ray_session, tmp_path, monkeypatch):
+    from raymerge.experiments import model_evaluation
+    from raymerge.pool import WorkerPool
+
+    settings = ["data.question_perplexity=true", "data.report_limit_per_subject=30", *tasks(tmp_path, "arc", "race")]
+    run = evaluate(config(tmp_path / "whole", *settings), command=["test"])
     subjects = run.read("accuracy")["subject"].to_pylist()
     assert subjects == ["_micro", "_macro", "colour_mixing", "country_capitals", "number_words"]
-    perplexity = run.read("perplexity").to_pylist()
-    assert [row["target"] for row in perplexity] == ["question"] * 4 + ["text"]
+    assert [row["target"] for row in run.read("perplexity").to_pylist()] == ["question"] * 4 + ["text"]
     assert json.loads(json.dumps(run.manifest()))["status"] == "complete"
+
+    class Cut(Exception):
+        pass
+
+    asked, stored, store, ask = [], [], model_evaluation._Evaluation._store, WorkerPool.map
+
+    def cut(self, role, part, result):
+        if stored:
+            raise Cut
+        store(self, role, part, result)
+        stored.append(part)
+
+    def watched(self, method, items, on_result=None):
+        if method == "run":
+            asked.append(len(items))
+        return ask(self, method, items, on_result)
+
+    monkeypatch.setattr(model_evaluation._Evaluation, "_store", cut)
+    monkeypatch.setattr(WorkerPool, "map", watched)
+    with pytest.raises(Cut):
+        evaluate(config(tmp_path / "cut", *settings), command=["test"])
+    half = RunDirectory.load(tmp_path / "cut")
+    assert not half.complete and 0 < len(half.read("answers")) < 90
+    monkeypatch.setattr(model_evaluation._Evaluation, "_store", store)
+    again = evaluate(config(tmp_path / "cut", *settings), command=["test"])
+    before, left = asked
+    assert before >= 5 and left == before - 1  # two shards of questions or more, two tasks, text
+    for table in ("answers", "accuracy", "task_answers", "task_accuracy", "perplexity", "context"):
+        one, other = (each.read(table).drop_columns("run_id").to_pylist() for each in (run, again))
+        assert one == [pytest.approx(row, rel=1e-5, abs=1e-5) if _flat(row) else row for row in other] and one
+
+
+def _flat(row):
+    return not any(isinstance(value, list) for value in row.values())
+
+
+def test_tasks_alone_are_an_evaluation(ray_session, tmp_path, capsys):
+    out = ["--text", "none", "--out", str(tmp_path / "run"), "--set", "workers.count=1"]
+    sets = [word for setting in tasks(tmp_path, "hellaswag") for word in ("--set", setting)]
+    assert cli.main(["evaluate", "demo", "--mmlu", "none", *out, *sets]) == 0
+    run = RunDirectory.load(tmp_path / "run")
+    assert sorted(run.row_counts()) == ["costs", "plans", "task_accuracy", "task_answers"]
+    assert "hellaswag  2  acc_norm" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="nothing to evaluate on"):
+        evaluate(config(tmp_path / "none", "data.mmlu=null", "data.perplexity_text=null"))
+    with pytest.raises(ConfigError, match="data.mmlu is null"):
+        search(config(tmp_path / "none", "data.mmlu=null"))
+    assert not (tmp_path / "none").exists()
 
 
 GRADIENT = [

@@ -19,7 +19,7 @@ LAYERS = {
         "errors", "identity", "statistics", "objectives", "plan", "heuristics", "diffusion", "embedding", "similarity",
         "reliability", "assignment", "memory",
     ),
-    1: ("config", "schemas", "storage", "tables", "questions", "summary", "progress", "inputs", "sensitivity",
+    1: ("config", "schemas", "storage", "tables", "questions", "tasks", "summary", "progress", "inputs", "sensitivity",
         "report", "reference"),
     2: (
         "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "scoring", "evaluation", "rows",

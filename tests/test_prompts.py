@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import raymerge.prompts
-from raymerge.prompts import Group, PromptError, Shard, encode_questions, encode_text
+from raymerge.prompts import Group, PromptError, Shard, encode_questions, encode_task, encode_text
 from raymerge.questions import Question, QuestionSet
+from raymerge.tasks import Item, Task
 
 
 @pytest.fixture(scope="module")
@@ -320,3 +321,79 @@ def test_letters_must_be_the_same_in_every_subject():
 
 def test_a_tokenizer_without_bos_attribute_of_its_own():
     assert raymerge.prompts.bos_token(SimpleNamespace(bos_token_id=None), False) is None
+
+
+# -- tasks: choices after a context ----------------------------------------------------------------------------------
+
+LONG = "the red cat has a small box and two old birds in water near that long road of stone by night "
+
+
+def make_task(contexts, choices, examples=()):
+    items = tuple(Item(f"t/{i}", text, tuple(choices), 0) for i, text in enumerate(contexts))
+    return Task("t", True, items, tuple(Item(f"t/e{i}", text, ("yes", "no"), 1) for i, text in enumerate(examples)))
+
+
+def harness_pair(tokenizer, context, continuation, bos):
+    """Context's and continuation's ids as lm-evaluation-harness splits them (api/model.py, TemplateLM._encode_pair)."""
+
+    def encode(text):
+        return ([] if bos is None else [bos]) + tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    whole, start = encode(context + continuation), encode(context)
+    return start, whole[len(start) :]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("examples", [(), (LONG * 4, LONG)])
+@pytest.mark.parametrize("shard_tokens", [40, 10**6])
+def test_choices_are_those_of_the_harness(name, examples, shard_tokens):
+    tokenizer = TOKENIZERS[name]()
+    bos = tokenizer.bos_token_id if name == "bos" else None
+    texts = [LONG + "Answer:", "Question:\n\nthe", "in water \n", LONG]
+    choices = ["red", "red cat", " old", "A", ""]
+    task = make_task(texts, choices, examples)
+    prompts = encode_task(task, tokenizer, shard_tokens=shard_tokens)
+    prefix = "".join(f"{text} no\n\n" for text in examples)
+    found = assembled(prompts)
+    pairs = [harness_pair(tokenizer, prefix + text, f" {choice}", bos) for text in texts for choice in choices]
+    assert [found[row] for row in range(len(pairs))] == [context + own for context, own in pairs]
+    assert prompts.scored.tolist() == [len(own) for _, own in pairs]
+    # No scored token is in a prefix; an item's choices are in one shard, and every item in one.
+    assert all(
+        len(ids) >= prompts.scored[row]
+        for shard in prompts.shards
+        for group in shard.groups
+        for row, ids in zip(group.rows, group.sequences, strict=True)
+    )
+    items = [prompts.items(shard).tolist() for shard in prompts.shards]
+    assert sorted(sum(items, [])) == list(range(4))
+    assert len(items) == (1 if shard_tokens > 40 else 4)
+
+
+def test_what_costs_fewer_tokens_is_shared(demo):
+    """Long contexts once each; long examples once for all, where contexts are short."""
+    apart = encode_task(make_task([LONG * 3, "old " + LONG * 3], ["cat", "box"]), demo)
+    assert [len(group.sequences) for group in apart.shards[0].groups] == [2, 2]
+    texts = ["red", "small", "two"]
+    together = encode_task(make_task(texts, ["cat", "box"], [LONG * 3]), demo)
+    (group,) = together.shards[0].groups
+    assert len(group.sequences) == 6 and len(group.prefix) > 3 * len(LONG.split())
+
+
+def test_contexts_without_tokens_are_refused(demo):
+    with pytest.raises(PromptError, match="task t: the context of t/1 has no tokens"):
+        encode_task(make_task(["red", " "], ["cat", "box"]), demo)
+
+
+def test_shards_for_many_workers(demo):
+    """Smaller shards where there would be too few, but none below 1,024 tokens for the sake of it."""
+    questions = tiny.make_questions({name: 20 for name in ("boxes", "cats", "roads")})
+    few, many, more = (encode_questions(questions, demo, shards=shards) for shards in (1, 4, 1000))
+    assert len(few.shards) == 1 and 4 <= len(many.shards) <= len(more.shards)
+    assert all(shard.tokens > 300 for shard in more.shards)
+    assert assembled(few) == assembled(many) == assembled(more)
+    task = make_task([LONG * 4 + str(i) for i in range(50)], ["cat", "box"])
+    assert len(encode_task(task, demo).shards) < len(encode_task(task, demo, shards=4).shards)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raymerge.schemas import SCHEMAS, conform, derive_accuracy, schema_of
+from raymerge.schemas import SCHEMAS, conform, derive_accuracy, derive_task_accuracy, schema_of
 from raymerge.statistics import macro_interval
 
 TRIAL = {
@@ -21,14 +21,15 @@ def test_tables_of_the_contract():
     assert sorted(SCHEMAS) == sorted(
         "similarity similarity_correlation embeddings degeneracy plans coefficients trials answers accuracy "
         "blocks comparisons perplexity costs receipts gradient_history samples block_influence sensitivity sweep "
-        "context refits".split()
+        "context refits incidents task_answers task_accuracy task_comparisons".split()
     )
     for schema in SCHEMAS.values():
         assert schema.field(0).equals(pa.field("run_id", pa.string(), nullable=False))
     nullable = {name: [f.name for f in schema if f.nullable] for name, schema in SCHEMAS.items()}
     assert nullable["plans"] == ["matrix", "step", "into", "remove", "alpha"]
     assert nullable["trials"] == ["block", "value", "accuracy", "nll", "perplexity", "cpu_seconds", "error"]
-    assert nullable["answers"] == ["logsumexp_all", "top_is_letter"]
+    assert nullable["answers"] == ["logsumexp_all", "top_is_letter", "prompt_nll", "prompt_tokens"]
+    assert nullable["task_answers"] == ["predicted_norm"] and nullable["task_comparisons"] == ["p_holm"]
     assert nullable["similarity"] == ["value", "null_mean", "null_p95", "ci_low", "ci_high", "note"]
     assert nullable["accuracy"] == ["ci_low", "ci_high"] and nullable["comparisons"] == ["p_holm"]
     assert nullable["receipts"] == []
@@ -158,3 +159,24 @@ def test_derived_accuracy_of_nothing_and_of_one_question():
     assert derive_accuracy(SCHEMAS["answers"].empty_table()) == []
     rows = derive_accuracy(answers_table([("p", "test", "en", "a", 0, 0)]))
     assert all(math.isnan(row["standard_error"]) for row in rows) and rows[0]["accuracy"] == 1.0
+
+
+def test_derived_accuracy_of_tasks_by_hand():
+    rows = [
+        {"plan_id": plan, "task": task, "item_id": f"{task}/{i}", "content_hash": "", "log_likelihoods": [],
+         "lengths": [],
+         "answer": 1, "predicted": p, "predicted_norm": n}
+        for plan, task, answers in (("a", "x", [(1, 0), (1, 1), (0, 1), (1, 1)]), ("b", "x", [(0, 0)] * 4),
+                                    ("a", "y", [(1, None), (0, None)]))
+        for i, (p, n) in enumerate(answers)
+    ]  # fmt: skip
+    found = derive_task_accuracy(conform("task_answers", rows, "r"))
+    assert [(r["plan_id"], r["task"], r["measure"], r["n"], r["correct"]) for r in found] == [
+        ("a", "x", "acc", 4, 3), ("a", "x", "acc_norm", 4, 3), ("b", "x", "acc", 4, 0), ("b", "x", "acc_norm", 4, 0),
+        ("a", "y", "acc", 2, 1),
+    ]  # fmt: skip
+    assert found[0]["standard_error"] == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
+    assert 0 == found[2]["ci_low"] < found[2]["ci_high"] < 0.5
+    conform("task_accuracy", found, "r")
+    with pytest.raises(ValueError, match="item x/0 of task x is there twice for plan a"):
+        derive_task_accuracy(conform("task_answers", [*rows, rows[0]], "r"))

@@ -91,9 +91,9 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     start = starting_plan(config.plan, n_layers, similarity)
     probes = [read_alpha_file(path, n_layers) for path in config.search.probes]
     _check(config, inputs, start, [] if config.plan.selection == "block" else probes)
-    sections = ["search", *(["gradient"] if "gradient" in config.search.searchers else [])]
+    sections = ["tasks", "plan", "search", *(["gradient"] if "gradient" in config.search.searchers else [])]
     sections += ["calibration"] if calibrates else []
-    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", "plan", *sections), "search")
+    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", *sections), "search")
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
         return run

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ from raymerge.inputs import (
     read_questions,
     read_search_text,
     read_subsets,
+    read_tasks,
     read_text,
+    task_role,
 )
 from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool, cluster_resources, plan_workers, start_ray
@@ -37,6 +39,7 @@ from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
 from raymerge.questions import QuestionSet
 from raymerge.tables import RunDirectory
+from raymerge.tasks import Task
 from raymerge.worker import ModelWorker
 
 
@@ -51,11 +54,12 @@ class Inputs:
     text: str | None
     search_text: tuple[str, int] | None = None
     calibration: tuple[str, int] | QuestionSet | None = None
+    tasks: dict[str, Task] = field(default_factory=dict)
 
     @property
     def roles(self) -> tuple[str, ...]:
-        more = [SUBSETS] if self.subsets else []
-        return (*self.questions, *more, *([] if self.calibration is None else [CALIBRATION]))
+        more = [*([SUBSETS] if self.subsets else []), *([] if self.calibration is None else [CALIBRATION])]
+        return (*self.questions, *more, *map(task_role, self.tasks))
 
     @property
     def identities(self) -> dict[str, str]:
@@ -63,6 +67,7 @@ class Inputs:
         return (
             {role: questions.identity for role, questions in self.questions.items()}
             | {f"{subset.name}/{subset.language}": subset.questions.identity for subset in self.subsets}
+            | {task_role(name): task.identity for name, task in self.tasks.items()}
             | ({} if self.search_text is None else {SEARCH_TEXT: rows.text_hash(self.search_text[0])})
             | ({} if self.calibration is None else {CALIBRATION: self._calibration_identity})
         )
@@ -74,7 +79,8 @@ class Inputs:
 
 
 def read_inputs(config: Config, roles: Sequence[str], *, text: bool = True) -> Inputs:
-    """Everything that roles (SEARCH, REPORT, SUBSETS, CALIBRATION) need.
+    """Everything that roles (SEARCH, REPORT, SUBSETS, CALIBRATION) need; text: and the plain text and the tasks of a
+    report.
 
     Raises CheckpointError, DataError, ConfigError; the last also for a text of which nothing is left."""
     model = config.model
@@ -85,7 +91,8 @@ def read_inputs(config: Config, roles: Sequence[str], *, text: bool = True) -> I
     calibration = None
     if CALIBRATION in roles:
         calibration = read_calibration_text(config) or calibration_questions(config, questions, wanted=True)
-    inputs = Inputs(checkpoint, questions, subsets, read_text(config) if text else None, search_text, calibration)
+    reported, tasks = (read_text(config), read_tasks(config)) if text else (None, {})
+    inputs = Inputs(checkpoint, questions, subsets, reported, search_text, calibration, tasks)
     for key, found, limit in (
         ("search", search_text, config.search.text_tokens),
         ("calibration", calibration, config.calibration.tokens),
@@ -104,9 +111,13 @@ def _check_text(checkpoint: Checkpoint, what: str, text: str, first: int, limit:
 
 
 def settings_of(config: Config, *sections: str) -> dict[str, Any]:
-    """The sections of a configuration that an experiment depends on: what its run directory is held to."""
+    """The sections of a configuration that an experiment depends on: what its run directory is held to.
+
+    Without tasks their section is left out, as it is in runs from before there was one.
+    """
     resolved = config.resolved()
-    return {name: resolved[name] for name in (*sections, "workers", "output")}
+    named = [name for name in sections if name != "tasks" or config.tasks.root]
+    return {name: resolved[name] for name in (*named, "workers", "output")}
 
 
 def cache_of(config: Config, run: RunDirectory) -> str:
@@ -136,10 +147,15 @@ def open_pool(
     template: MergePlan | None = None,
     firsts: Sequence[int] = (),
     most: int | None = None,
+    shards_each: int | None = None,
     progress: Progress | None = None,
 ) -> WorkerPool:
     """Start the workers, `most` of them at the most; what befalls them becomes incidents of the run. With workers.count
-    auto there are more as nodes join."""
+    auto there are more as nodes join.
+
+    shards_each: cut prompts small enough that every worker has so many shards of each role. Not for states that are
+    cached: the cut names them, and it would change with the number of workers.
+    """
     workers = config.workers
 
     def placed():
@@ -156,10 +172,11 @@ def open_pool(
 
     placement = placed()
     count = limited(placement.count)
+    arguments = {"config": config, "roles": inputs.roles, "cache": cache, "template": template, "firsts": tuple(firsts)}
     with step(progress or Silent(), f"loading the model in {count} worker{'s' if count > 1 else ''}"):
         return WorkerPool(
             ModelWorker,
-            {"config": config, "roles": inputs.roles, "cache": cache, "template": template, "firsts": tuple(firsts)},
+            arguments | ({} if shards_each is None else {"shards": shards_each * count}),
             count=count,
             cpus_per_worker=placement.cpus,
             gpus_per_worker=placement.gpus,
@@ -199,7 +216,8 @@ def compute_trunk(pool: WorkerPool, inputs: Inputs, progress: Progress, further:
     """
     items, sizes, shards = [], [], {}
     texts = {TEXT: inputs.text, SEARCH_TEXT: inputs.search_text}
-    names = [*inputs.questions, *(name for name, text in texts.items() if text is not None), *further]
+    roles = [*inputs.questions, *map(task_role, inputs.tasks)]
+    names = [*roles, *(name for name, text in texts.items() if text is not None), *further]
     for of, tokens in zip(names, pool.map("shard_tokens", names), strict=True):
         items += [(of, number) for number in range(len(tokens))]
         sizes += tokens

@@ -78,8 +78,8 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     # The blocks may be chosen by the model; the first ones allowed show what can be refused.
     blocks = {merges: starts[0] for merges, starts in _starts(config, inputs).items()}
     points = _points(config, inputs, similarity, blocks)
-    sections = ["sweep", *(["calibration"] if inputs.calibration is not None else [])]
-    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", "plan", *sections), "sweep")
+    sections = ["tasks", "plan", "sweep", *(["calibration"] if inputs.calibration is not None else [])]
+    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", *sections), "sweep")
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
         return run

@@ -1,13 +1,19 @@
-"""`evaluate`: one model as it is, on questions and on plain text."""
+"""`evaluate`: one model as it is, on questions, on further tasks and on plain text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from raymerge import rows
-from raymerge.config import Config
-from raymerge.evaluation import Answers
+from raymerge.config import Config, ConfigError
 from raymerge.experiments.common import (
+    Inputs,
     cache_of,
     counted,
     describe_workers,
@@ -17,49 +23,137 @@ from raymerge.experiments.common import (
     runtime,
     settings_of,
 )
-from raymerge.inputs import REPORT, TEXT
-from raymerge.plan import base_plan
+from raymerge.experiments.reporting import task_table
+from raymerge.identity import digest
+from raymerge.inputs import REPORT, TEXT, task_role
+from raymerge.plan import MergePlan, base_plan
+from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
-from raymerge.tables import RunDirectory, derive_accuracy
+from raymerge.tables import RunDirectory, derive_accuracy, derive_task_accuracy
+
+_SHARDS_EACH = 4  # of a worker, so that none waits long for the others at the end
 
 
 def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: Progress | None = None) -> RunDirectory:
-    """Evaluate one model as it is on data.report_split and on plain text, over the pool.
+    """Evaluate one model as it is on data.report_split, on the tasks and on plain text, over the pool.
 
-    Leaves tables answers, accuracy, perplexity, plans and costs. Errors as `search`.
+    Leaves tables answers, accuracy, task_answers, task_accuracy, perplexity, context, plans and costs. Answers are
+    stored shard by shard, 8,192 tokens each or fewer: the same call again goes on after the last one. Errors as
+    `search`.
     """
     progress = progress or Silent()
-    data = config.data
     with step(progress, "reading model and questions"):
-        inputs = read_inputs(config, (REPORT,))
-    checkpoint, questions = inputs.checkpoint, inputs.questions[REPORT]
-    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data"), "evaluate")
+        inputs = read_inputs(config, () if config.data.mmlu is None else (REPORT,))
+    if not (inputs.questions or inputs.tasks or inputs.text is not None):
+        raise ConfigError("nothing to evaluate on: set data.mmlu, data.perplexity_text, or a task in the tasks section")
+    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", "tasks"), "evaluate")
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
         return run
     run.begin()
-    plan = base_plan(checkpoint.n_layers)
-    plan_id = plan.plan_id(checkpoint.identity)
-    options = {"run": run, "progress": progress}
+    plan = base_plan(inputs.checkpoint.n_layers)
+    options = {"run": run, "progress": progress, "shards_each": _SHARDS_EACH}
     with runtime(config, progress), open_pool(config, inputs, cache_of(config, run), **options) as pool:
         workers = describe_workers(pool, inputs, progress)
-        names = [REPORT] + ([TEXT] if inputs.text is not None else [])
-        sizes = dict(zip(names, pool.map("shard_tokens", names), strict=True))
-        tasks = [("answers", (plan, REPORT, n, data.question_perplexity)) for n in range(len(sizes[REPORT]))]
-        tasks += [("text_nll", (plan, number)) for number in range(len(sizes.get(TEXT, ())))]
-        tokens = [*sizes[REPORT], *sizes.get(TEXT, ())]
-        progress.stage("evaluation (tokens)", sum(tokens))
-        found = pool.map("run", tasks, counted(progress, lambda number, _: tokens[number]))
-    answers = Answers.join(found[: len(sizes[REPORT])])
-    perplexities = rows.question_perplexity_rows(plan_id, questions, answers) if data.question_perplexity else []
-    if inputs.text is not None:
-        losses, scored = (sum(values) for values in zip(*found[len(sizes[REPORT]) :], strict=True))
-        perplexities.append(rows.text_perplexity_row(plan_id, losses, scored, inputs.text))
-        run.replace("context", rows.position_rows(plan_id, losses, scored))
-    run.replace("answers", rows.answer_table(plan_id, questions, answers))
-    run.replace("accuracy", derive_accuracy(run.read("answers")))
-    run.replace("perplexity", perplexities)
+        _Evaluation(config, inputs, run, plan, plan.plan_id(inputs.checkpoint.identity)).answer(pool, progress)
+    if inputs.questions:
+        run.replace("accuracy", derive_accuracy(run.read("answers")))
+    if inputs.tasks:
+        run.replace("task_accuracy", derive_task_accuracy(run.read("task_answers")))
+    plan_id = plan.plan_id(inputs.checkpoint.identity)
     run.replace("plans", rows.plan_rows(plan, plan_id))
-    run.replace("costs", [rows.cost_row(plan, plan_id, checkpoint, config.model.quantise)])
+    run.replace("costs", [rows.cost_row(plan, plan_id, inputs.checkpoint, config.model.quantise)])
     run.write_manifest("complete", command=command, workers=workers, **model_facts(config, inputs))
     return run
+
+
+class _Evaluation:
+    """What is to be asked of one plan, and where each share of it is stored as soon as it is there."""
+
+    def __init__(self, config: Config, inputs: Inputs, run: RunDirectory, plan: MergePlan, plan_id: str):
+        self.config, self.inputs, self.run, self.plan, self.plan_id = config, inputs, run, plan, plan_id
+        self.tasks = {task_role(name): task for name, task in inputs.tasks.items()}
+
+    def answer(self, pool: WorkerPool, progress: Progress) -> None:
+        """Ask all that no part of the tables holds yet, shard by shard, and put the tables in order."""
+        roles = [*self.inputs.questions, *self.tasks]
+        rows_of = dict(zip(roles, pool.map("shard_rows", roles), strict=True))
+        names = [*roles, *([TEXT] if self.inputs.text is not None else [])]
+        tokens_of = dict(zip(names, pool.map("shard_tokens", names), strict=True))
+        calls: list[tuple[str, Any]] = []
+        tokens: list[int] = []
+        stores: list[Callable[[Any], None]] = []
+        for role in roles:
+            done = set(self._numbers(role, self._stored(role)))
+            for number, members in enumerate(rows_of[role]):
+                if not done.issuperset(members):
+                    if role == REPORT:
+                        prompt_nll = self.config.data.question_perplexity
+                        calls.append(("answers", (self.plan, role, number, prompt_nll)))
+                    else:
+                        calls.append(("score_choices", (self.plan, role, number)))
+                    tokens.append(tokens_of[role][number])
+                    # Named by content: the same share again takes the place of what it was.
+                    part = f"{role.removeprefix(task_role(''))}-{digest(members)}"
+                    stores.append(partial(self._store, role, part))
+        texts = self.run.read("perplexity", ["target"])["target"].to_pylist()
+        windows = [] if TEXT in texts else tokens_of.get(TEXT, [])
+        losses: list[tuple[np.ndarray, np.ndarray]] = []
+        for number, count in enumerate(windows):
+            calls.append(("text_nll", (self.plan, number)))
+            tokens.append(count)
+            stores.append(losses.append)
+        # The largest first, so that no worker ends up waiting long.
+        order = sorted(range(len(calls)), key=lambda i: -tokens[i])
+        progress.stage("evaluation (tokens)", sum(tokens))
+        pool.map(
+            "run",
+            [calls[i] for i in order],
+            counted(progress, lambda n, _: tokens[order[n]], lambda n, result: stores[order[n]](result)),
+        )
+        self._gather(losses)
+
+    def _numbers(self, role: str, stored: pa.Table) -> list[int]:
+        """What the rows of `answers` are of a role's questions, or those of `task_answers` of its task's items."""
+        if role == REPORT:
+            number = {(q.subject, q.question_id): i for i, q in enumerate(self.inputs.questions[REPORT].questions)}
+            keys = zip(stored["subject"].to_pylist(), stored["question_id"].to_pylist(), strict=True)
+        else:
+            number = {item.item_id: i for i, item in enumerate(self.tasks[role].items)}
+            keys = stored["item_id"].to_pylist()
+        return [number[key] for key in keys]
+
+    def _stored(self, role: str) -> pa.Table:
+        """The rows that there are of a role."""
+        if role == REPORT:
+            return self.run.read("answers")
+        stored = self.run.read("task_answers")
+        return stored.filter(pc.equal(stored["task"], self.tasks[role].name))
+
+    def _store(self, role: str, part: str, result: Any) -> None:
+        """One shard's answers as one part of their table."""
+        if role == REPORT:
+            table = rows.answer_table(self.plan_id, self.inputs.questions[REPORT], result, partial=True)
+            self.run.append("answers", table, part=part)
+            return
+        self.run.append("task_answers", task_table(self.plan_id, self.tasks[role], [result]), part=part)
+
+    def _gather(self, losses: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Write each table whole, in the order of what was asked; losses: of the text, where it was run."""
+        if losses:
+            summed, scored = (sum(values) for values in zip(*losses, strict=True))
+            self.run.replace("context", rows.position_rows(self.plan_id, summed, scored))
+            row = rows.text_perplexity_row(self.plan_id, summed, scored, self.inputs.text)
+            self.run.append("perplexity", [row], part="text")
+        ordered = {}
+        for role in (*self.inputs.questions, *self.tasks):
+            stored = self._stored(role)
+            # Once each: with another number of workers the shards are others, and some of a shard was there already.
+            ordered[role] = stored.take(np.unique(self._numbers(role, stored), return_index=True)[1])
+        if self.inputs.questions:
+            self.run.replace("answers", ordered[REPORT])
+            if self.config.data.question_perplexity:
+                text = [row for row in self.run.read("perplexity").to_pylist() if row["target"] == "text"]
+                self.run.replace("perplexity", [*rows.question_perplexity_rows(ordered[REPORT]), *text])
+        if self.tasks:
+            self.run.replace("task_answers", pa.concat_tables([ordered[role] for role in self.tasks]))

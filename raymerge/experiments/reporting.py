@@ -6,17 +6,20 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymerge import rows
 from raymerge.config import Config
 from raymerge.evaluation import Answers
 from raymerge.experiments.common import Inputs
-from raymerge.inputs import REPORT, SEARCH, TEXT
+from raymerge.inputs import REPORT, SEARCH, TEXT, task_role
 from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress
-from raymerge.tables import RunDirectory, derive_accuracy
+from raymerge.tables import RunDirectory, derive_accuracy, derive_task_accuracy
+from raymerge.tasks import Task
 
 _PAIRS_OF = 12  # plans of which all pairs are compared, 66 at the most
 
@@ -45,9 +48,10 @@ class Reporter:
         firsts: Sequence[int],
         progress: Progress,
     ) -> None:
-        """Answers on the report questions, plain-text perplexity and receipts of every plan, in one parallel pass.
+        """Answers on the report questions, log-likelihoods of the tasks' choices, plain-text perplexity and receipts of
+        every plan, in one parallel pass.
 
-        shards: the number of shards by role (and TEXT); firsts: layers whose inputs the workers have cached.
+        shards: the number of shards by role (tasks' and TEXT too); firsts: layers whose inputs the workers have cached.
         """
         data = self.config.data
         answered = self.run.read("answers", ["plan_id", "split"]).to_pylist()
@@ -55,7 +59,10 @@ class Reporter:
         texts = self.run.read("perplexity", ["plan_id", "target"]).to_pylist()
         measured = {row["plan_id"] for row in texts if row["target"] == "text"}
         proved = set(self.run.read("receipts", ["plan_id"])["plan_id"].to_pylist())
-        jobs: dict[tuple[str, str], tuple[MergePlan, list]] = {}
+        scored = self.run.read("task_answers", ["plan_id", "task"]).to_pylist()
+        scored = {(row["plan_id"], row["task"]) for row in scored}
+        # (method, plan id, task) -> plan, what the method is called with
+        jobs: dict[tuple[str, str, str], tuple[MergePlan, list]] = {}
         for plan in plans:
             plan_id = plan.plan_id(self.identity)
             if plan_id not in answered:
@@ -63,16 +70,19 @@ class Reporter:
                 at_once = plan.ends_at_once and plan.resumes_at in firsts and not data.question_perplexity
                 numbers = [None] if at_once else range(shards[REPORT])
                 items = [(plan, REPORT, number, data.question_perplexity) for number in numbers]
-                jobs["answers", plan_id] = plan, items
+                jobs["answers", plan_id, ""] = plan, items
             if shards.get(TEXT) and plan_id not in measured:
-                jobs["text_nll", plan_id] = plan, [(plan, number) for number in range(shards[TEXT])]
+                jobs["text_nll", plan_id, ""] = plan, [(plan, number) for number in range(shards[TEXT])]
+            for name, role in {name: task_role(name) for name in self.inputs.tasks}.items():
+                if (plan_id, name) not in scored:
+                    jobs["score_choices", plan_id, name] = plan, [(plan, role, n) for n in range(shards[role])]
             if plan_id not in proved:
-                jobs["receipts", plan_id] = plan, [plan]
+                jobs["receipts", plan_id, ""] = plan, [plan]
         # Plans that start at the same layer one after the other: workers then load its states once.
         order = sorted(jobs, key=lambda key: (jobs[key][0].resumes_at, key[0]))
         tasks = [(key, item) for key in order for item in jobs[key][1]]
         progress.stage(f"report on {data.report_split}", len(tasks))
-        results: dict[tuple[str, str], list] = {key: [] for key in jobs}
+        results: dict[tuple[str, str, str], list] = {key: [] for key in jobs}
         done = 0
 
         def finished(number: int, result: Any) -> None:
@@ -83,12 +93,13 @@ class Reporter:
             results[key].append(result)
             plan, items = jobs[key]
             if len(results[key]) == len(items):
-                self._store(key[0], plan, results.pop(key))
+                self._store(key[0], plan, key[2], results.pop(key))
 
         pool.map("run", [(key[0], item) for key, item in tasks], finished)
 
-    def _store(self, method: str, plan: MergePlan, results: list) -> None:
-        """Store what one plan answered, its perplexity of the text, or what it changed, as one part."""
+    def _store(self, method: str, plan: MergePlan, task: str, results: list) -> None:
+        """Store what one plan answered (or chose in a task), its perplexity of the text, or what it changed, as one
+        part."""
         plan_id = plan.plan_id(self.identity)
         if method == "text_nll":
             losses, tokens = (sum(values) for values in zip(*results, strict=True))
@@ -96,12 +107,16 @@ class Reporter:
             row = rows.text_perplexity_row(plan_id, losses, tokens, self.inputs.text)
             self.run.append("perplexity", [row], part=f"text-{plan_id}")
             return
+        if method == "score_choices":
+            table = task_table(plan_id, self.inputs.tasks[task], results)
+            self.run.append("task_answers", table, part=f"{task}-{plan_id}")
+            return
         if method == "receipts":
             self.run.append("receipts", rows.receipt_rows(plan_id, results[0]), part=plan_id)
             return
         answers = Answers.join(results)
         if self.config.data.question_perplexity:
-            found = rows.question_perplexity_rows(plan_id, self.inputs.questions[REPORT], answers)
+            found = rows.question_perplexity_rows(rows.answer_table(plan_id, self.inputs.questions[REPORT], answers))
             self.run.append("perplexity", found, part=f"question-{plan_id}")
         # Last: a plan whose answers are stored is not asked again.
         self.store_answers(plan, REPORT, answers)
@@ -139,3 +154,15 @@ class Reporter:
         self.run.replace(
             "comparisons", [row for each in families for row in rows.comparison_rows(split, answers, each)]
         )
+        if self.inputs.tasks:
+            answers = self.run.read("task_answers")
+            self.run.replace("task_accuracy", derive_task_accuracy(answers))
+            found = [row for each in families for row in rows.task_comparison_rows(answers, each)]
+            self.run.replace("task_comparisons", found)
+
+
+def task_table(plan_id: str, task: Task, results: Sequence[tuple[np.ndarray, np.ndarray]]) -> pa.Table:
+    """Rows of `task_answers` from what a worker's score_choices gave for some shards, in the file's order."""
+    parts = [rows.task_answer_table(plan_id, task, *result) for result in results]
+    order = np.argsort(np.concatenate([items for items, _ in results]), kind="stable")
+    return pa.concat_tables(parts).take(order)
