@@ -142,3 +142,10 @@ def test_merge_writes_a_checkpoint_that_evaluates_like_any_other(tmp_path, capsy
     assert f"{N_LAYERS} layers became {N_LAYERS - 1}" in out
     assert "Reloaded in a fresh process: logits within " in out and "8 tokens generated" in out
     assert Checkpoint(str(tmp_path / "merged")).n_layers == N_LAYERS - 1
+
+
+def test_the_reference_page_is_of_all_keys_and_takes_no_configuration(capsys):
+    assert cli.main(["config", "--markdown"]) == 0
+    assert "| `plan.merges` | integer ≥ 1 or null | `13` |" in capsys.readouterr().out
+    assert cli.main(["config", "--markdown", "--set", "plan.merges=4"]) == 2
+    assert "--markdown" in capsys.readouterr().err
