@@ -30,7 +30,7 @@ PAGES = ("README.md", "CONTRIBUTING.md", "docs/guide.md")
 
 _BLOCK = re.compile(r"(?:<!-- parsed: (?P<reason>[^>]+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 _ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
-_SHELL = {"cd", "git", "export", "source", "jupyter"}  # nothing of ours to check in what follows
+_SHELL = {"cd", "git", "export", "source"}  # nothing of ours to check in what follows
 _OURS = ("jobs/", "analysis/", "tests/", "docs/", "raymerge/")
 
 
