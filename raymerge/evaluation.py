@@ -68,23 +68,26 @@ def answer_shard(
     the prompts' own tokens, which costs the whole vocabulary at every one of them.
     """
     states = merged_states(runner, plan, shard, trunk)
-    parts = []
+    rows, lasts, tokens, losses = [], [], [], []
     for state in states:
-        rows, last = state.last()
-        hidden = runner.normalise(last)
-        logits = runner.capped(hidden @ runner.unembedding_rows(list(prompts.letters)).T)
-        logsumexp, top = runner.vocabulary(hidden)
-        is_letter = torch.isin(top.cpu(), torch.tensor(prompts.letters))
-        order = [i for members, _, _ in state.batches for i in members]
-        tokens = np.array([len(state.group.sequences[i]) for i in order])
-        losses = np.full(len(rows), np.nan)
+        members, last = state.last()
+        rows += members
+        lasts.append(last)
+        order = [i for batch, _, _ in state.batches for i in batch]
+        lengths = np.array([len(state.group.sequences[i]) for i in order])
+        tokens.append(lengths)
         if prompt_nll:
-            scored = tokens - (state.prefix.shape[1] == 0)
-            losses = _sequence_nll(runner, state)[order] / np.where(scored > 0, scored, np.nan)
-        parts.append(
-            Answers(np.array(rows), logits.cpu().numpy(), logsumexp.cpu().numpy(), is_letter.numpy(), losses, tokens)
-        )
-    return Answers.join(parts)
+            scored = lengths - (state.prefix.shape[1] == 0)
+            losses.append(_sequence_nll(runner, state)[order] / np.where(scored > 0, scored, np.nan))
+        else:
+            losses.append(np.full(len(lengths), np.nan))
+    # The groups together: converting the vocabulary costs the same for a question as for a hundred.
+    hidden = runner.normalise(torch.cat(lasts))
+    logits = runner.capped(hidden @ runner.unembedding_rows(list(prompts.letters)).T)
+    logsumexp, top = runner.vocabulary(hidden)
+    is_letter = torch.isin(top.cpu(), torch.tensor(prompts.letters)).numpy()
+    columns = logits.cpu().numpy(), logsumexp.cpu().numpy(), is_letter
+    return Answers.join([Answers(np.array(rows), *columns, np.concatenate(losses), np.concatenate(tokens))])
 
 
 @torch.inference_mode()

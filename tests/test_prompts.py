@@ -389,11 +389,11 @@ def test_contexts_without_tokens_are_refused(demo):
 
 
 def test_shards_for_many_workers(demo):
-    """Smaller shards where there would be too few, but none below 1,024 tokens for the sake of it."""
-    questions = tiny.make_questions({name: 20 for name in ("boxes", "cats", "roads")})
-    few, many, more = (encode_questions(questions, demo, shards=shards) for shards in (1, 4, 1000))
-    assert len(few.shards) == 1 and 4 <= len(many.shards) <= len(more.shards)
+    """Smaller shards where there would be too few, but none below 2,048 tokens for the sake of it."""
+    questions = tiny.make_questions({name: 30 for name in ("boxes", "cats", "roads")})
+    few, many, more = (encode_questions(questions, demo, shards=shards) for shards in (1, 3, 1000))
+    assert len(few.shards) < len(many.shards) <= len(more.shards)
     assert all(shard.tokens > 300 for shard in more.shards)
     assert assembled(few) == assembled(many) == assembled(more)
-    task = make_task([LONG * 4 + str(i) for i in range(50)], ["cat", "box"])
+    task = make_task([f"{i} {LONG * 4}" for i in range(90)], ["cat", "box"])
     assert len(encode_task(task, demo).shards) < len(encode_task(task, demo, shards=4).shards)

@@ -109,11 +109,11 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(run, ray_session, tmp_pat
 
     original, stored = reporting._store, []
 
-    def cut(self, method, plan, results):
+    def cut(self, method, plan, task, results):
         if len(stored) == 5:
             raise Cut
         stored.append((method, plan.name))
-        return original(self, method, plan, results)
+        return original(self, method, plan, task, results)
 
     monkeypatch.setattr(reporting, "_store", cut)
     with pytest.raises(Cut):

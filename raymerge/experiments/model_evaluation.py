@@ -31,7 +31,7 @@ from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.tables import RunDirectory, derive_accuracy, derive_task_accuracy
 
-_SHARDS_EACH = 4  # of a worker, so that none waits long for the others at the end
+_SHARDS_EACH = 2  # of a worker, so that none waits long for the others at the end
 
 
 def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: Progress | None = None) -> RunDirectory:
