@@ -118,6 +118,7 @@ def test_zoom_rows_hover_and_theme(browser, pages, tmp_path):
     assert "plan" in page.locator("#vg-tooltip-element").inner_text()
 
     figure.locator("summary").click()
+    figure.locator(".rows-table tbody tr").nth(3).wait_for()  # the rows are made when the details' event comes
     assert figure.locator(".rows-table tbody tr").count() == 4
     with page.expect_download() as download:
         figure.get_by_role("button", name="Download").click()
