@@ -449,6 +449,9 @@ def test_every_candidate_ends_as_one_row_whatever_befalls_it(pool, tmp_path):
 
 def test_short_trials_run_on_all_workers_and_end_at_once(pool, tmp_path):
     """Tune's trial actors take seconds to start; trials of 10 ms must not all end up on the first."""
+    while pool.awaited:  # a worker that an earlier test killed may not be back yet, and would only join at the end
+        pool.poll()
+        time.sleep(0.1)
     rows, seen = [], []
     search(pool, tmp_path, rows, candidates=20, batch=1, on_progress=lambda *_: seen.append(time.monotonic()))
     assert time.monotonic() - seen[-1] < 5.0, "ten seconds where Tune waits for actors that were started in vain"
