@@ -347,14 +347,16 @@ class SweepConfig(_Section):
     drop_block and merge_block, the block chosen by plan.block; and with plan.similarity_run block_influence,
     similarity_ratio, similarity, most_similar (base coefficients of it and of merge_block by plan.base); file takes
     plan.alpha_file at its own K. Methods that average are tried with every alignment and norms, and every point with
-    every one of `refits` (with plan.ridge and plan.refit_layers). context: also measure NLL by position and key-value
-    retrieval by distance (tokens). speed_tokens: tokens generated to time each number of layers; 0 skips it."""
+    every one of `refits` (with plan.ridge and plan.refit_layers); refitted_methods, where it names any, are the only
+    ones that are refitted. context: also measure NLL by position and key-value retrieval by distance (tokens).
+    speed_tokens: tokens generated to time each number of layers; 0 skips it."""
 
     merges: list[Positive] = [1, 4, 11, 13, 15]
     methods: list[str] = ["drop", "before_last", "fixed:0.4", "fixed:0.5", "fixed:0.6", "fixed:0.62", "fixed:0.7"]
     alignments: list[Literal["none", "rows", "neurons", "activations"]] = ["none", "neurons"]
     norms: list[Literal["keep", "fold"]] = ["keep", "fold"]
     refits: list[RefitMethod] = ["none"]
+    refitted_methods: list[str] = []
     context: bool = True
     distances: list[Positive] = [32, 64, 128, 256, 512, 1024]
     retrieval_prompts: Positive = 20
@@ -374,6 +376,15 @@ class SweepConfig(_Section):
                     f"{method!r} is not one of {', '.join(SWEEP_METHODS)}, fixed:RATIO with 0 <= RATIO <= 1"
                 )
         return value
+
+    @model_validator(mode="after")
+    def _refits_what_is_there(self) -> SweepConfig:
+        if unknown := set(self.refitted_methods) - set(self.methods):
+            raise ValueError(
+                f"refitted_methods has {', '.join(sorted(unknown))}, which is not among methods: "
+                f"{', '.join(self.methods)}"
+            )
+        return self
 
 
 class WorkersConfig(_Section):

@@ -34,8 +34,10 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def run(ray_session, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "sweep"
-    more = ["sweep.merges=[6]", "sweep.methods=[drop_block,merge_block]", "sweep.refits=[none,linear,outputs]"]
-    more += ["sweep.alignments=[none]", "sweep.norms=[keep]", "plan.block=8", "plan.refit_layers=1"]
+    methods = "drop_block,merge_block"
+    more = ["sweep.merges=[6]", f"sweep.methods=['fixed:0.6',drop,{methods}]", f"sweep.refitted_methods=[{methods}]"]
+    more += ["sweep.refits=[none,linear,outputs]", "sweep.alignments=[none]", "sweep.norms=[keep]"]
+    more += ["plan.block=8", "plan.refit_layers=1"]
     more += ["sweep.context=false", "sweep.speed_tokens=0", f"output.run={out}"]
     return sweep(load_config(None, [*SETTINGS, *more]), command=["test"])
 
@@ -43,10 +45,9 @@ def run(ray_session, tmp_path_factory):
 def test_each_point_stands_under_each_refit(run):
     found = [(row["merges"], row["method"], row["refit"]) for row in run.read("sweep").to_pylist()]
     methods = ("drop_block", "merge_block")
-    assert sorted(found) == sorted(
-        [(0, "base", "none"), *((6, m, r) for m in methods for r in ("none", "linear", "outputs"))]
-    )
-    assert len(set(run.read("sweep")["plan_id"].to_pylist())) == 7
+    plain = [(0, "base", "none"), (6, "drop", "none"), (6, "fixed_0.6", "none")]
+    assert sorted(found) == sorted([*plain, *((6, m, r) for m in methods for r in ("none", "linear", "outputs"))])
+    assert len(set(run.read("sweep")["plan_id"].to_pylist())) == 9
     points = {row["plan_id"]: (row["method"], row["refit"]) for row in run.read("sweep").to_pylist()}
     compared = {(*points[row["plan_a"]], *points[row["plan_b"]]) for row in run.read("comparisons").to_pylist()}
     assert ("merge_block", "outputs", "merge_block", "none") in compared

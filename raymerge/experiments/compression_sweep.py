@@ -144,7 +144,7 @@ def _points(config: Config, inputs: Inputs, similarity: Similarity | None, block
                     )
                 elif method.startswith("fixed:"):
                     base, ratio = "fixed", float(method.removeprefix("fixed:"))
-                name = f"fixed_{ratio:g}" if method.startswith("fixed:") else method
+                name = _method_name(method)
                 averaged = pairs_plan(
                     n_layers,
                     pairs,
@@ -162,10 +162,18 @@ def _points(config: Config, inputs: Inputs, similarity: Similarity | None, block
     return points
 
 
+def _method_name(method: str) -> str:
+    """fixed:RATIO as points and plans are named."""
+    return f"fixed_{float(method.removeprefix('fixed:')):g}" if method.startswith("fixed:") else method
+
+
 def _refitted(config: Config, inputs: Inputs, point: Point) -> list[Point]:
-    """A point under every refit; the unmerged model has nothing to refit."""
+    """A point under every refit, or as it is where its method is not to be refitted; the unmerged model never is."""
     found = []
-    for method in config.sweep.refits if point.plan.steps else ["none"]:
+    settings = config.sweep
+    methods = map(_method_name, settings.refitted_methods or settings.methods)
+    refitted = point.plan.steps and point.method in methods
+    for method in settings.refits if refitted else ["none"]:
         name = point.plan.name if method == "none" else f"{point.plan.name}_{method}"
         found.append(replace(point, plan=replace(point.plan, name=name, refit=refit_of(config, inputs, method))))
     return found
