@@ -33,7 +33,7 @@ test-page: setup
 docs: setup
 	$(BIN)/raymerge config --markdown > docs/config.md
 
-# Runs the commands of README and guide in a temporary directory, and lists what ran and what was only parsed.
+# Runs the commands of README and guide in a copy of the repository, and lists what ran and what was only parsed.
 docs-check: setup
 	$(BIN)/python -m pytest tests/test_docs.py
 	$(BIN)/python tests/docs_blocks.py
