@@ -33,7 +33,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.forward import GroupStates, LayerRunner
 from raymerge.fusion import fused_layer
 from raymerge.identity import digest
-from raymerge.normal_equations import NormalEquations, RefitError, choose_ridge
+from raymerge.normal_equations import NormalEquations, PackedEquations, RefitError, choose_ridge
 from raymerge.plan import MergePlan
 from raymerge.prompts import Shard
 from raymerge.tensorfiles import read_tensors, write_tensors
@@ -64,19 +64,28 @@ class Step:
 
 @dataclass
 class Sums:
-    """What a step is solved from: normal equations of tokens to fit and to choose the ridge on; or for units their
-    weighted sum of squares (sources, n)."""
+    """What a step is solved from: normal equations of tokens to fit and, where the ridge is to be chosen, of tokens to
+    choose it on; or for units their weighted sum of squares (sources, n)."""
 
-    fitted: NormalEquations | None = None
-    held_out: NormalEquations | None = None
+    fitted: NormalEquations | PackedEquations | None = None
+    held_out: NormalEquations | PackedEquations | None = None
     squares: Tensor | None = None
+
+    @property
+    def equations(self) -> list[NormalEquations | PackedEquations]:
+        """Those that there are."""
+        return [part for part in (self.fitted, self.held_out) if part is not None]
+
+    def pack(self) -> Sums:
+        """The same to be sent to another process."""
+        return Sums(*(equations.pack() for equations in self.equations), squares=self.squares)
 
     @staticmethod
     def total(parts: Sequence[Sums]) -> Sums:
-        if parts[0].squares is not None:
-            return Sums(squares=torch.stack([part.squares for part in parts]).sum(0))
-        columns = ([part.fitted for part in parts], [part.held_out for part in parts])
-        return Sums(*(NormalEquations.total(column) for column in columns))
+        """The sums of several workers' shares, packed or not."""
+        squares = None if parts[0].squares is None else torch.stack([part.squares for part in parts]).sum(0)
+        columns = zip(*(part.equations for part in parts), strict=True)
+        return Sums(*map(NormalEquations.total, columns), squares=squares)
 
 
 def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
@@ -138,7 +147,7 @@ class Refitter:
     def fit(self, plan: MergePlan) -> None:
         """Make every fit of a plan that is not in the cache yet."""
         for number in range(self.done(plan), len(steps_of(plan))):
-            self.store(plan, number, self.solve(plan, number, [self.sums(plan, number)]))
+            self.store(plan, number, self.solve(plan, number, self.sums(plan, number)))
 
     def done(self, plan: MergePlan) -> int:
         """How many of the plan's steps are in the cache, from the first on."""
@@ -206,22 +215,26 @@ class Refitter:
             raise RefitError(f"share {share[0]} of {share[1]} has none of the {len(shards)} shards of the calibration")
         return found
 
-    def solve(self, plan: MergePlan, number: int, parts: Sequence[Sums]) -> dict[str, Tensor]:
-        """The tensors of a step in the stored dtype, by relative name, with its figures (names beginning with _)."""
-        step, total = steps_of(plan)[number], Sums.total(parts)
+    def solve(self, plan: MergePlan, number: int, total: Sums) -> dict[str, Tensor]:
+        """The tensors of a step in the stored dtype, by relative name, with its figures (names beginning with _).
+
+        total: the sums over all shards.
+        """
+        step = steps_of(plan)[number]
         own = self._stored(plan, step.position, number)
         if step.part == "units":
             return self._chosen(plan, step, own, total.squares)
         name = f"{_O if step.part == 'attention' else _DOWN}.weight"
-        weight = own[name].to(total.fitted.gram.device, torch.float64)
-        ridge, everything = plan.refit.ridge, NormalEquations.total([total.fitted, total.held_out])
+        weight = own[name].to(self.runner.device, torch.float64)
+        parts = [part.to(self.runner.device) for part in total.equations]
+        ridge, everything = plan.refit.ridge, NormalEquations.total(parts)
         held_out_error = float("nan")
         if plan.refit.method == "scale":
             ridge = RIDGES[0] if ridge is None else ridge
             found = torch.diag(everything.scale(ridge))
         else:
             if ridge is None:
-                ridge, held_out_error = choose_ridge(total.fitted, total.held_out, RIDGES)
+                ridge, held_out_error = choose_ridge(*parts, RIDGES)
             found = everything.solve(ridge)
         error = everything.error(found) / (everything.power / everything.weight or 1.0)
         change = found.T @ weight if self._reads_outputs(plan, step) else found.T
@@ -305,13 +318,20 @@ class Refitter:
             features = (features.to(weights[f"{matrix}.weight"].dtype) @ weights[f"{matrix}.weight"].T).float()
         counts = token_weights(target) if plan.refit.method in ("outputs", "units") else torch.ones(len(target))
         residual, counts = aim.float() - reached.float(), counts.to(target.device)
-        if sums is None:
-            shape = features.shape[1], residual.shape[1], self.runner.device
-            sums = Sums(NormalEquations.empty(*shape), NormalEquations.empty(*shape))
+        shape = features.shape[1], residual.shape[1], self.runner.device
+        if not self._chooses_ridge(plan):
+            sums = sums or Sums(NormalEquations.empty(*shape))
+            sums.fitted.add(features, residual, counts)
+            return sums
+        sums = sums or Sums(NormalEquations.empty(*shape), NormalEquations.empty(*shape))
         for part, chosen in ((sums.fitted, ~held_out), (sums.held_out, held_out)):
             chosen = chosen.to(target.device)
             part.add(features[chosen], residual[chosen], counts[chosen])
         return sums
+
+    def _chooses_ridge(self, plan: MergePlan) -> bool:
+        """Whether tokens are held out; without, the sums take half the memory."""
+        return plan.refit.ridge is None and plan.refit.method != "scale"
 
     # -- units --------------------------------------------------------------------------------------------------
 

@@ -510,12 +510,13 @@ class ModelWorker:
         return self.refitter.done(plan)
 
     def refit_sums(self, item: tuple[MergePlan, int, tuple[int, int]]) -> Sums:
-        """Sums of one fit of a plan over a share of the calibration; see `Refitter.sums`."""
-        return self.refitter.sums(*item)
+        """Sums of one fit of a plan over a share of the calibration, packed; see `Refitter.sums`."""
+        return self.refitter.sums(*item).pack()
 
     def refit_solve(self, item: tuple[MergePlan, int, Sequence[Sums]]) -> dict[str, torch.Tensor]:
         """The fitted tensors from all shares' sums."""
-        return self.refitter.solve(*item)
+        plan, number, parts = item
+        return self.refitter.solve(plan, number, Sums.total(parts))
 
     def refit_store(self, plan: MergePlan, number: int, tensors: dict[str, torch.Tensor]) -> None:
         """Keep a fit on this machine's disk."""

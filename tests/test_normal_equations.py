@@ -1,5 +1,7 @@
 """Streamed least squares against solutions of the whole problem at once."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,23 @@ def test_sums_of_parts_are_the_sums_of_the_whole():
     for a, b in zip(cuts, cuts[1:], strict=False):
         streamed.add(x[a:b], r[a:b], w[a:b])
     torch.testing.assert_close(streamed.gram, whole.gram, rtol=1e-12, atol=0)
+
+
+def test_sums_are_the_same_after_a_journey_and_half_as_large():
+    x, r, w = problem()
+    whole, parts = equations(x, r, w), [equations(x[:150], r[:150], w[:150]), equations(x[150:], r[150:], w[150:])]
+    packed = [pickle.loads(pickle.dumps(part.pack())) for part in parts]
+    total = NormalEquations.total(packed)
+    torch.testing.assert_close(total.gram, whole.gram, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(total.cross, whole.cross, rtol=1e-10, atol=1e-10)
+    assert (total.power, total.weight, total.tokens) == (
+        pytest.approx(whole.power),
+        pytest.approx(whole.weight),
+        TOKENS,
+    )
+    assert packed[0].triangle.size == N * (N + 1) // 2
+    packed[0].triangle.flags.writeable = packed[0].cross.flags.writeable = False  # as Ray hands them out
+    torch.testing.assert_close(NormalEquations.total(packed[:1]).gram, parts[0].gram, rtol=1e-12, atol=1e-12)
 
 
 def test_bfloat16_tokens_are_multiplied_in_float32_and_summed_in_float64():

@@ -176,8 +176,8 @@ def test_shares_of_the_calibration_sum_up_to_the_whole(folder, tmp_path, method)
     whole.fit(plan)
     workers = [shared, refitter_of(folder, tmp_path / "b")]  # two workers of one cache
     for number in range(len(steps_of(plan))):
-        parts = [worker.sums(plan, number, (share, 2)) for share, worker in enumerate(workers)]
-        shared.store(plan, number, workers[1].solve(plan, number, parts))
+        parts = [worker.sums(plan, number, (share, 2)).pack() for share, worker in enumerate(workers)]
+        shared.store(plan, number, workers[1].solve(plan, number, Sums.total(parts)))
     for name, tensor in whole.tensors(plan, 1).items():
         torch.testing.assert_close(shared.tensors(plan, 1)[name], tensor, rtol=1e-4, atol=1e-5)
     assert [r["ridge"] for r in shared.records(plan)] == pytest.approx(

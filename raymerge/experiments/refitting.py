@@ -59,6 +59,7 @@ def fit(pool: WorkerPool, plans: Sequence[MergePlan], inputs: Inputs, run: RunDi
         for number in range(done, steps):
             parts = pool.map("refit_sums", [(plan, number, (share, shares)) for share in range(shares)])
             (tensors,) = pool.map("refit_solve", [(plan, number, parts)])
+            del parts  # 0.4 GB each where 8,960 features are fitted
             pool.broadcast("refit_store", plan, number, tensors)
             progress.advance(made + number + 1, plan.name)
         made += steps
