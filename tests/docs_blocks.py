@@ -169,7 +169,8 @@ def _check_python(arguments: list[str], where: str) -> None:
 
 def replaced(text: str) -> str:
     """A text with its stand-ins in place of what it names."""
-    return re.sub("|".join(map(re.escape, STAND_INS)), lambda found: STAND_INS[found[0]], text)
+    names = "|".join(map(re.escape, STAND_INS))
+    return re.sub(rf"(?<![\w./-])(?:{names})", lambda found: STAND_INS[found[0]], text)
 
 
 def copy_of_repository(folder: Path, *, environment: bool) -> None:
