@@ -49,7 +49,8 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Questions and text. mmlu: demo, a folder (CSV or parquet) or a hub id; null, for `evaluate` alone, asks none.
     subjects: all, or a list of subjects and domains. Limits are questions a subject, drawn with `seed`.
-    perplexity_text: demo, a text file, or null; perplexity_tokens: at most so many of its tokens. question_perplexity:
+    perplexity_text: demo, a file (UTF-8, or parquet or JSON lines with a column text), a file of one of the hub's data
+    sets as OWNER/NAME[@REVISION]:FILE, or null; perplexity_tokens: at most so many of its tokens. question_perplexity:
     also the loss of the questions' own prompt tokens (the whole vocabulary at every token, so it costs far more than
     the answers do)."""
 
@@ -179,8 +180,7 @@ class SearchConfig(_Section):
     same questions, whose plans are all reported. objective: micro_accuracy, macro_accuracy,
     accuracy:SUBJECT[,SUBJECT…]; answer_nll, answer_kl (the unmerged model's letters kept), text_nll; or a weighted
     sum, answer_nll+0.1*text_nll. perplexity_ceiling: no candidate of a higher perplexity of plain text is chosen.
-    text: the plain text that text_nll and the ceiling are measured on (demo or a file), text_tokens of its tokens;
-    where it is data.perplexity_text itself, those after the data.perplexity_tokens that are reported on. candidates:
+    text: the plain text that text_nll and the ceiling are measured on, text_tokens of its tokens; where it is data.perplexity_text itself, those after the data.perplexity_tokens that are reported on. candidates:
     coefficient vectors tried, known ones included; initial: random ones before the model proposes; random_candidates:
     random vectors scored as a control; batch: candidates a Tune trial carries; probes: further alpha files tried
     first."""
@@ -261,9 +261,9 @@ class GradientConfig(_Section):
 
 
 class CalibrationConfig(_Section):
-    """What is chosen or fitted on beside the search. text: plain text, demo or a file; null takes the prompts of the
-    search questions, by shards drawn with `seed`. tokens: at most so many. Where the text is one that is reported on or
-    searched on, the tokens after those; a report's questions and text are never among them."""
+    """What is chosen or fitted on beside the search. text: plain text, named as data.perplexity_text is; null takes the
+    prompts of the search questions, by shards drawn with `seed`. tokens: at most so many. Where the text is one that is
+    reported on or searched on, the tokens after those; a report's questions and text are never among them."""
 
     text: str | None = None
     tokens: Annotated[int, Field(ge=2)] = 12288

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from raymerge import demo
 from raymerge.config import Config, ConfigError
 from raymerge.questions import DataError, Question, QuestionSet, load_questions, sample
 from raymerge.tables import RunDirectory
 from raymerge.tasks import Task, load_task
+from raymerge.texts import read_plain_text
 
 # What prompts are for: to search on, to report on, to compare layers on; plain text; key-value prompts.
 SEARCH, REPORT, SUBSETS, TEXT, RETRIEVAL = "search", "report", "subsets", "text", "retrieval"
@@ -198,9 +197,9 @@ def read_similarity(
 
 
 def read_text(config: Config) -> str | None:
-    """The plain text for perplexity: the embedded one, a UTF-8 file, or None. Raises ConfigError."""
+    """The plain text for perplexity, or None. Raises ConfigError."""
     source = config.data.perplexity_text
-    return None if source is None else _read_text(source, "data.perplexity_text")
+    return None if source is None else read_plain_text(source, "data.perplexity_text")
 
 
 def read_search_text(config: Config) -> tuple[str, int] | None:
@@ -213,7 +212,7 @@ def read_search_text(config: Config) -> tuple[str, int] | None:
     settings = config.search
     if not config.needs_search_text:
         return None
-    text = _read_text(settings.text, "search.text")
+    text = read_plain_text(settings.text, "search.text")
     return text, _first_token(text, "search.text", settings.text, [_reported(config)])
 
 
@@ -226,7 +225,7 @@ def read_calibration_text(config: Config) -> tuple[str, int] | None:
     source = config.calibration.text
     if source is None:
         return None
-    text, used = _read_text(source, "calibration.text"), [_reported(config)]
+    text, used = read_plain_text(source, "calibration.text"), [_reported(config)]
     if (search := read_search_text(config)) is not None:
         used.append((search[0], "search.text", config.search.text, search[1] + config.search.text_tokens))
     return text, _first_token(text, "calibration.text", source, used)
@@ -252,11 +251,3 @@ def _first_token(text: str, key: str, source: str, used: Sequence[_Used | None])
                 "file twice (each then takes tokens after the other's) or two different texts"
             )
     return first
-
-
-def _read_text(source: str, key: str) -> str:
-    path = demo.TEXT_PATH if source == "demo" else Path(source).expanduser()
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{key} = {source!r} cannot be read as UTF-8 text: {error}") from error

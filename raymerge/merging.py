@@ -26,6 +26,7 @@ from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import encode_text
 from raymerge.proof import check_proof, prove
 from raymerge.refit import Refitter, check_refittable
+from raymerge.texts import read_plain_text
 
 RECORD_FILE = "merge_plan.json"
 
@@ -86,13 +87,13 @@ def _refitted(
     aligner: Aligner,
     cache: str | Path,
 ) -> tuple[MergePlan, Refits]:
-    """The plan with its refit on the calibration text, and what gives its tensors. Raises PlanError, RefitError."""
+    """The plan with its refit on the calibration text, and what gives its tensors.
+
+    Raises PlanError, ConfigError (a text that cannot be read), RefitError.
+    """
     if calibration is None:
         raise PlanError(f"refit {refit.method} needs a plain text to fit on: give --calibration")
-    try:
-        text = Path(calibration).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"calibration {calibration} cannot be read as UTF-8 text: {error}") from error
+    text = read_plain_text(str(calibration), "calibration")
     shards = encode_text(text, checkpoint.tokenizer, limit=CalibrationConfig().tokens)
     plan = replace(plan, refit=replace(refit, calibration=digest([shard.identity for shard in shards])))
     check_refittable(checkpoint, plan)

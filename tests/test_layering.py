@@ -20,7 +20,7 @@ LAYERS = {
         "reliability", "assignment", "memory",
     ),
     1: ("config", "schemas", "storage", "tables", "questions", "tasks", "summary", "progress", "inputs", "sensitivity",
-        "report", "reference"),
+        "report", "reference", "texts"),
     2: (
         "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "scoring", "evaluation", "rows",
         "merging", "activations", "alignment", "context", "quantisation", "gradient", "tail_loss",

@@ -1,0 +1,65 @@
+"""Plain texts: the embedded one, files, and files of the hub's data sets."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from raymerge import demo
+from raymerge.config import ConfigError
+
+_COLUMN = "text"  # of tables, as most of the hub's data sets of plain text name it
+_HUB_FILE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?:(?P<file>[^:]+)")
+_JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+
+
+def read_plain_text(source: str, key: str) -> str:
+    """A plain text: "demo", a file, or a file of a data set of the hub as OWNER/NAME[@REVISION]:FILE.
+
+    Files are UTF-8 text; or parquet or JSON lines (also .gz) whose rows have a column `text`, which are joined by
+    newlines. key: how errors name the source. Raises ConfigError.
+    """
+    if source == "demo":
+        return demo.TEXT_PATH.read_text(encoding="utf-8")
+    path, on_hub = Path(source).expanduser(), _HUB_FILE.fullmatch(source)
+    if on_hub and not path.exists():
+        path = _downloaded(on_hub["id"], on_hub["revision"], on_hub["file"], source, key)
+    try:
+        if path.name.endswith(".parquet"):
+            return _joined(pq.read_table(path), source, key)
+        if path.name.endswith(_JSON_LINES):
+            return _joined(pa.json.read_json(path), source, key)
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
+        raise ConfigError(
+            f"{key} = {source!r} cannot be read as UTF-8 text, parquet or JSON lines: {error}. A file of the hub is "
+            "named OWNER/NAME:FILE"
+        ) from error
+
+
+def _joined(table: pa.Table, source: str, key: str) -> str:
+    if _COLUMN not in table.column_names:
+        raise ConfigError(f"{key} = {source!r} has no column {_COLUMN!r}, but {', '.join(table.column_names)}")
+    column = table[_COLUMN]
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise ConfigError(f"{key} = {source!r}: column {_COLUMN!r} holds {column.type}, not strings")
+    return "\n".join(row for row in column.to_pylist() if row is not None)
+
+
+def _downloaded(name: str, revision: str | None, file: str, source: str, key: str) -> Path:
+    """A data set's file, from the hub's cache where it is there already."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file, repo_type="dataset", revision=revision))
+    except Exception as error:  # the hub raises its own, OSErrors and its HTTP client's errors, and which has changed
+        cause = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"{key} = {source!r}: no such file here, and {file!r} of the hub's data set {name!r} (revision "
+            f"{revision or 'main'}) could not be read: {type(error).__name__}: {cause}. Check the name and the "
+            "network, give a local file, or, where it is in a cache on disk, set HF_HOME to that cache and HF_HUB_OFFLINE=1"
+        ) from error

@@ -1,0 +1,87 @@
+"""texts.py: plain text from the demo, from files of three kinds, and from the hub's data sets."""
+
+import gzip
+import json
+
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raymerge import demo
+from raymerge.config import ConfigError
+from raymerge.texts import read_plain_text
+
+ROWS = ["Erste Zeile – naïve.", None, "", "Letzte."]
+TEXT = "Erste Zeile – naïve.\n\nLetzte."
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The rows as every kind of file."""
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    pq.write_table(pa.table({"id": range(4), "text": ROWS}), tmp_path / "a.parquet")
+    lines = "".join(json.dumps({"text": row, "id": n}) + "\n" for n, row in enumerate(ROWS))
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(lines.encode()))
+    return tmp_path
+
+
+def test_the_demo_is_its_own_file():
+    assert read_plain_text("demo", "k") == demo.TEXT_PATH.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.parquet", "a.jsonl", "a.json.gz"])
+def test_every_kind_of_file_is_the_same_text(files, name):
+    assert read_plain_text(str(files / name), "k") == TEXT
+
+
+def test_a_file_of_the_hub_is_asked_for_by_name_and_revision(files, monkeypatch):
+    asked = []
+
+    def download(name, file, **options):
+        asked.append((name, file, options))
+        return str(files / "a.parquet")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert read_plain_text("Salesforce/wikitext@abc12:raw/test-00000.parquet", "k") == TEXT
+    assert read_plain_text("Salesforce/wikitext:raw/test-00000.parquet", "k") == TEXT
+    assert asked == [
+        ("Salesforce/wikitext", "raw/test-00000.parquet", {"repo_type": "dataset", "revision": revision})
+        for revision in ("abc12", None)
+    ]
+
+
+def test_a_file_here_is_not_looked_for_on_the_hub(files, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: pytest.fail("asked the hub"))
+    (files / "own").mkdir()
+    (files / "own" / "set:a.txt").write_text("here", encoding="utf-8")
+    monkeypatch.chdir(files)
+    assert read_plain_text("own/set:a.txt", "k") == "here"
+
+
+def test_an_unreachable_hub_is_named_with_what_to_do(monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("no route\nfurther")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(ConfigError, match="calibration.text = 'a/b:c.txt'.*'a/b'.*no route. Check.*HF_HUB_OFFLINE"):
+        read_plain_text("a/b:c.txt", "calibration.text")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"\xff\xfe\x00", "cannot be read as UTF-8 text"),
+        ("missing.txt", None, "cannot be read as UTF-8 text.*No such file.*OWNER/NAME:FILE"),
+        ("a.parquet", b"PAR1 and not", "cannot be read"),
+        ("a.jsonl", b'{"text": "a"\n', "cannot be read"),
+        ("a.jsonl", b'{"words": "a"}\n', "has no column 'text', but words"),
+        ("a.jsonl", b'{"text": 3}\n', "column 'text' holds int64, not strings"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"(?s)data.perplexity_text = .*{message}"):
+        read_plain_text(str(tmp_path / name), "data.perplexity_text")
