@@ -180,10 +180,10 @@ class SearchConfig(_Section):
     same questions, whose plans are all reported. objective: micro_accuracy, macro_accuracy,
     accuracy:SUBJECT[,SUBJECT…]; answer_nll, answer_kl (the unmerged model's letters kept), text_nll; or a weighted
     sum, answer_nll+0.1*text_nll. perplexity_ceiling: no candidate of a higher perplexity of plain text is chosen.
-    text: the plain text that text_nll and the ceiling are measured on, text_tokens of its tokens; where it is data.perplexity_text itself, those after the data.perplexity_tokens that are reported on. candidates:
-    coefficient vectors tried, known ones included; initial: random ones before the model proposes; random_candidates:
-    random vectors scored as a control; batch: candidates a Tune trial carries; probes: further alpha files tried
-    first."""
+    text: the plain text that text_nll and the ceiling are measured on, text_tokens of its tokens; where it is
+    data.perplexity_text itself, those after the data.perplexity_tokens that are reported on. candidates: coefficient
+    vectors tried, known ones included; initial: random ones before the model proposes; random_candidates: random
+    vectors scored as a control; batch: candidates a Tune trial carries; probes: further alpha files tried first."""
 
     searcher: SearcherName | list[SearcherName] = "bayes"
     objective: str = "micro_accuracy"

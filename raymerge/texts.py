@@ -61,5 +61,5 @@ def _downloaded(name: str, revision: str | None, file: str, source: str, key: st
         raise ConfigError(
             f"{key} = {source!r}: no such file here, and {file!r} of the hub's data set {name!r} (revision "
             f"{revision or 'main'}) could not be read: {type(error).__name__}: {cause}. Check the name and the "
-            "network, give a local file, or, where it is in a cache on disk, set HF_HOME to that cache and HF_HUB_OFFLINE=1"
+            "network, give a local file, or, if a cache on disk has it, set HF_HOME to that cache and HF_HUB_OFFLINE=1"
         ) from error
