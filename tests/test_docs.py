@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from docs_blocks import PAGES, ROOT, Block, blocks, check, commands
+from docs_blocks import PAGES, ROOT, Block, blocks, check, commands, replaced
 
 import raymerge
 from raymerge.reference import config_reference
@@ -41,6 +41,12 @@ def test_a_wrong_command_is_found(text):
 
 def test_commands_are_joined_over_lines_and_lose_comments():
     assert commands("a b \\\n  --c 'd e'  # f\n\n# g\nh\n") == [["a", "b", "--c", "d e"], ["h"]]
+
+
+def test_a_stand_in_stands_only_where_a_name_begins():
+    command = "raymerge merge /models/a.gguf --alphas runs/k4/models/found/alphas.json --set data.mmlu=cais/mmlu"
+    expected = command.replace("/models/a", "stand-ins/models/a").replace("cais/mmlu", "stand-ins/mmlu")
+    assert replaced(command) == expected
 
 
 @pytest.mark.parametrize("page", sorted(set(LINKED)))
