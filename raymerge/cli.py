@@ -327,6 +327,7 @@ def _merge(options: argparse.Namespace) -> int:
     _check_lasts(options.out)
     from raymerge.merging import merge
     from raymerge.plan import Refit
+    from raymerge.summary import proof_line
 
     if options.public and options.push is None:
         raise UserError("--public says how --push uploads, but there is no --push OWNER/NAME")
@@ -354,11 +355,7 @@ def _merge(options: argparse.Namespace) -> int:
         f"Saved {done['bytes'] / 1e6:.1f} MB in {done['folder']} (plan {done['plan_id']}, merge_plan.json)."
     )
     if proof := done["proof"]:
-        print(
-            f"Reloaded in a fresh process: logits within {proof['max_difference']:.2g} (rounding explains "
-            f"{proof['tolerance']:.2g}), {proof['predictions_equal']} of {proof['positions']} next tokens the same, "
-            f"{proof['generated_tokens']} tokens generated."
-        )
+        print(proof_line(proof))
     if done["mergekit"] is not None:
         print(f"No mergekit.yaml: {done['mergekit']}.")
     if done["pushed"]:

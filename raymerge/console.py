@@ -191,8 +191,11 @@ def print_search(run: RunDirectory, split: str) -> None:
         _print_table(header, cells)
     _print_incidents(run)
     print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")
-    if manifest["best"]["model"]:
-        print(f"Merged model: {manifest['best']['model']}")
+    for saved in (manifest["best"], manifest.get("refitted") or {}):
+        if saved.get("model"):
+            print(f"Merged model: {saved['model']}")
+        if saved.get("proof"):
+            print(summary.proof_line(saved["proof"]))
 
 
 def _print_blocks(run: RunDirectory) -> None:

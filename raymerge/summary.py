@@ -21,6 +21,15 @@ def always_a_share(run: RunDirectory, split: str) -> float:
     return pc.mean(pc.equal(one_plan["answer"], 0)).as_py()
 
 
+def proof_line(proof: dict) -> str:
+    """What `proof.prove` found when a saved model was loaded again."""
+    return (
+        f"Reloaded in a fresh process: logits within {proof['max_difference']:.2g} (rounding explains "
+        f"{proof['tolerance']:.2g}), {proof['predictions_equal']} of {proof['positions']} next tokens the same, "
+        f"{proof['generated_tokens']} tokens generated."
+    )
+
+
 def plan_lines(run: RunDirectory, split: str) -> list[dict]:
     """For each plan, in the order in which they were stored, its name and what it reached on `split`.
 

@@ -289,7 +289,7 @@ def test_another_configuration_is_refused_by_name(run):
         search(config(run.path_of("tables").removesuffix("/tables"), "plan.merges=4"))
 
 
-def test_the_summary_is_made_from_tables(run, capsys):
+def test_the_summary_is_made_from_tables(run, capsys, monkeypatch):
     from raymerge.console import print_search
 
     lines = summary.plan_lines(run, "test")
@@ -300,6 +300,12 @@ def test_the_summary_is_made_from_tables(run, capsys):
     shown = capsys.readouterr().out
     for words in ("Always answering A", "p (Holm)", "not scoring", "Merged model"):
         assert words in shown
+    assert "Reloaded" not in shown
+    proof = {"max_difference": 0.0, "tolerance": 1e-4, "predictions_equal": 7, "positions": 8, "generated_tokens": 5}
+    manifest = run.manifest()
+    monkeypatch.setattr(run, "manifest", lambda: manifest | {"refitted": manifest["best"] | {"proof": proof}})
+    print_search(run, "test")
+    assert "fresh process: logits within 0 (rounding explains 0.0001), 7 of 8 next" in capsys.readouterr().out
 
 
 class LocalPool:
