@@ -3,8 +3,9 @@
     python tests/benchmarks/scaling.py [--seconds 8] [--actors 1 2 4 8]
 
 This measures the runtime - Tune, Ray, the searcher - and not scoring: a wait takes no CPU, so more actors than cores
-are no contradiction. Batches as `raymerge search` chooses them. `steady` is from the first batch's record to the last
-one's, `whole` from the call to its end, with the start of Tune's trial actors; ideal is actors / body.
+are no contradiction. Batches as `raymerge search` chooses them. `steady` is the rate of the second half of the batches,
+when all of Tune's trial actors run (each takes seconds of a core to start, so that many actors on few cores need a long
+search); `whole` is from the call to its end; ideal is actors / body.
 """
 
 import argparse
@@ -52,7 +53,8 @@ def measure(body, actors, seconds):
             storage_path=folder,
         )
         whole = time.perf_counter() - began
-    steady = sum(count for _, count in records[1:]) / (records[-1][0] - records[0][0])
+    half = records[len(records) // 2 - 1 :]
+    steady = sum(count for _, count in half[1:]) / (half[-1][0] - half[0][0])
     return {
         "candidates": candidates,
         "batch": batch,
