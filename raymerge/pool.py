@@ -161,6 +161,15 @@ def _loopback_only() -> Iterator[None]:
             os.environ[name] = before
 
 
+# glibc gives back every block beyond 32 MB when it is freed, so that each layer's weights and activations are new pages
+# which the kernel clears: converting a layer takes 11 times as long (docs/results.md, 2026-11-24). Keep up to 1 GiB.
+_ALLOCATION = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+
+
+def _threads(cpus: float) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(max(1, int(cpus))), "OMP_WAIT_POLICY": "passive"}
+
+
 class _Host:
     """The actor: makes the plain worker and calls it.
 
@@ -299,7 +308,6 @@ class WorkerPool:
         self._grow, self._grown_at, self._on_event = grow, time.monotonic(), on_event
         self._admission: tuple[str | None, Callable[[Any], None]] = (None, lambda _: None)
         self._what = f"{worker_class.__name__} of {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs"
-        threads = str(max(1, int(cpus_per_worker)))
         actor, options = (
             ray.remote(_Host),
             {
@@ -307,7 +315,7 @@ class WorkerPool:
                 "num_gpus": gpus_per_worker,
                 "max_restarts": max_restarts,
                 "scheduling_strategy": "SPREAD",
-                "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}},
+                "runtime_env": {"env_vars": _ALLOCATION | _threads(cpus_per_worker)},
             },
         )
         self._start = lambda name: actor.options(name=name, **options).remote(worker_class, dict(kwargs))

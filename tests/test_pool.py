@@ -1,8 +1,11 @@
 """Placement by arithmetic; the pool on a plain class whose instances die, hang and raise on request."""
 
 import os
+import platform
+import resource
 import time
 
+import numpy as np
 import pytest
 import ray
 from ray.exceptions import ObjectLostError, ObjectStoreFullError, OutOfDiskError
@@ -47,6 +50,14 @@ class Plain:
 
     def mistaken(self, number):
         raise UserError(f"item {number} is too large: give at most 2")
+
+    def page_faults(self, _):
+        """Of allocating and freeing 64 MB ten times, once it has been done before."""
+        faults = []
+        for _ in range(11):
+            np.ones(2**23)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        return faults[-1] - faults[0]
 
     def threads(self, _):
         return os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]
@@ -111,6 +122,12 @@ def test_the_local_ray_listens_on_the_loopback_only(ray_session):
 
 def test_broadcast_reaches_every_worker_once(pool):
     assert len(set(pool.broadcast("process"))) == pool.count == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+def test_a_worker_keeps_the_pages_of_large_arrays(pool):
+    (faults,) = pool.map("page_faults", [None])
+    assert faults < 1000  # 16,384 each time where they are given back
 
 
 def test_a_worker_computes_with_as_many_threads_as_it_has_cpus(pool):
