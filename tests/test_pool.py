@@ -127,7 +127,7 @@ def test_broadcast_reaches_every_worker_once(pool):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
 def test_a_worker_keeps_the_pages_of_large_arrays(pool):
     (faults,) = pool.map("page_faults", [None])
-    assert faults < 1000  # 16,384 each time where they are given back
+    assert faults < 1000  # several thousand where they are given back
 
 
 def test_a_worker_computes_with_as_many_threads_as_it_has_cpus(pool):
