@@ -29,6 +29,9 @@ from raymerge.prompts import Group, Shard
 from raymerge.quantisation import quantise_layer
 
 _BATCH_TOKENS = 2048  # padded tokens of the sequences run together on a CPU, where more gains nothing
+# What one more call of a layer costs: so many tokens (matrices of few rows multiply slower, on a GPU far slower), and on
+# a CPU torch's own work, worth so many multiply-adds. Padding that costs more is not computed.
+_CALL_TOKENS, _CALL_TOKENS_ACCELERATED, _CALL_OPERATIONS = 16, 256, 100e6
 _VOCABULARY_CHUNK = 16384  # rows of the unembedding converted to float32 at a time (58 MB at hidden size 896)
 
 
@@ -280,7 +283,7 @@ class LayerRunner:
         prefix = states_of(group.prefix, 0)[None]
         starts = len(group.prefix) + np.concatenate([[0], np.cumsum([len(ids) for ids in group.sequences])])
         order = sorted(range(len(group.sequences)), key=lambda i: len(group.sequences[i]))
-        batches, members = [], []
+        batches, members, own = [], [], 0
         most, attended = self._limits
 
         def close() -> None:
@@ -292,10 +295,12 @@ class LayerRunner:
 
         for i in order:
             count, length = len(members) + 1, len(group.sequences[i])
-            if members and (count * length > most or count * (len(group.prefix) + length) > attended):
+            too_many = count * length > most or count * (len(group.prefix) + length) > attended
+            if members and (too_many or count * length - (own + length) > self._call_tokens):
                 close()
-                members = []
+                members, own = [], 0
             members.append(i)
+            own += length
         close()
         return GroupStates(group, prefix, batches)
 
@@ -303,6 +308,13 @@ class LayerRunner:
     def _limits(self) -> tuple[float, float]:
         """Padded tokens of a batch, and keys that all its sequences together attend to."""
         return self._planned_batches if self.accelerated else (_BATCH_TOKENS, float("inf"))
+
+    @cached_property
+    def _call_tokens(self) -> float:
+        """How much padding of a batch costs as much as one more call."""
+        if self.accelerated:
+            return _CALL_TOKENS_ACCELERATED
+        return _CALL_TOKENS + _CALL_OPERATIONS / self.layer_size.parameters
 
     @cached_property
     def _planned_batches(self) -> tuple[int, int]:

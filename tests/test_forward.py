@@ -103,6 +103,27 @@ def test_batches_do_not_change_anything(tmp_path, shard, monkeypatch):
                     assert (a - b).abs().max() < LIMIT * b.abs().max()
 
 
+def test_a_batch_is_closed_before_its_padding_costs_more_than_a_call(tmp_path, monkeypatch):
+    """Sequences of 1 to 40 tokens in one batch would be padded to nearly twice their tokens."""
+    runner = LayerRunner(Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", "llama"))))
+    layers = runner.plan_layers(base_plan(tiny.N_LAYERS))
+    ids = np.random.default_rng(0).integers(0, 90, (41, 40))
+    sequences = tuple(ids[length, :length] for length in range(1, 41))
+    shard = Shard((Group("s", ids[0, :20], sequences, tuple(range(40))),))
+    batches, found = {}, {}
+    for name, operations in {"a call costs 16 tokens": 0.0, "a call costs far more": 1e12}.items():
+        monkeypatch.setattr(raymerge.forward, "_CALL_OPERATIONS", operations)
+        runner.__dict__.pop("_call_tokens", None)
+        (state,) = runner.embed(shard)
+        batches[name] = [(len(members) * max(lengths), sum(lengths)) for members, lengths, _ in state.batches]
+        found[name] = runner.pack(runner.run([state], layers))[0][1]
+    cheap, dear = batches["a call costs 16 tokens"], batches["a call costs far more"]
+    assert dear == [(40 * 40, 820)]
+    assert all(padded - own <= 16 for padded, own in cheap) and len(cheap) < 15
+    one, other = found.values()
+    assert (one - other).abs().max() < LIMIT * other.abs().max()
+
+
 def test_packing_and_unpacking_are_inverse(tmp_path, shard):
     runner = LayerRunner(Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", "llama"))))
     packed = runner.pack(runner.embed(shard))
