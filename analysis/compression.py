@@ -28,7 +28,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from plotting import COLOURS, MARKERS, STYLE, markdown, need, number, run_main, save, save_text, style_of
 
-from raymerge.tables import MACRO, MICRO, RunDirectory, RunError
+from raymerge.tables import MACRO, MICRO, RunDirectory, RunError, way_of
 
 _PUBLISHED = Path(__file__).parent / "published" / "compression.csv"
 _CHANCE = 0.25
@@ -49,6 +49,7 @@ class Point(NamedTuple):
     micro: dict | None  # row of `accuracy`
     macro: dict | None
     perplexity: float | None  # of plain text
+    perplexity_error: tuple[float, float]  # how far its 95 % interval reaches below and above; 0 where there is none
     difference: dict | None  # row of `comparisons`, signed as this plan - drop of the same merges
 
     @property
@@ -64,14 +65,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def draw(run: RunDirectory, out: Path) -> list[Path]:
     """Write the figures and compression.md into `out`; return their paths. RunError if a table is missing."""
-    sweep = [with_refit(row) for row in need(run, "sweep", "the compression curve")]
+    sweep = [{**row, "method": way_of(row)} for row in need(run, "sweep", "the compression curve")]
     accuracy = need(run, "accuracy", "the accuracy of the sweep's plans")
     costs = {row["plan_id"]: row for row in need(run, "costs", "the layers that each plan removes")}
     if missing := sorted({row["plan_id"] for row in sweep} - costs.keys()):
         raise RunError(f"{run.path_of()}: table costs lacks plan {missing[0]} and {len(missing) - 1} more of the sweep")
     split = report_split(run, accuracy)
     accuracy = [row for row in accuracy if row["split"] == split]
-    texts = {row["plan_id"]: row["perplexity"] for row in run.read("perplexity").to_pylist() if row["target"] == "text"}
+    texts = {row["plan_id"]: row for row in run.read("perplexity").to_pylist() if row["target"] == "text"}
     comparisons = [row for row in run.read("comparisons").to_pylist() if row["split"] == split]
     published = read_published()
     languages = list(dict.fromkeys(row["language"] for row in accuracy))
@@ -90,12 +91,6 @@ def draw(run: RunDirectory, out: Path) -> list[Path]:
             text += describe_context(context, names)
     paths.append(save_text("\n\n".join(text) + "\n", out / "compression.md"))
     return paths
-
-
-def with_refit(row: dict) -> dict:
-    """A row of `sweep` whose method names how its seams are refitted: each way is a line of its own."""
-    refit = row["refit"] or "none"
-    return row if refit == "none" else {**row, "method": f"{row['method']} + {refit}"}
 
 
 def report_split(run: RunDirectory, accuracy: list[dict]) -> str:
@@ -150,11 +145,18 @@ def points_of(sweep, accuracy, costs, texts, comparisons) -> list[Point]:
                 cost["parameters_removed"] / (cost["parameters"] + cost["parameters_removed"]),
                 accuracy.get((plan, MICRO)),
                 accuracy.get((plan, MACRO)),
-                texts.get(plan),
+                *_text(texts.get(plan)),
                 found[0] if found else None,
             )
         )
     return points
+
+
+def _text(row: dict | None) -> tuple[float | None, tuple[float, float]]:
+    """Perplexity and its errors of a row of `perplexity` or none."""
+    if row is None or row["ci_low"] is None:
+        return row and row["perplexity"], (0.0, 0.0)
+    return row["perplexity"], (row["perplexity"] - row["ci_low"], row["ci_high"] - row["perplexity"])
 
 
 def line_of(row: dict) -> tuple[str, str, str]:
@@ -235,7 +237,9 @@ def draw_curves(points: list[Point], published: list[dict], split: str, language
             line[-1].plot(100 * x / mine[0].layers, y, **{**look, "ms": 3.2, "lw": 0.9}, alpha=0.55)
             if known:
                 texts = [point for point in mine if point.perplexity is not None]
-                line[1].plot([point.removed for point in texts], [point.perplexity for point in texts], **look)
+                x, y = ([getattr(point, name) for point in texts] for name in ("removed", "perplexity"))
+                error = np.array([point.perplexity_error for point in texts]).reshape(-1, 2).T
+                line[1].errorbar(np.array(x) + shift, y, yerr=error, **look, elinewidth=0.8)
         draw_levels(line, base, known)
         for label, artist in draw_published(line[-1], published).items():
             handles[label] = artist
@@ -244,7 +248,7 @@ def draw_curves(points: list[Point], published: list[dict], split: str, language
             title = f"alignment {variant[0]}, norms {variant[1]}"
         line[0].set_title(title[0].upper() + title[1:])
         if known:
-            line[1].set_title("Plain text, lower is better")
+            line[1].set_title("Plain text, lower is better (bars: 95 %)")
             line[1].set(ylabel="perplexity (log scale)", yscale="log")
         line[-1].set_title(f"Beside published points ({published[0]['model']})")
         for axis in (line[0], line[-1]):

@@ -27,6 +27,7 @@ from raymerge import demo
 from raymerge.architectures import Architecture, architecture_of, attention_windows, rotary_types, trimmed_config
 from raymerge.errors import UserError
 from raymerge.gguf_input import SOURCE_FILE, converted_gguf, gguf_file_of
+from raymerge.hub import fetch
 from raymerge.identity import digest
 from raymerge.tensorfiles import ITEM_BYTES, Layout, OpenTensorFile
 
@@ -57,14 +58,10 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
         raise CheckpointError(f"there is no model folder {path}: give a folder, a hub id such as owner/name, or demo")
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_PATTERNS))
-    except Exception as error:  # the hub raises its own, OSErrors and its HTTP client's errors, and which has changed
-        raise CheckpointError(
-            f"the model {path} (revision {revision or 'main'}) is no local folder and could not be fetched from the "
-            f"hub: {type(error).__name__}: {error}. Check the name and the network, log in with `hf auth login` if "
-            "the model is gated, or give a local folder"
-        ) from error
+    what = f"no local folder {path!r}, and the model {path!r} (revision {revision or 'main'})"
+    return fetch(
+        what, lambda: snapshot_download(path, revision=revision, allow_patterns=_HUB_PATTERNS), CheckpointError
+    )
 
 
 class Checkpoint(Mapping[str, Tensor]):

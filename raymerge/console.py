@@ -228,7 +228,9 @@ def print_evaluation(run: RunDirectory, split: str) -> None:
     from raymerge import summary
 
     questions = {
-        row["subject"]: row["perplexity"] for row in run.read("perplexity").to_pylist() if row["target"] == "question"
+        row["subject"]: summary.number(row["perplexity"], (row["ci_low"], row["ci_high"]))
+        for row in run.read("perplexity").to_pylist()
+        if row["target"] == "question"
     }
     cells = []
     for row in run.read("accuracy").to_pylist():
@@ -239,15 +241,18 @@ def print_evaluation(run: RunDirectory, split: str) -> None:
                 str(row["n"]),
                 summary.share(row["accuracy"], row["standard_error"], (row["ci_low"], row["ci_high"])),
                 f"{row['nll']:.4f}",
-                summary.number(questions.get(key)),
+                questions.get(key, "–"),
             ]
         )
     if cells:
-        _print_table(["subject", "n", "accuracy ± se [95 %]", "answer NLL", "question ppl"], cells[2:] + cells[:2])
+        _print_table(
+            ["subject", "n", "accuracy ± se [95 %]", "answer NLL", "question ppl [95 %]"], cells[2:] + cells[:2]
+        )
         print(f"\nAlways answering A: {summary.always_a_share(run, split):.4f}")
     _print_tasks(run)
-    text = [row["perplexity"] for row in run.read("perplexity").to_pylist() if row["target"] == "text"]
-    print(f"Plain-text perplexity: {summary.number(text[0] if text else None)}")
+    texts = [row for row in run.read("perplexity").to_pylist() if row["target"] == "text"]
+    found = [summary.number(row["perplexity"], (row["ci_low"], row["ci_high"])) for row in texts]
+    print(f"Plain-text perplexity [95 %]: {found[0] if found else '–'}")
     _print_incidents(run)
     print(f"Tables and manifest: {run.path_of().rstrip('/')}")
 

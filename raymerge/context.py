@@ -41,12 +41,41 @@ class ContextError(UserError):
 # -- plain text by position ------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class TextLosses:
+    """Losses of plain text by window and by the tokens' positions: bucket b holds edges[b] <= position < edges[b + 1].
+
+    windows (W,) int64: their numbers in the text; nll (W, B) float64: summed negative log-likelihood in nats; tokens
+    (W, B) int64: how many were scored.
+    """
+
+    edges: tuple[int, ...]
+    windows: np.ndarray
+    nll: np.ndarray
+    tokens: np.ndarray
+
+    @staticmethod
+    def join(parts: Sequence[TextLosses]) -> TextLosses:
+        """Several shards of one text, in its order."""
+        windows = np.concatenate([part.windows for part in parts])
+        order = np.argsort(windows)
+        nll, tokens = (np.concatenate([getattr(part, name) for part in parts])[order] for name in ("nll", "tokens"))
+        return TextLosses(parts[0].edges, windows[order], nll, tokens)
+
+    def coarser(self, edges: Sequence[int]) -> TextLosses:
+        """The same by fewer edges, some of these with the first and the last."""
+        starts = [self.edges.index(edge) for edge in edges[:-1]]
+        if starts[0] or edges[-1] != self.edges[-1]:
+            raise ContextError(f"edges {list(edges)} should begin and end as {list(self.edges)} do")
+        nll, tokens = np.add.reduceat(self.nll, starts, axis=1), np.add.reduceat(self.tokens, starts, axis=1)
+        return TextLosses(tuple(edges), self.windows, nll, tokens)
+
+
 @torch.inference_mode()
 def position_nll(
     runner: LayerRunner, plan: MergePlan, shard: Shard, *, trunk: TrunkCache | None = None, edges: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Summed negative log-likelihood (B,) float64 in nats and number of scored tokens (B,) int64 of a shard of plain
-    text, by the tokens' positions: bucket b holds edges[b] <= position < edges[b + 1].
+) -> TextLosses:
+    """Losses of a shard of plain text by window and position.
 
     The first token of each window has position 0 and is not scored; the others are those of evaluation.text_nll, and
     edges that leave one out are refused. trunk: start from its cached states where the plan leaves it as it is.
@@ -62,13 +91,15 @@ def position_nll(
             f"edges from {bounds[0]} to {bounds[-1]} leave tokens out: the positions scored are 1 to {longest - 1}, so "
             f"the first edge must be at most 1 and the last at least {longest}"
         )
-    sums, counts = np.zeros(len(bounds) - 1), np.zeros(len(bounds) - 1, dtype=np.int64)
+    parts = []
     for state in merged_states(runner, plan, shard, trunk):
-        _, positions, nll = token_losses(runner, state)
-        buckets = np.searchsorted(bounds, positions, side="right") - 1
-        sums += np.bincount(buckets, weights=nll, minlength=len(sums))
-        counts += np.bincount(buckets, minlength=len(sums))
-    return sums, counts
+        owner, positions, nll = token_losses(runner, state)
+        shape = len(state.group.sequences), len(bounds) - 1
+        cells = owner * shape[1] + np.searchsorted(bounds, positions, side="right") - 1
+        sums = np.bincount(cells, weights=nll, minlength=shape[0] * shape[1]).reshape(shape)
+        counts = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
+        parts.append(TextLosses(tuple(edges), np.array(state.group.rows, dtype=np.int64), sums, counts))
+    return TextLosses.join(parts)
 
 
 # -- retrieval -------------------------------------------------------------------------------------------------------

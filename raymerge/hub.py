@@ -1,7 +1,9 @@
-"""Pushing a saved model to the Hugging Face hub, when asked to by name and never otherwise."""
+"""The Hugging Face hub: fetching what is named and not here; pushing a saved model, when asked to by name and never
+otherwise."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,22 @@ from raymerge.errors import UserError
 
 class HubError(UserError):
     """A hub that cannot be reached, or a repository that cannot be pushed to; the message says what to do."""
+
+
+def fetch(what: str, download: Callable[[], str], error: type[UserError]) -> Path:
+    """Where a function of huggingface_hub has put what it downloaded, or found in its cache.
+
+    what: how the error names it, with its revision; error: which to raise where it cannot be had.
+    """
+    try:
+        return Path(download())
+    except Exception as failure:  # the hub raises its own, OSErrors and its HTTP client's errors, and which has changed
+        cause = (str(failure).strip().splitlines() or [""])[0]
+        raise error(
+            f"{what} could not be read from the hub: {type(failure).__name__}: {cause}. Check the name and the "
+            "network, log in with `hf auth login` if it is gated, give a local path instead, or, if a cache on disk "
+            "has it, set HF_HOME to that cache and HF_HUB_OFFLINE=1"
+        ) from failure
 
 
 def check_push(repository: str) -> None:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raymerge.errors import UserError
+from raymerge.hub import fetch
 
 LETTERS = "ABCD"
 
@@ -289,15 +290,9 @@ def _download(source: str, language: str, splits: list[str], revision: str | Non
     folders = [language, "all"] if language == "en" else [language]
     names = [alias for split in splits for alias in _SPLITS[split]]
     patterns = [f"{folder}/{name}{end}" for folder in folders for name in names for end in (".parquet", "-*.parquet")]
-    try:
-        return Path(snapshot_download(source, repo_type="dataset", revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub raises its own, OSErrors and its HTTP client's errors, and which has changed
-        cause = (str(error).strip().splitlines() or [""])[0]
-        raise DataError(
-            f"no folder {source!r} here, and the hub data set {source!r} (revision {revision or 'main'}) could not be "
-            f"read: {type(error).__name__}: {cause}. Give a local folder as the source; or check the name and "
-            f"the network; or, if the data set is in a cache on disk, set HF_HOME to that cache and HF_HUB_OFFLINE=1"
-        ) from error
+    what = f"no folder {source!r} here, and the data set {source!r} (revision {revision or 'main'})"
+    options = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
+    return fetch(what, lambda: snapshot_download(source, **options), DataError)
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymerge.checkpoint import Checkpoint
+from raymerge.context import TextLosses
 from raymerge.evaluation import Answers
 from raymerge.fusion import Receipt
 from raymerge.gradient import Epoch
@@ -19,8 +21,8 @@ from raymerge.plan import MergePlan
 from raymerge.prompts import TEXT_WINDOW
 from raymerge.quantisation import quantised_bytes
 from raymerge.questions import QuestionSet
-from raymerge.schemas import SCHEMAS, TASK_MEASURES
-from raymerge.statistics import answer_nll, holm, mcnemar, paired_difference
+from raymerge.schemas import SCHEMAS, TASK_MEASURES, TEXT_SPLIT
+from raymerge.statistics import MeanInterval, answer_nll, holm, mcnemar, paired_difference, ratio_interval
 from raymerge.tasks import Task
 
 Row = dict[str, Any]
@@ -101,8 +103,9 @@ def question_perplexity_rows(answers: pa.Table) -> list[Row]:
     rows = []
     for subject in [None, *sorted(set(subjects.tolist()))]:
         chosen = slice(None) if subject is None else subjects == subject
-        nll, count = float(losses[chosen].mean()), int(np.nansum(tokens[chosen]))
-        rows.append(perplexity_row(plan_id, "question", nll, count, subject=subject))
+        own, count = losses[chosen], int(np.nansum(tokens[chosen]))
+        nll = ratio_interval(own, np.ones(len(own)))
+        rows.append(_perplexity_row(plan_id, "question", nll, count, subject=subject))
     return rows
 
 
@@ -134,33 +137,59 @@ def task_answer_table(plan_id: str, task: Task, items: np.ndarray, log_likelihoo
     return pa.Table.from_pylist(rows, SCHEMAS["task_answers"].remove(0))
 
 
-def perplexity_row(
-    plan_id: str, target: str, nll: float, tokens: int, *, subject: str | None = None, text_hash: str | None = None
+def _perplexity_row(
+    plan_id: str, target: str, nll: MeanInterval, tokens: int, *, subject: str | None = None, of: str | None = None
 ) -> Row:
-    """One row of `perplexity`; nll is the mean in nats, and exp overflows to infinity rather than fail."""
+    """One row of `perplexity`; nll in nats, and exp overflows to infinity rather than fail."""
+    limits = [None if math.isnan(limit) else perplexity(limit) for limit in (nll.low, nll.high)]
     return {
         "plan_id": plan_id,
         "target": target,
         "subject": subject,
         "tokens": tokens,
-        "nll": nll,
-        "perplexity": perplexity(nll),
-        "text_hash": text_hash,
+        "nll": nll.mean,
+        "perplexity": perplexity(nll.mean),
+        "ci_low": limits[0],
+        "ci_high": limits[1],
+        "text_hash": of,
     }
 
 
-#: Where the buckets of a token's position in its window of plain text begin; the last ends with the window.
-POSITIONS = (1, 16, 64, 256, 512, TEXT_WINDOW)
+_PASSAGE = 64  # tokens of plain text that count as one item: beyond, one token's loss says little of another's
+#: Where the buckets of a token's position in its window of plain text begin, as tables have them; the last ends with
+#: the window.
+_POSITIONS = (1, 16, 64, 256, 512, TEXT_WINDOW)
+_PASSAGES = (1, *range(_PASSAGE, TEXT_WINDOW + 1, _PASSAGE))
+#: By these workers give the losses of plain text: all that both need.
+EDGES = tuple(sorted({*_POSITIONS, *_PASSAGES}))
 
 
-def text_perplexity_row(plan_id: str, losses: np.ndarray, tokens: np.ndarray, text: str) -> Row:
-    """The row of `perplexity` of plain text, from summed losses (nats) and tokens by position."""
-    scored = int(tokens.sum())
-    return perplexity_row(plan_id, "text", float(losses.sum()) / scored, scored, text_hash=text_hash(text))
+def text_perplexity_row(plan_id: str, losses: TextLosses, text: str) -> Row:
+    """The row of `perplexity` of plain text, with the interval that other passages of the same text would give."""
+    passages = losses.coarser(_PASSAGES)
+    scored = passages.tokens > 0
+    nll = ratio_interval(passages.nll[scored], passages.tokens[scored])
+    return _perplexity_row(plan_id, "text", nll, int(passages.tokens.sum()), of=text_hash(text))
 
 
-def position_rows(plan_id: str, losses: np.ndarray, tokens: np.ndarray) -> list[Row]:
+def text_loss_rows(plan_id: str, losses: TextLosses) -> list[Row]:
+    """Rows of `text_losses`, one a passage."""
+    passages = losses.coarser(_PASSAGES)
+    return [
+        {
+            "plan_id": plan_id,
+            "window": int(passages.windows[window]),
+            "position": _PASSAGES[number],
+            "tokens": int(passages.tokens[window, number]),
+            "nll": float(passages.nll[window, number]),
+        }
+        for window, number in np.argwhere(passages.tokens)
+    ]
+
+
+def position_rows(plan_id: str, losses: TextLosses) -> list[Row]:
     """Rows of `context`: the mean loss of text tokens by position, buckets without tokens left out."""
+    found = losses.coarser(_POSITIONS)
     return [
         {
             "plan_id": plan_id,
@@ -169,7 +198,7 @@ def position_rows(plan_id: str, losses: np.ndarray, tokens: np.ndarray) -> list[
             "n": int(count),
             "value": float(loss) / int(count),
         }
-        for bucket, loss, count in zip(POSITIONS[:-1], losses, tokens, strict=True)
+        for bucket, loss, count in zip(_POSITIONS[:-1], found.nll.sum(0), found.tokens.sum(0), strict=True)
         if count
     ]
 
@@ -235,6 +264,16 @@ def comparison_rows(split: str, answers: pa.Table, pairs: Sequence[tuple[str, st
     return _compared({"split": split}, pairs, lambda plan_id: _side(answers, plan_id))
 
 
+def text_comparison_rows(losses: pa.Table, pairs: Sequence[tuple[str, str]]) -> list[Row]:
+    """Rows of `comparisons` with split "text": the mean loss of a token of plain text, passages as the items.
+
+    losses: rows of `text_losses`; pairs with a plan that has none are left out.
+    """
+    there = set(losses["plan_id"].to_pylist())
+    pairs = [pair for pair in pairs if there.issuperset(pair)]
+    return _compared({"split": TEXT_SPLIT}, pairs, lambda plan_id: _text_side(losses, plan_id))
+
+
 def task_comparison_rows(answers: pa.Table, pairs: Sequence[tuple[str, str]]) -> list[Row]:
     """Rows of `task_comparisons`, by task and measure as `comparison_rows`. answers: rows of `task_answers`."""
     found = []
@@ -284,6 +323,19 @@ def _side(answers: pa.Table, plan_id: str) -> tuple[list[str], dict[str, np.ndar
     answer = rows["answer"].to_numpy()
     measures = {"accuracy": rows["predicted"].to_numpy() == answer, "answer_nll": answer_nll(logits, answer)}
     return rows["question_id"].to_pylist(), measures
+
+
+def _text_side(losses: pa.Table, plan_id: str) -> tuple[list[str], dict[str, np.ndarray]]:
+    """A plan's passages in order, and their losses, weighted so that their mean is that of the tokens."""
+    rows = losses.filter(pc.equal(losses["plan_id"], plan_id)).sort_by(
+        [("window", "ascending"), ("position", "ascending")]
+    )
+    tokens = rows["tokens"].to_numpy()
+    ids = [
+        f"{window}/{position}"
+        for window, position in zip(rows["window"].to_pylist(), rows["position"].to_pylist(), strict=True)
+    ]
+    return ids, {"text_nll": rows["nll"].to_numpy() / tokens.mean()}
 
 
 def _task_side(answers: pa.Table, plan_id: str) -> tuple[list[str], dict[str, np.ndarray]]:

@@ -10,6 +10,9 @@ from raymerge.statistics import accuracy_summary, answer_nll, macro_interval, ma
 MICRO, MACRO = "_micro", "_macro"
 """Subjects of `accuracy` that are averages: over questions, and over subjects."""
 
+TEXT_SPLIT = "text"
+"""Of `comparisons` of plain text, which is no split of the questions."""
+
 TASK_MEASURES = {"acc": "predicted", "acc_norm": "predicted_norm"}
 """Measures of `task_accuracy`, and the columns of `task_answers` that they judge by."""
 
@@ -78,13 +81,19 @@ SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
     "accuracy": "plan_id:str split:str language:str subject:str n:i32 correct:i32 accuracy:f64 standard_error:f64 "
         "ci_low:f64? ci_high:f64? nll:f64",
     # difference = plan_a - plan_b, 95 % interval; p_value uncorrected, p_holm over the comparisons of the same measure
-    # in the same family: those of the best plan found, or all others
+    # in the same family: those of the best plan found, or all others. split: of the questions, or TEXT_SPLIT for
+    # text_nll, the mean loss of a token of plain text
     "comparisons": "plan_a:str plan_b:str split:str measure:str difference:f64 ci_low:f64 ci_high:f64 p_value:f64 "
         "p_holm:f64? test:str",
     # the same by task; p_holm over the comparisons of one task and measure in the same family
     "task_comparisons": "plan_a:str plan_b:str task:str measure:str difference:f64 ci_low:f64 ci_high:f64 p_value:f64 "
         "p_holm:f64? test:str",
-    "perplexity": "plan_id:str target:str subject:str? tokens:i64 nll:f64 perplexity:f64 text_hash:str?",
+    # target text, or question: the prompts' own tokens, by subject. 95 % intervals over passages of the same text, or
+    # over questions
+    "perplexity": "plan_id:str target:str subject:str? tokens:i64 nll:f64 perplexity:f64 ci_low:f64? ci_high:f64? "
+        "text_hash:str?",
+    # summed loss of a passage of plain text: of one window, from a position on (rows.text_loss_rows)
+    "text_losses": "plan_id:str window:i32 position:i32 tokens:i64 nll:f64",
     "costs": "plan_id:str layers:i32 layers_removed:i32 parameters:i64 parameters_removed:i64 bytes:i64 "
         "tokens_per_second:f64?",
     # one point of the compression curve; a plan may stand under several methods. refit: null in runs before there were
@@ -252,6 +261,12 @@ def derive_task_accuracy(answers: pa.Table) -> list[dict]:
             found = {"measure": measure, **summary._asdict(), "ci_low": low, "ci_high": high}
             result.append({"plan_id": plan_id, "task": task, **found})
     return result
+
+
+def way_of(row: dict) -> str:
+    """The method of a row of `sweep`, with how its seams are refitted: each refit is a way of its own."""
+    refit = row["refit"] or "none"
+    return row["method"] if refit == "none" else f"{row['method']} + {refit}"
 
 
 def _accuracy_row(subject: str, correct: np.ndarray, nll: np.ndarray) -> dict:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import logsumexp
 from scipy.stats import binomtest, norm
+from scipy.stats import t as student
 
 _CHUNK = 4_000_000  # resampled values held at once: 32 MB of float64
 
@@ -27,6 +28,14 @@ class McNemar(NamedTuple):
     only_a: int
     only_b: int
     p_value: float
+
+
+class MeanInterval(NamedTuple):
+    """A mean and its 95 % (by default) interval."""
+
+    mean: float
+    low: float
+    high: float
 
 
 class PairedDifference(NamedTuple):
@@ -123,6 +132,30 @@ def _wilson(share: float, n: float, confidence: float) -> tuple[float, float]:
     low, high = (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
     # none and all right: the limit is the share itself, without rounding
     return 0.0 if share == 0 else low, 1.0 if share == 1 else high
+
+
+def ratio_interval(sums, counts, *, confidence: float = 0.95) -> MeanInterval:
+    """Return the mean of values that come in clusters, with the interval of drawing other clusters.
+
+    The ratio estimator of cluster sampling (W. G. Cochran, Sampling Techniques, 1977, section 9A.4): the mean m is
+    sum(sums) / sum(counts), its variance that of the clusters' residuals, sums - m counts; Student's t with n - 1
+    degrees of freedom. One cluster has no interval: NaN.
+
+    Parameters
+    ----------
+    sums, counts : array of float, shape (n,)
+        Of each cluster: the sum of its values (a passage's loss), and how many they are (its tokens).
+    """
+    sums, counts = _vector(sums, "sums", np.float64), _vector(counts, "counts", np.float64)
+    if sums.size != counts.size or not (counts > 0).all():
+        raise ValueError(f"{sums.size} sums and {counts.size} counts: as many, and every count above 0")
+    n, total = sums.size, float(counts.sum())
+    mean = float(sums.sum()) / total
+    if n < 2:
+        return MeanInterval(mean, math.nan, math.nan)
+    error = math.sqrt(n / (n - 1) * float(np.sum((sums - mean * counts) ** 2))) / total
+    half = float(student.ppf((1 + confidence) / 2, n - 1)) * error
+    return MeanInterval(mean, mean - half, mean + half)
 
 
 def holm(p_values) -> np.ndarray:

@@ -34,8 +34,8 @@ def plan_lines(run: RunDirectory, split: str) -> list[dict]:
     """For each plan, in the order in which they were stored, its name and what it reached on `split`.
 
     Keys: plan_id, name, kind, layers, accuracy, standard_error, interval (low, high; 95 %), macro, macro_error,
-    macro_interval, nll, perplexity (plain text), picked (share of each letter, A to D) and top_is_letter (share); None
-    where a table has nothing.
+    macro_interval, nll, perplexity (plain text), perplexity_interval, picked (share of each letter, A to D) and
+    top_is_letter (share); None where a table has nothing.
     """
     plans = {row["plan_id"]: row for row in run.read("plans").to_pylist()}
     accuracy = {
@@ -66,12 +66,18 @@ def plan_lines(run: RunDirectory, split: str) -> list[dict]:
                 "macro_interval": (macro["ci_low"], macro["ci_high"]),
                 "macro_error": macro["standard_error"],
                 "nll": micro["nll"],
-                "perplexity": texts.get(plan_id, {}).get("perplexity"),
+                **_text(texts.get(plan_id)),
                 "picked": picked,
                 "top_is_letter": pc.mean(own["top_is_letter"]).as_py(),
             }
         )
     return lines
+
+
+def _text(row: dict | None) -> dict:
+    """Perplexity of plain text and its interval, from a row of `perplexity` or none."""
+    row = row or {}
+    return {"perplexity": row.get("perplexity"), "perplexity_interval": (row.get("ci_low"), row.get("ci_high"))}
 
 
 def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
@@ -82,7 +88,7 @@ def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
         "accuracy ± se [95 %]",
         "macro ± se [95 %]",
         "answer NLL",
-        "text ppl",
+        "text ppl [95 %]",
         "A/B/C/D picked %",
         "letter top %",
     ]
@@ -96,7 +102,7 @@ def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
                 share(line["accuracy"], line["standard_error"], line["interval"]),
                 share(line["macro"], line["macro_error"], line["macro_interval"]),
                 f"{line['nll']:.4f}",
-                number(line["perplexity"]),
+                number(line["perplexity"], line["perplexity_interval"]),
                 picked,
                 "–" if line["top_is_letter"] is None else f"{100 * line['top_is_letter']:.0f}",
             ]
@@ -446,7 +452,7 @@ def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str
     """Header and cells of the compression curve, one line a point."""
     lines = {line["plan_id"]: line for line in plan_lines(run, split)}
     header = ["merged", "method", "alignment", "norms", "refit"]
-    header += ["accuracy ± se", "macro ± se", "answer NLL", "text ppl"]
+    header += ["accuracy ± se", "macro ± se", "answer NLL", "text ppl [95 %]"]
     cells = []
     for row in sorted(run.read("sweep").to_pylist(), key=lambda row: row["merges"]):
         line = lines[row["plan_id"]]
@@ -460,7 +466,7 @@ def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str
                 f"{line['accuracy']:.4f} ± {line['standard_error']:.4f}",
                 f"{line['macro']:.4f} ± {line['macro_error']:.4f}",
                 f"{line['nll']:.4f}",
-                number(line["perplexity"]),
+                number(line["perplexity"], line["perplexity_interval"]),
             ]
         )
     return header, cells
@@ -475,8 +481,9 @@ def _percent(shares: list) -> str:
     return f"{100 * sum(shares) / len(shares):.0f}" if shares else "–"
 
 
-def number(value: float | None) -> str:
-    """A perplexity as text: four significant digits, or a dash where there is none."""
+def number(value: float | None, interval: tuple[float | None, float | None] = (None, None)) -> str:
+    """A perplexity as text, with its interval where there is one: four significant digits, or a dash."""
     if value is None or math.isnan(value):
         return "–"
-    return "inf" if math.isinf(value) else f"{value:,.4g}" if value < 10000 else f"{value:,.0f}"
+    text = "inf" if math.isinf(value) else f"{value:,.4g}" if value < 10000 else f"{value:,.0f}"
+    return text if None in interval else f"{text} [{number(interval[0])}, {number(interval[1])}]"

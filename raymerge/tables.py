@@ -25,7 +25,7 @@ import yaml
 
 from raymerge.identity import canonical_json, digest, plain, software
 from raymerge.objectives import is_minimised
-from raymerge.schemas import MACRO, MICRO, SCHEMAS, conform, derive_accuracy, derive_task_accuracy, schema_of
+from raymerge.schemas import MACRO, MICRO, SCHEMAS, conform, derive_accuracy, derive_task_accuracy, schema_of, way_of
 from raymerge.storage import TEMPORARY, RunError, Storage
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "derive_accuracy",
     "derive_task_accuracy",
     "is_minimised",
+    "way_of",
 ]
 
 FREE_SECTIONS = ("workers", "output")

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from raymerge import demo
 from raymerge.config import ConfigError
+from raymerge.hub import fetch
 
 _COLUMN = "text"  # of tables, as most of the hub's data sets of plain text name it
 _HUB_FILE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?:(?P<file>[^:]+)")
@@ -54,12 +55,7 @@ def _downloaded(name: str, revision: str | None, file: str, source: str, key: st
     """A data set's file, from the hub's cache where it is there already."""
     from huggingface_hub import hf_hub_download
 
-    try:
-        return Path(hf_hub_download(name, file, repo_type="dataset", revision=revision))
-    except Exception as error:  # the hub raises its own, OSErrors and its HTTP client's errors, and which has changed
-        cause = (str(error).strip().splitlines() or [""])[0]
-        raise ConfigError(
-            f"{key} = {source!r}: no such file here, and {file!r} of the hub's data set {name!r} (revision "
-            f"{revision or 'main'}) could not be read: {type(error).__name__}: {cause}. Check the name and the "
-            "network, give a local file, or, if a cache on disk has it, set HF_HOME to that cache and HF_HUB_OFFLINE=1"
-        ) from error
+    what = (
+        f"{key} = {source!r}: no such file here, and {file!r} of the data set {name!r} (revision {revision or 'main'})"
+    )
+    return fetch(what, lambda: hf_hub_download(name, file, repo_type="dataset", revision=revision), ConfigError)

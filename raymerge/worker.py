@@ -22,7 +22,7 @@ from raymerge.activations import ActivationCache, Activations, distinct_samples,
 from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
-from raymerge.context import RetrievalSet, position_nll, retrieval_prompts, retrieve, usable_distances
+from raymerge.context import RetrievalSet, TextLosses, position_nll, retrieval_prompts, retrieve, usable_distances
 from raymerge.device import choose_device, device_memory, device_name, is_accelerator, release_cached
 from raymerge.errors import UserError
 from raymerge.evaluation import Answers, answer_shard, generation_speed, score_choices, text_nll
@@ -55,7 +55,7 @@ from raymerge.prompts import ChoicePrompts, Prompts, Shard, encode_questions, en
 from raymerge.questions import QuestionSet
 from raymerge.refit import Refitter, Sums
 from raymerge.reliability import Study, study
-from raymerge.rows import POSITIONS, text_hash
+from raymerge.rows import EDGES, text_hash
 from raymerge.scoring import SourceLayers, TailScorer
 from raymerge.sensitivity import recipe_of, vary
 from raymerge.similarity import compute
@@ -446,11 +446,11 @@ class ModelWorker:
         _, found = score_choices(self.runner, plan, prompts, shard, trunk=self._trunk_of(plan))
         return prompts.items(shard), found
 
-    def text_nll(self, item: tuple[MergePlan, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Summed NLL (nats) and scored tokens of one shard of the plain text under a merged model, by position."""
+    def text_nll(self, item: tuple[MergePlan, int]) -> TextLosses:
+        """Losses of one shard of the plain text under a merged model."""
         plan, number = item
         trunk = self._trunk_of(plan)
-        return position_nll(self.runner, plan, self.text_shards[number], trunk=trunk, edges=POSITIONS)
+        return position_nll(self.runner, plan, self.text_shards[number], trunk=trunk, edges=EDGES)
 
     def receipts(self, plan: MergePlan) -> list[Receipt]:
         """What a plan changes, tensor by tensor."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from raymerge import rows
+from raymerge.context import TextLosses
 from raymerge.plan import base_plan, drop_plan, pairs_plan, tail_pairs
 from raymerge.tables import RunDirectory, derive_accuracy
 
@@ -38,6 +39,13 @@ def answer_rows(plan_id, right, answer, rng, *, subjects, split="test"):
     ]  # fmt: skip
 
 
+def text_losses(ppl, rng):
+    """Two windows of a text with a given perplexity."""
+    tokens = np.tile(np.diff(rows.EDGES), (2, 1))
+    nll = tokens * np.log(ppl) * rng.uniform(0.8, 1.2, tokens.shape)
+    return TextLosses(rows.EDGES, np.arange(2), nll * np.log(ppl) * tokens.sum() / nll.sum(), tokens)
+
+
 def evaluated(run, plans, right, *, subjects, perplexities, pairs, seed=0):
     """Tables answers, accuracy, plans, coefficients, perplexity, costs and comparisons of plans (by id)."""
     rng = np.random.default_rng(seed)
@@ -50,17 +58,18 @@ def evaluated(run, plans, right, *, subjects, perplexities, pairs, seed=0):
     run.replace(
         "coefficients", [row for plan_id, plan in plans.items() for row in rows.coefficient_rows(plan, plan_id)]
     )
-    run.replace(
-        "perplexity",
-        [rows.perplexity_row(plan_id, "text", float(np.log(ppl)), 100) for plan_id, ppl in perplexities.items()],
-    )
+    for plan_id, ppl in perplexities.items():
+        losses = text_losses(ppl, rng)
+        run.append("perplexity", [rows.text_perplexity_row(plan_id, losses, "a text")], part=plan_id)
+        run.append("text_losses", rows.text_loss_rows(plan_id, losses), part=plan_id)
     run.replace("costs", [
         {"plan_id": plan_id, "layers": len(plan.kept), "layers_removed": LAYERS - len(plan.kept),
          "parameters": PARAMETERS * len(plan.kept), "parameters_removed": PARAMETERS * (LAYERS - len(plan.kept)),
          "bytes": 2 * PARAMETERS * len(plan.kept)}
         for plan_id, plan in plans.items()
     ])  # fmt: skip
-    run.replace("comparisons", rows.comparison_rows("test", table, pairs))
+    compared = rows.comparison_rows("test", table, pairs) + rows.text_comparison_rows(run.read("text_losses"), pairs)
+    run.replace("comparisons", compared)
 
 
 def search_run(path, *, found="found_bayes", control="fixed_0.62", subjects=("algebra", "law"), right=None, seed=0):

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from raymerge.checkpoint import Checkpoint
-from raymerge.context import ContextError, position_nll, retrieval_prompts, retrieve, usable_distances
+from raymerge.context import ContextError, TextLosses, position_nll, retrieval_prompts, retrieve, usable_distances
 from raymerge.evaluation import text_nll
 from raymerge.forward import LayerRunner
 from raymerge.plan import base_plan, before_last_plan, drop_plan, tail_plan
@@ -58,7 +58,10 @@ def test_losses_by_position_are_transformers_losses(case, plan):
     assert tokens[0] == 5 and tokens[-1] < 5 * 24
     for trunk in (None, case.trunk):
         parts = [position_nll(case.runner, plan, shard, trunk=trunk, edges=EDGES) for shard in shards]
-        sums, counts = (sum(part) for part in zip(*parts, strict=True))
+        assert [part.edges for part in parts] == [EDGES] * len(parts)
+        found = TextLosses.join(parts[::-1])  # as workers may give them
+        assert found.windows.tolist() == list(range(len(found.windows)))
+        sums, counts = found.nll.sum(0), found.tokens.sum(0)
         assert counts.tolist() == tokens.tolist()
         assert (abs(sums - wanted) < LIMIT * 50 * tokens).all()  # logits of these models stay below 50
         totals = [text_nll(case.runner, plan, shard, trunk=trunk) for shard in shards]
@@ -72,11 +75,20 @@ def test_positions_count_the_prefix(case):
     edges = range(31)
     whole = Shard((Group("text", ids[:0], (ids,), (0,)),))
     cut = Shard((Group("text", ids[:12], (ids[12:],), (0,)),))
-    (sums, counts), (later, of_later) = (
-        position_nll(case.runner, PLANS[1], shard, edges=edges) for shard in (whole, cut)
+    all_of_it, later = (position_nll(case.runner, PLANS[1], shard, edges=edges) for shard in (whole, cut))
+    assert all_of_it.tokens.tolist() == [[0] + 29 * [1]] and later.tokens.tolist() == [12 * [0] + 18 * [1]]
+    np.testing.assert_allclose(later.nll[0, 12:], all_of_it.nll[0, 12:], atol=LIMIT * 50)
+
+
+def test_losses_by_fewer_edges_are_sums():
+    losses = TextLosses(
+        (1, 4, 8, 16), np.arange(2), np.array([[1.0, 2, 4], [8, 16, 32]]), np.array([[3, 4, 8], [3, 4, 2]])
     )
-    assert counts.tolist() == [0] + 29 * [1] and of_later.tolist() == 12 * [0] + 18 * [1]
-    np.testing.assert_allclose(later[12:], sums[12:], atol=LIMIT * 50)
+    found = losses.coarser((1, 8, 16))
+    assert found.edges == (1, 8, 16) and found.nll.tolist() == [[3, 4], [24, 32]]
+    assert found.tokens.tolist() == [[7, 8], [7, 2]] and found.windows.tolist() == [0, 1]
+    with pytest.raises(ContextError, match=r"edges \[1, 8\] should begin and end as \[1, 4, 8, 16\]"):
+        losses.coarser((1, 8))
 
 
 @pytest.mark.parametrize(

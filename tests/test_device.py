@@ -220,7 +220,7 @@ def test_whole_models_text_and_retrieval(checkpoint, prompts, tmp_path, monkeypa
             answers = answer_shard(runner, plan, prompts, shard, trunk=cache, prompt_nll=True)
             results += [answers.logits, answers.logsumexp, answers.prompt_nll]
             results.append(text_nll(runner, plan, text[0], trunk=cache)[0])
-            results.append(position_nll(runner, plan, text[0], trunk=cache, edges=[1, 64, 4096])[0])
+            results.append(position_nll(runner, plan, text[0], trunk=cache, edges=[1, 64, 4096]).nll)
         asked = retrieval_prompts(tokenizer, distances=[20], per_distance=2, seed=0)
         return [*results, retrieve(runner, plans[0], asked, asked.shards[0]).logits]
 

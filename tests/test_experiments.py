@@ -21,6 +21,7 @@ from raymerge.config import ConfigError, load_config
 from raymerge.experiments import evaluate, search
 from raymerge.plan import read_alpha_file
 from raymerge.proof import ProofError
+from raymerge.schemas import TEXT_SPLIT
 from raymerge.tables import RunDirectory, RunError
 from raymerge.worker import ModelWorker
 
@@ -81,6 +82,29 @@ def test_a_search_stores_every_candidate_and_every_control_once(run):
     assert len(pc.unique(accuracy.filter(pc.equal(accuracy["split"], "test"))["plan_id"])) == 7
     assert len(run.read("perplexity")) == 7
     assert run.manifest()["rows"]["trials"] == len(trials)
+
+
+def test_perplexities_have_intervals_and_are_compared_passage_by_passage(run):
+    """From table text_losses alone: its means are the perplexities, and a difference is that of two means."""
+    stored = {row["plan_id"]: row for row in run.read("perplexity").to_pylist()}
+    passages = {plan: {} for plan in stored}
+    for row in run.read("text_losses").to_pylist():
+        passages[row["plan_id"]][row["window"], row["position"]] = row["tokens"], row["nll"]
+    means = {}
+    for plan, row in stored.items():
+        # 300 tokens, the first of which is not scored; passages begin at every 64th.
+        assert list(passages[plan]) == [(0, start) for start in (1, 64, 128, 192, 256)]
+        tokens, nll = np.array([*passages[plan].values()]).T
+        assert tokens.tolist() == [63, 64, 64, 64, 44] and row["tokens"] == 299
+        means[plan] = nll.sum() / 299
+        assert row["nll"] == pytest.approx(means[plan]) and row["perplexity"] == pytest.approx(np.exp(means[plan]))
+        assert 1 < row["ci_low"] < row["perplexity"] < row["ci_high"]
+    compared = [row for row in run.read("comparisons").to_pylist() if row["split"] == TEXT_SPLIT]
+    assert len(compared) == 21 and {row["measure"] for row in compared} == {"text_nll"}
+    for row in compared:
+        difference = means[row["plan_a"]] - means[row["plan_b"]]
+        assert row["difference"] == pytest.approx(difference, abs=1e-9)
+        assert row["ci_low"] <= row["difference"] <= row["ci_high"] and row["p_holm"] >= row["p_value"]
 
 
 def test_a_report_has_every_plan_on_every_task(run, capsys):
@@ -238,8 +262,8 @@ def test_a_search_that_keeps_the_language_model(ray_session, tmp_path):
     assert best["perplexity"] <= ceiling and run.manifest()["best"]["plan_id"] == best["plan_id"]
     comparisons = run.read("comparisons").to_pylist()
     n_plans = len(pc.unique(run.read("plans")["plan_id"]))
-    assert len(comparisons) == n_plans * (n_plans - 1)  # all pairs, two measures
-    assert all(row["plan_a"] == best["plan_id"] for row in comparisons[: 2 * (n_plans - 1)])
+    assert len(comparisons) == 3 * n_plans * (n_plans - 1) / 2  # all pairs, three measures
+    assert all(row["plan_a"] == best["plan_id"] for row in comparisons[: 3 * (n_plans - 1)])
     assert len(summary.optimism_lines(run, "test")) == 2
     with pytest.raises(ConfigError, match="search.text = demo: .* after the first 100000.*data.perplexity_tokens"):
         search(config(tmp_path / "none", *settings, "data.perplexity_tokens=100000"))

@@ -20,11 +20,11 @@ LAYERS = {
         "reliability", "assignment", "memory",
     ),
     1: ("config", "schemas", "storage", "tables", "questions", "tasks", "summary", "progress", "inputs", "sensitivity",
-        "report", "reference", "texts"),
+        "report", "reference", "texts", "hub"),
     2: (
         "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "scoring", "evaluation", "rows",
         "merging", "activations", "alignment", "context", "quantisation", "gradient", "tail_loss",
-        "trunk", "gguf_input", "mergekit", "proof", "reload", "card", "hub", "device", "normal_equations", "refit",
+        "trunk", "gguf_input", "mergekit", "proof", "reload", "card", "device", "normal_equations", "refit",
     ),
     3: ("worker",),
     4: ("pool", "search", "proposers", "experiments"),

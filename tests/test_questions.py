@@ -548,7 +548,7 @@ def test_unreachable_hub(monkeypatch, error):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     cause = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    message = fails("cais/mmlu", "'cais/mmlu' (revision main)", cause, "local folder", "HF_HOME", "HF_HUB_OFFLINE")
+    message = fails("cais/mmlu", "'cais/mmlu' (revision main)", cause, "local path", "HF_HOME", "HF_HUB_OFFLINE")
     assert "longer explanation" not in message
     fails("cais/mmlu", "(revision abc)", revision="abc")
 
@@ -560,7 +560,7 @@ def test_unreachable_hub_for_real(tmp_path):
     env.pop("HF_HUB_CACHE", None)
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "'cais/mmlu' (revision main) could not be read: LocalEntryNotFoundError: " in done.stdout
+    assert "'cais/mmlu' (revision main) could not be read from the hub: LocalEntryNotFoundError: " in done.stdout
 
 
 # Real data

@@ -83,6 +83,11 @@ def test_the_answer_has_the_tables_numbers(search):
     for plan, label in (("base", "base"), ("drop", "drop"), ("fixed", "fixed_0.62")):
         assert told[label][1] == wording.difference(stored[plan])
         assert summary.verdict(stored[plan]) in told[label][3]
+    perplexities = {row["plan_id"]: row for row in search.read("perplexity").to_pylist()}
+    assert told["drop"][7] == wording.perplexity(
+        perplexities["drop"]["perplexity"], (perplexities["drop"]["ci_low"], perplexities["drop"]["ci_high"])
+    )
+    assert "[" in told["drop"][7] and told["drop"][8] == "▲\u00a0better" and told["base"][8] == "▼\u00a0worse"
 
 
 def test_the_sentence_says_what_cannot_be_told_apart(search):
@@ -182,6 +187,21 @@ def test_a_curve_holds_every_way_against_dropping(tmp_path):
     assert [row[0] for row in best.cells] == ["1", "3"]
     (receipt,) = blocks([curve.receipts(reached)], Figure)
     assert "no tensor changes, under drop" in receipt.caption
+    (figure,) = blocks([curve.answer(reached)], Figure)
+    stored = {row["plan_id"]: row for row in run.read("perplexity").to_pylist()}
+    for point in points:
+        limits = stored[point["plan_id"]]["ci_low"], stored[point["plan_id"]]["ci_high"]
+        assert (point["perplexity_low"], point["perplexity_high"]) == limits
+    assert "perplexity_low" in json.dumps(figure.views[1].spec)
+
+
+def test_refits_of_one_method_are_ways_of_their_own(tmp_path):
+    run = sweep_run(tmp_path / "curve")
+    rows = [{k: v for k, v in row.items() if k != "run_id"} for row in run.read("sweep").to_pylist()]
+    last = next(row for row in rows if row["plan_id"] == "half3")
+    run.replace("sweep", [*rows, last | {"plan_id": "half1", "refit": "linear"}])
+    points = curve.curve(plans.Reached(run))
+    assert [p["method"] for p in points if p["merges"] == 3] == ["drop", "fixed_0.5", "fixed_0.5 + linear"]
 
 
 def test_similarity_is_held_against_noise(tmp_path):

@@ -17,6 +17,7 @@ from raymerge.statistics import (
     macro_summary,
     mcnemar,
     paired_difference,
+    ratio_interval,
     wilson_interval,
 )
 
@@ -76,6 +77,32 @@ def test_answer_nll_of_equal_and_of_huge_logits():
 def test_answer_nll_refuses(logits, answer, message):
     with pytest.raises(ValueError, match=message):
         answer_nll(logits, answer)
+
+
+def test_a_ratio_of_equal_clusters_is_a_mean_with_students_interval():
+    sums = np.random.default_rng(0).exponential(size=9)
+    mean, low, high = ratio_interval(sums * 4, np.full(9, 4))
+    expected = scipy.stats.t.interval(0.95, 8, loc=sums.mean(), scale=sums.std(ddof=1) / 3)
+    assert mean == pytest.approx(sums.mean()) and (low, high) == pytest.approx(expected)
+
+
+def test_a_ratios_interval_holds_the_truth_as_often_as_it_says():
+    """Clusters of unequal size whose values have a mean of their own, so that values are no independent draws."""
+    rng, hits = np.random.default_rng(1), 0
+    for _ in range(2000):
+        counts = rng.integers(20, 64, size=16)
+        sums = counts * (3.0 + rng.normal(0, 0.4, 16)) + rng.normal(0, 1, 16) * np.sqrt(counts)
+        _, low, high = ratio_interval(sums, counts)
+        hits += low <= 3.0 <= high
+    assert 0.93 < hits / 2000 < 0.965
+
+
+def test_one_cluster_has_no_interval_and_wrong_ones_are_refused():
+    mean, low, high = ratio_interval([6.0], [3])
+    assert mean == 2.0 and math.isnan(low) and math.isnan(high)
+    for counts in ([1.0], [1.0, 0.0]):
+        with pytest.raises(ValueError, match="2 sums and .* every count above 0"):
+            ratio_interval([1.0, 2.0], counts)
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (0, 5), (7, 1), (4, 4), (30, 12)])

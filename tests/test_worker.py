@@ -108,9 +108,9 @@ def test_text_and_base_model_do_not_depend_on_the_trunk(worker, whole):
     shards = range(len(worker.shards(TEXT)))
     with_trunk = [worker.text_nll((base, number)) for number in shards]
     without = [whole.text_nll((base, number)) for number in shards]
-    np.testing.assert_allclose([nll for nll, _ in with_trunk], [nll for nll, _ in without], rtol=1e-6)
+    np.testing.assert_allclose([part.nll for part in with_trunk], [part.nll for part in without], rtol=1e-6)
     # 1,300 tokens are windows of 1,024 and 276, whose first tokens are not scored.
-    assert sum(tokens.sum() for _, tokens in with_trunk) == 1298
+    assert sum(part.tokens.sum() for part in with_trunk) == 1298
 
 
 def test_trunk_states_are_computed_once(worker):

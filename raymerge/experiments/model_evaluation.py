@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from raymerge import rows
 from raymerge.config import Config, ConfigError
+from raymerge.context import TextLosses
 from raymerge.experiments.common import (
     Inputs,
     cache_of,
@@ -98,7 +99,7 @@ class _Evaluation:
                     stores.append(partial(self._store, role, part))
         texts = self.run.read("perplexity", ["target"])["target"].to_pylist()
         windows = [] if TEXT in texts else tokens_of.get(TEXT, [])
-        losses: list[tuple[np.ndarray, np.ndarray]] = []
+        losses: list[TextLosses] = []
         for number, count in enumerate(windows):
             calls.append(("text_nll", (self.plan, number)))
             tokens.append(count)
@@ -138,13 +139,15 @@ class _Evaluation:
             return
         self.run.append("task_answers", task_table(self.plan_id, self.tasks[role], [result]), part=part)
 
-    def _gather(self, losses: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    def _gather(self, losses: Sequence[TextLosses]) -> None:
         """Write each table whole, in the order of what was asked; losses: of the text, where it was run."""
         if losses:
-            summed, scored = (sum(values) for values in zip(*losses, strict=True))
-            self.run.replace("context", rows.position_rows(self.plan_id, summed, scored))
-            row = rows.text_perplexity_row(self.plan_id, summed, scored, self.inputs.text)
-            self.run.append("perplexity", [row], part="text")
+            joined = TextLosses.join(losses)
+            self.run.replace("context", rows.position_rows(self.plan_id, joined))
+            self.run.replace("text_losses", rows.text_loss_rows(self.plan_id, joined))
+            self.run.append(
+                "perplexity", [rows.text_perplexity_row(self.plan_id, joined, self.inputs.text)], part="text"
+            )
         ordered = {}
         for role in (*self.inputs.questions, *self.tasks):
             stored = self._stored(role)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 
 from raymerge import rows
 from raymerge.config import Config
+from raymerge.context import TextLosses
 from raymerge.evaluation import Answers
 from raymerge.experiments.common import Inputs
 from raymerge.inputs import REPORT, SEARCH, TEXT, task_role
@@ -102,10 +104,10 @@ class Reporter:
         part."""
         plan_id = plan.plan_id(self.identity)
         if method == "text_nll":
-            losses, tokens = (sum(values) for values in zip(*results, strict=True))
-            self.run.append("context", rows.position_rows(plan_id, losses, tokens), part=f"text-{plan_id}")
-            row = rows.text_perplexity_row(plan_id, losses, tokens, self.inputs.text)
-            self.run.append("perplexity", [row], part=f"text-{plan_id}")
+            losses, part = TextLosses.join(results), f"text-{plan_id}"
+            self.run.append("context", rows.position_rows(plan_id, losses), part=part)
+            self.run.append("text_losses", rows.text_loss_rows(plan_id, losses), part=part)
+            self.run.append("perplexity", [rows.text_perplexity_row(plan_id, losses, self.inputs.text)], part=part)
             return
         if method == "score_choices":
             table = task_table(plan_id, self.inputs.tasks[task], results)
@@ -151,9 +153,9 @@ class Reporter:
         seen = {frozenset(pair) for pair in pairs}
         others = [pair for pair in itertools.combinations(once, 2) if frozenset(pair) not in seen]
         families = [list(pairs), others if len(once) <= _PAIRS_OF else []]
-        self.run.replace(
-            "comparisons", [row for each in families for row in rows.comparison_rows(split, answers, each)]
-        )
+        losses = self.run.read("text_losses")
+        compare = [partial(rows.comparison_rows, split, answers), partial(rows.text_comparison_rows, losses)]
+        self.run.replace("comparisons", [row for each in families for rows_of in compare for row in rows_of(each)])
         if self.inputs.tasks:
             answers = self.run.read("task_answers")
             self.run.replace("task_accuracy", derive_task_accuracy(answers))

@@ -11,6 +11,7 @@ from raymerge.report.content import Block, Figure, Rows, Section, Table, Text
 from raymerge.report.plans import Reached, chosen_layers, missing, tensor_name
 from raymerge.report.wording import difference, interval, percent, perplexity, plural, value
 from raymerge.summary import verdict
+from raymerge.tables import way_of
 
 
 def answer(reached: Reached) -> Section:
@@ -37,16 +38,17 @@ def curve(reached: Reached) -> list[dict[str, Any]]:
             continue
         costs = line["costs"]
         whole = costs.get("parameters", 0) + costs.get("parameters_removed", 0)
-        ppl = line["perplexity"]
         points.append(
             {
-                "method": row["method"],
+                "method": way_of(row),
                 "variant": _variant(row),
                 "merges": row["merges"],
                 "accuracy": line["accuracy"],
                 "low": line["interval"][0],
                 "high": line["interval"][1],
-                "perplexity": ppl if ppl is not None and math.isfinite(ppl) else None,
+                "perplexity": _finite(line["perplexity"]),
+                "perplexity_low": _finite(line["perplexity_interval"][0]),
+                "perplexity_high": _finite(line["perplexity_interval"][1]),
                 "macro": line["macro"],
                 "answer_nll": line["nll"],
                 "removed": costs["parameters_removed"] / whole if whole else None,
@@ -56,6 +58,18 @@ def curve(reached: Reached) -> list[dict[str, Any]]:
             }
         )
     return sorted(points, key=lambda point: point["merges"])
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _limits(point: dict) -> tuple[float | None, float | None]:
+    return point["perplexity_low"], point["perplexity_high"]
+
+
+def _known(point: dict) -> bool:
+    return None not in _limits(point)
 
 
 def _variant(row: dict) -> str:
@@ -103,7 +117,7 @@ def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
                 percent(best["removed"]),
                 _way(best),
                 f"{percent(best['accuracy'])} {interval(best['low'], best['high'])}",
-                perplexity(best["perplexity"]),
+                perplexity(best["perplexity"], _limits(best)),
                 "–" if drop is None else percent(drop["accuracy"]),
                 said,
             )
@@ -134,7 +148,8 @@ def _curves(reached: Reached, points: list[dict], base: dict | None) -> Figure:
     drawn = [point for point in points if point["merges"] > 0] or points
     tips = [("plan", "plan"), ("method", "method"), ("variant", "variant"), ("merges", "layers merged"),
             ("accuracy", "accuracy", ".1%"), ("low", "95 % from", ".1%"), ("high", "to", ".1%"),
-            ("perplexity", "perplexity", ",.4~g"), ("removed", "parameters removed", ".1%"),
+            ("perplexity", "perplexity", ",.4~g"), ("perplexity_low", "95 % from", ",.4~g"),
+            ("perplexity_high", "to", ",.4~g"), ("removed", "parameters removed", ".1%"),
             ("answer_nll", "answer NLL", ".3f")]  # fmt: skip
     methods, variants = ({point[key] for point in drawn} for key in ("method", "variant"))
     common = {"x": ("merges", "layers merged (K)"), "series": "method", "dash": "variant", "tips": tips}
@@ -160,6 +175,7 @@ def _curves(reached: Reached, points: list[dict], base: dict | None) -> Figure:
                 y=("perplexity", "perplexity on plain text (log scale)"),
                 form="~s",
                 log=True,
+                interval=("perplexity_low", "perplexity_high") if all(map(_known, drawn)) else None,
                 rule=None if base is None or not base["perplexity"] else (base["perplexity"], "unmerged"),
                 title="Perplexity, lower is better",
                 **common,
@@ -190,7 +206,7 @@ def _everything(points: list[dict]) -> Table:
             f"{percent(point['accuracy'])} {interval(point['low'], point['high'])}",
             percent(point["macro"]),
             value(point["answer_nll"]),
-            perplexity(point["perplexity"]),
+            perplexity(point["perplexity"], _limits(point)),
             *([value(point["tokens_per_second"], 1)] if speed else []),
         )
         for point in points

@@ -26,6 +26,7 @@ from raymerge.report.wording import (
     signed,
     value,
 )
+from raymerge.schemas import TEXT_SPLIT
 from raymerge.statistics import paired_difference, wilson_interval
 from raymerge.tables import RunDirectory
 
@@ -84,7 +85,8 @@ class Reached:
         found = [line for line in self.lines if line["kind"] == "found"]
         self.best = next((line for line in self.lines if line["plan_id"] == chosen), found[0] if found else None)
         self.base = next((line for line in self.lines if line["kind"] == "base"), None)
-        self.comparisons = [row for row in run.read("comparisons").to_pylist() if row["split"] == self.split]
+        splits = (self.split, TEXT_SPLIT)
+        self.comparisons = [row for row in run.read("comparisons").to_pylist() if row["split"] in splits]
 
     def against(self, plan_id: str, measure: str = "accuracy") -> dict[str, dict]:
         """Rows of `comparisons` of one plan by a measure, by the other, signs turned where it stands second."""
@@ -215,10 +217,10 @@ def _said(row: dict) -> str:
 
 
 def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
-    finer = reached.against(reached.best["plan_id"], "answer_nll")
+    finer, read = (reached.against(reached.best["plan_id"], measure) for measure in ("answer_nll", "text_nll"))
     cells = []
     for line in reached.lines:
-        row, nll = found.get(line["plan_id"]), finer.get(line["plan_id"])
+        row, nll, text = (rows.get(line["plan_id"]) for rows in (found, finer, read))
         if row is None:
             continue
         cells.append(
@@ -232,18 +234,18 @@ def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
                     if nll is None
                     else (difference(nll), f"{p_value(nll['p_value'])} ({p_value(nll['p_holm'])})", _said(nll))
                 ),
-                perplexity(line["perplexity"]),
+                perplexity(line["perplexity"], line["perplexity_interval"]),
+                NONE if text is None else _said(text),
             )
         )
     return Table(
         f"{reached.best['label']} minus every other plan on the same questions, with 95 % intervals (paired "
-        "bootstrap). "
-        "Accuracy in percentage points, p of McNemar's exact test; answer NLL in nats (lower is better), p of a "
-        "sign-flip "
-        f"test. Holm's p, in brackets, allows for all {plural(len(cells), 'comparison')}. Perplexity: the other plan's",
-        ("against", "accuracy", "p (Holm)", "verdict", "answer NLL", "p (Holm)", "verdict", "perplexity"),
+        "bootstrap). Accuracy in percentage points, p of McNemar's exact test; answer NLL in nats (lower is better), p "
+        f"of a sign-flip test. Holm's p, in brackets, allows for all {plural(len(cells), 'comparison')}. Perplexity: "
+        "the other plan's, and what the same test says of the text's passages",
+        ("against", "accuracy", "p (Holm)", "verdict", "answer NLL", "p (Holm)", "verdict", "perplexity", "verdict"),
         tuple(cells),
-        words=(0, 3, 6),
+        words=(0, 3, 6, 8),
     )
 
 
@@ -258,7 +260,7 @@ def plan_table(reached: Reached) -> Table:
             f"{percent(line['accuracy'])} {interval(*line['interval'])}".strip(),
             f"{percent(line['macro'])} {interval(*line['macro_interval'])}".strip(),
             value(line["nll"]),
-            perplexity(line["perplexity"]),
+            perplexity(line["perplexity"], line["perplexity_interval"]),
             "/".join(f"{100 * share:.0f}" for share in line["picked"]) if None not in line["picked"] else NONE,
         )
         for line in reached.lines

@@ -29,15 +29,16 @@ def signed(number: float, digits: int) -> str:
     return text if float(text) == 0 else f"{'+' if number > 0 else '−'}{text}"
 
 
-def perplexity(number: float | None) -> str:
-    """Three digits that say something; whole numbers from 100 on."""
+def perplexity(number: float | None, limits: tuple[float | None, float | None] = (None, None)) -> str:
+    """Three digits that say something, whole numbers from 100 on; with the interval where there is one."""
     if number is None or math.isnan(number):
         return NONE
-    return "∞" if math.isinf(number) else f"{number:,.{2 if number < 10 else 1 if number < 100 else 0}f}"
+    text = "∞" if math.isinf(number) else f"{number:,.{2 if number < 10 else 1 if number < 100 else 0}f}"
+    return text if None in limits else f"{text} [{perplexity(limits[0])}, {perplexity(limits[1])}]"
 
 
 def difference(row: dict) -> str:
-    """A row of `comparisons` with its interval: accuracies in percentage points, answer NLL in nats."""
+    """A row of `comparisons` with its interval: accuracies in percentage points, others in nats."""
     if row["measure"] != "accuracy":
         return f"{signed(row['difference'], 3)} [{signed(row['ci_low'], 3)}, {signed(row['ci_high'], 3)}]"
     return f"{points(row['difference'])} [{points(row['ci_low'])}, {points(row['ci_high'])}]"
