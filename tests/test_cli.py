@@ -35,6 +35,14 @@ def test_help_does_not_import_torch_or_ray():
     assert done.stdout.strip() == "[]"
 
 
+def test_libraries_that_are_imported_by_the_way_say_nothing():
+    """torchao, where it is installed, warns of every kernel that is not for this machine."""
+    pytest.importorskip("torchao")
+    code = "from raymerge import cli; cli._quiet_libraries(); import transformers.integrations.torchao"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
 def test_the_printed_configuration_is_a_configuration(capsys):
     assert cli.main(["config", "--set", "plan.merges=4"]) == 0
     values = yaml.safe_load(capsys.readouterr().out)
