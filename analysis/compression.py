@@ -25,13 +25,14 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from plotting import COLOURS, MARKERS, STYLE, markdown, need, number, run_main, save, save_text, style_of
 
 from raymerge.tables import MACRO, MICRO, RunDirectory, RunError, way_of
 
 _PUBLISHED = Path(__file__).parent / "published" / "compression.csv"
 _CHANCE = 0.25
+_RUINED = 10  # times the unmerged model's perplexity: beyond, curves leave the figure; the table has them all
 _FEW = 10  # plans that context.png can tell apart
 
 
@@ -248,8 +249,12 @@ def draw_curves(points: list[Point], published: list[dict], split: str, language
             title = f"alignment {variant[0]}, norms {variant[1]}"
         line[0].set_title(title[0].upper() + title[1:])
         if known:
-            line[1].set_title("Plain text, lower is better (bars: 95 %)")
-            line[1].set(ylabel="perplexity (log scale)", yscale="log")
+            line[1].set_title("Plain text, lower is better")
+            cut = limit_perplexity(line[1], base, points)
+            line[1].set(ylabel=f"perplexity (log scale{cut}; bars: 95 %)", yscale="log")
+            if cut:  # less than two decades: 20 rather than 2 x 10^1
+                line[1].yaxis.set_major_formatter(LogFormatter())
+                line[1].yaxis.set_minor_formatter(LogFormatter())
         line[-1].set_title(f"Beside published points ({published[0]['model']})")
         for axis in (line[0], line[-1]):
             axis.set_ylabel("micro accuracy")
@@ -274,6 +279,15 @@ def measured_of(points: list[Point]) -> tuple[np.ndarray, list[float]]:
     """Layers removed and micro accuracy of the points that have one."""
     answered = [point for point in points if point.micro]
     return np.array([float(point.removed) for point in answered]), [point.micro["accuracy"] for point in answered]
+
+
+def limit_perplexity(axis, base: Point | None, points: list[Point]) -> str:
+    """Cut the axis where a language model is none any more, so that the others can be told apart; what to say of it."""
+    known = [point.perplexity for point in points if point.perplexity is not None]
+    if base is None or base.perplexity is None or not known or max(known) <= _RUINED * base.perplexity:
+        return ""
+    axis.set_ylim(0.8 * min(known), _RUINED * base.perplexity)
+    return f", up to {_RUINED} × unmerged"
 
 
 def draw_levels(line, base: Point | None, known: bool) -> None:

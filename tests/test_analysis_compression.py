@@ -301,3 +301,22 @@ if __name__ == "__main__":  # python tests/test_analysis_compression.py DIR: run
     make_run(folder / "default", methods=ratios)
     for name in ("sweep", "small", "plain", "default"):
         compression_script.main([str(folder / name)])
+
+
+def test_a_ruined_model_leaves_the_figure_so_that_the_others_can_be_told_apart():
+    def point(removed, ppl):
+        return compression_script.Point(
+            "p", "drop", "none", "keep", removed, removed, 8, 0.1, None, None, ppl, (0.0, 0.0), None
+        )
+
+    figure, axis = compression_script.plt.subplots()
+    base, near = point(0, 5.0), point(1, 20.0)
+    before = axis.get_ylim()
+    assert (
+        compression_script.limit_perplexity(axis, base, [base, near, point(2, None)]) == ""
+        and axis.get_ylim() == before
+    )
+    assert compression_script.limit_perplexity(axis, None, [near, point(2, 9e4)]) == "" and axis.get_ylim() == before
+    assert compression_script.limit_perplexity(axis, base, [base, near, point(2, 9e4)]) == ", up to 10 × unmerged"
+    assert axis.get_ylim() == (4.0, 50.0)
+    compression_script.plt.close(figure)
