@@ -7,6 +7,7 @@ never change a prompt, whatever the tokenizer does where prefix and question mee
 
 from __future__ import annotations
 
+import heapq
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from raymerge.tasks import Task
 
 TEXT_WINDOW = 1024  # tokens in one window of plain text; windows do not overlap
 SHARD_TOKENS = 8192  # of a shard, about: 25 MB of bfloat16 states at hidden size 1536
-_LEAST_TOKENS = 2048  # of a shard that is made small for many workers: converting the weights costs about 250
+_LEAST_TOKENS = 2048  # of a shard that is made small for many workers
+_SHARD_COST = 250  # tokens that converting the weights, once a shard, costs about
+_PARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the target size, tried so that workers end together
 
 
 class PromptError(UserError):
@@ -141,7 +144,7 @@ def encode_questions(
         raise PromptError("the question set is empty")
     answers = np.array([question.answer for question in questions.questions], dtype=np.int8)
     limit = _limit(sum(group.tokens for group in groups), shard_tokens, shards)
-    return Prompts(_shards(groups, limit), letters, answers, bos is not None)
+    return Prompts(_balanced(groups, limit, shards), letters, answers, bos is not None)
 
 
 def encode_task(
@@ -268,6 +271,22 @@ def _common_prefix(prefix: np.ndarray, prompts: Sequence[np.ndarray]) -> int:
 def _limit(tokens: int, shard_tokens: int, shards: int) -> int:
     """The size at which that many tokens make at least `shards` shards, where that is less than shard_tokens."""
     return min(shard_tokens, max(tokens // shards, _LEAST_TOKENS))
+
+
+def _balanced(groups: Sequence[Group], limit: int, workers: int) -> tuple[Shard, ...]:
+    """Shards of at most about `limit` tokens, of the size at which that many workers are done soonest."""
+    if workers == 1:
+        return _shards(groups, limit)
+    sizes = dict.fromkeys(max(min(_LEAST_TOKENS, limit), int(part * limit)) for part in _PARTS)
+    return min((_shards(groups, size) for size in sizes), key=lambda shards: _longest(shards, workers))
+
+
+def _longest(shards: Sequence[Shard], workers: int) -> int:
+    """Tokens of the worker that ends last, where each takes the largest shard left."""
+    ends = [0] * workers
+    for tokens in sorted((shard.tokens for shard in shards), reverse=True):
+        heapq.heapreplace(ends, ends[0] + tokens + _SHARD_COST)
+    return max(ends)
 
 
 def _shards(groups: Sequence[Group], limit: int) -> tuple[Shard, ...]:

@@ -397,3 +397,19 @@ def test_shards_for_many_workers(demo):
     assert assembled(few) == assembled(many) == assembled(more)
     task = make_task([f"{i} {LONG * 4}" for i in range(90)], ["cat", "box"])
     assert len(encode_task(task, demo).shards) < len(encode_task(task, demo, shards=4).shards)
+
+
+def test_shards_are_of_the_size_at_which_workers_are_done_soonest(monkeypatch):
+    monkeypatch.setattr(raymerge.prompts, "_LEAST_TOKENS", 1)
+    ids = np.arange(5)
+    groups = [Group(str(n), ids[:0], (ids,) * 20, tuple(range(20 * n, 20 * n + 20))) for n in range(6)]
+
+    def sizes(workers, limit=450):
+        return [shard.tokens for shard in raymerge.prompts._balanced(groups, limit, workers)]
+
+    assert sizes(1) == [400, 200]
+    assert sizes(3) == [200, 200, 200]  # of [400, 200], which leaves one worker without work
+    assert sizes(2, 350) == [300, 300]
+    assert sizes(2, 650) == [300, 300]
+    monkeypatch.setattr(raymerge.prompts, "_LEAST_TOKENS", 10**6)  # no shard is made small for its own sake
+    assert sizes(3) == [400, 200]
