@@ -7,8 +7,8 @@ never change a prompt, whatever the tokenizer does where prefix and question mee
 
 from __future__ import annotations
 
-import heapq
 import hashlib
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
