@@ -28,11 +28,10 @@ import numpy as np
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from plotting import COLOURS, MARKERS, STYLE, markdown, need, number, run_main, save, save_text, style_of
 
-from raymerge.tables import MACRO, MICRO, RunDirectory, RunError, way_of
+from raymerge.tables import MACRO, MICRO, RUINED, RunDirectory, RunError, way_of
 
 _PUBLISHED = Path(__file__).parent / "published" / "compression.csv"
 _CHANCE = 0.25
-_RUINED = 10  # times the unmerged model's perplexity: beyond, curves leave the figure; the table has them all
 _FEW = 10  # plans that context.png can tell apart
 
 
@@ -284,10 +283,10 @@ def measured_of(points: list[Point]) -> tuple[np.ndarray, list[float]]:
 def limit_perplexity(axis, base: Point | None, points: list[Point]) -> str:
     """Cut the axis where a language model is none any more, so that the others can be told apart; what to say of it."""
     known = [point.perplexity for point in points if point.perplexity is not None]
-    if base is None or base.perplexity is None or not known or max(known) <= _RUINED * base.perplexity:
+    if base is None or base.perplexity is None or not known or max(known) <= RUINED * base.perplexity:
         return ""
-    axis.set_ylim(0.8 * min(known), _RUINED * base.perplexity)
-    return f", up to {_RUINED} × unmerged"
+    axis.set_ylim(0.8 * min(known), RUINED * base.perplexity)
+    return f", up to {RUINED:g} × unmerged"
 
 
 def draw_levels(line, base: Point | None, known: bool) -> None:

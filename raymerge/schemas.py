@@ -263,6 +263,10 @@ def derive_task_accuracy(answers: pa.Table) -> list[dict]:
     return result
 
 
+RUINED = 10.0
+"""Times the unmerged model's perplexity: beyond, a plan is left out of figures so that the others can be told apart."""
+
+
 def way_of(row: dict) -> str:
     """The method of a row of `sweep`, with how its seams are refitted: each refit is a way of its own."""
     refit = row["refit"] or "none"

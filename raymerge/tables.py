@@ -25,13 +25,24 @@ import yaml
 
 from raymerge.identity import canonical_json, digest, plain, software
 from raymerge.objectives import is_minimised
-from raymerge.schemas import MACRO, MICRO, SCHEMAS, conform, derive_accuracy, derive_task_accuracy, schema_of, way_of
+from raymerge.schemas import (
+    MACRO,
+    MICRO,
+    RUINED,
+    SCHEMAS,
+    conform,
+    derive_accuracy,
+    derive_task_accuracy,
+    schema_of,
+    way_of,
+)
 from raymerge.storage import TEMPORARY, RunError, Storage
 
 __all__ = [
     "FREE_SECTIONS",
     "MACRO",
     "MICRO",
+    "RUINED",
     "SCHEMAS",
     "RunDirectory",
     "RunError",

@@ -12,9 +12,9 @@ from report_runs import QUESTIONS, search_run, sensitivity_run, similarity_run, 
 
 from raymerge import report, summary
 from raymerge.progress import Silent
-from raymerge.report import compared, curve, figures, layers, plans, render, wording
+from raymerge.report import asked, compared, curve, figures, layers, plans, render, wording
 from raymerge.report.build import page_of, run_sections
-from raymerge.report.content import Figure, Page, Rows, Section, Table, Text, View
+from raymerge.report.content import Facts, Figure, Page, Rows, Section, Table, Text, View
 from raymerge.statistics import mcnemar, paired_difference
 from raymerge.tables import MICRO, RunDirectory, RunError
 
@@ -193,6 +193,30 @@ def test_a_curve_holds_every_way_against_dropping(tmp_path):
         limits = stored[point["plan_id"]]["ci_low"], stored[point["plan_id"]]["ci_high"]
         assert (point["perplexity_low"], point["perplexity_high"]) == limits
     assert "perplexity_low" in json.dumps(figure.views[1].spec)
+
+
+def test_a_curve_leaves_ruined_models_out_of_its_figure_of_perplexities(tmp_path):
+    """900 and 1,200 against 5: in the table, but 6.5 and 7 could not be told apart beside them."""
+    run = sweep_run(tmp_path / "curve")
+    (figure,) = blocks([curve.answer(plans.Reached(run))], Figure)
+    spec = figure.views[1].spec
+    (kept,) = spec["transform"]
+    limit = float(kept["filter"].split("<= ")[1])
+    assert kept["filter"].startswith("isNumber(datum['perplexity']) && ") and limit == pytest.approx(50.0)
+    assert "transform" not in figure.views[0].spec and "beyond 10 times" in figure.caption
+    _, every = blocks([curve.answer(plans.Reached(run))], Table)
+    assert {row[7].split(" [")[0] for row in every.cells} == {"5.00", "7.00", "6.50", "900", "1,200"}
+
+
+def test_what_was_asked_names_refits_and_calibration(tmp_path):
+    settings = {"merges": [2], "methods": ["drop_block"], "refits": ["none", "linear", "units"], "refitted_methods": []}
+    config = {"plan": {"ridge": None, "refit_layers": 1}, "sweep": settings,
+              "calibration": {"text": "a.txt", "tokens": 4096}}  # fmt: skip
+    run = RunDirectory.open(tmp_path / "run", config, "sweep")
+    (facts,) = blocks([asked.asked(run)], Facts)
+    told = {fact.term: (fact.value, fact.note) for fact in facts.facts}
+    assert told["Refits"] == ("linear, units", "ridge chosen on held-out tokens, 1 layer after each seam too")
+    assert told["Calibration"] == ("a.txt", "up to 4096 tokens")
 
 
 def test_refits_of_one_method_are_ways_of_their_own(tmp_path):

@@ -59,6 +59,7 @@ def asked(run: RunDirectory) -> Section:
         *_data(config.get("data", {}), manifest),
         *_plan(config.get("plan", {}), run.experiment),
         *_search(config, run.experiment),
+        *(_calibration(config) if run.experiment in ("search", "sweep") else []),
         *_similarity(config.get("similarity", {})),
         *_seeds(manifest),
         *_versions(manifest),
@@ -118,11 +119,9 @@ def _data(data: dict, manifest: dict) -> list[Fact]:
 
 
 def _plan(plan: dict, experiment: str) -> list[Fact]:
-    if not plan or experiment not in ("search", "sweep"):
+    if not plan or experiment != "search":
         return []
     options = f"alignment {plan.get('alignment')}, norms {plan.get('norms')}, biases {plan.get('biases')}"
-    if experiment == "sweep":
-        return []
     base = plan.get("base") if plan.get("base") != "fixed" else f"constant {plan.get('ratio')}"
     chosen = f", block {plan.get('block')}" if plan.get("selection") == "block" else ""
     return [
@@ -141,6 +140,7 @@ def _search(config: dict, experiment: str) -> list[Fact]:
                 listed([str(method) for method in sweep.get("methods", [])], 20),
                 f"alignment {listed(sweep.get('alignments', []))}; norms {listed(sweep.get('norms', []))}",
             ),
+            *_refits(config.get("plan", {}), sweep.get("refits", []), sweep.get("refitted_methods")),
         ]
     search = config.get("search") if experiment == "search" else None
     if not search:
@@ -159,7 +159,32 @@ def _search(config: dict, experiment: str) -> list[Fact]:
             f"{search.get('random_candidates')} at random as a control",
         ),
         Fact("Objective", str(search.get("objective")), "" if ceiling is None else f"perplexity at most {ceiling}"),
+        *_refits(config.get("plan", {}), [config.get("plan", {}).get("refit")]),
     ]
+
+
+def _refits(plan: dict, refits: list, methods: list | None = None) -> list[Fact]:
+    """How seams are refitted; nothing where none is."""
+    used = [str(refit) for refit in refits if refit not in (None, "none")]
+    if not used:
+        return []
+    ridge = plan.get("ridge")
+    how = f"ridge {'chosen on held-out tokens' if ridge is None else ridge}"
+    further = plan.get("refit_layers")
+    how += f", {plural(further, 'layer')} after each seam too" if further else ""
+    return [Fact("Refits", listed(used) + (f" of {listed(methods)}" if methods else ""), how)]
+
+
+def _calibration(config: dict) -> list[Fact]:
+    """What blocks are chosen and refits made on, where a run says that it does either."""
+    plan, sweep, settings = (config.get(section) or {} for section in ("plan", "sweep", "calibration"))
+    refits = {plan.get("refit"), *sweep.get("refits", [])} - {None, "none"}
+    blocks = plan.get("selection") == "block" or {"drop_block", "merge_block"} & {*map(str, sweep.get("methods", []))}
+    if not settings or not (refits or blocks):
+        return []
+    text = settings.get("text")
+    where = "prompts of the search questions" if text is None else str(text)
+    return [Fact("Calibration", where, f"up to {settings.get('tokens')} tokens")]
 
 
 def _similarity(settings: dict) -> list[Fact]:

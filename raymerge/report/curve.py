@@ -11,7 +11,7 @@ from raymerge.report.content import Block, Figure, Rows, Section, Table, Text
 from raymerge.report.plans import Reached, chosen_layers, missing, tensor_name
 from raymerge.report.wording import difference, interval, percent, perplexity, plural, value
 from raymerge.summary import verdict
-from raymerge.tables import way_of
+from raymerge.tables import RUINED, way_of
 
 
 def answer(reached: Reached) -> Section:
@@ -153,8 +153,8 @@ def _curves(reached: Reached, points: list[dict], base: dict | None) -> Figure:
             ("answer_nll", "answer NLL", ".3f")]  # fmt: skip
     methods, variants = ({point[key] for point in drawn} for key in ("method", "variant"))
     common = {"x": ("merges", "layers merged (K)"), "series": "method", "dash": "variant", "tips": tips}
-    most = drawn[-1]["merges"]
-    told = f"{plural(len(methods), 'method')} and {plural(len(variants), 'variant')} at up to {most} merges."
+    merges = drawn[-1]["merges"]
+    told = f"{plural(len(methods), 'method')} and {plural(len(variants), 'variant')} at up to {merges} merges."
     views = [
         figures.lines(
             drawn,
@@ -167,25 +167,34 @@ def _curves(reached: Reached, points: list[dict], base: dict | None) -> Figure:
             **common,
         )
     ]
-    if all(point["perplexity"] for point in drawn):
+    known = [point for point in drawn if point["perplexity"]]
+    unmerged = None if base is None else base["perplexity"]
+    within = [point for point in known if unmerged and point["perplexity"] <= RUINED * unmerged]
+    told_apart, cut = within or known, 0 < len(within) < len(drawn)
+    if known:
         views.append(
             figures.lines(
-                drawn,
+                told_apart,
                 f"Perplexity on plain text against the number of merged layers: {told}",
                 y=("perplexity", "perplexity on plain text (log scale)"),
                 form="~s",
                 log=True,
-                interval=("perplexity_low", "perplexity_high") if all(map(_known, drawn)) else None,
-                rule=None if base is None or not base["perplexity"] else (base["perplexity"], "unmerged"),
+                interval=("perplexity_low", "perplexity_high") if all(map(_known, told_apart)) else None,
+                rule=(unmerged, "unmerged") if unmerged else None,
+                most=RUINED * unmerged if cut else None,
                 title="Perplexity, lower is better",
+                order=[*dict.fromkeys(point["method"] for point in drawn)],
                 **common,
             )
         )
+    left_out = ""
+    if cut:
+        left_out = f" Perplexities beyond {RUINED:g} times the unmerged model's are left out: the table below has them."
     return Figure(
         "Accuracy and perplexity against compression",
         "A click on a method in the legend picks it. Thin bars are 95 % intervals. Aligned: neurons reordered to "
         "match before "
-        "averaging; folded: gains of the norms multiplied into the matrices before it.",
+        f"averaging; folded: gains of the norms multiplied into the matrices before it.{left_out}",
         tuple(views),
         Rows.of(points, sources(reached.run, "sweep", "accuracy", "perplexity", "costs")),
         command_of(reached.run),

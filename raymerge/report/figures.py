@@ -462,6 +462,7 @@ def lines(
     log: bool = False,
     interval: tuple[str, str] | None = None,
     rule: tuple[float, str] | None = None,
+    most: float | None = None,
     title: str = "",
     order: list[str] | None = None,
     height: int = 300,
@@ -469,12 +470,14 @@ def lines(
     """Lines by series (colour and shape) and, where there are several, by `dash`; a click on the legend picks one.
 
     x, y: (column, title). interval: columns of the interval, drawn as thin bars. rule: a value of y to be held against.
-    order: all series in the order of their colours, where another drawing has more of them.
+    most: rows of a greater y, or of none, are left out. order: all series in the order of their colours, where another
+    drawing has more of them.
     """
     names = list(dict.fromkeys(row[series] for row in rows))
     at = [order.index(name) if order else i for i, name in enumerate(names)]
     scale = {"domain": names, "range": [SERIES[i % len(SERIES)] for i in at]}
-    shapes = {"domain": names, "range": [_SHAPES[i % len(_SHAPES)] for i in at]}
+    # The ninth has the first one's colour again, but not its shape.
+    shapes = {"domain": names, "range": [_SHAPES[(i + i // len(SERIES)) % len(_SHAPES)] for i in at]}
     horizontal = _field(
         *x, scale={"zero": False, "padding": 12, "nice": False}, axis=_axis(x[1], tickMinStep=1, grid=False)
     )
@@ -523,7 +526,11 @@ def lines(
     )
     if rule is not None:
         layers += _rule("y", *rule)
-    return View(_drawing(layers, height=height), description, title, {"x": f"zoom_{x[0]}", "y": f"zoom_{y[0]}"})
+    left_out: Spec = {}
+    if most is not None:
+        left_out = {"transform": [{"filter": f"isNumber(datum['{y[0]}']) && datum['{y[0]}'] <= {most!r}"}]}
+    drawing = _drawing(layers, height=height, **left_out)
+    return View(drawing, description, title, {"x": f"zoom_{x[0]}", "y": f"zoom_{y[0]}"})
 
 
 def scatter(
