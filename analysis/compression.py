@@ -1,6 +1,6 @@
 """Draw quality against layers removed for a sweep: compression.png, context.png, compression.md.
 
-    python analysis/compression.py RUN [--out DIR]
+    python analysis/compression.py RUN [--beside RUN …] [--out DIR]
 
 Reads tables sweep, accuracy, costs, perplexity, comparisons and context; the last three may be empty, and without
 context there is no context.png. Accuracies are of the report split; a run with several languages gets one
@@ -9,6 +9,7 @@ compression-LANGUAGE.png each.
   compression.png  accuracy and plain-text perplexity against layers removed, one line a method and one row of panels
                    an alignment and treatment of norms; accuracy against the share of layers removed beside published
                    points
+  perplexity.png   perplexity alone, a panel for each run: --beside names sweeps of the same plans on other texts
   context.png      NLL of text by position in the window, and retrieval by distance, of the plans measured
   compression.md   every point, the stability of each method's curve, and the context table
 
@@ -60,11 +61,23 @@ class Point(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    return run_main(draw, __doc__, argv)
+    return run_main(draw, __doc__, argv, add_options)
 
 
-def draw(run: RunDirectory, out: Path) -> list[Path]:
+def add_options(parser) -> None:
+    """The script's own options."""
+    parser.add_argument("--beside", metavar="RUN", nargs="+", default=[], help="sweeps on other texts: perplexity.png")
+
+
+def draw(run: RunDirectory, out: Path, beside: list[str] = ()) -> list[Path]:
     """Write the figures and compression.md into `out`; return their paths. RunError if a table is missing."""
+    with plt.rc_context(STYLE):
+        others = [draw_texts([run, *map(RunDirectory.load, beside)], out / "perplexity.png")] if beside else []
+    return [*draw_run(run, out), *others]
+
+
+def draw_run(run: RunDirectory, out: Path) -> list[Path]:
+    """The figures and the text of one run."""
     sweep = [{**row, "method": way_of(row)} for row in need(run, "sweep", "the compression curve")]
     accuracy = need(run, "accuracy", "the accuracy of the sweep's plans")
     costs = {row["plan_id"]: row for row in need(run, "costs", "the layers that each plan removes")}
@@ -236,10 +249,7 @@ def draw_curves(points: list[Point], published: list[dict], split: str, language
             handles.setdefault(method.replace("_", " "), handle)
             line[-1].plot(100 * x / mine[0].layers, y, **{**look, "ms": 3.2, "lw": 0.9}, alpha=0.55)
             if known:
-                texts = [point for point in mine if point.perplexity is not None]
-                x, y = ([getattr(point, name) for point in texts] for name in ("removed", "perplexity"))
-                error = np.array([point.perplexity_error for point in texts]).reshape(-1, 2).T
-                line[1].errorbar(np.array(x) + shift, y, yerr=error, **look, elinewidth=0.8)
+                draw_perplexities(line[1], mine, shift, look)
         draw_levels(line, base, known)
         for label, artist in draw_published(line[-1], published).items():
             handles[label] = artist
@@ -249,11 +259,7 @@ def draw_curves(points: list[Point], published: list[dict], split: str, language
         line[0].set_title(title[0].upper() + title[1:])
         if known:
             line[1].set_title("Plain text, lower is better")
-            cut = limit_perplexity(line[1], base, points)
-            line[1].set(ylabel=f"perplexity (log scale{cut}; bars: 95 %)", yscale="log")
-            if cut:  # less than two decades: 20 rather than 2 x 10^1
-                line[1].yaxis.set_major_formatter(LogFormatter())
-                line[1].yaxis.set_minor_formatter(LogFormatter())
+            scale_perplexities(line[1], base, points)
         line[-1].set_title(f"Beside published points ({published[0]['model']})")
         for axis in (line[0], line[-1]):
             axis.set_ylabel("micro accuracy")
@@ -278,6 +284,51 @@ def measured_of(points: list[Point]) -> tuple[np.ndarray, list[float]]:
     """Layers removed and micro accuracy of the points that have one."""
     answered = [point for point in points if point.micro]
     return np.array([float(point.removed) for point in answered]), [point.micro["accuracy"] for point in answered]
+
+
+def draw_texts(runs: list[RunDirectory], path: Path) -> Path:
+    """Perplexity against layers removed, a panel a run; methods have the same colour in all of them."""
+    found = []
+    for run in runs:
+        sweep = [{**row, "method": way_of(row)} for row in need(run, "sweep", "the compression curve")]
+        costs = {row["plan_id"]: row for row in need(run, "costs", "the layers that each plan removes")}
+        texts = {row["plan_id"]: row for row in need(run, "perplexity", "the perplexities") if row["target"] == "text"}
+        found.append(points_of(sweep, {}, costs, texts, []))
+    labels = list(dict.fromkeys(label for points in found for label in curves_of(points)))
+    figure, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 5.6), squeeze=False, sharex=True)
+    handles = {}
+    for axis, run, points in zip(axes[0], runs, found, strict=True):
+        curves = curves_of(points)
+        for label, mine in curves.items():
+            shift = 0.3 / len(labels) * (labels.index(label) - (len(labels) - 1) / 2)
+            look = {**curve_style(labels.index(label)), "lw": 1.3, "ms": 4.5}
+            handles[label] = draw_perplexities(axis, mine, shift, look)
+        base, text = base_of(points), (run.config.get("data") or {}).get("perplexity_text")
+        if base and base.perplexity is not None:
+            handles["unmerged model"] = axis.axhline(base.perplexity, color="black", lw=1)
+        axis.set_title(Path(str(text)).name)
+        axis.set_xlabel("layers removed")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        scale_perplexities(axis, base, points)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    return save(figure, path)
+
+
+def draw_perplexities(axis, mine: list[Point], shift: float, look: dict):
+    """One method's perplexities with their intervals; returns what a legend shows."""
+    texts = [point for point in mine if point.perplexity is not None]
+    x, y = ([getattr(point, name) for point in texts] for name in ("removed", "perplexity"))
+    error = np.array([point.perplexity_error for point in texts]).reshape(-1, 2).T
+    return axis.errorbar(np.array(x) + shift, y, yerr=error, **look, elinewidth=0.8)
+
+
+def scale_perplexities(axis, base: Point | None, points: list[Point]) -> None:
+    """A logarithmic axis, cut where `limit_perplexity` says."""
+    cut = limit_perplexity(axis, base, points)
+    axis.set(ylabel=f"perplexity (log scale{cut}; bars: 95 %)", yscale="log")
+    if cut:  # less than two decades: 20 rather than 2 x 10^1
+        axis.yaxis.set_major_formatter(LogFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter())
 
 
 def limit_perplexity(axis, base: Point | None, points: list[Point]) -> str:

@@ -135,6 +135,15 @@ def test_figures_are_whole(folder):
     assert min(png_size(folder / "compression.png")) > 700 and min(png_size(folder / "context.png")) > 600
 
 
+def test_runs_on_several_texts_stand_side_by_side(run, tmp_path, capsys):
+    assert compression_script.main([run.path_of(), "--out", str(tmp_path), "--beside", run.path_of()]) == 0
+    assert str(tmp_path / "perplexity.png") in capsys.readouterr().out
+    wide, high = png_size(tmp_path / "perplexity.png")
+    assert wide > 1.5 * high > 600
+    assert compression_script.main([run.path_of(), "--out", str(tmp_path), "--beside", str(tmp_path / "none")]) == 1
+    assert "none" in capsys.readouterr().err
+
+
 def test_every_point_is_in_the_table(run, text):
     header, *lines = table_of(text, "## test split")
     sweep = run.read("sweep").to_pylist()
