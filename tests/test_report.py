@@ -12,7 +12,7 @@ from report_runs import QUESTIONS, search_run, sensitivity_run, similarity_run, 
 
 from raymerge import report, summary
 from raymerge.progress import Silent
-from raymerge.report import asked, compared, curve, figures, layers, plans, render, wording
+from raymerge.report import asked, compared, curve, figures, layers, plans, receipts, render, searched, wording
 from raymerge.report.build import page_of, run_sections
 from raymerge.report.content import Facts, Figure, Page, Rows, Section, Table, Text, View
 from raymerge.statistics import mcnemar, paired_difference
@@ -105,7 +105,7 @@ def test_a_gain_by_an_uncorrected_p_alone_is_no_gain(search):
 
 
 def test_what_layers_are_left_sums_to_one(search):
-    _, figure = blocks([plans.coefficients(plans.Reached(search))], Figure)
+    _, figure = blocks([searched.coefficients(plans.Reached(search))], Figure)
     found = [row for row in as_dicts(figure.rows) if row["series"] == "found_bayes"]
     stored = {
         row["source_layer"]: row["coefficient"]
@@ -120,7 +120,7 @@ def test_what_layers_are_left_sums_to_one(search):
 
 
 def test_alphas_are_those_of_the_plans(search):
-    figure, _ = blocks([plans.coefficients(plans.Reached(search))], Figure)
+    figure, _ = blocks([searched.coefficients(plans.Reached(search))], Figure)
     found = [row for row in as_dicts(figure.rows) if row["plan"] == "found_bayes"]
     assert [row["alpha"] for row in sorted(found, key=lambda row: row["step"])] == [0.1, 0.8, 0.3]
     assert {row["role"] for row in found} == {figures.FOUND}
@@ -132,7 +132,7 @@ def test_alphas_are_those_of_the_plans(search):
 
 
 def test_the_best_so_far_never_gets_worse(search):
-    progress, descents = blocks([plans.search(plans.Reached(search))], Figure)
+    progress, descents = blocks([searched.search(plans.Reached(search))], Figure)
     rows = as_dicts(progress.rows)
     best = [row["best"] for row in rows if row["kind"] == "candidate"]
     values = [row["value"] for row in search.read("trials").to_pylist() if row["searcher"] == "bayes"]
@@ -145,7 +145,7 @@ def test_the_best_so_far_never_gets_worse(search):
 
 
 def test_controls_at_nearly_the_same_value_share_a_label():
-    assert plans._together([("a", 0.5), ("b", 0.505), ("c", 0.9)], [0.0, 1.0]) == [
+    assert searched._together([("a", 0.5), ("b", 0.505), ("c", 0.9)], [0.0, 1.0]) == [
         ("a, b", pytest.approx(0.5025)),
         ("c", 0.9),
     ]
@@ -165,11 +165,11 @@ def test_differences_by_subject_are_paired(search):
 
 
 def test_receipts_say_what_did_not_change(search):
-    (figure,) = blocks([plans.receipts(plans.Reached(search))], Figure)
+    (figure,) = blocks([receipts.receipts(plans.Reached(search))], Figure)
     assert "2 tensors changed under 2 plans, by at most 75.0 % of the tensor's norm" in figure.caption
     assert "No tensor changed under drop" in figure.caption
-    assert plans.tensor_name("model.layers.12.mlp.up_proj.weight") == ("mlp.up_proj", "12")
-    assert plans.tensor_name("lm_head.weight") == ("lm_head.weight", "")
+    assert receipts.tensor_name("model.layers.12.mlp.up_proj.weight") == ("mlp.up_proj", "12")
+    assert receipts.tensor_name("lm_head.weight") == ("lm_head.weight", "")
 
 
 # -- the other experiments

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from raymerge.identity import software
 from raymerge.progress import Progress
-from raymerge.report import compared, curve, layers, plans
+from raymerge.report import compared, curve, layers, plans, receipts, searched
 from raymerge.report.asked import asked, command_of, model_name, run_name, unfinished
 from raymerge.report.content import Block, Notice, Page, Section, Table, Text
 from raymerge.report.plans import Reached, plan_table
@@ -140,10 +140,10 @@ def _search(run: RunDirectory) -> list[Section]:
         return [plans.answer(reached)]
     return [
         plans.answer(reached),
-        plans.coefficients(reached),
-        plans.search(reached),
+        searched.coefficients(reached),
+        searched.search(reached),
         plans.subjects(reached),
-        plans.receipts(reached),
+        receipts.receipts(reached),
     ]
 
 

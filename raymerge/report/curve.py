@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Block, Figure, Rows, Section, Table, Text
-from raymerge.report.plans import Reached, chosen_layers, missing, tensor_name
-from raymerge.report.wording import difference, interval, percent, perplexity, plural, value
+from raymerge.report.plans import Reached, chosen_layers, missing
+from raymerge.report.receipts import tensor_name
+from raymerge.report.wording import difference, finite, interval, percent, perplexity, plural, value
 from raymerge.summary import verdict
 from raymerge.tables import RUINED, way_of
 
@@ -46,9 +46,9 @@ def curve(reached: Reached) -> list[dict[str, Any]]:
                 "accuracy": line["accuracy"],
                 "low": line["interval"][0],
                 "high": line["interval"][1],
-                "perplexity": _finite(line["perplexity"]),
-                "perplexity_low": _finite(line["perplexity_interval"][0]),
-                "perplexity_high": _finite(line["perplexity_interval"][1]),
+                "perplexity": finite(line["perplexity"]),
+                "perplexity_low": finite(line["perplexity_interval"][0]),
+                "perplexity_high": finite(line["perplexity_interval"][1]),
                 "macro": line["macro"],
                 "answer_nll": line["nll"],
                 "removed": costs["parameters_removed"] / whole if whole else None,
@@ -58,10 +58,6 @@ def curve(reached: Reached) -> list[dict[str, Any]]:
             }
         )
     return sorted(points, key=lambda point: point["merges"])
-
-
-def _finite(number: float | None) -> float | None:
-    return number if number is not None and math.isfinite(number) else None
 
 
 def _limits(point: dict) -> tuple[float | None, float | None]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
 from raymerge import summary
-from raymerge.objectives import is_minimised
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Block, Fact, Facts, Figure, Notice, Rows, Section, Table, Text
 from raymerge.report.wording import (
     NONE,
     difference,
+    finite,
     interval,
     listed,
     millions,
@@ -30,7 +29,6 @@ from raymerge.schemas import TEXT_SPLIT
 from raymerge.statistics import paired_difference, wilson_interval
 from raymerge.tables import RunDirectory
 
-_SHOWN = 16  # plans of which the coefficients are drawn
 _AGAINST = 8  # plans that the best is compared with subject by subject
 
 _KINDS = {
@@ -300,7 +298,7 @@ def _overview(reached: Reached) -> list[Block]:
             "accuracy": line["accuracy"],
             "low": line["interval"][0],
             "high": line["interval"][1],
-            "perplexity": _finite(line["perplexity"]),
+            "perplexity": finite(line["perplexity"]),
             "answer_nll": line["nll"],
             "layers": line["layers"],
             "questions": line["n"],
@@ -356,248 +354,6 @@ def _overview(reached: Reached) -> list[Block]:
             columns=2,
         )
     ]
-
-
-def _finite(number: float | None) -> float | None:
-    return None if number is None or not math.isfinite(number) else number
-
-
-# -- coefficients, search, subjects, receipts
-
-
-def coefficients(reached: Reached) -> Section:
-    """Alpha by step, and the share that every original layer has in the merged one."""
-    run, title = reached.run, "The merge coefficients"
-    steps = [row for row in reached.plans if row["step"] is not None]
-    if not steps or not run.has("coefficients"):
-        return Section(title, (missing(run, "plans", "coefficients"),))
-    shown = list(dict.fromkeys(row["plan_id"] for row in steps))[-_SHOWN:]
-    alphas = [
-        {
-            "plan": reached.labels[row["plan_id"]],
-            "matrix": row["matrix"] or "",
-            "series": f"{row['plan_id']} {row['matrix'] or ''}",
-            "step": row["step"],
-            "merge": f"{row['remove']} into {row['into']}",
-            "alpha": row["alpha"],
-            "role": figures.role_of(reached.kinds[row["plan_id"]]),
-            "label": "",
-        }
-        for row in _once(steps)
-        if row["plan_id"] in shown
-    ]
-    _label_ends(alphas)
-    alphas.sort(key=lambda row: -figures.ROLES.index(row["role"]))  # what was found is drawn last, on top
-    best = reached.best
-    text = ""
-    if best is not None:
-        own = [row["alpha"] for row in _once(steps) if row["plan_id"] == best["plan_id"] and row["matrix"] is None]
-        text = f" {best['label']}: {', '.join(f'{alpha:.2f}' for alpha in own[:20])}." if own else ""
-    weights = _weights(reached, shown)
-    blocks: list[Block] = [
-        Figure(
-            "Alpha of every merge step",
-            "A step merges one layer into another: alpha times the kept layer's weights plus (1 - alpha) times the "
-            "removed "
-            "layer's. Alpha 1 drops the removed layer, alpha 0 drops the other. Fainter lines: coefficients of single "
-            "matrices." + text,
-            (figures.alpha_lines(alphas, f"Alpha by merge step for {len(shown)} plans.{text}"),),
-            Rows.of(alphas, sources(run, "plans")),
-            command_of(run),
-        )
-    ]
-    if weights:
-        heavy = _heaviest(weights, best)
-        blocks.append(
-            Figure(
-                "How much of each original layer is left in the merged layer",
-                "The steps multiply: after all of them every original layer has one effective coefficient in the layer "
-                "that it was merged into, and they sum to 1. Layers that no plan merges are left out." + heavy,
-                (figures.weight_cells(weights, f"Effective coefficient of each original layer, a row a plan.{heavy}"),),
-                Rows.of(weights, sources(run, "coefficients")),
-                command_of(run),
-            )
-        )
-    return Section(title, tuple(blocks))
-
-
-def _label_ends(alphas: list[dict]) -> None:
-    """Write the plans' names beside the last step of their lines, those of lines that end together in one label."""
-    last = max(row["step"] for row in alphas)
-    ends = [row for row in alphas if row["step"] == last and not row["matrix"]]
-    for names, _ in _together([(row["plan"], row["alpha"]) for row in ends], [0.0, 2.4]):
-        next(row for row in ends if row["plan"] == names.split(", ")[0])["label"] = names
-
-
-def _once(steps: list[dict]) -> list[dict]:
-    """Rows of `plans` without those that stand there again under another name of the same plan."""
-    return list({(row["plan_id"], row["matrix"], row["step"]): row for row in steps}.values())
-
-
-def _weights(reached: Reached, shown: list[str]) -> list[dict[str, Any]]:
-    rows = [row for row in reached.run.read("coefficients").to_pylist() if row["plan_id"] in shown]
-    n_layers = max((row["source_layer"] for row in rows), default=-1) + 1
-    touched = {
-        row["source_layer"] for row in rows if row["coefficient"] < 1 or row["kept_layer"] != row["source_layer"]
-    }
-    for plan_id in shown:  # a dropped layer has no row
-        mine = {row["source_layer"] for row in rows if row["plan_id"] == plan_id}
-        touched |= {layer for layer in range(n_layers) if layer not in mine}
-    # beside the layers that a plan merges, those into which it merges them
-    touched |= {row["kept_layer"] for row in rows if row["source_layer"] in touched}
-    own = {(row["plan_id"], row["source_layer"], row["matrix"]): row for row in rows}
-    series = dict.fromkeys((row["plan_id"], row["matrix"]) for row in rows)
-    split_up = {plan_id for plan_id, matrix in series if matrix is not None}
-    cells = []
-    for plan_id, matrix in sorted(series, key=lambda key: (shown.index(key[0]), key[1] or "")):
-        name = reached.labels[plan_id]
-        if matrix is not None or plan_id in split_up:
-            name = f"{matrix.rsplit('.', 1)[-1] if matrix else 'others'}, {name}"
-        for layer in sorted(touched):
-            row = own.get((plan_id, layer, matrix))
-            if row is None and matrix is not None and (plan_id, layer, None) in own:
-                row = own[plan_id, layer, None]
-            weight = 0.0 if row is None else row["coefficient"]
-            cells.append(
-                {
-                    "series": name,
-                    "layer": layer,
-                    "weight": weight,
-                    "kept": NONE if row is None else str(row["kept_layer"]),
-                    "percent": f"{100 * weight:.0f}" if weight >= 0.005 else "",
-                    "plan_id": plan_id,
-                }
-            )
-    return cells
-
-
-def _heaviest(weights: list[dict], best: dict | None) -> str:
-    if best is None:
-        return ""
-    own: dict[int, float] = {}
-    for row in weights:
-        if row["plan_id"] == best["plan_id"]:
-            own.setdefault(row["layer"], row["weight"])
-    top = sorted(own.items(), key=lambda item: -item[1])[:3]
-    return f" Most of {best['label']}: " + ", ".join(f"layer {k} {percent(v, 0)}" for k, v in top if v >= 0.005) + "."
-
-
-def search(reached: Reached) -> Section:
-    """Every candidate in order, the best so far, the controls; and the descents, where there are some."""
-    run, title = reached.run, "The search"
-    trials = run.read("trials").to_pylist()
-    ceiling = run.config.get("search", {}).get("perplexity_ceiling")
-    judged = [
-        row for row in trials if row["status"] == "ok" and row["value"] is not None and not _above_ceiling(row, ceiling)
-    ]
-    if not any(row["searcher"] != "controls" for row in judged):
-        return Section(title, (missing(run, "trials"),))
-    objective = judged[0]["objective"]
-    better = min if is_minimised(objective) else max
-    rows = []
-    for searcher in dict.fromkeys(row["searcher"] for row in judged):
-        if searcher == "controls":
-            continue
-        best = None
-        for row in sorted((r for r in judged if r["searcher"] == searcher), key=lambda r: r["iteration"]):
-            best = row["value"] if best is None else better(best, row["value"])
-            rows.append(
-                {
-                    "kind": "candidate",
-                    "searcher": searcher,
-                    "number": row["iteration"] + 1,
-                    "value": row["value"],
-                    "best": best,
-                    "label": "",
-                    "plan_id": row["plan_id"],
-                    "block": row["block"],
-                    "alphas": ", ".join(f"{alpha:.3f}" for alpha in row["alphas"]),
-                    "perplexity": row["perplexity"],
-                    "seconds": row["seconds"],
-                }
-            )
-    # the searchers proper come first: the accent is theirs
-    rows.sort(key=lambda row: row["searcher"] == "random")
-    candidates = list(rows)
-    empty = dict.fromkeys(rows[0], None)
-    for label, number in _together(
-        [
-            (reached.labels.get(row["plan_id"], row["plan_id"]), row["value"])
-            for row in judged
-            if row["searcher"] == "controls"
-        ],
-        [row["value"] for row in judged],
-    ):
-        rows.append(empty | {"kind": "control", "searcher": "controls", "value": number, "label": label})
-    lines = "; ".join(summary.search_lines(run))
-    way = "lower" if is_minimised(objective) else "higher"
-    blocks: list[Block] = [
-        Figure(
-            "Objective of every candidate",
-            f"Measured on the search questions, which the report does not use ({way} is better). Steps: the best so "
-            "far. "
-            f"Dashed: controls. {lines}.",
-            (
-                figures.progress(
-                    rows,
-                    f"{objective} of {plural(len(candidates), 'candidate')} in the order in which they were tried. "
-                    f"{lines}.",
-                    objective=objective,
-                ),
-            ),
-            Rows.of(rows, sources(run, "trials")),
-            command_of(run),
-        )
-    ]
-    history = run.read("gradient_history").to_pylist()
-    if history:
-        blocks.append(_descents(run, history, objective))
-    return Section(title, tuple(blocks))
-
-
-def _above_ceiling(row: dict, ceiling: float | None) -> bool:
-    return ceiling is not None and row["perplexity"] is not None and row["perplexity"] > ceiling
-
-
-def _together(controls: list[tuple[str, float]], every: list[float]) -> list[tuple[str, float]]:
-    """Controls whose labels would cover each other under one label, at the mean of their values."""
-    near = 0.03 * (max(every) - min(every))
-    groups: list[list[tuple[str, float]]] = []
-    for name, number in sorted(controls, key=lambda item: item[1]):
-        if groups and number - groups[-1][0][1] <= near:
-            groups[-1].append((name, number))
-        else:
-            groups.append([(name, number)])
-    return [
-        (", ".join(dict.fromkeys(name for name, _ in group)), sum(number for _, number in group) / len(group))
-        for group in groups
-    ]
-
-
-def _descents(run: RunDirectory, history: list[dict], objective: str) -> Figure:
-    rows = []
-    for row in history:
-        for of, loss in (("search questions", row["loss"]), ("held out", row["held_out_loss"])):
-            if loss is not None:
-                rows.append(
-                    {
-                        "searcher": row["searcher"],
-                        "start": row["start"],
-                        "series": f"{row['searcher']} {row['start']} {of}",
-                        "epoch": row["epoch"],
-                        "of": of,
-                        "loss": loss,
-                    }
-                )
-    count = len({(row["searcher"], row["start"]) for row in history})
-    return Figure(
-        "Loss of the descents",
-        "One line a start. The state kept of a descent is that of the lowest loss on questions that it did not "
-        "descend on.",
-        (figures.descents(rows, f"Loss by epoch of {plural(count, 'descent')}.", objective=objective),),
-        Rows.of(rows, sources(run, "gradient_history")),
-        command_of(run),
-    )
 
 
 def subjects(reached: Reached) -> Section:
@@ -665,66 +421,6 @@ def subject_rows(reached: Reached) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def receipts(reached: Reached) -> Section:
-    """Which tensors every plan changed, and by how much: the proof that a merge is one."""
-    run, title = reached.run, "Receipts: what was changed"
-    stored = run.read("receipts").to_pylist()
-    unchanged = [
-        line["label"]
-        for line in reached.lines
-        if line["kind"] != "base" and line["plan_id"] not in {row["plan_id"] for row in stored}
-    ]
-    silent = (
-        f" No tensor changed under {listed(unchanged)}: layers are left out there, and nothing is averaged."
-        if unchanged
-        else ""
-    )
-    if not stored:
-        return Section(title, (Notice(silent.strip()) if silent else missing(run, "receipts"),))
-    rows = []
-    for row in stored:
-        matrix, layer = tensor_name(row["tensor"])
-        rows.append(
-            {
-                "matrix": matrix,
-                "layer": layer,
-                "plan": reached.labels.get(row["plan_id"], row["plan_id"]),
-                "role": figures.role_of(reached.kinds.get(row["plan_id"], "")),
-                "relative": _finite(row["relative_change"]),
-                "largest": _finite(row["max_abs_change"]),
-                "tensor": row["tensor"],
-            }
-        )
-    rows.sort(key=lambda row: (row["matrix"], -figures.ROLES.index(row["role"])))
-    changed = [row for row in rows if row["relative"]]
-    told = (
-        f"{plural(len({row['tensor'] for row in changed}), 'tensor')} changed under "
-        f"{plural(len({row['plan'] for row in changed}), 'plan')}, by at most "
-        f"{percent(max((row['relative'] for row in changed), default=0.0))} of the tensor's norm.{silent}"
-    )
-    return Section(
-        title,
-        (
-            Figure(
-                "Change of every tensor that a plan touches",
-                f"The norm of the difference between merged and original tensor over the original's norm. {told}",
-                (figures.changes(rows, f"Relative change of tensors, a row for each matrix. {told}"),),
-                Rows.of(rows, sources(run, "receipts")),
-                command_of(run),
-            ),
-        ),
-    )
-
-
-def tensor_name(tensor: str) -> tuple[str, str]:
-    """A tensor's name within its layer, and the layer's number as text ("" outside any)."""
-    parts = tensor.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if at is None:
-        return tensor, ""
-    return ".".join(parts[at + 1 :]).removesuffix(".weight") or tensor, parts[at]
 
 
 def subject_accuracies(run: RunDirectory, stored: list[dict]) -> list[Block]:

@@ -8,6 +8,11 @@ NONE = "–"
 """What stands where there is no value."""
 
 
+def finite(number: float | None) -> float | None:
+    """A number that can be drawn, or None."""
+    return number if number is not None and math.isfinite(number) else None
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """A share in [0, 1] as a percentage."""
     return NONE if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f} %"

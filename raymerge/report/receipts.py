@@ -1,0 +1,69 @@
+"""What merging changed, tensor by tensor: the receipts."""
+
+from __future__ import annotations
+
+from raymerge.report import figures
+from raymerge.report.asked import command_of, sources
+from raymerge.report.content import Figure, Notice, Rows, Section
+from raymerge.report.plans import Reached, missing
+from raymerge.report.wording import finite, listed, percent, plural
+
+
+def receipts(reached: Reached) -> Section:
+    """Which tensors every plan changed, and by how much: the proof that a merge is one."""
+    run, title = reached.run, "Receipts: what was changed"
+    stored = run.read("receipts").to_pylist()
+    unchanged = [
+        line["label"]
+        for line in reached.lines
+        if line["kind"] != "base" and line["plan_id"] not in {row["plan_id"] for row in stored}
+    ]
+    silent = (
+        f" No tensor changed under {listed(unchanged)}: layers are left out there, and nothing is averaged."
+        if unchanged
+        else ""
+    )
+    if not stored:
+        return Section(title, (Notice(silent.strip()) if silent else missing(run, "receipts"),))
+    rows = []
+    for row in stored:
+        matrix, layer = tensor_name(row["tensor"])
+        rows.append(
+            {
+                "matrix": matrix,
+                "layer": layer,
+                "plan": reached.labels.get(row["plan_id"], row["plan_id"]),
+                "role": figures.role_of(reached.kinds.get(row["plan_id"], "")),
+                "relative": finite(row["relative_change"]),
+                "largest": finite(row["max_abs_change"]),
+                "tensor": row["tensor"],
+            }
+        )
+    rows.sort(key=lambda row: (row["matrix"], -figures.ROLES.index(row["role"])))
+    changed = [row for row in rows if row["relative"]]
+    told = (
+        f"{plural(len({row['tensor'] for row in changed}), 'tensor')} changed under "
+        f"{plural(len({row['plan'] for row in changed}), 'plan')}, by at most "
+        f"{percent(max((row['relative'] for row in changed), default=0.0))} of the tensor's norm.{silent}"
+    )
+    return Section(
+        title,
+        (
+            Figure(
+                "Change of every tensor that a plan touches",
+                f"The norm of the difference between merged and original tensor over the original's norm. {told}",
+                (figures.changes(rows, f"Relative change of tensors, a row for each matrix. {told}"),),
+                Rows.of(rows, sources(run, "receipts")),
+                command_of(run),
+            ),
+        ),
+    )
+
+
+def tensor_name(tensor: str) -> tuple[str, str]:
+    """A tensor's name within its layer, and the layer's number as text ("" outside any)."""
+    parts = tensor.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if at is None:
+        return tensor, ""
+    return ".".join(parts[at + 1 :]).removesuffix(".weight") or tensor, parts[at]
