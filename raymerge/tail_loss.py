@@ -28,7 +28,8 @@ from raymerge.memory import plan_gradient
 from raymerge.objectives import parse_objective
 from raymerge.plan import MergePlan, base_plan, tail_pairs
 from raymerge.prompts import Group, Prompts, Shard
-from raymerge.scoring import SourceLayers, TailScorer
+from raymerge.scoring import TailScorer
+from raymerge.sources import SourceLayers
 from raymerge.trunk import TrunkCache
 
 _TEXT_POSITIONS = 512  # positions whose whole-vocabulary logits are computed at once

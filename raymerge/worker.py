@@ -56,9 +56,10 @@ from raymerge.questions import QuestionSet
 from raymerge.refit import Refitter, Sums
 from raymerge.reliability import Study, study
 from raymerge.rows import EDGES, text_hash
-from raymerge.scoring import SourceLayers, TailScorer
+from raymerge.scoring import TailScorer
 from raymerge.sensitivity import recipe_of, vary
 from raymerge.similarity import compute
+from raymerge.sources import SourceLayers
 from raymerge.tail_loss import TailLoss, TextWindows, loss_weights
 from raymerge.tensorfiles import read_tensors, write_tensors
 from raymerge.trunk import TrunkCache, compute_trunks

@@ -20,7 +20,8 @@ from raymerge.gradient import Settings, descend
 from raymerge.memory import MemoryPlanError, ScoringPlan
 from raymerge.plan import before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import encode_questions, encode_text
-from raymerge.scoring import SourceLayers, TailScorer
+from raymerge.scoring import TailScorer
+from raymerge.sources import SourceLayers
 from raymerge.tail_loss import GradientError, LossWeights, TailLoss, TextWindows
 from raymerge.trunk import TrunkCache
 

@@ -26,7 +26,8 @@ from raymerge.forward import LayerRunner
 from raymerge.gradient import Parametrisation, Settings, descend
 from raymerge.plan import base_plan, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import Group, Shard, encode_questions
-from raymerge.scoring import SourceLayers, TailScorer
+from raymerge.scoring import TailScorer
+from raymerge.sources import SourceLayers
 from raymerge.tail_loss import GradientError, LossWeights, TailLoss, TextWindows, unmerged_logits
 from raymerge.trunk import TrunkCache
 

@@ -27,7 +27,8 @@ from raymerge.forward import LayerRunner
 from raymerge.fusion import fuse_state_dict, fused_tensors
 from raymerge.plan import MergePlan, MergeStep, PlanError, base_plan, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import Group, Prompts, Shard, encode_questions
-from raymerge.scoring import SourceLayers, TailScorer
+from raymerge.scoring import TailScorer
+from raymerge.sources import SourceLayers
 from raymerge.trunk import TrunkCache, compute_trunks
 
 torch.set_num_threads(1)

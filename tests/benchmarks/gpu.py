@@ -44,7 +44,8 @@ from raymerge.device import device_memory, device_name, is_accelerator, release_
 from raymerge.forward import LayerRunner
 from raymerge.plan import tail_coefficients, tail_plan
 from raymerge.prompts import Group, Prompts, Shard
-from raymerge.scoring import SourceLayers, TailScorer
+from raymerge.scoring import TailScorer
+from raymerge.sources import SourceLayers
 from raymerge.tail_loss import TailLoss
 from raymerge.trunk import TrunkCache
 
