@@ -22,8 +22,8 @@ LAYERS = {
     1: ("config", "schemas", "storage", "tables", "questions", "tasks", "summary", "progress", "inputs", "sensitivity",
         "report", "reference", "texts", "hub"),
     2: (
-        "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "sources", "scoring", "evaluation",
-        "rows", "merging", "activations", "alignment", "context", "quantisation", "gradient", "tail_loss",
+        "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "sources", "scoring",
+        "evaluation", "rows", "merging", "activations", "alignment", "context", "quantisation", "gradient", "tail_loss",
         "trunk", "gguf_input", "mergekit", "proof", "reload", "card", "device", "normal_equations", "refit",
     ),
     3: ("worker",),
