@@ -267,9 +267,11 @@ def comparison_rows(split: str, answers: pa.Table, pairs: Sequence[tuple[str, st
 def text_comparison_rows(losses: pa.Table, pairs: Sequence[tuple[str, str]]) -> list[Row]:
     """Rows of `comparisons` with split "text": the mean loss of a token of plain text, passages as the items.
 
-    losses: rows of `text_losses`; pairs with a plan that has none are left out.
+    losses: rows of `text_losses`; pairs with a plan that has none, or whose losses are no numbers, as its perplexity
+    says, are left out.
     """
-    there = set(losses["plan_id"].to_pylist())
+    broken = losses.filter(pc.invert(pc.is_finite(losses["nll"])))["plan_id"].to_pylist()
+    there = set(losses["plan_id"].to_pylist()) - set(broken)
     pairs = [pair for pair in pairs if there.issuperset(pair)]
     return _compared({"split": TEXT_SPLIT}, pairs, lambda plan_id: _text_side(losses, plan_id))
 

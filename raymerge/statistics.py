@@ -139,7 +139,7 @@ def ratio_interval(sums, counts, *, confidence: float = 0.95) -> MeanInterval:
 
     The ratio estimator of cluster sampling (W. G. Cochran, Sampling Techniques, 1977, section 9A.4): the mean m is
     sum(sums) / sum(counts), its variance that of the clusters' residuals, sums - m counts; Student's t with n - 1
-    degrees of freedom. One cluster has no interval: NaN.
+    degrees of freedom. One cluster, and sums that are not finite, have no interval: NaN.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ def ratio_interval(sums, counts, *, confidence: float = 0.95) -> MeanInterval:
         raise ValueError(f"{sums.size} sums and {counts.size} counts: as many, and every count above 0")
     n, total = sums.size, float(counts.sum())
     mean = float(sums.sum()) / total
-    if n < 2:
+    if n < 2 or not math.isfinite(mean):
         return MeanInterval(mean, math.nan, math.nan)
     error = math.sqrt(n / (n - 1) * float(np.sum((sums - mean * counts) ** 2))) / total
     half = float(student.ppf((1 + confidence) / 2, n - 1)) * error

@@ -100,6 +100,8 @@ def test_a_ratios_interval_holds_the_truth_as_often_as_it_says():
 def test_one_cluster_has_no_interval_and_wrong_ones_are_refused():
     mean, low, high = ratio_interval([6.0], [3])
     assert mean == 2.0 and math.isnan(low) and math.isnan(high)
+    mean, low, high = ratio_interval([6.0, math.inf], [3, 3])
+    assert mean == math.inf and math.isnan(low) and math.isnan(high)
     for counts in ([1.0], [1.0, 0.0]):
         with pytest.raises(ValueError, match="2 sums and .* every count above 0"):
             ratio_interval([1.0, 2.0], counts)

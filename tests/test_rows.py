@@ -1,0 +1,54 @@
+"""rows.py: what tables say of plain text whose losses are known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from raymerge import rows
+from raymerge.context import TextLosses
+from raymerge.schemas import conform
+
+
+def losses(per_token, *, windows=(1, 0), last=1024):
+    """A loss a token, of windows the first of which has `last` tokens."""
+    edges = np.array(rows.EDGES)
+    tokens = np.stack([np.diff(np.minimum(edges, length)) for length in (last, 1024)])
+    return TextLosses(rows.EDGES, np.array(windows), tokens * np.asarray(per_token), tokens)
+
+
+def test_passages_are_64_tokens_and_positions_those_of_the_context_table():
+    found = losses(2.0, last=100)
+    passages = rows.text_loss_rows("p", found)
+    assert [row["position"] for row in passages if row["window"] == 1] == [1, 64]
+    assert [row["tokens"] for row in passages if row["window"] == 1] == [63, 36]
+    assert [row["tokens"] for row in passages if row["window"] == 0] == [63, *15 * [64]]
+    assert all(row["nll"] == 2.0 * row["tokens"] for row in passages)
+    positions = rows.position_rows("p", found)
+    assert [(row["bucket"], row["n"]) for row in positions] == [(1, 30), (16, 96), (64, 228), (256, 256), (512, 512)]
+    perplexity = rows.text_perplexity_row("p", found, "text")
+    assert perplexity["tokens"] == 99 + 1023 and perplexity["perplexity"] == pytest.approx(math.exp(2))
+    assert perplexity["ci_low"] == pytest.approx(perplexity["ci_high"])  # every passage is as hard
+
+
+def test_one_passage_has_no_interval():
+    tokens = np.diff(np.minimum(rows.EDGES, 50))[None]
+    row = rows.text_perplexity_row("p", TextLosses(rows.EDGES, np.arange(1), tokens * 1.0, tokens), "text")
+    assert row["perplexity"] == pytest.approx(math.e) and row["ci_low"] is None and row["ci_high"] is None
+
+
+def test_a_model_without_a_loss_is_compared_with_none():
+    """Its perplexity says so; the others are compared all the same."""
+    rng = np.random.default_rng(0)
+    plans = {"a": 2.0, "b": 3.0, "nan": math.nan, "inf": math.inf}
+    found = {plan: losses(loss * rng.uniform(0.9, 1.1, (2, len(rows.EDGES) - 1))) for plan, loss in plans.items()}
+    table = conform("text_losses", [row for plan, own in found.items() for row in rows.text_loss_rows(plan, own)], "r")
+    compared = rows.text_comparison_rows(table, [("a", "b"), ("a", "nan"), ("inf", "b"), ("a", "unknown")])
+    assert [(row["plan_a"], row["plan_b"]) for row in compared] == [("a", "b")]
+    (row,) = compared
+    mean = {plan: own.nll.sum() / own.tokens.sum() for plan, own in found.items()}
+    assert row["difference"] == pytest.approx(mean["a"] - mean["b"]) and row["measure"] == "text_nll"
+    assert row["ci_low"] < row["difference"] < row["ci_high"] < 0 and row["p_value"] < 0.001
+    for plan in ("nan", "inf"):
+        broken = rows.text_perplexity_row(plan, found[plan], "text")
+        assert not math.isfinite(broken["perplexity"]) and broken["ci_low"] is None and broken["ci_high"] is None
