@@ -6,6 +6,7 @@ does what is right on a CPU.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,9 +84,11 @@ def attempt(call: Callable[[], Any]) -> tuple[bool, Any]:
 
 
 def release_cached() -> None:
-    """Give back what torch's allocator holds without using it."""
+    """Give back what allocators hold without using it: torch's on an accelerator, and the C library's where it can."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
+        trim(0)
 
 
 def host_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
