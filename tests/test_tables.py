@@ -168,8 +168,9 @@ def test_parts_of_another_version(run, tmp_path):
     folder = tmp_path / "run" / "tables" / "perplexity"
     folder.mkdir(parents=True)
     old = {"run_id": "r", "plan_id": "p", "target": "text", "tokens": 5, "nll": 1.0, "perplexity": 2.7}
-    pq.write_table(pa.Table.from_pylist([old]), folder / "old.parquet")  # before subject and text_hash existed
-    assert run.read("perplexity").to_pylist() == [{**old, "subject": None, "text_hash": None}]
+    pq.write_table(pa.Table.from_pylist([old]), folder / "old.parquet")  # before these existed
+    added = dict.fromkeys(("subject", "ci_low", "ci_high", "text_hash"))
+    assert run.read("perplexity").to_pylist() == [{**old, **added}]
     pq.write_table(pa.Table.from_pylist([{"run_id": "r", "plan_id": "p"}]), folder / "old.parquet")
     with pytest.raises(RunError, match="old.parquet lacks target, tokens, nll, perplexity"):
         run.read("perplexity")
