@@ -7,7 +7,9 @@ does what is right on a CPU.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 _CGROUP = Path("/sys/fs/cgroup")
+_KEEPS_PAGES, _M_MMAP_THRESHOLD, _M_MMAP_MAX = "MALLOC_MMAP_MAX_", -3, -4  # of glibc: malloc.h, mallopt(3)
 
 
 class DeviceMemory(NamedTuple):
@@ -84,11 +87,31 @@ def attempt(call: Callable[[], Any]) -> tuple[bool, Any]:
 
 
 def release_cached() -> None:
-    """Give back what allocators hold without using it: torch's on an accelerator, and the C library's where it can."""
+    """Give back what torch's allocator holds without using it."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
-        trim(0)
+
+
+@contextmanager
+def lean_heap() -> Iterator[None]:
+    """Within, blocks of 32 MB and more are the kernel's again as soon as they are freed, and so is what was kept
+    before: for work whose blocks are so large that memory is dearer than clearing pages.
+
+    It changes something only where malloc is glibc's and was told to keep all pages (`pool`): there, a block of
+    hundreds of megabytes is not even used again for one of the same size, since an aligned one needs a little more.
+    """
+    if os.environ.get(_KEEPS_PAGES) != "0":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
+    libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that glibc takes
+    libc.mallopt(_M_MMAP_MAX, 65536)
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.malloc_trim(0)
 
 
 def host_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -30,7 +30,6 @@ from torch import Tensor
 from raymerge.alignment import layer_tensors
 from raymerge.architectures import source_tensor
 from raymerge.checkpoint import Checkpoint
-from raymerge.device import release_cached
 from raymerge.forward import GroupStates, LayerRunner
 from raymerge.fusion import fused_layer
 from raymerge.identity import digest
@@ -201,7 +200,6 @@ class Refitter:
     @torch.inference_mode()
     def sums(self, plan: MergePlan, number: int, share: tuple[int, int] = (0, 1)) -> Sums:
         """A step's sums over the calibration's shards share[0], share[0] + share[1], …, given the steps before it."""
-        release_cached()  # before and after, since blocks of a gigabyte leave holes that workers would keep
         step, shards, found = steps_of(plan)[number], self.shards, None
         weights = self._layer(plan, step.position, number)
         counts = [sum(len(group.sequences) for group in shard.groups) for shard in shards]
@@ -213,7 +211,6 @@ class Refitter:
             else:
                 held_out = _held_out(shards[n], first=sum(counts[:n]), sequences=sum(counts))
                 found = self._add(found, plan, step, entering, shards[n], weights, held_out)
-        release_cached()
         if found is None:
             raise RefitError(f"share {share[0]} of {share[1]} has none of the {len(shards)} shards of the calibration")
         return found
@@ -223,7 +220,6 @@ class Refitter:
 
         total: the sums over all shards.
         """
-        release_cached()
         step = steps_of(plan)[number]
         own = self._stored(plan, step.position, number)
         if step.part == "units":

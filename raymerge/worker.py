@@ -23,7 +23,7 @@ from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
 from raymerge.context import RetrievalSet, TextLosses, position_nll, retrieval_prompts, retrieve, usable_distances
-from raymerge.device import choose_device, device_memory, device_name, is_accelerator, release_cached
+from raymerge.device import choose_device, device_memory, device_name, is_accelerator, lean_heap, release_cached
 from raymerge.errors import UserError
 from raymerge.evaluation import Answers, answer_shard, generation_speed, score_choices, text_nll
 from raymerge.forward import LayerRunner
@@ -510,10 +510,12 @@ class ModelWorker:
         """How many of a plan's fits are on this machine's disk."""
         return self.refitter.done(plan)
 
+    @lean_heap()
     def refit_sums(self, item: tuple[MergePlan, int, tuple[int, int]]) -> Sums:
         """Sums of one fit of a plan over a share of the calibration, packed; see `Refitter.sums`."""
         return self.refitter.sums(*item).pack()
 
+    @lean_heap()
     def refit_solve(self, item: tuple[MergePlan, int, Sequence[Sums]]) -> dict[str, torch.Tensor]:
         """The fitted tensors from all shares' sums."""
         plan, number, parts = item

@@ -4,12 +4,15 @@ import os
 import platform
 import resource
 import time
+from contextlib import nullcontext
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from ray.exceptions import ObjectLostError, ObjectStoreFullError, OutOfDiskError
 
+from raymerge.device import lean_heap
 from raymerge.errors import UserError
 from raymerge.pool import (
     NoRoomError,
@@ -58,6 +61,16 @@ class Plain:
             np.ones(2**23)
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
         return faults[-1] - faults[0]
+
+    def kept_bytes(self, _):
+        """How resident memory grows by 64 MB being written and freed: within a lean heap, without, within, without."""
+        grown = []
+        for lean in (True, True, False, True, False):
+            before = psutil.Process().memory_info().rss
+            with lean_heap() if lean else nullcontext():
+                np.ones(2**23)
+            grown.append(psutil.Process().memory_info().rss - before)
+        return grown[1:]
 
     def threads(self, _):
         return os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]
@@ -128,6 +141,13 @@ def test_broadcast_reaches_every_worker_once(pool):
 def test_a_worker_keeps_the_pages_of_large_arrays(pool):
     (faults,) = pool.map("page_faults", [None])
     assert faults < 1000  # several thousand where they are given back
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+def test_a_lean_heap_gives_large_blocks_back(pool):
+    """At once within, and what was kept before; afterwards pages are kept again."""
+    ((lean, usual, given_back, again),) = pool.map("kept_bytes", [None])
+    assert abs(lean) < 5e6 and usual > 60e6 and given_back < -60e6 and again > 60e6
 
 
 def test_a_worker_computes_with_as_many_threads_as_it_has_cpus(pool):
