@@ -22,7 +22,7 @@ def fetch(what: str, download: Callable[[], str], error: type[UserError]) -> Pat
     try:
         return Path(download())
     except Exception as failure:  # the hub raises its own, OSErrors and its HTTP client's errors, and which has changed
-        cause = (str(failure).strip().splitlines() or [""])[0]
+        cause = (str(failure).strip().splitlines() or [""])[0].rstrip(".")
         raise error(
             f"{what} could not be read from the hub: {type(failure).__name__}: {cause}. Check the name and the "
             "network, log in with `hf auth login` if it is gated, give a local path instead, or, if a cache on disk "
