@@ -100,10 +100,10 @@ def lean_heap() -> Iterator[None]:
     It changes something only where malloc is glibc's and was told to keep all pages (`pool`): there, a block of
     hundreds of megabytes is not even used again for one of the same size, since an aligned one needs a little more.
     """
-    if os.environ.get(_KEEPS_PAGES) != "0":
+    libc = ctypes.CDLL(None)
+    if os.environ.get(_KEEPS_PAGES) != "0" or not hasattr(libc, "malloc_trim"):
         yield
         return
-    libc = ctypes.CDLL(None)
     libc.malloc_trim(0)
     libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that glibc takes
     libc.mallopt(_M_MMAP_MAX, 65536)
