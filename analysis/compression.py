@@ -76,16 +76,22 @@ def draw(run: RunDirectory, out: Path, beside: list[str] = ()) -> list[Path]:
     return [*draw_run(run, out), *others]
 
 
-def draw_run(run: RunDirectory, out: Path) -> list[Path]:
-    """The figures and the text of one run."""
+def swept(run: RunDirectory) -> tuple[list[dict], dict[str, dict], dict[str, dict]]:
+    """Rows of `sweep`, each refit a method of its own; by plan, those of `costs` and of `perplexity` of plain text."""
     sweep = [{**row, "method": way_of(row)} for row in need(run, "sweep", "the compression curve")]
-    accuracy = need(run, "accuracy", "the accuracy of the sweep's plans")
     costs = {row["plan_id"]: row for row in need(run, "costs", "the layers that each plan removes")}
     if missing := sorted({row["plan_id"] for row in sweep} - costs.keys()):
         raise RunError(f"{run.path_of()}: table costs lacks plan {missing[0]} and {len(missing) - 1} more of the sweep")
+    return sweep, costs, {r["plan_id"]: r for r in run.read("perplexity").to_pylist() if r["target"] == "text"}
+
+
+def draw_run(run: RunDirectory, out: Path) -> list[Path]:
+    """The figures and the text of one run."""
+    need(run, "sweep", "the compression curve")  # what a run that has not begun lacks is named first
+    accuracy = need(run, "accuracy", "the accuracy of the sweep's plans")
+    sweep, costs, texts = swept(run)
     split = report_split(run, accuracy)
     accuracy = [row for row in accuracy if row["split"] == split]
-    texts = {row["plan_id"]: row for row in run.read("perplexity").to_pylist() if row["target"] == "text"}
     comparisons = [row for row in run.read("comparisons").to_pylist() if row["split"] == split]
     published = read_published()
     languages = list(dict.fromkeys(row["language"] for row in accuracy))
@@ -290,9 +296,7 @@ def draw_texts(runs: list[RunDirectory], path: Path) -> Path:
     """Perplexity against layers removed, a panel a run; methods have the same colour in all of them."""
     found = []
     for run in runs:
-        sweep = [{**row, "method": way_of(row)} for row in need(run, "sweep", "the compression curve")]
-        costs = {row["plan_id"]: row for row in need(run, "costs", "the layers that each plan removes")}
-        texts = {row["plan_id"]: row for row in need(run, "perplexity", "the perplexities") if row["target"] == "text"}
+        sweep, costs, texts = swept(run)
         found.append(points_of(sweep, {}, costs, texts, []))
     labels = list(dict.fromkeys(label for points in found for label in curves_of(points)))
     figure, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 5.6), squeeze=False, sharex=True)

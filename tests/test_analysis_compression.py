@@ -282,6 +282,9 @@ def test_an_unfinished_sweep_says_which_costs_are_missing(tmp_path):
     run.replace("costs", [row for row in run.read("costs").to_pylist() if row["plan_id"] != "drop0_1"])
     with pytest.raises(RunError, match="lacks plan drop0_1 and 0 more"):
         compression_script.draw(run, tmp_path)
+    whole = make_run(tmp_path / "whole", merges=(1,))
+    with pytest.raises(RunError, match="lacks plan drop0_1 and 0 more"):
+        compression_script.draw(whole, tmp_path, [run.path_of()])
 
 
 @pytest.mark.parametrize(
