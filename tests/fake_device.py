@@ -184,6 +184,7 @@ def fake_device(monkeypatch, **options):
             ("streamed", streamed),
             ("host_buffer", host_buffer),
             ("choose_device", lambda _share="auto": DEVICE),
+            ("device_name", lambda _device: "a stand-in"),
         ):
             monkeypatch.setattr(f"raymerge.{module}.{name}", stand_in, raising=False)
     with fake:

@@ -1,0 +1,231 @@
+"""What workers answer on an accelerator, against the same workers on the CPU; and what is said to its driver.
+
+Without an accelerator the workers run on the stand-in of fake_device.py, which shows that the code holds together and
+nothing of a card's arithmetic; what only a card can show is skipped. On a machine that has one, without Ray:
+
+    python -m pytest tests/test_accelerator.py       # RAYMERGE_REAL_MODEL and RAYMERGE_MMLU: the same on a real model
+"""
+
+import contextlib
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fake_device import fake_device
+
+from raymerge import device as driver
+from raymerge.checkpoint import Checkpoint
+from raymerge.config import load_config
+from raymerge.evaluation import Answers
+from raymerge.inputs import CALIBRATION, REPORT, SEARCH, SUBSETS, TEXT
+from raymerge.plan import Refit, base_plan, before_last_plan, block_plan, drop_plan, tail_plan
+from raymerge.worker import ModelWorker
+
+REAL_MODEL, MMLU = os.environ.get("RAYMERGE_REAL_MODEL"), os.environ.get("RAYMERGE_MMLU")
+CARD = torch.cuda.is_available()
+needs_card = pytest.mark.skipif(not CARD, reason="torch sees no CUDA device")
+needs_model = pytest.mark.skipif(
+    not (REAL_MODEL and MMLU), reason="RAYMERGE_REAL_MODEL (a checkpoint) and RAYMERGE_MMLU (its CSVs) are not both set"
+)
+
+SETTINGS = [
+    "data.perplexity_tokens=600",
+    "calibration.tokens=600",
+    "similarity.samples=12",
+    "similarity.entropy_neighbors=4",
+    "similarity.null_draws=20",
+    "similarity.interval_draws=10",
+    "gradient.epochs=2",
+    "output.store_candidate_answers=true",
+]
+
+
+DEMO = ["data.limit_per_subject=2", "data.report_limit_per_subject=2"]
+FEW = ["data.subjects=['word_opposites','colour_mixing','number_words']"]
+FLOAT32 = 2e-4  # of logits: sums in another order, through every layer
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """A function that calls another on the card, or on its stand-in."""
+
+    def call(function, *arguments, **options):
+        with contextlib.nullcontext() if CARD else fake_device(monkeypatch):
+            return function(*arguments, **options)
+
+    return call
+
+
+def plans_of(n_layers, merges, middle):
+    alphas = np.linspace(0.3, 0.8, merges).tolist()
+    found = {"kind": "found"}
+    refit = Refit("outputs", ridge=0.1, calibration="of this test")
+    plans = [
+        base_plan(n_layers),
+        tail_plan(n_layers, alphas, name="merged", **found),
+        replace(block_plan(n_layers, middle, alphas, name="outputs", **found), refit=refit),
+        drop_plan(n_layers, merges),
+        before_last_plan(n_layers, merges),
+        tail_plan(n_layers, alphas, name="aligned", alignment="neurons", **found),
+        block_plan(n_layers, middle, alphas, name="middle", **found),
+        replace(block_plan(n_layers, middle, alphas, name="units", **found), refit=replace(refit, method="units")),
+    ]
+    return plans if CARD else plans[:3]  # the stand-in takes its time
+
+
+def answers_of(settings, cache, merges, *, gpus):
+    """Everything that the command line makes a worker do, by name, as arrays."""
+    config = load_config(None, [*settings, f"workers.gpus_per_worker={gpus}"])
+    n_layers = Checkpoint(config.model.path).n_layers
+    template = tail_plan(n_layers, [0.5] * merges, name="candidate", kind="found")
+    first, middle = template.resumes_at, n_layers // 2 - merges // 2
+    roles = (SEARCH, REPORT, SUBSETS, CALIBRATION)
+    worker = ModelWorker(config, roles=roles, cache=cache, template=template, firsts=[middle - 1, first])
+    assert (worker.describe()["device"] == "cpu") == (gpus == 0)
+    found = {}
+    for plan in plans_of(n_layers, merges, middle):
+        parts = [worker.answers((plan, REPORT, number, True)) for number in range(len(worker.shards(REPORT)))]
+        answers = Answers.join(parts)
+        losses = [worker.text_nll((plan, number)) for number in range(len(worker.shards(TEXT)))]
+        changes = [receipt.relative_change for receipt in worker.receipts(plan)]
+        found |= {
+            f"logits of {plan.name}": answers.logits,
+            f"logsumexp of {plan.name}": answers.logsumexp,
+            f"loss of {plan.name}'s prompts": answers.prompt_nll,
+            f"loss of {plan.name}'s text": np.array([part.nll.sum() / part.tokens.sum() for part in losses]),
+            f"changes of {plan.name}": np.array([0.0, *changes]),
+        }
+    found["collapsed"] = worker.answers((plans_of(n_layers, merges, middle)[1], REPORT, None, False)).logits
+    vectors = np.random.default_rng(0).uniform(size=(9, merges))  # more than are scored at once
+    found["candidates"] = np.concatenate([result["logits"] for result in worker.score(vectors.tolist())])
+    (descent,) = worker.descend([[0.5] * merges], "simplex")
+    found["descent"] = np.array([epoch.loss for epoch in descent["history"]])
+    study, activations, _ = worker.similarity(0)
+    found |= {"similarity": study.matrix.values, "distances": activations.distances}
+    found["depths"] = worker.state_distances(0)[0]
+    return found
+
+
+def compare(found, expected, limit):
+    """Each by the largest of its own values; answers also by what is chosen, where the two best are not a tie."""
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        here, there = np.nan_to_num(found[name]), np.nan_to_num(values)
+        assert here.shape == there.shape, name
+        error = np.abs(here - there).max()
+        assert error <= limit * np.abs(there).max(), f"{name}: {error} apart, of at most {np.abs(there).max()}"
+        if values.ndim == 2 and values.shape[1] == 4:
+            best = np.sort(there, axis=1)
+            clear = best[:, -1] - best[:, -2] > 2 * error
+            assert clear.any() and (here.argmax(1) == there.argmax(1))[clear].all(), name
+
+
+def test_a_worker_answers_as_on_the_cpu(tmp_path, on_device):
+    settings = [*SETTINGS, *DEMO, "model.dtype=float32", *([] if CARD else FEW)]
+    expected = answers_of(settings, tmp_path / "cpu", 3, gpus=0)
+    compare(on_device(answers_of, settings, tmp_path / "device", 3, gpus=1), expected, FLOAT32)
+
+
+@needs_card
+def test_half_precision_on_the_card_answers_as_single_on_the_cpu(tmp_path):
+    settings = [*SETTINGS, *DEMO]
+    expected = answers_of(settings, tmp_path / "cpu", 3, gpus=0)
+    found = answers_of([*settings, "model.dtype=bfloat16"], tmp_path / "card", 3, gpus=1)
+    del expected["similarity"], found["similarity"]  # of nearest neighbours, which rounding may change
+    compare(found, expected, 0.05)
+
+
+@needs_card
+@needs_model
+@pytest.mark.real_model
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-3), ("bfloat16", 0.1)])
+def test_a_real_model_answers_as_on_the_cpu(tmp_path, dtype, limit):
+    """Predictions of every plan and candidate; losses, fits and changes within what sums in another order explain."""
+    settings = [*SETTINGS, f"model.path={REAL_MODEL}", f"data.mmlu={MMLU}", "data.limit_per_subject=4"]
+    settings += ["data.report_limit_per_subject=4", "data.subjects=['anatomy','astronomy','marketing']"]
+    expected = answers_of([*settings, "model.dtype=float32"], tmp_path / "cpu", 6, gpus=0)
+    found = answers_of([*settings, f"model.dtype={dtype}"], tmp_path / "card", 6, gpus=1)
+    if dtype == "bfloat16":
+        del expected["similarity"], found["similarity"]
+    compare(found, expected, limit)
+
+
+# -- what is said to the driver --------------------------------------------------------------------------------------
+
+
+@needs_card
+def test_spans_arrive_whole_while_others_are_computed_with():
+    """Copies ahead of the computation must neither come late nor overwrite what is still being read."""
+    source = driver.host_buffer((4096, 4096), torch.float32, driver.choose_device())
+    assert source.is_pinned()
+    source.copy_(torch.arange(4096.0)[:, None].expand(-1, 4096))
+    card, busy = driver.choose_device(), torch.randn(4096, 4096, device=driver.choose_device())
+    spans = [(start, min(start + 300, 4096)) for start in range(0, 4096, 300)]
+    for _ in range(5):
+        seen = []
+        for part in driver.streamed(source, spans, card):
+            busy = torch.nn.functional.normalize(busy @ busy)  # the computation lags far behind the copies
+            seen.append((part * 1.0).mean(1) + 0.0 * busy[0, 0])
+        assert torch.equal(torch.cat(seen).cpu(), torch.arange(4096.0))
+    # A caller that leaves early leaves nothing half copied behind.
+    for part in driver.streamed(source, spans, card):
+        first = part.clone()
+        break
+    filled = [torch.full((300, 4096), 7.0, device=card) for _ in range(8)]
+    torch.cuda.synchronize()
+    assert (first.cpu() == source[:300]).all() and all((tensor == 7.0).all() for tensor in filled)
+
+
+@needs_card
+def test_memory_that_torch_holds_without_using_counts_as_free():
+    card = driver.choose_device()
+    driver.release_cached()
+    before = driver.device_memory(card)
+    assert 0 < before.free <= before.total
+    taken = torch.empty(2**30, dtype=torch.uint8, device=card)
+    assert before.free - driver.device_memory(card).free == pytest.approx(2**30, rel=0.05)
+    del taken
+    assert driver.device_memory(card).free == pytest.approx(before.free, rel=0.01)
+
+
+@needs_card
+def test_a_share_of_the_card_bounds_what_is_taken_and_running_out_of_it_is_survived():
+    whole = driver.device_memory(driver.choose_device())
+    try:
+        card = driver.choose_device(0.25)
+        share = driver.device_memory(card)
+        assert share.total == pytest.approx(whole.total / 4, rel=0.01) and share.free <= share.total
+        ended, _ = driver.attempt(lambda: torch.empty(share.total + 2**28, dtype=torch.uint8, device=card))
+        assert not ended
+        assert driver.device_memory(card).free == pytest.approx(share.free, rel=0.05)
+        ended, made = driver.attempt(lambda: torch.empty(share.free // 2, dtype=torch.uint8, device=card))
+        assert ended and made.is_cuda
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@needs_card
+@pytest.mark.parametrize("share", [0.02, 0.005])
+def test_candidates_in_little_memory_are_scored_as_in_much(tmp_path, share):
+    """Real errors of the allocator, not injected ones, make the plan smaller and change no answer."""
+    settings = [*SETTINGS, *DEMO]
+    template = tail_plan(Checkpoint("demo").n_layers, [0.5] * 3, name="candidate", kind="found")
+    vectors = np.random.default_rng(0).uniform(size=(9, 3)).tolist()
+
+    def scored():
+        options = {"cache": tmp_path, "template": template, "firsts": [template.resumes_at]}
+        worker = ModelWorker(load_config(None, settings), roles=(SEARCH,), **options)
+        return np.concatenate([result["logits"] for result in worker.score(vectors)])
+
+    expected = scored()
+    ballast = []
+    try:
+        card = driver.choose_device()
+        kept = int(share * driver.device_memory(card).total)
+        ballast.append(torch.empty(driver.device_memory(card).free - kept, dtype=torch.uint8, device=card))
+        compare({"candidates": scored()}, {"candidates": expected}, FLOAT32)
+    finally:
+        ballast.clear()
+        driver.release_cached()
