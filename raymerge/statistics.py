@@ -98,10 +98,12 @@ def macro_interval(correct, n, *, confidence: float = 0.95) -> tuple[float, floa
     """Return Wilson's interval of the unweighted mean over subjects of their accuracies.
 
     For n stands the effective number of questions, m (1 - m) over the variance of the mean m: so many questions of one
-    kind would know a share of m as well. The variance is that of `macro_summary`; a subject with one question counts
-    as m (1 - m), and where all are right or wrong in each subject, which leaves no variance, the number is
-    S^2 / sum(1 / n), that of subjects alike. With many questions this is the normal interval; with few it does not
-    shrink to nothing as that and a stratified bootstrap do. Subjects count as fixed.
+    kind would know a share of m as well. A subject's variance is that of its share drawn towards m by one question,
+    made up for what the drawing takes away where subjects are alike: with few questions its own share says little of
+    its variance, and one question or all right nothing, while the interval of a mean of two subjects rests on both.
+    One subject has `wilson_interval`. Where all are right or wrong in each subject, which leaves no variance, the
+    number is S^2 / sum(1 / n), that of subjects alike. With many questions this is the normal interval; with few it
+    does not shrink to nothing as that and a stratified bootstrap do. Subjects count as fixed.
 
     Parameters
     ----------
@@ -114,8 +116,10 @@ def macro_interval(correct, n, *, confidence: float = 0.95) -> tuple[float, floa
     share = correct / n
     mean = float(share.mean())
     spread = mean * (1 - mean)
-    variance = np.sum(np.where(n > 1, share * (1 - share) / np.maximum(n - 1, 1), spread)) / n.size**2
-    effective = spread / variance if variance > 0 else n.size**2 / np.sum(1 / n)
+    drawn = (correct + mean) / (n + 1)
+    lost = (1 - 1 / n.size) * n / (n + 1) ** 2  # of spread, what the scatter of `drawn` about m takes away on average
+    variance = np.sum(drawn * (1 - drawn) / (1 - lost) / n) / n.size**2
+    effective = spread / variance if spread > 0 else n.size**2 / np.sum(1 / n)
     return _wilson(mean, float(effective), confidence)
 
 

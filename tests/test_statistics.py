@@ -221,8 +221,9 @@ def test_the_macro_interval_of_large_subjects_is_the_normal_one_and_of_few_quest
     low, high = macro_interval([5, 5, 1], [5, 5, 1])
     z2, effective = 1.959964**2, 9 / 1.4
     assert low == pytest.approx(effective / (effective + z2), rel=1e-6) and high == 1.0
-    # Subjects alike, n - 1 being what the variance divides by: Wilson's for S (n - 1) questions.
-    assert macro_interval([8, 8], [11, 11]) == pytest.approx(_wilson(8 / 11, 20), rel=1e-4)
+    # One subject is a share; subjects alike are nearly one of all their questions.
+    assert macro_interval([8], [11]) == pytest.approx(wilson_interval(8, 11), rel=1e-12)
+    assert macro_interval([8, 8], [11, 11]) == pytest.approx(_wilson(8 / 11, 22), rel=0.02)
     with pytest.raises(ValueError, match="2 counts .* but 1"):
         macro_interval([1, 2], [3])
 
@@ -241,6 +242,19 @@ def test_the_macro_interval_holds_the_mean_as_often_as_it_says(questions):
     draws = rng.binomial(n, p, size=(2000, 57))
     held = np.mean([low <= p.mean() <= high for low, high in (macro_interval(row, n) for row in draws)])
     assert 0.935 < held < 0.975  # the normal interval holds it in 0.83 of cases with 1 to 5 questions a subject
+
+
+@pytest.mark.parametrize(
+    ("n", "p"),
+    [((3, 100), (0.9, 0.6)), ((2, 100), (0.8, 0.4)), ((10, 500), (0.95, 0.6)), ((3, 100, 100), (0.9, 0.6, 0.6))],
+)
+def test_the_macro_interval_holds_where_one_subject_has_few_questions(n, p):
+    """All right in three questions is likely at 0.9, and no reason to take that subject's accuracy for known."""
+    draws = np.random.default_rng(11).binomial(n, p, size=(20_000, len(n)))
+    seen, counts = np.unique(draws, axis=0, return_counts=True)
+    limits = np.array([macro_interval(row, np.array(n)) for row in seen])
+    held = (limits[:, 0] <= np.mean(p)) & (np.mean(p) <= limits[:, 1])
+    assert np.average(held, weights=counts) > 0.95
 
 
 def test_holm_by_hand_and_against_its_step_down_rule():
