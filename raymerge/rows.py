@@ -258,8 +258,9 @@ def history_rows(searcher: str, start: int, history: Sequence[Epoch]) -> list[Ro
 def comparison_rows(split: str, answers: pa.Table, pairs: Sequence[tuple[str, str]]) -> list[Row]:
     """Rows of `comparisons` of pairs of plans on the same questions: accuracy (exact McNemar p) and answer NLL.
 
-    Differences are those of a pair's first plan minus its second, with paired-bootstrap intervals of 95 %. The pairs
-    are one family: p_holm is adjusted for all of them, measure by measure. `answers` holds the plans' rows of `split`.
+    Differences are those of a pair's first plan minus its second, with intervals of 95 % (`paired_difference`). The
+    pairs are one family: p_holm is adjusted for all of them, measure by measure. `answers` holds the plans' rows of
+    `split`.
     """
     return _compared({"split": split}, pairs, lambda plan_id: _side(answers, plan_id))
 

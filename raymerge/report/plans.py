@@ -237,8 +237,8 @@ def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
             )
         )
     return Table(
-        f"{reached.best['label']} minus every other plan on the same questions, with 95 % intervals (paired "
-        "bootstrap). Accuracy in percentage points, p of McNemar's exact test; answer NLL in nats (lower is better), p "
+        f"{reached.best['label']} minus every other plan on the same questions, with 95 % intervals (of pairs). "
+        "Accuracy in percentage points, p of McNemar's exact test; answer NLL in nats (lower is better), p "
         f"of a sign-flip test. Holm's p, in brackets, allows for all {plural(len(cells), 'comparison')}. Perplexity: "
         "the other plan's, and what the same test says of the text's passages",
         ("against", "accuracy", "p (Holm)", "verdict", "answer NLL", "p (Holm)", "verdict", "perplexity", "verdict"),
@@ -375,8 +375,8 @@ def subjects(reached: Reached) -> Section:
         (
             Figure(
                 f"Difference in accuracy of {best['label']} by subject",
-                f"{told} Intervals of 95 % (paired bootstrap) are of each subject alone: by chance alone about one in "
-                "twenty leaves out 0.",
+                f"{told} Intervals of 95 % (of pairs) are of each subject alone: by chance alone up to one in twenty "
+                "leaves out 0.",
                 (figures.subject_differences(rows, f"Differences by subject, sorted. {told}", against=against),),
                 Rows.of(rows, sources(reached.run, "answers", "plans")),
                 command_of(reached.run),
