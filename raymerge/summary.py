@@ -129,9 +129,13 @@ def verdict(row: dict) -> str:
 
 
 def ceiling(row: dict) -> float | None:
-    """What noise leaves of a correlation of 1, of a row of `similarity_correlation`; None where it is not known."""
+    """What noise leaves of a correlation of 1, of a row of `similarity_correlation`; None where it is not known.
+
+    A reliability of 0 or less is a matrix of noise, which has no pattern to correlate: two of them below 0, a third of
+    all pairs of such matrices, have no ceiling either, although their product is above it.
+    """
     a, b = row["reliability_a"], row["reliability_b"]
-    return None if a is None or b is None or a * b < 0 else math.sqrt(a * b)
+    return None if a is None or b is None or min(a, b) <= 0 else math.sqrt(a * b)
 
 
 _COMPARED = ["plan", "against", "difference", "95 % interval", "p", "p (Holm)", "verdict"]

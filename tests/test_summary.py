@@ -165,3 +165,11 @@ def test_how_much_each_worker_was_used(tmp_path):
     assert dict(zip(header, cells[0], strict=True)) == {
         "search": "bayes", "worker": "worker-1", "candidates": "7", "scoring s": "3.0", "there s": "4.0", "used %": "76"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [(0.9, 0.4, 0.6), (None, 0.4, None), (0.9, -0.1, None), (-0.75, -18.0, None), (0, 0.5, None)],
+)
+def test_matrices_of_noise_have_no_ceiling(a, b, expected):
+    assert summary.ceiling({"reliability_a": a, "reliability_b": b}) == (expected and pytest.approx(expected))
