@@ -13,10 +13,13 @@ SEARCHED, REPORTED = 40, 100
 PLANS = ("base", "drop", "fixed", "found")
 
 
-def make_run(path, *, objective="micro_accuracy", ceiling=None, perplexity=9.0, seed=0, right=None):
+def make_run(path, *, objective="micro_accuracy", ceiling=None, perplexity=9.0, seed=0, right=None, search_split="dev"):
     """Four plans on 100 report questions of two subjects; `found` was chosen with a value of 0.9 or 0.2 nats."""
     rng = np.random.default_rng(seed)
-    config = {"data": {"report_split": "test"}, "search": {"objective": objective, "perplexity_ceiling": ceiling}}
+    config = {
+        "data": {"report_split": "test", "search_split": search_split},
+        "search": {"objective": objective, "perplexity_ceiling": ceiling},
+    }
     run = RunDirectory.open(path, config, "search")
     run.begin()
     answer = rng.integers(4, size=REPORTED)
@@ -89,6 +92,12 @@ def test_optimism_is_how_much_better_the_choosing_questions_were(tmp_path, objec
     )
     controls = sign * np.mean([searched / 2 - reported["drop"], searched - reported["fixed"]])
     assert second.startswith(f"The 2 controls, chosen by nothing: {controls:+.4f} on average")
+
+
+def test_no_optimism_is_measured_on_the_questions_that_chose(tmp_path):
+    run, *_ = make_run(tmp_path / "run", search_split="test")
+    (line,) = summary.optimism_lines(run, "test")
+    assert line.startswith("found_bayes: it was chosen by test questions") and "too good" in line
 
 
 def test_what_candidates_took_is_summed(tmp_path):

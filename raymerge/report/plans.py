@@ -78,10 +78,12 @@ class Reached:
             }
             for line in summary.plan_lines(run, self.split)
         ]
-        self.lines.sort(key=lambda line: -line["accuracy"])
         chosen = ((run.manifest() or {}).get("best") or {}).get("plan_id")
+        # Without a manifest that says so it is the last that was found, in the order in which a search stores them,
+        # and not the most accurate of them here: that would be chosen by the questions reported on.
         found = [line for line in self.lines if line["kind"] == "found"]
-        self.best = next((line for line in self.lines if line["plan_id"] == chosen), found[0] if found else None)
+        self.best = next((line for line in self.lines if line["plan_id"] == chosen), found[-1] if found else None)
+        self.lines.sort(key=lambda line: -line["accuracy"])
         self.base = next((line for line in self.lines if line["kind"] == "base"), None)
         splits = (self.split, TEXT_SPLIT)
         self.comparisons = [row for row in run.read("comparisons").to_pylist() if row["split"] in splits]
@@ -156,6 +158,8 @@ def _sentence(reached: Reached) -> str:
     told = _told(reached, reached.against(best["plan_id"], "answer_nll"))
     if told:
         sentence += f" By the probability of the right letter (answer NLL, finer than accuracy) it is {told}."
+    if summary.chosen_on(reached.run, reached.split):
+        sentence += " It was chosen by questions of this split, so that all of this is too good."
     if best["perplexity"] is not None:
         sentence += f" Its perplexity on plain text is {perplexity(best['perplexity'])}"
         if base is not None and base["perplexity"] is not None:
