@@ -155,7 +155,12 @@ def _perplexity_row(
     }
 
 
-_PASSAGE = 64  # tokens of plain text that count as one item: beyond, one token's loss says little of another's
+_PASSAGE = 64  # tokens of plain text whose loss is stored as one
+# Passages that follow each other are of one topic, and what a merge does to them is alike (docs/results.md, 2026-11-28:
+# correlations of .1 to .2 at the least distance, up to .17 at the fourth). Taken for independent they would make
+# intervals too narrow and tests too sure. So as many as there can be, whole windows at the most, are one item while
+# there are at least so many items; a short text is little better off for it.
+_LEAST_ITEMS = 16
 #: Where the buckets of a token's position in its window of plain text begin, as tables have them; the last ends with
 #: the window.
 _POSITIONS = (1, 16, 64, 256, 512, TEXT_WINDOW)
@@ -167,9 +172,26 @@ EDGES = tuple(sorted({*_POSITIONS, *_PASSAGES}))
 def text_perplexity_row(plan_id: str, losses: TextLosses, text: str) -> Row:
     """The row of `perplexity` of plain text, with the interval that other passages of the same text would give."""
     passages = losses.coarser(_PASSAGES)
-    scored = passages.tokens > 0
-    nll = ratio_interval(passages.nll[scored], passages.tokens[scored])
-    return _perplexity_row(plan_id, "text", nll, int(passages.tokens.sum()), of=text_hash(text))
+    window, number = np.nonzero(passages.tokens)
+    tokens, nll = _pooled(
+        passages.windows[window],
+        np.array(_PASSAGES)[number],
+        passages.tokens[window, number],
+        passages.nll[window, number],
+    )
+    return _perplexity_row(plan_id, "text", ratio_interval(nll, tokens), int(passages.tokens.sum()), of=text_hash(text))
+
+
+def _pooled(
+    windows: np.ndarray, positions: np.ndarray, tokens: np.ndarray, nll: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and summed losses of neighbouring passages (P,) together, at least `_LEAST_ITEMS` if there are as many."""
+    size = TEXT_WINDOW
+    while True:
+        _, item = np.unique(windows * TEXT_WINDOW + positions // size * size, return_inverse=True)
+        if item.max() + 1 >= _LEAST_ITEMS or size == _PASSAGE:
+            return np.bincount(item, weights=tokens), np.bincount(item, weights=nll)
+        size //= 2
 
 
 def text_loss_rows(plan_id: str, losses: TextLosses) -> list[Row]:
@@ -266,7 +288,7 @@ def comparison_rows(split: str, answers: pa.Table, pairs: Sequence[tuple[str, st
 
 
 def text_comparison_rows(losses: pa.Table, pairs: Sequence[tuple[str, str]]) -> list[Row]:
-    """Rows of `comparisons` with split "text": the mean loss of a token of plain text, passages as the items.
+    """Rows of `comparisons` with split "text": the mean loss of a token of plain text, pooled passages as the items.
 
     losses: rows of `text_losses`; pairs with a plan that has none, or whose losses are no numbers, as its perplexity
     says, are left out.
@@ -329,16 +351,14 @@ def _side(answers: pa.Table, plan_id: str) -> tuple[list[str], dict[str, np.ndar
 
 
 def _text_side(losses: pa.Table, plan_id: str) -> tuple[list[str], dict[str, np.ndarray]]:
-    """A plan's passages in order, and their losses, weighted so that their mean is that of the tokens."""
+    """A plan's passages in order, and the losses of their items, weighted so that their mean is that of the tokens."""
     rows = losses.filter(pc.equal(losses["plan_id"], plan_id)).sort_by(
         [("window", "ascending"), ("position", "ascending")]
     )
-    tokens = rows["tokens"].to_numpy()
-    ids = [
-        f"{window}/{position}"
-        for window, position in zip(rows["window"].to_pylist(), rows["position"].to_pylist(), strict=True)
-    ]
-    return ids, {"text_nll": rows["nll"].to_numpy() / tokens.mean()}
+    windows, positions, *losses = (rows[name].to_numpy() for name in ("window", "position", "tokens", "nll"))
+    ids = [f"{window}/{position}" for window, position in zip(windows.tolist(), positions.tolist(), strict=True)]
+    tokens, nll = _pooled(windows, positions, *losses)
+    return ids, {"text_nll": nll / tokens.mean()}
 
 
 def _task_side(answers: pa.Table, plan_id: str) -> tuple[list[str], dict[str, np.ndarray]]:

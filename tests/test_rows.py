@@ -31,6 +31,33 @@ def test_passages_are_64_tokens_and_positions_those_of_the_context_table():
     assert perplexity["ci_low"] == pytest.approx(perplexity["ci_high"])  # every passage is as hard
 
 
+def test_passages_of_one_topic_are_no_independent_ones():
+    """Windows that differ in their loss, passages inside them that hardly do: the doubt is that of the windows."""
+    rng, held, found = np.random.default_rng(1), 0, []
+    for _ in range(200):
+        topics = rng.normal(0, 0.1, (2, 16, 1))
+        edges = np.array(rows.EDGES)
+        tokens = np.tile(np.diff(edges), (16, 1))
+        own = [(3 + topic + rng.normal(0, 0.05, tokens.shape)) * tokens for topic in topics]
+        row = rows.text_perplexity_row("p", TextLosses(rows.EDGES, np.arange(16), own[0], tokens), "text")
+        held += row["ci_low"] <= math.exp(3) <= row["ci_high"]
+        found.append([TextLosses(rows.EDGES, np.arange(16), values, tokens) for values in own])
+    assert held > 0.9 * 200
+    wrong = 0
+    for a, b in found[:60]:
+        table = [row for plan, one in (("a", a), ("b", b)) for row in rows.text_loss_rows(plan, one)]
+        (row,) = rows.text_comparison_rows(conform("text_losses", table, "r"), [("a", "b")])
+        wrong += row["p_value"] < 0.05
+    assert wrong <= 0.1 * 60  # 0.05, and 1.8 standard errors of 60 draws; with passages of 64 tokens 0.6
+
+
+def test_short_texts_are_cut_into_at_least_16_items():
+    for windows, expected in ((16, 16), (15, 30), (4, 16), (2, 16), (1, 16)):
+        numbers, positions = (part.ravel() for part in np.meshgrid(np.arange(windows), [1, *range(64, 1024, 64)]))
+        tokens, nll = rows._pooled(numbers, positions, np.full(numbers.size, 64), np.arange(numbers.size) * 1.0)
+        assert len(tokens) == expected and tokens.sum() == 64 * numbers.size and nll.sum() == sum(range(numbers.size))
+
+
 def test_one_passage_has_no_interval():
     tokens = np.diff(np.minimum(rows.EDGES, 50))[None]
     row = rows.text_perplexity_row("p", TextLosses(rows.EDGES, np.arange(1), tokens * 1.0, tokens), "text")
