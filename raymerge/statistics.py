@@ -230,10 +230,14 @@ def paired_difference(
     """Return mean(a - b) with an interval and a sign-flip p-value.
 
     The interval is the percentile bootstrap's: questions are resampled as pairs, so that what both plans find hard
-    cancels. Of right and wrong answers (0 and 1) it is that of Bonett and Price (Brit. J. Math. Stat. Psych. 65, 2012):
-    few questions tell two plans apart, and of those that do not differ in a sample a bootstrap knows nothing - without
-    any its interval is 0 to 0, with 4 of 20, all for one plan, it leaves out 0 where McNemar's p is 0.125. The p-value
-    comes from `n_resamples` random flips of the signs of a - b (the null: a and b can be swapped on any
+    cancels. Its percentiles are expanded (T. Hesterberg, Amer. Statist. 69, 2015), since resampled means scatter by
+    sqrt((n - 1) / n) too little and know nothing of Student's t; of one item it has no limits.
+
+    Of right and wrong answers (0 and 1) it is that of Bonett and Price (Brit. J. Math. Stat. Psych. 65, 2012): a
+    bootstrap knows nothing of disagreements that a sample lacks. Without any its interval is 0 to 0; with 4 in 20
+    questions, all for one plan, it leaves out 0 where McNemar's p is 0.125.
+
+    The p-value comes from `n_resamples` random flips of the signs of a - b (the null: a and b can be swapped on any
     question), counted with the observed draw, so it is never below 1 / (n_resamples + 1).
 
     Parameters
@@ -257,9 +261,11 @@ def paired_difference(
     observed = float(d.mean())
     if np.isin(np.stack([a, b]), (0.0, 1.0)).all():
         low, high = _shares_interval(int(np.sum(d > 0)), int(np.sum(d < 0)), d.size, confidence)
+    elif d.size == 1:
+        low, high = -math.inf, math.inf
     else:
-        tail = 50 * (1 - confidence)
-        low, high = np.percentile(_bootstrap_means(d, n_resamples, rng), [tail, 100 - tail])
+        tail = _expanded_tail(d.size, confidence)
+        low, high = np.percentile(_bootstrap_means(d, n_resamples, rng), [100 * tail, 100 * (1 - tail)])
     flipped = np.abs(_sign_flip_means(d, n_resamples, rng))
     # ties with the observed value must count although both carry rounding
     extreme = int(np.sum(flipped >= abs(observed) - 1e-12 * max(1.0, np.abs(d).max())))
@@ -274,6 +280,12 @@ def _shares_interval(only_a: int, only_b: int, n: int, confidence: float) -> tup
     middle = shares[0] - shares[1]
     half = z * math.sqrt((sum(shares) - middle**2) / (n + 2))
     return max(-1.0, middle - half), min(1.0, middle + half)
+
+
+def _expanded_tail(n: int, confidence: float) -> float:
+    """The share of resampled means of n items to leave out on each side, so that of normal items the t interval's width
+    is left."""
+    return float(norm.cdf(-math.sqrt(n / (n - 1)) * student.ppf((1 + confidence) / 2, n - 1)))
 
 
 def _bootstrap_means(d: np.ndarray, n_resamples: int, rng: np.random.Generator) -> np.ndarray:

@@ -177,6 +177,18 @@ def test_paired_difference_is_seeded_and_antisymmetric_in_the_mean():
     assert wide.ci_low < narrow.ci_low < narrow.ci_high < wide.ci_high
 
 
+@pytest.mark.parametrize(("n", "least"), [(5, 0.89), (10, 0.925)])
+def test_the_interval_of_few_losses_holds_the_mean_about_as_often_as_it_says(n, least):
+    """Without expanded percentiles .84 and .90 of normal losses."""
+    draws = np.random.default_rng(12).normal(size=(1000, n))
+    found = [paired_difference(d, np.zeros(n), n_resamples=1000) for d in draws]
+    assert least < np.mean([one.ci_low <= 0 <= one.ci_high for one in found]) < 0.96
+
+
+def test_one_loss_has_no_limits():
+    assert paired_difference([0.7], [0.2]) == (pytest.approx(0.5), -math.inf, math.inf, 1.0)
+
+
 def test_equal_plans_have_no_difference():
     losses = np.full(10, 0.3)
     assert paired_difference(losses, losses) == (0.0, 0.0, 0.0, 1.0)
