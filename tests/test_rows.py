@@ -79,3 +79,35 @@ def test_a_model_without_a_loss_is_compared_with_none():
     for plan in ("nan", "inf"):
         broken = rows.text_perplexity_row(plan, found[plan], "text")
         assert not math.isfinite(broken["perplexity"]) and broken["ci_low"] is None and broken["ci_high"] is None
+
+
+def test_a_model_whose_logits_are_no_numbers_has_accuracy_comparisons_alone():
+    rng = np.random.default_rng(0)
+    columns = [f"logit_{letter}" for letter in "abcd"]
+    table = []
+    for plan in ("sound", "other", "broken"):
+        for number, logits in enumerate(rng.normal(size=(30, 4))):
+            logits = np.full(4, np.nan) if plan == "broken" and number == 3 else logits
+            own = {"plan_id": plan, "split": "test", "language": "en", "subject": "a", "question_id": f"{number:02}"}
+            own |= {"content_hash": "", "answer": number % 4, "predicted": int(np.argmax(logits))}
+            table.append(own | dict(zip(columns, logits.tolist(), strict=True)))
+    answers = conform("answers", table, "r")
+    found = rows.comparison_rows("test", answers, [("sound", "other"), ("sound", "broken")])
+    assert [(row["plan_b"], row["measure"]) for row in found] == [
+        ("other", "accuracy"), ("other", "answer_nll"), ("broken", "accuracy")
+    ]  # fmt: skip
+    assert found[1]["p_holm"] == found[1]["p_value"]  # a family of one
+
+
+def test_a_plain_difference_stays_one_among_very_many_comparisons(monkeypatch):
+    """p is never below 1 / (resamples + 1): with 10,000 of them Holm's over 501 pairs would be above 0.05 for any.
+
+    Here with 200 and 11 pairs, which is 50 times sooner.
+    """
+    monkeypatch.setattr(rows, "_RESAMPLES", 200)
+    rng = np.random.default_rng(0)
+    found = [row for plan, loss in (("a", 2.0), ("b", 9.0)) for row in rows.text_loss_rows(
+        plan, losses(loss * rng.uniform(0.9, 1.1, (2, len(rows.EDGES) - 1)))
+    )]  # fmt: skip
+    compared = rows.text_comparison_rows(conform("text_losses", found, "r"), [("a", "b")] * 11)
+    assert max(row["p_holm"] for row in compared) < 0.05
