@@ -111,9 +111,11 @@ def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def share(value: float, error: float, interval: tuple[float | None, float | None]) -> str:
-    """A share with its standard error and interval, as text; runs of earlier versions have no interval."""
+    """A share with its standard error, which a subject of one question leaves undefined, and interval, as text; runs of
+    earlier versions have no interval."""
     low, high = interval
-    return f"{value:.4f} ± {error:.4f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+    doubt = "" if math.isnan(error) else f" ± {error:.4f}"
+    return f"{value:.4f}{doubt}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
 _MORE_IS_BETTER = ("accuracy", "acc", "acc_norm")

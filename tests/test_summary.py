@@ -182,3 +182,8 @@ def test_how_much_each_worker_was_used(tmp_path):
 )
 def test_matrices_of_noise_have_no_ceiling(a, b, expected):
     assert summary.ceiling({"reliability_a": a, "reliability_b": b}) == (expected and pytest.approx(expected))
+
+
+def test_a_share_without_a_standard_error_has_its_interval():
+    assert summary.share(0.75, float("nan"), (0.3, 0.95)) == "0.7500 [0.300, 0.950]"
+    assert summary.share(0.75, 0.1, (None, None)) == "0.7500 ± 0.1000"
