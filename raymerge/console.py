@@ -219,7 +219,7 @@ def _print_tasks(run: RunDirectory, plan_id: str | None = None) -> None:
     _print_table(header, cells)
     header, cells = summary.task_comparison_table(run, plan_id)
     if cells:
-        print("\nTasks, 95 % intervals of the paired difference:")
+        print("\nTasks, 95 % intervals of the paired difference; Holm's p allows for the comparisons of the same task:")
         _print_table(header, cells)
 
 

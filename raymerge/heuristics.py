@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from scipy.special import expit
 
 from raymerge.plan import FIXED_RATIO, MergePlan, PlanError, check_merges, drop_layers_plan
 
@@ -31,7 +32,7 @@ def similarity_ratio(similarity: np.ndarray, into: int, remove: int, *, beta: fl
     total = means[0] + means[1]
     if total == 0.0:
         raise PlanError(f"similarity rows {into} and {remove} have means that add up to 0: their ratio is undefined")
-    return 1.0 / (1.0 + math.exp(-beta * means[0] / total))
+    return float(expit(beta * means[0] / total))  # of any size: means of unlike signs nearly cancel
 
 
 def similarity_alpha(similarity: np.ndarray, into: int, remove: int) -> float:

@@ -62,7 +62,8 @@ def study(
 ) -> Study:
     """Compute a matrix (see `similarity.compute`) with a null model, intervals and halves.
 
-    Null: the samples of the second layer of each pair are shuffled, each layer by an order of its own.
+    Null: the samples of the deeper layer of each pair are shuffled, each layer by an order of its own. Its 95th
+    percentile is the one that a further draw exceeds with a chance of 5 % (of 20 draws numpy's own is exceeded by 9 %).
     Intervals: normal-theory, around the matrix, by the delete-d jackknife with d = N // 5 (`jackknife_variance`). No
     bootstrap, as duplicated samples are neighbours at distance 0. The same N, interval_draws and random_state give the
     same subsets: where the samples of two studies are translations of one another, so are those of each draw.
@@ -96,7 +97,7 @@ def study(
     undefined = np.isnan(matrix.values)
     margin = quantile * np.sqrt(jackknife_variance(draws, size, n))
     margin[undefined] = np.nan
-    null_mean, null_p95 = np.mean(null, axis=0), np.percentile(null, 95, axis=0)
+    null_mean, null_p95 = np.mean(null, axis=0), np.percentile(null, 95, axis=0, method="weibull")
     null_mean[undefined] = null_p95[undefined] = np.nan
     return Study(
         matrix=matrix,

@@ -155,7 +155,12 @@ def _perplexity_row(
     }
 
 
-_PASSAGE = 64  # tokens of plain text that count as one item: beyond, one token's loss says little of another's
+_PASSAGE = 64  # tokens of plain text whose loss is stored as one
+# Passages that follow each other are of one topic, and what a merge does to them is alike (docs/results.md, 2026-11-28:
+# correlations of .1 to .2 at the least distance, up to .17 at the fourth). Taken for independent they would make
+# intervals too narrow and tests too sure. So as many as there can be, whole windows at the most, are one item while
+# there are at least so many items; a short text is little better off for it.
+_LEAST_ITEMS = 16
 #: Where the buckets of a token's position in its window of plain text begin, as tables have them; the last ends with
 #: the window.
 _POSITIONS = (1, 16, 64, 256, 512, TEXT_WINDOW)
@@ -167,9 +172,26 @@ EDGES = tuple(sorted({*_POSITIONS, *_PASSAGES}))
 def text_perplexity_row(plan_id: str, losses: TextLosses, text: str) -> Row:
     """The row of `perplexity` of plain text, with the interval that other passages of the same text would give."""
     passages = losses.coarser(_PASSAGES)
-    scored = passages.tokens > 0
-    nll = ratio_interval(passages.nll[scored], passages.tokens[scored])
-    return _perplexity_row(plan_id, "text", nll, int(passages.tokens.sum()), of=text_hash(text))
+    window, number = np.nonzero(passages.tokens)
+    tokens, nll = _pooled(
+        passages.windows[window],
+        np.array(_PASSAGES)[number],
+        passages.tokens[window, number],
+        passages.nll[window, number],
+    )
+    return _perplexity_row(plan_id, "text", ratio_interval(nll, tokens), int(passages.tokens.sum()), of=text_hash(text))
+
+
+def _pooled(
+    windows: np.ndarray, positions: np.ndarray, tokens: np.ndarray, nll: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and summed losses of neighbouring passages (P,) together, at least `_LEAST_ITEMS` if there are as many."""
+    size = TEXT_WINDOW
+    while True:
+        _, item = np.unique(windows * TEXT_WINDOW + positions // size * size, return_inverse=True)
+        if item.max() + 1 >= _LEAST_ITEMS or size == _PASSAGE:
+            return np.bincount(item, weights=tokens), np.bincount(item, weights=nll)
+        size //= 2
 
 
 def text_loss_rows(plan_id: str, losses: TextLosses) -> list[Row]:
@@ -258,20 +280,20 @@ def history_rows(searcher: str, start: int, history: Sequence[Epoch]) -> list[Ro
 def comparison_rows(split: str, answers: pa.Table, pairs: Sequence[tuple[str, str]]) -> list[Row]:
     """Rows of `comparisons` of pairs of plans on the same questions: accuracy (exact McNemar p) and answer NLL.
 
-    Differences are those of a pair's first plan minus its second, with paired-bootstrap intervals of 95 %. The pairs
-    are one family: p_holm is adjusted for all of them, measure by measure. `answers` holds the plans' rows of `split`.
+    Differences are those of a pair's first plan minus its second, with intervals of 95 % (`paired_difference`). The
+    pairs are one family: p_holm is adjusted for all of them, measure by measure. `answers` holds the plans' rows of
+    `split`.
     """
     return _compared({"split": split}, pairs, lambda plan_id: _side(answers, plan_id))
 
 
 def text_comparison_rows(losses: pa.Table, pairs: Sequence[tuple[str, str]]) -> list[Row]:
-    """Rows of `comparisons` with split "text": the mean loss of a token of plain text, passages as the items.
+    """Rows of `comparisons` with split "text": the mean loss of a token of plain text, pooled passages as the items.
 
     losses: rows of `text_losses`; pairs with a plan that has none, or whose losses are no numbers, as its perplexity
     says, are left out.
     """
-    broken = losses.filter(pc.invert(pc.is_finite(losses["nll"])))["plan_id"].to_pylist()
-    there = set(losses["plan_id"].to_pylist()) - set(broken)
+    there = set(losses["plan_id"].to_pylist())
     pairs = [pair for pair in pairs if there.issuperset(pair)]
     return _compared({"split": TEXT_SPLIT}, pairs, lambda plan_id: _text_side(losses, plan_id))
 
@@ -285,10 +307,18 @@ def task_comparison_rows(answers: pa.Table, pairs: Sequence[tuple[str, str]]) ->
     return found
 
 
+#: At least, of a paired test; more where there are so many comparisons that no p could be small enough for Holm's,
+#: since none is below one over this.
+_RESAMPLES = 10_000
+
+
 def _compared(
     common: Row, pairs: Sequence[tuple[str, str]], side: Callable[[str], tuple[list[str], dict[str, np.ndarray]]]
 ) -> list[Row]:
-    """One row a pair and measure; side(plan_id) gives ids of what was asked, and each measure of it: bool or float."""
+    """One row a pair and measure; side(plan_id) gives ids of what was asked, and each measure of it: bool or float.
+
+    Losses that are not finite, of a model whose logits are none, are compared with none.
+    """
     sides = {plan: side(plan) for plan in dict.fromkeys(plan for pair in pairs for plan in pair)}
     rows = []
     for plan_a, plan_b in pairs:
@@ -297,7 +327,9 @@ def _compared(
             raise ValueError(f"plans {plan_a} and {plan_b} did not answer the same questions of {[*common.values()]}")
         for measure, a in measures_a.items():
             b = measures_b[measure]
-            difference, exact = paired_difference(a, b), a.dtype == bool
+            if not (np.isfinite(a).all() and np.isfinite(b).all()):
+                continue
+            difference, exact = paired_difference(a, b, n_resamples=max(_RESAMPLES, 40 * len(pairs))), a.dtype == bool
             rows.append(
                 {
                     "plan_a": plan_a,
@@ -328,16 +360,14 @@ def _side(answers: pa.Table, plan_id: str) -> tuple[list[str], dict[str, np.ndar
 
 
 def _text_side(losses: pa.Table, plan_id: str) -> tuple[list[str], dict[str, np.ndarray]]:
-    """A plan's passages in order, and their losses, weighted so that their mean is that of the tokens."""
+    """A plan's passages in order, and the losses of their items, weighted so that their mean is that of the tokens."""
     rows = losses.filter(pc.equal(losses["plan_id"], plan_id)).sort_by(
         [("window", "ascending"), ("position", "ascending")]
     )
-    tokens = rows["tokens"].to_numpy()
-    ids = [
-        f"{window}/{position}"
-        for window, position in zip(rows["window"].to_pylist(), rows["position"].to_pylist(), strict=True)
-    ]
-    return ids, {"text_nll": rows["nll"].to_numpy() / tokens.mean()}
+    windows, positions, *losses = (rows[name].to_numpy() for name in ("window", "position", "tokens", "nll"))
+    ids = [f"{window}/{position}" for window, position in zip(windows.tolist(), positions.tolist(), strict=True)]
+    tokens, nll = _pooled(windows, positions, *losses)
+    return ids, {"text_nll": nll / tokens.mean()}
 
 
 def _task_side(answers: pa.Table, plan_id: str) -> tuple[list[str], dict[str, np.ndarray]]:

@@ -70,8 +70,8 @@ def compute(
         Use these samples only, as if there were no others: embeddings are computed anew. `entropy_neighbors` becomes
         the nearest whole number to its share of m, so that the estimate looks as far as the one over all N.
     permutations : array of int, shape (L, N) or (L, m)
-        Row j reorders the samples of layer j wherever it is the second of a pair, pairs of a layer with itself
-        included: the null model "these two layers have nothing to do with each other".
+        Row j reorders the samples of layer j against those of layers 0 to j, itself included: the null model "these
+        two layers have nothing to do with each other".
 
     Raises SimilarityError for anything that cannot be computed; the message says what to change.
     """
@@ -174,7 +174,7 @@ def npib(
     second = _permuted(ranks, permutations)
     information = mutual_information(ranks, second, neighbors=neighbors, random_state=random_state)
     entropies = np.array([knn_entropy(layer, neighbors=entropy_neighbors) for layer in ranks])
-    return _over_entropies(information, entropies)
+    return _over_entropies(_symmetric(information, permutations), entropies)
 
 
 def gaussian(embeddings: np.ndarray, *, permutations: np.ndarray | None = None) -> SimilarityMatrix:
@@ -217,7 +217,7 @@ def gaussian(embeddings: np.ndarray, *, permutations: np.ndarray | None = None) 
     information = 0.5 * (volumes[:, None] + volumes - np.linalg.slogdet(joint)[1])
     entropies = 0.5 * volumes + np.log(scale).sum(axis=(1, 2))
     information[singular] = np.nan
-    found = _over_entropies(information, entropies)
+    found = _over_entropies(_symmetric(information, permutations), entropies)
     found.values[trivial & np.isfinite(found.values)] = 1.0
     for i, j in np.argwhere((singular | singular.T) & ~trivial).tolist():
         found.notes.setdefault((i, j), "the layers are linear functions of one another: infinite information")
@@ -235,7 +235,7 @@ def cosine(states: np.ndarray, *, permutations: np.ndarray | None = None) -> Sim
         raise SimilarityError(f"the state of sample {sample} at layer {layer} is 0 and has no direction")
     unit = states / lengths
     flat, second = (x.reshape(len(x), -1) for x in (unit, _permuted(unit, permutations)))
-    return SimilarityMatrix(_symmetric(flat @ second.T / states.shape[1]))
+    return SimilarityMatrix(_symmetric(flat @ second.T / states.shape[1], permutations))
 
 
 def cka(distances: np.ndarray, *, permutations: np.ndarray | None = None) -> SimilarityMatrix:
@@ -256,7 +256,7 @@ def cka(distances: np.ndarray, *, permutations: np.ndarray | None = None) -> Sim
         order = _checked_permutations(permutations, *grams.shape[:2])
         second = np.stack([gram[np.ix_(o, o)] for gram, o in zip(grams, order, strict=True)])
     flat, second = (x.reshape(len(x), -1) for x in (grams, second))
-    return SimilarityMatrix(_symmetric(flat @ second.T))
+    return SimilarityMatrix(_symmetric(flat @ second.T, permutations))
 
 
 def mutual_information(first: np.ndarray, second: np.ndarray, *, neighbors: int, random_state: int) -> np.ndarray:
@@ -357,11 +357,11 @@ def _knn_information(x: np.ndarray, y: np.ndarray, k: int) -> np.ndarray:
 
 
 def _over_entropies(information: np.ndarray, entropies: np.ndarray) -> SimilarityMatrix:
-    """information (L, L) over sqrt(Hi Hj), symmetrised, with notes where the quotient is undefined."""
+    """information (L, L) over sqrt(Hi Hj), with notes where the quotient is undefined."""
     product = np.outer(entropies, entropies)
     small = ~(np.isfinite(entropies) & (np.abs(entropies) >= SMALLEST_ENTROPY))
     undefined = (product < 0) | small[:, None] | small
-    values = _symmetric(information) / np.sqrt(np.where(undefined, np.nan, product))
+    values = information / np.sqrt(np.where(undefined, np.nan, product))
     notes = {}
     for i, j in np.argwhere(undefined).tolist():
         pair = f"{entropies[i]:.3f} and {entropies[j]:.3f}"
@@ -370,8 +370,15 @@ def _over_entropies(information: np.ndarray, entropies: np.ndarray) -> Similarit
     return SimilarityMatrix(values, notes)
 
 
-def _symmetric(values: np.ndarray) -> np.ndarray:
-    return (values + values.T) / 2
+def _symmetric(values: np.ndarray, permutations: np.ndarray | None) -> np.ndarray:
+    """The mean of both orders of each pair, which differ by rounding and ties alone.
+
+    With permutations they are two draws, of which one is kept: the mean of both would scatter by a root of 2 less than
+    what a pair of unrelated layers scores.
+    """
+    if permutations is None:
+        return (values + values.T) / 2
+    return np.triu(values) + np.triu(values, 1).T
 
 
 def _scaled(recipe: Recipe, m: int, distances: np.ndarray | None) -> int:

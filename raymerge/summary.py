@@ -111,9 +111,11 @@ def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def share(value: float, error: float, interval: tuple[float | None, float | None]) -> str:
-    """A share with its standard error and interval, as text; runs of earlier versions have no interval."""
+    """A share with its standard error, which a subject of one question leaves undefined, and interval, as text; runs of
+    earlier versions have no interval."""
     low, high = interval
-    return f"{value:.4f} ± {error:.4f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+    doubt = "" if math.isnan(error) else f" ± {error:.4f}"
+    return f"{value:.4f}{doubt}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
 _MORE_IS_BETTER = ("accuracy", "acc", "acc_norm")
@@ -129,9 +131,13 @@ def verdict(row: dict) -> str:
 
 
 def ceiling(row: dict) -> float | None:
-    """What noise leaves of a correlation of 1, of a row of `similarity_correlation`; None where it is not known."""
+    """What noise leaves of a correlation of 1, of a row of `similarity_correlation`; None where it is not known.
+
+    A reliability of 0 or less is a matrix of noise, which has no pattern to correlate: two of them below 0, a third of
+    all pairs of such matrices, have no ceiling either, although their product is above it.
+    """
     a, b = row["reliability_a"], row["reliability_b"]
-    return None if a is None or b is None or a * b < 0 else math.sqrt(a * b)
+    return None if a is None or b is None or min(a, b) <= 0 else math.sqrt(a * b)
 
 
 _COMPARED = ["plan", "against", "difference", "95 % interval", "p", "p (Holm)", "verdict"]
@@ -257,9 +263,15 @@ def _logits(answers: pa.Table) -> np.ndarray:
     return np.stack([answers[f"logit_{letter}"].to_numpy() for letter in "abcd"], axis=1)
 
 
+def chosen_on(run: RunDirectory, split: str) -> bool:
+    """Whether a run's search chose by the questions of this split, so that figures on it are no test."""
+    return run.experiment == "search" and run.config.get("data", {}).get("search_split") == split
+
+
 def optimism_lines(run: RunDirectory, split: str) -> list[str]:
     """What was found, on the questions that chose it and on those of the report: the best of many noisy values is too
-    good, and by how much too good beside the controls, which nothing chose, tells that from a harder split."""
+    good, and by how much too good beside the controls, which nothing chose, tells that from a harder split. Where both
+    are one split (`chosen_on`) nothing tells it."""
     trials = [row for row in run.read("trials").to_pylist() if row["status"] == "ok"]
     best = (run.manifest() or {}).get("best") or {}
     found = next((row for row in trials if row["plan_id"] == best.get("plan_id")), None)
@@ -270,6 +282,11 @@ def optimism_lines(run: RunDirectory, split: str) -> list[str]:
         return [
             f"{best['name']}: its perplexity of the search text is {number(found['perplexity'])}, above the ceiling of "
             f"{number(ceiling)}, as is every candidate's: it is the one nearest to it"
+        ]
+    if chosen_on(run, split):
+        return [
+            f"{best['name']}: it was chosen by {split} questions, which are those of the report too: every figure of "
+            "it is too good, and by how much nothing here tells"
         ]
     sign = -1.0 if is_minimised(objective) else 1.0
     gaps = {}

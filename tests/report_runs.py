@@ -72,12 +72,21 @@ def evaluated(run, plans, right, *, subjects, perplexities, pairs, seed=0):
     run.replace("comparisons", compared)
 
 
-def search_run(path, *, found="found_bayes", control="fixed_0.62", subjects=("algebra", "law"), right=None, seed=0):
+def search_run(
+    path,
+    *,
+    found="found_bayes",
+    control="fixed_0.62",
+    subjects=("algebra", "law"),
+    right=None,
+    seed=0,
+    search_split="validation",
+):
     """A complete search of three merges: four plans on 120 questions, 8 candidates, 2 descents."""
     config = {
         "model": {"path": "/models/tiny", "dtype": "float32"},
         "data": {"mmlu": "/data", "language": "en", "subjects": list(subjects), "shots": 5, "report_split": "test",
-                 "search_split": "validation", "limit_per_subject": 8},
+                 "search_split": search_split, "limit_per_subject": 8},
         "plan": {"merges": MERGES, "selection": "tail", "base": "fixed", "ratio": 0.62, "alignment": "none",
                  "norms": "keep", "biases": "keep"},
         "search": {"searcher": "bayes", "objective": "micro_accuracy", "candidates": 8, "random_candidates": 2,

@@ -167,3 +167,9 @@ def test_blocks_by_a_similarity_of_outputs_begin_after_the_first_layer():
         best_block(scores, range(6))
     with pytest.raises(PlanError, match="there is no block to choose from"):
         best_block(scores, [])
+
+
+def test_a_ratio_of_means_that_nearly_cancel_is_at_the_end():
+    """Cosines and foreign matrices may be negative: exp of minus a quotient this large overflows."""
+    rows = np.array([[-1.0, -1.0], [1.0, 1.001]])
+    assert similarity_ratio(rows, 0, 1) == 0.0 and similarity_ratio(rows, 1, 0) == 1.0

@@ -73,6 +73,18 @@ def test_the_null_is_what_unrelated_layers_score():
         assert found.null_mean.mean() == pytest.approx(expected, abs=0.08)
 
 
+@pytest.mark.parametrize("measure", ["cka", "gaussian"])
+def test_unrelated_layers_exceed_the_nulls_95th_percentile_in_5_percent_of_pairs(measure):
+    above = []
+    for seed in range(40):
+        layers = 3 * np.random.default_rng(seed).normal(size=(8, 30, 2))  # entropies of gaussian well above 0
+        found = study(recipe(measure), between(layers), null_draws=20, interval_draws=2, half_draws=0)
+        pairs = np.triu_indices(8, 1)
+        above.append(np.mean(found.matrix.values[pairs] > found.null_p95[pairs]))
+    # 1,120 pairs, of which those of one seed are nearly independent: a standard error of 0.7 %
+    assert 0.03 < np.mean(above) < 0.07
+
+
 @pytest.mark.parametrize("measure", ["npib", "gaussian", "cka"])
 def test_a_study_has_its_shapes_and_repeats_itself(measure):
     layers = 3 * sample(24, 1.0, n_layers=3)

@@ -96,6 +96,29 @@ def test_the_sentence_says_what_cannot_be_told_apart(search):
     assert "Its perplexity on plain text is 12.5, the unmerged model's 5.00." in sentence
 
 
+def test_a_plan_chosen_by_the_reports_own_questions_is_said_to_be(tmp_path, search):
+    same = search_run(tmp_path / "same", search_split="test")
+    for run, expected in ((search, False), (same, True)):
+        reached = plans.Reached(run)
+        sentence, *_ = (block.text for block in blocks([plans.answer(reached)], Text))
+        assert ("chosen by questions of this split" in sentence) == expected
+        progress = blocks([searched.search(reached)], Figure)[0].caption
+        assert ("of the same split as the report's" in progress) == expected == ("not the report's" not in progress)
+
+
+def test_without_a_manifest_the_best_is_not_the_one_that_the_report_likes(tmp_path):
+    run = search_run(tmp_path / "run")
+    kinds = {"fixed": "found"}  # as of two searchers; stored before the one that the search chose
+    run.replace(
+        "plans", [row | {"kind": kinds.get(row["plan_id"], row["kind"])} for row in run.read("plans").to_pylist()]
+    )
+    run.replace("accuracy", [
+        row | ({"accuracy": 0.99} if row["plan_id"] == "fixed" else {}) for row in run.read("accuracy").to_pylist()
+    ])  # fmt: skip
+    run.write_manifest("failed", error="the proof")
+    assert plans.Reached(run).best["plan_id"] == "found"
+
+
 def test_a_gain_by_an_uncorrected_p_alone_is_no_gain(search):
     row = {"measure": "accuracy", "difference": 0.1, "p_value": 0.03, "p_holm": 0.09}
     assert plans._said(row) == "≈\u00a0indistinguishable (uncorrected: better)"

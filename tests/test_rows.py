@@ -31,6 +31,33 @@ def test_passages_are_64_tokens_and_positions_those_of_the_context_table():
     assert perplexity["ci_low"] == pytest.approx(perplexity["ci_high"])  # every passage is as hard
 
 
+def test_passages_of_one_topic_are_no_independent_ones():
+    """Windows that differ in their loss, passages inside them that hardly do: the doubt is that of the windows."""
+    rng, held, found = np.random.default_rng(1), 0, []
+    for _ in range(200):
+        topics = rng.normal(0, 0.1, (2, 16, 1))
+        edges = np.array(rows.EDGES)
+        tokens = np.tile(np.diff(edges), (16, 1))
+        own = [(3 + topic + rng.normal(0, 0.05, tokens.shape)) * tokens for topic in topics]
+        row = rows.text_perplexity_row("p", TextLosses(rows.EDGES, np.arange(16), own[0], tokens), "text")
+        held += row["ci_low"] <= math.exp(3) <= row["ci_high"]
+        found.append([TextLosses(rows.EDGES, np.arange(16), values, tokens) for values in own])
+    assert held > 0.9 * 200
+    wrong = 0
+    for a, b in found[:60]:
+        table = [row for plan, one in (("a", a), ("b", b)) for row in rows.text_loss_rows(plan, one)]
+        (row,) = rows.text_comparison_rows(conform("text_losses", table, "r"), [("a", "b")])
+        wrong += row["p_value"] < 0.05
+    assert wrong <= 0.1 * 60  # 0.05, and 1.8 standard errors of 60 draws; with passages of 64 tokens 0.6
+
+
+def test_short_texts_are_cut_into_at_least_16_items():
+    for windows, expected in ((16, 16), (15, 30), (4, 16), (2, 16), (1, 16)):
+        numbers, positions = (part.ravel() for part in np.meshgrid(np.arange(windows), [1, *range(64, 1024, 64)]))
+        tokens, nll = rows._pooled(numbers, positions, np.full(numbers.size, 64), np.arange(numbers.size) * 1.0)
+        assert len(tokens) == expected and tokens.sum() == 64 * numbers.size and nll.sum() == sum(range(numbers.size))
+
+
 def test_one_passage_has_no_interval():
     tokens = np.diff(np.minimum(rows.EDGES, 50))[None]
     row = rows.text_perplexity_row("p", TextLosses(rows.EDGES, np.arange(1), tokens * 1.0, tokens), "text")
@@ -52,3 +79,35 @@ def test_a_model_without_a_loss_is_compared_with_none():
     for plan in ("nan", "inf"):
         broken = rows.text_perplexity_row(plan, found[plan], "text")
         assert not math.isfinite(broken["perplexity"]) and broken["ci_low"] is None and broken["ci_high"] is None
+
+
+def test_a_model_whose_logits_are_no_numbers_has_accuracy_comparisons_alone():
+    rng = np.random.default_rng(0)
+    columns = [f"logit_{letter}" for letter in "abcd"]
+    table = []
+    for plan in ("sound", "other", "broken"):
+        for number, logits in enumerate(rng.normal(size=(30, 4))):
+            logits = np.full(4, np.nan) if plan == "broken" and number == 3 else logits
+            own = {"plan_id": plan, "split": "test", "language": "en", "subject": "a", "question_id": f"{number:02}"}
+            own |= {"content_hash": "", "answer": number % 4, "predicted": int(np.argmax(logits))}
+            table.append(own | dict(zip(columns, logits.tolist(), strict=True)))
+    answers = conform("answers", table, "r")
+    found = rows.comparison_rows("test", answers, [("sound", "other"), ("sound", "broken")])
+    assert [(row["plan_b"], row["measure"]) for row in found] == [
+        ("other", "accuracy"), ("other", "answer_nll"), ("broken", "accuracy")
+    ]  # fmt: skip
+    assert found[1]["p_holm"] == found[1]["p_value"]  # a family of one
+
+
+def test_a_plain_difference_stays_one_among_very_many_comparisons(monkeypatch):
+    """p is never below 1 / (resamples + 1): with 10,000 of them Holm's over 501 pairs would be above 0.05 for any.
+
+    Here with 200 and 11 pairs, which is 50 times sooner.
+    """
+    monkeypatch.setattr(rows, "_RESAMPLES", 200)
+    rng = np.random.default_rng(0)
+    found = [row for plan, loss in (("a", 2.0), ("b", 9.0)) for row in rows.text_loss_rows(
+        plan, losses(loss * rng.uniform(0.9, 1.1, (2, len(rows.EDGES) - 1)))
+    )]  # fmt: skip
+    compared = rows.text_comparison_rows(conform("text_losses", found, "r"), [("a", "b")] * 11)
+    assert max(row["p_holm"] for row in compared) < 0.05

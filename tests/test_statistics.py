@@ -177,8 +177,45 @@ def test_paired_difference_is_seeded_and_antisymmetric_in_the_mean():
     assert wide.ci_low < narrow.ci_low < narrow.ci_high < wide.ci_high
 
 
+@pytest.mark.parametrize(("n", "least"), [(5, 0.89), (10, 0.925)])
+def test_the_interval_of_few_losses_holds_the_mean_about_as_often_as_it_says(n, least):
+    """Without expanded percentiles .84 and .90 of normal losses."""
+    draws = np.random.default_rng(12).normal(size=(1000, n))
+    found = [paired_difference(d, np.zeros(n), n_resamples=1000) for d in draws]
+    assert least < np.mean([one.ci_low <= 0 <= one.ci_high for one in found]) < 0.96
+
+
+def test_one_loss_has_no_limits():
+    assert paired_difference([0.7], [0.2]) == (pytest.approx(0.5), -math.inf, math.inf, 1.0)
+
+
 def test_equal_plans_have_no_difference():
-    assert paired_difference(np.ones(10), np.ones(10)) == (0.0, 0.0, 0.0, 1.0)
+    losses = np.full(10, 0.3)
+    assert paired_difference(losses, losses) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_ten_questions_without_a_disagreement_do_not_show_that_there_is_none():
+    right = np.ones(10, dtype=bool)
+    difference, low, high, p_value = paired_difference(right, right)
+    # shares of 1 / 12 each way: 1.96 sqrt((2 / 12) / 12)
+    assert (difference, p_value) == (0.0, 1.0) and high == pytest.approx(1.959964 / math.sqrt(72)) and low == -high
+    assert paired_difference([1.0], [0.0])[:3] == (1.0, pytest.approx(1 / 3 - 1.959964 * math.sqrt(8 / 27)), 1.0)
+
+
+@pytest.mark.parametrize("n", [3, 5, 10, 20, 57, 135])
+@pytest.mark.parametrize("discordant", [(0.05, 0.05), (0.15, 0.05), (0.15, 0.15), (0.45, 0.15)])
+def test_the_interval_of_a_paired_difference_of_shares_holds_it_as_often_as_it_says(n, discordant):
+    """Every outcome of n questions with its probability. A bootstrap at 0.15 and 0.05: 0.38 at n = 3, 0.93 at 10."""
+    a, b = (part.ravel() for part in np.mgrid[: n + 1, : n + 1])
+    a, b = a[a + b <= n], b[a + b <= n]
+    weights = scipy.stats.multinomial.pmf(np.stack([a, b, n - a - b], 1), n, [*discordant, 1 - sum(discordant)])
+    likely = weights > 1e-7
+    held = 0.0
+    for only_a, only_b, weight in zip(a[likely], b[likely], weights[likely], strict=True):
+        x, y = np.arange(n) < only_a, (only_a <= np.arange(n)) & (np.arange(n) < only_a + only_b)
+        _, low, high, _ = paired_difference(x, y, n_resamples=1)
+        held += weight * (low - 1e-12 <= discordant[0] - discordant[1] <= high + 1e-12)
+    assert held > 0.949
 
 
 @pytest.mark.parametrize(
@@ -221,8 +258,9 @@ def test_the_macro_interval_of_large_subjects_is_the_normal_one_and_of_few_quest
     low, high = macro_interval([5, 5, 1], [5, 5, 1])
     z2, effective = 1.959964**2, 9 / 1.4
     assert low == pytest.approx(effective / (effective + z2), rel=1e-6) and high == 1.0
-    # Subjects alike, n - 1 being what the variance divides by: Wilson's for S (n - 1) questions.
-    assert macro_interval([8, 8], [11, 11]) == pytest.approx(_wilson(8 / 11, 20), rel=1e-4)
+    # One subject is a share; subjects alike are nearly one of all their questions.
+    assert macro_interval([8], [11]) == pytest.approx(wilson_interval(8, 11), rel=1e-12)
+    assert macro_interval([8, 8], [11, 11]) == pytest.approx(_wilson(8 / 11, 22), rel=0.02)
     with pytest.raises(ValueError, match="2 counts .* but 1"):
         macro_interval([1, 2], [3])
 
@@ -241,6 +279,19 @@ def test_the_macro_interval_holds_the_mean_as_often_as_it_says(questions):
     draws = rng.binomial(n, p, size=(2000, 57))
     held = np.mean([low <= p.mean() <= high for low, high in (macro_interval(row, n) for row in draws)])
     assert 0.935 < held < 0.975  # the normal interval holds it in 0.83 of cases with 1 to 5 questions a subject
+
+
+@pytest.mark.parametrize(
+    ("n", "p"),
+    [((3, 100), (0.9, 0.6)), ((2, 100), (0.8, 0.4)), ((10, 500), (0.95, 0.6)), ((3, 100, 100), (0.9, 0.6, 0.6))],
+)
+def test_the_macro_interval_holds_where_one_subject_has_few_questions(n, p):
+    """All right in three questions is likely at 0.9, and no reason to take that subject's accuracy for known."""
+    draws = np.random.default_rng(11).binomial(n, p, size=(20_000, len(n)))
+    seen, counts = np.unique(draws, axis=0, return_counts=True)
+    limits = np.array([macro_interval(row, np.array(n)) for row in seen])
+    held = (limits[:, 0] <= np.mean(p)) & (np.mean(p) <= limits[:, 1])
+    assert np.average(held, weights=counts) > 0.95
 
 
 def test_holm_by_hand_and_against_its_step_down_rule():

@@ -13,10 +13,13 @@ SEARCHED, REPORTED = 40, 100
 PLANS = ("base", "drop", "fixed", "found")
 
 
-def make_run(path, *, objective="micro_accuracy", ceiling=None, perplexity=9.0, seed=0, right=None):
+def make_run(path, *, objective="micro_accuracy", ceiling=None, perplexity=9.0, seed=0, right=None, search_split="dev"):
     """Four plans on 100 report questions of two subjects; `found` was chosen with a value of 0.9 or 0.2 nats."""
     rng = np.random.default_rng(seed)
-    config = {"data": {"report_split": "test"}, "search": {"objective": objective, "perplexity_ceiling": ceiling}}
+    config = {
+        "data": {"report_split": "test", "search_split": search_split},
+        "search": {"objective": objective, "perplexity_ceiling": ceiling},
+    }
     run = RunDirectory.open(path, config, "search")
     run.begin()
     answer = rng.integers(4, size=REPORTED)
@@ -89,6 +92,12 @@ def test_optimism_is_how_much_better_the_choosing_questions_were(tmp_path, objec
     )
     controls = sign * np.mean([searched / 2 - reported["drop"], searched - reported["fixed"]])
     assert second.startswith(f"The 2 controls, chosen by nothing: {controls:+.4f} on average")
+
+
+def test_no_optimism_is_measured_on_the_questions_that_chose(tmp_path):
+    run, *_ = make_run(tmp_path / "run", search_split="test")
+    (line,) = summary.optimism_lines(run, "test")
+    assert line.startswith("found_bayes: it was chosen by test questions") and "too good" in line
 
 
 def test_what_candidates_took_is_summed(tmp_path):
@@ -165,3 +174,16 @@ def test_how_much_each_worker_was_used(tmp_path):
     assert dict(zip(header, cells[0], strict=True)) == {
         "search": "bayes", "worker": "worker-1", "candidates": "7", "scoring s": "3.0", "there s": "4.0", "used %": "76"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [(0.9, 0.4, 0.6), (None, 0.4, None), (0.9, -0.1, None), (-0.75, -18.0, None), (0, 0.5, None)],
+)
+def test_matrices_of_noise_have_no_ceiling(a, b, expected):
+    assert summary.ceiling({"reliability_a": a, "reliability_b": b}) == (expected and pytest.approx(expected))
+
+
+def test_a_share_without_a_standard_error_has_its_interval():
+    assert summary.share(0.75, float("nan"), (0.3, 0.95)) == "0.7500 [0.300, 0.950]"
+    assert summary.share(0.75, 0.1, (None, None)) == "0.7500 ± 0.1000"

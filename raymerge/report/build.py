@@ -47,10 +47,11 @@ GLOSSARY = (
     ("accuracy", "share of multiple-choice questions (four letters) whose most probable letter is the right one; 25 % "
      "is chance"),
     ("mean over subjects", "the mean of the subjects' accuracies, each subject counting the same"),
-    ("95 % interval", "Wilson's, of a single share; of a difference, a paired bootstrap over questions"),
-    ("indistinguishable", "McNemar's exact test on the questions where two plans disagree gives p of at least 0.05: "
-     "the data "
-     "cannot tell them apart, which does not show that they are equal"),
+    ("95 % interval", "Wilson's, of a single share; of a difference on the same questions, Bonett and Price's of "
+     "accuracies, a paired bootstrap of losses"),
+    ("indistinguishable", "the test of the questions that both plans answered - McNemar's exact one of accuracies - "
+     "gives p, or p (Holm), of at least 0.05: the data cannot tell them apart, which does not show that they are "
+     "equal"),
     ("p (Holm)", "p corrected for the number of comparisons made together"),
     ("answer NLL", "mean negative log-probability, in nats, of the right letter among the four; 1.386 is guessing, "
      "lower is "

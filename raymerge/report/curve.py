@@ -123,9 +123,8 @@ def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
     )
     return Table(
         "The most accurate way at every K, against dropping as many layers. It is the best of several on these very "
-        "questions, so that its accuracy flatters it; p is corrected (Holm) for all comparisons of the run, not for "
-        "that "
-        f"choice.{start}",
+        "questions, so that its accuracy and its difference flatter it; the verdicts allow (Holm) for all comparisons "
+        f"that the sweep asks for, those that were not the best at their K too.{start}",
         (
             "merged",
             "parameters removed",

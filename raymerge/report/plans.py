@@ -78,10 +78,12 @@ class Reached:
             }
             for line in summary.plan_lines(run, self.split)
         ]
-        self.lines.sort(key=lambda line: -line["accuracy"])
         chosen = ((run.manifest() or {}).get("best") or {}).get("plan_id")
+        # Without a manifest that says so it is the last that was found, in the order in which a search stores them,
+        # and not the most accurate of them here: that would be chosen by the questions reported on.
         found = [line for line in self.lines if line["kind"] == "found"]
-        self.best = next((line for line in self.lines if line["plan_id"] == chosen), found[0] if found else None)
+        self.best = next((line for line in self.lines if line["plan_id"] == chosen), found[-1] if found else None)
+        self.lines.sort(key=lambda line: -line["accuracy"])
         self.base = next((line for line in self.lines if line["kind"] == "base"), None)
         splits = (self.split, TEXT_SPLIT)
         self.comparisons = [row for row in run.read("comparisons").to_pylist() if row["split"] in splits]
@@ -156,6 +158,8 @@ def _sentence(reached: Reached) -> str:
     told = _told(reached, reached.against(best["plan_id"], "answer_nll"))
     if told:
         sentence += f" By the probability of the right letter (answer NLL, finer than accuracy) it is {told}."
+    if summary.chosen_on(reached.run, reached.split):
+        sentence += " It was chosen by questions of this split, so that all of this is too good."
     if best["perplexity"] is not None:
         sentence += f" Its perplexity on plain text is {perplexity(best['perplexity'])}"
         if base is not None and base["perplexity"] is not None:
@@ -237,8 +241,8 @@ def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
             )
         )
     return Table(
-        f"{reached.best['label']} minus every other plan on the same questions, with 95 % intervals (paired "
-        "bootstrap). Accuracy in percentage points, p of McNemar's exact test; answer NLL in nats (lower is better), p "
+        f"{reached.best['label']} minus every other plan on the same questions, with 95 % intervals (of pairs). "
+        "Accuracy in percentage points, p of McNemar's exact test; answer NLL in nats (lower is better), p "
         f"of a sign-flip test. Holm's p, in brackets, allows for all {plural(len(cells), 'comparison')}. Perplexity: "
         "the other plan's, and what the same test says of the text's passages",
         ("against", "accuracy", "p (Holm)", "verdict", "answer NLL", "p (Holm)", "verdict", "perplexity", "verdict"),
@@ -375,8 +379,8 @@ def subjects(reached: Reached) -> Section:
         (
             Figure(
                 f"Difference in accuracy of {best['label']} by subject",
-                f"{told} Intervals of 95 % (paired bootstrap) are of each subject alone: by chance alone about one in "
-                "twenty leaves out 0.",
+                f"{told} Intervals of 95 % (of pairs) are of each subject alone: by chance alone up to one in twenty "
+                "leaves out 0.",
                 (figures.subject_differences(rows, f"Differences by subject, sorted. {told}", against=against),),
                 Rows.of(rows, sources(reached.run, "answers", "plans")),
                 command_of(reached.run),

@@ -182,12 +182,12 @@ def search(reached: Reached) -> Section:
         rows.append(empty | {"kind": "control", "searcher": "controls", "value": number, "label": label})
     lines = "; ".join(summary.search_lines(run))
     way = "lower" if is_minimised(objective) else "higher"
+    other = "of the same split as the report's" if summary.chosen_on(run, reached.split) else "not the report's"
     blocks: list[Block] = [
         Figure(
             "Objective of every candidate",
-            f"Measured on the search questions, which the report does not use ({way} is better). Steps: the best so "
-            "far. "
-            f"Dashed: controls. {lines}.",
+            f"Measured on the search questions, {other} ({way} is better). Steps: the best so far. Dashed: controls. "
+            f"{lines}.",
             (
                 figures.progress(
                     rows,
