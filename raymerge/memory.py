@@ -14,8 +14,8 @@ from raymerge.errors import UserError
 
 #: Where the trunk's states are kept while candidates are scored.
 STATES = ("device", "host")
-#: How a candidate's keys and values come about: projected from the states, or summed over those of the sources.
-KEY_VALUES = ("recompute", "linear")
+#: How a candidate's keys come about: projected from the states, or summed over those of the sources.
+KEYS = ("recompute", "linear")
 
 _USABLE = 0.9  # of the free bytes; the rest is left to fragments, libraries' workspaces and what estimates miss
 _MOST_CANDIDATES = 8  # at once: what they share (weights and states read once, fewer launches) is then 1/8 of each
@@ -59,11 +59,11 @@ class ScoringWork:
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """How candidates are scored: where the states lie (STATES), how keys and values come about (KEY_VALUES), how many
-    candidates at once, and of how many tokens keys and values are held at once for each of them."""
+    """How candidates are scored: where the states lie (STATES), how keys come about (KEYS), how many candidates at
+    once, and of how many tokens keys are held at once for each of them."""
 
     states: str
-    key_values: str
+    keys: str
     candidates: int
     chunk_tokens: int
 
@@ -73,8 +73,8 @@ class ScoringPlan:
             return replace(self, chunk_tokens=self.chunk_tokens // 2)
         if self.candidates > 1:
             return replace(self, candidates=self.candidates // 2)
-        if self.key_values == "linear":
-            return replace(self, key_values="recompute")
+        if self.keys == "linear":
+            return replace(self, keys="recompute")
         if self.states == "device":
             return replace(self, states="host")
         if self.chunk_tokens > _FEWEST_TOKENS:
@@ -88,13 +88,13 @@ def state_bytes(size: LayerSize, work: ScoringWork) -> int:
 
 
 def held_bytes(size: LayerSize, work: ScoringWork, plan: ScoringPlan) -> int:
-    """What stays on the device between candidates: stacked weights, states, sources' keys and values."""
+    """What stays on the device between candidates: stacked weights, states, sources' keys."""
     held = work.sources * size.parameters * work.stack
     held += work.questions * size.hidden * (4 + work.compute)  # at the last positions, raw and normalised
     if plan.states == "device":
         held += state_bytes(size, work)
-    if plan.key_values == "linear":
-        held += 2 * work.sources * work.tokens * size.key * work.compute
+    if plan.keys == "linear":
+        held += work.sources * work.tokens * size.key * work.compute
     return held
 
 
@@ -102,8 +102,8 @@ def scoring_bytes(size: LayerSize, work: ScoringWork, plan: ScoringPlan) -> int:
     """All that scoring takes on the device at its peak."""
     # A mixed layer, and for each question its query, the two parts of its attention and their join, float32.
     candidate = size.parameters * work.compute + work.questions * 4 * (8 * size.query + 3 * size.hidden)
-    # Keys and values as projected, then float32: the key's rotation (four values), the value, and copies that put
-    # heads before tokens; scores and their exponentials.
+    # Keys as projected, then float32: their rotation (four values), and a copy that puts heads before tokens; states
+    # weighted by attention, in both dtypes and twice, which take what values would; scores and their exponentials.
     token = size.key * (2 * work.compute + 4 * 7) + size.heads * 4 * 4
     chunk = plan.chunk_tokens * (token * plan.candidates + size.hidden * work.compute)
     if plan.states == "host":
@@ -124,8 +124,8 @@ def plan_scoring(
 ) -> ScoringPlan:
     """The fastest plan that fits `device_free` bytes of the device and `host_free` of the machine's own memory.
 
-    linear: keys and values may be summed over the sources' (`linear` reads and adds, `recompute` multiplies: on paper
-    18 against 37 ms for all of MMLU on an 8B model and an H200). batched: several candidates may be scored at once.
+    linear: keys may be summed over the sources' (`linear` reads and adds, `recompute` multiplies: on paper 9 against
+    18 ms for all of MMLU on an 8B model and an H200). batched: several candidates may be scored at once.
     What is preferred, in this order: states on the device, sums, many candidates, large chunks; from the host, where
     every pass over the candidates moves all states, many candidates first.
     Raises MemoryPlanError where nothing fits.
@@ -151,12 +151,10 @@ def _plans(linear: bool, batched: bool) -> Iterator[ScoringPlan]:
     while tokens >= _FEWEST_TOKENS:
         (efficient if tokens >= _EFFICIENT_TOKENS else small).append(tokens)
         tokens //= 2
-    # Sums need no states: these are for gradients and for what cannot be summed, so they may lie on the host.
-    kinds = [("device", "linear"), ("host", "linear")] if linear else []
-    for states, key_values in (*kinds, ("device", "recompute")):
+    for keys in ("linear", "recompute") if linear else ("recompute",):
         for candidates in at_once:
             for chunk in efficient:
-                yield ScoringPlan(states, key_values, candidates, chunk)
+                yield ScoringPlan("device", keys, candidates, chunk)
     for candidates in at_once:
         for chunk in efficient:
             yield ScoringPlan("host", "recompute", candidates, chunk)

@@ -2,9 +2,10 @@
 
 All candidates of a search share the layers before the first merged one. Their states are computed once, kept on disk
 by content, and for each candidate only what follows is run. After a tail merge that is one layer, of which only the
-last position of each question matters: keys and values of all cached tokens, query, attention, output and MLP at the
-last position, the final norm and the unembedding of the four answer letters. The result equals a full forward pass of
-the merged model to rounding.
+last position of each question matters: keys of all cached tokens, query, attention, output and MLP at the last
+position, the final norm and the unembedding of the four answer letters. Values are not projected token by token:
+attention weighs the states, and the value matrix is multiplied with what comes out. The result equals a full forward
+pass of the merged model to rounding.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +33,8 @@ from raymerge.trunk import TrunkCache
 _MIXED_TOGETHER = 4  # candidates whose weights are mixed in one pass on a CPU and held at once (60 MB each at 0.5B)
 _BUCKET_TOKENS = 16384  # padded tokens of the questions whose own attention a CPU computes in one call
 _VOCABULARY_QUESTIONS = 4096  # whose whole-vocabulary logits an accelerator computes at once (0.27 GB)
-_PAIRS = 16  # of a question and a key of its prefix, as much memory as a token's key and value
-_ROW = 8  # tokens' keys and values, as much memory as one question's MLP
+_PAIRS = 16  # of a question and a key of its prefix, as much memory as a token's key and weighted states
+_ROW = 8  # tokens' keys and weighted states, as much memory as one question's MLP
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,6 @@ class _Bucket:
     count: int
     start: int
     width: int
-
-
-class _KeyValueSums(NamedTuple):
-    """Rotated keys and values of all tokens by the matrices of each source, (sources, tokens, kv * head_dim)."""
-
-    keys: Tensor
-    values: Tensor
 
 
 class TailScorer:
@@ -108,10 +102,10 @@ class TailScorer:
         # Of families without an input norm the states are read as they are.
         self._normalises = arch.gain_of(arch.rows_of("q")[0]) is not None
         self._epsilon = self.runner.checkpoint.config.rms_norm_eps
-        self._sums: _KeyValueSums | None = None
+        self._source_keys: Tensor | None = None  # rotated, of all tokens: (sources, tokens, kv * head_dim)
         fits, _ = attempt(lambda: self._arrange(trunk, plan))
         if not fits:  # less than the plan counted on: others may have taken memory since
-            self._arrange(trunk, replace(self.plan, states="host", key_values="recompute"))
+            self._arrange(trunk, replace(self.plan, states="host", keys="recompute"))
         self._letters = self.runner.unembedding_rows(list(prompts.letters))
 
     # -- setting up ---------------------------------------------------------------------------------------------
@@ -278,7 +272,7 @@ class TailScorer:
         part._starts = torch.cat(starts)
         part._tokens = self._tokens[torch.cat(indices).to(self._tokens.device)].to(device)
         # Whatever of the plan is about the states of all questions is not about these.
-        part.plan, part._sums = replace(self.plan, states="device", key_values="recompute"), None
+        part.plan, part._source_keys = replace(self.plan, states="device", keys="recompute"), None
         part._index()
         return part
 
@@ -353,8 +347,8 @@ class TailScorer:
                 f"{self.plan.chunk_tokens} tokens at a time and with the states in host memory: take fewer questions "
                 "(data.limit_per_subject) or fewer merges"
             )
-        if smaller.key_values == "recompute":
-            self._sums = None
+        if smaller.keys == "recompute":
+            self._source_keys = None
         if smaller.states == "host" and self.plan.states == "device":
             held = host_buffer(self._tokens.shape, self._tokens.dtype, self.runner.device)
             self._tokens = held.copy_(self._tokens)
@@ -363,10 +357,10 @@ class TailScorer:
 
     def _hidden_together(self, plans: Sequence[MergePlan]) -> Iterator[Tensor]:
         """`hidden` of each plan in turn: weights mixed in one pass, then `plan.candidates` scored at once."""
-        if self.plan.key_values == "linear" and self._sums is None:
-            fits, self._sums = attempt(self._summed_sources)
+        if self.plan.keys == "linear" and self._source_keys is None:
+            fits, self._source_keys = attempt(self._keys_of_sources)
             if not fits:
-                self.plan = replace(self.plan, key_values="recompute")
+                self.plan = replace(self.plan, keys="recompute")
         coefficients = [self.coefficients(plan) if self.is_stacked(plan) else None for plan in plans]
         # Those that have coefficients for each matrix are mixed apart: all other products stay what they are.
         alike, mixed, taken = {}, {}, {}
@@ -395,25 +389,24 @@ class TailScorer:
                 count += 1
             rows = slice(taken[values.ndim], taken[values.ndim] + count)
             taken[values.ndim] += count
-            own, sums = mixed[values.ndim][rows], self._summands(alike[values.ndim][rows], rest)
+            own, summed = mixed[values.ndim][rows], self._key_coefficients(alike[values.ndim][rows], rest)
             if count == 1:
                 weights = self.sources.weights(own[0], rest, plan.biases == "merge")
-                yield self.hidden(self.runner.deployed(weights), rest, sums and tuple(values[0] for values in sums))
+                yield self.hidden(self.runner.deployed(weights), rest, None if summed is None else summed[0])
             else:
-                yield from self._hidden_of_several(own, rest, plan.biases == "merge", sums)
+                yield from self._hidden_of_several(own, rest, plan.biases == "merge", summed)
             start += count
 
-    def _hidden_of_several(
-        self, mixed: Tensor, rest: int, merge_biases: bool, sums: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
+    def _hidden_of_several(self, mixed: Tensor, rest: int, merge_biases: bool, summed: Tensor | None) -> Tensor:
         """(candidates, n, d): `hidden` of several candidates whose mixed weights are (candidates, parameters).
 
         States, and what of the weights is not averaged, are read once for all of them.
         """
         weights = self.sources.weights(mixed, rest, merge_biases)
         averaged = {name: weights.pop(name) for name in self.sources.averaged(merge_biases)}
-        dimensions = (0, None if sums is None else 0)
-        return torch.func.vmap(lambda own, sums: self.hidden(weights | own, rest, sums), dimensions)(averaged, sums)
+        dimensions = (0, None if summed is None else 0)
+        hidden = torch.func.vmap(lambda own, summed: self.hidden(weights | own, rest, summed), dimensions)
+        return hidden(averaged, summed)
 
     @property
     def _is_batched(self) -> bool:
@@ -454,11 +447,11 @@ class TailScorer:
     def _unsort(self, values: Tensor) -> Tensor:
         return values[self._question_order]
 
-    def hidden(self, weights: dict[str, Tensor], rest: int, sums: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def hidden(self, weights: dict[str, Tensor], rest: int, summed: Tensor | None = None) -> Tensor:
         """States (n, d) float32 after the final norm at each question's last position, in bucket order.
 
-        weights: the merged layer's tensors by relative name; rest: the source layer whose window it has. sums: the
-        coefficients (sources,) by which keys and values are those of the sources, where these are held.
+        weights: the merged layer's tensors by relative name; rest: the source layer whose window it has. summed: the
+        coefficients (sources,) by which keys are sums of the sources', where these are held.
         """
         checkpoint = self.runner.checkpoint
         window, rotary = (each[self.first + rest] for each in (checkpoint.windows, checkpoint.rotary_types))
@@ -466,7 +459,7 @@ class TailScorer:
         query = self._product(self._last_normalised, *self._projection("q", weights))
         query = self._heads(query, "q", weights, last)
         query = query.unflatten(1, (self._kv_heads, self._groups))
-        attended = self._attend(query, weights, window, rotary, sums).flatten(1)
+        attended = self._attend(query, weights, window, rotary, summed).flatten(1)
         rows = max(1, self.plan.chunk_tokens // _ROW)
         parts = zip(self._last.split(rows), attended.split(rows), strict=True)
         return torch.cat([self._finish(x, part, weights) for x, part in parts])
@@ -576,25 +569,23 @@ class TailScorer:
             return (self._tokens[start:stop].to(device, non_blocking=True) for start, stop in spans)
         return streamed(self._tokens, spans, device)
 
-    def _keys_values(
+    def _keys(
         self,
+        states: Iterable[Tensor],
         pieces: Sequence[_Bucket],
         weights: Mapping[str, Tensor],
         rotary: str | None,
-        sums: tuple[Tensor, Tensor] | None = None,
+        summed: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rotated keys and values (tokens, kv, head_dim) float32 of each prefix, then of each piece."""
-        spans = self._spans(pieces)
-        if sums is not None:
+        """Rotated keys (tokens, kv, head_dim) float32 of each prefix, then of each piece, and their tokens' states."""
+        if summed is not None:
             heads = (self._kv_heads, self._head_dim)
-            for start, stop in spans:
-                summands = (self._sums.keys[:, start:stop], self._sums.values[:, start:stop])
-                yield tuple(_sum(c, part).unflatten(-1, heads) for c, part in zip(sums, summands, strict=True))
+            for (start, stop), tokens in zip(self._spans(pieces), states, strict=True):
+                yield _sum(summed, self._source_keys[:, start:stop]).unflatten(-1, heads), tokens
             return
-        key, value = (self._projection(which, weights) for which in "kv")
-        for tokens, turn in zip(self._states_of(spans), self._rotations(pieces, rotary), strict=True):
-            keys = self._heads(self._product(tokens, *key), "k", weights, turn)
-            yield keys, self._product(tokens, *value).unflatten(-1, (self._kv_heads, self._head_dim))
+        projection = self._projection("k", weights)
+        for tokens, turn in zip(states, self._rotations(pieces, rotary), strict=True):
+            yield self._heads(self._product(tokens, *projection), "k", weights, turn), tokens
 
     def _attend(
         self,
@@ -602,7 +593,7 @@ class TailScorer:
         weights: Mapping[str, Tensor],
         window: int | None,
         rotary: str | None,
-        sums: tuple[Tensor, Tensor] | None,
+        summed: Tensor | None,
     ) -> Tensor:
         """Attention of each last position, (n, kv, group, head_dim), over its prefix and its own tokens.
 
@@ -610,69 +601,133 @@ class TailScorer:
         subjects - and joined by their log-sum-exps.
         """
         device, pieces = query.device, self._pieces()
-        keys_values = self._keys_values(pieces, weights, rotary, sums)
+        keys = self._keys(self._states_of(self._spans(pieces)), pieces, weights, rotary, summed)
+        value = self._projection("v", weights)
         prefix_parts = []
         for prefix in self._prefixes:
-            k, v = (t.permute(1, 2, 0) for t in next(keys_values))  # (kv, head_dim, P)
-            length = prefix.stop - prefix.start
+            k, states = next(keys)
+            k, length = k.permute(1, 2, 0), prefix.stop - prefix.start  # (kv, head_dim, P)
+            weigh = self._weighing(states[None], value, len(prefix.questions))
             for questions in prefix.questions.split(max(1, _PAIRS * self.plan.chunk_tokens // max(1, length))):
                 scores = self._scores(torch.einsum("nkgd,kdp->nkgp", query[questions], k))
                 if window is not None:
                     last = self._offsets[questions] + self._lengths[questions] - 1
                     seen = visible(last, torch.arange(length, device=device), window)
                     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-                prefix_parts.append(_partial_softmax(scores, lambda p, v=v: torch.einsum("nkgp,kdp->nkgd", p, v)))
+                prefix_parts.append(_partial_softmax(scores, weigh))
         own_parts = []
         for piece in pieces:
             rows = slice(piece.first, piece.first + piece.count)
-            k, v = (t.unflatten(0, (piece.count, piece.width)) for t in next(keys_values))
+            k, states = (t.unflatten(0, (piece.count, piece.width)) for t in next(keys))
             scores = self._scores(torch.einsum("nkgd,ntkd->nkgt", query[rows], k))
             behind = self._lengths[rows, None] - 1 - torch.arange(piece.width, device=device)
             seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
             scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-            own_parts.append(_partial_softmax(scores, lambda p, v=v: torch.einsum("nkgt,ntkd->nkgd", p, v)))
+            own_parts.append(_partial_softmax(scores, self._weighing(states, value, 1)))
         prefix_log, prefix_out = (torch.cat(part)[self._prefix_order] for part in zip(*prefix_parts, strict=True))
         own_log, own_out = (torch.cat(part) for part in zip(*own_parts, strict=True))
         share = torch.sigmoid(prefix_log - own_log)[..., None]  # exp(a) / (exp(a) + exp(b))
         return share * prefix_out + (1.0 - share) * own_out
 
-    # -- keys and values as sums ---------------------------------------------------------------------------------
+    def _weighing(
+        self, states: Tensor, value: tuple[Tensor, Tensor | None], questions: int
+    ) -> Callable[[Tensor], Tensor]:
+        """From what attention gives each token, (n, kv, group, t), to the values weighted by it, (n, kv, group,
+        head_dim).
+
+        states: (n, t, d) of each question, or (1, t, d) of a prefix that `questions` of them share.
+
+        The sum of p W x over the tokens is W times the sum of p x. Where fewer queries look at a token than its value
+        has entries, it is cheaper to weigh the states and to multiply once with the value matrix.
+        """
+        matrix, bias = value
+        matrix = matrix.unflatten(0, (self._kv_heads, self._head_dim))
+        queries, tokens = questions * self._kv_heads * self._groups, states.shape[1]
+        if 2 * queries * (tokens + self._head_dim) > tokens * self._kv_heads * self._head_dim:
+            values = self._product(states, value[0], bias).unflatten(-1, (self._kv_heads, self._head_dim))
+            if len(states) > 1:
+                return lambda shares: torch.einsum("nkgt,ntkd->nkgd", shares, values)
+            return lambda shares: torch.einsum("nkgt,tkd->nkgd", shares, values[0])
+        # As much memory at once as the values of a chunk.
+        rows = max(1, self.plan.chunk_tokens * self._head_dim // (self._groups * states.shape[2]))
+
+        def weigh(shares: Tensor) -> Tensor:
+            parts = []
+            for first in range(0, len(shares), rows):
+                part = shares[first : first + rows]
+                own = states[first : first + rows] if len(states) > 1 else states.expand(len(part), -1, -1)
+                weighted = _WeightedStates.apply(part.flatten(1, 2), own).unflatten(1, part.shape[1:3])
+                out = torch.einsum("nkgd,khd->nkgh", weighted.to(self.compute_dtype), matrix).float()
+                parts.append(out if bias is None else out + bias.unflatten(0, (self._kv_heads, 1, self._head_dim)))
+            return torch.cat(parts)
+
+        return weigh
+
+    # -- keys as sums ---------------------------------------------------------------------------------------------
 
     @property
     def _is_linear(self) -> bool:
-        """Whether keys and values may be sums over the sources': without biases (which are kept or merged) and norms
-        of keys between them and the weights, and where rounding the merged matrices is below the compute dtype's own
-        rounding, or is not asked for."""
+        """Whether keys may be sums of the sources': without a bias (which is kept or merged) and a norm of keys between
+        them and the weights, and where rounding the merged matrix is below the compute dtype's own rounding, or is not
+        asked for."""
         arch = self._architecture
         names = self.runner.checkpoint.layer_tensors(self.first)
-        between = ["self_attn.k_norm.weight", *(f"{arch.rows_of(which)[0]}.bias" for which in "kv")]
+        between = ["self_attn.k_norm.weight", f"{arch.rows_of('k')[0]}.bias"]
         narrow = self.compute_dtype != torch.float32 or self.fused_dtype == torch.float32
         return narrow and self._is_batched and not set(between) & set(names)
 
-    def _summed_sources(self) -> _KeyValueSums:
-        """Keys and values of all tokens by each source's own matrices, under the gain of the first."""
+    def _keys_of_sources(self) -> Tensor:
+        """Rotated keys of all tokens by each source's own matrix, under the gain of the first."""
         shape = (self.sources.count, len(self._tokens), self._kv_heads * self._head_dim)
-        options = {"dtype": self.compute_dtype, "device": self.runner.device}
-        found, pieces = _KeyValueSums(torch.empty(shape, **options), torch.empty(shape, **options)), self._pieces()
-        rotary = self.runner.checkpoint.rotary_types[self.first]
+        found = torch.empty(shape, dtype=self.compute_dtype, device=self.runner.device)
+        pieces, rotary = self._pieces(), self.runner.checkpoint.rotary_types[self.first]
+        spans = self._spans(pieces)
         for source, own in enumerate(self.sources.stack):
-            weights, spans = self.sources.weights(own, 0, False), self._spans(pieces)
-            for (start, stop), both in zip(spans, self._keys_values(pieces, weights, rotary), strict=True):
-                for kept, values in zip(found, both, strict=True):
-                    kept[source, start:stop] = values.flatten(1)
+            keys = self._keys(self._states_of(spans), pieces, self.sources.weights(own, 0, False), rotary)
+            for (start, stop), (values, _) in zip(spans, keys, strict=True):
+                found[source, start:stop] = values.flatten(1)
         return found
 
-    def _summands(self, coefficients: Tensor, rest: int) -> tuple[Tensor, Tensor] | None:
-        """The coefficients (candidates, sources) of keys and of values, of (candidates, sources) or (candidates,
-        matrices, sources); None where keys and values are to be computed from the states."""
-        if self.plan.key_values != "linear" or (rest and self.sources.norms == "keep"):
+    def _key_coefficients(self, coefficients: Tensor, rest: int) -> Tensor | None:
+        """Those of keys, (candidates, sources), of (candidates, sources) or (candidates, matrices, sources); None where
+        keys are to be computed from the states."""
+        if self.plan.keys != "linear" or (rest and self.sources.norms == "keep"):
             return None
         coefficients = coefficients.to(self.runner.device, torch.float32)
         if coefficients.ndim == 2:
-            return coefficients, coefficients
-        matrices = list(self._architecture.matrices)
-        keys, values = (coefficients[:, matrices.index(self._architecture.rows_of(which)[0])] for which in "kv")
-        return keys, values
+            return coefficients
+        return coefficients[:, list(self._architecture.matrices).index(self._architecture.rows_of("k")[0])]
+
+
+class _WeightedStates(torch.autograd.Function):
+    """(n, queries, d) float32: states (n, t, d) weighted by (n, queries, t) float32, without a gradient of the states.
+
+    A function of its own for `vmap`, which would copy the states for each candidate: their queries are one batch.
+    """
+
+    @staticmethod
+    def forward(shares: Tensor, states: Tensor) -> Tensor:
+        if states.dtype == torch.float32:
+            return torch.bmm(shares, states)
+        # A narrow dtype would round the shares: they are given as a sum of two numbers of it, in one product.
+        high = shares.to(states.dtype)
+        both = torch.cat([high, (shares - high.float()).to(states.dtype)], 1)
+        return torch.bmm(both, states).float().unflatten(1, (2, -1)).sum(1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (states,) = ctx.saved_tensors
+        return torch.bmm(gradient.to(states.dtype), states.transpose(1, 2)).float(), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], shares: Tensor, states: Tensor) -> tuple[Tensor, int]:
+        assert in_dims[1] is None, "states are the same for all candidates"
+        shares = shares.movedim(in_dims[0], 1)
+        return _WeightedStates.apply(shares.flatten(1, 2), states).unflatten(1, shares.shape[1:3]), 1
 
 
 def _sum(coefficients: Tensor, summands: Tensor) -> Tensor:

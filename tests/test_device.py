@@ -160,23 +160,24 @@ def test_what_is_summed_and_what_is_not(checkpoint, prompts, tmp_path, device):
         return TailScorer(TrunkCache(runner, FIRST, tmp_path / family), prompts, **options)
 
     scorer = linear("llama")
-    assert scorer.plan == ScoringPlan("device", "linear", 8, 131072) and scorer._sums is None
+    assert scorer.plan == ScoringPlan("device", "linear", 8, 131072) and scorer._source_keys is None
     list(scorer.score_many([PLANS[6]]))
-    assert scorer._summands(torch.ones(1, 3), 0) and scorer._summands(torch.ones(1, 3), 2) is None
+    ones = torch.ones(1, 3)
+    assert scorer._key_coefficients(ones, 0).shape == (1, 3) and scorer._key_coefficients(ones, 2) is None
     # Biases, norms of keys, and merged matrices that are rounded more than the computation.
-    assert [linear(family).plan.key_values for family in ("llama_biases", "qwen3")] == ["recompute"] * 2
-    assert linear("llama", fused_dtype=torch.bfloat16).plan.key_values == "recompute"
-    assert linear("llama", fused_dtype=torch.bfloat16, compute_dtype=torch.bfloat16).plan.key_values == "linear"
+    assert [linear(family).plan.keys for family in ("llama_biases", "qwen3")] == ["recompute"] * 2
+    assert linear("llama", fused_dtype=torch.bfloat16).plan.keys == "recompute"
+    assert linear("llama", fused_dtype=torch.bfloat16, compute_dtype=torch.bfloat16).plan.keys == "linear"
 
 
-@pytest.mark.parametrize("key_values", ["recompute", "linear"])
+@pytest.mark.parametrize("keys", ["recompute", "linear"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_bfloat16_agrees_with_float32(checkpoint, prompts, tmp_path, family, key_values):
+def test_bfloat16_agrees_with_float32(checkpoint, prompts, tmp_path, family, keys):
     """Same trunk, same rounded weights: states and products in bfloat16 move logits by its rounding and no answer."""
     runner = LayerRunner(checkpoint(family, torch.bfloat16))
     trunk, plans = TrunkCache(runner, FIRST, tmp_path), [p for p in PLANS if p.norms == "keep"]
     exact = torch.stack(list(TailScorer(trunk, prompts).score_many(plans)))
-    how = ScoringPlan("device", key_values if family == "llama" else "recompute", 4, 4096)
+    how = ScoringPlan("device", keys if family == "llama" else "recompute", 4, 4096)
     scorer = TailScorer(trunk, prompts, compute_dtype=torch.bfloat16, plan=how)
     assert scorer._tokens.dtype == torch.bfloat16
     narrow = torch.stack(list(scorer.score_many(plans)))

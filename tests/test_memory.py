@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from raymerge.memory import (
-    KEY_VALUES,
+    KEYS,
     STATES,
     LayerSize,
     MemoryPlanError,
@@ -39,21 +39,21 @@ def plan(size, work, gigabytes, **options):
 
 
 def test_the_paper_budget():
-    """What the design was made with: states 12.5 GB, weights 6.1 GB, sources' keys and values 43 GB each."""
+    """What the design was made with: states 12.5 GB, weights 6.1 GB, sources' keys 43 GB."""
     assert state_bytes(LLAMA, FULL) == TOKENS * 4096 * 2 == pytest.approx(12.5 * GB, rel=0.01)
     nothing = replace(FULL, tokens=0, questions=0)
     held = ScoringPlan("device", "recompute", 1, 8192)
     assert held_bytes(LLAMA, nothing, held) == pytest.approx(6.1 * GB, rel=0.01)
-    sums = held_bytes(LLAMA, FULL, replace(held, key_values="linear")) - held_bytes(LLAMA, FULL, held)
-    assert sums == 2 * 14 * TOKENS * 1024 * 2 == pytest.approx(2 * 43.7 * GB, rel=0.01)
+    sums = held_bytes(LLAMA, FULL, replace(held, keys="linear")) - held_bytes(LLAMA, FULL, held)
+    assert sums == 14 * TOKENS * 1024 * 2 == pytest.approx(43.7 * GB, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    ("work", "gigabytes", "linear", "states", "key_values", "least_candidates"),
+    ("work", "gigabytes", "linear", "states", "keys", "least_candidates"),
     [
-        (FULL, 139, True, "device", "linear", 4),
+        (FULL, 139, True, "device", "linear", 8),
         (FULL, 139, False, "device", "recompute", 8),
-        (FULL, 78, True, "device", "recompute", 8),
+        (FULL, 78, True, "device", "linear", 1),
         (FULL, 38, True, "device", "recompute", 4),
         (FULL, 22, False, "host", "recompute", 2),
         (FULL, 14, False, "host", "recompute", 1),
@@ -61,9 +61,9 @@ def test_the_paper_budget():
         (TENTH, 22, False, "device", "recompute", 8),
     ],
 )
-def test_where_the_8b_case_goes(work, gigabytes, linear, states, key_values, least_candidates):
+def test_where_the_8b_case_goes(work, gigabytes, linear, states, keys, least_candidates):
     found = plan(LLAMA, work, gigabytes, linear=linear)
-    assert (found.states, found.key_values) == (states, key_values)
+    assert (found.states, found.keys) == (states, keys)
     assert found.candidates >= least_candidates and found.chunk_tokens >= 8192
     assert scoring_bytes(LLAMA, work, found) <= 0.9 * gigabytes * GB
 
@@ -81,8 +81,8 @@ def test_more_memory_never_gives_a_slower_plan():
     """The order is where states lie and how keys come about; within one of these, candidates and then chunks."""
 
     def rank(found):
-        kind = [("host", "recompute"), ("device", "recompute"), ("host", "linear"), ("device", "linear")]
-        return (found.chunk_tokens >= 8192, kind.index((found.states, found.key_values)), found.candidates)
+        kind = [("host", "recompute"), ("device", "recompute"), ("device", "linear")]
+        return (found.chunk_tokens >= 8192, kind.index((found.states, found.keys)), found.candidates)
 
     for work in (FULL, TENTH):
         ranks = [rank(plan(LLAMA, work, gigabytes, linear=True)) for gigabytes in range(14, 200, 4)]
@@ -109,11 +109,11 @@ def test_every_smaller_plan_takes_less(gigabytes):
     assert needed == sorted(needed, reverse=True) and needed[0] > needed[-1]
     assert len(set(seen)) == len(seen) < 20
     assert seen[-1] == ScoringPlan("host", "recompute", 1, 256)
-    assert all(one.states in STATES and one.key_values in KEY_VALUES for one in seen)
+    assert all(one.states in STATES and one.keys in KEYS for one in seen)
     # Chunks are halved while matmuls stay large, then candidates, then what is held; tiny chunks come last.
     changed = [[name for name in vars(a) if getattr(a, name) != getattr(b, name)] for a, b in itertools.pairwise(seen)]
     order = list(dict.fromkeys(name for (name,) in changed))
-    kinds = ["chunk_tokens", "candidates"] + (["key_values", "states"] if gigabytes == 139 else [])
+    kinds = ["chunk_tokens", "candidates"] + (["keys", "states"] if gigabytes == 139 else [])
     assert order == kinds
 
 

@@ -273,9 +273,9 @@ class Bench:
         )
         planned = scorer.plan
         answers = None
-        for key_values in dict.fromkeys(("recompute", planned.key_values)):
+        for keys in dict.fromkeys(("recompute", planned.keys)):
             for together in (1, 8):
-                scorer.plan = replace(planned, key_values=key_values, candidates=min(together, planned.candidates))
+                scorer.plan = replace(planned, keys=keys, candidates=min(together, planned.candidates))
                 if not self.cuda:
                     scorer.plan = replace(planned, candidates=together)
                 repeat = 3 if self.cuda else 1
@@ -287,7 +287,7 @@ class Bench:
                     "candidate",
                     questions=count,
                     at_once=scorer.plan.candidates,
-                    key_values=scorer.plan.key_values,
+                    keys=scorer.plan.keys,
                     states=scorer.plan.states,
                     chunk_tokens=scorer.plan.chunk_tokens,
                     seconds=seconds,
@@ -298,8 +298,8 @@ class Bench:
                 if count == max(self.options.questions):
                     best = self.goals.get("seconds_a_candidate", float("inf"))
                     self.goals["seconds_a_candidate"] = min(best, seconds)
-        scorer._sums = None  # makes room for what autograd keeps
-        scorer.plan = replace(planned, key_values="recompute")
+        scorer._source_keys = None  # makes room for what autograd keeps
+        scorer.plan = replace(planned, keys="recompute")
         self.gradient(scorer, count)
         if count == max(self.options.questions):
             self.kept = prompts, answers
@@ -309,14 +309,16 @@ class Bench:
         size, tokens = scorer.runner.layer_size, len(scorer._tokens)
         width = 2 if self.cuda else 4
         at_once, sources = scorer.plan.candidates, scorer.sources.count
-        operations = 2 * questions * (2 * size.hidden * size.query + 3 * size.hidden * size.mlp)
+        # Queries, values and the attention's output a question; states weighted by every query head a token.
+        operations = 2 * questions * (3 * size.hidden * size.query + 3 * size.hidden * size.mlp)
+        operations += 2 * tokens * size.hidden * size.heads
         moved = sources * size.parameters * width / at_once + size.parameters * width
-        if scorer.plan.key_values == "recompute":
-            operations += 2 * tokens * size.hidden * 2 * size.key
-            moved += tokens * size.hidden * width / at_once
+        moved += tokens * size.hidden * width / at_once
+        if scorer.plan.keys == "recompute":
+            operations += 2 * tokens * size.hidden * size.key
         else:
-            operations += 2 * tokens * sources * 2 * size.key
-            moved += 2 * tokens * sources * size.key * width / at_once
+            operations += 2 * tokens * sources * size.key
+            moved += tokens * sources * size.key * width / at_once
         return {
             "share_of_matrix_rate": operations / seconds / self.rates["matrix"],
             "share_of_bandwidth": moved / seconds / self.rates["bandwidth"],
