@@ -33,10 +33,10 @@ class _Section(BaseModel):
 
 class ModelConfig(_Section):
     """The model. path: demo, a folder, a hub id, or a .gguf file, which is dequantised once into ~/.cache/raymerge
-    (needs the extra gguf). dtype: of the computation; auto is float32 on CPUs and the stored dtype on GPUs. add_bos:
-    put the BOS token first; null does as the tokenizer does. quantise: judge the models with every decoder layer's
-    matrices rounded to int8 or int4 after merging (needs the extra quant); saved checkpoints stay as they are.
-    trust_remote_code: run the model repository's own Python."""
+    (needs the extra gguf). dtype: of the computation; auto is float32 on CPUs and the stored dtype on GPUs.
+    add_bos: put the BOS token before prompts and windows of text; null does as the tokenizer does. quantise: judge
+    the models with every decoder layer's matrices rounded to int8 or int4 after merging (needs the extra quant);
+    saved checkpoints stay as they are. trust_remote_code: run the model repository's own Python."""
 
     path: str = "demo"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

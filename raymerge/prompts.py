@@ -209,15 +209,27 @@ def _cut(group: Group, first: np.ndarray, limit: int) -> list[Group]:
 
 
 def encode_text(
-    text: str, tokenizer: Any, *, limit: int | None = None, window: int = TEXT_WINDOW, start: int = 0
+    text: str,
+    tokenizer: Any,
+    *,
+    limit: int | None = None,
+    window: int = TEXT_WINDOW,
+    start: int = 0,
+    add_bos: bool | None = None,
 ) -> tuple[Shard, ...]:
     """Plain text as windows of `window` tokens that do not overlap, at most `limit` tokens from number `start` on.
 
-    A last window of one token is left out: the first token of each window is not scored.
+    add_bos: begin each window with the beginning-of-sequence token, one of its `window`; None does what the tokenizer
+    does by default. Models that were trained with it are far off without (lm-evaluation-harness puts it there too).
+    The first token of each window is not scored: without that token it is one of the text's, and a last window of one
+    token is left out.
     """
+    bos = bos_token(tokenizer, add_bos)
+    first = [] if bos is None else [bos]
     ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
     whole, ids = len(ids), ids[start:][:limit]
-    windows = [ids[first : first + window] for first in range(0, len(ids), window)]
+    step = window - len(first)
+    windows = [np.array([*first, *ids[at : at + step]], dtype=np.int64) for at in range(0, len(ids), step)]
     windows = [part for part in windows if len(part) > 1]
     if not windows:
         after = f" of {whole} after the first {start}" if start else ""

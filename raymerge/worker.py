@@ -196,6 +196,10 @@ class ModelWorker:
         options = {"add_bos": self.config.model.add_bos, "shards": self._shards_wanted}
         return encode_questions(questions, self.checkpoint.tokenizer, **options)
 
+    def _encode_text(self, text: str, start: int, limit: int | None) -> tuple[Shard, ...]:
+        options = {"add_bos": self.config.model.add_bos, "limit": limit, "start": start}
+        return encode_text(text, self.checkpoint.tokenizer, **options)
+
     def choice_prompts(self, role: str) -> ChoicePrompts:
         """The tokenised task of a role, which is a task's."""
         if role not in self._choices:
@@ -210,23 +214,21 @@ class ModelWorker:
         text = read_text(self.config)
         if text is None:
             return ()
-        return encode_text(text, self.checkpoint.tokenizer, limit=self.config.data.perplexity_tokens)
+        return self._encode_text(text, 0, self.config.data.perplexity_tokens)
 
     @cached_property
     def search_text_shards(self) -> tuple[Shard, ...]:
         """The plain text that candidates are judged on; none where the search asks for none."""
         if self.search_text is None:
             return ()
-        text, start = self.search_text
-        return encode_text(text, self.checkpoint.tokenizer, limit=self.config.search.text_tokens, start=start)
+        return self._encode_text(*self.search_text, self.config.search.text_tokens)
 
     @cached_property
     def calibration_shards(self) -> tuple[Shard, ...]:
         """What something is chosen or fitted on: the calibration text, or shards of the search questions' prompts."""
         settings = self.config.calibration
         if self.calibration_text is not None:
-            text, start = self.calibration_text
-            return encode_text(text, self.checkpoint.tokenizer, limit=settings.tokens, start=start)
+            return self._encode_text(*self.calibration_text, settings.tokens)
         shards = self._encode(self._calibration).shards
         chosen, tokens = [], 0
         for number in np.random.default_rng(settings.seed).permutation(len(shards)):

@@ -235,7 +235,12 @@ def test_a_shard_s_identity_is_of_its_tokens_and_grouping():
 
 def letters_tokenizer():
     """One token a character, its code point: token counts are lengths."""
-    return lambda text, **_: {"input_ids": [ord(character) for character in text]}
+
+    def tokenizer(text, **_):
+        return {"input_ids": [ord(character) for character in text]}
+
+    tokenizer.bos_token_id = None
+    return tokenizer
 
 
 def windows_of(shards):
@@ -288,10 +293,20 @@ def test_a_text_can_begin_later():
         encode_text(text, letters_tokenizer(), start=49)
 
 
-def test_text_has_no_special_tokens(demo):
+def test_windows_of_text_begin_as_the_tokenizer_or_the_option_says():
+    """All that a text's tokens lose to the first one is one place of each window."""
     tokenizer = byte_tokenizer(bos=True)
-    (window,) = windows_of(encode_text("red cat", tokenizer))
-    assert window == tokenizer("red cat", add_special_tokens=False)["input_ids"] and 0 not in window
+    ids = tokenizer("red cat", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 7 and tokenizer("red cat")["input_ids"] == [0, *ids]
+    found = windows_of(encode_text("red cat", tokenizer, window=4))
+    assert found == windows_of(encode_text("red cat", tokenizer, window=4, add_bos=True))
+    assert found == [[0, *ids[:3]], [0, *ids[3:6]], [0, ids[6]]]
+    assert windows_of(encode_text("red cat", tokenizer, add_bos=False)) == [ids]
+    assert windows_of(encode_text("red cat", tokenizer, start=5, limit=1)) == [[0, ids[5]]]
+    with pytest.raises(PromptError, match="has 0 tokens of 7 after the first 7"):
+        encode_text("red cat", tokenizer, start=7)
+    with pytest.raises(PromptError, match="add_bos is true, but the tokenizer has no"):
+        encode_text("red cat", letters_tokenizer(), add_bos=True)
 
 
 def test_long_texts_do_not_warn(demo, recwarn):
