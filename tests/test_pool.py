@@ -3,6 +3,7 @@
 import os
 import platform
 import resource
+import signal
 import time
 from contextlib import nullcontext
 
@@ -181,6 +182,17 @@ def test_an_item_that_kills_every_worker_is_named(ray_session, tmp_path):
     with WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, timeout_s=60, max_restarts=5) as pool:
         with pytest.raises(WorkerError, match=r"work of item 1 .*die.* failed 3 times"):
             pool.map("work", [("work", 0), ("die", 1)])
+
+
+def test_workers_that_died_while_they_had_nothing_to_do_fail_no_item(ray_session, tmp_path):
+    """As when a node is lost with all its workers, of which one or none was at work."""
+    events = []
+    options = {"count": 4, "max_restarts": 0, "on_event": lambda *event: events.append(event)}
+    with WorkerPool(Plain, {"folder": str(tmp_path)}, **options) as pool:
+        for pid in pool.broadcast("process")[:3]:
+            os.kill(pid, signal.SIGKILL)
+        assert pool.map("work", [("work", 7)]) == [49]
+    assert {worker for kind, worker, _ in events if kind == "lost"} == {"worker-0", "worker-1", "worker-2"}
 
 
 def test_a_pool_whose_workers_are_used_up_says_so(ray_session, tmp_path):
