@@ -157,9 +157,14 @@ def _counted(tensors: Iterator[tuple[str, Tensor]], total: int, progress: Progre
         progress.advance(done)
 
 
+def saved_record(folder: Path) -> dict[str, Any]:
+    """What `save_merged` wrote beside a model saved earlier."""
+    return json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+
+
 def saved_proof(folder: Path) -> dict[str, Any] | None:
     """The proof of a model saved earlier, None where it had none; ProofError where it did not pass."""
-    proof = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")).get("proof")
+    proof = saved_record(folder).get("proof")
     if proof is not None:
         check_proof(proof, folder)
     return proof
@@ -168,7 +173,6 @@ def saved_proof(folder: Path) -> dict[str, Any] | None:
 def _record(
     checkpoint: Checkpoint, plan: MergePlan, found: list[dict[str, Any]], command: Sequence[str] | None
 ) -> dict[str, Any]:
-    plan_id = plan.plan_id(checkpoint.identity)
     plan_id = plan.plan_id(checkpoint.identity)
     changed = [receipt for receipt in found if receipt["max_abs_change"] > 0.0]
     record = {

@@ -13,13 +13,18 @@ import pyarrow.compute as pc
 import pytest
 import task_files
 
+import raymerge.merging
 import raymerge.prompts
 import raymerge.proof
 from raymerge import cli, summary
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
-from raymerge.experiments import evaluate, search
+from raymerge.experiments import alpha_search, evaluate, search
+from raymerge.experiments.common import read_inputs, settings_of
+from raymerge.experiments.planning import starting_plan
+from raymerge.inputs import REPORT, SEARCH
 from raymerge.plan import read_alpha_file
+from raymerge.progress import Silent
 from raymerge.proof import ProofError
 from raymerge.schemas import TEXT_SPLIT
 from raymerge.tables import RunDirectory, RunError
@@ -190,6 +195,53 @@ def test_a_saved_model_that_failed_its_proof_fails_the_search_and_stays(run, ray
         assert Checkpoint(str(again / "models" / "found_bayes")).n_layers == Checkpoint("demo").n_layers - 13
 
 
+@pytest.fixture
+def saver(monkeypatch):
+    """What saves a search's models, without anything searched, and a plan to save."""
+    monkeypatch.setattr(alpha_search, "search_results", lambda *_: [])  # which are in no table
+    return _saver
+
+
+def _saver(out, *more):
+    settings = config(out, *more)
+    inputs = read_inputs(settings, (SEARCH, REPORT))
+    run = RunDirectory.open(out, settings_of(settings, "model", "data"), "search")
+    start = starting_plan(settings.plan, inputs.checkpoint.n_layers, None)
+    of = alpha_search._Search(settings, inputs, run, str(out / "cache"), start, None, Silent(), ["test"])
+    return of._save, of._candidate([0.5] * 13, "found_bayes")
+
+
+def test_a_model_whose_proof_was_interrupted_is_not_taken_for_a_proved_one(saver, tmp_path, monkeypatch):
+    save, plan = saver(tmp_path / "run", "output.verify=true")
+    where, prove = tmp_path / "run" / "models" / "found_bayes", raymerge.merging.prove
+    beside = []
+
+    def interrupted(checkpoint, plan, folder, **_):
+        beside.extend(path.name for path in (tmp_path / "run").iterdir() if folder.is_relative_to(path))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(raymerge.merging, "prove", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(plan)
+    assert [name.startswith("_tmp.") for name in beside] == [True], "what a killed process leaves is deleted"
+    assert not where.exists()
+    monkeypatch.setattr(raymerge.merging, "prove", prove)
+    assert save(plan)[1]["passed"]
+
+
+def test_a_saved_model_is_kept_only_for_its_plan_and_with_the_proof_that_is_asked_for(saver, tmp_path):
+    save, plan = saver(tmp_path / "run")
+    where, proof = save(plan)
+    assert proof is None
+    written = Path(where, "model.safetensors").stat().st_mtime_ns
+    assert save(plan) == (where, None) and Path(where, "model.safetensors").stat().st_mtime_ns == written
+    proof = saver(tmp_path / "run", "output.verify=true")[0](plan)[1]
+    assert proof["passed"], "output is free to differ from call to call"
+    other = plan.with_alphas([0.25] * 13, name=plan.name, kind=plan.kind)
+    assert save(other) == (where, None)
+    assert read_alpha_file(Path(where, "alphas.json"), other.n_layers).alphas == other.alphas
+
+
 def test_receipts_say_that_dropping_changes_nothing_and_merging_seven_matrices(run):
     names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
     changed = {}
@@ -201,7 +253,6 @@ def test_receipts_say_that_dropping_changes_nothing_and_merging_seven_matrices(r
 
 def test_an_interrupted_search_goes_on_and_a_complete_one_is_left_alone(run, ray_session, tmp_path, monkeypatch):
     settings = config(tmp_path / "cut")
-    from raymerge.experiments import alpha_search
 
     class Cut(Exception):
         pass
@@ -425,8 +476,6 @@ GRADIENT = [
 
 
 def test_a_search_by_gradient_keeps_every_epoch_and_goes_on_where_it_was_cut(ray_session, tmp_path, monkeypatch):
-    from raymerge.experiments import alpha_search
-
     class Cut(Exception):
         pass
 

@@ -48,7 +48,7 @@ from raymerge.experiments.refitting import fit, refit_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH
-from raymerge.merging import save_merged, saved_proof
+from raymerge.merging import save_merged, saved_proof, saved_record
 from raymerge.objectives import is_minimised, parse_objective
 from raymerge.plan import (
     MergePlan,
@@ -62,8 +62,10 @@ from raymerge.plan import (
 )
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
+from raymerge.proof import ProofError
 from raymerge.proposers import BayesProposer, Proposer, RandomProposer, Starts
 from raymerge.search import check_loggers, choose_batch, run_search
+from raymerge.storage import TEMPORARY
 from raymerge.tables import RunDirectory
 
 _INSIDE = 0.05  # an alpha's distance from its corner where a descent starts near one
@@ -458,12 +460,16 @@ class _Search:
         """The merged checkpoint in models/, with plan, alphas and receipts beside the weights, and its proof.
 
         fitted: the tensors of a refitted plan by position. One that does not pass its proof is kept there all the same,
-        and raises ProofError.
+        and raises ProofError; one whose proof did not come to an end is not. What an earlier call has saved stays.
         """
-        where = self.run.path_of("models", best.name)
+        where, plan_id = self.run.path_of("models", best.name), best.plan_id(self.identity)
         if self.run.is_local and Path(where).exists():
-            return where, saved_proof(Path(where))
-        with tempfile.TemporaryDirectory(dir=Path(where).parent.parent if self.run.is_local else None) as scratch:
+            record = saved_record(Path(where))
+            if record["plan_id"] == plan_id and (record.get("proof") or not self.config.output.verify):
+                return where, saved_proof(Path(where))
+        # In the run, so that a killed process's is deleted at the next start.
+        beside = Path(where).parent.parent if self.run.is_local else None
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=beside) as scratch:
             folder = Path(scratch) / best.name
             # What the workers have matched is read from the cache.
             data = self.inputs.questions[SEARCH].identity
@@ -477,8 +483,9 @@ class _Search:
                     verify=self.config.output.verify,
                     progress=self.progress,
                     command=self.command,
-                    results=search_results(self.run, best.plan_id(self.identity), self.config.data.report_split),
+                    results=search_results(self.run, plan_id, self.config.data.report_split),
                 )
-            finally:
-                uploaded = self.run.upload(folder, "models", best.name) if folder.exists() else where
-        return uploaded, record["proof"]
+            except ProofError:
+                self.run.upload(folder, "models", best.name)
+                raise
+            return self.run.upload(folder, "models", best.name), record["proof"]
