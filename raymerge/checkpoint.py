@@ -34,8 +34,9 @@ from raymerge.tensorfiles import ITEM_BYTES, Layout, OpenTensorFile
 WEIGHT_INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 5 * 10**9
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_TOKENIZER = ("token", "vocab", "merges", "special", "added")
 # What belongs to a tokenizer or to generation and is carried over to a merged checkpoint as it is.
-_CARRIED = ("token", "vocab", "merges", "special", "added", "chat_template", "generation_config")
+_CARRIED = (*_TOKENIZER, "chat_template", "generation_config")
 
 
 class CheckpointError(UserError):
@@ -217,6 +218,12 @@ class Checkpoint(Mapping[str, Tensor]):
             with file.open("rb") as stream:
                 hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
         return digest({"config": config, "weights": hashes})
+
+    @cached_property
+    def tokenizer_identity(self) -> str:
+        """First 16 hex digits of SHA-256 over the tokenizer's files, by name."""
+        files = [file for file in self.directory.iterdir() if file.is_file() and file.name.startswith(_TOKENIZER)]
+        return digest({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -1,6 +1,7 @@
 """Run directories: Arrow tables with fixed schemas, atomic writes, and a manifest written last.
 
     RUN/config.yaml           the resolved config; its first lines name the experiment and the run
+    RUN/inputs.json           identities of the files that the config led to
     RUN/tables/NAME/*.parquet parts of table NAME; `all.parquet` is what `replace` and `compact` write
     RUN/models/NAME/          checkpoints
     RUN/manifest.json         written last; no manifest: the run is going on or was killed
@@ -55,6 +56,7 @@ __all__ = [
 FREE_SECTIONS = ("workers", "output")
 """Top-level config sections that may differ when a run is resumed: they cannot change a result."""
 
+_INPUTS = "inputs.json"
 _WHOLE = "all"  # the part that replace and compact write
 _CONTENTS = b"raymerge.contents"  # key of its metadata: JSON [[part, rows], …], the parts it stands for
 
@@ -243,6 +245,37 @@ class RunDirectory:
         rows = {name: count for name, count in self.row_counts().items() if name != "incidents"}
         if rows:
             self.note("resumed", detail=", ".join(f"{count} {name}" for name, count in rows.items()))
+
+    def hold_to(self, inputs: dict[str, str]) -> None:
+        """Refuse to continue what was made from other inputs: the same paths may lead to other files by now.
+
+        Parameters
+        ----------
+        inputs : dict of str to str
+            Identities by name. They are stored beside the config; a name that is new is added.
+
+        Raises
+        ------
+        RunError
+            Where rows are stored that were made from others; the message names them with both identities.
+        """
+        try:
+            stored = json.loads(self._storage.read(_INPUTS))
+        except FileNotFoundError:
+            stored = {}
+        except ValueError as error:
+            raise RunError(f"{self._storage.show(_INPUTS)} is not JSON ({error}); delete the folder") from error
+        known = {name: value for name, value in inputs.items() if name in stored}
+        if differing := _differences(stored, stored | known):
+            if any(table != "incidents" for table in self.row_counts()):
+                lines = "".join(f"\n  {name}: {there} in the run, {now} now" for name, there, now in sorted(differing))
+                raise RunError(
+                    f"{self._storage.name} holds results made from other inputs, under the same paths:{lines}\n"
+                    "choose another --out, or delete the folder to start anew"
+                )
+        if stored | inputs != stored:
+            text = json.dumps(stored | inputs, indent=2, ensure_ascii=False) + "\n"
+            self._storage.publish(_INPUTS, text.encode("utf-8"))
 
     def note(self, kind: str, worker: str | None = None, detail: str = "") -> None:
         """Add a row to table `incidents`."""

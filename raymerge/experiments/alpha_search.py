@@ -28,6 +28,7 @@ from raymerge.experiments.common import (
     counted,
     describe_workers,
     draw_figures,
+    hold_to,
     model_facts,
     open_pool,
     read_inputs,
@@ -99,6 +100,8 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
         return run
+    matrices = () if similarity is None else (similarity.matrix, similarity.block_influence)
+    hold_to(run, inputs, progress, plans=[start, *probes], similarity=matrices)
     run.begin()
     with runtime(config, progress):
         cache = cache_of(config, run)
@@ -186,7 +189,7 @@ class _Search:
         options = {"run": self.run, "template": self.template, "firsts": self.firsts, "progress": self.progress}
         with open_pool(self.config, self.inputs, self.cache, **options) as pool:
             self.pool = pool
-            self.facts["workers"] = describe_workers(pool, self.inputs, self.progress)
+            self.facts["workers"] = describe_workers(pool, self.inputs, self.progress, self.run)
             shards = compute_trunk(pool, self.inputs, self.progress)
             align(pool, [self.template], self.progress)  # after the trunk, whose states matching by activations needs
             trunk_seconds = time.monotonic() - began
