@@ -50,12 +50,14 @@ __all__ = [
     "derive_accuracy",
     "derive_task_accuracy",
     "is_minimised",
+    "part_name",
     "way_of",
 ]
 
 FREE_SECTIONS = ("workers", "output")
 """Top-level config sections that may differ when a run is resumed: they cannot change a result."""
 
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _INPUTS = "inputs.json"
 _WHOLE = "all"  # the part that replace and compact write
 _CONTENTS = b"raymerge.contents"  # key of its metadata: JSON [[part, rows], …], the parts it stands for
@@ -174,7 +176,7 @@ class RunDirectory:
                 self._next[table] = 1 + max((int(name[:6]) for name in names if re.match(r"\d{6}-", name)), default=-1)
             part = f"{self._next[table]:06d}-{uuid.uuid4().hex[:8]}"
             self._next[table] += 1
-        elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part) or part == _WHOLE:
+        elif not re.fullmatch(_PART, part) or part == _WHOLE:
             raise ValueError(f"part is {part!r}, but should be letters, digits, '.', '_', '-' and not {_WHOLE!r}")
         contents = self._contents(table)
         if part in dict(contents):  # compacted already: its rows lie inside all.parquet, so rewrite that in one go
@@ -460,6 +462,12 @@ class RunDirectory:
     def _delete_parts(self, table: str, names) -> None:
         for name in names:
             self._storage.delete(_part_path(table, name))
+
+
+def part_name(*words: str) -> str:
+    """A name that `RunDirectory.append` takes for a part, made of words as data has them."""
+    name = "-".join(words)
+    return name if re.fullmatch(_PART, name) else digest(list(words))
 
 
 def _part_path(table: str, name: str) -> str:

@@ -31,7 +31,7 @@ from raymerge.inputs import SUBSETS, Subset
 from raymerge.progress import Progress, Silent, step
 from raymerge.reliability import Correlation, Study, correlate, correlate_matrices
 from raymerge.sensitivity import recipe_of
-from raymerge.tables import RunDirectory
+from raymerge.tables import RunDirectory, part_name
 
 Row = dict[str, Any]
 
@@ -96,7 +96,7 @@ def _store(config: Config, run: RunDirectory, subset: Subset, found: Study, acti
     """The rows of one subset, as one part of each table."""
     settings = config.similarity
     common = {"subset": subset.name, "language": subset.language}
-    part = f"{subset.name}-{subset.language}"
+    part = part_name(subset.name, subset.language)
     run.append("samples", sample_rows(subset), part=part)
     run.append(
         "block_influence",
