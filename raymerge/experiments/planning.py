@@ -247,6 +247,7 @@ def recomputed_plan(config: Config, n_layers: int, cache: str, progress: Progres
     source = parse_config(stored.config, source=f"{plan.similarity_run}/config.yaml")
     if source.model != config.model:
         raise ConfigError(f"{plan.similarity_run} is a run of {source.model.path}, not of {config.model.path}")
+    source = source.model_copy(update={"workers": config.workers})  # it may have been made on another cluster
     inputs = read_inputs(source, (SUBSETS,), text=False)
     wanted = [
         number
@@ -262,6 +263,7 @@ def recomputed_plan(config: Config, n_layers: int, cache: str, progress: Progres
     alphas: list[float] = []
     most = plan.merges or n_layers - 1
     with open_pool(source, inputs, cache, most=1, progress=progress) as pool:
+        describe_workers(pool, inputs, progress)
         progress.stage("merging with recomputed similarity", most)
         while len(pairs) < most:
             so_far = pairs_plan(n_layers, pairs, alphas, name="so far", kind="file", **options_of(plan))
