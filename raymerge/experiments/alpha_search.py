@@ -371,7 +371,7 @@ class _Search:
             minimise=is_minimised(settings.objective),
             candidates=candidates,
             batch=batch,
-            concurrent=None if settings.concurrent == "auto" else concurrent,
+            concurrent=None if settings.concurrent == "auto" else settings.concurrent,  # more workers may join
             seed=settings.seed,
             record=self._record,
             replayed=done,
