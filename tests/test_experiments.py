@@ -20,13 +20,14 @@ from raymerge import cli, summary
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
 from raymerge.experiments import alpha_search, evaluate, search
-from raymerge.experiments.common import read_inputs, settings_of
+from raymerge.experiments.common import cache_of, describe_workers, read_inputs, settings_of
 from raymerge.experiments.planning import starting_plan
 from raymerge.inputs import REPORT, SEARCH
 from raymerge.plan import read_alpha_file
 from raymerge.progress import Silent
 from raymerge.proof import ProofError
 from raymerge.schemas import TEXT_SPLIT
+from raymerge.search import SearchOutcome
 from raymerge.tables import RunDirectory, RunError
 from raymerge.worker import ModelWorker
 
@@ -240,6 +241,49 @@ def test_a_saved_model_is_kept_only_for_its_plan_and_with_the_proof_that_is_aske
     other = plan.with_alphas([0.25] * 13, name=plan.name, kind=plan.kind)
     assert save(other) == (where, None)
     assert read_alpha_file(Path(where, "alphas.json"), other.n_layers).alphas == other.alphas
+
+
+class Awaited:
+    """A pool of one worker that more will join."""
+
+    count = 1
+
+
+@pytest.mark.parametrize("asked, expected", [("8", 8), ("auto", None)])
+def test_workers_that_join_a_search_get_work_up_to_what_was_asked_for(saver, tmp_path, monkeypatch, asked, expected):
+    seen = []
+    monkeypatch.setattr(
+        alpha_search, "run_search", lambda *_, **options: seen.append(options) or SearchOutcome(0, 0.0, None)
+    )
+    save, _ = saver(tmp_path / "run", f"search.concurrent={asked}")
+    save.__self__.pool = Awaited()
+    save.__self__._search_coefficients("random", 4, [], 1.0)
+    assert seen[0]["concurrent"] == expected
+
+
+@pytest.mark.parametrize("folder, expected", [("~/states", "home/states"), ("states", "here/states")])
+def test_the_cache_is_one_folder_for_driver_and_workers(tmp_path, monkeypatch, folder, expected):
+    """Whatever their working directories are."""
+    for name in ("home", "here"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    settings = config(tmp_path / "run", f"output.cache={folder}")
+    assert cache_of(settings, RunDirectory.open(tmp_path / "run", {}, "search")) == str(tmp_path / expected)
+
+
+def test_a_cache_in_an_object_store_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"output.cache = 's3://bucket/states': must be a folder"):
+        config(tmp_path, "output.cache=s3://bucket/states")
+
+
+def test_workers_with_other_files_are_the_users_to_mend(tmp_path):
+    settings = config(tmp_path / "run", "data.perplexity_text=null")
+    inputs = read_inputs(settings, (REPORT,))
+    pool = LocalPool(settings, inputs, tmp_path)
+    object.__setattr__(inputs, "questions", {})  # as if the driver's were others
+    with pytest.raises(ConfigError, match="must lead to the same files on every machine"):
+        describe_workers(pool, inputs, Silent())
 
 
 def test_receipts_say_that_dropping_changes_nothing_and_merging_seven_matrices(run):

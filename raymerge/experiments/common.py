@@ -126,8 +126,11 @@ def settings_of(config: Config, *sections: str) -> dict[str, Any]:
 def cache_of(config: Config, run: RunDirectory) -> str:
     """The folder of states, activations and alignments: output.cache, or RUN/cache where RUN is on a disk, or a folder
     of the user's cache that a resumed run finds again. Each machine has its own unless they share it."""
-    if config.output.cache or run.is_local:
-        return config.output.cache or run.path_of("cache")
+    if config.output.cache:
+        # Workers of a cluster that is there already do not start where the driver does.
+        return str(Path(config.output.cache).expanduser().absolute())
+    if run.is_local:
+        return run.path_of("cache")
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return str(Path(folder) / "raymerge" / run.run_id)
 
@@ -221,7 +224,7 @@ def describe_workers(
     def check(worker: dict[str, Any]) -> None:
         for key, value in ours.items():
             if worker[key] != value:
-                raise ValueError(
+                raise ConfigError(
                     f"{key} of the worker on {worker['host']} is {worker[key]}, the driver's {value}: the paths in the "
                     "configuration must lead to the same files on every machine"
                 )
