@@ -6,8 +6,9 @@
     RUN/models/NAME/          checkpoints
     RUN/manifest.json         written last; no manifest: the run is going on or was killed
 
-One process writes a run, any number read it. Every file appears whole: under a temporary name and
-renamed on disks, by one PUT on object stores.
+One process writes a run, any number read it; on a disk it holds RUN/.lock until the manifest is
+written. Every file appears whole: under a temporary name and renamed on disks, by one PUT on object
+stores.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from raymerge.schemas import (
     schema_of,
     way_of,
 )
-from raymerge.storage import TEMPORARY, RunError, Storage
+from raymerge.storage import LOCK, TEMPORARY, Lock, RunError, Storage
 
 __all__ = [
     "FREE_SECTIONS",
@@ -85,6 +86,7 @@ class RunDirectory:
         self.run_id = self.experiment = ""
         self.config: dict = {}
         self._next: dict[str, int] = {}
+        self._lock: Lock | None = None
         self._begun = (datetime.now(UTC), time.monotonic())
 
     def __repr__(self) -> str:
@@ -109,7 +111,8 @@ class RunDirectory:
         ------
         RunError
             Where the folder holds something else, another experiment, or a config that differs in
-            more than `workers` and `output`; the message names the keys with both values.
+            more than `workers` and `output`; the message names the keys with both values. Where
+            another process is writing the run.
         """
         run = cls(path, filesystem)
         config = plain(config)
@@ -117,7 +120,7 @@ class RunDirectory:
             raise RunError(f"{run._storage.name} is a file, but a run directory is a folder; choose another --out")
         stored = run._read_config()
         if stored is None:
-            others = [name for name in run._storage.names() if not name.startswith(TEMPORARY)]
+            others = [name for name in run._storage.names() if not name.startswith(TEMPORARY) and name != LOCK]
             if others:
                 found = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
                 raise RunError(
@@ -128,6 +131,8 @@ class RunDirectory:
             run._refuse_other(*stored, experiment, config)
         # the stored config names the run: 1 and 1.0 compare equal but have different digests
         run._adopt(experiment, config, named_by=stored[1] if stored else config)
+        if not run.complete:
+            run._lock = run._storage.lock()
         run._storage.clear_temporary()
         if stored is None or stored[1] != config:
             head = f"# experiment: {experiment}\n# run_id: {run.run_id}\n"
@@ -242,6 +247,7 @@ class RunDirectory:
     def begin(self) -> None:
         """Start or continue the work: remove the manifest of an earlier end, and start the clock. That it continues
         is an incident."""
+        self._lock = self._lock or self._storage.lock()
         self._storage.delete("manifest.json")
         self._begun = (datetime.now(UTC), time.monotonic())
         rows = {name: count for name, count in self.row_counts().items() if name != "incidents"}
@@ -314,6 +320,7 @@ class RunDirectory:
         content = plain({**content, **facts}, nan_as_none=True)
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         self._storage.publish("manifest.json", text.encode("utf-8"))
+        self._lock = None
         return content
 
     def manifest(self) -> dict | None:

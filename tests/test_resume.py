@@ -1,6 +1,8 @@
 """A run that is taken up again: by the files it was begun with, wherever their paths lead by now."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -97,6 +99,51 @@ def test_what_holds_no_rows_yet_may_be_begun_with_other_files(tmp_path):
         run.hold_to({"model": "b", "dtype": "bfloat16"})
     (tmp_path / "run" / "inputs.json").unlink()  # as in runs of earlier versions
     run.hold_to({"model": "c"})
+
+
+WRITER = """
+import sys
+from raymerge.tables import RunDirectory
+run = RunDirectory.open(sys.argv[1], {"model": {}}, "search")
+run.begin()
+print("begun", flush=True)
+sys.stdin.readline()
+run.write_manifest(sys.argv[2])
+print("ended", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("end", ["complete", "failed", "killed"])
+def test_one_process_at_a_time_writes_a_run(tmp_path, end):
+    """Two that are given the same command would delete what the other is writing, and replace its parts."""
+    arguments = [sys.executable, "-c", WRITER, str(tmp_path / "run"), end]
+    other = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with other:
+        assert other.stdout.readline() == "begun\n"
+        (tmp_path / "run" / "_tmp.1.part").write_text("being written")
+        with pytest.raises(RunError, match=f"another process is writing {tmp_path / 'run'}.*{other.pid}"):
+            RunDirectory.open(tmp_path / "run", {"model": {}}, "search")
+        assert (tmp_path / "run" / "_tmp.1.part").exists()
+        assert RunDirectory.load(tmp_path / "run").row_counts() == {}, "any number read it"
+        if end == "killed":
+            other.kill()
+            other.wait()
+        else:
+            other.stdin.write("\n")
+            other.stdin.flush()
+            assert other.stdout.readline() == "ended\n"
+        for _ in range(2):  # as often as one process likes
+            run = RunDirectory.open(tmp_path / "run", {"model": {}}, "search")
+            run.begin()
+        assert not (tmp_path / "run" / "_tmp.1.part").exists()
+        other.kill()
+
+
+def test_a_start_that_was_killed_before_it_wrote_anything_can_be_repeated(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    RunDirectory.open(tmp_path / "run", {"model": {}}, "search").begin()
 
 
 def test_the_tokenizer_is_known_by_its_files(model):

@@ -336,7 +336,7 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path):
 def test_a_start_that_was_killed_can_be_repeated(tmp_path):
     (tmp_path / "_tmp.0.config.yaml").write_text("half")
     RunDirectory.open(tmp_path, CONFIG, "search")
-    assert os.listdir(tmp_path) == ["config.yaml"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "config.yaml"]
 
 
 @pytest.mark.parametrize("text", ["model: demo\n", "# experiment: search\n- 1\n", "# experiment: search\n{\n"])
