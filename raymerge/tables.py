@@ -443,17 +443,21 @@ class RunDirectory:
         return self._opened(table, name, use)
 
     def _visit(self, table: str, use) -> list:
-        """[use(name) for every part that counts], again from the start if a part vanishes meanwhile."""
+        """[use(name) for every part that counts], again from the start if parts vanish or are gathered meanwhile."""
         schema_of(table)
         for attempt in range(10):
             try:
                 names = self._part_names(table)
-                gone = dict(self._footer(table, _WHOLE)[1]) if _WHOLE in names else {}
+                gathered = self._footer(table, _WHOLE)[1] if _WHOLE in names else []
+                gone = dict(gathered)
                 # the whole file first: its rows came before the parts written since
                 names.sort(key=lambda name: (name != _WHOLE, name))
-                return [use(name) for name in names if name not in gone]
+                found = [use(name) for name in names if name not in gone]
+                if self._contents(table) == gathered:
+                    return found
             except FileNotFoundError:
-                time.sleep(0.02 * attempt)  # the writer gathered or replaced the parts after we listed them
+                pass
+            time.sleep(0.02 * attempt)  # the writer gathered or replaced the parts after we listed them
         raise RunError(
             f"{self._storage.name}: the parts of table {table} keep vanishing while they are read; try again"
         )

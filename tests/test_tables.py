@@ -265,6 +265,26 @@ def test_a_reader_beside_a_writer_never_sees_a_torn_table(run, tmp_path):
     assert not faults and len(seen) > 1
 
 
+def test_a_reader_sees_no_part_twice_while_it_is_gathered(run, tmp_path, monkeypatch):
+    """The whole file may be replaced between the reading of what it stands for and of its rows."""
+    run.append("receipts", [receipt(0)], part="a")
+    run.compact("receipts")
+    run.append("receipts", [receipt(1)], part="b")
+    reader = RunDirectory.load(tmp_path / "run")
+    footer = reader._footer
+
+    def gathered_meanwhile(table, name):
+        monkeypatch.undo()
+        found = footer(table, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "_delete_parts", lambda *_: None)  # not yet
+            run.compact(table)
+        return found
+
+    monkeypatch.setattr(reader, "_footer", gathered_meanwhile)
+    assert tensors(reader) == ["t0", "t1"]
+
+
 # --- resuming -------------------------------------------------------------------------------------
 
 
