@@ -19,7 +19,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.config import CalibrationConfig
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Refits, check_mergeable, fused_tensors, receipts
-from raymerge.identity import digest
+from raymerge.identity import digest, without_secrets
 from raymerge.mergekit import NotExpressible, mergekit_yaml
 from raymerge.plan import KeptLayer, MergePlan, PlanError, Refit, alpha_file_text, read_alpha_file
 from raymerge.progress import Progress, Silent, step
@@ -177,7 +177,7 @@ def _record(
     changed = [receipt for receipt in found if receipt["max_abs_change"] > 0.0]
     record = {
         "raymerge": raymerge.__version__,
-        "command": None if command is None else list(command),
+        "command": None if command is None else without_secrets(list(command)),
         "plan_id": plan_id,
         "name": plan.name,
         "base_model": checkpoint.name,

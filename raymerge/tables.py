@@ -25,7 +25,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import yaml
 
-from raymerge.identity import canonical_json, digest, plain, software
+from raymerge.identity import canonical_json, digest, plain, software, without_secrets
 from raymerge.objectives import is_minimised
 from raymerge.schemas import (
     MACRO,
@@ -101,7 +101,7 @@ class RunDirectory:
         path : str or path
             A local folder, or a URI such as s3://bucket/run or file:///data/run.
         config : dict
-            The resolved config; tuples and paths are stored as lists and text.
+            The resolved config; tuples and paths are stored as lists and text, URIs without credentials.
         experiment : str
             The experiment's name, such as "search".
         filesystem : pyarrow.fs.FileSystem, optional
@@ -115,7 +115,7 @@ class RunDirectory:
             another process is writing the run.
         """
         run = cls(path, filesystem)
-        config = plain(config)
+        config = without_secrets(plain(config))
         if run._storage.is_file():
             raise RunError(f"{run._storage.name} is a file, but a run directory is a folder; choose another --out")
         stored = run._read_config()
@@ -128,7 +128,7 @@ class RunDirectory:
                     "choose another --out, or empty the folder"
                 )
         else:
-            run._refuse_other(*stored, experiment, config)
+            run._refuse_other(stored[0], without_secrets(stored[1]), experiment, config)
         # the stored config names the run: 1 and 1.0 compare equal but have different digests
         run._adopt(experiment, config, named_by=stored[1] if stored else config)
         if not run.complete:
@@ -297,7 +297,7 @@ class RunDirectory:
         ----------
         status : {"complete", "failed"}
         command : list of str, optional
-            What was run; by default `sys.argv`.
+            What was run; by default `sys.argv`. Credentials in URIs are left out.
         **facts
             What else is known: seeds, model and data identity, an error. NaN becomes null.
         """
@@ -317,7 +317,7 @@ class RunDirectory:
         }
         if clash := sorted(content.keys() & facts.keys()):
             raise ValueError(f"the manifest sets {', '.join(clash)} itself; give these facts other names")
-        content = plain({**content, **facts}, nan_as_none=True)
+        content = without_secrets(plain({**content, **facts}, nan_as_none=True))
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         self._storage.publish("manifest.json", text.encode("utf-8"))
         self._lock = None
