@@ -129,8 +129,15 @@ def start_ray(
     on_stop = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     with step(progress or Silent(), "starting Ray"):
-        if os.environ.get("RAY_ADDRESS"):
-            context = ray.init(**options)
+        if address := os.environ.get("RAY_ADDRESS"):
+            try:
+                context = ray.init(**options)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise NoRoomError(
+                    f"RAY_ADDRESS is {address!r}, but there is no cluster that answers: {error}. Give the address of "
+                    "a head, such as host:6379 (http://host:8265 is for `ray job submit` alone), or unset it for a "
+                    "local Ray"
+                ) from error
         else:
             options |= {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
             with _loopback_only():
@@ -227,7 +234,7 @@ def _answer(handle: Any, method: str, reference: Any, timeout_s: float | None) -
         return ray.get(reference, timeout=timeout_s)
     except GetTimeoutError as error:
         ray.kill(handle, no_restart=False)
-        raise WorkerLost(f"{method}: no answer in time, the worker hangs") from error
+        raise WorkerLost(f"{method}: no answer within workers.timeout_s, the worker hangs or is slower") from error
     except LOST as error:
         raise WorkerLost(f"{method}: {_reason(error)}") from error
     except (ObjectStoreFullError, OutOfDiskError) as error:

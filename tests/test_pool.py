@@ -23,6 +23,7 @@ from raymerge.pool import (
     WorkerPool,
     call_worker,
     plan_workers,
+    start_ray,
 )
 
 
@@ -200,6 +201,20 @@ def test_a_pool_whose_workers_are_used_up_says_so(ray_session, tmp_path):
     with WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, timeout_s=60, max_restarts=0) as pool:
         with pytest.raises(NoRoomError, match="no worker is left, each died .*the cluster has 4 CPUs and 0 GPUs"):
             pool.map("work", [("die", 0)])
+
+
+@pytest.mark.parametrize("raised", [ConnectionError("no GCS"), ValueError("Invalid Ray address: 'http://x:8265'")])
+def test_a_cluster_that_cannot_be_reached_is_the_users_to_mend(monkeypatch, raised):
+    """Such as after exporting the address that `ray job submit` takes."""
+
+    def init(**_):
+        raise raised
+
+    monkeypatch.setattr("raymerge.pool.ray.init", init)
+    monkeypatch.setattr("raymerge.pool.ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "http://x:8265")
+    with pytest.raises(UserError, match="RAY_ADDRESS is 'http://x:8265', but .*host:6379"), start_ray():
+        pass
 
 
 def test_a_constructor_that_raises_is_reported_with_its_words(ray_session):
