@@ -323,6 +323,7 @@ class BatchSearcher(Searcher):
             # Tune would take an exception here for the trial's; it ends the search and is raised when Tune is done.
             self.failure = failed
             return
+        results.clear()  # Tune keeps this list to the end, answers and all: in Ray's store, then copied by the driver
         self.finished += len(rows)
         for row in rows:
             self.scored.setdefault(row["actor"], []).append(row["seconds"])

@@ -259,6 +259,17 @@ def test_the_record_is_written_before_the_proposer_is_told():
     assert tune.best == (1.0, -1.0) and tune.finished == 5
 
 
+def test_tune_keeps_nothing_of_what_is_recorded():
+    """It keeps each trial's last result to the end, and copies them all there: a search's answers, three times."""
+    log = []
+    tune = searcher(log)
+    tune.suggest("a")
+    result = scores(0.5, 0.25)
+    kept = result["results"]
+    tune.on_trial_complete("a", result)
+    assert kept == [] and [row["value"] for row in log[0][2]] == [0.5, 0.25]
+
+
 def test_ties_in_accuracy_are_broken_by_nll():
     log = []
     tune = searcher(log)
