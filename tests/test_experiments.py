@@ -243,6 +243,15 @@ def test_a_saved_model_is_kept_only_for_its_plan_and_with_the_proof_that_is_aske
     assert read_alpha_file(Path(where, "alphas.json"), other.n_layers).alphas == other.alphas
 
 
+def test_what_workers_matched_on_other_machines_is_what_is_saved(saver, tmp_path):
+    """The driver has no prompts to match by, and on a cluster's head no worker has left a match in its cache."""
+    save, plan = saver(tmp_path / "run", "plan.alignment=activations", "data.limit_per_subject=1")
+    of = save.__self__
+    of._take_matches(LocalPool(of.config, of.inputs, tmp_path / "another machine's cache"), [plan])
+    record = json.loads(Path(save(plan)[0], "merge_plan.json").read_text())
+    assert record["alignment"] == "activations" and record["tensors_changed"] > 0
+
+
 class Awaited:
     """A pool of one worker that more will join."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from raymerge import rows
-from raymerge.alignment import Aligner
+from raymerge.alignment import REORDERED, Aligner
 from raymerge.card import search_results
 from raymerge.config import Config, ConfigError
 from raymerge.evaluation import Answers
@@ -179,6 +179,7 @@ class _Search:
             templates.append(drop_plan(start.n_layers, len(start.steps)))
         self.firsts = tuple(sorted({template.resumes_at for template in templates}))
         self.facts: dict[str, Any] = {}
+        self.aligner = Aligner(inputs.checkpoint, Path(cache), data=inputs.questions[SEARCH].identity)
 
     def _candidate(self, alphas: Sequence[float], name: str = "candidate", kind: str = "found") -> MergePlan:
         matrices = self.inputs.checkpoint.architecture.matrices
@@ -212,6 +213,7 @@ class _Search:
             # The best found stays the last: what was searched are coefficients without a refit.
             plans = [*plans[:-1], *refitted, plans[-1]]
             self.reporter.report(pool, plans, shards, self.firsts, self.progress)
+            self._take_matches(pool, plans[-1:])
         best = plans[-1]
         with step(self.progress, "accuracies and comparisons"):
             self.reporter.derive(plans, [(best, plan) for plan in plans[:-1]])
@@ -457,6 +459,12 @@ class _Search:
         ]
         return list({plan.plan_id(self.identity): plan for plan in found}.values())
 
+    def _take_matches(self, pool: WorkerPool, plans: Sequence[MergePlan]) -> None:
+        """Have at hand what the workers have matched for plans that are to be saved: their caches may be elsewhere."""
+        items = [(p.alignment, pair) for p in plans if p.alignment in REORDERED for pair in Aligner.pairs(p)]
+        for (alignment, pair), found in zip(items, pool.map("match", items), strict=True):
+            self.aligner.take(pair, alignment, found)
+
     def _save(
         self, best: MergePlan, fitted: Mapping[int, Mapping[str, Any]] | None = None
     ) -> tuple[str, dict[str, Any] | None]:
@@ -474,14 +482,12 @@ class _Search:
         beside = Path(where).parent.parent if self.run.is_local else None
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=beside) as scratch:
             folder = Path(scratch) / best.name
-            # What the workers have matched is read from the cache.
-            data = self.inputs.questions[SEARCH].identity
             try:
                 record = save_merged(
                     self.inputs.checkpoint,
                     best,
                     folder,
-                    aligner=Aligner(self.inputs.checkpoint, Path(self.cache), data=data),
+                    aligner=self.aligner,
                     refits=None if fitted is None else lambda _, position: fitted[position],
                     verify=self.config.output.verify,
                     progress=self.progress,
