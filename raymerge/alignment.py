@@ -254,6 +254,10 @@ class Aligner:
                     write_tensors(path, found, _WHAT)
         return self._pairs[key]
 
+    def take(self, pair: tuple[int, int], alignment: str, found: Permutations) -> None:
+        """Use for two neighbouring layers what another process has computed."""
+        self._pairs[alignment, *pair] = found
+
     def _match(self, pair: tuple[int, int], alignment: str) -> Permutations:
         architecture = self.checkpoint.architecture
         layers = [self._tensors(layer) for layer in pair]

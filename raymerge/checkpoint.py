@@ -34,8 +34,9 @@ from raymerge.tensorfiles import ITEM_BYTES, Layout, OpenTensorFile
 WEIGHT_INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 5 * 10**9
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_TOKENIZER = ("token", "vocab", "merges", "special", "added")
 # What belongs to a tokenizer or to generation and is carried over to a merged checkpoint as it is.
-_CARRIED = ("token", "vocab", "merges", "special", "added", "chat_template", "generation_config")
+_CARRIED = (*_TOKENIZER, "chat_template", "generation_config")
 
 
 class CheckpointError(UserError):
@@ -219,6 +220,12 @@ class Checkpoint(Mapping[str, Tensor]):
         return digest({"config": config, "weights": hashes})
 
     @cached_property
+    def tokenizer_identity(self) -> str:
+        """First 16 hex digits of SHA-256 over the tokenizer's files, by name."""
+        files = [file for file in self.directory.iterdir() if file.is_file() and file.name.startswith(_TOKENIZER)]
+        return digest({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
+
+    @cached_property
     def tokenizer(self) -> Any:
         """The checkpoint's fast tokenizer."""
         from transformers import AutoTokenizer
@@ -274,9 +281,12 @@ class Checkpoint(Mapping[str, Tensor]):
             raise CheckpointError(f"{destination} exists already: give another folder, or delete it")
         unfinished = destination.with_name(f"_tmp.{destination.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
+        own = -1
         try:
             unfinished.mkdir(parents=True)
+            own = os.open(unfinished, os.O_RDONLY)  # open, its number stays its own
             written = _write_shards(self._merged_layout(kept), tensors, unfinished)
+            _check_own(own, unfinished)
             values = trimmed_config(self.config.to_dict(), kept)
             self.config.__class__.from_dict(values).save_pretrained(unfinished)
             for file in sorted(self.directory.iterdir()):
@@ -284,17 +294,36 @@ class Checkpoint(Mapping[str, Tensor]):
                     shutil.copyfile(file, unfinished / file.name)
             for name, text in (extra_files or {}).items():
                 (unfinished / name).write_text(text, encoding="utf-8")
+            _check_own(own, unfinished)
             os.replace(unfinished, destination)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-            shutil.rmtree(unfinished, ignore_errors=True)
+            _delete_own(own, unfinished)
             free = shutil.disk_usage(unfinished.parent).free if unfinished.parent.exists() else 0
             raise CheckpointError(
                 f"could not write {destination}: {error} ({free / 1e9:.2f} GB free); nothing was left behind"
             ) from error
         except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            _delete_own(own, unfinished)
             raise
+        finally:
+            if own >= 0:
+                os.close(own)
         return written
+
+
+def _is_own(opened: int, folder: Path) -> bool:
+    """Whether a folder is the one that was opened, not another process's of the same name."""
+    return opened >= 0 and folder.is_dir() and os.path.samestat(os.fstat(opened), folder.stat())
+
+
+def _check_own(opened: int, folder: Path) -> None:
+    if not _is_own(opened, folder):
+        raise CheckpointError(f"another process is saving into {folder}: let it end, or give another folder")
+
+
+def _delete_own(opened: int, folder: Path) -> None:
+    if _is_own(opened, folder):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -428,6 +428,13 @@ class OutputConfig(_Section):
     figures: bool = True
     loggers: list[Literal["tensorboard", "mlflow", "wandb"]] = []
 
+    @field_validator("cache")
+    @classmethod
+    def _on_a_disk(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise ValueError("must be a folder of each machine's own disk, or of one that they share")
+        return value
+
 
 class Config(_Section):
     """A whole configuration; `resolved()` is what is written to RUN/config.yaml."""

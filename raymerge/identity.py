@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -26,6 +27,9 @@ PACKAGES = (
     "scipy",
 )
 """Distributions whose versions can change a result; a manifest names them."""
+
+_CREDENTIALS = re.compile(r"://[^/@\s:]*:[^/@\s]*@")
+_SECRET_KEYS = re.compile(r"([?&](?:access_key|secret_key|session_token|sas_token|account_key|token|password)=)[^&\s]+")
 
 
 def plain(value, *, nan_as_none: bool = False):
@@ -64,6 +68,18 @@ def plain(value, *, nan_as_none: bool = False):
     if hasattr(value, "tolist"):  # NumPy arrays and scalars, without importing NumPy here
         return plain(value.tolist(), nan_as_none=nan_as_none)
     raise TypeError(f"{value!r} ({type(value).__name__}) has no canonical JSON; give numbers, text, lists or dicts")
+
+
+def without_secrets(value):
+    """Return `value` (text, or lists and dicts of it) without the credentials that URIs may hold.
+
+    That is user and password before a host, and the values of keys and tokens in a query.
+    """
+    if isinstance(value, str):
+        return _SECRET_KEYS.sub(r"\1***", _CREDENTIALS.sub("://***@", value))
+    if isinstance(value, dict):
+        return {key: without_secrets(item) for key, item in value.items()}
+    return [without_secrets(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def canonical_json(value) -> str:

@@ -19,7 +19,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.config import CalibrationConfig
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Refits, check_mergeable, fused_tensors, receipts
-from raymerge.identity import digest
+from raymerge.identity import digest, without_secrets
 from raymerge.mergekit import NotExpressible, mergekit_yaml
 from raymerge.plan import KeptLayer, MergePlan, PlanError, Refit, alpha_file_text, read_alpha_file
 from raymerge.progress import Progress, Silent, step
@@ -157,9 +157,14 @@ def _counted(tensors: Iterator[tuple[str, Tensor]], total: int, progress: Progre
         progress.advance(done)
 
 
+def saved_record(folder: Path) -> dict[str, Any]:
+    """What `save_merged` wrote beside a model saved earlier."""
+    return json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+
+
 def saved_proof(folder: Path) -> dict[str, Any] | None:
     """The proof of a model saved earlier, None where it had none; ProofError where it did not pass."""
-    proof = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")).get("proof")
+    proof = saved_record(folder).get("proof")
     if proof is not None:
         check_proof(proof, folder)
     return proof
@@ -169,11 +174,10 @@ def _record(
     checkpoint: Checkpoint, plan: MergePlan, found: list[dict[str, Any]], command: Sequence[str] | None
 ) -> dict[str, Any]:
     plan_id = plan.plan_id(checkpoint.identity)
-    plan_id = plan.plan_id(checkpoint.identity)
     changed = [receipt for receipt in found if receipt["max_abs_change"] > 0.0]
     record = {
         "raymerge": raymerge.__version__,
-        "command": None if command is None else list(command),
+        "command": None if command is None else without_secrets(list(command)),
         "plan_id": plan_id,
         "name": plan.name,
         "base_model": checkpoint.name,

@@ -40,6 +40,7 @@ _ATTEMPTS = 3  # how often one item is tried before its failure is the pool's
 _PAUSE_S = 0.3  # before an actor that is restarting is asked again; each such call itself takes 1-2 s to be refused
 _POLL_S = 1.0  # between looks at what is restarting, while others work
 _GROW_S = 5.0  # between looks at what the cluster has
+_ANSWER_S = 5.0  # for a worker that has nothing to do to say that it is there
 _PATIENCE_S = 10.0  # how long the first worker waits for the others at the start, if it started faster than that
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 #: The worker, or the node with its result, is gone.
@@ -128,8 +129,15 @@ def start_ray(
     on_stop = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     with step(progress or Silent(), "starting Ray"):
-        if os.environ.get("RAY_ADDRESS"):
-            context = ray.init(**options)
+        if address := os.environ.get("RAY_ADDRESS"):
+            try:
+                context = ray.init(**options)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise NoRoomError(
+                    f"RAY_ADDRESS is {address!r}, but there is no cluster that answers: {error}. Give the address of "
+                    "a head, such as host:6379 (http://host:8265 is for `ray job submit` alone), or unset it for a "
+                    "local Ray"
+                ) from error
         else:
             options |= {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
             with _loopback_only():
@@ -226,7 +234,7 @@ def _answer(handle: Any, method: str, reference: Any, timeout_s: float | None) -
         return ray.get(reference, timeout=timeout_s)
     except GetTimeoutError as error:
         ray.kill(handle, no_restart=False)
-        raise WorkerLost(f"{method}: no answer in time, the worker hangs") from error
+        raise WorkerLost(f"{method}: no answer within workers.timeout_s, the worker hangs or is slower") from error
     except LOST as error:
         raise WorkerLost(f"{method}: {_reason(error)}") from error
     except (ObjectStoreFullError, OutOfDiskError) as error:
@@ -444,6 +452,25 @@ class WorkerPool:
         """A call to this worker ended: what it was lost for before does not count any more."""
         self._slots[slot].losses, self._slots[slot].proved = 0, True
 
+    def answering(self, slots: Sequence[int]) -> list[int]:
+        """Of slots that have nothing to do, those whose workers are there still; the others are lost.
+
+        To be asked when one is lost: whatever took it, such as its node's end, may have taken these, and the work that
+        it did would be lost over each of them in turn.
+        """
+        asked = {slot: self._slots[slot].handle.marked.remote("") for slot in slots}
+        if asked:
+            ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_S)
+        found = []
+        for slot, reference in asked.items():
+            try:
+                ray.get(reference, timeout=0.0)
+            except LOST as error:
+                self.lose(slot, f"while it had nothing to do: {_reason(error)}")
+            else:
+                found.append(slot)
+        return found
+
     def _replace(self, slot: int, reason: str) -> None:
         """Ray will not restart a slot's actor: start another if it ever finished anything, else give the slot up."""
         if not self._open:
@@ -544,11 +571,13 @@ class WorkerPool:
             done, _ = ray.wait(list(running), timeout=_POLL_S)
             now = time.monotonic()
             overdue = [reference for reference, (_, _, deadline) in running.items() if deadline <= now]
+            lost = False
             for reference in {*done, *overdue}:
                 slot, number, _ = running.pop(reference)
                 try:
                     found = _answer(self._slots[slot].handle, method, reference, None if reference in done else 0.0)
                 except WorkerLost as error:
+                    lost = True
                     self.lose(slot, str(error))
                     attempts[number] += 1
                     if attempts[number] >= _ATTEMPTS:
@@ -563,4 +592,6 @@ class WorkerPool:
                     results[number] = found
                     if on_result is not None:
                         on_result(number, found)
+            if lost:
+                free = self.answering(free)
         return results

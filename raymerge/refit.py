@@ -146,7 +146,11 @@ class Refitter:
 
     def fit(self, plan: MergePlan) -> None:
         """Make every fit of a plan that is not in the cache yet."""
-        for number in range(self.done(plan), len(steps_of(plan))):
+        self._make(plan, len(steps_of(plan)))
+
+    def _make(self, plan: MergePlan, count: int) -> None:
+        """Make those of a plan's first `count` fits that this machine's cache lacks, whatever others have."""
+        for number in range(self.done(plan), count):
             self.store(plan, number, self.solve(plan, number, self.sums(plan, number)))
 
     def done(self, plan: MergePlan) -> int:
@@ -160,12 +164,14 @@ class Refitter:
         return self.cache / f"refit-{digest(key)}.safetensors"
 
     def _read(self, plan: MergePlan, number: int) -> dict[str, Tensor]:
+        self._make(plan, number + 1)
         tensors = read_tensors(self.path(plan, number), _WHAT)
         return {name: tensor for name, tensor in tensors.items() if not name.startswith("_")}
 
     def records(self, plan: MergePlan) -> list[dict[str, float | int | str]]:
         """How each fit went: layer (original number), part, tokens, ridge, and the error left on the tokens fitted and
         on those held out, relative to the layer as it stood."""
+        self.fit(plan)
         rows = []
         for number, step in enumerate(steps_of(plan)):
             figures = read_tensors(self.path(plan, number), _WHAT, ["_tokens", "_ridge", "_error", "_held_out_error"])

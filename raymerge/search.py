@@ -109,6 +109,7 @@ class Crew(Protocol):
     def name_of(self, slot: int) -> str: ...
     def poll(self) -> list[int]: ...
     def lose(self, slot: int, reason: str) -> None: ...
+    def answering(self, slots: Sequence[int]) -> list[int]: ...
     def succeeded(self, slot: int) -> None: ...
     def require(self) -> None: ...
 
@@ -290,7 +291,8 @@ class BatchSearcher(Searcher):
         if result.get("lost"):
             try:
                 self._crew.lose(slot, result["lost"])
-            except Exception as failed:  # where the loss is written down; as with a record that fails
+                self._free = self._crew.answering(self._free)
+            except Exception as failed:  # where losses are written down; as with a record that fails
                 self.failure = self.failure or failed
                 return
         else:
@@ -321,6 +323,7 @@ class BatchSearcher(Searcher):
             # Tune would take an exception here for the trial's; it ends the search and is raised when Tune is done.
             self.failure = failed
             return
+        results.clear()  # Tune keeps this list to the end, answers and all: in Ray's store, then copied by the driver
         self.finished += len(rows)
         for row in rows:
             self.scored.setdefault(row["actor"], []).append(row["seconds"])

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
+import socket
+import time
 import uuid
 from pathlib import Path
 from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -17,6 +21,11 @@ from raymerge.errors import UserError
 
 TEMPORARY = "_tmp."
 """How temporary names begin. Readers of data sets skip names that begin with '_'."""
+
+LOCK = ".lock"
+"""The file that the process which writes a run holds locked."""
+
+_LOCK_S = 3.0  # for another process to end that has just been told to
 
 _ONE_PUT = frozenset({"s3", "gcs", "abfs"})  # pyarrow file systems where an object appears when its PUT ends
 _FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota used up", errno.EFBIG: "file size limit reached"}
@@ -156,6 +165,16 @@ class Storage:
                 raise self._write_error(error, inside, sum(file.stat().st_size for file in files)) from error
             raise
 
+    def lock(self) -> Lock | None:
+        """Take the right to write here; None where no process can be kept out, as in an object store.
+
+        Raises
+        ------
+        RunError
+            Where another process has it.
+        """
+        return Lock(self._base) if self.is_local else None
+
     def clear_temporary(self) -> None:
         """Delete what a killed process left under temporary names."""
         selector = pafs.FileSelector(self._base, recursive=True, allow_not_found=True)
@@ -186,6 +205,59 @@ class Storage:
             f"{what}: {self.show(inside)} needs about {_size(needed)}{free}; nothing half-written is left. Free space "
             "and run the same command again: finished candidates are kept"
         )
+
+
+class Lock:
+    """The right to write in a folder of this machine's, or of a disk that it shares: one process's at a time.
+
+    It ends with the object or the process. Objects of one process share it. Where the disk knows no locks, or cannot
+    be written, there is none.
+    """
+
+    _mine: WeakValueDictionary[str, _Held] = WeakValueDictionary()
+
+    def __init__(self, folder: str):
+        """Raises RunError, after a few seconds, where another process has it."""
+        key = os.path.realpath(folder)
+        self._held = Lock._mine.get(key) or _Held(folder)
+        Lock._mine[key] = self._held
+
+
+class _Held:
+    """A lock on a file, by POSIX: of the process, whose every closing of the file would end it."""
+
+    def __init__(self, folder: str):
+        self._file = -1
+        path = os.path.join(folder, LOCK)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:
+            return
+        deadline = time.monotonic() + _LOCK_S
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError) as error:
+                if time.monotonic() > deadline:
+                    raise RunError(
+                        f"another process is writing {folder} ({self._owner()}): wait for its end, end it, or choose "
+                        "another --out"
+                    ) from error
+                time.sleep(0.1)
+            except OSError:  # a disk without locks
+                return
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"{socket.gethostname()}, process {os.getpid()}".encode(), 0)
+
+    def _owner(self) -> str:
+        return os.pread(self._file, 200, 0).decode("utf-8", "replace") or "which does not say"
+
+    def __del__(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
 
 
 def _temporary(path: str) -> str:

@@ -1,12 +1,14 @@
 """Run directories: Arrow tables with fixed schemas, atomic writes, and a manifest written last.
 
     RUN/config.yaml           the resolved config; its first lines name the experiment and the run
+    RUN/inputs.json           identities of the files that the config led to
     RUN/tables/NAME/*.parquet parts of table NAME; `all.parquet` is what `replace` and `compact` write
     RUN/models/NAME/          checkpoints
     RUN/manifest.json         written last; no manifest: the run is going on or was killed
 
-One process writes a run, any number read it. Every file appears whole: under a temporary name and
-renamed on disks, by one PUT on object stores.
+One process writes a run, any number read it; on a disk it holds RUN/.lock until the manifest is
+written. Every file appears whole: under a temporary name and renamed on disks, by one PUT on object
+stores.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import yaml
 
-from raymerge.identity import canonical_json, digest, plain, software
+from raymerge.identity import canonical_json, digest, plain, software, without_secrets
 from raymerge.objectives import is_minimised
 from raymerge.schemas import (
     MACRO,
@@ -36,7 +38,7 @@ from raymerge.schemas import (
     schema_of,
     way_of,
 )
-from raymerge.storage import TEMPORARY, RunError, Storage
+from raymerge.storage import LOCK, TEMPORARY, Lock, RunError, Storage
 
 __all__ = [
     "FREE_SECTIONS",
@@ -49,12 +51,15 @@ __all__ = [
     "derive_accuracy",
     "derive_task_accuracy",
     "is_minimised",
+    "part_name",
     "way_of",
 ]
 
 FREE_SECTIONS = ("workers", "output")
 """Top-level config sections that may differ when a run is resumed: they cannot change a result."""
 
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_INPUTS = "inputs.json"
 _WHOLE = "all"  # the part that replace and compact write
 _CONTENTS = b"raymerge.contents"  # key of its metadata: JSON [[part, rows], …], the parts it stands for
 
@@ -81,6 +86,7 @@ class RunDirectory:
         self.run_id = self.experiment = ""
         self.config: dict = {}
         self._next: dict[str, int] = {}
+        self._lock: Lock | None = None
         self._begun = (datetime.now(UTC), time.monotonic())
 
     def __repr__(self) -> str:
@@ -95,7 +101,7 @@ class RunDirectory:
         path : str or path
             A local folder, or a URI such as s3://bucket/run or file:///data/run.
         config : dict
-            The resolved config; tuples and paths are stored as lists and text.
+            The resolved config; tuples and paths are stored as lists and text, URIs without credentials.
         experiment : str
             The experiment's name, such as "search".
         filesystem : pyarrow.fs.FileSystem, optional
@@ -105,15 +111,16 @@ class RunDirectory:
         ------
         RunError
             Where the folder holds something else, another experiment, or a config that differs in
-            more than `workers` and `output`; the message names the keys with both values.
+            more than `workers` and `output`; the message names the keys with both values. Where
+            another process is writing the run.
         """
         run = cls(path, filesystem)
-        config = plain(config)
+        config = without_secrets(plain(config))
         if run._storage.is_file():
             raise RunError(f"{run._storage.name} is a file, but a run directory is a folder; choose another --out")
         stored = run._read_config()
         if stored is None:
-            others = [name for name in run._storage.names() if not name.startswith(TEMPORARY)]
+            others = [name for name in run._storage.names() if not name.startswith(TEMPORARY) and name != LOCK]
             if others:
                 found = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
                 raise RunError(
@@ -121,9 +128,11 @@ class RunDirectory:
                     "choose another --out, or empty the folder"
                 )
         else:
-            run._refuse_other(*stored, experiment, config)
+            run._refuse_other(stored[0], without_secrets(stored[1]), experiment, config)
         # the stored config names the run: 1 and 1.0 compare equal but have different digests
         run._adopt(experiment, config, named_by=stored[1] if stored else config)
+        if not run.complete:
+            run._lock = run._storage.lock()
         run._storage.clear_temporary()
         if stored is None or stored[1] != config:
             head = f"# experiment: {experiment}\n# run_id: {run.run_id}\n"
@@ -172,7 +181,7 @@ class RunDirectory:
                 self._next[table] = 1 + max((int(name[:6]) for name in names if re.match(r"\d{6}-", name)), default=-1)
             part = f"{self._next[table]:06d}-{uuid.uuid4().hex[:8]}"
             self._next[table] += 1
-        elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part) or part == _WHOLE:
+        elif not re.fullmatch(_PART, part) or part == _WHOLE:
             raise ValueError(f"part is {part!r}, but should be letters, digits, '.', '_', '-' and not {_WHOLE!r}")
         contents = self._contents(table)
         if part in dict(contents):  # compacted already: its rows lie inside all.parquet, so rewrite that in one go
@@ -238,11 +247,43 @@ class RunDirectory:
     def begin(self) -> None:
         """Start or continue the work: remove the manifest of an earlier end, and start the clock. That it continues
         is an incident."""
+        self._lock = self._lock or self._storage.lock()
         self._storage.delete("manifest.json")
         self._begun = (datetime.now(UTC), time.monotonic())
         rows = {name: count for name, count in self.row_counts().items() if name != "incidents"}
         if rows:
             self.note("resumed", detail=", ".join(f"{count} {name}" for name, count in rows.items()))
+
+    def hold_to(self, inputs: dict[str, str]) -> None:
+        """Refuse to continue what was made from other inputs: the same paths may lead to other files by now.
+
+        Parameters
+        ----------
+        inputs : dict of str to str
+            Identities by name. They are stored beside the config; a name that is new is added.
+
+        Raises
+        ------
+        RunError
+            Where rows are stored that were made from others; the message names them with both identities.
+        """
+        try:
+            stored = json.loads(self._storage.read(_INPUTS))
+        except FileNotFoundError:
+            stored = {}
+        except ValueError as error:
+            raise RunError(f"{self._storage.show(_INPUTS)} is not JSON ({error}); delete the folder") from error
+        known = {name: value for name, value in inputs.items() if name in stored}
+        if differing := _differences(stored, stored | known):
+            if any(table != "incidents" for table in self.row_counts()):
+                lines = "".join(f"\n  {name}: {there} in the run, {now} now" for name, there, now in sorted(differing))
+                raise RunError(
+                    f"{self._storage.name} holds results made from other inputs, under the same paths:{lines}\n"
+                    "choose another --out, or delete the folder to start anew"
+                )
+        if stored | inputs != stored:
+            text = json.dumps(stored | inputs, indent=2, ensure_ascii=False) + "\n"
+            self._storage.publish(_INPUTS, text.encode("utf-8"))
 
     def note(self, kind: str, worker: str | None = None, detail: str = "") -> None:
         """Add a row to table `incidents`."""
@@ -256,7 +297,7 @@ class RunDirectory:
         ----------
         status : {"complete", "failed"}
         command : list of str, optional
-            What was run; by default `sys.argv`.
+            What was run; by default `sys.argv`. Credentials in URIs are left out.
         **facts
             What else is known: seeds, model and data identity, an error. NaN becomes null.
         """
@@ -276,9 +317,10 @@ class RunDirectory:
         }
         if clash := sorted(content.keys() & facts.keys()):
             raise ValueError(f"the manifest sets {', '.join(clash)} itself; give these facts other names")
-        content = plain({**content, **facts}, nan_as_none=True)
+        content = without_secrets(plain({**content, **facts}, nan_as_none=True))
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         self._storage.publish("manifest.json", text.encode("utf-8"))
+        self._lock = None
         return content
 
     def manifest(self) -> dict | None:
@@ -401,17 +443,21 @@ class RunDirectory:
         return self._opened(table, name, use)
 
     def _visit(self, table: str, use) -> list:
-        """[use(name) for every part that counts], again from the start if a part vanishes meanwhile."""
+        """[use(name) for every part that counts], again from the start if parts vanish or are gathered meanwhile."""
         schema_of(table)
         for attempt in range(10):
             try:
                 names = self._part_names(table)
-                gone = dict(self._footer(table, _WHOLE)[1]) if _WHOLE in names else {}
+                gathered = self._footer(table, _WHOLE)[1] if _WHOLE in names else []
+                gone = dict(gathered)
                 # the whole file first: its rows came before the parts written since
                 names.sort(key=lambda name: (name != _WHOLE, name))
-                return [use(name) for name in names if name not in gone]
+                found = [use(name) for name in names if name not in gone]
+                if self._contents(table) == gathered:
+                    return found
             except FileNotFoundError:
-                time.sleep(0.02 * attempt)  # the writer gathered or replaced the parts after we listed them
+                pass
+            time.sleep(0.02 * attempt)  # the writer gathered or replaced the parts after we listed them
         raise RunError(
             f"{self._storage.name}: the parts of table {table} keep vanishing while they are read; try again"
         )
@@ -427,6 +473,12 @@ class RunDirectory:
     def _delete_parts(self, table: str, names) -> None:
         for name in names:
             self._storage.delete(_part_path(table, name))
+
+
+def part_name(*words: str) -> str:
+    """A name that `RunDirectory.append` takes for a part, made of words as data has them."""
+    name = "-".join(words)
+    return name if re.fullmatch(_PART, name) else digest(list(words))
 
 
 def _part_path(table: str, name: str) -> str:

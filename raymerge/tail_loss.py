@@ -277,11 +277,11 @@ class TailLoss:
     @property
     def identity(self) -> str:
         """16 hex digits over everything that the loss depends on."""
-        checkpoint = self.scorer.runner.checkpoint
-        weights = self.weights
+        checkpoint, weights = self.scorer.runner.checkpoint, self.weights
         return digest(
             [
                 self.template.plan_id(checkpoint.identity),
+                self.scorer.runner.identity,
                 self.scorer.prompts.identity,
                 [weights.answer_nll, weights.answer_kl, weights.text_nll, weights.text_kl],
                 self.text.identity if weights.of_text else "",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -78,9 +79,11 @@ class OpenTensorFile:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], what: str) -> None:
     """Write tensors (of any device) as safetensors under a temporary name, then rename; `what` is named in errors.
 
-    Two processes that write the same file write it one after the other, and a reader never sees half of one.
+    Of processes that write the same file, on one machine or several, each writes its own and the last one's stays; a
+    reader never sees half of one.
     """
-    unfinished = path.with_name(f"_tmp.{os.getpid()}.{path.name}")
+    # Not by the process's number: on a disk that machines share, two have the same one, above all in containers.
+    unfinished = path.with_name(f"_tmp.{uuid.uuid4().hex[:12]}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from raymerge.activations import ActivationCache, Activations, distinct_samples, state_distances
-from raymerge.alignment import REORDERED, Aligner
+from raymerge.alignment import REORDERED, Aligner, Permutations
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
 from raymerge.context import RetrievalSet, TextLosses, position_nll, retrieval_prompts, retrieve, usable_distances
@@ -272,6 +272,11 @@ class ModelWorker:
         """Make sure that an alignment (its name, two neighbouring layers) is on disk."""
         alignment, pair = item
         self.aligner.compute(pair, alignment)
+
+    def match(self, item: tuple[str, tuple[int, int]]) -> Permutations:
+        """An alignment (its name, two neighbouring layers), to be used by another process."""
+        alignment, pair = item
+        return self.aligner.compute(pair, alignment)
 
     def _units(self, layer: int) -> torch.Tensor:
         """MLP units (tokens, n) of an unmerged layer on calibration prompts: the first shard of theirs."""

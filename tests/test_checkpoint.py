@@ -569,6 +569,23 @@ def test_an_interrupted_save_leaves_nothing(llama, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_two_saves_into_one_folder_do_not_mix(llama, tmp_path):
+    """The one that began later has taken the unfinished folder; what it has written so far must not become a model."""
+    checkpoint = Checkpoint(str(llama))
+    tensors = list(fused_tensors(checkpoint, checkpoint.architecture, base_plan(checkpoint.n_layers)))
+
+    def overtaken():
+        yield from tensors
+        shutil.rmtree(tmp_path / "_tmp.merged")
+        (tmp_path / "_tmp.merged").mkdir()
+        (tmp_path / "_tmp.merged" / "model.safetensors").write_text("half of the other's")
+
+    with pytest.raises(CheckpointError, match="another process is saving"):
+        checkpoint.save(overtaken(), list(range(checkpoint.n_layers)), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    assert [file.name for file in (tmp_path / "_tmp.merged").iterdir()] == ["model.safetensors"], "not ours to delete"
+
+
 def test_what_a_killed_process_left_does_not_stay(llama, tmp_path):
     (tmp_path / "_tmp.merged").mkdir()
     (tmp_path / "_tmp.merged" / "shard-9.safetensors").write_text("half")

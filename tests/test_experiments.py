@@ -13,15 +13,21 @@ import pyarrow.compute as pc
 import pytest
 import task_files
 
+import raymerge.merging
 import raymerge.prompts
 import raymerge.proof
 from raymerge import cli, summary
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
-from raymerge.experiments import evaluate, search
+from raymerge.experiments import alpha_search, evaluate, search
+from raymerge.experiments.common import cache_of, describe_workers, read_inputs, settings_of
+from raymerge.experiments.planning import starting_plan
+from raymerge.inputs import REPORT, SEARCH
 from raymerge.plan import read_alpha_file
+from raymerge.progress import Silent
 from raymerge.proof import ProofError
 from raymerge.schemas import TEXT_SPLIT
+from raymerge.search import SearchOutcome
 from raymerge.tables import RunDirectory, RunError
 from raymerge.worker import ModelWorker
 
@@ -190,6 +196,105 @@ def test_a_saved_model_that_failed_its_proof_fails_the_search_and_stays(run, ray
         assert Checkpoint(str(again / "models" / "found_bayes")).n_layers == Checkpoint("demo").n_layers - 13
 
 
+@pytest.fixture
+def saver(monkeypatch):
+    """What saves a search's models, without anything searched, and a plan to save."""
+    monkeypatch.setattr(alpha_search, "search_results", lambda *_: [])  # which are in no table
+    return _saver
+
+
+def _saver(out, *more):
+    settings = config(out, *more)
+    inputs = read_inputs(settings, (SEARCH, REPORT))
+    run = RunDirectory.open(out, settings_of(settings, "model", "data"), "search")
+    start = starting_plan(settings.plan, inputs.checkpoint.n_layers, None)
+    of = alpha_search._Search(settings, inputs, run, str(out / "cache"), start, None, Silent(), ["test"])
+    return of._save, of._candidate([0.5] * 13, "found_bayes")
+
+
+def test_a_model_whose_proof_was_interrupted_is_not_taken_for_a_proved_one(saver, tmp_path, monkeypatch):
+    save, plan = saver(tmp_path / "run", "output.verify=true")
+    where, prove = tmp_path / "run" / "models" / "found_bayes", raymerge.merging.prove
+    beside = []
+
+    def interrupted(checkpoint, plan, folder, **_):
+        beside.extend(path.name for path in (tmp_path / "run").iterdir() if folder.is_relative_to(path))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(raymerge.merging, "prove", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(plan)
+    assert [name.startswith("_tmp.") for name in beside] == [True], "what a killed process leaves is deleted"
+    assert not where.exists()
+    monkeypatch.setattr(raymerge.merging, "prove", prove)
+    assert save(plan)[1]["passed"]
+
+
+def test_a_saved_model_is_kept_only_for_its_plan_and_with_the_proof_that_is_asked_for(saver, tmp_path):
+    save, plan = saver(tmp_path / "run")
+    where, proof = save(plan)
+    assert proof is None
+    written = Path(where, "model.safetensors").stat().st_mtime_ns
+    assert save(plan) == (where, None) and Path(where, "model.safetensors").stat().st_mtime_ns == written
+    proof = saver(tmp_path / "run", "output.verify=true")[0](plan)[1]
+    assert proof["passed"], "output is free to differ from call to call"
+    other = plan.with_alphas([0.25] * 13, name=plan.name, kind=plan.kind)
+    assert save(other) == (where, None)
+    assert read_alpha_file(Path(where, "alphas.json"), other.n_layers).alphas == other.alphas
+
+
+def test_what_workers_matched_on_other_machines_is_what_is_saved(saver, tmp_path):
+    """The driver has no prompts to match by, and on a cluster's head no worker has left a match in its cache."""
+    save, plan = saver(tmp_path / "run", "plan.alignment=activations", "data.limit_per_subject=1")
+    of = save.__self__
+    of._take_matches(LocalPool(of.config, of.inputs, tmp_path / "another machine's cache"), [plan])
+    record = json.loads(Path(save(plan)[0], "merge_plan.json").read_text())
+    assert record["alignment"] == "activations" and record["tensors_changed"] > 0
+
+
+class Awaited:
+    """A pool of one worker that more will join."""
+
+    count = 1
+
+
+@pytest.mark.parametrize("asked, expected", [("8", 8), ("auto", None)])
+def test_workers_that_join_a_search_get_work_up_to_what_was_asked_for(saver, tmp_path, monkeypatch, asked, expected):
+    seen = []
+    monkeypatch.setattr(
+        alpha_search, "run_search", lambda *_, **options: seen.append(options) or SearchOutcome(0, 0.0, None)
+    )
+    save, _ = saver(tmp_path / "run", f"search.concurrent={asked}")
+    save.__self__.pool = Awaited()
+    save.__self__._search_coefficients("random", 4, [], 1.0)
+    assert seen[0]["concurrent"] == expected
+
+
+@pytest.mark.parametrize("folder, expected", [("~/states", "home/states"), ("states", "here/states")])
+def test_the_cache_is_one_folder_for_driver_and_workers(tmp_path, monkeypatch, folder, expected):
+    """Whatever their working directories are."""
+    for name in ("home", "here"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    settings = config(tmp_path / "run", f"output.cache={folder}")
+    assert cache_of(settings, RunDirectory.open(tmp_path / "run", {}, "search")) == str(tmp_path / expected)
+
+
+def test_a_cache_in_an_object_store_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"output.cache = 's3://bucket/states': must be a folder"):
+        config(tmp_path, "output.cache=s3://bucket/states")
+
+
+def test_workers_with_other_files_are_the_users_to_mend(tmp_path):
+    settings = config(tmp_path / "run", "data.perplexity_text=null")
+    inputs = read_inputs(settings, (REPORT,))
+    pool = LocalPool(settings, inputs, tmp_path)
+    object.__setattr__(inputs, "questions", {})  # as if the driver's were others
+    with pytest.raises(ConfigError, match="must lead to the same files on every machine"):
+        describe_workers(pool, inputs, Silent())
+
+
 def test_receipts_say_that_dropping_changes_nothing_and_merging_seven_matrices(run):
     names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
     changed = {}
@@ -201,7 +306,6 @@ def test_receipts_say_that_dropping_changes_nothing_and_merging_seven_matrices(r
 
 def test_an_interrupted_search_goes_on_and_a_complete_one_is_left_alone(run, ray_session, tmp_path, monkeypatch):
     settings = config(tmp_path / "cut")
-    from raymerge.experiments import alpha_search
 
     class Cut(Exception):
         pass
@@ -425,8 +529,6 @@ GRADIENT = [
 
 
 def test_a_search_by_gradient_keeps_every_epoch_and_goes_on_where_it_was_cut(ray_session, tmp_path, monkeypatch):
-    from raymerge.experiments import alpha_search
-
     class Cut(Exception):
         pass
 

@@ -346,6 +346,15 @@ def test_starts_are_inside(case):
                 assert ((shape.alphas(start) > 0.3) & (shape.alphas(start) < 0.7)).all()
 
 
+def test_a_descent_in_another_dtype_is_another_descent(case, monkeypatch):
+    """Its state is found by this name in the cache, which several runs may share."""
+    loss = loss_of(case("llama"))
+    before = loss.identity
+    assert loss_of(case("llama")).identity == before
+    monkeypatch.setattr(loss.scorer.runner, "dtype", torch.bfloat16)
+    assert loss.identity != before
+
+
 @pytest.mark.parametrize("family", tiny.FOLDABLE)
 def test_the_corners_of_the_simplex_are_the_controls(case, family):
     case = case(family)

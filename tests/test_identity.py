@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raymerge.identity import canonical_json, digest, git_state, plain, software
+from raymerge.identity import canonical_json, digest, git_state, plain, software, without_secrets
+from raymerge.tables import RunDirectory
 
 
 def test_canonical_text_does_not_depend_on_order_or_container():
@@ -85,3 +86,28 @@ def test_software_names_versions():
     known = software()
     assert known["packages"]["numpy"] == np.__version__
     assert set(known) == {"raymerge_version", "git_commit", "git_dirty", "python", "platform", "packages"}
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("s3://AKIA:wJal%2FrX+bPx@bucket/run?region=eu", "s3://***@bucket/run?region=eu"),
+        ("--set=output.run=s3://KEY:SECRET@bucket/run", "--set=output.run=s3://***@bucket/run"),
+        ("abfs://c@account/run?sas_token=sv%3D2&x=1", "abfs://c@account/run?sas_token=***&x=1"),
+        ("s3://b/r?access_key=A&secret_key=B&region=eu", "s3://b/r?access_key=***&secret_key=***&region=eu"),
+        ("s3://bucket/run@2", "s3://bucket/run@2"),
+        ("OWNER/NAME@REVISION:FILE me@example.org", "OWNER/NAME@REVISION:FILE me@example.org"),
+    ],
+)
+def test_credentials_in_uris_are_not_shown(text, shown):
+    assert without_secrets(text) == shown
+    assert without_secrets({"a": [text, 1, None]}) == {"a": [shown, 1, None]}
+
+
+def test_no_table_of_a_run_tells_credentials(tmp_path):
+    config = {"plan": {"similarity_run": "s3://KEY:SECRET@bucket/a"}, "output": {"run": "s3://KEY:SECRET@bucket/run"}}
+    for _ in range(2):
+        run = RunDirectory.open(tmp_path / "run", config, "search")
+    run.write_manifest("complete", command=["raymerge", "search", "--out", "s3://KEY:SECRET@bucket/run"])
+    written = [file.read_text() for file in (tmp_path / "run").iterdir()]
+    assert len(written) >= 2 and not any("SECRET" in text for text in written)

@@ -3,6 +3,7 @@
 import os
 import platform
 import resource
+import signal
 import time
 from contextlib import nullcontext
 
@@ -22,6 +23,7 @@ from raymerge.pool import (
     WorkerPool,
     call_worker,
     plan_workers,
+    start_ray,
 )
 
 
@@ -183,10 +185,36 @@ def test_an_item_that_kills_every_worker_is_named(ray_session, tmp_path):
             pool.map("work", [("work", 0), ("die", 1)])
 
 
+def test_workers_that_died_while_they_had_nothing_to_do_fail_no_item(ray_session, tmp_path):
+    """As when a node is lost with all its workers, of which one or none was at work."""
+    events = []
+    options = {"count": 4, "max_restarts": 0, "on_event": lambda *event: events.append(event)}
+    with WorkerPool(Plain, {"folder": str(tmp_path)}, **options) as pool:
+        killed = [f"worker-{slot}" for slot in pool.present[:-1]]  # three, where all have started in time
+        for pid in pool.broadcast("process")[:-1]:
+            os.kill(pid, signal.SIGKILL)
+        assert pool.map("work", [("work", 7)]) == [49]
+    assert {worker for kind, worker, _ in events if kind == "lost"} == set(killed)
+
+
 def test_a_pool_whose_workers_are_used_up_says_so(ray_session, tmp_path):
     with WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, timeout_s=60, max_restarts=0) as pool:
         with pytest.raises(NoRoomError, match="no worker is left, each died .*the cluster has 4 CPUs and 0 GPUs"):
             pool.map("work", [("die", 0)])
+
+
+@pytest.mark.parametrize("raised", [ConnectionError("no GCS"), ValueError("Invalid Ray address: 'http://x:8265'")])
+def test_a_cluster_that_cannot_be_reached_is_the_users_to_mend(monkeypatch, raised):
+    """Such as after exporting the address that `ray job submit` takes."""
+
+    def init(**_):
+        raise raised
+
+    monkeypatch.setattr("raymerge.pool.ray.init", init)
+    monkeypatch.setattr("raymerge.pool.ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "http://x:8265")
+    with pytest.raises(UserError, match="RAY_ADDRESS is 'http://x:8265', but .*host:6379"), start_ray():
+        pass
 
 
 def test_a_constructor_that_raises_is_reported_with_its_words(ray_session):

@@ -274,3 +274,21 @@ def test_families_without_the_algebra_are_refused_by_name(refitter):
 def test_sums_of_units_add_up():
     total = Sums.total([Sums(squares=torch.ones(2, 3)), Sums(squares=torch.full((2, 3), 2.0))])
     assert torch.equal(total.squares, torch.full((2, 3), 3.0))
+
+
+@pytest.mark.parametrize("asked", ["sums", "solve", "records"])
+def test_a_worker_on_another_machine_makes_the_fits_that_it_lacks(refitter, folder, tmp_path, asked):
+    """One that is restarted on another node, or joins in mid-fit, has none of them on its disk."""
+    plan = refitted(drop_block_plan(N, 2, 2), "outputs", layers=1)
+    sums = []
+    for number in range(len(steps_of(plan))):
+        sums.append(refitter.sums(plan, number))
+        refitter.store(plan, number, refitter.solve(plan, number, sums[number]))
+    last, other = len(sums) - 1, refitter_of(folder, tmp_path / "another machine's cache")
+    near = {"rtol": 1e-4, "atol": 1e-5, "equal_nan": True}
+    if asked == "sums":
+        torch.testing.assert_close(other.sums(plan, last).fitted.gram, sums[last].fitted.gram, **near)
+    elif asked == "solve":
+        torch.testing.assert_close(other.solve(plan, last, sums[last]), refitter.solve(plan, last, sums[last]), **near)
+    else:
+        assert [row["layer"] for row in other.records(plan)] == [row["layer"] for row in refitter.records(plan)]

@@ -196,7 +196,7 @@ class Crew:
     """A pool's workers without the pool: lost ones come back when a test says so."""
 
     def __init__(self, count):
-        self.present, self.back, self.lost = list(range(count)), [], []
+        self.present, self.back, self.lost, self.dead = list(range(count)), [], [], set()
 
     def name_of(self, slot):
         return f"actor-{slot}"
@@ -209,6 +209,11 @@ class Crew:
     def lose(self, slot, reason):
         self.present.remove(slot)
         self.lost.append((slot, reason))
+
+    def answering(self, slots):
+        for slot in self.dead.intersection(slots):
+            self.lose(slot, "died")
+        return [slot for slot in slots if slot not in self.dead]
 
     def succeeded(self, slot):
         assert slot in self.present
@@ -252,6 +257,17 @@ def test_the_record_is_written_before_the_proposer_is_told():
     tune.on_trial_complete("c", scores(1.0))
     assert tune.suggest("d") == BatchSearcher.FINISHED
     assert tune.best == (1.0, -1.0) and tune.finished == 5
+
+
+def test_tune_keeps_nothing_of_what_is_recorded():
+    """It keeps each trial's last result to the end, and copies them all there: a search's answers, three times."""
+    log = []
+    tune = searcher(log)
+    tune.suggest("a")
+    result = scores(0.5, 0.25)
+    kept = result["results"]
+    tune.on_trial_complete("a", result)
+    assert kept == [] and [row["value"] for row in log[0][2]] == [0.5, 0.25]
 
 
 def test_ties_in_accuracy_are_broken_by_nll():
@@ -322,6 +338,18 @@ def test_a_lost_batch_is_done_again_one_by_one_and_fails_after_three_losses():
         (0, "failed", "score: no answer in 3 s"),
     ]
     assert len({entry[1] for entry in log if entry[0] == "record"}) == 2, "a part each"
+
+
+def test_workers_that_died_while_they_had_nothing_to_do_fail_no_candidate():
+    """As when a node goes with all its workers while the last candidate is scored on one of them."""
+    log, crew = [], Crew(4)
+    tune = searcher(log, candidates=1, batch=1, crew=crew)
+    points = tune.suggest("a")["candidates"]
+    crew.dead = {1, 2}
+    tune.on_trial_complete("a", {"lost": "died"})
+    assert sorted(slot for slot, _ in crew.lost) == [0, 1, 2]
+    again = tune.suggest("b")
+    assert (again["worker"], again["candidates"]) == ("actor-3", points)
 
 
 def test_a_worker_that_is_lost_gets_no_work_before_it_is_back_and_a_new_one_joins():

@@ -1,13 +1,19 @@
 """Layer similarity as a whole on the embedded model: tables, resuming, plans made from it, foreign matrices."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
 from raymerge.config import ConfigError, load_config
-from raymerge.experiments import import_similarity, search, sensitivity, similarity
-from raymerge.experiments.planning import similarity_of, starting_plan
+from raymerge.experiments import import_similarity, layer_similarity, planning, search, sensitivity, similarity
+from raymerge.experiments.common import settings_of
+from raymerge.experiments.planning import recomputed_plan, similarity_of, starting_plan
 from raymerge.inputs import read_similarity, read_subsets
+from raymerge.progress import Silent
+from raymerge.schemas import SCHEMAS
 from raymerge.tables import RunDirectory, RunError
+from raymerge.worker import ModelWorker
 
 N_LAYERS = 21
 SETTINGS = [
@@ -137,6 +143,56 @@ def test_the_most_similar_layers_are_merged_with_similarity_collected_anew(run, 
     assert steps[0] == (first, first + 1)
     once = starting_plan(settings.plan, N_LAYERS, similarity_of(settings, N_LAYERS))
     assert (once.steps[0].into, once.steps[0].remove) == steps[0]
+
+
+class LocalPool(nullcontext):
+    """A pool of one worker in this process."""
+
+    def __init__(self, config, inputs, cache, **_):
+        super().__init__(self)
+        self.worker = ModelWorker(config, roles=inputs.roles, cache=cache)
+
+    def map(self, method, items, on_result=None):
+        results = [getattr(self.worker, method)(item) for item in items]
+        for number, result in enumerate(results):
+            on_result(number, result)
+        return results
+
+    def broadcast(self, method):
+        return [getattr(self.worker, method)()]
+
+    def admit(self, method, check):
+        pass
+
+
+def test_subsets_may_have_any_name(tmp_path, monkeypatch):
+    """As subjects in other scripts do; tables are in parts named after them."""
+    monkeypatch.setattr(layer_similarity, "open_pool", LocalPool)
+    monkeypatch.setattr(layer_similarity, "runtime", lambda *_: nullcontext())
+    names = ["médecine & droit", "../高中数学"]
+    domains = f"data.domains={{{names[0]}: [elementary_addition], {names[1]}: [country_capitals]}}"
+    found = similarity(config(tmp_path / "run", domains, f"similarity.subsets={names}"), command=["test"])
+    assert set(found.read("similarity")["subset"].to_pylist()) == set(names)
+    assert {path.parent.name for path in tmp_path.rglob("*.parquet")} <= set(SCHEMAS)
+
+
+def test_similarity_is_collected_anew_by_the_workers_of_the_search(tmp_path, monkeypatch):
+    """The similarity run may have been made on another cluster."""
+    source = config(tmp_path / "similarity", "workers.count=64", "workers.gpus_per_worker=1", "workers.timeout_s=7")
+    RunDirectory.open(tmp_path / "similarity", settings_of(source, "model", "data", "similarity"), "similarity")
+    plan = ["plan.selection=most_similar", "plan.recompute=true", "plan.similarity_subset=knowledge"]
+    ours = load_config(None, [*plan, f"plan.similarity_run={tmp_path / 'similarity'}", "workers.count=2"])
+
+    class Opened(Exception):
+        pass
+
+    def opened(config, inputs, cache, **_):
+        raise Opened(config.workers, config.similarity)
+
+    monkeypatch.setattr(planning, "open_pool", opened)
+    with pytest.raises(Opened) as caught:
+        recomputed_plan(ours, N_LAYERS, str(tmp_path / "cache"), Silent())
+    assert caught.value.args == (ours.workers, source.similarity)
 
 
 def test_sensitivity_says_how_far_each_setting_matters(ray_session, tmp_path):

@@ -265,6 +265,26 @@ def test_a_reader_beside_a_writer_never_sees_a_torn_table(run, tmp_path):
     assert not faults and len(seen) > 1
 
 
+def test_a_reader_sees_no_part_twice_while_it_is_gathered(run, tmp_path, monkeypatch):
+    """The whole file may be replaced between the reading of what it stands for and of its rows."""
+    run.append("receipts", [receipt(0)], part="a")
+    run.compact("receipts")
+    run.append("receipts", [receipt(1)], part="b")
+    reader = RunDirectory.load(tmp_path / "run")
+    footer = reader._footer
+
+    def gathered_meanwhile(table, name):
+        monkeypatch.undo()
+        found = footer(table, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "_delete_parts", lambda *_: None)  # not yet
+            run.compact(table)
+        return found
+
+    monkeypatch.setattr(reader, "_footer", gathered_meanwhile)
+    assert tensors(reader) == ["t0", "t1"]
+
+
 # --- resuming -------------------------------------------------------------------------------------
 
 
@@ -336,7 +356,7 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path):
 def test_a_start_that_was_killed_can_be_repeated(tmp_path):
     (tmp_path / "_tmp.0.config.yaml").write_text("half")
     RunDirectory.open(tmp_path, CONFIG, "search")
-    assert os.listdir(tmp_path) == ["config.yaml"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "config.yaml"]
 
 
 @pytest.mark.parametrize("text", ["model: demo\n", "# experiment: search\n- 1\n", "# experiment: search\n{\n"])

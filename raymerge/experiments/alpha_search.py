@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from raymerge import rows
-from raymerge.alignment import Aligner
+from raymerge.alignment import REORDERED, Aligner
 from raymerge.card import search_results
 from raymerge.config import Config, ConfigError
 from raymerge.evaluation import Answers
@@ -28,6 +28,7 @@ from raymerge.experiments.common import (
     counted,
     describe_workers,
     draw_figures,
+    hold_to,
     model_facts,
     open_pool,
     read_inputs,
@@ -48,7 +49,7 @@ from raymerge.experiments.refitting import fit, refit_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH
-from raymerge.merging import save_merged, saved_proof
+from raymerge.merging import save_merged, saved_proof, saved_record
 from raymerge.objectives import is_minimised, parse_objective
 from raymerge.plan import (
     MergePlan,
@@ -62,8 +63,10 @@ from raymerge.plan import (
 )
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
+from raymerge.proof import ProofError
 from raymerge.proposers import BayesProposer, Proposer, RandomProposer, Starts
 from raymerge.search import check_loggers, choose_batch, run_search
+from raymerge.storage import TEMPORARY
 from raymerge.tables import RunDirectory
 
 _INSIDE = 0.05  # an alpha's distance from its corner where a descent starts near one
@@ -97,6 +100,8 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
         return run
+    matrices = () if similarity is None else (similarity.matrix, similarity.block_influence)
+    hold_to(run, inputs, progress, plans=[start, *probes], similarity=matrices)
     run.begin()
     with runtime(config, progress):
         cache = cache_of(config, run)
@@ -174,6 +179,7 @@ class _Search:
             templates.append(drop_plan(start.n_layers, len(start.steps)))
         self.firsts = tuple(sorted({template.resumes_at for template in templates}))
         self.facts: dict[str, Any] = {}
+        self.aligner = Aligner(inputs.checkpoint, Path(cache), data=inputs.questions[SEARCH].identity)
 
     def _candidate(self, alphas: Sequence[float], name: str = "candidate", kind: str = "found") -> MergePlan:
         matrices = self.inputs.checkpoint.architecture.matrices
@@ -184,7 +190,7 @@ class _Search:
         options = {"run": self.run, "template": self.template, "firsts": self.firsts, "progress": self.progress}
         with open_pool(self.config, self.inputs, self.cache, **options) as pool:
             self.pool = pool
-            self.facts["workers"] = describe_workers(pool, self.inputs, self.progress)
+            self.facts["workers"] = describe_workers(pool, self.inputs, self.progress, self.run)
             shards = compute_trunk(pool, self.inputs, self.progress)
             align(pool, [self.template], self.progress)  # after the trunk, whose states matching by activations needs
             trunk_seconds = time.monotonic() - began
@@ -207,6 +213,7 @@ class _Search:
             # The best found stays the last: what was searched are coefficients without a refit.
             plans = [*plans[:-1], *refitted, plans[-1]]
             self.reporter.report(pool, plans, shards, self.firsts, self.progress)
+            self._take_matches(pool, plans[-1:])
         best = plans[-1]
         with step(self.progress, "accuracies and comparisons"):
             self.reporter.derive(plans, [(best, plan) for plan in plans[:-1]])
@@ -366,7 +373,7 @@ class _Search:
             minimise=is_minimised(settings.objective),
             candidates=candidates,
             batch=batch,
-            concurrent=None if settings.concurrent == "auto" else concurrent,
+            concurrent=None if settings.concurrent == "auto" else settings.concurrent,  # more workers may join
             seed=settings.seed,
             record=self._record,
             replayed=done,
@@ -452,33 +459,42 @@ class _Search:
         ]
         return list({plan.plan_id(self.identity): plan for plan in found}.values())
 
+    def _take_matches(self, pool: WorkerPool, plans: Sequence[MergePlan]) -> None:
+        """Have at hand what the workers have matched for plans that are to be saved: their caches may be elsewhere."""
+        items = [(p.alignment, pair) for p in plans if p.alignment in REORDERED for pair in Aligner.pairs(p)]
+        for (alignment, pair), found in zip(items, pool.map("match", items), strict=True):
+            self.aligner.take(pair, alignment, found)
+
     def _save(
         self, best: MergePlan, fitted: Mapping[int, Mapping[str, Any]] | None = None
     ) -> tuple[str, dict[str, Any] | None]:
         """The merged checkpoint in models/, with plan, alphas and receipts beside the weights, and its proof.
 
         fitted: the tensors of a refitted plan by position. One that does not pass its proof is kept there all the same,
-        and raises ProofError.
+        and raises ProofError; one whose proof did not come to an end is not. What an earlier call has saved stays.
         """
-        where = self.run.path_of("models", best.name)
+        where, plan_id = self.run.path_of("models", best.name), best.plan_id(self.identity)
         if self.run.is_local and Path(where).exists():
-            return where, saved_proof(Path(where))
-        with tempfile.TemporaryDirectory(dir=Path(where).parent.parent if self.run.is_local else None) as scratch:
+            record = saved_record(Path(where))
+            if record["plan_id"] == plan_id and (record.get("proof") or not self.config.output.verify):
+                return where, saved_proof(Path(where))
+        # In the run, so that a killed process's is deleted at the next start.
+        beside = Path(where).parent.parent if self.run.is_local else None
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=beside) as scratch:
             folder = Path(scratch) / best.name
-            # What the workers have matched is read from the cache.
-            data = self.inputs.questions[SEARCH].identity
             try:
                 record = save_merged(
                     self.inputs.checkpoint,
                     best,
                     folder,
-                    aligner=Aligner(self.inputs.checkpoint, Path(self.cache), data=data),
+                    aligner=self.aligner,
                     refits=None if fitted is None else lambda _, position: fitted[position],
                     verify=self.config.output.verify,
                     progress=self.progress,
                     command=self.command,
-                    results=search_results(self.run, best.plan_id(self.identity), self.config.data.report_split),
+                    results=search_results(self.run, plan_id, self.config.data.report_split),
                 )
-            finally:
-                uploaded = self.run.upload(folder, "models", best.name) if folder.exists() else where
-        return uploaded, record["proof"]
+            except ProofError:
+                self.run.upload(folder, "models", best.name)
+                raise
+            return self.run.upload(folder, "models", best.name), record["proof"]

@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import raymerge
 from raymerge import rows
 from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config, ConfigError
+from raymerge.identity import digest
 from raymerge.inputs import (
     CALIBRATION,
     SEARCH,
@@ -123,8 +126,11 @@ def settings_of(config: Config, *sections: str) -> dict[str, Any]:
 def cache_of(config: Config, run: RunDirectory) -> str:
     """The folder of states, activations and alignments: output.cache, or RUN/cache where RUN is on a disk, or a folder
     of the user's cache that a resumed run finds again. Each machine has its own unless they share it."""
-    if config.output.cache or run.is_local:
-        return config.output.cache or run.path_of("cache")
+    if config.output.cache:
+        # Workers of a cluster that is there already do not start where the driver does.
+        return str(Path(config.output.cache).expanduser().absolute())
+    if run.is_local:
+        return run.path_of("cache")
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return str(Path(folder) / "raymerge" / run.run_id)
 
@@ -188,15 +194,37 @@ def open_pool(
         )
 
 
-def describe_workers(pool: WorkerPool, inputs: Inputs, progress: Progress) -> list[dict[str, Any]]:
+def hold_to(
+    run: RunDirectory,
+    inputs: Inputs,
+    progress: Progress,
+    *,
+    plans: Sequence[MergePlan] = (),
+    similarity: Sequence[np.ndarray | None] = (),
+) -> None:
+    """Hold a run to what its configuration led to: model, tokenizer, prompts and texts, and the merges and matrices
+    that files or other runs give. Raises RunError where a run that holds results was begun with others."""
+    with step(progress, "digest of the model's files"):
+        held = {"model": inputs.checkpoint.identity, "tokenizer": inputs.checkpoint.tokenizer_identity}
+    held |= {f"data {role}": identity for role, identity in inputs.identities.items()}
+    held |= {} if inputs.text is None else {"text": rows.text_hash(inputs.text)}
+    held |= {"plan": digest([plan.plan_id("") for plan in plans])} if plans else {}
+    matrices = [np.round(matrix, 12).tobytes().hex() for matrix in similarity if matrix is not None]
+    run.hold_to(held | ({"similarity": digest(matrices)} if matrices else {}))
+
+
+def describe_workers(
+    pool: WorkerPool, inputs: Inputs, progress: Progress, run: RunDirectory | None = None
+) -> list[dict[str, Any]]:
     """What every worker holds; refuses a pool whose machines have other files under the same paths, now and of every
-    worker that comes later."""
+    worker that comes later, and one that would continue a run in another dtype: where model.dtype is auto it is the
+    device's, and `workers` may differ from call to call."""
     ours = {"model_identity": inputs.checkpoint.identity, "data_identities": inputs.identities}
 
     def check(worker: dict[str, Any]) -> None:
         for key, value in ours.items():
             if worker[key] != value:
-                raise ValueError(
+                raise ConfigError(
                     f"{key} of the worker on {worker['host']} is {worker[key]}, the driver's {value}: the paths in the "
                     "configuration must lead to the same files on every machine"
                 )
@@ -206,6 +234,8 @@ def describe_workers(pool: WorkerPool, inputs: Inputs, progress: Progress) -> li
         found = pool.broadcast("describe")
     for worker in found:
         check(worker)
+    if run is not None:
+        run.hold_to({"dtype": found[0]["dtype"]})
     return found
 
 

@@ -17,6 +17,7 @@ from raymerge.experiments.common import (
     counted,
     describe_workers,
     draw_figures,
+    hold_to,
     model_facts,
     open_pool,
     read_inputs,
@@ -83,6 +84,8 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
         return run
+    matrices = () if similarity is None else (similarity.matrix, similarity.block_influence)
+    hold_to(run, inputs, progress, plans=[point.plan for point in points], similarity=matrices)
     run.begin()
     with runtime(config, progress):
         if blocks:
@@ -223,7 +226,7 @@ class _Sweep:
         reporter = Reporter(self.config, self.inputs, self.run)
         options = {"run": self.run, "firsts": self.firsts, "progress": self.progress}
         with open_pool(self.config, self.inputs, cache, **options) as pool:
-            workers = describe_workers(pool, self.inputs, self.progress)
+            workers = describe_workers(pool, self.inputs, self.progress, self.run)
             further = (RETRIEVAL,) if self.config.sweep.context else ()
             shards = compute_trunk(pool, self.inputs, self.progress, further)
             align(pool, self.plans, self.progress)  # after the trunk, whose states matching by activations needs

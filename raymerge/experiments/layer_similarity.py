@@ -20,6 +20,7 @@ from raymerge.experiments.common import (
     counted,
     describe_workers,
     draw_figures,
+    hold_to,
     model_facts,
     open_pool,
     read_inputs,
@@ -30,7 +31,7 @@ from raymerge.inputs import SUBSETS, Subset
 from raymerge.progress import Progress, Silent, step
 from raymerge.reliability import Correlation, Study, correlate, correlate_matrices
 from raymerge.sensitivity import recipe_of
-from raymerge.tables import RunDirectory
+from raymerge.tables import RunDirectory, part_name
 
 Row = dict[str, Any]
 
@@ -57,11 +58,12 @@ def similarity(
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
         return run
+    hold_to(run, inputs, progress)
     run.begin()
     cache = cache_of(config, run)
     options = {"run": run, "most": len(inputs.subsets), "progress": progress}
     with runtime(config, progress), open_pool(config, inputs, cache, **options) as pool:
-        workers = describe_workers(pool, inputs, progress)
+        workers = describe_workers(pool, inputs, progress, run)
         progress.stage("similarity (subsets)", len(inputs.subsets))
 
         def store(number: int, result: tuple[Study, Activations, int]) -> None:
@@ -94,7 +96,7 @@ def _store(config: Config, run: RunDirectory, subset: Subset, found: Study, acti
     """The rows of one subset, as one part of each table."""
     settings = config.similarity
     common = {"subset": subset.name, "language": subset.language}
-    part = f"{subset.name}-{subset.language}"
+    part = part_name(subset.name, subset.language)
     run.append("samples", sample_rows(subset), part=part)
     run.append(
         "block_influence",
@@ -316,10 +318,11 @@ def sensitivity(
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
         return run
+    hold_to(run, inputs, progress)
     run.begin()
     options = {"run": run, "most": len(inputs.subsets), "progress": progress}
     with runtime(config, progress), open_pool(config, inputs, cache_of(config, run), **options) as pool:
-        workers = describe_workers(pool, inputs, progress)
+        workers = describe_workers(pool, inputs, progress, run)
         progress.stage("sensitivity (subsets)", len(inputs.subsets))
         found = pool.map("sensitivity", range(len(inputs.subsets)), counted(progress))
     run.replace("sensitivity", [row for rows in found for row in rows])

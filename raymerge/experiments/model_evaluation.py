@@ -18,6 +18,7 @@ from raymerge.experiments.common import (
     cache_of,
     counted,
     describe_workers,
+    hold_to,
     model_facts,
     open_pool,
     read_inputs,
@@ -51,11 +52,12 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
         return run
+    hold_to(run, inputs, progress)
     run.begin()
     plan = base_plan(inputs.checkpoint.n_layers)
     options = {"run": run, "progress": progress, "shards_each": _SHARDS_EACH}
     with runtime(config, progress), open_pool(config, inputs, cache_of(config, run), **options) as pool:
-        workers = describe_workers(pool, inputs, progress)
+        workers = describe_workers(pool, inputs, progress, run)
         _Evaluation(config, inputs, run, plan, plan.plan_id(inputs.checkpoint.identity)).answer(pool, progress)
     if inputs.questions:
         run.replace("accuracy", derive_accuracy(run.read("answers")))

@@ -165,7 +165,7 @@ def choose_blocks(
     else:
         inputs = read_inputs(config, (CALIBRATION,), text=False)
         measure = _block_losses if chosen_by == "loss" else _block_distances
-        scores, tokens = measure(config, inputs, starts, cache, progress)
+        scores, tokens = measure(config, inputs, starts, run, cache, progress)
     table, chosen = [], {}
     for (name, count), values in scores.items():
         if name == chosen_by:
@@ -192,10 +192,10 @@ _Scores = dict[tuple[str, int], dict[int, float]]  # by measure and number of la
 
 
 def _block_distances(
-    config: Config, inputs: Inputs, starts: dict[int, list[int]], cache: str, progress: Progress
+    config: Config, inputs: Inputs, starts: dict[int, list[int]], run: RunDirectory, cache: str, progress: Progress
 ) -> tuple[_Scores, int]:
     """Distances between the states entering and leaving every block, and the number of tokens they are means over."""
-    with open_pool(config, inputs, cache, progress=progress) as pool:
+    with open_pool(config, inputs, cache, run=run, progress=progress) as pool:
         shards = _calibration_shards(pool, inputs, progress)
         progress.stage("distances between layers (tokens)", sum(shards))
         finished = counted(progress, lambda number, _: shards[number])
@@ -207,13 +207,13 @@ def _block_distances(
 
 
 def _block_losses(
-    config: Config, inputs: Inputs, starts: dict[int, list[int]], cache: str, progress: Progress
+    config: Config, inputs: Inputs, starts: dict[int, list[int]], run: RunDirectory, cache: str, progress: Progress
 ) -> tuple[_Scores, int]:
     """Mean NLL of the calibration text with each block dropped, from the states that enter it; tokens scored."""
     n_layers = inputs.checkpoint.n_layers
     plans = {(count, first): drop_block_plan(n_layers, first, count) for count in starts for first in starts[count]}
     firsts = sorted({plan.resumes_at for plan in plans.values()})
-    with open_pool(config, inputs, cache, firsts=firsts, progress=progress) as pool:
+    with open_pool(config, inputs, cache, run=run, firsts=firsts, progress=progress) as pool:
         shards = _calibration_shards(pool, inputs, progress)
         progress.stage("states entering the blocks (tokens)", sum(shards))
         numbers = range(len(shards))
@@ -247,6 +247,7 @@ def recomputed_plan(config: Config, n_layers: int, cache: str, progress: Progres
     source = parse_config(stored.config, source=f"{plan.similarity_run}/config.yaml")
     if source.model != config.model:
         raise ConfigError(f"{plan.similarity_run} is a run of {source.model.path}, not of {config.model.path}")
+    source = source.model_copy(update={"workers": config.workers})  # it may have been made on another cluster
     inputs = read_inputs(source, (SUBSETS,), text=False)
     wanted = [
         number
@@ -262,6 +263,7 @@ def recomputed_plan(config: Config, n_layers: int, cache: str, progress: Progres
     alphas: list[float] = []
     most = plan.merges or n_layers - 1
     with open_pool(source, inputs, cache, most=1, progress=progress) as pool:
+        describe_workers(pool, inputs, progress)
         progress.stage("merging with recomputed similarity", most)
         while len(pairs) < most:
             so_far = pairs_plan(n_layers, pairs, alphas, name="so far", kind="file", **options_of(plan))

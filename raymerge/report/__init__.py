@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from raymerge.identity import without_secrets
 from raymerge.progress import Progress, Silent, step
 from raymerge.report.build import page_of
 from raymerge.report.render import to_html
@@ -35,7 +36,7 @@ def write_report(
     if path.is_dir():
         raise RunError(f"{path} is a folder; --out names the page, for example {path / 'report.html'}")
     progress = progress or Silent()
-    page = page_of(loaded, shlex.join(["raymerge", "report", *map(str, runs)]), progress)
+    page = page_of(loaded, shlex.join(["raymerge", "report", *without_secrets(list(map(str, runs)))]), progress)
     with step(progress, "writing the page"):
         html = to_html(page)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import shlex
 
 import yaml
 
+from raymerge.identity import without_secrets
 from raymerge.report.content import Block, Fact, Facts, Listing, Notice, Section
 from raymerge.report.wording import duration, listed, plural
 from raymerge.tables import RunDirectory
@@ -64,7 +65,7 @@ def asked(run: RunDirectory) -> Section:
         *_seeds(manifest),
         *_versions(manifest),
         *_machine(manifest),
-        Fact("Run", f"{run.path_of().rstrip('/')}", f"run id {run.run_id}"),
+        Fact("Run", without_secrets(run.path_of().rstrip("/")), f"run id {run.run_id}"),
     ]
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)
     return Section(

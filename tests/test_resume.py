@@ -1,0 +1,155 @@
+"""A run that is taken up again: by the files it was begun with, wherever their paths lead by now."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from raymerge.checkpoint import Checkpoint
+from raymerge.config import load_config
+from raymerge.demo import MODEL_PATH
+from raymerge.experiments import alpha_search, compression_sweep, layer_similarity, model_evaluation
+from raymerge.tables import RunDirectory, RunError
+
+CUT = "cut before anything is computed"
+
+MODULES = {
+    "search": alpha_search,
+    "sweep": compression_sweep,
+    "similarity": layer_similarity,
+    "sensitivity": layer_similarity,
+    "evaluate": model_evaluation,
+}
+
+
+class Cut(Exception):
+    pass
+
+
+@pytest.fixture
+def model(tmp_path):
+    return shutil.copytree(MODEL_PATH, tmp_path / "model")
+
+
+def call(monkeypatch, experiment, model, out, *more):
+    """An experiment up to its first need of Ray, with a row stored as of work that was done before it was cut."""
+    settings = ["data.subjects=country_capitals", "data.limit_per_subject=4", "data.report_limit_per_subject=4"]
+    settings += ["similarity.samples=6", "similarity.entropy_neighbors=4", "similarity.neighbors=2", *more]
+    settings += ["similarity.subsets=[country_capitals]", f"model.path={model}", f"output.run={out}"]
+
+    def cut(*_, **__):
+        run = RunDirectory.load(out)
+        run.append("receipts", [{"plan_id": "p", "tensor": "t", "max_abs_change": 0.0, "relative_change": 0.0}], "p")
+        raise Cut(CUT)
+
+    monkeypatch.setattr(MODULES[experiment], "runtime", cut)
+    getattr(MODULES[experiment], experiment)(load_config(None, settings))
+
+
+def change_weights(model):
+    file = next(model.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(name for name in tensors if "down_proj" in name)
+    save_file(tensors | {name: tensors[name] * 0.5}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("experiment", MODULES)
+def test_a_run_is_not_continued_with_another_model_under_the_same_path(experiment, model, tmp_path, monkeypatch):
+    for _ in range(2):
+        with pytest.raises(Cut):
+            call(monkeypatch, experiment, model, tmp_path / "run")
+    change_weights(model)
+    with pytest.raises(
+        RunError, match=r"made from other inputs.*\n  model: '[0-9a-f]{16}' in the run, '[0-9a-f]{16}' now"
+    ):
+        call(monkeypatch, experiment, model, tmp_path / "run")
+    with pytest.raises(Cut):
+        call(monkeypatch, experiment, model, tmp_path / "another run")
+
+
+def test_nor_with_other_coefficients_texts_or_tokens_in_the_same_files(model, tmp_path, monkeypatch):
+    alphas, text = tmp_path / "alphas.json", tmp_path / "text.txt"
+    step = '[{"step": 0, "layer_to_merge_into": %d, "layer_to_remove": %d, "ratio_i_alpha": %s}]'
+    last = Checkpoint(str(model)).n_layers - 1
+    alphas.write_text(step % (last - 1, last, 0.5))
+    text.write_text("A text of a few words, " * 40)
+    more = ["plan.selection=list", "plan.base=file", f"plan.alpha_file={alphas}", f"data.perplexity_text={text}"]
+    go_on = lambda: call(monkeypatch, "search", model, tmp_path / "run", *more)  # noqa: E731
+    with pytest.raises(Cut):
+        go_on()
+    alphas.write_text(step % (last - 2, last - 1, 0.5))
+    text.write_text("Another text of a few words, " * 40)
+    (model / "tokenizer_config.json").write_text((model / "tokenizer_config.json").read_text() + "\n")
+    with pytest.raises(RunError, match=r"\n  plan: .*\n  text: .*\n  tokenizer: "):
+        go_on()
+
+
+def test_what_holds_no_rows_yet_may_be_begun_with_other_files(tmp_path):
+    run = RunDirectory.open(tmp_path / "run", {"model": {}}, "search")
+    run.hold_to({"model": "a"})
+    run.note("lost")
+    run.hold_to({"model": "b"})
+    run.append("receipts", [{"plan_id": "p", "tensor": "t", "max_abs_change": 0.0, "relative_change": 0.0}])
+    run.hold_to({"model": "b", "dtype": "float32"})  # what is only known later, or to later versions, is added
+    run = RunDirectory.load(tmp_path / "run")
+    run.hold_to({"dtype": "float32"})
+    with pytest.raises(RunError, match="dtype: 'float32' in the run, 'bfloat16' now"):
+        run.hold_to({"model": "b", "dtype": "bfloat16"})
+    (tmp_path / "run" / "inputs.json").unlink()  # as in runs of earlier versions
+    run.hold_to({"model": "c"})
+
+
+WRITER = """
+import sys
+from raymerge.tables import RunDirectory
+run = RunDirectory.open(sys.argv[1], {"model": {}}, "search")
+run.begin()
+print("begun", flush=True)
+sys.stdin.readline()
+run.write_manifest(sys.argv[2])
+print("ended", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("end", ["complete", "failed", "killed"])
+def test_one_process_at_a_time_writes_a_run(tmp_path, end):
+    """Two that are given the same command would delete what the other is writing, and replace its parts."""
+    arguments = [sys.executable, "-c", WRITER, str(tmp_path / "run"), end]
+    other = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with other:
+        assert other.stdout.readline() == "begun\n"
+        (tmp_path / "run" / "_tmp.1.part").write_text("being written")
+        with pytest.raises(RunError, match=f"another process is writing {tmp_path / 'run'}.*{other.pid}"):
+            RunDirectory.open(tmp_path / "run", {"model": {}}, "search")
+        assert (tmp_path / "run" / "_tmp.1.part").exists()
+        assert RunDirectory.load(tmp_path / "run").row_counts() == {}, "any number read it"
+        if end == "killed":
+            other.kill()
+            other.wait()
+        else:
+            other.stdin.write("\n")
+            other.stdin.flush()
+            assert other.stdout.readline() == "ended\n"
+        for _ in range(2):  # as often as one process likes
+            run = RunDirectory.open(tmp_path / "run", {"model": {}}, "search")
+            run.begin()
+        assert not (tmp_path / "run" / "_tmp.1.part").exists()
+        other.kill()
+
+
+def test_a_start_that_was_killed_before_it_wrote_anything_can_be_repeated(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    RunDirectory.open(tmp_path / "run", {"model": {}}, "search").begin()
+
+
+def test_the_tokenizer_is_known_by_its_files(model):
+    before = Checkpoint(str(model)).tokenizer_identity
+    assert before == Checkpoint("demo").tokenizer_identity
+    (model / "generation_config.json").write_text("{}")
+    assert Checkpoint(str(model)).tokenizer_identity == before
+    (model / "special_tokens_map.json").write_text("{}")
+    assert Checkpoint(str(model)).tokenizer_identity != before

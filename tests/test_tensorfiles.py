@@ -1,0 +1,30 @@
+"""Files that several processes share: written by two at once, also by two of different machines."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from raymerge import tensorfiles
+from raymerge.tensorfiles import read_tensors, write_tensors
+
+ONE = {"x": torch.arange(6.0)}
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_two_machines_whose_processes_have_one_number_write_the_same_file(tmp_path, monkeypatch, before):
+    """On a shared disk process numbers are no names: in containers they are small and alike."""
+    path = tmp_path / "cache" / "trunk.safetensors"
+    monkeypatch.setattr("os.getpid", lambda: 87)
+
+    def save(tensors, unfinished):
+        monkeypatch.setattr(tensorfiles, "save_file", save_file)
+        if not before:
+            save_file(tensors, unfinished)
+        write_tensors(path, ONE, "the other's")  # from beginning to end, while this one writes
+        if before:
+            save_file(tensors, unfinished)
+
+    monkeypatch.setattr(tensorfiles, "save_file", save)
+    write_tensors(path, ONE, "this one's")
+    assert torch.equal(read_tensors(path, "it")["x"], ONE["x"])
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
