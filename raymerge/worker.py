@@ -28,7 +28,7 @@ from raymerge.errors import UserError
 from raymerge.evaluation import Answers, answer_shard, generation_speed, score_choices, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
-from raymerge.gradient import descend, descent_settings
+from raymerge.gradient import descend, descent_settings, loss_weights
 from raymerge.identity import digest
 from raymerge.inputs import (
     CALIBRATION,
@@ -60,7 +60,7 @@ from raymerge.scoring import TailScorer
 from raymerge.sensitivity import recipe_of, vary
 from raymerge.similarity import compute
 from raymerge.sources import SourceLayers
-from raymerge.tail_loss import TailLoss, TextWindows, loss_weights
+from raymerge.tail_loss import TailLoss, TextWindows
 from raymerge.tensorfiles import read_tensors, write_tensors
 from raymerge.trunk import TrunkCache, compute_trunks
 

@@ -5,8 +5,8 @@
 
 Nothing is downloaded: weights are drawn on the device, a layer at a time, and questions are random tokens of MMLU's
 lengths (57 subjects; prefixes 29,323 tokens; questions of median 73, mean 107, at most 996 tokens). It needs torch,
-transformers, safetensors, numpy, scipy, pyarrow, pydantic and pyyaml (pip packages; torch built for the card), no Ray,
-60 GB of disk and 40 GB of host memory at 8b, and well under ten minutes on an H100.
+transformers, safetensors, numpy, scipy, pyarrow and pyyaml (pip packages; torch built for the card), neither Ray nor
+pydantic, 60 GB of disk and 40 GB of host memory at 8b, and well under ten minutes on an H100.
 
 Prints one JSON line a measurement; `seconds` are wall-clock, the device waited for. "share_of_matrix_rate" and
 "share_of_bandwidth" are of the rates measured at the start: operations counted as the fewest that the method needs,
