@@ -18,8 +18,9 @@ from raymerge.evaluation import answer_shard, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.gradient import Settings, descend
 from raymerge.memory import MemoryPlanError, ScoringPlan
-from raymerge.plan import before_last_plan, drop_plan, tail_plan
+from raymerge.plan import Refit, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import encode_questions, encode_text
+from raymerge.refit import Refitter, Sums, steps_of
 from raymerge.scoring import TailScorer
 from raymerge.sources import SourceLayers
 from raymerge.tail_loss import GradientError, LossWeights, TailLoss, TextWindows
@@ -398,3 +399,36 @@ def test_spans_come_as_they_are_on_a_cpu():
     source = torch.arange(20.0).view(10, 2)
     parts = list(raymerge.device.streamed(source, [(0, 3), (3, 10), (2, 2)], torch.device("cpu")))
     assert [part.tolist() for part in parts] == [source[:3].tolist(), source[3:].tolist(), []]
+
+
+# -- refits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["linear", "scale", "outputs", "units"])
+def test_refits(checkpoint, prompts, tmp_path, monkeypatch, method):
+    """What workers send each other are tensors of the CPU: the driver may have no device to unpack others on."""
+    checkpoint = checkpoint("llama")
+    ridge = {"ridge": None if method == "outputs" else 0.01, "layers": int(method == "outputs")}
+    plan = replace(drop_plan(N, 2), refit=Refit(method, calibration="c", **ridge))
+
+    def fitted(runner, folder):
+        refitter = Refitter(runner, folder, lambda: prompts.shards)
+        runner.refits, sent = refitter.tensors, []
+        for number in range(len(steps_of(plan))):
+            parts = [refitter.sums(plan, number, (start, 2)).pack() for start in range(2)]
+            sent += [part.squares for part in parts if part.squares is not None]
+            found = refitter.solve(plan, number, Sums.total(parts))
+            sent += found.values()
+            refitter.store(plan, number, found)
+        tensors = [sorted(refitter.tensors(plan, position).items()) for position in plan.refit_targets]
+        return sum(tensors, []), sent, answer_shard(runner, plan, prompts, prompts.shards[0]).logits
+
+    expected, _, logits = fitted(LayerRunner(checkpoint), tmp_path / "cpu")
+    with fake_device(monkeypatch) as device:
+        runner = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32)
+        found, sent, answers = fitted(runner, tmp_path / "device")
+        assert not any(device.on(tensor) for tensor in sent)
+    for (name, one), (other_name, other) in zip(found, expected, strict=True):
+        assert name == other_name
+        close(one, other, 1e-3)
+    close(answers, logits, 1e-3)
