@@ -12,12 +12,16 @@ import pytest
 PATH = Path(__file__).parent / "benchmarks" / "gpu.py"
 
 
-@pytest.fixture(scope="module")
-def gpu():
+def load():
     spec = importlib.util.spec_from_file_location("benchmark_gpu", PATH)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    return load()
 
 
 def test_it_needs_no_more_than_it_says():
