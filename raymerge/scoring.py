@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from raymerge.architectures import module_layer
-from raymerge.device import attempt, device_memory, host_buffer, host_free, release_cached, streamed
+from raymerge.device import attempt, device_memory, host_buffer, host_free, moved, release_cached, streamed
 from raymerge.forward import visible
 from raymerge.fusion import check_mergeable
 from raymerge.memory import MemoryPlanError, ScoringPlan, ScoringWork, plan_scoring
@@ -152,13 +152,13 @@ class TailScorer:
         width = (owned or prefixes)[0].shape[-1]
         self._tokens = self._empty_states(n_prefix + padded, width)
         for prefix, place in zip(prefixes, self._prefixes, strict=True):
-            self._tokens[place.start : place.stop] = self._entering(prefix.to(device, torch.float32))
+            self._tokens[place.start : place.stop] = self._entering(moved(prefix, device, torch.float32))
         last, starts = [], []
         for bucket in self._buckets:
             block = torch.zeros(bucket.count, bucket.width, width, dtype=owned[0].dtype)
             for row, i in enumerate(order[bucket.first : bucket.first + bucket.count]):
                 block[row, : len(owned[i])] = owned[i]
-            states = block.to(device, torch.float32)
+            states = moved(block, device, torch.float32)
             numbers = torch.arange(bucket.count, device=device)
             last.append(states[numbers, self._lengths[bucket.first : bucket.first + bucket.count] - 1])
             begin = n_prefix + bucket.start

@@ -155,6 +155,19 @@ def test_every_plan_gives_the_cpus_answers(checkpoint, prompts, tmp_path, monkey
             close(few.score(PLANS[0])[0], expected[0][[7, 2, 4]])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_moved_to_the_device_is_widened_there(checkpoint, prompts, tmp_path, monkeypatch, dtype):
+    """Twice the bytes would travel, converted by one core: 25 GB for all of MMLU's states on an 8B model."""
+    checkpoint = checkpoint("llama", torch.bfloat16)
+    with fake_device(monkeypatch) as device:
+        assert torch.ones(3, dtype=torch.bfloat16).to(DEVICE, torch.float32).dtype == torch.float32
+        assert device.widened == 3  # the helper sees it
+        runner = LayerRunner(checkpoint, device=DEVICE, dtype=dtype)
+        scorer = TailScorer(TrunkCache(runner, FIRST, tmp_path), prompts)
+        list(scorer.score_many(PLANS[:2]))
+        assert device.widened < 100  # coefficients
+
+
 def test_what_is_summed_and_what_is_not(checkpoint, prompts, tmp_path, device):
     def linear(family, **options):
         runner = LayerRunner(checkpoint(family), device=DEVICE, dtype=options.pop("runner_dtype", torch.float32))
@@ -386,6 +399,25 @@ def test_layers_that_the_runner_keeps_make_room_for_states(checkpoint, prompts, 
         monkeypatch.setattr(LayerRunner, "kept_bytes", 10**9)
         TailScorer(trunk, prompts)
         assert not runner._resident
+
+
+def test_what_the_driver_is_told(monkeypatch):
+    """Float32 products keep their digits whatever a container's environment asks for, and pinned memory is given back
+    with the rest."""
+    told = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("device"))
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: told.append("host"), raising=False)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: told.append(share))
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert raymerge.device.choose_device(0.25) == DEVICE
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    raymerge.device.release_cached()
+    assert told == [0.25, "device", "host"]
 
 
 def test_a_cpu_takes_what_it_always_did(checkpoint, prompts, tmp_path):
