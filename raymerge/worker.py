@@ -83,14 +83,15 @@ class TooLargeError(UserError):
 
 def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, template: MergePlan | None) -> int:
     """Bytes of the weights that a worker holds on an accelerator: every layer in the compute dtype, and for a search
-    the layers that are mixed, float32, once more."""
+    the layers that are mixed once more, as `SourceLayers` stacks them."""
     name = checkpoint.architecture.layer_name
     sizes = [
         sum(checkpoint[name(layer, tensor)].numel() for tensor in checkpoint.layer_tensors(layer))
         for layer in range(checkpoint.n_layers)
     ]
     mixed = 0 if template is None else sum(sizes[template.resumes_at :])
-    return sum(sizes) * dtype.itemsize + 4 * mixed
+    stacked = checkpoint.dtype if template is None or template.norms == "keep" else torch.float32
+    return sum(sizes) * dtype.itemsize + stacked.itemsize * mixed
 
 
 def refuse_oversized(checkpoint: Checkpoint, dtype: torch.dtype, template: MergePlan | None, free: int) -> None:
