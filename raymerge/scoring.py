@@ -542,16 +542,28 @@ class TailScorer:
                 pieces.append(_Bucket(bucket.first + first, count, start, bucket.width))
         return pieces
 
+    def _prefix_groups(self) -> list[list[_Prefix]]:
+        """The prefixes, in order, as keys and values are made of them: one by one on a CPU, on an accelerator as many
+        as a chunk holds, since MMLU's 57 are too short to be worth a call each."""
+        groups: list[list[_Prefix]] = []
+        for prefix in self._prefixes:
+            fits = groups and prefix.stop - groups[-1][0].start <= self.plan.chunk_tokens
+            if fits and self.runner.accelerated:
+                groups[-1].append(prefix)
+            else:
+                groups.append([prefix])
+        return groups
+
     def _spans(self, pieces: Sequence[_Bucket]) -> list[tuple[int, int]]:
-        """Rows of the tokens: of every prefix, then of every piece of a bucket."""
+        """Rows of the tokens: of every group of prefixes, then of every piece of a bucket."""
         own = [(start, start + b.count * b.width) for b in pieces for start in (self._n_prefix + b.start,)]
-        return [(prefix.start, prefix.stop) for prefix in self._prefixes] + own
+        return [(group[0].start, group[-1].stop) for group in self._prefix_groups()] + own
 
     def _positions(self, pieces: Sequence[_Bucket]) -> Iterator[Tensor]:
         """Of each token in the order of `_spans`."""
         device = self._lengths.device
-        for prefix in self._prefixes:
-            yield torch.arange(prefix.stop - prefix.start, device=device)
+        for group in self._prefix_groups():
+            yield torch.cat([torch.arange(prefix.stop - prefix.start, device=device) for prefix in group])
         for b in pieces:
             offsets = self._offsets[b.first : b.first + b.count]
             yield (offsets[:, None] + torch.arange(b.width, device=device)).flatten()
@@ -583,7 +595,7 @@ class TailScorer:
         rotary: str | None,
         sums: tuple[Tensor, Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rotated keys and values (tokens, kv, head_dim) float32 of each prefix, then of each piece."""
+        """Rotated keys and values (tokens, kv, head_dim) float32 of each group of prefixes, then of each piece."""
         spans = self._spans(pieces)
         if sums is not None:
             heads = (self._kv_heads, self._head_dim)
@@ -611,17 +623,7 @@ class TailScorer:
         """
         device, pieces = query.device, self._pieces()
         keys_values = self._keys_values(pieces, weights, rotary, sums)
-        prefix_parts = []
-        for prefix in self._prefixes:
-            k, v = (t.permute(1, 2, 0) for t in next(keys_values))  # (kv, head_dim, P)
-            length = prefix.stop - prefix.start
-            for questions in prefix.questions.split(max(1, _PAIRS * self.plan.chunk_tokens // max(1, length))):
-                scores = self._scores(torch.einsum("nkgd,kdp->nkgp", query[questions], k))
-                if window is not None:
-                    last = self._offsets[questions] + self._lengths[questions] - 1
-                    seen = visible(last, torch.arange(length, device=device), window)
-                    scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-                prefix_parts.append(_partial_softmax(scores, lambda p, v=v: torch.einsum("nkgp,kdp->nkgd", p, v)))
+        prefix_parts = list(self._prefix_parts(query, keys_values, window))
         own_parts = []
         for piece in pieces:
             rows = slice(piece.first, piece.first + piece.count)
@@ -635,6 +637,25 @@ class TailScorer:
         own_log, own_out = (torch.cat(part) for part in zip(*own_parts, strict=True))
         share = torch.sigmoid(prefix_log - own_log)[..., None]  # exp(a) / (exp(a) + exp(b))
         return share * prefix_out + (1.0 - share) * own_out
+
+    def _prefix_parts(
+        self, query: Tensor, keys_values: Iterator[tuple[Tensor, Tensor]], window: int | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each prefix's questions, some at a time, what `_partial_softmax` gives for their attention to it."""
+        device = query.device
+        for group in self._prefix_groups():
+            keys, values = next(keys_values)
+            for prefix in group:
+                own = slice(prefix.start - group[0].start, prefix.stop - group[0].start)
+                k, v = (t[own].permute(1, 2, 0) for t in (keys, values))  # (kv, head_dim, P)
+                length = prefix.stop - prefix.start
+                for questions in prefix.questions.split(max(1, _PAIRS * self.plan.chunk_tokens // max(1, length))):
+                    scores = self._scores(torch.einsum("nkgd,kdp->nkgp", query[questions], k))
+                    if window is not None:
+                        last = self._offsets[questions] + self._lengths[questions] - 1
+                        seen = visible(last, torch.arange(length, device=device), window)
+                        scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+                    yield _partial_softmax(scores, lambda p, v=v: torch.einsum("nkgp,kdp->nkgd", p, v))
 
     # -- keys and values as sums ---------------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ class SourceLayers:
         self._sizes = [shape.numel() for shape in self._shapes]
         narrow = runner.accelerated and norms == "keep"
         self.stack_dtype = checkpoint.dtype if narrow else torch.float32
-        # An accelerator sums a part at a time: what is widened, and the sums before they are rounded, take as much less.
+        # An accelerator sums a part at a time: what is widened, and the sums before they are rounded, take less room.
         self._columns = -(-sum(self._sizes) // 8) if runner.accelerated else sum(self._sizes)
 
     # Made in normal mode, wherever they are first asked for: gradients are taken through them as well.

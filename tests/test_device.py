@@ -168,6 +168,19 @@ def test_what_is_moved_to_the_device_is_widened_there(checkpoint, prompts, tmp_p
         assert device.widened < 100  # coefficients
 
 
+def test_short_prefixes_share_their_calls(checkpoint, tmp_path, monkeypatch):
+    """Keys and values of 57 subjects' prefixes, one by one, would keep a GPU waiting for the CPU's calls."""
+    subjects = {name: 2 for name in ("cats", "roads", "boxes", "birds", "hills", "lamps", "doors", "maps")}
+    many = encode_questions(tiny.make_questions(subjects), tiny.demo_tokenizer())
+    with fake_device(monkeypatch):
+        runner = LayerRunner(checkpoint("llama"), device=DEVICE, dtype=torch.float32)
+        scorer = TailScorer(TrunkCache(runner, FIRST, tmp_path), many)
+        for chunk, groups in ((100_000, 1), (1, len(subjects))):
+            scorer.plan = replace(scorer.plan, chunk_tokens=chunk)
+            assert [prefix for group in scorer._prefix_groups() for prefix in group] == scorer._prefixes
+            assert len(scorer._spans([])) == groups
+
+
 def test_what_is_summed_and_what_is_not(checkpoint, prompts, tmp_path, device):
     def linear(family, **options):
         runner = LayerRunner(checkpoint(family), device=DEVICE, dtype=options.pop("runner_dtype", torch.float32))
