@@ -1,5 +1,6 @@
 """An 8B-shaped model with random weights on one accelerator: what a trunk, candidates, gradients and the rest cost.
 
+    export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True  # as workers have it
     PYTHONPATH=. python tests/benchmarks/gpu.py --shape 8b --goals
     PYTHONPATH=. python tests/benchmarks/gpu.py --shape tiny --device cpu --questions 40
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import sys
 import tempfile
 import time
@@ -241,6 +243,7 @@ class Bench:
             device=device_name(self.device),
             torch=torch.__version__,
             dtype=str(self.dtype),
+            allocator=os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
             matrix_tflops=self.rates["matrix"] / 1e12,
             bandwidth_gb_s=self.rates["bandwidth"] / 1e9,
             **(device_memory(self.device)._asdict() if self.cuda else {}),
