@@ -25,6 +25,7 @@ from torch import Tensor
 
 from raymerge import demo
 from raymerge.architectures import Architecture, architecture_of, attention_windows, rotary_types, trimmed_config
+from raymerge.device import moved
 from raymerge.errors import UserError
 from raymerge.gguf_input import SOURCE_FILE, converted_gguf, gguf_file_of
 from raymerge.hub import fetch
@@ -199,7 +200,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def layer(self, layer: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """One decoder layer's tensors by relative name, converted: with float32 the only copy that is private."""
         name = self.architecture.layer_name
-        return {rel: self[name(layer, rel)].to(device, dtype) for rel in self.layer_tensors(layer)}
+        return {rel: moved(self[name(layer, rel)], device, dtype) for rel in self.layer_tensors(layer)}
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -36,6 +36,8 @@ def choose_device(share: float | str = "auto") -> torch.device:
     if share == 0 or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", torch.cuda.current_device())
+    # What is computed in float32 needs its digits, but NVIDIA's containers switch TF32 on by an environment variable.
+    torch.set_float32_matmul_precision("highest")
     if share != "auto" and share < 1:
         torch.cuda.set_per_process_memory_fraction(float(share), device)
     return device
@@ -87,9 +89,22 @@ def attempt(call: Callable[[], Any]) -> tuple[bool, Any]:
 
 
 def release_cached() -> None:
-    """Give back what torch's allocator holds without using it."""
+    """Give back what torch's allocators hold without using it, pinned host memory too."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        # Public since torch 2.13. Without it a scorer that is gone still has its states' memory.
+        empty = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+        if empty is not None:
+            empty()
+
+
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The tensor on a device in a dtype.
+
+    A copy to an accelerator that widens does so before, on the CPU, and then moves the wider values: here what moves
+    is what is narrower.
+    """
+    return (tensor.to(device) if dtype.itemsize > tensor.dtype.itemsize else tensor).to(device, dtype)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from raymerge.alignment import Aligner, AlignmentError
 from raymerge.architectures import module_layer
 from raymerge.checkpoint import Checkpoint
-from raymerge.device import attempt, device_memory, is_accelerator
+from raymerge.device import attempt, device_memory, is_accelerator, moved
 from raymerge.fusion import Refits, fused_layer
 from raymerge.memory import LayerSize, keeps_layer, plan_batches
 from raymerge.plan import MergePlan
@@ -274,7 +274,7 @@ class LayerRunner:
         """The inverse of `pack`: states laid out in batches again."""
         states = []
         for group, (prefix, own) in zip(shard.groups, packed, strict=True):
-            both = torch.cat([prefix, own]).to(self.device, self.dtype)
+            both = moved(torch.cat([prefix, own]), self.device, self.dtype)
             states.append(self._layout(group, lambda ids, start, both=both: both[start : start + len(ids)]))
         return states
 

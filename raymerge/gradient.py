@@ -20,11 +20,13 @@ from torch import Tensor
 
 from raymerge.config import Config
 from raymerge.identity import digest
+from raymerge.objectives import parse_objective
 from raymerge.plan import MergePlan, coefficients_to_alphas
 from raymerge.tail_loss import (
     Evaluation,
     GradientError,
     Loss,
+    LossWeights,
     TailLoss,
 )
 
@@ -159,6 +161,13 @@ def descent_settings(config: Config, parametrisation: str) -> Settings:
         patience=own.patience,
         seed=config.search.seed,
     )
+
+
+def loss_weights(config: Config) -> LossWeights:
+    """What is descended on: the terms of search.objective, or for accuracies, which have no gradient, answer_nll."""
+    objective = parse_objective(config.search.objective)
+    terms = {term.measure: term.weight for term in objective.terms} if objective.minimised else {"answer_nll": 1.0}
+    return LossWeights(**{"answer_nll": 0.0, **terms, "text_kl": config.gradient.text_kl})
 
 
 class Epoch(NamedTuple):

@@ -87,6 +87,11 @@ def state_bytes(size: LayerSize, work: ScoringWork) -> int:
     return work.tokens * size.hidden * work.compute
 
 
+def pinned_bytes(size: LayerSize, work: ScoringWork) -> int:
+    """What the states take in pinned host memory: torch's allocator of it rounds up to a power of two."""
+    return 1 << max(0, state_bytes(size, work) - 1).bit_length()
+
+
 def held_bytes(size: LayerSize, work: ScoringWork, plan: ScoringPlan) -> int:
     """What stays on the device between candidates: stacked weights, states, sources' keys."""
     held = work.sources * size.parameters * work.stack
@@ -108,7 +113,8 @@ def scoring_bytes(size: LayerSize, work: ScoringWork, plan: ScoringPlan) -> int:
     chunk = plan.chunk_tokens * (token * plan.candidates + size.hidden * work.compute)
     if plan.states == "host":
         chunk += 2 * plan.chunk_tokens * size.hidden * work.compute  # one copy arrives while the other is used
-    mixing = size.parameters * (4 * plan.candidates + 4 * work.sources) // 8  # an eighth of the stack at a time
+    # An eighth of the stack at a time: widened, and its sums before and after rounding.
+    mixing = size.parameters * ((4 + work.compute) * plan.candidates + 4 * work.sources) // 8
     vocabulary = _VOCABULARY * 4 * (2 * min(work.questions, _ANSWERS) + size.hidden)
     return held_bytes(size, work, plan) + plan.candidates * candidate + max(chunk, mixing, vocabulary)
 
@@ -131,7 +137,7 @@ def plan_scoring(
     Raises MemoryPlanError where nothing fits.
     """
     for plan in _plans(linear, batched):
-        if plan.states == "host" and state_bytes(size, work) > _USABLE * host_free:
+        if plan.states == "host" and pinned_bytes(size, work) > _USABLE * host_free:
             continue
         if scoring_bytes(size, work, plan) <= _USABLE * device_free:
             return plan
@@ -139,7 +145,7 @@ def plan_scoring(
     raise MemoryPlanError(
         f"scoring {work.questions} questions ({work.tokens} tokens) of {work.sources} merged layers takes "
         f"{_gb(scoring_bytes(size, work, least))} of the device, which has {_gb(device_free)} free, and "
-        f"{_gb(state_bytes(size, work))} of host memory, which has {_gb(host_free)}: take fewer questions "
+        f"{_gb(pinned_bytes(size, work))} of host memory, which has {_gb(host_free)}: take fewer questions "
         "(data.limit_per_subject), fewer merges, or a larger device"
     )
 

@@ -172,6 +172,14 @@ def _loopback_only() -> Iterator[None]:
 # glibc gives back every block beyond 32 MB when it is freed, so that each layer's weights and activations are new pages
 # which the kernel clears: converting a layer takes 11 times as long (docs/results.md, 2026-11-24). Keep up to 1 GiB.
 _ALLOCATION = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+# Chunks of candidates differ a little in their sizes: in segments of fixed sizes one's block may be too small for the
+# next one's, and giving segments back for larger ones waits for the device. The second name is torch's before 2.9.
+_DEVICE_ALLOCATION = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:True")
+
+
+def _device_allocation(gpus: float) -> dict[str, str]:
+    """Of a worker with a GPU, unless the user has settings of their own."""
+    return {} if not gpus or set(_DEVICE_ALLOCATION) & set(os.environ) else _DEVICE_ALLOCATION
 
 
 def _threads(cpus: float) -> dict[str, str]:
@@ -323,7 +331,9 @@ class WorkerPool:
                 "num_gpus": gpus_per_worker,
                 "max_restarts": max_restarts,
                 "scheduling_strategy": "SPREAD",
-                "runtime_env": {"env_vars": _ALLOCATION | _threads(cpus_per_worker)},
+                "runtime_env": {
+                    "env_vars": _ALLOCATION | _threads(cpus_per_worker) | _device_allocation(gpus_per_worker)
+                },
             },
         )
         self._start = lambda name: actor.options(name=name, **options).remote(worker_class, dict(kwargs))

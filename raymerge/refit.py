@@ -77,8 +77,9 @@ class Sums:
         return [part for part in (self.fitted, self.held_out) if part is not None]
 
     def pack(self) -> Sums:
-        """The same to be sent to another process."""
-        return Sums(*(equations.pack() for equations in self.equations), squares=self.squares)
+        """The same to be sent to another process, which may have no accelerator to unpack tensors on."""
+        squares = None if self.squares is None else self.squares.cpu()
+        return Sums(*(equations.pack() for equations in self.equations), squares=squares)
 
     @staticmethod
     def total(parts: Sequence[Sums]) -> Sums:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from raymerge.architectures import module_layer
-from raymerge.device import attempt, device_memory, host_buffer, host_free, release_cached, streamed
+from raymerge.device import attempt, device_memory, host_buffer, host_free, moved, release_cached, streamed
 from raymerge.forward import visible
 from raymerge.fusion import check_mergeable
 from raymerge.memory import MemoryPlanError, ScoringPlan, ScoringWork, plan_scoring
@@ -146,13 +146,13 @@ class TailScorer:
         width = (owned or prefixes)[0].shape[-1]
         self._tokens = self._empty_states(n_prefix + padded, width)
         for prefix, place in zip(prefixes, self._prefixes, strict=True):
-            self._tokens[place.start : place.stop] = self._entering(prefix.to(device, torch.float32))
+            self._tokens[place.start : place.stop] = self._entering(moved(prefix, device, torch.float32))
         last, starts = [], []
         for bucket in self._buckets:
             block = torch.zeros(bucket.count, bucket.width, width, dtype=owned[0].dtype)
             for row, i in enumerate(order[bucket.first : bucket.first + bucket.count]):
                 block[row, : len(owned[i])] = owned[i]
-            states = block.to(device, torch.float32)
+            states = moved(block, device, torch.float32)
             numbers = torch.arange(bucket.count, device=device)
             last.append(states[numbers, self._lengths[bucket.first : bucket.first + bucket.count] - 1])
             begin = n_prefix + bucket.start
@@ -535,16 +535,28 @@ class TailScorer:
                 pieces.append(_Bucket(bucket.first + first, count, start, bucket.width))
         return pieces
 
+    def _prefix_groups(self) -> list[list[_Prefix]]:
+        """The prefixes, in order, as keys and values are made of them: one by one on a CPU, on an accelerator as many
+        as a chunk holds, since MMLU's 57 are too short to be worth a call each."""
+        groups: list[list[_Prefix]] = []
+        for prefix in self._prefixes:
+            fits = groups and prefix.stop - groups[-1][0].start <= self.plan.chunk_tokens
+            if fits and self.runner.accelerated:
+                groups[-1].append(prefix)
+            else:
+                groups.append([prefix])
+        return groups
+
     def _spans(self, pieces: Sequence[_Bucket]) -> list[tuple[int, int]]:
-        """Rows of the tokens: of every prefix, then of every piece of a bucket."""
+        """Rows of the tokens: of every group of prefixes, then of every piece of a bucket."""
         own = [(start, start + b.count * b.width) for b in pieces for start in (self._n_prefix + b.start,)]
-        return [(prefix.start, prefix.stop) for prefix in self._prefixes] + own
+        return [(group[0].start, group[-1].stop) for group in self._prefix_groups()] + own
 
     def _positions(self, pieces: Sequence[_Bucket]) -> Iterator[Tensor]:
         """Of each token in the order of `_spans`."""
         device = self._lengths.device
-        for prefix in self._prefixes:
-            yield torch.arange(prefix.stop - prefix.start, device=device)
+        for group in self._prefix_groups():
+            yield torch.cat([torch.arange(prefix.stop - prefix.start, device=device) for prefix in group])
         for b in pieces:
             offsets = self._offsets[b.first : b.first + b.count]
             yield (offsets[:, None] + torch.arange(b.width, device=device)).flatten()
@@ -577,7 +589,8 @@ class TailScorer:
         rotary: str | None,
         summed: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rotated keys (tokens, kv, head_dim) float32 of each prefix, then of each piece, and their tokens' states."""
+        """Rotated keys (tokens, kv, head_dim) float32 of each group of prefixes, then of each piece, and their tokens'
+        states."""
         if summed is not None:
             heads = (self._kv_heads, self._head_dim)
             for (start, stop), tokens in zip(self._spans(pieces), states, strict=True):
@@ -603,18 +616,7 @@ class TailScorer:
         device, pieces = query.device, self._pieces()
         keys = self._keys(self._states_of(self._spans(pieces)), pieces, weights, rotary, summed)
         value = self._projection("v", weights)
-        prefix_parts = []
-        for prefix in self._prefixes:
-            k, states = next(keys)
-            k, length = k.permute(1, 2, 0), prefix.stop - prefix.start  # (kv, head_dim, P)
-            weigh = self._weighing(states[None], value, len(prefix.questions))
-            for questions in prefix.questions.split(max(1, _PAIRS * self.plan.chunk_tokens // max(1, length))):
-                scores = self._scores(torch.einsum("nkgd,kdp->nkgp", query[questions], k))
-                if window is not None:
-                    last = self._offsets[questions] + self._lengths[questions] - 1
-                    seen = visible(last, torch.arange(length, device=device), window)
-                    scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-                prefix_parts.append(_partial_softmax(scores, weigh))
+        prefix_parts = list(self._prefix_parts(query, keys, value, window))
         own_parts = []
         for piece in pieces:
             rows = slice(piece.first, piece.first + piece.count)
@@ -628,6 +630,30 @@ class TailScorer:
         own_log, own_out = (torch.cat(part) for part in zip(*own_parts, strict=True))
         share = torch.sigmoid(prefix_log - own_log)[..., None]  # exp(a) / (exp(a) + exp(b))
         return share * prefix_out + (1.0 - share) * own_out
+
+    def _prefix_parts(
+        self,
+        query: Tensor,
+        keys: Iterator[tuple[Tensor, Tensor]],
+        value: tuple[Tensor, Tensor | None],
+        window: int | None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each prefix's questions, some at a time, what `_partial_softmax` gives for their attention to it."""
+        device = query.device
+        for group in self._prefix_groups():
+            of_group = next(keys)
+            for prefix in group:
+                own = slice(prefix.start - group[0].start, prefix.stop - group[0].start)
+                k, states = (t[own] for t in of_group)
+                k, length = k.permute(1, 2, 0), prefix.stop - prefix.start  # (kv, head_dim, P)
+                weigh = self._weighing(states[None], value, len(prefix.questions))
+                for questions in prefix.questions.split(max(1, _PAIRS * self.plan.chunk_tokens // max(1, length))):
+                    scores = self._scores(torch.einsum("nkgd,kdp->nkgp", query[questions], k))
+                    if window is not None:
+                        last = self._offsets[questions] + self._lengths[questions] - 1
+                        seen = visible(last, torch.arange(length, device=device), window)
+                        scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+                    yield _partial_softmax(scores, weigh)
 
     def _weighing(
         self, states: Tensor, value: tuple[Tensor, Tensor | None], questions: int

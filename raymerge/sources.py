@@ -48,8 +48,8 @@ class SourceLayers:
         self._sizes = [shape.numel() for shape in self._shapes]
         narrow = runner.accelerated and norms == "keep"
         self.stack_dtype = checkpoint.dtype if narrow else torch.float32
-        # A narrow stack is widened for its sums a part at a time.
-        self._columns = -(-sum(self._sizes) // 8) if narrow else sum(self._sizes)
+        # An accelerator sums a part at a time: what is widened, and the sums before they are rounded, take less room.
+        self._columns = -(-sum(self._sizes) // 8) if runner.accelerated else sum(self._sizes)
 
     # Made in normal mode, wherever they are first asked for: gradients are taken through them as well.
 
@@ -96,13 +96,20 @@ class SourceLayers:
         """
         coefficients = coefficients.to(self.stack.device, torch.float32)
         if coefficients.ndim == 2:
-            mixed = [
-                (coefficients @ part.float()).to(dtype).to(out_dtype) for part in self.stack.split(self._columns, 1)
-            ]
+            parts = [(coefficients, part) for part in self.stack.split(self._columns, 1)]
         else:
-            parts = zip(self._matrix_of, self.stack.split(self._sizes, dim=1), strict=True)
-            mixed = [(coefficients[:, matrix] @ part.float()).to(dtype).to(out_dtype) for matrix, part in parts]
-        return mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
+            matrices = zip(self._matrix_of, self.stack.split(self._sizes, dim=1), strict=True)
+            parts = [(coefficients[:, matrix], part) for matrix, part in matrices]
+        mixed = ((own @ part.float()).to(dtype).to(out_dtype) for own, part in parts)
+        if len(parts) == 1:
+            return next(mixed)
+        if coefficients.requires_grad:
+            return torch.cat(list(mixed), dim=1)
+        # Into their place: joining them would hold every candidate's weights twice.
+        found = torch.empty(len(coefficients), self.stack.shape[1], dtype=out_dtype, device=self.stack.device)
+        for place, own in zip(found.split([part.shape[1] for _, part in parts], 1), mixed, strict=True):
+            place.copy_(own)
+        return found
 
     def averaged(self, merge_biases: bool) -> list[str]:
         """Names of the tensors that are averaged, as `weights` gives them."""

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raymerge.config import Config
 from raymerge.device import attempt, device_memory
 from raymerge.errors import UserError
 from raymerge.evaluation import Answers, answer_shard
@@ -25,7 +24,6 @@ from raymerge.forward import LayerRunner
 from raymerge.fusion import check_mergeable
 from raymerge.identity import digest
 from raymerge.memory import plan_gradient
-from raymerge.objectives import parse_objective
 from raymerge.plan import MergePlan, base_plan, tail_pairs
 from raymerge.prompts import Group, Prompts, Shard
 from raymerge.scoring import TailScorer
@@ -434,10 +432,3 @@ class TailLoss:
             (weights.answer_nll, weights.answer_kl, weights.text_nll, weights.text_kl), (*answers, *text), strict=True
         )
         return Loss(sum(weight * value for weight, value in pairs if weight), *answers, *text)
-
-
-def loss_weights(config: Config) -> LossWeights:
-    """What is descended on: the terms of search.objective, or for accuracies, which have no gradient, answer_nll."""
-    objective = parse_objective(config.search.objective)
-    terms = {term.measure: term.weight for term in objective.terms} if objective.minimised else {"answer_nll": 1.0}
-    return LossWeights(**{"answer_nll": 0.0, **terms, "text_kl": config.gradient.text_kl})

@@ -28,7 +28,7 @@ from raymerge.errors import UserError
 from raymerge.evaluation import Answers, answer_shard, generation_speed, score_choices, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
-from raymerge.gradient import descend, descent_settings
+from raymerge.gradient import descend, descent_settings, loss_weights
 from raymerge.identity import digest
 from raymerge.inputs import (
     CALIBRATION,
@@ -60,7 +60,7 @@ from raymerge.scoring import TailScorer
 from raymerge.sensitivity import recipe_of, vary
 from raymerge.similarity import compute
 from raymerge.sources import SourceLayers
-from raymerge.tail_loss import TailLoss, TextWindows, loss_weights
+from raymerge.tail_loss import TailLoss, TextWindows
 from raymerge.tensorfiles import read_tensors, write_tensors
 from raymerge.trunk import TrunkCache, compute_trunks
 
@@ -83,14 +83,15 @@ class TooLargeError(UserError):
 
 def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, template: MergePlan | None) -> int:
     """Bytes of the weights that a worker holds on an accelerator: every layer in the compute dtype, and for a search
-    the layers that are mixed, float32, once more."""
+    the layers that are mixed once more, as `SourceLayers` stacks them."""
     name = checkpoint.architecture.layer_name
     sizes = [
         sum(checkpoint[name(layer, tensor)].numel() for tensor in checkpoint.layer_tensors(layer))
         for layer in range(checkpoint.n_layers)
     ]
     mixed = 0 if template is None else sum(sizes[template.resumes_at :])
-    return sum(sizes) * dtype.itemsize + 4 * mixed
+    stacked = checkpoint.dtype if template is None or template.norms == "keep" else torch.float32
+    return sum(sizes) * dtype.itemsize + stacked.itemsize * mixed
 
 
 def refuse_oversized(checkpoint: Checkpoint, dtype: torch.dtype, template: MergePlan | None, free: int) -> None:

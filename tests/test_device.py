@@ -18,8 +18,9 @@ from raymerge.evaluation import answer_shard, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.gradient import Settings, descend
 from raymerge.memory import MemoryPlanError, ScoringPlan
-from raymerge.plan import before_last_plan, drop_plan, tail_plan
+from raymerge.plan import Refit, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import encode_questions, encode_text
+from raymerge.refit import Refitter, Sums, steps_of
 from raymerge.scoring import TailScorer
 from raymerge.sources import SourceLayers
 from raymerge.tail_loss import GradientError, LossWeights, TailLoss, TextWindows
@@ -152,6 +153,32 @@ def test_every_plan_gives_the_cpus_answers(checkpoint, prompts, tmp_path, monkey
             assert device.syncs == before  # nothing but the answers' copy waits
             few = scorer.select([7, 2, 4])
             close(few.score(PLANS[0])[0], expected[0][[7, 2, 4]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_moved_to_the_device_is_widened_there(checkpoint, prompts, tmp_path, monkeypatch, dtype):
+    """Twice the bytes would travel, converted by one core: 25 GB for all of MMLU's states on an 8B model."""
+    checkpoint = checkpoint("llama", torch.bfloat16)
+    with fake_device(monkeypatch) as device:
+        assert torch.ones(3, dtype=torch.bfloat16).to(DEVICE, torch.float32).dtype == torch.float32
+        assert device.widened == 3  # the helper sees it
+        runner = LayerRunner(checkpoint, device=DEVICE, dtype=dtype)
+        scorer = TailScorer(TrunkCache(runner, FIRST, tmp_path), prompts)
+        list(scorer.score_many(PLANS[:2]))
+        assert device.widened < 100  # coefficients
+
+
+def test_short_prefixes_share_their_calls(checkpoint, tmp_path, monkeypatch):
+    """Keys and values of 57 subjects' prefixes, one by one, would keep a GPU waiting for the CPU's calls."""
+    subjects = {name: 2 for name in ("cats", "roads", "boxes", "birds", "hills", "lamps", "doors", "maps")}
+    many = encode_questions(tiny.make_questions(subjects), tiny.demo_tokenizer())
+    with fake_device(monkeypatch):
+        runner = LayerRunner(checkpoint("llama"), device=DEVICE, dtype=torch.float32)
+        scorer = TailScorer(TrunkCache(runner, FIRST, tmp_path), many)
+        for chunk, groups in ((100_000, 1), (1, len(subjects))):
+            scorer.plan = replace(scorer.plan, chunk_tokens=chunk)
+            assert [prefix for group in scorer._prefix_groups() for prefix in group] == scorer._prefixes
+            assert len(scorer._spans([])) == groups
 
 
 def test_what_is_summed_and_what_is_not(checkpoint, prompts, tmp_path, device):
@@ -388,6 +415,25 @@ def test_layers_that_the_runner_keeps_make_room_for_states(checkpoint, prompts, 
         assert not runner._resident
 
 
+def test_what_the_driver_is_told(monkeypatch):
+    """Float32 products keep their digits whatever a container's environment asks for, and pinned memory is given back
+    with the rest."""
+    told = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("device"))
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: told.append("host"), raising=False)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: told.append(share))
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert raymerge.device.choose_device(0.25) == DEVICE
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    raymerge.device.release_cached()
+    assert told == [0.25, "device", "host"]
+
+
 def test_a_cpu_takes_what_it_always_did(checkpoint, prompts, tmp_path):
     scorer = TailScorer(TrunkCache(LayerRunner(checkpoint("llama")), FIRST, tmp_path), prompts)
     assert scorer.plan == ScoringPlan("device", "recompute", 1, 16384) and scorer._tokens.dtype == torch.float32
@@ -399,3 +445,36 @@ def test_spans_come_as_they_are_on_a_cpu():
     source = torch.arange(20.0).view(10, 2)
     parts = list(raymerge.device.streamed(source, [(0, 3), (3, 10), (2, 2)], torch.device("cpu")))
     assert [part.tolist() for part in parts] == [source[:3].tolist(), source[3:].tolist(), []]
+
+
+# -- refits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["linear", "scale", "outputs", "units"])
+def test_refits(checkpoint, prompts, tmp_path, monkeypatch, method):
+    """What workers send each other are tensors of the CPU: the driver may have no device to unpack others on."""
+    checkpoint = checkpoint("llama")
+    ridge = {"ridge": None if method == "outputs" else 0.01, "layers": int(method == "outputs")}
+    plan = replace(drop_plan(N, 2), refit=Refit(method, calibration="c", **ridge))
+
+    def fitted(runner, folder):
+        refitter = Refitter(runner, folder, lambda: prompts.shards)
+        runner.refits, sent = refitter.tensors, []
+        for number in range(len(steps_of(plan))):
+            parts = [refitter.sums(plan, number, (start, 2)).pack() for start in range(2)]
+            sent += [part.squares for part in parts if part.squares is not None]
+            found = refitter.solve(plan, number, Sums.total(parts))
+            sent += found.values()
+            refitter.store(plan, number, found)
+        tensors = [sorted(refitter.tensors(plan, position).items()) for position in plan.refit_targets]
+        return sum(tensors, []), sent, answer_shard(runner, plan, prompts, prompts.shards[0]).logits
+
+    expected, _, logits = fitted(LayerRunner(checkpoint), tmp_path / "cpu")
+    with fake_device(monkeypatch) as device:
+        runner = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32)
+        found, sent, answers = fitted(runner, tmp_path / "device")
+        assert not any(device.on(tensor) for tensor in sent)
+    for (name, one), (other_name, other) in zip(found, expected, strict=True):
+        assert name == other_name
+        close(one, other, 1e-3)
+    close(answers, logits, 1e-3)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,24 @@ import pytest
 PATH = Path(__file__).parent / "benchmarks" / "gpu.py"
 
 
-@pytest.fixture(scope="module")
-def gpu():
+def load():
     spec = importlib.util.spec_from_file_location("benchmark_gpu", PATH)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    return load()
+
+
+def test_it_needs_no_more_than_it_says():
+    """The machines with a GPU that are at hand have torch and transformers, but neither Ray nor pydantic."""
+    absent = ["ray", "pydantic", "pydantic_core", "torchao", "gguf", "bayes_opt", "rich", "jinja2", "sklearn", "umap"]
+    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({absent})); runpy.run_path({str(PATH)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PATH.parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_every_measurement_is_printed(gpu, capsys):

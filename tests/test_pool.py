@@ -21,6 +21,7 @@ from raymerge.pool import (
     WorkerError,
     WorkerLost,
     WorkerPool,
+    _device_allocation,
     call_worker,
     plan_workers,
     start_ray,
@@ -117,6 +118,15 @@ def test_as_many_workers_are_planned_as_fit(count, gpus, cpus_each, cluster, exp
 def test_more_workers_than_fit_are_refused_with_the_figures(count, cluster):
     with pytest.raises(PlacementError, match=rf"cluster has {cluster.get('CPU', 0)} CPUs and {cluster.get('GPU', 0)}"):
         plan_workers(count, "auto", 1, cluster)
+
+
+def test_a_worker_s_gpu_memory_is_in_segments_that_grow(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert set(_device_allocation(0.25).values()) == {"expandable_segments:True"}
+    assert _device_allocation(0) == {}
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    assert _device_allocation(1) == {}  # the user's own
 
 
 def test_a_cluster_that_grows_may_be_asked_for_more_than_it_has():

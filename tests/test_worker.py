@@ -176,7 +176,10 @@ def test_a_model_too_large_for_its_share_of_a_gpu_is_refused_with_the_bytes():
     template = tail_plan(checkpoint.n_layers, [0.5] * MERGES, name="candidate", kind="found")
     assert weight_bytes(checkpoint, torch.bfloat16, None) == 2 * every
     needed = weight_bytes(checkpoint, torch.float16, template)
-    assert needed == 2 * every + 4 * (MERGES + 1) * layer
+    stored = checkpoint.dtype.itemsize
+    assert needed == 2 * every + stored * (MERGES + 1) * layer
+    folded = weight_bytes(checkpoint, torch.float16, replace(template, norms="fold"))
+    assert folded == 2 * every + 4 * (MERGES + 1) * layer
     refuse_oversized(checkpoint, torch.float16, template, needed)
     with pytest.raises(TooLargeError, match=rf"float16 needs {needed / 1e9:.2f} GB .*has 0.00 GB free.*_worker: 1"):
         refuse_oversized(checkpoint, torch.float16, template, 1000)

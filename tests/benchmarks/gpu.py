@@ -1,12 +1,13 @@
 """An 8B-shaped model with random weights on one accelerator: what a trunk, candidates, gradients and the rest cost.
 
+    export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True  # as workers have it
     PYTHONPATH=. python tests/benchmarks/gpu.py --shape 8b --goals
     PYTHONPATH=. python tests/benchmarks/gpu.py --shape tiny --device cpu --questions 40
 
 Nothing is downloaded: weights are drawn on the device, a layer at a time, and questions are random tokens of MMLU's
 lengths (57 subjects; prefixes 29,323 tokens; questions of median 73, mean 107, at most 996 tokens). It needs torch,
-transformers, safetensors, numpy, scipy, pyarrow, pydantic and pyyaml (pip packages; torch built for the card), no Ray,
-60 GB of disk and 40 GB of host memory at 8b, and well under ten minutes on an H100.
+transformers, safetensors, numpy, scipy, pyarrow and pyyaml (pip packages; torch built for the card), neither Ray nor
+pydantic, 60 GB of disk and 40 GB of host memory at 8b, and well under ten minutes on an H100.
 
 Prints one JSON line a measurement; `seconds` are wall-clock, the device waited for. "share_of_matrix_rate" and
 "share_of_bandwidth" are of the rates measured at the start: operations counted as the fewest that the method needs,
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import sys
 import tempfile
 import time
@@ -241,6 +243,7 @@ class Bench:
             device=device_name(self.device),
             torch=torch.__version__,
             dtype=str(self.dtype),
+            allocator=os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
             matrix_tflops=self.rates["matrix"] / 1e12,
             bandwidth_gb_s=self.rates["bandwidth"] / 1e9,
             **(device_memory(self.device)._asdict() if self.cuda else {}),
