@@ -91,6 +91,8 @@ def prove(
             "ids": [list(map(int, sequence)) for sequence in ids],
             "new_tokens": NEW_TOKENS,
             "trust_remote_code": checkpoint.trust_remote_code,
+            # transformers before 5.22 loads Gemma 2 with SDPA, which leaves its softcap out.
+            "attention": "eager" if checkpoint.architecture.attention_softcap else None,
         }
         (work / "request.json").write_text(json.dumps(request), encoding="utf-8")
         done = _run_fresh(folder, work)

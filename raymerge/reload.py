@@ -25,7 +25,8 @@ def reload(folder: str, work: Path) -> None:
 
     request = json.loads((work / "request.json").read_text(encoding="utf-8"))
     trust: dict[str, Any] = {"trust_remote_code": request["trust_remote_code"]}
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **trust)
+    options = trust | ({"attn_implementation": request["attention"]} if request["attention"] else {})
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
     result: dict[str, Any] = {"problems": {kind: sorted(map(str, names)) for kind, names in report.items() if names}}
     tokenizer = None
     if request["texts"] is not None:
@@ -51,7 +52,8 @@ def reload(folder: str, work: Path) -> None:
             for number, ids in enumerate(request["ids"])
         }
     save_file(logits, work / "logits.safetensors")
-    result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     (work / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
