@@ -428,6 +428,13 @@ class OutputConfig(_Section):
     figures: bool = True
     loggers: list[Literal["tensorboard", "mlflow", "wandb"]] = []
 
+    @field_validator("run")
+    @classmethod
+    def _names_a_folder(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("it is empty, as where a variable of a script is not set: name a folder or a URI")
+        return value
+
 
 class Config(_Section):
     """A whole configuration; `resolved()` is what is written to RUN/config.yaml."""
