@@ -47,7 +47,7 @@ class ModelConfig(_Section):
 
 
 class DataConfig(_Section):
-    """Questions and text. mmlu: demo, a folder (CSV or parquet) or a hub id; null, for `evaluate` alone, asks none.
+    """Questions and text. mmlu: demo, a folder (CSV or parquet) or a hub id; null, in `evaluate` and `sweep`: none.
     subjects: all, or a list of subjects and domains. Limits are questions a subject, drawn with `seed`.
     perplexity_text: demo, a file (UTF-8, or parquet or JSON lines with a column text), a file of one of the hub's data
     sets as OWNER/NAME[@REVISION]:FILE, or null; perplexity_tokens: at most so many of its tokens. question_perplexity:
