@@ -358,7 +358,8 @@ def limit_perplexity(axis, base: Point | None, points: list[Point]) -> str:
     known = [point.perplexity for point in points if point.perplexity is not None]
     if base is None or base.perplexity is None or not known or max(known) <= RUINED * base.perplexity:
         return ""
-    axis.set_ylim(0.8 * min(known), RUINED * base.perplexity)
+    lowest = [point.perplexity - point.perplexity_error[0] for point in points if point.perplexity is not None]
+    axis.set_ylim(0.8 * min(lowest), RUINED * base.perplexity)
     return f", up to {RUINED:g} × unmerged"
 
 

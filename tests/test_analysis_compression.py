@@ -331,6 +331,9 @@ def test_a_ruined_model_leaves_the_figure_so_that_the_others_can_be_told_apart()
     assert compression_script.limit_perplexity(axis, None, [near, point(2, 9e4)]) == "" and axis.get_ylim() == before
     assert compression_script.limit_perplexity(axis, base, [base, near, point(2, 9e4)]) == ", up to 10 × unmerged"
     assert axis.get_ylim() == (4.0, 50.0)
+    wide = base._replace(perplexity_error=(2.0, 4.0))  # its bar was cut off at 4, as if it ended there
+    compression_script.limit_perplexity(axis, base, [wide, near, point(2, 9e4)])
+    assert axis.get_ylim() == (pytest.approx(2.4), 50.0)
     compression_script.plt.close(figure)
 
 
