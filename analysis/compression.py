@@ -4,7 +4,7 @@
 
 Reads tables sweep, accuracy, costs, perplexity, comparisons and context; the last three may be empty, and without
 context there is no context.png. Accuracies are of the report split; a run with several languages gets one
-compression-LANGUAGE.png each.
+compression-LANGUAGE.png each, one that asked no questions (data.mmlu null) perplexities alone.
 
   compression.png  accuracy and plain-text perplexity against layers removed, one line a method and one row of panels
                    an alignment and treatment of norms; accuracy against the share of layers removed beside published
@@ -88,6 +88,8 @@ def swept(run: RunDirectory) -> tuple[list[dict], dict[str, dict], dict[str, dic
 def draw_run(run: RunDirectory, out: Path) -> list[Path]:
     """The figures and the text of one run."""
     need(run, "sweep", "the compression curve")  # what a run that has not begun lacks is named first
+    if (run.config.get("data") or {}).get("mmlu", "") is None:
+        return draw_unasked(run, out)
     accuracy = need(run, "accuracy", "the accuracy of the sweep's plans")
     sweep, costs, texts = swept(run)
     split = report_split(run, accuracy)
@@ -103,13 +105,28 @@ def draw_run(run: RunDirectory, out: Path) -> list[Path]:
             name = "compression.png" if len(languages) == 1 else f"compression-{language}.png"
             paths.append(draw_curves(points, published, split, language, out / name))
             text += describe(points, published, split, language)
-        context = run.read("context").to_pylist()
-        if context:
-            names = plan_names(sweep)
+    return paths + finish(run, sweep, text, out)
+
+
+def draw_unasked(run: RunDirectory, out: Path) -> list[Path]:
+    """The figures and the text of a run that asked no questions: perplexities, where there are any."""
+    sweep, costs, texts = swept(run)
+    points = points_of(sweep, {}, costs, texts, [])
+    text = [f"# Compression curve of run {run.run_id} ({run.experiment})", *describe_texts(points)]
+    with plt.rc_context(STYLE):
+        paths = [draw_texts([run], out / "compression.png")] if texts else []
+    return paths + finish(run, sweep, text, out)
+
+
+def finish(run: RunDirectory, sweep: list[dict], text: list[str], out: Path) -> list[Path]:
+    """context.png where anything was measured for it, and compression.md of `text`."""
+    paths, context = [], run.read("context").to_pylist()
+    if context:
+        names = plan_names(sweep)
+        with plt.rc_context(STYLE):
             paths.append(draw_context(context, names, sweep, out / "context.png"))
-            text += describe_context(context, names)
-    paths.append(save_text("\n\n".join(text) + "\n", out / "compression.md"))
-    return paths
+        text = [*text, *describe_context(context, names)]
+    return [*paths, save_text("\n\n".join(text) + "\n", out / "compression.md")]
 
 
 def report_split(run: RunDirectory, accuracy: list[dict]) -> str:
@@ -314,7 +331,7 @@ def draw_texts(runs: list[RunDirectory], path: Path) -> Path:
         axis.set_xlabel("layers removed")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         scale_perplexities(axis, base, points)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, 2 * len(runs)), fontsize=8)
     return save(figure, path)
 
 
@@ -330,7 +347,8 @@ def scale_perplexities(axis, base: Point | None, points: list[Point]) -> None:
     """A logarithmic axis, cut where `limit_perplexity` says."""
     cut = limit_perplexity(axis, base, points)
     axis.set(ylabel=f"perplexity (log scale{cut}; bars: 95 %)", yscale="log")
-    if cut:  # less than two decades: 20 rather than 2 x 10^1
+    low, high = axis.get_ylim()
+    if high < 100 * low:  # less than two decades: 20 rather than 2 x 10^1
         axis.yaxis.set_major_formatter(LogFormatter())
         axis.yaxis.set_minor_formatter(LogFormatter())
 
@@ -340,7 +358,8 @@ def limit_perplexity(axis, base: Point | None, points: list[Point]) -> str:
     known = [point.perplexity for point in points if point.perplexity is not None]
     if base is None or base.perplexity is None or not known or max(known) <= RUINED * base.perplexity:
         return ""
-    axis.set_ylim(0.8 * min(known), RUINED * base.perplexity)
+    lowest = [point.perplexity - point.perplexity_error[0] for point in points if point.perplexity is not None]
+    axis.set_ylim(0.8 * min(lowest), RUINED * base.perplexity)
     return f", up to {RUINED:g} × unmerged"
 
 
@@ -525,6 +544,20 @@ def few_plans(context: list[dict], sweep: list[dict]) -> list[str]:
     mine = merges[widest[len(widest) // 2]] if widest else {}
     chosen = [plan for plan, plain in mine.items() if plain or len(mine) + len(base) <= _FEW]
     return [*base, *chosen][:_FEW] or there[:_FEW]
+
+
+def describe_texts(points: list[Point]) -> list[str]:
+    """The sections of compression.md where no questions were asked."""
+    rows = []
+    for point in points:
+        below, above = point.perplexity_error
+        known = point.perplexity is not None and (below or above)
+        limits = [figures(point.perplexity - below), figures(point.perplexity + above)] if known else [None, None]
+        removed = [number(100 * share, 2) for share in (point.share, point.parameters_removed)]
+        rows.append([*point[1:5], *removed, figures(point.perplexity), *limits])
+    header = ["method", "alignment", "norms", "K", "layers removed %", "parameters removed %", "text perplexity",
+              "95 % from", "to"]  # fmt: skip
+    return ["## Plain text\n\nK merges. No questions were asked.", markdown(header, rows)]
 
 
 def describe_context(context: list[dict], names: dict[str, str]) -> list[str]:

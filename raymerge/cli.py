@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -237,6 +238,11 @@ def _command_line() -> list[str]:
     return ["raymerge", *sys.argv[1:]]
 
 
+def _override(key: str, text: str | None) -> str:
+    """An override whose value is this text as it is, whatever YAML would make of a # or a number in it."""
+    return f"{key}={json.dumps(text, ensure_ascii=False)}"
+
+
 def _check_lasts(out: str) -> None:
     """Refuse a run directory inside a job's own copy of the project, which a job that is submitted again lacks."""
     if os.environ.get(_IN_A_JOB) and "://" not in out and not os.path.isabs(os.path.expanduser(out)):
@@ -247,7 +253,7 @@ def _check_lasts(out: str) -> None:
 
 
 def _run_experiment(options: argparse.Namespace, name: str, show: Callable[[RunDirectory, Config], None]) -> int:
-    overrides = options.set + ([f"output.run={options.out}"] if options.out else [])
+    overrides = options.set + ([] if options.out is None else [_override("output.run", options.out)])
     config = load_config(options.config, overrides)
     _check_lasts(config.output.run)
     from raymerge import experiments
@@ -294,17 +300,17 @@ def _show_config(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    mmlu, text = ("null" if source == "none" else source for source in (options.mmlu, options.text))
+    mmlu, text = (None if source in ("none", "null") else source for source in (options.mmlu, options.text))
     overrides = [
-        f"model.path={options.model}",
-        f"data.mmlu={mmlu}",
-        f"data.language={options.language}",
-        f"data.subjects={options.subjects}",
+        _override("model.path", options.model),
+        _override("data.mmlu", mmlu),
+        _override("data.language", options.language),
+        _override("data.subjects", options.subjects),
         f"data.shots={options.shots}",
         f"data.report_split={options.split}",
-        f"data.perplexity_text={text}",
+        _override("data.perplexity_text", text),
         f"data.question_perplexity={str(not options.no_question_perplexity).lower()}",
-        f"output.run={options.out}",
+        _override("output.run", options.out),
     ]
     if options.limit is not None:
         overrides.append(f"data.report_limit_per_subject={options.limit}")

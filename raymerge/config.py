@@ -47,7 +47,7 @@ class ModelConfig(_Section):
 
 
 class DataConfig(_Section):
-    """Questions and text. mmlu: demo, a folder (CSV or parquet) or a hub id; null, for `evaluate` alone, asks none.
+    """Questions and text. mmlu: demo, a folder (CSV or parquet) or a hub id; null, in `evaluate` and `sweep`: none.
     subjects: all, or a list of subjects and domains. Limits are questions a subject, drawn with `seed`.
     perplexity_text: demo, a file (UTF-8, or parquet or JSON lines with a column text), a file of one of the hub's data
     sets as OWNER/NAME[@REVISION]:FILE, or null; perplexity_tokens: at most so many of its tokens. question_perplexity:
@@ -427,6 +427,13 @@ class OutputConfig(_Section):
     verify: bool = True
     figures: bool = True
     loggers: list[Literal["tensorboard", "mlflow", "wandb"]] = []
+
+    @field_validator("run")
+    @classmethod
+    def _names_a_folder(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("it is empty, as where a variable of a script is not set: name a folder or a URI")
+        return value
 
     @field_validator("cache")
     @classmethod

@@ -69,7 +69,8 @@ def calibration_questions(
     """
     if SEARCH in read:
         return read[SEARCH]
-    if wanted or "activations" in (config.plan.alignment, *config.sweep.alignments):
+    aligned = "activations" in (config.plan.alignment, *config.sweep.alignments)
+    if wanted or (aligned and config.data.mmlu is not None):
         return read_questions(config, SEARCH)
     return subsets[0].questions if subsets else None
 
@@ -77,7 +78,9 @@ def calibration_questions(
 def _load(config: Config, split: str, subjects: str | Iterable[str], language: str, shots: int) -> QuestionSet:
     data = config.data
     if data.mmlu is None:
-        raise ConfigError("data.mmlu is null, but questions are needed: only `raymerge evaluate` can do without")
+        raise ConfigError(
+            "data.mmlu is null, but questions are needed: only `raymerge evaluate` and `raymerge sweep` can do without"
+        )
     return load_questions(
         data.mmlu,
         language=language,

@@ -35,7 +35,8 @@ def plan_lines(run: RunDirectory, split: str) -> list[dict]:
 
     Keys: plan_id, name, kind, layers, accuracy, standard_error, interval (low, high; 95 %), macro, macro_error,
     macro_interval, nll, perplexity (plain text), perplexity_interval, picked (share of each letter, A to D) and
-    top_is_letter (share); None where a table has nothing.
+    top_is_letter (share); None where a table has nothing, as all that is of questions in a run that asks none
+    (data.mmlu null).
     """
     plans = {row["plan_id"]: row for row in run.read("plans").to_pylist()}
     accuracy = {
@@ -45,11 +46,12 @@ def plan_lines(run: RunDirectory, split: str) -> list[dict]:
     costs = {row["plan_id"]: row for row in run.read("costs").to_pylist()}
     answers = run.read("answers", ["plan_id", "split", "predicted", "top_is_letter"])
     answers = answers.filter(pc.equal(answers["split"], split))
+    asks = run.config.get("data", {}).get("mmlu", "") is not None
     lines = []
     for plan_id, plan in plans.items():
-        if (plan_id, MICRO) not in accuracy:
+        if asks and (plan_id, MICRO) not in accuracy:
             continue
-        micro, macro = accuracy[plan_id, MICRO], accuracy[plan_id, MACRO]
+        micro, macro = (accuracy.get((plan_id, subject), _UNASKED) for subject in (MICRO, MACRO))
         own = answers.filter(pc.equal(answers["plan_id"], plan_id))
         picked = [pc.mean(pc.equal(own["predicted"], letter)).as_py() for letter in range(4)]
         lines.append(
@@ -72,6 +74,9 @@ def plan_lines(run: RunDirectory, split: str) -> list[dict]:
             }
         )
     return lines
+
+
+_UNASKED = dict.fromkeys(("accuracy", "standard_error", "ci_low", "ci_high", "nll")) | {"n": 0}
 
 
 def _text(row: dict | None) -> dict:
@@ -468,24 +473,20 @@ def sensitivity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
 def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the compression curve, one line a point."""
     lines = {line["plan_id"]: line for line in plan_lines(run, split)}
+    asks = any(line["accuracy"] is not None for line in lines.values())
     header = ["merged", "method", "alignment", "norms", "refit"]
-    header += ["accuracy ± se", "macro ± se", "answer NLL", "text ppl [95 %]"]
+    header += [*(["accuracy ± se", "macro ± se", "answer NLL"] if asks else []), "text ppl [95 %]"]
     cells = []
     for row in sorted(run.read("sweep").to_pylist(), key=lambda row: row["merges"]):
         line = lines[row["plan_id"]]
-        cells.append(
-            [
-                str(row["merges"]),
-                row["method"],
-                row["alignment"],
-                row["norms"],
-                row["refit"] or "none",
-                f"{line['accuracy']:.4f} ± {line['standard_error']:.4f}",
-                f"{line['macro']:.4f} ± {line['macro_error']:.4f}",
-                f"{line['nll']:.4f}",
-                number(line["perplexity"], line["perplexity_interval"]),
-            ]
-        )
+        answered = [
+            f"{line['accuracy']:.4f} ± {line['standard_error']:.4f}",
+            f"{line['macro']:.4f} ± {line['macro_error']:.4f}",
+            f"{line['nll']:.4f}",
+        ] if asks else []  # fmt: skip
+        read = number(line["perplexity"], line["perplexity_interval"])
+        point = [str(row["merges"]), row["method"], row["alignment"], row["norms"], row["refit"] or "none"]
+        cells.append([*point, *answered, read])
     return header, cells
 
 

@@ -331,4 +331,26 @@ def test_a_ruined_model_leaves_the_figure_so_that_the_others_can_be_told_apart()
     assert compression_script.limit_perplexity(axis, None, [near, point(2, 9e4)]) == "" and axis.get_ylim() == before
     assert compression_script.limit_perplexity(axis, base, [base, near, point(2, 9e4)]) == ", up to 10 × unmerged"
     assert axis.get_ylim() == (4.0, 50.0)
+    wide = base._replace(perplexity_error=(2.0, 4.0))  # its bar was cut off at 4, as if it ended there
+    compression_script.limit_perplexity(axis, base, [wide, near, point(2, 9e4)])
+    assert axis.get_ylim() == (pytest.approx(2.4), 50.0)
+    compression_script.plt.close(figure)
+
+
+def test_a_single_panel_of_perplexities_has_its_whole_legend_and_plain_numbers(run, tmp_path, monkeypatch):
+    """Four columns of labels did not fit below one panel, and within a decade the axis said 6 × 10^0."""
+    drawn = []
+    monkeypatch.setattr(compression_script, "save", lambda figure, path: drawn.append(figure) or path)
+    with compression_script.plt.rc_context(compression_script.STYLE):
+        compression_script.draw_texts([run], tmp_path / "one.png")
+        (figure,) = drawn
+        figure.draw_without_rendering()
+        legend = figure.legends[0].get_window_extent()
+        (axis,) = figure.axes
+        axis.set_ylim(3.0, 8.0)
+        compression_script.scale_perplexities(axis, None, [])
+        figure.draw_without_rendering()
+        labels = {label.get_text() for label in axis.get_yticklabels(minor=True)} - {""}
+        assert legend.x0 >= 0 and legend.x1 <= figure.bbox.width
+        assert labels and all(label.isdigit() for label in labels)
     compression_script.plt.close(figure)

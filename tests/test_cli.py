@@ -158,3 +158,38 @@ def test_the_reference_page_is_of_all_keys_and_takes_no_configuration(capsys):
     assert "| `plan.merges` | integer ≥ 1 or null | `13` |" in capsys.readouterr().out
     assert cli.main(["config", "--markdown", "--set", "plan.merges=4"]) == 2
     assert "--markdown" in capsys.readouterr().err
+
+
+def test_paths_and_names_mean_what_they_say_not_what_yaml_would_read(tmp_path, capsys, monkeypatch):
+    """A # would begin a comment, 2024 be a number and no a truth: a run went to another folder without a word."""
+    from raymerge import experiments
+
+    asked = []
+
+    class Reached(Exception):
+        pass
+
+    def reached(config, **_):
+        asked.append(config)
+        raise Reached
+
+    monkeypatch.setattr(experiments, "evaluate", reached)
+    monkeypatch.setattr(experiments, "search", reached)
+    model, text, out = "models/my model #2: x", "book #1.txt", "runs/2024 #3"
+    with pytest.raises(Reached):
+        cli.main(["evaluate", model, "--text", text, "--mmlu", "1e3", "--language", "no", "--out", out])
+    with pytest.raises(Reached):
+        cli.main(["evaluate", "demo", "--text", "none", "--mmlu", "null", "--out", "über 😀"])
+    with pytest.raises(Reached):
+        cli.main(["search", "--out", "2024"])
+    first, second, third = asked
+    assert (first.model.path, first.data.perplexity_text, first.output.run) == (model, text, out)
+    assert (first.data.mmlu, first.data.language) == ("1e3", "no")
+    assert (second.data.perplexity_text, second.data.mmlu, second.output.run) == (None, None, "über 😀")
+    assert third.output.run == "2024"
+
+
+@pytest.mark.parametrize("command", [["search"], ["evaluate", "demo"]])
+def test_an_empty_folder_name_is_refused_and_not_the_default(command, capsys):
+    assert cli.main([*command, "--out", ""]) == 2
+    assert "output.run = '': it is empty, as where a variable of a script is not set" in capsys.readouterr().err

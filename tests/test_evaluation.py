@@ -299,3 +299,11 @@ def test_a_real_model_on_real_questions(tmp_path):
     assert torch.equal(top, last.argmax(-1))
     right = logits[torch.arange(4), torch.from_numpy(prompts.answers).long()]
     assert (logsumexp - right - losses).abs().max() < 1e-3
+
+
+def test_generation_is_timed_from_token_to_token(monkeypatch):
+    """A first call that takes longer than what is timed made two tokens in 1e-9 s: 2,000,000,000 tokens a second."""
+    ticks = iter([0.0, 8.0, 9.0, 18.0, 20.0, 20.5, 21.0])
+    monkeypatch.setattr(raymerge.evaluation, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    speed = raymerge.evaluation.generation_speed(Checkpoint("demo"), 2, tokens=4, dtype=torch.float32)
+    assert speed == 4 / (21.0 - 9.0)  # two tokens to warm up, then five, of which the first is not timed

@@ -504,6 +504,9 @@ def test_tasks_alone_are_an_evaluation(ray_session, tmp_path, capsys):
     run = RunDirectory.load(tmp_path / "run")
     assert sorted(run.row_counts()) == ["costs", "plans", "task_accuracy", "task_answers"]
     assert "hellaswag  2  acc_norm" in capsys.readouterr().out
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Further tasks" in page and "acc_norm" in page and "Left out" not in page
     with pytest.raises(ConfigError, match="nothing to evaluate on"):
         evaluate(config(tmp_path / "none", "data.mmlu=null", "data.perplexity_text=null"))
     with pytest.raises(ConfigError, match="data.mmlu is null"):

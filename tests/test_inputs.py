@@ -9,6 +9,7 @@ from raymerge.config import ConfigError, load_config
 from raymerge.inputs import (
     REPORT,
     SEARCH,
+    calibration_questions,
     read_calibration_text,
     read_questions,
     read_search_text,
@@ -232,3 +233,9 @@ def test_reports_leave_out_what_the_similarity_has_seen(mmlu, tmp_path):
     limited = read_questions(config(mmlu, f"plan.similarity_run={run}", "data.report_limit_per_subject=2"), REPORT)
     botany = [q for q in left if q.subject == "botany"]
     assert limited.by_subject()["botany"] == sample(botany, 2, 0)
+
+
+def test_activations_asked_for_without_questions_stop_no_evaluation():
+    """A worker refused `evaluate --mmlu none` under a configuration with them: "only evaluate can do without"."""
+    for asked in ("plan.alignment=activations", "sweep.alignments=[activations]"):
+        assert calibration_questions(load_config(None, ["data.mmlu=null", asked]), {}) is None

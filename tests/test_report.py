@@ -8,14 +8,15 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from report_runs import QUESTIONS, search_run, sensitivity_run, similarity_run, sweep_run
+from report_runs import LAYERS, QUESTIONS, search_run, sensitivity_run, similarity_run, sweep_run, text_losses
 
-from raymerge import report, summary
+from raymerge import report, rows, summary
+from raymerge.plan import base_plan
 from raymerge.progress import Silent
 from raymerge.report import asked, compared, curve, figures, layers, plans, receipts, render, searched, wording
 from raymerge.report.build import page_of, run_sections
 from raymerge.report.content import Facts, Figure, Page, Rows, Section, Table, Text, View
-from raymerge.statistics import mcnemar, paired_difference
+from raymerge.statistics import mcnemar, paired_difference, wilson_interval
 from raymerge.tables import MICRO, RunDirectory, RunError
 
 HOSTILE = '</script><script>alert(1)</script><img src="http://x.example/a.png" onerror=alert(2)>'
@@ -308,6 +309,62 @@ def test_a_search_that_has_not_got_to_its_report_yet(tmp_path):
     run = RunDirectory.open(tmp_path / "run", config, "search")
     run.write_manifest("failed", error="out of memory")
     assert "This run ended as failed: out of memory." in render.to_html(page_of([run], "", Silent()))
+
+
+TASKS = {"piqa": {"format": "piqa", "file": "piqa.jsonl"}}
+
+
+def task_accuracy(plan_id, correct):
+    low, high = wilson_interval(correct, 50)
+    return {"plan_id": plan_id, "task": "piqa", "measure": "acc", "n": 50, "correct": correct, "accuracy": correct / 50,
+            "standard_error": 0.07, "ci_low": low, "ci_high": high}  # fmt: skip
+
+
+def test_an_evaluation_without_questions_has_its_perplexity_and_its_tasks(tmp_path):
+    """It said that rows were left out, and that the same command again would go on."""
+    data = {"mmlu": None, "language": "en", "subjects": "all", "shots": 5, "report_split": "test"}
+    data |= {"perplexity_text": "book.txt", "perplexity_tokens": 600}
+    run = RunDirectory.open(tmp_path / "run", {"model": {"path": "m"}, "data": data, "tasks": TASKS}, "evaluate")
+    run.begin()
+    run.append("perplexity", [rows.text_perplexity_row("base", text_losses(7.5, np.random.default_rng(0)), "a text")])
+    run.append("task_accuracy", [task_accuracy("base", 40)])
+    run.append("plans", rows.plan_rows(base_plan(LAYERS), "base"))
+    run.write_manifest("complete", text_hash="x")
+    answer, further, asked_of = run_sections(run, heading=False)
+    assert "Its perplexity on plain text is 7.50 [" in blocks([answer], Text)[0].text
+    (table,) = blocks([answer], Table)
+    assert table.header == ("plan", "what it is", "layers", "perplexity") and table.cells[0][:2] == ("base", "unmerged")
+    assert further.title == "Further tasks"
+    assert further.blocks[0].cells == (("base", "piqa", "50", "acc", "0.8000 ± 0.0700 [0.670, 0.888]"),)
+    (facts,) = blocks([asked_of], Facts)
+    known = {fact.term: fact.value for fact in facts.facts}
+    assert known["Questions"] == "none" and known["Further tasks"] == "piqa (piqa, piqa.jsonl)"
+    assert "Left out" not in unescape(render.to_html(page_of([run], "", Silent())))
+    # Beside a run that asked questions it has no place in the figure of accuracies, but stands in the table.
+    page = page_of([run, search_run(tmp_path / "search")], "", Silent())
+    (table, *_) = blocks(page.sections[:1], Table)
+    assert table.cells[0][0] == "run" and table.cells[0][6:] == ("–", "–", "7.50", "7.50")
+    (figure, *_) = blocks(page.sections[:1], Figure)
+    assert {row["run"] for row in as_dicts(figure.rows)} == {"search"}
+    assert blocks(page_of([run, run], "", Silent()).sections[:1], Figure) == []
+
+
+def test_tasks_stand_on_the_page_of_a_search_with_the_comparisons_of_the_best(tmp_path):
+    run = search_run(tmp_path / "run")
+    run.append("task_accuracy", [task_accuracy("base", 40), task_accuracy("found", 30)])
+    run.append("task_comparisons", [
+        {"plan_a": "found", "plan_b": other, "task": "piqa", "measure": "acc", "difference": -0.2, "ci_low": -0.3,
+         "ci_high": -0.1, "p_value": 0.01, "p_holm": 0.02, "test": "mcnemar_exact"}
+        for other in ("base", "drop")
+    ])  # fmt: skip
+    (section,) = (each for each in run_sections(run, heading=False) if each.title == "Further tasks")
+    accuracies, differences = section.blocks
+    assert [row[0] for row in accuracies.cells] == ["base", "found_bayes"]
+    assert [row[2:5] for row in differences.cells] == [
+        ("found_bayes", "base", "-0.2000"),
+        ("found_bayes", "drop", "-0.2000"),
+    ]
+    assert all(row[-1] == "worse" for row in differences.cells)
 
 
 # -- the page

@@ -11,6 +11,7 @@ from raymerge.experiments import evaluate, import_similarity, planning, sweep
 from raymerge.merging import merge
 from raymerge.plan import PlanError, alpha_file_text, block_plan, drop_block_plan, tail_plan
 from raymerge.progress import Silent
+from raymerge.report.build import run_sections
 from raymerge.tables import RunDirectory
 
 SETTINGS = [
@@ -196,6 +197,50 @@ def test_a_block_that_is_given_or_similar_needs_no_model(tmp_path):
         assert ("as given" in summary.block_lines(run)[0]) == (measure == "given")
     with pytest.raises(PlanError, match=r"begins with one of layers 1 to 18 .* plan.starts allow \[19\]"):
         planning.allowed_starts(config(tmp_path, "plan.block=19").plan, N_LAYERS, 3)
+
+
+def test_plain_text_alone_judges_every_point_where_no_questions_are_asked(run, ray_session, tmp_path):
+    """The same perplexities as beside questions, comparisons of passages, and a summary and a page without accuracy."""
+    more = ["data.mmlu=null", "sweep.alignments=[none]", "sweep.norms=[keep]", "sweep.context=false"]
+    found = sweep(config(tmp_path / "text", *more, "output.figures=true"), command=["test"])
+    assert found.complete
+    for table in ("answers", "accuracy"):
+        assert not found.has(table)
+    beside = {row["plan_id"]: row["perplexity"] for row in run.read("perplexity").to_pylist()}
+    alone = {row["plan_id"]: row["perplexity"] for row in found.read("perplexity").to_pylist()}
+    assert len(alone) == 7 and alone == pytest.approx({plan: beside[plan] for plan in alone}, rel=1e-5)
+    compared = found.read("comparisons").to_pylist()
+    assert {row["measure"] for row in compared} == {"text_nll"} and len(compared) == 21
+
+    header, cells = summary.sweep_table(found, "test")
+    assert header == ["merged", "method", "alignment", "norms", "refit", "text ppl [95 %]"] and len(cells) == 7
+    (section,) = (each for each in run_sections(found, heading=False) if each.title == "The answer")
+    by_kind = {block.kind: block for block in section.blocks}
+    assert by_kind["text"].text.startswith("Unmerged, the perplexity on plain text is 3.")
+    assert "accura" not in str(section.blocks).lower()
+    best = next(block for block in section.blocks if block.kind == "table")
+    assert best.header[2] == "way of least perplexity" and [row[0] for row in best.cells] == ["1", "6"]
+    names = {row["plan_id"]: row["name"] for row in found.read("plans").to_pylist()}
+    for row, merges in zip(best.cells, (1, 6), strict=True):
+        least = min((name for name in names if names[name].endswith(f"_k{merges}")), key=alone.get)
+        assert names[least] == f"{row[2]}_k{merges}"
+    assert [view.title for view in by_kind["figure"].views] == ["Perplexity, lower is better"]
+    text = (tmp_path / "text" / "figures" / "compression.md").read_text()
+    assert "No questions were asked" in text and "accuracy" not in text
+    assert (tmp_path / "text" / "figures" / "compression.png").stat().st_size > 10_000
+
+
+def test_what_needs_questions_is_refused_where_none_are_asked(tmp_path):
+    out = tmp_path / "run"
+    for more, said in (
+        (["data.perplexity_text=null"], "nothing to judge points by: set data.mmlu, data.perplexity_text, or a task"),
+        (["sweep.methods=[drop_block]"], "no prompts to choose blocks or to refit on: set calibration.text"),
+        (["sweep.refits=[linear]"], "no prompts to choose blocks or to refit on: set calibration.text"),
+        (["sweep.alignments=[activations]"], "sweep.alignments has activations, which are those on questions"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            sweep(config(out, "data.mmlu=null", *more))
+    assert not out.exists()
 
 
 def test_what_a_sweep_needs_is_asked_for_before_anything_is_written(tmp_path):

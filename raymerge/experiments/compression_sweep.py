@@ -69,12 +69,15 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     plans, coefficients, answers, accuracy, comparisons (each point against dropping as many layers, and each aligned or
     folded one against the plain one; each refitted one against the unrefitted one and the linear replacement of the
     dropped block), perplexity, context, refits, costs, receipts; figures; the manifest. The same call again resumes.
-    Where blocks are asked for, table blocks says how they were chosen. Errors as `search`.
+    Where blocks are asked for, table blocks says how they were chosen. Without data.mmlu no questions are asked, and
+    plain text and tasks are what the points are judged by. Errors as `search`.
     """
     progress = progress or Silent()
     calibrates = config.needs_calibration(sweep=True)
+    _check_without_questions(config)
+    roles = [] if config.data.mmlu is None else [REPORT]
     with step(progress, "reading model and questions"):
-        inputs = read_inputs(config, (REPORT, *([CALIBRATION] if calibrates else [])))
+        inputs = read_inputs(config, (*roles, *([CALIBRATION] if calibrates else [])))
     similarity = similarity_of(config, inputs.checkpoint.n_layers)
     # The blocks may be chosen by the model; the first ones allowed show what can be refused.
     blocks = {merges: starts[0] for merges, starts in _starts(config, inputs).items()}
@@ -93,6 +96,23 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
             blocks = choose_blocks(config, n_layers, list(blocks), run, cache, similarity, progress)
             points = _points(config, inputs, similarity, blocks)
         return _Sweep(config, inputs, run, points, progress, command).execute()
+
+
+def _check_without_questions(config: Config) -> None:
+    """Refuse what a sweep that asks no questions would need them for."""
+    if config.data.mmlu is not None:
+        return
+    if config.data.perplexity_text is None and not config.tasks.root:
+        raise ConfigError("nothing to judge points by: set data.mmlu, data.perplexity_text, or a task in section tasks")
+    if config.needs_calibration(sweep=True) and config.calibration.text is None:
+        raise ConfigError(
+            "data.mmlu is null, so there are no prompts to choose blocks or to refit on: set calibration.text to a "
+            "file or demo"
+        )
+    if "activations" in config.sweep.alignments:
+        raise ConfigError(
+            "sweep.alignments has activations, which are those on questions, but data.mmlu is null: use neurons"
+        )
 
 
 def _starts(config: Config, inputs: Inputs) -> dict[int, list[int]]:

@@ -67,7 +67,7 @@ class Reporter:
         jobs: dict[tuple[str, str, str], tuple[MergePlan, list]] = {}
         for plan in plans:
             plan_id = plan.plan_id(self.identity)
-            if plan_id not in answered:
+            if REPORT in self.inputs.questions and plan_id not in answered:
                 # One layer at the last positions goes in one piece; whole layers, and prompt tokens, shard by shard.
                 at_once = plan.ends_at_once and plan.resumes_at in firsts and not data.question_perplexity
                 numbers = [None] if at_once else range(shards[REPORT])
@@ -83,7 +83,7 @@ class Reporter:
         # Plans that start at the same layer one after the other: workers then load its states once.
         order = sorted(jobs, key=lambda key: (jobs[key][0].resumes_at, key[0]))
         tasks = [(key, item) for key in order for item in jobs[key][1]]
-        progress.stage(f"report on {data.report_split}", len(tasks))
+        progress.stage(f"report on {data.report_split if self.inputs.questions else 'text'}", len(tasks))
         results: dict[tuple[str, str, str], list] = {key: [] for key in jobs}
         done = 0
 
@@ -154,7 +154,8 @@ class Reporter:
         others = [pair for pair in itertools.combinations(once, 2) if frozenset(pair) not in seen]
         families = [list(pairs), others if len(once) <= _PAIRS_OF else []]
         losses = self.run.read("text_losses")
-        compare = [partial(rows.comparison_rows, split, answers), partial(rows.text_comparison_rows, losses)]
+        asked = [partial(rows.comparison_rows, split, answers)] if self.inputs.questions else []
+        compare = [*asked, partial(rows.text_comparison_rows, losses)]
         self.run.replace("comparisons", [row for each in families for rows_of in compare for row in rows_of(each)])
         if self.inputs.tasks:
             answers = self.run.read("task_answers")

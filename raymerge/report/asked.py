@@ -58,6 +58,7 @@ def asked(run: RunDirectory) -> Section:
     known = [
         _model(config.get("model", {}), manifest),
         *_data(config.get("data", {}), manifest),
+        *_tasks(config.get("tasks") or {}),
         *_plan(config.get("plan", {}), run.experiment),
         *_search(config, run.experiment),
         *(_calibration(config) if run.experiment in ("search", "sweep") else []),
@@ -96,6 +97,8 @@ def _data(data: dict, manifest: dict) -> list[Fact]:
     named = f"subjects: {subjects}"
     if not isinstance(subjects, str):
         named = f"{plural(len(subjects), 'subject')}: {listed(subjects)}"
+    if "mmlu" in data and data["mmlu"] is None:
+        return [Fact("Questions", "none"), *_text(data, manifest)]
     facts = [
         Fact(
             "Questions",
@@ -112,11 +115,19 @@ def _data(data: dict, manifest: dict) -> list[Fact]:
         ]
         split = f"searched on {data.get('search_split')}, " if "search" in manifest["data"] else ""
         facts.append(Fact("Splits", f"{split}reported on {data.get('report_split')}", "; ".join(limits)))
-    if manifest.get("text_hash"):
-        facts.append(
-            Fact("Plain text", str(data.get("perplexity_text")), f"up to {data.get('perplexity_tokens')} tokens")
-        )
-    return facts
+    return [*facts, *_text(data, manifest)]
+
+
+def _text(data: dict, manifest: dict) -> list[Fact]:
+    if not manifest.get("text_hash"):
+        return []
+    return [Fact("Plain text", str(data.get("perplexity_text")), f"up to {data.get('perplexity_tokens')} tokens")]
+
+
+def _tasks(tasks: dict) -> list[Fact]:
+    """The further tasks, by name, with the file of each."""
+    named = [f"{name} ({task.get('format')}, {task.get('file')})" for name, task in tasks.items()]
+    return [Fact("Further tasks", listed(named))] if named else []
 
 
 def _plan(plan: dict, experiment: str) -> list[Fact]:

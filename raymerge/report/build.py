@@ -144,6 +144,7 @@ def _search(run: RunDirectory) -> list[Section]:
         searched.coefficients(reached),
         searched.search(reached),
         plans.subjects(reached),
+        *plans.tasks(reached),
         receipts.receipts(reached),
     ]
 
@@ -153,7 +154,7 @@ def _sweep(run: RunDirectory) -> list[Section]:
     answer = curve.answer(reached)
     if not curve.curve(reached):
         return [answer]
-    return [answer, curve.receipts(reached)]
+    return [answer, *plans.tasks(reached), curve.receipts(reached)]
 
 
 def _similarity(run: RunDirectory) -> list[Section]:
@@ -172,9 +173,13 @@ def _sensitivity(run: RunDirectory) -> list[Section]:
 def _evaluate(run: RunDirectory) -> list[Section]:
     reached = Reached(run)
     rows = [row for row in run.read("accuracy").to_pylist() if row["split"] == reached.split]
-    if not rows or not reached.lines:
+    if not reached.lines:
         return [Section("The answer", (plans.missing(run, "accuracy", "answers", "plans"),))]
     (line, *_) = reached.lines
+    if not reached.asks:
+        read = perplexity(line["perplexity"], line["perplexity_interval"])
+        text = f"{model_name(run)} was asked no questions of MMLU's kind. Its perplexity on plain text is {read}."
+        return [Section("The answer", (Text(text), plan_table(reached))), *plans.tasks(reached)]
     asked_ppl = {
         row["subject"]: row["perplexity"] for row in run.read("perplexity").to_pylist() if row["target"] == "question"
     }
@@ -205,7 +210,7 @@ def _evaluate(run: RunDirectory) -> list[Section]:
             cells,
         ),
     )
-    return [Section("The answer", blocks)]
+    return [Section("The answer", blocks), *plans.tasks(reached)]
 
 
 def _unknown(run: RunDirectory) -> list[Section]:

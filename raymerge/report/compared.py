@@ -27,7 +27,7 @@ def compared(reached: Sequence[Reached], others: Sequence[tuple[str, str, str]])
     if reached:
         blocks.append(_table(reached))
     if len(reached) > 1:
-        blocks += [*_tests(reached), _figure(reached)]
+        blocks += [*_tests(reached), *_figure(reached)]
     if others:
         blocks.append(
             Table("Runs without evaluated plans", ("run", "experiment", "model"), tuple(others), words=(0, 1, 2))
@@ -148,13 +148,14 @@ def _right(one: Reached) -> dict[tuple[str, str, str], bool]:
     }
 
 
-def _figure(reached: Sequence[Reached]) -> Figure:
+def _figure(reached: Sequence[Reached]) -> list[Figure]:
+    """Every plan that was asked questions; nothing where none was."""
     rows = []
     for one in reached:
         for line in one.lines:
             costs = line["costs"]
             whole = costs.get("parameters", 0) + costs.get("parameters_removed", 0)
-            if whole:
+            if whole and line["accuracy"] is not None:
                 rows.append(
                     {
                         "run": run_name(one.run),
@@ -171,10 +172,12 @@ def _figure(reached: Sequence[Reached]) -> Figure:
                 )
     rows.sort(key=lambda row: -figures.ROLES.index(row["role"]))
     rows = rows[-_DRAWN:]
+    if not rows:
+        return []
     tips = [("run", "run"), ("model", "model"), ("plan", "plan"), ("removed", "parameters removed", ".1%"),
             ("accuracy", "accuracy", ".1%"), ("low", "95 % from", ".1%"), ("high", "to", ".1%"),
             ("perplexity", "perplexity", ",.4~g"), ("questions", "questions", ",d")]  # fmt: skip
-    return Figure(
+    figure = Figure(
         "Accuracy against compression, all runs",
         "Every plan of every run. Runs on other models or other questions are not comparable with each other.",
         (
@@ -190,3 +193,4 @@ def _figure(reached: Sequence[Reached]) -> Figure:
         Rows.of(rows, tuple(source for one in reached for source in sources(one.run, "accuracy", "costs"))),
         "; ".join(dict.fromkeys(command_of(one.run) for one in reached)),
     )
+    return [figure]

@@ -7,11 +7,13 @@ from typing import Any
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Block, Figure, Rows, Section, Table, Text
-from raymerge.report.plans import Reached, chosen_layers, missing
+from raymerge.report.plans import Reached, chosen_layers, merit, missing
 from raymerge.report.receipts import tensor_name
 from raymerge.report.wording import difference, finite, interval, percent, perplexity, plural, value
 from raymerge.summary import verdict
 from raymerge.tables import RUINED, way_of
+
+_OF_QUESTIONS = ("accuracy", "low", "high", "macro", "answer_nll")  # of a point, without value where none are asked
 
 
 def answer(reached: Reached) -> Section:
@@ -24,7 +26,7 @@ def answer(reached: Reached) -> Section:
     blocks: list[Block] = []
     if lasts:
         blocks += [Text(_sentence(base, lasts)), _best(reached, base, lasts)]
-    blocks += [*chosen_layers(reached.run), _curves(reached, points, base), _everything(points)]
+    blocks += [*chosen_layers(reached.run), *_curves(reached, points, base), _everything(points)]
     return Section("The answer", tuple(blocks))
 
 
@@ -80,13 +82,20 @@ def _way(point: dict) -> str:
 
 def _at(points: list[dict], merges: int) -> tuple[dict, dict | None]:
     mine = [point for point in points if point["merges"] == merges]
-    best = max(mine, key=lambda point: point["accuracy"])
+    best = max(mine, key=merit)
     return best, next((point for point in mine if point["method"] == "drop"), None)
 
 
 def _sentence(base: dict | None, points: list[dict]) -> str:
     first, last = min(point["merges"] for point in points), max(point["merges"] for point in points)
     near, far = _at(points, first)[0], _at(points, last)[0]
+    if near["accuracy"] is None:
+        text = "" if base is None else f"Unmerged, the perplexity on plain text is {perplexity(base['perplexity'])}. "
+        return text + (
+            f"With {plural(first, 'layer')} merged the best way, {_way(near)}, reaches "
+            f"{perplexity(near['perplexity'], _limits(near))}; with {plural(last, 'layer')} merged the best, "
+            f"{_way(far)}, reaches {perplexity(far['perplexity'], _limits(far))}. No questions were asked."
+        )
     text = "" if base is None else f"Unmerged, {percent(base['accuracy'])} of the questions are answered. "
     text += (
         f"With {plural(first, 'layer')} merged the best way, {_way(near)}, keeps {percent(near['accuracy'])}; with "
@@ -97,7 +106,8 @@ def _sentence(base: dict | None, points: list[dict]) -> str:
 
 def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
     cells = []
-    known = {(row["plan_a"], row["plan_b"]): row for row in reached.comparisons if row["measure"] == "accuracy"}
+    asks, measure = reached.asks, "accuracy" if reached.asks else "text_nll"
+    known = {(row["plan_a"], row["plan_b"]): row for row in reached.comparisons if row["measure"] == measure}
     for merges in sorted({point["merges"] for point in points}):
         best, drop = _at(points, merges)
         row = None if drop is None else known.get((best["plan_id"], drop["plan_id"]))
@@ -112,46 +122,61 @@ def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
                 str(merges),
                 percent(best["removed"]),
                 _way(best),
-                f"{percent(best['accuracy'])} {interval(best['low'], best['high'])}",
+                *([f"{percent(best['accuracy'])} {interval(best['low'], best['high'])}"] if asks else []),
                 perplexity(best["perplexity"], _limits(best)),
-                "–" if drop is None else percent(drop["accuracy"]),
+                "–" if drop is None else percent(drop["accuracy"]) if asks else perplexity(drop["perplexity"]),
                 said,
             )
         )
-    start = (
-        "" if base is None else f" Unmerged: {percent(base['accuracy'])}, perplexity {perplexity(base['perplexity'])}"
+    read = "" if base is None else f"perplexity {perplexity(base['perplexity'])}"
+    start = "" if base is None else f" Unmerged: {percent(base['accuracy'])}, {read}" if asks else f" Unmerged: {read}"
+    ranked, judged, flattered = (
+        ("most accurate way", "these very questions", "accuracy")
+        if asks
+        else ("way of least perplexity", "this very text", "perplexity")
     )
+    nats = "" if asks else " Against dropping: nats a token with 95 % intervals, over passages of the text."
     return Table(
-        "The most accurate way at every K, against dropping as many layers. It is the best of several on these very "
-        "questions, so that its accuracy and its difference flatter it; the verdicts allow (Holm) for all comparisons "
-        f"that the sweep asks for, those that were not the best at their K too.{start}",
+        f"The {ranked} at every K, against dropping as many layers. It is the best of several on {judged}, so that its "
+        f"{flattered} and its difference flatter it; the verdicts allow (Holm) for all comparisons that the sweep asks "
+        f"for, those that were not the best at their K too.{nats}{start}",
         (
             "merged",
             "parameters removed",
-            "most accurate way",
-            "accuracy [95 %]",
+            ranked,
+            *(["accuracy [95 %]"] if asks else []),
             "perplexity",
             "dropping",
             "against dropping",
         ),
         tuple(cells),
-        words=(2, 6),
+        words=(2, 6 if asks else 5),
     )
 
 
-def _curves(reached: Reached, points: list[dict], base: dict | None) -> Figure:
+def _curves(reached: Reached, points: list[dict], base: dict | None) -> list[Figure]:
+    """Accuracy where questions were asked, and perplexity where there is any."""
     drawn = [point for point in points if point["merges"] > 0] or points
     tips = [("plan", "plan"), ("method", "method"), ("variant", "variant"), ("merges", "layers merged"),
             ("accuracy", "accuracy", ".1%"), ("low", "95 % from", ".1%"), ("high", "to", ".1%"),
             ("perplexity", "perplexity", ",.4~g"), ("perplexity_low", "95 % from", ",.4~g"),
             ("perplexity_high", "to", ",.4~g"), ("removed", "parameters removed", ".1%"),
             ("answer_nll", "answer NLL", ".3f")]  # fmt: skip
+    tables = ["sweep", "accuracy", "perplexity", "costs"]
+    if not reached.asks:
+        tables.remove("accuracy")
+        tips = [tip for tip in tips if tip[0] not in _OF_QUESTIONS]
+        points, drawn = (
+            [{key: value for key, value in point.items() if key not in _OF_QUESTIONS} for point in shown]
+            for shown in (points, drawn)
+        )
     methods, variants = ({point[key] for point in drawn} for key in ("method", "variant"))
     common = {"x": ("merges", "layers merged (K)"), "series": "method", "dash": "variant", "tips": tips}
     merges = drawn[-1]["merges"]
     told = f"{plural(len(methods), 'method')} and {plural(len(variants), 'variant')} at up to {merges} merges."
-    views = [
-        figures.lines(
+    views = []
+    if reached.asks:
+        accuracies = figures.lines(
             drawn,
             f"Accuracy against the number of merged layers: {told}",
             y=("accuracy", "accuracy"),
@@ -161,7 +186,7 @@ def _curves(reached: Reached, points: list[dict], base: dict | None) -> Figure:
             title="Accuracy",
             **common,
         )
-    ]
+        views.append(accuracies)
     known = [point for point in drawn if point["perplexity"]]
     unmerged = None if base is None else base["perplexity"]
     within = [point for point in known if unmerged and point["perplexity"] <= RUINED * unmerged]
@@ -182,34 +207,37 @@ def _curves(reached: Reached, points: list[dict], base: dict | None) -> Figure:
                 **common,
             )
         )
+    if not views:
+        return []
     left_out = ""
     if cut:
         left_out = f" Perplexities beyond {RUINED:g} times the unmerged model's are left out: the table below has them."
-    return Figure(
-        "Accuracy and perplexity against compression",
+    figure = Figure(
+        f"{'Accuracy and perplexity' if reached.asks else 'Perplexity'} against compression",
         "A click on a method in the legend picks it. Thin bars are 95 % intervals. Aligned: neurons reordered to "
         "match before "
         f"averaging; folded: gains of the norms multiplied into the matrices before it.{left_out}",
         tuple(views),
-        Rows.of(points, sources(reached.run, "sweep", "accuracy", "perplexity", "costs")),
+        Rows.of(points, sources(reached.run, *tables)),
         command_of(reached.run),
-        columns=2,
+        columns=len(views),
     )
+    return [figure]
 
 
 def _everything(points: list[dict]) -> Table:
     speed = any(point["tokens_per_second"] for point in points)
-    header = ["merged", "method", "variant", "parameters removed", "accuracy [95 %]", "mean over subjects"]
-    header += ["answer NLL", "perplexity"]
+    asks = any(point["accuracy"] is not None for point in points)
+    header = ["merged", "method", "variant", "parameters removed"]
+    header += [*(["accuracy [95 %]", "mean over subjects", "answer NLL"] if asks else []), "perplexity"]
     cells = tuple(
         (
             str(point["merges"]),
             point["method"],
             point["variant"],
             percent(point["removed"]),
-            f"{percent(point['accuracy'])} {interval(point['low'], point['high'])}",
-            percent(point["macro"]),
-            value(point["answer_nll"]),
+            *([f"{percent(point['accuracy'])} {interval(point['low'], point['high'])}"] if asks else []),
+            *([percent(point["macro"]), value(point["answer_nll"])] if asks else []),
             perplexity(point["perplexity"], _limits(point)),
             *([value(point["tokens_per_second"], 1)] if speed else []),
         )

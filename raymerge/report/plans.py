@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,9 @@ _NAMES = {
 class Reached:
     """The plans of one run and what each reached on its report split. Reads the tables once.
 
-    lines: those of `summary.plan_lines`, with `label`, `role`, `costs` (its row or {}). best: the line of the plan that
-    the run is about, None where it has none. base: the line of the unmerged model, or None.
+    lines: those of `summary.plan_lines`, with `label`, `role`, `costs` (its row or {}). asks: whether questions were
+    asked; without, plans are judged by plain text. best: the line of the plan that the run is about, None where it has
+    none. base: the line of the unmerged model, or None.
     """
 
     def __init__(self, run: RunDirectory):
@@ -78,12 +80,13 @@ class Reached:
             }
             for line in summary.plan_lines(run, self.split)
         ]
+        self.asks = any(line["accuracy"] is not None for line in self.lines)
         chosen = ((run.manifest() or {}).get("best") or {}).get("plan_id")
         # Without a manifest that says so it is the last that was found, in the order in which a search stores them,
         # and not the most accurate of them here: that would be chosen by the questions reported on.
         found = [line for line in self.lines if line["kind"] == "found"]
         self.best = next((line for line in self.lines if line["plan_id"] == chosen), found[-1] if found else None)
-        self.lines.sort(key=lambda line: -line["accuracy"])
+        self.lines.sort(key=merit, reverse=True)
         self.base = next((line for line in self.lines if line["kind"] == "base"), None)
         splits = (self.split, TEXT_SPLIT)
         self.comparisons = [row for row in run.read("comparisons").to_pylist() if row["split"] in splits]
@@ -102,9 +105,17 @@ class Reached:
         return found
 
 
-def _known_interval(line: dict) -> tuple[float, float]:
+def merit(line: dict) -> float:
+    """What lines, or points of a curve, are ranked by: accuracy, or without questions the least perplexity."""
+    if line["accuracy"] is not None:
+        return line["accuracy"]
+    read = finite(line["perplexity"])
+    return -math.inf if read is None else -read
+
+
+def _known_interval(line: dict) -> tuple[float | None, float | None]:
     """A line's interval; of runs of earlier versions, whose tables have none, from the counts."""
-    if None not in line["interval"]:
+    if None not in line["interval"] or line["accuracy"] is None:
         return line["interval"]
     return wilson_interval(round(line["accuracy"] * line["n"]), line["n"])
 
@@ -252,8 +263,23 @@ def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
 
 
 def plan_table(reached: Reached) -> Table:
-    """Every plan, the most accurate first."""
+    """Every plan, the most accurate first; without questions, the one of the least perplexity."""
     best = reached.best["plan_id"] if reached.best else None
+    if not reached.asks:
+        return Table(
+            "Every plan on plain text, the least perplexity first; intervals of 95 %. No questions were asked",
+            ("plan", "what it is", "layers", "perplexity"),
+            tuple(
+                (
+                    line["label"],
+                    described(line),
+                    NONE if line["layers"] is None else str(line["layers"]),
+                    perplexity(line["perplexity"], line["perplexity_interval"]),
+                )
+                for line in reached.lines
+            ),
+            words=(0, 1),
+        )
     cells = tuple(
         (
             line["label"],
@@ -286,6 +312,35 @@ def plan_table(reached: Reached) -> Table:
         marked=tuple(i for i, line in enumerate(reached.lines) if line["plan_id"] == best),
         folded=len(cells) > 20,
     )
+
+
+def tasks(reached: Reached) -> list[Section]:
+    """Every plan on the further tasks, and comparisons of the plan that the run is about; nothing without tasks."""
+    header, cells = summary.task_table(reached.run)
+    if not cells:
+        return []
+    found = [
+        Table(
+            "acc: the choice of the greatest log-likelihood; acc_norm: of the greatest per character. Intervals of "
+            "95 % (Wilson)",
+            tuple(header),
+            tuple(map(tuple, cells)),
+            words=(0, 1, 3),
+            folded=len(cells) > 40,
+        )
+    ]
+    header, cells = summary.task_comparison_table(reached.run, reached.best and reached.best["plan_id"])
+    if cells:
+        found.append(
+            Table(
+                "Paired differences on the tasks' items, with 95 % intervals and p of McNemar's exact test",
+                tuple(header),
+                tuple(map(tuple, cells)),
+                words=(0, 1, 2, 3, 8),
+                folded=len(cells) > 40,
+            )
+        )
+    return [Section("Further tasks", tuple(found))]
 
 
 def _always_a(reached: Reached) -> float | None:
