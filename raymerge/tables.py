@@ -114,6 +114,28 @@ class RunDirectory:
             more than `workers` and `output`; the message names the keys with both values. Where
             another process is writing the run.
         """
+        run, config, stored = cls._checked(path, config, experiment, filesystem)
+        # the stored config names the run: 1 and 1.0 compare equal but have different digests
+        run._adopt(experiment, config, named_by=stored[1] if stored else config)
+        if not run.complete:
+            run._lock = run._storage.lock()
+        run._storage.clear_temporary()
+        if stored is None or stored[1] != config:
+            head = f"# experiment: {experiment}\n# run_id: {run.run_id}\n"
+            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120)
+            run._storage.publish("config.yaml", (head + text).encode("utf-8"))
+        return run
+
+    @classmethod
+    def check(cls, path, config: dict, experiment: str) -> None:
+        """Raise RunError where `open` would because of what is there, and touch nothing: before models are read."""
+        cls._checked(path, config, experiment, None)
+
+    @classmethod
+    def _checked(
+        cls, path, config: dict, experiment: str, filesystem: pafs.FileSystem | None
+    ) -> tuple[RunDirectory, dict, tuple[str, dict] | None]:
+        """The run, not yet adopted, the config as it is stored, and experiment and config of the run that is there."""
         run = cls(path, filesystem)
         config = without_secrets(plain(config))
         if run._storage.is_file():
@@ -129,16 +151,7 @@ class RunDirectory:
                 )
         else:
             run._refuse_other(stored[0], without_secrets(stored[1]), experiment, config)
-        # the stored config names the run: 1 and 1.0 compare equal but have different digests
-        run._adopt(experiment, config, named_by=stored[1] if stored else config)
-        if not run.complete:
-            run._lock = run._storage.lock()
-        run._storage.clear_temporary()
-        if stored is None or stored[1] != config:
-            head = f"# experiment: {experiment}\n# run_id: {run.run_id}\n"
-            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120)
-            run._storage.publish("config.yaml", (head + text).encode("utf-8"))
-        return run
+        return run, config, stored
 
     @classmethod
     def load(cls, path, *, filesystem: pafs.FileSystem | None = None) -> RunDirectory:

@@ -56,6 +56,19 @@ def change_weights(model):
 
 
 @pytest.mark.parametrize("experiment", MODULES)
+def test_a_folder_that_is_not_the_run_s_is_refused_before_anything_is_read(experiment, tmp_path, monkeypatch):
+    """Reading model and questions may take a minute, and the model that is missing here is not looked for."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"holds notes.txt but no config.yaml"):
+        call(monkeypatch, experiment, tmp_path / "missing", tmp_path / "run")
+    RunDirectory.open(tmp_path / "other", {"model": {"path": "x"}}, "import-similarity")
+    with pytest.raises(RunError, match="import-similarity"):
+        call(monkeypatch, experiment, tmp_path / "missing", tmp_path / "other")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("experiment", MODULES)
 def test_a_run_is_not_continued_with_another_model_under_the_same_path(experiment, model, tmp_path, monkeypatch):
     for _ in range(2):
         with pytest.raises(Cut):

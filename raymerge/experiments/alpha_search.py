@@ -86,6 +86,9 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     progress = progress or Silent()
     check_loggers(config.output.loggers)
     calibrates = config.needs_calibration()
+    sections = ["tasks", "plan", "search", *(["gradient"] if "gradient" in config.search.searchers else [])]
+    settings = settings_of(config, "model", "data", *sections, *(["calibration"] if calibrates else []))
+    RunDirectory.check(config.output.run, settings, "search")
     with step(progress, "reading model and questions"):
         inputs = read_inputs(config, (SEARCH, REPORT, *([CALIBRATION] if calibrates else [])))
     n_layers = inputs.checkpoint.n_layers
@@ -94,9 +97,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     start = starting_plan(config.plan, n_layers, similarity)
     probes = [read_alpha_file(path, n_layers) for path in config.search.probes]
     _check(config, inputs, start, [] if config.plan.selection == "block" else probes)
-    sections = ["tasks", "plan", "search", *(["gradient"] if "gradient" in config.search.searchers else [])]
-    sections += ["calibration"] if calibrates else []
-    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", *sections), "search")
+    run = RunDirectory.open(config.output.run, settings, "search")
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
         return run

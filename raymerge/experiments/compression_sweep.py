@@ -76,14 +76,16 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     calibrates = config.needs_calibration(sweep=True)
     _check_without_questions(config)
     roles = [] if config.data.mmlu is None else [REPORT]
+    sections = ["tasks", "plan", "sweep", *(["calibration"] if calibrates else [])]
+    settings = settings_of(config, "model", "data", *sections)
+    RunDirectory.check(config.output.run, settings, "sweep")
     with step(progress, "reading model and questions"):
         inputs = read_inputs(config, (*roles, *([CALIBRATION] if calibrates else [])))
     similarity = similarity_of(config, inputs.checkpoint.n_layers)
     # The blocks may be chosen by the model; the first ones allowed show what can be refused.
     blocks = {merges: starts[0] for merges, starts in _starts(config, inputs).items()}
     points = _points(config, inputs, similarity, blocks)
-    sections = ["tasks", "plan", "sweep", *(["calibration"] if inputs.calibration is not None else [])]
-    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", *sections), "sweep")
+    run = RunDirectory.open(config.output.run, settings, "sweep")
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
         return run

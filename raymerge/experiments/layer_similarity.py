@@ -51,10 +51,12 @@ def similarity(
     the run directory cannot be used, SimilarityError and ActivationError where the prompts cannot be compared.
     """
     progress = progress or Silent()
+    settings = settings_of(config, "model", "data", "similarity")
+    RunDirectory.check(config.output.run, settings, "similarity")
     with step(progress, "reading model and prompts"):
         inputs = read_inputs(config, (SUBSETS,), text=False)
     recipe_of(config.similarity)
-    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", "similarity"), "similarity")
+    run = RunDirectory.open(config.output.run, settings, "similarity")
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
         return run
@@ -309,12 +311,12 @@ def sensitivity(
     Leaves table sensitivity, one figure, the manifest. Errors as `similarity`.
     """
     progress = progress or Silent()
+    settings = settings_of(config, "model", "data", "similarity", "sensitivity")
+    RunDirectory.check(config.output.run, settings, "sensitivity")
     with step(progress, "reading model and prompts"):
         inputs = read_inputs(config, (SUBSETS,), text=False)
     _check_ranges(config, inputs)
-    run = RunDirectory.open(
-        config.output.run, settings_of(config, "model", "data", "similarity", "sensitivity"), "sensitivity"
-    )
+    run = RunDirectory.open(config.output.run, settings, "sensitivity")
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
         return run

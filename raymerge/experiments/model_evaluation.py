@@ -44,11 +44,13 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
     `search`.
     """
     progress = progress or Silent()
+    settings = settings_of(config, "model", "data", "tasks")
+    RunDirectory.check(config.output.run, settings, "evaluate")
     with step(progress, "reading model and questions"):
         inputs = read_inputs(config, () if config.data.mmlu is None else (REPORT,))
     if not (inputs.questions or inputs.tasks or inputs.text is not None):
         raise ConfigError("nothing to evaluate on: set data.mmlu, data.perplexity_text, or a task in the tasks section")
-    run = RunDirectory.open(config.output.run, settings_of(config, "model", "data", "tasks"), "evaluate")
+    run = RunDirectory.open(config.output.run, settings, "evaluate")
     if run.complete:
         progress.message("This run is complete; nothing is left to do.")
         return run
