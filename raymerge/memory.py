@@ -106,7 +106,7 @@ def held_bytes(size: LayerSize, work: ScoringWork, plan: ScoringPlan) -> int:
 def scoring_bytes(size: LayerSize, work: ScoringWork, plan: ScoringPlan) -> int:
     """All that scoring takes on the device at its peak."""
     # A mixed layer, and for each question its query, the two parts of its attention and their join, float32.
-    candidate = size.parameters * work.compute + work.questions * 4 * (8 * size.query + 3 * size.hidden)
+    candidate = size.parameters * work.compute + work.questions * 4 * (5 * size.query + 3 * size.hidden)
     # Keys as projected, then float32: their rotation (four values), and a copy that puts heads before tokens; states
     # weighted by attention, in both dtypes and twice, which take what values would; scores and their exponentials.
     token = size.key * (2 * work.compute + 4 * 7) + size.heads * 4 * 4

@@ -114,18 +114,18 @@ def made():
 
 
 @pytest.mark.parametrize(
-    ("how", "norms"),
+    ("how", "norms", "questions"),
     [
-        (ScoringPlan("device", "recompute", 8, 65536), "keep"),
-        (ScoringPlan("device", "recompute", 8, 8192), "keep"),
-        (ScoringPlan("device", "recompute", 8, 8192), "fold"),
-        (ScoringPlan("device", "recompute", 1, 131072), "keep"),
-        (ScoringPlan("device", "linear", 8, 65536), "keep"),
+        (ScoringPlan("device", "recompute", 8, 65536), "keep", 1024),
+        (ScoringPlan("device", "recompute", 8, 8192), "keep", 128),
+        (ScoringPlan("device", "recompute", 8, 8192), "fold", 128),
+        (ScoringPlan("device", "recompute", 1, 131072), "keep", 2048),
+        (ScoringPlan("device", "linear", 8, 65536), "keep", 1024),
+        (ScoringPlan("device", "linear", 8, 4096), "keep", 1024),  # questions take more than their tokens' chunks
     ],
 )
-def test_scoring_takes_no_more_than_the_planner_counts_on(made, how, norms):
+def test_scoring_takes_no_more_than_the_planner_counts_on(made, how, norms, questions):
     runner, fake = made
-    questions = 2 * how.chunk_tokens // 128
     with LargeAreFake(fake):
         sources = SourceLayers(runner, FIRST, norms=norms)
         scorer = TailScorer(Trunk(runner, fake), prompts_of(questions, 128), sources=sources, plan=how)
