@@ -20,7 +20,9 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.config import load_config
 from raymerge.evaluation import Answers
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH, SUBSETS, TEXT
+from raymerge.memory import ScoringPlan
 from raymerge.plan import Refit, base_plan, before_last_plan, block_plan, drop_plan, tail_plan
+from raymerge.scoring import TailScorer
 from raymerge.worker import ModelWorker
 
 REAL_MODEL, MMLU = os.environ.get("RAYMERGE_REAL_MODEL"), os.environ.get("RAYMERGE_MMLU")
@@ -207,16 +209,40 @@ def test_a_share_of_the_card_bounds_what_is_taken_and_running_out_of_it_is_survi
 
 
 @needs_card
+@pytest.mark.parametrize(
+    "how",
+    [
+        ScoringPlan("host", "recompute", 8, 512),  # pinned, copied a piece ahead
+        ScoringPlan("host", "recompute", 1, 10**6),
+        ScoringPlan("device", "linear", 8, 4096),
+        ScoringPlan("device", "recompute", 3, 256),
+    ],
+)
+def test_every_plan_of_memory_gives_the_same_answers(tmp_path, how):
+    worker, vectors = scoring_worker(tmp_path, "model.dtype=float32")
+    plans = [worker.template.with_flat_alphas(vector, (), name="x", kind="found") for vector in vectors]
+    trunk = worker._trunk_of(worker.template)
+    options = {"fused_dtype": torch.float32}  # unrounded, so that keys may be summed
+    expected = list(TailScorer(trunk, worker.prompts(SEARCH), **options).score_many(plans))
+    found = list(TailScorer(trunk, worker.prompts(SEARCH), plan=how, **options).score_many(plans))
+    compare({"candidates": torch.cat(found).numpy()}, {"candidates": torch.cat(expected).numpy()}, FLOAT32)
+
+
+def scoring_worker(cache, *settings):
+    """A worker that scores candidates of the demo model, and coefficients of more than are scored at once."""
+    template = tail_plan(Checkpoint("demo").n_layers, [0.5] * 3, name="candidate", kind="found")
+    options = {"cache": cache, "template": template, "firsts": [template.resumes_at]}
+    worker = ModelWorker(load_config(None, [*SETTINGS, *DEMO, *settings]), roles=(SEARCH,), **options)
+    return worker, np.random.default_rng(0).uniform(size=(9, 3)).tolist()
+
+
+@needs_card
 @pytest.mark.parametrize("share", [0.02, 0.005])
 def test_candidates_in_little_memory_are_scored_as_in_much(tmp_path, share):
     """Real errors of the allocator, not injected ones, make the plan smaller and change no answer."""
-    settings = [*SETTINGS, *DEMO]
-    template = tail_plan(Checkpoint("demo").n_layers, [0.5] * 3, name="candidate", kind="found")
-    vectors = np.random.default_rng(0).uniform(size=(9, 3)).tolist()
 
     def scored():
-        options = {"cache": tmp_path, "template": template, "firsts": [template.resumes_at]}
-        worker = ModelWorker(load_config(None, settings), roles=(SEARCH,), **options)
+        worker, vectors = scoring_worker(tmp_path)
         return np.concatenate([result["logits"] for result in worker.score(vectors)])
 
     expected = scored()
