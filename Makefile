@@ -19,8 +19,9 @@ demo: setup
 	$(BIN)/raymerge search jobs/configs/demo.yaml
 	$(BIN)/raymerge report runs/demo
 
+# Two processes: what needs Ray in one, one Ray for all of it, the rest in the other (tests/conftest.py).
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster
