@@ -2,7 +2,8 @@
 
 Run as `python -P -m raymerge.reload FOLDER WORK` by `proof`; nothing of raymerge is used, so that what is found is what
 any reader of the folder finds - but for Gemma 2 in transformers before 5.22, whose default attention leaves the softcap
-out, of unmerged models too: it is loaded with the attention that has it. WORK/request.json holds the prompts; logits and generated text are left there.
+out, of unmerged models too: it is loaded with the attention that has it. WORK/request.json holds the prompts; logits
+and generated text are left there.
 """
 
 from __future__ import annotations
