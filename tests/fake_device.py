@@ -181,7 +181,7 @@ def fake_device(monkeypatch, **options):
     def host_buffer(shape, dtype, _device):
         return torch.empty(tuple(shape), dtype=dtype)
 
-    for module in ("forward", "scoring", "tail_loss", "worker"):
+    for module in ("forward", "scoring", "tail_states", "tail_loss", "worker"):
         for name, stand_in in (
             ("device_memory", device_memory),
             ("streamed", streamed),

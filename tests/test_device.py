@@ -146,7 +146,7 @@ def test_every_plan_gives_the_cpus_answers(checkpoint, prompts, tmp_path, monkey
         trunk, sources = TrunkCache(runner, FIRST, tmp_path / "device"), SourceLayers(runner, FIRST)
         for how in HOW if family == "llama" else HOW[:2]:
             scorer = TailScorer(trunk, prompts, sources=sources, plan=how)
-            assert scorer._tokens.device.type == {"device": "cuda", "host": "cpu"}[how.states]
+            assert scorer.layer.states.tokens.device.type == {"device": "cuda", "host": "cpu"}[how.states]
             before = device.syncs
             for one, other in zip(scorer.score_many(PLANS), expected, strict=True):
                 close(one, other)
@@ -176,9 +176,10 @@ def test_short_prefixes_share_their_calls(checkpoint, tmp_path, monkeypatch):
         runner = LayerRunner(checkpoint("llama"), device=DEVICE, dtype=torch.float32)
         scorer = TailScorer(TrunkCache(runner, FIRST, tmp_path), many)
         for chunk, groups in ((100_000, 1), (1, len(subjects))):
-            scorer.plan = replace(scorer.plan, chunk_tokens=chunk)
-            assert [prefix for group in scorer._prefix_groups() for prefix in group] == scorer._prefixes
-            assert len(scorer._spans([])) == groups
+            layout = scorer.layer.states.layout
+            found = layout.chunks(chunk, together=runner.accelerated).groups
+            assert [prefix for group in found for prefix in group] == layout.prefixes
+            assert len(found) == groups
 
 
 def test_what_is_summed_and_what_is_not(checkpoint, prompts, tmp_path, device):
@@ -187,7 +188,7 @@ def test_what_is_summed_and_what_is_not(checkpoint, prompts, tmp_path, device):
         return TailScorer(TrunkCache(runner, FIRST, tmp_path / family), prompts, **options)
 
     scorer = linear("llama")
-    assert scorer.plan == ScoringPlan("device", "linear", 8, 131072) and scorer._source_keys is None
+    assert scorer.plan == ScoringPlan("device", "linear", 8, 131072) and not scorer.layer.holds_keys
     list(scorer.score_many([PLANS[6]]))
     ones = torch.ones(1, 3)
     assert scorer._key_coefficients(ones, 0).shape == (1, 3) and scorer._key_coefficients(ones, 2) is None
@@ -206,7 +207,7 @@ def test_bfloat16_agrees_with_float32(checkpoint, prompts, tmp_path, family, key
     exact = torch.stack(list(TailScorer(trunk, prompts).score_many(plans)))
     how = ScoringPlan("device", keys if family == "llama" else "recompute", 4, 4096)
     scorer = TailScorer(trunk, prompts, compute_dtype=torch.bfloat16, plan=how)
-    assert scorer._tokens.dtype == torch.bfloat16
+    assert scorer.layer.states.tokens.dtype == torch.bfloat16
     narrow = torch.stack(list(scorer.score_many(plans)))
     # Five roundings to 8 bits (2^-9 each) in a row, of which weights this large pass on a multiple.
     assert (narrow - exact).norm() < 0.02 * exact.norm()
@@ -436,7 +437,10 @@ def test_what_the_driver_is_told(monkeypatch):
 
 def test_a_cpu_takes_what_it_always_did(checkpoint, prompts, tmp_path):
     scorer = TailScorer(TrunkCache(LayerRunner(checkpoint("llama")), FIRST, tmp_path), prompts)
-    assert scorer.plan == ScoringPlan("device", "recompute", 1, 16384) and scorer._tokens.dtype == torch.float32
+    assert (
+        scorer.plan == ScoringPlan("device", "recompute", 1, 16384)
+        and scorer.layer.states.tokens.dtype == torch.float32
+    )
     assert raymerge.device.host_free() > 0
     assert raymerge.device.choose_device(0) == torch.device("cpu")
 

@@ -130,10 +130,11 @@ def test_scoring_takes_no_more_than_the_planner_counts_on(made, how, norms, ques
         sources = SourceLayers(runner, FIRST, norms=norms)
         scorer = TailScorer(Trunk(runner, fake), prompts_of(questions, 128), sources=sources, plan=how)
         plans = [tail_plan(LAYERS, [0.5] * MERGES, name="x", kind="found", norms=norms) for _ in range(how.candidates)]
-        work = ScoringWork(len(scorer._tokens), questions, MERGES + 1, sources.stack_dtype.itemsize, compute=2)
+        layer = scorer.layer
+        work = ScoringWork(layer.states.layout.tokens, questions, MERGES + 1, sources.stack_dtype.itemsize, compute=2)
         if how.keys == "linear":
-            scorer._source_keys = scorer._keys_of_sources()
-        held = [sources.stack, scorer._tokens, scorer._source_keys]
+            layer.hold_keys([sources.weights(own, 0, False) for own in sources.stack])
+        held = [sources.stack, layer.states.tokens, layer._source_keys]
         with torch.inference_mode(), LiveBytes([tensor for tensor in held if tensor is not None]) as live:
             found = list(scorer._hidden_together(plans))
     assert [tuple(hidden.shape) for hidden in found] == [(questions, WIDTH)] * how.candidates
@@ -150,7 +151,7 @@ def test_gradients_take_no_more_than_what_is_free(made, gigabytes):
         sources = SourceLayers(runner, FIRST)
         how = ScoringPlan("device", "recompute", 1, 65536)
         scorer = TailScorer(Trunk(runner, fake), prompts_of(2 * (tokens // 256), 128), sources=sources, plan=how)
-        with LiveBytes([sources.stack, scorer._tokens]) as live:
+        with LiveBytes([sources.stack, scorer.layer.states.tokens]) as live:
             (mixed,) = sources.mix(torch.full((1, MERGES + 1), 1.0 / (MERGES + 1)), torch.float32)
             layer = sources.weights(mixed, 0, False)
             leaves = {name: layer[name].detach().requires_grad_() for name in sources.averaged(False)}

@@ -22,9 +22,10 @@ LAYERS = {
     1: ("config", "schemas", "storage", "tables", "questions", "tasks", "summary", "progress", "inputs", "sensitivity",
         "report", "reference", "texts", "hub"),
     2: (
-        "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "sources", "scoring",
-        "evaluation", "rows", "merging", "activations", "alignment", "context", "quantisation", "gradient", "tail_loss",
-        "trunk", "gguf_input", "mergekit", "proof", "reload", "card", "device", "normal_equations", "refit",
+        "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "sources", "tail_states",
+        "tail_layer", "scoring", "evaluation", "rows", "merging", "activations", "alignment", "context",
+        "quantisation", "gradient", "tail_loss", "trunk", "gguf_input", "mergekit", "proof", "reload", "card",
+        "device", "normal_equations", "refit",
     ),
     3: ("worker",),
     4: ("pool", "search", "proposers", "experiments"),

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import raymerge.forward
 import raymerge.scoring
+import raymerge.tail_layer
 import raymerge.tensorfiles
 from raymerge.checkpoint import Checkpoint
 from raymerge.evaluation import Answers, answer_shard
@@ -122,8 +123,8 @@ PLANS = {
 def test_values_are_weighted_alike_before_and_after_their_projection(case, tokens, asked, sets, biased):
     """For questions with tokens of their own and for a prefix that they share, one candidate and several, with the
     gradient; whether the states are weighed depends on the sizes alone, which are on both sides of it here."""
-    scorer = TailScorer(case("llama").trunk(N - 3), case("llama").prompts)
-    heads, group, width = scorer._kv_heads, scorer._groups, scorer._head_dim
+    layer = TailScorer(case("llama").trunk(N - 3), case("llama").prompts).layer
+    heads, group, width = layer._kv_heads, layer._groups, layer._head_dim
     torch.manual_seed(0)
     states = torch.randn(sets, tokens, 32)
     shares = torch.rand(5, asked, heads, group, tokens).softmax(-1)
@@ -131,13 +132,13 @@ def test_values_are_weighted_alike_before_and_after_their_projection(case, token
     bias = torch.randn(heads * width) if biased else None
 
     def weigh(shares):
-        return scorer._weighing(states, (matrix, bias), asked if sets == 1 else 1)(shares)
+        return layer._weighing(states, (matrix, bias), asked if sets == 1 else 1)(shares)
 
     values = torch.nn.functional.linear(states, matrix, bias).unflatten(-1, (heads, width)).expand(asked, -1, -1, -1)
     expected = torch.einsum("cnkgt,ntkd->cnkgd", shares, values)
     (gradient,) = torch.autograd.grad(expected.square().sum(), matrix)
-    for chunk in (scorer.plan.chunk_tokens, 2 * group * 32 // width):  # the second for two questions at a time
-        scorer.plan = replace(scorer.plan, chunk_tokens=chunk)
+    for chunk in (layer.plan.chunk_tokens, 2 * group * 32 // width):  # the second for two questions at a time
+        layer.plan = replace(layer.plan, chunk_tokens=chunk)
         one_by_one = torch.stack([weigh(own) for own in shares])
         close(one_by_one.detach(), expected.detach())
         close(torch.autograd.grad(one_by_one.square().sum(), matrix)[0], gradient)
@@ -146,15 +147,15 @@ def test_values_are_weighted_alike_before_and_after_their_projection(case, token
 
 def test_which_values_are_weighted_before_their_projection(case, monkeypatch):
     """Few questions on one prefix and all on their own tokens; not many questions on one prefix."""
-    scorer, weighed = TailScorer(case("llama").trunk(N - 3), case("llama").prompts), []
+    layer, weighed = TailScorer(case("llama").trunk(N - 3), case("llama").prompts).layer, []
     monkeypatch.setattr(
-        raymerge.scoring._WeightedStates, "apply", lambda shares, states: weighed.append(states) or shares @ states
+        raymerge.tail_layer._WeightedStates, "apply", lambda shares, states: weighed.append(states) or shares @ states
     )
-    shape, states = (scorer._kv_heads, scorer._groups, 200), torch.randn(40, 200, 32)
-    value = (torch.randn(scorer._kv_heads * scorer._head_dim, 32), None)
+    shape, states = (layer._kv_heads, layer._groups, 200), torch.randn(40, 200, 32)
+    value = (torch.randn(layer._kv_heads * layer._head_dim, 32), None)
     for sets, questions, expected in ((states, 1, True), (states[:1], 1, True), (states[:1], 40, False)):
         weighed.clear()
-        scorer._weighing(sets, value, questions)(torch.rand(max(len(sets), questions), *shape))
+        layer._weighing(sets, value, questions)(torch.rand(max(len(sets), questions), *shape))
         assert bool(weighed) == expected
 
 
@@ -257,7 +258,7 @@ def test_batches_buckets_and_shards_do_not_change_answers(case, family, question
         prompts = encode_questions(questions, tiny.demo_tokenizer(), shard_tokens=shard_tokens)
         trunk = TrunkCache(case.runner, N - 3, tmp_path / str(size))
         scorer = TailScorer(trunk, prompts)
-        buckets.add(len(scorer._buckets))
+        buckets.add(len(scorer.layer.states.layout.buckets))
         same_answers(scorer.score(plan)[0], expected)
         same_answers(answers(case, plan, trunk, prompts).logits, expected)
     assert len(buckets) == 3

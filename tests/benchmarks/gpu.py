@@ -278,9 +278,9 @@ class Bench:
         answers = None
         for keys in dict.fromkeys(("recompute", planned.keys)):
             for together in (1, 8):
-                scorer.plan = replace(planned, keys=keys, candidates=min(together, planned.candidates))
+                scorer.layer.plan = replace(planned, keys=keys, candidates=min(together, planned.candidates))
                 if not self.cuda:
-                    scorer.plan = replace(planned, candidates=together)
+                    scorer.layer.plan = replace(planned, candidates=together)
                 repeat = 3 if self.cuda else 1
                 plans = self.plans[:together]
                 total, logits = self.clock(lambda plans=plans: list(scorer.score_many(plans)), repeat=repeat)
@@ -301,15 +301,15 @@ class Bench:
                 if count == max(self.options.questions):
                     best = self.goals.get("seconds_a_candidate", float("inf"))
                     self.goals["seconds_a_candidate"] = min(best, seconds)
-        scorer._source_keys = None  # makes room for what autograd keeps
-        scorer.plan = replace(planned, keys="recompute")
+        scorer.layer.drop_keys()  # makes room for what autograd keeps
+        scorer.layer.plan = replace(planned, keys="recompute")
         self.gradient(scorer, count)
         if count == max(self.options.questions):
             self.kept = prompts, answers
 
     def shares(self, scorer: TailScorer, seconds: float, questions: int) -> dict[str, float]:
         """What of the card's rates a candidate's least work comes to."""
-        size, tokens = scorer.runner.layer_size, len(scorer._tokens)
+        size, tokens = scorer.runner.layer_size, scorer.layer.states.layout.tokens
         width = 2 if self.cuda else 4
         at_once, sources = scorer.plan.candidates, scorer.sources.count
         # Queries, values and the attention's output a question; states weighted by every query head a token.

@@ -1,0 +1,342 @@
+"""One layer on top of the frozen trunk: what a merged layer makes of the states at each question's last position.
+
+Keys of all cached tokens; query, attention, output, MLP and the final norm at the last position alone. Values are not
+projected token by token: attention weighs the states, and the value matrix is multiplied with what comes out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from raymerge.architectures import module_layer
+from raymerge.forward import LayerRunner, visible
+from raymerge.memory import ScoringPlan
+from raymerge.tail_states import Chunks, TailStates
+
+_PAIRS = 16  # of a question and a key of its prefix, as much memory as a token's key and weighted states
+_ROW = 8  # tokens' keys and weighted states, as much memory as one question's MLP
+
+
+class TailLayer:
+    """The layer at `first`, with the weights that each call gives, on the states that enter it.
+
+    Attention at the last position is written out here; norms and the MLP, or its experts, are transformers' own
+    modules. The states' dtype is that of what is multiplied with the weights; attention, the residual stream and the
+    final norm are float32 in any case: letters tie in bfloat16.
+    plan: how much is done at once; it may be replaced between calls.
+    """
+
+    def __init__(self, runner: LayerRunner, first: int, states: TailStates, plan: ScoringPlan):
+        self.runner, self.first, self.states, self.plan = runner, first, states, plan
+        self.compute_dtype = states.tokens.dtype
+        self._block = runner.modules[first]
+        arch = runner.checkpoint.architecture
+        self._architecture = arch
+        self._head_dim, self._kv_heads, self._groups = (
+            arch.sizes[name] for name in ("rotary", "kv_heads", "query_heads")
+        )
+        self._scaling = self._block.self_attn.scaling
+        self._source_keys: Tensor | None = None  # rotated, of all tokens: (sources, tokens, kv * head_dim)
+        self._rotary = self._cos_sin(torch.arange(states.layout.positions, device=runner.device))
+        self._turns: dict[tuple[str | None, int], list[tuple[Tensor, Tensor]]] = {}
+
+    def select(self, rows: Sequence[int]) -> TailLayer:
+        """The same layer on the states of these questions alone; see TailStates.select."""
+        part = copy.copy(self)
+        part.states = self.states.select(rows, bucket_tokens=self.plan.chunk_tokens)
+        # Whatever of the plan is about the states of all questions is not about these.
+        part.plan, part._source_keys, part._turns = replace(self.plan, states="device", keys="recompute"), None, {}
+        return part
+
+    def _cos_sin(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        # (N, 1, rotated dimensions) each, by rotary type; the middle axis broadcasts over heads.
+        found = {}
+        for layer in range(self.first, self.runner.checkpoint.n_layers):
+            if (kind := self.runner.checkpoint.rotary_types[layer]) not in found:
+                cos, sin = self.runner.rotary(positions, layer)
+                found[kind] = cos[0].float()[:, None], sin[0].float()[:, None]
+        return found
+
+    def _rotary_at(self, positions: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+        cos, sin = self._rotary[kind]
+        return cos[positions], sin[positions]
+
+    def hidden(self, weights: dict[str, Tensor], rest: int, summed: Tensor | None = None) -> Tensor:
+        """States (n, d) float32 after the final norm at each question's last position, by place.
+
+        weights: the merged layer's tensors by relative name; rest: the source layer whose window it has. summed: the
+        coefficients (sources,) by which keys are sums of the sources', where these are held.
+        """
+        checkpoint = self.runner.checkpoint
+        window, rotary = (each[self.first + rest] for each in (checkpoint.windows, checkpoint.rotary_types))
+        states, layout = self.states, self.states.layout
+        last = self._rotary_at(layout.offsets + layout.lengths - 1, rotary)
+        query = self._product(states.last_normalised, *self._projection("q", weights))
+        query = self._heads(query, "q", weights, last)
+        query = query.unflatten(1, (self._kv_heads, self._groups))
+        attended = self._attend(query, weights, window, rotary, summed).flatten(1)
+        rows = max(1, self.plan.chunk_tokens // _ROW)
+        parts = zip(states.last.split(rows), attended.split(rows), strict=True)
+        return torch.cat([self._finish(x, part, weights) for x, part in parts])
+
+    def _finish(self, last: Tensor, attended: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """What follows attention, to the final norm, for some of the questions."""
+        out = self._product(attended, weights["self_attn.o_proj.weight"], weights.get("self_attn.o_proj.bias"))
+        x = last + self._leaving("self_attn", out, weights)
+        return self.runner.normalise(x + self._leaving("mlp", self._mlp(x, weights), weights))
+
+    def _product(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        """A linear map in the compute dtype, its bias added in float32; float32."""
+        dtype = self.compute_dtype
+        if dtype == torch.float32:
+            return F.linear(x, matrix.float(), bias)
+        product = F.linear(x.to(dtype), matrix.to(dtype)).float()
+        return product if bias is None else product + bias
+
+    def _module(self, name: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """One of the layer's modules, transformers' own, on (n, …) states with the weights under its name."""
+        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        return functional_call(self._block.get_submodule(name), own, (x[None],))[0]
+
+    def _leaving(self, block: str, out: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """What a block adds: its output, normalised where the family does so."""
+        norm = self._architecture.output_norms.get(block)
+        return out if norm is None else self._module(norm, out, weights)
+
+    def _mlp(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        arch = self._architecture
+        norm = arch.gain_of(arch.router or arch.rows_of("up")[0])
+        inner = x if norm is None else self._module(norm.removesuffix(".weight"), x, weights)
+        own = module_layer(arch, weights).items()
+        own = {name: tensor.to(self.compute_dtype) for name, tensor in own if name.startswith("mlp.")}
+        return self._module("mlp", inner.to(self.compute_dtype), own).float()
+
+    def _projection(self, which: str, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Matrix, in the compute dtype, and bias that make queries, keys or values of the entering states."""
+        matrix, rows = self._architecture.rows_of(which)
+        weight, bias = weights[f"{matrix}.weight"][rows], weights.get(f"{matrix}.bias")
+        # The gain moves from every token's state to the matrix's columns.
+        if gain := self._architecture.gain_of(matrix):
+            weight = weight.float() * (weights[gain].float() + self._architecture.gain_offset)
+        return weight.to(self.compute_dtype), None if bias is None else bias[rows]
+
+    def _heads(self, heads: Tensor, which: str, weights: Mapping[str, Tensor], rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries or keys (N, heads, head_dim) as projected, normalised where the family does so, and rotated."""
+        norm = f"self_attn.{which}_norm"
+        if norm in self._architecture.projection_norms:
+            heads = self._module(norm, heads, weights)
+        heads = heads.unflatten(-1, (-1, self._head_dim))
+        if norm in self._architecture.head_norms:
+            heads = self._module(norm, heads, weights)
+        cos, sin = rotary
+        heads, still = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
+        first, second = heads.chunk(2, -1)
+        turned = heads * cos + torch.cat([-second, first], -1) * sin
+        return torch.cat([turned, still], -1) if still.shape[-1] else turned
+
+    def _chunks(self) -> Chunks:
+        return self.states.layout.chunks(self.plan.chunk_tokens, together=self.runner.accelerated)
+
+    def _scores(self, products: Tensor) -> Tensor:
+        """Attention scores of products of queries and keys."""
+        scores, cap = products * self._scaling, self.runner.attention_softcap
+        return scores if cap is None else cap * torch.tanh(scores / cap)
+
+    @torch.inference_mode(False)
+    def _rotations(self, chunks: Chunks, kind: str | None) -> Iterable[tuple[Tensor, Tensor]]:
+        """cos and sin of the tokens of each chunk; kept on a CPU, where looking them up takes a tenth of a candidate's
+        time."""
+        if self.runner.accelerated:
+            return (self._rotary_at(positions, kind) for positions in chunks.positions())
+        key = kind, self.plan.chunk_tokens
+        if key not in self._turns:
+            self._turns = {key: [self._rotary_at(positions, kind) for positions in chunks.positions()]}
+        return self._turns[key]
+
+    def _keys(
+        self, chunks: Chunks, weights: Mapping[str, Tensor], rotary: str | None, summed: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rotated keys (tokens, kv, head_dim) float32 of each chunk, and its tokens' states."""
+        states = self.states.of(chunks.spans)
+        if summed is not None:
+            heads = (self._kv_heads, self._head_dim)
+            for (start, stop), tokens in zip(chunks.spans, states, strict=True):
+                yield _sum(summed, self._source_keys[:, start:stop]).unflatten(-1, heads), tokens
+            return
+        projection = self._projection("k", weights)
+        for tokens, turn in zip(states, self._rotations(chunks, rotary), strict=True):
+            yield self._heads(self._product(tokens, *projection), "k", weights, turn), tokens
+
+    def _attend(
+        self,
+        query: Tensor,
+        weights: Mapping[str, Tensor],
+        window: int | None,
+        rotary: str | None,
+        summed: Tensor | None,
+    ) -> Tensor:
+        """Attention of each last position, (n, kv, group, head_dim), over its prefix and its own tokens.
+
+        The two parts are computed apart - the prefix once a subject, the questions bucket by bucket across all
+        subjects - and joined by their log-sum-exps.
+        """
+        chunks, layout = self._chunks(), self.states.layout
+        keys = self._keys(chunks, weights, rotary, summed)
+        value = self._projection("v", weights)
+        prefix_parts = list(self._prefix_parts(query, chunks, keys, value, window))
+        own_parts = []
+        for piece in chunks.pieces:
+            k, states = (t.unflatten(0, (piece.count, piece.width)) for t in next(keys))
+            scores = self._scores(torch.einsum("nkgd,ntkd->nkgt", query[piece.places], k))
+            behind = layout.lengths[piece.places, None] - 1 - torch.arange(piece.width, device=query.device)
+            seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+            scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+            own_parts.append(_partial_softmax(scores, self._weighing(states, value, 1)))
+        prefix_log, prefix_out = (torch.cat(part)[layout.prefix_order] for part in zip(*prefix_parts, strict=True))
+        own_log, own_out = (torch.cat(part) for part in zip(*own_parts, strict=True))
+        share = torch.sigmoid(prefix_log - own_log)[..., None]  # exp(a) / (exp(a) + exp(b))
+        return share * prefix_out + (1.0 - share) * own_out
+
+    def _prefix_parts(
+        self,
+        query: Tensor,
+        chunks: Chunks,
+        keys: Iterator[tuple[Tensor, Tensor]],
+        value: tuple[Tensor, Tensor | None],
+        window: int | None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each prefix's questions, some at a time, what `_partial_softmax` gives for their attention to it."""
+        layout = self.states.layout
+        for group in chunks.groups:
+            of_group = next(keys)
+            for prefix in group:
+                own = slice(prefix.start - group[0].start, prefix.stop - group[0].start)
+                k, states = (t[own] for t in of_group)
+                k = k.permute(1, 2, 0)  # (kv, head_dim, P)
+                weigh = self._weighing(states[None], value, len(prefix.questions))
+                together = max(1, _PAIRS * self.plan.chunk_tokens // max(1, prefix.length))
+                for questions in prefix.questions.split(together):
+                    scores = self._scores(torch.einsum("nkgd,kdp->nkgp", query[questions], k))
+                    if window is not None:
+                        last = layout.offsets[questions] + layout.lengths[questions] - 1
+                        seen = visible(last, torch.arange(prefix.length, device=query.device), window)
+                        scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+                    yield _partial_softmax(scores, weigh)
+
+    def _weighing(
+        self, states: Tensor, value: tuple[Tensor, Tensor | None], questions: int
+    ) -> Callable[[Tensor], Tensor]:
+        """From what attention gives each token, (n, kv, group, t), to the values weighted by it, (n, kv, group,
+        head_dim).
+
+        states: (n, t, d) of each question, or (1, t, d) of a prefix that `questions` of them share.
+
+        The sum of p W x over the tokens is W times the sum of p x. Where fewer queries look at a token than its value
+        has entries, it is cheaper to weigh the states and to multiply once with the value matrix.
+        """
+        matrix, bias = value
+        matrix = matrix.unflatten(0, (self._kv_heads, self._head_dim))
+        queries, tokens = questions * self._kv_heads * self._groups, states.shape[1]
+        if 2 * queries * (tokens + self._head_dim) > tokens * self._kv_heads * self._head_dim:
+            values = self._product(states, value[0], bias).unflatten(-1, (self._kv_heads, self._head_dim))
+            if len(states) > 1:
+                return lambda shares: torch.einsum("nkgt,ntkd->nkgd", shares, values)
+            return lambda shares: torch.einsum("nkgt,tkd->nkgd", shares, values[0])
+        # As much memory at once as the values of a chunk.
+        rows = max(1, self.plan.chunk_tokens * self._head_dim // (self._groups * states.shape[2]))
+
+        def weigh(shares: Tensor) -> Tensor:
+            parts = []
+            for first in range(0, len(shares), rows):
+                part = shares[first : first + rows]
+                own = states[first : first + rows] if len(states) > 1 else states.expand(len(part), -1, -1)
+                weighted = _WeightedStates.apply(part.flatten(1, 2), own).unflatten(1, part.shape[1:3])
+                out = torch.einsum("nkgd,khd->nkgh", weighted.to(self.compute_dtype), matrix).float()
+                parts.append(out if bias is None else out + bias.unflatten(0, (self._kv_heads, 1, self._head_dim)))
+            return torch.cat(parts)
+
+        return weigh
+
+    # -- keys as sums ---------------------------------------------------------------------------------------------
+
+    @property
+    def holds_keys(self) -> bool:
+        return self._source_keys is not None
+
+    def hold_keys(self, sources: Sequence[Mapping[str, Tensor]]) -> None:
+        """Hold the rotated keys of all tokens by each source's own weights, for `hidden` to sum them."""
+        shape = (len(sources), self.states.layout.tokens, self._kv_heads * self._head_dim)
+        found = torch.empty(shape, dtype=self.compute_dtype, device=self.runner.device)
+        chunks, rotary = self._chunks(), self.runner.checkpoint.rotary_types[self.first]
+        for own, weights in zip(found, sources, strict=True):
+            for (start, stop), (keys, _) in zip(chunks.spans, self._keys(chunks, weights, rotary), strict=True):
+                own[start:stop] = keys.flatten(1)
+        self._source_keys = found
+
+    def drop_keys(self) -> None:
+        self._source_keys = None
+
+
+class _WeightedStates(torch.autograd.Function):
+    """(n, queries, d) float32: states (n, t, d) weighted by (n, queries, t) float32, without a gradient of the states.
+
+    A function of its own for `vmap`, which would copy the states for each candidate: their queries are one batch.
+    """
+
+    @staticmethod
+    def forward(shares: Tensor, states: Tensor) -> Tensor:
+        if states.dtype == torch.float32:
+            return torch.bmm(shares, states)
+        # A narrow dtype would round the shares: they are given as a sum of two numbers of it, in one product.
+        high = shares.to(states.dtype)
+        both = torch.cat([high, (shares - high.float()).to(states.dtype)], 1)
+        return torch.bmm(both, states).float().unflatten(1, (2, -1)).sum(1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (states,) = ctx.saved_tensors
+        return torch.bmm(gradient.to(states.dtype), states.transpose(1, 2)).float(), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], shares: Tensor, states: Tensor) -> tuple[Tensor, int]:
+        assert in_dims[1] is None, "states are the same for all candidates"
+        shares = shares.movedim(in_dims[0], 1)
+        return _WeightedStates.apply(shares.flatten(1, 2), states).unflatten(1, shares.shape[1:3]), 1
+
+
+def _sum(coefficients: Tensor, summands: Tensor) -> Tensor:
+    """(sources,) float32 by (sources, tokens, width) to (tokens, width) float32.
+
+    A narrow dtype would round the coefficients: they are given as a sum of two numbers of it, in one product.
+    """
+    high = coefficients.to(summands.dtype)
+    if summands.dtype == torch.float32:
+        return (high @ summands.flatten(1)).unflatten(0, summands.shape[1:])
+    both = torch.stack([high, (coefficients - high.float()).to(summands.dtype)])
+    return (both @ summands.flatten(1)).float().sum(0).unflatten(0, summands.shape[1:])
+
+
+def _partial_softmax(scores: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """log-sum-exp of the scores over their last axis, and the values weighted by their softmax.
+
+    Where nothing is visible (or there is no key at all) the log is -inf and the weighted values are 0, not NaN.
+    """
+    if scores.shape[-1] == 0:
+        return scores.new_full(scores.shape[:-1], -torch.inf), weigh(scores)
+    top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+    exponentials = torch.exp(scores - top)
+    total = exponentials.sum(-1, keepdim=True)
+    log = (torch.log(total) + top)[..., 0]
+    return log, weigh(exponentials / total.clamp_min(torch.finfo(scores.dtype).tiny))
