@@ -343,11 +343,9 @@ class ActivationCache:
         plan: MergePlan | None = None,
     ) -> Path:
         """The file for these arguments of `collect`, whether it exists or not."""
-        model, *options = runner.identity
         key = [
-            model,
-            plan.plan_id(model) if plan is not None and plan.steps else None,
-            *options,
+            *runner.cache_key,
+            plan.plan_id(runner.checkpoint.identity) if plan is not None and plan.steps else None,
             pooling,
             max_tokens if pooling == "sequence" else None,
             # A shard's identity says nothing of which sample is which.

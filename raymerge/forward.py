@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ _BATCH_TOKENS = 2048  # padded tokens of the sequences run together on a CPU, wh
 # What one more call of a layer costs: so many tokens (matrices of few rows multiply slower, on a GPU far slower), and
 # on a CPU torch's own work, worth so many multiply-adds. Padding that costs more is not computed.
 _CALL_TOKENS, _CALL_TOKENS_ACCELERATED, _CALL_OPERATIONS = 16, 256, 100e6
+_VERSION = 1  # of how layers are run; another value makes cached outputs of earlier versions unused
 _VOCABULARY_CHUNK = 16384  # rows of the unembedding converted to float32 at a time (58 MB at hidden size 896)
 
 
@@ -208,9 +210,15 @@ class LayerRunner:
 
     @property
     def identity(self) -> list[str]:
-        """What decides a layer's output beside its input: names caches."""
+        """What decides a layer's output beside its input."""
         options = [] if self.quantise == "none" else [self.quantise]
         return [self.checkpoint.identity, str(self.dtype), *options]
+
+    @property
+    def cache_key(self) -> list[str]:
+        """What names cached outputs of layers: `identity`, and whose code ran them. A family's layer that a release of
+        transformers mends must not be read from what the one before computed."""
+        return [*self.identity, f"transformers {version('transformers')}", f"raymerge {_VERSION}"]
 
     def deployed(self, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A layer's weights as the deployed model has them."""

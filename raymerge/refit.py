@@ -161,7 +161,7 @@ class Refitter:
 
     def path(self, plan: MergePlan, number: int) -> Path:
         """The file of one step of a plan; the plan's identity says on which tokens it is fitted."""
-        key = [_VERSION, *self.runner.identity, plan.plan_id(self.runner.checkpoint.identity), number]
+        key = [_VERSION, *self.runner.cache_key, plan.plan_id(self.runner.checkpoint.identity), number]
         return self.cache / f"refit-{digest(key)}.safetensors"
 
     def _read(self, plan: MergePlan, number: int) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ _WHAT = "the trunk states"  # of a file, in errors
 
 
 class TrunkCache:
-    """States entering layer `first`, one file a shard, named by content: model, layer, dtype and token ids.
+    """States entering layer `first`, one file a shard, named by content: model, layer, dtype, code and token ids.
 
     A file is written under a temporary name and renamed, so that a reader never sees half of one; two workers that
     compute the same shard write the same bytes.
@@ -33,9 +33,7 @@ class TrunkCache:
         self.folder = Path(folder)
 
     def path(self, shard: Shard) -> Path:
-        model, *options = self.runner.identity
-        key = [model, self.first, *options, shard.identity]
-        return self.folder / f"trunk-{digest(key)}.safetensors"
+        return self.folder / f"trunk-{digest([*self.runner.cache_key, self.first, shard.identity])}.safetensors"
 
     def compute(self, shard: Shard) -> Path:
         """Run the trunk on a shard, unless its file is there already; return the file."""

@@ -7,11 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import raymerge.forward
+from raymerge.activations import ActivationCache
 from raymerge.alignment import Aligner, AlignmentError
 from raymerge.checkpoint import Checkpoint
 from raymerge.forward import LayerRunner, visible
-from raymerge.plan import base_plan, tail_plan
+from raymerge.plan import base_plan, drop_block_plan, tail_plan
 from raymerge.prompts import Group, Shard
+from raymerge.refit import Refitter
+from raymerge.trunk import TrunkCache
 
 torch.set_num_threads(1)
 
@@ -101,6 +104,26 @@ def test_batches_do_not_change_anything(tmp_path, shard, monkeypatch):
                 assert a.shape == b.shape
                 if len(b):
                     assert (a - b).abs().max() < LIMIT * b.abs().max()
+
+
+def test_states_that_other_code_computed_are_not_read(tmp_path, monkeypatch):
+    """A family's layer that a release of transformers, or of raymerge, mends gives other states."""
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", "llama")))
+    shard = Shard((Group("s", np.arange(5), (np.arange(3),), (0,)),))
+    plan = drop_block_plan(tiny.N_LAYERS, 1, 1)
+
+    def paths():
+        runner = LayerRunner(checkpoint)
+        refit = Refitter(runner, tmp_path)
+        cached = ActivationCache(tmp_path).path(runner, [shard], pooling="last")
+        return [TrunkCache(runner, 1, tmp_path).path(shard), cached, refit.path(plan, 0)]
+
+    found = [paths(), paths()]
+    monkeypatch.setattr(raymerge.forward, "version", lambda package: f"{package} of tomorrow")
+    found.append(paths())
+    monkeypatch.setattr(raymerge.forward, "_VERSION", 0)
+    found.append(paths())
+    assert found[0] == found[1] and len({path for each in found for path in each}) == 3 * 3
 
 
 def test_a_batch_is_closed_before_its_padding_costs_more_than_a_call(tmp_path, monkeypatch):
