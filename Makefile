@@ -19,9 +19,9 @@ demo: setup
 	$(BIN)/raymerge search jobs/configs/demo.yaml
 	$(BIN)/raymerge report runs/demo
 
-# Two processes: what needs Ray in one, one Ray for all of it, the rest in the other (tests/conftest.py).
+# Two processes, a file's tests in one of them; each has one Ray for all its tests.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster

@@ -1,16 +1,28 @@
 """Fixtures that many test files share."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 
-def pytest_collection_modifyitems(items):
-    """For `pytest -n`: the tests that share Ray stay in one process, and else those of one file, with its fixtures."""
-    for item in items:
-        group = "ray" if "ray_session" in item.fixturenames else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.fixture
+def local_pools(monkeypatch):
+    """All experiments but the search, whose trials Ray runs, use a LocalPool; the list of those that were opened."""
+    from local_pool import LocalPool
+
+    pools = []
+
+    def opened(*args, **options):
+        pools.append(LocalPool(*args, **options))
+        return pools[-1]
+
+    for name in ("compression_sweep", "layer_similarity", "model_evaluation", "planning"):
+        monkeypatch.setattr(f"raymerge.experiments.{name}.open_pool", opened)
+    for name in ("compression_sweep", "layer_similarity", "model_evaluation"):
+        monkeypatch.setattr(f"raymerge.experiments.{name}.runtime", lambda *_: nullcontext())
+    return pools
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-from contextlib import contextmanager, nullcontext
 from itertools import combinations
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 import task_files
+from local_pool import LocalPool
 
 import raymerge.merging
 import raymerge.prompts
@@ -29,7 +29,6 @@ from raymerge.proof import ProofError
 from raymerge.schemas import TEXT_SPLIT
 from raymerge.search import SearchOutcome
 from raymerge.tables import RunDirectory, RunError
-from raymerge.worker import ModelWorker
 
 SETTINGS = [
     "plan.merges=13",
@@ -40,7 +39,7 @@ SETTINGS = [
     "search.candidates=9",
     "search.initial=3",
     "search.random_candidates=3",
-    "workers.count=2",
+    "workers.count=1",  # each takes seconds to start
     "output.figures=false",
     "output.verify=false",
 ]
@@ -70,7 +69,7 @@ def tasks(folder, *names):
 @pytest.fixture(scope="module")
 def run(ray_session, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    settings = [*tasks(folder, "piqa", "boolq"), "output.verify=true"]
+    settings = [*tasks(folder, "piqa", "boolq"), "output.verify=true", "workers.count=2"]
     return search(config(folder / "search", *settings), command=["test"])
 
 
@@ -153,7 +152,7 @@ def test_known_points_come_first_and_the_best_is_the_best(run):
     assert run.manifest()["best"]["alphas"] == best["alphas"]
 
 
-def test_the_saved_model_answers_as_the_scorer_said(run, ray_session, tmp_path):
+def test_the_saved_model_answers_as_the_scorer_said(run, local_pools, tmp_path):
     """Evaluated as any other checkpoint, it gives the logits of the search's report."""
     path = run.path_of("models", "found_bayes")
     assert Checkpoint(path).n_layers == Checkpoint("demo").n_layers - 13
@@ -374,7 +373,7 @@ def test_a_search_that_keeps_the_language_model(ray_session, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_block_and_coefficients_are_searched_together(ray_session, tmp_path):
+def test_block_and_coefficients_are_searched_together(ray_session, local_pools, tmp_path):
     """Every trial has its block; what is reported and saved is the best one's."""
     settings = [
         "plan.selection=block",
@@ -387,7 +386,6 @@ def test_block_and_coefficients_are_searched_together(ray_session, tmp_path):
         "calibration.tokens=600",
         "data.subjects=country_capitals",
         "data.perplexity_tokens=100",
-        "workers.count=1",
     ]
     run = search(config(tmp_path / "blocks", *settings), command=["test"])
     trials = [row for row in run.read("trials").to_pylist() if row["status"] == "ok"]
@@ -430,41 +428,10 @@ def test_the_summary_is_made_from_tables(run, capsys):
         assert words in shown
 
 
-class LocalPool:
-    """A pool of one worker in this process: what an evaluation asks of a pool, item by item in order."""
-
-    def __init__(self, config, inputs, cache):
-        self.worker, self.asked = ModelWorker(config, roles=inputs.roles, cache=cache, shards=4), 0
-
-    def map(self, method, items, on_result=None):
-        self.asked += len(items) if method == "run" else 0
-        results = []
-        for number, item in enumerate(items):
-            results.append(getattr(self.worker, method)(item))
-            if on_result is not None:
-                on_result(number, results[-1])
-        return results
-
-    def broadcast(self, method):
-        return [getattr(self.worker, method)()]
-
-    def admit(self, method, check):
-        check(getattr(self.worker, method)())
-
-
-def test_an_interrupted_evaluation_goes_on_by_shard(tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_goes_on_by_shard(local_pools, tmp_path, monkeypatch):
     from raymerge.experiments import model_evaluation
 
-    pools = []
-
-    @contextmanager
-    def local(config, inputs, cache, **_):
-        pools.append(LocalPool(config, inputs, cache))
-        yield pools[-1]
-
     monkeypatch.setattr(raymerge.prompts, "_LEAST_TOKENS", 300)
-    monkeypatch.setattr(model_evaluation, "open_pool", local)
-    monkeypatch.setattr(model_evaluation, "runtime", lambda *_: nullcontext())
     settings = ["data.question_perplexity=true", "data.report_limit_per_subject=30", *tasks(tmp_path, "arc", "race")]
     run = evaluate(config(tmp_path / "whole", *settings), command=["test"])
     subjects = run.read("accuracy")["subject"].to_pylist()
@@ -490,14 +457,14 @@ def test_an_interrupted_evaluation_goes_on_by_shard(tmp_path, monkeypatch):
     assert not half.complete and 0 < len(half.read("answers")) < 90
     monkeypatch.setattr(model_evaluation._Evaluation, "_store", store)
     again = evaluate(config(tmp_path / "cut", *settings), command=["test"])
-    whole, before, left = (pool.asked for pool in pools)
+    whole, before, left = (pool.asked for pool in local_pools)
     assert whole == before >= 6 and left == before - 2  # three shards of questions or more, two tasks, text
     for table in ("answers", "accuracy", "task_answers", "task_accuracy", "perplexity", "context"):
         one, other = (each.read(table).drop_columns("run_id").to_pylist() for each in (run, again))
         assert one and one == other
 
 
-def test_tasks_alone_are_an_evaluation(ray_session, tmp_path, capsys):
+def test_tasks_alone_are_an_evaluation(local_pools, tmp_path, capsys):
     out = ["--text", "none", "--out", str(tmp_path / "run"), "--set", "workers.count=1"]
     sets = [word for setting in tasks(tmp_path, "hellaswag") for word in ("--set", setting)]
     assert cli.main(["evaluate", "demo", "--mmlu", "none", *out, *sets]) == 0
@@ -531,7 +498,9 @@ GRADIENT = [
 ]
 
 
-def test_a_search_by_gradient_keeps_every_epoch_and_goes_on_where_it_was_cut(ray_session, tmp_path, monkeypatch):
+def test_a_search_by_gradient_keeps_every_epoch_and_goes_on_where_it_was_cut(
+    ray_session, local_pools, tmp_path, monkeypatch
+):
     class Cut(Exception):
         pass
 
@@ -604,7 +573,7 @@ def test_a_gradient_that_there_is_not_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_may_lie_in_an_object_store_with_its_cache_on_the_disk(ray_session, tmp_path, monkeypatch):
+def test_a_run_may_lie_in_an_object_store_with_its_cache_on_the_disk(local_pools, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     where = f"fsspec+memory://bucket/{tmp_path.name}"
     done = evaluate(config(where), command=["test"])

@@ -26,7 +26,7 @@ SETTINGS = [
     "data.perplexity_tokens=300",
     "calibration.text=demo",
     "calibration.tokens=2500",
-    "workers.count=2",
+    "workers.count=1",  # each takes seconds to start
     "output.figures=false",
 ]
 
@@ -37,7 +37,7 @@ def run(ray_session, tmp_path_factory):
     methods = "drop_block,merge_block"
     more = ["sweep.merges=[6]", f"sweep.methods=['fixed:0.6',drop,{methods}]", f"sweep.refitted_methods=[{methods}]"]
     more += ["sweep.refits=[none,linear,outputs]", "sweep.alignments=[none]", "sweep.norms=[keep]"]
-    more += ["plan.block=8", "plan.refit_layers=1"]
+    more += ["plan.block=8", "plan.refit_layers=1", "workers.count=2"]
     more += ["sweep.context=false", "sweep.speed_tokens=0", f"output.run={out}"]
     return sweep(load_config(None, [*SETTINGS, *more]), command=["test"])
 

@@ -1,19 +1,16 @@
 """Layer similarity as a whole on the embedded model: tables, resuming, plans made from it, foreign matrices."""
 
-from contextlib import nullcontext
-
 import numpy as np
 import pytest
 
 from raymerge.config import ConfigError, load_config
-from raymerge.experiments import import_similarity, layer_similarity, planning, search, sensitivity, similarity
+from raymerge.experiments import import_similarity, planning, search, sensitivity, similarity
 from raymerge.experiments.common import settings_of
 from raymerge.experiments.planning import recomputed_plan, similarity_of, starting_plan
 from raymerge.inputs import read_similarity, read_subsets
 from raymerge.progress import Silent
 from raymerge.schemas import SCHEMAS
 from raymerge.tables import RunDirectory, RunError
-from raymerge.worker import ModelWorker
 
 N_LAYERS = 21
 SETTINGS = [
@@ -26,7 +23,7 @@ SETTINGS = [
     "similarity.pooling=last",
     "similarity.interval_draws=12",
     "similarity.half_draws=4",
-    "workers.count=2",
+    "workers.count=1",  # each takes seconds to start
     "output.figures=false",
 ]
 
@@ -37,7 +34,7 @@ def config(out, *more):
 
 @pytest.fixture(scope="module")
 def run(ray_session, tmp_path_factory):
-    return similarity(config(tmp_path_factory.mktemp("runs") / "similarity"), command=["test"])
+    return similarity(config(tmp_path_factory.mktemp("runs") / "similarity", "workers.count=2"), command=["test"])
 
 
 def test_a_run_has_every_entry_of_every_matrix_with_its_noise(run):
@@ -94,6 +91,7 @@ def test_a_search_takes_base_coefficients_and_controls_from_a_similarity_run(run
                 "search.candidates=4",
                 "search.initial=1",
                 "search.random_candidates=1",
+                "workers.count=1",
                 "output.save_best=false",
                 "output.figures=false",
                 f"output.run={tmp_path / 'search'}",
@@ -112,7 +110,7 @@ def test_a_search_takes_base_coefficients_and_controls_from_a_similarity_run(run
     assert dropped == set(np.argsort(influence, kind="stable")[:4].tolist())
 
 
-def test_the_most_similar_layers_are_merged_with_similarity_collected_anew(run, ray_session, tmp_path):
+def test_the_most_similar_layers_are_merged_with_similarity_collected_anew(run, ray_session, local_pools, tmp_path):
     """A merge amid the model, where no trunk ends just before a last layer; recompute runs merged models."""
     settings = load_config(
         None,
@@ -128,6 +126,7 @@ def test_the_most_similar_layers_are_merged_with_similarity_collected_anew(run, 
             "data.perplexity_text=null",
             "search.searcher=random",
             "search.candidates=3",
+            "workers.count=1",
             "output.save_best=false",
             "output.figures=false",
             f"output.run={tmp_path / 'run'}",
@@ -145,30 +144,8 @@ def test_the_most_similar_layers_are_merged_with_similarity_collected_anew(run, 
     assert (once.steps[0].into, once.steps[0].remove) == steps[0]
 
 
-class LocalPool(nullcontext):
-    """A pool of one worker in this process."""
-
-    def __init__(self, config, inputs, cache, **_):
-        super().__init__(self)
-        self.worker = ModelWorker(config, roles=inputs.roles, cache=cache)
-
-    def map(self, method, items, on_result=None):
-        results = [getattr(self.worker, method)(item) for item in items]
-        for number, result in enumerate(results):
-            on_result(number, result)
-        return results
-
-    def broadcast(self, method):
-        return [getattr(self.worker, method)()]
-
-    def admit(self, method, check):
-        pass
-
-
-def test_subsets_may_have_any_name(tmp_path, monkeypatch):
+def test_subsets_may_have_any_name(local_pools, tmp_path):
     """As subjects in other scripts do; tables are in parts named after them."""
-    monkeypatch.setattr(layer_similarity, "open_pool", LocalPool)
-    monkeypatch.setattr(layer_similarity, "runtime", lambda *_: nullcontext())
     names = ["médecine & droit", "../高中数学"]
     domains = f"data.domains={{{names[0]}: [elementary_addition], {names[1]}: [country_capitals]}}"
     found = similarity(config(tmp_path / "run", domains, f"similarity.subsets={names}"), command=["test"])
@@ -195,7 +172,7 @@ def test_similarity_is_collected_anew_by_the_workers_of_the_search(tmp_path, mon
     assert caught.value.args == (ours.workers, source.similarity)
 
 
-def test_sensitivity_says_how_far_each_setting_matters(ray_session, tmp_path):
+def test_sensitivity_says_how_far_each_setting_matters(local_pools, tmp_path):
     ranges = [
         "sensitivity.sigma=[median, 5]",
         "sensitivity.dimensions=[2, 3]",

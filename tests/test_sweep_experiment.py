@@ -25,7 +25,7 @@ SETTINGS = [
     "sweep.distances=[16, 32]",
     "sweep.retrieval_prompts=2",
     "sweep.speed_tokens=2",
-    "workers.count=2",
+    "workers.count=1",  # each takes seconds to start
     "output.figures=false",
 ]
 N_LAYERS = Checkpoint("demo").n_layers
@@ -37,7 +37,7 @@ def config(out, *more):
 
 @pytest.fixture(scope="module")
 def run(ray_session, tmp_path_factory):
-    return sweep(config(tmp_path_factory.mktemp("runs") / "sweep"), command=["test"])
+    return sweep(config(tmp_path_factory.mktemp("runs") / "sweep", "workers.count=2"), command=["test"])
 
 
 def test_every_method_stands_at_every_number_of_merges(run):
@@ -80,7 +80,7 @@ def describe(point):
 
 
 @pytest.mark.parametrize("alignment, norms", [("none", "keep"), ("neurons", "fold")])
-def test_a_point_is_what_the_saved_merge_evaluates_to(run, ray_session, tmp_path, alignment, norms):
+def test_a_point_is_what_the_saved_merge_evaluates_to(run, local_pools, tmp_path, alignment, norms):
     """Merged by the command line, saved, opened as any checkpoint and evaluated: the same logits and perplexity."""
     plan = tail_plan(N_LAYERS, [0.62] * 6, name="x", kind="fixed")
     (tmp_path / "alphas.json").write_text(alpha_file_text(plan.steps))
@@ -101,7 +101,7 @@ def test_a_point_is_what_the_saved_merge_evaluates_to(run, ray_session, tmp_path
     assert perplexity[0] == pytest.approx(perplexity[1], rel=1e-4)
 
 
-def test_an_interrupted_sweep_goes_on_where_it_stopped(run, ray_session, tmp_path, monkeypatch):
+def test_an_interrupted_sweep_goes_on_where_it_stopped(run, local_pools, tmp_path, monkeypatch):
     settings = config(tmp_path / "cut", "sweep.alignments=[none]", "sweep.norms=[keep]", "sweep.context=false")
     reporting = experiments.compression_sweep.Reporter
 
@@ -139,11 +139,10 @@ BLOCKS = [
     "data.subjects=country_capitals",
     "data.report_limit_per_subject=2",
     "data.perplexity_tokens=100",
-    "workers.count=1",
 ]
 
 
-def test_blocks_are_chosen_once_for_every_number_of_layers_and_stand_beside_the_tail(ray_session, tmp_path):
+def test_blocks_are_chosen_once_for_every_number_of_layers_and_stand_beside_the_tail(local_pools, tmp_path):
     """By loss, of few starts: the chosen one has the least, which is that of the calibration text without the block."""
     settings = config(tmp_path / "blocks", *BLOCKS, "plan.block=loss", "plan.survivor=after", "plan.starts=[3, 4, 9]")
     run = sweep(settings, command=["test"])
@@ -199,7 +198,7 @@ def test_a_block_that_is_given_or_similar_needs_no_model(tmp_path):
         planning.allowed_starts(config(tmp_path, "plan.block=19").plan, N_LAYERS, 3)
 
 
-def test_plain_text_alone_judges_every_point_where_no_questions_are_asked(run, ray_session, tmp_path):
+def test_plain_text_alone_judges_every_point_where_no_questions_are_asked(run, local_pools, tmp_path):
     """The same perplexities as beside questions, comparisons of passages, and a summary and a page without accuracy."""
     more = ["data.mmlu=null", "sweep.alignments=[none]", "sweep.norms=[keep]", "sweep.context=false"]
     found = sweep(config(tmp_path / "text", *more, "output.figures=true"), command=["test"])

@@ -1,0 +1,37 @@
+"""Experiments without Ray: one worker in the tests' own process, for what does not depend on processes.
+
+A worker of a process of its own takes seven seconds of a core to start.
+"""
+
+from contextlib import nullcontext
+
+from raymerge.worker import ModelWorker
+
+
+class LocalPool(nullcontext):
+    """What experiments ask of a WorkerPool; `asked` counts the items of "run"."""
+
+    count = 1
+
+    def __init__(self, config, inputs, cache, *, template=None, firsts=(), shards_each=None, **_):
+        super().__init__(self)
+        shards = {} if shards_each is None else {"shards": shards_each}
+        self.worker = ModelWorker(
+            config, roles=inputs.roles, cache=cache, template=template, firsts=tuple(firsts), **shards
+        )
+        self.asked = 0
+
+    def map(self, method, items, on_result=None):
+        self.asked += len(items) if method == "run" else 0
+        results = []
+        for number, item in enumerate(items):
+            results.append(getattr(self.worker, method)(item))
+            if on_result is not None:
+                on_result(number, results[-1])
+        return results
+
+    def broadcast(self, method, *args):
+        return [getattr(self.worker, method)(*args)]
+
+    def admit(self, method, check):
+        check(getattr(self.worker, method)())
