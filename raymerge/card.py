@@ -86,20 +86,17 @@ def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
     lines = summary.plan_lines(run, split)
     header, cells = summary.plan_table(lines)
     objectives = sorted({row["objective"] for row in run.read("trials", ["objective"]).to_pylist()})
+    asked = summary.asks_questions(run)
+    chosen = "**which the search chose by**, so that every figure of what it found is too good."
     return [
-        f"On {lines[0]['n']} {split} questions, "
-        + (
-            "**which the search chose by**, so that every figure of what it found is too good."
-            if run.config["data"]["search_split"] == split
-            else "none of which the search saw."
-        ),
+        (f"On {lines[0]['n']} {split} questions, " if asked else "On plain text, ")
+        + (chosen if summary.chosen_on(run, split) else "none of which the search saw."),
         f"It searched for {', '.join(objectives)}. Every plan but base, the unmerged model, has the same number of "
         "layers. Intervals are of 95 %; perplexity is of plain text.",
         "",
         *_markdown(header, cells),
         "",
-        f"Always answering A: {summary.always_a_share(run, split):.4f}.",
-        "",
+        *([f"Always answering A: {summary.always_a_share(run, split):.4f}.", ""] if asked else []),
         *_markdown(*summary.comparison_table(run, plan_id)),
         "",
         *summary.comparison_notes(run, plan_id),

@@ -47,7 +47,7 @@ class ModelConfig(_Section):
 
 
 class DataConfig(_Section):
-    """Questions and text. mmlu: demo, a folder (CSV or parquet) or a hub id; null, in `evaluate` and `sweep`: none.
+    """Questions and text. mmlu: demo, a folder (CSV or parquet) or a hub id; null: none (similarity needs some).
     subjects: all, or a list of subjects and domains. Limits are questions a subject, drawn with `seed`.
     perplexity_text: demo, a file (UTF-8, or parquet or JSON lines with a column text), a file of one of the hub's data
     sets as OWNER/NAME[@REVISION]:FILE, or null; perplexity_tokens: at most so many of its tokens. question_perplexity:
@@ -176,11 +176,11 @@ SearcherName = Literal["bayes", "random", "gradient"]
 
 
 class SearchConfig(_Section):
-    """The alpha search. searcher: bayes, random or gradient, or a list of them, one search after the other on the
-    same questions, whose plans are all reported. objective: micro_accuracy, macro_accuracy,
-    accuracy:SUBJECT[,SUBJECT…]; answer_nll, answer_kl (the unmerged model's letters kept), text_nll; or a weighted
-    sum, answer_nll+0.1*text_nll. perplexity_ceiling: no candidate of a higher perplexity of plain text is chosen.
-    text: the plain text that text_nll and the ceiling are measured on, text_tokens of its tokens; where it is
+    """The alpha search. searcher: bayes, random or gradient, or a list of them, one search after the other on the same
+    questions, whose plans are all reported. objective: micro_accuracy, macro_accuracy, accuracy:SUBJECT[,SUBJECT…];
+    answer_nll, answer_kl (the unmerged model's letters kept), text_nll (which needs no questions); or a weighted sum,
+    answer_nll+0.1*text_nll. perplexity_ceiling: no candidate of a higher perplexity of plain text is chosen. text: the
+    plain text that text_nll and the ceiling are measured on, text_tokens of its tokens; where it is
     data.perplexity_text itself, those after the data.perplexity_tokens that are reported on. candidates: coefficient
     vectors tried, known ones included; initial: random ones before the model proposes; random_candidates: random
     vectors scored as a control; batch: candidates a Tune trial carries; probes: further alpha files tried first."""
@@ -243,9 +243,10 @@ class GradientConfig(_Section):
     starts: descents of each, from the base coefficients, the probes, near both corners (the first and the last merged
     layer alone), and from random points. What is descended on is search.objective, or answer_nll where that is an
     accuracy, plus text_kl times the KL of next tokens to the unmerged model on search.text. batch_size: questions of a
-    step, null for all. held_out: share of the search questions that no step sees and that the best epoch is chosen by;
-    patience: epochs without a better one until a descent stops. text_windows, text_positions: how much of search.text
-    a step draws, null for all. Published: alphas, adam, 1e-3, batches of 4, 500 epochs, nothing held out."""
+    step, null for all. held_out: share of the search questions that no step sees and that the best epoch is chosen by,
+    where the loss is of answers; patience: epochs without a better one until a descent stops. text_windows,
+    text_positions: how much of search.text a step draws, null for all. Published: alphas, adam, 1e-3, batches of 4, 500
+    epochs, nothing held out."""
 
     parametrisations: list[Literal["alphas", "simplex", "per_matrix"]] = ["simplex"]
     starts: Positive = 4

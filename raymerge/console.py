@@ -163,16 +163,19 @@ def print_search(run: RunDirectory, split: str) -> None:
 
     lines = summary.plan_lines(run, split)
     manifest = run.manifest()
-    print(f"\n{lines[0]['n']} {split} questions:")
+    asked = summary.asks_questions(run)
+    print(f"\n{lines[0]['n']} {split} questions:" if asked else "\nOn plain text:")
     _print_table(*summary.plan_table(lines))
-    print(f"Always answering A: {summary.always_a_share(run, split):.4f}")
-    print("\nOn the search questions:")
+    if asked:
+        print(f"Always answering A: {summary.always_a_share(run, split):.4f}")
+    print("\nOn the search questions:" if asked else "\nOn the search text:")
     for line in summary.search_lines(run):
         print(f"  {line}")
     for line in summary.optimism_lines(run, split):
         print(f"  {line}")
     _print_blocks(run)
-    print("\nAccuracy on the report questions, 95 % intervals of the paired difference:")
+    compared = "Accuracy on the report questions" if asked else "Loss (nats a token) on the report's text"
+    print(f"\n{compared}, 95 % intervals of the paired difference:")
     _print_table(*summary.comparison_table(run, manifest["best"]["plan_id"]))
     for line in summary.comparison_notes(run, manifest["best"]["plan_id"]):
         print(line)

@@ -148,7 +148,7 @@ class Settings:
 
 
 def descent_settings(config: Config, parametrisation: str) -> Settings:
-    """The settings of the gradient section."""
+    """The settings of the gradient section. Of a loss on text alone no questions are held out."""
     own = config.gradient
     return Settings(
         parametrisation=parametrisation,
@@ -157,7 +157,7 @@ def descent_settings(config: Config, parametrisation: str) -> Settings:
         learning_rate=own.learning_rate,
         epochs=own.epochs,
         batch_size=own.batch_size,
-        held_out=own.held_out,
+        held_out=own.held_out if loss_weights(config).of_answers else 0.0,
         patience=own.patience,
         seed=config.search.seed,
     )
@@ -238,13 +238,13 @@ class _Run:
         )
         order = np.random.default_rng([settings.seed, 0]).permutation(loss.n_questions)
         count = 0
+        if settings.held_out and not loss.weights.of_answers:
+            raise GradientError("questions can be held out only of a loss that questions have a part in")
         if settings.held_out:
             count = max(1, round(settings.held_out * loss.n_questions))
             if count >= loss.n_questions:
                 raise GradientError(f"held_out = {settings.held_out} leaves none of {loss.n_questions} questions")
         self.held_out, self.rows = sorted(order[:count].tolist()), sorted(order[count:].tolist())
-        if count and not loss.weights.of_answers:
-            raise GradientError("questions can be held out only of a loss that questions have a part in")
         size = settings.batch_size or len(self.rows)
         # Without questions in the loss an epoch is one step, whatever the batch size.
         self._batch = min(size, len(self.rows)) if loss.weights.of_answers else len(self.rows)
@@ -300,7 +300,7 @@ class _Run:
             self._step(self._evaluate().gradient if self._gradient is None else self._gradient)
             return
         order = np.random.default_rng([settings.seed, number]).permutation(self.rows).tolist()
-        for step, start in enumerate(range(0, len(order), self._batch)):
+        for step, start in enumerate(range(0, len(order), self._batch) if order else [0]):
             rows = order[start : start + self._batch]
             drawn = self.loss.text.draw(settings.seed, number, step) if self.loss.weights.of_text else None
             coefficients = self.shape.coefficients(self.parameters)

@@ -79,7 +79,8 @@ def _load(config: Config, split: str, subjects: str | Iterable[str], language: s
     data = config.data
     if data.mmlu is None:
         raise ConfigError(
-            "data.mmlu is null, but questions are needed: only `raymerge evaluate` and `raymerge sweep` can do without"
+            "data.mmlu is null, but layers are compared on questions: `raymerge evaluate`, `raymerge sweep` and "
+            "`raymerge search` can do without"
         )
     return load_questions(
         data.mmlu,

@@ -26,11 +26,11 @@ class ObjectiveError(UserError):
 
 class Score(NamedTuple):
     """`value` in the objective's own unit (see `is_minimised`); micro accuracy; mean answer NLL in nats; perplexity of
-    the search text, None where it was not asked for."""
+    the search text. What was not asked for is None."""
 
     value: float
-    accuracy: float
-    nll: float
+    accuracy: float | None
+    nll: float | None
     perplexity: float | None = None
 
 
@@ -63,6 +63,11 @@ class Objective:
     def needs_text(self) -> bool:
         """Whether the loss on plain text is part of it."""
         return any(term.measure == "text_nll" for term in self.terms)
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether it takes questions: text_nll alone does not."""
+        return any(term.measure != "text_nll" for term in self.terms)
 
     @property
     def needs_reference(self) -> bool:
@@ -124,6 +129,19 @@ def _term(part: str, text: str) -> Term:
 def is_minimised(objective: str) -> bool:
     """Whether a smaller value of this objective is better (losses) or a larger one (accuracies)."""
     return parse_objective(objective).minimised
+
+
+def score_text(objective: str, text_nll: float, *, ceiling: float | None = None) -> Score:
+    """Judge by the mean NLL (nats) of plain text alone, for an objective that needs no answers; see `score_answers`."""
+    parsed = parse_objective(objective)
+    if parsed.needs_answers:
+        raise ValueError(f"objective {objective} needs answers to questions")
+    if not math.isfinite(text_nll):
+        return Score(math.nan, None, None, math.nan)
+    value = parsed.weight * text_nll
+    return Score(
+        value if ceiling is None else _held_to(ceiling, parsed, value, text_nll), None, None, perplexity(text_nll)
+    )
 
 
 def score_answers(

@@ -344,7 +344,9 @@ class BatchSearcher(Searcher):
     def _row(self, trial_id: str, slot: int, batch: int, iteration: int, point: Point, found: Row) -> Row:
         values = {key: found.get(key) for key in ("value", "accuracy", "nll")}
         error = found.get("error")
-        if error is None and not all(value is not None and math.isfinite(value) for value in values.values()):
+        # Where no questions are asked there is no accuracy and no NLL of answers.
+        measured = [value for value in values.values() if value is not None]
+        if error is None and (values["value"] is None or not all(map(math.isfinite, measured))):
             error = f"the score is not finite: {values}"
         if error is not None:
             values = dict.fromkeys(values)
@@ -371,9 +373,10 @@ class BatchSearcher(Searcher):
             self._proposer.tell(row["alphas"], None)
         else:
             score = -row["value"] if self._minimise else row["value"]
+            nll = row["nll"] or 0.0
             # Accuracy over few questions is a staircase with ties, which the likelihood of the answers breaks.
-            self._proposer.tell(row["alphas"], score if self._minimise else score - _TIE_BREAK * row["nll"])
-            self.best = max(self.best, (score, -row["nll"])) if self.best else (score, -row["nll"])
+            self._proposer.tell(row["alphas"], score if self._minimise else score - _TIE_BREAK * nll)
+            self.best = max(self.best, (score, -nll)) if self.best else (score, -nll)
         if self._on_progress is not None:
             shown = None if self.best is None else (-self.best[0] if self._minimise else self.best[0])
             self._on_progress(self.done, shown)

@@ -37,8 +37,8 @@ class SourceLayers:
         self.norms = norms
         self.alignment = alignment
         self.count = checkpoint.n_layers - first
-        self._runner = runner
-        self._first = first
+        self.runner = runner
+        self.first = first
         present = set(checkpoint.layer_tensors(first))
         matrices = [f"{matrix}.weight" for matrix in arch.matrices]
         self._biases = [f"{matrix}.bias" for matrix in arch.matrices if f"{matrix}.bias" in present]
@@ -56,16 +56,16 @@ class SourceLayers:
     @cached_property
     @torch.inference_mode(False)
     def stack(self) -> Tensor:
-        checkpoint, arch = self._runner.checkpoint, self._runner.checkpoint.architecture
-        stack = torch.empty(self.count, sum(self._sizes), dtype=self.stack_dtype, device=self._runner.device)
+        checkpoint, arch = self.runner.checkpoint, self.runner.checkpoint.architecture
+        stack = torch.empty(self.count, sum(self._sizes), dtype=self.stack_dtype, device=self.runner.device)
         permutations = {}
         if self.alignment in REORDERED:
-            layers = range(self._first, checkpoint.n_layers)
-            permutations = self._runner.aligner.towards(self._first, layers, self.alignment)
+            layers = range(self.first, checkpoint.n_layers)
+            permutations = self.runner.aligner.towards(self.first, layers, self.alignment)
         for j, row in enumerate(stack):
-            layer = self._first + j
+            layer = self.first + j
             stored = layer_tensors(checkpoint, arch, layer)
-            tensors = {name: tensor.to(self._runner.device) for name, tensor in stored.items()}
+            tensors = {name: tensor.to(self.runner.device) for name, tensor in stored.items()}
             for part, name in zip(row.split(self._sizes), self._names, strict=True):
                 order = permutations.get(layer)
                 part.copy_(source_tensor(arch, tensors, name, norms=self.norms, permutations=order).reshape(-1))
@@ -75,13 +75,13 @@ class SourceLayers:
     @torch.inference_mode(False)
     def _others(self) -> list[dict[str, Tensor]]:
         """What is not averaged of each source layer; folded norms are ones."""
-        checkpoint, arch = self._runner.checkpoint, self._runner.checkpoint.architecture
+        checkpoint, arch = self.runner.checkpoint, self.runner.checkpoint.architecture
         others = []
-        for layer in range(self._first, checkpoint.n_layers):
+        for layer in range(self.first, checkpoint.n_layers):
             tensors = layer_tensors(checkpoint, arch, layer)
             others.append(
                 {
-                    name: source_tensor(arch, tensors, name, norms=self.norms).to(self._runner.device)
+                    name: source_tensor(arch, tensors, name, norms=self.norms).to(self.runner.device)
                     for name in tensors
                     if name not in self._names
                 }
@@ -120,7 +120,7 @@ class SourceLayers:
 
         Their sum over the matrices is the gradient by coefficients that all matrices share.
         """
-        count = len(self._runner.checkpoint.architecture.matrices)
+        count = len(self.runner.checkpoint.architecture.matrices)
         found = torch.zeros(count, self.count, dtype=torch.float64)
         parts = zip(self._names, self._matrix_of, self.stack.split(self._sizes, dim=1), strict=True)
         for name, matrix, part in parts:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raymerge.objectives import is_minimised, parse_objective, score_answers
+from raymerge.objectives import is_minimised, parse_objective, score_answers, score_text
 from raymerge.tables import MACRO, MICRO, RunDirectory
 
 
@@ -30,6 +30,11 @@ def proof_line(proof: dict) -> str:
     )
 
 
+def asks_questions(run: RunDirectory) -> bool:
+    """Whether a run asks questions, or has plain text and tasks alone (data.mmlu null)."""
+    return run.config.get("data", {}).get("mmlu", "") is not None
+
+
 def plan_lines(run: RunDirectory, split: str) -> list[dict]:
     """For each plan, in the order in which they were stored, its name and what it reached on `split`.
 
@@ -46,10 +51,9 @@ def plan_lines(run: RunDirectory, split: str) -> list[dict]:
     costs = {row["plan_id"]: row for row in run.read("costs").to_pylist()}
     answers = run.read("answers", ["plan_id", "split", "predicted", "top_is_letter"])
     answers = answers.filter(pc.equal(answers["split"], split))
-    asks = run.config.get("data", {}).get("mmlu", "") is not None
     lines = []
     for plan_id, plan in plans.items():
-        if asks and (plan_id, MICRO) not in accuracy:
+        if asks_questions(run) and (plan_id, MICRO) not in accuracy:
             continue
         micro, macro = (accuracy.get((plan_id, subject), _UNASKED) for subject in (MICRO, MACRO))
         own = answers.filter(pc.equal(answers["plan_id"], plan_id))
@@ -86,32 +90,24 @@ def _text(row: dict | None) -> dict:
 
 
 def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the plans' table, as text."""
-    header = [
-        "plan",
-        "layers",
-        "accuracy ± se [95 %]",
-        "macro ± se [95 %]",
-        "answer NLL",
-        "text ppl [95 %]",
-        "A/B/C/D picked %",
-        "letter top %",
-    ]
+    """Header and cells of the plans' table, as text; without columns of questions where none were asked."""
+    asked = any(line["accuracy"] is not None for line in lines)
+    header = ["plan", "layers", *(["accuracy ± se [95 %]", "macro ± se [95 %]", "answer NLL"] if asked else [])]
+    header += ["text ppl [95 %]", *(["A/B/C/D picked %", "letter top %"] if asked else [])]
     rows = []
     for line in lines:
-        picked = "/".join(f"{100 * share:.0f}" for share in line["picked"])
-        rows.append(
-            [
-                line["name"],
-                str(line["layers"] if line["layers"] is not None else "–"),
+        cells = [line["name"], str(line["layers"] if line["layers"] is not None else "–")]
+        if asked:
+            cells += [
                 share(line["accuracy"], line["standard_error"], line["interval"]),
                 share(line["macro"], line["macro_error"], line["macro_interval"]),
                 f"{line['nll']:.4f}",
-                number(line["perplexity"], line["perplexity_interval"]),
-                picked,
-                "–" if line["top_is_letter"] is None else f"{100 * line['top_is_letter']:.0f}",
             ]
-        )
+        cells.append(number(line["perplexity"], line["perplexity_interval"]))
+        if asked:
+            cells.append("/".join(f"{100 * share:.0f}" for share in line["picked"]))
+            cells.append("–" if line["top_is_letter"] is None else f"{100 * line['top_is_letter']:.0f}")
+        rows.append(cells)
     return header, rows
 
 
@@ -149,8 +145,8 @@ _COMPARED = ["plan", "against", "difference", "95 % interval", "p", "p (Holm)", 
 
 
 def comparison_table(run: RunDirectory, plan_id: str | None = None) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: comparisons of accuracies, of one plan if it is given, saying where
-    two plans cannot be told apart."""
+    """Header and cells: comparisons of accuracies, or of losses on plain text where no questions are asked, of one plan
+    if it is given, saying where two plans cannot be told apart."""
     names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
     return _COMPARED, [_compared(names, row) for row in _comparisons(run, plan_id)]
 
@@ -202,7 +198,8 @@ def comparison_notes(run: RunDirectory, plan_id: str | None = None) -> list[str]
 
 
 def _comparisons(run: RunDirectory, plan_id: str | None) -> list[dict]:
-    rows = [row for row in run.read("comparisons").to_pylist() if row["measure"] == "accuracy"]
+    measure = "accuracy" if asks_questions(run) else "text_nll"
+    rows = [row for row in run.read("comparisons").to_pylist() if row["measure"] == measure]
     return [row for row in rows if plan_id in (None, row["plan_a"], row["plan_b"])]
 
 
@@ -251,6 +248,8 @@ def objective_value(run: RunDirectory, split: str, plan_id: str, objective: str)
         text = next((row["nll"] for row in texts if (row["plan_id"], row["target"]) == (plan_id, "text")), None)
         if text is None:
             return None
+    if not parsed.needs_answers:
+        return score_text(objective, text).value
     present = set(own["subject"].to_pylist())
     if not present or any(term.subjects and present.isdisjoint(term.subjects) for term in parsed.terms):
         return None
@@ -270,7 +269,9 @@ def _logits(answers: pa.Table) -> np.ndarray:
 
 def chosen_on(run: RunDirectory, split: str) -> bool:
     """Whether a run's search chose by the questions of this split, so that figures on it are no test."""
-    return run.experiment == "search" and run.config.get("data", {}).get("search_split") == split
+    return (
+        run.experiment == "search" and asks_questions(run) and run.config.get("data", {}).get("search_split") == split
+    )
 
 
 def optimism_lines(run: RunDirectory, split: str) -> list[str]:
@@ -303,18 +304,25 @@ def optimism_lines(run: RunDirectory, split: str) -> list[str]:
     if found["plan_id"] not in gaps:
         return []
     gap, reported = gaps.pop(found["plan_id"])
+    asked = asks_questions(run)
+    chosen = f"the {found['n_questions']} questions it was chosen on" if asked else "the text it was chosen on"
     lines = [
-        f"{best['name']}: {objective} {found['value']:.4f} on the {found['n_questions']} questions it was chosen on, "
-        f"{reported:.4f} on the report's: optimism {gap:+.4f}"
+        f"{best['name']}: {objective} {found['value']:.4f} on {chosen}, {reported:.4f} on the report's: optimism "
+        f"{gap:+.4f}"
     ]
     if gaps:
         mean = sum(gap for gap, _ in gaps.values()) / len(gaps)
         lines.append(
             f"{'The control' if len(gaps) == 1 else f'The {len(gaps)} controls'}, chosen by nothing: {mean:+.4f} on "
-            "average, which is the difference between the two sets of questions"
-            + (" and texts" if parse_objective(objective).needs_text else "")
+            f"average, which is the difference between the two {_what_differs(asked, objective)}"
         )
     return lines
+
+
+def _what_differs(asked: bool, objective: str) -> str:
+    if not asked:
+        return "texts"
+    return "sets of questions" + (" and texts" if parse_objective(objective).needs_text else "")
 
 
 def _above(trial: dict, ceiling: float | None) -> bool:

@@ -225,48 +225,53 @@ class Evaluation(NamedTuple):
 class TailLoss:
     """The loss of a template's merges as a differentiable function of the merged layer's coefficients.
 
-    scorer: of all questions, with sources stacked as the template merges them. reference: `unmerged_logits` of its
-    prompts, needed for answer_kl. text: needed for the terms of text; with reference for text_kl.
+    scorer: of all questions, with sources stacked as the template merges them; or, where no questions are asked, these
+    sources alone. reference: `unmerged_logits` of its prompts, needed for answer_kl. text: needed for the terms of
+    text; with reference for text_kl.
     Raises GradientError where something that a term needs is missing, or the template cannot be descended on.
     """
 
     def __init__(
         self,
-        scorer: TailScorer,
+        scorer: TailScorer | None,
         template: MergePlan,
         weights: LossWeights | None = None,
         *,
+        sources: SourceLayers | None = None,
         reference: Tensor | None = None,
         text: TextWindows | None = None,
     ):
         # With all layers in use: at a corner, layers that cannot be averaged go unnoticed.
         inside = template.with_alphas([0.5] * len(template.steps), name=template.name, kind="found")
-        check_mergeable(scorer.runner.checkpoint, inside)
+        self.scorer, self.sources = scorer, sources if scorer is None else scorer.sources
+        self.runner = runner = self.sources.runner
+        check_mergeable(runner.checkpoint, inside)
         weights = weights or LossWeights()
         tail = [(step.into, step.remove) for step in template.steps]
-        if not tail or tail != tail_pairs(template.n_layers, len(tail)) or len(template.kept) != scorer.first + 1:
+        if not tail or tail != tail_pairs(template.n_layers, len(tail)) or len(template.kept) != self.sources.first + 1:
             raise GradientError(
-                f"plan {template.name!r} does not merge the layers from {scorer.first} on one into the next: descend "
-                "on a tail plan"
+                f"plan {template.name!r} does not merge the layers from {self.sources.first} on one into the next: "
+                "descend on a tail plan"
             )
-        if (template.norms, template.alignment) != (scorer.sources.norms, scorer.sources.alignment):
+        if (template.norms, template.alignment) != (self.sources.norms, self.sources.alignment):
             raise GradientError(
                 f"the template has norms {template.norms} and alignment {template.alignment}, the stacked sources "
-                f'{scorer.sources.norms} and {scorer.sources.alignment}; alignment "rows" has no gradient'
+                f'{self.sources.norms} and {self.sources.alignment}; alignment "rows" has no gradient'
             )
+        if weights.of_answers and scorer is None:
+            raise GradientError("answer_nll and answer_kl need questions: give them, or set their weights to 0")
         if weights.answer_kl and reference is None:
             raise GradientError("answer_kl needs the unmerged model's logits")
         if weights.of_text and text is None:
             raise GradientError("text_nll and text_kl need a text: give one, or set their weights to 0")
         if weights.text_kl and not text.has_reference:
             raise GradientError("text_kl needs windows of text with a reference")
-        self.scorer, self.template, self.weights, self.text = scorer, template, weights, text
-        self.sources: SourceLayers = scorer.sources
-        self.matrices = scorer.runner.checkpoint.architecture.matrices
-        device = scorer.runner.device
+        self.template, self.weights, self.text = template, weights, text
+        self.matrices = runner.checkpoint.architecture.matrices
         self._at_once: int | None = None  # questions differentiated together on an accelerator
-        self._answers = torch.from_numpy(scorer.prompts.answers.astype(np.int64)).to(device)
-        self._reference = None if reference is None else F.log_softmax(reference.to(device, torch.float32), -1)
+        answers = np.zeros(0) if scorer is None else scorer.prompts.answers
+        self._answers = torch.from_numpy(answers.astype(np.int64)).to(runner.device)
+        self._reference = None if reference is None else F.log_softmax(reference.to(runner.device, torch.float32), -1)
 
     @property
     def n_questions(self) -> int:
@@ -275,12 +280,12 @@ class TailLoss:
     @property
     def identity(self) -> str:
         """16 hex digits over everything that the loss depends on."""
-        checkpoint, weights = self.scorer.runner.checkpoint, self.weights
+        weights = self.weights
         return digest(
             [
-                self.template.plan_id(checkpoint.identity),
-                self.scorer.runner.identity,
-                self.scorer.prompts.identity,
+                self.template.plan_id(self.runner.checkpoint.identity),
+                self.runner.identity,
+                "" if self.scorer is None else self.scorer.prompts.identity,
                 [weights.answer_nll, weights.answer_kl, weights.text_nll, weights.text_kl],
                 self.text.identity if weights.of_text else "",
             ]
@@ -312,7 +317,7 @@ class TailLoss:
             answers = beside = (math.nan, math.nan)
             if self.weights.of_answers:
                 own = list(leaves.values())
-                if self.scorer.runner.accelerated:
+                if self.runner.accelerated:
                     answers = self._in_parts(layer, range(self.n_questions) if rows is None else rows, own)
                     if held_out:
                         with torch.no_grad():
@@ -335,14 +340,15 @@ class TailLoss:
         self, plan: MergePlan, *, rows: Sequence[int] | None = None, held_out: Sequence[int] = ()
     ) -> Evaluation:
         """The loss of a merge as it would be saved, rounded to the stored dtype, with the whole text; no gradient."""
-        (logits,) = self.scorer.score_many([plan])
-        logits = logits.to(self._answers.device)
-        text = (math.nan, math.nan)
+        answers = beside = text = (math.nan, math.nan)
+        if self.scorer is not None:
+            (logits,) = self.scorer.score_many([plan])
+            logits = logits.to(self._answers.device)
+            answers, beside = self._of_answers(logits, rows), self._held_out(logits, held_out)
         if self.weights.of_text:
-            ((_, load),) = self.scorer.runner.plan_layers(plan, self.scorer.first)
+            ((_, load),) = self.runner.plan_layers(plan, self.sources.first)
             text = self._of_text(load(), None)
-        beside = self._total(self._held_out(logits, held_out), text) if held_out else None
-        return Evaluation(self._total(self._of_answers(logits, rows), text), beside, None)
+        return Evaluation(self._total(answers, text), self._total(beside, text) if held_out else None, None)
 
     def _held_out(self, logits: Tensor, rows: Sequence[int]) -> tuple[float, float]:
         with torch.no_grad():
@@ -353,7 +359,7 @@ class TailLoss:
     ) -> tuple[float, float]:
         """`_of_answers` of so many questions at a time as the accelerator has room for."""
         if self._at_once is None:
-            runner = self.scorer.runner
+            runner = self.runner
             free = device_memory(runner.device).free
             tokens = plan_gradient(runner.layer_size, compute=self.scorer.compute_dtype.itemsize, device_free=free)
             self._at_once = max(1, int(tokens / self.scorer.tokens_a_question))

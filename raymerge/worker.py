@@ -49,7 +49,7 @@ from raymerge.inputs import (
     task_role,
 )
 from raymerge.memory import MemoryPlanError
-from raymerge.objectives import parse_objective, score_answers
+from raymerge.objectives import parse_objective, score_answers, score_text
 from raymerge.plan import MergePlan, base_plan
 from raymerge.prompts import ChoicePrompts, Prompts, Shard, encode_questions, encode_task, encode_text
 from raymerge.questions import QuestionSet
@@ -109,7 +109,8 @@ def refuse_oversized(checkpoint: Checkpoint, dtype: torch.dtype, template: Merge
 class ModelWorker:
     """Holds a model (weights mapped from disk), tokenised prompts by role, and the trunk's states.
 
-    roles: what it is asked about: SEARCH, REPORT, SUBSETS, CALIBRATION, and tasks (`inputs.task_role`). template: the
+    roles: what it is asked about: SEARCH, REPORT, SEARCH_TEXT (which SEARCH has with it where the search asks for it),
+    SUBSETS, CALIBRATION, and tasks (`inputs.task_role`). template: the
     plan whose coefficients are searched. firsts: layers whose inputs are cached, so that plans which change nothing
     before them start there. cache: folder of trunk states, activations and alignments. shards: so many shards at least
     of each role's prompts, where they have the tokens for it.
@@ -136,7 +137,7 @@ class ModelWorker:
         self.questions = {role: read_questions(config, role) for role in roles if role in (SEARCH, REPORT)}
         self.tasks = {name: task for name, task in read_tasks(config).items() if task_role(name) in roles}
         self.subsets: list[Subset] = read_subsets(config) if SUBSETS in roles else []
-        self.search_text = read_search_text(config) if SEARCH in roles else None
+        self.search_text = read_search_text(config) if {SEARCH, SEARCH_TEXT} & set(roles) else None
         self._calibrates = CALIBRATION in roles
         self.calibration_text = read_calibration_text(config) if self._calibrates else None
         wanted = self._calibrates and self.calibration_text is None
@@ -342,15 +343,20 @@ class ModelWorker:
         options = {"name": "candidate", "kind": "found"}
         plans = [self.template.with_flat_alphas(alphas, (), **options) for alphas in candidates]
         moved = any(len(alphas) > len(self.template.steps) for alphas in candidates)
-        scorer = None if moved or not plans else self._scorer(SEARCH, self.template)
-        if scorer is None:
-            found = (torch.from_numpy(self.answers((plan, SEARCH, None, False)).logits) for plan in plans)
+        asked = SEARCH in self.questions
+        scorer = self._scorer(SEARCH, self.template) if asked and plans and not moved else None
+        if not asked:
+            found = (None for _ in plans)
+        elif scorer is None:
+            found = (self.answers((plan, SEARCH, None, False)).logits for plan in plans)
         else:
-            found = scorer.score_many(plans)
+            found = (logits.numpy() for logits in scorer.score_many(plans))
         results, began = [], _now()
         for plan, logits in zip(plans, found, strict=True):
-            result = {**self._judged(plan, logits.numpy()), **_taken(began)}
-            results.append(result | ({"logits": logits.numpy()} if self.config.output.store_candidate_answers else {}))
+            result = {**self._judged(plan, logits), **_taken(began)}
+            results.append(
+                result | ({"logits": logits} if asked and self.config.output.store_candidate_answers else {})
+            )
             began = _now()
         return results
 
@@ -372,18 +378,23 @@ class ModelWorker:
                 state=read_tensors(path, "the descent") if path.exists() else None,
                 on_epoch=lambda _, state, path=path: write_tensors(path, state, "the descent"),
             )
-            (logits,) = loss.scorer.score_many([found.plan])
-            result = {**self._judged(found.plan, logits.numpy()), **_taken(began)}
+            logits = None
+            if SEARCH in self.questions:
+                logits = next(loss.scorer.score_many([found.plan])).numpy()
+            result = {**self._judged(found.plan, logits), **_taken(began)}
             result |= {"alphas": found.plan.flat_alphas, "history": found.history}
-            results.append(result | ({"logits": logits.numpy()} if self.config.output.store_candidate_answers else {}))
+            keep = logits is not None and self.config.output.store_candidate_answers
+            results.append(result | ({"logits": logits} if keep else {}))
         return results
 
     def _tail_loss(self, start: MergePlan) -> TailLoss:
         weights = loss_weights(self.config)
+        asked = SEARCH in self.questions
         return TailLoss(
-            self._scorer(SEARCH, self.template),
+            self._scorer(SEARCH, self.template) if asked else None,
             start,
             weights,
+            sources=None if asked else self._sources_of(self.template.resumes_at),
             reference=torch.from_numpy(self.reference) if weights.answer_kl else None,
             text=self._text_windows if weights.of_text else None,
         )
@@ -399,13 +410,20 @@ class ModelWorker:
             positions=settings.text_positions,
         )
 
-    def judge(self, plan: MergePlan) -> tuple[dict[str, Any], Answers]:
-        """Judge any plan as `score` does a candidate; its result without seconds, and its answers."""
+    def judge(self, plan: MergePlan) -> tuple[dict[str, Any], Answers | None]:
+        """Judge any plan as `score` does a candidate; its result without seconds, and its answers where questions are
+        asked."""
+        if SEARCH not in self.questions:
+            return self._judged(plan, None), None
         answers = self.answers((plan, SEARCH, None, False))
         return self._judged(plan, answers.logits), answers
 
-    def _judged(self, plan: MergePlan, logits: np.ndarray) -> dict[str, Any]:
-        settings, questions = self.config.search, self.questions[SEARCH].questions
+    def _judged(self, plan: MergePlan, logits: np.ndarray | None) -> dict[str, Any]:
+        settings = self.config.search
+        if logits is None:
+            found = score_text(settings.objective, self.search_text_nll(plan), ceiling=settings.perplexity_ceiling)
+            return {**found._asdict(), "n_questions": 0}
+        questions = self.questions[SEARCH].questions
         score = score_answers(
             settings.objective,
             logits,

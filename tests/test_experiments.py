@@ -1,6 +1,7 @@
 """Whole experiments on the embedded model over a small pool: what a run directory holds, and that it resumes."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -19,12 +20,15 @@ import raymerge.proof
 from raymerge import cli, summary
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
+from raymerge.evaluation import text_nll
 from raymerge.experiments import alpha_search, evaluate, search
 from raymerge.experiments.common import cache_of, describe_workers, read_inputs, settings_of
 from raymerge.experiments.planning import starting_plan
-from raymerge.inputs import REPORT, SEARCH
-from raymerge.plan import read_alpha_file
+from raymerge.forward import LayerRunner
+from raymerge.inputs import REPORT, SEARCH, read_text
+from raymerge.plan import read_alpha_file, tail_plan
 from raymerge.progress import Silent
+from raymerge.prompts import encode_text
 from raymerge.proof import ProofError
 from raymerge.schemas import TEXT_SPLIT
 from raymerge.search import SearchOutcome
@@ -478,6 +482,76 @@ def test_tasks_alone_are_an_evaluation(local_pools, tmp_path, capsys):
         evaluate(config(tmp_path / "none", "data.mmlu=null", "data.perplexity_text=null"))
     with pytest.raises(ConfigError, match="data.mmlu is null"):
         search(config(tmp_path / "none", "data.mmlu=null"))
+    assert not (tmp_path / "none").exists()
+
+
+TEXT_ALONE = [
+    "data.mmlu=null",
+    "data.perplexity_tokens=400",
+    "plan.merges=4",
+    "search.objective=text_nll",
+    "search.text=demo",
+    "search.text_tokens=200",
+    "search.searcher=[bayes, gradient]",
+    "search.candidates=5",
+    "search.initial=1",
+    "gradient.starts=1",
+    "gradient.epochs=2",
+]
+
+
+def test_plain_text_alone_is_searched_on_where_no_questions_are_asked(ray_session, tmp_path, capsys):
+    """The loss of every candidate is that of its whole model on the text after the one that is reported on."""
+    from raymerge.console import print_search
+
+    run = search(config(tmp_path / "run", *TEXT_ALONE), command=["test"])
+    assert run.complete and not {"answers", "accuracy"} & set(run.row_counts())
+    trials = run.read("trials").to_pylist()
+    assert {row["searcher"] for row in trials} == {"controls", "random", "bayes", "gradient_simplex"}
+    assert {row["status"] for row in trials} == {"ok"} and {row["n_questions"] for row in trials} == {0}
+    assert all(row["accuracy"] is row["nll"] is None for row in trials)
+    demo, text = Checkpoint("demo"), read_text(config(tmp_path / "run"))
+    (shard,) = encode_text(text, demo.tokenizer, limit=200, start=400)
+    for row in trials:
+        assert row["perplexity"] == pytest.approx(math.exp(row["value"]))
+        if row["searcher"] != "controls":
+            plan = tail_plan(demo.n_layers, row["alphas"], name="x", kind="found")
+            nll, tokens = text_nll(LayerRunner(demo), plan, shard)
+            assert row["value"] == pytest.approx(nll / tokens, rel=1e-4)
+    losses = [row["loss"] for row in run.read("gradient_history").to_pylist()]
+    assert min(losses[1:]) < losses[0]
+    best = min((row for row in trials if row["searcher"] in ("bayes", "gradient_simplex")), key=lambda r: r["value"])
+    assert run.manifest()["best"]["plan_id"] == best["plan_id"]
+    compared = run.read("comparisons").to_pylist()
+    assert {row["measure"] for row in compared} == {"text_nll"}
+
+    print_search(run, "test")
+    shown = capsys.readouterr().out
+    for words in ("On plain text:", "On the search text:", "on the text it was chosen on", "Loss (nats a token)"):
+        assert words in shown
+    assert "questions" not in shown and "nan" not in shown
+    assert cli.main(["report", run.path_of()]) == 0
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "loss of a token" in page and "Perplexity of every plan" in page
+    for words in ("Accuracy and perplexity", "Subject by subject", "Left out", "of 0 test questions"):
+        assert words not in page
+    card = (Path(run.manifest()["best"]["model"]) / "README.md").read_text(encoding="utf-8")
+    assert "On plain text, none of which the search saw." in card and "Always answering A" not in card
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ([], "search.objective micro_accuracy is of answers to questions, but data.mmlu is null"),
+        (["search.objective=text_nll+0.1*answer_nll", "search.text=demo"], "is of answers to questions"),
+        ([*TEXT_ALONE, "plan.alignment=activations"], "plan.alignment has activations, which are those on questions"),
+        ([*TEXT_ALONE, "plan.refit=linear"], "set calibration.text to a file or demo"),
+        ([*TEXT_ALONE, "data.perplexity_text=null"], "nothing to judge plans by"),
+    ],
+)
+def test_what_needs_questions_is_refused_where_a_search_asks_none(tmp_path, more, words):
+    with pytest.raises(ConfigError, match=words):
+        search(config(tmp_path / "none", "data.mmlu=null", *more))
     assert not (tmp_path / "none").exists()
 
 

@@ -560,6 +560,23 @@ def test_what_is_reported_is_rounded(tmp_path):
     assert abs(found.history[found.best_epoch].loss - found.loss.total) > 2 * LIMIT * found.loss.total
 
 
+def test_text_is_descended_on_without_questions(case):
+    """Step by step as beside questions that have no part in the loss; also where each step draws its positions."""
+    case = case("llama")
+    for text in (case.text, TextWindows(case.trunk, case.shards, positions=9)):
+        without = TailLoss(None, template(), TEXT, sources=case.scorer.sources, text=text)
+        settings = replace(FAST, epochs=3)
+        alone, beside = descend(without, settings), descend(loss_of(case, TEXT, text=text), settings)
+        assert [row.loss for row in alone.history] == pytest.approx([row.loss for row in beside.history], rel=LIMIT)
+        np.testing.assert_allclose(alone.plan.alphas, beside.plan.alphas, atol=1e-5)
+        assert alone.loss.text_nll == pytest.approx(beside.loss.text_nll, rel=LIMIT)
+        assert alone.loss.total == alone.loss.text_nll and np.isnan(alone.loss.answer_nll)
+    with pytest.raises(GradientError, match="answer_nll and answer_kl need questions"):
+        TailLoss(None, template(), ANSWERS, sources=case.scorer.sources)
+    with pytest.raises(GradientError, match="questions can be held out only of a loss that questions have a part in"):
+        descend(without, replace(FAST, held_out=0.2))
+
+
 def test_alphas_stay_in_their_bounds(case):
     found = descend(loss_of(case("llama")), Settings(bounds=(0.3, 0.7), learning_rate=2.0, epochs=20))
     alphas = np.array([row.alphas for row in found.history])

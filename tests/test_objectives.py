@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from scipy.stats import entropy
 
-from raymerge.objectives import ObjectiveError, answer_kl, is_minimised, parse_objective, perplexity, score_answers
+from raymerge.objectives import (
+    ObjectiveError,
+    answer_kl,
+    is_minimised,
+    parse_objective,
+    perplexity,
+    score_answers,
+    score_text,
+)
 
 # Two subjects of 1 and 3 questions; the model is right on the first two.
 LOGITS = np.array([[2.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 3.0, 0], [0, 0, 0, 0.5]], dtype=np.float32)
@@ -142,6 +150,22 @@ def test_any_candidate_under_the_ceiling_beats_any_above_and_the_further_above_t
         assert min(nearer) > max(further)
     # A searcher's model sees steps of the size of the values: no more than twice the range of what is feasible.
     assert max(feasible) - above[-1][0] < 2 * (max(feasible) - min(feasible)) + parse_objective(objective).weight
+
+
+@pytest.mark.parametrize("objective", ["text_nll", "0.5*text_nll"])
+def test_text_alone_is_judged_as_beside_questions(objective):
+    for text in (1.5, 2.9, 3.1, 8.0):
+        for ceiling in (None, 20.0):
+            beside, alone = (
+                score(objective, text_nll=text, ceiling=ceiling),
+                score_text(objective, text, ceiling=ceiling),
+            )
+            assert (alone.value, alone.perplexity) == (beside.value, beside.perplexity)
+            assert alone.accuracy is alone.nll is None
+    assert math.isnan(score_text(objective, math.inf).value)
+    assert not parse_objective(objective).needs_answers and parse_objective("answer_nll+text_nll").needs_answers
+    with pytest.raises(ValueError, match="answer_nll needs answers to questions"):
+        score_text("answer_nll", 1.0)
 
 
 def test_a_ceiling_leaves_the_values_under_it_alone():

@@ -523,3 +523,10 @@ def test_write_report_says_where_it_cannot_write(tmp_path, search):
 )  # fmt: skip
 def test_numbers_as_text(made, text):
     assert made == text
+
+
+@pytest.mark.parametrize("values", [(3.65, 4.12), (3.65, 3.66), (9, 11), (9, 21), (0.02, 0.03), (8.9, 287), (1, 5000)])
+def test_a_logarithmic_axis_has_ticks_where_values_are_near_to_each_other(values):
+    inside = [tick for tick in figures._log_ticks(list(values)) if min(values) <= tick <= max(values)]
+    assert 2 <= len(inside) <= 12
+    assert figures._log_ticks([5.0, 5.0]) == [5.0]

@@ -232,7 +232,7 @@ def test_plain_text_alone_judges_every_point_where_no_questions_are_asked(run, l
 def test_what_needs_questions_is_refused_where_none_are_asked(tmp_path):
     out = tmp_path / "run"
     for more, said in (
-        (["data.perplexity_text=null"], "nothing to judge points by: set data.mmlu, data.perplexity_text, or a task"),
+        (["data.perplexity_text=null"], "nothing to judge plans by: set data.mmlu, data.perplexity_text, or a task"),
         (["sweep.methods=[drop_block]"], "no prompts to choose blocks or to refit on: set calibration.text"),
         (["sweep.refits=[linear]"], "no prompts to choose blocks or to refit on: set calibration.text"),
         (["sweep.alignments=[activations]"], "sweep.alignments has activations, which are those on questions"),

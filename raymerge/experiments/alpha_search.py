@@ -24,6 +24,7 @@ from raymerge.experiments.common import (
     Inputs,
     align,
     cache_of,
+    check_without_questions,
     compute_trunk,
     counted,
     describe_workers,
@@ -48,7 +49,7 @@ from raymerge.experiments.planning import (
 from raymerge.experiments.refitting import fit, refit_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
-from raymerge.inputs import CALIBRATION, REPORT, SEARCH
+from raymerge.inputs import CALIBRATION, REPORT, SEARCH, SEARCH_TEXT
 from raymerge.merging import save_merged, saved_proof, saved_record
 from raymerge.objectives import is_minimised, parse_objective
 from raymerge.plan import (
@@ -78,7 +79,9 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
 
     Leaves in config.output.run: tables trials, plans, coefficients, answers, accuracy, comparisons, perplexity,
     costs, receipts, and blocks where plan.selection is block; models/BEST; figures; and the manifest. Searches on
-    data.search_split, reports on data.report_split. The same call again resumes; a complete run is returned as it is.
+    data.search_split, reports on data.report_split; without data.mmlu no questions are asked: it searches
+    by the loss on search.text, and reports on data.perplexity_text and tasks. The same call again resumes; a complete
+    run is returned as it is.
 
     Raises ConfigError, PlanError, CheckpointError, DataError before anything is written, RunError where the run
     directory cannot be used.
@@ -86,11 +89,13 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     progress = progress or Silent()
     check_loggers(config.output.loggers)
     calibrates = config.needs_calibration()
+    _check_without_questions(config, calibrates)
+    asked = [SEARCH_TEXT] if config.data.mmlu is None else [SEARCH, REPORT]
     sections = ["tasks", "plan", "search", *(["gradient"] if "gradient" in config.search.searchers else [])]
     settings = settings_of(config, "model", "data", *sections, *(["calibration"] if calibrates else []))
     RunDirectory.check(config.output.run, settings, "search")
     with step(progress, "reading model and questions"):
-        inputs = read_inputs(config, (SEARCH, REPORT, *([CALIBRATION] if calibrates else [])))
+        inputs = read_inputs(config, (*asked, *([CALIBRATION] if calibrates else [])))
     n_layers = inputs.checkpoint.n_layers
     similarity = similarity_of(config, n_layers)
     # With plan.recompute and plan.block the merges may come from the model; these show what can be refused.
@@ -117,6 +122,16 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
         return _Search(config, inputs, run, cache, start, similarity, progress, command).execute(probes)
 
 
+def _check_without_questions(config: Config, calibrates: bool) -> None:
+    """Refuse what a search that asks no questions would need them for."""
+    check_without_questions(config, {"plan.alignment": [config.plan.alignment]}, calibrates=calibrates)
+    if config.data.mmlu is None and parse_objective(config.search.objective).needs_answers:
+        raise ConfigError(
+            f"search.objective {config.search.objective} is of answers to questions, but data.mmlu is null: use "
+            "text_nll, the loss on the plain text search.text"
+        )
+
+
 def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[MergePlan]) -> None:
     """Refuse plans that cannot be merged, probes of other merges, and an objective about other subjects."""
     merges, shape = config.plan.merges, [(step.into, step.remove) for step in start.steps]
@@ -138,7 +153,7 @@ def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[Me
             f"plan.alignment {start.alignment} with model.quantise {config.model.quantise} has no gradient: "
             "use alignment neurons and quantise none, or search.searcher bayes"
         )
-    known_subjects = inputs.questions[SEARCH].subjects
+    known_subjects = inputs.questions[SEARCH].subjects if SEARCH in inputs.questions else ()
     if missing := sorted(set(parse_objective(config.search.objective).subjects) - set(known_subjects)):
         raise ConfigError(f"search.objective names {missing}, which are not among the {len(known_subjects)} subjects")
 
@@ -149,6 +164,11 @@ def _searched_starts(config: Config, start: MergePlan) -> list[int]:
     if (plan.selection, plan.block) != ("block", "search"):
         return []
     return allowed_starts(plan, start.n_layers, len(start.steps))
+
+
+def _prompts_identity(inputs: Inputs) -> str:
+    """Of the prompts that neurons are matched on by activations, as the workers name it; "" where there are none."""
+    return inputs.questions[SEARCH].identity if SEARCH in inputs.questions else ""
 
 
 class _Search:
@@ -180,7 +200,7 @@ class _Search:
             templates.append(drop_plan(start.n_layers, len(start.steps)))
         self.firsts = tuple(sorted({template.resumes_at for template in templates}))
         self.facts: dict[str, Any] = {}
-        self.aligner = Aligner(inputs.checkpoint, Path(cache), data=inputs.questions[SEARCH].identity)
+        self.aligner = Aligner(inputs.checkpoint, Path(cache), data=_prompts_identity(inputs))
 
     def _candidate(self, alphas: Sequence[float], name: str = "candidate", kind: str = "found") -> MergePlan:
         matrices = self.inputs.checkpoint.architecture.matrices
@@ -224,7 +244,7 @@ class _Search:
             plan_id = refitted[-1].plan_id(self.identity)
             found = {"name": refitted[-1].name, "plan_id": plan_id, "model": saved, "proof": proved}
             self.facts["refitted"] = found
-        scripts = ("alphas.py", "accuracy.py")
+        scripts = ("alphas.py", *(["accuracy.py"] if self.inputs.questions else []))
         figures = draw_figures(self.run, scripts, self.progress) if self.config.output.figures else []
         self.run.write_manifest(
             "complete",
@@ -269,7 +289,8 @@ class _Search:
     def _try_controls(self, controls: list[MergePlan]) -> float:
         """Judge the controls on the search questions, as rows of `trials`; seconds that a candidate takes."""
         tail = [plan for plan in controls if plan.steps]
-        self.progress.stage("controls on the search questions", len(tail))
+        on = "questions" if self.inputs.questions else "text"
+        self.progress.stage(f"controls on the search {on}", len(tail))
         found = self.pool.map("judge", tail, counted(self.progress))
         trials = []
         for iteration, (plan, (result, answers)) in enumerate(zip(tail, found, strict=True)):
@@ -289,7 +310,8 @@ class _Search:
                     "status": "ok",
                 }
             )
-            self.reporter.store_answers(plan, SEARCH, answers)
+            if answers is not None:
+                self.reporter.store_answers(plan, SEARCH, answers)
         self.run.append("trials", trials, part="controls")
         # The second call is warm: the first has set up the scorer.
         timed = self.pool.broadcast("score", [self.start.alphas])
@@ -397,7 +419,7 @@ class _Search:
         """Store one finished batch; the searcher is told only after this returns."""
         if self.config.output.store_candidate_answers:
             for trial, result in zip(trials, results, strict=True):
-                if trial["status"] == "ok":
+                if trial["status"] == "ok" and "logits" in result:
                     logits = result["logits"]
                     n = len(logits)
                     empty = np.full(n, np.nan)
@@ -425,9 +447,11 @@ class _Search:
         if not trials:
             return None
         sign = -1.0 if is_minimised(self.config.search.objective) else 1.0
-        best = max(trials, key=lambda row: (sign * row["value"], -row["nll"], -row["iteration"]))
+        # Without questions there is no NLL of answers.
+        ranks = {row["iteration"]: (sign * row["value"], -(row["nll"] or 0.0)) for row in trials}
+        best = max(trials, key=lambda row: (*ranks[row["iteration"]], -row["iteration"]))
         point = self._point(best["alphas"], best["block"])
-        return (sign * best["value"], -best["nll"]), self._candidate(point, name, kind)
+        return ranks[best["iteration"]], self._candidate(point, name, kind)
 
     # -- the report
 

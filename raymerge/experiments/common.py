@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from raymerge.config import Config, ConfigError
 from raymerge.identity import digest
 from raymerge.inputs import (
     CALIBRATION,
+    REPORT,
     SEARCH,
     SEARCH_TEXT,
     SUBSETS,
@@ -61,7 +62,9 @@ class Inputs:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        more = [*([SUBSETS] if self.subsets else []), *([] if self.calibration is None else [CALIBRATION])]
+        more = [SUBSETS] if self.subsets else []
+        more += [] if self.search_text is None else [SEARCH_TEXT]
+        more += [] if self.calibration is None else [CALIBRATION]
         return (*self.questions, *more, *map(task_role, self.tasks))
 
     @property
@@ -82,15 +85,15 @@ class Inputs:
 
 
 def read_inputs(config: Config, roles: Sequence[str], *, text: bool = True) -> Inputs:
-    """Everything that roles (SEARCH, REPORT, SUBSETS, CALIBRATION) need; text: and the plain text and the tasks of a
-    report.
+    """Everything that roles (SEARCH, REPORT, SEARCH_TEXT, SUBSETS, CALIBRATION) need; text: and the plain text
+    and the tasks of a report.
 
     Raises CheckpointError, DataError, ConfigError; the last also for a text of which nothing is left."""
     model = config.model
     checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    questions = {role: read_questions(config, role) for role in roles if role not in (SUBSETS, CALIBRATION)}
+    questions = {role: read_questions(config, role) for role in roles if role in (SEARCH, REPORT)}
     subsets = read_subsets(config) if SUBSETS in roles else []
-    search_text = read_search_text(config) if SEARCH in roles else None
+    search_text = read_search_text(config) if {SEARCH, SEARCH_TEXT} & set(roles) else None
     calibration = None
     if CALIBRATION in roles:
         calibration = read_calibration_text(config) or calibration_questions(config, questions, wanted=True)
@@ -111,6 +114,24 @@ def _check_text(checkpoint: Checkpoint, what: str, text: str, first: int, limit:
     except PromptError as error:
         fewer = ", or use fewer tokens of this one before (data.perplexity_tokens, search.text_tokens)" if first else ""
         raise ConfigError(f"{what}: {error}; name a longer text{fewer}") from error
+
+
+def check_without_questions(config: Config, alignments: Mapping[str, Sequence[str]], *, calibrates: bool) -> None:
+    """Where data.mmlu is null, refuse what would need questions. alignments: those asked for, by key."""
+    if config.data.mmlu is not None:
+        return
+    if config.data.perplexity_text is None and not config.tasks.root:
+        raise ConfigError("nothing to judge plans by: set data.mmlu, data.perplexity_text, or a task in section tasks")
+    if calibrates and config.calibration.text is None:
+        raise ConfigError(
+            "data.mmlu is null, so there are no prompts to choose blocks or to refit on: set calibration.text to a "
+            "file or demo"
+        )
+    for key, asked in alignments.items():
+        if "activations" in asked:
+            raise ConfigError(
+                f"{key} has activations, which are those on questions, but data.mmlu is null: use neurons"
+            )
 
 
 def settings_of(config: Config, *sections: str) -> dict[str, Any]:

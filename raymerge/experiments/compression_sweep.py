@@ -13,6 +13,7 @@ from raymerge.experiments.common import (
     Inputs,
     align,
     cache_of,
+    check_without_questions,
     compute_trunk,
     counted,
     describe_workers,
@@ -74,7 +75,7 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     """
     progress = progress or Silent()
     calibrates = config.needs_calibration(sweep=True)
-    _check_without_questions(config)
+    check_without_questions(config, {"sweep.alignments": config.sweep.alignments}, calibrates=calibrates)
     roles = [] if config.data.mmlu is None else [REPORT]
     sections = ["tasks", "plan", "sweep", *(["calibration"] if calibrates else [])]
     settings = settings_of(config, "model", "data", *sections)
@@ -98,23 +99,6 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
             blocks = choose_blocks(config, n_layers, list(blocks), run, cache, similarity, progress)
             points = _points(config, inputs, similarity, blocks)
         return _Sweep(config, inputs, run, points, progress, command).execute()
-
-
-def _check_without_questions(config: Config) -> None:
-    """Refuse what a sweep that asks no questions would need them for."""
-    if config.data.mmlu is not None:
-        return
-    if config.data.perplexity_text is None and not config.tasks.root:
-        raise ConfigError("nothing to judge points by: set data.mmlu, data.perplexity_text, or a task in section tasks")
-    if config.needs_calibration(sweep=True) and config.calibration.text is None:
-        raise ConfigError(
-            "data.mmlu is null, so there are no prompts to choose blocks or to refit on: set calibration.text to a "
-            "file or demo"
-        )
-    if "activations" in config.sweep.alignments:
-        raise ConfigError(
-            "sweep.alignments has activations, which are those on questions, but data.mmlu is null: use neurons"
-        )
 
 
 def _starts(config: Config, inputs: Inputs) -> dict[int, list[int]]:

@@ -143,7 +143,7 @@ def _search(run: RunDirectory) -> list[Section]:
         plans.answer(reached),
         searched.coefficients(reached),
         searched.search(reached),
-        plans.subjects(reached),
+        *([plans.subjects(reached)] if reached.asks else []),
         *plans.tasks(reached),
         receipts.receipts(reached),
     ]

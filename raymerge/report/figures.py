@@ -108,10 +108,19 @@ def _rule(channel: str, value: float, label: str) -> list[Spec]:
 
 
 def _log_ticks(values: list[float]) -> list[float]:
-    """Ticks of a logarithmic axis: powers of ten, with 2 and 5 between them where they span less than two decades."""
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    within = (1, 2, 5) if math.log10(max(values) / min(values)) < 2 else (1,)
-    return [step * 10.0**power for power in range(low, high + 1) for step in within]
+    """Ticks of a logarithmic axis: powers of ten, with 2 and 5 between them where they span less than two decades, and
+    round steps where values are too near to each other for these."""
+    least, most = min(values), max(values)
+    low, high = math.floor(math.log10(least)), math.ceil(math.log10(most))
+    within = (1, 2, 5) if math.log10(most / least) < 2 else (1,)
+    ticks = [digit * 10.0**power for power in range(low, high + 1) for digit in within]
+    if sum(least <= tick <= most for tick in ticks) > 1:
+        return ticks
+    if least == most:
+        return [least]
+    step = 10.0 ** math.floor(math.log10((most - least) / 2))
+    step *= max(digit for digit in (1, 2, 5) if digit * step <= (most - least) / 2)
+    return [round(step * number, 12) for number in range(math.ceil(least / step), math.floor(most / step) + 1)]
 
 
 def _roles(rows: list[dict]) -> tuple[Spec, Spec]:
@@ -185,12 +194,20 @@ def intervals(
 
 
 def named_values(
-    rows: list[dict], description: str, *, name: str, value: str, axis: str, tips: list[tuple], title: str = ""
+    rows: list[dict],
+    description: str,
+    *,
+    name: str,
+    value: str,
+    axis: str,
+    tips: list[tuple],
+    title: str = "",
+    legend: bool = False,
 ) -> View:
-    """Named positive values on a logarithmic axis, in the order of the rows, coloured by role; the legend stands in the
-    drawing of intervals beside it."""
+    """Named positive values on a logarithmic axis, in the order of the rows, coloured by role; without a legend where
+    one stands in a drawing beside it."""
     order = list(dict.fromkeys(row[name] for row in rows))
-    colour, shape = (channel | {"legend": None} for channel in _roles(rows))
+    colour, shape = (channel if legend else channel | {"legend": None} for channel in _roles(rows))
     ticks = _log_ticks([row[value] for row in rows if row[value]])
     scale = {"type": "log", "nice": False, "padding": 14}
     x = _field(value, axis, scale=scale, axis=_axis(axis, format="~s", values=ticks))

@@ -136,9 +136,9 @@ def answer(reached: Reached) -> Section:
     if best is None:
         return Section("The answer", (plan_table(reached),))
     blocks: list[Block] = [Text(_sentence(reached)), Facts(tuple(_tiles(best, base)), large=True)]
-    found = reached.against(best["plan_id"])
+    found = reached.against(best["plan_id"], "accuracy" if reached.asks else "text_nll")
     if found:
-        blocks.append(_verdicts(reached, found))
+        blocks.append((_verdicts if reached.asks else _text_verdicts)(reached, found))
     blocks += [plan_table(reached), *_overview(reached)]
     blocks += chosen_layers(run)
     optimism = summary.optimism_lines(run, reached.split)
@@ -162,6 +162,12 @@ def missing(run: RunDirectory, *tables: str) -> Notice:
 
 def _sentence(reached: Reached) -> str:
     best, base = reached.best, reached.base
+    if not reached.asks:
+        sentence = f"The best plan, {best['label']}, has a perplexity of {perplexity(best['perplexity'])} on plain text"
+        if base is not None:
+            sentence += f", the unmerged model one of {perplexity(base['perplexity'])}"
+        told = _told(reached, reached.against(best["plan_id"], "text_nll"))
+        return f"{sentence}. By the loss of a token it is {told}." if told else f"{sentence}."
     questions = plural(best["n"], f"{reached.split} question")
     sentence = f"The best plan, {best['label']}, answers {percent(best['accuracy'])} of {questions}"
     told = _told(reached, reached.against(best["plan_id"]))
@@ -205,8 +211,10 @@ def _firm(row: dict) -> str:
 
 
 def _tiles(best: dict, base: dict | None) -> list[Fact]:
-    tiles = [Fact("Accuracy", percent(best["accuracy"]), f"95 % interval {interval(*best['interval'])}")]
-    if base is not None:
+    tiles = []
+    if best["accuracy"] is not None:
+        tiles.append(Fact("Accuracy", percent(best["accuracy"]), f"95 % interval {interval(*best['interval'])}"))
+    if base is not None and base["accuracy"] is not None:
         tiles.append(Fact("Unmerged", percent(base["accuracy"]), f"95 % interval {interval(*base['interval'])}"))
     unmerged = "" if base is None else f"unmerged {perplexity(base['perplexity'])}"
     tiles.append(Fact("Perplexity, plain text", perplexity(best["perplexity"]), unmerged))
@@ -259,6 +267,29 @@ def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
         ("against", "accuracy", "p (Holm)", "verdict", "answer NLL", "p (Holm)", "verdict", "perplexity", "verdict"),
         tuple(cells),
         words=(0, 3, 6, 8),
+    )
+
+
+def _text_verdicts(reached: Reached, found: dict[str, dict]) -> Table:
+    """`_verdicts` where no questions were asked."""
+    cells = [
+        (
+            line["label"],
+            difference(row),
+            f"{p_value(row['p_value'])} ({p_value(row['p_holm'])})",
+            _said(row),
+            perplexity(line["perplexity"], line["perplexity_interval"]),
+        )
+        for line in reached.lines
+        if (row := found.get(line["plan_id"])) is not None
+    ]
+    return Table(
+        f"{reached.best['label']} minus every other plan on the same text: nats a token (lower is better), with 95 % "
+        "intervals (of passages) and p of a sign-flip test. Holm's p, in brackets, allows for all "
+        f"{plural(len(cells), 'comparison')}",
+        ("against", "loss of a token", "p (Holm)", "verdict", "perplexity"),
+        tuple(cells),
+        words=(0, 3),
     )
 
 
@@ -366,6 +397,8 @@ def _overview(reached: Reached) -> list[Block]:
     ]
     tips = [("plan", "plan"), ("accuracy", "accuracy", ".1%"), ("low", "95 % from", ".1%"), ("high", "to", ".1%"),
             ("perplexity", "perplexity", ",.4~g"), ("answer_nll", "answer NLL", ".3f")]  # fmt: skip
+    if not reached.asks:
+        tips = [("plan", "plan"), ("perplexity", "perplexity", ",.4~g")]
     always = _always_a(reached)
     top, bottom = rows[0], rows[-1]
     views = [
@@ -383,7 +416,7 @@ def _overview(reached: Reached) -> list[Block]:
             title="Accuracy",
             rule=None if always is None else (always, "always A"),
         )
-    ]
+    ] if reached.asks else []  # fmt: skip
     known = [row for row in rows if row["perplexity"]]
     if known:
         least, most = (f(known, key=lambda row: row["perplexity"]) for f in (min, max))
@@ -397,8 +430,13 @@ def _overview(reached: Reached) -> list[Block]:
                 axis="perplexity on plain text (log scale)",
                 tips=tips,
                 title="Perplexity, lower is better",
+                legend=not reached.asks,
             )
         )
+    if not reached.asks:
+        source = Rows.of(rows, sources(reached.run, "perplexity", "plans"))
+        caption = "Which plans differ is said by the paired comparisons above."
+        return [Figure("Perplexity of every plan", caption, tuple(views), source, command_of(reached.run))]
     return [
         Figure(
             "Accuracy and perplexity of every plan",

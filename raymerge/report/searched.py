@@ -183,10 +183,11 @@ def search(reached: Reached) -> Section:
     lines = "; ".join(summary.search_lines(run))
     way = "lower" if is_minimised(objective) else "higher"
     other = "of the same split as the report's" if summary.chosen_on(run, reached.split) else "not the report's"
+    on = "questions" if reached.asks else "text"
     blocks: list[Block] = [
         Figure(
             "Objective of every candidate",
-            f"Measured on the search questions, {other} ({way} is better). Steps: the best so far. Dashed: controls. "
+            f"Measured on the search {on}, {other} ({way} is better). Steps: the best so far. Dashed: controls. "
             f"{lines}.",
             (
                 figures.progress(
@@ -228,7 +229,7 @@ def _together(controls: list[tuple[str, float]], every: list[float]) -> list[tup
 def _descents(run: RunDirectory, history: list[dict], objective: str) -> Figure:
     rows = []
     for row in history:
-        for of, loss in (("search questions", row["loss"]), ("held out", row["held_out_loss"])):
+        for of, loss in (("descended on", row["loss"]), ("held out", row["held_out_loss"])):
             if loss is not None:
                 rows.append(
                     {
@@ -243,8 +244,8 @@ def _descents(run: RunDirectory, history: list[dict], objective: str) -> Figure:
     count = len({(row["searcher"], row["start"]) for row in history})
     return Figure(
         "Loss of the descents",
-        "One line a start. The state kept of a descent is that of the lowest loss on questions that it did not "
-        "descend on.",
+        "One line a start. The state kept of a descent is that of the lowest loss"
+        + (" on questions that it did not descend on." if any(row["of"] == "held out" for row in rows) else "."),
         (figures.descents(rows, f"Loss by epoch of {plural(count, 'descent')}.", objective=objective),),
         Rows.of(rows, sources(run, "gradient_history")),
         command_of(run),
