@@ -174,9 +174,11 @@ def print_search(run: RunDirectory, split: str) -> None:
     for line in summary.optimism_lines(run, split):
         print(f"  {line}")
     _print_blocks(run)
-    compared = "Accuracy on the report questions" if asked else "Loss (nats a token) on the report's text"
-    print(f"\n{compared}, 95 % intervals of the paired difference:")
-    _print_table(*summary.comparison_table(run, manifest["best"]["plan_id"]))
+    header, cells = summary.comparison_table(run, manifest["best"]["plan_id"])
+    if cells:  # none where tasks alone are reported on
+        compared = "Accuracy on the report questions" if asked else "Loss (nats a token) on the report's text"
+        print(f"\n{compared}, 95 % intervals of the paired difference:")
+        _print_table(header, cells)
     for line in summary.comparison_notes(run, manifest["best"]["plan_id"]):
         print(line)
     _print_tasks(run, manifest["best"]["plan_id"])

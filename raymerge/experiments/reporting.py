@@ -83,7 +83,7 @@ class Reporter:
         # Plans that start at the same layer one after the other: workers then load its states once.
         order = sorted(jobs, key=lambda key: (jobs[key][0].resumes_at, key[0]))
         tasks = [(key, item) for key in order for item in jobs[key][1]]
-        progress.stage(f"report on {data.report_split if self.inputs.questions else 'text'}", len(tasks))
+        progress.stage(f"report on {data.report_split if self.inputs.questions else 'text and tasks'}", len(tasks))
         results: dict[tuple[str, str, str], list] = {key: [] for key in jobs}
         done = 0
 

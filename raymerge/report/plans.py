@@ -162,6 +162,8 @@ def missing(run: RunDirectory, *tables: str) -> Notice:
 
 def _sentence(reached: Reached) -> str:
     best, base = reached.best, reached.base
+    if not reached.asks and best["perplexity"] is None:
+        return f"The best plan, {best['label']}, was reported on by tasks alone: see below."
     if not reached.asks:
         sentence = f"The best plan, {best['label']}, has a perplexity of {perplexity(best['perplexity'])} on plain text"
         if base is not None:
@@ -216,8 +218,9 @@ def _tiles(best: dict, base: dict | None) -> list[Fact]:
         tiles.append(Fact("Accuracy", percent(best["accuracy"]), f"95 % interval {interval(*best['interval'])}"))
     if base is not None and base["accuracy"] is not None:
         tiles.append(Fact("Unmerged", percent(base["accuracy"]), f"95 % interval {interval(*base['interval'])}"))
-    unmerged = "" if base is None else f"unmerged {perplexity(base['perplexity'])}"
-    tiles.append(Fact("Perplexity, plain text", perplexity(best["perplexity"]), unmerged))
+    if best["perplexity"] is not None:
+        unmerged = "" if base is None else f"unmerged {perplexity(base['perplexity'])}"
+        tiles.append(Fact("Perplexity, plain text", perplexity(best["perplexity"]), unmerged))
     costs = best["costs"]
     if costs:
         whole = costs["layers"] + costs["layers_removed"]
@@ -433,6 +436,8 @@ def _overview(reached: Reached) -> list[Block]:
                 legend=not reached.asks,
             )
         )
+    if not views:
+        return []
     if not reached.asks:
         source = Rows.of(rows, sources(reached.run, "perplexity", "plans"))
         caption = "Which plans differ is said by the paired comparisons above."
