@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -142,11 +143,11 @@ class TailScorer:
         """
         kept = plan.kept[self.first]
         matrices = self.runner.checkpoint.architecture.matrices
-        values = torch.zeros(len(matrices), self.sources.count, dtype=torch.float64)
+        values = np.zeros((len(matrices), self.sources.count))
         for row, matrix in zip(values, matrices, strict=True):
             for source, weight in kept.coefficients_of(matrix):
                 row[source - self.first] = weight
-        return values if kept.matrices else values[0]
+        return torch.from_numpy(values if kept.matrices else values[0])
 
     @torch.inference_mode()
     def score(self, plan: MergePlan) -> tuple[Tensor, Tensor, Tensor]:
