@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raymerge import summary
+from raymerge.proof import proof_finished
 from raymerge.tables import RunDirectory
 
 
@@ -70,6 +71,8 @@ def _plan_lines(record: dict[str, Any]) -> list[str]:
 def _proof_line(proof: dict[str, Any] | None) -> str:
     if proof is None:
         return "None: the saved model was not reloaded (`output.verify` or `--no-verify`)."
+    if not proof_finished(proof):
+        return f"**Not finished**: {proof['error']}."
     if not proof["passed"]:
         return f"**Failed**: {proof['error']}. Do not use this model."
     return (

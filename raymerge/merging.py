@@ -24,7 +24,7 @@ from raymerge.mergekit import NotExpressible, mergekit_yaml
 from raymerge.plan import KeptLayer, MergePlan, PlanError, Refit, alpha_file_text, read_alpha_file
 from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import encode_text
-from raymerge.proof import check_proof, prove
+from raymerge.proof import check_proof, proof_finished, prove
 from raymerge.refit import Refitter, check_refittable
 from raymerge.texts import read_plain_text
 
@@ -163,10 +163,12 @@ def saved_record(folder: Path) -> dict[str, Any]:
 
 
 def saved_proof(folder: Path) -> dict[str, Any] | None:
-    """The proof of a model saved earlier, None where it had none; ProofError where it did not pass."""
+    """The proof of a model saved earlier, None where it had none or its reloading was ended; ProofError where it did
+    not pass."""
     proof = saved_record(folder).get("proof")
-    if proof is not None:
-        check_proof(proof, folder)
+    if proof is None or not proof_finished(proof):
+        return None
+    check_proof(proof, folder)
     return proof
 
 

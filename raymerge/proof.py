@@ -43,7 +43,8 @@ _VOCABULARY_CHUNK = 16384
 
 
 class ProofError(UserError):
-    """A saved model that, reloaded, is not the one that was merged; the message says by how much."""
+    """A saved model that, reloaded, is not the one that was merged, or whose reloading was ended; the message says by
+    how much, or by what."""
 
 
 def prove(
@@ -56,10 +57,10 @@ def prove(
 ) -> dict[str, Any]:
     """Compare the model saved in `folder` with the layerwise forward of `plan` on `checkpoint`; what was found.
 
-    passed; max_difference, tolerance and largest_logit (logits); positions, and predictions_equal (how many of them
-    have the same most probable token); generated_tokens and generated_text of NEW_TOKENS greedy tokens; seconds,
-    peak_bytes of the fresh process; error: why it did not pass, else None. Nothing is raised for a model that does not
-    pass (`check_proof` does), and nothing is deleted.
+    passed; finished: whether the fresh process came to an end of its own; max_difference, tolerance and largest_logit
+    (logits); positions, and predictions_equal (how many of them have the same most probable token); generated_tokens
+    and generated_text of NEW_TOKENS greedy tokens; seconds, peak_bytes of the fresh process; error: why it did not
+    pass, else None. Nothing is raised for a model that does not pass (`check_proof` does), and nothing is deleted.
 
     tolerance: both sides add the same products in another order. The sum of n products of float32 has a rounding error
     near sqrt(n) u, u = 2^-24, of the sum's own size (Higham and Mary 2019, doi:10.1137/18M1226312); with n the longest
@@ -73,6 +74,7 @@ def prove(
     layers = len(plan.kept)
     record: dict[str, Any] = {
         "passed": False,
+        "finished": True,
         "max_difference": None,
         "tolerance": _PRODUCTS * (layers + 1) * math.sqrt(_longest_row(checkpoint)) * _ROUNDOFF * largest,
         "largest_logit": largest,
@@ -98,7 +100,8 @@ def prove(
         done = _run_fresh(folder, work)
         record["seconds"] = round(time.monotonic() - began, 2)
         if done.returncode:
-            record["error"] = _reason(done)
+            record["finished"] = done.returncode > 0
+            record["error"] = _reason(done, folder, checkpoint.dtype.itemsize)
             return record
         result = json.loads((work / "result.json").read_text(encoding="utf-8"))
         found = read_tensors(work / "logits.safetensors", "the reloaded model's logits")
@@ -108,11 +111,21 @@ def prove(
 
 def check_proof(record: dict[str, Any], folder: Path | str) -> None:
     """Raise ProofError for a record of `prove` that did not pass."""
+    if not proof_finished(record):
+        raise ProofError(
+            f"the model saved in {folder} could not be proved: {record['error']}. It was left there; output.verify: "
+            "false, or --no-verify, leaves the proof out"
+        )
     if not record["passed"]:
         raise ProofError(
             f"the model saved in {folder} is not the one that was merged: {record['error']}. It was left there, and "
             "its merge_plan.json says so (proof); do not use it. Please report it with the model's name and that file"
         )
+
+
+def proof_finished(record: dict[str, Any]) -> bool:
+    """Whether a record of `prove` says anything of the model; of earlier versions all are taken to."""
+    return record.get("finished", True)
 
 
 def _prompts(checkpoint: Checkpoint) -> tuple[list[str] | None, list[np.ndarray]]:
@@ -170,11 +183,12 @@ def _run_fresh(folder: Path, work: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _reason(done: subprocess.CompletedProcess[str]) -> str:
+def _reason(done: subprocess.CompletedProcess[str], folder: Path, itemsize: int) -> str:
     if done.returncode < 0:
+        needed = 4 / itemsize * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         return (
-            f"the process that reloaded it was ended by signal {-done.returncode} (9: out of memory, in which case a "
-            "machine with more can reload it)"
+            f"the process that reloaded it was ended by signal {-done.returncode} (9: most often out of memory; in "
+            f"float32 its weights take {needed / 1e9:.3g} GB)"
         )
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     return f"transformers could not reload and run it: {lines[-1] if lines else f'exit code {done.returncode}'}"

@@ -186,14 +186,15 @@ def test_the_saved_model_is_proved_and_its_card_says_what_it_reaches(run):
 
 
 def test_a_saved_model_that_failed_its_proof_fails_the_search_and_stays(run, ray_session, tmp_path, monkeypatch):
-    """Also when the same command is given again."""
+    """Also when the same command is given again, unless the proof was ended before it said anything."""
     again = tmp_path / "again"
     shutil.copytree(run.path_of(), again, ignore=shutil.ignore_patterns("manifest.json", "models"))
     settings = [*tasks(Path(run.path_of()).parent, "piqa", "boolq"), "output.verify=true"]
-    killed = subprocess.CompletedProcess([], -9, "", "")
-    monkeypatch.setattr(raymerge.proof, "_run_fresh", lambda *_: killed)
-    for _ in range(2):
-        with pytest.raises(ProofError, match="is not the one that was merged.*signal 9"):
+    unlike = "is not the one that was merged.*RuntimeError"
+    for status, words in ((-9, "could not be proved.*signal 9"), (1, unlike), (-9, unlike)):
+        done = subprocess.CompletedProcess([], status, "", "RuntimeError: no")
+        monkeypatch.setattr(raymerge.proof, "_run_fresh", lambda *_, done=done: done)
+        with pytest.raises(ProofError, match=words):
             search(config(again, *settings), command=["test"])
         assert not RunDirectory.load(again).complete
         assert Checkpoint(str(again / "models" / "found_bayes")).n_layers == Checkpoint("demo").n_layers - 13

@@ -1,6 +1,7 @@
 """proof.py and reload.py: a saved merge is found to be what was scored, and one that is not is found out."""
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -129,18 +130,31 @@ def test_another_plan_is_found_out(tmp_path, in_process):
         assert "logits differ" in prove(checkpoint, other, folder)["error"]
 
 
-def test_a_failed_proof_fails_the_save_and_leaves_the_model_with_its_record(tmp_path, monkeypatch):
-    killed = subprocess.CompletedProcess([], -9, "", "")
-    monkeypatch.setattr(raymerge.proof, "_run_fresh", lambda *_: killed)
-    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "base")))
-    with pytest.raises(ProofError, match="ended by signal 9 .*out of memory"):
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_failed_proof_fails_the_save_and_leaves_the_model_with_its_record(tmp_path, monkeypatch, finished):
+    """One that was ended, as where memory is short, says nothing of the model."""
+    done = subprocess.CompletedProcess([], 1 if finished else -9, "", "ValueError: no such thing")
+    monkeypatch.setattr(raymerge.proof, "_run_fresh", lambda *_: done)
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "base", dtype=torch.bfloat16)))
+    size = 2 * (tmp_path / "base" / "model.safetensors").stat().st_size / 1e9
+    words = (
+        "is not the one that was merged: .*no such thing" if finished else "could not be proved: .*ended by signal 9"
+    )
+    with pytest.raises(ProofError, match=words) as caught:
         save_merged(checkpoint, PLAN, tmp_path / "merged")
+    if not finished:
+        (needed,) = re.findall(r"its weights take (\S+) GB", str(caught.value))
+        assert 0.5 * size < float(needed) < size and "do not use it" not in str(caught.value)
     record = json.loads((tmp_path / "merged" / "merge_plan.json").read_text())
     assert record["proof"]["passed"] is False and record["proof"]["max_difference"] is None
-    assert "**Failed**" in (tmp_path / "merged" / "README.md").read_text()
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert ("**Failed**" in card) == finished and ("**Not finished**" in card) != finished
     assert Checkpoint(str(tmp_path / "merged")).n_layers == 3
-    with pytest.raises(ProofError, match="signal 9"):
-        saved_proof(tmp_path / "merged")
+    if finished:
+        with pytest.raises(ProofError, match="no such thing"):
+            saved_proof(tmp_path / "merged")
+    else:
+        assert saved_proof(tmp_path / "merged") is None
 
 
 def test_without_a_tokenizer_the_prompts_are_token_ids(tmp_path, in_process):

@@ -500,9 +500,9 @@ class _Search:
         """
         where, plan_id = self.run.path_of("models", best.name), best.plan_id(self.identity)
         if self.run.is_local and Path(where).exists():
-            record = saved_record(Path(where))
-            if record["plan_id"] == plan_id and (record.get("proof") or not self.config.output.verify):
-                return where, saved_proof(Path(where))
+            same = saved_record(Path(where))["plan_id"] == plan_id
+            if same and ((proof := saved_proof(Path(where))) or not self.config.output.verify):
+                return where, proof
         # In the run, so that a killed process's is deleted at the next start.
         beside = Path(where).parent.parent if self.run.is_local else None
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=beside) as scratch:
