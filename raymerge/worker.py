@@ -110,10 +110,10 @@ class ModelWorker:
     """Holds a model (weights mapped from disk), tokenised prompts by role, and the trunk's states.
 
     roles: what it is asked about: SEARCH, REPORT, SEARCH_TEXT (which SEARCH has with it where the search asks for it),
-    SUBSETS, CALIBRATION, and tasks (`inputs.task_role`). template: the
-    plan whose coefficients are searched. firsts: layers whose inputs are cached, so that plans which change nothing
-    before them start there. cache: folder of trunk states, activations and alignments. shards: so many shards at least
-    of each role's prompts, where they have the tokens for it.
+    SUBSETS, CALIBRATION, and tasks (`inputs.task_role`). template: the plan whose coefficients are searched. firsts:
+    layers whose inputs are cached, so that plans which change nothing before them start there. cache: folder of trunk
+    states, activations and alignments. shards: so many shards at least of each role's prompts, where they have the
+    tokens for it.
     """
 
     def __init__(
