@@ -11,7 +11,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 
 import numpy as np
@@ -74,13 +74,17 @@ class _SharedPrefix:
 
 
 class _OnDevice(Mapping[str, Tensor]):
-    """A checkpoint whose tensors are moved to a device when they are asked for, so that layers are fused there."""
+    """A checkpoint whose tensors are moved to a device when they are asked for, so that layers are fused there.
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device):
-        self._checkpoint, self._device = checkpoint, device
+    kept: tensors that are on the device already; those of another dtype than the stored one are not used.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, kept: Mapping[str, Tensor]):
+        self._checkpoint, self._device, self._kept = checkpoint, device, kept
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._checkpoint[name].to(self._device)
+        stored, kept = self._checkpoint[name], self._kept.get(name)
+        return stored.to(self._device) if kept is None or kept.dtype != stored.dtype else kept
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._checkpoint)
@@ -259,10 +263,22 @@ class LayerRunner:
             return fused_layer(base, arch, plan, position, aligner=self.aligner, dtype=dtype, refits=self.refits)
 
         if self.accelerated:
-            fits, layer = attempt(lambda: fuse(_OnDevice(self.checkpoint, self.device)))
+            kept = plan.kept[position]
+            fits, layer = attempt(lambda: fuse(self._on_device({*kept.sources, kept.index})))
             if fits:
                 return layer
         return fuse(self.checkpoint)
+
+    def _on_device(self, layers: Iterable[int]) -> _OnDevice:
+        """The checkpoint, with those of the layers that may stay on the device kept there: plan after plan is made of
+        the same few."""
+        kept: dict[str, Tensor] = {}
+        if self.quantise == "none" and self.dtype == self.checkpoint.dtype:
+            for layer in layers:
+                if layer in self._resident or self._may_keep():
+                    name = partial(self.checkpoint.architecture.layer_name, layer)
+                    kept |= {name(relative): tensor for relative, tensor in self.weights(layer).items()}
+        return _OnDevice(self.checkpoint, self.device, kept)
 
     def rotary(self, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """cos and sin, each (1, T, rotated dimensions) in the compute dtype, of positions (T,) in an original layer."""

@@ -284,7 +284,7 @@ class TailLoss:
         return digest(
             [
                 self.template.plan_id(self.runner.checkpoint.identity),
-                self.runner.identity,
+                self.runner.cache_key,
                 "" if self.scorer is None else self.scorer.prompts.identity,
                 [weights.answer_nll, weights.answer_kl, weights.text_nll, weights.text_kl],
                 self.text.identity if weights.of_text else "",

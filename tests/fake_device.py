@@ -4,7 +4,8 @@ Under `FakeDevice` every tensor that is made on, or moved to, `DEVICE` (a CUDA d
 whose storage is remembered. Values, dtypes and gradients are those of the CPU; what would raise on a GPU raises here:
 operands on two devices, indices on another device than what they index, `numpy()` of a device tensor, saving one.
 What would merely wait for the device - `item()`, `tolist()`, a truth value - is counted in `syncs`; values that a copy
-to the device would widen, which CUDA's does on the CPU before it moves them, in `widened`.
+to the device would widen, which CUDA's does on the CPU before it moves them, in `widened`; all that `to` moves there
+in `moved`.
 
 Of memory it knows `free`, which `device_memory` is patched to give, and `fail_above`: a call that makes a tensor of
 more values on the device raises torch.OutOfMemoryError, and so do the next `fail_next` that make one which `fail_when`
@@ -39,7 +40,7 @@ class FakeDevice(TorchFunctionMode):
         super().__init__()
         self.free, self.total = free, total
         self.fail_above, self.fail_next, self.fail_when = float("inf"), 0, lambda tensor: True
-        self.syncs, self.calls, self.failures, self.largest, self.widened = 0, 0, 0, 0, 0
+        self.syncs, self.calls, self.failures, self.largest, self.widened, self.moved = 0, 0, 0, 0, 0, 0
         self._storages = {}
 
     # -- which tensors are on it --------------------------------------------------------------------------------
@@ -105,8 +106,9 @@ class FakeDevice(TorchFunctionMode):
         if name == "cpu" or (name == "to" and given and target is not None and target.type == "cpu"):
             return self._fresh(found) if here else found
         if given and target == DEVICE:
-            if name == "to" and not here and found.dtype.itemsize > args[0].dtype.itemsize:
-                self.widened += found.numel()
+            if name == "to" and not here:
+                self.moved += found.numel()
+                self.widened += found.numel() * (found.dtype.itemsize > args[0].dtype.itemsize)
             self._allocate(found)
             return self._take(self._fresh(found) if not here and tensors else found)
         if here and not (name in ("copy_", "__setitem__") and not self.on(args[0])):

@@ -379,13 +379,22 @@ def test_layers_are_kept_given_up_and_run_in_halves(checkpoint, together, monkey
         runner = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32)
         answers = answer_shard(runner, PLANS[0], prompts, shard).logits
         close(answers, expected)
-        assert set(runner._resident) == {0, 1} and runner.kept_bytes == 3 * runner.layer_size.parameters * 4
+        # Those before the merged layer, and those that it is made of: what other plans are made of as well.
+        assert set(runner._resident) == set(range(N))
+        assert runner.kept_bytes == (N + 1) * runner.layer_size.parameters * 4
         loads = []
         monkeypatch.setattr(runner, "fused", lambda *a, **k: loads.append(a) or LayerRunner.fused(runner, *a, **k))
         answer_shard(runner, PLANS[0], prompts, shard)
         assert not loads
         answer_shard(runner, PLANS[1], prompts, shard)
         assert len(loads) == 1
+        before = device.moved
+        merged, saved = runner.fused(PLANS[2], FIRST), LayerRunner(checkpoint).fused(PLANS[2], FIRST)
+        assert all(torch.equal(tensor.cpu(), saved[name]) for name, tensor in merged.items())
+        assert device.moved == before
+        runner.release()
+        runner.fused(PLANS[2], FIRST)
+        assert device.moved == before + 3 * runner.layer_size.parameters and set(runner._resident) == {2, 3, 4}
         runner.release()
         device.free = device.total // 3  # a third is free: nothing stays
         close(answer_shard(runner, PLANS[0], prompts, shard).logits, expected)

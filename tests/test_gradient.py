@@ -346,12 +346,15 @@ def test_starts_are_inside(case):
                 assert ((shape.alphas(start) > 0.3) & (shape.alphas(start) < 0.7)).all()
 
 
-def test_a_descent_in_another_dtype_is_another_descent(case, monkeypatch):
+def test_a_descent_in_another_dtype_or_by_other_code_is_another_descent(case, monkeypatch):
     """Its state is found by this name in the cache, which several runs may share."""
     loss = loss_of(case("llama"))
     before = loss.identity
     assert loss_of(case("llama")).identity == before
-    monkeypatch.setattr(loss.scorer.runner, "dtype", torch.bfloat16)
+    with monkeypatch.context() as patch:
+        patch.setattr(loss.scorer.runner, "dtype", torch.bfloat16)
+        assert loss.identity != before
+    monkeypatch.setattr(raymerge.forward, "version", lambda package: f"{package} of tomorrow")
     assert loss.identity != before
 
 
