@@ -149,15 +149,21 @@ def _parser() -> argparse.ArgumentParser:
         "      --out runs/piqa",
     )
     evaluate.add_argument("model", help="demo, a checkpoint folder, or a hub id")
-    evaluate.add_argument("--mmlu", default="demo", metavar="DIR", help="demo, a folder, a hub id, or none")
-    evaluate.add_argument("--language", default="en", help="language of the questions (default: en)")
-    evaluate.add_argument("--subjects", default="all", help="subjects and domains, comma separated (default: all)")
+    evaluate.add_argument("--mmlu", metavar="DIR", help=f"demo, a folder, a hub id, or none {_default('mmlu')}")
+    evaluate.add_argument("--language", help=f"language of the questions {_default('language')}")
+    evaluate.add_argument("--subjects", help=f"subjects and domains, comma separated {_default('subjects')}")
     evaluate.add_argument("--limit", type=int, metavar="N", help="at most N questions a subject")
-    evaluate.add_argument("--split", default="test", choices=["test", "validation"])
-    evaluate.add_argument("--shots", type=int, default=5, help="few-shot examples (default: 5)")
-    evaluate.add_argument("--text", default="demo", metavar="FILE", help="plain text for perplexity, demo or none")
-    evaluate.add_argument("--no-question-perplexity", action="store_true", help="skip the prompts' own tokens: faster")
-    evaluate.add_argument("--config", metavar="FILE", help="YAML file with a tasks section and what has no option here")
+    evaluate.add_argument("--split", choices=["test", "validation"], help=_default("report_split"))
+    evaluate.add_argument("--shots", type=int, metavar="N", help=f"few-shot examples {_default('shots')}")
+    evaluate.add_argument(
+        "--text", metavar="FILE", help=f"plain text for perplexity, demo or none {_default('perplexity_text')}"
+    )
+    evaluate.add_argument(
+        "--question-perplexity",
+        action=argparse.BooleanOptionalAction,
+        help="also the loss of the questions' own tokens; without is faster (default: with, or as --config has it)",
+    )
+    evaluate.add_argument("--config", metavar="FILE", help="YAML file; the options given here go before what it says")
     evaluate.add_argument("--out", required=True, metavar="RUN", help="run directory")
     evaluate.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="any further option")
     evaluate.set_defaults(run=_evaluate)
@@ -238,9 +244,14 @@ def _command_line() -> list[str]:
     return ["raymerge", *sys.argv[1:]]
 
 
-def _override(key: str, text: str | None) -> str:
-    """An override whose value is this text as it is, whatever YAML would make of a # or a number in it."""
-    return f"{key}={json.dumps(text, ensure_ascii=False)}"
+def _default(key: str) -> str:
+    """What an option's help says of a key of section data."""
+    return f"(default: {getattr(Config().data, key)}, or as --config has it)"
+
+
+def _override(key: str, value: str | int | None) -> str:
+    """An override whose value is this as it is, whatever YAML would make of a # or a number in a text."""
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
 def _check_lasts(out: str) -> None:
@@ -300,20 +311,22 @@ def _show_config(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    mmlu, text = (None if source in ("none", "null") else source for source in (options.mmlu, options.text))
-    overrides = [
-        _override("model.path", options.model),
-        _override("data.mmlu", mmlu),
-        _override("data.language", options.language),
-        _override("data.subjects", options.subjects),
-        f"data.shots={options.shots}",
-        f"data.report_split={options.split}",
-        _override("data.perplexity_text", text),
-        f"data.question_perplexity={str(not options.no_question_perplexity).lower()}",
-        _override("output.run", options.out),
-    ]
-    if options.limit is not None:
-        overrides.append(f"data.report_limit_per_subject={options.limit}")
+    prompts_too = options.question_perplexity
+    if prompts_too is None and options.config is None:
+        prompts_too = True  # what is too dear for a search's many plans is not for one model
+    given = {
+        "language": options.language,
+        "subjects": options.subjects,
+        "shots": options.shots,
+        "report_split": options.split,
+        "report_limit_per_subject": options.limit,
+        "question_perplexity": prompts_too,
+    }
+    overrides = [_override(f"data.{key}", value) for key, value in given.items() if value is not None]
+    for key, source in (("mmlu", options.mmlu), ("perplexity_text", options.text)):
+        if source is not None:
+            overrides.append(_override(f"data.{key}", None if source in ("none", "null") else source))
+    overrides += [_override("model.path", options.model), _override("output.run", options.out)]
     config = load_config(options.config, overrides + options.set)
     _check_lasts(config.output.run)
     from raymerge.experiments import evaluate

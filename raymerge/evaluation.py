@@ -29,9 +29,10 @@ _TEXT_TOKENS = 512  # positions whose whole-vocabulary logits are computed at on
 class Answers:
     """What a model answered, for the questions `rows` (n,) of a question set.
 
-    logits (n, 4) float32 of " A" … " D"; logsumexp (n,) float32 over the whole vocabulary; top_is_letter (n,) bool:
-    the most probable token is one of the four; prompt_nll (n,) float64: mean negative log-likelihood in nats of the
-    question's own prompt tokens (few-shot prefix masked), NaN where it was not asked for; prompt_tokens (n,) int64.
+    logits (n, 4) float32 of " A" … " D"; logsumexp (n,) float32 over the whole vocabulary, NaN where that was not
+    computed; top_is_letter (n,) bool: the most probable token is one of the four, False where logsumexp is NaN;
+    prompt_nll (n,) float64: mean negative log-likelihood in nats of the question's own prompt tokens (few-shot prefix
+    masked), NaN where it was not asked for; prompt_tokens (n,) int64.
     """
 
     rows: np.ndarray
@@ -40,6 +41,13 @@ class Answers:
     top_is_letter: np.ndarray
     prompt_nll: np.ndarray
     prompt_tokens: np.ndarray
+
+    @staticmethod
+    def of_letters(logits: np.ndarray) -> Answers:
+        """Answers to all questions of a set of which nothing but the letters' logits (n, 4) was computed."""
+        n = len(logits)
+        unknown = np.full(n, np.nan)
+        return Answers(np.arange(n), logits, unknown, np.zeros(n, dtype=bool), unknown, np.zeros(n, dtype=np.int64))
 
     @staticmethod
     def join(parts: Iterable[Answers]) -> Answers:

@@ -71,7 +71,7 @@ def answer_table(plan_id: str, questions: QuestionSet, answers: Answers, *, part
     if not partial and not np.array_equal(answers.rows, np.arange(len(members))):
         raise ValueError(f"answers cover {len(answers.rows)} of {len(members)} questions of {questions.split}")
     members = [members[row] for row in answers.rows]
-    asked = ~np.isnan(answers.prompt_nll)
+    asked, whole = ~np.isnan(answers.prompt_nll), ~np.isnan(answers.logsumexp)
     columns = {
         "plan_id": [plan_id] * len(members),
         "split": [questions.split] * len(members),
@@ -80,8 +80,8 @@ def answer_table(plan_id: str, questions: QuestionSet, answers: Answers, *, part
         "question_id": [question.question_id for question in members],
         "content_hash": [question.content_hash for question in members],
         **{f"logit_{letter}": answers.logits[:, i].astype(np.float32) for i, letter in enumerate("abcd")},
-        "logsumexp_all": answers.logsumexp.astype(np.float32),
-        "top_is_letter": answers.top_is_letter.astype(bool),
+        "logsumexp_all": pa.array(answers.logsumexp.astype(np.float32), mask=~whole),
+        "top_is_letter": pa.array(answers.top_is_letter.astype(bool), mask=~whole),
         "answer": np.array([question.answer for question in members], dtype=np.int8),
         "predicted": answers.logits.argmax(-1).astype(np.int8),
         "prompt_nll": pa.array(answers.prompt_nll, pa.float64(), mask=~asked),

@@ -10,7 +10,7 @@ import yaml
 
 from raymerge import cli, demo
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import parse_config
+from raymerge.config import DataConfig, parse_config
 
 COMMANDS = [
     [],
@@ -187,6 +187,28 @@ def test_paths_and_names_mean_what_they_say_not_what_yaml_would_read(tmp_path, c
     assert (first.data.mmlu, first.data.language) == ("1e3", "no")
     assert (second.data.perplexity_text, second.data.mmlu, second.output.run) == (None, None, "über 😀")
     assert third.output.run == "2024"
+
+
+def test_a_file_is_not_overridden_by_options_that_are_not_given(tmp_path, monkeypatch):
+    from raymerge import experiments
+
+    asked = []
+    monkeypatch.setattr(experiments, "evaluate", lambda config, **_: asked.append(config.data) or sys.exit(0))
+
+    def data(*words):
+        with pytest.raises(SystemExit):
+            cli.main(["evaluate", "demo", "--out", "run", *words])
+        return asked[-1]
+
+    own = {"mmlu": None, "language": "de", "subjects": ["anatomy"], "shots": 2, "report_split": "validation"}
+    own |= {"perplexity_text": "a.txt", "report_limit_per_subject": 3, "question_perplexity": False}
+    (tmp_path / "own.yaml").write_text(json.dumps({"data": own}))
+    file = ["--config", str(tmp_path / "own.yaml")]
+    assert {key: getattr(data(*file), key) for key in own} == own
+    assert data(*file, "--shots", "0").shots == 0 and data(*file, "--mmlu", "demo").mmlu == "demo"
+    assert data(*file, "--question-perplexity").question_perplexity
+    assert data() == DataConfig(question_perplexity=True)
+    assert data("--no-question-perplexity") == DataConfig()
 
 
 @pytest.mark.parametrize("command", [["search"], ["evaluate", "demo"]])

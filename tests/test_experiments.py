@@ -74,6 +74,7 @@ def tasks(folder, *names):
 def run(ray_session, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     settings = [*tasks(folder, "piqa", "boolq"), "output.verify=true", "workers.count=2"]
+    settings += ["output.store_candidate_answers=true"]
     return search(config(folder / "search", *settings), command=["test"])
 
 
@@ -91,6 +92,16 @@ def test_a_search_stores_every_candidate_and_every_control_once(run):
     assert len(pc.unique(accuracy.filter(pc.equal(accuracy["split"], "test"))["plan_id"])) == 7
     assert len(run.read("perplexity")) == 7
     assert run.manifest()["rows"]["trials"] == len(trials)
+
+
+def test_candidates_answers_say_nothing_that_was_not_computed(run):
+    answers = {(row["plan_id"], row["split"]): row for row in run.read("answers").to_pylist()}
+    trials = {row["plan_id"]: row for row in run.read("trials").to_pylist() if row["searcher"] == "random"}
+    judged = [answers[plan_id, "validation"] for plan_id in trials]
+    assert len(judged) == 3 and all(math.isfinite(row["logit_a"]) for row in judged)
+    assert {(row["logsumexp_all"], row["top_is_letter"]) for row in judged} == {(None, None)}
+    reported = [row for (_, split), row in answers.items() if split == "test"]
+    assert len(reported) == 7 and all(row["logsumexp_all"] is not None for row in reported)
 
 
 def test_perplexities_have_intervals_and_are_compared_passage_by_passage(run):

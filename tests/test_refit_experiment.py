@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.config import load_config
 from raymerge.evaluation import text_nll
 from raymerge.experiments import search, sweep
+from raymerge.experiments.alpha_search import _Search
 from raymerge.experiments.common import read_inputs
 from raymerge.experiments.refitting import refit_of
 from raymerge.forward import LayerRunner
 from raymerge.inputs import CALIBRATION, TEXT
-from raymerge.plan import base_plan, drop_block_plan
+from raymerge.plan import base_plan, drop_block_plan, tail_plan
 from raymerge.worker import ModelWorker
 
 SETTINGS = [
@@ -99,3 +101,16 @@ def test_a_search_fits_what_it_found_and_saves_it(ray_session, tmp_path):
     nll, tokens = text_nll(runner, base_plan(merged.n_layers), shard)
     assert nll / tokens == pytest.approx(reported[saved["plan_id"]], rel=1e-4)
     assert merged.n_layers == base.n_layers - 3
+
+
+def test_what_was_found_is_saved_where_it_drops_its_layers():
+    """It then has the plan id of the dropped layers refitted, which stand before it."""
+    start = tail_plan(16, [0.6, 0.6], name="fixed_0.6", kind="fixed")
+    found = start.with_alphas([1.0, 1.0], name="found_bayes", kind="found")
+    for method in ("outputs", "linear"):
+        config = load_config(None, [f"plan.refit={method}"])
+        inputs = SimpleNamespace(calibration=("a text", 0), identities={CALIBRATION: "its hash"})
+        stand_in = SimpleNamespace(config=config, start=start, inputs=inputs, identity="a model")
+        names = [plan.name for plan in _Search._refitted(stand_in, found)]
+        expected = ["dropped_linear", *(f"{name}_{method}" for name in ("dropped", "fixed_0.6", "found_bayes"))]
+        assert names == list(dict.fromkeys(expected))

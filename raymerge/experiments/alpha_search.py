@@ -420,13 +420,8 @@ class _Search:
         if self.config.output.store_candidate_answers:
             for trial, result in zip(trials, results, strict=True):
                 if trial["status"] == "ok" and "logits" in result:
-                    logits = result["logits"]
-                    n = len(logits)
-                    empty = np.full(n, np.nan)
                     self.reporter.store_answers(
-                        self._candidate(trial["alphas"]),
-                        SEARCH,
-                        Answers(np.arange(n), logits, empty, empty, empty, empty),
+                        self._candidate(trial["alphas"]), SEARCH, Answers.of_letters(result["logits"])
                     )
         for trial, result in zip(trials, results, strict=True):
             if trial["status"] == "ok" and "history" in result:
@@ -482,7 +477,8 @@ class _Search:
             replace(plan, name=f"{plan.name}_{how}", refit=refit_of(self.config, self.inputs, how))
             for plan, how in plans
         ]
-        return list({plan.plan_id(self.identity): plan for plan in found}.values())
+        # By name as well: where the best found drops its layers, it still is the last.
+        return list(dict.fromkeys(found))
 
     def _take_matches(self, pool: WorkerPool, plans: Sequence[MergePlan]) -> None:
         """Have at hand what the workers have matched for plans that are to be saved: their caches may be elsewhere."""
