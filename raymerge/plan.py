@@ -30,6 +30,8 @@ FIXED_RATIO = 1.0 / (1.0 + math.exp(-0.5))
 
 #: Ways to fit the layers at the seams to the unmerged model's states; see `refit`.
 REFITS = ("linear", "scale", "outputs", "units")
+#: Those of them that layers after a seam can be fitted by as well.
+REFITS_BEYOND = ("outputs", "units")
 
 
 class PlanError(UserError):
@@ -81,7 +83,8 @@ class Refit:
 
     method: one of REFITS. ridge: how strongly the fitted weights are held to those that they had, relative to the
     features' mean square; None chooses it layer by layer on held-out tokens. layers: how many layers after each seam
-    are fitted too, each to the states that leave it in the unmerged model. calibration: identity of the tokens.
+    are fitted too (REFITS_BEYOND), each to the states that leave it in the unmerged model. calibration: identity of the
+    tokens.
     """
 
     method: str
@@ -96,6 +99,11 @@ class Refit:
             raise PlanError(f"the ridge of a refit is {self.ridge}, but must be above 0")
         if self.layers < 0:
             raise PlanError(f"{self.layers} layers after a seam cannot be refitted: give 0 or more")
+        if self.layers and self.method not in REFITS_BEYOND:
+            raise PlanError(
+                f"refit {self.method} is of a seam alone, but {self.layers} layers after it are to be fitted: give 0, or "
+                f"use {' or '.join(REFITS_BEYOND)}"
+            )
 
 
 @dataclass(frozen=True)

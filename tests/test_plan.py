@@ -621,6 +621,7 @@ def test_refits_are_told_apart_by_their_plan_s_identity():
         ({"method": "linear", "ridge": 0.0}, "the ridge of a refit is 0.0, but must be above 0"),
         ({"method": "linear", "ridge": math.nan}, "the ridge of a refit is nan"),
         ({"method": "linear", "layers": -1}, "-1 layers after a seam"),
+        ({"method": "linear", "layers": 2}, "refit linear is of a seam alone, but 2 layers .* use outputs or units"),
     ],
 )
 def test_refits_that_are_none_are_refused(options, words):

@@ -11,7 +11,7 @@ from raymerge.config import Config
 from raymerge.experiments.common import Inputs
 from raymerge.identity import digest
 from raymerge.inputs import CALIBRATION
-from raymerge.plan import MergePlan, Refit
+from raymerge.plan import REFITS_BEYOND, MergePlan, Refit
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress
 from raymerge.refit import check_refittable, steps_of
@@ -28,7 +28,7 @@ def refit_of(config: Config, inputs: Inputs, method: str) -> Refit | None:
     return Refit(
         method=method,
         ridge=config.plan.ridge,
-        layers=config.plan.refit_layers if method in ("outputs", "units") else 0,
+        layers=config.plan.refit_layers if method in REFITS_BEYOND else 0,
         calibration=tokens,
     )
 
