@@ -218,7 +218,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=["none", "linear", "scale", "outputs", "units"],
         help="fit the merged layer to the model's own states on --calibration, in closed form (default: none)",
     )
-    merge.add_argument("--refit-layers", type=int, default=0, metavar="N", help="fit N layers after it too (outputs, units)")
+    merge.add_argument(
+        "--refit-layers", type=int, default=0, metavar="N", help="fit N layers after it too (outputs, units)"
+    )
     merge.add_argument("--calibration", metavar="TEXT", help="a text whose first tokens a refit is made on")
     merge.add_argument("--revision", help="hub revision of the model")
     merge.add_argument("--no-verify", action="store_true", help="do not reload the saved model to prove it")

@@ -101,8 +101,8 @@ class Refit:
             raise PlanError(f"{self.layers} layers after a seam cannot be refitted: give 0 or more")
         if self.layers and self.method not in REFITS_BEYOND:
             raise PlanError(
-                f"refit {self.method} is of a seam alone, but {self.layers} layers after it are to be fitted: give 0, or "
-                f"use {' or '.join(REFITS_BEYOND)}"
+                f"refit {self.method} is of a seam alone, but {self.layers} layers after it are to be fitted: give 0, "
+                f"or use {' or '.join(REFITS_BEYOND)}"
             )
 
 
@@ -457,7 +457,7 @@ _REQUIRED = ("layer_to_merge_into", "layer_to_remove", "ratio_i_alpha")
 _ALLOWED = frozenset(("step", "ratio_j", *_REQUIRED))
 
 
-def read_alpha_file(path: str | Path, n_layers: int, *, name: str | None = None) -> MergePlan:
+def read_alpha_file(path: str | Path, n_layers: int) -> MergePlan:
     """Read the published alpha file format: a JSON list of
     {"step", "layer_to_merge_into", "layer_to_remove", "ratio_i_alpha"[, "ratio_j"]}.
 
@@ -475,9 +475,7 @@ def read_alpha_file(path: str | Path, n_layers: int, *, name: str | None = None)
         raise PlanError(f"{path} must hold a JSON list of merge steps, and at least one")
     steps = [_read_step(entry, f"{path}, entry {number}") for number, entry in enumerate(entries)]
     try:
-        return MergePlan(
-            n_layers, tuple(steps), name=name or path.stem, kind="file", selection=_selection(n_layers, steps)
-        )
+        return MergePlan(n_layers, tuple(steps), name=path.stem, kind="file", selection=_selection(n_layers, steps))
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
 

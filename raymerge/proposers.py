@@ -18,6 +18,7 @@ _STEPS = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 _LOCAL_STARTS = 5
 _LOCAL_TRIES = 40  # per start and round
 _CHOICE_SCALE = 2.0  # how far the first and the last choice are apart, where coefficients are at most sqrt(2)
+_ACQUISITION_POINTS = 1000  # random ones, from the best of which the acquisition function is climbed
 _FAILED_RADIUS = 0.01  # share of the bounds' width: no proposal falls nearer than this to a point that failed
 
 
@@ -129,7 +130,6 @@ class BayesProposer(Proposer):
         known: Sequence[Point] = (),
         choices: Sequence[float] = (),
         warp: Callable[[np.ndarray], np.ndarray] | None = None,
-        acquisition_points: int = 1000,
     ):
         super().__init__(dimensions=dimensions, bounds=bounds, seed=seed, known=known, choices=choices)
         from bayes_opt import BayesianOptimization, acquisition
@@ -141,7 +141,6 @@ class BayesProposer(Proposer):
             order = [self._random.permutation(self.choices) for _ in range(0, initial, len(self.choices))]
             drawn = [[float(choice), *point[1:]] for choice, point in zip(np.ravel(order), drawn, strict=False)]
         self._planned += drawn
-        self._acquisition_points = acquisition_points
         self._failed: list[Point] = []
         improvement = acquisition.ExpectedImprovement(xi=1e-3)
         # Its own local search differentiates numerically, 14 predictions of one point a step: 0.3-1.7 s a proposal
@@ -205,7 +204,7 @@ class BayesProposer(Proposer):
             found = self._liar.suggest(
                 gp=self._optimizer._gp,
                 target_space=space,
-                n_random=self._acquisition_points,
+                n_random=_ACQUISITION_POINTS,
                 n_smart=_LOCAL_STARTS,
                 random_state=random_state,
             )

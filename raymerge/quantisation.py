@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from raymerge.architectures import Architecture
 from raymerge.errors import UserError
 
-SCHEMES = ("none", "int8", "int4")
 GROUP = 32  # columns that share a scale in int4; int8 has one scale a row
 
 _SCALE_BYTES = 2

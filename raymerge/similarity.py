@@ -299,15 +299,6 @@ def knn_entropy(points: np.ndarray, *, neighbors: int) -> float:
         return float(d * np.mean(np.log(radius)) - np.log(neighbors / n))
 
 
-def normalised(values: np.ndarray) -> np.ndarray:
-    """S_ij / sqrt(S_ii S_jj) of an (L, L) matrix: 1 on the diagonal. NaN where a diagonal entry is NaN or not above 0,
-    as there is no scale to divide by."""
-    values = np.asarray(values, dtype=np.float64)
-    diagonal = np.diagonal(values)
-    scale = np.sqrt(np.where(diagonal > 0, diagonal, np.nan))
-    return values / np.outer(scale, scale)
-
-
 def pearson(a: np.ndarray, b: np.ndarray, *, off_diagonal: bool = False) -> float:
     """Pearson correlation of two (L, L) similarity matrices, entries with a NaN in either left out.
 

@@ -317,6 +317,10 @@ class RunDirectory:
         if status not in ("complete", "failed"):
             raise ValueError(f"status is {status!r}, but should be 'complete' or 'failed'")
         started, clock = self._begun
+        counts = self.row_counts()
+        if status == "complete":  # a search leaves a part for every batch: readers then open one file a table
+            for table in counts:
+                self.compact(table)
         content = {
             "status": status,
             "experiment": self.experiment,
@@ -326,7 +330,7 @@ class RunDirectory:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - clock, 3),
             **software(),
-            "rows": self.row_counts(),
+            "rows": counts,
         }
         if clash := sorted(content.keys() & facts.keys()):
             raise ValueError(f"the manifest sets {', '.join(clash)} itself; give these facts other names")
@@ -368,10 +372,6 @@ class RunDirectory:
         self.path_of(*names)  # refuses names that would leave the run
         self._storage.upload(source, "/".join(names))
         return self.path_of(*names)
-
-    def clear_temporary(self) -> None:
-        """Delete what a killed process left under temporary names; `open` does so already."""
-        self._storage.clear_temporary()
 
     # --- inside -------------------------------------------------------------------------------
 

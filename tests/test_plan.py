@@ -408,7 +408,6 @@ def test_reads_the_published_format(tmp_path):
     assert plan.steps == (MergeStep(4, 5, 0.6257765467409394), MergeStep(3, 4, 1.0), MergeStep(2, 3, 0.25))
     assert all(type(step.alpha) is float for step in plan.steps)
     assert (plan.name, plan.kind, plan.selection) == ("alphas", "file", "tail")
-    assert read_alpha_file(str(path), 6, name="mine").name == "mine"
 
 
 def test_the_order_in_the_file_counts_not_the_step_numbers(tmp_path):

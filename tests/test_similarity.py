@@ -20,7 +20,6 @@ from raymerge.similarity import (
     gaussian,
     knn_entropy,
     mutual_information,
-    normalised,
     npib,
     pearson,
     smallest_sample,
@@ -352,16 +351,6 @@ def test_the_smallest_sample_is_enough_and_one_less_is_not(measure, dimensions):
 
 
 # --- matrices -----------------------------------------------------------------------------------------------------
-
-
-def test_normalised_has_a_diagonal_of_ones():
-    values = npib(related(4, 60)).values
-    found = normalised(values)
-    np.testing.assert_allclose(np.diag(found), 1)
-    assert found[1, 3] == pytest.approx(values[1, 3] / np.sqrt(values[1, 1] * values[3, 3]))
-    values[2, 2] = -1
-    values[0, 0] = np.nan
-    np.testing.assert_array_equal(np.isfinite(normalised(values)), np.outer([0, 1, 0, 1], [0, 1, 0, 1]).astype(bool))
 
 
 def test_pearson_is_numpys_over_the_chosen_entries():

@@ -390,6 +390,18 @@ def test_manifest(run, tmp_path, place):
     assert not run.complete and run.manifest()["error"] == "no memory" and run.manifest()["command"] == sys.argv
 
 
+def test_a_complete_run_has_one_file_for_each_table(run, tmp_path):
+    folder = tmp_path / "run" / "tables" / "receipts"
+    for number in range(3):
+        run.append("receipts", [receipt(number)], part=f"batch-{number}")
+    run.write_manifest("failed")
+    assert len(list(folder.iterdir())) == 3
+    run.write_manifest("complete")
+    assert len(list(folder.iterdir())) == 1 and tensors(run) == ["t0", "t1", "t2"]
+    run.append("receipts", [receipt(7)], part="batch-1")  # parts keep their names
+    assert tensors(run) == ["t0", "t2", "t7"]
+
+
 def test_manifest_is_strict_json(run, tmp_path):
     run.write_manifest("complete", value=float("inf"))
     json.loads((tmp_path / "run" / "manifest.json").read_text(), parse_constant=pytest.fail)

@@ -78,14 +78,6 @@ def millions(number: int) -> str:
     return f"{number / 1e6:.0f} million" if number >= 1e7 else f"{number / 1e6:.2f} million"
 
 
-def bytes_of(number: int) -> str:
-    """A size in bytes, in decimal units."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if number >= scale:
-            return f"{number / scale:.2f} {unit}"
-    return f"{number / 1e3:.0f} kB"
-
-
 def duration(seconds: float) -> str:
     """A time in the largest units that say something."""
     if seconds < 60:
