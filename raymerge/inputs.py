@@ -5,8 +5,8 @@ Driver and workers each read for themselves, by the same functions, and compare 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from raymerge.config import Config, ConfigError
 from raymerge.questions import DataError, Question, QuestionSet, load_questions, sample
 from raymerge.tables import RunDirectory
 from raymerge.tasks import Task, load_task
-from raymerge.texts import read_plain_text
+from raymerge.texts import read_plain_text, text_hash
 
 # What prompts are for: to search on, to report on, to compare layers on; plain text; key-value prompts.
 SEARCH, REPORT, SUBSETS, TEXT, RETRIEVAL = "search", "report", "subsets", "text", "retrieval"
@@ -44,8 +44,9 @@ def read_questions(config: Config, role: str) -> QuestionSet:
     return replace(found, questions=tuple(question for part in parts for question in part))
 
 
-def read_tasks(config: Config) -> dict[str, Task]:
-    """The tasks of the tasks section, by name. Raises DataError."""
+def read_tasks(config: Config, roles: Iterable[str]) -> dict[str, Task]:
+    """Those tasks of the tasks section that the roles name, by name. Raises DataError."""
+    roles = set(roles)
     return {
         name: load_task(
             name,
@@ -57,22 +58,18 @@ def read_tasks(config: Config) -> dict[str, Task]:
             seed=config.data.seed,
         )
         for name, task in config.tasks.root.items()
+        if task_role(name) in roles
     }
 
 
-def calibration_questions(
-    config: Config, read: Mapping[str, QuestionSet], subsets: Sequence[Subset] = (), *, wanted: bool = False
-) -> QuestionSet | None:
-    """Prompts to match neurons by activations on: the questions of the search, never those of a report.
-
-    read: questions by role that are read already. Where nothing asks for activations, nor `wanted`, None.
-    """
-    if SEARCH in read:
-        return read[SEARCH]
-    aligned = "activations" in (config.plan.alignment, *config.sweep.alignments)
-    if wanted or (aligned and config.data.mmlu is not None):
+def questions_to_match_on(config: Config, material: Material) -> QuestionSet | None:
+    """Prompts to match neurons by activations on: the questions of the search, never those of a report; where only
+    layers are compared, those of the first subset. None where nothing asks for activations."""
+    if SEARCH in material.questions:
+        return material.questions[SEARCH]
+    if "activations" in (config.plan.alignment, *config.sweep.alignments) and config.data.mmlu is not None:
         return read_questions(config, SEARCH)
-    return subsets[0].questions if subsets else None
+    return material.subsets[0].questions if material.subsets else None
 
 
 def _load(config: Config, split: str, subjects: str | Iterable[str], language: str, shots: int) -> QuestionSet:
@@ -255,3 +252,59 @@ def _first_token(text: str, key: str, source: str, used: Sequence[_Used | None])
                 "file twice (each then takes tokens after the other's) or two different texts"
             )
     return first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What a model is asked, and what something is chosen or fitted on.
+
+    questions: those of SEARCH and REPORT, by role. search_text: what candidates are judged on, and the number of its
+    first token. calibration: what something is chosen or fitted on, such a text or prompts.
+    """
+
+    questions: dict[str, QuestionSet] = field(default_factory=dict)
+    subsets: list[Subset] = field(default_factory=list)
+    tasks: dict[str, Task] = field(default_factory=dict)
+    search_text: tuple[str, int] | None = None
+    calibration: tuple[str, int] | QuestionSet | None = None
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        more = [SUBSETS] if self.subsets else []
+        more += [] if self.search_text is None else [SEARCH_TEXT]
+        more += [] if self.calibration is None else [CALIBRATION]
+        return (*self.questions, *more, *map(task_role, self.tasks))
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """The identity of every set of prompts and of every text; the driver's and the workers' must be the same."""
+        sets = {
+            **self.questions,
+            **{f"{subset.name}/{subset.language}": subset.questions for subset in self.subsets},
+            **{task_role(name): task for name, task in self.tasks.items()},
+            SEARCH_TEXT: self.search_text,
+            CALIBRATION: self.calibration,
+        }
+        return {
+            name: text_hash(of[0]) if isinstance(of, tuple) else of.identity
+            for name, of in sets.items()
+            if of is not None
+        }
+
+
+def read_material(config: Config, roles: Sequence[str]) -> Material:
+    """Everything that roles (SEARCH, REPORT, SEARCH_TEXT, SUBSETS, CALIBRATION, tasks') need; SEARCH has SEARCH_TEXT
+    with it where the search asks for one. Raises DataError, ConfigError."""
+    questions = {role: read_questions(config, role) for role in roles if role in (SEARCH, REPORT)}
+    subsets = read_subsets(config) if SUBSETS in roles else []
+    search_text = read_search_text(config) if {SEARCH, SEARCH_TEXT} & set(roles) else None
+    calibration: tuple[str, int] | QuestionSet | None = None
+    if CALIBRATION in roles:
+        calibration = read_calibration_text(config) or questions.get(SEARCH) or read_questions(config, SEARCH)
+    return Material(
+        questions=questions,
+        subsets=subsets,
+        tasks=read_tasks(config, roles),
+        search_text=search_text,
+        calibration=calibration,
+    )

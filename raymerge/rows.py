@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from raymerge.questions import QuestionSet
 from raymerge.schemas import SCHEMAS, TASK_MEASURES, TEXT_SPLIT
 from raymerge.statistics import MeanInterval, answer_nll, holm, mcnemar, paired_difference, ratio_interval
 from raymerge.tasks import Task
+from raymerge.texts import text_hash
 
 Row = dict[str, Any]
 
@@ -223,11 +223,6 @@ def position_rows(plan_id: str, losses: TextLosses) -> list[Row]:
         for bucket, loss, count in zip(_POSITIONS[:-1], found.nll.sum(0), found.tokens.sum(0), strict=True)
         if count
     ]
-
-
-def text_hash(text: str) -> str:
-    """16 hex digits of SHA-256 over a text's UTF-8."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def cost_row(plan: MergePlan, plan_id: str, checkpoint: Checkpoint, quantise: str = "none") -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -40,6 +41,11 @@ def read_plain_text(source: str, key: str) -> str:
             f"{key} = {source!r} cannot be read as UTF-8 text, parquet or JSON lines: {error}. A file of the hub is "
             "named OWNER/NAME:FILE"
         ) from error
+
+
+def text_hash(text: str) -> str:
+    """16 hex digits of SHA-256 over a text's UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _joined(table: pa.Table, source: str, key: str) -> str:

@@ -22,7 +22,7 @@ from raymerge.activations import ActivationCache, Activations, distinct_samples,
 from raymerge.alignment import REORDERED, Aligner, Permutations
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
-from raymerge.context import RetrievalSet, TextLosses, position_nll, retrieval_prompts, retrieve, usable_distances
+from raymerge.context import TextLosses, position_nll, retrieve
 from raymerge.device import choose_device, device_memory, device_name, is_accelerator, lean_heap, release_cached
 from raymerge.errors import UserError
 from raymerge.evaluation import Answers, answer_shard, generation_speed, score_choices, text_nll
@@ -30,32 +30,14 @@ from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
 from raymerge.gradient import descend, descent_settings, loss_weights
 from raymerge.identity import digest
-from raymerge.inputs import (
-    CALIBRATION,
-    REPORT,
-    RETRIEVAL,
-    SEARCH,
-    SEARCH_TEXT,
-    SUBSETS,
-    TEXT,
-    Subset,
-    calibration_questions,
-    read_calibration_text,
-    read_questions,
-    read_search_text,
-    read_subsets,
-    read_tasks,
-    read_text,
-    task_role,
-)
+from raymerge.inputs import CALIBRATION, SEARCH, questions_to_match_on, read_material
 from raymerge.memory import MemoryPlanError
 from raymerge.objectives import parse_objective, score_answers, score_text
 from raymerge.plan import MergePlan, base_plan
-from raymerge.prompts import ChoicePrompts, Prompts, Shard, encode_questions, encode_task, encode_text
-from raymerge.questions import QuestionSet
 from raymerge.refit import Refitter, Sums
 from raymerge.reliability import Study, study
-from raymerge.rows import EDGES, text_hash
+from raymerge.role_prompts import RolePrompts
+from raymerge.rows import EDGES
 from raymerge.scoring import TailScorer
 from raymerge.sensitivity import recipe_of, vary
 from raymerge.similarity import compute
@@ -132,17 +114,12 @@ class ModelWorker:
         model = config.model
         device = choose_device(config.workers.gpus_per_worker)
         dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
-        self.config, self.template, self.cache, self._shards_wanted = config, template, Path(cache), shards
+        self.config, self.template, self.cache = config, template, Path(cache)
         self.checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-        self.questions = {role: read_questions(config, role) for role in roles if role in (SEARCH, REPORT)}
-        self.tasks = {name: task for name, task in read_tasks(config).items() if task_role(name) in roles}
-        self.subsets: list[Subset] = read_subsets(config) if SUBSETS in roles else []
-        self.search_text = read_search_text(config) if {SEARCH, SEARCH_TEXT} & set(roles) else None
-        self._calibrates = CALIBRATION in roles
-        self.calibration_text = read_calibration_text(config) if self._calibrates else None
-        wanted = self._calibrates and self.calibration_text is None
-        self._calibration = calibration_questions(config, self.questions, self.subsets, wanted=wanted)
-        data = "" if self._calibration is None else self._calibration.identity
+        self.material = read_material(config, roles)
+        self.prompts = RolePrompts(config, self.material, self.checkpoint, shards=shards)
+        self._matched_on = questions_to_match_on(config, self.material)
+        data = "" if self._matched_on is None else self._matched_on.identity
         self.aligner = Aligner(self.checkpoint, self.cache, device=device, units=self._units, data=data)
         if is_accelerator(device):
             refuse_oversized(self.checkpoint, dtype or self.checkpoint.dtype, template, device_memory(device).free)
@@ -153,11 +130,10 @@ class ModelWorker:
         exact = self.runner
         if model.quantise != "none":
             exact = LayerRunner(self.checkpoint, device=device, dtype=dtype, aligner=self.aligner)
-        self.refitter = Refitter(exact, self.cache, (lambda: self.calibration_shards) if self._calibrates else None)
+        calibrates = self.material.calibration is not None
+        self.refitter = Refitter(exact, self.cache, (lambda: self.prompts.calibration) if calibrates else None)
         self.runner.refits = self.refitter.tensors
         self._trunks = {first: TrunkCache(self.runner, first, self.cache) for first in sorted(firsts)}
-        self._prompts: dict[str, Prompts] = {}
-        self._choices: dict[str, ChoicePrompts] = {}
         self._scorers: dict[tuple[str, int], TailScorer] = {}
         self._sources: dict[int, SourceLayers] = {}
 
@@ -169,17 +145,8 @@ class ModelWorker:
             "device": device_name(self.runner.device),
             "dtype": str(self.runner.dtype).removeprefix("torch."),
             "model_identity": self.checkpoint.identity,
-            "data_identities": {role: questions.identity for role, questions in self.questions.items()}
-            | {f"{subset.name}/{subset.language}": subset.questions.identity for subset in self.subsets}
-            | {task_role(name): task.identity for name, task in self.tasks.items()}
-            | ({} if self.search_text is None else {SEARCH_TEXT: text_hash(self.search_text[0])})
-            | ({CALIBRATION: self._calibration_identity} if self._calibrates else {}),
+            "data_identities": self.material.identities,
         }
-
-    @property
-    def _calibration_identity(self) -> str:
-        text = self.calibration_text
-        return self._calibration.identity if text is None else text_hash(text[0])
 
     def run(self, task: tuple[str, Any]) -> Any:
         """Do a task (method name, its argument), so that a pool can mix kinds of work in one pass."""
@@ -188,85 +155,18 @@ class ModelWorker:
 
     # -- prompts and the trunk ----------------------------------------------------------------------------------
 
-    def prompts(self, role: str) -> Prompts:
-        """The tokenised questions of a role."""
-        if role not in self._prompts:
-            self._prompts[role] = self._encode(self.questions[role])
-        return self._prompts[role]
-
-    def _encode(self, questions: QuestionSet) -> Prompts:
-        options = {"add_bos": self.config.model.add_bos, "shards": self._shards_wanted}
-        return encode_questions(questions, self.checkpoint.tokenizer, **options)
-
-    def _encode_text(self, text: str, start: int, limit: int | None) -> tuple[Shard, ...]:
-        options = {"add_bos": self.config.model.add_bos, "limit": limit, "start": start}
-        return encode_text(text, self.checkpoint.tokenizer, **options)
-
-    def choice_prompts(self, role: str) -> ChoicePrompts:
-        """The tokenised task of a role, which is a task's."""
-        if role not in self._choices:
-            (task,) = [task for name, task in self.tasks.items() if task_role(name) == role]
-            options = {"add_bos": self.config.model.add_bos, "shards": self._shards_wanted}
-            self._choices[role] = encode_task(task, self.checkpoint.tokenizer, **options)
-        return self._choices[role]
-
-    @cached_property
-    def text_shards(self) -> tuple[Shard, ...]:
-        """The plain text as windows of tokens; none without a text."""
-        text = read_text(self.config)
-        if text is None:
-            return ()
-        return self._encode_text(text, 0, self.config.data.perplexity_tokens)
-
-    @cached_property
-    def search_text_shards(self) -> tuple[Shard, ...]:
-        """The plain text that candidates are judged on; none where the search asks for none."""
-        if self.search_text is None:
-            return ()
-        return self._encode_text(*self.search_text, self.config.search.text_tokens)
-
-    @cached_property
-    def calibration_shards(self) -> tuple[Shard, ...]:
-        """What something is chosen or fitted on: the calibration text, or shards of the search questions' prompts."""
-        settings = self.config.calibration
-        if self.calibration_text is not None:
-            return self._encode_text(*self.calibration_text, settings.tokens)
-        shards = self._encode(self._calibration).shards
-        chosen, tokens = [], 0
-        for number in np.random.default_rng(settings.seed).permutation(len(shards)):
-            if not chosen or tokens + shards[number].tokens <= settings.tokens:
-                chosen.append(int(number))
-                tokens += shards[number].tokens
-        return tuple(shards[number] for number in sorted(chosen))
-
-    def shards(self, of: str) -> tuple[Shard, ...]:
-        """The shards of a role's questions or task, of a plain text (TEXT, SEARCH_TEXT), of the calibration section
-        (CALIBRATION), or of the key-value prompts (RETRIEVAL)."""
-        if of in map(task_role, self.tasks):
-            return self.choice_prompts(of).shards
-        if of == RETRIEVAL:
-            return self.retrieval_set.shards
-        if of == CALIBRATION:
-            return self.calibration_shards
-        if of == SEARCH_TEXT:
-            return self.search_text_shards
-        return self.text_shards if of == TEXT else self.prompts(of).shards
-
     def shard_tokens(self, of: str) -> list[int]:
         """Tokens of each shard, so that the largest can be handed out first."""
-        return [shard.tokens for shard in self.shards(of)]
+        return [shard.tokens for shard in self.prompts.shards(of)]
 
     def shard_rows(self, of: str) -> list[list[int]]:
         """The questions of a role (or a task's items) that each shard holds, ascending."""
-        if of in map(task_role, self.tasks):
-            prompts = self.choice_prompts(of)
-            return [prompts.items(shard).tolist() for shard in prompts.shards]
-        return [sorted(row for group in shard.groups for row in group.rows) for shard in self.shards(of)]
+        return self.prompts.shard_rows(of)
 
     def compute_trunk(self, item: tuple[str, int]) -> int:
         """Make sure that the trunk's states of one shard (of a role or the text) are on disk; its tokens."""
         of, number = item
-        shard = self.shards(of)[number]
+        shard = self.prompts.shards(of)[number]
         compute_trunks(list(self._trunks.values()), shard)
         return shard.tokens
 
@@ -282,7 +182,7 @@ class ModelWorker:
 
     def _units(self, layer: int) -> torch.Tensor:
         """MLP units (tokens, n) of an unmerged layer on calibration prompts: the first shard of theirs."""
-        shard = self._encode(self._calibration).shards[0]
+        shard = self.prompts.encode(self._matched_on).shards[0]
         entering = TrunkCache(self.runner, layer, self.cache)
         # From the deepest states that are on disk already.
         compute_trunks([*(trunk for first, trunk in self._trunks.items() if first < layer), entering], shard)
@@ -309,7 +209,7 @@ class ModelWorker:
         return self._scorers[key]
 
     def _new_scorer(self, role: str, trunk: TrunkCache) -> TailScorer:
-        make = partial(TailScorer, trunk, self.prompts(role), sources=self._sources_of(trunk.first))
+        make = partial(TailScorer, trunk, self.prompts.of(role), sources=self._sources_of(trunk.first))
         try:
             return make()
         except MemoryPlanError:
@@ -343,7 +243,7 @@ class ModelWorker:
         options = {"name": "candidate", "kind": "found"}
         plans = [self.template.with_flat_alphas(alphas, (), **options) for alphas in candidates]
         moved = any(len(alphas) > len(self.template.steps) for alphas in candidates)
-        asked = SEARCH in self.questions
+        asked = SEARCH in self.material.questions
         scorer = self._scorer(SEARCH, self.template) if asked and plans and not moved else None
         if not asked:
             found = (None for _ in plans)
@@ -379,7 +279,7 @@ class ModelWorker:
                 on_epoch=lambda _, state, path=path: write_tensors(path, state, "the descent"),
             )
             logits = None
-            if SEARCH in self.questions:
+            if SEARCH in self.material.questions:
                 logits = next(loss.scorer.score_many([found.plan])).numpy()
             result = {**self._judged(found.plan, logits), **_taken(began)}
             result |= {"alphas": found.plan.flat_alphas, "history": found.history}
@@ -389,7 +289,7 @@ class ModelWorker:
 
     def _tail_loss(self, start: MergePlan) -> TailLoss:
         weights = loss_weights(self.config)
-        asked = SEARCH in self.questions
+        asked = SEARCH in self.material.questions
         return TailLoss(
             self._scorer(SEARCH, self.template) if asked else None,
             start,
@@ -404,7 +304,7 @@ class ModelWorker:
         settings = self.config.gradient
         return TextWindows(
             self._trunks[self.template.resumes_at],
-            self.search_text_shards,
+            self.prompts.search_text,
             reference=settings.text_kl > 0,
             windows=settings.text_windows,
             positions=settings.text_positions,
@@ -413,7 +313,7 @@ class ModelWorker:
     def judge(self, plan: MergePlan) -> tuple[dict[str, Any], Answers | None]:
         """Judge any plan as `score` does a candidate; its result without seconds, and its answers where questions are
         asked."""
-        if SEARCH not in self.questions:
+        if SEARCH not in self.material.questions:
             return self._judged(plan, None), None
         answers = self.answers((plan, SEARCH, None, False))
         return self._judged(plan, answers.logits), answers
@@ -423,14 +323,14 @@ class ModelWorker:
         if logits is None:
             found = score_text(settings.objective, self.search_text_nll(plan), ceiling=settings.perplexity_ceiling)
             return {**found._asdict(), "n_questions": 0}
-        questions = self.questions[SEARCH].questions
+        questions = self.material.questions[SEARCH].questions
         score = score_answers(
             settings.objective,
             logits,
-            self.prompts(SEARCH).answers,
+            self.prompts.of(SEARCH).answers,
             [question.subject for question in questions],
             reference=self.reference if parse_objective(settings.objective).needs_reference else None,
-            text_nll=None if self.search_text is None else self.search_text_nll(plan),
+            text_nll=None if self.material.search_text is None else self.search_text_nll(plan),
             ceiling=settings.perplexity_ceiling,
         )
         return {**score._asdict(), "n_questions": len(questions)}
@@ -443,7 +343,7 @@ class ModelWorker:
     def search_text_nll(self, plan: MergePlan) -> float:
         """Mean NLL (nats) of the search text's tokens under a merged model, from the trunk's states."""
         trunk = self._trunk_of(plan)
-        parts = [text_nll(self.runner, plan, shard, trunk=trunk) for shard in self.search_text_shards]
+        parts = [text_nll(self.runner, plan, shard, trunk=trunk) for shard in self.prompts.search_text]
         return sum(nll for nll, _ in parts) / sum(tokens for _, tokens in parts)
 
     def answers(self, item: tuple[MergePlan, str, int | None, bool]) -> Answers:
@@ -452,7 +352,7 @@ class ModelWorker:
         Without a shard number, and where the plan collapses all after the trunk into one layer, the scorer answers.
         """
         plan, role, number, prompt_nll = item
-        prompts = self.prompts(role)
+        prompts = self.prompts.of(role)
         if number is not None:
             shard = prompts.shards[number]
             return answer_shard(self.runner, plan, prompts, shard, trunk=self._trunk_of(plan), prompt_nll=prompt_nll)
@@ -468,7 +368,7 @@ class ModelWorker:
         """The items (n,) in one shard of a task, and the log-likelihoods (nats) under a merged model of all their
         choices, one item after the other: (plan, the task's role, shard)."""
         plan, role, number = item
-        prompts = self.choice_prompts(role)
+        prompts = self.prompts.choices(role)
         shard = prompts.shards[number]
         _, found = score_choices(self.runner, plan, prompts, shard, trunk=self._trunk_of(plan))
         return prompts.items(shard), found
@@ -477,7 +377,7 @@ class ModelWorker:
         """Losses of one shard of the plain text under a merged model."""
         plan, number = item
         trunk = self._trunk_of(plan)
-        return position_nll(self.runner, plan, self.text_shards[number], trunk=trunk, edges=EDGES)
+        return position_nll(self.runner, plan, self.prompts.text[number], trunk=trunk, edges=EDGES)
 
     def receipts(self, plan: MergePlan) -> list[Receipt]:
         """What a plan changes, tensor by tensor."""
@@ -485,21 +385,9 @@ class ModelWorker:
             self.checkpoint, self.checkpoint.architecture, plan, aligner=self.aligner, refits=self.refitter.tensors
         )
 
-    @cached_property
-    def retrieval_set(self) -> RetrievalSet:
-        """Key-value prompts at the distances of the sweep section that this model can be asked about."""
-        settings = self.config.sweep
-        return retrieval_prompts(
-            self.checkpoint.tokenizer,
-            distances=usable_distances(self.checkpoint, settings.distances),
-            per_distance=settings.retrieval_prompts,
-            seed=self.config.data.seed,
-            add_bos=self.config.model.add_bos,
-        )
-
     def retrieval(self, plan: MergePlan) -> tuple[np.ndarray, np.ndarray]:
         """(distances (n,), whether the merged model found the value (n,) bool) of every key-value prompt."""
-        prompts, trunk = self.retrieval_set, self._trunk_of(plan)
+        prompts, trunk = self.prompts.retrieval, self._trunk_of(plan)
         parts = [retrieve(self.runner, plan, prompts, shard, trunk=trunk) for shard in prompts.shards]
         rows = np.concatenate([part.rows for part in parts])
         return prompts.distances[rows], np.concatenate([part.correct for part in parts])
@@ -521,12 +409,12 @@ class ModelWorker:
 
     def state_distances(self, number: int) -> tuple[np.ndarray, np.ndarray, int]:
         """Distances between the states of every two depths, summed over one shard of the calibration."""
-        return state_distances(self.runner, self.shards(CALIBRATION)[number])
+        return state_distances(self.runner, self.prompts.shards(CALIBRATION)[number])
 
     def calibration_nll(self, item: tuple[MergePlan, int]) -> tuple[float, int]:
         """Summed NLL (nats) and scored tokens of one shard of the calibration text under a merged model."""
         plan, number = item
-        return text_nll(self.runner, plan, self.shards(CALIBRATION)[number], trunk=self._trunk_of(plan))
+        return text_nll(self.runner, plan, self.prompts.shards(CALIBRATION)[number], trunk=self._trunk_of(plan))
 
     def refit_prepare(self, item: tuple[MergePlan, int]) -> int:
         """Make sure that the states which a plan is fitted to are on disk for one calibration shard; its tokens."""
@@ -565,7 +453,7 @@ class ModelWorker:
     def activations(self, number: int, plan: MergePlan | None = None) -> Activations:
         """Activations of subset `number` of the similarity section, collected or read from the cache."""
         settings = self.config.similarity
-        cache, shards = ActivationCache(self.cache), self._encode(self.subsets[number].questions).shards
+        cache, shards = ActivationCache(self.cache), self.prompts.encode(self.material.subsets[number].questions).shards
         return cache.get(self.runner, shards, pooling=settings.pooling, max_tokens=settings.max_tokens, plan=plan)
 
     def similarity(self, number: int) -> tuple[Study, Activations, int]:
@@ -581,7 +469,7 @@ class ModelWorker:
             random_state=settings.seed,
         )
         kept = settings.max_tokens if settings.pooling == "sequence" else None
-        shards = self._encode(self.subsets[number].questions).shards
+        shards = self.prompts.encode(self.material.subsets[number].questions).shards
         return result, replace(found, states=None), distinct_samples(shards, max_tokens=kept)
 
     def similarity_after(self, item: tuple[int, MergePlan]) -> np.ndarray:
@@ -592,6 +480,6 @@ class ModelWorker:
 
     def sensitivity(self, number: int) -> list[dict[str, Any]]:
         """How one subset's matrix, and the plans that it chooses, depend on each setting: rows of `sensitivity`."""
-        subset, found = self.subsets[number], self.activations(number)
+        subset, found = self.material.subsets[number], self.activations(number)
         rows = vary(self.config.similarity, self.config.sensitivity, found.distances, found.states)
         return [{"subset": subset.name, "language": subset.language, **row} for row in rows]

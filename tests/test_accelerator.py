@@ -88,9 +88,9 @@ def answers_of(settings, cache, merges, *, gpus):
     assert (worker.describe()["device"] == "cpu") == (gpus == 0)
     found = {}
     for plan in plans_of(n_layers, merges, middle):
-        parts = [worker.answers((plan, REPORT, number, True)) for number in range(len(worker.shards(REPORT)))]
+        parts = [worker.answers((plan, REPORT, number, True)) for number in range(len(worker.prompts.shards(REPORT)))]
         answers = Answers.join(parts)
-        losses = [worker.text_nll((plan, number)) for number in range(len(worker.shards(TEXT)))]
+        losses = [worker.text_nll((plan, number)) for number in range(len(worker.prompts.shards(TEXT)))]
         changes = [receipt.relative_change for receipt in worker.receipts(plan)]
         found |= {
             f"logits of {plan.name}": answers.logits,
@@ -223,8 +223,8 @@ def test_every_plan_of_memory_gives_the_same_answers(tmp_path, how):
     plans = [worker.template.with_flat_alphas(vector, (), name="x", kind="found") for vector in vectors]
     trunk = worker._trunk_of(worker.template)
     options = {"fused_dtype": torch.float32}  # unrounded, so that keys may be summed
-    expected = list(TailScorer(trunk, worker.prompts(SEARCH), **options).score_many(plans))
-    found = list(TailScorer(trunk, worker.prompts(SEARCH), plan=how, **options).score_many(plans))
+    expected = list(TailScorer(trunk, worker.prompts.of(SEARCH), **options).score_many(plans))
+    found = list(TailScorer(trunk, worker.prompts.of(SEARCH), plan=how, **options).score_many(plans))
     compare({"candidates": torch.cat(found).numpy()}, {"candidates": torch.cat(expected).numpy()}, FLOAT32)
 
 

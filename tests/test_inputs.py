@@ -9,7 +9,8 @@ from raymerge.config import ConfigError, load_config
 from raymerge.inputs import (
     REPORT,
     SEARCH,
-    calibration_questions,
+    Material,
+    questions_to_match_on,
     read_calibration_text,
     read_questions,
     read_search_text,
@@ -238,4 +239,4 @@ def test_reports_leave_out_what_the_similarity_has_seen(mmlu, tmp_path):
 def test_activations_asked_for_without_questions_stop_no_evaluation():
     """A worker refused `evaluate --mmlu none` under a configuration with them: "only evaluate can do without"."""
     for asked in ("plan.alignment=activations", "sweep.alignments=[activations]"):
-        assert calibration_questions(load_config(None, ["data.mmlu=null", asked]), {}) is None
+        assert questions_to_match_on(load_config(None, ["data.mmlu=null", asked]), Material()) is None

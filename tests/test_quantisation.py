@@ -96,10 +96,10 @@ def test_trunk_scorer_and_whole_model_answer_as_one_quantised_model(tmp_path):
     config_values = worker.checkpoint.config.to_dict() | {"num_hidden_layers": len(plan.kept)}
     model = type(tiny.random_model(CONFIG))(type(worker.checkpoint.config).from_dict(config_values)).float().eval()
     model.load_state_dict({name: state[name] for name in model.state_dict()})
-    groups = [group for shard in worker.prompts(SEARCH).shards for group in shard.groups]
+    groups = [group for shard in worker.prompts.of(SEARCH).shards for group in shard.groups]
     rows = [row for group in groups for row in group.rows]
     prompts = [np.concatenate([group.prefix, ids]) for group in groups for ids in group.sequences]
-    logits, _, _ = tiny.plain_answers(model, prompts, worker.prompts(SEARCH).letters)
+    logits, _, _ = tiny.plain_answers(model, prompts, worker.prompts.of(SEARCH).letters)
     np.testing.assert_allclose(found[rows], logits, atol=1e-3)
     plain = ModelWorker(load_config(None, options[1:]), firsts=[template.resumes_at], **common)
     assert np.abs(plain.answers((plan, SEARCH, None, False)).logits - found).max() > 1e-2

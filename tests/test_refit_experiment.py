@@ -74,12 +74,13 @@ def test_fits_of_several_workers_are_those_of_one(run, tmp_path):
     refit = refit_of(config, read_inputs(config, (CALIBRATION,)), "linear")
     plan = replace(drop_block_plan(worker.checkpoint.n_layers, 8, 6), refit=refit)
     assert plan.plan_id(worker.checkpoint.identity) == plan_ids["drop_block", "linear"]
-    (shard,) = worker.shards(TEXT)
+    (shard,) = worker.prompts.shards(TEXT)
     nll, tokens = text_nll(worker.runner, plan, shard)
     assert math.exp(nll / tokens) == pytest.approx(reported[plan_ids["drop_block", "linear"]], rel=1e-3)
     # Calibrated on the tokens after those that are reported on.
-    text = worker.checkpoint.tokenizer(worker.calibration_text[0], add_special_tokens=False)["input_ids"]
-    used = np.concatenate([ids for s in worker.shards(CALIBRATION) for group in s.groups for ids in group.sequences])
+    text = worker.checkpoint.tokenizer(worker.material.calibration[0], add_special_tokens=False)["input_ids"]
+    groups = [group for shard in worker.prompts.shards(CALIBRATION) for group in shard.groups]
+    used = np.concatenate([ids for group in groups for ids in group.sequences])
     assert len(used) == 2500 and sorted(used.tolist()) == sorted(text[300:2800])
 
 
@@ -97,7 +98,7 @@ def test_a_search_fits_what_it_found_and_saves_it(ray_session, tmp_path):
     reported = {row["plan_id"]: row["nll"] for row in best if row["target"] == "text"}
     worker = ModelWorker(load_config(None, SETTINGS), roles=(), cache=tmp_path / "other")
     runner = LayerRunner(merged)
-    (shard,) = worker.shards(TEXT)
+    (shard,) = worker.prompts.shards(TEXT)
     nll, tokens = text_nll(runner, base_plan(merged.n_layers), shard)
     assert nll / tokens == pytest.approx(reported[saved["plan_id"]], rel=1e-4)
     assert merged.n_layers == base.n_layers - 3

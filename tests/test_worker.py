@@ -42,13 +42,17 @@ def whole(tmp_path_factory):
     return ModelWorker(CONFIG, roles=ROLES, cache=tmp_path_factory.mktemp("whole"))
 
 
+def whole_answers(whole, plan):
+    return Answers.join(whole.answers((plan, SEARCH, n, False)) for n in range(len(whole.prompts.shards(SEARCH))))
+
+
 def test_scores_are_those_of_the_answers_of_the_whole_merged_model(worker, whole):
     alphas = [0.3, 0.9, 0.5, 0.7, 0.4]
     (result,) = worker.score([alphas])
     plan = tail_plan(worker.checkpoint.n_layers, alphas, name="x", kind="found")
-    answers = Answers.join(whole.answers((plan, SEARCH, number, False)) for number in range(len(whole.shards(SEARCH))))
-    subjects = [question.subject for question in worker.questions[SEARCH].questions]
-    expected = score_answers("answer_nll", answers.logits, worker.prompts(SEARCH).answers, subjects)
+    answers = whole_answers(whole, plan)
+    subjects = [question.subject for question in worker.material.questions[SEARCH].questions]
+    expected = score_answers("answer_nll", answers.logits, worker.prompts.of(SEARCH).answers, subjects)
     assert result["value"] == pytest.approx(expected.value, abs=1e-5)
     assert result["n_questions"] == len(subjects)
     np.testing.assert_allclose(result["logits"], answers.logits, atol=2e-4)
@@ -70,17 +74,15 @@ def test_candidates_are_judged_on_letters_text_and_ceiling(whole, tmp_path):
         return worker, *worker.score([alphas])
 
     worker, result = judged(tmp_path)
-    ids = np.concatenate([ids for shard in whole.shards(TEXT) for group in shard.groups for ids in group.sequences])
-    (shard,) = worker.shards(SEARCH_TEXT)
+    groups = [group for shard in whole.prompts.shards(TEXT) for group in shard.groups]
+    ids = np.concatenate([ids for group in groups for ids in group.sequences])
+    (shard,) = worker.prompts.shards(SEARCH_TEXT)
     (searched,) = shard.groups[0].sequences
-    text = whole.checkpoint.tokenizer(worker.search_text[0], add_special_tokens=False)["input_ids"]
+    text = whole.checkpoint.tokenizer(worker.material.search_text[0], add_special_tokens=False)["input_ids"]
     # The tokens that follow the 1,300 reported on.
     assert searched.tolist() == text[1300:1500] and sorted(ids.tolist()) == sorted(text[:1300])
     loss, tokens = text_nll(whole.runner, plan, shard)
-    merged, base = (
-        Answers.join(whole.answers((each, SEARCH, number, False)) for number in range(len(whole.shards(SEARCH))))
-        for each in (plan, base_plan(n_layers))
-    )
+    merged, base = (whole_answers(whole, each) for each in (plan, base_plan(n_layers)))
     kl = answer_kl(base.logits, merged.logits).mean()
     assert kl > 1e-3 and result["value"] == pytest.approx(kl + 0.1 * loss / tokens, abs=1e-5)
     assert result["perplexity"] == pytest.approx(np.exp(loss / tokens), rel=1e-5)
@@ -89,7 +91,7 @@ def test_candidates_are_judged_on_letters_text_and_ceiling(whole, tmp_path):
     assert control["value"] == pytest.approx(result["value"], abs=1e-6) and len(answers.rows) == result["n_questions"]
     _, penalised = judged(tmp_path, f"search.perplexity_ceiling={0.9 * result['perplexity']}")
     assert penalised["value"] > 5 and penalised["nll"] == pytest.approx(result["nll"], abs=1e-6)
-    assert SEARCH_TEXT in worker.describe()["data_identities"] and not whole.shards(SEARCH_TEXT)
+    assert SEARCH_TEXT in worker.describe()["data_identities"] and not whole.prompts.shards(SEARCH_TEXT)
 
 
 @pytest.mark.parametrize("alignment", ["neurons", "activations"])
@@ -105,7 +107,7 @@ def test_aligned_plans_are_answered_alike_with_and_without_a_trunk(worker, whole
 
 def test_text_and_base_model_do_not_depend_on_the_trunk(worker, whole):
     base = base_plan(worker.checkpoint.n_layers)
-    shards = range(len(worker.shards(TEXT)))
+    shards = range(len(worker.prompts.shards(TEXT)))
     with_trunk = [worker.text_nll((base, number)) for number in shards]
     without = [whole.text_nll((base, number)) for number in shards]
     np.testing.assert_allclose([part.nll for part in with_trunk], [part.nll for part in without], rtol=1e-6)
@@ -116,7 +118,7 @@ def test_text_and_base_model_do_not_depend_on_the_trunk(worker, whole):
 def test_trunk_states_are_computed_once(worker):
     worker.compute_trunk((REPORT, 0))
     (trunk,) = worker._trunks.values()
-    path = trunk.path(worker.shards(REPORT)[0])
+    path = trunk.path(worker.prompts.shards(REPORT)[0])
     written = path.stat().st_mtime_ns
     assert worker.compute_trunk((REPORT, 0)) == worker.shard_tokens(REPORT)[0]
     assert path.stat().st_mtime_ns == written
@@ -126,7 +128,7 @@ def test_a_worker_tells_what_it_holds(worker):
     described = worker.describe()
     assert described["device"] == "cpu" and described["dtype"] == "float32"
     assert described["model_identity"] == worker.checkpoint.identity
-    assert described["data_identities"][SEARCH] == worker.questions[SEARCH].identity
+    assert described["data_identities"][SEARCH] == worker.material.questions[SEARCH].identity
 
 
 def test_a_block_s_first_layer_moves_a_candidate_and_each_starts_at_its_own_states(whole, tmp_path):
@@ -138,7 +140,7 @@ def test_a_block_s_first_layer_moves_a_candidate_and_each_starts_at_its_own_stat
     for result, first in zip(results, (2, 9, 2), strict=True):
         plan = block_plan(n_layers, first, alphas, name="x", **options)
         assert worker._trunk_of(plan).first == first
-        answers = Answers.join(whole.answers((plan, SEARCH, n, False)) for n in range(len(whole.shards(SEARCH))))
+        answers = whole_answers(whole, plan)
         np.testing.assert_allclose(result["logits"], answers.logits, atol=2e-4)
     assert results[0]["value"] == pytest.approx(results[2]["value"], abs=1e-6)
     assert abs(results[0]["value"] - results[1]["value"]) > 1e-3
@@ -147,8 +149,8 @@ def test_a_block_s_first_layer_moves_a_candidate_and_each_starts_at_its_own_stat
 def test_calibration_is_on_tokens_of_its_own_and_its_loss_does_not_depend_on_the_trunk(whole, tmp_path):
     settings = ["data.perplexity_tokens=1300", "calibration.text=demo", "calibration.tokens=200"]
     worker = ModelWorker(load_config(None, settings), roles=(CALIBRATION,), cache=tmp_path, firsts=[4])
-    (shard,) = worker.shards(CALIBRATION)
-    text = whole.checkpoint.tokenizer(worker.calibration_text[0], add_special_tokens=False)["input_ids"]
+    (shard,) = worker.prompts.shards(CALIBRATION)
+    text = whole.checkpoint.tokenizer(worker.material.calibration[0], add_special_tokens=False)["input_ids"]
     assert shard.groups[0].sequences[0].tolist() == text[1300:1500]
     plan = drop_block_plan(whole.checkpoint.n_layers, 4, 3)
     assert worker.calibration_nll((plan, 0)) == pytest.approx(text_nll(whole.runner, plan, shard), rel=1e-6)
@@ -161,9 +163,9 @@ def test_without_a_text_calibration_takes_prompts_of_the_search(whole, tmp_path)
     for tokens in (10, 4000, 10**6):
         config = CONFIG.model_copy(update={"calibration": CONFIG.calibration.model_copy(update={"tokens": tokens})})
         worker = ModelWorker(config, roles=(CALIBRATION,), cache=tmp_path)
-        found[tokens] = worker.shards(CALIBRATION)
-        assert CALIBRATION in worker.describe()["data_identities"] and not worker.questions
-    every = {shard.identity for shard in whole.shards(SEARCH)}
+        found[tokens] = worker.prompts.shards(CALIBRATION)
+        assert CALIBRATION in worker.describe()["data_identities"] and not worker.material.questions
+    every = {shard.identity for shard in whole.prompts.shards(SEARCH)}
     assert len(found[10]) == 1 and {shard.identity for shard in found[10**6]} == every
     assert all(shard.identity in every for shard in found[4000])
     assert sum(shard.tokens for shard in found[4000]) <= max(4000, found[10][0].tokens)

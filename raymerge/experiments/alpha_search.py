@@ -166,11 +166,6 @@ def _searched_starts(config: Config, start: MergePlan) -> list[int]:
     return allowed_starts(plan, start.n_layers, len(start.steps))
 
 
-def _prompts_identity(inputs: Inputs) -> str:
-    """Of the prompts that neurons are matched on by activations, as the workers name it; "" where there are none."""
-    return inputs.questions[SEARCH].identity if SEARCH in inputs.questions else ""
-
-
 class _Search:
     """One run of the alpha search: its inputs, where results go, and the pool while it is open."""
 
@@ -200,7 +195,7 @@ class _Search:
             templates.append(drop_plan(start.n_layers, len(start.steps)))
         self.firsts = tuple(sorted({template.resumes_at for template in templates}))
         self.facts: dict[str, Any] = {}
-        self.aligner = Aligner(inputs.checkpoint, Path(cache), data=_prompts_identity(inputs))
+        self.aligner = Aligner(inputs.checkpoint)  # told what the workers have matched
 
     def _candidate(self, alphas: Sequence[float], name: str = "candidate", kind: str = "found") -> MergePlan:
         matrices = self.inputs.checkpoint.architecture.matrices

@@ -8,80 +8,33 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import raymerge
-from raymerge import rows
 from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config, ConfigError
 from raymerge.identity import digest
-from raymerge.inputs import (
-    CALIBRATION,
-    REPORT,
-    SEARCH,
-    SEARCH_TEXT,
-    SUBSETS,
-    TEXT,
-    Subset,
-    calibration_questions,
-    read_calibration_text,
-    read_questions,
-    read_search_text,
-    read_subsets,
-    read_tasks,
-    read_text,
-    task_role,
-)
+from raymerge.inputs import SEARCH_TEXT, TEXT, Material, read_material, read_text, task_role
 from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool, cluster_resources, plan_workers, start_ray
 from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
-from raymerge.questions import QuestionSet
 from raymerge.tables import RunDirectory
-from raymerge.tasks import Task
+from raymerge.texts import text_hash
 from raymerge.worker import ModelWorker
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What an experiment reads before it writes anything. text: what is reported on; search_text: what candidates are
-    judged on, and the number of its first token; calibration: what is chosen or fitted on, such a text or prompts."""
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Material):
+    """What an experiment reads before it writes anything. text: the plain text that is reported on."""
 
     checkpoint: Checkpoint
-    questions: dict[str, QuestionSet]
-    subsets: list[Subset]
-    text: str | None
-    search_text: tuple[str, int] | None = None
-    calibration: tuple[str, int] | QuestionSet | None = None
-    tasks: dict[str, Task] = field(default_factory=dict)
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        more = [SUBSETS] if self.subsets else []
-        more += [] if self.search_text is None else [SEARCH_TEXT]
-        more += [] if self.calibration is None else [CALIBRATION]
-        return (*self.questions, *more, *map(task_role, self.tasks))
-
-    @property
-    def identities(self) -> dict[str, str]:
-        """The identity of every set of prompts, as `ModelWorker.describe` gives them."""
-        return (
-            {role: questions.identity for role, questions in self.questions.items()}
-            | {f"{subset.name}/{subset.language}": subset.questions.identity for subset in self.subsets}
-            | {task_role(name): task.identity for name, task in self.tasks.items()}
-            | ({} if self.search_text is None else {SEARCH_TEXT: rows.text_hash(self.search_text[0])})
-            | ({} if self.calibration is None else {CALIBRATION: self._calibration_identity})
-        )
-
-    @property
-    def _calibration_identity(self) -> str:
-        found = self.calibration
-        return found.identity if isinstance(found, QuestionSet) else rows.text_hash(found[0])
+    text: str | None = None
 
 
 def read_inputs(config: Config, roles: Sequence[str], *, text: bool = True) -> Inputs:
@@ -91,17 +44,11 @@ def read_inputs(config: Config, roles: Sequence[str], *, text: bool = True) -> I
     Raises CheckpointError, DataError, ConfigError; the last also for a text of which nothing is left."""
     model = config.model
     checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    questions = {role: read_questions(config, role) for role in roles if role in (SEARCH, REPORT)}
-    subsets = read_subsets(config) if SUBSETS in roles else []
-    search_text = read_search_text(config) if {SEARCH, SEARCH_TEXT} & set(roles) else None
-    calibration = None
-    if CALIBRATION in roles:
-        calibration = read_calibration_text(config) or calibration_questions(config, questions, wanted=True)
-    reported, tasks = (read_text(config), read_tasks(config)) if text else (None, {})
-    inputs = Inputs(checkpoint, questions, subsets, reported, search_text, calibration, tasks)
+    material = read_material(config, [*roles, *(map(task_role, config.tasks.root) if text else ())])
+    inputs = Inputs(**vars(material), checkpoint=checkpoint, text=read_text(config) if text else None)
     for key, found, limit in (
-        ("search", search_text, config.search.text_tokens),
-        ("calibration", calibration, config.calibration.tokens),
+        ("search", inputs.search_text, config.search.text_tokens),
+        ("calibration", inputs.calibration, config.calibration.tokens),
     ):
         if isinstance(found, tuple):
             _check_text(checkpoint, f"{key}.text = {getattr(config, key).text}", *found, limit)
@@ -228,7 +175,7 @@ def hold_to(
     with step(progress, "digest of the model's files"):
         held = {"model": inputs.checkpoint.identity, "tokenizer": inputs.checkpoint.tokenizer_identity}
     held |= {f"data {role}": identity for role, identity in inputs.identities.items()}
-    held |= {} if inputs.text is None else {"text": rows.text_hash(inputs.text)}
+    held |= {} if inputs.text is None else {"text": text_hash(inputs.text)}
     held |= {"plan": digest([plan.plan_id("") for plan in plans])} if plans else {}
     matrices = [np.round(matrix, 12).tobytes().hex() for matrix in similarity if matrix is not None]
     run.hold_to(held | ({"similarity": digest(matrices)} if matrices else {}))
@@ -317,7 +264,7 @@ def model_facts(config: Config, inputs: Inputs) -> dict[str, Any]:
             "gguf": inputs.checkpoint.source,
         },
         "data": inputs.identities,
-        "text_hash": None if inputs.text is None else rows.text_hash(inputs.text),
+        "text_hash": None if inputs.text is None else text_hash(inputs.text),
     }
 
 

@@ -1,0 +1,102 @@
+"""The prompts of everything that a model is asked, in shards: tokenised when they are first asked for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from raymerge.checkpoint import Checkpoint
+from raymerge.config import Config
+from raymerge.context import RetrievalSet, retrieval_prompts, usable_distances
+from raymerge.inputs import CALIBRATION, RETRIEVAL, SEARCH_TEXT, TEXT, Material, read_text, task_role
+from raymerge.prompts import ChoicePrompts, Prompts, Shard, encode_questions, encode_task, encode_text
+from raymerge.questions import QuestionSet
+
+
+class RolePrompts:
+    """Prompts by role: SEARCH, REPORT and tasks' (`inputs.task_role`); TEXT, SEARCH_TEXT, CALIBRATION, RETRIEVAL.
+
+    shards: so many shards at least of each role's prompts, where they have the tokens for it.
+    """
+
+    def __init__(self, config: Config, material: Material, checkpoint: Checkpoint, *, shards: int = 1):
+        self._config, self._material, self._checkpoint = config, material, checkpoint
+        self._wanted = {"add_bos": config.model.add_bos, "shards": shards}
+        self._tasks = {task_role(name): task for name, task in material.tasks.items()}
+        self._questions: dict[str, Prompts] = {}
+        self._choices: dict[str, ChoicePrompts] = {}
+
+    def of(self, role: str) -> Prompts:
+        """The questions of a role."""
+        if role not in self._questions:
+            self._questions[role] = self.encode(self._material.questions[role])
+        return self._questions[role]
+
+    def choices(self, role: str) -> ChoicePrompts:
+        """The items of a task's role, with each of their choices."""
+        if role not in self._choices:
+            self._choices[role] = encode_task(self._tasks[role], self._checkpoint.tokenizer, **self._wanted)
+        return self._choices[role]
+
+    def encode(self, questions: QuestionSet) -> Prompts:
+        """Any other questions, as a role's are."""
+        return encode_questions(questions, self._checkpoint.tokenizer, **self._wanted)
+
+    def _encode_text(self, text: str, start: int, limit: int | None) -> tuple[Shard, ...]:
+        add_bos = self._config.model.add_bos
+        return encode_text(text, self._checkpoint.tokenizer, limit=limit, start=start, add_bos=add_bos)
+
+    @cached_property
+    def text(self) -> tuple[Shard, ...]:
+        """The plain text that is reported on, as windows of tokens; none without a text."""
+        text = read_text(self._config)
+        return () if text is None else self._encode_text(text, 0, self._config.data.perplexity_tokens)
+
+    @cached_property
+    def search_text(self) -> tuple[Shard, ...]:
+        """The plain text that candidates are judged on; none where the search asks for none."""
+        text = self._material.search_text
+        return () if text is None else self._encode_text(*text, self._config.search.text_tokens)
+
+    @cached_property
+    def calibration(self) -> tuple[Shard, ...]:
+        """What something is chosen or fitted on: the calibration text, or shards of the search questions' prompts."""
+        settings, found = self._config.calibration, self._material.calibration
+        if isinstance(found, tuple):
+            return self._encode_text(*found, settings.tokens)
+        shards = self.encode(found).shards
+        chosen, tokens = [], 0
+        for number in np.random.default_rng(settings.seed).permutation(len(shards)):
+            if not chosen or tokens + shards[number].tokens <= settings.tokens:
+                chosen.append(int(number))
+                tokens += shards[number].tokens
+        return tuple(shards[number] for number in sorted(chosen))
+
+    @cached_property
+    def retrieval(self) -> RetrievalSet:
+        """Key-value prompts at the distances of the sweep section that this model can be asked about."""
+        settings = self._config.sweep
+        return retrieval_prompts(
+            self._checkpoint.tokenizer,
+            distances=usable_distances(self._checkpoint, settings.distances),
+            per_distance=settings.retrieval_prompts,
+            seed=self._config.data.seed,
+            add_bos=self._config.model.add_bos,
+        )
+
+    def shards(self, role: str) -> tuple[Shard, ...]:
+        """The shards of any role."""
+        if role in self._tasks:
+            return self.choices(role).shards
+        if role == RETRIEVAL:
+            return self.retrieval.shards
+        texts = {TEXT: "text", SEARCH_TEXT: "search_text", CALIBRATION: "calibration"}
+        return getattr(self, texts[role]) if role in texts else self.of(role).shards
+
+    def shard_rows(self, role: str) -> list[list[int]]:
+        """The questions of a role (or a task's items) that each of its shards holds, ascending."""
+        if role in self._tasks:
+            prompts = self.choices(role)
+            return [prompts.items(shard).tolist() for shard in prompts.shards]
+        return [sorted(row for group in shard.groups for row in group.rows) for shard in self.shards(role)]
