@@ -34,9 +34,6 @@ _BLOCK_VALUES = 4 * 2**20  # float64 values of one block of token positions of a
 _ATTENDED_TOKENS = 16384  # keys of the sequences run together, each with the whole prefix before it
 
 
-_NOT_FINITE = "layer {} gives values that are not finite in {}: compute in bfloat16 or float32, or check the weights"
-
-
 class ActivationError(UserError):
     """Samples or options that activations cannot be collected with; the message names the value and the cure."""
 
@@ -203,7 +200,7 @@ def _run_layer(runner: LayerRunner, layer: Layer, states: Sequence[GroupStates])
             total += count * torch.cosine_similarity(before.double(), after.double(), dim=-1).sum()
             tokens += count * len(after)
     if not finite:
-        raise ActivationError(_NOT_FINITE.format(index, str(runner.dtype).removeprefix("torch.")))
+        raise ActivationError(runner.overflow(f"layer {index} gives values that are"))
     return float(total) / tokens
 
 
@@ -300,7 +297,7 @@ def state_distances(runner: LayerRunner, shard: Shard) -> tuple[np.ndarray, np.n
         runner.run(states, [layer])
         depths.append(_packed(runner, states))
         if not torch.isfinite(depths[-1]).all():
-            raise ActivationError(_NOT_FINITE.format(layer[0], str(runner.dtype).removeprefix("torch.")))
+            raise ActivationError(runner.overflow(f"layer {layer[0]} gives values that are"))
     tokens = len(depths[0])
     step = max(1, _BLOCK_VALUES // (len(depths) * depths[0].shape[1]))
     cosine = torch.zeros(len(depths), len(depths), dtype=torch.float64, device=runner.device)

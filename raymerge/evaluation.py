@@ -16,6 +16,7 @@ from torch import Tensor
 
 from raymerge.architectures import module_layer, trimmed_config
 from raymerge.checkpoint import Checkpoint
+from raymerge.errors import UserError
 from raymerge.forward import GroupStates, LayerRunner
 from raymerge.fusion import check_mergeable
 from raymerge.plan import MergePlan
@@ -23,6 +24,10 @@ from raymerge.prompts import ChoicePrompts, Prompts, Shard
 from raymerge.trunk import TrunkCache
 
 _TEXT_TOKENS = 512  # positions whose whole-vocabulary logits are computed at once
+
+
+class NotFiniteError(UserError):
+    """A model whose logits are not finite: whatever is the largest of them answers nothing."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,13 @@ class Answers:
     top_is_letter: np.ndarray
     prompt_nll: np.ndarray
     prompt_tokens: np.ndarray
+
+    def check_finite(self, runner: LayerRunner, plan: MergePlan) -> None:
+        """Raise NotFiniteError where logits are not; the largest of four NaN would be taken for an A."""
+        if bad := int((~np.isfinite(self.logits).all(1)).sum()):
+            raise NotFiniteError(
+                runner.overflow(f"logits of plan {plan.name} on {bad} of {len(self.rows)} questions are")
+            )
 
     @staticmethod
     def of_letters(logits: np.ndarray) -> Answers:
@@ -110,7 +122,7 @@ def score_choices(
     """Log-likelihoods under the merged model of the choices in one shard of a task, each after its context.
 
     Returns the choices' numbers (n,) int64, ascending, and the sums over their tokens (n,) float64 in nats. trunk: as
-    for `answer_shard`.
+    for `answer_shard`. Raises NotFiniteError.
     """
     parts = []
     for state in merged_states(runner, plan, shard, trunk):
@@ -122,6 +134,8 @@ def score_choices(
     owners, before, targets = zip(*parts, strict=True)
     rows, of = np.unique(np.concatenate(owners), return_inverse=True)
     nll = _token_nll(runner, torch.cat(before), torch.from_numpy(np.concatenate(targets)))
+    if not np.isfinite(nll).all():
+        raise NotFiniteError(runner.overflow(f"log-likelihoods of choices under plan {plan.name} are"))
     return rows, -np.bincount(of, weights=nll)
 
 

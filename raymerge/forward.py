@@ -228,6 +228,11 @@ class LayerRunner:
         """A layer's weights as the deployed model has them."""
         return quantise_layer(self.checkpoint.architecture, layer, self.quantise)
 
+    def overflow(self, what: str) -> str:
+        """What is said of values that are not finite."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{what} not finite in {dtype}: compute in bfloat16 or float32 (model.dtype), or check the weights"
+
     def plan_layers(self, plan: MergePlan, start: int = 0) -> list[Layer]:
         """The layers of the merged model from position `start` on, as `run` takes them."""
         return [(kept.index, self._plan_layer(plan, position)) for position, kept in enumerate(plan.kept)][start:]

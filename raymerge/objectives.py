@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import log_softmax
@@ -142,6 +142,26 @@ def score_text(objective: str, text_nll: float, *, ceiling: float | None = None)
     return Score(
         value if ceiling is None else _held_to(ceiling, parsed, value, text_nll), None, None, perplexity(text_nll)
     )
+
+
+def trial_outcome(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of `trials` that say what a candidate or a control reached, of what a worker found or (`error`) of
+    why it did not. A score that is not finite has failed."""
+    values = {key: found.get(key) for key in ("value", "accuracy", "nll")}
+    error = found.get("error")
+    # Where no questions are asked there is no accuracy and no NLL of answers.
+    measured = [value for value in values.values() if value is not None]
+    if error is None and (values["value"] is None or not all(map(math.isfinite, measured))):
+        error = f"the score is not finite: {values}"
+    if error is not None:
+        values = dict.fromkeys(values)
+    return {
+        **values,
+        "perplexity": found.get("perplexity") if error is None else None,
+        "n_questions": found.get("n_questions", 0),
+        "status": "ok" if error is None else "failed",
+        "error": error,
+    }
 
 
 def score_answers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -10,14 +11,25 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
 from raymerge.context import RetrievalSet, retrieval_prompts, usable_distances
 from raymerge.inputs import CALIBRATION, RETRIEVAL, SEARCH_TEXT, TEXT, Material, read_text, task_role
-from raymerge.prompts import ChoicePrompts, Prompts, Shard, encode_questions, encode_task, encode_text
+from raymerge.prompts import (
+    TEXT_WINDOW,
+    ChoicePrompts,
+    PromptError,
+    Prompts,
+    Shard,
+    encode_questions,
+    encode_task,
+    encode_text,
+)
 from raymerge.questions import QuestionSet
 
 
 class RolePrompts:
     """Prompts by role: SEARCH, REPORT and tasks' (`inputs.task_role`); TEXT, SEARCH_TEXT, CALIBRATION, RETRIEVAL.
 
-    shards: so many shards at least of each role's prompts, where they have the tokens for it.
+    shards: so many shards at least of each role's prompts, where they have the tokens for it. Raises PromptError, also
+    for prompts that are longer than the model's context (max_position_embeddings); windows of plain text are as long as
+    that at most.
     """
 
     def __init__(self, config: Config, material: Material, checkpoint: Checkpoint, *, shards: int = 1):
@@ -36,16 +48,34 @@ class RolePrompts:
     def choices(self, role: str) -> ChoicePrompts:
         """The items of a task's role, with each of their choices."""
         if role not in self._choices:
-            self._choices[role] = encode_task(self._tasks[role], self._checkpoint.tokenizer, **self._wanted)
+            found = encode_task(self._tasks[role], self._checkpoint.tokenizer, **self._wanted)
+            self._check_length(found.shards, f"tasks.{self._tasks[role].name}.shots")
+            self._choices[role] = found
         return self._choices[role]
 
     def encode(self, questions: QuestionSet) -> Prompts:
         """Any other questions, as a role's are."""
-        return encode_questions(questions, self._checkpoint.tokenizer, **self._wanted)
+        found = encode_questions(questions, self._checkpoint.tokenizer, **self._wanted)
+        self._check_length(found.shards, "data.shots, or similarity.shots")
+        return found
+
+    @property
+    def _context(self) -> int:
+        return self._checkpoint.config.max_position_embeddings
+
+    def _check_length(self, shards: Sequence[Shard], key: str) -> None:
+        groups = [group for shard in shards for group in shard.groups]
+        length, of = max((len(group.prefix) + max(map(len, group.sequences)), group.subject) for group in groups)
+        if length > self._context:
+            raise PromptError(
+                f"a prompt of {of} has {length} tokens, but the context of {self._checkpoint.directory.name} is "
+                f"{self._context} (max_position_embeddings): ask with fewer examples ({key}), or leave out what has "
+                "longer prompts"
+            )
 
     def _encode_text(self, text: str, start: int, limit: int | None) -> tuple[Shard, ...]:
-        add_bos = self._config.model.add_bos
-        return encode_text(text, self._checkpoint.tokenizer, limit=limit, start=start, add_bos=add_bos)
+        options = {"add_bos": self._config.model.add_bos, "window": min(TEXT_WINDOW, self._context)}
+        return encode_text(text, self._checkpoint.tokenizer, limit=limit, start=start, **options)
 
     @cached_property
     def text(self) -> tuple[Shard, ...]:

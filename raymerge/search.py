@@ -26,6 +26,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from ray.tune.search import Searcher
 
 from raymerge.errors import UserError
+from raymerge.objectives import trial_outcome
 from raymerge.pool import NoRoomError, WorkerError, WorkerLost, WorkerPool, call_worker, driver_node, find_worker
 from raymerge.proposers import Point, Proposer
 
@@ -342,14 +343,6 @@ class BatchSearcher(Searcher):
         return True
 
     def _row(self, trial_id: str, slot: int, batch: int, iteration: int, point: Point, found: Row) -> Row:
-        values = {key: found.get(key) for key in ("value", "accuracy", "nll")}
-        error = found.get("error")
-        # Where no questions are asked there is no accuracy and no NLL of answers.
-        measured = [value for value in values.values() if value is not None]
-        if error is None and (values["value"] is None or not all(map(math.isfinite, measured))):
-            error = f"the score is not finite: {values}"
-        if error is not None:
-            values = dict.fromkeys(values)
         point = found.get("alphas", point)  # a descent ends elsewhere than where it started
         return {
             **self._describe(point),
@@ -358,13 +351,9 @@ class BatchSearcher(Searcher):
             "tune_trial": trial_id,
             "actor": f"worker-{slot}",
             "alphas": point,
-            **values,
-            "perplexity": found.get("perplexity") if error is None else None,
-            "n_questions": found.get("n_questions", 0),
+            **trial_outcome(found),
             "seconds": found.get("seconds", 0.0),
             "cpu_seconds": found.get("cpu_seconds"),
-            "status": "ok" if error is None else "failed",
-            "error": error,
         }
 
     def _learn(self, row: Row) -> None:

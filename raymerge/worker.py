@@ -248,7 +248,7 @@ class ModelWorker:
         if not asked:
             found = (None for _ in plans)
         elif scorer is None:
-            found = (self.answers((plan, SEARCH, None, False)).logits for plan in plans)
+            found = (self._answers(plan, SEARCH).logits for plan in plans)
         else:
             found = (logits.numpy() for logits in scorer.score_many(plans))
         results, began = [], _now()
@@ -312,11 +312,11 @@ class ModelWorker:
 
     def judge(self, plan: MergePlan) -> tuple[dict[str, Any], Answers | None]:
         """Judge any plan as `score` does a candidate; its result without seconds, and its answers where questions are
-        asked."""
+        asked and the logits are finite."""
         if SEARCH not in self.material.questions:
             return self._judged(plan, None), None
-        answers = self.answers((plan, SEARCH, None, False))
-        return self._judged(plan, answers.logits), answers
+        answers = self._answers(plan, SEARCH)
+        return self._judged(plan, answers.logits), answers if np.isfinite(answers.logits).all() else None
 
     def _judged(self, plan: MergePlan, logits: np.ndarray | None) -> dict[str, Any]:
         settings = self.config.search
@@ -350,15 +350,20 @@ class ModelWorker:
         """Answers of a merged model to a role's questions: (plan, role, shard or None for all, prompt_nll).
 
         Without a shard number, and where the plan collapses all after the trunk into one layer, the scorer answers.
+        Raises NotFiniteError.
         """
-        plan, role, number, prompt_nll = item
+        found = self._answers(*item)
+        found.check_finite(self.runner, item[0])
+        return found
+
+    def _answers(self, plan: MergePlan, role: str, number: int | None = None, prompt_nll: bool = False) -> Answers:
         prompts = self.prompts.of(role)
         if number is not None:
             shard = prompts.shards[number]
             return answer_shard(self.runner, plan, prompts, shard, trunk=self._trunk_of(plan), prompt_nll=prompt_nll)
         scorer = None if prompt_nll else self._scorer(role, plan)
         if scorer is None:
-            return Answers.join(self.answers((plan, role, i, prompt_nll)) for i in range(len(prompts.shards)))
+            return Answers.join(self._answers(plan, role, i, prompt_nll) for i in range(len(prompts.shards)))
         logits, logsumexp, top = (values.numpy() for values in scorer.score(plan))
         n = len(logits)
         is_letter = np.isin(top, prompts.letters)

@@ -8,10 +8,11 @@ import torch
 
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import load_config
-from raymerge.evaluation import Answers, text_nll
+from raymerge.evaluation import Answers, NotFiniteError, text_nll
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH, SEARCH_TEXT, TEXT
-from raymerge.objectives import answer_kl, score_answers
+from raymerge.objectives import answer_kl, score_answers, trial_outcome
 from raymerge.plan import base_plan, block_plan, drop_block_plan, tail_plan
+from raymerge.prompts import PromptError
 from raymerge.worker import ModelWorker, TooLargeError, refuse_oversized, weight_bytes
 
 CONFIG = load_config(
@@ -113,6 +114,33 @@ def test_text_and_base_model_do_not_depend_on_the_trunk(worker, whole):
     np.testing.assert_allclose([part.nll for part in with_trunk], [part.nll for part in without], rtol=1e-6)
     # 1,300 tokens are windows of 1,024 and 276, whose first tokens are not scored.
     assert sum(part.tokens.sum() for part in with_trunk) == 1298
+
+
+def test_prompts_longer_than_the_model_s_context_are_refused_and_windows_of_text_shortened(tmp_path, monkeypatch):
+    """Rotary positions go on beyond what a model was trained on, and nothing would tell."""
+    settings = ["data.limit_per_subject=1", "data.perplexity_tokens=300"]
+    worker = ModelWorker(load_config(None, settings), roles=(SEARCH,), cache=tmp_path)
+    (shard,) = worker.prompts.shards(TEXT)
+    assert [len(ids) for ids in shard.groups[0].sequences] == [300]
+    worker = ModelWorker(load_config(None, settings), roles=(SEARCH,), cache=tmp_path)
+    monkeypatch.setattr(worker.checkpoint.config, "max_position_embeddings", 64)
+    with pytest.raises(PromptError, match=r"a prompt of \w+ has \d+ tokens, but the context of .* is 64 .*data.shots"):
+        worker.prompts.of(SEARCH)
+    groups = [group for shard in worker.prompts.shards(TEXT) for group in shard.groups]
+    assert sorted(len(ids) for group in groups for ids in group.sequences) == [44, 64, 64, 64, 64]
+
+
+def test_logits_that_are_not_finite_answer_nothing(tmp_path, monkeypatch):
+    """The largest of four NaN is the first: an A, with an accuracy and a p-value."""
+    settings = ["data.limit_per_subject=1", "data.subjects=number_words", "search.objective=micro_accuracy"]
+    worker = ModelWorker(load_config(None, settings), roles=(SEARCH,), cache=tmp_path)
+    plan = base_plan(worker.checkpoint.n_layers)
+    monkeypatch.setattr(worker.runner, "normalise", lambda x: torch.full_like(x, torch.nan))
+    with pytest.raises(NotFiniteError, match=r"plan base on 1 of 1 questions .* not finite in float32: .*model.dtype"):
+        worker.answers((plan, SEARCH, None, False))
+    result, answers = worker.judge(plan)
+    assert answers is None and trial_outcome(result)["status"] == "failed"
+    assert trial_outcome(result)["value"] is None and "not finite" in trial_outcome(result)["error"]
 
 
 def test_trunk_states_are_computed_once(worker):

@@ -51,7 +51,7 @@ from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH, SEARCH_TEXT
 from raymerge.merging import save_merged, saved_proof, saved_record
-from raymerge.objectives import is_minimised, parse_objective
+from raymerge.objectives import is_minimised, parse_objective, trial_outcome
 from raymerge.plan import (
     MergePlan,
     PlanError,
@@ -300,9 +300,8 @@ class _Search:
                     "plan_id": plan.plan_id(self.identity),
                     "alphas": plan.alphas,
                     "objective": self.config.search.objective,
-                    **result,
+                    **trial_outcome(result),
                     "seconds": 0.0,
-                    "status": "ok",
                 }
             )
             if answers is not None:
