@@ -239,7 +239,8 @@ class SearchConfig(_Section):
 
 class GradientConfig(_Section):
     """Coefficients by gradient descent, where search.searcher names gradient. parametrisations, one search each: alphas
-    (within search.bounds), simplex (the effective coefficients) or per_matrix (a simplex for each projection matrix).
+    (within search.bounds), simplex (the effective coefficients) or per_matrix (a simplex for each projection matrix,
+    which fits the search questions best and others worse: the best found is one of these only where nothing else is).
     starts: descents of each, from the base coefficients, the probes, near both corners (the first and the last merged
     layer alone), and from random points. What is descended on is search.objective, or answer_nll where that is an
     accuracy, plus text_kl times the KL of next tokens to the unmerged model on search.text. batch_size: questions of a
