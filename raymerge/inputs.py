@@ -37,7 +37,8 @@ def read_questions(config: Config, role: str) -> QuestionSet:
     }[role]
     found = _load(config, split, data.subjects, data.language, data.shots)
     if config.plan.similarity_run is not None and role == REPORT:
-        found = _without(found, read_samples(config.plan.similarity_run))
+        whole = "every question of the report stands in plan.similarity_run: report on other questions"
+        found = _without(found, read_samples(config.plan.similarity_run), whole)
     if limit is None:
         return found
     parts = (sample(part, limit, data.seed) for part in found.by_subject().values())
@@ -90,8 +91,9 @@ def _load(config: Config, split: str, subjects: str | Iterable[str], language: s
     )
 
 
-def _without(questions: QuestionSet, used: set[tuple[str, str]]) -> QuestionSet:
-    """The set without questions that a similarity run has seen, in this or in another source or language."""
+def _without(questions: QuestionSet, used: set[tuple[str, str]], whole: str) -> QuestionSet:
+    """The set without questions that are used elsewhere, by split and id or by content. Raises DataError, which says
+    `whole`, where nothing is left."""
     kept = tuple(
         question
         for question in questions.questions
@@ -99,7 +101,7 @@ def _without(questions: QuestionSet, used: set[tuple[str, str]]) -> QuestionSet:
         and ("content", question.content_hash) not in used
     )
     if not kept:
-        raise DataError("every question of the report stands in plan.similarity_run: report on other questions")
+        raise DataError(whole)
     return replace(questions, questions=kept)
 
 
@@ -294,8 +296,14 @@ class Material:
 
 def read_material(config: Config, roles: Sequence[str]) -> Material:
     """Everything that roles (SEARCH, REPORT, SEARCH_TEXT, SUBSETS, CALIBRATION, tasks') need; SEARCH has SEARCH_TEXT
-    with it where the search asks for one. Raises DataError, ConfigError."""
+    with it where the search asks for one, and nothing of what is reported on, unless the splits are the same by the
+    configuration. Raises DataError, ConfigError."""
     questions = {role: read_questions(config, role) for role in roles if role in (SEARCH, REPORT)}
+    if {SEARCH, REPORT} <= set(roles) and config.data.search_split != config.data.report_split:
+        # Some 120 of MMLU's 1,531 validation questions stand in its test split as well.
+        reported = {("content", question.content_hash) for question in questions[REPORT].questions}
+        whole = "every question of the search is reported on as well: set data.search_split to another split"
+        questions[SEARCH] = _without(questions[SEARCH], reported, whole)
     subsets = read_subsets(config) if SUBSETS in roles else []
     search_text = read_search_text(config) if {SEARCH, SEARCH_TEXT} & set(roles) else None
     calibration: tuple[str, int] | QuestionSet | None = None

@@ -1,6 +1,7 @@
 """inputs.py: which prompts a matrix is made of, what reports leave out, and how a similarity run is read."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from raymerge.inputs import (
     Material,
     questions_to_match_on,
     read_calibration_text,
+    read_material,
     read_questions,
     read_search_text,
     read_similarity,
@@ -234,6 +236,24 @@ def test_reports_leave_out_what_the_similarity_has_seen(mmlu, tmp_path):
     limited = read_questions(config(mmlu, f"plan.similarity_run={run}", "data.report_limit_per_subject=2"), REPORT)
     botany = [q for q in left if q.subject == "botany"]
     assert limited.by_subject()["botany"] == sample(botany, 2, 0)
+
+
+def test_a_search_sees_no_question_that_is_reported_on(mmlu, tmp_path):
+    """Some 120 of MMLU's 1,531 validation questions stand in its test split as well."""
+    root = tmp_path / "mmlu"
+    shutil.copytree(mmlu / "en", root)
+
+    def chess(*texts):
+        (root / "val" / "chess_val.csv").write_text("\n".join(f'"{text}","a","b","c","d ","B"' for text in texts))
+        return read_material(config(root, "data.subjects=chess"), (SEARCH, REPORT)).questions
+
+    found = chess(" chess test 1 en?", "another?", "chess test 2 en?")
+    assert [question.text for question in found[SEARCH].questions] == ["another?"]
+    assert len(found[REPORT].questions) == 9
+    with pytest.raises(DataError, match="every question of the search is reported on as well: set data.search_split"):
+        chess("chess test 1 en?")
+    on_test = config(root, "data.subjects=chess", "data.search_split=test", "data.search_on_test=true")
+    assert len(read_material(on_test, (SEARCH, REPORT)).questions[SEARCH].questions) == 9
 
 
 def test_activations_asked_for_without_questions_stop_no_evaluation():
