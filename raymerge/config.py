@@ -33,10 +33,11 @@ class _Section(BaseModel):
 
 class ModelConfig(_Section):
     """The model. path: demo, a folder, a hub id, or a .gguf file, which is dequantised once into ~/.cache/raymerge
-    (needs the extra gguf). dtype: of the computation; auto is float32 on CPUs and the stored dtype on GPUs.
-    add_bos: put the BOS token before prompts and windows of text; null does as the tokenizer does. quantise: judge
-    the models with every decoder layer's matrices rounded to int8 or int4 after merging (needs the extra quant);
-    saved checkpoints stay as they are. trust_remote_code: run the model repository's own Python."""
+    (needs the extra gguf). dtype: of the computation; auto is float32 on CPUs and the stored dtype on GPUs. revision:
+    branch, tag or commit of a hub id; null is main. add_bos: put the BOS token before prompts and windows of text; null
+    does as the tokenizer does. quantise: judge the models with every decoder layer's matrices rounded to int8 or int4
+    after merging (needs the extra quant); saved checkpoints stay as they are. trust_remote_code: run the model
+    repository's own Python."""
 
     path: str = "demo"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -48,11 +49,14 @@ class ModelConfig(_Section):
 
 class DataConfig(_Section):
     """Questions and text. mmlu: demo, a folder (CSV or parquet) or a hub id; null: none (similarity needs some).
-    subjects: all, or a list of subjects and domains. Limits are questions a subject, drawn with `seed`.
-    perplexity_text: demo, a file (UTF-8, or parquet or JSON lines with a column text), a file of one of the hub's data
-    sets as OWNER/NAME[@REVISION]:FILE, or null; perplexity_tokens: at most so many of its tokens. question_perplexity:
-    also the loss of the questions' own prompt tokens (the whole vocabulary at every token, so it costs far more than
-    the answers do)."""
+    revision: of the hub id. language: which of the source's languages. subjects: all, or a list of subjects and
+    domains; domains: further domains, or others for known names, as lists of subjects. shots: examples from split dev
+    before each question. search_split is what a search chooses by, report_split what is reported; search_on_test: true
+    lets the former be test, and the report then says so. limit_per_subject, report_limit_per_subject: at most so many
+    questions a subject to search on and to report on, drawn with `seed`. perplexity_text: demo, a file (UTF-8, or
+    parquet or JSON lines with a column text), a file of one of the hub's data sets as OWNER/NAME[@REVISION]:FILE, or
+    null; perplexity_tokens: at most so many of its tokens. question_perplexity: also the loss of the questions' own
+    prompt tokens (the whole vocabulary at every token, so it costs far more than the answers do)."""
 
     mmlu: str | None = "demo"
     revision: str | None = None
@@ -111,20 +115,20 @@ class PlanConfig(_Section):
     """What is merged, and the base coefficients. selection: tail merges the last `merges` layers; block any `merges`
     layers in a row; most_similar repeatedly the most similar neighbours, until `merges` merges or (merges: null) until
     none exceeds `threshold`; list the steps of `alpha_file`; recompute collects the similarities anew after each merge.
-    block: the first layer that goes, or how it is chosen: cosine or angular (the least distance between the states
-    that enter the block and those that leave it, on calibration.text), similarity (by similarity_run, whatever its
-    measure), loss (the least loss of calibration.text with the block dropped), or search (first layer and coefficients
-    together, beginning with the choice by cosine); starts: the first layers to choose from, null for all. survivor: the
-    layer before or after the block takes it in. base: fixed (`ratio`
-    everywhere), similarity_ratio or similarity, or file (`alpha_file`). similarity_run: a run of `raymerge similarity`;
-    similarity_subset and similarity_language choose among its matrices. Its prompts are left out of every report.
-    refit: none, or the layers at the seams are fitted to the unmerged model on the calibration, in closed form: linear
-    (ReplaceMe), scale (what LinearPatch needs no matrix for), outputs, or units (outputs after choosing MLP units among
-    all merged layers'); a search fits what it has found. ridge: what holds fitted weights to what they were; null
-    chooses it on held-out tokens. refit_layers: so many layers after each seam are fitted too (outputs, units).
-    alignment: none, rows (published), or the layers' neurons reordered so that their function stays, matched by their
-    weights (neurons) or by their activations on prompts of the first questions (activations). norms: keep (published)
-    or fold."""
+    block: the first layer that goes, or how it is chosen: cosine or angular (the least distance between the states that
+    enter the block and those that leave it, on calibration.text), similarity (by similarity_run, whatever its measure),
+    loss (the least loss of calibration.text with the block dropped), or search (first layer and coefficients together,
+    beginning with the choice by cosine); starts: the first layers to choose from, null for all. survivor: the layer
+    before or after the block takes it in. base: fixed (`ratio` everywhere), similarity_ratio or similarity, or file
+    (`alpha_file`). similarity_run: a run of `raymerge similarity`; similarity_subset and similarity_language choose
+    among its matrices. Its prompts are left out of every report. refit: none, or the layers at the seams are fitted to
+    the unmerged model on the calibration, in closed form: linear (ReplaceMe), scale (what LinearPatch needs no matrix
+    for), outputs, or units (outputs after choosing MLP units among all merged layers'); a search fits what it has
+    found. ridge: what holds fitted weights to what they were; null chooses it on held-out tokens. refit_layers: so many
+    layers after each seam are fitted too (outputs, units). alignment: none, rows (published), or the layers' neurons
+    reordered so that their function stays, matched by their weights (neurons) or by their activations on prompts of the
+    first questions (activations). norms: keep (published) or fold. biases: keep those of the layer that stays
+    (published), or merge them as the matrices."""
 
     merges: Positive | None = 13
     selection: Literal["tail", "block", "most_similar", "list"] = "tail"
@@ -183,7 +187,8 @@ class SearchConfig(_Section):
     plain text that text_nll and the ceiling are measured on, text_tokens of its tokens; where it is
     data.perplexity_text itself, those after the data.perplexity_tokens that are reported on. candidates: coefficient
     vectors tried, known ones included; initial: random ones before the model proposes; random_candidates: random
-    vectors scored as a control; batch: candidates a Tune trial carries; probes: further alpha files tried first."""
+    vectors scored as a control; bounds: of every alpha; concurrent: Tune trials at a time, auto is one a worker; batch:
+    candidates a Tune trial carries; probes: further alpha files tried first; seed: of all that is drawn."""
 
     searcher: SearcherName | list[SearcherName] = "bayes"
     objective: str = "micro_accuracy"
@@ -242,12 +247,12 @@ class GradientConfig(_Section):
     (within search.bounds), simplex (the effective coefficients) or per_matrix (a simplex for each projection matrix,
     which fits the search questions best and others worse: the best found is one of these only where nothing else is).
     starts: descents of each, from the base coefficients, the probes, near both corners (the first and the last merged
-    layer alone), and from random points. What is descended on is search.objective, or answer_nll where that is an
-    accuracy, plus text_kl times the KL of next tokens to the unmerged model on search.text. batch_size: questions of a
-    step, null for all. held_out: share of the search questions that no step sees and that the best epoch is chosen by,
-    where the loss is of answers; patience: epochs without a better one until a descent stops. text_windows,
-    text_positions: how much of search.text a step draws, null for all. Published: alphas, adam, 1e-3, batches of 4, 500
-    epochs, nothing held out."""
+    layer alone), and from random points. optimizer, learning_rate: adam or sgd, and its step. What is descended on is
+    search.objective, or answer_nll where that is an accuracy, plus text_kl times the KL of next tokens to the unmerged
+    model on search.text. batch_size: questions of a step, null for all. held_out: share of the search questions that no
+    step sees and that the best epoch is chosen by, where the loss is of answers; patience: epochs without a better one
+    until a descent stops. text_windows, text_positions: how much of search.text a step draws, null for all. Published:
+    alphas, adam, 1e-3, batches of 4, 500 epochs, nothing held out."""
 
     parametrisations: list[Literal["alphas", "simplex", "per_matrix"]] = ["simplex"]
     starts: Positive = 4
@@ -274,11 +279,12 @@ class CalibrationConfig(_Section):
 
 class SimilarityConfig(_Section):
     """Layer similarity. subsets: subjects, domains, or all (every subject of data.subjects), each one matrix; samples:
-    prompts of each, spread evenly over its subjects; languages: null is data.language; shots: few-shot examples
-    before each prompt. pooling: sequence (states of the first max_tokens tokens), last or mean. embedding: diffusion,
-    diffusion_gaussian, pca, tsne or umap, with sigma (a number or median), anisotropy, dimensions. measure: npib
-    (neighbors for information, entropy_neighbors for entropy), gaussian, cosine or cka. Draws: shuffled null matrices,
-    subsamples for intervals, half splits for reliability."""
+    prompts of each from `split`, spread evenly over its subjects and drawn with `seed`, as all else that is drawn here;
+    languages: null is data.language; shots: few-shot examples before each prompt. pooling: sequence (states of the
+    first max_tokens tokens), last or mean. embedding: diffusion, diffusion_gaussian, pca, tsne or umap, with sigma (a
+    number or median), anisotropy, dimensions. measure: npib (neighbors for information, entropy_neighbors for entropy),
+    gaussian, cosine or cka. null_draws: shuffled null matrices; interval_draws: subsamples for intervals; half_draws:
+    half splits for reliability."""
 
     subsets: list[str] = ["all"]
     languages: list[str] | None = None
@@ -317,9 +323,9 @@ class SimilarityConfig(_Section):
 
 
 class SensitivityConfig(_Section):
-    """What `raymerge sensitivity` varies, one key at a time around the similarity section: lists of settings. samples:
-    numbers of prompts, fewer than similarity.samples. thresholds: where most_similar stops. merges: K of the compared
-    plans."""
+    """What `raymerge sensitivity` varies, one key at a time around the similarity section: sigma, dimensions,
+    neighbors, entropy_neighbors, embedding and measure are lists of that section's settings; samples: numbers of
+    prompts, fewer than similarity.samples. thresholds: where most_similar stops. merges: K of the compared plans."""
 
     sigma: list[Annotated[float, Field(gt=0)] | Literal["median"]] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, "median"]
     dimensions: list[Positive] = [1, 2, 3, 5]
@@ -345,13 +351,14 @@ SWEEP_METHODS = (
 
 
 class SweepConfig(_Section):
-    """The compression curve: every method at every number of merged layers. methods: drop, before_last, fixed:RATIO;
-    drop_block and merge_block, the block chosen by plan.block; and with plan.similarity_run block_influence,
-    similarity_ratio, similarity, most_similar (base coefficients of it and of merge_block by plan.base); file takes
-    plan.alpha_file at its own K. Methods that average are tried with every alignment and norms, and every point with
-    every one of `refits` (with plan.ridge and plan.refit_layers); refitted_methods, where it names any, are the only
-    ones that are refitted. context: also measure NLL by position and key-value retrieval by distance (tokens).
-    speed_tokens: tokens generated to time each number of layers; 0 skips it."""
+    """The compression curve: every method at every number of layers in `merges`. methods: drop, before_last,
+    fixed:RATIO; drop_block and merge_block, the block chosen by plan.block; and with plan.similarity_run
+    block_influence, similarity_ratio, similarity, most_similar (base coefficients of it and of merge_block by
+    plan.base); file takes plan.alpha_file at its own K. Methods that average are tried with every one of `alignments`
+    and `norms`, and every point with every one of `refits` (with plan.ridge and plan.refit_layers); refitted_methods,
+    where it names any, are the only ones that are refitted. context: also measure NLL by position, and key-value
+    retrieval by distances (tokens), with retrieval_prompts at each. speed_tokens: tokens generated to time each number
+    of layers; 0 skips it."""
 
     merges: list[Positive] = [1, 4, 11, 13, 15]
     methods: list[str] = ["drop", "before_last", "fixed:0.4", "fixed:0.5", "fixed:0.6", "fixed:0.62", "fixed:0.7"]
@@ -417,10 +424,11 @@ class WorkersConfig(_Section):
 
 class OutputConfig(_Section):
     """The run directory - a folder, or a URI such as s3://bucket/run - and what goes into it. cache: the local folder
-    of trunk states; null is RUN/cache, or beside a URI a folder of the user's cache. save_best: save the merged model;
-    verify: prove it, which reloads it in a fresh process, compares its logits with the scored plan's and lets it
-    generate (seconds, and memory for the stored model). loggers: tensorboard, mlflow, wandb: where a search's trials
-    are shown too, by Ray Tune's callbacks; they need their packages."""
+    of trunk states; null is RUN/cache, or beside a URI a folder of the user's cache. store_candidate_answers: also the
+    logits of every candidate, in table answers. figures: draw them. save_best: save the merged model; verify: prove it,
+    which reloads it in a fresh process, compares its logits with the scored plan's and lets it generate (seconds, and
+    memory for the stored model). loggers: tensorboard, mlflow, wandb: where a search's trials are shown too, by Ray
+    Tune's callbacks; they need their packages."""
 
     run: str = "runs/demo"
     cache: str | None = None

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from raymerge.config import Config, ConfigError, describe, load_config, parse_config
+from raymerge.config import Config, ConfigError, TaskConfig, describe, load_config, parse_config
 
 # The shape that design.md documents; a default that changes is a change that users see.
 DEFAULTS = {
@@ -442,3 +442,11 @@ def test_tasks_that_do_not_do(override, message):
 def test_a_task_s_name_can_name_a_file():
     with pytest.raises(ConfigError, match="String should match pattern"):
         load_config(None, ["tasks.a b.format=arc", "tasks.a b.file=x"])
+
+
+def test_every_key_is_explained_in_its_section():
+    """The page docs/config.md is made of these docstrings."""
+    for name, field in Config.model_fields.items():
+        keys = TaskConfig.model_fields if name == "tasks" else field.annotation.model_fields
+        unexplained = [key for key in keys if not re.search(rf"\b{key}\b", field.annotation.__doc__)]
+        assert not unexplained, f"{name}: {unexplained}"
