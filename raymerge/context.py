@@ -21,7 +21,7 @@ from raymerge.evaluation import merged_states, token_losses
 from raymerge.forward import LayerRunner
 from raymerge.identity import digest
 from raymerge.plan import MergePlan
-from raymerge.prompts import Group, Shard, bos_token
+from raymerge.prompts import SHARD_TOKENS, Group, Shard, bos_token, token_ids
 from raymerge.trunk import TrunkCache
 
 _OPTIONS = 4
@@ -29,7 +29,6 @@ _LINE = 4  # tokens of a line " key: value\n"; each further word of a key is one
 _LEAD_LINES = 7  # before the line that is asked for: they show the form
 _SHORTEST = 16  # three lines follow the one that is asked for: keys of two words then make up any number of tokens
 _WORDS = 1000  # words that prompts are made of, those of the smallest token ids: in BPE the most frequent
-_SHARD_TOKENS = 8192
 # A word with the space before it, as byte-level BPE and SentencePiece write it in their vocabularies.
 _WORD = re.compile(r"[Ġ▁]([A-Za-z][a-z]{2,})")
 
@@ -186,14 +185,14 @@ def retrieval_prompts(
     shards, options, answers = [], [], []
     for distance in distances:
         drawn = [_draw(distance, words, np.random.default_rng([seed, distance, i])) for i in range(per_distance)]
-        sequences = _tokenise([text for text, _, _ in drawn], tokenizer, bos)
+        sequences = token_ids([text for text, _, _ in drawn], tokenizer, bos)
         for ids, (_, ids_of_options, answer) in zip(sequences, drawn, strict=True):
             if ids[-distance] != ids_of_options[answer] or not np.array_equal(ids[-2:], ids[-distance - 2 : -distance]):
                 raise ContextError(
                     f"this tokenizer cuts words differently inside a prompt: the value, token "
                     f"{ids_of_options[answer]}, is not {distance} tokens back, where token {ids[-distance]} stands"
                 )
-        together = max(1, _SHARD_TOKENS // len(sequences[0]))
+        together = max(1, SHARD_TOKENS // len(sequences[0]))
         for start in range(0, per_distance, together):
             part = tuple(sequences[start : start + together])
             rows = tuple(range(len(answers) + start, len(answers) + start + len(part)))
@@ -235,7 +234,7 @@ def _words(tokenizer: Any) -> list[tuple[str, int]]:
     found = [(match[1], token) for token, piece in pieces if (match := _WORD.fullmatch(piece))][: 2 * _WORDS]
     if not found:
         return []
-    encoded = _tokenise([f"x\n {word}: {word}\n {word} {word}:" for word, _ in found], tokenizer, None)
+    encoded = token_ids([f"x\n {word}: {word}\n {word} {word}:" for word, _ in found], tokenizer, None)
     kept = []
     for (word, token), ids in zip(found, encoded, strict=True):
         newline, colon = ids[-4], ids[-1]
@@ -261,9 +260,3 @@ def _draw(distance: int, words: list[tuple[str, int]], rng: np.random.Generator)
     values = rng.integers(_OPTIONS, size=len(keys))
     text = "".join(f" {key}: {options[value][0]}\n" for key, value in zip(keys, values, strict=True))
     return f"{text} {asked}:", [token for _, token in options], int(values[_LEAD_LINES])
-
-
-def _tokenise(texts: Sequence[str], tokenizer: Any, bos: int | None) -> list[np.ndarray]:
-    start = [] if bos is None else [bos]
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    return [np.asarray(start + ids, dtype=np.int64) for ids in encoded]

@@ -126,7 +126,7 @@ def encode_questions(
     for subject, members in questions.by_subject().items():
         prefix = prefix_text(subject, questions.examples[subject])
         texts = [prefix + question_text(question) for question in members]
-        encoded = _encode([prefix, *texts], tokenizer, bos)
+        encoded = token_ids([prefix, *texts], tokenizer, bos)
         found = _letter_ids(texts[0], encoded[1], tokenizer, bos)
         if letters is not None and found != letters:
             raise PromptError(f"the answer letters' tokens are {found} in {subject} but {letters} before it")
@@ -160,8 +160,8 @@ def encode_task(
     bos = bos_token(tokenizer, add_bos)
     first = np.concatenate([[0], np.cumsum([len(item.choices) for item in task.items])])
     texts = [task.prefix + item.context for item in task.items]
-    contexts = _encode([text.rstrip() for text in texts], tokenizer, bos)
-    wholes = _encode(
+    contexts = token_ids([text.rstrip() for text in texts], tokenizer, bos)
+    wholes = token_ids(
         [f"{text} {choice}" for text, item in zip(texts, task.items, strict=True) for choice in item.choices],
         tokenizer,
         bos,
@@ -249,7 +249,8 @@ def bos_token(tokenizer: Any, add_bos: bool | None) -> int | None:
     return token if add_bos else None
 
 
-def _encode(texts: Sequence[str], tokenizer: Any, bos: int | None) -> list[np.ndarray]:
+def token_ids(texts: Sequence[str], tokenizer: Any, bos: int | None) -> list[np.ndarray]:
+    """The ids (n,) int64 of each text, after the token `bos` where there is one, without the tokenizer's own."""
     start = [] if bos is None else [bos]
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return [np.asarray(start + ids, dtype=np.int64) for ids in encoded]
@@ -259,7 +260,7 @@ def _letter_ids(prompt: str, ids: np.ndarray, tokenizer: Any, bos: int | None) -
     """The token that each answer " A" … " D" adds to a prompt; scored as lm-evaluation-harness does."""
     letters = []
     for letter in LETTERS:
-        (longer,) = _encode([f"{prompt} {letter}"], tokenizer, bos)
+        (longer,) = token_ids([f"{prompt} {letter}"], tokenizer, bos)
         if len(longer) != len(ids) + 1 or not np.array_equal(longer[:-1], ids):
             added = longer[len(ids) :].tolist()
             raise PromptError(

@@ -7,8 +7,6 @@ of the original code and of lm-evaluation-harness (`tasks/mmlu/default`).
 
 import csv
 import difflib
-import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +20,7 @@ import pyarrow.parquet as pq
 
 from raymerge.errors import UserError
 from raymerge.hub import fetch
+from raymerge.identity import digest
 
 LETTERS = "ABCD"
 
@@ -79,7 +78,7 @@ class Question:
     def content_hash(self) -> str:
         """16 hex digits over text and options, stripped: equal for the same question in another source, subject,
         split, or with a corrected answer."""
-        return _hash([self.text.strip(), [option.strip() for option in self.options]])
+        return digest([self.text.strip(), [option.strip() for option in self.options]])
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class QuestionSet:
             return [question.subject, question.text.strip(), question.options, question.answer]
 
         examples = {subject: [content(question) for question in part] for subject, part in self.examples.items()}
-        return _hash({"questions": [content(question) for question in self.questions], "examples": examples})
+        return digest({"questions": [content(question) for question in self.questions], "examples": examples})
 
     @property
     def subjects(self) -> tuple[str, ...]:
@@ -196,7 +195,7 @@ def drawn(keys: Sequence[Sequence[str]], n: int, seed: int) -> list[int]:
     _check_count("n", n, 1)
 
     def rank(index: int) -> bytes:
-        return hashlib.sha256(_canonical([seed, *keys[index]])).digest()
+        return digest([seed, *keys[index]], length=64)
 
     return sorted(sorted(range(len(keys)), key=rank)[:n])
 
@@ -211,14 +210,6 @@ def question_text(question: Question) -> str:
     """The question as it follows the prefix, up to "Answer:". The text is stripped, the options are not."""
     options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, question.options, strict=True))
     return f"{question.text.strip()}\n{options}\nAnswer:"
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(_canonical(value)).hexdigest()[:16]
 
 
 def _check_count(name: str, value: Any, least: int) -> None:
