@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -22,8 +22,20 @@ _ACQUISITION_POINTS = 1000  # random ones, from the best of which the acquisitio
 _FAILED_RADIUS = 0.01  # share of the bounds' width: no proposal falls nearer than this to a point that failed
 
 
-class Proposer:
-    """Points that are decided beforehand - known ones, then random ones - and the bookkeeping of all proposers.
+class Proposer(Protocol):
+    """What a search needs to know of where its points come from."""
+
+    def ask(self, count: int, pending: Sequence[Point] = ()) -> list[Point]:
+        """The next points, at most `count`, while the values of the pending ones are awaited."""
+        ...
+
+    def tell(self, point: Point, value: float | None) -> None:
+        """Learn a point's value, larger being better; None or a value that is not finite means that it failed."""
+        ...
+
+
+class _Drawn:
+    """Points that are decided beforehand - known ones, then random ones - and the bookkeeping of what is done.
 
     The points follow from the seed alone, so that a restart can leave out those that are done. A point is `dimensions`
     values within `bounds`; where there are choices (numbers that have an order, such as a block's first layer), one of
@@ -68,11 +80,10 @@ class Proposer:
         return None
 
     def tell(self, point: Point, value: float | None) -> None:
-        """Learn a point's value, larger being better; None or a value that is not finite means that it failed."""
         self._done.add(tuple(point))
 
 
-class RandomProposer(Proposer):
+class RandomProposer(_Drawn):
     """Uniform random points: the control of every search, so they are none of those that a BayesProposer of the same
     seed starts with."""
 
@@ -108,7 +119,7 @@ class Starts:
         """Nothing is learnt."""
 
 
-class BayesProposer(Proposer):
+class BayesProposer(_Drawn):
     """Gaussian-process proposals by bayesian-optimization 3: Matern 5/2 with a noise term, expected improvement.
 
     Known points first, then `initial` random ones, then proposals. Points that are being evaluated count with the
