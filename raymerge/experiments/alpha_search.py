@@ -29,9 +29,9 @@ from raymerge.experiments.common import (
     counted,
     describe_workers,
     draw_figures,
-    hold_to,
     model_facts,
     open_pool,
+    open_run,
     read_inputs,
     runtime,
     settings_of,
@@ -102,13 +102,11 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     start = starting_plan(config.plan, n_layers, similarity)
     probes = [read_alpha_file(path, n_layers) for path in config.search.probes]
     _check(config, inputs, start, [] if config.plan.selection == "block" else probes)
-    run = RunDirectory.open(config.output.run, settings, "search")
-    if run.complete:
-        progress.message("This run is complete; nothing is left to do.")
-        return run
     matrices = () if similarity is None else (similarity.matrix, similarity.block_influence)
-    hold_to(run, inputs, progress, plans=[start, *probes], similarity=matrices)
-    run.begin()
+    held = {"plans": [start, *probes], "similarity": matrices}
+    run = open_run(config, "search", settings, inputs, progress, **held)
+    if run.complete:
+        return run
     with runtime(config, progress):
         cache = cache_of(config, run)
         if config.plan.recompute:

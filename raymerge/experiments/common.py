@@ -162,16 +162,25 @@ def open_pool(
         )
 
 
-def hold_to(
-    run: RunDirectory,
+def open_run(
+    config: Config,
+    experiment: str,
+    settings: dict[str, Any],
     inputs: Inputs,
     progress: Progress,
     *,
     plans: Sequence[MergePlan] = (),
     similarity: Sequence[np.ndarray | None] = (),
-) -> None:
-    """Hold a run to what its configuration led to: model, tokenizer, prompts and texts, and the merges and matrices
-    that files or other runs give. Raises RunError where a run that holds results was begun with others."""
+) -> RunDirectory:
+    """The run directory, begun; one that is complete stays as it is, and says so.
+
+    It is held to what its configuration led to: model, tokenizer, prompts and texts, and the merges and matrices that
+    files or other runs give. Raises RunError where a run that holds results was begun with others.
+    """
+    run = RunDirectory.open(config.output.run, settings, experiment)
+    if run.complete:
+        progress.message("This run is complete; nothing is left to do.")
+        return run
     with step(progress, "digest of the model's files"):
         held = {"model": inputs.checkpoint.identity, "tokenizer": inputs.checkpoint.tokenizer_identity}
     held |= {f"data {role}": identity for role, identity in inputs.identities.items()}
@@ -179,6 +188,8 @@ def hold_to(
     held |= {"plan": digest([plan.plan_id("") for plan in plans])} if plans else {}
     matrices = [np.round(matrix, 12).tobytes().hex() for matrix in similarity if matrix is not None]
     run.hold_to(held | ({"similarity": digest(matrices)} if matrices else {}))
+    run.begin()
+    return run
 
 
 def describe_workers(

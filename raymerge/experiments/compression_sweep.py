@@ -18,9 +18,9 @@ from raymerge.experiments.common import (
     counted,
     describe_workers,
     draw_figures,
-    hold_to,
     model_facts,
     open_pool,
+    open_run,
     read_inputs,
     runtime,
     settings_of,
@@ -86,13 +86,11 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     # The blocks may be chosen by the model; the first ones allowed show what can be refused.
     blocks = {merges: starts[0] for merges, starts in _starts(config, inputs).items()}
     points = _points(config, inputs, similarity, blocks)
-    run = RunDirectory.open(config.output.run, settings, "sweep")
-    if run.complete:
-        progress.message("This run is complete; nothing is left to do.")
-        return run
     matrices = () if similarity is None else (similarity.matrix, similarity.block_influence)
-    hold_to(run, inputs, progress, plans=[point.plan for point in points], similarity=matrices)
-    run.begin()
+    held = {"plans": [point.plan for point in points], "similarity": matrices}
+    run = open_run(config, "sweep", settings, inputs, progress, **held)
+    if run.complete:
+        return run
     with runtime(config, progress):
         if blocks:
             cache, n_layers = cache_of(config, run), inputs.checkpoint.n_layers

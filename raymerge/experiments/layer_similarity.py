@@ -20,9 +20,9 @@ from raymerge.experiments.common import (
     counted,
     describe_workers,
     draw_figures,
-    hold_to,
     model_facts,
     open_pool,
+    open_run,
     read_inputs,
     runtime,
     settings_of,
@@ -56,12 +56,9 @@ def similarity(
     with step(progress, "reading model and prompts"):
         inputs = read_inputs(config, (SUBSETS,), text=False)
     recipe_of(config.similarity)
-    run = RunDirectory.open(config.output.run, settings, "similarity")
+    run = open_run(config, "similarity", settings, inputs, progress)
     if run.complete:
-        progress.message("This run is complete; nothing is left to do.")
         return run
-    hold_to(run, inputs, progress)
-    run.begin()
     cache = cache_of(config, run)
     options = {"run": run, "most": len(inputs.subsets), "progress": progress}
     with runtime(config, progress), open_pool(config, inputs, cache, **options) as pool:
@@ -316,12 +313,9 @@ def sensitivity(
     with step(progress, "reading model and prompts"):
         inputs = read_inputs(config, (SUBSETS,), text=False)
     _check_ranges(config, inputs)
-    run = RunDirectory.open(config.output.run, settings, "sensitivity")
+    run = open_run(config, "sensitivity", settings, inputs, progress)
     if run.complete:
-        progress.message("This run is complete; nothing is left to do.")
         return run
-    hold_to(run, inputs, progress)
-    run.begin()
     options = {"run": run, "most": len(inputs.subsets), "progress": progress}
     with runtime(config, progress), open_pool(config, inputs, cache_of(config, run), **options) as pool:
         workers = describe_workers(pool, inputs, progress, run)

@@ -18,9 +18,9 @@ from raymerge.experiments.common import (
     cache_of,
     counted,
     describe_workers,
-    hold_to,
     model_facts,
     open_pool,
+    open_run,
     read_inputs,
     runtime,
     settings_of,
@@ -50,12 +50,9 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
         inputs = read_inputs(config, () if config.data.mmlu is None else (REPORT,))
     if not (inputs.questions or inputs.tasks or inputs.text is not None):
         raise ConfigError("nothing to evaluate on: set data.mmlu, data.perplexity_text, or a task in the tasks section")
-    run = RunDirectory.open(config.output.run, settings, "evaluate")
+    run = open_run(config, "evaluate", settings, inputs, progress)
     if run.complete:
-        progress.message("This run is complete; nothing is left to do.")
         return run
-    hold_to(run, inputs, progress)
-    run.begin()
     plan = base_plan(inputs.checkpoint.n_layers)
     options = {"run": run, "progress": progress, "shards_each": _SHARDS_EACH}
     with runtime(config, progress), open_pool(config, inputs, cache_of(config, run), **options) as pool:
