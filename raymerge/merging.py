@@ -65,7 +65,7 @@ def merge(
     plan = replace(plan, alignment=alignment, norms=norms, biases=biases)
     check_mergeable(checkpoint, plan)
     if push is not None:
-        hub.check_push(push)
+        hub.check_push(push, private=private)
     options = {"verify": verify, "command": command, "progress": progress}
     aligner = Aligner(checkpoint, cache_folder)
     with tempfile.TemporaryDirectory() as scratch:
