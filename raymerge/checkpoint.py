@@ -34,49 +34,85 @@ from raymerge.tensorfiles import ITEM_BYTES, Layout, OpenTensorFile
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 5 * 10**9
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_TOKENIZER = ("token", "vocab", "merges", "special", "added")
-# What belongs to a tokenizer or to generation and is carried over to a merged checkpoint as it is.
-_CARRIED = (*_TOKENIZER, "chat_template", "generation_config")
+_TERMS = ("license", "licence", "notice")
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.model.v[0-9]", "*.txt", "*.jinja", "*.md"]
+_HUB_PATTERNS += ["LICENSE", "LICENCE", "LICENSE-MODEL", "NOTICE", "Notice"]
+# The same weights once more: Mistral's and Meta's own files, and those of other runtimes.
+_NOT_FETCHED = ["consolidated*", "original/*", "onnx/*"]
+# What transformers and mistral-common read tokenizers from. No looser: a folder may hold a `token` of the user's too.
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.[0-9]*.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "tokenizer.model.v[0-9]*",
+    "tiktoken.model",
+    "tekken.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+# What belongs to a tokenizer or to generation, and the terms of use: carried over to a merged checkpoint as it is.
+_CARRIED = (
+    *_TOKENIZER,
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    *(name + end for word in _TERMS for name in (word, word.upper(), word.title()) for end in ("", ".*", "-*")),
+)
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be read or written as asked; the message names the file and the cure."""
 
 
+def is_on_hub(path: str) -> bool:
+    """Whether a model's path means the hub's, not something on this machine. CheckpointError where it means neither."""
+    folder = Path(path).expanduser()
+    if path == "demo" or folder.is_dir() or gguf_file_of(folder) is not None:
+        return False
+    if folder.exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise CheckpointError(f"there is no model folder {path}: give a folder, a hub id such as owner/name, or demo")
+    return True
+
+
 def resolve_model(path: str, revision: str | None = None) -> Path:
     """The local folder of a model: "demo", a folder, or a hub id, which is downloaded (safetensors only).
 
     A .gguf file, or a folder with one and no config, is dequantised once, and the folder is where that is kept.
+    CheckpointError for a revision of what is not the hub's.
     """
+    if is_on_hub(path):
+        from huggingface_hub import snapshot_download
+
+        what = f"no local folder {path!r}, and the model {path!r} (revision {revision or 'main'})"
+        patterns = {"allow_patterns": _HUB_PATTERNS, "ignore_patterns": _NOT_FETCHED}
+        return fetch(what, lambda: snapshot_download(path, revision=revision, **patterns), CheckpointError)
+    if revision is not None:
+        raise CheckpointError(f"revision {revision!r} is for hub models, and {path} is local: leave it out")
     if path == "demo":
         return demo.MODEL_PATH
     folder = Path(path).expanduser()
-    if (gguf := gguf_file_of(folder)) is not None:
-        return converted_gguf(gguf)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise CheckpointError(f"there is no model folder {path}: give a folder, a hub id such as owner/name, or demo")
-    from huggingface_hub import snapshot_download
-
-    what = f"no local folder {path!r}, and the model {path!r} (revision {revision or 'main'})"
-    return fetch(
-        what, lambda: snapshot_download(path, revision=revision, allow_patterns=_HUB_PATTERNS), CheckpointError
-    )
+    gguf = gguf_file_of(folder)
+    return folder if gguf is None else converted_gguf(gguf)
 
 
 class Checkpoint(Mapping[str, Tensor]):
     """An opened checkpoint. Indexing gives a tensor in its stored dtype, mapped from disk, on the CPU.
 
     Tied embeddings are resolved: the unembedding's name always works. A tensor that holds NaN or infinite values is
-    refused by name when it is first read. `name` is the path that was asked for.
+    refused by name when it is first read. `name` is the path that was asked for, `on_hub` whether that is a hub id.
     """
 
     def __init__(self, path: str, *, revision: str | None = None, trust_remote_code: bool = False):
         from transformers import AutoConfig
 
-        self.name, self.revision = path, revision
+        self.name, self.revision, self.on_hub = path, revision, is_on_hub(path)
         self.directory = resolve_model(path, revision)
         self.trust_remote_code = trust_remote_code
         if not (self.directory / "config.json").is_file():
@@ -223,7 +259,7 @@ class Checkpoint(Mapping[str, Tensor]):
     @cached_property
     def tokenizer_identity(self) -> str:
         """First 16 hex digits of SHA-256 over the tokenizer's files, by name."""
-        files = [file for file in self.directory.iterdir() if file.is_file() and file.name.startswith(_TOKENIZER)]
+        files = _named(self.directory, _TOKENIZER)
         return digest({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
 
     @cached_property
@@ -290,9 +326,10 @@ class Checkpoint(Mapping[str, Tensor]):
             _check_own(own, unfinished)
             values = trimmed_config(self.config.to_dict(), kept)
             self.config.__class__.from_dict(values).save_pretrained(unfinished)
-            for file in sorted(self.directory.iterdir()):
-                if file.is_file() and file.name.startswith(_CARRIED):
-                    shutil.copyfile(file, unfinished / file.name)
+            for file in _named(self.directory, _CARRIED):
+                copied = unfinished / file.relative_to(self.directory)
+                copied.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copied)
             for name, text in (extra_files or {}).items():
                 (unfinished / name).write_text(text, encoding="utf-8")
             _check_own(own, unfinished)
@@ -310,6 +347,11 @@ class Checkpoint(Mapping[str, Tensor]):
             if own >= 0:
                 os.close(own)
         return written
+
+
+def _named(directory: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files of a folder whose names fit one of the glob patterns, in order."""
+    return sorted({file for pattern in patterns for file in directory.glob(pattern) if file.is_file()})
 
 
 def _is_own(opened: int, folder: Path) -> bool:

@@ -218,8 +218,7 @@ def _layer_record(kept: KeptLayer) -> dict[str, Any]:
 
 def _described(checkpoint: Checkpoint, record: dict[str, Any], results: Sequence[str]) -> dict[str, str]:
     """The files that say what the model is: they are written again when it has been proved."""
-    title = Path(checkpoint.name).name or checkpoint.directory.resolve().name
     return {
         RECORD_FILE: json.dumps(record, indent=2, ensure_ascii=False) + "\n",
-        "README.md": model_card(record, title=title, results=results),
+        "README.md": model_card(record, checkpoint, results=results),
     }

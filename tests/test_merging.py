@@ -5,10 +5,12 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import tiny
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 import raymerge.alignment
@@ -46,6 +48,34 @@ def test_the_record_and_the_alpha_file_say_what_was_done(tmp_path, alphas):
     assert "```\nraymerge merge demo\n```" in card and "# demo, 3 layers merged away" in card
     assert "| 1 | 18 | 19 | 0.200000 |" in card
     assert "nothing was measured here" in card and "was not reloaded" in card
+
+
+@pytest.mark.parametrize(
+    ("card", "terms"),
+    [
+        ("---\nlicense: other\nlicense_name: x-1\nlicense_link: LICENSE\nlanguage: [en]\n---\n# x\n---\n", "other"),
+        ("---\r\nlicense: other\r\nlicense_name: x-1\r\nlicense_link: LICENSE\r\n---\r\n", "other"),
+        ("# no front matter\n---\nlicense: mit\n---\n", None),
+        ("---\nlicense: [\n---\n", None),
+        ("---\nmit\n---\n", None),
+        (None, None),
+    ],
+)
+def test_the_card_names_the_base_and_keeps_its_licence(tmp_path, monkeypatch, card, terms):
+    folder = tiny.make_checkpoint(tmp_path / "base")
+    if card is not None:
+        (folder / "README.md").write_bytes(card.encode())
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    expected = {"library_name": "transformers", "tags": ["layer-merging", "raymerge"]}
+    if terms is not None:
+        expected |= {"license": terms, "license_name": "x-1", "license_link": "LICENSE"}
+    base = {"base_model": "owner/name", "base_model_relation": "merge"}
+    for model, further in ((str(folder), {}), ("owner/name", base)):
+        out = tmp_path / f"merged-{len(further)}"
+        save_merged(Checkpoint(model), tail_plan(5, [0.4], name="x", kind="found"), out, verify=False)
+        _, front, text = (out / "README.md").read_text().split("---\n", 2)
+        assert yaml.safe_load(front) == expected | further
+        assert text.startswith(f"# {model.rpartition('/')[2]}, 1 layers merged away")
 
 
 @pytest.mark.parametrize(("alignment", "norms"), [("neurons", "fold"), ("rows", "keep"), ("none", "fold")])
