@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -65,6 +67,10 @@ _CARRIED = (
     "additional_chat_templates/*.jinja",
     *(name + end for word in _TERMS for name in (word, word.upper(), word.title()) for end in ("", ".*", "-*")),
 )
+
+
+# What transformers does about files that are not as it expects them; the last is how a config refuses a value.
+_UNREADABLE = (ValueError, OSError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError)
 
 
 class CheckpointError(UserError):
@@ -118,11 +124,11 @@ class Checkpoint(Mapping[str, Tensor]):
         if not (self.directory / "config.json").is_file():
             raise CheckpointError(f"{self.directory} has no config.json: it is no Hugging Face checkpoint")
         declared = _read_json(self.directory / "config.json")
-        if "quantization_config" in declared:
+        if declared.get("quantization_config") is not None:
             raise CheckpointError(f"{self.directory} is quantised: merge the unquantised checkpoint, quantise after")
         try:
             self.config = AutoConfig.from_pretrained(self.directory, trust_remote_code=trust_remote_code)
-        except (ValueError, OSError, KeyError) as error:
+        except _UNREADABLE as error:
             kind = declared.get("model_type")
             raise CheckpointError(f"transformers cannot read {self.directory} (model type {kind}): {error}") from error
         self.architecture: Architecture = architecture_of(self.config)
@@ -162,7 +168,16 @@ class Checkpoint(Mapping[str, Tensor]):
         from transformers import AutoModelForCausalLM
 
         root, _, end = self.architecture.layer_prefix.partition("{}")
-        numbers = {int(name.removeprefix(root).split(end)[0]): name for name in self._where if name.startswith(root)}
+        numbers: dict[int, str] = {}
+        for name in self._where:
+            if name.startswith(root):
+                number = name.removeprefix(root).split(end)[0]
+                if not re.fullmatch("[0-9]+", number):
+                    raise CheckpointError(
+                        f"{self._where[name]}: {name} is in no layer with a number, and would be lost in a merge: the "
+                        "model's layers share tensors, which is not supported, or the file is damaged"
+                    )
+                numbers[int(number)] = name
         if beyond := sorted(number for number in numbers if number >= self.n_layers):
             raise CheckpointError(
                 f"the config of {self.directory} says {self.n_layers} layers, but there are tensors of layer "
@@ -173,7 +188,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 skeleton = AutoModelForCausalLM.from_config(
                     copy.deepcopy(self.config), trust_remote_code=self.trust_remote_code
                 )
-        except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (*_UNREADABLE, ArithmeticError, RuntimeError) as error:
             raise CheckpointError(
                 f"transformers cannot build the model that {self.directory}/config.json describes: {error}"
             ) from error
@@ -269,7 +284,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
         try:
             return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
-        except (ValueError, OSError, KeyError) as error:
+        except _UNREADABLE as error:
             raise CheckpointError(f"{self.directory} has no tokenizer that transformers can read: {error}") from error
 
     def size(self, kept: Iterable[int] | None = None) -> tuple[int, int]:
@@ -385,6 +400,8 @@ def _weight_files(directory: Path) -> list[Path]:
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index} cannot be read: it has no weight_map; fetch it again")
+        if strange := {name: file for name, file in weight_map.items() if not isinstance(file, str)}:
+            raise CheckpointError(f"{index} cannot be read: it names no files of {strange}; fetch it again")
         files = [directory / name for name in sorted(set(weight_map.values()))]
     elif (directory / "model.safetensors").is_file():
         # As transformers does: Mistral's folders have the same weights once more in consolidated.safetensors.

@@ -294,7 +294,8 @@ def test_damaged_json(copy):
 
 def test_damaged_index(tmp_path):
     folder = tiny.make_checkpoint(tmp_path / "m", "llama", shard="60KB")
-    for text in ('{"weight_map": ', "{}", "[]"):
+    null, nested = (json.dumps({"weight_map": {"lm_head.weight": value}}) for value in (None, ["x"]))
+    for text in ('{"weight_map": ', "{}", "[]", null, nested):
         (folder / "model.safetensors.index.json").write_text(text)
         with pytest.raises(CheckpointError, match="index.json cannot be read"):
             Checkpoint(str(folder))
@@ -303,6 +304,34 @@ def test_damaged_index(tmp_path):
 def test_quantised_checkpoints(copy):
     edit_config(copy, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(CheckpointError, match="is quantised: merge the unquantised checkpoint"):
+        Checkpoint(str(copy))
+
+
+def test_a_checkpoint_that_says_that_it_is_not_quantised(copy, tmp_path):
+    edit_config(copy, quantization_config=None)
+    save_merge(Checkpoint(str(copy)), tail_plan(5, [0.4], name="x", kind="found"), tmp_path / "merged")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("qwen2", {"layer_types": ["full_attention"] * 7}, "num_hidden_layers.*layer_types"),
+        ("llama", {"hidden_size": "32"}, "hidden_size.*expected int"),
+        ("llama", {"rope_parameters": ["default"]}, "rope|list"),
+    ],
+)
+def test_a_config_whose_values_transformers_refuses(tmp_path, family, changes, words):
+    folder = tiny.make_checkpoint(tmp_path / "m", family)
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=rf"(?s)transformers cannot read {folder} \(model type .*{words}"):
+        Checkpoint(str(folder))
+
+
+def test_a_tensor_that_layers_share(copy):
+    state = load_file(copy / "model.safetensors") | {"model.layers.shared.weight": torch.ones(2)}
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="safetensors: model.layers.shared.weight is in no layer with a number"):
         Checkpoint(str(copy))
 
 
