@@ -37,6 +37,7 @@ def merge(
     out: str | Path,
     *,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     alignment: str = "none",
     norms: str = "keep",
     biases: str = "keep",
@@ -51,16 +52,17 @@ def merge(
 ) -> dict[str, Any]:
     """Merge a model by an alpha file and save it as an ordinary Hugging Face checkpoint; what was done, in figures.
 
-    alignment, norms, biases: as a MergePlan has them; the published way by default. refit: how the seams are fitted on
-    the plain text in file `calibration`, the first tokens of it; its own `calibration` is filled in here. cache_folder:
-    where permutations and fits are kept for another merge of the same model. verify: prove the saved model (see
-    `save_merged`). push: a hub repository, OWNER/NAME, to upload it to when it is saved and proved; private or public.
+    revision: of a hub model. trust_remote_code: run the model repository's own Python. alignment, norms, biases: as a
+    MergePlan has them; the published way by default. refit: how the seams are fitted on the plain text in file
+    `calibration`, the first tokens of it; its own `calibration` is filled in here. cache_folder: where permutations and
+    fits are kept for another merge of the same model. verify: prove the saved model (see `save_merged`). push: a hub
+    repository, OWNER/NAME, to upload it to when it is saved and proved; private or public.
     command: what the card says that made it.
     Beside what fails in reading and merging, raises ProofError and HubError; the saved model stays.
     """
     if Path(out).exists():
         raise PlanError(f"{out} exists already: give another --out, or delete it")
-    checkpoint = Checkpoint(model, revision=revision)
+    checkpoint = Checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
     plan = read_alpha_file(alpha_file, checkpoint.n_layers)
     plan = replace(plan, alignment=alignment, norms=norms, biases=biases)
     check_mergeable(checkpoint, plan)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers.dynamic_module_utils
 import yaml
 from transformers import AutoModelForCausalLM
 
 import raymerge.alignment
+from raymerge import cli
 from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import fuse_state_dict
 from raymerge.merging import merge, save_merged
@@ -110,6 +112,32 @@ def test_a_plan_s_alignment_and_norms_are_what_is_saved(tmp_path, alphas, monkey
     calls.clear()
     save_merged(base, plan, tmp_path / "again", verify=False)
     assert len(calls) == {"neurons": 3, "rows": 3 * 7, "none": 0}[alignment]
+
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({marker!r}).write_text("ran")
+class OwnConfig(LlamaConfig):
+    pass
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_repository_s_own_code_runs_only_where_it_is_trusted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder, marker = tiny.make_checkpoint(tmp_path / "base"), tmp_path / "marker"
+    values = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(values | {"auto_map": own}))
+    (folder / "own_code.py").write_text(OWN_CODE.format(marker=str(marker)))
+    (tmp_path / "a.json").write_text(alpha_file_text(tail_plan(5, [0.4], name="x", kind="file").steps))
+    command = ["merge", str(folder), "--alphas", str(tmp_path / "a.json"), "--no-verify", "--out"]
+    assert cli.main([*command, str(tmp_path / "out")]) == 0 and not marker.exists()
+    assert cli.main([*command, str(tmp_path / "trusted"), "--trust-remote-code"]) == 0 and marker.exists()
+    capsys.readouterr()
 
 
 def test_an_unknown_alignment_is_refused(tmp_path, alphas):
