@@ -26,6 +26,7 @@ from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import encode_text
 from raymerge.proof import check_proof, proof_finished, prove
 from raymerge.refit import Refitter, check_refittable
+from raymerge.storage import Storage
 from raymerge.texts import read_plain_text
 
 RECORD_FILE = "merge_plan.json"
@@ -146,7 +147,7 @@ def save_merged(
         with step(progress, "proof: the saved model, loaded in a fresh process"):
             record["proof"] = prove(checkpoint, plan, folder, aligner=aligner, refits=refits)
         for name, text in _described(checkpoint, record, results).items():
-            (folder / name).write_text(text, encoding="utf-8")
+            Storage(folder).publish(name, text.encode())
         check_proof(record["proof"], folder)
     return record | {"bytes": written, "folder": str(folder)}
 
@@ -160,8 +161,15 @@ def _counted(tensors: Iterator[tuple[str, Tensor]], total: int, progress: Progre
 
 
 def saved_record(folder: Path) -> dict[str, Any]:
-    """What `save_merged` wrote beside a model saved earlier."""
-    return json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    """What `save_merged` wrote beside a model saved earlier; PlanError where it cannot be read."""
+    path = folder / RECORD_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or "plan_id" not in record:
+            raise ValueError("it names no plan")
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{path} cannot be read: {error}; delete {folder}, and the model is saved again") from error
+    return record
 
 
 def saved_proof(folder: Path) -> dict[str, Any] | None:
@@ -219,8 +227,8 @@ def _layer_record(kept: KeptLayer) -> dict[str, Any]:
 
 
 def _described(checkpoint: Checkpoint, record: dict[str, Any], results: Sequence[str]) -> dict[str, str]:
-    """The files that say what the model is: they are written again when it has been proved."""
+    """The files that say what the model is: they are written again when it has been proved, the record last."""
     return {
-        RECORD_FILE: json.dumps(record, indent=2, ensure_ascii=False) + "\n",
         "README.md": model_card(record, checkpoint, results=results),
+        RECORD_FILE: json.dumps(record, indent=2, ensure_ascii=False) + "\n",
     }
