@@ -400,8 +400,10 @@ def _weight_files(directory: Path) -> list[Path]:
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index} cannot be read: it has no weight_map; fetch it again")
-        if strange := {name: file for name, file in weight_map.items() if not isinstance(file, str)}:
-            raise CheckpointError(f"{index} cannot be read: it names no files of {strange}; fetch it again")
+        if strange := [name for name, file in weight_map.items() if not isinstance(file, str)]:
+            raise CheckpointError(
+                f"{index} cannot be read: {len(strange)} tensors have no file, such as {strange[:3]}; fetch it again"
+            )
         files = [directory / name for name in sorted(set(weight_map.values()))]
     elif (directory / "model.safetensors").is_file():
         # As transformers does: Mistral's folders have the same weights once more in consolidated.safetensors.
