@@ -6,18 +6,23 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from raymerge import summary
+from raymerge.checkpoint import Checkpoint
 from raymerge.proof import proof_finished
 from raymerge.tables import RunDirectory
 
 
-def model_card(record: dict[str, Any], *, title: str, results: Sequence[str] = ()) -> str:
-    """README.md, from merge_plan.json's record. title: the base model's name; results: lines of markdown."""
+def model_card(record: dict[str, Any], checkpoint: Checkpoint, *, results: Sequence[str] = ()) -> str:
+    """README.md, from merge_plan.json's record. checkpoint: the base model; results: lines of markdown."""
     removed = record["layers_before"] - record["layers_after"]
+    title = Path(checkpoint.name).name or checkpoint.directory.resolve().name
+    base = {"base_model": checkpoint.name, "base_model_relation": "merge"} if checkpoint.on_hub else {}
+    facts = {"library_name": "transformers"} | base | _terms(checkpoint.directory)
     lines = [
         "---",
-        "library_name: transformers",
-        *([f"base_model: {record['base_model']}"] if _is_hub_id(record["base_model"]) else []),
+        yaml.safe_dump(facts, sort_keys=False, allow_unicode=True).rstrip(),
         "tags: [layer-merging, raymerge]",
         "---",
         f"# {title}, {removed} layers merged away",
@@ -43,8 +48,15 @@ def model_card(record: dict[str, Any], *, title: str, results: Sequence[str] = (
     return "\n".join(lines)
 
 
-def _is_hub_id(model: str) -> bool:
-    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists()
+def _terms(folder: Path) -> dict[str, Any]:
+    """What the front matter of a model's own card says of its licence, which a merge of it keeps."""
+    try:
+        start, front, _ = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        found = yaml.safe_load(front)
+    except (OSError, ValueError, yaml.YAMLError):  # a model without a card, or with one that says nothing readable
+        return {}
+    keys = () if start.strip() or not isinstance(found, dict) else ("license", "license_name", "license_link")
+    return {key: found[key] for key in keys if key in found}
 
 
 def _plan_lines(record: dict[str, Any]) -> list[str]:

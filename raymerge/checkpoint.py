@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -34,59 +36,99 @@ from raymerge.tensorfiles import ITEM_BYTES, Layout, OpenTensorFile
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 5 * 10**9
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_TOKENIZER = ("token", "vocab", "merges", "special", "added")
-# What belongs to a tokenizer or to generation and is carried over to a merged checkpoint as it is.
-_CARRIED = (*_TOKENIZER, "chat_template", "generation_config")
+_TERMS = ("license", "licence", "notice")
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.model.v[0-9]", "*.txt", "*.jinja", "*.md"]
+_HUB_PATTERNS += ["LICENSE", "LICENCE", "LICENSE-MODEL", "NOTICE", "Notice"]
+# The same weights once more: Mistral's and Meta's own files, and those of other runtimes.
+_NOT_FETCHED = ["consolidated*", "original/*", "onnx/*"]
+# What transformers and mistral-common read tokenizers from. No looser: a folder may hold a `token` of the user's too.
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.[0-9]*.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "tokenizer.model.v[0-9]*",
+    "tiktoken.model",
+    "tekken.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+# What belongs to a tokenizer or to generation, and the terms of use: carried over to a merged checkpoint as it is.
+_CARRIED = (
+    *_TOKENIZER,
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    *(name + end for word in _TERMS for name in (word, word.upper(), word.title()) for end in ("", ".*", "-*")),
+)
+
+
+# What transformers does about files that are not as it expects them; the last is how a config refuses a value.
+_UNREADABLE = (ValueError, OSError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError)
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be read or written as asked; the message names the file and the cure."""
 
 
+def is_on_hub(path: str) -> bool:
+    """Whether a model's path means the hub's, not something on this machine. CheckpointError where it means neither."""
+    folder = Path(path).expanduser()
+    if path == "demo" or folder.is_dir() or gguf_file_of(folder) is not None:
+        return False
+    if folder.exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise CheckpointError(f"there is no model folder {path}: give a folder, a hub id such as owner/name, or demo")
+    return True
+
+
 def resolve_model(path: str, revision: str | None = None) -> Path:
     """The local folder of a model: "demo", a folder, or a hub id, which is downloaded (safetensors only).
 
     A .gguf file, or a folder with one and no config, is dequantised once, and the folder is where that is kept.
+    CheckpointError for a revision of what is not the hub's.
     """
+    if is_on_hub(path):
+        from huggingface_hub import snapshot_download
+
+        what = f"no local folder {path!r}, and the model {path!r} (revision {revision or 'main'})"
+        patterns = {"allow_patterns": _HUB_PATTERNS, "ignore_patterns": _NOT_FETCHED}
+        return fetch(what, lambda: snapshot_download(path, revision=revision, **patterns), CheckpointError)
+    if revision is not None:
+        raise CheckpointError(f"revision {revision!r} is for hub models, and {path} is local: leave it out")
     if path == "demo":
         return demo.MODEL_PATH
     folder = Path(path).expanduser()
-    if (gguf := gguf_file_of(folder)) is not None:
-        return converted_gguf(gguf)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise CheckpointError(f"there is no model folder {path}: give a folder, a hub id such as owner/name, or demo")
-    from huggingface_hub import snapshot_download
-
-    what = f"no local folder {path!r}, and the model {path!r} (revision {revision or 'main'})"
-    return fetch(
-        what, lambda: snapshot_download(path, revision=revision, allow_patterns=_HUB_PATTERNS), CheckpointError
-    )
+    gguf = gguf_file_of(folder)
+    return folder if gguf is None else converted_gguf(gguf)
 
 
 class Checkpoint(Mapping[str, Tensor]):
     """An opened checkpoint. Indexing gives a tensor in its stored dtype, mapped from disk, on the CPU.
 
     Tied embeddings are resolved: the unembedding's name always works. A tensor that holds NaN or infinite values is
-    refused by name when it is first read. `name` is the path that was asked for.
+    refused by name when it is first read. `name` is the path that was asked for, `on_hub` whether that is a hub id.
     """
 
     def __init__(self, path: str, *, revision: str | None = None, trust_remote_code: bool = False):
         from transformers import AutoConfig
 
-        self.name, self.revision = path, revision
+        self.name, self.revision, self.on_hub = path, revision, is_on_hub(path)
         self.directory = resolve_model(path, revision)
         self.trust_remote_code = trust_remote_code
         if not (self.directory / "config.json").is_file():
             raise CheckpointError(f"{self.directory} has no config.json: it is no Hugging Face checkpoint")
         declared = _read_json(self.directory / "config.json")
-        if "quantization_config" in declared:
+        if declared.get("quantization_config") is not None:
             raise CheckpointError(f"{self.directory} is quantised: merge the unquantised checkpoint, quantise after")
         try:
             self.config = AutoConfig.from_pretrained(self.directory, trust_remote_code=trust_remote_code)
-        except (ValueError, OSError, KeyError) as error:
+        except _UNREADABLE as error:
             kind = declared.get("model_type")
             raise CheckpointError(f"transformers cannot read {self.directory} (model type {kind}): {error}") from error
         self.architecture: Architecture = architecture_of(self.config)
@@ -126,7 +168,16 @@ class Checkpoint(Mapping[str, Tensor]):
         from transformers import AutoModelForCausalLM
 
         root, _, end = self.architecture.layer_prefix.partition("{}")
-        numbers = {int(name.removeprefix(root).split(end)[0]): name for name in self._where if name.startswith(root)}
+        numbers: dict[int, str] = {}
+        for name in self._where:
+            if name.startswith(root):
+                number = name.removeprefix(root).split(end)[0]
+                if not re.fullmatch("[0-9]+", number):
+                    raise CheckpointError(
+                        f"{self._where[name]}: {name} is in no layer with a number, and would be lost in a merge: the "
+                        "model's layers share tensors, which is not supported, or the file is damaged"
+                    )
+                numbers[int(number)] = name
         if beyond := sorted(number for number in numbers if number >= self.n_layers):
             raise CheckpointError(
                 f"the config of {self.directory} says {self.n_layers} layers, but there are tensors of layer "
@@ -137,7 +188,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 skeleton = AutoModelForCausalLM.from_config(
                     copy.deepcopy(self.config), trust_remote_code=self.trust_remote_code
                 )
-        except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (*_UNREADABLE, ArithmeticError, RuntimeError) as error:
             raise CheckpointError(
                 f"transformers cannot build the model that {self.directory}/config.json describes: {error}"
             ) from error
@@ -223,7 +274,7 @@ class Checkpoint(Mapping[str, Tensor]):
     @cached_property
     def tokenizer_identity(self) -> str:
         """First 16 hex digits of SHA-256 over the tokenizer's files, by name."""
-        files = [file for file in self.directory.iterdir() if file.is_file() and file.name.startswith(_TOKENIZER)]
+        files = _named(self.directory, _TOKENIZER)
         return digest({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
 
     @cached_property
@@ -233,7 +284,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
         try:
             return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
-        except (ValueError, OSError, KeyError) as error:
+        except _UNREADABLE as error:
             raise CheckpointError(f"{self.directory} has no tokenizer that transformers can read: {error}") from error
 
     def size(self, kept: Iterable[int] | None = None) -> tuple[int, int]:
@@ -290,9 +341,10 @@ class Checkpoint(Mapping[str, Tensor]):
             _check_own(own, unfinished)
             values = trimmed_config(self.config.to_dict(), kept)
             self.config.__class__.from_dict(values).save_pretrained(unfinished)
-            for file in sorted(self.directory.iterdir()):
-                if file.is_file() and file.name.startswith(_CARRIED):
-                    shutil.copyfile(file, unfinished / file.name)
+            for file in _named(self.directory, _CARRIED):
+                copied = unfinished / file.relative_to(self.directory)
+                copied.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copied)
             for name, text in (extra_files or {}).items():
                 (unfinished / name).write_text(text, encoding="utf-8")
             _check_own(own, unfinished)
@@ -310,6 +362,11 @@ class Checkpoint(Mapping[str, Tensor]):
             if own >= 0:
                 os.close(own)
         return written
+
+
+def _named(directory: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files of a folder whose names fit one of the glob patterns, in order."""
+    return sorted({file for pattern in patterns for file in directory.glob(pattern) if file.is_file()})
 
 
 def _is_own(opened: int, folder: Path) -> bool:
@@ -343,6 +400,10 @@ def _weight_files(directory: Path) -> list[Path]:
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index} cannot be read: it has no weight_map; fetch it again")
+        if strange := [name for name, file in weight_map.items() if not isinstance(file, str)]:
+            raise CheckpointError(
+                f"{index} cannot be read: {len(strange)} tensors have no file, such as {strange[:3]}; fetch it again"
+            )
         files = [directory / name for name in sorted(set(weight_map.values()))]
     elif (directory / "model.safetensors").is_file():
         # As transformers does: Mistral's folders have the same weights once more in consolidated.safetensors.

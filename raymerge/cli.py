@@ -223,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--calibration", metavar="TEXT", help="a text whose first tokens a refit is made on")
     merge.add_argument("--revision", help="hub revision of the model")
+    merge.add_argument("--trust-remote-code", action="store_true", help="run the model repository's own Python")
     merge.add_argument("--no-verify", action="store_true", help="do not reload the saved model to prove it")
     merge.add_argument(
         "--push", metavar="OWNER/NAME", help="also upload the saved model to this new or empty hub repository: private"
@@ -362,6 +363,7 @@ def _merge(options: argparse.Namespace) -> int:
             options.alphas,
             options.out,
             revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
             alignment=options.alignment,
             norms=options.norms,
             biases=options.biases,

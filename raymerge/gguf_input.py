@@ -14,18 +14,42 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import save_file
 
 from raymerge.errors import UserError
+from raymerge.tensorfiles import new_file
 
 #: Stands in a converted checkpoint: which file it was made from.
 SOURCE_FILE = "gguf_source.json"
 # Files of these types keep them. Others are stored as bfloat16, whose rounding (2^-9) is below a quantised value's own
 # step, and whose range, unlike float16's, holds every activation.
 _KEPT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+_PLAIN = frozenset(
+    f"{name}.weight" for name in "attn_norm attn_q attn_k attn_v attn_output ffn_norm ffn_gate ffn_up ffn_down".split()
+)
+_FUSED = _PLAIN - {f"{name}.weight" for name in ("attn_q", "attn_k", "attn_v", "ffn_gate")}
+_HEAD_NORMS = {"attn_q_norm.weight", "attn_k_norm.weight"}
+_OUTPUT_NORMS = {"post_attention_norm.weight", "post_ffw_norm.weight"}
+# What transformers reads of a layer, by llama.cpp's name of the architecture, which is Llama's for Mistral and Mixtral
+# too. Anything else it drops without a word (experts' tensors it reads, but not their width).
+_LAYER = {
+    "llama": _PLAIN,
+    "qwen2": _PLAIN | {"attn_q.bias", "attn_k.bias", "attn_v.bias"},
+    "qwen3": _PLAIN | _HEAD_NORMS,
+    "gemma2": _PLAIN | _OUTPUT_NORMS,
+    "gemma3": _PLAIN | _HEAD_NORMS | _OUTPUT_NORMS,
+    "phi3": _FUSED | {"attn_qkv.weight"},
+}
+_ENDS = {"token_embd.weight", "output_norm.weight", "output.weight"}
+# The one width of a head with which transformers reads an architecture. A file does not state the scale of Gemma's
+# scores, which transformers takes for 256: that of every size but 27B, whose heads are 128 wide.
+_HEAD_WIDTH = {"qwen3": 128, "gemma2": 256, "gemma3": 256}
+_WINDOWED = ("gemma2", "gemma3")
+_DAMAGE = (ValueError, LookupError, TypeError, ImportError, StopIteration, RuntimeError, AssertionError)
 
 
 class GgufError(UserError):
@@ -70,13 +94,16 @@ def converted_gguf(file: Path) -> Path:
 def _convert(file: Path, sha256: str, folder: Path) -> None:
     import transformers
     from gguf import GGUFReader
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     unfinished = folder.with_name(f"_tmp.{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
+        reader = GGUFReader(file)
+        _check_read_whole(file, reader)
         sizes: Counter[str] = Counter()
-        for tensor in GGUFReader(file).tensors:
+        for tensor in reader.tensors:
             sizes[tensor.tensor_type.name] += int(tensor.n_elements)
         types = dict(sizes.most_common())
         dtype = _KEPT.get(next(iter(types)), torch.bfloat16)
@@ -86,13 +113,16 @@ def _convert(file: Path, sha256: str, folder: Path) -> None:
         packed = getattr(transformers, "GgufConfig", None)
         options = named if packed is None else named | {"quantization_config": packed(dequantize=True)}
         model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **options)
-        _save_dense(model, unfinished)
+        if (saved := _save_dense(model, unfinished)) != sizes.total():
+            raise ValueError(f"transformers makes {saved} values of the {sizes.total()} that are there")
         tokenizer.save_pretrained(unfinished)
         source = {"file": file.name, "sha256": sha256, "values_by_type": types, "stored_as": str(dtype)}
         (unfinished / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
         os.replace(unfinished, folder)
+    except GgufError:
+        raise
     # What a damaged file makes the readers do: they check little.
-    except (ValueError, KeyError, IndexError, TypeError, ImportError, StopIteration, NotImplementedError) as error:
+    except (*_DAMAGE, StrictDataclassError) as error:
         raise GgufError(
             f"{file} cannot be read as GGUF: {type(error).__name__}: {error}. Fetch it again, or give the checkpoint "
             "it was made from"
@@ -101,13 +131,53 @@ def _convert(file: Path, sha256: str, folder: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _save_dense(model: Any, folder: Path) -> None:
-    """Write a model as an ordinary checkpoint, which transformers refuses for one from GGUF, dequantised or not."""
+def _check_read_whole(file: Path, reader: Any) -> None:
+    """Refuse, before it is converted, a file of which transformers would leave something out: it says nothing then.
+
+    Raises GgufError; KeyError for a file without the metadata that each has.
+    """
+
+    def value(key: str, default: Any = None) -> Any:
+        field = reader.fields.get(key)
+        return default if field is None else field.contents()
+
+    def refuse(what: str) -> NoReturn:
+        raise GgufError(f"{file} {what}: give the checkpoint that it was made from, as safetensors")
+
+    kind = reader.fields["general.architecture"].contents()
+    if kind not in _LAYER or value(f"{kind}.expert_count", 0):
+        experts = " with experts" if kind in _LAYER else ""
+        refuse(f"is of architecture {kind}{experts}, but only {', '.join(_LAYER)} without experts are read from GGUF")
+    for tensor in reader.tensors:
+        name = tensor.name.split(".", 2)[2] if tensor.name.startswith("blk.") else tensor.name
+        if name not in (_LAYER[kind] if name != tensor.name else _ENDS):
+            refuse(f"holds {tensor.name}, which transformers does not read of {kind}")
+    if value(f"{kind}.rope.scaling.type", "none") != "none":
+        refuse("scales its rotary frequencies, which transformers does not read")
+    width = value(f"{kind}.attention.key_length")
+    if width is None:
+        width = value(f"{kind}.embedding_length") // value(f"{kind}.attention.head_count")
+    if width != _HEAD_WIDTH.get(kind, width):
+        refuse(f"has heads of width {width}, but transformers reads {kind} with {_HEAD_WIDTH[kind]} alone")
+    if value(f"{kind}.rope.dimension_count", width) != width:
+        refuse("rotates a part of each head, which transformers does not read")
+    window = value(f"{kind}.attention.sliding_window", 0)
+    if kind not in _WINDOWED and 0 < window < value(f"{kind}.context_length"):
+        refuse(f"has a sliding window of {window} tokens, which transformers does not read of {kind}")
+
+
+def _save_dense(model: Any, folder: Path) -> int:
+    """Write a model as an ordinary checkpoint, which transformers refuses for one from GGUF, dequantised or not.
+
+    Returns how many values it has; a tied unembedding is not counted twice.
+    """
     folder.mkdir(parents=True)
     tensors: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in model.state_dict().items():
         tensors.setdefault(tensor.data_ptr(), (name, tensor.contiguous()))  # a tied unembedding comes second
-    save_file(dict(tensors.values()), folder / "model.safetensors", metadata={"format": "pt"})
+    with new_file(folder / "model.safetensors"):
+        save_file(dict(tensors.values()), folder / "model.safetensors", metadata={"format": "pt"})
     values = model.config.to_dict()
     values.pop("quantization_config", None)
     type(model.config).from_dict(values).save_pretrained(folder)
+    return sum(tensor.numel() for _, tensor in tensors.values())

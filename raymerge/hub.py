@@ -30,31 +30,43 @@ def fetch(what: str, download: Callable[[], str], error: type[UserError]) -> Pat
         ) from failure
 
 
-def check_push(repository: str) -> None:
-    """Refuse what `push` would refuse, before anything is computed: no hub, no login, a repository with files."""
+def check_push(repository: str, *, private: bool = True) -> None:
+    """Refuse what `push` would refuse, before anything is computed: no hub, no login, a repository with files, or one
+    that is there already and is not as private, or as public, as asked."""
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise HubError(f"--push is {repository!r}, but must be OWNER/NAME, a repository of the Hugging Face hub")
     api = _api()
     try:
         api.whoami()
-        there = set(api.list_repo_files(repository)) if api.repo_exists(repository) else set()
+        exists = api.repo_exists(repository)
+        there = set(api.list_repo_files(repository)) if exists else set()
+        # The hub creates nothing where a repository exists, so that what is asked for then has no effect.
+        is_private = api.repo_info(repository).private is True if exists else private
     except Exception as error:  # the hub raises its own, OSErrors and its HTTP client's errors, and which has changed
         raise _failed(repository, error) from error
     if there - {".gitattributes"}:
         raise HubError(
             f"{repository} exists on the hub and holds {len(there)} files, which are never overwritten: name another"
         )
+    if is_private != private:
+        is_now, asked = ("private", "public, by --public") if is_private else ("public", "private")
+        other = "leave out --public" if is_private else "give --public if everybody may read the model"
+        raise HubError(
+            f"{repository} exists on the hub and is {is_now}, but the model is to be {asked}: {other}, name another "
+            "repository, or change this one's visibility in its settings on the hub"
+        )
 
 
 def push(folder: Path, repository: str, *, private: bool = True) -> str:
     """Upload a saved model as it lies in `folder`, into a new or an empty repository; its address."""
-    check_push(repository)
+    check_push(repository, private=private)
     api = _api()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Merged by raymerge")
     except Exception as error:  # as above
-        raise _failed(repository, error, f"; the model itself is saved: hf upload {repository} {folder}") from error
+        again = f"hf upload {repository} {folder}{' --private' if private else ''}"
+        raise _failed(repository, error, f"; the model itself is saved: {again}") from error
     return str(address)
 
 

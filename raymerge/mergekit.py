@@ -16,6 +16,8 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.errors import UserError
 from raymerge.plan import KeptLayer, MergePlan
 
+#: The base model's folder, where a file names it: the merged model goes to others, and a path of this machine with it.
+_FOLDER = "base-model"
 _TYPES = {"torch.float32": "float32", "torch.float16": "float16", "torch.bfloat16": "bfloat16"}
 
 
@@ -47,7 +49,7 @@ def mergekit_yaml(checkpoint: Checkpoint, plan: MergePlan) -> str:
         elif len(last) == 1 and last[0]["layer_range"][1] == kept.index:
             last[0]["layer_range"][1] += 1
         else:
-            source: dict[str, Any] = {"model": _model(checkpoint, 0), "layer_range": [kept.index, kept.index + 1]}
+            source: dict[str, Any] = {"model": _model(checkpoint, merged), "layer_range": [kept.index, kept.index + 1]}
             slices.append({"sources": [source | ({"parameters": {"weight": 1.0}} if merged else {})]})
     stored = _TYPES.get(str(checkpoint.dtype))
     if stored is None:
@@ -58,6 +60,8 @@ def mergekit_yaml(checkpoint: Checkpoint, plan: MergePlan) -> str:
     else:
         config |= {"dtype": stored}
     lines = ["# The same merge for mergekit: mergekit-yaml mergekit.yaml OUT"]
+    if _model(checkpoint, merged) == _FOLDER:
+        lines += [f"# Here {_FOLDER} is {_where(checkpoint)}"]
     if merged:
         lines += [
             "# mergekit tells the sources of a slice apart by their model alone, so that the same folder is written in",
@@ -66,12 +70,19 @@ def mergekit_yaml(checkpoint: Checkpoint, plan: MergePlan) -> str:
     return "\n".join(lines) + "\n" + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
-def _model(checkpoint: Checkpoint, spelling: int) -> str:
-    """The model's folder; each spelling is another text for the same place."""
-    folder = str(checkpoint.directory.resolve())
-    if "@" in folder:
-        raise NotExpressible(f"mergekit reads what follows @ in {folder} as a revision: move the model")
-    return folder + "/." * spelling
+def _model(checkpoint: Checkpoint, merged: bool) -> str:
+    """What mergekit finds the model by: a hub id, which has one spelling, is of no use where layers are averaged."""
+    revision = checkpoint.revision or ""
+    if merged or not checkpoint.on_hub or set("@+") & set(revision):  # mergekit splits a model's text at both
+        return _FOLDER
+    return f"{checkpoint.name}@{revision}" if revision else checkpoint.name
+
+
+def _where(checkpoint: Checkpoint) -> str:
+    if not checkpoint.on_hub:
+        return f"a folder with, or a link to, the model that was merged (identity {checkpoint.identity})."
+    revision = f" --revision {checkpoint.revision}" if checkpoint.revision else ""
+    return f"what this fetches: hf download {checkpoint.name}{revision} --local-dir {_FOLDER}"
 
 
 def _sources(checkpoint: Checkpoint, plan: MergePlan, kept: KeptLayer) -> list[dict[str, Any]]:
@@ -79,7 +90,7 @@ def _sources(checkpoint: Checkpoint, plan: MergePlan, kept: KeptLayer) -> list[d
     order = [kept.index, *(source for source in kept.sources if source != kept.index)]
     return [
         {
-            "model": _model(checkpoint, place),
+            "model": _FOLDER + "/." * place,  # another text for the same place
             "layer_range": [source, source + 1],
             "parameters": {"weight": _weights(checkpoint, plan, kept, source)},
         }

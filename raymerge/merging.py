@@ -26,6 +26,7 @@ from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import encode_text
 from raymerge.proof import check_proof, proof_finished, prove
 from raymerge.refit import Refitter, check_refittable
+from raymerge.storage import Storage
 from raymerge.texts import read_plain_text
 
 RECORD_FILE = "merge_plan.json"
@@ -37,6 +38,7 @@ def merge(
     out: str | Path,
     *,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     alignment: str = "none",
     norms: str = "keep",
     biases: str = "keep",
@@ -51,21 +53,22 @@ def merge(
 ) -> dict[str, Any]:
     """Merge a model by an alpha file and save it as an ordinary Hugging Face checkpoint; what was done, in figures.
 
-    alignment, norms, biases: as a MergePlan has them; the published way by default. refit: how the seams are fitted on
-    the plain text in file `calibration`, the first tokens of it; its own `calibration` is filled in here. cache_folder:
-    where permutations and fits are kept for another merge of the same model. verify: prove the saved model (see
-    `save_merged`). push: a hub repository, OWNER/NAME, to upload it to when it is saved and proved; private or public.
+    revision: of a hub model. trust_remote_code: run the model repository's own Python. alignment, norms, biases: as a
+    MergePlan has them; the published way by default. refit: how the seams are fitted on the plain text in file
+    `calibration`, the first tokens of it; its own `calibration` is filled in here. cache_folder: where permutations and
+    fits are kept for another merge of the same model. verify: prove the saved model (see `save_merged`). push: a hub
+    repository, OWNER/NAME, to upload it to when it is saved and proved; private or public.
     command: what the card says that made it.
     Beside what fails in reading and merging, raises ProofError and HubError; the saved model stays.
     """
     if Path(out).exists():
         raise PlanError(f"{out} exists already: give another --out, or delete it")
-    checkpoint = Checkpoint(model, revision=revision)
+    checkpoint = Checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
     plan = read_alpha_file(alpha_file, checkpoint.n_layers)
     plan = replace(plan, alignment=alignment, norms=norms, biases=biases)
     check_mergeable(checkpoint, plan)
     if push is not None:
-        hub.check_push(push)
+        hub.check_push(push, private=private)
     options = {"verify": verify, "command": command, "progress": progress}
     aligner = Aligner(checkpoint, cache_folder)
     with tempfile.TemporaryDirectory() as scratch:
@@ -144,7 +147,7 @@ def save_merged(
         with step(progress, "proof: the saved model, loaded in a fresh process"):
             record["proof"] = prove(checkpoint, plan, folder, aligner=aligner, refits=refits)
         for name, text in _described(checkpoint, record, results).items():
-            (folder / name).write_text(text, encoding="utf-8")
+            Storage(folder).publish(name, text.encode())
         check_proof(record["proof"], folder)
     return record | {"bytes": written, "folder": str(folder)}
 
@@ -158,8 +161,15 @@ def _counted(tensors: Iterator[tuple[str, Tensor]], total: int, progress: Progre
 
 
 def saved_record(folder: Path) -> dict[str, Any]:
-    """What `save_merged` wrote beside a model saved earlier."""
-    return json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    """What `save_merged` wrote beside a model saved earlier; PlanError where it cannot be read."""
+    path = folder / RECORD_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or "plan_id" not in record:
+            raise ValueError("it names no plan")
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{path} cannot be read: {error}; delete {folder}, and the model is saved again") from error
+    return record
 
 
 def saved_proof(folder: Path) -> dict[str, Any] | None:
@@ -217,9 +227,8 @@ def _layer_record(kept: KeptLayer) -> dict[str, Any]:
 
 
 def _described(checkpoint: Checkpoint, record: dict[str, Any], results: Sequence[str]) -> dict[str, str]:
-    """The files that say what the model is: they are written again when it has been proved."""
-    title = Path(checkpoint.name).name or checkpoint.directory.resolve().name
+    """The files that say what the model is: they are written again when it has been proved, the record last."""
     return {
+        "README.md": model_card(record, checkpoint, results=results),
         RECORD_FILE: json.dumps(record, indent=2, ensure_ascii=False) + "\n",
-        "README.md": model_card(record, title=title, results=results),
     }

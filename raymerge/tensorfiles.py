@@ -7,7 +7,8 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -76,6 +77,15 @@ class OpenTensorFile:
             raise ValueError(f"{len(self._layout)} tensors were not written, such as {next(iter(self._layout))}")
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[None]:
+    """Give what is saved at a path the mode of any new file: from 0.8 on safetensors lets nobody else read its own."""
+    path.touch()
+    mode = path.stat().st_mode  # by the umask, which cannot be asked for without setting it
+    yield
+    path.chmod(mode)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], what: str) -> None:
     """Write tensors (of any device) as safetensors under a temporary name, then rename; `what` is named in errors.
 
@@ -86,7 +96,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], what: str) -> None:
     unfinished = path.with_name(f"_tmp.{uuid.uuid4().hex[:12]}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
+        with new_file(unfinished):
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
         raise UserError(f"{what} {path} cannot be written: {error}; free space on that disk") from error

@@ -1,33 +1,19 @@
-"""Llama models as GGUF files, as llama.cpp writes them."""
+"""Dense models as GGUF files, as llama.cpp's convert_hf_to_gguf.py writes them."""
 
 import gguf
 import numpy as np
 import torch
 
-# What llama.cpp's convert_hf_to_gguf.py names a Llama's tensors.
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
+# llama.cpp's architectures by transformers' model type.
+KINDS = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "phi3": gguf.MODEL_ARCH.PHI3,
 }
-ENDS = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-
-
-def gguf_name(name):
-    if name in ENDS:
-        return ENDS[name]
-    number, relative = name.removeprefix("model.layers.").split(".", 1)
-    return f"blk.{number}.{NAMES[relative.removesuffix('.weight')]}.weight"
 
 
 def llama_cpp_order(values, heads):
@@ -35,14 +21,17 @@ def llama_cpp_order(values, heads):
     return values.reshape(heads, 2, values.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(values.shape)
 
 
-def write_gguf(path, model, quantised, *, tokens=None, merges=("a b",)):
-    """A Llama as a GGUF file, matrices in Q8_0 or float32; its exact values by name.
+def write_gguf(path, model, quantised, *, tokens=None, merges=("a b",), further=None):
+    """A model as a GGUF file, matrices in Q8_0 or float32; its exact values by name.
 
     tokens, merges: of a byte-level vocabulary, without the two special tokens that end it; by default one that reads
-    nothing but a and b.
+    nothing but a and b. further: called with the writer, adds what a file may hold besides.
     """
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    kind = KINDS[config.model_type]
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[kind])
     writer.add_name("tiny")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -51,7 +40,12 @@ def write_gguf(path, model, quantised, *, tokens=None, merges=("a b",)):
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    ropes = config.rope_parameters
+    writer.add_rope_freq_base(ropes.get("full_attention", ropes)["rope_theta"])
+    writer.add_key_length(width)
+    writer.add_rope_dimension_count(width)
+    if getattr(config, "sliding_window", None):
+        writer.add_sliding_window(config.sliding_window)
     writer.add_vocab_size(config.vocab_size)
     if tokens is None:
         tokens = ["a", "b", *(chr(0x100 + i) for i in range(2, config.vocab_size - 3)), "ab"]
@@ -64,18 +58,26 @@ def write_gguf(path, model, quantised, *, tokens=None, merges=("a b",)):
     writer.add_eos_token_id(config.vocab_size - 1)
     exact = {}
     for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        stored_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         values = tensor.numpy()
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         heads = next((count for matrix, count in heads.items() if matrix in name), None)
-        stored = values if heads is None else llama_cpp_order(values, heads)
+        stored = values if heads is None or kind != gguf.MODEL_ARCH.LLAMA else llama_cpp_order(values, heads)
+        if "norm" in name and config.model_type.startswith("gemma"):
+            stored = values + 1  # a gain as it multiplies
+            values = stored - 1
         if values.ndim == 2 and quantised:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            data = gguf.quants.quantize(stored, kind)
-            writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
-            values = gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
+            block = gguf.GGMLQuantizationType.Q8_0
+            data = gguf.quants.quantize(stored, block)
+            writer.add_tensor(stored_name, data, raw_dtype=block)
+            values = gguf.quants.dequantize(gguf.quants.quantize(values, block), block)
         else:
-            writer.add_tensor(gguf_name(name), np.ascontiguousarray(stored))
+            writer.add_tensor(stored_name, np.ascontiguousarray(stored))
         exact[name] = torch.from_numpy(np.array(values))
+    if further is not None:
+        further(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -293,7 +294,8 @@ def test_damaged_json(copy):
 
 def test_damaged_index(tmp_path):
     folder = tiny.make_checkpoint(tmp_path / "m", "llama", shard="60KB")
-    for text in ('{"weight_map": ', "{}", "[]"):
+    null, nested = (json.dumps({"weight_map": {"lm_head.weight": value}}) for value in (None, ["x"]))
+    for text in ('{"weight_map": ', "{}", "[]", null, nested):
         (folder / "model.safetensors.index.json").write_text(text)
         with pytest.raises(CheckpointError, match="index.json cannot be read"):
             Checkpoint(str(folder))
@@ -302,6 +304,34 @@ def test_damaged_index(tmp_path):
 def test_quantised_checkpoints(copy):
     edit_config(copy, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(CheckpointError, match="is quantised: merge the unquantised checkpoint"):
+        Checkpoint(str(copy))
+
+
+def test_a_checkpoint_that_says_that_it_is_not_quantised(copy, tmp_path):
+    edit_config(copy, quantization_config=None)
+    save_merge(Checkpoint(str(copy)), tail_plan(5, [0.4], name="x", kind="found"), tmp_path / "merged")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("qwen2", {"layer_types": ["full_attention"] * 7}, "num_hidden_layers.*layer_types"),
+        ("llama", {"hidden_size": "32"}, "hidden_size.*expected int"),
+        ("llama", {"rope_parameters": ["default"]}, "rope|list"),
+    ],
+)
+def test_a_config_whose_values_transformers_refuses(tmp_path, family, changes, words):
+    folder = tiny.make_checkpoint(tmp_path / "m", family)
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=rf"(?s)transformers cannot read {folder} \(model type .*{words}"):
+        Checkpoint(str(folder))
+
+
+def test_a_tensor_that_layers_share(copy):
+    state = load_file(copy / "model.safetensors") | {"model.layers.shared.weight": torch.ones(2)}
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="safetensors: model.layers.shared.weight is in no layer with a number"):
         Checkpoint(str(copy))
 
 
@@ -360,6 +390,20 @@ def test_only_safetensors_and_text_are_fetched(monkeypatch, llama):
     assert Checkpoint("owner/name", revision="v2").directory == llama
     assert (asked["name"], asked["revision"]) == ("owner/name", "v2")
     assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked["allow_patterns"])
+    wanted = ["model-00001-of-00003.safetensors", "model.safetensors.index.json", "tekken.json", "tokenizer.model.v3"]
+    wanted += ["additional_chat_templates/tool_use.jinja", "LICENSE", "NOTICE", "README.md", "merges.txt"]
+    # Mistral's, Meta's and other runtimes' files are the same weights once more.
+    others = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "original/params.json"]
+    others += ["original/consolidated.00.safetensors", "onnx/config.json", "modeling_phi3.py", "pytorch_model.bin"]
+    patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects([*wanted, *others], **patterns)) == wanted
+
+
+def test_a_revision_of_what_is_not_the_hub_s_is_refused(llama):
+    """It would be ignored, and recorded as the model's."""
+    for path in (str(llama), "demo"):
+        with pytest.raises(CheckpointError, match=f"revision 'v2' is for hub models, and {path} is local: leave"):
+            Checkpoint(path, revision="v2")
 
 
 def test_offline_mode_for_real(tmp_path, monkeypatch):
@@ -485,6 +529,22 @@ def test_tokenizer_generation_config_and_chat_template_are_carried(copy, tmp_pat
     assert (merged / "plan.json").read_text() == "[]"
     model = AutoModelForCausalLM.from_pretrained(merged)
     assert model.generation_config.eos_token_id == [2, 3] and model.generation_config.temperature == 0.5
+
+
+def test_templates_terms_and_every_tokenizer_s_files_are_carried_and_no_credentials(copy, tmp_path):
+    carried = [
+        "additional_chat_templates/tool_use.jinja",
+        *("tekken.json", "tokenizer.model.v3", "LICENSE", "LICENSE-MODEL", "Notice.txt", "license.md"),
+    ]
+    left = ["token", "token.txt", "tokens.json", "token.json", "special", "vocabulary.bak", "licenses.db", "notices"]
+    (copy / "additional_chat_templates").mkdir()
+    for name in [*carried, *left]:
+        (copy / name).write_text("{}")
+    save_merge(Checkpoint(str(copy)), tail_plan(5, [0.4], name="x", kind="found"), tmp_path / "merged")
+    files = [file for file in (tmp_path / "merged").rglob("*") if file.is_file()]
+    ours = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {str(file.relative_to(tmp_path / "merged")) for file in files} == ours | set(carried)
+    assert set(AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template) == {"tool_use"}
 
 
 def test_tensors_come_in_any_order_and_none_may_be_missing(llama, tmp_path, monkeypatch):

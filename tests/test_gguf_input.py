@@ -3,13 +3,16 @@
 import hashlib
 import importlib.util
 import json
+import os
 
 import gguf
+import numpy as np
 import pytest
 import tiny
 import torch
 from gguf_files import write_gguf
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import raymerge.gguf_input
 from raymerge.checkpoint import Checkpoint, CheckpointError
@@ -92,10 +95,121 @@ def test_a_damaged_file_is_refused_by_name_and_nothing_is_kept(tmp_path, cache, 
     assert all(file.suffix == ".lock" for file in cache.iterdir())
 
 
-def test_another_architecture_is_refused(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "clip")
+FAMILIES = {
+    "mistral": {"head_dim": 16},
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+    "gemma2": {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3": {
+        "attention_bias": False,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+        "layer_types": ["sliding_attention"] * 2,
+    },
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "sliding_window": None},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_dense_family_is_the_model_that_it_was_made_from(tmp_path, family):
+    options = {"vocab_size": 64, "num_hidden_layers": 2} | FAMILIES[family]
+    if family.startswith("gemma"):
+        options |= {"head_dim": 256, "query_pre_attn_scalar": 256}
+    model = tiny.random_model(tiny.config_of(family, **options))
+    exact = write_gguf(tmp_path / "x.gguf", model, False, further=lambda writer: writer.add_pad_token_id(0))
+    checkpoint = Checkpoint(str(tmp_path / "x.gguf"))
+    assert set(checkpoint) == set(exact)
+    assert all(torch.equal(checkpoint[name], values) for name, values in exact.items())
+    again = AutoModelForCausalLM.from_pretrained(checkpoint.directory, attn_implementation="eager").eval()
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        expected, found = model(ids).logits, again(ids).logits
+    # Float32 both, but a file has the norms' epsilon in float32.
+    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def architecture(kind):
+    return lambda path, _: closed(gguf.GGUFWriter(path, kind))
+
+
+def closed(writer):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(GgufError, match="x.gguf cannot be read as GGUF"):
+
+
+def with_further(further):
+    return lambda path, model: write_gguf(path, model, False, further=further)
+
+
+def tensor(name):
+    return with_further(lambda writer: writer.add_tensor(name, np.ones(4, np.float32)))
+
+
+REFUSED = {
+    "clip": (architecture("clip"), "is of architecture clip, but only llama, qwen2, "),
+    "qwen3moe": (architecture("qwen3moe"), "is of architecture qwen3moe, but only"),
+    "olmo2": (architecture("olmo2"), "is of architecture olmo2, but only"),
+    "mixtral": (with_further(lambda w: w.add_expert_count(8)), "is of architecture llama with experts, but only"),
+    "older_mixtral": (tensor("blk.0.ffn_gate.0.weight"), "holds blk.0.ffn_gate.0.weight, which transformers does not"),
+    # Llama 3.1 and later: transformers would read another rotation from it.
+    "rope_freqs": (tensor("rope_freqs.weight"), "holds rope_freqs.weight, which transformers does not read of llama"),
+    "biases": (tensor("blk.2.attn_q.bias"), "holds blk.2.attn_q.bias, which"),
+    "scaling": (
+        with_further(lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)),
+        "scales its rotary frequencies",
+    ),
+    "window": (with_further(lambda w: w.add_sliding_window(11)), "has a sliding window of 11 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_transformers_would_read_as_another_model_is_refused_before_it_is_converted(
+    tmp_path, cache, model, case, monkeypatch
+):
+    write, message = REFUSED[case]
+    write(tmp_path / "x.gguf", model)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(GgufError, match=f"x.gguf {message}.*: give the checkpoint that it was made from") as caught:
         Checkpoint(str(tmp_path / "x.gguf"))
+    assert "cannot be read as GGUF" not in str(caught.value)
+    assert all(file.suffix == ".lock" for file in cache.iterdir())
+
+
+@pytest.mark.parametrize(("family", "width", "only"), [("qwen3", 12, 128), ("gemma2", 128, 256), ("gemma3", 12, 256)])
+def test_widths_that_transformers_does_not_read(tmp_path, family, width, only):
+    options = {"attention_bias": False} if family == "gemma3" else {}
+    config = tiny.config_of(family, vocab_size=64, num_hidden_layers=2, head_dim=width, **options)
+    write_gguf(tmp_path / "x.gguf", tiny.random_model(config), False)
+    with pytest.raises(
+        GgufError, match=f"has heads of width {width}, but transformers reads {family} with {only} alone"
+    ):
+        Checkpoint(str(tmp_path / "x.gguf"))
+
+
+@pytest.mark.parametrize("change", ["less", "other"])
+def test_a_conversion_that_transformers_fills_up_or_fails_is_not_kept(tmp_path, cache, model, change):
+    """A tensor that is not there it makes up; one of another shape is its RuntimeError."""
+    state = dict(model.state_dict())
+    name = "model.layers.1.mlp.up_proj.weight"
+    state[name] = torch.ones(7, 32)
+    if change == "less":
+        del state[name]
+    model.state_dict = lambda: state
+    write_gguf(tmp_path / "x.gguf", model, False)
+    words = "ValueError: transformers makes .* values of the" if change == "less" else "RuntimeError"
+    with pytest.raises(GgufError, match=f"x.gguf cannot be read as GGUF: {words}"):
+        Checkpoint(str(tmp_path / "x.gguf"))
+    assert all(file.suffix == ".lock" for file in cache.iterdir())
+
+
+def test_a_conversion_is_readable_as_the_umask_says(tmp_path, model):
+    write_gguf(tmp_path / "x.gguf", model, False)
+    before = os.umask(0o022)
+    try:
+        folder = converted_gguf(tmp_path / "x.gguf")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}

@@ -1,6 +1,7 @@
 """hub.py, without a hub: nothing is pushed unless asked, private unless asked, and never over another model."""
 
 import sys
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -17,6 +18,7 @@ class FakeApi:
     """What HfApi does, on a dict of repositories."""
 
     repositories: dict = {}
+    public: set = set()
     fail: dict = {}
     calls: list = []
 
@@ -36,8 +38,14 @@ class FakeApi:
     def list_repo_files(self, repo_id):
         return self.repositories[repo_id]
 
+    def repo_info(self, repo_id):
+        return SimpleNamespace(private=repo_id not in self.public)
+
     def create_repo(self, repo_id, *, private, exist_ok):
+        """A repository that is there stays as it is, whatever `private` says."""
         self._called("create_repo", private=private)
+        if repo_id not in self.repositories and not private:
+            self.public.add(repo_id)
         self.repositories.setdefault(repo_id, [".gitattributes"])
         return f"https://huggingface.co/{repo_id}"
 
@@ -49,6 +57,7 @@ class FakeApi:
 @pytest.fixture
 def api(monkeypatch):
     monkeypatch.setattr(FakeApi, "repositories", {"me/mine": ["README.md"], "me/empty": [".gitattributes"]})
+    monkeypatch.setattr(FakeApi, "public", {"me/empty"})
     monkeypatch.setattr(FakeApi, "fail", {})
     monkeypatch.setattr(FakeApi, "calls", [])
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
@@ -74,6 +83,7 @@ def test_what_is_saved_is_pushed_private_unless_public(tmp_path, api, alphas, ca
     assert f"Pushed to https://huggingface.co/{repository}" in capsys.readouterr().out
     assert dict(api.calls)["create_repo"] == {"private": not public}
     saved = {path.name for path in (tmp_path / "out").iterdir()}
+    assert (repository in api.public) == public
     assert set(api.repositories[repository]) == saved | {".gitattributes"}
     assert {"model.safetensors", "README.md", "merge_plan.json", "mergekit.yaml"} <= saved
 
@@ -91,6 +101,20 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_computed(tmp_path, 
     with pytest.raises(HubError, match="me/mine exists on the hub and holds 1 files, which are never overwritten"):
         merge("demo", alphas, tmp_path / "out", push="me/mine")
     assert not (tmp_path / "out").exists() and "create_repo" not in dict(api.calls)
+
+
+def test_an_existing_repository_is_as_private_as_asked_or_refused(tmp_path, api, alphas):
+    with pytest.raises(HubError, match="me/empty exists on the hub and is public, .* to be private: give --public if"):
+        merge("demo", alphas, tmp_path / "out", push="me/empty")
+    api.public.clear()
+    with pytest.raises(HubError, match="me/empty exists on the hub and is private, .*: leave out --public, name"):
+        merge("demo", alphas, tmp_path / "out", push="me/empty", private=False)
+    assert not (tmp_path / "out").exists()
+    # Made public while the model was merged: asked again before the upload.
+    api.public.add("me/empty")
+    with pytest.raises(HubError, match="is public"):
+        push(tmp_path, "me/empty")
+    assert not {"create_repo", "upload_folder"} & set(dict(api.calls))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +142,8 @@ def test_offline_for_real(monkeypatch):
 
 def test_an_upload_that_breaks_off_leaves_the_model_and_says_how_to_go_on(tmp_path, api, alphas):
     api.fail["upload_folder"] = OSError("broken pipe")
-    with pytest.raises(HubError, match=f"broken pipe.*the model itself is saved: hf upload me/new {tmp_path}/out"):
+    again = f"hf upload me/new {tmp_path}/out --private$"  # which makes a repository that is not there
+    with pytest.raises(HubError, match=f"broken pipe.*the model itself is saved: {again}"):
         merge("demo", alphas, tmp_path / "out", verify=False, push="me/new")
     assert Checkpoint(str(tmp_path / "out")).n_layers == Checkpoint("demo").n_layers - 1
     api.fail.clear()

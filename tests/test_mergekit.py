@@ -4,8 +4,8 @@ mergekit itself is no dependency; the same comparison with mergekit 0.1.5 stands
 """
 
 from dataclasses import replace
-from pathlib import Path
 
+import huggingface_hub
 import pytest
 import tiny
 import torch
@@ -26,7 +26,7 @@ def weight_of(setting, name):
     return next(entry["value"] for entry in setting if entry.get("filter", "") in name)
 
 
-def read_as_mergekit(text, names):
+def read_as_mergekit(text, names, folder):
     """Slices stacked, each layer averaged over the slice's sources tensor by tensor; the ends from the first source."""
     config = yaml.safe_load(text)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}
@@ -35,7 +35,8 @@ def read_as_mergekit(text, names):
         sources = part["sources"]
         # mergekit tells sources apart by their model's text, and takes one layer of each.
         assert len({source["model"] for source in sources}) == len(sources)
-        states = [load_file(Path(source["model"]) / "model.safetensors") for source in sources]
+        assert all(source["model"].replace("/.", "") == "base-model" for source in sources)
+        states = [load_file(folder / "model.safetensors") for source in sources]
         for step in range(sources[0]["layer_range"][1] - sources[0]["layer_range"][0]):
             for relative in {n.split(".", 3)[3] for n in names if n.startswith("model.layers.0.")}:
                 out = f"model.layers.{number}.{relative}"
@@ -51,7 +52,7 @@ def read_as_mergekit(text, names):
                 total = sum(w * tensor.float() for w, tensor in zip(weights, inputs, strict=True))
                 merged[out] = total.to(dtypes[config["out_dtype"]])
             number += 1
-    state = load_file(Path(config["slices"][0]["sources"][0]["model"]) / "model.safetensors")
+    state = load_file(folder / "model.safetensors")
     return merged | {name: tensor for name, tensor in state.items() if not name.startswith("model.layers.")}
 
 
@@ -76,7 +77,7 @@ def test_the_yaml_gives_the_tensors_that_we_save(tmp_path, case):
     checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family, dtype=torch.bfloat16)))
     ours = fuse_state_dict(checkpoint, checkpoint.architecture, plan)
     text = mergekit_yaml(checkpoint, plan)
-    theirs = read_as_mergekit(text, list(checkpoint))
+    theirs = read_as_mergekit(text, list(checkpoint), tmp_path / "m")
     assert set(theirs) == set(ours)
     for name, tensor in ours.items():
         assert theirs[name].dtype == tensor.dtype
@@ -107,6 +108,24 @@ def test_a_merge_into_the_first_layer_is_not_expressed(tmp_path):
     checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m")))
     with pytest.raises(NotExpressible, match="first layer"):
         mergekit_yaml(checkpoint, MergePlan(5, (MergeStep(0, 1, 0.5),), selection="list"))
+
+
+def test_no_path_of_this_machine_is_in_it(tmp_path, monkeypatch):
+    """mergekit reads OWNER/NAME@REVISION as the hub's (its common.py), but only one such text for each model."""
+    folder = tiny.make_checkpoint(tmp_path / "m")
+    local = Checkpoint(str(folder))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    monkeypatch.chdir(tmp_path)
+    tagged, latest = Checkpoint("owner/name", revision="v2"), Checkpoint("owner/name")
+    for checkpoint, model, where in (
+        (local, "base-model", f"# Here base-model is a folder with, .* (identity {local.identity})"),
+        (tagged, "owner/name@v2", "hf download owner/name --revision v2 --local-dir base-model\n"),
+        (latest, "owner/name", "hf download owner/name --local-dir base-model\n"),
+    ):
+        averaged, dropped = mergekit_yaml(checkpoint, PLANS["tail"]), mergekit_yaml(checkpoint, PLANS["drop"])
+        assert where.replace(".*", "or a link to, the model that was merged") in averaged
+        assert [source["model"] for part in yaml.safe_load(dropped)["slices"] for source in part["sources"]] == [model]
+        assert str(tmp_path) not in averaged + dropped
 
 
 def test_it_lies_beside_the_checkpoint_or_its_absence_is_explained(tmp_path):

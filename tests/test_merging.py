@@ -5,13 +5,17 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import tiny
 import torch
+import transformers.dynamic_module_utils
+import yaml
 from transformers import AutoModelForCausalLM
 
 import raymerge.alignment
+from raymerge import cli
 from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import fuse_state_dict
 from raymerge.merging import merge, save_merged
@@ -48,6 +52,34 @@ def test_the_record_and_the_alpha_file_say_what_was_done(tmp_path, alphas):
     assert "nothing was measured here" in card and "was not reloaded" in card
 
 
+@pytest.mark.parametrize(
+    ("card", "terms"),
+    [
+        ("---\nlicense: other\nlicense_name: x-1\nlicense_link: LICENSE\nlanguage: [en]\n---\n# x\n---\n", "other"),
+        ("---\r\nlicense: other\r\nlicense_name: x-1\r\nlicense_link: LICENSE\r\n---\r\n", "other"),
+        ("# no front matter\n---\nlicense: mit\n---\n", None),
+        ("---\nlicense: [\n---\n", None),
+        ("---\nmit\n---\n", None),
+        (None, None),
+    ],
+)
+def test_the_card_names_the_base_and_keeps_its_licence(tmp_path, monkeypatch, card, terms):
+    folder = tiny.make_checkpoint(tmp_path / "base")
+    if card is not None:
+        (folder / "README.md").write_bytes(card.encode())
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    expected = {"library_name": "transformers", "tags": ["layer-merging", "raymerge"]}
+    if terms is not None:
+        expected |= {"license": terms, "license_name": "x-1", "license_link": "LICENSE"}
+    base = {"base_model": "owner/name", "base_model_relation": "merge"}
+    for model, further in ((str(folder), {}), ("owner/name", base)):
+        out = tmp_path / f"merged-{len(further)}"
+        save_merged(Checkpoint(model), tail_plan(5, [0.4], name="x", kind="found"), out, verify=False)
+        _, front, text = (out / "README.md").read_text().split("---\n", 2)
+        assert yaml.safe_load(front) == expected | further
+        assert text.startswith(f"# {model.rpartition('/')[2]}, 1 layers merged away")
+
+
 @pytest.mark.parametrize(("alignment", "norms"), [("neurons", "fold"), ("rows", "keep"), ("none", "fold")])
 def test_a_plan_s_alignment_and_norms_are_what_is_saved(tmp_path, alphas, monkeypatch, alignment, norms):
     base = Checkpoint("demo")
@@ -80,6 +112,32 @@ def test_a_plan_s_alignment_and_norms_are_what_is_saved(tmp_path, alphas, monkey
     calls.clear()
     save_merged(base, plan, tmp_path / "again", verify=False)
     assert len(calls) == {"neurons": 3, "rows": 3 * 7, "none": 0}[alignment]
+
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({marker!r}).write_text("ran")
+class OwnConfig(LlamaConfig):
+    pass
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_repository_s_own_code_runs_only_where_it_is_trusted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder, marker = tiny.make_checkpoint(tmp_path / "base"), tmp_path / "marker"
+    values = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(values | {"auto_map": own}))
+    (folder / "own_code.py").write_text(OWN_CODE.format(marker=str(marker)))
+    (tmp_path / "a.json").write_text(alpha_file_text(tail_plan(5, [0.4], name="x", kind="file").steps))
+    command = ["merge", str(folder), "--alphas", str(tmp_path / "a.json"), "--no-verify", "--out"]
+    assert cli.main([*command, str(tmp_path / "out")]) == 0 and not marker.exists()
+    assert cli.main([*command, str(tmp_path / "trusted"), "--trust-remote-code"]) == 0 and marker.exists()
+    capsys.readouterr()
 
 
 def test_an_unknown_alignment_is_refused(tmp_path, alphas):

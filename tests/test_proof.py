@@ -1,6 +1,8 @@
 """proof.py and reload.py: a saved merge is found to be what was scored, and one that is not is found out."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import raymerge.proof
 from raymerge.checkpoint import Checkpoint
-from raymerge.merging import save_merged, saved_proof
-from raymerge.plan import before_last_plan, tail_plan
+from raymerge.merging import save_merged, saved_proof, saved_record
+from raymerge.plan import PlanError, before_last_plan, tail_plan
 from raymerge.proof import NEW_TOKENS, ProofError, check_proof, prove
 from raymerge.reload import reload
+from raymerge.storage import RunError
 
 PLAN = tail_plan(tiny.N_LAYERS, [0.3, 0.8], name="x", kind="found")
 
@@ -155,6 +158,32 @@ def test_a_failed_proof_fails_the_save_and_leaves_the_model_with_its_record(tmp_
             saved_proof(tmp_path / "merged")
     else:
         assert saved_proof(tmp_path / "merged") is None
+
+
+@pytest.mark.parametrize("name", ["merge_plan.json", "README.md"])
+def test_what_a_write_that_broke_off_was_to_replace_is_still_there(tmp_path, in_process, monkeypatch, name):
+    checkpoint, replace_file = Checkpoint(str(tiny.make_checkpoint(tmp_path / "base"))), os.replace
+
+    def break_off(source, target):
+        if str(target).endswith(f"merged/{name}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", break_off)
+    with pytest.raises(RunError, match=f"disk full: .*merged/{name}"):
+        save_merged(checkpoint, PLAN, tmp_path / "merged")
+    assert saved_record(tmp_path / "merged")["proof"] is None and saved_proof(tmp_path / "merged") is None
+    assert "was not reloaded" in (tmp_path / "merged" / "README.md").read_text() or name == "merge_plan.json"
+    assert not list((tmp_path / "merged").glob("_tmp*"))
+
+
+@pytest.mark.parametrize("text", [None, "", '{"plan_id": "12', "[]", "{}", "\udcff"])
+def test_a_record_that_was_cut_off_is_named(tmp_path, text):
+    if text is not None:
+        (tmp_path / "merge_plan.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+    for read in (saved_record, saved_proof):
+        with pytest.raises(PlanError, match=f"{tmp_path}/merge_plan.json cannot be read: .*; delete {tmp_path}, and"):
+            read(tmp_path)
 
 
 def test_without_a_tokenizer_the_prompts_are_token_ids(tmp_path, in_process):

@@ -1,5 +1,7 @@
 """Files that several processes share: written by two at once, also by two of different machines."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -28,3 +30,13 @@ def test_two_machines_whose_processes_have_one_number_write_the_same_file(tmp_pa
     write_tensors(path, ONE, "this one's")
     assert torch.equal(read_tensors(path, "it")["x"], ONE["x"])
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_shared_file_is_readable_as_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "x.safetensors", ONE, "it")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == mode
