@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raymerge.diffusion import degeneracy
 from raymerge.objectives import is_minimised, parse_objective, score_answers, score_text
 from raymerge.tables import MACRO, MICRO, RunDirectory
 
@@ -406,8 +407,23 @@ def worker_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
     return ["search", "worker", "candidates", "scoring s", "there s", "used %"], cells
 
 
+def degenerate_layers(run: RunDirectory) -> dict[tuple[str, str], set[int]]:
+    """(subset, language) -> the layers whose diffusion map is degenerate (`diffusion.degeneracy`): whatever their
+    similarities are, also far above those of shuffled samples, they are noise that layers share."""
+    rows = run.read("similarity", ["subset", "language", "n_samples"]).to_pylist()
+    sizes = {(row["subset"], row["language"]): row["n_samples"] for row in rows}
+    found: dict[tuple[str, str], set[int]] = {key: set() for key in sizes}
+    for row in run.read("degeneracy").to_pylist():
+        key = row["subset"], row["language"]
+        if key in sizes and degeneracy(row["effective_rank"], sizes[key]):
+            found[key].add(row["layer"])
+    return found
+
+
 def similarity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: each subset's matrix off the diagonal, against what unrelated layers score."""
+    """Header and cells: each subset's matrix off the diagonal, against what unrelated layers score; the share of pairs
+    above these is of those whose maps mean something (`degenerate_layers`)."""
+    degenerate = degenerate_layers(run)
     keys = ["subset", "language", "measure", "embedding"]
     found: dict[tuple[str, ...], list[dict]] = {}
     for row in run.read("similarity").to_pylist():
@@ -424,11 +440,14 @@ def similarity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
         "null",
         "above null %",
         "undefined",
+        "degenerate",
     ]
     cells = []
     for key, rows in found.items():
         known = [row for row in rows if row["value"] is not None]
         null = [row for row in known if row["null_p95"] is not None]
+        noise = degenerate[key[0], key[1]]
+        sound = [row for row in null if noise.isdisjoint((row["layer_i"], row["layer_j"]))]
         cells.append(
             [
                 *key,
@@ -436,8 +455,9 @@ def similarity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
                 _mean([row["value"] for row in known]),
                 _mean([row["value"] for row in known if row["layer_j"] == row["layer_i"] + 1]),
                 _mean([row["null_mean"] for row in null]),
-                _percent([row["value"] > row["null_p95"] for row in null]),
+                _percent([row["value"] > row["null_p95"] for row in sound]),
                 str(len(rows) - len(known)),
+                str(len(noise)),
             ]
         )
     return header, cells

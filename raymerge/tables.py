@@ -25,6 +25,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import yaml
 
+from raymerge.diffusion import degeneracy
 from raymerge.identity import canonical_json, digest, plain, software, without_secrets
 from raymerge.objectives import is_minimised
 from raymerge.schemas import (
@@ -48,6 +49,7 @@ __all__ = [
     "SCHEMAS",
     "RunDirectory",
     "RunError",
+    "degeneracy",
     "derive_accuracy",
     "derive_task_accuracy",
     "is_minimised",

@@ -268,6 +268,34 @@ def test_similarity_is_held_against_noise(tmp_path):
     assert len(influence.rows.values) == 18
 
 
+def test_degenerate_maps_are_said_to_say_nothing(tmp_path):
+    run = similarity_run(tmp_path / "s")  # 40 samples, six layers
+
+    def degenerate(**ranks):
+        run.replace("degeneracy", [
+            {"subset": subset, "language": "en", "layer": layer, "effective_rank": rank, "off_diagonal_mass": 0.1}
+            for subset, mine in ranks.items() for layer, rank in enumerate(mine)
+        ])  # fmt: skip
+        return layers.answer(run), layers.maps(run).blocks[0]
+
+    section, figure = degenerate(medical=[39.0] * 6, law=[1.0] * 6)
+    (structure,) = blocks([section], Text)  # nothing of how the subsets' matrices agree
+    assert (
+        structure.text.endswith("the maps below say nothing of the model.") and "more than noise" not in structure.text
+    )
+    assert {r["above"] for r in as_dicts(figure.rows)} == {"no", ""}
+    assert [row[8:] for row in blocks([section], Table)[0].cells] == [("–", "1", "6")] * 2
+
+    section, figure = degenerate(medical=[20.0] * 6, law=[38.0, 20.0, 20.0, 20.0, 20.0, 36.1])
+    structure, _ = blocks([section], Text)
+    # of the four layers of law that are left, 5 of 6 pairs are up to 2 apart; of medical's pairs 9 of 14
+    assert structure.text.startswith(f"In {100 * 14 / 20:.0f} % of all pairs")
+    assert "degenerate, and its similarities noise (2 layers of law (en))" in structure.text
+    assert [row[8:] for row in blocks([section], Table)[0].cells] == [("64", "1", "0"), ("83", "1", "2")]
+    (cell,) = [r for r in as_dicts(figure.rows) if r["subset"] == "law (en)" and (r["layer_i"], r["layer_j"]) == (0, 1)]
+    assert (cell["above"], cell["note"]) == ("no", "degenerate: noise")
+
+
 def test_half_a_matrix_stands_for_both():
     cell = {"subset": "s", "language": "en", "value": 0.5}
     both = layers._both_halves([cell | {"layer_i": 0, "layer_j": 1}, cell | {"layer_i": 1, "layer_j": 1}])

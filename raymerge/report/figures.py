@@ -423,7 +423,7 @@ def heat_map(
     legend: bool,
 ) -> View:
     """Similarity of every pair of layers of one subset; columns: subset, layer_i, layer_j and their edges (left, right,
-    bottom, top), value, null_p95, ci_low, ci_high, above ("no" where the value is not above the null), note."""
+    bottom, top), value, null_p95, ci_low, ci_high, above ("no" where the value is noise), note."""
     where = [{"filter": {"field": "subset", "equal": subset}}]
     axis = _axis("layer", grid=False, tickMinStep=1, format="d", tickCount=6)
     scale = {"domain": [-0.5, layers - 0.5], "nice": False, "zero": False}
