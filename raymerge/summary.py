@@ -39,10 +39,10 @@ def asks_questions(run: RunDirectory) -> bool:
 def plan_lines(run: RunDirectory, split: str) -> list[dict]:
     """For each plan, in the order in which they were stored, its name and what it reached on `split`.
 
-    Keys: plan_id, name, kind, layers, accuracy, standard_error, interval (low, high; 95 %), macro, macro_error,
-    macro_interval, nll, perplexity (plain text), perplexity_interval, picked (share of each letter, A to D) and
-    top_is_letter (share); None where a table has nothing, as all that is of questions in a run that asks none
-    (data.mmlu null).
+    Keys: plan_id, name, kind, layers, n (questions), accuracy, standard_error, interval (low, high; 95 %), macro,
+    macro_error, macro_interval, nll, perplexity (plain text), perplexity_interval, picked (share of each letter, A to
+    D) and top_is_letter (share); None where a table has nothing, as all that is of questions in a run that asks none
+    (data.mmlu null), whose n is 0.
     """
     plans = {row["plan_id"]: row for row in run.read("plans").to_pylist()}
     accuracy = {
@@ -191,7 +191,7 @@ def comparison_notes(run: RunDirectory, plan_id: str | None = None) -> list[str]
     """What the p-values of `comparison_table` are, and how many comparisons stand elsewhere."""
     shown, every, notes = len(_comparisons(run, plan_id)), len(_comparisons(run, None)), []
     if shown > 1:
-        told = "p and intervals are of each on its own, uncorrected; Holm's p allows for all of them"
+        told = "p and intervals are of each on its own, uncorrected; Holm's p allows for all of them by this measure"
         notes.append(f"({shown} comparisons: {told}.)")
     if every > shown:
         notes.append(f"({every - shown} further pairs of plans stand in table comparisons.)")

@@ -14,7 +14,7 @@ from raymerge import report, rows, summary
 from raymerge.plan import base_plan
 from raymerge.progress import Silent
 from raymerge.report import asked, compared, curve, figures, layers, plans, receipts, render, searched, wording
-from raymerge.report.build import page_of, run_sections
+from raymerge.report.build import GLOSSARY, page_of, run_sections
 from raymerge.report.content import Facts, Figure, Page, Rows, Section, Table, Text, View
 from raymerge.statistics import mcnemar, paired_difference, wilson_interval
 from raymerge.tables import MICRO, RunDirectory, RunError
@@ -89,6 +89,27 @@ def test_the_answer_has_the_tables_numbers(search):
         perplexities["drop"]["perplexity"], (perplexities["drop"]["ci_low"], perplexities["drop"]["ci_high"])
     )
     assert "[" in told["drop"][7] and told["drop"][8] == "▲\u00a0better" and told["base"][8] == "▼\u00a0worse"
+
+
+def test_the_table_of_comparisons_says_what_its_p_values_allow_for(search):
+    caption = blocks([plans.answer(plans.Reached(search))], Table)[0].caption
+    assert "allows for all 3 comparisons, for each measure by itself" in caption
+    assert "test of text is too sure" in caption and "14, 9 and 8 % of cases, not 5" in caption
+
+
+@pytest.mark.parametrize(
+    ("alignment", "norms", "said"),
+    [
+        ("none", "keep", "given coefficients"),
+        ("neurons", "fold", "given coefficients, aligned, norms folded"),
+        ("activations", "keep", "given coefficients, aligned by activations"),
+        ("rows", "keep", "given coefficients, rows aligned"),
+    ],
+)
+def test_a_plan_is_said_to_be_aligned_and_how(alignment, norms, said):
+    assert plans.described({"name": "a", "kind": "file", "alignment": alignment, "norms": norms}) == said
+    aligned, rows_aligned = (dict(GLOSSARY)[name] for name in ("aligned", "rows aligned"))
+    assert "leaves that layer's function as it was" in aligned and "another function" in rows_aligned
 
 
 def test_the_sentence_says_what_cannot_be_told_apart(search):
@@ -266,6 +287,7 @@ def test_similarity_is_held_against_noise(tmp_path):
     (undefined,) = [r for r in rows if r["subset"] == "law (en)" and (r["layer_i"], r["layer_j"]) == (0, 5)]
     assert undefined["value"] is None and undefined["above"] == "" and undefined["note"] == "no entropy"
     assert len(influence.rows.values) == 18
+    assert "does not say that leaving it out costs little" in influence.caption
 
 
 def test_degenerate_maps_are_said_to_say_nothing(tmp_path):

@@ -249,9 +249,8 @@ def _influence(run: RunDirectory, stored: list[dict]) -> Figure:
     told = f"Least: layer {least['layer']} on {least['subset']}, {least['value']:.3g}."
     return Figure(
         "Block influence: how much a layer changes the states",
-        "One minus the mean cosine of the states that enter and leave a layer. Low values mark layers that can be "
-        "left out "
-        f"at little cost. {told} A click on the legend picks a subset.",
+        "One minus the mean cosine of the states that enter and leave a layer: how far it turns them. That a layer "
+        f"changes little does not say that leaving it out costs little. {told} A click on the legend picks a subset.",
         (
             figures.lines(
                 rows,
@@ -314,8 +313,6 @@ def correlations(run: RunDirectory) -> Section:
                         f"Correlations of {plural(len(drawn), 'pair')} of subsets with intervals and ceilings. {told}",
                         name="pair",
                         value="r",
-                        low="low",
-                        high="high",
                         axis="Pearson correlation off the diagonal",
                         form=".2f",
                         tips=tips,
@@ -364,8 +361,6 @@ def sensitivity(run: RunDirectory) -> Section:
             f"Correlation with the reference matrix for {plural(len(known), 'setting')}. {told}",
             name="setting",
             value="r",
-            low="low",
-            high="high",
             axis="correlation with the reference matrix, off the diagonal",
             form=".2f",
             tips=tips,
