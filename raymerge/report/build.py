@@ -48,7 +48,7 @@ GLOSSARY = (
      "is chance"),
     ("mean over subjects", "the mean of the subjects' accuracies, each subject counting the same"),
     ("95 % interval", "Wilson's, of a single share; of a difference on the same questions, Bonett and Price's of "
-     "accuracies, a paired bootstrap of losses"),
+     "accuracies, a paired bootstrap of losses (Student's t of less than eight)"),
     ("indistinguishable", "the test of the questions that both plans answered - McNemar's exact one of accuracies - "
      "gives p, or p (Holm), of at least 0.05: the data cannot tell them apart, which does not show that they are "
      "equal"),
