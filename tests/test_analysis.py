@@ -407,10 +407,8 @@ def test_alpha_files_are_drawn_as_the_study_draws_them(tmp_path, capsys):
     text = (out / "alphas.md").read_text()
     header, *rows = table_of(text, "## α of each method")
     r = np.corrcoef([0.9, 0.7, 0.5, 0.3], alphas)[0, 1]
-    half = 1.96 / np.sqrt(4 - 3)
-    low, high = np.tanh(np.arctanh(r) - half), np.tanh(np.arctanh(r) + half)
-    assert rows[0] == ["rising", "4", "0.550", f"{np.std(alphas):.3f}", "0.100", "0.900",
-                       f"{r:.3f} [{low:.3f}, {high:.3f}]", "4"]  # fmt: skip
+    assert rows[0] == ["rising", "4", "0.550", f"{np.std(alphas):.3f}", "0.100", "0.900", f"{r:.3f}", "4"]
+    assert header[-2] == "Pearson's r with similarity" and "r has no interval or p" in text
     assert rows[1][6:] == ["–", "4"]  # equal alphas have no correlation
     assert png_size(out / "learned_alphas.png")[0] > png_size(out / "learned_alphas.png")[1]
     weights = np.array([row[1:] for row in table_of(text, "## Effective coefficients")[1:]], dtype=float)
@@ -457,11 +455,34 @@ def test_options_that_do_not_go_together_are_refused(tmp_path, capsys):
 
 
 def test_correlations_that_are_undefined():
-    assert np.isnan(alpha_panels.correlation([1, 2], [1, 2]).r) and np.isnan(
-        alpha_panels.correlation([1] * 5, range(5)).r
-    )
-    three = alpha_panels.correlation([1, 2, 3], [1, 2, 2])
-    assert np.isfinite(three.r) and np.isnan(three.low)
+    assert np.isnan(alpha_panels.correlation([1, 2], [1, 2])) and np.isnan(alpha_panels.correlation([1] * 5, range(5)))
+    assert alpha_panels.correlation([1, 2, 3], [1, 2, 2]) == pytest.approx(np.sqrt(3) / 2)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "base", "name", "left_out"),
+    [
+        ("search", "similarity", "similarity", True),
+        ("search", "similarity_ratio", "similarity_ratio_plain", True),
+        ("search", "similarity_ratio", "similarity_shuffled", True),
+        ("search", "file", "similarity_of_mine", False),
+        ("sweep", "fixed", "similarity_k3", True),
+        ("sweep", "similarity", "most_similar_neurons_k3", True),
+        ("sweep", "file", "file_k3", False),
+    ],
+)
+def test_alphas_that_are_computed_from_a_similarity_are_not_held_against_one(
+    tmp_path, experiment, base, name, left_out
+):
+    run = RunDirectory.open(tmp_path, {"plan": {"base": base}}, experiment)
+    steps = [{"step": i, "into": 3 - i, "remove": 4 - i, "alpha": 0.5 + 0.1 * i, "matrix": None} for i in range(3)]
+    plans = [
+        {"plan_id": plan, "name": called, "kind": kind} | step
+        for plan, called, kind in (("a", name, "file"), ("b", "found_bayes", "found"), ("c", "found_bayes", "found"))
+        for step in steps
+    ] + [{"plan_id": "c", "name": name, "kind": "file"} | step for step in steps]  # found is its own start
+    found = alphas_script.learned(run, plans, {"a": "given", "b": "found", "c": "found = given"})
+    assert set(found) == ({"found"} if left_out else {"found", "given", "found = given"})
 
 
 def test_methods_of_a_run_whose_alphas_differ_come_found_first_with_its_own_similarity(tmp_path):
