@@ -35,9 +35,9 @@ from alpha_panels import (
     read_alpha_files,
     read_similarity,
 )
-from plotting import COLOURS, STYLE, markdown, need, number, plan_labels, run_main, save, save_text, style_of
+from plotting import COLOURS, STYLE, markdown, need, number, run_main, save, save_text, style_of
 
-from raymerge.tables import RunDirectory, RunError, is_minimised
+from raymerge.tables import RunDirectory, RunError, is_minimised, plan_labels
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def draw_files(out: Path | None, *, files: list[Path] | None, similarity=None, s
     if not files or out is None:
         raise RunError("name a RUN, or alpha files with --files FILE.json… and their folder with --out DIR")
     plans, coefficients = read_alpha_files(files)
-    labels, known = plan_labels(plans), None if similarity is None else read_similarity(similarity, subset)
+    labels, known = plan_labels(plans, []), None if similarity is None else read_similarity(similarity, subset)
     methods = {label_of(key, labels): rows for key, rows in steps_of(plans).items()}
     with plt.rc_context(STYLE):
         paths = [draw_plans(plans, coefficients, labels, out / "alphas.png")]
@@ -74,9 +74,10 @@ def draw(run: RunDirectory, out: Path, *, files=None, similarity=None, subset=No
         raise RunError("give a RUN or --files, not both")
     plans = need(run, "plans", "the alphas")
     coefficients = need(run, "coefficients", "the effective weight of each layer")
-    trials = held_to(run, run.read("trials").to_pylist())
+    every = run.read("trials").to_pylist()
+    trials = held_to(run, every)
     history = run.read("gradient_history").to_pylist()
-    labels = plan_labels(plans)
+    labels = plan_labels(plans, every)
     known = similarity_of(run, similarity, subset)
     methods = learned(run, plans, labels)
     with plt.rc_context(STYLE):

@@ -36,6 +36,7 @@ from raymerge.schemas import (
     conform,
     derive_accuracy,
     derive_task_accuracy,
+    plan_labels,
     schema_of,
     way_of,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "derive_task_accuracy",
     "is_minimised",
     "part_name",
+    "plan_labels",
     "way_of",
 ]
 

@@ -11,6 +11,7 @@ import pytest
 from report_runs import LAYERS, QUESTIONS, search_run, sensitivity_run, similarity_run, sweep_run, text_losses
 
 from raymerge import report, rows, summary
+from raymerge.card import search_results
 from raymerge.plan import base_plan
 from raymerge.progress import Silent
 from raymerge.report import asked, compared, curve, figures, layers, plans, receipts, render, searched, wording
@@ -342,6 +343,42 @@ def test_several_runs_are_compared_on_the_same_questions(tmp_path, search):
     page = page_of([search, other], "raymerge report", Silent())
     assert page.several and [s.title for s in page.sections if s.level == 2][1].startswith("k3: ")
     assert compared.tests([reached[0], plans.Reached(sweep_run(tmp_path / "sweep"))]) == []
+    assert not any("chosen by these" in str(block) for block in page.sections[0].blocks)
+
+
+def test_a_run_that_searched_on_the_reports_questions_is_marked_beside_others(tmp_path, search):
+    reached = [plans.Reached(search), plans.Reached(search_run(tmp_path / "seen", search_split="test", seed=1))]
+    table, tests = blocks([compared.compared(reached, [])], Table)
+    assert [row[3] for row in table.cells] == ["found_bayes", "found_bayes (chosen by these questions)"]
+    assert [row[:2] for row in tests.cells] == [("k3: found_bayes", "seen: found_bayes (chosen by these questions)")]
+    assert all("is too good on them: no difference in its favour" in one.caption for one in (table, tests))
+
+
+def test_the_random_control_is_called_the_best_of_as_many_as_were_tried(tmp_path):
+    run = search_run(tmp_path / "run")
+    rows = run.read("plans").drop_columns("run_id").to_pylist()
+    run.replace("plans", [row | {"kind": "random", "name": "random"} if row["plan_id"] == "fixed" else row
+                          for row in rows])  # fmt: skip
+    reached = plans.Reached(run)
+    assert reached.labels["fixed"] == "best of random ones"  # no trial of it stands in the table
+    assert summary.budget_lines(run) == []
+    (trial,) = [row for row in run.read("trials").drop_columns("run_id").to_pylist() if row["plan_id"] == "found"]
+    drawn = [trial | {"searcher": "random", "iteration": i, "plan_id": f"drawn{i}"} for i in range(3)]
+    run.append("trials", [*drawn, drawn[0] | {"iteration": 3, "status": "failed", "value": None}], part="random")
+    reached = plans.Reached(run)
+    assert reached.labels["fixed"] == "best of 3 random ones"
+    answer = plans.answer(reached)
+    sentence = blocks([answer], Text)[0].text
+    assert "indistinguishable from the best of 3 random ones" in sentence
+    assert "What was found is the best of 8 candidates, the random control of 3:" in sentence
+    assert "best of 3 random ones" in [row[0] for row in blocks([answer], Table)[0].cells]
+    lines = summary.plan_lines(run, "test")
+    assert "best of 3 random ones" in [row[0] for row in summary.plan_table(lines)[1]]
+    assert "best of 3 random ones" in [row[1] for row in summary.comparison_table(run, "found")[1]]
+    assert summary.comparison_notes(run, "found")[-1].startswith("(What was found is the best of 8 candidates")
+    assert any("best of 3 random ones" in line for line in search_results(run, "found", "test"))
+    run.append("trials", [trial | {"searcher": "gradient_alphas"}], part="descended")
+    assert "best of 8 candidates and 1 descent, the" in summary.budget_lines(run)[0]
 
 
 def test_what_is_missing_is_said(tmp_path):

@@ -61,7 +61,7 @@ TEXT_TEST = (
 class Reached:
     """The plans of one run and what each reached on its report split. Reads the tables once.
 
-    lines: those of `summary.plan_lines`, with `label`, `role`, `costs` (its row or {}). asks: whether questions were
+    lines: those of `summary.plan_lines`, with `role`, `costs` (its row or {}). asks: whether questions were
     asked; without, plans are judged by plain text. best: the line of the plan that the run is about, None where it has
     none. base: the line of the unmerged model, or None.
     """
@@ -70,12 +70,7 @@ class Reached:
         self.run = run
         self.split = str(run.config.get("data", {}).get("report_split", "test"))
         self.plans = run.read("plans").to_pylist()
-        names: dict[str, list[str]] = {}
-        for row in self.plans:
-            known = names.setdefault(row["plan_id"], [])
-            if row["name"] not in known:
-                known.append(row["name"])
-        self.labels = {plan_id: " = ".join(known) for plan_id, known in names.items()}
+        self.labels = summary.labels_of(run)
         self.kinds = {row["plan_id"]: row["kind"] for row in self.plans}  # the last: found before the control it equals
         costs = {row["plan_id"]: row for row in run.read("costs").to_pylist()}
         options = {row["plan_id"]: {key: row[key] for key in ("alignment", "norms")} for row in self.plans}
@@ -83,7 +78,6 @@ class Reached:
             line
             | options[line["plan_id"]]
             | {
-                "label": self.labels[line["plan_id"]],
                 "role": figures.role_of(line["kind"]),
                 "costs": costs.get(line["plan_id"], {}),
                 "interval": _known_interval(line),
@@ -179,7 +173,7 @@ def _sentence(reached: Reached) -> str:
         if base is not None:
             sentence += f", the unmerged model one of {perplexity(base['perplexity'])}"
         told = _told(reached, reached.against(best["plan_id"], "text_nll"))
-        return f"{sentence}. By the loss of a token it is {told}." if told else f"{sentence}."
+        return f"{sentence}. By the loss of a token it is {told}.{_budget(reached)}" if told else f"{sentence}."
     questions = plural(best["n"], f"{reached.split} question")
     sentence = f"The best plan, {best['label']}, answers {percent(best['accuracy'])} of {questions}"
     told = _told(reached, reached.against(best["plan_id"]))
@@ -187,6 +181,7 @@ def _sentence(reached: Reached) -> str:
     told = _told(reached, reached.against(best["plan_id"], "answer_nll"))
     if told:
         sentence += f" By the probability of the right letter (answer NLL, finer than accuracy) it is {told}."
+    sentence += _budget(reached)
     if summary.chosen_on(reached.run, reached.split):
         sentence += " It was chosen by questions of this split, so that all of this is too good."
     if best["perplexity"] is not None:
@@ -197,6 +192,7 @@ def _sentence(reached: Reached) -> str:
     return sentence
 
 
+_CALLED = {"base": "the unmerged model", "random": "the {}"}
 _LINKS = {"better": "better than", "indistinguishable": "indistinguishable from", "worse": "worse than"}
 
 
@@ -208,7 +204,7 @@ def _told(reached: Reached, found: dict[str, dict]) -> str:
     parts = []
     for said, link in _LINKS.items():
         names = [
-            "the unmerged model" if line["kind"] == "base" else line["label"]
+            _CALLED.get(line["kind"], "{}").format(line["label"])
             for line in sorted(reached.lines, key=lambda line: line["kind"] != "base")
             if line["plan_id"] in found and _firm(found[line["plan_id"]]) == said
         ]
@@ -220,6 +216,10 @@ def _told(reached: Reached, found: dict[str, dict]) -> str:
 def _firm(row: dict) -> str:
     said = summary.verdict(row)
     return said if said in _LINKS else "indistinguishable"
+
+
+def _budget(reached: Reached) -> str:
+    return "".join(f" {line}." for line in summary.budget_lines(reached.run))
 
 
 def _tiles(best: dict, base: dict | None) -> list[Fact]:
