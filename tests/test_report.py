@@ -312,7 +312,11 @@ def test_degenerate_maps_are_said_to_say_nothing(tmp_path):
     section, figure = degenerate(medical=[20.0] * 6, law=[38.0, 20.0, 20.0, 20.0, 20.0, 36.1])
     structure, _ = blocks([section], Text)
     # of the four layers of law that are left, 5 of 6 pairs are up to 2 apart; of medical's pairs 9 of 14
-    assert structure.text.startswith(f"In {100 * 14 / 20:.0f} % of all pairs")
+    assert structure.text.startswith(f"In {100 * 14 / 20:.0f} % of the pairs of layers")
+    assert (
+        "noise that layers and subsets share, are in: 2 layers of law (en)."
+        in layers.correlations(run).blocks[0].caption
+    )
     assert "degenerate, and its similarities noise (2 layers of law (en))" in structure.text
     assert [row[8:] for row in blocks([section], Table)[0].cells] == [("64", "1", "0"), ("83", "1", "2")]
     (cell,) = [r for r in as_dicts(figure.rows) if r["subset"] == "law (en)" and (r["layer_i"], r["layer_j"]) == (0, 1)]

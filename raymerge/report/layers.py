@@ -75,7 +75,11 @@ def _structure(run: RunDirectory) -> str:
             "prompts, and what they show is noise. Layers share that noise, so that similarity may be far above that "
             "of unrelated layers all the same: the maps below say nothing of the model."
         )
-    share = sum(row["value"] > row["null_p95"] for row in known) / len(known)
+    share, noise = sum(row["value"] > row["null_p95"] for row in known) / len(known), _named(degenerate)
+    left_out = (
+        " Left out are those with a layer whose diffusion map is degenerate, and its similarities noise "
+        f"({noise}); the correlations of subsets have them in."
+    )
     subsets = len({(row["subset"], row["language"]) for row in rows})
     verdict = (
         "the layers are related, and the maps below show more than noise"
@@ -85,9 +89,8 @@ def _structure(run: RunDirectory) -> str:
         else "the maps below cannot be told from noise"
     )
     return (
-        f"In {percent(share, 0)} of all pairs of layers, over {plural(subsets, 'subset')} of prompts, similarity is "
-        "above "
-        f"what 95 % of unrelated layers stay below: {verdict}.{_left_out(degenerate)}"
+        f"In {percent(share, 0)} of {'the' if noise else 'all'} pairs of layers, over {plural(subsets, 'subset')} of "
+        f"prompts, similarity is above what 95 % of unrelated layers stay below: {verdict}.{left_out if noise else ''}"
     )
 
 
@@ -96,17 +99,14 @@ def _is_noise(row: dict, degenerate: dict[tuple[str, str], set[int]]) -> bool:
     return not degenerate[row["subset"], row["language"]].isdisjoint((row["layer_i"], row["layer_j"]))
 
 
-def _left_out(degenerate: dict[tuple[str, str], set[int]]) -> str:
-    named = [
-        f"{plural(len(layers), 'layer')} of {subset_name({'subset': subset, 'language': language})}"
-        for (subset, language), layers in degenerate.items()
-        if layers
-    ]
-    if not named:
-        return ""
-    return (
-        f" Left out are those with a layer whose diffusion map is degenerate, and its similarities noise "
-        f"({listed(named)}); the correlations of subsets have them in."
+def _named(degenerate: dict[tuple[str, str], set[int]]) -> str:
+    """How many layers of which subsets are degenerate; "" where none are."""
+    return listed(
+        [
+            f"{plural(len(layers), 'layer')} of {subset_name({'subset': subset, 'language': language})}"
+            for (subset, language), layers in degenerate.items()
+            if layers
+        ]
     )
 
 
@@ -293,6 +293,8 @@ def correlations(run: RunDirectory) -> Section:
     told = f"Highest: {top['pair']}, {top['r']:.2f}. Lowest: {last['pair']}, {last['r']:.2f}."
     shown = {row["pair"] for row in rows[: _PAIRS // 2] + rows[len(rows) - _PAIRS // 2 :]}
     drawn = [row for row in rows if row["pair"] in shown]
+    if noise := _named(summary.degenerate_layers(run)):
+        told += f" Degenerate layers, whose similarities are noise that layers and subsets share, are in: {noise}."
     left = f" Drawn are the highest and the lowest {_PAIRS // 2} of {len(rows)}." if len(drawn) < len(rows) else ""
     tips = [("pair", "subsets"), ("r", "r off the diagonal", ".3f"), ("low", "95 % from", ".3f"), ("high", "to", ".3f"),
             ("ceiling", "ceiling", ".3f"), ("pearson", "r, diagonal included", ".3f")]  # fmt: skip

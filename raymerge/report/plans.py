@@ -35,7 +35,7 @@ _AGAINST = 8  # plans that the best is compared with subject by subject
 _KINDS = {
     "base": "unmerged",
     "found": "found by the search",
-    "random": "best of random ones",
+    "random": "random coefficients",
     "drop": "layers left out",
     "fixed": "one coefficient for all steps",
     "file": "given coefficients",
