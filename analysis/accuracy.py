@@ -22,9 +22,9 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.compute as pc
-from plotting import COLOURS, STYLE, markdown, need, number, plan_labels, run_main, save, save_text
+from plotting import COLOURS, STYLE, markdown, need, number, run_main, save, save_text
 
-from raymerge.tables import MACRO, MICRO, RunDirectory, RunError, derive_accuracy
+from raymerge.tables import MACRO, MICRO, RunDirectory, RunError, derive_accuracy, plan_labels
 
 _COLUMNS = ["plan_id", "split", "language", "subject", "question_id", "logit_a", "logit_b", "logit_c", "logit_d",
             "top_is_letter", "answer", "predicted"]  # fmt: skip
@@ -82,7 +82,7 @@ def views_of(run: RunDirectory) -> list[View]:
     answers = answers.filter(pc.equal(answers["split"], split))
     rows = derive_accuracy(answers)  # not table accuracy, which is written at the end and may be older
     text = [row for row in run.read("perplexity").to_pylist() if row["target"] == "text"]
-    labels = plan_labels(plans)
+    labels = plan_labels(plans, run.read("trials").to_pylist())
     views = []
     for language in answers["language"].unique().to_pylist():
         part = answers.filter(pc.equal(answers["language"], language))

@@ -9,9 +9,9 @@ names a run of `raymerge similarity`; without it the one that the run itself too
   alphas.png              alpha of every merge step, and the weight each original layer ends up with
   alpha_distribution.png  all alphas the search tried, beside the best candidate's
   search_progress.png     objective by candidate, running best, controls as horizontal lines
-  learned_alphas.png      the published figure, a row for each method whose alphas differ from step to step: their
-                          distribution with its mean, alpha by merge step, alpha against the merged layers' similarity
-                          (where there is one) with Pearson's r
+  learned_alphas.png      the published figure, a row for each method whose alphas differ from step to step and are not
+                          computed from a similarity: their distribution with its mean, alpha by merge step, alpha
+                          against the merged layers' similarity (where there is one) with Pearson's r
   gradient_history.png    loss and held-out loss by epoch, the alphas of the best start
   alphas.md               the same as tables
 """
@@ -26,6 +26,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from alpha_panels import (
     MOST_METHODS,
+    NO_INTERVAL,
     correlation,
     draw_history,
     draw_methods,
@@ -34,9 +35,9 @@ from alpha_panels import (
     read_alpha_files,
     read_similarity,
 )
-from plotting import COLOURS, STYLE, markdown, need, number, plan_labels, run_main, save, save_text, style_of
+from plotting import COLOURS, STYLE, markdown, need, number, run_main, save, save_text, style_of
 
-from raymerge.tables import RunDirectory, RunError, is_minimised
+from raymerge.tables import RunDirectory, RunError, is_minimised, plan_labels
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +58,7 @@ def draw_files(out: Path | None, *, files: list[Path] | None, similarity=None, s
     if not files or out is None:
         raise RunError("name a RUN, or alpha files with --files FILE.json… and their folder with --out DIR")
     plans, coefficients = read_alpha_files(files)
-    labels, known = plan_labels(plans), None if similarity is None else read_similarity(similarity, subset)
+    labels, known = plan_labels(plans, []), None if similarity is None else read_similarity(similarity, subset)
     methods = {label_of(key, labels): rows for key, rows in steps_of(plans).items()}
     with plt.rc_context(STYLE):
         paths = [draw_plans(plans, coefficients, labels, out / "alphas.png")]
@@ -73,11 +74,12 @@ def draw(run: RunDirectory, out: Path, *, files=None, similarity=None, subset=No
         raise RunError("give a RUN or --files, not both")
     plans = need(run, "plans", "the alphas")
     coefficients = need(run, "coefficients", "the effective weight of each layer")
-    trials = held_to(run, run.read("trials").to_pylist())
+    every = run.read("trials").to_pylist()
+    trials = held_to(run, every)
     history = run.read("gradient_history").to_pylist()
-    labels = plan_labels(plans)
+    labels = plan_labels(plans, every)
     known = similarity_of(run, similarity, subset)
-    methods = learned(plans, labels)
+    methods = learned(run, plans, labels)
     with plt.rc_context(STYLE):
         paths = [draw_plans(plans, coefficients, labels, out / "alphas.png")]
         searchers = {}
@@ -126,12 +128,26 @@ def similarity_of(run: RunDirectory, path: str | None, subset: str | None) -> di
         return None
 
 
-def learned(plans: list[dict], labels: dict[str, str]) -> dict[str, list[dict]]:
-    """Name -> steps of the plans whose alphas are not the same at every step, what was found first."""
+def learned(run: RunDirectory, plans: list[dict], labels: dict[str, str]) -> dict[str, list[dict]]:
+    """Name -> steps of the plans whose alphas are not the same at every step, what was found first; those computed
+    from a similarity, whose correlation with it says nothing, are left out."""
     kinds = {row["plan_id"]: row["kind"] for row in reversed(plans)}
-    found = {key: rows for key, rows in steps_of(plans).items() if np.ptp([row["alpha"] for row in rows]) > 1e-9}
+    computed = {row["plan_id"] for row in plans if computed_from_similarity(run, row)}
+    found = {
+        key: rows
+        for key, rows in steps_of(plans).items()
+        if key[0] not in computed and np.ptp([row["alpha"] for row in rows]) > 1e-9
+    }
     order = sorted(found, key=lambda key: kinds[key[0]] not in ("found", "gradient"))
     return {label_of(key, labels): found[key] for key in order}
+
+
+def computed_from_similarity(run: RunDirectory, row: dict) -> bool:
+    """Whether a plan's alphas, where they differ, are a function of a similarity matrix (or of a shuffled one): in a
+    search its start and the start's variants, in a sweep those of methods whose pairs or alphas come from one."""
+    if run.experiment == "search" and run.config.get("plan", {}).get("base") == "file":
+        return False  # named as the user's file is
+    return row["kind"] == "file" and row["name"].startswith(("similarity", "most_similar", "merge_block"))
 
 
 def describe_methods(methods: dict[str, list[dict]], similarity) -> list[str]:
@@ -145,12 +161,12 @@ def describe_methods(methods: dict[str, list[dict]], similarity) -> list[str]:
         cells = [np.mean(alphas), np.std(alphas), min(alphas), max(alphas)]
         table.append([name, len(alphas), *[number(value) for value in cells]])
         if similarity is not None:
-            found = correlation(*pairs_of(rows, similarity))
-            interval = f" [{found.low:.3f}, {found.high:.3f}]" if math.isfinite(found.low) else ""
-            table[-1] += [None if math.isnan(found.r) else f"{found.r:.3f}{interval}", found.n]
+            x, y = pairs_of(rows, similarity)
+            table[-1] += [number(correlation(x, y)), len(x)]
     text = ["## α of each method"]
     if similarity is not None:
-        header += ["Pearson's r with similarity [95 %]", "pairs"]
+        header += ["Pearson's r with similarity", "pairs"]
+        text.append(NO_INTERVAL)
     text.append(markdown(header, table))
     if len(methods) > MOST_METHODS:
         text.append(f"The figure shows the first {MOST_METHODS}.")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,12 +27,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatter
 from plotting import STYLE, markdown, need, number, run_main, save, save_text, show_layers, style_of, subset_name
 
-from raymerge.tables import RunDirectory
+from raymerge.tables import RunDirectory, degeneracy
 
 _PANELS = 5  # subsets beside each other; more go on a new line
 _NOTES = 5  # different ones written out a subset
-_RANK_SHARE = 0.9
-"""A layer's embedding is called degenerate above this share of the full rank, as `raymerge similarity` warns."""
 
 
 class View(NamedTuple):
@@ -45,6 +44,7 @@ class View(NamedTuple):
     width: np.ndarray  # of the intervals; NaN without one
     n_samples: int
     notes: list[str]
+    degenerate: list[int] | None  # layers whose diffusion map is noise; None if not stored
 
     @property
     def off_diagonal(self) -> np.ndarray:
@@ -66,10 +66,10 @@ def draw(run: RunDirectory, out: Path) -> list[Path]:
     paths, text = [], [f"# Similarity of layers in run {run.run_id} ({run.experiment})", _EXPLAINED]
     with plt.rc_context(STYLE):
         for (measure, embedding), rows in figures.items():
-            views = views_of(rows)
+            views = views_of(rows, ranks)
             name = "heatmaps.png" if len(figures) == 1 else f"heatmaps-{measure}-{embedding}.png"
             paths.append(draw_matrices(views, measure, embedding, out / name))
-            text += describe(views, measure, embedding, ranks)
+            text += describe(views, measure, embedding)
         if influence:
             paths.append(draw_influence(influence, out / "block_influence.png"))
             text += describe_influence(influence)
@@ -77,8 +77,9 @@ def draw(run: RunDirectory, out: Path) -> list[Path]:
     return paths
 
 
-def views_of(rows: list[dict]) -> list[View]:
-    """One View a subset, in order of appearance; a pair stored in one order only counts for both."""
+def views_of(rows: list[dict], ranks: Sequence[dict] = ()) -> list[View]:
+    """One View a subset, in order of appearance; a pair stored in one order only counts for both. ranks: rows of
+    degeneracy."""
     subsets: dict[str, list[dict]] = {}
     for row in rows:
         subsets.setdefault(subset_name(row), []).append(row)
@@ -99,7 +100,8 @@ def views_of(rows: list[dict]) -> list[View]:
         other = ~stored & stored.T
         matrices[:, other] = matrices.transpose(0, 2, 1)[:, other]
         notes = sorted({row["note"] for row in mine if row["note"]})
-        views.append(View(name, layers, *matrices, max(row["n_samples"] for row in mine), notes))
+        n_samples = max(row["n_samples"] for row in mine)
+        views.append(View(name, layers, *matrices, n_samples, notes, degenerate_layers(name, n_samples, ranks)))
     return views
 
 
@@ -208,17 +210,20 @@ def caption(views: list[View]) -> str:
 
 
 def above_null(view: View) -> float | None:
-    """Share of the defined off-diagonal cells that exceed their null's 95 % quantile; None without such cells."""
+    """Share of the defined off-diagonal cells that exceed their null's 95 % quantile, those of degenerate layers left
+    out; None without such cells."""
     cells = view.off_diagonal & np.isfinite(view.value) & np.isfinite(view.null_p95)
+    noise = np.isin(view.layers, view.degenerate or [])
+    cells &= ~(noise[:, None] | noise)
     return float((view.value > view.null_p95)[cells].mean()) if cells.any() else None
 
 
-def degenerate_layers(name: str, n_samples: int, ranks: list[dict]) -> list[int] | None:
-    """Layers of a subset whose kernel is close to the identity, so that its embedding is noise; None if not stored."""
+def degenerate_layers(name: str, n_samples: int, ranks: Sequence[dict]) -> list[int] | None:
+    """Layers of a subset whose diffusion map is noise; None if not stored."""
     mine = [row for row in ranks if subset_name(row) == name]
     if not mine:
         return None
-    return sorted(row["layer"] for row in mine if row["effective_rank"] > _RANK_SHARE * n_samples)
+    return sorted(row["layer"] for row in mine if degeneracy(row["effective_rank"], n_samples))
 
 
 def draw_influence(rows: list[dict], path: Path) -> Path:
@@ -243,19 +248,18 @@ def draw_influence(rows: list[dict], path: Path) -> Path:
 _EXPLAINED = (
     "Means are over defined cells off the diagonal. The null shuffles the samples of one layer against the other; "
     "a share of 0.05 above its 95 % quantile is what noise gives. A layer's embedding is called degenerate where the "
-    f"effective rank of its kernel is above {_RANK_SHARE} n: the kernel is all but the identity, and similarities are "
-    "noise."
+    "effective rank of its kernel is above 0.9 n or below 1.05: the kernel is all but the identity, or all but "
+    "constant, and similarities are noise, which layers share; the share above the null leaves such layers out."
 )
 
 
-def describe(views: list[View], measure: str, embedding: str, ranks: list[dict]) -> list[str]:
+def describe(views: list[View], measure: str, embedding: str) -> list[str]:
     """The section of heatmaps.md for one measure and embedding."""
     rows, notes = [], []
     for view in views:
         cells = view.off_diagonal & np.isfinite(view.value)
         null = (cells & np.isfinite(view.null_mean)).any()
         widths = view.width[cells & np.isfinite(view.width)]
-        degenerate = degenerate_layers(view.name, view.n_samples, ranks)
         rows.append(
             [
                 view.name,
@@ -266,7 +270,7 @@ def describe(views: list[View], measure: str, embedding: str, ranks: list[dict])
                 number(np.median(widths) if widths.size else None),
                 number(np.nanmean(np.diag(view.value)) if np.isfinite(np.diag(view.value)).any() else None),
                 int((view.off_diagonal & np.isnan(view.value)).sum()),
-                None if degenerate is None else ranges(degenerate) or "none",
+                None if view.degenerate is None else ranges(view.degenerate) or "none",
             ]
         )
         notes += [f"- {view.name}: {note}" for note in view.notes[:_NOTES]]

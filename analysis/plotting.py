@@ -104,16 +104,6 @@ def show_layers(axis, layers: list[int], most: int = 8) -> None:
     axis.set_yticks(at, [layers[i] for i in at], fontsize=7.5)
 
 
-def plan_labels(plans: list[dict]) -> dict[str, str]:
-    """plan_id -> its names joined by ' = ' (a found plan can be the base plan), in order of appearance."""
-    names: dict[str, list[str]] = {}
-    for row in plans:
-        known = names.setdefault(row["plan_id"], [])
-        if row["name"] not in known:
-            known.append(row["name"])
-    return {plan_id: " = ".join(known) for plan_id, known in names.items()}
-
-
 def markdown(header: list[str], rows: list[list]) -> str:
     """A Markdown table, first column to the left, the others to the right; None becomes an en dash."""
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]

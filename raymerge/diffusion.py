@@ -14,6 +14,9 @@ SMALLEST_N = 4
 
 KERNELS = ("published", "gaussian")
 
+_IDENTITY = 0.9  # effective rank as a share of N from which a kernel is all but the identity
+_CONSTANT = 1.05  # effective rank below which a kernel is all but constant
+
 
 class SimilarityError(UserError):
     """A similarity, or a step on the way to one, that cannot be computed from what was given."""
@@ -103,6 +106,18 @@ def diffusion_map(
         off_diagonal_mass=float(1 - np.trace(total) / total.sum()),
         sigma=sigma,
     )
+
+
+def degeneracy(effective_rank: float, n: int) -> Literal["below", "above"] | None:
+    """On which side of the distances the bandwidth is so far that a map of n samples, and all that is made of it, is
+    noise; None where it is not.
+
+    below: the kernel is all but the identity, its effective rank (see DiffusionMap) above 90 % of n; above: it is all
+    but constant, its effective rank under 1.05.
+    """
+    if effective_rank > _IDENTITY * n:
+        return "below"
+    return "above" if effective_rank < _CONSTANT else None
 
 
 def checked_distances(distances: np.ndarray) -> np.ndarray:

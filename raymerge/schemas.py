@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pyarrow as pa
 
@@ -265,6 +267,21 @@ def derive_task_accuracy(answers: pa.Table) -> list[dict]:
 
 RUINED = 10.0
 """Times the unmerged model's perplexity: beyond, a plan is left out of figures so that the others can be told apart."""
+
+
+def plan_labels(plans: Iterable[dict], trials: Iterable[dict]) -> dict[str, str]:
+    """plan_id -> what the plan is called wherever it is shown: its names joined by ' = ' (a found plan can be the base
+    plan), plans in order of appearance.
+
+    The control of random coefficients is named by how many it is the best of, since what is found beside it is the best
+    of more as a rule. plans, trials: rows of these tables.
+    """
+    drawn = sum(row["searcher"] == "random" and row["status"] == "ok" for row in trials)
+    control = f"best of {drawn or ''} random one{'s' if drawn != 1 else ''}".replace("  ", " ")
+    names: dict[str, dict[str, None]] = {}
+    for row in plans:
+        names.setdefault(row["plan_id"], {})[control if row["kind"] == "random" else row["name"]] = None
+    return {plan_id: " = ".join(known) for plan_id, known in names.items()}
 
 
 def way_of(row: dict) -> str:

@@ -11,6 +11,9 @@ from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 
 _CHUNK = 4_000_000  # resampled values held at once: 32 MB of float64
+# Items of a bootstrap at least. Of n normal items its expanded percentiles hold the mean in 51, 74, 88 and 93 % of
+# cases at n = 2, 3, 4 and 5 (for 95): means of resamples end at the least and the largest item.
+_BOOTSTRAP_FROM = 8
 
 
 class AccuracySummary(NamedTuple):
@@ -231,7 +234,8 @@ def paired_difference(
 
     The interval is the percentile bootstrap's: questions are resampled as pairs, so that what both plans find hard
     cancels. Its percentiles are expanded (T. Hesterberg, Amer. Statist. 69, 2015), since resampled means scatter by
-    sqrt((n - 1) / n) too little and know nothing of Student's t; of one item it has no limits.
+    sqrt((n - 1) / n) too little and know nothing of Student's t. Of less than 8 items, too few for resampling, it is
+    Student's t interval of d = a - b (Student, Biometrika 6, 1908); of one item it has no limits.
 
     Of right and wrong answers (0 and 1) it is that of Bonett and Price (Brit. J. Math. Stat. Psych. 65, 2012): a
     bootstrap knows nothing of disagreements that a sample lacks. Without any its interval is 0 to 0; with 4 in 20
@@ -263,6 +267,8 @@ def paired_difference(
         low, high = _shares_interval(int(np.sum(d > 0)), int(np.sum(d < 0)), d.size, confidence)
     elif d.size == 1:
         low, high = -math.inf, math.inf
+    elif d.size < _BOOTSTRAP_FROM:
+        _, low, high = ratio_interval(d, np.ones(d.size), confidence=confidence)
     else:
         tail = _expanded_tail(d.size, confidence)
         low, high = np.percentile(_bootstrap_means(d, n_resamples, rng), [100 * tail, 100 * (1 - tail)])

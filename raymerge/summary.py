@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raymerge.diffusion import degeneracy
 from raymerge.objectives import is_minimised, parse_objective, score_answers, score_text
-from raymerge.tables import MACRO, MICRO, RunDirectory
+from raymerge.tables import MACRO, MICRO, RunDirectory, plan_labels
 
 
 def always_a_share(run: RunDirectory, split: str) -> float:
@@ -35,13 +36,37 @@ def asks_questions(run: RunDirectory) -> bool:
     return run.config.get("data", {}).get("mmlu", "") is not None
 
 
+def labels_of(run: RunDirectory) -> dict[str, str]:
+    """plan_id -> what the plan is called (`schemas.plan_labels`)."""
+    plans = run.read("plans", ["plan_id", "name", "kind"]).to_pylist()
+    return plan_labels(plans, run.read("trials", ["searcher", "status"]).to_pylist())
+
+
+def budget_lines(run: RunDirectory) -> list[str]:
+    """Where a search has a control of random coefficients: how many each side is the best of, if these differ."""
+    if "random" not in run.read("plans", ["kind"])["kind"].to_pylist():
+        return []
+    tried = [row["searcher"] for row in run.read("trials").to_pylist() if row["status"] == "ok"]
+    drawn = tried.count("random")
+    descents = sum(searcher.startswith("gradient") for searcher in tried)
+    candidates = len(tried) - drawn - descents - tried.count("controls")
+    if not drawn or (candidates <= drawn and not descents):
+        return []
+    counts = ((candidates, "candidate"), (descents, "descent"))
+    what = " and ".join(f"{count} {noun}{'s' if count != 1 else ''}" for count, noun in counts if count)
+    return [
+        f"What was found is the best of {what}, the random control of {drawn}: the best of more is better by chance "
+        "alone, so a difference between the two is not one of the search alone"
+    ]
+
+
 def plan_lines(run: RunDirectory, split: str) -> list[dict]:
     """For each plan, in the order in which they were stored, its name and what it reached on `split`.
 
-    Keys: plan_id, name, kind, layers, accuracy, standard_error, interval (low, high; 95 %), macro, macro_error,
-    macro_interval, nll, perplexity (plain text), perplexity_interval, picked (share of each letter, A to D) and
-    top_is_letter (share); None where a table has nothing, as all that is of questions in a run that asks none
-    (data.mmlu null).
+    Keys: plan_id, name, label (`labels_of`), kind, layers, n (questions), accuracy, standard_error, interval (low,
+    high; 95 %), macro, macro_error, macro_interval, nll, perplexity (plain text), perplexity_interval, picked (share of
+    each letter, A to D) and top_is_letter (share); None where a table has nothing, as all that is of questions in a run
+    that asks none (data.mmlu null), whose n is 0.
     """
     plans = {row["plan_id"]: row for row in run.read("plans").to_pylist()}
     accuracy = {
@@ -51,7 +76,7 @@ def plan_lines(run: RunDirectory, split: str) -> list[dict]:
     costs = {row["plan_id"]: row for row in run.read("costs").to_pylist()}
     answers = run.read("answers", ["plan_id", "split", "predicted", "top_is_letter"])
     answers = answers.filter(pc.equal(answers["split"], split))
-    lines = []
+    lines, labels = [], labels_of(run)
     for plan_id, plan in plans.items():
         if asks_questions(run) and (plan_id, MICRO) not in accuracy:
             continue
@@ -62,6 +87,7 @@ def plan_lines(run: RunDirectory, split: str) -> list[dict]:
             {
                 "plan_id": plan_id,
                 "name": plan["name"],
+                "label": labels[plan_id],
                 "kind": plan["kind"],
                 "layers": costs.get(plan_id, {}).get("layers"),
                 "n": micro["n"],
@@ -96,7 +122,7 @@ def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
     header += ["text ppl [95 %]", *(["A/B/C/D picked %", "letter top %"] if asked else [])]
     rows = []
     for line in lines:
-        cells = [line["name"], str(line["layers"] if line["layers"] is not None else "–")]
+        cells = [line["label"], str(line["layers"] if line["layers"] is not None else "–")]
         if asked:
             cells += [
                 share(line["accuracy"], line["standard_error"], line["interval"]),
@@ -147,7 +173,7 @@ _COMPARED = ["plan", "against", "difference", "95 % interval", "p", "p (Holm)", 
 def comparison_table(run: RunDirectory, plan_id: str | None = None) -> tuple[list[str], list[list[str]]]:
     """Header and cells: comparisons of accuracies, or of losses on plain text where no questions are asked, of one plan
     if it is given, saying where two plans cannot be told apart."""
-    names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
+    names = labels_of(run)
     return _COMPARED, [_compared(names, row) for row in _comparisons(run, plan_id)]
 
 
@@ -165,7 +191,7 @@ def _compared(names: dict[str, str], row: dict) -> list[str]:
 
 def task_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
     """Header and cells: every plan's accuracy on every task, by each measure that the task's convention has."""
-    names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
+    names = labels_of(run)
     header = ["plan", "task", "n", "measure", "accuracy ± se [95 %]"]
     cells = []
     for row in sorted(run.read("task_accuracy").to_pylist(), key=lambda row: (row["task"], row["measure"])):
@@ -176,7 +202,7 @@ def task_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
 
 def task_comparison_table(run: RunDirectory, plan_id: str | None = None) -> tuple[list[str], list[list[str]]]:
     """`comparison_table` on every task, by the measure that its convention prefers: acc_norm where it has one."""
-    names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
+    names = labels_of(run)
     rows, cells = run.read("task_comparisons").to_pylist(), []
     for task in dict.fromkeys(row["task"] for row in rows):
         measure = max(row["measure"] for row in rows if row["task"] == task)
@@ -187,13 +213,14 @@ def task_comparison_table(run: RunDirectory, plan_id: str | None = None) -> tupl
 
 
 def comparison_notes(run: RunDirectory, plan_id: str | None = None) -> list[str]:
-    """What the p-values of `comparison_table` are, and how many comparisons stand elsewhere."""
+    """What the p-values of `comparison_table` are, how many comparisons stand elsewhere, and `budget_lines`."""
     shown, every, notes = len(_comparisons(run, plan_id)), len(_comparisons(run, None)), []
     if shown > 1:
-        told = "p and intervals are of each on its own, uncorrected; Holm's p allows for all of them"
+        told = "p and intervals are of each on its own, uncorrected; Holm's p allows for all of them by this measure"
         notes.append(f"({shown} comparisons: {told}.)")
     if every > shown:
         notes.append(f"({every - shown} further pairs of plans stand in table comparisons.)")
+    notes += [f"({line}.)" for line in budget_lines(run)]
     return notes
 
 
@@ -406,8 +433,23 @@ def worker_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
     return ["search", "worker", "candidates", "scoring s", "there s", "used %"], cells
 
 
+def degenerate_layers(run: RunDirectory) -> dict[tuple[str, str], set[int]]:
+    """(subset, language) -> the layers whose diffusion map is degenerate (`diffusion.degeneracy`): whatever their
+    similarities are, also far above those of shuffled samples, they are noise that layers share."""
+    rows = run.read("similarity", ["subset", "language", "n_samples"]).to_pylist()
+    sizes = {(row["subset"], row["language"]): row["n_samples"] for row in rows}
+    found: dict[tuple[str, str], set[int]] = {key: set() for key in sizes}
+    for row in run.read("degeneracy").to_pylist():
+        key = row["subset"], row["language"]
+        if key in sizes and degeneracy(row["effective_rank"], sizes[key]):
+            found[key].add(row["layer"])
+    return found
+
+
 def similarity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: each subset's matrix off the diagonal, against what unrelated layers score."""
+    """Header and cells: each subset's matrix off the diagonal, against what unrelated layers score; the share of pairs
+    above these is of those whose maps mean something (`degenerate_layers`)."""
+    degenerate = degenerate_layers(run)
     keys = ["subset", "language", "measure", "embedding"]
     found: dict[tuple[str, ...], list[dict]] = {}
     for row in run.read("similarity").to_pylist():
@@ -424,11 +466,14 @@ def similarity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
         "null",
         "above null %",
         "undefined",
+        "degenerate",
     ]
     cells = []
     for key, rows in found.items():
         known = [row for row in rows if row["value"] is not None]
         null = [row for row in known if row["null_p95"] is not None]
+        noise = degenerate[key[0], key[1]]
+        sound = [row for row in null if noise.isdisjoint((row["layer_i"], row["layer_j"]))]
         cells.append(
             [
                 *key,
@@ -436,8 +481,9 @@ def similarity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
                 _mean([row["value"] for row in known]),
                 _mean([row["value"] for row in known if row["layer_j"] == row["layer_i"] + 1]),
                 _mean([row["null_mean"] for row in null]),
-                _percent([row["value"] > row["null_p95"] for row in null]),
+                _percent([row["value"] > row["null_p95"] for row in sound]),
                 str(len(rows) - len(known)),
+                str(len(noise)),
             ]
         )
     return header, cells

@@ -25,6 +25,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import yaml
 
+from raymerge.diffusion import degeneracy
 from raymerge.identity import canonical_json, digest, plain, software, without_secrets
 from raymerge.objectives import is_minimised
 from raymerge.schemas import (
@@ -35,6 +36,7 @@ from raymerge.schemas import (
     conform,
     derive_accuracy,
     derive_task_accuracy,
+    plan_labels,
     schema_of,
     way_of,
 )
@@ -48,10 +50,12 @@ __all__ = [
     "SCHEMAS",
     "RunDirectory",
     "RunError",
+    "degeneracy",
     "derive_accuracy",
     "derive_task_accuracy",
     "is_minimised",
     "part_name",
+    "plan_labels",
     "way_of",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raymerge.diffusion import SimilarityError, diffusion_map
+from raymerge.diffusion import SimilarityError, degeneracy, diffusion_map
 
 KERNELS = ("published", "gaussian")
 
@@ -95,6 +95,9 @@ def test_degeneracy_is_seen_at_both_ends(kernel):
     assert alike.off_diagonal_mass == pytest.approx(29 / 30, rel=1e-4)
     ranks = [diffusion_map(distances, kernel=kernel, sigma=s).effective_rank for s in (0.01, 0.1, 1, 10, 100)]
     assert ranks == sorted(ranks, reverse=True)
+    assert degeneracy(alone.effective_rank, 30) == "below" and degeneracy(alike.effective_rank, 30) == "above"
+    fit = diffusion_map(distances, kernel=kernel, sigma="median")
+    assert degeneracy(fit.effective_rank, 30) is None
 
 
 def test_it_refuses_what_are_no_distances():

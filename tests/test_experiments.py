@@ -192,7 +192,7 @@ def test_the_saved_model_is_proved_and_its_card_says_what_it_reaches(run):
     assert best["proof"]["passed"] and best["proof"]["predictions_equal"] == best["proof"]["positions"]
     card = (Path(run.path_of("models", "found_bayes")) / "README.md").read_text()
     for line in summary.plan_lines(run, "test"):
-        assert f"| {line['name']} | {line['layers']} | {line['accuracy']:.4f} ± " in card
+        assert f"| {line['label']} | {line['layers']} | {line['accuracy']:.4f} ± " in card
         assert f"[{line['interval'][0]:.3f}, {line['interval'][1]:.3f}]" in card
     assert all(f"| {' | '.join(cells)} |" in card for cells in summary.comparison_table(run, best["plan_id"])[1])
     assert "test questions, none of which the search saw" in card and "```\ntest\n```" in card

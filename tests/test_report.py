@@ -11,10 +11,11 @@ import pytest
 from report_runs import LAYERS, QUESTIONS, search_run, sensitivity_run, similarity_run, sweep_run, text_losses
 
 from raymerge import report, rows, summary
+from raymerge.card import search_results
 from raymerge.plan import base_plan
 from raymerge.progress import Silent
 from raymerge.report import asked, compared, curve, figures, layers, plans, receipts, render, searched, wording
-from raymerge.report.build import page_of, run_sections
+from raymerge.report.build import GLOSSARY, page_of, run_sections
 from raymerge.report.content import Facts, Figure, Page, Rows, Section, Table, Text, View
 from raymerge.statistics import mcnemar, paired_difference, wilson_interval
 from raymerge.tables import MICRO, RunDirectory, RunError
@@ -89,6 +90,27 @@ def test_the_answer_has_the_tables_numbers(search):
         perplexities["drop"]["perplexity"], (perplexities["drop"]["ci_low"], perplexities["drop"]["ci_high"])
     )
     assert "[" in told["drop"][7] and told["drop"][8] == "▲\u00a0better" and told["base"][8] == "▼\u00a0worse"
+
+
+def test_the_table_of_comparisons_says_what_its_p_values_allow_for(search):
+    caption = blocks([plans.answer(plans.Reached(search))], Table)[0].caption
+    assert "allows for all 3 comparisons, for each measure by itself" in caption
+    assert "test of text is too sure" in caption and "14, 9 and 8 % of cases, not 5" in caption
+
+
+@pytest.mark.parametrize(
+    ("alignment", "norms", "said"),
+    [
+        ("none", "keep", "given coefficients"),
+        ("neurons", "fold", "given coefficients, aligned, norms folded"),
+        ("activations", "keep", "given coefficients, aligned by activations"),
+        ("rows", "keep", "given coefficients, rows aligned"),
+    ],
+)
+def test_a_plan_is_said_to_be_aligned_and_how(alignment, norms, said):
+    assert plans.described({"name": "a", "kind": "file", "alignment": alignment, "norms": norms}) == said
+    aligned, rows_aligned = (dict(GLOSSARY)[name] for name in ("aligned", "rows aligned"))
+    assert "leaves that layer's function as it was" in aligned and "another function" in rows_aligned
 
 
 def test_the_sentence_says_what_cannot_be_told_apart(search):
@@ -266,6 +288,39 @@ def test_similarity_is_held_against_noise(tmp_path):
     (undefined,) = [r for r in rows if r["subset"] == "law (en)" and (r["layer_i"], r["layer_j"]) == (0, 5)]
     assert undefined["value"] is None and undefined["above"] == "" and undefined["note"] == "no entropy"
     assert len(influence.rows.values) == 18
+    assert "does not say that leaving it out costs little" in influence.caption
+
+
+def test_degenerate_maps_are_said_to_say_nothing(tmp_path):
+    run = similarity_run(tmp_path / "s")  # 40 samples, six layers
+
+    def degenerate(**ranks):
+        run.replace("degeneracy", [
+            {"subset": subset, "language": "en", "layer": layer, "effective_rank": rank, "off_diagonal_mass": 0.1}
+            for subset, mine in ranks.items() for layer, rank in enumerate(mine)
+        ])  # fmt: skip
+        return layers.answer(run), layers.maps(run).blocks[0]
+
+    section, figure = degenerate(medical=[39.0] * 6, law=[1.0] * 6)
+    (structure,) = blocks([section], Text)  # nothing of how the subsets' matrices agree
+    assert (
+        structure.text.endswith("the maps below say nothing of the model.") and "more than noise" not in structure.text
+    )
+    assert {r["above"] for r in as_dicts(figure.rows)} == {"no", ""}
+    assert [row[8:] for row in blocks([section], Table)[0].cells] == [("–", "1", "6")] * 2
+
+    section, figure = degenerate(medical=[20.0] * 6, law=[38.0, 20.0, 20.0, 20.0, 20.0, 36.1])
+    structure, _ = blocks([section], Text)
+    # of the four layers of law that are left, 5 of 6 pairs are up to 2 apart; of medical's pairs 9 of 14
+    assert structure.text.startswith(f"In {100 * 14 / 20:.0f} % of the pairs of layers")
+    assert (
+        "noise that layers and subsets share, are in: 2 layers of law (en)."
+        in layers.correlations(run).blocks[0].caption
+    )
+    assert "degenerate, and its similarities noise (2 layers of law (en))" in structure.text
+    assert [row[8:] for row in blocks([section], Table)[0].cells] == [("64", "1", "0"), ("83", "1", "2")]
+    (cell,) = [r for r in as_dicts(figure.rows) if r["subset"] == "law (en)" and (r["layer_i"], r["layer_j"]) == (0, 1)]
+    assert (cell["above"], cell["note"]) == ("no", "degenerate: noise")
 
 
 def test_half_a_matrix_stands_for_both():
@@ -292,6 +347,42 @@ def test_several_runs_are_compared_on_the_same_questions(tmp_path, search):
     page = page_of([search, other], "raymerge report", Silent())
     assert page.several and [s.title for s in page.sections if s.level == 2][1].startswith("k3: ")
     assert compared.tests([reached[0], plans.Reached(sweep_run(tmp_path / "sweep"))]) == []
+    assert not any("chosen by these" in str(block) for block in page.sections[0].blocks)
+
+
+def test_a_run_that_searched_on_the_reports_questions_is_marked_beside_others(tmp_path, search):
+    reached = [plans.Reached(search), plans.Reached(search_run(tmp_path / "seen", search_split="test", seed=1))]
+    table, tests = blocks([compared.compared(reached, [])], Table)
+    assert [row[3] for row in table.cells] == ["found_bayes", "found_bayes (chosen by these questions)"]
+    assert [row[:2] for row in tests.cells] == [("k3: found_bayes", "seen: found_bayes (chosen by these questions)")]
+    assert all("is too good on them: no difference in its favour" in one.caption for one in (table, tests))
+
+
+def test_the_random_control_is_called_the_best_of_as_many_as_were_tried(tmp_path):
+    run = search_run(tmp_path / "run")
+    rows = run.read("plans").drop_columns("run_id").to_pylist()
+    run.replace("plans", [row | {"kind": "random", "name": "random"} if row["plan_id"] == "fixed" else row
+                          for row in rows])  # fmt: skip
+    reached = plans.Reached(run)
+    assert reached.labels["fixed"] == "best of random ones"  # no trial of it stands in the table
+    assert summary.budget_lines(run) == []
+    (trial,) = [row for row in run.read("trials").drop_columns("run_id").to_pylist() if row["plan_id"] == "found"]
+    drawn = [trial | {"searcher": "random", "iteration": i, "plan_id": f"drawn{i}"} for i in range(3)]
+    run.append("trials", [*drawn, drawn[0] | {"iteration": 3, "status": "failed", "value": None}], part="random")
+    reached = plans.Reached(run)
+    assert reached.labels["fixed"] == "best of 3 random ones"
+    answer = plans.answer(reached)
+    sentence = blocks([answer], Text)[0].text
+    assert "indistinguishable from the best of 3 random ones" in sentence
+    assert "What was found is the best of 8 candidates, the random control of 3:" in sentence
+    assert "best of 3 random ones" in [row[0] for row in blocks([answer], Table)[0].cells]
+    lines = summary.plan_lines(run, "test")
+    assert "best of 3 random ones" in [row[0] for row in summary.plan_table(lines)[1]]
+    assert "best of 3 random ones" in [row[1] for row in summary.comparison_table(run, "found")[1]]
+    assert summary.comparison_notes(run, "found")[-1].startswith("(What was found is the best of 8 candidates")
+    assert any("best of 3 random ones" in line for line in search_results(run, "found", "test"))
+    run.append("trials", [trial | {"searcher": "gradient_alphas"}], part="descended")
+    assert "best of 8 candidates and 1 descent, the" in summary.budget_lines(run)[0]
 
 
 def test_what_is_missing_is_said(tmp_path):

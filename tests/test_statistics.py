@@ -177,12 +177,22 @@ def test_paired_difference_is_seeded_and_antisymmetric_in_the_mean():
     assert wide.ci_low < narrow.ci_low < narrow.ci_high < wide.ci_high
 
 
-@pytest.mark.parametrize(("n", "least"), [(5, 0.89), (10, 0.925)])
-def test_the_interval_of_few_losses_holds_the_mean_about_as_often_as_it_says(n, least):
-    """Without expanded percentiles .84 and .90 of normal losses."""
-    draws = np.random.default_rng(12).normal(size=(1000, n))
-    found = [paired_difference(d, np.zeros(n), n_resamples=1000) for d in draws]
+@pytest.mark.parametrize(
+    ("n", "drawn", "least"), [(2, 3000, 0.94), (3, 3000, 0.94), (5, 3000, 0.94), (7, 3000, 0.94), (10, 1000, 0.925)]
+)
+def test_the_interval_of_few_losses_holds_the_mean_about_as_often_as_it_says(n, drawn, least):
+    """Of normal losses; the standard error of 3,000 draws is .004. Expanded percentiles alone hold the mean in .51,
+    .74, .93 and .95 of cases at n = 2, 3, 5 and 7; those that are not expanded in .84 at 5 and .90 at 10."""
+    draws = np.random.default_rng(12).normal(size=(drawn, n))
+    found = [paired_difference(d, np.zeros(n), n_resamples=1 if n < 8 else 1000) for d in draws]
     assert least < np.mean([one.ci_low <= 0 <= one.ci_high for one in found]) < 0.96
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_the_interval_of_very_few_losses_is_students(n):
+    a, b = np.random.default_rng(n).normal(size=(2, n))
+    expected = scipy.stats.t.interval(0.9, n - 1, loc=np.mean(a - b), scale=scipy.stats.sem(a - b))
+    assert paired_difference(a, b, confidence=0.9)[1:3] == pytest.approx(expected)
 
 
 def test_one_loss_has_no_limits():

@@ -48,11 +48,12 @@ GLOSSARY = (
      "is chance"),
     ("mean over subjects", "the mean of the subjects' accuracies, each subject counting the same"),
     ("95 % interval", "Wilson's, of a single share; of a difference on the same questions, Bonett and Price's of "
-     "accuracies, a paired bootstrap of losses"),
+     "accuracies, a paired bootstrap of losses (Student's t of less than eight)"),
     ("indistinguishable", "the test of the questions that both plans answered - McNemar's exact one of accuracies - "
      "gives p, or p (Holm), of at least 0.05: the data cannot tell them apart, which does not show that they are "
      "equal"),
-    ("p (Holm)", "p corrected for the number of comparisons made together"),
+    ("p (Holm)", "p corrected for the number of comparisons made together by one measure; accuracy, answer NLL and "
+     "text are corrected each by itself"),
     ("answer NLL", "mean negative log-probability, in nats, of the right letter among the four; 1.386 is guessing, "
      "lower is "
      "better"),
@@ -62,9 +63,10 @@ GLOSSARY = (
     ("alpha", "weight of the kept layer in one merge step; the removed layer has 1 - alpha"),
     ("effective coefficient", "share of an original layer in the merged one, after all steps"),
     ("drop, before_last", "controls without averaging: the last K layers left out; the K before the last left out"),
-    ("aligned", "units of one layer reordered to match the other's before averaging, which leaves that layer's "
-     "function "
-     "as it was"),
+    ("aligned", "units of one layer reordered to match the other's before averaging - by their weights, or by their "
+     "activations - which leaves that layer's function as it was"),
+    ("rows aligned", "the rows of each matrix of a layer reordered by themselves, as published: that layer then "
+     "computes another function"),
     ("folded, norms folded", "the gain of a layer's norms multiplied into its matrices before averaging"),
     ("null, unrelated layers", "similarity when the prompts of one layer are shuffled against the other's: what noise "
      "scores"),

@@ -15,7 +15,7 @@ from raymerge.report.content import Block, Figure, Rows, Section, Table
 from raymerge.report.plans import Reached
 from raymerge.report.wording import NONE, difference, interval, p_value, percent, perplexity
 from raymerge.statistics import holm, mcnemar, paired_difference
-from raymerge.summary import verdict
+from raymerge.summary import chosen_on, verdict
 
 _PAIRED = 8  # runs of which all pairs are tested
 _DRAWN = 120  # plans in the figure
@@ -46,7 +46,7 @@ def _table(reached: Sequence[Reached]) -> Table:
                 run_name(one.run),
                 one.run.experiment,
                 model_name(one.run),
-                NONE if line is None else line["label"],
+                NONE if line is None else _called(one, line),
                 NONE if not costs else f"{costs['layers']} of {costs['layers'] + costs['layers_removed']}",
                 percent(costs["parameters_removed"] / whole) if whole else NONE,
                 NONE if line is None else f"{percent(line['accuracy'])} {interval(*line['interval'])}".strip(),
@@ -57,8 +57,7 @@ def _table(reached: Sequence[Reached]) -> Table:
         )
     return Table(
         "The plan that each run is about - what a search found; of a curve or an evaluation the unmerged model - "
-        "beside the "
-        "unmerged model",
+        f"beside the unmerged model{_caveat(reached)}",
         (
             "run",
             "experiment",
@@ -74,6 +73,18 @@ def _table(reached: Sequence[Reached]) -> Table:
         tuple(cells),
         words=(0, 1, 2, 3),
     )
+
+
+def _called(one: Reached, line: dict) -> str:
+    """A plan's name, marked where the questions that it is reported on are those that chose it."""
+    chosen = line is one.best and chosen_on(one.run, one.split)
+    return f"{line['label']} (chosen by these questions)" if chosen else line["label"]
+
+
+def _caveat(reached: Sequence[Reached]) -> str:
+    if not any(one.best is not None and chosen_on(one.run, one.split) for one in reached):
+        return ""
+    return ". A plan chosen by these questions is too good on them: no difference in its favour, or verdict, is a test"
 
 
 def headline(one: Reached) -> dict | None:
@@ -102,7 +113,7 @@ def _tests(reached: Sequence[Reached]) -> list[Block]:
             "Paired tests between what the searches found, on the questions that both answered: difference in "
             "accuracy in "
             "percentage points (first minus second) with its 95 % interval, McNemar's exact p, and Holm's over this "
-            "table",
+            f"table{_caveat(reached)}",
             ("first", "second", "questions", "difference [95 %]", "p", "p (Holm)", "verdict"),
             cells,
             words=(0, 1, 6),
@@ -122,8 +133,8 @@ def tests(reached: Sequence[Reached]) -> list[dict[str, Any]]:
         paired = paired_difference(x.astype(np.float64), y.astype(np.float64))
         rows.append(
             {
-                "a": f"{run_name(a.run)}: {a.best['label']}",
-                "b": f"{run_name(b.run)}: {b.best['label']}",
+                "a": f"{run_name(a.run)}: {_called(a, a.best)}",
+                "b": f"{run_name(b.run)}: {_called(b, b.best)}",
                 "n": len(right_a),
                 "measure": "accuracy",
                 **paired._asdict(),

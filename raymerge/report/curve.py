@@ -7,7 +7,7 @@ from typing import Any
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Block, Figure, Rows, Section, Table, Text
-from raymerge.report.plans import Reached, chosen_layers, merit, missing
+from raymerge.report.plans import ALIGNED, TEXT_TEST, Reached, chosen_layers, merit, missing
 from raymerge.report.receipts import tensor_name
 from raymerge.report.wording import difference, finite, interval, percent, perplexity, plural, value
 from raymerge.summary import verdict
@@ -71,7 +71,7 @@ def _known(point: dict) -> bool:
 
 
 def _variant(row: dict) -> str:
-    words = [{"neurons": "aligned", "rows": "rows aligned"}.get(row["alignment"], row["alignment"])]
+    words = [ALIGNED.get(row["alignment"], row["alignment"])]
     words = [] if row["alignment"] == "none" else words
     return ", ".join([*words, *(["folded"] if row["norms"] == "fold" else [])]) or "plain"
 
@@ -135,7 +135,9 @@ def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
         if asks
         else ("way of least perplexity", "this very text", "perplexity")
     )
-    nats = "" if asks else " Against dropping: nats a token with 95 % intervals, over passages of the text."
+    nats = (
+        "" if asks else f" Against dropping: nats a token with 95 % intervals, over passages of the text. {TEXT_TEST}."
+    )
     return Table(
         f"The {ranked} at every K, against dropping as many layers. It is the best of several on {judged}, so that its "
         f"{flattered} and its difference flatter it; the verdicts allow (Holm) for all comparisons that the sweep asks "

@@ -153,8 +153,6 @@ def intervals(
     *,
     name: str,
     value: str,
-    low: str,
-    high: str,
     axis: str,
     form: str,
     tips: list[tuple],
@@ -162,7 +160,8 @@ def intervals(
     rule: tuple[float, str] | None = None,
     tick: str | None = None,
 ) -> View:
-    """Named values with their intervals, one below the other in the order of the rows, coloured by role.
+    """Named values with their intervals (columns low and high), one below the other in the order of the rows, coloured
+    by role.
 
     rule: a value to be held against, with its label. tick: a column with a limit of each value, drawn as a tick.
     """
@@ -173,7 +172,7 @@ def intervals(
     layers: list[Spec] = [
         {
             "mark": {"type": "rule", "strokeWidth": 2, "aria": False},
-            "encoding": {"y": y, "x": x | {"field": low}, "x2": {"field": high}, "color": colour},
+            "encoding": {"y": y, "x": x | {"field": "low"}, "x2": {"field": "high"}, "color": colour},
             "params": [_zoom("x")],
         },
         {
@@ -190,7 +189,7 @@ def intervals(
         )
     if rule is not None:
         layers += _rule("x", *rule)
-    return View(_drawing(layers, height=26 * len(order)), description, title, {"x": f"zoom_{low}"})
+    return View(_drawing(layers, height=26 * len(order)), description, title, {"x": "zoom_low"})
 
 
 def named_values(
@@ -423,7 +422,7 @@ def heat_map(
     legend: bool,
 ) -> View:
     """Similarity of every pair of layers of one subset; columns: subset, layer_i, layer_j and their edges (left, right,
-    bottom, top), value, null_p95, ci_low, ci_high, above ("no" where the value is not above the null), note."""
+    bottom, top), value, null_p95, ci_low, ci_high, above ("no" where the value is noise), note."""
     where = [{"filter": {"field": "subset", "equal": subset}}]
     axis = _axis("layer", grid=False, tickMinStep=1, format="d", tickCount=6)
     scale = {"domain": [-0.5, layers - 0.5], "nice": False, "zero": False}

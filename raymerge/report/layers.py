@@ -32,12 +32,18 @@ def answer(run: RunDirectory) -> Section:
         return Section("The answer", (missing(run, "similarity"),))
     blocks: list[Block] = [Text(sentence) for sentence in (_structure(run), _agreement(run)) if sentence]
     header, cells = summary.similarity_table(run)
-    words = {"null": "unrelated layers", "above null %": "pairs above noise, %", "neighbours": "neighbouring layers"}
+    words = {
+        "null": "unrelated layers",
+        "above null %": "pairs above noise, %",
+        "neighbours": "neighbouring layers",
+        "degenerate": "degenerate layers",
+    }
     blocks.append(
         Table(
             "Similarity off the diagonal, by subset of prompts. Unrelated layers: the mean when the prompts of one "
             "layer are "
-            "shuffled against the other's; 5 % of pairs lie above noise by chance",
+            "shuffled against the other's; 5 % of pairs lie above noise by chance. Pairs with a degenerate layer are "
+            "left out of that share",
             tuple(words.get(name, name) for name in header),
             tuple(tuple(row) for row in cells),
             words=(0, 1, 2, 3),
@@ -61,7 +67,19 @@ def _structure(run: RunDirectory) -> str:
     known = [row for row in rows if row["value"] is not None and row["null_p95"] is not None]
     if not known:
         return "The matrices come without their prompts, so nothing here says how much of them is noise."
-    share = sum(row["value"] > row["null_p95"] for row in known) / len(known)
+    degenerate = summary.degenerate_layers(run)
+    known = [row for row in known if not _is_noise(row, degenerate)]
+    if not known:
+        return (
+            "The diffusion maps of all layers are degenerate: their bandwidth is far from the distances between "
+            "prompts, and what they show is noise. Layers share that noise, so that similarity may be far above that "
+            "of unrelated layers all the same: the maps below say nothing of the model."
+        )
+    share, noise = sum(row["value"] > row["null_p95"] for row in known) / len(known), _named(degenerate)
+    left_out = (
+        " Left out are those with a layer whose diffusion map is degenerate, and its similarities noise "
+        f"({noise}); the correlations of subsets have them in."
+    )
     subsets = len({(row["subset"], row["language"]) for row in rows})
     verdict = (
         "the layers are related, and the maps below show more than noise"
@@ -71,14 +89,32 @@ def _structure(run: RunDirectory) -> str:
         else "the maps below cannot be told from noise"
     )
     return (
-        f"In {percent(share, 0)} of all pairs of layers, over {plural(subsets, 'subset')} of prompts, similarity is "
-        "above "
-        f"what 95 % of unrelated layers stay below: {verdict}."
+        f"In {percent(share, 0)} of {'the' if noise else 'all'} pairs of layers, over {plural(subsets, 'subset')} of "
+        f"prompts, similarity is above what 95 % of unrelated layers stay below: {verdict}.{left_out if noise else ''}"
+    )
+
+
+def _is_noise(row: dict, degenerate: dict[tuple[str, str], set[int]]) -> bool:
+    """Whether a pair of layers has one whose map is degenerate."""
+    return not degenerate[row["subset"], row["language"]].isdisjoint((row["layer_i"], row["layer_j"]))
+
+
+def _named(degenerate: dict[tuple[str, str], set[int]]) -> str:
+    """How many layers of which subsets are degenerate; "" where none are."""
+    return listed(
+        [
+            f"{plural(len(layers), 'layer')} of {subset_name({'subset': subset, 'language': language})}"
+            for (subset, language), layers in degenerate.items()
+            if layers
+        ]
     )
 
 
 def _agreement(run: RunDirectory) -> str:
     rows = [row for row in run.read("similarity_correlation").to_pylist() if row["ci_low"] is not None]
+    n_layers = len({row["layer_i"] for row in run.read("similarity", ["layer_i"]).to_pylist()})
+    noise = {key for key, layers in summary.degenerate_layers(run).items() if len(layers) > n_layers - 2}
+    rows = [row for row in rows if not any((row[f"subset_{s}"], row[f"language_{s}"]) in noise for s in "ab")]
     bounded = [(row, bound) for row in rows if (bound := summary.ceiling(row)) is not None]
     if not bounded:
         return ""
@@ -112,7 +148,8 @@ def maps(run: RunDirectory) -> Section:
 
 
 def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[dict]) -> Figure:
-    rows = [_cell(row) for row in _both_halves(stored)]
+    degenerate = summary.degenerate_layers(run)
+    rows = [_cell(row, degenerate) for row in _both_halves(stored)]
     subsets = list(dict.fromkeys(row["subset"] for row in rows))
     layers = 1 + max(row["layer_i"] for row in rows)
     domain = colour_domain(rows)
@@ -126,7 +163,7 @@ def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[dict]) -
         told = (
             f"{subset}: heat map of the similarity of {layers} layers, mean {_mean(off)} off the diagonal, "
             f"{_mean(near)} "
-            f"between neighbours; {plural(len(noise) // 2, 'pair')} not above noise."
+            f"between neighbours; {plural(len(noise) // 2, 'pair')} not above noise or of a degenerate layer."
         )
         views.append(
             figures.heat_map(
@@ -144,7 +181,8 @@ def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[dict]) -
         f"Similarity of every pair of layers ({named})",
         f"One scale for all maps, from {value(domain[0], 2)} to {value(domain[1], 2)}; values beyond it, such as a "
         "layer's "
-        "with itself, have the colour of the end. A white dot: not above what 95 % of unrelated layers stay below. "
+        "with itself, have the colour of the end. A white dot: not above what 95 % of unrelated layers stay below, or "
+        "of a layer whose diffusion map is degenerate. "
         "Grey: "
         f"undefined.{left}",
         tuple(views),
@@ -169,8 +207,10 @@ def _both_halves(rows: list[dict]) -> list[dict]:
     return rows + turned
 
 
-def _cell(row: dict) -> dict[str, Any]:
+def _cell(row: dict, degenerate: dict[tuple[str, str], set[int]]) -> dict[str, Any]:
     known = row["value"] is not None and row["null_p95"] is not None
+    noise = _is_noise(row, degenerate)
+    notes = [row["note"], "degenerate: noise" if noise else None]
     return {
         "subset": subset_name(row),
         "layer_i": row["layer_i"],
@@ -179,8 +219,8 @@ def _cell(row: dict) -> dict[str, Any]:
         "null_p95": row["null_p95"],
         "ci_low": row["ci_low"],
         "ci_high": row["ci_high"],
-        "above": "" if not known else "yes" if row["value"] > row["null_p95"] else "no",
-        "note": row["note"] or "",
+        "above": "" if not known else "yes" if row["value"] > row["null_p95"] and not noise else "no",
+        "note": "; ".join(note for note in notes if note),
         # a little over the neighbours, so that no seam shines through
         "left": row["layer_j"] - 0.5,
         "right": row["layer_j"] + 0.52,
@@ -209,9 +249,8 @@ def _influence(run: RunDirectory, stored: list[dict]) -> Figure:
     told = f"Least: layer {least['layer']} on {least['subset']}, {least['value']:.3g}."
     return Figure(
         "Block influence: how much a layer changes the states",
-        "One minus the mean cosine of the states that enter and leave a layer. Low values mark layers that can be "
-        "left out "
-        f"at little cost. {told} A click on the legend picks a subset.",
+        "One minus the mean cosine of the states that enter and leave a layer: how far it turns them. That a layer "
+        f"changes little does not say that leaving it out costs little. {told} A click on the legend picks a subset.",
         (
             figures.lines(
                 rows,
@@ -254,6 +293,8 @@ def correlations(run: RunDirectory) -> Section:
     told = f"Highest: {top['pair']}, {top['r']:.2f}. Lowest: {last['pair']}, {last['r']:.2f}."
     shown = {row["pair"] for row in rows[: _PAIRS // 2] + rows[len(rows) - _PAIRS // 2 :]}
     drawn = [row for row in rows if row["pair"] in shown]
+    if noise := _named(summary.degenerate_layers(run)):
+        told += f" Degenerate layers, whose similarities are noise that layers and subsets share, are in: {noise}."
     left = f" Drawn are the highest and the lowest {_PAIRS // 2} of {len(rows)}." if len(drawn) < len(rows) else ""
     tips = [("pair", "subsets"), ("r", "r off the diagonal", ".3f"), ("low", "95 % from", ".3f"), ("high", "to", ".3f"),
             ("ceiling", "ceiling", ".3f"), ("pearson", "r, diagonal included", ".3f")]  # fmt: skip
@@ -274,8 +315,6 @@ def correlations(run: RunDirectory) -> Section:
                         f"Correlations of {plural(len(drawn), 'pair')} of subsets with intervals and ceilings. {told}",
                         name="pair",
                         value="r",
-                        low="low",
-                        high="high",
                         axis="Pearson correlation off the diagonal",
                         form=".2f",
                         tips=tips,
@@ -324,8 +363,6 @@ def sensitivity(run: RunDirectory) -> Section:
             f"Correlation with the reference matrix for {plural(len(known), 'setting')}. {told}",
             name="setting",
             value="r",
-            low="low",
-            high="high",
             axis="correlation with the reference matrix, off the diagonal",
             form=".2f",
             tips=tips,
