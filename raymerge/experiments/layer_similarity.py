@@ -13,6 +13,7 @@ import numpy as np
 
 from raymerge.activations import Activations
 from raymerge.config import Config, ConfigError
+from raymerge.diffusion import degeneracy
 from raymerge.embedding import embed_layers
 from raymerge.experiments.common import (
     Inputs,
@@ -35,8 +36,6 @@ from raymerge.tables import RunDirectory, part_name
 
 Row = dict[str, Any]
 
-_IDENTITY = 0.9  # effective rank as a share of N from which a kernel is all but the identity
-_CONSTANT = 1.05  # effective rank below which a kernel is all but constant
 _FOREIGN = "imported"  # measure, embedding and language of matrices that other programs made
 
 
@@ -220,14 +219,12 @@ def degenerate_layers(run: RunDirectory) -> list[str]:
     bad: dict[tuple[str, str, str], list[int]] = {}
     for row in run.read("degeneracy").to_pylist():
         key = row["subset"], row["language"]
-        if row["effective_rank"] > _IDENTITY * sizes[key]:
-            bad.setdefault((*key, "below"), []).append(row["layer"])
-        elif row["effective_rank"] < _CONSTANT:
-            bad.setdefault((*key, "above"), []).append(row["layer"])
+        if side := degeneracy(row["effective_rank"], sizes[key]):
+            bad.setdefault((*key, side), []).append(row["layer"])
     return [
         f"{subset} ({language}): the diffusion map is degenerate in {len(layers)} layers ({_ranges(layers)}): the "
         f"bandwidth is far {side} the distances ("
-        + (f"effective rank above {_IDENTITY:.0%} of the samples" if side == "below" else "effective rank near 1")
+        + ("effective rank above 90 % of the samples" if side == "below" else "effective rank near 1")
         + "); similarities there are noise. Try similarity.sigma: median"
         for (subset, language, side), layers in bad.items()
     ]
