@@ -17,6 +17,7 @@ from raymerge.progress import Silent
 from raymerge.report import asked, compared, curve, figures, layers, plans, receipts, render, searched, wording
 from raymerge.report.build import GLOSSARY, page_of, run_sections
 from raymerge.report.content import Facts, Figure, Page, Rows, Section, Table, Text, View
+from raymerge.report.reached import Reached, described
 from raymerge.statistics import mcnemar, paired_difference, wilson_interval
 from raymerge.tables import MICRO, RunDirectory, RunError
 
@@ -68,7 +69,7 @@ def as_dicts(rows):
 
 
 def test_the_answer_has_the_tables_numbers(search):
-    reached = plans.Reached(search)
+    reached = Reached(search)
     accuracy = {row["plan_id"]: row for row in search.read("accuracy").to_pylist() if row["subject"] == MICRO}
     (figure,) = blocks([plans.answer(reached)], Figure)
     for row in as_dicts(figure.rows):
@@ -93,7 +94,7 @@ def test_the_answer_has_the_tables_numbers(search):
 
 
 def test_the_table_of_comparisons_says_what_its_p_values_allow_for(search):
-    caption = blocks([plans.answer(plans.Reached(search))], Table)[0].caption
+    caption = blocks([plans.answer(Reached(search))], Table)[0].caption
     assert "allows for all 3 comparisons, for each measure by itself" in caption
     assert "test of text is too sure" in caption and "14, 9 and 8 % of cases, not 5" in caption
 
@@ -108,13 +109,13 @@ def test_the_table_of_comparisons_says_what_its_p_values_allow_for(search):
     ],
 )
 def test_a_plan_is_said_to_be_aligned_and_how(alignment, norms, said):
-    assert plans.described({"name": "a", "kind": "file", "alignment": alignment, "norms": norms}) == said
+    assert described({"name": "a", "kind": "file", "alignment": alignment, "norms": norms}) == said
     aligned, rows_aligned = (dict(GLOSSARY)[name] for name in ("aligned", "rows aligned"))
     assert "leaves that layer's function as it was" in aligned and "another function" in rows_aligned
 
 
 def test_the_sentence_says_what_cannot_be_told_apart(search):
-    sentence = blocks([plans.answer(plans.Reached(search))], Text)[0].text
+    sentence = blocks([plans.answer(Reached(search))], Text)[0].text
     assert f"of {QUESTIONS} test questions: better than drop; indistinguishable from fixed_0.62; worse than" in sentence
     assert "Its perplexity on plain text is 12.5, the unmerged model's 5.00." in sentence
 
@@ -122,7 +123,7 @@ def test_the_sentence_says_what_cannot_be_told_apart(search):
 def test_a_plan_chosen_by_the_reports_own_questions_is_said_to_be(tmp_path, search):
     same = search_run(tmp_path / "same", search_split="test")
     for run, expected in ((search, False), (same, True)):
-        reached = plans.Reached(run)
+        reached = Reached(run)
         sentence, *_ = (block.text for block in blocks([plans.answer(reached)], Text))
         assert ("chosen by questions of this split" in sentence) == expected
         progress = blocks([searched.search(reached)], Figure)[0].caption
@@ -139,7 +140,7 @@ def test_without_a_manifest_the_best_is_not_the_one_that_the_report_likes(tmp_pa
         row | ({"accuracy": 0.99} if row["plan_id"] == "fixed" else {}) for row in run.read("accuracy").to_pylist()
     ])  # fmt: skip
     run.write_manifest("failed", error="the proof")
-    assert plans.Reached(run).best["plan_id"] == "found"
+    assert Reached(run).best["plan_id"] == "found"
 
 
 def test_a_gain_by_an_uncorrected_p_alone_is_no_gain(search):
@@ -151,7 +152,7 @@ def test_a_gain_by_an_uncorrected_p_alone_is_no_gain(search):
 
 
 def test_what_layers_are_left_sums_to_one(search):
-    _, figure = blocks([searched.coefficients(plans.Reached(search))], Figure)
+    _, figure = blocks([searched.coefficients(Reached(search))], Figure)
     found = [row for row in as_dicts(figure.rows) if row["series"] == "found_bayes"]
     stored = {
         row["source_layer"]: row["coefficient"]
@@ -166,7 +167,7 @@ def test_what_layers_are_left_sums_to_one(search):
 
 
 def test_alphas_are_those_of_the_plans(search):
-    figure, _ = blocks([searched.coefficients(plans.Reached(search))], Figure)
+    figure, _ = blocks([searched.coefficients(Reached(search))], Figure)
     found = [row for row in as_dicts(figure.rows) if row["plan"] == "found_bayes"]
     assert [row["alpha"] for row in sorted(found, key=lambda row: row["step"])] == [0.1, 0.8, 0.3]
     assert {row["role"] for row in found} == {figures.FOUND}
@@ -178,7 +179,7 @@ def test_alphas_are_those_of_the_plans(search):
 
 
 def test_the_best_so_far_never_gets_worse(search):
-    progress, descents = blocks([searched.search(plans.Reached(search))], Figure)
+    progress, descents = blocks([searched.search(Reached(search))], Figure)
     rows = as_dicts(progress.rows)
     best = [row["best"] for row in rows if row["kind"] == "candidate"]
     values = [row["value"] for row in search.read("trials").to_pylist() if row["searcher"] == "bayes"]
@@ -198,7 +199,7 @@ def test_controls_at_nearly_the_same_value_share_a_label():
 
 
 def test_differences_by_subject_are_paired(search):
-    rows = plans.subject_rows(plans.Reached(search))
+    rows = plans.subject_rows(Reached(search))
     assert [row["against"] for row in rows[:2]] == ["base", "base"]
     answers = search.read("answers").to_pylist()
     right = {(row["plan_id"], row["subject"], row["question_id"]): row["predicted"] == row["answer"] for row in answers}
@@ -211,7 +212,7 @@ def test_differences_by_subject_are_paired(search):
 
 
 def test_receipts_say_what_did_not_change(search):
-    (figure,) = blocks([receipts.receipts(plans.Reached(search))], Figure)
+    (figure,) = blocks([receipts.receipts(Reached(search))], Figure)
     assert "2 tensors changed under 2 plans, by at most 75.0 % of the tensor's norm" in figure.caption
     assert "No tensor changed under drop" in figure.caption
     assert receipts.tensor_name("model.layers.12.mlp.up_proj.weight") == ("mlp.up_proj", "12")
@@ -223,7 +224,7 @@ def test_receipts_say_what_did_not_change(search):
 
 def test_a_curve_holds_every_way_against_dropping(tmp_path):
     run = sweep_run(tmp_path / "curve")
-    reached = plans.Reached(run)
+    reached = Reached(run)
     points = curve.curve(reached)
     assert [(p["merges"], p["method"]) for p in points] == [
         (0, "base"), (1, "drop"), (1, "fixed_0.5"), (3, "drop"), (3, "fixed_0.5"),
@@ -244,13 +245,13 @@ def test_a_curve_holds_every_way_against_dropping(tmp_path):
 def test_a_curve_leaves_ruined_models_out_of_its_figure_of_perplexities(tmp_path):
     """900 and 1,200 against 5: in the table, but 6.5 and 7 could not be told apart beside them."""
     run = sweep_run(tmp_path / "curve")
-    (figure,) = blocks([curve.answer(plans.Reached(run))], Figure)
+    (figure,) = blocks([curve.answer(Reached(run))], Figure)
     spec = figure.views[1].spec
     (kept,) = spec["transform"]
     limit = float(kept["filter"].split("<= ")[1])
     assert kept["filter"].startswith("isNumber(datum['perplexity']) && ") and limit == pytest.approx(50.0)
     assert "transform" not in figure.views[0].spec and "beyond 10 times" in figure.caption
-    _, every = blocks([curve.answer(plans.Reached(run))], Table)
+    _, every = blocks([curve.answer(Reached(run))], Table)
     assert {row[7].split(" [")[0] for row in every.cells} == {"5.00", "7.00", "6.50", "900", "1,200"}
 
 
@@ -270,7 +271,7 @@ def test_refits_of_one_method_are_ways_of_their_own(tmp_path):
     rows = [{k: v for k, v in row.items() if k != "run_id"} for row in run.read("sweep").to_pylist()]
     last = next(row for row in rows if row["plan_id"] == "half3")
     run.replace("sweep", [*rows, last | {"plan_id": "half1", "refit": "linear"}])
-    points = curve.curve(plans.Reached(run))
+    points = curve.curve(Reached(run))
     assert [p["method"] for p in points if p["merges"] == 3] == ["drop", "fixed_0.5", "fixed_0.5 + linear"]
 
 
@@ -338,7 +339,7 @@ def test_sensitivity_names_the_setting_that_matters(tmp_path):
 
 def test_several_runs_are_compared_on_the_same_questions(tmp_path, search):
     other = search_run(tmp_path / "other", right={"base": 0.9, "drop": 0.3, "fixed": 0.6, "found": 0.85}, seed=1)
-    reached = [plans.Reached(search), plans.Reached(other)]
+    reached = [Reached(search), Reached(other)]
     (row,) = compared.tests(reached)
     right = [compared._right(one) for one in reached]
     pair = [np.array([side[key] for key in right[0]]) for side in right]
@@ -346,12 +347,12 @@ def test_several_runs_are_compared_on_the_same_questions(tmp_path, search):
     assert row["difference"] == paired_difference(*(x.astype(float) for x in pair)).difference
     page = page_of([search, other], "raymerge report", Silent())
     assert page.several and [s.title for s in page.sections if s.level == 2][1].startswith("k3: ")
-    assert compared.tests([reached[0], plans.Reached(sweep_run(tmp_path / "sweep"))]) == []
+    assert compared.tests([reached[0], Reached(sweep_run(tmp_path / "sweep"))]) == []
     assert not any("chosen by these" in str(block) for block in page.sections[0].blocks)
 
 
 def test_a_run_that_searched_on_the_reports_questions_is_marked_beside_others(tmp_path, search):
-    reached = [plans.Reached(search), plans.Reached(search_run(tmp_path / "seen", search_split="test", seed=1))]
+    reached = [Reached(search), Reached(search_run(tmp_path / "seen", search_split="test", seed=1))]
     table, tests = blocks([compared.compared(reached, [])], Table)
     assert [row[3] for row in table.cells] == ["found_bayes", "found_bayes (chosen by these questions)"]
     assert [row[:2] for row in tests.cells] == [("k3: found_bayes", "seen: found_bayes (chosen by these questions)")]
@@ -363,13 +364,13 @@ def test_the_random_control_is_called_the_best_of_as_many_as_were_tried(tmp_path
     rows = run.read("plans").drop_columns("run_id").to_pylist()
     run.replace("plans", [row | {"kind": "random", "name": "random"} if row["plan_id"] == "fixed" else row
                           for row in rows])  # fmt: skip
-    reached = plans.Reached(run)
+    reached = Reached(run)
     assert reached.labels["fixed"] == "best of random ones"  # no trial of it stands in the table
     assert summary.budget_lines(run) == []
     (trial,) = [row for row in run.read("trials").drop_columns("run_id").to_pylist() if row["plan_id"] == "found"]
     drawn = [trial | {"searcher": "random", "iteration": i, "plan_id": f"drawn{i}"} for i in range(3)]
     run.append("trials", [*drawn, drawn[0] | {"iteration": 3, "status": "failed", "value": None}], part="random")
-    reached = plans.Reached(run)
+    reached = Reached(run)
     assert reached.labels["fixed"] == "best of 3 random ones"
     answer = plans.answer(reached)
     sentence = blocks([answer], Text)[0].text

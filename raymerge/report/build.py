@@ -10,7 +10,8 @@ from raymerge.progress import Progress
 from raymerge.report import compared, curve, layers, plans, receipts, searched
 from raymerge.report.asked import asked, command_of, model_name, run_name, unfinished
 from raymerge.report.content import Block, Notice, Page, Section, Table, Text
-from raymerge.report.plans import Reached, plan_table
+from raymerge.report.plans import plan_table
+from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import interval, percent, perplexity, plural, value
 from raymerge.summary import MACRO, MICRO
 from raymerge.tables import RunDirectory
@@ -176,7 +177,7 @@ def _evaluate(run: RunDirectory) -> list[Section]:
     reached = Reached(run)
     rows = [row for row in run.read("accuracy").to_pylist() if row["split"] == reached.split]
     if not reached.lines:
-        return [Section("The answer", (plans.missing(run, "accuracy", "answers", "plans"),))]
+        return [Section("The answer", (missing(run, "accuracy", "answers", "plans"),))]
     (line, *_) = reached.lines
     if not reached.asks:
         read = perplexity(line["perplexity"], line["perplexity_interval"])

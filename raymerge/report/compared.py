@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from raymerge.report import figures
 from raymerge.report.asked import command_of, model_name, run_name, sources
 from raymerge.report.content import Block, Figure, Rows, Section, Table
-from raymerge.report.plans import Reached
+from raymerge.report.reached import Reached
 from raymerge.report.wording import NONE, difference, interval, p_value, percent, perplexity
 from raymerge.statistics import holm, mcnemar, paired_difference
 from raymerge.summary import chosen_on, verdict

@@ -7,7 +7,7 @@ from typing import Any
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Block, Figure, Rows, Section, Table, Text
-from raymerge.report.plans import ALIGNED, TEXT_TEST, Reached, chosen_layers, merit, missing
+from raymerge.report.reached import ALIGNED, TEXT_TEST, Reached, chosen_layers, merit, missing
 from raymerge.report.receipts import tensor_name
 from raymerge.report.wording import difference, finite, interval, percent, perplexity, plural, value
 from raymerge.summary import verdict

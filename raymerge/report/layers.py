@@ -11,7 +11,7 @@ from raymerge import summary
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Block, Figure, Rows, Section, Table, Text
-from raymerge.report.plans import missing
+from raymerge.report.reached import missing
 from raymerge.report.wording import listed, percent, plural, value
 from raymerge.tables import RunDirectory
 

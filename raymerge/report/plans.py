@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,8 @@ import pyarrow.compute as pc
 from raymerge import summary
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
-from raymerge.report.content import Block, Fact, Facts, Figure, Notice, Rows, Section, Table, Text
+from raymerge.report.content import Block, Fact, Facts, Figure, Rows, Section, Table, Text
+from raymerge.report.reached import TEXT_TEST, Reached, chosen_layers, described, missing
 from raymerge.report.wording import (
     NONE,
     difference,
@@ -26,110 +26,10 @@ from raymerge.report.wording import (
     signed,
     value,
 )
-from raymerge.schemas import TEXT_SPLIT
-from raymerge.statistics import paired_difference, wilson_interval
+from raymerge.statistics import paired_difference
 from raymerge.tables import RunDirectory
 
 _AGAINST = 8  # plans that the best is compared with subject by subject
-
-_KINDS = {
-    "base": "unmerged",
-    "found": "found by the search",
-    "random": "random coefficients",
-    "drop": "layers left out",
-    "fixed": "one coefficient for all steps",
-    "file": "given coefficients",
-}
-_NAMES = {
-    "drop": "last layers left out",
-    "before_last": "layers before the last left out",
-    "drop_block": "the same layers left out",
-    "similarity_shuffled": "those of a shuffled similarity",
-}
-
-
-ALIGNED = {"neurons": "aligned", "activations": "aligned by activations", "rows": "rows aligned"}
-"""What plans of an alignment are called; the glossary says what it does to a layer."""
-
-TEXT_TEST = (
-    "That test of text is too sure, since what a merge does to neighbouring passages is alike: simulated without any "
-    "difference, it gave p below 0.05 in 14, 9 and 8 % of cases, not 5, with 2,048, 8,192 and 16,384 tokens"
-)
-"""What is known of the sign-flip test of passages (docs/results.md, 2026-11-28: 13.8, 9.1 and 7.9 %)."""
-
-
-class Reached:
-    """The plans of one run and what each reached on its report split. Reads the tables once.
-
-    lines: those of `summary.plan_lines`, with `role`, `costs` (its row or {}). asks: whether questions were
-    asked; without, plans are judged by plain text. best: the line of the plan that the run is about, None where it has
-    none. base: the line of the unmerged model, or None.
-    """
-
-    def __init__(self, run: RunDirectory):
-        self.run = run
-        self.split = str(run.config.get("data", {}).get("report_split", "test"))
-        self.plans = run.read("plans").to_pylist()
-        self.labels = summary.labels_of(run)
-        self.kinds = {row["plan_id"]: row["kind"] for row in self.plans}  # the last: found before the control it equals
-        costs = {row["plan_id"]: row for row in run.read("costs").to_pylist()}
-        options = {row["plan_id"]: {key: row[key] for key in ("alignment", "norms")} for row in self.plans}
-        self.lines = [
-            line
-            | options[line["plan_id"]]
-            | {
-                "role": figures.role_of(line["kind"]),
-                "costs": costs.get(line["plan_id"], {}),
-                "interval": _known_interval(line),
-            }
-            for line in summary.plan_lines(run, self.split)
-        ]
-        self.asks = any(line["accuracy"] is not None for line in self.lines)
-        chosen = ((run.manifest() or {}).get("best") or {}).get("plan_id")
-        # Without a manifest that says so it is the last that was found, in the order in which a search stores them,
-        # and not the most accurate of them here: that would be chosen by the questions reported on.
-        found = [line for line in self.lines if line["kind"] == "found"]
-        self.best = next((line for line in self.lines if line["plan_id"] == chosen), found[-1] if found else None)
-        self.lines.sort(key=merit, reverse=True)
-        self.base = next((line for line in self.lines if line["kind"] == "base"), None)
-        splits = (self.split, TEXT_SPLIT)
-        self.comparisons = [row for row in run.read("comparisons").to_pylist() if row["split"] in splits]
-
-    def against(self, plan_id: str, measure: str = "accuracy") -> dict[str, dict]:
-        """Rows of `comparisons` of one plan by a measure, by the other, signs turned where it stands second."""
-        found = {}
-        for row in self.comparisons:
-            if row["measure"] != measure:
-                continue
-            if row["plan_a"] == plan_id:
-                found[row["plan_b"]] = row
-            elif row["plan_b"] == plan_id:
-                low, high = -row["ci_high"], -row["ci_low"]
-                found[row["plan_a"]] = row | {"difference": -row["difference"], "ci_low": low, "ci_high": high}
-        return found
-
-
-def merit(line: dict) -> float:
-    """What lines, or points of a curve, are ranked by: accuracy, or without questions the least perplexity."""
-    if line["accuracy"] is not None:
-        return line["accuracy"]
-    read = finite(line["perplexity"])
-    return -math.inf if read is None else -read
-
-
-def _known_interval(line: dict) -> tuple[float | None, float | None]:
-    """A line's interval; of runs of earlier versions, whose tables have none, from the counts."""
-    if None not in line["interval"] or line["accuracy"] is None:
-        return line["interval"]
-    return wilson_interval(round(line["accuracy"] * line["n"]), line["n"])
-
-
-def described(line: dict) -> str:
-    """What a plan is, in words."""
-    words = [_NAMES.get(line["name"], _KINDS.get(line["kind"], line["kind"]))]
-    if line["alignment"] != "none":
-        words.append(ALIGNED.get(line["alignment"], line["alignment"]))
-    return ", ".join(words + (["norms folded"] if line["norms"] == "fold" else []))
 
 
 def answer(reached: Reached) -> Section:
@@ -149,19 +49,6 @@ def answer(reached: Reached) -> Section:
     if optimism:
         blocks.append(Text(f"How far the search flatters itself. {'. '.join(optimism)}."))
     return Section("The answer", tuple(blocks))
-
-
-def chosen_layers(run: RunDirectory) -> list[Block]:
-    """Which layers go, where a block of them was chosen, and by what."""
-    lines = summary.block_lines(run)
-    return [Text(f"Layers that go. {'. '.join(lines)}.")] if lines else []
-
-
-def missing(run: RunDirectory, *tables: str) -> Notice:
-    """What stands where tables have no rows."""
-    empty = [table for table in tables if not run.has(table)]
-    where = f"table{'s' if len(empty) > 1 else ''} {listed(empty)}" if empty else "what it was to be drawn from"
-    return Notice(f"Left out: the run has no rows in {where}. The same command again goes on where it stopped.")
 
 
 def _sentence(reached: Reached) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Figure, Notice, Rows, Section
-from raymerge.report.plans import Reached, missing
+from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import finite, listed, percent, plural
 
 

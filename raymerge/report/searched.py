@@ -9,7 +9,7 @@ from raymerge.objectives import is_minimised
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Block, Figure, Rows, Section
-from raymerge.report.plans import Reached, missing
+from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import NONE, percent, plural
 from raymerge.tables import RunDirectory
 
