@@ -36,11 +36,22 @@ def choose_device(share: float | str = "auto") -> torch.device:
     if share == 0 or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", torch.cuda.current_device())
-    # What is computed in float32 needs its digits, but NVIDIA's containers switch TF32 on by an environment variable.
-    torch.set_float32_matmul_precision("highest")
+    set_arithmetic()
     if share != "auto" and share < 1:
         torch.cuda.set_per_process_memory_fraction(float(share), device)
     return device
+
+
+def set_arithmetic() -> None:
+    """Tell torch, for this process, how an accelerator is to compute."""
+    # What is computed in float32 needs its digits, but NVIDIA's containers switch TF32 on by an environment variable.
+    torch.set_float32_matmul_precision("highest")
+    # A product of bfloat16 that is cut along its sum would round the parts' sums to bfloat16 too. Where it is cut
+    # depends on the shapes: one candidate's answers would differ from those that it has among eight.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    # On Hopper torch prefers cuDNN's attention to its own, and cuDNN makes a plan, of tens to hundreds of milliseconds,
+    # for every exact shape: the trunk of MMLU's test questions has 1,463.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def device_name(device: torch.device) -> str:

@@ -426,20 +426,28 @@ def test_layers_that_the_runner_keeps_make_room_for_states(checkpoint, prompts, 
 
 
 def test_what_the_driver_is_told(monkeypatch):
-    """Float32 products keep their digits whatever a container's environment asks for, and pinned memory is given back
-    with the rest."""
+    """Products keep their digits whatever a container's environment asks for, attention is not cuDNN's, and pinned
+    memory is given back with the rest."""
     told = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("device"))
     monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: told.append("host"), raising=False)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: told.append(share))
+    products = torch.backends.cuda.matmul
+    before = torch.backends.cuda.cudnn_sdp_enabled(), products.allow_bf16_reduced_precision_reduction
     torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    products.allow_bf16_reduced_precision_reduction = True
     try:
         assert raymerge.device.choose_device(0.25) == DEVICE
         assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert not products.allow_bf16_reduced_precision_reduction
     finally:
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.enable_cudnn_sdp(before[0])
+        products.allow_bf16_reduced_precision_reduction = before[1]
     raymerge.device.release_cached()
     assert told == [0.25, "device", "host"]
 
