@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 _CGROUP = Path("/sys/fs/cgroup")
+# What else says that memory ran out: the driver, asked by another than torch's allocator of the device (for page-locked
+# memory; torch.AcceleratorError since 2.8), and cuBLAS, whose workspace is its own.
+_OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _KEEPS_PAGES, _M_MMAP_THRESHOLD, _M_MMAP_MAX = "MALLOC_MMAP_MAX_", -3, -4  # of glibc: malloc.h, mallopt(3)
 
 
@@ -86,7 +89,7 @@ def host_free() -> int:
 
 
 def attempt(call: Callable[[], Any]) -> tuple[bool, Any]:
-    """(True, what the call returns), or (False, None) where the device ran out of memory.
+    """(True, what the call returns), or (False, None) where the device, or page-locked host memory, ran out.
 
     The error, whose traceback holds on to the call's tensors, is gone when this returns, and so is what the allocator
     kept in pieces of the wrong sizes.
@@ -95,6 +98,9 @@ def attempt(call: Callable[[], Any]) -> tuple[bool, Any]:
         return True, call()
     except torch.OutOfMemoryError:
         pass
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _OUT_OF_MEMORY):
+            raise
     release_cached()
     return False, None
 

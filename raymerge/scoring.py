@@ -18,7 +18,15 @@ from torch import Tensor
 
 from raymerge.device import attempt, device_memory, host_free, release_cached
 from raymerge.fusion import check_mergeable
-from raymerge.memory import MemoryPlanError, ScoringPlan, ScoringWork, plan_scoring
+from raymerge.memory import (
+    MemoryPlanError,
+    ScoringPlan,
+    ScoringWork,
+    fits_host,
+    no_room,
+    pinned_bytes,
+    plan_scoring,
+)
 from raymerge.plan import MergePlan
 from raymerge.prompts import Prompts
 from raymerge.sources import SourceLayers
@@ -76,7 +84,11 @@ class TailScorer:
 
         fits, self.layer = attempt(lambda: laid_out(plan))
         if not fits:  # less than the plan counted on: others may have taken memory since
-            self.layer = laid_out(replace(plan, states="host", keys="recompute"))
+            size, work, room = self.runner.layer_size, self._work(layout), host_free()
+            if fits_host(size, work, room):
+                fits, self.layer = attempt(lambda: laid_out(replace(plan, states="host", keys="recompute")))
+            if not fits:
+                raise no_room(size, work, device_free=device_memory(self.runner.device).free, host_free=room)
         self._letters = self.runner.unembedding_rows(list(prompts.letters))
 
     @property
@@ -84,17 +96,20 @@ class TailScorer:
         """Where the states lie and how much is done at once, as it is now."""
         return self.layer.plan
 
-    def _planned(self, layout: Layout) -> ScoringPlan:
-        """The plan for these questions, in what is free; layers that the runner keeps make room if that helps."""
-        if not self.runner.accelerated:
-            return ScoringPlan("device", "recompute", 1, _BUCKET_TOKENS)
-        work = ScoringWork(
+    def _work(self, layout: Layout) -> ScoringWork:
+        return ScoringWork(
             tokens=layout.tokens,
             questions=len(layout.rows),
             sources=self.sources.count,
             stack=self.sources.stack_dtype.itemsize,
             compute=self.compute_dtype.itemsize,
         )
+
+    def _planned(self, layout: Layout) -> ScoringPlan:
+        """The plan for these questions, in what is free; layers that the runner keeps make room if that helps."""
+        if not self.runner.accelerated:
+            return ScoringPlan("device", "recompute", 1, _BUCKET_TOKENS)
+        work = self._work(layout)
         options = {"host_free": host_free(), "linear": self._is_linear, "batched": self._is_batched}
         free, kept = device_memory(self.runner.device).free, self.runner.kept_bytes
         if "stack" in vars(self.sources):  # another scorer made it: it is no longer among the free bytes
@@ -190,17 +205,22 @@ class TailScorer:
 
     def _shrink(self) -> None:
         """Go on with the next smaller plan, after the device ran out of memory."""
-        smaller = self.plan.smaller()
+        size, work, room = self.runner.layer_size, self._work(self.layer.states.layout), host_free()
+        smaller = self.plan.smaller(host=fits_host(size, work, room))
+        if smaller is not None and smaller.states != self.plan.states:
+            # Page-locked memory can be bounded below what is free.
+            moved, _ = attempt(self.layer.states.to_host)
+            smaller = smaller if moved else self.plan.smaller(host=False)
         if smaller is None:
+            on_host = f"which has no room for the states' {pinned_bytes(size, work)} bytes ({room} are free)"
             raise MemoryPlanError(
                 f"scoring one candidate on {self.n_questions} questions runs out of the memory of "
-                f"{self.runner.device}, {self.plan.chunk_tokens} tokens at a time and with the states in host memory: "
+                f"{self.runner.device}, {self.plan.chunk_tokens} tokens at a time and with the states in "
+                f"{'host memory' if self.plan.states == 'host' else f'its memory, not in that of the host, {on_host}'}: "
                 "take fewer questions (data.limit_per_subject) or fewer merges"
             )
         if smaller.keys == "recompute":
             self.layer.drop_keys()
-        if smaller.states == "host" and self.plan.states == "device":
-            self.layer.states.to_host()
         self.layer.plan = smaller
         release_cached()
 

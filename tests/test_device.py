@@ -125,6 +125,31 @@ def test_memory_runs_out_when_it_is_told_to(device):
         raymerge.device.attempt(lambda: 1 / 0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "message", "is_memory"),
+    [
+        (RuntimeError, "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        (getattr(torch, "AcceleratorError", RuntimeError), "CUDA error: out of memory\nSearch for `cudaErrorMe", True),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, opa`", False),
+        (RuntimeError, "CUDA error: an illegal memory access was encountered", False),
+        (RuntimeError, "mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)", False),
+        (ValueError, "CUDA error: out of memory", False),
+    ],
+)
+def test_what_else_says_that_memory_ran_out(kind, message, is_memory):
+    """Page-locked host memory and cuBLAS's workspace are not torch's allocator's, nor are their errors."""
+
+    def call():
+        raise kind(message)
+
+    if is_memory:
+        assert raymerge.device.attempt(call) == (False, None)
+    else:
+        with pytest.raises(kind):
+            raymerge.device.attempt(call)
+
+
 # -- scoring ---------------------------------------------------------------------------------------------------------
 
 HOW = [
@@ -369,6 +394,36 @@ def test_scoring_goes_on_with_less(checkpoint, prompts, tmp_path, monkeypatch):
         assert scorer.plan == ScoringPlan("host", "recompute", 1, 256)
         device.fail_above = float("inf")
         close(next(scorer.score_many(PLANS)), expected[0])  # and it goes on when there is room again
+
+
+def test_the_host_is_asked_before_states_move_there(checkpoint, prompts, tmp_path, monkeypatch):
+    """Page-locked memory that the machine does not have would take it from everything else, or end the process."""
+    checkpoint = checkpoint("llama")
+    expected = list(TailScorer(TrunkCache(LayerRunner(checkpoint), FIRST, tmp_path / "cpu"), prompts).score_many(PLANS))
+    with fake_device(monkeypatch) as device:
+        runner = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32)
+        trunk = TrunkCache(runner, FIRST, tmp_path / "device")
+        last = ScoringPlan("device", "recompute", 1, 8192)
+
+        def pinned(*_):
+            raise RuntimeError("CUDA error: out of memory")
+
+        for name, stand_in in (("scoring.host_free", lambda: 10**4), ("tail_states.host_buffer", pinned)):
+            with monkeypatch.context() as patched:
+                scorer = TailScorer(trunk, prompts, plan=last)
+                patched.setattr(f"raymerge.{name}", stand_in)
+                # It goes on with smaller chunks instead.
+                device.fail_next = 2
+                for one, other in zip(scorer.score_many(PLANS), expected, strict=True):
+                    close(one, other)
+                assert scorer.plan == replace(last, chunk_tokens=2048) and device.fail_next == 0
+                device.fail_above = 1000
+                with pytest.raises(MemoryPlanError, match=r"256 tokens .* not in that of the host.*fewer questions"):
+                    list(scorer.score_many(PLANS))
+                # And what was planned for more than there is.
+                with pytest.raises(MemoryPlanError, match=r"scoring 10 questions .* of host memory, which has .*"):
+                    TailScorer(trunk, prompts, sources=scorer.sources, plan=last)
+                device.fail_above = float("inf")
 
 
 def test_layers_are_kept_given_up_and_run_in_halves(checkpoint, together, monkeypatch):

@@ -12,6 +12,7 @@ from raymerge.memory import (
     MemoryPlanError,
     ScoringPlan,
     ScoringWork,
+    fits_host,
     held_bytes,
     keeps_layer,
     plan_batches,
@@ -19,6 +20,7 @@ from raymerge.memory import (
     plan_scoring,
     scoring_bytes,
     state_bytes,
+    sums_keys,
 )
 
 GB = 10**9
@@ -97,6 +99,25 @@ def test_what_does_not_fit_is_refused_with_the_figures():
     assert plan(LLAMA, FULL, 22, host_free=20 * GB).states == "host"
     with pytest.raises(MemoryPlanError, match="17.18 GB of host memory, which has 14.00 GB"):
         plan(LLAMA, FULL, 22, host_free=14 * GB)
+
+
+def test_keys_are_summed_where_cublas_counts_their_values():
+    """In 32 bits: of one source's keys, which are a row of the matrix that is summed."""
+    assert sums_keys(LLAMA, FULL) and TOKENS * 1024 == pytest.approx(0.73 * 2**31, rel=0.01)
+    most = replace(FULL, tokens=(2**31 - 1) // 1024)
+    assert sums_keys(LLAMA, most) and plan(LLAMA, most, 300, linear=True).keys == "linear"
+    more = replace(most, tokens=most.tokens + 1)
+    assert not sums_keys(LLAMA, more)
+    assert plan(LLAMA, more, 300, linear=True) == ScoringPlan("device", "recompute", 8, 131072)
+
+
+def test_smaller_plans_stay_on_the_device_where_the_host_has_no_room():
+    assert fits_host(LLAMA, FULL, 20 * GB) and not fits_host(LLAMA, FULL, 14 * GB)
+    last = ScoringPlan("device", "recompute", 1, 8192)
+    assert last.smaller() == replace(last, states="host")
+    assert last.smaller(host=False) == replace(last, chunk_tokens=4096)
+    assert replace(last, chunk_tokens=256).smaller(host=False) is None
+    assert replace(last, states="host").smaller(host=False) == ScoringPlan("host", "recompute", 1, 4096)
 
 
 @pytest.mark.parametrize("gigabytes", [139, 22])
