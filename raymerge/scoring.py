@@ -212,11 +212,14 @@ class TailScorer:
             moved, _ = attempt(self.layer.states.to_host)
             smaller = smaller if moved else self.plan.smaller(host=False)
         if smaller is None:
-            on_host = f"which has no room for the states' {pinned_bytes(size, work)} bytes ({room} are free)"
+            where = "host memory"
+            if self.plan.states == "device":
+                where = (
+                    f"its own, since the host has no room for their {pinned_bytes(size, work)} bytes ({room} are free)"
+                )
             raise MemoryPlanError(
                 f"scoring one candidate on {self.n_questions} questions runs out of the memory of "
-                f"{self.runner.device}, {self.plan.chunk_tokens} tokens at a time and with the states in "
-                f"{'host memory' if self.plan.states == 'host' else f'its memory, not in that of the host, {on_host}'}: "
+                f"{self.runner.device}, {self.plan.chunk_tokens} tokens at a time and with the states in {where}: "
                 "take fewer questions (data.limit_per_subject) or fewer merges"
             )
         if smaller.keys == "recompute":

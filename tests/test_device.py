@@ -418,7 +418,7 @@ def test_the_host_is_asked_before_states_move_there(checkpoint, prompts, tmp_pat
                     close(one, other)
                 assert scorer.plan == replace(last, chunk_tokens=2048) and device.fail_next == 0
                 device.fail_above = 1000
-                with pytest.raises(MemoryPlanError, match=r"256 tokens .* not in that of the host.*fewer questions"):
+                with pytest.raises(MemoryPlanError, match=r"256 tokens .* the host has no room .*fewer questions"):
                     list(scorer.score_many(PLANS))
                 # And what was planned for more than there is.
                 with pytest.raises(MemoryPlanError, match=r"scoring 10 questions .* of host memory, which has .*"):

@@ -29,7 +29,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,12 @@ def whole_prompts(prompts: Prompts) -> dict[int, np.ndarray]:
     return {r: np.concatenate([g.prefix, ids]) for g in groups for r, ids in zip(g.rows, g.sequences, strict=True)}
 
 
+class Recomputing(TailScorer):
+    """A scorer that never sums keys, whose plan has for everything else what their memory leaves."""
+
+    _is_linear = False
+
+
 class Bench:
     """One run: what is measured goes to standard output, and what goals are checked on is kept."""
 
@@ -269,24 +275,22 @@ class Bench:
         self.report(
             "trunk", questions=count, tokens=run_tokens, seconds=seconds, share_of_matrix_rate=share, **self.held()
         )
-        began = time.perf_counter()
-        sources = SourceLayers(runner, self.first)
-        scorer = TailScorer(trunk, prompts, sources=sources)
-        list(scorer.score_many(self.plans[:1]))
-        self.wait()
-        self.report(
-            "setup", questions=count, seconds=time.perf_counter() - began, plan=asdict(scorer.plan), **self.held()
-        )
-        planned = scorer.plan
-        answers = None
-        for keys in dict.fromkeys(("recompute", planned.keys)):
+        sources, answers = SourceLayers(runner, self.first), None
+        for kind in (TailScorer, Recomputing):
+            scorer = score = None  # which frees the last one's states and keys
+            release_cached()
+            began = time.perf_counter()
+            scorer = kind(trunk, prompts, sources=sources)
+            list(scorer.score_many(self.plans[:1]))
+            self.wait()
+            seconds, planned = time.perf_counter() - began, scorer.plan
+            self.report("setup", questions=count, seconds=seconds, plan=asdict(planned), **self.held())
             for together in (1, 8):
-                scorer.layer.plan = replace(planned, keys=keys, candidates=min(together, planned.candidates))
-                if not self.cuda:
-                    scorer.layer.plan = replace(planned, candidates=together)
+                at_once = min(together, planned.candidates) if self.cuda else together
+                scorer.layer.plan = replace(planned, candidates=at_once)
                 repeat = 3 if self.cuda else 1
-                plans = self.plans[:together]
-                total, logits = self.clock(lambda plans=plans: list(scorer.score_many(plans)), repeat=repeat)
+                score = partial(scorer.score_many, self.plans[:together])
+                total, logits = self.clock(lambda score=score: list(score()), repeat=repeat)
                 seconds = total / together
                 answers = logits[0] if answers is None else answers
                 self.report(
@@ -304,8 +308,9 @@ class Bench:
                 if count == max(self.options.questions):
                     best = self.goals.get("seconds_a_candidate", float("inf"))
                     self.goals["seconds_a_candidate"] = min(best, seconds)
-        scorer.layer.drop_keys()  # makes room for what autograd keeps
-        scorer.layer.plan = replace(planned, keys="recompute")
+            if planned.keys == "recompute":
+                break
+        scorer.layer.plan = planned
         self.gradient(scorer, count)
         if count == max(self.options.questions):
             self.kept = prompts, answers
