@@ -19,6 +19,7 @@ from torch import Tensor
 from raymerge.device import attempt, device_memory, host_free, release_cached
 from raymerge.fusion import check_mergeable
 from raymerge.memory import (
+    MOST_TOKENS,
     MemoryPlanError,
     ScoringPlan,
     ScoringWork,
@@ -72,10 +73,12 @@ class TailScorer:
         self.compute_dtype = compute_dtype or (self.runner.dtype if self.runner.accelerated else torch.float32)
         self.sources = sources or SourceLayers(self.runner, self.first)
         self._architecture = self.runner.checkpoint.architecture
-        layout = Layout.of(prompts, bucket_tokens=_BUCKET_TOKENS, device=self.runner.device)
+        if self.runner.accelerated:  # whose chunks, smaller where memory is short, cut up buckets
+            bucket_tokens = MOST_TOKENS
+        else:
+            bucket_tokens = _BUCKET_TOKENS if plan is None else plan.chunk_tokens
+        layout = Layout.of(prompts, bucket_tokens=bucket_tokens, device=self.runner.device)
         plan = plan or self._planned(layout)
-        if plan.chunk_tokens != _BUCKET_TOKENS:
-            layout = Layout.of(prompts, bucket_tokens=plan.chunk_tokens, device=self.runner.device)
 
         def laid_out(plan: ScoringPlan) -> TailLayer:
             on_host = plan.states == "host"

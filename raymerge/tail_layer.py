@@ -51,7 +51,7 @@ class TailLayer:
     def select(self, rows: Sequence[int]) -> TailLayer:
         """The same layer on the states of these questions alone; see TailStates.select."""
         part = copy.copy(self)
-        part.states = self.states.select(rows, bucket_tokens=self.plan.chunk_tokens)
+        part.states = self.states.select(rows)
         # Whatever of the plan is about the states of all questions is not about these.
         part.plan, part._source_keys, part._turns = replace(self.plan, states="device", keys="recompute"), None, {}
         return part

@@ -24,6 +24,7 @@ from raymerge.refit import Refitter, Sums, steps_of
 from raymerge.scoring import TailScorer
 from raymerge.sources import SourceLayers
 from raymerge.tail_loss import GradientError, LossWeights, TailLoss, TextWindows
+from raymerge.tail_states import Layout
 from raymerge.trunk import TrunkCache
 
 torch.set_num_threads(1)
@@ -207,13 +208,31 @@ def test_short_prefixes_share_their_calls(checkpoint, tmp_path, monkeypatch):
             assert len(found) == groups
 
 
+def test_buckets_are_of_aligned_widths(device):
+    """Rows of bfloat16 products begin at multiples of 16 bytes, and little is padding; a CPU's layout stays."""
+    rng = np.random.default_rng(0)
+    lengths = sorted(np.clip(rng.lognormal(np.log(73), 0.88, 14042), 20, 996).astype(int).tolist())  # as MMLU's
+    found = {}
+    for where, most in ((DEVICE, 32768), (torch.device("cpu"), 16384)):
+        whole = Layout(range(14042), lengths, [0] * 14042, [600], bucket_tokens=most, device=where)
+        buckets = whole.buckets
+        assert [b.first for b in buckets] == np.cumsum([0, *(b.count for b in buckets[:-1])]).tolist()
+        assert all(b.count * b.width <= most and b.width >= max(lengths[b.places]) for b in buckets)
+        found[where.type] = {b.width % 8 for b in buckets}, whole.tokens - 600, len(buckets)
+    assert found["cpu"][0] == set(range(8))
+    aligned, tokens, count = found["cuda"]
+    assert aligned == {0} and tokens < 1.04 * sum(lengths) and count < 80
+    few = Layout([0], [20], [0], [600], bucket_tokens=16, device=DEVICE)  # one question is a bucket, however long
+    assert [(b.count, b.width) for b in few.buckets] == [(1, 24)]
+
+
 def test_what_is_summed_and_what_is_not(checkpoint, prompts, tmp_path, device):
     def linear(family, **options):
         runner = LayerRunner(checkpoint(family), device=DEVICE, dtype=options.pop("runner_dtype", torch.float32))
         return TailScorer(TrunkCache(runner, FIRST, tmp_path / family), prompts, **options)
 
     scorer = linear("llama")
-    assert scorer.plan == ScoringPlan("device", "linear", 8, 131072) and not scorer.layer.holds_keys
+    assert scorer.plan == ScoringPlan("device", "linear", 8, 32768) and not scorer.layer.holds_keys
     list(scorer.score_many([PLANS[6]]))
     ones = torch.ones(1, 3)
     assert scorer._key_coefficients(ones, 0).shape == (1, 3) and scorer._key_coefficients(ones, 2) is None

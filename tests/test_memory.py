@@ -72,7 +72,7 @@ def test_where_the_8b_case_goes(work, gigabytes, linear, states, keys, least_can
 
 def test_a_small_model_is_no_matter():
     found = plan(SMALL, replace(FULL, sources=5), 22, linear=True)
-    assert found == ScoringPlan("device", "linear", 8, 131072)
+    assert found == ScoringPlan("device", "linear", 8, 32768)
 
 
 def test_one_at_a_time_where_candidates_cannot_be_batched():
@@ -108,7 +108,7 @@ def test_keys_are_summed_where_cublas_counts_their_values():
     assert sums_keys(LLAMA, most) and plan(LLAMA, most, 300, linear=True).keys == "linear"
     more = replace(most, tokens=most.tokens + 1)
     assert not sums_keys(LLAMA, more)
-    assert plan(LLAMA, more, 300, linear=True) == ScoringPlan("device", "recompute", 8, 131072)
+    assert plan(LLAMA, more, 300, linear=True) == ScoringPlan("device", "recompute", 8, 32768)
 
 
 def test_smaller_plans_stay_on_the_device_where_the_host_has_no_room():
