@@ -137,9 +137,10 @@ def scoring_bytes(size: LayerSize, work: ScoringWork, plan: ScoringPlan) -> int:
     """All that scoring takes on the device at its peak."""
     # A mixed layer, and for each question its query, the two parts of its attention and their join, float32.
     candidate = size.parameters * work.compute + work.questions * 4 * (5 * size.query + 3 * size.hidden)
-    # Keys as projected, then float32: their rotation (four values), and a copy that puts heads before tokens; states
-    # weighted by attention, in both dtypes and twice, which take what values would; scores and their exponentials.
-    token = size.key * (2 * work.compute + 4 * 7) + size.heads * 4 * 4
+    # Keys of this chunk and the last one, and as much for what biases and norms make, float32, beside keys as projected
+    # - or beside states weighted by attention, which take what values would, in two parts and joined. Scores and their
+    # exponentials.
+    token = size.key * (3 * work.compute + 4 * 3) + size.heads * 4 * 4
     chunk = plan.chunk_tokens * (token * plan.candidates + size.hidden * work.compute)
     if plan.states == "host":
         chunk += 2 * plan.chunk_tokens * size.hidden * work.compute  # one copy arrives while the other is used

@@ -143,6 +143,11 @@ class Chunks:
         of_groups = [(group[0].start, group[-1].stop) for group in self.groups]
         return of_groups + [(piece.start, piece.stop) for piece in self.pieces]
 
+    @property
+    def shapes(self) -> list[tuple[int, int] | None]:
+        """(questions, tokens of each) of pieces of buckets; None of groups of prefixes."""
+        return [None] * len(self.groups) + [(piece.count, piece.width) for piece in self.pieces]
+
     def positions(self) -> Iterator[Tensor]:
         """Those of each one's tokens, int64, on the device."""
         offsets = self.layout.offsets

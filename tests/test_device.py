@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from fake_device import DEVICE, MixedDevices, fake_device
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import raymerge.device
 from raymerge.activations import POOLINGS, collect
@@ -23,6 +24,7 @@ from raymerge.prompts import encode_questions, encode_text
 from raymerge.refit import Refitter, Sums, steps_of
 from raymerge.scoring import TailScorer
 from raymerge.sources import SourceLayers
+from raymerge.tail_layer import _Rotated
 from raymerge.tail_loss import GradientError, LossWeights, TailLoss, TextWindows
 from raymerge.tail_states import Layout
 from raymerge.trunk import TrunkCache
@@ -224,6 +226,66 @@ def test_buckets_are_of_aligned_widths(device):
     assert aligned == {0} and tokens < 1.04 * sum(lengths) and count < 80
     few = Layout([0], [20], [0], [600], bucket_tokens=16, device=DEVICE)  # one question is a bucket, however long
     assert [(b.count, b.width) for b in few.buckets] == [(1, 24)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("still", [0, 4])
+def test_heads_are_rotated_alike(dtype, still):
+    """An accelerator's rotation against the products that a CPU computes: plain, of several candidates, and backwards;
+    with heads before tokens."""
+    candidates, n, t, heads, rotated = 3, 4, 5, 2, 6
+    x = torch.randn(candidates, n * t, heads, rotated + still).to(dtype)
+    cos, sin = torch.randn(2, n * t, 1, rotated)
+
+    def products(x):
+        turning, rest = x[..., :rotated].float(), x[..., rotated:].float()
+        first, second = turning.chunk(2, -1)
+        turned = turning * cos + torch.cat([-second, first], -1) * sin
+        return torch.cat([turned, rest], -1).unflatten(0, (n, t)).transpose(1, 2)
+
+    def fused(x):
+        return _Rotated.apply(x, cos, sin, n, t)
+
+    for one, other in ((fused(x[0]), products(x[0])), (torch.func.vmap(fused)(x), torch.func.vmap(products)(x))):
+        assert one.dtype == torch.float32 and one.is_contiguous()
+        close(one, other, 1e-6)
+    close(torch.func.vmap(fused, 1)(x.movedim(0, 1)), torch.func.vmap(products)(x), 1e-6)
+    pulled = []
+    for rotate in (fused, products):
+        leaf = x[0].clone().requires_grad_()
+        rotate(leaf).mul(torch.arange(float(rotated + still))).square().sum().backward()
+        pulled.append(leaf.grad)
+    assert pulled[0].dtype == dtype
+    close(pulled[0].float(), pulled[1].float(), 1e-6 if dtype == torch.float32 else 0.01)
+    if dtype == torch.float32:
+        assert torch.autograd.gradcheck(lambda x: _Rotated.apply(x, cos.double(), sin.double(), n, t), leaf.double())
+
+
+class Copies(TorchDispatchMode):
+    """Counts the values that are copied within for the sake of their order in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == "clone":
+            self.most = max(self.most, found.numel())
+        return found
+
+
+@pytest.mark.parametrize("keys", ["recompute", "linear"])
+def test_keys_are_not_copied_to_be_multiplied(checkpoint, prompts, tmp_path, monkeypatch, keys):
+    """A product of each head wants its tokens side by side: keys are written so."""
+    with fake_device(monkeypatch):
+        runner = LayerRunner(checkpoint("llama"), device=DEVICE, dtype=torch.float32)
+        scorer = TailScorer(TrunkCache(runner, FIRST, tmp_path), prompts, plan=ScoringPlan("device", keys, 3, 10**6))
+        list(scorer.score_many(PLANS[:3]))
+        with Copies() as copies:
+            list(scorer.score_many(PLANS[:3]))
+    pieces = scorer.layer._chunks().pieces
+    assert copies.most < 3 * max(piece.count * piece.width for piece in pieces) * scorer.runner.layer_size.key
 
 
 def test_what_is_summed_and_what_is_not(checkpoint, prompts, tmp_path, device):
