@@ -112,6 +112,10 @@ def test_two_devices_may_not_meet(device):
     with pytest.raises(TypeError):
         here.numpy()
     assert (here + torch.tensor(1.0)).tolist() == [2.0] * 3 and device.syncs == 1
+    here[[0, 1]], here[None, np.array([2])]  # indices that torch moves to the device
+    here[[2]] = 1.0
+    here[0], here[:2], here[torch.tensor([0], device=DEVICE)]
+    assert device.syncs == 4
     here[:2] = away[:2]  # copies
     here.copy_(away)
     assert here.numpy(force=True).tolist() == [1.0] * 3
