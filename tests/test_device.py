@@ -632,9 +632,13 @@ def test_refits(checkpoint, prompts, tmp_path, monkeypatch, method):
 
     expected, _, logits = fitted(LayerRunner(checkpoint), tmp_path / "cpu")
     with fake_device(monkeypatch) as device:
-        runner = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32)
+        runner, fused = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32), []
+        monkeypatch.setattr(runner, "fused", lambda *a, **k: fused.append(a[1]) or LayerRunner.fused(runner, *a, **k))
         found, sent, answers = fitted(runner, tmp_path / "device")
         assert not any(device.on(tensor) for tensor in sent)
+        # On the device, and a layer that states pass on their way once for each share, not for each of its shards.
+        assert len(prompts.shards) > 2
+        assert 3 * len(steps_of(plan)) <= len(fused) <= 3 * len(steps_of(plan)) + 2 * len(plan.refit_targets)
     for (name, one), (other_name, other) in zip(found, expected, strict=True):
         assert name == other_name
         close(one, other, 1e-3)
