@@ -52,8 +52,8 @@ def set_arithmetic() -> None:
     # A product of bfloat16 that is cut along its sum would round the parts' sums to bfloat16 too. Where it is cut
     # depends on the shapes: one candidate's answers would differ from those that it has among eight.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    # On Hopper torch prefers cuDNN's attention to its own, and cuDNN makes a plan, of tens to hundreds of milliseconds,
-    # for every exact shape: the trunk of MMLU's test questions has 1,463.
+    # On Hopper torch prefers cuDNN's attention to its own, and cuDNN makes a plan for every exact shape: the trunk of
+    # MMLU's 14,042 questions on an 8B model has 580 with 100 GB free.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
