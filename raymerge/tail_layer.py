@@ -97,14 +97,14 @@ class TailLayer:
     def _product(self, x: Tensor, matrix: Tensor, bias: Tensor | None, *, narrow: bool = False) -> Tensor:
         """A linear map in the compute dtype, its bias added in float32; float32.
 
-        narrow: what has no bias stays in the compute dtype, for what reads it next to widen.
+        narrow: on an accelerator what has no bias stays in the compute dtype, for `_Rotated` to widen.
         """
         dtype = self.compute_dtype
         if dtype == torch.float32:
             return F.linear(x, matrix.float(), bias)
         product = F.linear(x.to(dtype), matrix.to(dtype))
         if bias is None:
-            return product if narrow else product.float()
+            return product if narrow and self.runner.accelerated else product.float()
         return product.float() + bias
 
     def _module(self, name: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
