@@ -224,8 +224,8 @@ def _last(states: Sequence[GroupStates], n: int) -> Tensor:
     first = states[0].prefix
     vectors = first.new_empty(n, first.shape[-1])
     for state in states:
-        rows, last = state.last()
-        vectors[rows] = last
+        for row, own in _samples(state):
+            vectors[row] = own[-1]
     return vectors
 
 
@@ -255,8 +255,9 @@ def _blocks(states: Sequence[GroupStates], n: int) -> Iterator[Tensor]:
         for state in states:
             length = state.prefix.shape[1]
             shared = state.prefix[0, start:stop]
-            block[list(state.group.rows), : len(shared)] = shared.double()
             for row, own in _samples(state):
+                # Row by row: a list of rows is an index that moves to the device, which waits until it is there.
+                block[row, : len(shared)] = shared
                 own = own[max(start - length, 0) : max(stop - length, 0)]
                 block[row, len(shared) : len(shared) + len(own)] = own
         yield block.view(n, -1)

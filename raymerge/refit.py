@@ -30,8 +30,8 @@ from torch import Tensor
 from raymerge.alignment import layer_tensors
 from raymerge.architectures import source_tensor
 from raymerge.checkpoint import Checkpoint
+from raymerge.device import moved
 from raymerge.forward import GroupStates, LayerRunner
-from raymerge.fusion import fused_layer
 from raymerge.identity import digest
 from raymerge.normal_equations import NormalEquations, PackedEquations, RefitError, choose_ridge
 from raymerge.plan import MergePlan
@@ -210,8 +210,10 @@ class Refitter:
         step, shards, found = steps_of(plan)[number], self.shards, None
         weights = self._layer(plan, step.position, number)
         counts = [sum(len(group.sequences) for group in shard.groups) for shard in shards]
-        for n in range(share[0], len(shards), share[1]):
-            entering = self._entering(plan, step.position, n)
+        numbers = range(share[0], len(shards), share[1])
+        self._advance(plan, step.position, numbers)
+        for n in numbers:
+            entering = self.runner.from_packed(shards[n], self._held[1][n][1])
             if step.part == "units":
                 part = Sums(squares=self._squares(plan, step, entering, shards[n], weights))
                 found = part if found is None else Sums.total([found, part])
@@ -232,7 +234,7 @@ class Refitter:
         if step.part == "units":
             return self._chosen(plan, step, own, total.squares)
         name = f"{_O if step.part == 'attention' else _DOWN}.weight"
-        weight = own[name].to(self.runner.device, torch.float64)
+        weight = moved(own[name], self.runner.device, torch.float64)
         parts = [part.to(self.runner.device) for part in total.equations]
         ridge, everything = plan.refit.ridge, NormalEquations.total(parts)
         held_out_error = float("nan")
@@ -257,11 +259,9 @@ class Refitter:
     # -- the layer and its states -------------------------------------------------------------------------------
 
     def _stored(self, plan: MergePlan, position: int, before: int) -> dict[str, Tensor]:
-        """A layer of the merged model in the stored dtype, with the fits of the steps before number `before`."""
-        runner, unfitted = self.runner, replace(plan, refit=None)
-        layer = fused_layer(
-            runner.checkpoint, runner.checkpoint.architecture, unfitted, position, aligner=runner.aligner
-        )
+        """A layer of the merged model in the stored dtype, with the fits of the steps before number `before`; what is
+        fitted lies on the CPU, all else where the runner fuses."""
+        layer = self.runner.fused(replace(plan, refit=None), position)
         for number, step in enumerate(steps_of(plan)[:before]):
             if step.position == position:
                 layer |= self._read(plan, number)
@@ -269,27 +269,29 @@ class Refitter:
 
     def _layer(self, plan: MergePlan, position: int, before: int) -> dict[str, Tensor]:
         """The same, as it is run."""
-        stored = self._stored(plan, position, before)
-        return self.runner.deployed(
-            {name: tensor.to(self.runner.device, self.runner.dtype) for name, tensor in stored.items()}
-        )
+        runner, stored = self.runner, self._stored(plan, position, before)
+        return runner.deployed({name: moved(tensor, runner.device, runner.dtype) for name, tensor in stored.items()})
 
-    def _entering(self, plan: MergePlan, position: int, number: int) -> list[GroupStates]:
-        """The states of one shard that enter a position of the merged model, all fits before it made."""
-        shard, plan_id = self.shards[number], plan.plan_id(self.runner.checkpoint.identity)
+    def _advance(self, plan: MergePlan, position: int, numbers: Sequence[int]) -> None:
+        """Hold the states that enter a position of the merged model, all fits before it made, of these shards.
+
+        Layer by layer, all shards through one before the next, since fusing a layer costs more than running one shard.
+        """
+        plan_id, start = plan.plan_id(self.runner.checkpoint.identity), plan.first_changed
         if self._held[0] != plan_id:
             self._held = plan_id, {}
-        held = self._held[1].get(number)
-        if held is None or held[0] > position:
-            compute_trunks(self._caches(plan), shard)
-            start = plan.first_changed
-            held = start, TrunkCache(self.runner, start, self.cache).load(shard)
-        states = self.runner.from_packed(shard, held[1])
-        for before in range(held[0], position):
+        held = self._held[1]
+        for number in numbers:
+            if number not in held or held[number][0] > position:
+                compute_trunks(self._caches(plan), self.shards[number])
+                held[number] = start, TrunkCache(self.runner, start, self.cache).load(self.shards[number])
+        for before in range(min((held[number][0] for number in numbers), default=position), position):
             weights = self._layer(plan, before, len(steps_of(plan)))
-            self.runner.run(states, [(plan.kept[before].index, lambda weights=weights: weights)])
-        self._held[1][number] = position, self.runner.pack(states)
-        return states
+            for number in numbers:
+                if held[number][0] == before:
+                    states = self.runner.from_packed(self.shards[number], held[number][1])
+                    self.runner.run(states, [(plan.kept[before].index, lambda weights=weights: weights)])
+                    held[number] = before + 1, self.runner.pack(states)
 
     def _target(self, depth: int, shard: Shard) -> Tensor:
         """(tokens, d): the unmerged model's states that enter layer `depth`."""
@@ -380,7 +382,7 @@ class Refitter:
         figures = {"tokens": 0, "ridge": float("nan"), "error": float("nan"), "held_out_error": float("nan")}
         return (
             found
-            | {norm: torch.ones_like(own[norm])}
+            | {norm: torch.ones_like(own[norm]).cpu()}
             | {f"_{key}": torch.tensor(value, dtype=torch.float64) for key, value in figures.items()}
         )
 

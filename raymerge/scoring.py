@@ -18,7 +18,16 @@ from torch import Tensor
 
 from raymerge.device import attempt, device_memory, host_free, release_cached
 from raymerge.fusion import check_mergeable
-from raymerge.memory import MemoryPlanError, ScoringPlan, ScoringWork, plan_scoring
+from raymerge.memory import (
+    MOST_TOKENS,
+    MemoryPlanError,
+    ScoringPlan,
+    ScoringWork,
+    fits_host,
+    no_room,
+    pinned_bytes,
+    plan_scoring,
+)
 from raymerge.plan import MergePlan
 from raymerge.prompts import Prompts
 from raymerge.sources import SourceLayers
@@ -64,10 +73,12 @@ class TailScorer:
         self.compute_dtype = compute_dtype or (self.runner.dtype if self.runner.accelerated else torch.float32)
         self.sources = sources or SourceLayers(self.runner, self.first)
         self._architecture = self.runner.checkpoint.architecture
-        layout = Layout.of(prompts, bucket_tokens=_BUCKET_TOKENS, device=self.runner.device)
+        if self.runner.accelerated:  # whose chunks, smaller where memory is short, cut up buckets
+            bucket_tokens = MOST_TOKENS
+        else:
+            bucket_tokens = _BUCKET_TOKENS if plan is None else plan.chunk_tokens
+        layout = Layout.of(prompts, bucket_tokens=bucket_tokens, device=self.runner.device)
         plan = plan or self._planned(layout)
-        if plan.chunk_tokens != _BUCKET_TOKENS:
-            layout = Layout.of(prompts, bucket_tokens=plan.chunk_tokens, device=self.runner.device)
 
         def laid_out(plan: ScoringPlan) -> TailLayer:
             on_host = plan.states == "host"
@@ -76,7 +87,11 @@ class TailScorer:
 
         fits, self.layer = attempt(lambda: laid_out(plan))
         if not fits:  # less than the plan counted on: others may have taken memory since
-            self.layer = laid_out(replace(plan, states="host", keys="recompute"))
+            size, work, room = self.runner.layer_size, self._work(layout), host_free()
+            if fits_host(size, work, room):
+                fits, self.layer = attempt(lambda: laid_out(replace(plan, states="host", keys="recompute")))
+            if not fits:
+                raise no_room(size, work, device_free=device_memory(self.runner.device).free, host_free=room)
         self._letters = self.runner.unembedding_rows(list(prompts.letters))
 
     @property
@@ -84,17 +99,20 @@ class TailScorer:
         """Where the states lie and how much is done at once, as it is now."""
         return self.layer.plan
 
-    def _planned(self, layout: Layout) -> ScoringPlan:
-        """The plan for these questions, in what is free; layers that the runner keeps make room if that helps."""
-        if not self.runner.accelerated:
-            return ScoringPlan("device", "recompute", 1, _BUCKET_TOKENS)
-        work = ScoringWork(
+    def _work(self, layout: Layout) -> ScoringWork:
+        return ScoringWork(
             tokens=layout.tokens,
             questions=len(layout.rows),
             sources=self.sources.count,
             stack=self.sources.stack_dtype.itemsize,
             compute=self.compute_dtype.itemsize,
         )
+
+    def _planned(self, layout: Layout) -> ScoringPlan:
+        """The plan for these questions, in what is free; layers that the runner keeps make room if that helps."""
+        if not self.runner.accelerated:
+            return ScoringPlan("device", "recompute", 1, _BUCKET_TOKENS)
+        work = self._work(layout)
         options = {"host_free": host_free(), "linear": self._is_linear, "batched": self._is_batched}
         free, kept = device_memory(self.runner.device).free, self.runner.kept_bytes
         if "stack" in vars(self.sources):  # another scorer made it: it is no longer among the free bytes
@@ -190,17 +208,25 @@ class TailScorer:
 
     def _shrink(self) -> None:
         """Go on with the next smaller plan, after the device ran out of memory."""
-        smaller = self.plan.smaller()
+        size, work, room = self.runner.layer_size, self._work(self.layer.states.layout), host_free()
+        smaller = self.plan.smaller(host=fits_host(size, work, room))
+        if smaller is not None and smaller.states != self.plan.states:
+            # Page-locked memory can be bounded below what is free.
+            moved, _ = attempt(self.layer.states.to_host)
+            smaller = smaller if moved else self.plan.smaller(host=False)
         if smaller is None:
+            where = "host memory"
+            if self.plan.states == "device":
+                where = (
+                    f"its own, since the host has no room for their {pinned_bytes(size, work)} bytes ({room} are free)"
+                )
             raise MemoryPlanError(
                 f"scoring one candidate on {self.n_questions} questions runs out of the memory of "
-                f"{self.runner.device}, {self.plan.chunk_tokens} tokens at a time and with the states in host memory: "
+                f"{self.runner.device}, {self.plan.chunk_tokens} tokens at a time and with the states in {where}: "
                 "take fewer questions (data.limit_per_subject) or fewer merges"
             )
         if smaller.keys == "recompute":
             self.layer.drop_keys()
-        if smaller.states == "host" and self.plan.states == "device":
-            self.layer.states.to_host()
         self.layer.plan = smaller
         release_cached()
 

@@ -44,14 +44,15 @@ class TailLayer:
             arch.sizes[name] for name in ("rotary", "kv_heads", "query_heads")
         )
         self._scaling = self._block.self_attn.scaling
-        self._source_keys: Tensor | None = None  # rotated, of all tokens: (sources, tokens, kv * head_dim)
+        # Rotated, of all tokens: (sources, tokens, kv * head_dim) in size; a question's are (kv, its tokens, head_dim).
+        self._source_keys: Tensor | None = None
         self._rotary = self._cos_sin(torch.arange(states.layout.positions, device=runner.device))
         self._turns: dict[tuple[str | None, int], list[tuple[Tensor, Tensor]]] = {}
 
     def select(self, rows: Sequence[int]) -> TailLayer:
         """The same layer on the states of these questions alone; see TailStates.select."""
         part = copy.copy(self)
-        part.states = self.states.select(rows, bucket_tokens=self.plan.chunk_tokens)
+        part.states = self.states.select(rows)
         # Whatever of the plan is about the states of all questions is not about these.
         part.plan, part._source_keys, part._turns = replace(self.plan, states="device", keys="recompute"), None, {}
         return part
@@ -79,7 +80,7 @@ class TailLayer:
         window, rotary = (each[self.first + rest] for each in (checkpoint.windows, checkpoint.rotary_types))
         states, layout = self.states, self.states.layout
         last = self._rotary_at(layout.offsets + layout.lengths - 1, rotary)
-        query = self._product(states.last_normalised, *self._projection("q", weights))
+        query = self._product(states.last_normalised, *self._projection("q", weights), narrow=True)
         query = self._heads(query, "q", weights, last)
         query = query.unflatten(1, (self._kv_heads, self._groups))
         attended = self._attend(query, weights, window, rotary, summed).flatten(1)
@@ -93,13 +94,18 @@ class TailLayer:
         x = last + self._leaving("self_attn", out, weights)
         return self.runner.normalise(x + self._leaving("mlp", self._mlp(x, weights), weights))
 
-    def _product(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        """A linear map in the compute dtype, its bias added in float32; float32."""
+    def _product(self, x: Tensor, matrix: Tensor, bias: Tensor | None, *, narrow: bool = False) -> Tensor:
+        """A linear map in the compute dtype, its bias added in float32; float32.
+
+        narrow: on an accelerator what has no bias stays in the compute dtype, for `_Rotated` to widen.
+        """
         dtype = self.compute_dtype
         if dtype == torch.float32:
             return F.linear(x, matrix.float(), bias)
-        product = F.linear(x.to(dtype), matrix.to(dtype)).float()
-        return product if bias is None else product + bias
+        product = F.linear(x.to(dtype), matrix.to(dtype))
+        if bias is None:
+            return product if narrow and self.runner.accelerated else product.float()
+        return product.float() + bias
 
     def _module(self, name: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """One of the layer's modules, transformers' own, on (n, …) states with the weights under its name."""
@@ -128,19 +134,35 @@ class TailLayer:
             weight = weight.float() * (weights[gain].float() + self._architecture.gain_offset)
         return weight.to(self.compute_dtype), None if bias is None else bias[rows]
 
-    def _heads(self, heads: Tensor, which: str, weights: Mapping[str, Tensor], rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Queries or keys (N, heads, head_dim) as projected, normalised where the family does so, and rotated."""
+    def _heads(
+        self,
+        heads: Tensor,
+        which: str,
+        weights: Mapping[str, Tensor],
+        rotary: tuple[Tensor, Tensor],
+        shape: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Queries or keys (N, heads * head_dim) as projected, normalised where the family does so, and rotated:
+        (N, heads, head_dim) float32.
+
+        shape: (questions, tokens of each) whose N tokens these are; they are then (questions, heads, tokens, head_dim).
+        """
         norm = f"self_attn.{which}_norm"
         if norm in self._architecture.projection_norms:
-            heads = self._module(norm, heads, weights)
+            heads = self._module(norm, heads.float(), weights)
         heads = heads.unflatten(-1, (-1, self._head_dim))
         if norm in self._architecture.head_norms:
-            heads = self._module(norm, heads, weights)
+            heads = self._module(norm, heads.float(), weights)
         cos, sin = rotary
+        if self.runner.accelerated:
+            questions, tokens = shape or (len(heads), 1)
+            turned = _Rotated.apply(heads, cos, sin, questions, tokens)
+            return turned if shape else turned[:, :, 0]
         heads, still = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
         first, second = heads.chunk(2, -1)
         turned = heads * cos + torch.cat([-second, first], -1) * sin
-        return torch.cat([turned, still], -1) if still.shape[-1] else turned
+        turned = torch.cat([turned, still], -1) if still.shape[-1] else turned
+        return turned.unflatten(0, shape).transpose(1, 2) if shape else turned
 
     def _chunks(self) -> Chunks:
         return self.states.layout.chunks(self.plan.chunk_tokens, together=self.runner.accelerated)
@@ -164,16 +186,24 @@ class TailLayer:
     def _keys(
         self, chunks: Chunks, weights: Mapping[str, Tensor], rotary: str | None, summed: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rotated keys (tokens, kv, head_dim) float32 of each chunk, and its tokens' states."""
-        states = self.states.of(chunks.spans)
+        """Rotated keys float32 of each chunk, and its tokens' states (tokens, d).
+
+        Keys are (tokens, kv, head_dim) of prefixes and (questions, kv, tokens, head_dim) of pieces of buckets: products
+        of queries and keys would copy those that have heads behind tokens.
+        """
+        spans = zip(chunks.spans, chunks.shapes, self.states.of(chunks.spans), strict=True)
         if summed is not None:
-            heads = (self._kv_heads, self._head_dim)
-            for (start, stop), tokens in zip(chunks.spans, states, strict=True):
-                yield _sum(summed, self._source_keys[:, start:stop]).unflatten(-1, heads), tokens
+            for (start, stop), shape, tokens in spans:
+                keys = _sum(summed, self._source_keys[:, start:stop])
+                if shape is None:
+                    yield keys.unflatten(-1, (self._kv_heads, self._head_dim)), tokens
+                else:
+                    yield keys.view(shape[0], self._kv_heads, shape[1], self._head_dim), tokens
             return
         projection = self._projection("k", weights)
-        for tokens, turn in zip(states, self._rotations(chunks, rotary), strict=True):
-            yield self._heads(self._product(tokens, *projection), "k", weights, turn), tokens
+        for (_, shape, tokens), turn in zip(spans, self._rotations(chunks, rotary), strict=True):
+            keys = self._product(tokens, *projection, narrow=True)
+            yield self._heads(keys, "k", weights, turn, shape), tokens
 
     def _attend(
         self,
@@ -194,8 +224,9 @@ class TailLayer:
         prefix_parts = list(self._prefix_parts(query, chunks, keys, value, window))
         own_parts = []
         for piece in chunks.pieces:
-            k, states = (t.unflatten(0, (piece.count, piece.width)) for t in next(keys))
-            scores = self._scores(torch.einsum("nkgd,ntkd->nkgt", query[piece.places], k))
+            k, states = next(keys)
+            states = states.unflatten(0, (piece.count, piece.width))
+            scores = self._scores(torch.einsum("nkgd,nktd->nkgt", query[piece.places], k))
             behind = layout.lengths[piece.places, None] - 1 - torch.arange(piece.width, device=query.device)
             seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
             scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
@@ -259,7 +290,7 @@ class TailLayer:
                 part = shares[first : first + rows]
                 own = states[first : first + rows] if len(states) > 1 else states.expand(len(part), -1, -1)
                 weighted = _WeightedStates.apply(part.flatten(1, 2), own).unflatten(1, part.shape[1:3])
-                out = torch.einsum("nkgd,khd->nkgh", weighted.to(self.compute_dtype), matrix).float()
+                out = torch.einsum("nkgd,khd->nkgh", weighted, matrix).float()
                 parts.append(out if bias is None else out + bias.unflatten(0, (self._kv_heads, 1, self._head_dim)))
             return torch.cat(parts)
 
@@ -278,15 +309,56 @@ class TailLayer:
         chunks, rotary = self._chunks(), self.runner.checkpoint.rotary_types[self.first]
         for own, weights in zip(found, sources, strict=True):
             for (start, stop), (keys, _) in zip(chunks.spans, self._keys(chunks, weights, rotary), strict=True):
-                own[start:stop] = keys.flatten(1)
+                own[start:stop].view(keys.shape).copy_(keys)
         self._source_keys = found
 
     def drop_keys(self) -> None:
         self._source_keys = None
 
 
+class _Rotated(torch.autograd.Function):
+    """(n, heads, t, head_dim) float32 of heads (n * t, heads, head_dim) of any dtype, rotated by cos and sin
+    (n * t, 1, rotated) float32; head dimensions behind the rotated ones stay as they are.
+
+    A function of its own for an accelerator, where every pass costs its bytes: 16 for a value of bfloat16 keys. Written
+    as products and a `cat`, these are 46, and another 8 for the copy with heads before tokens that a product makes.
+    """
+
+    @staticmethod
+    def forward(heads: Tensor, cos: Tensor, sin: Tensor, questions: int, tokens: int) -> Tensor:
+        heads, cos, sin = (x.unflatten(-3, (questions, tokens)).transpose(-3, -2) for x in (heads, cos, sin))
+        out = heads.new_empty(heads.shape, dtype=cos.dtype)
+        rotated, half = cos.shape[-1], cos.shape[-1] // 2
+        torch.mul(heads[..., :rotated], cos, out=out[..., :rotated])
+        out[..., :half].addcmul_(heads[..., half:rotated], sin[..., :half], value=-1)
+        out[..., half:rotated].addcmul_(heads[..., :half], sin[..., half:])
+        if rotated < heads.shape[-1]:
+            out[..., rotated:] = heads[..., rotated:]
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int, int], output: Tensor) -> None:
+        heads, cos, sin, _, _ = inputs
+        ctx.dtype = heads.dtype
+        ctx.save_for_backward(cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        gradient = gradient.transpose(-3, -2).flatten(-4, -3)
+        rotated, half = cos.shape[-1], cos.shape[-1] // 2
+        first, second, still = gradient[..., :half], gradient[..., half:rotated], gradient[..., rotated:]
+        turned = gradient[..., :rotated] * cos + torch.cat([second * sin[..., half:], -first * sin[..., :half]], -1)
+        return torch.cat([turned, still], -1).to(ctx.dtype), None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], heads: Tensor, *others: Any) -> tuple[Tensor, int]:
+        assert all(dim is None for dim in in_dims[1:]), "tokens are the same for all candidates"
+        return _Rotated.apply(heads.movedim(in_dims[0], 0), *others), 0
+
+
 class _WeightedStates(torch.autograd.Function):
-    """(n, queries, d) float32: states (n, t, d) weighted by (n, queries, t) float32, without a gradient of the states.
+    """(n, queries, d): states (n, t, d) weighted by (n, queries, t) float32, without a gradient of the states.
 
     A function of its own for `vmap`, which would copy the states for each candidate: their queries are one batch.
     """
@@ -298,7 +370,7 @@ class _WeightedStates(torch.autograd.Function):
         # A narrow dtype would round the shares: they are given as a sum of two numbers of it, in one product.
         high = shares.to(states.dtype)
         both = torch.cat([high, (shares - high.float()).to(states.dtype)], 1)
-        return torch.bmm(both, states).float().unflatten(1, (2, -1)).sum(1)
+        return torch.bmm(both, states).unflatten(1, (2, -1)).sum(1)  # in float32, rounded once
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -325,7 +397,7 @@ def _sum(coefficients: Tensor, summands: Tensor) -> Tensor:
     if summands.dtype == torch.float32:
         return (high @ summands.flatten(1)).unflatten(0, summands.shape[1:])
     both = torch.stack([high, (coefficients - high.float()).to(summands.dtype)])
-    return (both @ summands.flatten(1)).float().sum(0).unflatten(0, summands.shape[1:])
+    return (both @ summands.flatten(1)).sum(0, dtype=torch.float32).unflatten(0, summands.shape[1:])
 
 
 def _partial_softmax(scores: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raymerge.device import host_buffer, moved, streamed
+from raymerge.device import host_buffer, is_accelerator, moved, streamed
 from raymerge.prompts import Group, Prompts
 from raymerge.trunk import TrunkCache
+
+# On an accelerator: a bucket's width is a multiple of this many tokens, since products of bfloat16 are fast where rows
+# begin at multiples of 16 bytes; and so much padding costs about as much as one more bucket's calls.
+_ALIGNED, _CALL_TOKENS = 8, 512
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Layout:
     ):
         """rows, lengths, owners: of each question, by ascending length, its row, its own tokens and the number of its
         prefix. prefixes: the tokens of each. A bucket has at most `bucket_tokens`, or one question."""
+        self.bucket_tokens = bucket_tokens
         self.rows, self.owners = torch.tensor(rows), torch.tensor(owners)
         self.prefixes: list[Prefix] = []
         start = 0
@@ -79,7 +84,7 @@ class Layout:
             questions = torch.nonzero(self.owners == number).flatten().to(device)
             self.prefixes.append(Prefix(start, start + length, questions))
             start += length
-        self.buckets = _buckets(lengths, start, bucket_tokens)
+        self.buckets = (_aligned_buckets if is_accelerator(device) else _buckets)(lengths, start, bucket_tokens)
         self.tokens = self.buckets[-1].stop
         offsets = [prefixes[owner] for owner in owners]
         self.positions = max(*prefixes, *(bucket.width + max(offsets[bucket.places]) for bucket in self.buckets))
@@ -137,6 +142,11 @@ class Chunks:
         """Rows [start, stop) of each."""
         of_groups = [(group[0].start, group[-1].stop) for group in self.groups]
         return of_groups + [(piece.start, piece.stop) for piece in self.pieces]
+
+    @property
+    def shapes(self) -> list[tuple[int, int] | None]:
+        """(questions, tokens of each) of pieces of buckets; None of groups of prefixes."""
+        return [None] * len(self.groups) + [(piece.count, piece.width) for piece in self.pieces]
 
     def positions(self) -> Iterator[Tensor]:
         """Those of each one's tokens, int64, on the device."""
@@ -204,7 +214,7 @@ class TailStates:
             return (self.tokens[start:stop].to(self.device, non_blocking=True) for start, stop in spans)
         return streamed(self.tokens, spans, self.device)
 
-    def select(self, rows: Sequence[int], *, bucket_tokens: int) -> TailStates:
+    def select(self, rows: Sequence[int]) -> TailStates:
         """A copy, on the device, of these questions' states and their prefixes'; a question's row is then its number
         in `rows`. Raises ValueError for a row that is not there or occurs twice, or for none."""
         whole = self.layout
@@ -223,7 +233,7 @@ class TailStates:
             whole.lengths[at].tolist(),
             [used.index(owner) for owner in owners],
             [whole.prefixes[owner].length for owner in used],
-            bucket_tokens=bucket_tokens,
+            bucket_tokens=whole.bucket_tokens,
             device=self.device,
         )
         prefixes = [whole.prefixes[owner] for owner in used]
@@ -258,6 +268,27 @@ def _buckets(lengths: Sequence[int], start: int, most: int) -> list[Bucket]:
                 break
             end += 1
         buckets.append(Bucket(begin, end - begin, start, lengths[end - 1]))
+        start, begin = buckets[-1].stop, end
+    return buckets
+
+
+def _aligned_buckets(lengths: Sequence[int], start: int, most: int) -> list[Bucket]:
+    """The same for an accelerator, by widths that are multiples of `_ALIGNED`.
+
+    For MMLU's 1,495,476 tokens 3.7 % more are padding, in 67 buckets of at most 32,768; as a CPU has them 3.2 %, in 50
+    buckets of which a twelfth is aligned.
+    """
+    widths = [-(-length // _ALIGNED) * _ALIGNED for length in lengths]
+    buckets, begin = [], 0
+    while begin < len(widths):
+        end, own = begin + 1, widths[begin]
+        while end < len(widths):
+            whole = widths[end] * (end + 1 - begin)
+            if whole > most or whole - own - widths[end] > _CALL_TOKENS:
+                break
+            own += widths[end]
+            end += 1
+        buckets.append(Bucket(begin, end - begin, start, widths[end - 1]))
         start, begin = buckets[-1].stop, end
     return buckets
 

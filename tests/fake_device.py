@@ -3,9 +3,9 @@
 Under `FakeDevice` every tensor that is made on, or moved to, `DEVICE` (a CUDA device by name) is an ordinary CPU tensor
 whose storage is remembered. Values, dtypes and gradients are those of the CPU; what would raise on a GPU raises here:
 operands on two devices, indices on another device than what they index, `numpy()` of a device tensor, saving one.
-What would merely wait for the device - `item()`, `tolist()`, a truth value - is counted in `syncs`; values that a copy
-to the device would widen, which CUDA's does on the CPU before it moves them, in `widened`; all that `to` moves there
-in `moved`.
+What would merely wait for the device - `item()`, `tolist()`, a truth value, an index that is a list - is counted in
+`syncs`; values that a copy to the device would widen, which CUDA's does on the CPU before it moves them, in `widened`;
+all that `to` moves there in `moved`.
 
 Of memory it knows `free`, which `device_memory` is patched to give, and `fail_above`: a call that makes a tensor of
 more values on the device raises torch.OutOfMemoryError, and so do the next `fail_next` that make one which `fail_when`
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 DEVICE = torch.device("cuda", 0)
 
 _WAITS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "nonzero"}
+_INDEXES = {"__getitem__", "__setitem__"}
 _COPIES = {"copy_", "to", "cpu", "type", "set_"}  # between any two devices
 # Of the tensor alone: nothing is computed.
 _ASKS = {"size", "stride", "dim", "numel", "element_size", "is_floating_point", "data_ptr", "is_contiguous", "shape"}
@@ -98,7 +99,7 @@ class FakeDevice(TorchFunctionMode):
             kwargs.pop("pin_memory", None)
         if name == "numpy" and here and not (kwargs.get("force") or (len(args) > 1 and args[1])):
             raise TypeError("can't convert a device tensor to numpy")
-        if name in _WAITS and here:
+        if here and (name in _WAITS or (name in _INDEXES and _moves_an_index(args[1]))):
             self.syncs += 1
         if here and name not in _COPIES and name != "numpy":
             self._check(func, name, here, tensors)
@@ -153,6 +154,12 @@ def _unwrapped(tensor):
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
+
+
+def _moves_an_index(index):
+    """Whether torch makes a tensor of an index and moves it: of a list, or an array, alone or beside slices."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(part, list | range) or type(part).__module__ == "numpy" for part in parts)
 
 
 def _is_device(value):

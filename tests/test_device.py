@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from fake_device import DEVICE, MixedDevices, fake_device
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import raymerge.device
 from raymerge.activations import POOLINGS, collect
@@ -23,7 +24,9 @@ from raymerge.prompts import encode_questions, encode_text
 from raymerge.refit import Refitter, Sums, steps_of
 from raymerge.scoring import TailScorer
 from raymerge.sources import SourceLayers
+from raymerge.tail_layer import _Rotated
 from raymerge.tail_loss import GradientError, LossWeights, TailLoss, TextWindows
+from raymerge.tail_states import Layout
 from raymerge.trunk import TrunkCache
 
 torch.set_num_threads(1)
@@ -109,6 +112,10 @@ def test_two_devices_may_not_meet(device):
     with pytest.raises(TypeError):
         here.numpy()
     assert (here + torch.tensor(1.0)).tolist() == [2.0] * 3 and device.syncs == 1
+    here[[0, 1]], here[None, np.array([2])]  # indices that torch moves to the device
+    here[[2]] = 1.0
+    here[0], here[:2], here[torch.tensor([0], device=DEVICE)]
+    assert device.syncs == 4
     here[:2] = away[:2]  # copies
     here.copy_(away)
     assert here.numpy(force=True).tolist() == [1.0] * 3
@@ -123,6 +130,31 @@ def test_memory_runs_out_when_it_is_told_to(device):
     assert raymerge.device.attempt(lambda: torch.ones(11, device=DEVICE)) == (False, None)
     with pytest.raises(ZeroDivisionError):
         raymerge.device.attempt(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "is_memory"),
+    [
+        (RuntimeError, "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        (getattr(torch, "AcceleratorError", RuntimeError), "CUDA error: out of memory\nSearch for `cudaErrorMe", True),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, opa`", False),
+        (RuntimeError, "CUDA error: an illegal memory access was encountered", False),
+        (RuntimeError, "mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)", False),
+        (ValueError, "CUDA error: out of memory", False),
+    ],
+)
+def test_what_else_says_that_memory_ran_out(kind, message, is_memory):
+    """Page-locked host memory and cuBLAS's workspace are not torch's allocator's, nor are their errors."""
+
+    def call():
+        raise kind(message)
+
+    if is_memory:
+        assert raymerge.device.attempt(call) == (False, None)
+    else:
+        with pytest.raises(kind):
+            raymerge.device.attempt(call)
 
 
 # -- scoring ---------------------------------------------------------------------------------------------------------
@@ -182,13 +214,91 @@ def test_short_prefixes_share_their_calls(checkpoint, tmp_path, monkeypatch):
             assert len(found) == groups
 
 
+def test_buckets_are_of_aligned_widths(device):
+    """Rows of bfloat16 products begin at multiples of 16 bytes, and little is padding; a CPU's layout stays."""
+    rng = np.random.default_rng(0)
+    lengths = sorted(np.clip(rng.lognormal(np.log(73), 0.88, 14042), 20, 996).astype(int).tolist())  # as MMLU's
+    found = {}
+    for where, most in ((DEVICE, 32768), (torch.device("cpu"), 16384)):
+        whole = Layout(range(14042), lengths, [0] * 14042, [600], bucket_tokens=most, device=where)
+        buckets = whole.buckets
+        assert [b.first for b in buckets] == np.cumsum([0, *(b.count for b in buckets[:-1])]).tolist()
+        assert all(b.count * b.width <= most and b.width >= max(lengths[b.places]) for b in buckets)
+        found[where.type] = {b.width % 8 for b in buckets}, whole.tokens - 600, len(buckets)
+    assert found["cpu"][0] == set(range(8))
+    aligned, tokens, count = found["cuda"]
+    assert aligned == {0} and tokens < 1.04 * sum(lengths) and count < 80
+    few = Layout([0], [20], [0], [600], bucket_tokens=16, device=DEVICE)  # one question is a bucket, however long
+    assert [(b.count, b.width) for b in few.buckets] == [(1, 24)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("still", [0, 4])
+def test_heads_are_rotated_alike(dtype, still):
+    """An accelerator's rotation against the products that a CPU computes: plain, of several candidates, and backwards;
+    with heads before tokens."""
+    candidates, n, t, heads, rotated = 3, 4, 5, 2, 6
+    x = torch.randn(candidates, n * t, heads, rotated + still).to(dtype)
+    cos, sin = torch.randn(2, n * t, 1, rotated)
+
+    def products(x):
+        turning, rest = x[..., :rotated].float(), x[..., rotated:].float()
+        first, second = turning.chunk(2, -1)
+        turned = turning * cos + torch.cat([-second, first], -1) * sin
+        return torch.cat([turned, rest], -1).unflatten(0, (n, t)).transpose(1, 2)
+
+    def fused(x):
+        return _Rotated.apply(x, cos, sin, n, t)
+
+    for one, other in ((fused(x[0]), products(x[0])), (torch.func.vmap(fused)(x), torch.func.vmap(products)(x))):
+        assert one.dtype == torch.float32 and one.is_contiguous()
+        close(one, other, 1e-6)
+    close(torch.func.vmap(fused, 1)(x.movedim(0, 1)), torch.func.vmap(products)(x), 1e-6)
+    pulled = []
+    for rotate in (fused, products):
+        leaf = x[0].clone().requires_grad_()
+        rotate(leaf).mul(torch.arange(float(rotated + still))).square().sum().backward()
+        pulled.append(leaf.grad)
+    assert pulled[0].dtype == dtype
+    close(pulled[0].float(), pulled[1].float(), 1e-6 if dtype == torch.float32 else 0.01)
+    if dtype == torch.float32:
+        assert torch.autograd.gradcheck(lambda x: _Rotated.apply(x, cos.double(), sin.double(), n, t), leaf.double())
+
+
+class Copies(TorchDispatchMode):
+    """Counts the values that are copied within for the sake of their order in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == "clone":
+            self.most = max(self.most, found.numel())
+        return found
+
+
+@pytest.mark.parametrize("keys", ["recompute", "linear"])
+def test_keys_are_not_copied_to_be_multiplied(checkpoint, prompts, tmp_path, monkeypatch, keys):
+    """A product of each head wants its tokens side by side: keys are written so."""
+    with fake_device(monkeypatch):
+        runner = LayerRunner(checkpoint("llama"), device=DEVICE, dtype=torch.float32)
+        scorer = TailScorer(TrunkCache(runner, FIRST, tmp_path), prompts, plan=ScoringPlan("device", keys, 3, 10**6))
+        list(scorer.score_many(PLANS[:3]))
+        with Copies() as copies:
+            list(scorer.score_many(PLANS[:3]))
+    pieces = scorer.layer._chunks().pieces
+    assert copies.most < 3 * max(piece.count * piece.width for piece in pieces) * scorer.runner.layer_size.key
+
+
 def test_what_is_summed_and_what_is_not(checkpoint, prompts, tmp_path, device):
     def linear(family, **options):
         runner = LayerRunner(checkpoint(family), device=DEVICE, dtype=options.pop("runner_dtype", torch.float32))
         return TailScorer(TrunkCache(runner, FIRST, tmp_path / family), prompts, **options)
 
     scorer = linear("llama")
-    assert scorer.plan == ScoringPlan("device", "linear", 8, 131072) and not scorer.layer.holds_keys
+    assert scorer.plan == ScoringPlan("device", "linear", 8, 32768) and not scorer.layer.holds_keys
     list(scorer.score_many([PLANS[6]]))
     ones = torch.ones(1, 3)
     assert scorer._key_coefficients(ones, 0).shape == (1, 3) and scorer._key_coefficients(ones, 2) is None
@@ -371,6 +481,36 @@ def test_scoring_goes_on_with_less(checkpoint, prompts, tmp_path, monkeypatch):
         close(next(scorer.score_many(PLANS)), expected[0])  # and it goes on when there is room again
 
 
+def test_the_host_is_asked_before_states_move_there(checkpoint, prompts, tmp_path, monkeypatch):
+    """Page-locked memory that the machine does not have would take it from everything else, or end the process."""
+    checkpoint = checkpoint("llama")
+    expected = list(TailScorer(TrunkCache(LayerRunner(checkpoint), FIRST, tmp_path / "cpu"), prompts).score_many(PLANS))
+    with fake_device(monkeypatch) as device:
+        runner = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32)
+        trunk = TrunkCache(runner, FIRST, tmp_path / "device")
+        last = ScoringPlan("device", "recompute", 1, 8192)
+
+        def pinned(*_):
+            raise RuntimeError("CUDA error: out of memory")
+
+        for name, stand_in in (("scoring.host_free", lambda: 10**4), ("tail_states.host_buffer", pinned)):
+            with monkeypatch.context() as patched:
+                scorer = TailScorer(trunk, prompts, plan=last)
+                patched.setattr(f"raymerge.{name}", stand_in)
+                # It goes on with smaller chunks instead.
+                device.fail_next = 2
+                for one, other in zip(scorer.score_many(PLANS), expected, strict=True):
+                    close(one, other)
+                assert scorer.plan == replace(last, chunk_tokens=2048) and device.fail_next == 0
+                device.fail_above = 1000
+                with pytest.raises(MemoryPlanError, match=r"256 tokens .* the host has no room .*fewer questions"):
+                    list(scorer.score_many(PLANS))
+                # And what was planned for more than there is.
+                with pytest.raises(MemoryPlanError, match=r"scoring 10 questions .* of host memory, which has .*"):
+                    TailScorer(trunk, prompts, sources=scorer.sources, plan=last)
+                device.fail_above = float("inf")
+
+
 def test_layers_are_kept_given_up_and_run_in_halves(checkpoint, together, monkeypatch):
     checkpoint, prompts = checkpoint("qwen2"), together
     (shard,) = prompts.shards
@@ -426,20 +566,28 @@ def test_layers_that_the_runner_keeps_make_room_for_states(checkpoint, prompts, 
 
 
 def test_what_the_driver_is_told(monkeypatch):
-    """Float32 products keep their digits whatever a container's environment asks for, and pinned memory is given back
-    with the rest."""
+    """Products keep their digits whatever a container's environment asks for, attention is not cuDNN's, and pinned
+    memory is given back with the rest."""
     told = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("device"))
     monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: told.append("host"), raising=False)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: told.append(share))
+    products = torch.backends.cuda.matmul
+    before = torch.backends.cuda.cudnn_sdp_enabled(), products.allow_bf16_reduced_precision_reduction
     torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    products.allow_bf16_reduced_precision_reduction = True
     try:
         assert raymerge.device.choose_device(0.25) == DEVICE
         assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert not products.allow_bf16_reduced_precision_reduction
     finally:
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.enable_cudnn_sdp(before[0])
+        products.allow_bf16_reduced_precision_reduction = before[1]
     raymerge.device.release_cached()
     assert told == [0.25, "device", "host"]
 
@@ -484,9 +632,13 @@ def test_refits(checkpoint, prompts, tmp_path, monkeypatch, method):
 
     expected, _, logits = fitted(LayerRunner(checkpoint), tmp_path / "cpu")
     with fake_device(monkeypatch) as device:
-        runner = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32)
+        runner, fused = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32), []
+        monkeypatch.setattr(runner, "fused", lambda *a, **k: fused.append(a[1]) or LayerRunner.fused(runner, *a, **k))
         found, sent, answers = fitted(runner, tmp_path / "device")
         assert not any(device.on(tensor) for tensor in sent)
+        # On the device, and a layer that states pass on their way once for each share, not for each of its shards.
+        assert len(prompts.shards) > 2
+        assert 3 * len(steps_of(plan)) <= len(fused) <= 3 * len(steps_of(plan)) + 2 * len(plan.refit_targets)
     for (name, one), (other_name, other) in zip(found, expected, strict=True):
         assert name == other_name
         close(one, other, 1e-3)

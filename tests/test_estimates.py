@@ -116,11 +116,11 @@ def made():
 @pytest.mark.parametrize(
     ("how", "norms", "questions"),
     [
-        (ScoringPlan("device", "recompute", 8, 65536), "keep", 1024),
+        (ScoringPlan("device", "recompute", 8, 32768), "keep", 1024),
         (ScoringPlan("device", "recompute", 8, 8192), "keep", 128),
         (ScoringPlan("device", "recompute", 8, 8192), "fold", 128),
-        (ScoringPlan("device", "recompute", 1, 131072), "keep", 2048),
-        (ScoringPlan("device", "linear", 8, 65536), "keep", 1024),
+        (ScoringPlan("device", "recompute", 1, 32768), "keep", 2048),
+        (ScoringPlan("device", "linear", 8, 32768), "keep", 1024),
         (ScoringPlan("device", "linear", 8, 4096), "keep", 1024),  # questions take more than their tokens' chunks
     ],
 )
@@ -149,7 +149,7 @@ def test_gradients_take_no_more_than_what_is_free(made, gigabytes):
     tokens = plan_gradient(runner.layer_size, compute=2, device_free=gigabytes * 10**9)
     with LargeAreFake(fake):
         sources = SourceLayers(runner, FIRST)
-        how = ScoringPlan("device", "recompute", 1, 65536)
+        how = ScoringPlan("device", "recompute", 1, 32768)
         scorer = TailScorer(Trunk(runner, fake), prompts_of(2 * (tokens // 256), 128), sources=sources, plan=how)
         with LiveBytes([sources.stack, scorer.layer.states.tokens]) as live:
             (mixed,) = sources.mix(torch.full((1, MERGES + 1), 1.0 / (MERGES + 1)), torch.float32)

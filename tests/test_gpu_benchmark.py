@@ -1,5 +1,6 @@
 """tests/benchmarks/gpu.py runs: a tiny shape on the CPU, every line that it promises."""
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from fake_device import DEVICE, fake_device
 
 PATH = Path(__file__).parent / "benchmarks" / "gpu.py"
 
@@ -47,6 +50,26 @@ def test_every_measurement_is_printed(gpu, capsys):
     published = lines[-2]
     assert published["predictions_equal"] == 1.0 and published["largest_difference"] < 1e-4
     assert lines[-1]["equal"] and lines[-1]["ratio"] > 0
+
+
+def test_keys_are_recomputed_under_a_plan_of_their_own(gpu, monkeypatch, capsys, tmp_path):
+    """Not under that of summed keys, whose memory leaves room for few candidates; peaks are each measure's own."""
+    peaks = []
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: peaks.append(name))
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    options = argparse.Namespace(shape="tiny", device="cpu", questions=[8], longest=20)
+    with fake_device(monkeypatch):
+        bench = gpu.Bench(options)
+        bench.device, bench.cuda, bench.rates = DEVICE, True, {"matrix": 1.0, "bandwidth": 1.0}
+        bench.scoring(8, tmp_path)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["plan"]["keys"] for line in lines if line["measure"] == "setup"] == ["linear", "recompute"]
+    candidates = [(line["keys"], line["at_once"]) for line in lines if line["measure"] == "candidate"]
+    assert candidates == [("linear", 1), ("linear", 8), ("recompute", 1), ("recompute", 8)]
+    assert max(line["largest_difference"] for line in lines if line["measure"] == "candidate") < 1e-4
+    assert peaks.count("reset_peak_memory_stats") == len(lines) == 9
 
 
 def test_questions_are_of_mmlus_lengths(gpu):

@@ -1,6 +1,6 @@
 """An 8B-shaped model with random weights on one accelerator: what a trunk, candidates, gradients and the rest cost.
 
-    export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True  # as workers have it
+    export PYTORCH_ALLOC_CONF=expandable_segments:True  # as workers have it; PYTORCH_CUDA_ALLOC_CONF before torch 2.9
     PYTHONPATH=. python tests/benchmarks/gpu.py --shape 8b --goals
     PYTHONPATH=. python tests/benchmarks/gpu.py --shape tiny --device cpu --questions 40
 
@@ -29,7 +29,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from raymerge.activations import collect
 from raymerge.alignment import unit_likeness
 from raymerge.architectures import architecture_of, attention_windows, rotary_types
 from raymerge.checkpoint import Checkpoint
-from raymerge.device import device_memory, device_name, is_accelerator, release_cached
+from raymerge.device import device_memory, device_name, is_accelerator, release_cached, set_arithmetic
 from raymerge.forward import LayerRunner
 from raymerge.plan import tail_coefficients, tail_plan
 from raymerge.prompts import Group, Prompts, Shard
@@ -87,6 +87,7 @@ SUBJECT_SIZES += [121, 114, 112, 110, 108, 103, 102] + [100] * 10
 PREFIX_TOKENS, PREFIX_RANGE = 29_323, (212, 2446)
 QUESTION_MEDIAN, QUESTION_P95, QUESTION_RANGE = 73, 311, (20, 996)
 SHARD_TOKENS = 8192
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is torch's name before 2.9
 
 
 class RandomCheckpoint(Checkpoint):
@@ -177,6 +178,12 @@ def whole_prompts(prompts: Prompts) -> dict[int, np.ndarray]:
     return {r: np.concatenate([g.prefix, ids]) for g in groups for r, ids in zip(g.rows, g.sequences, strict=True)}
 
 
+class Recomputing(TailScorer):
+    """A scorer that never sums keys, whose plan has for everything else what their memory leaves."""
+
+    _is_linear = False
+
+
 class Bench:
     """One run: what is measured goes to standard output, and what goals are checked on is kept."""
 
@@ -184,6 +191,8 @@ class Bench:
         self.options = options
         self.device = torch.device(options.device)
         self.cuda = is_accelerator(self.device)
+        if self.cuda:
+            set_arithmetic()
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.checkpoint = RandomCheckpoint(options.shape, self.device, self.dtype)
         self.vocabulary = min(self.checkpoint.config.vocab_size, 128000)
@@ -219,12 +228,12 @@ class Bench:
         print(json.dumps({"measure": measure, **rounded}), flush=True)
 
     def held(self) -> dict[str, int]:
+        """Bytes that are held now, and the most that were since this was last asked."""
         if not self.cuda:
             return {}
-        return {
-            "bytes_held": torch.cuda.memory_allocated(self.device),
-            "bytes_at_most": torch.cuda.max_memory_allocated(self.device),
-        }
+        held, most = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return {"bytes_held": held, "bytes_at_most": most}
 
     # -- what is measured -----------------------------------------------------------------------------------------
 
@@ -243,7 +252,7 @@ class Bench:
             device=device_name(self.device),
             torch=torch.__version__,
             dtype=str(self.dtype),
-            allocator=os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
+            allocator={name: os.environ[name] for name in _ALLOCATOR if name in os.environ},
             matrix_tflops=self.rates["matrix"] / 1e12,
             bandwidth_gb_s=self.rates["bandwidth"] / 1e9,
             **(device_memory(self.device)._asdict() if self.cuda else {}),
@@ -266,24 +275,22 @@ class Bench:
         self.report(
             "trunk", questions=count, tokens=run_tokens, seconds=seconds, share_of_matrix_rate=share, **self.held()
         )
-        began = time.perf_counter()
-        sources = SourceLayers(runner, self.first)
-        scorer = TailScorer(trunk, prompts, sources=sources)
-        list(scorer.score_many(self.plans[:1]))
-        self.wait()
-        self.report(
-            "setup", questions=count, seconds=time.perf_counter() - began, plan=asdict(scorer.plan), **self.held()
-        )
-        planned = scorer.plan
-        answers = None
-        for keys in dict.fromkeys(("recompute", planned.keys)):
+        sources, answers = SourceLayers(runner, self.first), None
+        for kind in (TailScorer, Recomputing):
+            scorer = score = None  # which frees the last one's states and keys
+            release_cached()
+            began = time.perf_counter()
+            scorer = kind(trunk, prompts, sources=sources)
+            list(scorer.score_many(self.plans[:1]))
+            self.wait()
+            seconds, planned = time.perf_counter() - began, scorer.plan
+            self.report("setup", questions=count, seconds=seconds, plan=asdict(planned), **self.held())
             for together in (1, 8):
-                scorer.layer.plan = replace(planned, keys=keys, candidates=min(together, planned.candidates))
-                if not self.cuda:
-                    scorer.layer.plan = replace(planned, candidates=together)
+                at_once = min(together, planned.candidates) if self.cuda else together
+                scorer.layer.plan = replace(planned, candidates=at_once)
                 repeat = 3 if self.cuda else 1
-                plans = self.plans[:together]
-                total, logits = self.clock(lambda plans=plans: list(scorer.score_many(plans)), repeat=repeat)
+                score = partial(scorer.score_many, self.plans[:together])
+                total, logits = self.clock(lambda score=score: list(score()), repeat=repeat)
                 seconds = total / together
                 answers = logits[0] if answers is None else answers
                 self.report(
@@ -301,8 +308,9 @@ class Bench:
                 if count == max(self.options.questions):
                     best = self.goals.get("seconds_a_candidate", float("inf"))
                     self.goals["seconds_a_candidate"] = min(best, seconds)
-        scorer.layer.drop_keys()  # makes room for what autograd keeps
-        scorer.layer.plan = replace(planned, keys="recompute")
+            if planned.keys == "recompute":
+                break
+        scorer.layer.plan = planned
         self.gradient(scorer, count)
         if count == max(self.options.questions):
             self.kept = prompts, answers
@@ -373,8 +381,8 @@ class Bench:
                 ids = torch.from_numpy(whole[row])[None].to(self.device)
                 return merged(ids, use_cache=False).logits[0, -1, list(LETTERS)].float()
 
-            forward(timed[0])
-            forward_seconds, _ = self.clock(lambda: [forward(row) for row in timed], warm=False)
+            # Warm in every length that is timed: kernels are chosen, and may be made, by shape.
+            forward_seconds, _ = self.clock(lambda: [forward(row) for row in timed])
             # What is scored is the merge rounded once; the steps above round each time.
             runner = LayerRunner(self.checkpoint, device=self.device, dtype=self.dtype)
             fused = runner.fused(self.plans[0], self.first)
