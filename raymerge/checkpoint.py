@@ -24,12 +24,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from raymerge import demo
-from raymerge.architectures import Architecture, architecture_of, attention_windows, rotary_types, trimmed_config
+from raymerge.architectures import Architecture, architecture_of, attention_windows, rotary_types
 from raymerge.device import moved
 from raymerge.errors import UserError
 from raymerge.gguf_input import SOURCE_FILE, converted_gguf, gguf_file_of
 from raymerge.hub import fetch
 from raymerge.identity import digest
+from raymerge.saved_config import names_absent_code, saved_config
 from raymerge.tensorfiles import ITEM_BYTES, Layout, OpenTensorFile
 
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -288,11 +289,18 @@ class Checkpoint(Mapping[str, Tensor]):
             own = os.open(unfinished, os.O_RDONLY)  # open, its number stays its own
             written = _write_shards(self._merged_layout(kept), tensors, unfinished)
             _check_own(own, unfinished)
-            values = trimmed_config(self.config.to_dict(), kept)
-            self.config.__class__.from_dict(values).save_pretrained(unfinished)
+            config = saved_config(
+                _read_json(self.directory / "config.json"),
+                self.config,
+                kept,
+                self.dtype,
+                both_spellings=self.source is not None,
+            )
+            _write_json(unfinished / "config.json", config)
             for file in sorted(self.directory.iterdir()):
                 if file.is_file() and file.name.startswith(_CARRIED):
                     shutil.copyfile(file, unfinished / file.name)
+            _drop_absent_code(unfinished / "tokenizer_config.json")
             for name, text in (extra_files or {}).items():
                 (unfinished / name).write_text(text, encoding="utf-8")
             _check_own(own, unfinished)
@@ -335,6 +343,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} cannot be read: it holds no JSON object; fetch it again")
     return values
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _drop_absent_code(path: Path) -> None:
+    """Take auto_map out of a tokenizer's config whose code was not copied: its class is transformers' own then."""
+    if (
+        path.is_file()
+        and "auto_map" in (values := _read_json(path))
+        and names_absent_code(values["auto_map"], path.parent)
+    ):
+        del values["auto_map"]
+        _write_json(path, values)
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -397,5 +420,5 @@ def _write_shards(layout: Layout, tensors: Iterable[tuple[str, Tensor]], directo
             opened[weight_map[name]].write(name, tensor)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / WEIGHT_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _write_json(directory / WEIGHT_INDEX, index)
     return total
