@@ -31,7 +31,7 @@ from raymerge.gguf_input import SOURCE_FILE, converted_gguf, gguf_file_of
 from raymerge.hub import fetch
 from raymerge.identity import digest
 from raymerge.saved_config import names_absent_code, saved_config
-from raymerge.tensorfiles import ITEM_BYTES, Layout, OpenTensorFile
+from raymerge.tensorfiles import DTYPES, ITEM_BYTES, Layout, OpenTensorFile
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 5 * 10**9
@@ -209,6 +209,12 @@ class Checkpoint(Mapping[str, Tensor]):
         return self[self.architecture.layer_name(0, f"{self.architecture.matrices[0]}.weight")].dtype
 
     @cached_property
+    def stored_dtypes(self) -> frozenset[torch.dtype]:
+        """The dtypes of all stored tensors but those of integers."""
+        kinds = {self._handles[file].get_slice(name).get_dtype() for name, file in self._where.items()}
+        return frozenset(dtype for kind in kinds if (dtype := DTYPES[kind]).is_floating_point)
+
+    @cached_property
     def identity(self) -> str:
         """First 16 hex digits of SHA-256 over the config and the weight files, wherever they lie."""
         config = _read_json(self.directory / "config.json")
@@ -250,15 +256,20 @@ class Checkpoint(Mapping[str, Tensor]):
                 stored += count * ITEM_BYTES[piece.get_dtype()]
         return parameters, stored
 
-    def _merged_layout(self, kept: list[int]) -> Layout:
-        """Dtype and shape of every tensor of the model that keeps the layers `kept`, in the order of its files."""
+    def merged_names(self, kept: list[int]) -> dict[str, str]:
+        """Every tensor of the model that keeps the layers `kept`, in the order of its files, with the stored tensor
+        whose place it takes."""
         name_of = self.architecture.layer_name
         root = self.architecture.layer_prefix.partition("{}")[0]
-        sources = {name: name for name in self._where if not name.startswith(root)}
+        names = {name: name for name in self._where if not name.startswith(root)}
         for position, layer in enumerate(kept):
-            sources |= {name_of(position, rel): name_of(layer, rel) for rel in self.layer_tensors(layer)}
+            names |= {name_of(position, rel): name_of(layer, rel) for rel in self.layer_tensors(layer)}
+        return names
+
+    def _merged_layout(self, kept: list[int]) -> Layout:
+        """Dtype and shape of every tensor of the model that keeps the layers `kept`, in the order of its files."""
         layout: Layout = {}
-        for name, source in sources.items():
+        for name, source in self.merged_names(kept).items():
             piece = self._handles[self._where[source]].get_slice(source)
             layout[name] = piece.get_dtype(), tuple(piece.get_shape())
         return layout
