@@ -120,6 +120,15 @@ class Architecture:
         """Full name of a layer's tensor in the state dict."""
         return self.layer_prefix.format(layer) + tensor
 
+    def has_tensor(self, name: str) -> bool:
+        """Whether a model of the family may have a tensor of this full name; files may hold others, as reward heads."""
+        root, _, end = self.layer_prefix.partition("{}")
+        if not name.startswith(root):
+            return name in (self.embedding, self.final_norm, self.unembedding)
+        part, _, kind = name.removeprefix(root).partition(end)[2].rpartition(".")
+        norms = {*self.norm_inputs, *self.output_norms.values(), *self.head_norms, *self.projection_norms}
+        return (kind == "weight" and part in norms) or (kind in ("weight", "bias") and part in self.projections)
+
     def gain_of(self, matrix: str) -> str | None:
         """The norm weight (a tensor of the layer) through which a matrix sees its input; None where there is none."""
         return next((f"{norm}.weight" for norm, readers in self.norm_inputs.items() if matrix in readers), None)

@@ -74,7 +74,7 @@ def _plan_lines(record: dict[str, Any]) -> list[str]:
             "Some matrices have alphas of their own, which `alphas.json` cannot hold: `merge_plan.json` does.",
         ]
     if record["mergekit"] is None:
-        lines += ["", "`mergekit.yaml` is the same merge for mergekit."]
+        lines += ["", "`mergekit.yaml` is the plan in mergekit's terms: mergekit makes the same weights of it."]
     else:
         lines += ["", f"There is no mergekit.yaml: {record['mergekit']}."]
     return lines

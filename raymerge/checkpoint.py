@@ -26,13 +26,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from raymerge import demo
-from raymerge.architectures import Architecture, architecture_of, attention_windows, rotary_types, trimmed_config
+from raymerge.architectures import Architecture, architecture_of, attention_windows, rotary_types
 from raymerge.device import moved
 from raymerge.errors import UserError
 from raymerge.gguf_input import SOURCE_FILE, converted_gguf, gguf_file_of
 from raymerge.hub import fetch
 from raymerge.identity import digest
-from raymerge.tensorfiles import ITEM_BYTES, Layout, OpenTensorFile
+from raymerge.saved_config import names_absent_code, saved_config
+from raymerge.tensorfiles import DTYPES, ITEM_BYTES, Layout, OpenTensorFile
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 5 * 10**9
@@ -259,6 +260,12 @@ class Checkpoint(Mapping[str, Tensor]):
         return self[self.architecture.layer_name(0, f"{self.architecture.matrices[0]}.weight")].dtype
 
     @cached_property
+    def stored_dtypes(self) -> frozenset[torch.dtype]:
+        """The dtypes of all stored tensors but those of integers."""
+        kinds = {self._handles[file].get_slice(name).get_dtype() for name, file in self._where.items()}
+        return frozenset(dtype for kind in kinds if (dtype := DTYPES[kind]).is_floating_point)
+
+    @cached_property
     def identity(self) -> str:
         """First 16 hex digits of SHA-256 over the config and the weight files, wherever they lie."""
         config = _read_json(self.directory / "config.json")
@@ -300,15 +307,20 @@ class Checkpoint(Mapping[str, Tensor]):
                 stored += count * ITEM_BYTES[piece.get_dtype()]
         return parameters, stored
 
-    def _merged_layout(self, kept: list[int]) -> Layout:
-        """Dtype and shape of every tensor of the model that keeps the layers `kept`, in the order of its files."""
+    def merged_names(self, kept: list[int]) -> dict[str, str]:
+        """Every tensor of the model that keeps the layers `kept`, in the order of its files, with the stored tensor
+        whose place it takes."""
         name_of = self.architecture.layer_name
         root = self.architecture.layer_prefix.partition("{}")[0]
-        sources = {name: name for name in self._where if not name.startswith(root)}
+        names = {name: name for name in self._where if not name.startswith(root)}
         for position, layer in enumerate(kept):
-            sources |= {name_of(position, rel): name_of(layer, rel) for rel in self.layer_tensors(layer)}
+            names |= {name_of(position, rel): name_of(layer, rel) for rel in self.layer_tensors(layer)}
+        return names
+
+    def _merged_layout(self, kept: list[int]) -> Layout:
+        """Dtype and shape of every tensor of the model that keeps the layers `kept`, in the order of its files."""
         layout: Layout = {}
-        for name, source in sources.items():
+        for name, source in self.merged_names(kept).items():
             piece = self._handles[self._where[source]].get_slice(source)
             layout[name] = piece.get_dtype(), tuple(piece.get_shape())
         return layout
@@ -339,12 +351,19 @@ class Checkpoint(Mapping[str, Tensor]):
             own = os.open(unfinished, os.O_RDONLY)  # open, its number stays its own
             written = _write_shards(self._merged_layout(kept), tensors, unfinished)
             _check_own(own, unfinished)
-            values = trimmed_config(self.config.to_dict(), kept)
-            self.config.__class__.from_dict(values).save_pretrained(unfinished)
+            config = saved_config(
+                _read_json(self.directory / "config.json"),
+                self.config,
+                kept,
+                self.dtype,
+                both_spellings=self.source is not None,
+            )
+            _write_json(unfinished / "config.json", config)
             for file in _named(self.directory, _CARRIED):
                 copied = unfinished / file.relative_to(self.directory)
                 copied.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copied)
+            _drop_absent_code(unfinished / "tokenizer_config.json")
             for name, text in (extra_files or {}).items():
                 (unfinished / name).write_text(text, encoding="utf-8")
             _check_own(own, unfinished)
@@ -392,6 +411,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} cannot be read: it holds no JSON object; fetch it again")
     return values
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _drop_absent_code(path: Path) -> None:
+    """Take auto_map out of a tokenizer's config whose code was not copied: its class is transformers' own then."""
+    if (
+        path.is_file()
+        and "auto_map" in (values := _read_json(path))
+        and names_absent_code(values["auto_map"], path.parent)
+    ):
+        del values["auto_map"]
+        _write_json(path, values)
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -458,5 +492,5 @@ def _write_shards(layout: Layout, tensors: Iterable[tuple[str, Tensor]], directo
             opened[weight_map[name]].write(name, tensor)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / WEIGHT_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _write_json(directory / WEIGHT_INDEX, index)
     return total

@@ -1,5 +1,8 @@
 """A plan in mergekit's terms, where it has them: a YAML file that `mergekit-yaml` turns into the same tensors.
 
+Where layers go it has none for a family whose config lists layer types (Qwen2, Qwen3, Gemma 2, Gemma 3): of a config
+mergekit changes nothing but the number of layers.
+
 mergekit's `linear` averages tensor by tensor, with weights that may depend on the tensor's name; an output slice takes
 one layer from each source. Source: mergekit's README, "Merge Configuration", and its parameter filters (substrings of
 the tensor's name, the first that fits).
@@ -38,6 +41,12 @@ def mergekit_yaml(checkpoint: Checkpoint, plan: MergePlan) -> str:
         raise NotExpressible(f"mergekit fits nothing to a calibration text (refit {plan.refit.method})")
     if checkpoint.source is not None:
         raise NotExpressible("mergekit reads no GGUF files")
+    if len(plan.kept) < plan.n_layers and getattr(checkpoint.config, "layer_types", None):
+        # Its output is refused when it is written or read: 5 layer_types for 3 layers (transformers 5).
+        raise NotExpressible(
+            "mergekit changes num_hidden_layers alone, and the config has an entry of layer_types for each layer that "
+            "there was"
+        )
     if not plan.kept[0].unchanged and len(plan.kept[0].sources) > 1:
         raise NotExpressible("mergekit would average the embedding too where the first layer is merged")
     merged = any(not kept.unchanged for kept in plan.kept)
@@ -59,7 +68,7 @@ def mergekit_yaml(checkpoint: Checkpoint, plan: MergePlan) -> str:
         config |= {"parameters": {"normalize": False}, "dtype": "float32", "out_dtype": stored}
     else:
         config |= {"dtype": stored}
-    lines = ["# The same merge for mergekit: mergekit-yaml mergekit.yaml OUT"]
+    lines = ["# The same weights by mergekit (tried with 0.1.5): mergekit-yaml mergekit.yaml OUT"]
     if _model(checkpoint, merged) == _FOLDER:
         lines += [f"# Here {_FOLDER} is {_where(checkpoint)}"]
     if merged:

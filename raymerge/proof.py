@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from raymerge.alignment import Aligner
+from raymerge.architectures import ArchitectureError, attention_windows, rotary_types
 from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.errors import UserError
 from raymerge.forward import LayerRunner
@@ -57,6 +59,8 @@ def prove(
 ) -> dict[str, Any]:
     """Compare the model saved in `folder` with the layerwise forward of `plan` on `checkpoint`; what was found.
 
+    Logits of PROMPTS, which are shorter than most attention windows; so each layer's window and rotary embedding are
+    compared as the saved config has them. Tensors of the base that are no model's, as a reward head's, are left aside.
     passed; finished: whether the fresh process came to an end of its own; max_difference, tolerance and largest_logit
     (logits); positions, and predictions_equal (how many of them have the same most probable token); generated_tokens
     and generated_text of NEW_TOKENS greedy tokens; seconds, peak_bytes of the fresh process; error: why it did not
@@ -92,6 +96,7 @@ def prove(
             "texts": texts,
             "ids": [list(map(int, sequence)) for sequence in ids],
             "new_tokens": NEW_TOKENS,
+            "dtype": _loaded_dtype(checkpoint),
             "trust_remote_code": checkpoint.trust_remote_code,
             # transformers before 5.22 loads Gemma 2 with SDPA, which leaves its softcap out.
             "attention": "eager" if checkpoint.architecture.attention_softcap else None,
@@ -105,6 +110,8 @@ def prove(
             return record
         result = json.loads((work / "result.json").read_text(encoding="utf-8"))
         found = read_tensors(work / "logits.safetensors", "the reloaded model's logits")
+        result["problems"] = _own_problems(checkpoint, plan, result["problems"])
+        result["attention"] = _attention_error(checkpoint, plan, folder)
         _compare(record, request, result, expected, [found[str(number)] for number in range(len(ids))])
     return record
 
@@ -167,6 +174,39 @@ def _longest_row(checkpoint: Checkpoint) -> int:
     return max(checkpoint[architecture.layer_name(layer, rel)].shape[-1] for rel in names)
 
 
+def _loaded_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype to reload in: the saved config's own, or where several are stored one that holds every value."""
+    dtypes = checkpoint.stored_dtypes
+    return "auto" if len(dtypes) == 1 else str(reduce(torch.promote_types, dtypes)).removeprefix("torch.")
+
+
+def _own_problems(checkpoint: Checkpoint, plan: MergePlan, problems: dict[str, list[str]]) -> dict[str, list[str]]:
+    """What transformers reports of the saved tensors, but for those that are no model's in the base's files either."""
+    names = checkpoint.merged_names([kept.index for kept in plan.kept])
+    foreign = {name for name in names if not checkpoint.architecture.has_tensor(name)}
+    own = problems | {"unexpected_keys": [name for name in problems.get("unexpected_keys", []) if name not in foreign]}
+    return {kind: found for kind, found in own.items() if found}
+
+
+def _attention_error(checkpoint: Checkpoint, plan: MergePlan, folder: Path) -> str | None:
+    """Where a layer has not the window and rotary embedding of the one kept, which no short prompt tells; else None."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=checkpoint.trust_remote_code)
+    try:
+        found = list(zip(attention_windows(config), rotary_types(config), strict=True))
+    except ArchitectureError as error:
+        return str(error)
+    expected = [(checkpoint.windows[kept.index], checkpoint.rotary_types[kept.index]) for kept in plan.kept]
+    differ = [number for number, (own, kept) in enumerate(zip(found, expected, strict=False)) if own != kept]
+    if not differ:
+        return None
+    return (
+        f"the attention of its layers {differ} is not that of the layers kept: window and rotary embedding of layer "
+        f"{differ[0]} are {found[differ[0]]} instead of {expected[differ[0]]}"
+    )
+
+
 def _run_fresh(folder: Path, work: Path) -> subprocess.CompletedProcess[str]:
     # Nothing may be fetched for a folder that is to stand on its own; and no GPU, whose products are rounded otherwise.
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
@@ -211,6 +251,8 @@ def _compare(
     errors = []
     if result["problems"]:
         errors.append(f"its tensors are not those that its config asks for: {result['problems']}")
+    if result["attention"]:
+        errors.append(result["attention"])
     if request["texts"] is not None and result["ids"] != request["ids"]:
         errors.append("its tokenizer gives other token ids than the base model's")
     if len(generated) != request["new_tokens"]:

@@ -21,14 +21,17 @@ from safetensors.torch import save_file
 def reload(folder: str, work: Path) -> None:
     """Write WORK/logits.safetensors ("0", "1", … each (T, vocabulary) float32) and WORK/result.json.
 
-    Logits are computed in float32 from the stored weights; tokens are generated greedily in the stored dtype.
+    Weights are loaded in the dtype asked for ("auto": what the folder's config says). Logits are computed from them in
+    float32; tokens are generated greedily in their own dtype.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     request = json.loads((work / "request.json").read_text(encoding="utf-8"))
     trust: dict[str, Any] = {"trust_remote_code": request["trust_remote_code"]}
     options = trust | ({"attn_implementation": request["attention"]} if request["attention"] else {})
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=request["dtype"], output_loading_info=True, **options
+    )
     result: dict[str, Any] = {"problems": {kind: sorted(map(str, names)) for kind, names in report.items() if names}}
     tokenizer = None
     if request["texts"] is not None:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from raymerge.errors import UserError
 
-_KINDS = {
+#: torch's dtype by safetensors' name of it.
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -31,7 +32,7 @@ _KINDS = {
     "BOOL": torch.bool,
 }
 #: Bytes of a value, by safetensors' name of its dtype.
-ITEM_BYTES = {kind: dtype.itemsize for kind, dtype in _KINDS.items()}
+ITEM_BYTES = {kind: dtype.itemsize for kind, dtype in DTYPES.items()}
 #: What a file will hold: for each tensor, safetensors' name of its dtype, and its shape.
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -61,7 +62,7 @@ class OpenTensorFile:
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor (of the CPU) into its place; ValueError where the layout has another or none left."""
         kind, shape = self._layout.pop(name, (None, ()))
-        if kind is None or _KINDS[kind] != tensor.dtype or tuple(tensor.shape) != shape:
+        if kind is None or DTYPES[kind] != tensor.dtype or tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}, but the file has room for {kind} {shape}"
             )

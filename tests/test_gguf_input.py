@@ -67,6 +67,9 @@ def test_a_merge_of_it_says_where_it_came_from(tmp_path, model):
     assert "mergekit reads no GGUF" in record["mergekit"]
     # The merge itself is no GGUF file.
     assert Checkpoint(str(tmp_path / "merged")).source is None
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100.0
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 
 from raymerge.checkpoint import Checkpoint
@@ -73,7 +74,7 @@ PLANS = {
 @pytest.mark.parametrize("case", PLANS)
 def test_the_yaml_gives_the_tensors_that_we_save(tmp_path, case):
     plan = PLANS[case]
-    family = "llama_biases" if case == "biases" else "qwen2"
+    family = "llama_biases" if case == "biases" else "llama3_rope"
     checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family, dtype=torch.bfloat16)))
     ours = fuse_state_dict(checkpoint, checkpoint.architecture, plan)
     text = mergekit_yaml(checkpoint, plan)
@@ -126,6 +127,27 @@ def test_no_path_of_this_machine_is_in_it(tmp_path, monkeypatch):
         assert where.replace(".*", "or a link to, the model that was merged") in averaged
         assert [source["model"] for part in yaml.safe_load(dropped)["slices"] for source in part["sources"]] == [model]
         assert str(tmp_path) not in averaged + dropped
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_layers_of_a_family_with_layer_types_do_not_go(tmp_path, family):
+    """mergekit 0.1.5 changes num_hidden_layers alone; what it would write is a config that transformers refuses."""
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family)))
+    values = checkpoint.config.to_dict() | {"num_hidden_layers": 3}
+    try:
+        type(checkpoint.config).from_dict(values)
+        readable = True
+    except (ValueError, StrictDataclassError) as error:
+        readable = False
+        assert "must be equal to the number of" in str(error)
+    assert readable != family.startswith(("qwen2", "qwen3", "gemma")) or family == "qwen3_moe"
+    for plan in (PLANS["tail"], PLANS["drop"]):
+        if readable:
+            assert mergekit_yaml(checkpoint, plan)
+        else:
+            with pytest.raises(NotExpressible, match="changes num_hidden_layers alone, and .* layer_types"):
+                mergekit_yaml(checkpoint, plan)
+    assert mergekit_yaml(checkpoint, PLANS["nothing"])
 
 
 def test_it_lies_beside_the_checkpoint_or_its_absence_is_explained(tmp_path):

@@ -92,6 +92,13 @@ def drop_token(folder):
     path.write_text(json.dumps(values))
 
 
+def swap_layer_types(folder):
+    """Windows as published ones are: far longer than the prompts, so that no logit tells."""
+    types = json.loads((folder / "config.json").read_text())["layer_types"]
+    other = {"sliding_attention": "full_attention", "full_attention": "sliding_attention"}
+    edit_config(folder, layer_types=[other[kind] for kind in types])
+
+
 SPOILED = {
     # One matrix rounded as bfloat16 would: the least that a wrong dtype does.
     "rounding": (
@@ -106,6 +113,77 @@ SPOILED = {
     "another_tokenizer": (drop_token, "tokenizer gives other token ids"),
     "no_weights": (lambda f: (f / "model.safetensors").unlink(), "could not reload and run it: OSError"),
 }
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            swap_layer_types,
+            r"attention of its layers \[0, 1, 2\] .* layer 0 are \(None, None\) instead of \(4096, None\)",
+        ),
+        (lambda f: edit_config(f, sliding_window=2048), r"layers \[0, 2\] .*\(2048, None\) instead of \(4096, None\)"),
+    ],
+)
+def test_another_attention_window_is_found_out_though_no_logit_differs(tmp_path, in_process, spoil, message):
+    checkpoint, folder = merged(tmp_path, "gemma2", sliding_window=4096)
+    assert prove(checkpoint, PLAN, folder)["passed"]
+    spoil(folder)
+    proof = prove(checkpoint, PLAN, folder)
+    assert proof["max_difference"] < proof["tolerance"] and re.search(message, proof["error"])
+
+
+def with_wide_norms(state):
+    return {name: tensor.float() + 2**-12 if "norm" in name else tensor for name, tensor in state.items()}
+
+
+STORED = {
+    # As fine-tuning leaves them: the config is the base's, the weights are what was trained.
+    "wide_weights": (torch.float32, "bfloat16", lambda state: state, "float32"),
+    "narrow_weights": (torch.bfloat16, "float16", lambda state: state, "bfloat16"),
+    "wide_norms": (torch.bfloat16, "bfloat16", with_wide_norms, "bfloat16"),
+    "two_narrow_ones": (
+        torch.bfloat16,
+        "bfloat16",
+        lambda state: state | {"lm_head.weight": state["lm_head.weight"].half()},
+        "bfloat16",
+    ),
+    "wide_value_head": (
+        torch.bfloat16,
+        "bfloat16",
+        lambda state: state | {"v_head.summary.weight": torch.ones(1, 32)},
+        "bfloat16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_stored_values_are_what_is_proved_whatever_dtype_the_config_says(tmp_path, in_process, case):
+    dtype, declared, change, saved = STORED[case]
+    folder = tiny.make_checkpoint(tmp_path / "base", dtype=dtype)
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"})
+    edit_config(folder, dtype=declared, torch_dtype=declared)
+    proof = save_merged(Checkpoint(str(folder)), PLAN, tmp_path / "merged")["proof"]
+    assert proof["passed"] and proof["max_difference"] < proof["tolerance"] / 4
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == saved
+
+
+def test_tensors_that_no_model_has_are_the_base_s_own_affair(tmp_path, in_process):
+    """A value head, as reward models keep one; but a tensor that the family has and its config denies is none."""
+    folder = tiny.make_checkpoint(tmp_path / "base")
+    state = load_file(folder / "model.safetensors")
+    state |= {f"model.layers.{n}.self_attn.k_scale": torch.tensor([float(n)]) for n in range(5)}
+    save_file(state | {"v_head.summary.weight": torch.ones(1, 32)}, folder / "model.safetensors")
+    save_merged(checkpoint := Checkpoint(str(folder)), PLAN, tmp_path / "merged")
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    assert stored["v_head.summary.weight"].shape == (1, 32)
+    save_file(stored | {"w_head.weight": torch.ones(1)}, tmp_path / "merged" / "model.safetensors")
+    error = prove(checkpoint, PLAN, tmp_path / "merged")["error"]
+    assert "w_head" in error and "v_head" not in error and "k_scale" not in error
+    save_file(state | {"model.layers.1.mlp.up_proj.bias": torch.zeros(48)}, folder / "model.safetensors")
+    with pytest.raises(ProofError, match="not those that its config asks for.*layers.1.mlp.up_proj.bias"):
+        save_merged(Checkpoint(str(folder)), PLAN, tmp_path / "biased")
 
 
 @pytest.mark.parametrize("case", SPOILED)

@@ -1,0 +1,73 @@
+"""config.json of a merged model: the base's own, with only what fewer layers change.
+
+Its spelling stays the base's, so that whatever reads the base reads the merge: transformers 5 writes rope_parameters
+and dtype where transformers 4 and llama.cpp's converter look for rope_theta, rope_scaling and torch_dtype, and take
+their defaults, silently, where they find none.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raymerge.architectures import trimmed_config
+
+# transformers fills these in where a config has none, from the number of layers.
+_DERIVED = ("layer_types", "max_window_layers")
+
+
+def saved_config(
+    declared: Mapping[str, Any], config: Any, kept: list[int], dtype: torch.dtype, *, both_spellings: bool = False
+) -> dict[str, Any]:
+    """The values of config.json for the model that keeps the layers `kept` (original numbers, in order).
+
+    declared: the base's config.json; config: what transformers makes of it. Per-layer entries are those of the kept
+    layers. Where transformers would give fewer layers other layer types than the kept ones have, they are written out.
+    A dtype that is written down becomes `dtype`, that of the matrices: readers cast weights to it. auto_map is left
+    out: the code that it names is not copied, and transformers has every supported family. both_spellings: write
+    transformers 4's keys beside those of transformers 5, for a base that has no config of its own.
+    """
+    values = {**declared, "num_hidden_layers": config.num_hidden_layers}
+    filled = {key: getattr(config, key, None) for key in _DERIVED if declared.get(key) is None}
+    filled = {key: copy.copy(value) for key, value in filled.items() if value is not None}
+    trimmed = trimmed_config(values | filled, kept)
+    shorter = {key: values[key] if key in filled else value for key, value in trimmed.items() if key in values}
+    # A pattern that the kept layers no longer follow was left out; others than transformers would assume the usual one.
+    if filled and set(shorter) == set(values):
+        read = type(config).from_dict(copy.deepcopy(shorter))
+        if getattr(read, "layer_types", None) == trimmed.get("layer_types"):
+            trimmed = shorter
+    trimmed.pop("auto_map", None)
+    stored = str(dtype).removeprefix("torch.")
+    for key in ("dtype", "torch_dtype"):
+        if key in trimmed and str(trimmed[key]).removeprefix("torch.") != stored:
+            trimmed[key] = stored
+    return _old_spelling(trimmed) | trimmed if both_spellings else trimmed
+
+
+def names_absent_code(auto_map: Any, folder: Path) -> bool:
+    """Whether an auto_map (class -> "module.Class", or several) names a module that is no file of the folder.
+
+    "OWNER/NAME--module.Class" is in a repository of the hub, wherever the folder is.
+    """
+    values = auto_map.values() if isinstance(auto_map, Mapping) else [auto_map]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    local = [name for name in names if isinstance(name, str) and "--" not in name]
+    return any(not (folder / f"{name.rpartition('.')[0]}.py").is_file() for name in local)
+
+
+def _old_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config of transformers 5 says of rotary embedding, dtype and experts as transformers 4 spells it."""
+    rotary = values.get("rope_parameters") or {}
+    main = rotary.get("full_attention", rotary)  # Gemma 3 has one for each layer type
+    old = {"rope_theta": main.get("rope_theta"), "partial_rotary_factor": main.get("partial_rotary_factor")}
+    old |= {"torch_dtype": values.get("dtype"), "num_experts": values.get("num_local_experts")}
+    if main.get("rope_type", "default") != "default":
+        old["rope_scaling"] = {key: value for key, value in main.items() if key not in old}
+    if "sliding_attention" in rotary:
+        old["rope_local_base_freq"] = rotary["sliding_attention"].get("rope_theta")
+    return {key: value for key, value in old.items() if value is not None}
