@@ -73,6 +73,7 @@ class Architecture:
     units it lies, or None. The dimensions of a query or key head form none: each has its own rotary frequency.
     sizes: how many units each name of PROJECTIONS stands for, of those inside another inside one unit of it.
     scaled_embedding: whether embeddings are multiplied by the root of their width.
+    windows: whether attention has the window that a config gives; transformers builds these families' masks without.
     attention_softcap, logit_softcap: config keys of c where attention scores, or logits, s become c tanh(s / c).
     width: config key of the MLP's width, or an expert's.
     required: config options that raymerge knows with some values only.
@@ -91,6 +92,7 @@ class Architecture:
     unit_groups: Mapping[str, str | None] = field(default_factory=lambda: {"units": None, **_HEAD_GROUPS})
     sizes: Mapping[str, int] = field(default_factory=dict)
     scaled_embedding: bool = False
+    windows: bool = True
     attention_softcap: str | None = None
     logit_softcap: str | None = None
     width: str = "intermediate_size"
@@ -217,7 +219,7 @@ _GEMMA_NORMS = {
 ARCHITECTURES: Mapping[str, Architecture] = {
     family.name: family
     for family in (
-        Architecture("llama"),
+        Architecture("llama", windows=False),
         Architecture("mistral"),
         Architecture("qwen2"),
         Architecture("qwen3", head_norms=tuple(_Q_K_NORMS)),
@@ -249,6 +251,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "olmo2",
+            windows=False,
             norm_inputs={},
             output_norms={"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
             projection_norms=_Q_K_NORMS,
@@ -266,6 +269,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "olmoe",
+            windows=False,
             projections=_ATTENTION | {"mlp.gate": ("router",)},
             experts=_QWEN_EXPERTS,
             norm_inputs={"input_layernorm": _QKV, "post_attention_layernorm": ("mlp.gate",)},
@@ -445,9 +449,10 @@ def attention_windows(config: Any) -> list[int | None]:
     """For each decoder layer, how many positions back a query sees, itself included; None where all of them.
 
     Follows transformers: a layer's entry in `layer_types` decides, and without such a list `sliding_window` holds
-    for every layer.
+    for every layer. Where the family's masks have none it means nothing.
     """
-    window = getattr(config, "sliding_window", None)
+    family = ARCHITECTURES.get(getattr(config, "model_type", None))
+    window = getattr(config, "sliding_window", None) if family is None or family.windows else None
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     known = {"full_attention", "sliding_attention"}
     if unknown := sorted(set(types) - known):

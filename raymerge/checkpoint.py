@@ -429,8 +429,11 @@ def _drop_absent_code(path: Path) -> None:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    index = directory / WEIGHT_INDEX
-    if index.is_file():
+    index, single = directory / WEIGHT_INDEX, directory / "model.safetensors"
+    # In transformers' order. Mistral's folders have the same weights once more in consolidated.safetensors.
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index} cannot be read: it has no weight_map; fetch it again")
@@ -438,10 +441,10 @@ def _weight_files(directory: Path) -> list[Path]:
             raise CheckpointError(
                 f"{index} cannot be read: {len(strange)} tensors have no file, such as {strange[:3]}; fetch it again"
             )
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-    elif (directory / "model.safetensors").is_file():
-        # As transformers does: Mistral's folders have the same weights once more in consolidated.safetensors.
-        files = [directory / "model.safetensors"]
+        names = sorted(set(weight_map.values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise CheckpointError(f"{index} names {outside[0]!r}, which is no file of its folder: fetch it again")
+        files = [directory / name for name in names]
     else:
         files = sorted(directory.glob("*.safetensors"))
     if missing := [str(file) for file in files if not file.is_file()]:

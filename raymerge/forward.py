@@ -33,7 +33,7 @@ _BATCH_TOKENS = 2048  # padded tokens of the sequences run together on a CPU, wh
 # What one more call of a layer costs: so many tokens (matrices of few rows multiply slower, on a GPU far slower), and
 # on a CPU torch's own work, worth so many multiply-adds. Padding that costs more is not computed.
 _CALL_TOKENS, _CALL_TOKENS_ACCELERATED, _CALL_OPERATIONS = 16, 256, 100e6
-_VERSION = 1  # of how layers are run; another value makes cached outputs of earlier versions unused
+_VERSION = 2  # of how layers are run; another value makes cached outputs of earlier versions unused
 _VOCABULARY_CHUNK = 16384  # rows of the unembedding converted to float32 at a time (58 MB at hidden size 896)
 
 

@@ -55,11 +55,15 @@ def test_matrices_that_read_a_norm_have_its_width():
     assert set(arch.matrices) - set(readers) == {"self_attn.o_proj", "mlp.down_proj"}
 
 
+@pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_windows_are_those_of_transformers(family):
-    """Read off the model: with window w, the gradient of position t reaches back to t - w + 1 in one layer."""
+def test_windows_are_those_of_transformers(family, window):
+    """Read off the model: with window w, the gradient of position t reaches back to t - w + 1 in one layer. A config
+    may have a window that the family's masks do not."""
     length = 64
     config = tiny.config_of(family)
+    if window is not None:
+        config.sliding_window = window
     for number, window in enumerate(attention_windows(config)):
         single = copy.deepcopy(config)
         single.num_hidden_layers = 1

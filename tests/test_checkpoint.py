@@ -115,6 +115,22 @@ def test_other_safetensors_beside_the_model_are_not_the_model(copy):
     assert "layers.0.attention.wq.weight" not in Checkpoint(str(copy))
 
 
+def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path):
+    folder = tiny.make_checkpoint(tmp_path / "m", "llama", shard="60KB")
+    single = tiny.make_checkpoint(tmp_path / "single", "llama", seed=5)
+    shutil.copy(single / "model.safetensors", folder)
+    found, loaded = Checkpoint(str(folder)), AutoModelForCausalLM.from_pretrained(folder, **tiny.PLAIN).state_dict()
+    assert all(torch.equal(found[name], loaded[name]) for name in found)
+
+
+def test_an_index_names_files_of_its_folder(tmp_path):
+    folder = tiny.make_checkpoint(tmp_path / "m", "llama", shard="60KB")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model-00001', '"../m/model-00001'))
+    with pytest.raises(CheckpointError, match=r"index.json names '../m/model-00001.*', which is no file of its folder"):
+        Checkpoint(str(folder))
+
+
 def test_rotary_buffers_of_old_checkpoints_are_no_weights(copy, tmp_path):
     """Llama 2's files hold them; transformers computes them."""
     state = load_file(copy / "model.safetensors")
