@@ -24,7 +24,7 @@ from ray.cluster_utils import Cluster
 
 from raymerge import experiments
 from raymerge.config import load_config
-from raymerge.pool import NoRoomError, WorkerPool, cluster_resources, plan_workers, start_ray
+from raymerge.pool import NoRoomError, WorkerPool, cluster_nodes, plan_workers, start_ray
 from raymerge.proposers import RandomProposer
 from raymerge.search import run_search
 from raymerge.tables import RunDirectory
@@ -149,7 +149,7 @@ def kill_process(pool, slot):
 @pytest.mark.parametrize("nodes", [2, 4])
 def test_a_search_uses_every_node(cluster, tmp_path, nodes):
     cluster(nodes)
-    placement = plan_workers("auto", "auto", 1, cluster_resources())
+    placement = plan_workers("auto", "auto", 1, cluster_nodes())
     assert (placement.count, placement.gpus) == (nodes, 1.0)
     with make_pool(tmp_path, placement.count) as pool:
         deadline = time.monotonic() + _WAIT_S

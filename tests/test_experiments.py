@@ -24,7 +24,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
 from raymerge.evaluation import text_nll
 from raymerge.experiments import alpha_search, evaluate, search
-from raymerge.experiments.common import cache_of, describe_workers, read_inputs, settings_of
+from raymerge.experiments.common import cache_of, describe_workers, open_pool, read_inputs, settings_of
 from raymerge.experiments.planning import starting_plan
 from raymerge.forward import LayerRunner
 from raymerge.inputs import REPORT, SEARCH, read_text
@@ -310,6 +310,49 @@ def test_workers_with_other_files_are_the_users_to_mend(tmp_path):
     object.__setattr__(inputs, "questions", {})  # as if the driver's were others
     with pytest.raises(ConfigError, match="must lead to the same files on every machine"):
         describe_workers(pool, inputs, Silent())
+
+
+def described(**differs):
+    return {"host": "b", "device": "cpu", "dtype": "float32", "model_identity": "m", "data_identities": {}} | differs
+
+
+@pytest.mark.parametrize(
+    "gpus, differs, message",
+    [
+        (0, {"dtype": "bfloat16"}, "worker on b computes with dtype bfloat16, the one on a with float32: .*dtype"),
+        (0, {"device": "NVIDIA A10G"}, "worker on b computes with device GPU, the one on a with cpu"),
+        (1, {}, r"worker on b has 1 GPUs by Ray, but torch sees no CUDA .*torch.cuda.is_available.*gpus_per_worker: 0"),
+    ],
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_workers_that_would_compute_differently_are_the_users_to_mend(gpus, differs, message, late):
+    """One whose torch sees no GPU would silently compute on the CPU, in float32 beside the others' bfloat16."""
+    inputs = SimpleNamespace(checkpoint=SimpleNamespace(identity="m"), identities={})
+    good, bad = described(host="a", device="NVIDIA H100" if gpus else "cpu"), described(**differs)
+    found, admitted = [good] if late else [good, bad], []
+    pool = SimpleNamespace(
+        gpus_per_worker=gpus, admit=lambda _, check: admitted.append(check), broadcast=lambda _: found
+    )
+    with pytest.raises(ConfigError, match=message):
+        describe_workers(pool, inputs, Silent())
+        admitted[0](bad)
+    if gpus:
+        admitted[0](described(device="NVIDIA A10G"))  # another make of the same kind
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_cluster_that_loses_its_last_node_is_waited_for(monkeypatch, gpus):
+    """Where workers.count is auto the pool asks how many there should be; GPU workers do not become CPU workers."""
+    opened, nodes = [], [{"CPU": 2.0, "GPU": float(gpus)}]
+    monkeypatch.setattr("raymerge.experiments.common.WorkerPool", lambda *_, **options: opened.append(options))
+    monkeypatch.setattr("raymerge.experiments.common.cluster_nodes", lambda: nodes)
+    open_pool(load_config(None, []), SimpleNamespace(roles=()), "cache")
+    (options,) = opened
+    assert (options["gpus_per_worker"], options["grow"]()) == (gpus, 1 if gpus else 2)
+    nodes[:] = [{"CPU": 64.0}] if gpus else []
+    assert options["grow"]() == 0
+    nodes[:] = [{"CPU": 4.0, "GPU": 3.0}] * 2
+    assert options["grow"]() == (6 if gpus else 8)
 
 
 def test_receipts_say_that_dropping_changes_nothing_and_merging_seven_matrices(run):
