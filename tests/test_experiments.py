@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+import time
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -24,7 +26,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
 from raymerge.evaluation import text_nll
 from raymerge.experiments import alpha_search, evaluate, search
-from raymerge.experiments.common import cache_of, describe_workers, open_pool, read_inputs, settings_of
+from raymerge.experiments.common import cache_of, describe_workers, open_pool, read_inputs, settings_of, swept_cache
 from raymerge.experiments.planning import starting_plan
 from raymerge.forward import LayerRunner
 from raymerge.inputs import REPORT, SEARCH, read_text
@@ -245,6 +247,38 @@ def test_a_model_whose_proof_was_interrupted_is_not_taken_for_a_proved_one(saver
     assert not where.exists()
     monkeypatch.setattr(raymerge.merging, "prove", prove)
     assert save(plan)[1]["passed"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_model_that_was_being_saved_to_an_object_store_is_deleted_at_the_next_start(
+    saver, tmp_path, monkeypatch, shared
+):
+    """It lies in the run's cache meanwhile; of a cache that other runs may use, only what is old is deleted."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    more = [f"output.cache={tmp_path / 'shared'}"] if shared else []
+    settings = config(f"fsspec+memory://bucket/{tmp_path.name}", *more)
+    run = RunDirectory.open(settings.output.run, settings_of(settings, "model", "data"), "search")
+    with swept_cache(settings, run) as cache:
+        save, plan = saver(tmp_path / "run")
+        save.__self__.run, save.__self__.cache, beside = run, cache, []
+
+        def interrupted(checkpoint, plan, folder, **_):
+            beside.append(folder.parent)
+            (folder.parent.parent / "_tmp.of a killed process").mkdir()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(alpha_search, "save_merged", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save(plan)
+    assert beside[0].parent == Path(cache) and beside[0].name.startswith("_tmp.")
+    for age in (0.0, 2 * 86400.0):
+        os.utime(Path(cache) / "_tmp.of a killed process", (time.time() - age,) * 2)
+        with swept_cache(settings, run):
+            left = [path.name for path in Path(cache).glob("_tmp.*")]
+        if not shared:
+            break
+        assert bool(left) == (age == 0.0)
+    assert left == []
 
 
 def test_a_saved_model_is_kept_only_for_its_plan_and_with_the_proof_that_is_asked_for(saver, tmp_path):

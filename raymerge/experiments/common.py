@@ -24,9 +24,12 @@ from raymerge.plan import MergePlan
 from raymerge.pool import Placement, PlacementError, WorkerPool, cluster_nodes, plan_workers, start_ray
 from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
+from raymerge.storage import Lock, clear_scratch
 from raymerge.tables import RunDirectory
 from raymerge.texts import text_hash
 from raymerge.worker import ModelWorker
+
+_LEFT_S = 86400.0  # after which what has a temporary name in a shared cache is no longer being written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,18 @@ def cache_of(config: Config, run: RunDirectory) -> str:
         return run.path_of("cache")
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return str(Path(folder) / "raymerge" / run.run_id)
+
+
+@contextmanager
+def swept_cache(config: Config, run: RunDirectory) -> Iterator[str]:
+    """The run's cache (`cache_of`), without what killed processes have left under temporary names: all of it where the
+    cache is the run's own, of which a run in an object store has none but this to be locked by; where other runs may
+    share it, what is older than a day. Raises RunError where another process has the lock."""
+    cache = cache_of(config, run)
+    # Inside a run on a disk it is locked and swept with the run.
+    lock = Lock(cache) if config.output.cache is None and not run.is_local else None
+    clear_scratch(cache, older_s=0.0 if lock else _LEFT_S)
+    yield cache
 
 
 @contextmanager
