@@ -129,6 +129,7 @@ def start_ray(
     *, num_cpus: int | None = None, dashboard: bool = False, progress: Progress | None = None
 ) -> Iterator[str | None]:
     """Use the Ray there is - a job's, RAY_ADDRESS's or this process's - else start a local one and end it after.
+    Raises UserError for an address where no cluster answers, and for one of Ray's client mode.
 
     The local one listens on 127.0.0.1 only and has `num_cpus` (logical) CPUs, else the machine's; `dashboard` starts
     Ray's dashboard with it. Gives the dashboard's address, or None where there is none.
@@ -140,6 +141,13 @@ def start_ray(
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     with step(progress or Silent(), "starting Ray"):
         if address := os.environ.get("RAY_ADDRESS"):
+            if address.startswith("ray://"):
+                # Tune would run in a process of the head: the searcher, with all that it holds, would have to move.
+                raise UserError(
+                    f"RAY_ADDRESS is {address}, which is Ray's client mode: the search must run in the cluster. Give "
+                    "the job to it (RAY_ADDRESS=http://HEAD:8265 ray job submit --working-dir . -- python "
+                    "jobs/search_alphas.py ...), or run on one of its machines with RAY_ADDRESS=HEAD:6379"
+                )
             try:
                 context = ray.init(**options)
             except (ConnectionError, ValueError, RuntimeError) as error:
@@ -251,10 +259,7 @@ def _answer(handle: Any, method: str, reference: Any, timeout_s: float | None) -
         ray.kill(handle, no_restart=False)
         raise WorkerLost(f"{method}: no answer within workers.timeout_s, the worker hangs or is slower") from error
     except (ObjectStoreFullError, OutOfDiskError) as error:
-        raise NoRoomError(
-            f"Ray's object store is full, and so is the disk behind it ({str(error).splitlines()[0]}): free space in "
-            "Ray's temporary folder, then run the same command again: what is finished is stored"
-        ) from error
+        raise _store_is_full(error) from error
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, UserError):  # reads as well as one that the driver sees
@@ -269,6 +274,13 @@ def _answer(handle: Any, method: str, reference: Any, timeout_s: float | None) -
         raise
     except RayError as error:
         raise WorkerLost(f"{method}: {_reason(error)}") from error
+
+
+def _store_is_full(error: Exception) -> NoRoomError:
+    return NoRoomError(
+        f"Ray's object store is full, and so is the disk behind it ({str(error).splitlines()[0]}): free space in "
+        "Ray's temporary folder, then run the same command again: what is finished is stored"
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -565,13 +577,18 @@ class WorkerPool:
     # -- work
 
     def broadcast(self, method: str, *args: Any) -> list[Any]:
-        """Call a method on every worker that is there, at once; their results in the slots' order.
+        """Call a method on every worker that is there, at once; their results in the slots' order. Arguments are
+        serialised once, however many workers there are.
 
         A worker that is lost over it is left out; where all are, those that come next are asked, three times in all.
         """
+        try:
+            shared = [ray.put(argument) for argument in args]
+        except (ObjectStoreFullError, OutOfDiskError) as error:
+            raise _store_is_full(error) from error
         for _ in range(_ATTEMPTS):
             self._wait_for_one()
-            calls = {slot: self._slots[slot].handle.call.remote(method, *args) for slot in self.present}
+            calls = {slot: self._slots[slot].handle.call.remote(method, *shared) for slot in self.present}
             ray.wait(list(calls.values()), num_returns=len(calls), timeout=self.timeout_s)
             results = []
             for slot, reference in calls.items():

@@ -249,6 +249,15 @@ def test_a_cluster_that_cannot_be_reached_is_the_users_to_mend(monkeypatch, rais
         pass
 
 
+def test_rays_client_mode_is_refused_with_the_cure(monkeypatch):
+    """Tune would pickle the searcher into the cluster, which keeps nothing of itself."""
+    monkeypatch.setattr("raymerge.pool.ray.init", lambda **_: pytest.fail("connected"))
+    monkeypatch.setattr("raymerge.pool.ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    with pytest.raises(UserError, match="RAY_ADDRESS is ray://head:10001, .*ray job submit.*HEAD:6379"), start_ray():
+        pass
+
+
 def test_a_constructor_that_raises_is_reported_with_its_words(ray_session):
     with pytest.raises(WorkerError, match="no model at /nowhere"):
         WorkerPool(Refuses, {"path": "/nowhere"}, count=2, timeout_s=60)
@@ -433,3 +442,23 @@ def test_what_ray_gives_up_while_a_worker_has_nothing_to_do_is_lost_too(open_fak
     pool, fake, events = open_fake(HERE, {**HERE, "here": OutOfMemoryError("killed for memory")})
     assert pool.answering([0, 1]) == [0]
     assert [(kind, worker) for kind, worker, _ in events] == [("lost", "worker-1")]
+
+
+def test_what_is_broadcast_is_serialised_once(open_fake):
+    """A fit's tensors are hundreds of megabytes, for each of many workers."""
+    pool, fake, _ = open_fake(*[{**HERE, "call": lambda _, tensors: tensors}] * 3)
+    tensors = np.zeros(3)
+    found = pool.broadcast("keep", tensors)
+    assert len(fake.puts) == 1 and fake.puts[0] is tensors
+    assert len(found) == 3 and all(reference is found[0] for reference in found)
+
+
+def test_a_full_store_is_nobodys_fault_for_what_is_broadcast_either(open_fake, monkeypatch):
+    pool, fake, _ = open_fake(HERE)
+
+    def put(_):
+        raise OutOfDiskError("Local disk is full")
+
+    monkeypatch.setattr(fake, "put", put)
+    with pytest.raises(NoRoomError, match="object store is full.*run the same command again"):
+        pool.broadcast("keep", np.zeros(3))
