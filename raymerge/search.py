@@ -23,9 +23,10 @@ from typing import Any, Protocol
 from ray import tune
 from ray.tune.search import Searcher
 
+from raymerge.cluster import driver_node
 from raymerge.errors import UserError
 from raymerge.objectives import trial_outcome
-from raymerge.pool import NoRoomError, WorkerError, WorkerLost, WorkerPool, call_worker, driver_node, find_worker
+from raymerge.pool import WorkerError, WorkerLost, WorkerPool, call_worker, find_worker
 from raymerge.proposers import Point, Proposer
 
 Row = dict[str, Any]
@@ -140,7 +141,7 @@ class _Trial(tune.Trainable):
         except WorkerLost as error:
             found = {"lost": str(error)}
         except UserError as error:  # no fault of the candidate: it would befall every other one
-            found = {"refused": str(error)}
+            found = {"refused": error}
         return {"value": float("nan"), **found, "done": True}
 
     def _handle(self, name: str) -> Any:
@@ -303,7 +304,7 @@ class BatchSearcher(Searcher):
             self.failure = self.failure or failed
             return
         if result.get("refused"):
-            self.failure = self.failure or NoRoomError(result["refused"])
+            self.failure = self.failure or result["refused"]
             return  # Nothing is stored of a batch that was not tried: it is done again at the next start.
         if error or results is None:
             cause = result.get("lost") or "the Tune trial failed; its error stands in Tune's folder of the run"
@@ -411,7 +412,8 @@ def run_search(
     The worker's `method` takes a list of points (and `arguments`) and returns, for each, a dict with value, accuracy,
     nll, n_questions and seconds, and where it ended elsewhere alphas. A candidate whose worker raises, dies three
     times, or scores NaN ends as a failed row with its error. Rows have the columns of table `trials`. Raises what
-    `record` raises, and NoRoomError where no worker is left or a disk is full, after Tune has stopped.
+    `record` raises, a UserError that scoring raises, and NoRoomError where no worker is left or a disk is full, after
+    Tune has stopped.
     """
     alphas_done = len(replayed)
     common = {"searcher": searcher, "seed": seed, "objective": objective}

@@ -23,18 +23,16 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
+from raymerge.cluster import ClusterError, PlacementError, plan_workers, start_ray
 from raymerge.device import lean_heap
 from raymerge.errors import UserError
 from raymerge.pool import (
     NoRoomError,
-    PlacementError,
     WorkerError,
     WorkerLost,
     WorkerPool,
     _device_allocation,
     call_worker,
-    plan_workers,
-    start_ray,
 )
 
 
@@ -242,19 +240,19 @@ def test_a_cluster_that_cannot_be_reached_is_the_users_to_mend(monkeypatch, rais
     def init(**_):
         raise raised
 
-    monkeypatch.setattr("raymerge.pool.ray.init", init)
-    monkeypatch.setattr("raymerge.pool.ray.is_initialized", lambda: False)
+    monkeypatch.setattr("raymerge.cluster.ray.init", init)
+    monkeypatch.setattr("raymerge.cluster.ray.is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "http://x:8265")
-    with pytest.raises(UserError, match="RAY_ADDRESS is 'http://x:8265', but .*host:6379"), start_ray():
+    with pytest.raises(ClusterError, match="RAY_ADDRESS is 'http://x:8265', but .*host:6379"), start_ray():
         pass
 
 
 def test_rays_client_mode_is_refused_with_the_cure(monkeypatch):
     """Tune would pickle the searcher into the cluster, which keeps nothing of itself."""
-    monkeypatch.setattr("raymerge.pool.ray.init", lambda **_: pytest.fail("connected"))
-    monkeypatch.setattr("raymerge.pool.ray.is_initialized", lambda: False)
+    monkeypatch.setattr("raymerge.cluster.ray.init", lambda **_: pytest.fail("connected"))
+    monkeypatch.setattr("raymerge.cluster.ray.is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
-    with pytest.raises(UserError, match="RAY_ADDRESS is ray://head:10001, .*ray job submit.*HEAD:6379"), start_ray():
+    with pytest.raises(ClusterError, match="RAY_ADDRESS is ray://head:10001, .*ray job submit.*HEAD:6379"), start_ray():
         pass
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from ray.exceptions import OutOfMemoryError
 
+from raymerge.config import ConfigError
 from raymerge.plan import tail_coefficients
 from raymerge.pool import NoRoomError, WorkerLost, WorkerPool
 from raymerge.proposers import BayesProposer, RandomProposer, Starts
@@ -372,12 +374,24 @@ def test_a_worker_that_is_lost_gets_no_work_before_it_is_back_and_a_new_one_join
     assert log == []
 
 
-def test_what_is_no_fault_of_a_candidate_ends_the_search_and_is_not_stored():
+@pytest.mark.parametrize("error", [NoRoomError("disk full: free some"), ConfigError("search.objective: none such")])
+def test_what_is_no_fault_of_a_candidate_ends_the_search_and_is_not_stored(monkeypatch, error):
+    """It keeps its class, by which a caller tells one from the other."""
+
+    def call_worker(*_, **__):
+        raise error
+
+    trial = object.__new__(_Trial)
+    trial.setup({}, started="")
+    trial.config = {"worker": "actor-0", "candidates": [[0.5]], "first_round": []}
+    monkeypatch.setattr("raymerge.search.find_worker", lambda name: name)
+    monkeypatch.setattr("raymerge.search.call_worker", call_worker)
+    monkeypatch.setattr(trial, "_wait_for_others", lambda: None)
     log = []
     tune = searcher(log)
     tune.suggest("a")
-    tune.on_trial_complete("a", {"refused": "disk full: free some"})
-    assert isinstance(tune.failure, NoRoomError) and str(tune.failure) == "disk full: free some" and log == []
+    tune.on_trial_complete("a", pickle.loads(pickle.dumps(trial.step())))
+    assert type(tune.failure) is type(error) and str(tune.failure) == str(error) and log == []
     assert tune.suggest("b") == BatchSearcher.FINISHED
 
 

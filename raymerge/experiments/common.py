@@ -17,11 +17,12 @@ import numpy as np
 import raymerge
 from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
+from raymerge.cluster import Placement, PlacementError, cluster_nodes, plan_workers, start_ray
 from raymerge.config import Config, ConfigError
 from raymerge.identity import digest
 from raymerge.inputs import SEARCH_TEXT, TEXT, Material, read_material, read_text, task_role
 from raymerge.plan import MergePlan
-from raymerge.pool import Placement, PlacementError, WorkerPool, cluster_nodes, plan_workers, start_ray
+from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
 from raymerge.storage import Lock, clear_scratch
