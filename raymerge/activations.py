@@ -25,7 +25,7 @@ from raymerge.fusion import check_mergeable
 from raymerge.identity import digest
 from raymerge.plan import MergePlan, base_plan
 from raymerge.prompts import Group, Shard
-from raymerge.tensorfiles import read_tensors, write_tensors
+from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 
 POOLINGS = ("sequence", "last", "mean")
 
@@ -363,11 +363,11 @@ class ActivationCache:
     ) -> Activations:
         """What `collect` gives for the same arguments, from the file if it is there, else collected and stored.
 
-        Raises UserError for a file that cannot be read or written, and whatever `collect` raises.
+        Raises UserError for a file that cannot be written or lacks something, and whatever `collect` raises.
         """
         _check_options(pooling, max_tokens)
         path = self.path(runner, shards, pooling=pooling, max_tokens=max_tokens, plan=plan)
-        if not path.exists():
+        if not is_whole(path, _WHAT):
             found = collect(runner, shards, pooling=pooling, max_tokens=max_tokens, plan=plan, progress=progress)
             values = {name: torch.from_numpy(v) for name, v in vars(found).items() if v is not None}
             write_tensors(path, values, _WHAT)

@@ -38,7 +38,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.errors import UserError
 from raymerge.identity import digest
 from raymerge.plan import MergePlan, MergeStep
-from raymerge.tensorfiles import read_tensors, write_tensors
+from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 
 #: Alignments that keep every layer's function: whole units are reordered.
 REORDERED = ("neurons", "activations")
@@ -245,7 +245,7 @@ class Aligner:
         key = alignment, *pair
         if key not in self._pairs:
             path = self._path(pair, alignment)
-            if path is not None and path.exists():
+            if path is not None and is_whole(path, _WHAT):
                 self._pairs[key] = {name: order.numpy() for name, order in read_tensors(path, _WHAT).items()}
             else:
                 self._pairs[key] = self._match(pair, alignment)

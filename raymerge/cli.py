@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _stop(number: int, _: object) -> NoReturn:
     """End at once at a SIGTERM, as `ray job stop` sends it: what is finished is stored, a local Ray ends with its
     driver, and an exception would not get through Tune from wherever it is."""
-    os.write(2, f"raymerge: stopped; {_STOPPED}\n".encode())
+    with contextlib.suppress(OSError):  # whoever read what we say may have ended first
+        os.write(2, f"raymerge: stopped; {_STOPPED}\n".encode())
     os._exit(128 + number)
 
 

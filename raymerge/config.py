@@ -419,6 +419,10 @@ class WorkersConfig(_Section):
                 f"autoscaling is true, but count is {self.count} and gpus_per_worker {self.gpus_per_worker}: a cluster "
                 "that grows on demand must be told how many workers of how many GPUs, such as 8 of 1"
             )
+        if self.gpus_per_worker != "auto" and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError(
+                f"gpus_per_worker is {self.gpus_per_worker:g}: a worker has a fraction of one GPU (0.5), or whole ones"
+            )
         return self
 
 

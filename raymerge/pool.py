@@ -1,4 +1,4 @@
-"""Plain worker classes as Ray actors: placement, one call at a time, and what to do when one dies or hangs.
+"""Plain worker classes as Ray actors: one call at a time, and what to do when one dies or hangs.
 
 A pool is never sure of its workers: nodes come and go, processes die, calls hang. So nothing waits for a particular
 worker. One that is lost is out of the pool until its restart is through, wherever that happens, and what it was doing
@@ -9,32 +9,27 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
-import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private import ray_constants
 from ray.exceptions import (
     ActorDiedError,
+    ActorUnschedulableError,
     GetTimeoutError,
-    NodeDiedError,
-    ObjectLostError,
     ObjectStoreFullError,
     OutOfDiskError,
-    RayActorError,
+    OutOfMemoryError,
+    RayError,
     RayTaskError,
-    WorkerCrashedError,
+    RuntimeEnvSetupError,
 )
 
 from raymerge.errors import UserError
-from raymerge.progress import Progress, Silent, step
 
 _ATTEMPTS = 3  # how often one item is tried before its failure is the pool's
 _PAUSE_S = 0.3  # before an actor that is restarting is asked again; each such call itself takes 1-2 s to be refused
@@ -43,8 +38,9 @@ _GROW_S = 5.0  # between looks at what the cluster has
 _ANSWER_S = 5.0  # for a worker that has nothing to do to say that it is there
 _PATIENCE_S = 10.0  # how long the first worker waits for the others at the start, if it started faster than that
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-#: The worker, or the node with its result, is gone.
-LOST = (RayActorError, GetTimeoutError, ObjectLostError, NodeDiedError, WorkerCrashedError)
+# What every call to an actor gives that Ray will not start again. The last three are no RayActorErrors: an actor that
+# was killed for the node's memory gives OutOfMemoryError once its restarts are used up.
+_GIVEN_UP = (ActorDiedError, ActorUnschedulableError, OutOfMemoryError, RuntimeEnvSetupError)
 
 
 class WorkerError(RuntimeError):
@@ -55,118 +51,9 @@ class WorkerLost(WorkerError):
     """One call did not end: its worker died or hung, or its node is gone."""
 
 
-class PlacementError(UserError):
-    """More workers asked for than the cluster has room for; the message has the figures."""
-
-
 class NoRoomError(UserError):
     """No worker is left, or a disk or Ray's object store is full: no fault of what is computed. The message says what
     to do; what is finished is stored."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How many workers, and what each takes of a machine."""
-
-    count: int
-    cpus: float
-    gpus: float
-
-
-def plan_workers(
-    count: int | str,
-    gpus_per_worker: float | str,
-    cpus_per_worker: float,
-    resources: Mapping[str, float],
-    *,
-    autoscaling: bool = False,
-) -> Placement:
-    """Choose how many workers fit. "auto" takes one GPU a worker where there are GPUs, else CPUs alone, and as many
-    workers as fit; resources are a cluster's totals by Ray's names ("CPU", "GPU").
-
-    Raises PlacementError where more are asked for than fit, unless the cluster is an `autoscaling` one.
-    """
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    per_gpu = float(gpus >= 1) if gpus_per_worker == "auto" else float(gpus_per_worker)
-    by_cpu = int(cpus // cpus_per_worker)
-    fits = min(by_cpu, int(gpus / per_gpu + 1e-9)) if per_gpu else by_cpu
-    wanted = max(fits, 1) if count == "auto" else int(count)
-    if wanted > fits and not autoscaling:
-        raise PlacementError(
-            f"{wanted} workers of {cpus_per_worker:g} CPUs and {per_gpu:g} GPUs do not fit: the cluster has {cpus:g} "
-            f"CPUs and {gpus:g} GPUs, room for {fits}; lower workers.count, workers.cpus_per_worker or "
-            "workers.gpus_per_worker, or set workers.autoscaling if the cluster grows on demand"
-        )
-    return Placement(wanted, cpus_per_worker, per_gpu)
-
-
-def cluster_resources() -> dict[str, float]:
-    """What the cluster has in all."""
-    return ray.cluster_resources()
-
-
-def driver_node() -> str:
-    """The name of a Ray resource that only this process's node has, so that an actor can be kept on it."""
-    here = ray.get_runtime_context().get_node_id()
-    (node,) = (node for node in ray.nodes() if node["NodeID"] == here)
-    names = [name for name in node["Resources"] if name.startswith("node:")]
-    # Nodes that share an address, as in tests, share its resource as well; the head's other one is its own.
-    return next((name for name in names if name.endswith("__internal_head__")), names[0])
-
-
-@contextmanager
-def start_ray(
-    *, num_cpus: int | None = None, dashboard: bool = False, progress: Progress | None = None
-) -> Iterator[str | None]:
-    """Use the Ray there is - a job's, RAY_ADDRESS's or this process's - else start a local one and end it after.
-
-    The local one listens on 127.0.0.1 only and has `num_cpus` (logical) CPUs, else the machine's; `dashboard` starts
-    Ray's dashboard with it. Gives the dashboard's address, or None where there is none.
-    """
-    if ray.is_initialized():
-        yield None
-        return
-    on_stop = signal.getsignal(signal.SIGTERM)
-    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    with step(progress or Silent(), "starting Ray"):
-        if address := os.environ.get("RAY_ADDRESS"):
-            try:
-                context = ray.init(**options)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise NoRoomError(
-                    f"RAY_ADDRESS is {address!r}, but there is no cluster that answers: {error}. Give the address of "
-                    "a head, such as host:6379 (http://host:8265 is for `ray job submit` alone), or unset it for a "
-                    "local Ray"
-                ) from error
-        else:
-            options |= {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
-            with _loopback_only():
-                context = ray.init(address="local", num_cpus=num_cpus, **options)
-    if threading.current_thread() is threading.main_thread():
-        # Back to what it was: Ray's own prints a trace and aborts the process (SIGABRT) if it takes 3 s to end.
-        signal.signal(signal.SIGTERM, on_stop)
-    try:
-        yield f"http://{context.dashboard_url}" if context.dashboard_url else None
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _loopback_only() -> Iterator[None]:
-    """Ray takes the machine's outer address even for `_node_ip_address="127.0.0.1"`, and binds its ports on all of
-    them; only its switch for desktops without multi-node clusters keeps it on the loopback (seen with 2.60). Ray's
-    processes read the switch from the environment, this one read it when Ray was imported."""
-    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    before, os.environ[name] = os.environ.get(name), "0"
-    enabled, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = enabled
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 # glibc gives back every block beyond 32 MB when it is freed, so that each layer's weights and activations are new pages
@@ -194,7 +81,6 @@ class _Host:
     """
 
     def __init__(self, worker_class: type, kwargs: Mapping[str, Any]):
-        self._marks: set[str] = set()
         self._refusal: UserError | None = None
         try:
             self.worker = worker_class(**kwargs)
@@ -207,11 +93,8 @@ class _Host:
             raise self._refusal
         return ray.util.get_node_ip_address(), None if method is None else getattr(self.worker, method)()
 
-    def mark(self, name: str) -> None:
-        self._marks.add(name)
-
-    def marked(self, name: str) -> bool:
-        return name in self._marks
+    def here(self) -> None:
+        """Answers where this process is there and has nothing to do."""
 
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self.worker, method)(*args)
@@ -229,8 +112,9 @@ def call_worker(handle: Any, method: str, *args: Any, timeout_s: float) -> Any:
     """Call one worker once and wait for the answer, `timeout_s` at most.
 
     What the worker's own code raises is raised here, a full disk as NoRoomError. A worker that does not answer is
-    killed, to be restarted; for it and for one that died WorkerLost is raised, at once: whether to ask again, and
-    whom, is the caller's choice, and the restart is the pool's to wait for (`WorkerPool.lose`).
+    killed, to be restarted; for it, for one that died and for whatever else Ray says instead of an answer WorkerLost is
+    raised, at once: whether to ask again, and whom, is the caller's choice, and the restart is the pool's to wait for
+    (`WorkerPool.lose`).
     """
     reference = handle.call.remote(method, *args)
     return _answer(handle, method, reference, timeout_s)
@@ -243,13 +127,8 @@ def _answer(handle: Any, method: str, reference: Any, timeout_s: float | None) -
     except GetTimeoutError as error:
         ray.kill(handle, no_restart=False)
         raise WorkerLost(f"{method}: no answer within workers.timeout_s, the worker hangs or is slower") from error
-    except LOST as error:
-        raise WorkerLost(f"{method}: {_reason(error)}") from error
     except (ObjectStoreFullError, OutOfDiskError) as error:
-        raise NoRoomError(
-            f"Ray's object store is full, and so is the disk behind it ({str(error).splitlines()[0]}): free space in "
-            "Ray's temporary folder, then run the same command again: what is finished is stored"
-        ) from error
+        raise _store_is_full(error) from error
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, UserError):  # reads as well as one that the driver sees
@@ -259,7 +138,18 @@ def _answer(handle: Any, method: str, reference: Any, timeout_s: float | None) -
                 f"{method}: {cause} on a worker's machine; free space (or set output.cache to another disk), then run "
                 "the same command again: what is finished is stored"
             ) from error
+        if isinstance(cause, RayError):  # such as an argument whose node is gone
+            raise WorkerLost(f"{method}: {_reason(error)}") from error
         raise
+    except RayError as error:
+        raise WorkerLost(f"{method}: {_reason(error)}") from error
+
+
+def _store_is_full(error: Exception) -> NoRoomError:
+    return NoRoomError(
+        f"Ray's object store is full, and so is the disk behind it ({str(error).splitlines()[0]}): free space in "
+        "Ray's temporary folder, then run the same command again: what is finished is stored"
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -282,6 +172,7 @@ class _Slot:
     handle: Any = None
     name: str = ""
     ready: Any = None  # the reference that says that an awaited actor is there
+    asked: Any = None  # the admission that it was asked for
     ask_at: float = 0.0  # when to ask again whether it is
     since: float | None = None  # when it came; None: it is awaited
     seconds: float = 0.0  # that it was there before
@@ -300,10 +191,11 @@ class WorkerPool:
     timeout_s: how long one call may take before the actor counts as hanging. wait_s: how long to wait while there is
     no worker at all, at the start or later. grow: asked from time to time how many workers there should be; a pool
     never gives up workers for it. on_event(kind, worker, detail) hears of every worker that was "lost", came "back" or
-    "joined" late, was "replaced" or is "gone" for good.
+    "joined" late, was "replaced", is "gone" for good or "refused" to take part.
 
     The pool opens when all workers are there, or some and the others take longer than they did: those join when they
-    come. Raises WorkerError where a constructor raises, UserError where it raises one, NoRoomError where none starts.
+    come, and one that then refuses - its machine has other files, or the hub does not answer - is left out. Raises
+    WorkerError where a constructor raises, UserError where it raises one, NoRoomError where none starts.
     """
 
     def __init__(
@@ -320,7 +212,7 @@ class WorkerPool:
         grow: Callable[[], int] | None = None,
         on_event: Callable[[str, str, str], None] | None = None,
     ):
-        self.timeout_s, self.wait_s = timeout_s, wait_s
+        self.timeout_s, self.wait_s, self.gpus_per_worker = timeout_s, wait_s, gpus_per_worker
         self._grow, self._grown_at, self._on_event = grow, time.monotonic(), on_event
         self._admission: tuple[str | None, Callable[[Any], None]] = (None, lambda _: None)
         self._what = f"{worker_class.__name__} of {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs"
@@ -358,7 +250,8 @@ class WorkerPool:
         self._ask(self._slots[slot])
 
     def _ask(self, slot: _Slot) -> None:
-        slot.ready, slot.since = slot.handle.ready.remote(self._admission[0]), None
+        slot.asked, slot.since = self._admission, None
+        slot.ready = slot.handle.ready.remote(self._admission[0])
 
     def _wait_for_starts(self) -> None:
         began, first = time.monotonic(), None
@@ -408,14 +301,17 @@ class WorkerPool:
         }
 
     def admit(self, method: str, check: Callable[[Any], None]) -> None:
-        """Have every worker that comes from now on asked `method`, and its answer checked, before it gets work."""
+        """Have every worker that comes from now on asked `method`, and its answer checked, before it gets work.
+
+        One whose answer `check` refuses by a UserError is left out.
+        """
         self._admission = method, check
 
     def poll(self) -> list[int]:
         """Slots whose worker has come, or come back, since the last call. Never waits; starts more where `grow` wants.
 
-        Raises what an admission's check raises, UserError where a worker's constructor does, and WorkerError where it
-        raises anything else before the pool is open.
+        Raises UserError where a worker's constructor does, and WorkerError where it raises anything else, before the
+        pool is open; afterwards the refusal of the last worker that there could be.
         """
         now, came = time.monotonic(), []
         if self._grow is not None and self._open and now - self._grown_at > _GROW_S:
@@ -430,14 +326,17 @@ class WorkerPool:
                 continue
             try:
                 address, answer = ray.get(slot.ready)
-            except RayTaskError as error:
-                raise error.cause if isinstance(error.cause, UserError) else error from None
-            except ActorDiedError as error:
+                if slot.asked is not self._admission:  # it was asked before there was this one
+                    self._ask(slot)
+                    continue
+                self._admission[1](answer)
+            except (RayTaskError, UserError) as error:
+                self._refuse(number, error)
+            except _GIVEN_UP as error:
                 self._replace(number, _reason(error))
-            except LOST:
+            except RayError:
                 slot.ready, slot.ask_at = None, now + _PAUSE_S
             else:
-                self._admission[1](answer)
                 late, waited = self._open and not slot.losses, now - self._empty_since
                 slot.ready, slot.since = None, now
                 came.append(number)
@@ -468,14 +367,14 @@ class WorkerPool:
         To be asked when one is lost: whatever took it, such as its node's end, may have taken these, and the work that
         it did would be lost over each of them in turn.
         """
-        asked = {slot: self._slots[slot].handle.marked.remote("") for slot in slots}
+        asked = {slot: self._slots[slot].handle.here.remote() for slot in slots}
         if asked:
             ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_S)
         found = []
         for slot, reference in asked.items():
             try:
                 ray.get(reference, timeout=0.0)
-            except LOST as error:
+            except RayError as error:
                 self.lose(slot, f"while it had nothing to do: {_reason(error)}")
             else:
                 found.append(slot)
@@ -485,6 +384,7 @@ class WorkerPool:
         """Ray will not restart a slot's actor: start another if it ever finished anything, else give the slot up."""
         if not self._open:
             raise WorkerError(f"{self._what} did not start: {reason}")
+        ray.kill(self._slots[slot].handle)  # whatever is left of it has room that its successor needs
         if self._slots[slot].proved:
             self._fill(slot)
             self._slots[slot].losses = 1  # it comes back, it does not join
@@ -492,6 +392,21 @@ class WorkerPool:
         else:
             self._slots[slot].gone, self._slots[slot].ready = reason, None
             self._tell("gone", slot, reason)
+
+    def _refuse(self, slot: int, error: Exception) -> None:
+        """A worker raised instead of taking part: one that comes late is left out, for the others are at work. Raises
+        the error at the start, where it is likely to be everyone's, and where no worker is left."""
+        cause = getattr(error, "cause", error)
+        raised = cause if isinstance(cause, UserError) else error
+        if self._open:
+            refusing = self._slots[slot]
+            ray.kill(refusing.handle)
+            refusing.gone = str(cause) if raised is cause else f"{type(cause).__name__}: {cause}"
+            refusing.ready = None
+            self._tell("refused", slot, refusing.gone)
+            if self.count or self.awaited:
+                return
+        raise raised from None
 
     def require(self) -> None:
         """NoRoomError where no worker is there and none will come, or none has for `wait_s`."""
@@ -502,8 +417,8 @@ class WorkerPool:
         if not self.awaited:
             reasons = {f"worker-{number}": slot.gone for number, slot in enumerate(self._slots)}
             raise NoRoomError(
-                f"no worker is left, each died more often than workers.max_restarts without finishing anything: "
-                f"{reasons}; {has}. What is finished is stored"
+                f"no worker is left, each died more often than workers.max_restarts without finishing anything, or "
+                f"refused to take part: {reasons}; {has}. What is finished is stored"
             )
         if time.monotonic() - self._empty_since > self.wait_s:
             raise NoRoomError(
@@ -531,13 +446,18 @@ class WorkerPool:
     # -- work
 
     def broadcast(self, method: str, *args: Any) -> list[Any]:
-        """Call a method on every worker that is there, at once; their results in the slots' order.
+        """Call a method on every worker that is there, at once; their results in the slots' order. Arguments are
+        serialised once, however many workers there are.
 
         A worker that is lost over it is left out; where all are, those that come next are asked, three times in all.
         """
+        try:
+            shared = [ray.put(argument) for argument in args]
+        except (ObjectStoreFullError, OutOfDiskError) as error:
+            raise _store_is_full(error) from error
         for _ in range(_ATTEMPTS):
             self._wait_for_one()
-            calls = {slot: self._slots[slot].handle.call.remote(method, *args) for slot in self.present}
+            calls = {slot: self._slots[slot].handle.call.remote(method, *shared) for slot in self.present}
             ray.wait(list(calls.values()), num_returns=len(calls), timeout=self.timeout_s)
             results = []
             for slot, reference in calls.items():

@@ -36,7 +36,7 @@ from raymerge.identity import digest
 from raymerge.normal_equations import NormalEquations, PackedEquations, RefitError, choose_ridge
 from raymerge.plan import MergePlan
 from raymerge.prompts import Shard
-from raymerge.tensorfiles import read_tensors, write_tensors
+from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 from raymerge.trunk import TrunkCache, compute_trunks
 
 #: What a plan's ridge is chosen from where it is not given.
@@ -138,7 +138,7 @@ class Refitter:
     def tensors(self, plan: MergePlan, position: int) -> dict[str, Tensor]:
         """The fitted tensors of one layer of the merged model by relative name, in the stored dtype."""
         steps = [number for number, step in enumerate(steps_of(plan)) if step.position == position]
-        if not all(self.path(plan, number).exists() for number in steps):
+        if not all(is_whole(self.path(plan, number), _WHAT) for number in steps):
             self.fit(plan)
         found: dict[str, Tensor] = {}
         for number in steps:
@@ -157,7 +157,7 @@ class Refitter:
     def done(self, plan: MergePlan) -> int:
         """How many of the plan's steps are in the cache, from the first on."""
         numbers = range(len(steps_of(plan)))
-        return next((number for number in numbers if not self.path(plan, number).exists()), len(numbers))
+        return next((number for number in numbers if not is_whole(self.path(plan, number), _WHAT)), len(numbers))
 
     def path(self, plan: MergePlan, number: int) -> Path:
         """The file of one step of a plan; the plan's identity says on which tokens it is fitted."""

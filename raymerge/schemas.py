@@ -109,7 +109,7 @@ SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
     # measure position_nll: mean NLL (nats) of text tokens in [bucket, next bucket) of a window; retrieval: accuracy on
     # key-value prompts by distance in tokens
     "context": "plan_id:str measure:str bucket:i32 n:i64 value:f64 standard_error:f64?",
-    # what befell the run: kind resumed, or of a worker lost, back, joined, replaced, gone (WorkerPool); time in UTC
+    # what befell the run: kind resumed, or of a worker lost, back, joined, replaced, gone, refused (WorkerPool); UTC
     "incidents": "time:str kind:str worker:str? detail:str?",
     "receipts": "plan_id:str tensor:str max_abs_change:f64 relative_change:f64",
     "gradient_history": "searcher:str start:i32 epoch:i32 loss:f64 held_out_loss:f64? alphas:list",

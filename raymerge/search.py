@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import ray
 from ray import tune
-from ray.exceptions import GetTimeoutError, RayActorError
 from ray.tune.search import Searcher
 
+from raymerge.cluster import driver_node
 from raymerge.errors import UserError
 from raymerge.objectives import trial_outcome
-from raymerge.pool import NoRoomError, WorkerError, WorkerLost, WorkerPool, call_worker, driver_node, find_worker
+from raymerge.pool import WorkerError, WorkerLost, WorkerPool, call_worker, find_worker
 from raymerge.proposers import Point, Proposer
 
 Row = dict[str, Any]
@@ -124,8 +123,10 @@ class _Trial(tune.Trainable):
         timeout_s: float = 600.0,
         method: str = "score",
         arguments: Sequence[Any] = (),
+        started: str = "",
     ) -> None:
         self._timeout_s, self._method, self._arguments = timeout_s, method, arguments
+        self._started = Path(started)
         self._handles: dict[str, Any] = {}
 
     def reset_config(self, new_config: Row) -> bool:
@@ -133,14 +134,14 @@ class _Trial(tune.Trainable):
 
     def step(self) -> Row:
         try:
-            handle = self._handle(self.config["worker"])
             self._wait_for_others()
+            handle = self._handle(self.config["worker"])
             results = self._score(handle, self.config["candidates"])
             found: Row = {"results": results, **_averages(results)}
         except WorkerLost as error:
             found = {"lost": str(error)}
         except UserError as error:  # no fault of the candidate: it would befall every other one
-            found = {"refused": str(error)}
+            found = {"refused": error}
         return {"value": float("nan"), **found, "done": True}
 
     def _handle(self, name: str) -> Any:
@@ -152,22 +153,25 @@ class _Trial(tune.Trainable):
         """Let no trial of the first round end before all have started. Tune gives the actor of a trial that ended to
         one whose own actor is still starting, and drops the latter: with trials shorter than a start (1-3 s), all of
         them run on one actor, one process a trial is started in vain, and Tune waits ten seconds for those at the end.
+
+        Who has started leaves a file, for all trials are on the driver's node: workers would not answer while they
+        score, so that the first one to know would keep the others waiting for as long.
         """
         deadline = time.monotonic() + _START_S
         try:
-            ray.get(self._handle(self.config["worker"]).mark.remote(self.config["search"]), timeout=_START_S)
-            others = [self._handle(name) for name in self.config["first_round"]]
-            while others and time.monotonic() < deadline:
-                found = ray.get([other.marked.remote(self.config["search"]) for other in others], timeout=_START_S)
-                others = [other for other, marked in zip(others, found, strict=True) if not marked]
-                time.sleep(0.02 if others else 0.0)
-        except (RayActorError, GetTimeoutError, WorkerLost):
-            return  # Slower, no worse; what is wrong with the worker shows when it is asked to score.
+            self._started.mkdir(parents=True, exist_ok=True)
+            (self._started / self.config["worker"]).touch()
+            while time.monotonic() < deadline:
+                if all((self._started / name).exists() for name in self.config["first_round"]):
+                    return
+                time.sleep(0.02)
+        except OSError:
+            return  # Slower, no worse; a disk that is full is the record's to say.
 
     def _score(self, handle: Any, candidates: list[Point]) -> list[Row]:
         try:
             return call_worker(handle, self._method, candidates, *self._arguments, timeout_s=self._timeout_s)
-        except (WorkerLost, UserError):
+        except (WorkerLost, UserError):  # all that Ray says instead of an answer is a lost worker
             raise
         except Exception as error:  # whatever the worker's own code raises ends as the candidate's error
             if len(candidates) == 1:
@@ -225,7 +229,6 @@ class BatchSearcher(Searcher):
         self._running: dict[str, tuple[int, _Batch]] = {}
         self._again: list[_Batch] = []
         self._ready: _Batch | None = None
-        self._name = uuid.uuid4().hex
         self.scored: dict[str, list[float]] = {}  # actor -> seconds of each of its candidates in this call
         self.best: tuple[float, float] | None = None
         self.done = self.finished = 0
@@ -267,7 +270,6 @@ class BatchSearcher(Searcher):
         return {
             "candidates": batch.points,
             "worker": self._crew.name_of(slot),
-            "search": self._name,
             "first_round": [self._crew.name_of(other) for other in first_round],
         }
 
@@ -289,19 +291,20 @@ class BatchSearcher(Searcher):
         slot, batch = self._running.pop(trial_id)
         result = result or {}
         results = result.get("results")
-        if result.get("lost"):
-            try:
+        try:
+            if result.get("lost"):
                 self._crew.lose(slot, result["lost"])
                 self._free = self._crew.answering(self._free)
-            except Exception as failed:  # where losses are written down; as with a record that fails
-                self.failure = self.failure or failed
-                return
-        else:
-            self._free.append(slot)
-            if results is not None:
+            elif results is not None:
+                self._free.append(slot)
                 self._crew.succeeded(slot)
+            elif not result.get("refused"):  # the trial failed, which says nothing of the worker
+                self._free += self._crew.answering([slot])
+        except Exception as failed:  # where losses are written down; as with a record that fails
+            self.failure = self.failure or failed
+            return
         if result.get("refused"):
-            self.failure = self.failure or NoRoomError(result["refused"])
+            self.failure = self.failure or result["refused"]
             return  # Nothing is stored of a batch that was not tried: it is done again at the next start.
         if error or results is None:
             cause = result.get("lost") or "the Tune trial failed; its error stands in Tune's folder of the run"
@@ -409,7 +412,8 @@ def run_search(
     The worker's `method` takes a list of points (and `arguments`) and returns, for each, a dict with value, accuracy,
     nll, n_questions and seconds, and where it ended elsewhere alphas. A candidate whose worker raises, dies three
     times, or scores NaN ends as a failed row with its error. Rows have the columns of table `trials`. Raises what
-    `record` raises, and NoRoomError where no worker is left or a disk is full, after Tune has stopped.
+    `record` raises, a UserError that scoring raises, and NoRoomError where no worker is left or a disk is full, after
+    Tune has stopped.
     """
     alphas_done = len(replayed)
     common = {"searcher": searcher, "seed": seed, "objective": objective}
@@ -429,13 +433,15 @@ def run_search(
         return SearchOutcome(0, 0.0, None)
     _quiet_tune()
     began, present = time.monotonic(), pool.seconds_present()
-    trainable = tune.with_parameters(_Trial, timeout_s=pool.timeout_s, method=method, arguments=arguments)
+    name = f"{searcher}-{uuid.uuid4().hex[:8]}"
+    options = {"timeout_s": pool.timeout_s, "method": method, "arguments": arguments}
+    trainable = tune.with_parameters(_Trial, **options, started=str(Path(storage_path).absolute() / name / "started"))
     tuner = tune.Tuner(
         # The workers have the CPUs; a trial takes what only the driver's node has.
         tune.with_resources(trainable, {"cpu": 0, driver_node(): _PIN}),
         tune_config=tune.TuneConfig(search_alg=algorithm, num_samples=-1, reuse_actors=True),
         run_config=tune.RunConfig(
-            name=f"{searcher}-{uuid.uuid4().hex[:8]}",
+            name=name,
             storage_path=storage_path,
             verbose=0,
             callbacks=_callbacks(loggers, searcher, str(Path(storage_path).absolute())),

@@ -207,6 +207,21 @@ class Storage:
         )
 
 
+def clear_scratch(folder, older_s: float = 0.0) -> None:
+    """Delete what killed processes left under temporary names right in a local folder, files and folders.
+
+    older_s: only what was made so many seconds ago, where processes that live may be writing there.
+    """
+    for path in Path(folder).glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if time.time() - path.stat().st_mtime < older_s:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
 class Lock:
     """The right to write in a folder of this machine's, or of a disk that it shares: one process's at a time.
 

@@ -412,6 +412,7 @@ _INCIDENTS = {
     "replaced": ("replaced by a new one", "replaced by new ones"),
     "joined": ("worker joined late", "workers joined late"),
     "gone": ("given up", "given up"),
+    "refused": ("came late and refused to take part", "came late and refused to take part"),
 }
 
 

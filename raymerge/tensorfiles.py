@@ -4,6 +4,7 @@ and those too large to be held, written tensor by tensor."""
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import uuid
@@ -99,12 +100,29 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], what: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(unfinished):
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut can leave the new name with fewer bytes behind it
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
         raise UserError(f"{what} {path} cannot be written: {error}; free space on that disk") from error
     finally:
         if unfinished.exists():
             unfinished.unlink()
+
+
+def is_whole(path: Path, what: str) -> bool:
+    """Whether a cached file is there and as long as its header says; only the header is read.
+
+    One that is there but short or no safetensors is to be made anew, which replaces it: it is logged, as a warning.
+    """
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError) as error:
+        logging.getLogger(__name__).warning("%s %s cannot be read and is made anew: %s", what, path, error)
+        return False
 
 
 def read_tensors(path: Path, what: str, names: Iterable[str] | None = None) -> dict[str, Tensor]:

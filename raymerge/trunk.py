@@ -15,7 +15,7 @@ from raymerge.forward import GroupStates, LayerRunner
 from raymerge.identity import digest
 from raymerge.plan import base_plan
 from raymerge.prompts import Shard
-from raymerge.tensorfiles import read_tensors, write_tensors
+from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 
 _WHAT = "the trunk states"  # of a file, in errors
 
@@ -71,7 +71,7 @@ def compute_trunks(caches: Sequence[TrunkCache], shard: Shard) -> None:
     states, depth = None, -1
     for cache in sorted(caches, key=lambda cache: cache.first):
         path = cache.path(shard)
-        if path.exists():
+        if is_whole(path, _WHAT):
             states, depth = None, cache.first  # read only if a deeper one is missing
             reached = cache
             continue

@@ -43,7 +43,7 @@ from raymerge.sensitivity import recipe_of, vary
 from raymerge.similarity import compute
 from raymerge.sources import SourceLayers
 from raymerge.tail_loss import TailLoss, TextWindows
-from raymerge.tensorfiles import read_tensors, write_tensors
+from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 from raymerge.trunk import TrunkCache, compute_trunks
 
 _SCORERS_HELD = 2  # a search has two: of the questions it searches on and of those it reports on
@@ -275,7 +275,7 @@ class ModelWorker:
             found = descend(
                 loss,
                 settings,
-                state=read_tensors(path, "the descent") if path.exists() else None,
+                state=read_tensors(path, "the descent") if is_whole(path, "the descent") else None,
                 on_epoch=lambda _, state, path=path: write_tensors(path, state, "the descent"),
             )
             logits = None

@@ -28,7 +28,7 @@ def local_pools(monkeypatch):
 @pytest.fixture(scope="session")
 def ray_session():
     """One local Ray for all tests, with four logical CPUs however few the machine has."""
-    from raymerge.pool import start_ray
+    from raymerge.cluster import start_ray
 
     with pytest.MonkeyPatch.context() as patch:
         # The plain worker classes of the tests are pickled by name, so Ray's processes must find their modules.

@@ -129,7 +129,8 @@ def check_command(words: list[str], *, where: str) -> None:
         for extra in re.findall(r"\[([\w,]+)\]", " ".join(arguments)):
             assert set(extra.split(",")) <= set(extras["optional-dependencies"]), f"{where}: no extra {extra}"
     elif name == "ray":
-        assert arguments[0] in ("job", "up", "down", "dashboard", "start", "stop"), f"{where}: {' '.join(words)}"
+        known = ("job", "up", "down", "dashboard", "start", "stop", "get-auth-token")
+        assert arguments[0] in known, f"{where}: {' '.join(words)}"
         if "--" in arguments:
             check_command(arguments[arguments.index("--") + 1 :], where=where)
     elif name == "kubectl":

@@ -11,7 +11,7 @@ from raymerge.worker import ModelWorker
 class LocalPool(nullcontext):
     """What experiments ask of a WorkerPool; `asked` counts the items of "run"."""
 
-    count = 1
+    count, gpus_per_worker = 1, 0
 
     def __init__(self, config, inputs, cache, *, template=None, firsts=(), shards_each=None, **_):
         super().__init__(self)

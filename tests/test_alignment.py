@@ -254,12 +254,13 @@ def test_activations_without_prompts_are_refused(checkpoint):
         Aligner(checkpoint).compute((0, 1), "activations")
 
 
-def test_a_spoilt_file_is_named(checkpoint, tmp_path):
+def test_a_file_cut_short_is_made_anew(checkpoint, tmp_path, caplog):
     Aligner(checkpoint, tmp_path).compute((0, 1))
     (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=rf"the alignment {path} cannot be read: .*delete the file"):
-        Aligner(checkpoint, tmp_path).compute((0, 1))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    Aligner(checkpoint, tmp_path).compute((0, 1))
+    assert path.read_bytes() == content and f"the alignment {path} cannot be read" in caplog.text
 
 
 def test_a_full_disk_leaves_nothing(checkpoint, tmp_path, monkeypatch):

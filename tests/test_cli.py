@@ -43,6 +43,17 @@ def test_libraries_that_are_imported_by_the_way_say_nothing():
     assert done.stdout + done.stderr == ""
 
 
+def test_a_stop_ends_a_process_whose_error_output_nobody_reads():
+    """Where a shell or a log is gone, the message raises; it must not keep the process going."""
+    code = (
+        "import os, signal, time; from raymerge import cli; signal.signal(signal.SIGTERM, cli._stop); os.close(2)\n"
+        "try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(10)\n"
+        "except OSError: print('goes on')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, "")
+
+
 def test_the_printed_configuration_is_a_configuration(capsys):
     assert cli.main(["config", "--set", "plan.merges=4"]) == 0
     values = yaml.safe_load(capsys.readouterr().out)

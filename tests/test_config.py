@@ -282,6 +282,10 @@ def test_what_is_written_to_a_run_reads_back_as_the_same_configuration():
         ({"search": {"batch": "most"}}, "search.batch = 'most'"),
         ({"search": {"candidates": 0}}, "search.candidates = 0"),
         ({"workers": {"gpus_per_worker": -1}}, "workers.gpus_per_worker = -1"),
+        (
+            {"workers": {"gpus_per_worker": 1.5}},
+            "gpus_per_worker is 1.5: a worker has a fraction of one GPU (0.5), or whole",
+        ),
         ({"workers": {"timeout_s": 0}}, "workers.timeout_s = 0"),
         ({"workers": {"autoscaling": True, "count": 8}}, "count is 8 and gpus_per_worker auto: a cluster that grows"),
         ({"output": {"loggers": ["comet"]}}, "output.loggers"),

@@ -54,7 +54,29 @@ def test_the_cluster_exposes_nothing_and_mounts_what_is_there():
     (config,) = read_all("cluster.yaml")
     (head,) = (line for line in config["head_start_ray_commands"] if "--head" in line)
     assert "--dashboard-host=127.0.0.1" in head
-    assert all((ROOT / source).is_file() for source in config["file_mounts"].values())
+    mounts = config["file_mounts"]
+    assert mounts.pop("/home/ubuntu/.ray/auth_token") == "~/.ray/auth_token", "where Ray looks for it on both sides"
+    assert all((ROOT / source).is_file() for source in mounts.values())
+
+
+def test_no_machine_starts_ray_without_token_authentication():
+    """Ray's own default is to go on without where it finds no token, for anybody's jobs."""
+    (config,) = read_all("cluster.yaml")
+    starts = [line for kind in ("head", "worker") for line in config[f"{kind}_start_ray_commands"] if "start" in line]
+    assert len(starts) == 2 and all("export RAY_AUTH_MODE=token; ray start " in line for line in starts)
+    job, _ = read_all("docs/kuberay.yaml")
+    assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+
+
+def test_ray_start_refuses_to_go_on_without_the_token_that_is_asked_for(tmp_path):
+    """What the cluster's commands rely on; the same line with the token would start a head."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--port=0", "--include-dashboard=false"],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "RAY_AUTH_MODE": "token"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and "no authentication token was found" in done.stderr
 
 
 def test_the_command_in_the_clusters_head_runs_on_it():

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+import time
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -24,7 +26,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
 from raymerge.evaluation import text_nll
 from raymerge.experiments import alpha_search, evaluate, search
-from raymerge.experiments.common import cache_of, describe_workers, read_inputs, settings_of
+from raymerge.experiments.common import cache_of, describe_workers, open_pool, read_inputs, settings_of, swept_cache
 from raymerge.experiments.planning import starting_plan
 from raymerge.forward import LayerRunner
 from raymerge.inputs import REPORT, SEARCH, read_text
@@ -247,6 +249,38 @@ def test_a_model_whose_proof_was_interrupted_is_not_taken_for_a_proved_one(saver
     assert save(plan)[1]["passed"]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_model_that_was_being_saved_to_an_object_store_is_deleted_at_the_next_start(
+    saver, tmp_path, monkeypatch, shared
+):
+    """It lies in the run's cache meanwhile; of a cache that other runs may use, only what is old is deleted."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    more = [f"output.cache={tmp_path / 'shared'}"] if shared else []
+    settings = config(f"fsspec+memory://bucket/{tmp_path.name}", *more)
+    run = RunDirectory.open(settings.output.run, settings_of(settings, "model", "data"), "search")
+    with swept_cache(settings, run) as cache:
+        save, plan = saver(tmp_path / "run")
+        save.__self__.run, save.__self__.cache, beside = run, cache, []
+
+        def interrupted(checkpoint, plan, folder, **_):
+            beside.append(folder.parent)
+            (folder.parent.parent / "_tmp.of a killed process").mkdir()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(alpha_search, "save_merged", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save(plan)
+    assert beside[0].parent == Path(cache) and beside[0].name.startswith("_tmp.")
+    for age in (0.0, 2 * 86400.0):
+        os.utime(Path(cache) / "_tmp.of a killed process", (time.time() - age,) * 2)
+        with swept_cache(settings, run):
+            left = [path.name for path in Path(cache).glob("_tmp.*")]
+        if not shared:
+            break
+        assert bool(left) == (age == 0.0)
+    assert left == []
+
+
 def test_a_saved_model_is_kept_only_for_its_plan_and_with_the_proof_that_is_asked_for(saver, tmp_path):
     save, plan = saver(tmp_path / "run")
     where, proof = save(plan)
@@ -310,6 +344,49 @@ def test_workers_with_other_files_are_the_users_to_mend(tmp_path):
     object.__setattr__(inputs, "questions", {})  # as if the driver's were others
     with pytest.raises(ConfigError, match="must lead to the same files on every machine"):
         describe_workers(pool, inputs, Silent())
+
+
+def described(**differs):
+    return {"host": "b", "device": "cpu", "dtype": "float32", "model_identity": "m", "data_identities": {}} | differs
+
+
+@pytest.mark.parametrize(
+    "gpus, differs, message",
+    [
+        (0, {"dtype": "bfloat16"}, "worker on b computes with dtype bfloat16, the one on a with float32: .*dtype"),
+        (0, {"device": "NVIDIA A10G"}, "worker on b computes with device GPU, the one on a with cpu"),
+        (1, {}, r"worker on b has 1 GPUs by Ray, but torch sees no CUDA .*torch.cuda.is_available.*gpus_per_worker: 0"),
+    ],
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_workers_that_would_compute_differently_are_the_users_to_mend(gpus, differs, message, late):
+    """One whose torch sees no GPU would silently compute on the CPU, in float32 beside the others' bfloat16."""
+    inputs = SimpleNamespace(checkpoint=SimpleNamespace(identity="m"), identities={})
+    good, bad = described(host="a", device="NVIDIA H100" if gpus else "cpu"), described(**differs)
+    found, admitted = [good] if late else [good, bad], []
+    pool = SimpleNamespace(
+        gpus_per_worker=gpus, admit=lambda _, check: admitted.append(check), broadcast=lambda _: found
+    )
+    with pytest.raises(ConfigError, match=message):
+        describe_workers(pool, inputs, Silent())
+        admitted[0](bad)
+    if gpus:
+        admitted[0](described(device="NVIDIA A10G"))  # another make of the same kind
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_cluster_that_loses_its_last_node_is_waited_for(monkeypatch, gpus):
+    """Where workers.count is auto the pool asks how many there should be; GPU workers do not become CPU workers."""
+    opened, nodes = [], [{"CPU": 2.0, "GPU": float(gpus)}]
+    monkeypatch.setattr("raymerge.experiments.common.WorkerPool", lambda *_, **options: opened.append(options))
+    monkeypatch.setattr("raymerge.experiments.common.cluster_nodes", lambda: nodes)
+    open_pool(load_config(None, []), SimpleNamespace(roles=()), "cache")
+    (options,) = opened
+    assert (options["gpus_per_worker"], options["grow"]()) == (gpus, 1 if gpus else 2)
+    nodes[:] = [{"CPU": 64.0}] if gpus else []
+    assert options["grow"]() == 0
+    nodes[:] = [{"CPU": 4.0, "GPU": 3.0}] * 2
+    assert options["grow"]() == (6 if gpus else 8)
 
 
 def test_receipts_say_that_dropping_changes_nothing_and_merging_seven_matrices(run):

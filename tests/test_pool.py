@@ -11,20 +11,28 @@ import numpy as np
 import psutil
 import pytest
 import ray
-from ray.exceptions import ObjectLostError, ObjectStoreFullError, OutOfDiskError
+from fake_ray import FakeRay, Waits
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnschedulableError,
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
 
+from raymerge.cluster import ClusterError, PlacementError, plan_workers, start_ray
 from raymerge.device import lean_heap
 from raymerge.errors import UserError
 from raymerge.pool import (
     NoRoomError,
-    PlacementError,
     WorkerError,
     WorkerLost,
     WorkerPool,
     _device_allocation,
     call_worker,
-    plan_workers,
-    start_ray,
 )
 
 
@@ -107,17 +115,29 @@ def pool(ray_session, tmp_path_factory):
         ("auto", 0.3, 1, {"CPU": 16, "GPU": 1}, (3, 1, 0.3)),
         ("auto", "auto", 1, {"CPU": 2, "GPU": 4}, (2, 1, 1)),
         ("auto", 0, 1, {"CPU": 2, "GPU": 4}, (2, 1, 0)),
+        ("auto", 0.4, 0.1, {"CPU": 1, "GPU": 2}, (4, 0.1, 0.4)),  # no share is half on one GPU, half on another
+        ("auto", 2, 1, {"CPU": 8, "GPU": 5}, (2, 1, 2)),
     ],
 )
 def test_as_many_workers_are_planned_as_fit(count, gpus, cpus_each, cluster, expected):
-    placement = plan_workers(count, gpus, cpus_each, cluster)
+    placement = plan_workers(count, gpus, cpus_each, [cluster])
     assert (placement.count, placement.cpus, placement.gpus) == expected
+
+
+def test_a_worker_fits_on_one_node_or_not_at_all():
+    nodes = [{"CPU": 16}, {"CPU": 1, "GPU": 4}, {"CPU": 3, "GPU": 1}, {"node:10.0.0.1": 1.0}]
+    assert plan_workers("auto", "auto", 1, nodes).count == 2
+    assert plan_workers("auto", 0, 2, nodes).count == 8 + 1
+    with pytest.raises(
+        PlacementError, match="3 workers of 1 CPUs and 1 GPUs .*20 CPUs and 5 GPUs, its nodes room for 2"
+    ):
+        plan_workers(3, 1, 1, nodes)
 
 
 @pytest.mark.parametrize("count, cluster", [(5, {"CPU": 4}), (3, {"CPU": 8, "GPU": 2}), ("auto", {})])
 def test_more_workers_than_fit_are_refused_with_the_figures(count, cluster):
     with pytest.raises(PlacementError, match=rf"cluster has {cluster.get('CPU', 0)} CPUs and {cluster.get('GPU', 0)}"):
-        plan_workers(count, "auto", 1, cluster)
+        plan_workers(count, "auto", 1, [cluster])
 
 
 def test_a_worker_s_gpu_memory_is_in_segments_that_grow(monkeypatch):
@@ -130,7 +150,7 @@ def test_a_worker_s_gpu_memory_is_in_segments_that_grow(monkeypatch):
 
 
 def test_a_cluster_that_grows_may_be_asked_for_more_than_it_has():
-    assert plan_workers(8, 1, 1, {"CPU": 4}, autoscaling=True).count == 8
+    assert plan_workers(8, 1, 1, [{"CPU": 4}], autoscaling=True).count == 8
 
 
 def test_results_come_in_the_items_order_and_once_each(pool):
@@ -220,10 +240,19 @@ def test_a_cluster_that_cannot_be_reached_is_the_users_to_mend(monkeypatch, rais
     def init(**_):
         raise raised
 
-    monkeypatch.setattr("raymerge.pool.ray.init", init)
-    monkeypatch.setattr("raymerge.pool.ray.is_initialized", lambda: False)
+    monkeypatch.setattr("raymerge.cluster.ray.init", init)
+    monkeypatch.setattr("raymerge.cluster.ray.is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "http://x:8265")
-    with pytest.raises(UserError, match="RAY_ADDRESS is 'http://x:8265', but .*host:6379"), start_ray():
+    with pytest.raises(ClusterError, match="RAY_ADDRESS is 'http://x:8265', but .*host:6379"), start_ray():
+        pass
+
+
+def test_rays_client_mode_is_refused_with_the_cure(monkeypatch):
+    """Tune would pickle the searcher into the cluster, which keeps nothing of itself."""
+    monkeypatch.setattr("raymerge.cluster.ray.init", lambda **_: pytest.fail("connected"))
+    monkeypatch.setattr("raymerge.cluster.ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    with pytest.raises(ClusterError, match="RAY_ADDRESS is ray://head:10001, .*ray job submit.*HEAD:6379"), start_ray():
         pass
 
 
@@ -316,3 +345,118 @@ def test_a_users_mistake_that_only_a_worker_sees_is_raised_without_rays_tracebac
         pool.map("mistaken", [3])
     assert str(caught.value) == "item 3 is too large: give at most 2"
     assert type(caught.value) is UserError
+
+
+# -- what befalls workers, on a Ray without processes
+
+HERE = {"ready": lambda method: ("10.0.0.1", None if method is None else {"files": "ours"})}
+LATE = {"ready": Waits}
+
+
+@pytest.fixture
+def open_fake(monkeypatch):
+    """Opens a pool over actors that answer as told; gives it, the fake Ray, and the events."""
+
+    def opened(*answers, **options):
+        fake, events = FakeRay(*answers), []
+        monkeypatch.setattr("raymerge.pool.ray", fake)
+        monkeypatch.setattr("raymerge.pool._PATIENCE_S", 0.0)
+        monkeypatch.setattr("raymerge.pool._PAUSE_S", 0.0)
+        pool = WorkerPool(Plain, {}, count=len(answers), on_event=lambda *event: events.append(event), **options)
+        return pool, fake, events
+
+    return opened
+
+
+def raised_by_a_worker(error):
+    return RayTaskError("ready", "its traceback", error)
+
+
+def test_a_worker_that_was_asked_before_there_was_an_admission_is_asked_again(open_fake):
+    """It starts to be awaited with the pool, whose admission comes when the first workers are there."""
+    pool, fake, events = open_fake(HERE, LATE)
+    seen = []
+    pool.admit("describe", seen.append)
+    fake.actors[1].answers["ready"] = lambda method: ("10.0.0.2", None if method is None else {"files": "its own"})
+    assert pool.poll() == [] and pool.poll() == [1]
+    assert seen == [{"files": "its own"}] and [kind for kind, _, _ in events] == ["joined"]
+    assert [args for _, args in fake.actors[1].calls] == [(None,), ("describe",)]
+
+
+@pytest.mark.parametrize("where", ["its constructor", "the check"])
+def test_a_late_worker_that_refuses_is_left_out_and_the_others_work_on(open_fake, where):
+    pool, fake, events = open_fake(HERE, LATE, LATE)
+
+    def check(answer):
+        if answer["files"] != "ours":
+            raise UserError("other files")
+
+    pool.admit("describe", check)
+    late = fake.actors[1]
+    if where == "the check":
+        late.answers["ready"] = lambda _: ("10.0.0.2", {"files": "its own"})
+    else:
+        late.answers["ready"] = raised_by_a_worker(UserError("other files"))
+    assert pool.poll() == [] and pool.poll() == []
+    assert (pool.present, pool.awaited, late.killed) == ([0], 1, True)
+    assert events == [("refused", "worker-1", "other files")]
+
+
+def test_the_last_worker_that_refuses_ends_the_run_with_its_words(open_fake):
+    pool, fake, events = open_fake(HERE, LATE)
+    fake.actors[0].answers["ready"] = Waits
+    pool.lose(0, "died")
+    fake.actors[1].answers["ready"] = raised_by_a_worker(UserError("hub: HTTP 503"))
+    assert pool.poll() == [], "the first may come back"
+    fake.actors[0].answers["ready"] = ActorDiedError()
+    pool.poll()
+    with pytest.raises(NoRoomError, match=r"died more often .* or refused to take part: .*hub: HTTP 503"):
+        pool.require()
+    pool, fake, events = open_fake(HERE)
+    pool.lose(0, "died")
+    fake.actors[0].answers["ready"] = raised_by_a_worker(UserError("hub: HTTP 503"))
+    with pytest.raises(UserError) as caught:
+        pool.poll()
+    assert str(caught.value) == "hub: HTTP 503" and [kind for kind, _, _ in events] == ["lost", "refused"]
+
+
+GIVEN_UP = [OutOfMemoryError("killed for memory"), RuntimeEnvSetupError("no pip"), ActorUnschedulableError("no node")]
+
+
+@pytest.mark.parametrize("error", GIVEN_UP, ids=lambda error: type(error).__name__)
+def test_a_worker_that_ray_gives_up_for_whatever_reason_is_lost_and_replaced(open_fake, error):
+    """Ray gives these on every later call too, and they are no RayActorErrors."""
+    pool, fake, events = open_fake({**HERE, "call": lambda _, number: number})
+    assert pool.map("work", [1]) == [1]
+    fake.actors[0].answers |= {"call": error, "ready": error}
+    fake.prepared[0] = {**HERE, "call": lambda _, number: number}
+    assert pool.map("work", [2, 3]) == [2, 3]
+    assert [kind for kind, _, _ in events] == ["lost", "replaced", "back"] and type(error).__name__ in events[0][2]
+    with pytest.raises(WorkerLost, match=type(error).__name__):
+        call_worker(fake.actors[0], "work", 2, timeout_s=1.0)
+
+
+def test_what_ray_gives_up_while_a_worker_has_nothing_to_do_is_lost_too(open_fake):
+    pool, fake, events = open_fake(HERE, {**HERE, "here": OutOfMemoryError("killed for memory")})
+    assert pool.answering([0, 1]) == [0]
+    assert [(kind, worker) for kind, worker, _ in events] == [("lost", "worker-1")]
+
+
+def test_what_is_broadcast_is_serialised_once(open_fake):
+    """A fit's tensors are hundreds of megabytes, for each of many workers."""
+    pool, fake, _ = open_fake(*[{**HERE, "call": lambda _, tensors: tensors}] * 3)
+    tensors = np.zeros(3)
+    found = pool.broadcast("keep", tensors)
+    assert len(fake.puts) == 1 and fake.puts[0] is tensors
+    assert len(found) == 3 and all(reference is found[0] for reference in found)
+
+
+def test_a_full_store_is_nobodys_fault_for_what_is_broadcast_either(open_fake, monkeypatch):
+    pool, fake, _ = open_fake(HERE)
+
+    def put(_):
+        raise OutOfDiskError("Local disk is full")
+
+    monkeypatch.setattr(fake, "put", put)
+    with pytest.raises(NoRoomError, match="object store is full.*run the same command again"):
+        pool.broadcast("keep", np.zeros(3))

@@ -250,6 +250,17 @@ def test_fits_are_read_from_the_cache_and_belong_to_their_plan(refitter, folder,
             again.tensors(other, other.first_changed)
 
 
+def test_a_fit_whose_file_is_cut_short_is_made_anew(refitter, caplog):
+    plan = refitted(drop_block_plan(N, 2, 1), "linear")
+    refitter.fit(plan)
+    path = refitter.path(plan, 0)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    assert refitter.done(plan) == 0
+    refitter.tensors(plan, 1)
+    assert path.read_bytes() == content and f"the refit {path} cannot be read" in caplog.text
+
+
 def test_massive_activations_do_not_count():
     target = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     target[3] *= 100

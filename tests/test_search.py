@@ -2,15 +2,20 @@
 
 import math
 import os
+import pickle
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ray.exceptions import OutOfMemoryError
 
+from raymerge.config import ConfigError
 from raymerge.plan import tail_coefficients
-from raymerge.pool import NoRoomError, WorkerPool
+from raymerge.pool import NoRoomError, WorkerLost, WorkerPool
 from raymerge.proposers import BayesProposer, RandomProposer, Starts
-from raymerge.search import BatchSearcher, LoggerError, check_loggers, choose_batch, run_search
+from raymerge.search import BatchSearcher, LoggerError, _Trial, check_loggers, choose_batch, run_search
 
 COLUMNS = {
     "searcher", "iteration", "batch", "tune_trial", "actor", "seed", "plan_id", "alphas", "objective", "value",
@@ -369,13 +374,53 @@ def test_a_worker_that_is_lost_gets_no_work_before_it_is_back_and_a_new_one_join
     assert log == []
 
 
-def test_what_is_no_fault_of_a_candidate_ends_the_search_and_is_not_stored():
+@pytest.mark.parametrize("error", [NoRoomError("disk full: free some"), ConfigError("search.objective: none such")])
+def test_what_is_no_fault_of_a_candidate_ends_the_search_and_is_not_stored(monkeypatch, error):
+    """It keeps its class, by which a caller tells one from the other."""
+
+    def call_worker(*_, **__):
+        raise error
+
+    trial = object.__new__(_Trial)
+    trial.setup({}, started="")
+    trial.config = {"worker": "actor-0", "candidates": [[0.5]], "first_round": []}
+    monkeypatch.setattr("raymerge.search.find_worker", lambda name: name)
+    monkeypatch.setattr("raymerge.search.call_worker", call_worker)
+    monkeypatch.setattr(trial, "_wait_for_others", lambda: None)
     log = []
     tune = searcher(log)
     tune.suggest("a")
-    tune.on_trial_complete("a", {"refused": "disk full: free some"})
-    assert isinstance(tune.failure, NoRoomError) and str(tune.failure) == "disk full: free some" and log == []
+    tune.on_trial_complete("a", pickle.loads(pickle.dumps(trial.step())))
+    assert type(tune.failure) is type(error) and str(tune.failure) == str(error) and log == []
     assert tune.suggest("b") == BatchSearcher.FINISHED
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_trial_that_failed_says_nothing_of_its_worker_which_is_asked_before_it_gets_more(alive):
+    log, crew = [], Crew(1)
+    tune = searcher(log, crew=crew)
+    points = tune.suggest("a")["candidates"]
+    crew.dead = set() if alive else {0}
+    tune.on_trial_complete("a", error=True)
+    if alive:
+        assert tune.suggest("b")["candidates"] == points[:1] and crew.lost == []
+    else:
+        assert crew.lost == [(0, "died")]
+        assert tune.suggest("b") == BatchSearcher.FINISHED and isinstance(tune.failure, NoRoomError)
+
+
+def test_a_worker_killed_for_memory_is_lost_and_no_candidate_failed(monkeypatch):
+    """Ray gives that error for ever once the restarts are used up: it would fail candidate after candidate."""
+
+    def get(*_, **__):
+        raise OutOfMemoryError("killed for memory")
+
+    monkeypatch.setattr("raymerge.pool.ray.get", get)
+    trial = object.__new__(_Trial)
+    trial.setup({}, started="")
+    worker = SimpleNamespace(call=SimpleNamespace(remote=lambda *_: None))
+    with pytest.raises(WorkerLost, match="OutOfMemoryError: killed for memory"):
+        trial._score(worker, [[0.5], [0.6]])
 
 
 def test_a_logger_without_its_package_is_refused_with_the_command_that_installs_it(monkeypatch):
@@ -421,6 +466,15 @@ class Scorer:
             }
             for point in candidates
         ]
+
+    def slow(self, candidates):
+        with open(os.path.join(self.folder, "starts"), "a", encoding="utf-8") as starts:
+            starts.write(f"{time.time()}\n")
+        time.sleep(3.0)
+        return [{"value": 0.5, "accuracy": 0.5, "nll": 1.0, "n_questions": 4, "seconds": 3.0} for _ in candidates]
+
+    def where(self):
+        return self.folder
 
     def die(self, candidates):
         os._exit(1)
@@ -485,6 +539,14 @@ def test_short_trials_run_on_all_workers_and_end_at_once(pool, tmp_path):
     assert time.monotonic() - seen[-1] < 5.0, "ten seconds where Tune waits for actors that were started in vain"
     counts = [sum(row["actor"] == f"worker-{slot}" for row in rows) for slot in (0, 1)]
     assert sum(counts) == 20 and min(counts) >= 5
+
+
+def test_the_first_candidates_are_scored_at_the_same_time(pool, tmp_path):
+    """However long they take: trials that wait for each other must not ask workers that are scoring already."""
+    search(pool, tmp_path, [], candidates=2, batch=1, method="slow")
+    folder, *_ = pool.broadcast("where")
+    first, second = map(float, Path(folder, "starts").read_text().split())
+    assert abs(first - second) < 1.5
 
 
 def test_a_search_resumes_from_its_record(pool, tmp_path):

@@ -6,12 +6,13 @@ import errno
 import os
 import resource
 import signal
+import time
 
 import pyarrow.fs as pafs
 import pytest
 
 from raymerge import storage as storage_module
-from raymerge.storage import RunError, Storage
+from raymerge.storage import RunError, Storage, clear_scratch
 
 
 @pytest.fixture(params=["path", "uri", "subtree", "mock", "one_put"])
@@ -74,6 +75,18 @@ def test_clear_temporary_leaves_the_rest(storage):
     assert storage.names("tables/t") == ["p"]
     assert "m" in storage.names("models") and "_tmp.3.m" not in storage.names("models")
     assert storage.names("models/m") == ["weights"]
+
+
+def test_what_is_being_written_is_left_alone(tmp_path):
+    for name, age in (("_tmp.1", 0.0), ("_tmp.2.safetensors", 100.0), ("trunk.safetensors", 100.0)):
+        path = tmp_path / name
+        path.mkdir() if name == "_tmp.1" else path.write_bytes(b"x")
+        os.utime(path, (time.time() - age,) * 2)
+    clear_scratch(tmp_path, older_s=50.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["_tmp.1", "trunk.safetensors"]
+    clear_scratch(tmp_path)
+    clear_scratch(tmp_path / "none")
+    assert [path.name for path in tmp_path.iterdir()] == ["trunk.safetensors"]
 
 
 def test_names_of_the_places():

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from raymerge import tensorfiles
-from raymerge.tensorfiles import read_tensors, write_tensors
+from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 
 ONE = {"x": torch.arange(6.0)}
 
@@ -40,3 +40,23 @@ def test_a_shared_file_is_readable_as_the_umask_says(tmp_path, umask, mode):
     finally:
         os.umask(before)
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == mode
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Else a power cut can leave the name with fewer bytes behind it than its header says."""
+    path, done = tmp_path / "trunk.safetensors", []
+    fsync, replace = tensorfiles.os.fsync, tensorfiles.os.replace
+
+    def synced(file):
+        done.append(tensorfiles.os.fstat(file).st_ino)
+        fsync(file)
+
+    def replaced(source, target):
+        assert done == [source.stat().st_ino]
+        replace(source, target)
+
+    monkeypatch.setattr(tensorfiles.os, "fsync", synced)
+    monkeypatch.setattr(tensorfiles.os, "replace", replaced)
+    write_tensors(path, ONE, "it")
+    assert path.stat().st_ino in done and is_whole(path, "it")
+    assert not is_whole(tmp_path / "none.safetensors", "it")

@@ -23,7 +23,6 @@ from raymerge.evaluation import Answers
 from raymerge.experiments.common import (
     Inputs,
     align,
-    cache_of,
     check_without_questions,
     compute_trunk,
     counted,
@@ -35,6 +34,7 @@ from raymerge.experiments.common import (
     read_inputs,
     runtime,
     settings_of,
+    swept_cache,
 )
 from raymerge.experiments.planning import (
     Similarity,
@@ -107,8 +107,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     run = open_run(config, "search", settings, inputs, progress, **held)
     if run.complete:
         return run
-    with runtime(config, progress):
-        cache = cache_of(config, run)
+    with runtime(config, progress), swept_cache(config, run) as cache:
         if config.plan.recompute:
             start = recomputed_plan(config, n_layers, cache, progress)
             _check(config, inputs, start, probes)
@@ -493,8 +492,9 @@ class _Search:
             same = saved_record(Path(where))["plan_id"] == plan_id
             if same and ((proof := saved_proof(Path(where))) or not self.config.output.verify):
                 return where, proof
-        # In the run, so that a killed process's is deleted at the next start.
-        beside = Path(where).parent.parent if self.run.is_local else None
+        # In the run, or else in its cache, so that a killed process's is deleted at the next start.
+        beside = Path(where).parent.parent if self.run.is_local else Path(self.cache)
+        beside.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=beside) as scratch:
             folder = Path(scratch) / best.name
             try:

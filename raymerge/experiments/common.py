@@ -17,16 +17,20 @@ import numpy as np
 import raymerge
 from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
+from raymerge.cluster import Placement, PlacementError, cluster_nodes, plan_workers, start_ray
 from raymerge.config import Config, ConfigError
 from raymerge.identity import digest
 from raymerge.inputs import SEARCH_TEXT, TEXT, Material, read_material, read_text, task_role
 from raymerge.plan import MergePlan
-from raymerge.pool import WorkerPool, cluster_resources, plan_workers, start_ray
+from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
+from raymerge.storage import Lock, clear_scratch
 from raymerge.tables import RunDirectory
 from raymerge.texts import text_hash
 from raymerge.worker import ModelWorker
+
+_LEFT_S = 86400.0  # after which what has a temporary name in a shared cache is no longer being written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +108,18 @@ def cache_of(config: Config, run: RunDirectory) -> str:
 
 
 @contextmanager
+def swept_cache(config: Config, run: RunDirectory) -> Iterator[str]:
+    """The run's cache (`cache_of`), without what killed processes have left under temporary names: all of it where the
+    cache is the run's own, of which a run in an object store has none but this to be locked by; where other runs may
+    share it, what is older than a day. Raises RunError where another process has the lock."""
+    cache = cache_of(config, run)
+    # Inside a run on a disk it is locked and swept with the run.
+    lock = Lock(cache) if config.output.cache is None and not run.is_local else None
+    clear_scratch(cache, older_s=0.0 if lock else _LEFT_S)
+    yield cache
+
+
+@contextmanager
 def runtime(config: Config, progress: Progress) -> Iterator[None]:
     """The Ray there is, or a local one for as long as this lasts, with a dashboard if the configuration asks for it."""
     with start_ray(dashboard=config.workers.dashboard, progress=progress) as dashboard:
@@ -132,20 +148,23 @@ def open_pool(
     """
     workers = config.workers
 
-    def placed():
-        return plan_workers(
-            workers.count,
-            workers.gpus_per_worker,
-            workers.cpus_per_worker,
-            cluster_resources(),
-            autoscaling=workers.autoscaling,
-        )
+    def placed(gpus: float | str) -> Placement:
+        nodes, autoscaling = cluster_nodes(), workers.autoscaling
+        return plan_workers(workers.count, gpus, workers.cpus_per_worker, nodes, autoscaling=autoscaling)
 
     def limited(count: int) -> int:
         return count if most is None else max(1, min(most, count))
 
-    placement = placed()
+    placement = placed(workers.gpus_per_worker)
     count = limited(placement.count)
+
+    def grown() -> int:
+        """How many there should be now, of the same kind: a cluster that has lost its GPUs has room for none."""
+        try:
+            return limited(placed(placement.gpus).count)
+        except PlacementError:
+            return 0
+
     arguments = {"config": config, "roles": inputs.roles, "cache": cache, "template": template, "firsts": tuple(firsts)}
     with step(progress or Silent(), f"loading the model in {count} worker{'s' if count > 1 else ''}"):
         return WorkerPool(
@@ -157,7 +176,7 @@ def open_pool(
             timeout_s=workers.timeout_s,
             wait_s=workers.wait_s,
             max_restarts=workers.max_restarts,
-            grow=(lambda: limited(placed().count)) if workers.count == "auto" else None,
+            grow=grown if workers.count == "auto" else None,
             on_event=None if run is None else run.note,
         )
 
@@ -195,10 +214,12 @@ def open_run(
 def describe_workers(
     pool: WorkerPool, inputs: Inputs, progress: Progress, run: RunDirectory | None = None
 ) -> list[dict[str, Any]]:
-    """What every worker holds; refuses a pool whose machines have other files under the same paths, now and of every
-    worker that comes later, and one that would continue a run in another dtype: where model.dtype is auto it is the
-    device's, and `workers` may differ from call to call."""
+    """What every worker holds; refuses a pool whose machines have other files under the same paths, compute on
+    different kinds of devices or in different dtypes, or have a GPU that torch does not see - now and of every worker
+    that comes later - and one that would continue a run in another dtype: where model.dtype is auto it is the device's,
+    and `workers` may differ from call to call."""
     ours = {"model_identity": inputs.checkpoint.identity, "data_identities": inputs.identities}
+    first: dict[str, Any] = {}
 
     def check(worker: dict[str, Any]) -> None:
         for key, value in ours.items():
@@ -207,15 +228,35 @@ def describe_workers(
                     f"{key} of the worker on {worker['host']} is {worker[key]}, the driver's {value}: the paths in the "
                     "configuration must lead to the same files on every machine"
                 )
+        if pool.gpus_per_worker and worker["device"] == "cpu":
+            raise ConfigError(
+                f"the worker on {worker['host']} has {pool.gpus_per_worker:g} GPUs by Ray, but torch sees no CUDA "
+                "device there and would compute on the CPU: install a torch with CUDA and a driver that it can use "
+                "(python -c 'import torch; print(torch.cuda.is_available())' on that machine), start its Ray with "
+                "--num-gpus=0, or set workers.gpus_per_worker: 0"
+            )
+        for key, kind in _computes(worker).items() if first else ():
+            if kind != _computes(first)[key]:
+                raise ConfigError(
+                    f"the worker on {worker['host']} computes with {key} {kind}, the one on {first['host']} with "
+                    f"{_computes(first)[key]}: set model.dtype to one that both have, and workers.gpus_per_worker to a "
+                    "number, so that all workers give the same results"
+                )
 
     pool.admit("describe", check)
     with step(progress, "comparing the workers' files"):  # all of the model's are read, for their digest
         found = pool.broadcast("describe")
+    first |= found[0]
     for worker in found:
         check(worker)
     if run is not None:
-        run.hold_to({"dtype": found[0]["dtype"]})
+        run.hold_to({"dtype": first["dtype"]})
     return found
+
+
+def _computes(worker: Mapping[str, Any]) -> dict[str, str]:
+    """What results depend on beside the files: GPUs of several makes are one kind of device."""
+    return {"device": "cpu" if worker["device"] == "cpu" else "GPU", "dtype": worker["dtype"]}
 
 
 def compute_trunk(pool: WorkerPool, inputs: Inputs, progress: Progress, further: Sequence[str] = ()) -> dict[str, int]:

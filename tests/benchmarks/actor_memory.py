@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 
 from raymerge.checkpoint import Checkpoint
+from raymerge.cluster import start_ray
 from raymerge.config import load_config
 from raymerge.inputs import SEARCH
 from raymerge.plan import tail_plan
-from raymerge.pool import WorkerPool, start_ray
+from raymerge.pool import WorkerPool
 from raymerge.worker import ModelWorker
 
 

@@ -15,7 +15,8 @@ import sys
 import tempfile
 import time
 
-from raymerge.pool import WorkerPool, start_ray
+from raymerge.cluster import start_ray
+from raymerge.pool import WorkerPool
 from raymerge.proposers import RandomProposer
 from raymerge.search import choose_batch, run_search
 

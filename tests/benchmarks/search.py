@@ -22,8 +22,9 @@ import time
 
 import numpy as np
 
+from raymerge.cluster import start_ray
 from raymerge.plan import tail_coefficients
-from raymerge.pool import WorkerPool, start_ray
+from raymerge.pool import WorkerPool
 from raymerge.proposers import BayesProposer, RandomProposer
 from raymerge.search import run_search
 

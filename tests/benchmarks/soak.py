@@ -19,7 +19,8 @@ from pathlib import Path
 
 import ray
 
-from raymerge.pool import WorkerPool, start_ray
+from raymerge.cluster import start_ray
+from raymerge.pool import WorkerPool
 from raymerge.proposers import RandomProposer
 from raymerge.search import run_search
 

@@ -1,0 +1,147 @@
+"""The cluster that workers are placed on: how to be connected to one, its nodes, and how many workers fit on them."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+
+from raymerge.errors import UserError
+from raymerge.progress import Progress, Silent, step
+
+
+class ClusterError(UserError):
+    """An address by which no cluster can be used; the message says which would do."""
+
+
+class PlacementError(UserError):
+    """More workers asked for than the cluster has room for; the message has the figures."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How many workers, and what each takes of a machine."""
+
+    count: int
+    cpus: float
+    gpus: float
+
+
+def plan_workers(
+    count: int | str,
+    gpus_per_worker: float | str,
+    cpus_per_worker: float,
+    nodes: Sequence[Mapping[str, float]],
+    *,
+    autoscaling: bool = False,
+) -> Placement:
+    """Choose how many workers fit. "auto" takes one GPU a worker where there are GPUs, else CPUs alone, and as many
+    workers as fit; nodes are what each node of a cluster has in all, by Ray's names ("CPU", "GPU").
+
+    A worker is on one node, and a fraction of a GPU on one GPU. Raises PlacementError where more are asked for than
+    fit, unless the cluster is an `autoscaling` one.
+    """
+    cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
+    per_gpu = float(gpus >= 1) if gpus_per_worker == "auto" else float(gpus_per_worker)
+    fits = sum(_room(node, cpus_per_worker, per_gpu) for node in nodes)
+    wanted = max(fits, 1) if count == "auto" else int(count)
+    if wanted > fits and not autoscaling:
+        raise PlacementError(
+            f"{wanted} workers of {cpus_per_worker:g} CPUs and {per_gpu:g} GPUs do not fit: the cluster has {cpus:g} "
+            f"CPUs and {gpus:g} GPUs, its nodes room for {fits}; lower workers.count, workers.cpus_per_worker or "
+            "workers.gpus_per_worker, or set workers.autoscaling if the cluster grows on demand"
+        )
+    return Placement(wanted, cpus_per_worker, per_gpu)
+
+
+def _room(node: Mapping[str, float], cpus_each: float, gpus_each: float) -> int:
+    """How many workers one node has room for."""
+    by_cpu, gpus = int(node.get("CPU", 0.0) / cpus_each + 1e-9), int(node.get("GPU", 0.0))
+    if not gpus_each:
+        return by_cpu
+    return min(by_cpu, gpus * int(1 / gpus_each + 1e-9) if gpus_each < 1 else gpus // math.ceil(gpus_each))
+
+
+def cluster_nodes() -> list[dict[str, float]]:
+    """What each node of the cluster that is there has in all."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def driver_node() -> str:
+    """The name of a Ray resource that only this process's node has, so that an actor can be kept on it."""
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == here)
+    names = [name for name in node["Resources"] if name.startswith("node:")]
+    # Nodes that share an address, as in tests, share its resource as well; the head's other one is its own.
+    return next((name for name in names if name.endswith("__internal_head__")), names[0])
+
+
+@contextmanager
+def start_ray(
+    *, num_cpus: int | None = None, dashboard: bool = False, progress: Progress | None = None
+) -> Iterator[str | None]:
+    """Use the Ray there is - a job's, RAY_ADDRESS's or this process's - else start a local one and end it after.
+    Raises ClusterError for an address where no cluster answers, and for one of Ray's client mode.
+
+    The local one listens on 127.0.0.1 only and has `num_cpus` (logical) CPUs, else the machine's; `dashboard` starts
+    Ray's dashboard with it. Gives the dashboard's address, or None where there is none.
+    """
+    if ray.is_initialized():
+        yield None
+        return
+    on_stop = signal.getsignal(signal.SIGTERM)
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    with step(progress or Silent(), "starting Ray"):
+        if address := os.environ.get("RAY_ADDRESS"):
+            if address.startswith("ray://"):
+                # Tune would run in a process of the head: the searcher, with all that it holds, would have to move.
+                raise ClusterError(
+                    f"RAY_ADDRESS is {address}, which is Ray's client mode: the search must run in the cluster. Give "
+                    "the job to it (RAY_ADDRESS=http://HEAD:8265 ray job submit --working-dir . -- python "
+                    "jobs/search_alphas.py ...), or run on one of its machines with RAY_ADDRESS=HEAD:6379"
+                )
+            try:
+                context = ray.init(**options)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise ClusterError(
+                    f"RAY_ADDRESS is {address!r}, but there is no cluster that answers: {error}. Give the address of "
+                    "a head, such as host:6379 (http://host:8265 is for `ray job submit` alone), or unset it for a "
+                    "local Ray"
+                ) from error
+        else:
+            options |= {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
+            with _loopback_only():
+                context = ray.init(address="local", num_cpus=num_cpus, **options)
+    if threading.current_thread() is threading.main_thread():
+        # Back to what it was: Ray's own prints a trace and aborts the process (SIGABRT) if it takes 3 s to end.
+        signal.signal(signal.SIGTERM, on_stop)
+    try:
+        yield f"http://{context.dashboard_url}" if context.dashboard_url else None
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Ray takes the machine's outer address even for `_node_ip_address="127.0.0.1"`, and binds its ports on all of
+    them; only its switch for desktops without multi-node clusters keeps it on the loopback (seen with 2.60). Ray's
+    processes read the switch from the environment, this one read it when Ray was imported."""
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, os.environ[name] = os.environ.get(name), "0"
+    enabled, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
