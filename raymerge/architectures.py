@@ -73,7 +73,7 @@ class Architecture:
     units it lies, or None. The dimensions of a query or key head form none: each has its own rotary frequency.
     sizes: how many units each name of PROJECTIONS stands for, of those inside another inside one unit of it.
     scaled_embedding: whether embeddings are multiplied by the root of their width.
-    windows: whether attention has the window that a config gives; transformers builds these families' masks without.
+    windows: which layers have the window that a config gives: "none", "all", or those that its `layer_types` name.
     attention_softcap, logit_softcap: config keys of c where attention scores, or logits, s become c tanh(s / c).
     width: config key of the MLP's width, or an expert's.
     required: config options that raymerge knows with some values only.
@@ -92,7 +92,7 @@ class Architecture:
     unit_groups: Mapping[str, str | None] = field(default_factory=lambda: {"units": None, **_HEAD_GROUPS})
     sizes: Mapping[str, int] = field(default_factory=dict)
     scaled_embedding: bool = False
-    windows: bool = True
+    windows: str = "all"
     attention_softcap: str | None = None
     logit_softcap: str | None = None
     width: str = "intermediate_size"
@@ -213,16 +213,17 @@ _GEMMA_NORMS = {
     "output_norms": {"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
     "gain_offset": 1.0,
     "scaled_embedding": True,
+    "windows": "layer_types",
     "required": {"use_bidirectional_attention": (None, False)},
 }
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     family.name: family
     for family in (
-        Architecture("llama", windows=False),
+        Architecture("llama", windows="none"),
         Architecture("mistral"),
-        Architecture("qwen2"),
-        Architecture("qwen3", head_norms=tuple(_Q_K_NORMS)),
+        Architecture("qwen2", windows="layer_types"),
+        Architecture("qwen3", windows="layer_types", head_norms=tuple(_Q_K_NORMS)),
         Architecture(
             "gemma2",
             attention_softcap="attn_logit_softcapping",
@@ -251,7 +252,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "olmo2",
-            windows=False,
+            windows="none",
             norm_inputs={},
             output_norms={"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
             projection_norms=_Q_K_NORMS,
@@ -269,7 +270,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "olmoe",
-            windows=False,
+            windows="none",
             projections=_ATTENTION | {"mlp.gate": ("router",)},
             experts=_QWEN_EXPERTS,
             norm_inputs={"input_layernorm": _QKV, "post_attention_layernorm": ("mlp.gate",)},
@@ -448,16 +449,17 @@ def rotary_types(config: Any) -> list[str | None]:
 def attention_windows(config: Any) -> list[int | None]:
     """For each decoder layer, how many positions back a query sees, itself included; None where all of them.
 
-    Follows transformers: a layer's entry in `layer_types` decides, and without such a list `sliding_window` holds
-    for every layer. Where the family's masks have none it means nothing.
+    As transformers builds the family's masks: without any window, with `sliding_window` in every layer, or in those
+    that `layer_types` names.
     """
-    family = ARCHITECTURES.get(getattr(config, "model_type", None))
-    window = getattr(config, "sliding_window", None) if family is None or family.windows else None
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or []
     known = {"full_attention", "sliding_attention"}
     if unknown := sorted(set(types) - known):
         raise ArchitectureError(f"layer types {unknown} are not supported; supported are {', '.join(sorted(known))}")
-    return [window if kind == "sliding_attention" else None for kind in types]
+    window, windows = getattr(config, "sliding_window", None), ARCHITECTURES[config.model_type].windows
+    if windows == "layer_types":
+        return [window if kind == "sliding_attention" else None for kind in types]
+    return [window if windows == "all" else None] * config.num_hidden_layers
 
 
 def trimmed_config(values: dict[str, Any], kept: list[int]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from raymerge.gguf_input import SOURCE_FILE, converted_gguf, gguf_file_of
 from raymerge.hub import fetch
 from raymerge.identity import digest
 from raymerge.saved_config import names_absent_code, saved_config
+from raymerge.storage import TEMPORARY
 from raymerge.tensorfiles import DTYPES, ITEM_BYTES, Layout, OpenTensorFile
 
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -343,7 +344,7 @@ class Checkpoint(Mapping[str, Tensor]):
         destination = Path(destination)
         if destination.exists():
             raise CheckpointError(f"{destination} exists already: give another folder, or delete it")
-        unfinished = destination.with_name(f"_tmp.{destination.name}")
+        unfinished = destination.with_name(f"{TEMPORARY}{destination.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
         own = -1
         try:

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from raymerge.errors import UserError
+from raymerge.storage import TEMPORARY, user_cache
 from raymerge.tensorfiles import new_file
 
 #: Stands in a converted checkpoint: which file it was made from.
@@ -78,7 +79,7 @@ def converted_gguf(file: Path) -> Path:
         raise GgufError(f"reading {file} needs the package gguf, which is not installed: pip install 'raymerge[gguf]'")
     with file.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raymerge" / "gguf"
+    cache = user_cache() / "gguf"
     folder = cache / sha256[:16]
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -97,7 +98,7 @@ def _convert(file: Path, sha256: str, folder: Path) -> None:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    unfinished = folder.with_name(f"_tmp.{folder.name}")
+    unfinished = folder.with_name(f"{TEMPORARY}{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         reader = GGUFReader(file)

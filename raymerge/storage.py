@@ -207,6 +207,11 @@ class Storage:
         )
 
 
+def user_cache() -> Path:
+    """The folder of raymerge in the user's cache: $XDG_CACHE_HOME, or ~/.cache without it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raymerge"
+
+
 def clear_scratch(folder, older_s: float = 0.0) -> None:
     """Delete what killed processes left under temporary names right in a local folder, files and folders.
 

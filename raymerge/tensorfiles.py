@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raymerge.errors import UserError
+from raymerge.storage import TEMPORARY
 
 #: torch's dtype by safetensors' name of it.
 DTYPES = {
@@ -95,7 +96,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], what: str) -> None:
     reader never sees half of one.
     """
     # Not by the process's number: on a disk that machines share, two have the same one, above all in containers.
-    unfinished = path.with_name(f"_tmp.{uuid.uuid4().hex[:12]}.{path.name}")
+    unfinished = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(unfinished):

@@ -64,6 +64,8 @@ def test_windows_are_those_of_transformers(family, window):
     config = tiny.config_of(family)
     if window is not None:
         config.sliding_window = window
+        if not getattr(config, "layer_types", None):  # a list that the family does not read
+            config.layer_types = ["full_attention", "sliding_attention"] * 2 + ["full_attention"]
     for number, window in enumerate(attention_windows(config)):
         single = copy.deepcopy(config)
         single.num_hidden_layers = 1

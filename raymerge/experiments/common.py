@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
-from raymerge.storage import Lock, clear_scratch
+from raymerge.storage import Lock, clear_scratch, user_cache
 from raymerge.tables import RunDirectory
 from raymerge.texts import text_hash
 from raymerge.worker import ModelWorker
@@ -103,8 +102,7 @@ def cache_of(config: Config, run: RunDirectory) -> str:
         return str(Path(config.output.cache).expanduser().absolute())
     if run.is_local:
         return run.path_of("cache")
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return str(Path(folder) / "raymerge" / run.run_id)
+    return str(user_cache() / run.run_id)
 
 
 @contextmanager

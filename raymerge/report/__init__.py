@@ -10,6 +10,7 @@ from raymerge.identity import without_secrets
 from raymerge.progress import Progress, Silent, step
 from raymerge.report.build import page_of
 from raymerge.report.render import to_html
+from raymerge.storage import TEMPORARY
 from raymerge.tables import RunDirectory, RunError
 
 __all__ = ["write_report"]
@@ -40,6 +41,6 @@ def write_report(
     with step(progress, "writing the page"):
         html = to_html(page)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"_tmp.{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
     temporary.write_text(html, encoding="utf-8")
     return temporary.replace(path)
