@@ -37,7 +37,7 @@ from alpha_panels import (
 )
 from plotting import COLOURS, STYLE, markdown, need, number, run_main, save, save_text, style_of
 
-from raymerge.tables import RunDirectory, RunError, is_minimised, plan_labels
+from raymerge.tables import RunDirectory, RunError, above_ceiling, is_minimised, plan_labels, rank
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,12 +105,8 @@ def draw(run: RunDirectory, out: Path, *, files=None, similarity=None, subset=No
 def held_to(run: RunDirectory, trials: list[dict]) -> list[dict]:
     """The trials, those above the search's ceiling of perplexity without a value: theirs is a penalty."""
     ceiling = run.config.get("search", {}).get("perplexity_ceiling")
-    if ceiling is None:
-        return trials
     return [
-        row | {"value": None, "status": _ABOVE}
-        if row["status"] == "ok" and row["perplexity"] is not None and row["perplexity"] > ceiling
-        else row
+        row | {"value": None, "status": _ABOVE} if row["status"] == "ok" and above_ceiling(row, ceiling) else row
         for row in trials
     ]
 
@@ -182,13 +178,8 @@ def usable(rows: list[dict]) -> list[dict]:
 
 
 def best_of(rows: list[dict]) -> dict | None:
-    """The best usable trial; ties go to the lower NLL, then to the earlier one."""
-    sign = 1 if rows and is_minimised(rows[0]["objective"]) else -1
-
-    def rank(row):
-        return sign * row["value"], math.inf if row["nll"] is None else row["nll"], row["iteration"]
-
-    return min(usable(rows), key=rank, default=None)
+    """The best usable trial, by what the search ranks them by."""
+    return max(usable(rows), key=rank, default=None)
 
 
 def standard_error(row: dict) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from raymerge import summary
+from raymerge import findings, summary
 from raymerge.checkpoint import Checkpoint
 from raymerge.proof import proof_finished
 from raymerge.tables import RunDirectory
@@ -98,20 +98,20 @@ def _proof_line(proof: dict[str, Any] | None) -> str:
 
 def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
     """Lines of markdown: the plan found beside every control on the report questions, with intervals of 95 %."""
-    lines = summary.plan_lines(run, split)
+    lines = findings.plan_lines(run, split)
     header, cells = summary.plan_table(lines)
     objectives = sorted({row["objective"] for row in run.read("trials", ["objective"]).to_pylist()})
-    asked = summary.asks_questions(run)
+    asked = findings.asks_questions(run)
     chosen = "**which the search chose by**, so that every figure of what it found is too good."
     return [
         (f"On {lines[0]['n']} {split} questions, " if asked else "On plain text, ")
-        + (chosen if summary.chosen_on(run, split) else "none of which the search saw."),
+        + (chosen if findings.chosen_on(run, split) else "none of which the search saw."),
         f"It searched for {', '.join(objectives)}. Every plan but base, the unmerged model, has the same number of "
         "layers. Intervals are of 95 %; perplexity is of plain text.",
         "",
         *_markdown(header, cells),
         "",
-        *([f"Always answering A: {summary.always_a_share(run, split):.4f}.", ""] if asked else []),
+        *([f"Always answering A: {findings.always_a_share(run, split):.4f}.", ""] if asked else []),
         *_markdown(*summary.comparison_table(run, plan_id)),
         "",
         *summary.comparison_notes(run, plan_id),

@@ -159,15 +159,15 @@ def _print_incidents(run: RunDirectory) -> None:
 
 def print_search(run: RunDirectory, split: str) -> None:
     """The closing summary of a search: plans with standard errors, what was found, where things lie."""
-    from raymerge import summary
+    from raymerge import findings, summary
 
-    lines = summary.plan_lines(run, split)
+    lines = findings.plan_lines(run, split)
     manifest = run.manifest()
-    asked = summary.asks_questions(run)
+    asked = findings.asks_questions(run)
     print(f"\n{lines[0]['n']} {split} questions:" if asked else "\nOn plain text:")
     _print_table(*summary.plan_table(lines))
     if asked:
-        print(f"Always answering A: {summary.always_a_share(run, split):.4f}")
+        print(f"Always answering A: {findings.always_a_share(run, split):.4f}")
     print("\nOn the search questions:" if asked else "\nOn the search text:")
     for line in summary.search_lines(run):
         print(f"  {line}")
@@ -230,7 +230,7 @@ def _print_tasks(run: RunDirectory, plan_id: str | None = None) -> None:
 
 def print_evaluation(run: RunDirectory, split: str) -> None:
     """Accuracy by subject, averages and perplexities of an evaluation."""
-    from raymerge import summary
+    from raymerge import findings, summary
 
     questions = {
         row["subject"]: summary.number(row["perplexity"], (row["ci_low"], row["ci_high"]))
@@ -253,7 +253,7 @@ def print_evaluation(run: RunDirectory, split: str) -> None:
         _print_table(
             ["subject", "n", "accuracy ± se [95 %]", "answer NLL", "question ppl [95 %]"], cells[2:] + cells[:2]
         )
-        print(f"\nAlways answering A: {summary.always_a_share(run, split):.4f}")
+        print(f"\nAlways answering A: {findings.always_a_share(run, split):.4f}")
     _print_tasks(run)
     texts = [row for row in run.read("perplexity").to_pylist() if row["target"] == "text"]
     found = [summary.number(row["perplexity"], (row["ci_low"], row["ci_high"])) for row in texts]

@@ -131,6 +131,19 @@ def is_minimised(objective: str) -> bool:
     return parse_objective(objective).minimised
 
 
+def above_ceiling(trial: Mapping[str, Any], ceiling: float | None) -> bool:
+    """Whether the value of a row of `trials` is a penalty, as that of a perplexity above the search's ceiling is."""
+    return ceiling is not None and trial["perplexity"] is not None and trial["perplexity"] > ceiling
+
+
+def rank(trial: Mapping[str, Any]) -> tuple[float, float, int]:
+    """What finished rows of `trials` are ranked by, the larger the better: the objective, of equals the lower NLL of
+    answers, of these the earlier. Above a ceiling a value is worse than any candidate's that keeps to it."""
+    sign = -1.0 if is_minimised(trial["objective"]) else 1.0
+    # Where no questions are asked there is no NLL of answers.
+    return sign * trial["value"], -(trial["nll"] or 0.0), -trial["iteration"]
+
+
 def score_text(objective: str, text_nll: float, *, ceiling: float | None = None) -> Score:
     """Judge by the mean NLL (nats) of plain text alone, for an objective that needs no answers; see `score_answers`."""
     parsed = parse_objective(objective)

@@ -1,25 +1,23 @@
-"""The closing summary of a run, made from its tables alone: what a user should see first."""
+"""What a run found, as lines and tables of text: the closing summary, which a user sees first."""
 
 from __future__ import annotations
 
 import math
 import textwrap
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from raymerge.diffusion import degeneracy
-from raymerge.objectives import is_minimised, parse_objective, score_answers, score_text
-from raymerge.tables import MACRO, MICRO, RunDirectory, plan_labels
-
-
-def always_a_share(run: RunDirectory, split: str) -> float:
-    """Share of a split's questions whose right answer is A: what a model that always says A would get."""
-    answers = run.read("answers", ["plan_id", "split", "answer"])
-    answers = answers.filter(pc.equal(answers["split"], split))
-    one_plan = answers.filter(pc.equal(answers["plan_id"], answers["plan_id"][0]))
-    return pc.mean(pc.equal(one_plan["answer"], 0)).as_py()
+from raymerge.findings import (
+    asks_questions,
+    chosen_on,
+    comparison_rows,
+    correlation_ceiling,
+    degenerate_layers,
+    labels_of,
+    objective_value,
+    plan_lines,
+    verdict,
+)
+from raymerge.objectives import above_ceiling, is_minimised, parse_objective
+from raymerge.tables import RunDirectory
 
 
 def proof_line(proof: dict) -> str:
@@ -29,17 +27,6 @@ def proof_line(proof: dict) -> str:
         f"{proof['tolerance']:.2g}), {proof['predictions_equal']} of {proof['positions']} next tokens the same, "
         f"{proof['generated_tokens']} tokens generated."
     )
-
-
-def asks_questions(run: RunDirectory) -> bool:
-    """Whether a run asks questions, or has plain text and tasks alone (data.mmlu null)."""
-    return run.config.get("data", {}).get("mmlu", "") is not None
-
-
-def labels_of(run: RunDirectory) -> dict[str, str]:
-    """plan_id -> what the plan is called (`schemas.plan_labels`)."""
-    plans = run.read("plans", ["plan_id", "name", "kind"]).to_pylist()
-    return plan_labels(plans, run.read("trials", ["searcher", "status"]).to_pylist())
 
 
 def budget_lines(run: RunDirectory) -> list[str]:
@@ -58,61 +45,6 @@ def budget_lines(run: RunDirectory) -> list[str]:
         f"What was found is the best of {what}, the random control of {drawn}: the best of more is better by chance "
         "alone, so a difference between the two is not one of the search alone"
     ]
-
-
-def plan_lines(run: RunDirectory, split: str) -> list[dict]:
-    """For each plan, in the order in which they were stored, its name and what it reached on `split`.
-
-    Keys: plan_id, name, label (`labels_of`), kind, layers, n (questions), accuracy, standard_error, interval (low,
-    high; 95 %), macro, macro_error, macro_interval, nll, perplexity (plain text), perplexity_interval, picked (share of
-    each letter, A to D) and top_is_letter (share); None where a table has nothing, as all that is of questions in a run
-    that asks none (data.mmlu null), whose n is 0.
-    """
-    plans = {row["plan_id"]: row for row in run.read("plans").to_pylist()}
-    accuracy = {
-        (row["plan_id"], row["subject"]): row for row in run.read("accuracy").to_pylist() if row["split"] == split
-    }
-    texts = {row["plan_id"]: row for row in run.read("perplexity").to_pylist() if row["target"] == "text"}
-    costs = {row["plan_id"]: row for row in run.read("costs").to_pylist()}
-    answers = run.read("answers", ["plan_id", "split", "predicted", "top_is_letter"])
-    answers = answers.filter(pc.equal(answers["split"], split))
-    lines, labels = [], labels_of(run)
-    for plan_id, plan in plans.items():
-        if asks_questions(run) and (plan_id, MICRO) not in accuracy:
-            continue
-        micro, macro = (accuracy.get((plan_id, subject), _UNASKED) for subject in (MICRO, MACRO))
-        own = answers.filter(pc.equal(answers["plan_id"], plan_id))
-        picked = [pc.mean(pc.equal(own["predicted"], letter)).as_py() for letter in range(4)]
-        lines.append(
-            {
-                "plan_id": plan_id,
-                "name": plan["name"],
-                "label": labels[plan_id],
-                "kind": plan["kind"],
-                "layers": costs.get(plan_id, {}).get("layers"),
-                "n": micro["n"],
-                "accuracy": micro["accuracy"],
-                "standard_error": micro["standard_error"],
-                "interval": (micro["ci_low"], micro["ci_high"]),
-                "macro": macro["accuracy"],
-                "macro_interval": (macro["ci_low"], macro["ci_high"]),
-                "macro_error": macro["standard_error"],
-                "nll": micro["nll"],
-                **_text(texts.get(plan_id)),
-                "picked": picked,
-                "top_is_letter": pc.mean(own["top_is_letter"]).as_py(),
-            }
-        )
-    return lines
-
-
-_UNASKED = dict.fromkeys(("accuracy", "standard_error", "ci_low", "ci_high", "nll")) | {"n": 0}
-
-
-def _text(row: dict | None) -> dict:
-    """Perplexity of plain text and its interval, from a row of `perplexity` or none."""
-    row = row or {}
-    return {"perplexity": row.get("perplexity"), "perplexity_interval": (row.get("ci_low"), row.get("ci_high"))}
 
 
 def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
@@ -145,28 +77,6 @@ def share(value: float, error: float, interval: tuple[float | None, float | None
     return f"{value:.4f}{doubt}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
-_MORE_IS_BETTER = ("accuracy", "acc", "acc_norm")
-
-
-def verdict(row: dict) -> str:
-    """What a row of `comparisons` says of its first plan: more accuracy is better, less answer NLL."""
-    if row["p_value"] >= 0.05:
-        return "indistinguishable"
-    found = "better" if (row["difference"] > 0) == (row["measure"] in _MORE_IS_BETTER) else "worse"
-    alone = row["p_holm"] is not None and row["p_holm"] >= 0.05
-    return f"{found}, but not among so many comparisons" if alone else found
-
-
-def ceiling(row: dict) -> float | None:
-    """What noise leaves of a correlation of 1, of a row of `similarity_correlation`; None where it is not known.
-
-    A reliability of 0 or less is a matrix of noise, which has no pattern to correlate: two of them below 0, a third of
-    all pairs of such matrices, have no ceiling either, although their product is above it.
-    """
-    a, b = row["reliability_a"], row["reliability_b"]
-    return None if a is None or b is None or min(a, b) <= 0 else math.sqrt(a * b)
-
-
 _COMPARED = ["plan", "against", "difference", "95 % interval", "p", "p (Holm)", "verdict"]
 
 
@@ -174,7 +84,7 @@ def comparison_table(run: RunDirectory, plan_id: str | None = None) -> tuple[lis
     """Header and cells: comparisons of accuracies, or of losses on plain text where no questions are asked, of one plan
     if it is given, saying where two plans cannot be told apart."""
     names = labels_of(run)
-    return _COMPARED, [_compared(names, row) for row in _comparisons(run, plan_id)]
+    return _COMPARED, [_compared(names, row) for row in comparison_rows(run, plan_id)]
 
 
 def _compared(names: dict[str, str], row: dict) -> list[str]:
@@ -214,7 +124,7 @@ def task_comparison_table(run: RunDirectory, plan_id: str | None = None) -> tupl
 
 def comparison_notes(run: RunDirectory, plan_id: str | None = None) -> list[str]:
     """What the p-values of `comparison_table` are, how many comparisons stand elsewhere, and `budget_lines`."""
-    shown, every, notes = len(_comparisons(run, plan_id)), len(_comparisons(run, None)), []
+    shown, every, notes = len(comparison_rows(run, plan_id)), len(comparison_rows(run, None)), []
     if shown > 1:
         told = "p and intervals are of each on its own, uncorrected; Holm's p allows for all of them by this measure"
         notes.append(f"({shown} comparisons: {told}.)")
@@ -222,12 +132,6 @@ def comparison_notes(run: RunDirectory, plan_id: str | None = None) -> list[str]
         notes.append(f"({every - shown} further pairs of plans stand in table comparisons.)")
     notes += [f"({line}.)" for line in budget_lines(run)]
     return notes
-
-
-def _comparisons(run: RunDirectory, plan_id: str | None) -> list[dict]:
-    measure = "accuracy" if asks_questions(run) else "text_nll"
-    rows = [row for row in run.read("comparisons").to_pylist() if row["measure"] == measure]
-    return [row for row in rows if plan_id in (None, row["plan_a"], row["plan_b"])]
 
 
 def block_lines(run: RunDirectory) -> list[str]:
@@ -255,52 +159,6 @@ def _span(row: dict) -> str:
     return str(row["first"]) if row["first"] == row["last"] else f"{row['first']}-{row['last']}"
 
 
-def objective_value(run: RunDirectory, split: str, plan_id: str, objective: str) -> float | None:
-    """An objective's value on a split's stored answers and the text reported on, without a ceiling; None where the
-    run has not what it takes: the plan's answers to the subjects, the unmerged model's for answer_kl, the loss on a
-    text."""
-    parsed = parse_objective(objective)
-    answers = run.read("answers")
-    answers = answers.filter(pc.equal(answers["split"], split))
-    own = answers.filter(pc.equal(answers["plan_id"], plan_id)).sort_by("question_id")
-    reference = text = None
-    if parsed.needs_reference:
-        base = [row["plan_id"] for row in run.read("plans").to_pylist() if row["kind"] == "base"]
-        unmerged = answers.filter(pc.is_in(answers["plan_id"], pa.array(base, pa.string()))).sort_by("question_id")
-        if not base or unmerged["question_id"].to_pylist() != own["question_id"].to_pylist():
-            return None
-        reference = _logits(unmerged)
-    if parsed.needs_text:
-        texts = run.read("perplexity").to_pylist()
-        text = next((row["nll"] for row in texts if (row["plan_id"], row["target"]) == (plan_id, "text")), None)
-        if text is None:
-            return None
-    if not parsed.needs_answers:
-        return score_text(objective, text).value
-    present = set(own["subject"].to_pylist())
-    if not present or any(term.subjects and present.isdisjoint(term.subjects) for term in parsed.terms):
-        return None
-    return score_answers(
-        objective,
-        _logits(own),
-        own["answer"].to_numpy(),
-        own["subject"].to_pylist(),
-        reference=reference,
-        text_nll=text,
-    ).value
-
-
-def _logits(answers: pa.Table) -> np.ndarray:
-    return np.stack([answers[f"logit_{letter}"].to_numpy() for letter in "abcd"], axis=1)
-
-
-def chosen_on(run: RunDirectory, split: str) -> bool:
-    """Whether a run's search chose by the questions of this split, so that figures on it are no test."""
-    return (
-        run.experiment == "search" and asks_questions(run) and run.config.get("data", {}).get("search_split") == split
-    )
-
-
 def optimism_lines(run: RunDirectory, split: str) -> list[str]:
     """What was found, on the questions that chose it and on those of the report: the best of many noisy values is too
     good, and by how much too good beside the controls, which nothing chose, tells that from a harder split. Where both
@@ -311,7 +169,7 @@ def optimism_lines(run: RunDirectory, split: str) -> list[str]:
     if found is None:
         return []
     objective, ceiling = found["objective"], run.config.get("search", {}).get("perplexity_ceiling")
-    if _above(found, ceiling):
+    if above_ceiling(found, ceiling):
         return [
             f"{best['name']}: its perplexity of the search text is {number(found['perplexity'])}, above the ceiling of "
             f"{number(ceiling)}, as is every candidate's: it is the one nearest to it"
@@ -324,7 +182,7 @@ def optimism_lines(run: RunDirectory, split: str) -> list[str]:
     sign = -1.0 if is_minimised(objective) else 1.0
     gaps = {}
     for row in trials:
-        if row["plan_id"] == found["plan_id"] or (row["searcher"] == "controls" and not _above(row, ceiling)):
+        if row["plan_id"] == found["plan_id"] or (row["searcher"] == "controls" and not above_ceiling(row, ceiling)):
             reported = objective_value(run, split, row["plan_id"], objective)
             if reported is not None:
                 gaps[row["plan_id"]] = sign * (row["value"] - reported), reported
@@ -352,10 +210,6 @@ def _what_differs(asked: bool, objective: str) -> str:
     return "sets of questions" + (" and texts" if parse_objective(objective).needs_text else "")
 
 
-def _above(trial: dict, ceiling: float | None) -> bool:
-    return ceiling is not None and trial["perplexity"] is not None and trial["perplexity"] > ceiling
-
-
 def search_lines(run: RunDirectory) -> list[str]:
     """What the searchers found on the search questions, one line each."""
     lines = []
@@ -369,7 +223,7 @@ def search_lines(run: RunDirectory) -> list[str]:
             lines.append(f"{searcher}: {len(rows)} candidates, all failed")
             continue
         # Above a ceiling the value is a penalty, no value of the objective.
-        values = [row["value"] for row in judged if not _above(row, ceiling)]
+        values = [row["value"] for row in judged if not above_ceiling(row, ceiling)]
         if len(values) < len(judged):
             failed += f", {len(judged) - len(values)} above the perplexity ceiling of {number(ceiling)}"
         if not values:
@@ -434,19 +288,6 @@ def worker_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
     return ["search", "worker", "candidates", "scoring s", "there s", "used %"], cells
 
 
-def degenerate_layers(run: RunDirectory) -> dict[tuple[str, str], set[int]]:
-    """(subset, language) -> the layers whose diffusion map is degenerate (`diffusion.degeneracy`): whatever their
-    similarities are, also far above those of shuffled samples, they are noise that layers share."""
-    rows = run.read("similarity", ["subset", "language", "n_samples"]).to_pylist()
-    sizes = {(row["subset"], row["language"]): row["n_samples"] for row in rows}
-    found: dict[tuple[str, str], set[int]] = {key: set() for key in sizes}
-    for row in run.read("degeneracy").to_pylist():
-        key = row["subset"], row["language"]
-        if key in sizes and degeneracy(row["effective_rank"], sizes[key]):
-            found[key].add(row["layer"])
-    return found
-
-
 def similarity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
     """Header and cells: each subset's matrix off the diagonal, against what unrelated layers score; the share of pairs
     above these is of those whose maps mean something (`degenerate_layers`)."""
@@ -497,7 +338,7 @@ def correlation_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
     for row in run.read("similarity_correlation").to_pylist():
         names = [f"{row[f'subset_{side}']}/{row[f'language_{side}']}" for side in "ab"]
         interval = "–" if row["ci_low"] is None else f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]"
-        bound = ceiling(row)
+        bound = correlation_ceiling(row)
         found = [f"{row['pearson']:.4f}", f"{row['pearson_off_diagonal']:.4f}"]
         cells.append([" – ".join(names), *found, interval, "–" if bound is None else f"{bound:.4f}"])
     return header, cells

@@ -27,7 +27,7 @@ import yaml
 
 from raymerge.diffusion import degeneracy
 from raymerge.identity import canonical_json, digest, plain, software, without_secrets
-from raymerge.objectives import is_minimised
+from raymerge.objectives import above_ceiling, is_minimised, rank
 from raymerge.schemas import (
     MACRO,
     MICRO,
@@ -50,12 +50,14 @@ __all__ = [
     "SCHEMAS",
     "RunDirectory",
     "RunError",
+    "above_ceiling",
     "degeneracy",
     "derive_accuracy",
     "derive_task_accuracy",
     "is_minimised",
     "part_name",
     "plan_labels",
+    "rank",
     "way_of",
 ]
 

@@ -21,7 +21,7 @@ from local_pool import LocalPool
 import raymerge.merging
 import raymerge.prompts
 import raymerge.proof
-from raymerge import cli, summary
+from raymerge import cli, findings, summary
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
 from raymerge.evaluation import text_nll
@@ -193,7 +193,7 @@ def test_the_saved_model_is_proved_and_its_card_says_what_it_reaches(run):
     best = run.manifest()["best"]
     assert best["proof"]["passed"] and best["proof"]["predictions_equal"] == best["proof"]["positions"]
     card = (Path(run.path_of("models", "found_bayes")) / "README.md").read_text()
-    for line in summary.plan_lines(run, "test"):
+    for line in findings.plan_lines(run, "test"):
         assert f"| {line['label']} | {line['layers']} | {line['accuracy']:.4f} ± " in card
         assert f"[{line['interval'][0]:.3f}, {line['interval'][1]:.3f}]" in card
     assert all(f"| {' | '.join(cells)} |" in card for cells in summary.comparison_table(run, best["plan_id"])[1])
@@ -513,7 +513,7 @@ def test_another_configuration_is_refused_by_name(run):
 def test_the_summary_is_made_from_tables(run, capsys):
     from raymerge.console import print_search
 
-    lines = summary.plan_lines(run, "test")
+    lines = findings.plan_lines(run, "test")
     assert [line["name"] for line in lines][0] == "base" and all(line["n"] == 18 for line in lines)
     accuracy = {row["plan_id"]: row for row in run.read("accuracy").to_pylist() if row["subject"] == "_micro"}
     assert lines[0]["accuracy"] == accuracy[lines[0]["plan_id"]]["accuracy"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from report_runs import LAYERS, QUESTIONS, search_run, sensitivity_run, similarity_run, sweep_run, text_losses
 
-from raymerge import report, rows, summary
+from raymerge import findings, report, rows, summary
 from raymerge.card import search_results
 from raymerge.plan import base_plan
 from raymerge.progress import Silent
@@ -85,7 +85,7 @@ def test_the_answer_has_the_tables_numbers(search):
     assert set(told) == {"base", "drop", "fixed_0.62"}
     for plan, label in (("base", "base"), ("drop", "drop"), ("fixed", "fixed_0.62")):
         assert told[label][1] == wording.difference(stored[plan])
-        assert summary.verdict(stored[plan]) in told[label][3]
+        assert findings.verdict(stored[plan]) in told[label][3]
     perplexities = {row["plan_id"]: row for row in search.read("perplexity").to_pylist()}
     assert told["drop"][7] == wording.perplexity(
         perplexities["drop"]["perplexity"], (perplexities["drop"]["ci_low"], perplexities["drop"]["ci_high"])
@@ -147,8 +147,8 @@ def test_a_gain_by_an_uncorrected_p_alone_is_no_gain(search):
     row = {"measure": "accuracy", "difference": 0.1, "p_value": 0.03, "p_holm": 0.09}
     assert plans._said(row) == "≈\u00a0indistinguishable (uncorrected: better)"
     assert plans._firm(row) == "indistinguishable"
-    assert summary.verdict(row | {"p_holm": 0.04}) == "better"
-    assert summary.verdict(row | {"p_holm": 0.04, "measure": "answer_nll"}) == "worse"
+    assert findings.verdict(row | {"p_holm": 0.04}) == "better"
+    assert findings.verdict(row | {"p_holm": 0.04, "measure": "answer_nll"}) == "worse"
 
 
 def test_what_layers_are_left_sums_to_one(search):
@@ -377,7 +377,7 @@ def test_the_random_control_is_called_the_best_of_as_many_as_were_tried(tmp_path
     assert "indistinguishable from the best of 3 random ones" in sentence
     assert "What was found is the best of 8 candidates, the random control of 3:" in sentence
     assert "best of 3 random ones" in [row[0] for row in blocks([answer], Table)[0].cells]
-    lines = summary.plan_lines(run, "test")
+    lines = findings.plan_lines(run, "test")
     assert "best of 3 random ones" in [row[0] for row in summary.plan_table(lines)[1]]
     assert "best of 3 random ones" in [row[1] for row in summary.comparison_table(run, "found")[1]]
     assert summary.comparison_notes(run, "found")[-1].startswith("(What was found is the best of 8 candidates")

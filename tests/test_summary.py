@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from raymerge import summary
+from raymerge import findings, summary
 from raymerge.objectives import score_answers
 from raymerge.rows import comparison_rows
 from raymerge.statistics import holm
@@ -68,21 +68,21 @@ def test_the_value_on_the_report_is_the_objectives_own(tmp_path):
     run, logits, answer = make_run(tmp_path / "run")
     subjects = ["ab"[i % 2] for i in range(REPORTED)]
     for objective in ("micro_accuracy", "macro_accuracy", "accuracy:b", "answer_nll", "answer_kl+0.5*text_nll"):
-        found = summary.objective_value(run, "test", "found", objective)
+        found = findings.objective_value(run, "test", "found", objective)
         expected = score_answers(
             objective, logits["found"], answer, subjects, reference=logits["base"], text_nll=2.25
         ).value
         assert found == pytest.approx(expected, rel=1e-6)
-    assert summary.objective_value(run, "test", "nobody", "answer_nll") is None
-    assert summary.objective_value(run, "test", "found", "accuracy:c") is None
-    assert summary.objective_value(run, "validation", "found", "answer_kl") is None
+    assert findings.objective_value(run, "test", "nobody", "answer_nll") is None
+    assert findings.objective_value(run, "test", "found", "accuracy:c") is None
+    assert findings.objective_value(run, "validation", "found", "answer_kl") is None
 
 
 @pytest.mark.parametrize(("objective", "searched"), [("micro_accuracy", 0.9), ("answer_nll", 0.2)])
 def test_optimism_is_how_much_better_the_choosing_questions_were(tmp_path, objective, searched):
     run, logits, answer = make_run(tmp_path / "run", objective=objective)
     first, second = summary.optimism_lines(run, "test")
-    reported = {plan: summary.objective_value(run, "test", plan, objective) for plan in PLANS}
+    reported = {plan: findings.objective_value(run, "test", plan, objective) for plan in PLANS}
     sign = 1 if objective == "micro_accuracy" else -1
     gap = sign * (searched - reported["found"])
     assert gap > 0.1  # positive where the search flatters, whichever way the objective goes
@@ -143,7 +143,7 @@ def test_a_gain_that_only_an_uncorrected_p_calls_one_is_said_to_be_so(tmp_path):
 
 def test_the_table_of_plans_has_intervals(tmp_path):
     run, *_ = make_run(tmp_path / "run")
-    (line, *_) = summary.plan_lines(run, "test")
+    (line, *_) = findings.plan_lines(run, "test")
     header, cells = summary.plan_table([line | {"picked": [0.25] * 4, "top_is_letter": None}])
     stored = run.read("accuracy").to_pylist()[0]
     assert header[2] == "accuracy ± se [95 %]"
@@ -181,7 +181,9 @@ def test_how_much_each_worker_was_used(tmp_path):
     [(0.9, 0.4, 0.6), (None, 0.4, None), (0.9, -0.1, None), (-0.75, -18.0, None), (0, 0.5, None)],
 )
 def test_matrices_of_noise_have_no_ceiling(a, b, expected):
-    assert summary.ceiling({"reliability_a": a, "reliability_b": b}) == (expected and pytest.approx(expected))
+    assert findings.correlation_ceiling({"reliability_a": a, "reliability_b": b}) == (
+        expected and pytest.approx(expected)
+    )
 
 
 def test_a_share_without_a_standard_error_has_its_interval():

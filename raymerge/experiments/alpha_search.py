@@ -51,7 +51,7 @@ from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH, SEARCH_TEXT
 from raymerge.merging import save_merged, saved_proof, saved_record
-from raymerge.objectives import is_minimised, parse_objective, trial_outcome
+from raymerge.objectives import is_minimised, parse_objective, rank, trial_outcome
 from raymerge.plan import (
     MergePlan,
     PlanError,
@@ -423,21 +423,13 @@ class _Search:
         self.run.append("trials", trials, part=part)
 
     def _best(self, searcher: str, name: str, kind: str) -> tuple[tuple[float, float], MergePlan] | None:
-        """The best finished candidate of a searcher, after what it is ranked by (larger is better).
-
-        Ties go to the lower NLL, then to the earlier. Above a ceiling of perplexity the value is below that of any
-        candidate that keeps to it.
-        """
+        """The best finished candidate of a searcher (`objectives.rank`), after the first two that it is ranked by."""
         trials = self.run.read("trials").to_pylist()
         trials = [row for row in trials if row["searcher"] == searcher and row["status"] == "ok"]
         if not trials:
             return None
-        sign = -1.0 if is_minimised(self.config.search.objective) else 1.0
-        # Without questions there is no NLL of answers.
-        ranks = {row["iteration"]: (sign * row["value"], -(row["nll"] or 0.0)) for row in trials}
-        best = max(trials, key=lambda row: (*ranks[row["iteration"]], -row["iteration"]))
-        point = self._point(best["alphas"], best["block"])
-        return ranks[best["iteration"]], self._candidate(point, name, kind)
+        best = max(trials, key=rank)
+        return rank(best)[:2], self._candidate(self._point(best["alphas"], best["block"]), name, kind)
 
     # -- the report
 

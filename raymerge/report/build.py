@@ -13,8 +13,7 @@ from raymerge.report.content import Block, Notice, Page, Section, Table, Text
 from raymerge.report.plans import plan_table
 from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import interval, percent, perplexity, plural, value
-from raymerge.summary import MACRO, MICRO
-from raymerge.tables import RunDirectory
+from raymerge.tables import MACRO, MICRO, RunDirectory
 
 _QUESTIONS = {
     "search": "Several decoder layers of a language model were merged into one, whose weights are a weighted average "

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from raymerge.findings import chosen_on, verdict
 from raymerge.report import figures
 from raymerge.report.asked import command_of, model_name, run_name, sources
 from raymerge.report.content import Block, Figure, Rows, Section, Table
 from raymerge.report.reached import Reached
 from raymerge.report.wording import NONE, difference, interval, p_value, percent, perplexity
 from raymerge.statistics import holm, mcnemar, paired_difference
-from raymerge.summary import chosen_on, verdict
 
 _PAIRED = 8  # runs of which all pairs are tested
 _DRAWN = 120  # plans in the figure

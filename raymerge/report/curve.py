@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from raymerge.findings import verdict
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Block, Figure, Rows, Section, Table, Text
 from raymerge.report.reached import ALIGNED, TEXT_TEST, Reached, chosen_layers, merit, missing
 from raymerge.report.receipts import tensor_name
 from raymerge.report.wording import difference, finite, interval, percent, perplexity, plural, value
-from raymerge.summary import verdict
 from raymerge.tables import RUINED, way_of
 
 _OF_QUESTIONS = ("accuracy", "low", "high", "macro", "answer_nll")  # of a point, without value where none are asked

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from raymerge import summary
+from raymerge import findings, summary
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Block, Figure, Rows, Section, Table, Text
@@ -67,7 +67,7 @@ def _structure(run: RunDirectory) -> str:
     known = [row for row in rows if row["value"] is not None and row["null_p95"] is not None]
     if not known:
         return "The matrices come without their prompts, so nothing here says how much of them is noise."
-    degenerate = summary.degenerate_layers(run)
+    degenerate = findings.degenerate_layers(run)
     known = [row for row in known if not _is_noise(row, degenerate)]
     if not known:
         return (
@@ -113,9 +113,9 @@ def _named(degenerate: dict[tuple[str, str], set[int]]) -> str:
 def _agreement(run: RunDirectory) -> str:
     rows = [row for row in run.read("similarity_correlation").to_pylist() if row["ci_low"] is not None]
     n_layers = len({row["layer_i"] for row in run.read("similarity", ["layer_i"]).to_pylist()})
-    noise = {key for key, layers in summary.degenerate_layers(run).items() if len(layers) > n_layers - 2}
+    noise = {key for key, layers in findings.degenerate_layers(run).items() if len(layers) > n_layers - 2}
     rows = [row for row in rows if not any((row[f"subset_{s}"], row[f"language_{s}"]) in noise for s in "ab")]
-    bounded = [(row, bound) for row in rows if (bound := summary.ceiling(row)) is not None]
+    bounded = [(row, bound) for row in rows if (bound := findings.correlation_ceiling(row)) is not None]
     if not bounded:
         return ""
     reach = [row for row, bound in bounded if row["ci_high"] >= bound]
@@ -148,7 +148,7 @@ def maps(run: RunDirectory) -> Section:
 
 
 def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[dict]) -> Figure:
-    degenerate = summary.degenerate_layers(run)
+    degenerate = findings.degenerate_layers(run)
     rows = [_cell(row, degenerate) for row in _both_halves(stored)]
     subsets = list(dict.fromkeys(row["subset"] for row in rows))
     layers = 1 + max(row["layer_i"] for row in rows)
@@ -280,7 +280,7 @@ def correlations(run: RunDirectory) -> Section:
             "r": row["pearson_off_diagonal"],
             "low": row["ci_low"],
             "high": row["ci_high"],
-            "ceiling": summary.ceiling(row),
+            "ceiling": findings.correlation_ceiling(row),
             "pearson": row["pearson"],
         }
         for row in stored
@@ -293,7 +293,7 @@ def correlations(run: RunDirectory) -> Section:
     told = f"Highest: {top['pair']}, {top['r']:.2f}. Lowest: {last['pair']}, {last['r']:.2f}."
     shown = {row["pair"] for row in rows[: _PAIRS // 2] + rows[len(rows) - _PAIRS // 2 :]}
     drawn = [row for row in rows if row["pair"] in shown]
-    if noise := _named(summary.degenerate_layers(run)):
+    if noise := _named(findings.degenerate_layers(run)):
         told += f" Degenerate layers, whose similarities are noise that layers and subsets share, are in: {noise}."
     left = f" Drawn are the highest and the lowest {_PAIRS // 2} of {len(rows)}." if len(drawn) < len(rows) else ""
     tips = [("pair", "subsets"), ("r", "r off the diagonal", ".3f"), ("low", "95 % from", ".3f"), ("high", "to", ".3f"),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from raymerge import summary
+from raymerge import findings, summary
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Block, Fact, Facts, Figure, Rows, Section, Table, Text
@@ -69,7 +69,7 @@ def _sentence(reached: Reached) -> str:
     if told:
         sentence += f" By the probability of the right letter (answer NLL, finer than accuracy) it is {told}."
     sentence += _budget(reached)
-    if summary.chosen_on(reached.run, reached.split):
+    if findings.chosen_on(reached.run, reached.split):
         sentence += " It was chosen by questions of this split, so that all of this is too good."
     if best["perplexity"] is not None:
         sentence += f" Its perplexity on plain text is {perplexity(best['perplexity'])}"
@@ -101,7 +101,7 @@ def _told(reached: Reached, found: dict[str, dict]) -> str:
 
 
 def _firm(row: dict) -> str:
-    said = summary.verdict(row)
+    said = findings.verdict(row)
     return said if said in _LINKS else "indistinguishable"
 
 
@@ -131,7 +131,7 @@ _SIGNS = {"better": "▲", "worse": "▼", "indistinguishable": "≈"}
 
 
 def _said(row: dict) -> str:
-    said = summary.verdict(row)
+    said = findings.verdict(row)
     if said not in _LINKS:
         said = f"indistinguishable (uncorrected: {said.split(',')[0]})"
     return f"{_SIGNS[_firm(row)]}\u00a0{said}"
@@ -278,7 +278,7 @@ def tasks(reached: Reached) -> list[Section]:
 
 
 def _always_a(reached: Reached) -> float | None:
-    return summary.always_a_share(reached.run, reached.split) if reached.run.has("answers") else None
+    return findings.always_a_share(reached.run, reached.split) if reached.run.has("answers") else None
 
 
 def _overview(reached: Reached) -> list[Block]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from raymerge import summary
+from raymerge import findings, summary
 from raymerge.report import figures
 from raymerge.report.content import Block, Notice, Text
 from raymerge.report.wording import finite, listed
@@ -41,7 +41,7 @@ TEXT_TEST = (
 class Reached:
     """The plans of one run and what each reached on its report split. Reads the tables once.
 
-    lines: those of `summary.plan_lines`, with `role`, `costs` (its row or {}). asks: whether questions were
+    lines: those of `findings.plan_lines`, with `role`, `costs` (its row or {}). asks: whether questions were
     asked; without, plans are judged by plain text. best: the line of the plan that the run is about, None where it has
     none. base: the line of the unmerged model, or None.
     """
@@ -50,7 +50,7 @@ class Reached:
         self.run = run
         self.split = str(run.config.get("data", {}).get("report_split", "test"))
         self.plans = run.read("plans").to_pylist()
-        self.labels = summary.labels_of(run)
+        self.labels = findings.labels_of(run)
         self.kinds = {row["plan_id"]: row["kind"] for row in self.plans}  # the last: found before the control it equals
         costs = {row["plan_id"]: row for row in run.read("costs").to_pylist()}
         options = {row["plan_id"]: {key: row[key] for key in ("alignment", "norms")} for row in self.plans}
@@ -62,7 +62,7 @@ class Reached:
                 "costs": costs.get(line["plan_id"], {}),
                 "interval": _known_interval(line),
             }
-            for line in summary.plan_lines(run, self.split)
+            for line in findings.plan_lines(run, self.split)
         ]
         self.asks = any(line["accuracy"] is not None for line in self.lines)
         chosen = ((run.manifest() or {}).get("best") or {}).get("plan_id")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from raymerge import summary
-from raymerge.objectives import is_minimised
+from raymerge import findings, summary
+from raymerge.objectives import above_ceiling, is_minimised
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Block, Figure, Rows, Section
@@ -139,7 +139,7 @@ def search(reached: Reached) -> Section:
     trials = run.read("trials").to_pylist()
     ceiling = run.config.get("search", {}).get("perplexity_ceiling")
     judged = [
-        row for row in trials if row["status"] == "ok" and row["value"] is not None and not _above_ceiling(row, ceiling)
+        row for row in trials if row["status"] == "ok" and row["value"] is not None and not above_ceiling(row, ceiling)
     ]
     if not any(row["searcher"] != "controls" for row in judged):
         return Section(title, (missing(run, "trials"),))
@@ -182,7 +182,7 @@ def search(reached: Reached) -> Section:
         rows.append(empty | {"kind": "control", "searcher": "controls", "value": number, "label": label})
     lines = "; ".join(summary.search_lines(run))
     way = "lower" if is_minimised(objective) else "higher"
-    other = "of the same split as the report's" if summary.chosen_on(run, reached.split) else "not the report's"
+    other = "of the same split as the report's" if findings.chosen_on(run, reached.split) else "not the report's"
     on = "questions" if reached.asks else "text"
     blocks: list[Block] = [
         Figure(
@@ -205,10 +205,6 @@ def search(reached: Reached) -> Section:
     if history:
         blocks.append(_descents(run, history, objective))
     return Section(title, tuple(blocks))
-
-
-def _above_ceiling(row: dict, ceiling: float | None) -> bool:
-    return ceiling is not None and row["perplexity"] is not None and row["perplexity"] > ceiling
 
 
 def _together(controls: list[tuple[str, float]], every: list[float]) -> list[tuple[str, float]]:
