@@ -101,6 +101,7 @@ def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
     lines = findings.plan_lines(run, split)
     header, cells = summary.plan_table(lines)
     objectives = sorted({row["objective"] for row in run.read("trials", ["objective"]).to_pylist()})
+    caption, own, found = summary.subject_table(run, plan_id)
     asked = findings.asks_questions(run)
     chosen = "**which the search chose by**, so that every figure of what it found is too good."
     return [
@@ -115,6 +116,7 @@ def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
         *_markdown(*summary.comparison_table(run, plan_id)),
         "",
         *summary.comparison_notes(run, plan_id),
+        *(["", f"{caption}:", "", *_markdown(own, found)] if found else []),
     ]
 
 

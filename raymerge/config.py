@@ -180,15 +180,17 @@ SearcherName = Literal["bayes", "random", "gradient"]
 
 
 class SearchConfig(_Section):
-    """The alpha search. searcher: bayes, random or gradient, or a list of them, one search after the other on the same
-    questions, whose plans are all reported. objective: micro_accuracy, macro_accuracy, accuracy:SUBJECT[,SUBJECT…];
-    answer_nll, answer_kl (the unmerged model's letters kept), text_nll (which needs no questions); or a weighted sum,
-    answer_nll+0.1*text_nll. perplexity_ceiling: no candidate of a higher perplexity of plain text is chosen. text: the
-    plain text that text_nll and the ceiling are measured on, text_tokens of its tokens; where it is
-    data.perplexity_text itself, those after the data.perplexity_tokens that are reported on. candidates: coefficient
-    vectors tried, known ones included; initial: random ones before the model proposes; random_candidates: random
-    vectors scored as a control; bounds: of every alpha; concurrent: Tune trials at a time, auto is one a worker; batch:
-    candidates a Tune trial carries; probes: further alpha files tried first; seed: of all that is drawn."""
+    """The alpha search. searcher: bayes, random or gradient, or a list of them, one search after the other on the
+    same questions, whose plans are all reported. objective: micro_accuracy, macro_accuracy; answer_nll, answer_kl
+    (the unmerged model's letters kept), text_nll (which needs no questions); of some subjects
+    accuracy:SUBJECT[,SUBJECT…], answer_nll:… and answer_kl:…, for which no other subject is asked in the search; or
+    a weighted sum, answer_nll+0.1*text_nll. perplexity_ceiling: no candidate of a higher perplexity of plain text is
+    chosen. text: the plain text that text_nll and the ceiling are measured on, text_tokens of its tokens; where it
+    is data.perplexity_text itself, those after the data.perplexity_tokens that are reported on. candidates:
+    coefficient vectors tried, known ones included; initial: random ones before the model proposes;
+    random_candidates: random vectors scored as a control; bounds: of every alpha; concurrent: Tune trials at a time,
+    auto is one a worker; batch: candidates a Tune trial carries; probes: further alpha files tried first; seed: of
+    all that is drawn."""
 
     searcher: SearcherName | list[SearcherName] = "bayes"
     objective: str = "micro_accuracy"
@@ -239,6 +241,20 @@ class SearchConfig(_Section):
         if self.needs_text and self.text is None:
             asks = "perplexity_ceiling" if self.perplexity_ceiling is not None else f"objective {self.objective}"
             raise ValueError(f"{asks} needs a plain text to measure candidates on: set search.text to a file or demo")
+        return self
+
+    @model_validator(mode="after")
+    def _one_set_of_questions(self) -> SearchConfig:
+        objective = parse_objective(self.objective)
+        if (
+            "gradient" in self.searchers
+            and objective.minimised
+            and len({frozenset(t.subjects) for t in objective.answered}) > 1
+        ):
+            raise ValueError(
+                f"searcher gradient descends on one set of questions, but the terms of objective {self.objective} are "
+                "of different subjects: name the same subjects in each, or use searcher bayes"
+            )
         return self
 
 

@@ -181,6 +181,10 @@ def print_search(run: RunDirectory, split: str) -> None:
         _print_table(header, cells)
     for line in summary.comparison_notes(run, manifest["best"]["plan_id"]):
         print(line)
+    caption, header, cells = summary.subject_table(run, manifest["best"]["plan_id"])
+    if cells:
+        print(f"\n{caption}:")
+        _print_table(header, cells)
     _print_tasks(run, manifest["best"]["plan_id"])
     for key, facts in manifest.items():
         if key.endswith("_search") and facts["share_not_scoring"] is not None:

@@ -164,10 +164,13 @@ def descent_settings(config: Config, parametrisation: str) -> Settings:
 
 
 def loss_weights(config: Config) -> LossWeights:
-    """What is descended on: the terms of search.objective, or for accuracies, which have no gradient, answer_nll."""
+    """What is descended on: the terms of search.objective, or answer_nll for accuracies, which have no gradient; on the
+    search questions, which are those of the subjects that the objective names."""
     objective = parse_objective(config.search.objective)
-    terms = {term.measure: term.weight for term in objective.terms} if objective.minimised else {"answer_nll": 1.0}
-    return LossWeights(**{"answer_nll": 0.0, **terms, "text_kl": config.gradient.text_kl})
+    weights = {"answer_nll": 0.0 if objective.minimised else 1.0, "text_kl": config.gradient.text_kl}
+    for term in objective.terms if objective.minimised else ():
+        weights[term.measure] = weights.get(term.measure, 0.0) + term.weight
+    return LossWeights(**weights)
 
 
 class Epoch(NamedTuple):

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from textwrap import shorten
 
 import numpy as np
 
 from raymerge.config import Config, ConfigError
+from raymerge.objectives import parse_objective
 from raymerge.questions import DataError, Question, QuestionSet, load_questions, sample
 from raymerge.tables import RunDirectory
 from raymerge.tasks import Task, load_task
@@ -103,6 +105,19 @@ def _without(questions: QuestionSet, used: set[tuple[str, str]], whole: str) -> 
     if not kept:
         raise DataError(whole)
     return replace(questions, questions=kept)
+
+
+def _judged_on(questions: QuestionSet, objective: str) -> QuestionSet:
+    """The questions that an objective takes. Raises ConfigError for a subject that they have none of."""
+    parsed, known = parse_objective(objective), questions.subjects
+    if missing := sorted(set(parsed.subjects) - set(known)):
+        raise ConfigError(
+            f"search.objective {objective} names {missing}, but the search questions are of {len(known)} other "
+            f"subjects: {shorten(', '.join(known), 300, placeholder=' …')}; data.subjects and data.domains say of which"
+        )
+    if not parsed.judged_on:
+        return questions
+    return replace(questions, questions=tuple(q for q in questions.questions if q.subject in parsed.judged_on))
 
 
 def read_samples(similarity_run: str) -> set[tuple[str, str]]:
@@ -296,14 +311,16 @@ class Material:
 
 def read_material(config: Config, roles: Sequence[str]) -> Material:
     """Everything that roles (SEARCH, REPORT, SEARCH_TEXT, SUBSETS, CALIBRATION, tasks') need; SEARCH has SEARCH_TEXT
-    with it where the search asks for one, and nothing of what is reported on, unless the splits are the same by the
-    configuration. Raises DataError, ConfigError."""
+    with it where the search asks for one, the questions that search.objective takes, and of these nothing of what is
+    reported on, unless the splits are the same by the configuration. Raises DataError, ConfigError."""
     questions = {role: read_questions(config, role) for role in roles if role in (SEARCH, REPORT)}
     if {SEARCH, REPORT} <= set(roles) and config.data.search_split != config.data.report_split:
         # Some 120 of MMLU's 1,531 validation questions stand in its test split as well.
         reported = {("content", question.content_hash) for question in questions[REPORT].questions}
         whole = "every question of the search is reported on as well: set data.search_split to another split"
         questions[SEARCH] = _without(questions[SEARCH], reported, whole)
+    if SEARCH in questions:
+        questions[SEARCH] = _judged_on(questions[SEARCH], config.search.objective)
     subsets = read_subsets(config) if SUBSETS in roles else []
     search_text = read_search_text(config) if {SEARCH, SEARCH_TEXT} & set(roles) else None
     calibration: tuple[str, int] | QuestionSet | None = None

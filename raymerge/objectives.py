@@ -15,7 +15,8 @@ from raymerge.statistics import answer_nll
 
 ACCURACIES = ("micro_accuracy", "macro_accuracy")
 LOSSES = ("answer_nll", "answer_kl", "text_nll")
-NAMED = f"{', '.join(ACCURACIES)}, {', '.join(LOSSES)}, accuracy:SUBJECT[,SUBJECT]"
+OF_SUBJECTS = ("accuracy", "answer_nll", "answer_kl")
+NAMED = f"{', '.join(ACCURACIES)}, {', '.join(LOSSES)}, or of subjects {', '.join(OF_SUBJECTS)}:SUBJECT[,SUBJECT]"
 
 _WORST_LETTERS = 5.0  # nats; guessing costs log 4 = 1.39. Beside a ceiling a letter loss counts as no more than this
 
@@ -36,7 +37,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Term:
-    """One part of an objective: weight, what is measured, and of accuracy:… the subjects."""
+    """One part of an objective: weight, what is measured, and on which subjects, where it names some."""
 
     weight: float
     measure: str
@@ -67,7 +68,7 @@ class Objective:
     @property
     def needs_answers(self) -> bool:
         """Whether it takes questions: text_nll alone does not."""
-        return any(term.measure != "text_nll" for term in self.terms)
+        return bool(self.answered)
 
     @property
     def needs_reference(self) -> bool:
@@ -78,6 +79,16 @@ class Objective:
     def subjects(self) -> list[str]:
         """Every subject that a term names, in order."""
         return list(dict.fromkeys(name for term in self.terms for name in term.subjects))
+
+    @property
+    def judged_on(self) -> list[str]:
+        """The subjects whose questions are all that it takes: those named, where every term of answers names some."""
+        return self.subjects if all(term.subjects for term in self.answered) else []
+
+    @property
+    def answered(self) -> list[Term]:
+        """The terms that take answers."""
+        return [term for term in self.terms if term.measure != "text_nll"]
 
 
 def parse_objective(text: str) -> Objective:
@@ -90,6 +101,7 @@ def parse_objective(text: str) -> Objective:
     - answer_nll: mean negative log-likelihood (nats) of the right letter
     - answer_kl: mean KL(unmerged || merged) of the letters (nats): nothing is lost that the unmerged model knew,
       whether or not it was right
+    - answer_nll:a,b and answer_kl:a,b: the same of the subjects a and b
     - text_nll: mean next-token negative log-likelihood (nats) of the plain text search.text
 
     There is no KL of next tokens: it takes both models' logits over the whole vocabulary at every token, twice the
@@ -116,11 +128,11 @@ def _term(part: str, text: str) -> Term:
         raise ObjectiveError(f"{text!r}: the weight {weight:g} should be above 0; leave the measure out instead")
     measure = measure.strip()
     kind, colon, names = measure.partition(":")
-    if kind == "accuracy" and colon:
+    if kind in OF_SUBJECTS and colon:
         subjects = tuple(name.strip() for name in names.split(",") if name.strip())
         if not subjects:
-            raise ObjectiveError("accuracy: must be followed by subjects, such as accuracy:anatomy")
-        return Term(weight, "accuracy", subjects)
+            raise ObjectiveError(f"{kind}: must be followed by subjects, such as {kind}:anatomy")
+        return Term(weight, kind, subjects)
     if measure not in (*ACCURACIES, *LOSSES):
         raise ObjectiveError(f"{measure!r} is not one of {NAMED}, or a sum such as answer_nll+0.1*text_nll")
     return Term(weight, measure)
@@ -203,13 +215,13 @@ def score_answers(
         (guessing costs 1.39 nats a letter). So every feasible candidate beats it, the further above the worse, and
         the steps stay small enough for a searcher's model.
 
-    Accuracy and NLL of the result are over the questions of the named subjects where every term names some, else over
-    all. What is not finite, logits of those questions or text, gives NaN everywhere.
+    Accuracy and NLL of the result are over the questions of the named subjects where every term of answers names some,
+    else over all. What is not finite, logits of those questions or text, gives NaN everywhere.
     """
     parsed = parse_objective(objective)
     subjects = np.asarray(subjects)
-    if all(term.subjects for term in parsed.terms):
-        chosen = _of(parsed.subjects, subjects, objective)
+    if parsed.judged_on:
+        chosen = _of(parsed.judged_on, subjects, objective)
         logits, answers, subjects = logits[chosen], answers[chosen], subjects[chosen]
         reference = None if reference is None else reference[chosen]
     if (parsed.needs_text or ceiling is not None) and text_nll is None:
@@ -219,20 +231,21 @@ def score_answers(
     correct, nll = logits.argmax(-1) == answers, answer_nll(logits, answers)
     value = 0.0
     for term in parsed.terms:
+        own = _of(term.subjects, subjects, objective) if term.subjects else np.ones(len(subjects), dtype=bool)
         if term.measure == "text_nll":
             found = text_nll
         elif term.measure == "answer_nll":
-            found = float(nll.mean())
+            found = float(nll[own].mean())
         elif term.measure == "answer_kl":
             if reference is None:
                 raise ValueError(f"objective {objective} needs the unmerged model's answers")
-            found = float(answer_kl(reference, logits).mean())
+            found = float(answer_kl(reference[own], logits[own]).mean())
         elif term.measure == "macro_accuracy":
             names, which = np.unique(subjects, return_inverse=True)
             shares = np.bincount(which, weights=correct) / np.bincount(which, minlength=len(names))
             found = float(shares.mean())
         else:
-            found = float((correct[_of(term.subjects, subjects, objective)] if term.subjects else correct).mean())
+            found = float(correct[own].mean())
         value += term.weight * found
     if ceiling is not None:
         value = _held_to(ceiling, parsed, value, text_nll)

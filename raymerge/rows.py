@@ -282,6 +282,18 @@ def comparison_rows(split: str, answers: pa.Table, pairs: Sequence[tuple[str, st
     return _compared({"split": split}, pairs, lambda plan_id: _side(answers, plan_id))
 
 
+def subject_comparison_rows(
+    split: str, answers: pa.Table, subjects: Sequence[str], pairs: Sequence[tuple[str, str]]
+) -> list[Row]:
+    """Rows of `subject_comparisons`: those of `comparison_rows` on the questions of some subjects, none where there are
+    no such questions."""
+    own = answers.filter(pc.is_in(answers["subject"], pa.array(subjects, pa.string())))
+    if not own.num_rows:
+        return []
+    common = {"split": split, "subjects": ",".join(subjects), "n": len(pc.unique(own["question_id"]))}
+    return _compared(common, pairs, lambda plan_id: _side(own, plan_id))
+
+
 def text_comparison_rows(losses: pa.Table, pairs: Sequence[tuple[str, str]]) -> list[Row]:
     """Rows of `comparisons` with split "text": the mean loss of a token of plain text, pooled passages as the items.
 

@@ -122,6 +122,22 @@ def task_comparison_table(run: RunDirectory, plan_id: str | None = None) -> tupl
     return ["task", "measure", *_COMPARED], cells
 
 
+def subject_table(run: RunDirectory, plan_id: str) -> tuple[str, list[str], list[list[str]]]:
+    """Caption, header and cells: a plan against the others on the subjects that the search was for, by accuracy and
+    answer NLL; no cells where it was for all."""
+    rows = [row for row in run.read("subject_comparisons").to_pylist() if plan_id in (row["plan_a"], row["plan_b"])]
+    header = ["measure", *_COMPARED]
+    if not rows:
+        return "", header, []
+    names = labels_of(run)
+    subjects = textwrap.shorten(rows[0]["subjects"].replace(",", ", "), 120, placeholder=" …")
+    caption = (
+        f"On the {rows[0]['n']} {rows[0]['split']} questions of what the search was for, {subjects}, paired differences"
+        " with 95 % intervals; Holm's p allows for the comparisons by one measure"
+    )
+    return caption, header, [[row["measure"], *_compared(names, row)] for row in rows]
+
+
 def comparison_notes(run: RunDirectory, plan_id: str | None = None) -> list[str]:
     """What the p-values of `comparison_table` are, how many comparisons stand elsewhere, and `budget_lines`."""
     shown, every, notes = len(comparison_rows(run, plan_id)), len(comparison_rows(run, None)), []

@@ -275,6 +275,10 @@ def test_what_is_written_to_a_run_reads_back_as_the_same_configuration():
         ({"search": {"objective": "accurcy"}}, "'accurcy' is not one of micro_accuracy, macro_accuracy, answer_nll"),
         ({"search": {"objective": "accuracy: "}}, "must be followed by subjects"),
         ({"search": {"objective": "answer_nll+micro_accuracy"}}, "adds accuracies, of which more is better, to losses"),
+        (
+            {"search": {"objective": "answer_nll:a+answer_kl", "searcher": ["bayes", "gradient"]}},
+            "descends on one set of questions, but the terms of objective answer_nll:a+answer_kl are of different",
+        ),
         ({"search": {"objective": "text_nll"}}, "objective text_nll needs a plain text"),
         ({"search": {"perplexity_ceiling": 30}}, "perplexity_ceiling needs a plain text"),
         ({"search": {"perplexity_ceiling": 1, "text": "demo"}}, "search.perplexity_ceiling = 1"),

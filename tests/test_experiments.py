@@ -435,10 +435,12 @@ def test_an_interrupted_search_goes_on_and_a_complete_one_is_left_alone(run, ray
 
 
 def test_a_search_that_keeps_the_language_model(ray_session, tmp_path):
-    """Values, perplexities and the choice follow from the tables; what is chosen keeps to the ceiling."""
+    """Values, perplexities and the choice follow from the tables; what is chosen keeps to the ceiling. Questions are
+    those of two of three subjects in the search, of all in the report, with comparisons on the two beside it."""
+    subjects = ("number_words", "colour_mixing")
     settings = [
         "data.perplexity_tokens=300",
-        "search.objective=answer_nll+0.1*text_nll",
+        f"search.objective=answer_nll:{','.join(subjects)}+0.1*text_nll",
         "search.text=demo",
         "search.text_tokens=120",
         "search.candidates=6",
@@ -463,6 +465,27 @@ def test_a_search_that_keeps_the_language_model(ray_session, tmp_path):
     assert len(comparisons) == 3 * n_plans * (n_plans - 1) / 2  # all pairs, three measures
     assert all(row["plan_a"] == best["plan_id"] for row in comparisons[: 3 * (n_plans - 1)])
     assert len(summary.optimism_lines(run, "test")) == 2
+
+    assert {row["n_questions"] for row in trials} == {12}
+    answers = run.read("answers")
+    searched = answers.filter(pc.equal(answers["split"], "validation"))
+    assert set(searched["subject"].to_pylist()) == set(subjects)
+    reported = answers.filter(pc.equal(answers["split"], "test")).to_pylist()
+    right: dict[str, list[bool]] = {}
+    for row in reported:
+        if row["subject"] in subjects:
+            right.setdefault(row["plan_id"], []).append(row["predicted"] == row["answer"])
+    assert len(reported) == 18 * n_plans
+    compared = run.read("subject_comparisons").to_pylist()
+    assert len(compared) == 2 * n_plans * (n_plans - 1) / 2
+    assert {(row["subjects"], row["n"]) for row in compared} == {(",".join(subjects), 12)}
+    for row in compared:
+        if row["measure"] == "accuracy":
+            means = [np.mean(right[row[f"plan_{side}"]]) for side in "ab"]
+            assert row["difference"] == pytest.approx(means[0] - means[1])
+    caption, _, cells = summary.subject_table(run, best["plan_id"])
+    assert caption.startswith("On the 12 test questions of what the search was for, number_words, colour_mixing,")
+    assert len(cells) == 2 * (n_plans - 1)
     with pytest.raises(ConfigError, match="search.text = demo: .* after the first 100000.*data.perplexity_tokens"):
         search(config(tmp_path / "none", *settings, "data.perplexity_tokens=100000"))
     assert not (tmp_path / "none").exists()

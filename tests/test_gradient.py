@@ -21,9 +21,10 @@ import raymerge.forward
 import raymerge.gradient
 import raymerge.tail_loss
 from raymerge.checkpoint import Checkpoint
+from raymerge.config import load_config
 from raymerge.evaluation import answer_shard, text_nll
 from raymerge.forward import LayerRunner
-from raymerge.gradient import Parametrisation, Settings, descend
+from raymerge.gradient import Parametrisation, Settings, descend, loss_weights
 from raymerge.plan import base_plan, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import Group, Shard, encode_questions
 from raymerge.scoring import TailScorer
@@ -632,3 +633,18 @@ def test_a_loss_that_is_not_finite_ends_the_descent(case):
     loss = loss_of(case, LossWeights(answer_nll=0.0, answer_kl=1.0), reference=broken)
     with pytest.raises(GradientError, match="the loss after epoch 0 is nan .*lower the learning rate, which is 0.001"):
         descend(loss)
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ("accuracy:anatomy", LossWeights(answer_nll=1.0)),
+        ("answer_nll:anatomy,law+2*answer_kl:law,anatomy", LossWeights(answer_nll=1.0, answer_kl=2.0)),
+        ("answer_nll+0.5*answer_nll", LossWeights(answer_nll=1.5)),
+        ("answer_kl+0.1*text_nll", LossWeights(answer_nll=0.0, answer_kl=1.0, text_nll=0.1)),
+    ],
+)
+def test_what_is_descended_on_is_the_objective(objective, expected):
+    """Of two terms of one measure the second took the first's place."""
+    settings = ["search.searcher=gradient", "search.text=demo", f"search.objective={objective}"]
+    assert loss_weights(load_config(None, settings)) == expected

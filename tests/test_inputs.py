@@ -256,6 +256,22 @@ def test_a_search_sees_no_question_that_is_reported_on(mmlu, tmp_path):
     assert len(read_material(on_test, (SEARCH, REPORT)).questions[SEARCH].questions) == 9
 
 
+def test_a_search_asks_the_subjects_that_its_objective_names(mmlu):
+    """It asked all of them at every candidate, called them what the candidate was chosen on, and descended on all."""
+
+    def found(objective):
+        settings = config(mmlu, f"search.objective={objective}", "search.text=demo", "search.searcher=bayes")
+        questions = read_material(settings, (SEARCH, REPORT)).questions
+        assert questions[REPORT].subjects == ("anatomy", "botany", "chess")
+        return questions[SEARCH].subjects
+
+    assert found("accuracy:chess") == ("chess",)
+    assert found("answer_nll:chess,anatomy+0.1*text_nll") == ("anatomy", "chess")
+    assert found("accuracy:chess+micro_accuracy") == found("answer_kl") == ("anatomy", "botany", "chess")
+    with pytest.raises(ConfigError, match=r"accuracy:ches names \['ches'\], but .* 3 other subjects: anatomy, bot"):
+        found("accuracy:ches")
+
+
 def test_activations_asked_for_without_questions_stop_no_evaluation():
     """A worker refused `evaluate --mmlu none` under a configuration with them: "only evaluate can do without"."""
     for asked in ("plan.alignment=activations", "sweep.alignments=[activations]"):

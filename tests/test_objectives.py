@@ -56,6 +56,33 @@ def test_named_subjects_restrict_value_accuracy_and_nll():
     assert parse_objective("micro_accuracy").subjects == []
 
 
+def test_a_loss_of_named_subjects_is_the_mean_over_their_questions():
+    """Beside others each term has its own; alone, with text or not, nothing else is judged."""
+    of_b = sum(nll(row) for row in (1, 2, 3)) / 3
+    assert score("answer_nll:b").value == score("answer_nll:b").nll == pytest.approx(of_b)
+    found = score("answer_nll:b+0.1*text_nll", text_nll=3.0)
+    assert found.value == pytest.approx(of_b + 0.3) and found.accuracy == pytest.approx(1 / 3)
+    kl = entropy(softmax(REFERENCE), softmax(LOGITS), axis=1)
+    assert score("answer_kl:a", reference=REFERENCE).value == pytest.approx(kl[0], rel=1e-6)
+    assert score("answer_nll:b+2*answer_kl:a", reference=REFERENCE).value == pytest.approx(of_b + 2 * kl[0])
+    assert score("answer_nll+answer_nll:b").value == pytest.approx(sum(nll(row) for row in range(4)) / 4 + of_b)
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ("accuracy:a", ["a"]),
+        ("answer_nll:a,b+0.1*text_nll", ["a", "b"]),
+        ("answer_nll:a+answer_kl:b", ["a", "b"]),
+        ("accuracy:a+micro_accuracy", []),
+        ("answer_nll", []),
+        ("text_nll", []),
+    ],
+)
+def test_an_objective_is_judged_on_the_subjects_that_all_its_terms_name(objective, expected):
+    assert parse_objective(objective).judged_on == expected
+
+
 def test_a_subject_that_is_not_there_is_named():
     for objective in ("accuracy:c", "micro_accuracy+accuracy:c"):
         with pytest.raises(ValueError, match=r"accuracy:c.*\['a', 'b'\]"):
@@ -114,6 +141,9 @@ def test_what_an_objective_needs():
         ("accurcy", "'accurcy' is not one of micro_accuracy, macro_accuracy, answer_nll"),
         ("answer_nll+", "'' is not one of"),
         ("accuracy: ,", "must be followed by subjects"),
+        ("answer_nll:", "answer_nll: must be followed by subjects, such as answer_nll:anatomy"),
+        ("macro_accuracy:a", "'macro_accuracy:a' is not one of"),
+        ("text_nll:a", "'text_nll:a' is not one of.*or of subjects accuracy, answer_nll, answer_kl:SUBJECT"),
         ("accuracy", "'accuracy' is not one of"),
         ("micro_accuracy+0.1*text_nll", "adds accuracies.*to losses.*perplexity_ceiling"),
         ("answer_nll+0*text_nll", "weight 0 should be above 0"),

@@ -459,6 +459,30 @@ def test_tasks_stand_on_the_page_of_a_search_with_the_comparisons_of_the_best(tm
     assert all(row[-1] == "worse" for row in differences.cells)
 
 
+def test_a_search_for_one_subject_is_answered_on_that_subject(tmp_path):
+    run = search_run(tmp_path / "run")
+    assert "The search was for" not in "".join(block.text for block in blocks([plans.answer(Reached(run))], Text))
+    run.append("subject_comparisons", [
+        {"plan_a": "found", "plan_b": other, "split": "test", "subjects": "law,anatomy", "n": 40, "measure": measure,
+         "difference": difference, "ci_low": difference - 0.1, "ci_high": difference + 0.1, "p_value": p, "p_holm": p,
+         "test": "mcnemar_exact"}
+        for other, difference, p in (("base", -0.2, 0.01), ("drop", 0.2, 0.3))
+        for measure in ("accuracy", "answer_nll")
+    ])  # fmt: skip
+    answer = plans.answer(Reached(run))
+    assert [block.text for block in blocks([answer], Text) if block.text.startswith("The search was for")] == [
+        "The search was for law, anatomy. On the 40 test questions of law, anatomy alone, found_bayes is by accuracy "
+        "indistinguishable from drop; worse than the unmerged model. By answer NLL it is better than the unmerged "
+        "model; indistinguishable from drop."
+    ]
+    table = blocks([answer], Table)[1]
+    assert "allows for all 2 comparisons" in table.caption
+    assert {row[0]: (row[1], row[3]) for row in table.cells} == {
+        "base": ("−20.0 [−30.0, −10.0]", "▼\u00a0worse"),
+        "drop": ("+20.0 [+10.0, +30.0]", "≈\u00a0indistinguishable"),
+    }
+
+
 # -- the page
 
 

@@ -130,7 +130,7 @@ def _check_without_questions(config: Config, calibrates: bool) -> None:
 
 
 def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[MergePlan]) -> None:
-    """Refuse plans that cannot be merged, probes of other merges, and an objective about other subjects."""
+    """Refuse plans that cannot be merged, and probes of other merges."""
     merges, shape = config.plan.merges, [(step.into, step.remove) for step in start.steps]
     if config.plan.selection == "tail" and (start.selection != "tail" or len(shape) != merges):
         raise PlanError(
@@ -150,9 +150,6 @@ def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[Me
             f"plan.alignment {start.alignment} with model.quantise {config.model.quantise} has no gradient: "
             "use alignment neurons and quantise none, or search.searcher bayes"
         )
-    known_subjects = inputs.questions[SEARCH].subjects if SEARCH in inputs.questions else ()
-    if missing := sorted(set(parse_objective(config.search.objective).subjects) - set(known_subjects)):
-        raise ConfigError(f"search.objective names {missing}, which are not among the {len(known_subjects)} subjects")
 
 
 def _searched_starts(config: Config, start: MergePlan) -> list[int]:
@@ -229,7 +226,8 @@ class _Search:
             self._take_matches(pool, plans[-1:])
         best = plans[-1]
         with step(self.progress, "accuracies and comparisons"):
-            self.reporter.derive(plans, [(best, plan) for plan in plans[:-1]])
+            subjects = parse_objective(self.config.search.objective).judged_on
+            self.reporter.derive(plans, [(best, plan) for plan in plans[:-1]], subjects=subjects)
         model, proof = self._save(best) if self.config.output.save_best else (None, None)
         if refitted and self.config.output.save_best:
             saved, proved = self._save(refitted[-1], fitted[0])

@@ -128,13 +128,15 @@ class Reporter:
         plans: Sequence[MergePlan],
         compared: Iterable[tuple[MergePlan, MergePlan]],
         *,
+        subjects: Sequence[str] = (),
         speeds: Mapping[int, float] | None = None,
     ) -> None:
         """The tables that follow from others or from the plans: written whole, so that nothing is there twice.
 
         compared: the pairs that are asked about, one family of tests (`p_holm`). With at most 12 plans all other pairs
-        follow as a second family, so that what is asked for pays nothing for what else is there. speeds: tokens per
-        second of generation, by number of layers.
+        follow as a second family, so that what is asked for pays nothing for what else is there. subjects: those that
+        plans were chosen by, on which they are compared apart. speeds: tokens per second of generation, by number of
+        layers.
         """
         checkpoint = self.inputs.checkpoint
         named = {plan: plan.plan_id(self.identity) for plan in plans}
@@ -157,6 +159,9 @@ class Reporter:
         asked = [partial(rows.comparison_rows, split, answers)] if self.inputs.questions else []
         compare = [*asked, partial(rows.text_comparison_rows, losses)]
         self.run.replace("comparisons", [row for each in families for rows_of in compare for row in rows_of(each)])
+        if subjects:
+            found = [row for each in families for row in rows.subject_comparison_rows(split, answers, subjects, each)]
+            self.run.replace("subject_comparisons", found)
         if self.inputs.tasks:
             answers = self.run.read("task_answers")
             self.run.replace("task_accuracy", derive_task_accuracy(answers))

@@ -43,7 +43,7 @@ def answer(reached: Reached) -> Section:
     found = reached.against(best["plan_id"], "accuracy" if reached.asks else "text_nll")
     if found:
         blocks.append((_verdicts if reached.asks else _text_verdicts)(reached, found))
-    blocks += [plan_table(reached), *_overview(reached)]
+    blocks += [*_on_subjects(reached), plan_table(reached), *_overview(reached)]
     blocks += chosen_layers(run)
     optimism = summary.optimism_lines(run, reached.split)
     if optimism:
@@ -147,14 +147,8 @@ def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
         cells.append(
             (
                 line["label"],
-                difference(row),
-                f"{p_value(row['p_value'])} ({p_value(row['p_holm'])})",
-                _said(row),
-                *(
-                    (NONE, NONE, NONE)
-                    if nll is None
-                    else (difference(nll), f"{p_value(nll['p_value'])} ({p_value(nll['p_holm'])})", _said(nll))
-                ),
+                *_compared(row),
+                *_compared(nll),
                 perplexity(line["perplexity"], line["perplexity_interval"]),
                 NONE if text is None else _said(text),
             )
@@ -168,6 +162,42 @@ def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
         tuple(cells),
         words=(0, 3, 6, 8),
     )
+
+
+def _compared(row: dict | None) -> tuple[str, str, str]:
+    """A difference with its interval, its p and what it says; of no row, nothing."""
+    if row is None:
+        return NONE, NONE, NONE
+    return difference(row), f"{p_value(row['p_value'])} ({p_value(row['p_holm'])})", _said(row)
+
+
+def _on_subjects(reached: Reached) -> list[Block]:
+    """The best plan against the others on the subjects that the search was for, where it was not for all."""
+    found, finer = (
+        reached.against(reached.best["plan_id"], measure, searched=True) for measure in ("accuracy", "answer_nll")
+    )
+    cells = [
+        (line["label"], *_compared(found[line["plan_id"]]), *_compared(finer.get(line["plan_id"])))
+        for line in reached.lines
+        if line["plan_id"] in found
+    ]
+    if not cells:
+        return []
+    row = next(iter(found.values()))
+    subjects = listed(row["subjects"].split(","))
+    questions = f"{plural(row['n'], row['split'] + ' question')} of {subjects}"
+    return [
+        Text(
+            f"The search was for {subjects}. On the {questions} alone, {reached.best['label']} is by accuracy "
+            f"{_told(reached, found)}." + (f" By answer NLL it is {told}." if (told := _told(reached, finer)) else "")
+        ),
+        Table(
+            f"The same on the {questions} alone. {_holm(cells)}",
+            ("against", "accuracy", "p (Holm)", "verdict", "answer NLL", "p (Holm)", "verdict"),
+            tuple(cells),
+            words=(0, 3, 6),
+        ),
+    ]
 
 
 def _holm(cells: list[tuple]) -> str:

@@ -74,11 +74,13 @@ class Reached:
         self.base = next((line for line in self.lines if line["kind"] == "base"), None)
         splits = (self.split, TEXT_SPLIT)
         self.comparisons = [row for row in run.read("comparisons").to_pylist() if row["split"] in splits]
+        self.searched = run.read("subject_comparisons").to_pylist()
 
-    def against(self, plan_id: str, measure: str = "accuracy") -> dict[str, dict]:
-        """Rows of `comparisons` of one plan by a measure, by the other, signs turned where it stands second."""
+    def against(self, plan_id: str, measure: str = "accuracy", *, searched: bool = False) -> dict[str, dict]:
+        """Rows of `comparisons`, or of those on the subjects that the search was for (`searched`), of one plan by a
+        measure, by the other, signs turned where it stands second."""
         found = {}
-        for row in self.comparisons:
+        for row in self.searched if searched else self.comparisons:
             if row["measure"] != measure:
                 continue
             if row["plan_a"] == plan_id:
