@@ -130,10 +130,10 @@ def subject_table(run: RunDirectory, plan_id: str) -> tuple[str, list[str], list
     if not rows:
         return "", header, []
     names = labels_of(run)
-    subjects = textwrap.shorten(rows[0]["subjects"].replace(",", ", "), 120, placeholder=" …")
+    subjects, own = textwrap.shorten(rows[0]["subjects"].replace(",", ", "), 120, placeholder=" …"), rows[0]
     caption = (
-        f"On the {rows[0]['n']} {rows[0]['split']} questions of what the search was for, {subjects}, paired differences"
-        " with 95 % intervals; Holm's p allows for the comparisons by one measure"
+        f"What the search was for, {subjects}: paired differences on {own['n']} of the {own['split']} questions with "
+        "95 % intervals; Holm's p allows for the comparisons by one measure"
     )
     return caption, header, [[row["measure"], *_compared(names, row)] for row in rows]
 

@@ -484,7 +484,7 @@ def test_a_search_that_keeps_the_language_model(ray_session, tmp_path):
             means = [np.mean(right[row[f"plan_{side}"]]) for side in "ab"]
             assert row["difference"] == pytest.approx(means[0] - means[1])
     caption, _, cells = summary.subject_table(run, best["plan_id"])
-    assert caption.startswith("On the 12 test questions of what the search was for, number_words, colour_mixing,")
+    assert caption.startswith("What the search was for, number_words, colour_mixing: paired differences on 12 of the")
     assert len(cells) == 2 * (n_plans - 1)
     with pytest.raises(ConfigError, match="search.text = demo: .* after the first 100000.*data.perplexity_tokens"):
         search(config(tmp_path / "none", *settings, "data.perplexity_tokens=100000"))
