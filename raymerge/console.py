@@ -157,6 +157,11 @@ def _print_incidents(run: RunDirectory) -> None:
             print(f"  {line}")
 
 
+def _print_warnings(run: RunDirectory) -> None:
+    for warning in (run.manifest() or {}).get("warnings", []):
+        print(f"\nWarning: {warning}.")
+
+
 def print_search(run: RunDirectory, split: str) -> None:
     """The closing summary of a search: plans with standard errors, what was found, where things lie."""
     from raymerge import summary
@@ -194,6 +199,7 @@ def print_search(run: RunDirectory, split: str) -> None:
     if cells:
         print("\n\nThe workers of this call:")
         _print_table(header, cells)
+    _print_warnings(run)
     _print_incidents(run)
     print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")
     for saved in (manifest["best"], manifest.get("refitted") or {}):
@@ -274,8 +280,7 @@ def print_similarity(run: RunDirectory) -> None:
             "correlation of 1; pairs on the same questions (translations) share their noise and may exceed it."
         )
         _print_table(header, cells)
-    for warning in (run.manifest() or {}).get("warnings", []):
-        print(f"\nWarning: {warning}.")
+    _print_warnings(run)
     _print_incidents(run)
     print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")
 
@@ -296,5 +301,6 @@ def print_sweep(run: RunDirectory, split: str) -> None:
     _print_table(*summary.sweep_table(run, split))
     _print_blocks(run)
     _print_tasks(run)
+    _print_warnings(run)
     _print_incidents(run)
     print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")

@@ -364,21 +364,22 @@ def search_lines(run: RunDirectory) -> list[str]:
     for searcher in dict.fromkeys(row["searcher"] for row in trials):
         rows = [row for row in trials if row["searcher"] == searcher]
         judged = [row for row in rows if row["status"] == "ok"]
+        tried = f"{len(rows)} candidate{'' if len(rows) == 1 else 's'}"
         failed = f", {len(rows) - len(judged)} failed" if len(judged) < len(rows) else ""
         if not judged:
-            lines.append(f"{searcher}: {len(rows)} candidates, all failed")
+            lines.append(f"{searcher}: {tried}, all failed")
             continue
         # Above a ceiling the value is a penalty, no value of the objective.
         values = [row["value"] for row in judged if not _above(row, ceiling)]
         if len(values) < len(judged):
             failed += f", {len(judged) - len(values)} above the perplexity ceiling of {number(ceiling)}"
         if not values:
-            lines.append(f"{searcher}: {len(rows)} candidates{failed}")
+            lines.append(f"{searcher}: {tried}{failed}")
             continue
         objective = rows[0]["objective"]
         best, worst = (min, max) if is_minimised(objective) else (max, min)
         lines.append(
-            f"{searcher}: {len(rows)} candidates{failed}; {objective} best {best(values):.4f}, "
+            f"{searcher}: {tried}{failed}; {objective} best {best(values):.4f}, "
             f"mean {sum(values) / len(values):.4f}, worst {worst(values):.4f}{_seconds(rows)}"
         )
     return lines

@@ -117,7 +117,18 @@ def test_a_plan_is_said_to_be_aligned_and_how(alignment, norms, said):
 def test_the_sentence_says_what_cannot_be_told_apart(search):
     sentence = blocks([plans.answer(Reached(search))], Text)[0].text
     assert f"of {QUESTIONS} test questions: better than drop; indistinguishable from fixed_0.62; worse than" in sentence
-    assert "Its perplexity on plain text is 12.5, the unmerged model's 5.00." in sentence
+    assert "Its perplexity on plain text is 12.5, the unmerged model's 5.00: by the loss of a token it is " in sentence
+    text = sentence.split("by the loss of a token it is ")[1]
+    assert "better than fixed_0.62, drop;" in text and "worse than the unmerged model" in text
+    assert sentence.startswith("The best plan found, found_bayes,")  # a control may be better still
+
+
+def test_what_a_plan_merges_is_not_what_it_leaves_alone():
+    best = {"plan_id": "found", "label": "found"}
+    cells = [(1, 1.0, "1"), (2, 0.0, wording.NONE), (3, 0.3, "2"), (4, 0.7, "2")]  # layer 1 goes in another plan
+    weights = [{"plan_id": "found", "layer": layer, "weight": weight, "kept": kept} for layer, weight, kept in cells]
+    assert searched._heaviest(weights, best) == " Most of what found merges: layer 4 70 %, layer 3 30 %."
+    assert searched._heaviest(weights[:2], best) == ""
 
 
 def test_a_plan_chosen_by_the_reports_own_questions_is_said_to_be(tmp_path, search):
