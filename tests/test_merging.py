@@ -34,7 +34,7 @@ def alphas(tmp_path):
 
 def test_the_record_and_the_alpha_file_say_what_was_done(tmp_path, alphas):
     base = Checkpoint("demo")
-    done = merge("demo", alphas, tmp_path / "out", verify=False, command=["raymerge", "merge", "demo"])
+    done = merge("demo", alphas, tmp_path / "out", verify=False, command=["raymerge", "merge", "demo", "--out", "a b"])
     record = json.loads((tmp_path / "out" / "merge_plan.json").read_text())
     assert record["layers_before"] - record["layers_after"] == 3
     assert record["base_model_identity"] == base.identity
@@ -45,9 +45,9 @@ def test_the_record_and_the_alpha_file_say_what_was_done(tmp_path, alphas):
     changed = [name for name in merged if not torch.equal(merged[name], base[name])]
     assert sorted(changed) == sorted(row["tensor"] for row in record["receipts"] if row["max_abs_change"] > 0)
     assert len(changed) == record["tensors_changed"] == 7
-    assert record["command"] == ["raymerge", "merge", "demo"] and record["proof"] is None
+    assert record["command"] == ["raymerge", "merge", "demo", "--out", "a b"] and record["proof"] is None
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "```\nraymerge merge demo\n```" in card and "# demo, 3 layers merged away" in card
+    assert "```\nraymerge merge demo --out 'a b'\n```" in card and "# demo, 3 layers merged away" in card
     assert "| 1 | 18 | 19 | 0.200000 |" in card
     assert "nothing was measured here" in card and "was not reloaded" in card
 
@@ -77,7 +77,7 @@ def test_the_card_names_the_base_and_keeps_its_licence(tmp_path, monkeypatch, ca
         save_merged(Checkpoint(model), tail_plan(5, [0.4], name="x", kind="found"), out, verify=False)
         _, front, text = (out / "README.md").read_text().split("---\n", 2)
         assert yaml.safe_load(front) == expected | further
-        assert text.startswith(f"# {model.rpartition('/')[2]}, 1 layers merged away")
+        assert text.startswith(f"# {model.rpartition('/')[2]}, 1 layer merged away")
 
 
 @pytest.mark.parametrize(("alignment", "norms"), [("neurons", "fold"), ("rows", "keep"), ("none", "fold")])

@@ -224,7 +224,7 @@ def test_differences_by_subject_are_paired(search):
 
 def test_receipts_say_what_did_not_change(search):
     (figure,) = blocks([receipts.receipts(Reached(search))], Figure)
-    assert "2 tensors changed under 2 plans, by at most 75.0 % of the tensor's norm" in figure.caption
+    assert "2 tensor names with a difference under 2 plans, of at most 75.0 % of the original's norm" in figure.caption
     assert "No tensor changed under drop" in figure.caption
     assert receipts.tensor_name("model.layers.12.mlp.up_proj.weight") == ("mlp.up_proj", "12")
     assert receipts.tensor_name("lm_head.weight") == ("lm_head.weight", "")
