@@ -20,6 +20,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import fuse_state_dict
 from raymerge.merging import merge, save_merged
 from raymerge.plan import PlanError, alpha_file_text, read_alpha_file, tail_plan
+from raymerge.progress import Silent
 from raymerge.rows import coefficient_rows, plan_rows
 from raymerge.tables import conform
 
@@ -30,6 +31,24 @@ def alphas(tmp_path):
     path = tmp_path / "three.json"
     path.write_text(alpha_file_text(plan.steps))
     return path
+
+
+def test_an_alpha_file_that_lies_beside_the_record_of_another_model_is_said_to(tmp_path, alphas):
+    class Told(Silent):
+        messages = []
+
+        def message(self, text):
+            self.messages.append(text)
+
+    beside = tmp_path / "merge_plan.json"
+    identity = Checkpoint("demo").identity
+    for number, text in enumerate(("[]", json.dumps({"base_model": "demo", "base_model_identity": identity}))):
+        beside.write_text(text)
+        merge("demo", alphas, tmp_path / str(number), verify=False, progress=Told())
+    assert Told.messages == []
+    beside.write_text(json.dumps({"base_model": "/models/a", "base_model_identity": "0"}))
+    merge("demo", alphas, tmp_path / "out", verify=False, progress=Told())
+    assert Told.messages == [f"Warning: {alphas} was made for another model, /models/a."]
 
 
 def test_the_record_and_the_alpha_file_say_what_was_done(tmp_path, alphas):
