@@ -531,13 +531,13 @@ def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str
     lines = {line["plan_id"]: line for line in plan_lines(run, split)}
     asks = any(line["accuracy"] is not None for line in lines.values())
     header = ["merged", "method", "alignment", "norms", "refit"]
-    header += [*(["accuracy ± se", "macro ± se", "answer NLL"] if asks else []), "text ppl [95 %]"]
+    header += [*(["accuracy ± se [95 %]", "macro ± se [95 %]", "answer NLL"] if asks else []), "text ppl [95 %]"]
     cells = []
     for row in sorted(run.read("sweep").to_pylist(), key=lambda row: row["merges"]):
         line = lines[row["plan_id"]]
         answered = [
-            f"{line['accuracy']:.4f} ± {line['standard_error']:.4f}",
-            f"{line['macro']:.4f} ± {line['macro_error']:.4f}",
+            share(line["accuracy"], line["standard_error"], line["interval"]),
+            share(line["macro"], line["macro_error"], line["macro_interval"]),
             f"{line['nll']:.4f}",
         ] if asks else []  # fmt: skip
         read = number(line["perplexity"], line["perplexity_interval"])

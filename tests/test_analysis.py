@@ -19,6 +19,7 @@ sys.path.insert(0, str(ANALYSIS))  # the scripts are not part of the package; ru
 import accuracy as accuracy_script  # noqa: E402
 import alpha_panels  # noqa: E402
 import alphas as alphas_script  # noqa: E402
+import plotting  # noqa: E402
 
 SUBJECTS = """abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
 college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
@@ -576,6 +577,16 @@ def test_trials_above_a_ceiling_are_not_drawn_as_values(tmp_path):
     assert alphas_script.best_of(held)["iteration"] == 0 and len(alphas_script.usable(held)) == 2
     free = RunDirectory.open(tmp_path / "free", {}, "search")
     assert alphas_script.held_to(free, rows) == rows
+
+
+def test_of_an_unfinished_run_it_is_said_that_a_table_may_come_yet(tmp_path):
+    run = RunDirectory.open(tmp_path / "run", {}, "sweep")
+    run.begin()
+    with pytest.raises(RunError, match="sweep CONFIG --out RUN writes it; the run is unfinished: the same command"):
+        plotting.need(run, "sweep", "the curve")
+    run.write_manifest("complete")
+    with pytest.raises(RunError, match="writes it$"):
+        plotting.need(run, "sweep", "the curve")
 
 
 def test_what_is_no_run_is_an_error_and_help_teaches(tmp_path, capsys):

@@ -68,6 +68,19 @@ def as_dicts(rows):
 # -- a search
 
 
+def test_a_curve_in_the_terminal_has_intervals(tmp_path):
+    """A point at which every question is right has a standard error of 0, which is not how sure it is."""
+    run = sweep_run(tmp_path / "sweep")
+    header, cells = summary.sweep_table(run, "test")
+    at = header.index("accuracy ± se [95 %]")
+    low, high = next(
+        (row["ci_low"], row["ci_high"])
+        for row in run.read("accuracy").to_pylist()
+        if row["plan_id"] == "base" and row["subject"] == MICRO
+    )
+    assert cells[0][at].endswith(f" [{low:.3f}, {high:.3f}]") and "[" in cells[0][at + 1]
+
+
 def test_the_answer_has_the_tables_numbers(search):
     reached = Reached(search)
     accuracy = {row["plan_id"]: row for row in search.read("accuracy").to_pylist() if row["subject"] == MICRO}
