@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 from plotting import COLOURS, number, save, style_of
 
 from raymerge.tables import RunDirectory, RunError
@@ -198,6 +199,8 @@ def draw_history(history: list[dict], path: Path) -> Path:
             str(step), (rows[-1]["epoch"], alphas[-1, step]), xytext=(3, 0), textcoords="offset points", fontsize=6.5,
             va="center", color=colour,
         )  # fmt: skip
+    for axis in (left, right):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     # With alphas for single matrices there are several of a step: the numbers then count coefficients.
     right.set(ylim=(-0.03, 1.03), xlabel="epoch", ylabel="α", title=f"α of {best}, numbered by step")
     return save(figure, path)

@@ -9,9 +9,9 @@ names a run of `raymerge similarity`; without it the one that the run itself too
   alphas.png              alpha of every merge step, and the weight each original layer ends up with
   alpha_distribution.png  all alphas the search tried, beside the best candidate's
   search_progress.png     objective by candidate, running best, controls as horizontal lines
-  learned_alphas.png      the published figure, a row for each method whose alphas differ from step to step and are not
-                          computed from a similarity: their distribution with its mean, alpha by merge step, alpha
-                          against the merged layers' similarity (where there is one) with Pearson's r
+  learned_alphas.png      the published figure, a row for each method that was found, or whose alphas differ from step
+                          to step and are not computed from a similarity: their distribution with its mean, alpha by
+                          merge step, alpha against the merged layers' similarity (where there is one) with Pearson's r
   gradient_history.png    loss and held-out loss by epoch, the alphas of the best start
   alphas.md               the same as tables
 """
@@ -35,6 +35,7 @@ from alpha_panels import (
     read_alpha_files,
     read_similarity,
 )
+from matplotlib.ticker import MaxNLocator
 from plotting import COLOURS, STYLE, markdown, need, number, run_main, save, save_text, style_of
 
 from raymerge.tables import RunDirectory, RunError, above_ceiling, is_minimised, plan_labels, rank
@@ -125,16 +126,16 @@ def similarity_of(run: RunDirectory, path: str | None, subset: str | None) -> di
 
 
 def learned(run: RunDirectory, plans: list[dict], labels: dict[str, str]) -> dict[str, list[dict]]:
-    """Name -> steps of the plans whose alphas are not the same at every step, what was found first; those computed
-    from a similarity, whose correlation with it says nothing, are left out."""
+    """Name -> steps of the plans that were found, first, and of those whose alphas are not the same at every step;
+    those computed from a similarity, whose correlation with it says nothing, are left out."""
     kinds = {row["plan_id"]: row["kind"] for row in reversed(plans)}
     computed = {row["plan_id"] for row in plans if computed_from_similarity(run, row)}
     found = {
         key: rows
         for key, rows in steps_of(plans).items()
-        if key[0] not in computed and np.ptp([row["alpha"] for row in rows]) > 1e-9
+        if key[0] not in computed and (kinds[key[0]] in _FOUND or np.ptp([row["alpha"] for row in rows]) > 1e-9)
     }
-    order = sorted(found, key=lambda key: kinds[key[0]] not in ("found", "gradient"))
+    order = sorted(found, key=lambda key: kinds[key[0]] not in _FOUND)
     return {label_of(key, labels): found[key] for key in order}
 
 
@@ -170,6 +171,7 @@ def describe_methods(methods: dict[str, list[dict]], similarity) -> list[str]:
 
 
 _ABOVE = "above ceiling"
+_FOUND = ("found", "gradient")  # kinds of plans
 
 
 def usable(rows: list[dict]) -> list[dict]:
@@ -207,14 +209,14 @@ def label_of(key: tuple[str, str | None], labels: dict[str, str]) -> str:
 def weights_of(plans: list[dict], coefficients: list[dict]) -> tuple[dict[tuple, dict[int, float]], list[int]]:
     """(plan, matrix) -> {original layer: weight in the layer that keeps it}, and the layers that any plan merges.
 
-    A layer that a plan removes and that has no row weighs 0; one that it leaves alone weighs 1.
+    A layer that a plan merges and that has no row weighs 0, also one that others are merged into with alpha 0; one
+    that it leaves alone weighs 1.
     """
     merged = sorted({row[side] for row in plans if row["step"] is not None for side in ("into", "remove")})
     weights: dict[tuple, dict[int, float]] = {}
     for key, steps in steps_of(plans).items():
-        removed = {row["remove"] for row in steps}
-        weights[key] = {layer: 0.0 if layer in removed else 1.0 for layer in merged}
-        touched = removed | {row["into"] for row in steps}
+        touched = {row[side] for row in steps for side in ("into", "remove")}
+        weights[key] = {layer: 0.0 if layer in touched else 1.0 for layer in merged}
         for row in coefficients:
             if (row["plan_id"], row["matrix"]) == key and row["source_layer"] in touched:
                 weights[key][row["source_layer"]] = row["coefficient"]
@@ -249,6 +251,7 @@ def draw_plans(plans, coefficients, labels, path: Path) -> Path:
         left.set_xlabel("merge step: layer removed → layer it merges into")
     else:
         left.set_xlabel("merge step")
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
     columns = max(1, int((left_width + right_width) / (longest + 0.7)))
     figure.legend(loc="outside lower center", ncols=min(n, columns), fontsize=8)
 
@@ -327,6 +330,7 @@ def draw_distribution(searchers: dict[str, list[dict]], labels, path: Path) -> P
     objective = next(iter(shown.values()))[0]["objective"].replace("_", " ")
     direction = "lower" if lower else "higher"
     figure.colorbar(dots, ax=axes[0, -1], label=f"{objective} ({direction} is better)", fraction=0.05, pad=0.02)
+    figure.draw_without_rendering()  # lay out twice: the bar's ticks change with its size, and its label was cut off
     return save(figure, path)
 
 

@@ -97,7 +97,7 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
         grids[:, [i, j], [j, i]] = np.array([[row["pearson"]], [row["pearson_off_diagonal"]]])
         detail[i, j] = detail[j, i] = row
     low = min(0.8, math.floor(5 * float(np.nanmin(grids))) / 5)  # from 0, matrices that all agree look alike
-    titles = ("Flattened matrices\n(as published)", "Off the diagonal\n[95 % interval] ≤ ceiling")
+    titles = ("Flattened matrices\n(as published)", "Off the diagonal\n[95 % interval], ceiling")
     for axis, grid, title, detailed in zip(axes, grids, titles, (False, True), strict=False):
         axis.patch.set_facecolor(_NONE)
         axis.imshow(np.ma.masked_invalid(grid), cmap="Blues", vmin=low, vmax=1, aspect="auto")
@@ -110,7 +110,7 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
                 if row["ci_low"] is not None and row["ci_high"] is not None:
                     text += f"\n[{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
                 if (ceiling := ceiling_of(row)) is not None:
-                    text += f"\n≤ {ceiling:.2f}"
+                    text += f"\nceiling {ceiling:.2f}"
             dark = (value - low) / (1 - low) > 0.6
             axis.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "#222222")
         axis.set_xticks(range(n), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)

@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from plotting import STYLE, markdown, need, number, run_main, save, save_text, show_layers, style_of, subset_name
 
 from raymerge.tables import RunDirectory, degeneracy
@@ -159,9 +159,7 @@ def draw_matrices(views: list[View], measure: str, embedding: str, path: Path) -
             axis.imshow(none, cmap=ListedColormap(["#D4D4D4"]), interpolation="nearest")
             positive = np.where(part > 0, part, np.nan)
             images[1] = axis.imshow(positive, cmap="YlGnBu", norm=Normalize(0, top), interpolation="nearest")
-            share = above_null(view)
-            shown = "no defined pair" if share is None else f"{100 * share:.0f} % of pairs above null"
-            axis.set_title(shown, fontsize=8, fontweight="normal")
+            axis.set_title(null_title(view), fontsize=8, fontweight="normal")
         show_layers(axis, view.layers)
         axis.grid(False)
         axis.spines[:].set_visible(False)
@@ -218,6 +216,14 @@ def above_null(view: View) -> float | None:
     return float((view.value > view.null_p95)[cells].mean()) if cells.any() else None
 
 
+def null_title(view: View) -> str:
+    """What the map of a subset's excess over the null is called."""
+    share = above_null(view)
+    if share is not None:
+        return f"{100 * share:.0f} % of pairs above null"
+    return f"noise: degenerate in layers {ranges(view.degenerate)}" if view.degenerate else "no defined pair"
+
+
 def degenerate_layers(name: str, n_samples: int, ranks: Sequence[dict]) -> list[int] | None:
     """Layers of a subset whose diffusion map is noise; None if not stored."""
     mine = [row for row in ranks if subset_name(row) == name]
@@ -236,10 +242,13 @@ def draw_influence(rows: list[dict], path: Path) -> Path:
         mine = sorted(mine, key=lambda row: row["layer"])
         x, y = [row["layer"] for row in mine], [row["value"] for row in mine]
         axis.plot(x, y, **style_of(i), ms=3.5, lw=1.1, label=f"{name} (n = {mine[0]['n_samples']})")
-    if min(row["value"] for row in rows) > 0:
+    values = [row["value"] for row in rows]
+    if min(values) > 0:
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(LogFormatter())  # 0.3 rather than 3 x 10^-1
-        axis.yaxis.set_minor_formatter(LogFormatter())
+        subs = (1, 2, 5) if max(values) > 5 * min(values) else range(1, 10)
+        axis.yaxis.set_major_locator(LogLocator(subs=subs))
+        axis.yaxis.set_major_formatter("{x:g}")  # 0.05 rather than 5e-02
+        axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set(xlabel="decoder layer", ylabel="1 - mean cosine", title="Block influence (low: the layer changes little)")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return save(figure, path)

@@ -83,7 +83,10 @@ def need(run: RunDirectory, table: str, why: str) -> list[dict]:
         command = _COMMANDS.get(table) or (
             _SWEEP if run.experiment == "sweep" else f"{_SEARCH} or raymerge evaluate MODEL --mmlu DIR --out RUN"
         )
-        raise RunError(f"{run.path_of()} has no rows in table {table}, needed for {why}; {command} writes it")
+        what = f"{run.path_of()} has no rows in table {table}, needed for {why}"
+        # Of a run that is going on or was interrupted, the table may be the last that is written.
+        unfinished = "" if run.complete else "; the run is unfinished: the same command again goes on"
+        raise RunError(f"{what}; {command} writes it{unfinished}")
     return rows
 
 

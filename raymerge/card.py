@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def model_card(record: dict[str, Any], checkpoint: Checkpoint, *, results: Seque
         yaml.safe_dump(facts, sort_keys=False, allow_unicode=True).rstrip(),
         "tags: [layer-merging, raymerge]",
         "---",
-        f"# {title}, {removed} layers merged away",
+        f"# {title}, {removed} layer{'' if removed == 1 else 's'} merged away",
         "",
         f"Made by raymerge {record['raymerge']} from a model with identity `{record['base_model_identity']}`: "
         f"{record['layers_before']} decoder layers became {record['layers_after']}, and "
@@ -41,7 +42,7 @@ def model_card(record: dict[str, Any], checkpoint: Checkpoint, *, results: Seque
             "",
         ]
     if record["command"]:
-        lines += ["```", " ".join(record["command"]), "```", ""]
+        lines += ["```", shlex.join(record["command"]), "```", ""]
     lines += ["## Plan", "", *_plan_lines(record), "", "## Results", ""]
     lines += results or ["Merging layers costs quality, and nothing was measured here: `raymerge evaluate` does it."]
     lines += ["", "## Proof", "", _proof_line(record["proof"]), ""]

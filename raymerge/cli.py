@@ -101,10 +101,10 @@ def _parser() -> argparse.ArgumentParser:
         help="compare a model's layers on tasks and languages",
         description="Collect activations over subsets of prompts, compare the layers of the model on each, and\n"
         "correlate the matrices: with a null model, intervals, and the reliability that bounds every correlation.",
-        examples="  raymerge similarity jobs/configs/similarity-demo.yaml\n"
+        examples="  raymerge similarity jobs/configs/similarity-mka-demo.yaml\n"
         "  raymerge similarity jobs/configs/similarity-tasks-llama3-8b.yaml --set model.path=/models/Llama-3-8B\n"
         "  raymerge search jobs/configs/demo.yaml --set plan.base=similarity_ratio \\\n"
-        "      --set plan.similarity_run=runs/similarity-demo --out runs/from-similarity",
+        "      --set plan.similarity_run=runs/similarity-mka-demo --out runs/from-similarity",
     )
     experiment(
         "sensitivity",
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         help="vary every setting of the similarity, one at a time",
         description="Vary bandwidth, dimensions, samples, neighbours, threshold, embedding and measure around the\n"
         "similarity section, and show whether the matrices agree and whether the plans they choose do.",
-        examples="  raymerge sensitivity jobs/configs/similarity-demo.yaml --out runs/sensitivity",
+        examples="  raymerge sensitivity jobs/configs/similarity-mka-demo.yaml --out runs/sensitivity",
     )
     experiment(
         "sweep",
@@ -379,8 +379,9 @@ def _merge(options: argparse.Namespace) -> int:
         )
     print(
         f"{done['layers_before']} layers became {done['layers_after']}; "
-        f"{done['parameters_removed'] / 1e6:.2f} M parameters removed; {done['tensors_changed']} tensors changed, "
-        f"by at most {100 * done['largest_relative_change']:.1f} % of their norm.\n"
+        f"{done['parameters_removed'] / 1e6:.2f} M parameters removed; "
+        f"{done['tensors_changed']} tensors differ from the base's of the same name, "
+        f"by at most {100 * done['largest_relative_change']:.1f} % of its norm.\n"
         f"Saved {done['bytes'] / 1e6:.1f} MB in {done['folder']} (plan {done['plan_id']}, merge_plan.json)."
     )
     if proof := done["proof"]:
@@ -390,7 +391,3 @@ def _merge(options: argparse.Namespace) -> int:
     if done["pushed"]:
         print(f"Pushed to {done['pushed']}.")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -543,6 +543,30 @@ def describe(config: Config) -> str:
     return "\n".join(lines)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key stands twice: PyYAML takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    said = f"{key.value!r} is given twice: keep one"
+                    raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str, name: str) -> Any:
+    """The value of a YAML text; `name` is what errors call it. Raises yaml.YAMLError."""
+    loader = _Loader(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (all defaults without one) and apply overrides of the form section.key=value (value in YAML).
 
@@ -551,7 +575,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     values: Any = {}
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            values = _yaml(Path(path).read_text(encoding="utf-8"), str(path)) or {}
         except FileNotFoundError:
             raise ConfigError(f"there is no configuration {path}; jobs/configs/ holds examples") from None
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -560,7 +584,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise ConfigError(f"{path} must hold sections such as model: and data:, not {values!r}")
     for override in overrides:
         _apply(values, override)
-    return parse_config(values, source=str(path) if path else "the command line")
+    sources = [str(path)] * (path is not None) + ["the command line"] * (bool(overrides) or path is None)
+    return parse_config(values, source=" and ".join(sources))
 
 
 def parse_config(values: dict[str, Any], *, source: str) -> Config:
@@ -577,7 +602,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or len(parts) < 2 or not all(parts):
         raise ConfigError(f"{override!r} is no override: write section.key=value, such as plan.merges=4")
     try:
-        value = yaml.safe_load(text)
+        value = _yaml(text, "--set")
     except yaml.YAMLError as error:
         raise ConfigError(f"the value in {override!r} is no YAML: {error}") from error
     section = values

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _LOG_EVERY_S = 30.0  # without a terminal, a progress line this often
+_NARROW = 120  # columns of a terminal in which bars and rates have no room
 _LOG_FROM_S = 10.0  # a step that cannot be counted and is over sooner leaves no line in a log
 
 
@@ -52,13 +53,18 @@ class _Live:
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
+        from rich.table import Column
 
+        # rich would take the width that lacks from every column, and cut counts and times: the bar and the rate go
+        # first, then the end of a name.
+        narrow = console.width < _NARROW
+        name = Column(no_wrap=True, overflow="ellipsis", max_width=console.width - 47 if narrow else None)
         self._bars = Progress(
             SpinnerColumn(finished_text="\u2713"),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            TextColumn("{task.description}", markup=False, table_column=name),
+            *([] if narrow else [BarColumn(bar_width=24)]),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}", markup=False),
+            *([] if narrow else [TextColumn("{task.fields[rate]}", markup=False)]),
             TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(elapsed_when_finished=False),
@@ -157,6 +163,11 @@ def _print_incidents(run: RunDirectory) -> None:
             print(f"  {line}")
 
 
+def _print_warnings(run: RunDirectory) -> None:
+    for warning in (run.manifest() or {}).get("warnings", []):
+        print(f"\nWarning: {warning}.")
+
+
 def print_search(run: RunDirectory, split: str) -> None:
     """The closing summary of a search: plans with standard errors, what was found, where things lie."""
     from raymerge import findings, summary
@@ -198,6 +209,7 @@ def print_search(run: RunDirectory, split: str) -> None:
     if cells:
         print("\n\nThe workers of this call:")
         _print_table(header, cells)
+    _print_warnings(run)
     _print_incidents(run)
     print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")
     for saved in (manifest["best"], manifest.get("refitted") or {}):
@@ -278,8 +290,7 @@ def print_similarity(run: RunDirectory) -> None:
             "correlation of 1; pairs on the same questions (translations) share their noise and may exceed it."
         )
         _print_table(header, cells)
-    for warning in (run.manifest() or {}).get("warnings", []):
-        print(f"\nWarning: {warning}.")
+    _print_warnings(run)
     _print_incidents(run)
     print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")
 
@@ -300,5 +311,6 @@ def print_sweep(run: RunDirectory, split: str) -> None:
     _print_table(*summary.sweep_table(run, split))
     _print_blocks(run)
     _print_tasks(run)
+    _print_warnings(run)
     _print_incidents(run)
     print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")

@@ -67,6 +67,8 @@ def merge(
     plan = read_alpha_file(alpha_file, checkpoint.n_layers)
     plan = replace(plan, alignment=alignment, norms=norms, biases=biases)
     check_mergeable(checkpoint, plan)
+    if (other := _made_for_another(alpha_file, checkpoint)) is not None:
+        (progress or Silent()).message(f"Warning: {alpha_file} was made for another model, {other}.")
     if push is not None:
         hub.check_push(push, private=private)
     options = {"verify": verify, "command": command, "progress": progress}
@@ -80,6 +82,16 @@ def merge(
         return record | {"pushed": None}
     with step(progress or Silent(), "pushing to the hub"):
         return record | {"pushed": hub.push(Path(out), push, private=private)}
+
+
+def _made_for_another(alpha_file: str | Path, checkpoint: Checkpoint) -> str | None:
+    """The model for which an alpha file was written, where the record beside it says so and it is not this one."""
+    try:
+        record = json.loads((Path(alpha_file).parent / RECORD_FILE).read_text(encoding="utf-8"))
+        model, identity = str(record["base_model"]), record["base_model_identity"]
+    except (OSError, ValueError, KeyError, TypeError):  # alone, or beside something else of that name
+        return None
+    return None if identity == checkpoint.identity else model
 
 
 def _refitted(

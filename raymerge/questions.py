@@ -157,7 +157,7 @@ def load_questions(
         raise DataError(f"split 'dev' with shots={shots}: the dev questions are the examples; set shots=0 to load them")
     folder = _find_folder(source, language, [split, "dev"] if shots else [split], revision)
     rows = _read_split(folder, split)
-    chosen = _choose_subjects(subjects, list(rows), domains)
+    chosen = _choose_subjects(subjects, list(rows), domains, split)
     examples = {subject: () for subject in chosen}
     if shots:
         dev = _read_split(folder, "dev")
@@ -418,7 +418,7 @@ def _answer(where: str, value: Any) -> int:
 
 
 def _choose_subjects(
-    subjects: str | Iterable[str], there: list[str], domains: Mapping[str, Sequence[str]] | None
+    subjects: str | Iterable[str], there: list[str], domains: Mapping[str, Sequence[str]] | None, split: str
 ) -> list[str]:
     """The subjects asked for, by name or domain, each once and sorted."""
     for name in domains or {}:
@@ -443,9 +443,11 @@ def _choose_subjects(
                 of = "" if subject == name else f" of domain {name!r}"
                 close = difflib.get_close_matches(subject, [*there, *known] if subject == name else there)
                 like = f"did you mean {' or '.join(close)}? " if close else ""
+                whole = [name for name, all_of_it in known.items() if set(all_of_it) <= set(there)]
                 raise DataError(
-                    f"unknown subject {subject!r}{of}; {like}there are {len(there)} subjects "
-                    f"({', '.join(sorted(there)[:3])}, ...) and the domains {', '.join(known)}"
+                    f"unknown subject {subject!r}{of}; {like}there are {len(there)} subjects in split "
+                    f"{split} ({', '.join(sorted(there)[:3])}, ...)"
+                    + (f" and the domains {', '.join(whole)}" if whole else "")
                 )
         chosen.update(members)
     return sorted(chosen)

@@ -234,21 +234,22 @@ def search_lines(run: RunDirectory) -> list[str]:
     for searcher in dict.fromkeys(row["searcher"] for row in trials):
         rows = [row for row in trials if row["searcher"] == searcher]
         judged = [row for row in rows if row["status"] == "ok"]
+        tried = f"{len(rows)} candidate{'' if len(rows) == 1 else 's'}"
         failed = f", {len(rows) - len(judged)} failed" if len(judged) < len(rows) else ""
         if not judged:
-            lines.append(f"{searcher}: {len(rows)} candidates, all failed")
+            lines.append(f"{searcher}: {tried}, all failed")
             continue
         # Above a ceiling the value is a penalty, no value of the objective.
         values = [row["value"] for row in judged if not above_ceiling(row, ceiling)]
         if len(values) < len(judged):
             failed += f", {len(judged) - len(values)} above the perplexity ceiling of {number(ceiling)}"
         if not values:
-            lines.append(f"{searcher}: {len(rows)} candidates{failed}")
+            lines.append(f"{searcher}: {tried}{failed}")
             continue
         objective = rows[0]["objective"]
         best, worst = (min, max) if is_minimised(objective) else (max, min)
         lines.append(
-            f"{searcher}: {len(rows)} candidates{failed}; {objective} best {best(values):.4f}, "
+            f"{searcher}: {tried}{failed}; {objective} best {best(values):.4f}, "
             f"mean {sum(values) / len(values):.4f}, worst {worst(values):.4f}{_seconds(rows)}"
         )
     return lines
@@ -387,13 +388,13 @@ def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str
     lines = {line["plan_id"]: line for line in plan_lines(run, split)}
     asks = any(line["accuracy"] is not None for line in lines.values())
     header = ["merged", "method", "alignment", "norms", "refit"]
-    header += [*(["accuracy ± se", "macro ± se", "answer NLL"] if asks else []), "text ppl [95 %]"]
+    header += [*(["accuracy ± se [95 %]", "macro ± se [95 %]", "answer NLL"] if asks else []), "text ppl [95 %]"]
     cells = []
     for row in sorted(run.read("sweep").to_pylist(), key=lambda row: row["merges"]):
         line = lines[row["plan_id"]]
         answered = [
-            f"{line['accuracy']:.4f} ± {line['standard_error']:.4f}",
-            f"{line['macro']:.4f} ± {line['macro_error']:.4f}",
+            share(line["accuracy"], line["standard_error"], line["interval"]),
+            share(line["macro"], line["macro_error"], line["macro_interval"]),
             f"{line['nll']:.4f}",
         ] if asks else []  # fmt: skip
         read = number(line["perplexity"], line["perplexity_interval"])

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ANALYSIS))  # the scripts are not part of the package; ru
 import accuracy as accuracy_script  # noqa: E402
 import alpha_panels  # noqa: E402
 import alphas as alphas_script  # noqa: E402
+import plotting  # noqa: E402
 
 SUBJECTS = """abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
 college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
@@ -205,18 +206,23 @@ def test_effective_coefficients_add_up_to_one_per_method(alphas_text):
     np.testing.assert_allclose(sums, 1, atol=0.0015)
 
 
-def test_layers_without_a_row_weigh_nothing_where_removed_and_one_where_left_alone():
+def test_layers_without_a_row_weigh_nothing_where_merged_and_one_where_left_alone():
     plans = [
         {"plan_id": "deep", "name": "deep", "matrix": None, "step": 0, "into": 4, "remove": 5, "alpha": 1.0},
         {"plan_id": "deep", "name": "deep", "matrix": None, "step": 1, "into": 3, "remove": 4, "alpha": 1.0},
         {"plan_id": "flat", "name": "flat", "matrix": None, "step": 0, "into": 4, "remove": 5, "alpha": 0.7},
     ]
-    rows = [("deep", 3, 3, 1.0), ("flat", 4, 4, 0.7), ("flat", 4, 5, 0.3)]
+    plans += [{**plans[-1], "plan_id": "taken", "name": "taken", "alpha": 0.0}]  # layer 5 in the place of layer 4
+    rows = [("deep", 3, 3, 1.0), ("flat", 4, 4, 0.7), ("flat", 4, 5, 0.3), ("taken", 4, 5, 1.0)]
     names = ("plan_id", "kept_layer", "source_layer", "coefficient")
     coefficients = [{"matrix": None, **dict(zip(names, row, strict=True))} for row in rows]
     weights, layers = alphas_script.weights_of(plans, coefficients)
     assert layers == [3, 4, 5]
-    assert weights == {("deep", None): {3: 1.0, 4: 0.0, 5: 0.0}, ("flat", None): {3: 1.0, 4: 0.7, 5: 0.3}}
+    assert weights == {
+        ("deep", None): {3: 1.0, 4: 0.0, 5: 0.0},
+        ("flat", None): {3: 1.0, 4: 0.7, 5: 0.3},
+        ("taken", None): {3: 1.0, 4: 0.0, 5: 1.0},
+    }
 
 
 def test_search_table_names_the_best_trial(k13, alphas_text):
@@ -521,6 +527,45 @@ def test_methods_of_a_run_whose_alphas_differ_come_found_first_with_its_own_simi
     alpha_panels.draw_history(bare[:1], tmp_path / "one.png")
 
 
+def test_what_was_found_is_drawn_also_where_its_alphas_are_all_alike(tmp_path):
+    run = RunDirectory.open(tmp_path / "run", {}, "search")
+    plans = [
+        {"plan_id": name, "name": name, "kind": kind, "matrix": None, "step": step, "into": 2 - step,
+         "remove": 3 - step, "alpha": alpha}
+        for name, kind, alphas in (
+            ("fixed_0.5", "fixed", (0.5, 0.5)), ("random", "random", (0.1, 0.9)), ("found", "found", (0.0, 0.0))
+        )
+        for step, alpha in enumerate(alphas)
+    ]  # fmt: skip
+    labels = {name: name for name in ("fixed_0.5", "random", "found")}
+    assert list(alphas_script.learned(run, plans, labels)) == ["found", "random"]
+
+
+def test_merge_steps_of_plans_that_merge_different_layers_are_ticked_by_whole_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(alphas_script, "save", lambda figure, path: figure.axes[0].get_xticks())
+    plans = [
+        {"plan_id": name, "matrix": None, "step": step, "into": first - step, "remove": first + 1 - step, "alpha": 0.5}
+        for name, first in (("last", 6), ("before", 5))
+        for step in range(3)
+    ]
+    ticks = alphas_script.draw_plans(plans, [], {}, tmp_path / "x.png")
+    assert all(float(tick).is_integer() for tick in ticks)
+
+
+def test_the_label_of_the_colours_is_not_cut_off(tmp_path, monkeypatch):
+    def beyond(figure, path):
+        figure.draw_without_rendering()
+        return max(axis.get_tightbbox().x1 for axis in figure.axes) - figure.bbox.width
+
+    monkeypatch.setattr(alphas_script, "save", beyond)
+    searchers = {
+        name: [trial(i, value, objective="answer_nll") | {"alphas": [0.1, 0.9]} for i, value in enumerate(values)]
+        for name, values in (("bayes", [1.7683, 3.9094]), ("random", [2.3259, 3.8235]))
+    }
+    with alphas_script.plt.rc_context(alphas_script.STYLE):
+        assert alphas_script.draw_distribution(searchers, {}, tmp_path / "x.png") <= 0
+
+
 def test_trials_above_a_ceiling_are_not_drawn_as_values(tmp_path):
     rows = [
         trial(0, 0.5) | {"perplexity": 3.0},
@@ -532,6 +577,16 @@ def test_trials_above_a_ceiling_are_not_drawn_as_values(tmp_path):
     assert alphas_script.best_of(held)["iteration"] == 0 and len(alphas_script.usable(held)) == 2
     free = RunDirectory.open(tmp_path / "free", {}, "search")
     assert alphas_script.held_to(free, rows) == rows
+
+
+def test_of_an_unfinished_run_it_is_said_that_a_table_may_come_yet(tmp_path):
+    run = RunDirectory.open(tmp_path / "run", {}, "sweep")
+    run.begin()
+    with pytest.raises(RunError, match="sweep CONFIG --out RUN writes it; the run is unfinished: the same command"):
+        plotting.need(run, "sweep", "the curve")
+    run.write_manifest("complete")
+    with pytest.raises(RunError, match="writes it$"):
+        plotting.need(run, "sweep", "the curve")
 
 
 def test_what_is_no_run_is_an_error_and_help_teaches(tmp_path, capsys):

@@ -203,6 +203,33 @@ def test_colours_are_robust_against_the_diagonal(run):
     assert heatmaps_script.colour_range(narrow)[0] > 0.9  # a scale from 0 would hide every difference
 
 
+def test_a_map_of_noise_says_so_rather_than_that_nothing_is_defined(run):
+    view = heatmaps_script.views_of(run.read("similarity").to_pylist())[0]
+    assert heatmaps_script.null_title(view).endswith("% of pairs above null")
+    noise = view._replace(degenerate=view.layers)
+    assert heatmaps_script.null_title(noise) == f"noise: degenerate in layers 0-{view.layers[-1]}"
+    assert heatmaps_script.null_title(view._replace(value=np.full_like(view.value, np.nan))) == "no defined pair"
+
+
+def test_block_influence_is_labelled_in_plain_numbers(tmp_path, monkeypatch):
+    shown = []
+
+    def look(figure, path):
+        figure.draw_without_rendering()
+        (axis,) = figure.axes
+        low, high = axis.get_ylim()
+        ticks = zip(axis.get_yticks(), axis.get_yticklabels(), strict=True)
+        shown.append([label.get_text() for at, label in ticks if low <= at <= high])
+        return path
+
+    monkeypatch.setattr(heatmaps_script, "save", look)
+    for values in ([0.95, 0.16, 0.043], [0.019, 0.033, 0.044]):
+        rows = [{"subset": "all", "language": "en", "layer": i, "value": value, "n_samples": 9} for i, value in
+                enumerate(values)]  # fmt: skip
+        heatmaps_script.draw_influence(rows, tmp_path / "x.png")
+    assert shown == [["0.05", "0.1", "0.2", "0.5", "1"], ["0.02", "0.03", "0.04"]]
+
+
 def test_one_triangle_is_enough(tmp_path):
     whole = make_run(tmp_path / "whole", layers=6, subsets=2)
     half = make_run(tmp_path / "half", layers=6, subsets=2, one_side=True)

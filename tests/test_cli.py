@@ -2,8 +2,10 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -25,6 +27,20 @@ def test_every_command_has_help(command, capsys):
         cli.main([*command, "--help"])
     assert stop.value.code == 0
     assert "usage: raymerge" in capsys.readouterr().out
+
+
+def test_help_names_configurations_that_there_are(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([*command, "--help"])
+    root = Path(__file__).parents[1]
+    named = set(re.findall(r"jobs/configs/[\w.-]+\.yaml", capsys.readouterr().out))
+    assert named and [name for name in sorted(named) if not (root / name).is_file()] == []
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "raymerge", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("raymerge ")
 
 
 def test_help_does_not_import_torch_or_ray():

@@ -332,6 +332,25 @@ def test_files_that_are_no_configuration(tmp_path):
         load_config(tmp_path / "binary.yaml")
 
 
+def test_a_key_that_stands_twice_is_refused_rather_than_the_first_forgotten(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("plan:\n  merges: 4\n  merges: 5\n")
+    with pytest.raises(ConfigError, match=r"(?s)twice.yaml cannot be read as YAML: 'merges' is given twice.*line 3"):
+        load_config(path)
+    path.write_text("data: &d {shots: 1}\nplan: {merges: 4}\ndata: {shots: 2}\n")
+    with pytest.raises(ConfigError, match="'data' is given twice"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="'a' is given twice"):
+        load_config(None, ["data.domains={a: [b], a: [c]}"])
+
+
+def test_a_wrong_value_is_not_blamed_on_the_file_alone_where_there_are_overrides(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("plan: {merges: 4}\n")
+    with pytest.raises(ConfigError, match="run.yaml and the command line: plan.base = 'none'"):
+        load_config(path, ["plan.base=none"])
+
+
 def test_overrides_come_last_and_are_yaml(tmp_path):
     path = write(tmp_path, "plan: {merges: 4, ratio: 0.5}\noutput:\n")
     config = load_config(

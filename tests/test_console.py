@@ -85,6 +85,26 @@ def test_a_terminal_gets_bars_whose_names_are_no_markup():
     assert "20/40" in shown and "/s" in shown
 
 
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_counts_and_times_have_room_in_a_terminal(width):
+    from rich.console import Console
+
+    shown = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    bars = console._Live(shown)
+    for name, total, note in (
+        ("proof: the saved model, loaded in a fresh process", 1, ""),
+        ("trunk states (tokens)", 148_512, ""),
+        ("controls on the search questions", 40, "best 0.9250"),
+    ):
+        bars.stage(name, total)
+        bars.advance(total, note)
+    bars.close()
+    text = shown.file.getvalue()
+    assert "148512/148512" in text and "best 0.9250" in text and "40/40" in text
+    times = [line.split()[-2:] for line in text.splitlines() if "tokens" in line]
+    assert times[-1] == ["0:00:00", "0:00:00"]
+
+
 def test_rates():
     assert console.rate(0, 1.0) == "" and console.rate(5, 0.0) == ""
     assert console.rate(3000, 2.0) == "1,500/s"

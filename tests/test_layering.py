@@ -29,7 +29,7 @@ LAYERS = {
     ),
     3: ("worker",),
     4: ("cluster", "pool", "search", "proposers", "experiments"),
-    5: ("cli", "console"),
+    5: ("cli", "console", "__main__"),
 }  # fmt: skip
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 

@@ -20,6 +20,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import fuse_state_dict
 from raymerge.merging import merge, save_merged
 from raymerge.plan import PlanError, alpha_file_text, read_alpha_file, tail_plan
+from raymerge.progress import Silent
 from raymerge.rows import coefficient_rows, plan_rows
 from raymerge.tables import conform
 
@@ -32,9 +33,27 @@ def alphas(tmp_path):
     return path
 
 
+def test_an_alpha_file_that_lies_beside_the_record_of_another_model_is_said_to(tmp_path, alphas):
+    class Told(Silent):
+        messages = []
+
+        def message(self, text):
+            self.messages.append(text)
+
+    beside = tmp_path / "merge_plan.json"
+    identity = Checkpoint("demo").identity
+    for number, text in enumerate(("[]", json.dumps({"base_model": "demo", "base_model_identity": identity}))):
+        beside.write_text(text)
+        merge("demo", alphas, tmp_path / str(number), verify=False, progress=Told())
+    assert Told.messages == []
+    beside.write_text(json.dumps({"base_model": "/models/a", "base_model_identity": "0"}))
+    merge("demo", alphas, tmp_path / "out", verify=False, progress=Told())
+    assert Told.messages == [f"Warning: {alphas} was made for another model, /models/a."]
+
+
 def test_the_record_and_the_alpha_file_say_what_was_done(tmp_path, alphas):
     base = Checkpoint("demo")
-    done = merge("demo", alphas, tmp_path / "out", verify=False, command=["raymerge", "merge", "demo"])
+    done = merge("demo", alphas, tmp_path / "out", verify=False, command=["raymerge", "merge", "demo", "--out", "a b"])
     record = json.loads((tmp_path / "out" / "merge_plan.json").read_text())
     assert record["layers_before"] - record["layers_after"] == 3
     assert record["base_model_identity"] == base.identity
@@ -45,9 +64,9 @@ def test_the_record_and_the_alpha_file_say_what_was_done(tmp_path, alphas):
     changed = [name for name in merged if not torch.equal(merged[name], base[name])]
     assert sorted(changed) == sorted(row["tensor"] for row in record["receipts"] if row["max_abs_change"] > 0)
     assert len(changed) == record["tensors_changed"] == 7
-    assert record["command"] == ["raymerge", "merge", "demo"] and record["proof"] is None
+    assert record["command"] == ["raymerge", "merge", "demo", "--out", "a b"] and record["proof"] is None
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "```\nraymerge merge demo\n```" in card and "# demo, 3 layers merged away" in card
+    assert "```\nraymerge merge demo --out 'a b'\n```" in card and "# demo, 3 layers merged away" in card
     assert "| 1 | 18 | 19 | 0.200000 |" in card
     assert "nothing was measured here" in card and "was not reloaded" in card
 
@@ -77,7 +96,7 @@ def test_the_card_names_the_base_and_keeps_its_licence(tmp_path, monkeypatch, ca
         save_merged(Checkpoint(model), tail_plan(5, [0.4], name="x", kind="found"), out, verify=False)
         _, front, text = (out / "README.md").read_text().split("---\n", 2)
         assert yaml.safe_load(front) == expected | further
-        assert text.startswith(f"# {model.rpartition('/')[2]}, 1 layers merged away")
+        assert text.startswith(f"# {model.rpartition('/')[2]}, 1 layer merged away")
 
 
 @pytest.mark.parametrize(("alignment", "norms"), [("neurons", "fold"), ("rows", "keep"), ("none", "fold")])

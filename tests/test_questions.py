@@ -368,8 +368,12 @@ def test_bad_options(folder):
 
 def test_bad_subjects(folder):
     message = fails(folder, "unknown subject 'anatmy'", "did you mean anatomy?", "2 subjects", subjects="anatmy")
-    assert "medical, legal, math, cs, humanities" in message
-    message = fails(folder, "unknown subject 'zzz'; there are 2 subjects (anatomy, world_religions", subjects=["zzz"])
+    assert "domains" not in message  # none has all its subjects here
+    domains = {"both": ["anatomy", "world_religions"], "half": ["anatomy", "law"]}
+    told = (
+        "unknown subject 'zzz'; there are 2 subjects in split test (anatomy, world_religions, ...) and the domains both"
+    )
+    message = fails(folder, told, subjects=["zzz"], domains=domains)
     assert "did you mean" not in message
     fails(folder, "unknown subject 'clinical_knowledge' of domain 'medical'", subjects="medical")
     fails(folder, "subjects is empty", subjects=" , ")

@@ -68,6 +68,19 @@ def as_dicts(rows):
 # -- a search
 
 
+def test_a_curve_in_the_terminal_has_intervals(tmp_path):
+    """A point at which every question is right has a standard error of 0, which is not how sure it is."""
+    run = sweep_run(tmp_path / "sweep")
+    header, cells = summary.sweep_table(run, "test")
+    at = header.index("accuracy ± se [95 %]")
+    low, high = next(
+        (row["ci_low"], row["ci_high"])
+        for row in run.read("accuracy").to_pylist()
+        if row["plan_id"] == "base" and row["subject"] == MICRO
+    )
+    assert cells[0][at].endswith(f" [{low:.3f}, {high:.3f}]") and "[" in cells[0][at + 1]
+
+
 def test_the_answer_has_the_tables_numbers(search):
     reached = Reached(search)
     accuracy = {row["plan_id"]: row for row in search.read("accuracy").to_pylist() if row["subject"] == MICRO}
@@ -117,7 +130,18 @@ def test_a_plan_is_said_to_be_aligned_and_how(alignment, norms, said):
 def test_the_sentence_says_what_cannot_be_told_apart(search):
     sentence = blocks([plans.answer(Reached(search))], Text)[0].text
     assert f"of {QUESTIONS} test questions: better than drop; indistinguishable from fixed_0.62; worse than" in sentence
-    assert "Its perplexity on plain text is 12.5, the unmerged model's 5.00." in sentence
+    assert "Its perplexity on plain text is 12.5, the unmerged model's 5.00: by the loss of a token it is " in sentence
+    text = sentence.split("by the loss of a token it is ")[1]
+    assert "better than fixed_0.62, drop;" in text and "worse than the unmerged model" in text
+    assert sentence.startswith("The best plan found, found_bayes,")  # a control may be better still
+
+
+def test_what_a_plan_merges_is_not_what_it_leaves_alone():
+    best = {"plan_id": "found", "label": "found"}
+    cells = [(1, 1.0, "1"), (2, 0.0, wording.NONE), (3, 0.3, "2"), (4, 0.7, "2")]  # layer 1 goes in another plan
+    weights = [{"plan_id": "found", "layer": layer, "weight": weight, "kept": kept} for layer, weight, kept in cells]
+    assert searched._heaviest(weights, best) == " Most of what found merges: layer 4 70 %, layer 3 30 %."
+    assert searched._heaviest(weights[:2], best) == ""
 
 
 def test_a_plan_chosen_by_the_reports_own_questions_is_said_to_be(tmp_path, search):
@@ -213,7 +237,7 @@ def test_differences_by_subject_are_paired(search):
 
 def test_receipts_say_what_did_not_change(search):
     (figure,) = blocks([receipts.receipts(Reached(search))], Figure)
-    assert "2 tensors changed under 2 plans, by at most 75.0 % of the tensor's norm" in figure.caption
+    assert "2 tensor names with a difference under 2 plans, of at most 75.0 % of the original's norm" in figure.caption
     assert "No tensor changed under drop" in figure.caption
     assert receipts.tensor_name("model.layers.12.mlp.up_proj.weight") == ("mlp.up_proj", "12")
     assert receipts.tensor_name("lm_head.weight") == ("lm_head.weight", "")

@@ -6,7 +6,7 @@ import pytest
 from raymerge.config import ConfigError, load_config
 from raymerge.experiments import import_similarity, planning, search, sensitivity, similarity
 from raymerge.experiments.common import settings_of
-from raymerge.experiments.planning import recomputed_plan, similarity_of, starting_plan
+from raymerge.experiments.planning import recomputed_plan, similarity_of, similarity_warnings, starting_plan
 from raymerge.inputs import read_similarity, read_subsets
 from raymerge.progress import Silent
 from raymerge.schemas import SCHEMAS
@@ -240,3 +240,27 @@ def test_runs_of_another_model_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="is of a model of 32 layers, this one has 21"):
         search(load_config(None, options))
     assert RunDirectory(tmp_path / "search").manifest() is None
+
+
+def test_a_similarity_that_is_noise_or_of_another_model_is_said_to_be(tmp_path):
+    path = str(tmp_path / "run")
+    run = RunDirectory.open(path, {}, "similarity")
+    pairs = [{"measure": "npib", "embedding": "diffusion", "layer_i": i, "layer_j": j, "value": 1.0, "n_samples": 20}
+             for i in range(2) for j in range(2)]  # fmt: skip
+    names = [{"subset": subset, "language": "en"} for subset in ("noise", "fine")]
+    run.append("similarity", [name | pair for name in names for pair in pairs])
+    for name, rank in zip(names, (19.9, 5.0), strict=True):
+        whole = name | {"effective_rank": rank, "off_diagonal_mass": 0.5}
+        run.append("degeneracy", [whole | {"layer": layer} for layer in range(2)])
+    run.write_manifest("complete", model={"path": "/models/a", "identity": "a"})
+
+    def warnings(subset, identity):
+        return similarity_warnings(
+            load_config(None, [f"plan.similarity_run={path}", f"plan.similarity_subset={subset}"]), identity
+        )
+
+    assert warnings("fine", "a") == []
+    (said,) = warnings("noise", "a")
+    assert "degenerate in 2 layers" in said and "so are coefficients made of them" in said and "sigma: median" in said
+    assert warnings("fine", "b") == [f"{path} is a similarity run of another model, /models/a"]
+    assert similarity_warnings(load_config(), "a") == []

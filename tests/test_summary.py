@@ -107,6 +107,12 @@ def test_what_candidates_took_is_summed(tmp_path):
     assert summary.search_lines(run)[1].endswith("; 0.2 s of the workers")
 
 
+def test_one_candidate_is_one(tmp_path):
+    run, *_ = make_run(tmp_path / "run")
+    run.replace("trials", run.read("trials").slice(0, 1).drop_columns("run_id"))
+    assert summary.search_lines(run)[0].split(": ")[1].startswith("1 candidate; ")
+
+
 def test_values_above_a_ceiling_are_no_values(tmp_path):
     run, *_ = make_run(tmp_path / "run", ceiling=20.0)
     controls, bayes = summary.search_lines(run)

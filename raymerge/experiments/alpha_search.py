@@ -44,6 +44,7 @@ from raymerge.experiments.planning import (
     recomputed_plan,
     shuffled_plan,
     similarity_of,
+    similarity_warnings,
     starting_plan,
 )
 from raymerge.experiments.refitting import fit, refit_of
@@ -107,6 +108,8 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     run = open_run(config, "search", settings, inputs, progress, **held)
     if run.complete:
         return run
+    for warning in similarity_warnings(config, inputs.checkpoint.identity):
+        progress.message(f"Warning: {warning}.")
     with runtime(config, progress), swept_cache(config, run) as cache:
         if config.plan.recompute:
             start = recomputed_plan(config, n_layers, cache, progress)
@@ -248,6 +251,7 @@ class _Search:
                 "proof": proof,
             },
             figures=figures,
+            warnings=similarity_warnings(self.config, self.identity),
             trunk_seconds=round(trunk_seconds, 3),
             **model_facts(self.config, self.inputs),
             **self.facts,

@@ -25,7 +25,14 @@ from raymerge.experiments.common import (
     runtime,
     settings_of,
 )
-from raymerge.experiments.planning import Similarity, allowed_starts, choose_blocks, influence_plan, similarity_of
+from raymerge.experiments.planning import (
+    Similarity,
+    allowed_starts,
+    choose_blocks,
+    influence_plan,
+    similarity_of,
+    similarity_warnings,
+)
 from raymerge.experiments.refitting import fit, refit_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
@@ -91,6 +98,8 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     run = open_run(config, "sweep", settings, inputs, progress, **held)
     if run.complete:
         return run
+    for warning in similarity_warnings(config, inputs.checkpoint.identity):
+        progress.message(f"Warning: {warning}.")
     with runtime(config, progress):
         if blocks:
             cache, n_layers = cache_of(config, run), inputs.checkpoint.n_layers
@@ -249,6 +258,7 @@ class _Sweep:
             seeds={"data": self.config.data.seed},
             workers=workers,
             figures=figures,
+            warnings=similarity_warnings(self.config, self.identity),
             **model_facts(self.config, self.inputs),
         )
         return self.run

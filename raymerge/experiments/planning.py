@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from raymerge import summary
 from raymerge.config import Config, ConfigError, PlanConfig, parse_config
 from raymerge.experiments.common import Inputs, counted, describe_workers, open_pool, read_inputs
 from raymerge.heuristics import (
@@ -58,6 +59,26 @@ def similarity_of(config: Config, n_layers: int) -> Similarity | None:
         plan.similarity_run, n_layers=n_layers, subset=plan.similarity_subset, language=plan.similarity_language
     )
     return Similarity(*found)
+
+
+def similarity_warnings(config: Config, identity: str) -> list[str]:
+    """What is to be known of the run that plan.similarity_run names: that it is noise, or of another model than the one
+    of this identity. Raises RunError."""
+    plan = config.plan
+    if plan.similarity_run is None:
+        return []
+    run = RunDirectory.load(plan.similarity_run)
+    model = (run.manifest() or {}).get("model") or {}
+    found = []
+    if model.get("identity") not in (None, identity):
+        found.append(f"{plan.similarity_run} is a similarity run of another model, {model['path']}")
+    for (subset, language), layers in summary.degenerate_layers(run).items():
+        if layers and plan.similarity_subset in (None, subset) and plan.similarity_language in (None, language):
+            found.append(
+                f"{plan.similarity_run}: the diffusion map is degenerate in {len(layers)} layers; similarities there "
+                "are noise, and so are coefficients made of them. Try a run with similarity.sigma: median"
+            )
+    return found
 
 
 def options_of(plan: PlanConfig) -> dict[str, str]:
@@ -170,8 +191,9 @@ def choose_blocks(
     for (name, count), values in scores.items():
         if name == chosen_by:
             chosen[count] = starts[count][0] if name == "given" else best_block(values, starts[count])
-            what = f"layers {chosen[count]} to {chosen[count] + count - 1} of {count} to go"
-            progress.message(f"Block: {what}, {name}")
+            last = chosen[count] + count - 1
+            which = f"layer {last}" if count == 1 else f"layers {chosen[count]} to {last}"
+            progress.message(f"{count} to go, chosen by {name}: {which}")
         table += [
             {
                 "merges": count,

@@ -54,15 +54,17 @@ def answer(reached: Reached) -> Section:
 def _sentence(reached: Reached) -> str:
     best, base = reached.best, reached.base
     if not reached.asks and best["perplexity"] is None:
-        return f"The best plan, {best['label']}, was reported on by tasks alone: see below."
+        return f"The best plan found, {best['label']}, was reported on by tasks alone: see below."
     if not reached.asks:
-        sentence = f"The best plan, {best['label']}, has a perplexity of {perplexity(best['perplexity'])} on plain text"
+        sentence = (
+            f"The best plan found, {best['label']}, has a perplexity of {perplexity(best['perplexity'])} on plain text"
+        )
         if base is not None:
             sentence += f", the unmerged model one of {perplexity(base['perplexity'])}"
         told = _told(reached, reached.against(best["plan_id"], "text_nll"))
         return f"{sentence}. By the loss of a token it is {told}.{_budget(reached)}" if told else f"{sentence}."
     questions = plural(best["n"], f"{reached.split} question")
-    sentence = f"The best plan, {best['label']}, answers {percent(best['accuracy'])} of {questions}"
+    sentence = f"The best plan found, {best['label']}, answers {percent(best['accuracy'])} of {questions}"
     told = _told(reached, reached.against(best["plan_id"]))
     sentence += f": {told}." if told else "."
     told = _told(reached, reached.against(best["plan_id"], "answer_nll"))
@@ -75,7 +77,8 @@ def _sentence(reached: Reached) -> str:
         sentence += f" Its perplexity on plain text is {perplexity(best['perplexity'])}"
         if base is not None and base["perplexity"] is not None:
             sentence += f", the unmerged model's {perplexity(base['perplexity'])}"
-        sentence += "."
+        told = _told(reached, reached.against(best["plan_id"], "text_nll"))
+        sentence += f": by the loss of a token it is {told}." if told else "."
     return sentence
 
 

@@ -42,16 +42,18 @@ def receipts(reached: Reached) -> Section:
     rows.sort(key=lambda row: (row["matrix"], -figures.ROLES.index(row["role"])))
     changed = [row for row in rows if row["relative"]]
     told = (
-        f"{plural(len({row['tensor'] for row in changed}), 'tensor')} changed under "
-        f"{plural(len({row['plan'] for row in changed}), 'plan')}, by at most "
-        f"{percent(max((row['relative'] for row in changed), default=0.0))} of the tensor's norm.{silent}"
+        f"{plural(len({row['tensor'] for row in changed}), 'tensor name')} with a difference under "
+        f"{plural(len({row['plan'] for row in changed}), 'plan')}, of at most "
+        f"{percent(max((row['relative'] for row in changed), default=0.0))} of the original's norm.{silent}"
     )
     return Section(
         title,
         (
             Figure(
                 "Change of every tensor that a plan touches",
-                f"The norm of the difference between merged and original tensor over the original's norm. {told}",
+                "The norm of the difference between a tensor and the original's of the same name, over the latter's. "
+                f"Behind layers that are left out the others have new numbers, and so differ though they are whole. "
+                f"{told}",
                 (figures.changes(rows, f"Relative change of tensors, a row for each matrix. {told}"),),
                 Rows.of(rows, sources(run, "receipts")),
                 command_of(run),

@@ -125,12 +125,16 @@ def _weights(reached: Reached, shown: list[str]) -> list[dict[str, Any]]:
 def _heaviest(weights: list[dict], best: dict | None) -> str:
     if best is None:
         return ""
+    mine = [row for row in weights if row["plan_id"] == best["plan_id"]]
+    # Layers that the plan leaves alone are shown where other plans merge them; they are all of themselves.
+    merged = {row["kept"] for row in mine if row["weight"] >= 0.005 and row["kept"] != str(row["layer"])}
     own: dict[int, float] = {}
-    for row in weights:
-        if row["plan_id"] == best["plan_id"]:
+    for row in mine:
+        if row["kept"] in merged:
             own.setdefault(row["layer"], row["weight"])
-    top = sorted(own.items(), key=lambda item: -item[1])[:3]
-    return f" Most of {best['label']}: " + ", ".join(f"layer {k} {percent(v, 0)}" for k, v in top if v >= 0.005) + "."
+    top = [(k, v) for k, v in sorted(own.items(), key=lambda item: -item[1])[:3] if v >= 0.005]
+    told = ", ".join(f"layer {k} {percent(v, 0)}" for k, v in top)
+    return f" Most of what {best['label']} merges: {told}." if told else ""
 
 
 def search(reached: Reached) -> Section:
