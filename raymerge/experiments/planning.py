@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from raymerge import summary
+from raymerge import findings
 from raymerge.config import Config, ConfigError, PlanConfig, parse_config
 from raymerge.experiments.common import Inputs, counted, describe_workers, open_pool, read_inputs
 from raymerge.heuristics import (
@@ -72,7 +72,7 @@ def similarity_warnings(config: Config, identity: str) -> list[str]:
     found = []
     if model.get("identity") not in (None, identity):
         found.append(f"{plan.similarity_run} is a similarity run of another model, {model['path']}")
-    for (subset, language), layers in summary.degenerate_layers(run).items():
+    for (subset, language), layers in findings.degenerate_layers(run).items():
         if layers and plan.similarity_subset in (None, subset) and plan.similarity_language in (None, language):
             found.append(
                 f"{plan.similarity_run}: the diffusion map is degenerate in {len(layers)} layers; similarities there "
