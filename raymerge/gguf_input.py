@@ -74,7 +74,8 @@ def converted_gguf(file: Path) -> Path:
     """The folder of an ordinary checkpoint with a GGUF file's dequantised weights, made unless it is there.
 
     It lies under $XDG_CACHE_HOME/raymerge/gguf (~/.cache without it), named by the file's SHA-256 and the version of
-    the conversion; a process that finds another one at work waits for it. Takes about the memory of the dequantised model.
+    the conversion; a process that finds another one at work waits for it. Takes about the memory of the dequantised
+    model.
     """
     if importlib.util.find_spec("gguf") is None:
         raise GgufError(f"reading {file} needs the package gguf, which is not installed: pip install 'raymerge[gguf]'")
