@@ -248,7 +248,7 @@ def test_the_vocabulary_is_summed_piece_by_piece(case, monkeypatch):
     table = case.base.lm_head.weight.detach()
     expected = torch.softmax(hidden.double() @ table.double().T, -1)
     for chunk in (1, 100, 10**6):
-        monkeypatch.setattr(raymerge.forward, "_VOCABULARY_CHUNK", chunk)
+        monkeypatch.setattr(raymerge.forward, "VOCABULARY_ROWS", chunk)
         logsumexp, mean = case.runner.vocabulary_mean(hidden)
         near(logsumexp, torch.logsumexp(hidden.double() @ table.double().T, -1), 1e-6)
         near(mean, expected @ table.double(), 1e-5)
