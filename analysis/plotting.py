@@ -119,7 +119,7 @@ def number(value: float | None, digits: int = 3) -> str | None:
 
 
 def run_main(draw, description: str, argv: list[str] | None, add_options=None, without_run=None) -> int:
-    """Command line of one analysis script: RUN [--out DIR]; returns the exit code.
+    """Command line of one analysis script: RUN [--out DIR]; returns the exit code: 0, or 2 for a wrong input.
 
     `add_options(parser)` may add a script's own options; `draw` gets them by keyword. `without_run(out, **options)`,
     where it is given, is called in place of `draw` when there is no RUN.
@@ -142,7 +142,7 @@ def run_main(draw, description: str, argv: list[str] | None, add_options=None, w
             paths = draw(run, out or Path(run.path_of("figures")), **options)
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     for path in paths:
         print(path)
     return 0

@@ -18,8 +18,8 @@ from raymerge.tables import RunDirectory
 def model_card(record: dict[str, Any], checkpoint: Checkpoint, *, results: Sequence[str] = ()) -> str:
     """README.md, from merge_plan.json's record. checkpoint: the base model; results: lines of markdown."""
     removed = record["layers_before"] - record["layers_after"]
-    title = Path(checkpoint.name).name or checkpoint.directory.resolve().name
-    base = {"base_model": checkpoint.name, "base_model_relation": "merge"} if checkpoint.on_hub else {}
+    title = checkpoint.public_name.rpartition("/")[2]
+    base = {"base_model": checkpoint.hub_id, "base_model_relation": "merge"} if checkpoint.hub_id else {}
     facts = {"library_name": "transformers"} | base | _terms(checkpoint.directory)
     lines = [
         "---",

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import REPO_ID_SEPARATOR
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -110,18 +111,28 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
     return folder if gguf is None else converted_gguf(gguf)
 
 
+def _cached_of(folder: Path) -> tuple[str | None, str | None]:
+    """The hub id and the commit of a folder of the hub's cache (models--OWNER--NAME/snapshots/COMMIT); else None."""
+    folder = folder.resolve()
+    kind, *names = folder.parent.parent.name.split(REPO_ID_SEPARATOR)
+    if kind != "models" or folder.parent.name != "snapshots" or not names:
+        return None, None
+    return "/".join(names), folder.name
+
+
 class Checkpoint(Mapping[str, Tensor]):
     """An opened checkpoint. Indexing gives a tensor in its stored dtype, mapped from disk, on the CPU.
 
     Tied embeddings are resolved: the unembedding's name always works. A tensor that holds NaN or infinite values is
-    refused by name when it is first read. `name` is the path that was asked for, `on_hub` whether that is a hub id.
+    refused by name when it is first read. `name` is the path that was asked for; `hub_id` and `revision` say which
+    model of the hub that is, also for a folder of the hub's own cache, and are None for any other.
     """
 
     def __init__(self, path: str, *, revision: str | None = None, trust_remote_code: bool = False):
         from transformers import AutoConfig
 
-        self.name, self.revision, self.on_hub = path, revision, is_on_hub(path)
-        self.directory = resolve_model(path, revision)
+        self.name, self.directory = path, resolve_model(path, revision)
+        self.hub_id, self.revision = (path, revision) if is_on_hub(path) else _cached_of(self.directory)
         self.trust_remote_code = trust_remote_code
         if not (self.directory / "config.json").is_file():
             raise CheckpointError(f"{self.directory} has no config.json: it is no Hugging Face checkpoint")
@@ -213,6 +224,12 @@ class Checkpoint(Mapping[str, Tensor]):
         embedding, unembedding = self.architecture.embedding, self.architecture.unembedding
         if self.tied and unembedding in self._where and torch.equal(self[embedding], self[unembedding]):
             del self._where[unembedding]
+
+    @property
+    def public_name(self) -> str:
+        """What the model may be called where others read it: its hub id, else its folder's or file's name, not where
+        that lies."""
+        return self.hub_id or Path(os.path.abspath(Path(self.name).expanduser())).name
 
     @property
     def source(self) -> dict[str, Any] | None:
@@ -364,7 +381,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 copied = unfinished / file.relative_to(self.directory)
                 copied.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copied)
-            _drop_absent_code(unfinished / "tokenizer_config.json")
+            _clean_tokenizer_config(unfinished / "tokenizer_config.json")
             for name, text in (extra_files or {}).items():
                 (unfinished / name).write_text(text, encoding="utf-8")
             _check_own(own, unfinished)
@@ -418,15 +435,17 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _drop_absent_code(path: Path) -> None:
-    """Take auto_map out of a tokenizer's config whose code was not copied: its class is transformers' own then."""
-    if (
-        path.is_file()
-        and "auto_map" in (values := _read_json(path))
-        and names_absent_code(values["auto_map"], path.parent)
-    ):
-        del values["auto_map"]
-        _write_json(path, values)
+def _clean_tokenizer_config(path: Path) -> None:
+    """Take out of a tokenizer's config where it was once loaded from, as transformers does when it saves one, and an
+    auto_map whose code was not copied: its class is transformers' own then."""
+    if not path.is_file():
+        return
+    values = _read_json(path)
+    dropped = set(values) & {"name_or_path", "special_tokens_map_file", "tokenizer_file"}
+    if "auto_map" in values and names_absent_code(values["auto_map"], path.parent):
+        dropped.add("auto_map")
+    if dropped:
+        _write_json(path, {key: value for key, value in values.items() if key not in dropped})
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from raymerge.architectures import module_layer
 from raymerge.checkpoint import Checkpoint
 from raymerge.device import attempt, device_memory, is_accelerator, moved
 from raymerge.fusion import Refits, fused_layer
-from raymerge.memory import LayerSize, keeps_layer, plan_batches
+from raymerge.memory import VOCABULARY_ROWS, LayerSize, keeps_layer, plan_batches
 from raymerge.plan import MergePlan
 from raymerge.prompts import Group, Shard
 from raymerge.quantisation import quantise_layer
@@ -34,7 +34,6 @@ _BATCH_TOKENS = 2048  # padded tokens of the sequences run together on a CPU, wh
 # on a CPU torch's own work, worth so many multiply-adds. Padding that costs more is not computed.
 _CALL_TOKENS, _CALL_TOKENS_ACCELERATED, _CALL_OPERATIONS = 16, 256, 100e6
 _VERSION = 2  # of how layers are run; another value makes cached outputs of earlier versions unused
-_VOCABULARY_CHUNK = 16384  # rows of the unembedding converted to float32 at a time (58 MB at hidden size 896)
 
 
 @dataclass
@@ -477,8 +476,8 @@ class LayerRunner:
         """
         table = self._table(self.checkpoint.architecture.unembedding)
         total = best = top = None
-        for start in range(0, table.shape[0], _VOCABULARY_CHUNK):
-            logits = self.capped(normalised @ table[start : start + _VOCABULARY_CHUNK].to(self.device, torch.float32).T)
+        for start in range(0, table.shape[0], VOCABULARY_ROWS):
+            logits = self.capped(normalised @ table[start : start + VOCABULARY_ROWS].to(self.device, torch.float32).T)
             part, (value, token) = torch.logsumexp(logits, -1), logits.max(-1)
             if total is None:
                 total, best, top = part, value, token
@@ -496,8 +495,8 @@ class LayerRunner:
         table = self._table(self.checkpoint.architecture.unembedding)
         top = normalised.new_full((len(normalised), 1), -torch.inf)
         total, weighted = torch.zeros_like(top), torch.zeros_like(normalised)
-        for start in range(0, table.shape[0], _VOCABULARY_CHUNK):
-            rows = table[start : start + _VOCABULARY_CHUNK].to(self.device, torch.float32)
+        for start in range(0, table.shape[0], VOCABULARY_ROWS):
+            rows = table[start : start + VOCABULARY_ROWS].to(self.device, torch.float32)
             logits = self.capped(normalised @ rows.T)
             higher = torch.maximum(top, logits.amax(-1, keepdim=True))
             slope = None if self.logit_softcap is None else 1.0 - (logits / self.logit_softcap).square()

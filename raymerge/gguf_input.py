@@ -25,6 +25,7 @@ from raymerge.tensorfiles import new_file
 
 #: Stands in a converted checkpoint: which file it was made from.
 SOURCE_FILE = "gguf_source.json"
+_VERSION = 2  # of how files are checked and converted; another value makes conversions of earlier versions unused
 # Files of these types keep them. Others are stored as bfloat16, whose rounding (2^-9) is below a quantised value's own
 # step, and whose range, unlike float16's, holds every activation.
 _KEPT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -72,18 +73,19 @@ def gguf_file_of(path: Path) -> Path | None:
 def converted_gguf(file: Path) -> Path:
     """The folder of an ordinary checkpoint with a GGUF file's dequantised weights, made unless it is there.
 
-    It lies under $XDG_CACHE_HOME/raymerge/gguf (~/.cache without it), named by the file's SHA-256; a process that finds
-    another one at work waits for it. Takes about the memory of the dequantised model.
+    It lies under $XDG_CACHE_HOME/raymerge/gguf (~/.cache without it), named by the file's SHA-256 and the version of
+    the conversion; a process that finds another one at work waits for it. Takes about the memory of the dequantised
+    model.
     """
     if importlib.util.find_spec("gguf") is None:
         raise GgufError(f"reading {file} needs the package gguf, which is not installed: pip install 'raymerge[gguf]'")
     with file.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     cache = user_cache() / "gguf"
-    folder = cache / sha256[:16]
+    folder = cache / f"{sha256[:16]}-{_VERSION}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with (cache / f"{sha256[:16]}.lock").open("w") as lock:
+        with folder.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.is_dir():
                 _convert(file, sha256, folder)

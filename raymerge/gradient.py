@@ -25,7 +25,6 @@ from raymerge.plan import MergePlan, coefficients_to_alphas
 from raymerge.tail_loss import (
     Evaluation,
     GradientError,
-    Loss,
     LossWeights,
     TailLoss,
 )
@@ -192,15 +191,12 @@ class Epoch(NamedTuple):
 class Descent:
     """What a descent found.
 
-    plan: the best point, that of `best_epoch`. loss, held_out_loss: of that plan with weights rounded as they would be
-    saved, over the questions descended on and the held-out ones, and all of the text. history: every epoch.
-    held_out_rows: the rows of the held-out questions. stopped_early: patience ran out.
+    plan: the best point, that of `best_epoch`. history: every epoch. held_out_rows: the rows of the held-out questions.
+    stopped_early: patience ran out.
     """
 
     plan: MergePlan
     best_epoch: int
-    loss: Loss
-    held_out_loss: Loss | None
     history: tuple[Epoch, ...]
     held_out_rows: tuple[int, ...]
     stopped_early: bool
@@ -366,8 +362,6 @@ class _Run:
         self.optimizer.load_state_dict({"state": {0: own} if own else {}, "param_groups": groups})
 
     def result(self) -> Descent:
-        best, held_out = self.best, self.held_out
-        plan = self.shape.plan(self.points[best])
-        found = self.loss.of_plan(plan, rows=self.rows if held_out else None, held_out=held_out)
+        plan = self.shape.plan(self.points[self.best])
         history = tuple(self.epoch(number) for number in range(len(self.points)))
-        return Descent(plan, best, found.loss, found.held_out, history, tuple(held_out), self.stopped_early)
+        return Descent(plan, self.best, history, tuple(self.held_out), self.stopped_early)

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGES = (
@@ -29,6 +30,8 @@ PACKAGES = (
 """Distributions whose versions can change a result; a manifest names them."""
 
 _CREDENTIALS = re.compile(r"://[^/@\s:]*:[^/@\s]*@")
+# Where a text, a value after "=" or an entry of a YAML list starts with a folder of this machine's; not in a URI.
+_FOLDERS = re.compile(r"""(^|[=,\[{"'\s])(?:(?:\w+\+)?file:/)?(?:~[^/,\s]*|\.\.)?/(?:[^,\]}"']*/)?""")
 _SECRET_KEYS = re.compile(r"([?&](?:access_key|secret_key|session_token|sas_token|account_key|token|password)=)[^&\s]+")
 
 
@@ -80,6 +83,11 @@ def without_secrets(value):
     if isinstance(value, dict):
         return {key: without_secrets(item) for key, item in value.items()}
     return [without_secrets(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def without_folders(arguments: Sequence[str]) -> list[str]:
+    """Return a command's arguments with absolute paths, those from ~ and from .. cut to their last names."""
+    return [_FOLDERS.sub(r"\1", argument) for argument in arguments]
 
 
 def canonical_json(value) -> str:

@@ -22,7 +22,9 @@ _MOST_CANDIDATES = 8  # at once: what they share (weights and states read once, 
 #: Tokens of a chunk at most; more gains nothing where a token has 1,024 values of keys, and candidates share the calls.
 MOST_TOKENS = 32768
 _EFFICIENT_TOKENS, _FEWEST_TOKENS = 8192, 256  # of a chunk; below 8,192 matmuls are too small
-_VOCABULARY, _ANSWERS = 16384, 4096  # rows of the unembedding in float32, and questions, at a time
+#: Rows of the unembedding that are float32 at a time (58 MB at hidden size 896), and on an accelerator questions whose
+#: logits over them are (0.27 GB).
+VOCABULARY_ROWS, VOCABULARY_QUESTIONS = 16384, 4096
 _BATCH = (512, 16384)  # padded tokens of a trunk batch, least and most
 _MOST_STRIDE = 2**31 - 1  # values between two rows of a matrix, above which cuBLAS takes no product of it
 
@@ -146,7 +148,7 @@ def scoring_bytes(size: LayerSize, work: ScoringWork, plan: ScoringPlan) -> int:
         chunk += 2 * plan.chunk_tokens * size.hidden * work.compute  # one copy arrives while the other is used
     # An eighth of the stack at a time: widened, and its sums before and after rounding.
     mixing = size.parameters * ((4 + work.compute) * plan.candidates + 4 * work.sources) // 8
-    vocabulary = _VOCABULARY * 4 * (2 * min(work.questions, _ANSWERS) + size.hidden)
+    vocabulary = VOCABULARY_ROWS * 4 * (2 * min(work.questions, VOCABULARY_QUESTIONS) + size.hidden)
     return held_bytes(size, work, plan) + plan.candidates * candidate + max(chunk, mixing, vocabulary)
 
 

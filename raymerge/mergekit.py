@@ -82,16 +82,16 @@ def mergekit_yaml(checkpoint: Checkpoint, plan: MergePlan) -> str:
 def _model(checkpoint: Checkpoint, merged: bool) -> str:
     """What mergekit finds the model by: a hub id, which has one spelling, is of no use where layers are averaged."""
     revision = checkpoint.revision or ""
-    if merged or not checkpoint.on_hub or set("@+") & set(revision):  # mergekit splits a model's text at both
+    if merged or checkpoint.hub_id is None or set("@+") & set(revision):  # mergekit splits a model's text at both
         return _FOLDER
-    return f"{checkpoint.name}@{revision}" if revision else checkpoint.name
+    return f"{checkpoint.hub_id}@{revision}" if revision else checkpoint.hub_id
 
 
 def _where(checkpoint: Checkpoint) -> str:
-    if not checkpoint.on_hub:
+    if checkpoint.hub_id is None:
         return f"a folder with, or a link to, the model that was merged (identity {checkpoint.identity})."
     revision = f" --revision {checkpoint.revision}" if checkpoint.revision else ""
-    return f"what this fetches: hf download {checkpoint.name}{revision} --local-dir {_FOLDER}"
+    return f"what this fetches: hf download {checkpoint.hub_id}{revision} --local-dir {_FOLDER}"
 
 
 def _sources(checkpoint: Checkpoint, plan: MergePlan, kept: KeptLayer) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.config import CalibrationConfig
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Refits, check_mergeable, fused_tensors, receipts
-from raymerge.identity import digest, without_secrets
+from raymerge.identity import digest, without_folders, without_secrets
 from raymerge.mergekit import NotExpressible, mergekit_yaml
 from raymerge.plan import KeptLayer, MergePlan, PlanError, Refit, alpha_file_text, read_alpha_file
 from raymerge.progress import Progress, Silent, step
@@ -58,7 +58,7 @@ def merge(
     `calibration`, the first tokens of it; its own `calibration` is filled in here. cache_folder: where permutations and
     fits are kept for another merge of the same model. verify: prove the saved model (see `save_merged`). push: a hub
     repository, OWNER/NAME, to upload it to when it is saved and proved; private or public.
-    command: what the card says that made it.
+    command: what the card says that made it, of which folders outside the working directory are left out.
     Beside what fails in reading and merging, raises ProofError and HubError; the saved model stays.
     """
     if Path(out).exists():
@@ -201,10 +201,11 @@ def _record(
     changed = [receipt for receipt in found if receipt["max_abs_change"] > 0.0]
     record = {
         "raymerge": raymerge.__version__,
-        "command": None if command is None else without_secrets(list(command)),
+        # The folder is published as it lies: it says what the files were called, not where they lay.
+        "command": None if command is None else without_folders(without_secrets(list(command))),
         "plan_id": plan_id,
         "name": plan.name,
-        "base_model": checkpoint.name,
+        "base_model": checkpoint.public_name,
         "base_model_revision": checkpoint.revision,
         "base_model_identity": checkpoint.identity,
         "gguf_source": checkpoint.source,

@@ -262,7 +262,8 @@ class MergePlan:
         return len(self._kept)
 
     def plan_id(self, model_identity: str) -> str:
-        """First 16 hex digits of SHA-256 over everything that determines the merged weights."""
+        """First 16 hex digits of SHA-256 over everything that determines the merged weights, and how the merges were
+        selected: the same merges chosen in two ways have two ids."""
         return digest(
             {
                 "model": model_identity,

@@ -29,9 +29,12 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
+from raymerge.config import WorkersConfig
 from raymerge.errors import UserError
 
+_DEFAULTS = WorkersConfig()
 _ATTEMPTS = 3  # how often one item is tried before its failure is the pool's
+_NODES_LOST = 10  # how often an item's worker may be lost with its node: one that takes nodes down must end too
 _PAUSE_S = 0.3  # before an actor that is restarting is asked again; each such call itself takes 1-2 s to be refused
 _POLL_S = 1.0  # between looks at what is restarting, while others work
 _GROW_S = 5.0  # between looks at what the cluster has
@@ -87,11 +90,12 @@ class _Host:
         except UserError as error:
             self._refusal = error
 
-    def ready(self, method: str | None) -> tuple[str, Any]:
-        """The address of this node, and what the worker answers to `method`, if one is asked for."""
+    def ready(self, method: str | None) -> tuple[str, str, Any]:
+        """This node's id and address, and what the worker answers to `method`, if one is asked for."""
         if self._refusal is not None:
             raise self._refusal
-        return ray.util.get_node_ip_address(), None if method is None else getattr(self.worker, method)()
+        answer = None if method is None else getattr(self.worker, method)()
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), answer
 
     def here(self) -> None:
         """Answers where this process is there and has nothing to do."""
@@ -171,6 +175,7 @@ class _Slot:
 
     handle: Any = None
     name: str = ""
+    node: str = ""  # the id of the node that it is, or last was, on
     ready: Any = None  # the reference that says that an awaited actor is there
     asked: Any = None  # the admission that it was asked for
     ask_at: float = 0.0  # when to ask again whether it is
@@ -206,9 +211,9 @@ class WorkerPool:
         count: int,
         cpus_per_worker: float = 1,
         gpus_per_worker: float = 0,
-        timeout_s: float = 600.0,
-        wait_s: float = 600.0,
-        max_restarts: int = 3,
+        timeout_s: float = _DEFAULTS.timeout_s,
+        wait_s: float = _DEFAULTS.wait_s,
+        max_restarts: int = _DEFAULTS.max_restarts,
         grow: Callable[[], int] | None = None,
         on_event: Callable[[str, str, str], None] | None = None,
     ):
@@ -325,7 +330,7 @@ class WorkerPool:
             if not ray.wait([slot.ready], timeout=0)[0]:
                 continue
             try:
-                address, answer = ray.get(slot.ready)
+                node, address, answer = ray.get(slot.ready)
                 if slot.asked is not self._admission:  # it was asked before there was this one
                     self._ask(slot)
                     continue
@@ -338,7 +343,7 @@ class WorkerPool:
                 slot.ready, slot.ask_at = None, now + _PAUSE_S
             else:
                 late, waited = self._open and not slot.losses, now - self._empty_since
-                slot.ready, slot.since = None, now
+                slot.ready, slot.since, slot.node = None, now, node
                 came.append(number)
                 if late:
                     self._tell("joined", number, f"on {address}")
@@ -346,8 +351,9 @@ class WorkerPool:
                     self._tell("back", number, f"on {address}" + ("" if self.count > 1 else f" after {waited:.0f} s"))
         return came
 
-    def lose(self, slot: int, reason: str) -> None:
-        """A call to this worker did not end: it is out of the pool until Ray has restarted it."""
+    def lose(self, slot: int, reason: str) -> str:
+        """A call to this worker did not end: it is out of the pool until Ray has restarted it. The id of the node that
+        it was on, for `gives_up`."""
         lost = self._slots[slot]
         if lost.since is not None:
             lost.seconds += time.monotonic() - lost.since
@@ -356,6 +362,18 @@ class WorkerPool:
         self._ask(lost)
         if not self.count:
             self._empty_since = time.monotonic()
+        return lost.node
+
+    def gives_up(self, losses: Sequence[str]) -> bool:
+        """Whether work is to be tried no more after its workers were lost on these nodes: three times on nodes that
+        are there still, which is likely to be its own doing, or ten times in all.
+
+        What a call raises does not tell a lost node from a dead process, but the list of nodes does: at once where one
+        says that it ends, after 13 s where it is gone (Ray 2.60), by when its workers' calls have failed for 10. So the
+        last loss counts as the work's own until the next one is looked at.
+        """
+        ended = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+        return len(losses) >= _NODES_LOST or sum(node not in ended for node in losses) >= _ATTEMPTS
 
     def succeeded(self, slot: int) -> None:
         """A call to this worker ended: what it was lost for before does not count any more."""
@@ -480,12 +498,12 @@ class WorkerPool:
     def map(self, method: str, items: Sequence[Any], on_result: Callable[[int, Any], None] | None = None) -> list[Any]:
         """Call a method once an item, each worker taking the next item when it is free; results in items' order.
 
-        on_result(number, result) is called as results come. An item whose worker was lost is tried again, three
-        times in all, by whichever worker is free. Raises what the worker's own code raises, at once, WorkerError where
-        an item failed three times, and NoRoomError where no worker is left.
+        on_result(number, result) is called as results come. An item whose worker was lost is tried again, by
+        whichever worker is free, three times in all but for nodes that were lost (`gives_up`). Raises what the worker's
+        own code raises, at once, WorkerError where an item failed so often, and NoRoomError where no worker is left.
         """
         results: list[Any] = [None] * len(items)
-        waiting, attempts = deque(range(len(items))), [0] * len(items)
+        waiting, losses = deque(range(len(items))), [[] for _ in items]
         free = self.present
         running: dict[Any, tuple[int, int, float]] = {}  # reference -> (slot, number of the item, deadline)
         while waiting or running:
@@ -508,12 +526,11 @@ class WorkerPool:
                     found = _answer(self._slots[slot].handle, method, reference, None if reference in done else 0.0)
                 except WorkerLost as error:
                     lost = True
-                    self.lose(slot, str(error))
-                    attempts[number] += 1
-                    if attempts[number] >= _ATTEMPTS:
+                    losses[number].append(self.lose(slot, str(error)))
+                    if self.gives_up(losses[number]):
                         raise WorkerError(
-                            f"{method} of item {number} ({items[number]!r:.200}) failed {_ATTEMPTS} times, the last "
-                            f"time on worker {slot}: {error}"
+                            f"{method} of item {number} ({items[number]!r:.200}) failed {len(losses[number])} times, "
+                            f"the last time on worker {slot}: {error}"
                         ) from error
                     waiting.appendleft(number)
                 else:

@@ -28,6 +28,7 @@ from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.errors import UserError
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Refits
+from raymerge.memory import VOCABULARY_ROWS
 from raymerge.plan import MergePlan
 from raymerge.prompts import Group, Shard
 from raymerge.tensorfiles import read_tensors
@@ -41,7 +42,6 @@ PROMPTS = (
 NEW_TOKENS = 8
 _PRODUCTS = 4  # matrix products that follow one another in a layer: values, output, gate or up, down
 _ROUNDOFF = 2.0**-24  # half the distance of neighbouring float32 numbers near 1
-_VOCABULARY_CHUNK = 16384
 
 
 class ProofError(UserError):
@@ -162,8 +162,8 @@ def _layerwise_logits(
     hidden = [runner.normalise(state.batches[0][2][0]) for state in states]
     vocabulary = checkpoint[checkpoint.architecture.unembedding].shape[0]
     chunks = []
-    for start in range(0, vocabulary, _VOCABULARY_CHUNK):
-        rows = runner.unembedding_rows(torch.arange(start, min(start + _VOCABULARY_CHUNK, vocabulary)))
+    for start in range(0, vocabulary, VOCABULARY_ROWS):
+        rows = runner.unembedding_rows(torch.arange(start, min(start + VOCABULARY_ROWS, vocabulary)))
         chunks.append([runner.capped(x @ rows.T) for x in hidden])
     return [torch.cat(parts, dim=-1) for parts in zip(*chunks, strict=True)]
 

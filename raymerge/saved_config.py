@@ -28,8 +28,9 @@ def saved_config(
     declared: the base's config.json; config: what transformers makes of it. Per-layer entries are those of the kept
     layers. Where transformers would give fewer layers other layer types than the kept ones have, they are written out.
     A dtype that is written down becomes `dtype`, that of the matrices: readers cast weights to it. auto_map is left
-    out: the code that it names is not copied, and transformers has every supported family. both_spellings: write
-    transformers 4's keys beside those of transformers 5, for a base that has no config of its own.
+    out: the code that it names is not copied, and transformers has every supported family; so is _name_or_path, where
+    the base was once loaded from. both_spellings: write transformers 4's keys beside those of transformers 5, for a
+    base that has no config of its own.
     """
     values = {**declared, "num_hidden_layers": config.num_hidden_layers}
     filled = {key: getattr(config, key, None) for key in _DERIVED if declared.get(key) is None}
@@ -41,7 +42,8 @@ def saved_config(
         read = type(config).from_dict(copy.deepcopy(shorter))
         if getattr(read, "layer_types", None) == trimmed.get("layer_types"):
             trimmed = shorter
-    trimmed.pop("auto_map", None)
+    for key in ("auto_map", "_name_or_path"):
+        trimmed.pop(key, None)
     stored = str(dtype).removeprefix("torch.")
     for key in ("dtype", "torch_dtype"):
         if key in trimmed and str(trimmed[key]).removeprefix("torch.") != stored:

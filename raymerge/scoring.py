@@ -20,6 +20,7 @@ from raymerge.device import attempt, device_memory, host_free, release_cached
 from raymerge.fusion import check_mergeable
 from raymerge.memory import (
     MOST_TOKENS,
+    VOCABULARY_QUESTIONS,
     MemoryPlanError,
     ScoringPlan,
     ScoringWork,
@@ -37,7 +38,6 @@ from raymerge.trunk import TrunkCache
 
 _MIXED_TOGETHER = 4  # candidates whose weights are mixed in one pass on a CPU and held at once (60 MB each at 0.5B)
 _BUCKET_TOKENS = 16384  # padded tokens of the questions whose own attention a CPU computes in one call
-_VOCABULARY_QUESTIONS = 4096  # whose whole-vocabulary logits an accelerator computes at once (0.27 GB)
 
 
 class TailScorer:
@@ -175,7 +175,7 @@ class TailScorer:
         """
         (hidden,) = self._hidden_of([plan])
         # A CPU converts the unembedding for every part.
-        parts = hidden.split(_VOCABULARY_QUESTIONS) if self.runner.accelerated else (hidden,)
+        parts = hidden.split(VOCABULARY_QUESTIONS) if self.runner.accelerated else (hidden,)
         logsumexp, top = (torch.cat(values) for values in zip(*map(self.runner.vocabulary, parts), strict=True))
         found = (self._answers(hidden), logsumexp, top)
         logits, logsumexp, top = (self._unsort(values).cpu() for values in found)

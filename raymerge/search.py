@@ -39,7 +39,6 @@ _OVERHEAD_S = 0.1
 _SHARE = 0.1  # of a trial's time that may be overhead
 _ROUNDS = 10  # proposals must be able to learn at least so often
 _START_S = 30.0  # for the trial actors of the first round to start
-_LOSSES = 3  # workers that may die or hang over a candidate before it counts as failed
 _PIN = 0.001  # of the driver's node that a trial actor takes, so that up to a thousand find room there
 _TIE_BREAK = 1e-3  # weight of the NLL (nats) beside an accuracy: below one question in 200 for differences under 5
 
@@ -108,7 +107,8 @@ class Crew(Protocol):
     def present(self) -> list[int]: ...
     def name_of(self, slot: int) -> str: ...
     def poll(self) -> list[int]: ...
-    def lose(self, slot: int, reason: str) -> None: ...
+    def lose(self, slot: int, reason: str) -> str: ...
+    def gives_up(self, losses: Sequence[str]) -> bool: ...
     def answering(self, slots: Sequence[int]) -> list[int]: ...
     def succeeded(self, slot: int) -> None: ...
     def require(self) -> None: ...
@@ -117,14 +117,7 @@ class Crew(Protocol):
 class _Trial(tune.Trainable):
     """Hands a batch to a pool worker and waits. Takes no CPU itself, and is reused from trial to trial."""
 
-    def setup(
-        self,
-        config: Row,
-        timeout_s: float = 600.0,
-        method: str = "score",
-        arguments: Sequence[Any] = (),
-        started: str = "",
-    ) -> None:
+    def setup(self, config: Row, timeout_s: float, method: str, arguments: Sequence[Any], started: str) -> None:
         self._timeout_s, self._method, self._arguments = timeout_s, method, arguments
         self._started = Path(started)
         self._handles: dict[str, Any] = {}
@@ -192,12 +185,12 @@ def _averages(results: Sequence[Row]) -> Row:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Candidates that go to a worker together; `losses`: how often one died or hung over them."""
+    """Candidates that go to a worker together; `losses`: the node of each worker that died or hung over them."""
 
     number: int
     iterations: list[int]
     points: list[Point]
-    losses: int = 0
+    losses: tuple[str, ...] = ()
 
 
 class BatchSearcher(Searcher):
@@ -290,10 +283,10 @@ class BatchSearcher(Searcher):
             return
         slot, batch = self._running.pop(trial_id)
         result = result or {}
-        results = result.get("results")
+        results, node = result.get("results"), ""
         try:
             if result.get("lost"):
-                self._crew.lose(slot, result["lost"])
+                node = self._crew.lose(slot, result["lost"])
                 self._free = self._crew.answering(self._free)
             elif results is not None:
                 self._free.append(slot)
@@ -308,7 +301,7 @@ class BatchSearcher(Searcher):
             return  # Nothing is stored of a batch that was not tried: it is done again at the next start.
         if error or results is None:
             cause = result.get("lost") or "the Tune trial failed; its error stands in Tune's folder of the run"
-            if self._repeat(batch):
+            if self._repeat(batch, node):
                 return
             results = [{"error": cause}] * len(batch.points)
         elif len(results) != len(batch.points):
@@ -333,11 +326,11 @@ class BatchSearcher(Searcher):
             self.scored.setdefault(row["actor"], []).append(row["seconds"])
             self._learn(row)
 
-    def _repeat(self, batch: _Batch) -> bool:
+    def _repeat(self, batch: _Batch, node: str) -> bool:
         """Queue a batch whose worker was lost once more. Its candidates then go alone, so that one that kills its
-        worker fails by itself, and after _LOSSES losses."""
-        losses = batch.losses + 1
-        if losses >= _LOSSES:
+        worker fails by itself, when the crew gives it up."""
+        losses = (*batch.losses, node)
+        if self._crew.gives_up(losses):
             return False
         self._again += [
             _Batch(batch.number if len(batch.points) == 1 else self._next_number(), [iteration], [point], losses)
@@ -410,10 +403,10 @@ def run_search(
     loggers: which of Tune's own (see `check_loggers`) get each trial's averages; they write under `storage_path`.
 
     The worker's `method` takes a list of points (and `arguments`) and returns, for each, a dict with value, accuracy,
-    nll, n_questions and seconds, and where it ended elsewhere alphas. A candidate whose worker raises, dies three
-    times, or scores NaN ends as a failed row with its error. Rows have the columns of table `trials`. Raises what
-    `record` raises, a UserError that scoring raises, and NoRoomError where no worker is left or a disk is full, after
-    Tune has stopped.
+    nll, n_questions and seconds, and where it ended elsewhere alphas. A candidate whose worker raises, is lost too
+    often (`WorkerPool.gives_up`), or scores NaN ends as a failed row with its error. Rows have the columns of table
+    `trials`. Raises what `record` raises, a UserError that scoring raises, and NoRoomError where no worker is left or a
+    disk is full, after Tune has stopped.
     """
     alphas_done = len(replayed)
     common = {"searcher": searcher, "seed": seed, "objective": objective}

@@ -23,7 +23,9 @@ TEMPORARY = "_tmp."
 """How temporary names begin. Readers of data sets skip names that begin with '_'."""
 
 LOCK = ".lock"
-"""The file that the process which writes a run holds locked."""
+"""The file that the process which writes a run holds locked, or where there are no locks names it."""
+
+_PROCESS = uuid.uuid4().hex[:8]  # hosts and process numbers are alike in containers
 
 _LOCK_S = 3.0  # for another process to end that has just been told to
 
@@ -72,6 +74,7 @@ class Storage:
             self._base = inside.rstrip("/")
             self.name = self._base if self._fs.type_name == "local" else text.rstrip("/")
         self.is_local = self._fs.type_name == "local"
+        self._claim = b""
         self._one_put = self._fs.type_name in _ONE_PUT
 
     def show(self, inside: str) -> str:
@@ -115,9 +118,11 @@ class Storage:
         Raises
         ------
         RunError
-            Where the disk is full or the write fails. The temporary file is gone then, and an
-            earlier file of that name is as it was.
+            Where the disk is full or the write fails, or another process has taken the right to
+            write (`lock`). The temporary file is gone then, and an earlier file of that name is as
+            it was.
         """
+        self._check_claim()
         path = self._at(inside)
         target = path if self._one_put else _temporary(path)
         try:
@@ -148,6 +153,7 @@ class Storage:
         files = [file for file in Path(source).rglob("*") if file.is_file()]
         if not files:
             raise RunError(f"{source} is no folder with files, so there is nothing to copy to {self.show(inside)}")
+        self._check_claim()
         path = self._at(inside)
         target = path if self._one_put else _temporary(path)
         try:
@@ -166,14 +172,40 @@ class Storage:
             raise
 
     def lock(self) -> Lock | None:
-        """Take the right to write here; None where no process can be kept out, as in an object store.
+        """Take the right to write here.
+
+        On a disk one process has it at a time. Elsewhere no process can be kept out, since pyarrow
+        creates no file only where there is none; there the last process that took it has it, and
+        what an earlier one writes next is refused. One that is writing at that moment ends its write.
 
         Raises
         ------
         RunError
-            Where another process has it.
+            Where another process has it, on a disk; or has taken it since this one did, elsewhere.
         """
-        return Lock(self._base) if self.is_local else None
+        if self.is_local:
+            return Lock(self._base)
+        if not self._claim:
+            claim = f"{_this_process()}, {_PROCESS}".encode()
+            self.publish(LOCK, claim)
+            self._claim = claim
+        self._check_claim()
+        return None
+
+    def _check_claim(self) -> None:
+        if not self._claim:
+            return
+        try:
+            there = self.read(LOCK)
+        except FileNotFoundError:  # deleted: nobody has taken it
+            return
+        except OSError as error:
+            raise RunError(f"could not read {self.show(LOCK)}: {error}; run the same command again") from error
+        if there != self._claim:
+            raise RunError(
+                f"another process is writing {self.name} ({there.decode('utf-8', 'replace')}): it went on from what "
+                "this one had stored. Let it end, or end it and run the same command again; two runs need two --out"
+            )
 
     def clear_temporary(self) -> None:
         """Delete what a killed process left under temporary names."""
@@ -270,7 +302,7 @@ class _Held:
                 return
         with contextlib.suppress(OSError):
             os.ftruncate(self._file, 0)
-            os.pwrite(self._file, f"{socket.gethostname()}, process {os.getpid()}".encode(), 0)
+            os.pwrite(self._file, _this_process().encode(), 0)
 
     def _owner(self) -> str:
         return os.pread(self._file, 200, 0).decode("utf-8", "replace") or "which does not say"
@@ -278,6 +310,10 @@ class _Held:
     def __del__(self) -> None:
         if self._file >= 0:
             os.close(self._file)
+
+
+def _this_process() -> str:
+    return f"{socket.gethostname()}, process {os.getpid()}"
 
 
 def _temporary(path: str) -> str:

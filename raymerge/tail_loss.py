@@ -335,21 +335,6 @@ class TailLoss:
             pulled = pulled if coefficients.ndim == 2 else pulled.sum(0)
         return Evaluation(self._total(answers, text), self._total(beside, text) if held_out else None, pulled)
 
-    @torch.no_grad()
-    def of_plan(
-        self, plan: MergePlan, *, rows: Sequence[int] | None = None, held_out: Sequence[int] = ()
-    ) -> Evaluation:
-        """The loss of a merge as it would be saved, rounded to the stored dtype, with the whole text; no gradient."""
-        answers = beside = text = (math.nan, math.nan)
-        if self.scorer is not None:
-            (logits,) = self.scorer.score_many([plan])
-            logits = logits.to(self._answers.device)
-            answers, beside = self._of_answers(logits, rows), self._held_out(logits, held_out)
-        if self.weights.of_text:
-            ((_, load),) = self.runner.plan_layers(plan, self.sources.first)
-            text = self._of_text(load(), None)
-        return Evaluation(self._total(answers, text), self._total(beside, text) if held_out else None, None)
-
     def _held_out(self, logits: Tensor, rows: Sequence[int]) -> tuple[float, float]:
         with torch.no_grad():
             return self._of_answers(logits.detach(), rows) if rows else (math.nan, math.nan)

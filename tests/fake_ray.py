@@ -45,7 +45,7 @@ class FakeRay:
     """
 
     def __init__(self, *answers):
-        self.prepared, self.actors, self.puts = list(answers), [], []
+        self.prepared, self.actors, self.puts, self.dead_nodes = list(answers), [], [], set()
 
     def remote(self, _):
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._start))
@@ -72,6 +72,9 @@ class FakeRay:
 
     def kill(self, actor, no_restart=True):
         actor.killed = no_restart
+
+    def nodes(self):
+        return [{"NodeID": node, "Alive": False} for node in self.dead_nodes]
 
     def cluster_resources(self):
         return {"CPU": 4.0}

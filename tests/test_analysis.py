@@ -343,7 +343,7 @@ def test_one_plan_one_question_without_perplexity(tmp_path):
 )  # fmt: skip
 def test_missing_tables_are_named_with_the_command(tmp_path, capsys, script, message):
     RunDirectory.open(tmp_path / "run", {}, "search")
-    assert script.main([str(tmp_path / "run")]) == 1
+    assert script.main([str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "figures").exists()
 
@@ -435,7 +435,7 @@ def test_alpha_files_are_drawn_as_the_study_draws_them(tmp_path, capsys):
 def test_what_is_no_alpha_file_is_refused(tmp_path, capsys, content, message):
     if content is not None:
         (tmp_path / "a.json").write_text(content)
-    assert alphas_script.main(["--files", str(tmp_path / "a.json"), "--out", str(tmp_path / "out")]) == 1
+    assert alphas_script.main(["--files", str(tmp_path / "a.json"), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -458,7 +458,7 @@ def test_options_that_do_not_go_together_are_refused(tmp_path, capsys):
         ): "holds 2 similarity matrices (law/en (cka), math/en (cka)), not one: name it with --subset",
     }
     for arguments, message in cases.items():
-        assert alphas_script.main(list(arguments)) == 1
+        assert alphas_script.main(list(arguments)) == 2
         assert message in capsys.readouterr().err
     found = alpha_panels.read_similarity(run, "law/en")
     assert found == alpha_panels.read_similarity(run, "law") and found[3, 2] == found[2, 3] == 0.5
@@ -590,7 +590,7 @@ def test_of_an_unfinished_run_it_is_said_that_a_table_may_come_yet(tmp_path):
 
 
 def test_what_is_no_run_is_an_error_and_help_teaches(tmp_path, capsys):
-    assert alphas_script.main([str(tmp_path)]) == 1
+    assert alphas_script.main([str(tmp_path)]) == 2
     assert "not a run directory" in capsys.readouterr().err
     done = subprocess.run(
         [sys.executable, ANALYSIS / "alphas.py", "--help"], capture_output=True, text=True, check=True

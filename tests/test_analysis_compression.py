@@ -140,7 +140,7 @@ def test_runs_on_several_texts_stand_side_by_side(run, tmp_path, capsys):
     assert str(tmp_path / "perplexity.png") in capsys.readouterr().out
     wide, high = png_size(tmp_path / "perplexity.png")
     assert wide > 1.5 * high > 600
-    assert compression_script.main([run.path_of(), "--out", str(tmp_path), "--beside", str(tmp_path / "none")]) == 1
+    assert compression_script.main([run.path_of(), "--out", str(tmp_path), "--beside", str(tmp_path / "none")]) == 2
     assert "none" in capsys.readouterr().err
 
 
@@ -268,7 +268,7 @@ def test_several_languages_without_context_or_text(tmp_path):
 def test_missing_tables_are_named_with_the_command(tmp_path, capsys):
     run = RunDirectory.open(tmp_path / "run", {}, "sweep")
     for table, why in (("sweep", "the compression curve"), ("accuracy", "the accuracy of the sweep's plans")):
-        assert compression_script.main([run.path_of()]) == 1
+        assert compression_script.main([run.path_of()]) == 2
         assert f"no rows in table {table}, needed for {why}; raymerge sweep CONFIG" in capsys.readouterr().err
         if table == "sweep":
             run.replace(

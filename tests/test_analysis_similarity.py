@@ -333,7 +333,7 @@ def test_maps_of_asked_layers_without_samples(tmp_path, capsys):
     run = make_run(tmp_path / "run", layers=4, subsets=2)
     run.replace("samples", [])
     assert embeddings_script.main([run.path_of(), "--layers", "0,3"]) == 0
-    assert embeddings_script.main([run.path_of(), "--layers", "4"]) == 1
+    assert embeddings_script.main([run.path_of(), "--layers", "4"]) == 2
     assert "no embeddings of layer 4" in capsys.readouterr().err
     points = embeddings_script.points_of(run.read("embeddings").to_pylist())
     stored = {
@@ -393,7 +393,7 @@ def test_sensitivity(tmp_path):
 )  # fmt: skip
 def test_missing_tables_are_named_with_the_command(tmp_path, capsys, script, message):
     RunDirectory.open(tmp_path / "run", {}, "similarity")
-    assert script.main([str(tmp_path / "run")]) == 1
+    assert script.main([str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "figures").exists()
 

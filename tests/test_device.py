@@ -424,7 +424,6 @@ def test_gradients_in_parts(checkpoint, prompts, tmp_path, monkeypatch, states):
             loss(coefficients, drawn=drawn),
             loss(coefficients, rows=rows, held_out=held_out, drawn=drawn),
             loss(coefficients, rows=rows[:2], drawn=drawn),
-            loss.of_plan(PLANS[0], rows=rows, held_out=held_out),
         ]
 
     expected = evaluate(losses(LayerRunner(checkpoint), prompts, tmp_path / "cpu"))

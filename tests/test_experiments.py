@@ -91,10 +91,10 @@ def test_a_search_stores_every_candidate_and_every_control_once(run):
     assert counts == {"bayes": list(range(9)), "random": list(range(3))}
     assert {row["status"] for row in trials} == {"ok"}
     names = pc.unique(run.read("plans")["name"]).to_pylist()
-    assert names == ["base", "drop", "before_last", "fixed_0.62", "fixed_0.6225", "random", "found_bayes"]
+    assert names == ["base", "drop", "before_last", "fixed_0.6225", "random", "found_bayes"]
     accuracy = run.read("accuracy")
-    assert len(pc.unique(accuracy.filter(pc.equal(accuracy["split"], "test"))["plan_id"])) == 7
-    assert len(run.read("perplexity")) == 7
+    assert len(pc.unique(accuracy.filter(pc.equal(accuracy["split"], "test"))["plan_id"])) == 6
+    assert len(run.read("perplexity")) == 6
     assert run.manifest()["rows"]["trials"] == len(trials)
 
 
@@ -105,7 +105,7 @@ def test_candidates_answers_say_nothing_that_was_not_computed(run):
     assert len(judged) == 3 and all(math.isfinite(row["logit_a"]) for row in judged)
     assert {(row["logsumexp_all"], row["top_is_letter"]) for row in judged} == {(None, None)}
     reported = [row for (_, split), row in answers.items() if split == "test"]
-    assert len(reported) == 7 and all(row["logsumexp_all"] is not None for row in reported)
+    assert len(reported) == 6 and all(row["logsumexp_all"] is not None for row in reported)
 
 
 def test_perplexities_have_intervals_and_are_compared_passage_by_passage(run):
@@ -124,7 +124,7 @@ def test_perplexities_have_intervals_and_are_compared_passage_by_passage(run):
         assert row["nll"] == pytest.approx(means[plan]) and row["perplexity"] == pytest.approx(np.exp(means[plan]))
         assert 1 < row["ci_low"] < row["perplexity"] < row["ci_high"]
     compared = [row for row in run.read("comparisons").to_pylist() if row["split"] == TEXT_SPLIT]
-    assert len(compared) == 21 and {row["measure"] for row in compared} == {"text_nll"}
+    assert len(compared) == 15 and {row["measure"] for row in compared} == {"text_nll"}
     for row in compared:
         difference = means[row["plan_a"]] - means[row["plan_b"]]
         assert row["difference"] == pytest.approx(difference, abs=1e-9)
@@ -395,7 +395,7 @@ def test_receipts_say_that_dropping_changes_nothing_and_merging_seven_matrices(r
     for row in run.read("receipts").to_pylist():
         changed.setdefault(names[row["plan_id"]], []).append(row["max_abs_change"] > 0)
     assert not any(changed.get("drop", []))
-    assert sum(changed["fixed_0.62"]) == 7
+    assert sum(changed["fixed_0.6225"]) == 7
 
 
 def test_an_interrupted_search_goes_on_and_a_complete_one_is_left_alone(run, ray_session, tmp_path, monkeypatch):

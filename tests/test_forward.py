@@ -224,7 +224,7 @@ def test_final_norm_and_vocabulary(tmp_path, monkeypatch):
     # RMSNorm computes in float32 in transformers too: a few roundings of values below 10.
     assert (hidden - expected).abs().max() < 1e-5
     for chunk in (7, 500, 10**6):
-        monkeypatch.setattr(raymerge.forward, "_VOCABULARY_CHUNK", chunk)
+        monkeypatch.setattr(raymerge.forward, "VOCABULARY_ROWS", chunk)
         logsumexp, top = runner.vocabulary(hidden)
         assert torch.equal(top, logits.argmax(-1))
         assert (logsumexp - torch.logsumexp(logits, -1)).abs().max() < 1e-6 * 32 * logits.abs().max()

@@ -50,9 +50,21 @@ def test_a_gguf_file_is_the_model_that_it_was_made_from(tmp_path, cache, model, 
     assert next(iter(source["values_by_type"])) == ("Q8_0" if quantised else "F32")
     # Once: by the folder, and by a copy under another name, the same conversion is found.
     monkeypatch.setattr(raymerge.gguf_input, "_convert", None)
-    assert Checkpoint(str(path.parent)).directory == checkpoint.directory == cache / source["sha256"][:16]
+    assert Checkpoint(str(path.parent)).directory == checkpoint.directory
     assert converted_gguf(path.rename(tmp_path / "renamed.gguf")) == checkpoint.directory
-    assert sorted(file.name for file in cache.iterdir()) == [source["sha256"][:16], f"{source['sha256'][:16]}.lock"]
+    name = f"{source['sha256'][:16]}-{raymerge.gguf_input._VERSION}"
+    assert sorted(file.name for file in cache.iterdir()) == [name, f"{name}.lock"]
+
+
+def test_what_earlier_code_converted_is_not_used(tmp_path, model, cache, monkeypatch):
+    write_gguf(tmp_path / "tiny.gguf", model, False)
+    first = converted_gguf(tmp_path / "tiny.gguf")
+    unversioned = cache / first.name.partition("-")[0]  # as it was called when nothing was checked
+    first.rename(unversioned)
+    assert converted_gguf(tmp_path / "tiny.gguf") == first and (first / "config.json").is_file()
+    monkeypatch.setattr(raymerge.gguf_input, "_VERSION", raymerge.gguf_input._VERSION + 1)
+    later = converted_gguf(tmp_path / "tiny.gguf")
+    assert later != first and (later / "config.json").is_file()
 
 
 def test_a_merge_of_it_says_where_it_came_from(tmp_path, model):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raymerge.identity import canonical_json, digest, git_state, plain, software, without_secrets
+from raymerge.identity import canonical_json, digest, git_state, plain, software, without_folders, without_secrets
 from raymerge.tables import RunDirectory
 
 
@@ -111,3 +111,25 @@ def test_no_table_of_a_run_tells_credentials(tmp_path):
     run.write_manifest("complete", command=["raymerge", "search", "--out", "s3://KEY:SECRET@bucket/run"])
     written = [file.read_text() for file in (tmp_path / "run").iterdir()]
     assert len(written) >= 2 and not any("SECRET" in text for text in written)
+
+
+def test_arguments_without_folders_keep_their_names():
+    said = {
+        "/home/anna/secret/models/x": "x",
+        "/home/anna/a b/c d.json": "c d.json",
+        "~/models/x": "x",
+        "~anna/x": "x",
+        "../../anna/x": "x",
+        "--model=/home/anna/x": "--model=x",
+        "data.tasks=[/home/anna/a.json, '/b/c.yaml',d/e.json]": "data.tasks=[a.json, 'c.yaml',d/e.json]",
+        'data.mmlu="/home/anna/mmlu"': 'data.mmlu="mmlu"',
+        "file:///home/anna/run": "run",
+        "fsspec+file:///home/anna/run": "run",
+        "owner/name": "owner/name",
+        "runs/demo/alphas.json": "runs/demo/alphas.json",
+        "s3://bucket/run/x": "s3://bucket/run/x",
+        "hf://datasets/a/b/c.txt": "hf://datasets/a/b/c.txt",
+        "plan.merges=4": "plan.merges=4",
+        "0.5": "0.5",
+    }
+    assert without_folders(list(said)) == list(said.values())

@@ -99,6 +99,42 @@ def test_the_card_names_the_base_and_keeps_its_licence(tmp_path, monkeypatch, ca
         assert text.startswith(f"# {model.rpartition('/')[2]}, 1 layer merged away")
 
 
+def test_no_file_of_a_saved_model_says_where_on_this_machine_anything_lay(tmp_path):
+    folder = tiny.make_checkpoint(tmp_path / "secret" / "mine")
+    for name, further in (
+        ("config.json", {"_name_or_path": f"{folder}"}),
+        ("tokenizer_config.json", {"name_or_path": f"{folder}", "special_tokens_map_file": f"{folder}/x.json"}),
+    ):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(values | further))
+    given = tmp_path / "secret" / "alphas.json"
+    given.write_text(alpha_file_text(tail_plan(5, [0.4], name="x", kind="file").steps))
+    command = ["raymerge", "merge", str(folder), "--alphas", str(given), "--set", f"a.b=[{given}, {folder}]"]
+    done = merge(str(folder), given, tmp_path / "out", verify=False, command=command)
+    assert done["folder"] == str(tmp_path / "out")  # what the caller is told is whole
+    for file in (tmp_path / "out").rglob("*"):
+        assert b"secret" not in file.read_bytes() and str(tmp_path).encode() not in file.read_bytes(), file
+    record = json.loads((tmp_path / "out" / "merge_plan.json").read_text())
+    assert record["base_model"] == "mine" and record["base_model_revision"] is None
+    assert record["command"] == [*command[:2], "mine", "--alphas", "alphas.json", "--set", "a.b=[alphas.json, mine]"]
+
+
+def test_a_folder_of_the_hub_s_cache_is_the_hub_s_model(tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tiny.make_checkpoint(tmp_path / "models--owner--name" / "snapshots" / commit)
+    (tmp_path / "link").symlink_to(folder)
+    for number, model in enumerate((folder, tmp_path / "link")):
+        out = tmp_path / f"merged-{number}"
+        save_merged(Checkpoint(str(model)), tail_plan(5, [0.4], name="x", kind="found"), out, verify=False)
+        _, front, text = (out / "README.md").read_text().split("---\n", 2)
+        assert yaml.safe_load(front)["base_model"] == "owner/name" and text.startswith("# name, 1 layers merged away")
+        record = json.loads((out / "merge_plan.json").read_text())
+        assert (record["base_model"], record["base_model_revision"]) == ("owner/name", commit)
+        assert f"hf download owner/name --revision {commit}" in (out / "mergekit.yaml").read_text()
+    tiny.make_checkpoint(tmp_path / "models--owner--name" / "mine")  # not a snapshot of it
+    assert Checkpoint(str(tmp_path / "models--owner--name" / "mine")).hub_id is None
+
+
 @pytest.mark.parametrize(("alignment", "norms"), [("neurons", "fold"), ("rows", "keep"), ("none", "fold")])
 def test_a_plan_s_alignment_and_norms_are_what_is_saved(tmp_path, alphas, monkeypatch, alignment, norms):
     base = Checkpoint("demo")

@@ -349,7 +349,7 @@ def test_a_users_mistake_that_only_a_worker_sees_is_raised_without_rays_tracebac
 
 # -- what befalls workers, on a Ray without processes
 
-HERE = {"ready": lambda method: ("10.0.0.1", None if method is None else {"files": "ours"})}
+HERE = {"ready": lambda method: ("first", "10.0.0.1", None if method is None else {"files": "ours"})}
 LATE = {"ready": Waits}
 
 
@@ -377,7 +377,11 @@ def test_a_worker_that_was_asked_before_there_was_an_admission_is_asked_again(op
     pool, fake, events = open_fake(HERE, LATE)
     seen = []
     pool.admit("describe", seen.append)
-    fake.actors[1].answers["ready"] = lambda method: ("10.0.0.2", None if method is None else {"files": "its own"})
+    fake.actors[1].answers["ready"] = lambda method: (
+        "second",
+        "10.0.0.2",
+        None if method is None else {"files": "its own"},
+    )
     assert pool.poll() == [] and pool.poll() == [1]
     assert seen == [{"files": "its own"}] and [kind for kind, _, _ in events] == ["joined"]
     assert [args for _, args in fake.actors[1].calls] == [(None,), ("describe",)]
@@ -394,7 +398,7 @@ def test_a_late_worker_that_refuses_is_left_out_and_the_others_work_on(open_fake
     pool.admit("describe", check)
     late = fake.actors[1]
     if where == "the check":
-        late.answers["ready"] = lambda _: ("10.0.0.2", {"files": "its own"})
+        late.answers["ready"] = lambda _: ("second", "10.0.0.2", {"files": "its own"})
     else:
         late.answers["ready"] = raised_by_a_worker(UserError("other files"))
     assert pool.poll() == [] and pool.poll() == []
@@ -460,3 +464,31 @@ def test_a_full_store_is_nobodys_fault_for_what_is_broadcast_either(open_fake, m
     monkeypatch.setattr(fake, "put", put)
     with pytest.raises(NoRoomError, match="object store is full.*run the same command again"):
         pool.broadcast("keep", np.zeros(3))
+
+
+@pytest.mark.parametrize("node_ends", [True, False])
+def test_a_lost_node_says_nothing_of_the_item_that_its_worker_had(open_fake, node_ends):
+    """Preempted nodes would use up an item's three attempts: it fails only where nodes stay, or after many."""
+    pool, fake, _ = open_fake(HERE)
+    (actor,) = fake.actors
+
+    def tries():
+        return [args[1] for method, args in actor.calls if method == "call"]
+
+    def ready(method):  # by when it is back, wherever, it is known that the node before is gone
+        if node_ends:
+            fake.dead_nodes |= {f"node-{number}" for number in range(len(tries()))}
+        return f"node-{len(tries())}", "10.0.0.1", None
+
+    def call(_, item):
+        return ActorDiedError() if len(tries()) <= 5 or item == "takes nodes down" else item
+
+    actor.answers = {"ready": ready, "call": call}
+    pool.lose(0, "so that it is asked where it is")
+    if not node_ends:
+        with pytest.raises(WorkerError, match=r"work of item 0 \('x'\) failed 3 times, the last time on worker 0"):
+            pool.map("work", ["x"])
+        return
+    assert pool.map("work", ["x"]) == ["x"] and len(tries()) == 6
+    with pytest.raises(WorkerError, match="failed 10 times"):
+        pool.map("work", ["takes nodes down"])

@@ -198,7 +198,10 @@ class Told(RandomProposer):
 
 
 class Crew:
-    """A pool's workers without the pool: lost ones come back when a test says so."""
+    """A pool's workers without the pool: lost ones come back when a test says so. node: where those that are lost
+    were."""
+
+    node = "there still"
 
     def __init__(self, count):
         self.present, self.back, self.lost, self.dead = list(range(count)), [], [], set()
@@ -214,6 +217,10 @@ class Crew:
     def lose(self, slot, reason):
         self.present.remove(slot)
         self.lost.append((slot, reason))
+        return self.node
+
+    def gives_up(self, losses):
+        return sum(node != "preempted" for node in losses) >= 3
 
     def answering(self, slots):
         for slot in self.dead.intersection(slots):
@@ -345,6 +352,19 @@ def test_a_lost_batch_is_done_again_one_by_one_and_fails_after_three_losses():
     assert len({entry[1] for entry in log if entry[0] == "record"}) == 2, "a part each"
 
 
+def test_a_candidate_whose_workers_nodes_were_lost_is_tried_until_one_stays():
+    log, crew = [], Crew(6)
+    tune = searcher(log, candidates=1, batch=1, crew=crew)
+    for number, node in enumerate(("preempted", "there still", "preempted", "preempted", "there still")):
+        crew.node = node
+        points = tune.suggest(f"t{number}")["candidates"]
+        tune.on_trial_complete(f"t{number}", {"lost": "died"})
+    assert tune.suggest("last")["candidates"] == points
+    tune.on_trial_complete("last", scores(0.5))
+    assert tune.suggest("end") == BatchSearcher.FINISHED
+    assert [row["status"] for entry in log if entry[0] == "record" for row in entry[2]] == ["ok"]
+
+
 def test_workers_that_died_while_they_had_nothing_to_do_fail_no_candidate():
     """As when a node goes with all its workers while the last candidate is scored on one of them."""
     log, crew = [], Crew(4)
@@ -382,7 +402,7 @@ def test_what_is_no_fault_of_a_candidate_ends_the_search_and_is_not_stored(monke
         raise error
 
     trial = object.__new__(_Trial)
-    trial.setup({}, started="")
+    trial.setup({}, 60.0, "score", (), "")
     trial.config = {"worker": "actor-0", "candidates": [[0.5]], "first_round": []}
     monkeypatch.setattr("raymerge.search.find_worker", lambda name: name)
     monkeypatch.setattr("raymerge.search.call_worker", call_worker)
@@ -417,7 +437,7 @@ def test_a_worker_killed_for_memory_is_lost_and_no_candidate_failed(monkeypatch)
 
     monkeypatch.setattr("raymerge.pool.ray.get", get)
     trial = object.__new__(_Trial)
-    trial.setup({}, started="")
+    trial.setup({}, 60.0, "score", (), "")
     worker = SimpleNamespace(call=SimpleNamespace(remote=lambda *_: None))
     with pytest.raises(WorkerLost, match="OutOfMemoryError: killed for memory"):
         trial._score(worker, [[0.5], [0.6]])

@@ -12,7 +12,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from raymerge import storage as storage_module
-from raymerge.storage import RunError, Storage, clear_scratch
+from raymerge.storage import LOCK, RunError, Storage, clear_scratch
 
 
 @pytest.fixture(params=["path", "uri", "subtree", "mock", "one_put"])
@@ -75,6 +75,32 @@ def test_clear_temporary_leaves_the_rest(storage):
     assert storage.names("tables/t") == ["p"]
     assert "m" in storage.names("models") and "_tmp.3.m" not in storage.names("models")
     assert storage.names("models/m") == ["weights"]
+
+
+def test_of_two_processes_on_one_object_store_the_earlier_ends_at_its_next_write(monkeypatch, tmp_path):
+    filesystem = pafs._MockFileSystem()
+    filesystem.create_dir("run/models")
+    (tmp_path / "model").write_bytes(b"weights")
+    earlier, beside = Storage("run", filesystem), Storage("run", filesystem)
+    for one in (earlier, beside, earlier):  # of one process, which may take it twice
+        assert one.lock() is None
+        one.publish("part-1", b"x")
+    monkeypatch.setattr(storage_module, "_PROCESS", "another")
+    later = Storage("run", filesystem)
+    later.publish("part-2", b"of no right, which was not asked for")
+    later.lock()
+    for refused in (
+        lambda: earlier.publish("part-2", b"y"),
+        lambda: earlier.upload(tmp_path, "models/m"),
+        earlier.lock,
+    ):
+        with pytest.raises(RunError, match=rf"another process is writing run \(.*, process {os.getpid()}, another\)"):
+            refused()
+    later.publish("part-2", b"z")
+    later.upload(tmp_path, "models/m")
+    assert earlier.read("part-2") == b"z"  # reading is anyone's
+    later.delete(LOCK)
+    earlier.publish("part-3", b"x")
 
 
 def test_what_is_being_written_is_left_alone(tmp_path):

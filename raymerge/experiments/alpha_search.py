@@ -18,7 +18,7 @@ import numpy as np
 from raymerge import rows
 from raymerge.alignment import REORDERED, Aligner
 from raymerge.card import search_results
-from raymerge.config import Config, ConfigError
+from raymerge.config import Config, ConfigError, PlanConfig
 from raymerge.evaluation import Answers
 from raymerge.experiments.common import (
     Inputs,
@@ -72,7 +72,7 @@ from raymerge.storage import TEMPORARY
 from raymerge.tables import RunDirectory
 
 _INSIDE = 0.05  # an alpha's distance from its corner where a descent starts near one
-FIXED_CONTROL = 0.62  # the constant that published coefficients amount to; see method, similarity_ratio
+FIXED_CONTROL = PlanConfig().ratio  # the constant that published coefficients amount to
 
 
 def search(config: Config, *, command: Sequence[str] | None = None, progress: Progress | None = None) -> RunDirectory:
@@ -269,7 +269,7 @@ class _Search:
             before_last_plan(n_layers, merges),
             *([drop_block_plan(n_layers, start.first_removed, merges)] if start.selection == "block" else []),
             *influence_plan(self.similarity, merges),
-            start.with_alphas([FIXED_CONTROL] * merges, name=f"fixed_{FIXED_CONTROL}", kind="fixed"),
+            start.with_alphas([FIXED_CONTROL] * merges, name=f"fixed_{FIXED_CONTROL:g}", kind="fixed"),
         ]
         plan = self.config.plan
         if self.similarity is not None and (plan.base.startswith("similarity") or plan.selection == "most_similar"):
