@@ -7,7 +7,7 @@ not ended can be looked at. Shows the report split; a run with several languages
 files a language.
 
   accuracy.png             micro and macro average, paired difference to the reference plan, perplexity
-  accuracy_by_subject.png  every subject with its standard error, one column a plan, the reference in grey
+  accuracy_by_subject.png  every subject with its 95 % interval, one column a plan, the reference in grey
   letters.png              which letters each plan predicts
   accuracy.md              the same as tables
 """
@@ -152,7 +152,7 @@ def draw_overview(view: View, path: Path) -> Path:
             y + shift,
             fmt="o" if fill else "D",
             color="#0072B2",
-            xerr=[100 * row["standard_error"] for row in rows],
+            xerr=interval_bars(rows),
             mfc=None if fill else "white",
             ms=5,
             lw=1.2,
@@ -172,7 +172,7 @@ def draw_overview(view: View, path: Path) -> Path:
         color="#D55E00",
         ms=5,
         lw=1.2,
-        xerr=[100 * view.difference[plans[i]][1] for i in moved],
+        xerr=[100 * 1.96 * view.difference[plans[i]][1] for i in moved],
     )
     change.axvline(0, color="black", lw=1)
     change.set(xlabel="percentage points", title=f"Difference to {view.plans[view.reference]}")
@@ -194,14 +194,23 @@ def draw_overview(view: View, path: Path) -> Path:
             )
         text.margins(x=0.3)  # room for the numbers
     n, languages = view.accuracy[view.reference, MICRO]["n"], f"language {view.language}"
-    note = f"bars: ± 1 standard error; {n:,} questions, {len(view.subjects)} subjects, {languages}"
+    note = f"bars: 95 % intervals (differences: ± 1.96 standard errors); {n:,} questions, {len(view.subjects)} subjects"
+    note += f", {languages}"
     handles = averages.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8, title=note, title_fontsize=8)
     return save(figure, path)
 
 
+def interval_bars(rows: list[dict]) -> np.ndarray:
+    """(2, n) lengths in per cent from each accuracy to the ends of its 95 % interval, which is Wilson's: the standard
+    error of none or all right would be no bar at all. Rows without an interval, or empty, have none."""
+    ends = [[row.get("ci_low"), row.get("accuracy"), row.get("ci_high")] for row in rows]
+    low, middle, high = 100 * np.array([[math.nan if end is None else end for end in each] for each in ends]).T
+    return np.nan_to_num(np.stack([middle - low, high - middle])).clip(min=0)
+
+
 def draw_subjects(view: View, plans: list[str], path: Path) -> Path:
-    """One column a plan, one line a subject: the reference in grey, the plan in colour, its standard error."""
+    """One column a plan, one line a subject: the reference in grey, the plan in colour, its 95 % interval."""
     lines = [MICRO, MACRO, *view.subjects]
     y = np.arange(len(lines), dtype=float)
     y[:2] -= 0.8  # the averages stand apart
@@ -215,11 +224,10 @@ def draw_subjects(view: View, plans: list[str], path: Path) -> Path:
         base = np.array([100 * view.accuracy[view.reference, subject]["accuracy"] for subject in lines])
         rows = [view.accuracy.get((plan, subject), {}) for subject in lines]  # a plan may lack a subject: a gap
         mine = np.array([100 * row.get("accuracy", math.nan) for row in rows])
-        error = np.nan_to_num([100 * row.get("standard_error", 0.0) for row in rows])
         if plan != view.reference:
             axis.plot(base, y, "o", ms=4.5, mfc="white", mec="#6B6B6B", mew=1, zorder=2)
             axis.hlines(y, base, mine, color="#C4C4C4", lw=1.1, zorder=1)
-        axis.errorbar(mine, y, xerr=error, fmt="o", ms=4, elinewidth=0.9, color=COLOURS[1], zorder=3)
+        axis.errorbar(mine, y, xerr=interval_bars(rows), fmt="o", ms=4, elinewidth=0.9, color=COLOURS[1], zorder=3)
         axis.axvline(25, color="#7F7F7F", ls=":", lw=1)
         axis.set_xlim(-3, 103)
         axis.set_xticks([0, 25, 50, 75, 100])
@@ -235,7 +243,7 @@ def draw_subjects(view: View, plans: list[str], path: Path) -> Path:
     axes[0, 0].tick_params(axis="y", length=0)
     note = "" if plans == [view.reference] else f"; open circles: {view.plans[view.reference]}"
     figure.supxlabel(
-        f"accuracy (%), {view.split} split, {view.language}; bars ± 1 standard error; dotted: chance{note}",
+        f"accuracy (%), {view.split} split, {view.language}; bars: 95 % intervals; dotted: chance{note}",
         fontsize=8.5,
     )
     return save(figure, path)

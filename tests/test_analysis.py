@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib.image
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from raymerge.tables import RunDirectory, RunError, derive_accuracy
@@ -186,6 +187,29 @@ def test_scripts_write_whole_figures_into_the_run(k13, alphas_text, accuracy_tex
     ]  # fmt: skip
     assert all(min(png_size(folder / name)) > 400 for name in pictures)
     assert sorted(p.name for p in folder.iterdir() if p.suffix != ".png") == ["accuracy.md", "alphas.md"]
+
+
+def test_bars_of_accuracies_are_intervals_also_of_none_and_all_right():
+    """A standard error is 0 there: four wrong answers of four looked certain."""
+    known = {row["plan_id"]: row for row in derive_accuracy(answers_of({"none": 0, "half": 2, "all": 4}))
+             if row["subject"] == "_micro"}  # fmt: skip
+    left, right = accuracy_script.interval_bars([known["none"], known["half"], known["all"], {}])
+    end = 100 * 1.96**2 / (4 + 1.96**2)  # Wilson's, in closed form where none is right
+    np.testing.assert_allclose(right[[0, 2, 3]], [end, 0, 0], atol=0.01)
+    np.testing.assert_allclose(left[[0, 2, 3]], [0, end, 0], atol=0.01)
+    assert left[1] == pytest.approx(right[1]) and 30 < left[1] < 40
+
+
+def answers_of(right: dict[str, int], n: int = 4):
+    """Rows of `answers` of n questions whose answer is A, of which so many are right."""
+    rows = [
+        {"plan_id": plan, "split": "test", "language": "en", "subject": "law", "question_id": f"law/test/{number}",
+         "answer": 0, "predicted": int(number >= count), **{f"logit_{letter}": 0.0 for letter in "abcd"},
+         "logsumexp_all": 0.0, "top_is_letter": True, "prompt_nll": None, "prompt_tokens": None}
+        for plan, count in right.items()
+        for number in range(n)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows)
 
 
 def test_alphas_by_step_are_the_plans(k13, alphas_text):

@@ -247,10 +247,12 @@ class _Sweep:
             reporter.report(pool, self.plans, shards, self.firsts, self.progress)
             if self.config.sweep.context:
                 self._retrieve(pool)
-            speeds = self._time_generation(pool)
-        self.run.replace("sweep", [self._row(point) for point in self.points])
-        with step(self.progress, "accuracies and comparisons"):
-            reporter.derive([point.plan for point in self.points], self._compared(), speeds=speeds)
+            self.run.replace("sweep", [self._row(point) for point in self.points])
+            plans = [point.plan for point in self.points]
+            with step(self.progress, "accuracies and comparisons"):
+                reporter.derive(plans, self._compared())
+            # Last, since it can take as long as all else: what is above can be looked at meanwhile.
+            reporter.store_costs(plans, self._time_generation(pool))
         figures = draw_figures(self.run, ["compression.py"], self.progress) if self.config.output.figures else []
         self.run.write_manifest(
             "complete",

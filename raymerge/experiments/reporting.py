@@ -129,24 +129,20 @@ class Reporter:
         compared: Iterable[tuple[MergePlan, MergePlan]],
         *,
         subjects: Sequence[str] = (),
-        speeds: Mapping[int, float] | None = None,
     ) -> None:
         """The tables that follow from others or from the plans: written whole, so that nothing is there twice.
 
         compared: the pairs that are asked about, one family of tests (`p_holm`). With at most 12 plans all other pairs
         follow as a second family, so that what is asked for pays nothing for what else is there. subjects: those that
-        plans were chosen by, on which they are compared apart. speeds: tokens per second of generation, by number of
-        layers.
+        plans were chosen by, on which they are compared apart.
         """
-        checkpoint = self.inputs.checkpoint
         named = {plan: plan.plan_id(self.identity) for plan in plans}
         self.run.replace("plans", [row for plan, key in named.items() for row in rows.plan_rows(plan, key)])
         once = {key: plan for plan, key in named.items()}
         self.run.replace(
             "coefficients", [row for key, plan in once.items() for row in rows.coefficient_rows(plan, key)]
         )
-        costs = [rows.cost_row(plan, key, checkpoint, self.config.model.quantise) for key, plan in once.items()]
-        self.run.replace("costs", [row | {"tokens_per_second": (speeds or {}).get(row["layers"])} for row in costs])
+        self.store_costs(plans)
         answers = self.run.read("answers")
         self.run.replace("accuracy", derive_accuracy(answers))
         split = self.config.data.report_split
@@ -167,6 +163,13 @@ class Reporter:
             self.run.replace("task_accuracy", derive_task_accuracy(answers))
             found = [row for each in families for row in rows.task_comparison_rows(answers, each)]
             self.run.replace("task_comparisons", found)
+
+    def store_costs(self, plans: Sequence[MergePlan], speeds: Mapping[int, float] | None = None) -> None:
+        """Table `costs`. speeds: tokens per second of generation, by number of layers."""
+        once = {plan.plan_id(self.identity): plan for plan in plans}
+        checkpoint, quantise = self.inputs.checkpoint, self.config.model.quantise
+        costs = [rows.cost_row(plan, key, checkpoint, quantise) for key, plan in once.items()]
+        self.run.replace("costs", [row | {"tokens_per_second": (speeds or {}).get(row["layers"])} for row in costs])
 
 
 def task_table(plan_id: str, task: Task, results: Sequence[tuple[np.ndarray, np.ndarray]]) -> pa.Table:
