@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 _CGROUP = Path("/sys/fs/cgroup")
-# What else says that memory ran out: the runtime, asked by another than torch's allocator of the device (for page-locked
-# memory; torch.AcceleratorError since 2.8); the driver, where that allocator maps an expandable segment
-# (C10_CUDA_DRIVER_CHECK of c10/cuda/driver_api.h); and cuBLAS, whose handle is its own and which, when it is made in
-# too little memory, calls itself not initialised as often as it says why.
+# What else says that memory ran out: the runtime, asked by another than torch's allocator of the device (page-locked
+# memory; torch.AcceleratorError since 2.8); the driver, where that allocator maps an expandable segment (torch's
+# C10_CUDA_DRIVER_CHECK); and cuBLAS, whose handle is not that allocator's: made in too little memory, it calls itself
+# not initialised as often as it says why.
 _OUT_OF_MEMORY = (
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",

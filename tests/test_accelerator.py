@@ -20,7 +20,7 @@ from raymerge import device as driver
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import load_config
 from raymerge.evaluation import Answers
-from raymerge.forward import LayerRunner
+from raymerge.forward import LayerRunner, visible
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH, SUBSETS, TEXT
 from raymerge.memory import ScoringPlan
 from raymerge.plan import Refit, base_plan, before_last_plan, block_plan, drop_plan, tail_plan
@@ -209,6 +209,24 @@ def test_a_share_of_the_card_bounds_what_is_taken_and_running_out_of_it_is_survi
         assert ended and made.is_cuda
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@needs_card
+def test_librarys_kernels_are_right_at_shapes_that_others_failed_at():
+    """More products at once than a grid's third side has blocks; and one head of keys, repeated without a copy under a
+    mask, as a family with one has it behind a prefix (pytorch/pytorch#191937: wrong where 32 divides all keys but one).
+    """
+    card = driver.choose_device()
+    one, two = (torch.randn(70_000, *shape, device=card) for shape in ((4, 32), (32, 8)))
+    assert torch.allclose(torch.bmm(one, two), (one[:, :, :, None] * two[:, None]).sum(2), atol=1e-4)
+    for count in range(30, 100):
+        query = torch.randn(2, 4, 8, 64, device=card, dtype=torch.bfloat16)
+        keys, values = torch.randn(2, 2, 1, count, 64, device=card, dtype=torch.bfloat16)
+        mask = visible(torch.arange(count - 8, count), torch.arange(count), None)[None, None].to(card)
+        repeated = [x.expand(-1, 4, -1, -1) for x in (keys, values)]
+        found = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask)
+        scores = (query.float() @ repeated[0].float().mT / 8).masked_fill(~mask, -torch.inf)
+        assert torch.allclose(found.float(), scores.softmax(-1) @ repeated[1].float(), atol=0.05), count
 
 
 @needs_card
