@@ -17,9 +17,16 @@ import torch
 from torch import Tensor
 
 _CGROUP = Path("/sys/fs/cgroup")
-# What else says that memory ran out: the driver, asked by another than torch's allocator of the device (for page-locked
-# memory; torch.AcceleratorError since 2.8), and cuBLAS, whose workspace is its own.
-_OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# What else says that memory ran out: the runtime, asked by another than torch's allocator of the device (page-locked
+# memory; torch.AcceleratorError since 2.8); the driver, where that allocator maps an expandable segment (torch's
+# C10_CUDA_DRIVER_CHECK); and cuBLAS, whose handle is not that allocator's: made in too little memory, it calls itself
+# not initialised as often as it says why.
+_OUT_OF_MEMORY = (
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
+)
 _KEEPS_PAGES, _M_MMAP_THRESHOLD, _M_MMAP_MAX = "MALLOC_MMAP_MAX_", -3, -4  # of glibc: malloc.h, mallopt(3)
 
 
@@ -49,9 +56,10 @@ def set_arithmetic() -> None:
     """Tell torch, for this process, how an accelerator is to compute."""
     # What is computed in float32 needs its digits, but NVIDIA's containers switch TF32 on by an environment variable.
     torch.set_float32_matmul_precision("highest")
-    # A product of bfloat16 that is cut along its sum would round the parts' sums to bfloat16 too. Where it is cut
-    # depends on the shapes: one candidate's answers would differ from those that it has among eight.
+    # A product of a narrow dtype that is cut along its sum would round the parts' sums to that dtype too. Where it is
+    # cut depends on the shapes: one candidate's answers would differ from those that it has among eight.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     # On Hopper torch prefers cuDNN's attention to its own, and cuDNN makes a plan for every exact shape: the trunk of
     # MMLU's 14,042 questions on an 8B model has 580 with 100 GB free.
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -138,6 +138,10 @@ def test_memory_runs_out_when_it_is_told_to(device):
         (RuntimeError, "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
         (getattr(torch, "AcceleratorError", RuntimeError), "CUDA error: out of memory\nSearch for `cudaErrorMe", True),
         (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm( handle, opa`", False),
+        (RuntimeError, "CUDA driver error: out of memory", True),  # of expandable segments
+        (RuntimeError, "CUDA driver error: invalid argument", False),
         (RuntimeError, "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, opa`", False),
         (RuntimeError, "CUDA error: an illegal memory access was encountered", False),
         (RuntimeError, "mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)", False),
@@ -574,19 +578,22 @@ def test_what_the_driver_is_told(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: told.append("host"), raising=False)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: told.append(share))
     products = torch.backends.cuda.matmul
-    before = torch.backends.cuda.cudnn_sdp_enabled(), products.allow_bf16_reduced_precision_reduction
+    cut = ["allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"]
+    attention, before = torch.backends.cuda.cudnn_sdp_enabled(), [getattr(products, name) for name in cut]
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(True)
-    products.allow_bf16_reduced_precision_reduction = True
+    for name in cut:
+        setattr(products, name, True)
     try:
         assert raymerge.device.choose_device(0.25) == DEVICE
         assert torch.get_float32_matmul_precision() == "highest"
         assert not torch.backends.cuda.cudnn_sdp_enabled()
-        assert not products.allow_bf16_reduced_precision_reduction
+        assert not any(getattr(products, name) for name in cut)
     finally:
         torch.set_float32_matmul_precision("highest")
-        torch.backends.cuda.enable_cudnn_sdp(before[0])
-        products.allow_bf16_reduced_precision_reduction = before[1]
+        torch.backends.cuda.enable_cudnn_sdp(attention)
+        for name, value in zip(cut, before, strict=True):
+            setattr(products, name, value)
     raymerge.device.release_cached()
     assert told == [0.25, "device", "host"]
 

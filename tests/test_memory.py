@@ -55,7 +55,7 @@ def test_the_paper_budget():
     [
         (FULL, 139, True, "device", "linear", 8),
         (FULL, 139, False, "device", "recompute", 8),
-        (FULL, 78, True, "device", "linear", 1),
+        (FULL, 78, True, "device", "recompute", 8),  # sums have room for one candidate, which pays for every launch
         (FULL, 38, True, "device", "recompute", 4),
         (FULL, 22, False, "host", "recompute", 4),
         (FULL, 14, False, "host", "recompute", 1),
@@ -118,6 +118,8 @@ def test_smaller_plans_stay_on_the_device_where_the_host_has_no_room():
     assert last.smaller(host=False) == replace(last, chunk_tokens=4096)
     assert replace(last, chunk_tokens=256).smaller(host=False) is None
     assert replace(last, states="host").smaller(host=False) == ScoringPlan("host", "recompute", 1, 4096)
+    # Keys are not summed of one candidate.
+    assert ScoringPlan("device", "linear", 2, 8192).smaller() == ScoringPlan("device", "recompute", 2, 8192)
 
 
 @pytest.mark.parametrize("gigabytes", [139, 22])
