@@ -427,6 +427,10 @@ class LayerRunner:
         self, index: int, weights: dict[str, Tensor], x: Tensor, start: int, shared: _SharedPrefix | None
     ) -> Tensor:
         length = x.shape[1]
+        if length == 1 and start and self.checkpoint.config.num_key_value_heads == 1:
+            # CUDA's memory-efficient attention can be wrong for one query under a mask where all heads read the same
+            # keys (pytorch/pytorch#191937): a second query, whose answer is not read, keeps it from that path.
+            return self._call(index, weights, x.expand(-1, 2, -1), start, shared)[:, :1]
         positions = torch.arange(start, start + length, device=self.device)
         keys = positions if shared is None or shared.keys is None else torch.arange(start + length, device=self.device)
         window = self.checkpoint.windows[index]

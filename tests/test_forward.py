@@ -295,6 +295,27 @@ def test_visible_positions(window):
             assert found[i, j] == (k <= q and (window is None or q - k < window))
 
 
+def test_one_query_is_never_attended_under_a_mask_with_one_head_of_keys(tmp_path, monkeypatch):
+    """CUDA's memory-efficient kernel answers it wrongly (pytorch/pytorch#191937), and no CPU shows that."""
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path, num_key_value_heads=1)))
+    runner = LayerRunner(checkpoint)
+    attend, asked = torch.nn.functional.scaled_dot_product_attention, []
+
+    def attended(query, key, value, attn_mask=None, **options):
+        asked.append((query.shape[2], attn_mask is not None, key.stride(1)))
+        return attend(query, key, value, attn_mask=attn_mask, **options)
+
+    def last(prefix, own):
+        group = Group("cats", np.array(prefix, dtype=np.int64), (np.array(own),), (0,))
+        states = runner.run(runner.embed(Shard((group,))), runner.plan_layers(base_plan(tiny.N_LAYERS)))
+        return states[0].last()[1]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attended)
+    found = last([7, 8, 9], [10])
+    assert (2, True, 0) in asked and not any(length == 1 for length, _, _ in asked)
+    torch.testing.assert_close(found, last([], [7, 8, 9, 10]))
+
+
 def test_a_runner_leaves_the_config_alone(tmp_path):
     checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", "qwen2", dtype=torch.bfloat16)))
     before = checkpoint.config.to_dict()
