@@ -187,6 +187,7 @@ def test_merges_must_leave_a_layer(merges):
         ([(-1, 0, 0.5)], r"layer -1 \(into\) does not exist"),
         ([(2, 2, 0.5)], "cannot be merged into itself"),
         ([(0, 2, 0.5)], r"layers \[1\] still stand between"),
+        ([(3, 0, 0.5)], r"layers \[1, 2\] still stand between"),
         ([(2, 3, 0.5), (1, 3, 0.5)], r"step 1 \(1 <- 3\): layer 3 \(remove\) was already removed"),
         ([(2, 3, 0.5)] * 4, "4 merges need more than 4 layers.*merge at most 3"),
     ],
