@@ -89,6 +89,9 @@ def test_answers_to_some_of_the_questions_are_taken_only_where_that_is_meant():
     whole = Answers.of_letters(logits)
     table = rows.answer_table("p", questions, whole)
     assert table["question_id"].to_pylist() == [question.question_id for question in questions.questions]
+    assert table["answer"].to_pylist() == [question.answer for question in questions.questions]
+    assert table["predicted"].to_pylist() == [max(range(4), key=own.__getitem__) for own in logits]
+    assert np.array_equal(np.stack([table[f"logit_{letter}"] for letter in "abcd"], axis=1), logits)
     for order in ([0, 1, 2, 4], [0, 1, 2, 4, 3]):
         some = Answers(**{name: values[order] for name, values in vars(whole).items()})
         with pytest.raises(ValueError, match=f"answers cover {len(order)} of 5 questions of test"):
