@@ -228,15 +228,19 @@ def check_mergeable(checkpoint: Checkpoint, plan: MergePlan) -> None:
         _check_matrices(checkpoint.architecture, plan)
     if plan.n_layers != checkpoint.n_layers:
         raise PlanError(f"the plan is for {plan.n_layers} layers, the model has {checkpoint.n_layers}")
+    kinds = list(zip(checkpoint.windows, checkpoint.rotary_types, strict=True))
     for kept in plan.kept:
         together = {*kept.sources, kept.index}
         windows = {checkpoint.windows[source] for source in together}
-        if len(windows) > 1 or len({checkpoint.rotary_types[source] for source in together}) > 1:
-            own = checkpoint.windows[kept.index]
-            alike = [layer for layer, window in enumerate(checkpoint.windows) if window == own]
+        if len({kinds[source] for source in together}) > 1:
+            alike = [layer for layer, kind in enumerate(kinds) if kind == kinds[kept.index]]
+            differ = (
+                f"attention windows differ ({', '.join(map(str, windows))} positions; None is full attention)"
+                if len(windows) > 1
+                else "rotary embeddings differ"
+            )
             raise PlanError(
-                f"layers {sorted(together)} would be averaged, but their attention windows differ "
-                f"({', '.join(map(str, windows))} positions; None is full attention): merge into layer {kept.index} "
+                f"layers {sorted(together)} would be averaged, but their {differ}: merge into layer {kept.index} "
                 f"only layers of its kind, {alike}; in an alpha file, alpha 1 leaves out those between them"
             )
 

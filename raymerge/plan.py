@@ -430,7 +430,6 @@ def before_last_plan(n_layers: int, merges: int) -> MergePlan:
 
 def drop_block_plan(n_layers: int, first: int, merges: int) -> MergePlan:
     """Drop the `merges` layers from `first` on, anywhere, as block merging with every alpha 1."""
-    check_merges(n_layers, merges)
     survivor = "before" if first else "after"
     return block_plan(n_layers, first, [1.0] * merges, name="drop_block", kind="drop", survivor=survivor)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raymerge.diffusion import SimilarityError, degeneracy, diffusion_map
+from raymerge.diffusion import SimilarityError, degeneracy, diffusion_map, fixed_signs
 
 KERNELS = ("published", "gaussian")
 
@@ -71,6 +71,8 @@ def test_samples_carry_their_coordinates_along(kernel):
     assert second.effective_rank == pytest.approx(first.effective_rank)
     rows = np.abs(first.coordinates).argmax(axis=0)
     assert np.all(first.coordinates[rows, [0, 1]] > 0)
+    # Of either sign: the solver's own may be the right one by chance.
+    np.testing.assert_array_equal(fixed_signs(first.coordinates * [1, -1]), first.coordinates)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -14,6 +14,7 @@ from raymerge.objectives import (
     perplexity,
     score_answers,
     score_text,
+    trial_outcome,
 )
 
 # Two subjects of 1 and 3 questions; the model is right on the first two.
@@ -211,3 +212,26 @@ def test_a_ceiling_leaves_the_values_under_it_alone():
 
 def test_a_perplexity_beyond_floats_is_infinite():
     assert perplexity(800.0) == math.inf and perplexity(math.log(12)) == pytest.approx(12)
+
+
+@pytest.mark.parametrize(
+    ("found", "error"),
+    [
+        ({"value": 0.5, "accuracy": 0.5, "nll": 1.25, "perplexity": 9.0, "n_questions": 8}, None),
+        ({"value": 2.0, "accuracy": None, "nll": None, "perplexity": 7.4}, None),  # of text alone
+        ({"value": 0.5, "accuracy": 0.5, "nll": math.nan, "n_questions": 8}, "the score is not finite"),
+        ({"value": math.inf, "accuracy": None, "nll": None, "perplexity": math.inf}, "the score is not finite"),
+        ({"error": "three workers were lost", "n_questions": 8}, "three workers were lost"),
+        ({"value": 0.5, "accuracy": 0.5, "nll": 1.25, "error": "three workers were lost"}, "three workers were lost"),
+    ],
+)
+def test_a_trial_keeps_what_was_reached_or_why_nothing_was(found, error):
+    outcome = trial_outcome(found)
+    assert outcome["n_questions"] == found.get("n_questions", 0)
+    reached = {name: outcome[name] for name in ("value", "accuracy", "nll", "perplexity")}
+    if error is None:
+        assert (outcome["status"], outcome["error"]) == ("ok", None)
+        assert reached == {name: found.get(name) for name in reached}
+    else:
+        assert outcome["status"] == "failed" and outcome["error"].startswith(error)
+        assert set(reached.values()) == {None}

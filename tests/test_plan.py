@@ -187,6 +187,7 @@ def test_merges_must_leave_a_layer(merges):
         ([(-1, 0, 0.5)], r"layer -1 \(into\) does not exist"),
         ([(2, 2, 0.5)], "cannot be merged into itself"),
         ([(0, 2, 0.5)], r"layers \[1\] still stand between"),
+        ([(3, 0, 0.5)], r"layers \[1, 2\] still stand between"),
         ([(2, 3, 0.5), (1, 3, 0.5)], r"step 1 \(1 <- 3\): layer 3 \(remove\) was already removed"),
         ([(2, 3, 0.5)] * 4, "4 merges need more than 4 layers.*merge at most 3"),
     ],
@@ -548,7 +549,8 @@ def test_a_block_moves_and_takes_points_of_a_search_over_blocks():
     alphas = [0.3, 0.8]
     plan = block_plan(8, 2, [0.5, 0.5], name="b", kind="file", survivor="after", norms="fold")
     moved = plan.with_flat_alphas([4.0, *alphas], ["mlp.up_proj"], name="x", kind="found")
-    assert moved == block_plan(8, 4, alphas, name="x", kind="found", survivor="after", norms="fold")
+    expected = block_plan(8, 4, alphas, name="x", kind="found", survivor="after", norms="fold")
+    assert moved == expected and moved.plan_id("m") == expected.plan_id("m")  # 4.0 is no other layer than 4
     assert plan.with_flat_alphas(alphas, [], name="x", kind="found").steps[0].remove == 2
     assert len(plan.with_flat_alphas([*alphas, *alphas], ["mlp.up_proj"], name="x", kind="found").matrix_alphas) == 1
     with pytest.raises(PlanError, match="layer 8 .* does not exist"):

@@ -12,12 +12,13 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import raymerge.proof
 from raymerge.checkpoint import Checkpoint
 from raymerge.merging import save_merged, saved_proof, saved_record
 from raymerge.plan import PlanError, before_last_plan, tail_plan
-from raymerge.proof import NEW_TOKENS, ProofError, check_proof, prove
+from raymerge.proof import NEW_TOKENS, PROMPTS, ProofError, check_proof, prove
 from raymerge.reload import reload
 from raymerge.storage import RunError
 
@@ -92,6 +93,13 @@ def drop_token(folder):
     path.write_text(json.dumps(values))
 
 
+def spoil_a_token_of_the_last_prompt(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    *others, last = (set(tokenizer(text)["input_ids"]) for text in PROMPTS)
+    token = min(last.difference(*others))
+    spoil_weight(folder, "model.embed_tokens.weight", lambda w: w.index_fill(0, torch.tensor([token]), torch.nan))
+
+
 def swap_layer_types(folder):
     """Windows as published ones are: far longer than the prompts, so that no logit tells."""
     types = json.loads((folder / "config.json").read_text())["layer_types"]
@@ -107,6 +115,7 @@ SPOILED = {
     ),
     "one_gain": (lambda f: spoil_weight(f, "model.norm.weight", lambda w: w * 1.001), "logits differ"),
     "not_a_number": (lambda f: spoil_weight(f, "model.norm.weight", lambda w: w * torch.nan), "differ by up to nan"),
+    "not_a_number_in_one_prompt": (spoil_a_token_of_the_last_prompt, "differ by up to nan"),
     "epsilon": (lambda f: edit_config(f, rms_norm_eps=1e-3), "logits differ"),
     "fewer_layers": (lambda f: edit_config(f, num_hidden_layers=2), "tensors are not those"),
     "a_tensor_less": (drop_tensor, "tensors are not those that its config asks for.*layers.1.mlp.up_proj"),

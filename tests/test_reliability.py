@@ -41,10 +41,12 @@ def test_the_jackknife_leaves_undefined_draws_out():
     draws = np.random.default_rng(0).normal(size=(20, 2, 2))
     holed = draws.copy()
     holed[5:, 0, 1] = np.nan
+    holed[2:, 1, 1] = np.nan
     holed[1:, 1, 0] = np.nan
     found = jackknife_variance(holed, 8, 10)
     assert found[0, 0] == pytest.approx(4 * draws[:, 0, 0].var(ddof=1))
     assert found[0, 1] == pytest.approx(4 * draws[:5, 0, 1].var(ddof=1))
+    assert found[1, 1] == pytest.approx(4 * draws[:2, 1, 1].var(ddof=1))
     assert np.isnan(found[1, 0])
 
 

@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import pytest
+import tiny
 
 from raymerge import rows
 from raymerge.context import TextLosses
+from raymerge.evaluation import Answers
 from raymerge.schemas import conform
 
 
@@ -79,6 +81,23 @@ def test_a_model_without_a_loss_is_compared_with_none():
     for plan in ("nan", "inf"):
         broken = rows.text_perplexity_row(plan, found[plan], "text")
         assert not math.isfinite(broken["perplexity"]) and broken["ci_low"] is None and broken["ci_high"] is None
+
+
+def test_answers_to_some_of_the_questions_are_taken_only_where_that_is_meant():
+    questions = tiny.make_questions({"a": 3, "b": 2})
+    logits = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    whole = Answers.of_letters(logits)
+    table = rows.answer_table("p", questions, whole)
+    assert table["question_id"].to_pylist() == [question.question_id for question in questions.questions]
+    assert table["answer"].to_pylist() == [question.answer for question in questions.questions]
+    assert table["predicted"].to_pylist() == [max(range(4), key=own.__getitem__) for own in logits]
+    assert np.array_equal(np.stack([table[f"logit_{letter}"] for letter in "abcd"], axis=1), logits)
+    for order in ([0, 1, 2, 4], [0, 1, 2, 4, 3]):
+        some = Answers(**{name: values[order] for name, values in vars(whole).items()})
+        with pytest.raises(ValueError, match=f"answers cover {len(order)} of 5 questions of test"):
+            rows.answer_table("p", questions, some)
+        partial = rows.answer_table("p", questions, some, partial=True)
+        assert partial.to_pylist() == table.take(order).to_pylist()
 
 
 def test_a_model_whose_logits_are_no_numbers_has_accuracy_comparisons_alone():

@@ -188,6 +188,17 @@ def test_the_interval_of_few_losses_holds_the_mean_about_as_often_as_it_says(n, 
     assert least < np.mean([one.ci_low <= 0 <= one.ci_high for one in found]) < 0.96
 
 
+@pytest.mark.parametrize(("n", "confidence"), [(8, 0.95), (30, 0.8)])
+def test_expanded_percentiles_of_a_normal_law_of_resampled_means_are_students_interval(n, confidence, monkeypatch):
+    """Resampled means of n items have the mean and, over n, the variance (ddof 0) of the items."""
+    d = np.random.default_rng(n).normal(size=n)
+    law = scipy.stats.norm(d.mean(), d.std() / math.sqrt(n)).ppf((np.arange(200_000) + 0.5) / 200_000)
+    monkeypatch.setattr("raymerge.statistics._bootstrap_means", lambda *_: law)
+    found = paired_difference(d, np.zeros(n), confidence=confidence, n_resamples=10)
+    expected = scipy.stats.t.interval(confidence, n - 1, loc=d.mean(), scale=scipy.stats.sem(d))
+    assert (found.ci_low, found.ci_high) == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize("n", [2, 3, 7])
 def test_the_interval_of_very_few_losses_is_students(n):
     a, b = np.random.default_rng(n).normal(size=(2, n))
@@ -273,6 +284,9 @@ def test_the_macro_interval_of_large_subjects_is_the_normal_one_and_of_few_quest
     assert macro_interval([8, 8], [11, 11]) == pytest.approx(_wilson(8 / 11, 22), rel=0.02)
     with pytest.raises(ValueError, match="2 counts .* but 1"):
         macro_interval([1, 2], [3])
+    for correct, n in (([1, 3], [2, 2]), ([1, -1], [2, 2]), ([1, 0], [2, 0])):  # one subject of two is wrong
+        with pytest.raises(ValueError, match="each from 0 to n, n at least 1"):
+            macro_interval(correct, n)
 
 
 def _wilson(share, n):
