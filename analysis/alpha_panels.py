@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
-from plotting import COLOURS, number, save, style_of
+from plotting import COLOURS, number, save, spread, style_of
 
 from raymerge.tables import RunDirectory, RunError
 
@@ -193,10 +193,12 @@ def draw_history(history: list[dict], path: Path) -> Path:
     rows = starts[best]
     alphas = np.array([row["alphas"] for row in rows])
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.92, alphas.shape[1]))
+    ends = np.argsort(alphas[-1], kind="stable")
+    heights = dict(zip(ends.tolist(), spread(alphas[-1, ends].tolist(), min(0.028, 1 / len(ends))), strict=True))
     for step, colour in enumerate(colours):
         right.plot([row["epoch"] for row in rows], alphas[:, step], color=colour, lw=1.2)
         right.annotate(
-            str(step), (rows[-1]["epoch"], alphas[-1, step]), xytext=(3, 0), textcoords="offset points", fontsize=6.5,
+            str(step), (rows[-1]["epoch"], heights[step]), xytext=(3, 0), textcoords="offset points", fontsize=6.5,
             va="center", color=colour,
         )  # fmt: skip
     for axis in (left, right):

@@ -36,7 +36,7 @@ from alpha_panels import (
     read_similarity,
 )
 from matplotlib.ticker import MaxNLocator
-from plotting import COLOURS, STYLE, markdown, need, number, run_main, save, save_text, style_of
+from plotting import COLOURS, STYLE, markdown, need, number, run_main, save, save_text, spread, style_of
 
 from raymerge.tables import RunDirectory, RunError, above_ceiling, is_minimised, plan_labels, rank
 
@@ -391,19 +391,6 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
     axis.set_ylim(low, high)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return save(figure, path)
-
-
-def spread(values: list[float], gap: float) -> list[float]:
-    """Positions near ascending `values` at least `gap` apart, moved as little as pushing clusters about their mean."""
-    clusters: list[list[float]] = []  # [sum of values, how many]
-    for value in values:
-        clusters.append([value, 1])
-        while len(clusters) > 1:
-            (s0, n0), (s1, n1) = clusters[-2:]
-            if s1 / n1 - s0 / n0 >= gap * (n0 + n1) / 2:
-                break
-            clusters[-2:] = [[s0 + s1, n0 + n1]]
-    return [total / n + gap * (i - (n - 1) / 2) for total, n in clusters for i in range(n)]
 
 
 def describe_plans(plans, coefficients, labels) -> list[str]:

@@ -39,6 +39,19 @@ def style_of(number: int) -> dict:
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[(number + number // 8) % len(MARKERS)]}
 
 
+def spread(values: list[float], gap: float) -> list[float]:
+    """Positions near ascending `values` at least `gap` apart, moved as little as pushing clusters about their mean."""
+    clusters: list[list[float]] = []  # [sum of values, how many]
+    for value in values:
+        clusters.append([value, 1])
+        while len(clusters) > 1:
+            (s0, n0), (s1, n1) = clusters[-2:]
+            if s1 / n1 - s0 / n0 >= gap * (n0 + n1) / 2:
+                break
+            clusters[-2:] = [[s0 + s1, n0 + n1]]
+    return [total / n + gap * (i - (n - 1) / 2) for total, n in clusters for i in range(n)]
+
+
 def save(figure, path: Path) -> Path:
     """Write a figure and close it; a temporary name first, so that no viewer opens half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)

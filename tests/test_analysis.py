@@ -273,8 +273,8 @@ def test_best_trial_breaks_ties_by_nll_and_knows_the_direction():
 
 
 def test_spread_keeps_labels_apart_in_order():
-    assert alphas_script.spread([0.0, 5.0], 1.0) == [0.0, 5.0]
-    moved = alphas_script.spread([1.0, 1.0, 1.1, 1.9, 7.0], 1.0)
+    assert plotting.spread([0.0, 5.0], 1.0) == [0.0, 5.0]
+    moved = plotting.spread([1.0, 1.0, 1.1, 1.9, 7.0], 1.0)
     assert np.diff(moved).min() >= 1 - 1e-12 and moved[-1] == 7.0
     assert np.mean(moved[:4]) == pytest.approx(np.mean([1.0, 1.0, 1.1, 1.9]))
 
