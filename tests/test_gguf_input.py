@@ -75,7 +75,7 @@ def test_a_merge_of_it_says_where_it_came_from(tmp_path, model):
     assert record["gguf_source"] == checkpoint.source
     assert json.loads((tmp_path / "merged" / "merge_plan.json").read_text())["gguf_source"] == checkpoint.source
     card = (tmp_path / "merged" / "README.md").read_text()
-    assert checkpoint.source["sha256"] in card and "# tiny.gguf, 1 layers" in card
+    assert checkpoint.source["sha256"] in card and "# tiny.gguf, 1 layer merged" in card
     assert "mergekit reads no GGUF" in record["mergekit"]
     # The merge itself is no GGUF file.
     assert Checkpoint(str(tmp_path / "merged")).source is None

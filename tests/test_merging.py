@@ -127,7 +127,7 @@ def test_a_folder_of_the_hub_s_cache_is_the_hub_s_model(tmp_path):
         out = tmp_path / f"merged-{number}"
         save_merged(Checkpoint(str(model)), tail_plan(5, [0.4], name="x", kind="found"), out, verify=False)
         _, front, text = (out / "README.md").read_text().split("---\n", 2)
-        assert yaml.safe_load(front)["base_model"] == "owner/name" and text.startswith("# name, 1 layers merged away")
+        assert yaml.safe_load(front)["base_model"] == "owner/name" and text.startswith("# name, 1 layer merged away")
         record = json.loads((out / "merge_plan.json").read_text())
         assert (record["base_model"], record["base_model_revision"]) == ("owner/name", commit)
         assert f"hf download owner/name --revision {commit}" in (out / "mergekit.yaml").read_text()
