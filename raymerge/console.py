@@ -247,6 +247,7 @@ def _print_tasks(run: RunDirectory, plan_id: str | None = None) -> None:
 def print_evaluation(run: RunDirectory, split: str) -> None:
     """Accuracy by subject, averages and perplexities of an evaluation."""
     from raymerge import findings, summary
+    from raymerge.tables import MICRO
 
     questions = {
         row["subject"]: summary.number(row["perplexity"], (row["ci_low"], row["ci_high"]))
@@ -255,7 +256,7 @@ def print_evaluation(run: RunDirectory, split: str) -> None:
     }
     cells = []
     for row in run.read("accuracy").to_pylist():
-        key = None if row["subject"] == summary.MICRO else row["subject"]
+        key = None if row["subject"] == MICRO else row["subject"]
         cells.append(
             [
                 row["subject"],

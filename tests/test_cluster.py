@@ -336,7 +336,7 @@ def command_line(out, **environment):
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     words = [word for setting in SETTINGS for word in ("--set", setting)]
     return subprocess.Popen(
-        [sys.executable, "-m", "raymerge.cli", "search", "--out", str(out), *words],
+        [sys.executable, "-m", "raymerge", "search", "--out", str(out), *words],
         env=env | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -546,7 +546,8 @@ def test_the_summary_is_made_from_tables(run, capsys):
         assert words in shown
 
 
-def test_an_interrupted_evaluation_goes_on_by_shard(local_pools, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_goes_on_by_shard(local_pools, tmp_path, monkeypatch, capsys):
+    from raymerge.console import print_evaluation
     from raymerge.experiments import model_evaluation
 
     monkeypatch.setattr(raymerge.prompts, "_LEAST_TOKENS", 300)
@@ -555,6 +556,13 @@ def test_an_interrupted_evaluation_goes_on_by_shard(local_pools, tmp_path, monke
     subjects = run.read("accuracy")["subject"].to_pylist()
     assert subjects == ["_micro", "_macro", "colour_mixing", "country_capitals", "number_words"]
     assert [row["target"] for row in run.read("perplexity").to_pylist()] == ["question"] * 4 + ["text"]
+    print_evaluation(run, "test")
+    shown = {words[0]: words for line in capsys.readouterr().out.splitlines() if (words := line.split())}
+    micro = next(
+        row for row in run.read("perplexity").to_pylist() if row["target"] == "question" and not row["subject"]
+    )
+    assert list(map(shown.__contains__, subjects)) == [True] * 5 and "Always" in shown
+    assert summary.number(micro["perplexity"]) in shown["_micro"]
     assert json.loads(json.dumps(run.manifest()))["status"] == "complete"
 
     class Cut(Exception):

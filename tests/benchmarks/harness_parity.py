@@ -140,7 +140,7 @@ class Sides:
 
     def ours(self, *arguments: str) -> dict[str, float]:
         """Evaluate into the run directory "run"."""
-        command = [sys.executable, "-m", "raymerge.cli", "evaluate", self.options.model, *arguments, "--text", "none"]
+        command = [sys.executable, "-m", "raymerge", "evaluate", self.options.model, *arguments, "--text", "none"]
         command += ["--no-question-perplexity", "--out", str(self.folder / "run"), "--set", "model.dtype=float32"]
         command += ["--set", f"workers.count={self.options.threads}"]
         # Ray starts its workers 15 steps nicer than their driver: on a busy machine that is no equal footing.
