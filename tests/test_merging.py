@@ -259,7 +259,9 @@ from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 found = {}
 for folder in sys.argv[2:]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # transformers before 5.22 loads Gemma 2 with SDPA, which leaves its softcap out; later ones with eager attention.
+    attention = {"attn_implementation": "eager"} if "gemma2" in folder else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **attention).eval()
     ids = torch.from_numpy(np.load(folder + "/ids.npy"))[None]
     with torch.no_grad():
         found[folder] = model(input_ids=ids).logits[0].numpy()
