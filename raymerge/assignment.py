@@ -15,7 +15,6 @@ matrix (an outer product, n = 1,500).
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from raymerge.errors import UserError
 
@@ -38,6 +37,8 @@ def assign(cost: np.ndarray) -> np.ndarray:
     copy and, while reducing, one float32 copy (2.5 GB at n = 14,336). Raises AssignmentError for a matrix that is not
     square, not finite or not of floats.
     """
+    from scipy.optimize import linear_sum_assignment  # 0.3 s to import, in every worker, of which few align
+
     cost = np.asarray(cost)
     if cost.ndim != 2 or cost.shape[0] != cost.shape[1]:
         raise AssignmentError(f"the cost matrix is {cost.shape}, but must be square")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from raymerge.diffusion import SimilarityError
 from raymerge.similarity import Recipe, SimilarityMatrix, compute, features, measure, pearson, smallest_sample
@@ -186,7 +186,7 @@ def _quantile(confidence: float) -> float:
     """Half the width, in standard errors, of a normal-theory interval."""
     if not 0 < confidence < 1:
         raise SimilarityError(f"confidence is {confidence}, but should lie between 0 and 1, for example 0.95")
-    return float(norm.ppf((1 + confidence) / 2))
+    return float(ndtri((1 + confidence) / 2))
 
 
 def _off_diagonal(a: np.ndarray, b: np.ndarray) -> float:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy.spatial.distance import cdist
 from scipy.special import digamma
-from scipy.stats import rankdata
 
 from raymerge.diffusion import SMALLEST_N, SimilarityError, checked_distances
 from raymerge.embedding import EMBEDDINGS, centred_gram, embed_layers
@@ -161,6 +160,8 @@ def npib(
     random_state : int
         Of the noise of size 1e-10 that breaks the ties of distances between ranks.
     """
+    from scipy.stats import rankdata  # half a second to import, in every worker, of which few compare layers
+
     embeddings = _checked_embeddings(embeddings)
     n = embeddings.shape[1]
     if not 1 <= neighbors < n:

@@ -18,11 +18,24 @@ def local_pools(monkeypatch):
         pools.append(LocalPool(*args, **options))
         return pools[-1]
 
-    for name in ("compression_sweep", "layer_similarity", "model_evaluation", "planning"):
-        monkeypatch.setattr(f"raymerge.experiments.{name}.open_pool", opened)
-    for name in ("compression_sweep", "layer_similarity", "model_evaluation"):
-        monkeypatch.setattr(f"raymerge.experiments.{name}.runtime", lambda *_: nullcontext())
+    _open_in(monkeypatch, opened, "compression_sweep", "layer_similarity", "model_evaluation")
+    monkeypatch.setattr("raymerge.experiments.planning.open_pool", opened)
     return pools
+
+
+@pytest.fixture
+def local_searches(local_pools, monkeypatch):
+    """Searches too use a LocalPool, and no Tune: for what depends on neither."""
+    from local_pool import LocalPool, local_search
+
+    _open_in(monkeypatch, LocalPool, "alpha_search")
+    monkeypatch.setattr("raymerge.experiments.alpha_search.run_search", local_search)
+
+
+def _open_in(monkeypatch, pool, *experiments):
+    for name in experiments:
+        monkeypatch.setattr(f"raymerge.experiments.{name}.open_pool", pool)
+        monkeypatch.setattr(f"raymerge.experiments.{name}.runtime", lambda *_: nullcontext())
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,14 @@ A worker of a process of its own takes seven seconds of a core to start.
 
 from contextlib import nullcontext
 
+from raymerge.search import BatchSearcher, SearchOutcome
 from raymerge.worker import ModelWorker
 
 
 class LocalPool(nullcontext):
     """What experiments ask of a WorkerPool; `asked` counts the items of "run"."""
 
-    count, gpus_per_worker = 1, 0
+    count, gpus_per_worker, present = 1, 0, (0,)
 
     def __init__(self, config, inputs, cache, *, template=None, firsts=(), shards_each=None, **_):
         super().__init__(self)
@@ -35,3 +36,32 @@ class LocalPool(nullcontext):
 
     def admit(self, method, check):
         check(getattr(self.worker, method)())
+
+    # What a searcher asks besides: the worker is there, and stays.
+
+    def name_of(self, slot):
+        return f"worker-{slot}"
+
+    def poll(self):
+        return []
+
+    def succeeded(self, slot):
+        pass
+
+
+def local_search(
+    pool, proposer, *, searcher, objective, seed, plan_id_of, method="score", arguments=(), storage_path, loggers, **how
+):
+    """What `run_search` does, without Tune: the same searcher, whose batches the pool's worker scores one by one."""
+    common = {"searcher": searcher, "seed": seed, "objective": objective}
+    algorithm = BatchSearcher(
+        proposer, crew=pool, describe=lambda point: {**common, "plan_id": plan_id_of(point)}, **how
+    )
+    trial = 0
+    while (asked := algorithm.suggest(f"trial-{trial}")) != BatchSearcher.FINISHED:
+        results = getattr(pool.worker, method)(asked["candidates"], *arguments)
+        algorithm.on_trial_complete(f"trial-{trial}", {"results": results})
+        trial += 1
+    if algorithm.failure is not None:
+        raise algorithm.failure
+    return SearchOutcome(algorithm.finished, 1.0, 0.0)

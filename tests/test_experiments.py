@@ -200,7 +200,7 @@ def test_the_saved_model_is_proved_and_its_card_says_what_it_reaches(run):
     assert "test questions, none of which the search saw" in card and "```\ntest\n```" in card
 
 
-def test_a_saved_model_that_failed_its_proof_fails_the_search_and_stays(run, ray_session, tmp_path, monkeypatch):
+def test_a_saved_model_that_failed_its_proof_fails_the_search_and_stays(run, local_searches, tmp_path, monkeypatch):
     """Also when the same command is given again, unless the proof was ended before it said anything."""
     again = tmp_path / "again"
     shutil.copytree(run.path_of(), again, ignore=shutil.ignore_patterns("manifest.json", "models"))
@@ -398,7 +398,7 @@ def test_receipts_say_that_dropping_changes_nothing_and_merging_seven_matrices(r
     assert sum(changed["fixed_0.6225"]) == 7
 
 
-def test_an_interrupted_search_goes_on_and_a_complete_one_is_left_alone(run, ray_session, tmp_path, monkeypatch):
+def test_an_interrupted_search_goes_on_and_a_complete_one_is_left_alone(run, local_searches, tmp_path, monkeypatch):
     settings = config(tmp_path / "cut")
 
     class Cut(Exception):
@@ -413,13 +413,12 @@ def test_an_interrupted_search_goes_on_and_a_complete_one_is_left_alone(run, ray
         return original(self, part, trials, results)
 
     original = alpha_search._Search._record
-    monkeypatch.setattr(alpha_search._Search, "_record", cut)
-    with pytest.raises(Cut):
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(alpha_search._Search, "_record", cut)
         search(settings, command=["test"])
     half = RunDirectory.load(tmp_path / "cut")
     assert not half.complete
     before = {row["plan_id"] for row in half.read("trials").to_pylist()}
-    monkeypatch.undo()
     whole = search(settings, command=["test"])
     trials = whole.read("trials").to_pylist()
     assert before <= {row["plan_id"] for row in trials}
@@ -434,7 +433,7 @@ def test_an_interrupted_search_goes_on_and_a_complete_one_is_left_alone(run, ray
     assert drawn[0] == drawn[1]
 
 
-def test_a_search_that_keeps_the_language_model(ray_session, tmp_path):
+def test_a_search_that_keeps_the_language_model(local_searches, tmp_path):
     """Values, perplexities and the choice follow from the tables; what is chosen keeps to the ceiling. Questions are
     those of two of three subjects in the search, of all in the report, with comparisons on the two beside it."""
     subjects = ("number_words", "colour_mixing")
@@ -491,7 +490,7 @@ def test_a_search_that_keeps_the_language_model(ray_session, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_block_and_coefficients_are_searched_together(ray_session, local_pools, tmp_path):
+def test_block_and_coefficients_are_searched_together(local_searches, tmp_path):
     """Every trial has its block; what is reported and saved is the best one's."""
     settings = [
         "plan.selection=block",
@@ -694,9 +693,7 @@ GRADIENT = [
 ]
 
 
-def test_a_search_by_gradient_keeps_every_epoch_and_goes_on_where_it_was_cut(
-    ray_session, local_pools, tmp_path, monkeypatch
-):
+def test_a_search_by_gradient_keeps_every_epoch_and_goes_on_where_it_was_cut(local_searches, tmp_path, monkeypatch):
     class Cut(Exception):
         pass
 
@@ -708,10 +705,9 @@ def test_a_search_by_gradient_keeps_every_epoch_and_goes_on_where_it_was_cut(
         stored.append(part)
         return original(self, part, trials, results)
 
-    monkeypatch.setattr(alpha_search._Search, "_record", cut)
-    with pytest.raises(Cut):
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(alpha_search._Search, "_record", cut)
         search(config(tmp_path / "cut", *GRADIENT), command=["test"])
-    monkeypatch.undo()
     run = search(config(tmp_path / "cut", *GRADIENT), command=["test"])
 
     trials = [row for row in run.read("trials").to_pylist() if row["searcher"].startswith("gradient")]

@@ -75,7 +75,7 @@ def test_the_same_command_again_repeats_nothing_and_another_is_refused(run):
         similarity(config(run.path_of(), "similarity.sigma=2"))
 
 
-def test_a_search_takes_base_coefficients_and_controls_from_a_similarity_run(run, ray_session, tmp_path):
+def test_a_search_takes_base_coefficients_and_controls_from_a_similarity_run(run, local_searches, tmp_path):
     found = search(
         load_config(
             None,
@@ -110,7 +110,7 @@ def test_a_search_takes_base_coefficients_and_controls_from_a_similarity_run(run
     assert dropped == set(np.argsort(influence, kind="stable")[:4].tolist())
 
 
-def test_the_most_similar_layers_are_merged_with_similarity_collected_anew(run, ray_session, local_pools, tmp_path):
+def test_the_most_similar_layers_are_merged_with_similarity_collected_anew(run, local_searches, tmp_path):
     """A merge amid the model, where no trunk ends just before a last layer; recompute runs merged models."""
     settings = load_config(
         None,
