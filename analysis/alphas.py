@@ -6,9 +6,11 @@
 Reads tables plans, coefficients, trials and gradient_history, and draws those of which there are rows. --similarity
 names a run of `raymerge similarity`; without it the one that the run itself took its coefficients from is used.
 
-  alphas.png              alpha of every merge step, and the weight each original layer ends up with
+  alphas.png              alpha of every merge step (thin: of single matrices, where they have their own), and the
+                          weight each original layer ends up with
   alpha_distribution.png  all alphas the search tried, beside the best candidate's
-  search_progress.png     objective by candidate, running best, controls as horizontal lines
+  search_progress.png     objective by candidate, running best, controls as horizontal lines; of a share of questions
+                          the 95 % interval of the best
   learned_alphas.png      the published figure, a row for each method that was found, or whose alphas differ from step
                           to step and are not computed from a similarity: their distribution with its mean, alpha by
                           merge step, alpha against the merged layers' similarity (where there is one) with Pearson's r
@@ -38,7 +40,15 @@ from alpha_panels import (
 from matplotlib.ticker import MaxNLocator
 from plotting import COLOURS, STYLE, markdown, need, number, run_main, save, save_text, spread, style_of
 
-from raymerge.tables import RunDirectory, RunError, above_ceiling, is_minimised, plan_labels, rank
+from raymerge.tables import (
+    RunDirectory,
+    RunError,
+    above_ceiling,
+    is_minimised,
+    plan_labels,
+    rank,
+    wilson_interval,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,7 +104,8 @@ def draw(run: RunDirectory, out: Path, *, files=None, similarity=None, subset=No
         if methods:
             paths.append(draw_methods(dict(list(methods.items())[:MOST_METHODS]), known, out / "learned_alphas.png"))
         if history:
-            paths.append(draw_history(history, out / "gradient_history.png"))
+            objective = (run.config.get("search") or {}).get("objective", "")
+            paths.append(draw_history(history, out / "gradient_history.png", objective))
     text = describe(run, plans, coefficients, searchers, labels) + describe_methods(methods, known)
     if history:
         header = ["start", "epochs", "first loss", "last loss", "lowest held-out loss", "at epoch"]
@@ -126,8 +137,9 @@ def similarity_of(run: RunDirectory, path: str | None, subset: str | None) -> di
 
 
 def learned(run: RunDirectory, plans: list[dict], labels: dict[str, str]) -> dict[str, list[dict]]:
-    """Name -> steps of the plans that were found, first, and of those whose alphas are not the same at every step;
-    those computed from a similarity, whose correlation with it says nothing, are left out."""
+    """Name -> steps of the plans that were found, first, and of those whose alphas are not the same at every step, and
+    after them those that single matrices have of their own, which would fill the figure; those computed from a
+    similarity, whose correlation with it says nothing, are left out."""
     kinds = {row["plan_id"]: row["kind"] for row in reversed(plans)}
     computed = {row["plan_id"] for row in plans if computed_from_similarity(run, row)}
     found = {
@@ -135,7 +147,7 @@ def learned(run: RunDirectory, plans: list[dict], labels: dict[str, str]) -> dic
         for key, rows in steps_of(plans).items()
         if key[0] not in computed and (kinds[key[0]] in _FOUND or np.ptp([row["alpha"] for row in rows]) > 1e-9)
     }
-    order = sorted(found, key=lambda key: kinds[key[0]] not in _FOUND)
+    order = sorted(found, key=lambda key: (key[1] is not None, kinds[key[0]] not in _FOUND))
     return {label_of(key, labels): found[key] for key in order}
 
 
@@ -182,6 +194,14 @@ def usable(rows: list[dict]) -> list[dict]:
 def best_of(rows: list[dict]) -> dict | None:
     """The best usable trial, by what the search ranks them by."""
     return max(usable(rows), key=rank, default=None)
+
+
+def interval_of(row: dict) -> str | None:
+    """The 95 % interval (Wilson's) of a trial's micro accuracy as text; None for other objectives."""
+    if row["objective"] != "micro_accuracy":
+        return None
+    low, high = wilson_interval(round(row["value"] * row["n_questions"]), row["n_questions"])
+    return f"of {row['n_questions']:,} questions {row['value']:.3f} has a 95 % interval of {low:.3f} to {high:.3f}"
 
 
 def standard_error(row: dict) -> float | None:
@@ -239,11 +259,17 @@ def draw_plans(plans, coefficients, labels, path: Path) -> Path:
     )
     ends = sorted({(row["step"], row["remove"], row["into"]) for rows in steps.values() for row in rows})
     shared = len({step for step, _, _ in ends}) == len(ends)  # every plan merges the same layers at a step
-    for i, (key, rows) in enumerate(steps.items()):
-        shift = 0.30 * (i - (n - 1) / 2) / n  # equal plans stay apart
+    own = list(dict.fromkeys(plan_id for plan_id, _ in steps))
+    title = "α by merge step" + (" (thin: single matrices)" if any(matrix for _, matrix in steps) else "")
+    for (plan_id, matrix), rows in steps.items():
+        i = own.index(plan_id)
+        shift = 0.30 * (i - (len(own) - 1) / 2) / len(own)  # equal plans stay apart
         x = [row["step"] + shift for row in rows]
-        left.plot(x, [row["alpha"] for row in rows], **style_of(i), ms=4.5, lw=1, label=label_of(key, labels))
-    left.set(ylim=(-0.04, 1.04), ylabel="α (weight of the layer merged into)", title="α by merge step")
+        look = {"ms": 4.5, "lw": 1, "label": label_of((plan_id, None), labels)}
+        if matrix is not None:
+            look = {"ms": 0, "lw": 0.6, "alpha": 0.5, "label": None if (plan_id, None) in steps else look["label"]}
+        left.plot(x, [row["alpha"] for row in rows], **style_of(i), **look)
+    left.set(ylim=(-0.04, 1.04), ylabel="α (weight of the layer merged into)", title=title)
     if shared and ends:
         stride = math.ceil(len(ends) / 20)
         names = [f"{step}: {remove}→{into}" for step, remove, into in ends[::stride]]
@@ -253,7 +279,8 @@ def draw_plans(plans, coefficients, labels, path: Path) -> Path:
         left.set_xlabel("merge step")
         left.xaxis.set_major_locator(MaxNLocator(integer=True))
     columns = max(1, int((left_width + right_width) / (longest + 0.7)))
-    figure.legend(loc="outside lower center", ncols=min(n, columns), fontsize=8)
+    handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(n, columns), fontsize=8)
 
     grid = np.array([[row[layer] for layer in layers] for row in weights.values()]).reshape(len(weights), len(layers))
     image = right.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -303,7 +330,6 @@ def draw_distribution(searchers: dict[str, list[dict]], labels, path: Path) -> P
         )
     left.tick_params(axis="x", pad=6 + 8 * len(shown))
     left.set(xlim=(0, 1), xlabel="α", ylabel=f"share of alphas (% per bin of {bins[1]:.2f})", title="Distribution of α")
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.26), fontsize=7.5)
     rng = np.random.default_rng(0)
     values = [row["value"] for rows in shown.values() for row in rows]
     lower = is_minimised(next(iter(shown.values()))[0]["objective"])
@@ -326,8 +352,9 @@ def draw_distribution(searchers: dict[str, list[dict]], labels, path: Path) -> P
         axis.plot(range(len(best)), best, "o", ms=8, mfc="none", mec="#D55E00", mew=1.6, label="best candidate")
         axis.set(ylim=(-0.03, 1.03), xlabel="merge step", ylabel="α", title=f"α tried at each step ({name})")
         axis.set_xticks(range(0, x.max() + 1, math.ceil((x.max() + 1) / 16)))
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8)
-    objective = next(iter(shown.values()))[0]["objective"].replace("_", " ")
+    handles, names = (sum(both, []) for both in zip(*(a.get_legend_handles_labels() for a in axes[0, :2]), strict=True))
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 1 + len(shown)), fontsize=8)
+    objective = next(iter(shown.values()))[0]["objective"]
     direction = "lower" if lower else "higher"
     figure.colorbar(dots, ax=axes[0, -1], label=f"{objective} ({direction} is better)", fraction=0.05, pad=0.02)
     figure.draw_without_rendering()  # lay out twice: the bar's ticks change with its size, and its label was cut off
@@ -373,8 +400,8 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
     unit = " (nats)" if lower else " (share of questions)" if "accuracy" in objective else ""
     axis.set(
         xlabel="candidates evaluated",
-        ylabel=f"{objective.replace('_', ' ')}{unit}, {'lower' if lower else 'higher'} is better",
-        title="Search progress (dots: single candidates; dashed: controls)",
+        ylabel=f"{objective}{unit}, {'lower' if lower else 'higher'} is better",
+        title="Search progress (marks: single candidates; dashed: controls)",
     )
     low, high = axis.get_ylim()
     for (value, name), y in zip(lines, spread([value for value, _ in lines], 0.042 * (high - low)), strict=True):
@@ -389,7 +416,8 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
             arrowprops={"arrowstyle": "-", "color": "#7F7F7F", "lw": 0.6, "shrinkA": 1, "shrinkB": 0},
         )
     axis.set_ylim(low, high)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    note = interval_of(max(every, key=rank))  # the axis shows what lies within it many times enlarged
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, title=note, title_fontsize=8)
     return save(figure, path)
 
 
