@@ -216,10 +216,58 @@ def test_the_best_so_far_never_gets_worse(search):
 
 
 def test_controls_at_nearly_the_same_value_share_a_label():
-    assert searched._together([("a", 0.5), ("b", 0.505), ("c", 0.9)], [0.0, 1.0]) == [
-        ("a, b", pytest.approx(0.5025)),
+    """A line of text is 11 of a drawing's 268 pixels: labels of values 4 % apart covered each other."""
+    assert searched._together([("a", 0.5), ("b", 0.54), ("c", 0.9), ("d", 0.95)], [0.0, 1.0]) == [
+        ("a, b", pytest.approx(0.52)),
         ("c", 0.9),
+        ("d", 0.95),
     ]
+
+
+def test_perplexities_are_drawn_with_the_tables_intervals(search):
+    """The caption promised intervals of each plan; the panel of perplexities had none."""
+    (figure,) = blocks([plans.answer(Reached(search))], Figure)
+    assert figure.title == "Accuracy and perplexity of every plan" and figure.columns == 2
+    stored = {row["perplexity"]: row for row in search.read("perplexity").to_pylist()}
+    for row in as_dicts(figure.rows):
+        found = stored[row["perplexity"]]
+        assert (row["perplexity_low"], row["perplexity_high"]) == (found["ci_low"], found["ci_high"])
+    bars, points = figure.views[1].spec["layer"]
+    assert bars["encoding"]["x"]["field"] == "perplexity_low" and bars["encoding"]["x2"]["field"] == "perplexity_high"
+    assert points["mark"]["type"] == "point"
+
+
+def test_a_caption_names_no_panel_that_is_not_there(tmp_path):
+    """Without plain text it spoke of perplexity and two panels beside one of accuracies."""
+    run = search_run(tmp_path / "run")
+    run.replace("perplexity", [])
+    (figure,) = blocks([plans.answer(Reached(run))], Figure)
+    assert figure.title == "Accuracy of every plan" and len(figure.views) == figure.columns == 1
+    assert "panel" not in figure.caption and "95 % intervals" in figure.caption
+
+
+def test_points_at_the_ends_of_an_axis_are_whole(tmp_path, search):
+    """Drawings that zoom are cut at their edges: half of each best candidate was, and the control's name above it."""
+    for run in (search, sweep_run(tmp_path / "w"), sensitivity_run(tmp_path / "t")):
+        for figure in blocks(run_sections(run, heading=False), Figure):
+            for layer in (layer for view in figure.views for layer in view.spec["layer"]):
+                if not isinstance(layer["mark"], dict) or layer["mark"]["type"] != "point":
+                    continue
+                for channel in (layer["encoding"][name] for name in "xy"):
+                    scale = channel.get("scale", {})
+                    free = channel["type"] == "quantitative" and "domain" not in scale
+                    assert not free or scale["padding"] >= 6, (figure.title, channel["field"])
+    (view,) = blocks([searched.search(Reached(search))], Figure)[0].views
+    assert view.spec["layer"][0]["encoding"]["y"]["scale"]["padding"] >= 5 + 11  # a label above the line
+
+
+def test_legends_of_strokes_show_the_whole_pattern():
+    """In 8 pixels "aligned, folded" (8 on, 2 off, 2 on, 2 off) was as solid as "plain"."""
+    rows = [{"k": k, "value": k, "method": "fixed", "variant": name} for name in ("plain", "folded") for k in (1, 2)]
+    axes = {"x": ("k", "layers"), "y": ("value", "accuracy")}
+    view = figures.lines(rows, "", **axes, series="method", dash="variant", tips=[])
+    legend = view.spec["layer"][0]["encoding"]["strokeDash"]["legend"]
+    assert legend["symbolSize"] ** 0.5 >= 2 * max(map(sum, figures._DASHES))
 
 
 def test_differences_by_subject_are_paired(search):
@@ -641,6 +689,7 @@ def test_write_report_says_where_it_cannot_write(tmp_path, search):
         (wording.points(-0.0167), "−1.7"),
         (wording.points(0.00004), "0.0"),
         (wording.signed(0.25, 1), "+0.2"),
+        (wording.signed(float("-inf"), 3), "−∞"),
         (wording.p_value(0.0002), "< 0.001"),
         (wording.p_value(0.0431), "0.043"),
         (wording.p_value(0.5234), "0.52"),

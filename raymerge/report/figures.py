@@ -34,7 +34,8 @@ CONFIG: Spec = {
         "titleFontSize": 12,
         "labelFontSize": 12,
         "titlePadding": 8,
-        "labelLimit": {"signal": "containerSize()[0] < 420 ? 130 : 210"},
+        # the longest subject of MMLU, high_school_government_and_politics, is 240 pixels wide
+        "labelLimit": {"signal": "containerSize()[0] < 420 ? 130 : containerSize()[0] < 700 ? 210 : 270"},
         "gridColor": "var(--line)",
         "domainColor": "var(--rule)",
         "tickColor": "var(--rule)",
@@ -136,6 +137,17 @@ def _roles(rows: list[dict]) -> tuple[Spec, Spec]:
     )
 
 
+def _room(pixels: int) -> Spec:
+    """A scale that leaves pixels on both sides of its data: drawings that zoom are cut at their edges, and so would be
+    a point, or a label above a line, that stands there."""
+    return {"zero": False, "nice": False, "padding": pixels}
+
+
+def _dash_legend() -> Spec:
+    """A legend whose strokes are long enough for the longest pattern of `_DASHES`."""
+    return {"title": None, "symbolSize": 900}
+
+
 def _drawing(layers: list[Spec], *, height: Any = None, **top: Any) -> Spec:
     spec: Spec = {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
@@ -167,7 +179,7 @@ def intervals(
     """
     order = list(dict.fromkeys(row[name] for row in rows))
     y = _field(name, None, "nominal", sort=order, axis=_axis(None, grid=True))
-    x = _field(value, axis, scale={"zero": False}, axis=_axis(axis, format=form, tickCount=6))
+    x = _field(value, axis, scale=_room(8), axis=_axis(axis, format=form, tickCount=6))
     colour, shape = _roles(rows)
     layers: list[Spec] = [
         {
@@ -203,25 +215,26 @@ def named_values(
     title: str = "",
     legend: bool = False,
 ) -> View:
-    """Named positive values on a logarithmic axis, in the order of the rows, coloured by role; without a legend where
-    one stands in a drawing beside it."""
+    """Named positive values with their intervals (columns VALUE_low and VALUE_high, which may be null) on a logarithmic
+    axis, in the order of the rows, coloured by role; without a legend where one stands in a drawing beside it."""
     order = list(dict.fromkeys(row[name] for row in rows))
     colour, shape = (channel if legend else channel | {"legend": None} for channel in _roles(rows))
-    ticks = _log_ticks([row[value] for row in rows if row[value]])
+    low, high = f"{value}_low", f"{value}_high"
+    ticks = _log_ticks([row[column] for row in rows for column in (value, low, high) if row[column]])
+    y = _field(name, None, "nominal", sort=order, axis=_axis(None, grid=True))
     scale = {"type": "log", "nice": False, "padding": 14}
     x = _field(value, axis, scale=scale, axis=_axis(axis, format="~s", values=ticks))
     layers = [
         {
+            "transform": [{"filter": f"isValid(datum['{low}']) && isValid(datum['{high}'])"}],
+            "mark": {"type": "rule", "strokeWidth": 2, "aria": False},
+            "encoding": {"y": y, "x": x | {"field": low}, "x2": {"field": high}, "color": colour},
+        },
+        {
             "mark": {"type": "point", "opacity": 1, "size": 90},
-            "encoding": {
-                "y": _field(name, None, "nominal", sort=order, axis=_axis(None, grid=True)),
-                "x": x,
-                "color": colour,
-                "shape": shape,
-                "tooltip": _tip(*tips),
-            },
+            "encoding": {"y": y, "x": x, "color": colour, "shape": shape, "tooltip": _tip(*tips)},
             "params": [_zoom("x")],
-        }
+        },
     ]
     return View(_drawing(layers, height=26 * len(order)), description, title, {"x": f"zoom_{value}"})
 
@@ -311,7 +324,7 @@ def progress(rows: list[dict], description: str, *, objective: str) -> View:
     scale = {"domain": searchers, "range": [own.get(name, "var(--control)") for name in searchers]}
     colour = _field("searcher", None, "nominal", scale=scale, legend={"title": None})
     x = _field("number", "candidate", scale={"nice": False, "padding": 10}, axis=_axis("candidate", tickMinStep=1))
-    y = _field("value", objective, scale={"zero": False}, axis=_axis(objective))
+    y = _field("value", objective, scale=_room(16), axis=_axis(objective))
     candidate = {"filter": {"field": "kind", "equal": "candidate"}}
     control = {"filter": {"field": "kind", "equal": "control"}}
     tips = [
@@ -351,9 +364,9 @@ def descents(rows: list[dict], description: str, *, objective: str) -> View:
     searchers = list(dict.fromkeys(row["searcher"] for row in rows))
     scale = {"domain": searchers, "range": ["var(--accent)", *SERIES[1:]][: max(1, len(searchers))]}
     colour = _field("searcher", None, "nominal", scale=scale, legend={"title": None})
-    dash = _field("of", None, "nominal", scale={"range": [[1, 0], [4, 3]]}, legend={"title": None})
-    x = _field("epoch", "epoch", axis=_axis("epoch", tickMinStep=1))
-    y = _field("loss", f"loss ({objective})", scale={"zero": False}, axis=_axis(f"loss ({objective})"))
+    dash = _field("of", None, "nominal", scale={"range": [[1, 0], [4, 3]]}, legend=_dash_legend())
+    x = _field("epoch", "epoch", scale=_room(6), axis=_axis("epoch", tickMinStep=1))
+    y = _field("loss", f"loss ({objective})", scale=_room(6), axis=_axis(f"loss ({objective})"))
     tips = [("searcher", "descent"), ("start", "start"), ("epoch", "epoch"), ("of", "of"), ("loss", "loss", ".4f")]
     layers = [
         {
@@ -377,7 +390,7 @@ def subject_differences(rows: list[dict], description: str, *, against: list[str
         "subject", None, "nominal", sort={"field": "difference", "order": "descending"}, axis=_axis(None, grid=True)
     )
     title = "difference in accuracy (percentage points)"
-    x = _field("difference", title, axis=_axis(title, tickCount=6))
+    x = _field("difference", title, scale=_room(8), axis=_axis(title, tickCount=6))
     scale = {"domain": ["yes", "no"], "range": ["var(--accent)", "var(--control)"]}
     colour = _field("clear", None, "nominal", scale=scale, legend={"title": "interval leaves out 0"})
     tips = [
@@ -501,7 +514,7 @@ def lines(
     if len(there) <= 12:
         horizontal["axis"] |= {"values": there}
     ticks = {"values": _log_ticks([row[y[0]] for row in rows])} if log else {}
-    scaled = {"type": "log", "nice": False, "padding": 10} if log else {"zero": False}
+    scaled = {"type": "log", "nice": False, "padding": 10} if log else _room(10)
     vertical = _field(*y, scale=scaled, axis=_axis(y[1], **({"format": form} if form else {}), **ticks))
     seen = {"condition": {"param": "picked", "value": 1}, "value": 0.12}
     common = {
@@ -514,7 +527,7 @@ def lines(
         kinds = list(dict.fromkeys(row[dash] for row in rows))
         if len(kinds) > 1:
             dashes = {"domain": kinds, "range": [list(_DASHES[i % len(_DASHES)]) for i in range(len(kinds))]}
-            detail = {"strokeDash": _field(dash, None, "nominal", scale=dashes, legend={"title": None})}
+            detail = {"strokeDash": _field(dash, None, "nominal", scale=dashes, legend=_dash_legend())}
     picked = {"name": "picked", "select": {"type": "point", "fields": [series]}, "bind": "legend"}
     layers = [
         {
@@ -562,7 +575,7 @@ def scatter(
     colour, shape = _roles(rows)
     axis = _axis(x[1], format=x[2], grid=False, tickCount=8)
     horizontal = _field(*x[:2], scale={"padding": 12, "nice": False}, axis=axis)
-    vertical = _field(*y[:2], scale={"zero": False}, axis=_axis(y[1], format=y[2]))
+    vertical = _field(*y[:2], scale=_room(10), axis=_axis(y[1], format=y[2]))
     low, high = interval
     layers = [
         {
@@ -592,7 +605,7 @@ def changes(rows: list[dict], description: str) -> View:
             "mark": {"type": "point", "size": 60},
             "encoding": {
                 "y": _field("matrix", None, "nominal", sort=None, axis=_axis(None, grid=True)),
-                "x": _field("relative", title, axis=_axis(title, format=".0%", tickCount=6)),
+                "x": _field("relative", title, scale=_room(8), axis=_axis(title, format=".0%", tickCount=6)),
                 "color": colour,
                 "shape": shape,
                 "opacity": seen,

@@ -325,6 +325,8 @@ def _overview(reached: Reached) -> list[Block]:
             "low": line["interval"][0],
             "high": line["interval"][1],
             "perplexity": finite(line["perplexity"]),
+            "perplexity_low": finite(line["perplexity_interval"][0]),
+            "perplexity_high": finite(line["perplexity_interval"][1]),
             "answer_nll": line["nll"],
             "layers": line["layers"],
             "questions": line["n"],
@@ -332,9 +334,10 @@ def _overview(reached: Reached) -> list[Block]:
         for line in reached.lines
     ]
     tips = [("plan", "plan"), ("accuracy", "accuracy", ".1%"), ("low", "95 % from", ".1%"), ("high", "to", ".1%"),
-            ("perplexity", "perplexity", ",.4~g"), ("answer_nll", "answer NLL", ".3f")]  # fmt: skip
+            ("perplexity", "perplexity", ",.4~g"), ("perplexity_low", "95 % from", ",.4~g"),
+            ("perplexity_high", "to", ",.4~g"), ("answer_nll", "answer NLL", ".3f")]  # fmt: skip
     if not reached.asks:
-        tips = [("plan", "plan"), ("perplexity", "perplexity", ",.4~g")]
+        tips = [tips[0], *tips[4:7]]
     always = _always_a(reached)
     top, bottom = rows[0], rows[-1]
     views = [
@@ -357,8 +360,8 @@ def _overview(reached: Reached) -> list[Block]:
         views.append(
             figures.named_values(
                 rows,
-                f"Perplexity on plain text, from {perplexity(least['perplexity'])} ({least['plan']}) to "
-                f"{perplexity(most['perplexity'])} ({most['plan']}).",
+                f"Perplexity on plain text with 95 % intervals, from {perplexity(least['perplexity'])} "
+                f"({least['plan']}) to {perplexity(most['perplexity'])} ({most['plan']}).",
                 name="plan",
                 value="perplexity",
                 axis="perplexity on plain text (log scale)",
@@ -369,22 +372,23 @@ def _overview(reached: Reached) -> list[Block]:
         )
     if not views:
         return []
-    if not reached.asks:
-        source = Rows.of(rows, sources(reached.run, "perplexity", "plans"))
-        caption = "Which plans differ is said by the paired comparisons above."
-        return [Figure("Perplexity of every plan", caption, tuple(views), source, command_of(reached.run))]
+    shown = [name for name, there in (("accuracy", reached.asks), ("perplexity", known)) if there]
+    caption = (
+        "Accuracy alone can hide a lost language model: a plan may pick the right letters and no longer predict text. "
+        "The two panels have the same order. "
+    ) if len(shown) == 2 else ""  # fmt: skip
+    caption += (
+        "Bars are 95 % intervals of each plan on its own; which plans differ is said by the paired comparisons above, "
+        "not by whether bars overlap."
+    )
     return [
         Figure(
-            "Accuracy and perplexity of every plan",
-            "Accuracy alone can hide a lost language model: a plan may pick the right letters and no longer predict "
-            "text. "
-            "The two panels have the same order. Bars are 95 % intervals of each plan on its own; which plans differ "
-            "is "
-            "said by the paired comparisons above, not by whether bars overlap.",
+            f"{' and '.join(shown).capitalize()} of every plan",
+            caption,
             tuple(views),
-            Rows.of(rows, sources(reached.run, "accuracy", "perplexity", "plans")),
+            Rows.of(rows, sources(reached.run, *shown, "plans")),
             command_of(reached.run),
-            columns=2,
+            columns=len(views),
         )
     ]
 
