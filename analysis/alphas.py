@@ -314,7 +314,7 @@ def draw_distribution(searchers: dict[str, list[dict]], labels, path: Path) -> P
             histtype="step",
             lw=1.6,
             color=colour,
-            label=f"{name}: all {len(rows)} candidates (mean {alphas.mean():.2f})",
+            label=f"{name}: all {len(rows)} tried (mean {alphas.mean():.2f})",
         )
         best = best_of(rows)["alphas"]
         left.plot(
@@ -375,15 +375,18 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
         x = np.array([row["iteration"] for row in ok]) + 1
         running = np.minimum.accumulate(values) if lower else np.maximum.accumulate(values)
         failed = len(rows) - len(ok)
+        tried = f"{len(ok)} candidate" + ("s" if len(ok) > 1 else "")
         why = "failed or above the ceiling" if any(row["status"] == _ABOVE for row in rows) else "failed"
         axis.plot(x, values, ls="none", marker=look["marker"], ms=4, color=look["color"], alpha=0.45, mew=0)
         axis.step(
             [*x, x[-1]],
             [*running, running[-1]],
             where="post",
-            color=look["color"],
+            **look,
+            ms=4,
+            markevery=[len(x)],  # its mark in the legend, and something to see of a single candidate
             lw=1.8,
-            label=f"{name}, running best ({len(ok)} candidates{f', {failed} {why}' if failed else ''})",
+            label=f"{name}, running best ({tried}{f', {failed} {why}' if failed else ''})",
         )
     last = max(row["iteration"] for row in every) + 1
     axis.set_xlim(0, last + 1)

@@ -509,6 +509,10 @@ def test_progress_says_how_surely_the_best_is_known(tmp_path, monkeypatch):
     lower = {"bayes": [row | {"objective": "answer_nll"} for row in rows["bayes"]]}
     alphas_script.draw_progress(lower, [], {}, tmp_path / "y.png")
     assert drawn["y.png"].legends[0].get_title().get_text() in ("", "None")
+    one = {"bayes": rows["bayes"], "gradient": rows["bayes"][:1]}
+    alphas_script.draw_progress(one, [], {}, tmp_path / "z.png")
+    names = [text.get_text() for text in drawn["z.png"].legends[0].get_texts()]
+    assert names == ["bayes, running best (4 candidates)", "gradient, running best (1 candidate)"]
 
 
 @pytest.mark.parametrize(

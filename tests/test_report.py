@@ -406,7 +406,16 @@ def test_sensitivity_names_the_setting_that_matters(tmp_path):
     (section,) = [s for s in run_sections(sensitivity_run(tmp_path / "s"), heading=False) if s.title == "The answer"]
     assert "The matrix of sigma = 8.0 agrees least with the reference (r = 0.20)" in blocks([section], Text)[0].text
     (figure,) = blocks([section], Figure)
-    assert len(figure.rows.values) == 3
+    assert len(figure.rows.values) == 3 and not figure.title.endswith("?")  # the page puts a full stop after it
+    assert "Settings without a mark: undefined" in figure.caption  # their lines were empty, and nothing said why
+
+
+def test_undefined_settings_are_spoken_of_where_there_are_some(tmp_path):
+    run = sensitivity_run(tmp_path / "s")
+    rows = [row for row in run.read("sensitivity").to_pylist() if row["pearson_off_diagonal"] is not None]
+    run.replace("sensitivity", rows)
+    (figure,) = blocks(run_sections(run, heading=False), Figure)
+    assert figure.caption.endswith("off the diagonal.")
 
 
 def test_several_runs_are_compared_on_the_same_questions(tmp_path, search):

@@ -76,7 +76,7 @@ def _label_ends(alphas: list[dict]) -> None:
     """Write the plans' names beside the last step of their lines, those of lines that end together in one label."""
     last = max(row["step"] for row in alphas)
     ends = [row for row in alphas if row["step"] == last and not row["matrix"]]
-    for names, _ in _together([(row["plan"], row["alpha"]) for row in ends], [0.0, 2.4]):
+    for names, _ in _together([(row["plan"], row["alpha"]) for row in ends], [0.0, 1.6]):
         next(row for row in ends if row["plan"] == names.split(", ")[0])["label"] = names
 
 
