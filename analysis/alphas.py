@@ -45,6 +45,7 @@ from raymerge.tables import (
     RunError,
     above_ceiling,
     is_minimised,
+    outer_fences,
     plan_labels,
     rank,
     wilson_interval,
@@ -196,6 +197,12 @@ def best_of(rows: list[dict]) -> dict | None:
     return max(usable(rows), key=rank, default=None)
 
 
+def within_fences(values: list[float], lower: bool) -> list[float]:
+    """The values without those far worse than the bulk: one ruined model would leave the others a single line."""
+    low, high = outer_fences(values)
+    return [value for value in values if (value <= high if lower else value >= low)]
+
+
 def interval_of(row: dict) -> str | None:
     """The 95 % interval (Wilson's) of a trial's micro accuracy as text; None for other objectives."""
     if row["objective"] != "micro_accuracy":
@@ -333,7 +340,9 @@ def draw_distribution(searchers: dict[str, list[dict]], labels, path: Path) -> P
     rng = np.random.default_rng(0)
     values = [row["value"] for rows in shown.values() for row in rows]
     lower = is_minimised(next(iter(shown.values()))[0]["objective"])
-    scale = plt.Normalize(min(values), max(values))  # one scale, so that colours compare between searchers
+    kept = within_fences(values, lower)
+    scale = plt.Normalize(min(kept), max(kept))  # one scale, so that colours compare between searchers
+    beyond = "neither" if len(kept) == len(values) else "max" if lower else "min"
     for axis, (name, rows) in zip(axes[0, 1:], shown.items(), strict=True):
         rows = sorted(rows, key=lambda row: row["value"], reverse=lower)  # the better on top
         x = np.concatenate([np.arange(len(row["alphas"])) for row in rows])
@@ -356,7 +365,8 @@ def draw_distribution(searchers: dict[str, list[dict]], labels, path: Path) -> P
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 1 + len(shown)), fontsize=8)
     objective = next(iter(shown.values()))[0]["objective"]
     direction = "lower" if lower else "higher"
-    figure.colorbar(dots, ax=axes[0, -1], label=f"{objective} ({direction} is better)", fraction=0.05, pad=0.02)
+    figure.colorbar(dots, ax=axes[0, -1], label=f"{objective} ({direction} is better)", fraction=0.05, pad=0.02,
+                    extend=beyond)  # fmt: skip
     figure.draw_without_rendering()  # lay out twice: the bar's ticks change with its size, and its label was cut off
     return save(figure, path)
 
@@ -399,12 +409,17 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
     )
     for value, _ in lines:
         axis.axhline(value, color="#7F7F7F", ls=(0, (4, 3)), lw=0.9, zorder=1)
-    axis.margins(y=0.06)
+    values = [row["value"] for row in every]
+    kept = within_fences(values, lower)
+    shown = [*kept, *(value for value, _ in lines)]
+    room = 0.06 * (max(shown) - min(shown) or abs(max(shown)) or 1)
+    axis.set_ylim(min(shown) - room, max(shown) + room)
     unit = " (nats)" if lower else " (share of questions)" if "accuracy" in objective else ""
     axis.set(
         xlabel="candidates evaluated",
         ylabel=f"{objective}{unit}, {'lower' if lower else 'higher'} is better",
-        title="Search progress (marks: single candidates; dashed: controls)",
+        title="Search progress (marks: single candidates; dashed: controls"
+        + (f"; {len(values) - len(kept)} far worse left out)" if len(kept) < len(values) else ")"),
     )
     low, high = axis.get_ylim()
     for (value, name), y in zip(lines, spread([value for value, _ in lines], 0.042 * (high - low)), strict=True):

@@ -40,7 +40,7 @@ from raymerge.schemas import (
     schema_of,
     way_of,
 )
-from raymerge.statistics import paired_difference, wilson_interval
+from raymerge.statistics import outer_fences, paired_difference, wilson_interval
 from raymerge.storage import LOCK, TEMPORARY, Lock, RunError, Storage
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "derive_accuracy",
     "derive_task_accuracy",
     "is_minimised",
+    "outer_fences",
     "paired_difference",
     "part_name",
     "plan_labels",

@@ -270,6 +270,20 @@ def test_legends_of_strokes_show_the_whole_pattern():
     assert legend["symbolSize"] ** 0.5 >= 2 * max(map(sum, figures._DASHES))
 
 
+def test_a_ruined_candidate_leaves_the_axis_to_the_others(tmp_path):
+    """Two blocks of a search at 1.8 nats, the others from .41 to .44: these, and all controls, were one line."""
+    run = search_run(tmp_path / "run")
+    rows = run.read("trials").to_pylist()
+    assert blocks([searched.search(Reached(run))], Figure)[0].views[0].spec["layer"][0]["encoding"]["y"]["scale"] == {
+        "zero": False, "nice": False, "padding": 16
+    }  # fmt: skip
+    run.replace("trials", [*rows, rows[0] | {"iteration": 8, "value": 0.01, "plan_id": "ruined"}])
+    figure = blocks([searched.search(Reached(run))], Figure)[0]
+    assert figure.views[0].spec["layer"][0]["encoding"]["y"]["scale"]["domain"] == [0.4, 0.65]
+    assert "1 far worse lie beyond the axis" in figure.caption
+    assert "ruined" in {row["plan_id"] for row in as_dicts(figure.rows)}
+
+
 def test_differences_by_subject_are_paired(search):
     rows = plans.subject_rows(Reached(search))
     assert [row["against"] for row in rows[:2]] == ["base", "base"]

@@ -316,15 +316,16 @@ def weight_cells(rows: list[dict], description: str) -> View:
     return View(_drawing(cells, height=24 * len(order)), description)
 
 
-def progress(rows: list[dict], description: str, *, objective: str) -> View:
+def progress(rows: list[dict], description: str, *, objective: str, limits: tuple[float, float] | None = None) -> View:
     """Value by candidate with the best so far; columns: kind ("candidate" or "control"), searcher, number, value,
-    best, label."""
+    best, label. limits: of the axis as it opens, where values far from the others would leave these no room."""
     searchers = list(dict.fromkeys(row["searcher"] for row in rows if row["kind"] == "candidate"))
     own = {name: SERIES[i % len(SERIES)] for i, name in enumerate(name for name in searchers if name != "random")}
     scale = {"domain": searchers, "range": [own.get(name, "var(--control)") for name in searchers]}
     colour = _field("searcher", None, "nominal", scale=scale, legend={"title": None})
     x = _field("number", "candidate", scale={"nice": False, "padding": 10}, axis=_axis("candidate", tickMinStep=1))
-    y = _field("value", objective, scale=_room(16), axis=_axis(objective))
+    room = _room(16) | ({"domain": list(limits)} if limits else {})
+    y = _field("value", objective, scale=room, axis=_axis(objective))
     candidate = {"filter": {"field": "kind", "equal": "candidate"}}
     control = {"filter": {"field": "kind", "equal": "control"}}
     tips = [
