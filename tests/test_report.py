@@ -241,7 +241,11 @@ def test_a_caption_names_no_panel_that_is_not_there(tmp_path):
     """Without plain text it spoke of perplexity and two panels beside one of accuracies."""
     run = search_run(tmp_path / "run")
     run.replace("perplexity", [])
-    (figure,) = blocks([plans.answer(Reached(run))], Figure)
+    section = plans.answer(Reached(run))
+    for table in blocks([section], Table):
+        assert "Perplexity" not in table.caption and "perplexity" not in table.header
+        assert {len(row) for row in table.cells} == {len(table.header)}
+    (figure,) = blocks([section], Figure)
     assert figure.title == "Accuracy of every plan" and len(figure.views) == figure.columns == 1
     assert "panel" not in figure.caption and "95 % intervals" in figure.caption
 

@@ -142,28 +142,29 @@ def _said(row: dict) -> str:
 
 def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
     finer, read = (reached.against(reached.best["plan_id"], measure) for measure in ("answer_nll", "text_nll"))
+    texts = any(line["perplexity"] is not None for line in reached.lines)
     cells = []
     for line in reached.lines:
         row, nll, text = (rows.get(line["plan_id"]) for rows in (found, finer, read))
         if row is None:
             continue
-        cells.append(
-            (
-                line["label"],
-                *_compared(row),
-                *_compared(nll),
-                perplexity(line["perplexity"], line["perplexity_interval"]),
-                NONE if text is None else _said(text),
-            )
+        on_text = (
+            perplexity(line["perplexity"], line["perplexity_interval"]),
+            NONE if text is None else _said(text),
         )
+        cells.append((line["label"], *_compared(row), *_compared(nll), *(on_text if texts else ())))
+    told = (
+        f". Perplexity: the other plan's, and what the same test says of the text's passages"
+        f"{f'. {TEXT_TEST}' if read else ''}"
+    ) if texts else ""  # fmt: skip
+    header = ("against", "accuracy", "p (Holm)", "verdict", "answer NLL", "p (Holm)", "verdict")
     return Table(
         f"{reached.best['label']} minus every other plan on the same questions, with 95 % intervals (of pairs). "
         "Accuracy in percentage points, p of McNemar's exact test; answer NLL in nats (lower is better), p "
-        f"of a sign-flip test. {_holm(cells)}. Perplexity: the other plan's, and what the same test says of the text's "
-        f"passages{f'. {TEXT_TEST}' if read else ''}",
-        ("against", "accuracy", "p (Holm)", "verdict", "answer NLL", "p (Holm)", "verdict", "perplexity", "verdict"),
+        f"of a sign-flip test. {_holm(cells)}{told}",
+        header + (("perplexity", "verdict") if texts else ()),
         tuple(cells),
-        words=(0, 3, 6, 8),
+        words=(0, 3, 6, *((8,) if texts else ())),
     )
 
 
@@ -247,6 +248,7 @@ def plan_table(reached: Reached) -> Table:
             ),
             words=(0, 1),
         )
+    texts = any(line["perplexity"] is not None for line in reached.lines)
     cells = tuple(
         (
             line["label"],
@@ -255,7 +257,7 @@ def plan_table(reached: Reached) -> Table:
             f"{percent(line['accuracy'])} {interval(*line['interval'])}".strip(),
             f"{percent(line['macro'])} {interval(*line['macro_interval'])}".strip(),
             value(line["nll"]),
-            perplexity(line["perplexity"], line["perplexity_interval"]),
+            *([perplexity(line["perplexity"], line["perplexity_interval"])] if texts else []),
             "/".join(f"{100 * share:.0f}" for share in line["picked"]) if None not in line["picked"] else NONE,
         )
         for line in reached.lines
@@ -271,7 +273,7 @@ def plan_table(reached: Reached) -> Table:
             "accuracy",
             "mean over subjects",
             "answer NLL",
-            "perplexity",
+            *(["perplexity"] if texts else []),
             "picks A/B/C/D, %",
         ),
         cells,
