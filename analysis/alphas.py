@@ -38,7 +38,7 @@ from alpha_panels import (
     read_similarity,
 )
 from matplotlib.ticker import MaxNLocator
-from plotting import COLOURS, STYLE, markdown, need, number, run_main, save, save_text, spread, style_of
+from plotting import COLOURS, STYLE, ink, markdown, need, number, run_main, save, save_text, spread, style_of
 
 from raymerge.tables import (
     RunDirectory,
@@ -293,7 +293,7 @@ def draw_plans(plans, coefficients, labels, path: Path) -> Path:
     image = right.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (i, j), value in np.ndenumerate(grid):
         text = "0" if value == 0 else "1" if value == 1 else "<.001" if value < 0.0005 else f"{value:.3f}".lstrip("0")
-        right.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if value > 0.55 else "#222222")
+        right.text(j, i, text, ha="center", va="center", fontsize=7, color=ink(image, value))
     right.set_xticks(range(len(layers)), layers)
     right.set_yticks(range(len(weights)), [label_of(key, labels) for key in weights])
     right.grid(False)

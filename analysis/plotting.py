@@ -145,6 +145,13 @@ def subset_name(row: dict, suffix: str = "") -> str:
     return subset if language == "imported" else f"{subset} {language}"
 
 
+def ink(image, value: float) -> str:
+    """Black or white, whichever stands out more (WCAG's contrast) from the colour that an image gives a value."""
+    channels = np.array(image.to_rgba(value)[:3])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return "white" if linear @ (0.2126, 0.7152, 0.0722) < 0.179 else "black"
+
+
 def show_layers(axis, layers: list[int], most: int = 8) -> None:
     """Ticks of an image whose rows and columns are layers: at most `most` a side, evenly spaced, the first included."""
     stride = next(s for s in (1, 2, 4, 5, 8, 10, 16, 20, 50, len(layers)) if -(-len(layers) // s) <= most)

@@ -435,6 +435,23 @@ def test_legends_of_the_distribution_cover_nothing(tmp_path, monkeypatch):
         assert legends and apart([legend.get_window_extent() for legend in legends] + boxes_of(names))
 
 
+def test_numbers_stand_out_from_their_cells():
+    """White on the middle blues, from .55 or .6 of the scale on, had a contrast of 3, where small text needs 4.5."""
+    _, axis = alphas_script.plt.subplots()
+    image = axis.imshow([[0.0, 1.0]], cmap="Blues", vmin=0, vmax=1)
+
+    def luminance(colour):
+        channels = np.array(matplotlib.colors.to_rgb(colour))
+        return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4) @ (
+            0.2126, 0.7152, 0.0722,
+        )  # fmt: skip
+
+    for value in np.linspace(0, 1, 101):
+        cell, text = luminance(image.to_rgba(value)[:3]), luminance(plotting.ink(image, value))
+        assert (max(cell, text) + 0.05) / (min(cell, text) + 0.05) >= 4.5
+    alphas_script.plt.close()
+
+
 def matrix_plans(names=("found_gradient", "random"), steps=3, matrices=("mlp.down_proj", "self_attn.k_proj")):
     """Rows of `plans`: of the first plan each matrix has its own coefficients."""
     return [
