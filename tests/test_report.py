@@ -6,6 +6,7 @@ import shlex
 from html import unescape
 from html.parser import HTMLParser
 
+import matplotlib
 import numpy as np
 import pytest
 from report_runs import LAYERS, QUESTIONS, search_run, sensitivity_run, similarity_run, sweep_run, text_losses
@@ -188,6 +189,19 @@ def test_what_layers_are_left_sums_to_one(search):
     assert sum(row["weight"] for row in found) == pytest.approx(1.0)
     dropped = [row for row in as_dicts(figure.rows) if row["series"] == "drop"]
     assert [row["weight"] for row in dropped] == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_numbers_stand_out_from_their_cells(search):
+    """White on viridis had a contrast of 3 at .6, where small text needs 4.5."""
+    figure = blocks([searched.coefficients(Reached(search))], Figure)[1]
+    colour = figure.views[0].spec["layer"][1]["encoding"]["color"]
+    found = re.fullmatch(r"datum\.weight > ([\d.]+)", colour["condition"]["test"])
+    assert (colour["condition"]["value"], colour["value"]) == ("#000", "#fff")
+    for weight in np.linspace(0, 1, 101):
+        channels = np.array(matplotlib.colormaps["viridis"](weight)[:3])
+        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        light = 0.05 + linear @ (0.2126, 0.7152, 0.0722)
+        assert (light / 0.05 if weight > float(found[1]) else 1.05 / light) >= 4.5, weight
 
 
 def test_alphas_are_those_of_the_plans(search):

@@ -300,7 +300,8 @@ def weight_cells(rows: list[dict], description: str) -> View:
     y = _field("series", None, "nominal", sort=order, axis=_axis(None))
     tips = [("series", "plan"), ("layer", "original layer"), ("kept", "merged into layer"), ("weight", "weight", ".1%")]
     room = {"expr": f"width / {len(layers_there)} > 30 ? 1 : 0"}
-    dark = {"condition": {"test": "datum.weight > 0.6", "value": "#000"}, "value": "#fff"}
+    # whichever has the contrast that small text needs (4.5) on viridis
+    dark = {"condition": {"test": "datum.weight > 0.44", "value": "#000"}, "value": "#fff"}
     fill = _field("weight", "share of the merged weights", scale={"scheme": "viridis", "domain": [0, 1]})
     fill["legend"] = {"title": "share of the merged weights", "format": ".0%", "values": [0, 0.5, 1]}
     cells = [
