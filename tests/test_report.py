@@ -279,6 +279,18 @@ def test_points_at_the_ends_of_an_axis_are_whole(tmp_path, search):
     assert view.spec["layer"][0]["encoding"]["y"]["scale"]["padding"] >= 5 + 11  # a label above the line
 
 
+def test_names_of_plans_stay_inside_their_drawing(search):
+    """Of 300 pixels, on a page of 390 they began left of the axis, cut off."""
+    reached = Reached(search)
+    found = 0
+    for figure in blocks([searched.coefficients(reached), searched.search(reached)], Figure):
+        for layer in (layer for view in figure.views for layer in view.spec["layer"]):
+            if layer["mark"]["type"] == "text" and layer["encoding"].get("text", {}).get("field") == "label":
+                assert "width" in layer["mark"]["limit"]["expr"]
+                found += 1
+    assert found == 2
+
+
 def test_legends_of_strokes_show_the_whole_pattern():
     """In 8 pixels "aligned, folded" (8 on, 2 off, 2 on, 2 off) was as solid as "plain"."""
     rows = [{"k": k, "value": k, "method": "fixed", "variant": name} for name in ("plain", "folded") for k in (1, 2)]

@@ -21,6 +21,7 @@ _ROLE_COLOURS = ("var(--accent)", "var(--control)", "var(--control)", "var(--ink
 _ROLE_SHAPES = ("circle", "triangle-up", "circle", "diamond")
 SERIES = tuple(f"var(--series-{number})" for number in range(1, 9))
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left")
+_WITHIN = {"expr": "min(300, width - 24)"}  # how wide a label inside a drawing may be: on a narrow page it left it
 _DASHES = ((1, 0), (5, 3), (2, 2), (8, 2, 2, 2))
 
 CONFIG: Spec = {
@@ -285,7 +286,14 @@ def alpha_lines(rows: list[dict], description: str) -> View:
     layers.append(
         {
             "transform": [{"filter": "datum.label !== ''"}],
-            "mark": {"type": "text", "align": "right", "dy": -9, "color": "var(--soft)", "limit": 300, "aria": False},
+            "mark": {
+                "type": "text",
+                "align": "right",
+                "dy": -9,
+                "color": "var(--soft)",
+                "limit": _WITHIN,
+                "aria": False,
+            },
             "encoding": {"x": x, "y": y, "text": {"field": "label", "type": "nominal"}},
         }
     )
@@ -354,7 +362,14 @@ def progress(rows: list[dict], description: str, *, objective: str, limits: tupl
         },
         {
             "transform": [control],
-            "mark": {"type": "text", "align": "right", "dy": -5, "x": "width", "color": "var(--soft)", "limit": 260},
+            "mark": {
+                "type": "text",
+                "align": "right",
+                "dy": -5,
+                "x": "width",
+                "color": "var(--soft)",
+                "limit": _WITHIN,
+            },
             "encoding": {"y": y, "text": {"field": "label", "type": "nominal"}},
         },
     ]
