@@ -6,7 +6,8 @@ Reads tables answers, plans and perplexity; accuracies are derived from answers,
 not ended can be looked at. Shows the report split; a run with several languages gets one set of
 files a language.
 
-  accuracy.png             micro and macro average, paired difference to the reference plan, perplexity
+  accuracy.png             micro and macro average, paired difference to the reference plan, perplexity, all with 95 %
+                           intervals
   accuracy_by_subject.png  every subject with its 95 % interval, one column a plan, the reference in grey
   letters.png              which letters each plan predicts
   accuracy.md              the same as tables
@@ -22,9 +23,30 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.compute as pc
-from plotting import COLOURS, STYLE, markdown, need, number, run_main, save, save_text
+from plotting import (
+    COLOURS,
+    STYLE,
+    interval_bars,
+    markdown,
+    need,
+    number,
+    plain_log,
+    run_main,
+    save,
+    save_text,
+    with_interval,
+)
 
-from raymerge.tables import MACRO, MICRO, RunDirectory, RunError, derive_accuracy, plan_labels
+from raymerge.tables import (
+    MACRO,
+    MICRO,
+    RunDirectory,
+    RunError,
+    derive_accuracy,
+    paired_difference,
+    plan_labels,
+    wilson_interval,
+)
 
 _COLUMNS = ["plan_id", "split", "language", "subject", "question_id", "logit_a", "logit_b", "logit_c", "logit_d",
             "top_is_letter", "answer", "predicted"]  # fmt: skip
@@ -40,12 +62,11 @@ class View(NamedTuple):
     reference: str  # plan_id
     accuracy: dict[tuple[str, str], dict]  # (plan_id, subject) -> row of `accuracy`
     subjects: list[str]  # best first under the reference
-    difference: dict[str, tuple[float, float]]  # plan_id -> mean and standard error of paired differences
+    difference: dict[str, dict]  # plan_id -> mean paired difference, ci_low, ci_high
     letters: dict[str, np.ndarray]  # plan_id -> share of predictions that are A, B, C, D
     truth: np.ndarray  # share of questions whose answer is A, B, C, D
     top_is_letter: dict[str, float | None]
-    perplexity: dict[str, float]  # plan_id -> perplexity on plain text
-    text_nll: dict[str, float]  # nats a token
+    text: dict[str, dict]  # plan_id -> row of `perplexity` of plain text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,12 +127,13 @@ def views_of(run: RunDirectory) -> list[View]:
                 truth = np.bincount(answer, minlength=4) / answer.size
         for plan in order:
             common = correct[plan].keys() & correct[reference].keys()
-            d = np.array([correct[plan][key] - correct[reference][key] for key in common], dtype=float)
-            error = float(d.std(ddof=1) / math.sqrt(d.size)) if d.size > 1 else math.nan
-            difference[plan] = (float(d.mean()) if d.size else math.nan, error)
+            pair = [
+                np.array([side[key] for key in common], dtype=float) for side in (correct[plan], correct[reference])
+            ]
+            difference[plan] = paired_difference(*pair)._asdict() if common else {"difference": math.nan}
         views.append(
             View(split, language, shown, reference, accuracy, subjects, difference, letters, truth, top_is_letter,
-                 {row["plan_id"]: row["perplexity"] for row in text}, {row["plan_id"]: row["nll"] for row in text})
+                 {row["plan_id"]: row for row in text})
         )  # fmt: skip
     return views
 
@@ -137,7 +159,7 @@ def draw_overview(view: View, path: Path) -> Path:
     """Rows are plans; panels are the averages, the paired difference and the perplexity of plain text."""
     plans = list(view.plans)
     y = np.arange(len(plans))
-    known = [plan for plan in plans if plan in view.perplexity]
+    known = [plan for plan in plans if plan in view.text and math.isfinite(view.text[plan]["perplexity"])]
     figure, axes = plt.subplots(
         1, 3 if known else 2, sharey=True, figsize=(10.5 if known else 8, 1.75 + 0.3 * len(plans)), squeeze=False
     )
@@ -152,7 +174,7 @@ def draw_overview(view: View, path: Path) -> Path:
             y + shift,
             fmt="o" if fill else "D",
             color="#0072B2",
-            xerr=interval_bars(rows),
+            xerr=interval_bars(rows, scale=100),
             mfc=None if fill else "white",
             ms=5,
             lw=1.2,
@@ -166,47 +188,36 @@ def draw_overview(view: View, path: Path) -> Path:
     reference = plans.index(view.reference)
     moved = [i for i in range(len(plans)) if i != reference]
     change.errorbar(
-        [100 * view.difference[plans[i]][0] for i in moved],
+        [100 * view.difference[plans[i]]["difference"] for i in moved],
         moved,
         fmt="o",
         color="#D55E00",
         ms=5,
         lw=1.2,
-        xerr=[100 * 1.96 * view.difference[plans[i]][1] for i in moved],
+        xerr=interval_bars([view.difference[plans[i]] for i in moved], "difference", scale=100),
     )
     change.axvline(0, color="black", lw=1)
     change.set(xlabel="percentage points", title=f"Difference to {view.plans[view.reference]}")
     if known:
         text = axes[0, 2]
-        text.plot(
-            [view.perplexity[plan] for plan in known], [plans.index(plan) for plan in known], "s", color="#009E73", ms=5
-        )
+        rows = [view.text[plan] for plan in known]
+        at = [plans.index(plan) for plan in known]
+        values = [row["perplexity"] for row in rows]
+        bars = interval_bars(rows, "perplexity")
+        text.errorbar(values, at, fmt="s", color="#009E73", xerr=bars, ms=5, lw=1.2)
         text.set_xscale("log")
         text.set(xlabel="perplexity (log scale)", title="Plain text, lower is better")
-        for plan in known:
-            text.annotate(
-                figures(view.perplexity[plan]),
-                (view.perplexity[plan], plans.index(plan)),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7.5,
-            )
-        text.margins(x=0.3)  # room for the numbers
+        for i, value in zip(at, values, strict=True):
+            text.annotate(figures(value), (value, i), xytext=(0, 4), textcoords="offset points", ha="center",
+                          fontsize=7.5)  # fmt: skip
+        text.margins(x=0.12)  # room for the numbers
+        plain_log(text.xaxis, *text.get_xlim())
     n, languages = view.accuracy[view.reference, MICRO]["n"], f"language {view.language}"
-    note = f"bars: 95 % intervals (differences: ± 1.96 standard errors); {n:,} questions, {len(view.subjects)} subjects"
+    note = f"bars: 95 % intervals; {n:,} questions, {len(view.subjects)} subjects"
     note += f", {languages}"
     handles = averages.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8, title=note, title_fontsize=8)
     return save(figure, path)
-
-
-def interval_bars(rows: list[dict]) -> np.ndarray:
-    """(2, n) lengths in per cent from each accuracy to the ends of its 95 % interval, which is Wilson's: the standard
-    error of none or all right would be no bar at all. Rows without an interval, or empty, have none."""
-    ends = [[row.get("ci_low"), row.get("accuracy"), row.get("ci_high")] for row in rows]
-    low, middle, high = 100 * np.array([[math.nan if end is None else end for end in each] for each in ends]).T
-    return np.nan_to_num(np.stack([middle - low, high - middle])).clip(min=0)
 
 
 def draw_subjects(view: View, plans: list[str], path: Path) -> Path:
@@ -225,9 +236,11 @@ def draw_subjects(view: View, plans: list[str], path: Path) -> Path:
         rows = [view.accuracy.get((plan, subject), {}) for subject in lines]  # a plan may lack a subject: a gap
         mine = np.array([100 * row.get("accuracy", math.nan) for row in rows])
         if plan != view.reference:
-            axis.plot(base, y, "o", ms=4.5, mfc="white", mec="#6B6B6B", mew=1, zorder=2)
+            axis.plot(base, y, "o", ms=6.5, mfc="white", mec="#6B6B6B", mew=1, zorder=2)  # a ring around an equal one
             axis.hlines(y, base, mine, color="#C4C4C4", lw=1.1, zorder=1)
-        axis.errorbar(mine, y, xerr=interval_bars(rows), fmt="o", ms=4, elinewidth=0.9, color=COLOURS[1], zorder=3)
+        axis.errorbar(
+            mine, y, xerr=interval_bars(rows, scale=100), fmt="o", ms=4, elinewidth=0.9, color=COLOURS[1], zorder=3
+        )
         axis.axvline(25, color="#7F7F7F", ls=":", lw=1)
         axis.set_xlim(-3, 103)
         axis.set_xticks([0, 25, 50, 75, 100])
@@ -290,18 +303,18 @@ def describe(view: View) -> list[str]:
             [
                 label,
                 micro["n"],
-                measured(micro),
-                measured(macro),
-                signed(*view.difference[plan]) if plan != view.reference else None,
+                with_interval(micro),
+                with_interval(macro),
+                with_interval(view.difference[plan], "difference", sign="+") if plan != view.reference else None,
                 number(micro["nll"]),
-                figures(view.perplexity.get(plan)),
-                number(view.text_nll.get(plan)),
+                figures(view.text.get(plan, {}).get("perplexity")),
+                number(view.text.get(plan, {}).get("nll")),
             ]
         )
     n = view.accuracy[view.reference, MICRO]["n"]
-    always = float(view.truth[0])
-    error = math.sqrt(always * (1 - always) / (n - 1)) if n > 1 else math.nan
-    rows.append(["always A", n, measured({"accuracy": always, "standard_error": error}), None, None, None, None, None])
+    low, high = wilson_interval(round(n * view.truth[0]), n)
+    always = {"accuracy": view.truth[0], "ci_low": low, "ci_high": high}
+    rows.append(["always A", n, with_interval(always), None, None, None, None, None])
     header = [
         "plan",
         "n",
@@ -322,13 +335,14 @@ def describe(view: View) -> list[str]:
             [
                 subject.strip("_"),
                 view.accuracy[view.reference, subject]["n"],
-                *[cell and measured(cell) for cell in cells],
+                *map(with_interval, cells),
             ]
         )
     return [
         f"## {view.split} split, language {view.language}",
-        "Accuracy ± one standard error (sample standard deviation over √n). The difference is paired, question by "
-        "question, over the micro average. NLL in nats: of the right letter among the four, and a token of plain text.",
+        "Accuracies with 95 % intervals (Wilson's). The difference is paired, question by question, over the micro "
+        "average (interval of Bonett and Price). NLL in nats: of the right letter among the four, and a token of plain "
+        "text.",
         markdown(header, rows),
         "### Letters\n\nShare of each letter among the predictions, and share of questions whose most likely token in "
         "the whole vocabulary is a letter.",
@@ -347,16 +361,6 @@ def describe(view: View) -> list[str]:
             ],
         ),
     ]
-
-
-def measured(row: dict) -> str:
-    """Accuracy ± standard error as shares."""
-    return f"{row['accuracy']:.3f} ± {number(row['standard_error']) or '–'}"
-
-
-def signed(value: float, error: float) -> str | None:
-    """Signed difference ± standard error."""
-    return None if math.isnan(value) else f"{value:+.3f} ± {number(error) or '–'}"
 
 
 def figures(value: float | None) -> str | None:

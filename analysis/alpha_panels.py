@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator
 from plotting import COLOURS, number, save, spread, style_of
 
@@ -112,10 +114,12 @@ def draw_methods(methods: dict[str, list[dict]], similarity: dict[tuple[int, int
         look, alphas = style_of(i), np.array([row["alpha"] for row in rows])
         first = row_axes[0]
         first.hist(alphas, bins=np.linspace(0, 1, 26), color=look["color"], alpha=0.55)
-        first.axvline(alphas.mean(), color=look["color"], ls="--", lw=1.4, label=f"mean {alphas.mean():.3f}")
-        first.set(xlim=(0, 1), xlabel="α", ylabel="merge steps", title=f"{name}: distribution of α")
+        first.axvline(alphas.mean(), color=look["color"], ls="--", lw=1.4)
+        # The name has a line of its own, as wide as the panel: it ran into the next panel's title.
+        title = f"{textwrap.fill(name, 44)}\ndistribution of α, dashed: mean {alphas.mean():.3f}"
+        first.set(xlim=(0, 1), xlabel="α", ylabel="merge steps")
+        first.set_title(title, fontsize=9)
         first.yaxis.get_major_locator().set_params(integer=True)
-        first.legend(fontsize=8)
         second = row_axes[1]
         x = [row["step"] for row in rows]
         second.plot(x, alphas, **look, ms=4.5, lw=1.2)
@@ -123,7 +127,8 @@ def draw_methods(methods: dict[str, list[dict]], similarity: dict[tuple[int, int
         stride = math.ceil(len(rows) / 16)
         ticks = [f"{row['remove']}→{row['into']}" for row in rows[::stride]]
         second.set_xticks(x[::stride], ticks, fontsize=7, rotation=90 if len(ticks) > 5 else 0)
-        second.set(ylim=(-0.03, 1.03), xlabel="merge step: removed → into", ylabel="α", title="α by merge step")
+        second.set(ylim=(-0.03, 1.03), xlabel="merge step: removed → into", ylabel="α")
+        second.set_title("α by merge step", fontsize=9)
         if similarity is not None:
             draw_against(row_axes[2], *pairs_of(rows, similarity), look)
     return save(figure, path)
@@ -140,7 +145,8 @@ def draw_against(axis, x: list[float], y: list[float], look: dict) -> None:
     shown = f"r = {r:.3f}" if math.isfinite(r) else "r undefined"
     axis.margins(y=0.22)  # room for the text above the points
     axis.text(0.03, 0.96, f"{shown}, n = {len(x)}", transform=axis.transAxes, va="top", fontsize=8)
-    axis.set(xlabel="similarity $S_{lm}$", ylabel="α", title="α against similarity")
+    axis.set(xlabel="similarity $S_{lm}$", ylabel="α")
+    axis.set_title("α against similarity", fontsize=9)
 
 
 def starts_of(history: list[dict]) -> dict[str, list[dict]]:
@@ -171,16 +177,23 @@ def best_start(starts: dict[str, list[dict]]) -> str:
     return min(starts, key=reached)
 
 
-def draw_history(history: list[dict], path: Path) -> Path:
-    """Losses by epoch, one colour a start, held-out ones dashed; and the alphas of the best start as they move."""
+_NUMBERED = 26  # coefficients whose numbers stand beside their lines without covering each other
+
+
+def draw_history(history: list[dict], path: Path, objective: str = "") -> Path:
+    """Losses by epoch, held-out ones dashed, one colour a start, or a searcher where there are several; and the alphas
+    of the best start as they move."""
     starts = starts_of(history)
     best = best_start(starts)
+    names = list(dict.fromkeys(start.split(", ")[0] for start in starts))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    for i, (start, rows) in enumerate(starts.items()):
-        colour, epochs = COLOURS[(i + 1) % len(COLOURS)], [row["epoch"] for row in rows]
+    for start, rows in starts.items():
+        i, epochs = names.index(start.split(", ")[0]), [row["epoch"] for row in rows]
+        colour = COLOURS[1 + i % (len(COLOURS) - 1)]
         mark = "o" if len(rows) == 1 else None
         width = 2.0 if start == best else 1.1
-        left.plot(epochs, [row["loss"] for row in rows], color=colour, lw=width, marker=mark, label=start)
+        label = start if start == best or len(names) == len(starts) else names[i]
+        left.plot(epochs, [row["loss"] for row in rows], color=colour, lw=width, marker=mark, label=label)
         held = [(row["epoch"], row["held_out_loss"]) for row in rows if row["held_out_loss"] is not None]
         if held:
             left.plot(*zip(*held, strict=True), color=colour, lw=width, ls="--", marker=mark)
@@ -188,23 +201,32 @@ def draw_history(history: list[dict], path: Path) -> Path:
             left.plot(least["epoch"], least["held_out_loss"], "o", ms=6, mfc="none", color=colour)
     held_out = any(row["held_out_loss"] is not None for row in history)
     title = "Loss by epoch" + (" (dashed: held out; ring: its minimum)" if held_out else "")
-    left.set(xlabel="epoch", ylabel="loss", title=title)
-    figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=min(6, len(starts)), loc="outside lower center")
+    left.set(xlabel="epoch", ylabel="loss" + (f" ({objective})" if objective else ""), title=title)
+    handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, fontsize=8, ncols=min(6, len(handles)), loc="outside lower center")
     rows = starts[best]
     alphas = np.array([row["alphas"] for row in rows])
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.92, alphas.shape[1]))
-    ends = np.argsort(alphas[-1], kind="stable")
-    heights = dict(zip(ends.tolist(), spread(alphas[-1, ends].tolist(), min(0.028, 1 / len(ends))), strict=True))
-    for step, colour in enumerate(colours):
-        right.plot([row["epoch"] for row in rows], alphas[:, step], color=colour, lw=1.2)
-        right.annotate(
-            str(step), (rows[-1]["epoch"], heights[step]), xytext=(3, 0), textcoords="offset points", fontsize=6.5,
-            va="center", color=colour,
-        )  # fmt: skip
+    colourmap, n = (
+        LinearSegmentedColormap.from_list("", plt.get_cmap("viridis")(np.linspace(0, 0.85, 64))),
+        len(alphas.T),
+    )
+    for step, colour in enumerate(colourmap(np.linspace(0, 1, n))):
+        right.plot([row["epoch"] for row in rows], alphas[:, step], color=colour, lw=1.2 if n <= _NUMBERED else 0.8)
+    if n <= _NUMBERED:
+        ends = np.argsort(alphas[-1], kind="stable")
+        heights = spread(alphas[-1, ends].tolist(), min(0.036, 1 / n), 0, 1)
+        for step, height in zip(ends.tolist(), heights, strict=True):
+            right.annotate(
+                str(step), (rows[-1]["epoch"], height), xytext=(3, 0), textcoords="offset points", fontsize=7,
+                va="center",
+            )  # fmt: skip
+    else:  # with alphas of single matrices: those of all steps, then those of each matrix
+        scale = plt.cm.ScalarMappable(plt.Normalize(0, n - 1), colourmap)
+        figure.colorbar(scale, ax=right, label="coefficient: by step, then by matrix and step")
     for axis in (left, right):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    # With alphas for single matrices there are several of a step: the numbers then count coefficients.
-    right.set(ylim=(-0.03, 1.03), xlabel="epoch", ylabel="α", title=f"α of {best}, numbered by step")
+    what = f"α of {best}, numbered by step" if n <= _NUMBERED else f"The {n} α of {best}"
+    right.set(ylim=(-0.03, 1.03), xlabel="epoch", ylabel="α", title=what)
     return save(figure, path)
 
 

@@ -6,9 +6,11 @@
 Reads tables plans, coefficients, trials and gradient_history, and draws those of which there are rows. --similarity
 names a run of `raymerge similarity`; without it the one that the run itself took its coefficients from is used.
 
-  alphas.png              alpha of every merge step, and the weight each original layer ends up with
+  alphas.png              alpha of every merge step (thin: of single matrices, where they have their own), and the
+                          weight each original layer ends up with
   alpha_distribution.png  all alphas the search tried, beside the best candidate's
-  search_progress.png     objective by candidate, running best, controls as horizontal lines
+  search_progress.png     objective by candidate, running best, controls as horizontal lines; of a share of questions
+                          the 95 % interval of the best
   learned_alphas.png      the published figure, a row for each method that was found, or whose alphas differ from step
                           to step and are not computed from a similarity: their distribution with its mean, alpha by
                           merge step, alpha against the merged layers' similarity (where there is one) with Pearson's r
@@ -36,9 +38,18 @@ from alpha_panels import (
     read_similarity,
 )
 from matplotlib.ticker import MaxNLocator
-from plotting import COLOURS, STYLE, markdown, need, number, run_main, save, save_text, spread, style_of
+from plotting import COLOURS, STYLE, ink, markdown, need, number, run_main, save, save_text, spread, style_of
 
-from raymerge.tables import RunDirectory, RunError, above_ceiling, is_minimised, plan_labels, rank
+from raymerge.tables import (
+    RunDirectory,
+    RunError,
+    above_ceiling,
+    is_minimised,
+    outer_fences,
+    plan_labels,
+    rank,
+    wilson_interval,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,7 +105,8 @@ def draw(run: RunDirectory, out: Path, *, files=None, similarity=None, subset=No
         if methods:
             paths.append(draw_methods(dict(list(methods.items())[:MOST_METHODS]), known, out / "learned_alphas.png"))
         if history:
-            paths.append(draw_history(history, out / "gradient_history.png"))
+            objective = (run.config.get("search") or {}).get("objective", "")
+            paths.append(draw_history(history, out / "gradient_history.png", objective))
     text = describe(run, plans, coefficients, searchers, labels) + describe_methods(methods, known)
     if history:
         header = ["start", "epochs", "first loss", "last loss", "lowest held-out loss", "at epoch"]
@@ -126,8 +138,9 @@ def similarity_of(run: RunDirectory, path: str | None, subset: str | None) -> di
 
 
 def learned(run: RunDirectory, plans: list[dict], labels: dict[str, str]) -> dict[str, list[dict]]:
-    """Name -> steps of the plans that were found, first, and of those whose alphas are not the same at every step;
-    those computed from a similarity, whose correlation with it says nothing, are left out."""
+    """Name -> steps of the plans that were found, first, and of those whose alphas are not the same at every step, and
+    after them those that single matrices have of their own, which would fill the figure; those computed from a
+    similarity, whose correlation with it says nothing, are left out."""
     kinds = {row["plan_id"]: row["kind"] for row in reversed(plans)}
     computed = {row["plan_id"] for row in plans if computed_from_similarity(run, row)}
     found = {
@@ -135,7 +148,7 @@ def learned(run: RunDirectory, plans: list[dict], labels: dict[str, str]) -> dic
         for key, rows in steps_of(plans).items()
         if key[0] not in computed and (kinds[key[0]] in _FOUND or np.ptp([row["alpha"] for row in rows]) > 1e-9)
     }
-    order = sorted(found, key=lambda key: kinds[key[0]] not in _FOUND)
+    order = sorted(found, key=lambda key: (key[1] is not None, kinds[key[0]] not in _FOUND))
     return {label_of(key, labels): found[key] for key in order}
 
 
@@ -182,6 +195,20 @@ def usable(rows: list[dict]) -> list[dict]:
 def best_of(rows: list[dict]) -> dict | None:
     """The best usable trial, by what the search ranks them by."""
     return max(usable(rows), key=rank, default=None)
+
+
+def within_fences(values: list[float], lower: bool) -> list[float]:
+    """The values without those far worse than the bulk: one ruined model would leave the others a single line."""
+    low, high = outer_fences(values)
+    return [value for value in values if (value <= high if lower else value >= low)]
+
+
+def interval_of(row: dict) -> str | None:
+    """The 95 % interval (Wilson's) of a trial's micro accuracy as text; None for other objectives."""
+    if row["objective"] != "micro_accuracy":
+        return None
+    low, high = wilson_interval(round(row["value"] * row["n_questions"]), row["n_questions"])
+    return f"of {row['n_questions']:,} questions {row['value']:.3f} has a 95 % interval of {low:.3f} to {high:.3f}"
 
 
 def standard_error(row: dict) -> float | None:
@@ -239,11 +266,17 @@ def draw_plans(plans, coefficients, labels, path: Path) -> Path:
     )
     ends = sorted({(row["step"], row["remove"], row["into"]) for rows in steps.values() for row in rows})
     shared = len({step for step, _, _ in ends}) == len(ends)  # every plan merges the same layers at a step
-    for i, (key, rows) in enumerate(steps.items()):
-        shift = 0.30 * (i - (n - 1) / 2) / n  # equal plans stay apart
+    own = list(dict.fromkeys(plan_id for plan_id, _ in steps))
+    title = "α by merge step" + (" (thin: single matrices)" if any(matrix for _, matrix in steps) else "")
+    for (plan_id, matrix), rows in steps.items():
+        i = own.index(plan_id)
+        shift = 0.30 * (i - (len(own) - 1) / 2) / len(own)  # equal plans stay apart
         x = [row["step"] + shift for row in rows]
-        left.plot(x, [row["alpha"] for row in rows], **style_of(i), ms=4.5, lw=1, label=label_of(key, labels))
-    left.set(ylim=(-0.04, 1.04), ylabel="α (weight of the layer merged into)", title="α by merge step")
+        look = {"ms": 4.5, "lw": 1, "label": label_of((plan_id, None), labels)}
+        if matrix is not None:
+            look = {"ms": 0, "lw": 0.6, "alpha": 0.5, "label": None if (plan_id, None) in steps else look["label"]}
+        left.plot(x, [row["alpha"] for row in rows], **style_of(i), **look)
+    left.set(ylim=(-0.04, 1.04), ylabel="α (weight of the layer merged into)", title=title)
     if shared and ends:
         stride = math.ceil(len(ends) / 20)
         names = [f"{step}: {remove}→{into}" for step, remove, into in ends[::stride]]
@@ -253,13 +286,14 @@ def draw_plans(plans, coefficients, labels, path: Path) -> Path:
         left.set_xlabel("merge step")
         left.xaxis.set_major_locator(MaxNLocator(integer=True))
     columns = max(1, int((left_width + right_width) / (longest + 0.7)))
-    figure.legend(loc="outside lower center", ncols=min(n, columns), fontsize=8)
+    handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(n, columns), fontsize=8)
 
     grid = np.array([[row[layer] for layer in layers] for row in weights.values()]).reshape(len(weights), len(layers))
     image = right.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (i, j), value in np.ndenumerate(grid):
         text = "0" if value == 0 else "1" if value == 1 else "<.001" if value < 0.0005 else f"{value:.3f}".lstrip("0")
-        right.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if value > 0.55 else "#222222")
+        right.text(j, i, text, ha="center", va="center", fontsize=7, color=ink(image, value))
     right.set_xticks(range(len(layers)), layers)
     right.set_yticks(range(len(weights)), [label_of(key, labels) for key in weights])
     right.grid(False)
@@ -287,7 +321,7 @@ def draw_distribution(searchers: dict[str, list[dict]], labels, path: Path) -> P
             histtype="step",
             lw=1.6,
             color=colour,
-            label=f"{name}: all {len(rows)} candidates (mean {alphas.mean():.2f})",
+            label=f"{name}: all {len(rows)} tried (mean {alphas.mean():.2f})",
         )
         best = best_of(rows)["alphas"]
         left.plot(
@@ -303,11 +337,12 @@ def draw_distribution(searchers: dict[str, list[dict]], labels, path: Path) -> P
         )
     left.tick_params(axis="x", pad=6 + 8 * len(shown))
     left.set(xlim=(0, 1), xlabel="α", ylabel=f"share of alphas (% per bin of {bins[1]:.2f})", title="Distribution of α")
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.26), fontsize=7.5)
     rng = np.random.default_rng(0)
     values = [row["value"] for rows in shown.values() for row in rows]
     lower = is_minimised(next(iter(shown.values()))[0]["objective"])
-    scale = plt.Normalize(min(values), max(values))  # one scale, so that colours compare between searchers
+    kept = within_fences(values, lower)
+    scale = plt.Normalize(min(kept), max(kept))  # one scale, so that colours compare between searchers
+    beyond = "neither" if len(kept) == len(values) else "max" if lower else "min"
     for axis, (name, rows) in zip(axes[0, 1:], shown.items(), strict=True):
         rows = sorted(rows, key=lambda row: row["value"], reverse=lower)  # the better on top
         x = np.concatenate([np.arange(len(row["alphas"])) for row in rows])
@@ -326,10 +361,12 @@ def draw_distribution(searchers: dict[str, list[dict]], labels, path: Path) -> P
         axis.plot(range(len(best)), best, "o", ms=8, mfc="none", mec="#D55E00", mew=1.6, label="best candidate")
         axis.set(ylim=(-0.03, 1.03), xlabel="merge step", ylabel="α", title=f"α tried at each step ({name})")
         axis.set_xticks(range(0, x.max() + 1, math.ceil((x.max() + 1) / 16)))
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8)
-    objective = next(iter(shown.values()))[0]["objective"].replace("_", " ")
+    handles, names = (sum(both, []) for both in zip(*(a.get_legend_handles_labels() for a in axes[0, :2]), strict=True))
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 1 + len(shown)), fontsize=8)
+    objective = next(iter(shown.values()))[0]["objective"]
     direction = "lower" if lower else "higher"
-    figure.colorbar(dots, ax=axes[0, -1], label=f"{objective} ({direction} is better)", fraction=0.05, pad=0.02)
+    figure.colorbar(dots, ax=axes[0, -1], label=f"{objective} ({direction} is better)", fraction=0.05, pad=0.02,
+                    extend=beyond)  # fmt: skip
     figure.draw_without_rendering()  # lay out twice: the bar's ticks change with its size, and its label was cut off
     return save(figure, path)
 
@@ -348,15 +385,18 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
         x = np.array([row["iteration"] for row in ok]) + 1
         running = np.minimum.accumulate(values) if lower else np.maximum.accumulate(values)
         failed = len(rows) - len(ok)
+        tried = f"{len(ok)} candidate" + ("s" if len(ok) > 1 else "")
         why = "failed or above the ceiling" if any(row["status"] == _ABOVE for row in rows) else "failed"
         axis.plot(x, values, ls="none", marker=look["marker"], ms=4, color=look["color"], alpha=0.45, mew=0)
         axis.step(
             [*x, x[-1]],
             [*running, running[-1]],
             where="post",
-            color=look["color"],
+            **look,
+            ms=4,
+            markevery=[len(x)],  # its mark in the legend, and something to see of a single candidate
             lw=1.8,
-            label=f"{name}, running best ({len(ok)} candidates{f', {failed} {why}' if failed else ''})",
+            label=f"{name}, running best ({tried}{f', {failed} {why}' if failed else ''})",
         )
     last = max(row["iteration"] for row in every) + 1
     axis.set_xlim(0, last + 1)
@@ -369,12 +409,17 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
     )
     for value, _ in lines:
         axis.axhline(value, color="#7F7F7F", ls=(0, (4, 3)), lw=0.9, zorder=1)
-    axis.margins(y=0.06)
+    values = [row["value"] for row in every]
+    kept = within_fences(values, lower)
+    shown = [*kept, *(value for value, _ in lines)]
+    room = 0.06 * (max(shown) - min(shown) or abs(max(shown)) or 1)
+    axis.set_ylim(min(shown) - room, max(shown) + room)
     unit = " (nats)" if lower else " (share of questions)" if "accuracy" in objective else ""
     axis.set(
         xlabel="candidates evaluated",
-        ylabel=f"{objective.replace('_', ' ')}{unit}, {'lower' if lower else 'higher'} is better",
-        title="Search progress (dots: single candidates; dashed: controls)",
+        ylabel=f"{objective}{unit}, {'lower' if lower else 'higher'} is better",
+        title="Search progress (marks: single candidates; dashed: controls"
+        + (f"; {len(values) - len(kept)} far worse left out)" if len(kept) < len(values) else ")"),
     )
     low, high = axis.get_ylim()
     for (value, name), y in zip(lines, spread([value for value, _ in lines], 0.042 * (high - low)), strict=True):
@@ -389,7 +434,8 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
             arrowprops={"arrowstyle": "-", "color": "#7F7F7F", "lw": 0.6, "shrinkA": 1, "shrinkB": 0},
         )
     axis.set_ylim(low, high)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    note = interval_of(max(every, key=rank))  # the axis shows what lies within it many times enlarged
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, title=note, title_fontsize=8)
     return save(figure, path)
 
 

@@ -1,14 +1,15 @@
 """Draw quality against layers removed for a sweep: compression.png, context.png, compression.md.
 
-    python analysis/compression.py RUN [--beside RUN …] [--out DIR]
+    python analysis/compression.py RUN [--beside RUN …] [--published] [--out DIR]
 
 Reads tables sweep, accuracy, costs, perplexity, comparisons and context; the last three may be empty, and without
 context there is no context.png. Accuracies are of the report split; a run with several languages gets one
 compression-LANGUAGE.png each, one that asked no questions (data.mmlu null) perplexities alone.
 
   compression.png  accuracy and plain-text perplexity against layers removed, one line a method and one row of panels
-                   an alignment and treatment of norms; accuracy against the share of layers removed beside published
-                   points
+                   an alignment and treatment of norms; of the published model (its name in model.path, and its number
+                   of layers), or with --published of any, also accuracy against the share of layers removed beside the
+                   published points
   perplexity.png   perplexity alone, a panel for each run: --beside names sweeps of the same plans on other texts
   context.png      NLL of text by position in the window, and retrieval by distance, of the plans measured
   compression.md   every point, the stability of each method's curve, and the context table
@@ -21,18 +22,35 @@ from __future__ import annotations
 import csv
 import math
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import LogFormatter, MaxNLocator
-from plotting import COLOURS, MARKERS, STYLE, markdown, need, number, run_main, save, save_text, style_of
+from matplotlib.ticker import MaxNLocator
+from plotting import (
+    COLOURS,
+    MARKERS,
+    STYLE,
+    interval_bars,
+    markdown,
+    need,
+    number,
+    plain_log,
+    run_main,
+    save,
+    save_text,
+    style_of,
+    with_interval,
+)
 
-from raymerge.tables import MACRO, MICRO, RUINED, RunDirectory, RunError, way_of
+from raymerge.tables import MACRO, MICRO, RUINED, RunDirectory, RunError, way_of, wilson_interval
 
 _PUBLISHED = Path(__file__).parent / "published" / "compression.csv"
-_CHANCE = 0.25
+_PUBLISHED_LAYERS = 32  # of the model that the published points are of
+_CHANCE = 0.25  # of four letters, and of four keys of a retrieval prompt
+_BASE = "base (unmerged)"
 _FEW = 10  # plans that context.png can tell apart
 
 
@@ -49,9 +67,13 @@ class Point(NamedTuple):
     parameters_removed: float  # share
     micro: dict | None  # row of `accuracy`
     macro: dict | None
-    perplexity: float | None  # of plain text
-    perplexity_error: tuple[float, float]  # how far its 95 % interval reaches below and above; 0 where there is none
+    text: dict | None  # row of `perplexity` of plain text
     difference: dict | None  # row of `comparisons`, signed as this plan - drop of the same merges
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of plain text."""
+        return self.text and self.text["perplexity"]
 
     @property
     def share(self) -> float:
@@ -67,13 +89,14 @@ def main(argv: list[str] | None = None) -> int:
 def add_options(parser) -> None:
     """The script's own options."""
     parser.add_argument("--beside", metavar="RUN", nargs="+", default=[], help="sweeps on other texts: perplexity.png")
+    parser.add_argument("--published", action="store_true", help="draw the published points beside any model's")
 
 
-def draw(run: RunDirectory, out: Path, beside: list[str] = ()) -> list[Path]:
+def draw(run: RunDirectory, out: Path, beside: list[str] = (), published: bool = False) -> list[Path]:
     """Write the figures and compression.md into `out`; return their paths. RunError if a table is missing."""
     with plt.rc_context(STYLE):
         others = [draw_texts([run, *map(RunDirectory.load, beside)], out / "perplexity.png")] if beside else []
-    return [*draw_run(run, out), *others]
+    return [*draw_run(run, out, published), *others]
 
 
 def swept(run: RunDirectory) -> tuple[list[dict], dict[str, dict], dict[str, dict]]:
@@ -85,8 +108,8 @@ def swept(run: RunDirectory) -> tuple[list[dict], dict[str, dict], dict[str, dic
     return sweep, costs, {r["plan_id"]: r for r in run.read("perplexity").to_pylist() if r["target"] == "text"}
 
 
-def draw_run(run: RunDirectory, out: Path) -> list[Path]:
-    """The figures and the text of one run."""
+def draw_run(run: RunDirectory, out: Path, asked: bool = False) -> list[Path]:
+    """The figures and the text of one run; asked: for the published points, also beside another model's."""
     need(run, "sweep", "the compression curve")  # what a run that has not begun lacks is named first
     if (run.config.get("data") or {}).get("mmlu", "") is None:
         return draw_unasked(run, out)
@@ -96,6 +119,8 @@ def draw_run(run: RunDirectory, out: Path) -> list[Path]:
     accuracy = [row for row in accuracy if row["split"] == split]
     comparisons = [row for row in run.read("comparisons").to_pylist() if row["split"] == split]
     published = read_published()
+    if not asked and not is_published_model(run, costs, published):
+        published = []
     languages = list(dict.fromkeys(row["language"] for row in accuracy))
     paths, text = [], [f"# Compression curve of run {run.run_id} ({run.experiment})"]
     with plt.rc_context(STYLE):
@@ -154,6 +179,15 @@ def read_published() -> list[dict]:
         ]
 
 
+def is_published_model(run: RunDirectory, costs: dict[str, dict], published: list[dict]) -> bool:
+    """Whether the run is plausibly of the model of the published points: it has as many layers, and its path, or a
+    folder of it such as the hub's cache, ends in the name; fine-tuned and later ones of the same shape have others."""
+    path = str((run.config.get("model") or {}).get("path") or "").lower()
+    names = [part.rpartition("--")[2] for part in path.replace("\\", "/").split("/")]
+    layers = {row["layers"] + row["layers_removed"] for row in costs.values()}
+    return published[0]["model"].lower() in names and layers == {_PUBLISHED_LAYERS}
+
+
 def points_of(sweep, accuracy, costs, texts, comparisons) -> list[Point]:
     """One Point a row of `sweep`, methods in order of appearance, each by merges."""
     drops: dict[int, list[str]] = {}
@@ -181,18 +215,11 @@ def points_of(sweep, accuracy, costs, texts, comparisons) -> list[Point]:
                 cost["parameters_removed"] / (cost["parameters"] + cost["parameters_removed"]),
                 accuracy.get((plan, MICRO)),
                 accuracy.get((plan, MACRO)),
-                *_text(texts.get(plan)),
+                texts.get(plan),
                 found[0] if found else None,
             )
         )
     return points
-
-
-def _text(row: dict | None) -> tuple[float | None, tuple[float, float]]:
-    """Perplexity and its errors of a row of `perplexity` or none."""
-    if row is None or row["ci_low"] is None:
-        return row and row["perplexity"], (0.0, 0.0)
-    return row["perplexity"], (row["perplexity"] - row["ci_low"], row["ci_high"] - row["perplexity"])
 
 
 def line_of(row: dict) -> tuple[str, str, str]:
@@ -210,18 +237,18 @@ def curves_of(points: list[Point]) -> dict[str, list[Point]]:
 
 
 def label_of(method: str, alignment: str, norms: str) -> str:
-    """The method, and alignment and norms where they are not "none" and "keep"."""
-    parts = [method.replace("_", " ")]
+    """The method as tables and page call it, with alignment and norms where they are not "none" and "keep"."""
+    parts = [method]
     parts += [f"{alignment} aligned"] if alignment != "none" else []
     parts += [f"norms {norms}"] if norms != "keep" else []
     return ", ".join(parts)
 
 
 def plan_names(sweep: list[dict]) -> dict[str, str]:
-    """plan_id -> "drop, 4 merges", several methods of one plan joined by " = "."""
+    """plan_id -> "drop, K = 4" of 4 merges, several methods of one plan joined by " = "."""
     names: dict[str, list[str]] = {}
     for row in sweep:
-        merges = f" × {row['merges']}" if row["merges"] else ""
+        merges = f", K = {row['merges']}" if row["merges"] else ""
         known = names.setdefault(row["plan_id"], [])
         if (name := label_of(*line_of(row)) + merges) not in known:
             known.append(name)
@@ -254,9 +281,14 @@ def draw_curves(points: list[Point], published: list[dict], split: str, language
     counts = {method: sum(mine[0].method == method for mine in curves) for method in methods}
     controls = {method for method in methods if counts[method] == 1 < max(counts.values())}
     known = any(point.perplexity is not None for point in points)
-    n, wide = max(1, len(variants)), 3 if known else 2
+    n, wide = max(1, len(variants)), 1 + known + bool(published)
     figure, axes = plt.subplots(
-        n, wide, figsize=(4.7 * wide, (4.0 if n == 1 else 3.1 * n) + 1.5), squeeze=False, sharex="col", sharey="col"
+        n,
+        wide,
+        figsize=(max(6.0, 4.7 * wide), (4.0 if n == 1 else 3.1 * n) + 1.5),
+        squeeze=False,
+        sharex="col",
+        sharey="col",
     )
     handles: dict[str, object] = {}
     for line, variant in zip(axes, variants or [("none", "keep")], strict=True):
@@ -266,41 +298,42 @@ def draw_curves(points: list[Point], published: list[dict], split: str, language
             method, x, y = mine[0].method, *measured_of(mine)
             control = method in controls
             look = {**curve_style(methods.index(method)), "lw": 0.8 if control else 1.3, "ms": 3.5 if control else 4.5}
-            error = np.nan_to_num([point.micro["standard_error"] for point in mine if point.micro])
+            error = interval_bars([point.micro for point in mine if point.micro])
             shift = spacing * (i - (len(shown) - 1) / 2)  # so that error bars of equal points stay apart
             handle = line[0].errorbar(x + shift, y, yerr=error, **look, elinewidth=0.8)
-            handles.setdefault(method.replace("_", " "), handle)
-            line[-1].plot(100 * x / mine[0].layers, y, **{**look, "ms": 3.2, "lw": 0.9}, alpha=0.55)
+            handles.setdefault(method, handle)
+            if published:
+                thin = {**look, "ms": 3.2, "lw": 0.9, "elinewidth": 0.6}
+                line[-1].errorbar(100 * (x + shift) / mine[0].layers, y, yerr=error, **thin, alpha=0.6)
             if known:
                 draw_perplexities(line[1], mine, shift, look)
-        draw_levels(line, base, known)
-        for label, artist in draw_published(line[-1], published).items():
-            handles[label] = artist
-        title = "accuracy (bars: ± 1 standard error)"
-        if n > 1:
-            title = f"alignment {variant[0]}, norms {variant[1]}"
-        line[0].set_title(title[0].upper() + title[1:])
+        draw_levels(line, base, known, bool(published))
+        line[0].set_title("Accuracy" if n == 1 else f"Alignment {variant[0]}, norms {variant[1]}")
+        line[0].set_ylabel("micro accuracy")
         if known:
             line[1].set_title("Plain text, lower is better")
             scale_perplexities(line[1], base, points)
-        line[-1].set_title(f"Beside published points ({published[0]['model']})")
-        for axis in (line[0], line[-1]):
-            axis.set_ylabel("micro accuracy")
-    for axis in axes[-1, :-1]:
+        if published:
+            line[-1].set_title(f"Beside published points of {published[0]['model']}")
+            line[-1].set_ylabel("micro accuracy")
+    for axis in axes[-1, : 1 + known]:
         axis.set_xlabel("layers removed")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[-1, -1].set_xlabel("share of the model's layers removed (%)")
-    handles = {label: artist for label, artist in handles.items() if not label.startswith("published")} | {
-        "unmerged model": plt.Line2D([], [], color="black", lw=1),
-        "chance": plt.Line2D([], [], color="#7F7F7F", ls=":", lw=1.2),
-        **{label: artist for label, artist in handles.items() if label.startswith("published")},
-    }
+    handles |= {_BASE: plt.Line2D([], [], color="black", lw=1), "chance": plt.Line2D([], [], **_DOTTED)}
+    if published:
+        axes[-1, -1].set_xlabel("share of the model's layers removed (%)")
+        for axis in axes[:, -1]:
+            handles |= draw_published(axis, published)
     questions = next((point.micro["n"] for point in points if point.micro), 0)
     note = f"{questions:,} questions, {split} split, language {language}; model of {points[0].layers} layers"
-    note += "; bars ± 1 standard error" if n > 1 else ""
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4 if wide == 2 else 6,
+    note += "; bars: 95 % intervals" + ("; published points: their model's, without intervals" if published else "")
+    note = textwrap.fill(note, int(13 * figure.get_figwidth()))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=(3, 4, 6)[wide - 1],
                   fontsize=8, title=note, title_fontsize=8)  # fmt: skip
     return save(figure, path)
+
+
+_DOTTED = {"color": "#7F7F7F", "ls": ":", "lw": 1.2}
 
 
 def measured_of(points: list[Point]) -> tuple[np.ndarray, list[float]]:
@@ -326,7 +359,7 @@ def draw_texts(runs: list[RunDirectory], path: Path) -> Path:
             handles[label] = draw_perplexities(axis, mine, shift, look)
         base, text = base_of(points), (run.config.get("data") or {}).get("perplexity_text")
         if base and base.perplexity is not None:
-            handles["unmerged model"] = axis.axhline(base.perplexity, color="black", lw=1)
+            handles[_BASE] = axis.axhline(base.perplexity, color="black", lw=1)
         axis.set_title(Path(str(text)).name)
         axis.set_xlabel("layers removed")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -339,7 +372,7 @@ def draw_perplexities(axis, mine: list[Point], shift: float, look: dict):
     """One method's perplexities with their intervals; returns what a legend shows."""
     texts = [point for point in mine if point.perplexity is not None]
     x, y = ([getattr(point, name) for point in texts] for name in ("removed", "perplexity"))
-    error = np.array([point.perplexity_error for point in texts]).reshape(-1, 2).T
+    error = interval_bars([point.text for point in texts], "perplexity")
     return axis.errorbar(np.array(x) + shift, y, yerr=error, **look, elinewidth=0.8)
 
 
@@ -347,10 +380,7 @@ def scale_perplexities(axis, base: Point | None, points: list[Point]) -> None:
     """A logarithmic axis, cut where `limit_perplexity` says."""
     cut = limit_perplexity(axis, base, points)
     axis.set(ylabel=f"perplexity (log scale{cut}; bars: 95 %)", yscale="log")
-    low, high = axis.get_ylim()
-    if high < 100 * low:  # less than two decades: 20 rather than 2 x 10^1
-        axis.yaxis.set_major_formatter(LogFormatter())
-        axis.yaxis.set_minor_formatter(LogFormatter())
+    plain_log(axis.yaxis, *axis.get_ylim())
 
 
 def limit_perplexity(axis, base: Point | None, points: list[Point]) -> str:
@@ -358,15 +388,16 @@ def limit_perplexity(axis, base: Point | None, points: list[Point]) -> str:
     known = [point.perplexity for point in points if point.perplexity is not None]
     if base is None or base.perplexity is None or not known or max(known) <= RUINED * base.perplexity:
         return ""
-    lowest = [point.perplexity - point.perplexity_error[0] for point in points if point.perplexity is not None]
+    texts = [point.text for point in points if point.perplexity is not None]
+    lowest = [row["perplexity"] if row["ci_low"] is None else row["ci_low"] for row in texts]
     axis.set_ylim(0.8 * min(lowest), RUINED * base.perplexity)
     return f", up to {RUINED:g} × unmerged"
 
 
-def draw_levels(line, base: Point | None, known: bool) -> None:
+def draw_levels(line, base: Point | None, known: bool, published: bool) -> None:
     """The unmerged model and chance as horizontal lines."""
-    for axis in (line[0], line[-1]):
-        axis.axhline(_CHANCE, color="#7F7F7F", ls=":", lw=1.2)
+    for axis in (line[0], line[-1]) if published else (line[0],):
+        axis.axhline(_CHANCE, **_DOTTED)
         if base and base.micro:
             axis.axhline(base.micro["accuracy"], color="black", lw=1)
     if known and base and base.perplexity is not None:
@@ -375,7 +406,7 @@ def draw_levels(line, base: Point | None, known: bool) -> None:
 
 def draw_published(axis, published: list[dict]) -> dict[str, object]:
     """Published curves in black and grey, single points as crosses; returns label -> artist for the legend."""
-    handles, singles = {}, []
+    handles, singles, model = {}, [], published[0]["model"]
     for method, mine in published_curves(published).items():
         x, y = zip(*mine, strict=True)
         if len(mine) == 1:
@@ -383,10 +414,10 @@ def draw_published(axis, published: list[dict]) -> dict[str, object]:
             singles.append((method, cross))
         else:
             look = ({"color": "#000000", "marker": "*", "ls": "-"}, {"color": "#6B6B6B", "marker": "P", "ls": "--"})
-            (handles[f"published {method}"],) = axis.plot(x, y, **look[len(handles) % 2], lw=1.4, ms=7)
+            (handles[f"published {method}, {model}"],) = axis.plot(x, y, **look[len(handles) % 2], lw=1.4, ms=7)
     if singles:
         words = [method.removeprefix("fixed ") for method, _ in singles]
-        handles[f"published fixed {', '.join(words)}"] = singles[0][1]
+        handles[f"published fixed {', '.join(words)}, {model}"] = singles[0][1]
     return handles
 
 
@@ -405,16 +436,16 @@ def stability(values: list[float]) -> tuple[float, float | None]:
 
 
 def stability_rows(points: list[Point], published: list[dict]) -> list[list]:
-    """Cells of the stability table: every published series, then every method of the run.
+    """Cells of the stability table: every published series that is shown, then every method of the run.
 
     A method is judged on the published numbers of merges as far as the run has at least two of them, and, where that
-    leaves points out, on all of its points as well.
+    leaves points out, on all of its points as well; without published points on all.
     """
     rows = []
     series: dict[tuple[str, str], dict[int, float]] = {}
     for row in published:
         series.setdefault((row["source"], row["method"]), {})[row["layers"]] = row["accuracy"]
-    compared = max((set(mine) for mine in series.values()), key=len)
+    compared = max((set(mine) for mine in series.values()), key=len, default=set())
     for (source, method), mine in series.items():
         if len(mine) > 1:
             rows.append([f"{method} ({source})", *stability_cells(mine)])
@@ -428,7 +459,7 @@ def stability_rows(points: list[Point], published: list[dict]) -> list[list]:
         if len(same) > 1:
             rows.append([label, *stability_cells(same)])
         if every and every != same:
-            rows.append([f"{label} (all points)", *stability_cells(every)])
+            rows.append([f"{label} (all points)" if published else label, *stability_cells(every)])
     return rows
 
 
@@ -457,30 +488,41 @@ def describe(points: list[Point], published: list[dict], split: str, language: s
                 point.merges,
                 number(100 * point.share, 2),
                 number(100 * point.parameters_removed, 2),
-                measured(point.micro),
-                measured(point.macro),
+                with_interval(point.micro, digits=4),
+                with_interval(point.macro, digits=4),
                 point.micro and number(point.micro["nll"]),
                 figures(point.perplexity),
-                difference and f"{difference['difference']:+.4f}",
+                with_interval(difference, "difference", digits=4, sign="+"),
                 difference and probability(difference["p_value"]),
+                difference and probability(difference["p_holm"]),
             ]
         )
     header = ["method", "alignment", "norms", "K", "layers removed %", "parameters removed %", "micro accuracy",
-              "macro accuracy", "answer NLL", "text perplexity", "difference to drop", "p"]  # fmt: skip
-    stable = stability_rows(points, published)
+              "macro accuracy", "answer NLL", "text perplexity", "difference to drop", "p", "p (Holm)"]  # fmt: skip
+    text = [
+        f"## {split} split, language {language}",
+        "K merges; accuracies with 95 % intervals. The difference to `drop` of the same K is paired, question by "
+        "question (exact McNemar p, and Holm's for all comparisons of accuracy that the sweep makes). Answer NLL in "
+        "nats: of the right letter among the four. Chance is 0.25.",
+        markdown(header, rows),
+    ]
+    if stable := stability_rows(points, published):
+        text += [
+            "### Stability\n\nPopulation standard deviation of the accuracies over the merges named, and the largest "
+            "drop from one to the next; the unmerged model is not counted. A method that is uniformly bad is stable "
+            "too.",
+            markdown(["curve", "K", "standard deviation", "largest drop", "at K"], stable),
+        ]
+    if not published:
+        return text
     cited = [
         [row["source"], row["method"], row["layers"], number(row["compression_percent"], 3), number(row["accuracy"], 4)]
         for row in published
     ]
     return [
-        f"## {split} split, language {language}",
-        "K merges; accuracy ± one standard error. The difference to `drop` of the same K is paired, question by "
-        "question (exact McNemar p). Answer NLL in nats: of the right letter among the four. Chance is 0.25.",
-        markdown(header, rows),
-        "### Stability\n\nPopulation standard deviation of the accuracies over the merges named, and the largest drop "
-        "from one to the next; the unmerged model is not counted. A method that is uniformly bad is stable too.",
-        markdown(["curve", "K", "standard deviation", "largest drop", "at K"], stable),
-        "### Published points\n\nMeta-Llama-3-8B, 32 layers; layers removed % is layers / 32. Beyond Naive Merging: "
+        *text,
+        f"### Published points\n\n{published[0]['model']}, {_PUBLISHED_LAYERS} layers; layers removed % is layers / "
+        f"{_PUBLISHED_LAYERS}. Beyond Naive Merging: "
         "Borate et al., the study of alignment and similarity that follows arXiv 2406.16330; the MKA and fixed points "
         "are quoted as it gives them.",
         markdown(["source", "method", "layers removed", "layers removed %", "accuracy"], cited),
@@ -499,20 +541,22 @@ def draw_context(context: list[dict], names: dict[str, str], sweep: list[dict], 
             mine = [row for row in context if (row["plan_id"], row["measure"]) == (plan, measure)]
             mine.sort(key=lambda row: row["bucket"])
             shift = 0.05 * (i - (len(shown) - 1) / 2)
-            error = [row["standard_error"] or 0.0 for row in mine]
+            error = interval_bars([row | limits_of(row) for row in mine], "value")
             look = style_of(0) if plan in base else curve_style(i - len(base.intersection(shown[:i])))
             axis.errorbar(
                 [buckets.index(row["bucket"]) + shift for row in mine], [row["value"] for row in mine],
-                yerr=np.nan_to_num(error), **look, ms=4.5, lw=1.1, elinewidth=0.8, label=names.get(plan, plan),
+                yerr=error, **look, ms=4.5, lw=1.1, elinewidth=0.8,
+                label=_BASE if plan in base else names.get(plan, plan),
             )  # fmt: skip
         every = range(0, len(buckets), math.ceil(len(buckets) / 12))
         axis.set_xticks(every, [f"{buckets[i]:,}" for i in every])
         if measure == "position_nll":
             axis.set(xlabel="position in the window (first of the bucket)", ylabel="NLL (nats a token)",
-                     title="Plain text by position (bars: ± 1 standard error)")  # fmt: skip
+                     title="Plain text by position")  # fmt: skip
         else:
+            axis.axhline(_CHANCE, **_DOTTED, label="chance of retrieval")
             axis.set(xlabel="distance of the key (tokens)", ylabel="accuracy", ylim=(-0.03, 1.03),
-                     title="Retrieval by distance (bars: ± 1 standard error)")  # fmt: skip
+                     title="Retrieval by distance (bars: 95 % intervals)")  # fmt: skip
     handles: dict[str, object] = {}
     for axis in axes[0]:
         for artist, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -550,9 +594,7 @@ def describe_texts(points: list[Point]) -> list[str]:
     """The sections of compression.md where no questions were asked."""
     rows = []
     for point in points:
-        below, above = point.perplexity_error
-        known = point.perplexity is not None and (below or above)
-        limits = [figures(point.perplexity - below), figures(point.perplexity + above)] if known else [None, None]
+        limits = [point.text and figures(point.text[name]) for name in ("ci_low", "ci_high")]
         removed = [number(100 * share, 2) for share in (point.share, point.parameters_removed)]
         rows.append([*point[1:5], *removed, figures(point.perplexity), *limits])
     header = ["method", "alignment", "norms", "K", "layers removed %", "parameters removed %", "text perplexity",
@@ -566,33 +608,36 @@ def describe_context(context: list[dict], names: dict[str, str]) -> list[str]:
     titles = {
         "position_nll": ("Mean NLL (nats a token) of plain text by position in the window; a column starts at its "
                          "position and ends before the next."),
-        "retrieval": "Accuracy on synthetic key-value prompts by distance in tokens.",
+        "retrieval": ("Accuracy on synthetic key-value prompts by distance in tokens, with 95 % intervals; chance is "
+                      "0.25."),
     }  # fmt: skip
     for measure in dict.fromkeys(row["measure"] for row in context):
         mine = [row for row in context if row["measure"] == measure]
         buckets = sorted({row["bucket"] for row in mine})
         cells = {(row["plan_id"], row["bucket"]): row for row in mine}
         rows = []
-        for plan in dict.fromkeys(row["plan_id"] for row in mine):
+        there = {row["plan_id"] for row in mine}
+        for plan in [*(plan for plan in names if plan in there), *sorted(there - names.keys())]:
             line = [cells.get((plan, bucket)) for bucket in buckets]
-            rows.append([names.get(plan, plan), *[cell and value_and_error(cell) for cell in line]])
+            rows.append(
+                [names.get(plan, plan), *[cell and with_interval(cell | limits_of(cell), "value") for cell in line]]
+            )
         text += [f"### {measure}\n\n{titles.get(measure, '')}".rstrip(), markdown(["plan", *buckets], rows)]
     return text
 
 
-def value_and_error(row: dict) -> str | None:
-    """value ± standard error of a row of `context`."""
-    value, error = number(row["value"]), None if row["standard_error"] is None else number(row["standard_error"])
-    return f"{value} ± {error}" if value and error else value
+def limits_of(row: dict) -> dict[str, float]:
+    """ci_low and ci_high (Wilson's, 95 %) of an accuracy of `context`; none of a loss, whose mean alone is stored."""
+    if row["measure"] != "retrieval":
+        return {}
+    low, high = wilson_interval(round(row["value"] * row["n"]), row["n"])
+    return {"ci_low": low, "ci_high": high}
 
 
-def measured(row: dict | None) -> str | None:
-    """Accuracy ± standard error as shares."""
-    return row and f"{row['accuracy']:.4f} ± {number(row['standard_error'], 4) or '–'}"
-
-
-def probability(p: float) -> str:
+def probability(p: float | None) -> str | None:
     """A p-value with as many digits as say something."""
+    if p is None:
+        return None
     return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}" if p > 0 else "0"
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from plotting import COLOURS, STYLE, markdown, need, number, run_main, save, save_text, subset_name
+from plotting import COLOURS, STYLE, ink, markdown, need, number, run_main, save, save_text, subset_name
 
 from raymerge.tables import RunDirectory
 
@@ -100,7 +100,7 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
     titles = ("Flattened matrices\n(as published)", "Off the diagonal\n[95 % interval], ceiling")
     for axis, grid, title, detailed in zip(axes, grids, titles, (False, True), strict=False):
         axis.patch.set_facecolor(_NONE)
-        axis.imshow(np.ma.masked_invalid(grid), cmap="Blues", vmin=low, vmax=1, aspect="auto")
+        image = axis.imshow(np.ma.masked_invalid(grid), cmap="Blues", vmin=low, vmax=1, aspect="auto")
         for (i, j), value in np.ndenumerate(grid):
             if np.isnan(value):
                 continue
@@ -111,8 +111,7 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
                     text += f"\n[{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
                 if (ceiling := ceiling_of(row)) is not None:
                     text += f"\nceiling {ceiling:.2f}"
-            dark = (value - low) / (1 - low) > 0.6
-            axis.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "#222222")
+            axis.text(j, i, text, ha="center", va="center", fontsize=7, color=ink(image, value))
         axis.set_xticks(range(n), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
         axis.set_yticks(range(n), names if axis is axes[0] else [""] * n, fontsize=8)
         axis.tick_params(length=0)

@@ -24,8 +24,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, NullFormatter
-from plotting import STYLE, markdown, need, number, run_main, save, save_text, show_layers, style_of, subset_name
+from plotting import (
+    STYLE,
+    markdown,
+    need,
+    number,
+    plain_log,
+    run_main,
+    save,
+    save_text,
+    show_layers,
+    style_of,
+    subset_name,
+)
 
 from raymerge.tables import RunDirectory, degeneracy
 
@@ -245,10 +256,7 @@ def draw_influence(rows: list[dict], path: Path) -> Path:
     values = [row["value"] for row in rows]
     if min(values) > 0:
         axis.set_yscale("log")
-        subs = (1, 2, 5) if max(values) > 5 * min(values) else range(1, 10)
-        axis.yaxis.set_major_locator(LogLocator(subs=subs))
-        axis.yaxis.set_major_formatter("{x:g}")  # 0.05 rather than 5e-02
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        plain_log(axis.yaxis, min(values), max(values))
     axis.set(xlabel="decoder layer", ylabel="1 - mean cosine", title="Block influence (low: the layer changes little)")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return save(figure, path)

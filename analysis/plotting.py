@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from raymerge.tables import RunDirectory, RunError
 
@@ -39,8 +41,9 @@ def style_of(number: int) -> dict:
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[(number + number // 8) % len(MARKERS)]}
 
 
-def spread(values: list[float], gap: float) -> list[float]:
-    """Positions near ascending `values` at least `gap` apart, moved as little as pushing clusters about their mean."""
+def spread(values: list[float], gap: float, low: float = -math.inf, high: float = math.inf) -> list[float]:
+    """Positions near ascending `values` at least `gap` apart, moved as little as pushing clusters about their mean, and
+    from there into low … high, where these have room for all."""
     clusters: list[list[float]] = []  # [sum of values, how many]
     for value in values:
         clusters.append([value, 1])
@@ -49,7 +52,37 @@ def spread(values: list[float], gap: float) -> list[float]:
             if s1 / n1 - s0 / n0 >= gap * (n0 + n1) / 2:
                 break
             clusters[-2:] = [[s0 + s1, n0 + n1]]
-    return [total / n + gap * (i - (n - 1) / 2) for total, n in clusters for i in range(n)]
+    found = [total / n + gap * (i - (n - 1) / 2) for total, n in clusters for i in range(n)]
+    found = [max(at, low + gap * i) for i, at in enumerate(found)]
+    return [min(at, high - gap * (len(found) - 1 - i)) for i, at in enumerate(found)]
+
+
+def interval_bars(rows: list[dict], value: str = "accuracy", *, scale: float = 1.0) -> np.ndarray:
+    """(2, n) lengths from each row's value to the ends of its 95 % interval (columns ci_low, ci_high), for errorbar;
+    rows without an interval, or empty, have none."""
+    ends = [[row.get("ci_low"), row.get(value), row.get("ci_high")] for row in rows]
+    ends = [[math.nan if end is None else end for end in each] for each in ends]
+    low, middle, high = scale * np.array(ends, dtype=float).reshape(-1, 3).T
+    return np.nan_to_num(np.stack([middle - low, high - middle])).clip(min=0)
+
+
+def with_interval(row: dict | None, value: str = "accuracy", *, digits: int = 3, sign: str = "") -> str | None:
+    """A row's value and its 95 % interval as text, such as 0.640 [0.611, 0.668]; None for no row."""
+    if row is None or not np.isfinite(row[value]):
+        return None
+    limits = [number(row.get(name), digits) for name in ("ci_low", "ci_high")]
+    return f"{row[value]:{sign}.{digits}f}" + (f" [{', '.join(limits)}]" if None not in limits else "")
+
+
+def plain_log(axis, low: float, high: float) -> None:
+    """Ticks of a logarithmic x or y axis (axis.xaxis, axis.yaxis) that shows values from `low` to `high`: round numbers
+    far enough from each other and written out, where powers of ten would be too few; else those."""
+    if high >= 100 * low:
+        return
+    wide = high > 5 * low
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def save(figure, path: Path) -> Path:
@@ -110,6 +143,13 @@ def subset_name(row: dict, suffix: str = "") -> str:
     """
     subset, language = row[f"subset{suffix}"], row[f"language{suffix}"]
     return subset if language == "imported" else f"{subset} {language}"
+
+
+def ink(image, value: float) -> str:
+    """Black or white, whichever stands out more (WCAG's contrast) from the colour that an image gives a value."""
+    channels = np.array(image.to_rgba(value)[:3])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return "white" if linear @ (0.2126, 0.7152, 0.0722) < 0.179 else "black"
 
 
 def show_layers(axis, layers: list[int], most: int = 8) -> None:

@@ -166,6 +166,20 @@ def ratio_interval(sums, counts, *, confidence: float = 0.95) -> MeanInterval:
     return MeanInterval(mean, mean - half, mean + half)
 
 
+def outer_fences(values) -> tuple[float, float]:
+    """Return Tukey's outer fences of values, three interquartile ranges beyond the quartiles (J. W. Tukey, Exploratory
+    Data Analysis, 1977): what lies outside would leave a drawing no room for the others. Infinite where half of all
+    values are one.
+
+    Parameters
+    ----------
+    values : array of float, shape (n,)
+    """
+    low, high = np.percentile(_vector(values, "values", np.float64), [25, 75])
+    reach = 3 * (high - low) if high > low else math.inf
+    return float(low - reach), float(high + reach)
+
+
 def holm(p_values) -> np.ndarray:
     """Return Holm's adjusted p-values (m,): rejecting those of at most a errs at all with a chance of at most a.
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raymerge.tables import RunDirectory, RunError, derive_accuracy
+from raymerge.tables import RunDirectory, RunError, derive_accuracy, paired_difference
 
 ANALYSIS = Path(__file__).parent.parent / "analysis"
 sys.path.insert(0, str(ANALYSIS))  # the scripts are not part of the package; run as scripts they find each other
@@ -193,7 +193,7 @@ def test_bars_of_accuracies_are_intervals_also_of_none_and_all_right():
     """A standard error is 0 there: four wrong answers of four looked certain."""
     known = {row["plan_id"]: row for row in derive_accuracy(answers_of({"none": 0, "half": 2, "all": 4}))
              if row["subject"] == "_micro"}  # fmt: skip
-    left, right = accuracy_script.interval_bars([known["none"], known["half"], known["all"], {}])
+    left, right = plotting.interval_bars([known["none"], known["half"], known["all"], {}], scale=100)
     end = 100 * 1.96**2 / (4 + 1.96**2)  # Wilson's, in closed form where none is right
     np.testing.assert_allclose(right[[0, 2, 3]], [end, 0, 0], atol=0.01)
     np.testing.assert_allclose(left[[0, 2, 3]], [0, end, 0], atol=0.01)
@@ -277,6 +277,7 @@ def test_spread_keeps_labels_apart_in_order():
     moved = plotting.spread([1.0, 1.0, 1.1, 1.9, 7.0], 1.0)
     assert np.diff(moved).min() >= 1 - 1e-12 and moved[-1] == 7.0
     assert np.mean(moved[:4]) == pytest.approx(np.mean([1.0, 1.0, 1.1, 1.9]))
+    assert plotting.spread([0.0, 0.1, 9.0], 1.0, 0, 9) == [0, 1, 9] and plotting.spread([8.9, 9.0], 1.0, 0, 9) == [8, 9]
 
 
 def test_accuracy_table_is_the_stored_one(k13, accuracy_text):
@@ -287,8 +288,8 @@ def test_accuracy_table_is_the_stored_one(k13, accuracy_text):
     for row in rows[:-1]:
         micro, macro = stored[ids[row[0]], "_micro"], stored[ids[row[0]], "_macro"]
         assert row[1] == "240"
-        assert row[2] == f"{micro['accuracy']:.3f} ± {micro['standard_error']:.3f}"
-        assert row[3] == f"{macro['accuracy']:.3f} ± {macro['standard_error']:.3f}"
+        assert row[2] == f"{micro['accuracy']:.3f} [{micro['ci_low']:.3f}, {micro['ci_high']:.3f}]"
+        assert row[3] == f"{macro['accuracy']:.3f} [{macro['ci_low']:.3f}, {macro['ci_high']:.3f}]"
         assert row[5] == f"{micro['nll']:.3f}"
     assert [row[6] for row in rows[:3]] == ["9.300", "310.0", "31,010"]
     subjects = table_of(accuracy_text, "### By subject")
@@ -306,8 +307,8 @@ def test_differences_are_paired(k13, accuracy_text):
         return np.array([row["answer"] == row["predicted"] for row in sorted(mine, key=lambda row: row["question_id"])])
 
     _, *rows = table_of(accuracy_text, "## test split")
-    d = correct("drop").astype(float) - correct("base")
-    expected = f"{d.mean():+.3f} ± {d.std(ddof=1) / np.sqrt(d.size):.3f}"
+    found = paired_difference(correct("drop"), correct("base"))  # as in table comparisons
+    expected = f"{found.difference:+.3f} [{found.ci_low:.3f}, {found.ci_high:.3f}]"
     assert {row[0]: row[4] for row in rows}["drop"] == expected
     assert {row[0]: row[4] for row in rows}["base"] == "–"
 
@@ -357,7 +358,182 @@ def test_one_plan_one_question_without_perplexity(tmp_path):
                              **{f"logit_{c}": 0.0 for c in "abcd"}}])  # fmt: skip
     assert accuracy_script.main([run.path_of()]) == 0
     text = Path(run.path_of("figures"), "accuracy.md").read_text()
-    assert "| model | 1 | 1.000 ± – | 1.000 ± – | – | 1.386 | – | – |" in text
+    wilson = "1.000 [0.207, 1.000]"  # of one right answer: from 1 / (1 + 1.96 ** 2) on
+    assert f"| model | 1 | {wilson} | {wilson} | – | 1.386 | – | – |" in text
+
+
+def figures_of(monkeypatch, script) -> dict:
+    """Name -> figure of all that `script` saves from now on."""
+    drawn = {}
+
+    def keep(figure, path):
+        figure.draw_without_rendering()
+        drawn[path.name] = figure
+        alphas_script.plt.close(figure)
+        return path
+
+    monkeypatch.setattr(script, "save", keep)
+    return drawn
+
+
+def apart(boxes) -> bool:
+    """Whether no two boxes (of artists, in pixels) cover each other."""
+    return not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def boxes_of(artists) -> list:
+    return [artist.get_window_extent() for artist in artists if artist.get_visible() and artist.get_text()]
+
+
+@pytest.mark.parametrize("spread", [(3.65, 4.18), (9.0, 60.0), (5.0, 150.0)])
+def test_ticks_of_perplexities_are_apart_and_written_out(tmp_path, monkeypatch, spread):
+    """Within a decade each tick was labelled, as 3.6 × 10^0 and 3.7 × 10^0, over the next."""
+    run = make_run(tmp_path / "run", merges=2, subjects=2, questions=4, candidates=0)
+    stored = run.read("perplexity").to_pylist()
+    rows = [{**row, "perplexity": value, "ci_low": 0.97 * value, "ci_high": 1.04 * value}
+            for row, value in zip(stored, np.linspace(*spread, 8), strict=True)]  # fmt: skip
+    run.replace("perplexity", rows)
+    drawn = figures_of(monkeypatch, accuracy_script)
+    accuracy_script.draw(run, tmp_path)
+    axis = drawn["accuracy.png"].axes[2]
+    low, high = axis.get_xlim()
+    labels = [label for label in axis.get_xticklabels(which="both") if low <= label.get_position()[0] <= high]
+    assert 3 <= len(boxes_of(labels)) and apart(boxes_of(labels))
+    assert not any("10" in label.get_text() and "{" in label.get_text() for label in labels)
+
+
+def test_differences_and_perplexities_have_the_intervals_of_tables(tmp_path, monkeypatch):
+    """Differences had 1.96 standard errors, which of few questions left out 0 where p was 0.5; perplexities none."""
+    run = make_run(tmp_path / "run", merges=2, subjects=2, questions=6, candidates=0)
+    rows = [row | {"ci_low": 0.9 * row["perplexity"], "ci_high": 1.2 * row["perplexity"]}
+            for row in run.read("perplexity").to_pylist()]  # fmt: skip
+    run.replace("perplexity", rows)
+    (view,) = accuracy_script.views_of(run)
+    drawn = figures_of(monkeypatch, accuracy_script)
+    accuracy_script.draw(run, tmp_path)
+    _, change, text = drawn["accuracy.png"].axes
+    others = [plan for plan in view.plans if plan != view.reference]
+    bars = [segment[:, 0] for line in change.collections for segment in line.get_segments()]
+    wanted = [100 * np.array([view.difference[plan][end] for end in ("ci_low", "ci_high")]) for plan in others]
+    np.testing.assert_allclose(bars, wanted, atol=1e-9)
+    bars = [segment[:, 0] for line in text.collections for segment in line.get_segments()]
+    np.testing.assert_allclose(bars, [[row["ci_low"], row["ci_high"]] for row in rows])
+
+
+def test_legends_of_the_distribution_cover_nothing(tmp_path, monkeypatch):
+    """With three searchers they covered the names of the axes."""
+    searchers = {
+        name: [trial(i, 0.1 * i) | {"alphas": [0.1, 0.9, 0.5]} for i in range(4)]
+        for name in ("bayes", "gradient_simplex", "random")
+    }
+    drawn = figures_of(monkeypatch, alphas_script)
+    with alphas_script.plt.rc_context(alphas_script.STYLE):
+        alphas_script.draw_distribution(searchers, {}, tmp_path / "x.png")
+        figure = drawn["x.png"]
+        legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
+        names = [axis.xaxis.label for axis in figure.axes]
+        assert legends and apart([legend.get_window_extent() for legend in legends] + boxes_of(names))
+
+
+def test_numbers_stand_out_from_their_cells():
+    """White on the middle blues, from .55 or .6 of the scale on, had a contrast of 3, where small text needs 4.5."""
+    _, axis = alphas_script.plt.subplots()
+    image = axis.imshow([[0.0, 1.0]], cmap="Blues", vmin=0, vmax=1)
+
+    def luminance(colour):
+        channels = np.array(matplotlib.colors.to_rgb(colour))
+        return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4) @ (
+            0.2126, 0.7152, 0.0722,
+        )  # fmt: skip
+
+    for value in np.linspace(0, 1, 101):
+        cell, text = luminance(image.to_rgba(value)[:3]), luminance(plotting.ink(image, value))
+        assert (max(cell, text) + 0.05) / (min(cell, text) + 0.05) >= 4.5
+    alphas_script.plt.close()
+
+
+def matrix_plans(names=("found_gradient", "random"), steps=3, matrices=("mlp.down_proj", "self_attn.k_proj")):
+    """Rows of `plans`: of the first plan each matrix has its own coefficients."""
+    return [
+        {"plan_id": name, "name": name, "kind": name.split("_")[0], "matrix": matrix, "step": step, "into": 8 - step,
+         "remove": 9 - step, "alpha": 0.1 * step + 0.05 * i + 0.01 * len(matrix or "")}
+        for i, name in enumerate(names)
+        for matrix in ((None, *matrices) if not i else (None,))
+        for step in range(steps)
+    ]  # fmt: skip
+
+
+def test_coefficients_of_single_matrices_come_after_those_of_plans(tmp_path, monkeypatch):
+    """Those of one plan's seven matrices filled the eight rows, and other plans found were not drawn; in alphas.png
+    each had a colour of its own, which another plan had too."""
+    run = RunDirectory.open(tmp_path / "run", {}, "search")
+    plans = matrix_plans()
+    labels = {name: name for name in ("found_gradient", "random")}
+    found = list(alphas_script.learned(run, plans, labels))
+    assert found == ["found_gradient", "random", "found_gradient · mlp.down_proj", "found_gradient · self_attn.k_proj"]
+    drawn = figures_of(monkeypatch, alphas_script)
+    with alphas_script.plt.rc_context(alphas_script.STYLE):
+        alphas_script.draw_plans(plans, [], labels, tmp_path / "x.png")
+    lines = drawn["x.png"].axes[0].lines
+    assert [line.get_color() for line in lines] == [plotting.COLOURS[0]] * 3 + [plotting.COLOURS[1]]
+    assert [text.get_text() for text in drawn["x.png"].legends[0].get_texts()] == ["found_gradient", "random"]
+
+
+def test_long_names_of_methods_do_not_run_into_the_next_title(tmp_path, monkeypatch):
+    drawn = figures_of(monkeypatch, alpha_panels)
+    rows = matrix_plans()[:3]
+    with alphas_script.plt.rc_context(alphas_script.STYLE):
+        methods = {"found_gradient_per_matrix · self_attn.down_proj = fixed_0.6225_plain": rows, "b": rows}
+        alpha_panels.draw_methods(methods, None, tmp_path / "x.png")
+        axes = drawn["x.png"].axes
+        titles = [axis._left_title for axis in axes]
+        legends = [axis.get_legend() for axis in axes if axis.get_legend()]
+        assert apart(boxes_of(titles)) and not legends  # the legend stood on the bars
+        assert "mean" in titles[0].get_text()
+
+
+def test_descents_of_several_searchers_are_told_apart_and_numbers_do_not_cover_each_other(tmp_path, monkeypatch):
+    """Twelve starts had seven colours; 91 coefficients were numbered one over the other, "by step"."""
+    drawn = figures_of(monkeypatch, alpha_panels)
+    history = [
+        {"searcher": f"gradient_{name}", "start": start, "epoch": epoch, "loss": 1 / (1 + epoch + start + k),
+         "held_out_loss": None, "alphas": np.linspace(0.02, 0.1, n).tolist()}
+        for k, (name, n) in enumerate((("alphas", 13), ("per_matrix", 91), ("simplex", 13)))
+        for start in range(4) for epoch in range(3)
+    ]  # fmt: skip
+    with alphas_script.plt.rc_context(alphas_script.STYLE):
+        alpha_panels.draw_history(history, tmp_path / "all.png", "answer_nll")
+        alpha_panels.draw_history(history[12:24], tmp_path / "matrix.png")
+        alpha_panels.draw_history(history[:12], tmp_path / "one.png")
+        left, right = drawn["all.png"].axes[:2]
+        assert len({line.get_color() for line in left.lines}) == 3 and left.get_ylabel() == "loss (answer_nll)"
+        names = [text.get_text() for text in drawn["all.png"].legends[0].get_texts()]
+        assert names == ["alphas", "per_matrix", "simplex", "simplex, start 3"]
+        numbers = boxes_of(right.texts)  # all within the panel: below it, they were left out
+        assert len(numbers) == 13 and apart(numbers) and min(box.y0 for box in numbers) >= right.bbox.y0
+        right = drawn["matrix.png"].axes[1]
+        assert not right.texts and right.get_title("left") == "The 91 α of start 3"
+        assert len({line.get_color() for line in drawn["one.png"].axes[0].lines}) == 4
+
+
+def test_progress_says_how_surely_the_best_is_known(tmp_path, monkeypatch):
+    """Its axis shows steps of one question in 240, a twentieth of the interval of each value."""
+    drawn = figures_of(monkeypatch, alphas_script)
+    rows = {"bayes": [trial(i, 0.8 + i / 240, 1.0) | {"n_questions": 240, "plan_id": "p"} for i in range(4)]}
+    alphas_script.draw_progress(rows, [], {}, tmp_path / "x.png")
+    title = drawn["x.png"].legends[0].get_title().get_text()
+    assert title == "of 240 questions 0.812 has a 95 % interval of 0.758 to 0.857"
+    lower = {"bayes": [row | {"objective": "answer_nll"} for row in rows["bayes"]]}
+    alphas_script.draw_progress(lower, [], {}, tmp_path / "y.png")
+    assert drawn["y.png"].legends[0].get_title().get_text() in ("", "None")
+    far = {"bayes": [*rows["bayes"], rows["bayes"][0] | {"iteration": 4, "value": 0.1}]}  # was all that could be seen
+    alphas_script.draw_progress(far, [], {}, tmp_path / "f.png")
+    (axis,) = drawn["f.png"].axes
+    assert axis.get_ylim()[0] > 0.79 and axis.get_title().endswith("dashed: controls; 1 far worse left out)")
+    one = {"bayes": rows["bayes"], "gradient": rows["bayes"][:1]}
+    alphas_script.draw_progress(one, [], {}, tmp_path / "z.png")
+    names = [text.get_text() for text in drawn["z.png"].legends[0].get_texts()]
+    assert names == ["bayes, running best (4 candidates)", "gradient, running best (1 candidate)"]
 
 
 @pytest.mark.parametrize(

@@ -42,10 +42,11 @@ def make_run(
     text=True,
     seed=0,
     methods=METHODS,
+    model="synthetic",
 ):
     """A sweep as the command writes it, with plausible numbers; most_similar of one merge is block_influence's plan."""
     rng = np.random.default_rng(seed)
-    run = RunDirectory.open(path, {"data": {"report_split": "test"}}, "sweep")
+    run = RunDirectory.open(path, {"model": {"path": model}, "data": {"report_split": "test"}}, "sweep")
     sweep = [{"plan_id": "base", "merges": 0, "method": "base", "alignment": "none", "norms": "keep"}]
     for k in merges:
         for i, (method, alignment, norms) in enumerate(methods):
@@ -66,7 +67,8 @@ def make_run(
                 accuracy.append({
                     "plan_id": plan, "split": "test", "language": language, "subject": subject, "n": questions,
                     "correct": round(p * questions), "accuracy": p + shift,
-                    "standard_error": math.sqrt(p * (1 - p) / questions), "nll": 1.5 - p,
+                    "standard_error": math.sqrt(p * (1 - p) / questions), "ci_low": p + shift - 0.03,
+                    "ci_high": p + shift + 0.04, "nll": 1.5 - p,
                 })  # fmt: skip
         accuracy.append({**accuracy[-3], "split": "validation", "accuracy": 0.99})
         nll = 2.3 + gained * k
@@ -83,14 +85,14 @@ def make_run(
                 comparisons.append({
                     "plan_a": a, "plan_b": b, "split": "test", "measure": measure, "difference": sign * difference,
                     "ci_low": sign * difference - 0.02, "ci_high": sign * difference + 0.03,
-                    "p_value": float(rng.uniform()) ** 8, "test": "mcnemar",
+                    "p_value": (p := float(rng.uniform()) ** 8), "p_holm": min(1.0, 3 * p), "test": "mcnemar",
                 })  # fmt: skip
         if context and k in (0, 4, 13):
             for bucket in (0, 128, 256, 512, 768, 1024, 1536):
                 points.append({"plan_id": plan, "measure": "position_nll", "bucket": bucket, "n": 5000,
-                               "value": nll - 0.1 * math.log1p(bucket / 100), "standard_error": 0.03})  # fmt: skip
+                               "value": nll - 0.1 * math.log1p(bucket / 100)})  # fmt: skip
             for bucket in (64, 256, 1024, 4096):
-                p = max(0.02, 1 - 0.08 * k - bucket / 9000)
+                p = max(1, round(50 * (1 - 0.08 * k - bucket / 9000))) / 50
                 points.append({"plan_id": plan, "measure": "retrieval", "bucket": bucket, "n": 50, "value": p,
                                "standard_error": math.sqrt(p * (1 - p) / 49)})  # fmt: skip
     tables = {"sweep": sweep, "accuracy": accuracy, "perplexity": perplexity, "costs": costs, "context": points,
@@ -158,7 +160,8 @@ def test_every_point_is_in_the_table(run, text):
         cells, plan = dict(zip(header, line, strict=True)), plans[tuple(line[:4])]
         for name in ("micro", "macro"):
             row = accuracy[plan, f"_{name}"]
-            assert cells[f"{name} accuracy"] == f"{row['accuracy']:.4f} ± {row['standard_error']:.4f}"
+            limits = f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]"
+            assert cells[f"{name} accuracy"] == f"{row['accuracy']:.4f} {limits}"
         assert cells["answer NLL"] == f"{accuracy[plan, '_micro']['nll']:.3f}"
         assert float(cells["text perplexity"].replace(",", "")) == pytest.approx(math.exp(texts[plan]), rel=5e-4)
         assert cells["layers removed %"] == f"{100 * int(line[3]) / 28:.2f}"
@@ -179,16 +182,87 @@ def test_differences_to_drop_have_the_sign_of_the_method(run, text):
     for line in lines:
         cells, plan = dict(zip(header, line, strict=True)), plans[tuple(line[:4])]
         if line[0] in ("base", "drop"):
-            assert cells["difference to drop"] == cells["p"] == "–"
+            assert cells["difference to drop"] == cells["p"] == cells["p (Holm)"] == "–"
             continue
         row = stored[tuple(sorted((plan, f"drop0_{line[3]}")))]
         assert (row["plan_a"] == plan) == (line[3] != "4")
         sign = 1 if row["plan_a"] == plan else -1
-        assert cells["difference to drop"] == f"{sign * row['difference']:+.4f}"
+        low, high = sorted((sign * row["ci_low"], sign * row["ci_high"]))
+        assert cells["difference to drop"] == f"{sign * row['difference']:+.4f} [{low:.4f}, {high:.4f}]"
         assert float(cells["p"]) == pytest.approx(row["p_value"], abs=5e-4)
+        assert float(cells["p (Holm)"]) == pytest.approx(row["p_holm"], abs=5e-4)
 
 
-def test_published_points_and_their_stability(text):
+def figure_of(monkeypatch, run, *options) -> object:
+    """The figure compression.png of a run, before it is saved."""
+    drawn = {}
+
+    def keep(figure, path):
+        drawn[path.name] = figure
+        compression_script.plt.close(figure)
+        return path
+
+    monkeypatch.setattr(compression_script, "save", keep)
+    assert compression_script.main([run.path_of(), *options]) == 0
+    return drawn["compression.png"]
+
+
+def legend_of(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "options", "shown"),
+    [
+        ("synthetic", 28, (), False),
+        ("synthetic", 28, ("--published",), True),
+        ("meta-llama/Meta-Llama-3-8B", 32, (), True),
+        ("/hub/models--NousResearch--Meta-Llama-3-8B/snapshots/315b20096dc7", 32, (), True),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", 32, (), False),
+        ("meta-llama/Llama-3.1-8B", 32, (), False),
+        ("/models/Meta-Llama-3-8B/merged", 21, (), False),
+    ],
+)
+def test_published_points_stand_beside_their_own_model_alone(tmp_path, monkeypatch, model, layers, options, shown):
+    """They stood beside any model's points, as if these should reach them."""
+    run = make_run(tmp_path / "run", layers=layers, merges=(1, 4), context=False, model=model)
+    figure = figure_of(monkeypatch, run, *options)
+    assert len(figure.axes) == (9 if shown else 6)  # a row for each of three treatments
+    assert ("published MKA, Meta-Llama-3-8B" in legend_of(figure)) == shown
+    assert any("Meta-Llama-3-8B" in axis.get_title("left") for axis in figure.axes) == shown
+    text = Path(run.path_of("figures"), "compression.md").read_text()
+    assert ("### Published points" in text) == shown == ("MKA (arXiv" in text)
+
+
+def test_bars_are_the_intervals_of_the_tables(run, monkeypatch):
+    """They were standard errors, a third as long as those of every other figure of accuracies."""
+    figure = figure_of(monkeypatch, run)
+    axis = figure.axes[0]
+    rows = {row["plan_id"]: row for row in run.read("accuracy").to_pylist()
+            if (row["split"], row["subject"]) == ("test", "_micro")}  # fmt: skip
+    drawn = {tuple(np.round(bar[:, 1], 6)) for line in axis.collections for bar in line.get_segments()}
+    wanted = {(round(row["ci_low"], 6), round(row["ci_high"], 6)) for plan, row in rows.items() if "drop0" in plan}
+    assert wanted <= drawn
+    assert "95 % intervals" in figure.legends[0].get_title().get_text()
+    words = [figure.legends[0].get_title().get_text(), *(axis.get_title("left") for axis in figure.axes)]
+    assert not any("standard error" in word for word in words)
+
+
+def test_methods_have_the_names_of_tables_terminal_and_page(run, monkeypatch):
+    """before_last was "before last" in figures alone, and the unmerged model had another name in each."""
+    names = legend_of(figure_of(monkeypatch, run))
+    assert names[:3] == ["drop", "before_last", "block_influence"] and names[-2:] == ["base (unmerged)", "chance"]
+
+
+@pytest.fixture(scope="module")
+def published_text(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("sweep") / "run", layers=32, model="meta-llama/Meta-Llama-3-8B")
+    assert compression_script.main([run.path_of()]) == 0
+    return run, Path(run.path_of("figures"), "compression.md").read_text()
+
+
+def test_published_points_and_their_stability(published_text):
+    text = published_text[1]
     with (ANALYSIS / "published" / "compression.csv").open() as file:
         published = list(csv.DictReader(file))
     assert all(row["source"] and row["model"] == "Meta-Llama-3-8B" for row in published)
@@ -205,7 +279,8 @@ def test_published_points_and_their_stability(text):
     assert mka == ["1, 4, 11, 13, 15", "0.1353", "0.3342", "13 → 15"]
 
 
-def test_stability_of_our_methods(run, text):
+def test_stability_of_our_methods(published_text):
+    run, text = published_text
     lines = {line[0]: line[1:] for line in table_of(text, "### Stability")[1:]}
     accuracy = {
         row["plan_id"]: row["accuracy"]
@@ -216,7 +291,12 @@ def test_stability_of_our_methods(run, text):
         values = np.array([accuracy[f"drop0_{k}"] for k in merges])
         largest = -np.diff(values).min()
         assert lines[name][:3] == [", ".join(map(str, merges)), f"{values.std():.4f}", f"{largest:.4f}"]
-    assert {"fixed 0.62", "fixed 0.62, neurons aligned, norms fold", "most similar"} <= set(lines)
+    assert {"fixed_0.62", "fixed_0.62, neurons aligned, norms fold", "most_similar"} <= set(lines)
+
+
+def test_stability_without_published_points_is_of_all_points(text):
+    lines = {line[0]: line[1:] for line in table_of(text, "### Stability")[1:]}
+    assert lines["drop"][0] == ", ".join(map(str, MERGES)) and not any("all points" in name for name in lines)
 
 
 def test_stability_from_closed_forms():
@@ -231,8 +311,12 @@ def test_context(run, text):
     header, *lines = table_of(text, "### position_nll")
     assert header[1:] == ["0", "128", "256", "512", "768", "1024", "1536"]
     base = {row["bucket"]: row for row in rows if (row["plan_id"], row["measure"]) == ("base", "position_nll")}
-    assert lines[0] == ["base", *[f"{base[int(b)]['value']:.3f} ± 0.030" for b in header[1:]]]
+    assert lines[0] == ["base", *[f"{base[int(b)]['value']:.3f}" for b in header[1:]]]
     assert len(lines) == 1 + 2 * len(METHODS)
+    _, *lines = table_of(text, "### retrieval")
+    assert (
+        lines[0][0] == "base" and lines[0][1] == "1.000 [0.929, 1.000]"
+    )  # Wilson's of 50 of 50: 50 / (50 + 1.96 ** 2)
     assert "Accuracy on synthetic key-value prompts" in text
     shown = compression_script.few_plans(rows, run.read("sweep").to_pylist())
     assert shown[0] == "base" and len(shown) == 9 and all(plan.endswith("_13") for plan in shown[1:])
@@ -245,7 +329,7 @@ def test_context(run, text):
 def test_a_plan_under_several_methods_has_all_its_names(run):
     sweep = run.read("sweep").to_pylist()
     names = compression_script.plan_names(sweep)
-    assert names["block_influence2_1"] == "block influence × 1 = most similar × 1" and names["base"] == "base"
+    assert names["block_influence2_1"] == "block_influence, K = 1 = most_similar, K = 1" and names["base"] == "base"
 
 
 def test_styles_of_methods_differ():
@@ -317,9 +401,8 @@ if __name__ == "__main__":  # python tests/test_analysis_compression.py DIR: run
 
 def test_a_ruined_model_leaves_the_figure_so_that_the_others_can_be_told_apart():
     def point(removed, ppl):
-        return compression_script.Point(
-            "p", "drop", "none", "keep", removed, removed, 8, 0.1, None, None, ppl, (0.0, 0.0), None
-        )
+        text = None if ppl is None else {"perplexity": ppl, "ci_low": None, "ci_high": None}
+        return compression_script.Point("p", "drop", "none", "keep", removed, removed, 8, 0.1, None, None, text, None)
 
     figure, axis = compression_script.plt.subplots()
     base, near = point(0, 5.0), point(1, 20.0)
@@ -331,7 +414,9 @@ def test_a_ruined_model_leaves_the_figure_so_that_the_others_can_be_told_apart()
     assert compression_script.limit_perplexity(axis, None, [near, point(2, 9e4)]) == "" and axis.get_ylim() == before
     assert compression_script.limit_perplexity(axis, base, [base, near, point(2, 9e4)]) == ", up to 10 × unmerged"
     assert axis.get_ylim() == (4.0, 50.0)
-    wide = base._replace(perplexity_error=(2.0, 4.0))  # its bar was cut off at 4, as if it ended there
+    wide = base._replace(
+        text=base.text | {"ci_low": 3.0, "ci_high": 9.0}
+    )  # its bar was cut off at 4, as if it ended there
     compression_script.limit_perplexity(axis, base, [wide, near, point(2, 9e4)])
     assert axis.get_ylim() == (pytest.approx(2.4), 50.0)
     compression_script.plt.close(figure)
@@ -350,7 +435,7 @@ def test_a_single_panel_of_perplexities_has_its_whole_legend_and_plain_numbers(r
         axis.set_ylim(3.0, 8.0)
         compression_script.scale_perplexities(axis, None, [])
         figure.draw_without_rendering()
-        labels = {label.get_text() for label in axis.get_yticklabels(minor=True)} - {""}
+        labels = {label.get_text() for label in axis.get_yticklabels(which="both")} - {""}
         assert legend.x0 >= 0 and legend.x1 <= figure.bbox.width
         assert labels and all(label.isdigit() for label in labels)
     compression_script.plt.close(figure)

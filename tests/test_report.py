@@ -6,6 +6,7 @@ import shlex
 from html import unescape
 from html.parser import HTMLParser
 
+import matplotlib
 import numpy as np
 import pytest
 from report_runs import LAYERS, QUESTIONS, search_run, sensitivity_run, similarity_run, sweep_run, text_losses
@@ -190,6 +191,19 @@ def test_what_layers_are_left_sums_to_one(search):
     assert [row["weight"] for row in dropped] == [1.0, 0.0, 0.0, 0.0]
 
 
+def test_numbers_stand_out_from_their_cells(search):
+    """White on viridis had a contrast of 3 at .6, where small text needs 4.5."""
+    figure = blocks([searched.coefficients(Reached(search))], Figure)[1]
+    colour = figure.views[0].spec["layer"][1]["encoding"]["color"]
+    found = re.fullmatch(r"datum\.weight > ([\d.]+)", colour["condition"]["test"])
+    assert (colour["condition"]["value"], colour["value"]) == ("#000", "#fff")
+    for weight in np.linspace(0, 1, 101):
+        channels = np.array(matplotlib.colormaps["viridis"](weight)[:3])
+        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        light = 0.05 + linear @ (0.2126, 0.7152, 0.0722)
+        assert (light / 0.05 if weight > float(found[1]) else 1.05 / light) >= 4.5, weight
+
+
 def test_alphas_are_those_of_the_plans(search):
     figure, _ = blocks([searched.coefficients(Reached(search))], Figure)
     found = [row for row in as_dicts(figure.rows) if row["plan"] == "found_bayes"]
@@ -216,10 +230,88 @@ def test_the_best_so_far_never_gets_worse(search):
 
 
 def test_controls_at_nearly_the_same_value_share_a_label():
-    assert searched._together([("a", 0.5), ("b", 0.505), ("c", 0.9)], [0.0, 1.0]) == [
-        ("a, b", pytest.approx(0.5025)),
+    """A line of text is 11 of a drawing's 268 pixels: labels of values 4 % apart covered each other."""
+    assert searched._together([("a", 0.5), ("b", 0.54), ("c", 0.9), ("d", 0.95)], [0.0, 1.0]) == [
+        ("a, b", pytest.approx(0.52)),
         ("c", 0.9),
+        ("d", 0.95),
     ]
+
+
+def test_perplexities_are_drawn_with_the_tables_intervals(search):
+    """The caption promised intervals of each plan; the panel of perplexities had none."""
+    (figure,) = blocks([plans.answer(Reached(search))], Figure)
+    assert figure.title == "Accuracy and perplexity of every plan" and figure.columns == 2
+    stored = {row["perplexity"]: row for row in search.read("perplexity").to_pylist()}
+    for row in as_dicts(figure.rows):
+        found = stored[row["perplexity"]]
+        assert (row["perplexity_low"], row["perplexity_high"]) == (found["ci_low"], found["ci_high"])
+    bars, points = figure.views[1].spec["layer"]
+    assert bars["encoding"]["x"]["field"] == "perplexity_low" and bars["encoding"]["x2"]["field"] == "perplexity_high"
+    assert points["mark"]["type"] == "point"
+
+
+def test_a_caption_names_no_panel_that_is_not_there(tmp_path):
+    """Without plain text it spoke of perplexity and two panels beside one of accuracies."""
+    run = search_run(tmp_path / "run")
+    run.replace("perplexity", [])
+    section = plans.answer(Reached(run))
+    for table in blocks([section], Table):
+        assert "Perplexity" not in table.caption and "perplexity" not in table.header
+        assert {len(row) for row in table.cells} == {len(table.header)}
+    (figure,) = blocks([section], Figure)
+    assert figure.title == "Accuracy of every plan" and len(figure.views) == figure.columns == 1
+    assert "panel" not in figure.caption and "95 % intervals" in figure.caption
+
+
+def test_points_at_the_ends_of_an_axis_are_whole(tmp_path, search):
+    """Drawings that zoom are cut at their edges: half of each best candidate was, and the control's name above it."""
+    for run in (search, sweep_run(tmp_path / "w"), sensitivity_run(tmp_path / "t")):
+        for figure in blocks(run_sections(run, heading=False), Figure):
+            for layer in (layer for view in figure.views for layer in view.spec["layer"]):
+                if not isinstance(layer["mark"], dict) or layer["mark"]["type"] != "point":
+                    continue
+                for channel in (layer["encoding"][name] for name in "xy"):
+                    scale = channel.get("scale", {})
+                    free = channel["type"] == "quantitative" and "domain" not in scale
+                    assert not free or scale["padding"] >= 6, (figure.title, channel["field"])
+    (view,) = blocks([searched.search(Reached(search))], Figure)[0].views
+    assert view.spec["layer"][0]["encoding"]["y"]["scale"]["padding"] >= 5 + 11  # a label above the line
+
+
+def test_names_of_plans_stay_inside_their_drawing(search):
+    """Of 300 pixels, on a page of 390 they began left of the axis, cut off."""
+    reached = Reached(search)
+    found = 0
+    for figure in blocks([searched.coefficients(reached), searched.search(reached)], Figure):
+        for layer in (layer for view in figure.views for layer in view.spec["layer"]):
+            if layer["mark"]["type"] == "text" and layer["encoding"].get("text", {}).get("field") == "label":
+                assert "width" in layer["mark"]["limit"]["expr"]
+                found += 1
+    assert found == 2
+
+
+def test_legends_of_strokes_show_the_whole_pattern():
+    """In 8 pixels "aligned, folded" (8 on, 2 off, 2 on, 2 off) was as solid as "plain"."""
+    rows = [{"k": k, "value": k, "method": "fixed", "variant": name} for name in ("plain", "folded") for k in (1, 2)]
+    axes = {"x": ("k", "layers"), "y": ("value", "accuracy")}
+    view = figures.lines(rows, "", **axes, series="method", dash="variant", tips=[])
+    legend = view.spec["layer"][0]["encoding"]["strokeDash"]["legend"]
+    assert legend["symbolSize"] ** 0.5 >= 2 * max(map(sum, figures._DASHES))
+
+
+def test_a_ruined_candidate_leaves_the_axis_to_the_others(tmp_path):
+    """Two blocks of a search at 1.8 nats, the others from .41 to .44: these, and all controls, were one line."""
+    run = search_run(tmp_path / "run")
+    rows = run.read("trials").to_pylist()
+    assert blocks([searched.search(Reached(run))], Figure)[0].views[0].spec["layer"][0]["encoding"]["y"]["scale"] == {
+        "zero": False, "nice": False, "padding": 16
+    }  # fmt: skip
+    run.replace("trials", [*rows, rows[0] | {"iteration": 8, "value": 0.01, "plan_id": "ruined"}])
+    figure = blocks([searched.search(Reached(run))], Figure)[0]
+    assert figure.views[0].spec["layer"][0]["encoding"]["y"]["scale"]["domain"] == [0.4, 0.65]
+    assert "1 far worse lie beyond the axis" in figure.caption
+    assert "ruined" in {row["plan_id"] for row in as_dicts(figure.rows)}
 
 
 def test_differences_by_subject_are_paired(search):
@@ -358,7 +450,16 @@ def test_sensitivity_names_the_setting_that_matters(tmp_path):
     (section,) = [s for s in run_sections(sensitivity_run(tmp_path / "s"), heading=False) if s.title == "The answer"]
     assert "The matrix of sigma = 8.0 agrees least with the reference (r = 0.20)" in blocks([section], Text)[0].text
     (figure,) = blocks([section], Figure)
-    assert len(figure.rows.values) == 3
+    assert len(figure.rows.values) == 3 and not figure.title.endswith("?")  # the page puts a full stop after it
+    assert "Settings without a mark: undefined" in figure.caption  # their lines were empty, and nothing said why
+
+
+def test_undefined_settings_are_spoken_of_where_there_are_some(tmp_path):
+    run = sensitivity_run(tmp_path / "s")
+    rows = [row for row in run.read("sensitivity").to_pylist() if row["pearson_off_diagonal"] is not None]
+    run.replace("sensitivity", rows)
+    (figure,) = blocks(run_sections(run, heading=False), Figure)
+    assert figure.caption.endswith("off the diagonal.")
 
 
 def test_several_runs_are_compared_on_the_same_questions(tmp_path, search):
@@ -641,6 +742,7 @@ def test_write_report_says_where_it_cannot_write(tmp_path, search):
         (wording.points(-0.0167), "−1.7"),
         (wording.points(0.00004), "0.0"),
         (wording.signed(0.25, 1), "+0.2"),
+        (wording.signed(float("-inf"), 3), "−∞"),
         (wording.p_value(0.0002), "< 0.001"),
         (wording.p_value(0.0431), "0.043"),
         (wording.p_value(0.5234), "0.52"),

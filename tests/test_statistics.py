@@ -16,6 +16,7 @@ from raymerge.statistics import (
     macro_interval,
     macro_summary,
     mcnemar,
+    outer_fences,
     paired_difference,
     ratio_interval,
     wilson_interval,
@@ -316,6 +317,11 @@ def test_the_macro_interval_holds_where_one_subject_has_few_questions(n, p):
     limits = np.array([macro_interval(row, np.array(n)) for row in seen])
     held = (limits[:, 0] <= np.mean(p)) & (np.mean(p) <= limits[:, 1])
     assert np.average(held, weights=counts) > 0.95
+
+
+def test_outer_fences_lie_three_interquartile_ranges_out():
+    assert outer_fences([1, 2, 3, 4, 5]) == (2 - 6, 4 + 6)
+    assert outer_fences([0.5, 0.5, 0.5, 0.5, 9]) == (-math.inf, math.inf)
 
 
 def test_holm_by_hand_and_against_its_step_down_rule():

@@ -190,7 +190,8 @@ def _figure(reached: Sequence[Reached]) -> list[Figure]:
             ("perplexity", "perplexity", ",.4~g"), ("questions", "questions", ",d")]  # fmt: skip
     figure = Figure(
         "Accuracy against compression, all runs",
-        "Every plan of every run. Runs on other models or other questions are not comparable with each other.",
+        "Every plan of every run, with 95 % intervals. Runs on other models or other questions are not comparable with "
+        "each other.",
         (
             figures.scatter(
                 rows,

@@ -21,6 +21,7 @@ _ROLE_COLOURS = ("var(--accent)", "var(--control)", "var(--control)", "var(--ink
 _ROLE_SHAPES = ("circle", "triangle-up", "circle", "diamond")
 SERIES = tuple(f"var(--series-{number})" for number in range(1, 9))
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left")
+_WITHIN = {"expr": "min(300, width - 24)"}  # how wide a label inside a drawing may be: on a narrow page it left it
 _DASHES = ((1, 0), (5, 3), (2, 2), (8, 2, 2, 2))
 
 CONFIG: Spec = {
@@ -34,7 +35,8 @@ CONFIG: Spec = {
         "titleFontSize": 12,
         "labelFontSize": 12,
         "titlePadding": 8,
-        "labelLimit": {"signal": "containerSize()[0] < 420 ? 130 : 210"},
+        # the longest subject of MMLU, high_school_government_and_politics, is 240 pixels wide
+        "labelLimit": {"signal": "containerSize()[0] < 420 ? 130 : containerSize()[0] < 700 ? 210 : 270"},
         "gridColor": "var(--line)",
         "domainColor": "var(--rule)",
         "tickColor": "var(--rule)",
@@ -136,6 +138,17 @@ def _roles(rows: list[dict]) -> tuple[Spec, Spec]:
     )
 
 
+def _room(pixels: int) -> Spec:
+    """A scale that leaves pixels on both sides of its data: drawings that zoom are cut at their edges, and so would be
+    a point, or a label above a line, that stands there."""
+    return {"zero": False, "nice": False, "padding": pixels}
+
+
+def _dash_legend() -> Spec:
+    """A legend whose strokes are long enough for the longest pattern of `_DASHES`."""
+    return {"title": None, "symbolSize": 900}
+
+
 def _drawing(layers: list[Spec], *, height: Any = None, **top: Any) -> Spec:
     spec: Spec = {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
@@ -167,7 +180,7 @@ def intervals(
     """
     order = list(dict.fromkeys(row[name] for row in rows))
     y = _field(name, None, "nominal", sort=order, axis=_axis(None, grid=True))
-    x = _field(value, axis, scale={"zero": False}, axis=_axis(axis, format=form, tickCount=6))
+    x = _field(value, axis, scale=_room(8), axis=_axis(axis, format=form, tickCount=6))
     colour, shape = _roles(rows)
     layers: list[Spec] = [
         {
@@ -203,25 +216,26 @@ def named_values(
     title: str = "",
     legend: bool = False,
 ) -> View:
-    """Named positive values on a logarithmic axis, in the order of the rows, coloured by role; without a legend where
-    one stands in a drawing beside it."""
+    """Named positive values with their intervals (columns VALUE_low and VALUE_high, which may be null) on a logarithmic
+    axis, in the order of the rows, coloured by role; without a legend where one stands in a drawing beside it."""
     order = list(dict.fromkeys(row[name] for row in rows))
     colour, shape = (channel if legend else channel | {"legend": None} for channel in _roles(rows))
-    ticks = _log_ticks([row[value] for row in rows if row[value]])
+    low, high = f"{value}_low", f"{value}_high"
+    ticks = _log_ticks([row[column] for row in rows for column in (value, low, high) if row[column]])
+    y = _field(name, None, "nominal", sort=order, axis=_axis(None, grid=True))
     scale = {"type": "log", "nice": False, "padding": 14}
     x = _field(value, axis, scale=scale, axis=_axis(axis, format="~s", values=ticks))
     layers = [
         {
+            "transform": [{"filter": f"isValid(datum['{low}']) && isValid(datum['{high}'])"}],
+            "mark": {"type": "rule", "strokeWidth": 2, "aria": False},
+            "encoding": {"y": y, "x": x | {"field": low}, "x2": {"field": high}, "color": colour},
+        },
+        {
             "mark": {"type": "point", "opacity": 1, "size": 90},
-            "encoding": {
-                "y": _field(name, None, "nominal", sort=order, axis=_axis(None, grid=True)),
-                "x": x,
-                "color": colour,
-                "shape": shape,
-                "tooltip": _tip(*tips),
-            },
+            "encoding": {"y": y, "x": x, "color": colour, "shape": shape, "tooltip": _tip(*tips)},
             "params": [_zoom("x")],
-        }
+        },
     ]
     return View(_drawing(layers, height=26 * len(order)), description, title, {"x": f"zoom_{value}"})
 
@@ -272,7 +286,14 @@ def alpha_lines(rows: list[dict], description: str) -> View:
     layers.append(
         {
             "transform": [{"filter": "datum.label !== ''"}],
-            "mark": {"type": "text", "align": "right", "dy": -9, "color": "var(--soft)", "limit": 300, "aria": False},
+            "mark": {
+                "type": "text",
+                "align": "right",
+                "dy": -9,
+                "color": "var(--soft)",
+                "limit": _WITHIN,
+                "aria": False,
+            },
             "encoding": {"x": x, "y": y, "text": {"field": "label", "type": "nominal"}},
         }
     )
@@ -287,7 +308,8 @@ def weight_cells(rows: list[dict], description: str) -> View:
     y = _field("series", None, "nominal", sort=order, axis=_axis(None))
     tips = [("series", "plan"), ("layer", "original layer"), ("kept", "merged into layer"), ("weight", "weight", ".1%")]
     room = {"expr": f"width / {len(layers_there)} > 30 ? 1 : 0"}
-    dark = {"condition": {"test": "datum.weight > 0.6", "value": "#000"}, "value": "#fff"}
+    # whichever has the contrast that small text needs (4.5) on viridis
+    dark = {"condition": {"test": "datum.weight > 0.44", "value": "#000"}, "value": "#fff"}
     fill = _field("weight", "share of the merged weights", scale={"scheme": "viridis", "domain": [0, 1]})
     fill["legend"] = {"title": "share of the merged weights", "format": ".0%", "values": [0, 0.5, 1]}
     cells = [
@@ -303,15 +325,16 @@ def weight_cells(rows: list[dict], description: str) -> View:
     return View(_drawing(cells, height=24 * len(order)), description)
 
 
-def progress(rows: list[dict], description: str, *, objective: str) -> View:
+def progress(rows: list[dict], description: str, *, objective: str, limits: tuple[float, float] | None = None) -> View:
     """Value by candidate with the best so far; columns: kind ("candidate" or "control"), searcher, number, value,
-    best, label."""
+    best, label. limits: of the axis as it opens, where values far from the others would leave these no room."""
     searchers = list(dict.fromkeys(row["searcher"] for row in rows if row["kind"] == "candidate"))
     own = {name: SERIES[i % len(SERIES)] for i, name in enumerate(name for name in searchers if name != "random")}
     scale = {"domain": searchers, "range": [own.get(name, "var(--control)") for name in searchers]}
     colour = _field("searcher", None, "nominal", scale=scale, legend={"title": None})
     x = _field("number", "candidate", scale={"nice": False, "padding": 10}, axis=_axis("candidate", tickMinStep=1))
-    y = _field("value", objective, scale={"zero": False}, axis=_axis(objective))
+    room = _room(16) | ({"domain": list(limits)} if limits else {})
+    y = _field("value", objective, scale=room, axis=_axis(objective))
     candidate = {"filter": {"field": "kind", "equal": "candidate"}}
     control = {"filter": {"field": "kind", "equal": "control"}}
     tips = [
@@ -339,7 +362,14 @@ def progress(rows: list[dict], description: str, *, objective: str) -> View:
         },
         {
             "transform": [control],
-            "mark": {"type": "text", "align": "right", "dy": -5, "x": "width", "color": "var(--soft)", "limit": 260},
+            "mark": {
+                "type": "text",
+                "align": "right",
+                "dy": -5,
+                "x": "width",
+                "color": "var(--soft)",
+                "limit": _WITHIN,
+            },
             "encoding": {"y": y, "text": {"field": "label", "type": "nominal"}},
         },
     ]
@@ -351,9 +381,9 @@ def descents(rows: list[dict], description: str, *, objective: str) -> View:
     searchers = list(dict.fromkeys(row["searcher"] for row in rows))
     scale = {"domain": searchers, "range": ["var(--accent)", *SERIES[1:]][: max(1, len(searchers))]}
     colour = _field("searcher", None, "nominal", scale=scale, legend={"title": None})
-    dash = _field("of", None, "nominal", scale={"range": [[1, 0], [4, 3]]}, legend={"title": None})
-    x = _field("epoch", "epoch", axis=_axis("epoch", tickMinStep=1))
-    y = _field("loss", f"loss ({objective})", scale={"zero": False}, axis=_axis(f"loss ({objective})"))
+    dash = _field("of", None, "nominal", scale={"range": [[1, 0], [4, 3]]}, legend=_dash_legend())
+    x = _field("epoch", "epoch", scale=_room(6), axis=_axis("epoch", tickMinStep=1))
+    y = _field("loss", f"loss ({objective})", scale=_room(6), axis=_axis(f"loss ({objective})"))
     tips = [("searcher", "descent"), ("start", "start"), ("epoch", "epoch"), ("of", "of"), ("loss", "loss", ".4f")]
     layers = [
         {
@@ -377,7 +407,7 @@ def subject_differences(rows: list[dict], description: str, *, against: list[str
         "subject", None, "nominal", sort={"field": "difference", "order": "descending"}, axis=_axis(None, grid=True)
     )
     title = "difference in accuracy (percentage points)"
-    x = _field("difference", title, axis=_axis(title, tickCount=6))
+    x = _field("difference", title, scale=_room(8), axis=_axis(title, tickCount=6))
     scale = {"domain": ["yes", "no"], "range": ["var(--accent)", "var(--control)"]}
     colour = _field("clear", None, "nominal", scale=scale, legend={"title": "interval leaves out 0"})
     tips = [
@@ -501,7 +531,7 @@ def lines(
     if len(there) <= 12:
         horizontal["axis"] |= {"values": there}
     ticks = {"values": _log_ticks([row[y[0]] for row in rows])} if log else {}
-    scaled = {"type": "log", "nice": False, "padding": 10} if log else {"zero": False}
+    scaled = {"type": "log", "nice": False, "padding": 10} if log else _room(10)
     vertical = _field(*y, scale=scaled, axis=_axis(y[1], **({"format": form} if form else {}), **ticks))
     seen = {"condition": {"param": "picked", "value": 1}, "value": 0.12}
     common = {
@@ -514,7 +544,7 @@ def lines(
         kinds = list(dict.fromkeys(row[dash] for row in rows))
         if len(kinds) > 1:
             dashes = {"domain": kinds, "range": [list(_DASHES[i % len(_DASHES)]) for i in range(len(kinds))]}
-            detail = {"strokeDash": _field(dash, None, "nominal", scale=dashes, legend={"title": None})}
+            detail = {"strokeDash": _field(dash, None, "nominal", scale=dashes, legend=_dash_legend())}
     picked = {"name": "picked", "select": {"type": "point", "fields": [series]}, "bind": "legend"}
     layers = [
         {
@@ -562,7 +592,7 @@ def scatter(
     colour, shape = _roles(rows)
     axis = _axis(x[1], format=x[2], grid=False, tickCount=8)
     horizontal = _field(*x[:2], scale={"padding": 12, "nice": False}, axis=axis)
-    vertical = _field(*y[:2], scale={"zero": False}, axis=_axis(y[1], format=y[2]))
+    vertical = _field(*y[:2], scale=_room(10), axis=_axis(y[1], format=y[2]))
     low, high = interval
     layers = [
         {
@@ -592,7 +622,7 @@ def changes(rows: list[dict], description: str) -> View:
             "mark": {"type": "point", "size": 60},
             "encoding": {
                 "y": _field("matrix", None, "nominal", sort=None, axis=_axis(None, grid=True)),
-                "x": _field("relative", title, axis=_axis(title, format=".0%", tickCount=6)),
+                "x": _field("relative", title, scale=_room(8), axis=_axis(title, format=".0%", tickCount=6)),
                 "color": colour,
                 "shape": shape,
                 "opacity": seen,

@@ -363,14 +363,15 @@ def sensitivity(run: RunDirectory) -> Section:
             f"Correlation with the reference matrix for {plural(len(known), 'setting')}. {told}",
             name="setting",
             value="r",
-            axis="correlation with the reference matrix, off the diagonal",
+            axis="correlation off the diagonal",
             form=".2f",
             tips=tips,
         )
         blocks.append(
             Figure(
-                "Does the matrix depend on the setting?",
-                "One setting is changed at a time; 1 is the same matrix as the reference setting's.",
+                "Agreement of each setting's matrix with the reference",
+                "One setting is changed at a time; 1 is the same matrix as the reference setting's, off the diagonal."
+                + (" Settings without a mark: undefined; the table says why." if len(known) < len(rows) else ""),
                 (figure,),
                 Rows.of(rows, sources(run, "sensitivity")),
                 command_of(run),

@@ -142,28 +142,29 @@ def _said(row: dict) -> str:
 
 def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
     finer, read = (reached.against(reached.best["plan_id"], measure) for measure in ("answer_nll", "text_nll"))
+    texts = any(line["perplexity"] is not None for line in reached.lines)
     cells = []
     for line in reached.lines:
         row, nll, text = (rows.get(line["plan_id"]) for rows in (found, finer, read))
         if row is None:
             continue
-        cells.append(
-            (
-                line["label"],
-                *_compared(row),
-                *_compared(nll),
-                perplexity(line["perplexity"], line["perplexity_interval"]),
-                NONE if text is None else _said(text),
-            )
+        on_text = (
+            perplexity(line["perplexity"], line["perplexity_interval"]),
+            NONE if text is None else _said(text),
         )
+        cells.append((line["label"], *_compared(row), *_compared(nll), *(on_text if texts else ())))
+    told = (
+        f". Perplexity: the other plan's, and what the same test says of the text's passages"
+        f"{f'. {TEXT_TEST}' if read else ''}"
+    ) if texts else ""  # fmt: skip
+    header = ("against", "accuracy", "p (Holm)", "verdict", "answer NLL", "p (Holm)", "verdict")
     return Table(
         f"{reached.best['label']} minus every other plan on the same questions, with 95 % intervals (of pairs). "
         "Accuracy in percentage points, p of McNemar's exact test; answer NLL in nats (lower is better), p "
-        f"of a sign-flip test. {_holm(cells)}. Perplexity: the other plan's, and what the same test says of the text's "
-        f"passages{f'. {TEXT_TEST}' if read else ''}",
-        ("against", "accuracy", "p (Holm)", "verdict", "answer NLL", "p (Holm)", "verdict", "perplexity", "verdict"),
+        f"of a sign-flip test. {_holm(cells)}{told}",
+        header + (("perplexity", "verdict") if texts else ()),
         tuple(cells),
-        words=(0, 3, 6, 8),
+        words=(0, 3, 6, *((8,) if texts else ())),
     )
 
 
@@ -247,6 +248,7 @@ def plan_table(reached: Reached) -> Table:
             ),
             words=(0, 1),
         )
+    texts = any(line["perplexity"] is not None for line in reached.lines)
     cells = tuple(
         (
             line["label"],
@@ -255,7 +257,7 @@ def plan_table(reached: Reached) -> Table:
             f"{percent(line['accuracy'])} {interval(*line['interval'])}".strip(),
             f"{percent(line['macro'])} {interval(*line['macro_interval'])}".strip(),
             value(line["nll"]),
-            perplexity(line["perplexity"], line["perplexity_interval"]),
+            *([perplexity(line["perplexity"], line["perplexity_interval"])] if texts else []),
             "/".join(f"{100 * share:.0f}" for share in line["picked"]) if None not in line["picked"] else NONE,
         )
         for line in reached.lines
@@ -271,7 +273,7 @@ def plan_table(reached: Reached) -> Table:
             "accuracy",
             "mean over subjects",
             "answer NLL",
-            "perplexity",
+            *(["perplexity"] if texts else []),
             "picks A/B/C/D, %",
         ),
         cells,
@@ -325,6 +327,8 @@ def _overview(reached: Reached) -> list[Block]:
             "low": line["interval"][0],
             "high": line["interval"][1],
             "perplexity": finite(line["perplexity"]),
+            "perplexity_low": finite(line["perplexity_interval"][0]),
+            "perplexity_high": finite(line["perplexity_interval"][1]),
             "answer_nll": line["nll"],
             "layers": line["layers"],
             "questions": line["n"],
@@ -332,9 +336,10 @@ def _overview(reached: Reached) -> list[Block]:
         for line in reached.lines
     ]
     tips = [("plan", "plan"), ("accuracy", "accuracy", ".1%"), ("low", "95 % from", ".1%"), ("high", "to", ".1%"),
-            ("perplexity", "perplexity", ",.4~g"), ("answer_nll", "answer NLL", ".3f")]  # fmt: skip
+            ("perplexity", "perplexity", ",.4~g"), ("perplexity_low", "95 % from", ",.4~g"),
+            ("perplexity_high", "to", ",.4~g"), ("answer_nll", "answer NLL", ".3f")]  # fmt: skip
     if not reached.asks:
-        tips = [("plan", "plan"), ("perplexity", "perplexity", ",.4~g")]
+        tips = [tips[0], *tips[4:7]]
     always = _always_a(reached)
     top, bottom = rows[0], rows[-1]
     views = [
@@ -357,8 +362,8 @@ def _overview(reached: Reached) -> list[Block]:
         views.append(
             figures.named_values(
                 rows,
-                f"Perplexity on plain text, from {perplexity(least['perplexity'])} ({least['plan']}) to "
-                f"{perplexity(most['perplexity'])} ({most['plan']}).",
+                f"Perplexity on plain text with 95 % intervals, from {perplexity(least['perplexity'])} "
+                f"({least['plan']}) to {perplexity(most['perplexity'])} ({most['plan']}).",
                 name="plan",
                 value="perplexity",
                 axis="perplexity on plain text (log scale)",
@@ -369,22 +374,23 @@ def _overview(reached: Reached) -> list[Block]:
         )
     if not views:
         return []
-    if not reached.asks:
-        source = Rows.of(rows, sources(reached.run, "perplexity", "plans"))
-        caption = "Which plans differ is said by the paired comparisons above."
-        return [Figure("Perplexity of every plan", caption, tuple(views), source, command_of(reached.run))]
+    shown = [name for name, there in (("accuracy", reached.asks), ("perplexity", known)) if there]
+    caption = (
+        "Accuracy alone can hide a lost language model: a plan may pick the right letters and no longer predict text. "
+        "The two panels have the same order. "
+    ) if len(shown) == 2 else ""  # fmt: skip
+    caption += (
+        "Bars are 95 % intervals of each plan on its own; which plans differ is said by the paired comparisons above, "
+        "not by whether bars overlap."
+    )
     return [
         Figure(
-            "Accuracy and perplexity of every plan",
-            "Accuracy alone can hide a lost language model: a plan may pick the right letters and no longer predict "
-            "text. "
-            "The two panels have the same order. Bars are 95 % intervals of each plan on its own; which plans differ "
-            "is "
-            "said by the paired comparisons above, not by whether bars overlap.",
+            f"{' and '.join(shown).capitalize()} of every plan",
+            caption,
             tuple(views),
-            Rows.of(rows, sources(reached.run, "accuracy", "perplexity", "plans")),
+            Rows.of(rows, sources(reached.run, *shown, "plans")),
             command_of(reached.run),
-            columns=2,
+            columns=len(views),
         )
     ]
 

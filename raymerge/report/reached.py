@@ -117,7 +117,7 @@ def described(line: dict) -> str:
 def chosen_layers(run: RunDirectory) -> list[Block]:
     """Which layers go, where a block of them was chosen, and by what."""
     lines = summary.block_lines(run)
-    return [Text(f"Layers that go. {'. '.join(lines)}.")] if lines else []
+    return [Text(f"Layers that go. {'. '.join(line[0].upper() + line[1:] for line in lines)}.")] if lines else []
 
 
 def missing(run: RunDirectory, *tables: str) -> Notice:

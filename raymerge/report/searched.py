@@ -11,6 +11,7 @@ from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Block, Figure, Rows, Section
 from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import NONE, percent, plural
+from raymerge.statistics import outer_fences
 from raymerge.tables import RunDirectory
 
 _SHOWN = 16  # plans of which the coefficients are drawn
@@ -76,7 +77,7 @@ def _label_ends(alphas: list[dict]) -> None:
     """Write the plans' names beside the last step of their lines, those of lines that end together in one label."""
     last = max(row["step"] for row in alphas)
     ends = [row for row in alphas if row["step"] == last and not row["matrix"]]
-    for names, _ in _together([(row["plan"], row["alpha"]) for row in ends], [0.0, 2.4]):
+    for names, _ in _together([(row["plan"], row["alpha"]) for row in ends], [0.0, 1.6]):
         next(row for row in ends if row["plan"] == names.split(", ")[0])["label"] = names
 
 
@@ -174,15 +175,11 @@ def search(reached: Reached) -> Section:
     # the searchers proper come first: the accent is theirs
     rows.sort(key=lambda row: row["searcher"] == "random")
     candidates = list(rows)
+    controls = [row for row in judged if row["searcher"] == "controls"]
+    limits, far = _limits(rows, controls, is_minimised(objective))
     empty = dict.fromkeys(rows[0], None)
-    for label, number in _together(
-        [
-            (reached.labels.get(row["plan_id"], row["plan_id"]), row["value"])
-            for row in judged
-            if row["searcher"] == "controls"
-        ],
-        [row["value"] for row in judged],
-    ):
+    named = [(reached.labels.get(row["plan_id"], row["plan_id"]), row["value"]) for row in controls]
+    for label, number in _together(named, list(limits or (row["value"] for row in judged))):
         rows.append(empty | {"kind": "control", "searcher": "controls", "value": number, "label": label})
     lines = "; ".join(summary.search_lines(run))
     way = "lower" if is_minimised(objective) else "higher"
@@ -192,13 +189,14 @@ def search(reached: Reached) -> Section:
         Figure(
             "Objective of every candidate",
             f"Measured on the search {on}, {other} ({way} is better). Steps: the best so far. Dashed: controls. "
-            f"{lines}.",
+            f"{f'{far} far worse lie beyond the axis: − shows them. ' if far else ''}{lines}.",
             (
                 figures.progress(
                     rows,
                     f"{objective} of {plural(len(candidates), 'candidate')} in the order in which they were tried. "
                     f"{lines}.",
                     objective=objective,
+                    limits=limits,
                 ),
             ),
             Rows.of(rows, sources(run, "trials")),
@@ -211,9 +209,20 @@ def search(reached: Reached) -> Section:
     return Section(title, tuple(blocks))
 
 
+def _limits(candidates: list[dict], controls: list[dict], lower: bool) -> tuple[tuple[float, float] | None, int]:
+    """Limits of an axis without the candidates that are far worse than the bulk, and how many these are."""
+    values = [row["value"] for row in candidates]
+    low, high = outer_fences(values)
+    near = [value for value in values if (value <= high if lower else value >= low)]
+    if len(near) == len(values):
+        return None, 0
+    shown = [*near, *(row["value"] for row in controls)]
+    return (min(shown), max(shown)), len(values) - len(near)
+
+
 def _together(controls: list[tuple[str, float]], every: list[float]) -> list[tuple[str, float]]:
     """Controls whose labels would cover each other under one label, at the mean of their values."""
-    near = 0.03 * (max(every) - min(every))
+    near = 0.045 * (max(every) - min(every))  # a line of text in a drawing of 300 pixels
     groups: list[list[tuple[str, float]]] = []
     for name, number in sorted(controls, key=lambda item: item[1]):
         if groups and number - groups[-1][0][1] <= near:

@@ -29,7 +29,9 @@ def points(difference: float | None) -> str:
 
 
 def signed(number: float, digits: int) -> str:
-    """A number with a sign; a minus as long as a plus, none before zero."""
+    """A number with a sign; a minus as long as a plus, none before zero. A limit may be infinite: of one question."""
+    if math.isinf(number):
+        return "+∞" if number > 0 else "−∞"
     text = f"{abs(number):.{digits}f}"
     return text if float(text) == 0 else f"{'+' if number > 0 else '−'}{text}"
 
