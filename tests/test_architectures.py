@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from raymerge.architectures import (
     FIXED_ROPE_TYPES,
+    NO_ROTARY,
     ArchitectureError,
     architecture_of,
     attention_windows,
@@ -221,7 +222,7 @@ def one_layer(family):
     window = attention_windows(config)[0]
     behind = torch.arange(70)[:, None] - torch.arange(70)
     mask = ((behind >= 0) & (behind < (window or 70)))[None, None]
-    kind = config.layer_types[:1] if config.model_type == "gemma3_text" else ()
+    kind = [kind for kind in rotary_types(config) if kind not in (None, NO_ROTARY)]
     rotary = model.model.rotary_emb(x, positions, *kind)
 
     def run(tensors):

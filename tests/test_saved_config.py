@@ -15,7 +15,7 @@ from raymerge.plan import drop_plan, tail_plan
 from raymerge.saved_config import saved_config
 
 PLAN = tail_plan(tiny.N_LAYERS, [0.3, 0.8], name="x", kind="found")
-PER_LAYER = {"num_hidden_layers", "layer_types", "max_window_layers"}
+PER_LAYER = {"num_hidden_layers", "layer_types", "no_rope_layers", "max_window_layers"}
 
 
 def read_config(folder):
@@ -34,7 +34,7 @@ def as_transformers_4(values):
     scaling = {key: value for key, value in main.items() if key not in ("rope_theta", "partial_rotary_factor")}
     old |= {"rope_theta": main["rope_theta"], "torch_dtype": values["dtype"], "transformers_version": "4.57.6"}
     old["rope_scaling"] = scaling if scaling["rope_type"] != "default" else None
-    if "sliding_attention" in rope:
+    if "sliding_attention" in rope and values["model_type"] == "gemma3_text":
         old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     if "partial_rotary_factor" in main:
         old["partial_rotary_factor"] = main["partial_rotary_factor"]
