@@ -500,8 +500,8 @@ def attention_windows(config: Any) -> list[int | None]:
 def trimmed_config(values: dict[str, Any], kept: list[int]) -> dict[str, Any]:
     """A config's values for the model that keeps the layers `kept` (original numbers, in order).
 
-    `num_hidden_layers` is set, and every per-layer list (one entry a layer, and "layer" in its key, such as
-    `layer_types` or `no_rope_layers`, which may have more) keeps the entries of the kept layers. `max_window_layers`, the number of leading
+    `num_hidden_layers` is set, and every per-layer list (one entry a layer or more, and "layer" in its key, such as
+    `layer_types` or `no_rope_layers`) keeps the entries of the kept layers. `max_window_layers`, the number of leading
     layers with full attention, counts the kept ones of them, and a `sliding_window_pattern`, from which other programs
     read which layers are full, is left out where the kept layers do not follow it.
     """

@@ -152,6 +152,12 @@ def test_rotary_types_by_layer():
     assert rotary_types(tiny.config_of("gemma2")) == [None] * 5
     full, sliding = "full_attention", "sliding_attention"
     assert rotary_types(tiny.config_of("gemma3")) == [sliding, full, sliding, sliding, sliding]
+    assert rotary_types(tiny.config_of("olmo3")) == [sliding, full, sliding, sliding, sliding]
+    config = tiny.config_of("smollm3")
+    assert rotary_types(config) == [NO_ROTARY, None, NO_ROTARY, NO_ROTARY, NO_ROTARY]
+    config.no_rope_layers = [1, 0, 1]
+    with pytest.raises(ArchitectureError, match="no_rope_layers has 3 entries for 5 layers: it needs one for each"):
+        rotary_types(config)
 
 
 def test_old_configs_name_their_rotary_type_too():

@@ -63,7 +63,6 @@ FAMILIES = {
         "no_rope_layers": [0, 1, 0, 0, 0],
         "use_sliding_window": True,
         "sliding_window": 40,
-        "attention_bias": True,
         "pad_token_id": 0,
     },
     "granite": {
@@ -141,7 +140,7 @@ FAMILIES = {
     },
 }
 #: Those whose norms all stand before the matrices that read them, so that folding takes up every gain.
-FOLDABLE = [name for name in FAMILIES if not name.startswith(("qwen3", "gemma", "olmo"))]
+FOLDABLE = [name for name in FAMILIES if not name.startswith(("qwen3", "gemma", "glm", "olmo"))]
 
 
 def demo_tokenizer():
