@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,8 @@ class Architecture:
     attention_softcap, logit_softcap: config keys of c where attention scores, or logits, s become c tanh(s / c).
     width: config key of the MLP's width, or an expert's.
     required: config options that raymerge knows with some values only.
+    since: the first release of transformers whose code computes the family as it was published, where that is younger
+    than the oldest that raymerge runs with.
     """
 
     name: str
@@ -107,6 +110,7 @@ class Architecture:
     logit_softcap: str | None = None
     width: str = "intermediate_size"
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    since: tuple[int, int] | None = None
     layer_prefix: str = "model.layers.{}."
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
@@ -280,7 +284,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             rotary_neighbours=True,
         ),
         Architecture("olmo2", windows="none", **_OLMO_NORMS),
-        Architecture("olmo3", windows="layer_types", **_OLMO_NORMS),
+        # Before, its sliding layers had the scaled rotary embedding of the full ones.
+        Architecture("olmo3", windows="layer_types", since=(5, 13), **_OLMO_NORMS),
         Architecture(
             "mixtral",
             projections=_ATTENTION | {"block_sparse_moe.gate": ("router",)},
@@ -423,6 +428,13 @@ def architecture_of(config: Any) -> Architecture:
             f"model type {model_type!r} is not supported: {reason}; supported are {', '.join(sorted(ARCHITECTURES))}"
         )
     family = ARCHITECTURES[model_type]
+    installed = version("transformers")
+    if family.since and tuple(map(int, installed.split(".")[:2])) < family.since:
+        needed = ".".join(map(str, family.since))
+        raise ArchitectureError(
+            f"model type {model_type!r} needs transformers {needed} or later, and {installed} is installed, whose code "
+            f"computes another model from its files: pip install 'transformers>={needed}'"
+        )
     for rope_type in sorted({rope.get("rope_type", "default") for rope in _rotary_parameters(config).values()}):
         if rope_type not in FIXED_ROPE_TYPES:
             raise ArchitectureError(
