@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -73,10 +74,17 @@ class Architecture:
     units it lies, or None. The dimensions of a query or key head form none: each has its own rotary frequency.
     sizes: how many units each name of PROJECTIONS stands for, of those inside another inside one unit of it.
     scaled_embedding: whether embeddings are multiplied by the root of their width.
+    embedding_multiplier, residual_multiplier, logit_divisor: config keys of what embeddings, and what a block adds to
+    the residual stream, are multiplied by, and of what logits are divided by.
     windows: which layers have the window that a config gives: "none", "all", or those that its `layer_types` name.
+    rotary_layers: config key of a list with 1 for each layer that has a rotary embedding, and 0 for one without.
+    rotary_neighbours: whether a rotary embedding turns dimensions (0, 1), (2, 3), … of a head together, instead of each
+    of the first half with its counterpart of the second; in families without norms of queries and keys.
     attention_softcap, logit_softcap: config keys of c where attention scores, or logits, s become c tanh(s / c).
     width: config key of the MLP's width, or an expert's.
     required: config options that raymerge knows with some values only.
+    since: the first release of transformers whose code computes the family as it was published, where that is younger
+    than the oldest that raymerge runs with.
     """
 
     name: str
@@ -92,11 +100,17 @@ class Architecture:
     unit_groups: Mapping[str, str | None] = field(default_factory=lambda: {"units": None, **_HEAD_GROUPS})
     sizes: Mapping[str, int] = field(default_factory=dict)
     scaled_embedding: bool = False
+    embedding_multiplier: str | None = None
+    residual_multiplier: str | None = None
+    logit_divisor: str | None = None
     windows: str = "all"
+    rotary_layers: str | None = None
+    rotary_neighbours: bool = False
     attention_softcap: str | None = None
     logit_softcap: str | None = None
     width: str = "intermediate_size"
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    since: tuple[int, int] | None = None
     layer_prefix: str = "model.layers.{}."
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
@@ -208,6 +222,12 @@ _QWEN_EXPERTS = {
     "down": "mlp.experts.{}.down_proj",
 }
 _EXPERT_GROUPS = {"experts": None, "units": "experts", **_HEAD_GROUPS}
+_GATE_UP_FUSED = {"mlp.gate_up_proj": ("gate", "up"), "mlp.down_proj": ("down",)}
+_OLMO_NORMS = {
+    "norm_inputs": {},
+    "output_norms": {"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
+    "projection_norms": _Q_K_NORMS,
+}
 _GEMMA_NORMS = {
     "norm_inputs": {"input_layernorm": _QKV, "pre_feedforward_layernorm": _GATE_UP},
     "output_norms": {"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
@@ -222,6 +242,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     for family in (
         Architecture("llama", windows="none"),
         Architecture("mistral"),
+        Architecture("ministral", windows="layer_types"),
+        Architecture("seed_oss", windows="none"),
+        Architecture("smollm3", windows="layer_types", rotary_layers="no_rope_layers"),
+        Architecture(
+            "granite",
+            windows="none",
+            embedding_multiplier="embedding_multiplier",
+            residual_multiplier="residual_multiplier",
+            logit_divisor="logits_scaling",
+        ),
         Architecture("qwen2", windows="layer_types"),
         Architecture("qwen3", windows="layer_types", head_norms=tuple(_Q_K_NORMS)),
         Architecture(
@@ -239,24 +269,23 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "phi3",
-            projections={
-                "self_attn.qkv_proj": ("q", "k", "v"),
-                "self_attn.o_proj": ("o",),
-                "mlp.gate_up_proj": ("gate", "up"),
-                "mlp.down_proj": ("down",),
-            },
+            projections={"self_attn.qkv_proj": ("q", "k", "v"), "self_attn.o_proj": ("o",)} | _GATE_UP_FUSED,
             norm_inputs={
                 "input_layernorm": ("self_attn.qkv_proj",),
                 "post_attention_layernorm": ("mlp.gate_up_proj",),
             },
         ),
         Architecture(
-            "olmo2",
+            "glm4",
             windows="none",
-            norm_inputs={},
-            output_norms={"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
-            projection_norms=_Q_K_NORMS,
+            projections=_ATTENTION | _GATE_UP_FUSED,
+            norm_inputs={"input_layernorm": _QKV, "post_attention_layernorm": ("mlp.gate_up_proj",)},
+            output_norms={"self_attn": "post_self_attn_layernorm", "mlp": "post_mlp_layernorm"},
+            rotary_neighbours=True,
         ),
+        Architecture("olmo2", windows="none", **_OLMO_NORMS),
+        # Before, its sliding layers had the scaled rotary embedding of the full ones.
+        Architecture("olmo3", windows="layer_types", since=(5, 13), **_OLMO_NORMS),
         Architecture(
             "mixtral",
             projections=_ATTENTION | {"block_sparse_moe.gate": ("router",)},
@@ -399,6 +428,13 @@ def architecture_of(config: Any) -> Architecture:
             f"model type {model_type!r} is not supported: {reason}; supported are {', '.join(sorted(ARCHITECTURES))}"
         )
     family = ARCHITECTURES[model_type]
+    installed = version("transformers")
+    if family.since and tuple(map(int, installed.split(".")[:2])) < family.since:
+        needed = ".".join(map(str, family.since))
+        raise ArchitectureError(
+            f"model type {model_type!r} needs transformers {needed} or later, and {installed} is installed, whose code "
+            f"computes another model from its files: pip install 'transformers>={needed}'"
+        )
     for rope_type in sorted({rope.get("rope_type", "default") for rope in _rotary_parameters(config).values()}):
         if rope_type not in FIXED_ROPE_TYPES:
             raise ArchitectureError(
@@ -439,11 +475,22 @@ def _rotary_parameters(config: Any) -> dict[str | None, Mapping[str, Any]]:
     return types or {None: parameters}
 
 
+#: What `rotary_types` says of a layer without a rotary embedding.
+NO_ROTARY = "none"
+
+
 def rotary_types(config: Any) -> list[str | None]:
-    """For each decoder layer, the layer type whose rotary embedding it has; None where all layers have the same."""
-    if None in _rotary_parameters(config):
-        return [None] * config.num_hidden_layers
-    return list(config.layer_types)
+    """For each decoder layer, the layer type whose rotary embedding it has; None where all layers that have one have
+    the same, and NO_ROTARY of a layer that has none."""
+    count = config.num_hidden_layers
+    types = [None] * count if None in _rotary_parameters(config) else list(config.layer_types)
+    key = ARCHITECTURES[config.model_type].rotary_layers
+    if key is None:
+        return types
+    rotary = getattr(config, key)
+    if len(rotary) < count:
+        raise ArchitectureError(f"{key} has {len(rotary)} entries for {count} layers: it needs one for each")
+    return [kind if has else NO_ROTARY for kind, has in zip(types, rotary, strict=False)]
 
 
 def attention_windows(config: Any) -> list[int | None]:
@@ -465,7 +512,7 @@ def attention_windows(config: Any) -> list[int | None]:
 def trimmed_config(values: dict[str, Any], kept: list[int]) -> dict[str, Any]:
     """A config's values for the model that keeps the layers `kept` (original numbers, in order).
 
-    `num_hidden_layers` is set, and every per-layer list (one entry a layer, and "layer" in its key, such as
+    `num_hidden_layers` is set, and every per-layer list (one entry a layer or more, and "layer" in its key, such as
     `layer_types` or `no_rope_layers`) keeps the entries of the kept layers. `max_window_layers`, the number of leading
     layers with full attention, counts the kept ones of them, and a `sliding_window_pattern`, from which other programs
     read which layers are full, is left out where the kept layers do not follow it.
@@ -473,7 +520,7 @@ def trimmed_config(values: dict[str, Any], kept: list[int]) -> dict[str, Any]:
     n_layers = values["num_hidden_layers"]
     trimmed = dict(values, num_hidden_layers=len(kept))
     for key, value in values.items():
-        if "layer" in key and isinstance(value, list | tuple) and len(value) == n_layers:
+        if "layer" in key and isinstance(value, list | tuple) and len(value) >= n_layers:
             trimmed[key] = [value[index] for index in kept]
     if isinstance(leading := values.get("max_window_layers"), int):
         trimmed["max_window_layers"] = sum(index < leading for index in kept)

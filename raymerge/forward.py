@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from raymerge.alignment import Aligner, AlignmentError
-from raymerge.architectures import module_layer
+from raymerge.architectures import NO_ROTARY, module_layer
 from raymerge.checkpoint import Checkpoint
 from raymerge.device import attempt, device_memory, is_accelerator, moved
 from raymerge.fusion import Refits, fused_layer
@@ -141,7 +141,14 @@ class LayerRunner:
         self._norm = skeleton.model.norm
         # Rotary frequencies are computed, not stored: they must not stay on the meta device.
         self._rotary = type(skeleton.model.rotary_emb)(config=config).to(self.device)
-        self._embedding_scale = torch.tensor(config.hidden_size**0.5 if arch.scaled_embedding else 1.0).to(self.dtype)
+        self._embedding_scale: float | Tensor | None = None
+        if arch.scaled_embedding:  # transformers rounds the root to the compute dtype first
+            self._embedding_scale = torch.tensor(config.hidden_size**0.5).to(self.dtype)
+        elif arch.embedding_multiplier:
+            self._embedding_scale = getattr(config, arch.embedding_multiplier)
+        #: What the layers multiply a block's output by, and what logits are divided by.
+        self.residual_multiplier: float = getattr(config, arch.residual_multiplier) if arch.residual_multiplier else 1.0
+        self._logit_divisor: float = getattr(config, arch.logit_divisor) if arch.logit_divisor else 1.0
         self._resident: dict[int, dict[str, Tensor]] = {}
         self._fused: tuple[MergePlan | None, dict[int, dict[str, Tensor]]] = (None, {})
         self._tables: dict[str, Tensor] = {}
@@ -285,8 +292,11 @@ class LayerRunner:
         return _OnDevice(self.checkpoint, self.device, kept)
 
     def rotary(self, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, each (1, T, rotated dimensions) in the compute dtype, of positions (T,) in an original layer."""
+        """cos and sin, each (1, T, rotated dimensions) in the family's dtype of them, of positions (T,) in an original
+        layer; without dimensions where the layer has no rotary embedding."""
         like, kind = torch.empty(0, dtype=self.dtype, device=self.device), self.checkpoint.rotary_types[layer]
+        if kind == NO_ROTARY:
+            return like.new_empty(1, len(positions), 0), like.new_empty(1, len(positions), 0)
         return self._rotary(like, positions[None].to(self.device), *(() if kind is None else (kind,)))
 
     def embed(self, shard: Shard) -> list[GroupStates]:
@@ -296,7 +306,7 @@ class LayerRunner:
     def _rows_of_embedding(self, ids: np.ndarray, _start: int) -> Tensor:
         table = self._table(self.checkpoint.architecture.embedding)
         rows = table[torch.from_numpy(np.ascontiguousarray(ids)).to(table.device)].to(self.device, self.dtype)
-        return rows * self._embedding_scale if self.checkpoint.architecture.scaled_embedding else rows
+        return rows if self._embedding_scale is None else rows * self._embedding_scale
 
     def from_packed(self, shard: Shard, packed: list[tuple[Tensor, Tensor]]) -> list[GroupStates]:
         """The inverse of `pack`: states laid out in batches again."""
@@ -455,8 +465,10 @@ class LayerRunner:
         return out[0] if isinstance(out, tuple) else out
 
     def normalise(self, x: Tensor) -> Tensor:
-        """The final norm, in float32: (…, d) to (…, d) float32."""
-        return functional_call(self._norm, {"weight": self._final_gain}, (x.float(),))
+        """The final norm, in float32: (…, d) to (…, d) float32, divided by what the family divides its logits by, which
+        are then products with the unembedding's rows in every family."""
+        normalised = functional_call(self._norm, {"weight": self._final_gain}, (x.float(),))
+        return normalised if self._logit_divisor == 1.0 else normalised / self._logit_divisor
 
     @cached_property
     @torch.inference_mode(False)

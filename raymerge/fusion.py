@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from raymerge.alignment import REORDERED, Aligner, fuse_rows, layer_tensors
-from raymerge.architectures import Architecture, Permutations, source_tensor
+from raymerge.architectures import NO_ROTARY, Architecture, Permutations, source_tensor
 from raymerge.checkpoint import Checkpoint
 from raymerge.plan import KeptLayer, MergePlan, PlanError
 
@@ -234,10 +234,12 @@ def check_mergeable(checkpoint: Checkpoint, plan: MergePlan) -> None:
         windows = {checkpoint.windows[source] for source in together}
         if len({kinds[source] for source in together}) > 1:
             alike = [layer for layer, kind in enumerate(kinds) if kind == kinds[kept.index]]
+            none = [layer for layer in sorted(together) if checkpoint.rotary_types[layer] == NO_ROTARY]
+            without = f" (layers {none} have none)" if none else ""
             differ = (
                 f"attention windows differ ({', '.join(map(str, windows))} positions; None is full attention)"
                 if len(windows) > 1
-                else "rotary embeddings differ"
+                else f"rotary embeddings differ{without}"
             )
             raise PlanError(
                 f"layers {sorted(together)} would be averaged, but their {differ}: merge into layer {kept.index} "

@@ -97,7 +97,8 @@ def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
     needed = [_O, _DOWN] + ([_GATE, _UP] if method == "units" else [])
     missing = [matrix for matrix in needed if matrix not in architecture.matrices]
     # A norm between MLP and residual stream, a parallel MLP or a scaled residual is not linear, or another map.
-    if missing or _MIDDLE not in architecture.norm_inputs or getattr(checkpoint.config, "residual_multiplier", 1) != 1:
+    another = architecture.output_norms or getattr(checkpoint.config, "residual_multiplier", 1) != 1
+    if missing or another or _MIDDLE not in architecture.norm_inputs:
         raise RefitError(
             f"refit {method} needs layers in which {' and '.join(needed)} write straight into the residual stream or "
             f"feed what does, which {architecture.name} does not have: set plan.refit to none"

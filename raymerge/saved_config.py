@@ -16,8 +16,8 @@ import torch
 
 from raymerge.architectures import trimmed_config
 
-# transformers fills these in where a config has none, from the number of layers.
-_DERIVED = ("layer_types", "max_window_layers")
+# transformers fills these in where a config has none, from the number of layers; the first two say what a layer is.
+_DERIVED = ("layer_types", "no_rope_layers", "max_window_layers")
 
 
 def saved_config(
@@ -26,7 +26,8 @@ def saved_config(
     """The values of config.json for the model that keeps the layers `kept` (original numbers, in order).
 
     declared: the base's config.json; config: what transformers makes of it. Per-layer entries are those of the kept
-    layers. Where transformers would give fewer layers other layer types than the kept ones have, they are written out.
+    layers. Where transformers would give fewer layers other layer types than the kept ones have, or a rotary embedding
+    where they have none, these are written out.
     A dtype that is written down becomes `dtype`, that of the matrices: readers cast weights to it. auto_map is left
     out: the code that it names is not copied, and transformers has every supported family; so is _name_or_path, where
     the base was once loaded from. both_spellings: write transformers 4's keys beside those of transformers 5, for a
@@ -40,7 +41,7 @@ def saved_config(
     # A pattern that the kept layers no longer follow was left out; others than transformers would assume the usual one.
     if filled and set(shorter) == set(values):
         read = type(config).from_dict(copy.deepcopy(shorter))
-        if getattr(read, "layer_types", None) == trimmed.get("layer_types"):
+        if all(getattr(read, key, None) == trimmed.get(key) for key in _DERIVED[:2]):
             trimmed = shorter
     for key in ("auto_map", "_name_or_path"):
         trimmed.pop(key, None)

@@ -48,6 +48,13 @@ class TailLayer:
         self._source_keys: Tensor | None = None
         self._rotary = self._cos_sin(torch.arange(states.layout.positions, device=runner.device))
         self._turns: dict[tuple[str | None, int], list[tuple[Tensor, Tensor]]] = {}
+        # In which order a head's dimensions are projected: scores do not depend on it, where queries and keys share it.
+        self._dimensions: Tensor | None = None
+        if arch.rotary_neighbours:
+            (cos, _), *_ = self._rotary.values()
+            dimensions = torch.arange(self._head_dim, device=runner.device)
+            turned, still = dimensions.tensor_split([cos.shape[-1]])
+            self._dimensions = torch.cat([turned[0::2], turned[1::2], still])
 
     def select(self, rows: Sequence[int]) -> TailLayer:
         """The same layer on the states of these questions alone; see TailStates.select."""
@@ -113,9 +120,10 @@ class TailLayer:
         return functional_call(self._block.get_submodule(name), own, (x[None],))[0]
 
     def _leaving(self, block: str, out: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """What a block adds: its output, normalised where the family does so."""
-        norm = self._architecture.output_norms.get(block)
-        return out if norm is None else self._module(norm, out, weights)
+        """What a block adds: its output, normalised or scaled where the family does so."""
+        norm, scale = self._architecture.output_norms.get(block), self.runner.residual_multiplier
+        out = out if norm is None else self._module(norm, out, weights)
+        return out if scale == 1.0 else out * scale
 
     def _mlp(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         arch = self._architecture
@@ -132,7 +140,14 @@ class TailLayer:
         # The gain moves from every token's state to the matrix's columns.
         if gain := self._architecture.gain_of(matrix):
             weight = weight.float() * (weights[gain].float() + self._architecture.gain_offset)
-        return weight.to(self.compute_dtype), None if bias is None else bias[rows]
+        bias = None if bias is None else bias[rows]
+        if self._dimensions is not None and which in ("q", "k"):
+            weight, bias = self._reordered(weight), None if bias is None else self._reordered(bias)
+        return weight.to(self.compute_dtype), bias
+
+    def _reordered(self, rows: Tensor) -> Tensor:
+        """Rows of queries or keys with those first that a rotation of halves turns as the family turns neighbours."""
+        return rows.unflatten(0, (-1, self._head_dim))[:, self._dimensions].flatten(0, 1)
 
     def _heads(
         self,

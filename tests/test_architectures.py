@@ -10,8 +10,10 @@ import torch
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+import raymerge.architectures
 from raymerge.architectures import (
     FIXED_ROPE_TYPES,
+    NO_ROTARY,
     ArchitectureError,
     architecture_of,
     attention_windows,
@@ -112,7 +114,7 @@ def test_unknown_layer_types_are_refused():
     ],
 )
 def test_unsupported_families_are_named_with_what_they_have_and_the_supported_ones(model_type, reason):
-    with pytest.raises(ArchitectureError, match=f"'{model_type}' is not supported: {reason}.* gemma2, .*, qwen3_moe$"):
+    with pytest.raises(ArchitectureError, match=f"'{model_type}' is not supported: {reason}.* gemma2, .*, smollm3$"):
         architecture_of(AutoConfig.for_model(model_type))
     with pytest.raises(ArchitectureError, match="model type None"):
         architecture_of(object())
@@ -130,6 +132,19 @@ def test_unsupported_families_are_named_with_what_they_have_and_the_supported_on
 def test_unsupported_options_of_families_are_named(family, options, message):
     with pytest.raises(ArchitectureError, match=message):
         architecture_of(tiny.config_of(family, **options))
+
+
+def test_a_family_that_the_installed_transformers_computes_otherwise_is_refused(monkeypatch):
+    """Before 5.13 OLMo 3's sliding layers had the full ones' scaled rotary embedding (transformers#45945)."""
+    config = AutoConfig.for_model("olmo3")
+    for installed in ("5.12.1", "4.57.6"):
+        monkeypatch.setattr(raymerge.architectures, "version", lambda package, installed=installed: installed)
+        with pytest.raises(ArchitectureError, match=f"'olmo3' needs transformers 5.13 or later, and {installed} is"):
+            architecture_of(config)
+        assert architecture_of(tiny.config_of("olmo2")).name == "olmo2"
+    for installed in ("5.13.0.dev0", "6.0"):
+        monkeypatch.setattr(raymerge.architectures, "version", lambda package, installed=installed: installed)
+        assert architecture_of(config).name == "olmo3"
 
 
 def test_rotary_embeddings_that_depend_on_length_are_refused():
@@ -151,6 +166,12 @@ def test_rotary_types_by_layer():
     assert rotary_types(tiny.config_of("gemma2")) == [None] * 5
     full, sliding = "full_attention", "sliding_attention"
     assert rotary_types(tiny.config_of("gemma3")) == [sliding, full, sliding, sliding, sliding]
+    assert rotary_types(tiny.config_of("olmo3")) == [sliding, full, sliding, sliding, sliding]
+    config = tiny.config_of("smollm3")
+    assert rotary_types(config) == [NO_ROTARY, None, NO_ROTARY, NO_ROTARY, NO_ROTARY]
+    config.no_rope_layers = [1, 0, 1]
+    with pytest.raises(ArchitectureError, match="no_rope_layers has 3 entries for 5 layers: it needs one for each"):
+        rotary_types(config)
 
 
 def test_old_configs_name_their_rotary_type_too():
@@ -221,7 +242,7 @@ def one_layer(family):
     window = attention_windows(config)[0]
     behind = torch.arange(70)[:, None] - torch.arange(70)
     mask = ((behind >= 0) & (behind < (window or 70)))[None, None]
-    kind = config.layer_types[:1] if config.model_type == "gemma3_text" else ()
+    kind = [kind for kind in rotary_types(config) if kind not in (None, NO_ROTARY)]
     rotary = model.model.rotary_emb(x, positions, *kind)
 
     def run(tensors):

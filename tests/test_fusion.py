@@ -13,7 +13,7 @@ from scipy.spatial.distance import cdist
 from transformers import AutoModelForCausalLM
 
 from raymerge.alignment import Aligner
-from raymerge.architectures import architecture_of
+from raymerge.architectures import NO_ROTARY, architecture_of
 from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import Receipt, check_mergeable, fuse_state_dict, fused_layer, fused_tensors, receipts
 from raymerge.plan import MergePlan, MergeStep, PlanError, base_plan, before_last_plan, drop_plan, tail_plan
@@ -266,6 +266,7 @@ def test_every_alignment_with_every_norm(checkpoint, aligner, alignment, norms, 
     [
         ("gemma2", "neurons", "fold"),
         ("gemma3", "rows", "fold"),
+        ("glm4", "neurons", "fold"),
         ("phi3", "neurons", "fold"),
         ("phi3", "rows", "keep"),
         ("olmo2", "neurons", "keep"),
@@ -471,6 +472,18 @@ def test_layers_of_other_rotary_embeddings_are_not_averaged_where_all_windows_ar
     with pytest.raises(PlanError, match=r"rotary embeddings differ: .* layer 1 only layers of its kind, \[1\];"):
         check_mergeable(checkpoint, plan_of([(1, 2, 0.5)]))
     check_mergeable(checkpoint, plan_of([(3, 4, 0.5), (2, 3, 0.5)]))
+
+
+def test_layers_with_and_without_a_rotary_embedding_are_not_averaged(tmp_path):
+    """Every fourth layer of SmolLM3 has none; a merge may average those, or those between."""
+    options = {"no_rope_layers": [1, 1, 0, 1, 0], "use_sliding_window": False}
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", "smollm3", **options)))
+    assert checkpoint.windows == [None] * 5 and checkpoint.rotary_types == [None, None, NO_ROTARY, None, NO_ROTARY]
+    refused = r"would be averaged, but their rotary embeddings differ \(layers \[2, 4\] have none\): .* \[2, 4\]; in"
+    with pytest.raises(PlanError, match=refused):
+        check_mergeable(checkpoint, tail_plan(5, [0.5, 0.5], name="x", kind="found"))
+    check_mergeable(checkpoint, plan_of([(0, 1, 0.5)]))
+    check_mergeable(checkpoint, plan_of([(2, 3, 1.0), (2, 4, 0.5)]))
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,7 @@ REFUSED = {
     "clip": (architecture("clip"), "is of architecture clip, but only llama, qwen2, "),
     "qwen3moe": (architecture("qwen3moe"), "is of architecture qwen3moe, but only"),
     "olmo2": (architecture("olmo2"), "is of architecture olmo2, but only"),
+    "smollm3": (architecture("smollm3"), "is of architecture smollm3, but only llama, .* without experts are read"),
     "mixtral": (with_further(lambda w: w.add_expert_count(8)), "is of architecture llama with experts, but only"),
     "older_mixtral": (tensor("blk.0.ffn_gate.0.weight"), "holds blk.0.ffn_gate.0.weight, which transformers does not"),
     # Llama 3.1 and later: transformers would read another rotation from it.

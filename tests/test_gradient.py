@@ -99,7 +99,7 @@ def whole_model(case, coefficients, *, merge_biases=False, fold=False):
     config.num_hidden_layers = FIRST + 1
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: FIRST + 1]
-    model = AutoModelForCausalLM.from_config(config, **tiny.PLAIN, dtype=torch.float64)
+    model = AutoModelForCausalLM.from_config(config, **tiny.PLAIN, dtype=torch.float64).eval()  # some have dropout
     kind, state = config.model_type, {name: tensor.double() for name, tensor in case.base.state_dict().items()}
     stored = tiny.of_layers(tiny.stored_layer, kind, state)
     prefix, merged = f"model.layers.{FIRST}.", {}

@@ -282,6 +282,14 @@ def test_families_without_the_algebra_are_refused_by_name(refitter):
         check_refittable(checkpoint, plan)
 
 
+@pytest.mark.parametrize("family", ["glm4", "granite", "olmo3"])
+def test_a_refit_of_outputs_that_are_normalised_or_scaled_is_refused(tmp_path, family):
+    """They are not what is added to the residual stream, which a fit would take them for."""
+    checkpoint = Checkpoint(str(make_checkpoint(tmp_path / "m", family)))
+    with pytest.raises(RefitError, match=f"write straight into the residual stream .* which {family} does not have"):
+        check_refittable(checkpoint, refitted(drop_block_plan(N, 2, 1), "outputs"))
+
+
 def test_sums_of_units_add_up():
     total = Sums.total([Sums(squares=torch.ones(2, 3)), Sums(squares=torch.full((2, 3), 2.0))])
     assert torch.equal(total.squares, torch.full((2, 3), 3.0))

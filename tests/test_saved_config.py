@@ -8,14 +8,14 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from raymerge.architectures import attention_windows, rotary_types, trimmed_config
+from raymerge.architectures import NO_ROTARY, attention_windows, rotary_types, trimmed_config
 from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import fused_tensors
 from raymerge.plan import drop_plan, tail_plan
 from raymerge.saved_config import saved_config
 
 PLAN = tail_plan(tiny.N_LAYERS, [0.3, 0.8], name="x", kind="found")
-PER_LAYER = {"num_hidden_layers", "layer_types", "max_window_layers"}
+PER_LAYER = {"num_hidden_layers", "layer_types", "no_rope_layers", "max_window_layers"}
 
 
 def read_config(folder):
@@ -34,7 +34,7 @@ def as_transformers_4(values):
     scaling = {key: value for key, value in main.items() if key not in ("rope_theta", "partial_rotary_factor")}
     old |= {"rope_theta": main["rope_theta"], "torch_dtype": values["dtype"], "transformers_version": "4.57.6"}
     old["rope_scaling"] = scaling if scaling["rope_type"] != "default" else None
-    if "sliding_attention" in rope:
+    if "sliding_attention" in rope and values["model_type"] == "gemma3_text":
         old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     if "partial_rotary_factor" in main:
         old["partial_rotary_factor"] = main["partial_rotary_factor"]
@@ -103,9 +103,31 @@ def test_layer_types_that_transformers_derives_are_written_where_fewer_layers_ge
     written, values = layer_types_written(config, declared, kept)
     assert not written and values["max_window_layers"] == 20
 
+    declared = {"model_type": "olmo3", "num_hidden_layers": 8, "sliding_window": 9}
+    config = AutoConfig.for_model(**declared)
+    assert attention_windows(config) == [9, 9, 9, None] * 2
+    assert not layer_types_written(config, declared, [0, 1, 2, 3, 4, 5])[0]
+    assert layer_types_written(config, declared, [0, 1, 2, 4, 5, 6, 7])[0]
+
     declared = {"model_type": "qwen3", "num_hidden_layers": 4, "layer_types": None}
     written, values = layer_types_written(AutoConfig.for_model(**declared), declared, [0, 3])
     assert values == declared | {"num_hidden_layers": 2}
+
+
+def test_rotary_layers_that_transformers_derives_are_written_where_fewer_layers_get_others():
+    """SmolLM3 has none in every fourth layer; its configs hold one entry a layer, an interval, or neither."""
+    for options in ({}, {"no_rope_layer_interval": 4}):
+        declared = {"model_type": "smollm3", "num_hidden_layers": 8} | options
+        config = AutoConfig.for_model(**declared)
+        assert rotary_types(config) == [None, None, None, NO_ROTARY] * 2
+        for kept, follows in (([0, 1, 2, 3, 4, 5], True), ([0, 1, 2, 4, 5, 6], False), ([3, 4], False)):
+            written, values = layer_types_written(config, declared, kept)
+            assert not follows or not written
+            assert ("no_rope_layers" in values) != follows
+    # With the list itself, which may be longer than the layers are many.
+    declared = {"model_type": "smollm3", "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1, 0]}
+    written, values = layer_types_written(AutoConfig.for_model(**declared), declared, [0, 2])
+    assert not written and values["no_rope_layers"] == [1, 1]
 
 
 @pytest.mark.parametrize("family", ["llama", "llama3_rope", "gemma3", "phi3", "qwen3_moe"])

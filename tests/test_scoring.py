@@ -48,8 +48,10 @@ FAMILIES = {name: {} for name in tiny.FAMILIES} | {
     "qwen2_last_window": {"family": "qwen2_windows", "max_window_layers": 4, "sliding_window": 50},
     # The same with another rotary embedding.
     "gemma3_last_full": {"family": "gemma3", "layer_types": ["sliding_attention"] * 4 + ["full_attention"]},
+    # And without any.
+    "smollm3_last_none": {"family": "smollm3", "no_rope_layers": [1, 1, 1, 1, 0], "use_sliding_window": False},
 }
-ONE_KIND = [name for name in FAMILIES if name not in ("qwen2_last_window", "gemma3_last_full")]
+ONE_KIND = [name for name in FAMILIES if name not in ("qwen2_last_window", "gemma3_last_full", "smollm3_last_none")]
 
 
 def close(found, expected):

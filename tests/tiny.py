@@ -8,9 +8,12 @@ import copy
 import shutil
 
 import numpy as np
+import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from raymerge.architectures import ARCHITECTURES
 from raymerge.demo import MODEL_PATH
 from raymerge.questions import LETTERS, Question, QuestionSet
 
@@ -50,6 +53,29 @@ FAMILIES = {
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 8},
     # The window is shorter than every question of `questions`, so that the last position sees no prefix key.
     "mistral_window": {"model_type": "mistral", "sliding_window": 11, "head_dim": 12},
+    "ministral": {
+        "model_type": "ministral",
+        "head_dim": 8,
+        "sliding_window": 40,
+        "layer_types": _FULL + _SLIDING + 3 * _FULL,
+    },
+    "seed_oss": {"model_type": "seed_oss", "head_dim": 12, "attention_out_bias": True},
+    # The last layers, which most plans average, have no rotary embedding, the layers before them have.
+    "smollm3": {
+        "model_type": "smollm3",
+        "no_rope_layers": [0, 1, 0, 0, 0],
+        "use_sliding_window": True,
+        "sliding_window": 40,
+        "pad_token_id": 0,
+    },
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 5.0,
+        "mlp_bias": True,
+    },
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2_windows": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2},
     "qwen3": {"model_type": "qwen3", "head_dim": 12},
@@ -83,7 +109,27 @@ FAMILIES = {
         "pad_token_id": 0,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
     },
+    "glm4": {
+        "model_type": "glm4",
+        "head_dim": 12,
+        "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    },
     "olmo2": {"model_type": "olmo2", "attention_bias": True},
+    "olmo3": {
+        "model_type": "olmo3",
+        "sliding_window": 40,
+        "layer_types": _SLIDING[:1] + _FULL + 3 * _SLIDING,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    },
     "mixtral": {"model_type": "mixtral", "num_local_experts": 3, "intermediate_size": 24},
     # Sizes in multiples of 8: half-precision experts are multiplied in rows of 16 bytes.
     "olmoe": {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24},
@@ -97,14 +143,23 @@ FAMILIES = {
     },
 }
 #: Those whose norms all stand before the matrices that read them, so that folding takes up every gain.
-FOLDABLE = [name for name in FAMILIES if not name.startswith(("qwen3", "gemma", "olmo"))]
+FOLDABLE = [name for name in FAMILIES if not name.startswith(("qwen3", "gemma", "glm", "olmo"))]
 
 
 def demo_tokenizer():
     return AutoTokenizer.from_pretrained(MODEL_PATH)
 
 
+def needs(family):
+    """The first release of transformers, as text, that a family needs and that is not installed; else None."""
+    since = ARCHITECTURES[FAMILIES[family]["model_type"]].since
+    old = since is not None and tuple(map(int, transformers.__version__.split(".")[:2])) < since
+    return ".".join(map(str, since)) if old else None
+
+
 def config_of(family, **options):
+    if needed := needs(family):
+        pytest.skip(f"{family} needs transformers {needed}")
     values = (
         {
             "hidden_size": 32,
@@ -253,8 +308,9 @@ def merged_model(model, steps, *, biases="keep"):
     """The merged transformers model in float64, from the reference's own merging, loaded strictly."""
     config = copy.deepcopy(model.config)
     state, alive = published_merge(model.state_dict(), config.num_hidden_layers, steps, biases=biases)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in alive]
+    for key in ("layer_types", "no_rope_layers"):
+        if getattr(config, key, None):
+            setattr(config, key, [getattr(config, key)[layer] for layer in alive])
     config.num_hidden_layers = len(alive)
     merged = AutoModelForCausalLM.from_config(config, **PLAIN, dtype=torch.float64)
     merged.load_state_dict(state, strict=True)
