@@ -1,7 +1,7 @@
 """A plan in mergekit's terms, where it has them: a YAML file that `mergekit-yaml` turns into the same tensors.
 
-Where layers go it has none for a family whose config lists layer types (Qwen2, Qwen3, Gemma 2, Gemma 3): of a config
-mergekit changes nothing but the number of layers.
+Where layers go it has none for a family whose config lists layer types (Qwen2, Qwen3, Gemma, Ministral, SmolLM3,
+OLMo 3): of a config mergekit changes nothing but the number of layers.
 
 mergekit's `linear` averages tensor by tensor, with weights that may depend on the tensor's name; an output slice takes
 one layer from each source. Source: mergekit's README, "Merge Configuration", and its parameter filters (substrings of
