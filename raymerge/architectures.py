@@ -411,9 +411,9 @@ _FOREIGN: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 _FOREIGN_NAMES = dict.fromkeys(
     ("mamba", "mamba2", "jamba", "bamba", "zamba", "zamba2", "falcon_mamba", "falcon_h1", "nemotron_h", "rwkv")
-    + ("granitemoehybrid", "qwen3_next", "recurrent_gemma", "lfm2", "lfm2_moe", "minimax", "xlstm", "plamo2"),
+    + ("qwen3_next", "recurrent_gemma", "lfm2", "lfm2_moe", "minimax", "xlstm", "plamo2"),
     _STATE_SPACE,
-)
+) | {"granitemoehybrid": "a shared MLP of other tensors, in most sizes beside layers that are no attention"}
 
 
 def architecture_of(config: Any) -> Architecture:

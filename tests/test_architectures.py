@@ -106,6 +106,7 @@ def test_unknown_layer_types_are_refused():
         ("mamba", "it has layers that are no attention"),
         ("jamba", "it has layers that are no attention"),
         ("qwen3_next", "it has layers that are no attention"),
+        ("granitemoehybrid", "it has a shared MLP of other tensors"),
         ("gemma3", "it has towers for images or sound beside the language model"),
         ("qwen2_5_vl", "it has towers for images"),
         ("deepseek_v3", "it has attention over compressed keys and values"),
