@@ -312,13 +312,12 @@ class BatchSearcher(Searcher):
             self._row(trial_id, slot, batch.number, iteration, point, found)
             for iteration, point, found in zip(batch.iterations, batch.points, results, strict=True)
         ]
-        if self.failure is not None:
-            return  # Nothing is stored after a store that failed: the batch is done again at the next start.
         try:
+            # Also when the search is to end: what other workers have finished by then may be the work of hours.
             self._record(f"{rows[0]['searcher']}-{batch.number:06d}", rows, results)
         except Exception as failed:
             # Tune would take an exception here for the trial's; it ends the search and is raised when Tune is done.
-            self.failure = failed
+            self.failure = self.failure or failed
             return
         results.clear()  # Tune keeps this list to the end, answers and all: in Ray's store, then copied by the driver
         self.finished += len(rows)
