@@ -407,7 +407,6 @@ def run_search(
     `trials`. Raises what `record` raises, a UserError that scoring raises, and NoRoomError where no worker is left or a
     disk is full, after Tune has stopped.
     """
-    alphas_done = len(replayed)
     common = {"searcher": searcher, "seed": seed, "objective": objective}
     algorithm = BatchSearcher(
         proposer,
@@ -421,7 +420,7 @@ def run_search(
         replayed=replayed,
         on_progress=on_progress,
     )
-    if alphas_done >= candidates:
+    if len(replayed) >= candidates:
         return SearchOutcome(0, 0.0, None)
     _quiet_tune()
     began, present = time.monotonic(), pool.seconds_present()
