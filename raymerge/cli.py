@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -20,18 +21,25 @@ from raymerge.reference import config_reference
 from raymerge.tables import RunDirectory
 
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entry point of a job
+_OUTPUT = 1  # the file descriptor of standard output
 _STOPPED = "the same command again goes on from what is stored"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when it succeeded, 2 for a wrong input or where there is no room, 130 when interrupted, 143 when
-    stopped."""
+    """Run a command; 0 when it succeeded, 2 for a wrong input or where there is no room, 130 when interrupted, 141 when
+    whoever read the output has ended, 143 when stopped."""
     parser = _parser()
     options = parser.parse_args(argv)
     _quiet_libraries()
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()  # here, not at Python's end, where a reader that is gone can only be complained of
+        return code
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 128 + signal.SIGPIPE
     except UserError as error:  # other errors are bugs and keep their traceback
         print(f"raymerge: {error}", file=sys.stderr)
         return 2
@@ -48,6 +56,17 @@ def _stop(number: int, _: object) -> NoReturn:
     with contextlib.suppress(OSError):  # whoever read what we say may have ended first
         os.write(2, f"raymerge: stopped; {_STOPPED}\n".encode())
     os._exit(128 + number)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has ended, as in `raymerge config | head`; it is nowhere then, so
+    that Python can flush what is left."""
+    output = select.poll()
+    output.register(_OUTPUT, 0)  # an error is told without being asked for
+    if not output.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _OUTPUT)
+    return True
 
 
 def _quiet_libraries() -> None:

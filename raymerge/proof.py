@@ -213,7 +213,7 @@ def _run_fresh(folder: Path, work: Path) -> subprocess.CompletedProcess[str]:
     root = str(Path(__file__).resolve().parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
-        [sys.executable, "-P", "-m", "raymerge.reload", str(folder), str(work)],
+        [sys.executable, "-P", "-m", "raymerge.reload", str(folder), str(work), str(os.getpid())],
         capture_output=True,
         text=True,
         check=False,

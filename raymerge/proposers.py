@@ -67,9 +67,15 @@ class _Drawn:
         """The choice, if there are any, and the values."""
         return point[: bool(self.choices)], point[bool(self.choices) :]
 
-    def _draw(self) -> Point:
-        choice = [self.choices[self._random.integers(len(self.choices))]] if self.choices else []
-        return choice + self._random.uniform(*self.bounds, size=self.dimensions).tolist()
+    def _draw(self, random: np.random.Generator) -> Point:
+        choice = [self.choices[random.integers(len(self.choices))]] if self.choices else []
+        return choice + random.uniform(*self.bounds, size=self.dimensions).tolist()
+
+    def _new(self, random: np.random.Generator) -> Point:
+        """A random point that is none of those that are done."""
+        while tuple(point := self._draw(random)) in self._done:
+            pass
+        return point
 
     def _next_planned(self) -> Point | None:
         while self._planned:
@@ -98,8 +104,7 @@ class RandomProposer(_Drawn):
     def _one(self) -> Point:
         if (point := self._next_planned()) is not None:
             return point
-        while tuple(point := self._draw()) in self._done:
-            pass
+        point = self._new(self._random)
         self._done.add(tuple(point))
         return point
 
@@ -147,7 +152,7 @@ class BayesProposer(_Drawn):
         from bayes_opt.parameter import wrap_kernel
         from sklearn.gaussian_process.kernels import Matern, WhiteKernel
 
-        drawn = [self._draw() for _ in range(initial)]
+        drawn = [self._draw(self._random) for _ in range(initial)]
         if self.choices:
             order = [self._random.permutation(self.choices) for _ in range(0, initial, len(self.choices))]
             drawn = [[float(choice), *point[1:]] for choice, point in zip(np.ravel(order), drawn, strict=False)]
@@ -203,10 +208,10 @@ class BayesProposer(_Drawn):
 
     def _propose(self, pending: Sequence[Point]) -> Point:
         space = self._optimizer.space
-        if len(space) < 2:
-            return self._draw()
         # By the number of points so far, not a stream: a restart told the record goes on as the search would have.
-        random_state = np.random.RandomState([self.seed, len(self._done)])
+        so_far = [self.seed, len(self._done)]
+        if len(space) < 2:
+            return self._new(np.random.default_rng(so_far))
         # The liar would keep a failed point for ever: it is told anew what is pending.
         self._liar.dummies = [self._encode(point) for point in pending]
         with threadpool_limits(1), warnings.catch_warnings():
@@ -217,12 +222,12 @@ class BayesProposer(_Drawn):
                 target_space=space,
                 n_random=_ACQUISITION_POINTS,
                 n_smart=_LOCAL_STARTS,
-                random_state=random_state,
+                random_state=np.random.RandomState(so_far),
             )
         point = self._decode(found)
         near = _FAILED_RADIUS * (self.bounds[1] - self.bounds[0])  # choices are further apart than any such
         if tuple(point) in self._done or any(np.abs(np.subtract(point, bad)).max() < near for bad in self._failed):
-            return self._draw()
+            return self._new(np.random.default_rng(so_far))
         return point
 
     def tell(self, point: Point, value: float | None) -> None:

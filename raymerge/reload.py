@@ -1,16 +1,19 @@
 """What a user does with a saved checkpoint, in a process of its own: load it with transformers alone, run it, generate.
 
-Run as `python -P -m raymerge.reload FOLDER WORK` by `proof`; nothing of raymerge is used, so that what is found is what
-any reader of the folder finds - but for Gemma 2 in transformers before 5.22, whose default attention leaves the softcap
-out, of unmerged models too: it is loaded with the attention that has it. WORK/request.json holds the prompts; logits
-and generated text are left there.
+Run as `python -P -m raymerge.reload FOLDER WORK PARENT` by `proof`, the process PARENT; nothing of raymerge is used, so
+that what is found is what any reader of the folder finds - but for Gemma 2 in transformers before 5.22, whose default
+attention leaves the softcap out, of unmerged models too: it is loaded with the attention that has it. WORK/request.json
+holds the prompts; logits and generated text are left there.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,5 +86,13 @@ def _compute_in_float32(model: torch.nn.Module) -> None:
             module.register_forward_hook(restore)
 
 
+def _end_with(parent: int) -> None:
+    """End when the process that waits for what is found has been killed or stopped: a large model fills a machine."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with, args=(int(sys.argv[3]),), daemon=True).start()
     reload(sys.argv[1], Path(sys.argv[2]))

@@ -312,13 +312,12 @@ class BatchSearcher(Searcher):
             self._row(trial_id, slot, batch.number, iteration, point, found)
             for iteration, point, found in zip(batch.iterations, batch.points, results, strict=True)
         ]
-        if self.failure is not None:
-            return  # Nothing is stored after a store that failed: the batch is done again at the next start.
         try:
+            # Also when the search is to end: what other workers have finished by then may be the work of hours.
             self._record(f"{rows[0]['searcher']}-{batch.number:06d}", rows, results)
         except Exception as failed:
             # Tune would take an exception here for the trial's; it ends the search and is raised when Tune is done.
-            self.failure = failed
+            self.failure = self.failure or failed
             return
         results.clear()  # Tune keeps this list to the end, answers and all: in Ray's store, then copied by the driver
         self.finished += len(rows)
@@ -408,7 +407,6 @@ def run_search(
     `trials`. Raises what `record` raises, a UserError that scoring raises, and NoRoomError where no worker is left or a
     disk is full, after Tune has stopped.
     """
-    alphas_done = len(replayed)
     common = {"searcher": searcher, "seed": seed, "objective": objective}
     algorithm = BatchSearcher(
         proposer,
@@ -422,7 +420,7 @@ def run_search(
         replayed=replayed,
         on_progress=on_progress,
     )
-    if alphas_done >= candidates:
+    if len(replayed) >= candidates:
         return SearchOutcome(0, 0.0, None)
     _quiet_tune()
     began, present = time.monotonic(), pool.seconds_present()

@@ -10,6 +10,7 @@ import shutil
 import socket
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
@@ -39,6 +40,8 @@ class RunError(UserError):
 
 class Storage:
     """A folder; names inside it are relative, with '/' between them.
+
+    Every method raises RunError where the folder cannot be reached, read or changed: no network, no rights, no bucket.
 
     Attributes
     ----------
@@ -86,25 +89,28 @@ class Storage:
 
     def is_file(self) -> bool:
         """Return whether the folder is in truth a file."""
-        return self._fs.get_file_info(self._base).type == pafs.FileType.File
+        with self._reached():
+            return self._fs.get_file_info(self._base).type == pafs.FileType.File
 
     def names(self, folder: str = "") -> list[str]:
         """Return the names in a folder, sorted; [] if there is no such folder."""
         selector = pafs.FileSelector(self._at(folder), recursive=False, allow_not_found=True)
-        return sorted(info.base_name for info in self._fs.get_file_info(selector))
+        with self._reached(folder):
+            return sorted(info.base_name for info in self._fs.get_file_info(selector))
 
     def open(self, inside: str):
         """Return a file open for random reading; FileNotFoundError if there is none."""
-        return self._fs.open_input_file(self._at(inside))
+        with self._reached(inside):
+            return self._fs.open_input_file(self._at(inside))
 
     def read(self, inside: str) -> bytes:
         """Return a file's content; FileNotFoundError if there is none."""
-        with self.open(inside) as file:
+        with self._reached(inside), self._fs.open_input_file(self._at(inside)) as file:
             return file.read()
 
     def delete(self, inside: str) -> None:
         """Delete a file, if it is there."""
-        with contextlib.suppress(FileNotFoundError):
+        with self._reached(inside), contextlib.suppress(FileNotFoundError):
             self._fs.delete_file(self._at(inside))
 
     def publish(self, inside: str, data) -> None:
@@ -199,8 +205,6 @@ class Storage:
             there = self.read(LOCK)
         except FileNotFoundError:  # deleted: nobody has taken it
             return
-        except OSError as error:
-            raise RunError(f"could not read {self.show(LOCK)}: {error}; run the same command again") from error
         if there != self._claim:
             raise RunError(
                 f"another process is writing {self.name} ({there.decode('utf-8', 'replace')}): it went on from what "
@@ -210,16 +214,30 @@ class Storage:
     def clear_temporary(self) -> None:
         """Delete what a killed process left under temporary names."""
         selector = pafs.FileSelector(self._base, recursive=True, allow_not_found=True)
-        for info in self._fs.get_file_info(selector):
-            if info.base_name.startswith(TEMPORARY):
-                if info.type == pafs.FileType.Directory:
-                    self._delete_folder(info.path)
-                else:
-                    with contextlib.suppress(FileNotFoundError):  # went with its folder
-                        self._fs.delete_file(info.path)
+        with self._reached():
+            for info in self._fs.get_file_info(selector):
+                if info.base_name.startswith(TEMPORARY):
+                    if info.type == pafs.FileType.Directory:
+                        self._delete_folder(info.path)
+                    else:
+                        with contextlib.suppress(FileNotFoundError):  # went with its folder
+                            self._fs.delete_file(info.path)
 
     def _at(self, inside: str) -> str:
         return f"{self._base}/{inside}" if inside else self._base
+
+    @contextlib.contextmanager
+    def _reached(self, inside: str = "") -> Iterator[None]:
+        """What a file system raises as a RunError, but for what is not there."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise RunError(
+                f"could not reach {self.show(inside) if inside else self.name}: {error}; check the path, the network "
+                "and your rights there, then run the same command again"
+            ) from error
 
     def _delete_folder(self, path: str) -> None:
         with contextlib.suppress(OSError):
@@ -250,7 +268,7 @@ def clear_scratch(folder, older_s: float = 0.0) -> None:
     older_s: only what was made so many seconds ago, where processes that live may be writing there.
     """
     for path in Path(folder).glob(f"{TEMPORARY}*"):
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
+        with contextlib.suppress(OSError):  # another process was faster, or in a shared cache it is another user's
             if time.time() - path.stat().st_mtime < older_s:
                 continue
             if path.is_dir():

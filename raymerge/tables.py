@@ -394,7 +394,7 @@ class RunDirectory:
         """(experiment, config) of config.yaml, None if there is none."""
         try:
             text = self._storage.read("config.yaml").decode("utf-8")
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return None
         experiment = re.match(r"# experiment: (\S+)\n", text)
         try:
@@ -427,8 +427,10 @@ class RunDirectory:
         try:
             with self._storage.open(path) as source, pq.ParquetFile(source) as file:
                 return use(file)
-        except pa.ArrowInvalid as error:
-            cure = "delete it and run the same command again"
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowInvalid, OSError) as error:  # the latter of damaged pages, and of a store that is gone
+            cure = "if it is damaged, delete it; then run the same command again"
             raise RunError(
                 f"{self._storage.show(path)} is not a readable part of table {table} ({error}); {cure}"
             ) from error

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -68,6 +69,24 @@ def test_a_stop_ends_a_process_whose_error_output_nobody_reads():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (143, "")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As in `raymerge config | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "raymerge", "config"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_of_something_else_is_a_bug(monkeypatch):
+    def broken(_):
+        raise BrokenPipeError("a subprocess's")
+
+    monkeypatch.setattr(cli, "_show_config", broken)
+    with pytest.raises(BrokenPipeError, match="a subprocess's"):
+        cli.main(["config"])
 
 
 def test_the_printed_configuration_is_a_configuration(capsys):

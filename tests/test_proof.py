@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -43,6 +45,22 @@ def merged(tmp_path, family="llama", plan=PLAN, **options):
     checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "base", family, **options)))
     save_merged(checkpoint, plan, tmp_path / "merged", verify=False)
     return checkpoint, tmp_path / "merged"
+
+
+def test_the_fresh_process_ends_with_the_one_that_asked(tmp_path):
+    """One that is killed or stopped leaves no process behind that fills the machine's memory with a model."""
+    os.mkfifo(tmp_path / "request.json")  # which it would wait for
+    code = (
+        "import os, subprocess, sys\n"
+        "done = subprocess.run([sys.executable, '-P', '-m', 'raymerge.reload', *sys.argv[1:], str(os.getpid())])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(raymerge.__file__).parents[1])}
+    command = [sys.executable, "-c", code, "folder", str(tmp_path)]
+    asking = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+    with pytest.raises(subprocess.TimeoutExpired):
+        asking.communicate(timeout=2.0)
+    asking.kill()
+    asking.communicate(timeout=60.0)  # both have closed the pipe
 
 
 def test_in_a_fresh_process_the_saved_model_is_the_one_that_was_scored(tmp_path):

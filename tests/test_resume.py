@@ -1,8 +1,11 @@
 """A run that is taken up again: by the files it was begun with, wherever their paths lead by now."""
 
+import os
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -33,8 +36,8 @@ def model(tmp_path):
     return shutil.copytree(MODEL_PATH, tmp_path / "model")
 
 
-def call(monkeypatch, experiment, model, out, *more):
-    """An experiment up to its first need of Ray, with a row stored as of work that was done before it was cut."""
+def call(monkeypatch, experiment, model, out, *more, cut_at="runtime"):
+    """An experiment up to its first need of Ray (or of a pool), with a row stored as of work that was done before."""
     settings = ["data.subjects=country_capitals", "data.limit_per_subject=4", "data.report_limit_per_subject=4"]
     settings += ["similarity.samples=6", "similarity.entropy_neighbors=4", "similarity.neighbors=2", *more]
     settings += ["similarity.subsets=[country_capitals]", f"model.path={model}", f"output.run={out}"]
@@ -44,7 +47,8 @@ def call(monkeypatch, experiment, model, out, *more):
         run.append("receipts", [{"plan_id": "p", "tensor": "t", "max_abs_change": 0.0, "relative_change": 0.0}], "p")
         raise Cut(CUT)
 
-    monkeypatch.setattr(MODULES[experiment], "runtime", cut)
+    monkeypatch.setattr(MODULES[experiment], "runtime", lambda *_: nullcontext())
+    monkeypatch.setattr(MODULES[experiment], cut_at, cut)
     getattr(MODULES[experiment], experiment)(load_config(None, settings))
 
 
@@ -97,6 +101,17 @@ def test_nor_with_other_coefficients_texts_or_tokens_in_the_same_files(model, tm
     (model / "tokenizer_config.json").write_text((model / "tokenizer_config.json").read_text() + "\n")
     with pytest.raises(RunError, match=r"\n  plan: .*\n  text: .*\n  tokenizer: "):
         go_on()
+
+
+@pytest.mark.parametrize("experiment", MODULES)
+def test_every_experiment_deletes_what_killed_processes_left_in_a_cache(experiment, model, tmp_path, monkeypatch):
+    """States of gigabytes, in a folder that other runs may use: what is new may be being written."""
+    for name, age_s in (("old", 2 * 86400.0), ("new", 0.0)):
+        (tmp_path / f"_tmp.{name}.safetensors").touch()
+        os.utime(tmp_path / f"_tmp.{name}.safetensors", (time.time() - age_s,) * 2)
+    with pytest.raises(Cut):
+        call(monkeypatch, experiment, model, tmp_path / "run", f"output.cache={tmp_path}", cut_at="open_pool")
+    assert [path.name for path in tmp_path.glob("_tmp.*")] == ["_tmp.new.safetensors"]
 
 
 def test_what_holds_no_rows_yet_may_be_begun_with_other_files(tmp_path):

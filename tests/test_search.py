@@ -81,6 +81,18 @@ def test_failed_points_are_tolerated_and_not_proposed_again():
     assert len(maximise(everything, lambda point: None, 8)) == 8
 
 
+def test_random_points_in_the_place_of_proposals_are_not_drawn_again_after_a_restart():
+    """As where too few candidates have a value for a model of them."""
+    new = lambda: BayesProposer(dimensions=3, bounds=(0, 1), seed=0, initial=2)  # noqa: E731
+    whole = maximise(new(), lambda _: None, 8)
+    assert len({tuple(point) for point in whole}) == 8
+    for done in (2, 5):
+        resumed = new()
+        for point in whole[:done]:
+            resumed.tell(point, None)
+        assert maximise(resumed, lambda _: None, 8 - done) == whole[done:]
+
+
 def test_a_batch_and_pending_points_spread():
     proposer = BayesProposer(dimensions=2, bounds=(0, 1), seed=0, initial=5)
     maximise(proposer, bump, 8)
@@ -413,6 +425,26 @@ def test_what_is_no_fault_of_a_candidate_ends_the_search_and_is_not_stored(monke
     tune.on_trial_complete("a", pickle.loads(pickle.dumps(trial.step())))
     assert type(tune.failure) is type(error) and str(tune.failure) == str(error) and log == []
     assert tune.suggest("b") == BatchSearcher.FINISHED
+
+
+def test_what_other_workers_finish_is_stored_though_the_search_is_to_end():
+    """The message of a full disk says so, and a descent takes hours; a record that fails then hides nothing."""
+    log = []
+
+    def record(part, rows, results):
+        if len(log) == 3:
+            raise OSError(28, "No space left on device")
+        log.append(("record", part, rows))
+
+    tune = searcher(log, crew=Crew(3), candidates=6, record=record)
+    for name in "abc":
+        tune.suggest(name)
+    tune.on_trial_complete("a", {"refused": NoRoomError("disk full: free some")})
+    tune.on_trial_complete("b", scores(0.5, 0.25))
+    assert [row["iteration"] for row in log[0][2]] == [2, 3]
+    tune.on_trial_complete("c", scores(0.5, 0.25))
+    assert isinstance(tune.failure, NoRoomError) and len(log) == 3
+    assert tune.suggest("d") == BatchSearcher.FINISHED
 
 
 @pytest.mark.parametrize("alive", [True, False])

@@ -13,6 +13,7 @@ import pytest
 
 from raymerge import storage as storage_module
 from raymerge.storage import LOCK, RunError, Storage, clear_scratch
+from raymerge.tables import RunDirectory
 
 
 @pytest.fixture(params=["path", "uri", "subtree", "mock", "one_put"])
@@ -113,6 +114,53 @@ def test_what_is_being_written_is_left_alone(tmp_path):
     clear_scratch(tmp_path)
     clear_scratch(tmp_path / "none")
     assert [path.name for path in tmp_path.iterdir()] == ["trunk.safetensors"]
+
+
+def test_what_another_user_left_in_a_shared_cache_stops_nobody(tmp_path, monkeypatch):
+    for name in ("_tmp.1", "_tmp.2"):
+        (tmp_path / name).write_bytes(b"x")
+
+    def refused(path):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    monkeypatch.setattr("pathlib.Path.unlink", refused)
+    clear_scratch(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+class Unreachable(pafs._MockFileSystem):
+    """Answers every request as S3 does where there is no network, or no right to the bucket."""
+
+    type_name = "s3"
+
+    def __getattribute__(self, name):
+        if name in ("get_file_info", "open_input_file", "delete_file"):
+            raise OSError("When getting information for bucket 'b': AWS Error ACCESS_DENIED")
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda storage: storage.is_file(),
+        lambda storage: storage.names("tables"),
+        lambda storage: storage.open("tables/a"),
+        lambda storage: storage.read("tables/a"),
+        lambda storage: storage.delete("tables/a"),
+        lambda storage: storage.clear_temporary(),
+        lambda storage: RunDirectory.load("b/run", filesystem=storage._fs),
+    ],
+)
+def test_a_store_that_cannot_be_reached_is_the_users_to_mend(asked):
+    with pytest.raises(RunError, match="could not reach b/run.*ACCESS_DENIED; check the path, the network"):
+        asked(Storage("b/run", Unreachable()))
+
+
+def test_a_path_that_no_disk_has_is_the_users_to_mend(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(RunError, match=f"could not reach {path}"):
+            RunDirectory.check(path, {}, "search")
 
 
 def test_names_of_the_places():

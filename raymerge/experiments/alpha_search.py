@@ -320,10 +320,9 @@ class _Search:
         settings = self.config.search
         low, high = settings.bounds
         known = [self._point(alphas) for alphas in known if all(low <= alpha <= high for alpha in alphas)]
-        concurrent = self.pool.count if settings.concurrent == "auto" else min(settings.concurrent, self.pool.count)
         batch = settings.batch
         if batch == "auto":
-            batch = choose_batch(seconds_per_candidate, candidates, concurrent)
+            batch = choose_batch(seconds_per_candidate, candidates, self._concurrent)
         common = {"dimensions": len(self.start.steps), "bounds": settings.bounds, "seed": settings.seed}
         common["choices"] = self.blocks
         if searcher == "bayes":
@@ -334,6 +333,12 @@ class _Search:
         self.progress.stage(f"{searcher} search, {settings.objective}", candidates)
         self._run(searcher, proposer, candidates, batch, self._done(searcher))
         self.facts[f"{searcher}_search"]["seconds_per_candidate"] = round(seconds_per_candidate, 5)
+
+    @property
+    def _concurrent(self) -> int:
+        """Trials at a time, with the workers that are there."""
+        asked, count = self.config.search.concurrent, self.pool.count
+        return count if asked == "auto" else min(asked, count)
 
     def _done(self, searcher: str) -> list[dict[str, Any]]:
         """The rows of `trials` that a searcher has, with points as it knows them for alphas."""
@@ -379,8 +384,7 @@ class _Search:
         **options: Any,
     ) -> None:
         """Try what a proposer gives until `candidates` rows of `trials`, `done` among them, have this name."""
-        settings = self.config.search
-        concurrent = self.pool.count if settings.concurrent == "auto" else min(settings.concurrent, self.pool.count)
+        settings, concurrent = self.config.search, self._concurrent
         outcome = run_search(
             self.pool,
             proposer,

@@ -12,7 +12,6 @@ from raymerge.config import BLOCK_METHODS, Config, ConfigError
 from raymerge.experiments.common import (
     Inputs,
     align,
-    cache_of,
     check_without_questions,
     compute_trunk,
     counted,
@@ -24,6 +23,7 @@ from raymerge.experiments.common import (
     read_inputs,
     runtime,
     settings_of,
+    swept_cache,
 )
 from raymerge.experiments.planning import (
     Similarity,
@@ -100,12 +100,12 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
         return run
     for warning in similarity_warnings(config, inputs.checkpoint.identity):
         progress.message(f"Warning: {warning}.")
-    with runtime(config, progress):
+    with runtime(config, progress), swept_cache(config, run) as cache:
         if blocks:
-            cache, n_layers = cache_of(config, run), inputs.checkpoint.n_layers
+            n_layers = inputs.checkpoint.n_layers
             blocks = choose_blocks(config, n_layers, list(blocks), run, cache, similarity, progress)
             points = _points(config, inputs, similarity, blocks)
-        return _Sweep(config, inputs, run, points, progress, command).execute()
+        return _Sweep(config, inputs, run, cache, points, progress, command).execute()
 
 
 def _starts(config: Config, inputs: Inputs) -> dict[int, list[int]]:
@@ -222,11 +222,12 @@ class _Sweep:
         config: Config,
         inputs: Inputs,
         run: RunDirectory,
+        cache: str,
         points: list[Point],
         progress: Progress,
         command: Sequence[str] | None,
     ):
-        self.config, self.inputs, self.run, self.points = config, inputs, run, points
+        self.config, self.inputs, self.run, self.cache, self.points = config, inputs, run, cache, points
         self.progress, self.command = progress, command
         self.identity = inputs.checkpoint.identity
         self.plans = list({point.plan.plan_id(self.identity): point.plan for point in points}.values())
@@ -235,10 +236,9 @@ class _Sweep:
         self.firsts = sorted({plan.resumes_at for plan in starting})
 
     def execute(self) -> RunDirectory:
-        cache = cache_of(self.config, self.run)
         reporter = Reporter(self.config, self.inputs, self.run)
         options = {"run": self.run, "firsts": self.firsts, "progress": self.progress}
-        with open_pool(self.config, self.inputs, cache, **options) as pool:
+        with open_pool(self.config, self.inputs, self.cache, **options) as pool:
             workers = describe_workers(pool, self.inputs, self.progress, self.run)
             further = (RETRIEVAL,) if self.config.sweep.context else ()
             shards = compute_trunk(pool, self.inputs, self.progress, further)

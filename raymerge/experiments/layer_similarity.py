@@ -17,7 +17,6 @@ from raymerge.diffusion import degeneracy
 from raymerge.embedding import embed_layers
 from raymerge.experiments.common import (
     Inputs,
-    cache_of,
     counted,
     describe_workers,
     draw_figures,
@@ -27,6 +26,7 @@ from raymerge.experiments.common import (
     read_inputs,
     runtime,
     settings_of,
+    swept_cache,
 )
 from raymerge.inputs import SUBSETS, Subset
 from raymerge.progress import Progress, Silent, step
@@ -58,9 +58,12 @@ def similarity(
     run = open_run(config, "similarity", settings, inputs, progress)
     if run.complete:
         return run
-    cache = cache_of(config, run)
     options = {"run": run, "most": len(inputs.subsets), "progress": progress}
-    with runtime(config, progress), open_pool(config, inputs, cache, **options) as pool:
+    with (
+        runtime(config, progress),
+        swept_cache(config, run) as cache,
+        open_pool(config, inputs, cache, **options) as pool,
+    ):
         workers = describe_workers(pool, inputs, progress, run)
         progress.stage("similarity (subsets)", len(inputs.subsets))
 
@@ -314,7 +317,11 @@ def sensitivity(
     if run.complete:
         return run
     options = {"run": run, "most": len(inputs.subsets), "progress": progress}
-    with runtime(config, progress), open_pool(config, inputs, cache_of(config, run), **options) as pool:
+    with (
+        runtime(config, progress),
+        swept_cache(config, run) as cache,
+        open_pool(config, inputs, cache, **options) as pool,
+    ):
         workers = describe_workers(pool, inputs, progress, run)
         progress.stage("sensitivity (subsets)", len(inputs.subsets))
         found = pool.map("sensitivity", range(len(inputs.subsets)), counted(progress))

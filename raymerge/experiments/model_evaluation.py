@@ -15,7 +15,6 @@ from raymerge.config import Config, ConfigError
 from raymerge.context import TextLosses
 from raymerge.experiments.common import (
     Inputs,
-    cache_of,
     counted,
     describe_workers,
     model_facts,
@@ -24,6 +23,7 @@ from raymerge.experiments.common import (
     read_inputs,
     runtime,
     settings_of,
+    swept_cache,
 )
 from raymerge.experiments.reporting import task_table
 from raymerge.identity import digest
@@ -55,7 +55,11 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
         return run
     plan = base_plan(inputs.checkpoint.n_layers)
     options = {"run": run, "progress": progress, "shards_each": _SHARDS_EACH}
-    with runtime(config, progress), open_pool(config, inputs, cache_of(config, run), **options) as pool:
+    with (
+        runtime(config, progress),
+        swept_cache(config, run) as cache,
+        open_pool(config, inputs, cache, **options) as pool,
+    ):
         workers = describe_workers(pool, inputs, progress, run)
         _Evaluation(config, inputs, run, plan, plan.plan_id(inputs.checkpoint.identity)).answer(pool, progress)
     if inputs.questions:
