@@ -374,13 +374,14 @@ class RunDirectory:
                 raise ValueError(f"{name!r} is not the name of one folder or file in a run")
         return self._storage.show("/".join(names))
 
-    def upload(self, source, *names: str) -> str:
+    def upload(self, source, *names: str, move: bool = False) -> str:
         """Copy a local folder, such as a checkpoint, to `path_of(*names)`; return that.
 
-        On disks it appears whole and replaces what was there; an object store gets file by file.
+        On disks it appears whole and replaces what was there; an object store gets file by file. move: the source is
+        of no more use, so that on the same disk it is renamed.
         """
         self.path_of(*names)  # refuses names that would leave the run
-        self._storage.upload(source, "/".join(names))
+        self._storage.upload(source, "/".join(names), move=move)
         return self.path_of(*names)
 
     # --- inside -------------------------------------------------------------------------------

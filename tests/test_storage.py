@@ -68,6 +68,26 @@ def test_upload_replaces_a_folder(storage, tmp_path):
         storage.upload(tmp_path / "absent", "models/other")
 
 
+@pytest.mark.parametrize("one_disk", [True, False])
+def test_a_folder_of_no_more_use_is_moved_on_its_own_disk_and_copied_to_another(tmp_path, monkeypatch, one_disk):
+    storage, source = Storage(tmp_path / "run"), tmp_path / "_tmp.0" / "best"
+    (tmp_path / "run" / "models" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "models" / "best" / "old").write_bytes(b"0")
+    (source / "sub").mkdir(parents=True)
+    (source / "sub" / "weights").write_bytes(b"1")
+    file = (source / "sub" / "weights").stat().st_ino
+    if not one_disk:
+
+        def rename(*_):
+            raise OSError(errno.EXDEV, "another disk")
+
+        monkeypatch.setattr(os, "rename", rename)
+    storage.upload(source, "models/best", move=True)
+    monkeypatch.undo()
+    assert ((tmp_path / "run/models/best/sub/weights").stat().st_ino == file) == one_disk != source.exists()
+    assert storage.names("models") == ["best"] and storage.names("models/best") == ["sub"]
+
+
 def test_clear_temporary_leaves_the_rest(storage):
     for name in ("a", "_tmp.1.a", "tables/t/_tmp.2.p", "tables/t/p", "models/_tmp.3.m/weights", "models/m/weights"):
         storage.publish(name, b"x")

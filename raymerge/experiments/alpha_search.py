@@ -508,6 +508,6 @@ class _Search:
                     results=search_results(self.run, plan_id, self.config.data.report_split),
                 )
             except ProofError:
-                self.run.upload(folder, "models", best.name)
+                self.run.upload(folder, "models", best.name, move=True)
                 raise
-            return self.run.upload(folder, "models", best.name), record["proof"]
+            return self.run.upload(folder, "models", best.name, move=True), record["proof"]
