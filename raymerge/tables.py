@@ -125,10 +125,12 @@ class RunDirectory:
             another process is writing the run.
         """
         run, config, stored = cls._checked(path, config, experiment, filesystem)
-        # the stored config names the run: 1 and 1.0 compare equal but have different digests
-        run._adopt(experiment, config, named_by=stored[1] if stored else config)
         if not run.complete:
             run._lock = run._storage.lock()
+            # while this process waited, another may have begun the run, with another config, and ended
+            stored = cls._checked(path, config, experiment, filesystem)[2]
+        # the stored config names the run: 1 and 1.0 compare equal but have different digests
+        run._adopt(experiment, config, named_by=stored[1] if stored else config)
         run._storage.clear_temporary()
         if stored is None or stored[1] != config:
             head = f"# experiment: {experiment}\n# run_id: {run.run_id}\n"

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from raymerge.storage import Storage
 from raymerge.tables import SCHEMAS, RunDirectory, RunError
 
 CONFIG = {
@@ -362,6 +363,21 @@ def test_a_start_that_was_killed_can_be_repeated(tmp_path):
     (tmp_path / "_tmp.0.config.yaml").write_text("half")
     RunDirectory.open(tmp_path, CONFIG, "search")
     assert sorted(os.listdir(tmp_path)) == [".lock", "config.yaml"]
+
+
+def test_what_another_process_has_begun_while_this_one_waited_is_not_overwritten(tmp_path, monkeypatch):
+    lock = Storage.lock
+
+    def after_another(storage):
+        monkeypatch.undo()
+        other = RunDirectory.open(tmp_path / "run", CONFIG | {"model": {"path": "other", "revision": None}}, "search")
+        other.append("receipts", [receipt(0)])
+        return lock(storage)
+
+    monkeypatch.setattr(Storage, "lock", after_another)
+    with pytest.raises(RunError, match="model.path"):
+        RunDirectory.open(tmp_path / "run", CONFIG, "search")
+    assert RunDirectory.load(tmp_path / "run").config["model"]["path"] == "other"
 
 
 @pytest.mark.parametrize("text", ["model: demo\n", "# experiment: search\n- 1\n", "# experiment: search\n{\n"])
