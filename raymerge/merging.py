@@ -61,7 +61,8 @@ def merge(
     command: what the card says that made it, of which folders outside the working directory are left out.
     Beside what fails in reading and merging, raises ProofError and HubError; the saved model stays.
     """
-    if Path(out).exists():
+    out, alpha_file = Path(out).expanduser(), Path(alpha_file).expanduser()
+    if out.exists():
         raise PlanError(f"{out} exists already: give another --out, or delete it")
     checkpoint = Checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
     plan = read_alpha_file(alpha_file, checkpoint.n_layers)
@@ -77,17 +78,17 @@ def merge(
         refits = None
         if refit is not None:
             plan, refits = _refitted(checkpoint, plan, refit, calibration, aligner, cache_folder or scratch)
-        record = save_merged(checkpoint, plan, Path(out), aligner=aligner, refits=refits, **options)
+        record = save_merged(checkpoint, plan, out, aligner=aligner, refits=refits, **options)
     if push is None:
         return record | {"pushed": None}
     with step(progress or Silent(), "pushing to the hub"):
-        return record | {"pushed": hub.push(Path(out), push, private=private)}
+        return record | {"pushed": hub.push(out, push, private=private)}
 
 
-def _made_for_another(alpha_file: str | Path, checkpoint: Checkpoint) -> str | None:
+def _made_for_another(alpha_file: Path, checkpoint: Checkpoint) -> str | None:
     """The model for which an alpha file was written, where the record beside it says so and it is not this one."""
     try:
-        record = json.loads((Path(alpha_file).parent / RECORD_FILE).read_text(encoding="utf-8"))
+        record = json.loads((alpha_file.parent / RECORD_FILE).read_text(encoding="utf-8"))
         model, identity = str(record["base_model"]), record["base_model_identity"]
     except (OSError, ValueError, KeyError, TypeError):  # alone, or beside something else of that name
         return None

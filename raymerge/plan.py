@@ -464,7 +464,7 @@ def read_alpha_file(path: str | Path, n_layers: int) -> MergePlan:
     The order in the file counts and `step` is only informative (the published base file numbers them -18 to -6).
     Raises PlanError where the file is not of that form, an alpha lies outside [0, 1], or the layers do not chain.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

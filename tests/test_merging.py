@@ -208,6 +208,14 @@ def test_an_existing_folder_is_refused_before_anything_is_read(tmp_path, alphas)
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_paths_may_begin_at_the_home_folder(tmp_path, alphas, monkeypatch):
+    """`--out=~/merged` comes from a shell as it was typed."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["merge", "demo", f"--alphas=~/{alphas.name}", "--out=~/merged", "--no-verify"]) == 0
+    assert (tmp_path / "merged" / "config.json").exists() and not (tmp_path / "~").exists()
+
+
 def test_a_plan_for_another_depth_leaves_nothing_behind(tmp_path):
     deeper = tail_plan(40, [0.5, 0.5], name="deeper", kind="file")
     (tmp_path / "deeper.json").write_text(alpha_file_text(deeper.steps))

@@ -33,7 +33,7 @@ def write_report(
                 "say with --out FILE.html where the page should go: it is of several runs, or of a remote one"
             )
         out = loaded[0].path_of("report.html")
-    path = Path(out)
+    path = Path(out).expanduser()
     if path.is_dir():
         raise RunError(f"{path} is a folder; --out names the page, for example {path / 'report.html'}")
     progress = progress or Silent()
