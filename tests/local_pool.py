@@ -1,6 +1,6 @@
 """Experiments without Ray: one worker in the tests' own process, for what does not depend on processes.
 
-A worker of a process of its own takes seven seconds of a core to start.
+A worker of a process of its own takes seconds of a core to start, and so does Tune for each searcher.
 """
 
 from contextlib import nullcontext
