@@ -239,7 +239,7 @@ def _find_folder(source: str | os.PathLike[str], language: str, splits: list[str
         root = Path(MMLU_PATH)
     else:
         root = Path(source).expanduser()
-    local = source == "demo" or root.exists()
+    local = root.exists()
     if local and revision is not None:
         raise DataError(f"revision {revision!r} is for hub data sets, and {source!s} is local; leave it out")
     if not local:

@@ -5,11 +5,15 @@ import shutil
 
 import numpy as np
 import pytest
+import task_files
 
 from raymerge.config import ConfigError, load_config
 from raymerge.inputs import (
+    CALIBRATION,
     REPORT,
     SEARCH,
+    SEARCH_TEXT,
+    SUBSETS,
     Material,
     questions_to_match_on,
     read_calibration_text,
@@ -18,10 +22,13 @@ from raymerge.inputs import (
     read_search_text,
     read_similarity,
     read_subsets,
+    read_tasks,
     read_text,
+    task_role,
 )
 from raymerge.questions import DataError, sample
 from raymerge.tables import RunDirectory, RunError
+from raymerge.texts import text_hash
 
 
 @pytest.fixture(scope="module")
@@ -276,3 +283,37 @@ def test_activations_asked_for_without_questions_stop_no_evaluation():
     """A worker refused `evaluate --mmlu none` under a configuration with them: "only evaluate can do without"."""
     for asked in ("plan.alignment=activations", "sweep.alignments=[activations]"):
         assert questions_to_match_on(load_config(None, ["data.mmlu=null", asked]), Material()) is None
+
+
+def test_fewer_samples_than_subjects_are_one_each_of_the_first():
+    (subset,) = read_subsets(load_config(None, ["similarity.measure=cka", "similarity.samples=4"]))
+    assert list(counts(subset).values()) == [1] * 4
+
+
+def test_neurons_are_matched_on_the_searchs_questions_where_activations_are_asked_for(mmlu):
+    asked = config(mmlu, "plan.alignment=activations", "data.limit_per_subject=2")
+    assert questions_to_match_on(asked, Material()).identity == read_questions(asked, SEARCH).identity
+    subsets = read_subsets(config(mmlu, "similarity.subsets=[botany, chess]"))
+    assert questions_to_match_on(config(mmlu), Material(subsets=subsets)) is subsets[0].questions
+    assert questions_to_match_on(config(mmlu), Material()) is None
+
+
+def test_tasks_are_read_where_they_are_asked_for(tmp_path):
+    named = [(name, "format", name) for name in ("piqa", "boolq")]
+    named += [(name, "file", task_files.write(tmp_path, name)) for name in ("piqa", "boolq")]
+    settings = load_config(None, [f"tasks.{name}.{key}={value}" for name, key, value in named])
+    assert list(read_tasks(settings, [SEARCH, task_role("boolq")])) == ["boolq"]
+
+
+def test_what_a_model_is_asked_has_a_role_and_an_identity_each(mmlu):
+    """By the identities driver and workers find that they read the same."""
+    questions, (subset,) = read_questions(config(mmlu), SEARCH), read_subsets(config(mmlu))
+    whole = Material(questions={SEARCH: questions}, subsets=[subset], search_text=("a", 7), calibration=questions)
+    assert whole.roles == (SEARCH, SUBSETS, SEARCH_TEXT, CALIBRATION)
+    assert whole.identities == {
+        SEARCH: questions.identity,
+        "all/en": subset.questions.identity,
+        SEARCH_TEXT: text_hash("a"),
+        CALIBRATION: questions.identity,
+    }
+    assert (Material().roles, Material().identities) == ((), {})

@@ -8,6 +8,7 @@ from scipy.stats import entropy
 
 from raymerge.objectives import (
     ObjectiveError,
+    above_ceiling,
     answer_kl,
     is_minimised,
     parse_objective,
@@ -221,6 +222,7 @@ def test_a_perplexity_beyond_floats_is_infinite():
         ({"value": 2.0, "accuracy": None, "nll": None, "perplexity": 7.4}, None),  # of text alone
         ({"value": 0.5, "accuracy": 0.5, "nll": math.nan, "n_questions": 8}, "the score is not finite"),
         ({"value": math.inf, "accuracy": None, "nll": None, "perplexity": math.inf}, "the score is not finite"),
+        ({"n_questions": 8}, "the score is not finite"),  # of a worker that said nothing
         ({"error": "three workers were lost", "n_questions": 8}, "three workers were lost"),
         ({"value": 0.5, "accuracy": 0.5, "nll": 1.25, "error": "three workers were lost"}, "three workers were lost"),
     ],
@@ -235,3 +237,8 @@ def test_a_trial_keeps_what_was_reached_or_why_nothing_was(found, error):
     else:
         assert outcome["status"] == "failed" and outcome["error"].startswith(error)
         assert set(reached.values()) == {None}
+
+
+def test_a_value_is_a_penalty_above_the_ceiling_alone():
+    assert [above_ceiling({"perplexity": found}, 6.5) for found in (6.4, 6.5, 6.6, None)] == [False, False, True, False]
+    assert not above_ceiling({"perplexity": 6.6}, None)

@@ -154,10 +154,12 @@ def test_answers_and_lists_that_are_none(tmp_path):
 def test_files_and_examples_that_do_not_do(tmp_path):
     path = task_files.write(tmp_path, "piqa")
     (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "mixed.jsonl").write_text('{"goal": "a"}\n[1]\n')
     (tmp_path / "bad.jsonl").write_text("{'a': 1}\n")
-    for file, words in (("no.jsonl", "cannot be read"), ("list.jsonl", "no rows"), ("bad.jsonl", "cannot be read")):
+    refused = {"no": "cannot be read", "list": "no rows", "mixed": "no rows", "bad": "cannot be read"}
+    for file, words in refused.items():
         with pytest.raises(DataError, match=words):
-            load_task("t", "piqa", tmp_path / file)
+            load_task("t", "piqa", tmp_path / f"{file}.jsonl")
     with pytest.raises(DataError, match="neither .jsonl"):
         load_task("t", "piqa", tmp_path / "piqa.csv")
     with pytest.raises(DataError, match="shots=1 needs examples"):
