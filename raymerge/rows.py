@@ -112,8 +112,12 @@ def question_perplexity_rows(answers: pa.Table) -> list[Row]:
 def task_answer_table(plan_id: str, task: Task, items: np.ndarray, log_likelihoods: np.ndarray) -> pa.Table:
     """Rows of `task_answers` for some items of a task (their numbers), from the log-likelihoods of all their choices,
     one item after the other. Ties go to the first choice, as in lm-evaluation-harness."""
+    asked = [task.items[number] for number in items]
+    choices = sum(len(item.choices) for item in asked)
+    if choices != len(log_likelihoods):
+        raise ValueError(f"{len(log_likelihoods)} log-likelihoods for {len(items)} items with {choices} choices")
     rows, start = [], 0
-    for item in (task.items[number] for number in items):
+    for item in asked:
         found = log_likelihoods[start : start + len(item.choices)]
         start += len(item.choices)
         lengths = np.array([len(choice) for choice in item.choices], dtype=np.float64)
@@ -132,8 +136,6 @@ def task_answer_table(plan_id: str, task: Task, items: np.ndarray, log_likelihoo
                 "predicted_norm": normalised if task.normalised else None,
             }
         )
-    if start != len(log_likelihoods):
-        raise ValueError(f"{len(log_likelihoods)} log-likelihoods for {len(items)} items with {start} choices")
     return pa.Table.from_pylist(rows, SCHEMAS["task_answers"].remove(0))
 
 

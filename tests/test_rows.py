@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiny
 
@@ -10,6 +11,7 @@ from raymerge import rows
 from raymerge.context import TextLosses
 from raymerge.evaluation import Answers
 from raymerge.schemas import conform
+from raymerge.tasks import Item, Task
 
 
 def losses(per_token, *, windows=(1, 0), last=1024):
@@ -28,6 +30,7 @@ def test_passages_are_64_tokens_and_positions_those_of_the_context_table():
     assert all(row["nll"] == 2.0 * row["tokens"] for row in passages)
     positions = rows.position_rows("p", found)
     assert [(row["bucket"], row["n"]) for row in positions] == [(1, 30), (16, 96), (64, 228), (256, 256), (512, 512)]
+    assert {row["value"] for row in positions} == {2.0}
     perplexity = rows.text_perplexity_row("p", found, "text")
     assert perplexity["tokens"] == 99 + 1023 and perplexity["perplexity"] == pytest.approx(math.exp(2))
     assert perplexity["ci_low"] == pytest.approx(perplexity["ci_high"])  # every passage is as hard
@@ -130,3 +133,34 @@ def test_a_plain_difference_stays_one_among_very_many_comparisons(monkeypatch):
     )]  # fmt: skip
     compared = rows.text_comparison_rows(conform("text_losses", found, "r"), [("a", "b")] * 11)
     assert max(row["p_holm"] for row in compared) < 0.05
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_a_task_s_answers_are_the_likeliest_choices_whole_and_per_character(normalised):
+    """Items have as many choices as they have, and their log-likelihoods follow each other."""
+    items = (Item("t/0", "a", ("yes", "no"), 1), Item("t/1", "b", ("a choice of many letters", "b", "cd"), 2))
+    task = Task("t", normalised, items, ())
+    found = np.array([-2.0, -1.5, -4.0, -3.0, -6.5])
+    first, second = rows.task_answer_table("p", task, np.array([0, 1]), found).to_pylist()
+    assert (first["log_likelihoods"], second["log_likelihoods"]) == ([-2.0, -1.5], [-4.0, -3.0, -6.5])
+    assert (first["lengths"], second["lengths"]) == ([3, 2], [24, 1, 2])
+    assert [(row["predicted"], row["answer"]) for row in (first, second)] == [(1, 1), (1, 2)]
+    # Per character: -.67 against -.75, and -.17 against -3 and -3.25.
+    assert [row["predicted_norm"] for row in (first, second)] == ([0, 0] if normalised else [None, None])
+    (alone,) = rows.task_answer_table("p", task, np.array([1]), found[2:]).to_pylist()
+    assert alone == second
+    with pytest.raises(ValueError, match="4 log-likelihoods for 2 items with 5 choices"):
+        rows.task_answer_table("p", task, np.array([0, 1]), found[:4])
+
+
+def test_perplexity_of_questions_is_of_every_subject_and_of_all():
+    answers = {"plan_id": ["p"] * 4, "subject": ["b", "a", "b", "a"], "prompt_tokens": [5, 7, 9, 11]}
+    table = pa.table(answers | {"prompt_nll": [1.0, 2.0, 3.0, 6.0]})
+    found = rows.question_perplexity_rows(table)
+    assert [(row["subject"], row["nll"], row["tokens"]) for row in found] == [
+        (None, 3.0, 32),
+        ("a", 4.0, 18),
+        ("b", 2.0, 14),
+    ]
+    assert [row["perplexity"] for row in found] == pytest.approx([math.exp(3), math.exp(4), math.exp(2)])
+    assert {row["target"] for row in found} == {"question"}
