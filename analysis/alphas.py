@@ -45,10 +45,10 @@ from raymerge.tables import (
     RunError,
     above_ceiling,
     is_minimised,
-    outer_fences,
     plan_labels,
     rank,
     wilson_interval,
+    without_far_worse,
 )
 
 
@@ -197,12 +197,6 @@ def best_of(rows: list[dict]) -> dict | None:
     return max(usable(rows), key=rank, default=None)
 
 
-def within_fences(values: list[float], lower: bool) -> list[float]:
-    """The values without those far worse than the bulk: one ruined model would leave the others a single line."""
-    low, high = outer_fences(values)
-    return [value for value in values if (value <= high if lower else value >= low)]
-
-
 def interval_of(row: dict) -> str | None:
     """The 95 % interval (Wilson's) of a trial's micro accuracy as text; None for other objectives."""
     if row["objective"] != "micro_accuracy":
@@ -340,7 +334,7 @@ def draw_distribution(searchers: dict[str, list[dict]], labels, path: Path) -> P
     rng = np.random.default_rng(0)
     values = [row["value"] for rows in shown.values() for row in rows]
     lower = is_minimised(next(iter(shown.values()))[0]["objective"])
-    kept = within_fences(values, lower)
+    kept = without_far_worse(values, lower=lower)
     scale = plt.Normalize(min(kept), max(kept))  # one scale, so that colours compare between searchers
     beyond = "neither" if len(kept) == len(values) else "max" if lower else "min"
     for axis, (name, rows) in zip(axes[0, 1:], shown.items(), strict=True):
@@ -410,7 +404,7 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
     for value, _ in lines:
         axis.axhline(value, color="#7F7F7F", ls=(0, (4, 3)), lw=0.9, zorder=1)
     values = [row["value"] for row in every]
-    kept = within_fences(values, lower)
+    kept = without_far_worse(values, lower=lower)
     shown = [*kept, *(value for value, _ in lines)]
     room = 0.06 * (max(shown) - min(shown) or abs(max(shown)) or 1)
     axis.set_ylim(min(shown) - room, max(shown) + room)

@@ -166,18 +166,21 @@ def ratio_interval(sums, counts, *, confidence: float = 0.95) -> MeanInterval:
     return MeanInterval(mean, mean - half, mean + half)
 
 
-def outer_fences(values) -> tuple[float, float]:
-    """Return Tukey's outer fences of values, three interquartile ranges beyond the quartiles (J. W. Tukey, Exploratory
-    Data Analysis, 1977): what lies outside would leave a drawing no room for the others. Infinite where half of all
-    values are one.
+def without_far_worse(values, *, lower: bool) -> list[float]:
+    """Return the values, in order, but for those far worse than the bulk, which would leave a drawing no room for the
+    others: beyond Tukey's outer fence on that side, three interquartile ranges from the quartile (J. W. Tukey,
+    Exploratory Data Analysis, 1977). All of them where half of all are one.
 
     Parameters
     ----------
     values : array of float, shape (n,)
+    lower : bool
+        Whether a lower value is the better one.
     """
-    low, high = np.percentile(_vector(values, "values", np.float64), [25, 75])
+    values = _vector(values, "values", np.float64)
+    low, high = np.percentile(values, [25, 75])
     reach = 3 * (high - low) if high > low else math.inf
-    return float(low - reach), float(high + reach)
+    return values[values <= high + reach if lower else values >= low - reach].tolist()
 
 
 def holm(p_values) -> np.ndarray:

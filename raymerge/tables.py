@@ -40,7 +40,7 @@ from raymerge.schemas import (
     schema_of,
     way_of,
 )
-from raymerge.statistics import outer_fences, paired_difference, wilson_interval
+from raymerge.statistics import paired_difference, wilson_interval, without_far_worse
 from raymerge.storage import LOCK, TEMPORARY, Lock, RunError, Storage
 
 __all__ = [
@@ -56,13 +56,13 @@ __all__ = [
     "derive_accuracy",
     "derive_task_accuracy",
     "is_minimised",
-    "outer_fences",
     "paired_difference",
     "part_name",
     "plan_labels",
     "rank",
     "way_of",
     "wilson_interval",
+    "without_far_worse",
 ]
 
 FREE_SECTIONS = ("workers", "output")

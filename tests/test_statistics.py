@@ -16,10 +16,10 @@ from raymerge.statistics import (
     macro_interval,
     macro_summary,
     mcnemar,
-    outer_fences,
     paired_difference,
     ratio_interval,
     wilson_interval,
+    without_far_worse,
 )
 
 
@@ -319,9 +319,13 @@ def test_the_macro_interval_holds_where_one_subject_has_few_questions(n, p):
     assert np.average(held, weights=counts) > 0.95
 
 
-def test_outer_fences_lie_three_interquartile_ranges_out():
-    assert outer_fences([1, 2, 3, 4, 5]) == (2 - 6, 4 + 6)
-    assert outer_fences([0.5, 0.5, 0.5, 0.5, 9]) == (-math.inf, math.inf)
+def test_far_worse_is_beyond_three_interquartile_ranges_on_the_worse_side():
+    # Quartiles of the first are 2 and 4, fences -4 and 10; of the second 2 and 4 too.
+    for values, lower, far in (([1, 2, 3, 4, 10.1], True, 10.1), ([-4.1, 2, 3, 4, 5], False, -4.1)):
+        assert without_far_worse(values, lower=lower) == [value for value in values if value != far]
+        assert without_far_worse(values, lower=not lower) == values
+    assert without_far_worse([1, 2, 3, 4, 10], lower=True) == [1, 2, 3, 4, 10]
+    assert without_far_worse([0.5, 0.5, 0.5, 0.5, 9], lower=True) == [0.5, 0.5, 0.5, 0.5, 9]
 
 
 def test_holm_by_hand_and_against_its_step_down_rule():

@@ -11,7 +11,7 @@ from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Block, Figure, Rows, Section
 from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import NONE, percent, plural
-from raymerge.statistics import outer_fences
+from raymerge.statistics import without_far_worse
 from raymerge.tables import RunDirectory
 
 _SHOWN = 16  # plans of which the coefficients are drawn
@@ -212,8 +212,7 @@ def search(reached: Reached) -> Section:
 def _limits(candidates: list[dict], controls: list[dict], lower: bool) -> tuple[tuple[float, float] | None, int]:
     """Limits of an axis without the candidates that are far worse than the bulk, and how many these are."""
     values = [row["value"] for row in candidates]
-    low, high = outer_fences(values)
-    near = [value for value in values if (value <= high if lower else value >= low)]
+    near = without_far_worse(values, lower=lower)
     if len(near) == len(values):
         return None, 0
     shown = [*near, *(row["value"] for row in controls)]
