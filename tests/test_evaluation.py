@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import raymerge.evaluation
 import raymerge.forward
 from raymerge.checkpoint import Checkpoint
-from raymerge.evaluation import Answers, answer_shard, score_choices, text_nll
+from raymerge.evaluation import Answers, NotFiniteError, answer_shard, score_choices, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.fusion import fused_tensors
 from raymerge.plan import PlanError, base_plan, before_last_plan, drop_plan, tail_plan
@@ -201,6 +201,19 @@ def test_log_likelihoods_are_transformers_losses_of_the_choice(case, plan, shots
     for trunk in (None, case.trunk):
         found = likelihoods(case, plan, encode_task(task, tokenizer, shard_tokens=150), trunk)
         assert found.dtype == np.float64 and np.abs(found - expected).max() < LIMIT * scale
+
+
+def test_log_likelihoods_that_are_no_numbers_are_refused(case, monkeypatch):
+    monkeypatch.setattr(raymerge.evaluation, "_token_nll", lambda runner, states, ids: np.full(len(ids), np.nan))
+    task = encode_task(make_task(0), tiny.demo_tokenizer())
+    with pytest.raises(NotFiniteError, match="log-likelihoods of choices under plan base are not finite"):
+        score_choices(case.runner, base_plan(N), task, task.shards[0])
+
+
+def test_answers_of_letters_alone_say_nothing_of_the_vocabulary():
+    found = Answers.of_letters(np.zeros((3, 4), dtype=np.float32))
+    assert found.rows.tolist() == [0, 1, 2] and found.prompt_tokens.tolist() == [0, 0, 0]
+    assert not found.top_is_letter.any() and np.isnan([found.logsumexp, found.prompt_nll]).all()
 
 
 def test_batches_and_padding_never_change_an_answer(case, questions, monkeypatch):

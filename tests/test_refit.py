@@ -15,7 +15,7 @@ from raymerge.fusion import fused_layer, receipts
 from raymerge.merging import save_merged
 from raymerge.plan import PlanError, Refit, base_plan, block_plan, drop_block_plan, drop_plan
 from raymerge.prompts import Group, Shard
-from raymerge.refit import RefitError, Refitter, Sums, check_refittable, steps_of, token_weights
+from raymerge.refit import RefitError, Refitter, Sums, _held_out, check_refittable, observe, steps_of, token_weights
 
 N = 5
 TINY = 1e-10  # a ridge that holds nothing back
@@ -146,6 +146,28 @@ def test_outputs_reproduce_what_the_matrices_can(folder, tmp_path):
     # Both fits leave less error than none, and together less than the linear replacement's.
     errors = [record["error"] for record in refitter.records(plan)]
     assert all(error < 1 for error in errors)
+
+
+def test_after_the_seam_attention_and_mlp_have_targets_of_their_own(refitter):
+    """What is left to the unmerged layer's state before its MLP, and to what leaves it, is uncorrelated with what
+    o_proj and down_proj read: nothing more can be got."""
+    plan = refitted(drop_block_plan(N, 2, 1), "outputs", layers=1, ridge=TINY)
+    (step,) = [step for step in steps_of(plan) if not step.seam and step.part == "attention"]
+    runner, products = refitter.runner, {}
+    merged, unmerged = (list(runner.plan_layers(p)) for p in (plan, base_plan(N)))
+    for shard in CALIBRATION:
+        seen = []
+        for layers, at in ((merged, step.position), (unmerged, step.target)):
+            states = runner.run(runner.embed(shard), layers[:at])
+            seen.append(observe(runner, states, layers[at][0], layers[at][1]()))
+        counts = token_weights(seen[1]["leaving"])[:, None]
+        for read, given in (("self_attn.o_proj", "middle"), ("mlp.down_proj", "leaving")):
+            left, features = counts * (seen[1][given] - seen[0][given]), seen[0][read]
+            size = features.norm() * left.norm()
+            total = products.setdefault(read, [0.0, 0.0])
+            total[0], total[1] = total[0] + features.T @ left, total[1] + size
+    for read, (product, size) in products.items():
+        assert product.norm() < 1e-3 * size, read
 
 
 @pytest.mark.parametrize("method", ["linear", "scale", "outputs", "units"])
@@ -288,6 +310,23 @@ def test_a_refit_of_outputs_that_are_normalised_or_scaled_is_refused(tmp_path, f
     checkpoint = Checkpoint(str(make_checkpoint(tmp_path / "m", family)))
     with pytest.raises(RefitError, match=f"write straight into the residual stream .* which {family} does not have"):
         check_refittable(checkpoint, refitted(drop_block_plan(N, 2, 1), "outputs"))
+
+
+def test_units_are_weighed_by_tokens_however_these_are_cut_into_shards(folder, tmp_path):
+    sequences, plan = windows(0, 3), refitted(drop_block_plan(N, 2, 1), "units")
+    whole = refitter_of(folder, tmp_path / "a", (shard_of(sequences),)).sums(plan, 0)
+    cut = refitter_of(folder, tmp_path / "b", (shard_of(sequences[:1]), shard_of(sequences[1:]))).sums(plan, 0)
+    torch.testing.assert_close(cut.squares, whole.squares, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "first", "expected"),
+    [(5, 0, [0] * 15), (5, 4, [0] * 3 + [1] * 4 + [0] * 8), (4, 0, [0] * 14 + [1])],
+    ids=["none_of_these", "a_whole_sequence", "the_last_fifth_of_few"],
+)
+def test_every_fifth_sequence_is_held_out_and_of_few_their_ends(sequences, first, expected):
+    shard = shard_of([np.arange(4), np.arange(8)], prefix=range(3))
+    assert _held_out(shard, first=first, sequences=sequences).tolist() == [bool(x) for x in expected]
 
 
 def test_sums_of_units_add_up():

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raymerge.schemas import SCHEMAS, conform, derive_accuracy, derive_task_accuracy, schema_of
+from raymerge.schemas import SCHEMAS, conform, derive_accuracy, derive_task_accuracy, plan_labels, schema_of
 from raymerge.statistics import macro_interval
 
 TRIAL = {
@@ -36,6 +36,7 @@ def test_tables_of_the_contract():
     assert SCHEMAS["answers"].field("logit_d").type == pa.float32()
     assert SCHEMAS["answers"].field("predicted").type == pa.int8()
     assert SCHEMAS["trials"].field("alphas").type == pa.list_(pa.float64())
+    assert SCHEMAS["plans"].field("alpha").type == pa.float64()  # plan_id is of the digits
 
 
 def test_conform_fills_nullable_columns_and_run_id():
@@ -180,3 +181,13 @@ def test_derived_accuracy_of_tasks_by_hand():
     conform("task_accuracy", found, "r")
     with pytest.raises(ValueError, match="item x/0 of task x is there twice for plan a"):
         derive_task_accuracy(conform("task_answers", [*rows, rows[0]], "r"))
+
+
+def test_labels_join_a_plans_names_and_count_the_random_ones_that_were_scored():
+    named = [("a", "base", "base"), ("b", "random", "random"), ("a", "found", "found"), ("a", "found", "found")]
+    plans = [{"plan_id": plan, "name": name, "kind": kind} for plan, name, kind in named]
+    drawn = [("random", "ok"), ("random", "failed"), ("bayes", "ok"), ("random", "ok")]
+    trials = [{"searcher": searcher, "status": status} for searcher, status in drawn]
+    assert plan_labels(plans, trials) == {"a": "base = found", "b": "best of 2 random ones"}
+    assert plan_labels(plans, trials[:1])["b"] == "best of 1 random one"
+    assert plan_labels(plans, [])["b"] == "best of random ones"

@@ -180,6 +180,15 @@ def test_choice_and_values_are_found_together():
     assert np.mean([point[0] == 5 for points in found for point in points[10:]]) > 0.5
 
 
+def test_choices_are_evenly_spaced_in_their_order():
+    """Whatever order they are given in; the first and the last are 2 apart for the Gaussian process."""
+    proposer = BayesProposer(dimensions=2, bounds=(0, 1), seed=0, choices=[7, 3, 5])
+    points = [[choice, 0.25, 0.75] for choice in (3.0, 5.0, 7.0)]
+    encoded = np.array([proposer._encode(point) for point in points])
+    assert [proposer._decode(row) for row in encoded] == points
+    assert proposer._measured(encoded).tolist() == [[place, 0.25, 0.75] for place in (0, 1, 2)]
+
+
 def test_choices_that_are_not_offered_are_refused():
     with pytest.raises(ValueError, match=r"known point \[4.0, 0.5\] begins with none of \[2.0, 3.0"):
         RandomProposer(dimensions=1, bounds=(0, 1), seed=0, choices=CHOICES, known=[[4.0, 0.5]])

@@ -192,6 +192,21 @@ def test_matrices_of_noise_have_no_ceiling(a, b, expected):
     )
 
 
+def test_always_answering_a_gets_the_share_of_right_answers_that_are_a(tmp_path):
+    run, _, answer = make_run(tmp_path / "run")
+    assert findings.always_a_share(run, "test") == np.mean(answer == 0)
+
+
+def test_plans_of_a_run_without_questions_have_their_perplexity_alone(tmp_path):
+    run = RunDirectory.open(tmp_path / "run", {"data": {"mmlu": None, "report_split": "test"}}, "search")
+    run.begin()
+    run.replace("plans", [{"plan_id": "p", "name": "base", "kind": "base", "selection": "tail", "alignment": "none",
+                           "norms": "keep"}])  # fmt: skip
+    run.replace("perplexity", [{"plan_id": "p", "target": "text", "tokens": 9, "nll": 1.5, "perplexity": 4.5}])
+    (line,) = findings.plan_lines(run, "test")
+    assert (line["name"], line["n"], line["accuracy"], line["perplexity"]) == ("base", 0, None, 4.5)
+
+
 def test_a_share_without_a_standard_error_has_its_interval():
     assert summary.share(0.75, float("nan"), (0.3, 0.95)) == "0.7500 [0.300, 0.950]"
     assert summary.share(0.75, 0.1, (None, None)) == "0.7500 ± 0.1000"
