@@ -182,9 +182,9 @@ SearcherName = Literal["bayes", "random", "gradient"]
 class SearchConfig(_Section):
     """The alpha search. searcher: bayes, random or gradient, or a list of them, one search after the other on the
     same questions, whose plans are all reported. objective: micro_accuracy, macro_accuracy; answer_nll, answer_kl
-    (the unmerged model's letters kept), text_nll (which needs no questions); of some subjects
-    accuracy:SUBJECT[,SUBJECT…], answer_nll:… and answer_kl:…, for which no other subject is asked in the search; or
-    a weighted sum, answer_nll+0.1*text_nll. perplexity_ceiling: no candidate of a higher perplexity of plain text is
+    (the unmerged model's letters kept), text_nll (which needs no questions); of some subjects or domains
+    accuracy:NAME[,NAME…], answer_nll:… and answer_kl:…, for which no other subject is asked in the search; or a
+    weighted sum, answer_nll+0.1*text_nll. perplexity_ceiling: no candidate of a higher perplexity of plain text is
     chosen. text: the plain text that text_nll and the ceiling are measured on, text_tokens of its tokens; where it
     is data.perplexity_text itself, those after the data.perplexity_tokens that are reported on. candidates:
     coefficient vectors tried, known ones included; initial: random ones before the model proposes;

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from raymerge.diffusion import degeneracy
 from raymerge.objectives import parse_objective, score_answers, score_text
+from raymerge.questions import known_domains
 from raymerge.tables import MACRO, MICRO, RunDirectory, plan_labels
 
 
@@ -119,10 +120,11 @@ def objective_value(run: RunDirectory, split: str, plan_id: str, objective: str)
     """An objective's value on a split's stored answers and the text reported on, without a ceiling; None where the
     run has not what it takes: the plan's answers to the subjects, the unmerged model's for answer_kl, the loss on a
     text."""
-    parsed = parse_objective(objective)
     answers = run.read("answers")
     answers = answers.filter(pc.equal(answers["split"], split))
     own = answers.filter(pc.equal(answers["plan_id"], plan_id)).sort_by("question_id")
+    present, domains = set(own["subject"].to_pylist()), known_domains(run.config.get("data", {}).get("domains"))
+    parsed = parse_objective(objective).over(present, domains)
     reference = text = None
     if parsed.needs_reference:
         base = [row["plan_id"] for row in run.read("plans").to_pylist() if row["kind"] == "base"]
@@ -137,7 +139,6 @@ def objective_value(run: RunDirectory, split: str, plan_id: str, objective: str)
             return None
     if not parsed.needs_answers:
         return score_text(objective, text).value
-    present = set(own["subject"].to_pylist())
     if not present or any(term.subjects and present.isdisjoint(term.subjects) for term in parsed.terms):
         return None
     return score_answers(
@@ -147,7 +148,13 @@ def objective_value(run: RunDirectory, split: str, plan_id: str, objective: str)
         own["subject"].to_pylist(),
         reference=reference,
         text_nll=text,
+        domains=domains,
     ).value
+
+
+def searched_names(run: RunDirectory) -> list[str]:
+    """The subjects and domains that a search was for, as its objective names them; none where it was for all."""
+    return parse_objective(run.config["search"]["objective"]).judged_on
 
 
 def _logits(answers: pa.Table) -> np.ndarray:

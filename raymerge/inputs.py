@@ -13,7 +13,7 @@ import numpy as np
 
 from raymerge.config import Config, ConfigError
 from raymerge.objectives import parse_objective
-from raymerge.questions import DataError, Question, QuestionSet, load_questions, sample
+from raymerge.questions import DataError, Question, QuestionSet, known_domains, load_questions, sample
 from raymerge.tables import RunDirectory
 from raymerge.tasks import Task, load_task
 from raymerge.texts import read_plain_text, text_hash
@@ -107,13 +107,18 @@ def _without(questions: QuestionSet, used: set[tuple[str, str]], whole: str) -> 
     return replace(questions, questions=kept)
 
 
-def _judged_on(questions: QuestionSet, objective: str) -> QuestionSet:
-    """The questions that an objective takes. Raises ConfigError for a subject that they have none of."""
-    parsed, known = parse_objective(objective), questions.subjects
+def _judged_on(questions: QuestionSet, config: Config) -> QuestionSet:
+    """The questions that the search's objective takes. Raises ConfigError for a subject that they have none of."""
+    objective, known = config.search.objective, questions.subjects
+    domains = known_domains(config.data.domains)
+    parsed = parse_objective(objective).over(known, domains)
     if missing := sorted(set(parsed.subjects) - set(known)):
+        there = [name for name, members in domains.items() if members and set(members) <= set(known)]
         raise ConfigError(
-            f"search.objective {objective} names {missing}, but the search questions are of {len(known)} other "
-            f"subjects: {shorten(', '.join(known), 300, placeholder=' …')}; data.subjects and data.domains say of which"
+            f"search.objective {objective} is of {missing}, but the search questions are of {len(known)} other "
+            f"subjects: {shorten(', '.join(known), 300, placeholder=' …')}"
+            + (f"; whole domains of them are {', '.join(there)}" if there else "")
+            + "; data.subjects and data.domains say of which"
         )
     if not parsed.judged_on:
         return questions
@@ -320,7 +325,7 @@ def read_material(config: Config, roles: Sequence[str]) -> Material:
         whole = "every question of the search is reported on as well: set data.search_split to another split"
         questions[SEARCH] = _without(questions[SEARCH], reported, whole)
     if SEARCH in questions:
-        questions[SEARCH] = _judged_on(questions[SEARCH], config.search.objective)
+        questions[SEARCH] = _judged_on(questions[SEARCH], config)
     subsets = read_subsets(config) if SUBSETS in roles else []
     search_text = read_search_text(config) if {SEARCH, SEARCH_TEXT} & set(roles) else None
     calibration: tuple[str, int] | QuestionSet | None = None

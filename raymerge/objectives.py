@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from raymerge.statistics import answer_nll
 ACCURACIES = ("micro_accuracy", "macro_accuracy")
 LOSSES = ("answer_nll", "answer_kl", "text_nll")
 OF_SUBJECTS = ("accuracy", "answer_nll", "answer_kl")
-NAMED = f"{', '.join(ACCURACIES)}, {', '.join(LOSSES)}, or of subjects {', '.join(OF_SUBJECTS)}:SUBJECT[,SUBJECT]"
+NAMED = f"{', '.join(ACCURACIES)}, {', '.join(LOSSES)}, or of subjects and domains {', '.join(OF_SUBJECTS)}:NAME[,NAME]"
 
 _WORST_LETTERS = 5.0  # nats; guessing costs log 4 = 1.39. Beside a ceiling a letter loss counts as no more than this
 
@@ -37,7 +37,8 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Term:
-    """One part of an objective: weight, what is measured, and on which subjects, where it names some."""
+    """One part of an objective: weight, what is measured, and on which subjects (or domains, see `Objective.over`),
+    where it names some."""
 
     weight: float
     measure: str
@@ -75,6 +76,22 @@ class Objective:
         """Whether the unmerged model's answers are part of it."""
         return any(term.measure == "answer_kl" for term in self.terms)
 
+    def over(self, subjects: Collection[str], domains: Mapping[str, Sequence[str]]) -> Objective:
+        """The same with its domains' names replaced by their subjects.
+
+        A name of `subjects` is that subject's; one that is neither stays as it is.
+        """
+
+        def members(name: str) -> Sequence[str]:
+            return [name] if name in subjects else domains.get(name, [name])
+
+        return Objective(
+            tuple(
+                replace(term, subjects=tuple(dict.fromkeys(one for name in term.subjects for one in members(name))))
+                for term in self.terms
+            )
+        )
+
     @property
     def subjects(self) -> list[str]:
         """Every subject that a term names, in order."""
@@ -97,7 +114,7 @@ def parse_objective(text: str) -> Objective:
     Measures, over the search questions (letters: the distribution over the four answer letters):
 
     - micro_accuracy, macro_accuracy, accuracy:a,b: shares of right answers; of all questions, averaged over subjects,
-      of the subjects a and b
+      of the subjects, or domains, a and b
     - answer_nll: mean negative log-likelihood (nats) of the right letter
     - answer_kl: mean KL(unmerged || merged) of the letters (nats): nothing is lost that the unmerged model knew,
       whether or not it was right
@@ -131,7 +148,7 @@ def _term(part: str, text: str) -> Term:
     if kind in OF_SUBJECTS and colon:
         subjects = tuple(name.strip() for name in names.split(",") if name.strip())
         if not subjects:
-            raise ObjectiveError(f"{kind}: must be followed by subjects, such as {kind}:anatomy")
+            raise ObjectiveError(f"{kind}: must be followed by subjects or domains, such as {kind}:anatomy")
         return Term(weight, kind, subjects)
     if measure not in (*ACCURACIES, *LOSSES):
         raise ObjectiveError(f"{measure!r} is not one of {NAMED}, or a sum such as answer_nll+0.1*text_nll")
@@ -198,11 +215,13 @@ def score_answers(
     reference: np.ndarray | None = None,
     text_nll: float | None = None,
     ceiling: float | None = None,
+    domains: Mapping[str, Sequence[str]] | None = None,
 ) -> Score:
     """Judge answer logits (n, 4) against the right letters (n,), given each question's subject.
 
     Parameters
     ----------
+    domains : what subjects there are in each domain that the objective may name.
     reference : array of float, shape (n, 4), optional
         The unmerged model's logits on the same questions; answer_kl needs them.
     text_nll : float, optional
@@ -218,7 +237,7 @@ def score_answers(
     Accuracy and NLL of the result are over the questions of the named subjects where every term of answers names some,
     else over all. What is not finite, logits of those questions or text, gives NaN everywhere.
     """
-    parsed = parse_objective(objective)
+    parsed = parse_objective(objective).over(set(subjects), domains or {})
     subjects = np.asarray(subjects)
     if parsed.judged_on:
         chosen = _of(parsed.judged_on, subjects, objective)

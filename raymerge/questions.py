@@ -417,6 +417,11 @@ def _answer(where: str, value: Any) -> int:
     raise DataError(f"{where}: the answer is {value!r}, not one of A, B, C, D{hint}; fix it")
 
 
+def known_domains(domains: Mapping[str, Sequence[str]] | None = None) -> dict[str, Sequence[str]]:
+    """The subjects of each domain: `DOMAINS`, and others, which go before those of the same name."""
+    return {**DOMAINS, **(domains or {})}
+
+
 def _choose_subjects(
     subjects: str | Iterable[str], there: list[str], domains: Mapping[str, Sequence[str]] | None, split: str
 ) -> list[str]:
@@ -424,7 +429,7 @@ def _choose_subjects(
     for name in domains or {}:
         if name in there:
             raise DataError(f"domain {name!r} has the name of a subject; rename the domain")
-    known = {**DOMAINS, **(domains or {})}
+    known = known_domains(domains)
     names = [name.strip() for name in subjects.split(",") if name.strip()] if isinstance(subjects, str) else [*subjects]
     if not names:
         raise DataError("subjects is empty; name subjects or domains, or 'all'")

@@ -87,7 +87,8 @@ SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
     # text_nll, the mean loss of a token of plain text
     "comparisons": "plan_a:str plan_b:str split:str measure:str difference:f64 ci_low:f64 ci_high:f64 p_value:f64 "
         "p_holm:f64? test:str",
-    # the same on n questions of the subjects that search.objective names, joined by commas, where it names some
+    # the same on n questions of the subjects that search.objective names, or its domains have, joined by commas, where
+    # it names some
     "subject_comparisons": "plan_a:str plan_b:str split:str subjects:str n:i32 measure:str difference:f64 ci_low:f64 "
         "ci_high:f64 p_value:f64 p_holm:f64? test:str",
     # the same by task; p_holm over the comparisons of one task and measure in the same family

@@ -14,6 +14,7 @@ from raymerge.findings import (
     labels_of,
     objective_value,
     plan_lines,
+    searched_names,
     verdict,
 )
 from raymerge.objectives import above_ceiling, is_minimised, parse_objective
@@ -130,7 +131,7 @@ def subject_table(run: RunDirectory, plan_id: str) -> tuple[str, list[str], list
     if not rows:
         return "", header, []
     names = labels_of(run)
-    subjects, own = textwrap.shorten(rows[0]["subjects"].replace(",", ", "), 120, placeholder=" …"), rows[0]
+    subjects, own = textwrap.shorten(", ".join(searched_names(run)), 120, placeholder=" …"), rows[0]
     caption = (
         f"What the search was for, {subjects}: paired differences on {own['n']} of the {own['split']} questions with "
         "95 % intervals; Holm's p allows for the comparisons by one measure"

@@ -34,6 +34,7 @@ from raymerge.inputs import CALIBRATION, SEARCH, questions_to_match_on, read_mat
 from raymerge.memory import MemoryPlanError
 from raymerge.objectives import parse_objective, score_answers, score_text
 from raymerge.plan import MergePlan, base_plan
+from raymerge.questions import known_domains
 from raymerge.refit import Refitter, Sums
 from raymerge.reliability import Study, study
 from raymerge.role_prompts import RolePrompts
@@ -332,6 +333,7 @@ class ModelWorker:
             reference=self.reference if parse_objective(settings.objective).needs_reference else None,
             text_nll=None if self.material.search_text is None else self.search_text_nll(plan),
             ceiling=settings.perplexity_ceiling,
+            domains=known_domains(self.config.data.domains),
         )
         return {**score._asdict(), "n_questions": len(questions)}
 

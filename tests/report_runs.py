@@ -81,6 +81,7 @@ def search_run(
     right=None,
     seed=0,
     search_split="validation",
+    objective="micro_accuracy",
 ):
     """A complete search of three merges: four plans on 120 questions, 8 candidates, 2 descents."""
     config = {
@@ -89,7 +90,7 @@ def search_run(
                  "search_split": search_split, "limit_per_subject": 8},
         "plan": {"merges": MERGES, "selection": "tail", "base": "fixed", "ratio": 0.62, "alignment": "none",
                  "norms": "keep", "biases": "keep"},
-        "search": {"searcher": "bayes", "objective": "micro_accuracy", "candidates": 8, "random_candidates": 2,
+        "search": {"searcher": "bayes", "objective": objective, "candidates": 8, "random_candidates": 2,
                    "perplexity_ceiling": None},
         "output": {"run": str(path)},
     }  # fmt: skip
@@ -105,7 +106,7 @@ def search_run(
     trials += [("controls", 0, "drop", 0.45), ("controls", 1, "fixed", 0.56)]
     run.append("trials", [
         {"searcher": searcher, "iteration": i, "batch": 0, "tune_trial": "", "actor": "", "seed": 0, "plan_id": plan,
-         "alphas": [0.1, 0.8, 0.3], "objective": "micro_accuracy", "value": value, "accuracy": value, "nll": 1.0,
+         "alphas": [0.1, 0.8, 0.3], "objective": objective, "value": value, "accuracy": value, "nll": 1.0,
          "n_questions": SEARCHED, "seconds": 0.1, "status": "ok"}
         for searcher, i, plan, value in trials
     ])  # fmt: skip

@@ -436,10 +436,11 @@ def test_an_interrupted_search_goes_on_and_a_complete_one_is_left_alone(run, loc
 def test_a_search_that_keeps_the_language_model(local_searches, tmp_path):
     """Values, perplexities and the choice follow from the tables; what is chosen keeps to the ceiling. Questions are
     those of two of three subjects in the search, of all in the report, with comparisons on the two beside it."""
-    subjects = ("number_words", "colour_mixing")
+    subjects = ("colour_mixing", "number_words")
     settings = [
         "data.perplexity_tokens=300",
-        f"search.objective=answer_nll:{','.join(subjects)}+0.1*text_nll",
+        "data.domains={pictures: [colour_mixing]}",
+        "search.objective=answer_nll:number_words,pictures+0.1*text_nll",
         "search.text=demo",
         "search.text_tokens=120",
         "search.candidates=6",
@@ -483,7 +484,7 @@ def test_a_search_that_keeps_the_language_model(local_searches, tmp_path):
             means = [np.mean(right[row[f"plan_{side}"]]) for side in "ab"]
             assert row["difference"] == pytest.approx(means[0] - means[1])
     caption, _, cells = summary.subject_table(run, best["plan_id"])
-    assert caption.startswith("What the search was for, number_words, colour_mixing: paired differences on 12 of the")
+    assert caption.startswith("What the search was for, number_words, pictures: paired differences on 12 of the")
     assert len(cells) == 2 * (n_plans - 1)
     with pytest.raises(ConfigError, match="search.text = demo: .* after the first 100000.*data.perplexity_tokens"):
         search(config(tmp_path / "none", *settings, "data.perplexity_tokens=100000"))

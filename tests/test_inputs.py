@@ -266,8 +266,8 @@ def test_a_search_sees_no_question_that_is_reported_on(mmlu, tmp_path):
 def test_a_search_asks_the_subjects_that_its_objective_names(mmlu):
     """It asked all of them at every candidate, called them what the candidate was chosen on, and descended on all."""
 
-    def found(objective):
-        settings = config(mmlu, f"search.objective={objective}", "search.text=demo", "search.searcher=bayes")
+    def found(objective, *more):
+        settings = config(mmlu, f"search.objective={objective}", "search.text=demo", "search.searcher=bayes", *more)
         questions = read_material(settings, (SEARCH, REPORT)).questions
         assert questions[REPORT].subjects == ("anatomy", "botany", "chess")
         return questions[SEARCH].subjects
@@ -275,8 +275,13 @@ def test_a_search_asks_the_subjects_that_its_objective_names(mmlu):
     assert found("accuracy:chess") == ("chess",)
     assert found("answer_nll:chess,anatomy+0.1*text_nll") == ("anatomy", "chess")
     assert found("accuracy:chess+micro_accuracy") == found("answer_kl") == ("anatomy", "botany", "chess")
-    with pytest.raises(ConfigError, match=r"accuracy:ches names \['ches'\], but .* 3 other subjects: anatomy, bot"):
+    with pytest.raises(ConfigError, match=r"accuracy:ches is of \['ches'\], but .* 3 other subjects: anatomy, bot"):
         found("accuracy:ches")
+    domains = "data.domains={games: [chess], life: [anatomy, botany], law: [contracts, chess]}"
+    assert found("accuracy:life", domains) == ("anatomy", "botany")
+    assert found("accuracy:games", domains) == ("chess",)
+    with pytest.raises(ConfigError, match=r"law is of \['contracts'\], .*; whole domains of them are games, life; "):
+        found("accuracy:law", domains)
 
 
 def test_activations_asked_for_without_questions_stop_no_evaluation():

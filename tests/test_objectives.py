@@ -85,6 +85,18 @@ def test_an_objective_is_judged_on_the_subjects_that_all_its_terms_name(objectiv
     assert parse_objective(objective).judged_on == expected
 
 
+def test_a_domain_stands_for_its_subjects_and_a_subject_goes_before_a_domain_of_its_name():
+    domains = {"most": ["b"], "all": ["a", "b"], "a": ["b"]}
+    of_b = score("accuracy:b")
+    assert score("accuracy:most", domains=domains) == score("accuracy:b,most", domains=domains) == of_b
+    assert score("answer_nll:all", domains=domains) == score("answer_nll")
+    assert score("accuracy:a", domains=domains) == score("accuracy:a") != of_b
+    found = parse_objective("answer_nll:all,b+0.1*text_nll").over({"a", "b"}, domains)
+    assert found.judged_on == ["a", "b"] and [term.weight for term in found.terms] == [1.0, 0.1]
+    with pytest.raises(ValueError, match=r"none of its subjects is among \['a', 'b'\]"):
+        score("accuracy:law", domains={"law": ["contracts"]})
+
+
 def test_a_subject_that_is_not_there_is_named():
     for objective in ("accuracy:c", "micro_accuracy+accuracy:c"):
         with pytest.raises(ValueError, match=r"accuracy:c.*\['a', 'b'\]"):
@@ -143,9 +155,9 @@ def test_what_an_objective_needs():
         ("accurcy", "'accurcy' is not one of micro_accuracy, macro_accuracy, answer_nll"),
         ("answer_nll+", "'' is not one of"),
         ("accuracy: ,", "must be followed by subjects"),
-        ("answer_nll:", "answer_nll: must be followed by subjects, such as answer_nll:anatomy"),
+        ("answer_nll:", "answer_nll: must be followed by subjects or domains, such as answer_nll:anatomy"),
         ("macro_accuracy:a", "'macro_accuracy:a' is not one of"),
-        ("text_nll:a", "'text_nll:a' is not one of.*or of subjects accuracy, answer_nll, answer_kl:SUBJECT"),
+        ("text_nll:a", "'text_nll:a' is not one of.*or of subjects and domains accuracy, answer_nll, answer_kl:NAME"),
         ("accuracy", "'accuracy' is not one of"),
         ("micro_accuracy+0.1*text_nll", "adds accuracies.*to losses.*perplexity_ceiling"),
         ("answer_nll+0*text_nll", "weight 0 should be above 0"),

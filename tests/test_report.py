@@ -585,10 +585,13 @@ def test_tasks_stand_on_the_page_of_a_search_with_the_comparisons_of_the_best(tm
 
 
 def test_a_search_for_one_subject_is_answered_on_that_subject(tmp_path):
-    run = search_run(tmp_path / "run")
-    assert "The search was for" not in "".join(block.text for block in blocks([plans.answer(Reached(run))], Text))
+    everything = search_run(tmp_path / "everything")
+    assert "The search was for" not in "".join(
+        block.text for block in blocks([plans.answer(Reached(everything))], Text)
+    )
+    run = search_run(tmp_path / "run", objective="accuracy:exams, anatomy")  # a domain and a subject, as they are named
     run.append("subject_comparisons", [
-        {"plan_a": "found", "plan_b": other, "split": "test", "subjects": "law,anatomy", "n": 40, "measure": measure,
+        {"plan_a": "found", "plan_b": other, "split": "test", "subjects": "a,b,anatomy", "n": 40, "measure": measure,
          "difference": difference, "ci_low": difference - 0.1, "ci_high": difference + 0.1, "p_value": p, "p_holm": p,
          "test": "mcnemar_exact"}
         for other, difference, p in (("base", -0.2, 0.01), ("drop", 0.2, 0.3))
@@ -596,8 +599,8 @@ def test_a_search_for_one_subject_is_answered_on_that_subject(tmp_path):
     ])  # fmt: skip
     answer = plans.answer(Reached(run))
     assert [block.text for block in blocks([answer], Text) if block.text.startswith("The search was for")] == [
-        "The search was for law, anatomy. On the 40 test questions of law, anatomy alone, found_bayes is by accuracy "
-        "indistinguishable from drop; worse than the unmerged model. By answer NLL it is better than the unmerged "
+        "The search was for exams, anatomy. On the 40 test questions of exams, anatomy alone, found_bayes is by "
+        "accuracy indistinguishable from drop; worse than the unmerged model. By answer NLL it is better than the unmerged "
         "model; indistinguishable from drop."
     ]
     table = blocks([answer], Table)[1]

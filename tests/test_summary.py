@@ -73,6 +73,12 @@ def test_the_value_on_the_report_is_the_objectives_own(tmp_path):
             objective, logits["found"], answer, subjects, reference=logits["base"], text_nll=2.25
         ).value
         assert found == pytest.approx(expected, rel=1e-6)
+    domains = {"domains": {"all": ["b", "a"], "more": ["a", "c"]}}
+    named = RunDirectory.load(tmp_path / "run")
+    named.config["data"] |= domains
+    for domain, same in (("all", "micro_accuracy"), ("more", "accuracy:a")):
+        of_domain = findings.objective_value(named, "test", "found", f"accuracy:{domain}")
+        assert of_domain == findings.objective_value(run, "test", "found", same)
     assert findings.objective_value(run, "test", "nobody", "answer_nll") is None
     assert findings.objective_value(run, "test", "found", "accuracy:c") is None
     assert findings.objective_value(run, "validation", "found", "answer_kl") is None

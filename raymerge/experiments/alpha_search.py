@@ -229,7 +229,9 @@ class _Search:
             self._take_matches(pool, plans[-1:])
         best = plans[-1]
         with step(self.progress, "accuracies and comparisons"):
-            subjects = parse_objective(self.config.search.objective).judged_on
+            judged_on = parse_objective(self.config.search.objective).judged_on
+            # Where the objective names subjects, these are all that the search has questions of.
+            subjects = self.inputs.questions[SEARCH].subjects if judged_on else ()
             self.reporter.derive(plans, [(best, plan) for plan in plans[:-1]], subjects=subjects)
         model, proof = self._save(best) if self.config.output.save_best else (None, None)
         if refitted and self.config.output.save_best:

@@ -188,7 +188,7 @@ def _on_subjects(reached: Reached) -> list[Block]:
     if not cells:
         return []
     row = next(iter(found.values()))
-    subjects = listed(row["subjects"].split(","))
+    subjects = listed(findings.searched_names(reached.run))
     questions = f"{plural(row['n'], row['split'] + ' question')} of {subjects}"
     return [
         Text(
