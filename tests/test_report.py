@@ -600,8 +600,8 @@ def test_a_search_for_one_subject_is_answered_on_that_subject(tmp_path):
     answer = plans.answer(Reached(run))
     assert [block.text for block in blocks([answer], Text) if block.text.startswith("The search was for")] == [
         "The search was for exams, anatomy. On the 40 test questions of exams, anatomy alone, found_bayes is by "
-        "accuracy indistinguishable from drop; worse than the unmerged model. By answer NLL it is better than the unmerged "
-        "model; indistinguishable from drop."
+        "accuracy indistinguishable from drop; worse than the unmerged model. By answer NLL it is better than the "
+        "unmerged model; indistinguishable from drop."
     ]
     table = blocks([answer], Table)[1]
     assert "allows for all 2 comparisons" in table.caption
