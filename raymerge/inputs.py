@@ -5,6 +5,7 @@ Driver and workers each read for themselves, by the same functions, and compare 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from textwrap import shorten
@@ -111,8 +112,10 @@ def _judged_on(questions: QuestionSet, objective: str) -> QuestionSet:
     """The questions that an objective takes. Raises ConfigError for a subject that they have none of."""
     parsed, known = parse_objective(objective), questions.subjects
     if missing := sorted(set(parsed.subjects) - set(known)):
+        near = sorted({name for subject in missing for name in difflib.get_close_matches(subject, known)})
+        like = f" (did you mean {' or '.join(near)}?)" if near else ""
         raise ConfigError(
-            f"search.objective {objective} names {missing}, but the search questions are of {len(known)} other "
+            f"search.objective {objective} names {missing}{like}, but the search questions are of {len(known)} other "
             f"subjects: {shorten(', '.join(known), 300, placeholder=' …')}; data.subjects and data.domains say of which"
         )
     if not parsed.judged_on:
