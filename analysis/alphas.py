@@ -394,6 +394,7 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
         )
     last = max(row["iteration"] for row in every) + 1
     axis.set_xlim(0, last + 1)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     lines = sorted(
         {
             (row["value"], labels.get(row["plan_id"], row["plan_id"]))

@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         "  raymerge evaluate demo --mmlu none --set tasks.piqa.format=piqa --set tasks.piqa.file=validation.jsonl \\\n"
         "      --out runs/piqa",
     )
-    evaluate.add_argument("model", help="demo, a checkpoint folder, or a hub id")
+    evaluate.add_argument("model", help="demo, a checkpoint folder, a hub id, or a .gguf file")
     evaluate.add_argument("--mmlu", metavar="DIR", help=f"demo, a folder, a hub id, or none {_default('mmlu')}")
     evaluate.add_argument("--language", help=f"language of the questions {_default('language')}")
     evaluate.add_argument("--subjects", help=f"subjects and domains, comma separated {_default('subjects')}")

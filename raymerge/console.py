@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import threading
 import time
@@ -168,6 +169,12 @@ def _print_warnings(run: RunDirectory) -> None:
         print(f"\nWarning: {warning}.")
 
 
+def _print_place(run: RunDirectory) -> None:
+    """Where a run's results lie, and the command that makes a page of them."""
+    place = run.path_of().rstrip("/")
+    print(f"\nTables, figures and manifest: {place}\nOne page of it all: raymerge report {shlex.quote(place)}")
+
+
 def print_search(run: RunDirectory, split: str) -> None:
     """The closing summary of a search: plans with standard errors, what was found, where things lie."""
     from raymerge import findings, summary
@@ -211,7 +218,7 @@ def print_search(run: RunDirectory, split: str) -> None:
         _print_table(header, cells)
     _print_warnings(run)
     _print_incidents(run)
-    print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")
+    _print_place(run)
     for saved in (manifest["best"], manifest.get("refitted") or {}):
         if saved.get("model"):
             print(f"Merged model: {saved['model']}")
@@ -293,7 +300,7 @@ def print_similarity(run: RunDirectory) -> None:
         _print_table(header, cells)
     _print_warnings(run)
     _print_incidents(run)
-    print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")
+    _print_place(run)
 
 
 def print_sensitivity(run: RunDirectory) -> None:
@@ -302,7 +309,7 @@ def print_sensitivity(run: RunDirectory) -> None:
 
     _print_table(*summary.sensitivity_table(run))
     _print_incidents(run)
-    print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")
+    _print_place(run)
 
 
 def print_sweep(run: RunDirectory, split: str) -> None:
@@ -314,4 +321,4 @@ def print_sweep(run: RunDirectory, split: str) -> None:
     _print_tasks(run)
     _print_warnings(run)
     _print_incidents(run)
-    print(f"\nTables, figures and manifest: {run.path_of().rstrip('/')}")
+    _print_place(run)

@@ -5,6 +5,7 @@ Driver and workers each read for themselves, by the same functions, and compare 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from textwrap import shorten
@@ -113,11 +114,13 @@ def _judged_on(questions: QuestionSet, config: Config) -> QuestionSet:
     domains = known_domains(config.data.domains)
     parsed = parse_objective(objective).over(known, domains)
     if missing := sorted(set(parsed.subjects) - set(known)):
-        there = [name for name, members in domains.items() if members and set(members) <= set(known)]
+        whole = [name for name, members in domains.items() if members and set(members) <= set(known)]
+        near = sorted({name for one in missing for name in difflib.get_close_matches(one, [*known, *whole])})
+        like = f" (did you mean {' or '.join(near)}?)" if near else ""
         raise ConfigError(
-            f"search.objective {objective} is of {missing}, but the search questions are of {len(known)} other "
+            f"search.objective {objective} is of {missing}{like}, but the search questions are of {len(known)} other "
             f"subjects: {shorten(', '.join(known), 300, placeholder=' …')}"
-            + (f"; whole domains of them are {', '.join(there)}" if there else "")
+            + (f"; whole domains of them are {', '.join(whole)}" if whole else "")
             + "; data.subjects and data.domains say of which"
         )
     if not parsed.judged_on:

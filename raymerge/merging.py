@@ -77,7 +77,10 @@ def merge(
     with tempfile.TemporaryDirectory() as scratch:
         refits = None
         if refit is not None:
-            plan, refits = _refitted(checkpoint, plan, refit, calibration, aligner, cache_folder or scratch)
+            refitter, plan = _refitter(checkpoint, plan, refit, calibration, aligner, cache_folder or scratch)
+            with step(progress or Silent(), f"refit ({refit.method}) on the calibration text"):
+                refitter.fit(plan)
+            refits = refitter.tensors
         record = save_merged(checkpoint, plan, out, aligner=aligner, refits=refits, **options)
     if push is None:
         return record | {"pushed": None}
@@ -95,15 +98,15 @@ def _made_for_another(alpha_file: Path, checkpoint: Checkpoint) -> str | None:
     return None if identity == checkpoint.identity else model
 
 
-def _refitted(
+def _refitter(
     checkpoint: Checkpoint,
     plan: MergePlan,
     refit: Refit,
     calibration: str | Path | None,
     aligner: Aligner,
     cache: str | Path,
-) -> tuple[MergePlan, Refits]:
-    """The plan with its refit on the calibration text, and what gives its tensors.
+) -> tuple[Refitter, MergePlan]:
+    """What fits the seams on the calibration text, and the plan with that refit.
 
     Raises PlanError, ConfigError (a text that cannot be read), RefitError.
     """
@@ -113,7 +116,7 @@ def _refitted(
     shards = encode_text(text, checkpoint.tokenizer, limit=CalibrationConfig().tokens)
     plan = replace(plan, refit=replace(refit, calibration=digest([shard.identity for shard in shards])))
     check_refittable(checkpoint, plan)
-    return plan, Refitter(LayerRunner(checkpoint, aligner=aligner), cache, lambda: shards).tensors
+    return Refitter(LayerRunner(checkpoint, aligner=aligner), cache, lambda: shards), plan
 
 
 def save_merged(

@@ -477,7 +477,9 @@ def read_alpha_file(path: str | Path, n_layers: int) -> MergePlan:
     try:
         return MergePlan(n_layers, tuple(steps), name=path.stem, kind="file", selection=_selection(n_layers, steps))
     except PlanError as error:
-        raise PlanError(f"{path}: {error}") from error
+        deeper = any(max(step.into, step.remove) >= n_layers for step in steps)
+        hint = "; the file is for a deeper model, as a merged model's own alphas.json is for its base" if deeper else ""
+        raise PlanError(f"{path}: {error}{hint}") from error
 
 
 def _selection(n_layers: int, steps: Sequence[MergeStep]) -> str:

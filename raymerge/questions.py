@@ -263,7 +263,10 @@ def _find_folder(source: str | os.PathLike[str], language: str, splits: list[str
             f"if it is {language!r}, put the data into a folder of that name"
         )
     if there:
-        raise DataError(f"language {language!r} is not in {root}; there are {', '.join(there)}")
+        raise DataError(
+            f"language {language!r} is not in {root}; there are {', '.join(there)}, whose folders' names are taken as "
+            "languages: set data.language to one, or, where such a folder is the data set, data.mmlu to it"
+        )
     raise DataError(f"no MMLU files in {root}; expected {_LAYOUTS}")
 
 
@@ -321,7 +324,10 @@ def _read_split(folder: Path, split: str) -> dict[str, Callable[[], list[_Row]]]
     """A reader for each subject of the split; CSV files are opened only when theirs is called."""
     files = _split_files(folder)
     if split not in files:
-        raise DataError(f"{folder} has no {split} split, only {', '.join(files)}; expected {_LAYOUTS}")
+        raise DataError(
+            f"{folder} has no {split} split, only {', '.join(files)}: ask for one of these (data.report_split, "
+            f"data.search_split, similarity.split; without dev also data.shots=0), or add {_LAYOUTS}"
+        )
     if files[split][0].suffix == ".parquet":
         return _read_parquet(files[split])
     readers: dict[str, Callable[[], list[_Row]]] = {}

@@ -36,11 +36,12 @@ def read_plain_text(source: str, key: str) -> str:
         if path.name.endswith(_JSON_LINES):
             return _joined(pa.json.read_json(path), source, key)
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
+    except FileNotFoundError:
         raise ConfigError(
-            f"{key} = {source!r} cannot be read as UTF-8 text, parquet or JSON lines: {error}. A file of the hub is "
-            "named OWNER/NAME:FILE"
-        ) from error
+            f"{key} = {source!r}: there is no such file; one of the hub is named OWNER/NAME[@REVISION]:FILE"
+        ) from None
+    except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
+        raise ConfigError(f"{key} = {source!r} cannot be read as UTF-8 text, parquet or JSON lines: {error}") from error
 
 
 def text_hash(text: str) -> str:

@@ -158,6 +158,7 @@ def test_a_report_has_every_plan_on_every_task(run, capsys):
 
     print_search(run, "test")
     shown = capsys.readouterr().out
+    assert f"raymerge report {run.path_of().rstrip('/')}\n" in shown
     for task, measure, control in (("piqa", "acc_norm", "base"), ("boolq", "acc", "drop")):
         assert re.search(rf"{task} +{measure} +found_bayes +{control} +[+-]", shown)
 

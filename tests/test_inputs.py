@@ -141,7 +141,7 @@ def test_the_search_text_is_read_where_asked_for_and_begins_after_the_tokens_rep
     for pair in ((part, one), (one, part)):
         with pytest.raises(ConfigError, match="search.text = .* and data.perplexity_text = .* overlap"):
             found(pair[0], reported=pair[1])
-    with pytest.raises(ConfigError, match="search.text = .*none.txt' cannot be read"):
+    with pytest.raises(ConfigError, match="search.text = .*none.txt': there is no such file"):
         found(tmp_path / "none.txt")
     assert read_text(load_config(None, [f"data.perplexity_text={other}"])) == "Another one."
 
@@ -275,13 +275,15 @@ def test_a_search_asks_the_subjects_that_its_objective_names(mmlu):
     assert found("accuracy:chess") == ("chess",)
     assert found("answer_nll:chess,anatomy+0.1*text_nll") == ("anatomy", "chess")
     assert found("accuracy:chess+micro_accuracy") == found("answer_kl") == ("anatomy", "botany", "chess")
-    with pytest.raises(ConfigError, match=r"accuracy:ches is of \['ches'\], but .* 3 other subjects: anatomy, bot"):
+    with pytest.raises(ConfigError, match=r"is of \['ches'\] \(did you mean chess\?\), but .* 3 other subjects: anat"):
         found("accuracy:ches")
     domains = "data.domains={games: [chess], life: [anatomy, botany], law: [contracts, chess]}"
     assert found("accuracy:life", domains) == ("anatomy", "botany")
     assert found("accuracy:games", domains) == ("chess",)
     with pytest.raises(ConfigError, match=r"law is of \['contracts'\], .*; whole domains of them are games, life; "):
         found("accuracy:law", domains)
+    with pytest.raises(ConfigError, match=r"\(did you mean games\?\)"):
+        found("accuracy:game", domains)
 
 
 def test_activations_asked_for_without_questions_stop_no_evaluation():

@@ -19,7 +19,7 @@ from raymerge import cli
 from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import fuse_state_dict
 from raymerge.merging import merge, save_merged
-from raymerge.plan import PlanError, alpha_file_text, read_alpha_file, tail_plan
+from raymerge.plan import PlanError, Refit, alpha_file_text, read_alpha_file, tail_plan
 from raymerge.progress import Silent
 from raymerge.rows import coefficient_rows, plan_rows
 from raymerge.tables import conform
@@ -49,6 +49,21 @@ def test_an_alpha_file_that_lies_beside_the_record_of_another_model_is_said_to(t
     beside.write_text(json.dumps({"base_model": "/models/a", "base_model_identity": "0"}))
     merge("demo", alphas, tmp_path / "out", verify=False, progress=Told())
     assert Told.messages == [f"Warning: {alphas} was made for another model, /models/a."]
+
+
+def test_a_refit_has_a_stage_of_its_own(tmp_path, alphas):
+    """It runs the calibration text through the model: the longest part, that was told as receipts before."""
+
+    class Told(Silent):
+        stages = []
+
+        def stage(self, name, total):
+            self.stages.append(name)
+
+    (tmp_path / "a.txt").write_text("a text to fit on, " * 40)
+    options = {"refit": Refit("linear", ridge=0.1), "calibration": tmp_path / "a.txt"}
+    merge("demo", alphas, tmp_path / "out", verify=False, progress=Told(), **options)
+    assert Told.stages[:2] == ["refit (linear) on the calibration text", "receipts of the merge"]
 
 
 def test_the_record_and_the_alpha_file_say_what_was_done(tmp_path, alphas):

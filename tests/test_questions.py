@@ -189,7 +189,7 @@ def test_language_folders_of_csv(tmp_path):
     french = load_questions(tmp_path, language="fr")
     assert [q.language for q in french.questions] == ["fr"] and french.examples["anatomy"][0].language == "fr"
     assert len(load_questions(tmp_path / "fr", language="fr").questions) == 1  # the folder itself bears the name
-    fails(tmp_path, "language 'en' is not in", "there are es, fr")
+    fails(tmp_path, "language 'en' is not in", "there are es, fr", "or, where such a folder is the data set")
     fails(tmp_path / "fr", "language 'es' is not in", "taken as English", language="es")
     fails(tmp_path, "language is '../es'", language="../es")
 
@@ -406,7 +406,7 @@ def test_missing_and_empty_folders(folder, tmp_path):
     fails(folder / "test/anatomy_test.csv", "is no folder")
     for path in (folder / "val").iterdir():
         path.unlink()
-    fails(folder, f"{folder} has no validation split, only dev, test", split="val")
+    fails(folder, f"{folder} has no validation split, only dev, test", "data.search_split", split="val")
 
 
 def test_malformed_csv(folder):

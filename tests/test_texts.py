@@ -73,7 +73,7 @@ def test_an_unreachable_hub_is_named_with_what_to_do(monkeypatch):
     ("name", "content", "message"),
     [
         ("a.txt", b"\xff\xfe\x00", "cannot be read as UTF-8 text"),
-        ("missing.txt", None, "cannot be read as UTF-8 text.*No such file.*OWNER/NAME:FILE"),
+        ("missing.txt", None, ": there is no such file; one of the hub is named OWNER/NAME"),
         ("a.parquet", b"PAR1 and not", "cannot be read"),
         ("a.jsonl", b'{"text": "a"\n', "cannot be read"),
         ("a.jsonl", b'{"words": "a"}\n', "has no column 'text', but words"),

@@ -43,23 +43,25 @@ _TITLES = {
     "evaluate": "{} evaluated",
 }
 
-GLOSSARY = (
+_SCORES = (
     ("accuracy", "share of multiple-choice questions (four letters) whose most probable letter is the right one; 25 % "
      "is chance"),
     ("mean over subjects", "the mean of the subjects' accuracies, each subject counting the same"),
     ("95 % interval", "Wilson's, of a single share; of a difference on the same questions, Bonett and Price's of "
      "accuracies, a paired bootstrap of losses (Student's t of less than eight)"),
+    ("answer NLL", "mean negative log-probability, in nats, of the right letter among the four; 1.386 is guessing, "
+     "lower is better"),
+    ("perplexity", "exp of the mean loss a token on plain text; how many tokens the model wavers between. Lower is "
+     "better. It shows a lost language model where accuracy does not"),
+)  # fmt: skip
+_TESTS = (
     ("indistinguishable", "the test of the questions that both plans answered - McNemar's exact one of accuracies - "
      "gives p, or p (Holm), of at least 0.05: the data cannot tell them apart, which does not show that they are "
      "equal"),
     ("p (Holm)", "p corrected for the number of comparisons made together by one measure; accuracy, answer NLL and "
      "text are corrected each by itself"),
-    ("answer NLL", "mean negative log-probability, in nats, of the right letter among the four; 1.386 is guessing, "
-     "lower is "
-     "better"),
-    ("perplexity", "exp of the mean loss a token on plain text; how many tokens the model wavers between. Lower is "
-     "better. It "
-     "shows a lost language model where accuracy does not"),
+)  # fmt: skip
+_MERGES = (
     ("alpha", "weight of the kept layer in one merge step; the removed layer has 1 - alpha"),
     ("effective coefficient", "share of an original layer in the merged one, after all steps"),
     ("drop, before_last", "controls without averaging: the last K layers left out; the K before the last left out"),
@@ -68,11 +70,21 @@ GLOSSARY = (
     ("rows aligned", "the rows of each matrix of a layer reordered by themselves, as published: that layer then "
      "computes another function"),
     ("folded, norms folded", "the gain of a layer's norms multiplied into its matrices before averaging"),
+)  # fmt: skip
+_ALIKE = (
     ("null, unrelated layers", "similarity when the prompts of one layer are shuffled against the other's: what noise "
      "scores"),
     ("ceiling", "the correlation that two equal patterns would show, given the noise of both matrices"),
+    ("interval of a similarity", "of 95 %, by matrices of random parts of the prompts (a delete-d jackknife)"),
 )  # fmt: skip
-"""What the words of a page mean."""
+GLOSSARY = {
+    "search": (*_SCORES, *_TESTS, *_MERGES),
+    "sweep": (*_SCORES, *_TESTS, *_MERGES),
+    "evaluate": _SCORES,
+    "similarity": _ALIKE,
+    "import-similarity": _ALIKE,
+}
+"""What the words of a page mean, by the experiments that use them."""
 
 
 def page_of(runs: Sequence[RunDirectory], command: str, progress: Progress) -> Page:
@@ -87,13 +99,9 @@ def page_of(runs: Sequence[RunDirectory], command: str, progress: Progress) -> P
     for number, run in enumerate(runs, 1):
         sections += run_sections(run, heading=len(runs) > 1)
         progress.advance(number)
-    sections.append(
-        Section(
-            "What the words mean",
-            (Table("Terms on this page", ("term", "meaning"), GLOSSARY, words=(0, 1)),),
-            level=2 if len(runs) > 1 else 3,
-        )
-    )
+    if words := tuple(dict.fromkeys(word for run in runs for word in GLOSSARY.get(run.experiment, ()))):
+        table = Table("Terms on this page", ("term", "meaning"), words, words=(0, 1))
+        sections.append(Section("What the words mean", (table,), level=2 if len(runs) > 1 else 3))
     first = runs[0]
     title = title_of(first) if len(runs) == 1 else f"{len(runs)} runs of raymerge"
     lead = question_of(first) if len(runs) == 1 else _lead(runs)

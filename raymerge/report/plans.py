@@ -29,6 +29,7 @@ from raymerge.report.wording import (
 from raymerge.statistics import paired_difference
 from raymerge.tables import RunDirectory
 
+NBSP = "\u00a0"
 _AGAINST = 8  # plans that the best is compared with subject by subject
 
 
@@ -137,7 +138,7 @@ def _said(row: dict) -> str:
     said = findings.verdict(row)
     if said not in _LINKS:
         said = f"indistinguishable (uncorrected: {said.split(',')[0]})"
-    return f"{_SIGNS[_firm(row)]}\u00a0{said}"
+    return f"{_SIGNS[_firm(row)]}{NBSP}{said}"
 
 
 def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
@@ -150,29 +151,36 @@ def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
             continue
         on_text = (
             perplexity(line["perplexity"], line["perplexity_interval"]),
-            NONE if text is None else _said(text),
+            NONE if text is None else _judged(text),
         )
         cells.append((line["label"], *_compared(row), *_compared(nll), *(on_text if texts else ())))
     told = (
         f". Perplexity: the other plan's, and what the same test says of the text's passages"
         f"{f'. {TEXT_TEST}' if read else ''}"
     ) if texts else ""  # fmt: skip
-    header = ("against", "accuracy", "p (Holm)", "verdict", "answer NLL", "p (Holm)", "verdict")
+    header = ("against", "accuracy", _VERDICT, "answer NLL", _VERDICT)
     return Table(
         f"{reached.best['label']} minus every other plan on the same questions, with 95 % intervals (of pairs). "
         "Accuracy in percentage points, p of McNemar's exact test; answer NLL in nats (lower is better), p "
         f"of a sign-flip test. {_holm(cells)}{told}",
-        header + (("perplexity", "verdict") if texts else ()),
+        header + (("perplexity", _VERDICT) if texts else ()),
         tuple(cells),
-        words=(0, 3, 6, *((8,) if texts else ())),
+        words=(0, 2, 4, *((6,) if texts else ())),
     )
 
 
-def _compared(row: dict | None) -> tuple[str, str, str]:
-    """A difference with its interval, its p and what it says; of no row, nothing."""
-    if row is None:
-        return NONE, NONE, NONE
-    return difference(row), f"{p_value(row['p_value'])} ({p_value(row['p_holm'])})", _said(row)
+_VERDICT = "verdict, p (Holm)"
+
+
+def _judged(row: dict) -> str:
+    """What a comparison says, with its p: in one cell, which breaks between the two where there is little room."""
+    p = f"p {p_value(row['p_value'])} ({p_value(row['p_holm'])})"
+    return f"{_said(row)}, {p.replace(' ', NBSP)}"
+
+
+def _compared(row: dict | None) -> tuple[str, str]:
+    """A difference with its interval, and what it says with its p; of no row, nothing."""
+    return (NONE, NONE) if row is None else (difference(row), _judged(row))
 
 
 def _on_subjects(reached: Reached) -> list[Block]:
@@ -197,9 +205,9 @@ def _on_subjects(reached: Reached) -> list[Block]:
         ),
         Table(
             f"The same on the {questions} alone. {_holm(cells)}",
-            ("against", "accuracy", "p (Holm)", "verdict", "answer NLL", "p (Holm)", "verdict"),
+            ("against", "accuracy", _VERDICT, "answer NLL", _VERDICT),
             tuple(cells),
-            words=(0, 3, 6),
+            words=(0, 2, 4),
         ),
     ]
 
@@ -213,9 +221,7 @@ def _text_verdicts(reached: Reached, found: dict[str, dict]) -> Table:
     cells = [
         (
             line["label"],
-            difference(row),
-            f"{p_value(row['p_value'])} ({p_value(row['p_holm'])})",
-            _said(row),
+            *_compared(row),
             perplexity(line["perplexity"], line["perplexity_interval"]),
         )
         for line in reached.lines
@@ -224,9 +230,9 @@ def _text_verdicts(reached: Reached, found: dict[str, dict]) -> Table:
     return Table(
         f"{reached.best['label']} minus every other plan on the same text: nats a token (lower is better), with 95 % "
         f"intervals (of passages) and p of a sign-flip test. {TEXT_TEST}. {_holm(cells)}",
-        ("against", "loss of a token", "p (Holm)", "verdict", "perplexity"),
+        ("against", "loss of a token", _VERDICT, "perplexity"),
         tuple(cells),
-        words=(0, 3),
+        words=(0, 2),
     )
 
 
