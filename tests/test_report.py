@@ -347,6 +347,11 @@ def test_a_curve_holds_every_way_against_dropping(tmp_path):
         (0, "base"), (1, "drop"), (1, "fixed_0.5"), (3, "drop"), (3, "fixed_0.5"),
     ]  # fmt: skip
     assert [p["removed"] for p in points] == pytest.approx([0, 1 / 6, 1 / 6, 0.5, 0.5])
+    (sentence, *_) = blocks([curve.answer(reached)], Text)
+    assert (
+        "with 1 layer merged the most accurate way" in sentence.text.lower() and "(perplexity 6.50); " in sentence.text
+    )
+    assert "(perplexity 1,200, the unmerged model's 5.00: it is lost as a language model)." in sentence.text
     best, _ = blocks([curve.answer(reached)], Table)
     assert [row[0] for row in best.cells] == ["1", "3"]
     (receipt,) = blocks([curve.receipts(reached)], Figure)
@@ -390,6 +395,15 @@ def test_refits_of_one_method_are_ways_of_their_own(tmp_path):
     run.replace("sweep", [*rows, last | {"plan_id": "half1", "refit": "linear"}])
     points = curve.curve(Reached(run))
     assert [p["method"] for p in points if p["merges"] == 3] == ["drop", "fixed_0.5", "fixed_0.5 + linear"]
+
+
+def test_a_similarity_tells_of_its_own_examples_and_languages(tmp_path):
+    def questions(run):
+        (facts,) = blocks(run_sections(run, heading=False)[-1:], Facts)
+        return {fact.term: fact.value for fact in facts.facts}["Questions"]
+
+    assert questions(similarity_run(tmp_path / "s")) == "/data, language en"
+    assert questions(search_run(tmp_path / "r")) == "/data, language en, 5 examples shown first"
 
 
 def test_similarity_is_held_against_noise(tmp_path):

@@ -57,7 +57,7 @@ def asked(run: RunDirectory) -> Section:
     config, manifest = run.config, run.manifest() or {}
     known = [
         _model(config.get("model", {}), manifest),
-        *_data(config.get("data", {}), manifest),
+        *_data(config.get("data", {}), manifest, config.get("similarity", {})),
         *_tasks(config.get("tasks") or {}),
         *_plan(config.get("plan", {}), run.experiment),
         *_search(config, run.experiment),
@@ -90,7 +90,8 @@ def _model(model: dict, manifest: dict) -> Fact:
     return Fact("Model", str(model.get("path") or "not stored"), ", ".join(part for part in parts if part))
 
 
-def _data(data: dict, manifest: dict) -> list[Fact]:
+def _data(data: dict, manifest: dict, similarity: dict) -> list[Fact]:
+    """What the questions are. A similarity has languages and examples of its own: `_similarity` tells of those."""
     if not data:
         return []
     subjects = data.get("subjects") or "all"
@@ -99,14 +100,10 @@ def _data(data: dict, manifest: dict) -> list[Fact]:
         named = f"{plural(len(subjects), 'subject')}: {listed(subjects)}"
     if "mmlu" in data and data["mmlu"] is None:
         return [Fact("Questions", "none"), *_text(data, manifest)]
-    facts = [
-        Fact(
-            "Questions",
-            f"{data.get('mmlu')}, language {data.get('language')}, {plural(data.get('shots') or 0, 'example')} shown "
-            "first",
-            named,
-        )
-    ]
+    asked = [str(data.get("mmlu"))]
+    asked += [] if similarity.get("languages") else [f"language {data.get('language')}"]
+    asked += [] if similarity else [f"{plural(data.get('shots') or 0, 'example')} shown first"]
+    facts = [Fact("Questions", ", ".join(asked), named)]
     if (manifest.get("data") or {}).keys() & {"search", "report"}:
         limits = [
             f"at most {data[key]} a subject for the {what}"

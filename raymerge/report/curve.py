@@ -97,11 +97,23 @@ def _sentence(base: dict | None, points: list[dict]) -> str:
             f"{_way(far)}, reaches {perplexity(far['perplexity'], _limits(far))}. No questions were asked."
         )
     text = "" if base is None else f"Unmerged, {percent(base['accuracy'])} of the questions are answered. "
+    unmerged = None if base is None else base["perplexity"]
     text += (
-        f"With {plural(first, 'layer')} merged the best way, {_way(near)}, keeps {percent(near['accuracy'])}; with "
-        f"{plural(last, 'layer')} merged the best, {_way(far)}, keeps {percent(far['accuracy'])}"
+        f"With {plural(first, 'layer')} merged the most accurate way, {_way(near)}, answers "
+        f"{percent(near['accuracy'])}{_read(near, unmerged)}; with {plural(last, 'layer')} merged the most accurate, "
+        f"{_way(far)}, answers {percent(far['accuracy'])}{_read(far, unmerged)}."
     )
-    return text + (f" at a perplexity of {perplexity(far['perplexity'])}." if far["perplexity"] else ".")
+    return text
+
+
+def _read(point: dict, unmerged: float | None) -> str:
+    """A point's perplexity for the sentence, and whether the language model is lost whatever the letters say."""
+    if not point["perplexity"]:
+        return ""
+    lost = unmerged is not None and point["perplexity"] > RUINED * unmerged
+    beside = "" if unmerged is None else f", the unmerged model's {perplexity(unmerged)}"
+    said = ": it is lost as a language model" if lost else ""
+    return f" (perplexity {perplexity(point['perplexity'])}{beside if lost else ''}{said})"
 
 
 def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
