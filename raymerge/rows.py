@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -321,24 +321,32 @@ def task_comparison_rows(answers: pa.Table, pairs: Sequence[tuple[str, str]]) ->
 _RESAMPLES = 10_000
 
 
-def _compared(
-    common: Row, pairs: Sequence[tuple[str, str]], side: Callable[[str], tuple[list[str], dict[str, np.ndarray]]]
-) -> list[Row]:
-    """One row a pair and measure; side(plan_id) gives ids of what was asked, and each measure of it: bool or float.
+class _Side(NamedTuple):
+    """A plan's part of a comparison: ids of what was asked, in order, each measure of it, bool or float, and of how
+    many values each item is the sum (None: it is one)."""
+
+    ids: list[str]
+    measures: dict[str, np.ndarray]
+    counts: np.ndarray | None = None
+
+
+def _compared(common: Row, pairs: Sequence[tuple[str, str]], side: Callable[[str], _Side]) -> list[Row]:
+    """One row a pair and measure; side(plan_id) gives what is compared.
 
     Losses that are not finite, of a model whose logits are none, are compared with none.
     """
     sides = {plan: side(plan) for plan in dict.fromkeys(plan for pair in pairs for plan in pair)}
     rows = []
     for plan_a, plan_b in pairs:
-        (ids_a, measures_a), (ids_b, measures_b) = sides[plan_a], sides[plan_b]
-        if ids_a != ids_b:
+        side_a, side_b = sides[plan_a], sides[plan_b]
+        if side_a.ids != side_b.ids:
             raise ValueError(f"plans {plan_a} and {plan_b} did not answer the same questions of {[*common.values()]}")
-        for measure, a in measures_a.items():
-            b = measures_b[measure]
+        for measure, a in side_a.measures.items():
+            b = side_b.measures[measure]
             if not (np.isfinite(a).all() and np.isfinite(b).all()):
                 continue
-            difference, exact = paired_difference(a, b, n_resamples=max(_RESAMPLES, 40 * len(pairs))), a.dtype == bool
+            n_resamples, exact = max(_RESAMPLES, 40 * len(pairs)), a.dtype == bool
+            difference = paired_difference(a, b, counts=side_a.counts, n_resamples=n_resamples)
             rows.append(
                 {
                     "plan_a": plan_a,
@@ -359,27 +367,27 @@ def _compared(
     return rows
 
 
-def _side(answers: pa.Table, plan_id: str) -> tuple[list[str], dict[str, np.ndarray]]:
+def _side(answers: pa.Table, plan_id: str) -> _Side:
     """A plan's question ids in order, which of them it got right, and their answer NLL."""
     rows = answers.filter(pc.equal(answers["plan_id"], plan_id)).sort_by("question_id")
     logits = np.stack([rows[f"logit_{letter}"].to_numpy() for letter in "abcd"], axis=1)
     answer = rows["answer"].to_numpy()
     measures = {"accuracy": rows["predicted"].to_numpy() == answer, "answer_nll": answer_nll(logits, answer)}
-    return rows["question_id"].to_pylist(), measures
+    return _Side(rows["question_id"].to_pylist(), measures)
 
 
-def _text_side(losses: pa.Table, plan_id: str) -> tuple[list[str], dict[str, np.ndarray]]:
-    """A plan's passages in order, and the losses of their items, weighted so that their mean is that of the tokens."""
+def _text_side(losses: pa.Table, plan_id: str) -> _Side:
+    """A plan's passages in order, and of the items pooled from them the summed losses and the tokens."""
     rows = losses.filter(pc.equal(losses["plan_id"], plan_id)).sort_by(
         [("window", "ascending"), ("position", "ascending")]
     )
     windows, positions, *losses = (rows[name].to_numpy() for name in ("window", "position", "tokens", "nll"))
     ids = [f"{window}/{position}" for window, position in zip(windows.tolist(), positions.tolist(), strict=True)]
     tokens, nll = _pooled(windows, positions, *losses)
-    return ids, {"text_nll": nll / tokens.mean()}
+    return _Side(ids, {"text_nll": nll}, tokens)
 
 
-def _task_side(answers: pa.Table, plan_id: str) -> tuple[list[str], dict[str, np.ndarray]]:
+def _task_side(answers: pa.Table, plan_id: str) -> _Side:
     """A plan's items in order, and which of them it got right by each measure that the task has."""
     rows = answers.filter(pc.equal(answers["plan_id"], plan_id)).sort_by("item_id")
     right = {
@@ -387,4 +395,4 @@ def _task_side(answers: pa.Table, plan_id: str) -> tuple[list[str], dict[str, np
         for measure, column in TASK_MEASURES.items()
         if not rows[column].null_count
     }
-    return rows["item_id"].to_pylist(), right
+    return _Side(rows["item_id"].to_pylist(), right)

@@ -247,9 +247,12 @@ def mcnemar(correct_a, correct_b) -> McNemar:
 
 
 def paired_difference(
-    a, b, *, confidence: float = 0.95, n_resamples: int = 10_000, random_state: int = 0
+    a, b, *, counts=None, confidence: float = 0.95, n_resamples: int = 10_000, random_state: int = 0
 ) -> PairedDifference:
     """Return mean(a - b) with an interval and a sign-flip p-value.
+
+    With `counts` items are sums of so many values, and the mean is that of the values. The interval is then of the
+    items' residuals, as `ratio_interval`'s: a passage cut short by the end of its text is no outlier for its length.
 
     The interval is the percentile bootstrap's: questions are resampled as pairs, so that what both plans find hard
     cancels. Its percentiles are expanded (T. Hesterberg, Amer. Statist. 69, 2015), since resampled means scatter by
@@ -267,6 +270,8 @@ def paired_difference(
     ----------
     a, b : array of float or bool, shape (n,)
         A measure per question (correctness, NLL in nats); row i of both is the same question.
+    counts : array of float, shape (n,), optional
+        How many values each item is the sum of (a passage's tokens); None where each is a value itself.
     confidence : float in (0, 1)
     n_resamples : int
     random_state : int
@@ -280,17 +285,23 @@ def paired_difference(
     if n_resamples < 1:
         raise ValueError(f"n_resamples is {n_resamples}, but at least 1 is needed")
     rng = np.random.default_rng(random_state)
-    d = a - b
+    d = spread = a - b
+    if counts is not None:
+        lengths, _ = _pair(counts, d, np.float64)
+        if not (np.isfinite(lengths) & (lengths > 0)).all():
+            raise ValueError(f"counts {lengths.tolist()} should all be finite and above 0")
+        d = d / lengths.mean()
+        spread = d + d.mean() * (1 - lengths / lengths.mean())  # the same mean; residuals instead of sums
     observed = float(d.mean())
-    if np.isin(np.stack([a, b]), (0.0, 1.0)).all():
+    if counts is None and np.isin(np.stack([a, b]), (0.0, 1.0)).all():
         low, high = _shares_interval(int(np.sum(d > 0)), int(np.sum(d < 0)), d.size, confidence)
     elif d.size == 1:
         low, high = -math.inf, math.inf
     elif d.size < _BOOTSTRAP_FROM:
-        _, low, high = ratio_interval(d, np.ones(d.size), confidence=confidence)
+        _, low, high = ratio_interval(spread, np.ones(d.size), confidence=confidence)
     else:
         tail = _expanded_tail(d.size, confidence)
-        low, high = np.percentile(_bootstrap_means(d, n_resamples, rng), [100 * tail, 100 * (1 - tail)])
+        low, high = np.percentile(_bootstrap_means(spread, n_resamples, rng), [100 * tail, 100 * (1 - tail)])
     flipped = np.abs(_sign_flip_means(d, n_resamples, rng))
     # ties with the observed value must count although both carry rounding
     extreme = int(np.sum(flipped >= abs(observed) - 1e-12 * max(1.0, np.abs(d).max())))

@@ -11,6 +11,7 @@ from raymerge import rows
 from raymerge.context import TextLosses
 from raymerge.evaluation import Answers
 from raymerge.schemas import conform
+from raymerge.statistics import ratio_interval
 from raymerge.tasks import Item, Task
 
 
@@ -61,6 +62,23 @@ def test_short_texts_are_cut_into_at_least_16_items():
         numbers, positions = (part.ravel() for part in np.meshgrid(np.arange(windows), [1, *range(64, 1024, 64)]))
         tokens, nll = rows._pooled(numbers, positions, np.full(numbers.size, 64), np.arange(numbers.size) * 1.0)
         assert len(tokens) == expected and tokens.sum() == 64 * numbers.size and nll.sum() == sum(range(numbers.size))
+
+
+def test_the_end_of_a_text_does_not_widen_the_interval_of_a_difference():
+    """Sixteen windows, the last of one passage: the interval of perplexity's law, ratios of losses to tokens."""
+    rng, windows = np.random.default_rng(2), np.repeat(np.arange(17), [16] * 16 + [1])
+    table = [
+        {"plan_id": plan, "window": int(w), "position": 64 * k, "tokens": 64, "nll": 64 * (mean + 0.1 * rng.normal())}
+        for plan, mean in (("a", 4.0), ("b", 3.0))
+        for w, k in zip(windows, [*range(16)] * 16 + [0], strict=True)
+    ]
+    (row,) = rows.text_comparison_rows(conform("text_losses", table, "r"), [("a", "b")])
+    sums, counts = np.zeros(17), np.bincount(windows) * 64
+    for line in table:
+        sums[line["window"]] += line["nll"] * (1 if line["plan_id"] == "a" else -1)
+    exact = ratio_interval(sums, counts)
+    assert row["difference"] == pytest.approx(exact.mean)
+    assert row["ci_high"] - row["ci_low"] == pytest.approx(exact.high - exact.low, rel=0.2)  # sums: twelve times
 
 
 def test_one_passage_has_no_interval():
