@@ -19,6 +19,10 @@ from raymerge.tables import RunDirectory, RunError
 # Okabe & Ito (2008) without yellow, which is too faint on white; the last is Paul Tol's wine
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+GREY = "#7F7F7F"  # of lines that others are held against
+DOTTED = {"color": GREY, "ls": ":", "lw": 1.2}  # the line of chance
+CHANCE = 0.25  # of four letters, and of four keys of a retrieval prompt
+BASE = "base (unmerged)"
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -39,6 +43,15 @@ STYLE = {
 def style_of(number: int) -> dict:
     """Colour and marker of the number-th series; 56 combinations before one repeats."""
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[(number + number // 8) % len(MARKERS)]}
+
+
+def curve_style(index: int) -> dict:
+    """Colour, marker and line of the index-th method: seven colours, black being the unmerged model's, four lines."""
+    return {
+        "color": COLOURS[1 + index % (len(COLOURS) - 1)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "ls": ("-", "--", ":", "-.")[(index // (len(COLOURS) - 1)) % 4],
+    }
 
 
 def spread(values: list[float], gap: float, low: float = -math.inf, high: float = math.inf) -> list[float]:
