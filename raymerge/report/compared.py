@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from raymerge.findings import chosen_on, verdict
 from raymerge.report import figures
 from raymerge.report.asked import command_of, model_name, run_name, sources
-from raymerge.report.content import Block, Figure, Rows, Section, Table
+from raymerge.report.content import ROLES, Block, Figure, Rows, Section, Table
 from raymerge.report.reached import Reached
 from raymerge.report.wording import NONE, difference, interval, p_value, percent, perplexity
 from raymerge.statistics import holm, mcnemar, paired_difference
@@ -181,7 +181,7 @@ def _figure(reached: Sequence[Reached]) -> list[Figure]:
                         "questions": line["n"],
                     }
                 )
-    rows.sort(key=lambda row: -figures.ROLES.index(row["role"]))
+    rows.sort(key=lambda row: -ROLES.index(row["role"]))
     rows = rows[-_DRAWN:]
     if not rows:
         return []

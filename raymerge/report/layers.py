@@ -10,7 +10,7 @@ import numpy as np
 from raymerge import findings, summary
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
-from raymerge.report.content import Block, Figure, Rows, Section, Table, Text
+from raymerge.report.content import FOUND, Block, Figure, Rows, Section, Table, Text
 from raymerge.report.reached import missing
 from raymerge.report.wording import listed, percent, plural, value
 from raymerge.tables import RunDirectory
@@ -276,7 +276,7 @@ def correlations(run: RunDirectory) -> Section:
     rows = [
         {
             "pair": f"{subset_name(row, '_a')} – {subset_name(row, '_b')}",
-            "role": figures.FOUND,
+            "role": FOUND,
             "r": row["pearson_off_diagonal"],
             "low": row["ci_low"],
             "high": row["ci_high"],
@@ -337,7 +337,7 @@ def sensitivity(run: RunDirectory) -> Section:
     rows = [
         {
             "setting": f"{row['parameter']} = {row['setting']}",
-            "role": figures.FOUND,
+            "role": FOUND,
             "r": row["pearson_off_diagonal"],
             "low": row["pearson_off_diagonal"],
             "high": row["pearson_off_diagonal"],

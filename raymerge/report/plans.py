@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from raymerge import findings, summary
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
-from raymerge.report.content import Block, Fact, Facts, Figure, Rows, Section, Table, Text
+from raymerge.report.content import UNMERGED, Block, Fact, Facts, Figure, Rows, Section, Table, Text
 from raymerge.report.reached import TEXT_TEST, Reached, chosen_layers, described, missing
 from raymerge.report.wording import (
     NONE,
@@ -469,7 +469,7 @@ def subject_accuracies(run: RunDirectory, stored: list[dict]) -> list[Block]:
     rows = [
         {
             "subject": row["subject"],
-            "role": figures.UNMERGED,
+            "role": UNMERGED,
             "accuracy": row["accuracy"],
             "low": row["ci_low"],
             "high": row["ci_high"],

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 from raymerge import findings, summary
-from raymerge.report import figures
-from raymerge.report.content import Block, Notice, Text
+from raymerge.report.content import Block, Notice, Text, role_of
 from raymerge.report.wording import finite, listed
 from raymerge.schemas import TEXT_SPLIT
 from raymerge.statistics import wilson_interval
@@ -58,7 +57,7 @@ class Reached:
             line
             | options[line["plan_id"]]
             | {
-                "role": figures.role_of(line["kind"]),
+                "role": role_of(line["kind"]),
                 "costs": costs.get(line["plan_id"], {}),
                 "interval": _known_interval(line),
             }
