@@ -110,9 +110,8 @@ def _tests(reached: Sequence[Reached]) -> list[Block]:
     )
     return [
         Table(
-            "Paired tests between what the searches found, on the questions that both answered: difference in "
-            "accuracy in "
-            "percentage points (first minus second) with its 95 % interval, McNemar's exact p, and Holm's over this "
+            "Paired tests between what the searches found, on the questions that both answered: difference in accuracy "
+            "in percentage points (first minus second) with its 95 % interval, McNemar's exact p, and Holm's over this "
             f"table{_caveat(reached)}",
             ("first", "second", "questions", "difference [95 %]", "p", "p (Holm)", "verdict"),
             cells,

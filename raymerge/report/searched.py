@@ -50,9 +50,8 @@ def coefficients(reached: Reached) -> Section:
         Figure(
             "Alpha of every merge step",
             "A step merges one layer into another: alpha times the kept layer's weights plus (1 - alpha) times the "
-            "removed "
-            "layer's. Alpha 1 drops the removed layer, alpha 0 drops the other. Fainter lines: coefficients of single "
-            "matrices." + text,
+            "removed layer's. Alpha 1 drops the removed layer, alpha 0 drops the other. Fainter lines: coefficients of "
+            "single matrices." + text,
             (figures.alpha_lines(alphas, f"Alpha by merge step for {len(shown)} plans.{text}"),),
             Rows.of(alphas, sources(run, "plans")),
             command_of(run),
