@@ -15,7 +15,20 @@ from raymerge import findings, report, rows, summary
 from raymerge.card import search_results
 from raymerge.plan import base_plan
 from raymerge.progress import Silent
-from raymerge.report import asked, compared, curve, figures, layers, plans, receipts, render, searched, vega, wording
+from raymerge.report import (
+    asked,
+    compared,
+    curve,
+    figures,
+    layers,
+    plans,
+    receipts,
+    render,
+    searched,
+    subjects,
+    vega,
+    wording,
+)
 from raymerge.report.build import GLOSSARY, page_of, run_sections
 from raymerge.report.content import FOUND, Facts, Figure, Page, Rows, Section, Table, Text, View
 from raymerge.report.reached import Reached, described
@@ -315,7 +328,7 @@ def test_a_ruined_candidate_leaves_the_axis_to_the_others(tmp_path):
 
 
 def test_differences_by_subject_are_paired(search):
-    rows = plans.subject_rows(Reached(search))
+    rows = subjects.difference_rows(Reached(search))
     assert [row["against"] for row in rows[:2]] == ["base", "base"]
     answers = search.read("answers").to_pylist()
     right = {(row["plan_id"], row["subject"], row["question_id"]): row["predicted"] == row["answer"] for row in answers}

@@ -90,6 +90,21 @@ class Reached:
         return found
 
 
+def drawn(line: dict) -> dict[str, float | None]:
+    """A line's accuracy and perplexity with their intervals, as drawings have them: columns accuracy, low, high,
+    perplexity, perplexity_low, perplexity_high; None for what was not measured or is not finite."""
+    low, high = line["interval"]
+    text_low, text_high = map(finite, line["perplexity_interval"])
+    return {
+        "accuracy": line["accuracy"],
+        "low": low,
+        "high": high,
+        "perplexity": finite(line["perplexity"]),
+        "perplexity_low": text_low,
+        "perplexity_high": text_high,
+    }
+
+
 def merit(line: dict) -> float:
     """What lines, or points of a curve, are ranked by: accuracy, or without questions the least perplexity."""
     if line["accuracy"] is not None:
