@@ -29,10 +29,11 @@ from raymerge.experiments.common import (
     swept_cache,
 )
 from raymerge.inputs import SUBSETS, Subset
+from raymerge.parts import part_name
 from raymerge.progress import Progress, Silent, step
 from raymerge.reliability import Correlation, Study, correlate, correlate_matrices
 from raymerge.sensitivity import recipe_of
-from raymerge.tables import RunDirectory, part_name
+from raymerge.tables import RunDirectory
 
 Row = dict[str, Any]
 
