@@ -107,7 +107,7 @@ def swept(run: RunDirectory) -> tuple[list[dict], dict[str, dict], dict[str, dic
     return sweep, costs, {r["plan_id"]: r for r in run.read("perplexity").to_pylist() if r["target"] == "text"}
 
 
-def draw_run(run: RunDirectory, out: Path, asked: bool = False) -> list[Path]:
+def draw_run(run: RunDirectory, out: Path, asked: bool) -> list[Path]:
     """The figures and the text of one run; asked: for the published points, also beside another model's."""
     need(run, "sweep", "the compression curve")  # what a run that has not begun lacks is named first
     if (run.config.get("data") or {}).get("mmlu", "") is None:
