@@ -208,10 +208,8 @@ def draw_history(history: list[dict], path: Path, objective: str = "") -> Path:
     figure.legend(handles.values(), handles, fontsize=8, ncols=min(6, len(handles)), loc="outside lower center")
     rows = starts[best]
     alphas = np.array([row["alphas"] for row in rows])
-    colourmap, n = (
-        LinearSegmentedColormap.from_list("", plt.get_cmap("viridis")(np.linspace(0, 0.85, 64))),
-        len(alphas.T),
-    )
+    n = len(alphas.T)
+    colourmap = LinearSegmentedColormap.from_list("", plt.get_cmap("viridis")(np.linspace(0, 0.85, 64)))
     for step, colour in enumerate(colourmap(np.linspace(0, 1, n))):
         right.plot([row["epoch"] for row in rows], alphas[:, step], color=colour, lw=1.2 if n <= _NUMBERED else 0.8)
     if n <= _NUMBERED:

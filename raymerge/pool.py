@@ -93,16 +93,14 @@ class WorkerPool:
         self._grow, self._grown_at, self._on_event = grow, time.monotonic(), on_event
         self._admission: tuple[str | None, Callable[[Any], None]] = (None, lambda _: None)
         self._what = f"{worker_class.__name__} of {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs"
-        actor, options = (
-            ray.remote(Host),
-            {
-                "num_cpus": cpus_per_worker,
-                "num_gpus": gpus_per_worker,
-                "max_restarts": max_restarts,
-                "scheduling_strategy": "SPREAD",
-                "runtime_env": {"env_vars": environment(cpus_per_worker, gpus_per_worker)},
-            },
-        )
+        actor = ray.remote(Host)
+        options = {
+            "num_cpus": cpus_per_worker,
+            "num_gpus": gpus_per_worker,
+            "max_restarts": max_restarts,
+            "scheduling_strategy": "SPREAD",
+            "runtime_env": {"env_vars": environment(cpus_per_worker, gpus_per_worker)},
+        }
         self._start = lambda name: actor.options(name=name, **options).remote(worker_class, dict(kwargs))
         self._slots: list[_Slot] = []
         self._open, self._empty_since = False, time.monotonic()
