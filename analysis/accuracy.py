@@ -24,7 +24,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.compute as pc
 from plotting import (
+    CHANCE,
     COLOURS,
+    DOTTED,
+    GREY,
     STYLE,
     interval_bars,
     markdown,
@@ -180,8 +183,8 @@ def draw_overview(view: View, path: Path) -> Path:
             lw=1.2,
             label=name,
         )
-    averages.axvline(25, color="#7F7F7F", ls=":", lw=1.2, label="chance")
-    averages.plot(100 * view.truth[0], len(plans), "x", color="#7F7F7F", ms=6)
+    averages.axvline(100 * CHANCE, **DOTTED, label="chance")
+    averages.plot(100 * view.truth[0], len(plans), "x", color=GREY, ms=6)
     averages.set_yticks([*y, len(plans)], [*view.plans.values(), "always A"])
     averages.set_ylim(len(plans) + 0.6, -0.6)
     averages.set(xlabel="accuracy (%)", title=f"Accuracy, {view.split} split")
@@ -241,7 +244,7 @@ def draw_subjects(view: View, plans: list[str], path: Path) -> Path:
         axis.errorbar(
             mine, y, xerr=interval_bars(rows, scale=100), fmt="o", ms=4, elinewidth=0.9, color=COLOURS[1], zorder=3
         )
-        axis.axvline(25, color="#7F7F7F", ls=":", lw=1)
+        axis.axvline(100 * CHANCE, color=GREY, ls=":", lw=1)
         axis.set_xlim(-3, 103)
         axis.set_xticks([0, 25, 50, 75, 100])
         axis.set_title(view.plans[plan].replace(" = ", "\n= "), fontsize=9)

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator
-from plotting import COLOURS, number, save, spread, style_of
+from plotting import COLOURS, GREY, number, save, spread, style_of
 
 from raymerge.tables import RunDirectory, RunError
 
@@ -107,7 +107,9 @@ def pairs_of(rows: list[dict], similarity: dict[tuple[int, int], float]) -> tupl
 
 
 def draw_methods(methods: dict[str, list[dict]], similarity: dict[tuple[int, int], float] | None, path: Path) -> Path:
-    """The study's Figure 1, one row a method: distribution of alpha, alpha by step, alpha against similarity."""
+    """The study's Figure 1, one row a method: distribution of alpha, alpha by step, alpha against similarity; of the
+    first MOST_METHODS."""
+    methods = dict(list(methods.items())[:MOST_METHODS])
     columns = 2 if similarity is None else 3
     figure, axes = plt.subplots(len(methods), columns, figsize=(4.3 * columns, 2.9 * len(methods) + 0.3), squeeze=False)
     for i, (row_axes, (name, rows)) in enumerate(zip(axes, methods.items(), strict=True)):
@@ -123,7 +125,7 @@ def draw_methods(methods: dict[str, list[dict]], similarity: dict[tuple[int, int
         second = row_axes[1]
         x = [row["step"] for row in rows]
         second.plot(x, alphas, **look, ms=4.5, lw=1.2)
-        second.axhline(alphas.mean(), color="#7F7F7F", ls=(0, (4, 3)), lw=0.9)
+        second.axhline(alphas.mean(), color=GREY, ls=(0, (4, 3)), lw=0.9)
         stride = math.ceil(len(rows) / 16)
         ticks = [f"{row['remove']}→{row['into']}" for row in rows[::stride]]
         second.set_xticks(x[::stride], ticks, fontsize=7, rotation=90 if len(ticks) > 5 else 0)
@@ -141,7 +143,7 @@ def draw_against(axis, x: list[float], y: list[float], look: dict) -> None:
     if math.isfinite(r):
         slope, intercept = np.polyfit(x, y, 1)
         ends = np.array([min(x), max(x)])
-        axis.plot(ends, slope * ends + intercept, color="#7F7F7F", lw=1)
+        axis.plot(ends, slope * ends + intercept, color=GREY, lw=1)
     shown = f"r = {r:.3f}" if math.isfinite(r) else "r undefined"
     axis.margins(y=0.22)  # room for the text above the points
     axis.text(0.03, 0.96, f"{shown}, n = {len(x)}", transform=axis.transAxes, va="top", fontsize=8)
@@ -206,10 +208,8 @@ def draw_history(history: list[dict], path: Path, objective: str = "") -> Path:
     figure.legend(handles.values(), handles, fontsize=8, ncols=min(6, len(handles)), loc="outside lower center")
     rows = starts[best]
     alphas = np.array([row["alphas"] for row in rows])
-    colourmap, n = (
-        LinearSegmentedColormap.from_list("", plt.get_cmap("viridis")(np.linspace(0, 0.85, 64))),
-        len(alphas.T),
-    )
+    n = len(alphas.T)
+    colourmap = LinearSegmentedColormap.from_list("", plt.get_cmap("viridis")(np.linspace(0, 0.85, 64)))
     for step, colour in enumerate(colourmap(np.linspace(0, 1, n))):
         right.plot([row["epoch"] for row in rows], alphas[:, step], color=colour, lw=1.2 if n <= _NUMBERED else 0.8)
     if n <= _NUMBERED:

@@ -38,18 +38,10 @@ from alpha_panels import (
     read_similarity,
 )
 from matplotlib.ticker import MaxNLocator
-from plotting import COLOURS, STYLE, ink, markdown, need, number, run_main, save, save_text, spread, style_of
+from plotting import STYLE, ink, markdown, need, number, run_main, save, save_text, style_of
+from search_panels import candidates_of, describe_search, draw_distribution, draw_progress, usable
 
-from raymerge.tables import (
-    RunDirectory,
-    RunError,
-    above_ceiling,
-    is_minimised,
-    plan_labels,
-    rank,
-    wilson_interval,
-    without_far_worse,
-)
+from raymerge.tables import RunDirectory, RunError, plan_labels
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,7 +66,7 @@ def draw_files(out: Path | None, *, files: list[Path] | None, similarity=None, s
     methods = {label_of(key, labels): rows for key, rows in steps_of(plans).items()}
     with plt.rc_context(STYLE):
         paths = [draw_plans(plans, coefficients, labels, out / "alphas.png")]
-        paths.append(draw_methods(dict(list(methods.items())[:MOST_METHODS]), known, out / "learned_alphas.png"))
+        paths.append(draw_methods(methods, known, out / "learned_alphas.png"))
     text = ["# Merge coefficients of alpha files", *describe_plans(plans, coefficients, labels)]
     text += describe_methods(methods, known)
     return [*paths, save_text("\n\n".join(text) + "\n", out / "alphas.md")]
@@ -87,41 +79,29 @@ def draw(run: RunDirectory, out: Path, *, files=None, similarity=None, subset=No
     plans = need(run, "plans", "the alphas")
     coefficients = need(run, "coefficients", "the effective weight of each layer")
     every = run.read("trials").to_pylist()
-    trials = held_to(run, every)
+    searchers, controls = candidates_of(run, every)
     history = run.read("gradient_history").to_pylist()
     labels = plan_labels(plans, every)
     known = similarity_of(run, similarity, subset)
     methods = learned(run, plans, labels)
     with plt.rc_context(STYLE):
         paths = [draw_plans(plans, coefficients, labels, out / "alphas.png")]
-        searchers = {}
-        for row in sorted(trials, key=lambda row: row["iteration"]):
-            if row["searcher"] != "controls":
-                searchers.setdefault(row["searcher"], []).append(row)
         if any(usable(rows) for rows in searchers.values()):
-            paths.append(draw_distribution(searchers, labels, out / "alpha_distribution.png"))
-            controls = [row for row in trials if row["searcher"] == "controls"]
+            paths.append(draw_distribution(searchers, out / "alpha_distribution.png"))
             paths.append(draw_progress(searchers, controls, labels, out / "search_progress.png"))
         if methods:
-            paths.append(draw_methods(dict(list(methods.items())[:MOST_METHODS]), known, out / "learned_alphas.png"))
+            paths.append(draw_methods(methods, known, out / "learned_alphas.png"))
         if history:
             objective = (run.config.get("search") or {}).get("objective", "")
             paths.append(draw_history(history, out / "gradient_history.png", objective))
-    text = describe(run, plans, coefficients, searchers, labels) + describe_methods(methods, known)
+    text = [f"# Merge coefficients of run {run.run_id} ({run.experiment})"]
+    text += describe_plans(plans, coefficients, labels) + describe_search(searchers, labels)
+    text += describe_methods(methods, known)
     if history:
         header = ["start", "epochs", "first loss", "last loss", "lowest held-out loss", "at epoch"]
         text += ["## Gradient descent", markdown(header, history_rows(history))]
     paths.append(save_text("\n\n".join(text) + "\n", out / "alphas.md"))
     return paths
-
-
-def held_to(run: RunDirectory, trials: list[dict]) -> list[dict]:
-    """The trials, those above the search's ceiling of perplexity without a value: theirs is a penalty."""
-    ceiling = run.config.get("search", {}).get("perplexity_ceiling")
-    return [
-        row | {"value": None, "status": _ABOVE} if row["status"] == "ok" and above_ceiling(row, ceiling) else row
-        for row in trials
-    ]
 
 
 def similarity_of(run: RunDirectory, path: str | None, subset: str | None) -> dict[tuple[int, int], float] | None:
@@ -183,33 +163,7 @@ def describe_methods(methods: dict[str, list[dict]], similarity) -> list[str]:
     return text
 
 
-_ABOVE = "above ceiling"
 _FOUND = ("found", "gradient")  # kinds of plans
-
-
-def usable(rows: list[dict]) -> list[dict]:
-    """The trials that gave a finite value."""
-    return [row for row in rows if row["status"] == "ok" and row["value"] is not None and math.isfinite(row["value"])]
-
-
-def best_of(rows: list[dict]) -> dict | None:
-    """The best usable trial, by what the search ranks them by."""
-    return max(usable(rows), key=rank, default=None)
-
-
-def interval_of(row: dict) -> str | None:
-    """The 95 % interval (Wilson's) of a trial's micro accuracy as text; None for other objectives."""
-    if row["objective"] != "micro_accuracy":
-        return None
-    low, high = wilson_interval(round(row["value"] * row["n_questions"]), row["n_questions"])
-    return f"of {row['n_questions']:,} questions {row['value']:.3f} has a 95 % interval of {low:.3f} to {high:.3f}"
-
-
-def standard_error(row: dict) -> float | None:
-    """Binomial standard error of a trial's micro accuracy; None for other objectives, which need the answers."""
-    if row["objective"] != "micro_accuracy" or row["n_questions"] < 2:
-        return None
-    return math.sqrt(row["value"] * (1 - row["value"]) / (row["n_questions"] - 1))
 
 
 def steps_of(plans: list[dict]) -> dict[tuple[str, str | None], list[dict]]:
@@ -298,142 +252,6 @@ def draw_plans(plans, coefficients, labels, path: Path) -> Path:
     return save(figure, path)
 
 
-def draw_distribution(searchers: dict[str, list[dict]], labels, path: Path) -> Path:
-    """Histogram of all alphas tried with the best candidate's as ticks, and the same by step, coloured by value."""
-    shown = {name: usable(rows) for name, rows in searchers.items() if usable(rows)}
-    figure, axes = plt.subplots(
-        1, 1 + len(shown), figsize=(4.0 + 4.4 * len(shown), 3.9), width_ratios=[1] + [1.15] * len(shown), squeeze=False
-    )
-    left, bins = axes[0, 0], np.linspace(0, 1, 26)
-    for i, (name, rows) in enumerate(shown.items()):
-        colour = COLOURS[1 + i % (len(COLOURS) - 1)]
-        alphas = np.concatenate([row["alphas"] for row in rows])
-        left.hist(
-            alphas,
-            bins=bins,
-            weights=np.full(alphas.size, 100 / alphas.size),
-            histtype="step",
-            lw=1.6,
-            color=colour,
-            label=f"{name}: all {len(rows)} tried (mean {alphas.mean():.2f})",
-        )
-        best = best_of(rows)["alphas"]
-        left.plot(
-            best,
-            np.full(len(best), -(0.03 + 0.045 * i)),
-            "|",
-            ms=9,
-            mew=1.6,
-            color=colour,
-            clip_on=False,
-            transform=left.get_xaxis_transform(),
-            label=f"{name}: best (mean {np.mean(best):.2f})",
-        )
-    left.tick_params(axis="x", pad=6 + 8 * len(shown))
-    left.set(xlim=(0, 1), xlabel="α", ylabel=f"share of alphas (% per bin of {bins[1]:.2f})", title="Distribution of α")
-    rng = np.random.default_rng(0)
-    values = [row["value"] for rows in shown.values() for row in rows]
-    lower = is_minimised(next(iter(shown.values()))[0]["objective"])
-    kept = without_far_worse(values, lower=lower)
-    scale = plt.Normalize(min(kept), max(kept))  # one scale, so that colours compare between searchers
-    beyond = "neither" if len(kept) == len(values) else "max" if lower else "min"
-    for axis, (name, rows) in zip(axes[0, 1:], shown.items(), strict=True):
-        rows = sorted(rows, key=lambda row: row["value"], reverse=lower)  # the better on top
-        x = np.concatenate([np.arange(len(row["alphas"])) for row in rows])
-        alphas = np.concatenate([row["alphas"] for row in rows])
-        value = np.concatenate([np.full(len(row["alphas"]), row["value"]) for row in rows])
-        dots = axis.scatter(
-            x + rng.uniform(-0.25, 0.25, size=x.size),
-            alphas,
-            c=value,
-            cmap="cividis_r" if lower else "cividis",
-            norm=scale,
-            s=11,
-            lw=0,
-        )
-        best = best_of(rows)["alphas"]
-        axis.plot(range(len(best)), best, "o", ms=8, mfc="none", mec="#D55E00", mew=1.6, label="best candidate")
-        axis.set(ylim=(-0.03, 1.03), xlabel="merge step", ylabel="α", title=f"α tried at each step ({name})")
-        axis.set_xticks(range(0, x.max() + 1, math.ceil((x.max() + 1) / 16)))
-    handles, names = (sum(both, []) for both in zip(*(a.get_legend_handles_labels() for a in axes[0, :2]), strict=True))
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 1 + len(shown)), fontsize=8)
-    objective = next(iter(shown.values()))[0]["objective"]
-    direction = "lower" if lower else "higher"
-    figure.colorbar(dots, ax=axes[0, -1], label=f"{objective} ({direction} is better)", fraction=0.05, pad=0.02,
-                    extend=beyond)  # fmt: skip
-    figure.draw_without_rendering()  # lay out twice: the bar's ticks change with its size, and its label was cut off
-    return save(figure, path)
-
-
-def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels, path: Path) -> Path:
-    """Value of every candidate, running best of each searcher, controls as labelled lines."""
-    every = usable([row for rows in searchers.values() for row in rows])
-    objective = every[0]["objective"]
-    lower = is_minimised(objective)
-    figure, axis = plt.subplots(figsize=(7.6, 4.7))
-    for i, (name, rows) in enumerate(searchers.items()):
-        ok, look = usable(rows), {**style_of(i + 1)}
-        if not ok:
-            continue
-        values = np.array([row["value"] for row in ok])
-        x = np.array([row["iteration"] for row in ok]) + 1
-        running = np.minimum.accumulate(values) if lower else np.maximum.accumulate(values)
-        failed = len(rows) - len(ok)
-        tried = f"{len(ok)} candidate" + ("s" if len(ok) > 1 else "")
-        why = "failed or above the ceiling" if any(row["status"] == _ABOVE for row in rows) else "failed"
-        axis.plot(x, values, ls="none", marker=look["marker"], ms=4, color=look["color"], alpha=0.45, mew=0)
-        axis.step(
-            [*x, x[-1]],
-            [*running, running[-1]],
-            where="post",
-            **look,
-            ms=4,
-            markevery=[len(x)],  # its mark in the legend, and something to see of a single candidate
-            lw=1.8,
-            label=f"{name}, running best ({tried}{f', {failed} {why}' if failed else ''})",
-        )
-    last = max(row["iteration"] for row in every) + 1
-    axis.set_xlim(0, last + 1)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    lines = sorted(
-        {
-            (row["value"], labels.get(row["plan_id"], row["plan_id"]))
-            for row in usable(controls)
-            if row["objective"] == objective
-        }
-    )
-    for value, _ in lines:
-        axis.axhline(value, color="#7F7F7F", ls=(0, (4, 3)), lw=0.9, zorder=1)
-    values = [row["value"] for row in every]
-    kept = without_far_worse(values, lower=lower)
-    shown = [*kept, *(value for value, _ in lines)]
-    room = 0.06 * (max(shown) - min(shown) or abs(max(shown)) or 1)
-    axis.set_ylim(min(shown) - room, max(shown) + room)
-    unit = " (nats)" if lower else " (share of questions)" if "accuracy" in objective else ""
-    axis.set(
-        xlabel="candidates evaluated",
-        ylabel=f"{objective}{unit}, {'lower' if lower else 'higher'} is better",
-        title="Search progress (marks: single candidates; dashed: controls"
-        + (f"; {len(values) - len(kept)} far worse left out)" if len(kept) < len(values) else ")"),
-    )
-    low, high = axis.get_ylim()
-    for (value, name), y in zip(lines, spread([value for value, _ in lines], 0.042 * (high - low)), strict=True):
-        axis.annotate(
-            f"{name}  {value:.3f}",
-            xy=(last + 1, value),
-            xytext=(1.035, (y - low) / (high - low)),
-            textcoords="axes fraction",
-            fontsize=7.5,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": "#7F7F7F", "lw": 0.6, "shrinkA": 1, "shrinkB": 0},
-        )
-    axis.set_ylim(low, high)
-    note = interval_of(max(every, key=rank))  # the axis shows what lies within it many times enlarged
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, title=note, title_fontsize=8)
-    return save(figure, path)
-
-
 def describe_plans(plans, coefficients, labels) -> list[str]:
     """Alphas by merge step and effective coefficients of every plan."""
     steps = steps_of(plans)
@@ -456,67 +274,6 @@ def describe_plans(plans, coefficients, labels) -> list[str]:
     bare = [labels[row["plan_id"]] for row in plans if row["step"] is None]
     if bare:
         text.append(f"Without merge steps: {', '.join(dict.fromkeys(bare))}.")
-    return text
-
-
-def describe(run: RunDirectory, plans, coefficients, searchers, labels) -> list[str]:
-    """The parts of alphas.md on plans and on the search."""
-    text = [f"# Merge coefficients of run {run.run_id} ({run.experiment})"]
-    text += describe_plans(plans, coefficients, labels)
-    trials = [row for rows in searchers.values() for row in rows]
-    summary, spread_of = [], []
-    for name, rows in searchers.items():
-        ok, best = usable(rows), best_of(rows)
-        if best is None:
-            continue
-        plan = labels.get(best["plan_id"])
-        summary.append(
-            [
-                name,
-                best["objective"],
-                len(rows),
-                len(rows) - len(ok),
-                best["n_questions"],
-                number(best["value"], 4),
-                number(standard_error(best), 4),
-                number(best["accuracy"], 4),
-                number(best["nll"], 4),
-                best["iteration"] + 1,
-                plan,
-            ]
-        )
-        for what, alphas in (("all tried", [a for row in ok for a in row["alphas"]]), ("best", best["alphas"])):
-            quartiles = np.percentile(alphas, [0, 25, 50, 75, 100])
-            spread_of.append(
-                [
-                    f"{name}, {what}",
-                    len(alphas),
-                    number(np.mean(alphas)),
-                    number(np.std(alphas)),
-                    *[number(q) for q in quartiles],
-                ]
-            )
-    if summary:
-        header = [
-            "searcher",
-            "objective",
-            "candidates",
-            "failed or above the ceiling" if any(row["status"] == _ABOVE for row in trials) else "failed",
-            "questions",
-            "best value",
-            "± s.e.",
-            "accuracy",
-            "NLL",
-            "found at candidate",
-            "plan",
-        ]
-        text += ["## Search", markdown(header, summary)]
-        text.append(
-            "The best value is the best of many noisy ones on the questions searched, so it flatters; "
-            "judge by the report split (accuracy.md)."
-        )
-        header = ["α of", "values", "mean", "sd", "min", "25 %", "median", "75 %", "max"]
-        text += ["## Distribution of α", markdown(header, spread_of)]
     return text
 
 

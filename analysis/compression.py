@@ -28,11 +28,14 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+from context_panels import describe_context, draw_context
 from matplotlib.ticker import MaxNLocator
 from plotting import (
-    COLOURS,
-    MARKERS,
+    BASE,
+    CHANCE,
+    DOTTED,
     STYLE,
+    curve_style,
     interval_bars,
     markdown,
     need,
@@ -41,17 +44,13 @@ from plotting import (
     run_main,
     save,
     save_text,
-    style_of,
     with_interval,
 )
 
-from raymerge.tables import MACRO, MICRO, RUINED, RunDirectory, RunError, way_of, wilson_interval
+from raymerge.tables import MACRO, MICRO, RUINED, RunDirectory, RunError, way_of
 
 _PUBLISHED = Path(__file__).parent / "published" / "compression.csv"
 _PUBLISHED_LAYERS = 32  # of the model that the published points are of
-_CHANCE = 0.25  # of four letters, and of four keys of a retrieval prompt
-_BASE = "base (unmerged)"
-_FEW = 10  # plans that context.png can tell apart
 
 
 class Point(NamedTuple):
@@ -108,7 +107,7 @@ def swept(run: RunDirectory) -> tuple[list[dict], dict[str, dict], dict[str, dic
     return sweep, costs, {r["plan_id"]: r for r in run.read("perplexity").to_pylist() if r["target"] == "text"}
 
 
-def draw_run(run: RunDirectory, out: Path, asked: bool = False) -> list[Path]:
+def draw_run(run: RunDirectory, out: Path, asked: bool) -> list[Path]:
     """The figures and the text of one run; asked: for the published points, also beside another model's."""
     need(run, "sweep", "the compression curve")  # what a run that has not begun lacks is named first
     if (run.config.get("data") or {}).get("mmlu", "") is None:
@@ -255,15 +254,6 @@ def plan_names(sweep: list[dict]) -> dict[str, str]:
     return {plan: " = ".join(known) for plan, known in names.items()}
 
 
-def curve_style(index: int) -> dict:
-    """Colour, marker and line of the index-th method: seven colours, black being the unmerged model's, four lines."""
-    return {
-        "color": COLOURS[1 + index % (len(COLOURS) - 1)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "ls": ("-", "--", ":", "-.")[(index // (len(COLOURS) - 1)) % 4],
-    }
-
-
 def base_of(points: list[Point]) -> Point | None:
     """The unmerged model's point."""
     return next((point for point in points if not point.removed), None)
@@ -319,7 +309,7 @@ def draw_curves(points: list[Point], published: list[dict], split: str, language
     for axis in axes[-1, : 1 + known]:
         axis.set_xlabel("layers removed")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    handles |= {_BASE: plt.Line2D([], [], color="black", lw=1), "chance": plt.Line2D([], [], **_DOTTED)}
+    handles |= {BASE: plt.Line2D([], [], color="black", lw=1), "chance": plt.Line2D([], [], **DOTTED)}
     if published:
         axes[-1, -1].set_xlabel("share of the model's layers removed (%)")
         for axis in axes[:, -1]:
@@ -331,9 +321,6 @@ def draw_curves(points: list[Point], published: list[dict], split: str, language
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=(3, 4, 6)[wide - 1],
                   fontsize=8, title=note, title_fontsize=8)  # fmt: skip
     return save(figure, path)
-
-
-_DOTTED = {"color": "#7F7F7F", "ls": ":", "lw": 1.2}
 
 
 def measured_of(points: list[Point]) -> tuple[np.ndarray, list[float]]:
@@ -359,7 +346,7 @@ def draw_texts(runs: list[RunDirectory], path: Path) -> Path:
             handles[label] = draw_perplexities(axis, mine, shift, look)
         base, text = base_of(points), (run.config.get("data") or {}).get("perplexity_text")
         if base and base.perplexity is not None:
-            handles[_BASE] = axis.axhline(base.perplexity, color="black", lw=1)
+            handles[BASE] = axis.axhline(base.perplexity, color="black", lw=1)
         axis.set_title(Path(str(text)).name)
         axis.set_xlabel("layers removed")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -397,7 +384,7 @@ def limit_perplexity(axis, base: Point | None, points: list[Point]) -> str:
 def draw_levels(line, base: Point | None, known: bool, published: bool) -> None:
     """The unmerged model and chance as horizontal lines."""
     for axis in (line[0], line[-1]) if published else (line[0],):
-        axis.axhline(_CHANCE, **_DOTTED)
+        axis.axhline(CHANCE, **DOTTED)
         if base and base.micro:
             axis.axhline(base.micro["accuracy"], color="black", lw=1)
     if known and base and base.perplexity is not None:
@@ -503,7 +490,7 @@ def describe(points: list[Point], published: list[dict], split: str, language: s
         f"## {split} split, language {language}",
         "K merges; accuracies with 95 % intervals. The difference to `drop` of the same K is paired, question by "
         "question (exact McNemar p, and Holm's for all comparisons of accuracy that the sweep makes). Answer NLL in "
-        "nats: of the right letter among the four. Chance is 0.25.",
+        f"nats: of the right letter among the four. Chance is {CHANCE}.",
         markdown(header, rows),
     ]
     if stable := stability_rows(points, published):
@@ -529,67 +516,6 @@ def describe(points: list[Point], published: list[dict], split: str, language: s
     ]
 
 
-def draw_context(context: list[dict], names: dict[str, str], sweep: list[dict], path: Path) -> Path:
-    """NLL by position and retrieval by distance; the unmerged model, and the plans of one number of merges if many."""
-    shown = few_plans(context, sweep)
-    panels = [measure for measure in ("position_nll", "retrieval") if any(row["measure"] == measure for row in context)]
-    figure, axes = plt.subplots(1, len(panels), figsize=(1.6 + 5.2 * len(panels), 4.6), squeeze=False)
-    base = {row["plan_id"] for row in sweep if not row["merges"]}
-    for axis, measure in zip(axes[0], panels, strict=True):
-        buckets = sorted({row["bucket"] for row in context if row["measure"] == measure})
-        for i, plan in enumerate(shown):
-            mine = [row for row in context if (row["plan_id"], row["measure"]) == (plan, measure)]
-            mine.sort(key=lambda row: row["bucket"])
-            shift = 0.05 * (i - (len(shown) - 1) / 2)
-            error = interval_bars([row | limits_of(row) for row in mine], "value")
-            look = style_of(0) if plan in base else curve_style(i - len(base.intersection(shown[:i])))
-            axis.errorbar(
-                [buckets.index(row["bucket"]) + shift for row in mine], [row["value"] for row in mine],
-                yerr=error, **look, ms=4.5, lw=1.1, elinewidth=0.8,
-                label=_BASE if plan in base else names.get(plan, plan),
-            )  # fmt: skip
-        every = range(0, len(buckets), math.ceil(len(buckets) / 12))
-        axis.set_xticks(every, [f"{buckets[i]:,}" for i in every])
-        if measure == "position_nll":
-            axis.set(xlabel="position in the window (first of the bucket)", ylabel="NLL (nats a token)",
-                     title="Plain text by position")  # fmt: skip
-        else:
-            axis.axhline(_CHANCE, **_DOTTED, label="chance of retrieval")
-            axis.set(xlabel="distance of the key (tokens)", ylabel="accuracy", ylim=(-0.03, 1.03),
-                     title="Retrieval by distance (bars: 95 % intervals)")  # fmt: skip
-    handles: dict[str, object] = {}
-    for axis in axes[0]:
-        for artist, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, artist)
-    n = len({row["plan_id"] for row in context})
-    note = f"{len(shown)} of the {n} plans measured; compression.md has them all" if len(shown) < n else None
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, title=note, title_fontsize=8
-    )
-    return save(figure, path)
-
-
-def few_plans(context: list[dict], sweep: list[dict]) -> list[str]:
-    """Plans to draw: all if few, else the unmerged model and those of one number of merges.
-
-    That number is the middle one of those that most plans have; if it still has too many plans, those with neither
-    alignment nor folded norms.
-    """
-    there = list(dict.fromkeys(row["plan_id"] for row in context))
-    if len(there) <= _FEW:
-        return there
-    merges: dict[int, dict[str, bool]] = {}  # merges -> {plan: whether it is plain}
-    for row in sweep:
-        if row["plan_id"] in there:
-            merges.setdefault(row["merges"], {}).setdefault(row["plan_id"], line_of(row)[1:] == ("none", "keep"))
-    base = list(merges.pop(0, {}))[:1]
-    most = max(map(len, merges.values()), default=0)
-    widest = sorted(number_ for number_, mine in merges.items() if len(mine) == most)
-    mine = merges[widest[len(widest) // 2]] if widest else {}
-    chosen = [plan for plan, plain in mine.items() if plain or len(mine) + len(base) <= _FEW]
-    return [*base, *chosen][:_FEW] or there[:_FEW]
-
-
 def describe_texts(points: list[Point]) -> list[str]:
     """The sections of compression.md where no questions were asked."""
     rows = []
@@ -600,38 +526,6 @@ def describe_texts(points: list[Point]) -> list[str]:
     header = ["method", "alignment", "norms", "K", "layers removed %", "parameters removed %", "text perplexity",
               "95 % from", "to"]  # fmt: skip
     return ["## Plain text\n\nK merges. No questions were asked.", markdown(header, rows)]
-
-
-def describe_context(context: list[dict], names: dict[str, str]) -> list[str]:
-    """The context section of compression.md."""
-    text = ["## Context"]
-    titles = {
-        "position_nll": ("Mean NLL (nats a token) of plain text by position in the window; a column starts at its "
-                         "position and ends before the next."),
-        "retrieval": ("Accuracy on synthetic key-value prompts by distance in tokens, with 95 % intervals; chance is "
-                      "0.25."),
-    }  # fmt: skip
-    for measure in dict.fromkeys(row["measure"] for row in context):
-        mine = [row for row in context if row["measure"] == measure]
-        buckets = sorted({row["bucket"] for row in mine})
-        cells = {(row["plan_id"], row["bucket"]): row for row in mine}
-        rows = []
-        there = {row["plan_id"] for row in mine}
-        for plan in [*(plan for plan in names if plan in there), *sorted(there - names.keys())]:
-            line = [cells.get((plan, bucket)) for bucket in buckets]
-            rows.append(
-                [names.get(plan, plan), *[cell and with_interval(cell | limits_of(cell), "value") for cell in line]]
-            )
-        text += [f"### {measure}\n\n{titles.get(measure, '')}".rstrip(), markdown(["plan", *buckets], rows)]
-    return text
-
-
-def limits_of(row: dict) -> dict[str, float]:
-    """ci_low and ci_high (Wilson's, 95 %) of an accuracy of `context`; none of a loss, whose mean alone is stored."""
-    if row["measure"] != "retrieval":
-        return {}
-    low, high = wilson_interval(round(row["value"] * row["n"]), row["n"])
-    return {"ci_low": low, "ci_high": high}
 
 
 def probability(p: float | None) -> str | None:

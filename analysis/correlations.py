@@ -20,14 +20,14 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from plotting import COLOURS, STYLE, ink, markdown, need, number, run_main, save, save_text, subset_name
+from plotting import COLOURS, GREY, STYLE, ink, markdown, need, number, run_main, save, save_text, subset_name
 
 from raymerge.tables import RunDirectory
 
 _KINDS = {
     "subsets in one language": COLOURS[1],
     "languages of one subset": COLOURS[2],
-    "both differ": "#7F7F7F",
+    "both differ": GREY,
 }
 _NONE = "#EDEDED"  # cells without a value
 

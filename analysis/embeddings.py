@@ -15,7 +15,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from plotting import STYLE, need, run_main, save, style_of, subset_name
+from plotting import GREY, STYLE, need, run_main, save, style_of, subset_name
 
 from raymerge.tables import RunDirectory, RunError
 
@@ -110,7 +110,7 @@ def draw_maps(rows, embedding: str, layers: list[int], groups, ranks, path: Path
             axis.spines[:].set_visible(True)
             axis.spines[:].set_color("#BBBBBB")
             if (name, layer) not in points:
-                axis.text(0.5, 0.5, "not stored", transform=axis.transAxes, ha="center", fontsize=8, color="#7F7F7F")
+                axis.text(0.5, 0.5, "not stored", transform=axis.transAxes, ha="center", fontsize=8, color=GREY)
                 continue
             samples, xy = points[name, layer]
             kind = np.array([mine.get(int(sample), "unknown" if mine else "") for sample in samples])

@@ -19,6 +19,11 @@ from raymerge.tables import RunDirectory, RunError
 # Okabe & Ito (2008) without yellow, which is too faint on white; the last is Paul Tol's wine
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+GREY = "#7F7F7F"  # of lines that others are held against
+DOTTED = {"color": GREY, "ls": ":", "lw": 1.2}  # the line of chance
+CHANCE = 0.25  # of four letters, and of four keys of a retrieval prompt
+BASE = "base (unmerged)"
+_MOST_TICKS = 8  # of layers, a side of an image
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -39,6 +44,15 @@ STYLE = {
 def style_of(number: int) -> dict:
     """Colour and marker of the number-th series; 56 combinations before one repeats."""
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[(number + number // 8) % len(MARKERS)]}
+
+
+def curve_style(index: int) -> dict:
+    """Colour, marker and line of the index-th method: seven colours, black being the unmerged model's, four lines."""
+    return {
+        "color": COLOURS[1 + index % (len(COLOURS) - 1)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "ls": ("-", "--", ":", "-.")[(index // (len(COLOURS) - 1)) % 4],
+    }
 
 
 def spread(values: list[float], gap: float, low: float = -math.inf, high: float = math.inf) -> list[float]:
@@ -152,9 +166,9 @@ def ink(image, value: float) -> str:
     return "white" if linear @ (0.2126, 0.7152, 0.0722) < 0.179 else "black"
 
 
-def show_layers(axis, layers: list[int], most: int = 8) -> None:
-    """Ticks of an image whose rows and columns are layers: at most `most` a side, evenly spaced, the first included."""
-    stride = next(s for s in (1, 2, 4, 5, 8, 10, 16, 20, 50, len(layers)) if -(-len(layers) // s) <= most)
+def show_layers(axis, layers: list[int]) -> None:
+    """Ticks of an image whose rows and columns are layers: a few a side, evenly spaced, the first included."""
+    stride = next(s for s in (1, 2, 4, 5, 8, 10, 16, 20, 50, len(layers)) if -(-len(layers) // s) <= _MOST_TICKS)
     at = range(0, len(layers), stride)
     axis.set_xticks(at, [layers[i] for i in at], fontsize=7.5)
     axis.set_yticks(at, [layers[i] for i in at], fontsize=7.5)

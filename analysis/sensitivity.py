@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from plotting import STYLE, markdown, need, number, run_main, save, save_text, style_of, subset_name
+from plotting import GREY, STYLE, markdown, need, number, run_main, save, save_text, style_of, subset_name
 
 from raymerge.tables import RunDirectory
 
@@ -121,9 +121,9 @@ def draw_settings(rows: list[dict], path: Path) -> Path:
     for axis, column in zip(axes[0], panels, strict=True):
         if column != "alpha_max_difference":
             axis.set_xlim(right=1.04)
-            axis.axvline(1, color="#7F7F7F", lw=0.8, ls=":")
+            axis.axvline(1, color=GREY, lw=0.8, ls=":")
         else:
-            axis.axvline(0, color="#7F7F7F", lw=0.8, ls=":")
+            axis.axvline(0, color=GREY, lw=0.8, ls=":")
     figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(names)), fontsize=8)
     return save(figure, path)
 

@@ -11,7 +11,7 @@ Merging", stage 1; the released code reads the layer's input instead).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,6 @@ def collect(
     pooling: str,
     max_tokens: int = 512,
     plan: MergePlan | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> Activations:
     """Distances, pooled states and block influence of every layer.
 
@@ -77,7 +76,6 @@ def collect(
         before that have distance 0 up to rounding, as those of one subject after a long few-shot prefix do; see
         `distinct_samples`.
     plan : run the merged model's layers; L is then the number of kept layers. None is the unmerged model.
-    progress : called with the number of finished layers after each layer.
 
     Memory beyond the weights (of which one layer's are converted at a time) grows with the number of tokens run times
     d, not with L, with N^2 d or with N max_tokens d in float64. For 57 samples of up to 2,048 tokens on an 8B model
@@ -107,7 +105,7 @@ def collect(
         states = [_narrowed(state) for state in states]
 
     distances, pooled, influence = [], [], []
-    for done, layer in enumerate(runner.plan_layers(plan), 1):
+    for layer in runner.plan_layers(plan):
         influence.append(1.0 - _run_layer(runner, layer, states))
         if pooling == "sequence":
             distances.append(_distances(_blocks(states, n)))
@@ -115,8 +113,6 @@ def collect(
             vectors = _POOLED[pooling](states, n)
             pooled.append(vectors.float().cpu().numpy())
             distances.append(_distances([vectors.double()]))
-        if progress is not None:
-            progress(done)
     return Activations(np.stack(distances), np.stack(pooled) if pooled else None, np.array(influence))
 
 
@@ -359,7 +355,6 @@ class ActivationCache:
         pooling: str,
         max_tokens: int = 512,
         plan: MergePlan | None = None,
-        progress: Callable[[int], None] | None = None,
     ) -> Activations:
         """What `collect` gives for the same arguments, from the file if it is there, else collected and stored.
 
@@ -368,7 +363,7 @@ class ActivationCache:
         _check_options(pooling, max_tokens)
         path = self.path(runner, shards, pooling=pooling, max_tokens=max_tokens, plan=plan)
         if not is_whole(path, _WHAT):
-            found = collect(runner, shards, pooling=pooling, max_tokens=max_tokens, plan=plan, progress=progress)
+            found = collect(runner, shards, pooling=pooling, max_tokens=max_tokens, plan=plan)
             values = {name: torch.from_numpy(v) for name, v in vars(found).items() if v is not None}
             write_tensors(path, values, _WHAT)
             return found

@@ -333,16 +333,6 @@ def permute_tensor(architecture: Architecture, name: str, tensor: Tensor, permut
     return tensor if found is None else tensor.index_select(found[0], torch.from_numpy(found[1]).to(tensor.device))
 
 
-def permute_layer(
-    architecture: Architecture, layer: Mapping[str, Tensor], permutations: Permutations
-) -> dict[str, Tensor]:
-    """A decoder layer with its units reordered, tensors by relative name: the same function, to rounding."""
-    return {
-        name: permute_tensor(architecture, name, layer[architecture.origin(name, permutations)], permutations)
-        for name in layer
-    }
-
-
 def source_tensor(
     architecture: Architecture,
     layer: Mapping[str, Tensor],
@@ -507,26 +497,3 @@ def attention_windows(config: Any) -> list[int | None]:
     if windows == "layer_types":
         return [window if kind == "sliding_attention" else None for kind in types]
     return [window if windows == "all" else None] * config.num_hidden_layers
-
-
-def trimmed_config(values: dict[str, Any], kept: list[int]) -> dict[str, Any]:
-    """A config's values for the model that keeps the layers `kept` (original numbers, in order).
-
-    `num_hidden_layers` is set, and every per-layer list (one entry a layer or more, and "layer" in its key, such as
-    `layer_types` or `no_rope_layers`) keeps the entries of the kept layers. `max_window_layers`, the number of leading
-    layers with full attention, counts the kept ones of them, and a `sliding_window_pattern`, from which other programs
-    read which layers are full, is left out where the kept layers do not follow it.
-    """
-    n_layers = values["num_hidden_layers"]
-    trimmed = dict(values, num_hidden_layers=len(kept))
-    for key, value in values.items():
-        if "layer" in key and isinstance(value, list | tuple) and len(value) >= n_layers:
-            trimmed[key] = [value[index] for index in kept]
-    if isinstance(leading := values.get("max_window_layers"), int):
-        trimmed["max_window_layers"] = sum(index < leading for index in kept)
-    for key in ("sliding_window_pattern", "_sliding_window_pattern"):
-        if isinstance(every := values.get(key), int):
-            full = [kind == "full_attention" for kind in trimmed["layer_types"]]
-            if full != [(number + 1) % every == 0 for number in range(len(kept))]:
-                del trimmed[key]
-    return trimmed

@@ -30,9 +30,8 @@ def model_card(record: dict[str, Any], checkpoint: Checkpoint, *, results: Seque
         "",
         f"Made by raymerge {record['raymerge']} from a model with identity `{record['base_model_identity']}`: "
         f"{record['layers_before']} decoder layers became {record['layers_after']}, and "
-        f"{record['parameters_removed'] / 1e6:,.1f} million parameters fewer "
-        f"(plan `{record['plan_id']}`, {record['name']}; norms {record['norms']}, biases {record['biases']}, "
-        f"alignment {record['alignment']}).",
+        f"{record['parameters_removed'] / 1e6:,.1f} million parameters fewer (plan `{record['plan_id']}`, "
+        f"{record['name']}; norms {record['norms']}, biases {record['biases']}, alignment {record['alignment']}).",
         "",
     ]
     if source := record["gguf_source"]:
@@ -89,11 +88,10 @@ def _proof_line(proof: dict[str, Any] | None) -> str:
     if not proof["passed"]:
         return f"**Failed**: {proof['error']}. Do not use this model."
     return (
-        f"Reloaded by transformers in a fresh process, its logits are those of the plan as raymerge scores it: they "
+        "Reloaded by transformers in a fresh process, its logits are those of the plan as raymerge scores it: they "
         f"differ by at most {proof['max_difference']:.2g} at {proof['positions']} positions (rounding explains "
-        f"{proof['tolerance']:.2g}; the largest logit is {proof['largest_logit']:.3g}), "
-        f"{proof['predictions_equal']} of {proof['positions']} next tokens are the same, and it generated "
-        f"{proof['generated_tokens']} tokens."
+        f"{proof['tolerance']:.2g}; the largest logit is {proof['largest_logit']:.3g}), {proof['predictions_equal']} "
+        f"of {proof['positions']} next tokens are the same, and it generated {proof['generated_tokens']} tokens."
     )
 
 

@@ -17,11 +17,13 @@ import raymerge
 from raymerge import console
 from raymerge.config import Config, ConfigError, describe, load_config
 from raymerge.errors import UserError
+from raymerge.plan import REFITS
 from raymerge.reference import config_reference
 from raymerge.tables import RunDirectory
 
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entry point of a job
 _OUTPUT = 1  # the file descriptor of standard output
+_RAW = argparse.RawDescriptionHelpFormatter
 _STOPPED = "the same command again goes on from what is stored"
 
 
@@ -80,7 +82,6 @@ def _quiet_libraries() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="raymerge",
         description="Merge decoder layers of large language models, search the merge coefficients, measure the cost.",
@@ -88,11 +89,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"raymerge {raymerge.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_experiments, _add_import_similarity, _add_evaluate, _add_report, _add_merge, _add_config):
+        add(commands)
+    return parser
 
+
+def _add_experiments(commands: argparse._SubParsersAction) -> None:
     def experiment(name: str, function: Callable, *, help: str, description: str, examples: str) -> None:
         command = commands.add_parser(
             name,
-            formatter_class=raw,
+            formatter_class=_RAW,
             help=help,
             description=f"{description}\nThe same command again resumes where it stopped.",
             epilog=f"examples:\n{examples}\n\nEvery key, what it means and its default: raymerge config.",
@@ -143,21 +149,25 @@ def _parser() -> argparse.ArgumentParser:
         "  raymerge sweep jobs/configs/published.yaml --set model.path=/models/Llama-3-8B",
     )
 
-    imported = commands.add_parser(
+
+def _add_import_similarity(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
         "import-similarity",
-        formatter_class=raw,
+        formatter_class=_RAW,
         help="bring (L, L) matrices from .npy files into a run",
         description="Bring foreign similarity matrices into a run, with their correlations. The subset is named after\n"
         "the file, without a trailing _40s. The run can be given to plan.similarity_run.",
         epilog="example:\n  raymerge import-similarity medical_40s.npy legal_40s.npy --out runs/published",
     )
-    imported.add_argument("files", nargs="+", metavar="FILE.npy", help="square matrices of the same size")
-    imported.add_argument("--out", required=True, metavar="RUN", help="run directory")
-    imported.set_defaults(run=_import_similarity)
+    command.add_argument("files", nargs="+", metavar="FILE.npy", help="square matrices of the same size")
+    command.add_argument("--out", required=True, metavar="RUN", help="run directory")
+    command.set_defaults(run=_import_similarity)
 
-    evaluate = commands.add_parser(
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
         "evaluate",
-        formatter_class=raw,
+        formatter_class=_RAW,
         help="5-shot MMLU by subject, further tasks and perplexity of one model",
         description="Evaluate a model as it is: MMLU accuracy by subject with standard errors, answer NLL, perplexity\n"
         "of the questions' own tokens and of plain text; and the tasks of a configuration's tasks section (PIQA,\n"
@@ -169,41 +179,45 @@ def _parser() -> argparse.ArgumentParser:
         "  raymerge evaluate demo --mmlu none --set tasks.piqa.format=piqa --set tasks.piqa.file=validation.jsonl \\\n"
         "      --out runs/piqa",
     )
-    evaluate.add_argument("model", help="demo, a checkpoint folder, a hub id, or a .gguf file")
-    evaluate.add_argument("--mmlu", metavar="DIR", help=f"demo, a folder, a hub id, or none {_default('mmlu')}")
-    evaluate.add_argument("--language", help=f"language of the questions {_default('language')}")
-    evaluate.add_argument("--subjects", help=f"subjects and domains, comma separated {_default('subjects')}")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="at most N questions a subject")
-    evaluate.add_argument("--split", choices=["test", "validation"], help=_default("report_split"))
-    evaluate.add_argument("--shots", type=int, metavar="N", help=f"few-shot examples {_default('shots')}")
-    evaluate.add_argument(
+    command.add_argument("model", help="demo, a checkpoint folder, a hub id, or a .gguf file")
+    command.add_argument("--mmlu", metavar="DIR", help=f"demo, a folder, a hub id, or none {_default('mmlu')}")
+    command.add_argument("--language", help=f"language of the questions {_default('language')}")
+    command.add_argument("--subjects", help=f"subjects and domains, comma separated {_default('subjects')}")
+    command.add_argument("--limit", type=int, metavar="N", help="at most N questions a subject")
+    command.add_argument("--split", choices=["test", "validation"], help=_default("report_split"))
+    command.add_argument("--shots", type=int, metavar="N", help=f"few-shot examples {_default('shots')}")
+    command.add_argument(
         "--text", metavar="FILE", help=f"plain text for perplexity, demo or none {_default('perplexity_text')}"
     )
-    evaluate.add_argument(
+    command.add_argument(
         "--question-perplexity",
         action=argparse.BooleanOptionalAction,
         help="also the loss of the questions' own tokens; without is faster (default: with, or as --config has it)",
     )
-    evaluate.add_argument("--config", metavar="FILE", help="YAML file; the options given here go before what it says")
-    evaluate.add_argument("--out", required=True, metavar="RUN", help="run directory")
-    evaluate.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="any further option")
-    evaluate.set_defaults(run=_evaluate)
+    command.add_argument("--config", metavar="FILE", help="YAML file; the options given here go before what it says")
+    command.add_argument("--out", required=True, metavar="RUN", help="run directory")
+    command.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="any further option")
+    command.set_defaults(run=_evaluate)
 
-    report = commands.add_parser(
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
         "report",
-        formatter_class=raw,
+        formatter_class=_RAW,
         help="one HTML page of one or several runs, to read or to send",
         description="Make one self-contained HTML page of runs, from their tables alone: what was asked, the answer\n"
         "against base and controls, and interactive figures with their rows. It needs no network to be opened.",
         epilog="examples:\n  raymerge report runs/demo\n  raymerge report runs/k4 runs/k8 runs/sweep --out report.html",
     )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run directories (folders or URIs)")
-    report.add_argument("--out", metavar="FILE", help="the page (default: RUN/report.html of a single run)")
-    report.set_defaults(run=_report)
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run directories (folders or URIs)")
+    command.add_argument("--out", metavar="FILE", help="the page (default: RUN/report.html of a single run)")
+    command.set_defaults(run=_report)
 
-    merge = commands.add_parser(
+
+def _add_merge(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
         "merge",
-        formatter_class=raw,
+        formatter_class=_RAW,
         help="merge a model by an alpha file and save it",
         description="Merge a model's layers by an alpha file - a JSON list of {step, layer_to_merge_into,\n"
         "layer_to_remove, ratio_i_alpha} - and save an ordinary Hugging Face checkpoint with the plan and a receipt\n"
@@ -212,56 +226,59 @@ def _parser() -> argparse.ArgumentParser:
         "  raymerge merge demo --alphas runs/demo/models/found_bayes/alphas.json --out merged\n"
         "  raymerge merge Qwen/Qwen2.5-1.5B --alphas alphas.json --out merged --push me/Qwen2.5-1.5B-merged",
     )
-    merge.add_argument("model", help="demo, a checkpoint folder, a hub id, or a .gguf file")
-    merge.add_argument("--alphas", required=True, metavar="FILE", help="alpha file")
-    merge.add_argument("--out", required=True, metavar="DIR", help="folder of the merged checkpoint; must not exist")
-    merge.add_argument(
+    command.add_argument("model", help="demo, a checkpoint folder, a hub id, or a .gguf file")
+    command.add_argument("--alphas", required=True, metavar="FILE", help="alpha file")
+    command.add_argument("--out", required=True, metavar="DIR", help="folder of the merged checkpoint; must not exist")
+    command.add_argument(
         "--alignment",
         default="none",
         choices=["none", "rows", "neurons"],
         help="reorder each matrix's rows (published) or whole neurons before averaging (default: none)",
     )
-    merge.add_argument(
+    command.add_argument(
         "--norms",
         default="keep",
         choices=["keep", "fold"],
         help="keep the survivor's norms (published) or fold every layer's gains into its matrices (default: keep)",
     )
-    merge.add_argument(
+    command.add_argument(
         "--biases",
         default="keep",
         choices=["keep", "merge"],
         help="biases of the survivor, or averaged (default: keep)",
     )
-    merge.add_argument(
+    command.add_argument(
         "--refit",
         default="none",
-        choices=["none", "linear", "scale", "outputs", "units"],
+        choices=["none", *REFITS],
         help="fit the merged layer to the model's own states on --calibration, in closed form (default: none)",
     )
-    merge.add_argument(
+    command.add_argument(
         "--refit-layers", type=int, default=0, metavar="N", help="fit N layers after it too (outputs, units)"
     )
-    merge.add_argument("--calibration", metavar="TEXT", help="a text whose first tokens a refit is made on")
-    merge.add_argument("--revision", help="hub revision of the model")
-    merge.add_argument("--trust-remote-code", action="store_true", help="run the model repository's own Python")
-    merge.add_argument("--no-verify", action="store_true", help="do not reload the saved model to prove it")
-    merge.add_argument(
+    command.add_argument("--calibration", metavar="TEXT", help="a text whose first tokens a refit is made on")
+    command.add_argument("--revision", help="hub revision of the model")
+    command.add_argument("--trust-remote-code", action="store_true", help="run the model repository's own Python")
+    command.add_argument("--no-verify", action="store_true", help="do not reload the saved model to prove it")
+    command.add_argument(
         "--push", metavar="OWNER/NAME", help="also upload the saved model to this new or empty hub repository: private"
     )
-    merge.add_argument("--public", action="store_true", help="make the repository of --push public")
-    merge.set_defaults(run=_merge)
+    command.add_argument("--public", action="store_true", help="make the repository of --push public")
+    command.set_defaults(run=_merge)
 
-    show = commands.add_parser(
+
+def _add_config(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
         "config",
         help="print every option, explained, with its default or a file's value",
         description="Print a configuration in full: every key, explained, with its default or the file's value.",
     )
-    show.add_argument("config", nargs="?", help="YAML file; without it the defaults")
-    show.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override")
-    show.add_argument("--markdown", action="store_true", help="print the reference page of all keys (docs/config.md)")
-    show.set_defaults(run=_show_config)
-    return parser
+    command.add_argument("config", nargs="?", help="YAML file; without it the defaults")
+    command.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override")
+    command.add_argument(
+        "--markdown", action="store_true", help="print the reference page of all keys (docs/config.md)"
+    )
+    command.set_defaults(run=_show_config)
 
 
 def _command_line() -> list[str]:

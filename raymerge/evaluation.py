@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raymerge.architectures import module_layer, trimmed_config
+from raymerge.architectures import module_layer
 from raymerge.checkpoint import Checkpoint
 from raymerge.errors import UserError
 from raymerge.forward import GroupStates, LayerRunner
 from raymerge.fusion import check_mergeable
 from raymerge.plan import MergePlan
 from raymerge.prompts import ChoicePrompts, Prompts, Shard
+from raymerge.saved_config import trimmed_config
 from raymerge.trunk import TrunkCache
 
 _TEXT_TOKENS = 512  # positions whose whole-vocabulary logits are computed at once

@@ -174,18 +174,6 @@ def fused_tensors(
             yield architecture.layer_name(position, relative), tensor
 
 
-def fuse_state_dict(
-    base: Mapping[str, Tensor],
-    architecture: Architecture,
-    plan: MergePlan,
-    *,
-    aligner: Aligner | None = None,
-    refits: Refits | None = None,
-) -> dict[str, Tensor]:
-    """The merged model's whole state dict."""
-    return dict(fused_tensors(base, architecture, plan, aligner=aligner, refits=refits))
-
-
 def receipts(
     base: Mapping[str, Tensor],
     architecture: Architecture,

@@ -42,10 +42,7 @@ def read_questions(config: Config, role: str) -> QuestionSet:
     if config.plan.similarity_run is not None and role == REPORT:
         whole = "every question of the report stands in plan.similarity_run: report on other questions"
         found = _without(found, read_samples(config.plan.similarity_run), whole)
-    if limit is None:
-        return found
-    parts = (sample(part, limit, data.seed) for part in found.by_subject().values())
-    return replace(found, questions=tuple(question for part in parts for question in part))
+    return found if limit is None else found.sampled(limit, data.seed)
 
 
 def read_tasks(config: Config, roles: Iterable[str]) -> dict[str, Task]:

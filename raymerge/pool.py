@@ -1,4 +1,4 @@
-"""Plain worker classes as Ray actors: one call at a time, and what to do when one dies or hangs.
+"""Which workers there are, what each does, and what happens to it when one dies or hangs.
 
 A pool is never sure of its workers: nodes come and go, processes die, calls hang. So nothing waits for a particular
 worker. One that is lost is out of the pool until its restart is through, wherever that happens, and what it was doing
@@ -7,8 +7,6 @@ is free to be done by another; one that comes later than the rest joins in.
 
 from __future__ import annotations
 
-import errno
-import os
 import time
 import uuid
 from collections import deque
@@ -17,18 +15,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnschedulableError,
-    GetTimeoutError,
-    ObjectStoreFullError,
-    OutOfDiskError,
-    OutOfMemoryError,
-    RayError,
-    RayTaskError,
-    RuntimeEnvSetupError,
-)
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
+from raymerge.actors import (
+    GIVEN_UP,
+    Host,
+    NoRoomError,
+    WorkerError,
+    WorkerLost,
+    answer_of,
+    environment,
+    reason_of,
+    store_is_full,
+)
 from raymerge.config import WorkersConfig
 from raymerge.errors import UserError
 
@@ -40,133 +39,6 @@ _POLL_S = 1.0  # between looks at what is restarting, while others work
 _GROW_S = 5.0  # between looks at what the cluster has
 _ANSWER_S = 5.0  # for a worker that has nothing to do to say that it is there
 _PATIENCE_S = 10.0  # how long the first worker waits for the others at the start, if it started faster than that
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-# What every call to an actor gives that Ray will not start again. The last three are no RayActorErrors: an actor that
-# was killed for the node's memory gives OutOfMemoryError once its restarts are used up.
-_GIVEN_UP = (ActorDiedError, ActorUnschedulableError, OutOfMemoryError, RuntimeEnvSetupError)
-
-
-class WorkerError(RuntimeError):
-    """Work that no worker could do; the message names the call, the worker and the cause."""
-
-
-class WorkerLost(WorkerError):
-    """One call did not end: its worker died or hung, or its node is gone."""
-
-
-class NoRoomError(UserError):
-    """No worker is left, or a disk or Ray's object store is full: no fault of what is computed. The message says what
-    to do; what is finished is stored."""
-
-
-# glibc gives back every block beyond 32 MB when it is freed, so that each layer's weights and activations are new pages
-# which the kernel clears: converting a layer takes 11 times as long (docs/results.md, 2026-11-24). Keep up to 1 GiB.
-_ALLOCATION = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-# Chunks of candidates differ a little in their sizes: in segments of fixed sizes one's block may be too small for the
-# next one's, and giving segments back for larger ones waits for the device. The second name is torch's before 2.9.
-_DEVICE_ALLOCATION = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:True")
-
-
-def _device_allocation(gpus: float) -> dict[str, str]:
-    """Of a worker with a GPU, unless the user has settings of their own."""
-    return {} if not gpus or set(_DEVICE_ALLOCATION) & set(os.environ) else _DEVICE_ALLOCATION
-
-
-def _threads(cpus: float) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(max(1, int(cpus))), "OMP_WAIT_POLICY": "passive"}
-
-
-class _Host:
-    """The actor: makes the plain worker and calls it.
-
-    A user's mistake that only the constructor can see, such as a model that does not fit, is kept and raised when the
-    worker is first asked: Ray gives a constructor's error as text, which would lose its class.
-    """
-
-    def __init__(self, worker_class: type, kwargs: Mapping[str, Any]):
-        self._refusal: UserError | None = None
-        try:
-            self.worker = worker_class(**kwargs)
-        except UserError as error:
-            self._refusal = error
-
-    def ready(self, method: str | None) -> tuple[str, str, Any]:
-        """This node's id and address, and what the worker answers to `method`, if one is asked for."""
-        if self._refusal is not None:
-            raise self._refusal
-        answer = None if method is None else getattr(self.worker, method)()
-        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), answer
-
-    def here(self) -> None:
-        """Answers where this process is there and has nothing to do."""
-
-    def call(self, method: str, *args: Any) -> Any:
-        return getattr(self.worker, method)(*args)
-
-
-def find_worker(name: str) -> Any:
-    """The actor of that name, from any process of the job. WorkerLost if it is gone for good."""
-    try:
-        return ray.get_actor(name)
-    except ValueError as error:
-        raise WorkerLost(f"there is no actor {name} any more") from error
-
-
-def call_worker(handle: Any, method: str, *args: Any, timeout_s: float) -> Any:
-    """Call one worker once and wait for the answer, `timeout_s` at most.
-
-    What the worker's own code raises is raised here, a full disk as NoRoomError. A worker that does not answer is
-    killed, to be restarted; for it, for one that died and for whatever else Ray says instead of an answer WorkerLost is
-    raised, at once: whether to ask again, and whom, is the caller's choice, and the restart is the pool's to wait for
-    (`WorkerPool.lose`).
-    """
-    reference = handle.call.remote(method, *args)
-    return _answer(handle, method, reference, timeout_s)
-
-
-def _answer(handle: Any, method: str, reference: Any, timeout_s: float | None) -> Any:
-    """The result of a call that was made; errors as `call_worker`."""
-    try:
-        return ray.get(reference, timeout=timeout_s)
-    except GetTimeoutError as error:
-        ray.kill(handle, no_restart=False)
-        raise WorkerLost(f"{method}: no answer within workers.timeout_s, the worker hangs or is slower") from error
-    except (ObjectStoreFullError, OutOfDiskError) as error:
-        raise _store_is_full(error) from error
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, UserError):  # reads as well as one that the driver sees
-            raise cause from None
-        if isinstance(cause, OSError) and cause.errno in _FULL:
-            raise NoRoomError(
-                f"{method}: {cause} on a worker's machine; free space (or set output.cache to another disk), then run "
-                "the same command again: what is finished is stored"
-            ) from error
-        if isinstance(cause, RayError):  # such as an argument whose node is gone
-            raise WorkerLost(f"{method}: {_reason(error)}") from error
-        raise
-    except RayError as error:
-        raise WorkerLost(f"{method}: {_reason(error)}") from error
-
-
-def _store_is_full(error: Exception) -> NoRoomError:
-    return NoRoomError(
-        f"Ray's object store is full, and so is the disk behind it ({str(error).splitlines()[0]}): free space in "
-        "Ray's temporary folder, then run the same command again: what is finished is stored"
-    )
-
-
-def _reason(error: Exception) -> str:
-    """An actor's death in a line: what its constructor raised stands at the end of Ray's text; of another death first
-    what Ray calls it, then, after the actor's particulars, why."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    if "creation task" in lines[0]:
-        return f"{type(error).__name__}: {lines[-1]}"
-    why = next((line for line in lines[1:] if not line.startswith(_PARTICULARS)), "")
-    return f"{type(error).__name__}: {lines[0]} {why}".strip()
-
-
-_PARTICULARS = ("class_name:", "actor_id:", "pid:", "name:", "namespace:", "ip:")
 
 
 @dataclass
@@ -221,18 +93,14 @@ class WorkerPool:
         self._grow, self._grown_at, self._on_event = grow, time.monotonic(), on_event
         self._admission: tuple[str | None, Callable[[Any], None]] = (None, lambda _: None)
         self._what = f"{worker_class.__name__} of {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs"
-        actor, options = (
-            ray.remote(_Host),
-            {
-                "num_cpus": cpus_per_worker,
-                "num_gpus": gpus_per_worker,
-                "max_restarts": max_restarts,
-                "scheduling_strategy": "SPREAD",
-                "runtime_env": {
-                    "env_vars": _ALLOCATION | _threads(cpus_per_worker) | _device_allocation(gpus_per_worker)
-                },
-            },
-        )
+        actor = ray.remote(Host)
+        options = {
+            "num_cpus": cpus_per_worker,
+            "num_gpus": gpus_per_worker,
+            "max_restarts": max_restarts,
+            "scheduling_strategy": "SPREAD",
+            "runtime_env": {"env_vars": environment(cpus_per_worker, gpus_per_worker)},
+        }
         self._start = lambda name: actor.options(name=name, **options).remote(worker_class, dict(kwargs))
         self._slots: list[_Slot] = []
         self._open, self._empty_since = False, time.monotonic()
@@ -337,8 +205,8 @@ class WorkerPool:
                 self._admission[1](answer)
             except (RayTaskError, UserError) as error:
                 self._refuse(number, error)
-            except _GIVEN_UP as error:
-                self._replace(number, _reason(error))
+            except GIVEN_UP as error:
+                self._replace(number, reason_of(error))
             except RayError:
                 slot.ready, slot.ask_at = None, now + _PAUSE_S
             else:
@@ -393,7 +261,7 @@ class WorkerPool:
             try:
                 ray.get(reference, timeout=0.0)
             except RayError as error:
-                self.lose(slot, f"while it had nothing to do: {_reason(error)}")
+                self.lose(slot, f"while it had nothing to do: {reason_of(error)}")
             else:
                 found.append(slot)
         return found
@@ -472,7 +340,7 @@ class WorkerPool:
         try:
             shared = [ray.put(argument) for argument in args]
         except (ObjectStoreFullError, OutOfDiskError) as error:
-            raise _store_is_full(error) from error
+            raise store_is_full(error) from error
         for _ in range(_ATTEMPTS):
             self._wait_for_one()
             calls = {slot: self._slots[slot].handle.call.remote(method, *shared) for slot in self.present}
@@ -480,7 +348,7 @@ class WorkerPool:
             results = []
             for slot, reference in calls.items():
                 try:
-                    results.append(_answer(self._slots[slot].handle, method, reference, 0.0))
+                    results.append(answer_of(self._slots[slot].handle, method, reference, 0.0))
                 except WorkerLost as error:
                     self.lose(slot, str(error))
                 else:
@@ -523,7 +391,7 @@ class WorkerPool:
             for reference in {*done, *overdue}:
                 slot, number, _ = running.pop(reference)
                 try:
-                    found = _answer(self._slots[slot].handle, method, reference, None if reference in done else 0.0)
+                    found = answer_of(self._slots[slot].handle, method, reference, None if reference in done else 0.0)
                 except WorkerLost as error:
                     lost = True
                     losses[number].append(self.lose(slot, str(error)))

@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,6 +115,11 @@ class QuestionSet:
             parts.setdefault(question.subject, []).append(question)
         return {subject: tuple(part) for subject, part in parts.items()}
 
+    def sampled(self, per_subject: int, seed: int) -> "QuestionSet":
+        """At most so many questions of each subject, drawn by `sample`."""
+        parts = (sample(part, per_subject, seed) for part in self.by_subject().values())
+        return replace(self, questions=tuple(question for part in parts for question in part))
+
 
 def load_questions(
     source: str | os.PathLike[str],
@@ -123,8 +128,6 @@ def load_questions(
     split: str = "test",
     subjects: str | Iterable[str] = "all",
     shots: int = 5,
-    limit_per_subject: int | None = None,
-    seed: int = 0,
     revision: str | None = None,
     domains: Mapping[str, Sequence[str]] | None = None,
 ) -> QuestionSet:
@@ -140,7 +143,6 @@ def load_questions(
     split : "dev", "validation" (or "val") or "test".
     subjects : "all", or names of subjects and domains, as a list or separated by commas.
     shots : examples a subject: the first `shots` rows of its dev split.
-    limit_per_subject : at most so many questions a subject, drawn by `sample` with `seed`.
     revision : branch, tag or commit of a hub data set.
     domains : further domains (name -> subjects); a name of `DOMAINS` is replaced.
 
@@ -151,8 +153,6 @@ def load_questions(
     """
     split = _split_name(split)
     _check_count("shots", shots, 0)
-    if limit_per_subject is not None:
-        _check_count("limit_per_subject", limit_per_subject, 1)
     if split == "dev" and shots:
         raise DataError(f"split 'dev' with shots={shots}: the dev questions are the examples; set shots=0 to load them")
     folder = _find_folder(source, language, [split, "dev"] if shots else [split], revision)
@@ -172,10 +172,7 @@ def load_questions(
                 f"{folder}: shots={shots} needs {shots} dev questions in every subject, but {counts}; "
                 f"set shots={min(short.values())}, or leave out what is short"
             )
-    questions: list[Question] = []
-    for subject in chosen:
-        part = _questions(rows[subject](), subject, split, language)
-        questions += part if limit_per_subject is None else sample(part, limit_per_subject, seed)
+    questions = [question for subject in chosen for question in _questions(rows[subject](), subject, split, language)]
     return QuestionSet(os.fspath(source), language, split, tuple(questions), examples)
 
 

@@ -1,4 +1,4 @@
-"""config.json of a merged model: the base's own, with only what fewer layers change.
+"""The config of a merged model: the base's own, with only what fewer layers change.
 
 Its spelling stays the base's, so that whatever reads the base reads the merge: transformers 5 writes rope_parameters
 and dtype where transformers 4 and llama.cpp's converter look for rope_theta, rope_scaling and torch_dtype, and take
@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from raymerge.architectures import trimmed_config
 
 # transformers fills these in where a config has none, from the number of layers; the first two say what a layer is.
 _DERIVED = ("layer_types", "no_rope_layers", "max_window_layers")
@@ -50,6 +48,29 @@ def saved_config(
         if key in trimmed and str(trimmed[key]).removeprefix("torch.") != stored:
             trimmed[key] = stored
     return _old_spelling(trimmed) | trimmed if both_spellings else trimmed
+
+
+def trimmed_config(values: dict[str, Any], kept: list[int]) -> dict[str, Any]:
+    """A config's values for the model that keeps the layers `kept` (original numbers, in order).
+
+    `num_hidden_layers` is set, and every per-layer list (one entry a layer or more, and "layer" in its key, such as
+    `layer_types` or `no_rope_layers`) keeps the entries of the kept layers. `max_window_layers`, the number of leading
+    layers with full attention, counts the kept ones of them, and a `sliding_window_pattern`, from which other programs
+    read which layers are full, is left out where the kept layers do not follow it.
+    """
+    n_layers = values["num_hidden_layers"]
+    trimmed = dict(values, num_hidden_layers=len(kept))
+    for key, value in values.items():
+        if "layer" in key and isinstance(value, list | tuple) and len(value) >= n_layers:
+            trimmed[key] = [value[index] for index in kept]
+    if isinstance(leading := values.get("max_window_layers"), int):
+        trimmed["max_window_layers"] = sum(index < leading for index in kept)
+    for key in ("sliding_window_pattern", "_sliding_window_pattern"):
+        if isinstance(every := values.get(key), int):
+            full = [kind == "full_attention" for kind in trimmed["layer_types"]]
+            if full != [(number + 1) % every == 0 for number in range(len(kept))]:
+                del trimmed[key]
+    return trimmed
 
 
 def names_absent_code(auto_map: Any, folder: Path) -> bool:

@@ -23,10 +23,11 @@ from typing import Any, Protocol
 from ray import tune
 from ray.tune.search import Searcher
 
+from raymerge.actors import WorkerError, WorkerLost, call_worker, find_worker
 from raymerge.cluster import driver_node
 from raymerge.errors import UserError
 from raymerge.objectives import trial_outcome
-from raymerge.pool import WorkerError, WorkerLost, WorkerPool, call_worker, find_worker
+from raymerge.pool import WorkerPool
 from raymerge.proposers import Point, Proposer
 
 Row = dict[str, Any]

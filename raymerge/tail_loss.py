@@ -19,13 +19,12 @@ from torch import Tensor
 
 from raymerge.device import attempt, device_memory
 from raymerge.errors import UserError
-from raymerge.evaluation import Answers, answer_shard
 from raymerge.forward import LayerRunner
 from raymerge.fusion import check_mergeable
 from raymerge.identity import digest
 from raymerge.memory import plan_gradient
 from raymerge.plan import MergePlan, base_plan, tail_pairs
-from raymerge.prompts import Group, Prompts, Shard
+from raymerge.prompts import Group, Shard
 from raymerge.scoring import TailScorer
 from raymerge.sources import SourceLayers
 from raymerge.trunk import TrunkCache
@@ -63,13 +62,6 @@ class LossWeights:
     @property
     def of_text(self) -> bool:
         return self.text_nll > 0.0 or self.text_kl > 0.0
-
-
-def unmerged_logits(runner: LayerRunner, prompts: Prompts, trunk: TrunkCache | None = None) -> Tensor:
-    """Answer logits (n, 4) float32 of the unmerged model, in question order: what `answer_kl` measures from."""
-    plan = base_plan(runner.checkpoint.n_layers)
-    parts = [answer_shard(runner, plan, prompts, shard, trunk=trunk) for shard in prompts.shards]
-    return torch.from_numpy(Answers.join(parts).logits)
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -226,8 +218,8 @@ class TailLoss:
     """The loss of a template's merges as a differentiable function of the merged layer's coefficients.
 
     scorer: of all questions, with sources stacked as the template merges them; or, where no questions are asked, these
-    sources alone. reference: `unmerged_logits` of its prompts, needed for answer_kl. text: needed for the terms of
-    text; with reference for text_kl.
+    sources alone. reference: answer logits (n, 4) float32 of the unmerged model, needed for answer_kl.
+    text: needed for the terms of text; with reference for text_kl.
     Raises GradientError where something that a term needs is missing, or the template cannot be descended on.
     """
 

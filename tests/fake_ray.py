@@ -39,7 +39,8 @@ class FakeActor:
 
 
 class FakeRay:
-    """In place of the module: monkeypatch.setattr("raymerge.pool.ray", FakeRay(answers of the first, the second, …)).
+    """In place of the module, as `raymerge.pool.ray` and `raymerge.actors.ray`: FakeRay(answers of the first, the
+    second, …).
 
     A call is answered when its result is looked at. Actors beyond those given answer as the last one does.
     """

@@ -24,7 +24,7 @@ from raymerge.alignment import (
     layer_tensors,
     match_rows,
 )
-from raymerge.architectures import architecture_of, permute_layer
+from raymerge.architectures import architecture_of
 from raymerge.checkpoint import Checkpoint
 from raymerge.errors import UserError
 from raymerge.forward import LayerRunner
@@ -56,11 +56,11 @@ def test_a_planted_permutation_is_found_and_undone(family, noise):
         name: tensor + noise * tensor.std() * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
         if tensor.ndim == 2
         else tensor
-        for name, tensor in permute_layer(arch, tensors, planted).items()
+        for name, tensor in tiny.permute_layer(arch, tensors, planted).items()
     }
     found = align_pair(tensors, other, arch, config)
     assert same(compose(planted, found, arch), compose(found, invert(found, arch), arch))  # both the identity
-    aligned = permute_layer(arch, other, found)
+    aligned = tiny.permute_layer(arch, other, found)
     if noise == 0.0:
         assert all(torch.equal(aligned[name], tensors[name]) for name in tensors)
     assert (run(aligned) - run(other)).abs().max() < rounding(arch) * run(other).abs().max()
@@ -91,7 +91,7 @@ def test_heads_of_a_small_layer_against_every_order():
     found = align_pair(one, two, arch, config)
 
     def value(heads):
-        return cosine_sum(one, permute_layer(arch, two, heads), "qkv")
+        return cosine_sum(one, tiny.permute_layer(arch, two, heads), "qkv")
 
     heads = {name: found[name] for name in ("kv_heads", "query_heads", "value_channels")}
     reached = value(heads)
@@ -166,9 +166,9 @@ def test_units_are_matched_by_their_activations():
 def test_composing_and_inverting_are_what_they_say(family):
     config, arch, _, tensors = one_layer(family)
     first, then = random_permutations(config, 1), random_permutations(config, 2)
-    stepwise = permute_layer(arch, permute_layer(arch, tensors, first), then)
-    at_once = permute_layer(arch, tensors, compose(first, then, arch))
-    back = permute_layer(arch, permute_layer(arch, tensors, first), invert(first, arch))
+    stepwise = tiny.permute_layer(arch, tiny.permute_layer(arch, tensors, first), then)
+    at_once = tiny.permute_layer(arch, tensors, compose(first, then, arch))
+    back = tiny.permute_layer(arch, tiny.permute_layer(arch, tensors, first), invert(first, arch))
     assert all(torch.equal(stepwise[name], at_once[name]) for name in tensors)
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
     name = f"{arch.matrices[-1]}.weight"
@@ -207,8 +207,8 @@ def test_matches_are_composed_along_the_chain_towards_the_kept_layer(checkpoint)
     assert set(found) == {1, 3, 4}
     assert same(found[3], neighbours[2]) and same(found[1], invert(neighbours[1], arch))
     # Layer 4 laid on 3, and the result as 3 is laid on 2.
-    laid = permute_layer(arch, permute_layer(arch, layers[4], neighbours[3]), neighbours[2])
-    direct = permute_layer(arch, layers[4], found[4])
+    laid = tiny.permute_layer(arch, tiny.permute_layer(arch, layers[4], neighbours[3]), neighbours[2])
+    direct = tiny.permute_layer(arch, layers[4], found[4])
     assert all(torch.equal(laid[name], direct[name]) for name in laid)
     # Towards layer 4 it is the same alignment: laid on 4, layer 2 has its units where 4 on 2 has them.
     away = aligner.permutations(plan_of((4, 3, 0.4), (4, 2, 0.4)))
@@ -280,7 +280,7 @@ def test_activations_of_a_runner_match_a_planted_permutation(tmp_path):
     checkpoint = Checkpoint(str(folder))
     arch, order = checkpoint.architecture, np.random.default_rng(0).permutation(48)
     tensors = {name: checkpoint[name].clone() for name in checkpoint}
-    for name, tensor in permute_layer(arch, layer_tensors(checkpoint, arch, 0), {"units": order}).items():
+    for name, tensor in tiny.permute_layer(arch, layer_tensors(checkpoint, arch, 0), {"units": order}).items():
         tensors[arch.layer_name(1, name)] = tensor
     checkpoint.save(tensors.items(), list(range(5)), tmp_path / "planted")
     planted = Checkpoint(str(tmp_path / "planted"))
@@ -323,7 +323,7 @@ def test_rows_do_not_keep_a_layer_s_function():
         assert (run(other | {name: whole[name]}) - expected).abs().max() > 0.1
     assert (run(whole) - expected).abs().max() > 0.1
     units = align_pair(tensors, other, arch, config)
-    assert (run(permute_layer(arch, other, units)) - expected).abs().max() < 1e-10 * expected.abs().max()
+    assert (run(tiny.permute_layer(arch, other, units)) - expected).abs().max() < 1e-10 * expected.abs().max()
 
 
 def test_rows_are_matched_again_at_every_step():

@@ -21,6 +21,7 @@ import accuracy as accuracy_script  # noqa: E402
 import alpha_panels  # noqa: E402
 import alphas as alphas_script  # noqa: E402
 import plotting  # noqa: E402
+import search_panels  # noqa: E402
 
 SUBJECTS = """abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
 college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
@@ -267,9 +268,9 @@ def trial(iteration, value, nll=None, status="ok", objective="micro_accuracy"):
 def test_best_trial_breaks_ties_by_nll_and_knows_the_direction():
     rows = [trial(0, 0.5, 1.2), trial(1, 0.5, 1.1), trial(2, 0.4, 0.1), trial(3, None, status="failed"),
             trial(4, 0.9, 0.1, status="failed"), trial(5, float("nan"))]  # fmt: skip
-    assert alphas_script.best_of(rows)["iteration"] == 1
-    assert alphas_script.best_of([{**row, "objective": "answer_nll"} for row in rows])["iteration"] == 2
-    assert alphas_script.best_of([trial(0, None, status="failed")]) is None
+    assert search_panels.best_of(rows)["iteration"] == 1
+    assert search_panels.best_of([{**row, "objective": "answer_nll"} for row in rows])["iteration"] == 2
+    assert search_panels.best_of([trial(0, None, status="failed")]) is None
 
 
 def test_spread_keeps_labels_apart_in_order():
@@ -426,9 +427,9 @@ def test_legends_of_the_distribution_cover_nothing(tmp_path, monkeypatch):
         name: [trial(i, 0.1 * i) | {"alphas": [0.1, 0.9, 0.5]} for i in range(4)]
         for name in ("bayes", "gradient_simplex", "random")
     }
-    drawn = figures_of(monkeypatch, alphas_script)
+    drawn = figures_of(monkeypatch, search_panels)
     with alphas_script.plt.rc_context(alphas_script.STYLE):
-        alphas_script.draw_distribution(searchers, {}, tmp_path / "x.png")
+        search_panels.draw_distribution(searchers, tmp_path / "x.png")
         figure = drawn["x.png"]
         legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
         names = [axis.xaxis.label for axis in figure.axes]
@@ -518,20 +519,20 @@ def test_descents_of_several_searchers_are_told_apart_and_numbers_do_not_cover_e
 
 def test_progress_says_how_surely_the_best_is_known(tmp_path, monkeypatch):
     """Its axis shows steps of one question in 240, a twentieth of the interval of each value."""
-    drawn = figures_of(monkeypatch, alphas_script)
+    drawn = figures_of(monkeypatch, search_panels)
     rows = {"bayes": [trial(i, 0.8 + i / 240, 1.0) | {"n_questions": 240, "plan_id": "p"} for i in range(4)]}
-    alphas_script.draw_progress(rows, [], {}, tmp_path / "x.png")
+    search_panels.draw_progress(rows, [], {}, tmp_path / "x.png")
     title = drawn["x.png"].legends[0].get_title().get_text()
     assert title == "of 240 questions 0.812 has a 95 % interval of 0.758 to 0.857"
     lower = {"bayes": [row | {"objective": "answer_nll"} for row in rows["bayes"]]}
-    alphas_script.draw_progress(lower, [], {}, tmp_path / "y.png")
+    search_panels.draw_progress(lower, [], {}, tmp_path / "y.png")
     assert drawn["y.png"].legends[0].get_title().get_text() in ("", "None")
     far = {"bayes": [*rows["bayes"], rows["bayes"][0] | {"iteration": 4, "value": 0.1}]}  # was all that could be seen
-    alphas_script.draw_progress(far, [], {}, tmp_path / "f.png")
+    search_panels.draw_progress(far, [], {}, tmp_path / "f.png")
     (axis,) = drawn["f.png"].axes
     assert axis.get_ylim()[0] > 0.79 and axis.get_title().endswith("dashed: controls; 1 far worse left out)")
     one = {"bayes": rows["bayes"], "gradient": rows["bayes"][:1]}
-    alphas_script.draw_progress(one, [], {}, tmp_path / "z.png")
+    search_panels.draw_progress(one, [], {}, tmp_path / "z.png")
     names = [text.get_text() for text in drawn["z.png"].legends[0].get_texts()]
     assert names == ["bayes, running best (4 candidates)", "gradient, running best (1 candidate)"]
 
@@ -774,13 +775,13 @@ def test_the_label_of_the_colours_is_not_cut_off(tmp_path, monkeypatch):
         figure.draw_without_rendering()
         return max(axis.get_tightbbox().x1 for axis in figure.axes) - figure.bbox.width
 
-    monkeypatch.setattr(alphas_script, "save", beyond)
+    monkeypatch.setattr(search_panels, "save", beyond)
     searchers = {
         name: [trial(i, value, objective="answer_nll") | {"alphas": [0.1, 0.9]} for i, value in enumerate(values)]
         for name, values in (("bayes", [1.7683, 3.9094]), ("random", [2.3259, 3.8235]))
     }
     with alphas_script.plt.rc_context(alphas_script.STYLE):
-        assert alphas_script.draw_distribution(searchers, {}, tmp_path / "x.png") <= 0
+        assert search_panels.draw_distribution(searchers, tmp_path / "x.png") <= 0
 
 
 def test_trials_above_a_ceiling_are_not_drawn_as_values(tmp_path):
@@ -790,10 +791,10 @@ def test_trials_above_a_ceiling_are_not_drawn_as_values(tmp_path):
         trial(2, 0.1) | {"perplexity": None},
     ]
     run = RunDirectory.open(tmp_path / "run", {"search": {"perplexity_ceiling": 5.0}}, "search")
-    held = alphas_script.held_to(run, rows)
-    assert alphas_script.best_of(held)["iteration"] == 0 and len(alphas_script.usable(held)) == 2
+    held = search_panels.held_to(run, rows)
+    assert search_panels.best_of(held)["iteration"] == 0 and len(search_panels.usable(held)) == 2
     free = RunDirectory.open(tmp_path / "free", {}, "search")
-    assert alphas_script.held_to(free, rows) == rows
+    assert search_panels.held_to(free, rows) == rows
 
 
 def test_of_an_unfinished_run_it_is_said_that_a_table_may_come_yet(tmp_path):

@@ -17,6 +17,8 @@ ANALYSIS = Path(__file__).parent.parent / "analysis"
 sys.path.insert(0, str(ANALYSIS))  # the scripts are not part of the package; run as scripts they find each other
 
 import compression as compression_script  # noqa: E402
+import context_panels  # noqa: E402
+import plotting  # noqa: E402
 
 METHODS = {  # (method, alignment, norms): accuracy lost and log-perplexity gained a layer
     ("drop", "none", "keep"): (0.010, 0.22),
@@ -318,11 +320,11 @@ def test_context(run, text):
         lines[0][0] == "base" and lines[0][1] == "1.000 [0.929, 1.000]"
     )  # Wilson's of 50 of 50: 50 / (50 + 1.96 ** 2)
     assert "Accuracy on synthetic key-value prompts" in text
-    shown = compression_script.few_plans(rows, run.read("sweep").to_pylist())
+    shown = context_panels.few_plans(rows, run.read("sweep").to_pylist())
     assert shown[0] == "base" and len(shown) == 9 and all(plan.endswith("_13") for plan in shown[1:])
     many = [{**row, "plan_id": f"{row['plan_id']}+", "alignment": "rows"} for row in run.read("sweep").to_pylist()]
     more = [{**row, "plan_id": f"{row['plan_id']}+"} for row in rows]
-    plain = compression_script.few_plans(rows + more, run.read("sweep").to_pylist() + many)
+    plain = context_panels.few_plans(rows + more, run.read("sweep").to_pylist() + many)
     assert plain[0] == "base" and len(plain) == 7 and not any(plan.endswith("+") for plan in plain)
 
 
@@ -333,7 +335,7 @@ def test_a_plan_under_several_methods_has_all_its_names(run):
 
 
 def test_styles_of_methods_differ():
-    styles = [tuple(compression_script.curve_style(i).values()) for i in range(28)]
+    styles = [tuple(plotting.curve_style(i).values()) for i in range(28)]
     assert len(set(styles)) == 28 and not any(colour == "#000000" for colour, _, _ in styles)
 
 

@@ -17,12 +17,11 @@ from raymerge.architectures import (
     ArchitectureError,
     architecture_of,
     attention_windows,
-    permute_layer,
     permute_tensor,
     rotary_types,
     source_tensor,
-    trimmed_config,
 )
+from raymerge.saved_config import trimmed_config
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -285,7 +284,7 @@ def test_a_permuted_layer_computes_the_same(family):
     assert set(every) == set(arch.unit_groups)
     limit = rounding(arch)
     for permutations in (every, *({name: order} for name, order in every.items())):
-        permuted = permute_layer(arch, tensors, permutations)
+        permuted = tiny.permute_layer(arch, tensors, permutations)
         assert (run(permuted) - expected).abs().max() < limit * expected.abs().max()
         moves = any((order != np.arange(order.shape[-1])).any() for order in permutations.values())
         assert moves == any(not torch.equal(permuted[name], tensors[name]) for name in tensors)
@@ -312,7 +311,7 @@ def test_permutations_of_another_size_are_refused():
     wrong = random_permutations(config) | {"value_channels": np.tile(np.arange(5), (2, 1))}
     message = r"self_attn.v_proj.weight has .* of \[2, 8\], but the permutation of value_channels is for \[2, 5\]"
     with pytest.raises(ArchitectureError, match=message):
-        permute_layer(arch, tensors, wrong)
+        tiny.permute_layer(arch, tensors, wrong)
     with pytest.raises(ArchitectureError, match="self_attn.v_proj.weight has 15 slices, but .* gives it 16"):
         permute_tensor(arch, "self_attn.v_proj.weight", torch.zeros(15, 32), random_permutations(config))
 
@@ -320,7 +319,7 @@ def test_permutations_of_another_size_are_refused():
 def test_a_router_without_its_experts_does_not_compute_the_same():
     config, arch, run, tensors = one_layer("qwen3_moe")
     expected, every = run(tensors), random_permutations(config)
-    moved = permute_layer(arch, tensors, every)
+    moved = tiny.permute_layer(arch, tensors, every)
     for part in ("mlp.gate.weight", "mlp.experts.0.up_proj.weight"):
         assert (run(moved | {part: tensors[part]}) - expected).abs().max() > 1e-2
 

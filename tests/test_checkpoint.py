@@ -29,7 +29,7 @@ from raymerge.architectures import ArchitectureError
 from raymerge.checkpoint import Checkpoint, CheckpointError, resolve_model
 from raymerge.demo import MODEL_PATH
 from raymerge.forward import LayerRunner
-from raymerge.fusion import fuse_state_dict, fused_tensors
+from raymerge.fusion import fused_tensors
 from raymerge.plan import base_plan, before_last_plan, tail_plan
 from raymerge.tensorfiles import OpenTensorFile
 
@@ -465,7 +465,7 @@ def test_a_saved_merge_is_an_ordinary_checkpoint(tmp_path, case):
     assert written == sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
     assert ("lm_head.weight" in stored) is not base.config.tie_word_embeddings
 
-    fused = fuse_state_dict(checkpoint, checkpoint.architecture, plan)
+    fused = tiny.fuse_state_dict(checkpoint, checkpoint.architecture, plan)
     assert set(fused) == set(stored) and all(torch.equal(fused[name], stored[name]) for name in fused)
 
     ids = torch.arange(70) * 7 % base.config.vocab_size
@@ -523,7 +523,7 @@ def test_several_shards(llama, tmp_path, monkeypatch):
         sizes += held
     assert sizes == written == index["metadata"]["total_size"]
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
-    fused = fuse_state_dict(checkpoint, checkpoint.architecture, plan)
+    fused = tiny.fuse_state_dict(checkpoint, checkpoint.architecture, plan)
     assert all(torch.equal(state[name], fused[name]) for name in fused)
 
 
@@ -566,7 +566,7 @@ def test_templates_terms_and_every_tokenizer_s_files_are_carried_and_no_credenti
 def test_tensors_come_in_any_order_and_none_may_be_missing(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(raymerge.checkpoint, "_SHARD_BYTES", 50_000)
     checkpoint, plan = Checkpoint(str(llama)), tail_plan(5, [0.4], name="x", kind="found")
-    fused = fuse_state_dict(checkpoint, checkpoint.architecture, plan)
+    fused = tiny.fuse_state_dict(checkpoint, checkpoint.architecture, plan)
     kept = [layer.index for layer in plan.kept]
     checkpoint.save(reversed(fused.items()), kept, tmp_path / "merged")
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()

@@ -23,9 +23,10 @@ from pyarrow.fs import FileSelector, FileSystem
 from ray.cluster_utils import Cluster
 
 from raymerge import experiments
+from raymerge.actors import NoRoomError
 from raymerge.cluster import cluster_nodes, plan_workers, start_ray
 from raymerge.config import load_config
-from raymerge.pool import NoRoomError, WorkerPool
+from raymerge.pool import WorkerPool
 from raymerge.proposers import RandomProposer
 from raymerge.search import run_search
 from raymerge.tables import RunDirectory

@@ -284,7 +284,7 @@ def test_a_real_model_on_real_questions(tmp_path):
     """Scorer and evaluation against transformers' float32 forward of the saved merge, whole prompts one at a time."""
     checkpoint = Checkpoint(REAL_MODEL)
     runner = LayerRunner(checkpoint)
-    questions = load_questions(MMLU, subjects="anatomy,astronomy", limit_per_subject=2)
+    questions = load_questions(MMLU, subjects="anatomy,astronomy").sampled(2, 0)
     prompts = encode_questions(questions, checkpoint.tokenizer)
     plan = tail_plan(checkpoint.n_layers, [0.6, 0.3, 0.8], name="x", kind="found")
     kept = [layer.index for layer in plan.kept]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from raymerge.alignment import Aligner
 from raymerge.architectures import NO_ROTARY, architecture_of
 from raymerge.checkpoint import Checkpoint
-from raymerge.fusion import Receipt, check_mergeable, fuse_state_dict, fused_layer, fused_tensors, receipts
+from raymerge.fusion import Receipt, check_mergeable, fused_layer, fused_tensors, receipts
 from raymerge.plan import MergePlan, MergeStep, PlanError, base_plan, before_last_plan, drop_plan, tail_plan
 
 torch.set_num_threads(1)
@@ -53,7 +53,7 @@ def test_equals_the_published_merging_step_by_step(model, name, biases):
     plan = MergePlan(5, PLANS[name].steps, biases=biases)
     state = model.state_dict()
     untouched = {key: tensor.clone() for key, tensor in state.items()}
-    fused = fuse_state_dict(state, architecture_of(model.config), plan)
+    fused = tiny.fuse_state_dict(state, architecture_of(model.config), plan)
     expected, alive = tiny.published_merge(state, 5, tiny.steps_of(plan), biases=biases)
 
     assert [kept.index for kept in plan.kept] == alive
@@ -74,12 +74,14 @@ def test_equals_the_published_merging_step_by_step(model, name, biases):
 
 def test_only_the_seven_matrices_of_the_merged_layer_change(biased):
     state, plan = biased.state_dict(), PLANS["tail"]
-    fused = fuse_state_dict(state, architecture_of(biased.config), plan)
+    fused = tiny.fuse_state_dict(state, architecture_of(biased.config), plan)
     changed = {name for name in fused if not torch.equal(fused[name], state[name])}
     averaged = {f"model.layers.2.self_attn.{p}_proj.weight" for p in "qkvo"}
     averaged |= {f"model.layers.2.mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
     assert changed == averaged
-    merged_too = fuse_state_dict(state, architecture_of(biased.config), plan_of(tiny.steps_of(plan), biases="merge"))
+    merged_too = tiny.fuse_state_dict(
+        state, architecture_of(biased.config), plan_of(tiny.steps_of(plan), biases="merge")
+    )
     changed = {name for name in merged_too if not torch.equal(merged_too[name], state[name])}
     assert changed == averaged | {name.replace("weight", "bias") for name in averaged}
 
@@ -93,7 +95,7 @@ def test_sums_in_float32_and_rounds_once():
             if name.startswith("model.layers.0."):
                 state[name.replace("layers.0.", f"layers.{layer}.")] = state[name]
     plan = tail_plan(5, [0.3, 0.1, 0.7, 0.9], name="x", kind="found")
-    fused = fuse_state_dict(state, architecture_of(model.config), plan)
+    fused = tiny.fuse_state_dict(state, architecture_of(model.config), plan)
     assert all(torch.equal(fused[name], state[name]) for name in fused)
     assert all(tensor.dtype == torch.bfloat16 for tensor in fused.values())
 
@@ -113,7 +115,7 @@ def test_layers_of_other_shapes_are_not_merged():
     state, arch = dict(model.state_dict()), architecture_of(model.config)
     state["model.layers.4.mlp.up_proj.weight"] = torch.zeros(40, 32)
     with pytest.raises(PlanError, match=r"model.layers.4.mlp.up_proj.weight is missing or not \(48, 32\) as"):
-        fuse_state_dict(state, arch, tail_plan(5, [0.5], name="x", kind="found"))
+        tiny.fuse_state_dict(state, arch, tail_plan(5, [0.5], name="x", kind="found"))
     del state["model.layers.4.mlp.up_proj.weight"]
     with pytest.raises(PlanError, match="model.layers.4.mlp.up_proj.weight is missing"):
         fused_layer(state, arch, tail_plan(5, [0.5], name="x", kind="found"), 3)
@@ -250,14 +252,14 @@ def reference(checkpoint, plan, aligner):
 def test_every_alignment_with_every_norm(checkpoint, aligner, alignment, norms, biases):
     for name in ("tail", "all", "middle", "pairs"):
         plan = with_options(PLANS[name], alignment, norms, biases)
-        fused = fuse_state_dict(checkpoint, checkpoint.architecture, plan, aligner=aligner)
+        fused = tiny.fuse_state_dict(checkpoint, checkpoint.architecture, plan, aligner=aligner)
         expected, alive = reference(checkpoint, plan, aligner)
         assert [kept.index for kept in plan.kept] == alive and set(fused) == set(expected)
         for key, tensor in fused.items():
             assert tensor.dtype == torch.float32
             # As above, and a product with a gain that is rounded too.
             assert (tensor - expected[key]).abs().max() <= 20 * EPS * max(1, expected[key].abs().max()), (name, key)
-        again = fuse_state_dict(checkpoint, checkpoint.architecture, plan)  # without an aligner it makes its own
+        again = tiny.fuse_state_dict(checkpoint, checkpoint.architecture, plan)  # without an aligner it makes its own
         assert all(torch.equal(fused[key], again[key]) for key in fused)
 
 
@@ -282,7 +284,7 @@ def test_every_family_is_merged_as_written_out(tmp_path, family, alignment, norm
     plan = with_options(PLANS["tail"], alignment, norms, "merge")
     check_mergeable(checkpoint, plan)
     aligner = Aligner(checkpoint)
-    fused = fuse_state_dict(checkpoint, checkpoint.architecture, plan, aligner=aligner)
+    fused = tiny.fuse_state_dict(checkpoint, checkpoint.architecture, plan, aligner=aligner)
     expected, _ = reference(checkpoint, plan, aligner)
     assert set(fused) == set(expected)
     for key, tensor in fused.items():
@@ -295,8 +297,8 @@ def test_every_family_is_merged_as_written_out(tmp_path, family, alignment, norm
 @pytest.mark.parametrize(("alignment", "norms"), OPTIONS[1:])
 def test_options_change_what_is_merged_and_nothing_else(checkpoint, aligner, alignment, norms):
     arch, plan = checkpoint.architecture, PLANS["tail"]
-    plain = fuse_state_dict(checkpoint, arch, plan)
-    fused = fuse_state_dict(checkpoint, arch, with_options(plan, alignment, norms), aligner=aligner)
+    plain = tiny.fuse_state_dict(checkpoint, arch, plan)
+    fused = tiny.fuse_state_dict(checkpoint, arch, with_options(plan, alignment, norms), aligner=aligner)
     changed = {name for name in plain if not torch.equal(plain[name], fused[name])}
     if checkpoint.config.num_key_value_heads < 4 and norms == "keep":  # so few may well stay in their order
         changed.add("model.layers.2.self_attn.k_proj.weight")
@@ -315,8 +317,8 @@ def test_corners_keep_their_layers_as_they_are(checkpoint, aligner, alignment, n
     """Nothing is averaged, so that gains are not folded and the function is the same to the last bit."""
     arch = checkpoint.architecture
     for name in ("drop", "before_last"):
-        plain = fuse_state_dict(checkpoint, arch, PLANS[name])
-        fused = fuse_state_dict(checkpoint, arch, with_options(PLANS[name], alignment, norms), aligner=aligner)
+        plain = tiny.fuse_state_dict(checkpoint, arch, PLANS[name])
+        fused = tiny.fuse_state_dict(checkpoint, arch, with_options(PLANS[name], alignment, norms), aligner=aligner)
         assert all(torch.equal(plain[key], fused[key]) for key in plain)
 
 
@@ -342,14 +344,14 @@ def test_all_weight_on_a_deeper_layer_computes_that_layer(tmp_path, family):
     aligner = Aligner(checkpoint)
     arch, ids = checkpoint.architecture, np.random.default_rng(0).integers(5, 800, 30)
     plan = with_options(PLANS["always_last"], "neurons", "fold", "merge")
-    fused = fuse_state_dict(checkpoint, arch, plan, aligner=aligner)
-    before_last = fuse_state_dict(checkpoint, arch, PLANS["before_last"])
+    fused = tiny.fuse_state_dict(checkpoint, arch, plan, aligner=aligner)
+    before_last = tiny.fuse_state_dict(checkpoint, arch, PLANS["before_last"])
     name = arch.layer_name(2, f"{arch.matrices[-1]}.weight")
     assert not torch.equal(fused[name], before_last[name])
     found, expected = (tiny.plain_logits(model_of(checkpoint, s, 3), ids) for s in (fused, before_last))
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     # The published way it is not: other units, gains and biases meet.
-    plain = fuse_state_dict(checkpoint, arch, PLANS["always_last"])
+    plain = tiny.fuse_state_dict(checkpoint, arch, PLANS["always_last"])
     assert (tiny.plain_logits(model_of(checkpoint, plain, 3), ids) - expected).abs().max() > 1e-2 * expected.abs().max()
 
 
@@ -378,7 +380,7 @@ def test_weights_that_are_no_checkpoint_need_an_aligner():
     model = tiny.random_model(tiny.config_of("llama"))
     plan = with_options(PLANS["tail"], "neurons", "keep")
     with pytest.raises(PlanError, match="needs an aligner"):
-        fuse_state_dict(model.state_dict(), architecture_of(model.config), plan)
+        tiny.fuse_state_dict(model.state_dict(), architecture_of(model.config), plan)
 
 
 def test_rounding_to_another_dtype(checkpoint):
@@ -409,7 +411,7 @@ def by_name_differences(base, fused):
 def test_receipts_tell_which_tensors_changed_and_by_how_much(biased, name):
     state, arch, plan = biased.state_dict(), architecture_of(biased.config), PLANS[name]
     found = {receipt.tensor: receipt for receipt in receipts(state, arch, plan)}
-    expected = by_name_differences(state, fuse_state_dict(state, arch, plan))
+    expected = by_name_differences(state, tiny.fuse_state_dict(state, arch, plan))
     assert {key for key, receipt in found.items() if receipt.max_abs_change > 0} == set(expected)
     for key, (largest, relative) in expected.items():
         assert found[key].max_abs_change == pytest.approx(largest, rel=1e-5)  # float32 differences
@@ -520,7 +522,7 @@ def test_each_matrix_is_merged_by_its_own_alphas(biased, biases):
     own = {"self_attn.q_proj": (0.9, 0.1), "mlp.down_proj": (0.0, 0.0), "mlp.up_proj": (1.0, 1.0)}
     plan = replace(PLANS["tail"], biases=biases, matrix_alphas=tuple(own.items()))
     state, architecture = biased.state_dict(), architecture_of(biased.config)
-    fused = fuse_state_dict(state, architecture, plan)
+    fused = tiny.fuse_state_dict(state, architecture, plan)
     largest = max(tensor.abs().max() for tensor in state.values())
     for matrix in architecture.matrices:
         steps = tiny.steps_of(PLANS["tail"].with_alphas(own.get(matrix, (0.3, 0.8)), name="x", kind="found"))

@@ -22,14 +22,14 @@ import raymerge.gradient
 import raymerge.tail_loss
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import load_config
-from raymerge.evaluation import answer_shard, text_nll
+from raymerge.evaluation import Answers, answer_shard, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.gradient import Parametrisation, Settings, descend, loss_weights
 from raymerge.plan import base_plan, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import Group, Shard, encode_questions
 from raymerge.scoring import TailScorer
 from raymerge.sources import SourceLayers
-from raymerge.tail_loss import GradientError, LossWeights, TailLoss, TextWindows, unmerged_logits
+from raymerge.tail_loss import GradientError, LossWeights, TailLoss, TextWindows
 from raymerge.trunk import TrunkCache
 
 torch.set_num_threads(1)
@@ -79,6 +79,13 @@ def case(tmp_path_factory):
         )
 
     return make
+
+
+def unmerged_logits(runner, prompts, trunk):
+    """Answer logits (n, 4) float32 of the unmerged model, in question order: what `answer_kl` measures from."""
+    plan = base_plan(runner.checkpoint.n_layers)
+    parts = [answer_shard(runner, plan, prompts, shard, trunk=trunk) for shard in prompts.shards]
+    return torch.from_numpy(Answers.join(parts).logits)
 
 
 def template(alphas=(0.6, 0.45), **options):

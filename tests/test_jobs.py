@@ -109,7 +109,7 @@ def head(tmp_path_factory, project):
         "--max-worker-port=0", "--object-store-memory=100000000", f"--temp-dir={folder / 'ray'}",
         "--disable-usage-stats",
     ]  # fmt: skip
-    # As pool._loopback_only says, only this switch keeps all of Ray's ports on the loopback.
+    # As cluster._loopback_only says, only this switch keeps all of Ray's ports on the loopback.
     env = environment(token_file, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
 
     def ray(*args, token=True, **variables):

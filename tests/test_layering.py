@@ -19,8 +19,8 @@ LAYERS = {
         "errors", "identity", "statistics", "objectives", "plan", "heuristics", "diffusion", "embedding", "similarity",
         "reliability", "assignment", "memory",
     ),
-    1: ("config", "schemas", "storage", "tables", "questions", "tasks", "findings", "summary", "progress", "inputs",
-        "sensitivity", "report", "reference", "texts", "hub"),
+    1: ("config", "schemas", "storage", "parts", "tables", "questions", "tasks", "findings", "summary", "progress",
+        "inputs", "sensitivity", "report", "reference", "texts", "hub"),
     2: (
         "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "sources", "tail_states",
         "tail_layer", "scoring", "evaluation", "rows", "merging", "activations", "alignment", "context",
@@ -28,7 +28,7 @@ LAYERS = {
         "device", "normal_equations", "refit", "role_prompts", "saved_config",
     ),
     3: ("worker",),
-    4: ("cluster", "pool", "search", "proposers", "experiments"),
+    4: ("cluster", "actors", "pool", "search", "proposers", "experiments"),
     5: ("cli", "console", "__main__"),
 }  # fmt: skip
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
@@ -47,7 +47,7 @@ THIRD_PARTY = {
     "ray": 4, "bayes_opt": 4, "threadpoolctl": 4,
     "rich": 5,
 }  # fmt: skip
-RAY = {"cluster", "pool", "search"}  # and nowhere else
+RAY = {"cluster", "actors", "pool", "search"}  # and nowhere else
 
 PATHS = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 for package in ("experiments", "report"):

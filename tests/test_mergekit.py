@@ -14,7 +14,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 
 from raymerge.checkpoint import Checkpoint
-from raymerge.fusion import fuse_state_dict
 from raymerge.mergekit import NotExpressible, mergekit_yaml
 from raymerge.merging import save_merged
 from raymerge.plan import MergePlan, MergeStep, base_plan, before_last_plan, drop_plan, tail_plan
@@ -76,7 +75,7 @@ def test_the_yaml_gives_the_tensors_that_we_save(tmp_path, case):
     plan = PLANS[case]
     family = "llama_biases" if case == "biases" else "llama3_rope"
     checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family, dtype=torch.bfloat16)))
-    ours = fuse_state_dict(checkpoint, checkpoint.architecture, plan)
+    ours = tiny.fuse_state_dict(checkpoint, checkpoint.architecture, plan)
     text = mergekit_yaml(checkpoint, plan)
     theirs = read_as_mergekit(text, list(checkpoint), tmp_path / "m")
     assert set(theirs) == set(ours)

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 import raymerge.alignment
 from raymerge import cli
 from raymerge.checkpoint import Checkpoint
-from raymerge.fusion import fuse_state_dict
 from raymerge.merging import merge, save_merged
 from raymerge.plan import PlanError, Refit, alpha_file_text, read_alpha_file, tail_plan
 from raymerge.progress import Silent
@@ -174,7 +173,7 @@ def test_a_plan_s_alignment_and_norms_are_what_is_saved(tmp_path, alphas, monkey
     plan = replace(plan, alignment=alignment, norms=norms, biases="merge")
     assert done["plan_id"] == plan.plan_id(base.identity) and done["norms"] == norms and done["alignment"] == alignment
     assert f"norms {norms}, biases merge, alignment {alignment}" in (tmp_path / "out" / "README.md").read_text()
-    merged, expected = Checkpoint(str(tmp_path / "out")), fuse_state_dict(base, base.architecture, plan)
+    merged, expected = Checkpoint(str(tmp_path / "out")), tiny.fuse_state_dict(base, base.architecture, plan)
     assert set(merged) == set(expected)
     assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
     changed = [row["tensor"] for row in done["receipts"] if row["max_abs_change"] > 0]
@@ -252,7 +251,7 @@ def test_alphas_of_single_matrices_are_recorded(tmp_path):
     np.testing.assert_allclose(list(merged["coefficients"].values()), [0.2, 0.56, 0.24])
     assert all("matrices" not in layer for layer in record["layers"][:-1])
     assert "which `alphas.json` cannot hold" in (tmp_path / "out" / "README.md").read_text()
-    saved, expected = Checkpoint(str(tmp_path / "out")), fuse_state_dict(base, base.architecture, plan)
+    saved, expected = Checkpoint(str(tmp_path / "out")), tiny.fuse_state_dict(base, base.architecture, plan)
     assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
 
     stored = conform("plans", plan_rows(plan, "p"), "run").to_pylist()

@@ -23,17 +23,11 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
+from raymerge.actors import NoRoomError, WorkerError, WorkerLost, _device_allocation, call_worker
 from raymerge.cluster import ClusterError, PlacementError, plan_workers, start_ray
 from raymerge.device import lean_heap
 from raymerge.errors import UserError
-from raymerge.pool import (
-    NoRoomError,
-    WorkerError,
-    WorkerLost,
-    WorkerPool,
-    _device_allocation,
-    call_worker,
-)
+from raymerge.pool import WorkerPool
 
 
 class Plain:
@@ -360,6 +354,7 @@ def open_fake(monkeypatch):
     def opened(*answers, **options):
         fake, events = FakeRay(*answers), []
         monkeypatch.setattr("raymerge.pool.ray", fake)
+        monkeypatch.setattr("raymerge.actors.ray", fake)
         monkeypatch.setattr("raymerge.pool._PATIENCE_S", 0.0)
         monkeypatch.setattr("raymerge.pool._PAUSE_S", 0.0)
         pool = WorkerPool(Plain, {}, count=len(answers), on_event=lambda *event: events.append(event), **options)

@@ -275,7 +275,8 @@ def test_published_domains():
 
 def test_sampling_is_nested_seeded_and_independent_of_other_subjects(folder):
     def drawn(limit, seed=0, subjects="world_religions"):
-        loaded = load_questions(folder, subjects=subjects, limit_per_subject=limit, seed=seed)
+        loaded = load_questions(folder, subjects=subjects)
+        loaded = loaded if limit is None else loaded.sampled(limit, seed)
         return [q.question_id for q in loaded.by_subject()["world_religions"]]
 
     whole = drawn(None)
@@ -358,12 +359,12 @@ def test_bad_options(folder):
     fails(folder, "unknown split 'train'", "dev, validation (or val) and test", split="train")
     fails(folder, "shots is -1", "at least 0", shots=-1)
     fails(folder, "shots is 2.0", shots=2.0)
-    fails(folder, "limit_per_subject is 0", "at least 1", limit_per_subject=0)
-    fails(folder, "limit_per_subject is True", limit_per_subject=True)
     fails(folder, "shots=5", "the dev questions are the examples", "shots=0", split="dev")
     fails(folder, "revision 'v1'", "is local", revision="v1")
     with pytest.raises(DataError, match="n is 0; it must be a whole number of at least 1"):
         sample([BASE], 0, 0)
+    with pytest.raises(DataError, match="n is True; it must be a whole number of at least 1"):
+        load_questions(folder).sampled(True, 0)
 
 
 def test_bad_subjects(folder):

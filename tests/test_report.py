@@ -15,9 +15,22 @@ from raymerge import findings, report, rows, summary
 from raymerge.card import search_results
 from raymerge.plan import base_plan
 from raymerge.progress import Silent
-from raymerge.report import asked, compared, curve, figures, layers, plans, receipts, render, searched, wording
+from raymerge.report import (
+    asked,
+    compared,
+    curve,
+    figures,
+    layers,
+    plans,
+    receipts,
+    render,
+    searched,
+    subjects,
+    vega,
+    wording,
+)
 from raymerge.report.build import GLOSSARY, page_of, run_sections
-from raymerge.report.content import Facts, Figure, Page, Rows, Section, Table, Text, View
+from raymerge.report.content import FOUND, Facts, Figure, Page, Rows, Section, Table, Text, View
 from raymerge.report.reached import Reached, described
 from raymerge.statistics import mcnemar, paired_difference, wilson_interval
 from raymerge.tables import MICRO, RunDirectory, RunError
@@ -209,7 +222,7 @@ def test_alphas_are_those_of_the_plans(search):
     figure, _ = blocks([searched.coefficients(Reached(search))], Figure)
     found = [row for row in as_dicts(figure.rows) if row["plan"] == "found_bayes"]
     assert [row["alpha"] for row in sorted(found, key=lambda row: row["step"])] == [0.1, 0.8, 0.3]
-    assert {row["role"] for row in found} == {figures.FOUND}
+    assert {row["role"] for row in found} == {FOUND}
     assert [row["label"] for row in as_dicts(figure.rows) if row["label"]] == [
         "fixed_0.62",
         "drop",
@@ -298,7 +311,7 @@ def test_legends_of_strokes_show_the_whole_pattern():
     axes = {"x": ("k", "layers"), "y": ("value", "accuracy")}
     view = figures.lines(rows, "", **axes, series="method", dash="variant", tips=[])
     legend = view.spec["layer"][0]["encoding"]["strokeDash"]["legend"]
-    assert legend["symbolSize"] ** 0.5 >= 2 * max(map(sum, figures._DASHES))
+    assert legend["symbolSize"] ** 0.5 >= 2 * max(map(sum, vega.DASHES))
 
 
 def test_a_ruined_candidate_leaves_the_axis_to_the_others(tmp_path):
@@ -316,7 +329,7 @@ def test_a_ruined_candidate_leaves_the_axis_to_the_others(tmp_path):
 
 
 def test_differences_by_subject_are_paired(search):
-    rows = plans.subject_rows(Reached(search))
+    rows = subjects.difference_rows(Reached(search))
     assert [row["against"] for row in rows[:2]] == ["base", "base"]
     answers = search.read("answers").to_pylist()
     right = {(row["plan_id"], row["subject"], row["question_id"]): row["predicted"] == row["answer"] for row in answers}
@@ -801,6 +814,6 @@ def test_numbers_as_text(made, text):
 
 @pytest.mark.parametrize("values", [(3.65, 4.12), (3.65, 3.66), (9, 11), (9, 21), (0.02, 0.03), (8.9, 287), (1, 5000)])
 def test_a_logarithmic_axis_has_ticks_where_values_are_near_to_each_other(values):
-    inside = [tick for tick in figures._log_ticks(list(values)) if min(values) <= tick <= max(values)]
+    inside = [tick for tick in vega.log_ticks(list(values)) if min(values) <= tick <= max(values)]
     assert 2 <= len(inside) <= 12
-    assert figures._log_ticks([5.0, 5.0]) == [5.0]
+    assert vega.log_ticks([5.0, 5.0]) == [5.0]

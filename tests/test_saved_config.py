@@ -8,11 +8,11 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from raymerge.architectures import NO_ROTARY, attention_windows, rotary_types, trimmed_config
+from raymerge.architectures import NO_ROTARY, attention_windows, rotary_types
 from raymerge.checkpoint import Checkpoint
 from raymerge.fusion import fused_tensors
 from raymerge.plan import drop_plan, tail_plan
-from raymerge.saved_config import saved_config
+from raymerge.saved_config import saved_config, trimmed_config
 
 PLAN = tail_plan(tiny.N_LAYERS, [0.3, 0.8], name="x", kind="found")
 PER_LAYER = {"num_hidden_layers", "layer_types", "no_rope_layers", "max_window_layers"}

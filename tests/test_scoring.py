@@ -26,7 +26,7 @@ import raymerge.tensorfiles
 from raymerge.checkpoint import Checkpoint
 from raymerge.evaluation import Answers, answer_shard
 from raymerge.forward import LayerRunner
-from raymerge.fusion import fuse_state_dict, fused_tensors
+from raymerge.fusion import fused_tensors
 from raymerge.plan import MergePlan, MergeStep, PlanError, base_plan, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import Group, Prompts, Shard, encode_questions
 from raymerge.scoring import TailScorer
@@ -435,7 +435,7 @@ OPTION_PLANS = {
 def fused_reference(case, plan):
     """Answers of the fused state dict in an ordinary float64 model; that it is the right one is in test_fusion."""
     checkpoint = case.runner.checkpoint
-    state = fuse_state_dict(checkpoint, checkpoint.architecture, plan, aligner=case.runner.aligner)
+    state = tiny.fuse_state_dict(checkpoint, checkpoint.architecture, plan, aligner=case.runner.aligner)
     state = {"lm_head.weight": state["model.embed_tokens.weight"]} | state  # tied or not
     config = copy.deepcopy(case.base.config)
     config.num_hidden_layers = len(plan.kept)

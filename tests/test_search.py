@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from ray.exceptions import OutOfMemoryError
 
+from raymerge.actors import NoRoomError, WorkerLost
 from raymerge.config import ConfigError
 from raymerge.plan import tail_coefficients
-from raymerge.pool import NoRoomError, WorkerLost, WorkerPool
+from raymerge.pool import WorkerPool
 from raymerge.proposers import BayesProposer, RandomProposer, Starts
 from raymerge.search import BatchSearcher, LoggerError, _Trial, check_loggers, choose_batch, run_search
 

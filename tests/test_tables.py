@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from raymerge.parts import Tables
 from raymerge.storage import Storage
 from raymerge.tables import SCHEMAS, RunDirectory, RunError
 
@@ -227,7 +228,7 @@ def test_dying_between_the_new_file_and_the_deletions_counts_nothing_twice(run, 
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(RunDirectory, "_delete_parts", die)
+    monkeypatch.setattr(Tables, "_delete_parts", die)
     with pytest.raises(KeyboardInterrupt):
         run.compact("receipts") if act == "compact" else run.replace("receipts", [receipt(5)])
     monkeypatch.undo()
@@ -277,17 +278,17 @@ def test_a_reader_sees_no_part_twice_while_it_is_gathered(run, tmp_path, monkeyp
     run.compact("receipts")
     run.append("receipts", [receipt(1)], part="b")
     reader = RunDirectory.load(tmp_path / "run")
-    footer = reader._footer
+    footer = reader._tables._footer
 
     def gathered_meanwhile(table, name):
         monkeypatch.undo()
         found = footer(table, name)
         with monkeypatch.context() as patch:
-            patch.setattr(run, "_delete_parts", lambda *_: None)  # not yet
+            patch.setattr(run._tables, "_delete_parts", lambda *_: None)  # not yet
             run.compact(table)
         return found
 
-    monkeypatch.setattr(reader, "_footer", gathered_meanwhile)
+    monkeypatch.setattr(reader._tables, "_footer", gathered_meanwhile)
     assert tensors(reader) == ["t0", "t1"]
 
 

@@ -13,8 +13,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from raymerge.architectures import ARCHITECTURES
+from raymerge.architectures import ARCHITECTURES, permute_tensor
 from raymerge.demo import MODEL_PATH
+from raymerge.fusion import fused_tensors
 from raymerge.questions import LETTERS, Question, QuestionSet
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -365,3 +366,16 @@ def whole_prompts(questions, tokenizer, *, bos=None):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         prompts.append(([] if bos is None else [bos]) + ids)
     return prompts
+
+
+def fuse_state_dict(base, architecture, plan, *, aligner=None):
+    """The merged model's whole state dict."""
+    return dict(fused_tensors(base, architecture, plan, aligner=aligner))
+
+
+def permute_layer(architecture, layer, permutations):
+    """A decoder layer with its units reordered, tensors by relative name: the same function, to rounding."""
+    return {
+        name: permute_tensor(architecture, name, layer[architecture.origin(name, permutations)], permutations)
+        for name in layer
+    }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ from raymerge.experiments.common import (
     swept_cache,
 )
 from raymerge.inputs import SUBSETS, Subset
+from raymerge.parts import part_name
+from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.reliability import Correlation, Study, correlate, correlate_matrices
 from raymerge.sensitivity import recipe_of
-from raymerge.tables import RunDirectory, part_name
+from raymerge.tables import RunDirectory
 
 Row = dict[str, Any]
 
@@ -58,13 +61,7 @@ def similarity(
     run = open_run(config, "similarity", settings, inputs, progress)
     if run.complete:
         return run
-    options = {"run": run, "most": len(inputs.subsets), "progress": progress}
-    with (
-        runtime(config, progress),
-        swept_cache(config, run) as cache,
-        open_pool(config, inputs, cache, **options) as pool,
-    ):
-        workers = describe_workers(pool, inputs, progress, run)
+    with _workers(config, inputs, run, progress) as (pool, workers):
         progress.stage("similarity (subsets)", len(inputs.subsets))
 
         def store(number: int, result: tuple[Study, Activations, int]) -> None:
@@ -91,6 +88,20 @@ def similarity(
         **model_facts(config, inputs),
     )
     return run
+
+
+@contextmanager
+def _workers(
+    config: Config, inputs: Inputs, run: RunDirectory, progress: Progress
+) -> Iterator[tuple[WorkerPool, list[dict[str, Any]]]]:
+    """A pool with a worker for each subset at the most, and what they hold."""
+    options = {"run": run, "most": len(inputs.subsets), "progress": progress}
+    with (
+        runtime(config, progress),
+        swept_cache(config, run) as cache,
+        open_pool(config, inputs, cache, **options) as pool,
+    ):
+        yield pool, describe_workers(pool, inputs, progress, run)
 
 
 def _store(config: Config, run: RunDirectory, subset: Subset, found: Study, activations: Activations) -> None:
@@ -316,13 +327,7 @@ def sensitivity(
     run = open_run(config, "sensitivity", settings, inputs, progress)
     if run.complete:
         return run
-    options = {"run": run, "most": len(inputs.subsets), "progress": progress}
-    with (
-        runtime(config, progress),
-        swept_cache(config, run) as cache,
-        open_pool(config, inputs, cache, **options) as pool,
-    ):
-        workers = describe_workers(pool, inputs, progress, run)
+    with _workers(config, inputs, run, progress) as (pool, workers):
         progress.stage("sensitivity (subsets)", len(inputs.subsets))
         found = pool.map("sensitivity", range(len(inputs.subsets)), counted(progress))
     run.replace("sensitivity", [row for rows in found for row in rows])

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from raymerge.identity import software
 from raymerge.progress import Progress
-from raymerge.report import compared, curve, layers, plans, receipts, searched
+from raymerge.report import compared, curve, layers, plans, receipts, searched, subjects
 from raymerge.report.asked import asked, command_of, model_name, run_name, unfinished
 from raymerge.report.content import Block, Notice, Page, Section, Table, Text
 from raymerge.report.plans import plan_table
@@ -17,20 +17,15 @@ from raymerge.tables import MACRO, MICRO, RunDirectory
 
 _QUESTIONS = {
     "search": "Several decoder layers of a language model were merged into one, whose weights are a weighted average "
-    "of "
-    "theirs, to make the model smaller. The weights were searched. Do they keep more of the model than simply leaving "
-    "the "
-    "layers out, than fixed weights and than random ones?",
+    "of theirs, to make the model smaller. The weights were searched. Do they keep more of the model than simply "
+    "leaving the layers out, than fixed weights and than random ones?",
     "sweep": "Decoder layers of a language model were merged or left out, more and more of them, in several ways. How "
-    "much "
-    "of the model is lost at each size, and does averaging lose less than leaving out?",
+    "much of the model is lost at each size, and does averaging lose less than leaving out?",
     "similarity": "How alike are the decoder layers of a language model, judged by the states that they give to sets "
-    "of "
-    "prompts? And does that depend on the task or the language of the prompts, or only on which prompts were drawn?",
+    "of prompts? And does that depend on the task or the language of the prompts, or only on which prompts were drawn?",
     "import-similarity": "Similarity matrices of layers, made elsewhere, held against each other.",
     "sensitivity": "The similarity of layers depends on settings that have no right value. Each was changed on its "
-    "own: do "
-    "the matrices, and the merges that they would choose, stay the same?",
+    "own: do the matrices, and the merges that they would choose, stay the same?",
     "evaluate": "One model as it is: multiple-choice accuracy by subject, and perplexity.",
 }
 
@@ -153,7 +148,7 @@ def _search(run: RunDirectory) -> list[Section]:
         plans.answer(reached),
         searched.coefficients(reached),
         searched.search(reached),
-        *([plans.subjects(reached)] if reached.asks else []),
+        *([subjects.differences(reached)] if reached.asks else []),
         *plans.tasks(reached),
         receipts.receipts(reached),
     ]
@@ -193,7 +188,7 @@ def _evaluate(run: RunDirectory) -> list[Section]:
     asked_ppl = {
         row["subject"]: row["perplexity"] for row in run.read("perplexity").to_pylist() if row["target"] == "question"
     }
-    subjects = sorted((row for row in rows if row["subject"] not in (MICRO, MACRO)), key=lambda row: -row["accuracy"])
+    each = sorted((row for row in rows if row["subject"] not in (MICRO, MACRO)), key=lambda row: -row["accuracy"])
     cells = tuple(
         (
             row["subject"],
@@ -202,18 +197,18 @@ def _evaluate(run: RunDirectory) -> list[Section]:
             value(row["nll"]),
             perplexity(asked_ppl.get(row["subject"])),
         )
-        for row in subjects
+        for row in each
     )
     text = (
         f"{model_name(run)} answers {percent(line['accuracy'])} {interval(*line['interval'])} of "
-        f"{plural(line['n'], f'{reached.split} question')} in {plural(len(subjects), 'subject')}, "
+        f"{plural(line['n'], f'{reached.split} question')} in {plural(len(each), 'subject')}, "
         f"{percent(line['macro'])} in the mean over subjects; perplexity on plain text "
         f"{perplexity(line['perplexity'])}."
     )
     blocks: tuple[Block, ...] = (
         Text(text),
         plan_table(reached),
-        *plans.subject_accuracies(run, subjects),
+        *subjects.accuracies(run, each),
         Table(
             "Every subject, the most accurate first; question perplexity is of the prompts' own tokens",
             ("subject", "questions", "accuracy [95 %]", "answer NLL", "question perplexity"),

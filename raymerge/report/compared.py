@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from raymerge.findings import chosen_on, verdict
 from raymerge.report import figures
 from raymerge.report.asked import command_of, model_name, run_name, sources
-from raymerge.report.content import Block, Figure, Rows, Section, Table
+from raymerge.report.content import ROLES, Block, Figure, Rows, Section, Table
 from raymerge.report.reached import Reached
 from raymerge.report.wording import NONE, difference, interval, p_value, percent, perplexity
 from raymerge.statistics import holm, mcnemar, paired_difference
@@ -110,9 +110,8 @@ def _tests(reached: Sequence[Reached]) -> list[Block]:
     )
     return [
         Table(
-            "Paired tests between what the searches found, on the questions that both answered: difference in "
-            "accuracy in "
-            "percentage points (first minus second) with its 95 % interval, McNemar's exact p, and Holm's over this "
+            "Paired tests between what the searches found, on the questions that both answered: difference in accuracy "
+            "in percentage points (first minus second) with its 95 % interval, McNemar's exact p, and Holm's over this "
             f"table{_caveat(reached)}",
             ("first", "second", "questions", "difference [95 %]", "p", "p (Holm)", "verdict"),
             cells,
@@ -181,7 +180,7 @@ def _figure(reached: Sequence[Reached]) -> list[Figure]:
                         "questions": line["n"],
                     }
                 )
-    rows.sort(key=lambda row: -figures.ROLES.index(row["role"]))
+    rows.sort(key=lambda row: -ROLES.index(row["role"]))
     rows = rows[-_DRAWN:]
     if not rows:
         return []

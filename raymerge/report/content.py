@@ -8,6 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+FOUND, RANDOM, CONTROL, UNMERGED = "found by the search", "best at random", "control", "unmerged"
+ROLES = (FOUND, RANDOM, CONTROL, UNMERGED)
+"""What a plan is on a page, in the order of legends; `role_of` says which."""
+
 
 @dataclass(frozen=True)
 class Text:
@@ -129,3 +133,8 @@ class Page:
     sections: tuple[Section, ...]
     made: str
     several: bool = False
+
+
+def role_of(kind: str) -> str:
+    """What a plan of this kind of table `plans` is on the page."""
+    return {"found": FOUND, "random": RANDOM, "base": UNMERGED}.get(kind, CONTROL)

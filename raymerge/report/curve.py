@@ -8,9 +8,9 @@ from raymerge.findings import verdict
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Block, Figure, Rows, Section, Table, Text
-from raymerge.report.reached import ALIGNED, TEXT_TEST, Reached, chosen_layers, merit, missing
+from raymerge.report.reached import ALIGNED, TEXT_TEST, Reached, chosen_layers, drawn, merit, missing
 from raymerge.report.receipts import tensor_name
-from raymerge.report.wording import difference, finite, interval, percent, perplexity, plural, value
+from raymerge.report.wording import difference, interval, percent, perplexity, plural, value
 from raymerge.tables import RUINED, way_of
 
 _OF_QUESTIONS = ("accuracy", "low", "high", "macro", "answer_nll")  # of a point, without value where none are asked
@@ -45,12 +45,7 @@ def curve(reached: Reached) -> list[dict[str, Any]]:
                 "method": way_of(row),
                 "variant": _variant(row),
                 "merges": row["merges"],
-                "accuracy": line["accuracy"],
-                "low": line["interval"][0],
-                "high": line["interval"][1],
-                "perplexity": finite(line["perplexity"]),
-                "perplexity_low": finite(line["perplexity_interval"][0]),
-                "perplexity_high": finite(line["perplexity_interval"][1]),
+                **drawn(line),
                 "macro": line["macro"],
                 "answer_nll": line["nll"],
                 "removed": costs["parameters_removed"] / whole if whole else None,
@@ -228,9 +223,8 @@ def _curves(reached: Reached, points: list[dict], base: dict | None) -> list[Fig
         left_out = f" Perplexities beyond {RUINED:g} times the unmerged model's are left out: the table below has them."
     figure = Figure(
         f"{'Accuracy and perplexity' if reached.asks else 'Perplexity'} against compression",
-        "A click on a method in the legend picks it. Thin bars are 95 % intervals. Aligned: neurons reordered to "
-        "match before "
-        f"averaging; folded: gains of the norms multiplied into the matrices before it.{left_out}",
+        "A click on a method in the legend picks it. Thin bars are 95 % intervals. Aligned: neurons reordered to match "
+        f"before averaging; folded: gains of the norms multiplied into the matrices before it.{left_out}",
         tuple(views),
         Rows.of(points, sources(reached.run, *tables)),
         command_of(reached.run),
@@ -304,8 +298,7 @@ def receipts(reached: Reached) -> Section:
             Figure(
                 "Largest change of a tensor, by number of merged layers",
                 "The norm of the difference between merged and original tensor over the original's norm; the largest "
-                "of each "
-                f"plan.{silent}",
+                f"of each plan.{silent}",
                 (
                     figures.lines(
                         rows,

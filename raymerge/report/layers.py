@@ -10,7 +10,7 @@ import numpy as np
 from raymerge import findings, summary
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
-from raymerge.report.content import Block, Figure, Rows, Section, Table, Text
+from raymerge.report.content import FOUND, Block, Figure, Rows, Section, Table, Text
 from raymerge.report.reached import missing
 from raymerge.report.wording import listed, percent, plural, value
 from raymerge.tables import RunDirectory
@@ -41,9 +41,8 @@ def answer(run: RunDirectory) -> Section:
     blocks.append(
         Table(
             "Similarity off the diagonal, by subset of prompts. Unrelated layers: the mean when the prompts of one "
-            "layer are "
-            "shuffled against the other's; 5 % of pairs lie above noise by chance. Pairs with a degenerate layer are "
-            "left out of that share",
+            "layer are shuffled against the other's; 5 % of pairs lie above noise by chance. Pairs with a degenerate "
+            "layer are left out of that share",
             tuple(words.get(name, name) for name in header),
             tuple(tuple(row) for row in cells),
             words=(0, 1, 2, 3),
@@ -126,8 +125,7 @@ def _agreement(run: RunDirectory) -> str:
     text = (
         f"The subsets' matrices correlate by {min(r):.2f} to {max(r):.2f} off the diagonal. In {len(reach)} of "
         f"{plural(len(bounded), 'pair')} the 95 % interval reaches the ceiling that noise sets: with these prompts "
-        "such "
-        "subsets are indistinguishable."
+        "such subsets are indistinguishable."
     )
     return text + (f" Below their ceiling: {listed(below)}." if below else "")
 
@@ -180,11 +178,8 @@ def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[dict]) -
     return Figure(
         f"Similarity of every pair of layers ({named})",
         f"One scale for all maps, from {value(domain[0], 2)} to {value(domain[1], 2)}; values beyond it, such as a "
-        "layer's "
-        "with itself, have the colour of the end. A white dot: not above what 95 % of unrelated layers stay below, or "
-        "of a layer whose diffusion map is degenerate. "
-        "Grey: "
-        f"undefined.{left}",
+        "layer's with itself, have the colour of the end. A white dot: not above what 95 % of unrelated layers stay "
+        f"below, or of a layer whose diffusion map is degenerate. Grey: undefined.{left}",
         tuple(views),
         Rows.of(rows, sources(run, "similarity")),
         command_of(run),
@@ -276,7 +271,7 @@ def correlations(run: RunDirectory) -> Section:
     rows = [
         {
             "pair": f"{subset_name(row, '_a')} – {subset_name(row, '_b')}",
-            "role": figures.FOUND,
+            "role": FOUND,
             "r": row["pearson_off_diagonal"],
             "low": row["ci_low"],
             "high": row["ci_high"],
@@ -304,11 +299,9 @@ def correlations(run: RunDirectory) -> Section:
             Figure(
                 "Correlation of the subsets' matrices, with its ceiling",
                 "Off the diagonal, with 95 % intervals. The upright tick is the ceiling: the correlation of two equal "
-                "patterns, "
-                "weakened by the noise of both matrices. An interval that reaches it says that the two subsets are "
-                f"indistinguishable with these prompts. {told}{left} Translations of the same questions share their "
-                "noise and "
-                "may exceed it.",
+                "patterns, weakened by the noise of both matrices. An interval that reaches it says that the two "
+                f"subsets are indistinguishable with these prompts. {told}{left} Translations of the same questions "
+                "share their noise and may exceed it.",
                 (
                     figures.intervals(
                         drawn,
@@ -337,7 +330,7 @@ def sensitivity(run: RunDirectory) -> Section:
     rows = [
         {
             "setting": f"{row['parameter']} = {row['setting']}",
-            "role": figures.FOUND,
+            "role": FOUND,
             "r": row["pearson_off_diagonal"],
             "low": row["pearson_off_diagonal"],
             "high": row["pearson_off_diagonal"],

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 from raymerge import findings, summary
-from raymerge.report import figures
-from raymerge.report.content import Block, Notice, Text
+from raymerge.report.content import Block, Notice, Text, role_of
 from raymerge.report.wording import finite, listed
 from raymerge.schemas import TEXT_SPLIT
 from raymerge.statistics import wilson_interval
@@ -58,7 +57,7 @@ class Reached:
             line
             | options[line["plan_id"]]
             | {
-                "role": figures.role_of(line["kind"]),
+                "role": role_of(line["kind"]),
                 "costs": costs.get(line["plan_id"], {}),
                 "interval": _known_interval(line),
             }
@@ -89,6 +88,21 @@ class Reached:
                 low, high = -row["ci_high"], -row["ci_low"]
                 found[row["plan_a"]] = row | {"difference": -row["difference"], "ci_low": low, "ci_high": high}
         return found
+
+
+def drawn(line: dict) -> dict[str, float | None]:
+    """A line's accuracy and perplexity with their intervals, as drawings have them: columns accuracy, low, high,
+    perplexity, perplexity_low, perplexity_high; None for what was not measured or is not finite."""
+    low, high = line["interval"]
+    text_low, text_high = map(finite, line["perplexity_interval"])
+    return {
+        "accuracy": line["accuracy"],
+        "low": low,
+        "high": high,
+        "perplexity": finite(line["perplexity"]),
+        "perplexity_low": text_low,
+        "perplexity_high": text_high,
+    }
 
 
 def merit(line: dict) -> float:

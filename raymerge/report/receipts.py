@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
-from raymerge.report.content import Figure, Notice, Rows, Section
+from raymerge.report.content import ROLES, Figure, Notice, Rows, Section, role_of
 from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import finite, listed, percent, plural
 
@@ -33,13 +33,13 @@ def receipts(reached: Reached) -> Section:
                 "matrix": matrix,
                 "layer": layer,
                 "plan": reached.labels.get(row["plan_id"], row["plan_id"]),
-                "role": figures.role_of(reached.kinds.get(row["plan_id"], "")),
+                "role": role_of(reached.kinds.get(row["plan_id"], "")),
                 "relative": finite(row["relative_change"]),
                 "largest": finite(row["max_abs_change"]),
                 "tensor": row["tensor"],
             }
         )
-    rows.sort(key=lambda row: (row["matrix"], -figures.ROLES.index(row["role"])))
+    rows.sort(key=lambda row: (row["matrix"], -ROLES.index(row["role"])))
     changed = [row for row in rows if row["relative"]]
     told = (
         f"{plural(len({row['tensor'] for row in changed}), 'tensor name')} with a difference under "

@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from raymerge.report.content import Figure, Page, Rows
-from raymerge.report.figures import CONFIG
+from raymerge.report.vega import CONFIG
 
 _DIGITS = 7  # significant ones of a number in the page's rows; the parquet has all
 

@@ -8,7 +8,7 @@ from raymerge import findings, summary
 from raymerge.objectives import above_ceiling, is_minimised
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
-from raymerge.report.content import Block, Figure, Rows, Section
+from raymerge.report.content import ROLES, Block, Figure, Rows, Section, role_of
 from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import NONE, percent, plural
 from raymerge.statistics import without_far_worse
@@ -32,14 +32,14 @@ def coefficients(reached: Reached) -> Section:
             "step": row["step"],
             "merge": f"{row['remove']} into {row['into']}",
             "alpha": row["alpha"],
-            "role": figures.role_of(reached.kinds[row["plan_id"]]),
+            "role": role_of(reached.kinds[row["plan_id"]]),
             "label": "",
         }
         for row in _once(steps)
         if row["plan_id"] in shown
     ]
     _label_ends(alphas)
-    alphas.sort(key=lambda row: -figures.ROLES.index(row["role"]))  # what was found is drawn last, on top
+    alphas.sort(key=lambda row: -ROLES.index(row["role"]))  # what was found is drawn last, on top
     best = reached.best
     text = ""
     if best is not None:
@@ -50,9 +50,8 @@ def coefficients(reached: Reached) -> Section:
         Figure(
             "Alpha of every merge step",
             "A step merges one layer into another: alpha times the kept layer's weights plus (1 - alpha) times the "
-            "removed "
-            "layer's. Alpha 1 drops the removed layer, alpha 0 drops the other. Fainter lines: coefficients of single "
-            "matrices." + text,
+            "removed layer's. Alpha 1 drops the removed layer, alpha 0 drops the other. Fainter lines: coefficients of "
+            "single matrices." + text,
             (figures.alpha_lines(alphas, f"Alpha by merge step for {len(shown)} plans.{text}"),),
             Rows.of(alphas, sources(run, "plans")),
             command_of(run),

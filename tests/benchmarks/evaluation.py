@@ -47,7 +47,7 @@ def main() -> None:
 
     checkpoint = Checkpoint(options.model)
     runner, plan = LayerRunner(checkpoint, dtype=getattr(torch, options.dtype)), base_plan(checkpoint.n_layers)
-    questions = load_questions(options.mmlu, subjects=options.subjects, limit_per_subject=options.questions)
+    questions = load_questions(options.mmlu, subjects=options.subjects).sampled(options.questions, 0)
     whole = encode_questions(load_questions(options.mmlu), checkpoint.tokenizer)
     shared = encode_questions(questions, checkpoint.tokenizer)
     sides = {"shared": shared, "apart": apart(shared)}

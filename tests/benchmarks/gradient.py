@@ -69,7 +69,7 @@ def main() -> None:
 
     checkpoint = Checkpoint(options.model)
     names = load_questions(options.mmlu, split="test").subjects[: options.subjects]
-    questions = load_questions(options.mmlu, split="test", subjects=list(names), limit_per_subject=options.questions)
+    questions = load_questions(options.mmlu, split="test", subjects=list(names)).sampled(options.questions, 0)
     prompts = encode_questions(questions, checkpoint.tokenizer)
     first, n = checkpoint.n_layers - 1 - options.merges, len(prompts.answers)
     template = tail_plan(checkpoint.n_layers, [0.62] * options.merges, name="template", kind="fixed")

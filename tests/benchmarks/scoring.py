@@ -59,7 +59,7 @@ def main() -> None:
 
     checkpoint = Checkpoint(options.model)
     names = load_questions(options.mmlu, split="test").subjects[: options.subjects]
-    questions = load_questions(options.mmlu, split="test", subjects=list(names), limit_per_subject=options.questions)
+    questions = load_questions(options.mmlu, split="test", subjects=list(names)).sampled(options.questions, 0)
     prompts = encode_questions(questions, checkpoint.tokenizer)
     generator = random.Random(0)
     candidates = [[generator.uniform(0.3, 0.7) for _ in range(options.merges)] for _ in range(options.candidates)]

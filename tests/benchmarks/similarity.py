@@ -61,8 +61,7 @@ def benchmark_collect(options: argparse.Namespace) -> dict:
         split="test",
         subjects=list(names),
         shots=options.shots,
-        limit_per_subject=-(-options.samples // len(names)),
-    )
+    ).sampled(-(-options.samples // len(names)), 0)
     shards = encode_questions(questions, checkpoint.tokenizer).shards
     n = len(questions.questions)
     if options.pooling == "sequence":

@@ -1,0 +1,153 @@
+"""One worker as a Ray actor: the process that it runs in, a call to it, and what Ray says instead of an answer."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnschedulableError,
+    GetTimeoutError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
+
+from raymerge.errors import UserError
+
+# What every call to an actor gives that Ray will not start again. The last three are no RayActorErrors: an actor that
+# was killed for the node's memory gives OutOfMemoryError once its restarts are used up.
+GIVEN_UP = (ActorDiedError, ActorUnschedulableError, OutOfMemoryError, RuntimeEnvSetupError)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PARTICULARS = ("class_name:", "actor_id:", "pid:", "name:", "namespace:", "ip:")
+
+
+class WorkerError(RuntimeError):
+    """Work that no worker could do; the message names the call, the worker and the cause."""
+
+
+class WorkerLost(WorkerError):
+    """One call did not end: its worker died or hung, or its node is gone."""
+
+
+class NoRoomError(UserError):
+    """No worker is left, or a disk or Ray's object store is full: no fault of what is computed. The message says what
+    to do; what is finished is stored."""
+
+
+# glibc gives back every block beyond 32 MB when it is freed, so that each layer's weights and activations are new pages
+# which the kernel clears: converting a layer takes 11 times as long (docs/results.md, 2026-11-24). Keep up to 1 GiB.
+_ALLOCATION = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+# Chunks of candidates differ a little in their sizes: in segments of fixed sizes one's block may be too small for the
+# next one's, and giving segments back for larger ones waits for the device. The second name is torch's before 2.9.
+_DEVICE_ALLOCATION = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:True")
+
+
+def environment(cpus: float, gpus: float) -> dict[str, str]:
+    """Variables of the process of a worker with so many CPUs and GPUs."""
+    threads = {"OMP_NUM_THREADS": str(max(1, int(cpus))), "OMP_WAIT_POLICY": "passive"}
+    return _ALLOCATION | threads | _device_allocation(gpus)
+
+
+def _device_allocation(gpus: float) -> dict[str, str]:
+    """Of a worker with a GPU, unless the user has settings of their own."""
+    return {} if not gpus or set(_DEVICE_ALLOCATION) & set(os.environ) else _DEVICE_ALLOCATION
+
+
+class Host:
+    """The actor: makes the plain worker and calls it.
+
+    A user's mistake that only the constructor can see, such as a model that does not fit, is kept and raised when the
+    worker is first asked: Ray gives a constructor's error as text, which would lose its class.
+    """
+
+    def __init__(self, worker_class: type, kwargs: Mapping[str, Any]):
+        self._refusal: UserError | None = None
+        try:
+            self.worker = worker_class(**kwargs)
+        except UserError as error:
+            self._refusal = error
+
+    def ready(self, method: str | None) -> tuple[str, str, Any]:
+        """This node's id and address, and what the worker answers to `method`, if one is asked for."""
+        if self._refusal is not None:
+            raise self._refusal
+        answer = None if method is None else getattr(self.worker, method)()
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), answer
+
+    def here(self) -> None:
+        """Answers where this process is there and has nothing to do."""
+
+    def call(self, method: str, *args: Any) -> Any:
+        """What the worker's method returns."""
+        return getattr(self.worker, method)(*args)
+
+
+def find_worker(name: str) -> Any:
+    """The actor of that name, from any process of the job. WorkerLost if it is gone for good."""
+    try:
+        return ray.get_actor(name)
+    except ValueError as error:
+        raise WorkerLost(f"there is no actor {name} any more") from error
+
+
+def call_worker(handle: Any, method: str, *args: Any, timeout_s: float) -> Any:
+    """Call one worker once and wait for the answer, `timeout_s` at most.
+
+    What the worker's own code raises is raised here, a full disk as NoRoomError. A worker that does not answer is
+    killed, to be restarted; for it, for one that died and for whatever else Ray says instead of an answer WorkerLost is
+    raised, at once: whether to ask again, and whom, is the caller's choice, and the restart is the pool's to wait for
+    (`WorkerPool.lose`).
+    """
+    reference = handle.call.remote(method, *args)
+    return answer_of(handle, method, reference, timeout_s)
+
+
+def answer_of(handle: Any, method: str, reference: Any, timeout_s: float | None) -> Any:
+    """The result of a call that was made; errors as `call_worker`."""
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except GetTimeoutError as error:
+        ray.kill(handle, no_restart=False)
+        raise WorkerLost(f"{method}: no answer within workers.timeout_s, the worker hangs or is slower") from error
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        raise store_is_full(error) from error
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, UserError):  # reads as well as one that the driver sees
+            raise cause from None
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            raise NoRoomError(
+                f"{method}: {cause} on a worker's machine; free space (or set output.cache to another disk), then run "
+                "the same command again: what is finished is stored"
+            ) from error
+        if isinstance(cause, RayError):  # such as an argument whose node is gone
+            raise WorkerLost(f"{method}: {reason_of(error)}") from error
+        raise
+    except RayError as error:
+        raise WorkerLost(f"{method}: {reason_of(error)}") from error
+
+
+def store_is_full(error: Exception) -> NoRoomError:
+    """What to raise for an object store that has no room, and whose disk has none."""
+    return NoRoomError(
+        f"Ray's object store is full, and so is the disk behind it ({str(error).splitlines()[0]}): free space in "
+        "Ray's temporary folder, then run the same command again: what is finished is stored"
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """An actor's death in a line: what its constructor raised stands at the end of Ray's text; of another death first
+    what Ray calls it, then, after the actor's particulars, why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    if "creation task" in lines[0]:
+        return f"{type(error).__name__}: {lines[-1]}"
+    why = next((line for line in lines[1:] if not line.startswith(_PARTICULARS)), "")
+    return f"{type(error).__name__}: {lines[0]} {why}".strip()

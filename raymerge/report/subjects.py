@@ -1,0 +1,118 @@
+"""What plans reached subject by subject: the best against each other one, and a single plan's accuracies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from raymerge.report import figures
+from raymerge.report.asked import command_of, sources
+from raymerge.report.content import UNMERGED, Block, Figure, Rows, Section
+from raymerge.report.reached import Reached, missing
+from raymerge.report.wording import percent, signed
+from raymerge.statistics import paired_difference
+from raymerge.tables import RunDirectory
+
+_AGAINST = 8  # plans that the best is compared with
+
+
+def differences(reached: Reached) -> Section:
+    """Differences of the best plan by subject, against the unmerged model and the controls, one at a time."""
+    title, best = "Subject by subject", reached.best
+    rows = difference_rows(reached)
+    if not rows:
+        return Section(title, (missing(reached.run, "answers", "accuracy"),))
+    against = list(dict.fromkeys(row["against"] for row in rows))
+    first = sorted((row for row in rows if row["against"] == against[0]), key=lambda row: -row["difference"])
+    clear = [row for row in first if row["clear"] == "yes"]
+    told = (
+        f"Against {against[0]}: from {signed(first[0]['difference'], 1)} points ({first[0]['subject']}) to "
+        f"{signed(first[-1]['difference'], 1)} ({first[-1]['subject']}); {len(clear)} of {len(first)} intervals leave "
+        "out 0."
+    )
+    return Section(
+        title,
+        (
+            Figure(
+                f"Difference in accuracy of {best['label']} by subject",
+                f"{told} Intervals of 95 % (of pairs) are of each subject alone: by chance alone up to one in twenty "
+                "leaves out 0.",
+                (figures.subject_differences(rows, f"Differences by subject, sorted. {told}", against=against),),
+                Rows.of(rows, sources(reached.run, "answers", "plans")),
+                command_of(reached.run),
+            ),
+        ),
+    )
+
+
+def difference_rows(reached: Reached) -> list[dict[str, Any]]:
+    """Paired differences (percentage points) of the best plan and each other, subject by subject; the unmerged model
+    first, then the controls in the order of their accuracy."""
+    best = reached.best
+    if best is None:
+        return []
+    answers = reached.run.read("answers", ["plan_id", "split", "subject", "question_id", "answer", "predicted"])
+    answers = answers.filter(pc.equal(answers["split"], reached.split))
+    others = sorted((line for line in reached.lines if line is not best), key=lambda line: line["kind"] != "base")
+
+    def right(plan_id: str) -> dict[tuple[str, str], bool]:
+        mine = answers.filter(pc.equal(answers["plan_id"], plan_id)).to_pylist()
+        return {(row["subject"], row["question_id"]): row["predicted"] == row["answer"] for row in mine}
+
+    own, rows = right(best["plan_id"]), []
+    names = sorted({subject for subject, _ in own})
+    for line in others[:_AGAINST]:
+        other = right(line["plan_id"])
+        if other.keys() != own.keys():
+            continue
+        for subject in names:
+            keys = [key for key in own if key[0] == subject]
+            pair = [np.array([side[key] for key in keys], dtype=np.float64) for side in (own, other)]
+            found = paired_difference(*pair, n_resamples=4000)
+            rows.append(
+                {
+                    "subject": subject,
+                    "against": line["label"],
+                    "difference": 100 * found.difference,
+                    "low": 100 * found.ci_low,
+                    "high": 100 * found.ci_high,
+                    "clear": "yes" if found.ci_low > 0 or found.ci_high < 0 else "no",
+                    "n": len(keys),
+                }
+            )
+    return rows
+
+
+def accuracies(run: RunDirectory, stored: list[dict]) -> list[Block]:
+    """A figure of one plan's accuracies by subject; stored: rows of `accuracy`, in the order to be drawn."""
+    if not stored:
+        return []
+    rows = [
+        {
+            "subject": row["subject"],
+            "role": UNMERGED,
+            "accuracy": row["accuracy"],
+            "low": row["ci_low"],
+            "high": row["ci_high"],
+            "n": row["n"],
+        }
+        for row in stored
+    ]
+    first, last = rows[0], rows[-1]
+    told = f"From {percent(first['accuracy'])} ({first['subject']}) to {percent(last['accuracy'])} ({last['subject']})."
+    tips = [("subject", "subject"), ("accuracy", "accuracy", ".1%"), ("low", "95 % from", ".1%"), ("high", "to", ".1%"),
+            ("n", "questions", ",d")]  # fmt: skip
+    view = figures.intervals(
+        rows,
+        f"Accuracy by subject with 95 % intervals. {told}",
+        name="subject",
+        value="accuracy",
+        axis="accuracy",
+        form=".0%",
+        tips=tips,
+        rule=(0.25, "chance"),
+    )
+    source = Rows.of(rows, sources(run, "accuracy"))
+    return [Figure("Accuracy by subject", f"{told} Bars: 95 % intervals.", (view,), source, command_of(run))]
