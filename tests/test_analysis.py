@@ -754,19 +754,9 @@ def test_merge_steps_of_plans_that_merge_different_layers_are_ticked_by_whole_nu
 
 
 def test_the_progress_of_a_search_is_ticked_by_whole_candidates(tmp_path, monkeypatch):
-    monkeypatch.setattr(alphas_script, "save", lambda figure, path: figure.axes[0].get_xticks())
-    rows = [
-        {
-            "iteration": i,
-            "value": 0.01 * i,
-            "status": "ok",
-            "objective": "micro_accuracy",
-            "n_questions": 10,
-            "nll": 1.0,
-        }
-        for i in range(20)
-    ]
-    ticks = alphas_script.draw_progress({"bayes": rows}, [], {}, tmp_path / "x.png")
+    monkeypatch.setattr(search_panels, "save", lambda figure, path: figure.axes[0].get_xticks())
+    searched = {"bayes": [trial(i, 0.01 * i) for i in range(20)]}
+    ticks = search_panels.draw_progress(searched, [], {}, tmp_path / "x.png")
     assert all(float(tick).is_integer() for tick in ticks)
 
 
