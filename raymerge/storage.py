@@ -81,6 +81,12 @@ class Storage:
                 raise RunError(f"{text} cannot be opened ({error}); {cure}") from error
             self._base = inside.rstrip("/")
             self.name = self._base if self._fs.type_name == "local" else text.rstrip("/")
+        try:
+            self._base.encode()
+        except UnicodeEncodeError as error:  # a relative path may be fine, and the working folder not
+            raise RunError(
+                f"the path {self._base!r} is not UTF-8, as Arrow needs it: rename the folder, or choose another --out"
+            ) from error
         self.is_local = self._fs.type_name == "local"
         self._claim = b""
         self._one_put = self._fs.type_name in _ONE_PUT

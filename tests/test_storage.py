@@ -202,6 +202,8 @@ def test_names_of_the_places():
         Storage("nosuch://bucket/run")
     with pytest.raises(RunError, match="empty"):
         Storage("")
+    with pytest.raises(RunError, match=r"the path '/tmp/x\\udcff' is not UTF-8.*another --out"):
+        Storage(b"/tmp/x\xff".decode(errors="surrogateescape"))
 
 
 @pytest.mark.parametrize(
