@@ -420,13 +420,15 @@ class RunDirectory:
         return experiment[1], config
 
     def _refuse_other(self, stored_experiment: str, stored: dict, experiment: str, config: dict) -> None:
-        cure = "choose another --out, or delete the folder to start anew"
+        anew = "choose another --out, or delete the folder to start anew"
         if stored_experiment != experiment:
-            raise RunError(f"{self._storage.name} holds a run of {stored_experiment}, not of {experiment}; {cure}")
+            raise RunError(f"{self._storage.name} holds a run of {stored_experiment}, not of {experiment}; {anew}")
         differing = [item for item in _differences(stored, config) if item[0].split(".")[0] not in FREE_SECTIONS]
         if differing:
             lines = "".join(f"\n  {key}: {there} in the run, {here} now" for key, there, here in differing)
-            raise RunError(f"{self._storage.name} holds a run with another config:{lines}\n{cure}")
+            raise RunError(
+                f"{self._storage.name} holds a run with another config:{lines}\ngo on with the run's values, {anew}"
+            )
 
     def _part_names(self, table: str) -> list[str]:
         """Parts of a table, sorted; temporary and foreign files are no parts."""
