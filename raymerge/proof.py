@@ -64,10 +64,11 @@ def prove(
 
     Logits of PROMPTS, which are shorter than most attention windows; so each layer's window and rotary embedding are
     compared as the saved config has them. Tensors of the base that are no model's, as a reward head's, are left aside.
-    passed; finished: whether the fresh process came to an end of its own, with room for what it found;
-    max_difference, tolerance and largest_logit (logits); positions, and predictions_equal (how many of them have the
-    same most probable token); generated_tokens and generated_text of NEW_TOKENS greedy tokens; seconds, peak_bytes of
-    the fresh process; error: why it did not pass, else None. Nothing is raised for a model that does not pass (`check_proof` does), and nothing is deleted.
+    passed; finished: whether the fresh process came to an end of its own, with room for what it found; max_difference,
+    tolerance and largest_logit (logits); positions, and predictions_equal (how many of them have the same most probable
+    token); generated_tokens and generated_text of NEW_TOKENS greedy tokens; seconds, peak_bytes of the fresh process;
+    error: why it did not pass, else None. Nothing is raised for a model that does not pass (`check_proof` does), and
+    nothing is deleted.
 
     tolerance: both sides add the same products in another order. The sum of n products of float32 has a rounding error
     near sqrt(n) u, u = 2^-24, of the sum's own size (Higham and Mary 2019, doi:10.1137/18M1226312); with n the longest
