@@ -31,10 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it succeeded, 2 for a wrong input or where there is no room, 130 when interrupted, 141 when
     whoever read the output has ended, 143 when stopped."""
     parser = _parser()
-    options = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args(words)
     _quiet_libraries()
     before = signal.signal(signal.SIGTERM, _stop)
     try:
+        _check_words(words)
         code = options.run(options)
         sys.stdout.flush()  # here, not at Python's end, where a reader that is gone can only be complained of
         return code
@@ -50,6 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Refuse names that are not UTF-8, which neither the stored config nor Arrow or a tokenizer can hold."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{word!r} is not UTF-8: rename what it names, or link to it by another name") from error
 
 
 def _stop(number: int, _: object) -> NoReturn:

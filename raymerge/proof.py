@@ -6,9 +6,11 @@ alone, on the saved folder. They share no code but the families' own layers, and
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -41,6 +43,7 @@ PROMPTS = (
 )
 NEW_TOKENS = 8
 _PRODUCTS = 4  # matrix products that follow one another in a layer: values, output, gate or up, down
+_NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))  # what a full disk says
 _ROUNDOFF = 2.0**-24  # half the distance of neighbouring float32 numbers near 1
 
 
@@ -61,10 +64,11 @@ def prove(
 
     Logits of PROMPTS, which are shorter than most attention windows; so each layer's window and rotary embedding are
     compared as the saved config has them. Tensors of the base that are no model's, as a reward head's, are left aside.
-    passed; finished: whether the fresh process came to an end of its own; max_difference, tolerance and largest_logit
-    (logits); positions, and predictions_equal (how many of them have the same most probable token); generated_tokens
-    and generated_text of NEW_TOKENS greedy tokens; seconds, peak_bytes of the fresh process; error: why it did not
-    pass, else None. Nothing is raised for a model that does not pass (`check_proof` does), and nothing is deleted.
+    passed; finished: whether the fresh process came to an end of its own, with room for what it found; max_difference,
+    tolerance and largest_logit (logits); positions, and predictions_equal (how many of them have the same most probable
+    token); generated_tokens and generated_text of NEW_TOKENS greedy tokens; seconds, peak_bytes of the fresh process;
+    error: why it did not pass, else None. Nothing is raised for a model that does not pass (`check_proof` does), and
+    nothing is deleted.
 
     tolerance: both sides add the same products in another order. The sum of n products of float32 has a rounding error
     near sqrt(n) u, u = 2^-24, of the sum's own size (Higham and Mary 2019, doi:10.1137/18M1226312); with n the longest
@@ -90,29 +94,32 @@ def prove(
         "peak_bytes": None,
         "error": None,
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
-        request = {
-            "texts": texts,
-            "ids": [list(map(int, sequence)) for sequence in ids],
-            "new_tokens": NEW_TOKENS,
-            "dtype": _loaded_dtype(checkpoint),
-            "trust_remote_code": checkpoint.trust_remote_code,
-            # transformers before 5.22 loads Gemma 2 with SDPA, which leaves its softcap out.
-            "attention": "eager" if checkpoint.architecture.attention_softcap else None,
-        }
-        (work / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        done = _run_fresh(folder, work)
-        record["seconds"] = round(time.monotonic() - began, 2)
-        if done.returncode:
-            record["finished"] = done.returncode > 0
-            record["error"] = _reason(done, folder, checkpoint.dtype.itemsize)
-            return record
-        result = json.loads((work / "result.json").read_text(encoding="utf-8"))
-        found = read_tensors(work / "logits.safetensors", "the reloaded model's logits")
-        result["problems"] = _own_problems(checkpoint, plan, result["problems"])
-        result["attention"] = _attention_error(checkpoint, plan, folder)
-        _compare(record, request, result, expected, [found[str(number)] for number in range(len(ids))])
+    request = {
+        "texts": texts,
+        "ids": [list(map(int, sequence)) for sequence in ids],
+        "new_tokens": NEW_TOKENS,
+        "dtype": _loaded_dtype(checkpoint),
+        "trust_remote_code": checkpoint.trust_remote_code,
+        # transformers before 5.22 loads Gemma 2 with SDPA, which leaves its softcap out.
+        "attention": "eager" if checkpoint.architecture.attention_softcap else None,
+    }
+    room = sum(logits.nbytes for logits in expected)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            work = Path(scratch)
+            (work / "request.json").write_text(json.dumps(request), encoding="utf-8")
+            done = _run_fresh(folder, work)
+            record["seconds"] = round(time.monotonic() - began, 2)
+            if done.returncode:
+                record["finished"], record["error"] = _reason(done, folder, checkpoint.dtype.itemsize, room)
+                return record
+            result = json.loads((work / "result.json").read_text(encoding="utf-8"))
+            found = read_tensors(work / "logits.safetensors", "the reloaded model's logits")
+    except OSError as error:  # of the temporary folder: what is read of the model is the fresh process's to say
+        return record | {"finished": False, "error": _no_room(str(error), room)}
+    result["problems"] = _own_problems(checkpoint, plan, result["problems"])
+    result["attention"] = _attention_error(checkpoint, plan, folder)
+    _compare(record, request, result, expected, [found[str(number)] for number in range(len(ids))])
     return record
 
 
@@ -223,15 +230,30 @@ def _run_fresh(folder: Path, work: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _reason(done: subprocess.CompletedProcess[str], folder: Path, itemsize: int) -> str:
+def _reason(done: subprocess.CompletedProcess[str], folder: Path, itemsize: int, room: int) -> tuple[bool, str]:
+    """Whether a process that failed says anything of the model, and why it failed. room: bytes that it was to write."""
     if done.returncode < 0:
         needed = 4 / itemsize * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        return (
+        return False, (
             f"the process that reloaded it was ended by signal {-done.returncode} (9: most often out of memory; in "
             f"float32 its weights take {needed / 1e9:.3g} GB)"
         )
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return f"transformers could not reload and run it: {lines[-1] if lines else f'exit code {done.returncode}'}"
+    lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+    if any(words in lines[-1] for words in _NO_ROOM):
+        return False, _no_room(lines[-1], room)
+    return True, f"transformers could not reload and run it: {lines[-1]}"
+
+
+def _no_room(error: str, room: int) -> str:
+    try:
+        where = tempfile.gettempdir()
+        free = f"{where} has {shutil.disk_usage(where).free / 1e6:.1f} MB free"
+    except OSError:  # no folder for temporary files takes any
+        free = "no folder for temporary files can be written"
+    return (
+        f"{error}; {free}, where its logits take {room / 1e6:.1f} MB: free space, or set TMPDIR to a folder on another "
+        "disk, and run the same command again"
+    )
 
 
 def _compare(

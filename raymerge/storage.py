@@ -8,10 +8,13 @@ import fcntl
 import os
 import shutil
 import socket
+import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
@@ -27,6 +30,8 @@ LOCK = ".lock"
 """The file that the process which writes a run holds locked, or where there are no locks names it."""
 
 _PROCESS = uuid.uuid4().hex[:8]  # hosts and process numbers are alike in containers
+
+_AT_A_TIME = 32  # requests to a store that is not on this machine: each waits for the network
 
 _LOCK_S = 3.0  # for another process to end that has just been told to
 
@@ -76,6 +81,12 @@ class Storage:
                 raise RunError(f"{text} cannot be opened ({error}); {cure}") from error
             self._base = inside.rstrip("/")
             self.name = self._base if self._fs.type_name == "local" else text.rstrip("/")
+        try:
+            self._base.encode()
+        except UnicodeEncodeError as error:  # a relative path may be fine, and the working folder not
+            raise RunError(
+                f"the path {self._base!r} is not UTF-8, as Arrow needs it: rename the folder, or choose another --out"
+            ) from error
         self.is_local = self._fs.type_name == "local"
         self._claim = b""
         self._one_put = self._fs.type_name in _ONE_PUT
@@ -107,6 +118,13 @@ class Storage:
         """Return a file's content; FileNotFoundError if there is none."""
         with self._reached(inside), self._fs.open_input_file(self._at(inside)) as file:
             return file.read()
+
+    def each(self, act: Callable[[str], Any], names: Iterable[str]) -> list:
+        """Return [act(name) for every name]; of a folder that is not on this machine many at a time."""
+        if self.is_local:  # where threads gain nothing: reading a small file is all computation
+            return [act(name) for name in names]
+        with ThreadPoolExecutor(_AT_A_TIME) as threads:
+            return list(threads.map(act, names))
 
     def delete(self, inside: str) -> None:
         """Delete a file, if it is there."""
@@ -331,7 +349,7 @@ class _Held:
         return os.pread(self._file, 200, 0).decode("utf-8", "replace") or "which does not say"
 
     def __del__(self) -> None:
-        if self._file >= 0:
+        if self._file >= 0 and not sys.is_finalizing():  # the process's end closes it, and os may be gone by then
             os.close(self._file)
 
 

@@ -66,6 +66,7 @@ FREE_SECTIONS = ("workers", "output")
 """Top-level config sections that may differ when a run is resumed: they cannot change a result."""
 
 _INPUTS = "inputs.json"
+_MANY = 50  # parts of a table, that a run which is taken up again is not to read one by one each time
 
 
 class RunDirectory:
@@ -219,11 +220,13 @@ class RunDirectory:
     # --- manifest, folders ----------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Start or continue the work: remove the manifest of an earlier end, and start the clock. That it continues
-        is an incident."""
+        """Start or continue the work: remove the manifest of an earlier end, gather the batches of trials that a killed
+        search left one by one, and start the clock. That it continues is an incident."""
         self._lock = self._lock or self._storage.lock()
         self._storage.delete("manifest.json")
         self._begun = (datetime.now(UTC), time.monotonic())
+        if len(self._tables.part_names("trials")) > _MANY:
+            self.compact("trials")
         rows = {name: count for name, count in self.row_counts().items() if name != "incidents"}
         if rows:
             self.note("resumed", detail=", ".join(f"{count} {name}" for name, count in rows.items()))
@@ -361,13 +364,15 @@ class RunDirectory:
         return experiment[1], config
 
     def _refuse_other(self, stored_experiment: str, stored: dict, experiment: str, config: dict) -> None:
-        cure = "choose another --out, or delete the folder to start anew"
+        anew = "choose another --out, or delete the folder to start anew"
         if stored_experiment != experiment:
-            raise RunError(f"{self._storage.name} holds a run of {stored_experiment}, not of {experiment}; {cure}")
+            raise RunError(f"{self._storage.name} holds a run of {stored_experiment}, not of {experiment}; {anew}")
         differing = [item for item in _differences(stored, config) if item[0].split(".")[0] not in FREE_SECTIONS]
         if differing:
             lines = "".join(f"\n  {key}: {there} in the run, {here} now" for key, there, here in differing)
-            raise RunError(f"{self._storage.name} holds a run with another config:{lines}\n{cure}")
+            raise RunError(
+                f"{self._storage.name} holds a run with another config:{lines}\ngo on with the run's values, {anew}"
+            )
 
 
 def _differences(there, here, prefix: str = "") -> list[tuple[str, str, str]]:

@@ -755,7 +755,7 @@ def test_merge_steps_of_plans_that_merge_different_layers_are_ticked_by_whole_nu
 
 def test_the_progress_of_a_search_is_ticked_by_whole_candidates(tmp_path, monkeypatch):
     monkeypatch.setattr(search_panels, "save", lambda figure, path: figure.axes[0].get_xticks())
-    searched = {"bayes": [trial(i, 0.01 * i) for i in range(20)]}
+    searched = {"bayes": [trial(i, 0.01 * i) | {"n_questions": 10} for i in range(20)]}
     ticks = search_panels.draw_progress(searched, [], {}, tmp_path / "x.png")
     assert all(float(tick).is_integer() for tick in ticks)
 

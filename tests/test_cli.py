@@ -261,3 +261,23 @@ def test_a_file_is_not_overridden_by_options_that_are_not_given(tmp_path, monkey
 def test_an_empty_folder_name_is_refused_and_not_the_default(command, capsys):
     assert cli.main([*command, "--out", ""]) == 2
     assert "output.run = '': it is empty, as where a variable of a script is not set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "{}", "--out", "run"],
+        ["evaluate", "demo", "--out", "{}"],
+        ["evaluate", "demo", "--mmlu", "{}", "--out", "run"],
+        ["search", "--set", "model.path={}"],
+        ["search", "{}"],
+        ["merge", "{}", "--alphas", "a.json", "--out", "merged"],
+        ["report", "{}"],
+    ],
+)
+def test_names_that_are_not_utf_8_are_refused_in_a_line(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = b"m\xff".decode(errors="surrogateescape")  # as Python gives the bytes of a command line
+    assert cli.main([word.format(name) for word in command]) == 2
+    assert "\\udcff' is not UTF-8: rename what it names" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -434,6 +434,21 @@ def test_an_interrupted_search_goes_on_and_a_complete_one_is_left_alone(run, loc
     assert drawn[0] == drawn[1]
 
 
+def test_a_search_gathers_its_batches_as_it_goes(local_searches, tmp_path, monkeypatch):
+    monkeypatch.setattr(alpha_search, "_LOOSE", 2)
+    parts, append = [], RunDirectory.append
+
+    def counted(self, table, rows, part=None):
+        written = append(self, table, rows, part)
+        parts.extend([len(self._tables.part_names(table))] if table == "trials" else [])
+        return written
+
+    monkeypatch.setattr(RunDirectory, "append", counted)
+    trials = search(config(tmp_path), command=["test"]).read("trials").to_pylist()
+    assert max(parts) == 3 and len(parts) > 6  # one of gathered ones, and two of batches
+    assert sorted(row["iteration"] for row in trials if row["searcher"] == "bayes") == list(range(9))
+
+
 def test_a_search_that_keeps_the_language_model(local_searches, tmp_path):
     """Values, perplexities and the choice follow from the tables; what is chosen keeps to the ceiling. Questions are
     those of two of three subjects in the search, of all in the report, with comparisons on the two beside it."""

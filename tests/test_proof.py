@@ -265,6 +265,29 @@ def test_a_failed_proof_fails_the_save_and_leaves_the_model_with_its_record(tmp_
         assert saved_proof(tmp_path / "merged") is None
 
 
+@pytest.mark.parametrize("where", ["no folder", "request", "logits"])
+def test_a_full_temporary_folder_is_no_fault_of_the_model(tmp_path, monkeypatch, where):
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "base")))
+    if where == "no folder":
+        monkeypatch.setattr(raymerge.proof.tempfile, "tempdir", str(tmp_path / "absent"))
+    elif where == "request":
+        write = Path.write_text
+
+        def full(path, *args, **options):
+            if path.name == "request.json":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(path, *args, **options)
+
+        monkeypatch.setattr(Path, "write_text", full)
+    else:  # as safetensors says it
+        said = "SafetensorError: Error while serializing: I/O error: No space left on device (os error 28)\n"
+        done = subprocess.CompletedProcess([], 1, "", f"Traceback (most recent call last):\n{said}")
+        monkeypatch.setattr(raymerge.proof, "_run_fresh", lambda *_: done)
+    with pytest.raises(ProofError, match="could not be proved: .*its logits take 0.5 MB: free space, or set TMPDIR"):
+        save_merged(checkpoint, PLAN, tmp_path / "merged")
+    assert saved_proof(tmp_path / "merged") is None  # the same command proves it
+
+
 @pytest.mark.parametrize("name", ["merge_plan.json", "README.md"])
 def test_what_a_write_that_broke_off_was_to_replace_is_still_there(tmp_path, in_process, monkeypatch, name):
     checkpoint, replace_file = Checkpoint(str(tiny.make_checkpoint(tmp_path / "base"))), os.replace

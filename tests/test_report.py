@@ -1,6 +1,8 @@
 """What a report says: numbers of the tables, foreign text escaped, what is missing named; no browser here."""
 
+import errno
 import json
+import os
 import re
 import shlex
 from html import unescape
@@ -763,7 +765,10 @@ def test_rows_on_the_page_are_numbers_json_knows():
     assert '"rows":[[null,0.3333333,null,2,"x",null]]' in render.to_html(page)
 
 
-def test_write_report_says_where_it_cannot_write(tmp_path, search):
+def test_write_report_says_where_it_cannot_write(tmp_path, search, monkeypatch):
+    def read_only(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
     path = report.write_report([search.path_of()], tmp_path / "deep" / "page.html")
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert [p.name for p in path.parent.iterdir()] == ["page.html"]
@@ -772,6 +777,9 @@ def test_write_report_says_where_it_cannot_write(tmp_path, search):
         report.write_report([search.path_of()] * 2)
     with pytest.raises(RunError, match="is a folder"):
         report.write_report([search.path_of()], tmp_path)
+    monkeypatch.setattr(os, "replace", read_only)
+    with pytest.raises(RunError, match="could not write .*report.html: .*Read-only.*--out FILE.html puts the page"):
+        report.write_report([search.path_of()])
     with pytest.raises(RunError, match="is not a run directory"):
         report.write_report([tmp_path / "nothing"])
     with pytest.raises(RunError, match="at least one"):

@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 
 import pyarrow.fs as pafs
@@ -183,6 +185,12 @@ def test_a_path_that_no_disk_has_is_the_users_to_mend(tmp_path):
             RunDirectory.check(path, {}, "search")
 
 
+def test_a_process_that_holds_a_run_to_its_end_ends_without_a_word(tmp_path):
+    code = f"from raymerge.storage import Lock; lock = Lock({str(tmp_path)!r}); keep = [lock, lambda: keep]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def test_names_of_the_places():
     assert (
         Storage("s3://bucket/runs/a?region=eu-west-1").show("models/b")
@@ -194,6 +202,8 @@ def test_names_of_the_places():
         Storage("nosuch://bucket/run")
     with pytest.raises(RunError, match="empty"):
         Storage("")
+    with pytest.raises(RunError, match=r"the path '/tmp/x\\udcff' is not UTF-8.*another --out"):
+        Storage(b"/tmp/x\xff".decode(errors="surrogateescape"))
 
 
 @pytest.mark.parametrize(

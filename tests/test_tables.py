@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import subprocess
@@ -292,6 +293,54 @@ def test_a_reader_sees_no_part_twice_while_it_is_gathered(run, tmp_path, monkeyp
     assert tensors(reader) == ["t0", "t1"]
 
 
+# --- thousands of parts -----------------------------------------------------------------------------
+
+
+def test_a_run_that_is_taken_up_again_gathers_its_batches(run, tmp_path, monkeypatch):
+    one = {field.name: value_for(field) for field in SCHEMAS["trials"] if field.name != "run_id"}
+    for number in range(60):
+        run.append("trials", [one | {"iteration": number}], part=f"bayes-{number:06d}")
+    again = RunDirectory.open(tmp_path / "run", CONFIG, "search")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "_delete_parts", lambda *_: None)  # as where it is killed before they go
+        again.begin()
+    again.begin()
+    assert os.listdir(tmp_path / "run" / "tables" / "trials") == ["all.parquet"]
+    assert again.read("trials").column("iteration").to_pylist() == list(range(60))
+    monkeypatch.setattr(again, "_footer", lambda *_: pytest.fail("what is gathered was read for a new batch"))
+    for number in (60, 61, 7):  # the last was there
+        again.append("trials", [one | {"iteration": number}], part=f"bayes-{number:06d}")
+    assert sorted(run.read("trials").column("iteration").to_pylist()) == list(range(62))
+
+
+def test_parts_of_a_store_are_read_many_at_a_time_and_in_order(tmp_path):
+    store = pafs._MockFileSystem()
+    run = RunDirectory.open("run", CONFIG, "search", filesystem=store)
+    for number in range(40):
+        run.append("receipts", [receipt(number)], part=f"{number:02d}")
+    together, opened, read = threading.Barrier(8, timeout=10), itertools.count(), run._storage.open
+
+    def at_once(inside):
+        if next(opened) < 8:
+            together.wait()  # until as many requests are under way
+        return read(inside)
+
+    run._storage.open = at_once
+    assert tensors(run) == [f"t{number}" for number in range(40)]
+    run.compact("receipts")
+    assert tensors(run) == [f"t{number}" for number in range(40)]
+
+
+def test_a_small_part_is_not_compressed_and_a_large_one_is(run, tmp_path):
+    def compression(name):
+        metadata = pq.read_metadata(tmp_path / "run" / "tables" / "receipts" / f"{name}.parquet")
+        return metadata.row_group(0).column(0).compression
+
+    run.append("receipts", [receipt(0)], part="small")
+    run.append("receipts", [receipt(number) for number in range(3000)], part="large")
+    assert (compression("small"), compression("large")) == ("UNCOMPRESSED", "ZSTD")
+
+
 # --- resuming -------------------------------------------------------------------------------------
 
 
@@ -337,7 +386,8 @@ def test_another_config_is_refused_naming_every_key(run, tmp_path):
     assert "search.bounds: [0.0, 1.0] in the run, [0.3, 0.7] now" in message
     assert "search.seed: absent in the run, 1 now" in message
     assert "model.revision: None in the run, absent now" in message
-    assert "candidates" not in message and "another --out, or delete the folder" in message
+    assert "candidates" not in message
+    assert message.endswith("go on with the run's values, choose another --out, or delete the folder to start anew")
     assert RunDirectory.load(tmp_path / "run").config == CONFIG
 
 

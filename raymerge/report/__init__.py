@@ -10,7 +10,7 @@ from raymerge.identity import without_secrets
 from raymerge.progress import Progress, Silent, step
 from raymerge.report.build import page_of
 from raymerge.report.render import to_html
-from raymerge.storage import TEMPORARY
+from raymerge.storage import Storage
 from raymerge.tables import RunDirectory, RunError
 
 __all__ = ["write_report"]
@@ -21,8 +21,8 @@ def write_report(
 ) -> Path:
     """Write the page of `runs` to `out` (one run: RUN/report.html by default) and return its path.
 
-    The page needs neither network nor the run directories to be opened. Raises RunError for what is no run, and where
-    `out` must be said: with several runs, or one that is not on this machine.
+    The page needs neither network nor the run directories to be opened. Raises RunError for what is no run, where
+    `out` must be said - with several runs, or one that is not on this machine - and where it cannot be written.
     """
     if not runs:
         raise RunError("name at least one run directory")
@@ -40,7 +40,8 @@ def write_report(
     page = page_of(loaded, shlex.join(["raymerge", "report", *without_secrets(list(map(str, runs)))]), progress)
     with step(progress, "writing the page"):
         html = to_html(page)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    temporary.write_text(html, encoding="utf-8")
-    return temporary.replace(path)
+    try:
+        Storage(path.parent).publish(path.name, html.encode())
+    except RunError as error:  # of a run that others have made, or on a disk that is read-only
+        raise RunError(f"{error}; --out FILE.html puts the page elsewhere") from error
+    return path
