@@ -116,6 +116,7 @@ def test_a_threshold_stops_the_merging():
     assert most_similar_pairs(similarity, threshold=0.5) == [(3, 4), (1, 2)]
     assert most_similar_pairs(similarity, merges=1, threshold=0.5) == [(3, 4)]
     assert most_similar_pair(similarity, threshold=0.9) is None  # above, not at
+    assert len(most_similar_pairs(similarity, threshold=-1.0)) == 5  # until one layer is left
     with pytest.raises(PlanError, match="no neighbouring layers are more similar than plan.threshold = 0.95"):
         most_similar_pairs(similarity, threshold=0.95)
     with pytest.raises(PlanError, match="needs plan.merges or plan.threshold"):
