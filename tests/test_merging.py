@@ -228,7 +228,7 @@ def test_alphas_of_single_matrices_are_recorded(tmp_path):
     base = Checkpoint("demo")
     plan = tail_plan(base.n_layers, [0.7, 0.2], name="own", kind="found")
     plan = replace(plan, matrix_alphas=(("mlp.up_proj", (0.5, 0.5)),))
-    save_merged(base, plan, tmp_path / "out", verify=False)
+    save_merged(base, plan, tmp_path / "out", verify=False, results=["It reaches 3."])
     record = json.loads((tmp_path / "out" / "merge_plan.json").read_text())
     assert record["plan_id"] == plan.plan_id(base.identity)
     assert record["matrix_alphas"] == {"mlp.up_proj": [0.5, 0.5]}
@@ -236,7 +236,9 @@ def test_alphas_of_single_matrices_are_recorded(tmp_path):
     assert list(merged["matrices"]["mlp.up_proj"].values()) == [0.5, 0.25, 0.25]
     np.testing.assert_allclose(list(merged["coefficients"].values()), [0.2, 0.56, 0.24])
     assert all("matrices" not in layer for layer in record["layers"][:-1])
-    assert "which `alphas.json` cannot hold" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "which `alphas.json` cannot hold" in card
+    assert "## Results\n\nIt reaches 3.\n" in card and "nothing was measured" not in card
     saved, expected = Checkpoint(str(tmp_path / "out")), fuse_state_dict(base, base.architecture, plan)
     assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
 
