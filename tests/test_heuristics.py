@@ -166,6 +166,8 @@ def test_blocks_by_a_similarity_of_outputs_begin_after_the_first_layer():
     assert math.isclose(scores[3], 1 - math.exp(-0.02), rel_tol=1e-12) and best_block(scores, range(1, 6)) == 3
     with pytest.raises(PlanError, match=r"the blocks from layers \[0\] on have no finite score: set plan.starts"):
         best_block(scores, range(6))
+    with pytest.raises(PlanError, match="cannot merge 7 layers of a model that has 7"):
+        similar_block_scores(similarity, 7)
     with pytest.raises(PlanError, match="there is no block to choose from"):
         best_block(scores, [])
 

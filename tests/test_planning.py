@@ -8,7 +8,14 @@ import pytest
 from raymerge.config import ConfigError, load_config
 from raymerge.experiments import planning
 from raymerge.experiments.common import settings_of
-from raymerge.experiments.planning import Similarity, choose_blocks, recomputed_plan, shuffled_plan, starting_plan
+from raymerge.experiments.planning import (
+    Similarity,
+    choose_blocks,
+    influence_plan,
+    recomputed_plan,
+    shuffled_plan,
+    starting_plan,
+)
 from raymerge.inputs import CALIBRATION
 from raymerge.plan import PlanError, alpha_file_text, tail_plan
 from raymerge.progress import Silent
@@ -82,6 +89,13 @@ def test_a_shuffled_similarity_merges_as_many_layers_by_the_values_of_others():
     assert control.name == "similarity_shuffled"
     block = plan_config("selection=block", "base=similarity", "similarity_run=x", "merges=2").plan
     assert [step.remove for step in shuffled_plan(block, N_LAYERS, similarity, 7).steps] == [8, 7]
+
+
+def test_block_influence_makes_a_plan_where_a_run_has_measured_it():
+    matrix, influence = planted(N_LAYERS, {}), np.arange(N_LAYERS)[::-1] / 100
+    (plan,) = influence_plan(Similarity(matrix, influence), 2)
+    assert {layer.index for layer in plan.kept} == set(range(N_LAYERS - 2))
+    assert influence_plan(Similarity(matrix, None), 2) == [] == influence_plan(None, 2)
 
 
 # -- what workers measure --------------------------------------------------------------------------------------------

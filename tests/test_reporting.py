@@ -1,5 +1,6 @@
 """reporting.py without workers: what is asked for, in what order and once, and which plans are compared with which."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from raymerge.inputs import REPORT, SEARCH, TEXT, read_material, task_role
 from raymerge.plan import base_plan, pairs_plan, tail_plan
 from raymerge.progress import Silent
 from raymerge.tables import RunDirectory
+from raymerge.tasks import Item, Task
 
 CHECKPOINT = Checkpoint("demo")
 TAIL = tail_plan(CHECKPOINT.n_layers, [0.2, 0.3], name="tail", kind="found")
@@ -98,9 +100,11 @@ def test_only_what_no_table_holds_is_asked_for_and_plans_of_one_first_layer_toge
 
 
 def test_a_plan_s_shares_are_stored_together_and_a_cut_report_goes_on(tmp_path):
-    found = reporter(tmp_path / "run")
+    task = Task("t", False, tuple(Item(f"t/{number}", f"c{number}", ("a", "b"), 1) for number in range(3)), ())
+    found = reporter(tmp_path / "run", "data.question_perplexity=true", tasks={"t": task})
     questions = found.inputs.questions[REPORT]
     logits = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    whole = replace(Answers.of_letters(logits), prompt_nll=np.full(6, 0.7), prompt_tokens=np.full(6, 5))
     tokens = np.full((1, len(rows.EDGES) - 1), 2)
 
     def answer(method, item):
@@ -108,8 +112,10 @@ def test_a_plan_s_shares_are_stored_together_and_a_cut_report_goes_on(tmp_path):
             return []
         if method == "text_nll":
             return TextLosses(rows.EDGES, np.zeros(1, int), tokens * 0.5, tokens)
+        if method == "score_choices":
+            return np.array([[2], [0], [1]][item[2]]), np.array([-2.0, -1.0 - item[2]])
         members = np.array([[4, 1, 3], [0, 2, 5]][item[2]])
-        columns = {name: values[members] for name, values in vars(Answers.of_letters(logits)).items()}
+        columns = {name: values[members] for name, values in vars(whole).items()}
         return Answers(**columns)
 
     def cut(method, item):
@@ -125,7 +131,16 @@ def test_a_plan_s_shares_are_stored_together_and_a_cut_report_goes_on(tmp_path):
     assert stored["question_id"].to_pylist() == [question.question_id for question in questions.questions]
     np.testing.assert_array_equal(np.stack([stored[f"logit_{letter}"] for letter in "abcd"], 1), logits)
     assert sum(found.run.read("text_losses")["tokens"].to_pylist()) == tokens.sum()
-    assert found.run.read("perplexity")["perplexity"].to_pylist() == [pytest.approx(np.exp(0.5))]
+    perplexities = {
+        (row["target"], row["subject"]): row["perplexity"] for row in found.run.read("perplexity").to_pylist()
+    }
+    assert perplexities == {
+        ("text", None): pytest.approx(np.exp(0.5)),
+        ("question", None): pytest.approx(np.exp(0.7)),
+        ("question", "number_words"): pytest.approx(np.exp(0.7)),
+    }
+    chosen = [(row["item_id"], row["predicted"]) for row in found.run.read("task_answers").to_pylist()]
+    assert chosen == [("t/0", 0), ("t/1", 0), ("t/2", 1)]
     assert [method for method, _ in asked(found, [MIDDLE])] == ["receipts"]  # there was none to store
 
 
@@ -180,6 +195,25 @@ def test_what_is_asked_for_is_one_family_of_tests_and_all_other_pairs_another(tm
     for table in ("plans", "costs"):
         assert sorted(names[key] for key in run.read(table)["plan_id"].to_pylist()) == sorted(names.values())
     assert set(run.read("coefficients")["plan_id"].to_pylist()) == set(names)
+
+
+def test_accuracies_on_tasks_are_compared_as_those_on_questions_are(tmp_path):
+    found = reporter(tmp_path / "run", tasks={"t": SimpleNamespace(identity="t")}, questions={})
+    plans = [base_plan(CHECKPOINT.n_layers), TAIL, MIDDLE]
+    row = {"task": "t", "content_hash": "0", "log_likelihoods": [0.0], "lengths": [1.0], "answer": 0}
+    for number, plan in enumerate(plans):
+        named = row | {"plan_id": plan.plan_id(found.identity)}
+        answered = [named | {"item_id": f"{item}", "predicted": int(item < 2 * number)} for item in range(8)]
+        found.run.append("task_answers", answered)
+    found.derive(plans, [(TAIL, plans[0])])
+    accuracy = {row["plan_id"]: row["accuracy"] for row in found.run.read("task_accuracy").to_pylist()}
+    assert accuracy == {plan.plan_id(found.identity): 1 - number / 4 for number, plan in enumerate(plans)}
+    compared = found.run.read("task_comparisons").to_pylist()
+    assert [(row["plan_a"], row["plan_b"], row["difference"]) for row in compared] == [
+        (IDS[TAIL], plans[0].plan_id(found.identity), -0.25),
+        (plans[0].plan_id(found.identity), IDS[MIDDLE], 0.5),
+        (IDS[TAIL], IDS[MIDDLE], 0.25),
+    ]
 
 
 def test_of_more_than_twelve_plans_only_the_pairs_asked_for_are_compared(tmp_path):
