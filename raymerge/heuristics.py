@@ -104,7 +104,7 @@ def most_similar_pairs(
     if merges is not None:
         check_merges(n_layers, merges)
     alive, pairs = list(range(n_layers)), []
-    while len(alive) > 1 and (merges is None or len(pairs) < merges):
+    while merges is None or len(pairs) < merges:
         pair = most_similar_pair(similarity, alive, threshold=threshold)
         if pair is None:
             break

@@ -194,6 +194,7 @@ def test_every_plan_gives_the_cpus_answers(checkpoint, prompts, tmp_path, monkey
             for one, other in zip(scorer.score_many(plans), expected, strict=True):
                 close(one, other)
             assert device.syncs == before  # nothing but the answers' copy waits
+            assert scorer.plan == how
             few = scorer.select([7, 2, 4])
             close(few.score(PLANS[0])[0], expected[0][[7, 2, 4]])
 
@@ -557,6 +558,8 @@ def test_layers_are_kept_given_up_and_run_in_halves(checkpoint, together, monkey
             device.fail_next = failures
             close(answer_shard(runner, PLANS[0], prompts, shard).logits, expected)
         assert device.fail_next == 0
+        device.fail_next = 10**6  # there is never room for two
+        close(answer_shard(runner, PLANS[0], prompts, shard).logits, expected)
 
 
 def test_layers_that_the_runner_keeps_make_room_for_states(checkpoint, prompts, tmp_path, monkeypatch):

@@ -241,6 +241,8 @@ def test_mlp_units_are_what_the_down_projection_reads(tmp_path, shard, family):
     states = runner.embed(shard)
     with torch.inference_mode():
         found = [runner.mlp_units(states, layer) for layer in (0, 1)]
+    # Hooks that stayed would hold the units of every later run.
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in runner.modules.modules())
     after = runner.run(runner.embed(shard), runner.plan_layers(base_plan(5))[:2])
     assert all(torch.equal(a.prefix, b.prefix) for a, b in zip(states, after, strict=True))
     prompts = whole(shard)

@@ -539,6 +539,7 @@ def test_the_best_point_is_returned_and_patience_ends(case):
     assert found.stopped_early and len(found.history) == best + 5 < 61
     assert found.best_epoch == best and held_out[-1] > held_out[best]
     np.testing.assert_allclose(case.scorer.coefficients(found.plan), found.history[best].coefficients, atol=1e-12)
+    np.testing.assert_allclose(found.history[best].alphas, found.plan.alphas, atol=1e-12)
     assert len(found.held_out_rows) == 2
     logits, answers = case.scorer.score(found.plan)[0].double(), torch.from_numpy(case.prompts.answers).long()
     nll = torch.nn.functional.cross_entropy(logits, answers, reduction="none")
@@ -646,6 +647,13 @@ def test_a_loss_that_is_not_finite_ends_the_descent(case):
     loss = loss_of(case, LossWeights(answer_nll=0.0, answer_kl=1.0), reference=broken)
     with pytest.raises(GradientError, match="the loss after epoch 0 is nan .*lower the learning rate, which is 0.001"):
         descend(loss)
+    # With questions held out that of either part, whichever the broken question is in.
+    said = set()
+    for seed in range(6):
+        with pytest.raises(GradientError, match="nan") as caught:
+            descend(loss, Settings(held_out=0.34, seed=seed))
+        said.add("held out: nan" in str(caught.value))
+    assert said == {True, False}
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,7 @@ def test_a_threshold_stops_the_merging():
     assert most_similar_pairs(similarity, threshold=0.5) == [(3, 4), (1, 2)]
     assert most_similar_pairs(similarity, merges=1, threshold=0.5) == [(3, 4)]
     assert most_similar_pair(similarity, threshold=0.9) is None  # above, not at
+    assert len(most_similar_pairs(similarity, threshold=-1.0)) == 5  # until one layer is left
     with pytest.raises(PlanError, match="no neighbouring layers are more similar than plan.threshold = 0.95"):
         most_similar_pairs(similarity, threshold=0.95)
     with pytest.raises(PlanError, match="needs plan.merges or plan.threshold"):
@@ -165,6 +166,8 @@ def test_blocks_by_a_similarity_of_outputs_begin_after_the_first_layer():
     assert math.isclose(scores[3], 1 - math.exp(-0.02), rel_tol=1e-12) and best_block(scores, range(1, 6)) == 3
     with pytest.raises(PlanError, match=r"the blocks from layers \[0\] on have no finite score: set plan.starts"):
         best_block(scores, range(6))
+    with pytest.raises(PlanError, match="cannot merge 7 layers of a model that has 7"):
+        similar_block_scores(similarity, 7)
     with pytest.raises(PlanError, match="there is no block to choose from"):
         best_block(scores, [])
 

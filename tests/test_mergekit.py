@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from raymerge.checkpoint import Checkpoint
 from raymerge.mergekit import NotExpressible, mergekit_yaml
 from raymerge.merging import save_merged
-from raymerge.plan import MergePlan, MergeStep, base_plan, before_last_plan, drop_plan, tail_plan
+from raymerge.plan import MergePlan, MergeStep, Refit, base_plan, before_last_plan, drop_plan, tail_plan
 
 
 def weight_of(setting, name):
@@ -95,6 +95,7 @@ def test_the_yaml_gives_the_tensors_that_we_save(tmp_path, case):
         ({"norms": "fold"}, "norms"),
         ({"alignment": "neurons"}, "alignment neurons"),
         ({"alignment": "rows"}, "alignment rows"),
+        ({"refit": Refit("scale")}, "refit scale"),
     ],
 )
 def test_what_mergekit_cannot_do_is_said_in_one_line(tmp_path, change, reason):

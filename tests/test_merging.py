@@ -15,11 +15,14 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import raymerge.alignment
+import raymerge.hub
+import raymerge.merging
 from raymerge import cli
 from raymerge.checkpoint import Checkpoint
 from raymerge.merging import merge, save_merged
 from raymerge.plan import PlanError, Refit, alpha_file_text, read_alpha_file, tail_plan
 from raymerge.progress import Silent
+from raymerge.refit import RefitError
 from raymerge.rows import coefficient_rows, plan_rows
 from raymerge.tables import conform
 
@@ -203,10 +206,32 @@ def test_a_repository_s_own_code_runs_only_where_it_is_trusted(tmp_path, monkeyp
     (folder / "config.json").write_text(json.dumps(values | {"auto_map": own}))
     (folder / "own_code.py").write_text(OWN_CODE.format(marker=str(marker)))
     (tmp_path / "a.json").write_text(alpha_file_text(tail_plan(5, [0.4], name="x", kind="file").steps))
+    merge(str(folder), tmp_path / "a.json", tmp_path / "by_default", verify=False)
+    assert not marker.exists()
     command = ["merge", str(folder), "--alphas", str(tmp_path / "a.json"), "--no-verify", "--out"]
     assert cli.main([*command, str(tmp_path / "out")]) == 0 and not marker.exists()
     assert cli.main([*command, str(tmp_path / "trusted"), "--trust-remote-code"]) == 0 and marker.exists()
     capsys.readouterr()
+
+
+def test_by_default_a_model_is_proved_and_pushed_private(tmp_path, alphas, monkeypatch):
+    done, figures = [], dict.fromkeys(("max_difference", "tolerance", "largest_logit"), 0.0)
+    counts = dict.fromkeys(("positions", "predictions_equal", "generated_tokens"), 1)
+    proof = {"passed": True, "finished": True, "error": None} | figures | counts
+    monkeypatch.setattr(raymerge.merging, "prove", lambda *_, **__: done.append("proved") or proof)
+    monkeypatch.setattr(raymerge.hub, "check_push", lambda *_, private: done.append(f"asked, private: {private}"))
+    monkeypatch.setattr(raymerge.hub, "push", lambda *_, private: done.append(f"pushed, private: {private}"))
+    assert merge("demo", alphas, tmp_path / "out", push="me/x")["proof"] == proof
+    assert done == ["asked, private: True", "proved", "pushed, private: True"]
+
+
+def test_a_refit_of_a_family_for_which_it_does_not_hold_leaves_nothing_behind(tmp_path):
+    folder, text = tiny.make_checkpoint(tmp_path / "base", "gemma2"), tmp_path / "text"
+    (tmp_path / "a.json").write_text(alpha_file_text(tail_plan(5, [0.4], name="x", kind="file").steps))
+    text.write_text("The cat sat on the mat. " * 20)
+    with pytest.raises(RefitError, match="refit linear needs layers in which .* write straight into the residual"):
+        merge(str(folder), tmp_path / "a.json", tmp_path / "out", refit=Refit("linear"), calibration=text)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_alignment_is_refused(tmp_path, alphas):
@@ -242,7 +267,7 @@ def test_alphas_of_single_matrices_are_recorded(tmp_path):
     base = Checkpoint("demo")
     plan = tail_plan(base.n_layers, [0.7, 0.2], name="own", kind="found")
     plan = replace(plan, matrix_alphas=(("mlp.up_proj", (0.5, 0.5)),))
-    save_merged(base, plan, tmp_path / "out", verify=False)
+    save_merged(base, plan, tmp_path / "out", verify=False, results=["It reaches 3."])
     record = json.loads((tmp_path / "out" / "merge_plan.json").read_text())
     assert record["plan_id"] == plan.plan_id(base.identity)
     assert record["matrix_alphas"] == {"mlp.up_proj": [0.5, 0.5]}
@@ -250,7 +275,9 @@ def test_alphas_of_single_matrices_are_recorded(tmp_path):
     assert list(merged["matrices"]["mlp.up_proj"].values()) == [0.5, 0.25, 0.25]
     np.testing.assert_allclose(list(merged["coefficients"].values()), [0.2, 0.56, 0.24])
     assert all("matrices" not in layer for layer in record["layers"][:-1])
-    assert "which `alphas.json` cannot hold" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "which `alphas.json` cannot hold" in card
+    assert "## Results\n\nIt reaches 3.\n" in card and "nothing was measured" not in card
     saved, expected = Checkpoint(str(tmp_path / "out")), tiny.fuse_state_dict(base, base.architecture, plan)
     assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
 

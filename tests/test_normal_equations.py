@@ -75,6 +75,7 @@ def test_sums_are_the_same_after_a_journey_and_half_as_large():
     assert packed[0].triangle.size == N * (N + 1) // 2
     packed[0].triangle.flags.writeable = packed[0].cross.flags.writeable = False  # as Ray hands them out
     torch.testing.assert_close(NormalEquations.total(packed[:1]).gram, parts[0].gram, rtol=1e-12, atol=1e-12)
+    assert NormalEquations.total(parts[:1]) is parts[0]  # nothing is copied in vain
 
 
 def test_bfloat16_tokens_are_multiplied_in_float32_and_summed_in_float64():

@@ -314,6 +314,14 @@ def test_a_record_that_was_cut_off_is_named(tmp_path, text):
             read(tmp_path)
 
 
+def test_a_vocabulary_of_several_pieces_is_compared_as_one(tmp_path, in_process, monkeypatch):
+    checkpoint, folder = merged(tmp_path)
+    whole = prove(checkpoint, PLAN, folder)
+    monkeypatch.setattr(raymerge.proof, "VOCABULARY_ROWS", 300)
+    pieces = prove(checkpoint, PLAN, folder)
+    assert pieces["passed"] and pieces["largest_logit"] == pytest.approx(whole["largest_logit"], rel=1e-5)
+
+
 def test_without_a_tokenizer_the_prompts_are_token_ids(tmp_path, in_process):
     folder = tiny.make_checkpoint(tmp_path / "base")
     for file in folder.glob("tokenizer*"):

@@ -254,13 +254,16 @@ def test_a_similarity_that_is_noise_or_of_another_model_is_said_to_be(tmp_path):
         run.append("degeneracy", [whole | {"layer": layer} for layer in range(2)])
     run.write_manifest("complete", model={"path": "/models/a", "identity": "a"})
 
-    def warnings(subset, identity):
-        return similarity_warnings(
-            load_config(None, [f"plan.similarity_run={path}", f"plan.similarity_subset={subset}"]), identity
-        )
+    def warnings(subset, identity, *more):
+        options = [f"plan.similarity_run={path}", f"plan.similarity_subset={subset}", *more]
+        return similarity_warnings(load_config(None, options), identity)
 
     assert warnings("fine", "a") == []
     (said,) = warnings("noise", "a")
     assert "degenerate in 2 layers" in said and "so are coefficients made of them" in said and "sigma: median" in said
+    assert warnings("noise", "a", "plan.similarity_language=de") == []  # coefficients are of another language's matrix
     assert warnings("fine", "b") == [f"{path} is a similarity run of another model, /models/a"]
+    imported = RunDirectory.open(tmp_path / "imported", {}, "similarity")  # of which no model is known
+    imported.write_manifest("complete")
+    assert warnings("fine", "b", f"plan.similarity_run={tmp_path / 'imported'}") == []
     assert similarity_warnings(load_config(), "a") == []

@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from raymerge import storage as storage_module
-from raymerge.storage import LOCK, RunError, Storage, clear_scratch
+from raymerge.storage import LOCK, Lock, RunError, Storage, clear_scratch
 from raymerge.tables import RunDirectory
 
 
@@ -124,6 +124,52 @@ def test_of_two_processes_on_one_object_store_the_earlier_ends_at_its_next_write
     assert earlier.read("part-2") == b"z"  # reading is anyone's
     later.delete(LOCK)
     earlier.publish("part-3", b"x")
+
+
+HOLD = """
+import fcntl, sys, time
+with open(sys.argv[1], "w") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def holder(folder, seconds):
+    """Another process that has a folder's lock for so long, or none at once."""
+    arguments = [sys.executable, "-S", "-c", HOLD, str(folder / LOCK), str(seconds)]
+    other = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return other, other.stdout.readline() == "held\n"
+
+
+def test_a_lock_is_waited_for_and_lasts_until_the_last_of_its_objects_is_gone(tmp_path, monkeypatch):
+    other, held = holder(tmp_path, 0.5)
+    with other:
+        mine = Lock(str(tmp_path))
+    assert held
+    again = Lock(str(tmp_path))
+    for one in ("mine", "again"):
+        other, held = holder(tmp_path, 0)
+        with other:
+            assert not held
+        if one == "mine":
+            del mine  # a process that closes a locked file unlocks it, whichever of its objects that file was
+    del again
+    other, held = holder(tmp_path, 30)
+    with other:
+        monkeypatch.setattr(storage_module, "_LOCK_S", 0.0)
+        with pytest.raises(RunError, match="another process is writing"):
+            Lock(str(tmp_path))
+        assert held
+        other.kill()
+
+
+def test_where_no_lock_can_be_made_there_is_none(tmp_path):
+    (tmp_path / "file").touch()
+    lock = Lock(str(tmp_path / "file" / "run"))
+    output = os.fstat(1)
+    del lock  # closes no other file
+    assert os.fstat(1) == output
 
 
 def test_what_is_being_written_is_left_alone(tmp_path):

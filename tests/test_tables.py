@@ -302,12 +302,12 @@ def test_a_run_that_is_taken_up_again_gathers_its_batches(run, tmp_path, monkeyp
         run.append("trials", [one | {"iteration": number}], part=f"bayes-{number:06d}")
     again = RunDirectory.open(tmp_path / "run", CONFIG, "search")
     with monkeypatch.context() as patch:
-        patch.setattr(RunDirectory, "_delete_parts", lambda *_: None)  # as where it is killed before they go
+        patch.setattr(Tables, "_delete_parts", lambda *_: None)  # as where it is killed before they go
         again.begin()
     again.begin()
     assert os.listdir(tmp_path / "run" / "tables" / "trials") == ["all.parquet"]
     assert again.read("trials").column("iteration").to_pylist() == list(range(60))
-    monkeypatch.setattr(again, "_footer", lambda *_: pytest.fail("what is gathered was read for a new batch"))
+    monkeypatch.setattr(again._tables, "_footer", lambda *_: pytest.fail("what is gathered was read for a new batch"))
     for number in (60, 61, 7):  # the last was there
         again.append("trials", [one | {"iteration": number}], part=f"bayes-{number:06d}")
     assert sorted(run.read("trials").column("iteration").to_pylist()) == list(range(62))

@@ -1,0 +1,246 @@
+"""planning.py without a model run: plans of the plan section, and choices from what workers would have measured."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+
+from raymerge.config import ConfigError, load_config
+from raymerge.experiments import planning
+from raymerge.experiments.common import settings_of
+from raymerge.experiments.planning import (
+    Similarity,
+    choose_blocks,
+    influence_plan,
+    recomputed_plan,
+    shuffled_plan,
+    starting_plan,
+)
+from raymerge.inputs import CALIBRATION
+from raymerge.plan import PlanError, alpha_file_text, tail_plan
+from raymerge.progress import Silent
+from raymerge.tables import RunDirectory
+
+N_LAYERS = 21
+NEIGHBOURS = {(2, 3): 0.9, (3, 4): 0.2, (7, 8): 0.8, (19, 20): 0.3, (18, 19): 0.4}
+
+
+def planted(n_layers, pairs):
+    """A similarity of 0.1 everywhere, 1 on the diagonal, and the given values."""
+    matrix = np.full((n_layers, n_layers), 0.1)
+    np.fill_diagonal(matrix, 1.0)
+    for (i, j), value in pairs.items():
+        matrix[i, j] = matrix[j, i] = value
+    return matrix
+
+
+def plan_config(*settings):
+    return load_config(None, [f"plan.{setting}" for setting in settings])
+
+
+def steps_of(plan):
+    return [(step.into, step.remove, pytest.approx(step.alpha)) for step in plan.steps]
+
+
+# -- plans of the plan section ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "first", "steps", "name", "kind"),
+    [
+        (["ratio=0.7"], None, [(19, 20, 0.7), (18, 19, 0.7)], "fixed_0.7", "fixed"),
+        (["base=similarity"], None, [(19, 20, 0.3), (18, 19, 0.4)], "similarity", "file"),
+        (["selection=most_similar", "base=similarity"], None, [(2, 3, 0.9), (7, 8, 0.8)], "similarity", "file"),
+        (["selection=block", "starts=[9, 5]"], None, [(5, 6, 0.6225), (4, 5, 0.6225)], "fixed_0.6225", "fixed"),
+        (["selection=block", "base=similarity"], 3, [(3, 4, 0.2), (2, 3, 0.9)], "similarity", "file"),
+        (["selection=block", "survivor=after", "ratio=0.5"], 3, [(4, 3, 0.5), (5, 4, 0.5)], "fixed_0.5", "fixed"),
+    ],
+)
+def test_a_starting_plan_is_named_after_where_its_coefficients_come_from(settings, first, steps, name, kind):
+    options = ["merges=2", "similarity_run=x", "alignment=neurons", "norms=fold", "biases=merge", *settings]
+    config = plan_config(*options).plan
+    plan = starting_plan(config, N_LAYERS, Similarity(planted(N_LAYERS, NEIGHBOURS), None), first)
+    assert steps_of(plan) == steps and (plan.name, plan.kind, plan.selection) == (name, kind, config.selection)
+    assert (plan.alignment, plan.norms, plan.biases) == ("neurons", "fold", "merge")
+
+
+def test_a_plan_from_a_file_has_the_section_s_options(tmp_path):
+    (tmp_path / "a.json").write_text(alpha_file_text(tail_plan(N_LAYERS, [0.3, 0.8], name="x", kind="file").steps))
+    plan = starting_plan(
+        plan_config("base=file", f"alpha_file={tmp_path / 'a.json'}", "norms=fold").plan, N_LAYERS, None
+    )
+    assert steps_of(plan) == [(19, 20, 0.3), (18, 19, 0.8)] and plan.norms == "fold"
+
+
+def test_a_shuffled_similarity_merges_as_many_layers_by_the_values_of_others():
+    matrix = planted(N_LAYERS, NEIGHBOURS) + np.diag(np.arange(N_LAYERS))
+    similarity = Similarity(matrix, np.arange(N_LAYERS) / 100)
+    shuffled = similarity.shuffled()
+    order = np.diag(shuffled.matrix).astype(int) - 1
+    assert sorted(order) == list(range(N_LAYERS)) and (order != range(N_LAYERS)).sum() > N_LAYERS / 2
+    np.testing.assert_array_equal(shuffled.matrix, matrix[np.ix_(order, order)])
+    assert shuffled.block_influence is None
+
+    # Where a threshold stops the merging, the control has as many merges, whether or not they exceed it.
+    config = plan_config("selection=most_similar", "similarity_run=x", "merges=null", "threshold=0.5").plan
+    similarity = Similarity(planted(N_LAYERS, NEIGHBOURS), None)
+    control = shuffled_plan(config, N_LAYERS, similarity)
+    assert len(starting_plan(config, N_LAYERS, similarity).steps) == 2 == len(control.steps)
+    assert control.name == "similarity_shuffled"
+    block = plan_config("selection=block", "base=similarity", "similarity_run=x", "merges=2").plan
+    assert [step.remove for step in shuffled_plan(block, N_LAYERS, similarity, 7).steps] == [8, 7]
+
+
+def test_block_influence_makes_a_plan_where_a_run_has_measured_it():
+    matrix, influence = planted(N_LAYERS, {}), np.arange(N_LAYERS)[::-1] / 100
+    (plan,) = influence_plan(Similarity(matrix, influence), 2)
+    assert {layer.index for layer in plan.kept} == set(range(N_LAYERS - 2))
+    assert influence_plan(Similarity(matrix, None), 2) == [] == influence_plan(None, 2)
+
+
+# -- what workers measure --------------------------------------------------------------------------------------------
+
+
+class Measured(nullcontext):
+    """A pool whose workers answer by the given functions; `asked` holds the items by method."""
+
+    def __init__(self, **answers):
+        super().__init__(self)
+        self.answers, self.asked, self.options = answers, {}, None
+
+    def map(self, method, items, on_result=lambda *_: None):
+        results = []
+        for number, item in enumerate(items):
+            self.asked.setdefault(method, []).append(item)
+            results.append(self.answers[method](item))
+            on_result(number, results[-1])
+        return results
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Opens the next pool with the given answers."""
+
+    def prepare(**answers):
+        pool = Measured(**answers)
+
+        def opened(config, inputs, cache, **options):
+            pool.options = options
+            return pool
+
+        monkeypatch.setattr(planning, "open_pool", opened)
+        monkeypatch.setattr(planning, "describe_workers", lambda *_: [])
+        return pool
+
+    return prepare
+
+
+def blocks(tmp_path, *settings):
+    """The first layers chosen for blocks of 1 and of 3, and the rows of table `blocks`."""
+    run = RunDirectory.open(tmp_path / "-".join(settings), {}, "search")
+    options = ["plan.selection=block", "plan.starts=[2, 5, 9]", "calibration.text=demo", "data.perplexity_text=null"]
+    config = load_config(None, [*options, *settings])
+    chosen = choose_blocks(config, N_LAYERS, [1, 3], run, "", None, Silent())
+    rows = run.read("blocks").to_pylist()
+    assert [row["last"] - row["first"] + 1 for row in rows] == [row["merges"] for row in rows]
+    assert {row["merges"]: row["first"] for row in rows if row["chosen"]} == chosen
+    # What the table says is not measured again, as when a run that was cut short goes on.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(planning, "open_pool")
+        assert choose_blocks(config, N_LAYERS, [3], run, "", None, Silent()) == {3: chosen[3]}
+    return chosen, rows
+
+
+def test_blocks_are_chosen_by_means_over_all_tokens(tmp_path, measured):
+    """Two shards of 3 and of 5 tokens, whose sums of distances differ."""
+    rng = np.random.default_rng(0)
+    sums = [(rng.random((22, 22)), rng.random((22, 22)), tokens) for tokens in (3, 5)]
+    for chooser, place in (("cosine", 0), ("angular", 1), ("search", 0)):
+        pool = measured(shard_tokens=lambda _: [3, 5], state_distances=sums.__getitem__)
+        chosen, rows = blocks(tmp_path, f"plan.block={chooser}")
+        means = [(sums[0][each] + sums[1][each]) / 8 for each in range(2)]
+        assert chosen == {k: min((2, 5, 9), key=lambda first, k=k: means[place][first, first + k]) for k in (1, 3)}
+        assert {(row["measure"], row["merges"], row["first"]): row["score"] for row in rows} == {
+            (name, k, first): pytest.approx(means[each][first, first + k])
+            for each, name in enumerate(("cosine", "angular"))
+            for k in (1, 3)
+            for first in range(22 - k)
+        }
+        assert {row["tokens"] for row in rows} == {8} and pool.asked["shard_tokens"] == [CALIBRATION]
+
+
+def test_blocks_are_chosen_by_the_loss_of_every_token(tmp_path, measured):
+    """Two shards of 2 and of 6 scored tokens: the mean of their means would choose block 9 to 11."""
+    losses = {(1, 2): (1.0, 12.0), (1, 5): (2.0, 6.6), (1, 9): (9.0, 9.0)}
+    losses |= {(3, 2): (5.0, 4.0), (3, 5): (4.0, 7.0), (3, 9): (1.0, 8.8)}
+
+    def loss(item):
+        plan, shard = item
+        kept = {layer.index for layer in plan.kept}
+        gone = [layer for layer in range(N_LAYERS) if layer not in kept]
+        return losses[len(gone), gone[0]][shard], (2, 6)[shard]
+
+    pool = measured(shard_tokens=lambda _: [3, 7], compute_trunk=lambda item: 3, calibration_nll=loss)
+    chosen, rows = blocks(tmp_path, "plan.block=loss")
+    assert chosen == {1: 5, 3: 2}
+    assert {(row["merges"], row["first"]): row["score"] for row in rows} == {
+        key: pytest.approx(sum(parts) / 8) for key, parts in losses.items()
+    }
+    assert {row["tokens"] for row in rows} == {8} and {row["measure"] for row in rows} == {"loss"}
+    # The states that enter each block are computed before, shard by shard.
+    assert pool.options["firsts"] == [2, 5, 9]
+    assert pool.asked["compute_trunk"] == [(CALIBRATION, 0), (CALIBRATION, 1)]
+
+
+COLLECTED = [{(3, 4): 0.9}, {(3, 5): 0.8, (0, 1): 0.7}, {(17, 18): 0.75}, {}]
+
+
+def collected(item):
+    """Similarities of the kept layers after each merge, by the layers' numbers in the unmerged model."""
+    _, plan = item
+    kept = [layer.index for layer in plan.kept]
+    pairs = {tuple(map(kept.index, pair)): value for pair, value in COLLECTED[len(plan.steps)].items()}
+    return planted(len(kept), pairs)
+
+
+@pytest.fixture
+def recompute(tmp_path):
+    """The plan of a section that recomputes, by a similarity run of two subsets."""
+    domains = "data.domains={letters: [number_words], places: [country_capitals]}"
+    samples = ["similarity.samples=12", "similarity.entropy_neighbors=5"]
+    source = load_config(None, [domains, "similarity.subsets=[letters, places]", *samples])
+    RunDirectory.open(tmp_path / "run", settings_of(source, "model", "data", "similarity"), "similarity")
+
+    def plan(*settings):
+        options = ["plan.selection=most_similar", "plan.recompute=true", f"plan.similarity_run={tmp_path / 'run'}"]
+        return recomputed_plan(load_config(None, [*options, *settings]), N_LAYERS, str(tmp_path), Silent())
+
+    return plan
+
+
+def test_each_merge_and_its_coefficient_follow_from_what_the_one_before_left(recompute, measured):
+    pool = measured(similarity_after=collected)
+    settings = ["plan.similarity_subset=places", "plan.base=similarity", "plan.norms=fold"]
+    plan = recompute(*settings, "plan.merges=null", "plan.threshold=0.5")
+    expected = [(3, 4, 0.9), (3, 5, 0.8), (17, 18, 0.75)]
+    assert steps_of(plan) == expected and (plan.name, plan.selection) == ("similarity", "most_similar")
+    # It was collected from the model merged so far, as it would be saved.
+    assert [(number, len(so_far.steps)) for number, so_far in pool.asked["similarity_after"]] == [
+        (1, merges) for merges in range(4)
+    ]
+    assert {each.norms for _, each in pool.asked["similarity_after"]} == {"fold"} == {plan.norms}
+    assert pool.options["most"] == 1
+    measured(similarity_after=collected)
+    assert steps_of(recompute(*settings, "plan.merges=2")) == expected[:2]
+    with pytest.raises(PlanError, match="no neighbouring layers are more similar than plan.threshold = 0.95"):
+        recompute(*settings, "plan.merges=2", "plan.threshold=0.95")
+
+
+def test_similarity_is_collected_anew_of_one_subset_and_the_same_model(recompute, measured):
+    measured(similarity_after=collected)
+    with pytest.raises(ConfigError, match="has 2 subsets for plan.similarity_subset = None .*needs exactly one"):
+        recompute("plan.merges=1")
+    with pytest.raises(ConfigError, match="has 0 subsets for plan.similarity_subset = places and .*language = de"):
+        recompute("plan.merges=1", "plan.similarity_subset=places", "plan.similarity_language=de")
+    with pytest.raises(ConfigError, match=r"run is a run of demo, not of /m"):
+        recompute("plan.merges=1", "model.path=/m")
