@@ -5,10 +5,11 @@ by matching. What is maximised is one number, the sum of the cosines of all rows
 columns (of o, down) that come to lie on each other, input norms' gains multiplied in, whatever norms the plan keeps:
 what a unit computes does not depend on the plan. Biases do not take part. For MLP units the maximum is exact. For
 attention it is exact over key/value heads given the scores of their pairs; a pair's score, over the order of its query
-heads and of its value channels together, is a local maximum (each exact given the other), since their columns of o
-depend on both. Experts are matched, with their rows of the router, by bounds of what their units could score, and then
-units inside the pairs that this gives, exactly: an assignment of units for every pair of experts would take Mixtral
-8x7B half an hour a layer (64 of 14,336 units, 30 s each).
+heads and of its value channels together, since their columns of o depend on both, is the best of several local maxima:
+each order is exact given the other, and no exchange of two query heads leads higher. Experts are matched, with their
+rows of the router, by bounds of what their units could score, and then units inside the pairs that this gives, exactly:
+an assignment of units for every pair of experts would take Mixtral 8x7B half an hour a layer (64 of 14,336 units, 30 s
+each).
 
 `activations`: the same reorderings, MLP units matched by the correlation of their values on calibration prompts
 instead.
@@ -24,6 +25,7 @@ been fused so far, and so depends on alpha.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 REORDERED = ("neurons", "activations")
 
 _WHAT = "the alignment"  # of a file, in errors
-_VERSION = 1  # of what is matched with what; another value makes cached permutations of earlier versions unused
+_VERSION = 2  # of what is matched with what; another value makes cached permutations of earlier versions unused
 _EPSILON = 1e-12  # added to a row's norm (published)
 _SWEEPS = 20  # alternations between query heads and value channels; two or three are usual
 _PLANS_HELD = 8  # plans whose row matches an Aligner keeps in memory
@@ -159,22 +161,38 @@ def _match_heads(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> dict[s
 def _match_inside(queries: np.ndarray, values: np.ndarray, outputs: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
     """(score, order of query heads, order of value channels) of one pair of key/value heads.
 
-    queries (g, g), values (c, c), outputs (g, c, g, c): cosines, the reference's units first. From the query heads'
-    own match on, value channels and query heads are matched in turn, each exactly given the other, while the score
-    rises.
+    queries (g, g), values (c, c), outputs (g, c, g, c): cosines, the reference's units first. The best of what the
+    query heads' own match and its cyclic shifts lead to.
     """
     g, c = np.arange(len(queries)), np.arange(len(values))
-    heads, best = assign(-queries), -np.inf
-    channels = c
-    for _ in range(_SWEEPS):
-        new_channels = assign(-(values + outputs[g, :, heads].sum(0)))
-        head_scores = queries + outputs[:, c, :, new_channels].sum(0)
-        new_heads = assign(-head_scores)
-        score = float(values[c, new_channels].sum() + head_scores[g, new_heads].sum())
-        if score <= best:
-            break
-        best, heads, channels = score, new_heads, new_channels
-    return best, heads, channels
+
+    def in_turn(heads: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        """Value channels and query heads matched in turn, each exactly given the other, while the score rises."""
+        best = -np.inf, heads, c
+        for _ in range(_SWEEPS):
+            channels = assign(-(values + outputs[g, :, best[1]].sum(0)))
+            head_scores = queries + outputs[:, c, :, channels].sum(0)
+            heads = assign(-head_scores)
+            score = float(values[c, channels].sum() + head_scores[g, heads].sum())
+            if score <= best[0]:
+                break
+            best = score, heads, channels
+        return best
+
+    def exchanged(heads: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        """The same, from there on with two query heads exchanged, while that leads higher."""
+        best, rises = in_turn(heads), True
+        while rises:
+            rises = False
+            for pair in combinations(g, 2):
+                heads = best[1].copy()
+                heads[list(pair)] = heads[list(pair[::-1])]
+                if (found := in_turn(heads))[0] > best[0]:
+                    best, rises = found, True
+        return best
+
+    start = assign(-queries)
+    return max((exchanged(np.roll(start, shift)) for shift in g), key=lambda found: found[0])
 
 
 # -- chains ----------------------------------------------------------------------------------------------------------

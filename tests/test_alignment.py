@@ -17,6 +17,7 @@ import raymerge.tensorfiles
 from raymerge.alignment import (
     Aligner,
     AlignmentError,
+    _match_inside,
     align_pair,
     compose,
     fuse_rows,
@@ -79,11 +80,7 @@ def cosine_sum(reference, other, folded):
 
 
 def test_heads_of_a_small_layer_against_every_order():
-    """Unrelated layers: the exact maximum over key/value heads and all inside them, of 2 · (2! · 4!)² orders.
-
-    The score of a pair of key/value heads is found by turns, which may end at a local maximum: it must be one that no
-    change of query heads or of value channels alone improves, and be far above the order as it is.
-    """
+    """Unrelated layers: the exact maximum over key/value heads and all inside them, of 2 · (2! · 4!)² orders."""
     config = tiny.config_of("llama", hidden_size=16, num_hidden_layers=2, head_dim=4)
     arch = architecture_of(config)
     state = tiny.random_model(config).state_dict()
@@ -109,17 +106,27 @@ def test_heads_of_a_small_layer_against_every_order():
                 scores[kv, place].append(value(tried))
     plain = {kv: scores[kv, 0][0] for kv in ((0, 1), (1, 0))}
     best = max(sum(max(scores[kv, p]) for p in range(2)) - plain[kv] for kv in plain)
-    assert plain[0, 1] + 1.0 < reached <= best + 1e-5
-    assert reached > best - 0.5
-    for place in range(2):
-        for queries in permutations(range(2)):
-            changed = heads["query_heads"].copy()
-            changed[place] = queries
-            assert value(heads | {"query_heads": changed}) <= reached + 1e-5
-        for channels in permutations(range(4)):
-            changed = heads["value_channels"].copy()
-            changed[place] = channels
-            assert value(heads | {"value_channels": changed}) <= reached + 1e-5
+    assert plain[0, 1] + 1.0 < reached == pytest.approx(best, abs=1e-5)
+
+
+@pytest.mark.parametrize(("groups", "channels"), [(1, 8), (2, 4), (3, 6), (5, 6)])
+def test_the_order_of_query_heads_is_the_best_of_all(groups, channels):
+    """Of likenesses that are noise, the hardest case. Turns from the query heads' own match alone end below it in most
+    (what they miss of real layers: results, 2026-11-29)."""
+    g, c = np.arange(groups), np.arange(channels)
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        shapes = (groups, groups), (channels, channels), (groups, channels, groups, channels)
+        queries, values, outputs = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+
+        def with_heads(heads, queries=queries, values=values, outputs=outputs):
+            """The exact maximum over value channels, which are one assignment where the heads are given."""
+            likeness = values + outputs[g, :, list(heads)].sum(0)
+            return queries[g, list(heads)].sum() + likeness[linear_sum_assignment(-likeness)].sum()
+
+        score, heads, order = _match_inside(queries, values, outputs)
+        assert sorted(order) == list(c) and score == pytest.approx(with_heads(heads), abs=1e-4)
+        assert score == pytest.approx(max(map(with_heads, permutations(range(groups)))), abs=1e-4)
 
 
 def test_mlp_units_of_a_small_layer_against_every_order():
