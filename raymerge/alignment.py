@@ -315,24 +315,44 @@ class Aligner:
             found.update(self.towards(kept, layers, plan.alignment))
         return found
 
-    def row_matches(self, plan: MergePlan) -> list[dict[str, np.ndarray]]:
-        """For each step of the plan, each matrix's order of the removed layer's rows ("rows")."""
-        steps = [[step.into, step.remove, float(step.alpha)] for step in plan.steps]
-        key = digest([steps, plan.norms])
+    def row_matches(self, plan: MergePlan, *, keep: bool = False) -> list[dict[str, np.ndarray]]:
+        """For each step of the plan, each matrix's order of the removed layer's rows ("rows"), from memory, from disk
+        or from the model.
+
+        keep: on disk too, for other processes. They depend on alpha, so a search would leave a file a candidate.
+        """
+        key = _row_key(plan)
+        path = None
+        if self._folder is not None:
+            path = self._folder / f"alignment-{digest([_VERSION, self.checkpoint.identity, key])}.safetensors"
         if key not in self._rows:
-            while len(self._rows) >= _PLANS_HELD:
-                del self._rows[next(iter(self._rows))]
-            architecture = self.checkpoint.architecture
-
-            def load(layer: int) -> dict[str, Tensor]:
-                stored = self._tensors(layer)
-                names = [f"{matrix}.weight" for matrix in architecture.matrices]
-                return {name: source_tensor(architecture, stored, name, norms=plan.norms) for name in names}
-
-            # Not on disk: they depend on alpha, so a search would leave a file for every candidate.
-            blocks = architecture.fused_blocks
-            self._rows[key] = [match for _, match in fuse_rows(load, architecture.matrices, plan.steps, blocks=blocks)]
+            whole = path is not None and is_whole(path, _WHAT)
+            self.take_rows(plan, _read_rows(path, len(plan.steps)) if whole else self._match_rows(plan))
+        if keep and path is not None and not is_whole(path, _WHAT):
+            found = {
+                f"{number}.{matrix}": torch.from_numpy(order)
+                for number, match in enumerate(self._rows[key])
+                for matrix, order in match.items()
+            }
+            write_tensors(path, found, _WHAT)
         return self._rows[key]
+
+    def take_rows(self, plan: MergePlan, found: list[dict[str, np.ndarray]]) -> None:
+        """Use for a plan what another process has matched."""
+        while len(self._rows) >= _PLANS_HELD:
+            del self._rows[next(iter(self._rows))]
+        self._rows[_row_key(plan)] = found
+
+    def _match_rows(self, plan: MergePlan) -> list[dict[str, np.ndarray]]:
+        architecture = self.checkpoint.architecture
+
+        def load(layer: int) -> dict[str, Tensor]:
+            stored = self._tensors(layer)
+            names = [f"{matrix}.weight" for matrix in architecture.matrices]
+            return {name: source_tensor(architecture, stored, name, norms=plan.norms) for name in names}
+
+        blocks = architecture.fused_blocks
+        return [match for _, match in fuse_rows(load, architecture.matrices, plan.steps, blocks=blocks)]
 
     def _path(self, pair: tuple[int, int], alignment: str) -> Path | None:
         if self._folder is None:
@@ -342,6 +362,20 @@ class Aligner:
             self._folder
             / f"alignment-{digest([_VERSION, self.checkpoint.identity, *pair, alignment, data])}.safetensors"
         )
+
+
+def _row_key(plan: MergePlan) -> str:
+    """What the order of rows depends on."""
+    steps = [[step.into, step.remove, float(step.alpha)] for step in plan.steps]
+    return digest([steps, plan.norms])
+
+
+def _read_rows(path: Path, n_steps: int) -> list[dict[str, np.ndarray]]:
+    found: list[dict[str, np.ndarray]] = [{} for _ in range(n_steps)]
+    for name, order in read_tensors(path, _WHAT).items():
+        number, _, matrix = name.partition(".")
+        found[int(number)][matrix] = order.numpy()
+    return found
 
 
 def layer_tensors(base: Mapping[str, Tensor], architecture: Architecture, layer: int) -> dict[str, Tensor]:

@@ -181,6 +181,14 @@ class ModelWorker:
         alignment, pair = item
         return self.aligner.compute(pair, alignment)
 
+    def align_rows(self, plan: MergePlan) -> None:
+        """Make sure that the order of rows in which a plan's layers are merged is on disk."""
+        self.aligner.row_matches(plan, keep=True)
+
+    def match_rows(self, plan: MergePlan) -> list[dict[str, np.ndarray]]:
+        """The order of rows in which a plan's layers are merged, to be used by another process."""
+        return self.aligner.row_matches(plan)
+
     def _units(self, layer: int) -> torch.Tensor:
         """MLP units (tokens, n) of an unmerged layer on calibration prompts: the first shard of theirs."""
         shard = self.prompts.encode(self._matched_on).shards[0]

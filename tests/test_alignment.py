@@ -371,3 +371,21 @@ def test_row_matches_are_kept_for_the_plans_seen_last(checkpoint, tmp_path, monk
     assert len(aligner._rows) == raymerge.alignment._PLANS_HELD
     assert list(tmp_path.iterdir()) == []
     assert aligner.row_matches(drop_plan(5, 2))[0]["mlp.up_proj"].tolist() == list(range(48))
+
+
+def test_row_matches_of_a_plan_that_is_reported_are_made_once_for_all_processes(checkpoint, tmp_path, monkeypatch):
+    plan = tail_plan(5, [0.6, 0.3], name="x", kind="found", alignment="rows")
+    found = Aligner(checkpoint, tmp_path).row_matches(plan, keep=True)
+    (path,) = tmp_path.iterdir()
+    monkeypatch.setattr(raymerge.alignment, "match_rows", lambda *_: pytest.fail("matched again"))
+    read = Aligner(checkpoint, tmp_path).row_matches(plan)
+    taking = Aligner(checkpoint)
+    taking.take_rows(plan, found)
+    for other in (read, taking.row_matches(plan)):
+        assert len(other) == 2 and all(same(*pair) for pair in zip(found, other, strict=True))
+    # Of a candidate that comes to be reported, matched before and only in memory: kept then.
+    path.unlink()
+    taken = Aligner(checkpoint, tmp_path)
+    taken.take_rows(plan, found)
+    taken.row_matches(plan, keep=True)
+    assert list(tmp_path.iterdir()) == [path]

@@ -23,6 +23,7 @@ from raymerge.evaluation import Answers
 from raymerge.experiments.common import (
     Inputs,
     align,
+    align_rows,
     check_without_questions,
     compute_trunk,
     counted,
@@ -223,6 +224,7 @@ class _Search:
                     )
             plans = self._reported(controls)
             refitted = self._refitted(plans[-1])
+            align_rows(pool, [*plans, *refitted], self.progress)
             fit(pool, refitted, self.inputs, self.run, self.progress)
             fitted = pool.map("refit_tensors", refitted[-1:])
             # The best found stays the last: what was searched are coefficients without a refit.
@@ -484,6 +486,9 @@ class _Search:
         items = [(p.alignment, pair) for p in plans if p.alignment in REORDERED for pair in Aligner.pairs(p)]
         for (alignment, pair), found in zip(items, pool.map("match", items), strict=True):
             self.aligner.take(pair, alignment, found)
+        plans = [plan for plan in plans if plan.alignment == "rows"]
+        for plan, found in zip(plans, pool.map("match_rows", plans), strict=True):
+            self.aligner.take_rows(plan, found)
 
     def _save(
         self, best: MergePlan, fitted: Mapping[int, Mapping[str, Any]] | None = None

@@ -286,6 +286,16 @@ def align(pool: WorkerPool, plans: Sequence[MergePlan], progress: Progress) -> N
         pool.map("align", items, counted(progress))
 
 
+def align_rows(pool: WorkerPool, plans: Sequence[MergePlan], progress: Progress) -> None:
+    """Match the rows of every plan that asks for it, in parallel, before any worker needs them: they depend on alpha,
+    so that each plan has its own."""
+    items = {(plan.steps, plan.norms): plan for plan in plans if plan.alignment == "rows"}
+    if items:
+        progress.stage("aligning rows (plans)", len(items))
+        longest_first = sorted(items.values(), key=lambda plan: -len(plan.steps))
+        pool.map("align_rows", longest_first, counted(progress))
+
+
 def counted(
     progress: Progress,
     size: Callable[[int, Any], int] = lambda *_: 1,

@@ -12,6 +12,7 @@ from raymerge.config import BLOCK_METHODS, Config, ConfigError
 from raymerge.experiments.common import (
     Inputs,
     align,
+    align_rows,
     check_without_questions,
     compute_trunk,
     counted,
@@ -243,6 +244,7 @@ class _Sweep:
             further = (RETRIEVAL,) if self.config.sweep.context else ()
             shards = compute_trunk(pool, self.inputs, self.progress, further)
             align(pool, self.plans, self.progress)  # after the trunk, whose states matching by activations needs
+            align_rows(pool, self.plans, self.progress)
             fit(pool, self.plans, self.inputs, self.run, self.progress)  # what is merged, as it is aligned
             reporter.report(pool, self.plans, shards, self.firsts, self.progress)
             if self.config.sweep.context:
