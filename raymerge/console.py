@@ -169,10 +169,10 @@ def _print_warnings(run: RunDirectory) -> None:
         print(f"\nWarning: {warning}.")
 
 
-def _print_place(run: RunDirectory) -> None:
+def _print_place(run: RunDirectory, what: str = "Tables, figures and manifest") -> None:
     """Where a run's results lie, and the command that makes a page of them."""
     place = run.path_of().rstrip("/")
-    print(f"\nTables, figures and manifest: {place}\nOne page of it all: raymerge report {shlex.quote(place)}")
+    print(f"\n{what}: {place}\nOne page of it all: raymerge report {shlex.quote(place)}")
 
 
 def print_search(run: RunDirectory, split: str) -> None:
@@ -279,11 +279,12 @@ def print_evaluation(run: RunDirectory, split: str) -> None:
         )
         print(f"\nAlways answering A: {findings.always_a_share(run, split):.4f}")
     _print_tasks(run)
-    texts = [row for row in run.read("perplexity").to_pylist() if row["target"] == "text"]
-    found = [summary.number(row["perplexity"], (row["ci_low"], row["ci_high"])) for row in texts]
-    print(f"Plain-text perplexity [95 %]: {found[0] if found else '–'}")
+    for row in run.read("perplexity").to_pylist():
+        if row["target"] == "text":
+            found = summary.number(row["perplexity"], (row["ci_low"], row["ci_high"]))
+            print(f"Plain-text perplexity [95 %]: {found}")
     _print_incidents(run)
-    print(f"Tables and manifest: {run.path_of().rstrip('/')}")
+    _print_place(run, "Tables and manifest")
 
 
 def print_similarity(run: RunDirectory) -> None:

@@ -133,6 +133,14 @@ def test_zoom_rows_hover_and_theme(browser, pages, tmp_path):
     page.context.close()
 
 
+def test_lines_do_not_strike_through_words(browser, pages):
+    page, _ = visit(browser, pages["search"], "wide")
+    look_of = "nodes => nodes.map(n => [getComputedStyle(n).paintOrder, getComputedStyle(n).strokeWidth])"
+    words = page.locator("svg [class*=words_] text").evaluate_all(look_of)
+    assert len(words) >= 4 and {tuple(each) for each in words} == {("stroke", "4px")}
+    page.context.close()
+
+
 def test_a_subject_is_compared_with_the_plan_that_is_chosen(browser, pages):
     page, wrong = visit(browser, pages["search"], "wide")
     select = page.get_by_role("combobox", name="against")

@@ -225,11 +225,15 @@ def test_alphas_are_those_of_the_plans(search):
     found = [row for row in as_dicts(figure.rows) if row["plan"] == "found_bayes"]
     assert [row["alpha"] for row in sorted(found, key=lambda row: row["step"])] == [0.1, 0.8, 0.3]
     assert {row["role"] for row in found} == {FOUND}
-    assert [row["label"] for row in as_dicts(figure.rows) if row["label"]] == [
-        "fixed_0.62",
-        "drop",
-        "found_bayes",
-    ] or True
+    ends = {row["plan"]: row["alpha"] for row in as_dicts(figure.rows) if row["label"]}
+    assert ends == {"found_bayes": 0.3, "fixed_0.62": 0.62, "drop": 1.0}
+
+
+def test_lines_that_end_together_have_one_label_above_them_all():
+    ends = {"best of 5 random ones": 0.95, "drop": 1.0, "fixed": 0.62}
+    rows = [{"plan": plan, "matrix": None, "step": 2, "alpha": alpha, "label": ""} for plan, alpha in ends.items()]
+    searched._label_ends(rows)
+    assert [row["label"] for row in rows] == ["", "best of 5 random ones, drop", "fixed"]
 
 
 def test_the_best_so_far_never_gets_worse(search):

@@ -135,14 +135,7 @@ def alpha_lines(rows: list[dict], description: str) -> View:
     layers.append(
         {
             "transform": [{"filter": "datum.label !== ''"}],
-            "mark": {
-                "type": "text",
-                "align": "right",
-                "dy": -9,
-                "color": "var(--soft)",
-                "limit": vega.WITHIN,
-                "aria": False,
-            },
+            **vega.label("label", dy=-9),
             "encoding": {"x": x, "y": y, "text": {"field": "label", "type": "nominal"}},
         }
     )
@@ -213,14 +206,7 @@ def progress(rows: list[dict], description: str, *, objective: str, limits: tupl
         },
         {
             "transform": [control],
-            "mark": {
-                "type": "text",
-                "align": "right",
-                "dy": -5,
-                "x": "width",
-                "color": "var(--soft)",
-                "limit": vega.WITHIN,
-            },
+            **vega.label("label", dy=-8, x="width"),
             "encoding": {"y": y, "text": {"field": "label", "type": "nominal"}},
         },
     ]

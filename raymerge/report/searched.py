@@ -77,7 +77,7 @@ def _label_ends(alphas: list[dict]) -> None:
     last = max(row["step"] for row in alphas)
     ends = [row for row in alphas if row["step"] == last and not row["matrix"]]
     for names, _ in _together([(row["plan"], row["alpha"]) for row in ends], [0.0, 1.6]):
-        next(row for row in ends if row["plan"] == names.split(", ")[0])["label"] = names
+        next(row for row in ends if row["plan"] == names.split(", ")[-1])["label"] = names  # above all their lines
 
 
 def _once(steps: list[dict]) -> list[dict]:

@@ -103,13 +103,19 @@ def zoom(*channels: str) -> Spec:
     }
 
 
-def rule(channel: str, value: float, label: str) -> list[Spec]:
+def label(name: str, **more: Any) -> Spec:
+    """A layer of words inside a drawing, that end where their mark is; lines do not strike through them (page.css, by
+    `name`, which is one layer's in a drawing). more: what Vega-Lite's text mark takes."""
+    mark = {"type": "text", "align": "right", "color": "var(--soft)", "limit": WITHIN, "aria": False}
+    return {"name": f"words_{name}", "mark": mark | more}
+
+
+def rule(channel: str, value: float, words: str) -> list[Spec]:
     """A dashed line at one value, with its label inside the drawing."""
     one, at = {"data": {"values": [{}]}}, {channel: {"datum": value}}
-    text: Spec = {"type": "text", "text": label, "color": "var(--soft)", "aria": False}
-    text |= {"align": "right", "x": "width", "dy": -6} if channel == "y" else {"align": "left", "y": 8, "dx": 5}
+    place = {"x": "width", "dy": -6} if channel == "y" else {"align": "left", "y": 8, "dx": 5}
     line = {"type": "rule", "strokeDash": [4, 3], "aria": False}
-    return [one | {"mark": line, "encoding": at}, one | {"mark": text, "encoding": at}]
+    return [one | {"mark": line, "encoding": at}, one | label(f"at_{channel}", text=words, **place) | {"encoding": at}]
 
 
 def log_ticks(values: list[float]) -> list[float]:
