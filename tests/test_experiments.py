@@ -338,6 +338,15 @@ def test_a_cache_in_an_object_store_is_refused(tmp_path):
         config(tmp_path, "output.cache=s3://bucket/states")
 
 
+def test_an_evaluation_without_a_text_says_nothing_of_its_perplexity(local_pools, tmp_path, capsys):
+    from raymerge.console import print_evaluation
+
+    few = ["data.perplexity_text=null", "data.subjects=number_words", "data.report_limit_per_subject=2"]
+    print_evaluation(evaluate(config(tmp_path / "run", *few)), "test")
+    told = capsys.readouterr().out
+    assert "number_words" in told and "perplexity" not in told
+
+
 def test_workers_with_other_files_are_the_users_to_mend(tmp_path):
     settings = config(tmp_path / "run", "data.perplexity_text=null")
     inputs = read_inputs(settings, (REPORT,))
@@ -573,7 +582,9 @@ def test_an_interrupted_evaluation_goes_on_by_shard(local_pools, tmp_path, monke
     assert subjects == ["_micro", "_macro", "colour_mixing", "country_capitals", "number_words"]
     assert [row["target"] for row in run.read("perplexity").to_pylist()] == ["question"] * 4 + ["text"]
     print_evaluation(run, "test")
-    shown = {words[0]: words for line in capsys.readouterr().out.splitlines() if (words := line.split())}
+    told = capsys.readouterr().out
+    assert "Plain-text perplexity" in told and f"raymerge report {run.path_of().rstrip('/')}\n" in told
+    shown = {words[0]: words for line in told.splitlines() if (words := line.split())}
     micro = next(
         row for row in run.read("perplexity").to_pylist() if row["target"] == "question" and not row["subject"]
     )
