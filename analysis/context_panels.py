@@ -30,8 +30,9 @@ def draw_context(context: list[dict], names: dict[str, str], sweep: list[dict], 
         for i, plan in enumerate(shown):
             mine = [row for row in context if (row["plan_id"], row["measure"]) == (plan, measure)]
             mine.sort(key=lambda row: row["bucket"])
-            shift = 0.05 * (i - (len(shown) - 1) / 2)
-            error = interval_bars([row | limits_of(row) for row in mine], "value")
+            shares = measure == "retrieval"  # which have intervals, whose bars are not to cover each other
+            shift = 0.05 * (i - (len(shown) - 1) / 2) if shares else 0.0
+            error = interval_bars([row | limits_of(row) for row in mine], "value") if shares else None
             look = style_of(0) if plan in base else curve_style(i - len(base.intersection(shown[:i])))
             axis.errorbar(
                 [buckets.index(row["bucket"]) + shift for row in mine], [row["value"] for row in mine],

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -290,11 +291,8 @@ class Checkpoint(Mapping[str, Tensor]):
         # Which transformers wrote it and where from says nothing about what the model computes.
         for key in ("transformers_version", "_name_or_path"):
             config.pop(key, None)
-        hashes = []
-        for file in self._files:
-            with file.open("rb") as stream:
-                hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
-        return digest({"config": config, "weights": hashes})
+        with ThreadPoolExecutor() as threads:  # hashing leaves the interpreter to others: large models are many files
+            return digest({"config": config, "weights": list(threads.map(_sha256, self._files))})
 
     @cached_property
     def tokenizer_identity(self) -> str:
@@ -399,6 +397,11 @@ class Checkpoint(Mapping[str, Tensor]):
             if own >= 0:
                 os.close(own)
         return written
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _named(directory: Path, patterns: Iterable[str]) -> list[Path]:

@@ -328,6 +328,15 @@ def test_context(run, text):
     assert plain[0] == "base" and len(plain) == 7 and not any(plan.endswith("+") for plan in plain)
 
 
+def test_losses_by_position_have_no_bars_in_the_legend_either(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(context_panels, "save", lambda figure, path: figure.axes)
+    losses, retrieval = context_panels.draw_context(
+        run.read("context").to_pylist(), {}, run.read("sweep").to_pylist(), tmp_path / "x.png"
+    )
+    bars = [{series.has_yerr for series in axis.containers} for axis in (losses, retrieval)]
+    assert bars == [{False}, {True}] and list(losses.lines[0].get_xdata()) == list(range(7))
+
+
 def test_a_plan_under_several_methods_has_all_its_names(run):
     sweep = run.read("sweep").to_pylist()
     names = compression_script.plan_names(sweep)
