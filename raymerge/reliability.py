@@ -10,6 +10,9 @@ from scipy.special import ndtri
 from raymerge.diffusion import SimilarityError
 from raymerge.similarity import Recipe, SimilarityMatrix, compute, features, measure, pearson, smallest_sample
 
+RELIABLE_N = 20
+"""Samples from which on a reliability can be believed; see `reliability`."""
+
 
 @dataclass(frozen=True)
 class Study:
@@ -132,8 +135,9 @@ def reliability(found: Study) -> float | None:
 
     The mean correlation r of two halves' matrices, stepped up from N / 2 to N samples by Spearman and Brown's
     2 r / (1 + r). 1: the samples do not matter; 0: the pattern between layers is noise. None where the study has no
-    halves or none that can be correlated. From 20 samples on it is what matrices of other samples show, to some .05; of
-    10 it is up to .1 too low, since halves of 5 are noisier than the formula takes them for (results, 2026-11-29).
+    halves or none that can be correlated. From `RELIABLE_N` samples on it is what matrices of other samples show, to
+    some .05; of 10 it is up to .1 too low, since halves of 5 are noisier than the formula takes them for (results,
+    2026-11-29).
 
     Noise weakens correlations: two matrices whose true patterns agree fully still correlate by no more than
     sqrt(reliability_a reliability_b) in expectation (Spearman, 1904). That is the ceiling against which the correlation

@@ -1,11 +1,14 @@
 """Layer similarity as a whole on the embedded model: tables, resuming, plans made from it, foreign matrices."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from raymerge.config import ConfigError, load_config
 from raymerge.experiments import import_similarity, planning, search, sensitivity, similarity
 from raymerge.experiments.common import settings_of
+from raymerge.experiments.layer_similarity import _low_ceilings
 from raymerge.experiments.planning import recomputed_plan, similarity_of, similarity_warnings, starting_plan
 from raymerge.inputs import read_similarity, read_subsets
 from raymerge.progress import Silent
@@ -35,6 +38,15 @@ def config(out, *more):
 @pytest.fixture(scope="module")
 def run(ray_session, tmp_path_factory):
     return similarity(config(tmp_path_factory.mktemp("runs") / "similarity", "workers.count=2"), command=["test"])
+
+
+def test_ceilings_of_few_samples_are_warned_of(run):
+    (warning,) = (said for said in run.manifest()["warnings"] if "ceilings" in said)
+    assert warning.startswith("with 12 samples a subset the ceilings of correlations are too low, since halves of 6 ")
+    found = SimpleNamespace(n_samples=12, halves=[1])
+    assert _low_ceilings([found, found]) == [warning] and _low_ceilings([found]) == []
+    assert _low_ceilings([SimpleNamespace(n_samples=20, halves=[1])] * 2) == []
+    assert _low_ceilings([SimpleNamespace(n_samples=4, halves=[])] * 2) == []  # there are no ceilings
 
 
 def test_a_run_has_every_entry_of_every_matrix_with_its_noise(run):

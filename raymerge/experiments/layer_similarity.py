@@ -33,7 +33,7 @@ from raymerge.inputs import SUBSETS, Subset
 from raymerge.parts import part_name
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
-from raymerge.reliability import Correlation, Study, correlate, correlate_matrices
+from raymerge.reliability import RELIABLE_N, Correlation, Study, correlate, correlate_matrices
 from raymerge.sensitivity import recipe_of
 from raymerge.tables import RunDirectory
 
@@ -73,6 +73,7 @@ def similarity(
         run.replace("similarity_correlation", _correlations(config.similarity.measure, inputs.subsets, studies))
     distinct = [count for _, _, count in results]
     warnings = _repeated_samples(config, inputs.subsets, distinct) + degenerate_layers(run)
+    warnings += _low_ceilings(studies)
     for warning in warnings:
         progress.message(warning)
     scripts = ["heatmaps.py", *(["correlations.py"] if len(studies) > 1 else [])]
@@ -224,6 +225,17 @@ def _repeated_samples(config: Config, subsets: Sequence[Subset], distinct: Seque
         f"{config.similarity.max_tokens} tokens: set similarity.shots to 0, pooling to last, or raise max_tokens"
         for subset, count in zip(subsets, distinct, strict=True)
         if count < config.similarity.samples
+    ]
+
+
+def _low_ceilings(studies: Sequence[Study]) -> list[str]:
+    """A warning of correlations whose ceilings are too low to be read against, where there are any."""
+    n = studies[0].n_samples
+    if n >= RELIABLE_N or sum(len(found.halves) > 0 for found in studies) < 2:
+        return []
+    return [
+        f"with {n} samples a subset the ceilings of correlations are too low, since halves of {n // 2} are noisier "
+        f"than they are taken for: set similarity.samples to {RELIABLE_N} or more"
     ]
 
 
