@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+from test_heuristics import planted
 
 from raymerge.config import ConfigError, load_config
 from raymerge.experiments import planning
@@ -23,15 +24,6 @@ from raymerge.tables import RunDirectory
 
 N_LAYERS = 21
 NEIGHBOURS = {(2, 3): 0.9, (3, 4): 0.2, (7, 8): 0.8, (19, 20): 0.3, (18, 19): 0.4}
-
-
-def planted(n_layers, pairs):
-    """A similarity of 0.1 everywhere, 1 on the diagonal, and the given values."""
-    matrix = np.full((n_layers, n_layers), 0.1)
-    np.fill_diagonal(matrix, 1.0)
-    for (i, j), value in pairs.items():
-        matrix[i, j] = matrix[j, i] = value
-    return matrix
 
 
 def plan_config(*settings):
