@@ -115,6 +115,7 @@ def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
         *_markdown(*summary.comparison_table(run, plan_id)),
         "",
         *summary.comparison_notes(run, plan_id),
+        *(f"({line}.)" for line in summary.budget_lines(run)),
         *(["", f"{caption}:", "", *_markdown(own, found)] if found else []),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _LOG_EVERY_S = 30.0  # without a terminal, a progress line this often
 _NARROW = 120  # columns of a terminal in which bars and rates have no room
+_TEXT = 110  # columns of sentences; tables are as wide as they are
 _LOG_FROM_S = 10.0  # a step that cannot be counted and is over sooner leaves no line in a log
 
 
@@ -157,11 +159,8 @@ def _print_incidents(run: RunDirectory) -> None:
     """What befell the run, if anything did; nothing is lost by it."""
     from raymerge import summary
 
-    lines = summary.incident_lines(run)
-    if lines:
-        print("\nOn the way (table incidents), at the cost of nothing that was finished:")
-        for line in lines:
-            print(f"  {line}")
+    title = "On the way (table incidents), at the cost of nothing that was finished"
+    _print_lines(title, summary.incident_lines(run))
 
 
 def _print_warnings(run: RunDirectory) -> None:
@@ -176,64 +175,52 @@ def _print_place(run: RunDirectory, what: str = "Tables, figures and manifest") 
 
 
 def print_search(run: RunDirectory, split: str) -> None:
-    """The closing summary of a search: plans with standard errors, what was found, where things lie."""
+    """The closing summary of a search: plans with intervals, the answer in words, what it rests on, where it lies."""
     from raymerge import findings, summary
+    from raymerge.report.answer import in_words
+    from raymerge.report.reached import Reached
 
     lines = findings.plan_lines(run, split)
     manifest = run.manifest()
+    best = manifest["best"]
     asked = findings.asks_questions(run)
     print(f"\n{lines[0]['n']} {split} questions:" if asked else "\nOn plain text:")
     _print_table(*summary.plan_table(lines))
     if asked:
         print(f"Always answering A: {findings.always_a_share(run, split):.4f}")
-    print("\nOn the search questions:" if asked else "\nOn the search text:")
-    for line in summary.search_lines(run):
-        print(f"  {line}")
-    for line in summary.optimism_lines(run, split):
-        print(f"  {line}")
-    _print_blocks(run)
-    header, cells = summary.comparison_table(run, manifest["best"]["plan_id"])
+    print(f"\n{textwrap.fill(in_words(Reached(run)), _TEXT)}")
+    header, cells = summary.comparison_table(run, best["plan_id"])
     if cells:  # none where tasks alone are reported on
         compared = "Accuracy on the report questions" if asked else "Loss (nats a token) on the report's text"
-        print(f"\n{compared}, 95 % intervals of the paired difference:")
+        print(f"\n{compared}, {best['name']} minus the others, 95 % intervals of the paired difference:")
         _print_table(header, cells)
-    for line in summary.comparison_notes(run, manifest["best"]["plan_id"]):
-        print(line)
-    caption, header, cells = summary.subject_table(run, manifest["best"]["plan_id"])
+    for line in summary.comparison_notes(run, best["plan_id"]):
+        print(textwrap.fill(line, _TEXT))
+    caption, header, cells = summary.subject_table(run, best["plan_id"])
     if cells:
         print(f"\n{caption}:")
         _print_table(header, cells)
-    _print_tasks(run, manifest["best"]["plan_id"])
-    for key, facts in manifest.items():
-        if key.endswith("_search") and facts["share_not_scoring"] is not None:
-            print(
-                f"\n{key.removesuffix('_search')} search: {facts['candidates_this_call']} candidates in "
-                f"{facts['wall_seconds']:.1f} s, {100 * facts['share_not_scoring']:.0f} % of it not scoring "
-                f"({facts['batch']} a trial, {facts['concurrent']} at a time)",
-                end="",
-            )
-    header, cells = summary.worker_table(run)
-    if cells:
-        print("\n\nThe workers of this call:")
-        _print_table(header, cells)
+    _print_tasks(run, best["plan_id"])
+    _print_lines("On the search questions" if asked else "On the search text", summary.search_lines(run))
+    _print_lines("Is it as good as it seemed", summary.optimism_lines(run, split))
+    _print_lines("Layers that go", summary.block_lines(run))
+    _print_lines("The pace of this call", summary.pace_lines(run))
     _print_warnings(run)
     _print_incidents(run)
     _print_place(run)
-    for saved in (manifest["best"], manifest.get("refitted") or {}):
+    for saved in (best, manifest.get("refitted") or {}):
         if saved.get("model"):
             print(f"Merged model: {saved['model']}")
         if saved.get("proof"):
             print(summary.proof_line(saved["proof"]))
 
 
-def _print_blocks(run: RunDirectory) -> None:
-    """How the blocks of layers were chosen, where any were."""
-    from raymerge import summary
-
-    if lines := summary.block_lines(run):
-        print("\nLayers that go:")
+def _print_lines(title: str, lines: list[str]) -> None:
+    """Lines under a title, broken where they are long; nothing of none."""
+    if lines:
+        print(f"\n{title}:")
         for line in lines:
-            print(f"  {line}")
+            print(textwrap.fill(line, _TEXT, initial_indent="  ", subsequent_indent="    "))
 
 
 def _print_tasks(run: RunDirectory, plan_id: str | None = None) -> None:
@@ -318,7 +305,7 @@ def print_sweep(run: RunDirectory, split: str) -> None:
     from raymerge import summary
 
     _print_table(*summary.sweep_table(run, split))
-    _print_blocks(run)
+    _print_lines("Layers that go", summary.block_lines(run))
     _print_tasks(run)
     _print_warnings(run)
     _print_incidents(run)

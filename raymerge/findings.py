@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -110,10 +111,22 @@ def correlation_ceiling(row: dict) -> float | None:
     return None if a is None or b is None or min(a, b) <= 0 else math.sqrt(a * b)
 
 
-def comparison_rows(run: RunDirectory, plan_id: str | None) -> list[dict]:
+def of_plan(rows: Iterable[dict], plan_id: str) -> list[dict]:
+    """Those rows of `comparisons`, or of a table like it, that a plan is in, each as the plan minus the other one."""
+    return [
+        row if row["plan_a"] == plan_id else _turned(row) for row in rows if plan_id in (row["plan_a"], row["plan_b"])
+    ]
+
+
+def _turned(row: dict) -> dict:
+    sides = {"plan_a": row["plan_b"], "plan_b": row["plan_a"]}
+    return row | sides | {"difference": -row["difference"], "ci_low": -row["ci_high"], "ci_high": -row["ci_low"]}
+
+
+def comparison_rows(run: RunDirectory) -> list[dict]:
+    """Comparisons of accuracies, or of losses on plain text where no questions are asked."""
     measure = "accuracy" if asks_questions(run) else "text_nll"
-    rows = [row for row in run.read("comparisons").to_pylist() if row["measure"] == measure]
-    return [row for row in rows if plan_id in (None, row["plan_a"], row["plan_b"])]
+    return [row for row in run.read("comparisons").to_pylist() if row["measure"] == measure]
 
 
 def objective_value(run: RunDirectory, split: str, plan_id: str, objective: str) -> float | None:

@@ -13,6 +13,7 @@ from raymerge.findings import (
     degenerate_layers,
     labels_of,
     objective_value,
+    of_plan,
     plan_lines,
     searched_names,
     verdict,
@@ -51,15 +52,15 @@ def budget_lines(run: RunDirectory) -> list[str]:
 def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the plans' table, as text; without columns of questions where none were asked."""
     asked = any(line["accuracy"] is not None for line in lines)
-    header = ["plan", "layers", *(["accuracy ± se [95 %]", "macro ± se [95 %]", "answer NLL"] if asked else [])]
-    header += ["text ppl [95 %]", *(["A/B/C/D picked %", "letter top %"] if asked else [])]
+    header = ["plan", "layers", *(["accuracy [95 %]", "macro", "answer NLL"] if asked else []), "text ppl [95 %]"]
+    header += ["picks A/B/C/D %", "letter top %"] if asked else []
     rows = []
     for line in lines:
         cells = [line["label"], str(line["layers"] if line["layers"] is not None else "–")]
         if asked:
             cells += [
-                share(line["accuracy"], line["standard_error"], line["interval"]),
-                share(line["macro"], line["macro_error"], line["macro_interval"]),
+                share(line["accuracy"], None, line["interval"]),
+                f"{line['macro']:.4f}",
                 f"{line['nll']:.4f}",
             ]
         cells.append(number(line["perplexity"], line["perplexity_interval"]))
@@ -70,27 +71,26 @@ def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def share(value: float, error: float, interval: tuple[float | None, float | None]) -> str:
-    """A share with its standard error, which a subject of one question leaves undefined, and interval, as text; runs of
-    earlier versions have no interval."""
+def share(value: float, error: float | None, interval: tuple[float | None, float | None]) -> str:
+    """A share, its standard error if it is asked for - a subject of one question leaves it undefined, NaN - and its
+    interval, as text; runs of earlier versions have no interval."""
     low, high = interval
-    doubt = "" if math.isnan(error) else f" ± {error:.4f}"
+    doubt = "" if error is None or math.isnan(error) else f" ± {error:.4f}"
     return f"{value:.4f}{doubt}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
-_COMPARED = ["plan", "against", "difference", "95 % interval", "p", "p (Holm)", "verdict"]
+_COMPARED = ["against", "difference", "95 % interval", "p", "p (Holm)", "verdict"]
 
 
-def comparison_table(run: RunDirectory, plan_id: str | None = None) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: comparisons of accuracies, or of losses on plain text where no questions are asked, of one plan
-    if it is given, saying where two plans cannot be told apart."""
+def comparison_table(run: RunDirectory, plan_id: str) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: a plan minus every other one, by accuracy, or by the loss on plain text where no questions are
+    asked, saying where two plans cannot be told apart."""
     names = labels_of(run)
-    return _COMPARED, [_compared(names, row) for row in comparison_rows(run, plan_id)]
+    return _COMPARED, [_compared(names, row) for row in of_plan(comparison_rows(run), plan_id)]
 
 
 def _compared(names: dict[str, str], row: dict) -> list[str]:
     return [
-        names.get(row["plan_a"], row["plan_a"]),
         names.get(row["plan_b"], row["plan_b"]),
         f"{row['difference']:+.4f}",
         f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]",
@@ -117,16 +117,16 @@ def task_comparison_table(run: RunDirectory, plan_id: str | None = None) -> tupl
     rows, cells = run.read("task_comparisons").to_pylist(), []
     for task in dict.fromkeys(row["task"] for row in rows):
         measure = max(row["measure"] for row in rows if row["task"] == task)
-        for row in rows:
-            if (row["task"], row["measure"]) == (task, measure) and plan_id in (None, row["plan_a"], row["plan_b"]):
-                cells.append([task, measure, *_compared(names, row)])
-    return ["task", "measure", *_COMPARED], cells
+        own = [row for row in rows if (row["task"], row["measure"]) == (task, measure)]
+        for row in own if plan_id is None else of_plan(own, plan_id):
+            cells.append([task, measure, names.get(row["plan_a"], row["plan_a"]), *_compared(names, row)])
+    return ["task", "measure", "plan", *_COMPARED], cells
 
 
 def subject_table(run: RunDirectory, plan_id: str) -> tuple[str, list[str], list[list[str]]]:
     """Caption, header and cells: a plan against the others on the subjects that the search was for, by accuracy and
     answer NLL; no cells where it was for all."""
-    rows = [row for row in run.read("subject_comparisons").to_pylist() if plan_id in (row["plan_a"], row["plan_b"])]
+    rows = of_plan(run.read("subject_comparisons").to_pylist(), plan_id)
     header = ["measure", *_COMPARED]
     if not rows:
         return "", header, []
@@ -139,15 +139,15 @@ def subject_table(run: RunDirectory, plan_id: str) -> tuple[str, list[str], list
     return caption, header, [[row["measure"], *_compared(names, row)] for row in rows]
 
 
-def comparison_notes(run: RunDirectory, plan_id: str | None = None) -> list[str]:
-    """What the p-values of `comparison_table` are, how many comparisons stand elsewhere, and `budget_lines`."""
-    shown, every, notes = len(comparison_rows(run, plan_id)), len(comparison_rows(run, None)), []
+def comparison_notes(run: RunDirectory, plan_id: str) -> list[str]:
+    """What the p-values of `comparison_table` are, and how many comparisons stand elsewhere."""
+    rows, notes = comparison_rows(run), []
+    shown, every = len(of_plan(rows, plan_id)), len(rows)
     if shown > 1:
         told = "p and intervals are of each on its own, uncorrected; Holm's p allows for all of them by this measure"
         notes.append(f"({shown} comparisons: {told}.)")
     if every > shown:
         notes.append(f"({every - shown} further pairs of plans stand in table comparisons.)")
-    notes += [f"({line}.)" for line in budget_lines(run)]
     return notes
 
 
@@ -288,6 +288,17 @@ _INCIDENTS = {
 }
 
 
+def pace_lines(run: RunDirectory) -> list[str]:
+    """How long each search of the last call took, and how much of it its workers scored, from the manifest."""
+    return [
+        f"{key.removesuffix('_search')}: {facts['candidates_this_call']} candidates in {facts['wall_seconds']:.1f} s "
+        f"({facts['batch']} a trial, {facts['concurrent']} at a time), the workers scoring "
+        f"{100 * (1 - facts['share_not_scoring']):.0f} % of it"
+        for key, facts in (run.manifest() or {}).items()
+        if key.endswith("_search") and facts["share_not_scoring"] is not None
+    ]
+
+
 def worker_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
     """Header and cells: how much of its time each worker scored, by search, as the manifest of the last call has it."""
     cells = []
@@ -385,23 +396,27 @@ def sensitivity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
 
 
 def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the compression curve, one line a point."""
+    """Header and cells of the compression curve, one line a point; of alignment, norms and refit what differs."""
     lines = {line["plan_id"]: line for line in plan_lines(run, split)}
     asks = any(line["accuracy"] is not None for line in lines.values())
-    header = ["merged", "method", "alignment", "norms", "refit"]
-    header += [*(["accuracy ± se [95 %]", "macro ± se [95 %]", "answer NLL"] if asks else []), "text ppl [95 %]"]
+    points = [row | {"refit": row["refit"] or "none"} for row in run.read("sweep").to_pylist()]
+    varied = [key for key, plain in _PLAIN.items() if any(row[key] != plain for row in points)]
+    header = ["merged", "method", *varied]
+    header += [*(["accuracy [95 %]", "macro", "answer NLL"] if asks else []), "text ppl [95 %]"]
     cells = []
-    for row in sorted(run.read("sweep").to_pylist(), key=lambda row: row["merges"]):
+    for row in sorted(points, key=lambda row: row["merges"]):
         line = lines[row["plan_id"]]
         answered = [
-            share(line["accuracy"], line["standard_error"], line["interval"]),
-            share(line["macro"], line["macro_error"], line["macro_interval"]),
+            share(line["accuracy"], None, line["interval"]),
+            f"{line['macro']:.4f}",
             f"{line['nll']:.4f}",
         ] if asks else []  # fmt: skip
         read = number(line["perplexity"], line["perplexity_interval"])
-        point = [str(row["merges"]), row["method"], row["alignment"], row["norms"], row["refit"] or "none"]
-        cells.append([*point, *answered, read])
+        cells.append([str(row["merges"]), row["method"], *(row[key] for key in varied), *answered, read])
     return header, cells
+
+
+_PLAIN = {"alignment": "none", "norms": "keep", "refit": "none"}
 
 
 def _mean(values: list[float | None]) -> str:
@@ -414,8 +429,9 @@ def _percent(shares: list) -> str:
 
 
 def number(value: float | None, interval: tuple[float | None, float | None] = (None, None)) -> str:
-    """A perplexity as text, with its interval where there is one: four significant digits, or a dash."""
+    """A perplexity as text, with its interval where there is one: four significant digits, of millions two, or a
+    dash."""
     if value is None or math.isnan(value):
         return "–"
-    text = "inf" if math.isinf(value) else f"{value:,.4g}" if value < 10000 else f"{value:,.0f}"
+    text = f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"  # inf is "inf"
     return text if None in interval else f"{text} [{number(interval[0])}, {number(interval[1])}]"

@@ -195,8 +195,8 @@ def test_the_saved_model_is_proved_and_its_card_says_what_it_reaches(run):
     assert best["proof"]["passed"] and best["proof"]["predictions_equal"] == best["proof"]["positions"]
     card = (Path(run.path_of("models", "found_bayes")) / "README.md").read_text()
     for line in findings.plan_lines(run, "test"):
-        assert f"| {line['label']} | {line['layers']} | {line['accuracy']:.4f} ± " in card
-        assert f"[{line['interval'][0]:.3f}, {line['interval'][1]:.3f}]" in card
+        low, high = line["interval"]
+        assert f"| {line['label']} | {line['layers']} | {line['accuracy']:.4f} [{low:.3f}, {high:.3f}] |" in card
     assert all(f"| {' | '.join(cells)} |" in card for cells in summary.comparison_table(run, best["plan_id"])[1])
     assert "test questions, none of which the search saw" in card and "```\ntest\n```" in card
 
@@ -567,7 +567,14 @@ def test_the_summary_is_made_from_tables(run, capsys):
     assert lines[0]["accuracy"] == accuracy[lines[0]["plan_id"]]["accuracy"]
     print_search(run, "test")
     shown = capsys.readouterr().out
-    for words in ("Always answering A", "p (Holm)", "not scoring", "Merged model", "Reloaded in a fresh process"):
+    for words in (
+        "Always answering A",
+        "p (Holm)",
+        "The best plan found,",
+        "the workers scoring",
+        "Merged model",
+        "Reloaded in a fresh process",
+    ):
         assert words in shown
 
 

@@ -18,6 +18,7 @@ from raymerge.card import search_results
 from raymerge.plan import base_plan
 from raymerge.progress import Silent
 from raymerge.report import (
+    answer,
     asked,
     compared,
     curve,
@@ -88,13 +89,13 @@ def test_a_curve_in_the_terminal_has_intervals(tmp_path):
     """A point at which every question is right has a standard error of 0, which is not how sure it is."""
     run = sweep_run(tmp_path / "sweep")
     header, cells = summary.sweep_table(run, "test")
-    at = header.index("accuracy ± se [95 %]")
+    at = header.index("accuracy [95 %]")
     low, high = next(
         (row["ci_low"], row["ci_high"])
         for row in run.read("accuracy").to_pylist()
         if row["plan_id"] == "base" and row["subject"] == MICRO
     )
-    assert cells[0][at].endswith(f" [{low:.3f}, {high:.3f}]") and "[" in cells[0][at + 1]
+    assert cells[0][at].endswith(f" [{low:.3f}, {high:.3f}]")
 
 
 def test_the_answer_has_the_tables_numbers(search):
@@ -187,9 +188,35 @@ def test_without_a_manifest_the_best_is_not_the_one_that_the_report_likes(tmp_pa
 def test_a_gain_by_an_uncorrected_p_alone_is_no_gain(search):
     row = {"measure": "accuracy", "difference": 0.1, "p_value": 0.03, "p_holm": 0.09}
     assert plans._said(row) == "≈\u00a0indistinguishable (uncorrected: better)"
-    assert plans._firm(row) == "indistinguishable"
+    assert answer.firm(row) == "indistinguishable"
     assert findings.verdict(row | {"p_holm": 0.04}) == "better"
     assert findings.verdict(row | {"p_holm": 0.04, "measure": "answer_nll"}) == "worse"
+
+
+@pytest.mark.parametrize(
+    ("selection", "difference", "p", "tried"),
+    [("tail", 0.4, 0.001, True), ("tail", 0.4, 0.2, False), ("tail", -0.4, 0.001, False), ("block", 0.4, 0.001, False)],
+)
+def test_other_layers_are_named_where_leaving_them_out_costs_less(monkeypatch, search, selection, difference, p, tried):
+    """`drop` stands for before_last here; the plan found minus it in nats a token."""
+    reached = Reached(search)
+    next(line for line in reached.lines if line["plan_id"] == "drop")["kind"] = "before_last"
+    row = next(row for row in reached.comparisons if (row["measure"], row["plan_b"]) == ("text_nll", "drop"))
+    row.update(difference=difference, p_value=p, p_holm=p)
+    monkeypatch.setitem(search.config["plan"], "selection", selection)
+    assert ("plan.selection=block searches for them" in answer.in_words(reached)) == tried
+
+
+def test_how_much_workers_were_used_is_on_the_page(tmp_path):
+    run = search_run(tmp_path / "run")
+    assert not any("each worker scored" in table.caption for table in blocks([searched.search(Reached(run))], Table))
+    used = {"worker": "worker-1", "candidates": 8, "scoring_seconds": 3.0, "present_seconds": 4.0, "utilisation": 0.75}
+    facts = {"batch": 2, "concurrent": 1, "wall_seconds": 4.0, "candidates_this_call": 8, "share_not_scoring": 0.25}
+    run.write_manifest("complete", best={"plan_id": "found"}, bayes_search={**facts, "workers": [used]})
+    (table,) = blocks([searched.search(Reached(run))], Table)
+    pace = "bayes: 8 candidates in 4.0 s (2 a trial, 1 at a time), the workers scoring 75 % of it"
+    assert table.caption.endswith(pace)
+    assert table.cells == (("bayes", "worker-1", "8", "3.0", "4.0", "75"),)
 
 
 def test_what_layers_are_left_sums_to_one(search):
@@ -531,15 +558,16 @@ def test_the_random_control_is_called_the_best_of_as_many_as_were_tried(tmp_path
     run.append("trials", [*drawn, drawn[0] | {"iteration": 3, "status": "failed", "value": None}], part="random")
     reached = Reached(run)
     assert reached.labels["fixed"] == "best of 3 random ones"
-    answer = plans.answer(reached)
-    sentence = blocks([answer], Text)[0].text
+    section = plans.answer(reached)
+    sentence = blocks([section], Text)[0].text
     assert "indistinguishable from the best of 3 random ones" in sentence
     assert "What was found is the best of 8 candidates, the random control of 3:" in sentence
-    assert "best of 3 random ones" in [row[0] for row in blocks([answer], Table)[0].cells]
+    assert "best of 3 random ones" in [row[0] for row in blocks([section], Table)[0].cells]
     lines = findings.plan_lines(run, "test")
     assert "best of 3 random ones" in [row[0] for row in summary.plan_table(lines)[1]]
-    assert "best of 3 random ones" in [row[1] for row in summary.comparison_table(run, "found")[1]]
-    assert summary.comparison_notes(run, "found")[-1].startswith("(What was found is the best of 8 candidates")
+    assert "best of 3 random ones" in [row[0] for row in summary.comparison_table(run, "found")[1]]
+    assert summary.budget_lines(run)[0].startswith("What was found is the best of 8 candidates")
+    assert "(What was found is the best of 8 candidates" in "\n".join(search_results(run, "found", "test"))
     assert any("best of 3 random ones" in line for line in search_results(run, "found", "test"))
     run.append("trials", [trial | {"searcher": "gradient_alphas"}], part="descended")
     assert "best of 8 candidates and 1 descent, the" in summary.budget_lines(run)[0]

@@ -136,13 +136,17 @@ def test_comparisons_of_a_plan_with_adjusted_p(tmp_path):
     for family in (rows[:3], rows[3:]):
         np.testing.assert_allclose([r["p_holm"] for r in family], holm([r["p_value"] for r in family]))
     _, cells = summary.comparison_table(run, "found")
-    assert [line[:2] for line in cells] == [["plan_found", f"plan_{p}"] for p in PLANS[:3]]
+    assert [line[0] for line in cells] == [f"plan_{p}" for p in PLANS[:3]]
     assert [line[-1] for line in cells] == ["worse", "better", "indistinguishable"]
-    assert cells[0][4:6] == [f"{rows[0]['p_value']:.3g}", f"{rows[0]['p_holm']:.3g}"]
+    assert cells[0][3:5] == [f"{rows[0]['p_value']:.3g}", f"{rows[0]['p_holm']:.3g}"]
     notes = summary.comparison_notes(run, "found")
     assert notes[0].startswith("(3 comparisons: p and intervals are of each on its own, uncorrected")
     assert notes[1] == "(3 further pairs of plans stand in table comparisons.)"
-    assert len(summary.comparison_table(run)[1]) == 6 and len(summary.comparison_notes(run)) == 1
+    # Of a plan that stands second in the table's rows, its own side is told.
+    _, turned = summary.comparison_table(run, PLANS[0])
+    low, high = rows[0]["ci_low"], rows[0]["ci_high"]
+    assert turned[0][:3] == ["plan_found", f"{-rows[0]['difference']:+.4f}", f"[{-high:+.4f}, {-low:+.4f}]"]
+    assert turned[0][-1] == "better"
 
 
 def test_a_gain_that_only_an_uncorrected_p_calls_one_is_said_to_be_so(tmp_path):
@@ -158,8 +162,8 @@ def test_the_table_of_plans_has_intervals(tmp_path):
     (line, *_) = findings.plan_lines(run, "test")
     header, cells = summary.plan_table([line | {"picked": [0.25] * 4, "top_is_letter": None}])
     stored = run.read("accuracy").to_pylist()[0]
-    assert header[2] == "accuracy ± se [95 %]"
-    assert cells[0][2].endswith(f"[{stored['ci_low']:.3f}, {stored['ci_high']:.3f}]")
+    interval = f"[{stored['ci_low']:.3f}, {stored['ci_high']:.3f}]"
+    assert cells[0][header.index("accuracy [95 %]")] == f"{stored['accuracy']:.4f} {interval}"
     assert summary.share(0.5, 0.1, (None, None)) == "0.5000 ± 0.1000"
 
 

@@ -56,6 +56,7 @@ def test_every_method_stands_at_every_number_of_merges(run):
         assert costs[row["plan_id"]]["layers_removed"] == row["merges"]
         assert costs[row["plan_id"]]["tokens_per_second"] > 0
     header, cells = summary.sweep_table(run, "test")
+    assert header[2:4] == ["alignment", "norms"] and "refit" not in header
     assert len(cells) == len(points) and len(cells[0]) == len(header)
 
 
@@ -212,7 +213,7 @@ def test_plain_text_alone_judges_every_point_where_no_questions_are_asked(run, l
     assert {row["measure"] for row in compared} == {"text_nll"} and len(compared) == 21
 
     header, cells = summary.sweep_table(found, "test")
-    assert header == ["merged", "method", "alignment", "norms", "refit", "text ppl [95 %]"] and len(cells) == 7
+    assert header == ["merged", "method", "text ppl [95 %]"] and len(cells) == 7  # nothing else differs
     (section,) = (each for each in run_sections(found, heading=False) if each.title == "The answer")
     by_kind = {block.kind: block for block in section.blocks}
     assert by_kind["text"].text.startswith("Unmerged, the perplexity on plain text is 3.")

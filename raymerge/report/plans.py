@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from raymerge import findings, summary
 from raymerge.report import figures
+from raymerge.report.answer import LINKS, firm, in_words, told
 from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Block, Fact, Facts, Figure, Rows, Section, Table, Text
 from raymerge.report.reached import TEXT_TEST, Reached, chosen_layers, described, drawn, missing
@@ -30,7 +31,7 @@ def answer(reached: Reached) -> Section:
         return Section("The answer", (missing(run, "accuracy", "answers", "plans"),))
     if best is None:
         return Section("The answer", (plan_table(reached),))
-    blocks: list[Block] = [Text(_sentence(reached)), Facts(tuple(_tiles(best, base)), large=True)]
+    blocks: list[Block] = [Text(in_words(reached)), Facts(tuple(_tiles(best, base)), large=True)]
     found = reached.against(best["plan_id"], "accuracy" if reached.asks else "text_nll")
     if found:
         blocks.append((_verdicts if reached.asks else _text_verdicts)(reached, found))
@@ -40,67 +41,6 @@ def answer(reached: Reached) -> Section:
     if optimism:
         blocks.append(Text(f"How far the search flatters itself. {'. '.join(optimism)}."))
     return Section("The answer", tuple(blocks))
-
-
-def _sentence(reached: Reached) -> str:
-    best, base = reached.best, reached.base
-    if not reached.asks and best["perplexity"] is None:
-        return f"The best plan found, {best['label']}, was reported on by tasks alone: see below."
-    if not reached.asks:
-        sentence = (
-            f"The best plan found, {best['label']}, has a perplexity of {perplexity(best['perplexity'])} on plain text"
-        )
-        if base is not None:
-            sentence += f", the unmerged model one of {perplexity(base['perplexity'])}"
-        told = _told(reached, reached.against(best["plan_id"], "text_nll"))
-        return f"{sentence}. By the loss of a token it is {told}.{_budget(reached)}" if told else f"{sentence}."
-    questions = plural(best["n"], f"{reached.split} question")
-    sentence = f"The best plan found, {best['label']}, answers {percent(best['accuracy'])} of {questions}"
-    told = _told(reached, reached.against(best["plan_id"]))
-    sentence += f": {told}." if told else "."
-    told = _told(reached, reached.against(best["plan_id"], "answer_nll"))
-    if told:
-        sentence += f" By the probability of the right letter (answer NLL, finer than accuracy) it is {told}."
-    sentence += _budget(reached)
-    if findings.chosen_on(reached.run, reached.split):
-        sentence += " It was chosen by questions of this split, so that all of this is too good."
-    if best["perplexity"] is not None:
-        sentence += f" Its perplexity on plain text is {perplexity(best['perplexity'])}"
-        if base is not None and base["perplexity"] is not None:
-            sentence += f", the unmerged model's {perplexity(base['perplexity'])}"
-        told = _told(reached, reached.against(best["plan_id"], "text_nll"))
-        sentence += f": by the loss of a token it is {told}." if told else "."
-    return sentence
-
-
-_CALLED = {"base": "the unmerged model", "random": "the {}"}
-_LINKS = {"better": "better than", "indistinguishable": "indistinguishable from", "worse": "worse than"}
-
-
-def _told(reached: Reached, found: dict[str, dict]) -> str:
-    """Comparisons of the best plan as half a sentence: better than ..., indistinguishable from ..., worse than ...
-
-    What an uncorrected p alone tells apart counts as indistinguishable.
-    """
-    parts = []
-    for said, link in _LINKS.items():
-        names = [
-            _CALLED.get(line["kind"], "{}").format(line["label"])
-            for line in sorted(reached.lines, key=lambda line: line["kind"] != "base")
-            if line["plan_id"] in found and _firm(found[line["plan_id"]]) == said
-        ]
-        if names:
-            parts.append(f"{link} {listed(names)}")
-    return "; ".join(parts)
-
-
-def _firm(row: dict) -> str:
-    said = findings.verdict(row)
-    return said if said in _LINKS else "indistinguishable"
-
-
-def _budget(reached: Reached) -> str:
-    return "".join(f" {line}." for line in summary.budget_lines(reached.run))
 
 
 def _tiles(best: dict, base: dict | None) -> list[Fact]:
@@ -126,9 +66,9 @@ _SIGNS = {"better": "▲", "worse": "▼", "indistinguishable": "≈"}
 
 def _said(row: dict) -> str:
     said = findings.verdict(row)
-    if said not in _LINKS:
+    if said not in LINKS:
         said = f"indistinguishable (uncorrected: {said.split(',')[0]})"
-    return f"{_SIGNS[_firm(row)]}{NBSP}{said}"
+    return f"{_SIGNS[firm(row)]}{NBSP}{said}"
 
 
 def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
@@ -188,10 +128,11 @@ def _on_subjects(reached: Reached) -> list[Block]:
     row = next(iter(found.values()))
     subjects = listed(findings.searched_names(reached.run))
     questions = f"{plural(row['n'], row['split'] + ' question')} of {subjects}"
+    by_nll = told(reached, finer)
     return [
         Text(
             f"The search was for {subjects}. On the {questions} alone, {reached.best['label']} is by accuracy "
-            f"{_told(reached, found)}." + (f" By answer NLL it is {told}." if (told := _told(reached, finer)) else "")
+            f"{told(reached, found)}." + (f" By answer NLL it is {by_nll}." if by_nll else "")
         ),
         Table(
             f"The same on the {questions} alone. {_holm(cells)}",

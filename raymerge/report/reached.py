@@ -78,16 +78,8 @@ class Reached:
     def against(self, plan_id: str, measure: str = "accuracy", *, searched: bool = False) -> dict[str, dict]:
         """Rows of `comparisons`, or of those on the subjects that the search was for (`searched`), of one plan by a
         measure, by the other, signs turned where it stands second."""
-        found = {}
-        for row in self.searched if searched else self.comparisons:
-            if row["measure"] != measure:
-                continue
-            if row["plan_a"] == plan_id:
-                found[row["plan_b"]] = row
-            elif row["plan_b"] == plan_id:
-                low, high = -row["ci_high"], -row["ci_low"]
-                found[row["plan_a"]] = row | {"difference": -row["difference"], "ci_low": low, "ci_high": high}
-        return found
+        rows = findings.of_plan(self.searched if searched else self.comparisons, plan_id)
+        return {row["plan_b"]: row for row in rows if row["measure"] == measure}
 
 
 def drawn(line: dict) -> dict[str, float | None]:

@@ -8,7 +8,7 @@ from raymerge import findings, summary
 from raymerge.objectives import above_ceiling, is_minimised
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
-from raymerge.report.content import ROLES, Block, Figure, Rows, Section, role_of
+from raymerge.report.content import ROLES, Block, Figure, Rows, Section, Table, role_of
 from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import NONE, percent, plural
 from raymerge.statistics import without_far_worse
@@ -205,6 +205,11 @@ def search(reached: Reached) -> Section:
     history = run.read("gradient_history").to_pylist()
     if history:
         blocks.append(_descents(run, history, objective))
+    header, cells = summary.worker_table(run)
+    if cells:
+        pace = "; ".join(summary.pace_lines(run))
+        caption = f"How much of the last call's time each worker scored. {pace}"
+        blocks.append(Table(caption, tuple(header), tuple(map(tuple, cells)), words=(0, 1), folded=True))
     return Section(title, tuple(blocks))
 
 

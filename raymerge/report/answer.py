@@ -1,0 +1,85 @@
+"""The answer in words: what the plan that a run is about reached, against every other one; for pages and terminals."""
+
+from __future__ import annotations
+
+from raymerge import findings, summary
+from raymerge.report.reached import Reached
+from raymerge.report.wording import listed, percent, perplexity, plural
+
+_CALLED = {"base": "the unmerged model", "random": "the {}"}
+LINKS = {"better": "better than", "indistinguishable": "indistinguishable from", "worse": "worse than"}
+"""What comparisons say of a plan, and how a sentence goes on with the other ones."""
+
+
+def in_words(reached: Reached) -> str:
+    """What the best plan found reached, and whether it is better than the others, in a few sentences.
+
+    reached.best must be there, and reached.lines.
+    """
+    best, base = reached.best, reached.base
+    if not reached.asks and best["perplexity"] is None:
+        return f"The best plan found, {best['label']}, was reported on by tasks alone: see below."
+    if not reached.asks:
+        sentence = (
+            f"The best plan found, {best['label']}, has a perplexity of {perplexity(best['perplexity'])} on plain text"
+        )
+        if base is not None:
+            sentence += f", the unmerged model one of {perplexity(base['perplexity'])}"
+        by_loss = told(reached, reached.against(best["plan_id"], "text_nll"))
+        compared = f" By the loss of a token it is {by_loss}.{_budget(reached)}" if by_loss else ""
+        return f"{sentence}.{compared}{_other_layers(reached)}"
+    questions = plural(best["n"], f"{reached.split} question")
+    sentence = f"The best plan found, {best['label']}, answers {percent(best['accuracy'])} of {questions}"
+    by_accuracy = told(reached, reached.against(best["plan_id"]))
+    sentence += f": {by_accuracy}." if by_accuracy else "."
+    by_nll = told(reached, reached.against(best["plan_id"], "answer_nll"))
+    if by_nll:
+        sentence += f" By the probability of the right letter (answer NLL, finer than accuracy) it is {by_nll}."
+    sentence += _budget(reached)
+    if findings.chosen_on(reached.run, reached.split):
+        sentence += " It was chosen by questions of this split, so that all of this is too good."
+    if best["perplexity"] is not None:
+        sentence += f" Its perplexity on plain text is {perplexity(best['perplexity'])}"
+        if base is not None and base["perplexity"] is not None:
+            sentence += f", the unmerged model's {perplexity(base['perplexity'])}"
+        by_loss = told(reached, reached.against(best["plan_id"], "text_nll"))
+        sentence += f": by the loss of a token it is {by_loss}." if by_loss else "."
+    return sentence + _other_layers(reached)
+
+
+def told(reached: Reached, found: dict[str, dict]) -> str:
+    """Comparisons of the best plan as half a sentence: better than ..., indistinguishable from ..., worse than ...
+
+    found: those of `Reached.against`. What an uncorrected p alone tells apart counts as indistinguishable.
+    """
+    parts = []
+    for said, link in LINKS.items():
+        names = [
+            _CALLED.get(line["kind"], "{}").format(line["label"])
+            for line in sorted(reached.lines, key=lambda line: line["kind"] != "base")
+            if line["plan_id"] in found and firm(found[line["plan_id"]]) == said
+        ]
+        if names:
+            parts.append(f"{link} {listed(names)}")
+    return "; ".join(parts)
+
+
+def firm(row: dict) -> str:
+    """What a comparison says when Holm's p is asked: a key of `LINKS`."""
+    said = findings.verdict(row)
+    return said if said in LINKS else "indistinguishable"
+
+
+def _budget(reached: Reached) -> str:
+    return "".join(f" {line}." for line in summary.budget_lines(reached.run))
+
+
+def _other_layers(reached: Reached) -> str:
+    """What to try where the last layers were merged and leaving out others costs plain text less."""
+    if (reached.run.config.get("plan") or {}).get("selection") != "tail":
+        return ""
+    by_loss = reached.against(reached.best["plan_id"], "text_nll")
+    others = [line["plan_id"] for line in reached.lines if line["kind"] == "before_last"]
+    if not any(plan_id in by_loss and firm(by_loss[plan_id]) == "worse" for plan_id in others):
+        return ""
+    return " Plain text loses less where other layers than the last go: plan.selection=block searches for them."
