@@ -275,10 +275,13 @@ def print_evaluation(run: RunDirectory, split: str) -> None:
 
 
 def print_similarity(run: RunDirectory) -> None:
-    """Each subset's matrix in figures, the correlations with their ceilings, and warnings."""
+    """Each subset's matrix in figures, the answer in words, the correlations with their ceilings, and warnings."""
     from raymerge import summary
+    from raymerge.report.layers import in_words
 
     _print_table(*summary.similarity_table(run))
+    for paragraph in in_words(run):
+        print(f"\n{textwrap.fill(paragraph, _TEXT)}")
     header, cells = summary.correlation_table(run)
     if cells:
         print(
@@ -301,10 +304,14 @@ def print_sensitivity(run: RunDirectory) -> None:
 
 
 def print_sweep(run: RunDirectory, split: str) -> None:
-    """Every point of the compression curve."""
+    """Every point of the compression curve, and the answer in words."""
     from raymerge import summary
+    from raymerge.report.curve import in_words
+    from raymerge.report.reached import Reached
 
     _print_table(*summary.sweep_table(run, split))
+    if words := in_words(Reached(run)):
+        print(f"\n{textwrap.fill(words, _TEXT)}")
     _print_lines("Layers that go", summary.block_lines(run))
     _print_tasks(run)
     _print_warnings(run)

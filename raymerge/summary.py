@@ -189,7 +189,7 @@ def optimism_lines(run: RunDirectory, split: str) -> list[str]:
     if above_ceiling(found, ceiling):
         return [
             f"{best['name']}: its perplexity of the search text is {number(found['perplexity'])}, above the ceiling of "
-            f"{number(ceiling)}, as is every candidate's: it is the one nearest to it"
+            f"{ceiling:g}, as is every candidate's: it is the one nearest to it"
         ]
     if chosen_on(run, split):
         return [
@@ -243,7 +243,7 @@ def search_lines(run: RunDirectory) -> list[str]:
         # Above a ceiling the value is a penalty, no value of the objective.
         values = [row["value"] for row in judged if not above_ceiling(row, ceiling)]
         if len(values) < len(judged):
-            failed += f", {len(judged) - len(values)} above the perplexity ceiling of {number(ceiling)}"
+            failed += f", {len(judged) - len(values)} above the perplexity ceiling of {ceiling:g}"
         if not values:
             lines.append(f"{searcher}: {tried}{failed}")
             continue
@@ -433,5 +433,6 @@ def number(value: float | None, interval: tuple[float | None, float | None] = (N
     dash."""
     if value is None or math.isnan(value):
         return "–"
-    text = f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"  # inf is "inf"
+    digits = sum(value < limit for limit in (10, 100, 1000))
+    text = f"{value:,.{digits}f}" if value < 1e6 else f"{value:.1e}"  # "inf" of infinity
     return text if None in interval else f"{text} [{number(interval[0])}, {number(interval[1])}]"

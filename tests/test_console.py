@@ -1,10 +1,11 @@
-"""Progress as a log shows it: a line a stage, and one now and then while a long step goes on."""
+"""Progress as a log shows it - a line a stage, and one now and then while a long step goes on - and summaries."""
 
 import io
 import threading
 import time
 
 import pytest
+from report_runs import search_run, similarity_run, sweep_run
 
 from raymerge import console
 from raymerge.progress import Silent, step
@@ -127,3 +128,20 @@ def test_a_step_that_fails_is_not_called_finished():
     with pytest.raises(ValueError), step(seen, "x"):
         raise ValueError
     assert seen.done == 0
+
+
+def test_the_answer_stands_in_words_under_the_tables(tmp_path, capsys):
+    console.print_sweep(sweep_run(tmp_path / "sweep"), "test")
+    shown = capsys.readouterr().out
+    assert "of the questions are answered. With 1 layer merged the most accurate way" in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 120
+
+    console.print_similarity(similarity_run(tmp_path / "similarity"))
+    shown = capsys.readouterr().out
+    assert "of all pairs of layers, over 2 subsets of prompts, similarity is above" in " ".join(shown.split())
+
+    console.print_search(search_run(tmp_path / "search"), "test")
+    shown = capsys.readouterr().out
+    assert "The best plan found, found_bayes, answers" in shown and "worse than the unmerged model" in shown
+    assert "found_bayes minus the others" in shown and "bayes: 8 candidates" in shown
+    assert max(len(line) for line in shown.splitlines() if str(tmp_path) not in line) <= 126

@@ -481,9 +481,7 @@ def test_degenerate_maps_are_said_to_say_nothing(tmp_path):
 
     section, figure = degenerate(medical=[39.0] * 6, law=[1.0] * 6)
     (structure,) = blocks([section], Text)  # nothing of how the subsets' matrices agree
-    assert (
-        structure.text.endswith("the maps below say nothing of the model.") and "more than noise" not in structure.text
-    )
+    assert structure.text.endswith("the maps say nothing of the model.") and "more than noise" not in structure.text
     assert {r["above"] for r in as_dicts(figure.rows)} == {"no", ""}
     assert [row[8:] for row in blocks([section], Table)[0].cells] == [("–", "1", "6")] * 2
 

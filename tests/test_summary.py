@@ -220,3 +220,14 @@ def test_plans_of_a_run_without_questions_have_their_perplexity_alone(tmp_path):
 def test_a_share_without_a_standard_error_has_its_interval():
     assert summary.share(0.75, float("nan"), (0.3, 0.95)) == "0.7500 [0.300, 0.950]"
     assert summary.share(0.75, 0.1, (None, None)) == "0.7500 ± 0.1000"
+    assert summary.share(0.75, None, (0.3, 0.95)) == "0.7500 [0.300, 0.950]"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(4.04, "4.040"), (15.0, "15.00"), (416.66, "416.7"), (1493.4, "1,493"), (230123.0, "230,123"),
+     (10712635.0, "1.1e+07"), (float("inf"), "inf"), (float("nan"), "–"), (None, "–")],
+)  # fmt: skip
+def test_perplexities_have_the_digits_that_say_something(value, text):
+    assert summary.number(value) == text
+    assert summary.number(2.5, (2.0, 1e7)) == "2.500 [2.000, 1.0e+07]"

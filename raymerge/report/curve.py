@@ -21,13 +21,27 @@ def answer(reached: Reached) -> Section:
     points = curve(reached)
     if not points:
         return Section("The answer", (missing(reached.run, "sweep", "accuracy", "answers"),))
-    base = next((point for point in points if point["merges"] == 0), None)
-    lasts = [point for point in points if point["merges"] > 0]
+    base, lasts = _unmerged(points), _merged(points)
     blocks: list[Block] = []
     if lasts:
         blocks += [Text(_sentence(base, lasts)), _best(reached, base, lasts)]
     blocks += [*chosen_layers(reached.run), *_curves(reached, points, base), _everything(points)]
     return Section("The answer", tuple(blocks))
+
+
+def in_words(reached: Reached) -> str:
+    """The best way at the least and the most layers merged, in a sentence; "" of a run that has merged none."""
+    points = curve(reached)
+    lasts = _merged(points)
+    return _sentence(_unmerged(points), lasts) if lasts else ""
+
+
+def _unmerged(points: list[dict]) -> dict | None:
+    return next((point for point in points if point["merges"] == 0), None)
+
+
+def _merged(points: list[dict]) -> list[dict]:
+    return [point for point in points if point["merges"] > 0]
 
 
 def curve(reached: Reached) -> list[dict[str, Any]]:

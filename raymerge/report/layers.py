@@ -30,7 +30,7 @@ def answer(run: RunDirectory) -> Section:
     """Is there structure above noise, and do subsets differ by more than noise?"""
     if not run.has("similarity"):
         return Section("The answer", (missing(run, "similarity"),))
-    blocks: list[Block] = [Text(sentence) for sentence in (_structure(run), _agreement(run)) if sentence]
+    blocks: list[Block] = [Text(sentence) for sentence in in_words(run)]
     header, cells = summary.similarity_table(run)
     words = {
         "null": "unrelated layers",
@@ -61,6 +61,11 @@ def answer(run: RunDirectory) -> Section:
     return Section("The answer", tuple(blocks))
 
 
+def in_words(run: RunDirectory) -> list[str]:
+    """Whether the matrices have structure above noise, and whether subsets differ, in a few sentences each."""
+    return [sentence for sentence in (_structure(run), _agreement(run)) if sentence]
+
+
 def _structure(run: RunDirectory) -> str:
     rows = [row for row in run.read("similarity").to_pylist() if row["layer_i"] < row["layer_j"]]
     known = [row for row in rows if row["value"] is not None and row["null_p95"] is not None]
@@ -72,7 +77,7 @@ def _structure(run: RunDirectory) -> str:
         return (
             "The diffusion maps of all layers are degenerate: their bandwidth is far from the distances between "
             "prompts, and what they show is noise. Layers share that noise, so that similarity may be far above that "
-            "of unrelated layers all the same: the maps below say nothing of the model."
+            "of unrelated layers all the same: the maps say nothing of the model."
         )
     share, noise = sum(row["value"] > row["null_p95"] for row in known) / len(known), _named(degenerate)
     left_out = (
@@ -81,11 +86,11 @@ def _structure(run: RunDirectory) -> str:
     )
     subsets = len({(row["subset"], row["language"]) for row in rows})
     verdict = (
-        "the layers are related, and the maps below show more than noise"
+        "the layers are related, and the maps show more than noise"
         if share > 0.5
-        else "much of what the maps below show is noise"
+        else "much of what the maps show is noise"
         if share > 0.1
-        else "the maps below cannot be told from noise"
+        else "the maps cannot be told from noise"
     )
     return (
         f"In {percent(share, 0)} of {'the' if noise else 'all'} pairs of layers, over {plural(subsets, 'subset')} of "
