@@ -203,7 +203,7 @@ def print_search(run: RunDirectory, split: str) -> None:
     _print_tasks(run, best["plan_id"])
     _print_lines("On the search questions" if asked else "On the search text", summary.search_lines(run))
     _print_lines("Is it as good as it seemed", summary.optimism_lines(run, split))
-    _print_lines("Layers that go", summary.block_lines(run))
+    _print_blocks(run)
     _print_lines("The pace of this call", summary.pace_lines(run))
     _print_warnings(run)
     _print_incidents(run)
@@ -221,6 +221,16 @@ def _print_lines(title: str, lines: list[str]) -> None:
         print(f"\n{title}:")
         for line in lines:
             print(textwrap.fill(line, _TEXT, initial_indent="  ", subsequent_indent="    "))
+
+
+def _print_blocks(run: RunDirectory) -> None:
+    """How the blocks of layers were chosen, where any were."""
+    from raymerge import summary
+
+    caption, header, cells = summary.block_table(run)
+    if cells:
+        print(f"\n{caption}:")
+        _print_table(header, cells)
 
 
 def _print_tasks(run: RunDirectory, plan_id: str | None = None) -> None:
@@ -312,7 +322,7 @@ def print_sweep(run: RunDirectory, split: str) -> None:
     _print_table(*summary.sweep_table(run, split))
     if words := in_words(Reached(run)):
         print(f"\n{textwrap.fill(words, _TEXT)}")
-    _print_lines("Layers that go", summary.block_lines(run))
+    _print_blocks(run)
     _print_tasks(run)
     _print_warnings(run)
     _print_incidents(run)

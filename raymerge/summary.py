@@ -151,25 +151,30 @@ def comparison_notes(run: RunDirectory, plan_id: str) -> list[str]:
     return notes
 
 
-def block_lines(run: RunDirectory) -> list[str]:
-    """Which block of layers was chosen for each number of them, by what, and how the next best and the last compare."""
-    rows, lines = run.read("blocks").to_pylist(), []
+def block_table(run: RunDirectory) -> tuple[str, list[str], list[list[str]]]:
+    """Caption, header and cells: which block of layers was chosen for each number of them, by what score, and how the
+    next best and the deepest block compare; no cells where none was chosen."""
+    rows, cells = run.read("blocks").to_pylist(), []
     for chosen in (row for row in rows if row["chosen"]):
-        span = _span(chosen)
         if chosen["score"] is None:
-            lines.append(f"block of {chosen['merges']}: {span}, as given")
+            cells.append([str(chosen["merges"]), _span(chosen), chosen["measure"], "–", "–", "–"])
             continue
         alike = [row for row in rows if (row["merges"], row["measure"]) == (chosen["merges"], chosen["measure"])]
         others = sorted((row for row in alike if not row["chosen"]), key=lambda row: (row["score"], -row["first"]))
-        unit = "nats without it" if chosen["measure"] == "loss" else "between what enters and what leaves"
-        next_best = "; ".join(f"{_span(row)} {row['score']:.4g}" for row in others[:2])
-        last = max(alike, key=lambda row: row["first"])
-        deepest = f"; the last, {_span(last)} {last['score']:.4g}" if last not in [chosen, *others[:2]] else ""
-        lines.append(
-            f"block of {chosen['merges']}: {span} by {chosen['measure']}, {chosen['score']:.4g} {unit} (next "
-            f"{next_best or 'none'}{deepest})"
+        next_best = ", ".join(map(_scored, others[:2])) or "none"
+        deepest = _scored(max(alike, key=lambda row: row["first"]))
+        cells.append(
+            [str(chosen["merges"]), _span(chosen), chosen["measure"], f"{chosen['score']:.4g}", next_best, deepest]
         )
-    return lines
+    scored = {row["measure"] for row in rows if row["score"] is not None}
+    meant = ["by loss, nats a token of the calibration text without them"] if "loss" in scored else []
+    meant += ["a distance between what enters them and what leaves them"] if scored - {"loss"} else []
+    caption = "Layers that go" + (f"; the least score is best: {'; '.join(meant)}" if meant else "")
+    return caption, ["layers", "go", "chosen by", "score", "next best", "the deepest"], cells
+
+
+def _scored(row: dict) -> str:
+    return f"{_span(row)} ({row['score']:.4g})"
 
 
 def _span(row: dict) -> str:

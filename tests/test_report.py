@@ -832,6 +832,7 @@ def test_write_report_says_where_it_cannot_write(tmp_path, search, monkeypatch):
         (wording.perplexity(5.1514), "5.15"),
         (wording.perplexity(26.306), "26.3"),
         (wording.perplexity(31010.2), "31,010"),
+        (wording.perplexity(4997328.0), "5.0e+06"),
         (wording.perplexity(float("inf")), "∞"),
         (wording.perplexity(None), "–"),
         (wording.value(-0.5, 2), "−0.50"),

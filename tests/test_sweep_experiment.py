@@ -170,8 +170,15 @@ def test_blocks_are_chosen_once_for_every_number_of_layers_and_stand_beside_the_
         ("merge_block_k6", "drop_k6"),
         ("drop_block_k1", "drop_k1"),
     } <= compared
-    lines = summary.block_lines(run)
-    assert len(lines) == 2 and f"block of 6: {chosen[6]}-{chosen[6] + 5} by loss" in lines[1]
+    caption, header, cells = summary.block_table(run)
+    assert "nats a token of the calibration text" in caption and "distance" not in caption and len(cells) == 2
+    shown = dict(zip(header, cells[1], strict=True))
+    scores = {row["first"]: row["score"] for row in rows if row["merges"] == 6}
+    second = min((first for first in scores if first != chosen[6]), key=scores.get)
+    deepest = 9
+    assert shown["layers"] == "6" and shown["go"] == f"{chosen[6]}-{chosen[6] + 5}" and shown["chosen by"] == "loss"
+    assert shown["next best"].startswith(f"{second}-{second + 5} ({scores[second]:.4g})")
+    assert shown["the deepest"] == f"{deepest}-{deepest + 5} ({scores[deepest]:.4g})"
 
     # What is in the table is not measured again, as when a run that was cut short goes on.
     again = planning.choose_blocks(settings, N_LAYERS, [1, 6], run, str(tmp_path), None, Silent())
@@ -194,7 +201,8 @@ def test_a_block_that_is_given_or_similar_needs_no_model(tmp_path):
         assert planning.choose_blocks(settings, N_LAYERS, [3], run, "", similar, Silent()) == {3: first}
         (row,) = (row for row in run.read("blocks").to_pylist() if row["chosen"])
         assert (row["measure"], row["first"], row["last"]) == (measure, first, first + 2)
-        assert ("as given" in summary.block_lines(run)[0]) == (measure == "given")
+        caption, _, (shown,) = summary.block_table(run)
+        assert shown[2] == measure and (shown[3] == "–") == ("distance" not in caption) == (measure == "given")
     with pytest.raises(PlanError, match=r"begins with one of layers 1 to 18 .* plan.starts allow \[19\]"):
         planning.allowed_starts(config(tmp_path, "plan.block=19").plan, N_LAYERS, 3)
 

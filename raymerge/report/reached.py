@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from raymerge import findings, summary
-from raymerge.report.content import Block, Notice, Text, role_of
+from raymerge.report.content import Block, Notice, Table, role_of
 from raymerge.report.wording import finite, listed
 from raymerge.schemas import TEXT_SPLIT
 from raymerge.statistics import wilson_interval
@@ -122,8 +122,8 @@ def described(line: dict) -> str:
 
 def chosen_layers(run: RunDirectory) -> list[Block]:
     """Which layers go, where a block of them was chosen, and by what."""
-    lines = summary.block_lines(run)
-    return [Text(f"Layers that go. {'. '.join(line[0].upper() + line[1:] for line in lines)}.")] if lines else []
+    caption, header, cells = summary.block_table(run)
+    return [Table(caption, tuple(header), tuple(map(tuple, cells)), words=(2, 4, 5))] if cells else []
 
 
 def missing(run: RunDirectory, *tables: str) -> Notice:

@@ -37,10 +37,12 @@ def signed(number: float, digits: int) -> str:
 
 
 def perplexity(number: float | None, limits: tuple[float | None, float | None] = (None, None)) -> str:
-    """Three digits that say something, whole numbers from 100 on; with the interval where there is one."""
+    """Three digits that say something, whole numbers from 100 on, powers of ten from a million on; with the interval
+    where there is one."""
     if number is None or math.isnan(number):
         return NONE
-    text = "∞" if math.isinf(number) else f"{number:,.{2 if number < 10 else 1 if number < 100 else 0}f}"
+    text = f"{number:,.{2 if number < 10 else 1 if number < 100 else 0}f}" if number < 1e6 else f"{number:.1e}"
+    text = "∞" if math.isinf(number) else text
     return text if None in limits else f"{text} [{perplexity(limits[0])}, {perplexity(limits[1])}]"
 
 
