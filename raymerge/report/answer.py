@@ -26,8 +26,8 @@ def in_words(reached: Reached) -> str:
         if base is not None:
             sentence += f", the unmerged model one of {perplexity(base['perplexity'])}"
         by_loss = told(reached, reached.against(best["plan_id"], "text_nll"))
-        compared = f" By the loss of a token it is {by_loss}.{_budget(reached)}" if by_loss else ""
-        return f"{sentence}.{compared}{_other_layers(reached)}"
+        compared = f" By the loss of a token it is {by_loss}." if by_loss else ""
+        return f"{sentence}.{compared}{_other_layers(reached)}{_budget(reached) if by_loss else ''}"
     questions = plural(best["n"], f"{reached.split} question")
     sentence = f"The best plan found, {best['label']}, answers {percent(best['accuracy'])} of {questions}"
     by_accuracy = told(reached, reached.against(best["plan_id"]))
@@ -35,7 +35,6 @@ def in_words(reached: Reached) -> str:
     by_nll = told(reached, reached.against(best["plan_id"], "answer_nll"))
     if by_nll:
         sentence += f" By the probability of the right letter (answer NLL, finer than accuracy) it is {by_nll}."
-    sentence += _budget(reached)
     if findings.chosen_on(reached.run, reached.split):
         sentence += " It was chosen by questions of this split, so that all of this is too good."
     if best["perplexity"] is not None:
@@ -44,7 +43,7 @@ def in_words(reached: Reached) -> str:
             sentence += f", the unmerged model's {perplexity(base['perplexity'])}"
         by_loss = told(reached, reached.against(best["plan_id"], "text_nll"))
         sentence += f": by the loss of a token it is {by_loss}." if by_loss else "."
-    return sentence + _other_layers(reached)
+    return sentence + _other_layers(reached) + _budget(reached)
 
 
 def told(reached: Reached, found: dict[str, dict]) -> str:
