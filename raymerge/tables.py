@@ -115,9 +115,10 @@ class RunDirectory:
         Raises
         ------
         RunError
-            Where the folder holds something else, another experiment, or a config that differs in
-            more than `workers` and `output`; the message names the keys with both values. Where
-            another process is writing the run.
+            Where the folder holds something else, or results of another experiment or of a config that
+            differs in more than `workers` and `output`; the message names the keys with both values.
+            Where another process is writing the run. A run on a disk that has no rows yet, as one that
+            was refused for its prompts, is begun anew instead.
         """
         run, config, stored = cls._checked(path, config, experiment, filesystem)
         if not run.complete:
@@ -127,6 +128,10 @@ class RunDirectory:
         # the stored config names the run: 1 and 1.0 compare equal but have different digests
         run._adopt(experiment, config, named_by=stored[1] if stored else config)
         run._storage.clear_temporary()
+        if stored is None:  # what one that got no further left is not this run's
+            run._storage.delete(_INPUTS)
+            if run.has("incidents"):
+                run.replace("incidents", [])
         if stored is None or stored[1] != config:
             head = f"# experiment: {experiment}\n# run_id: {run.run_id}\n"
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120)
@@ -142,7 +147,8 @@ class RunDirectory:
     def _checked(
         cls, path, config: dict, experiment: str, filesystem: pafs.FileSystem | None
     ) -> tuple[RunDirectory, dict, tuple[str, dict] | None]:
-        """The run, not yet adopted, the config as it is stored, and experiment and config of the run that is there."""
+        """The run, not yet adopted, the config as it is stored, and experiment and config of the run that is there and
+        can be taken up; None where there is none."""
         run = cls(path, filesystem)
         config = without_secrets(plain(config))
         if run._storage.is_file():
@@ -156,8 +162,11 @@ class RunDirectory:
                     f"{run._storage.name} holds {found} but no config.yaml, so it is not a run directory; "
                     "choose another --out, or empty the folder"
                 )
-        else:
-            run._refuse_other(stored[0], without_secrets(stored[1]), experiment, config)
+        elif refusal := run._is_other(stored[0], without_secrets(stored[1]), experiment, config):
+            # In an object store no lock shows that another process has begun it and will have rows soon.
+            if run._has_results() or not run.is_local:
+                raise RunError(refusal)
+            stored = None
         return run, config, stored
 
     @classmethod
@@ -252,7 +261,7 @@ class RunDirectory:
             raise RunError(f"{self._storage.show(_INPUTS)} is not JSON ({error}); delete the folder") from error
         known = {name: value for name, value in inputs.items() if name in stored}
         if differing := _differences(stored, stored | known):
-            if any(table != "incidents" for table in self.row_counts()):
+            if self._has_results():
                 lines = "".join(f"\n  {name}: {there} in the run, {now} now" for name, there, now in sorted(differing))
                 raise RunError(
                     f"{self._storage.name} holds results made from other inputs, under the same paths:{lines}\n"
@@ -363,16 +372,19 @@ class RunDirectory:
             )
         return experiment[1], config
 
-    def _refuse_other(self, stored_experiment: str, stored: dict, experiment: str, config: dict) -> None:
+    def _has_results(self) -> bool:
+        return any(table != "incidents" for table in self.row_counts())
+
+    def _is_other(self, stored_experiment: str, stored: dict, experiment: str, config: dict) -> str:
+        """Why the run that is there is not the one that is asked for; "" where it is."""
         anew = "choose another --out, or delete the folder to start anew"
         if stored_experiment != experiment:
-            raise RunError(f"{self._storage.name} holds a run of {stored_experiment}, not of {experiment}; {anew}")
+            return f"{self._storage.name} holds a run of {stored_experiment}, not of {experiment}; {anew}"
         differing = [item for item in _differences(stored, config) if item[0].split(".")[0] not in FREE_SECTIONS]
-        if differing:
-            lines = "".join(f"\n  {key}: {there} in the run, {here} now" for key, there, here in differing)
-            raise RunError(
-                f"{self._storage.name} holds a run with another config:{lines}\ngo on with the run's values, {anew}"
-            )
+        if not differing:
+            return ""
+        lines = "".join(f"\n  {key}: {there} in the run, {here} now" for key, there, here in differing)
+        return f"{self._storage.name} holds a run with another config:{lines}\ngo on with the run's values, {anew}"
 
 
 def _differences(there, here, prefix: str = "") -> list[tuple[str, str, str]]:

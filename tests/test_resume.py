@@ -66,7 +66,8 @@ def test_a_folder_that_is_not_the_run_s_is_refused_before_anything_is_read(exper
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match=r"holds notes.txt but no config.yaml"):
         call(monkeypatch, experiment, tmp_path / "missing", tmp_path / "run")
-    RunDirectory.open(tmp_path / "other", {"model": {"path": "x"}}, "import-similarity")
+    other = RunDirectory.open(tmp_path / "other", {"model": {"path": "x"}}, "import-similarity")
+    other.append("receipts", [{"plan_id": "p", "tensor": "t", "max_abs_change": 0.0, "relative_change": 0.0}])
     with pytest.raises(RunError, match="import-similarity"):
         call(monkeypatch, experiment, tmp_path / "missing", tmp_path / "other")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]

@@ -379,6 +379,7 @@ def test_equal_numbers_of_other_types_keep_the_run_id(run, tmp_path):
 
 
 def test_another_config_is_refused_naming_every_key(run, tmp_path):
+    run.append("receipts", [receipt(0)])
     other = {**CONFIG, "search": {"bounds": [0.3, 0.7], "candidates": 60, "seed": 1}, "model": {"path": "demo"}}
     with pytest.raises(RunError) as caught:
         RunDirectory.open(tmp_path / "run", other, "search")
@@ -391,7 +392,33 @@ def test_another_config_is_refused_naming_every_key(run, tmp_path):
     assert RunDirectory.load(tmp_path / "run").config == CONFIG
 
 
+def test_a_run_that_has_stored_nothing_is_begun_anew(run, tmp_path):
+    """As one whose prompts were refused: the next command, with the cure, needs no other folder."""
+    run.begin()
+    run.hold_to({"model": "one"})
+    run.note("resumed", detail="of the first")
+    run.write_manifest("failed", error="a prompt is too long")
+    other = {**CONFIG, "model": {"path": "shorter", "revision": None}}
+    RunDirectory.check(tmp_path / "run", other, "evaluate")
+    again = RunDirectory.open(tmp_path / "run", other, "evaluate")
+    assert again.run_id != run.run_id and RunDirectory.load(tmp_path / "run").run_id == again.run_id
+    again.hold_to({"model": "two"})
+    assert json.loads((tmp_path / "run/inputs.json").read_text()) == {"model": "two"}
+    assert not again.has("incidents") and again.config["model"]["path"] == "shorter"
+    again.append("receipts", [receipt(0)])
+    with pytest.raises(RunError, match="holds a run of evaluate, not of search"):
+        RunDirectory.check(tmp_path / "run", CONFIG, "search")
+
+
+def test_a_run_that_has_stored_nothing_in_an_object_store_may_be_anothers(tmp_path):
+    store = pafs._MockFileSystem()
+    RunDirectory.open("run", CONFIG, "search", filesystem=store)
+    with pytest.raises(RunError, match="model.path"):
+        RunDirectory.open("run", {**CONFIG, "model": {"path": "other", "revision": None}}, "search", filesystem=store)
+
+
 def test_another_experiment_is_refused(run, tmp_path):
+    run.append("receipts", [receipt(0)])
     with pytest.raises(RunError, match="holds a run of search, not of evaluate"):
         RunDirectory.open(tmp_path / "run", CONFIG, "evaluate")
 
