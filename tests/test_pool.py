@@ -551,8 +551,8 @@ def test_a_pool_that_has_no_worker_at_the_start_does_not_wait_for_ever(open_fake
 
 
 def test_a_pool_grows_when_it_is_open_and_never_shrinks(open_fake, clock):
-    wanted = [3]
-    pool, fake, _ = open_fake(HERE, HERE, grow=lambda: wanted[0])
+    wanted, asked = [3], []
+    pool, fake, _ = open_fake(HERE, HERE, grow=lambda: asked.append(clock.seconds) or wanted[0])
     clock.seconds = 5.0
     assert pool.poll() == [] and len(fake.actors) == 2, "it was asked for a moment ago"
     clock.seconds = 5.5
@@ -562,6 +562,7 @@ def test_a_pool_grows_when_it_is_open_and_never_shrinks(open_fake, clock):
     assert pool.poll() == []
     clock.seconds = 20.0
     assert pool.poll() == [] and pool.present == [0, 1, 2] and len(fake.actors) == 3
+    assert asked == [5.5, 20.0]
 
 
 def test_a_call_that_is_not_answered_in_time_is_made_of_another_worker(open_fake):

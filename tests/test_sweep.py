@@ -1,14 +1,19 @@
 """compression_sweep.py without workers: which points there are, what each is compared with, what is stored."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from test_heuristics import planted
 
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
+from raymerge.experiments import compression_sweep
 from raymerge.experiments.common import Inputs
-from raymerge.experiments.compression_sweep import _points, _starts, _Sweep
+from raymerge.experiments.compression_sweep import _points, _starts, _Sweep, sweep
 from raymerge.experiments.planning import Similarity
+from raymerge.experiments.reporting import Reporter
+from raymerge.inputs import RETRIEVAL
 from raymerge.plan import alpha_file_text, tail_plan
 from raymerge.progress import Silent
 from raymerge.tables import RunDirectory
@@ -152,14 +157,13 @@ def test_first_layers_of_blocks_are_asked_for_where_a_method_has_blocks():
 def test_each_weights_are_run_once_and_states_are_kept_where_a_plan_starts(tmp_path):
     named = "[drop, 'fixed:1.0', before_last, drop_block, most_similar]"
     options = {"similarity": SIMILARITY, "blocks": {1: 9, 2: 4}}
-    sweep = sweeping(tmp_path, *PLAIN, f"sweep.methods={named}", "plan.similarity_run=x", **options)
+    of = sweeping(tmp_path, *PLAIN, f"sweep.methods={named}", "plan.similarity_run=x", **options)
     # A constant of 1 drops the last layers.
-    assert len(sweep.points) == 11 and len(sweep.plans) == 9
-    ids = [row["plan_id"] for row in map(sweep._row, sweep.points)]
+    assert len(of.points) == 11 and len(of.plans) == 9
+    ids = [row["plan_id"] for row in map(of._row, of.points)]
     assert ids[1] == ids[3] and len(set(ids)) == 9
-    # Of tails and of the unmerged model the last layer that is left; of dropped blocks the layer after them. Layers
-    # merged here and there go from what there is.
-    assert sweep.firsts == [4, 9, LAST - 2, LAST - 1]
+    # Of tails the last layer that is left, of dropped blocks the layer after them; what else there is goes from these.
+    assert of.firsts == [4, 9, LAST - 2, LAST - 1]
 
 
 def test_a_point_is_compared_with_dropping_as_many_layers_its_plain_self_and_the_linear_replacement(tmp_path):
@@ -181,10 +185,10 @@ def test_a_point_is_compared_with_dropping_as_many_layers_its_plain_self_and_the
 
 
 def test_points_of_different_sizes_are_not_compared(tmp_path):
-    sweep = sweeping(tmp_path, *PLAIN, "sweep.methods=[drop, before_last]")
-    assert [(a.name, b.name) for a, b in sweep._compared()] == [(f"before_last_k{k}", f"drop_k{k}") for k in (1, 2)]
+    of = sweeping(tmp_path, *PLAIN, "sweep.methods=[drop, before_last]")
+    assert [(a.name, b.name) for a, b in of._compared()] == [(f"before_last_k{k}", f"drop_k{k}") for k in (1, 2)]
     assert [(row["merges"], row["method"], row["alignment"], row["norms"], row["refit"])
-            for row in map(sweep._row, sweep.points)] == [
+            for row in map(of._row, of.points)] == [
         (0, "base", "none", "keep", "none"),
         *((k, method, "none", "keep", "none") for method in ("drop", "before_last") for k in (1, 2)),
     ]  # fmt: skip
@@ -205,32 +209,121 @@ class Asked:
 
 
 def test_retrieval_is_stored_by_distance_and_plan_and_not_measured_again(tmp_path):
-    sweep = sweeping(tmp_path, *PLAIN, "sweep.methods=[drop]", "sweep.merges=[1]")
-    base, drop = sweep.plans
+    of = sweeping(tmp_path, *PLAIN, "sweep.methods=[drop]", "sweep.merges=[1]")
+    base, drop = of.plans
     distances = np.array([32, 16, 32, 64, 32])
     right = {base: np.array([1, 1, 1, 0, 0], bool), drop: np.array([0, 0, 1, 1, 0], bool)}
     pool = Asked(lambda plan: (distances, right[plan]))
     # Losses by position are in the same table.
-    row = {"plan_id": base.plan_id(sweep.identity), "measure": "nll", "bucket": 0, "n": 3, "value": 1.0}
-    sweep.run.append("context", [row], part="text")
-    sweep._retrieve(pool)
-    rows = [row for row in sweep.run.read("context").to_pylist() if row["measure"] == "retrieval"]
+    row = {"plan_id": base.plan_id(of.identity), "measure": "nll", "bucket": 0, "n": 3, "value": 1.0}
+    of.run.append("context", [row], part="text")
+    of._retrieve(pool)
+    rows = [row for row in of.run.read("context").to_pylist() if row["measure"] == "retrieval"]
     error = np.sqrt(2 / 9 / 2)  # of a third and of two thirds of three
     found = {(row["plan_id"], row["bucket"]): (row["n"], row["value"], row["standard_error"]) for row in rows}
     third = (3, pytest.approx(1 / 3), pytest.approx(error))
-    ids = [plan.plan_id(sweep.identity) for plan in (base, drop)]
+    ids = [plan.plan_id(of.identity) for plan in (base, drop)]
     assert len(rows) == 6 and found == {
         (ids[0], 16): (1, 1.0, None), (ids[0], 32): (3, pytest.approx(2 / 3), third[2]), (ids[0], 64): (1, 0.0, None),
         (ids[1], 16): (1, 0.0, None), (ids[1], 32): third, (ids[1], 64): (1, 1.0, None),
     }  # fmt: skip
-    sweep._retrieve(pool)
+    of._retrieve(pool)
     assert pool.items == [("retrieval", [base, drop]), ("retrieval", [])]
 
 
 def test_each_number_of_layers_is_timed_once_and_alone(tmp_path):
-    sweep = sweeping(tmp_path, *PLAIN, "sweep.methods=[drop, before_last]")
+    of = sweeping(tmp_path, *PLAIN, "sweep.methods=[drop, before_last]")
     pool = Asked(float)
-    assert sweep._time_generation(pool) == {n: float(n) for n in (N_LAYERS - 2, N_LAYERS - 1, N_LAYERS)}
+    assert of._time_generation(pool) == {n: float(n) for n in (N_LAYERS - 2, N_LAYERS - 1, N_LAYERS)}
     assert pool.items == [("generation_speed", [n]) for n in (N_LAYERS - 2, N_LAYERS - 1, N_LAYERS)]
     silent = sweeping(tmp_path / "silent", *PLAIN, "sweep.speed_tokens=0")
     assert silent._time_generation(Asked(None)) == {}
+
+
+# -- a whole sweep over stand-ins ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Workers that answer anything, blocks that are chosen, and a report of nothing: what was done is in the list, in
+    its order."""
+    done = []
+
+    def named(plans):
+        return [plan.name for plan in plans]
+
+    def choose_blocks(config, n_layers, merges, *_):
+        done.append(("blocks", n_layers, merges))
+        return {1: 9, 2: 4}
+
+    def open_pool(*_, firsts, **__):
+        done.append(("pool", firsts))
+        return nullcontext(
+            Asked(lambda asked: (np.array([8]), np.array([True])) if not isinstance(asked, int) else 5.0)
+        )
+
+    of = compression_sweep
+    monkeypatch.setattr(of, "runtime", lambda *_: nullcontext())
+    monkeypatch.setattr(of, "choose_blocks", choose_blocks)
+    monkeypatch.setattr(of, "open_pool", open_pool)
+    monkeypatch.setattr(of, "describe_workers", lambda *_: ["its worker"])
+    monkeypatch.setattr(of, "compute_trunk", lambda *args: done.append(("trunk", args[3])) or {"text": 1})
+    monkeypatch.setattr(of, "align", lambda _, plans, __: done.append(("align", named(plans))))
+    monkeypatch.setattr(of, "align_rows", lambda _, plans, __: done.append(("rows", named(plans))))
+    monkeypatch.setattr(of, "fit", lambda _, plans, *__: done.append(("fit", named(plans))))
+    monkeypatch.setattr(of, "draw_figures", lambda *_: pytest.fail("none were asked for"))
+
+    class Reporting(Reporter):
+        def report(self, pool, plans, shards, firsts, progress):
+            done.append(("report", named(plans), shards, firsts))
+
+        def derive(self, plans, compared):
+            done.append(("derive", named(plans), [(a.name, b.name) for a, b in compared]))
+
+        def store_costs(self, plans, speeds):
+            done.append(("costs", named(plans), speeds))
+
+    monkeypatch.setattr(of, "Reporter", Reporting)
+    return done
+
+
+FEW = [
+    *PLAIN,
+    "sweep.merges=[1]",
+    "data.subjects=number_words",
+    "data.report_limit_per_subject=2",
+    "data.perplexity_tokens=300",
+    "output.figures=false",
+]
+
+
+def test_a_sweep_runs_each_plan_and_compares_its_points_in_this_order(stand_ins, tmp_path):
+    asked = load_config(None, [*FEW, "sweep.methods=[drop, 'fixed:1']", f"output.run={tmp_path / 'run'}"])
+    run = sweep(asked, command=["test"])
+    assert run.complete and run.manifest()["workers"] == ["its worker"]
+    # A constant of 1 is dropping: one plan, two points. It has the later name, as table `plans` the first.
+    plans = ["base", "fixed_1_k1"]
+    points = ["base", "drop_k1", "fixed_1_k1"]
+    assert stand_ins == [
+        ("pool", [LAST - 1]),
+        ("trunk", (RETRIEVAL,)),
+        ("align", plans),
+        ("rows", plans),
+        ("fit", plans),
+        ("report", plans, {"text": 1}, [LAST - 1]),
+        ("derive", points, [("fixed_1_k1", "drop_k1")]),
+        ("costs", points, {LAST: 5.0, N_LAYERS: 5.0}),
+    ]
+    assert [(row["merges"], row["method"]) for row in run.read("sweep").to_pylist()] == [
+        (0, "base"), (1, "drop"), (1, "fixed_1"),
+    ]  # fmt: skip
+    assert len(run.read("context")) == 2
+    stand_ins.clear()
+    assert sweep(asked).complete and stand_ins == []
+
+
+def test_blocks_are_chosen_before_their_points_are_made(stand_ins, tmp_path):
+    more = ["sweep.methods=[drop_block]", "calibration.text=demo", "calibration.tokens=50", "sweep.merges=[2, 1]"]
+    run = sweep(load_config(None, [*FEW, *more, "sweep.context=false", f"output.run={tmp_path / 'run'}"]))
+    assert stand_ins[:3] == [("blocks", N_LAYERS, [2, 1]), ("pool", [4, 9]), ("trunk", ())]
+    assert not run.has("context") and len(run.read("sweep")) == 3
