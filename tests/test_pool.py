@@ -24,7 +24,16 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from raymerge.actors import Host, NoRoomError, WorkerError, WorkerLost, _device_allocation, call_worker, environment
+from raymerge.actors import (
+    Host,
+    NoRoomError,
+    WorkerError,
+    WorkerLost,
+    _device_allocation,
+    call_worker,
+    environment,
+    reason_of,
+)
 from raymerge.cluster import ClusterError, PlacementError, plan_workers, start_ray
 from raymerge.device import lean_heap
 from raymerge.errors import UserError
@@ -595,6 +604,49 @@ def test_a_broadcast_leaves_out_who_is_lost_over_it_and_asks_three_times(open_fa
 
 
 # -- one worker in its process
+
+
+def answering(monkeypatch, answer):
+    """A worker that gives this answer to what it is called for."""
+    fake = FakeRay({"call": answer})
+    monkeypatch.setattr("raymerge.actors.ray", fake)
+    return fake._start({})
+
+
+def test_a_call_that_is_not_answered_in_time_kills_its_worker_to_be_restarted(monkeypatch):
+    worker = answering(monkeypatch, Waits)
+    worker.killed = None
+    with pytest.raises(WorkerLost, match="work: no answer within workers.timeout_s"):
+        call_worker(worker, "work", 3, timeout_s=0.1)
+    assert worker.killed is False and worker.calls == [("call", ("work", 3))]
+
+
+@pytest.mark.parametrize(
+    ("cause", "raised", "message"),
+    [
+        (OSError(28, "No space left on device"), NoRoomError, "work: .*No space left.*output.cache"),
+        (OSError(122, "Disk quota exceeded"), NoRoomError, "work: .*quota exceeded.*output.cache"),
+        (OSError(13, "Permission denied"), RayTaskError, "its traceback"),
+        (UserError("give at most 2"), UserError, "^give at most 2$"),
+        (ObjectLostError("00" * 28, "", ""), WorkerLost, "work: .*"),
+        (KeyError("a bug"), RayTaskError, "its traceback"),
+    ],
+    ids=lambda each: each.__name__ if isinstance(each, type) else "",
+)
+def test_what_a_worker_s_own_code_raises_is_told_from_what_befalls_it(monkeypatch, cause, raised, message):
+    worker = answering(monkeypatch, RayTaskError("work", "its traceback", cause))
+    with pytest.raises(raised, match=message) as caught:
+        call_worker(worker, "work", 3, timeout_s=1.0)
+    assert type(caught.value) is raised
+
+
+def test_an_actor_s_death_is_told_in_a_line():
+    text = "The actor died unexpectedly.\n  class_name: Host\n\tactor_id: 1f\n\tpid: 7\nIts node was preempted.\nMore."
+    assert reason_of(WorkerLost(text)) == "WorkerLost: The actor died unexpectedly. Its node was preempted."
+    assert reason_of(WorkerLost("killed for memory")) == "WorkerLost: killed for memory"
+    created = "The actor died because of an error raised in its creation task, ray::Host\nTraceback\nKeyError: 'x'\n"
+    assert reason_of(WorkerLost(created)) == "WorkerLost: KeyError: 'x'"
+    assert reason_of(WorkerError("")) == "WorkerError:"
 
 
 def test_a_host_keeps_a_users_mistake_for_who_asks_first_and_raises_anything_else(monkeypatch):
