@@ -599,6 +599,21 @@ def test_the_first_refusal_is_the_one_that_is_raised():
     assert tune.failure is first
 
 
+def test_a_loss_that_cannot_be_written_down_ends_the_search():
+    """It is among the run's incidents: where the disk is full for it, it is for all that follows."""
+
+    class Full(Crew):
+        def lose(self, slot, reason):
+            raise OSError(28, "No space left on device")
+
+    log = []
+    tune = searcher(log, crew=Full(2))
+    tune.suggest("a")
+    tune.on_trial_complete("a", {"lost": "died"})
+    assert isinstance(tune.failure, OSError) and log == []
+    assert tune.suggest("b") == BatchSearcher.FINISHED
+
+
 def test_proposals_are_made_while_workers_are_busy_and_know_what_is_pending():
     asked = []
 
