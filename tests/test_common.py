@@ -1,5 +1,8 @@
 """experiments/common.py without workers: in what order work is handed out, and what a run is held to."""
 
+import os
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +15,7 @@ from raymerge.experiments.common import (
     Inputs,
     align,
     align_rows,
+    cache_of,
     check_without_questions,
     compute_trunk,
     counted,
@@ -19,12 +23,14 @@ from raymerge.experiments.common import (
     model_facts,
     open_pool,
     open_run,
+    read_inputs,
     settings_of,
+    swept_cache,
 )
-from raymerge.inputs import REPORT, SEARCH, TEXT, task_role
+from raymerge.inputs import CALIBRATION, REPORT, SEARCH, TEXT, task_role
 from raymerge.plan import drop_block_plan, pairs_plan, tail_plan
 from raymerge.progress import Silent
-from raymerge.tables import RunError
+from raymerge.tables import RunDirectory, RunError
 from raymerge.texts import text_hash
 
 CHECKPOINT = Checkpoint("demo")
@@ -110,6 +116,30 @@ def test_rows_are_matched_for_every_plan_that_asks_for_it_the_longest_first():
     nothing = Asked()
     align_rows(nothing, [averaged([(2, 3)])], Silent())
     assert nothing.items == {}
+
+
+def test_a_text_of_which_nothing_is_left_is_refused_with_what_takes_it():
+    """The calibration has the tokens after those that are reported on."""
+    few = ["data.subjects=number_words", "data.limit_per_subject=1", "calibration.text=demo", "calibration.tokens=50"]
+    inputs = read_inputs(load_config(None, [*few, "data.perplexity_tokens=300"]), (CALIBRATION,))
+    assert inputs.calibration[1] == 300 and inputs.text is not None
+    config = load_config(None, [*few, "data.perplexity_tokens=100000"])
+    with pytest.raises(ConfigError, match=r"^calibration.text = demo: .*; name a longer text, or use fewer tokens of"):
+        read_inputs(config, (CALIBRATION,))
+    assert read_inputs(load_config(None, few[:2]), (SEARCH,), text=False).text is None
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_killed_processes_left_in_a_cache_is_deleted_when_it_is_a_day_old(shared, tmp_path):
+    config = load_config(None, [f"output.cache={tmp_path / 'shared'}"] if shared else [])
+    run = RunDirectory.open(tmp_path / "run", {}, "search")
+    for name, age in (("_tmp.old", 2 * 86400.0), ("_tmp.new", 60.0), ("states", 2 * 86400.0)):
+        path = Path(cache_of(config, run)) / name
+        path.mkdir(parents=True)
+        os.utime(path, (time.time() - age,) * 2)
+    with swept_cache(config, run) as cache:
+        assert Path(cache) == (tmp_path / "shared" if shared else tmp_path / "run" / "cache")
+        assert sorted(path.name for path in Path(cache).iterdir()) == ["_tmp.new", "states"]
 
 
 # -- what a run is held to -------------------------------------------------------------------------------------------
@@ -221,6 +251,9 @@ def test_a_run_without_questions_needs_something_to_judge_by():
     check_without_questions(text, {"plan.alignment": ["none", "neurons"]}, calibrates=False)
     task = load_config(None, ["data.mmlu=null", "data.perplexity_text=null", "tasks.t.format=piqa", "tasks.t.file=x"])
     check_without_questions(task, {}, calibrates=False)
+    nothing = load_config(None, ["data.mmlu=null", "data.perplexity_text=null"])
+    with pytest.raises(ConfigError, match="nothing to judge plans by"):
+        check_without_questions(nothing, {}, calibrates=False)
     with pytest.raises(ConfigError, match="set calibration.text"):
         check_without_questions(text, {}, calibrates=True)
     calibrated = load_config(None, ["data.mmlu=null", "calibration.text=demo"])

@@ -16,7 +16,7 @@ from raymerge.experiments.refitting import fit, refit_of
 from raymerge.inputs import CALIBRATION, REPORT, TEXT, read_material, task_role
 from raymerge.plan import base_plan, tail_plan
 from raymerge.progress import Silent
-from raymerge.refit import steps_of
+from raymerge.refit import RefitError, steps_of
 from raymerge.tables import RunDirectory
 from raymerge.tasks import Item, Task
 
@@ -238,6 +238,14 @@ def test_each_fit_is_made_of_all_shares_before_the_next_one_and_kept_everywhere(
     other = RunDirectory.open(tmp_path / "other", {}, "sweep")
     fitted(other, Fitters(2, [1, 2]), fit_of)
     assert other.read("refits")["seconds"].to_pylist() == [None], "some of it was made before"
+
+
+def test_what_cannot_be_refitted_is_refused_before_anything_is_fitted(tmp_path):
+    plan = replace(PLAN, refit=refit_of(load_config(None, []), inputs_of(), "outputs"))
+    pool = Fitters(1, [0])
+    with pytest.raises(RefitError, match="merges nothing"):
+        fitted(RunDirectory.open(tmp_path, {}, "sweep"), pool, plan)
+    assert pool.calls == []
 
 
 def test_a_calibration_of_prompts_is_named_by_them():
