@@ -361,11 +361,11 @@ LATE = {"ready": Waits}
 def open_fake(monkeypatch):
     """Opens a pool over actors that answer as told; gives it, the fake Ray, and the events."""
 
-    def opened(*answers, **options):
+    def opened(*answers, patience_s=0.0, **options):
         fake, events = FakeRay(*answers), []
         monkeypatch.setattr("raymerge.pool.ray", fake)
         monkeypatch.setattr("raymerge.actors.ray", fake)
-        monkeypatch.setattr("raymerge.pool._PATIENCE_S", 0.0)
+        monkeypatch.setattr("raymerge.pool._PATIENCE_S", patience_s)
         monkeypatch.setattr("raymerge.pool._PAUSE_S", 0.0)
         pool = WorkerPool(Plain, {}, count=len(answers), on_event=lambda *event: events.append(event), **options)
         return pool, fake, events
@@ -552,6 +552,26 @@ def test_a_pool_waits_as_long_as_it_may_from_when_its_last_worker_was_lost(open_
     clock.seconds += 5.0
     with pytest.raises(NoRoomError, match=r"no Plain of 1 CPUs and 0 GPUs has been there for 10 s .*has 4 CPUs"):
         pool.require()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "opened", "present"),
+    [(1.0, 9.0, 9.0, [0, 1]), (1.0, 30.0, 12.0, [0]), (20.0, 35.0, 35.0, [0, 1]), (20.0, 50.0, 41.0, [0])],
+)
+def test_the_first_worker_waits_for_the_others_for_as_long_as_it_took_and_ten_seconds_at_least(
+    open_fake, clock, monkeypatch, first, second, opened, present
+):
+    def from_when(seconds):
+        return {"ready": lambda method: Waits if clock.seconds < seconds else ("node", "10.0.0.1", None)}
+
+    def wait(self, references, num_returns=1, timeout=None):
+        clock.seconds += timeout
+        done = [each for each in references if each.actor.answer(each) is not Waits]
+        return done, []
+
+    monkeypatch.setattr(FakeRay, "wait", wait)
+    pool, _, events = open_fake(from_when(first), from_when(second), patience_s=10.0)
+    assert (clock.seconds, pool.present, events) == (opened, present, [])
 
 
 def test_a_pool_that_has_no_worker_at_the_start_does_not_wait_for_ever(open_fake):

@@ -233,6 +233,13 @@ def test_no_more_than_two_scorers_are_held_and_sources_only_of_these(whole, tmp_
     assert worker._scorer(SEARCH, dropped) is None
 
 
+def test_rows_that_were_matched_are_kept_for_every_worker_of_the_machine(worker, monkeypatch):
+    plan = tail_plan(worker.checkpoint.n_layers, [0.5], name="x", kind="found", alignment="rows")
+    before = set(worker.cache.rglob("*"))
+    worker.align_rows(plan)
+    assert set(worker.cache.rglob("*")) > before
+
+
 def test_trunk_states_are_computed_once(worker):
     worker.compute_trunk((REPORT, 0))
     (trunk,) = worker._trunks.values()
