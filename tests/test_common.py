@@ -20,6 +20,7 @@ from raymerge.experiments.common import (
     compute_trunk,
     counted,
     describe_workers,
+    draw_figures,
     model_facts,
     open_pool,
     open_run,
@@ -41,13 +42,16 @@ class Seen(Silent):
     """Progress that is written down."""
 
     def __init__(self):
-        self.stages, self.done = [], []
+        self.stages, self.done, self.said = [], [], []
 
     def stage(self, name, total):
         self.stages.append((name, total))
 
     def advance(self, done, detail=""):
         self.done.append(done)
+
+    def message(self, text):
+        self.said.append(text)
 
 
 class Asked:
@@ -194,6 +198,24 @@ def test_a_manifest_names_model_prompts_and_text():
     }
     assert facts["text_hash"] == text_hash("a text") and facts["data"] == {}
     assert model_facts(config, Inputs(checkpoint=CHECKPOINT))["text_hash"] is None
+
+
+def test_figures_are_drawn_by_the_scripts_beside_the_package_and_one_that_fails_says_why(tmp_path, monkeypatch):
+    run, seen = RunDirectory.open(tmp_path / "run", {}, "search"), Seen()
+    monkeypatch.setattr("raymerge.__file__", str(tmp_path / "raymerge" / "__init__.py"))
+    assert draw_figures(run, ["a.py"], seen) == [] and seen.said == [
+        "No figures: the analysis scripts are not beside this installation."
+    ]
+    (tmp_path / "analysis").mkdir()
+    script = "import pathlib, sys; _, run, _, out = sys.argv; out = pathlib.Path(out); out.mkdir(exist_ok=True);"
+    for name in "ba":
+        (tmp_path / "analysis" / f"{name}.py").write_text(f"{script} (out / '{name}.png').write_text(run)")
+    (tmp_path / "analysis" / "bad.py").write_text("import sys; print('no rows', file=sys.stderr); sys.exit(3)")
+    assert draw_figures(run, ["b.py", "a.py"], seen) == ["figures/a.png", "figures/b.png"]
+    assert (tmp_path / "run" / "figures" / "a.png").read_text() == run.path_of()
+    assert seen.stages == [("figures", 2)] and seen.done == [1, 2]
+    with pytest.raises(RuntimeError, match=r"analysis/bad.py failed with exit code 3: no rows"):
+        draw_figures(run, ["a.py", "bad.py"], seen)
 
 
 # -- workers ---------------------------------------------------------------------------------------------------------

@@ -602,6 +602,25 @@ def test_a_call_that_is_not_answered_in_time_is_made_of_another_worker(open_fake
     assert fake.actors[0].killed is False and ("call", ("work", "x")) in fake.actors[1].calls
 
 
+def test_a_worker_that_takes_long_is_left_to_work_until_its_time_is_over(open_fake, clock):
+    looks = []
+    pool, fake, events = open_fake(
+        {**HERE, "call": lambda _, item: looks.append(item) or (len(looks) < 6 and Waits) or item}
+    )
+    assert pool.map("work", ["x"]) == ["x"]
+    assert events == [] and not fake.actors[0].killed and len(fake.actors[0].calls) == 2
+
+
+def test_a_worker_that_never_finished_anything_is_gone_when_ray_gives_it_up(open_fake):
+    pool, fake, events = open_fake(HERE, HERE)
+    pool.lose(0, "died")
+    fake.actors[0].answers["ready"] = ActorDiedError()
+    assert pool.poll() == [] and (pool.present, pool.awaited) == ([1], 0) and fake.actors[0].killed
+    assert [(kind, worker) for kind, worker, _ in events] == [("lost", "worker-0"), ("gone", "worker-0")]
+    pool.close()
+    assert fake.actors[1].killed
+
+
 def test_an_item_goes_to_no_worker_that_died_while_it_had_nothing_to_do(open_fake):
     """As when a node is lost with all its workers: the item would be lost over each of them."""
     dead = {**HERE, "call": ActorDiedError(), "here": ActorDiedError()}

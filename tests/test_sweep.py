@@ -1,5 +1,6 @@
 """compression_sweep.py without workers: which points there are, what each is compared with, what is stored."""
 
+import json
 from contextlib import nullcontext
 
 import numpy as np
@@ -327,3 +328,5 @@ def test_blocks_are_chosen_before_their_points_are_made(stand_ins, tmp_path):
     run = sweep(load_config(None, [*FEW, *more, "sweep.context=false", f"output.run={tmp_path / 'run'}"]))
     assert stand_ins[:3] == [("blocks", N_LAYERS, [2, 1]), ("pool", [4, 9]), ("trunk", ())]
     assert not run.has("context") and len(run.read("sweep")) == 3
+    held = json.loads((tmp_path / "run" / "inputs.json").read_text())
+    assert "calibration" in str(held), "the run goes on with the same one alone"
