@@ -34,7 +34,7 @@ from raymerge.actors import (
     environment,
     reason_of,
 )
-from raymerge.cluster import ClusterError, PlacementError, plan_workers, start_ray
+from raymerge.cluster import ClusterError, PlacementError, cluster_nodes, driver_node, plan_workers, start_ray
 from raymerge.device import lean_heap
 from raymerge.errors import UserError
 from raymerge.pool import WorkerPool
@@ -151,6 +151,22 @@ def test_a_worker_s_gpu_memory_is_in_segments_that_grow(monkeypatch):
     assert _device_allocation(0) == {}
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
     assert _device_allocation(1) == {}  # the user's own
+
+
+def test_nodes_are_those_that_are_alive_and_the_driver_s_is_named_by_what_it_alone_has(monkeypatch):
+    head = {"CPU": 4.0, "node:10.0.0.1": 1.0, "node:__internal_head__": 1.0}
+    nodes = [
+        {"NodeID": "a", "Alive": True, "Resources": head},
+        {"NodeID": "b", "Alive": True, "Resources": {"CPU": 8.0, "node:10.0.0.2": 1.0}},
+        {"NodeID": "c", "Alive": False, "Resources": {"CPU": 16.0, "node:10.0.0.3": 1.0}},
+    ]
+    here = SimpleNamespace(get_node_id=lambda: "b")
+    monkeypatch.setattr("raymerge.cluster.ray.nodes", lambda: nodes)
+    monkeypatch.setattr("raymerge.cluster.ray.get_runtime_context", lambda: here)
+    assert [node["CPU"] for node in cluster_nodes()] == [4.0, 8.0]
+    assert driver_node() == "node:10.0.0.2"
+    here.get_node_id = lambda: "a"
+    assert driver_node() == "node:__internal_head__"
 
 
 def test_a_cluster_that_grows_may_be_asked_for_more_than_it_has():
