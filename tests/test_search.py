@@ -726,10 +726,11 @@ def test_a_search_says_how_long_each_worker_was_there_and_what_share_it_scored(t
     assert (again.finished, again.share_not_scoring, again.workers) == (0, None, ())
 
 
-def test_fewer_trials_at_a_time_than_workers_have_the_time_of_so_many(tuner, tmp_path):
-    outcome = search(Timed(), tmp_path, [], concurrent=1)
+@pytest.mark.parametrize("concurrent", [1, 2])
+def test_fewer_trials_at_a_time_than_workers_have_the_time_of_so_many(tuner, tmp_path, concurrent):
+    outcome = search(Timed(), tmp_path, [], concurrent=concurrent)
     assert 0.0 < outcome.wall_seconds < 1.2  # of which 1.2 s are said to be scored
-    assert outcome.share_not_scoring == pytest.approx(1 - 1.2 / outcome.wall_seconds)
+    assert outcome.share_not_scoring == pytest.approx(1 - 1.2 / (concurrent * outcome.wall_seconds))
 
 
 def test_a_search_that_tune_cuts_short_does_not_pass_for_a_whole_one(tuner, tmp_path):
