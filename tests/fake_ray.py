@@ -1,6 +1,7 @@
 """Ray for a WorkerPool without processes: actors whose answers a test sets, so that what is rare comes when asked."""
 
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,11 +48,13 @@ class FakeRay:
 
     def __init__(self, *answers):
         self.prepared, self.actors, self.puts, self.dead_nodes = list(answers), [], [], set()
+        self.started = []  # of each actor its options and what it was made of
 
     def remote(self, _):
-        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._start))
+        return SimpleNamespace(options=lambda **options: SimpleNamespace(remote=partial(self._start, options)))
 
-    def _start(self, *_):
+    def _start(self, options, *args):
+        self.started.append((options, args))
         self.actors.append(FakeActor(self.prepared[min(len(self.actors), len(self.prepared) - 1)]))
         return self.actors[-1]
 
@@ -62,6 +65,7 @@ class FakeRay:
     def get(self, reference, timeout=None):
         found = reference.actor.answer(reference)
         if found is Waits:
+            assert timeout is not None, "this would wait for ever"
             raise GetTimeoutError("no answer")
         if isinstance(found, Exception):
             raise found

@@ -6,6 +6,7 @@ import resource
 import signal
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -23,8 +24,17 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from raymerge.actors import NoRoomError, WorkerError, WorkerLost, _device_allocation, call_worker
-from raymerge.cluster import ClusterError, PlacementError, plan_workers, start_ray
+from raymerge.actors import (
+    Host,
+    NoRoomError,
+    WorkerError,
+    WorkerLost,
+    _device_allocation,
+    call_worker,
+    environment,
+    reason_of,
+)
+from raymerge.cluster import ClusterError, PlacementError, cluster_nodes, driver_node, plan_workers, start_ray
 from raymerge.device import lean_heap
 from raymerge.errors import UserError
 from raymerge.pool import WorkerPool
@@ -141,6 +151,22 @@ def test_a_worker_s_gpu_memory_is_in_segments_that_grow(monkeypatch):
     assert _device_allocation(0) == {}
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
     assert _device_allocation(1) == {}  # the user's own
+
+
+def test_nodes_are_those_that_are_alive_and_the_driver_s_is_named_by_what_it_alone_has(monkeypatch):
+    head = {"CPU": 4.0, "node:10.0.0.1": 1.0, "node:__internal_head__": 1.0}
+    nodes = [
+        {"NodeID": "a", "Alive": True, "Resources": head},
+        {"NodeID": "b", "Alive": True, "Resources": {"CPU": 8.0, "node:10.0.0.2": 1.0}},
+        {"NodeID": "c", "Alive": False, "Resources": {"CPU": 16.0, "node:10.0.0.3": 1.0}},
+    ]
+    here = SimpleNamespace(get_node_id=lambda: "b")
+    monkeypatch.setattr("raymerge.cluster.ray.nodes", lambda: nodes)
+    monkeypatch.setattr("raymerge.cluster.ray.get_runtime_context", lambda: here)
+    assert [node["CPU"] for node in cluster_nodes()] == [4.0, 8.0]
+    assert driver_node() == "node:10.0.0.2"
+    here.get_node_id = lambda: "a"
+    assert driver_node() == "node:__internal_head__"
 
 
 def test_a_cluster_that_grows_may_be_asked_for_more_than_it_has():
@@ -351,11 +377,11 @@ LATE = {"ready": Waits}
 def open_fake(monkeypatch):
     """Opens a pool over actors that answer as told; gives it, the fake Ray, and the events."""
 
-    def opened(*answers, **options):
+    def opened(*answers, patience_s=0.0, **options):
         fake, events = FakeRay(*answers), []
         monkeypatch.setattr("raymerge.pool.ray", fake)
         monkeypatch.setattr("raymerge.actors.ray", fake)
-        monkeypatch.setattr("raymerge.pool._PATIENCE_S", 0.0)
+        monkeypatch.setattr("raymerge.pool._PATIENCE_S", patience_s)
         monkeypatch.setattr("raymerge.pool._PAUSE_S", 0.0)
         pool = WorkerPool(Plain, {}, count=len(answers), on_event=lambda *event: events.append(event), **options)
         return pool, fake, events
@@ -399,6 +425,8 @@ def test_a_late_worker_that_refuses_is_left_out_and_the_others_work_on(open_fake
     assert pool.poll() == [] and pool.poll() == []
     assert (pool.present, pool.awaited, late.killed) == ([0], 1, True)
     assert events == [("refused", "worker-1", "other files")]
+    fake.actors[2].answers["ready"] = raised_by_a_worker(UserError("other files"))
+    assert pool.poll() == [] and (pool.present, pool.awaited) == ([0], 0)
 
 
 def test_the_last_worker_that_refuses_ends_the_run_with_its_words(open_fake):
@@ -487,3 +515,208 @@ def test_a_lost_node_says_nothing_of_the_item_that_its_worker_had(open_fake, nod
     assert pool.map("work", ["x"]) == ["x"] and len(tries()) == 6
     with pytest.raises(WorkerError, match="failed 10 times"):
         pool.map("work", ["takes nodes down"])
+
+
+def test_an_actor_has_what_its_worker_is_to_have(open_fake):
+    _, fake, _ = open_fake(HERE, cpus_per_worker=2, gpus_per_worker=0.5, max_restarts=7)
+    _, plain, _ = open_fake(HERE)
+    ((options, made_of),) = fake.started
+    assert (options["num_cpus"], options["num_gpus"], options["max_restarts"]) == (2, 0.5, 7)
+    assert options["runtime_env"] == {"env_vars": environment(2, 0.5)} and made_of == (Plain, {})
+    assert plain.started[0][0]["num_gpus"] == 0
+    assert [environment(cpus, 0)["OMP_NUM_THREADS"] for cpus in (0.5, 1, 3)] == ["1", "1", "3"]
+
+
+def test_the_actors_end_with_the_pool(open_fake):
+    pool, fake, _ = open_fake(HERE, HERE)
+    with pool:
+        assert not any(actor.killed for actor in fake.actors)
+    assert all(actor.killed for actor in fake.actors)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time of the pool, in seconds from 0, that stands still but for what a test adds."""
+    now = SimpleNamespace(seconds=0.0)
+    time_of = SimpleNamespace(monotonic=lambda: now.seconds, sleep=lambda seconds: None)
+    monkeypatch.setattr("raymerge.pool.time", time_of)
+    return now
+
+
+def test_seconds_present_are_those_that_a_worker_was_there(open_fake, clock):
+    pool, fake, _ = open_fake(HERE, HERE)
+    clock.seconds = 10.0
+    fake.actors[0].answers["ready"] = Waits
+    pool.lose(0, "died")
+    clock.seconds = 15.0
+    assert pool.seconds_present() == {0: 10.0, 1: 15.0}
+    fake.actors[0].answers = HERE
+    assert pool.poll() == [0]
+    clock.seconds = 18.0
+    assert pool.seconds_present() == {0: 13.0, 1: 18.0}
+
+
+def test_a_pool_waits_as_long_as_it_may_from_when_its_last_worker_was_lost(open_fake, clock):
+    pool, fake, _ = open_fake(HERE, HERE, wait_s=10.0)
+    clock.seconds = 100.0
+    pool.require()
+    for slot in (0, 1):
+        fake.actors[slot].answers["ready"] = Waits
+        pool.lose(slot, "died")
+        clock.seconds += 6.0
+    pool.require()
+    clock.seconds += 5.0
+    with pytest.raises(NoRoomError, match=r"no Plain of 1 CPUs and 0 GPUs has been there for 10 s .*has 4 CPUs"):
+        pool.require()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "opened", "present"),
+    [(1.0, 9.0, 9.0, [0, 1]), (1.0, 30.0, 12.0, [0]), (20.0, 35.0, 35.0, [0, 1]), (20.0, 50.0, 41.0, [0])],
+)
+def test_the_first_worker_waits_for_the_others_for_as_long_as_it_took_and_ten_seconds_at_least(
+    open_fake, clock, monkeypatch, first, second, opened, present
+):
+    def from_when(seconds):
+        return {"ready": lambda method: Waits if clock.seconds < seconds else ("node", "10.0.0.1", None)}
+
+    def wait(self, references, num_returns=1, timeout=None):
+        clock.seconds += timeout
+        done = [each for each in references if each.actor.answer(each) is not Waits]
+        return done, []
+
+    monkeypatch.setattr(FakeRay, "wait", wait)
+    pool, _, events = open_fake(from_when(first), from_when(second), patience_s=10.0)
+    assert (clock.seconds, pool.present, events) == (opened, present, [])
+
+
+def test_a_pool_that_has_no_worker_at_the_start_does_not_wait_for_ever(open_fake):
+    with pytest.raises(NoRoomError, match="has been there for 0 s"):
+        open_fake(LATE, wait_s=0.0)
+
+
+def test_a_pool_grows_when_it_is_open_and_never_shrinks(open_fake, clock):
+    wanted, asked = [3], []
+    pool, fake, _ = open_fake(HERE, HERE, grow=lambda: asked.append(clock.seconds) or wanted[0])
+    clock.seconds = 5.0
+    assert pool.poll() == [] and len(fake.actors) == 2, "it was asked for a moment ago"
+    clock.seconds = 5.5
+    assert pool.poll() == [2] and pool.present == [0, 1, 2]
+    wanted[0] = 1
+    clock.seconds = 6.0
+    assert pool.poll() == []
+    clock.seconds = 20.0
+    assert pool.poll() == [] and pool.present == [0, 1, 2] and len(fake.actors) == 3
+    assert asked == [5.5, 20.0]
+
+
+def test_a_call_that_is_not_answered_in_time_is_made_of_another_worker(open_fake):
+    pool, fake, events = open_fake({**HERE, "call": Waits}, {**HERE, "call": lambda _, item: item})
+    pool.timeout_s = 0.0
+    assert pool.map("work", ["x"]) == ["x"]
+    assert events[0][:2] == ("lost", "worker-0") and "no answer within workers.timeout_s" in events[0][2]
+    assert fake.actors[0].killed is False and ("call", ("work", "x")) in fake.actors[1].calls
+
+
+def test_a_worker_that_takes_long_is_left_to_work_until_its_time_is_over(open_fake, clock):
+    looks = []
+    pool, fake, events = open_fake(
+        {**HERE, "call": lambda _, item: looks.append(item) or (len(looks) < 6 and Waits) or item}
+    )
+    assert pool.map("work", ["x"]) == ["x"]
+    assert events == [] and not fake.actors[0].killed and len(fake.actors[0].calls) == 2
+
+
+def test_a_worker_that_never_finished_anything_is_gone_when_ray_gives_it_up(open_fake):
+    pool, fake, events = open_fake(HERE, HERE)
+    pool.lose(0, "died")
+    fake.actors[0].answers["ready"] = ActorDiedError()
+    assert pool.poll() == [] and (pool.present, pool.awaited) == ([1], 0) and fake.actors[0].killed
+    assert [(kind, worker) for kind, worker, _ in events] == [("lost", "worker-0"), ("gone", "worker-0")]
+    pool.close()
+    assert fake.actors[1].killed
+
+
+def test_an_item_goes_to_no_worker_that_died_while_it_had_nothing_to_do(open_fake):
+    """As when a node is lost with all its workers: the item would be lost over each of them."""
+    dead = {**HERE, "call": ActorDiedError(), "here": ActorDiedError()}
+    pool, fake, events = open_fake(dead, dead, dead, dead, {**HERE, "call": lambda _, item: item})
+    for actor in fake.actors[:4]:  # they do not come back
+        actor.answers["ready"] = Waits
+    assert pool.map("work", ["x"]) == ["x"]
+    assert [sum(method == "call" for method, _ in actor.calls) for actor in fake.actors] == [1, 0, 0, 0, 1]
+    assert sorted(worker for kind, worker, _ in events if kind == "lost") == [f"worker-{n}" for n in range(4)]
+
+
+def test_a_broadcast_leaves_out_who_is_lost_over_it_and_asks_three_times(open_fake):
+    pool, fake, events = open_fake({**HERE, "call": ActorDiedError()}, {**HERE, "call": lambda _: "here"})
+    assert pool.broadcast("describe") == ["here"]
+    assert [(kind, worker) for kind, worker, _ in events] == [("lost", "worker-0")]
+    fake.actors[1].answers["call"] = ActorDiedError()
+    with pytest.raises(WorkerError, match="describe killed every worker that was asked, 3 times"):
+        pool.broadcast("describe")
+    assert sum(method == "call" for method, _ in fake.actors[1].calls) == 4
+
+
+# -- one worker in its process
+
+
+def answering(monkeypatch, answer):
+    """A worker that gives this answer to what it is called for."""
+    fake = FakeRay({"call": answer})
+    monkeypatch.setattr("raymerge.actors.ray", fake)
+    return fake._start({})
+
+
+def test_a_call_that_is_not_answered_in_time_kills_its_worker_to_be_restarted(monkeypatch):
+    worker = answering(monkeypatch, Waits)
+    worker.killed = None
+    with pytest.raises(WorkerLost, match="work: no answer within workers.timeout_s"):
+        call_worker(worker, "work", 3, timeout_s=0.1)
+    assert worker.killed is False and worker.calls == [("call", ("work", 3))]
+
+
+@pytest.mark.parametrize(
+    ("cause", "raised", "message"),
+    [
+        (OSError(28, "No space left on device"), NoRoomError, "work: .*No space left.*output.cache"),
+        (OSError(122, "Disk quota exceeded"), NoRoomError, "work: .*quota exceeded.*output.cache"),
+        (OSError(13, "Permission denied"), RayTaskError, "its traceback"),
+        (UserError("give at most 2"), UserError, "^give at most 2$"),
+        (ObjectLostError("00" * 28, "", ""), WorkerLost, "work: .*"),
+        (KeyError("a bug"), RayTaskError, "its traceback"),
+    ],
+    ids=lambda each: each.__name__ if isinstance(each, type) else "",
+)
+def test_what_a_worker_s_own_code_raises_is_told_from_what_befalls_it(monkeypatch, cause, raised, message):
+    worker = answering(monkeypatch, RayTaskError("work", "its traceback", cause))
+    with pytest.raises(raised, match=message) as caught:
+        call_worker(worker, "work", 3, timeout_s=1.0)
+    assert type(caught.value) is raised
+
+
+def test_an_actor_s_death_is_told_in_a_line():
+    text = "The actor died unexpectedly.\n  class_name: Host\n\tactor_id: 1f\n\tpid: 7\nIts node was preempted.\nMore."
+    assert reason_of(WorkerLost(text)) == "WorkerLost: The actor died unexpectedly. Its node was preempted."
+    assert reason_of(WorkerLost("killed for memory")) == "WorkerLost: killed for memory"
+    created = "The actor died because of an error raised in its creation task, ray::Host\nTraceback\nKeyError: 'x'\n"
+    assert reason_of(WorkerLost(created)) == "WorkerLost: KeyError: 'x'"
+    assert reason_of(WorkerError("")) == "WorkerError:"
+
+
+def test_a_host_keeps_a_users_mistake_for_who_asks_first_and_raises_anything_else(monkeypatch):
+    refused = Host(Refuses, {"path": "/nowhere", "kind": UserError})
+    with pytest.raises(UserError, match="no model at /nowhere"):
+        refused.ready(None)
+    with pytest.raises(ValueError, match="no model at /nowhere"):
+        Host(Refuses, {"path": "/nowhere"})
+
+
+def test_a_host_answers_for_its_worker(monkeypatch, tmp_path):
+    context = SimpleNamespace(get_node_id=lambda: "node")
+    monkeypatch.setattr("raymerge.actors.ray.get_runtime_context", lambda: context)
+    monkeypatch.setattr("raymerge.actors.ray.util.get_node_ip_address", lambda: "10.0.0.1")
+    host = Host(Plain, {"folder": str(tmp_path)})
+    assert host.ready(None) == ("node", "10.0.0.1", None)
+    assert host.ready("process") == ("node", "10.0.0.1", os.getpid())
+    assert host.call("work", ("work", 3)) == 9 and host.here() is None

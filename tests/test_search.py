@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ray.exceptions import OutOfMemoryError
 
-from raymerge.actors import NoRoomError, WorkerLost
+from raymerge.actors import NoRoomError, WorkerError, WorkerLost
 from raymerge.config import ConfigError
 from raymerge.plan import tail_coefficients
 from raymerge.pool import WorkerPool
@@ -188,6 +188,21 @@ def test_choices_are_evenly_spaced_in_their_order():
     encoded = np.array([proposer._encode(point) for point in points])
     assert [proposer._decode(row) for row in encoded] == points
     assert proposer._measured(encoded).tolist() == [[place, 0.25, 0.75] for place in (0, 1, 2)]
+    two = BayesProposer(dimensions=1, bounds=(0, 1), seed=0, choices=[7, 3])
+    assert two._measured(np.array([two._encode([choice, 0.5]) for choice in (3.0, 7.0)])).tolist() == [
+        [0, 0.5],
+        [2, 0.5],
+    ]
+    assert two._optimizer.space.bounds[0].tolist() == [0.0, 1.0], "an equal share for every choice"
+
+
+def test_no_proposal_is_as_near_to_a_failed_point_as_a_hundredth_of_the_bounds_in_every_value():
+    for found, taken in (([0.103, 0.203], False), ([0.103, 0.4], True), ([0.106, 0.203], True)):
+        proposer = BayesProposer(dimensions=2, bounds=(0.0, 0.5), seed=0, initial=0)
+        for point, value in (([0.3, 0.3], 0.5), ([0.4, 0.1], 0.25), ([0.1, 0.2], None)):
+            proposer.tell(point, value)
+        proposer._liar.suggest = lambda found=found, **_: np.array(found)
+        assert (proposer.ask(1) == [found]) == taken
 
 
 def test_choices_that_are_not_offered_are_refused():
@@ -490,6 +505,262 @@ def test_a_logger_without_its_package_is_refused_with_the_command_that_installs_
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("mlflow", "wandb") else name)
     with pytest.raises(LoggerError, match="pip install mlflow wandb"):
         check_loggers(["tensorboard", "mlflow", "wandb"])
+
+
+def replayed(iteration, batch, value=0.5, nll=1.0):
+    status = "failed" if value is None else "ok"
+    return {"iteration": iteration, "batch": batch, "alphas": [0.5, iteration / 10], "status": status, "value": value,
+            "nll": nll}  # fmt: skip
+
+
+def test_a_restarted_search_gives_again_the_numbers_of_what_did_not_end_and_writes_over_no_part():
+    log, shown = [], []
+    record = [replayed(3, 6, None), replayed(0, 2, 0.25), replayed(2, 4, 0.75)]
+    tune = searcher(log, candidates=7, replayed=record, on_progress=lambda *seen: shown.append(seen))
+    # In the order in which they were proposed, whatever the order in which they ended.
+    assert [value and round(value, 2) for _, value in log] == [0.25, 0.75, None]
+    assert shown == [(1, 0.25), (2, 0.75), (3, 0.75)] and tune.best == (0.75, -1.0)
+    log.clear()
+    tune.suggest("a"), tune.suggest("b")
+    for name in "ab":
+        tune.on_trial_complete(name, scores(0.5, 0.5))
+    stored = [entry for entry in log if entry[0] == "record"]
+    assert [[row["iteration"] for row in rows] for _, _, rows in stored] == [[1, 4], [5, 6]]
+    assert [(part, {row["batch"] for row in rows}) for _, part, rows in stored] == [
+        ("fake-000007", {7}),
+        ("fake-000008", {8}),
+    ]
+    assert tune.suggest("c") == BatchSearcher.FINISHED and (tune.done, tune.finished) == (7, 4)
+
+
+def test_parts_of_a_new_search_begin_at_0():
+    log = []
+    tune = searcher(log, candidates=2, batch=1)
+    for name in "ab":
+        tune.suggest(name)
+        tune.on_trial_complete(name, scores(0.5))
+    assert [entry[1] for entry in log if entry[0] == "record"] == ["fake-000000", "fake-000001"]
+
+
+@pytest.mark.parametrize("minimise", [False, True])
+def test_progress_has_the_best_so_far_in_the_objective_s_own_unit(minimise):
+    shown = []
+    tune = searcher([], candidates=4, batch=4, minimise=minimise, on_progress=lambda *seen: shown.append(seen))
+    tune.suggest("a")
+    tune.on_trial_complete("a", scores(float("nan"), 0.5, 0.25, 0.75))
+    assert shown == [(1, None), (2, 0.5), (3, 0.25 if minimise else 0.5), (4, 0.25 if minimise else 0.75)]
+
+
+def test_where_no_questions_are_asked_there_is_no_nll_to_break_ties():
+    log = []
+    tune = searcher(log, minimise=True)
+    tune.suggest("a")
+    results = scores(0.5, 0.25)["results"]
+    tune.on_trial_complete("a", {"results": [result | {"nll": None} for result in results]})
+    assert [value for _, value in log[1:]] == [-0.5, -0.25] and tune.best == (-0.25, 0.0)
+
+
+def test_only_trials_of_the_first_round_wait_for_each_other():
+    tune = searcher([], candidates=4, batch=1, crew=Crew(3), concurrent=2)
+    rounds = [tune.suggest(name)["first_round"] for name in "ab"]
+    tune.on_trial_complete("a", scores(0.5))
+    assert rounds == [["actor-0", "actor-1"]] * 2 and tune.suggest("c")["first_round"] == []
+    # No more than there is work for.
+    assert searcher([], candidates=3, batch=2, crew=Crew(3)).suggest("a")["first_round"] == ["actor-0", "actor-1"]
+    assert searcher([], candidates=1, batch=2, crew=Crew(3)).suggest("a")["first_round"] == ["actor-0"]
+
+
+def test_a_trial_that_ends_twice_is_stored_once():
+    log = []
+    tune = searcher(log)
+    tune.suggest("a")
+    for _ in range(2):
+        tune.on_trial_complete("a", scores(0.5, 0.5))
+    assert [entry[0] for entry in log] == ["record", "tell", "tell"] and tune.finished == 2
+
+
+def test_results_that_are_not_one_a_candidate_fail_them_all():
+    """Nobody knows whose they are."""
+    log = []
+    tune = searcher(log)
+    tune.suggest("a")
+    tune.on_trial_complete("a", scores(0.5))
+    assert [(row["iteration"], row["status"], row["error"]) for row in log[0][2]] == [
+        (iteration, "failed", "the worker gave 1 results for 2 candidates") for iteration in (0, 1)
+    ]
+
+
+def test_the_first_refusal_is_the_one_that_is_raised():
+    tune, first = searcher([]), NoRoomError("disk full: free some")
+    for name in "ab":
+        tune.suggest(name)
+    tune.on_trial_complete("a", {"refused": first})
+    tune.on_trial_complete("b", {"refused": NoRoomError("object store full")})
+    assert tune.failure is first
+
+
+def test_a_loss_that_cannot_be_written_down_ends_the_search():
+    """It is among the run's incidents: where the disk is full for it, it is for all that follows."""
+
+    class Full(Crew):
+        def lose(self, slot, reason):
+            raise OSError(28, "No space left on device")
+
+    log = []
+    tune = searcher(log, crew=Full(2))
+    tune.suggest("a")
+    tune.on_trial_complete("a", {"lost": "died"})
+    assert isinstance(tune.failure, OSError) and log == []
+    assert tune.suggest("b") == BatchSearcher.FINISHED
+
+
+def test_proposals_are_made_while_workers_are_busy_and_know_what_is_pending():
+    asked = []
+
+    class Asked(Told):
+        def ask(self, count, pending=()):
+            points = super().ask(count, pending)
+            asked.append((len(points), [list(point) for point in pending]))
+            return points
+
+    tune = BatchSearcher(
+        Asked([]), candidates=5, batch=2, crew=Crew(1), describe=lambda _: {"searcher": "fake"}, minimise=False,
+        record=lambda *_: None,
+    )  # fmt: skip
+    first = tune.suggest("a")["candidates"]
+    assert tune.suggest("b") is None and tune.suggest("b") is None
+    assert asked == [(2, []), (2, first)], "one batch ahead"
+    tune.on_trial_complete("a", scores(0.5, 0.5))
+    tune.suggest("b")
+    assert len(asked) == 2
+
+
+# -- one trial, and Tune's part of a search
+
+
+def a_trial(started, first_round):
+    trial = object.__new__(_Trial)
+    trial.setup({}, 60.0, "score", (), str(started))
+    trial.config = {"worker": "actor-0", "candidates": [[0.5]], "first_round": first_round}
+    return trial
+
+
+def test_a_trial_of_the_first_round_waits_until_all_have_started_but_not_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr("raymerge.search._START_S", 0.1)
+    started = tmp_path / "tune" / "started"
+    for _ in range(2):
+        began = time.monotonic()
+        a_trial(started, ["actor-0", "actor-1"])._wait_for_others()
+        assert time.monotonic() - began >= 0.1 and [path.name for path in started.iterdir()] == ["actor-0"]
+    monkeypatch.setattr("raymerge.search._START_S", 60.0)
+    (started / "actor-1").touch()
+    a_trial(started, ["actor-0", "actor-1"])._wait_for_others()
+    (tmp_path / "a file").touch()
+    a_trial(tmp_path / "a file", ["actor-1"])._wait_for_others()  # where nothing can be written nobody is waited for
+    assert time.monotonic() - began < 30.0
+
+
+def test_loggers_get_averages_over_a_trial_s_candidates(monkeypatch):
+    results = [
+        {"value": 0.25, "nll": 1.0, "seconds": 3.0, "perplexity": None},
+        {"value": 0.75, "nll": 2.0, "seconds": 1.0, "error": None},
+        {"error": "KeyError"},
+    ]
+    monkeypatch.setattr("raymerge.search.find_worker", lambda name: name)
+    monkeypatch.setattr("raymerge.search.call_worker", lambda *_, **__: results)
+    found = a_trial("/dev/null", []).step()
+    assert found == {"results": results, "value": 0.5, "nll": 1.5, "seconds": 2.0, "done": True}
+
+
+@pytest.fixture
+def tuner(monkeypatch):
+    """Tune without processes: it asks the searcher for trials, scores them by `bump`, and stops after `most`; what it
+    was asked for is in `options`."""
+    found = SimpleNamespace(most=100, options=None)
+
+    class Tuner:
+        def __init__(self, trainable, tune_config, run_config):
+            found.options, self.algorithm = run_config, tune_config.search_alg
+
+        def fit(self):
+            for number in range(found.most):
+                if (asked := self.algorithm.suggest(f"t{number}")) == BatchSearcher.FINISHED:
+                    return
+                self.algorithm.on_trial_complete(f"t{number}", scores(*map(bump, asked["candidates"])))
+
+    monkeypatch.setattr("raymerge.search.tune.Tuner", Tuner)
+    monkeypatch.setattr("raymerge.search.tune.with_parameters", lambda trainable, **_: trainable)
+    monkeypatch.setattr("raymerge.search.tune.with_resources", lambda trainable, _: trainable)
+    monkeypatch.setattr("raymerge.search.driver_node", lambda: "node:here")
+    return found
+
+
+class Timed(Crew):
+    """Two workers, one of which joins in the search, and one that was lost before."""
+
+    timeout_s = 60.0
+
+    def __init__(self):
+        super().__init__(2)
+        self.seconds = iter([{0: 100.0, 2: 50.0}, {0: 102.0, 1: 1.0, 2: 50.0}])
+
+    def seconds_present(self):
+        return next(self.seconds)
+
+
+def test_a_search_says_how_long_each_worker_was_there_and_what_share_it_scored(tuner, tmp_path):
+    rows = []
+    outcome = search(Timed(), tmp_path, rows, concurrent=None)
+    assert outcome.finished == 12 == len(rows)
+    counts = {slot: sum(row["actor"] == f"worker-{slot}" for row in rows) for slot in (0, 1)}
+    assert min(counts.values()) > 0
+    # 0.1 s a candidate; the third was there for no second of it.
+    assert outcome.workers == tuple(
+        {"worker": f"worker-{slot}", "candidates": counts[slot], "scoring_seconds": pytest.approx(0.1 * counts[slot]),
+         "present_seconds": here, "utilisation": pytest.approx(0.1 * counts[slot] / here)}
+        for slot, here in ((0, 2.0), (1, 1.0))
+    )  # fmt: skip
+    assert outcome.share_not_scoring == pytest.approx(1 - 1.2 / 3.0)
+    assert os.environ["TUNE_DISABLE_SIGINT_HANDLER"] == "1", "Ctrl-C is no wish to end as if all were done"
+    again = search(Timed(), tmp_path, rows, candidates=12)
+    assert (again.finished, again.share_not_scoring, again.workers) == (0, None, ())
+
+
+@pytest.mark.parametrize("concurrent", [1, 2])
+def test_fewer_trials_at_a_time_than_workers_have_the_time_of_so_many(tuner, tmp_path, concurrent):
+    outcome = search(Timed(), tmp_path, [], concurrent=concurrent)
+    assert 0.0 < outcome.wall_seconds < 1.2  # of which 1.2 s are said to be scored
+    assert outcome.share_not_scoring == pytest.approx(1 - 1.2 / (concurrent * outcome.wall_seconds))
+
+
+def test_a_search_that_tune_cuts_short_does_not_pass_for_a_whole_one(tuner, tmp_path):
+    tuner.most = 2
+    with pytest.raises(WorkerError, match="Tune stopped after 6 of 12 candidates; start again to resume"):
+        search(Timed(), tmp_path, [])
+
+
+def test_a_search_s_loggers_are_tune_s_and_write_where_they_are_told_to(tuner, tmp_path, monkeypatch):
+    class Logger:
+        def __init__(self, **options):
+            self.options = options
+
+    for name in ("TRACKING_URI", "PROJECT"):
+        monkeypatch.delenv(f"MLFLOW_{name}", raising=False)
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    monkeypatch.setattr("ray.air.integrations.mlflow.MLflowLoggerCallback", Logger)
+    monkeypatch.setattr("ray.air.integrations.wandb.WandbLoggerCallback", Logger)
+    search(Timed(), tmp_path, [], loggers=["mlflow", "wandb"])
+    assert [logger.options for logger in tuner.options.callbacks] == [
+        {"tracking_uri": f"sqlite:///{tmp_path}/tune/mlflow.db", "experiment_name": "raymerge-random"},
+        {"project": "raymerge", "group": "random"},
+    ]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://its-server")
+    monkeypatch.setenv("WANDB_PROJECT", "merges")
+    search(Timed(), tmp_path, [], loggers=["mlflow", "wandb"])
+    mlflow, wandb = tuner.options.callbacks
+    assert mlflow.options["tracking_uri"] == "http://its-server" and wandb.options["project"] == "merges"
+    search(Timed(), tmp_path, [])
+    assert tuner.options.callbacks == []
 
 
 # -- with Ray

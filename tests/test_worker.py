@@ -15,16 +15,14 @@ from raymerge.plan import base_plan, block_plan, drop_block_plan, tail_plan
 from raymerge.prompts import PromptError
 from raymerge.worker import ModelWorker, TooLargeError, refuse_oversized, weight_bytes
 
-CONFIG = load_config(
-    None,
-    [
-        "data.limit_per_subject=2",
-        "data.report_limit_per_subject=2",
-        "data.perplexity_tokens=1300",
-        "search.objective=answer_nll",
-        "output.store_candidate_answers=true",
-    ],
-)
+SETTINGS = [
+    "data.limit_per_subject=2",
+    "data.report_limit_per_subject=2",
+    "data.perplexity_tokens=1300",
+    "search.objective=answer_nll",
+    "output.store_candidate_answers=true",
+]
+CONFIG = load_config(None, SETTINGS)
 MERGES = 5
 ROLES = (SEARCH, REPORT)
 
@@ -141,6 +139,105 @@ def test_logits_that_are_not_finite_answer_nothing(tmp_path, monkeypatch):
     result, answers = worker.judge(plan)
     assert answers is None and trial_outcome(result)["status"] == "failed"
     assert trial_outcome(result)["value"] is None and "not finite" in trial_outcome(result)["error"]
+
+
+def test_answers_of_which_some_are_not_finite_are_none(worker, monkeypatch):
+    """Stored, the largest of four NaN would be an A."""
+    plan = tail_plan(worker.checkpoint.n_layers, [0.5] * MERGES, name="x", kind="found")
+    answers = worker.answers((plan, SEARCH, None, False))
+    assert worker.judge(plan)[1] is not None
+    bad = replace(answers, logits=np.where(np.arange(answers.logits.size).reshape(-1, 4) == 6, np.nan, answers.logits))
+    monkeypatch.setattr(worker, "_answers", lambda *_: bad)
+    result, stored = worker.judge(plan)
+    assert stored is None and trial_outcome(result)["status"] == "failed"
+
+
+def test_the_best_of_a_descent_is_judged_as_a_candidate_is_and_what_is_on_the_disk_is_not_repeated(worker, monkeypatch):
+    monkeypatch.setattr(worker, "config", load_config(None, [*SETTINGS, "gradient.epochs=2"]))
+    starts = [[0.5] * MERGES, [0.3, 0.9, 0.5, 0.7, 0.4]]
+    results = worker.descend(starts, "simplex")
+    for start, result in zip(starts, results, strict=True):
+        assert [epoch.epoch for epoch in result["history"]] == [0, 1, 2]
+        np.testing.assert_allclose(result["history"][0].alphas, start, atol=1e-6)
+        (again,) = worker.score([result["alphas"]])
+        assert again["value"] == pytest.approx(result["value"], abs=1e-5) and result["seconds"] > 0
+        np.testing.assert_allclose(again["logits"], result["logits"], atol=2e-4)
+    taken = []
+
+    def descend(loss, settings, *, state, on_epoch):
+        taken.append((loss.identity, settings.parametrisation, state is not None))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raymerge.worker.descend", descend)
+    other = [0.5, 0.5, 0.5, 0.5, 0.25]
+    for start, kind in ((starts[1], "simplex"), (other, "simplex"), (starts[1], "per_matrix")):
+        with pytest.raises(KeyboardInterrupt):
+            worker.descend([start], kind)
+    assert [entry[1:] for entry in taken] == [("simplex", True), ("simplex", False), ("per_matrix", False)]
+
+
+@pytest.mark.parametrize(
+    ("objective", "of_reference", "of_text"),
+    [("answer_nll", False, False), ("answer_kl", True, False), ("answer_nll+0.1*text_nll", False, True)],
+)
+def test_a_descent_is_given_what_its_objective_takes(objective, of_reference, of_text, tmp_path, monkeypatch):
+    settings = [*SETTINGS[:1], "data.perplexity_tokens=300", "search.text=demo", "search.text_tokens=100"]
+    template = tail_plan(Checkpoint("demo").n_layers, [0.5] * 2, name="candidate", kind="found")
+    config = load_config(None, [*settings, "data.subjects=number_words", f"search.objective={objective}"])
+    worker = ModelWorker(config, roles=(SEARCH,), cache=tmp_path, template=template, firsts=[template.resumes_at])
+    given = []
+    monkeypatch.setattr("raymerge.worker.TailLoss", lambda *args, **options: given.append((args, options)))
+    worker._tail_loss(template)
+    (((scorer, start, _), options),) = given
+    assert scorer is worker._scorer(SEARCH, template) and start is template and options["sources"] is None
+    assert (options["reference"] is not None, options["text"] is not None) == (of_reference, of_text)
+    if of_reference:
+        np.testing.assert_array_equal(options["reference"], worker.reference)
+
+
+def test_a_candidate_that_is_asked_no_questions_has_no_answers(tmp_path):
+    settings = ["data.mmlu=null", "search.objective=text_nll", "search.text=demo", "search.text_tokens=100"]
+    settings += ["data.perplexity_tokens=300", "output.store_candidate_answers=true", "gradient.epochs=1"]
+    template = tail_plan(Checkpoint("demo").n_layers, [0.5] * 2, name="candidate", kind="found")
+    config = load_config(None, settings)
+    worker = ModelWorker(config, roles=(SEARCH_TEXT,), cache=tmp_path, template=template, firsts=[template.resumes_at])
+    (found,) = worker.score([[0.25, 0.75]])
+    (descended,) = worker.descend([[0.25, 0.75]], "simplex")
+    for result in (found, descended):
+        assert "logits" not in result and result["n_questions"] == 0 and result["nll"] is None
+    plan = template.with_alphas([0.25, 0.75], name="x", kind="found")
+    assert found["value"] == pytest.approx(worker.search_text_nll(plan)) == pytest.approx(np.log(found["perplexity"]))
+    assert worker.judge(plan) == ({key: found[key] for key in worker.judge(plan)[0]}, None)
+
+
+def test_no_more_than_two_scorers_are_held_and_sources_only_of_these(whole, tmp_path):
+    n_layers = whole.checkpoint.n_layers
+    few = load_config(None, [*SETTINGS, "data.subjects=number_words"])
+    worker = ModelWorker(few, roles=ROLES, cache=tmp_path, firsts=[n_layers - 3, n_layers - 2])
+    two, one = (tail_plan(n_layers, [0.5] * merges, name="x", kind="found") for merges in (2, 1))
+    first = worker._scorer(SEARCH, two)
+    assert worker._scorer(SEARCH, two) is first
+    worker._scorer(REPORT, two)
+    assert list(worker._scorers) == [(SEARCH, n_layers - 3), (REPORT, n_layers - 3)]
+    worker._scorer(SEARCH, one)
+    assert list(worker._scorers) == [(REPORT, n_layers - 3), (SEARCH, n_layers - 2)]
+    worker._scorer(REPORT, one)
+    assert list(worker._sources) == [n_layers - 2]
+    # Without states of its own first layer a plan has no scorer; it is run from the deepest that there are before it.
+    three = tail_plan(n_layers, [0.5] * 3, name="x", kind="found")
+    assert worker._scorer(SEARCH, three) is None is worker._trunk_of(three)
+    dropped = drop_block_plan(n_layers, n_layers - 3, 1)
+    assert (
+        worker._trunk_of(dropped).first == n_layers - 3 and worker._trunk_of(base_plan(n_layers)).first == n_layers - 2
+    )
+    assert worker._scorer(SEARCH, dropped) is None
+
+
+def test_rows_that_were_matched_are_kept_for_every_worker_of_the_machine(worker, monkeypatch):
+    plan = tail_plan(worker.checkpoint.n_layers, [0.5], name="x", kind="found", alignment="rows")
+    before = set(worker.cache.rglob("*"))
+    worker.align_rows(plan)
+    assert set(worker.cache.rglob("*")) > before
 
 
 def test_trunk_states_are_computed_once(worker):

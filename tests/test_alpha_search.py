@@ -1,0 +1,448 @@
+"""alpha_search.py without workers: which controls there are, what is searched and stored, and which plan is best."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_heuristics import planted
+
+from raymerge.checkpoint import Checkpoint
+from raymerge.config import ConfigError, load_config
+from raymerge.evaluation import Answers
+from raymerge.experiments import alpha_search
+from raymerge.experiments.alpha_search import _check, _Search
+from raymerge.experiments.common import Inputs
+from raymerge.experiments.planning import Similarity, starting_plan
+from raymerge.experiments.reporting import Reporter
+from raymerge.gradient import Epoch
+from raymerge.inputs import CALIBRATION, SEARCH, read_material
+from raymerge.plan import PlanError, block_plan, tail_plan
+from raymerge.progress import Silent
+from raymerge.proposers import BayesProposer, RandomProposer
+from raymerge.search import SearchOutcome
+from raymerge.tables import RunDirectory
+
+CHECKPOINT = Checkpoint("demo")
+N_LAYERS = CHECKPOINT.n_layers
+SIMILARITY = Similarity(planted(N_LAYERS, {(7, 8): 0.9, (8, 9): 0.8, (18, 19): 0.3}), np.arange(N_LAYERS) / 100)
+BLOCK = ["plan.selection=block", "plan.block=search", "plan.starts=[4, 9, 11]"]
+
+
+def searching(folder, *settings, similarity=None, first=None, roles=(), command=("test",)):
+    """A search of two merges, begun but for its workers."""
+    few = ["data.subjects=number_words", "data.limit_per_subject=3"]
+    config = load_config(None, ["plan.merges=2", *few, *settings])
+    inputs = Inputs(**vars(read_material(config, roles)), checkpoint=CHECKPOINT, text="a text")
+    run = RunDirectory.open(folder, {}, "search")
+    start = starting_plan(config.plan, N_LAYERS, similarity, first)
+    return _Search(config, inputs, run, str(folder / "cache"), start, similarity, Silent(), command)
+
+
+def trial(searcher="bayes", iteration=0, value=0.5, **more):
+    """A row of `trials`; a candidate without a value has failed."""
+    return {
+        "searcher": searcher, "iteration": iteration, "batch": 0, "tune_trial": "t", "actor": "worker-0", "seed": 0,
+        "plan_id": "p", "alphas": [0.25, 0.75], "objective": "micro_accuracy", "value": value, "nll": 1.0,
+        "n_questions": 3, "seconds": 1.0, "status": "failed" if value is None else "ok", **more,
+    }  # fmt: skip
+
+
+def found_in(trials, name, *columns):
+    rows = sorted((row for row in trials if row["searcher"] == name), key=lambda row: row["iteration"])
+    return [tuple(row[column] for column in columns) for row in rows]
+
+
+# -- controls --------------------------------------------------------------------------------------------------------
+
+FIRST, FIXED = ["base", "drop", "before_last"], "fixed_0.6225"
+BY_SIMILARITY = ["plan.similarity_run=x", "plan.base=similarity"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([], [*FIRST, FIXED]),  # which is the start too
+        (["plan.ratio=0.7"], [*FIRST, FIXED, "fixed_0.7"]),
+        (["plan.alignment=neurons"], [*FIRST, FIXED, f"{FIXED}_plain"]),
+        (["plan.norms=fold", "plan.ratio=0.7"], [*FIRST, FIXED, "fixed_0.7_plain", "fixed_0.7"]),
+        (BLOCK, [*FIRST, "drop_block", FIXED]),
+        (["plan.similarity_run=x"], [*FIRST, "block_influence", FIXED]),  # whose similarity nothing is made of
+        (BY_SIMILARITY, [*FIRST, "block_influence", FIXED, "similarity_shuffled", "similarity"]),
+        (
+            ["plan.similarity_run=x", "plan.selection=most_similar"],
+            [*FIRST, "block_influence", FIXED, "similarity_shuffled"],
+        ),
+    ],
+)
+def test_every_control_that_there_can_be_is_one_and_none_twice(settings, expected, tmp_path):
+    similarity = SIMILARITY if "plan.similarity_run=x" in settings else None
+    search = searching(tmp_path, *settings, similarity=similarity)
+    controls = search._controls()
+    assert [plan.name for plan in controls] == expected
+    assert len({plan.plan_id("") for plan in controls}) == len(controls)
+    assert all(not plan.steps or len(plan.steps) == 2 for plan in controls)
+    plain = [(plan.alignment, plan.norms) for plan in controls if plan.name.endswith("_plain")]
+    assert plain in ([], [("none", "keep")])
+    # The constant differs from the start by its coefficients alone.
+    assert controls[expected.index(FIXED)].alphas == [0.6225, 0.6225]
+    assert controls[expected.index(FIXED)].alignment == search.start.alignment
+
+
+def test_the_shuffled_control_of_a_block_is_of_the_same_block(tmp_path):
+    search = searching(tmp_path, *BLOCK[:1], "plan.block=7", *BY_SIMILARITY, similarity=SIMILARITY, first=7)
+    controls = {plan.name: plan for plan in search._controls()}
+    for name in ("drop_block", "similarity_shuffled", "similarity"):
+        assert [step.remove for step in controls[name].steps] == [8, 7]
+
+
+def test_states_are_kept_where_any_candidate_or_control_starts(tmp_path):
+    assert searching(tmp_path / "tail").firsts == (N_LAYERS - 3,)
+    assert searching(tmp_path / "block", *BLOCK[:1], "plan.block=7").firsts == (6, N_LAYERS - 3)
+    assert searching(tmp_path / "blocks", *BLOCK).firsts == (3, 8, 10, N_LAYERS - 3)
+
+
+class Judges:
+    """Workers that judge a control by its name; two of them time a candidate."""
+
+    count = 2
+
+    def __init__(self, results=None, answers=None):
+        self.results, self.answers, self.timed = results or {}, answers, None
+
+    def map(self, method, plans, on_result):
+        assert method == "judge"
+        self.judged = plans
+        return [
+            ({"value": self.results.get(plan.name, 0.5), "nll": 1.0, "n_questions": 3}, self.answers) for plan in plans
+        ]
+
+    def broadcast(self, method, candidates):
+        self.timed = method, candidates
+        return [[{"seconds": 0.25}], [{"seconds": 0.75}]]
+
+
+def test_controls_are_trials_of_their_own_name_and_the_slowest_worker_says_what_a_candidate_takes(tmp_path):
+    search = searching(tmp_path, "plan.ratio=0.7", "search.seed=3", roles=(SEARCH,))
+    search.pool = Judges({"drop": float("nan")}, Answers.of_letters(np.eye(4, dtype=np.float32)[:3]))
+    controls = search._controls()
+    assert search._try_controls(controls) == 0.75 and search.pool.timed == ("score", [[0.7, 0.7]])
+    # The unmerged model is evaluated on the report's questions alone.
+    assert [plan.name for plan in search.pool.judged] == ["drop", "before_last", FIXED, "fixed_0.7"]
+    trials = search.run.read("trials").to_pylist()
+    columns = ("plan_id", "alphas", "status", "value", "seed", "batch", "seconds")
+    assert found_in(trials, "controls", *columns) == [
+        (plan.plan_id(CHECKPOINT.identity), plan.alphas, *outcome, 3, 0, 0.0)
+        for plan, outcome in zip(controls[1:], [("failed", None)] + 3 * [("ok", 0.5)], strict=True)
+    ]
+    stored = search.run.read("answers", ["plan_id"])["plan_id"].to_pylist()
+    assert {each: stored.count(each) for each in stored} == {
+        plan.plan_id(CHECKPOINT.identity): 3 for plan in controls[1:]
+    }
+
+
+# -- what a searcher is given ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What each run_search is asked for: (proposer, its options)."""
+    calls = []
+
+    def run_search(pool, proposer, **options):
+        calls.append((proposer, options))
+        return SearchOutcome(4, 2.0004, 0.25, ({"worker": "worker-0"},))
+
+    monkeypatch.setattr(alpha_search, "run_search", run_search)
+    return calls
+
+
+KNOWN = [[0.6225, 0.6225], [0.25, 0.75], [1.0, 1.0], [0.0, 0.0]]
+
+
+def test_a_searcher_begins_with_what_is_known_within_its_bounds(asked, tmp_path):
+    search = searching(tmp_path, "search.bounds=[0.25, 0.75]", "search.seed=5", "search.batch=3", "search.initial=2")
+    search.pool = Judges()
+    rows = [trial("bayes", 7, None), trial("bayes", 2), trial("random", 3), trial("controls", 0)]
+    search.run.append("trials", rows, part="a")
+    search._search_coefficients("bayes", 9, KNOWN, 0.12345678)
+    ((proposer, options),) = asked
+    assert isinstance(proposer, BayesProposer) and proposer.ask(2) == KNOWN[:2]
+    drawn = proposer.ask(2)
+    assert all(0.25 <= value <= 0.75 for point in drawn for value in point)
+    assert BayesProposer(dimensions=2, bounds=(0.25, 0.75), seed=5, initial=2).ask(2) == drawn
+    assert {key: options[key] for key in ("searcher", "candidates", "batch", "seed", "minimise")} == {
+        "searcher": "bayes", "candidates": 9, "batch": 3, "seed": 5, "minimise": False,
+    }  # fmt: skip
+    assert [(row["iteration"], row["alphas"]) for row in options["replayed"]] == [(7, [0.25, 0.75]), (2, [0.25, 0.75])]
+    plan = search.start.with_alphas([0.3, 0.4], name="x", kind="found")
+    assert options["plan_id_of"]([0.3, 0.4]) == plan.plan_id(CHECKPOINT.identity)
+    assert Path(options["storage_path"]) == tmp_path / "cache" / "tune"
+    assert search.facts["bayes_search"] == {
+        "batch": 3, "concurrent": 2, "wall_seconds": 2.0, "share_not_scoring": 0.25,
+        "workers": [{"worker": "worker-0"}], "candidates_this_call": 4, "seconds_per_candidate": 0.12346,
+    }  # fmt: skip
+
+
+def test_the_random_control_has_no_points_of_the_search_and_losses_are_minimised(asked, tmp_path):
+    search = searching(tmp_path, "search.objective=answer_nll", "search.concurrent=1")
+    search.pool = Judges()
+    search._search_coefficients("random", 200, [], 0.02)
+    ((proposer, options),) = asked
+    assert type(proposer) is RandomProposer and options["minimise"]
+    assert options["batch"] == alpha_search.choose_batch(0.02, 200, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warped"),
+    [([], True), (BLOCK, True), (["plan.selection=most_similar", "plan.similarity_run=x"], False)],
+)
+def test_distances_are_of_effective_coefficients_where_layers_are_merged_in_a_row(asked, settings, warped, tmp_path):
+    search = searching(tmp_path, *settings, similarity=SIMILARITY)
+    search.pool = Judges()
+    search._search_coefficients("bayes", 9, KNOWN, 1.0)
+    ((proposer, _),) = asked
+    assert (proposer._warp is alpha_search.tail_coefficients) == warped
+
+
+def test_a_block_that_is_searched_too_stands_before_the_coefficients(asked, tmp_path):
+    search = searching(tmp_path, *BLOCK, first=9)
+    search.pool = Judges()
+    search._record("bayes-000000", [trial(alphas=[11.0, 0.25, 0.75])], [{}])
+    (row,) = search.run.read("trials").to_pylist()
+    assert (row["block"], row["alphas"]) == (11, [0.25, 0.75])
+    search._search_coefficients("bayes", 9, KNOWN[:2], 1.0)
+    ((proposer, options),) = asked
+    assert proposer.choices == [4.0, 9.0, 11.0]
+    assert proposer.ask(2) == [[9.0, *known] for known in KNOWN[:2]]
+    assert [row["alphas"] for row in options["replayed"]] == [[11.0, 0.25, 0.75]]
+    plan = search.start.moved_to(11).with_alphas([0.25, 0.75], name="x", kind="found")
+    assert options["plan_id_of"]([11.0, 0.25, 0.75]) == plan.plan_id(CHECKPOINT.identity)
+    (_, best) = search._best("bayes", "found_bayes", "found")
+    assert [step.remove for step in best.steps] == [12, 11] and best.alphas == [0.25, 0.75]
+
+
+def test_descents_start_at_what_is_known_near_both_corners_and_at_random(asked, tmp_path):
+    search = searching(
+        tmp_path, "gradient.starts=5", "gradient.parametrisations=[simplex, per_matrix]", "search.seed=2"
+    )
+    search.pool = Judges()
+    search.run.append("trials", [trial("gradient_simplex", 1), trial("gradient_per_matrix", 0, None)], part="a")
+    search._descend_all([[0.6225, 0.6225]])
+    drawn = np.random.default_rng(2).uniform(size=(5, 2)).tolist()
+    starts = [[0.6225, 0.6225], [0.95, 0.95], [0.05, 0.05], *drawn[:2]]
+    for (proposer, options), kind, left in zip(
+        asked, ("simplex", "per_matrix"), (starts[:1] + starts[2:], starts[1:]), strict=True
+    ):
+        assert (options["method"], options["arguments"], options["searcher"]) == (
+            "descend",
+            (kind,),
+            f"gradient_{kind}",
+        )
+        assert (options["candidates"], options["batch"], len(options["replayed"])) == (5, 1, 1)
+        assert proposer.ask(9) == left
+
+
+# -- what is stored, and which is best -------------------------------------------------------------------------------
+
+
+def test_a_finished_batch_is_stored_with_its_answers_and_histories_but_nothing_of_what_failed(tmp_path):
+    search = searching(tmp_path, "output.store_candidate_answers=true", roles=(SEARCH,))
+    rows = [
+        trial("gradient_simplex", 3),
+        trial("gradient_simplex", 4, None, alphas=[0.5, 0.5]),
+        trial("gradient_simplex", 5, alphas=[0.1, 0.2]),
+    ]
+    epochs = [Epoch(0, 2.0, None, np.array([0.5, 0.5]), None), Epoch(1, 1.5, 1.75, np.array([0.25, 0.75]), None)]
+    logits = np.arange(12, dtype=np.float32).reshape(3, 4)
+    results = [{"logits": logits, "history": epochs}, {"logits": logits, "history": epochs}, {}]
+    search._record("gradient_simplex-000000", rows, results)
+    assert found_in(search.run.read("trials").to_pylist(), "gradient_simplex", "iteration", "block") == [
+        (3, None), (4, None), (5, None),
+    ]  # fmt: skip
+    history = search.run.read("gradient_history").to_pylist()
+    assert [(row["start"], row["epoch"], row["loss"], row["alphas"]) for row in history] == [
+        (3, 0, 2.0, [0.5, 0.5]),
+        (3, 1, 1.5, [0.25, 0.75]),
+    ]
+    answers = search.run.read("answers").to_pylist()
+    plan = search.start.with_alphas([0.25, 0.75], name="x", kind="found")
+    assert {row["plan_id"] for row in answers} == {plan.plan_id(CHECKPOINT.identity)}
+    assert [row["logit_b"] for row in answers] == [1.0, 5.0, 9.0]
+
+
+def test_answers_of_candidates_are_not_stored_where_they_are_not_asked_for(tmp_path):
+    search = searching(tmp_path, roles=(SEARCH,))
+    search._record("bayes-000000", [trial()], [{"logits": np.zeros((3, 4), np.float32)}])
+    assert not search.run.has("answers") and search.run.has("trials")
+
+
+def test_parts_of_batches_are_gathered_again_and_again_and_no_row_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(alpha_search, "_LOOSE", 3)
+    search, parts = searching(tmp_path), []
+    for number in range(7):
+        search._record(f"bayes-{number:06d}", [trial(iteration=number)], [{}])
+        parts.append(len(search.run._tables.part_names("trials")))
+    assert parts == [1, 2, 1, 2, 3, 1, 2]
+    assert found_in(search.run.read("trials").to_pylist(), "bayes", "iteration") == [(n,) for n in range(7)]
+
+
+def test_the_best_of_a_searcher_is_its_own_best_finished_candidate(tmp_path):
+    search = searching(tmp_path)
+    rows = [
+        trial("bayes", 0, 0.5),
+        trial("bayes", 1, 0.75, nll=1.5),
+        trial("bayes", 2, 0.75, nll=1.25, alphas=[0.1, 0.9]),
+        trial("bayes", 3, None),
+        trial("random", 0, 0.9),
+    ]
+    search.run.append("trials", [*rows, trial("failing", 0, None)], part="a")
+    ranked, plan = search._best("bayes", "found_bayes", "found")
+    assert ranked == (0.75, -1.25) and (plan.alphas, plan.name, plan.kind) == ([0.1, 0.9], "found_bayes", "found")
+    assert search._best("failing", "x", "found") is None is search._best("nobody", "x", "found")
+
+
+def test_reported_are_the_controls_the_random_control_and_the_best_of_each_searcher_the_best_last(tmp_path):
+    search = searching(tmp_path, "search.searcher=[bayes, gradient]", "gradient.parametrisations=[simplex]")
+    with pytest.raises(RuntimeError, match="every candidate of the search failed"):
+        search._reported([])
+    rows = [trial("bayes", 0, 0.75), trial("gradient_simplex", 0, 0.5), trial("random", 0, 0.9)]
+    search.run.append("trials", rows, part="a")
+    names = [plan.name for plan in search._reported([search.start])]
+    assert names == [FIXED, "random", "found_gradient_simplex", "found_bayes"]
+    again = searching(tmp_path / "random", "search.searcher=random")
+    again.run.append("trials", rows, part="a")
+    assert [(plan.name, plan.kind) for plan in again._reported([])] == [("found_random", "found")]
+
+
+# -- a whole search over stand-ins -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stand_ins(monkeypatch, tmp_path):
+    """Workers that answer anything, searchers that find what they are told to, and a report of nothing: what was done
+    is in the list, in its order."""
+    done = []
+
+    class Workers(Judges):
+        def map(self, method, items, on_result=None):
+            if method == "judge":
+                return super().map(method, items, on_result)
+            done.append((method, [getattr(item, "name", item) for item in items]))
+            return ["fitted"] * len(items)
+
+    def run_search(pool, proposer, *, searcher, replayed, record, candidates, **_):
+        done.append((searcher, candidates, [] if searcher == "random" else proposer.ask(3)))
+        record(f"{searcher}-000000", [trial(searcher, 0, VALUES[searcher], alphas=[VALUES[searcher]] * 2)], [{}])
+        return SearchOutcome(1, 1.0, 0.0)
+
+    def named(plans):
+        return [plan.name for plan in plans]
+
+    monkeypatch.setattr(alpha_search, "open_pool", lambda *_, **__: nullcontext(Workers()))
+    monkeypatch.setattr(alpha_search, "describe_workers", lambda *_: ["its worker"])
+    monkeypatch.setattr(alpha_search, "compute_trunk", lambda *_: done.append("trunk") or {"report": 1})
+    monkeypatch.setattr(alpha_search, "align", lambda _, plans, __: done.append(("align", named(plans))))
+    monkeypatch.setattr(alpha_search, "align_rows", lambda _, plans, __: done.append(("rows", named(plans))))
+    monkeypatch.setattr(alpha_search, "fit", lambda _, plans, *__: done.append(("fit", named(plans))))
+    monkeypatch.setattr(alpha_search, "run_search", run_search)
+    monkeypatch.setattr(alpha_search, "draw_figures", lambda *_: pytest.fail("none were asked for"))
+
+    class Reporting(Reporter):
+        def report(self, pool, plans, shards, firsts, progress):
+            done.append(("report", named(plans), shards, firsts))
+
+        def derive(self, plans, compared, *, subjects=()):
+            done.append(("derive", named(plans), [(a.name, b.name) for a, b in compared], subjects))
+
+    monkeypatch.setattr(alpha_search, "Reporter", Reporting)
+    save = lambda _, plan, fitted=None: done.append(("save", plan.name, fitted)) or (f"models/{plan.name}", None)  # noqa: E731
+    monkeypatch.setattr(_Search, "_save", save)
+    return done
+
+
+VALUES = {"bayes": 0.75, "random": 0.875, "gradient_simplex": 0.5}
+QUIET = ["output.figures=false"]
+
+
+def test_a_search_tries_reports_compares_and_saves_in_this_order(stand_ins, tmp_path):
+    searchers = ["search.searcher=[bayes, gradient]", "gradient.parametrisations=[simplex]", "gradient.starts=3"]
+    search = searching(tmp_path, *QUIET, *searchers, "search.candidates=9", "search.random_candidates=4")
+    probe = search.start.with_alphas([0.25, 0.75], name="probe", kind="file")
+    assert search.execute([probe]) is search.run and search.run.complete
+    known, plans = [[0.6225, 0.6225], [0.25, 0.75]], [*FIRST, FIXED, "random", "found_gradient_simplex", "found_bayes"]
+    assert stand_ins == [
+        "trunk",
+        ("align", ["candidate"]),
+        ("random", 4, []),
+        ("bayes", 9, [*known, [1.0, 1.0]]),
+        ("gradient_simplex", 3, [*known, [0.95, 0.95]]),
+        ("rows", plans),
+        ("fit", []),
+        ("refit_tensors", []),
+        ("report", plans, {"report": 1}, (N_LAYERS - 3,)),
+        ("match", []),
+        ("match_rows", []),
+        ("derive", plans, [("found_bayes", name) for name in plans[:-1]], ()),
+        ("save", "found_bayes", None),
+    ]
+    manifest = search.run.manifest()
+    best = search.start.with_alphas([0.75, 0.75], name="found_bayes", kind="found")
+    assert manifest["best"] == {
+        "name": "found_bayes", "plan_id": best.plan_id(CHECKPOINT.identity), "alphas": [0.75, 0.75],
+        "model": "models/found_bayes", "proof": None,
+    }  # fmt: skip
+    assert manifest["workers"] == ["its worker"] and manifest["figures"] == [] and "refitted" not in manifest
+    assert 0.0 <= manifest["trunk_seconds"] < 60.0
+
+
+def test_what_was_found_is_fitted_reported_and_saved_beside_itself_unfitted(stand_ins, tmp_path):
+    more = ["search.searcher=random", "plan.refit=outputs", "calibration.text=demo", "calibration.tokens=50"]
+    search = searching(tmp_path, *QUIET, *more, roles=(CALIBRATION,))
+    search.execute([])
+    refitted = ["dropped_linear", "dropped_outputs", f"{FIXED}_outputs", "found_random_outputs"]
+    plans = [*FIRST, FIXED, *refitted, "found_random"]
+    assert [entry[0] for entry in stand_ins].count("random") == 1, "no smaller control beside it"
+    named = {entry[0]: entry[1:] for entry in stand_ins if isinstance(entry, tuple)}
+    assert named["fit"] == (refitted,) and named["refit_tensors"] == (["found_random_outputs"],)
+    assert named["rows"] == ([*FIRST, FIXED, "found_random", *refitted],) and named["report"][0] == plans
+    assert named["derive"][:2] == (plans, [("found_random", name) for name in plans[:-1]])
+    saved = [entry[1:] for entry in stand_ins if entry[0] == "save"]
+    assert saved == [("found_random", None), ("found_random_outputs", "fitted")]
+    found = search.run.manifest()["refitted"]
+    assert (found["name"], found["model"]) == ("found_random_outputs", "models/found_random_outputs")
+    assert found["plan_id"] != search.run.manifest()["best"]["plan_id"]
+
+
+def test_nothing_is_saved_where_it_is_not_asked_for_and_plans_are_compared_on_what_is_searched_for(stand_ins, tmp_path):
+    more = ["search.searcher=random", "output.save_best=false", "search.objective=accuracy:number_words"]
+    search = searching(tmp_path, *QUIET, *more, roles=(SEARCH,))
+    search.execute([])
+    assert "save" not in [entry[0] for entry in stand_ins]
+    assert [entry[3] for entry in stand_ins if entry[0] == "derive"] == [("number_words",)]
+    best = search.run.manifest()["best"]
+    assert (best["name"], best["model"], best["proof"]) == ("found_random", None, None)
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_plans_that_cannot_be_searched_are_refused():
+    def check(start, *settings, probes=()):
+        config = load_config(None, ["plan.merges=2", *settings])
+        _check(config, Inputs(questions={}, checkpoint=CHECKPOINT), start, probes)
+
+    tail = tail_plan(N_LAYERS, [0.5, 0.5], name="mine", kind="file")
+    longer = tail_plan(N_LAYERS, [0.5] * 3, name="longer", kind="file")
+    block = block_plan(N_LAYERS, 7, [0.5, 0.5], name="block", kind="file")
+    gradient = "search.searcher=gradient"
+    check(tail, gradient, probes=[tail.with_alphas([0.1, 0.2], name="probe", kind="file")])
+    check(block, "plan.selection=block")
+    for start in (longer, block):
+        with pytest.raises(PlanError, match=r"not a tail merge of plan.merges = 2; for .* plan.selection: list"):
+            check(start)
+    check(longer, "plan.selection=list", "plan.base=file", "plan.alpha_file=x", "plan.merges=null")
+    with pytest.raises(PlanError, match="probe longer merges other layers than mine"):
+        check(tail, probes=[longer])
+    with pytest.raises(ConfigError, match="gradient descends on tail merges, but plan.selection is block"):
+        check(block, "plan.selection=block", gradient)

@@ -1,0 +1,332 @@
+"""compression_sweep.py without workers: which points there are, what each is compared with, what is stored."""
+
+import json
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+from test_heuristics import planted
+
+from raymerge.checkpoint import Checkpoint
+from raymerge.config import ConfigError, load_config
+from raymerge.experiments import compression_sweep
+from raymerge.experiments.common import Inputs
+from raymerge.experiments.compression_sweep import _points, _starts, _Sweep, sweep
+from raymerge.experiments.planning import Similarity
+from raymerge.experiments.reporting import Reporter
+from raymerge.inputs import RETRIEVAL
+from raymerge.plan import alpha_file_text, tail_plan
+from raymerge.progress import Silent
+from raymerge.tables import RunDirectory
+
+CHECKPOINT = Checkpoint("demo")
+N_LAYERS = CHECKPOINT.n_layers
+LAST = N_LAYERS - 1
+SIMILARITY = Similarity(
+    planted(N_LAYERS, {(7, 8): 0.9, (3, 4): 0.8, (LAST - 1, LAST): 0.3, (LAST - 2, LAST - 1): 0.2}),
+    np.roll(np.arange(N_LAYERS), 5) / 100,  # least of layers 5 and 6
+)
+PLAIN = ["sweep.alignments=[none]", "sweep.norms=[keep]"]
+
+
+def points_of(*settings, similarity=None, blocks=None):
+    config = load_config(None, ["sweep.merges=[1, 2]", *settings])
+    inputs = Inputs(questions={}, checkpoint=CHECKPOINT, calibration=("a text", 100))
+    return config, inputs, _points(config, inputs, similarity, blocks or {})
+
+
+def sweeping(folder, *settings, **options):
+    config, inputs, points = points_of(*settings, **options)
+    return _Sweep(config, inputs, RunDirectory.open(folder, {}, "sweep"), str(folder), points, Silent(), ["test"])
+
+
+def said(points):
+    return [(point.merges, point.method, point.plan.name) for point in points]
+
+
+def steps_of(point):
+    return [(step.into, step.remove, pytest.approx(step.alpha)) for step in point.plan.steps]
+
+
+# -- points ----------------------------------------------------------------------------------------------------------
+
+METHODS = [
+    "drop", "before_last", "drop_block", "block_influence", "fixed:0.60", "similarity", "similarity_ratio",
+    "most_similar", "merge_block",
+]  # fmt: skip
+
+
+def test_every_method_merges_what_its_name_says():
+    named = ", ".join(f"'{method}'" for method in METHODS)
+    settings = [*PLAIN, f"sweep.methods=[{named}]", "plan.ratio=0.7", "plan.biases=merge", "plan.similarity_run=x"]
+    _, _, points = points_of(*settings, similarity=SIMILARITY, blocks={1: 9, 2: 4})
+    assert said(points) == [(0, "base", "base")] + [
+        (merges, method.replace(":0.60", "_0.6"), f"{method.replace(':0.60', '_0.6')}_k{merges}")
+        for method in METHODS
+        for merges in (1, 2)
+    ]
+    assert points[0].plan.steps == ()
+    found = {point.method: steps_of(point) for point in points if point.merges == 2}
+    tail = [(LAST - 1, LAST), (LAST - 2, LAST - 1)]
+    assert found == {
+        "drop": [(*pair, 1.0) for pair in tail],
+        "before_last": [(LAST, LAST - 1, 1.0), (LAST, LAST - 2, 1.0)],
+        "drop_block": [(4, 5, 1.0), (3, 4, 1.0)],
+        "block_influence": [(4, 5, 1.0), (4, 6, 1.0)],
+        "fixed_0.6": [(*pair, 0.6) for pair in tail],
+        "similarity": [(*tail[0], 0.3), (*tail[1], 0.2)],
+        "similarity_ratio": found["similarity_ratio"],
+        "most_similar": [(7, 8, 0.7), (3, 4, 0.7)],  # plan.base is fixed, at plan.ratio
+        "merge_block": [(4, 5, 0.7), (3, 4, 0.7)],
+    }
+    assert [step[:2] for step in found["similarity_ratio"]] == tail
+    by_method = {point.method: point.plan for point in points}
+    selections = {method: by_method[method].selection for method in ("similarity", "most_similar", "merge_block")}
+    assert selections == {"similarity": "tail", "most_similar": "most_similar", "merge_block": "block"}
+    kinds = {method: by_method[method].kind for method in ("fixed_0.6", "similarity", "merge_block")}
+    assert kinds == {"fixed_0.6": "fixed", "similarity": "file", "merge_block": "file"}
+    assert {by_method[method].biases for method in ("fixed_0.6", "similarity", "merge_block")} == {"merge"}
+
+
+@pytest.mark.parametrize("base, alphas", [("similarity", [0.9, 0.8]), ("file", [0.7, 0.7])])
+def test_merges_of_similar_layers_and_blocks_have_the_base_coefficients_of_the_plan(base, alphas, tmp_path):
+    """But for a file's, which belong to its own merges."""
+    settings = [*PLAIN, "sweep.methods=[most_similar]", "plan.ratio=0.7", f"plan.base={base}", "plan.similarity_run=x"]
+    settings += [f"plan.alpha_file={tmp_path / 'a.json'}"] if base == "file" else []
+    _, _, points = points_of(*settings, similarity=SIMILARITY)
+    assert points[-1].plan.alphas == pytest.approx(alphas)
+
+
+def test_the_survivor_of_a_block_is_the_plan_s():
+    _, _, points = points_of(*PLAIN, "sweep.methods=[merge_block]", "plan.survivor=after", blocks={1: 9, 2: 4})
+    assert [step[:2] for step in steps_of(points[-1])] == [(5, 4), (6, 5)]
+
+
+def test_a_file_is_one_point_at_its_own_number_of_merges(tmp_path):
+    (tmp_path / "a.json").write_text(alpha_file_text(tail_plan(N_LAYERS, [0.3, 0.8, 0.4], name="x", kind="file").steps))
+    file = [f"plan.alpha_file={tmp_path / 'a.json'}", "plan.biases=merge"]
+    _, _, points = points_of(*PLAIN, "sweep.methods=[file]", *file)
+    assert said(points) == [(0, "base", "base"), (3, "file", "file_k3")]
+    assert points[1].plan.alphas == [0.3, 0.8, 0.4] and points[1].plan.biases == "merge"
+
+
+def test_methods_that_average_stand_under_every_alignment_and_treatment_of_norms():
+    settings = ["sweep.merges=[2]", "sweep.alignments=[none, neurons]", "sweep.norms=[keep, fold]"]
+    _, _, points = points_of(*settings, "sweep.methods=[drop, 'fixed:0.5']")
+    assert [(point.plan.name, point.plan.alignment, point.plan.norms) for point in points[1:]] == [
+        ("drop_k2", "none", "keep"),
+        ("fixed_0.5_k2", "none", "keep"),
+        ("fixed_0.5_fold_k2", "none", "fold"),
+        ("fixed_0.5_neurons_k2", "neurons", "keep"),
+        ("fixed_0.5_neurons_fold_k2", "neurons", "fold"),
+    ]
+
+
+HOW = ["", "_linear", "_outputs"]
+REFITS = [*PLAIN, "sweep.refits=[none, linear, outputs]", "plan.refit_layers=2", "plan.ridge=0.5"]
+
+
+def test_points_stand_under_every_refit_but_for_methods_that_are_not_to_be_refitted():
+    methods = ["sweep.methods=[drop, 'fixed:0.50', drop_block]", "sweep.merges=[2]"]
+    _, inputs, points = points_of(*REFITS, *methods, blocks={2: 4})
+    expected = ["base", *(f"{name}_k2{how}" for name in ("drop", "fixed_0.5", "drop_block") for how in HOW)]
+    assert [point.plan.name for point in points] == expected
+    refits = [point.plan.refit for point in points[1:4]]
+    assert refits[0] is None and [(refit.method, refit.ridge, refit.layers) for refit in refits[1:]] == [
+        ("linear", 0.5, 0),
+        ("outputs", 0.5, 2),
+    ]
+    few = ["sweep.refitted_methods=['fixed:0.50', drop_block]"]
+    _, _, points = points_of(*REFITS, *methods, *few, blocks={2: 4})
+    assert [point.plan.name for point in points] == ["base", "drop_k2", *expected[4:]]
+
+
+def test_first_layers_of_blocks_are_asked_for_where_a_method_has_blocks():
+    config = load_config(
+        None, ["sweep.merges=[3, 1, 3]", "sweep.methods=[drop, merge_block]", "plan.starts=[2, 18, 20]"]
+    )
+    inputs = Inputs(questions={}, checkpoint=CHECKPOINT)
+    assert _starts(config, inputs) == {3: [2, 18], 1: [2, 18, 20]}
+    assert _starts(load_config(None, ["sweep.methods=[drop]", "plan.block=search"]), inputs) == {}
+    with pytest.raises(ConfigError, match="a sweep searches nothing"):
+        _starts(load_config(None, ["sweep.methods=[drop_block]", "plan.block=search"]), inputs)
+
+
+# -- what is run, compared, stored -----------------------------------------------------------------------------------
+
+
+def test_each_weights_are_run_once_and_states_are_kept_where_a_plan_starts(tmp_path):
+    named = "[drop, 'fixed:1.0', before_last, drop_block, most_similar]"
+    options = {"similarity": SIMILARITY, "blocks": {1: 9, 2: 4}}
+    of = sweeping(tmp_path, *PLAIN, f"sweep.methods={named}", "plan.similarity_run=x", **options)
+    # A constant of 1 drops the last layers.
+    assert len(of.points) == 11 and len(of.plans) == 9
+    ids = [row["plan_id"] for row in map(of._row, of.points)]
+    assert ids[1] == ids[3] and len(set(ids)) == 9
+    # Of tails the last layer that is left, of dropped blocks the layer after them; what else there is goes from these.
+    assert of.firsts == [4, 9, LAST - 2, LAST - 1]
+
+
+def test_a_point_is_compared_with_dropping_as_many_layers_its_plain_self_and_the_linear_replacement(tmp_path):
+    settings = [*REFITS[2:], "sweep.alignments=[none, neurons]", "sweep.norms=[keep]", "sweep.merges=[2]"]
+    settings += ["sweep.methods=[drop, drop_block, merge_block]", "sweep.refitted_methods=[drop_block, merge_block]"]
+    pairs = [(a.name, b.name) for a, b in sweeping(tmp_path, *settings, blocks={2: 4})._compared()]
+    base = ("drop_k2", "drop_block_k2", "drop_block_k2_linear", "merge_block_k2")
+    drop, block, linear, merged = base
+    assert set(pairs) == {
+        (block, drop), (linear, drop), (linear, block),
+        ("drop_block_k2_outputs", drop), ("drop_block_k2_outputs", block), ("drop_block_k2_outputs", linear),
+        (merged, drop), (merged, block),
+        *((f"merge_block_k2_{how}", other) for how in ("linear", "outputs") for other in (drop, merged, block, linear)),
+        ("merge_block_neurons_k2", drop), ("merge_block_neurons_k2", merged), ("merge_block_neurons_k2", block),
+        *((f"merge_block_neurons_k2_{how}", other) for how in ("linear", "outputs")
+          for other in (drop, merged, block, linear)),
+    }  # fmt: skip
+    assert len(pairs) == len(set(pairs))
+
+
+def test_points_of_different_sizes_are_not_compared(tmp_path):
+    of = sweeping(tmp_path, *PLAIN, "sweep.methods=[drop, before_last]")
+    assert [(a.name, b.name) for a, b in of._compared()] == [(f"before_last_k{k}", f"drop_k{k}") for k in (1, 2)]
+    assert [(row["merges"], row["method"], row["alignment"], row["norms"], row["refit"])
+            for row in map(of._row, of.points)] == [
+        (0, "base", "none", "keep", "none"),
+        *((k, method, "none", "keep", "none") for method in ("drop", "before_last") for k in (1, 2)),
+    ]  # fmt: skip
+
+
+class Asked:
+    """A pool whose workers answer by the given function; `items` holds all that was asked, call by call."""
+
+    def __init__(self, answer):
+        self.answer, self.items = answer, []
+
+    def map(self, method, items, on_result=lambda *_: None):
+        self.items.append((method, list(items)))
+        found = [self.answer(item) for item in items]
+        for number, result in reversed(list(enumerate(found))):
+            on_result(number, result)
+        return found
+
+
+def test_retrieval_is_stored_by_distance_and_plan_and_not_measured_again(tmp_path):
+    of = sweeping(tmp_path, *PLAIN, "sweep.methods=[drop]", "sweep.merges=[1]")
+    base, drop = of.plans
+    distances = np.array([32, 16, 32, 64, 32])
+    right = {base: np.array([1, 1, 1, 0, 0], bool), drop: np.array([0, 0, 1, 1, 0], bool)}
+    pool = Asked(lambda plan: (distances, right[plan]))
+    # Losses by position are in the same table.
+    row = {"plan_id": base.plan_id(of.identity), "measure": "nll", "bucket": 0, "n": 3, "value": 1.0}
+    of.run.append("context", [row], part="text")
+    of._retrieve(pool)
+    rows = [row for row in of.run.read("context").to_pylist() if row["measure"] == "retrieval"]
+    error = np.sqrt(2 / 9 / 2)  # of a third and of two thirds of three
+    found = {(row["plan_id"], row["bucket"]): (row["n"], row["value"], row["standard_error"]) for row in rows}
+    third = (3, pytest.approx(1 / 3), pytest.approx(error))
+    ids = [plan.plan_id(of.identity) for plan in (base, drop)]
+    assert len(rows) == 6 and found == {
+        (ids[0], 16): (1, 1.0, None), (ids[0], 32): (3, pytest.approx(2 / 3), third[2]), (ids[0], 64): (1, 0.0, None),
+        (ids[1], 16): (1, 0.0, None), (ids[1], 32): third, (ids[1], 64): (1, 1.0, None),
+    }  # fmt: skip
+    of._retrieve(pool)
+    assert pool.items == [("retrieval", [base, drop]), ("retrieval", [])]
+
+
+def test_each_number_of_layers_is_timed_once_and_alone(tmp_path):
+    of = sweeping(tmp_path, *PLAIN, "sweep.methods=[drop, before_last]")
+    pool = Asked(float)
+    assert of._time_generation(pool) == {n: float(n) for n in (N_LAYERS - 2, N_LAYERS - 1, N_LAYERS)}
+    assert pool.items == [("generation_speed", [n]) for n in (N_LAYERS - 2, N_LAYERS - 1, N_LAYERS)]
+    silent = sweeping(tmp_path / "silent", *PLAIN, "sweep.speed_tokens=0")
+    assert silent._time_generation(Asked(None)) == {}
+
+
+# -- a whole sweep over stand-ins ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Workers that answer anything, blocks that are chosen, and a report of nothing: what was done is in the list, in
+    its order."""
+    done = []
+
+    def named(plans):
+        return [plan.name for plan in plans]
+
+    def choose_blocks(config, n_layers, merges, *_):
+        done.append(("blocks", n_layers, merges))
+        return {1: 9, 2: 4}
+
+    def open_pool(*_, firsts, **__):
+        done.append(("pool", firsts))
+        return nullcontext(
+            Asked(lambda asked: (np.array([8]), np.array([True])) if not isinstance(asked, int) else 5.0)
+        )
+
+    of = compression_sweep
+    monkeypatch.setattr(of, "runtime", lambda *_: nullcontext())
+    monkeypatch.setattr(of, "choose_blocks", choose_blocks)
+    monkeypatch.setattr(of, "open_pool", open_pool)
+    monkeypatch.setattr(of, "describe_workers", lambda *_: ["its worker"])
+    monkeypatch.setattr(of, "compute_trunk", lambda *args: done.append(("trunk", args[3])) or {"text": 1})
+    monkeypatch.setattr(of, "align", lambda _, plans, __: done.append(("align", named(plans))))
+    monkeypatch.setattr(of, "align_rows", lambda _, plans, __: done.append(("rows", named(plans))))
+    monkeypatch.setattr(of, "fit", lambda _, plans, *__: done.append(("fit", named(plans))))
+    monkeypatch.setattr(of, "draw_figures", lambda *_: pytest.fail("none were asked for"))
+
+    class Reporting(Reporter):
+        def report(self, pool, plans, shards, firsts, progress):
+            done.append(("report", named(plans), shards, firsts))
+
+        def derive(self, plans, compared):
+            done.append(("derive", named(plans), [(a.name, b.name) for a, b in compared]))
+
+        def store_costs(self, plans, speeds):
+            done.append(("costs", named(plans), speeds))
+
+    monkeypatch.setattr(of, "Reporter", Reporting)
+    return done
+
+
+FEW = [
+    *PLAIN,
+    "sweep.merges=[1]",
+    "data.subjects=number_words",
+    "data.report_limit_per_subject=2",
+    "data.perplexity_tokens=300",
+    "output.figures=false",
+]
+
+
+def test_a_sweep_runs_each_plan_and_compares_its_points_in_this_order(stand_ins, tmp_path):
+    asked = load_config(None, [*FEW, "sweep.methods=[drop, 'fixed:1']", f"output.run={tmp_path / 'run'}"])
+    run = sweep(asked, command=["test"])
+    assert run.complete and run.manifest()["workers"] == ["its worker"]
+    # A constant of 1 is dropping: one plan, two points. It has the later name, as table `plans` the first.
+    plans = ["base", "fixed_1_k1"]
+    points = ["base", "drop_k1", "fixed_1_k1"]
+    assert stand_ins == [
+        ("pool", [LAST - 1]),
+        ("trunk", (RETRIEVAL,)),
+        ("align", plans),
+        ("rows", plans),
+        ("fit", plans),
+        ("report", plans, {"text": 1}, [LAST - 1]),
+        ("derive", points, [("fixed_1_k1", "drop_k1")]),
+        ("costs", points, {LAST: 5.0, N_LAYERS: 5.0}),
+    ]
+    assert [(row["merges"], row["method"]) for row in run.read("sweep").to_pylist()] == [
+        (0, "base"), (1, "drop"), (1, "fixed_1"),
+    ]  # fmt: skip
+    assert len(run.read("context")) == 2
+    stand_ins.clear()
+    assert sweep(asked).complete and stand_ins == []
+
+
+def test_blocks_are_chosen_before_their_points_are_made(stand_ins, tmp_path):
+    more = ["sweep.methods=[drop_block]", "calibration.text=demo", "calibration.tokens=50", "sweep.merges=[2, 1]"]
+    run = sweep(load_config(None, [*FEW, *more, "sweep.context=false", f"output.run={tmp_path / 'run'}"]))
+    assert stand_ins[:3] == [("blocks", N_LAYERS, [2, 1]), ("pool", [4, 9]), ("trunk", ())]
+    assert not run.has("context") and len(run.read("sweep")) == 3
+    held = json.loads((tmp_path / "run" / "inputs.json").read_text())
+    assert "calibration" in str(held), "the run goes on with the same one alone"
