@@ -27,6 +27,7 @@ from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import encode_text
 from raymerge.proof import check_proof, proof_finished, prove
 from raymerge.refit import Refitter, check_refittable
+from raymerge.saving import save_checkpoint
 from raymerge.storage import Storage
 from raymerge.texts import read_plain_text
 
@@ -154,7 +155,8 @@ def save_merged(
         record["mergekit"] = str(error)
     layers = sum(len(checkpoint.layer_tensors(layer)) for layer in range(plan.n_layers))
     total = len(checkpoint) - layers + sum(len(checkpoint.layer_tensors(kept.index)) for kept in plan.kept)
-    written = checkpoint.save(
+    written = save_checkpoint(
+        checkpoint,
         _counted(fused_tensors(checkpoint, architecture, plan, aligner=aligner, refits=refits), total, progress),
         [kept.index for kept in plan.kept],
         folder,

@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from raymerge.architectures import NO_ROTARY, attention_windows, rotary_types
 from raymerge.checkpoint import Checkpoint
-from raymerge.fusion import fused_tensors
 from raymerge.plan import drop_plan, tail_plan
 from raymerge.saved_config import saved_config, trimmed_config
 
@@ -45,8 +44,7 @@ def as_transformers_4(values):
 
 def saved(folder, plan, out):
     checkpoint = Checkpoint(str(folder))
-    kept = [layer.index for layer in plan.kept]
-    checkpoint.save(fused_tensors(checkpoint, checkpoint.architecture, plan), kept, out)
+    tiny.save_merge(checkpoint, plan, out)
     return read_config(out)
 
 
