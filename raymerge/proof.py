@@ -166,12 +166,12 @@ def _layerwise_logits(
     empty = np.empty(0, dtype=np.int64)
     shard = Shard(tuple(Group("", empty, (sequence,), (row,)) for row, sequence in enumerate(ids)))
     states = runner.run(runner.embed(shard), runner.plan_layers(plan))
-    hidden = [runner.normalise(state.batches[0][2][0]) for state in states]
+    hidden = [runner.vocabulary.normalise(state.batches[0][2][0]) for state in states]
     vocabulary = checkpoint[checkpoint.architecture.unembedding].shape[0]
     chunks = []
     for start in range(0, vocabulary, VOCABULARY_ROWS):
-        rows = runner.unembedding_rows(torch.arange(start, min(start + VOCABULARY_ROWS, vocabulary)))
-        chunks.append([runner.capped(x @ rows.T) for x in hidden])
+        rows = runner.vocabulary.unembedding_rows(torch.arange(start, min(start + VOCABULARY_ROWS, vocabulary)))
+        chunks.append([runner.vocabulary.capped(x @ rows.T) for x in hidden])
     return [torch.cat(parts, dim=-1) for parts in zip(*chunks, strict=True)]
 
 
