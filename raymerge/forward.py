@@ -294,30 +294,35 @@ class LayerRunner:
         return states
 
     def _layout(self, group: Group, states_of: Callable[[np.ndarray, int], Tensor]) -> GroupStates:
-        """Batches of similar lengths; `states_of(ids, start)` gives the states of ids packed from `start` on."""
+        """A group's states in padded batches; `states_of(ids, start)` gives those of ids packed from `start` on."""
         prefix = states_of(group.prefix, 0)[None]
         starts = len(group.prefix) + np.concatenate([[0], np.cumsum([len(ids) for ids in group.sequences])])
-        order = sorted(range(len(group.sequences)), key=lambda i: len(group.sequences[i]))
-        batches, members, own = [], [], 0
-        most, attended = self._limits
-
-        def close() -> None:
+        batches = []
+        for members in self._batched(group):
             lengths = [len(group.sequences[i]) for i in members]
             padded = prefix.new_zeros(len(members), max(lengths), prefix.shape[-1])
             for row, i in enumerate(members):
                 padded[row, : lengths[row]] = states_of(group.sequences[i], int(starts[i]))
-            batches.append((list(members), lengths, padded))
-
-        for i in order:
-            count, length = len(members) + 1, len(group.sequences[i])
-            too_many = count * length > most or count * (len(group.prefix) + length) > attended
-            if members and (too_many or count * length - (own + length) > self._call_tokens):
-                close()
-                members, own = [], 0
-            members.append(i)
-            own += length
-        close()
+            batches.append((members, lengths, padded))
         return GroupStates(group, prefix, batches)
+
+    def _batched(self, group: Group) -> list[list[int]]:
+        """The group's sequences, by number, as they are run together: the shortest first, as many as fit into a batch
+        and as cost less padded than run in a batch of their own."""
+        lengths = [len(ids) for ids in group.sequences]
+        most, attended = self._limits
+        batches: list[list[int]] = [[]]
+        own = 0  # tokens of the last batch, without its padding
+        for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+            count, length = len(batches[-1]) + 1, lengths[i]
+            too_many = count * length > most or count * (len(group.prefix) + length) > attended
+            too_padded = count * length - (own + length) > self._call_tokens
+            if batches[-1] and (too_many or too_padded):
+                batches.append([])
+                own = 0
+            batches[-1].append(i)
+            own += length
+        return batches
 
     @property
     def _limits(self) -> tuple[float, float]:

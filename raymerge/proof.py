@@ -65,26 +65,20 @@ def prove(
     Logits of PROMPTS, which are shorter than most attention windows; so each layer's window and rotary embedding are
     compared as the saved config has them. Tensors of the base that are no model's, as a reward head's, are left aside.
     passed; finished: whether the fresh process came to an end of its own, with room for what it found; max_difference,
-    tolerance and largest_logit (logits); positions, and predictions_equal (how many of them have the same most probable
-    token); generated_tokens and generated_text of NEW_TOKENS greedy tokens; seconds, peak_bytes of the fresh process;
-    error: why it did not pass, else None. Nothing is raised for a model that does not pass (`check_proof` does), and
-    nothing is deleted.
-
-    tolerance: both sides add the same products in another order. The sum of n products of float32 has a rounding error
-    near sqrt(n) u, u = 2^-24, of the sum's own size (Higham and Mary 2019, doi:10.1137/18M1226312); with n the longest
-    row of any matrix and 4 (L + 1) products that follow one another, errors that add up without cancelling give
-    4 (L + 1) sqrt(n) u of the largest logit. A weight rounded otherwise (2^-9 in bfloat16) is far above that.
+    tolerance (see `_tolerance`) and largest_logit (logits); positions, and predictions_equal (how many of them have the
+    same most probable token); generated_tokens and generated_text of NEW_TOKENS greedy tokens; seconds, peak_bytes of
+    the fresh process; error: why it did not pass, else None.
+    Nothing is raised for a model that does not pass (`check_proof` does), and nothing is deleted.
     """
     began = time.monotonic()
     texts, ids = _prompts(checkpoint)
     expected = _layerwise_logits(checkpoint, plan, ids, aligner, refits)
     largest = max(float(logits.abs().max()) for logits in expected)
-    layers = len(plan.kept)
     record: dict[str, Any] = {
         "passed": False,
         "finished": True,
         "max_difference": None,
-        "tolerance": _PRODUCTS * (layers + 1) * math.sqrt(_longest_row(checkpoint)) * _ROUNDOFF * largest,
+        "tolerance": _tolerance(checkpoint, len(plan.kept), largest),
         "largest_logit": largest,
         "positions": sum(map(len, ids)),
         "predictions_equal": None,
@@ -173,6 +167,17 @@ def _layerwise_logits(
         rows = runner.vocabulary.unembedding_rows(torch.arange(start, min(start + VOCABULARY_ROWS, vocabulary)))
         chunks.append([runner.vocabulary.capped(x @ rows.T) for x in hidden])
     return [torch.cat(parts, dim=-1) for parts in zip(*chunks, strict=True)]
+
+
+def _tolerance(checkpoint: Checkpoint, layers: int, largest_logit: float) -> float:
+    """By how much the logits of the same model of so many layers may differ, of which the largest is given.
+
+    Both sides add the same products in another order. The sum of n products of float32 has a rounding error near
+    sqrt(n) u, u = 2^-24, of the sum's own size (Higham and Mary 2019, doi:10.1137/18M1226312); with n the longest row
+    of any matrix and 4 (L + 1) products that follow one another, errors that add up without cancelling give
+    4 (L + 1) sqrt(n) u of the largest logit. A weight rounded otherwise (2^-9 in bfloat16) is far above that.
+    """
+    return _PRODUCTS * (layers + 1) * math.sqrt(_longest_row(checkpoint)) * _ROUNDOFF * largest_logit
 
 
 def _longest_row(checkpoint: Checkpoint) -> int:
