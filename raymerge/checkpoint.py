@@ -25,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from raymerge import demo
-from raymerge.architectures import Architecture, architecture_of, attention_windows, rotary_types
+from raymerge.architectures import Architecture
 from raymerge.device import moved
 from raymerge.errors import UserError
+from raymerge.families import architecture_of, attention_windows, rotary_types
 from raymerge.gguf_input import SOURCE_FILE, converted_gguf, gguf_file_of
 from raymerge.hub import fetch
 from raymerge.identity import digest

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from raymerge.alignment import Aligner, AlignmentError
-from raymerge.architectures import NO_ROTARY, module_layer
+from raymerge.architectures import module_layer
 from raymerge.checkpoint import Checkpoint
 from raymerge.device import attempt, device_memory, is_accelerator, moved
+from raymerge.families import NO_ROTARY
 from raymerge.fusion import Refits, fused_layer
 from raymerge.memory import LayerSize, keeps_layer, plan_batches
 from raymerge.plan import MergePlan

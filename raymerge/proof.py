@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from raymerge.alignment import Aligner
-from raymerge.architectures import ArchitectureError, attention_windows, rotary_types
+from raymerge.architectures import ArchitectureError
 from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.errors import UserError
+from raymerge.families import attention_windows, rotary_types
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Refits
 from raymerge.memory import VOCABULARY_ROWS

@@ -1,4 +1,4 @@
-"""The frozen trunk: score thousands of merges for the price of one.
+"""Scoring thousands of merges for little more than the price of one: plans in, answers to every question out.
 
 All candidates of a search share the layers before the first merged one. Their states are computed once, kept on disk
 by content, and for each candidate only what follows is run. After a tail merge that is one layer, of which only the

@@ -25,9 +25,9 @@ from raymerge.alignment import (
     layer_tensors,
     match_rows,
 )
-from raymerge.architectures import architecture_of
 from raymerge.checkpoint import Checkpoint
 from raymerge.errors import UserError
+from raymerge.families import architecture_of
 from raymerge.forward import LayerRunner
 from raymerge.plan import MergePlan, MergeStep, base_plan, drop_plan, tail_plan
 from raymerge.prompts import Group, Shard

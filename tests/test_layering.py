@@ -22,8 +22,8 @@ LAYERS = {
     1: ("config", "schemas", "storage", "parts", "tables", "questions", "tasks", "findings", "summary", "progress",
         "inputs", "sensitivity", "report", "reference", "texts", "hub"),
     2: (
-        "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "sources", "tail_states",
-        "tail_layer", "scoring", "evaluation", "rows", "merging", "activations", "alignment", "context",
+        "tensorfiles", "architectures", "families", "checkpoint", "fusion", "prompts", "forward", "sources",
+        "tail_states", "tail_layer", "scoring", "evaluation", "rows", "merging", "activations", "alignment", "context",
         "quantisation", "gradient", "tail_loss", "trunk", "gguf_input", "mergekit", "proof", "reload", "card",
         "device", "normal_equations", "refit", "role_prompts", "saved_config", "saving", "vocabulary",
     ),

@@ -13,8 +13,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from raymerge.architectures import ARCHITECTURES, permute_tensor
+from raymerge.architectures import permute_tensor
 from raymerge.demo import MODEL_PATH
+from raymerge.families import ARCHITECTURES
 from raymerge.fusion import fused_tensors
 from raymerge.questions import LETTERS, Question, QuestionSet
 from raymerge.saving import save_checkpoint
