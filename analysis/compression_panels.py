@@ -40,16 +40,12 @@ def draw_curves(points: list[Point], published: list[dict], split: str, language
         shown = [mine for mine in curves if variant == mine[0][2:4] or mine[0].method in controls]
         spacing = 0.3 / max(1, len(shown))
         for i, mine in enumerate(shown):
-            method, x, y = mine[0].method, *measured_of(mine)
-            control = method in controls
-            look = {**curve_style(methods.index(method)), "lw": 0.8 if control else 1.3, "ms": 3.5 if control else 4.5}
-            error = interval_bars([point.micro for point in mine if point.micro])
+            method = mine[0].method
+            size = {"lw": 0.8, "ms": 3.5} if method in controls else {"lw": 1.3, "ms": 4.5}
+            look = curve_style(methods.index(method)) | size
             shift = spacing * (i - (len(shown) - 1) / 2)  # so that error bars of equal points stay apart
-            handle = line[0].errorbar(x + shift, y, yerr=error, **look, elinewidth=0.8)
+            handle = draw_accuracies(line, mine, shift, look, bool(published))
             handles.setdefault(method, handle)
-            if published:
-                thin = {**look, "ms": 3.2, "lw": 0.9, "elinewidth": 0.6}
-                line[-1].errorbar(100 * (x + shift) / mine[0].layers, y, yerr=error, **thin, alpha=0.6)
             if known:
                 draw_perplexities(line[1], mine, shift, look)
         draw_levels(line, base, known, bool(published))
@@ -108,6 +104,18 @@ def measured_of(points: list[Point]) -> tuple[np.ndarray, list[float]]:
     """Layers removed and micro accuracy of the points that have one."""
     answered = [point for point in points if point.micro]
     return np.array([float(point.removed) for point in answered]), [point.micro["accuracy"] for point in answered]
+
+
+def draw_accuracies(line, mine: list[Point], shift: float, look: dict, published: bool):
+    """One method's accuracies with their intervals in a row's first panel, and by share of layers in its last beside
+    published points; returns what a legend shows."""
+    x, y = measured_of(mine)
+    error = interval_bars([point.micro for point in mine if point.micro])
+    handle = line[0].errorbar(x + shift, y, yerr=error, **look, elinewidth=0.8)
+    if published:
+        thin = {**look, "ms": 3.2, "lw": 0.9, "elinewidth": 0.6}
+        line[-1].errorbar(100 * (x + shift) / mine[0].layers, y, yerr=error, **thin, alpha=0.6)
+    return handle
 
 
 def draw_perplexities(axis, mine: list[Point], shift: float, look: dict):
