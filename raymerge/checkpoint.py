@@ -1,8 +1,7 @@
-"""Hugging Face checkpoints: open one without loading it, and save a merged one.
+"""Hugging Face checkpoints, opened without being loaded, wherever they are: a folder, the hub, a GGUF file, the demo.
 
 A Checkpoint is a read-only mapping from tensor names to tensors that stay mapped from the safetensors files in their
-stored dtype, so that several processes of one machine share the pages and nothing is read before it is needed. A
-merged model is written tensor by tensor into the places that its files have for them.
+stored dtype, so that several processes of one machine share the pages and nothing is read before it is needed.
 """
 
 from __future__ import annotations
@@ -13,10 +12,8 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,25 +25,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from raymerge import demo
-from raymerge.architectures import Architecture, architecture_of, attention_windows, rotary_types
+from raymerge.architectures import Architecture
 from raymerge.device import moved
 from raymerge.errors import UserError
+from raymerge.families import architecture_of, attention_windows, rotary_types
 from raymerge.gguf_input import SOURCE_FILE, converted_gguf, gguf_file_of
 from raymerge.hub import fetch
 from raymerge.identity import digest
-from raymerge.saved_config import names_absent_code, saved_config
-from raymerge.storage import TEMPORARY
-from raymerge.tensorfiles import DTYPES, ITEM_BYTES, Layout, OpenTensorFile
+from raymerge.tensorfiles import DTYPES, ITEM_BYTES, is_finite
 
 WEIGHT_INDEX = "model.safetensors.index.json"
-_SHARD_BYTES = 5 * 10**9
-_TERMS = ("license", "licence", "notice")
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.model.v[0-9]", "*.txt", "*.jinja", "*.md"]
 _HUB_PATTERNS += ["LICENSE", "LICENCE", "LICENSE-MODEL", "NOTICE", "Notice"]
 # The same weights once more: Mistral's and Meta's own files, and those of other runtimes.
 _NOT_FETCHED = ["consolidated*", "original/*", "onnx/*"]
 # What transformers and mistral-common read tokenizers from. No looser: a folder may hold a `token` of the user's too.
-_TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.[0-9]*.json",
     "tokenizer_config.json",
@@ -62,17 +56,6 @@ _TOKENIZER = (
     "vocab.txt",
     "merges.txt",
 )
-# What belongs to a tokenizer or to generation, and the terms of use: carried over to a merged checkpoint as it is.
-_CARRIED = (
-    *_TOKENIZER,
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    *(name + end for word in _TERMS for name in (word, word.upper(), word.title()) for end in ("", ".*", "-*")),
-)
-
-
 # What transformers does about files that are not as it expects them; the last is how a config refuses a value.
 _UNREADABLE = (ValueError, OSError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError)
 
@@ -137,7 +120,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.trust_remote_code = trust_remote_code
         if not (self.directory / "config.json").is_file():
             raise CheckpointError(f"{self.directory} has no config.json: it is no Hugging Face checkpoint")
-        declared = _read_json(self.directory / "config.json")
+        declared = read_json(self.directory / "config.json")
         if declared.get("quantization_config") is not None:
             raise CheckpointError(f"{self.directory} is quantised: merge the unquantised checkpoint, quantise after")
         try:
@@ -162,6 +145,7 @@ class Checkpoint(Mapping[str, Tensor]):
             self._where.update(dict.fromkeys(names, file))
         self._finite: set[str] = set()
         self._check_complete()
+        self._check_layers()
         self._check_shapes()
         self._tie()
 
@@ -177,10 +161,8 @@ class Checkpoint(Mapping[str, Tensor]):
                 f"{self.directory} lacks {len(missing)} of the tensors that its config asks for, such as {missing[:3]}"
             )
 
-    def _check_shapes(self) -> None:
-        """Refuse a layer that the config does not count, and a tensor of another shape than the config's model has."""
-        from transformers import AutoModelForCausalLM
-
+    def _check_layers(self) -> None:
+        """Refuse a layer that the config does not count, and a layer's tensor that is of none in particular."""
         root, _, end = self.architecture.layer_prefix.partition("{}")
         numbers: dict[int, str] = {}
         for name in self._where:
@@ -197,6 +179,11 @@ class Checkpoint(Mapping[str, Tensor]):
                 f"the config of {self.directory} says {self.n_layers} layers, but there are tensors of layer "
                 f"{beyond[-1]}, such as {numbers[beyond[-1]]}: correct num_hidden_layers"
             )
+
+    def _check_shapes(self) -> None:
+        """Refuse a tensor of another shape than the config's model has, or of a dtype that is not averaged."""
+        from transformers import AutoModelForCausalLM
+
         try:
             with torch.device("meta"):
                 skeleton = AutoModelForCausalLM.from_config(
@@ -209,15 +196,15 @@ class Checkpoint(Mapping[str, Tensor]):
         # Names that only one of the two has say nothing: transformers renames and joins some while it loads.
         expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         for name, file in self._where.items():
-            piece = self._handles[file].get_slice(name)
-            if piece.get_dtype() not in ITEM_BYTES:
+            kind, shape = self.stored(name)
+            if kind not in ITEM_BYTES:
                 raise CheckpointError(
-                    f"{file}: {name} is stored as {piece.get_dtype()}: merge the unquantised checkpoint, quantise after"
+                    f"{file}: {name} is stored as {kind}: merge the unquantised checkpoint, quantise after"
                 )
-            if tuple(piece.get_shape()) != expected.get(name, tuple(piece.get_shape())):
+            if shape != expected.get(name, shape):
                 raise CheckpointError(
-                    f"{file}: {name} is {tuple(piece.get_shape())}, but the config of {self.directory} makes it "
-                    f"{expected[name]}: the file or the config is of another model"
+                    f"{file}: {name} is {shape}, but the config of {self.directory} makes it {expected[name]}: the "
+                    "file or the config is of another model"
                 )
 
     def _tie(self) -> None:
@@ -236,7 +223,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def source(self) -> dict[str, Any] | None:
         """The GGUF file that the checkpoint was dequantised from: file (name), sha256, types; None where it was not."""
         path = self.directory / SOURCE_FILE
-        return _read_json(path) if path.is_file() else None
+        return read_json(path) if path.is_file() else None
 
     @property
     def tied(self) -> bool:
@@ -250,7 +237,7 @@ class Checkpoint(Mapping[str, Tensor]):
             raise KeyError(name)
         tensor = self._handles[self._where[name]].get_tensor(name)
         if name not in self._finite:  # once a process: 12 GB/s on one core
-            if not _is_finite(tensor):
+            if not is_finite(tensor):
                 raise CheckpointError(
                     f"{self._where[name]}: {name} holds NaN or infinite values: the file is damaged, fetch it again"
                 )
@@ -262,6 +249,11 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._where)
+
+    def stored(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """A stored tensor's dtype, as safetensors names it, and its shape; nothing of it is read."""
+        piece = self._handles[self._where[name]].get_slice(name)
+        return piece.get_dtype(), tuple(piece.get_shape())
 
     def layer_tensors(self, layer: int) -> list[str]:
         """Names, relative to the layer, of the tensors that decoder layer `layer` has."""
@@ -281,13 +273,13 @@ class Checkpoint(Mapping[str, Tensor]):
     @cached_property
     def stored_dtypes(self) -> frozenset[torch.dtype]:
         """The dtypes of all stored tensors but those of integers."""
-        kinds = {self._handles[file].get_slice(name).get_dtype() for name, file in self._where.items()}
+        kinds = {self.stored(name)[0] for name in self._where}
         return frozenset(dtype for kind in kinds if (dtype := DTYPES[kind]).is_floating_point)
 
     @cached_property
     def identity(self) -> str:
         """First 16 hex digits of SHA-256 over the config and the weight files, wherever they lie."""
-        config = _read_json(self.directory / "config.json")
+        config = read_json(self.directory / "config.json")
         # Which transformers wrote it and where from says nothing about what the model computes.
         for key in ("transformers_version", "_name_or_path"):
             config.pop(key, None)
@@ -297,7 +289,7 @@ class Checkpoint(Mapping[str, Tensor]):
     @cached_property
     def tokenizer_identity(self) -> str:
         """First 16 hex digits of SHA-256 over the tokenizer's files, by name."""
-        files = _named(self.directory, _TOKENIZER)
+        files = files_named(self.directory, TOKENIZER_FILES)
         return digest({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
 
     @cached_property
@@ -315,12 +307,11 @@ class Checkpoint(Mapping[str, Tensor]):
         prefixes = tuple(self.architecture.layer_name(layer, "") for layer in range(self.n_layers))
         wanted = prefixes if kept is None else tuple(prefixes[layer] for layer in kept)
         parameters = stored = 0
-        for name, file in self._where.items():
+        for name in self._where:
             if name.startswith(wanted) or not name.startswith(prefixes):
-                piece = self._handles[file].get_slice(name)
-                count = math.prod(piece.get_shape())
-                parameters += count
-                stored += count * ITEM_BYTES[piece.get_dtype()]
+                kind, shape = self.stored(name)
+                parameters += math.prod(shape)
+                stored += math.prod(shape) * ITEM_BYTES[kind]
         return parameters, stored
 
     def merged_names(self, kept: list[int]) -> dict[str, str]:
@@ -333,98 +324,19 @@ class Checkpoint(Mapping[str, Tensor]):
             names |= {name_of(position, rel): name_of(layer, rel) for rel in self.layer_tensors(layer)}
         return names
 
-    def _merged_layout(self, kept: list[int]) -> Layout:
-        """Dtype and shape of every tensor of the model that keeps the layers `kept`, in the order of its files."""
-        layout: Layout = {}
-        for name, source in self.merged_names(kept).items():
-            piece = self._handles[self._where[source]].get_slice(source)
-            layout[name] = piece.get_dtype(), tuple(piece.get_shape())
-        return layout
-
-    def save(
-        self,
-        tensors: Iterable[tuple[str, Tensor]],
-        kept: list[int],
-        destination: Path,
-        *,
-        extra_files: Mapping[str, str] | None = None,
-    ) -> int:
-        """Write a merged model as an ordinary Hugging Face checkpoint and return its weights' bytes.
-
-        tensors: (name, tensor) of the whole merged model, in any order, each written when it comes and not kept. kept:
-        the original layers whose shapes the merged ones have and whose per-layer config entries remain. extra_files:
-        name -> text.
-        The folder appears under its own name only when it is complete; an existing one is never overwritten.
-        """
-        destination = Path(destination)
-        if destination.exists():
-            raise CheckpointError(f"{destination} exists already: give another folder, or delete it")
-        unfinished = destination.with_name(f"{TEMPORARY}{destination.name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        own = -1
-        try:
-            unfinished.mkdir(parents=True)
-            own = os.open(unfinished, os.O_RDONLY)  # open, its number stays its own
-            written = _write_shards(self._merged_layout(kept), tensors, unfinished)
-            _check_own(own, unfinished)
-            config = saved_config(
-                _read_json(self.directory / "config.json"),
-                self.config,
-                kept,
-                self.dtype,
-                both_spellings=self.source is not None,
-            )
-            _write_json(unfinished / "config.json", config)
-            for file in _named(self.directory, _CARRIED):
-                copied = unfinished / file.relative_to(self.directory)
-                copied.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copied)
-            _clean_tokenizer_config(unfinished / "tokenizer_config.json")
-            for name, text in (extra_files or {}).items():
-                (unfinished / name).write_text(text, encoding="utf-8")
-            _check_own(own, unfinished)
-            os.replace(unfinished, destination)
-        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-            _delete_own(own, unfinished)
-            free = shutil.disk_usage(unfinished.parent).free if unfinished.parent.exists() else 0
-            raise CheckpointError(
-                f"could not write {destination}: {error} ({free / 1e9:.2f} GB free); nothing was left behind"
-            ) from error
-        except BaseException:
-            _delete_own(own, unfinished)
-            raise
-        finally:
-            if own >= 0:
-                os.close(own)
-        return written
-
 
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _named(directory: Path, patterns: Iterable[str]) -> list[Path]:
+def files_named(directory: Path, patterns: Iterable[str]) -> list[Path]:
     """The files of a folder whose names fit one of the glob patterns, in order."""
     return sorted({file for pattern in patterns for file in directory.glob(pattern) if file.is_file()})
 
 
-def _is_own(opened: int, folder: Path) -> bool:
-    """Whether a folder is the one that was opened, not another process's of the same name."""
-    return opened >= 0 and folder.is_dir() and os.path.samestat(os.fstat(opened), folder.stat())
-
-
-def _check_own(opened: int, folder: Path) -> None:
-    if not _is_own(opened, folder):
-        raise CheckpointError(f"another process is saving into {folder}: let it end, or give another folder")
-
-
-def _delete_own(opened: int, folder: Path) -> None:
-    if _is_own(opened, folder):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a checkpoint's file; CheckpointError where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -434,30 +346,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _clean_tokenizer_config(path: Path) -> None:
-    """Take out of a tokenizer's config where it was once loaded from, as transformers does when it saves one, and an
-    auto_map whose code was not copied: its class is transformers' own then."""
-    if not path.is_file():
-        return
-    values = _read_json(path)
-    dropped = set(values) & {"name_or_path", "special_tokens_map_file", "tokenizer_file"}
-    if "auto_map" in values and names_absent_code(values["auto_map"], path.parent):
-        dropped.add("auto_map")
-    if dropped:
-        _write_json(path, {key: value for key, value in values.items() if key not in dropped})
-
-
 def _weight_files(directory: Path) -> list[Path]:
     index, single = directory / WEIGHT_INDEX, directory / "model.safetensors"
     # In transformers' order. Mistral's folders have the same weights once more in consolidated.safetensors.
     if single.is_file():
         files = [single]
     elif index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index} cannot be read: it has no weight_map; fetch it again")
         if strange := [name for name, file in weight_map.items() if not isinstance(file, str)]:
@@ -477,46 +372,3 @@ def _weight_files(directory: Path) -> list[Path]:
         hint = f"; {others[0]} is a pickle, which raymerge never loads: convert it to safetensors" if others else ""
         raise CheckpointError(f"{directory} has no .safetensors weights{hint}")
     return files
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    # NaN is both the least and the greatest. 0.04 s for 467 MB of bfloat16, where isfinite takes seconds and a copy.
-    return all(math.isfinite(value.item()) for value in torch.aminmax(tensor))
-
-
-def _write_shards(layout: Layout, tensors: Iterable[tuple[str, Tensor]], directory: Path) -> int:
-    """Write tensors into files of at most 5 GB, laid out beforehand, and return their bytes.
-
-    A single file gets the plain name and no index.
-    """
-    shards: list[Layout] = [{}]
-    held = total = 0
-    for name, (kind, shape) in layout.items():
-        size = math.prod(shape) * ITEM_BYTES[kind]
-        if shards[-1] and held + size > _SHARD_BYTES:
-            shards.append({})
-            held = 0
-        shards[-1][name] = kind, shape
-        held, total = held + size, total + size
-    names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-    with ExitStack() as stack:
-        opened = {
-            file: stack.enter_context(OpenTensorFile(directory / file, shard, {"format": "pt"}))
-            for file, shard in zip(names, shards, strict=True)
-        }
-        for name, tensor in tensors:
-            if not _is_finite(tensor):
-                raise CheckpointError(
-                    f"{name} of the merged model holds values that {tensor.dtype} cannot: nothing was saved; merge a "
-                    "checkpoint stored in bfloat16 or float32"
-                )
-            opened[weight_map[name]].write(name, tensor)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(directory / WEIGHT_INDEX, index)
-    return total

@@ -216,14 +216,14 @@ def retrieve(
 
     trunk: start from its cached states where the plan leaves it as it is.
     """
-    rows, logits = [], []
+    vocabulary, rows, logits = runner.vocabulary, [], []
     for state in merged_states(runner, plan, shard, trunk):
         of_group, last = state.last()
-        hidden = runner.normalise(last)
+        hidden = vocabulary.normalise(last)
         ids = torch.from_numpy(prompts.options[of_group])
-        table = runner.unembedding_rows(ids.flatten()).unflatten(0, ids.shape)
+        table = vocabulary.unembedding_rows(ids.flatten()).unflatten(0, ids.shape)
         rows += of_group
-        logits.append(runner.capped(torch.einsum("nd,nod->no", hidden, table)).cpu().numpy())
+        logits.append(vocabulary.capped(torch.einsum("nd,nod->no", hidden, table)).cpu().numpy())
     found = np.concatenate(logits)
     return Retrieved(np.array(rows, dtype=np.int64), found, found.argmax(1) == prompts.answers[rows])
 

@@ -103,9 +103,10 @@ def answer_shard(
         else:
             losses.append(np.full(len(lengths), np.nan))
     # The groups together: converting the vocabulary costs the same for a question as for a hundred.
-    hidden = runner.normalise(torch.cat(lasts))
-    logits = runner.capped(hidden @ runner.unembedding_rows(list(prompts.letters)).T)
-    logsumexp, top = runner.vocabulary(hidden)
+    vocabulary = runner.vocabulary
+    hidden = vocabulary.normalise(torch.cat(lasts))
+    logits = vocabulary.capped(hidden @ vocabulary.unembedding_rows(list(prompts.letters)).T)
+    logsumexp, top = vocabulary.logsumexp_and_top(hidden)
     is_letter = torch.isin(top.cpu(), torch.tensor(prompts.letters)).numpy()
     columns = logits.cpu().numpy(), logsumexp.cpu().numpy(), is_letter
     return Answers.join([Answers(np.array(rows), *columns, np.concatenate(losses), np.concatenate(tokens))])
@@ -198,12 +199,12 @@ def _scored(state: GroupStates, skip: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def _token_nll(runner: LayerRunner, states: Tensor, targets: Tensor) -> np.ndarray:
     """(N,) float64 negative log-likelihood in nats of each target given the state before it."""
-    parts = []
+    vocabulary, parts = runner.vocabulary, []
     for start in range(0, len(targets), _TEXT_TOKENS):
-        hidden = runner.normalise(states[start : start + _TEXT_TOKENS])
-        rows = runner.unembedding_rows(targets[start : start + _TEXT_TOKENS])
-        logsumexp, _ = runner.vocabulary(hidden)
-        parts.append((logsumexp.double() - runner.capped((hidden * rows).sum(-1)).double()).cpu().numpy())
+        hidden = vocabulary.normalise(states[start : start + _TEXT_TOKENS])
+        rows = vocabulary.unembedding_rows(targets[start : start + _TEXT_TOKENS])
+        logsumexp, _ = vocabulary.logsumexp_and_top(hidden)
+        parts.append((logsumexp.double() - vocabulary.capped((hidden * rows).sum(-1)).double()).cpu().numpy())
     return np.concatenate(parts)
 
 

@@ -20,14 +20,16 @@ from torch import Tensor
 from torch.func import functional_call
 
 from raymerge.alignment import Aligner, AlignmentError
-from raymerge.architectures import NO_ROTARY, module_layer
+from raymerge.architectures import module_layer
 from raymerge.checkpoint import Checkpoint
 from raymerge.device import attempt, device_memory, is_accelerator, moved
+from raymerge.families import NO_ROTARY
 from raymerge.fusion import Refits, fused_layer
-from raymerge.memory import VOCABULARY_ROWS, LayerSize, keeps_layer, plan_batches
+from raymerge.memory import LayerSize, keeps_layer, plan_batches
 from raymerge.plan import MergePlan
 from raymerge.prompts import Group, Shard
 from raymerge.quantisation import quantise_layer
+from raymerge.vocabulary import Vocabulary
 
 _BATCH_TOKENS = 2048  # padded tokens of the sequences run together on a CPU, where more gains nothing
 # What one more call of a layer costs: so many tokens (matrices of few rows multiply slower, on a GPU far slower), and
@@ -97,10 +99,10 @@ Layer = tuple[int, Callable[[], dict[str, Tensor]]]
 
 
 class LayerRunner:
-    """Runs a checkpoint's embedding, decoder layers and unembedding on `device` in `dtype`.
+    """Runs a checkpoint's decoder layers on `device` in `dtype`; `vocabulary` is what lies before and after them.
 
-    On an accelerator, embedding and unembedding stay in its memory, and so do layers while half of it is free; batches
-    are as large as `memory.plan_batches` says, and one that runs out of memory is run in halves.
+    On an accelerator, layers stay in its memory while half of it is free; batches are as large as `memory.plan_batches`
+    says, and one that runs out of memory is run in halves.
     aligner: where plans that align layers take permutations from; by default one that computes what it is asked for.
     quantise: round the matrices of every layer, merged ones after merging, to int8 or int4 (see `quantisation`).
     """
@@ -126,7 +128,6 @@ class LayerRunner:
         arch, config = checkpoint.architecture, checkpoint.config
         # SDPA has no softcap, and transformers' use of it leaves one out.
         self.attention_softcap: float | None = arch.attention_softcap and getattr(config, arch.attention_softcap)
-        self.logit_softcap: float | None = arch.logit_softcap and getattr(config, arch.logit_softcap)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config),  # from_config writes the compute dtype into it
@@ -138,20 +139,13 @@ class LayerRunner:
         # transformers 5.24 renamed the argument, and warns of the old name.
         accepted = inspect.signature(self.modules[0].forward).parameters
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
-        self._norm = skeleton.model.norm
+        self.vocabulary = Vocabulary(checkpoint, skeleton.model.norm, device=self.device, dtype=self.dtype)
         # Rotary frequencies are computed, not stored: they must not stay on the meta device.
         self._rotary = type(skeleton.model.rotary_emb)(config=config).to(self.device)
-        self._embedding_scale: float | Tensor | None = None
-        if arch.scaled_embedding:  # transformers rounds the root to the compute dtype first
-            self._embedding_scale = torch.tensor(config.hidden_size**0.5).to(self.dtype)
-        elif arch.embedding_multiplier:
-            self._embedding_scale = getattr(config, arch.embedding_multiplier)
-        #: What the layers multiply a block's output by, and what logits are divided by.
+        #: What the layers multiply a block's output by.
         self.residual_multiplier: float = getattr(config, arch.residual_multiplier) if arch.residual_multiplier else 1.0
-        self._logit_divisor: float = getattr(config, arch.logit_divisor) if arch.logit_divisor else 1.0
         self._resident: dict[int, dict[str, Tensor]] = {}
         self._fused: tuple[MergePlan | None, dict[int, dict[str, Tensor]]] = (None, {})
-        self._tables: dict[str, Tensor] = {}
 
     @cached_property
     def layer_size(self) -> LayerSize:
@@ -206,17 +200,6 @@ class LayerRunner:
         """Give up the layers that are kept on an accelerator; they are converted again when they are needed."""
         self._resident.clear()
         self._fused = (None, {})
-
-    def _table(self, name: str) -> Tensor:
-        """A matrix (vocabulary, d) in the stored dtype: on an accelerator a copy that stays, else mapped from disk."""
-        if not self.accelerated:
-            return self.checkpoint[name]
-        if name == self.checkpoint.architecture.unembedding and name not in set(iter(self.checkpoint)):
-            name = self.checkpoint.architecture.embedding  # tied, and held once
-        if name not in self._tables:
-            with torch.inference_mode(False):  # gradients are taken through it as well
-                self._tables[name] = self.checkpoint[name].to(self.device)
-        return self._tables[name]
 
     @property
     def identity(self) -> list[str]:
@@ -301,12 +284,7 @@ class LayerRunner:
 
     def embed(self, shard: Shard) -> list[GroupStates]:
         """The states that enter layer 0."""
-        return [self._layout(group, self._rows_of_embedding) for group in shard.groups]
-
-    def _rows_of_embedding(self, ids: np.ndarray, _start: int) -> Tensor:
-        table = self._table(self.checkpoint.architecture.embedding)
-        rows = table[torch.from_numpy(np.ascontiguousarray(ids)).to(table.device)].to(self.device, self.dtype)
-        return rows if self._embedding_scale is None else rows * self._embedding_scale
+        return [self._layout(group, lambda ids, _start: self.vocabulary.embedded(ids)) for group in shard.groups]
 
     def from_packed(self, shard: Shard, packed: list[tuple[Tensor, Tensor]]) -> list[GroupStates]:
         """The inverse of `pack`: states laid out in batches again."""
@@ -317,30 +295,35 @@ class LayerRunner:
         return states
 
     def _layout(self, group: Group, states_of: Callable[[np.ndarray, int], Tensor]) -> GroupStates:
-        """Batches of similar lengths; `states_of(ids, start)` gives the states of ids packed from `start` on."""
+        """A group's states in padded batches; `states_of(ids, start)` gives those of ids packed from `start` on."""
         prefix = states_of(group.prefix, 0)[None]
         starts = len(group.prefix) + np.concatenate([[0], np.cumsum([len(ids) for ids in group.sequences])])
-        order = sorted(range(len(group.sequences)), key=lambda i: len(group.sequences[i]))
-        batches, members, own = [], [], 0
-        most, attended = self._limits
-
-        def close() -> None:
+        batches = []
+        for members in self._batched(group):
             lengths = [len(group.sequences[i]) for i in members]
             padded = prefix.new_zeros(len(members), max(lengths), prefix.shape[-1])
             for row, i in enumerate(members):
                 padded[row, : lengths[row]] = states_of(group.sequences[i], int(starts[i]))
-            batches.append((list(members), lengths, padded))
-
-        for i in order:
-            count, length = len(members) + 1, len(group.sequences[i])
-            too_many = count * length > most or count * (len(group.prefix) + length) > attended
-            if members and (too_many or count * length - (own + length) > self._call_tokens):
-                close()
-                members, own = [], 0
-            members.append(i)
-            own += length
-        close()
+            batches.append((members, lengths, padded))
         return GroupStates(group, prefix, batches)
+
+    def _batched(self, group: Group) -> list[list[int]]:
+        """The group's sequences, by number, as they are run together: the shortest first, as many as fit into a batch
+        and as cost less padded than run in a batch of their own."""
+        lengths = [len(ids) for ids in group.sequences]
+        most, attended = self._limits
+        batches: list[list[int]] = [[]]
+        own = 0  # tokens of the last batch, without its padding
+        for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+            count, length = len(batches[-1]) + 1, lengths[i]
+            too_many = count * length > most or count * (len(group.prefix) + length) > attended
+            too_padded = count * length - (own + length) > self._call_tokens
+            if batches[-1] and (too_many or too_padded):
+                batches.append([])
+                own = 0
+            batches[-1].append(i)
+            own += length
+        return batches
 
     @property
     def _limits(self) -> tuple[float, float]:
@@ -463,65 +446,6 @@ class LayerRunner:
             },
         )
         return out[0] if isinstance(out, tuple) else out
-
-    def normalise(self, x: Tensor) -> Tensor:
-        """The final norm, in float32: (…, d) to (…, d) float32, divided by what the family divides its logits by, which
-        are then products with the unembedding's rows in every family."""
-        normalised = functional_call(self._norm, {"weight": self._final_gain}, (x.float(),))
-        return normalised if self._logit_divisor == 1.0 else normalised / self._logit_divisor
-
-    @cached_property
-    @torch.inference_mode(False)
-    def _final_gain(self) -> Tensor:
-        return self.checkpoint[self.checkpoint.architecture.final_norm].to(self.device, torch.float32)
-
-    def capped(self, logits: Tensor) -> Tensor:
-        """Logits as the model gives them, of products of states and the unembedding's rows."""
-        cap = self.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    def unembedding_rows(self, ids: Tensor | list[int]) -> Tensor:
-        """Rows (n, d) float32 of the unembedding matrix."""
-        table = self._table(self.checkpoint.architecture.unembedding)
-        return table[torch.as_tensor(ids).to(table.device)].to(self.device, torch.float32)
-
-    def vocabulary(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
-        """logsumexp (n,) float32 and the most probable token (n,) over the whole vocabulary.
-
-        In float32, converting a part of the unembedding at a time: bfloat16 logits tie (3 of 48 in a prototype).
-        """
-        table = self._table(self.checkpoint.architecture.unembedding)
-        total = best = top = None
-        for start in range(0, table.shape[0], VOCABULARY_ROWS):
-            logits = self.capped(normalised @ table[start : start + VOCABULARY_ROWS].to(self.device, torch.float32).T)
-            part, (value, token) = torch.logsumexp(logits, -1), logits.max(-1)
-            if total is None:
-                total, best, top = part, value, token
-                continue
-            total, better = torch.logaddexp(total, part), value > best
-            best, top = torch.where(better, value, best), torch.where(better, token + start, top)
-        return total, top
-
-    def vocabulary_mean(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
-        """logsumexp (n,) float32 over the whole vocabulary, and the unembedding's mean row (n, d) float32 under its
-        softmax: the gradient of the first by `normalised`. Where logits are capped, each row counts by the cap's slope.
-
-        One pass over the unembedding, as `vocabulary`; what is summed so far is scaled by the largest logit so far.
-        """
-        table = self._table(self.checkpoint.architecture.unembedding)
-        top = normalised.new_full((len(normalised), 1), -torch.inf)
-        total, weighted = torch.zeros_like(top), torch.zeros_like(normalised)
-        for start in range(0, table.shape[0], VOCABULARY_ROWS):
-            rows = table[start : start + VOCABULARY_ROWS].to(self.device, torch.float32)
-            logits = self.capped(normalised @ rows.T)
-            higher = torch.maximum(top, logits.amax(-1, keepdim=True))
-            slope = None if self.logit_softcap is None else 1.0 - (logits / self.logit_softcap).square()
-            scale, exponentials = torch.exp(top - higher), logits.sub_(higher).exp_()
-            total = total * scale + exponentials.sum(-1, keepdim=True)
-            exponentials = exponentials if slope is None else exponentials.mul_(slope)
-            weighted = (weighted * scale).addmm_(exponentials, rows)
-            top = higher
-        return (total.log() + top)[:, 0], weighted / total
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:

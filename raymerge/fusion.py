@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from raymerge.alignment import REORDERED, Aligner, fuse_rows, layer_tensors
-from raymerge.architectures import NO_ROTARY, Architecture, Permutations, source_tensor
+from raymerge.architectures import Architecture, Permutations, source_tensor
 from raymerge.checkpoint import Checkpoint
+from raymerge.families import NO_ROTARY
 from raymerge.plan import KeptLayer, MergePlan, PlanError
 
 ALIGNMENTS = ("none", "rows", *REORDERED)

@@ -14,6 +14,7 @@ from torch import Tensor
 import raymerge
 from raymerge import hub, rows
 from raymerge.alignment import Aligner
+from raymerge.alpha_files import alpha_file_text, read_alpha_file
 from raymerge.card import model_card
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import CalibrationConfig
@@ -21,11 +22,12 @@ from raymerge.forward import LayerRunner
 from raymerge.fusion import Refits, check_mergeable, fused_tensors, receipts
 from raymerge.identity import digest, without_folders, without_secrets
 from raymerge.mergekit import NotExpressible, mergekit_yaml
-from raymerge.plan import KeptLayer, MergePlan, PlanError, Refit, alpha_file_text, read_alpha_file
+from raymerge.plan import KeptLayer, MergePlan, PlanError, Refit
 from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import encode_text
 from raymerge.proof import check_proof, proof_finished, prove
 from raymerge.refit import Refitter, check_refittable
+from raymerge.saving import save_checkpoint
 from raymerge.storage import Storage
 from raymerge.texts import read_plain_text
 
@@ -153,7 +155,8 @@ def save_merged(
         record["mergekit"] = str(error)
     layers = sum(len(checkpoint.layer_tensors(layer)) for layer in range(plan.n_layers))
     total = len(checkpoint) - layers + sum(len(checkpoint.layer_tensors(kept.index)) for kept in plan.kept)
-    written = checkpoint.save(
+    written = save_checkpoint(
+        checkpoint,
         _counted(fused_tensors(checkpoint, architecture, plan, aligner=aligner, refits=refits), total, progress),
         [kept.index for kept in plan.kept],
         folder,

@@ -248,24 +248,27 @@ def score_answers(
     if not np.isfinite(logits).all() or not (text_nll is None or math.isfinite(text_nll)):
         return Score(math.nan, math.nan, math.nan, None if text_nll is None else math.nan)
     correct, nll = logits.argmax(-1) == answers, answer_nll(logits, answers)
+
+    def measured(measure: str, own: np.ndarray) -> float:
+        """One measure, over the questions that `own` chooses; macro_accuracy and text_nll take no such choice."""
+        if measure == "text_nll":
+            return text_nll
+        if measure == "answer_nll":
+            return float(nll[own].mean())
+        if measure == "answer_kl":
+            if reference is None:
+                raise ValueError(f"objective {objective} needs the unmerged model's answers")
+            return float(answer_kl(reference[own], logits[own]).mean())
+        if measure == "macro_accuracy":
+            names, which = np.unique(subjects, return_inverse=True)
+            shares = np.bincount(which, weights=correct) / np.bincount(which, minlength=len(names))
+            return float(shares.mean())
+        return float(correct[own].mean())
+
     value = 0.0
     for term in parsed.terms:
         own = _of(term.subjects, subjects, objective) if term.subjects else np.ones(len(subjects), dtype=bool)
-        if term.measure == "text_nll":
-            found = text_nll
-        elif term.measure == "answer_nll":
-            found = float(nll[own].mean())
-        elif term.measure == "answer_kl":
-            if reference is None:
-                raise ValueError(f"objective {objective} needs the unmerged model's answers")
-            found = float(answer_kl(reference[own], logits[own]).mean())
-        elif term.measure == "macro_accuracy":
-            names, which = np.unique(subjects, return_inverse=True)
-            shares = np.bincount(which, weights=correct) / np.bincount(which, minlength=len(names))
-            found = float(shares.mean())
-        else:
-            found = float(correct[own].mean())
-        value += term.weight * found
+        value += term.weight * measured(term.measure, own)
     if ceiling is not None:
         value = _held_to(ceiling, parsed, value, text_nll)
     return Score(value, float(correct.mean()), float(nll.mean()), None if text_nll is None else perplexity(text_nll))

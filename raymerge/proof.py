@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from raymerge.alignment import Aligner
-from raymerge.architectures import ArchitectureError, attention_windows, rotary_types
+from raymerge.architectures import ArchitectureError
 from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.errors import UserError
+from raymerge.families import attention_windows, rotary_types
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Refits
 from raymerge.memory import VOCABULARY_ROWS
@@ -65,26 +66,20 @@ def prove(
     Logits of PROMPTS, which are shorter than most attention windows; so each layer's window and rotary embedding are
     compared as the saved config has them. Tensors of the base that are no model's, as a reward head's, are left aside.
     passed; finished: whether the fresh process came to an end of its own, with room for what it found; max_difference,
-    tolerance and largest_logit (logits); positions, and predictions_equal (how many of them have the same most probable
-    token); generated_tokens and generated_text of NEW_TOKENS greedy tokens; seconds, peak_bytes of the fresh process;
-    error: why it did not pass, else None. Nothing is raised for a model that does not pass (`check_proof` does), and
-    nothing is deleted.
-
-    tolerance: both sides add the same products in another order. The sum of n products of float32 has a rounding error
-    near sqrt(n) u, u = 2^-24, of the sum's own size (Higham and Mary 2019, doi:10.1137/18M1226312); with n the longest
-    row of any matrix and 4 (L + 1) products that follow one another, errors that add up without cancelling give
-    4 (L + 1) sqrt(n) u of the largest logit. A weight rounded otherwise (2^-9 in bfloat16) is far above that.
+    tolerance (see `_tolerance`) and largest_logit (logits); positions, and predictions_equal (how many of them have the
+    same most probable token); generated_tokens and generated_text of NEW_TOKENS greedy tokens; seconds, peak_bytes of
+    the fresh process; error: why it did not pass, else None.
+    Nothing is raised for a model that does not pass (`check_proof` does), and nothing is deleted.
     """
     began = time.monotonic()
     texts, ids = _prompts(checkpoint)
     expected = _layerwise_logits(checkpoint, plan, ids, aligner, refits)
     largest = max(float(logits.abs().max()) for logits in expected)
-    layers = len(plan.kept)
     record: dict[str, Any] = {
         "passed": False,
         "finished": True,
         "max_difference": None,
-        "tolerance": _PRODUCTS * (layers + 1) * math.sqrt(_longest_row(checkpoint)) * _ROUNDOFF * largest,
+        "tolerance": _tolerance(checkpoint, len(plan.kept), largest),
         "largest_logit": largest,
         "positions": sum(map(len, ids)),
         "predictions_equal": None,
@@ -166,13 +161,24 @@ def _layerwise_logits(
     empty = np.empty(0, dtype=np.int64)
     shard = Shard(tuple(Group("", empty, (sequence,), (row,)) for row, sequence in enumerate(ids)))
     states = runner.run(runner.embed(shard), runner.plan_layers(plan))
-    hidden = [runner.normalise(state.batches[0][2][0]) for state in states]
+    hidden = [runner.vocabulary.normalise(state.batches[0][2][0]) for state in states]
     vocabulary = checkpoint[checkpoint.architecture.unembedding].shape[0]
     chunks = []
     for start in range(0, vocabulary, VOCABULARY_ROWS):
-        rows = runner.unembedding_rows(torch.arange(start, min(start + VOCABULARY_ROWS, vocabulary)))
-        chunks.append([runner.capped(x @ rows.T) for x in hidden])
+        rows = runner.vocabulary.unembedding_rows(torch.arange(start, min(start + VOCABULARY_ROWS, vocabulary)))
+        chunks.append([runner.vocabulary.capped(x @ rows.T) for x in hidden])
     return [torch.cat(parts, dim=-1) for parts in zip(*chunks, strict=True)]
+
+
+def _tolerance(checkpoint: Checkpoint, layers: int, largest_logit: float) -> float:
+    """By how much the logits of the same model of so many layers may differ, of which the largest is given.
+
+    Both sides add the same products in another order. The sum of n products of float32 has a rounding error near
+    sqrt(n) u, u = 2^-24, of the sum's own size (Higham and Mary 2019, doi:10.1137/18M1226312); with n the longest row
+    of any matrix and 4 (L + 1) products that follow one another, errors that add up without cancelling give
+    4 (L + 1) sqrt(n) u of the largest logit. A weight rounded otherwise (2^-9 in bfloat16) is far above that.
+    """
+    return _PRODUCTS * (layers + 1) * math.sqrt(_longest_row(checkpoint)) * _ROUNDOFF * largest_logit
 
 
 def _longest_row(checkpoint: Checkpoint) -> int:

@@ -1,4 +1,4 @@
-"""The frozen trunk: score thousands of merges for the price of one.
+"""Scoring thousands of merges for little more than the price of one: plans in, answers to every question out.
 
 All candidates of a search share the layers before the first merged one. Their states are computed once, kept on disk
 by content, and for each candidate only what follows is run. After a tail merge that is one layer, of which only the
@@ -92,7 +92,7 @@ class TailScorer:
                 fits, self.layer = attempt(lambda: laid_out(replace(plan, states="host", keys="recompute")))
             if not fits:
                 raise no_room(size, work, device_free=device_memory(self.runner.device).free, host_free=room)
-        self._letters = self.runner.unembedding_rows(list(prompts.letters))
+        self._letters = self.runner.vocabulary.unembedding_rows(list(prompts.letters))
 
     @property
     def plan(self) -> ScoringPlan:
@@ -176,7 +176,8 @@ class TailScorer:
         (hidden,) = self._hidden_of([plan])
         # A CPU converts the unembedding for every part.
         parts = hidden.split(VOCABULARY_QUESTIONS) if self.runner.accelerated else (hidden,)
-        logsumexp, top = (torch.cat(values) for values in zip(*map(self.runner.vocabulary, parts), strict=True))
+        summed = [self.runner.vocabulary.logsumexp_and_top(part) for part in parts]
+        logsumexp, top = (torch.cat(values) for values in zip(*summed, strict=True))
         found = (self._answers(hidden), logsumexp, top)
         logits, logsumexp, top = (self._unsort(values).cpu() for values in found)
         return logits, logsumexp, top
@@ -317,7 +318,7 @@ class TailScorer:
         return self._unsort(self._answers(self.layer.hidden(weights, rest)))
 
     def _answers(self, hidden: Tensor) -> Tensor:
-        return self.runner.capped(hidden @ self._letters.T)
+        return self.runner.vocabulary.capped(hidden @ self._letters.T)
 
     def _unsort(self, values: Tensor) -> Tensor:
         return values[self.layer.states.layout.question_order]

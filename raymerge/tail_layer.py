@@ -99,7 +99,7 @@ class TailLayer:
         """What follows attention, to the final norm, for some of the questions."""
         out = self._product(attended, weights["self_attn.o_proj.weight"], weights.get("self_attn.o_proj.bias"))
         x = last + self._leaving("self_attn", out, weights)
-        return self.runner.normalise(x + self._leaving("mlp", self._mlp(x, weights), weights))
+        return self.runner.vocabulary.normalise(x + self._leaving("mlp", self._mlp(x, weights), weights))
 
     def _product(self, x: Tensor, matrix: Tensor, bias: Tensor | None, *, narrow: bool = False) -> Tensor:
         """A linear map in the compute dtype, its bias added in float32; float32.

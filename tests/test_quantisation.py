@@ -7,9 +7,9 @@ import pytest
 import tiny
 import torch
 
-from raymerge.architectures import architecture_of
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import load_config
+from raymerge.families import architecture_of
 from raymerge.inputs import SEARCH
 from raymerge.plan import base_plan, tail_plan
 from raymerge.quantisation import QuantisationError, quantise_layer, quantised_bytes

@@ -8,9 +8,8 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from raymerge.architectures import NO_ROTARY, attention_windows, rotary_types
 from raymerge.checkpoint import Checkpoint
-from raymerge.fusion import fused_tensors
+from raymerge.families import NO_ROTARY, attention_windows, rotary_types
 from raymerge.plan import drop_plan, tail_plan
 from raymerge.saved_config import saved_config, trimmed_config
 
@@ -45,8 +44,7 @@ def as_transformers_4(values):
 
 def saved(folder, plan, out):
     checkpoint = Checkpoint(str(folder))
-    kept = [layer.index for layer in plan.kept]
-    checkpoint.save(fused_tensors(checkpoint, checkpoint.architecture, plan), kept, out)
+    tiny.save_merge(checkpoint, plan, out)
     return read_config(out)
 
 
@@ -175,3 +173,51 @@ def test_code_that_is_not_copied_is_not_named(tmp_path):
     path.write_text(elsewhere)
     saved(folder, drop_plan(5, 2), tmp_path / "again")
     assert (tmp_path / "again" / path.name).read_text() == elsewhere
+
+
+def test_trimmed_config_keeps_the_entries_of_the_kept_layers():
+    values = {
+        "num_hidden_layers": 4,
+        "layer_types": ["a", "b", "c", "d"],
+        "no_rope_layers": (1, 0, 1, 0),
+        "mlp_layer_types": ["x", "y", "z", "w"],
+        "eos_token_id": [1, 2, 3, 4],  # as long as the layers are many, but no per-layer list
+        "some_layers": [1, 2],  # names layers, but is not one entry a layer
+        "max_window_layers": 3,
+        "layer_norm_eps": 1e-5,
+        "hidden_size": 8,
+    }
+    before = copy.deepcopy(values)
+    assert trimmed_config(values, [0, 3]) == {
+        "num_hidden_layers": 2,
+        "layer_types": ["a", "d"],
+        "no_rope_layers": [1, 0],
+        "mlp_layer_types": ["x", "w"],
+        "eos_token_id": [1, 2, 3, 4],
+        "some_layers": [1, 2],
+        "max_window_layers": 1,
+        "layer_norm_eps": 1e-5,
+        "hidden_size": 8,
+    }
+    assert values == before
+
+
+def test_a_trimmed_config_has_the_windows_of_the_kept_layers():
+    config = tiny.config_of("qwen2_windows")
+    trimmed = type(config).from_dict(trimmed_config(config.to_dict(), [0, 1, 4]))
+    assert attention_windows(trimmed) == [None, None, 40]
+    assert trimmed.max_window_layers == 2 and trimmed.layer_types.count("full_attention") == 2
+
+
+def test_a_sliding_window_pattern_stays_only_where_the_kept_layers_follow_it():
+    """Gemma 3's published configs hold it instead of layer types; a reader of either finds the kept layers."""
+    config = AutoConfig.for_model("gemma3_text", num_hidden_layers=7, sliding_window=9, sliding_window_pattern=3)
+    assert attention_windows(config) == [9, 9, None, 9, 9, None, 9]
+    for kept, follows in (([0, 1, 2, 3], True), ([0, 1, 3, 4, 5], False), ([3, 4, 5, 6], True), ([2, 3], False)):
+        values = trimmed_config(config.to_dict(), kept)
+        assert ("sliding_window_pattern" in values) == follows
+        trimmed = type(config).from_dict(values)
+        assert attention_windows(trimmed) == [attention_windows(config)[layer] for layer in kept]
+        bare = {key: value for key, value in values.items() if key != "layer_types"}
+        if follows:
+            assert type(config).from_dict(bare).layer_types == trimmed.layer_types

@@ -26,7 +26,6 @@ import raymerge.tensorfiles
 from raymerge.checkpoint import Checkpoint
 from raymerge.evaluation import Answers, answer_shard
 from raymerge.forward import LayerRunner
-from raymerge.fusion import fused_tensors
 from raymerge.plan import MergePlan, MergeStep, PlanError, base_plan, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import Group, Prompts, Shard, encode_questions
 from raymerge.scoring import TailScorer
@@ -318,8 +317,7 @@ def test_bfloat16_candidates_are_rounded_as_saving_does(tmp_path, questions):
     trunk = TrunkCache(runner, N - 3, tmp_path / "cache")
     for plan in (found(0.5, 0.25), found(0.75, 0.5, biases="merge"), before_last_plan(N, 2)):
         destination = tmp_path / plan.plan_id("x")
-        kept = [layer.index for layer in plan.kept]
-        checkpoint.save(fused_tensors(checkpoint, checkpoint.architecture, plan), kept, destination)
+        tiny.save_merge(checkpoint, plan, destination)
         saved = AutoModelForCausalLM.from_pretrained(destination, dtype=torch.float64, **tiny.PLAIN)
         expected, *_ = tiny.plain_answers(saved, whole, prompts.letters)
         same_answers(TailScorer(trunk, prompts).score(plan)[0], expected)

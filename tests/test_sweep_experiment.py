@@ -5,11 +5,12 @@ import pyarrow.compute as pc
 import pytest
 
 from raymerge import experiments, summary
+from raymerge.alpha_files import alpha_file_text
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
 from raymerge.experiments import evaluate, import_similarity, planning, sweep
 from raymerge.merging import merge
-from raymerge.plan import PlanError, alpha_file_text, block_plan, drop_block_plan, tail_plan
+from raymerge.plan import PlanError, block_plan, drop_block_plan, tail_plan
 from raymerge.progress import Silent
 from raymerge.report.build import run_sections
 from raymerge.tables import RunDirectory

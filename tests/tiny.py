@@ -13,10 +13,12 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from raymerge.architectures import ARCHITECTURES, permute_tensor
+from raymerge.architectures import permute_tensor
 from raymerge.demo import MODEL_PATH
+from raymerge.families import ARCHITECTURES
 from raymerge.fusion import fused_tensors
 from raymerge.questions import LETTERS, Question, QuestionSet
+from raymerge.saving import save_checkpoint
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 N_LAYERS = 5
@@ -371,6 +373,12 @@ def whole_prompts(questions, tokenizer, *, bos=None):
 def fuse_state_dict(base, architecture, plan, *, aligner=None):
     """The merged model's whole state dict."""
     return dict(fused_tensors(base, architecture, plan, aligner=aligner))
+
+
+def save_merge(checkpoint, plan, destination, **options):
+    """The model that a plan makes of a checkpoint, saved; returns what `save_checkpoint` does."""
+    tensors = fused_tensors(checkpoint, checkpoint.architecture, plan)
+    return save_checkpoint(checkpoint, tensors, [layer.index for layer in plan.kept], destination, **options)
 
 
 def permute_layer(architecture, layer, permutations):

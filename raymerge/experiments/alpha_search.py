@@ -17,6 +17,7 @@ import numpy as np
 
 from raymerge import rows
 from raymerge.alignment import REORDERED, Aligner
+from raymerge.alpha_files import read_alpha_file
 from raymerge.card import search_results
 from raymerge.config import Config, ConfigError, PlanConfig
 from raymerge.evaluation import Answers
@@ -61,7 +62,6 @@ from raymerge.plan import (
     before_last_plan,
     drop_block_plan,
     drop_plan,
-    read_alpha_file,
     tail_coefficients,
 )
 from raymerge.pool import WorkerPool

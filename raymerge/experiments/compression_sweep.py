@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from raymerge.alpha_files import read_alpha_file
 from raymerge.config import BLOCK_METHODS, Config, ConfigError
 from raymerge.experiments.common import (
     Inputs,
@@ -48,7 +49,6 @@ from raymerge.plan import (
     drop_block_plan,
     drop_plan,
     pairs_plan,
-    read_alpha_file,
     tail_pairs,
 )
 from raymerge.pool import WorkerPool

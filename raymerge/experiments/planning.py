@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from raymerge import findings
+from raymerge.alpha_files import read_alpha_file
 from raymerge.config import Config, ConfigError, PlanConfig, parse_config
 from raymerge.experiments.common import Inputs, counted, describe_workers, open_pool, read_inputs
 from raymerge.heuristics import (
@@ -20,16 +21,7 @@ from raymerge.heuristics import (
     similar_block_scores,
 )
 from raymerge.inputs import CALIBRATION, SUBSETS, read_similarity
-from raymerge.plan import (
-    MergePlan,
-    PlanError,
-    block_pairs,
-    block_starts,
-    drop_block_plan,
-    pairs_plan,
-    read_alpha_file,
-    tail_pairs,
-)
+from raymerge.plan import MergePlan, PlanError, block_pairs, block_starts, drop_block_plan, pairs_plan, tail_pairs
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress
 from raymerge.tables import RunDirectory

@@ -285,22 +285,7 @@ def receipts(reached: Reached) -> Section:
             largest[row["plan_id"]] = row
     if not largest:
         return Section(title, (missing(run, "receipts"),))
-    rows = []
-    for plan_id, point in points.items():
-        if plan_id not in largest:
-            continue
-        row = largest[plan_id]
-        matrix, layer = tensor_name(row["tensor"])
-        rows.append(
-            {
-                "method": point["method"],
-                "variant": point["variant"],
-                "merges": point["merges"],
-                "relative": row["relative_change"],
-                "tensor": f"layer {layer} {matrix}",
-                "plan": point["plan"],
-            }
-        )
+    rows = [_receipt_of(point, largest[plan_id]) for plan_id, point in points.items() if plan_id in largest]
     methods = list(dict.fromkeys(point["method"] for point in points.values() if point["merges"]))
     still = sorted(
         {point["method"] for point in points.values() if point["plan_id"] not in largest and point["merges"]}
@@ -332,3 +317,16 @@ def receipts(reached: Reached) -> Section:
             ),
         ),
     )
+
+
+def _receipt_of(point: dict, receipt: dict) -> dict:
+    """What is drawn of one point's largest change, a row of `receipts`."""
+    matrix, layer = tensor_name(receipt["tensor"])
+    return {
+        "method": point["method"],
+        "variant": point["variant"],
+        "merges": point["merges"],
+        "relative": receipt["relative_change"],
+        "tensor": f"layer {layer} {matrix}",
+        "plan": point["plan"],
+    }

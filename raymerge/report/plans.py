@@ -6,7 +6,7 @@ from raymerge import findings, summary
 from raymerge.report import figures
 from raymerge.report.answer import LINKS, firm, in_words, told
 from raymerge.report.asked import command_of, sources
-from raymerge.report.content import Block, Fact, Facts, Figure, Rows, Section, Table, Text
+from raymerge.report.content import Block, Fact, Facts, Figure, Rows, Section, Table, Text, View
 from raymerge.report.reached import TEXT_TEST, Reached, chosen_layers, described, drawn, missing
 from raymerge.report.wording import (
     NONE,
@@ -272,41 +272,14 @@ def _overview(reached: Reached) -> list[Block]:
             ("perplexity_high", "to", ",.4~g"), ("answer_nll", "answer NLL", ".3f")]  # fmt: skip
     if not reached.asks:
         tips = [tips[0], *tips[4:7]]
-    always = _always_a(reached)
-    top, bottom = rows[0], rows[-1]
-    views = [
-        figures.intervals(
-            rows,
-            f"Accuracy of {len(rows)} plans with 95 % intervals, from {percent(top['accuracy'])} ({top['plan']}) to "
-            f"{percent(bottom['accuracy'])} ({bottom['plan']}).",
-            name="plan",
-            value="accuracy",
-            axis="accuracy",
-            form=".0%",
-            tips=tips,
-            title="Accuracy",
-            rule=None if always is None else (always, "always A"),
-        )
-    ] if reached.asks else []  # fmt: skip
-    known = [row for row in rows if row["perplexity"]]
-    if known:
-        least, most = (f(known, key=lambda row: row["perplexity"]) for f in (min, max))
-        views.append(
-            figures.named_values(
-                rows,
-                f"Perplexity on plain text with 95 % intervals, from {perplexity(least['perplexity'])} "
-                f"({least['plan']}) to {perplexity(most['perplexity'])} ({most['plan']}).",
-                name="plan",
-                value="perplexity",
-                axis="perplexity on plain text (log scale)",
-                tips=tips,
-                title="Perplexity, lower is better",
-                legend=not reached.asks,
-            )
-        )
+    views = {}
+    if reached.asks:
+        views["accuracy"] = _accuracies(rows, tips, _always_a(reached))
+    if any(row["perplexity"] for row in rows):
+        views["perplexity"] = _perplexities(rows, tips, legend=not reached.asks)
     if not views:
         return []
-    shown = [name for name, there in (("accuracy", reached.asks), ("perplexity", known)) if there]
+    shown = list(views)
     caption = (
         "Accuracy alone can hide a lost language model: a plan may pick the right letters and no longer predict text. "
         "The two panels have the same order. "
@@ -319,9 +292,43 @@ def _overview(reached: Reached) -> list[Block]:
         Figure(
             f"{' and '.join(shown).capitalize()} of every plan",
             caption,
-            tuple(views),
+            tuple(views.values()),
             Rows.of(rows, sources(reached.run, *shown, "plans")),
             command_of(reached.run),
             columns=len(views),
         )
     ]
+
+
+def _accuracies(rows: list[dict], tips: list[tuple], always: float | None) -> View:
+    """The panel of accuracies, of plans from the best to the worst; always: what the letter A alone would reach."""
+    top, bottom = rows[0], rows[-1]
+    return figures.intervals(
+        rows,
+        f"Accuracy of {len(rows)} plans with 95 % intervals, from {percent(top['accuracy'])} ({top['plan']}) to "
+        f"{percent(bottom['accuracy'])} ({bottom['plan']}).",
+        name="plan",
+        value="accuracy",
+        axis="accuracy",
+        form=".0%",
+        tips=tips,
+        title="Accuracy",
+        rule=None if always is None else (always, "always A"),
+    )
+
+
+def _perplexities(rows: list[dict], tips: list[tuple], *, legend: bool) -> View:
+    """The panel of perplexities, in the order of the rows, some of which may have none."""
+    known = [row for row in rows if row["perplexity"]]
+    least, most = (f(known, key=lambda row: row["perplexity"]) for f in (min, max))
+    return figures.named_values(
+        rows,
+        f"Perplexity on plain text with 95 % intervals, from {perplexity(least['perplexity'])} "
+        f"({least['plan']}) to {perplexity(most['perplexity'])} ({most['plan']}).",
+        name="plan",
+        value="perplexity",
+        axis="perplexity on plain text (log scale)",
+        tips=tips,
+        title="Perplexity, lower is better",
+        legend=legend,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from raymerge import findings, summary
@@ -148,38 +149,15 @@ def search(reached: Reached) -> Section:
     if not any(row["searcher"] != "controls" for row in judged):
         return Section(title, (missing(run, "trials"),))
     objective = judged[0]["objective"]
-    better = min if is_minimised(objective) else max
-    rows = []
-    for searcher in dict.fromkeys(row["searcher"] for row in judged):
-        if searcher == "controls":
-            continue
-        best = None
-        for row in sorted((r for r in judged if r["searcher"] == searcher), key=lambda r: r["iteration"]):
-            best = row["value"] if best is None else better(best, row["value"])
-            rows.append(
-                {
-                    "kind": "candidate",
-                    "searcher": searcher,
-                    "number": row["iteration"] + 1,
-                    "value": row["value"],
-                    "best": best,
-                    "label": "",
-                    "plan_id": row["plan_id"],
-                    "block": row["block"],
-                    "alphas": ", ".join(f"{alpha:.3f}" for alpha in row["alphas"]),
-                    "perplexity": row["perplexity"],
-                    "seconds": row["seconds"],
-                }
-            )
-    # the searchers proper come first: the accent is theirs
-    rows.sort(key=lambda row: row["searcher"] == "random")
-    candidates = list(rows)
+    candidates = _candidates(judged, min if is_minimised(objective) else max)
     controls = [row for row in judged if row["searcher"] == "controls"]
-    limits, far = _limits(rows, controls, is_minimised(objective))
-    empty = dict.fromkeys(rows[0], None)
+    limits, far = _limits(candidates, controls, is_minimised(objective))
+    empty = dict.fromkeys(candidates[0], None)
     named = [(reached.labels.get(row["plan_id"], row["plan_id"]), row["value"]) for row in controls]
-    for label, number in _together(named, list(limits or (row["value"] for row in judged))):
-        rows.append(empty | {"kind": "control", "searcher": "controls", "value": number, "label": label})
+    rows = candidates + [
+        empty | {"kind": "control", "searcher": "controls", "value": number, "label": label}
+        for label, number in _together(named, list(limits or (row["value"] for row in judged)))
+    ]
     lines = "; ".join(summary.search_lines(run))
     way = "lower" if is_minimised(objective) else "higher"
     other = "of the same split as the report's" if findings.chosen_on(run, reached.split) else "not the report's"
@@ -211,6 +189,34 @@ def search(reached: Reached) -> Section:
         caption = f"How much of the last call's time each worker scored. {pace}"
         blocks.append(Table(caption, tuple(header), tuple(map(tuple, cells)), words=(0, 1), folded=True))
     return Section(title, tuple(blocks))
+
+
+def _candidates(judged: list[dict], better: Callable[[float, float], float]) -> list[dict]:
+    """What is drawn of the rows of `trials` that are no controls: each searcher's in order, with the best so far."""
+    rows = []
+    for searcher in dict.fromkeys(row["searcher"] for row in judged):
+        if searcher == "controls":
+            continue
+        best = None
+        for row in sorted((r for r in judged if r["searcher"] == searcher), key=lambda r: r["iteration"]):
+            best = row["value"] if best is None else better(best, row["value"])
+            rows.append(
+                {
+                    "kind": "candidate",
+                    "searcher": searcher,
+                    "number": row["iteration"] + 1,
+                    "value": row["value"],
+                    "best": best,
+                    "label": "",
+                    "plan_id": row["plan_id"],
+                    "block": row["block"],
+                    "alphas": ", ".join(f"{alpha:.3f}" for alpha in row["alphas"]),
+                    "perplexity": row["perplexity"],
+                    "seconds": row["seconds"],
+                }
+            )
+    # The searchers proper come first: the accent is theirs.
+    return sorted(rows, key=lambda row: row["searcher"] == "random")
 
 
 def _limits(candidates: list[dict], controls: list[dict], lower: bool) -> tuple[tuple[float, float] | None, int]:

@@ -1,0 +1,241 @@
+"""The supported families, and what a config says of a model: its tensors, attention windows and rotary embeddings.
+
+A family, or an option of one, that an Architecture cannot describe is refused with what it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+from raymerge.architectures import ATTENTION, GATE_UP, HEAD_GROUPS, QKV, Architecture, ArchitectureError
+
+_Q_K_NORMS = {"self_attn.q_norm": "q", "self_attn.k_norm": "k"}
+_QWEN_EXPERTS = {
+    "gate": "mlp.experts.{}.gate_proj",
+    "up": "mlp.experts.{}.up_proj",
+    "down": "mlp.experts.{}.down_proj",
+}
+_EXPERT_GROUPS = {"experts": None, "units": "experts", **HEAD_GROUPS}
+_GATE_UP_FUSED = {"mlp.gate_up_proj": ("gate", "up"), "mlp.down_proj": ("down",)}
+_OLMO_NORMS = {
+    "norm_inputs": {},
+    "output_norms": {"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
+    "projection_norms": _Q_K_NORMS,
+}
+_GEMMA_NORMS = {
+    "norm_inputs": {"input_layernorm": QKV, "pre_feedforward_layernorm": GATE_UP},
+    "output_norms": {"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
+    "gain_offset": 1.0,
+    "scaled_embedding": True,
+    "windows": "layer_types",
+    "required": {"use_bidirectional_attention": (None, False)},
+}
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    family.name: family
+    for family in (
+        Architecture("llama", windows="none"),
+        Architecture("mistral"),
+        Architecture("ministral", windows="layer_types"),
+        Architecture("seed_oss", windows="none"),
+        Architecture("smollm3", windows="layer_types", rotary_layers="no_rope_layers"),
+        Architecture(
+            "granite",
+            windows="none",
+            embedding_multiplier="embedding_multiplier",
+            residual_multiplier="residual_multiplier",
+            logit_divisor="logits_scaling",
+        ),
+        Architecture("qwen2", windows="layer_types"),
+        Architecture("qwen3", windows="layer_types", head_norms=tuple(_Q_K_NORMS)),
+        Architecture(
+            "gemma2",
+            attention_softcap="attn_logit_softcapping",
+            logit_softcap="final_logit_softcapping",
+            **_GEMMA_NORMS,
+        ),
+        # Its config has a softcap of attention scores too, which its code does not apply.
+        Architecture(
+            "gemma3_text",
+            head_norms=tuple(_Q_K_NORMS),
+            logit_softcap="final_logit_softcapping",
+            **_GEMMA_NORMS,
+        ),
+        Architecture(
+            "phi3",
+            projections={"self_attn.qkv_proj": ("q", "k", "v"), "self_attn.o_proj": ("o",)} | _GATE_UP_FUSED,
+            norm_inputs={
+                "input_layernorm": ("self_attn.qkv_proj",),
+                "post_attention_layernorm": ("mlp.gate_up_proj",),
+            },
+        ),
+        Architecture(
+            "glm4",
+            windows="none",
+            projections=ATTENTION | _GATE_UP_FUSED,
+            norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.gate_up_proj",)},
+            output_norms={"self_attn": "post_self_attn_layernorm", "mlp": "post_mlp_layernorm"},
+            rotary_neighbours=True,
+        ),
+        Architecture("olmo2", windows="none", **_OLMO_NORMS),
+        # Before, its sliding layers had the scaled rotary embedding of the full ones.
+        Architecture("olmo3", windows="layer_types", since=(5, 13), **_OLMO_NORMS),
+        Architecture(
+            "mixtral",
+            projections=ATTENTION | {"block_sparse_moe.gate": ("router",)},
+            experts={
+                "gate": "block_sparse_moe.experts.{}.w1",
+                "up": "block_sparse_moe.experts.{}.w3",
+                "down": "block_sparse_moe.experts.{}.w2",
+            },
+            norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("block_sparse_moe.gate",)},
+            unit_groups=_EXPERT_GROUPS,
+        ),
+        Architecture(
+            "olmoe",
+            windows="none",
+            projections=ATTENTION | {"mlp.gate": ("router",)},
+            experts=_QWEN_EXPERTS,
+            norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.gate",)},
+            projection_norms=_Q_K_NORMS,
+            unit_groups=_EXPERT_GROUPS,
+            required={"clip_qkv": (None,)},
+        ),
+        Architecture(
+            "qwen3_moe",
+            projections=ATTENTION | {"mlp.gate": ("router",)},
+            experts=_QWEN_EXPERTS,
+            norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.gate",)},
+            head_norms=tuple(_Q_K_NORMS),
+            unit_groups=_EXPERT_GROUPS,
+            width="moe_intermediate_size",
+            # Layers without experts among those with them could not be averaged.
+            required={"mlp_only_layers": (None, []), "decoder_sparse_step": (1,)},
+        ),
+    )
+}
+
+
+# Rotary embeddings whose frequencies do not depend on the length of the prompt. The others ("dynamic", "longrope")
+# would give the few-shot prefix other frequencies alone than together with its question.
+FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+
+_STATE_SPACE = "layers that are no attention (state-space, linear-attention, recurrent or convolution layers)"
+# What raymerge cannot merge in a family, told by a config key that only such families have, or by the family's name.
+_FOREIGN: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("vision_config", "audio_config", "thinker_config"), "towers for images or sound beside the language model"),
+    (
+        (
+            *("state_size", "ssm_state_size", "mamba_d_state", "mamba_d_ssm", "ssm_cfg", "linear_num_value_heads"),
+            *("attention_hidden_size", "conv_L_cache", "lru_width", "layers_block_type", "linear_conv_kernel_dim"),
+        ),
+        _STATE_SPACE,
+    ),
+    (("kv_lora_rank",), "attention over compressed keys and values (multi-head latent attention)"),
+    (("encoder_layers", "num_encoder_layers", "num_decoder_layers"), "an encoder beside the decoder"),
+    (
+        ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+        "experts whose tensors or routing are not those of mixtral, olmoe and qwen3_moe",
+    ),
+)
+_FOREIGN_NAMES = dict.fromkeys(
+    ("mamba", "mamba2", "jamba", "bamba", "zamba", "zamba2", "falcon_mamba", "falcon_h1", "nemotron_h", "rwkv")
+    + ("qwen3_next", "recurrent_gemma", "lfm2", "lfm2_moe", "minimax", "xlstm", "plamo2"),
+    _STATE_SPACE,
+) | {"granitemoehybrid": "a shared MLP of other tensors, in most sizes beside layers that are no attention"}
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The Architecture of a transformers config, sizes filled in; ArchitectureError names what is unsupported."""
+    model_type = getattr(config, "model_type", None)
+    if model_type not in ARCHITECTURES:
+        found = _FOREIGN_NAMES.get(model_type) or next(
+            (what for keys, what in _FOREIGN if any(getattr(config, key, None) is not None for key in keys)), None
+        )
+        reason = f"it has {found}" if found else "its layers' tensors are not described"
+        raise ArchitectureError(
+            f"model type {model_type!r} is not supported: {reason}; supported are {', '.join(sorted(ARCHITECTURES))}"
+        )
+    family = ARCHITECTURES[model_type]
+    installed = version("transformers")
+    if family.since and tuple(map(int, installed.split(".")[:2])) < family.since:
+        needed = ".".join(map(str, family.since))
+        raise ArchitectureError(
+            f"model type {model_type!r} needs transformers {needed} or later, and {installed} is installed, whose code "
+            f"computes another model from its files: pip install 'transformers>={needed}'"
+        )
+    for rope_type in sorted({rope.get("rope_type", "default") for rope in _rotary_parameters(config).values()}):
+        if rope_type not in FIXED_ROPE_TYPES:
+            raise ArchitectureError(
+                f"rotary embedding type {rope_type!r} depends on the prompt's length, so a few-shot prefix cannot be "
+                f"shared; supported are {', '.join(sorted(FIXED_ROPE_TYPES))}"
+            )
+    for key, known in family.required.items():
+        if (value := getattr(config, key, None)) not in known:
+            raise ArchitectureError(
+                f"{model_type} with {key} = {value!r} is not supported; supported is {' or '.join(map(repr, known))}"
+            )
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    sizes = {
+        "kv_heads": kv_heads,
+        "query_heads": heads // kv_heads,
+        "rotary": size,
+        "value_channels": size,
+        "units": getattr(config, family.width),
+    }
+    if not family.experts:
+        return replace(family, sizes=sizes)
+    count = config.num_experts
+    projections, norm_inputs = dict(family.projections), dict(family.norm_inputs)
+    for number in range(count):
+        projections |= {name.format(number): (projection,) for projection, name in family.experts.items()}
+    for norm, readers in norm_inputs.items():
+        if family.router in readers:
+            inputs = (family.experts[which].format(number) for number in range(count) for which in ("gate", "up"))
+            norm_inputs[norm] = (*readers, *inputs)
+    return replace(family, projections=projections, norm_inputs=norm_inputs, sizes=sizes | {"experts": count})
+
+
+def _rotary_parameters(config: Any) -> dict[str | None, Mapping[str, Any]]:
+    """The rotary embeddings of a config: one, under None, or one for each of its layer types."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    types = {kind: own for kind, own in parameters.items() if isinstance(own, Mapping)}
+    return types or {None: parameters}
+
+
+#: What `rotary_types` says of a layer without a rotary embedding.
+NO_ROTARY = "none"
+
+
+def rotary_types(config: Any) -> list[str | None]:
+    """For each decoder layer, the layer type whose rotary embedding it has; None where all layers that have one have
+    the same, and NO_ROTARY of a layer that has none."""
+    count = config.num_hidden_layers
+    types = [None] * count if None in _rotary_parameters(config) else list(config.layer_types)
+    key = ARCHITECTURES[config.model_type].rotary_layers
+    if key is None:
+        return types
+    rotary = getattr(config, key)
+    if len(rotary) < count:
+        raise ArchitectureError(f"{key} has {len(rotary)} entries for {count} layers: it needs one for each")
+    return [kind if has else NO_ROTARY for kind, has in zip(types, rotary, strict=False)]
+
+
+def attention_windows(config: Any) -> list[int | None]:
+    """For each decoder layer, how many positions back a query sees, itself included; None where all of them.
+
+    As transformers builds the family's masks: without any window, with `sliding_window` in every layer, or in those
+    that `layer_types` names.
+    """
+    types = getattr(config, "layer_types", None) or []
+    known = {"full_attention", "sliding_attention"}
+    if unknown := sorted(set(types) - known):
+        raise ArchitectureError(f"layer types {unknown} are not supported; supported are {', '.join(sorted(known))}")
+    window, windows = getattr(config, "sliding_window", None), ARCHITECTURES[config.model_type].windows
+    if windows == "layer_types":
+        return [window if kind == "sliding_attention" else None for kind in types]
+    return [window if windows == "all" else None] * config.num_hidden_layers

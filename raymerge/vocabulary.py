@@ -1,0 +1,117 @@
+"""What lies before and after the decoder layers: token ids to states, and states to logits.
+
+Logits of a whole vocabulary are larger than everything else at a position, so they are never held: what is wanted of
+them is summed over the unembedding a part at a time.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from raymerge.checkpoint import Checkpoint
+from raymerge.device import is_accelerator
+from raymerge.memory import VOCABULARY_ROWS
+
+
+class Vocabulary:
+    """A checkpoint's embedding, final norm and unembedding.
+
+    norm: transformers' module of the final norm, whose weights are not used. dtype: of the embedded states; everything
+    after the layers is float32. On an accelerator both matrices stay in its memory, once where they are tied.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, norm: nn.Module, *, device: torch.device, dtype: torch.dtype):
+        self._checkpoint, self._norm, self._device, self._dtype = checkpoint, norm, device, dtype
+        self._architecture = arch = checkpoint.architecture
+        self._accelerated = is_accelerator(device)
+        self._tables: dict[str, Tensor] = {}
+        config = checkpoint.config
+        self._embedding_scale: float | Tensor | None = None
+        if arch.scaled_embedding:  # transformers rounds the root to the compute dtype first
+            self._embedding_scale = torch.tensor(config.hidden_size**0.5).to(dtype)
+        elif arch.embedding_multiplier:
+            self._embedding_scale = getattr(config, arch.embedding_multiplier)
+        #: What a family caps its logits at; None where it does not.
+        self.logit_softcap: float | None = arch.logit_softcap and getattr(config, arch.logit_softcap)
+        self._logit_divisor: float = getattr(config, arch.logit_divisor) if arch.logit_divisor else 1.0
+
+    def embedded(self, ids: np.ndarray) -> Tensor:
+        """The states (n, d) that enter layer 0, of token ids (n,)."""
+        table = self._table(self._architecture.embedding)
+        rows = table[torch.from_numpy(np.ascontiguousarray(ids)).to(table.device)].to(self._device, self._dtype)
+        return rows if self._embedding_scale is None else rows * self._embedding_scale
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """The final norm, in float32: (…, d) to (…, d) float32, divided by what the family divides its logits by, which
+        are then products with the unembedding's rows in every family."""
+        normalised = functional_call(self._norm, {"weight": self._final_gain}, (x.float(),))
+        return normalised if self._logit_divisor == 1.0 else normalised / self._logit_divisor
+
+    @cached_property
+    @torch.inference_mode(False)
+    def _final_gain(self) -> Tensor:
+        return self._checkpoint[self._architecture.final_norm].to(self._device, torch.float32)
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits as the model gives them, of products of states and the unembedding's rows."""
+        cap = self.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def unembedding_rows(self, ids: Tensor | list[int]) -> Tensor:
+        """Rows (n, d) float32 of the unembedding matrix."""
+        table = self._table(self._architecture.unembedding)
+        return table[torch.as_tensor(ids).to(table.device)].to(self._device, torch.float32)
+
+    def logsumexp_and_top(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
+        """logsumexp (n,) float32 and the most probable token (n,) over the whole vocabulary.
+
+        In float32, converting a part of the unembedding at a time: bfloat16 logits tie (3 of 48 in a prototype).
+        """
+        table = self._table(self._architecture.unembedding)
+        total = best = top = None
+        for start in range(0, table.shape[0], VOCABULARY_ROWS):
+            logits = self.capped(normalised @ table[start : start + VOCABULARY_ROWS].to(self._device, torch.float32).T)
+            part, (value, token) = torch.logsumexp(logits, -1), logits.max(-1)
+            if total is None:
+                total, best, top = part, value, token
+                continue
+            total, better = torch.logaddexp(total, part), value > best
+            best, top = torch.where(better, value, best), torch.where(better, token + start, top)
+        return total, top
+
+    def logsumexp_and_mean(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
+        """logsumexp (n,) float32 over the whole vocabulary, and the unembedding's mean row (n, d) float32 under its
+        softmax: the gradient of the first by `normalised`. Where logits are capped, each row counts by the cap's slope.
+
+        One pass over the unembedding; what is summed so far is scaled by the largest logit so far.
+        """
+        table = self._table(self._architecture.unembedding)
+        top = normalised.new_full((len(normalised), 1), -torch.inf)
+        total, weighted = torch.zeros_like(top), torch.zeros_like(normalised)
+        for start in range(0, table.shape[0], VOCABULARY_ROWS):
+            rows = table[start : start + VOCABULARY_ROWS].to(self._device, torch.float32)
+            logits = self.capped(normalised @ rows.T)
+            higher = torch.maximum(top, logits.amax(-1, keepdim=True))
+            slope = None if self.logit_softcap is None else 1.0 - (logits / self.logit_softcap).square()
+            scale, exponentials = torch.exp(top - higher), logits.sub_(higher).exp_()
+            total = total * scale + exponentials.sum(-1, keepdim=True)
+            exponentials = exponentials if slope is None else exponentials.mul_(slope)
+            weighted = (weighted * scale).addmm_(exponentials, rows)
+            top = higher
+        return (total.log() + top)[:, 0], weighted / total
+
+    def _table(self, name: str) -> Tensor:
+        """A matrix (vocabulary, d) in the stored dtype: on an accelerator a copy that stays, else mapped from disk."""
+        if not self._accelerated:
+            return self._checkpoint[name]
+        if name == self._architecture.unembedding and name not in set(iter(self._checkpoint)):
+            name = self._architecture.embedding  # tied, and held once
+        if name not in self._tables:
+            with torch.inference_mode(False):  # gradients are taken through it as well
+                self._tables[name] = self._checkpoint[name].to(self._device)
+        return self._tables[name]

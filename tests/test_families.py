@@ -1,0 +1,140 @@
+"""families.py: what is refused, and windows and rotary embeddings layer by layer, against transformers' own modules."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from transformers import AutoConfig, LlamaConfig
+
+import raymerge.families
+from raymerge.architectures import ArchitectureError
+from raymerge.families import FIXED_ROPE_TYPES, NO_ROTARY, architecture_of, attention_windows, rotary_types
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_windows_are_those_of_transformers(family, window):
+    """Read off the model: with window w, the gradient of position t reaches back to t - w + 1 in one layer. A config
+    may have a window that the family's masks do not."""
+    length = 64
+    config = tiny.config_of(family)
+    if window is not None:
+        config.sliding_window = window
+        if not getattr(config, "layer_types", None):  # a list that the family does not read
+            config.layer_types = ["full_attention", "sliding_attention"] * 2 + ["full_attention"]
+    for number, window in enumerate(attention_windows(config)):
+        single = copy.deepcopy(config)
+        single.num_hidden_layers = 1
+        if getattr(single, "layer_types", None):
+            single.layer_types = [config.layer_types[number]]
+        model = tiny.random_model(single)
+        embedded = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0, -1].sum().backward()
+        reached = int((embedded.grad[0].abs().sum(-1) > 0).sum())
+        assert reached == min(length, window or length)
+
+
+def test_windows_by_layer():
+    assert attention_windows(tiny.config_of("llama")) == [None] * 5
+    assert attention_windows(tiny.config_of("qwen2")) == [None] * 5
+    assert attention_windows(tiny.config_of("mistral")) == [None] * 5
+    assert attention_windows(tiny.config_of("mistral", sliding_window=7)) == [7] * 5
+    assert attention_windows(tiny.config_of("qwen2_windows")) == [None, None, 40, 40, 40]
+    # Qwen2's configs carry a window that `use_sliding_window: false` turns off.
+    off = tiny.config_of("qwen2", use_sliding_window=False, sliding_window=7, max_window_layers=2)
+    assert attention_windows(off) == [None] * 5
+
+
+def test_unknown_layer_types_are_refused():
+    config = SimpleNamespace(layer_types=["full_attention", "linear_attention"], num_hidden_layers=2)
+    with pytest.raises(
+        ArchitectureError, match=r"\['linear_attention'\] are not supported; supported are full_attention"
+    ):
+        attention_windows(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("gpt2", "its layers' tensors are not described"),
+        ("mamba", "it has layers that are no attention"),
+        ("jamba", "it has layers that are no attention"),
+        ("qwen3_next", "it has layers that are no attention"),
+        ("granitemoehybrid", "it has a shared MLP of other tensors"),
+        ("gemma3", "it has towers for images or sound beside the language model"),
+        ("qwen2_5_vl", "it has towers for images"),
+        ("deepseek_v3", "it has attention over compressed keys and values"),
+        ("qwen2_moe", "it has experts whose tensors or routing are not those of mixtral, olmoe and qwen3_moe"),
+        ("t5", "it has an encoder"),
+    ],
+)
+def test_unsupported_families_are_named_with_what_they_have_and_the_supported_ones(model_type, reason):
+    with pytest.raises(ArchitectureError, match=f"'{model_type}' is not supported: {reason}.* gemma2, .*, smollm3$"):
+        architecture_of(AutoConfig.for_model(model_type))
+    with pytest.raises(ArchitectureError, match="model type None"):
+        architecture_of(object())
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("olmoe", {"clip_qkv": 8.0}, "olmoe with clip_qkv = 8.0 is not supported; supported is None"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\] is not supported; supported is None or \[\]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported; supported is 1"),
+        ("gemma3", {"use_bidirectional_attention": True}, "supported is None or False"),
+    ],
+)
+def test_unsupported_options_of_families_are_named(family, options, message):
+    with pytest.raises(ArchitectureError, match=message):
+        architecture_of(tiny.config_of(family, **options))
+
+
+def test_a_family_that_the_installed_transformers_computes_otherwise_is_refused(monkeypatch):
+    """Before 5.13 OLMo 3's sliding layers had the full ones' scaled rotary embedding (transformers#45945)."""
+    config = AutoConfig.for_model("olmo3")
+    for installed in ("5.12.1", "4.57.6"):
+        monkeypatch.setattr(raymerge.families, "version", lambda package, installed=installed: installed)
+        with pytest.raises(ArchitectureError, match=f"'olmo3' needs transformers 5.13 or later, and {installed} is"):
+            architecture_of(config)
+        assert architecture_of(tiny.config_of("olmo2")).name == "olmo2"
+    for installed in ("5.13.0.dev0", "6.0"):
+        monkeypatch.setattr(raymerge.families, "version", lambda package, installed=installed: installed)
+        assert architecture_of(config).name == "olmo3"
+
+
+def test_rotary_embeddings_that_depend_on_length_are_refused():
+    config = tiny.config_of("llama")
+    for rope_type in ("dynamic", "longrope"):
+        config.rope_parameters = {"rope_type": rope_type}
+        with pytest.raises(ArchitectureError, match=f"rotary embedding type '{rope_type}' depends on .*length"):
+            architecture_of(config)
+    for parameters in (None, *({"rope_type": rope_type} for rope_type in FIXED_ROPE_TYPES)):
+        config.rope_parameters = parameters
+        assert architecture_of(config).name == "llama"
+    config = tiny.config_of("gemma3")
+    config.rope_parameters["full_attention"] = {"rope_type": "longrope"}
+    with pytest.raises(ArchitectureError, match="'longrope'"):
+        architecture_of(config)
+
+
+def test_rotary_types_by_layer():
+    assert rotary_types(tiny.config_of("gemma2")) == [None] * 5
+    full, sliding = "full_attention", "sliding_attention"
+    assert rotary_types(tiny.config_of("gemma3")) == [sliding, full, sliding, sliding, sliding]
+    assert rotary_types(tiny.config_of("olmo3")) == [sliding, full, sliding, sliding, sliding]
+    config = tiny.config_of("smollm3")
+    assert rotary_types(config) == [NO_ROTARY, None, NO_ROTARY, NO_ROTARY, NO_ROTARY]
+    config.no_rope_layers = [1, 0, 1]
+    with pytest.raises(ArchitectureError, match="no_rope_layers has 3 entries for 5 layers: it needs one for each"):
+        rotary_types(config)
+
+
+def test_old_configs_name_their_rotary_type_too():
+    """Written by transformers 4: rope_scaling instead of rope_parameters, "type" instead of "rope_type"."""
+    for scaling in ({"rope_type": "dynamic", "factor": 2.0}, {"type": "dynamic", "factor": 2.0}):
+        with pytest.raises(ArchitectureError, match="'dynamic'"):
+            architecture_of(LlamaConfig.from_dict({"model_type": "llama", "rope_scaling": scaling}))

@@ -1,0 +1,53 @@
+"""vocabulary.py: the final norm and sums over the unembedding against transformers and autograd in float64."""
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+import raymerge.vocabulary
+from raymerge.checkpoint import Checkpoint
+from raymerge.forward import LayerRunner
+
+torch.set_num_threads(1)
+
+
+def test_the_final_norm_and_the_most_probable_tokens(tmp_path, monkeypatch):
+    """Whatever the size of the pieces in which the unembedding is converted."""
+    folder = tiny.make_checkpoint(tmp_path / "m", "qwen2", dtype=torch.bfloat16)  # tied
+    runner = LayerRunner(Checkpoint(str(folder)))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0)) * 5
+    with torch.no_grad():
+        expected = model.model.norm(x.double())
+        logits = expected @ model.lm_head.weight.T
+    hidden = runner.vocabulary.normalise(x)
+    # RMSNorm computes in float32 in transformers too: a few roundings of values below 10.
+    assert (hidden - expected).abs().max() < 1e-5
+    for chunk in (7, 500, 10**6):
+        monkeypatch.setattr(raymerge.vocabulary, "VOCABULARY_ROWS", chunk)
+        logsumexp, top = runner.vocabulary.logsumexp_and_top(hidden)
+        assert torch.equal(top, logits.argmax(-1))
+        assert (logsumexp - torch.logsumexp(logits, -1)).abs().max() < 1e-6 * 32 * logits.abs().max()
+    rows = runner.vocabulary.unembedding_rows([3, 700])
+    assert torch.equal(rows, model.lm_head.weight[[3, 700]].float()) and rows.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("family", "cap"), [("llama", None), ("gemma2", 8.0)])
+@pytest.mark.parametrize("chunk", [1, 100, 10**6])
+def test_the_mean_row_is_the_gradient_of_the_logsumexp(tmp_path, monkeypatch, family, cap, chunk):
+    """Whatever the size of the pieces, also where logits are capped."""
+    folder = tiny.make_checkpoint(tmp_path / "m", family)
+    vocabulary = LayerRunner(Checkpoint(str(folder))).vocabulary
+    assert vocabulary.logit_softcap == cap
+    table = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).lm_head.weight.detach()
+    hidden = 3 * torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(raymerge.vocabulary, "VOCABULARY_ROWS", chunk)
+    logsumexp, mean = vocabulary.logsumexp_and_mean(hidden)
+
+    states = hidden.double().requires_grad_()
+    logits = states @ table.T
+    expected = torch.logsumexp(logits if cap is None else cap * torch.tanh(logits / cap), -1)
+    (gradient,) = torch.autograd.grad(expected.sum(), states)
+    assert (logsumexp - expected).abs().max() < 1e-6 * expected.abs().max()
+    assert (mean - gradient).abs().max() < 1e-5 * gradient.abs().max()
