@@ -85,6 +85,15 @@ def as_dicts(rows):
 # -- a search
 
 
+def test_a_curve_of_one_number_of_layers_says_it_once(tmp_path):
+    run = sweep_run(tmp_path / "sweep")
+    every = curve.in_words(Reached(run))
+    assert "With 1 layer merged the most accurate way" in every and ". With 3 layers merged" in every
+    points = [row for row in run.read("sweep").drop_columns("run_id").to_pylist() if row["merges"] != 3]
+    run.replace("sweep", points)
+    assert curve.in_words(Reached(run)).count("merged the most accurate way") == 1
+
+
 def test_a_curve_in_the_terminal_has_intervals(tmp_path):
     """A point at which every question is right has a standard error of 0, which is not how sure it is."""
     run = sweep_run(tmp_path / "sweep")
@@ -395,7 +404,7 @@ def test_a_curve_holds_every_way_against_dropping(tmp_path):
     assert [p["removed"] for p in points] == pytest.approx([0, 1 / 6, 1 / 6, 0.5, 0.5])
     (sentence, *_) = blocks([curve.answer(reached)], Text)
     assert (
-        "with 1 layer merged the most accurate way" in sentence.text.lower() and "(perplexity 6.50); " in sentence.text
+        "with 1 layer merged the most accurate way" in sentence.text.lower() and "(perplexity 6.50). " in sentence.text
     )
     assert "(perplexity 1,200, the unmerged model's 5.00: it is lost as a language model)." in sentence.text
     best, _ = blocks([curve.answer(reached)], Table)

@@ -96,23 +96,24 @@ def _at(points: list[dict], merges: int) -> tuple[dict, dict | None]:
 
 
 def _sentence(base: dict | None, points: list[dict]) -> str:
-    first, last = min(point["merges"] for point in points), max(point["merges"] for point in points)
-    near, far = _at(points, first)[0], _at(points, last)[0]
-    if near["accuracy"] is None:
-        text = "" if base is None else f"Unmerged, the perplexity on plain text is {perplexity(base['perplexity'])}. "
-        return text + (
-            f"With {plural(first, 'layer')} merged the best way, {_way(near)}, reaches "
-            f"{perplexity(near['perplexity'], _limits(near))}; with {plural(last, 'layer')} merged the best, "
-            f"{_way(far)}, reaches {perplexity(far['perplexity'], _limits(far))}. No questions were asked."
-        )
-    text = "" if base is None else f"Unmerged, {percent(base['accuracy'])} of the questions are answered. "
+    merges = [point["merges"] for point in points]
+    best = {count: _at(points, count)[0] for count in (min(merges), max(merges))}
+    if points[0]["accuracy"] is None:
+        before = "" if base is None else f"Unmerged, the perplexity on plain text is {perplexity(base['perplexity'])}. "
+        told = [
+            f"With {plural(count, 'layer')} merged the best way, {_way(point)}, reaches "
+            f"{perplexity(point['perplexity'], _limits(point))}"
+            for count, point in best.items()
+        ]
+        return f"{before}{'. '.join(told)}. No questions were asked."
+    before = "" if base is None else f"Unmerged, {percent(base['accuracy'])} of the questions are answered. "
     unmerged = None if base is None else base["perplexity"]
-    text += (
-        f"With {plural(first, 'layer')} merged the most accurate way, {_way(near)}, answers "
-        f"{percent(near['accuracy'])}{_read(near, unmerged)}; with {plural(last, 'layer')} merged the most accurate, "
-        f"{_way(far)}, answers {percent(far['accuracy'])}{_read(far, unmerged)}."
-    )
-    return text
+    told = [
+        f"With {plural(count, 'layer')} merged the most accurate way, {_way(point)}, answers "
+        f"{percent(point['accuracy'])}{_read(point, unmerged)}"
+        for count, point in best.items()
+    ]
+    return f"{before}{'. '.join(told)}."
 
 
 def _read(point: dict, unmerged: float | None) -> str:
