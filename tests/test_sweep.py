@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from test_heuristics import planted
 
+from raymerge.alpha_files import alpha_file_text
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
 from raymerge.experiments import compression_sweep
@@ -15,7 +16,7 @@ from raymerge.experiments.compression_sweep import _points, _starts, _Sweep, swe
 from raymerge.experiments.planning import Similarity
 from raymerge.experiments.reporting import Reporter
 from raymerge.inputs import RETRIEVAL
-from raymerge.plan import alpha_file_text, tail_plan
+from raymerge.plan import tail_plan
 from raymerge.progress import Silent
 from raymerge.tables import RunDirectory
 

@@ -133,7 +133,7 @@ def test_logits_that_are_not_finite_answer_nothing(tmp_path, monkeypatch):
     settings = ["data.limit_per_subject=1", "data.subjects=number_words", "search.objective=micro_accuracy"]
     worker = ModelWorker(load_config(None, settings), roles=(SEARCH,), cache=tmp_path)
     plan = base_plan(worker.checkpoint.n_layers)
-    monkeypatch.setattr(worker.runner, "normalise", lambda x: torch.full_like(x, torch.nan))
+    monkeypatch.setattr(worker.runner.vocabulary, "normalise", lambda x: torch.full_like(x, torch.nan))
     with pytest.raises(NotFiniteError, match=r"plan base on 1 of 1 questions .* not finite in float32: .*model.dtype"):
         worker.answers((plan, SEARCH, None, False))
     result, answers = worker.judge(plan)
