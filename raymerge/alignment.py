@@ -262,7 +262,7 @@ class Aligner:
         """The match of two neighbouring layers (reference, other), from memory, from disk or from the model."""
         key = alignment, *pair
         if key not in self._pairs:
-            path = self._path(pair, alignment)
+            path = self._file(*pair, alignment, self._data if alignment == "activations" else "")
             if path is not None and is_whole(path, _WHAT):
                 self._pairs[key] = {name: order.numpy() for name, order in read_tensors(path, _WHAT).items()}
             else:
@@ -322,9 +322,7 @@ class Aligner:
         keep: on disk too, for other processes. They depend on alpha, so a search would leave a file a candidate.
         """
         key = _row_key(plan)
-        path = None
-        if self._folder is not None:
-            path = self._folder / f"alignment-{digest([_VERSION, self.checkpoint.identity, key])}.safetensors"
+        path = self._file(key)
         if key not in self._rows:
             whole = path is not None and is_whole(path, _WHAT)
             self.take_rows(plan, _read_rows(path, len(plan.steps)) if whole else self._match_rows(plan))
@@ -354,14 +352,11 @@ class Aligner:
         blocks = architecture.fused_blocks
         return [match for _, match in fuse_rows(load, architecture.matrices, plan.steps, blocks=blocks)]
 
-    def _path(self, pair: tuple[int, int], alignment: str) -> Path | None:
+    def _file(self, *key: int | str) -> Path | None:
+        """Where what is matched by this key is kept; None without a folder."""
         if self._folder is None:
             return None
-        data = self._data if alignment == "activations" else ""
-        return (
-            self._folder
-            / f"alignment-{digest([_VERSION, self.checkpoint.identity, *pair, alignment, data])}.safetensors"
-        )
+        return self._folder / f"alignment-{digest([_VERSION, self.checkpoint.identity, *key])}.safetensors"
 
 
 def _row_key(plan: MergePlan) -> str:

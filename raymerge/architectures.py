@@ -192,28 +192,32 @@ class Architecture:
         _, expert = self.expert_matrices.get(matrix, (None, None))
         orders, start = [], 0
         for part in parts:
-            names = PROJECTIONS[part][1]
-            known = [self.sizes[name] for name in names]
-            order = np.full(known, start, dtype=np.int64)
-            for place, name in enumerate(names):
-                own = permutations.get(name, np.arange(known[place]))
-                outer = self.unit_groups.get(name)
-                if own.shape[-1] != known[place] or (own.ndim == 2 and len(own) != self.sizes[outer]):
-                    raise ArchitectureError(
-                        f"{tensor} has {names} of {known}, but the permutation of {name} is for {list(own.shape)}"
-                    )
-                shape = [1] * len(known)
-                shape[place] = known[place]
-                if own.ndim == 2 and outer in names:
-                    shape[names.index(outer)] = len(own)
-                elif own.ndim == 2:  # inside experts, each of which has matrices of its own
-                    own = own[expert]
-                order += math.prod(known[place + 1 :]) * own.reshape(shape)
-            orders.append(order.ravel())
-            start += math.prod(known)
+            orders.append(start + self._projection_order(tensor, part, expert, permutations))
+            start += len(orders[-1])
         if start != length:
             raise ArchitectureError(f"{tensor} has {length} slices, but its family's config gives it {start}")
         return axis, np.concatenate(orders)
+
+    def _projection_order(self, tensor: str, part: str, expert: int | None, permutations: Permutations) -> np.ndarray:
+        """The order (slices,) int64 of one projection's slices, from 0. expert: whose units; tensor: as errors name it."""
+        names = PROJECTIONS[part][1]
+        known = [self.sizes[name] for name in names]
+        order = np.zeros(known, dtype=np.int64)
+        for place, name in enumerate(names):
+            own = permutations.get(name, np.arange(known[place]))
+            outer = self.unit_groups.get(name)
+            if own.shape[-1] != known[place] or (own.ndim == 2 and len(own) != self.sizes[outer]):
+                raise ArchitectureError(
+                    f"{tensor} has {names} of {known}, but the permutation of {name} is for {list(own.shape)}"
+                )
+            shape = [1] * len(known)
+            shape[place] = known[place]
+            if own.ndim == 2 and outer in names:
+                shape[names.index(outer)] = len(own)
+            elif own.ndim == 2:  # inside experts, each of which has matrices of its own
+                own = own[expert]
+            order += math.prod(known[place + 1 :]) * own.reshape(shape)
+        return order.ravel()
 
 
 def permute_tensor(architecture: Architecture, name: str, tensor: Tensor, permutations: Permutations) -> Tensor:

@@ -20,9 +20,11 @@ quantisation see the same weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,16 +111,38 @@ def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
         raise RefitError(f"plan {plan.name} merges nothing, so that it has no seam to refit")
 
 
+def _is_seam(plan: MergePlan, position: int) -> bool:
+    """Whether the merged model's layer at a position stands for several."""
+    return plan.kept[position].index in plan.groups
+
+
+def _reads_outputs(plan: MergePlan) -> bool:
+    """Whether the features of a fit are what its matrix gives, not what it reads."""
+    return plan.refit.method in ("linear", "scale")
+
+
+def _chooses_ridge(plan: MergePlan) -> bool:
+    """Whether tokens are held out; without, the sums take half the memory."""
+    return plan.refit.ridge is None and plan.refit.method != "scale"
+
+
 def steps_of(plan: MergePlan) -> list[Step]:
     """The fits of a plan in the order in which they are made."""
     parts = {"linear": ("mlp",), "scale": ("mlp",)}.get(plan.refit.method, ("attention", "mlp"))
     steps = []
     for position, target in plan.refit_targets.items():
-        seam = plan.kept[position].index in plan.groups
+        seam = _is_seam(plan, position)
         if seam and plan.refit.method == "units":
             steps.append(Step(position, target, "units", seam))
         steps += [Step(position, target, part, seam) for part in parts]
     return steps
+
+
+class _Entering(NamedTuple):
+    """States of one shard, as `LayerRunner.pack` gives them, that enter a position of the merged model."""
+
+    position: int
+    packed: list[tuple[Tensor, Tensor]]
 
 
 class Refitter:
@@ -131,8 +155,9 @@ class Refitter:
 
     def __init__(self, runner: LayerRunner, cache: str | Path, shards: Callable[[], Sequence[Shard]] | None = None):
         self.runner, self.cache, self._shards = runner, Path(cache), shards
-        # Of the plan last worked on: states that enter a position, by number of the shard.
-        self._held: tuple[str, dict[int, tuple[int, list]]] = ("", {})
+        # Of the plan last worked on, by number of the shard.
+        self._held_plan: str = ""
+        self._held: dict[int, _Entering] = {}
 
     # -- what fusion asks ---------------------------------------------------------------------------------------
 
@@ -197,13 +222,9 @@ class Refitter:
 
     def _caches(self, plan: MergePlan) -> list[TrunkCache]:
         targets = plan.refit_targets
-        entering = {target for position, target in targets.items() if not self._is_seam(plan, position)}
+        entering = {target for position, target in targets.items() if not _is_seam(plan, position)}
         depths = {plan.first_changed, *(target + 1 for target in targets.values()), *entering}
         return [TrunkCache(self.runner, depth, self.cache) for depth in sorted(depths)]
-
-    @staticmethod
-    def _is_seam(plan: MergePlan, position: int) -> bool:
-        return plan.kept[position].index in plan.groups
 
     @torch.inference_mode()
     def sums(self, plan: MergePlan, number: int, share: tuple[int, int] = (0, 1)) -> Sums:
@@ -214,7 +235,7 @@ class Refitter:
         numbers = range(share[0], len(shards), share[1])
         self._advance(plan, step.position, numbers)
         for n in numbers:
-            entering = self.runner.from_packed(shards[n], self._held[1][n][1])
+            entering = self.runner.from_packed(shards[n], self._held[n].packed)
             if step.part == "units":
                 part = Sums(squares=self._squares(plan, step, entering, shards[n], weights))
                 found = part if found is None else Sums.total([found, part])
@@ -247,11 +268,9 @@ class Refitter:
                 ridge, held_out_error = choose_ridge(*parts, RIDGES)
             found = everything.solve(ridge)
         error = everything.error(found) / (everything.power / everything.weight or 1.0)
-        change = found.T @ weight if self._reads_outputs(plan, step) else found.T
-        figures = {"tokens": everything.tokens, "ridge": ridge, "error": error, "held_out_error": held_out_error}
-        return {name: (weight + change).to(own[name].dtype).cpu()} | {
-            f"_{key}": torch.tensor(value, dtype=torch.float64) for key, value in figures.items()
-        }
+        change = found.T @ weight if _reads_outputs(plan) else found.T
+        fitted = {name: (weight + change).to(own[name].dtype).cpu()}
+        return fitted | _figures(everything.tokens, ridge, error, held_out_error)
 
     def store(self, plan: MergePlan, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write what `solve` gave."""
@@ -279,28 +298,25 @@ class Refitter:
         Layer by layer, all shards through one before the next, since fusing a layer costs more than running one shard.
         """
         plan_id, start = plan.plan_id(self.runner.checkpoint.identity), plan.first_changed
-        if self._held[0] != plan_id:
-            self._held = plan_id, {}
-        held = self._held[1]
+        if self._held_plan != plan_id:
+            self._held_plan, self._held = plan_id, {}
+        held = self._held
         for number in numbers:
-            if number not in held or held[number][0] > position:
+            if number not in held or held[number].position > position:
                 compute_trunks(self._caches(plan), self.shards[number])
-                held[number] = start, TrunkCache(self.runner, start, self.cache).load(self.shards[number])
-        for before in range(min((held[number][0] for number in numbers), default=position), position):
+                packed = TrunkCache(self.runner, start, self.cache).load(self.shards[number])
+                held[number] = _Entering(start, packed)
+        for before in range(min((held[number].position for number in numbers), default=position), position):
             weights = self._layer(plan, before, len(steps_of(plan)))
             for number in numbers:
-                if held[number][0] == before:
-                    states = self.runner.from_packed(self.shards[number], held[number][1])
+                if held[number].position == before:
+                    states = self.runner.from_packed(self.shards[number], held[number].packed)
                     self.runner.run(states, [(plan.kept[before].index, lambda weights=weights: weights)])
-                    held[number] = before + 1, self.runner.pack(states)
+                    held[number] = _Entering(before + 1, self.runner.pack(states))
 
     def _target(self, depth: int, shard: Shard) -> Tensor:
         """(tokens, d): the unmerged model's states that enter layer `depth`."""
         return _joined(TrunkCache(self.runner, depth, self.cache).load(shard)).to(self.runner.device)
-
-    def _reads_outputs(self, plan: MergePlan, step: Step) -> bool:
-        """Whether the features of a step are what its matrix gives, not what it reads."""
-        return plan.refit.method in ("linear", "scale")
 
     def _add(
         self,
@@ -312,7 +328,24 @@ class Refitter:
         weights: Mapping[str, Tensor],
         held_out: Tensor,
     ) -> Sums:
-        """The sums with one shard's tokens added: features of the fitted matrix, and what is missing to the target."""
+        """The sums with one shard's tokens added, those that are held out apart where the ridge is chosen on them."""
+        features, residual, counts = self._equations(plan, step, states, shard, weights)
+        shape = features.shape[1], residual.shape[1], self.runner.device
+        if not _chooses_ridge(plan):
+            sums = sums or Sums(NormalEquations.empty(*shape))
+            sums.fitted.add(features, residual, counts)
+            return sums
+        sums = sums or Sums(NormalEquations.empty(*shape), NormalEquations.empty(*shape))
+        for part, chosen in ((sums.fitted, ~held_out), (sums.held_out, held_out)):
+            chosen = chosen.to(counts.device)
+            part.add(features[chosen], residual[chosen], counts[chosen])
+        return sums
+
+    def _equations(
+        self, plan: MergePlan, step: Step, states: list[GroupStates], shard: Shard, weights: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each token of a shard: features (tokens, n) of the fitted matrix, what is missing to the target (tokens,
+        d) and how much it counts (tokens,)."""
         index = plan.kept[step.position].index
         matrix = _O if step.part == "attention" else _DOWN
         seen = observe(self.runner, states, index, weights)
@@ -324,24 +357,10 @@ class Refitter:
             reached = seen["middle"]
             aim = observe(self.runner, original, step.target, self.runner.weights(step.target))["middle"]
         features = seen[matrix]
-        if self._reads_outputs(plan, step):
+        if _reads_outputs(plan):
             features = (features.to(weights[f"{matrix}.weight"].dtype) @ weights[f"{matrix}.weight"].T).float()
         counts = token_weights(target) if plan.refit.method in ("outputs", "units") else torch.ones(len(target))
-        residual, counts = aim.float() - reached.float(), counts.to(target.device)
-        shape = features.shape[1], residual.shape[1], self.runner.device
-        if not self._chooses_ridge(plan):
-            sums = sums or Sums(NormalEquations.empty(*shape))
-            sums.fitted.add(features, residual, counts)
-            return sums
-        sums = sums or Sums(NormalEquations.empty(*shape), NormalEquations.empty(*shape))
-        for part, chosen in ((sums.fitted, ~held_out), (sums.held_out, held_out)):
-            chosen = chosen.to(target.device)
-            part.add(features[chosen], residual[chosen], counts[chosen])
-        return sums
-
-    def _chooses_ridge(self, plan: MergePlan) -> bool:
-        """Whether tokens are held out; without, the sums take half the memory."""
-        return plan.refit.ridge is None and plan.refit.method != "scale"
+        return features, aim.float() - reached.float(), counts.to(target.device)
 
     # -- units --------------------------------------------------------------------------------------------------
 
@@ -380,12 +399,15 @@ class Refitter:
             every = torch.cat([units[name] for _, units in candidates], dim=axis)
             found[name] = every.index_select(axis, best).to(own[name].dtype)
         norm = f"{_MIDDLE}.weight"
-        figures = {"tokens": 0, "ridge": float("nan"), "error": float("nan"), "held_out_error": float("nan")}
-        return (
-            found
-            | {norm: torch.ones_like(own[norm]).cpu()}
-            | {f"_{key}": torch.tensor(value, dtype=torch.float64) for key, value in figures.items()}
-        )
+        return found | {norm: torch.ones_like(own[norm]).cpu()} | _figures()
+
+
+def _figures(
+    tokens: int = 0, ridge: float = math.nan, error: float = math.nan, held_out_error: float = math.nan
+) -> dict[str, Tensor]:
+    """A fit's figures beside its tensors, as `Refitter.records` reads them."""
+    figures = {"_tokens": tokens, "_ridge": ridge, "_error": error, "_held_out_error": held_out_error}
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
 
 
 def token_weights(target: Tensor) -> Tensor:
