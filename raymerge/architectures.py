@@ -199,7 +199,7 @@ class Architecture:
         return axis, np.concatenate(orders)
 
     def _projection_order(self, tensor: str, part: str, expert: int | None, permutations: Permutations) -> np.ndarray:
-        """The order (slices,) int64 of one projection's slices, from 0. expert: whose units; tensor: as errors name it."""
+        """The order (slices,) int64 of one projection, from 0. expert: whose units; tensor: as errors name it."""
         names = PROJECTIONS[part][1]
         known = [self.sizes[name] for name in names]
         order = np.zeros(known, dtype=np.int64)

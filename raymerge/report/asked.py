@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 
 import yaml
 
 from raymerge.identity import without_secrets
-from raymerge.report.content import Block, Fact, Facts, Listing, Notice, Section
+from raymerge.report.content import Block, Fact, Facts, Figure, Listing, Notice, Rows, Section, View
 from raymerge.report.wording import duration, listed, plural
 from raymerge.tables import RunDirectory
 
@@ -26,6 +27,13 @@ def path_of(run: RunDirectory, table: str) -> str:
 def sources(run: RunDirectory, *tables: str) -> tuple[tuple[str, str], ...]:
     """(table, path) of tables, as `Rows` takes them."""
     return tuple((table, path_of(run, table)) for table in tables)
+
+
+def figure_of(
+    run: RunDirectory, title: str, caption: str, views: Iterable[View], rows: list[dict], *tables: str, columns: int = 1
+) -> Figure:
+    """Drawings of rows, with where these lie (the tables that they come from) and the command that made them."""
+    return Figure(title, caption, tuple(views), Rows.of(rows, sources(run, *tables)), command_of(run), columns)
 
 
 def model_name(run: RunDirectory) -> str:

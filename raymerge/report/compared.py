@@ -13,7 +13,7 @@ from raymerge.findings import chosen_on, verdict
 from raymerge.report import figures
 from raymerge.report.asked import command_of, model_name, run_name, sources
 from raymerge.report.content import ROLES, Block, Figure, Rows, Section, Table
-from raymerge.report.reached import Reached
+from raymerge.report.reached import Reached, removed_share
 from raymerge.report.wording import NONE, difference, interval, p_value, percent, perplexity
 from raymerge.statistics import holm, mcnemar, paired_difference
 
@@ -40,7 +40,6 @@ def _table(reached: Sequence[Reached]) -> Table:
     for one in reached:
         line, base = headline(one), one.base
         costs = {} if line is None else line["costs"]
-        whole = costs.get("parameters", 0) + costs.get("parameters_removed", 0)
         cells.append(
             (
                 run_name(one.run),
@@ -48,7 +47,7 @@ def _table(reached: Sequence[Reached]) -> Table:
                 model_name(one.run),
                 NONE if line is None else _called(one, line),
                 NONE if not costs else f"{costs['layers']} of {costs['layers'] + costs['layers_removed']}",
-                percent(costs["parameters_removed"] / whole) if whole else NONE,
+                percent(removed_share(costs)),
                 NONE if line is None else f"{percent(line['accuracy'])} {interval(*line['interval'])}".strip(),
                 NONE if base is None else percent(base["accuracy"]),
                 NONE if line is None else perplexity(line["perplexity"]),
@@ -163,16 +162,15 @@ def _figure(reached: Sequence[Reached]) -> list[Figure]:
     rows = []
     for one in reached:
         for line in one.lines:
-            costs = line["costs"]
-            whole = costs.get("parameters", 0) + costs.get("parameters_removed", 0)
-            if whole and line["accuracy"] is not None:
+            removed = removed_share(line["costs"])
+            if removed is not None and line["accuracy"] is not None:
                 rows.append(
                     {
                         "run": run_name(one.run),
                         "model": model_name(one.run),
                         "plan": line["label"],
                         "role": line["role"],
-                        "removed": costs["parameters_removed"] / whole,
+                        "removed": removed,
                         "accuracy": line["accuracy"],
                         "low": line["interval"][0],
                         "high": line["interval"][1],

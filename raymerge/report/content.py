@@ -5,6 +5,7 @@ Everything here may hold foreign text (a model's path, a subject's name): `rende
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -68,6 +69,11 @@ class Table:
     words: tuple[int, ...] = (0,)
     marked: tuple[int, ...] = ()
     folded: bool = False
+
+    @classmethod
+    def of(cls, caption: str, header: Sequence[str], cells: Iterable[Sequence[str]], **options: Any) -> Table:
+        """The same from lists, as `summary` has them."""
+        return cls(caption, tuple(header), tuple(map(tuple, cells)), **options)
 
 
 @dataclass(frozen=True)

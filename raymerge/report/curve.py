@@ -6,9 +6,9 @@ from typing import Any
 
 from raymerge.findings import verdict
 from raymerge.report import figures
-from raymerge.report.asked import command_of, sources
-from raymerge.report.content import Block, Figure, Rows, Section, Table, Text
-from raymerge.report.reached import ALIGNED, TEXT_TEST, Reached, chosen_layers, drawn, merit, missing
+from raymerge.report.asked import figure_of
+from raymerge.report.content import Block, Figure, Section, Table, Text, View
+from raymerge.report.reached import ALIGNED, TEXT_TEST, Reached, chosen_layers, drawn, merit, missing, removed_share
 from raymerge.report.receipts import tensor_name
 from raymerge.report.wording import difference, interval, percent, perplexity, plural, value
 from raymerge.tables import RUINED, way_of
@@ -52,8 +52,6 @@ def curve(reached: Reached) -> list[dict[str, Any]]:
         line = lines.get(row["plan_id"])
         if line is None:
             continue
-        costs = line["costs"]
-        whole = costs.get("parameters", 0) + costs.get("parameters_removed", 0)
         points.append(
             {
                 "method": way_of(row),
@@ -62,8 +60,8 @@ def curve(reached: Reached) -> list[dict[str, Any]]:
                 **drawn(line),
                 "macro": line["macro"],
                 "answer_nll": line["nll"],
-                "removed": costs["parameters_removed"] / whole if whole else None,
-                "tokens_per_second": costs.get("tokens_per_second"),
+                "removed": removed_share(line["costs"]),
+                "tokens_per_second": line["costs"].get("tokens_per_second"),
                 "plan": line["label"],
                 "plan_id": row["plan_id"],
             }
@@ -127,18 +125,12 @@ def _read(point: dict, unmerged: float | None) -> str:
 
 
 def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
-    cells = []
     asks, measure = reached.asks, "accuracy" if reached.asks else "text_nll"
     known = {(row["plan_a"], row["plan_b"]): row for row in reached.comparisons if row["measure"] == measure}
+    cells = []
     for merges in sorted({point["merges"] for point in points}):
         best, drop = _at(points, merges)
-        row = None if drop is None else known.get((best["plan_id"], drop["plan_id"]))
-        if drop is None or best is drop:
-            said = "it is dropping" if drop is not None else "–"
-        elif row is None:
-            said = "not compared"
-        else:
-            said = f"{difference(row)}: {verdict(row)}"
+        dropping = "–" if drop is None else percent(drop["accuracy"]) if asks else perplexity(drop["perplexity"])
         cells.append(
             (
                 str(merges),
@@ -146,36 +138,39 @@ def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
                 _way(best),
                 *([f"{percent(best['accuracy'])} {interval(best['low'], best['high'])}"] if asks else []),
                 perplexity(best["perplexity"], _limits(best)),
-                "–" if drop is None else percent(drop["accuracy"]) if asks else perplexity(drop["perplexity"]),
-                said,
+                dropping,
+                _against_dropping(best, drop, known),
             )
         )
-    read = "" if base is None else f"perplexity {perplexity(base['perplexity'])}"
-    start = "" if base is None else f" Unmerged: {percent(base['accuracy'])}, {read}" if asks else f" Unmerged: {read}"
-    ranked, judged, flattered = (
-        ("most accurate way", "these very questions", "accuracy")
-        if asks
-        else ("way of least perplexity", "this very text", "perplexity")
-    )
-    nats = (
-        "" if asks else f" Against dropping: nats a token with 95 % intervals, over passages of the text. {TEXT_TEST}."
-    )
-    return Table(
+    ranked = "most accurate way" if asks else "way of least perplexity"
+    header = ("merged", "parameters removed", ranked, *(["accuracy [95 %]"] if asks else []), "perplexity", "dropping",
+              "against dropping")  # fmt: skip
+    return Table(_caption_of_best(asks, base, ranked), header, tuple(cells), words=(2, len(header) - 1))
+
+
+def _against_dropping(best: dict, drop: dict | None, known: dict[tuple[str, str], dict]) -> str:
+    """What the paired test says of the best point and dropping as many layers."""
+    if drop is None:
+        return "–"
+    if best is drop:
+        return "it is dropping"
+    row = known.get((best["plan_id"], drop["plan_id"]))
+    return "not compared" if row is None else f"{difference(row)}: {verdict(row)}"
+
+
+def _caption_of_best(asks: bool, base: dict | None, ranked: str) -> str:
+    judged, flattered = ("these very questions", "accuracy") if asks else ("this very text", "perplexity")
+    caption = (
         f"The {ranked} at every K, against dropping as many layers. It is the best of several on {judged}, so that its "
         f"{flattered} and its difference flatter it; the verdicts allow (Holm) for all comparisons that the sweep asks "
-        f"for, those that were not the best at their K too.{nats}{start}",
-        (
-            "merged",
-            "parameters removed",
-            ranked,
-            *(["accuracy [95 %]"] if asks else []),
-            "perplexity",
-            "dropping",
-            "against dropping",
-        ),
-        tuple(cells),
-        words=(2, 6 if asks else 5),
+        "for, those that were not the best at their K too."
     )
+    if not asks:
+        caption += f" Against dropping: nats a token with 95 % intervals, over passages of the text. {TEXT_TEST}."
+    if base is None:
+        return caption
+    answered = f"{percent(base['accuracy'])}, " if asks else ""
+    return f"{caption} Unmerged: {answered}perplexity {perplexity(base['perplexity'])}"
 
 
 def _curves(reached: Reached, points: list[dict], base: dict | None) -> list[Figure]:
@@ -198,54 +193,56 @@ def _curves(reached: Reached, points: list[dict], base: dict | None) -> list[Fig
     common = {"x": ("merges", "layers merged (K)"), "series": "method", "dash": "variant", "tips": tips}
     merges = drawn[-1]["merges"]
     told = f"{plural(len(methods), 'method')} and {plural(len(variants), 'variant')} at up to {merges} merges."
-    views = []
-    if reached.asks:
-        accuracies = figures.lines(
-            drawn,
-            f"Accuracy against the number of merged layers: {told}",
-            y=("accuracy", "accuracy"),
-            form=".0%",
-            interval=("low", "high"),
-            rule=None if base is None else (base["accuracy"], "unmerged"),
-            title="Accuracy",
-            **common,
-        )
-        views.append(accuracies)
+    views = [_accuracies(drawn, base, told, common)] if reached.asks else []
+    cut = False
+    if any(point["perplexity"] for point in drawn):
+        view, cut = _perplexities(drawn, base, told, common)
+        views.append(view)
+    if not views:
+        return []
+    title = f"{'Accuracy and perplexity' if reached.asks else 'Perplexity'} against compression"
+    caption = (
+        "A click on a method in the legend picks it. Thin bars are 95 % intervals. Aligned: neurons reordered to match "
+        "before averaging; folded: gains of the norms multiplied into the matrices before it."
+    )
+    if cut:
+        caption += f" Perplexities beyond {RUINED:g} times the unmerged model's are left out: the table below has them."
+    return [figure_of(reached.run, title, caption, views, points, *tables, columns=len(views))]
+
+
+def _accuracies(drawn: list[dict], base: dict | None, told: str, common: dict[str, Any]) -> View:
+    return figures.lines(
+        drawn,
+        f"Accuracy against the number of merged layers: {told}",
+        y=("accuracy", "accuracy"),
+        form=".0%",
+        interval=("low", "high"),
+        rule=None if base is None else (base["accuracy"], "unmerged"),
+        title="Accuracy",
+        **common,
+    )
+
+
+def _perplexities(drawn: list[dict], base: dict | None, told: str, common: dict[str, Any]) -> tuple[View, bool]:
+    """Their drawing, and whether those of ruined models are left out of it so that the others can be told apart."""
     known = [point for point in drawn if point["perplexity"]]
     unmerged = None if base is None else base["perplexity"]
     within = [point for point in known if unmerged and point["perplexity"] <= RUINED * unmerged]
-    told_apart, cut = within or known, 0 < len(within) < len(drawn)
-    if known:
-        views.append(
-            figures.lines(
-                told_apart,
-                f"Perplexity on plain text against the number of merged layers: {told}",
-                y=("perplexity", "perplexity on plain text (log scale)"),
-                form="~s",
-                log=True,
-                interval=("perplexity_low", "perplexity_high") if all(map(_known, told_apart)) else None,
-                rule=(unmerged, "unmerged") if unmerged else None,
-                most=RUINED * unmerged if cut else None,
-                title="Perplexity, lower is better",
-                order=[*dict.fromkeys(point["method"] for point in drawn)],
-                **common,
-            )
-        )
-    if not views:
-        return []
-    left_out = ""
-    if cut:
-        left_out = f" Perplexities beyond {RUINED:g} times the unmerged model's are left out: the table below has them."
-    figure = Figure(
-        f"{'Accuracy and perplexity' if reached.asks else 'Perplexity'} against compression",
-        "A click on a method in the legend picks it. Thin bars are 95 % intervals. Aligned: neurons reordered to match "
-        f"before averaging; folded: gains of the norms multiplied into the matrices before it.{left_out}",
-        tuple(views),
-        Rows.of(points, sources(reached.run, *tables)),
-        command_of(reached.run),
-        columns=len(views),
+    shown, cut = within or known, 0 < len(within) < len(drawn)
+    view = figures.lines(
+        shown,
+        f"Perplexity on plain text against the number of merged layers: {told}",
+        y=("perplexity", "perplexity on plain text (log scale)"),
+        form="~s",
+        log=True,
+        interval=("perplexity_low", "perplexity_high") if all(map(_known, shown)) else None,
+        rule=(unmerged, "unmerged") if unmerged else None,
+        most=RUINED * unmerged if cut else None,
+        title="Perplexity, lower is better",
+        order=[*dict.fromkeys(point["method"] for point in drawn)],
+        **common,
     )
-    return [figure]
+    return view, cut
 
 
 def _everything(points: list[dict]) -> Table:
@@ -286,48 +283,46 @@ def receipts(reached: Reached) -> Section:
             largest[row["plan_id"]] = row
     if not largest:
         return Section(title, (missing(run, "receipts"),))
-    rows = [_receipt_of(point, largest[plan_id]) for plan_id, point in points.items() if plan_id in largest]
-    methods = list(dict.fromkeys(point["method"] for point in points.values() if point["merges"]))
-    still = sorted(
-        {point["method"] for point in points.values() if point["plan_id"] not in largest and point["merges"]}
-    )
+    rows = [
+        {
+            "method": point["method"],
+            "variant": point["variant"],
+            "merges": point["merges"],
+            "relative": largest[plan_id]["relative_change"],
+            "tensor": _layer_and_matrix(largest[plan_id]["tensor"]),
+            "plan": point["plan"],
+        }
+        for plan_id, point in points.items()
+        if plan_id in largest
+    ]
+    merged = _merged([*points.values()])
+    still = sorted({point["method"] for point in merged if point["plan_id"] not in largest})
     silent = f" Nothing is averaged, and no tensor changes, under {', '.join(still)}." if still else ""
-    return Section(
-        title,
-        (
-            Figure(
-                "Largest change of a tensor, by number of merged layers",
-                "The norm of the difference between merged and original tensor over the original's norm; the largest "
-                f"of each plan.{silent}",
-                (
-                    figures.lines(
-                        rows,
-                        f"Largest relative change of a tensor against merged layers.{silent}",
-                        x=("merges", "layers merged (K)"),
-                        y=("relative", "change, as a share of the norm"),
-                        series="method",
-                        dash="variant",
-                        tips=[("plan", "plan"), ("tensor", "tensor"), ("relative", "change", ".1%")],
-                        form=".0%",
-                        order=methods,
-                        height=240,
-                    ),
-                ),
-                Rows.of(rows, sources(run, "receipts", "sweep")),
-                command_of(run),
-            ),
-        ),
+    view = figures.lines(
+        rows,
+        f"Largest relative change of a tensor against merged layers.{silent}",
+        x=("merges", "layers merged (K)"),
+        y=("relative", "change, as a share of the norm"),
+        series="method",
+        dash="variant",
+        tips=[("plan", "plan"), ("tensor", "tensor"), ("relative", "change", ".1%")],
+        form=".0%",
+        order=list(dict.fromkeys(point["method"] for point in merged)),
+        height=240,
     )
+    figure = figure_of(
+        run,
+        "Largest change of a tensor, by number of merged layers",
+        "The norm of the difference between merged and original tensor over the original's norm; the largest of each "
+        f"plan.{silent}",
+        [view],
+        rows,
+        "receipts",
+        "sweep",
+    )
+    return Section(title, (figure,))
 
 
-def _receipt_of(point: dict, receipt: dict) -> dict:
-    """What is drawn of one point's largest change, a row of `receipts`."""
-    matrix, layer = tensor_name(receipt["tensor"])
-    return {
-        "method": point["method"],
-        "variant": point["variant"],
-        "merges": point["merges"],
-        "relative": receipt["relative_change"],
-        "tensor": f"layer {layer} {matrix}",
-        "plan": point["plan"],
-    }
+def _layer_and_matrix(tensor: str) -> str:
+    matrix, layer = tensor_name(tensor)
+    return f"layer {layer} {matrix}"

@@ -9,8 +9,8 @@ import numpy as np
 
 from raymerge import findings, summary
 from raymerge.report import figures
-from raymerge.report.asked import command_of, sources
-from raymerge.report.content import FOUND, Block, Figure, Rows, Section, Table, Text
+from raymerge.report.asked import figure_of
+from raymerge.report.content import FOUND, Block, Figure, Section, Table, Text
 from raymerge.report.reached import missing
 from raymerge.report.wording import listed, percent, plural, value
 from raymerge.tables import RunDirectory
@@ -39,23 +39,24 @@ def answer(run: RunDirectory) -> Section:
         "degenerate": "degenerate layers",
     }
     blocks.append(
-        Table(
+        Table.of(
             "Similarity off the diagonal, by subset of prompts. Unrelated layers: the mean when the prompts of one "
             "layer are shuffled against the other's; 5 % of pairs lie above noise by chance. Pairs with a degenerate "
             "layer are left out of that share",
-            tuple(words.get(name, name) for name in header),
-            tuple(tuple(row) for row in cells),
+            [words.get(name, name) for name in header],
+            cells,
             words=(0, 1, 2, 3),
         )
     )
     if run.has("similarity_correlation"):
+        _, cells = summary.correlation_table(run)
         blocks.append(
-            Table(
+            Table.of(
                 "Correlation of the subsets' matrices. Ceiling: the correlation that noise would leave of two equal "
                 "patterns",
                 ("subsets", "diagonal included", "off the diagonal", "95 % interval", "ceiling"),
-                tuple(tuple(row) for row in summary.correlation_table(run)[1]),
-                folded=len(summary.correlation_table(run)[1]) > 6,
+                cells,
+                folded=len(cells) > 6,
             )
         )
     return Section("The answer", tuple(blocks))
@@ -165,8 +166,8 @@ def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[dict]) -
         noise = [row for row in mine if row["above"] == "no" and row["layer_i"] != row["layer_j"]]
         told = (
             f"{subset}: heat map of the similarity of {layers} layers, mean {_mean(off)} off the diagonal, "
-            f"{_mean(near)} "
-            f"between neighbours; {plural(len(noise) // 2, 'pair')} not above noise or of a degenerate layer."
+            f"{_mean(near)} between neighbours; {plural(len(noise) // 2, 'pair')} not above noise or of a degenerate "
+            "layer."
         )
         views.append(
             figures.heat_map(
@@ -180,14 +181,15 @@ def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[dict]) -
             )
         )
     left = f" {len(subsets) - _MAPS} more subsets stand in the rows." if len(subsets) > _MAPS else ""
-    return Figure(
+    return figure_of(
+        run,
         f"Similarity of every pair of layers ({named})",
         f"One scale for all maps, from {value(domain[0], 2)} to {value(domain[1], 2)}; values beyond it, such as a "
         "layer's with itself, have the colour of the end. A white dot: not above what 95 % of unrelated layers stay "
         f"below, or of a layer whose diffusion map is degenerate. Grey: undefined.{left}",
-        tuple(views),
-        Rows.of(rows, sources(run, "similarity")),
-        command_of(run),
+        views,
+        rows,
+        "similarity",
         columns=2 if len(views) < 3 else 3,
     )
 
@@ -247,24 +249,24 @@ def _influence(run: RunDirectory, stored: list[dict]) -> Figure:
     ]
     least = min(rows, key=lambda row: row["value"])
     told = f"Least: layer {least['layer']} on {least['subset']}, {least['value']:.3g}."
-    return Figure(
+    view = figures.lines(
+        rows,
+        f"Block influence by layer, a line a subset. {told}",
+        x=("layer", "decoder layer"),
+        y=("value", "1 - mean cosine (log scale)"),
+        series="subset",
+        tips=[("subset", "subset"), ("layer", "layer"), ("value", "block influence", ".3~g")],
+        log=all(row["value"] > 0 for row in rows),
+        height=240,
+    )
+    return figure_of(
+        run,
         "Block influence: how much a layer changes the states",
         "One minus the mean cosine of the states that enter and leave a layer: how far it turns them. That a layer "
         f"changes little does not say that leaving it out costs little. {told} A click on the legend picks a subset.",
-        (
-            figures.lines(
-                rows,
-                f"Block influence by layer, a line a subset. {told}",
-                x=("layer", "decoder layer"),
-                y=("value", "1 - mean cosine (log scale)"),
-                series="subset",
-                tips=[("subset", "subset"), ("layer", "layer"), ("value", "block influence", ".3~g")],
-                log=all(row["value"] > 0 for row in rows),
-                height=240,
-            ),
-        ),
-        Rows.of(rows, sources(run, "block_influence")),
-        command_of(run),
+        [view],
+        rows,
+        "block_influence",
     )
 
 
@@ -298,40 +300,34 @@ def correlations(run: RunDirectory) -> Section:
     left = f" Drawn are the highest and the lowest {_PAIRS // 2} of {len(rows)}." if len(drawn) < len(rows) else ""
     tips = [("pair", "subsets"), ("r", "r off the diagonal", ".3f"), ("low", "95 % from", ".3f"), ("high", "to", ".3f"),
             ("ceiling", "ceiling", ".3f"), ("pearson", "r, diagonal included", ".3f")]  # fmt: skip
-    return Section(
-        title,
-        (
-            Figure(
-                "Correlation of the subsets' matrices, with its ceiling",
-                "Off the diagonal, with 95 % intervals. The upright tick is the ceiling: the correlation of two equal "
-                "patterns, weakened by the noise of both matrices. An interval that reaches it says that the two "
-                f"subsets are indistinguishable with these prompts. {told}{left} Translations of the same questions "
-                "share their noise and may exceed it.",
-                (
-                    figures.intervals(
-                        drawn,
-                        f"Correlations of {plural(len(drawn), 'pair')} of subsets with intervals and ceilings. {told}",
-                        name="pair",
-                        value="r",
-                        axis="Pearson correlation off the diagonal",
-                        form=".2f",
-                        tips=tips,
-                        tick="ceiling",
-                    ),
-                ),
-                Rows.of(drawn, sources(run, "similarity_correlation")),
-                command_of(run),
-            ),
-        ),
+    view = figures.intervals(
+        drawn,
+        f"Correlations of {plural(len(drawn), 'pair')} of subsets with intervals and ceilings. {told}",
+        name="pair",
+        value="r",
+        axis="Pearson correlation off the diagonal",
+        form=".2f",
+        tips=tips,
+        tick="ceiling",
     )
+    figure = figure_of(
+        run,
+        "Correlation of the subsets' matrices, with its ceiling",
+        "Off the diagonal, with 95 % intervals. The upright tick is the ceiling: the correlation of two equal "
+        "patterns, weakened by the noise of both matrices. An interval that reaches it says that the two subsets are "
+        f"indistinguishable with these prompts. {told}{left} Translations of the same questions share their noise and "
+        "may exceed it.",
+        [view],
+        drawn,
+        "similarity_correlation",
+    )
+    return Section(title, (figure,))
 
 
 def sensitivity(run: RunDirectory) -> Section:
     """Agreement with the reference setting, one setting at a time."""
     if not run.has("sensitivity"):
         return Section("The answer", (missing(run, "sensitivity"),))
-    header, cells = summary.sensitivity_table(run)
-    stored = [row for row in run.read("sensitivity").to_pylist() if not row["reference"]]
     rows = [
         {
             "setting": f"{row['parameter']} = {row['setting']}",
@@ -344,43 +340,39 @@ def sensitivity(run: RunDirectory) -> Section:
             "moves": row["alpha_max_difference"],
             "note": row["note"] or "",
         }
-        for row in stored
+        for row in run.read("sensitivity").to_pylist()
+        if not row["reference"]
     ]
+    header, cells = summary.sensitivity_table(run)
+    every = Table.of("Every setting, averaged over subsets", header, cells, words=(0, 1, 5))
     known = [row for row in rows if row["r"] is not None]
-    blocks: list[Block] = []
-    if known:
-        low = min(known, key=lambda row: row["r"])
-        shares = [row["same"] for row in rows if row["same"] is not None]
-        same = f"; on average {percent(sum(shares) / len(shares), 0)} of the merges stay the same" if shares else ""
-        told = f"The matrix of {low['setting']} agrees least with the reference (r = {value(low['r'], 2)}){same}."
-        blocks.append(Text(told))
-        tips = [("setting", "setting"), ("subset", "subset"), ("r", "r off the diagonal", ".3f"),
-                ("same", "same merges", ".0%"), ("moves", "alpha moves by", ".3f"), ("note", "note")]  # fmt: skip
-        figure = figures.intervals(
-            known,
-            f"Correlation with the reference matrix for {plural(len(known), 'setting')}. {told}",
-            name="setting",
-            value="r",
-            axis="correlation off the diagonal",
-            form=".2f",
-            tips=tips,
-        )
-        blocks.append(
-            Figure(
-                "Agreement of each setting's matrix with the reference",
-                "One setting is changed at a time; 1 is the same matrix as the reference setting's, off the diagonal."
-                + (" Settings without a mark: undefined; the table says why." if len(known) < len(rows) else ""),
-                (figure,),
-                Rows.of(rows, sources(run, "sensitivity")),
-                command_of(run),
-            )
-        )
-    blocks.append(
-        Table(
-            "Every setting, averaged over subsets",
-            tuple(header),
-            tuple(tuple(row) for row in cells),
-            words=(0, 1, 5),
-        )
+    return Section("The answer", (*(_settings(run, rows, known) if known else ()), every))
+
+
+def _settings(run: RunDirectory, rows: list[dict], known: list[dict]) -> tuple[Text, Figure]:
+    """What changes the matrix most, and the drawing of all settings; known: rows with a correlation."""
+    low = min(known, key=lambda row: row["r"])
+    shares = [row["same"] for row in rows if row["same"] is not None]
+    same = f"; on average {percent(sum(shares) / len(shares), 0)} of the merges stay the same" if shares else ""
+    told = f"The matrix of {low['setting']} agrees least with the reference (r = {value(low['r'], 2)}){same}."
+    tips = [("setting", "setting"), ("subset", "subset"), ("r", "r off the diagonal", ".3f"),
+            ("same", "same merges", ".0%"), ("moves", "alpha moves by", ".3f"), ("note", "note")]  # fmt: skip
+    view = figures.intervals(
+        known,
+        f"Correlation with the reference matrix for {plural(len(known), 'setting')}. {told}",
+        name="setting",
+        value="r",
+        axis="correlation off the diagonal",
+        form=".2f",
+        tips=tips,
     )
-    return Section("The answer", tuple(blocks))
+    figure = figure_of(
+        run,
+        "Agreement of each setting's matrix with the reference",
+        "One setting is changed at a time; 1 is the same matrix as the reference setting's, off the diagonal."
+        + (" Settings without a mark: undefined; the table says why." if len(known) < len(rows) else ""),
+        [view],
+        rows,
+        "sensitivity",
+    )
+    return Text(told), figure

@@ -5,9 +5,9 @@ from __future__ import annotations
 from raymerge import findings, summary
 from raymerge.report import figures
 from raymerge.report.answer import LINKS, firm, in_words, told
-from raymerge.report.asked import command_of, sources
-from raymerge.report.content import Block, Fact, Facts, Figure, Rows, Section, Table, Text, View
-from raymerge.report.reached import TEXT_TEST, Reached, chosen_layers, described, drawn, missing
+from raymerge.report.asked import figure_of
+from raymerge.report.content import Block, Fact, Facts, Section, Table, Text, View
+from raymerge.report.reached import TEXT_TEST, Reached, chosen_layers, described, drawn, missing, removed_share
 from raymerge.report.wording import (
     NONE,
     difference,
@@ -55,8 +55,8 @@ def _tiles(best: dict, base: dict | None) -> list[Fact]:
     costs = best["costs"]
     if costs:
         whole = costs["layers"] + costs["layers_removed"]
-        share = costs["parameters_removed"] / (costs["parameters"] + costs["parameters_removed"])
-        gone = f"{percent(share)} of {millions(costs['parameters'] + costs['parameters_removed'])} parameters removed"
+        parameters = millions(costs["parameters"] + costs["parameters_removed"])
+        gone = f"{percent(removed_share(costs))} of {parameters} parameters removed"
         tiles.append(Fact("Layers", f"{costs['layers']} of {whole}", gone))
     return tiles
 
@@ -226,11 +226,11 @@ def tasks(reached: Reached) -> list[Section]:
     if not cells:
         return []
     found = [
-        Table(
+        Table.of(
             "acc: the choice of the greatest log-likelihood; acc_norm: of the greatest per character. Intervals of "
             "95 % (Wilson)",
-            tuple(header),
-            tuple(map(tuple, cells)),
+            header,
+            cells,
             words=(0, 1, 3),
             folded=len(cells) > 40,
         )
@@ -238,10 +238,10 @@ def tasks(reached: Reached) -> list[Section]:
     header, cells = summary.task_comparison_table(reached.run, reached.best and reached.best["plan_id"])
     if cells:
         found.append(
-            Table(
+            Table.of(
                 "Paired differences on the tasks' items, with 95 % intervals and p of McNemar's exact test",
-                tuple(header),
-                tuple(map(tuple, cells)),
+                header,
+                cells,
                 words=(0, 1, 2, 3, 8),
                 folded=len(cells) > 40,
             )
@@ -272,36 +272,27 @@ def _overview(reached: Reached) -> list[Block]:
             ("perplexity_high", "to", ",.4~g"), ("answer_nll", "answer NLL", ".3f")]  # fmt: skip
     if not reached.asks:
         tips = [tips[0], *tips[4:7]]
-    views = {}
-    if reached.asks:
-        views["accuracy"] = _accuracies(rows, tips, _always_a(reached))
-    if any(row["perplexity"] for row in rows):
-        views["perplexity"] = _perplexities(rows, tips, legend=not reached.asks)
+    views = [_accuracies(rows, tips, _always_a(reached))] if reached.asks else []
+    known = [row for row in rows if row["perplexity"]]
+    if known:
+        views.append(_perplexities(rows, known, tips, legend=not reached.asks))
     if not views:
         return []
-    shown = list(views)
+    shown = [name for name, there in (("accuracy", reached.asks), ("perplexity", known)) if there]
     caption = (
-        "Accuracy alone can hide a lost language model: a plan may pick the right letters and no longer predict text. "
-        "The two panels have the same order. "
-    ) if len(shown) == 2 else ""  # fmt: skip
-    caption += (
         "Bars are 95 % intervals of each plan on its own; which plans differ is said by the paired comparisons above, "
         "not by whether bars overlap."
     )
-    return [
-        Figure(
-            f"{' and '.join(shown).capitalize()} of every plan",
-            caption,
-            tuple(views.values()),
-            Rows.of(rows, sources(reached.run, *shown, "plans")),
-            command_of(reached.run),
-            columns=len(views),
+    if len(shown) == 2:
+        caption = (
+            "Accuracy alone can hide a lost language model: a plan may pick the right letters and no longer predict "
+            f"text. The two panels have the same order. {caption}"
         )
-    ]
+    title = f"{' and '.join(shown).capitalize()} of every plan"
+    return [figure_of(reached.run, title, caption, views, rows, *shown, "plans", columns=len(views))]
 
 
-def _accuracies(rows: list[dict], tips: list[tuple], always: float | None) -> View:
-    """The panel of accuracies, of plans from the best to the worst; always: what the letter A alone would reach."""
+def _accuracies(rows: list[dict], tips: list[tuple], always_a: float | None) -> View:
     top, bottom = rows[0], rows[-1]
     return figures.intervals(
         rows,
@@ -313,18 +304,17 @@ def _accuracies(rows: list[dict], tips: list[tuple], always: float | None) -> Vi
         form=".0%",
         tips=tips,
         title="Accuracy",
-        rule=None if always is None else (always, "always A"),
+        rule=None if always_a is None else (always_a, "always A"),
     )
 
 
-def _perplexities(rows: list[dict], tips: list[tuple], *, legend: bool) -> View:
-    """The panel of perplexities, in the order of the rows, some of which may have none."""
-    known = [row for row in rows if row["perplexity"]]
-    least, most = (f(known, key=lambda row: row["perplexity"]) for f in (min, max))
+def _perplexities(rows: list[dict], known: list[dict], tips: list[tuple], *, legend: bool) -> View:
+    """In the order of all rows; known: those that have one."""
+    least, most = (extreme(known, key=lambda row: row["perplexity"]) for extreme in (min, max))
     return figures.named_values(
         rows,
-        f"Perplexity on plain text with 95 % intervals, from {perplexity(least['perplexity'])} "
-        f"({least['plan']}) to {perplexity(most['perplexity'])} ({most['plan']}).",
+        f"Perplexity on plain text with 95 % intervals, from {perplexity(least['perplexity'])} ({least['plan']}) to "
+        f"{perplexity(most['perplexity'])} ({most['plan']}).",
         name="plan",
         value="perplexity",
         axis="perplexity on plain text (log scale)",

@@ -97,6 +97,12 @@ def drawn(line: dict) -> dict[str, float | None]:
     }
 
 
+def removed_share(costs: dict) -> float | None:
+    """The share of the unmerged model's parameters that a plan removes, by its row of `costs`; None without one."""
+    whole = costs.get("parameters", 0) + costs.get("parameters_removed", 0)
+    return costs["parameters_removed"] / whole if whole else None
+
+
 def merit(line: dict) -> float:
     """What lines, or points of a curve, are ranked by: accuracy, or without questions the least perplexity."""
     if line["accuracy"] is not None:
@@ -123,7 +129,7 @@ def described(line: dict) -> str:
 def chosen_layers(run: RunDirectory) -> list[Block]:
     """Which layers go, where a block of them was chosen, and by what."""
     caption, header, cells = summary.block_table(run)
-    return [Table(caption, tuple(header), tuple(map(tuple, cells)), words=(2, 4, 5))] if cells else []
+    return [Table.of(caption, header, cells, words=(2, 4, 5))] if cells else []
 
 
 def missing(run: RunDirectory, *tables: str) -> Notice:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from raymerge.report import figures
-from raymerge.report.asked import command_of, sources
-from raymerge.report.content import ROLES, Figure, Notice, Rows, Section, role_of
+from raymerge.report.asked import figure_of
+from raymerge.report.content import ROLES, Notice, Section, role_of
 from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import finite, listed, percent, plural
 
@@ -46,20 +46,16 @@ def receipts(reached: Reached) -> Section:
         f"{plural(len({row['plan'] for row in changed}), 'plan')}, of at most "
         f"{percent(max((row['relative'] for row in changed), default=0.0))} of the original's norm.{silent}"
     )
-    return Section(
-        title,
-        (
-            Figure(
-                "Change of every tensor that a plan touches",
-                "The norm of the difference between a tensor and the original's of the same name, over the latter's. "
-                f"Behind layers that are left out the others have new numbers, and so differ though they are whole. "
-                f"{told}",
-                (figures.changes(rows, f"Relative change of tensors, a row for each matrix. {told}"),),
-                Rows.of(rows, sources(run, "receipts")),
-                command_of(run),
-            ),
-        ),
+    figure = figure_of(
+        run,
+        "Change of every tensor that a plan touches",
+        "The norm of the difference between a tensor and the original's of the same name, over the latter's. Behind "
+        f"layers that are left out the others have new numbers, and so differ though they are whole. {told}",
+        [figures.changes(rows, f"Relative change of tensors, a row for each matrix. {told}")],
+        rows,
+        "receipts",
     )
+    return Section(title, (figure,))
 
 
 def tensor_name(tensor: str) -> tuple[str, str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from raymerge import findings, summary
 from raymerge.objectives import above_ceiling, is_minimised
 from raymerge.report import figures
-from raymerge.report.asked import command_of, sources
-from raymerge.report.content import ROLES, Block, Figure, Rows, Section, Table, role_of
+from raymerge.report.asked import figure_of
+from raymerge.report.content import ROLES, Block, Figure, Section, Table, role_of
 from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import NONE, percent, plural
 from raymerge.statistics import without_far_worse
@@ -41,36 +40,40 @@ def coefficients(reached: Reached) -> Section:
     ]
     _label_ends(alphas)
     alphas.sort(key=lambda row: -ROLES.index(row["role"]))  # what was found is drawn last, on top
-    best = reached.best
-    text = ""
-    if best is not None:
-        own = [row["alpha"] for row in _once(steps) if row["plan_id"] == best["plan_id"] and row["matrix"] is None]
-        text = f" {best['label']}: {', '.join(f'{alpha:.2f}' for alpha in own[:20])}." if own else ""
+    blocks: list[Block] = [_alphas(reached, alphas, steps, len(shown))]
     weights = _weights(reached, shown)
-    blocks: list[Block] = [
-        Figure(
-            "Alpha of every merge step",
-            "A step merges one layer into another: alpha times the kept layer's weights plus (1 - alpha) times the "
-            "removed layer's. Alpha 1 drops the removed layer, alpha 0 drops the other. Fainter lines: coefficients of "
-            "single matrices." + text,
-            (figures.alpha_lines(alphas, f"Alpha by merge step for {len(shown)} plans.{text}"),),
-            Rows.of(alphas, sources(run, "plans")),
-            command_of(run),
-        )
-    ]
     if weights:
-        heavy = _heaviest(weights, best)
+        heavy = _heaviest(weights, reached.best)
         blocks.append(
-            Figure(
+            figure_of(
+                run,
                 "How much of each original layer is left in the merged layer",
                 "The steps multiply: after all of them every original layer has one effective coefficient in the layer "
                 "that it was merged into, and they sum to 1. Layers that no plan merges are left out." + heavy,
-                (figures.weight_cells(weights, f"Effective coefficient of each original layer, a row a plan.{heavy}"),),
-                Rows.of(weights, sources(run, "coefficients")),
-                command_of(run),
+                [figures.weight_cells(weights, f"Effective coefficient of each original layer, a row a plan.{heavy}")],
+                weights,
+                "coefficients",
             )
         )
     return Section(title, tuple(blocks))
+
+
+def _alphas(reached: Reached, rows: list[dict], steps: list[dict], plans: int) -> Figure:
+    """Alpha by step of so many plans; rows: what is drawn, steps: rows of `plans`."""
+    best, told = reached.best, ""
+    if best is not None:
+        own = [row["alpha"] for row in _once(steps) if row["plan_id"] == best["plan_id"] and row["matrix"] is None]
+        told = f" {best['label']}: {', '.join(f'{alpha:.2f}' for alpha in own[:20])}." if own else ""
+    return figure_of(
+        reached.run,
+        "Alpha of every merge step",
+        "A step merges one layer into another: alpha times the kept layer's weights plus (1 - alpha) times the "
+        "removed layer's. Alpha 1 drops the removed layer, alpha 0 drops the other. Fainter lines: coefficients of "
+        "single matrices." + told,
+        [figures.alpha_lines(rows, f"Alpha by merge step for {plans} plans.{told}")],
+        rows,
+        "plans",
+    )
 
 
 def _label_ends(alphas: list[dict]) -> None:
@@ -149,37 +152,7 @@ def search(reached: Reached) -> Section:
     if not any(row["searcher"] != "controls" for row in judged):
         return Section(title, (missing(run, "trials"),))
     objective = judged[0]["objective"]
-    candidates = _candidates(judged, min if is_minimised(objective) else max)
-    controls = [row for row in judged if row["searcher"] == "controls"]
-    limits, far = _limits(candidates, controls, is_minimised(objective))
-    empty = dict.fromkeys(candidates[0], None)
-    named = [(reached.labels.get(row["plan_id"], row["plan_id"]), row["value"]) for row in controls]
-    rows = candidates + [
-        empty | {"kind": "control", "searcher": "controls", "value": number, "label": label}
-        for label, number in _together(named, list(limits or (row["value"] for row in judged)))
-    ]
-    lines = "; ".join(summary.search_lines(run))
-    way = "lower" if is_minimised(objective) else "higher"
-    other = "of the same split as the report's" if findings.chosen_on(run, reached.split) else "not the report's"
-    on = "questions" if reached.asks else "text"
-    blocks: list[Block] = [
-        Figure(
-            "Objective of every candidate",
-            f"Measured on the search {on}, {other} ({way} is better). Steps: the best so far. Dashed: controls. "
-            f"{f'{far} far worse lie beyond the axis: − shows them. ' if far else ''}{lines}.",
-            (
-                figures.progress(
-                    rows,
-                    f"{objective} of {plural(len(candidates), 'candidate')} in the order in which they were tried. "
-                    f"{lines}.",
-                    objective=objective,
-                    limits=limits,
-                ),
-            ),
-            Rows.of(rows, sources(run, "trials")),
-            command_of(run),
-        )
-    ]
+    blocks: list[Block] = [_progress(reached, judged, objective)]
     history = run.read("gradient_history").to_pylist()
     if history:
         blocks.append(_descents(run, history, objective))
@@ -187,18 +160,51 @@ def search(reached: Reached) -> Section:
     if cells:
         pace = "; ".join(summary.pace_lines(run))
         caption = f"How much of the last call's time each worker scored. {pace}"
-        blocks.append(Table(caption, tuple(header), tuple(map(tuple, cells)), words=(0, 1), folded=True))
+        blocks.append(Table.of(caption, header, cells, words=(0, 1), folded=True))
     return Section(title, tuple(blocks))
 
 
-def _candidates(judged: list[dict], better: Callable[[float, float], float]) -> list[dict]:
-    """What is drawn of the rows of `trials` that are no controls: each searcher's in order, with the best so far."""
+def _progress(reached: Reached, judged: list[dict], objective: str) -> Figure:
+    """The value of every candidate in order, of the controls, and the best so far; judged: rows of `trials`."""
+    run, lower = reached.run, is_minimised(objective)
+    candidates = _candidates(judged, lower)
+    controls = [row for row in judged if row["searcher"] == "controls"]
+    limits, far = _limits(candidates, controls, lower)
+    empty = dict.fromkeys(candidates[0], None)
+    named = [(reached.labels.get(row["plan_id"], row["plan_id"]), row["value"]) for row in controls]
+    rows = candidates + [
+        empty | {"kind": "control", "searcher": "controls", "value": number, "label": label}
+        for label, number in _together(named, list(limits or (row["value"] for row in judged)))
+    ]
+    lines = "; ".join(summary.search_lines(run))
+    on = "questions" if reached.asks else "text"
+    other = "of the same split as the report's" if findings.chosen_on(run, reached.split) else "not the report's"
+    beyond = f"{far} far worse lie beyond the axis: − shows them. " if far else ""
+    view = figures.progress(
+        rows,
+        f"{objective} of {plural(len(candidates), 'candidate')} in the order in which they were tried. {lines}.",
+        objective=objective,
+        limits=limits,
+    )
+    return figure_of(
+        run,
+        "Objective of every candidate",
+        f"Measured on the search {on}, {other} ({'lower' if lower else 'higher'} is better). Steps: the best so far. "
+        f"Dashed: controls. {beyond}{lines}.",
+        [view],
+        rows,
+        "trials",
+    )
+
+
+def _candidates(judged: list[dict], lower: bool) -> list[dict[str, Any]]:
+    """The searchers' candidates in order, each with the best value so far of its searcher. The searchers proper come
+    before random candidates: the accent is theirs."""
+    better = min if lower else max
     rows = []
-    for searcher in dict.fromkeys(row["searcher"] for row in judged):
-        if searcher == "controls":
-            continue
+    for searcher in dict.fromkeys(row["searcher"] for row in judged if row["searcher"] != "controls"):
         best = None
-        for row in sorted((r for r in judged if r["searcher"] == searcher), key=lambda r: r["iteration"]):
+        for row in sorted((row for row in judged if row["searcher"] == searcher), key=lambda row: row["iteration"]):
             best = row["value"] if best is None else better(best, row["value"])
             rows.append(
                 {
@@ -215,7 +221,6 @@ def _candidates(judged: list[dict], better: Callable[[float, float], float]) -> 
                     "seconds": row["seconds"],
                 }
             )
-    # The searchers proper come first: the accent is theirs.
     return sorted(rows, key=lambda row: row["searcher"] == "random")
 
 
@@ -260,11 +265,12 @@ def _descents(run: RunDirectory, history: list[dict], objective: str) -> Figure:
                     }
                 )
     count = len({(row["searcher"], row["start"]) for row in history})
-    return Figure(
+    return figure_of(
+        run,
         "Loss of the descents",
         "One line a start. The state kept of a descent is that of the lowest loss"
         + (" on questions that it did not descend on." if any(row["of"] == "held out" for row in rows) else "."),
-        (figures.descents(rows, f"Loss by epoch of {plural(count, 'descent')}.", objective=objective),),
-        Rows.of(rows, sources(run, "gradient_history")),
-        command_of(run),
+        [figures.descents(rows, f"Loss by epoch of {plural(count, 'descent')}.", objective=objective)],
+        rows,
+        "gradient_history",
     )

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from raymerge.report import figures
-from raymerge.report.asked import command_of, sources
-from raymerge.report.content import UNMERGED, Block, Figure, Rows, Section
+from raymerge.report.asked import figure_of
+from raymerge.report.content import UNMERGED, Block, Section
 from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import percent, signed
 from raymerge.statistics import paired_difference
@@ -32,19 +32,17 @@ def differences(reached: Reached) -> Section:
         f"{signed(first[-1]['difference'], 1)} ({first[-1]['subject']}); {len(clear)} of {len(first)} intervals leave "
         "out 0."
     )
-    return Section(
-        title,
-        (
-            Figure(
-                f"Difference in accuracy of {best['label']} by subject",
-                f"{told} Intervals of 95 % (of pairs) are of each subject alone: by chance alone up to one in twenty "
-                "leaves out 0.",
-                (figures.subject_differences(rows, f"Differences by subject, sorted. {told}", against=against),),
-                Rows.of(rows, sources(reached.run, "answers", "plans")),
-                command_of(reached.run),
-            ),
-        ),
+    figure = figure_of(
+        reached.run,
+        f"Difference in accuracy of {best['label']} by subject",
+        f"{told} Intervals of 95 % (of pairs) are of each subject alone: by chance alone up to one in twenty leaves "
+        "out 0.",
+        [figures.subject_differences(rows, f"Differences by subject, sorted. {told}", against=against)],
+        rows,
+        "answers",
+        "plans",
     )
+    return Section(title, (figure,))
 
 
 def difference_rows(reached: Reached) -> list[dict[str, Any]]:
@@ -114,5 +112,4 @@ def accuracies(run: RunDirectory, stored: list[dict]) -> list[Block]:
         tips=tips,
         rule=(0.25, "chance"),
     )
-    source = Rows.of(rows, sources(run, "accuracy"))
-    return [Figure("Accuracy by subject", f"{told} Bars: 95 % intervals.", (view,), source, command_of(run))]
+    return [figure_of(run, "Accuracy by subject", f"{told} Bars: 95 % intervals.", [view], rows, "accuracy")]
