@@ -34,6 +34,7 @@ from plotting import (
     need,
     number,
     plain_log,
+    report_split,
     run_main,
     save,
     save_text,
@@ -44,7 +45,6 @@ from raymerge.tables import (
     MACRO,
     MICRO,
     RunDirectory,
-    RunError,
     derive_accuracy,
     paired_difference,
     plan_labels,
@@ -102,7 +102,7 @@ def views_of(run: RunDirectory) -> list[View]:
     answers = run.read("answers", columns=_COLUMNS)
     if not answers.num_rows:
         need(run, "answers", "accuracies")
-    split = report_split(run, answers)
+    split = report_split(run, answers["split"].unique().to_pylist(), "answers")
     answers = answers.filter(pc.equal(answers["split"], split))
     rows = derive_accuracy(answers)  # not table accuracy, which is written at the end and may be older
     text = [row for row in run.read("perplexity").to_pylist() if row["target"] == "text"]
@@ -141,17 +141,6 @@ def views_of(run: RunDirectory) -> list[View]:
     return views
 
 
-def report_split(run: RunDirectory, answers) -> str:
-    """The config's data.report_split if it has answers, else "test", else the only split there is."""
-    there = answers["split"].unique().to_pylist()
-    for split in ((run.config.get("data") or {}).get("report_split"), "test"):
-        if split in there:
-            return split
-    if len(there) > 1:
-        raise RunError(f"{run.path_of()} has answers for {', '.join(there)}, none of them the config's report_split")
-    return there[0]
-
-
 def reference_plan(plans: list[dict], order: list[str]) -> str:
     """The unmerged model if it was evaluated, else the plan of kind base, else the first."""
     base = [row for row in plans if row["kind"] == "base" and row["plan_id"] in order]
@@ -166,13 +155,26 @@ def draw_overview(view: View, path: Path) -> Path:
     figure, axes = plt.subplots(
         1, 3 if known else 2, sharey=True, figsize=(10.5 if known else 8, 1.75 + 0.3 * len(plans)), squeeze=False
     )
-    averages, change = axes[0, :2]
+    averages = axes[0, 0]
+    draw_averages(averages, view, y)
+    draw_change(axes[0, 1], view)
+    if known:
+        draw_texts(axes[0, 2], view, known)
+    n = view.accuracy[view.reference, MICRO]["n"]
+    note = f"bars: 95 % intervals; {n:,} questions, {len(view.subjects)} subjects, language {view.language}"
+    handles = averages.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8, title=note, title_fontsize=8)
+    return save(figure, path)
+
+
+def draw_averages(axis, view: View, y: np.ndarray) -> None:
+    """Micro and macro accuracy of every plan, and of always answering A."""
     for subject, shift, fill, name in (
         (MICRO, -0.13, True, "micro (per question)"),
         (MACRO, 0.13, False, "macro (per subject)"),
     ):
-        rows = [view.accuracy[plan, subject] for plan in plans]
-        averages.errorbar(
+        rows = [view.accuracy[plan, subject] for plan in view.plans]
+        axis.errorbar(
             [100 * row["accuracy"] for row in rows],
             y + shift,
             fmt="o" if fill else "D",
@@ -183,44 +185,42 @@ def draw_overview(view: View, path: Path) -> Path:
             lw=1.2,
             label=name,
         )
-    averages.axvline(100 * CHANCE, **DOTTED, label="chance")
-    averages.plot(100 * view.truth[0], len(plans), "x", color=GREY, ms=6)
-    averages.set_yticks([*y, len(plans)], [*view.plans.values(), "always A"])
-    averages.set_ylim(len(plans) + 0.6, -0.6)
-    averages.set(xlabel="accuracy (%)", title=f"Accuracy, {view.split} split")
-    reference = plans.index(view.reference)
-    moved = [i for i in range(len(plans)) if i != reference]
-    change.errorbar(
-        [100 * view.difference[plans[i]]["difference"] for i in moved],
-        moved,
+    axis.axvline(100 * CHANCE, **DOTTED, label="chance")
+    axis.plot(100 * view.truth[0], len(y), "x", color=GREY, ms=6)
+    axis.set_yticks([*y, len(y)], [*view.plans.values(), "always A"])
+    axis.set_ylim(len(y) + 0.6, -0.6)
+    axis.set(xlabel="accuracy (%)", title=f"Accuracy, {view.split} split")
+
+
+def draw_change(axis, view: View) -> None:
+    """Every plan's paired difference to the reference."""
+    moved = {i: view.difference[plan] for i, plan in enumerate(view.plans) if plan != view.reference}
+    rows = list(moved.values())
+    axis.errorbar(
+        [100 * row["difference"] for row in rows],
+        list(moved),
         fmt="o",
         color="#D55E00",
         ms=5,
         lw=1.2,
-        xerr=interval_bars([view.difference[plans[i]] for i in moved], "difference", scale=100),
+        xerr=interval_bars(rows, "difference", scale=100),
     )
-    change.axvline(0, color="black", lw=1)
-    change.set(xlabel="percentage points", title=f"Difference to {view.plans[view.reference]}")
-    if known:
-        text = axes[0, 2]
-        rows = [view.text[plan] for plan in known]
-        at = [plans.index(plan) for plan in known]
-        values = [row["perplexity"] for row in rows]
-        bars = interval_bars(rows, "perplexity")
-        text.errorbar(values, at, fmt="s", color="#009E73", xerr=bars, ms=5, lw=1.2)
-        text.set_xscale("log")
-        text.set(xlabel="perplexity (log scale)", title="Plain text, lower is better")
-        for i, value in zip(at, values, strict=True):
-            text.annotate(figures(value), (value, i), xytext=(0, 4), textcoords="offset points", ha="center",
-                          fontsize=7.5)  # fmt: skip
-        text.margins(x=0.12)  # room for the numbers
-        plain_log(text.xaxis, *text.get_xlim())
-    n, languages = view.accuracy[view.reference, MICRO]["n"], f"language {view.language}"
-    note = f"bars: 95 % intervals; {n:,} questions, {len(view.subjects)} subjects"
-    note += f", {languages}"
-    handles = averages.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8, title=note, title_fontsize=8)
-    return save(figure, path)
+    axis.axvline(0, color="black", lw=1)
+    axis.set(xlabel="percentage points", title=f"Difference to {view.plans[view.reference]}")
+
+
+def draw_texts(axis, view: View, known: list[str]) -> None:
+    """The perplexities of the plans that have one."""
+    rows, plans = [view.text[plan] for plan in known], list(view.plans)
+    at, values = [plans.index(plan) for plan in known], [row["perplexity"] for row in rows]
+    axis.errorbar(values, at, fmt="s", color="#009E73", xerr=interval_bars(rows, "perplexity"), ms=5, lw=1.2)
+    axis.set_xscale("log")
+    axis.set(xlabel="perplexity (log scale)", title="Plain text, lower is better")
+    for i, value in zip(at, values, strict=True):
+        axis.annotate(figures(value), (value, i), xytext=(0, 4), textcoords="offset points", ha="center",
+                      fontsize=7.5)  # fmt: skip
+    axis.margins(x=0.12)  # room for the numbers
+    plain_log(axis.xaxis, *axis.get_xlim())
 
 
 def draw_subjects(view: View, plans: list[str], path: Path) -> Path:
@@ -298,72 +298,55 @@ def draw_letters(view: View, path: Path) -> Path:
 
 def describe(view: View) -> list[str]:
     """The sections of accuracy.md for one view."""
-    reference = view.plans[view.reference]
-    rows = []
-    for plan, label in view.plans.items():
-        micro, macro = view.accuracy[plan, MICRO], view.accuracy[plan, MACRO]
-        rows.append(
-            [
-                label,
-                micro["n"],
-                with_interval(micro),
-                with_interval(macro),
-                with_interval(view.difference[plan], "difference", sign="+") if plan != view.reference else None,
-                number(micro["nll"]),
-                figures(view.text.get(plan, {}).get("perplexity")),
-                number(view.text.get(plan, {}).get("nll")),
-            ]
-        )
-    n = view.accuracy[view.reference, MICRO]["n"]
-    low, high = wilson_interval(round(n * view.truth[0]), n)
-    always = {"accuracy": view.truth[0], "ci_low": low, "ci_high": high}
-    rows.append(["always A", n, with_interval(always), None, None, None, None, None])
-    header = [
-        "plan",
-        "n",
-        "micro accuracy",
-        "macro accuracy",
-        f"difference to {reference}",
-        "answer NLL",
-        "text perplexity",
-        "text NLL",
-    ]
     letters = [["right answers", *[number(share) for share in view.truth], None]]
     for plan, label in view.plans.items():
         letters.append([label, *[number(share) for share in view.letters[plan]], number(view.top_is_letter[plan])])
-    subjects = []
+    subjects, losses = [], []
     for subject in [MICRO, MACRO, *view.subjects]:
-        cells = [view.accuracy.get((plan, subject)) for plan in view.plans]
-        subjects.append(
-            [
-                subject.strip("_"),
-                view.accuracy[view.reference, subject]["n"],
-                *map(with_interval, cells),
-            ]
-        )
+        rows = [view.accuracy.get((plan, subject)) for plan in view.plans]
+        name = subject.strip("_")
+        subjects.append([name, view.accuracy[view.reference, subject]["n"], *map(with_interval, rows)])
+        losses.append([name, *[number((row or {}).get("nll")) for row in rows]])
     return [
         f"## {view.split} split, language {view.language}",
         "Accuracies with 95 % intervals (Wilson's). The difference is paired, question by question, over the micro "
         "average (interval of Bonett and Price). NLL in nats: of the right letter among the four, and a token of plain "
         "text.",
-        markdown(header, rows),
+        plan_table(view),
         "### Letters\n\nShare of each letter among the predictions, and share of questions whose most likely token in "
         "the whole vocabulary is a letter.",
         markdown(["plan", "A", "B", "C", "D", "top token is a letter"], letters),
         "### By subject",
         markdown(["subject", "n", *view.plans.values()], subjects),
         "### Answer NLL by subject",
-        markdown(
-            ["subject", *view.plans.values()],
-            [
-                [
-                    subject.strip("_"),
-                    *[number(view.accuracy.get((plan, subject), {}).get("nll")) for plan in view.plans],
-                ]
-                for subject in [MICRO, MACRO, *view.subjects]
-            ],
-        ),
+        markdown(["subject", *view.plans.values()], losses),
     ]
+
+
+def plan_table(view: View) -> str:
+    """Every plan's averages, difference to the reference and losses, and always answering A, as Markdown."""
+    rows = []
+    for plan, label in view.plans.items():
+        micro, text = view.accuracy[plan, MICRO], view.text.get(plan, {})
+        rows.append(
+            [
+                label,
+                micro["n"],
+                with_interval(micro),
+                with_interval(view.accuracy[plan, MACRO]),
+                with_interval(view.difference[plan], "difference", sign="+") if plan != view.reference else None,
+                number(micro["nll"]),
+                figures(text.get("perplexity")),
+                number(text.get("nll")),
+            ]
+        )
+    n = view.accuracy[view.reference, MICRO]["n"]
+    low, high = wilson_interval(round(n * view.truth[0]), n)
+    always = {"accuracy": view.truth[0], "ci_low": low, "ci_high": high}
+    rows.append(["always A", n, with_interval(always), None, None, None, None, None])
+    header = ["plan", "n", "micro accuracy", "macro accuracy", f"difference to {view.plans[view.reference]}",
+              "answer NLL", "text perplexity", "text NLL"]  # fmt: skip
+    return markdown(header, rows)
 
 
 def figures(value: float | None) -> str | None:

@@ -37,9 +37,9 @@ from compression_points import (
     swept,
 )
 from context_panels import describe_context, draw_context
-from plotting import CHANCE, STYLE, markdown, need, number, run_main, save_text, with_interval
+from plotting import CHANCE, STYLE, markdown, need, number, report_split, run_main, save_text, with_interval
 
-from raymerge.tables import RunDirectory, RunError
+from raymerge.tables import RunDirectory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def draw_run(run: RunDirectory, out: Path, asked: bool) -> list[Path]:
         return draw_unasked(run, out)
     accuracy = need(run, "accuracy", "the accuracy of the sweep's plans")
     sweep, costs, texts = swept(run)
-    split = report_split(run, accuracy)
+    split = report_split(run, list(dict.fromkeys(row["split"] for row in accuracy)), "accuracies")
     accuracy = [row for row in accuracy if row["split"] == split]
     comparisons = [row for row in run.read("comparisons").to_pylist() if row["split"] == split]
     published = read_published()

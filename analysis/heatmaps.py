@@ -149,36 +149,27 @@ def draw_matrices(views: list[View], measure: str, embedding: str, path: Path) -
     off = off[np.isfinite(off)]
     top = max(float(np.percentile(off, 99)) if off.size else 0.0, 1e-9)
     undefined = any(np.isnan(view.value).any() for view in views)
-    clips = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
     images = [None, None]
-    for number_, axis in enumerate(axes.T.ravel()):
-        column, row = divmod(number_, kinds * bands)
+    for place, axis in enumerate(axes.T.ravel()):
+        column, row = divmod(place, kinds * bands)
         band, kind = divmod(row, kinds)
         index = band * wide + column
         if index >= len(views):
             axis.set_visible(False)
             continue
         view = views[index]
-        # what imshow leaves out (NaN) shows the axes' own patch
-        axis.patch.set(facecolor="white", hatch="//////", edgecolor="#8C8C8C", lw=0)
         if kind == 0:
             images[0] = axis.imshow(view.value, cmap="viridis", norm=Normalize(low, high), interpolation="nearest")
             axis.set_title(view.name)
         else:
-            part = excess[index]
-            none = np.where(part <= 0, 0.0, np.nan)
-            axis.imshow(none, cmap=ListedColormap(["#D4D4D4"]), interpolation="nearest")
-            positive = np.where(part > 0, part, np.nan)
-            images[1] = axis.imshow(positive, cmap="YlGnBu", norm=Normalize(0, top), interpolation="nearest")
+            images[1] = draw_excess(axis, excess[index], top)
             axis.set_title(null_title(view), fontsize=8, fontweight="normal")
-        show_layers(axis, view.layers)
-        axis.grid(False)
-        axis.spines[:].set_visible(False)
-        axis.tick_params(length=2)
+        dress(axis, view.layers)
         if column == 0:
             axis.set_ylabel("layer")
         if kind == kinds - 1 or len(views) == 1:
             axis.set_xlabel("layer")
+    clips = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
     for band in range(bands):
         for kind, label, extend in (
             (0, "similarity", clips[low_clips, high_clips]),
@@ -197,6 +188,22 @@ def draw_matrices(views: list[View], measure: str, embedding: str, path: Path) -
     known = f", n = {n} samples" if sizes[-1] else ""  # foreign matrices do not say
     figure.suptitle(f"Similarity of layers: {title_of(measure, embedding)}{known}", fontweight="bold")
     return save(figure, path)
+
+
+def draw_excess(axis, excess: np.ndarray, top: float):
+    """How far similarities lie above their null: grey where they do not, else coloured up to `top`; the image."""
+    axis.imshow(np.where(excess <= 0, 0.0, np.nan), cmap=ListedColormap(["#D4D4D4"]), interpolation="nearest")
+    positive = np.where(excess > 0, excess, np.nan)
+    return axis.imshow(positive, cmap="YlGnBu", norm=Normalize(0, top), interpolation="nearest")
+
+
+def dress(axis, layers: list[int]) -> None:
+    """A matrix's ticks, without a frame; what imshow leaves out (NaN) shows the axes' own patch, hatched."""
+    axis.patch.set(facecolor="white", hatch="//////", edgecolor="#8C8C8C", lw=0)
+    show_layers(axis, layers)
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=2)
 
 
 def title_of(measure: str, embedding: str) -> str:

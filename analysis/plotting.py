@@ -150,6 +150,16 @@ def need(run: RunDirectory, table: str, why: str) -> list[dict]:
     return rows
 
 
+def report_split(run: RunDirectory, there: list[str], what: str) -> str:
+    """Of the splits there are, the config's data.report_split, else "test", else the only one; what: they have."""
+    for split in ((run.config.get("data") or {}).get("report_split"), "test"):
+        if split in there:
+            return split
+    if len(there) > 1:
+        raise RunError(f"{run.path_of()} has {what} for {', '.join(there)}, none of them the config's report_split")
+    return there[0]
+
+
 def subset_name(row: dict, suffix: str = "") -> str:
     """How a figure calls a row's subset: "medical en", or "medical" where the matrix was imported without a language.
 

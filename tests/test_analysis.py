@@ -557,7 +557,7 @@ def test_answers_of_a_split_nobody_asked_for(tmp_path):
         run.append(
             "answers", answers.set_column(answers.schema.get_field_index("split"), "split", [column]), part=split
         )
-    assert accuracy_script.report_split(run, run.read("answers")) == "test"
+    assert {view.split for view in accuracy_script.views_of(run)} == {"test"}
     unasked = [row for row in run.read("answers").to_pylist() if row["split"] != "test"]
     run.replace("answers", unasked)
     with pytest.raises(RunError, match="answers for dev, validation"):
