@@ -331,11 +331,12 @@ class _Side(NamedTuple):
 
 
 def _compared(common: Row, pairs: Sequence[tuple[str, str]], side: Callable[[str], _Side]) -> list[Row]:
-    """One row a pair and measure; side(plan_id) gives what is compared.
+    """One row a pair and measure, with Holm's p for each measure by itself; side(plan_id) gives what is compared.
 
-    Losses that are not finite, of a model whose logits are none, are compared with none.
+    A pair has no row of a measure by which one of the two has a value that is not finite, as a broken model's loss.
     """
     sides = {plan: side(plan) for plan in dict.fromkeys(plan for pair in pairs for plan in pair)}
+    n_resamples = max(_RESAMPLES, 40 * len(pairs))
     rows = []
     for plan_a, plan_b in pairs:
         side_a, side_b = sides[plan_a], sides[plan_b]
@@ -343,28 +344,26 @@ def _compared(common: Row, pairs: Sequence[tuple[str, str]], side: Callable[[str
             raise ValueError(f"plans {plan_a} and {plan_b} did not answer the same questions of {[*common.values()]}")
         for measure, a in side_a.measures.items():
             b = side_b.measures[measure]
-            if not (np.isfinite(a).all() and np.isfinite(b).all()):
-                continue
-            n_resamples, exact = max(_RESAMPLES, 40 * len(pairs)), a.dtype == bool
-            difference = paired_difference(a, b, counts=side_a.counts, n_resamples=n_resamples)
-            rows.append(
-                {
-                    "plan_a": plan_a,
-                    "plan_b": plan_b,
-                    **common,
-                    "measure": measure,
-                    "difference": difference.difference,
-                    "ci_low": difference.ci_low,
-                    "ci_high": difference.ci_high,
-                    "p_value": mcnemar(a, b).p_value if exact else difference.p_value,
-                    "test": "mcnemar_exact" if exact else "paired_sign_flip",
-                }
-            )
+            if np.isfinite(a).all() and np.isfinite(b).all():
+                named = {"plan_a": plan_a, "plan_b": plan_b, **common, "measure": measure}
+                rows.append(named | _tested(a, b, side_a.counts, n_resamples))
     for measure in {row["measure"] for row in rows}:
         family = [row for row in rows if row["measure"] == measure]
         for row, adjusted in zip(family, holm([row["p_value"] for row in family]), strict=True):
             row["p_holm"] = float(adjusted)
     return rows
+
+
+def _tested(a: np.ndarray, b: np.ndarray, counts: np.ndarray | None, n_resamples: int) -> Row:
+    """The paired difference a - b and its p: of right and wrong answers McNemar's, else that of sign flips."""
+    found, exact = paired_difference(a, b, counts=counts, n_resamples=n_resamples), a.dtype == bool
+    return {
+        "difference": found.difference,
+        "ci_low": found.ci_low,
+        "ci_high": found.ci_high,
+        "p_value": mcnemar(a, b).p_value if exact else found.p_value,
+        "test": "mcnemar_exact" if exact else "paired_sign_flip",
+    }
 
 
 def _side(answers: pa.Table, plan_id: str) -> _Side:

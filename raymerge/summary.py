@@ -201,13 +201,8 @@ def optimism_lines(run: RunDirectory, split: str) -> list[str]:
             f"{best['name']}: it was chosen by {split} questions, which are those of the report too: every figure of "
             "it is too good, and by how much nothing here tells"
         ]
-    sign = -1.0 if is_minimised(objective) else 1.0
-    gaps = {}
-    for row in trials:
-        if row["plan_id"] == found["plan_id"] or (row["searcher"] == "controls" and not above_ceiling(row, ceiling)):
-            reported = objective_value(run, split, row["plan_id"], objective)
-            if reported is not None:
-                gaps[row["plan_id"]] = sign * (row["value"] - reported), reported
+    controls = [row for row in trials if row["searcher"] == "controls" and not above_ceiling(row, ceiling)]
+    gaps = _gaps(run, split, [*controls, found], objective)
     if found["plan_id"] not in gaps:
         return []
     gap, reported = gaps.pop(found["plan_id"])
@@ -224,6 +219,17 @@ def optimism_lines(run: RunDirectory, split: str) -> list[str]:
             f"average, which is the difference between the two {_what_differs(asked, objective)}"
         )
     return lines
+
+
+def _gaps(run: RunDirectory, split: str, trials: list[dict], objective: str) -> dict[str, tuple[float, float]]:
+    """By plan, how much better the objective was on the search questions than on the report's, and the latter."""
+    sign = -1.0 if is_minimised(objective) else 1.0
+    gaps = {}
+    for row in trials:
+        reported = objective_value(run, split, row["plan_id"], objective)
+        if reported is not None:
+            gaps[row["plan_id"]] = sign * (row["value"] - reported), reported
+    return gaps
 
 
 def _what_differs(asked: bool, objective: str) -> str:
