@@ -20,13 +20,13 @@ MOST_METHODS = 8  # rows of the figure
 _KEYS = ("layer_to_merge_into", "layer_to_remove", "ratio_i_alpha")
 
 
+#: Beside every table of correlations along depth; simulated, 20,000 draws (docs/results.md, 2026-11-28).
 NO_INTERVAL = (
     "r has no interval or p: coefficients and similarities both change gradually with depth, and then unrelated ones "
     "correlate too. Of 13 steps with independent series, Fisher's interval leaves out 0 in 17 % of cases where "
     "neighbouring steps correlate by .7, in 28 % by .9 and in 36 % of random walks, not in 5 %; a test by circular "
     "shifts has no p below 1/13, and of 40 steps errs in 5, 9 and 21 %."
 )
-"""Beside every table of correlations along depth; simulated, 20,000 draws (docs/results.md, 2026-11-28)."""
 
 
 def correlation(x: list[float], y: list[float]) -> float:

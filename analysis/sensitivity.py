@@ -27,8 +27,8 @@ _PANELS = {
 }
 
 
+#: The parameter of the row that compares the reference with itself: it says only whether it can be computed.
 _REFERENCE = "reference"
-"""The parameter of the row that compares the reference with itself: it says only whether it can be computed."""
 
 
 def main(argv: list[str] | None = None) -> int:

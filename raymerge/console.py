@@ -97,7 +97,8 @@ class _Log:
 
     def __init__(self, write: Callable[[str], None], every: float = _LOG_EVERY_S):
         self._write, self._every = write, every
-        self._name, self._total, self._began, self._done, self._note = "", 0, 0.0, 0, ""
+        self._name, self._total, self._done, self._note = "", 0, 0, ""
+        self._began = self._last = 0.0  # when the stage began, and when its last line was written
         self._lock, self._over = threading.Lock(), threading.Event()
         self._clock = threading.Thread(target=self._tick, name="progress", daemon=True)
         self._clock.start()

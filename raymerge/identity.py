@@ -17,6 +17,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+#: Distributions whose versions can change a result; a manifest names them.
 PACKAGES = (
     "torch",
     "transformers",
@@ -27,7 +28,6 @@ PACKAGES = (
     "scikit-learn",
     "scipy",
 )
-"""Distributions whose versions can change a result; a manifest names them."""
 
 _CREDENTIALS = re.compile(r"://[^/@\s:]*:[^/@\s]*@")
 # Where a text, a value after "=" or an entry of a YAML list starts with a folder of this machine's; not in a URI.

@@ -116,7 +116,7 @@ def _is_seam(plan: MergePlan, position: int) -> bool:
     return plan.kept[position].index in plan.groups
 
 
-def _reads_outputs(plan: MergePlan) -> bool:
+def _features_are_outputs(plan: MergePlan) -> bool:
     """Whether the features of a fit are what its matrix gives, not what it reads."""
     return plan.refit.method in ("linear", "scale")
 
@@ -268,7 +268,7 @@ class Refitter:
                 ridge, held_out_error = choose_ridge(*parts, RIDGES)
             found = everything.solve(ridge)
         error = everything.error(found) / (everything.power / everything.weight or 1.0)
-        change = found.T @ weight if _reads_outputs(plan) else found.T
+        change = found.T @ weight if _features_are_outputs(plan) else found.T
         fitted = {name: (weight + change).to(own[name].dtype).cpu()}
         return fitted | _figures(everything.tokens, ridge, error, held_out_error)
 
@@ -357,7 +357,7 @@ class Refitter:
             reached = seen["middle"]
             aim = observe(self.runner, original, step.target, self.runner.weights(step.target))["middle"]
         features = seen[matrix]
-        if _reads_outputs(plan):
+        if _features_are_outputs(plan):
             features = (features.to(weights[f"{matrix}.weight"].dtype) @ weights[f"{matrix}.weight"].T).float()
         counts = token_weights(target) if plan.refit.method in ("outputs", "units") else torch.ones(len(target))
         return features, aim.float() - reached.float(), counts.to(target.device)

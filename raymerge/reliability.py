@@ -10,8 +10,8 @@ from scipy.special import ndtri
 from raymerge.diffusion import SimilarityError
 from raymerge.similarity import Recipe, SimilarityMatrix, compute, features, measure, pearson, smallest_sample
 
+#: Samples from which on a reliability can be believed; see `reliability`.
 RELIABLE_N = 20
-"""Samples from which on a reliability can be believed; see `reliability`."""
 
 
 @dataclass(frozen=True)

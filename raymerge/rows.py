@@ -167,7 +167,7 @@ _LEAST_ITEMS = 16
 #: the window.
 _POSITIONS = (1, 16, 64, 256, 512, TEXT_WINDOW)
 _PASSAGES = (1, *range(_PASSAGE, TEXT_WINDOW + 1, _PASSAGE))
-#: By these workers give the losses of plain text: all that both need.
+#: Edges of the buckets in which workers give the losses of plain text: those that passages and positions need.
 EDGES = tuple(sorted({*_POSITIONS, *_PASSAGES}))
 
 
@@ -380,9 +380,9 @@ def _text_side(losses: pa.Table, plan_id: str) -> _Side:
     rows = losses.filter(pc.equal(losses["plan_id"], plan_id)).sort_by(
         [("window", "ascending"), ("position", "ascending")]
     )
-    windows, positions, *losses = (rows[name].to_numpy() for name in ("window", "position", "tokens", "nll"))
+    windows, positions, *sums = (rows[name].to_numpy() for name in ("window", "position", "tokens", "nll"))
     ids = [f"{window}/{position}" for window, position in zip(windows.tolist(), positions.tolist(), strict=True)]
-    tokens, nll = _pooled(windows, positions, *losses)
+    tokens, nll = _pooled(windows, positions, *sums)
     return _Side(ids, {"text_nll": nll}, tokens)
 
 

@@ -9,14 +9,14 @@ import pyarrow as pa
 
 from raymerge.statistics import accuracy_summary, answer_nll, macro_interval, macro_summary, wilson_interval
 
+#: Subjects of `accuracy` that are averages: over questions, and over subjects.
 MICRO, MACRO = "_micro", "_macro"
-"""Subjects of `accuracy` that are averages: over questions, and over subjects."""
 
+#: Of `comparisons` of plain text, which is no split of the questions.
 TEXT_SPLIT = "text"
-"""Of `comparisons` of plain text, which is no split of the questions."""
 
+#: Measures of `task_accuracy`, and the columns of `task_answers` that they judge by.
 TASK_MEASURES = {"acc": "predicted", "acc_norm": "predicted_norm"}
-"""Measures of `task_accuracy`, and the columns of `task_answers` that they judge by."""
 
 _TYPES = {
     "str": pa.string(),
@@ -40,6 +40,7 @@ def _schema(text: str) -> pa.Schema:
 
 
 # fmt: off
+#: Schema of every table (design.md, 'A run directory'); seconds, nats for nll, bytes, shares in [0, 1].
 SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
     # layer similarity S[layer_i, layer_j] with its shuffled null; null where entropies degenerate (method.md §3)
     "similarity": "subset:str language:str measure:str embedding:str layer_i:i32 layer_j:i32 value:f64? null_mean:f64? "
@@ -118,7 +119,6 @@ SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
     "receipts": "plan_id:str tensor:str max_abs_change:f64 relative_change:f64",
     "gradient_history": "searcher:str start:i32 epoch:i32 loss:f64 held_out_loss:f64? alphas:list",
 }.items()}
-"""Schema of every table (design.md, 'A run directory'); seconds, nats for nll, bytes, shares in [0, 1]."""
 # fmt: on
 
 
@@ -269,8 +269,8 @@ def derive_task_accuracy(answers: pa.Table) -> list[dict]:
     return result
 
 
+#: Times the unmerged model's perplexity: beyond, a plan is left out of figures so that the others can be told apart.
 RUINED = 10.0
-"""Times the unmerged model's perplexity: beyond, a plan is left out of figures so that the others can be told apart."""
 
 
 def plan_labels(plans: Iterable[dict], trials: Iterable[dict]) -> dict[str, str]:

@@ -23,11 +23,11 @@ import pyarrow.fs as pafs
 
 from raymerge.errors import UserError
 
+#: How temporary names begin. Readers of data sets skip names that begin with '_'.
 TEMPORARY = "_tmp."
-"""How temporary names begin. Readers of data sets skip names that begin with '_'."""
 
+#: The file that the process which writes a run holds locked, or where there are no locks names it.
 LOCK = ".lock"
-"""The file that the process which writes a run holds locked, or where there are no locks names it."""
 
 _PROCESS = uuid.uuid4().hex[:8]  # hosts and process numbers are alike in containers
 

@@ -65,7 +65,7 @@ def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
             ]
         cells.append(number(line["perplexity"], line["perplexity_interval"]))
         if asked:
-            cells.append("/".join(f"{100 * share:.0f}" for share in line["picked"]))
+            cells.append("/".join(f"{100 * picked:.0f}" for picked in line["picked"]))
             cells.append("–" if line["top_is_letter"] is None else f"{100 * line['top_is_letter']:.0f}")
         rows.append(cells)
     return header, rows

@@ -62,8 +62,8 @@ __all__ = [
     "without_far_worse",
 ]
 
+#: Top-level config sections that may differ when a run is resumed: they cannot change a result.
 FREE_SECTIONS = ("workers", "output")
-"""Top-level config sections that may differ when a run is resumed: they cannot change a result."""
 
 _INPUTS = "inputs.json"
 _MANY = 50  # parts of a table, that a run which is taken up again is not to read one by one each time

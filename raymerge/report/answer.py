@@ -7,8 +7,8 @@ from raymerge.report.reached import Reached
 from raymerge.report.wording import listed, percent, perplexity, plural
 
 _CALLED = {"base": "the unmerged model", "random": "the {}"}
+#: What comparisons say of a plan, and how a sentence goes on with the other ones.
 LINKS = {"better": "better than", "indistinguishable": "indistinguishable from", "worse": "worse than"}
-"""What comparisons say of a plan, and how a sentence goes on with the other ones."""
 
 
 def in_words(reached: Reached) -> str:

@@ -72,6 +72,7 @@ _ALIKE = (
     ("ceiling", "the correlation that two equal patterns would show, given the noise of both matrices"),
     ("interval of a similarity", "of 95 %, by matrices of random parts of the prompts (a delete-d jackknife)"),
 )  # fmt: skip
+#: What the words of a page mean, by the experiments that use them.
 GLOSSARY = {
     "search": (*_SCORES, *_TESTS, *_MERGES),
     "sweep": (*_SCORES, *_TESTS, *_MERGES),
@@ -79,7 +80,6 @@ GLOSSARY = {
     "similarity": _ALIKE,
     "import-similarity": _ALIKE,
 }
-"""What the words of a page mean, by the experiments that use them."""
 
 
 def page_of(runs: Sequence[RunDirectory], command: str, progress: Progress) -> Page:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 FOUND, RANDOM, CONTROL, UNMERGED = "found by the search", "best at random", "control", "unmerged"
+#: What a plan is on a page, in the order of legends; `role_of` says which.
 ROLES = (FOUND, RANDOM, CONTROL, UNMERGED)
-"""What a plan is on a page, in the order of legends; `role_of` says which."""
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ _NAMES = {
 }
 
 
+#: What plans of an alignment are called; the glossary says what it does to a layer.
 ALIGNED = {"neurons": "aligned", "activations": "aligned by activations", "rows": "rows aligned"}
-"""What plans of an alignment are called; the glossary says what it does to a layer."""
 
+#: What is known of the sign-flip test of passages (docs/results.md, 2026-11-28: 13.8, 9.1 and 7.9 %).
 TEXT_TEST = (
     "That test of text is too sure, since what a merge does to neighbouring passages is alike: simulated without any "
     "difference, it gave p below 0.05 in 14, 9 and 8 % of cases, not 5, with 2,048, 8,192 and 16,384 tokens"
 )
-"""What is known of the sign-flip test of passages (docs/results.md, 2026-11-28: 13.8, 9.1 and 7.9 %)."""
 
 
 class Reached:
@@ -76,8 +76,10 @@ class Reached:
         self.searched = run.read("subject_comparisons").to_pylist()
 
     def against(self, plan_id: str, measure: str = "accuracy", *, searched: bool = False) -> dict[str, dict]:
-        """Rows of `comparisons`, or of those on the subjects that the search was for (`searched`), of one plan by a
-        measure, by the other, signs turned where it stands second."""
+        """By the other plan, one plan's rows of `comparisons` by a measure, as this plan minus the other.
+
+        searched: those on the subjects alone that the search was for.
+        """
         rows = findings.of_plan(self.searched if searched else self.comparisons, plan_id)
         return {row["plan_b"]: row for row in rows if row["measure"] == measure}
 

@@ -13,17 +13,18 @@ from raymerge.report.content import ROLES
 
 Spec = dict[str, Any]
 
+#: Colours of series that are no roles.
 SERIES = tuple(f"var(--series-{number})" for number in range(1, 9))
-"""Colours of series that are no roles."""
 
 DASHES = ((1, 0), (5, 3), (2, 2), (8, 2, 2, 2))
+#: How wide a label inside a drawing may be, so that it stays inside on a narrow page too.
 WITHIN = {"expr": "min(300, width - 24)"}
-"""How wide a label inside a drawing may be: on a narrow page it left it."""
 
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left")
 _ROLE_COLOURS = ("var(--accent)", "var(--control)", "var(--control)", "var(--ink)")  # as ROLES
 _ROLE_SHAPES = ("circle", "triangle-up", "circle", "diamond")
 
+#: What all drawings share.
 CONFIG: Spec = {
     "background": None,
     "font": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif",
@@ -62,7 +63,6 @@ CONFIG: Spec = {
     "rule": {"color": "var(--soft)"},
     "text": {"color": "var(--ink)", "fontSize": 11},
 }
-"""What all drawings share."""
 
 
 def axis(title: str | None, **more: Any) -> Spec:

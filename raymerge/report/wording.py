@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+#: What stands where there is no value.
 NONE = "–"
-"""What stands where there is no value."""
 
 
 def finite(number: float | None) -> float | None:
