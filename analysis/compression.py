@@ -106,17 +106,6 @@ def finish(run: RunDirectory, sweep: list[dict], text: list[str], out: Path) -> 
     return [*paths, save_text("\n\n".join(text) + "\n", out / "compression.md")]
 
 
-def report_split(run: RunDirectory, accuracy: list[dict]) -> str:
-    """The config's data.report_split if it has accuracies, else "test", else the only split there is."""
-    there = list(dict.fromkeys(row["split"] for row in accuracy))
-    for split in ((run.config.get("data") or {}).get("report_split"), "test"):
-        if split in there:
-            return split
-    if len(there) > 1:
-        raise RunError(f"{run.path_of()} has accuracies for {', '.join(there)}, none of them the config's report_split")
-    return there[0]
-
-
 def stability(values: list[float]) -> tuple[float, float | None]:
     """(population standard deviation, largest drop to the next point) of accuracies by layers removed; None for one."""
     drops = [before - after for before, after in zip(values, values[1:], strict=False)]
