@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from raymerge.cli import main  # noqa: E402
+from raymerge.__main__ import main  # noqa: E402
 
 
 def run(command: str) -> None:

@@ -7,11 +7,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from raymerge import cli, demo
+from raymerge import __main__, cli, demo
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import DataConfig, parse_config
 
@@ -42,6 +43,20 @@ def test_help_names_configurations_that_there_are(capsys):
 def test_the_package_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "raymerge", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("raymerge ")
+
+
+@pytest.mark.parametrize("where", ["while it is imported", "a second time"])
+def test_an_interrupt_that_the_command_line_cannot_see_to_leaves_no_trace(where, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    if where == "a second time":
+        monkeypatch.setattr(cli, "main", interrupted)
+    else:
+        monkeypatch.delitem(sys.modules, "raymerge.cli")
+        monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=interrupted), *sys.meta_path])
+    assert __main__.main(["config"]) == 130
+    assert capsys.readouterr().err == "raymerge: interrupted\n"
 
 
 def test_help_does_not_import_torch_or_ray():
