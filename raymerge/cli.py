@@ -67,6 +67,8 @@ def _stop(number: int, _: object) -> NoReturn:
     """End at once at a SIGTERM, as `ray job stop` sends it: what is finished is stored, a local Ray ends with its
     driver, and an exception would not get through Tune from wherever it is."""
     with contextlib.suppress(OSError):  # whoever read what we say may have ended first
+        if os.isatty(2):  # where a bar may have hidden the cursor, and stands in the line
+            os.write(2, b"\x1b[?25h\n")
         os.write(2, f"raymerge: stopped; {_STOPPED}\n".encode())
     os._exit(128 + number)
 

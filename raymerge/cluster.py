@@ -97,9 +97,8 @@ def start_ray(
     if ray.is_initialized():
         yield None
         return
-    on_stop = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    with step(progress or Silent(), "starting Ray"):
+    with step(progress or Silent(), "starting Ray"), _stopped_as_before():
         if address := os.environ.get("RAY_ADDRESS"):
             if address.startswith("ray://"):
                 # Tune would run in a process of the head: the searcher, with all that it holds, would have to move.
@@ -120,13 +119,29 @@ def start_ray(
             options |= {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
             with _loopback_only():
                 context = ray.init(address="local", num_cpus=num_cpus, **options)
-    if threading.current_thread() is threading.main_thread():
-        # Back to what it was: Ray's own prints a trace and aborts the process (SIGABRT) if it takes 3 s to end.
-        signal.signal(signal.SIGTERM, on_stop)
     try:
         yield f"http://{context.dashboard_url}" if context.dashboard_url else None
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _stopped_as_before() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM, in place of those that Ray installs while it starts: by them the process
+    ends with code 15 or 1 at once, or later prints a trace and aborts (SIGABRT) if it takes 3 s to end."""
+    if threading.current_thread() is not threading.main_thread():  # where neither Ray nor we could install one
+        yield
+        return
+    on_stop = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:  # by Ray's answer to a SIGTERM: nothing else here asks for an end
+        ray.shutdown()
+        signal.signal(signal.SIGTERM, on_stop)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, on_stop)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -84,6 +85,20 @@ def test_a_stop_ends_a_process_whose_error_output_nobody_reads():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (143, "")
+
+
+def test_a_stopped_command_gives_the_terminal_its_cursor_back():
+    """The process ends at once, so that what draws the bars has no time to."""
+    code = "import os, signal; from raymerge import cli; cli._stop(signal.SIGTERM, None)"
+    ours, theirs = pty.openpty()
+    ended = subprocess.run([sys.executable, "-c", code], stderr=theirs, timeout=60)
+    shown = os.read(ours, 1000)
+    for end in (ours, theirs):
+        os.close(end)
+    assert ended.returncode == 143
+    assert shown.startswith(b"\x1b[?25h\r\nraymerge: stopped; the same command again")
+    piped = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, timeout=60)
+    assert piped.stderr.startswith(b"raymerge: stopped;")
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

@@ -4,6 +4,7 @@ import os
 import platform
 import resource
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -265,6 +266,32 @@ def test_a_cluster_that_cannot_be_reached_is_the_users_to_mend(monkeypatch, rais
     monkeypatch.setenv("RAY_ADDRESS", "http://x:8265")
     with pytest.raises(ClusterError, match="RAY_ADDRESS is 'http://x:8265', but .*host:6379"), start_ray():
         pass
+
+
+def test_a_stop_while_ray_starts_is_ours_to_answer(monkeypatch):
+    """Ray's own answer, which it installs first of all, ends the process with its code 15."""
+
+    class Stopped(BaseException):
+        pass
+
+    def ours(number, _):
+        raise Stopped(number)
+
+    def starts(*_, **__):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+        signal.raise_signal(signal.SIGTERM)
+
+    ended = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", starts)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with pytest.raises(Stopped, match=str(int(signal.SIGTERM))), start_ray(num_cpus=1):
+            pass
+        assert ended and signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_rays_client_mode_is_refused_with_the_cure(monkeypatch):
