@@ -27,7 +27,7 @@ from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import encode_text
 from raymerge.proof import check_proof, proof_finished, prove
 from raymerge.refit import Refitter, check_refittable
-from raymerge.saving import save_checkpoint
+from raymerge.saving import check_writable, save_checkpoint
 from raymerge.storage import Storage
 from raymerge.texts import read_plain_text
 
@@ -66,6 +66,7 @@ def merge(
     out, alpha_file = Path(out).expanduser(), Path(alpha_file).expanduser()
     if out.exists():
         raise PlanError(f"{out} exists already: give another --out, or delete it")
+    check_writable(out)
     checkpoint = Checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
     plan = read_alpha_file(alpha_file, checkpoint.n_layers)
     plan = replace(plan, alignment=alignment, norms=norms, biases=biases)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,6 +36,15 @@ _CARRIED = (
     "additional_chat_templates/*.jinja",
     *(name + end for word in _TERMS for name in (word, word.upper(), word.title()) for end in ("", ".*", "-*")),
 )
+
+
+def check_writable(destination: Path) -> None:
+    """CheckpointError where `save_checkpoint` could not make its folder: before the minutes that come first."""
+    try:
+        there = next(folder for folder in destination.absolute().parents if folder.exists())
+        tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=there).cleanup()
+    except OSError as error:
+        raise CheckpointError(f"cannot write {destination}: {error.strerror or error}; give another folder") from error
 
 
 def save_checkpoint(

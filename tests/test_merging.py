@@ -19,7 +19,7 @@ import raymerge.hub
 import raymerge.merging
 from raymerge import cli
 from raymerge.alpha_files import alpha_file_text, read_alpha_file
-from raymerge.checkpoint import Checkpoint
+from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.merging import merge, save_merged
 from raymerge.plan import PlanError, Refit, tail_plan
 from raymerge.progress import Silent
@@ -239,6 +239,14 @@ def test_an_unknown_alignment_is_refused(tmp_path, alphas):
     with pytest.raises(PlanError, match="alignment is 'columns'"):
         merge("demo", alphas, tmp_path / "out", alignment="columns")
     assert not (tmp_path / "out").exists()
+
+
+def test_where_a_merge_cannot_be_written_is_told_before_the_model_is_read(tmp_path, monkeypatch):
+    """Digests and receipts of a large model take minutes."""
+    monkeypatch.setattr(raymerge.merging, "Checkpoint", lambda *_, **__: pytest.fail("read"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="cannot write .*file/merged"):
+        merge("demo", tmp_path / "a.json", tmp_path / "file" / "merged")
 
 
 def test_an_existing_folder_is_refused_before_anything_is_read(tmp_path, alphas):

@@ -18,7 +18,7 @@ from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.forward import LayerRunner
 from raymerge.fusion import fused_tensors
 from raymerge.plan import base_plan, before_last_plan, tail_plan
-from raymerge.saving import save_checkpoint
+from raymerge.saving import check_writable, save_checkpoint
 from raymerge.tensorfiles import OpenTensorFile
 
 torch.set_num_threads(1)
@@ -285,3 +285,11 @@ def test_a_merge_that_the_stored_dtype_cannot_hold(copy, tmp_path):
         CheckpointError, match=r"layers.3.self_attn.q_proj.weight of the merged .* torch.float16 cannot"
     ):
         tiny.save_merge(Checkpoint(str(copy)), plan, tmp_path / "merged")
+
+
+def test_where_nothing_can_be_written_is_told_and_leaves_nothing(tmp_path):
+    check_writable(tmp_path / "new" / "deeper" / "merged")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="cannot write .*file/merged: .*Not a directory.*give another folder"):
+        check_writable(tmp_path / "file" / "merged")
