@@ -37,10 +37,10 @@ def labels_of(run: RunDirectory) -> dict[str, str]:
 def plan_lines(run: RunDirectory, split: str) -> list[dict]:
     """For each plan, in the order in which they were stored, its name and what it reached on `split`.
 
-    Keys: plan_id, name, label (`labels_of`), kind, layers, n (questions), accuracy, standard_error, interval (low,
-    high; 95 %), macro, macro_error, macro_interval, nll, perplexity (plain text), perplexity_interval, picked (share of
-    each letter, A to D) and top_is_letter (share); None where a table has nothing, as all that is of questions in a run
-    that asks none (data.mmlu null), whose n is 0.
+    Keys: plan_id, name, label (`labels_of`), kind, layers, n (questions), accuracy, interval (low, high; 95 %), macro,
+    macro_interval, nll, perplexity (plain text), perplexity_interval, picked (share of each letter, A to D) and
+    top_is_letter (share); None where a table has nothing, as all that is of questions in a run that asks none
+    (data.mmlu null), whose n is 0.
     """
     plans = {row["plan_id"]: row for row in run.read("plans").to_pylist()}
     accuracy = {
@@ -66,11 +66,9 @@ def plan_lines(run: RunDirectory, split: str) -> list[dict]:
                 "layers": costs.get(plan_id, {}).get("layers"),
                 "n": micro["n"],
                 "accuracy": micro["accuracy"],
-                "standard_error": micro["standard_error"],
                 "interval": (micro["ci_low"], micro["ci_high"]),
                 "macro": macro["accuracy"],
                 "macro_interval": (macro["ci_low"], macro["ci_high"]),
-                "macro_error": macro["standard_error"],
                 "nll": micro["nll"],
                 **_text(texts.get(plan_id)),
                 "picked": picked,
@@ -80,7 +78,7 @@ def plan_lines(run: RunDirectory, split: str) -> list[dict]:
     return lines
 
 
-_UNASKED = dict.fromkeys(("accuracy", "standard_error", "ci_low", "ci_high", "nll")) | {"n": 0}
+_UNASKED = dict.fromkeys(("accuracy", "ci_low", "ci_high", "nll")) | {"n": 0}
 
 
 def _text(row: dict | None) -> dict:
