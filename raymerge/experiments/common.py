@@ -192,20 +192,29 @@ def open_run(
     """The run directory, begun; one that is complete stays as it is, and says so.
 
     It is held to what its configuration led to: model, tokenizer, prompts and texts, and the merges and matrices that
-    files or other runs give. Raises RunError where a run that holds results was begun with others.
+    files or other runs give; also a complete one where these lie elsewhere now. Raises RunError where a run that holds
+    results was begun with others.
     """
     run = RunDirectory.open(config.output.run, settings, experiment)
-    if run.complete:
-        progress.message("This run is complete; nothing is left to do.")
-        return run
+    if run.complete and not run.moved:
+        return _as_it_is(run, progress)
     with step(progress, "digest of the model's files"):
         held = {"model": inputs.checkpoint.identity, "tokenizer": inputs.checkpoint.tokenizer_identity}
     held |= {f"data {role}": identity for role, identity in inputs.identities.items()}
+    # tables join on the source's ids, which another source of the same questions may not have
+    held |= {f"ids {role}": digest([q.question_id for q in of.questions]) for role, of in inputs.questions.items()}
     held |= {} if inputs.text is None else {"text": text_hash(inputs.text)}
     held |= {"plan": digest([plan.plan_id("") for plan in plans])} if plans else {}
     matrices = [np.round(matrix, 12).tobytes().hex() for matrix in similarity if matrix is not None]
     run.hold_to(held | ({"similarity": digest(matrices)} if matrices else {}))
+    if run.complete:
+        return _as_it_is(run, progress)
     run.begin()
+    return run
+
+
+def _as_it_is(run: RunDirectory, progress: Progress) -> RunDirectory:
+    progress.message("This run is complete; nothing is left to do.")
     return run
 
 
