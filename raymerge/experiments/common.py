@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -347,16 +348,17 @@ def draw_figures(run: RunDirectory, scripts: Sequence[str], progress: Progress) 
     with tempfile.TemporaryDirectory() as scratch:
         # Figures are files; beside a URI they are drawn here and copied there.
         out = Path(run.path_of("figures") if run.is_local else scratch)
-        for number, script in enumerate(scripts, 1):
-            done = subprocess.run(
-                [sys.executable, str(folder / script), run.path_of(), "--out", str(out)],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                raise RuntimeError(f"analysis/{script} failed with exit code {done.returncode}: {done.stderr[-2000:]}")
-            progress.advance(number)
+
+        def draw(script: str) -> tuple[str, subprocess.CompletedProcess[str]]:
+            arguments = [sys.executable, str(folder / script), run.path_of(), "--out", str(out)]
+            return script, subprocess.run(arguments, capture_output=True, text=True, check=False)
+
+        with ThreadPoolExecutor() as threads:  # each takes seconds, most of them to start
+            for number, (script, done) in enumerate(threads.map(draw, scripts), 1):
+                if done.returncode:
+                    said = done.stderr[-2000:]
+                    raise RuntimeError(f"analysis/{script} failed with exit code {done.returncode}: {said}")
+                progress.advance(number)
         if not run.is_local:
             run.upload(out, "figures")
         return sorted(f"figures/{path.name}" for path in out.iterdir())
