@@ -339,11 +339,11 @@ def model_facts(config: Config, inputs: Inputs) -> dict[str, Any]:
 
 
 def draw_figures(run: RunDirectory, scripts: Sequence[str], progress: Progress) -> list[str]:
-    """Run analysis scripts on a finished run; they stand beside the package in a checkout, not inside it."""
-    folder = Path(raymerge.__file__).resolve().parent.parent / "analysis"
-    if not folder.is_dir():
-        progress.message("No figures: the analysis scripts are not beside this installation.")
-        return []
+    """Run analysis scripts on a finished run. They are inside the package where it is installed (setup.py), and beside
+    it in a checkout."""
+    package = Path(raymerge.__file__).resolve().parent
+    inside = package / "_analysis"
+    folder = inside if inside.is_dir() else package.parent / "analysis"
     progress.stage("figures", len(scripts))
     with tempfile.TemporaryDirectory() as scratch:
         # Figures are files; beside a URI they are drawn here and copied there.
