@@ -17,7 +17,9 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -65,6 +67,13 @@ __all__ = [
 #: Top-level config sections that may differ when a run is resumed: they cannot change a result.
 FREE_SECTIONS = ("workers", "output")
 
+# Keys that say where something lies. A run is held to its content (`hold_to`), so it may be continued on a machine
+# where that lies elsewhere.
+_PLACES = re.compile(
+    r"model\.path|data\.(mmlu|perplexity_text)|(search|calibration)\.text|tasks\.[^.]+\.(file|examples)"
+    r"|plan\.(alpha_file|similarity_run)|search\.probes"
+)
+
 _INPUTS = "inputs.json"
 _MANY = 50  # parts of a table, that a run which is taken up again is not to read one by one each time
 
@@ -75,13 +84,15 @@ class RunDirectory:
     Attributes
     ----------
     run_id : str
-        16 hex digits of SHA-256 over the experiment and the config without `workers` and `output`,
-        so a resumed run keeps it.
+        16 hex digits of SHA-256 over the experiment and the config that the run was begun with, without `workers`
+        and `output`.
     experiment : str
     config : dict
         The resolved config.
     is_local : bool
         Whether `path_of` gives paths of this machine's disk.
+    moved : bool
+        Whether the config that it was opened with says of a file, a folder or a hub id another one than the stored.
     """
 
     def __init__(self, path, filesystem: pafs.FileSystem | None = None):
@@ -91,6 +102,7 @@ class RunDirectory:
         self.is_local = self._storage.is_local
         self.run_id = self.experiment = ""
         self.config: dict = {}
+        self.moved = False
         self._lock: Lock | None = None
         self._begun = (datetime.now(UTC), time.monotonic())
 
@@ -116,26 +128,27 @@ class RunDirectory:
         ------
         RunError
             Where the folder holds something else, or results of another experiment or of a config that
-            differs in more than `workers` and `output`; the message names the keys with both values.
-            Where another process is writing the run. A run on a disk that has no rows yet, as one that
-            was refused for its prompts, is begun anew instead.
+            differs in more than `workers`, `output` and where files lie, which `hold_to` compares; the message
+            names the keys with both values. Where another process is writing the run. A run on a disk that has
+            no rows yet, as one that was refused for its prompts, is begun anew instead.
         """
         run, config, stored = cls._checked(path, config, experiment, filesystem)
         if not run.complete:
             run._lock = run._storage.lock()
             # while this process waited, another may have begun the run, with another config, and ended
             stored = cls._checked(path, config, experiment, filesystem)[2]
-        # the stored config names the run: 1 and 1.0 compare equal but have different digests
-        run._adopt(experiment, config, named_by=stored[1] if stored else config)
+        run.experiment, run.config = experiment, config
         run._storage.clear_temporary()
         if stored is None:  # what one that got no further left is not this run's
             run._storage.delete(_INPUTS)
             if run.has("incidents"):
                 run.replace("incidents", [])
-        if stored is None or stored[1] != config:
-            head = f"# experiment: {experiment}\n# run_id: {run.run_id}\n"
-            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120)
-            run._storage.publish("config.yaml", (head + text).encode("utf-8"))
+            named_by = {key: value for key, value in config.items() if key not in FREE_SECTIONS}
+            run.run_id = digest({"experiment": experiment, "config": named_by})
+            run._store_config()
+        else:
+            run.run_id = stored.run_id
+            run.moved = bool(_differences(stored.config, config, free=FREE_SECTIONS))
         return run
 
     @classmethod
@@ -146,9 +159,9 @@ class RunDirectory:
     @classmethod
     def _checked(
         cls, path, config: dict, experiment: str, filesystem: pafs.FileSystem | None
-    ) -> tuple[RunDirectory, dict, tuple[str, dict] | None]:
-        """The run, not yet adopted, the config as it is stored, and experiment and config of the run that is there and
-        can be taken up; None where there is none."""
+    ) -> tuple[RunDirectory, dict, _Stored | None]:
+        """The run, still without what `open` gives it, the config as it is stored, and what is stored of the run that
+        is there and can be taken up; None where there is none."""
         run = cls(path, filesystem)
         config = without_secrets(plain(config))
         if run._storage.is_file():
@@ -162,11 +175,12 @@ class RunDirectory:
                     f"{run._storage.name} holds {found} but no config.yaml, so it is not a run directory; "
                     "choose another --out, or empty the folder"
                 )
-        elif refusal := run._is_other(stored[0], without_secrets(stored[1]), experiment, config):
+        elif differing := run._differing(stored, experiment, config):
             # In an object store no lock shows that another process has begun it and will have rows soon.
-            if run._has_results() or not run.is_local:
-                raise RunError(refusal)
-            stored = None
+            if run.is_local and not run._has_results():
+                stored = None
+            else:
+                run._refuse(stored, experiment, differing)
         return run, config, stored
 
     @classmethod
@@ -178,7 +192,7 @@ class RunDirectory:
             raise RunError(
                 f"{run._storage.name} is not a run directory: it has no config.yaml; give a folder a command wrote"
             )
-        run._adopt(*stored, named_by=stored[1])
+        run.experiment, run.config, run.run_id = stored
         return run
 
     # --- tables -------------------------------------------------------------------------------
@@ -229,10 +243,12 @@ class RunDirectory:
     # --- manifest, folders ----------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Start or continue the work: remove the manifest of an earlier end, gather the batches of trials that a killed
-        search left one by one, and start the clock. That it continues is an incident."""
+        """Start or continue the work: remove the manifest of an earlier end, store the config as it is now, gather the
+        batches of trials that a killed search left one by one, and start the clock. That it continues is an
+        incident."""
         self._lock = self._lock or self._storage.lock()
         self._storage.delete("manifest.json")
+        self._store_config()
         self._begun = (datetime.now(UTC), time.monotonic())
         if len(self._tables.part_names("trials")) > _MANY:
             self.compact("trials")
@@ -264,7 +280,8 @@ class RunDirectory:
             if self._has_results():
                 lines = "".join(f"\n  {name}: {there} in the run, {now} now" for name, there, now in sorted(differing))
                 raise RunError(
-                    f"{self._storage.name} holds results made from other inputs, under the same paths:{lines}\n"
+                    f"{self._storage.name} holds results made from other files than those that the config names "
+                    f"now:{lines}\n"
                     "choose another --out, or delete the folder to start anew"
                 )
         if stored | inputs != stored:
@@ -349,50 +366,69 @@ class RunDirectory:
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _adopt(self, experiment: str, config: dict, *, named_by: dict) -> None:
-        self.experiment, self.config = experiment, config
-        named_by = {key: value for key, value in named_by.items() if key not in FREE_SECTIONS}
-        self.run_id = digest({"experiment": experiment, "config": named_by})
+    def _store_config(self) -> None:
+        head = f"# experiment: {self.experiment}\n# run_id: {self.run_id}\n"
+        text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True, width=120)
+        self._storage.publish("config.yaml", (head + text).encode("utf-8"))
 
-    def _read_config(self) -> tuple[str, dict] | None:
-        """(experiment, config) of config.yaml, None if there is none."""
+    def _read_config(self) -> _Stored | None:
+        """What config.yaml says, None if there is none."""
         try:
             text = self._storage.read("config.yaml").decode("utf-8")
         except FileNotFoundError:
             return None
-        experiment = re.match(r"# experiment: (\S+)\n", text)
+        head = re.match(r"# experiment: (\S+)\n# run_id: ([0-9a-f]{16})\n", text)
         try:
             config = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise RunError(f"{self._storage.name}/config.yaml is not YAML: {error}") from error
-        if experiment is None or not isinstance(config, dict):
+        if head is None or not isinstance(config, dict):
             raise RunError(
-                f"{self._storage.name}/config.yaml was not written by a raymerge run (its first line names no "
-                "experiment, or it is no mapping); choose another --out, or delete the folder"
+                f"{self._storage.name}/config.yaml was not written by a raymerge run (its first lines name no "
+                "experiment and run_id, or it is no mapping); choose another --out, or delete the folder"
             )
-        return experiment[1], config
+        return _Stored(head[1], config, head[2])
 
     def _has_results(self) -> bool:
         return any(table != "incidents" for table in self.row_counts())
 
-    def _is_other(self, stored_experiment: str, stored: dict, experiment: str, config: dict) -> str:
-        """Why the run that is there is not the one that is asked for; "" where it is."""
+    def _differing(self, stored: _Stored, experiment: str, config: dict) -> list[_Difference]:
+        if stored.experiment != experiment:
+            return [("experiment", stored.experiment, experiment)]
+        return _differences(without_secrets(stored.config), config, free=FREE_SECTIONS)
+
+    def _refuse(self, stored: _Stored, experiment: str, differing: list[_Difference]) -> None:
+        """Raise RunError where the run that is there is not the one that is asked for."""
         anew = "choose another --out, or delete the folder to start anew"
-        if stored_experiment != experiment:
-            return f"{self._storage.name} holds a run of {stored_experiment}, not of {experiment}; {anew}"
-        differing = [item for item in _differences(stored, config) if item[0].split(".")[0] not in FREE_SECTIONS]
-        if not differing:
-            return ""
-        lines = "".join(f"\n  {key}: {there} in the run, {here} now" for key, there, here in differing)
-        return f"{self._storage.name} holds a run with another config:{lines}\ngo on with the run's values, {anew}"
+        if stored.experiment != experiment:
+            raise RunError(f"{self._storage.name} holds a run of {stored.experiment}, not of {experiment}; {anew}")
+        # null is no place: with and without a text, two runs differ
+        if not all(_PLACES.fullmatch(key) and "None" not in values for key, *values in differing):
+            lines = "".join(f"\n  {key}: {there} in the run, {here} now" for key, there, here in differing)
+            raise RunError(
+                f"{self._storage.name} holds a run with another config:{lines}\ngo on with the run's values, {anew}"
+            )
 
 
-def _differences(there, here, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(dotted key, value there, value here) wherever two configs differ; lists compare whole."""
+_Difference = tuple[str, str, str]  # dotted key, value there, value here
+
+
+class _Stored(NamedTuple):
+    """What config.yaml says of a run."""
+
+    experiment: str
+    config: dict
+    run_id: str
+
+
+def _differences(there, here, prefix: str = "", *, free: Sequence[str] = ()) -> list[_Difference]:
+    """Wherever two configs differ, but for the sections `free`; lists compare whole."""
     if not (isinstance(there, dict) and isinstance(here, dict)):
         return [] if there == here else [(prefix, repr(there), repr(here))]
-    found = []
+    found: list[_Difference] = []
     for key in [*there, *(key for key in here if key not in there)]:
+        if key in free:
+            continue
         name = f"{prefix}.{key}" if prefix else str(key)
         if key in there and key in here:
             found += _differences(there[key], here[key], name)

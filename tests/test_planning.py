@@ -235,5 +235,5 @@ def test_similarity_is_collected_anew_of_one_subset_and_the_same_model(recompute
         recompute("plan.merges=1")
     with pytest.raises(ConfigError, match="has 0 subsets for plan.similarity_subset = places and .*language = de"):
         recompute("plan.merges=1", "plan.similarity_subset=places", "plan.similarity_language=de")
-    with pytest.raises(ConfigError, match=r"run is a run of demo, not of /m"):
+    with pytest.raises(ConfigError, match=r"run was made with model.path 'demo', not '/m'"):
         recompute("plan.merges=1", "model.path=/m")

@@ -80,11 +80,29 @@ def test_a_run_is_not_continued_with_another_model_under_the_same_path(experimen
             call(monkeypatch, experiment, model, tmp_path / "run")
     change_weights(model)
     with pytest.raises(
-        RunError, match=r"made from other inputs.*\n  model: '[0-9a-f]{16}' in the run, '[0-9a-f]{16}' now"
+        RunError, match=r"made from other files.*\n  model: '[0-9a-f]{16}' in the run, '[0-9a-f]{16}' now"
     ):
         call(monkeypatch, experiment, model, tmp_path / "run")
     with pytest.raises(Cut):
         call(monkeypatch, experiment, model, tmp_path / "another run")
+
+
+@pytest.mark.parametrize("experiment", MODULES)
+def test_a_run_goes_on_where_the_model_lies_elsewhere_and_not_with_another(experiment, model, tmp_path, monkeypatch):
+    """As on another machine, where the folder of the run was copied to; a complete run is held to its model too."""
+    with pytest.raises(Cut):
+        call(monkeypatch, experiment, model, tmp_path / "run")
+    copy, other = (shutil.copytree(model, tmp_path / name) for name in ("copy", "other"))
+    change_weights(other)
+    with pytest.raises(Cut):
+        call(monkeypatch, experiment, copy, tmp_path / "run")
+    assert RunDirectory.load(tmp_path / "run").config["model"]["path"] == str(copy)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"made from other files.*\n  model: "):
+            call(monkeypatch, experiment, other, tmp_path / "run")
+        RunDirectory.load(tmp_path / "run").write_manifest("complete")
+    call(monkeypatch, experiment, model, tmp_path / "run")  # nothing is left to do
+    assert RunDirectory.load(tmp_path / "run").config["model"]["path"] == str(copy)
 
 
 def test_nor_with_other_coefficients_texts_or_tokens_in_the_same_files(model, tmp_path, monkeypatch):

@@ -368,12 +368,17 @@ def test_run_id_depends_on_experiment_and_config_but_not_on_workers(tmp_path):
 def test_resuming_with_other_workers_keeps_the_run_and_updates_the_config(run, tmp_path):
     other = {**CONFIG, "workers": {"count": 7}, "output": {"figures": False}}
     again = RunDirectory.open(tmp_path / "run", other, "search")
-    assert again.run_id == run.run_id
+    assert again.run_id == run.run_id and not again.moved
+    again.begin()
+    assert RunDirectory.load(tmp_path / "run").config == other
+    again.write_manifest("complete")
+    RunDirectory.open(tmp_path / "run", CONFIG, "search")  # what is complete stays as it is
     assert RunDirectory.load(tmp_path / "run").config == other
 
 
 def test_equal_numbers_of_other_types_keep_the_run_id(run, tmp_path):
     again = RunDirectory.open(tmp_path / "run", {**CONFIG, "search": {"bounds": (0, 1), "candidates": 60}}, "search")
+    again.begin()
     assert again.run_id == run.run_id
     assert RunDirectory.load(tmp_path / "run").run_id == RunDirectory.open(tmp_path / "run", CONFIG, "search").run_id
 
@@ -413,8 +418,46 @@ def test_a_run_that_has_stored_nothing_is_begun_anew(run, tmp_path):
 def test_a_run_that_has_stored_nothing_in_an_object_store_may_be_anothers(tmp_path):
     store = pafs._MockFileSystem()
     RunDirectory.open("run", CONFIG, "search", filesystem=store)
-    with pytest.raises(RunError, match="model.path"):
-        RunDirectory.open("run", {**CONFIG, "model": {"path": "other", "revision": None}}, "search", filesystem=store)
+    with pytest.raises(RunError, match="model.revision"):
+        RunDirectory.open("run", {**CONFIG, "model": {"path": "demo", "revision": "v2"}}, "search", filesystem=store)
+
+
+PLACED = {
+    "model": {"path": "/a/model"},
+    "data": {"mmlu": "/a/mmlu", "perplexity_text": "/a/text"},
+    "search": {"text": "/a/other", "probes": ["/a/probe.json"]},
+    "calibration": {"text": "/a/third"},
+    "plan": {"alpha_file": "/a/alphas.json", "similarity_run": "/a/similarity"},
+    "tasks": {"arc": {"file": "/a/arc", "examples": "/a/train"}},
+}
+
+
+def test_a_run_may_be_continued_where_its_files_lie_elsewhere(tmp_path):
+    """On another machine. What they hold is compared, not where they are."""
+    run = RunDirectory.open(tmp_path / "run", PLACED, "search")
+    run.hold_to({"model": "one"})
+    run.append("receipts", [receipt(0)])
+    elsewhere = json.loads(json.dumps(PLACED).replace("/a/", "/b/"))
+    again = RunDirectory.open(tmp_path / "run", elsewhere, "search")
+    assert again.moved and again.run_id == run.run_id
+    with pytest.raises(RunError, match=r"other files than .*\n  model: 'one' in the run, 'two' now"):
+        again.hold_to({"model": "two"})
+    assert RunDirectory.load(tmp_path / "run").config == PLACED
+    again.hold_to({"model": "one"})
+    again.begin()
+    loaded = RunDirectory.load(tmp_path / "run")
+    assert (loaded.config, loaded.run_id) == (elsewhere, run.run_id)
+    assert set(loaded.read("receipts")["run_id"].to_pylist()) == {run.run_id}
+    assert not RunDirectory.open(tmp_path / "run", elsewhere, "search").moved
+
+
+@pytest.mark.parametrize("key", ["data.mmlu", "data.perplexity_text", "calibration.text", "plan.alpha_file"])
+def test_a_run_without_a_file_is_not_one_with_it(tmp_path, key):
+    section, name = key.split(".")
+    run = RunDirectory.open(tmp_path / "run", PLACED, "search")
+    run.append("receipts", [receipt(0)])
+    with pytest.raises(RunError, match=f"{key}: '/a/.*' in the run, None now"):
+        RunDirectory.open(tmp_path / "run", {**PLACED, section: {**PLACED[section], name: None}}, "search")
 
 
 def test_another_experiment_is_refused(run, tmp_path):
@@ -448,14 +491,14 @@ def test_what_another_process_has_begun_while_this_one_waited_is_not_overwritten
 
     def after_another(storage):
         monkeypatch.undo()
-        other = RunDirectory.open(tmp_path / "run", CONFIG | {"model": {"path": "other", "revision": None}}, "search")
+        other = RunDirectory.open(tmp_path / "run", CONFIG | {"model": {"path": "demo", "revision": "v2"}}, "search")
         other.append("receipts", [receipt(0)])
         return lock(storage)
 
     monkeypatch.setattr(Storage, "lock", after_another)
-    with pytest.raises(RunError, match="model.path"):
+    with pytest.raises(RunError, match="model.revision"):
         RunDirectory.open(tmp_path / "run", CONFIG, "search")
-    assert RunDirectory.load(tmp_path / "run").config["model"]["path"] == "other"
+    assert RunDirectory.load(tmp_path / "run").config["model"]["revision"] == "v2"
 
 
 @pytest.mark.parametrize("text", ["model: demo\n", "# experiment: search\n- 1\n", "# experiment: search\n{\n"])

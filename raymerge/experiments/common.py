@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,20 +193,29 @@ def open_run(
     """The run directory, begun; one that is complete stays as it is, and says so.
 
     It is held to what its configuration led to: model, tokenizer, prompts and texts, and the merges and matrices that
-    files or other runs give. Raises RunError where a run that holds results was begun with others.
+    files or other runs give; also a complete one where these lie elsewhere now. Raises RunError where a run that holds
+    results was begun with others.
     """
     run = RunDirectory.open(config.output.run, settings, experiment)
-    if run.complete:
-        progress.message("This run is complete; nothing is left to do.")
-        return run
+    if run.complete and not run.moved:
+        return _as_it_is(run, progress)
     with step(progress, "digest of the model's files"):
         held = {"model": inputs.checkpoint.identity, "tokenizer": inputs.checkpoint.tokenizer_identity}
     held |= {f"data {role}": identity for role, identity in inputs.identities.items()}
+    # tables join on the source's ids, which another source of the same questions may not have
+    held |= {f"ids {role}": digest([q.question_id for q in of.questions]) for role, of in inputs.questions.items()}
     held |= {} if inputs.text is None else {"text": text_hash(inputs.text)}
     held |= {"plan": digest([plan.plan_id("") for plan in plans])} if plans else {}
     matrices = [np.round(matrix, 12).tobytes().hex() for matrix in similarity if matrix is not None]
     run.hold_to(held | ({"similarity": digest(matrices)} if matrices else {}))
+    if run.complete:
+        return _as_it_is(run, progress)
     run.begin()
+    return run
+
+
+def _as_it_is(run: RunDirectory, progress: Progress) -> RunDirectory:
+    progress.message("This run is complete; nothing is left to do.")
     return run
 
 
@@ -338,16 +348,17 @@ def draw_figures(run: RunDirectory, scripts: Sequence[str], progress: Progress) 
     with tempfile.TemporaryDirectory() as scratch:
         # Figures are files; beside a URI they are drawn here and copied there.
         out = Path(run.path_of("figures") if run.is_local else scratch)
-        for number, script in enumerate(scripts, 1):
-            done = subprocess.run(
-                [sys.executable, str(folder / script), run.path_of(), "--out", str(out)],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                raise RuntimeError(f"analysis/{script} failed with exit code {done.returncode}: {done.stderr[-2000:]}")
-            progress.advance(number)
+
+        def draw(script: str) -> tuple[str, subprocess.CompletedProcess[str]]:
+            arguments = [sys.executable, str(folder / script), run.path_of(), "--out", str(out)]
+            return script, subprocess.run(arguments, capture_output=True, text=True, check=False)
+
+        with ThreadPoolExecutor() as threads:  # each takes seconds, most of them to start
+            for number, (script, done) in enumerate(threads.map(draw, scripts), 1):
+                if done.returncode:
+                    said = done.stderr[-2000:]
+                    raise RuntimeError(f"analysis/{script} failed with exit code {done.returncode}: {said}")
+                progress.advance(number)
         if not run.is_local:
             run.upload(out, "figures")
         return sorted(f"figures/{path.name}" for path in out.iterdir())

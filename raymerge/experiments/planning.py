@@ -260,7 +260,12 @@ def recomputed_plan(config: Config, n_layers: int, cache: str, progress: Progres
     stored = RunDirectory.load(plan.similarity_run)
     source = parse_config(stored.config, source=f"{plan.similarity_run}/config.yaml")
     if source.model != config.model:
-        raise ConfigError(f"{plan.similarity_run} is a run of {source.model.path}, not of {config.model.path}")
+        theirs, ours = source.model.model_dump(), config.model.model_dump()
+        differing = [f"model.{key} {theirs[key]!r}, not {ours[key]!r}" for key in ours if theirs[key] != ours[key]]
+        raise ConfigError(
+            f"{plan.similarity_run} was made with {', '.join(differing)}: plan.recompute goes on with the similarity "
+            "section and the model of that run, so make it anew with this one"
+        )
     source = source.model_copy(update={"workers": config.workers})  # it may have been made on another cluster
     inputs = read_inputs(source, (SUBSETS,), text=False)
     wanted = [
