@@ -97,7 +97,7 @@ def _quiet_libraries() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="raymerge",
-        description="Merge decoder layers of large language models, search the merge coefficients, measure the cost.",
+        description="Merge decoder layers of large language models, search for merge coefficients, measure the cost.",
         epilog="Start with `raymerge search jobs/configs/demo.yaml`: it needs no network and no GPU.",
     )
     parser.add_argument("--version", action="version", version=f"raymerge {raymerge.__version__}")
@@ -113,22 +113,24 @@ def _add_experiments(commands: argparse._SubParsersAction) -> None:
             name,
             formatter_class=_RAW,
             help=help,
-            description=f"{description}\nThe same command again resumes where it stopped.",
-            epilog=f"examples:\n{examples}\n\nEvery key, what it means and its default: raymerge config.",
+            description=f"{description}\nIf a run was interrupted, the same command resumes it.",
+            epilog=f"examples:\n{examples}\n\n`raymerge config` explains every key and shows its default.",
         )
         command.add_argument(
-            "config", nargs="?", help="YAML file; without it every default, which is the embedded demo"
+            "config", nargs="?", help="YAML file (default: the bundled demo, with every option's default)"
         )
         command.add_argument("--out", metavar="RUN", help="run directory (output.run)")
-        command.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="as in plan.merges=4")
+        command.add_argument(
+            "--set", metavar="KEY=VALUE", action="append", default=[], help="override, such as plan.merges=4"
+        )
         command.set_defaults(run=function)
 
     experiment(
         "search",
         _search,
-        help="search the merge coefficients of the last K layers",
-        description="Search the coefficients with which layers are merged, and report the best beside every control\n"
-        "(unmerged, dropped, fixed, random). Searches on validation questions, reports on test.",
+        help="search for the best merge coefficients",
+        description="Search for the coefficients with which to merge layers, and report the best next to the controls\n"
+        "(unmerged, dropped, fixed, random). The search uses validation questions, the report test questions.",
         examples="  raymerge search jobs/configs/demo.yaml\n"
         "  raymerge search jobs/configs/demo.yaml --out runs/k4 --set plan.merges=4 --set search.objective=answer_nll\n"
         "  raymerge search jobs/configs/llama3-8b.yaml --set model.path=/models/Llama-3-8B",
@@ -136,9 +138,9 @@ def _add_experiments(commands: argparse._SubParsersAction) -> None:
     experiment(
         "similarity",
         _similarity,
-        help="compare a model's layers on tasks and languages",
-        description="Collect activations over subsets of prompts, compare the layers of the model on each, and\n"
-        "correlate the matrices: with a null model, intervals, and the reliability that bounds every correlation.",
+        help="compare the layers of a model by task and language",
+        description="Collect activations on subsets of prompts, compare the layers of the model on each subset, and\n"
+        "correlate the matrices, with a null model, intervals, and the reliability that bounds every correlation.",
         examples="  raymerge similarity jobs/configs/similarity-mka-demo.yaml\n"
         "  raymerge similarity jobs/configs/similarity-tasks-llama3-8b.yaml --set model.path=/models/Llama-3-8B\n"
         "  raymerge search jobs/configs/demo.yaml --set plan.base=similarity_ratio \\\n"
@@ -147,17 +149,17 @@ def _add_experiments(commands: argparse._SubParsersAction) -> None:
     experiment(
         "sensitivity",
         _sensitivity,
-        help="vary every setting of the similarity, one at a time",
+        help="vary the settings of the layer similarity, one at a time",
         description="Vary bandwidth, dimensions, samples, neighbours, threshold, embedding and measure around the\n"
-        "similarity section, and show whether the matrices agree and whether the plans they choose do.",
+        "similarity section, and show how far the matrices, and the plans that they choose, agree.",
         examples="  raymerge sensitivity jobs/configs/similarity-mka-demo.yaml --out runs/sensitivity",
     )
     experiment(
         "sweep",
         _sweep,
-        help="draw accuracy and perplexity against the number of merged layers",
-        description="Evaluate every number of merged layers under every way of merging - dropping, fixed and\n"
-        "similarity-derived coefficients, with and without aligned neurons and folded norms - over the pool.",
+        help="measure accuracy and perplexity against the number of merged layers",
+        description="Evaluate every number of merged layers under every way of merging: dropping, and fixed and\n"
+        "similarity-derived coefficients, with and without aligned neurons and folded norms.",
         examples="  raymerge sweep jobs/configs/sweep-demo.yaml\n"
         "  raymerge sweep jobs/configs/published.yaml --set model.path=/models/Llama-3-8B",
     )
@@ -167,9 +169,9 @@ def _add_import_similarity(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "import-similarity",
         formatter_class=_RAW,
-        help="bring (L, L) matrices from .npy files into a run",
-        description="Bring foreign similarity matrices into a run, with their correlations. The subset is named after\n"
-        "the file, without a trailing _40s. The run can be given to plan.similarity_run.",
+        help="read similarity matrices (L, L) from .npy files",
+        description="Read similarity matrices that were computed elsewhere into a run, with their correlations. Each\n"
+        "subset is named after its file, without a trailing _40s. plan.similarity_run can name the run.",
         epilog="example:\n  raymerge import-similarity medical_40s.npy legal_40s.npy --out runs/published",
     )
     command.add_argument("files", nargs="+", metavar="FILE.npy", help="square matrices of the same size")
@@ -181,35 +183,39 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "evaluate",
         formatter_class=_RAW,
-        help="5-shot MMLU by subject, further tasks and perplexity of one model",
+        help="evaluate one model: 5-shot MMLU by subject, other tasks, perplexity",
         description="Evaluate a model as it is: MMLU accuracy by subject with standard errors, answer NLL, perplexity\n"
-        "of the questions' own tokens and of plain text; and the tasks of a configuration's tasks section (PIQA,\n"
-        "HellaSwag, ARC, OpenBookQA, BoolQ, RACE from files). The same command again resumes where it stopped.",
+        "of the questions' own tokens and of plain text, and the tasks in the configuration's tasks section (PIQA,\n"
+        "HellaSwag, ARC, OpenBookQA, BoolQ, RACE from files). If a run was interrupted, the same command resumes it.",
         epilog="examples:\n"
         "  raymerge evaluate demo --out runs/base\n"
         "  raymerge evaluate runs/demo/models/found_bayes --mmlu demo --out runs/best\n"
-        "  raymerge evaluate Qwen/Qwen2.5-1.5B --mmlu cais/mmlu --subjects medical,law --limit 50 --out runs/qwen\n"
+        "  raymerge evaluate Qwen/Qwen2.5-1.5B --mmlu cais/mmlu --subjects medical,legal --limit 50 --out runs/qwen\n"
         "  raymerge evaluate demo --mmlu none --set tasks.piqa.format=piqa --set tasks.piqa.file=validation.jsonl \\\n"
         "      --out runs/piqa",
     )
     command.add_argument("model", help="demo, a checkpoint folder, a hub id, or a .gguf file")
     command.add_argument("--mmlu", metavar="DIR", help=f"demo, a folder, a hub id, or none {_default('mmlu')}")
     command.add_argument("--language", help=f"language of the questions {_default('language')}")
-    command.add_argument("--subjects", help=f"subjects and domains, comma separated {_default('subjects')}")
-    command.add_argument("--limit", type=int, metavar="N", help="at most N questions a subject")
-    command.add_argument("--split", choices=["test", "validation"], help=_default("report_split"))
-    command.add_argument("--shots", type=int, metavar="N", help=f"few-shot examples {_default('shots')}")
+    command.add_argument("--subjects", help=f"comma-separated subjects and domains {_default('subjects')}")
+    command.add_argument("--limit", type=int, metavar="N", help="at most N questions per subject")
     command.add_argument(
-        "--text", metavar="FILE", help=f"plain text for perplexity, demo or none {_default('perplexity_text')}"
+        "--split", choices=["test", "validation"], help=f"split of the questions {_default('report_split')}"
+    )
+    command.add_argument("--shots", type=int, metavar="N", help=f"number of few-shot examples {_default('shots')}")
+    command.add_argument(
+        "--text",
+        metavar="FILE",
+        help=f"plain text for the perplexity: demo, a file, or none {_default('perplexity_text')}",
     )
     command.add_argument(
         "--question-perplexity",
         action=argparse.BooleanOptionalAction,
-        help="also the loss of the questions' own tokens; without is faster (default: with, or as --config has it)",
+        help="also measure the loss of the questions' own tokens, which is slower (default: yes, or as in --config)",
     )
-    command.add_argument("--config", metavar="FILE", help="YAML file; the options given here go before what it says")
+    command.add_argument("--config", metavar="FILE", help="YAML file; options on the command line override it")
     command.add_argument("--out", required=True, metavar="RUN", help="run directory")
-    command.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="any further option")
+    command.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override any other key")
     command.set_defaults(run=_evaluate)
 
 
@@ -217,13 +223,13 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "report",
         formatter_class=_RAW,
-        help="one HTML page of one or several runs, to read or to send",
-        description="Make one self-contained HTML page of runs, from their tables alone: what was asked, the answer\n"
-        "against base and controls, and interactive figures with their rows. It needs no network to be opened.",
+        help="make one HTML page from one or several runs",
+        description="Make one self-contained HTML page from the tables of one or several runs: what was asked, the\n"
+        "answer against base and controls, and interactive figures with their data. It opens without a network.",
         epilog="examples:\n  raymerge report runs/demo\n  raymerge report runs/k4 runs/k8 runs/sweep --out report.html",
     )
     command.add_argument("runs", nargs="+", metavar="RUN", help="run directories (folders or URIs)")
-    command.add_argument("--out", metavar="FILE", help="the page (default: RUN/report.html of a single run)")
+    command.add_argument("--out", metavar="FILE", help="file of the page (default for a single run: RUN/report.html)")
     command.set_defaults(run=_report)
 
 
@@ -231,10 +237,10 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "merge",
         formatter_class=_RAW,
-        help="merge a model by an alpha file and save it",
-        description="Merge a model's layers by an alpha file - a JSON list of {step, layer_to_merge_into,\n"
-        "layer_to_remove, ratio_i_alpha} - and save an ordinary Hugging Face checkpoint with the plan and a receipt\n"
-        "of every changed tensor. The saved model is reloaded in a fresh process and compared with the plan.",
+        help="merge a model according to an alpha file, and save it",
+        description="Merge a model's layers according to an alpha file, a JSON list of {step, layer_to_merge_into,\n"
+        "layer_to_remove, ratio_i_alpha}, and save an ordinary Hugging Face checkpoint with the plan and a receipt of\n"
+        "every changed tensor. The saved model is reloaded in a fresh process and compared with the plan.",
         epilog="examples:\n"
         "  raymerge merge demo --alphas runs/demo/models/found_bayes/alphas.json --out merged\n"
         "  raymerge merge Qwen/Qwen2.5-1.5B --alphas alphas.json --out merged --push me/Qwen2.5-1.5B-merged",
@@ -246,48 +252,50 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
         "--alignment",
         default="none",
         choices=["none", "rows", "neurons"],
-        help="reorder each matrix's rows (published) or whole neurons before averaging (default: none)",
+        help="before averaging, reorder the rows of each matrix (published) or whole neurons (default: none)",
     )
     command.add_argument(
         "--norms",
         default="keep",
         choices=["keep", "fold"],
-        help="keep the survivor's norms (published) or fold every layer's gains into its matrices (default: keep)",
+        help="keep the remaining layer's norms (published) or fold each layer's into its matrices (default: keep)",
     )
     command.add_argument(
         "--biases",
         default="keep",
         choices=["keep", "merge"],
-        help="biases of the survivor, or averaged (default: keep)",
+        help="keep the remaining layer's biases or average them (default: keep)",
     )
     command.add_argument(
         "--refit",
         default="none",
         choices=["none", *REFITS],
-        help="fit the merged layer to the model's own states on --calibration, in closed form (default: none)",
+        help="fit the merged layer to the unmerged model's states on --calibration, in closed form (default: none)",
     )
     command.add_argument(
-        "--refit-layers", type=int, default=0, metavar="N", help="fit N layers after it too (outputs, units)"
+        "--refit-layers", type=int, default=0, metavar="N", help="also fit the N layers after it (outputs, units)"
     )
-    command.add_argument("--calibration", metavar="TEXT", help="a text whose first tokens a refit is made on")
+    command.add_argument("--calibration", metavar="TEXT", help="plain text whose first tokens the refit uses")
     command.add_argument("--revision", help="hub revision of the model")
     command.add_argument("--trust-remote-code", action="store_true", help="run the model repository's own Python")
-    command.add_argument("--no-verify", action="store_true", help="do not reload the saved model to prove it")
+    command.add_argument("--no-verify", action="store_true", help="do not reload and check the saved model")
     command.add_argument(
-        "--push", metavar="OWNER/NAME", help="also upload the saved model to this new or empty hub repository: private"
+        "--push", metavar="OWNER/NAME", help="upload the saved model to this hub repository, new or empty, as private"
     )
-    command.add_argument("--public", action="store_true", help="make the repository of --push public")
+    command.add_argument("--public", action="store_true", help="with --push: make the repository public")
     command.set_defaults(run=_merge)
 
 
 def _add_config(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "config",
-        help="print every option, explained, with its default or a file's value",
-        description="Print a configuration in full: every key, explained, with its default or the file's value.",
+        help="print and explain every option",
+        description="Print a configuration in full: every key, its explanation, and its default or the file's value.",
     )
-    command.add_argument("config", nargs="?", help="YAML file; without it the defaults")
-    command.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override")
+    command.add_argument("config", nargs="?", help="YAML file (default: all defaults)")
+    command.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override, such as plan.merges=4"
+    )
     command.add_argument(
         "--markdown", action="store_true", help="print the reference page of all keys (docs/config.md)"
     )
@@ -300,7 +308,7 @@ def _command_line() -> list[str]:
 
 def _default(key: str) -> str:
     """What an option's help says of a key of section data."""
-    return f"(default: {getattr(Config().data, key)}, or as --config has it)"
+    return f"(default: {getattr(Config().data, key)}, or as in --config)"
 
 
 def _override(key: str, value: str | int | None) -> str:

@@ -32,12 +32,16 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    """The model. path: demo, a folder, a hub id, or a .gguf file, which is dequantised once into ~/.cache/raymerge
-    (needs the extra gguf). dtype: of the computation; auto is float32 on CPUs and the stored dtype on GPUs. revision:
-    branch, tag or commit of a hub id; null is main. add_bos: put the BOS token before prompts and windows of text; null
-    does as the tokenizer does. quantise: judge the models with every decoder layer's matrices rounded to int8 or int4
-    after merging (needs the extra quant); saved checkpoints stay as they are. trust_remote_code: run the model
-    repository's own Python."""
+    """The model.
+    - `path`: demo, a folder, a hub id, or a .gguf file, which is dequantised once into ~/.cache/raymerge (needs the
+      extra gguf).
+    - `dtype`: dtype of the computation; auto is float32 on CPUs and the stored dtype on GPUs.
+    - `revision`: branch, tag or commit of a hub id; null is main.
+    - `add_bos`: whether to put the BOS token before prompts and windows of text; null does as the tokenizer does.
+    - `quantise`: evaluate models with the matrices of every decoder layer rounded to int8 or int4 after merging (needs
+      the extra quant); saved checkpoints are not quantised.
+    - `trust_remote_code`: run the model repository's own Python.
+    """
 
     path: str = "demo"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -48,15 +52,24 @@ class ModelConfig(_Section):
 
 
 class DataConfig(_Section):
-    """Questions and text. mmlu: demo, a folder (CSV or parquet) or a hub id; null: none (similarity needs some).
-    revision: of the hub id. language: which of the source's languages. subjects: all, or a list of subjects and
-    domains; domains: further domains, or others for known names, as lists of subjects. shots: examples from split dev
-    before each question. search_split is what a search chooses by, report_split what is reported; search_on_test: true
-    lets the former be test, and the report then says so. limit_per_subject, report_limit_per_subject: at most so many
-    questions a subject to search on and to report on, drawn with `seed`. perplexity_text: demo, a file (UTF-8, or
-    parquet or JSON lines with a column text), a file of one of the hub's data sets as OWNER/NAME[@REVISION]:FILE, or
-    null; perplexity_tokens: at most so many of its tokens. question_perplexity: also the loss of the questions' own
-    prompt tokens (the whole vocabulary at every token, so it costs far more than the answers do)."""
+    """Questions and text.
+    - `mmlu`: demo, a folder (CSV or parquet) or a hub id; null asks no questions (similarity needs some).
+    - `revision`: revision of the hub id.
+    - `language`: which of the source's languages to use.
+    - `subjects`: all, or a list of subjects and domains.
+    - `domains`: additional domains as lists of subjects; a known name is replaced.
+    - `shots`: examples from split dev before each question.
+    - `search_split`: the split that a search chooses by. It can be test only with `search_on_test`: true, and the
+      report then says so.
+    - `report_split`: the split that is reported.
+    - `limit_per_subject`, `report_limit_per_subject`: maximum number of questions per subject, to search on and to
+      report on, drawn with `seed`.
+    - `perplexity_text`: demo, a file (UTF-8, or parquet or JSON lines with a column text), a file of a hub data set as
+      OWNER/NAME[@REVISION]:FILE, or null.
+    - `perplexity_tokens`: maximum number of its tokens to use.
+    - `question_perplexity`: also measure the loss of the questions' own prompt tokens. This takes the whole vocabulary
+      at every token, so it costs far more than the answers do.
+    """
 
     mmlu: str | None = "demo"
     revision: str | None = None
@@ -103,32 +116,44 @@ class TaskConfig(_Section):
 
 
 class TasksConfig(RootModel[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], TaskConfig]]):
-    """Further multiple-choice tasks that evaluate, search and sweep report on, under names of your own: as lm-eval
-    asks them, choices ranked by log-likelihood. format: piqa, hellaswag, arc, openbookqa, boolq or race; file: JSON
-    lines or parquet in the columns of the hub's data set; limit: at most so many items, drawn with data.seed; shots:
-    the first so many items of the file `examples` before each. As in {piqa: {format: piqa, file: validation.jsonl}}."""
+    """Other multiple-choice tasks that evaluate, search and sweep report on, under names of your choice, such as {piqa:
+    {format: piqa, file: validation.jsonl}}. They are asked as lm-eval asks them, and choices are ranked by
+    log-likelihood.
+    - `format`: piqa, hellaswag, arc, openbookqa, boolq or race.
+    - `file`: JSON lines or parquet with the columns of the hub's data set.
+    - `limit`: maximum number of items, drawn with data.seed.
+    - `shots`: number of examples before each item: the first ones of the file `examples`.
+    """
 
     model_config = ConfigDict(frozen=True)
 
 
 class PlanConfig(_Section):
-    """What is merged, and the base coefficients. selection: tail merges the last `merges` layers; block any `merges`
-    layers in a row; most_similar repeatedly the most similar neighbours, until `merges` merges or (merges: null) until
-    none exceeds `threshold`; list the steps of `alpha_file`; recompute collects the similarities anew after each merge.
-    block: the first layer that goes, or how it is chosen: cosine or angular (the least distance between the states that
-    enter the block and those that leave it, on calibration.text), similarity (by similarity_run, whatever its measure),
-    loss (the least loss of calibration.text with the block dropped), or search (first layer and coefficients together,
-    beginning with the choice by cosine); starts: the first layers to choose from, null for all. survivor: the layer
-    before or after the block takes it in. base: fixed (`ratio` everywhere), similarity_ratio or similarity, or file
-    (`alpha_file`). similarity_run: a run of `raymerge similarity`; similarity_subset and similarity_language choose
-    among its matrices. Its prompts are left out of every report. refit: none, or the layers at the seams are fitted to
-    the unmerged model on the calibration, in closed form: linear (ReplaceMe), scale (what LinearPatch needs no matrix
-    for), outputs, or units (outputs after choosing MLP units among all merged layers'); a search fits what it has
-    found. ridge: what holds fitted weights to what they were; null chooses it on held-out tokens. refit_layers: so many
-    layers after each seam are fitted too (outputs, units). alignment: none, rows (published), or the layers' neurons
-    reordered so that their function stays, matched by their weights (neurons) or by their activations on prompts of the
-    first questions (activations). norms: keep (published) or fold. biases: keep those of the layer that stays
-    (published), or merge them as the matrices."""
+    """What is merged, and the base coefficients.
+    - `selection`: which layers are merged. tail: the last `merges` layers. block: a contiguous block of `merges`
+      layers. most_similar: repeatedly the most similar neighbours, until there are `merges` merges or, with merges:
+      null, until none exceeds `threshold`. list: the steps of `alpha_file`.
+    - `recompute`: with most_similar, collect the similarities anew after each merge.
+    - `block`: the first layer of the block, or how it is chosen. cosine, angular: the smallest distance between the
+      states that enter the block and those that leave it, on calibration.text. similarity: by `similarity_run`, with
+      any measure. loss: the smallest loss on calibration.text with the block dropped. search: first layer and
+      coefficients together, beginning with the choice by cosine.
+    - `starts`: the first layers to choose from; null for all.
+    - `survivor`: whether the layer before or the layer after the block takes it in.
+    - `base`: the base coefficients: fixed (`ratio` everywhere), similarity_ratio or similarity (from `similarity_run`),
+      or file (from `alpha_file`).
+    - `similarity_run`: a run of `raymerge similarity`, whose prompts are left out of every report. `similarity_subset`
+      and `similarity_language` choose among its matrices.
+    - `refit`: none, or how the layers at the seams are fitted to the unmerged model on the calibration, in closed form:
+      linear (ReplaceMe), scale (the part of LinearPatch that needs no matrix), outputs, or units (outputs, after
+      choosing MLP units among those of all merged layers). A search fits what it has found.
+    - `ridge`: how strongly fitted weights are held to what they were; null chooses it on held-out tokens.
+    - `refit_layers`: how many layers after each seam are fitted too (outputs, units).
+    - `alignment`: none, rows (published), neurons or activations. The last two reorder the layers' neurons without
+      changing what the layers compute, matched by weights or by activations on prompts of the first questions.
+    - `norms`: keep those of the remaining layer (published), or fold each layer's gains into its matrices.
+    - `biases`: keep those of the remaining layer (published), or merge them like the matrices.
+    """
 
     merges: Positive | None = 13
     selection: Literal["tail", "block", "most_similar", "list"] = "tail"
@@ -180,17 +205,25 @@ SearcherName = Literal["bayes", "random", "gradient"]
 
 
 class SearchConfig(_Section):
-    """The alpha search. searcher: bayes, random or gradient, or a list of them, one search after the other on the
-    same questions, whose plans are all reported. objective: micro_accuracy, macro_accuracy; answer_nll, answer_kl
-    (the unmerged model's letters kept), text_nll (which needs no questions); of some subjects or domains
-    accuracy:NAME[,NAME…], answer_nll:… and answer_kl:…, for which no other subject is asked in the search; or a
-    weighted sum, answer_nll+0.1*text_nll. perplexity_ceiling: no candidate of a higher perplexity of plain text is
-    chosen. text: the plain text that text_nll and the ceiling are measured on, text_tokens of its tokens; where it
-    is data.perplexity_text itself, those after the data.perplexity_tokens that are reported on. candidates:
-    coefficient vectors tried, known ones included; initial: random ones before the model proposes;
-    random_candidates: random vectors scored as a control; bounds: of every alpha; concurrent: Tune trials at a time,
-    auto is one a worker; batch: candidates a Tune trial carries; probes: further alpha files tried first; seed: of
-    all that is drawn."""
+    """The search for coefficients.
+    - `searcher`: bayes, random or gradient, or a list of them: one search after another on the same questions, whose
+      plans are all reported.
+    - `objective`: micro_accuracy, macro_accuracy, answer_nll, answer_kl (keeps the unmerged model's letters), text_nll
+      (needs no questions), or a weighted sum such as answer_nll+0.1*text_nll. For some subjects or domains:
+      accuracy:NAME[,NAME…], answer_nll:… and answer_kl:…, with which the search asks no other subjects.
+    - `perplexity_ceiling`: no candidate with a higher perplexity on plain text is chosen.
+    - `text`, `text_tokens`: the plain text, and how many of its tokens, that text_nll and the ceiling are measured on.
+      If it is data.perplexity_text itself, the search takes the tokens after the data.perplexity_tokens that are
+      reported on.
+    - `candidates`: number of coefficient vectors to try, including known ones.
+    - `initial`: number of random vectors before the model proposes.
+    - `random_candidates`: number of random vectors scored as a control.
+    - `probes`: additional alpha files to try first.
+    - `bounds`: bounds of every alpha.
+    - `batch`: candidates per Tune trial.
+    - `concurrent`: Tune trials at a time; auto is one per worker.
+    - `seed`: seed of everything that is drawn.
+    """
 
     searcher: SearcherName | list[SearcherName] = "bayes"
     objective: str = "micro_accuracy"
@@ -259,16 +292,22 @@ class SearchConfig(_Section):
 
 
 class GradientConfig(_Section):
-    """Coefficients by gradient descent, where search.searcher names gradient. parametrisations, one search each: alphas
-    (within search.bounds), simplex (the effective coefficients) or per_matrix (a simplex for each projection matrix,
-    which fits the search questions best and others worse: the best found is one of these only where nothing else is).
-    starts: descents of each, from the base coefficients, the probes, near both corners (the first and the last merged
-    layer alone), and from random points. optimizer, learning_rate: adam or sgd, and its step. What is descended on is
-    search.objective, or answer_nll where that is an accuracy, plus text_kl times the KL of next tokens to the unmerged
-    model on search.text. batch_size: questions of a step, null for all. held_out: share of the search questions that no
-    step sees and that the best epoch is chosen by, where the loss is of answers; patience: epochs without a better one
-    until a descent stops. text_windows, text_positions: how much of search.text a step draws, null for all. Published:
-    alphas, adam, 1e-3, batches of 4, 500 epochs, nothing held out."""
+    """Coefficients by gradient descent, if search.searcher names gradient. The descent minimises search.objective, or
+    answer_nll if that is an accuracy, plus `text_kl` times the KL of next tokens to the unmerged model on search.text.
+    The published settings are alphas, adam, 1e-3, batches of 4, 500 epochs, nothing held out.
+    - `parametrisations`: one search each: alphas (within search.bounds), simplex (the effective coefficients) or
+      per_matrix (a simplex per projection matrix, which fits the search questions best and others worse: the best found
+      is one of these only if there is nothing else).
+    - `starts`: descents of each: from the base coefficients, the probes, near both corners (the first and the last
+      merged layer alone), and from random points.
+    - `optimizer`, `learning_rate`: adam or sgd, and its step size.
+    - `epochs`: maximum number of epochs.
+    - `batch_size`: questions per step; null for all.
+    - `held_out`: share of the search questions that no step sees and by which the best epoch is chosen, if the loss is
+      of answers.
+    - `patience`: epochs without improvement after which a descent stops.
+    - `text_windows`, `text_positions`: how much of search.text each step draws; null for all.
+    """
 
     parametrisations: list[Literal["alphas", "simplex", "per_matrix"]] = ["simplex"]
     starts: Positive = 4
@@ -284,9 +323,11 @@ class GradientConfig(_Section):
 
 
 class CalibrationConfig(_Section):
-    """What is chosen or fitted on beside the search. text: plain text, named as data.perplexity_text is; null takes the
-    prompts of the search questions, by shards drawn with `seed`. tokens: at most so many. Where the text is one that is
-    reported on or searched on, the tokens after those; a report's questions and text are never among them."""
+    """What blocks are chosen on and refits are fitted on. A report's questions and text are never among it.
+    - `text`: plain text, named like data.perplexity_text; null takes the prompts of the search questions, in shards
+      drawn with `seed`. If the text is also reported or searched on, the tokens after those are used.
+    - `tokens`: maximum number of tokens.
+    """
 
     text: str | None = None
     tokens: Annotated[int, Field(ge=2)] = 12288
@@ -294,13 +335,20 @@ class CalibrationConfig(_Section):
 
 
 class SimilarityConfig(_Section):
-    """Layer similarity. subsets: subjects, domains, or all (every subject of data.subjects), each one matrix; samples:
-    prompts of each from `split`, spread evenly over its subjects and drawn with `seed`, as all else that is drawn here;
-    languages: null is data.language; shots: few-shot examples before each prompt. pooling: sequence (states of the
-    first max_tokens tokens), last or mean. embedding: diffusion, diffusion_gaussian, pca, tsne or umap, with sigma (a
-    number or median), anisotropy, dimensions. measure: npib (neighbors for information, entropy_neighbors for entropy),
-    gaussian, cosine or cka. null_draws: shuffled null matrices; interval_draws: subsamples for intervals; half_draws:
-    half splits for reliability."""
+    """Layer similarity.
+    - `subsets`: subjects, domains, or all (every subject of data.subjects); each makes one matrix.
+    - `languages`: null is data.language.
+    - `samples`: prompts per subset from `split`, spread evenly over its subjects and drawn with `seed`, like everything
+      that is drawn here.
+    - `shots`: few-shot examples before each prompt.
+    - `pooling`: sequence (states of the first `max_tokens` tokens), last or mean.
+    - `embedding`: diffusion, diffusion_gaussian, pca, tsne or umap, with `sigma` (a number or median), `anisotropy` and
+      `dimensions`.
+    - `measure`: npib (`neighbors` for information, `entropy_neighbors` for entropy), gaussian, cosine or cka.
+    - `null_draws`: shuffled null matrices.
+    - `interval_draws`: subsamples for intervals.
+    - `half_draws`: half splits for reliability.
+    """
 
     subsets: list[str] = ["all"]
     languages: list[str] | None = None
@@ -339,9 +387,13 @@ class SimilarityConfig(_Section):
 
 
 class SensitivityConfig(_Section):
-    """What `raymerge sensitivity` varies, one key at a time around the similarity section: sigma, dimensions,
-    neighbors, entropy_neighbors, embedding and measure are lists of that section's settings; samples: numbers of
-    prompts, fewer than similarity.samples. thresholds: where most_similar stops. merges: K of the compared plans."""
+    """What `raymerge sensitivity` varies, one key at a time, around the similarity section.
+    - `sigma`, `dimensions`, `neighbors`, `entropy_neighbors`, `embedding`, `measure`: settings of the keys of that
+      section.
+    - `samples`: numbers of prompts, below similarity.samples.
+    - `thresholds`: where most_similar stops.
+    - `merges`: K of the plans that are compared.
+    """
 
     sigma: list[Annotated[float, Field(gt=0)] | Literal["median"]] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, "median"]
     dimensions: list[Positive] = [1, 2, 3, 5]
@@ -367,14 +419,18 @@ SWEEP_METHODS = (
 
 
 class SweepConfig(_Section):
-    """The compression curve: every method at every number of layers in `merges`. methods: drop, before_last,
-    fixed:RATIO; drop_block and merge_block, the block chosen by plan.block; and with plan.similarity_run
-    block_influence, similarity_ratio, similarity, most_similar (base coefficients of it and of merge_block by
-    plan.base); file takes plan.alpha_file at its own K. Methods that average are tried with every one of `alignments`
-    and `norms`, and every point with every one of `refits` (with plan.ridge and plan.refit_layers); refitted_methods,
-    where it names any, are the only ones that are refitted. context: also measure NLL by position, and key-value
-    retrieval by distances (tokens), with retrieval_prompts at each. speed_tokens: tokens generated to time each number
-    of layers; 0 skips it."""
+    """The compression curve: every method at every number of layers.
+    - `merges`: numbers of merged layers.
+    - `methods`: drop, before_last, fixed:RATIO; drop_block and merge_block, with the block chosen by plan.block; with
+      plan.similarity_run also block_influence, similarity_ratio, similarity and most_similar (base coefficients of the
+      last, and of merge_block, by plan.base); file takes plan.alpha_file at its own K.
+    - `alignments`, `norms`: methods that average are tried with every combination of these.
+    - `refits`: every point is made with each of these (with plan.ridge and plan.refit_layers).
+    - `refitted_methods`: if any are named, only these methods are refitted.
+    - `context`: also measure NLL by position, and key-value retrieval at `distances` (tokens), with `retrieval_prompts`
+      at each.
+    - `speed_tokens`: tokens generated to time each number of layers; 0 skips this.
+    """
 
     merges: list[Positive] = [1, 4, 11, 13, 15]
     methods: list[str] = ["drop", "before_last", "fixed:0.4", "fixed:0.5", "fixed:0.6", "fixed:0.62", "fixed:0.7"]
@@ -413,11 +469,16 @@ class SweepConfig(_Section):
 
 
 class WorkersConfig(_Section):
-    """Model actors. count and gpus_per_worker: auto means one actor a GPU, or without GPUs one for every
-    cpus_per_worker CPUs, more as nodes join. autoscaling: the cluster grows on demand, so count (a number, as
-    gpus_per_worker then is) may be more than it has room for now. timeout_s: seconds after which a silent actor is
-    replaced. wait_s: how long to wait for a worker when there is none. max_restarts: how often in a row, finishing
-    nothing. dashboard: start Ray's dashboard with a local Ray, on 127.0.0.1."""
+    """The workers: Ray actors with one copy of the model each.
+    - `count`, `gpus_per_worker`: auto means one worker per GPU or, without GPUs, one per `cpus_per_worker` CPUs, and
+      more as nodes join.
+    - `autoscaling`: the cluster grows on demand, so `count` may be more than it has room for now; `count` and
+      `gpus_per_worker` must then be numbers.
+    - `timeout_s`: seconds after which a silent worker is replaced.
+    - `wait_s`: seconds to wait for a worker when there is none.
+    - `max_restarts`: consecutive restarts of a worker that finishes nothing.
+    - `dashboard`: start Ray's dashboard with a local Ray, on 127.0.0.1.
+    """
 
     count: Positive | Auto = "auto"
     gpus_per_worker: Annotated[float, Field(ge=0)] | Auto = "auto"
@@ -443,12 +504,17 @@ class WorkersConfig(_Section):
 
 
 class OutputConfig(_Section):
-    """The run directory - a folder, or a URI such as s3://bucket/run - and what goes into it. cache: the local folder
-    of trunk states; null is RUN/cache, or beside a URI a folder of the user's cache. store_candidate_answers: also the
-    logits of every candidate, in table answers. figures: draw them. save_best: save the merged model; verify: prove it,
-    which reloads it in a fresh process, compares its logits with the scored plan's and lets it generate (seconds, and
-    memory for the stored model). loggers: tensorboard, mlflow, wandb: where a search's trials are shown too, by Ray
-    Tune's callbacks; they need their packages."""
+    """The run directory, and what is written to it.
+    - `run`: the run directory: a folder, or a URI such as s3://bucket/run.
+    - `cache`: the local folder of trunk states. null is RUN/cache, or for a URI a folder of the user's cache.
+    - `store_candidate_answers`: also store the logits of every candidate, in table answers.
+    - `figures`: draw figures.
+    - `save_best`: save the merged model.
+    - `verify`: check the saved model: reload it in a fresh process, compare its logits with the scored plan's, and let
+      it generate (takes seconds, and memory for the stored model).
+    - `loggers`: tensorboard, mlflow, wandb: also show a search's trials there, by Ray Tune's callbacks; needs their
+      packages.
+    """
 
     run: str = "runs/demo"
     cache: str | None = None

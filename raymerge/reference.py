@@ -12,8 +12,9 @@ _HEAD = """# The configuration
 
 <!-- Made by `make docs` from raymerge/config.py: edit that. tests/test_docs.py compares. -->
 
-A configuration is a YAML file of sections; every key has a default, and unknown keys are refused. On the command line
-`--set SECTION.KEY=VALUE` overrides one, with VALUE in YAML. `raymerge config [FILE]` prints a configuration in full.
+A configuration is a YAML file of sections. Every key has a default, except in `tasks`; unknown keys are refused. On the
+command line `--set SECTION.KEY=VALUE` overrides a key, with VALUE in YAML. `raymerge config [FILE]` prints a
+configuration in full.
 """
 
 _BOUNDS = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))

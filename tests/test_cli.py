@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from docs_blocks import check_command
 
 from raymerge import __main__, cli, demo
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import DataConfig, parse_config
+from raymerge.questions import DOMAINS
 
 COMMANDS = [
     [],
@@ -39,6 +42,20 @@ def test_help_names_configurations_that_there_are(capsys):
     root = Path(__file__).parents[1]
     named = set(re.findall(r"jobs/configs/[\w.-]+\.yaml", capsys.readouterr().out))
     assert named and [name for name in sorted(named) if not (root / name).is_file()] == []
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, ["report"]])
+def test_examples_in_help_parse_and_name_subjects_that_there_are(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--help"])
+    categories = Path(__file__).parents[1] / "analysis" / "published" / "mmlu_categories.csv"
+    known = {*DOMAINS, *(row["subject"] for row in csv.DictReader(categories.read_text().splitlines()))}
+    _, _, examples = capsys.readouterr().out.partition("example")
+    lines = examples.replace("\\\n", " ").splitlines()
+    for words in (shlex.split(line) for line in lines if line.startswith("  raymerge ")):
+        check_command(words, where=shlex.join(words))
+        subjects = getattr(cli._parser().parse_args(words[1:]), "subjects", None)
+        assert subjects is None or set(subjects.split(",")) <= known, words
 
 
 def test_the_package_runs_as_a_module():
