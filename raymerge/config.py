@@ -603,7 +603,7 @@ def describe(config: Config) -> str:
     """The configuration as YAML, each section under its explanation; itself a valid configuration file."""
     lines = []
     for name, field in Config.model_fields.items():
-        lines += [f"# {line.strip()}" for line in inspect.getdoc(field.annotation).splitlines()]
+        lines += [f"# {line}".rstrip() for line in inspect.getdoc(field.annotation).splitlines()]
         section = {name: getattr(config, name).model_dump(mode="json")}
         lines += [yaml.safe_dump(section, sort_keys=False, allow_unicode=True)]
     return "\n".join(lines)
