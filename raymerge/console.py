@@ -190,6 +190,8 @@ def print_search(run: RunDirectory, split: str) -> None:
     if asked:
         print(f"Always answering A: {findings.always_a_share(run, split):.4f}")
     print(f"\n{textwrap.fill(in_words(Reached(run)), _TEXT)}")
+    if fate := findings.fates_of(run).get(best["plan_id"]):
+        print(f"\nThe original layers in {best['name']}, counted from 0: {fate}.")
     header, cells = summary.comparison_table(run, best["plan_id"])
     if cells:  # none where tasks alone are reported on
         compared = "Accuracy on the report questions" if asked else "Loss (nats a token) on the report's text"

@@ -143,5 +143,6 @@ def test_the_answer_stands_in_words_under_the_tables(tmp_path, capsys):
     console.print_search(search_run(tmp_path / "search"), "test")
     shown = capsys.readouterr().out
     assert "The best plan found, found_bayes, answers" in shown and "worse than the unmerged model" in shown
+    assert "\nThe original layers in found_bayes, counted from 0: 2-5 in one.\n" in shown
     assert "found_bayes minus the others" in shown and "bayes: 8 candidates" in shown
     assert max(len(line) for line in shown.splitlines() if str(tmp_path) not in line) <= 126
