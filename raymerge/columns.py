@@ -66,7 +66,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "trials": (
-        "One row a candidate of a search, in the order in which searchers asked for them; `plans` has those reported.",
+        "One row a candidate of a search; `plans` has those that are reported on.",
         {
             "iteration": "number of the candidate of its searcher, from 0; of gradient that of the start",
             "batch": "number of the Tune trial's batch",
@@ -75,8 +75,8 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "seed": "search.seed",
             "block": "first layer of its block, where that is searched too",
             "objective": "search.objective",
-            "value": "the objective on the search questions and text, or above search.perplexity_ceiling by how much it "
-            "is; losses are minimised, accuracies maximised; null of a failed one",
+            "value": "the objective on the search questions and text, or above search.perplexity_ceiling by how much it is; "
+            "losses are minimised, accuracies maximised; null of a failed one",
             "accuracy": "share of the search questions; null without questions",
             "nll": "mean answer NLL on the search questions, nats; null without questions",
             "perplexity": "of the search text; null where none is measured",

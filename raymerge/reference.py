@@ -48,7 +48,7 @@ def tables_reference() -> str:
     for table, (rows, _) in columns.TABLES.items():
         lines += [f"## {table}\n", rows, "", "| column | type | meaning |", "|---|---|---|"]
         for field in SCHEMAS[table]:
-            kind = str(field.type).replace("list<element: double>", "list of double") + ("?" if field.nullable else "")
+            kind = str(field.type).replace("list<item: double>", "list of double") + ("?" if field.nullable else "")
             lines.append(f"| `{field.name}` | {kind} | {columns.meaning(table, field.name)} |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
