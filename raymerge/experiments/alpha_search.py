@@ -80,11 +80,14 @@ FIXED_CONTROL = PlanConfig().ratio  # the constant that published coefficients a
 def search(config: Config, *, command: Sequence[str] | None = None, progress: Progress | None = None) -> RunDirectory:
     """Search the coefficients of a merge, and report the best beside every control.
 
+    command: what the manifest says that made the run; by default sys.argv. progress: is told how far the search is;
+    without one nothing is shown, and raymerge.console.progress() is a context that gives the command line's.
+
     Leaves in config.output.run: tables trials, plans, coefficients, answers, accuracy, comparisons, perplexity,
-    costs, receipts, and blocks where plan.selection is block; models/BEST; figures; and the manifest. Searches on
-    data.search_split, reports on data.report_split; without data.mmlu no questions are asked: it searches
-    by the loss on search.text, and reports on data.perplexity_text and tasks. The same call again resumes; a complete
-    run is returned as it is.
+    text_losses, context, costs, receipts, with plan.selection block blocks and with plan.refit refits; the models of
+    what was found; figures; and the manifest. Searches on data.search_split, reports on data.report_split; without
+    data.mmlu no questions are asked: it searches by the loss on search.text, and reports on data.perplexity_text and
+    tasks. The same call again resumes; a complete run is returned as it is.
 
     Raises ConfigError, PlanError, CheckpointError, DataError before anything is written, RunError where the run
     directory cannot be used.
