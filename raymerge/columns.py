@@ -75,8 +75,8 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "seed": "search.seed",
             "block": "first layer of its block, where that is searched too",
             "objective": "search.objective",
-            "value": "the objective on the search questions and text, or how far it is above search.perplexity_ceiling; "
-            "losses are minimised, accuracies maximised; null of a failed one",
+            "value": "the objective on the search questions and text, or how far above search.perplexity_ceiling it is"
+            "; losses are minimised, accuracies maximised; null of a failed one",
             "accuracy": "share of the search questions; null without questions",
             "nll": "mean answer NLL on the search questions, nats; null without questions",
             "perplexity": "of the search text; null where none is measured",

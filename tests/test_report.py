@@ -850,6 +850,8 @@ def test_write_report_says_where_it_cannot_write(tmp_path, search, monkeypatch):
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert [p.name for p in path.parent.iterdir()] == ["page.html"]
     assert report.write_report([search.path_of()]).name == "report.html"
+    for one in (search.path_of(), search):  # as in a notebook: a run, or where it is
+        assert report.write_report(one, tmp_path / "one.html").read_text(encoding="utf-8").count("found_bayes") > 1
     with pytest.raises(RunError, match="--out FILE.html"):
         report.write_report([search.path_of()] * 2)
     with pytest.raises(RunError, match="is a folder"):
