@@ -197,7 +197,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "ridge": "that was used; null without one",
             "error": "left on these tokens, relative to that of the layer as it stood",
             "held_out_error": "the same on held-out tokens, before they were included; null where the ridge was given",
-            "seconds": "of all fits of the plan",
+            "seconds": "of all fits of the plan; null where an earlier call has made some",
         },
     ),
     "blocks": (
