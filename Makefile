@@ -33,6 +33,7 @@ test-page: setup
 
 docs: setup
 	$(BIN)/raymerge config --markdown > docs/config.md
+	$(BIN)/python -c 'from raymerge.reference import tables_reference as page; print(page(), end="")' > docs/tables.md
 
 # Runs the commands of README and guide in a copy of the repository, and lists what ran and what was only parsed.
 docs-check: setup

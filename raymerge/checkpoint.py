@@ -119,7 +119,9 @@ class Checkpoint(Mapping[str, Tensor]):
         self.hub_id, self.revision = (path, revision) if is_on_hub(path) else _cached_of(self.directory)
         self.trust_remote_code = trust_remote_code
         if not (self.directory / "config.json").is_file():
-            raise CheckpointError(f"{self.directory} has no config.json: it is no Hugging Face checkpoint")
+            inside = sorted(found.parent for found in self.directory.glob("models/*/config.json"))
+            hint = f"; did you mean a run's model, {' or '.join(map(str, inside))}?" if inside else ""
+            raise CheckpointError(f"{self.directory} has no config.json: it is no Hugging Face checkpoint{hint}")
         declared = read_json(self.directory / "config.json")
         if declared.get("quantization_config") is not None:
             raise CheckpointError(f"{self.directory} is quantised: merge the unquantised checkpoint, quantise after")

@@ -633,8 +633,9 @@ def _yaml(text: str, name: str) -> Any:
         loader.dispose()
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (all defaults without one) and apply overrides of the form section.key=value (value in YAML).
+def load_config(path: str | Path | None = None, overrides: str | Sequence[str] = ()) -> Config:
+    """Read a YAML file (all defaults without one) and apply overrides, one or several, of the form section.key=value
+    (value in YAML).
 
     Raises ConfigError for a missing file, bad YAML, an unknown key (with the nearest known one) or a bad value.
     """
@@ -648,7 +649,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold sections such as model: and data:, not {values!r}")
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         _apply(values, override)
     sources = [str(path)] * (path is not None) + ["the command line"] * (bool(overrides) or path is None)
     return parse_config(values, source=" and ".join(sources))

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raymerge.tables import RunDirectory
@@ -190,6 +191,8 @@ def print_search(run: RunDirectory, split: str) -> None:
     if asked:
         print(f"Always answering A: {findings.always_a_share(run, split):.4f}")
     print(f"\n{textwrap.fill(in_words(Reached(run)), _TEXT)}")
+    if fate := findings.fates_of(run).get(best["plan_id"]):
+        print(f"\nThe original layers in {best['name']}, counted from 0: {fate}.")
     header, cells = summary.comparison_table(run, best["plan_id"])
     if cells:  # none where tasks alone are reported on
         compared = "Accuracy on the report questions" if asked else "Loss (nats a token) on the report's text"
@@ -209,11 +212,24 @@ def print_search(run: RunDirectory, split: str) -> None:
     _print_warnings(run)
     _print_incidents(run)
     _print_place(run)
-    for saved in (best, manifest.get("refitted") or {}):
-        if saved.get("model"):
-            print(f"Merged model: {saved['model']}")
+    for saved in (best, manifest.get("refitted")):
+        if saved:
+            _print_model(run, saved)
+
+
+def _print_model(run: RunDirectory, saved: dict) -> None:
+    """Where a model lies that a search has saved, whatever the run was called then; how to have it where it is not."""
+    from raymerge import summary
+
+    where, known = run.path_of("models", saved["name"]), saved.get("model") is not None
+    if known and not (run.is_local and not Path(where).exists()):
+        print(f"Merged model: {where}")
         if saved.get("proof"):
             print(summary.proof_line(saved["proof"]))
+        return
+    missing = f"{saved['name']} is no longer in {where}" if known else f"{saved['name']} was not saved"
+    same = "the same command" if known else "the same command with output.save_best=true"
+    print(f"{missing}. To have it, delete {run.path_of('manifest.json')} and give {same}.")
 
 
 def _print_lines(title: str, lines: list[str]) -> None:

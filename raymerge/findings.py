@@ -34,6 +34,37 @@ def labels_of(run: RunDirectory) -> dict[str, str]:
     return plan_labels(plans, run.read("trials", ["searcher", "status"]).to_pylist())
 
 
+def fates_of(run: RunDirectory) -> dict[str, str]:
+    """plan_id -> which of the original layers are averaged into one and which are in no layer of the merged model, by
+    their effective coefficients: '9-13 in one', 'without 9-12', '3-4 in one, without 7', or '' where all stay.
+
+    Not by the steps: one whose alpha is 0 removes the layer that it merges into.
+    """
+    kept: dict[str, dict[int, set[int]]] = {}
+    for row in run.read("coefficients").to_pylist():
+        sources = kept.setdefault(row["plan_id"], {}).setdefault(row["kept_layer"], set())
+        if row["coefficient"] > 0.0:
+            sources.add(row["source_layer"])
+    costs = {row["plan_id"]: row["layers"] + row["layers_removed"] for row in run.read("costs").to_pylist()}
+    fates = {}
+    for plan_id, groups in kept.items():
+        words = [f"{spans(sources)} in one" for _, sources in sorted(groups.items()) if len(sources) > 1]
+        gone = set(range(costs.get(plan_id, 0))).difference(*groups.values())
+        fates[plan_id] = ", ".join(words + ([f"without {spans(gone)}"] if gone else []))
+    return fates
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Numbers as text, those that follow one another as a span: '3, 9-13'."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
 def plan_lines(run: RunDirectory, split: str) -> list[dict]:
     """For each plan, in the order in which they were stored, its name and what it reached on `split`.
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raymerge.identity import canonical_json, digest
-from raymerge.schemas import SCHEMAS, schema_of
+from raymerge.schemas import SCHEMAS, described, schema_of
 from raymerge.storage import RunError, Storage
 
 _T = TypeVar("_T")
@@ -199,7 +199,9 @@ class Tables:
     def _write_part(self, table: str, name: str, data: pa.Table, contents: list[tuple[str, int]] | None = None) -> None:
         if contents is not None:
             self._gathered.pop(table, None)
-            data = data.replace_schema_metadata({_CONTENTS: canonical_json(contents)})
+            schema = described(table)
+            metadata = {**schema.metadata, _CONTENTS: canonical_json(contents)}
+            data = pa.Table.from_arrays(data.columns, schema=schema.with_metadata(metadata))
         # encoded in memory first: a failure to encode cannot touch the disk, and the size is known for the message
         sink = pa.BufferOutputStream()
         pq.write_table(data, sink, compression="zstd" if data.nbytes >= _PACKED else "none")

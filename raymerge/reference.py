@@ -1,4 +1,4 @@
-"""The reference of the configuration as a Markdown page, from the configuration's own models (docs/config.md)."""
+"""The references as Markdown pages, made from what they describe: docs/config.md and docs/tables.md."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import inspect
 import json
 from typing import Any
 
+from raymerge import columns
 from raymerge.config import Config
+from raymerge.schemas import SCHEMAS
 
 _HEAD = """# The configuration
 
@@ -16,6 +18,42 @@ A configuration is a YAML file of sections. Every key has a default, except in `
 command line `--set SECTION.KEY=VALUE` overrides a key, with VALUE in YAML. `raymerge config [FILE]` prints a
 configuration in full.
 """
+
+_TABLES_HEAD = """# The tables
+
+<!-- Made by `make docs` from raymerge/columns.py and raymerge/schemas.py: edit these. tests/test_docs.py compares. -->
+
+A run's results are Arrow tables in Parquet files, `RUN/tables/NAME/*.parquet`; which of them a run has depends on the
+experiment. A complete run has one file a table, in which every column carries what stands here as its metadata
+(`pyarrow.parquet.read_schema(FILE).field(COLUMN).metadata[b"description"]`). While a run goes on, or where it was
+killed, several files may hold the same rows: read these with `raymerge.RunDirectory.load(RUN).read(NAME)`, which counts
+each row once. Layers are numbered from 0, as in the unmerged model. Losses are in nats, times in seconds, shares in
+[0, 1], intervals of 95 %. The types are Arrow's; one with a question mark may be null.
+
+`plan_id` joins all tables about plans, `question_id` (with `split`, `language` and `subject`) those about questions. A
+plan has a row a merge step in `plans`, so take its names once:
+
+```sql
+select name, accuracy, ci_low, ci_high, perplexity
+from 'RUN/tables/accuracy/*.parquet' a
+join (select distinct plan_id, name from 'RUN/tables/plans/*.parquet') using (plan_id)
+join (select plan_id, perplexity from 'RUN/tables/perplexity/*.parquet' where target = 'text') using (plan_id)
+where subject = '_micro' and split = 'test'
+```
+"""
+
+
+def tables_reference() -> str:
+    """The page of the tables: of each what its rows are, and its columns with their types and meanings."""
+    lines = [_TABLES_HEAD]
+    for table, (rows, _) in columns.TABLES.items():
+        lines += [f"## {table}\n", rows, "", "| column | type | meaning |", "|---|---|---|"]
+        for field in SCHEMAS[table]:
+            kind = str(field.type).replace("list<item: double>", "list of double") + ("?" if field.nullable else "")
+            lines.append(f"| `{field.name}` | {kind} | {columns.meaning(table, field.name)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
 
 _BOUNDS = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
 

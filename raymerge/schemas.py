@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa
 
+from raymerge import columns
 from raymerge.statistics import accuracy_summary, answer_nll, macro_interval, macro_summary, wilson_interval
 
 #: Subjects of `accuracy` that are averages: over questions, and over subjects.
@@ -40,86 +41,60 @@ def _schema(text: str) -> pa.Schema:
 
 
 # fmt: off
-#: Schema of every table (design.md, 'A run directory'); seconds, nats for nll, bytes, shares in [0, 1].
+#: Schema of every table; what its columns mean is in columns.py.
 SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
-    # layer similarity S[layer_i, layer_j] with its shuffled null; null where entropies degenerate (method.md §3)
     "similarity": "subset:str language:str measure:str embedding:str layer_i:i32 layer_j:i32 value:f64? null_mean:f64? "
         "null_p95:f64? ci_low:f64? ci_high:f64? n_samples:i32 note:str?",
     "similarity_correlation": "subset_a:str language_a:str subset_b:str language_b:str measure:str pearson:f64 "
         "pearson_off_diagonal:f64 ci_low:f64? ci_high:f64? reliability_a:f64? reliability_b:f64?",
     "embeddings": "subset:str language:str embedding:str layer:i32 sample:i32 coordinate:i32 value:f64",
     "degeneracy": "subset:str language:str layer:i32 effective_rank:f64 off_diagonal_mass:f64",
-    # which prompts a subset's matrix was made of; `sample` as in table embeddings
     "samples": "subset:str language:str sample:i32 subject:str split:str question_id:str content_hash:str",
-    # 1 - mean cosine of the states entering and leaving a layer (ShortGPT)
     "block_influence": "subset:str language:str layer:i32 value:f64 n_samples:i32",
-    # the blocks of `merges` layers, first to last, that one was chosen from. score: by cosine, angular or similarity a
-    # distance between the states entering and leaving the block (tokens: their number), by loss the mean NLL (nats) of
-    # the calibration text with the block dropped; null for a given block
     "blocks": "merges:i32 first:i32 last:i32 measure:str score:f64? chosen:bool tokens:i64?",
-    # one variation of one parameter against the reference setting: agreement of matrices and of the plans they choose
     "sensitivity": "subset:str language:str parameter:str setting:str reference:bool pearson:f64? "
         "pearson_off_diagonal:f64? plan_overlap:f64? alpha_max_difference:f64? note:str?",
-    # one row per merge step; a plan without steps has one row with step, into, remove, alpha null
     "plans": "plan_id:str name:str kind:str selection:str alignment:str norms:str matrix:str? step:i32? into:i32? "
         "remove:i32? alpha:f64?",
     "coefficients": "plan_id:str matrix:str? kept_layer:i32 source_layer:i32 coefficient:f64",
-    # value is the objective itself (objectives.is_minimised says which way is better), or beside a perplexity ceiling
-    # how far above it; perplexity: of the search text; block: its first layer, where that is searched too
     "trials": "searcher:str iteration:i32 batch:i32 tune_trial:str actor:str seed:i64 plan_id:str block:i32? "
         "alphas:list objective:str value:f64? accuracy:f64? nll:f64? perplexity:f64? n_questions:i32 seconds:f64 "
         "cpu_seconds:f64? status:str error:str?",
-    # answer and predicted: 0 to 3 for A to D; prompt_nll: mean NLL (nats) of the question's own prompt_tokens
     "answers": "plan_id:str split:str language:str subject:str question_id:str content_hash:str logit_a:f32 "
         "logit_b:f32 logit_c:f32 logit_d:f32 logsumexp_all:f32? top_is_letter:bool? answer:i8 predicted:i8 "
         "prompt_nll:f64? prompt_tokens:i64?",
-    # one item of a task (tasks.py): log-likelihood (nats) and characters of each choice; answer, predicted and, where
-    # the task's convention has it, predicted_norm (log-likelihood per character) are choices' numbers from 0
     "task_answers": "plan_id:str task:str item_id:str content_hash:str log_likelihoods:list lengths:list answer:i8 "
         "predicted:i8 predicted_norm:i8?",
-    # measure acc or acc_norm, by predicted or predicted_norm; 95 % intervals are Wilson's
     "task_accuracy": "plan_id:str task:str measure:str n:i32 correct:i32 accuracy:f64 standard_error:f64 ci_low:f64 "
         "ci_high:f64",
-    # 95 % intervals: Wilson's; of _macro with the effective number of questions (statistics.macro_interval)
     "accuracy": "plan_id:str split:str language:str subject:str n:i32 correct:i32 accuracy:f64 standard_error:f64 "
         "ci_low:f64? ci_high:f64? nll:f64",
-    # difference = plan_a - plan_b, 95 % interval; p_value uncorrected, p_holm over the comparisons of the same measure
-    # in the same family: those of the best plan found, or all others. split: of the questions, or TEXT_SPLIT for
-    # text_nll, the mean loss of a token of plain text
     "comparisons": "plan_a:str plan_b:str split:str measure:str difference:f64 ci_low:f64 ci_high:f64 p_value:f64 "
         "p_holm:f64? test:str",
-    # the same on n questions of the subjects that search.objective names, or its domains have, joined by commas, where
-    # it names some
     "subject_comparisons": "plan_a:str plan_b:str split:str subjects:str n:i32 measure:str difference:f64 ci_low:f64 "
         "ci_high:f64 p_value:f64 p_holm:f64? test:str",
-    # the same by task; p_holm over the comparisons of one task and measure in the same family
     "task_comparisons": "plan_a:str plan_b:str task:str measure:str difference:f64 ci_low:f64 ci_high:f64 p_value:f64 "
         "p_holm:f64? test:str",
-    # target text, or question: the prompts' own tokens, by subject. 95 % intervals over passages of the same text, or
-    # over questions
     "perplexity": "plan_id:str target:str subject:str? tokens:i64 nll:f64 perplexity:f64 ci_low:f64? ci_high:f64? "
         "text_hash:str?",
-    # summed loss of a passage of plain text: of one window, from a position on (rows.text_loss_rows)
     "text_losses": "plan_id:str window:i32 position:i32 tokens:i64 nll:f64",
     "costs": "plan_id:str layers:i32 layers_removed:i32 parameters:i64 parameters_removed:i64 bytes:i64 "
         "tokens_per_second:f64?",
-    # one point of the compression curve; a plan may stand under several methods. refit: null in runs before there were
-    # any, as none
     "sweep": "plan_id:str merges:i32 method:str alignment:str norms:str refit:str?",
-    # one fit of a refitted plan, in order. layer: original number; part: units, attention or mlp; tokens: fitted on,
-    # those that the ridge was chosen on included; errors left, relative to the layer as it stood: on these tokens, and
-    # on held-out ones before they were included; seconds: of the whole plan
     "refits": "plan_id:str method:str layer:i32 part:str tokens:i64 ridge:f64? error:f64? held_out_error:f64? "
         "seconds:f64?",
-    # measure position_nll: mean NLL (nats) of text tokens in [bucket, next bucket) of a window; retrieval: accuracy on
-    # key-value prompts by distance in tokens
     "context": "plan_id:str measure:str bucket:i32 n:i64 value:f64 standard_error:f64?",
-    # what befell the run: kind resumed, or of a worker lost, back, joined, replaced, gone, refused (WorkerPool); UTC
     "incidents": "time:str kind:str worker:str? detail:str?",
     "receipts": "plan_id:str tensor:str max_abs_change:f64 relative_change:f64",
     "gradient_history": "searcher:str start:i32 epoch:i32 loss:f64 held_out_loss:f64? alphas:list",
 }.items()}
 # fmt: on
+
+
+def described(table: str) -> pa.Schema:
+    """The schema of a table with what it and each column mean, as metadata under "description"."""
+    fields = [field.with_metadata({"description": columns.meaning(table, field.name)}) for field in SCHEMAS[table]]
+    return pa.schema(fields, {"description": columns.TABLES[table][0]})
 
 
 def schema_of(table: str) -> pa.Schema:

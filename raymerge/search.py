@@ -11,11 +11,13 @@ actors stay on the driver's node, so that the loss of another one is the loss of
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -442,7 +444,8 @@ def run_search(
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
-    tuner.fit()
+    with _without_false_alarms():
+        tuner.fit()
     if algorithm.failure is not None:
         raise algorithm.failure
     if algorithm.done < candidates:
@@ -467,6 +470,19 @@ def run_search(
         capacity = min(capacity, wall * concurrent)
     scoring = sum(row["scoring_seconds"] for row in workers)
     return SearchOutcome(algorithm.finished, wall, 1.0 - scoring / capacity, tuple(workers))
+
+
+@contextmanager
+def _without_false_alarms() -> Iterator[None]:
+    """Tune looks for the metrics files of its default loggers, which are off, and warns that every trial lacks them:
+    seen where the user has started Ray, whose loggers then say more than those of a Ray that is started here."""
+    logger = logging.getLogger("ray.tune.analysis.experiment_analysis")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _quiet_tune() -> None:

@@ -169,7 +169,11 @@ def block_table(run: RunDirectory) -> tuple[str, list[str], list[list[str]]]:
     scored = {row["measure"] for row in rows if row["score"] is not None}
     meant = ["by loss, nats a token of the calibration text without them"] if "loss" in scored else []
     meant += ["a distance between what enters them and what leaves them"] if scored - {"loss"} else []
-    caption = "Layers that go" + (f"; the least score is best: {'; '.join(meant)}" if meant else "")
+    plan = run.config.get("plan", {})
+    # A search of blocks may end elsewhere: what was chosen is where it begins.
+    begins = run.experiment == "search" and (plan.get("selection"), plan.get("block")) == ("block", "search")
+    caption = "Layers that the search began with, and that the controls merge or drop" if begins else "Layers that go"
+    caption += f"; the least score is best: {'; '.join(meant)}" if meant else ""
     return caption, ["layers", "go", "chosen by", "score", "next best", "the deepest"], cells
 
 

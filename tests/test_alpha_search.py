@@ -113,9 +113,9 @@ class Judges:
     def map(self, method, plans, on_result):
         assert method == "judge"
         self.judged = plans
-        return [
-            ({"value": self.results.get(plan.name, 0.5), "nll": 1.0, "n_questions": 3}, self.answers) for plan in plans
-        ]
+        for number, plan in enumerate(plans):
+            result = {"value": self.results.get(plan.name, 0.5), "nll": 1.0, "n_questions": 3}
+            on_result(number, (result, self.answers))
 
     def broadcast(self, method, candidates):
         self.timed = method, candidates
@@ -139,6 +139,12 @@ def test_controls_are_trials_of_their_own_name_and_the_slowest_worker_says_what_
     assert {each: stored.count(each) for each in stored} == {
         plan.plan_id(CHECKPOINT.identity): 3 for plan in controls[1:]
     }
+    # When the search goes on, what was judged is not judged again.
+    search.pool = Judges(answers=search.pool.answers)
+    assert search._try_controls(controls) == 0.75 and [plan.name for plan in search.pool.judged] == ["drop"]
+    again = search.run.read("trials").to_pylist()
+    assert found_in(again, "controls", "status") == 4 * [("ok",)]
+    assert found_in(again, "controls", *columns)[1:] == found_in(trials, "controls", *columns)[1:]
 
 
 # -- what a searcher is given ----------------------------------------------------------------------------------------

@@ -171,6 +171,11 @@ def test_missing_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="has no config.json"):
         Checkpoint(str(tmp_path / "empty"))
+    model = tmp_path / "empty" / "models" / "found_bayes"  # of a run's folder, what is meant is the model in it
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"did you mean a run's model, {model}\\?"):
+        Checkpoint(str(tmp_path / "empty"))
 
 
 def test_missing_shard(tmp_path):

@@ -380,6 +380,10 @@ def test_overrides_that_are_none(override):
         load_config(None, [override])
 
 
+def test_one_override_needs_no_list():
+    assert load_config(None, "plan.merges=2").plan.merges == 2
+
+
 def test_overrides_are_checked_like_files(tmp_path):
     with pytest.raises(ConfigError, match="the command line: unknown key plan.mergs: did you mean merges"):
         load_config(None, ["plan.mergs=4"])

@@ -140,8 +140,28 @@ def test_the_answer_stands_in_words_under_the_tables(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "of all pairs of layers, over 2 subsets of prompts, similarity is above" in " ".join(shown.split())
 
-    console.print_search(search_run(tmp_path / "search"), "test")
+    run = search_run(tmp_path / "search")
+    console.print_search(run, "test")
     shown = capsys.readouterr().out
     assert "The best plan found, found_bayes, answers" in shown and "worse than the unmerged model" in shown
+    assert "\nThe original layers in found_bayes, counted from 0: 2-5 in one.\n" in shown
     assert "found_bayes minus the others" in shown and "bayes: 8 candidates" in shown
     assert max(len(line) for line in shown.splitlines() if str(tmp_path) not in line) <= 126
+
+
+def test_a_merged_model_is_where_the_run_is_now(tmp_path, capsys):
+    """A copied run's model is in the copy; one that was deleted, or never saved, is not said to be there."""
+    run = search_run(tmp_path / "run")
+    best = run.manifest()["best"]
+
+    def said(model):
+        run.write_manifest("complete", best=best | {"model": model})
+        console.print_search(run, "test")
+        return [line for line in capsys.readouterr().out.splitlines() if "found_bayes" in line][-1]
+
+    again = f"To have it, delete {tmp_path}/run/manifest.json and give the same command"
+    assert said(None) == f"found_bayes was not saved. {again} with output.save_best=true."
+    gone = f"found_bayes is no longer in {tmp_path}/run/models/found_bayes. {again}."
+    assert said("/another/machine/run/models/found_bayes") == gone
+    (tmp_path / "run/models/found_bayes").mkdir(parents=True)
+    assert said("/another/machine/run/models/found_bayes") == f"Merged model: {tmp_path}/run/models/found_bayes"

@@ -7,7 +7,9 @@ import pytest
 from docs_blocks import PAGES, ROOT, Block, blocks, check, commands, replaced
 
 import raymerge
-from raymerge.reference import config_reference
+from raymerge import columns
+from raymerge.reference import config_reference, tables_reference
+from raymerge.schemas import SCHEMAS
 
 LINKED = [*PAGES, "CHANGELOG.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 GUIDE_PYTHON = [block for block in blocks("docs/guide.md") if block.language == "python" and block.reason is None]
@@ -69,6 +71,15 @@ def test_internal_links_and_named_paths_exist(page):
 def test_the_reference_is_up_to_date():
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     assert page == config_reference(), "run `make docs`"
+
+
+def test_every_column_of_every_table_is_explained():
+    page = (ROOT / "docs" / "tables.md").read_text(encoding="utf-8")
+    assert page == tables_reference(), "run `make docs`"
+    assert set(columns.TABLES) == set(SCHEMAS)
+    for table, (_, own) in columns.TABLES.items():
+        assert set(own) <= set(SCHEMAS[table].names) <= {*own, *columns.SHARED}, table
+    assert set(columns.SHARED) <= {name for schema in SCHEMAS.values() for name in schema.names}
 
 
 def test_the_reference_has_every_key():

@@ -1,6 +1,7 @@
 """model_evaluation.py and refitting.py without workers: what is asked for, in what order, and what is stored of it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -235,6 +236,10 @@ def test_each_fit_is_made_of_all_shares_before_the_next_one_and_kept_everywhere(
     assert fitted(run, Fitters(8, [1, 2]), fit_of) == [("refit_done", "p"), prepared, *made(1, 3)]
     assert fitted(run, Fitters(2, [2, 2]), fit_of) == [("refit_done", "p")]
     assert len(run.read("refits")) == 1 and fitted(run, Fitters(2, [0]), plain) == []
+    told = []
+    shown = SimpleNamespace(stage=lambda *_: None, advance=lambda *done: told.append(done))
+    fit(Fitters(2, [2, 2]), [fit_of], inputs_of(), run, shown)
+    assert told[-1] == (2, "p"), "fits that are there count as made"
     other = RunDirectory.open(tmp_path / "other", {}, "sweep")
     fitted(other, Fitters(2, [1, 2]), fit_of)
     assert other.read("refits")["seconds"].to_pylist() == [None], "some of it was made before"

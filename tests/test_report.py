@@ -11,11 +11,20 @@ from html.parser import HTMLParser
 import matplotlib
 import numpy as np
 import pytest
-from report_runs import LAYERS, QUESTIONS, search_run, sensitivity_run, similarity_run, sweep_run, text_losses
+from report_runs import (
+    LAYERS,
+    QUESTIONS,
+    evaluated,
+    search_run,
+    sensitivity_run,
+    similarity_run,
+    sweep_run,
+    text_losses,
+)
 
 from raymerge import findings, report, rows, summary
 from raymerge.card import search_results
-from raymerge.plan import base_plan
+from raymerge.plan import base_plan, drop_block_plan, pairs_plan
 from raymerge.progress import Silent
 from raymerge.report import (
     answer,
@@ -34,7 +43,7 @@ from raymerge.report import (
 )
 from raymerge.report.build import GLOSSARY, page_of, run_sections
 from raymerge.report.content import FOUND, Facts, Figure, Page, Rows, Section, Table, Text, View
-from raymerge.report.reached import Reached, described
+from raymerge.report.reached import Reached, chosen_layers, described
 from raymerge.statistics import mcnemar, paired_difference, wilson_interval
 from raymerge.tables import MICRO, RunDirectory, RunError
 
@@ -149,9 +158,38 @@ def test_the_table_of_comparisons_says_what_its_p_values_allow_for(search):
     ],
 )
 def test_a_plan_is_said_to_be_aligned_and_how(alignment, norms, said):
-    assert described({"name": "a", "kind": "file", "alignment": alignment, "norms": norms}) == said
+    line = {"name": "a", "kind": "file", "alignment": alignment, "norms": norms, "refit": None, "fate": ""}
+    assert described(line) == said
     aligned, rows_aligned = (dict(GLOSSARY["search"])[name] for name in ("aligned", "rows aligned"))
     assert "leaves that layer's function as it was" in aligned and "another function" in rows_aligned
+
+
+def test_a_plan_says_which_layers_it_leaves_out_and_what_refits_it(tmp_path):
+    """A search of blocks may find another block than the controls', and alphas of 0, which drop the kept layer."""
+    run = RunDirectory.open(tmp_path / "run", {"plan": {"selection": "block", "block": "search"}}, "search")
+    pairs = [(2, 3), (1, 2)]  # the block of layers 2 and 3, into layer 1
+    plans = {
+        "base": base_plan(LAYERS),
+        "drop": drop_block_plan(LAYERS, 2, 2),
+        "merged": pairs_plan(LAYERS, [(0, 1), (3, 4)], [0.5, 0.5], name="random", kind="random"),
+        "found": pairs_plan(LAYERS, pairs, [0.0, 0.0], name="found_bayes", kind="found"),
+        "fitted": pairs_plan(LAYERS, pairs, [0.0, 0.0], name="found_bayes_linear", kind="found"),
+    }
+    evaluated(run, plans, dict.fromkeys(plans, 0.5), subjects=["law"], perplexities=dict.fromkeys(plans, 5.0), pairs=[])
+    run.append("refits", [{"plan_id": "fitted", "method": "linear", "layer": 2, "part": "mlp", "tokens": 9}])
+    run.append("blocks", [{"merges": 3, "first": 2, "last": 3, "measure": "cosine", "score": 0.1, "chosen": True}])
+    run.write_manifest("complete", best={"plan_id": "found", "name": "found_bayes"})
+    reached = Reached(run)
+    said = {line["plan_id"]: described(line) for line in reached.lines}
+    assert said == {
+        "base": "unmerged",
+        "drop": "block of layers left out (without 2-3)",
+        "merged": "random coefficients (0-1 in one, 3-4 in one)",
+        "found": "found by the search (without 1-2)",
+        "fitted": "found by the search, seams refitted by linear (without 1-2)",
+    }
+    (table,) = chosen_layers(run)
+    assert table.caption.startswith("Layers that the search began with, and that the controls merge or drop; ")
 
 
 def test_the_sentence_says_what_cannot_be_told_apart(search):
@@ -812,6 +850,8 @@ def test_write_report_says_where_it_cannot_write(tmp_path, search, monkeypatch):
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert [p.name for p in path.parent.iterdir()] == ["page.html"]
     assert report.write_report([search.path_of()]).name == "report.html"
+    for one in (search.path_of(), search):  # as in a notebook: a run, or where it is
+        assert report.write_report(one, tmp_path / "one.html").read_text(encoding="utf-8").count("found_bayes") > 1
     with pytest.raises(RunError, match="--out FILE.html"):
         report.write_report([search.path_of()] * 2)
     with pytest.raises(RunError, match="is a folder"):

@@ -1,5 +1,6 @@
 """The proposers on made-up objectives; the searcher without Tune; the whole search with a plain class as worker."""
 
+import logging
 import math
 import os
 import pickle
@@ -842,6 +843,19 @@ def pool(ray_session, tmp_path_factory):
     with WorkerPool(Scorer, {"folder": str(tmp_path_factory.mktemp("scorer"))}, count=2, timeout_s=60) as pool:
         pool.timeout_s = 5.0
         yield pool
+
+
+def test_tune_does_not_warn_of_files_that_nobody_writes(pool, tmp_path, monkeypatch):
+    """In a Ray that the user has started, whose loggers speak up."""
+    logger, told = logging.getLogger("ray.tune.analysis.experiment_analysis"), []
+    monkeypatch.setattr(logger, "handle", told.append)
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        search(pool, tmp_path, [], candidates=2)
+        assert not told and logger.level == logging.WARNING
+    finally:
+        logger.setLevel(before)
 
 
 def test_every_candidate_ends_as_one_row_whatever_befalls_it(pool, tmp_path):

@@ -98,6 +98,18 @@ def test_parts_keep_their_order_across_processes(run, tmp_path):
     assert tensors(run) == ["t0", "t1", "t2"]
 
 
+def test_a_gathered_table_says_what_its_columns_mean(run):
+    """Whatever reads the file, and whether its parts were written by a version that did not know."""
+    run.append("receipts", [{"plan_id": "p", "tensor": "t", "max_abs_change": 0.5, "relative_change": 0.25}], part="a")
+    run.compact("receipts")
+    run.append("receipts", [{"plan_id": "q", "tensor": "t", "max_abs_change": 0.5, "relative_change": 0.25}], part="b")
+    run.compact("receipts")
+    schema = pq.read_schema(run.path_of("tables") + "/receipts/all.parquet")
+    assert schema.field("max_abs_change").metadata[b"description"] == b"largest absolute difference"
+    assert schema.metadata[b"description"].startswith(b"One row a tensor")
+    assert run.read("receipts")["plan_id"].to_pylist() == ["p", "q"]
+
+
 def test_the_same_part_again_replaces_it_also_after_compact(run):
     for i in range(3):
         run.append("receipts", [receipt(i), receipt(10 * i)], part=f"batch_{i}")

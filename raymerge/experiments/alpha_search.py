@@ -80,11 +80,14 @@ FIXED_CONTROL = PlanConfig().ratio  # the constant that published coefficients a
 def search(config: Config, *, command: Sequence[str] | None = None, progress: Progress | None = None) -> RunDirectory:
     """Search the coefficients of a merge, and report the best beside every control.
 
+    command: what the manifest says that made the run; by default sys.argv. progress: is told how far the search is;
+    without one nothing is shown, and raymerge.console.progress() is a context that gives the command line's.
+
     Leaves in config.output.run: tables trials, plans, coefficients, answers, accuracy, comparisons, perplexity,
-    costs, receipts, and blocks where plan.selection is block; models/BEST; figures; and the manifest. Searches on
-    data.search_split, reports on data.report_split; without data.mmlu no questions are asked: it searches
-    by the loss on search.text, and reports on data.perplexity_text and tasks. The same call again resumes; a complete
-    run is returned as it is.
+    text_losses, context, costs, receipts, with plan.selection block blocks and with plan.refit refits; the models of
+    what was found; figures; and the manifest. Searches on data.search_split, reports on data.report_split; without
+    data.mmlu no questions are asked: it searches by the loss on search.text, and reports on data.perplexity_text and
+    tasks. The same call again resumes; a complete run is returned as it is.
 
     Raises ConfigError, PlanError, CheckpointError, DataError before anything is written, RunError where the run
     directory cannot be used.
@@ -287,32 +290,44 @@ class _Search:
         return controls if same else [*controls, start]
 
     def _try_controls(self, controls: list[MergePlan]) -> float:
-        """Judge the controls on the search questions, as rows of `trials`; seconds that a candidate takes."""
-        tail = [plan for plan in controls if plan.steps]
-        on = "questions" if self.inputs.questions else "text"
-        self.progress.stage(f"controls on the search {on}", len(tail))
-        found = self.pool.map("judge", tail, counted(self.progress))
-        trials = []
-        for iteration, (plan, (result, answers)) in enumerate(zip(tail, found, strict=True)):
-            trials.append(
-                {
-                    "searcher": "controls",
-                    "iteration": iteration,
-                    "batch": 0,
-                    "tune_trial": "",
-                    "actor": "",
-                    "seed": self.config.search.seed,
-                    "plan_id": plan.plan_id(self.identity),
-                    "alphas": plan.alphas,
-                    "objective": self.config.search.objective,
-                    **trial_outcome(result),
-                    "seconds": 0.0,
-                }
-            )
+        """Judge the controls on the search questions, as rows of `trials`, those apart that an earlier call has judged;
+        seconds that a candidate takes."""
+        tail = dict(enumerate(plan for plan in controls if plan.steps))
+        trials = {
+            row["iteration"]: row
+            for row in self.run.read("trials").to_pylist()
+            if row["searcher"] == "controls" and row["status"] == "ok" and row["iteration"] in tail
+            if row["plan_id"] == tail[row["iteration"]].plan_id(self.identity)
+        }
+        left = [iteration for iteration in tail if iteration not in trials]
+
+        def store(number: int, found: tuple[dict[str, Any], Answers | None]) -> None:
+            iteration, (result, answers) = left[number], found
+            plan = tail[iteration]
             if answers is not None:
                 self.reporter.store_answers(plan, SEARCH, answers)
-        self.run.append("trials", trials, part="controls")
-        # The second call is warm: the first has set up the scorer.
+            trials[iteration] = {
+                "searcher": "controls",
+                "iteration": iteration,
+                "batch": 0,
+                "tune_trial": "",
+                "actor": "",
+                "seed": self.config.search.seed,
+                "plan_id": plan.plan_id(self.identity),
+                "alphas": plan.alphas,
+                "objective": self.config.search.objective,
+                **trial_outcome(result),
+                "seconds": 0.0,
+            }
+            self.run.append("trials", [row for _, row in sorted(trials.items())], part="controls")
+
+        if left:
+            on = "questions" if self.inputs.questions else "text"
+            self.progress.stage(f"controls on the search {on}", len(left))
+            self.pool.map("judge", [tail[iteration] for iteration in left], counted(self.progress, then=store))
+        if len(left) < self.pool.count:
+            self.pool.broadcast("score", [self.start.alphas])
+        # By now the call is warm: an earlier one has set up the scorer.
         timed = self.pool.broadcast("score", [self.start.alphas])
         return max(results[0]["seconds"] for results in timed)
 

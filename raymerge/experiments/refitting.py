@@ -53,6 +53,7 @@ def fit(pool: WorkerPool, plans: Sequence[MergePlan], inputs: Inputs, run: RunDi
     for plan in plans:
         steps, began = len(steps_of(plan)), time.monotonic()
         done = min(pool.broadcast("refit_done", plan))
+        progress.advance(made + done, plan.name)
         if done < steps:
             pool.map("refit_prepare", [(plan, number) for number in numbers])
         shares = min(pool.count, len(shards))

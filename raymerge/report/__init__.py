@@ -17,13 +17,18 @@ __all__ = ["write_report"]
 
 
 def write_report(
-    runs: Sequence[str | Path], out: str | Path | None = None, *, progress: Progress | None = None
+    runs: str | Path | RunDirectory | Sequence[str | Path | RunDirectory],
+    out: str | Path | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> Path:
-    """Write the page of `runs` to `out` (one run: RUN/report.html by default) and return its path.
+    """Write the page of `runs`, one or several, to `out` (one run: RUN/report.html by default) and return its path.
 
     The page needs neither network nor the run directories to be opened. Raises RunError for what is no run, where
     `out` must be said - with several runs, or one that is not on this machine - and where it cannot be written.
     """
+    listed = [runs] if isinstance(runs, str | Path | RunDirectory) else runs
+    runs = [run.path_of() if isinstance(run, RunDirectory) else run for run in listed]
     if not runs:
         raise RunError("name at least one run directory")
     loaded = [RunDirectory.load(run) for run in runs]

@@ -59,7 +59,10 @@ _TESTS = (
 _MERGES = (
     ("alpha", "weight of the kept layer in one merge step; the removed layer has 1 - alpha"),
     ("effective coefficient", "share of an original layer in the merged one, after all steps"),
-    ("drop, before_last", "controls without averaging: the last K layers left out; the K before the last left out"),
+    ("drop, before_last, drop_block", "controls without averaging: the last K layers left out; the K before the last "
+     "left out; a block of K layers left out"),
+    ("seams refitted", "the layers where others went fitted in closed form to the unmerged model's states on the "
+     "calibration, by the method named"),
     ("aligned", "units of one layer reordered to match the other's before averaging - by their weights, or by their "
      "activations - which leaves that layer's function as it was"),
     ("rows aligned", "the rows of each matrix of a layer reordered by themselves, as published: that layer then "

@@ -167,12 +167,16 @@ def _text_verdicts(reached: Reached, found: dict[str, dict]) -> Table:
     )
 
 
+_LAYERS = ". In brackets: which of the original layers, counted from 0, become one, and which are left out"
+
+
 def plan_table(reached: Reached) -> Table:
     """Every plan, the most accurate first; without questions, the one of the least perplexity."""
     best = reached.best["plan_id"] if reached.best else None
     if not reached.asks:
         return Table(
-            "Every plan on plain text, the least perplexity first; intervals of 95 %. No questions were asked",
+            "Every plan on plain text, the least perplexity first; intervals of 95 %. No questions were asked"
+            f"{_LAYERS}",
             ("plan", "what it is", "layers", "perplexity"),
             tuple(
                 (
@@ -202,7 +206,7 @@ def plan_table(reached: Reached) -> Table:
     n = reached.lines[0]["n"] if reached.lines else 0
     return Table(
         f"Every plan on {plural(n, f'{reached.split} question')}, the most accurate first; intervals of 95 % (Wilson). "
-        f"Always answering A would score {percent(_always_a(reached))}",
+        f"Always answering A would score {percent(_always_a(reached))}{_LAYERS}",
         (
             "plan",
             "what it is",

@@ -22,7 +22,7 @@ _KINDS = {
 _NAMES = {
     "drop": "last layers left out",
     "before_last": "layers before the last left out",
-    "drop_block": "the same layers left out",
+    "drop_block": "block of layers left out",
     "similarity_shuffled": "those of a shuffled similarity",
 }
 
@@ -40,7 +40,8 @@ TEXT_TEST = (
 class Reached:
     """The plans of one run and what each reached on its report split. Reads the tables once.
 
-    lines: those of `findings.plan_lines`, with `role`, `costs` (its row or {}). asks: whether questions were
+    lines: those of `findings.plan_lines`, with `role`, `costs` (its row or {}), `refit` (its method or None) and `fate`
+    (`findings.fates_of`). asks: whether questions were
     asked; without, plans are judged by plain text. best: the line of the plan that the run is about, None where it has
     none. base: the line of the unmerged model, or None.
     """
@@ -53,12 +54,16 @@ class Reached:
         self.kinds = {row["plan_id"]: row["kind"] for row in self.plans}  # the last: found before the control it equals
         costs = {row["plan_id"]: row for row in run.read("costs").to_pylist()}
         options = {row["plan_id"]: {key: row[key] for key in ("alignment", "norms")} for row in self.plans}
+        refits = {row["plan_id"]: row["method"] for row in run.read("refits").to_pylist()}
+        fates = findings.fates_of(run)
         self.lines = [
             line
             | options[line["plan_id"]]
             | {
                 "role": role_of(line["kind"]),
                 "costs": costs.get(line["plan_id"], {}),
+                "refit": refits.get(line["plan_id"]),
+                "fate": fates.get(line["plan_id"], ""),
                 "interval": _known_interval(line),
             }
             for line in findings.plan_lines(run, self.split)
@@ -121,11 +126,15 @@ def _known_interval(line: dict) -> tuple[float | None, float | None]:
 
 
 def described(line: dict) -> str:
-    """What a plan is, in words."""
+    """What a plan is, in words, and in brackets which layers it merges or leaves out."""
     words = [_NAMES.get(line["name"], _KINDS.get(line["kind"], line["kind"]))]
     if line["alignment"] != "none":
         words.append(ALIGNED.get(line["alignment"], line["alignment"]))
-    return ", ".join(words + (["norms folded"] if line["norms"] == "fold" else []))
+    if line["norms"] == "fold":
+        words.append("norms folded")
+    if line["refit"]:
+        words.append(f"seams refitted by {line['refit']}")
+    return ", ".join(words) + (f" ({line['fate']})" if line["fate"] else "")
 
 
 def chosen_layers(run: RunDirectory) -> list[Block]:
