@@ -121,8 +121,8 @@ def check_proof(record: dict[str, Any], folder: Path | str) -> None:
     """Raise ProofError for a record of `prove` that did not pass."""
     if not proof_finished(record):
         raise ProofError(
-            f"the model saved in {folder} could not be proved: {record['error']}. It was left there; output.verify: "
-            "false, or --no-verify, leaves the proof out"
+            f"the model saved in {folder} could not be proved: {record['error']}. It was left there; the same "
+            "command again tries it once more, output.verify: false, or --no-verify, leaves the proof out"
         )
     if not record["passed"]:
         raise ProofError(
