@@ -18,6 +18,7 @@ from raymerge import console
 from raymerge.config import Config, ConfigError, describe, load_config
 from raymerge.errors import UserError
 from raymerge.plan import REFITS
+from raymerge.progress import SHOW_CURSOR
 from raymerge.reference import config_reference
 from raymerge.tables import RunDirectory
 
@@ -73,8 +74,8 @@ def _stop(number: int, _: object) -> NoReturn:
     finished is stored, a local Ray ends with its driver, and an exception would not get through Tune from wherever it
     is."""
     with contextlib.suppress(OSError):  # whoever read what we say may have ended first
-        if os.isatty(2):  # where a bar may have hidden the cursor, and stands in the line
-            os.write(2, b"\x1b[?25h\n")
+        if os.isatty(2):
+            os.write(2, SHOW_CURSOR)
         os.write(2, f"raymerge: stopped; {_STOPPED}\n".encode())
     os._exit(128 + number)
 

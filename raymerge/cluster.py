@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +17,9 @@ import ray
 from ray._private import ray_constants
 
 from raymerge.errors import UserError
-from raymerge.progress import Progress, Silent, step
+from raymerge.progress import SHOW_CURSOR, Progress, Silent, step
+
+_LOOK_S = 1.0  # between looks at whether Ray's processes are there
 
 
 class ClusterError(UserError):
@@ -92,14 +96,16 @@ def start_ray(
     Raises ClusterError for an address where no cluster answers, and for one of Ray's client mode.
 
     The local one listens on 127.0.0.1 only and has `num_cpus` (logical) CPUs, else the machine's; `dashboard` starts
-    Ray's dashboard with it. Gives the dashboard's address, or None where there is none.
+    Ray's dashboard with it. Gives the dashboard's address, or None where there is none. A local one whose processes
+    are killed takes this process with it (`_end_without_ray`).
     """
     if ray.is_initialized():
         yield None
         return
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    address = os.environ.get("RAY_ADDRESS")
     with step(progress or Silent(), "starting Ray"), _stopped_as_before():
-        if address := os.environ.get("RAY_ADDRESS"):
+        if address:
             if address.startswith("ray://"):
                 # Tune would run in a process of the head: the searcher, with all that it holds, would have to move.
                 raise ClusterError(
@@ -119,10 +125,40 @@ def start_ray(
             options |= {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
             with _loopback_only():
                 context = ray.init(address="local", num_cpus=num_cpus, **options)
+    over = threading.Event()
+    if not address:
+        threading.Thread(target=_end_without_ray, args=(_vital_processes(), over), name="ray", daemon=True).start()
     try:
         yield f"http://{context.dashboard_url}" if context.dashboard_url else None
     finally:
+        over.set()
         ray.shutdown()
+
+
+def _vital_processes() -> dict[str, subprocess.Popen]:
+    """Those without which the local Ray that this process has started cannot be."""
+    started = ray._private.worker._global_node.all_processes
+    names = (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET)
+    return {name: started[name][0].process for name in names}
+
+
+def _end_without_ray(processes: Mapping[str, subprocess.Popen], over: threading.Event) -> None:
+    """End this process where one of Ray's has ended, with a message and code 2, until `over` is set: calls that wait
+    for Ray would not return, and without its GCS Ray itself ends the process after 60 s, with code 1 and no advice.
+
+    What ends both, as a terminal that is closed or Ctrl-C, is this process's own to answer: it has a moment for that.
+    """
+    while not over.wait(_LOOK_S):
+        for name, process in processes.items():
+            if (code := process.poll()) is not None and not over.wait(_LOOK_S) and ray.is_initialized():
+                why = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+                text = (
+                    f"raymerge: Ray's {name} {why} (9: most often out of memory); what is finished is stored, the same "
+                    "command again goes on from it\n"
+                )
+                with contextlib.suppress(OSError):  # whoever read what we say may have ended first
+                    os.write(2, (SHOW_CURSOR if os.isatty(2) else b"") + text.encode())
+                os._exit(2)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import os
 import platform
 import resource
 import signal
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -292,6 +293,26 @@ def test_a_stop_while_ray_starts_is_ours_to_answer(monkeypatch):
         assert ended and signal.getsignal(signal.SIGTERM) is ours
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_local_ray_whose_process_is_killed_ends_the_command_with_a_message():
+    """Without its GCS Ray ends the driver after 60 s with code 1 and no word of the run; calls wait as long."""
+    code = (
+        "import subprocess, sys, threading, time; from raymerge import cluster\n"
+        "cluster._LOOK_S, cluster.ray.is_initialized = 0.1, lambda: True\n"
+        "raylet = subprocess.Popen(['sleep', '60'])\n"
+        "over = threading.Event()\n"
+        "watch = threading.Thread(target=cluster._end_without_ray, args=({'raylet': raylet}, over), daemon=True)\n"
+        "watch.start(); time.sleep(0.3); print('at work', flush=True)\n"
+        "over.set() if sys.argv[1] == 'over' else None\n"
+        "raylet.kill(); watch.join(20); print('over')"
+    )
+    done = [
+        subprocess.run([sys.executable, "-c", code, end], capture_output=True, text=True) for end in ("over", "killed")
+    ]
+    assert (done[0].returncode, done[0].stdout, done[0].stderr) == (0, "at work\nover\n", "")
+    assert (done[1].returncode, done[1].stdout) == (2, "at work\n")
+    assert done[1].stderr.startswith("raymerge: Ray's raylet was ended by signal 9") and "goes on" in done[1].stderr
 
 
 def test_rays_client_mode_is_refused_with_the_cure(monkeypatch):
