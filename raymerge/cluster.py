@@ -104,6 +104,7 @@ def start_ray(
         return
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     address = os.environ.get("RAY_ADDRESS")
+    up, over = threading.Event(), threading.Event()
     with step(progress or Silent(), "starting Ray"), _stopped_as_before():
         if address:
             if address.startswith("ray://"):
@@ -123,11 +124,21 @@ def start_ray(
                 ) from error
         else:
             options |= {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
-            with _loopback_only():
-                context = ray.init(address="local", num_cpus=num_cpus, **options)
-    over = threading.Event()
-    if not address:
-        threading.Thread(target=_end_without_ray, args=(_vital_processes(), over), name="ray", daemon=True).start()
+            threading.Thread(target=_end_without_ray, args=(up, over), name="ray", daemon=True).start()
+            try:
+                with _loopback_only():
+                    context = ray.init(address="local", num_cpus=num_cpus, **options)
+            except BaseException as error:
+                over.set()
+                if not isinstance(error, Exception):
+                    raise
+                # Ray's own is of no narrower class where its processes do not come.
+                raise ClusterError(
+                    f"no local Ray could be started ({type(error).__name__}: {error}). It gives its processes 30 s: "
+                    "the machine may be busy or short of memory, or its folder for temporary files full. Run the same "
+                    "command again when there is room"
+                ) from error
+        up.set()
     try:
         yield f"http://{context.dashboard_url}" if context.dashboard_url else None
     finally:
@@ -136,21 +147,24 @@ def start_ray(
 
 
 def _vital_processes() -> dict[str, subprocess.Popen]:
-    """Those without which the local Ray that this process has started cannot be."""
-    started = ray._private.worker._global_node.all_processes
+    """Those without which the local Ray that this process has started, or is starting, cannot be."""
+    node = ray._private.worker._global_node
     names = (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET)
-    return {name: started[name][0].process for name in names}
+    return {} if node is None else {name: found[0].process for name in names if (found := node.all_processes.get(name))}
 
 
-def _end_without_ray(processes: Mapping[str, subprocess.Popen], over: threading.Event) -> None:
+def _end_without_ray(up: threading.Event, over: threading.Event) -> None:
     """End this process where one of Ray's has ended, with a message and code 2, until `over` is set: calls that wait
     for Ray would not return, and without its GCS Ray itself ends the process after 60 s, with code 1 and no advice.
 
-    What ends both, as a terminal that is closed or Ctrl-C, is this process's own to answer: it has a moment for that.
+    up: Ray has started, so that where it is not there any more somebody else has ended it. What ends all processes, as
+    a terminal that is closed does, is this one's own to answer: it has a moment for that.
     """
     while not over.wait(_LOOK_S):
-        for name, process in processes.items():
-            if (code := process.poll()) is not None and not over.wait(_LOOK_S) and ray.is_initialized():
+        for name, process in _vital_processes().items():
+            if (code := process.poll()) is None or over.wait(_LOOK_S):
+                continue
+            if ray.is_initialized() or not up.is_set():
                 why = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
                 text = (
                     f"raymerge: Ray's {name} {why} (9: most often out of memory); what is finished is stored, the same "
