@@ -1,4 +1,4 @@
-"""Interrupts small runs of every experiment at random and resumes them: a JSON line each, and exit code 1 after a fault.
+"""Interrupts small runs of every experiment at random and resumes them: a JSON line each, exit code 1 after a fault.
 
     python tests/benchmarks/chaos.py [--minutes 10] [--seed 1] [--cases bayes sweep] [--kinds kill full] [--log FILE]
 
@@ -54,17 +54,34 @@ CASES = {
     "bayes": ["search", "demo", *SEARCH],
     "random": ["search", "demo", *SEARCH, "search.searcher=random", "search.batch=2"],
     "gradient": [
-        "search", "gradient-demo", "plan.merges=3", "gradient.starts=2", "gradient.epochs=8", "search.text_tokens=128",
-        "gradient.parametrisations=[alphas]", "search.random_candidates=3",
+        "search",
+        "gradient-demo",
+        "plan.merges=3",
+        "gradient.starts=2",
+        "gradient.epochs=8",
+        "search.text_tokens=128",
+        "gradient.parametrisations=[alphas]",
+        "search.random_candidates=3",
     ],
     "blocks": ["search", "blocks-demo", *SEARCH, "calibration.tokens=400", "output.figures=false"],
     "sweep": [
-        "sweep", "sweep-demo", "sweep.merges=[1,4]", "sweep.methods=[drop,fixed:0.6]", "sweep.norms=[keep]", "output.figures=false",
+        "sweep",
+        "sweep-demo",
+        "sweep.merges=[1,4]",
+        "sweep.methods=[drop,fixed:0.6]",
+        "sweep.norms=[keep]",
+        "output.figures=false",
     ],
-    "similarity": ["similarity", "similarity-mka-demo", "similarity.samples=30", "similarity.entropy_neighbors=10", "output.figures=false"],
+    "similarity": [
+        "similarity",
+        "similarity-mka-demo",
+        "similarity.samples=30",
+        "similarity.entropy_neighbors=10",
+        "output.figures=false",
+    ],
     "evaluate": ["evaluate", "demo", "data.report_limit_per_subject=20"],
     "merge": ["merge", "demo"],
-}  # fmt: skip
+}
 #: kind -> how many times as likely as the least likely
 KINDS = {
     "int": 2, "ctrl-c": 2, "ctrl-c twice": 2, "term": 2, "hup": 1, "close": 2, "kill": 3, "worker": 4, "raylet": 4,
@@ -357,11 +374,8 @@ def differences(there, here):
 def leftovers(out, temporary):
     found = [str(path) for path in out.rglob("_tmp.*")]
     found += [str(path) for path in out.parent.glob("_tmp.*")]
-    return found + [
-        str(path)
-        for path in temporary.iterdir()
-        if path.name not in ("ray", "page.html") and not path.name.startswith("torchinductor_")
-    ]
+    known = ("ray", "page.html", "torchinductor_")  # the last torch makes wherever it looks for a compiler
+    return found + [str(path) for path in temporary.iterdir() if not path.name.startswith(known)]
 
 
 class Campaign:
