@@ -488,7 +488,7 @@ class Campaign:
                 process.send(kind)
                 expected |= {ENDS[kind], 128 - ENDS[kind]}  # before its handlers are there, by the signal itself
             elif kind in ("worker", "raylet", "gcs", "child"):
-                pattern = {"worker": "^ray::", "raylet": "/raylet", "gcs": "/gcs_server", "child": "."}[kind]
+                pattern = {"worker": "^ray::(?!.*Agent)", "raylet": "/raylet", "gcs": "/gcs_server", "child": "."}[kind]
                 row["hit"] = process.kill_one(pattern, chance) or "none there"
                 if kind == "worker":
                     time.sleep(0.3)
