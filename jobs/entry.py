@@ -3,8 +3,8 @@
 The project is uploaded by `--working-dir .` and need not be installed on the cluster's machines; what pyproject.toml
 asks for must be there, or be named in the job's runtime environment (see cluster.yaml). OUT must be an absolute path
 that the machines share, or a URI such as s3://bucket/run. The exit code is the command's: 0 done, 1 a bug, 2 a wrong
-input or no room, 130 interrupted, 141 nobody reads the output, 143 stopped. The same job again goes on from what is
-stored.
+input or no room, 129 its terminal closed, 130 interrupted, 141 nobody reads the output, 143 stopped. The same job again
+goes on from what is stored.
 """
 
 import sys

@@ -1,5 +1,7 @@
 """`python -m raymerge`, also of a checkout that is not installed, and what the command `raymerge` runs."""
 
+import atexit
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -10,10 +12,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from raymerge.cli import main as run
 
-        return run(argv)
+        code = run(argv)
     except KeyboardInterrupt:
         print("raymerge: interrupted", file=sys.stderr)
-        return 130
+        code = 130
+    if code == 130:  # once more while Python ends would show a trace of what Ray does there
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    return code
 
 
 if __name__ == "__main__":

@@ -18,23 +18,28 @@ from raymerge import console
 from raymerge.config import Config, ConfigError, describe, load_config
 from raymerge.errors import UserError
 from raymerge.plan import REFITS
+from raymerge.progress import SHOW_CURSOR
 from raymerge.reference import config_reference
 from raymerge.tables import RunDirectory
 
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entry point of a job
 _OUTPUT = 1  # the file descriptor of standard output
 _RAW = argparse.RawDescriptionHelpFormatter
+_STOPS = (signal.SIGTERM, signal.SIGHUP)
 _STOPPED = "the same command again goes on from what is stored"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when it succeeded, 2 for a wrong input or where there is no room, 130 when interrupted, 141 when
-    whoever read the output has ended, 143 when stopped."""
+    """Run a command; 0 when it succeeded, 2 for a wrong input or where there is no room, 129 when its terminal was
+    closed, 130 when interrupted, 141 when whoever read the output has ended, 143 when stopped."""
     parser = _parser()
     words = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(words)
     _quiet_libraries()
-    before = signal.signal(signal.SIGTERM, _stop)
+    before = {number: signal.getsignal(number) for number in _STOPS}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as nohup has SIGHUP ignored, so that the command outlives its terminal
+            signal.signal(number, _stop)
     try:
         _check_words(words)
         code = options.run(options)
@@ -51,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"raymerge: interrupted; {_STOPPED}", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_words(words: Sequence[str]) -> None:
@@ -64,11 +70,12 @@ def _check_words(words: Sequence[str]) -> None:
 
 
 def _stop(number: int, _: object) -> NoReturn:
-    """End at once at a SIGTERM, as `ray job stop` sends it: what is finished is stored, a local Ray ends with its
-    driver, and an exception would not get through Tune from wherever it is."""
+    """End at once at a SIGTERM, as `ray job stop` sends it, or a SIGHUP, as a terminal that is closed does: what is
+    finished is stored, a local Ray ends with its driver, and an exception would not get through Tune from wherever it
+    is."""
     with contextlib.suppress(OSError):  # whoever read what we say may have ended first
-        if os.isatty(2):  # where a bar may have hidden the cursor, and stands in the line
-            os.write(2, b"\x1b[?25h\n")
+        if os.isatty(2):
+            os.write(2, SHOW_CURSOR)
         os.write(2, f"raymerge: stopped; {_STOPPED}\n".encode())
     os._exit(128 + number)
 

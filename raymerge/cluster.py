@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +17,9 @@ import ray
 from ray._private import ray_constants
 
 from raymerge.errors import UserError
-from raymerge.progress import Progress, Silent, step
+from raymerge.progress import SHOW_CURSOR, Progress, Silent, step
+
+_LOOK_S = 1.0  # between looks at whether Ray's processes are there
 
 
 class ClusterError(UserError):
@@ -92,14 +96,17 @@ def start_ray(
     Raises ClusterError for an address where no cluster answers, and for one of Ray's client mode.
 
     The local one listens on 127.0.0.1 only and has `num_cpus` (logical) CPUs, else the machine's; `dashboard` starts
-    Ray's dashboard with it. Gives the dashboard's address, or None where there is none.
+    Ray's dashboard with it. Gives the dashboard's address, or None where there is none. A local one whose processes
+    are killed takes this process with it (`_end_without_ray`).
     """
     if ray.is_initialized():
         yield None
         return
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    address = os.environ.get("RAY_ADDRESS")
+    up, over = threading.Event(), threading.Event()
     with step(progress or Silent(), "starting Ray"), _stopped_as_before():
-        if address := os.environ.get("RAY_ADDRESS"):
+        if address:
             if address.startswith("ray://"):
                 # Tune would run in a process of the head: the searcher, with all that it holds, would have to move.
                 raise ClusterError(
@@ -117,12 +124,55 @@ def start_ray(
                 ) from error
         else:
             options |= {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
-            with _loopback_only():
-                context = ray.init(address="local", num_cpus=num_cpus, **options)
+            threading.Thread(target=_end_without_ray, args=(up, over), name="ray", daemon=True).start()
+            try:
+                with _loopback_only():
+                    context = ray.init(address="local", num_cpus=num_cpus, **options)
+            except BaseException as error:
+                over.set()
+                if not isinstance(error, Exception):
+                    raise
+                # Ray's own is of no narrower class where its processes do not come.
+                raise ClusterError(
+                    f"no local Ray could be started ({type(error).__name__}: {error}). It gives its processes 30 s: "
+                    "the machine may be busy or short of memory, or its folder for temporary files full. Run the same "
+                    "command again when there is room"
+                ) from error
+        up.set()
     try:
         yield f"http://{context.dashboard_url}" if context.dashboard_url else None
     finally:
+        over.set()
         ray.shutdown()
+
+
+def _vital_processes() -> dict[str, subprocess.Popen]:
+    """Those without which the local Ray that this process has started, or is starting, cannot be."""
+    node = ray._private.worker._global_node
+    names = (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET)
+    return {} if node is None else {name: found[0].process for name in names if (found := node.all_processes.get(name))}
+
+
+def _end_without_ray(up: threading.Event, over: threading.Event) -> None:
+    """End this process where one of Ray's has ended, with a message and code 2, until `over` is set: calls that wait
+    for Ray would not return, and without its GCS Ray itself ends the process after 60 s, with code 1 and no advice.
+
+    up: Ray has started, so that where it is not there any more somebody else has ended it. What ends all processes, as
+    a terminal that is closed does, is this one's own to answer: it has a moment for that.
+    """
+    while not over.wait(_LOOK_S):
+        for name, process in _vital_processes().items():
+            if (code := process.poll()) is None or over.wait(_LOOK_S):
+                continue
+            if ray.is_initialized() or not up.is_set():
+                why = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+                text = (
+                    f"raymerge: Ray's {name} {why} (9: most often out of memory); what is finished is stored, the same "
+                    "command again goes on from it\n"
+                )
+                with contextlib.suppress(OSError):  # whoever read what we say may have ended first
+                    os.write(2, (SHOW_CURSOR if os.isatty(2) else b"") + text.encode())
+                os._exit(2)
 
 
 @contextmanager

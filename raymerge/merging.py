@@ -64,7 +64,8 @@ def merge(
     Beside what fails in reading and merging, raises ProofError and HubError; the saved model stays.
     """
     out, alpha_file = Path(out).expanduser(), Path(alpha_file).expanduser()
-    if out.exists():
+    there = saved_record(out) if verify and (out / RECORD_FILE).is_file() and saved_proof(out) is None else None
+    if out.exists() and there is None:
         raise PlanError(f"{out} exists already: give another --out, or delete it")
     check_writable(out)
     checkpoint = Checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -84,7 +85,14 @@ def merge(
             with step(progress or Silent(), f"refit ({refit.method}) on the calibration text"):
                 refitter.fit(plan)
             refits = refitter.tensors
-        record = save_merged(checkpoint, plan, out, aligner=aligner, refits=refits, **options)
+        if there is None:
+            record = save_merged(checkpoint, plan, out, aligner=aligner, refits=refits, **options)
+        elif there["plan_id"] != plan.plan_id(checkpoint.identity):
+            raise PlanError(f"{out} exists already, of another merge: give another --out, or delete it")
+        else:  # an earlier call was ended while it proved the model
+            _prove(checkpoint, plan, out, there, aligner=aligner, refits=refits, progress=progress)
+            record = there | {"bytes": sum(file.stat().st_size for file in out.glob("*.safetensors"))}
+            record["folder"] = str(out)
     if push is None:
         return record | {"pushed": None}
     with step(progress or Silent(), "pushing to the hub"):
@@ -164,12 +172,27 @@ def save_merged(
         extra_files=extra | _described(checkpoint, record, results),
     )
     if verify:
-        with step(progress, "proof: the saved model, loaded in a fresh process"):
-            record["proof"] = prove(checkpoint, plan, folder, aligner=aligner, refits=refits)
-        for name, text in _described(checkpoint, record, results).items():
-            Storage(folder).publish(name, text.encode())
-        check_proof(record["proof"], folder)
+        _prove(checkpoint, plan, folder, record, results, aligner=aligner, refits=refits, progress=progress)
     return record | {"bytes": written, "folder": str(folder)}
+
+
+def _prove(
+    checkpoint: Checkpoint,
+    plan: MergePlan,
+    folder: Path,
+    record: dict[str, Any],
+    results: Sequence[str] = (),
+    *,
+    aligner: Aligner,
+    refits: Refits | None,
+    progress: Progress | None,
+) -> None:
+    """Prove the model saved in `folder`, and write what was found into its record and its files."""
+    with step(progress or Silent(), "proof: the saved model, loaded in a fresh process"):
+        record["proof"] = prove(checkpoint, plan, folder, aligner=aligner, refits=refits)
+    for name, text in _described(checkpoint, record, results).items():
+        Storage(folder).publish(name, text.encode())
+    check_proof(record["proof"], folder)
 
 
 def _counted(tensors: Iterator[tuple[str, Tensor]], total: int, progress: Progress) -> Iterator[tuple[str, Tensor]]:

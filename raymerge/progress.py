@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+#: What a process that ends at once gives a terminal first: a bar may have hidden the cursor, and stands in the line.
+SHOW_CURSOR = b"\x1b[?25h\n"
+
 
 class Progress(Protocol):
     """What an experiment calls. Stages follow one another; `advance` counts within the current stage."""

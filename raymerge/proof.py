@@ -6,7 +6,6 @@ alone, on the saved folder. They share no code but the families' own layers, and
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -34,6 +33,7 @@ from raymerge.fusion import Refits
 from raymerge.memory import VOCABULARY_ROWS
 from raymerge.plan import MergePlan
 from raymerge.prompts import Group, Shard
+from raymerge.storage import NO_ROOM
 from raymerge.tensorfiles import read_tensors
 
 #: Prose, figures and code, and another language: what is compared, beside what the model generates after the first.
@@ -44,7 +44,6 @@ PROMPTS = (
 )
 NEW_TOKENS = 8
 _PRODUCTS = 4  # matrix products that follow one another in a layer: values, output, gate or up, down
-_NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))  # what a full disk says
 _ROUNDOFF = 2.0**-24  # half the distance of neighbouring float32 numbers near 1
 
 
@@ -122,8 +121,8 @@ def check_proof(record: dict[str, Any], folder: Path | str) -> None:
     """Raise ProofError for a record of `prove` that did not pass."""
     if not proof_finished(record):
         raise ProofError(
-            f"the model saved in {folder} could not be proved: {record['error']}. It was left there; output.verify: "
-            "false, or --no-verify, leaves the proof out"
+            f"the model saved in {folder} could not be proved: {record['error']}. It was left there; the same "
+            "command again tries it once more, output.verify: false, or --no-verify, leaves the proof out"
         )
     if not record["passed"]:
         raise ProofError(
@@ -245,7 +244,7 @@ def _reason(done: subprocess.CompletedProcess[str], folder: Path, itemsize: int,
             f"float32 its weights take {needed / 1e9:.3g} GB)"
         )
     lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-    if any(words in lines[-1] for words in _NO_ROOM):
+    if any(words in lines[-1] for words in NO_ROOM):
         return False, _no_room(lines[-1], room)
     return True, f"transformers could not reload and run it: {lines[-1]}"
 

@@ -80,7 +80,8 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
         free = shutil.disk_usage(unfinished.parent).free if unfinished.parent.exists() else 0
         raise CheckpointError(
-            f"could not write {destination}: {error} ({free / 1e9:.2f} GB free); nothing was left behind"
+            f"could not write {destination}: {error} ({free / 1e9:.2f} GB free); nothing was left behind. Free space "
+            "and run the same command again, or give another folder"
         ) from error
     return written
 

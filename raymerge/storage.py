@@ -36,6 +36,9 @@ _AT_A_TIME = 32  # requests to a store that is not on this machine: each waits f
 _LOCK_S = 3.0  # for another process to end that has just been told to
 
 _ONE_PUT = frozenset({"s3", "gcs", "abfs"})  # pyarrow file systems where an object appears when its PUT ends
+#: What another process's last words say of a disk that takes no more.
+NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
+
 _FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota used up", errno.EFBIG: "file size limit reached"}
 
 

@@ -113,7 +113,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], what: str) -> None:
             os.fsync(file.fileno())  # else a power cut can leave the new name with fewer bytes behind it
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-        raise UserError(f"{what} {path} cannot be written: {error}; free space on that disk") from error
+        raise UserError(
+            f"{what} {path} cannot be written: {error}; free space on that disk, then run the same command again"
+        ) from error
     finally:
         if unfinished.exists():
             unfinished.unlink()

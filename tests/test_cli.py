@@ -118,6 +118,31 @@ def test_a_stopped_command_gives_the_terminal_its_cursor_back():
     assert piped.stderr.startswith(b"raymerge: stopped;")
 
 
+def test_ctrl_c_once_more_while_python_ends_shows_no_trace():
+    """Ray ends its processes there."""
+    code = (
+        "import atexit, os, signal, sys; from raymerge import __main__, cli\n"
+        "def interrupted(_): raise KeyboardInterrupt\n"
+        "atexit.register(lambda: [os.kill(os.getpid(), signal.SIGINT), print('ended')])\n"
+        "cli._show_config = interrupted; sys.exit(__main__.main(['config']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (130, "ended\n")
+    assert done.stderr == f"raymerge: interrupted; {cli._STOPPED}\n"
+
+
+def test_a_closed_terminal_stops_a_command_unless_nohup_keeps_it():
+    code = (
+        "import os, signal, sys; from raymerge import cli\n"
+        "cli._show_config = lambda _: os.kill(os.getpid(), signal.SIGHUP) or 0\n"
+        "sys.exit(cli.main(['config']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (129, f"raymerge: stopped; {cli._STOPPED}\n")
+    kept = subprocess.run(["nohup", sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (kept.returncode, kept.stdout, kept.stderr) == (0, "", "")
+
+
 def test_a_reader_that_has_seen_enough_is_no_error():
     """As in `raymerge config | head -1`."""
     read, write = os.pipe()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from raymerge.actors import NoRoomError
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
 from raymerge.experiments import common
@@ -216,6 +217,24 @@ def test_figures_are_drawn_by_the_scripts_beside_the_package_and_one_that_fails_
     assert seen.stages == [("figures", 2)] and seen.done == [1, 2]
     with pytest.raises(RuntimeError, match=r"analysis/bad.py failed with exit code 3: no rows"):
         draw_figures(run, ["a.py", "bad.py"], seen)
+
+
+@pytest.mark.parametrize(
+    ("ends", "why"),
+    [
+        ("os.kill(os.getpid(), 9)", "it was ended by signal 9 (9: most often out of memory)"),
+        ("raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))", "OSError: [Errno 28] No space left on device"),
+    ],
+)
+def test_figures_for_which_there_is_no_room_are_no_bug(tmp_path, monkeypatch, ends, why):
+    """The memory's and the disk's end are the user's to mend, without a trace of ours."""
+    run = RunDirectory.open(tmp_path / "run", {}, "search")
+    monkeypatch.setattr("raymerge.__file__", str(tmp_path / "raymerge" / "__init__.py"))
+    (tmp_path / "analysis").mkdir()
+    (tmp_path / "analysis" / "a.py").write_text(f"import errno, os; {ends}")
+    with pytest.raises(NoRoomError, match="analysis/a.py could not draw") as raised:
+        draw_figures(run, ["a.py"], Silent())
+    assert f": {why}. Make room and run the same command again" in str(raised.value)
 
 
 # -- workers ---------------------------------------------------------------------------------------------------------

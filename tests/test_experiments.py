@@ -211,8 +211,9 @@ def test_a_saved_model_that_failed_its_proof_fails_the_search_and_stays(run, loc
     for status, words in ((-9, "could not be proved.*signal 9"), (1, unlike), (-9, unlike)):
         done = subprocess.CompletedProcess([], status, "", "RuntimeError: no")
         monkeypatch.setattr(raymerge.proof, "_run_fresh", lambda *_, done=done: done)
-        with pytest.raises(ProofError, match=words):
+        with pytest.raises(ProofError, match=words) as raised:
             search(config(again, *settings), command=["test"])
+        assert f"the model saved in {again / 'models' / 'found_bayes'} " in str(raised.value)
         assert not RunDirectory.load(again).complete
         assert Checkpoint(str(again / "models" / "found_bayes")).n_layers == Checkpoint("demo").n_layers - 13
 

@@ -256,6 +256,29 @@ def test_an_existing_folder_is_refused_before_anything_is_read(tmp_path, alphas)
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_merge_that_was_ended_during_its_proof_goes_on_with_it(tmp_path, alphas, monkeypatch):
+    """Saving a large model takes minutes; a model that failed its proof, or another plan's, is still refused."""
+
+    def ended(*_, **__):
+        raise KeyboardInterrupt
+
+    out, prove = tmp_path / "out", raymerge.merging.prove
+    monkeypatch.setattr(raymerge.merging, "prove", ended)
+    with pytest.raises(KeyboardInterrupt):
+        merge("demo", alphas, out)
+    saved = (out / "model.safetensors").stat()
+    monkeypatch.setattr(raymerge.merging, "prove", prove)
+    monkeypatch.setattr(raymerge.merging, "save_checkpoint", lambda *_, **__: pytest.fail("saved again"))
+    with pytest.raises(PlanError, match="exists already, of another merge"):
+        merge("demo", alphas, out, alignment="neurons")
+    done = merge("demo", alphas, out)
+    assert done["proof"]["passed"] and done["bytes"] == saved.st_size and done["folder"] == str(out)
+    assert json.loads((out / "merge_plan.json").read_text())["proof"]["passed"]
+    assert (out / "model.safetensors").stat().st_mtime_ns == saved.st_mtime_ns
+    with pytest.raises(PlanError, match="exists already: give another"):
+        merge("demo", alphas, out)
+
+
 def test_paths_may_begin_at_the_home_folder(tmp_path, alphas, monkeypatch):
     """`--out=~/merged` comes from a shell as it was typed."""
     monkeypatch.setenv("HOME", str(tmp_path))

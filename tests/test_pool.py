@@ -4,6 +4,7 @@ import os
 import platform
 import resource
 import signal
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -292,6 +293,38 @@ def test_a_stop_while_ray_starts_is_ours_to_answer(monkeypatch):
         assert ended and signal.getsignal(signal.SIGTERM) is ours
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_local_ray_whose_process_is_killed_ends_the_command_with_a_message():
+    """Without its GCS Ray ends the driver after 60 s with code 1 and no word of the run; calls wait as long."""
+    code = (
+        "import subprocess, sys, threading, time; from raymerge import cluster\n"
+        "raylet, up, over = subprocess.Popen(['sleep', '60']), threading.Event(), threading.Event()\n"
+        "cluster._LOOK_S, cluster._vital_processes = 0.1, lambda: {'raylet': raylet}\n"
+        "watch = threading.Thread(target=cluster._end_without_ray, args=(up, over), daemon=True)\n"
+        "watch.start(); time.sleep(0.3); print('at work', flush=True)\n"
+        "{'over': over, 'up': up}.get(sys.argv[1], threading.Event()).set()\n"
+        "raylet.kill(); watch.join(2); print('over')"
+    )
+    for end in ("over", "up"):  # by us, and by a ray.shutdown() of somebody else's
+        done = subprocess.run([sys.executable, "-c", code, end], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "at work\nover\n", "")
+    done = subprocess.run([sys.executable, "-c", code, "killed"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "at work\n")
+    assert done.stderr.startswith("raymerge: Ray's raylet was ended by signal 9") and "goes on" in done.stderr
+
+
+def test_a_local_ray_that_does_not_start_is_no_bug(monkeypatch):
+    """Ray 2.60 raises a bare Exception where the raylet, or the time of a busy machine, ends while it starts."""
+
+    def starts(**_):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("raymerge.cluster.ray.init", starts)
+    monkeypatch.setattr("raymerge.cluster.ray.is_initialized", lambda: False)
+    with pytest.raises(ClusterError, match="no local Ray .*timed out during startup.*same command again"), start_ray():
+        pass
 
 
 def test_rays_client_mode_is_refused_with_the_cure(monkeypatch):

@@ -535,7 +535,7 @@ class _Search:
                     command=self.command,
                     results=search_results(self.run, plan_id, self.config.data.report_split),
                 )
-            except ProofError:
-                self.run.upload(folder, "models", best.name, move=True)
-                raise
+            except ProofError as error:
+                kept = self.run.upload(folder, "models", best.name, move=True)
+                raise ProofError(str(error).replace(str(folder), kept)) from error  # the folder that it named is gone
             return self.run.upload(folder, "models", best.name, move=True), record["proof"]

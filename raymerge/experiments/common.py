@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import raymerge
+from raymerge.actors import NoRoomError
 from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.cluster import Placement, PlacementError, cluster_nodes, plan_workers, start_ray
@@ -25,7 +26,7 @@ from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
-from raymerge.storage import Lock, clear_scratch, user_cache
+from raymerge.storage import NO_ROOM, Lock, clear_scratch, user_cache
 from raymerge.tables import RunDirectory
 from raymerge.texts import text_hash
 from raymerge.worker import ModelWorker
@@ -356,9 +357,22 @@ def draw_figures(run: RunDirectory, scripts: Sequence[str], progress: Progress) 
         with ThreadPoolExecutor() as threads:  # each takes seconds, most of them to start
             for number, (script, done) in enumerate(threads.map(draw, scripts), 1):
                 if done.returncode:
-                    said = done.stderr[-2000:]
-                    raise RuntimeError(f"analysis/{script} failed with exit code {done.returncode}: {said}")
+                    raise _not_drawn(script, done)
                 progress.advance(number)
         if not run.is_local:
             run.upload(out, "figures")
         return sorted(f"figures/{path.name}" for path in out.iterdir())
+
+
+def _not_drawn(script: str, done: subprocess.CompletedProcess[str]) -> Exception:
+    """What to raise for a script that failed: the machine's doing, or the script's."""
+    said = done.stderr.strip().rpartition("\n")[2]
+    why = said if any(words in said for words in NO_ROOM) else None
+    if done.returncode < 0:
+        why = f"it was ended by signal {-done.returncode} (9: most often out of memory)"
+    if why is None:
+        return RuntimeError(f"analysis/{script} failed with exit code {done.returncode}: {done.stderr[-2000:]}")
+    return NoRoomError(
+        f"analysis/{script} could not draw its figures: {why}. Make room and run the same command again, which draws "
+        "them from what is stored; output.figures=false leaves them out"
+    )
