@@ -68,7 +68,7 @@ from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.proof import ProofError
 from raymerge.proposers import BayesProposer, Proposer, RandomProposer, Starts
-from raymerge.search import check_loggers, choose_batch, run_search
+from raymerge.search import BatchSearcher, check_loggers, choose_batch, run_search
 from raymerge.storage import TEMPORARY
 from raymerge.tables import RunDirectory
 
@@ -391,24 +391,21 @@ class _Search:
     ) -> None:
         """Try what a proposer gives until `candidates` rows of `trials`, `done` among them, have this name."""
         settings, concurrent = self.config.search, self._concurrent
-        outcome = run_search(
-            self.pool,
+        common = {"searcher": searcher, "seed": settings.seed, "objective": settings.objective}
+        batches = BatchSearcher(
             proposer,
-            searcher=searcher,
-            objective=settings.objective,
-            minimise=is_minimised(settings.objective),
             candidates=candidates,
             batch=batch,
+            crew=self.pool,
             concurrent=None if settings.concurrent == "auto" else settings.concurrent,  # more workers may join
-            seed=settings.seed,
+            describe=lambda point: {**common, "plan_id": self._candidate(point).plan_id(self.identity)},
+            minimise=is_minimised(settings.objective),
             record=self._record,
             replayed=done,
-            plan_id_of=lambda alphas: self._candidate(alphas).plan_id(self.identity),
             on_progress=lambda n, best: self.progress.advance(n, "" if best is None else f"best {best:.4f}"),
-            storage_path=str(Path(self.cache).absolute() / "tune"),
-            loggers=self.config.output.loggers,
-            **options,
         )
+        tune = {"storage_path": str(Path(self.cache).absolute() / "tune"), "loggers": self.config.output.loggers}
+        outcome = run_search(self.pool, batches, name=searcher, **tune, **options)
         self.facts[f"{searcher}_search"] = {
             "batch": batch,
             "concurrent": concurrent,
