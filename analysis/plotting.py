@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from raymerge.tables import RunDirectory, RunError
+from raymerge.tables import IMPORTED, RunDirectory, RunError
 
 # Okabe & Ito (2008) without yellow, which is too faint on white; the last is Paul Tol's wine
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255")
@@ -166,7 +166,7 @@ def subset_name(row: dict, suffix: str = "") -> str:
     The columns may carry a suffix such as "_a".
     """
     subset, language = row[f"subset{suffix}"], row[f"language{suffix}"]
-    return subset if language == "imported" else f"{subset} {language}"
+    return subset if language == IMPORTED else f"{subset} {language}"
 
 
 def ink(image, value: float) -> str:

@@ -183,6 +183,19 @@ def without_far_worse(values, *, lower: bool) -> list[float]:
     return values[values <= high + reach if lower else values >= low - reach].tolist()
 
 
+def colour_scale(values) -> tuple[float, float]:
+    """Return the ends of a scale of colours for these values: from 0, or from their 1st percentile where they are all
+    so high that they would look alike on a scale from 0, to their 99th percentile.
+
+    Parameters
+    ----------
+    values : array of float, shape (n,)
+    """
+    low, high = map(float, np.percentile(_vector(values, "values", np.float64), [1, 99]))
+    low = min(0.0, low) if low < 0.5 * high else low
+    return (low, high) if high > low else (low - 0.5, low + 0.5)
+
+
 def holm(p_values) -> np.ndarray:
     """Return Holm's adjusted p-values (m,): rejecting those of at most a errs at all with a chance of at most a.
 

@@ -9,7 +9,6 @@ from raymerge.findings import (
     asks_questions,
     chosen_on,
     comparison_rows,
-    correlation_ceiling,
     degenerate_layers,
     labels_of,
     objective_value,
@@ -19,6 +18,7 @@ from raymerge.findings import (
     verdict,
 )
 from raymerge.objectives import above_ceiling, is_minimised, parse_objective
+from raymerge.schemas import PLAIN, correlation_ceiling
 from raymerge.tables import RunDirectory
 
 
@@ -411,7 +411,7 @@ def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str
     lines = {line["plan_id"]: line for line in plan_lines(run, split)}
     asks = any(line["accuracy"] is not None for line in lines.values())
     points = [row | {"refit": row["refit"] or "none"} for row in run.read("sweep").to_pylist()]
-    varied = [key for key, plain in _PLAIN.items() if any(row[key] != plain for row in points)]
+    varied = [key for key, plain in PLAIN.items() if any(row[key] != plain for row in points)]
     header = ["merged", "method", *varied]
     header += [*(["accuracy [95 %]", "macro", "answer NLL"] if asks else []), "text ppl [95 %]"]
     cells = []
@@ -425,9 +425,6 @@ def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str
         read = number(line["perplexity"], line["perplexity_interval"])
         cells.append([str(row["merges"]), row["method"], *(row[key] for key in varied), *answered, read])
     return header, cells
-
-
-_PLAIN = {"alignment": "none", "norms": "keep", "refit": "none"}
 
 
 def _mean(values: list[float | None]) -> str:

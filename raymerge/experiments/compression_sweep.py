@@ -53,10 +53,10 @@ from raymerge.plan import (
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.refit import check_refittable
+from raymerge.schemas import PLAIN
 from raymerge.statistics import accuracy_summary
 from raymerge.tables import RunDirectory
 
-PLAIN = {"alignment": "none", "norms": "keep", "refit": "none"}
 _NEEDS_SIMILARITY = ("block_influence", "similarity_ratio", "similarity", "most_similar")
 
 
