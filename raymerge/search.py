@@ -287,16 +287,9 @@ class BatchSearcher(Searcher):
             return
         slot, batch = self._running.pop(trial_id)
         result = result or {}
-        results, node = result.get("results"), ""
+        results, count = result.get("results"), len(batch.points)
         try:
-            if result.get("lost"):
-                node = self._crew.lose(slot, result["lost"])
-                self._free = self._crew.answering(self._free)
-            elif results is not None:
-                self._free.append(slot)
-                self._crew.succeeded(slot)
-            elif not result.get("refused"):  # the trial failed, which says nothing of the worker
-                self._free += self._crew.answering([slot])
+            node = self._release(slot, result)
         except Exception as failed:  # where losses are written down; as with a record that fails
             self.failure = self.failure or failed
             return
@@ -304,14 +297,12 @@ class BatchSearcher(Searcher):
             self.failure = self.failure or result["refused"]
             return  # Nothing is stored of a batch that was not tried: it is done again at the next start.
         if error or results is None:
-            cause = result.get("lost") or "the Tune trial failed; its error stands in Tune's folder of the run"
             if self._repeat(batch, node):
                 return
-            results = [{"error": cause}] * len(batch.points)
-        elif len(results) != len(batch.points):
-            results = [{"error": f"the worker gave {len(results)} results for {len(batch.points)} candidates"}] * len(
-                batch.points
-            )
+            cause = result.get("lost") or "the Tune trial failed; its error stands in Tune's folder of the run"
+            results = [{"error": cause}] * count
+        elif len(results) != count:
+            results = [{"error": f"the worker gave {len(results)} results for {count} candidates"}] * count
         rows = [
             self._row(trial_id, slot, batch.number, iteration, point, found)
             for iteration, point, found in zip(batch.iterations, batch.points, results, strict=True)
@@ -328,6 +319,19 @@ class BatchSearcher(Searcher):
         for row in rows:
             self.scored.setdefault(row["actor"], []).append(row["seconds"])
             self._learn(row)
+
+    def _release(self, slot: int, result: Row) -> str:
+        """Take note of what has become of a trial's worker; the node that it was on, where it was lost, else ""."""
+        if result.get("lost"):
+            node = self._crew.lose(slot, result["lost"])
+            self._free = self._crew.answering(self._free)
+            return node
+        if result.get("results") is not None:
+            self._free.append(slot)
+            self._crew.succeeded(slot)
+        elif not result.get("refused"):  # the trial failed, which says nothing of the worker
+            self._free += self._crew.answering([slot])
+        return ""
 
     def _repeat(self, batch: _Batch, node: str) -> bool:
         """Queue a batch whose worker was lost once more. Its candidates then go alone, so that one that kills its
