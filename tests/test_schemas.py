@@ -11,6 +11,7 @@ import pytest
 from raymerge.schemas import (
     SCHEMAS,
     conform,
+    correlation_ceiling,
     derive_accuracy,
     derive_task_accuracy,
     layer_ranges,
@@ -203,3 +204,11 @@ def test_labels_join_a_plans_names_and_count_the_random_ones_that_were_scored():
 
 def test_layers_are_written_as_ranges():
     assert layer_ranges([5, 1, 2, 0, 8, 7]) == "0-2, 5, 7-8" and layer_ranges([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [(0.9, 0.4, 0.6), (None, 0.4, None), (0.9, -0.1, None), (-0.75, -18.0, None), (0, 0.5, None)],
+)
+def test_matrices_of_noise_have_no_ceiling(a, b, expected):
+    assert correlation_ceiling({"reliability_a": a, "reliability_b": b}) == (expected and pytest.approx(expected))
