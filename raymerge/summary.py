@@ -52,23 +52,27 @@ def budget_lines(run: RunDirectory) -> list[str]:
 def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the plans' table, as text; without columns of questions where none were asked."""
     asked = any(line["accuracy"] is not None for line in lines)
-    header = ["plan", "layers", *(["accuracy [95 %]", "macro", "answer NLL"] if asked else []), "text ppl [95 %]"]
+    header = ["plan", "layers", *(_ANSWERED if asked else []), "text ppl [95 %]"]
     header += ["picks A/B/C/D %", "letter top %"] if asked else []
     rows = []
     for line in lines:
         cells = [line["label"], str(line["layers"] if line["layers"] is not None else "–")]
         if asked:
-            cells += [
-                share(line["accuracy"], None, line["interval"]),
-                f"{line['macro']:.4f}",
-                f"{line['nll']:.4f}",
-            ]
+            cells += _answered(line)
         cells.append(number(line["perplexity"], line["perplexity_interval"]))
         if asked:
             cells.append("/".join(f"{100 * picked:.0f}" for picked in line["picked"]))
             cells.append("–" if line["top_is_letter"] is None else f"{100 * line['top_is_letter']:.0f}")
         rows.append(cells)
     return header, rows
+
+
+_ANSWERED = ["accuracy [95 %]", "macro", "answer NLL"]
+
+
+def _answered(line: dict) -> list[str]:
+    """The cells of `_ANSWERED`, of a line of `findings.plan_lines`."""
+    return [share(line["accuracy"], None, line["interval"]), f"{line['macro']:.4f}", f"{line['nll']:.4f}"]
 
 
 def share(value: float, error: float | None, interval: tuple[float | None, float | None]) -> str:
@@ -413,15 +417,11 @@ def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str
     points = [row | {"refit": row["refit"] or "none"} for row in run.read("sweep").to_pylist()]
     varied = [key for key, plain in PLAIN.items() if any(row[key] != plain for row in points)]
     header = ["merged", "method", *varied]
-    header += [*(["accuracy [95 %]", "macro", "answer NLL"] if asks else []), "text ppl [95 %]"]
+    header += [*(_ANSWERED if asks else []), "text ppl [95 %]"]
     cells = []
     for row in sorted(points, key=lambda row: row["merges"]):
         line = lines[row["plan_id"]]
-        answered = [
-            share(line["accuracy"], None, line["interval"]),
-            f"{line['macro']:.4f}",
-            f"{line['nll']:.4f}",
-        ] if asks else []  # fmt: skip
+        answered = _answered(line) if asks else []
         read = number(line["perplexity"], line["perplexity_interval"])
         cells.append([str(row["merges"]), row["method"], *(row[key] for key in varied), *answered, read])
     return header, cells
