@@ -256,8 +256,8 @@ class WorkerPool:
     def answering(self, slots: Sequence[int]) -> list[int]:
         """Of slots that have nothing to do, those whose workers are there still; the others are lost.
 
-        To be asked when one is lost: whatever took it, such as its node's end, may have taken these, and the work that
-        it did would be lost over each of them in turn.
+        Ask this whenever a worker is lost. Whatever took it, such as the end of its node, may have taken these too, and
+        the work that it had would be given to each of them in turn, only to be lost again.
         """
         asked = {slot: self._slots[slot].handle.here.remote() for slot in slots}
         if asked:

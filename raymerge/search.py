@@ -197,10 +197,10 @@ class _Batch:
 class BatchSearcher(Searcher):
     """Gives Tune one batch of candidates a trial, on a worker that is free; stores what comes back, then learns.
 
-    candidates: rows that there shall be in the end, those in `replayed` (what the record of an interrupted search
-    holds) included. batch: candidates a trial. concurrent: batches at a time at the most; None for as many as there are
-    workers, however many that comes to be. describe: the columns of table `trials` that follow from a point: searcher,
-    seed, objective, plan_id.
+    candidates: how many rows there are to be in the end, including those in `replayed` (what the record of an
+    interrupted search holds). batch: candidates a trial. concurrent: batches at a time at the most; None for as many as
+    there are workers, however many that comes to be. describe: the columns of table `trials` that follow from a point:
+    searcher, seed, objective, plan_id.
     """
 
     def __init__(

@@ -101,13 +101,14 @@ def wilson_interval(correct: int, n: int, *, confidence: float = 0.95) -> tuple[
 def macro_interval(correct, n, *, confidence: float = 0.95) -> tuple[float, float]:
     """Return Wilson's interval of the unweighted mean over subjects of their accuracies.
 
-    For n stands the effective number of questions, m (1 - m) over the variance of the mean m: so many questions of one
-    kind would know a share of m as well. A subject's variance is that of its share drawn towards m by one question,
-    made up for what the drawing takes away where subjects are alike: with few questions its own share says little of
-    its variance, and one question or all right nothing, while the interval of a mean of two subjects rests on both.
-    One subject has `wilson_interval`. Where all are right or wrong in each subject, which leaves no variance, the
-    number is S^2 / sum(1 / n), that of subjects alike. With many questions this is the normal interval; with few it
-    does not shrink to nothing as that and a stratified bootstrap do. Subjects count as fixed.
+    In place of n it uses the effective number of questions, m (1 - m) over the variance of the mean m: that many
+    questions of a single kind would determine a share of m equally well. A subject's variance is that of its share
+    after one more question, right with probability m, scaled up by what this takes away on average where subjects are
+    alike. Its own share will not do: from few questions it says little about the variance, and from one question, or
+    where all are right, nothing, while the interval of a mean of two subjects rests on both. One subject has
+    `wilson_interval`. Where m is 0 or 1, which leaves no variance, the number is S^2 / sum(1 / n), that of subjects
+    alike. With many questions this is the normal interval; with few it does not shrink to nothing, as that and a
+    stratified bootstrap do. Subjects count as fixed.
 
     Parameters
     ----------

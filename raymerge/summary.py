@@ -186,9 +186,9 @@ def _span(row: dict) -> str:
 
 
 def optimism_lines(run: RunDirectory, split: str) -> list[str]:
-    """What was found, on the questions that chose it and on those of the report: the best of many noisy values is too
-    good, and by how much too good beside the controls, which nothing chose, tells that from a harder split. Where both
-    are one split (`chosen_on`) nothing tells it."""
+    """What was found, on the questions that chose it and on those of the report. The best of many noisy values is too
+    good; the controls, which nothing chose, show how much of the difference is only a harder split. Where both are the
+    same split (`chosen_on`) nothing tells the two apart."""
     trials = [row for row in run.read("trials").to_pylist() if row["status"] == "ok"]
     best = (run.manifest() or {}).get("best") or {}
     found = next((row for row in trials if row["plan_id"] == best.get("plan_id")), None)
