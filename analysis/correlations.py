@@ -92,29 +92,34 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
         detail[i, j] = detail[j, i] = row
     low = min(0.8, math.floor(5 * float(np.nanmin(grids))) / 5)  # from 0, matrices that all agree look alike
     titles = ("Flattened matrices\n(as published)", "Off the diagonal\n[95 % interval], ceiling")
-    for axis, grid, title, detailed in zip(axes, grids, titles, (False, True), strict=False):
-        axis.patch.set_facecolor(_NONE)
-        image = axis.imshow(np.ma.masked_invalid(grid), cmap="Blues", vmin=low, vmax=1, aspect="auto")
-        for (i, j), value in np.ndenumerate(grid):
-            if np.isnan(value):
-                continue
-            text = "1" if i == j else f"{value:.3f}" if not detailed else f"{value:.2f}"
-            if detailed and i != j:
-                row = detail[i, j]
-                if row["ci_low"] is not None and row["ci_high"] is not None:
-                    text += f"\n[{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
-                if (ceiling := correlation_ceiling(row)) is not None:
-                    text += f"\nceiling {ceiling:.2f}"
-            axis.text(j, i, text, ha="center", va="center", fontsize=7, color=ink(image, value))
+    for axis, grid, title, rows_of in zip(axes, grids, titles, ({}, detail), strict=False):
+        draw_grid(axis, grid, low, rows_of)
         axis.set_xticks(range(n), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
         axis.set_yticks(range(n), names if axis is axes[0] else [""] * n, fontsize=8)
-        axis.tick_params(length=0)
-        axis.grid(False)
-        axis.spines[:].set_visible(False)
         axis.set_title(title)
     draw_pairs(axes[2], pairs)
     figure.suptitle(f"Correlation of layer similarity between subsets ({measure})", fontweight="bold")
     return save(figure, path)
+
+
+def draw_grid(axis, grid: np.ndarray, low: float, detail: dict[tuple[int, int], dict]) -> None:
+    """A matrix of correlations with its numbers; detail: by cell, the row whose interval and ceiling are added."""
+    axis.patch.set_facecolor(_NONE)
+    image = axis.imshow(np.ma.masked_invalid(grid), cmap="Blues", vmin=low, vmax=1, aspect="auto")
+    for (i, j), value in np.ndenumerate(grid):
+        if np.isnan(value):
+            continue
+        text = "1" if i == j else f"{value:.3f}"
+        if row := detail.get((i, j)):
+            text = f"{value:.2f}"
+            if row["ci_low"] is not None and row["ci_high"] is not None:
+                text += f"\n[{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
+            if (ceiling := correlation_ceiling(row)) is not None:
+                text += f"\nceiling {ceiling:.2f}"
+        axis.text(j, i, text, ha="center", va="center", fontsize=7, color=ink(image, value))
+    axis.tick_params(length=0)
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
 
 
 def draw_pairs(axis, pairs: list[dict]) -> None:
