@@ -34,6 +34,7 @@ from plotting import (
     markdown,
     need,
     number,
+    perplexity,
     plain_log,
     report_split,
     run_main,
@@ -238,7 +239,7 @@ def draw_texts(axis, view: View, known: list[str]) -> None:
     axis.set_xscale("log")
     axis.set(xlabel="perplexity (log scale)", title="Plain text, lower is better")
     for i, value in zip(at, values, strict=True):
-        axis.annotate(figures(value), (value, i), xytext=(0, 4), textcoords="offset points", ha="center",
+        axis.annotate(perplexity(value), (value, i), xytext=(0, 4), textcoords="offset points", ha="center",
                       fontsize=7.5)  # fmt: skip
     axis.margins(x=0.12)  # room for the numbers
     plain_log(axis.xaxis, *axis.get_xlim())
@@ -357,7 +358,7 @@ def plan_table(view: View) -> str:
                 with_interval(view.accuracy[plan, MACRO]),
                 with_interval(view.difference[plan], "difference", sign="+") if plan != view.reference else None,
                 number(micro["nll"]),
-                figures(text.get("perplexity")),
+                perplexity(text.get("perplexity")),
                 number(text.get("nll")),
             ]
         )
@@ -368,13 +369,6 @@ def plan_table(view: View) -> str:
     header = ["plan", "n", "micro accuracy", "macro accuracy", f"difference to {view.plans[view.reference]}",
               "answer NLL", "text perplexity", "text NLL"]  # fmt: skip
     return markdown(header, rows)
-
-
-def figures(value: float | None) -> str | None:
-    """A perplexity with four significant figures and no exponent."""
-    if value is None or not math.isfinite(value):
-        return None
-    return f"{value:,.{max(0, 3 - math.floor(math.log10(value)))}f}"
 
 
 if __name__ == "__main__":

@@ -195,6 +195,15 @@ def number(value: float | None, digits: int = 3) -> str | None:
     return None if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
 
 
+def perplexity(value: float | None) -> str | None:
+    """A perplexity with four significant figures and no exponent below 10^9; an overflow is infinite."""
+    if value is None or math.isnan(value):
+        return None
+    if math.isinf(value):
+        return "∞"
+    return f"{value:.3e}" if value >= 1e9 else f"{value:,.{max(0, 3 - math.floor(math.log10(value)))}f}"
+
+
 def run_main(draw, description: str, argv: list[str] | None, add_options=None, without_run=None) -> int:
     """Command line of one analysis script: RUN [--out DIR]; returns the exit code: 0, or 2 for a wrong input.
 
