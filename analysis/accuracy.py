@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from plotting import (
     CHANCE,
@@ -33,6 +34,7 @@ from plotting import (
     markdown,
     need,
     number,
+    perplexity,
     plain_log,
     report_split,
     run_main,
@@ -105,40 +107,60 @@ def views_of(run: RunDirectory) -> list[View]:
     split = report_split(run, answers["split"].unique().to_pylist(), "answers")
     answers = answers.filter(pc.equal(answers["split"], split))
     rows = derive_accuracy(answers)  # not table accuracy, which is written at the end and may be older
-    text = [row for row in run.read("perplexity").to_pylist() if row["target"] == "text"]
+    text = {row["plan_id"]: row for row in run.read("perplexity").to_pylist() if row["target"] == "text"}
     labels = plan_labels(plans, run.read("trials").to_pylist())
     views = []
     for language in answers["language"].unique().to_pylist():
         part = answers.filter(pc.equal(answers["language"], language))
         answered = part["plan_id"].unique().to_pylist()
         order = [plan for plan in labels if plan in answered] + [plan for plan in answered if plan not in labels]
-        shown = {plan: labels.get(plan, plan) for plan in order}
         reference = reference_plan(plans, order)
         accuracy = {(row["plan_id"], row["subject"]): row for row in rows if row["language"] == language}
         subjects = [subject for plan, subject in accuracy if plan == reference and subject not in (MICRO, MACRO)]
         subjects.sort(key=lambda subject: -accuracy[reference, subject]["accuracy"])
-        difference, letters, top_is_letter = {}, {}, {}
-        correct = {}
-        for plan in order:
-            mine = part.filter(pc.equal(part["plan_id"], plan))
-            keys = zip(mine["subject"].to_pylist(), mine["question_id"].to_pylist(), strict=True)
-            predicted, answer = mine["predicted"].to_numpy(), mine["answer"].to_numpy()
-            correct[plan] = dict(zip(keys, (predicted == answer).tolist(), strict=True))
-            letters[plan] = np.bincount(predicted, minlength=4) / predicted.size
-            top_is_letter[plan] = pc.mean(mine["top_is_letter"]).as_py()
-            if plan == reference:
-                truth = np.bincount(answer, minlength=4) / answer.size
-        for plan in order:
-            common = correct[plan].keys() & correct[reference].keys()
-            pair = [
-                np.array([side[key] for key in common], dtype=float) for side in (correct[plan], correct[reference])
-            ]
-            difference[plan] = paired_difference(*pair)._asdict() if common else {"difference": math.nan}
+        given = {plan: Given.of(part.filter(pc.equal(part["plan_id"], plan))) for plan in order}
         views.append(
-            View(split, language, shown, reference, accuracy, subjects, difference, letters, truth, top_is_letter,
-                 {row["plan_id"]: row for row in text})
-        )  # fmt: skip
+            View(
+                split,
+                language,
+                {plan: labels.get(plan, plan) for plan in order},
+                reference,
+                accuracy,
+                subjects,
+                {plan: difference_of(given[plan], given[reference]) for plan in order},
+                {plan: one.letters for plan, one in given.items()},
+                given[reference].truth,
+                {plan: one.top_is_letter for plan, one in given.items()},
+                text,
+            )
+        )
     return views
+
+
+class Given(NamedTuple):
+    """What one plan answered: (subject, question_id) -> whether it is right; the shares of A, B, C, D among its
+    predictions and among the right answers; and how often the most likely token is a letter."""
+
+    correct: dict[tuple[str, str], bool]
+    letters: np.ndarray
+    truth: np.ndarray
+    top_is_letter: float | None
+
+    @classmethod
+    def of(cls, answers: pa.Table) -> Given:
+        """From one plan's rows of `answers`."""
+        keys = zip(answers["subject"].to_pylist(), answers["question_id"].to_pylist(), strict=True)
+        predicted, answer = answers["predicted"].to_numpy(), answers["answer"].to_numpy()
+        correct = dict(zip(keys, (predicted == answer).tolist(), strict=True))
+        letters, truth = (np.bincount(each, minlength=4) / each.size for each in (predicted, answer))
+        return cls(correct, letters, truth, pc.mean(answers["top_is_letter"]).as_py())
+
+
+def difference_of(plan: Given, reference: Given) -> dict:
+    """The paired difference in accuracy on the questions that both answered; NaN where there are none."""
+    common = plan.correct.keys() & reference.correct.keys()
+    pair = [np.array([side.correct[key] for key in common], dtype=float) for side in (plan, reference)]
+    return paired_difference(*pair)._asdict() if common else {"difference": math.nan}
 
 
 def reference_plan(plans: list[dict], order: list[str]) -> str:
@@ -217,7 +239,7 @@ def draw_texts(axis, view: View, known: list[str]) -> None:
     axis.set_xscale("log")
     axis.set(xlabel="perplexity (log scale)", title="Plain text, lower is better")
     for i, value in zip(at, values, strict=True):
-        axis.annotate(figures(value), (value, i), xytext=(0, 4), textcoords="offset points", ha="center",
+        axis.annotate(perplexity(value), (value, i), xytext=(0, 4), textcoords="offset points", ha="center",
                       fontsize=7.5)  # fmt: skip
     axis.margins(x=0.12)  # room for the numbers
     plain_log(axis.xaxis, *axis.get_xlim())
@@ -336,7 +358,7 @@ def plan_table(view: View) -> str:
                 with_interval(view.accuracy[plan, MACRO]),
                 with_interval(view.difference[plan], "difference", sign="+") if plan != view.reference else None,
                 number(micro["nll"]),
-                figures(text.get("perplexity")),
+                perplexity(text.get("perplexity")),
                 number(text.get("nll")),
             ]
         )
@@ -347,13 +369,6 @@ def plan_table(view: View) -> str:
     header = ["plan", "n", "micro accuracy", "macro accuracy", f"difference to {view.plans[view.reference]}",
               "answer NLL", "text perplexity", "text NLL"]  # fmt: skip
     return markdown(header, rows)
-
-
-def figures(value: float | None) -> str | None:
-    """A perplexity with four significant figures and no exponent."""
-    if value is None or not math.isfinite(value):
-        return None
-    return f"{value:,.{max(0, 3 - math.floor(math.log10(value)))}f}"
 
 
 if __name__ == "__main__":

@@ -187,47 +187,57 @@ def draw_history(history: list[dict], path: Path, objective: str = "") -> Path:
     of the best start as they move."""
     starts = starts_of(history)
     best = best_start(starts)
-    names = list(dict.fromkeys(start.split(", ")[0] for start in starts))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    draw_losses(left, starts, best, objective)
+    handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, fontsize=8, ncols=min(6, len(handles)), loc="outside lower center")
+    draw_moves(right, starts[best], best)
+    for axis in (left, right):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return save(figure, path)
+
+
+def draw_losses(axis, starts: dict[str, list[dict]], best: str, objective: str) -> None:
+    """Losses by epoch, the best start's thicker, held-out ones dashed with a ring at their minimum."""
+    names = list(dict.fromkeys(start.split(", ")[0] for start in starts))
+    held_out = False
     for start, rows in starts.items():
         i, epochs = names.index(start.split(", ")[0]), [row["epoch"] for row in rows]
         colour = COLOURS[1 + i % (len(COLOURS) - 1)]
         mark = "o" if len(rows) == 1 else None
         width = 2.0 if start == best else 1.1
         label = start if start == best or len(names) == len(starts) else names[i]
-        left.plot(epochs, [row["loss"] for row in rows], color=colour, lw=width, marker=mark, label=label)
+        axis.plot(epochs, [row["loss"] for row in rows], color=colour, lw=width, marker=mark, label=label)
         held = [(row["epoch"], row["held_out_loss"]) for row in rows if row["held_out_loss"] is not None]
         if held:
-            left.plot(*zip(*held, strict=True), color=colour, lw=width, ls="--", marker=mark)
+            held_out = True
+            axis.plot(*zip(*held, strict=True), color=colour, lw=width, ls="--", marker=mark)
             least = lowest(rows)
-            left.plot(least["epoch"], least["held_out_loss"], "o", ms=6, mfc="none", color=colour)
-    held_out = any(row["held_out_loss"] is not None for row in history)
+            axis.plot(least["epoch"], least["held_out_loss"], "o", ms=6, mfc="none", color=colour)
     title = "Loss by epoch" + (" (dashed: held out; ring: its minimum)" if held_out else "")
-    left.set(xlabel="epoch", ylabel="loss" + (f" ({objective})" if objective else ""), title=title)
-    handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles, fontsize=8, ncols=min(6, len(handles)), loc="outside lower center")
-    rows = starts[best]
+    axis.set(xlabel="epoch", ylabel="loss" + (f" ({objective})" if objective else ""), title=title)
+
+
+def draw_moves(axis, rows: list[dict], start: str) -> None:
+    """The alphas of one start by epoch, numbered beside their ends, or many of them by a bar of colours."""
     alphas = np.array([row["alphas"] for row in rows])
     n = len(alphas.T)
     colourmap = LinearSegmentedColormap.from_list("", plt.get_cmap("viridis")(np.linspace(0, 0.85, 64)))
     for step, colour in enumerate(colourmap(np.linspace(0, 1, n))):
-        right.plot([row["epoch"] for row in rows], alphas[:, step], color=colour, lw=1.2 if n <= _NUMBERED else 0.8)
+        axis.plot([row["epoch"] for row in rows], alphas[:, step], color=colour, lw=1.2 if n <= _NUMBERED else 0.8)
     if n <= _NUMBERED:
         ends = np.argsort(alphas[-1], kind="stable")
         heights = spread(alphas[-1, ends].tolist(), min(0.036, 1 / n), 0, 1)
         for step, height in zip(ends.tolist(), heights, strict=True):
-            right.annotate(
+            axis.annotate(
                 str(step), (rows[-1]["epoch"], height), xytext=(3, 0), textcoords="offset points", fontsize=7,
                 va="center",
             )  # fmt: skip
     else:  # with alphas of single matrices: those of all steps, then those of each matrix
         scale = plt.cm.ScalarMappable(plt.Normalize(0, n - 1), colourmap)
-        figure.colorbar(scale, ax=right, label="coefficient: by step, then by matrix and step")
-    for axis in (left, right):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    what = f"α of {best}, numbered by step" if n <= _NUMBERED else f"The {n} α of {best}"
-    right.set(ylim=(-0.03, 1.03), xlabel="epoch", ylabel="α", title=what)
-    return save(figure, path)
+        axis.figure.colorbar(scale, ax=axis, label="coefficient: by step, then by matrix and step")
+    what = f"α of {start}, numbered by step" if n <= _NUMBERED else f"The {n} α of {start}"
+    axis.set(ylim=(-0.03, 1.03), xlabel="epoch", ylabel="α", title=what)
 
 
 def history_rows(history: list[dict]) -> list[list]:

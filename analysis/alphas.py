@@ -212,6 +212,16 @@ def draw_plans(plans, coefficients, labels, path: Path) -> Path:
         figsize=(left_width + right_width, max(3.6, 0.34 * n + 1.6)),
         width_ratios=[left_width, right_width],
     )
+    draw_steps(left, steps, labels)
+    columns = max(1, int((left_width + right_width) / (longest + 0.7)))
+    handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(n, columns), fontsize=8)
+    draw_weights(right, weights, layers, [label_of(key, labels) for key in weights])
+    return save(figure, path)
+
+
+def draw_steps(axis, steps: dict[tuple[str, str | None], list[dict]], labels: dict[str, str]) -> None:
+    """Alphas by merge step, a line a plan, thin ones for single matrices."""
     ends = sorted({(row["step"], row["remove"], row["into"]) for rows in steps.values() for row in rows})
     shared = len({step for step, _, _ in ends}) == len(ends)  # every plan merges the same layers at a step
     own = list(dict.fromkeys(plan_id for plan_id, _ in steps))
@@ -223,33 +233,33 @@ def draw_plans(plans, coefficients, labels, path: Path) -> Path:
         look = {"ms": 4.5, "lw": 1, "label": label_of((plan_id, None), labels)}
         if matrix is not None:
             look = {"ms": 0, "lw": 0.6, "alpha": 0.5, "label": None if (plan_id, None) in steps else look["label"]}
-        left.plot(x, [row["alpha"] for row in rows], **style_of(i), **look)
-    left.set(ylim=(-0.04, 1.04), ylabel="α (weight of the layer merged into)", title=title)
+        axis.plot(x, [row["alpha"] for row in rows], **style_of(i), **look)
+    axis.set(ylim=(-0.04, 1.04), ylabel="α (weight of the layer merged into)", title=title)
     if shared and ends:
         stride = math.ceil(len(ends) / 20)
         names = [f"{step}: {remove}→{into}" for step, remove, into in ends[::stride]]
-        left.set_xticks([e[0] for e in ends[::stride]], names, fontsize=7.5, rotation=90 if len(names) > 5 else 0)
-        left.set_xlabel("merge step: layer removed → layer it merges into")
+        axis.set_xticks([e[0] for e in ends[::stride]], names, fontsize=7.5, rotation=90 if len(names) > 5 else 0)
+        axis.set_xlabel("merge step: layer removed → layer it merges into")
     else:
-        left.set_xlabel("merge step")
-        left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    columns = max(1, int((left_width + right_width) / (longest + 0.7)))
-    handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(n, columns), fontsize=8)
+        axis.set_xlabel("merge step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
+
+def draw_weights(axis, weights: dict[tuple, dict[int, float]], layers: list[int], names: list[str]) -> None:
+    """The weight that each original layer ends up with, a row a plan; names: of the rows."""
     grid = np.array([[row[layer] for layer in layers] for row in weights.values()]).reshape(len(weights), len(layers))
-    image = right.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    image = axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (i, j), value in np.ndenumerate(grid):
         text = "0" if value == 0 else "1" if value == 1 else "<.001" if value < 0.0005 else f"{value:.3f}".lstrip("0")
-        right.text(j, i, text, ha="center", va="center", fontsize=7, color=ink(image, value))
-    right.set_xticks(range(len(layers)), layers)
-    right.set_yticks(range(len(weights)), [label_of(key, labels) for key in weights])
-    right.grid(False)
-    right.tick_params(length=0)
-    right.spines[:].set_visible(False)
-    right.set(xlabel="original decoder layer", title="Effective coefficient of each original layer")
-    figure.colorbar(image, ax=right, label="weight", fraction=0.05, pad=0.02).outline.set_visible(False)
-    return save(figure, path)
+        axis.text(j, i, text, ha="center", va="center", fontsize=7, color=ink(image, value))
+    axis.set_xticks(range(len(layers)), layers)
+    axis.set_yticks(range(len(weights)), names)
+    axis.grid(False)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set(xlabel="original decoder layer", title="Effective coefficient of each original layer")
+    bar = axis.figure.colorbar(image, ax=axis, label="weight", fraction=0.05, pad=0.02)
+    bar.outline.set_visible(False)
 
 
 def describe_plans(plans, coefficients, labels) -> list[str]:

@@ -19,7 +19,6 @@ Published points are in published/compression.csv, each with its source.
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 
@@ -37,7 +36,18 @@ from compression_points import (
     swept,
 )
 from context_panels import describe_context, draw_context
-from plotting import CHANCE, STYLE, markdown, need, number, report_split, run_main, save_text, with_interval
+from plotting import (
+    CHANCE,
+    STYLE,
+    markdown,
+    need,
+    number,
+    perplexity,
+    report_split,
+    run_main,
+    save_text,
+    with_interval,
+)
 
 from raymerge.tables import RunDirectory
 
@@ -168,7 +178,7 @@ def describe(points: list[Point], published: list[dict], split: str, language: s
                 with_interval(point.micro, digits=4),
                 with_interval(point.macro, digits=4),
                 point.micro and number(point.micro["nll"]),
-                figures(point.perplexity),
+                perplexity(point.perplexity),
                 with_interval(difference, "difference", digits=4, sign="+"),
                 difference and probability(difference["p_value"]),
                 difference and probability(difference["p_holm"]),
@@ -190,14 +200,18 @@ def describe(points: list[Point], published: list[dict], split: str, language: s
             "too.",
             markdown(["curve", "K", "standard deviation", "largest drop", "at K"], stable),
         ]
+    return [*text, *describe_published(published)]
+
+
+def describe_published(published: list[dict]) -> list[str]:
+    """The section of compression.md on the published points that are shown, if any are."""
     if not published:
-        return text
+        return []
     cited = [
         [row["source"], row["method"], row["layers"], number(row["compression_percent"], 3), number(row["accuracy"], 4)]
         for row in published
     ]
     return [
-        *text,
         f"### Published points\n\n{published[0]['model']}, {PUBLISHED_LAYERS} layers; layers removed % is layers / "
         f"{PUBLISHED_LAYERS}. Beyond Naive Merging: "
         "Borate et al., the study of alignment and similarity that follows arXiv 2406.16330; the MKA and fixed points "
@@ -210,9 +224,9 @@ def describe_texts(points: list[Point]) -> list[str]:
     """The sections of compression.md where no questions were asked."""
     rows = []
     for point in points:
-        limits = [point.text and figures(point.text[name]) for name in ("ci_low", "ci_high")]
+        limits = [point.text and perplexity(point.text[name]) for name in ("ci_low", "ci_high")]
         removed = [number(100 * share, 2) for share in (point.share, point.parameters_removed)]
-        rows.append([*point[1:5], *removed, figures(point.perplexity), *limits])
+        rows.append([*point[1:5], *removed, perplexity(point.perplexity), *limits])
     header = ["method", "alignment", "norms", "K", "layers removed %", "parameters removed %", "text perplexity",
               "95 % from", "to"]  # fmt: skip
     return ["## Plain text\n\nK merges. No questions were asked.", markdown(header, rows)]
@@ -223,15 +237,6 @@ def probability(p: float | None) -> str | None:
     if p is None:
         return None
     return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}" if p > 0 else "0"
-
-
-def figures(value: float | None) -> str | None:
-    """A perplexity with four significant figures and no exponent below 10^9; an overflow is infinite."""
-    if value is None or math.isnan(value):
-        return None
-    if math.isinf(value):
-        return "∞"
-    return f"{value:.3e}" if value >= 1e9 else f"{value:,.{max(0, 3 - math.floor(math.log10(value)))}f}"
 
 
 if __name__ == "__main__":

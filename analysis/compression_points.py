@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from plotting import need
 
-from raymerge.tables import MACRO, MICRO, RunDirectory, RunError, way_of
+from raymerge.tables import MACRO, MICRO, RunDirectory, RunError, turned, way_of
 
 _PUBLISHED = Path(__file__).parent / "published" / "compression.csv"
 PUBLISHED_LAYERS = 32  # of the model that the published points are of
@@ -60,8 +60,7 @@ def points_of(sweep, accuracy, costs, texts, comparisons) -> list[Point]:
     for row in comparisons:
         if row["measure"] == "accuracy":
             paired[row["plan_a"], row["plan_b"]] = row
-            flipped = {"difference": -row["difference"], "ci_low": -row["ci_high"], "ci_high": -row["ci_low"]}
-            paired.setdefault((row["plan_b"], row["plan_a"]), {**row, **flipped})
+            paired.setdefault((row["plan_b"], row["plan_a"]), turned(row))
     order = {key: i for i, key in enumerate(dict.fromkeys(line_of(row) for row in sweep))}
     points = []
     for row in sorted(sweep, key=lambda row: (order[line_of(row)], row["merges"])):

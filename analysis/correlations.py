@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from plotting import COLOURS, GREY, STYLE, ink, markdown, need, number, run_main, save, save_text, subset_name
 
-from raymerge.tables import RunDirectory
+from raymerge.tables import RunDirectory, correlation_ceiling
 
 _KINDS = {
     "subsets in one language": COLOURS[1],
@@ -69,12 +69,6 @@ def pairs_of(rows: list[dict]) -> list[dict]:
     return sorted(found.values(), key=lambda row: -row["pearson_off_diagonal"])
 
 
-def ceiling_of(row: dict) -> float | None:
-    """sqrt of the product of the reliabilities; None where one is missing or not positive."""
-    a, b = row["reliability_a"], row["reliability_b"]
-    return None if a is None or b is None or min(a, b) <= 0 else math.sqrt(a * b)
-
-
 def kind_of(row: dict) -> str:
     """Which of `_KINDS` a pair is."""
     if row["language_a"] == row["language_b"]:
@@ -98,29 +92,34 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
         detail[i, j] = detail[j, i] = row
     low = min(0.8, math.floor(5 * float(np.nanmin(grids))) / 5)  # from 0, matrices that all agree look alike
     titles = ("Flattened matrices\n(as published)", "Off the diagonal\n[95 % interval], ceiling")
-    for axis, grid, title, detailed in zip(axes, grids, titles, (False, True), strict=False):
-        axis.patch.set_facecolor(_NONE)
-        image = axis.imshow(np.ma.masked_invalid(grid), cmap="Blues", vmin=low, vmax=1, aspect="auto")
-        for (i, j), value in np.ndenumerate(grid):
-            if np.isnan(value):
-                continue
-            text = "1" if i == j else f"{value:.3f}" if not detailed else f"{value:.2f}"
-            if detailed and i != j:
-                row = detail[i, j]
-                if row["ci_low"] is not None and row["ci_high"] is not None:
-                    text += f"\n[{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
-                if (ceiling := ceiling_of(row)) is not None:
-                    text += f"\nceiling {ceiling:.2f}"
-            axis.text(j, i, text, ha="center", va="center", fontsize=7, color=ink(image, value))
+    for axis, grid, title, rows_of in zip(axes, grids, titles, ({}, detail), strict=False):
+        draw_grid(axis, grid, low, rows_of)
         axis.set_xticks(range(n), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
         axis.set_yticks(range(n), names if axis is axes[0] else [""] * n, fontsize=8)
-        axis.tick_params(length=0)
-        axis.grid(False)
-        axis.spines[:].set_visible(False)
         axis.set_title(title)
     draw_pairs(axes[2], pairs)
     figure.suptitle(f"Correlation of layer similarity between subsets ({measure})", fontweight="bold")
     return save(figure, path)
+
+
+def draw_grid(axis, grid: np.ndarray, low: float, detail: dict[tuple[int, int], dict]) -> None:
+    """A matrix of correlations with its numbers; detail: by cell, the row whose interval and ceiling are added."""
+    axis.patch.set_facecolor(_NONE)
+    image = axis.imshow(np.ma.masked_invalid(grid), cmap="Blues", vmin=low, vmax=1, aspect="auto")
+    for (i, j), value in np.ndenumerate(grid):
+        if np.isnan(value):
+            continue
+        text = "1" if i == j else f"{value:.3f}"
+        if row := detail.get((i, j)):
+            text = f"{value:.2f}"
+            if row["ci_low"] is not None and row["ci_high"] is not None:
+                text += f"\n[{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
+            if (ceiling := correlation_ceiling(row)) is not None:
+                text += f"\nceiling {ceiling:.2f}"
+        axis.text(j, i, text, ha="center", va="center", fontsize=7, color=ink(image, value))
+    axis.tick_params(length=0)
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
 
 
 def draw_pairs(axis, pairs: list[dict]) -> None:
@@ -130,7 +129,7 @@ def draw_pairs(axis, pairs: list[dict]) -> None:
         if row["ci_low"] is not None and row["ci_high"] is not None:
             axis.hlines(y, row["ci_low"], row["ci_high"], color=colour, lw=1.4)
         axis.plot(row["pearson_off_diagonal"], y, "o", ms=5, color=colour)
-        if (ceiling := ceiling_of(row)) is not None:
+        if (ceiling := correlation_ceiling(row)) is not None:
             axis.plot(ceiling, y, "|", ms=10, mew=1.8, color="black")
     labels = [f"{subset_name(row, '_a')} – {subset_name(row, '_b')}" for row in pairs]
     axis.set_yticks(range(len(pairs)), labels, fontsize=7.5)
@@ -139,7 +138,7 @@ def draw_pairs(axis, pairs: list[dict]) -> None:
     axis.set(xlabel="off-diagonal Pearson correlation", title="Every pair\nagainst its ceiling")
     for kind in dict.fromkeys(kind_of(row) for row in pairs):
         axis.plot([], [], "o-", ms=5, lw=1.4, color=_KINDS[kind], label=kind)
-    if any(ceiling_of(row) is not None for row in pairs):
+    if any(correlation_ceiling(row) is not None for row in pairs):
         axis.plot([], [], "|", ms=10, mew=1.8, color="black", label="ceiling")
     axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower right", ncols=4, fontsize=8)
 
@@ -155,7 +154,7 @@ def describe(rows: list[dict], measure: str) -> list[str]:
     """The section of correlations.md for one measure."""
     table = []
     for row in pairs_of(rows):
-        ceiling = ceiling_of(row)
+        ceiling = correlation_ceiling(row)
         known = row["ci_low"] is not None and row["ci_high"] is not None
         table.append(
             [
@@ -176,7 +175,8 @@ def describe(rows: list[dict], measure: str) -> list[str]:
     means = []
     for kind in _KINDS:
         mine = [row for row in pairs_of(rows) if kind_of(row) == kind]
-        ratios = [row["pearson_off_diagonal"] / ceiling for row in mine if (ceiling := ceiling_of(row)) is not None]
+        bounded = [(row, ceiling) for row in mine if (ceiling := correlation_ceiling(row)) is not None]
+        ratios = [row["pearson_off_diagonal"] / ceiling for row, ceiling in bounded]
         if mine:
             means.append(
                 [

@@ -38,7 +38,7 @@ from plotting import (
     subset_name,
 )
 
-from raymerge.tables import RunDirectory, degeneracy
+from raymerge.tables import RunDirectory, colour_scale, degeneracy, layer_ranges
 
 _PANELS = 5  # subsets beside each other; more go on a new line
 _NOTES = 5  # different ones written out a subset
@@ -125,11 +125,8 @@ def colour_range(views: list[View]) -> tuple[float, float, bool, bool]:
         values = every
     if not values.size:
         return 0.0, 1.0, False, False
-    low, high = np.percentile(values, [1, 99])
-    low = min(0.0, low) if low < 0.5 * high else low  # cosines near 1 would look all alike on a scale from 0
-    if high <= low:
-        low, high = low - 0.5, low + 0.5
-    return float(low), float(high), bool(every.min() < low), bool(every.max() > high)
+    low, high = colour_scale(values)
+    return low, high, bool(every.min() < low), bool(every.max() > high)
 
 
 def draw_matrices(views: list[View], measure: str, embedding: str, path: Path) -> Path:
@@ -239,7 +236,7 @@ def null_title(view: View) -> str:
     share = above_null(view)
     if share is not None:
         return f"{100 * share:.0f} % of pairs above null"
-    return f"noise: degenerate in layers {ranges(view.degenerate)}" if view.degenerate else "no defined pair"
+    return f"noise: degenerate in layers {layer_ranges(view.degenerate)}" if view.degenerate else "no defined pair"
 
 
 def degenerate_layers(name: str, n_samples: int, ranks: Sequence[dict]) -> list[int] | None:
@@ -294,7 +291,7 @@ def describe(views: list[View], measure: str, embedding: str) -> list[str]:
                 number(np.median(widths) if widths.size else None),
                 number(np.nanmean(np.diag(view.value)) if np.isfinite(np.diag(view.value)).any() else None),
                 int((view.off_diagonal & np.isnan(view.value)).sum()),
-                None if view.degenerate is None else ranges(view.degenerate) or "none",
+                None if view.degenerate is None else layer_ranges(view.degenerate) or "none",
             ]
         )
         notes += [f"- {view.name}: {note}" for note in view.notes[:_NOTES]]
@@ -303,17 +300,6 @@ def describe(views: list[View], measure: str, embedding: str) -> list[str]:
               "mean diagonal", "undefined cells", "degenerate layers"]  # fmt: skip
     text = [f"## {title_of(measure, embedding)}", markdown(header, rows), f"Colours: {caption(views)}."]
     return text + (["Notes on undefined or unusual cells:\n\n" + "\n".join(notes)] if notes else [])
-
-
-def ranges(layers: list[int]) -> str:
-    """Sorted layers as text: 0-3, 7."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def describe_influence(rows: list[dict]) -> list[str]:

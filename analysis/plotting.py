@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from raymerge.tables import RunDirectory, RunError
+from raymerge.tables import IMPORTED, RunDirectory, RunError
 
 # Okabe & Ito (2008) without yellow, which is too faint on white; the last is Paul Tol's wine
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255")
@@ -166,7 +166,7 @@ def subset_name(row: dict, suffix: str = "") -> str:
     The columns may carry a suffix such as "_a".
     """
     subset, language = row[f"subset{suffix}"], row[f"language{suffix}"]
-    return subset if language == "imported" else f"{subset} {language}"
+    return subset if language == IMPORTED else f"{subset} {language}"
 
 
 def ink(image, value: float) -> str:
@@ -193,6 +193,15 @@ def markdown(header: list[str], rows: list[list]) -> str:
 def number(value: float | None, digits: int = 3) -> str | None:
     """Fixed digits; None (an en dash in a table) for a missing or undefined value."""
     return None if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
+
+
+def perplexity(value: float | None) -> str | None:
+    """A perplexity with four significant figures and no exponent below 10^9; an overflow is infinite."""
+    if value is None or math.isnan(value):
+        return None
+    if math.isinf(value):
+        return "∞"
+    return f"{value:.3e}" if value >= 1e9 else f"{value:,.{max(0, 3 - math.floor(math.log10(value)))}f}"
 
 
 def run_main(draw, description: str, argv: list[str] | None, add_options=None, without_run=None) -> int:

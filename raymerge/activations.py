@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from raymerge.errors import UserError
-from raymerge.forward import GroupStates, Layer, LayerRunner
+from raymerge.forward import GroupStates, Layer, LayerRunner, joined
 from raymerge.fusion import check_mergeable
 from raymerge.identity import digest
 from raymerge.plan import MergePlan, base_plan
@@ -289,10 +289,10 @@ def state_distances(runner: LayerRunner, shard: Shard) -> tuple[np.ndarray, np.n
     2.2 GB of an 8B model. Raises ActivationError where a layer gives values that are not finite.
     """
     plan, states = base_plan(runner.checkpoint.n_layers), runner.embed(shard)
-    depths = [_packed(runner, states)]
+    depths = [joined(runner.pack(states))]
     for layer in runner.plan_layers(plan):
         runner.run(states, [layer])
-        depths.append(_packed(runner, states))
+        depths.append(joined(runner.pack(states)))
         if not torch.isfinite(depths[-1]).all():
             raise ActivationError(runner.overflow(f"layer {layer[0]} gives values that are"))
     tokens = len(depths[0])
@@ -311,11 +311,6 @@ def state_distances(runner: LayerRunner, shard: Shard) -> tuple[np.ndarray, np.n
         values.fill_diagonal_(0.0)  # the angle of a state with itself is the root of a rounding error
         sums.append(((values + values.T) / 2).cpu().numpy())
     return sums[0], sums[1], tokens
-
-
-def _packed(runner: LayerRunner, states: Sequence[GroupStates]) -> Tensor:
-    """(tokens, d) of all groups, prefixes included, without padding."""
-    return torch.cat([part for pair in runner.pack(list(states)) for part in pair])
 
 
 class ActivationCache:

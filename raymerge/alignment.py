@@ -391,6 +391,13 @@ def match_rows(reference: Tensor, other: Tensor) -> np.ndarray:
     return assign(torch.cdist(one, two, compute_mode="use_mm_for_euclid_dist").numpy(force=True))
 
 
+def _match_in_blocks(reference: Tensor, other: Tensor, blocks: Sequence[int] | None) -> np.ndarray:
+    """`match_rows` inside each block of so many rows, the projections that a matrix holds; None: it is one."""
+    parts = [matrix.split(list(blocks or [len(matrix)])) for matrix in (reference, other)]
+    starts = np.cumsum([0, *(len(part) for part in parts[0])])
+    return np.concatenate([start + match_rows(*pair) for start, *pair in zip(starts[:-1], *parts, strict=True)])
+
+
 def fuse_rows(
     load: Callable[[int], dict[str, Tensor]],
     matrices: Sequence[str],
@@ -418,10 +425,7 @@ def fuse_rows(
             elif step.alpha == 1.0:  # nothing of it is used
                 found[matrix] = np.arange(len(removed[weight]))
             else:
-                parts = [w.split((blocks or {}).get(matrix, [len(w)])) for w in (into[weight], removed[weight])]
-                starts = np.cumsum([0, *(len(part) for part in parts[0])])
-                orders = (start + match_rows(*pair) for start, *pair in zip(starts[:-1], *parts, strict=True))
-                found[matrix] = np.concatenate(list(orders))
+                found[matrix] = _match_in_blocks(into[weight], removed[weight], (blocks or {}).get(matrix))
         fused = {}
         for name, own in into.items():
             order = torch.from_numpy(found[name.rpartition(".")[0]]).to(own.device)

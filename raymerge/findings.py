@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymerge.diffusion import degeneracy
 from raymerge.objectives import parse_objective, score_answers, score_text
 from raymerge.questions import known_domains
-from raymerge.tables import MACRO, MICRO, RunDirectory, plan_labels
+from raymerge.schemas import letter_logits
+from raymerge.tables import MACRO, MICRO, RunDirectory, plan_labels, turned
 
 
 def always_a_share(run: RunDirectory, split: str) -> float:
@@ -130,26 +129,11 @@ def verdict(row: dict) -> str:
     return f"{found}, but not among so many comparisons" if alone else found
 
 
-def correlation_ceiling(row: dict) -> float | None:
-    """What noise leaves of a correlation of 1, of a row of `similarity_correlation`; None where it is not known.
-
-    A reliability of 0 or less is a matrix of noise, which has no pattern to correlate: two of them below 0, a third of
-    all pairs of such matrices, have no ceiling either, although their product is above it.
-    """
-    a, b = row["reliability_a"], row["reliability_b"]
-    return None if a is None or b is None or min(a, b) <= 0 else math.sqrt(a * b)
-
-
 def of_plan(rows: Iterable[dict], plan_id: str) -> list[dict]:
     """Those rows of `comparisons`, or of a table like it, that a plan is in, each as the plan minus the other one."""
     return [
-        row if row["plan_a"] == plan_id else _turned(row) for row in rows if plan_id in (row["plan_a"], row["plan_b"])
+        row if row["plan_a"] == plan_id else turned(row) for row in rows if plan_id in (row["plan_a"], row["plan_b"])
     ]
-
-
-def _turned(row: dict) -> dict:
-    sides = {"plan_a": row["plan_b"], "plan_b": row["plan_a"]}
-    return row | sides | {"difference": -row["difference"], "ci_low": -row["ci_high"], "ci_high": -row["ci_low"]}
 
 
 def comparison_rows(run: RunDirectory) -> list[dict]:
@@ -173,7 +157,7 @@ def objective_value(run: RunDirectory, split: str, plan_id: str, objective: str)
         unmerged = answers.filter(pc.is_in(answers["plan_id"], pa.array(base, pa.string()))).sort_by("question_id")
         if not base or unmerged["question_id"].to_pylist() != own["question_id"].to_pylist():
             return None
-        reference = _logits(unmerged)
+        reference = letter_logits(unmerged)
     if parsed.needs_text:
         texts = run.read("perplexity").to_pylist()
         text = next((row["nll"] for row in texts if (row["plan_id"], row["target"]) == (plan_id, "text")), None)
@@ -185,7 +169,7 @@ def objective_value(run: RunDirectory, split: str, plan_id: str, objective: str)
         return None
     return score_answers(
         objective,
-        _logits(own),
+        letter_logits(own),
         own["answer"].to_numpy(),
         own["subject"].to_pylist(),
         reference=reference,
@@ -197,10 +181,6 @@ def objective_value(run: RunDirectory, split: str, plan_id: str, objective: str)
 def searched_names(run: RunDirectory) -> list[str]:
     """The subjects and domains that a search was for, as its objective names them; none where it was for all."""
     return parse_objective(run.config["search"]["objective"]).judged_on
-
-
-def _logits(answers: pa.Table) -> np.ndarray:
-    return np.stack([answers[f"logit_{letter}"].to_numpy() for letter in "abcd"], axis=1)
 
 
 def chosen_on(run: RunDirectory, split: str) -> bool:

@@ -448,6 +448,11 @@ class LayerRunner:
         return out[0] if isinstance(out, tuple) else out
 
 
+def joined(packed: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """(tokens, d) of all groups that `LayerRunner.pack` gives, prefixes included, without padding."""
+    return torch.cat([part for pair in packed for part in pair])
+
+
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     """(Q, K) bool: which key positions each query position attends to, causal and within `window` positions."""
     distance = queries[:, None] - keys[None, :]

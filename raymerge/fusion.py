@@ -217,6 +217,11 @@ def check_mergeable(checkpoint: Checkpoint, plan: MergePlan) -> None:
         _check_matrices(checkpoint.architecture, plan)
     if plan.n_layers != checkpoint.n_layers:
         raise PlanError(f"the plan is for {plan.n_layers} layers, the model has {checkpoint.n_layers}")
+    _check_attention(checkpoint, plan)
+
+
+def _check_attention(checkpoint: Checkpoint, plan: MergePlan) -> None:
+    """Refuse to average layers whose attention windows or rotary embeddings differ."""
     kinds = list(zip(checkpoint.windows, checkpoint.rotary_types, strict=True))
     for kept in plan.kept:
         together = {*kept.sources, kept.index}

@@ -86,21 +86,20 @@ class Parametrisation:
             return torch.softmax(parameters, -1)
         return torch.softmax(parameters.unflatten(0, (len(self.matrices), -1)), -1)
 
-    def plan(self, parameters: Tensor, *, name: str = "gradient") -> MergePlan:
+    def plan(self, parameters: Tensor) -> MergePlan:
         """The template's merges with these coefficients; the steps' own alphas of "per_matrix" are of their mean."""
         with torch.no_grad():
             if self.kind == "alphas":
-                return self.template.with_alphas(self.alphas(parameters).tolist(), name=name, kind="found")
-            return self.plan_of(self.coefficients(parameters).numpy(), name=name)
+                return self.template.with_alphas(self.alphas(parameters).tolist(), name="gradient", kind="found")
+            return self.plan_of(self.coefficients(parameters).numpy())
 
-    def plan_of(self, coefficients: np.ndarray, *, name: str = "gradient") -> MergePlan:
+    def plan_of(self, coefficients: np.ndarray) -> MergePlan:
         """The plan of effective coefficients (K + 1,) or (matrices, K + 1)."""
-        alphas = coefficients_to_alphas(coefficients)
-        if alphas.ndim == 1:
-            return self.template.with_alphas(alphas.tolist(), name=name, kind="found")
-        common = coefficients_to_alphas(coefficients.mean(0)).tolist()
-        own = dict(zip(self.matrices, alphas.tolist(), strict=True))
-        return self.template.with_alphas(common, name=name, kind="found", matrix_alphas=own)
+        common, own = coefficients_to_alphas(coefficients), None
+        if common.ndim == 2:
+            own = dict(zip(self.matrices, common.tolist(), strict=True))
+            common = coefficients_to_alphas(coefficients.mean(0))
+        return self.template.with_alphas(common.tolist(), name="gradient", kind="found", matrix_alphas=own)
 
 
 def _tail_coefficients(alphas: Tensor) -> Tensor:

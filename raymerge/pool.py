@@ -191,33 +191,39 @@ class WorkerPool:
             self._grown_at = now
             self._add(max(0, self._grow() - len(self._slots)))
         for number, slot in enumerate(self._slots):
-            if slot.since is not None or slot.gone or slot.ask_at > now:
-                continue
-            if slot.ready is None:
-                self._ask(slot)
-            if not ray.wait([slot.ready], timeout=0)[0]:
-                continue
-            try:
-                node, address, answer = ray.get(slot.ready)
-                if slot.asked is not self._admission:  # it was asked before there was this one
-                    self._ask(slot)
-                    continue
-                self._admission[1](answer)
-            except (RayTaskError, UserError) as error:
-                self._refuse(number, error)
-            except GIVEN_UP as error:
-                self._replace(number, reason_of(error))
-            except RayError:
-                slot.ready, slot.ask_at = None, now + _PAUSE_S
-            else:
-                late, waited = self._open and not slot.losses, now - self._empty_since
-                slot.ready, slot.since, slot.node = None, now, node
+            awaited = slot.since is None and not slot.gone and slot.ask_at <= now
+            if awaited and self._has_come(number, slot, now):
                 came.append(number)
-                if late:
-                    self._tell("joined", number, f"on {address}")
-                elif self._open:
-                    self._tell("back", number, f"on {address}" + ("" if self.count > 1 else f" after {waited:.0f} s"))
         return came
+
+    def _has_come(self, number: int, slot: _Slot, now: float) -> bool:
+        """Whether an awaited slot's worker has answered that it is there, and may take part; it is then present."""
+        if slot.ready is None:
+            self._ask(slot)
+        if not ray.wait([slot.ready], timeout=0)[0]:
+            return False
+        try:
+            node, address, answer = ray.get(slot.ready)
+            if slot.asked is not self._admission:  # it was asked before there was this one
+                self._ask(slot)
+                return False
+            self._admission[1](answer)
+        except (RayTaskError, UserError) as error:
+            self._refuse(number, error)
+            return False
+        except GIVEN_UP as error:
+            self._replace(number, reason_of(error))
+            return False
+        except RayError:
+            slot.ready, slot.ask_at = None, now + _PAUSE_S
+            return False
+        slot.ready, slot.since, slot.node = None, now, node
+        if self._open and not slot.losses:
+            self._tell("joined", number, f"on {address}")
+        elif self._open:
+            alone = "" if self.count > 1 else f" after {now - self._empty_since:.0f} s"
+            self._tell("back", number, f"on {address}{alone}")
+        return True
 
     def lose(self, slot: int, reason: str) -> str:
         """A call to this worker did not end: it is out of the pool until Ray has restarted it. The id of the node that
@@ -250,8 +256,8 @@ class WorkerPool:
     def answering(self, slots: Sequence[int]) -> list[int]:
         """Of slots that have nothing to do, those whose workers are there still; the others are lost.
 
-        To be asked when one is lost: whatever took it, such as its node's end, may have taken these, and the work that
-        it did would be lost over each of them in turn.
+        Ask this whenever a worker is lost. Whatever took it, such as the end of its node, may have taken these too, and
+        the work that it had would be given to each of them in turn, only to be lost again.
         """
         asked = {slot: self._slots[slot].handle.here.remote() for slot in slots}
         if asked:

@@ -448,14 +448,20 @@ def _choose_subjects(
             raise DataError(f"domain {name!r} has no subjects; name some")
         for subject in members:
             if subject not in there:
-                of = "" if subject == name else f" of domain {name!r}"
-                close = difflib.get_close_matches(subject, [*there, *known] if subject == name else there)
-                like = f"did you mean {' or '.join(close)}? " if close else ""
-                whole = [name for name, all_of_it in known.items() if set(all_of_it) <= set(there)]
-                raise DataError(
-                    f"unknown subject {subject!r}{of}; {like}there are {len(there)} subjects in split "
-                    f"{split} ({', '.join(sorted(there)[:3])}, ...)"
-                    + (f" and the domains {', '.join(whole)}" if whole else "")
-                )
+                raise _unknown_subject(subject, name, there, known, split)
         chosen.update(members)
     return sorted(chosen)
+
+
+def _unknown_subject(
+    subject: str, name: str, there: list[str], known: Mapping[str, Sequence[str]], split: str
+) -> DataError:
+    """The error for a subject that is not there; name: what was asked for, the subject or a domain that has it."""
+    of = "" if subject == name else f" of domain {name!r}"
+    close = difflib.get_close_matches(subject, [*there, *known] if subject == name else there)
+    like = f"did you mean {' or '.join(close)}? " if close else ""
+    whole = [domain for domain, members in known.items() if set(members) <= set(there)]
+    return DataError(
+        f"unknown subject {subject!r}{of}; {like}there are {len(there)} subjects in split "
+        f"{split} ({', '.join(sorted(there)[:3])}, ...)" + (f" and the domains {', '.join(whole)}" if whole else "")
+    )

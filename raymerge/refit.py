@@ -21,7 +21,7 @@ quantisation see the same weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,7 @@ from raymerge.alignment import layer_tensors
 from raymerge.architectures import source_tensor
 from raymerge.checkpoint import Checkpoint
 from raymerge.device import moved
-from raymerge.forward import GroupStates, LayerRunner
+from raymerge.forward import GroupStates, LayerRunner, joined
 from raymerge.identity import digest
 from raymerge.normal_equations import NormalEquations, PackedEquations, RefitError, choose_ridge
 from raymerge.plan import MergePlan
@@ -316,7 +316,7 @@ class Refitter:
 
     def _target(self, depth: int, shard: Shard) -> Tensor:
         """(tokens, d): the unmerged model's states that enter layer `depth`."""
-        return _joined(TrunkCache(self.runner, depth, self.cache).load(shard)).to(self.runner.device)
+        return joined(TrunkCache(self.runner, depth, self.cache).load(shard)).to(self.runner.device)
 
     def _add(
         self,
@@ -436,11 +436,6 @@ def _held_out(shard: Shard, *, first: int, sequences: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _joined(packed: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """(tokens, d) of all groups, prefixes included, without padding."""
-    return torch.cat([part for pair in packed for part in pair])
-
-
 @torch.inference_mode()
 def observe(
     runner: LayerRunner, states: list[GroupStates], index: int, weights: Mapping[str, Tensor]
@@ -470,4 +465,4 @@ def observe(
         for hook in hooks:
             hook.remove()
     parts["leaving"] = states
-    return {name: _joined(runner.pack(group)) for name, group in parts.items()}
+    return {name: joined(runner.pack(group)) for name, group in parts.items()}

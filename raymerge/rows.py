@@ -20,7 +20,7 @@ from raymerge.plan import MergePlan
 from raymerge.prompts import TEXT_WINDOW
 from raymerge.quantisation import quantised_bytes
 from raymerge.questions import QuestionSet
-from raymerge.schemas import SCHEMAS, TASK_MEASURES, TEXT_SPLIT
+from raymerge.schemas import SCHEMAS, TASK_MEASURES, TEXT_SPLIT, letter_logits
 from raymerge.statistics import MeanInterval, answer_nll, holm, mcnemar, paired_difference, ratio_interval
 from raymerge.tasks import Task
 from raymerge.texts import text_hash
@@ -369,9 +369,9 @@ def _tested(a: np.ndarray, b: np.ndarray, counts: np.ndarray | None, n_resamples
 def _side(answers: pa.Table, plan_id: str) -> _Side:
     """A plan's question ids in order, which of them it got right, and their answer NLL."""
     rows = answers.filter(pc.equal(answers["plan_id"], plan_id)).sort_by("question_id")
-    logits = np.stack([rows[f"logit_{letter}"].to_numpy() for letter in "abcd"], axis=1)
     answer = rows["answer"].to_numpy()
-    measures = {"accuracy": rows["predicted"].to_numpy() == answer, "answer_nll": answer_nll(logits, answer)}
+    nll = answer_nll(letter_logits(rows), answer)
+    measures = {"accuracy": rows["predicted"].to_numpy() == answer, "answer_nll": nll}
     return _Side(rows["question_id"].to_pylist(), measures)
 
 

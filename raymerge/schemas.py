@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,6 +13,12 @@ from raymerge.statistics import accuracy_summary, answer_nll, macro_interval, ma
 
 #: Subjects of `accuracy` that are averages: over questions, and over subjects.
 MICRO, MACRO = "_micro", "_macro"
+
+#: Language, measure and embedding of similarity matrices that other programs made.
+IMPORTED = "imported"
+
+#: What a row of `sweep` has whose layers are neither aligned, nor folded, nor refitted.
+PLAIN = {"alignment": "none", "norms": "keep", "refit": "none"}
 
 #: Of `comparisons` of plain text, which is no split of the questions.
 TEXT_SPLIT = "text"
@@ -159,6 +166,11 @@ def conform(table: str, rows, run_id: str) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
+def letter_logits(answers: pa.Table) -> np.ndarray:
+    """Return the logits of the four letters (n, 4) float32 of rows of `answers`."""
+    return np.stack([answers[f"logit_{letter}"].to_numpy() for letter in "abcd"], axis=1)
+
+
 def derive_accuracy(answers: pa.Table) -> list[dict]:
     """Return the rows of table `accuracy` that follow from rows of `answers`.
 
@@ -191,7 +203,7 @@ def derive_accuracy(answers: pa.Table) -> list[dict]:
         raise ValueError(f"answers hold {cell.size - unique.size} rows twice, for example {row}; each counts once")
     answer = answers.column("answer").to_numpy()
     correct = answers.column("predicted").to_numpy() == answer
-    nll = answer_nll(np.stack([answers.column(f"logit_{c}").to_numpy() for c in "abcd"], axis=1), answer)
+    nll = answer_nll(letter_logits(answers), answer)
     order = np.argsort(cell, kind="stable")
     starts = np.flatnonzero(np.diff(cell[order], prepend=-1))
     groups: dict[tuple, list] = {}
@@ -267,6 +279,34 @@ def way_of(row: dict) -> str:
     """The method of a row of `sweep`, with how its seams are refitted: each refit is a way of its own."""
     refit = row["refit"] or "none"
     return row["method"] if refit == "none" else f"{row['method']} + {refit}"
+
+
+def turned(comparison: dict) -> dict:
+    """A row of `comparisons`, or of a table like it, as the second plan minus the first."""
+    plans = {"plan_a": comparison["plan_b"], "plan_b": comparison["plan_a"]}
+    low, high = -comparison["ci_high"], -comparison["ci_low"]
+    return comparison | plans | {"difference": -comparison["difference"], "ci_low": low, "ci_high": high}
+
+
+def correlation_ceiling(row: dict) -> float | None:
+    """What noise leaves of a correlation of 1, of a row of `similarity_correlation`; None where it is not known.
+
+    A reliability of 0 or less is a matrix of noise, which has no pattern to correlate: two of them below 0, a third of
+    all pairs of such matrices, have no ceiling either, although their product is above it.
+    """
+    a, b = row["reliability_a"], row["reliability_b"]
+    return None if a is None or b is None or min(a, b) <= 0 else math.sqrt(a * b)
+
+
+def layer_ranges(layers: Iterable[int]) -> str:
+    """Numbers of layers as text: "0-2, 5"."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _accuracy_row(subject: str, correct: np.ndarray, nll: np.ndarray) -> dict:

@@ -16,7 +16,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,7 +199,10 @@ class _Batch:
 class BatchSearcher(Searcher):
     """Gives Tune one batch of candidates a trial, on a worker that is free; stores what comes back, then learns.
 
-    concurrent: batches at a time at the most; None for as many as there are workers.
+    candidates: how many rows there are to be in the end, including those in `replayed` (what the record of an
+    interrupted search holds). batch: candidates a trial. concurrent: batches at a time at the most; None for as many as
+    there are workers, however many that comes to be. describe: the columns of table `trials` that follow from a point:
+    searcher, seed, objective, plan_id.
     """
 
     def __init__(
@@ -220,7 +223,7 @@ class BatchSearcher(Searcher):
         self._proposer, self._size, self._describe, self._record = proposer, batch, describe, record
         self._minimise, self._on_progress = minimise, on_progress
         self._crew = crew
-        self._concurrent = math.inf if concurrent is None else concurrent
+        self.candidates, self.concurrent = candidates, math.inf if concurrent is None else concurrent
         self._free = list(crew.present)
         self._running: dict[str, tuple[int, _Batch]] = {}
         self._again: list[_Batch] = []
@@ -236,7 +239,7 @@ class BatchSearcher(Searcher):
         self._iterations = [number for number in range(candidates) if number not in finished]
         self._batch = 1 + max((row["batch"] for row in replayed), default=-1)
         self._left = candidates - len(replayed)
-        self._first_round = self._free[: int(min(self._concurrent, -(-self._left // batch)))]
+        self._first_round = self._free[: int(min(self.concurrent, -(-self._left // batch)))]
         self._handed_out = 0
 
     def suggest(self, trial_id: str) -> Row | str | None:
@@ -251,7 +254,7 @@ class BatchSearcher(Searcher):
             # Tune would go on; it ends the search and is raised when Tune is done.
             self.failure = failed
             return self.FINISHED
-        if finished or not self._free or len(self._running) >= self._concurrent:
+        if finished or not self._free or len(self._running) >= self.concurrent:
             if self._ready is None and self._left > 0:
                 # While the workers are busy: a proposal takes 0.1-0.2 s, for which a free one would wait.
                 self._ready = self._propose()
@@ -286,16 +289,9 @@ class BatchSearcher(Searcher):
             return
         slot, batch = self._running.pop(trial_id)
         result = result or {}
-        results, node = result.get("results"), ""
+        results, count = result.get("results"), len(batch.points)
         try:
-            if result.get("lost"):
-                node = self._crew.lose(slot, result["lost"])
-                self._free = self._crew.answering(self._free)
-            elif results is not None:
-                self._free.append(slot)
-                self._crew.succeeded(slot)
-            elif not result.get("refused"):  # the trial failed, which says nothing of the worker
-                self._free += self._crew.answering([slot])
+            node = self._release(slot, result)
         except Exception as failed:  # where losses are written down; as with a record that fails
             self.failure = self.failure or failed
             return
@@ -303,14 +299,12 @@ class BatchSearcher(Searcher):
             self.failure = self.failure or result["refused"]
             return  # Nothing is stored of a batch that was not tried: it is done again at the next start.
         if error or results is None:
-            cause = result.get("lost") or "the Tune trial failed; its error stands in Tune's folder of the run"
             if self._repeat(batch, node):
                 return
-            results = [{"error": cause}] * len(batch.points)
-        elif len(results) != len(batch.points):
-            results = [{"error": f"the worker gave {len(results)} results for {len(batch.points)} candidates"}] * len(
-                batch.points
-            )
+            cause = result.get("lost") or "the Tune trial failed; its error stands in Tune's folder of the run"
+            results = [{"error": cause}] * count
+        elif len(results) != count:
+            results = [{"error": f"the worker gave {len(results)} results for {count} candidates"}] * count
         rows = [
             self._row(trial_id, slot, batch.number, iteration, point, found)
             for iteration, point, found in zip(batch.iterations, batch.points, results, strict=True)
@@ -327,6 +321,19 @@ class BatchSearcher(Searcher):
         for row in rows:
             self.scored.setdefault(row["actor"], []).append(row["seconds"])
             self._learn(row)
+
+    def _release(self, slot: int, result: Row) -> str:
+        """Take note of what has become of a trial's worker; the node that it was on, where it was lost, else ""."""
+        if result.get("lost"):
+            node = self._crew.lose(slot, result["lost"])
+            self._free = self._crew.answering(self._free)
+            return node
+        if result.get("results") is not None:
+            self._free.append(slot)
+            self._crew.succeeded(slot)
+        elif not result.get("refused"):  # the trial failed, which says nothing of the worker
+            self._free += self._crew.answering([slot])
+        return ""
 
     def _repeat(self, batch: _Batch, node: str) -> bool:
         """Queue a batch whose worker was lost once more. Its candidates then go alone, so that one that kills its
@@ -381,64 +388,40 @@ class BatchSearcher(Searcher):
 
 def run_search(
     pool: WorkerPool,
-    proposer: Proposer,
+    batches: BatchSearcher,
     *,
-    searcher: str,
-    objective: str,
-    minimise: bool,
-    candidates: int,
-    batch: int,
-    concurrent: int | None = None,
-    seed: int,
-    record: Record,
-    plan_id_of: Callable[[Point], str],
-    replayed: Sequence[Row] = (),
-    on_progress: Callable[[int, float | None], None] | None = None,
+    name: str,
     storage_path: str,
     method: str = "score",
     arguments: Sequence[Any] = (),
     loggers: Sequence[str] = (),
 ) -> SearchOutcome:
-    """Evaluate candidates until `candidates` rows exist, those in `replayed` included.
+    """Evaluate candidates on the pool's workers until all that `batches` is to try have a row, replayed ones included.
 
-    concurrent: batches at a time at the most; None for as many as the pool has workers, however many that comes to be.
-    loggers: which of Tune's own (see `check_loggers`) get each trial's averages; they write under `storage_path`.
+    name: of the searcher, which Tune's folders and loggers show. loggers: which of Tune's own (see `check_loggers`) get
+    each trial's averages; they write under `storage_path`.
 
     The worker's `method` takes a list of points (and `arguments`) and returns, for each, a dict with value, accuracy,
     nll, n_questions and seconds, and where it ended elsewhere alphas. A candidate whose worker raises, is lost too
-    often (`WorkerPool.gives_up`), or scores NaN ends as a failed row with its error. Rows have the columns of table
-    `trials`. Raises what `record` raises, a UserError that scoring raises, and NoRoomError where no worker is left or a
-    disk is full, after Tune has stopped.
+    often (`WorkerPool.gives_up`), or scores NaN ends as a failed row with its error. Raises what the record raises, a
+    UserError that scoring raises, and NoRoomError where no worker is left or a disk is full, after Tune has stopped.
     """
-    common = {"searcher": searcher, "seed": seed, "objective": objective}
-    algorithm = BatchSearcher(
-        proposer,
-        candidates=candidates,
-        batch=batch,
-        crew=pool,
-        concurrent=concurrent,
-        describe=lambda point: {**common, "plan_id": plan_id_of(point)},
-        minimise=minimise,
-        record=record,
-        replayed=replayed,
-        on_progress=on_progress,
-    )
-    if len(replayed) >= candidates:
+    if batches.done >= batches.candidates:
         return SearchOutcome(0, 0.0, None)
     _quiet_tune()
-    began, present = time.monotonic(), pool.seconds_present()
-    name = f"{searcher}-{uuid.uuid4().hex[:8]}"
+    began, before = time.monotonic(), pool.seconds_present()
+    folder, run_name = Path(storage_path).absolute(), f"{name}-{uuid.uuid4().hex[:8]}"
     options = {"timeout_s": pool.timeout_s, "method": method, "arguments": arguments}
-    trainable = tune.with_parameters(_Trial, **options, started=str(Path(storage_path).absolute() / name / "started"))
+    trainable = tune.with_parameters(_Trial, **options, started=str(folder / run_name / "started"))
     tuner = tune.Tuner(
         # The workers have the CPUs; a trial takes what only the driver's node has.
         tune.with_resources(trainable, {"cpu": 0, driver_node(): _PIN}),
-        tune_config=tune.TuneConfig(search_alg=algorithm, num_samples=-1, reuse_actors=True),
+        tune_config=tune.TuneConfig(search_alg=batches, num_samples=-1, reuse_actors=True),
         run_config=tune.RunConfig(
-            name=name,
+            name=run_name,
             storage_path=storage_path,
             verbose=0,
-            callbacks=_callbacks(loggers, searcher, str(Path(storage_path).absolute())),
+            callbacks=_callbacks(loggers, name, str(folder)),
             failure_config=tune.FailureConfig(max_failures=2),
             # A trial holds nothing that could be saved.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -446,30 +429,37 @@ def run_search(
     )
     with _without_false_alarms():
         tuner.fit()
-    if algorithm.failure is not None:
-        raise algorithm.failure
-    if algorithm.done < candidates:
+    if batches.failure is not None:
+        raise batches.failure
+    if batches.done < batches.candidates:
         # Tune ends quietly where it is told to stop; a search that is cut short must not pass for a whole one.
-        raise WorkerError(f"Tune stopped after {algorithm.done} of {candidates} candidates; start again to resume")
+        raise WorkerError(
+            f"Tune stopped after {batches.done} of {batches.candidates} candidates; start again to resume"
+        )
     wall = time.monotonic() - began
-    workers = []
-    for slot, seconds in pool.seconds_present().items():
-        here, scored = seconds - present.get(slot, 0.0), algorithm.scored.get(f"worker-{slot}", [])
+    present = {slot: seconds - before.get(slot, 0.0) for slot, seconds in pool.seconds_present().items()}
+    workers = _utilisation(present, batches.scored)
+    capacity = min(sum(row["present_seconds"] for row in workers), wall * batches.concurrent)
+    scoring = sum(row["scoring_seconds"] for row in workers)
+    return SearchOutcome(batches.finished, wall, 1.0 - scoring / capacity, workers)
+
+
+def _utilisation(present: Mapping[int, float], scored: Mapping[str, Sequence[float]]) -> tuple[Row, ...]:
+    """`SearchOutcome.workers`. present: seconds by slot; scored: seconds of each candidate, by actor."""
+    rows = []
+    for slot, here in present.items():
+        seconds = scored.get(f"worker-{slot}", [])
         if here > 0.0:
-            workers.append(
+            rows.append(
                 {
                     "worker": f"worker-{slot}",
-                    "candidates": len(scored),
-                    "scoring_seconds": round(sum(scored), 3),
+                    "candidates": len(seconds),
+                    "scoring_seconds": round(sum(seconds), 3),
                     "present_seconds": round(here, 3),
-                    "utilisation": round(sum(scored) / here, 4),
+                    "utilisation": round(sum(seconds) / here, 4),
                 }
             )
-    capacity = sum(row["present_seconds"] for row in workers)
-    if concurrent is not None:
-        capacity = min(capacity, wall * concurrent)
-    scoring = sum(row["scoring_seconds"] for row in workers)
-    return SearchOutcome(algorithm.finished, wall, 1.0 - scoring / capacity, tuple(workers))
+    return tuple(rows)
 
 
 @contextmanager

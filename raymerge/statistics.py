@@ -101,13 +101,14 @@ def wilson_interval(correct: int, n: int, *, confidence: float = 0.95) -> tuple[
 def macro_interval(correct, n, *, confidence: float = 0.95) -> tuple[float, float]:
     """Return Wilson's interval of the unweighted mean over subjects of their accuracies.
 
-    For n stands the effective number of questions, m (1 - m) over the variance of the mean m: so many questions of one
-    kind would know a share of m as well. A subject's variance is that of its share drawn towards m by one question,
-    made up for what the drawing takes away where subjects are alike: with few questions its own share says little of
-    its variance, and one question or all right nothing, while the interval of a mean of two subjects rests on both.
-    One subject has `wilson_interval`. Where all are right or wrong in each subject, which leaves no variance, the
-    number is S^2 / sum(1 / n), that of subjects alike. With many questions this is the normal interval; with few it
-    does not shrink to nothing as that and a stratified bootstrap do. Subjects count as fixed.
+    In place of n it uses the effective number of questions, m (1 - m) over the variance of the mean m: that many
+    questions of a single kind would determine a share of m equally well. A subject's variance is that of its share
+    after one more question, right with probability m, scaled up by what this takes away on average where subjects are
+    alike. Its own share will not do: from few questions it says little about the variance, and from one question, or
+    where all are right, nothing, while the interval of a mean of two subjects rests on both. One subject has
+    `wilson_interval`. Where m is 0 or 1, which leaves no variance, the number is S^2 / sum(1 / n), that of subjects
+    alike. With many questions this is the normal interval; with few it does not shrink to nothing, as that and a
+    stratified bootstrap do. Subjects count as fixed.
 
     Parameters
     ----------
@@ -181,6 +182,19 @@ def without_far_worse(values, *, lower: bool) -> list[float]:
     low, high = np.percentile(values, [25, 75])
     reach = 3 * (high - low) if high > low else math.inf
     return values[values <= high + reach if lower else values >= low - reach].tolist()
+
+
+def colour_scale(values) -> tuple[float, float]:
+    """Return the ends of a scale of colours for these values: from 0, or from their 1st percentile where they are all
+    so high that they would look alike on a scale from 0, to their 99th percentile.
+
+    Parameters
+    ----------
+    values : array of float, shape (n,)
+    """
+    low, high = map(float, np.percentile(_vector(values, "values", np.float64), [1, 99]))
+    low = min(0.0, low) if low < 0.5 * high else low
+    return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 
 def holm(p_values) -> np.ndarray:

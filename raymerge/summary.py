@@ -9,7 +9,6 @@ from raymerge.findings import (
     asks_questions,
     chosen_on,
     comparison_rows,
-    correlation_ceiling,
     degenerate_layers,
     labels_of,
     objective_value,
@@ -19,6 +18,7 @@ from raymerge.findings import (
     verdict,
 )
 from raymerge.objectives import above_ceiling, is_minimised, parse_objective
+from raymerge.schemas import PLAIN, correlation_ceiling
 from raymerge.tables import RunDirectory
 
 
@@ -52,23 +52,27 @@ def budget_lines(run: RunDirectory) -> list[str]:
 def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the plans' table, as text; without columns of questions where none were asked."""
     asked = any(line["accuracy"] is not None for line in lines)
-    header = ["plan", "layers", *(["accuracy [95 %]", "macro", "answer NLL"] if asked else []), "text ppl [95 %]"]
+    header = ["plan", "layers", *(_ANSWERED if asked else []), "text ppl [95 %]"]
     header += ["picks A/B/C/D %", "letter top %"] if asked else []
     rows = []
     for line in lines:
         cells = [line["label"], str(line["layers"] if line["layers"] is not None else "–")]
         if asked:
-            cells += [
-                share(line["accuracy"], None, line["interval"]),
-                f"{line['macro']:.4f}",
-                f"{line['nll']:.4f}",
-            ]
+            cells += _answered(line)
         cells.append(number(line["perplexity"], line["perplexity_interval"]))
         if asked:
             cells.append("/".join(f"{100 * picked:.0f}" for picked in line["picked"]))
             cells.append("–" if line["top_is_letter"] is None else f"{100 * line['top_is_letter']:.0f}")
         rows.append(cells)
     return header, rows
+
+
+_ANSWERED = ["accuracy [95 %]", "macro", "answer NLL"]
+
+
+def _answered(line: dict) -> list[str]:
+    """The cells of `_ANSWERED`, of a line of `findings.plan_lines`."""
+    return [share(line["accuracy"], None, line["interval"]), f"{line['macro']:.4f}", f"{line['nll']:.4f}"]
 
 
 def share(value: float, error: float | None, interval: tuple[float | None, float | None]) -> str:
@@ -186,9 +190,9 @@ def _span(row: dict) -> str:
 
 
 def optimism_lines(run: RunDirectory, split: str) -> list[str]:
-    """What was found, on the questions that chose it and on those of the report: the best of many noisy values is too
-    good, and by how much too good beside the controls, which nothing chose, tells that from a harder split. Where both
-    are one split (`chosen_on`) nothing tells it."""
+    """What was found, on the questions that chose it and on those of the report. The best of many noisy values is too
+    good; the controls, which nothing chose, show how much of the difference is only a harder split. Where both are the
+    same split (`chosen_on`) nothing tells the two apart."""
     trials = [row for row in run.read("trials").to_pylist() if row["status"] == "ok"]
     best = (run.manifest() or {}).get("best") or {}
     found = next((row for row in trials if row["plan_id"] == best.get("plan_id")), None)
@@ -415,23 +419,16 @@ def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str
     lines = {line["plan_id"]: line for line in plan_lines(run, split)}
     asks = any(line["accuracy"] is not None for line in lines.values())
     points = [row | {"refit": row["refit"] or "none"} for row in run.read("sweep").to_pylist()]
-    varied = [key for key, plain in _PLAIN.items() if any(row[key] != plain for row in points)]
+    varied = [key for key, plain in PLAIN.items() if any(row[key] != plain for row in points)]
     header = ["merged", "method", *varied]
-    header += [*(["accuracy [95 %]", "macro", "answer NLL"] if asks else []), "text ppl [95 %]"]
+    header += [*(_ANSWERED if asks else []), "text ppl [95 %]"]
     cells = []
     for row in sorted(points, key=lambda row: row["merges"]):
         line = lines[row["plan_id"]]
-        answered = [
-            share(line["accuracy"], None, line["interval"]),
-            f"{line['macro']:.4f}",
-            f"{line['nll']:.4f}",
-        ] if asks else []  # fmt: skip
+        answered = _answered(line) if asks else []
         read = number(line["perplexity"], line["perplexity_interval"])
         cells.append([str(row["merges"]), row["method"], *(row[key] for key in varied), *answered, read])
     return header, cells
-
-
-_PLAIN = {"alignment": "none", "norms": "keep", "refit": "none"}
 
 
 def _mean(values: list[float | None]) -> str:

@@ -30,21 +30,26 @@ from raymerge.identity import digest, plain, software, without_secrets
 from raymerge.objectives import above_ceiling, is_minimised, rank
 from raymerge.parts import Tables
 from raymerge.schemas import (
+    IMPORTED,
     MACRO,
     MICRO,
     RUINED,
     SCHEMAS,
     conform,
+    correlation_ceiling,
     derive_accuracy,
     derive_task_accuracy,
+    layer_ranges,
     plan_labels,
+    turned,
     way_of,
 )
-from raymerge.statistics import paired_difference, wilson_interval, without_far_worse
+from raymerge.statistics import colour_scale, paired_difference, wilson_interval, without_far_worse
 from raymerge.storage import LOCK, TEMPORARY, Lock, RunError, Storage
 
 __all__ = [
     "FREE_SECTIONS",
+    "IMPORTED",
     "MACRO",
     "MICRO",
     "RUINED",
@@ -52,13 +57,17 @@ __all__ = [
     "RunDirectory",
     "RunError",
     "above_ceiling",
+    "colour_scale",
+    "correlation_ceiling",
     "degeneracy",
     "derive_accuracy",
     "derive_task_accuracy",
     "is_minimised",
+    "layer_ranges",
     "paired_difference",
     "plan_labels",
     "rank",
+    "turned",
     "way_of",
     "wilson_interval",
     "without_far_worse",

@@ -218,6 +218,10 @@ class Evaluation(NamedTuple):
     gradient: Tensor | None
 
 
+_Means = tuple[float, float]  # NLL and KL
+_NOTHING: _Means = (math.nan, math.nan)  # of no questions, or no text
+
+
 class TailLoss:
     """The loss of a template's merges as a differentiable function of the merged layer's coefficients.
 
@@ -310,20 +314,7 @@ class TailLoss:
             leaves = {name: layer[name].detach().requires_grad_() for name in self.sources.averaged(merge_biases)}
             layer |= leaves
         with torch.set_grad_enabled(gradient):
-            answers = beside = (math.nan, math.nan)
-            if self.weights.of_answers:
-                own = list(leaves.values())
-                if self.runner.accelerated:
-                    answers = self._in_parts(layer, range(self.n_questions) if rows is None else rows, own)
-                    if held_out:
-                        with torch.no_grad():
-                            beside = self._in_parts(layer, held_out)
-                elif rows is not None and not held_out and 2 * len(rows) <= self.n_questions:
-                    answers = self._of_chosen(layer, rows, own)
-                else:  # a copy of most tokens would cost more than it spares
-                    logits = self.scorer.answer_logits(layer, 0)
-                    answers = self._of_answers(logits, rows, own)
-                    beside = self._held_out(logits, held_out)
+            answers, beside = self._of_questions(layer, rows, held_out, list(leaves.values()))
             text = self._of_text(layer, drawn)
         pulled = None
         if gradient:
@@ -331,13 +322,29 @@ class TailLoss:
             pulled = pulled if coefficients.ndim == 2 else pulled.sum(0)
         return Evaluation(self._total(answers, text), self._total(beside, text) if held_out else None, pulled)
 
-    def _held_out(self, logits: Tensor, rows: Sequence[int]) -> tuple[float, float]:
+    def _of_questions(
+        self,
+        layer: Mapping[str, Tensor],
+        rows: Sequence[int] | None,
+        held_out: Sequence[int],
+        leaves: Sequence[Tensor],
+    ) -> tuple[_Means, _Means]:
+        """`_of_answers` of the questions `rows`, and beside it, without a gradient, of those held out."""
+        if not self.weights.of_answers:
+            return _NOTHING, _NOTHING
+        if self.runner.accelerated:
+            answers = self._in_parts(layer, range(self.n_questions) if rows is None else rows, leaves)
+            with torch.no_grad():
+                return answers, self._in_parts(layer, held_out) if held_out else _NOTHING
+        if rows is not None and not held_out and 2 * len(rows) <= self.n_questions:
+            return self._of_chosen(layer, rows, leaves), _NOTHING
+        # Where most questions are chosen, a copy of their tokens would cost more than it spares.
+        logits = self.scorer.answer_logits(layer, 0)
+        answers = self._of_answers(logits, rows, leaves)
         with torch.no_grad():
-            return self._of_answers(logits.detach(), rows) if rows else (math.nan, math.nan)
+            return answers, self._of_answers(logits.detach(), held_out) if held_out else _NOTHING
 
-    def _in_parts(
-        self, layer: Mapping[str, Tensor], rows: Sequence[int], leaves: Sequence[Tensor] = ()
-    ) -> tuple[float, float]:
+    def _in_parts(self, layer: Mapping[str, Tensor], rows: Sequence[int], leaves: Sequence[Tensor] = ()) -> _Means:
         """`_of_answers` of so many questions at a time as the accelerator has room for."""
         if self._at_once is None:
             runner = self.runner
@@ -363,7 +370,7 @@ class TailLoss:
 
     def _of_chosen(
         self, layer: Mapping[str, Tensor], rows: Sequence[int], leaves: Sequence[Tensor], share: float = 1.0
-    ) -> tuple[float, float]:
+    ) -> _Means:
         """`_of_answers` where only the questions' own tokens are run, with their prefixes."""
         return self._of_answers(self.scorer.select(rows).answer_logits(layer, 0), rows, leaves, share, chosen=True)
 
@@ -375,7 +382,7 @@ class TailLoss:
         share: float = 1.0,
         *,
         chosen: bool = False,
-    ) -> tuple[float, float]:
+    ) -> _Means:
         """Means (NLL, KL) over the questions `rows` of all logits, or, where they are chosen already, of just these.
 
         The gradient of the weighted sum, times share, is added to that of the leaves: to all of them, or where memory
@@ -397,11 +404,11 @@ class TailLoss:
                     leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
         return nll.item(), kl
 
-    def _of_text(self, layer: Mapping[str, Tensor], drawn: Drawn | None) -> tuple[float, float]:
+    def _of_text(self, layer: Mapping[str, Tensor], drawn: Drawn | None) -> _Means:
         """Means over positions, (NLL, KL), one window at a time, so that one window's graph is all that is held."""
         weights = self.weights
         if not weights.of_text:
-            return math.nan, math.nan
+            return _NOTHING
         drawn = self.text.everything() if drawn is None else drawn
         count = sum(len(positions) for _, positions in drawn)
         sums = [0.0, 0.0]
@@ -413,7 +420,7 @@ class TailLoss:
             sums[1] += kl.item()
         return sums[0] / count, sums[1] / count if self.text.has_reference else math.nan
 
-    def _total(self, answers: tuple[float, float], text: tuple[float, float]) -> Loss:
+    def _total(self, answers: _Means, text: _Means) -> Loss:
         weights = self.weights
         pairs = zip(
             (weights.answer_nll, weights.answer_kl, weights.text_nll, weights.text_kl), (*answers, *text), strict=True

@@ -95,8 +95,8 @@ class ModelWorker:
     roles: what it is asked about: SEARCH, REPORT, SEARCH_TEXT (which SEARCH has with it where the search asks for it),
     SUBSETS, CALIBRATION, and tasks (`inputs.task_role`). template: the plan whose coefficients are searched. firsts:
     layers whose inputs are cached, so that plans which change nothing before them start there. cache: folder of trunk
-    states, activations and alignments. shards: so many shards at least of each role's prompts, where they have the
-    tokens for it.
+    states, activations and alignments. shards: how many shards each role's prompts are cut into at least, where they
+    have enough tokens.
     """
 
     def __init__(

@@ -49,19 +49,13 @@ class LocalPool(nullcontext):
         pass
 
 
-def local_search(
-    pool, proposer, *, searcher, objective, seed, plan_id_of, method="score", arguments=(), storage_path, loggers, **how
-):
-    """What `run_search` does, without Tune: the same searcher, whose batches the pool's worker scores one by one."""
-    common = {"searcher": searcher, "seed": seed, "objective": objective}
-    algorithm = BatchSearcher(
-        proposer, crew=pool, describe=lambda point: {**common, "plan_id": plan_id_of(point)}, **how
-    )
+def local_search(pool, batches, *, name, storage_path, loggers, method="score", arguments=()):
+    """What `run_search` does, without Tune: the pool's worker scores the batches one by one."""
     trial = 0
-    while (asked := algorithm.suggest(f"trial-{trial}")) != BatchSearcher.FINISHED:
+    while (asked := batches.suggest(f"trial-{trial}")) != BatchSearcher.FINISHED:
         results = getattr(pool.worker, method)(asked["candidates"], *arguments)
-        algorithm.on_trial_complete(f"trial-{trial}", {"results": results})
+        batches.on_trial_complete(f"trial-{trial}", {"results": results})
         trial += 1
-    if algorithm.failure is not None:
-        raise algorithm.failure
-    return SearchOutcome(algorithm.finished, 1.0, 0.0)
+    if batches.failure is not None:
+        raise batches.failure
+    return SearchOutcome(batches.finished, 1.0, 0.0)

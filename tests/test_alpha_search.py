@@ -152,13 +152,15 @@ def test_controls_are_trials_of_their_own_name_and_the_slowest_worker_says_what_
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What each run_search is asked for: (proposer, its options)."""
+    """What each search is asked for: (proposer, the options of its batches and of run_search)."""
     calls = []
 
-    def run_search(pool, proposer, **options):
-        calls.append((proposer, options))
+    def run_search(pool, batches, **options):
+        proposer, of_batches = batches
+        calls.append((proposer, of_batches | options))
         return SearchOutcome(4, 2.0004, 0.25, ({"worker": "worker-0"},))
 
+    monkeypatch.setattr(alpha_search, "BatchSearcher", lambda proposer, **options: (proposer, options))
     monkeypatch.setattr(alpha_search, "run_search", run_search)
     return calls
 
@@ -177,12 +179,14 @@ def test_a_searcher_begins_with_what_is_known_within_its_bounds(asked, tmp_path)
     drawn = proposer.ask(2)
     assert all(0.25 <= value <= 0.75 for point in drawn for value in point)
     assert BayesProposer(dimensions=2, bounds=(0.25, 0.75), seed=5, initial=2).ask(2) == drawn
-    assert {key: options[key] for key in ("searcher", "candidates", "batch", "seed", "minimise")} == {
-        "searcher": "bayes", "candidates": 9, "batch": 3, "seed": 5, "minimise": False,
+    assert {key: options[key] for key in ("name", "candidates", "batch", "minimise")} == {
+        "name": "bayes", "candidates": 9, "batch": 3, "minimise": False,
     }  # fmt: skip
     assert [(row["iteration"], row["alphas"]) for row in options["replayed"]] == [(7, [0.25, 0.75]), (2, [0.25, 0.75])]
     plan = search.start.with_alphas([0.3, 0.4], name="x", kind="found")
-    assert options["plan_id_of"]([0.3, 0.4]) == plan.plan_id(CHECKPOINT.identity)
+    assert options["describe"]([0.3, 0.4]) == {
+        "searcher": "bayes", "seed": 5, "objective": "micro_accuracy", "plan_id": plan.plan_id(CHECKPOINT.identity),
+    }  # fmt: skip
     assert Path(options["storage_path"]) == tmp_path / "cache" / "tune"
     assert search.facts["bayes_search"] == {
         "batch": 3, "concurrent": 2, "wall_seconds": 2.0, "share_not_scoring": 0.25,
@@ -223,7 +227,7 @@ def test_a_block_that_is_searched_too_stands_before_the_coefficients(asked, tmp_
     assert proposer.ask(2) == [[9.0, *known] for known in KNOWN[:2]]
     assert [row["alphas"] for row in options["replayed"]] == [[11.0, 0.25, 0.75]]
     plan = search.start.moved_to(11).with_alphas([0.25, 0.75], name="x", kind="found")
-    assert options["plan_id_of"]([11.0, 0.25, 0.75]) == plan.plan_id(CHECKPOINT.identity)
+    assert options["describe"]([11.0, 0.25, 0.75])["plan_id"] == plan.plan_id(CHECKPOINT.identity)
     (_, best) = search._best("bayes", "found_bayes", "found")
     assert [step.remove for step in best.steps] == [12, 11] and best.alphas == [0.25, 0.75]
 
@@ -240,11 +244,7 @@ def test_descents_start_at_what_is_known_near_both_corners_and_at_random(asked, 
     for (proposer, options), kind, left in zip(
         asked, ("simplex", "per_matrix"), (starts[:1] + starts[2:], starts[1:]), strict=True
     ):
-        assert (options["method"], options["arguments"], options["searcher"]) == (
-            "descend",
-            (kind,),
-            f"gradient_{kind}",
-        )
+        assert (options["method"], options["arguments"], options["name"]) == ("descend", (kind,), f"gradient_{kind}")
         assert (options["candidates"], options["batch"], len(options["replayed"])) == (5, 1, 1)
         assert proposer.ask(9) == left
 
@@ -337,9 +337,10 @@ def stand_ins(monkeypatch, tmp_path):
             done.append((method, [getattr(item, "name", item) for item in items]))
             return ["fitted"] * len(items)
 
-    def run_search(pool, proposer, *, searcher, replayed, record, candidates, **_):
-        done.append((searcher, candidates, [] if searcher == "random" else proposer.ask(3)))
-        record(f"{searcher}-000000", [trial(searcher, 0, VALUES[searcher], alphas=[VALUES[searcher]] * 2)], [{}])
+    def run_search(pool, batches, *, name, **_):
+        proposer, options = batches
+        done.append((name, options["candidates"], [] if name == "random" else proposer.ask(3)))
+        options["record"](f"{name}-000000", [trial(name, 0, VALUES[name], alphas=[VALUES[name]] * 2)], [{}])
         return SearchOutcome(1, 1.0, 0.0)
 
     def named(plans):
@@ -351,6 +352,7 @@ def stand_ins(monkeypatch, tmp_path):
     monkeypatch.setattr(alpha_search, "align", lambda _, plans, __: done.append(("align", named(plans))))
     monkeypatch.setattr(alpha_search, "align_rows", lambda _, plans, __: done.append(("rows", named(plans))))
     monkeypatch.setattr(alpha_search, "fit", lambda _, plans, *__: done.append(("fit", named(plans))))
+    monkeypatch.setattr(alpha_search, "BatchSearcher", lambda proposer, **options: (proposer, options))
     monkeypatch.setattr(alpha_search, "run_search", run_search)
     monkeypatch.setattr(alpha_search, "draw_figures", lambda *_: pytest.fail("none were asked for"))
 

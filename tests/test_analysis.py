@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -361,6 +362,15 @@ def test_one_plan_one_question_without_perplexity(tmp_path):
     text = Path(run.path_of("figures"), "accuracy.md").read_text()
     wilson = "1.000 [0.207, 1.000]"  # of one right answer: from 1 / (1 + 1.96 ** 2) on
     assert f"| model | 1 | {wilson} | {wilson} | – | 1.386 | – | – |" in text
+
+
+def test_a_perplexity_that_overflows_is_infinite_not_missing(tmp_path):
+    run = make_run(tmp_path / "run", merges=2, subjects=1, questions=2, candidates=0)
+    rows = run.read("perplexity").to_pylist()
+    run.replace("perplexity", [row | {"nll": 800.0, "perplexity": math.inf, "run_id": run.run_id} for row in rows])
+    accuracy_script.main([run.path_of()])
+    text = Path(run.path_of("figures"), "accuracy.md").read_text()
+    assert "| ∞ | 800.000 |" in text
 
 
 def figures_of(monkeypatch, script) -> dict:

@@ -389,7 +389,7 @@ def test_an_unfinished_sweep_says_which_costs_are_missing(tmp_path):
     [(9.3, "9.300"), (31010.4, "31,010"), (3.2e11, "3.200e+11"), (math.inf, "∞"), (math.nan, None), (None, None)],
 )
 def test_perplexities_are_written_out(value, written):
-    assert compression_script.figures(value) == written
+    assert plotting.perplexity(value) == written
 
 
 if __name__ == "__main__":  # python tests/test_analysis_compression.py DIR: runs to look at

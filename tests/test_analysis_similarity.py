@@ -12,7 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from raymerge.tables import RunDirectory, RunError
+from raymerge.tables import RunDirectory, RunError, correlation_ceiling
 
 ANALYSIS = Path(__file__).parent.parent / "analysis"
 sys.path.insert(0, str(ANALYSIS))  # the scripts are not part of the package; run as scripts they find each other
@@ -273,10 +273,6 @@ def test_foreign_matrices_have_no_null(tmp_path):
     assert height < width  # one row of panels
 
 
-def test_layers_are_written_as_ranges():
-    assert heatmaps_script.ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8" and heatmaps_script.ranges([]) == ""
-
-
 def test_correlation_table_and_ceilings(run, figures):
     text = (figures / "correlations.md").read_text()
     header, *lines = table_of(text, "## npib")
@@ -315,7 +311,7 @@ def test_pairs_count_once_and_have_a_kind():
     pairs = correlations_script.pairs_of(rows)
     kinds = ["subsets in one language", "languages of one subset", "both differ"]
     assert [correlations_script.kind_of(row) for row in pairs] == kinds
-    assert [correlations_script.ceiling_of(row) for row in pairs] == [pytest.approx(0.6), pytest.approx(0.6), None]
+    assert [correlation_ceiling(row) for row in pairs] == [pytest.approx(0.6), pytest.approx(0.6), None]
     assert correlations_script.names_of(rows) == ["x en", "y en", "x es"]
 
 

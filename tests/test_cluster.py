@@ -28,7 +28,7 @@ from raymerge.cluster import cluster_nodes, plan_workers, start_ray
 from raymerge.config import load_config
 from raymerge.pool import WorkerPool
 from raymerge.proposers import RandomProposer
-from raymerge.search import run_search
+from raymerge.search import BatchSearcher, run_search
 from raymerge.tables import RunDirectory
 
 pytestmark = pytest.mark.cluster
@@ -116,20 +116,17 @@ def make_pool(tmp_path, count, events=None, **options):
 
 
 def search(pool, tmp_path, record, *, candidates=CANDIDATES, known=(), batch=1):
-    return run_search(
-        pool,
+    batches = BatchSearcher(
         RandomProposer(dimensions=2, bounds=(0, 1), seed=0, known=known),
-        searcher="random",
-        objective="micro_accuracy",
-        minimise=False,
         candidates=candidates,
         batch=batch,
-        seed=0,
+        crew=pool,
+        describe=lambda point: {"searcher": "random", "plan_id": f"{point[0]:.9f}"},
+        minimise=False,
         record=record,
         replayed=list(record.rows),
-        plan_id_of=lambda point: f"{point[0]:.9f}",
-        storage_path=str(tmp_path / "tune"),
     )
+    return run_search(pool, batches, name="random", storage_path=str(tmp_path / "tune"))
 
 
 def check(record, tmp_path, *, again, candidates=CANDIDATES):

@@ -315,9 +315,8 @@ class Awaited:
 @pytest.mark.parametrize("asked, expected", [("8", 8), ("auto", None)])
 def test_workers_that_join_a_search_get_work_up_to_what_was_asked_for(saver, tmp_path, monkeypatch, asked, expected):
     seen = []
-    monkeypatch.setattr(
-        alpha_search, "run_search", lambda *_, **options: seen.append(options) or SearchOutcome(0, 0.0, None)
-    )
+    monkeypatch.setattr(alpha_search, "BatchSearcher", lambda _, **options: seen.append(options))
+    monkeypatch.setattr(alpha_search, "run_search", lambda *_, **__: SearchOutcome(0, 0.0, None))
     save, _ = saver(tmp_path / "run", f"search.concurrent={asked}")
     save.__self__.pool = Awaited()
     save.__self__._search_coefficients("random", 4, [], 1.0)

@@ -12,11 +12,10 @@ from raymerge.experiments import layer_similarity
 from raymerge.experiments.layer_similarity import (
     _check_ranges,
     _low_ceilings,
-    _ranges,
     _repeated_samples,
     _store,
     correlation_row,
-    degenerate_layers,
+    degenerate_maps,
     similarity,
     similarity_rows,
 )
@@ -147,7 +146,7 @@ def test_layers_whose_map_is_noise_are_named_by_subset_and_side(tmp_path):
         ranks = [9.5, 9.5, 5.0, 9.5, 1.0]
         rows = [common | {"layer": n, "effective_rank": rank, "off_diagonal_mass": 0.5} for n, rank in enumerate(ranks)]
         run.append("degeneracy", rows, part=name)
-    found = sorted(degenerate_layers(run))
+    found = sorted(degenerate_maps(run))
     assert [said.split(": the bandwidth is far ")[0] for said in found] == [
         "art (en): the diffusion map is degenerate in 1 layers (4)",
         "law (en): the diffusion map is degenerate in 1 layers (4)",
@@ -158,7 +157,6 @@ def test_layers_whose_map_is_noise_are_named_by_subset_and_side(tmp_path):
         (True, True, False),
         (False, False, True),
     ]
-    assert _ranges([5, 1, 2, 3, 8, 7]) == "1-3, 5, 7-8"
 
 
 def test_a_sensitivity_study_of_what_is_not_there_is_refused():

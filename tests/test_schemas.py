@@ -8,7 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raymerge.schemas import SCHEMAS, conform, derive_accuracy, derive_task_accuracy, plan_labels, schema_of
+from raymerge.schemas import (
+    SCHEMAS,
+    conform,
+    correlation_ceiling,
+    derive_accuracy,
+    derive_task_accuracy,
+    layer_ranges,
+    plan_labels,
+    schema_of,
+)
 from raymerge.statistics import macro_interval
 
 TRIAL = {
@@ -191,3 +200,15 @@ def test_labels_join_a_plans_names_and_count_the_random_ones_that_were_scored():
     assert plan_labels(plans, trials) == {"a": "base = found", "b": "best of 2 random ones"}
     assert plan_labels(plans, trials[:1])["b"] == "best of 1 random one"
     assert plan_labels(plans, [])["b"] == "best of random ones"
+
+
+def test_layers_are_written_as_ranges():
+    assert layer_ranges([5, 1, 2, 0, 8, 7]) == "0-2, 5, 7-8" and layer_ranges([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [(0.9, 0.4, 0.6), (None, 0.4, None), (0.9, -0.1, None), (-0.75, -18.0, None), (0, 0.5, None)],
+)
+def test_matrices_of_noise_have_no_ceiling(a, b, expected):
+    assert correlation_ceiling({"reliability_a": a, "reliability_b": b}) == (expected and pytest.approx(expected))

@@ -817,25 +817,28 @@ class Scorer:
 RAISES, GIVES_NAN, DIES_ONCE, HANGS_ONCE, NO_SPACE = 0.125, 0.25, 0.375, 0.625, 0.875
 
 
-def search(pool, folder, rows, *, candidates=12, record=None, known=(), **options):
+def search(
+    pool, folder, rows, *, candidates=12, batch=3, concurrent=2, record=None, known=(), on_progress=None, **options
+):
     def store(part, new, results):
         assert len(new) == len(results)
         assert part not in {row["part"] for row in rows}
         rows.extend({**row, "part": part} for row in new)
 
-    return run_search(
-        pool,
+    common = {"searcher": "random", "seed": 0, "objective": "micro_accuracy"}
+    batches = BatchSearcher(
         RandomProposer(dimensions=3, bounds=(0, 1), seed=0, known=known),
-        searcher="random",
-        objective="micro_accuracy",
-        minimise=False,
         candidates=candidates,
-        seed=0,
+        batch=batch,
+        crew=pool,
+        concurrent=concurrent,
+        describe=lambda point: {**common, "plan_id": f"{point[0]:.6f}"},
+        minimise=False,
         record=record or store,
-        plan_id_of=lambda point: f"{point[0]:.6f}",
-        storage_path=str(folder / "tune"),
-        **{"batch": 3, "concurrent": 2, "replayed": list(rows), **options},
+        replayed=list(rows),
+        on_progress=on_progress,
     )
+    return run_search(pool, batches, name="random", storage_path=str(folder / "tune"), **options)
 
 
 @pytest.fixture(scope="module")

@@ -192,16 +192,6 @@ def test_how_much_each_worker_was_used(tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "expected"),
-    [(0.9, 0.4, 0.6), (None, 0.4, None), (0.9, -0.1, None), (-0.75, -18.0, None), (0, 0.5, None)],
-)
-def test_matrices_of_noise_have_no_ceiling(a, b, expected):
-    assert findings.correlation_ceiling({"reliability_a": a, "reliability_b": b}) == (
-        expected and pytest.approx(expected)
-    )
-
-
 def test_always_answering_a_gets_the_share_of_right_answers_that_are_a(tmp_path):
     run, _, answer = make_run(tmp_path / "run")
     assert findings.always_a_share(run, "test") == np.mean(answer == 0)

@@ -68,7 +68,7 @@ from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.proof import ProofError
 from raymerge.proposers import BayesProposer, Proposer, RandomProposer, Starts
-from raymerge.search import check_loggers, choose_batch, run_search
+from raymerge.search import BatchSearcher, check_loggers, choose_batch, run_search
 from raymerge.storage import TEMPORARY
 from raymerge.tables import RunDirectory
 
@@ -212,19 +212,9 @@ class _Search:
             self.facts["workers"] = describe_workers(pool, self.inputs, self.progress, self.run)
             shards = compute_trunk(pool, self.inputs, self.progress)
             align(pool, [self.template], self.progress)  # after the trunk, whose states matching by activations needs
-            trunk_seconds = time.monotonic() - began
+            self.facts["trunk_seconds"] = round(time.monotonic() - began, 3)
             controls = self._controls()
-            seconds_per_candidate = self._try_controls(controls)
-            if "random" not in self.config.search.searchers:  # beside which a smaller control would say nothing more
-                self._search_coefficients("random", self.config.search.random_candidates, [], seconds_per_candidate)
-            known = [plan.alphas for plan in (self.start, *probes)]
-            for searcher in self.config.search.searchers:
-                if searcher == "gradient":
-                    self._descend_all(known)
-                else:
-                    self._search_coefficients(
-                        searcher, self.config.search.candidates, [*known, *self._corners()], seconds_per_candidate
-                    )
+            self._search_all(probes, self._try_controls(controls))
             plans = self._reported(controls)
             refitted = self._refitted(plans[-1])
             align_rows(pool, [*plans, *refitted], self.progress)
@@ -234,18 +224,27 @@ class _Search:
             plans = [*plans[:-1], *refitted, plans[-1]]
             self.reporter.report(pool, plans, shards, self.firsts, self.progress)
             self._take_matches(pool, plans[-1:])
+        self._derive(plans)
         best = plans[-1]
-        with step(self.progress, "accuracies and comparisons"):
-            judged_on = parse_objective(self.config.search.objective).judged_on
-            # Where the objective names subjects, these are all that the search has questions of.
-            subjects = self.inputs.questions[SEARCH].subjects if judged_on else ()
-            self.reporter.derive(plans, [(best, plan) for plan in plans[:-1]], subjects=subjects)
         model, proof = self._save(best) if self.config.output.save_best else (None, None)
         if refitted and self.config.output.save_best:
             saved, proved = self._save(refitted[-1], fitted[0])
             plan_id = refitted[-1].plan_id(self.identity)
             found = {"name": refitted[-1].name, "plan_id": plan_id, "model": saved, "proof": proved}
             self.facts["refitted"] = found
+        self._conclude(best, model, proof)
+        return self.run
+
+    def _derive(self, plans: list[MergePlan]) -> None:
+        """Tables that follow from what the plans reached; the best found, the last, is compared with every other."""
+        with step(self.progress, "accuracies and comparisons"):
+            judged_on = parse_objective(self.config.search.objective).judged_on
+            # Where the objective names subjects, these are all that the search has questions of.
+            subjects = self.inputs.questions[SEARCH].subjects if judged_on else ()
+            self.reporter.derive(plans, [(plans[-1], plan) for plan in plans[:-1]], subjects=subjects)
+
+    def _conclude(self, best: MergePlan, model: str | None, proof: dict[str, Any] | None) -> None:
+        """Draw the figures and write the manifest, last of all. model, proof: of the best plan, where it is saved."""
         scripts = ("alphas.py", *(["accuracy.py"] if self.inputs.questions else []))
         figures = draw_figures(self.run, scripts, self.progress) if self.config.output.figures else []
         self.run.write_manifest(
@@ -261,11 +260,9 @@ class _Search:
             },
             figures=figures,
             warnings=similarity_warnings(self.config, self.identity),
-            trunk_seconds=round(trunk_seconds, 3),
             **model_facts(self.config, self.inputs),
             **self.facts,
         )
-        return self.run
 
     # -- the trunk and the controls
 
@@ -332,6 +329,19 @@ class _Search:
         return max(results[0]["seconds"] for results in timed)
 
     # -- the search
+
+    def _search_all(self, probes: list[MergePlan], seconds_per_candidate: float) -> None:
+        """The random control, then every searcher that is asked for."""
+        settings = self.config.search
+        if "random" not in settings.searchers:  # beside which a smaller control would say nothing more
+            self._search_coefficients("random", settings.random_candidates, [], seconds_per_candidate)
+        known = [plan.alphas for plan in (self.start, *probes)]
+        for searcher in settings.searchers:
+            if searcher == "gradient":
+                self._descend_all(known)
+            else:
+                starts = [*known, *self._corners()]
+                self._search_coefficients(searcher, settings.candidates, starts, seconds_per_candidate)
 
     def _search_coefficients(
         self, searcher: str, candidates: int, known: list[list[float]], seconds_per_candidate: float
@@ -406,24 +416,21 @@ class _Search:
     ) -> None:
         """Try what a proposer gives until `candidates` rows of `trials`, `done` among them, have this name."""
         settings, concurrent = self.config.search, self._concurrent
-        outcome = run_search(
-            self.pool,
+        common = {"searcher": searcher, "seed": settings.seed, "objective": settings.objective}
+        batches = BatchSearcher(
             proposer,
-            searcher=searcher,
-            objective=settings.objective,
-            minimise=is_minimised(settings.objective),
             candidates=candidates,
             batch=batch,
+            crew=self.pool,
             concurrent=None if settings.concurrent == "auto" else settings.concurrent,  # more workers may join
-            seed=settings.seed,
+            describe=lambda point: {**common, "plan_id": self._candidate(point).plan_id(self.identity)},
+            minimise=is_minimised(settings.objective),
             record=self._record,
             replayed=done,
-            plan_id_of=lambda alphas: self._candidate(alphas).plan_id(self.identity),
             on_progress=lambda n, best: self.progress.advance(n, "" if best is None else f"best {best:.4f}"),
-            storage_path=str(Path(self.cache).absolute() / "tune"),
-            loggers=self.config.output.loggers,
-            **options,
         )
+        tune = {"storage_path": str(Path(self.cache).absolute() / "tune"), "loggers": self.config.output.loggers}
+        outcome = run_search(self.pool, batches, name=searcher, **tune, **options)
         self.facts[f"{searcher}_search"] = {
             "batch": batch,
             "concurrent": concurrent,

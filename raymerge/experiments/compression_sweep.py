@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from raymerge.alpha_files import read_alpha_file
-from raymerge.config import BLOCK_METHODS, Config, ConfigError
+from raymerge.config import BLOCK_METHODS, Config, ConfigError, PlanConfig
 from raymerge.experiments.common import (
     Inputs,
     align,
@@ -31,14 +31,13 @@ from raymerge.experiments.planning import (
     Similarity,
     allowed_starts,
     choose_blocks,
-    influence_plan,
     similarity_of,
     similarity_warnings,
 )
 from raymerge.experiments.refitting import fit, refit_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
-from raymerge.heuristics import most_similar_pairs, pair_alphas
+from raymerge.heuristics import least_influence_plan, most_similar_pairs, pair_alphas
 from raymerge.inputs import CALIBRATION, REPORT, RETRIEVAL
 from raymerge.plan import (
     MergePlan,
@@ -54,11 +53,10 @@ from raymerge.plan import (
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.refit import check_refittable
+from raymerge.schemas import PLAIN
 from raymerge.statistics import accuracy_summary
 from raymerge.tables import RunDirectory
 
-PLAIN = {"alignment": "none", "norms": "keep", "refit": "none"}
-_SELECTIONS = {"most_similar": "most_similar", "merge_block": "block"}  # of methods that do not merge the tail
 _NEEDS_SIMILARITY = ("block_influence", "similarity_ratio", "similarity", "most_similar")
 
 
@@ -124,59 +122,84 @@ def _points(config: Config, inputs: Inputs, similarity: Similarity | None, block
     blocks: the first layer of the block, by number of layers. Raises ConfigError for a method without its source,
     PlanError for a K that the model does not have.
     """
-    settings, plan, n_layers = config.sweep, config.plan, inputs.checkpoint.n_layers
+    settings, n_layers = config.sweep, inputs.checkpoint.n_layers
     for merges in settings.merges:
         check_merges(n_layers, merges)
-    if similarity is None and (needing := [method for method in settings.methods if method in _NEEDS_SIMILARITY]):
-        raise ConfigError(f"sweep.methods {needing} need plan.similarity_run: the run of `raymerge similarity`")
-    if "block_influence" in settings.methods and similarity.block_influence is None:
-        raise ConfigError(f"{plan.similarity_run} has no block influence, which sweep.methods asks for")
-    matrix = None if similarity is None else similarity.matrix
+    _check_sources(config, similarity)
     points = [Point(0, "base", base_plan(n_layers))]
     for method in settings.methods:
         if method == "file":
-            if plan.alpha_file is None:
-                raise ConfigError("sweep.methods has file, so plan.alpha_file must name one")
-            found = read_alpha_file(plan.alpha_file, n_layers)
-            points += _variants(config, len(found.steps), "file", replace(found, biases=plan.biases))
-            continue
-        for merges in settings.merges:
-            if method == "drop":
-                points.append(_dropped(merges, method, drop_plan(n_layers, merges)))
-            elif method == "drop_block":
-                points.append(_dropped(merges, method, drop_block_plan(n_layers, blocks[merges], merges)))
-            elif method == "before_last":
-                points.append(_dropped(merges, method, before_last_plan(n_layers, merges)))
-            elif method == "block_influence":
-                points += [_dropped(merges, method, found) for found in influence_plan(similarity, merges)]
-            else:
-                pairs, base, ratio = tail_pairs(n_layers, merges), method, plan.ratio
-                if method in ("most_similar", "merge_block"):
-                    # A file's coefficients belong to its own merges.
-                    base = "fixed" if plan.base == "file" else plan.base
-                    pairs = (
-                        most_similar_pairs(matrix, merges=merges)
-                        if method == "most_similar"
-                        else block_pairs(n_layers, blocks[merges], merges, plan.survivor)
-                    )
-                elif method.startswith("fixed:"):
-                    base, ratio = "fixed", float(method.removeprefix("fixed:"))
-                name = _method_name(method)
-                averaged = pairs_plan(
-                    n_layers,
-                    pairs,
-                    pair_alphas(pairs, base, ratio=ratio, similarity=matrix),
-                    name=name,
-                    kind="fixed" if method.startswith("fixed:") else "file",
-                    selection=_SELECTIONS.get(method, "tail"),
-                    biases=plan.biases,
-                )
-                points += _variants(config, merges, name, averaged)
+            points += _file_points(config, n_layers)
+        else:
+            for merges in settings.merges:
+                points += _points_of(config, n_layers, method, merges, similarity, blocks.get(merges))
     points = [variant for point in points for variant in _refitted(config, inputs, point)]
     for point in points:
         check_mergeable(inputs.checkpoint, point.plan)
         check_refittable(inputs.checkpoint, point.plan)
     return points
+
+
+def _check_sources(config: Config, similarity: Similarity | None) -> None:
+    """Refuse methods that need a similarity run, or block influence, that is not there. Raises ConfigError."""
+    methods, run = config.sweep.methods, config.plan.similarity_run
+    if similarity is None and (needing := [method for method in methods if method in _NEEDS_SIMILARITY]):
+        raise ConfigError(f"sweep.methods {needing} need plan.similarity_run: the run of `raymerge similarity`")
+    if "block_influence" in methods and similarity.block_influence is None:
+        raise ConfigError(f"{run} has no block influence, which sweep.methods asks for")
+
+
+def _file_points(config: Config, n_layers: int) -> list[Point]:
+    """The points of plan.alpha_file, which has a number of layers of its own."""
+    if config.plan.alpha_file is None:
+        raise ConfigError("sweep.methods has file, so plan.alpha_file must name one")
+    found = read_alpha_file(config.plan.alpha_file, n_layers)
+    return _variants(config, len(found.steps), "file", replace(found, biases=config.plan.biases))
+
+
+def _points_of(
+    config: Config, n_layers: int, method: str, merges: int, similarity: Similarity | None, first: int | None
+) -> list[Point]:
+    """The points of a method that merges `merges` layers; first: the block's first layer, where it asks for a block."""
+    if method == "drop":
+        plan = drop_plan(n_layers, merges)
+    elif method == "drop_block":
+        plan = drop_block_plan(n_layers, first, merges)
+    elif method == "before_last":
+        plan = before_last_plan(n_layers, merges)
+    elif method == "block_influence":
+        plan = least_influence_plan(similarity.block_influence, merges)
+    else:
+        matrix = None if similarity is None else similarity.matrix
+        plan = _averaged(config.plan, n_layers, method, merges, matrix, first)
+        return _variants(config, merges, plan.name, plan)
+    return [Point(merges, method, replace(plan, name=f"{method}_k{merges}"))]
+
+
+def _averaged(
+    settings: PlanConfig, n_layers: int, method: str, merges: int, matrix: np.ndarray | None, first: int | None
+) -> MergePlan:
+    """The plan of a method that averages layers, under the method's name; matrix: similarities (L, L)."""
+    pairs, selection, kind = tail_pairs(n_layers, merges), "tail", "file"
+    base, ratio = method, settings.ratio
+    if method.startswith("fixed:"):
+        kind, base, ratio = "fixed", "fixed", float(method.removeprefix("fixed:"))
+    elif method in ("most_similar", "merge_block"):
+        # A file's coefficients belong to its own merges.
+        base = "fixed" if settings.base == "file" else settings.base
+        if method == "most_similar":
+            pairs, selection = most_similar_pairs(matrix, merges=merges), "most_similar"
+        else:
+            pairs, selection = block_pairs(n_layers, first, merges, settings.survivor), "block"
+    return pairs_plan(
+        n_layers,
+        pairs,
+        pair_alphas(pairs, base, ratio=ratio, similarity=matrix),
+        name=_method_name(method),
+        kind=kind,
+        selection=selection,
+        biases=settings.biases,
+    )
 
 
 def _method_name(method: str) -> str:
@@ -194,10 +217,6 @@ def _refitted(config: Config, inputs: Inputs, point: Point) -> list[Point]:
         name = point.plan.name if method == "none" else f"{point.plan.name}_{method}"
         found.append(replace(point, plan=replace(point.plan, name=name, refit=refit_of(config, inputs, method))))
     return found
-
-
-def _dropped(merges: int, method: str, plan: MergePlan) -> Point:
-    return Point(merges, method, replace(plan, name=f"{method}_k{merges}"))
 
 
 def _variants(config: Config, merges: int, method: str, plan: MergePlan) -> list[Point]:

@@ -35,11 +35,9 @@ from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.reliability import RELIABLE_N, Correlation, Study, correlate, correlate_matrices
 from raymerge.sensitivity import recipe_of
-from raymerge.tables import RunDirectory
+from raymerge.tables import IMPORTED, RunDirectory, layer_ranges
 
 Row = dict[str, Any]
-
-_FOREIGN = "imported"  # measure, embedding and language of matrices that other programs made
 
 
 def similarity(
@@ -72,7 +70,7 @@ def similarity(
     with step(progress, "correlations of the matrices"):
         run.replace("similarity_correlation", _correlations(config.similarity.measure, inputs.subsets, studies))
     distinct = [count for _, _, count in results]
-    warnings = _repeated_samples(config, inputs.subsets, distinct) + degenerate_layers(run)
+    warnings = _repeated_samples(config, inputs.subsets, distinct) + degenerate_maps(run)
     warnings += _low_ceilings(studies)
     for warning in warnings:
         progress.message(warning)
@@ -239,7 +237,7 @@ def _low_ceilings(studies: Sequence[Study]) -> list[str]:
     ]
 
 
-def degenerate_layers(run: RunDirectory) -> list[str]:
+def degenerate_maps(run: RunDirectory) -> list[str]:
     """Warnings of diffusion maps that are noise: kernels that are all but the identity, or all but constant."""
     sizes = Counter((row["subset"], row["language"]) for row in run.read("samples").to_pylist())
     bad: dict[tuple[str, str, str], list[int]] = {}
@@ -248,22 +246,12 @@ def degenerate_layers(run: RunDirectory) -> list[str]:
         if side := degeneracy(row["effective_rank"], sizes[key]):
             bad.setdefault((*key, side), []).append(row["layer"])
     return [
-        f"{subset} ({language}): the diffusion map is degenerate in {len(layers)} layers ({_ranges(layers)}): the "
+        f"{subset} ({language}): the diffusion map is degenerate in {len(layers)} layers ({layer_ranges(layers)}): the "
         f"bandwidth is far {side} the distances ("
         + ("effective rank above 90 % of the samples" if side == "below" else "effective rank near 1")
         + "); similarities there are noise. Try similarity.sigma: median"
         for (subset, language, side), layers in bad.items()
     ]
-
-
-def _ranges(numbers: list[int]) -> str:
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 # -- matrices from elsewhere ----------------------------------------------------------------------------------------
@@ -288,13 +276,13 @@ def import_similarity(
     run.begin()
     rows = []
     for name, matrix in matrices.items():
-        names = {"subset": name, "language": _FOREIGN, "measure": _FOREIGN, "embedding": _FOREIGN, "n_samples": 0}
+        names = {"subset": name, "language": IMPORTED, "measure": IMPORTED, "embedding": IMPORTED, "n_samples": 0}
         rows += [
             names | {"layer_i": i, "layer_j": j, "value": _known(value)} for (i, j), value in np.ndenumerate(matrix)
         ]
     run.replace("similarity", rows)
     found = [
-        correlation_row(_FOREIGN, (a, _FOREIGN), (b, _FOREIGN), correlate_matrices(x, y))
+        correlation_row(IMPORTED, (a, IMPORTED), (b, IMPORTED), correlate_matrices(x, y))
         for (a, x), (b, y) in combinations(matrices.items(), 2)
     ]
     run.replace("similarity_correlation", found)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -73,6 +73,14 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
     return run
 
 
+class _Share(NamedTuple):
+    """One shard of the evaluation: what `ModelWorker.run` is called with, its tokens, and where the result goes."""
+
+    call: tuple[str, Any]
+    tokens: int
+    store: Callable[[Any], None]
+
+
 class _Evaluation:
     """What is to be asked of one plan, and where each share of it is stored as soon as it is there."""
 
@@ -86,38 +94,34 @@ class _Evaluation:
         rows_of = dict(zip(roles, pool.map("shard_rows", roles), strict=True))
         names = [*roles, *([TEXT] if self.inputs.text is not None else [])]
         tokens_of = dict(zip(names, pool.map("shard_tokens", names), strict=True))
-        calls: list[tuple[str, Any]] = []
-        tokens: list[int] = []
-        stores: list[Callable[[Any], None]] = []
-        for role in roles:
-            done = set(self._numbers(role, self._stored(role)))
-            for number, members in enumerate(rows_of[role]):
-                if not done.issuperset(members):
-                    if role == REPORT:
-                        prompt_nll = self.config.data.question_perplexity
-                        calls.append(("answers", (self.plan, role, number, prompt_nll)))
-                    else:
-                        calls.append(("score_choices", (self.plan, role, number)))
-                    tokens.append(tokens_of[role][number])
-                    # Named by content: the same share again takes the place of what it was.
-                    part = f"{role.removeprefix(task_role(''))}-{digest(members)}"
-                    stores.append(partial(self._store, role, part))
-        texts = self.run.read("perplexity", ["target"])["target"].to_pylist()
-        windows = [] if TEXT in texts else tokens_of.get(TEXT, [])
+        shares = [share for role in roles for share in self._missing(role, rows_of[role], tokens_of[role])]
         losses: list[TextLosses] = []
-        for number, count in enumerate(windows):
-            calls.append(("text_nll", (self.plan, number)))
-            tokens.append(count)
-            stores.append(losses.append)
-        # The largest first, so that no worker ends up waiting long.
-        order = sorted(range(len(calls)), key=lambda i: -tokens[i])
-        progress.stage("evaluation (tokens)", sum(tokens))
+        if TEXT not in self.run.read("perplexity", ["target"])["target"].to_pylist():
+            for number, tokens in enumerate(tokens_of.get(TEXT, [])):
+                shares.append(_Share(("text_nll", (self.plan, number)), tokens, losses.append))
+        shares.sort(key=lambda share: -share.tokens)  # the largest first, so that no worker ends up waiting long
+        progress.stage("evaluation (tokens)", sum(share.tokens for share in shares))
         pool.map(
             "run",
-            [calls[i] for i in order],
-            counted(progress, lambda n, _: tokens[order[n]], lambda n, result: stores[order[n]](result)),
+            [share.call for share in shares],
+            counted(progress, lambda n, _: shares[n].tokens, lambda n, result: shares[n].store(result)),
         )
         self._gather(losses)
+
+    def _missing(self, role: str, shards: list[list[int]], tokens: list[int]) -> Iterator[_Share]:
+        """The shards of a role of which some rows are not stored yet; shards: the rows of each."""
+        done = set(self._numbers(role, self._stored(role)))
+        for number, members in enumerate(shards):
+            if done.issuperset(members):
+                continue
+            item = self.plan, role, number
+            if role == REPORT:
+                call = "answers", (*item, self.config.data.question_perplexity)
+            else:
+                call = "score_choices", item
+            # Named by content: the same share again takes the place of what it was.
+            part = f"{role.removeprefix(task_role(''))}-{digest(members)}"
+            yield _Share(call, tokens[number], partial(self._store, role, part))
 
     def _numbers(self, role: str, stored: pa.Table) -> list[int]:
         """What the rows of `answers` are of a role's questions, or those of `task_answers` of its task's items."""

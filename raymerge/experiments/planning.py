@@ -54,8 +54,8 @@ def similarity_of(config: Config, n_layers: int) -> Similarity | None:
 
 
 def similarity_warnings(config: Config, identity: str) -> list[str]:
-    """What is to be known of the run that plan.similarity_run names: that it is noise, or of another model than the one
-    of this identity. Raises RunError."""
+    """Warnings about the run that plan.similarity_run names: that its similarities are noise, or that it is of another
+    model than the one with this identity. Raises RunError."""
     plan = config.plan
     if plan.similarity_run is None:
         return []

@@ -133,8 +133,8 @@ class Reporter:
         """The tables that follow from others or from the plans: written whole, so that nothing is there twice.
 
         compared: the pairs that are asked about, one family of tests (`p_holm`). With at most 12 plans all other pairs
-        follow as a second family, so that what is asked for pays nothing for what else is there. subjects: those that
-        plans were chosen by, on which they are compared apart.
+        follow as a second family, so that they do not make the p-values of what is asked for any larger. subjects:
+        those that plans were chosen by, on which they are also compared separately.
         """
         named = {plan: plan.plan_id(self.identity) for plan in plans}
         self.run.replace("plans", [row for plan, key in named.items() for row in rows.plan_rows(plan, key)])

@@ -13,17 +13,16 @@ from raymerge.report.asked import figure_of
 from raymerge.report.content import FOUND, Block, Figure, Section, Table, Text
 from raymerge.report.reached import missing
 from raymerge.report.wording import listed, percent, plural, value
-from raymerge.tables import RunDirectory
+from raymerge.tables import IMPORTED, RunDirectory, colour_scale, correlation_ceiling
 
 _MAPS = 12  # heat maps of one measure; the rows of all are on the page
 _PAIRS = 60  # correlations that are drawn with their intervals
-_FOREIGN = "imported"
 
 
 def subset_name(row: dict, suffix: str = "") -> str:
     """How the page calls a row's subset."""
     subset, language = row[f"subset{suffix}"], row[f"language{suffix}"]
-    return subset if language == _FOREIGN else f"{subset} ({language})"
+    return subset if language == IMPORTED else f"{subset} ({language})"
 
 
 def answer(run: RunDirectory) -> Section:
@@ -120,7 +119,7 @@ def _agreement(run: RunDirectory) -> str:
     n_layers = len({row["layer_i"] for row in run.read("similarity", ["layer_i"]).to_pylist()})
     noise = {key for key, layers in findings.degenerate_layers(run).items() if len(layers) > n_layers - 2}
     rows = [row for row in rows if not any((row[f"subset_{s}"], row[f"language_{s}"]) in noise for s in "ab")]
-    bounded = [(row, bound) for row in rows if (bound := findings.correlation_ceiling(row)) is not None]
+    bounded = [(row, bound) for row in rows if (bound := correlation_ceiling(row)) is not None]
     if not bounded:
         return ""
     reach = [row for row, bound in bounded if row["ci_high"] >= bound]
@@ -232,14 +231,10 @@ def _cell(row: dict, degenerate: dict[tuple[str, str], set[int]]) -> dict[str, A
 
 
 def colour_domain(rows: list[dict]) -> tuple[float, float]:
-    """Ends of the scale: 0 (the 1st percentile, where values are all high) to the 99th percentile off the diagonal."""
+    """Ends of the scale: those of the values off the diagonal, or of all where only the diagonal is defined."""
     values = [row["value"] for row in rows if row["value"] is not None and row["layer_i"] != row["layer_j"]]
     values = values or [row["value"] for row in rows if row["value"] is not None]
-    if not values:
-        return 0.0, 1.0
-    low, high = np.percentile(values, [1, 99])
-    low = min(0.0, low) if low < 0.5 * high else low
-    return (float(low), float(high)) if high > low else (float(low) - 0.5, float(low) + 0.5)
+    return colour_scale(values) if values else (0.0, 1.0)
 
 
 def _influence(run: RunDirectory, stored: list[dict]) -> Figure:
@@ -282,7 +277,7 @@ def correlations(run: RunDirectory) -> Section:
             "r": row["pearson_off_diagonal"],
             "low": row["ci_low"],
             "high": row["ci_high"],
-            "ceiling": findings.correlation_ceiling(row),
+            "ceiling": correlation_ceiling(row),
             "pearson": row["pearson"],
         }
         for row in stored

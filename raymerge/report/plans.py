@@ -172,29 +172,13 @@ _LAYERS = ". In brackets: which of the original layers, counted from 0, become o
 
 def plan_table(reached: Reached) -> Table:
     """Every plan, the most accurate first; without questions, the one of the least perplexity."""
-    best = reached.best["plan_id"] if reached.best else None
     if not reached.asks:
-        return Table(
-            "Every plan on plain text, the least perplexity first; intervals of 95 %. No questions were asked"
-            f"{_LAYERS}",
-            ("plan", "what it is", "layers", "perplexity"),
-            tuple(
-                (
-                    line["label"],
-                    described(line),
-                    NONE if line["layers"] is None else str(line["layers"]),
-                    perplexity(line["perplexity"], line["perplexity_interval"]),
-                )
-                for line in reached.lines
-            ),
-            words=(0, 1),
-        )
+        return _text_plan_table(reached)
+    best = reached.best["plan_id"] if reached.best else None
     texts = any(line["perplexity"] is not None for line in reached.lines)
     cells = tuple(
         (
-            line["label"],
-            described(line),
-            NONE if line["layers"] is None else str(line["layers"]),
+            *_named(line),
             f"{percent(line['accuracy'])} {interval(*line['interval'])}".strip(),
             f"{percent(line['macro'])} {interval(*line['macro_interval'])}".strip(),
             value(line["nll"]),
@@ -222,6 +206,20 @@ def plan_table(reached: Reached) -> Table:
         marked=tuple(i for i, line in enumerate(reached.lines) if line["plan_id"] == best),
         folded=len(cells) > 20,
     )
+
+
+def _text_plan_table(reached: Reached) -> Table:
+    return Table(
+        f"Every plan on plain text, the least perplexity first; intervals of 95 %. No questions were asked{_LAYERS}",
+        ("plan", "what it is", "layers", "perplexity"),
+        tuple((*_named(line), perplexity(line["perplexity"], line["perplexity_interval"])) for line in reached.lines),
+        words=(0, 1),
+    )
+
+
+def _named(line: dict) -> tuple[str, str, str]:
+    """A plan's name, what it is, and its layers."""
+    return line["label"], described(line), NONE if line["layers"] is None else str(line["layers"])
 
 
 def tasks(reached: Reached) -> list[Section]:

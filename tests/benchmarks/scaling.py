@@ -18,7 +18,7 @@ import time
 from raymerge.cluster import start_ray
 from raymerge.pool import WorkerPool
 from raymerge.proposers import RandomProposer
-from raymerge.search import choose_batch, run_search
+from raymerge.search import BatchSearcher, choose_batch, run_search
 
 BODIES_S = (0.02, 0.2)
 
@@ -40,19 +40,16 @@ def measure(body, actors, seconds):
     records = []
     with tempfile.TemporaryDirectory() as folder, WorkerPool(Sleeper, {"body": body}, count=actors) as pool:
         began = time.perf_counter()
-        outcome = run_search(
-            pool,
+        batches = BatchSearcher(
             RandomProposer(dimensions=13, bounds=(0, 1), seed=0),
-            searcher="random",
-            objective="micro_accuracy",
-            minimise=False,
             candidates=candidates,
             batch=batch,
-            seed=0,
+            crew=pool,
+            describe=lambda _: {"searcher": "random"},
+            minimise=False,
             record=lambda part, rows, results: records.append((time.perf_counter(), len(rows))),
-            plan_id_of=str,
-            storage_path=folder,
         )
+        outcome = run_search(pool, batches, name="random", storage_path=folder)
         whole = time.perf_counter() - began
     half = records[len(records) // 2 - 1 :]
     steady = sum(count for _, count in half[1:]) / (half[-1][0] - half[0][0])

@@ -26,7 +26,7 @@ from raymerge.cluster import start_ray
 from raymerge.plan import tail_coefficients
 from raymerge.pool import WorkerPool
 from raymerge.proposers import BayesProposer, RandomProposer
-from raymerge.search import run_search
+from raymerge.search import BatchSearcher, run_search
 
 BODY_S = 0.02
 STEPS = 13
@@ -53,20 +53,17 @@ def overhead(trials):
                 direct = time.perf_counter() - began
                 records = []
                 began = time.perf_counter()
-                run_search(
-                    pool,
+                batches = BatchSearcher(
                     RandomProposer(dimensions=STEPS, bounds=(0, 1), seed=0),
-                    searcher="random",
-                    objective="micro_accuracy",
-                    minimise=False,
                     candidates=batch * trials,
                     batch=batch,
+                    crew=pool,
                     concurrent=WORKERS,
-                    seed=0,
+                    describe=lambda _: {"searcher": "random"},
+                    minimise=False,
                     record=lambda part, rows, results, times=records: times.append(time.perf_counter()),
-                    plan_id_of=str,
-                    storage_path=folder,
                 )
+                run_search(pool, batches, name="random", storage_path=folder)
                 ended = time.perf_counter()
                 tune, ideal = (records[-1] - records[0]) / (trials - 1), batch * BODY_S / WORKERS
                 found[f"q{batch}"] = {

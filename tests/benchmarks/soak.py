@@ -22,7 +22,7 @@ import ray
 from raymerge.cluster import start_ray
 from raymerge.pool import WorkerPool
 from raymerge.proposers import RandomProposer
-from raymerge.search import run_search
+from raymerge.search import BatchSearcher, run_search
 
 BODY_S = 0.05
 
@@ -90,19 +90,16 @@ def main():
         with pool:
             record = Killer(pool, options.every, options.seed)
             began = time.perf_counter()
-            outcome = run_search(
-                pool,
+            batches = BatchSearcher(
                 RandomProposer(dimensions=13, bounds=(0, 1), seed=options.seed),
-                searcher="random",
-                objective="micro_accuracy",
-                minimise=False,
                 candidates=options.candidates,
                 batch=options.batch,
-                seed=options.seed,
+                crew=pool,
+                describe=lambda _: {"searcher": "random"},
+                minimise=False,
                 record=record,
-                plan_id_of=lambda point: f"{point[0]:.12f}",
-                storage_path=folder,
             )
+            outcome = run_search(pool, batches, name="random", storage_path=folder)
             seconds = time.perf_counter() - began
         scored = Counter(Path(folder, "scored").read_text().split())
         processes = len(Path(folder, "pids").read_text().split())
