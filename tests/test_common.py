@@ -201,17 +201,18 @@ def test_a_manifest_names_model_prompts_and_text():
     assert model_facts(config, Inputs(checkpoint=CHECKPOINT))["text_hash"] is None
 
 
-def test_figures_are_drawn_by_the_scripts_beside_the_package_and_one_that_fails_says_why(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["analysis", "raymerge/_analysis"])
+def test_figures_are_drawn_by_the_scripts_of_the_checkout_or_wheel_and_one_that_fails_says_why(
+    tmp_path, monkeypatch, place
+):
     run, seen = RunDirectory.open(tmp_path / "run", {}, "search"), Seen()
     monkeypatch.setattr("raymerge.__file__", str(tmp_path / "raymerge" / "__init__.py"))
-    assert draw_figures(run, ["a.py"], seen) == [] and seen.said == [
-        "No figures: the analysis scripts are not beside this installation."
-    ]
-    (tmp_path / "analysis").mkdir()
+    scripts = tmp_path / place
+    scripts.mkdir(parents=True)
     script = "import pathlib, sys; _, run, _, out = sys.argv; out = pathlib.Path(out); out.mkdir(exist_ok=True);"
     for name in "ba":
-        (tmp_path / "analysis" / f"{name}.py").write_text(f"{script} (out / '{name}.png').write_text(run)")
-    (tmp_path / "analysis" / "bad.py").write_text("import sys; print('no rows', file=sys.stderr); sys.exit(3)")
+        (scripts / f"{name}.py").write_text(f"{script} (out / '{name}.png').write_text(run)")
+    (scripts / "bad.py").write_text("import sys; print('no rows', file=sys.stderr); sys.exit(3)")
     assert draw_figures(run, ["b.py", "a.py"], seen) == ["figures/a.png", "figures/b.png"]
     assert (tmp_path / "run" / "figures" / "a.png").read_text() == run.path_of()
     assert seen.stages == [("figures", 2)] and seen.done == [1, 2]

@@ -6,12 +6,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pytest
-
 import raymerge
-from raymerge.experiments import common
-from raymerge.progress import Silent
-from raymerge.tables import RunDirectory
 
 ROOT = Path(raymerge.__file__).parent.parent
 
@@ -36,19 +31,3 @@ def test_a_wheel_holds_the_package_its_data_and_the_analysis_scripts(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")}
     assert held == {f"raymerge/{name}" for name in package} | {f"raymerge/_analysis/{name}" for name in analysis}
-
-
-@pytest.mark.parametrize("place", ["site/raymerge/_analysis", "site/analysis"])
-def test_figures_are_drawn_by_the_scripts_of_an_installation_or_of_a_checkout(tmp_path, monkeypatch, place):
-    (tmp_path / place).mkdir(parents=True)
-    (tmp_path / place / "some.py").write_text(
-        "import pathlib, sys; _, run, _, out = sys.argv\n"
-        "pathlib.Path(out).mkdir(exist_ok=True); (pathlib.Path(out) / 'some.png').write_text(run)"
-    )
-    monkeypatch.setattr(raymerge, "__file__", str(tmp_path / "site" / "raymerge" / "__init__.py"))
-    run = RunDirectory.open(tmp_path / "run", {}, "search")
-    assert common.draw_figures(run, ["some.py"], Silent()) == ["figures/some.png"]
-    assert (tmp_path / "run/figures/some.png").read_text().rstrip("/") == str(tmp_path / "run")
-    (tmp_path / place / "wrong.py").write_text("raise SystemExit('no such column')")
-    with pytest.raises(RuntimeError, match=r"analysis/wrong.py failed with exit code 1: no such column"):
-        common.draw_figures(run, ["some.py", "wrong.py"], Silent())
