@@ -96,7 +96,7 @@ def verdict(row: dict) -> str:
         return "indistinguishable"
     found = "better" if (row["difference"] > 0) == (row["measure"] in _MORE_IS_BETTER) else "worse"
     alone = row["p_holm"] is not None and row["p_holm"] >= 0.05
-    return f"{found}, but not among so many comparisons" if alone else found
+    return f"{found}, but not after correction" if alone else found
 
 
 def correlation_ceiling(row: dict) -> float | None:

@@ -35,7 +35,7 @@ professional_law professional_medicine professional_psychology public_relations 
 us_foreign_policy virology world_religions""".split()
 
 
-RANDOM = "best of 59 random ones"
+RANDOM = "best of 59 random"
 """What the control of random coefficients is called in a made run, of whose 60 such candidates one failed."""
 
 
@@ -712,7 +712,7 @@ def test_methods_of_a_run_whose_alphas_differ_come_found_first_with_its_own_simi
     paths = alphas_script.draw(run, tmp_path / "out")
     assert [path.name for path in paths] == ["alphas.png", "learned_alphas.png", "gradient_history.png", "alphas.md"]
     header, *rows = table_of(paths[-1].read_text(), "## α of each method")
-    assert [row[0] for row in rows] == ["found_random", "found_bayes", "best of random ones"]
+    assert [row[0] for row in rows] == ["found_random", "found_bayes", "best of random"]
     assert header[-1] == "pairs" and {row[-1] for row in rows} == {"4"}
     table = table_of(paths[-1].read_text(), "## Gradient descent")
     assert table[1:] == [

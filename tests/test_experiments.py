@@ -684,12 +684,12 @@ def test_plain_text_alone_is_searched_on_where_no_questions_are_asked(ray_sessio
 
     print_search(run, "test")
     shown = capsys.readouterr().out
-    for words in ("On plain text:", "On the search text:", "on the text it was chosen on", "Loss (nats a token)"):
+    for words in ("On plain text:", "On the search text:", "on the text it was chosen on", "Loss (nats per token)"):
         assert words in shown
     assert "questions" not in shown and "nan" not in shown
     assert cli.main(["report", run.path_of()]) == 0
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "loss of a token" in page and "Perplexity of every plan" in page
+    assert "loss per token" in page and "Perplexity of every plan" in page
     for words in ("Accuracy and perplexity", "Subject by subject", "Left out", "of 0 test questions"):
         assert words not in page
     card = (Path(run.manifest()["best"]["model"]) / "README.md").read_text(encoding="utf-8")

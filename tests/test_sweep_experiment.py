@@ -172,14 +172,14 @@ def test_blocks_are_chosen_once_for_every_number_of_layers_and_stand_beside_the_
         ("drop_block_k1", "drop_k1"),
     } <= compared
     caption, header, cells = summary.block_table(run)
-    assert "nats a token of the calibration text" in caption and "distance" not in caption and len(cells) == 2
+    assert "nats per token of the calibration text" in caption and "distance" not in caption and len(cells) == 2
     shown = dict(zip(header, cells[1], strict=True))
     scores = {row["first"]: row["score"] for row in rows if row["merges"] == 6}
     second = min((first for first in scores if first != chosen[6]), key=scores.get)
     deepest = 9
     assert shown["layers"] == "6" and shown["go"] == f"{chosen[6]}-{chosen[6] + 5}" and shown["chosen by"] == "loss"
     assert shown["next best"].startswith(f"{second}-{second + 5} ({scores[second]:.4g})")
-    assert shown["the deepest"] == f"{deepest}-{deepest + 5} ({scores[deepest]:.4g})"
+    assert shown["deepest"] == f"{deepest}-{deepest + 5} ({scores[deepest]:.4g})"
 
     # What is in the table is not measured again, as when a run that was cut short goes on.
     again = planning.choose_blocks(settings, N_LAYERS, [1, 6], run, str(tmp_path), None, Silent())
