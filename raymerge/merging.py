@@ -146,7 +146,7 @@ def save_merged(
     progress = progress or Silent()
     with step(progress, "receipts of the merge"):
         found = receipts(checkpoint, architecture, plan, aligner=aligner, refits=refits)
-    with step(progress, "digest of the model's files"):
+    with step(progress, "hashing the model's files"):
         plan_id = plan.plan_id(checkpoint.identity)
     record = _record(checkpoint, plan, rows.receipt_rows(plan_id, found), command)
     extra = {"alphas.json": alpha_file_text(plan.steps)}
@@ -188,7 +188,7 @@ def saved_record(folder: Path) -> dict[str, Any]:
         if not isinstance(record, dict) or "plan_id" not in record:
             raise ValueError("it names no plan")
     except (OSError, ValueError) as error:
-        raise PlanError(f"{path} cannot be read: {error}; delete {folder}, and the model is saved again") from error
+        raise PlanError(f"{path} cannot be read: {error}; delete {folder} to save the model again") from error
     return record
 
 

@@ -123,7 +123,7 @@ def check_proof(record: dict[str, Any], folder: Path | str) -> None:
     if not proof_finished(record):
         raise ProofError(
             f"the model saved in {folder} could not be proved: {record['error']}. It was left there; output.verify: "
-            "false, or --no-verify, leaves the proof out"
+            "false, or --no-verify, skips the proof"
         )
     if not record["passed"]:
         raise ProofError(

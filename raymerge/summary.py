@@ -144,7 +144,7 @@ def comparison_notes(run: RunDirectory, plan_id: str) -> list[str]:
     rows, notes = comparison_rows(run), []
     shown, every = len(of_plan(rows, plan_id)), len(rows)
     if shown > 1:
-        told = "p and intervals are uncorrected; Holm's p corrects for all of them by this measure"
+        told = "p and intervals are uncorrected; Holm's p corrects for all of them, on this measure"
         notes.append(f"({shown} comparisons: {told}.)")
     if every > shown:
         notes.append(f"(Table comparisons has {every - shown} further pairs of plans.)")
@@ -246,7 +246,7 @@ def search_lines(run: RunDirectory) -> list[str]:
     for searcher in dict.fromkeys(row["searcher"] for row in trials):
         rows = [row for row in trials if row["searcher"] == searcher]
         judged = [row for row in rows if row["status"] == "ok"]
-        tried = f"{len(rows)} candidate{'' if len(rows) == 1 else 's'}"
+        tried = _candidates(len(rows))
         failed = f", {len(rows) - len(judged)} failed" if len(judged) < len(rows) else ""
         if not judged:
             lines.append(f"{searcher}: {tried}, all failed")
@@ -265,6 +265,10 @@ def search_lines(run: RunDirectory) -> list[str]:
             f"mean {sum(values) / len(values):.4f}, worst {worst(values):.4f}{_seconds(rows)}"
         )
     return lines
+
+
+def _candidates(count: int) -> str:
+    return f"{count} candidate{'' if count == 1 else 's'}"
 
 
 def _seconds(trials: list[dict]) -> str:
@@ -302,7 +306,7 @@ _INCIDENTS = {
 def pace_lines(run: RunDirectory) -> list[str]:
     """How long each search of the last call took, and how much of it its workers scored, from the manifest."""
     return [
-        f"{key.removesuffix('_search')}: {facts['candidates_this_call']} candidates in {facts['wall_seconds']:.1f} s "
+        f"{key.removesuffix('_search')}: {_candidates(facts['candidates_this_call'])} in {facts['wall_seconds']:.1f} s "
         f"({facts['batch']} per trial, {facts['concurrent']} at a time); workers spent "
         f"{100 * (1 - facts['share_not_scoring']):.0f} % of it scoring"
         for key, facts in (run.manifest() or {}).items()

@@ -530,7 +530,7 @@ def test_progress_says_how_surely_the_best_is_known(tmp_path, monkeypatch):
     far = {"bayes": [*rows["bayes"], rows["bayes"][0] | {"iteration": 4, "value": 0.1}]}  # was all that could be seen
     search_panels.draw_progress(far, [], {}, tmp_path / "f.png")
     (axis,) = drawn["f.png"].axes
-    assert axis.get_ylim()[0] > 0.79 and axis.get_title().endswith("dashed: controls; 1 far worse left out)")
+    assert axis.get_ylim()[0] > 0.79 and axis.get_title().endswith("dashed: controls; 1 far worse not shown)")
     one = {"bayes": rows["bayes"], "gradient": rows["bayes"][:1]}
     search_panels.draw_progress(one, [], {}, tmp_path / "z.png")
     names = [text.get_text() for text in drawn["z.png"].legends[0].get_texts()]

@@ -699,9 +699,12 @@ def test_plain_text_alone_is_searched_on_where_no_questions_are_asked(ray_sessio
 @pytest.mark.parametrize(
     "more, words",
     [
-        ([], "search.objective micro_accuracy is of answers to questions, but data.mmlu is null"),
-        (["search.objective=text_nll+0.1*answer_nll", "search.text=demo"], "is of answers to questions"),
-        ([*TEXT_ALONE, "plan.alignment=activations"], "plan.alignment has activations, which are those on questions"),
+        ([], "search.objective micro_accuracy needs answers to questions, but data.mmlu is null"),
+        (["search.objective=text_nll+0.1*answer_nll", "search.text=demo"], "needs answers to questions"),
+        (
+            [*TEXT_ALONE, "plan.alignment=activations"],
+            "plan.alignment has activations, which are computed on questions",
+        ),
         ([*TEXT_ALONE, "plan.refit=linear"], "set calibration.text to a file or demo"),
         ([*TEXT_ALONE, "data.perplexity_text=null"], "nothing to judge plans by"),
     ],

@@ -168,7 +168,7 @@ def test_what_a_plan_merges_is_not_what_it_leaves_alone():
     best = {"plan_id": "found", "label": "found"}
     cells = [(1, 1.0, "1"), (2, 0.0, wording.NONE), (3, 0.3, "2"), (4, 0.7, "2")]  # layer 1 goes in another plan
     weights = [{"plan_id": "found", "layer": layer, "weight": weight, "kept": kept} for layer, weight, kept in cells]
-    assert searched._heaviest(weights, best) == " Largest coefficients of found: layer 4 70 %, layer 3 30 %."
+    assert searched._heaviest(weights, best) == " Largest coefficients of found: layer 4 (70 %), layer 3 (30 %)."
     assert searched._heaviest(weights[:2], best) == ""
 
 

@@ -245,7 +245,7 @@ def test_what_needs_questions_is_refused_where_none_are_asked(tmp_path):
         (["data.perplexity_text=null"], "nothing to judge plans by: set data.mmlu, data.perplexity_text, or a task"),
         (["sweep.methods=[drop_block]"], "no prompts to choose blocks or to refit on: set calibration.text"),
         (["sweep.refits=[linear]"], "no prompts to choose blocks or to refit on: set calibration.text"),
-        (["sweep.alignments=[activations]"], "sweep.alignments has activations, which are those on questions"),
+        (["sweep.alignments=[activations]"], "sweep.alignments has activations, which are computed on questions"),
     ):
         with pytest.raises(ConfigError, match=said):
             sweep(config(out, "data.mmlu=null", *more))
@@ -266,7 +266,7 @@ def test_what_a_sweep_needs_is_asked_for_before_anything_is_written(tmp_path):
         sweep(config(out, "sweep.methods=[block_influence]", f"plan.similarity_run={imported.path_of()}"))
     with pytest.raises(ConfigError, match="plan.block is search, but a sweep searches nothing"):
         sweep(config(out, *BLOCKS, "plan.block=search"))
-    with pytest.raises(ConfigError, match="calibration.text = demo: .*after the first 100000.* name a longer text"):
+    with pytest.raises(ConfigError, match="calibration.text = demo: .*after the first 100000.* use a longer text"):
         sweep(config(out, *BLOCKS, "data.perplexity_tokens=100000"))
     with pytest.raises(PlanError, match="plan.starts allow .20."):
         sweep(config(out, *BLOCKS, "plan.starts=[20]"))

@@ -7,6 +7,7 @@ from raymerge.report.reached import Reached
 from raymerge.report.wording import enumerated, percent, perplexity, plural
 
 _CALLED = {"base": "the unmerged model", "random": "the {} candidates"}
+_ORDER = {"base": 0, "random": 2}  # "the best of 10 random candidates and drop" would have drop among the 10
 #: What comparisons say of a plan, and how a sentence goes on with the other ones.
 LINKS = {"better": "better than", "indistinguishable": "indistinguishable from", "worse": "worse than"}
 
@@ -55,7 +56,7 @@ def told(reached: Reached, found: dict[str, dict]) -> str:
     for said, link in LINKS.items():
         names = [
             _CALLED.get(line["kind"], "{}").format(line["label"])
-            for line in sorted(reached.lines, key=lambda line: line["kind"] != "base")
+            for line in sorted(reached.lines, key=lambda line: _ORDER.get(line["kind"], 1))
             if line["plan_id"] in found and firm(found[line["plan_id"]]) == said
         ]
         if names:

@@ -167,13 +167,14 @@ def _search(config: dict, experiment: str) -> list[Fact]:
     gradient = config.get("gradient") or {}
     how = [plural(search.get("candidates") or 0, "candidate")] if searchers != ["gradient"] else []
     if "gradient" in searchers:
-        how.append(f"{gradient.get('starts')} descents of {gradient.get('epochs')} epochs, {gradient.get('optimizer')}")
+        starts = plural(gradient.get("starts") or 0, "descent")
+        how.append(f"{starts} of {gradient.get('epochs')} epochs, {gradient.get('optimizer')}")
     ceiling = search.get("perplexity_ceiling")
     return [
         Fact(
             "Search",
             "; ".join([listed(searchers), *how]),
-            f"{search.get('random_candidates')} random candidates as a control",
+            f"{plural(search.get('random_candidates') or 0, 'random candidate')} as a control",
         ),
         Fact("Objective", str(search.get("objective")), "" if ceiling is None else f"perplexity at most {ceiling}"),
         *_refits(config.get("plan", {}), [config.get("plan", {}).get("refit")]),

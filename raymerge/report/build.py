@@ -18,7 +18,7 @@ from raymerge.tables import MACRO, MICRO, RunDirectory
 _QUESTIONS = {
     "search": "To make a language model smaller, several of its decoder layers were merged into one, a weighted "
     "average of them. A search chose the coefficients of the average. Do they preserve more of the model than dropping "
-    "the layers, than fixed coefficients and than random coefficients?",
+    "the layers, fixed coefficients or random coefficients?",
     "sweep": "More and more decoder layers of a language model were merged or dropped, in several ways. How much of "
     "the model is lost at each size, and does averaging lose less than dropping?",
     "similarity": "How alike are the decoder layers of a language model, judged by their states on sets of prompts? "
@@ -183,7 +183,8 @@ def _evaluate(run: RunDirectory) -> list[Section]:
     (line, *_) = reached.lines
     if not reached.asks:
         read = perplexity(line["perplexity"], line["perplexity_interval"])
-        text = f"{model_name(run)} was asked no MMLU-style questions. Its perplexity on plain text is {read}."
+        read = "" if line["perplexity"] is None else f" Its perplexity on plain text is {read}."
+        text = f"{model_name(run)} was asked no MMLU-style questions.{read}"
         return [Section("The answer", (Text(text), plan_table(reached))), *plans.tasks(reached)]
     asked_ppl = {
         row["subject"]: row["perplexity"] for row in run.read("perplexity").to_pylist() if row["target"] == "question"
@@ -202,9 +203,10 @@ def _evaluate(run: RunDirectory) -> list[Section]:
     text = (
         f"{model_name(run)} answers {percent(line['accuracy'])} {interval(*line['interval'])} of "
         f"{plural(line['n'], f'{reached.split} question')} in {plural(len(each), 'subject')}, "
-        f"{percent(line['macro'])} as a mean over subjects. Its perplexity on plain text is "
-        f"{perplexity(line['perplexity'])}."
+        f"{percent(line['macro'])} as a mean over subjects."
     )
+    if line["perplexity"] is not None:
+        text += f" Its perplexity on plain text is {perplexity(line['perplexity'])}."
     blocks: tuple[Block, ...] = (
         Text(text),
         plan_table(reached),

@@ -138,7 +138,7 @@ def _heaviest(weights: list[dict], best: dict | None) -> str:
         if row["kept"] in merged:
             own.setdefault(row["layer"], row["weight"])
     top = [(k, v) for k, v in sorted(own.items(), key=lambda item: -item[1])[:3] if v >= 0.005]
-    told = ", ".join(f"layer {k} {percent(v, 0)}" for k, v in top)
+    told = ", ".join(f"layer {k} ({percent(v, 0)})" for k, v in top)
     return f" Largest coefficients of {best['label']}: {told}." if told else ""
 
 
@@ -159,7 +159,7 @@ def search(reached: Reached) -> Section:
         blocks.append(_descents(run, history, objective))
     header, cells = summary.worker_table(run)
     if cells:
-        pace = "; ".join(summary.pace_lines(run))
+        pace = ". ".join(summary.pace_lines(run))
         caption = f"Share of the last call's time that each worker spent scoring. {pace}"
         blocks.append(Table.of(caption, header, cells, words=(0, 1), folded=True))
     return Section(title, tuple(blocks))
@@ -177,7 +177,7 @@ def _progress(reached: Reached, judged: list[dict], objective: str) -> Figure:
         empty | {"kind": "control", "searcher": "controls", "value": number, "label": label}
         for label, number in _together(named, list(limits or (row["value"] for row in judged)))
     ]
-    lines = "; ".join(summary.search_lines(run))
+    lines = ". ".join(summary.search_lines(run))
     on = "questions" if reached.asks else "text"
     other = "of the same split as the report's" if findings.chosen_on(run, reached.split) else "not the report's"
     beyond = f"{plural(far, 'far worse candidate')} beyond the axis: zoom out (−) to see. " if far else ""
