@@ -188,7 +188,7 @@ def saved_record(folder: Path) -> dict[str, Any]:
         if not isinstance(record, dict) or "plan_id" not in record:
             raise ValueError("it names no plan")
     except (OSError, ValueError) as error:
-        raise PlanError(f"{path} cannot be read: {error}; delete {folder} to save the model again") from error
+        raise PlanError(f"{path} cannot be read: {error}; delete {folder}, and the model is saved again") from error
     return record
 
 

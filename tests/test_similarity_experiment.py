@@ -235,7 +235,7 @@ def test_foreign_files_that_are_no_matrices_are_refused(tmp_path):
         assert not (tmp_path / "run").exists()
 
     square = save(tmp_path, "square", np.ones((4, 4)))
-    refuse("of different numbers of layers", square, save(tmp_path, "other", np.ones((5, 5))))
+    refuse("have different numbers of layers", square, save(tmp_path, "other", np.ones((5, 5))))
     refuse(r"holds \(4, 5\), but must hold an \(L, L\) matrix", save(tmp_path, "wide", np.ones((4, 5))))
     refuse("must hold real numbers", save(tmp_path, "words", np.full((4, 4), "x")))
     refuse("2 files give 1 subset names", square, save(tmp_path, "square_40s", np.ones((4, 4))))
