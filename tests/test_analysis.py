@@ -790,9 +790,7 @@ def test_trials_above_a_ceiling_are_not_drawn_as_values(tmp_path):
 def test_of_an_unfinished_run_it_is_said_that_a_table_may_come_yet(tmp_path):
     run = RunDirectory.open(tmp_path / "run", {}, "sweep")
     run.begin()
-    with pytest.raises(
-        RunError, match="sweep CONFIG --out RUN writes it; the run is unfinished: repeat its command"
-    ):
+    with pytest.raises(RunError, match="sweep CONFIG --out RUN writes it; the run is unfinished: repeat its command"):
         plotting.need(run, "sweep", "the curve")
     run.write_manifest("complete")
     with pytest.raises(RunError, match="writes it$"):
