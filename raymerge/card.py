@@ -102,6 +102,7 @@ def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
     objectives = sorted({row["objective"] for row in run.read("trials", ["objective"]).to_pylist()})
     caption, own, found = summary.subject_table(run, plan_id)
     asked = findings.asks_questions(run)
+    always_a = findings.always_a_share(run, split) if asked else None
     chosen = "**on which the search chose**, so every figure of the found plan is too good."
     return [
         (f"On {lines[0]['n']} {split} questions, " if asked else "On plain text, ")
@@ -111,7 +112,7 @@ def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
         "",
         *_markdown(header, cells),
         "",
-        *([f"Always answering A would score {findings.always_a_share(run, split):.4f}.", ""] if asked else []),
+        *([f"{summary.PICKS}. Always answering A would score {always_a:.4f}.", ""] if asked else []),
         *_markdown(*summary.comparison_table(run, plan_id)),
         "",
         *summary.comparison_notes(run, plan_id),

@@ -188,7 +188,7 @@ def print_search(run: RunDirectory, split: str) -> None:
     print(f"\n{lines[0]['n']} {split} questions:" if asked else "\nOn plain text:")
     _print_table(*summary.plan_table(lines))
     if asked:
-        print(f"Always answering A would score {findings.always_a_share(run, split):.4f}")
+        print(f"{summary.PICKS}\nAlways answering A would score {findings.always_a_share(run, split):.4f}")
     print(f"\n{textwrap.fill(in_words(Reached(run)), _TEXT)}")
     header, cells = summary.comparison_table(run, best["plan_id"])
     if cells:  # none where tasks alone are reported on

@@ -53,7 +53,7 @@ def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the plans' table, as text; without columns of questions where none were asked."""
     asked = any(line["accuracy"] is not None for line in lines)
     header = ["plan", "layers", *(["accuracy [95 %]", "macro", "answer NLL"] if asked else []), "text ppl [95 %]"]
-    header += ["picks ABCD %", "top is ABCD %"] if asked else []
+    header += ["picks A-D %", "letter %"] if asked else []
     rows = []
     for line in lines:
         cells = [line["label"], str(line["layers"] if line["layers"] is not None else "–")]
@@ -69,6 +69,10 @@ def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
             cells.append("–" if line["top_is_letter"] is None else f"{100 * line['top_is_letter']:.0f}")
         rows.append(cells)
     return header, rows
+
+
+#: What `plan_table` cannot say in its header.
+PICKS = "picks A-D %: share of each letter among the answers; letter %: questions whose most probable token is a letter"
 
 
 def share(value: float, error: float | None, interval: tuple[float | None, float | None]) -> str:

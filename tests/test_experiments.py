@@ -366,7 +366,11 @@ def described(**differs):
     [
         (0, {"dtype": "bfloat16"}, "worker on b computes with dtype bfloat16, the one on a with float32: .*dtype"),
         (0, {"device": "NVIDIA A10G"}, "worker on b computes with device GPU, the one on a with cpu"),
-        (1, {}, r"worker on b has 1 GPUs by Ray, but torch sees no CUDA .*torch.cuda.is_available.*gpus_per_worker: 0"),
+        (
+            1,
+            {},
+            r"the worker on b 1 GPUs, but torch sees no CUDA .*torch.cuda.is_available.*gpus_per_worker: 0",
+        ),
     ],
 )
 @pytest.mark.parametrize("late", [False, True])
@@ -510,7 +514,7 @@ def test_a_search_that_keeps_the_language_model(local_searches, tmp_path):
             means = [np.mean(right[row[f"plan_{side}"]]) for side in "ab"]
             assert row["difference"] == pytest.approx(means[0] - means[1])
     caption, _, cells = summary.subject_table(run, best["plan_id"])
-    assert caption.startswith("What the search was for, number_words, pictures: paired differences on 12 of the")
+    assert caption.startswith("Subjects of the search, number_words, pictures: paired differences on 12 of the")
     assert len(cells) == 2 * (n_plans - 1)
     with pytest.raises(ConfigError, match="search.text = demo: .* after the first 100000.*data.perplexity_tokens"):
         search(config(tmp_path / "none", *settings, "data.perplexity_tokens=100000"))
@@ -572,7 +576,7 @@ def test_the_summary_is_made_from_tables(run, capsys):
         "Always answering A",
         "p (Holm)",
         "The best plan found,",
-        "the workers scoring",
+        "; workers spent",
         "Merged model",
         "Reloaded in a fresh process",
     ):

@@ -105,7 +105,9 @@ def _sentence(base: dict | None, points: list[dict]) -> str:
             for count, point in best.items()
         ]
         return f"{before}{'. '.join(told)}. No questions were asked."
-    before = "" if base is None else f"The unmerged model answers {percent(base['accuracy'])} of the questions. "
+    before = (
+        "" if base is None else f"The unmerged model answers {percent(base['accuracy'])} of the questions correctly. "
+    )
     unmerged = None if base is None else base["perplexity"]
     told = [
         f"With {plural(count, 'layer')} merged, {_way(point)} is the most accurate: "
