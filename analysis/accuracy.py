@@ -331,12 +331,12 @@ def describe(view: View) -> list[str]:
         losses.append([name, *[number((row or {}).get("nll")) for row in rows]])
     return [
         f"## {view.split} split, language {view.language}",
-        "Accuracies with 95 % intervals (Wilson's). The difference is paired, question by question, over the micro "
-        "average (interval of Bonett and Price). NLL in nats: of the right letter among the four, and a token of plain "
+        "Accuracies have 95 % intervals (Wilson's). The difference is that of the micro averages, paired by question "
+        "(interval of Bonett and Price). NLL is in nats: for the right letter among the four, and per token of plain "
         "text.",
         plan_table(view),
-        "### Letters\n\nShare of each letter among the predictions, and share of questions whose most likely token in "
-        "the whole vocabulary is a letter.",
+        "### Letters\n\nShare of each letter among the predictions, and share of questions for which the most likely "
+        "token of the whole vocabulary is a letter.",
         markdown(["plan", "A", "B", "C", "D", "top token is a letter"], letters),
         "### By subject",
         markdown(["subject", "n", *view.plans.values()], subjects),

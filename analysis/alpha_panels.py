@@ -22,10 +22,10 @@ _KEYS = ("layer_to_merge_into", "layer_to_remove", "ratio_i_alpha")
 
 #: Beside every table of correlations along depth; simulated, 20,000 draws (docs/results.md, 2026-11-28).
 NO_INTERVAL = (
-    "r has no interval or p: coefficients and similarities both change gradually with depth, and then unrelated ones "
-    "correlate too. Of 13 steps with independent series, Fisher's interval leaves out 0 in 17 % of cases where "
-    "neighbouring steps correlate by .7, in 28 % by .9 and in 36 % of random walks, not in 5 %; a test by circular "
-    "shifts has no p below 1/13, and of 40 steps errs in 5, 9 and 21 %."
+    "r has no interval or p: coefficients and similarities both change gradually with depth, so even unrelated ones "
+    "correlate. In simulations of 13 steps with independent series, Fisher's interval excluded 0 in 17 % of cases if "
+    "neighbouring steps correlate at .7, in 28 % at .9 and in 36 % for random walks, not in 5 %. A test by circular "
+    "shifts has no p below 1/13, and with 40 steps it errs in 5, 9 and 21 % of cases."
 )
 
 

@@ -188,16 +188,15 @@ def describe(points: list[Point], published: list[dict], split: str, language: s
               "macro accuracy", "answer NLL", "text perplexity", "difference to drop", "p", "p (Holm)"]  # fmt: skip
     text = [
         f"## {split} split, language {language}",
-        "K merges; accuracies with 95 % intervals. The difference to `drop` of the same K is paired, question by "
-        "question (exact McNemar p, and Holm's for all comparisons of accuracy that the sweep makes). Answer NLL in "
-        f"nats: of the right letter among the four. Chance is {CHANCE}.",
+        "K is the number of merges; accuracies have 95 % intervals. The difference to `drop` at the same K is paired "
+        "by question (p of McNemar's exact test, and Holm's p over all comparisons of accuracy that the sweep makes). "
+        f"Answer NLL is that of the right letter among the four, in nats. Chance is {CHANCE}.",
         markdown(header, rows),
     ]
     if stable := stability_rows(points, published):
         text += [
-            "### Stability\n\nPopulation standard deviation of the accuracies over the merges named, and the largest "
-            "drop from one to the next; the unmerged model is not counted. A method that is uniformly bad is stable "
-            "too.",
+            "### Stability\n\nPopulation standard deviation of the accuracies over the given K, and the largest drop "
+            "from one K to the next; the unmerged model does not count. A method that is uniformly bad is stable too.",
             markdown(["curve", "K", "standard deviation", "largest drop", "at K"], stable),
         ]
     return [*text, *describe_published(published)]
@@ -215,7 +214,7 @@ def describe_published(published: list[dict]) -> list[str]:
         f"### Published points\n\n{published[0]['model']}, {PUBLISHED_LAYERS} layers; layers removed % is layers / "
         f"{PUBLISHED_LAYERS}. Beyond Naive Merging: "
         "Borate et al., the study of alignment and similarity that follows arXiv 2406.16330; the MKA and fixed points "
-        "are quoted as it gives them.",
+        "are quoted from it.",
         markdown(["source", "method", "layers removed", "layers removed %", "accuracy"], cited),
     ]
 
@@ -229,7 +228,7 @@ def describe_texts(points: list[Point]) -> list[str]:
         rows.append([*point[1:5], *removed, perplexity(point.perplexity), *limits])
     header = ["method", "alignment", "norms", "K", "layers removed %", "parameters removed %", "text perplexity",
               "95 % from", "to"]  # fmt: skip
-    return ["## Plain text\n\nK merges. No questions were asked.", markdown(header, rows)]
+    return ["## Plain text\n\nK is the number of merges. No questions were asked.", markdown(header, rows)]
 
 
 def probability(p: float | None) -> str | None:

@@ -12,8 +12,8 @@ from raymerge.tables import wilson_interval
 
 _FEW = 10  # plans that the figure can tell apart
 _TITLES = {
-    "position_nll": "Mean NLL (nats a token) of plain text by position in the window; a column starts at its position "
-    "and ends before the next.",
+    "position_nll": "Mean NLL (nats per token) of plain text by position in the window. A column starts at its "
+    "position and ends before the next.",
     "retrieval": "Accuracy on synthetic key-value prompts by distance in tokens, with 95 % intervals; chance is "
     f"{CHANCE}.",
 }
@@ -42,7 +42,7 @@ def draw_context(context: list[dict], names: dict[str, str], sweep: list[dict], 
         every = range(0, len(buckets), math.ceil(len(buckets) / 12))
         axis.set_xticks(every, [f"{buckets[i]:,}" for i in every])
         if measure == "position_nll":
-            axis.set(xlabel="position in the window (first of the bucket)", ylabel="NLL (nats a token)",
+            axis.set(xlabel="position in the window (first of the bucket)", ylabel="NLL (nats per token)",
                      title="Plain text by position")  # fmt: skip
         else:
             axis.axhline(CHANCE, **DOTTED, label="chance of retrieval")
@@ -53,7 +53,7 @@ def draw_context(context: list[dict], names: dict[str, str], sweep: list[dict], 
         for artist, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, artist)
     n = len({row["plan_id"] for row in context})
-    note = f"{len(shown)} of the {n} plans measured; compression.md has them all" if len(shown) < n else None
+    note = f"{len(shown)} of the {n} plans measured; compression.md has all" if len(shown) < n else None
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, title=note, title_fontsize=8
     )

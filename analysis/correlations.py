@@ -144,9 +144,9 @@ def draw_pairs(axis, pairs: list[dict]) -> None:
 
 
 _EXPLAINED = (
-    "Pearson is over the flattened matrices, diagonal included, as published; the interval, the reliabilities and the "
-    "ceiling are of the correlation off the diagonal. The ceiling is the root of the product of the reliabilities: "
-    "a ratio near 1 says that the two matrices differ no more than their few samples make them."
+    "Pearson is over the flattened matrices, diagonal included, as published. The interval, the reliabilities and the "
+    "ceiling are for the correlation off the diagonal. The ceiling is the square root of the product of the "
+    "reliabilities: a ratio near 1 means that the two matrices differ no more than sampling noise explains."
 )
 
 

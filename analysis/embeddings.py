@@ -129,7 +129,7 @@ def draw_maps(rows, embedding: str, layers: list[int], groups, ranks, path: Path
             line[-1].legend(
                 *shown.get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.03, 0.5), fontsize=7.5
             )
-    figure.suptitle(f"Samples as the layers embed them ({embedding}); each panel on its own scale", fontweight="bold")
+    figure.suptitle(f"Samples as embedded by each layer ({embedding}); each panel has its own scale", fontweight="bold")
     return save(figure, path)
 
 

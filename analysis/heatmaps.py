@@ -268,9 +268,9 @@ def draw_influence(rows: list[dict], path: Path) -> Path:
 
 _EXPLAINED = (
     "Means are over defined cells off the diagonal. The null shuffles the samples of one layer against the other; "
-    "a share of 0.05 above its 95 % quantile is what noise gives. A layer's embedding is called degenerate where the "
-    "effective rank of its kernel is above 0.9 n or below 1.05: the kernel is all but the identity, or all but "
-    "constant, and similarities are noise, which layers share; the share above the null leaves such layers out."
+    "noise alone puts a share of 0.05 above its 95 % quantile. A layer's embedding is called degenerate if the "
+    "effective rank of its kernel is above 0.9 n or below 1.05: the kernel is then nearly the identity, or nearly "
+    "constant, and similarities are noise that layers share. The share above the null does not count such layers."
 )
 
 
@@ -311,7 +311,7 @@ def describe_influence(rows: list[dict]) -> list[str]:
         for layer in sorted({row["layer"] for row in rows})
     ]
     return [
-        "## Block influence\n\n1 - mean cosine of the states entering and leaving a layer.",
+        "## Block influence\n\n1 - mean cosine between the states that enter and leave a layer.",
         markdown(["layer", *names], table),
     ]
 

@@ -145,7 +145,7 @@ def need(run: RunDirectory, table: str, why: str) -> list[dict]:
         )
         what = f"{run.path_of()} has no rows in table {table}, needed for {why}"
         # Of a run that is going on or was interrupted, the table may be the last that is written.
-        unfinished = "" if run.complete else "; the run is unfinished: the same command again goes on"
+        unfinished = "" if run.complete else "; the run is unfinished: repeat its command to continue it"
         raise RunError(f"{what}; {command} writes it{unfinished}")
     return rows
 
@@ -156,7 +156,7 @@ def report_split(run: RunDirectory, there: list[str], what: str) -> str:
         if split in there:
             return split
     if len(there) > 1:
-        raise RunError(f"{run.path_of()} has {what} for {', '.join(there)}, none of them the config's report_split")
+        raise RunError(f"{run.path_of()} has {what} for {', '.join(there)}, but not for the config's report_split")
     return there[0]
 
 

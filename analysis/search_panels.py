@@ -169,7 +169,7 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
         xlabel="candidates evaluated",
         ylabel=f"{objective}{unit}, {'lower' if lower else 'higher'} is better",
         title="Search progress (marks: single candidates; dashed: controls"
-        + (f"; {len(values) - len(kept)} far worse left out)" if len(kept) < len(values) else ")"),
+        + (f"; {len(values) - len(kept)} far worse not shown)" if len(kept) < len(values) else ")"),
     )
     draw_levels(axis, levels, last + 1)
     note = interval_of(max(every, key=rank))  # the axis shows what lies within it many times enlarged
@@ -259,7 +259,7 @@ def describe_search(searchers: dict[str, list[dict]], labels: dict[str, str]) ->
     return [
         "## Search",
         markdown(header, summary),
-        "The best value is the best of many noisy ones on the questions searched, so it flatters; "
+        "The best value is the best of many noisy ones on the search questions, so it is too good; "
         "judge by the report split (accuracy.md).",
         "## Distribution of α",
         markdown(["α of", "values", "mean", "sd", "min", "25 %", "median", "75 %", "max"], spreads),

@@ -146,9 +146,9 @@ def describe(rows: list[dict]) -> list[str]:
     header = ["parameter", "setting", "", "Pearson", "off-diagonal", "plan overlap", "largest α difference",
               "undefined"]  # fmt: skip
     text = [
-        "Each setting is compared with the reference. Plan overlap is the share of the same layer pairs that "
-        "`most_similar` chooses; the α are those of `similarity_ratio`. Means over subsets, but the largest α "
-        "difference of any.",
+        "Each setting is compared with the reference. Plan overlap is the share of layer pairs chosen by "
+        "`most_similar` that are the same; the α are those of `similarity_ratio`. Values are means over subsets, "
+        "except the largest α difference, which is the maximum.",
         markdown(header, summary),
     ]
     every = [

@@ -28,9 +28,9 @@ def model_card(record: dict[str, Any], checkpoint: Checkpoint, *, results: Seque
         "---",
         f"# {title}, {removed} layer{'' if removed == 1 else 's'} merged away",
         "",
-        f"Made by raymerge {record['raymerge']} from a model with identity `{record['base_model_identity']}`: "
-        f"{record['layers_before']} decoder layers became {record['layers_after']}, and "
-        f"{record['parameters_removed'] / 1e6:,.1f} million parameters fewer (plan `{record['plan_id']}`, "
+        f"Made by raymerge {record['raymerge']} from a model with identity `{record['base_model_identity']}`. "
+        f"{record['layers_before']} decoder layers became {record['layers_after']}, which removes "
+        f"{record['parameters_removed'] / 1e6:,.1f} million parameters (plan `{record['plan_id']}`, "
         f"{record['name']}; norms {record['norms']}, biases {record['biases']}, alignment {record['alignment']}).",
         "",
     ]
@@ -43,7 +43,7 @@ def model_card(record: dict[str, Any], checkpoint: Checkpoint, *, results: Seque
     if record["command"]:
         lines += ["```", shlex.join(record["command"]), "```", ""]
     lines += ["## Plan", "", *_plan_lines(record), "", "## Results", ""]
-    lines += results or ["Merging layers costs quality, and nothing was measured here: `raymerge evaluate` does it."]
+    lines += results or ["Merging layers costs quality, which was not measured here: use `raymerge evaluate`."]
     lines += ["", "## Proof", "", _proof_line(record["proof"]), ""]
     return "\n".join(lines)
 
@@ -61,8 +61,8 @@ def _terms(folder: Path) -> dict[str, Any]:
 
 def _plan_lines(record: dict[str, Any]) -> list[str]:
     lines = [
-        f"{record['tensors_changed']} tensors differ from those of the layer that they are named after; "
-        "`merge_plan.json` lists by how much, and the effective coefficient of every original layer.",
+        f"{record['tensors_changed']} tensors differ from the base's tensors of the same name. `merge_plan.json` lists "
+        "by how much, and the effective coefficient of every original layer.",
         "",
         "| step | into | removed | alpha |",
         "|---:|---:|---:|---:|",
@@ -71,10 +71,10 @@ def _plan_lines(record: dict[str, Any]) -> list[str]:
     if "matrix_alphas" in record:
         lines += [
             "",
-            "Some matrices have alphas of their own, which `alphas.json` cannot hold: `merge_plan.json` does.",
+            "Some matrices have alphas of their own, which are in `merge_plan.json`: `alphas.json` cannot hold them.",
         ]
     if record["mergekit"] is None:
-        lines += ["", "`mergekit.yaml` is the plan in mergekit's terms: mergekit makes the same weights of it."]
+        lines += ["", "`mergekit.yaml` is the plan as a mergekit configuration, which makes the same weights."]
     else:
         lines += ["", f"There is no mergekit.yaml: {record['mergekit']}."]
     return lines
@@ -88,9 +88,9 @@ def _proof_line(proof: dict[str, Any] | None) -> str:
     if not proof["passed"]:
         return f"**Failed**: {proof['error']}. Do not use this model."
     return (
-        "Reloaded by transformers in a fresh process, its logits are those of the plan as raymerge scores it: they "
-        f"differ by at most {proof['max_difference']:.2g} at {proof['positions']} positions (rounding explains "
-        f"{proof['tolerance']:.2g}; the largest logit is {proof['largest_logit']:.3g}), {proof['predictions_equal']} "
+        "transformers reloaded the saved model in a fresh process. Its logits differ from those that raymerge scores "
+        f"for the plan by at most {proof['max_difference']:.2g} at {proof['positions']} positions (rounding explains "
+        f"{proof['tolerance']:.2g}; the largest logit is {proof['largest_logit']:.3g}). {proof['predictions_equal']} "
         f"of {proof['positions']} next tokens are the same, and it generated {proof['generated_tokens']} tokens."
     )
 
@@ -102,16 +102,17 @@ def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
     objectives = sorted({row["objective"] for row in run.read("trials", ["objective"]).to_pylist()})
     caption, own, found = summary.subject_table(run, plan_id)
     asked = findings.asks_questions(run)
-    chosen = "**which the search chose by**, so that every figure of what it found is too good."
+    always_a = findings.always_a_share(run, split) if asked else None
+    chosen = "**on which the search chose**, so every figure of the found plan is too good."
     return [
         (f"On {lines[0]['n']} {split} questions, " if asked else "On plain text, ")
         + (chosen if findings.chosen_on(run, split) else "none of which the search saw."),
-        f"It searched for {', '.join(objectives)}. Every plan but base, the unmerged model, has the same number of "
-        "layers. Intervals are of 95 %; perplexity is of plain text.",
+        f"The search objective was {', '.join(objectives)}. Every plan except base, the unmerged model, has the same "
+        "number of layers. Intervals are 95 % intervals; perplexity is on plain text.",
         "",
         *_markdown(header, cells),
         "",
-        *([f"Always answering A: {findings.always_a_share(run, split):.4f}.", ""] if asked else []),
+        *([f"{summary.PICKS}. Always answering A would score {always_a:.4f}.", ""] if asked else []),
         *_markdown(*summary.comparison_table(run, plan_id)),
         "",
         *summary.comparison_notes(run, plan_id),

@@ -87,7 +87,7 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
         patterns = {"allow_patterns": _HUB_PATTERNS, "ignore_patterns": _NOT_FETCHED}
         return fetch(what, lambda: snapshot_download(path, revision=revision, **patterns), CheckpointError)
     if revision is not None:
-        raise CheckpointError(f"revision {revision!r} is for hub models, and {path} is local: leave it out")
+        raise CheckpointError(f"revision {revision!r} is for hub models, but {path} is local: leave it out")
     if path == "demo":
         return demo.MODEL_PATH
     folder = Path(path).expanduser()
@@ -121,10 +121,10 @@ class Checkpoint(Mapping[str, Tensor]):
         if not (self.directory / "config.json").is_file():
             inside = sorted(found.parent for found in self.directory.glob("models/*/config.json"))
             hint = f"; did you mean a run's model, {' or '.join(map(str, inside))}?" if inside else ""
-            raise CheckpointError(f"{self.directory} has no config.json: it is no Hugging Face checkpoint{hint}")
+            raise CheckpointError(f"{self.directory} has no config.json: it is not a Hugging Face checkpoint{hint}")
         declared = read_json(self.directory / "config.json")
         if declared.get("quantization_config") is not None:
-            raise CheckpointError(f"{self.directory} is quantised: merge the unquantised checkpoint, quantise after")
+            raise CheckpointError(f"{self.directory} is quantised: merge the unquantised checkpoint, then quantise")
         try:
             self.config = AutoConfig.from_pretrained(self.directory, trust_remote_code=trust_remote_code)
         except _UNREADABLE as error:
@@ -160,7 +160,8 @@ class Checkpoint(Mapping[str, Tensor]):
             wanted.append(arch.unembedding)
         if missing := [name for name in wanted if name not in self._where]:
             raise CheckpointError(
-                f"{self.directory} lacks {len(missing)} of the tensors that its config asks for, such as {missing[:3]}"
+                f"{self.directory} lacks {len(missing)} tensors that its config requires, such as {missing[:3]}: "
+                "fetch it again"
             )
 
     def _check_layers(self) -> None:
@@ -172,7 +173,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 number = name.removeprefix(root).split(end)[0]
                 if not re.fullmatch("[0-9]+", number):
                     raise CheckpointError(
-                        f"{self._where[name]}: {name} is in no layer with a number, and would be lost in a merge: the "
+                        f"{self._where[name]}: {name} belongs to no numbered layer and would be lost in a merge: the "
                         "model's layers share tensors, which is not supported, or the file is damaged"
                     )
                 numbers[int(number)] = name
@@ -201,12 +202,12 @@ class Checkpoint(Mapping[str, Tensor]):
             kind, shape = self.stored(name)
             if kind not in ITEM_BYTES:
                 raise CheckpointError(
-                    f"{file}: {name} is stored as {kind}: merge the unquantised checkpoint, quantise after"
+                    f"{file}: {name} is stored as {kind}: merge the unquantised checkpoint, then quantise"
                 )
             if shape != expected.get(name, shape):
                 raise CheckpointError(
-                    f"{file}: {name} is {shape}, but the config of {self.directory} makes it {expected[name]}: the "
-                    "file or the config is of another model"
+                    f"{file}: {name} has shape {shape}, but the config of {self.directory} expects {expected[name]}: "
+                    "the file or the config belongs to another model"
                 )
 
     def _tie(self) -> None:
@@ -344,7 +345,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} cannot be read: it holds no JSON object; fetch it again")
+        raise CheckpointError(f"{path} cannot be read: it is not a JSON object; fetch it again")
     return values
 
 
@@ -363,12 +364,12 @@ def _weight_files(directory: Path) -> list[Path]:
             )
         names = sorted(set(weight_map.values()))
         if outside := [name for name in names if Path(name).name != name]:
-            raise CheckpointError(f"{index} names {outside[0]!r}, which is no file of its folder: fetch it again")
+            raise CheckpointError(f"{index} names {outside[0]!r}, which is not a file in its folder: fetch it again")
         files = [directory / name for name in names]
     else:
         files = sorted(directory.glob("*.safetensors"))
     if missing := [str(file) for file in files if not file.is_file()]:
-        raise CheckpointError(f"weight files are missing: {', '.join(missing)}")
+        raise CheckpointError(f"weight files are missing: {', '.join(missing)}; fetch them again")
     if not files:
         others = sorted(file.name for file in directory.glob("*.bin"))
         hint = f"; {others[0]} is a pickle, which raymerge never loads: convert it to safetensors" if others else ""

@@ -327,7 +327,7 @@ def _check_lasts(out: str) -> None:
     """Refuse a run directory inside a job's own copy of the project, which a job that is submitted again lacks."""
     if os.environ.get(_IN_A_JOB) and "://" not in out and not os.path.isabs(os.path.expanduser(out)):
         raise ConfigError(
-            f"--out (output.run) is {out!r}, a folder of Ray's temporary copy of the project: give a job an absolute "
+            f"--out (output.run) is {out!r}, a folder in Ray's temporary copy of the project: give a job an absolute "
             "path that the cluster's machines share, or a URI such as s3://bucket/run"
         )
 
@@ -372,7 +372,7 @@ def _import_similarity(options: argparse.Namespace) -> int:
 def _show_config(options: argparse.Namespace) -> int:
     if options.markdown:
         if options.config or options.set:
-            raise UserError("--markdown prints the reference of all keys, which takes no file and no --set")
+            raise UserError("--markdown prints the reference of all keys: leave out the file and --set")
         print(config_reference(), end="")
         return 0
     print(describe(load_config(options.config, options.set)), end="")
@@ -422,7 +422,7 @@ def _merge(options: argparse.Namespace) -> int:
     from raymerge.summary import proof_line
 
     if options.public and options.push is None:
-        raise UserError("--public says how --push uploads, but there is no --push OWNER/NAME")
+        raise UserError("--public says how --push uploads, but --push OWNER/NAME is not given")
     with console.progress() as progress:
         done = merge(
             options.model,
@@ -445,7 +445,7 @@ def _merge(options: argparse.Namespace) -> int:
         f"{done['layers_before']} layers became {done['layers_after']}; "
         f"{done['parameters_removed'] / 1e6:.2f} M parameters removed; "
         f"{done['tensors_changed']} tensors differ from the base's of the same name, "
-        f"by at most {100 * done['largest_relative_change']:.1f} % of its norm.\n"
+        f"by at most {100 * done['largest_relative_change']:.1f} % of their norm.\n"
         f"Saved {done['bytes'] / 1e6:.1f} MB in {done['folder']} (plan {done['plan_id']}, merge_plan.json)."
     )
     if proof := done["proof"]:

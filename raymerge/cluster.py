@@ -60,8 +60,9 @@ def plan_workers(
     if wanted > fits and not autoscaling:
         raise PlacementError(
             f"{wanted} workers of {cpus_per_worker:g} CPUs and {per_gpu:g} GPUs do not fit: the cluster has {cpus:g} "
-            f"CPUs and {gpus:g} GPUs, its nodes room for {fits}; lower workers.count, workers.cpus_per_worker or "
-            "workers.gpus_per_worker, or set workers.autoscaling if the cluster grows on demand"
+            f"CPUs and {gpus:g} GPUs, and its nodes have room for {fits}; lower workers.count, "
+            "workers.cpus_per_worker or workers.gpus_per_worker, or set workers.autoscaling if the cluster grows on "
+            "demand"
         )
     return Placement(wanted, cpus_per_worker, per_gpu)
 
@@ -110,15 +111,15 @@ def start_ray(
             if address.startswith("ray://"):
                 # Tune would run in a process of the head: the searcher, with all that it holds, would have to move.
                 raise ClusterError(
-                    f"RAY_ADDRESS is {address}, which is Ray's client mode: the search must run in the cluster. Give "
-                    "the job to it (RAY_ADDRESS=http://HEAD:8265 ray job submit --working-dir . -- python "
+                    f"RAY_ADDRESS is {address}, which is Ray's client mode: the search must run in the cluster. Submit "
+                    "a job to it (RAY_ADDRESS=http://HEAD:8265 ray job submit --working-dir . -- python "
                     "jobs/search_alphas.py ...), or run on one of its machines with RAY_ADDRESS=HEAD:6379"
                 )
             try:
                 context = ray.init(**options)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ClusterError(
-                    f"RAY_ADDRESS is {address!r}, but there is no cluster that answers: {error}. Give the address of "
+                    f"RAY_ADDRESS is {address!r}, but no cluster answers there: {error}. Give the address of "
                     "a head, such as host:6379 (http://host:8265 is for `ray job submit` alone), or unset it for a "
                     "local Ray"
                 ) from error

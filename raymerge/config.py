@@ -285,8 +285,8 @@ class SearchConfig(_Section):
             and len({frozenset(t.subjects) for t in objective.answered}) > 1
         ):
             raise ValueError(
-                f"searcher gradient descends on one set of questions, but the terms of objective {self.objective} are "
-                "of different subjects: name the same subjects in each, or use searcher bayes"
+                f"searcher gradient descends on one set of questions, but the terms of objective {self.objective} "
+                "have different subjects: name the same subjects in each, or use searcher bayes"
             )
         return self
 
@@ -494,11 +494,11 @@ class WorkersConfig(_Section):
         if self.autoscaling and "auto" in (self.count, self.gpus_per_worker):
             raise ValueError(
                 f"autoscaling is true, but count is {self.count} and gpus_per_worker {self.gpus_per_worker}: a cluster "
-                "that grows on demand must be told how many workers of how many GPUs, such as 8 of 1"
+                "that grows on demand needs numbers for both, such as 8 workers of 1 GPU"
             )
         if self.gpus_per_worker != "auto" and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
             raise ValueError(
-                f"gpus_per_worker is {self.gpus_per_worker:g}: a worker has a fraction of one GPU (0.5), or whole ones"
+                f"gpus_per_worker is {self.gpus_per_worker:g}: a worker takes a fraction of one GPU (0.5) or whole ones"
             )
         return self
 
@@ -528,14 +528,14 @@ class OutputConfig(_Section):
     @classmethod
     def _names_a_folder(cls, value: str) -> str:
         if not value.strip():
-            raise ValueError("it is empty, as where a variable of a script is not set: name a folder or a URI")
+            raise ValueError("it is empty, as when a script's variable is not set: name a folder or a URI")
         return value
 
     @field_validator("cache")
     @classmethod
     def _on_a_disk(cls, value: str | None) -> str | None:
         if value is not None and "://" in value:
-            raise ValueError("must be a folder of each machine's own disk, or of one that they share")
+            raise ValueError("must be a folder on each machine's own disk, or on one that they share")
         return value
 
 
@@ -561,7 +561,7 @@ class Config(_Section):
         if data.search_split == "test" and not data.search_on_test:
             raise ValueError(
                 "data.search_split is test: coefficients chosen on test questions make every test figure too good; "
-                "search on validation, or set data.search_on_test: true to do it all the same"
+                "search on validation, or set data.search_on_test: true to search on test anyway"
             )
         return self
 
@@ -581,7 +581,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _has_its_calibration(self) -> Config:
         if self.chooses_blocks and self.plan.block == "loss" and self.calibration.text is None:
-            raise ValueError("plan.block is loss, that of a plain text: set calibration.text to a file or demo")
+            raise ValueError("plan.block is loss, measured on plain text: set calibration.text to a file or demo")
         return self
 
     @property
@@ -667,11 +667,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
-        raise ConfigError(f"{override!r} is no override: write section.key=value, such as plan.merges=4")
+        raise ConfigError(f"{override!r} is not an override: write section.key=value, such as plan.merges=4")
     try:
         value = _yaml(text, "--set")
     except yaml.YAMLError as error:
-        raise ConfigError(f"the value in {override!r} is no YAML: {error}") from error
+        raise ConfigError(f"the value in {override!r} is not YAML: {error}") from error
     section = values
     for part in parts[:-1]:
         # An empty section in YAML is None.

@@ -161,7 +161,7 @@ def _print_incidents(run: RunDirectory) -> None:
     """What befell the run, if anything did; nothing is lost by it."""
     from raymerge import summary
 
-    title = "On the way (table incidents), at the cost of nothing that was finished"
+    title = "Incidents (table incidents); no finished work was lost"
     _print_lines(title, summary.incident_lines(run))
 
 
@@ -173,7 +173,7 @@ def _print_warnings(run: RunDirectory) -> None:
 def _print_place(run: RunDirectory, what: str = "Tables, figures and manifest") -> None:
     """Where a run's results lie, and the command that makes a page of them."""
     place = run.path_of().rstrip("/")
-    print(f"\n{what}: {place}\nOne page of it all: raymerge report {shlex.quote(place)}")
+    print(f"\n{what}: {place}\nHTML page: raymerge report {shlex.quote(place)}")
 
 
 def print_search(run: RunDirectory, split: str) -> None:
@@ -189,13 +189,13 @@ def print_search(run: RunDirectory, split: str) -> None:
     print(f"\n{lines[0]['n']} {split} questions:" if asked else "\nOn plain text:")
     _print_table(*summary.plan_table(lines))
     if asked:
-        print(f"Always answering A: {findings.always_a_share(run, split):.4f}")
+        print(f"{summary.PICKS}\nAlways answering A would score {findings.always_a_share(run, split):.4f}")
     print(f"\n{textwrap.fill(in_words(Reached(run)), _TEXT)}")
     if fate := findings.fates_of(run).get(best["plan_id"]):
-        print(f"\nThe original layers in {best['name']}, counted from 0: {fate}.")
+        print(f"\nOriginal layers in {best['name']}, counted from 0: {fate}.")
     header, cells = summary.comparison_table(run, best["plan_id"])
     if cells:  # none where tasks alone are reported on
-        compared = "Accuracy on the report questions" if asked else "Loss (nats a token) on the report's text"
+        compared = "Accuracy on the report questions" if asked else "Loss (nats per token) on the report's text"
         print(f"\n{compared}, {best['name']} minus the others, 95 % intervals of the paired difference:")
         _print_table(header, cells)
     for line in summary.comparison_notes(run, best["plan_id"]):
@@ -206,9 +206,9 @@ def print_search(run: RunDirectory, split: str) -> None:
         _print_table(header, cells)
     _print_tasks(run, best["plan_id"])
     _print_lines("On the search questions" if asked else "On the search text", summary.search_lines(run))
-    _print_lines("Is it as good as it seemed", summary.optimism_lines(run, split))
+    _print_lines("Optimism of the search", summary.optimism_lines(run, split))
     _print_blocks(run)
-    _print_lines("The pace of this call", summary.pace_lines(run))
+    _print_lines("Speed of this call", summary.pace_lines(run))
     _print_warnings(run)
     _print_incidents(run)
     _print_place(run)
@@ -261,7 +261,7 @@ def _print_tasks(run: RunDirectory, plan_id: str | None = None) -> None:
     _print_table(header, cells)
     header, cells = summary.task_comparison_table(run, plan_id)
     if cells:
-        print("\nTasks, 95 % intervals of the paired difference; Holm's p allows for the comparisons of the same task:")
+        print("\nTasks, 95 % intervals of the paired difference; Holm's p corrects within each task:")
         _print_table(header, cells)
 
 
@@ -291,7 +291,7 @@ def print_evaluation(run: RunDirectory, split: str) -> None:
         _print_table(
             ["subject", "n", "accuracy ± se [95 %]", "answer NLL", "question ppl [95 %]"], cells[2:] + cells[:2]
         )
-        print(f"\nAlways answering A: {findings.always_a_share(run, split):.4f}")
+        print(f"\nAlways answering A would score {findings.always_a_share(run, split):.4f}")
     _print_tasks(run)
     for row in run.read("perplexity").to_pylist():
         if row["target"] == "text":
@@ -312,8 +312,8 @@ def print_similarity(run: RunDirectory) -> None:
     header, cells = summary.correlation_table(run)
     if cells:
         print(
-            "\nCorrelations of the matrices, off the diagonal with 95 % intervals. Ceiling: what noise leaves of a\n"
-            "correlation of 1; pairs on the same questions (translations) share their noise and may exceed it."
+            "\nCorrelations between matrices, with 95 % intervals off the diagonal. Ceiling: what noise leaves of a\n"
+            "correlation of 1; translations of the same questions share their noise and may exceed it."
         )
         _print_table(header, cells)
     _print_warnings(run)

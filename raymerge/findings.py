@@ -11,7 +11,7 @@ from raymerge.diffusion import degeneracy
 from raymerge.objectives import parse_objective, score_answers, score_text
 from raymerge.questions import known_domains
 from raymerge.schemas import letter_logits
-from raymerge.tables import MACRO, MICRO, RunDirectory, plan_labels, turned
+from raymerge.tables import MACRO, MICRO, RunDirectory, layer_ranges, plan_labels, turned
 
 
 def always_a_share(run: RunDirectory, split: str) -> float:
@@ -35,7 +35,7 @@ def labels_of(run: RunDirectory) -> dict[str, str]:
 
 def fates_of(run: RunDirectory) -> dict[str, str]:
     """plan_id -> which of the original layers are averaged into one and which are in no layer of the merged model, by
-    their effective coefficients: '9-13 in one', 'without 9-12', '3-4 in one, without 7', or '' where all stay.
+    their effective coefficients: '9-13 merged', 'without 9-12', '3-4 merged, without 7', or '' if all stay.
 
     Not by the steps: one whose alpha is 0 removes the layer that it merges into.
     """
@@ -47,21 +47,10 @@ def fates_of(run: RunDirectory) -> dict[str, str]:
     costs = {row["plan_id"]: row["layers"] + row["layers_removed"] for row in run.read("costs").to_pylist()}
     fates = {}
     for plan_id, groups in kept.items():
-        words = [f"{spans(sources)} in one" for _, sources in sorted(groups.items()) if len(sources) > 1]
+        words = [f"{layer_ranges(sources)} merged" for _, sources in sorted(groups.items()) if len(sources) > 1]
         gone = set(range(costs.get(plan_id, 0))).difference(*groups.values())
-        fates[plan_id] = ", ".join(words + ([f"without {spans(gone)}"] if gone else []))
+        fates[plan_id] = ", ".join(words + ([f"without {layer_ranges(gone)}"] if gone else []))
     return fates
-
-
-def spans(numbers: Iterable[int]) -> str:
-    """Numbers as text, those that follow one another as a span: '3, 9-13'."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def plan_lines(run: RunDirectory, split: str) -> list[dict]:
@@ -126,7 +115,7 @@ def verdict(row: dict) -> str:
         return "indistinguishable"
     found = "better" if (row["difference"] > 0) == (row["measure"] in _MORE_IS_BETTER) else "worse"
     alone = row["p_holm"] is not None and row["p_holm"] >= 0.05
-    return f"{found}, but not among so many comparisons" if alone else found
+    return f"{found}, but not after correction" if alone else found
 
 
 def of_plan(rows: Iterable[dict], plan_id: str) -> list[dict]:

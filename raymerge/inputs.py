@@ -77,8 +77,8 @@ def _load(config: Config, split: str, subjects: str | Iterable[str], language: s
     data = config.data
     if data.mmlu is None:
         raise ConfigError(
-            "data.mmlu is null, but layers are compared on questions: `raymerge evaluate`, `raymerge sweep` and "
-            "`raymerge search` can do without"
+            "data.mmlu is null, but layers are compared on questions: only `raymerge evaluate`, `raymerge "
+            "sweep` and `raymerge search` work without them"
         )
     return load_questions(
         data.mmlu,
@@ -115,10 +115,10 @@ def _judged_on(questions: QuestionSet, config: Config) -> QuestionSet:
         near = sorted({name for one in missing for name in difflib.get_close_matches(one, [*known, *whole])})
         like = f" (did you mean {' or '.join(near)}?)" if near else ""
         raise ConfigError(
-            f"search.objective {objective} is of {missing}{like}, but the search questions are of {len(known)} other "
+            f"search.objective {objective} names {missing}{like}, but the search questions have {len(known)} other "
             f"subjects: {shorten(', '.join(known), 300, placeholder=' …')}"
-            + (f"; whole domains of them are {', '.join(whole)}" if whole else "")
-            + "; data.subjects and data.domains say of which"
+            + (f"; complete domains among them are {', '.join(whole)}" if whole else "")
+            + "; data.subjects and data.domains choose them"
         )
     if not parsed.judged_on:
         return questions
@@ -152,7 +152,7 @@ def read_subsets(config: Config) -> list[Subset]:
     settings = config.similarity
     languages = settings.languages or [config.data.language]
     if len(set(settings.subsets)) < len(settings.subsets) or len(set(languages)) < len(languages):
-        raise ConfigError(f"similarity.subsets {settings.subsets} or languages {languages} name one twice")
+        raise ConfigError(f"similarity.subsets {settings.subsets} or languages {languages} name one of them twice")
     subsets = []
     for name in settings.subsets:
         subjects = config.data.subjects if name == ALL else [name]
@@ -207,7 +207,7 @@ def read_similarity(
     ((key, rows),) = found.items()
     size = 1 + max(row["layer_i"] for row in rows)
     if size != n_layers:
-        raise ConfigError(f"{run} is of a model of {size} layers, this one has {n_layers}: give a run of this model")
+        raise ConfigError(f"{run} is for a model of {size} layers, this one has {n_layers}: give a run of this model")
     matrix = np.full((size, size), np.nan)
     for row in rows:
         if row["value"] is not None:
@@ -270,7 +270,7 @@ def _first_token(text: str, key: str, source: str, used: Sequence[_Used | None])
             first = max(first, end)
         elif text.strip() in other or other.strip() in text:
             raise ConfigError(
-                f"{key} = {source!r} and {other_key} = {other_source!r} overlap: one holds the other. Name the same "
+                f"{key} = {source!r} and {other_key} = {other_source!r} overlap: one contains the other. Name the same "
                 "file twice (each then takes tokens after the other's) or two different texts"
             )
     return first

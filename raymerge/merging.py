@@ -154,7 +154,7 @@ def save_merged(
     progress = progress or Silent()
     with step(progress, "receipts of the merge"):
         found = receipts(checkpoint, architecture, plan, aligner=aligner, refits=refits)
-    with step(progress, "digest of the model's files"):
+    with step(progress, "hashing the model's files"):
         plan_id = plan.plan_id(checkpoint.identity)
     record = _record(checkpoint, plan, rows.receipt_rows(plan_id, found), command)
     extra = {"alphas.json": alpha_file_text(plan.steps)}

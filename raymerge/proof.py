@@ -122,7 +122,7 @@ def check_proof(record: dict[str, Any], folder: Path | str) -> None:
     if not proof_finished(record):
         raise ProofError(
             f"the model saved in {folder} could not be proved: {record['error']}. It was left there; the same "
-            "command again tries it once more, output.verify: false, or --no-verify, leaves the proof out"
+            "command again retries the proof; output.verify: false, or --no-verify, skips it"
         )
     if not record["passed"]:
         raise ProofError(

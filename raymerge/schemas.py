@@ -268,7 +268,7 @@ def plan_labels(plans: Iterable[dict], trials: Iterable[dict]) -> dict[str, str]
     of more as a rule. plans, trials: rows of these tables.
     """
     drawn = sum(row["searcher"] == "random" and row["status"] == "ok" for row in trials)
-    control = f"best of {drawn or ''} random one{'s' if drawn != 1 else ''}".replace("  ", " ")
+    control = f"best of {drawn} random" if drawn else "best of random"
     names: dict[str, dict[str, None]] = {}
     for row in plans:
         names.setdefault(row["plan_id"], {})[control if row["kind"] == "random" else row["name"]] = None

@@ -183,7 +183,7 @@ class Storage:
         """
         files = [file for file in Path(source).rglob("*") if file.is_file()]
         if not files:
-            raise RunError(f"{source} is no folder with files, so there is nothing to copy to {self.show(inside)}")
+            raise RunError(f"{source} is not a folder with files, so there is nothing to copy to {self.show(inside)}")
         self._check_claim()
         path = self._at(inside)
         target = path if self._one_put else _temporary(path)
@@ -233,8 +233,9 @@ class Storage:
             return
         if there != self._claim:
             raise RunError(
-                f"another process is writing {self.name} ({there.decode('utf-8', 'replace')}): it went on from what "
-                "this one had stored. Let it end, or end it and run the same command again; two runs need two --out"
+                f"another process is writing {self.name} ({there.decode('utf-8', 'replace')}): it continued from "
+                "what this one had stored. Wait for it or stop it, then run the same command again; two runs need two "
+                "--out"
             )
 
     def clear_temporary(self) -> None:
@@ -262,7 +263,7 @@ class Storage:
         except OSError as error:
             raise RunError(
                 f"could not reach {self.show(inside) if inside else self.name}: {error}; check the path, the network "
-                "and your rights there, then run the same command again"
+                "and your permissions there, then run the same command again"
             ) from error
 
     def _delete_folder(self, path: str) -> None:
@@ -338,7 +339,7 @@ class _Held:
             except (BlockingIOError, PermissionError) as error:
                 if time.monotonic() > deadline:
                     raise RunError(
-                        f"another process is writing {folder} ({self._owner()}): wait for its end, end it, or choose "
+                        f"another process is writing {folder} ({self._owner()}): wait for it, stop it, or choose "
                         "another --out"
                     ) from error
                 time.sleep(0.1)

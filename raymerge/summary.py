@@ -25,9 +25,9 @@ from raymerge.tables import RunDirectory
 def proof_line(proof: dict) -> str:
     """What `proof.prove` found when a saved model was loaded again."""
     return (
-        f"Reloaded in a fresh process: logits within {proof['max_difference']:.2g} (rounding explains "
-        f"{proof['tolerance']:.2g}), {proof['predictions_equal']} of {proof['positions']} next tokens the same, "
-        f"{proof['generated_tokens']} tokens generated."
+        f"Reloaded in a fresh process: logits within {proof['max_difference']:.2g} of the scored ones (rounding "
+        f"explains {proof['tolerance']:.2g}), {proof['predictions_equal']} of {proof['positions']} next tokens the "
+        f"same, {proof['generated_tokens']} tokens generated."
     )
 
 
@@ -44,8 +44,8 @@ def budget_lines(run: RunDirectory) -> list[str]:
     counts = ((candidates, "candidate"), (descents, "descent"))
     what = " and ".join(f"{count} {noun}{'s' if count != 1 else ''}" for count, noun in counts if count)
     return [
-        f"What was found is the best of {what}, the random control of {drawn}: the best of more is better by chance "
-        "alone, so a difference between the two is not one of the search alone"
+        f"The found plan is the best of {what}, the random control the best of {drawn}. The best of more is better by "
+        "chance alone, so a difference between the two is not due to the search alone"
     ]
 
 
@@ -53,7 +53,7 @@ def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the plans' table, as text; without columns of questions where none were asked."""
     asked = any(line["accuracy"] is not None for line in lines)
     header = ["plan", "layers", *(_ANSWERED if asked else []), "text ppl [95 %]"]
-    header += ["picks A/B/C/D %", "letter top %"] if asked else []
+    header += ["picks A-D %", "letter %"] if asked else []
     rows = []
     for line in lines:
         cells = [line["label"], str(line["layers"] if line["layers"] is not None else "–")]
@@ -67,6 +67,8 @@ def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+#: What `plan_table` cannot say in its header.
+PICKS = "picks A-D %: share of each letter among the answers; letter %: questions whose most probable token is a letter"
 _ANSWERED = ["accuracy [95 %]", "macro", "answer NLL"]
 
 
@@ -137,8 +139,8 @@ def subject_table(run: RunDirectory, plan_id: str) -> tuple[str, list[str], list
     names = labels_of(run)
     subjects, own = textwrap.shorten(", ".join(searched_names(run)), 120, placeholder=" …"), rows[0]
     caption = (
-        f"What the search was for, {subjects}: paired differences on {own['n']} of the {own['split']} questions with "
-        "95 % intervals; Holm's p allows for the comparisons by one measure"
+        f"Subjects of the search, {subjects}: paired differences on {own['n']} of the {own['split']} questions, with "
+        "95 % intervals; Holm's p corrects for the comparisons by one measure"
     )
     return caption, header, [[row["measure"], *_compared(names, row)] for row in rows]
 
@@ -148,10 +150,10 @@ def comparison_notes(run: RunDirectory, plan_id: str) -> list[str]:
     rows, notes = comparison_rows(run), []
     shown, every = len(of_plan(rows, plan_id)), len(rows)
     if shown > 1:
-        told = "p and intervals are of each on its own, uncorrected; Holm's p allows for all of them by this measure"
+        told = "p and intervals are uncorrected; Holm's p corrects for all of them, on this measure"
         notes.append(f"({shown} comparisons: {told}.)")
     if every > shown:
-        notes.append(f"({every - shown} further pairs of plans stand in table comparisons.)")
+        notes.append(f"(Table comparisons has {every - shown} further pairs of plans.)")
     return notes
 
 
@@ -171,14 +173,14 @@ def block_table(run: RunDirectory) -> tuple[str, list[str], list[list[str]]]:
             [str(chosen["merges"]), _span(chosen), chosen["measure"], f"{chosen['score']:.4g}", next_best, deepest]
         )
     scored = {row["measure"] for row in rows if row["score"] is not None}
-    meant = ["by loss, nats a token of the calibration text without them"] if "loss" in scored else []
-    meant += ["a distance between what enters them and what leaves them"] if scored - {"loss"} else []
+    meant = ["loss is in nats per token of the calibration text without them"] if "loss" in scored else []
+    meant += ["distances are between the states that enter and leave them"] if scored - {"loss"} else []
     plan = run.config.get("plan", {})
     # A search of blocks may end elsewhere: what was chosen is where it begins.
     begins = run.experiment == "search" and (plan.get("selection"), plan.get("block")) == ("block", "search")
-    caption = "Layers that the search began with, and that the controls merge or drop" if begins else "Layers that go"
-    caption += f"; the least score is best: {'; '.join(meant)}" if meant else ""
-    return caption, ["layers", "go", "chosen by", "score", "next best", "the deepest"], cells
+    caption = "Layers that the search starts from, and that the controls merge or drop" if begins else "Layers removed"
+    caption += f"; the lowest score is best: {'; '.join(meant)}" if meant else ""
+    return caption, ["layers", "removed", "chosen by", "score", "next best", "deepest"], cells
 
 
 def _scored(row: dict) -> str:
@@ -201,13 +203,13 @@ def optimism_lines(run: RunDirectory, split: str) -> list[str]:
     objective, ceiling = found["objective"], run.config.get("search", {}).get("perplexity_ceiling")
     if above_ceiling(found, ceiling):
         return [
-            f"{best['name']}: its perplexity of the search text is {number(found['perplexity'])}, above the ceiling of "
-            f"{ceiling:g}, as is every candidate's: it is the one nearest to it"
+            f"{best['name']}: its perplexity on the search text, {number(found['perplexity'])}, is above the ceiling "
+            f"of {ceiling:g}, as is every candidate's; it comes closest"
         ]
     if chosen_on(run, split):
         return [
-            f"{best['name']}: it was chosen by {split} questions, which are those of the report too: every figure of "
-            "it is too good, and by how much nothing here tells"
+            f"{best['name']}: it was chosen on {split} questions, the split of the report too, so all of its figures "
+            "are too good; nothing here shows by how much"
         ]
     controls = [row for row in trials if row["searcher"] == "controls" and not above_ceiling(row, ceiling)]
     gaps = _gaps(run, split, [*controls, found], objective)
@@ -223,8 +225,8 @@ def optimism_lines(run: RunDirectory, split: str) -> list[str]:
     if gaps:
         mean = sum(gap for gap, _ in gaps.values()) / len(gaps)
         lines.append(
-            f"{'The control' if len(gaps) == 1 else f'The {len(gaps)} controls'}, chosen by nothing: {mean:+.4f} on "
-            f"average, which is the difference between the two {_what_differs(asked, objective)}"
+            f"{'The control' if len(gaps) == 1 else f'The {len(gaps)} controls'}, not chosen by the search: "
+            f"{mean:+.4f} on average, which is the difference between the two {_what_differs(asked, objective)}"
         )
     return lines
 
@@ -254,7 +256,7 @@ def search_lines(run: RunDirectory) -> list[str]:
     for searcher in dict.fromkeys(row["searcher"] for row in trials):
         rows = [row for row in trials if row["searcher"] == searcher]
         judged = [row for row in rows if row["status"] == "ok"]
-        tried = f"{len(rows)} candidate{'' if len(rows) == 1 else 's'}"
+        tried = _candidates(len(rows))
         failed = f", {len(rows) - len(judged)} failed" if len(judged) < len(rows) else ""
         if not judged:
             lines.append(f"{searcher}: {tried}, all failed")
@@ -275,12 +277,16 @@ def search_lines(run: RunDirectory) -> list[str]:
     return lines
 
 
+def _candidates(count: int) -> str:
+    return f"{count} candidate{'' if count == 1 else 's'}"
+
+
 def _seconds(trials: list[dict]) -> str:
     """What the candidates took, where it was measured; controls are not timed."""
     wall, cpu = sum(row["seconds"] for row in trials), [row["cpu_seconds"] for row in trials]
     if not wall:
         return ""
-    return f"; {wall:.1f} s of the workers" + ("" if None in cpu else f", {sum(cpu):.1f} s of their CPU time")
+    return f"; {wall:.1f} s of worker time" + ("" if None in cpu else f", {sum(cpu):.1f} s of CPU time")
 
 
 def incident_lines(run: RunDirectory) -> list[str]:
@@ -297,22 +303,22 @@ def incident_lines(run: RunDirectory) -> list[str]:
 
 
 _INCIDENTS = {
-    "resumed": ("start that found stored results", "starts that found stored results"),
+    "resumed": ("start with stored results", "starts with stored results"),
     "lost": ("worker lost", "workers lost"),
-    "back": ("came back", "came back"),
-    "replaced": ("replaced by a new one", "replaced by new ones"),
+    "back": ("worker came back", "workers came back"),
+    "replaced": ("worker replaced by a new one", "workers replaced by new ones"),
     "joined": ("worker joined late", "workers joined late"),
-    "gone": ("given up", "given up"),
-    "refused": ("came late and refused to take part", "came late and refused to take part"),
+    "gone": ("worker given up", "workers given up"),
+    "refused": ("worker joined late and refused to take part", "workers joined late and refused to take part"),
 }
 
 
 def pace_lines(run: RunDirectory) -> list[str]:
     """How long each search of the last call took, and how much of it its workers scored, from the manifest."""
     return [
-        f"{key.removesuffix('_search')}: {facts['candidates_this_call']} candidates in {facts['wall_seconds']:.1f} s "
-        f"({facts['batch']} a trial, {facts['concurrent']} at a time), the workers scoring "
-        f"{100 * (1 - facts['share_not_scoring']):.0f} % of it"
+        f"{key.removesuffix('_search')}: {_candidates(facts['candidates_this_call'])} in {facts['wall_seconds']:.1f} s "
+        f"({facts['batch']} per trial, {facts['concurrent']} at a time); workers spent "
+        f"{100 * (1 - facts['share_not_scoring']):.0f} % of it scoring"
         for key, facts in (run.manifest() or {}).items()
         if key.endswith("_search") and facts["share_not_scoring"] is not None
     ]
@@ -333,7 +339,7 @@ def worker_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
                     f"{100 * row['utilisation']:.0f}",
                 ]
             )
-    return ["search", "worker", "candidates", "scoring s", "there s", "used %"], cells
+    return ["search", "worker", "candidates", "scoring s", "present s", "used %"], cells
 
 
 def similarity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
@@ -398,7 +404,7 @@ def sensitivity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
     for row in run.read("sensitivity").to_pylist():
         if not row["reference"]:
             found.setdefault((row["parameter"], row["setting"]), []).append(row)
-    header = ["parameter", "setting", "off-diagonal r", "same merges %", "alpha moves by", "note"]
+    header = ["parameter", "setting", "off-diagonal r", "same merges %", "alpha change", "note"]
     cells = []
     for key, rows in found.items():
         shares = [row["plan_overlap"] for row in rows if row["plan_overlap"] is not None]

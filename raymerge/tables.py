@@ -199,7 +199,7 @@ class RunDirectory:
         stored = run._read_config()
         if stored is None:
             raise RunError(
-                f"{run._storage.name} is not a run directory: it has no config.yaml; give a folder a command wrote"
+                f"{run._storage.name} is not a run directory: it has no config.yaml; give a folder that raymerge wrote"
             )
         run.experiment, run.config, run.run_id = stored
         return run
@@ -291,7 +291,7 @@ class RunDirectory:
                 raise RunError(
                     f"{self._storage.name} holds results made from other files than those that the config names "
                     f"now:{lines}\n"
-                    "choose another --out, or delete the folder to start anew"
+                    "choose another --out, or delete the folder to start over"
                 )
         if stored | inputs != stored:
             text = json.dumps(stored | inputs, indent=2, ensure_ascii=False) + "\n"
@@ -408,14 +408,14 @@ class RunDirectory:
 
     def _refuse(self, stored: _Stored, experiment: str, differing: list[_Difference]) -> None:
         """Raise RunError where the run that is there is not the one that is asked for."""
-        anew = "choose another --out, or delete the folder to start anew"
+        anew = "choose another --out, or delete the folder to start over"
         if stored.experiment != experiment:
             raise RunError(f"{self._storage.name} holds a run of {stored.experiment}, not of {experiment}; {anew}")
         # null is no place: with and without a text, two runs differ
         if not all(_PLACES.fullmatch(key) and "None" not in values for key, *values in differing):
             lines = "".join(f"\n  {key}: {there} in the run, {here} now" for key, there, here in differing)
             raise RunError(
-                f"{self._storage.name} holds a run with another config:{lines}\ngo on with the run's values, {anew}"
+                f"{self._storage.name} holds a run with another config:{lines}\ncontinue with the run's values, {anew}"
             )
 
 

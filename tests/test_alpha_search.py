@@ -447,10 +447,12 @@ def test_plans_that_cannot_be_searched_are_refused():
     check(tail, gradient, probes=[tail.with_alphas([0.1, 0.2], name="probe", kind="file")])
     check(block, "plan.selection=block")
     for start in (longer, block):
-        with pytest.raises(PlanError, match=r"not a tail merge of plan.merges = 2; for .* plan.selection: list"):
+        with pytest.raises(
+            PlanError, match=r"not a tail merge of plan.merges = 2 layers; to use .* plan.selection: list"
+        ):
             check(start)
     check(longer, "plan.selection=list", "plan.base=file", "plan.alpha_file=x", "plan.merges=null")
     with pytest.raises(PlanError, match="probe longer merges other layers than mine"):
         check(tail, probes=[longer])
-    with pytest.raises(ConfigError, match="gradient descends on tail merges, but plan.selection is block"):
+    with pytest.raises(ConfigError, match="gradient needs a tail merge, but plan.selection is block"):
         check(block, "plan.selection=block", gradient)

@@ -36,7 +36,7 @@ professional_law professional_medicine professional_psychology public_relations 
 us_foreign_policy virology world_religions""".split()
 
 
-RANDOM = "best of 59 random ones"
+RANDOM = "best of 59 random"
 """What the control of random coefficients is called in a made run, of whose 60 such candidates one failed."""
 
 
@@ -540,7 +540,7 @@ def test_progress_says_how_surely_the_best_is_known(tmp_path, monkeypatch):
     far = {"bayes": [*rows["bayes"], rows["bayes"][0] | {"iteration": 4, "value": 0.1}]}  # was all that could be seen
     search_panels.draw_progress(far, [], {}, tmp_path / "f.png")
     (axis,) = drawn["f.png"].axes
-    assert axis.get_ylim()[0] > 0.79 and axis.get_title().endswith("dashed: controls; 1 far worse left out)")
+    assert axis.get_ylim()[0] > 0.79 and axis.get_title().endswith("dashed: controls; 1 far worse not shown)")
     one = {"bayes": rows["bayes"], "gradient": rows["bayes"][:1]}
     search_panels.draw_progress(one, [], {}, tmp_path / "z.png")
     names = [text.get_text() for text in drawn["z.png"].legends[0].get_texts()]
@@ -722,7 +722,7 @@ def test_methods_of_a_run_whose_alphas_differ_come_found_first_with_its_own_simi
     paths = alphas_script.draw(run, tmp_path / "out")
     assert [path.name for path in paths] == ["alphas.png", "learned_alphas.png", "gradient_history.png", "alphas.md"]
     header, *rows = table_of(paths[-1].read_text(), "## α of each method")
-    assert [row[0] for row in rows] == ["found_random", "found_bayes", "best of random ones"]
+    assert [row[0] for row in rows] == ["found_random", "found_bayes", "best of random"]
     assert header[-1] == "pairs" and {row[-1] for row in rows} == {"4"}
     table = table_of(paths[-1].read_text(), "## Gradient descent")
     assert table[1:] == [
@@ -800,7 +800,7 @@ def test_trials_above_a_ceiling_are_not_drawn_as_values(tmp_path):
 def test_of_an_unfinished_run_it_is_said_that_a_table_may_come_yet(tmp_path):
     run = RunDirectory.open(tmp_path / "run", {}, "sweep")
     run.begin()
-    with pytest.raises(RunError, match="sweep CONFIG --out RUN writes it; the run is unfinished: the same command"):
+    with pytest.raises(RunError, match="sweep CONFIG --out RUN writes it; the run is unfinished: repeat its command"):
         plotting.need(run, "sweep", "the curve")
     run.write_manifest("complete")
     with pytest.raises(RunError, match="writes it$"):

@@ -115,7 +115,9 @@ def test_an_index_names_files_of_its_folder(tmp_path):
     folder = tiny.make_checkpoint(tmp_path / "m", "llama", shard="60KB")
     index = folder / "model.safetensors.index.json"
     index.write_text(index.read_text().replace('"model-00001', '"../m/model-00001'))
-    with pytest.raises(CheckpointError, match=r"index.json names '../m/model-00001.*', which is no file of its folder"):
+    with pytest.raises(
+        CheckpointError, match=r"index.json names '../m/model-00001.*', which is not a file in its folder"
+    ):
         Checkpoint(str(folder))
 
 
@@ -190,13 +192,13 @@ def test_missing_tensors(copy):
     state = load_file(copy / "model.safetensors")
     del state["model.layers.2.mlp.up_proj.weight"], state["lm_head.weight"]
     save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lacks 2 of the tensors .*model.layers.2.mlp.up_proj.weight.*lm_head"):
+    with pytest.raises(CheckpointError, match=r"lacks 2 tensors .*model.layers.2.mlp.up_proj.weight.*lm_head"):
         Checkpoint(str(copy))
 
 
 def test_a_config_of_more_layers_than_there_are(copy):
     edit_config(copy, num_hidden_layers=6)
-    with pytest.raises(CheckpointError, match="lacks 7 of the tensors .*model.layers.5"):
+    with pytest.raises(CheckpointError, match="lacks 7 tensors .*model.layers.5"):
         Checkpoint(str(copy))
 
 
@@ -236,7 +238,7 @@ def test_a_tensor_of_another_shape(copy, name, shape):
     state = load_file(copy / "model.safetensors") | {name: torch.ones(shape)}
     save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        CheckpointError, match=rf"model.safetensors: {name} is \({shape[0]}, ?.*but the config .* makes"
+        CheckpointError, match=rf"model.safetensors: {name} has shape \({shape[0]}, ?.*but the config .* expects"
     ):
         Checkpoint(str(copy))
 
@@ -327,7 +329,7 @@ def test_a_config_whose_values_transformers_refuses(tmp_path, family, changes, w
 def test_a_tensor_that_layers_share(copy):
     state = load_file(copy / "model.safetensors") | {"model.layers.shared.weight": torch.ones(2)}
     save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="safetensors: model.layers.shared.weight is in no layer with a number"):
+    with pytest.raises(CheckpointError, match="safetensors: model.layers.shared.weight belongs to no numbered layer"):
         Checkpoint(str(copy))
 
 
@@ -398,7 +400,7 @@ def test_only_safetensors_and_text_are_fetched(monkeypatch, llama):
 def test_a_revision_of_what_is_not_the_hub_s_is_refused(llama):
     """It would be ignored, and recorded as the model's."""
     for path in (str(llama), "demo"):
-        with pytest.raises(CheckpointError, match=f"revision 'v2' is for hub models, and {path} is local: leave"):
+        with pytest.raises(CheckpointError, match=f"revision 'v2' is for hub models, but {path} is local: leave"):
             Checkpoint(path, revision="v2")
 
 

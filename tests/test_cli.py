@@ -332,7 +332,7 @@ def test_a_file_is_not_overridden_by_options_that_are_not_given(tmp_path, monkey
 @pytest.mark.parametrize("command", [["search"], ["evaluate", "demo"]])
 def test_an_empty_folder_name_is_refused_and_not_the_default(command, capsys):
     assert cli.main([*command, "--out", ""]) == 2
-    assert "output.run = '': it is empty, as where a variable of a script is not set" in capsys.readouterr().err
+    assert "output.run = '': it is empty, as when a script's variable is not set" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_a_text_of_which_nothing_is_left_is_refused_with_what_takes_it():
     inputs = read_inputs(load_config(None, [*few, "data.perplexity_tokens=300"]), (CALIBRATION,))
     assert inputs.calibration[1] == 300 and inputs.text is not None
     config = load_config(None, [*few, "data.perplexity_tokens=100000"])
-    with pytest.raises(ConfigError, match=r"^calibration.text = demo: .*; name a longer text, or use fewer tokens of"):
+    with pytest.raises(ConfigError, match=r"^calibration.text = demo: .*; use a longer text, or fewer of its tokens"):
         read_inputs(config, (CALIBRATION,))
     assert read_inputs(load_config(None, few[:2]), (SEARCH,), text=False).text is None
 

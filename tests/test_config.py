@@ -232,11 +232,11 @@ def test_what_is_written_to_a_run_reads_back_as_the_same_configuration():
         ),
         (
             {"plan": {"selection": "block", "block": "loss"}},
-            "plan.block is loss, that of a plain text: set calibration",
+            "plan.block is loss, measured on plain text: set calibration",
         ),
         (
             {"plan": {"block": "loss"}, "sweep": {"methods": ["drop_block"]}},
-            "plan.block is loss, that of a plain text: set calibration.text",
+            "plan.block is loss, measured on plain text: set calibration.text",
         ),
         ({"plan": {"refit": "quadratic"}}, "plan.refit = 'quadratic'"),
         ({"plan": {"ridge": 0}}, "plan.ridge = 0"),
@@ -277,7 +277,7 @@ def test_what_is_written_to_a_run_reads_back_as_the_same_configuration():
         ({"search": {"objective": "answer_nll+micro_accuracy"}}, "adds accuracies, of which more is better, to losses"),
         (
             {"search": {"objective": "answer_nll:a+answer_kl", "searcher": ["bayes", "gradient"]}},
-            "descends on one set of questions, but the terms of objective answer_nll:a+answer_kl are of different",
+            "descends on one set of questions, but the terms of objective answer_nll:a+answer_kl have different",
         ),
         ({"search": {"objective": "text_nll"}}, "objective text_nll needs a plain text"),
         ({"search": {"perplexity_ceiling": 30}}, "perplexity_ceiling needs a plain text"),
@@ -288,7 +288,7 @@ def test_what_is_written_to_a_run_reads_back_as_the_same_configuration():
         ({"workers": {"gpus_per_worker": -1}}, "workers.gpus_per_worker = -1"),
         (
             {"workers": {"gpus_per_worker": 1.5}},
-            "gpus_per_worker is 1.5: a worker has a fraction of one GPU (0.5), or whole",
+            "gpus_per_worker is 1.5: a worker takes a fraction of one GPU (0.5) or whole",
         ),
         ({"workers": {"timeout_s": 0}}, "workers.timeout_s = 0"),
         ({"workers": {"autoscaling": True, "count": 8}}, "count is 8 and gpus_per_worker auto: a cluster that grows"),
@@ -376,7 +376,7 @@ def test_overrides_come_last_and_are_yaml(tmp_path):
 
 @pytest.mark.parametrize("override", ["merges", "merges=4", "=4", "plan.=4", ".merges=4", "plan.merges", ""])
 def test_overrides_that_are_none(override):
-    with pytest.raises(ConfigError, match="is no override: write section.key=value"):
+    with pytest.raises(ConfigError, match="is not an override: write section.key=value"):
         load_config(None, [override])
 
 
@@ -387,7 +387,7 @@ def test_one_override_needs_no_list():
 def test_overrides_are_checked_like_files(tmp_path):
     with pytest.raises(ConfigError, match="the command line: unknown key plan.mergs: did you mean merges"):
         load_config(None, ["plan.mergs=4"])
-    with pytest.raises(ConfigError, match="is no YAML"):
+    with pytest.raises(ConfigError, match="is not YAML"):
         load_config(None, ["plan.merges=[1"])
     with pytest.raises(ConfigError, match="path is not a section"):
         load_config(write(tmp_path, "model: {path: x}"), ["model.path.deeper=1"])

@@ -366,7 +366,11 @@ def described(**differs):
     [
         (0, {"dtype": "bfloat16"}, "worker on b computes with dtype bfloat16, the one on a with float32: .*dtype"),
         (0, {"device": "NVIDIA A10G"}, "worker on b computes with device GPU, the one on a with cpu"),
-        (1, {}, r"worker on b has 1 GPUs by Ray, but torch sees no CUDA .*torch.cuda.is_available.*gpus_per_worker: 0"),
+        (
+            1,
+            {},
+            r"the worker on b 1 GPUs, but torch sees no CUDA .*torch.cuda.is_available.*gpus_per_worker: 0",
+        ),
     ],
 )
 @pytest.mark.parametrize("late", [False, True])
@@ -512,7 +516,7 @@ def test_a_search_that_keeps_the_language_model(local_searches, tmp_path):
             means = [np.mean(right[row[f"plan_{side}"]]) for side in "ab"]
             assert row["difference"] == pytest.approx(means[0] - means[1])
     caption, _, cells = summary.subject_table(run, best["plan_id"])
-    assert caption.startswith("What the search was for, number_words, pictures: paired differences on 12 of the")
+    assert caption.startswith("Subjects of the search, number_words, pictures: paired differences on 12 of the")
     assert len(cells) == 2 * (n_plans - 1)
     with pytest.raises(ConfigError, match="search.text = demo: .* after the first 100000.*data.perplexity_tokens"):
         search(config(tmp_path / "none", *settings, "data.perplexity_tokens=100000"))
@@ -574,7 +578,7 @@ def test_the_summary_is_made_from_tables(run, capsys):
         "Always answering A",
         "p (Holm)",
         "The best plan found,",
-        "the workers scoring",
+        "; workers spent",
         "Merged model",
         "Reloaded in a fresh process",
     ):
@@ -686,12 +690,12 @@ def test_plain_text_alone_is_searched_on_where_no_questions_are_asked(ray_sessio
 
     print_search(run, "test")
     shown = capsys.readouterr().out
-    for words in ("On plain text:", "On the search text:", "on the text it was chosen on", "Loss (nats a token)"):
+    for words in ("On plain text:", "On the search text:", "on the text it was chosen on", "Loss (nats per token)"):
         assert words in shown
     assert "questions" not in shown and "nan" not in shown
     assert cli.main(["report", run.path_of()]) == 0
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "loss of a token" in page and "Perplexity of every plan" in page
+    assert "loss per token" in page and "Perplexity of every plan" in page
     for words in ("Accuracy and perplexity", "Subject by subject", "Left out", "of 0 test questions"):
         assert words not in page
     card = (Path(run.manifest()["best"]["model"]) / "README.md").read_text(encoding="utf-8")
@@ -701,9 +705,12 @@ def test_plain_text_alone_is_searched_on_where_no_questions_are_asked(ray_sessio
 @pytest.mark.parametrize(
     "more, words",
     [
-        ([], "search.objective micro_accuracy is of answers to questions, but data.mmlu is null"),
-        (["search.objective=text_nll+0.1*answer_nll", "search.text=demo"], "is of answers to questions"),
-        ([*TEXT_ALONE, "plan.alignment=activations"], "plan.alignment has activations, which are those on questions"),
+        ([], "search.objective micro_accuracy needs answers to questions, but data.mmlu is null"),
+        (["search.objective=text_nll+0.1*answer_nll", "search.text=demo"], "needs answers to questions"),
+        (
+            [*TEXT_ALONE, "plan.alignment=activations"],
+            "plan.alignment has activations, which are computed on questions",
+        ),
         ([*TEXT_ALONE, "plan.refit=linear"], "set calibration.text to a file or demo"),
         ([*TEXT_ALONE, "data.perplexity_text=null"], "nothing to judge plans by"),
     ],

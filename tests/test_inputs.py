@@ -114,7 +114,7 @@ def test_subsets_that_cannot_be_made_are_refused(mmlu):
         read_subsets(config(mmlu, "similarity.subsets=[anatomy]"))
     with pytest.raises(DataError, match="unknown subject 'botani'; did you mean botany"):
         read_subsets(config(mmlu, "similarity.subsets=[botani]"))
-    with pytest.raises(ConfigError, match="name one twice"):
+    with pytest.raises(ConfigError, match="name one of them twice"):
         read_subsets(config(mmlu, "similarity.subsets=[chess, chess]"))
     with pytest.raises(DataError, match="language 'zh' is not in"):
         read_subsets(config(mmlu, "similarity.languages=[en, zh]"))
@@ -219,7 +219,7 @@ def test_one_matrix_of_several_must_be_named(tmp_path):
     for choice, count in (({}, 3), ({"subset": "law"}, 2), ({"subset": "cs"}, 0)):
         with pytest.raises(ConfigError, match=f"holds {count} similarity matrices.*plan.similarity_subset"):
             read_similarity(run, n_layers=4, **choice)
-    with pytest.raises(ConfigError, match="is of a model of 4 layers, this one has 28"):
+    with pytest.raises(ConfigError, match="is for a model of 4 layers, this one has 28"):
         read_similarity(run, n_layers=28, subset="math")
     with pytest.raises(RunError, match="is not a run directory"):
         read_similarity(str(tmp_path / "nothing"), n_layers=4)
@@ -275,12 +275,14 @@ def test_a_search_asks_the_subjects_that_its_objective_names(mmlu):
     assert found("accuracy:chess") == ("chess",)
     assert found("answer_nll:chess,anatomy+0.1*text_nll") == ("anatomy", "chess")
     assert found("accuracy:chess+micro_accuracy") == found("answer_kl") == ("anatomy", "botany", "chess")
-    with pytest.raises(ConfigError, match=r"is of \['ches'\] \(did you mean chess\?\), but .* 3 other subjects: anat"):
+    with pytest.raises(ConfigError, match=r"names \['ches'\] \(did you mean chess\?\), but .* 3 other subjects: anat"):
         found("accuracy:ches")
     domains = "data.domains={games: [chess], life: [anatomy, botany], law: [contracts, chess]}"
     assert found("accuracy:life", domains) == ("anatomy", "botany")
     assert found("accuracy:games", domains) == ("chess",)
-    with pytest.raises(ConfigError, match=r"law is of \['contracts'\], .*; whole domains of them are games, life; "):
+    with pytest.raises(
+        ConfigError, match=r"law names \['contracts'\], .*; complete domains among them are games, life; "
+    ):
         found("accuracy:law", domains)
     with pytest.raises(ConfigError, match=r"\(did you mean games\?\)"):
         found("accuracy:game", domains)

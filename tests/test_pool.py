@@ -135,7 +135,7 @@ def test_a_worker_fits_on_one_node_or_not_at_all():
     assert plan_workers("auto", "auto", 1, nodes).count == 2
     assert plan_workers("auto", 0, 2, nodes).count == 8 + 1
     with pytest.raises(
-        PlacementError, match="3 workers of 1 CPUs and 1 GPUs .*20 CPUs and 5 GPUs, its nodes room for 2"
+        PlacementError, match="3 workers of 1 CPUs and 1 GPUs .*20 CPUs and 5 GPUs, and its nodes have room for 2"
     ):
         plan_workers(3, 1, 1, nodes)
 

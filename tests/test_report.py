@@ -97,10 +97,10 @@ def as_dicts(rows):
 def test_a_curve_of_one_number_of_layers_says_it_once(tmp_path):
     run = sweep_run(tmp_path / "sweep")
     every = curve.in_words(Reached(run))
-    assert "With 1 layer merged the most accurate way" in every and ". With 3 layers merged" in every
+    assert "With 1 layer merged, " in every and ". With 3 layers merged" in every
     points = [row for row in run.read("sweep").drop_columns("run_id").to_pylist() if row["merges"] != 3]
     run.replace("sweep", points)
-    assert curve.in_words(Reached(run)).count("merged the most accurate way") == 1
+    assert curve.in_words(Reached(run)).count("is the most accurate") == 1
 
 
 def test_a_curve_in_the_terminal_has_intervals(tmp_path):
@@ -144,8 +144,8 @@ def test_the_answer_has_the_tables_numbers(search):
 
 def test_the_table_of_comparisons_says_what_its_p_values_allow_for(search):
     caption = blocks([plans.answer(Reached(search))], Table)[0].caption
-    assert "allows for all 3 comparisons, for each measure by itself" in caption
-    assert "test of text is too sure" in caption and "14, 9 and 8 % of cases, not 5" in caption
+    assert "corrects for all 3 comparisons, separately for each measure" in caption
+    assert "test on text is overconfident" in caption and "14, 9 and 8 % of cases, not 5" in caption
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_plan_is_said_to_be_aligned_and_how(alignment, norms, said):
     line = {"name": "a", "kind": "file", "alignment": alignment, "norms": norms, "refit": None, "fate": ""}
     assert described(line) == said
     aligned, rows_aligned = (dict(GLOSSARY["search"])[name] for name in ("aligned", "rows aligned"))
-    assert "leaves that layer's function as it was" in aligned and "another function" in rows_aligned
+    assert "preserves that layer's function" in aligned and "another function" in rows_aligned
 
 
 def test_a_plan_says_which_layers_it_leaves_out_and_what_refits_it(tmp_path):
@@ -183,8 +183,8 @@ def test_a_plan_says_which_layers_it_leaves_out_and_what_refits_it(tmp_path):
     said = {line["plan_id"]: described(line) for line in reached.lines}
     assert said == {
         "base": "unmerged",
-        "drop": "block of layers left out (without 2-3)",
-        "merged": "random coefficients (0-1 in one, 3-4 in one)",
+        "drop": "block of layers dropped (without 2-3)",
+        "merged": "random coefficients (0-1 merged, 3-4 merged)",
         "found": "found by the search (without 1-2)",
         "fitted": "found by the search, seams refitted by linear (without 1-2)",
     }
@@ -194,10 +194,11 @@ def test_a_plan_says_which_layers_it_leaves_out_and_what_refits_it(tmp_path):
 
 def test_the_sentence_says_what_cannot_be_told_apart(search):
     sentence = blocks([plans.answer(Reached(search))], Text)[0].text
-    assert f"of {QUESTIONS} test questions: better than drop; indistinguishable from fixed_0.62; worse than" in sentence
-    assert "Its perplexity on plain text is 12.5, the unmerged model's 5.00: by the loss of a token it is " in sentence
-    text = sentence.split("by the loss of a token it is ")[1]
-    assert "better than fixed_0.62, drop;" in text and "worse than the unmerged model" in text
+    assert f" % of {QUESTIONS} test questions correctly. By accuracy it is better than drop; ind" in sentence
+    assert "drop; indistinguishable from fixed_0.62; worse than the unmerged model. By answer NLL" in sentence
+    assert "Its perplexity on plain text is 12.5; the unmerged model's is 5.00. By loss per token it is " in sentence
+    text = sentence.split("By loss per token it is ")[1]
+    assert "better than fixed_0.62 and drop;" in text and "worse than the unmerged model" in text
     assert sentence.startswith("The best plan found, found_bayes,")  # a control may be better still
 
 
@@ -205,7 +206,7 @@ def test_what_a_plan_merges_is_not_what_it_leaves_alone():
     best = {"plan_id": "found", "label": "found"}
     cells = [(1, 1.0, "1"), (2, 0.0, wording.NONE), (3, 0.3, "2"), (4, 0.7, "2")]  # layer 1 goes in another plan
     weights = [{"plan_id": "found", "layer": layer, "weight": weight, "kept": kept} for layer, weight, kept in cells]
-    assert searched._heaviest(weights, best) == " Most of what found merges: layer 4 70 %, layer 3 30 %."
+    assert searched._heaviest(weights, best) == " Largest coefficients of found: layer 4 (70 %), layer 3 (30 %)."
     assert searched._heaviest(weights[:2], best) == ""
 
 
@@ -214,7 +215,7 @@ def test_a_plan_chosen_by_the_reports_own_questions_is_said_to_be(tmp_path, sear
     for run, expected in ((search, False), (same, True)):
         reached = Reached(run)
         sentence, *_ = (block.text for block in blocks([plans.answer(reached)], Text))
-        assert ("chosen by questions of this split" in sentence) == expected
+        assert ("chose it on questions of this split" in sentence) == expected
         progress = blocks([searched.search(reached)], Figure)[0].caption
         assert ("of the same split as the report's" in progress) == expected == ("not the report's" not in progress)
 
@@ -251,17 +252,19 @@ def test_other_layers_are_named_where_leaving_them_out_costs_less(monkeypatch, s
     row = next(row for row in reached.comparisons if (row["measure"], row["plan_b"]) == ("text_nll", "drop"))
     row.update(difference=difference, p_value=p, p_holm=p)
     monkeypatch.setitem(search.config["plan"], "selection", selection)
-    assert ("plan.selection=block searches for them" in answer.in_words(reached)) == tried
+    assert ("plan.selection=block searches for other layers" in answer.in_words(reached)) == tried
 
 
 def test_how_much_workers_were_used_is_on_the_page(tmp_path):
     run = search_run(tmp_path / "run")
-    assert not any("each worker scored" in table.caption for table in blocks([searched.search(Reached(run))], Table))
+    assert not any(
+        "each worker spent scoring" in table.caption for table in blocks([searched.search(Reached(run))], Table)
+    )
     used = {"worker": "worker-1", "candidates": 8, "scoring_seconds": 3.0, "present_seconds": 4.0, "utilisation": 0.75}
     facts = {"batch": 2, "concurrent": 1, "wall_seconds": 4.0, "candidates_this_call": 8, "share_not_scoring": 0.25}
     run.write_manifest("complete", best={"plan_id": "found"}, bayes_search={**facts, "workers": [used]})
     (table,) = blocks([searched.search(Reached(run))], Table)
-    pace = "bayes: 8 candidates in 4.0 s (2 a trial, 1 at a time), the workers scoring 75 % of it"
+    pace = "bayes: 8 candidates in 4.0 s (2 per trial, 1 at a time); workers spent 75 % of it scoring"
     assert table.caption.endswith(pace)
     assert table.cells == (("bayes", "worker-1", "8", "3.0", "4.0", "75"),)
 
@@ -304,10 +307,10 @@ def test_alphas_are_those_of_the_plans(search):
 
 
 def test_lines_that_end_together_have_one_label_above_them_all():
-    ends = {"best of 5 random ones": 0.95, "drop": 1.0, "fixed": 0.62}
+    ends = {"best of 5 random": 0.95, "drop": 1.0, "fixed": 0.62}
     rows = [{"plan": plan, "matrix": None, "step": 2, "alpha": alpha, "label": ""} for plan, alpha in ends.items()]
     searched._label_ends(rows)
-    assert [row["label"] for row in rows] == ["", "best of 5 random ones, drop", "fixed"]
+    assert [row["label"] for row in rows] == ["", "best of 5 random, drop", "fixed"]
 
 
 def test_the_best_so_far_never_gets_worse(search):
@@ -404,7 +407,7 @@ def test_a_ruined_candidate_leaves_the_axis_to_the_others(tmp_path):
     run.replace("trials", [*rows, rows[0] | {"iteration": 8, "value": 0.01, "plan_id": "ruined"}])
     figure = blocks([searched.search(Reached(run))], Figure)[0]
     assert figure.views[0].spec["layer"][0]["encoding"]["y"]["scale"]["domain"] == [0.4, 0.65]
-    assert "1 far worse lie beyond the axis" in figure.caption
+    assert "1 far worse candidate beyond the axis" in figure.caption
     assert "ruined" in {row["plan_id"] for row in as_dicts(figure.rows)}
 
 
@@ -423,7 +426,7 @@ def test_differences_by_subject_are_paired(search):
 
 def test_receipts_say_what_did_not_change(search):
     (figure,) = blocks([receipts.receipts(Reached(search))], Figure)
-    assert "2 tensor names with a difference under 2 plans, of at most 75.0 % of the original's norm" in figure.caption
+    assert "Differences in 2 tensor names under 2 plans, at most 75.0 % of the original's norm" in figure.caption
     assert "No tensor changed under drop" in figure.caption
     assert receipts.tensor_name("model.layers.12.mlp.up_proj.weight") == ("mlp.up_proj", "12")
     assert receipts.tensor_name("lm_head.weight") == ("lm_head.weight", "")
@@ -442,13 +445,14 @@ def test_a_curve_holds_every_way_against_dropping(tmp_path):
     assert [p["removed"] for p in points] == pytest.approx([0, 1 / 6, 1 / 6, 0.5, 0.5])
     (sentence, *_) = blocks([curve.answer(reached)], Text)
     assert (
-        "with 1 layer merged the most accurate way" in sentence.text.lower() and "(perplexity 6.50). " in sentence.text
+        "With 1 layer merged, fixed_0.5 is the most accurate" in sentence.text
+        and "(perplexity 6.50). " in sentence.text
     )
-    assert "(perplexity 1,200, the unmerged model's 5.00: it is lost as a language model)." in sentence.text
+    assert "(perplexity 1,200, the unmerged model's is 5.00; it is ruined as a language model)." in sentence.text
     best, _ = blocks([curve.answer(reached)], Table)
     assert [row[0] for row in best.cells] == ["1", "3"]
     (receipt,) = blocks([curve.receipts(reached)], Figure)
-    assert "no tensor changes, under drop" in receipt.caption
+    assert "Under drop nothing is averaged and no tensor changes" in receipt.caption
     (figure,) = blocks([curve.answer(reached)], Figure)
     stored = {row["plan_id"]: row for row in run.read("perplexity").to_pylist()}
     for point in points:
@@ -465,7 +469,7 @@ def test_a_curve_leaves_ruined_models_out_of_its_figure_of_perplexities(tmp_path
     (kept,) = spec["transform"]
     limit = float(kept["filter"].split("<= ")[1])
     assert kept["filter"].startswith("isNumber(datum['perplexity']) && ") and limit == pytest.approx(50.0)
-    assert "transform" not in figure.views[0].spec and "beyond 10 times" in figure.caption
+    assert "transform" not in figure.views[0].spec and "above 10 times" in figure.caption
     _, every = blocks([curve.answer(Reached(run))], Table)
     assert {row[7].split(" [")[0] for row in every.cells} == {"5.00", "7.00", "6.50", "900", "1,200"}
 
@@ -496,7 +500,7 @@ def test_a_similarity_tells_of_its_own_examples_and_languages(tmp_path):
         return {fact.term: fact.value for fact in facts.facts}["Questions"]
 
     assert questions(similarity_run(tmp_path / "s")) == "/data, language en"
-    assert questions(search_run(tmp_path / "r")) == "/data, language en, 5 examples shown first"
+    assert questions(search_run(tmp_path / "r")) == "/data, language en, 5-shot"
 
 
 def test_similarity_is_held_against_noise(tmp_path):
@@ -513,7 +517,7 @@ def test_similarity_is_held_against_noise(tmp_path):
     (undefined,) = [r for r in rows if r["subset"] == "law (en)" and (r["layer_i"], r["layer_j"]) == (0, 5)]
     assert undefined["value"] is None and undefined["above"] == "" and undefined["note"] == "no entropy"
     assert len(influence.rows.values) == 18
-    assert "does not say that leaving it out costs little" in influence.caption
+    assert "does not mean that dropping the layer costs little" in influence.caption
 
 
 def test_degenerate_maps_are_said_to_say_nothing(tmp_path):
@@ -528,7 +532,7 @@ def test_degenerate_maps_are_said_to_say_nothing(tmp_path):
 
     section, figure = degenerate(medical=[39.0] * 6, law=[1.0] * 6)
     (structure,) = blocks([section], Text)  # nothing of how the subsets' matrices agree
-    assert structure.text.endswith("the maps say nothing of the model.") and "more than noise" not in structure.text
+    assert structure.text.endswith("the maps say nothing about the model.") and "more than noise" not in structure.text
     assert {r["above"] for r in as_dicts(figure.rows)} == {"no", ""}
     assert [row[8:] for row in blocks([section], Table)[0].cells] == [("–", "1", "6")] * 2
 
@@ -537,10 +541,10 @@ def test_degenerate_maps_are_said_to_say_nothing(tmp_path):
     # of the four layers of law that are left, 5 of 6 pairs are up to 2 apart; of medical's pairs 9 of 14
     assert structure.text.startswith(f"In {100 * 14 / 20:.0f} % of the pairs of layers")
     assert (
-        "noise that layers and subsets share, are in: 2 layers of law (en)."
+        "noise that layers and subsets share, count too: 2 layers of law (en)."
         in layers.correlations(run).blocks[0].caption
     )
-    assert "degenerate, and its similarities noise (2 layers of law (en))" in structure.text
+    assert "degenerate, so that its similarities are noise, do not count (2 layers of law (en))" in structure.text
     assert [row[8:] for row in blocks([section], Table)[0].cells] == [("64", "1", "0"), ("83", "1", "2")]
     (cell,) = [r for r in as_dicts(figure.rows) if r["subset"] == "law (en)" and (r["layer_i"], r["layer_j"]) == (0, 1)]
     assert (cell["above"], cell["note"]) == ("no", "degenerate: noise")
@@ -557,7 +561,7 @@ def test_sensitivity_names_the_setting_that_matters(tmp_path):
     assert "The matrix of sigma = 8.0 agrees least with the reference (r = 0.20)" in blocks([section], Text)[0].text
     (figure,) = blocks([section], Figure)
     assert len(figure.rows.values) == 3 and not figure.title.endswith("?")  # the page puts a full stop after it
-    assert "Settings without a mark: undefined" in figure.caption  # their lines were empty, and nothing said why
+    assert "Settings without a mark are undefined" in figure.caption  # their lines were empty, and nothing said why
 
 
 def test_undefined_settings_are_spoken_of_where_there_are_some(tmp_path):
@@ -579,14 +583,14 @@ def test_several_runs_are_compared_on_the_same_questions(tmp_path, search):
     page = page_of([search, other], "raymerge report", Silent())
     assert page.several and [s.title for s in page.sections if s.level == 2][1].startswith("k3: ")
     assert compared.tests([reached[0], Reached(sweep_run(tmp_path / "sweep"))]) == []
-    assert not any("chosen by these" in str(block) for block in page.sections[0].blocks)
+    assert not any("chosen on these" in str(block) for block in page.sections[0].blocks)
 
 
 def test_a_run_that_searched_on_the_reports_questions_is_marked_beside_others(tmp_path, search):
     reached = [Reached(search), Reached(search_run(tmp_path / "seen", search_split="test", seed=1))]
     table, tests = blocks([compared.compared(reached, [])], Table)
-    assert [row[3] for row in table.cells] == ["found_bayes", "found_bayes (chosen by these questions)"]
-    assert [row[:2] for row in tests.cells] == [("k3: found_bayes", "seen: found_bayes (chosen by these questions)")]
+    assert [row[3] for row in table.cells] == ["found_bayes", "found_bayes (chosen on these questions)"]
+    assert [row[:2] for row in tests.cells] == [("k3: found_bayes", "seen: found_bayes (chosen on these questions)")]
     assert all("is too good on them: no difference in its favour" in one.caption for one in (table, tests))
 
 
@@ -596,24 +600,24 @@ def test_the_random_control_is_called_the_best_of_as_many_as_were_tried(tmp_path
     run.replace("plans", [row | {"kind": "random", "name": "random"} if row["plan_id"] == "fixed" else row
                           for row in rows])  # fmt: skip
     reached = Reached(run)
-    assert reached.labels["fixed"] == "best of random ones"  # no trial of it stands in the table
+    assert reached.labels["fixed"] == "best of random"  # no trial of it stands in the table
     assert summary.budget_lines(run) == []
     (trial,) = [row for row in run.read("trials").drop_columns("run_id").to_pylist() if row["plan_id"] == "found"]
     drawn = [trial | {"searcher": "random", "iteration": i, "plan_id": f"drawn{i}"} for i in range(3)]
     run.append("trials", [*drawn, drawn[0] | {"iteration": 3, "status": "failed", "value": None}], part="random")
     reached = Reached(run)
-    assert reached.labels["fixed"] == "best of 3 random ones"
+    assert reached.labels["fixed"] == "best of 3 random"
     section = plans.answer(reached)
     sentence = blocks([section], Text)[0].text
-    assert "indistinguishable from the best of 3 random ones" in sentence
-    assert "What was found is the best of 8 candidates, the random control of 3:" in sentence
-    assert "best of 3 random ones" in [row[0] for row in blocks([section], Table)[0].cells]
+    assert "indistinguishable from the best of 3 random candidates" in sentence
+    assert "The found plan is the best of 8 candidates, the random control the best of 3." in sentence
+    assert "best of 3 random" in [row[0] for row in blocks([section], Table)[0].cells]
     lines = findings.plan_lines(run, "test")
-    assert "best of 3 random ones" in [row[0] for row in summary.plan_table(lines)[1]]
-    assert "best of 3 random ones" in [row[0] for row in summary.comparison_table(run, "found")[1]]
-    assert summary.budget_lines(run)[0].startswith("What was found is the best of 8 candidates")
-    assert "(What was found is the best of 8 candidates" in "\n".join(search_results(run, "found", "test"))
-    assert any("best of 3 random ones" in line for line in search_results(run, "found", "test"))
+    assert "best of 3 random" in [row[0] for row in summary.plan_table(lines)[1]]
+    assert "best of 3 random" in [row[0] for row in summary.comparison_table(run, "found")[1]]
+    assert summary.budget_lines(run)[0].startswith("The found plan is the best of 8 candidates")
+    assert "(The found plan is the best of 8 candidates" in "\n".join(search_results(run, "found", "test"))
+    assert any("best of 3 random" in line for line in search_results(run, "found", "test"))
     run.append("trials", [trial | {"searcher": "gradient_alphas"}], part="descended")
     assert "best of 8 candidates and 1 descent, the" in summary.budget_lines(run)[0]
 
@@ -623,7 +627,7 @@ def test_what_is_missing_is_said(tmp_path):
     for experiment in ("search", "sweep", "similarity", "sensitivity", "evaluate", "import-similarity"):
         run = RunDirectory.open(tmp_path / experiment, config, experiment)
         text = unescape(render.to_html(page_of([run], "", Silent())))
-        assert "no manifest: it is going on or was killed" in text and "the run has no rows in table" in text
+        assert "no manifest: it is still running or was killed" in text and "the run has no rows in table" in text
     run = RunDirectory.open(tmp_path / "other", config, "another")
     assert "has no report for runs of another" in render.to_html(page_of([run], "", Silent()))
 
@@ -632,7 +636,7 @@ def test_a_search_that_has_not_got_to_its_report_yet(tmp_path):
     config = {"data": {"report_split": "test"}, "search": {"objective": "answer_nll"}}
     run = RunDirectory.open(tmp_path / "run", config, "search")
     run.write_manifest("failed", error="out of memory")
-    assert "This run ended as failed: out of memory." in render.to_html(page_of([run], "", Silent()))
+    assert "This run has the status failed: out of memory." in render.to_html(page_of([run], "", Silent()))
 
 
 TASKS = {"piqa": {"format": "piqa", "file": "piqa.jsonl"}}
@@ -663,7 +667,7 @@ def test_an_evaluation_without_questions_has_its_perplexity_and_its_tasks(tmp_pa
     (facts,) = blocks([asked_of], Facts)
     known = {fact.term: fact.value for fact in facts.facts}
     assert known["Questions"] == "none" and known["Further tasks"] == "piqa (piqa, piqa.jsonl)"
-    assert "Left out" not in unescape(render.to_html(page_of([run], "", Silent())))
+    assert "Not shown" not in unescape(render.to_html(page_of([run], "", Silent())))
     # Beside a run that asked questions it has no place in the figure of accuracies, but stands in the table.
     page = page_of([run, search_run(tmp_path / "search")], "", Silent())
     (table, *_) = blocks(page.sections[:1], Table)
@@ -693,7 +697,7 @@ def test_tasks_stand_on_the_page_of_a_search_with_the_comparisons_of_the_best(tm
 
 def test_a_search_for_one_subject_is_answered_on_that_subject(tmp_path):
     everything = search_run(tmp_path / "everything")
-    assert "The search was for" not in "".join(
+    assert "The search asked only" not in "".join(
         block.text for block in blocks([plans.answer(Reached(everything))], Text)
     )
     run = search_run(tmp_path / "run", objective="accuracy:exams, anatomy")  # a domain and a subject, as they are named
@@ -705,13 +709,13 @@ def test_a_search_for_one_subject_is_answered_on_that_subject(tmp_path):
         for measure in ("accuracy", "answer_nll")
     ])  # fmt: skip
     answer = plans.answer(Reached(run))
-    assert [block.text for block in blocks([answer], Text) if block.text.startswith("The search was for")] == [
-        "The search was for exams, anatomy. On the 40 test questions of exams, anatomy alone, found_bayes is by "
-        "accuracy indistinguishable from drop; worse than the unmerged model. By answer NLL it is better than the "
-        "unmerged model; indistinguishable from drop."
+    assert [block.text for block in blocks([answer], Text) if block.text.startswith("The search asked only")] == [
+        "The search asked only questions of exams, anatomy. By accuracy on the 40 test questions of exams, anatomy, "
+        "found_bayes is indistinguishable from drop; worse than the unmerged model. By answer NLL it is better than "
+        "the unmerged model; indistinguishable from drop."
     ]
     table = blocks([answer], Table)[1]
-    assert "allows for all 2 comparisons" in table.caption
+    assert "corrects for all 2 comparisons" in table.caption
     assert table.header == ("against", "accuracy", "verdict, p (Holm)", "answer NLL", "verdict, p (Holm)")
     assert {row[0]: row[1:3] for row in table.cells} == {  # broken, if at all, between the verdict and its p
         "base": ("−20.0 [−30.0, −10.0]", "▼\u00a0worse, p\u00a00.010\u00a0(0.010)"),
@@ -725,7 +729,7 @@ def test_a_search_for_one_subject_is_answered_on_that_subject(tmp_path):
 def test_a_page_explains_the_words_that_it_uses_and_no_others(tmp_path):
     def words(*runs):
         *_, last = page_of(runs, "raymerge report", Silent()).sections
-        return [term for term, _ in last.blocks[0].cells] if last.title == "What the words mean" else []
+        return [term for term, _ in last.blocks[0].cells] if last.title == "Glossary" else []
 
     search, alike = search_run(tmp_path / "search"), similarity_run(tmp_path / "alike")
     evaluation = RunDirectory.open(tmp_path / "evaluation", {"model": {"path": "m"}}, "evaluate")

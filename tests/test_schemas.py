@@ -197,9 +197,9 @@ def test_labels_join_a_plans_names_and_count_the_random_ones_that_were_scored():
     plans = [{"plan_id": plan, "name": name, "kind": kind} for plan, name, kind in named]
     drawn = [("random", "ok"), ("random", "failed"), ("bayes", "ok"), ("random", "ok")]
     trials = [{"searcher": searcher, "status": status} for searcher, status in drawn]
-    assert plan_labels(plans, trials) == {"a": "base = found", "b": "best of 2 random ones"}
-    assert plan_labels(plans, trials[:1])["b"] == "best of 1 random one"
-    assert plan_labels(plans, [])["b"] == "best of random ones"
+    assert plan_labels(plans, trials) == {"a": "base = found", "b": "best of 2 random"}
+    assert plan_labels(plans, trials[:1])["b"] == "best of 1 random"
+    assert plan_labels(plans, [])["b"] == "best of random"
 
 
 def test_layers_are_written_as_ranges():

@@ -42,7 +42,7 @@ def run(ray_session, tmp_path_factory):
 
 def test_ceilings_of_few_samples_are_warned_of(run):
     (warning,) = (said for said in run.manifest()["warnings"] if "ceilings" in said)
-    assert warning.startswith("with 12 samples a subset the ceilings of correlations are too low, since halves of 6 ")
+    assert warning.startswith("with 12 samples per subset the ceilings of correlations are too low, since halves of 6 ")
     found = SimpleNamespace(n_samples=12, halves=[1])
     assert _low_ceilings([found, found]) == [warning] and _low_ceilings([found]) == []
     assert _low_ceilings([SimpleNamespace(n_samples=20, halves=[1])] * 2) == []
@@ -235,7 +235,7 @@ def test_foreign_files_that_are_no_matrices_are_refused(tmp_path):
         assert not (tmp_path / "run").exists()
 
     square = save(tmp_path, "square", np.ones((4, 4)))
-    refuse("of different numbers of layers", square, save(tmp_path, "other", np.ones((5, 5))))
+    refuse("have different numbers of layers", square, save(tmp_path, "other", np.ones((5, 5))))
     refuse(r"holds \(4, 5\), but must hold an \(L, L\) matrix", save(tmp_path, "wide", np.ones((4, 5))))
     refuse("must hold real numbers", save(tmp_path, "words", np.full((4, 4), "x")))
     refuse("2 files give 1 subset names", square, save(tmp_path, "square_40s", np.ones((4, 4))))
@@ -249,7 +249,7 @@ def test_runs_of_another_model_are_refused(tmp_path):
     file = save(tmp_path, "law", np.ones((32, 32)))
     found = import_similarity([file], str(tmp_path / "run"))
     options = [f"plan.similarity_run={found.path_of()}", "plan.base=similarity", f"output.run={tmp_path / 'search'}"]
-    with pytest.raises(ConfigError, match="is of a model of 32 layers, this one has 21"):
+    with pytest.raises(ConfigError, match="is for a model of 32 layers, this one has 21"):
         search(load_config(None, options))
     assert RunDirectory(tmp_path / "search").manifest() is None
 
@@ -272,7 +272,9 @@ def test_a_similarity_that_is_noise_or_of_another_model_is_said_to_be(tmp_path):
 
     assert warnings("fine", "a") == []
     (said,) = warnings("noise", "a")
-    assert "degenerate in 2 layers" in said and "so are coefficients made of them" in said and "sigma: median" in said
+    assert (
+        "degenerate in 2 layers" in said and "so are coefficients derived from them" in said and "sigma: median" in said
+    )
     assert warnings("noise", "a", "plan.similarity_language=de") == []  # coefficients are of another language's matrix
     assert warnings("fine", "b") == [f"{path} is a similarity run of another model, /models/a"]
     imported = RunDirectory.open(tmp_path / "imported", {}, "similarity")  # of which no model is known

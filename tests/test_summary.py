@@ -97,20 +97,20 @@ def test_optimism_is_how_much_better_the_choosing_questions_were(tmp_path, objec
         f"report's: optimism {gap:+.4f}"
     )
     controls = sign * np.mean([searched / 2 - reported["drop"], searched - reported["fixed"]])
-    assert second.startswith(f"The 2 controls, chosen by nothing: {controls:+.4f} on average")
+    assert second.startswith(f"The 2 controls, not chosen by the search: {controls:+.4f} on average")
 
 
 def test_no_optimism_is_measured_on_the_questions_that_chose(tmp_path):
     run, *_ = make_run(tmp_path / "run", search_split="test")
     (line,) = summary.optimism_lines(run, "test")
-    assert line.startswith("found_bayes: it was chosen by test questions") and "too good" in line
+    assert line.startswith("found_bayes: it was chosen on test questions") and "too good" in line
 
 
 def test_what_candidates_took_is_summed(tmp_path):
     run, *_ = make_run(tmp_path / "run")
-    assert summary.search_lines(run)[1].endswith("; 0.2 s of the workers, 0.2 s of their CPU time")
+    assert summary.search_lines(run)[1].endswith("; 0.2 s of worker time, 0.2 s of CPU time")
     run, *_ = make_run(tmp_path / "old", ceiling=1e9)  # as written before CPU time was measured
-    assert summary.search_lines(run)[1].endswith("; 0.2 s of the workers")
+    assert summary.search_lines(run)[1].endswith("; 0.2 s of worker time")
 
 
 def test_one_candidate_is_one(tmp_path):
@@ -124,7 +124,7 @@ def test_values_above_a_ceiling_are_no_values(tmp_path):
     controls, bayes = summary.search_lines(run)
     assert "1 above the perplexity ceiling of 20; micro_accuracy best 0.9000, mean 0.9000" in bayes
     assert "best 0.9000" in controls and "worst 0.9000" in controls
-    assert summary.optimism_lines(run, "test")[1].startswith("The control, chosen by nothing")
+    assert summary.optimism_lines(run, "test")[1].startswith("The control, not chosen by the search")
     run, *_ = make_run(tmp_path / "none", ceiling=8.0)
     assert summary.search_lines(run)[1] == "bayes: 2 candidates, 2 above the perplexity ceiling of 8"
     assert "above the ceiling of 8, as is every candidate's" in summary.optimism_lines(run, "test")[0]
@@ -140,8 +140,8 @@ def test_comparisons_of_a_plan_with_adjusted_p(tmp_path):
     assert [line[-1] for line in cells] == ["worse", "better", "indistinguishable"]
     assert cells[0][3:5] == [f"{rows[0]['p_value']:.3g}", f"{rows[0]['p_holm']:.3g}"]
     notes = summary.comparison_notes(run, "found")
-    assert notes[0].startswith("(3 comparisons: p and intervals are of each on its own, uncorrected")
-    assert notes[1] == "(3 further pairs of plans stand in table comparisons.)"
+    assert notes[0].startswith("(3 comparisons: p and intervals are uncorrected; Holm's p corrects for all of them")
+    assert notes[1] == "(Table comparisons has 3 further pairs of plans.)"
     # Of a plan that stands second in the table's rows, its own side is told.
     _, turned = summary.comparison_table(run, PLANS[0])
     low, high = rows[0]["ci_low"], rows[0]["ci_high"]
@@ -154,7 +154,7 @@ def test_a_gain_that_only_an_uncorrected_p_calls_one_is_said_to_be_so(tmp_path):
     rows = run.read("comparisons").to_pylist()
     rows = [row | {"p_value": 0.03, "p_holm": 0.09, "difference": 0.1} for row in rows]
     run.replace("comparisons", [{key: value for key, value in row.items() if key != "run_id"} for row in rows])
-    assert summary.comparison_table(run, "found")[1][0][-1] == "better, but not among so many comparisons"
+    assert summary.comparison_table(run, "found")[1][0][-1] == "better, but not after correction"
 
 
 def test_the_table_of_plans_has_intervals(tmp_path):
@@ -175,10 +175,10 @@ def test_what_befell_a_run_is_counted_and_nothing_said_where_nothing_did(tmp_pat
     run.note("lost", "worker-1", "score: ActorDiedError: killed " + 400 * "x")
     run.begin()
     resumed, lost, back = summary.incident_lines(run)
-    assert resumed.startswith("1 start that found stored results: 16 accuracy, 400 answers,")
+    assert resumed.startswith("1 start with stored results: 16 accuracy, 400 answers,")
     assert resumed.endswith(", 4 trials")
     assert lost.startswith("2 workers lost, the last: score: ActorDiedError: killed") and len(lost) < 240
-    assert back == "1 came back: on 10.0.0.2"
+    assert back == "1 worker came back: on 10.0.0.2"
 
 
 def test_how_much_each_worker_was_used(tmp_path):
@@ -188,7 +188,8 @@ def test_how_much_each_worker_was_used(tmp_path):
     run.write_manifest("complete", command=["test"], bayes_search={"batch": 1, "workers": [used]})
     header, cells = summary.worker_table(run)
     assert dict(zip(header, cells[0], strict=True)) == {
-        "search": "bayes", "worker": "worker-1", "candidates": "7", "scoring s": "3.0", "there s": "4.0", "used %": "76"
+        "search": "bayes", "worker": "worker-1", "candidates": "7", "scoring s": "3.0", "present s": "4.0",
+        "used %": "76",
     }  # fmt: skip
 
 

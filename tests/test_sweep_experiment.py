@@ -172,14 +172,16 @@ def test_blocks_are_chosen_once_for_every_number_of_layers_and_stand_beside_the_
         ("drop_block_k1", "drop_k1"),
     } <= compared
     caption, header, cells = summary.block_table(run)
-    assert "nats a token of the calibration text" in caption and "distance" not in caption and len(cells) == 2
+    assert "nats per token of the calibration text" in caption and "distance" not in caption and len(cells) == 2
     shown = dict(zip(header, cells[1], strict=True))
     scores = {row["first"]: row["score"] for row in rows if row["merges"] == 6}
     second = min((first for first in scores if first != chosen[6]), key=scores.get)
     deepest = 9
-    assert shown["layers"] == "6" and shown["go"] == f"{chosen[6]}-{chosen[6] + 5}" and shown["chosen by"] == "loss"
+    assert (
+        shown["layers"] == "6" and shown["removed"] == f"{chosen[6]}-{chosen[6] + 5}" and shown["chosen by"] == "loss"
+    )
     assert shown["next best"].startswith(f"{second}-{second + 5} ({scores[second]:.4g})")
-    assert shown["the deepest"] == f"{deepest}-{deepest + 5} ({scores[deepest]:.4g})"
+    assert shown["deepest"] == f"{deepest}-{deepest + 5} ({scores[deepest]:.4g})"
 
     # What is in the table is not measured again, as when a run that was cut short goes on.
     again = planning.choose_blocks(settings, N_LAYERS, [1, 6], run, str(tmp_path), None, Silent())
@@ -204,7 +206,7 @@ def test_a_block_that_is_given_or_similar_needs_no_model(tmp_path):
         assert (row["measure"], row["first"], row["last"]) == (measure, first, first + 2)
         caption, _, (shown,) = summary.block_table(run)
         assert shown[2] == measure and (shown[3] == "–") == ("distance" not in caption) == (measure == "given")
-    with pytest.raises(PlanError, match=r"begins with one of layers 1 to 18 .* plan.starts allow \[19\]"):
+    with pytest.raises(PlanError, match=r"must begin with one of layers 1 to 18 .* plan.starts allow \[19\]"):
         planning.allowed_starts(config(tmp_path, "plan.block=19").plan, N_LAYERS, 3)
 
 
@@ -225,10 +227,10 @@ def test_plain_text_alone_judges_every_point_where_no_questions_are_asked(run, l
     assert header == ["merged", "method", "text ppl [95 %]"] and len(cells) == 7  # nothing else differs
     (section,) = (each for each in run_sections(found, heading=False) if each.title == "The answer")
     by_kind = {block.kind: block for block in section.blocks}
-    assert by_kind["text"].text.startswith("Unmerged, the perplexity on plain text is 3.")
+    assert by_kind["text"].text.startswith("The unmerged model's perplexity on plain text is 3.")
     assert "accura" not in str(section.blocks).lower()
     best = next(block for block in section.blocks if block.kind == "table")
-    assert best.header[2] == "way of least perplexity" and [row[0] for row in best.cells] == ["1", "6"]
+    assert best.header[2] == "way of lowest perplexity" and [row[0] for row in best.cells] == ["1", "6"]
     names = {row["plan_id"]: row["name"] for row in found.read("plans").to_pylist()}
     for row, merges in zip(best.cells, (1, 6), strict=True):
         least = min((name for name in names if names[name].endswith(f"_k{merges}")), key=alone.get)
@@ -243,9 +245,9 @@ def test_what_needs_questions_is_refused_where_none_are_asked(tmp_path):
     out = tmp_path / "run"
     for more, said in (
         (["data.perplexity_text=null"], "nothing to judge plans by: set data.mmlu, data.perplexity_text, or a task"),
-        (["sweep.methods=[drop_block]"], "no prompts to choose blocks or to refit on: set calibration.text"),
-        (["sweep.refits=[linear]"], "no prompts to choose blocks or to refit on: set calibration.text"),
-        (["sweep.alignments=[activations]"], "sweep.alignments has activations, which are those on questions"),
+        (["sweep.methods=[drop_block]"], "no prompts to choose blocks or fit refits on: set calibration.text"),
+        (["sweep.refits=[linear]"], "no prompts to choose blocks or fit refits on: set calibration.text"),
+        (["sweep.alignments=[activations]"], "sweep.alignments has activations, which are computed on questions"),
     ):
         with pytest.raises(ConfigError, match=said):
             sweep(config(out, "data.mmlu=null", *more))
@@ -266,7 +268,7 @@ def test_what_a_sweep_needs_is_asked_for_before_anything_is_written(tmp_path):
         sweep(config(out, "sweep.methods=[block_influence]", f"plan.similarity_run={imported.path_of()}"))
     with pytest.raises(ConfigError, match="plan.block is search, but a sweep searches nothing"):
         sweep(config(out, *BLOCKS, "plan.block=search"))
-    with pytest.raises(ConfigError, match="calibration.text = demo: .*after the first 100000.* name a longer text"):
+    with pytest.raises(ConfigError, match="calibration.text = demo: .*after the first 100000.* use a longer text"):
         sweep(config(out, *BLOCKS, "data.perplexity_tokens=100000"))
     with pytest.raises(PlanError, match="plan.starts allow .20."):
         sweep(config(out, *BLOCKS, "plan.starts=[20]"))

@@ -405,7 +405,7 @@ def test_another_config_is_refused_naming_every_key(run, tmp_path):
     assert "search.seed: absent in the run, 1 now" in message
     assert "model.revision: None in the run, absent now" in message
     assert "candidates" not in message
-    assert message.endswith("go on with the run's values, choose another --out, or delete the folder to start anew")
+    assert message.endswith("continue with the run's values, choose another --out, or delete the folder to start over")
     assert RunDirectory.load(tmp_path / "run").config == CONFIG
 
 

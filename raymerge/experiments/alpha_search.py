@@ -132,7 +132,7 @@ def _check_without_questions(config: Config, calibrates: bool) -> None:
     check_without_questions(config, {"plan.alignment": [config.plan.alignment]}, calibrates=calibrates)
     if config.data.mmlu is None and parse_objective(config.search.objective).needs_answers:
         raise ConfigError(
-            f"search.objective {config.search.objective} is of answers to questions, but data.mmlu is null: use "
+            f"search.objective {config.search.objective} needs answers to questions, but data.mmlu is null: use "
             "text_nll, the loss on the plain text search.text"
         )
 
@@ -142,8 +142,8 @@ def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[Me
     merges, shape = config.plan.merges, [(step.into, step.remove) for step in start.steps]
     if config.plan.selection == "tail" and (start.selection != "tail" or len(shape) != merges):
         raise PlanError(
-            f"plan {start.name} has {len(shape)} steps, not a tail merge of plan.merges = {merges}; for the file's own "
-            "steps set plan.selection: list"
+            f"plan {start.name} has {len(shape)} steps and is not a tail merge of plan.merges = {merges} "
+            "layers; to use the file's own steps, set plan.selection: list"
         )
     for first in _searched_starts(config, start):
         check_mergeable(inputs.checkpoint, start.moved_to(first))
@@ -152,7 +152,9 @@ def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[Me
         if [(step.into, step.remove) for step in plan.steps] != shape:
             raise PlanError(f"probe {plan.name} merges other layers than {start.name}: its alphas cannot be tried")
     if "gradient" in config.search.searchers and start.selection != "tail":
-        raise ConfigError(f"search.searcher gradient descends on tail merges, but plan.selection is {start.selection}")
+        raise ConfigError(
+            f"search.searcher gradient needs a tail merge, but plan.selection is {start.selection}: use searcher bayes"
+        )
     if "gradient" in config.search.searchers and (start.alignment == "rows" or config.model.quantise != "none"):
         raise ConfigError(
             f"plan.alignment {start.alignment} with model.quantise {config.model.quantise} has no gradient: "
@@ -479,7 +481,7 @@ class _Search:
             searchers += [f"gradient_{kind}" for kind in kinds] if own == "gradient" else [own]
         found = [best for name in searchers if (best := self._best(name, f"found_{name}", "found"))]
         if not found:
-            raise RuntimeError("every candidate of the search failed: the errors stand in table trials")
+            raise RuntimeError("every candidate of the search failed: the errors are in table trials")
         random = None if "random" in searchers else self._best("random", "random", "random")
         # The best of several searches by the search questions, which is what a search may choose by. One set of
         # coefficients before a set for each matrix: with seven times as many these fit the search questions best and

@@ -64,8 +64,8 @@ def _check_text(checkpoint: Checkpoint, what: str, text: str, first: int, limit:
     try:
         encode_text(text, checkpoint.tokenizer, limit=limit, start=first)
     except PromptError as error:
-        fewer = ", or use fewer tokens of this one before (data.perplexity_tokens, search.text_tokens)" if first else ""
-        raise ConfigError(f"{what}: {error}; name a longer text{fewer}") from error
+        fewer = ", or fewer of its tokens elsewhere (data.perplexity_tokens, search.text_tokens)" if first else ""
+        raise ConfigError(f"{what}: {error}; use a longer text{fewer}") from error
 
 
 def check_without_questions(config: Config, alignments: Mapping[str, Sequence[str]], *, calibrates: bool) -> None:
@@ -76,13 +76,13 @@ def check_without_questions(config: Config, alignments: Mapping[str, Sequence[st
         raise ConfigError("nothing to judge plans by: set data.mmlu, data.perplexity_text, or a task in section tasks")
     if calibrates and config.calibration.text is None:
         raise ConfigError(
-            "data.mmlu is null, so there are no prompts to choose blocks or to refit on: set calibration.text to a "
+            "data.mmlu is null, so there are no prompts to choose blocks or fit refits on: set calibration.text to a "
             "file or demo"
         )
     for key, asked in alignments.items():
         if "activations" in asked:
             raise ConfigError(
-                f"{key} has activations, which are those on questions, but data.mmlu is null: use neurons"
+                f"{key} has activations, which are computed on questions, but data.mmlu is null: use neurons"
             )
 
 
@@ -200,7 +200,7 @@ def open_run(
     run = RunDirectory.open(config.output.run, settings, experiment)
     if run.complete and not run.moved:
         return _as_it_is(run, progress)
-    with step(progress, "digest of the model's files"):
+    with step(progress, "hashing the model's files"):
         held = {"model": inputs.checkpoint.identity, "tokenizer": inputs.checkpoint.tokenizer_identity}
     held |= {f"data {role}": identity for role, identity in inputs.identities.items()}
     # tables join on the source's ids, which another source of the same questions may not have
@@ -239,7 +239,7 @@ def describe_workers(
                 )
         if pool.gpus_per_worker and worker["device"] == "cpu":
             raise ConfigError(
-                f"the worker on {worker['host']} has {pool.gpus_per_worker:g} GPUs by Ray, but torch sees no CUDA "
+                f"Ray gives the worker on {worker['host']} {pool.gpus_per_worker:g} GPUs, but torch sees no CUDA "
                 "device there and would compute on the CPU: install a torch with CUDA and a driver that it can use "
                 "(python -c 'import torch; print(torch.cuda.is_available())' on that machine), start its Ray with "
                 "--num-gpus=0, or set workers.gpus_per_worker: 0"

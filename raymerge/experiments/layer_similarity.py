@@ -232,8 +232,8 @@ def _low_ceilings(studies: Sequence[Study]) -> list[str]:
     if n >= RELIABLE_N or sum(len(found.halves) > 0 for found in studies) < 2:
         return []
     return [
-        f"with {n} samples a subset the ceilings of correlations are too low, since halves of {n // 2} are noisier "
-        f"than they are taken for: set similarity.samples to {RELIABLE_N} or more"
+        f"with {n} samples per subset the ceilings of correlations are too low, since halves of {n // 2} are noisier "
+        f"than assumed: set similarity.samples to {RELIABLE_N} or more"
     ]
 
 
@@ -271,7 +271,7 @@ def import_similarity(
         raise ConfigError(f"{len(files)} files give {len(matrices)} subset names ({', '.join(matrices)}): rename some")
     sizes = {name: len(matrix) for name, matrix in matrices.items()}
     if len(set(sizes.values())) > 1:
-        raise ConfigError(f"the matrices are of different numbers of layers, {sizes}: they cannot be compared")
+        raise ConfigError(f"the matrices have different numbers of layers, {sizes}: they cannot be compared")
     run = RunDirectory.open(out, {"files": [str(Path(file).resolve()) for file in files]}, "import-similarity")
     run.begin()
     rows = []

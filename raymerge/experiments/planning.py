@@ -68,7 +68,7 @@ def similarity_warnings(config: Config, identity: str) -> list[str]:
         if layers and plan.similarity_subset in (None, subset) and plan.similarity_language in (None, language):
             found.append(
                 f"{plan.similarity_run}: the diffusion map is degenerate in {len(layers)} layers; similarities there "
-                "are noise, and so are coefficients made of them. Try a run with similarity.sigma: median"
+                "are noise, and so are coefficients derived from them. Try a run with similarity.sigma: median"
             )
     return found
 
@@ -143,7 +143,7 @@ def allowed_starts(plan: PlanConfig, n_layers: int, merges: int) -> list[int]:
     wanted = [plan.block] if isinstance(plan.block, int) else fitting if plan.starts is None else plan.starts
     if not (found := [first for first in fitting if first in wanted]):
         raise PlanError(
-            f"a block of {merges} layers with its survivor {plan.survivor} it begins with one of layers {fitting[0]} "
+            f"a block of {merges} layers with plan.survivor {plan.survivor} must begin with one of layers {fitting[0]} "
             f"to {fitting[-1]} of this model's {n_layers}, but plan.block and plan.starts allow {list(wanted)}"
         )
     return found
@@ -185,7 +185,7 @@ def choose_blocks(
             chosen[count] = starts[count][0] if name == "given" else best_block(values, starts[count])
             last = chosen[count] + count - 1
             which = f"layer {last}" if count == 1 else f"layers {chosen[count]} to {last}"
-            progress.message(f"{count} to go, chosen by {name}: {which}")
+            progress.message(f"Block of {count} to remove, chosen by {name}: {which}")
         table += [
             {
                 "merges": count,
@@ -263,8 +263,8 @@ def recomputed_plan(config: Config, n_layers: int, cache: str, progress: Progres
         theirs, ours = source.model.model_dump(), config.model.model_dump()
         differing = [f"model.{key} {theirs[key]!r}, not {ours[key]!r}" for key in ours if theirs[key] != ours[key]]
         raise ConfigError(
-            f"{plan.similarity_run} was made with {', '.join(differing)}: plan.recompute goes on with the similarity "
-            "section and the model of that run, so make it anew with this one"
+            f"{plan.similarity_run} was made with {', '.join(differing)}: plan.recompute continues with that "
+            "run's similarity section and model, so repeat the similarity run with this model"
         )
     source = source.model_copy(update={"workers": config.workers})  # it may have been made on another cluster
     inputs = read_inputs(source, (SUBSETS,), text=False)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from raymerge import findings, summary
 from raymerge.report.reached import Reached
-from raymerge.report.wording import listed, percent, perplexity, plural
+from raymerge.report.wording import enumerated, percent, perplexity, plural
 
-_CALLED = {"base": "the unmerged model", "random": "the {}"}
+_CALLED = {"base": "the unmerged model", "random": "the {} candidates"}
+_ORDER = {"base": 0, "random": 2}  # "the best of 10 random candidates and drop" would have drop among the 10
 #: What comparisons say of a plan, and how a sentence goes on with the other ones.
 LINKS = {"better": "better than", "indistinguishable": "indistinguishable from", "worse": "worse than"}
 
@@ -18,31 +19,31 @@ def in_words(reached: Reached) -> str:
     """
     best, base = reached.best, reached.base
     if not reached.asks and best["perplexity"] is None:
-        return f"The best plan found, {best['label']}, was reported on by tasks alone: see below."
+        return f"The best plan found, {best['label']}, was evaluated on tasks only: see below."
     if not reached.asks:
         sentence = (
             f"The best plan found, {best['label']}, has a perplexity of {perplexity(best['perplexity'])} on plain text"
         )
         if base is not None:
-            sentence += f", the unmerged model one of {perplexity(base['perplexity'])}"
+            sentence += f"; the unmerged model has {perplexity(base['perplexity'])}"
         by_loss = told(reached, reached.against(best["plan_id"], "text_nll"))
-        compared = f" By the loss of a token it is {by_loss}." if by_loss else ""
+        compared = f" By loss per token it is {by_loss}." if by_loss else ""
         return f"{sentence}.{compared}{_other_layers(reached)}{_budget(reached) if by_loss else ''}"
     questions = plural(best["n"], f"{reached.split} question")
-    sentence = f"The best plan found, {best['label']}, answers {percent(best['accuracy'])} of {questions}"
+    sentence = f"The best plan found, {best['label']}, answers {percent(best['accuracy'])} of {questions} correctly."
     by_accuracy = told(reached, reached.against(best["plan_id"]))
-    sentence += f": {by_accuracy}." if by_accuracy else "."
+    sentence += f" By accuracy it is {by_accuracy}." if by_accuracy else ""
     by_nll = told(reached, reached.against(best["plan_id"], "answer_nll"))
     if by_nll:
-        sentence += f" By the probability of the right letter (answer NLL, finer than accuracy) it is {by_nll}."
+        sentence += f" By answer NLL (the loss on the right letter, finer than accuracy) it is {by_nll}."
     if findings.chosen_on(reached.run, reached.split):
-        sentence += " It was chosen by questions of this split, so that all of this is too good."
+        sentence += " The search chose it on questions of this split, so all of these figures are too good."
     if best["perplexity"] is not None:
         sentence += f" Its perplexity on plain text is {perplexity(best['perplexity'])}"
         if base is not None and base["perplexity"] is not None:
-            sentence += f", the unmerged model's {perplexity(base['perplexity'])}"
+            sentence += f"; the unmerged model's is {perplexity(base['perplexity'])}"
         by_loss = told(reached, reached.against(best["plan_id"], "text_nll"))
-        sentence += f": by the loss of a token it is {by_loss}." if by_loss else "."
+        sentence += f". By loss per token it is {by_loss}." if by_loss else "."
     return sentence + _other_layers(reached) + _budget(reached)
 
 
@@ -55,11 +56,11 @@ def told(reached: Reached, found: dict[str, dict]) -> str:
     for said, link in LINKS.items():
         names = [
             _CALLED.get(line["kind"], "{}").format(line["label"])
-            for line in sorted(reached.lines, key=lambda line: line["kind"] != "base")
+            for line in sorted(reached.lines, key=lambda line: _ORDER.get(line["kind"], 1))
             if line["plan_id"] in found and firm(found[line["plan_id"]]) == said
         ]
         if names:
-            parts.append(f"{link} {listed(names)}")
+            parts.append(f"{link} {enumerated(names)}")
     return "; ".join(parts)
 
 
@@ -74,11 +75,14 @@ def _budget(reached: Reached) -> str:
 
 
 def _other_layers(reached: Reached) -> str:
-    """What to try where the last layers were merged and leaving out others costs plain text less."""
+    """What to try where the last layers were merged and dropping others costs plain text less."""
     if (reached.run.config.get("plan") or {}).get("selection") != "tail":
         return ""
     by_loss = reached.against(reached.best["plan_id"], "text_nll")
     others = [line["plan_id"] for line in reached.lines if line["kind"] == "before_last"]
     if not any(plan_id in by_loss and firm(by_loss[plan_id]) == "worse" for plan_id in others):
         return ""
-    return " Plain text loses less where other layers than the last go: plan.selection=block searches for them."
+    return (
+        " On plain text, dropping the layers before the last one costs less: plan.selection=block searches for other "
+        "layers to remove."
+    )

@@ -51,11 +51,11 @@ def unfinished(run: RunDirectory) -> list[Block]:
     """Notices of a run that has not ended well, and its own warnings."""
     manifest = run.manifest()
     if manifest is None:
-        return [Notice("This run has no manifest: it is going on or was killed. What follows is what it has so far.")]
+        return [Notice("This run has no manifest: it is still running or was killed. Here is what it has so far.")]
     found: list[Block] = []
     if manifest.get("status") != "complete":
         found.append(
-            Notice(f"This run ended as {manifest.get('status')}: {manifest.get('error') or 'no cause stored'}.")
+            Notice(f"This run has the status {manifest.get('status')}: {manifest.get('error') or 'no cause stored'}.")
         )
     return found + [Notice(f"{warning}.") for warning in manifest.get("warnings", [])]
 
@@ -78,7 +78,7 @@ def asked(run: RunDirectory) -> Section:
     ]
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)
     return Section(
-        "What was asked",
+        "Configuration",
         (
             Facts(tuple(known)),
             Listing(command_of(run)),
@@ -110,11 +110,11 @@ def _data(data: dict, manifest: dict, similarity: dict) -> list[Fact]:
         return [Fact("Questions", "none"), *_text(data, manifest)]
     asked = [str(data.get("mmlu"))]
     asked += [] if similarity.get("languages") else [f"language {data.get('language')}"]
-    asked += [] if similarity else [f"{plural(data.get('shots') or 0, 'example')} shown first"]
+    asked += [] if similarity else [f"{data.get('shots') or 0}-shot"]
     facts = [Fact("Questions", ", ".join(asked), named)]
     if (manifest.get("data") or {}).keys() & {"search", "report"}:
         limits = [
-            f"at most {data[key]} a subject for the {what}"
+            f"at most {data[key]} per subject for the {what}"
             for key, what in (("limit_per_subject", "search"), ("report_limit_per_subject", "report"))
             if data.get(key) is not None
         ]
@@ -167,13 +167,14 @@ def _search(config: dict, experiment: str) -> list[Fact]:
     gradient = config.get("gradient") or {}
     how = [plural(search.get("candidates") or 0, "candidate")] if searchers != ["gradient"] else []
     if "gradient" in searchers:
-        how.append(f"{gradient.get('starts')} descents of {gradient.get('epochs')} epochs, {gradient.get('optimizer')}")
+        starts = plural(gradient.get("starts") or 0, "descent")
+        how.append(f"{starts} of {gradient.get('epochs')} epochs, {gradient.get('optimizer')}")
     ceiling = search.get("perplexity_ceiling")
     return [
         Fact(
             "Search",
             "; ".join([listed(searchers), *how]),
-            f"{search.get('random_candidates')} at random as a control",
+            f"{plural(search.get('random_candidates') or 0, 'random candidate')} as a control",
         ),
         Fact("Objective", str(search.get("objective")), "" if ceiling is None else f"perplexity at most {ceiling}"),
         *_refits(config.get("plan", {}), [config.get("plan", {}).get("refit")]),
@@ -211,14 +212,14 @@ def _similarity(settings: dict) -> list[Fact]:
     return [
         Fact(
             "Prompts",
-            f"{settings.get('samples')} a subset from {settings.get('split')}: {listed(settings.get('subsets') or [])}",
+            f"{settings.get('samples')} per subset of {settings.get('split')}: {listed(settings.get('subsets') or [])}",
             "" if not languages else f"languages: {listed(languages)}",
         ),
         Fact(
             "Similarity",
             f"measure {settings.get('measure')}, embedding {settings.get('embedding')}",
             f"bandwidth {settings.get('sigma')}, {settings.get('dimensions')} dimensions, pooling "
-            f"{settings.get('pooling')}, {settings.get('shots')} examples shown first",
+            f"{settings.get('pooling')}, {settings.get('shots')}-shot",
         ),
     ]
 
@@ -257,5 +258,5 @@ def _machine(manifest: dict) -> list[Fact]:
             )
         )
     if manifest.get("started"):
-        facts.append(Fact("Time", f"{manifest['started']}", f"{duration(manifest.get('seconds') or 0.0)}, this call"))
+        facts.append(Fact("Time", f"{manifest['started']}", f"last call {duration(manifest.get('seconds') or 0.0)}"))
     return facts

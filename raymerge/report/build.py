@@ -16,64 +16,63 @@ from raymerge.report.wording import interval, percent, perplexity, plural, value
 from raymerge.tables import MACRO, MICRO, RunDirectory
 
 _QUESTIONS = {
-    "search": "Several decoder layers of a language model were merged into one, whose weights are a weighted average "
-    "of theirs, to make the model smaller. The weights were searched. Do they keep more of the model than simply "
-    "leaving the layers out, than fixed weights and than random ones?",
-    "sweep": "Decoder layers of a language model were merged or left out, more and more of them, in several ways. How "
-    "much of the model is lost at each size, and does averaging lose less than leaving out?",
-    "similarity": "How alike are the decoder layers of a language model, judged by the states that they give to sets "
-    "of prompts? And does that depend on the task or the language of the prompts, or only on which prompts were drawn?",
-    "import-similarity": "Similarity matrices of layers, made elsewhere, held against each other.",
-    "sensitivity": "The similarity of layers depends on settings that have no right value. Each was changed on its "
-    "own: do the matrices, and the merges that they would choose, stay the same?",
+    "search": "To make a language model smaller, several of its decoder layers were merged into one, a weighted "
+    "average of them. A search chose the coefficients of the average. Do they preserve more of the model than dropping "
+    "the layers, fixed coefficients or random coefficients?",
+    "sweep": "More and more decoder layers of a language model were merged or dropped, in several ways. How much of "
+    "the model is lost at each size, and does averaging lose less than dropping?",
+    "similarity": "How alike are the decoder layers of a language model, judged by their states on sets of prompts? "
+    "Does that depend on the task or the language of the prompts, or only on which prompts were drawn?",
+    "import-similarity": "Similarity matrices of layers, made elsewhere, compared with each other.",
+    "sensitivity": "The similarity of layers depends on settings that have no single right value. Each was changed on "
+    "its own: do the matrices, and the merges that they suggest, stay the same?",
     "evaluate": "One model as it is: multiple-choice accuracy by subject, and perplexity.",
 }
 
 _TITLES = {
     "search": "Merging layers of {}: searched coefficients",
     "sweep": "Merging layers of {}: the compression curve",
-    "similarity": "How alike the layers of {} are",
-    "import-similarity": "Imported similarity of layers",
-    "sensitivity": "What the similarity of layers of {} depends on",
-    "evaluate": "{} evaluated",
+    "similarity": "Layer similarity of {}",
+    "import-similarity": "Imported layer similarity",
+    "sensitivity": "Layer similarity of {}: sensitivity to settings",
+    "evaluate": "Evaluation of {}",
 }
 
 _SCORES = (
-    ("accuracy", "share of multiple-choice questions (four letters) whose most probable letter is the right one; 25 % "
-     "is chance"),
-    ("mean over subjects", "the mean of the subjects' accuracies, each subject counting the same"),
-    ("95 % interval", "Wilson's, of a single share; of a difference on the same questions, Bonett and Price's of "
-     "accuracies, a paired bootstrap of losses (Student's t of less than eight)"),
-    ("answer NLL", "mean negative log-probability, in nats, of the right letter among the four; 1.386 is guessing, "
-     "lower is better"),
-    ("perplexity", "exp of the mean loss a token on plain text; how many tokens the model wavers between. Lower is "
-     "better. It shows a lost language model where accuracy does not"),
+    ("accuracy", "share of multiple-choice questions for which the right one of the four letters is the most probable; "
+     "25 % is chance"),
+    ("mean over subjects", "mean of the subjects' accuracies, every subject with the same weight"),
+    ("95 % interval", "Wilson's for an accuracy; for a difference on the same questions, Bonett and Price's (accuracy) "
+     "or a paired bootstrap (losses; Student's t for fewer than eight)"),
+    ("answer NLL", "mean negative log-probability of the right letter among the four, in nats; lower is better, 1.386 "
+     "is guessing"),
+    ("perplexity", "exp of the mean loss per token on plain text: the number of tokens that the model is undecided "
+     "between. Lower is better. It exposes a ruined language model that accuracy does not"),
 )  # fmt: skip
 _TESTS = (
-    ("indistinguishable", "the test of the questions that both plans answered - McNemar's exact one of accuracies - "
-     "gives p, or p (Holm), of at least 0.05: the data cannot tell them apart, which does not show that they are "
-     "equal"),
-    ("p (Holm)", "p corrected for the number of comparisons made together by one measure; accuracy, answer NLL and "
-     "text are corrected each by itself"),
+    ("indistinguishable", "the paired test - for accuracies McNemar's exact test - gives p, or p (Holm), of at least "
+     "0.05: the data cannot tell the plans apart, which does not show that they are equal"),
+    ("p (Holm)", "p corrected for the number of comparisons made together, separately for accuracy, answer NLL and "
+     "text"),
 )  # fmt: skip
 _MERGES = (
     ("alpha", "weight of the kept layer in one merge step; the removed layer has 1 - alpha"),
-    ("effective coefficient", "share of an original layer in the merged one, after all steps"),
-    ("drop, before_last, drop_block", "controls without averaging: the last K layers left out; the K before the last "
-     "left out; a block of K layers left out"),
-    ("seams refitted", "the layers where others went fitted in closed form to the unmerged model's states on the "
-     "calibration, by the method named"),
-    ("aligned", "units of one layer reordered to match the other's before averaging - by their weights, or by their "
-     "activations - which leaves that layer's function as it was"),
-    ("rows aligned", "the rows of each matrix of a layer reordered by themselves, as published: that layer then "
+    ("effective coefficient", "share of an original layer in the merged layer after all steps"),
+    ("drop, before_last, drop_block", "controls without averaging: drop removes the last K layers, before_last the K "
+     "layers before the last one, drop_block a block of K layers"),
+    ("seams refitted", "the layers where others were removed are fitted to the unmerged model's states on the "
+     "calibration text or prompts, in closed form, by the method named"),
+    ("aligned", "the neurons of one layer are reordered to match the other's before averaging, by their weights or by "
+     "their activations; this preserves that layer's function"),
+    ("rows aligned", "the rows of each matrix of a layer are reordered on their own, as published; the layer then "
      "computes another function"),
-    ("folded, norms folded", "the gain of a layer's norms multiplied into its matrices before averaging"),
+    ("folded, norms folded", "the gains of a layer's norms are multiplied into its matrices before averaging"),
 )  # fmt: skip
 _ALIKE = (
-    ("null, unrelated layers", "similarity when the prompts of one layer are shuffled against the other's: what noise "
+    ("null, unrelated layers", "similarity after the prompts of one layer are shuffled against the other's: what noise "
      "scores"),
     ("ceiling", "the correlation that two equal patterns would show, given the noise of both matrices"),
-    ("interval of a similarity", "of 95 %, by matrices of random parts of the prompts (a delete-d jackknife)"),
+    ("interval of a similarity", "95 %, from the matrices of random parts of the prompts (a delete-d jackknife)"),
 )  # fmt: skip
 #: What the words of a page mean, by the experiments that use them.
 GLOSSARY = {
@@ -99,7 +98,7 @@ def page_of(runs: Sequence[RunDirectory], command: str, progress: Progress) -> P
         progress.advance(number)
     if words := tuple(dict.fromkeys(word for run in runs for word in GLOSSARY.get(run.experiment, ()))):
         table = Table("Terms on this page", ("term", "meaning"), words, words=(0, 1))
-        sections.append(Section("What the words mean", (table,), level=2 if len(runs) > 1 else 3))
+        sections.append(Section("Glossary", (table,), level=2 if len(runs) > 1 else 3))
     first = runs[0]
     title = title_of(first) if len(runs) == 1 else f"{len(runs)} runs of raymerge"
     lead = question_of(first) if len(runs) == 1 else _lead(runs)
@@ -186,7 +185,8 @@ def _evaluate(run: RunDirectory) -> list[Section]:
     (line, *_) = reached.lines
     if not reached.asks:
         read = perplexity(line["perplexity"], line["perplexity_interval"])
-        text = f"{model_name(run)} was asked no questions of MMLU's kind. Its perplexity on plain text is {read}."
+        read = "" if line["perplexity"] is None else f" Its perplexity on plain text is {read}."
+        text = f"{model_name(run)} was asked no MMLU-style questions.{read}"
         return [Section("The answer", (Text(text), plan_table(reached))), *plans.tasks(reached)]
     asked_ppl = {
         row["subject"]: row["perplexity"] for row in run.read("perplexity").to_pylist() if row["target"] == "question"
@@ -205,15 +205,16 @@ def _evaluate(run: RunDirectory) -> list[Section]:
     text = (
         f"{model_name(run)} answers {percent(line['accuracy'])} {interval(*line['interval'])} of "
         f"{plural(line['n'], f'{reached.split} question')} in {plural(len(each), 'subject')}, "
-        f"{percent(line['macro'])} in the mean over subjects; perplexity on plain text "
-        f"{perplexity(line['perplexity'])}."
+        f"{percent(line['macro'])} as a mean over subjects."
     )
+    if line["perplexity"] is not None:
+        text += f" Its perplexity on plain text is {perplexity(line['perplexity'])}."
     blocks: tuple[Block, ...] = (
         Text(text),
         plan_table(reached),
         *subjects.accuracies(run, each),
         Table(
-            "Every subject, the most accurate first; question perplexity is of the prompts' own tokens",
+            "Every subject, the most accurate first; question perplexity is that of the prompts' tokens",
             ("subject", "questions", "accuracy [95 %]", "answer NLL", "question perplexity"),
             cells,
         ),

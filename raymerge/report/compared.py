@@ -55,8 +55,8 @@ def _table(reached: Sequence[Reached]) -> Table:
             )
         )
     return Table(
-        "The plan that each run is about - what a search found; of a curve or an evaluation the unmerged model - "
-        f"beside the unmerged model{_caveat(reached)}",
+        "The main plan of each run - the one that a search found; for a sweep or an evaluation, the unmerged model - "
+        f"next to the unmerged model{_caveat(reached)}",
         (
             "run",
             "experiment",
@@ -77,13 +77,13 @@ def _table(reached: Sequence[Reached]) -> Table:
 def _called(one: Reached, line: dict) -> str:
     """A plan's name, marked where the questions that it is reported on are those that chose it."""
     chosen = line is one.best and chosen_on(one.run, one.split)
-    return f"{line['label']} (chosen by these questions)" if chosen else line["label"]
+    return f"{line['label']} (chosen on these questions)" if chosen else line["label"]
 
 
 def _caveat(reached: Sequence[Reached]) -> str:
     if not any(one.best is not None and chosen_on(one.run, one.split) for one in reached):
         return ""
-    return ". A plan chosen by these questions is too good on them: no difference in its favour, or verdict, is a test"
+    return ". A plan chosen on these questions is too good on them: no difference in its favour, or verdict, is a test"
 
 
 def headline(one: Reached) -> dict | None:
@@ -109,9 +109,9 @@ def _tests(reached: Sequence[Reached]) -> list[Block]:
     )
     return [
         Table(
-            "Paired tests between what the searches found, on the questions that both answered: difference in accuracy "
-            "in percentage points (first minus second) with its 95 % interval, McNemar's exact p, and Holm's over this "
-            f"table{_caveat(reached)}",
+            "Paired tests between the plans that the searches found, on the questions that both answered: difference "
+            "in accuracy (first minus second, percentage points) with its 95 % interval, McNemar's exact p, and Holm's "
+            f"p over this table{_caveat(reached)}",
             ("first", "second", "questions", "difference [95 %]", "p", "p (Holm)", "verdict"),
             cells,
             words=(0, 1, 6),
@@ -187,8 +187,8 @@ def _figure(reached: Sequence[Reached]) -> list[Figure]:
             ("perplexity", "perplexity", ",.4~g"), ("questions", "questions", ",d")]  # fmt: skip
     figure = Figure(
         "Accuracy against compression, all runs",
-        "Every plan of every run, with 95 % intervals. Runs on other models or other questions are not comparable with "
-        "each other.",
+        "Every plan of every run, with 95 % intervals. Runs on different models or different questions are not "
+        "comparable.",
         (
             figures.scatter(
                 rows,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-FOUND, RANDOM, CONTROL, UNMERGED = "found by the search", "best at random", "control", "unmerged"
+FOUND, RANDOM, CONTROL, UNMERGED = "found by the search", "best random plan", "control", "unmerged"
 #: What a plan is on a page, in the order of legends; `role_of` says which.
 ROLES = (FOUND, RANDOM, CONTROL, UNMERGED)
 

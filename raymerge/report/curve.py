@@ -97,17 +97,20 @@ def _sentence(base: dict | None, points: list[dict]) -> str:
     merges = [point["merges"] for point in points]
     best = {count: _at(points, count)[0] for count in (min(merges), max(merges))}
     if points[0]["accuracy"] is None:
-        before = "" if base is None else f"Unmerged, the perplexity on plain text is {perplexity(base['perplexity'])}. "
+        read = None if base is None else perplexity(base["perplexity"])
+        before = "" if base is None else f"The unmerged model's perplexity on plain text is {read}. "
         told = [
-            f"With {plural(count, 'layer')} merged the best way, {_way(point)}, reaches "
+            f"With {plural(count, 'layer')} merged, {_way(point)} has the lowest: "
             f"{perplexity(point['perplexity'], _limits(point))}"
             for count, point in best.items()
         ]
         return f"{before}{'. '.join(told)}. No questions were asked."
-    before = "" if base is None else f"Unmerged, {percent(base['accuracy'])} of the questions are answered. "
+    before = (
+        "" if base is None else f"The unmerged model answers {percent(base['accuracy'])} of the questions correctly. "
+    )
     unmerged = None if base is None else base["perplexity"]
     told = [
-        f"With {plural(count, 'layer')} merged the most accurate way, {_way(point)}, answers "
+        f"With {plural(count, 'layer')} merged, {_way(point)} is the most accurate: "
         f"{percent(point['accuracy'])}{_read(point, unmerged)}"
         for count, point in best.items()
     ]
@@ -119,8 +122,8 @@ def _read(point: dict, unmerged: float | None) -> str:
     if not point["perplexity"]:
         return ""
     lost = unmerged is not None and point["perplexity"] > RUINED * unmerged
-    beside = "" if unmerged is None else f", the unmerged model's {perplexity(unmerged)}"
-    said = ": it is lost as a language model" if lost else ""
+    beside = "" if unmerged is None else f", the unmerged model's is {perplexity(unmerged)}"
+    said = "; it is ruined as a language model" if lost else ""
     return f" (perplexity {perplexity(point['perplexity'])}{beside if lost else ''}{said})"
 
 
@@ -142,7 +145,7 @@ def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
                 _against_dropping(best, drop, known),
             )
         )
-    ranked = "most accurate way" if asks else "way of least perplexity"
+    ranked = "most accurate way" if asks else "way of lowest perplexity"
     header = ("merged", "parameters removed", ranked, *(["accuracy [95 %]"] if asks else []), "perplexity", "dropping",
               "against dropping")  # fmt: skip
     return Table(_caption_of_best(asks, base, ranked), header, tuple(cells), words=(2, len(header) - 1))
@@ -153,20 +156,20 @@ def _against_dropping(best: dict, drop: dict | None, known: dict[tuple[str, str]
     if drop is None:
         return "–"
     if best is drop:
-        return "it is dropping"
+        return "dropping is best"
     row = known.get((best["plan_id"], drop["plan_id"]))
     return "not compared" if row is None else f"{difference(row)}: {verdict(row)}"
 
 
 def _caption_of_best(asks: bool, base: dict | None, ranked: str) -> str:
-    judged, flattered = ("these very questions", "accuracy") if asks else ("this very text", "perplexity")
+    judged, flattered = ("these same questions", "accuracy") if asks else ("this same text", "perplexity")
     caption = (
-        f"The {ranked} at every K, against dropping as many layers. It is the best of several on {judged}, so that its "
-        f"{flattered} and its difference flatter it; the verdicts allow (Holm) for all comparisons that the sweep asks "
-        "for, those that were not the best at their K too."
+        f"The {ranked} at every K, against dropping as many layers. It was chosen as the best of several on {judged}, "
+        f"so its {flattered} and its difference are too good. The verdicts use Holm's p, which corrects for all "
+        "comparisons that the sweep is about, including ways that are not the best at their K."
     )
     if not asks:
-        caption += f" Against dropping: nats a token with 95 % intervals, over passages of the text. {TEXT_TEST}."
+        caption += f" Against dropping: nats per token with 95 % intervals, over passages of the text. {TEXT_TEST}."
     if base is None:
         return caption
     answered = f"{percent(base['accuracy'])}, " if asks else ""
@@ -202,11 +205,11 @@ def _curves(reached: Reached, points: list[dict], base: dict | None) -> list[Fig
         return []
     title = f"{'Accuracy and perplexity' if reached.asks else 'Perplexity'} against compression"
     caption = (
-        "A click on a method in the legend picks it. Thin bars are 95 % intervals. Aligned: neurons reordered to match "
-        "before averaging; folded: gains of the norms multiplied into the matrices before it."
+        "Click a method in the legend to highlight it. Thin bars are 95 % intervals. Aligned: neurons are reordered to "
+        "match before averaging. Folded: norm gains are multiplied into the matrices before averaging."
     )
     if cut:
-        caption += f" Perplexities beyond {RUINED:g} times the unmerged model's are left out: the table below has them."
+        caption += f" Perplexities above {RUINED:g} times the unmerged model's are not drawn; the table below has them."
     return [figure_of(reached.run, title, caption, views, points, *tables, columns=len(views))]
 
 
@@ -297,12 +300,12 @@ def receipts(reached: Reached) -> Section:
     ]
     merged = _merged([*points.values()])
     still = sorted({point["method"] for point in merged if point["plan_id"] not in largest})
-    silent = f" Nothing is averaged, and no tensor changes, under {', '.join(still)}." if still else ""
+    silent = f" Under {', '.join(still)} nothing is averaged and no tensor changes." if still else ""
     view = figures.lines(
         rows,
         f"Largest relative change of a tensor against merged layers.{silent}",
         x=("merges", "layers merged (K)"),
-        y=("relative", "change, as a share of the norm"),
+        y=("relative", "change relative to the norm"),
         series="method",
         dash="variant",
         tips=[("plan", "plan"), ("tensor", "tensor"), ("relative", "change", ".1%")],
@@ -313,8 +316,8 @@ def receipts(reached: Reached) -> Section:
     figure = figure_of(
         run,
         "Largest change of a tensor, by number of merged layers",
-        "The norm of the difference between merged and original tensor over the original's norm; the largest of each "
-        f"plan.{silent}",
+        "The norm of the difference between the merged and the original tensor, divided by the original's norm; the "
+        f"largest value of each plan.{silent}",
         [view],
         rows,
         "receipts",

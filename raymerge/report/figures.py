@@ -221,7 +221,7 @@ def descents(rows: list[dict], description: str, *, objective: str) -> View:
     dash = vega.field("of", None, "nominal", scale={"range": [[1, 0], [4, 3]]}, legend=vega.dash_legend())
     x = vega.field("epoch", "epoch", scale=vega.room(6), axis=vega.axis("epoch", tickMinStep=1))
     y = vega.field("loss", f"loss ({objective})", scale=vega.room(6), axis=vega.axis(f"loss ({objective})"))
-    tips = [("searcher", "descent"), ("start", "start"), ("epoch", "epoch"), ("of", "of"), ("loss", "loss", ".4f")]
+    tips = [("searcher", "descent"), ("start", "start"), ("epoch", "epoch"), ("of", "loss on"), ("loss", "loss", ".4f")]
     layers = [
         {
             "mark": {"type": "line", "strokeWidth": 1.75, "aria": False},
@@ -245,7 +245,7 @@ def subject_differences(rows: list[dict], description: str, *, against: list[str
     )
     title = "difference in accuracy (percentage points)"
     x = vega.field("difference", title, scale=vega.room(8), axis=vega.axis(title, tickCount=6))
-    legend = {"title": "interval leaves out 0"}
+    legend = {"title": "interval excludes 0"}
     colour = vega.category("clear", ["yes", "no"], ["var(--accent)", "var(--control)"], legend)
     tips = [
         ("subject", "subject"),
@@ -302,7 +302,7 @@ def heat_map(
         ("value", "similarity", ".3f"),
         ("ci_low", "95 % from", ".3f"),
         ("ci_high", "to", ".3f"),
-        ("null_p95", "unrelated layers stay below", ".3f"),
+        ("null_p95", "95th percentile of unrelated layers", ".3f"),
         ("note", "note"),
     ]
     box = {"x": x, "x2": {"field": "right"}, "y": y, "y2": {"field": "top"}}
@@ -432,9 +432,9 @@ def scatter(
 def changes(rows: list[dict], description: str) -> View:
     """Relative change of every tensor, a row for each matrix; columns: matrix, layer, plan, role, relative, largest."""
     colour, shape = vega.roles(rows)
-    title = "change, as a share of the tensor's norm"
+    title = "change relative to the tensor's norm"
     tips = [("plan", "plan"), ("layer", "layer"), ("matrix", "tensor"), ("relative", "change", ".1%"),
-            ("largest", "largest entry's", ".4f")]  # fmt: skip
+            ("largest", "largest change of an entry", ".4f")]  # fmt: skip
     over = {"name": "over", "select": {"type": "point", "fields": ["plan"], "on": "pointerover"}}
     seen = {"condition": {"param": "over", "value": 0.9}, "value": 0.15}
     matrices = len({row["matrix"] for row in rows})

@@ -39,9 +39,9 @@ def answer(run: RunDirectory) -> Section:
     }
     blocks.append(
         Table.of(
-            "Similarity off the diagonal, by subset of prompts. Unrelated layers: the mean when the prompts of one "
-            "layer are shuffled against the other's; 5 % of pairs lie above noise by chance. Pairs with a degenerate "
-            "layer are left out of that share",
+            "Similarity off the diagonal, by subset of prompts. Unrelated layers: the mean after the prompts of one "
+            "layer are shuffled against the other's. By chance 5 % of pairs lie above noise; that share does not count "
+            "pairs with a degenerate layer",
             [words.get(name, name) for name in header],
             cells,
             words=(0, 1, 2, 3),
@@ -51,8 +51,8 @@ def answer(run: RunDirectory) -> Section:
         _, cells = summary.correlation_table(run)
         blocks.append(
             Table.of(
-                "Correlation of the subsets' matrices. Ceiling: the correlation that noise would leave of two equal "
-                "patterns",
+                "Correlations between the subsets' matrices. Ceiling: the correlation that two equal patterns would "
+                "show, given the noise",
                 ("subsets", "diagonal included", "off the diagonal", "95 % interval", "ceiling"),
                 cells,
                 folded=len(cells) > 6,
@@ -76,13 +76,13 @@ def _structure(run: RunDirectory) -> str:
     if not known:
         return (
             "The diffusion maps of all layers are degenerate: their bandwidth is far from the distances between "
-            "prompts, and what they show is noise. Layers share that noise, so that similarity may be far above that "
-            "of unrelated layers all the same: the maps say nothing of the model."
+            "prompts, so they show only noise. Layers share that noise, so their similarity can still be far above "
+            "that of unrelated layers: the maps say nothing about the model."
         )
     share, noise = sum(row["value"] > row["null_p95"] for row in known) / len(known), _named(degenerate)
     left_out = (
-        " Left out are those with a layer whose diffusion map is degenerate, and its similarities noise "
-        f"({noise}); the correlations of subsets have them in."
+        " Pairs with a layer whose diffusion map is degenerate, so that its similarities are noise, do not count "
+        f"({noise}); the correlations between subsets include them."
     )
     subsets = len({(row["subset"], row["language"]) for row in rows})
     verdict = (
@@ -94,7 +94,7 @@ def _structure(run: RunDirectory) -> str:
     )
     return (
         f"In {percent(share, 0)} of {'the' if noise else 'all'} pairs of layers, over {plural(subsets, 'subset')} of "
-        f"prompts, similarity is above what 95 % of unrelated layers stay below: {verdict}.{left_out if noise else ''}"
+        f"prompts, similarity is above the 95th percentile of unrelated layers: {verdict}.{left_out if noise else ''}"
     )
 
 
@@ -128,9 +128,9 @@ def _agreement(run: RunDirectory) -> str:
     ]
     r = [row["pearson_off_diagonal"] for row, _ in bounded]
     text = (
-        f"The subsets' matrices correlate by {min(r):.2f} to {max(r):.2f} off the diagonal. In {len(reach)} of "
-        f"{plural(len(bounded), 'pair')} the 95 % interval reaches the ceiling that noise sets: with these prompts "
-        "such subsets are indistinguishable."
+        f"The subsets' matrices correlate at {min(r):.2f} to {max(r):.2f} off the diagonal. In {len(reach)} of "
+        f"{plural(len(bounded), 'pair')} the 95 % interval reaches the ceiling set by noise: these prompts cannot "
+        "tell such subsets apart."
     )
     return text + (f" Below their ceiling: {listed(below)}." if below else "")
 
@@ -179,13 +179,13 @@ def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[dict]) -
                 legend=not views,
             )
         )
-    left = f" {len(subsets) - _MAPS} more subsets stand in the rows." if len(subsets) > _MAPS else ""
+    left = f" The rows have {len(subsets) - _MAPS} more subsets." if len(subsets) > _MAPS else ""
     return figure_of(
         run,
         f"Similarity of every pair of layers ({named})",
-        f"One scale for all maps, from {value(domain[0], 2)} to {value(domain[1], 2)}; values beyond it, such as a "
-        "layer's with itself, have the colour of the end. A white dot: not above what 95 % of unrelated layers stay "
-        f"below, or of a layer whose diffusion map is degenerate. Grey: undefined.{left}",
+        f"All maps share one scale, from {value(domain[0], 2)} to {value(domain[1], 2)}; values beyond it, such as a "
+        "layer's with itself, have the colour of its end. White dot: not above the 95th percentile of unrelated "
+        f"layers, or a layer whose diffusion map is degenerate. Grey: undefined.{left}",
         views,
         rows,
         "similarity",
@@ -246,7 +246,7 @@ def _influence(run: RunDirectory, stored: list[dict]) -> Figure:
     told = f"Least: layer {least['layer']} on {least['subset']}, {least['value']:.3g}."
     view = figures.lines(
         rows,
-        f"Block influence by layer, a line a subset. {told}",
+        f"Block influence by layer, one line per subset. {told}",
         x=("layer", "decoder layer"),
         y=("value", "1 - mean cosine (log scale)"),
         series="subset",
@@ -257,8 +257,9 @@ def _influence(run: RunDirectory, stored: list[dict]) -> Figure:
     return figure_of(
         run,
         "Block influence: how much a layer changes the states",
-        "One minus the mean cosine of the states that enter and leave a layer: how far it turns them. That a layer "
-        f"changes little does not say that leaving it out costs little. {told} A click on the legend picks a subset.",
+        "One minus the mean cosine between the states that enter and leave a layer: how far the layer turns them. A "
+        f"small change does not mean that dropping the layer costs little. {told} Click a subset in the legend to "
+        "highlight it.",
         [view],
         rows,
         "block_influence",
@@ -291,8 +292,9 @@ def correlations(run: RunDirectory) -> Section:
     shown = {row["pair"] for row in rows[: _PAIRS // 2] + rows[len(rows) - _PAIRS // 2 :]}
     drawn = [row for row in rows if row["pair"] in shown]
     if noise := _named(findings.degenerate_layers(run)):
-        told += f" Degenerate layers, whose similarities are noise that layers and subsets share, are in: {noise}."
-    left = f" Drawn are the highest and the lowest {_PAIRS // 2} of {len(rows)}." if len(drawn) < len(rows) else ""
+        told += f" Degenerate layers, whose similarities are noise that layers and subsets share, count too: {noise}."
+    half = _PAIRS // 2
+    left = f" Only the {half} highest and the {half} lowest of {len(rows)} are drawn." if len(drawn) < len(rows) else ""
     tips = [("pair", "subsets"), ("r", "r off the diagonal", ".3f"), ("low", "95 % from", ".3f"), ("high", "to", ".3f"),
             ("ceiling", "ceiling", ".3f"), ("pearson", "r, diagonal included", ".3f")]  # fmt: skip
     view = figures.intervals(
@@ -307,11 +309,11 @@ def correlations(run: RunDirectory) -> Section:
     )
     figure = figure_of(
         run,
-        "Correlation of the subsets' matrices, with its ceiling",
-        "Off the diagonal, with 95 % intervals. The upright tick is the ceiling: the correlation of two equal "
-        "patterns, weakened by the noise of both matrices. An interval that reaches it says that the two subsets are "
-        f"indistinguishable with these prompts. {told}{left} Translations of the same questions share their noise and "
-        "may exceed it.",
+        "Correlations between the subsets' matrices, with their ceilings",
+        "Off the diagonal, with 95 % intervals. The vertical tick is the ceiling: the correlation of two equal "
+        "patterns, weakened by the noise of both matrices. If an interval reaches it, these prompts cannot tell the "
+        f"two subsets apart. {told}{left} Translations of the same questions share their noise and may exceed the "
+        "ceiling.",
         [view],
         drawn,
         "similarity_correlation",
@@ -351,7 +353,7 @@ def _settings(run: RunDirectory, rows: list[dict], known: list[dict]) -> tuple[T
     same = f"; on average {percent(sum(shares) / len(shares), 0)} of the merges stay the same" if shares else ""
     told = f"The matrix of {low['setting']} agrees least with the reference (r = {value(low['r'], 2)}){same}."
     tips = [("setting", "setting"), ("subset", "subset"), ("r", "r off the diagonal", ".3f"),
-            ("same", "same merges", ".0%"), ("moves", "alpha moves by", ".3f"), ("note", "note")]  # fmt: skip
+            ("same", "same merges", ".0%"), ("moves", "largest alpha change", ".3f"), ("note", "note")]  # fmt: skip
     view = figures.intervals(
         known,
         f"Correlation with the reference matrix for {plural(len(known), 'setting')}. {told}",
@@ -364,8 +366,8 @@ def _settings(run: RunDirectory, rows: list[dict], known: list[dict]) -> tuple[T
     figure = figure_of(
         run,
         "Agreement of each setting's matrix with the reference",
-        "One setting is changed at a time; 1 is the same matrix as the reference setting's, off the diagonal."
-        + (" Settings without a mark: undefined; the table says why." if len(known) < len(rows) else ""),
+        "One setting is changed at a time; 1 means the same pattern as the reference matrix, off the diagonal."
+        + (" Settings without a mark are undefined; the table says why." if len(known) < len(rows) else ""),
         [view],
         rows,
         "sensitivity",

@@ -39,7 +39,7 @@ def answer(reached: Reached) -> Section:
     blocks += chosen_layers(run)
     optimism = summary.optimism_lines(run, reached.split)
     if optimism:
-        blocks.append(Text(f"How far the search flatters itself. {'. '.join(optimism)}."))
+        blocks.append(Text(f"Optimism of the search. {'. '.join(optimism)}."))
     return Section("The answer", tuple(blocks))
 
 
@@ -85,14 +85,14 @@ def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
         )
         cells.append((line["label"], *_compared(row), *_compared(nll), *(on_text if texts else ())))
     told = (
-        f". Perplexity: the other plan's, and what the same test says of the text's passages"
+        f". Perplexity: the other plan's, and a sign-flip test of the two plans on the text's passages"
         f"{f'. {TEXT_TEST}' if read else ''}"
     ) if texts else ""  # fmt: skip
     header = ("against", "accuracy", _VERDICT, "answer NLL", _VERDICT)
     return Table(
-        f"{reached.best['label']} minus every other plan on the same questions, with 95 % intervals (of pairs). "
-        "Accuracy in percentage points, p of McNemar's exact test; answer NLL in nats (lower is better), p "
-        f"of a sign-flip test. {_holm(cells)}{told}",
+        f"{reached.best['label']} minus every other plan on the same questions, with 95 % intervals of the paired "
+        "difference. Accuracy: percentage points, p of McNemar's exact test. Answer NLL: nats (lower is better), p of "
+        f"a sign-flip test. {_holm(cells)}{told}",
         header + (("perplexity", _VERDICT) if texts else ()),
         tuple(cells),
         words=(0, 2, 4, *((6,) if texts else ())),
@@ -131,11 +131,11 @@ def _on_subjects(reached: Reached) -> list[Block]:
     by_nll = told(reached, finer)
     return [
         Text(
-            f"The search was for {subjects}. On the {questions} alone, {reached.best['label']} is by accuracy "
-            f"{told(reached, found)}." + (f" By answer NLL it is {by_nll}." if by_nll else "")
+            f"The search asked only questions of {subjects}. By accuracy on the {questions}, {reached.best['label']} "
+            f"is {told(reached, found)}." + (f" By answer NLL it is {by_nll}." if by_nll else "")
         ),
         Table(
-            f"The same on the {questions} alone. {_holm(cells)}",
+            f"The same comparison on the {questions} only. {_holm(cells)}",
             ("against", "accuracy", _VERDICT, "answer NLL", _VERDICT),
             tuple(cells),
             words=(0, 2, 4),
@@ -144,7 +144,7 @@ def _on_subjects(reached: Reached) -> list[Block]:
 
 
 def _holm(cells: list[tuple]) -> str:
-    return f"Holm's p, in brackets, allows for all {plural(len(cells), 'comparison')}, for each measure by itself"
+    return f"Holm's p, in brackets, corrects for all {plural(len(cells), 'comparison')}, separately for each measure"
 
 
 def _text_verdicts(reached: Reached, found: dict[str, dict]) -> Table:
@@ -159,15 +159,15 @@ def _text_verdicts(reached: Reached, found: dict[str, dict]) -> Table:
         if (row := found.get(line["plan_id"])) is not None
     ]
     return Table(
-        f"{reached.best['label']} minus every other plan on the same text: nats a token (lower is better), with 95 % "
-        f"intervals (of passages) and p of a sign-flip test. {TEXT_TEST}. {_holm(cells)}",
-        ("against", "loss of a token", _VERDICT, "perplexity"),
+        f"{reached.best['label']} minus every other plan on the same text: nats per token (lower is better), with 95 % "
+        f"intervals over passages and p of a sign-flip test. {TEXT_TEST}. {_holm(cells)}",
+        ("against", "loss per token", _VERDICT, "perplexity"),
         tuple(cells),
         words=(0, 2),
     )
 
 
-_LAYERS = ". In brackets: which of the original layers, counted from 0, become one, and which are left out"
+_LAYERS = ". In brackets: which of the original layers, counted from 0, are merged into one, and which are dropped"
 
 
 def plan_table(reached: Reached) -> Table:
@@ -189,7 +189,7 @@ def plan_table(reached: Reached) -> Table:
     )
     n = reached.lines[0]["n"] if reached.lines else 0
     return Table(
-        f"Every plan on {plural(n, f'{reached.split} question')}, the most accurate first; intervals of 95 % (Wilson). "
+        f"Every plan on {plural(n, f'{reached.split} question')}, the most accurate first, with 95 % intervals. "
         f"Always answering A would score {percent(_always_a(reached))}{_LAYERS}",
         (
             "plan",
@@ -210,7 +210,7 @@ def plan_table(reached: Reached) -> Table:
 
 def _text_plan_table(reached: Reached) -> Table:
     return Table(
-        f"Every plan on plain text, the least perplexity first; intervals of 95 %. No questions were asked{_LAYERS}",
+        f"Every plan on plain text, the lowest perplexity first, with 95 % intervals. No questions were asked{_LAYERS}",
         ("plan", "what it is", "layers", "perplexity"),
         tuple((*_named(line), perplexity(line["perplexity"], line["perplexity_interval"])) for line in reached.lines),
         words=(0, 1),
@@ -229,8 +229,8 @@ def tasks(reached: Reached) -> list[Section]:
         return []
     found = [
         Table.of(
-            "acc: the choice of the greatest log-likelihood; acc_norm: of the greatest per character. Intervals of "
-            "95 % (Wilson)",
+            "acc takes the choice of highest log-likelihood, acc_norm the one of highest log-likelihood per character; "
+            "95 % intervals (Wilson)",
             header,
             cells,
             words=(0, 1, 3),
@@ -282,13 +282,13 @@ def _overview(reached: Reached) -> list[Block]:
         return []
     shown = [name for name, there in (("accuracy", reached.asks), ("perplexity", known)) if there]
     caption = (
-        "Bars are 95 % intervals of each plan on its own; which plans differ is said by the paired comparisons above, "
-        "not by whether bars overlap."
+        "Bars are 95 % intervals of each plan on its own. To see which plans differ, use the paired comparisons above, "
+        "not the overlap of the bars."
     )
     if len(shown) == 2:
         caption = (
-            "Accuracy alone can hide a lost language model: a plan may pick the right letters and no longer predict "
-            f"text. The two panels have the same order. {caption}"
+            "Accuracy alone can hide a ruined language model: a plan may pick the right letters but no longer predict "
+            f"text. Both panels list the plans in the same order. {caption}"
         )
     title = f"{' and '.join(shown).capitalize()} of every plan"
     return [figure_of(reached.run, title, caption, views, rows, *shown, "plans", columns=len(views))]

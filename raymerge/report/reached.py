@@ -15,15 +15,15 @@ _KINDS = {
     "base": "unmerged",
     "found": "found by the search",
     "random": "random coefficients",
-    "drop": "layers left out",
+    "drop": "layers dropped",
     "fixed": "one coefficient for all steps",
     "file": "given coefficients",
 }
 _NAMES = {
-    "drop": "last layers left out",
-    "before_last": "layers before the last left out",
-    "drop_block": "block of layers left out",
-    "similarity_shuffled": "those of a shuffled similarity",
+    "drop": "last layers dropped",
+    "before_last": "layers before the last one dropped",
+    "drop_block": "block of layers dropped",
+    "similarity_shuffled": "coefficients of a shuffled similarity",
 }
 
 
@@ -32,8 +32,8 @@ ALIGNED = {"neurons": "aligned", "activations": "aligned by activations", "rows"
 
 #: What is known of the sign-flip test of passages (docs/results.md, 2026-11-28: 13.8, 9.1 and 7.9 %).
 TEXT_TEST = (
-    "That test of text is too sure, since what a merge does to neighbouring passages is alike: simulated without any "
-    "difference, it gave p below 0.05 in 14, 9 and 8 % of cases, not 5, with 2,048, 8,192 and 16,384 tokens"
+    "The test on text is overconfident, since a merge affects neighbouring passages alike: in simulations without any "
+    "difference, p was below 0.05 in 14, 9 and 8 % of cases, not 5, with 2,048, 8,192 and 16,384 tokens"
 )
 
 
@@ -146,5 +146,5 @@ def chosen_layers(run: RunDirectory) -> list[Block]:
 def missing(run: RunDirectory, *tables: str) -> Notice:
     """What stands where tables have no rows."""
     empty = [table for table in tables if not run.has(table)]
-    where = f"table{'s' if len(empty) > 1 else ''} {listed(empty)}" if empty else "what it was to be drawn from"
-    return Notice(f"Left out: the run has no rows in {where}. The same command again goes on where it stopped.")
+    where = f"table{'s' if len(empty) > 1 else ''} {listed(empty)}" if empty else "the tables that it needs"
+    return Notice(f"Not shown: the run has no rows in {where}. Repeat its command to continue it.")

@@ -19,7 +19,7 @@ def receipts(reached: Reached) -> Section:
         if line["kind"] != "base" and line["plan_id"] not in {row["plan_id"] for row in stored}
     ]
     silent = (
-        f" No tensor changed under {listed(unchanged)}: layers are left out there, and nothing is averaged."
+        f" No tensor changed under {listed(unchanged)}: layers are dropped there, and nothing is averaged."
         if unchanged
         else ""
     )
@@ -42,16 +42,17 @@ def receipts(reached: Reached) -> Section:
     rows.sort(key=lambda row: (row["matrix"], -ROLES.index(row["role"])))
     changed = [row for row in rows if row["relative"]]
     told = (
-        f"{plural(len({row['tensor'] for row in changed}), 'tensor name')} with a difference under "
-        f"{plural(len({row['plan'] for row in changed}), 'plan')}, of at most "
+        f"Differences in {plural(len({row['tensor'] for row in changed}), 'tensor name')} under "
+        f"{plural(len({row['plan'] for row in changed}), 'plan')}, at most "
         f"{percent(max((row['relative'] for row in changed), default=0.0))} of the original's norm.{silent}"
     )
     figure = figure_of(
         run,
         "Change of every tensor that a plan touches",
-        "The norm of the difference between a tensor and the original's of the same name, over the latter's. Behind "
-        f"layers that are left out the others have new numbers, and so differ though they are whole. {told}",
-        [figures.changes(rows, f"Relative change of tensors, a row for each matrix. {told}")],
+        "The norm of the difference between a tensor and the original tensor of the same name, divided by the "
+        "original's norm. Layers after a dropped layer are renumbered, so their tensors differ from those of the same "
+        f"name although nothing changed them. {told}",
+        [figures.changes(rows, f"Relative change of tensors, one row per matrix. {told}")],
         rows,
         "receipts",
     )

@@ -48,9 +48,10 @@ def coefficients(reached: Reached) -> Section:
             figure_of(
                 run,
                 "How much of each original layer is left in the merged layer",
-                "The steps multiply: after all of them every original layer has one effective coefficient in the layer "
-                "that it was merged into, and they sum to 1. Layers that no plan merges are left out." + heavy,
-                [figures.weight_cells(weights, f"Effective coefficient of each original layer, a row a plan.{heavy}")],
+                "The coefficients of successive steps multiply. After all steps every original layer has one effective "
+                "coefficient in the layer that it was merged into; these sum to 1. Layers that no plan merges are not "
+                "shown." + heavy,
+                [figures.weight_cells(weights, f"Effective coefficients of original layers, a row per plan.{heavy}")],
                 weights,
                 "coefficients",
             )
@@ -68,8 +69,8 @@ def _alphas(reached: Reached, rows: list[dict], steps: list[dict], plans: int) -
         reached.run,
         "Alpha of every merge step",
         "A step merges one layer into another: alpha times the kept layer's weights plus (1 - alpha) times the "
-        "removed layer's. Alpha 1 drops the removed layer, alpha 0 drops the other. Fainter lines: coefficients of "
-        "single matrices." + told,
+        "removed layer's. Alpha 1 drops the removed layer; alpha 0 drops the kept layer's weights. Fainter "
+        "lines are coefficients of single matrices." + told,
         [figures.alpha_lines(rows, f"Alpha by merge step for {plans} plans.{told}")],
         rows,
         "plans",
@@ -137,8 +138,8 @@ def _heaviest(weights: list[dict], best: dict | None) -> str:
         if row["kept"] in merged:
             own.setdefault(row["layer"], row["weight"])
     top = [(k, v) for k, v in sorted(own.items(), key=lambda item: -item[1])[:3] if v >= 0.005]
-    told = ", ".join(f"layer {k} {percent(v, 0)}" for k, v in top)
-    return f" Most of what {best['label']} merges: {told}." if told else ""
+    told = ", ".join(f"layer {k} ({percent(v, 0)})" for k, v in top)
+    return f" Largest coefficients of {best['label']}: {told}." if told else ""
 
 
 def search(reached: Reached) -> Section:
@@ -158,8 +159,8 @@ def search(reached: Reached) -> Section:
         blocks.append(_descents(run, history, objective))
     header, cells = summary.worker_table(run)
     if cells:
-        pace = "; ".join(summary.pace_lines(run))
-        caption = f"How much of the last call's time each worker scored. {pace}"
+        pace = ". ".join(summary.pace_lines(run))
+        caption = f"Share of the last call's time that each worker spent scoring. {pace}"
         blocks.append(Table.of(caption, header, cells, words=(0, 1), folded=True))
     return Section(title, tuple(blocks))
 
@@ -176,10 +177,10 @@ def _progress(reached: Reached, judged: list[dict], objective: str) -> Figure:
         empty | {"kind": "control", "searcher": "controls", "value": number, "label": label}
         for label, number in _together(named, list(limits or (row["value"] for row in judged)))
     ]
-    lines = "; ".join(summary.search_lines(run))
+    lines = ". ".join(summary.search_lines(run))
     on = "questions" if reached.asks else "text"
     other = "of the same split as the report's" if findings.chosen_on(run, reached.split) else "not the report's"
-    beyond = f"{far} far worse lie beyond the axis: − shows them. " if far else ""
+    beyond = f"{plural(far, 'far worse candidate')} beyond the axis: zoom out (−) to see. " if far else ""
     view = figures.progress(
         rows,
         f"{objective} of {plural(len(candidates), 'candidate')} in the order in which they were tried. {lines}.",
@@ -189,8 +190,8 @@ def _progress(reached: Reached, judged: list[dict], objective: str) -> Figure:
     return figure_of(
         run,
         "Objective of every candidate",
-        f"Measured on the search {on}, {other} ({'lower' if lower else 'higher'} is better). Steps: the best so far. "
-        f"Dashed: controls. {beyond}{lines}.",
+        f"Measured on the search {on}, {other} ({'lower' if lower else 'higher'} is better). Solid line: the best so "
+        f"far. Dashed lines: controls. {beyond}{lines}.",
         [view],
         rows,
         "trials",
@@ -252,7 +253,7 @@ def _together(controls: list[tuple[str, float]], every: list[float]) -> list[tup
 def _descents(run: RunDirectory, history: list[dict], objective: str) -> Figure:
     rows = []
     for row in history:
-        for of, loss in (("descended on", row["loss"]), ("held out", row["held_out_loss"])):
+        for of, loss in (("training", row["loss"]), ("held out", row["held_out_loss"])):
             if loss is not None:
                 rows.append(
                     {
@@ -268,8 +269,8 @@ def _descents(run: RunDirectory, history: list[dict], objective: str) -> Figure:
     return figure_of(
         run,
         "Loss of the descents",
-        "One line a start. The state kept of a descent is that of the lowest loss"
-        + (" on questions that it did not descend on." if any(row["of"] == "held out" for row in rows) else "."),
+        "One line per start. A descent keeps the state of the lowest loss"
+        + (" on held-out questions." if any(row["of"] == "held out" for row in rows) else "."),
         [figures.descents(rows, f"Loss by epoch of {plural(count, 'descent')}.", objective=objective)],
         rows,
         "gradient_history",

@@ -29,14 +29,14 @@ def differences(reached: Reached) -> Section:
     clear = [row for row in first if row["clear"] == "yes"]
     told = (
         f"Against {against[0]}: from {signed(first[0]['difference'], 1)} points ({first[0]['subject']}) to "
-        f"{signed(first[-1]['difference'], 1)} ({first[-1]['subject']}); {len(clear)} of {len(first)} intervals leave "
-        "out 0."
+        f"{signed(first[-1]['difference'], 1)} ({first[-1]['subject']}); {len(clear)} of {len(first)} intervals "
+        "exclude 0."
     )
     figure = figure_of(
         reached.run,
         f"Difference in accuracy of {best['label']} by subject",
-        f"{told} Intervals of 95 % (of pairs) are of each subject alone: by chance alone up to one in twenty leaves "
-        "out 0.",
+        f"{told} Each 95 % interval (of the paired difference) is of one subject alone: by chance alone up to one in "
+        "twenty excludes 0.",
         [figures.subject_differences(rows, f"Differences by subject, sorted. {told}", against=against)],
         rows,
         "answers",

@@ -92,6 +92,12 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def enumerated(words: list[str]) -> str:
+    """Words as a sentence has them: "a, b and c"; of many, as `listed`."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first and len(words) <= 8 else listed(words)
+
+
 def listed(words: list[str], most: int = 8) -> str:
     """Words in a row, the number of those left out at the end."""
     words = list(words)
