@@ -50,8 +50,9 @@ _SCORES = (
      "between. Lower is better. It exposes a ruined language model that accuracy does not"),
 )  # fmt: skip
 _TESTS = (
-    ("indistinguishable", "the paired test - for accuracies McNemar's exact test - gives p, or p (Holm), of at least "
-     "0.05: the data cannot tell the plans apart, which does not show that they are equal"),
+    ("indistinguishable", "the paired test on the questions that both plans answered (McNemar's exact test for "
+     "accuracies) gives p, or p (Holm), of at least 0.05: the data cannot tell the plans apart, which does not show "
+     "that they are equal"),
     ("p (Holm)", "p corrected for the number of comparisons made together, separately for accuracy, answer NLL and "
      "text"),
 )  # fmt: skip

@@ -189,8 +189,8 @@ def plan_table(reached: Reached) -> Table:
     )
     n = reached.lines[0]["n"] if reached.lines else 0
     return Table(
-        f"Every plan on {plural(n, f'{reached.split} question')}, the most accurate first, with 95 % intervals. "
-        f"Always answering A would score {percent(_always_a(reached))}{_LAYERS}",
+        f"Every plan on {plural(n, f'{reached.split} question')}, the most accurate first, with 95 % intervals "
+        f"(accuracies: Wilson's). Always answering A would score {percent(_always_a(reached))}{_LAYERS}",
         (
             "plan",
             "what it is",
