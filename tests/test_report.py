@@ -189,7 +189,7 @@ def test_a_plan_says_which_layers_it_leaves_out_and_what_refits_it(tmp_path):
         "fitted": "found by the search, seams refitted by linear (without 1-2)",
     }
     (table,) = chosen_layers(run)
-    assert table.caption.startswith("Layers that the search began with, and that the controls merge or drop; ")
+    assert table.caption.startswith("Layers that the search starts from, and that the controls merge or drop; ")
 
 
 def test_the_sentence_says_what_cannot_be_told_apart(search):
