@@ -190,7 +190,8 @@ def print_search(run: RunDirectory, split: str) -> None:
     _print_table(*summary.plan_table(lines))
     if asked:
         print(f"{summary.PICKS}\nAlways answering A would score {findings.always_a_share(run, split):.4f}")
-    print(f"\n{textwrap.fill(in_words(Reached(run)), _TEXT)}")
+    for paragraph in in_words(Reached(run)):
+        print(f"\n{textwrap.fill(paragraph, _TEXT)}")
     if fate := findings.fates_of(run).get(best["plan_id"]):
         print(f"\nOriginal layers in {best['name']}, counted from 0: {fate}.")
     header, cells = summary.comparison_table(run, best["plan_id"])

@@ -193,13 +193,16 @@ def test_a_plan_says_which_layers_it_leaves_out_and_what_refits_it(tmp_path):
 
 
 def test_the_sentence_says_what_cannot_be_told_apart(search):
-    sentence = blocks([plans.answer(Reached(search))], Text)[0].text
-    assert f" % of {QUESTIONS} test questions correctly. By accuracy it is better than drop; ind" in sentence
-    assert "drop; indistinguishable from fixed_0.62; worse than the unmerged model. By answer NLL" in sentence
-    assert "Its perplexity on plain text is 12.5; the unmerged model's is 5.00. By loss per token it is " in sentence
-    text = sentence.split("By loss per token it is ")[1]
+    questions, text = answer.in_words(Reached(search))
+    assert questions.startswith("The best plan found, found_bayes,")  # a control may be better still
+    assert f" % of {QUESTIONS} test questions correctly. By accuracy it is better than drop; ind" in questions
+    assert "drop; indistinguishable from fixed_0.62; worse than the unmerged model. By answer NLL" in questions
+    assert text.startswith(
+        "Its perplexity on plain text is 12.5; the unmerged model's is 5.00. By loss per token it is "
+    )
     assert "better than fixed_0.62 and drop;" in text and "worse than the unmerged model" in text
-    assert sentence.startswith("The best plan found, found_bayes,")  # a control may be better still
+    page = [block.text for block in blocks([plans.answer(Reached(search))], Text)]
+    assert page[:2] == [questions, text]
 
 
 def test_what_a_plan_merges_is_not_what_it_leaves_alone():
@@ -252,7 +255,7 @@ def test_other_layers_are_named_where_leaving_them_out_costs_less(monkeypatch, s
     row = next(row for row in reached.comparisons if (row["measure"], row["plan_b"]) == ("text_nll", "drop"))
     row.update(difference=difference, p_value=p, p_holm=p)
     monkeypatch.setitem(search.config["plan"], "selection", selection)
-    assert ("plan.selection=block searches for other layers" in answer.in_words(reached)) == tried
+    assert ("plan.selection=block searches for other layers" in " ".join(answer.in_words(reached))) == tried
 
 
 def test_how_much_workers_were_used_is_on_the_page(tmp_path):
@@ -608,9 +611,9 @@ def test_the_random_control_is_called_the_best_of_as_many_as_were_tried(tmp_path
     reached = Reached(run)
     assert reached.labels["fixed"] == "best of 3 random"
     section = plans.answer(reached)
-    sentence = blocks([section], Text)[0].text
-    assert "indistinguishable from the best of 3 random candidates" in sentence
-    assert "The found plan is the best of 8 candidates, the random control the best of 3." in sentence
+    questions, _, budget = answer.in_words(reached)
+    assert "indistinguishable from the best of 3 random candidates" in questions
+    assert budget.startswith("The found plan is the best of 8 candidates, the random control the best of 3. ")
     assert "best of 3 random" in [row[0] for row in blocks([section], Table)[0].cells]
     lines = findings.plan_lines(run, "test")
     assert "best of 3 random" in [row[0] for row in summary.plan_table(lines)[1]]

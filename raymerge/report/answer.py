@@ -12,39 +12,51 @@ _ORDER = {"base": 0, "random": 2}  # "the best of 10 random candidates and drop"
 LINKS = {"better": "better than", "indistinguishable": "indistinguishable from", "worse": "worse than"}
 
 
-def in_words(reached: Reached) -> str:
-    """What the best plan found reached, and whether it is better than the others, in a few sentences.
+def in_words(reached: Reached) -> list[str]:
+    """What the best plan found reached, and whether it is better than the others: a paragraph each on questions, on
+    plain text, and on what the comparison with random candidates means.
 
     reached.best must be there, and reached.lines.
     """
-    best, base = reached.best, reached.base
+    best = reached.best
     if not reached.asks and best["perplexity"] is None:
-        return f"The best plan found, {best['label']}, was evaluated on tasks only: see below."
-    if not reached.asks:
-        sentence = (
-            f"The best plan found, {best['label']}, has a perplexity of {perplexity(best['perplexity'])} on plain text"
-        )
-        if base is not None:
-            sentence += f"; the unmerged model has {perplexity(base['perplexity'])}"
-        by_loss = told(reached, reached.against(best["plan_id"], "text_nll"))
-        compared = f" By loss per token it is {by_loss}." if by_loss else ""
-        return f"{sentence}.{compared}{_other_layers(reached)}{_budget(reached) if by_loss else ''}"
-    questions = plural(best["n"], f"{reached.split} question")
-    sentence = f"The best plan found, {best['label']}, answers {percent(best['accuracy'])} of {questions} correctly."
-    by_accuracy = told(reached, reached.against(best["plan_id"]))
-    sentence += f" By accuracy it is {by_accuracy}." if by_accuracy else ""
-    by_nll = told(reached, reached.against(best["plan_id"], "answer_nll"))
-    if by_nll:
-        sentence += f" By answer NLL (the loss on the right letter, finer than accuracy) it is {by_nll}."
-    if findings.chosen_on(reached.run, reached.split):
-        sentence += " The search chose it on questions of this split, so all of these figures are too good."
+        return [f"The best plan found, {best['label']}, was evaluated on tasks only: see below."]
+    paragraphs = [_on_questions(reached)] if reached.asks else []
     if best["perplexity"] is not None:
-        sentence += f" Its perplexity on plain text is {perplexity(best['perplexity'])}"
-        if base is not None and base["perplexity"] is not None:
-            sentence += f"; the unmerged model's is {perplexity(base['perplexity'])}"
-        by_loss = told(reached, reached.against(best["plan_id"], "text_nll"))
-        sentence += f". By loss per token it is {by_loss}." if by_loss else "."
-    return sentence + _other_layers(reached) + _budget(reached)
+        paragraphs.append(_on_text(reached))
+    if reached.asks or reached.against(best["plan_id"], "text_nll"):
+        paragraphs += [f"{line}." for line in summary.budget_lines(reached.run)]
+    return paragraphs
+
+
+def _on_questions(reached: Reached) -> str:
+    best = reached.best
+    questions = plural(best["n"], f"{reached.split} question")
+    sentences = [f"The best plan found, {best['label']}, answers {percent(best['accuracy'])} of {questions} correctly."]
+    if by_accuracy := told(reached, reached.against(best["plan_id"])):
+        sentences.append(f"By accuracy it is {by_accuracy}.")
+    if by_nll := told(reached, reached.against(best["plan_id"], "answer_nll")):
+        sentences.append(f"By answer NLL (the loss on the right letter, finer than accuracy) it is {by_nll}.")
+    if findings.chosen_on(reached.run, reached.split):
+        sentences.append("The search chose it on questions of this split, so these figures are too good.")
+    return " ".join(sentences)
+
+
+def _on_text(reached: Reached) -> str:
+    best, base = reached.best, reached.base
+    subject = "Its perplexity" if reached.asks else f"The perplexity of the best plan found, {best['label']},"
+    unmerged = ""
+    if base is not None and base["perplexity"] is not None:
+        unmerged = f"; the unmerged model's is {perplexity(base['perplexity'])}"
+    sentences = [f"{subject} on plain text is {perplexity(best['perplexity'])}{unmerged}."]
+    if by_loss := told(reached, reached.against(best["plan_id"], "text_nll")):
+        sentences.append(f"By loss per token it is {by_loss}.")
+    if _other_layers_cost_less(reached):
+        sentences.append(
+            "On plain text, dropping the layers before the last one costs less: plan.selection=block searches for "
+            "other layers to remove."
+        )
+    return " ".join(sentences)
 
 
 def told(reached: Reached, found: dict[str, dict]) -> str:
@@ -70,19 +82,10 @@ def firm(row: dict) -> str:
     return said if said in LINKS else "indistinguishable"
 
 
-def _budget(reached: Reached) -> str:
-    return "".join(f" {line}." for line in summary.budget_lines(reached.run))
-
-
-def _other_layers(reached: Reached) -> str:
-    """What to try where the last layers were merged and dropping others costs plain text less."""
+def _other_layers_cost_less(reached: Reached) -> bool:
+    """Whether the last layers were merged where dropping others costs plain text less."""
     if (reached.run.config.get("plan") or {}).get("selection") != "tail":
-        return ""
+        return False
     by_loss = reached.against(reached.best["plan_id"], "text_nll")
     others = [line["plan_id"] for line in reached.lines if line["kind"] == "before_last"]
-    if not any(plan_id in by_loss and firm(by_loss[plan_id]) == "worse" for plan_id in others):
-        return ""
-    return (
-        " On plain text, dropping the layers before the last one costs less: plan.selection=block searches for other "
-        "layers to remove."
-    )
+    return any(plan_id in by_loss and firm(by_loss[plan_id]) == "worse" for plan_id in others)

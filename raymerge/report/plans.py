@@ -31,7 +31,7 @@ def answer(reached: Reached) -> Section:
         return Section("The answer", (missing(run, "accuracy", "answers", "plans"),))
     if best is None:
         return Section("The answer", (plan_table(reached),))
-    blocks: list[Block] = [Text(in_words(reached)), Facts(tuple(_tiles(best, base)), large=True)]
+    blocks: list[Block] = [*map(Text, in_words(reached)), Facts(tuple(_tiles(best, base)), large=True)]
     found = reached.against(best["plan_id"], "accuracy" if reached.asks else "text_nll")
     if found:
         blocks.append((_verdicts if reached.asks else _text_verdicts)(reached, found))
