@@ -24,14 +24,14 @@ _TABLES_HEAD = """# The tables
 <!-- Made by `make docs` from raymerge/columns.py and raymerge/schemas.py: edit these. tests/test_docs.py compares. -->
 
 A run's results are Arrow tables in Parquet files, `RUN/tables/NAME/*.parquet`; which of them a run has depends on the
-experiment. A complete run has one file a table, in which every column carries what stands here as its metadata
-(`pyarrow.parquet.read_schema(FILE).field(COLUMN).metadata[b"description"]`). While a run goes on, or where it was
-killed, several files may hold the same rows: read these with `raymerge.RunDirectory.load(RUN).read(NAME)`, which counts
-each row once. Layers are numbered from 0, as in the unmerged model. Losses are in nats, times in seconds, shares in
-[0, 1], intervals of 95 %. The types are Arrow's; one with a question mark may be null.
+experiment. A complete run has one file per table, which also contains the meaning of every column
+(`pyarrow.parquet.read_schema(FILE).field(COLUMN).metadata[b"description"]`). While a run is going on, or if it was
+killed, several files may contain the same rows: read these with `raymerge.RunDirectory.load(RUN).read(NAME)`, which
+returns each row once. Layers are numbered from 0, as in the unmerged model. Losses are in nats, times in seconds,
+shares in [0, 1], and intervals are 95 %. The types are Arrow's; a question mark means that the column may be null.
 
-`plan_id` joins all tables about plans, `question_id` (with `split`, `language` and `subject`) those about questions. A
-plan has a row a merge step in `plans`, so take its names once:
+`plan_id` joins all tables about plans, `question_id` (with `split`, `language` and `subject`) those about questions.
+`plans` has one row per merge step, so select distinct names:
 
 ```sql
 select name, accuracy, ci_low, ci_high, perplexity

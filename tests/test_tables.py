@@ -106,7 +106,7 @@ def test_a_gathered_table_says_what_its_columns_mean(run):
     run.compact("receipts")
     schema = pq.read_schema(run.path_of("tables") + "/receipts/all.parquet")
     assert schema.field("max_abs_change").metadata[b"description"] == b"largest absolute difference"
-    assert schema.metadata[b"description"].startswith(b"One row a tensor")
+    assert schema.metadata[b"description"].startswith(b"One row per tensor")
     assert run.read("receipts")["plan_id"].to_pylist() == ["p", "q"]
 
 
