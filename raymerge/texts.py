@@ -37,8 +37,9 @@ def read_plain_text(source: str, key: str) -> str:
             return _joined(pa.json.read_json(path), source, key)
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise ConfigError(
-            f"{key} = {source!r}: there is no such file; one of the hub is named OWNER/NAME[@REVISION]:FILE"
+            f"{key} = {source!r}: there is no such file{where}; one of the hub is named OWNER/NAME[@REVISION]:FILE"
         ) from None
     except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
         raise ConfigError(f"{key} = {source!r} cannot be read as UTF-8 text, parquet or JSON lines: {error}") from error

@@ -137,7 +137,8 @@ def test_a_closed_terminal_stops_a_command_unless_nohup_keeps_it():
         "cli._show_config = lambda _: os.kill(os.getpid(), signal.SIGHUP) or 0\n"
         "sys.exit(cli.main(['config']))"
     )
-    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=60)
+    as_usual = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); {code}"  # the tests may run under nohup
+    ended = subprocess.run([sys.executable, "-c", as_usual], stderr=subprocess.PIPE, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (129, f"raymerge: stopped; {cli._STOPPED}\n")
     kept = subprocess.run(["nohup", sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (kept.returncode, kept.stdout, kept.stderr) == (0, "", "")

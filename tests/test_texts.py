@@ -85,3 +85,9 @@ def test_what_is_no_text_is_refused_by_name(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=f"(?s)data.perplexity_text = .*{message}"):
         read_plain_text(str(tmp_path / name), "data.perplexity_text")
+
+
+def test_a_relative_path_is_looked_for_in_a_folder_that_the_error_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"search.text = 'texts/a.txt': there is no such file in {tmp_path};"):
+        read_plain_text("texts/a.txt", "search.text")
