@@ -597,6 +597,15 @@ def test_a_run_that_searched_on_the_reports_questions_is_marked_beside_others(tm
     assert all("is too good on them: no difference in its favour" in one.caption for one in (table, tests))
 
 
+def test_of_many_runs_not_every_plan_is_drawn_and_the_figure_says_so(search, monkeypatch):
+    reached = [Reached(search)] * 2
+    (figure,) = blocks([compared.compared(reached, [])], Figure)
+    assert figure.caption.startswith("Every plan of every run, ") and len(figure.rows.values) == 8
+    monkeypatch.setattr(compared, "_DRAWN", 3)
+    (figure,) = blocks([compared.compared(reached, [])], Figure)
+    assert figure.caption.startswith("3 of 8 plans, found plans first, ") and len(figure.rows.values) == 3
+
+
 def test_the_random_control_is_called_the_best_of_as_many_as_were_tried(tmp_path):
     run = search_run(tmp_path / "run")
     rows = run.read("plans").drop_columns("run_id").to_pylist()
@@ -607,6 +616,8 @@ def test_the_random_control_is_called_the_best_of_as_many_as_were_tried(tmp_path
     assert summary.budget_lines(run) == []
     (trial,) = [row for row in run.read("trials").drop_columns("run_id").to_pylist() if row["plan_id"] == "found"]
     drawn = [trial | {"searcher": "random", "iteration": i, "plan_id": f"drawn{i}"} for i in range(3)]
+    run.append("trials", drawn[:1], part="random")
+    assert "indistinguishable from the best of 1 random candidate;" in answer.in_words(Reached(run))[0]
     run.append("trials", [*drawn, drawn[0] | {"iteration": 3, "status": "failed", "value": None}], part="random")
     reached = Reached(run)
     assert reached.labels["fixed"] == "best of 3 random"

@@ -6,7 +6,6 @@ from raymerge import findings, summary
 from raymerge.report.reached import Reached
 from raymerge.report.wording import enumerated, percent, perplexity, plural
 
-_CALLED = {"base": "the unmerged model", "random": "the {} candidates"}
 _ORDER = {"base": 0, "random": 2}  # "the best of 10 random candidates and drop" would have drop among the 10
 #: What comparisons say of a plan, and how a sentence goes on with the other ones.
 LINKS = {"better": "better than", "indistinguishable": "indistinguishable from", "worse": "worse than"}
@@ -67,13 +66,19 @@ def told(reached: Reached, found: dict[str, dict]) -> str:
     parts = []
     for said, link in LINKS.items():
         names = [
-            _CALLED.get(line["kind"], "{}").format(line["label"])
+            _called(line)
             for line in sorted(reached.lines, key=lambda line: _ORDER.get(line["kind"], 1))
             if line["plan_id"] in found and firm(found[line["plan_id"]]) == said
         ]
         if names:
             parts.append(f"{link} {enumerated(names)}")
     return "; ".join(parts)
+
+
+def _called(line: dict) -> str:
+    if line["kind"] == "random":
+        return f"the {line['label']} candidate{'' if line['label'] == 'best of 1 random' else 's'}"
+    return "the unmerged model" if line["kind"] == "base" else line["label"]
 
 
 def firm(row: dict) -> str:

@@ -179,6 +179,7 @@ def _figure(reached: Sequence[Reached]) -> list[Figure]:
                     }
                 )
     rows.sort(key=lambda row: -ROLES.index(row["role"]))
+    which = "Every plan of every run" if len(rows) <= _DRAWN else f"{_DRAWN} of {len(rows)} plans, found plans first"
     rows = rows[-_DRAWN:]
     if not rows:
         return []
@@ -187,8 +188,7 @@ def _figure(reached: Sequence[Reached]) -> list[Figure]:
             ("perplexity", "perplexity", ",.4~g"), ("questions", "questions", ",d")]  # fmt: skip
     figure = Figure(
         "Accuracy against compression, all runs",
-        "Every plan of every run, with 95 % intervals. Runs on different models or different questions are not "
-        "comparable.",
+        f"{which}, with 95 % intervals. Runs on different models or different questions are not comparable.",
         (
             figures.scatter(
                 rows,
