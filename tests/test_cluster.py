@@ -372,4 +372,4 @@ def test_a_driver_that_is_killed_or_stopped_resumes_with_the_same_command(tmp_pa
     assert run.manifest()["random_search"]["candidates_this_call"] == 30 - len(before)
     (incident,) = run.read("incidents").to_pylist()
     assert incident["kind"] == "resumed" and " trials" in incident["detail"]
-    assert "1 start that found stored results" in said
+    assert "1 start with stored results" in said
