@@ -226,7 +226,7 @@ def test_a_stopped_job_leaves_a_run_that_the_same_job_finishes(head, tmp_path):
     before = [row for row in RunDirectory.load(out).read("trials").to_pylist() if row["searcher"] == "random"]
     assert 6 <= len(before) < 200 and not (out / "manifest.json").exists()
     again = submit(head, "resumed", out, *settings)
-    assert again.returncode == 0 and "1 start that found stored results" in again.stdout
+    assert again.returncode == 0 and "1 start with stored results" in again.stdout
     run = RunDirectory.load(out)
     rows = [row for row in run.read("trials").to_pylist() if row["searcher"] == "random"]
     assert sorted(row["iteration"] for row in rows) == list(range(200)) and all(row in rows for row in before)
