@@ -379,6 +379,19 @@ def test_points_at_the_ends_of_an_axis_are_whole(tmp_path, search):
     assert view.spec["layer"][0]["encoding"]["y"]["scale"]["padding"] >= 5 + 11  # a label above the line
 
 
+def test_ticks_of_accuracies_close_to_each_other_are_told_apart():
+    import vl_convert
+
+    rows = [{"plan": name, "accuracy": at, "low": at - 0.007, "high": at + 0.007, "role": "control"}
+            for name, at in [("drop", 0.2512), ("base", 0.2455)]]  # fmt: skip
+    view = figures.intervals(
+        rows, "", name="plan", value="accuracy", axis="accuracy", form=figures.SHARES, tips=[("plan", "plan")]
+    )
+    drawn = vl_convert.vegalite_to_svg(view.spec | {"width": 600, "datasets": {"rows": rows}})
+    ticks = re.findall(r">([\d.]+%)<", drawn)
+    assert len(ticks) >= 4 and len(set(ticks)) == len(ticks), ticks
+
+
 def test_names_of_plans_stay_inside_their_drawing(search):
     """Of 300 pixels, on a page of 390 they began left of the axis, cut off."""
     reached = Reached(search)

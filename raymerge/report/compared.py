@@ -193,8 +193,8 @@ def _figure(reached: Sequence[Reached]) -> list[Figure]:
             figures.scatter(
                 rows,
                 f"Accuracy against the share of parameters removed, {len(rows)} plans of {len(reached)} runs.",
-                x=("removed", "parameters removed", ".0%"),
-                y=("accuracy", "accuracy", ".0%"),
+                x=("removed", "parameters removed", figures.SHARES),
+                y=("accuracy", "accuracy", figures.SHARES),
                 interval=("low", "high"),
                 tips=tips,
             ),

@@ -218,7 +218,7 @@ def _accuracies(drawn: list[dict], base: dict | None, told: str, common: dict[st
         drawn,
         f"Accuracy against the number of merged layers: {told}",
         y=("accuracy", "accuracy"),
-        form=".0%",
+        form=figures.SHARES,
         interval=("low", "high"),
         rule=None if base is None else (base["accuracy"], "unmerged"),
         title="Accuracy",
@@ -309,7 +309,7 @@ def receipts(reached: Reached) -> Section:
         series="method",
         dash="variant",
         tips=[("plan", "plan"), ("tensor", "tensor"), ("relative", "change", ".1%")],
-        form=".0%",
+        form=figures.SHARES,
         order=list(dict.fromkeys(point["method"] for point in merged)),
         height=240,
     )

@@ -8,6 +8,9 @@ from __future__ import annotations
 from raymerge.report import vega
 from raymerge.report.content import View
 
+#: An axis of shares in per cent, with the digits that its ticks need: 14,042 questions lie within two points.
+SHARES = "~%"
+
 
 def intervals(
     rows: list[dict],
@@ -438,7 +441,7 @@ def changes(rows: list[dict], description: str) -> View:
     over = {"name": "over", "select": {"type": "point", "fields": ["plan"], "on": "pointerover"}}
     seen = {"condition": {"param": "over", "value": 0.9}, "value": 0.15}
     matrices = len({row["matrix"] for row in rows})
-    axis = vega.axis(title, format=".0%", tickCount=6)
+    axis = vega.axis(title, format=SHARES, tickCount=6)
     layers = [
         {
             "mark": {"type": "point", "size": 60},

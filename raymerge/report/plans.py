@@ -303,7 +303,7 @@ def _accuracies(rows: list[dict], tips: list[tuple], always_a: float | None) -> 
         name="plan",
         value="accuracy",
         axis="accuracy",
-        form=".0%",
+        form=figures.SHARES,
         tips=tips,
         title="Accuracy",
         rule=None if always_a is None else (always_a, "always A"),

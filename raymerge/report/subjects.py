@@ -108,7 +108,7 @@ def accuracies(run: RunDirectory, stored: list[dict]) -> list[Block]:
         name="subject",
         value="accuracy",
         axis="accuracy",
-        form=".0%",
+        form=figures.SHARES,
         tips=tips,
         rule=(0.25, "chance"),
     )
