@@ -859,6 +859,12 @@ def test_the_library_cannot_end_its_own_script():
     assert render.contained("a = '</script>'") == "(function(){a = '<\\/script>'})();"
 
 
+def test_no_line_of_the_page_ends_between_a_number_and_its_per_cent_sign(search):
+    page = render.to_html(page_of([search], "", Silent()))
+    text = re.sub(r"<script.*?</script>|<style.*?</style>", "", page, flags=re.DOTALL)
+    assert re.search("\\d\N{NO-BREAK SPACE}%", text) and not re.search(r"\d\s*[ \n]%", text)
+
+
 def test_json_in_a_script_element_ends_nothing():
     text = str(render.json_for_script({"a": "</script><!--&", "b": "\u2028", "c": None}))
     assert not set("<>&\u2028") & set(text)

@@ -26,7 +26,12 @@ _DIGITS = 7  # significant ones of a number in the page's rows; the parquet has 
 def to_html(page: Page) -> str:
     """The page as HTML."""
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_with_unit,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {"script_json": json_for_script, "slug": slug}
     folder = files("raymerge.report") / "assets"
@@ -40,6 +45,13 @@ def to_html(page: Page) -> str:
         script=Markup((folder / "page.js").read_text(encoding="utf-8")),
         library=Markup(library()),
     )
+
+
+def _with_unit(value: Any) -> Any:
+    """Text in which no line ends between a number and its per cent sign."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", value)
+    return value
 
 
 def _figures(page: Page) -> list[Figure]:
