@@ -20,7 +20,6 @@ from raymerge.device import attempt, device_memory, host_free, release_cached
 from raymerge.fusion import check_mergeable
 from raymerge.memory import (
     MOST_TOKENS,
-    VOCABULARY_QUESTIONS,
     MemoryPlanError,
     ScoringPlan,
     ScoringWork,
@@ -174,11 +173,7 @@ class TailScorer:
         Answer logits (n, 4) float32, and over the whole vocabulary logsumexp (n,) and the most probable token (n,).
         """
         (hidden,) = self._hidden_of([plan])
-        # A CPU converts the unembedding for every part.
-        parts = hidden.split(VOCABULARY_QUESTIONS) if self.runner.accelerated else (hidden,)
-        summed = [self.runner.vocabulary.logsumexp_and_top(part) for part in parts]
-        logsumexp, top = (torch.cat(values) for values in zip(*summed, strict=True))
-        found = (self._answers(hidden), logsumexp, top)
+        found = (self._answers(hidden), *self.runner.vocabulary.logsumexp_and_top(hidden))
         logits, logsumexp, top = (self._unsort(values).cpu() for values in found)
         return logits, logsumexp, top
 

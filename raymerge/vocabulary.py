@@ -15,7 +15,9 @@ from torch.func import functional_call
 
 from raymerge.checkpoint import Checkpoint
 from raymerge.device import is_accelerator
-from raymerge.memory import VOCABULARY_ROWS
+from raymerge.memory import VOCABULARY_QUESTIONS, VOCABULARY_ROWS
+
+_STATES_ON_CPU = 256  # whose logits over a part of the unembedding are held at once: 17 MB, which caches hold
 
 
 class Vocabulary:
@@ -73,16 +75,22 @@ class Vocabulary:
         In float32, converting a part of the unembedding at a time: bfloat16 logits tie (3 of 48 in a prototype).
         """
         table = self._table(self._architecture.unembedding)
-        total = best = top = None
+        parts = normalised.split(VOCABULARY_QUESTIONS if self._accelerated else _STATES_ON_CPU)
+        found: list[tuple[Tensor, Tensor, Tensor]] = []  # logsumexp, largest logit and its token, of each part
         for start in range(0, table.shape[0], VOCABULARY_ROWS):
-            logits = self.capped(normalised @ table[start : start + VOCABULARY_ROWS].to(self._device, torch.float32).T)
-            part, (value, token) = torch.logsumexp(logits, -1), logits.max(-1)
-            if total is None:
-                total, best, top = part, value, token
-                continue
-            total, better = torch.logaddexp(total, part), value > best
-            best, top = torch.where(better, value, best), torch.where(better, token + start, top)
-        return total, top
+            rows = table[start : start + VOCABULARY_ROWS].to(self._device, torch.float32)
+            for number, states in enumerate(parts):
+                logits = self.capped(states @ rows.T)
+                summed, (value, token) = torch.logsumexp(logits, -1), logits.max(-1)
+                if not start:
+                    found.append((summed, value, token))
+                    continue
+                total, best, top = found[number]
+                better = value > best
+                best, top = torch.where(better, value, best), torch.where(better, token + start, top)
+                found[number] = torch.logaddexp(total, summed), best, top
+        totals, _, tops = zip(*found, strict=True)
+        return torch.cat(totals), torch.cat(tops)
 
     def logsumexp_and_mean(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
         """logsumexp (n,) float32 over the whole vocabulary, and the unembedding's mean row (n, d) float32 under its

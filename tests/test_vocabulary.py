@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 
 def test_the_final_norm_and_the_most_probable_tokens(tmp_path, monkeypatch):
-    """Whatever the size of the pieces in which the unembedding is converted."""
+    """Whatever the size of the pieces in which the unembedding is converted, and of the parts of the states."""
     folder = tiny.make_checkpoint(tmp_path / "m", "qwen2", dtype=torch.bfloat16)  # tied
     runner = LayerRunner(Checkpoint(str(folder)))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
@@ -24,8 +24,9 @@ def test_the_final_norm_and_the_most_probable_tokens(tmp_path, monkeypatch):
     hidden = runner.vocabulary.normalise(x)
     # RMSNorm computes in float32 in transformers too: a few roundings of values below 10.
     assert (hidden - expected).abs().max() < 1e-5
-    for chunk in (7, 500, 10**6):
+    for chunk, states in [(7, 256), (500, 16), (10**6, 7)]:
         monkeypatch.setattr(raymerge.vocabulary, "VOCABULARY_ROWS", chunk)
+        monkeypatch.setattr(raymerge.vocabulary, "_STATES_ON_CPU", states)
         logsumexp, top = runner.vocabulary.logsumexp_and_top(hidden)
         assert torch.equal(top, logits.argmax(-1))
         assert (logsumexp - torch.logsumexp(logits, -1)).abs().max() < 1e-6 * 32 * logits.abs().max()
