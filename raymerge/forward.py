@@ -207,7 +207,7 @@ class LayerRunner:
         options = [] if self.quantise == "none" else [self.quantise]
         return [self.checkpoint.identity, str(self.dtype), *options]
 
-    @property
+    @cached_property  # the version is read from a package's files: 4 ms, and every shard's path asks for it
     def cache_key(self) -> list[str]:
         """What names cached outputs of layers: `identity`, and whose code ran them. A family's layer that a release of
         transformers mends must not be read from what the one before computed."""
