@@ -75,22 +75,20 @@ class Vocabulary:
         In float32, converting a part of the unembedding at a time: bfloat16 logits tie (3 of 48 in a prototype).
         """
         table = self._table(self._architecture.unembedding)
-        parts = normalised.split(VOCABULARY_QUESTIONS if self._accelerated else _STATES_ON_CPU)
-        found: list[tuple[Tensor, Tensor, Tensor]] = []  # logsumexp, largest logit and its token, of each part
+        at_once = VOCABULARY_QUESTIONS if self._accelerated else _STATES_ON_CPU
+        # Filled in place: small results that are made between large blocks keep a heap from using those again.
+        total, best = (normalised.new_full((len(normalised),), -torch.inf) for _ in range(2))
+        top = torch.zeros(len(normalised), dtype=torch.int64, device=normalised.device)
         for start in range(0, table.shape[0], VOCABULARY_ROWS):
             rows = table[start : start + VOCABULARY_ROWS].to(self._device, torch.float32)
-            for number, states in enumerate(parts):
-                logits = self.capped(states @ rows.T)
-                summed, (value, token) = torch.logsumexp(logits, -1), logits.max(-1)
-                if not start:
-                    found.append((summed, value, token))
-                    continue
-                total, best, top = found[number]
-                better = value > best
-                best, top = torch.where(better, value, best), torch.where(better, token + start, top)
-                found[number] = torch.logaddexp(total, summed), best, top
-        totals, _, tops = zip(*found, strict=True)
-        return torch.cat(totals), torch.cat(tops)
+            for first in range(0, len(normalised), at_once):
+                part = slice(first, first + at_once)
+                logits = self.capped(normalised[part] @ rows.T)
+                value, token = logits.max(-1)
+                total[part] = torch.logaddexp(total[part], torch.logsumexp(logits, -1))
+                top[part] = torch.where(value > best[part], token + start, top[part])
+                best[part] = torch.maximum(best[part], value)
+        return total, top
 
     def logsumexp_and_mean(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
         """logsumexp (n,) float32 over the whole vocabulary, and the unembedding's mean row (n, d) float32 under its
