@@ -8,11 +8,11 @@ shard are all that is held.
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
-from importlib.metadata import version
+from functools import cache, cached_property, partial
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ _BATCH_TOKENS = 2048  # padded tokens of the sequences run together on a CPU, wh
 # What one more call of a layer costs: so many tokens (matrices of few rows multiply slower, on a GPU far slower), and
 # on a CPU torch's own work, worth so many multiply-adds. Padding that costs more is not computed.
 _CALL_TOKENS, _CALL_TOKENS_ACCELERATED, _CALL_OPERATIONS = 16, 256, 100e6
+version = cache(importlib.metadata.version)  # read from a package's files, 4 ms; every shard's path asks for it
 _VERSION = 2  # of how layers are run; another value makes cached outputs of earlier versions unused
 
 
@@ -207,7 +208,7 @@ class LayerRunner:
         options = [] if self.quantise == "none" else [self.quantise]
         return [self.checkpoint.identity, str(self.dtype), *options]
 
-    @cached_property  # the version is read from a package's files: 4 ms, and every shard's path asks for it
+    @property
     def cache_key(self) -> list[str]:
         """What names cached outputs of layers: `identity`, and whose code ran them. A family's layer that a release of
         transformers mends must not be read from what the one before computed."""

@@ -11,7 +11,6 @@ import hashlib
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -61,7 +60,7 @@ class Shard:
     def tokens(self) -> int:
         return sum(group.tokens for group in self.groups)
 
-    @cached_property
+    @property
     def identity(self) -> str:
         """16 hex digits over all token ids and how they are grouped."""
         sha = hashlib.sha256()
