@@ -300,6 +300,16 @@ def test_numbers_stand_out_from_their_cells(search):
         assert (light / 0.05 if weight > float(found[1]) else 1.05 / light) >= 4.5, weight
 
 
+def test_a_caption_says_how_many_alphas_it_leaves_out(tmp_path):
+    run = search_run(tmp_path / "deep")
+    rows = [{k: v for k, v in row.items() if k != "run_id"} for row in run.read("plans").to_pylist()]
+    found = next(row for row in rows if row["name"] == "found_bayes" and row["step"] is not None)
+    own = [found | {"step": step, "into": 40 - step, "remove": 41 - step, "alpha": 0.25} for step in range(40)]
+    run.replace("plans", [row for row in rows if row["plan_id"] != found["plan_id"]] + own)
+    figure = blocks([searched.coefficients(Reached(run))], Figure)[0]
+    assert figure.caption.endswith(f"found_bayes: {', '.join(['0.25'] * 20)} and 20 more.")
+
+
 def test_alphas_are_those_of_the_plans(search):
     figure, _ = blocks([searched.coefficients(Reached(search))], Figure)
     found = [row for row in as_dicts(figure.rows) if row["plan"] == "found_bayes"]
