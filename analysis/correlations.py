@@ -5,8 +5,9 @@
 Reads table similarity_correlation. A run with several measures gets one figure each, correlations-MEASURE.png.
 
   correlations.png  Pearson correlation of the flattened matrices (as published, diagonal included), the same off
-                    the diagonal with its interval and ceiling, and every pair's correlation against its ceiling
-  correlations.md   the same as a table
+                    the diagonal with its interval and ceiling, and every pair's correlation against its ceiling; of
+                    more than 20 subsets colours alone, of more than 60 pairs the 30 highest and the 30 lowest
+  correlations.md   the same as a table, with every pair
 
 The ceiling is sqrt(reliability of a x reliability of b): what two subsets without any difference would reach, given
 how well each one's few samples determine its own matrix.
@@ -30,6 +31,8 @@ _KINDS = {
     "both differ": GREY,
 }
 _NONE = "#EDEDED"  # cells without a value
+_WRITTEN = 20  # subsets up to which there is room for numbers in the cells
+_PAIRS = 60  # drawn with their intervals: of 57 subsets' 1,596 pairs a figure would be 300 inches high
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,11 +80,13 @@ def kind_of(row: dict) -> str:
 
 
 def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
-    """Two annotated matrices and a dot plot of the pairs."""
+    """Two matrices, annotated where there is room, and a dot plot of the pairs."""
     names, pairs = names_of(rows), pairs_of(rows)
-    n = len(names)
-    left, middle, right = max(2.6, 0.58 * n + 1.1), max(2.8, 0.8 * n + 0.6), 5.6
-    height = max(3.8, 0.58 * n + 1.6, 0.19 * len(pairs) + 1.7)
+    n, written = len(names), len(names) <= _WRITTEN
+    shown = pairs if len(pairs) <= _PAIRS else [*pairs[: _PAIRS // 2], *pairs[-_PAIRS // 2 :]]
+    cell = (0.58, 0.8) if written else (0.17, 0.17)
+    left, middle, right = max(2.6, cell[0] * n + 1.1), max(2.8, cell[1] * n + 0.6), 5.6
+    height = max(3.8, cell[0] * n + 1.6, 0.19 * len(shown) + 1.7)
     figure, axes = plt.subplots(1, 3, figsize=(left + middle + right, height), width_ratios=[left, middle, right])
     grids = np.full((2, n, n), np.nan)
     grids[:, np.arange(n), np.arange(n)] = 1.0
@@ -91,21 +96,37 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
         grids[:, [i, j], [j, i]] = np.array([[row["pearson"]], [row["pearson_off_diagonal"]]])
         detail[i, j] = detail[j, i] = row
     low = min(0.8, math.floor(5 * float(np.nanmin(grids))) / 5)  # from 0, matrices that all agree look alike
-    titles = ("Flattened matrices\n(as published)", "Off the diagonal\n[95 % interval], ceiling")
+    titles = (
+        "Flattened matrices\n(as published)",
+        "Off the diagonal" + ("\n[95 % interval], ceiling" if written else ""),
+    )
     for axis, grid, title, rows_of in zip(axes, grids, titles, ({}, detail), strict=False):
-        draw_grid(axis, grid, low, rows_of)
-        axis.set_xticks(range(n), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+        image = draw_grid(axis, grid, low)
+        if written:
+            write_cells(axis, grid, image, rows_of)
+        turned = {"rotation": 45 if written else 90, "ha": "right", "rotation_mode": "anchor"}
+        axis.set_xticks(range(n), names, **turned, va="top" if written else "center", fontsize=8)
         axis.set_yticks(range(n), names if axis is axes[0] else [""] * n, fontsize=8)
         axis.set_title(title)
-    draw_pairs(axes[2], pairs)
+    if not written:
+        figure.colorbar(image, ax=axes[1], fraction=0.03, pad=0.02).outline.set_visible(False)
+    draw_pairs(axes[2], shown, len(pairs))
     figure.suptitle(f"Correlation of layer similarity between subsets ({measure})", fontweight="bold")
     return save(figure, path)
 
 
-def draw_grid(axis, grid: np.ndarray, low: float, detail: dict[tuple[int, int], dict]) -> None:
-    """A matrix of correlations with its numbers; detail: by cell, the row whose interval and ceiling are added."""
+def draw_grid(axis, grid: np.ndarray, low: float):
+    """A matrix of correlations as colours from `low` to 1; the image."""
     axis.patch.set_facecolor(_NONE)
     image = axis.imshow(np.ma.masked_invalid(grid), cmap="Blues", vmin=low, vmax=1, aspect="auto")
+    axis.tick_params(length=0)
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    return image
+
+
+def write_cells(axis, grid: np.ndarray, image, detail: dict[tuple[int, int], dict]) -> None:
+    """A matrix's numbers; detail: by cell, the row whose interval and ceiling are added."""
     for (i, j), value in np.ndenumerate(grid):
         if np.isnan(value):
             continue
@@ -117,13 +138,11 @@ def draw_grid(axis, grid: np.ndarray, low: float, detail: dict[tuple[int, int], 
             if (ceiling := correlation_ceiling(row)) is not None:
                 text += f"\nceiling {ceiling:.2f}"
         axis.text(j, i, text, ha="center", va="center", fontsize=7, color=ink(image, value))
-    axis.tick_params(length=0)
-    axis.grid(False)
-    axis.spines[:].set_visible(False)
 
 
-def draw_pairs(axis, pairs: list[dict]) -> None:
-    """One line a pair: its interval, its correlation as a dot, its ceiling as a bar."""
+def draw_pairs(axis, pairs: list[dict], count: int) -> None:
+    """One line a pair: its interval, its correlation as a dot, its ceiling as a bar; count: how many pairs there are,
+    of which `pairs` may be the highest and the lowest."""
     for y, row in enumerate(pairs):
         colour = _KINDS[kind_of(row)]
         if row["ci_low"] is not None and row["ci_high"] is not None:
@@ -135,7 +154,13 @@ def draw_pairs(axis, pairs: list[dict]) -> None:
     axis.set_yticks(range(len(pairs)), labels, fontsize=7.5)
     axis.set_ylim(len(pairs) - 0.4, -0.6)
     axis.set_xlim(right=max(1.02, axis.get_xlim()[1]))
-    axis.set(xlabel="off-diagonal Pearson correlation", title="Every pair\nagainst its ceiling")
+    title = "Every pair\nagainst its ceiling"
+    if len(pairs) < count:
+        title = (
+            f"The {len(pairs) // 2} highest and {len(pairs) // 2} lowest\nof {count:,} pairs, against their ceilings"
+        )
+        axis.axhline(len(pairs) / 2 - 0.5, color=GREY, lw=0.8)
+    axis.set(xlabel="off-diagonal Pearson correlation", title=title)
     for kind in dict.fromkeys(kind_of(row) for row in pairs):
         axis.plot([], [], "o-", ms=5, lw=1.4, color=_KINDS[kind], label=kind)
     if any(correlation_ceiling(row) is not None for row in pairs):

@@ -7,7 +7,8 @@ measures or embeddings gets one figure each, heatmaps-MEASURE-EMBEDDING.png.
 
   heatmaps.png         similarity of every pair of layers, one panel a subset, all on one colour scale; below each,
                        how far a pair exceeds the 95 % quantile of its null (samples shuffled), grey where it does not
-  block_influence.png  1 - mean cosine of the states entering and leaving each layer
+  block_influence.png  1 - mean cosine of the states entering and leaving each layer; of more than 12 subsets their
+                       median, lowest and highest
   heatmaps.md          the same as tables
 """
 
@@ -25,6 +26,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.patches import Patch
 from plotting import (
+    COLOURS,
     STYLE,
     markdown,
     need,
@@ -41,6 +43,7 @@ from plotting import (
 from raymerge.tables import RunDirectory, colour_scale, degeneracy, layer_ranges
 
 _PANELS = 5  # subsets beside each other; more go on a new line
+_LINES = 12  # subsets told apart in one plot; of more a legend leaves it no room
 _NOTES = 5  # different ones written out a subset
 
 
@@ -248,12 +251,22 @@ def degenerate_layers(name: str, n_samples: int, ranks: Sequence[dict]) -> list[
 
 
 def draw_influence(rows: list[dict], path: Path) -> Path:
-    """One line a subset."""
+    """One line a subset; of many subsets the median of all, and how far they go."""
     subsets: dict[str, list[dict]] = {}
     for row in rows:
         subsets.setdefault(subset_name(row), []).append(row)
     figure, axis = plt.subplots(figsize=(7.6, 4.0))
-    for i, (name, mine) in enumerate(subsets.items()):
+    if len(subsets) > _LINES:
+        layers: dict[int, list[float]] = {}
+        for row in rows:
+            layers.setdefault(row["layer"], []).append(row["value"])
+        x = sorted(layers)
+        low, middle, high = (np.array([find(layers[layer]) for layer in x]) for find in (np.min, np.median, np.max))
+        axis.fill_between(
+            x, low, high, color=COLOURS[5], alpha=0.4, lw=0, label=f"lowest to highest of {len(subsets)} subsets"
+        )
+        axis.plot(x, middle, **style_of(0), ms=3.5, lw=1.1, label="median")
+    for i, (name, mine) in enumerate(subsets.items() if len(subsets) <= _LINES else ()):
         mine = sorted(mine, key=lambda row: row["layer"])
         x, y = [row["layer"] for row in mine], [row["value"] for row in mine]
         axis.plot(x, y, **style_of(i), ms=3.5, lw=1.1, label=f"{name} (n = {mine[0]['n_samples']})")

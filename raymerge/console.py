@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _LOG_EVERY_S = 30.0  # without a terminal, a progress line this often
 _NARROW = 120  # columns of a terminal in which bars and rates have no room
 _TEXT = 110  # columns of sentences; tables are as wide as they are
+_PAIRS = 30  # correlations of subsets; the table of 57 subjects has 1,596
 _LOG_FROM_S = 10.0  # a step that cannot be counted and is over sooner leaves no line in a log
 
 
@@ -307,16 +308,24 @@ def print_similarity(run: RunDirectory) -> None:
     from raymerge import summary
     from raymerge.report.layers import in_words
 
-    _print_table(*summary.similarity_table(run))
+    header, cells = summary.similarity_table(run)
+    # What all subsets share stands above the table, which would be wider than a terminal.
+    shared = [i for i in range(1, 5) if len({row[i] for row in cells}) == 1]
+    print(", ".join(f"{header[i]} {cells[0][i]}" for i in shared))
+    kept = [i for i in range(len(header)) if i not in shared]
+    _print_table([header[i] for i in kept], [[row[i] for i in kept] for row in cells])
     for paragraph in in_words(run):
         print(f"\n{textwrap.fill(paragraph, _TEXT)}")
-    header, cells = summary.correlation_table(run)
+    header, cells = summary.correlation_table(run, _PAIRS)
     if cells:
         print(
             "\nCorrelations between matrices, with 95 % intervals off the diagonal. Ceiling: what noise leaves of a\n"
             "correlation of 1; translations of the same questions share their noise and may exceed it."
         )
         _print_table(header, cells)
+        further = run.row_counts()["similarity_correlation"] - len(cells)
+        if further:
+            print(f"(Those furthest below their ceilings; table similarity_correlation has {further:,} more pairs.)")
     _print_warnings(run)
     _print_incidents(run)
     _print_place(run)

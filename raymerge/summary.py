@@ -385,11 +385,17 @@ def similarity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
     return header, cells
 
 
-def correlation_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the correlations between subsets, as published and off the diagonal, with the ceiling."""
+def correlation_table(run: RunDirectory, most: int | None = None) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the correlations between subsets, as published and off the diagonal, with the ceiling.
+
+    most: of more pairs only so many, those that differ most, furthest below their ceilings (or 1, without one).
+    """
     header = ["subsets", "as published", "off the diagonal", "95 % interval", "ceiling"]
-    cells = []
-    for row in run.read("similarity_correlation").to_pylist():
+    cells, rows = [], run.read("similarity_correlation").to_pylist()
+    if most is not None and len(rows) > most:
+        rows.sort(key=lambda row: row["pearson_off_diagonal"] / (correlation_ceiling(row) or 1.0))
+        rows = rows[:most]
+    for row in rows:
         names = [f"{row[f'subset_{side}']}/{row[f'language_{side}']}" for side in "ab"]
         interval = "–" if row["ci_low"] is None else f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]"
         bound = correlation_ceiling(row)

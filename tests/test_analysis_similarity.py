@@ -230,6 +230,48 @@ def test_block_influence_is_labelled_in_plain_numbers(tmp_path, monkeypatch):
     assert shown == [["0.05", "0.1", "0.2", "0.5", "1"], ["0.02", "0.03", "0.04"]]
 
 
+def test_the_influence_on_57_subsets_is_their_range_since_a_legend_would_leave_no_room(tmp_path, monkeypatch):
+    shown = []
+
+    def look(figure, path):
+        figure.draw_without_rendering()
+        (axis,) = figure.axes
+        handles, labels = axis.get_legend_handles_labels()
+        shown.append(
+            (labels, axis.get_window_extent().height / figure.bbox.height, axis.lines[-1].get_ydata().tolist())
+        )
+
+    monkeypatch.setattr(heatmaps_script, "save", look)
+    with plotting.plt.rc_context(plotting.STYLE):
+        for count in (12, 57):
+            rows = [{"subset": f"high_school_subject_{i}", "language": "en", "layer": layer, "n_samples": 9,
+                     "value": 0.01 + 0.001 * i + 0.1 * layer} for i in range(count) for layer in range(3)]  # fmt: skip
+            heatmaps_script.draw_influence(rows, tmp_path / "x.png")
+    assert [len(labels) for labels, *_ in shown] == [12, 2] and all(share > 0.5 for _, share, _ in shown)
+    assert shown[1][0] == ["lowest to highest of 57 subsets", "median"]
+    assert shown[1][2] == pytest.approx([0.038, 0.138, 0.238])  # subset 28 of 0 to 56
+
+
+def test_correlations_of_57_subsets_are_colours_and_their_extreme_pairs(tmp_path, monkeypatch):
+    """With numbers in the cells and a line for each of 1,596 pairs the figure took 14 GB."""
+    shown = []
+
+    def look(figure, path):
+        left, middle, right, *_ = figure.axes
+        shown.append((figure.get_size_inches(), len(middle.texts), len(right.get_yticks()), right.get_title()))
+        plotting.plt.close(figure)
+
+    monkeypatch.setattr(correlations_script, "save", look)
+    for count in (3, 57):
+        rows = [{"subset_a": f"a{a}", "language_a": "en", "subset_b": f"a{b}", "language_b": "en", "pearson": 0.9,
+                 "pearson_off_diagonal": 0.5 + 0.005 * a, "ci_low": 0.4, "ci_high": 0.9, "reliability_a": 0.9,
+                 "reliability_b": 0.9} for a in range(count) for b in range(a)]  # fmt: skip
+        correlations_script.draw_correlations(rows, "npib", tmp_path / "x.png")
+    assert [each[1:3] for each in shown] == [(9, 3), (0, 60)]
+    assert shown[0][3].startswith("Every pair") and "30 lowest\nof 1,596 pairs" in shown[1][3]
+    assert max(shown[1][0]) < 40
+
+
 def test_one_triangle_is_enough(tmp_path):
     whole = make_run(tmp_path / "whole", layers=6, subsets=2)
     half = make_run(tmp_path / "half", layers=6, subsets=2, one_side=True)

@@ -139,6 +139,17 @@ def test_the_answer_stands_in_words_under_the_tables(tmp_path, capsys):
     console.print_similarity(similarity_run(tmp_path / "similarity"))
     shown = capsys.readouterr().out
     assert "of all pairs of layers, over 2 subsets of prompts, similarity is above" in " ".join(shown.split())
+    assert shown.startswith("language en, measure gaussian, embedding diffusion, n 40\n") and "more pairs" not in shown
+
+    # 10 subsets make 45 pairs, whose correlations fall in order under one ceiling.
+    names = [f"high_school_government_and_politics_{i}" for i in range(10)]
+    console.print_similarity(similarity_run(tmp_path / "many", subsets=names))
+    shown = capsys.readouterr().out
+    pairs = [line for line in shown.splitlines() if "/en – " in line]
+    assert len(pairs) == 30 and pairs[0].startswith(f"{names[8]}/en – {names[9]}/en ")
+    assert "(Those furthest below their ceilings; table similarity_correlation has 15 more pairs.)" in shown
+    table = shown.split("\n\n")[0]
+    assert max(map(len, table.splitlines())) <= 120
 
     run = search_run(tmp_path / "search")
     console.print_search(run, "test")

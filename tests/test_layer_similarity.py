@@ -128,6 +128,9 @@ def test_samples_that_are_the_same_are_warned_of_by_subset():
     subsets = [SimpleNamespace(name=name, language="en") for name in ("law", "art", "maths")]
     (said,) = _repeated_samples(config(), subsets, [6, 2, 6])
     assert said.startswith("art (en): only 2 of 6 samples differ in their first ")
+    # What helps against prefixes that are cut is no cure where whole prompts are read.
+    (said,) = _repeated_samples(config("similarity.pooling=last"), subsets, [6, 2, 6])
+    assert said.startswith("art (en): only 2 of 6 samples differ: the source has a question several times")
 
 
 def test_low_ceilings_are_those_of_two_subsets_or_more():

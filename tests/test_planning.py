@@ -157,7 +157,7 @@ def test_blocks_are_chosen_by_means_over_all_tokens(tmp_path, measured):
             (name, k, first): pytest.approx(means[each][first, first + k])
             for each, name in enumerate(("cosine", "angular"))
             for k in (1, 3)
-            for first in range(22 - k)
+            for first in (2, 5, 9)  # what plan.starts leaves out is no rival of the block chosen
         }
         assert {row["tokens"] for row in rows} == {8} and pool.asked["shard_tokens"] == [CALIBRATION]
 

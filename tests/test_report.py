@@ -300,6 +300,16 @@ def test_numbers_stand_out_from_their_cells(search):
         assert (light / 0.05 if weight > float(found[1]) else 1.05 / light) >= 4.5, weight
 
 
+def test_a_caption_says_how_many_alphas_it_leaves_out(tmp_path):
+    run = search_run(tmp_path / "deep")
+    rows = [{k: v for k, v in row.items() if k != "run_id"} for row in run.read("plans").to_pylist()]
+    found = next(row for row in rows if row["name"] == "found_bayes" and row["step"] is not None)
+    own = [found | {"step": step, "into": 40 - step, "remove": 41 - step, "alpha": 0.25} for step in range(40)]
+    run.replace("plans", [row for row in rows if row["plan_id"] != found["plan_id"]] + own)
+    figure = blocks([searched.coefficients(Reached(run))], Figure)[0]
+    assert figure.caption.endswith(f"found_bayes: {', '.join(['0.25'] * 20)} and 20 more.")
+
+
 def test_alphas_are_those_of_the_plans(search):
     figure, _ = blocks([searched.coefficients(Reached(search))], Figure)
     found = [row for row in as_dicts(figure.rows) if row["plan"] == "found_bayes"]
@@ -525,7 +535,7 @@ def test_similarity_is_held_against_noise(tmp_path):
     # 1 / (1 + distance) is above 0.3 up to a distance of 2: 9 of the 14 defined pairs of six layers
     assert structure.text.startswith(f"In {100 * 9 / 14:.0f} % of all pairs of layers, over 3 subsets")
     # intervals reach the ceiling sqrt(0.96 * 0.94) = 0.950 in the first pair alone
-    assert "In 1 of 3 pairs" in agreement.text and "Below their ceiling: medical (en) and math (en)," in agreement.text
+    assert "In 1 of 3 pairs" in agreement.text and "medical (en) and math (en)" in agreement.text.split("ceiling: ")[1]
     assert notices[0].text == "too few samples."
     heat, influence = blocks([layers.maps(run)], Figure)
     rows = as_dicts(heat.rows)
@@ -534,6 +544,28 @@ def test_similarity_is_held_against_noise(tmp_path):
     assert undefined["value"] is None and undefined["above"] == "" and undefined["note"] == "no entropy"
     assert len(influence.rows.values) == 18
     assert "does not mean that dropping the layer costs little" in influence.caption
+
+
+def test_of_many_subsets_some_are_drawn_and_chance_is_reckoned_with(tmp_path):
+    """14 subsets make 91 pairs: two-sided intervals of equal patterns leave some below their ceiling."""
+    run = similarity_run(tmp_path / "s", subsets=[f"subject_{i}" for i in range(14)])
+    rows = run.read("similarity_correlation").to_pylist()
+    for number, row in enumerate(rows):  # the ceiling is sqrt(0.96 * 0.94)
+        row |= {"pearson_off_diagonal": 0.5, "ci_low": 0.3, "ci_high": 0.9 - number / 1000 if number < 6 else 0.97}
+    run.replace("similarity_correlation", [{k: v for k, v in row.items() if k != "run_id"} for row in rows])
+    said = layers.in_words(run)[1]
+    assert "In 85 of 91 pairs" in said and "(by chance alone up to 2 pairs would be): " in said
+    pair = "{0[subset_a]} (en) and {0[subset_b]} (en)"
+    assert f"{pair.format(rows[5])}, {pair.format(rows[4])}" in said and said.endswith(" and 2 more.")
+    heat, influence = blocks([layers.maps(run)], Figure)
+    first = [f"subject_{i} (en)" for i in range(12)]
+    for figure in (heat, influence):
+        assert list(dict.fromkeys(row["subset"] for row in as_dicts(figure.rows))) == first
+        assert "Only the first 12 of 14 subsets are here" in figure.caption
+    assert len(heat.views) == 12
+    (pairs,) = blocks([layers.correlations(run)], Figure)
+    assert as_dicts(pairs.rows)[0]["pair"].count("en") == 0  # the only language
+    assert "Only the 30 highest and the 30 lowest of 91 are drawn" in pairs.caption
 
 
 def test_degenerate_maps_are_said_to_say_nothing(tmp_path):

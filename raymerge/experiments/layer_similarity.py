@@ -217,12 +217,17 @@ def correlation_row(measure: str, a: tuple[str, str], b: tuple[str, str], found:
 
 def _repeated_samples(config: Config, subsets: Sequence[Subset], distinct: Sequence[int]) -> list[str]:
     """Warnings of samples that are the same: those of one subject share their few-shot prefix, which may fill
-    max_tokens (532 and 1,392 tokens of 512 for the two legal subjects, whose 40 samples are then 2)."""
+    max_tokens (532 and 1,392 tokens of 512 for the two legal subjects, whose 40 samples are then 2). Where whole
+    prompts are read, the source asks a question twice (MMLU's test questions of college_physics)."""
+    settings = config.similarity
+    why = " in their first {0} tokens: set similarity.shots to 0, pooling to last, or raise max_tokens"
+    if settings.pooling != "sequence":
+        why = ": the source has a question several times, which counts as several samples"
     return [
-        f"{subset.name} ({subset.language}): only {count} of {config.similarity.samples} samples differ in their first "
-        f"{config.similarity.max_tokens} tokens: set similarity.shots to 0, pooling to last, or raise max_tokens"
+        f"{subset.name} ({subset.language}): only {count} of {settings.samples} samples differ"
+        + why.format(settings.max_tokens)
         for subset, count in zip(subsets, distinct, strict=True)
-        if count < config.similarity.samples
+        if count < settings.samples
     ]
 
 

@@ -158,7 +158,8 @@ def choose_blocks(
     similarity: Similarity | None,
     progress: Progress,
 ) -> dict[int, int]:
-    """The first layer of the block of each number of layers, as plan.block says; all scores go into table `blocks`.
+    """The first layer of the block of each number of layers, as plan.block says; the scores of all that are allowed go
+    into table `blocks`.
 
     What is in the table is not measured again. Needs Ray where states or losses are measured, and then the calibration
     section's text or prompts. Raises PlanError, ConfigError.
@@ -197,6 +198,7 @@ def choose_blocks(
                 "tokens": tokens,
             }
             for first, score in values.items()
+            if first in starts[count]  # distances are there between any two depths
         ]
     run.replace("blocks", table)
     return chosen

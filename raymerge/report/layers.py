@@ -12,10 +12,10 @@ from raymerge.report import figures
 from raymerge.report.asked import figure_of
 from raymerge.report.content import FOUND, Block, Figure, Section, Table, Text
 from raymerge.report.reached import missing
-from raymerge.report.wording import listed, percent, plural, value
+from raymerge.report.wording import count, listed, percent, plural, value
 from raymerge.tables import IMPORTED, RunDirectory, colour_scale, correlation_ceiling
 
-_MAPS = 12  # heat maps of one measure; the rows of all are on the page
+_MAPS = 12  # subsets that are drawn; the rows of 57 matrices of 80 layers made a page of 40 MB
 _PAIRS = 60  # correlations that are drawn with their intervals
 
 
@@ -123,16 +123,19 @@ def _agreement(run: RunDirectory) -> str:
     if not bounded:
         return ""
     reach = [row for row, bound in bounded if row["ci_high"] >= bound]
-    below = [
-        f"{subset_name(row, '_a')} and {subset_name(row, '_b')}" for row, bound in bounded if row["ci_high"] < bound
-    ]
+    below = sorted((row["ci_high"] - bound, subset_name(row, "_a"), subset_name(row, "_b")) for row, bound in bounded)
+    below = [f"{a} and {b}" for gap, a, b in below if gap < 0]
     r = [row["pearson_off_diagonal"] for row, _ in bounded]
     text = (
-        f"The subsets' matrices correlate at {min(r):.2f} to {max(r):.2f} off the diagonal. In {len(reach)} of "
+        f"The subsets' matrices correlate at {min(r):.2f} to {max(r):.2f} off the diagonal. In {count(len(reach))} of "
         f"{plural(len(bounded), 'pair')} the 95 % interval reaches the ceiling set by noise: these prompts cannot "
         "tell such subsets apart."
     )
-    return text + (f" Below their ceiling: {listed(below)}." if below else "")
+    if not below:
+        return text
+    # Intervals are two-sided: of 1,596 pairs that do not differ, some 40 lie below.
+    chance = f" (by chance alone up to {count(len(bounded) // 40)} pairs would be)" if len(bounded) >= 80 else ""
+    return f"{text} Below their ceiling{chance}: {listed(below, 4 if chance else 8)}."
 
 
 def maps(run: RunDirectory) -> Section:
@@ -152,8 +155,9 @@ def maps(run: RunDirectory) -> Section:
 
 def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[dict]) -> Figure:
     degenerate = findings.degenerate_layers(run)
-    rows = [_cell(row, degenerate) for row in _both_halves(stored)]
-    subsets = list(dict.fromkeys(row["subset"] for row in rows))
+    subsets = list(dict.fromkeys(map(subset_name, stored)))
+    shown = [row for row in stored if subset_name(row) in subsets[:_MAPS]]
+    rows = [_cell(row, degenerate) for row in _both_halves(shown)]
     layers = 1 + max(row["layer_i"] for row in rows)
     domain = colour_domain(rows)
     named = measure if embedding in ("none", measure) else f"{measure}, {embedding} embedding"
@@ -179,7 +183,7 @@ def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[dict]) -
                 legend=not views,
             )
         )
-    left = f" The rows have {len(subsets) - _MAPS} more subsets." if len(subsets) > _MAPS else ""
+    left = _left_out(subsets, "similarity")
     return figure_of(
         run,
         f"Similarity of every pair of layers ({named})",
@@ -191,6 +195,12 @@ def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[dict]) -
         "similarity",
         columns=2 if len(views) < 3 else 3,
     )
+
+
+def _left_out(subsets: list[str], table: str) -> str:
+    """That only the first subsets are drawn, where there are more."""
+    count = len(subsets)
+    return f" Only the first {_MAPS} of {count} subsets are here; table {table} has all." if count > _MAPS else ""
 
 
 def _mean(values: list[float]) -> str:
@@ -243,6 +253,8 @@ def _influence(run: RunDirectory, stored: list[dict]) -> Figure:
         for row in sorted(stored, key=lambda row: row["layer"])
     ]
     least = min(rows, key=lambda row: row["value"])
+    subsets = list(dict.fromkeys(row["subset"] for row in rows))
+    rows = [row for row in rows if row["subset"] in subsets[:_MAPS]]
     told = f"Least: layer {least['layer']} on {least['subset']}, {least['value']:.3g}."
     view = figures.lines(
         rows,
@@ -259,7 +271,7 @@ def _influence(run: RunDirectory, stored: list[dict]) -> Figure:
         "Block influence: how much a layer changes the states",
         "One minus the mean cosine between the states that enter and leave a layer: how far the layer turns them. A "
         f"small change does not mean that dropping the layer costs little. {told} Click a subset in the legend to "
-        "highlight it.",
+        f"highlight it.{_left_out(subsets, 'block_influence')}",
         [view],
         rows,
         "block_influence",
@@ -271,9 +283,11 @@ def correlations(run: RunDirectory) -> Section:
     title, stored = "Do subsets differ?", run.read("similarity_correlation").to_pylist()
     if not stored:
         return Section(title, (missing(run, "similarity_correlation"),))
+    languages = {row[f"language_{side}"] for row in stored for side in "ab"}
+    named = subset_name if len(languages) > 1 else lambda row, side: row[f"subset{side}"]
     rows = [
         {
-            "pair": f"{subset_name(row, '_a')} – {subset_name(row, '_b')}",
+            "pair": f"{named(row, '_a')} – {named(row, '_b')}",
             "role": FOUND,
             "r": row["pearson_off_diagonal"],
             "low": row["ci_low"],
@@ -294,7 +308,11 @@ def correlations(run: RunDirectory) -> Section:
     if noise := _named(findings.degenerate_layers(run)):
         told += f" Degenerate layers, whose similarities are noise that layers and subsets share, count too: {noise}."
     half = _PAIRS // 2
-    left = f" Only the {half} highest and the {half} lowest of {len(rows)} are drawn." if len(drawn) < len(rows) else ""
+    left = (
+        f" Only the {half} highest and the {half} lowest of {count(len(rows))} are drawn."
+        if len(drawn) < len(rows)
+        else ""
+    )
     tips = [("pair", "subsets"), ("r", "r off the diagonal", ".3f"), ("low", "95 % from", ".3f"), ("high", "to", ".3f"),
             ("ceiling", "ceiling", ".3f"), ("pearson", "r, diagonal included", ".3f")]  # fmt: skip
     view = figures.intervals(

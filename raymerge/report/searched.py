@@ -10,7 +10,7 @@ from raymerge.report import figures
 from raymerge.report.asked import figure_of
 from raymerge.report.content import ROLES, Block, Figure, Section, Table, role_of
 from raymerge.report.reached import Reached, missing
-from raymerge.report.wording import NONE, percent, plural
+from raymerge.report.wording import NONE, listed, percent, plural
 from raymerge.statistics import without_far_worse
 from raymerge.tables import RunDirectory
 
@@ -64,7 +64,7 @@ def _alphas(reached: Reached, rows: list[dict], steps: list[dict], plans: int) -
     best, told = reached.best, ""
     if best is not None:
         own = [row["alpha"] for row in _once(steps) if row["plan_id"] == best["plan_id"] and row["matrix"] is None]
-        told = f" {best['label']}: {', '.join(f'{alpha:.2f}' for alpha in own[:20])}." if own else ""
+        told = f" {best['label']}: {listed([f'{alpha:.2f}' for alpha in own], 20)}." if own else ""
     return figure_of(
         reached.run,
         "Alpha of every merge step",

@@ -36,8 +36,11 @@ CONFIG: Spec = {
         "titleFontSize": 12,
         "labelFontSize": 12,
         "titlePadding": 8,
-        # the longest subject of MMLU, high_school_government_and_politics, is 240 pixels wide
-        "labelLimit": {"signal": "containerSize()[0] < 420 ? 130 : containerSize()[0] < 700 ? 210 : 270"},
+        # the longest subject of MMLU, high_school_government_and_politics, is 240 pixels wide; two, a pair, are 420
+        "labelLimit": {
+            "signal": "containerSize()[0] < 420 ? 130 : containerSize()[0] < 700 ? 210 : "
+            "containerSize()[0] < 1000 ? 270 : 440"
+        },
         "gridColor": "var(--line)",
         "domainColor": "var(--rule)",
         "tickColor": "var(--rule)",

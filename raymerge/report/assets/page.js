@@ -111,8 +111,11 @@
     for (const place of figure.querySelectorAll(".view")) {
       const { spec, zoom } = data.views[Number(place.dataset.view)];
       const alternative = place.firstElementChild;
-      // beside labels of up to 210 pixels; entries of a legend are up to 170 wide
-      const columns = Math.max(1, Math.floor((place.clientWidth - 140) / 170));
+      // beside labels of up to 210 pixels; entries of a legend are 170 wide, or as their longest name (labelLimit: 220)
+      const names = (spec.layer ?? []).flatMap(({ encoding }) => encoding?.color?.scale?.domain ?? []);
+      const longest = Math.max(...names.map((name) => String(name).length), 0);
+      const entry = Math.max(170, Math.min(220, 7 * longest) + 46);
+      const columns = Math.max(1, Math.floor((place.clientWidth - 140) / entry));
       try {
         const made = await vegaEmbed(place, { ...spec, datasets: { rows } }, {
           actions: false, config: { ...config, legend: { ...config.legend, columns } }, defaultStyle: false, renderer: "svg",
