@@ -311,7 +311,8 @@ def print_similarity(run: RunDirectory) -> None:
     header, cells = summary.similarity_table(run)
     # What all subsets share stands above the table, which would be wider than a terminal.
     shared = [i for i in range(1, 5) if len({row[i] for row in cells}) == 1]
-    print(", ".join(f"{header[i]} {cells[0][i]}" for i in shared))
+    if shared:
+        print(", ".join(f"{header[i]} {cells[0][i]}" for i in shared))
     kept = [i for i in range(len(header)) if i not in shared]
     _print_table([header[i] for i in kept], [[row[i] for i in kept] for row in cells])
     for paragraph in in_words(run):

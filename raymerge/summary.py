@@ -388,13 +388,14 @@ def similarity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
 def correlation_table(run: RunDirectory, most: int | None = None) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the correlations between subsets, as published and off the diagonal, with the ceiling.
 
-    most: of more pairs only so many, those that differ most, furthest below their ceilings (or 1, without one).
+    most: of more pairs only so many, those whose correlation is the smallest share of its ceiling (of 1, without one).
     """
     header = ["subsets", "as published", "off the diagonal", "95 % interval", "ceiling"]
     cells, rows = [], run.read("similarity_correlation").to_pylist()
     if most is not None and len(rows) > most:
-        rows.sort(key=lambda row: row["pearson_off_diagonal"] / (correlation_ceiling(row) or 1.0))
-        rows = rows[:most]
+        shares = [row["pearson_off_diagonal"] / (correlation_ceiling(row) or 1.0) for row in rows]
+        known = [i for i, share in enumerate(shares) if math.isfinite(share)]  # a constant matrix correlates with none
+        rows = [rows[i] for i in sorted(known, key=shares.__getitem__)[:most]]
     for row in rows:
         names = [f"{row[f'subset_{side}']}/{row[f'language_{side}']}" for side in "ab"]
         interval = "–" if row["ci_low"] is None else f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]"

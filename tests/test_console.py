@@ -1,6 +1,7 @@
 """Progress as a log shows it - a line a stage, and one now and then while a long step goes on - and summaries."""
 
 import io
+import math
 import threading
 import time
 
@@ -9,6 +10,7 @@ from report_runs import search_run, similarity_run, sweep_run
 
 from raymerge import console
 from raymerge.progress import Silent, step
+from raymerge.tables import RunDirectory
 
 
 def wait_for(lines, count):
@@ -150,6 +152,15 @@ def test_the_answer_stands_in_words_under_the_tables(tmp_path, capsys):
     assert "(Those furthest below their ceilings; table similarity_correlation has 15 more pairs.)" in shown
     table = shown.split("\n\n")[0]
     assert max(map(len, table.splitlines())) <= 120
+
+    # A constant matrix has no correlation, which is neither large nor small.
+    many = RunDirectory.load(tmp_path / "many")
+    rows = many.read("similarity_correlation").to_pylist()
+    undefined = [row | {"pearson_off_diagonal": math.nan} for row in rows[:9]]
+    many.replace("similarity_correlation", [*undefined, *rows[9:]])
+    console.print_similarity(many)
+    pairs = [line for line in capsys.readouterr().out.splitlines() if "/en – " in line]
+    assert len(pairs) == 30 and not any("nan" in line for line in pairs)
 
     run = search_run(tmp_path / "search")
     console.print_search(run, "test")
