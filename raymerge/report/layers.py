@@ -199,8 +199,9 @@ def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[dict]) -
 
 def _left_out(subsets: list[str], table: str) -> str:
     """That only the first subsets are drawn, where there are more."""
-    count = len(subsets)
-    return f" Only the first {_MAPS} of {count} subsets are here; table {table} has all." if count > _MAPS else ""
+    if len(subsets) <= _MAPS:
+        return ""
+    return f" Only the first {_MAPS} of {len(subsets)} subsets are here; table {table} has all."
 
 
 def _mean(values: list[float]) -> str:
