@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from scipy.special import ndtri
@@ -10,7 +11,7 @@ from scipy.special import ndtri
 from raymerge.diffusion import SimilarityError
 from raymerge.similarity import Recipe, SimilarityMatrix, compute, features, measure, pearson, smallest_sample
 
-#: Samples from which on a reliability can be believed; see `reliability`.
+#: Samples from which on a reliability can be believed; see `Study.reliability`.
 RELIABLE_N = 20
 
 
@@ -35,13 +36,33 @@ class Study:
     halves: np.ndarray
     n_samples: int
 
+    @cached_property
+    def reliability(self) -> float | None:
+        """Correlation that this matrix would have, off the diagonal, with one over N other samples of the same kind.
+
+        The mean correlation r of two halves' matrices, stepped up from N / 2 to N samples by Spearman and Brown's 2 r /
+        (1 + r). 1: the samples do not matter; 0: the pattern between layers is noise. None where the study has no
+        halves or none that can be correlated. From `RELIABLE_N` samples on it is what matrices of other samples show,
+        to some .05; of 10 it is up to .1 too low, since halves of 5 are noisier than the formula takes them for
+        (results, 2026-11-29).
+
+        Noise weakens correlations: two matrices whose true patterns agree fully still correlate by no more than
+        sqrt(reliability_a reliability_b) in expectation (Spearman, 1904). That is the ceiling against which the
+        correlation of two subsets is to be read: at the ceiling they do not differ as far as these samples can tell.
+        """
+        r = [_off_diagonal(first, second) for first, second in self.halves]
+        r = [value for value in r if np.isfinite(value)]
+        if not r or np.mean(r) <= -1:
+            return None
+        return float(2 * np.mean(r) / (1 + np.mean(r)))
+
 
 @dataclass(frozen=True)
 class Correlation:
     """Pearson correlations of two matrices; None where there are no samples to judge by, or nothing is defined.
 
     pearson: over the flattened matrices, diagonal included (as published). pearson_off_diagonal: each pair of
-    different layers once; `ci_low` and `ci_high` are its interval. reliability_a, reliability_b: see `reliability`.
+    different layers once; `ci_low` and `ci_high` are its interval. reliability_a, reliability_b: `Study.reliability`.
     """
 
     pearson: float
@@ -130,32 +151,12 @@ def jackknife_variance(draws: np.ndarray, draw_size: int, n_samples: int) -> np.
     return np.where(count >= 2, draw_size / (n_samples - draw_size) * scatter, np.nan)
 
 
-def reliability(found: Study) -> float | None:
-    """Correlation that this matrix would have, off the diagonal, with one over N other samples of the same kind.
-
-    The mean correlation r of two halves' matrices, stepped up from N / 2 to N samples by Spearman and Brown's
-    2 r / (1 + r). 1: the samples do not matter; 0: the pattern between layers is noise. None where the study has no
-    halves or none that can be correlated. From `RELIABLE_N` samples on it is what matrices of other samples show, to
-    some .05; of 10 it is up to .1 too low, since halves of 5 are noisier than the formula takes them for (results,
-    2026-11-29).
-
-    Noise weakens correlations: two matrices whose true patterns agree fully still correlate by no more than
-    sqrt(reliability_a reliability_b) in expectation (Spearman, 1904). That is the ceiling against which the correlation
-    of two subsets is to be read: at the ceiling they do not differ as far as these samples can tell.
-    """
-    r = [_off_diagonal(first, second) for first, second in found.halves]
-    r = [value for value in r if np.isfinite(value)]
-    if not r or np.mean(r) <= -1:
-        return None
-    return float(2 * np.mean(r) / (1 + np.mean(r)))
-
-
 def correlate(a: Study, b: Study, *, confidence: float = 0.95) -> Correlation:
     """Correlate two studies' matrices, with an interval off the diagonal and both reliabilities.
 
     The interval is the jackknife's on Fisher's z, transformed back. It is of the correlation of N samples' matrices,
-    which noise weakens (see `reliability`), not of the patterns behind them. Draw s of one study is correlated with
-    draw s of the other, so that samples common to both (translations) vary together; of unrelated samples, the
+    which noise weakens (see `Study.reliability`), not of the patterns behind them. Draw s of one study is correlated
+    with draw s of the other, so that samples common to both (translations) vary together; of unrelated samples, the
     variances add up either way. With unlike numbers of samples or draws they are added up: each study's draws against
     the other's whole matrix.
     """
@@ -176,8 +177,8 @@ def correlate(a: Study, b: Study, *, confidence: float = 0.95) -> Correlation:
         bare,
         ci_low=float(low) if known else None,
         ci_high=float(high) if known else None,
-        reliability_a=reliability(a),
-        reliability_b=reliability(b),
+        reliability_a=a.reliability,
+        reliability_b=b.reliability,
     )
 
 

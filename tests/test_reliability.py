@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from raymerge.diffusion import SimilarityError
-from raymerge.reliability import correlate, correlate_matrices, jackknife_variance, reliability, study
+from raymerge.reliability import correlate, correlate_matrices, jackknife_variance, study
 from raymerge.similarity import Recipe, compute, pearson
 
 
@@ -118,12 +118,12 @@ def test_undefined_entries_have_no_interval_and_no_null():
 
 def test_reliability_rises_with_samples_between_noise_and_structure():
     def mean(n):
-        return np.mean([reliability(study(recipe(), None, sample(n, 0.2, seed=s), null_draws=1)) for s in range(4)])
+        return np.mean([study(recipe(), None, sample(n, 0.2, seed=s), null_draws=1).reliability for s in range(4)])
 
     rising = [mean(n) for n in (8, 40, 200)]
     assert rising[0] + 0.1 < rising[1] < rising[2] - 0.1 and rising[2] > 0.8, rising
-    assert reliability(study(recipe(), None, sample(60, 3.0), null_draws=1)) > 0.99
-    noise = [reliability(study(recipe(), None, sample(60, 0.0, noise=seed), null_draws=1)) for seed in range(6)]
+    assert study(recipe(), None, sample(60, 3.0), null_draws=1).reliability > 0.99
+    noise = [study(recipe(), None, sample(60, 0.0, noise=seed), null_draws=1).reliability for seed in range(6)]
     assert abs(np.mean(noise)) < 0.2
 
 
@@ -132,7 +132,7 @@ def test_reliability_foretells_the_correlation_with_other_samples():
     foretold, found = [], []
     for seed in range(8):
         a, b = (sample(24, 0.2, noise=noise, seed=seed) for noise in (1, 2))
-        foretold.append(reliability(study(recipe(), None, a, null_draws=1)))
+        foretold.append(study(recipe(), None, a, null_draws=1).reliability)
         found.append(pearson(compute(recipe(), None, a).values, compute(recipe(), None, b).values, off_diagonal=True))
     assert np.mean(foretold) == pytest.approx(np.mean(found), abs=0.06)
 
@@ -142,8 +142,8 @@ def test_npib_tells_structure_from_noise():
     block = np.repeat(rng.normal(size=(3, 40, 2)), [3, 3, 2], axis=0)  # layers 0-2, 3-5 and 6-7 are alike
     planted, noise = block + 0.1 * rng.normal(size=block.shape), rng.normal(size=block.shape)
     options = {"null_draws": 1, "interval_draws": 2, "half_draws": 10}
-    assert reliability(study(recipe("npib", k=30), between(planted), **options)) > 0.9
-    assert abs(reliability(study(recipe("npib", k=30), between(noise), **options))) < 0.5
+    assert study(recipe("npib", k=30), between(planted), **options).reliability > 0.9
+    assert abs(study(recipe("npib", k=30), between(noise), **options).reliability) < 0.5
 
 
 def test_a_correlation_with_paired_samples_is_surer_than_with_others():
@@ -156,7 +156,7 @@ def test_a_correlation_with_paired_samples_is_surer_than_with_others():
     for found, other in ((paired, close), (single, apart)):
         assert found.ci_low < found.pearson_off_diagonal < found.ci_high < 1
         assert found.pearson == pytest.approx(pearson(a.matrix.values, other.matrix.values))
-        assert (found.reliability_a, found.reliability_b) == (reliability(a), reliability(other))
+        assert (found.reliability_a, found.reliability_b) == (a.reliability, other.reliability)
     assert np.ptp(np.arctanh([paired.ci_low, paired.ci_high])) < 0.9 * np.ptp(
         np.arctanh([single.ci_low, single.ci_high])
     )
@@ -201,7 +201,7 @@ def test_bare_matrices_are_correlated_without_an_interval():
 def test_halves_too_small_are_left_out_and_draws_too_small_refused():
     layers = sample(9, 1.0, n_layers=4)
     found = study(recipe("gaussian"), between(3 * layers), null_draws=2, interval_draws=3)  # 4 samples, but 5 needed
-    assert found.halves.shape == (0, 2, 4, 4) and reliability(found) is None
+    assert found.halves.shape == (0, 2, 4, 4) and found.reliability is None
     with pytest.raises(SimilarityError, match="3 samples are too few"):
         study(recipe("npib", k=3), between(layers[:, :4]), null_draws=2, interval_draws=3)
 
