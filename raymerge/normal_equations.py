@@ -157,7 +157,12 @@ def choose_ridge(train: NormalEquations, held_out: NormalEquations, ridges: Sequ
     """(ridge, error): the one of `ridges` whose map, fitted on `train`, has the least error on `held_out`.
 
     The error is relative to that of the zero map, which leaves the layer as it is: above 1 the refit does harm.
+    Raises RefitError where there is no token on either side.
     """
+    if not held_out.weight:
+        raise RefitError(
+            "no calibration token could be held out to choose a ridge by: raise calibration.tokens, or set plan.ridge"
+        )
     nothing = held_out.power / held_out.weight
     errors = [held_out.error(found) / nothing if nothing else 1.0 for found in train.solutions(ridges)]
     best = min(range(len(ridges)), key=errors.__getitem__)
