@@ -19,6 +19,7 @@ _LOCAL_STARTS = 5
 _LOCAL_TRIES = 40  # per start and round
 _CHOICE_SCALE = 2.0  # how far the first and the last choice are apart, where coefficients are at most sqrt(2)
 _ACQUISITION_POINTS = 1000  # random ones, from the best of which the acquisition function is climbed
+_ALWAYS_FITTED = 128  # points; with more of them the GP keeps its kernel until a tenth more are there
 _FAILED_RADIUS = 0.01  # share of the bounds' width: no proposal falls nearer than this to a point that failed
 
 
@@ -133,7 +134,8 @@ class BayesProposer(_Drawn):
     the GP measures distances in; plan.tail_coefficients for merges of layers in a row (tests/benchmarks/search.py has
     the figures). Choices are one more coordinate there, in their order and evenly spaced, since neighbouring blocks
     are alike; the initial random points go through the choices in a random order before any comes again.
-    The GP is fitted with one BLAS thread (29 ms of CPU a candidate against 225 with all).
+    The GP is fitted with one BLAS thread (29 ms of CPU a candidate against 225 with all). Its kernel is fitted to every
+    point up to the 128th, later at every tenth part more: fits to 600 points take most of a second, and change little.
     """
 
     def __init__(
@@ -175,7 +177,9 @@ class BayesProposer(_Drawn):
         # every point is news: of six made-up searches one never left its start (true accuracy .594 for .837).
         kernel = Matern(nu=2.5, length_scale_bounds=(0.05, 10.0)) + WhiteKernel(1e-2, (1e-6, 0.3))
         self._warp = warp or np.asarray
-        self._optimizer._gp.set_params(kernel=wrap_kernel(kernel, transform=self._measured), n_restarts_optimizer=0)
+        self._kernel = wrap_kernel(kernel, transform=self._measured)
+        self._optimizer._gp.set_params(kernel=self._kernel, n_restarts_optimizer=0)
+        self._fitted_to, self._optimise = 0, self._optimizer._gp.optimizer
 
     def _measured(self, encoded: np.ndarray) -> np.ndarray:
         """What the GP measures distances in, of encoded points (n, coordinates)."""
@@ -217,6 +221,8 @@ class BayesProposer(_Drawn):
         with threadpool_limits(1), warnings.catch_warnings():
             # A kernel parameter at its bound (a noiseless or a flat objective) is no news to a user.
             warnings.simplefilter("ignore")
+            if len(space) > _ALWAYS_FITTED:
+                self._fix_kernel(space)
             found = self._liar.suggest(
                 gp=self._optimizer._gp,
                 target_space=space,
@@ -229,6 +235,17 @@ class BayesProposer(_Drawn):
         if tuple(point) in self._done or any(np.abs(np.subtract(point, bad)).max() < near for bad in self._failed):
             return self._new(np.random.default_rng(so_far))
         return point
+
+    def _fix_kernel(self, space: Any) -> None:
+        """The kernel fitted to the first points, as many as follow from how many there are: a restart has the same."""
+        gp, count = self._optimizer._gp, _ALWAYS_FITTED
+        while (more := count + count // 10) <= len(space):
+            count = more
+        if count != self._fitted_to:
+            gp.set_params(kernel=self._kernel, optimizer=self._optimise)
+            gp.fit(space.params[:count], space.target[:count])
+            gp.set_params(kernel=gp.kernel_, optimizer=None)
+            self._fitted_to = count
 
     def tell(self, point: Point, value: float | None) -> None:
         super().tell(point, value)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from ray.exceptions import OutOfMemoryError
 
+from raymerge import proposers
 from raymerge.actors import NoRoomError, WorkerError, WorkerLost
 from raymerge.config import ConfigError
 from raymerge.plan import tail_coefficients
@@ -71,6 +72,22 @@ def test_a_proposer_told_the_record_goes_on_as_it_would_have(proposer, done):
     for point in whole[:done]:
         resumed.tell(point, bump(point))
     assert maximise(resumed, bump, 18 - done) == whole[done:]
+
+
+def test_a_long_search_fits_its_kernel_at_every_tenth_part_more_and_a_restart_fits_the_same(monkeypatch):
+    monkeypatch.setattr(proposers, "_ALWAYS_FITTED", 20)
+    new = lambda: BayesProposer(dimensions=3, bounds=(0, 1), seed=5)  # noqa: E731
+    proposer, points, kernels = new(), [], []
+    for _ in range(28):
+        points += maximise(proposer, bump, 1)
+        kernels.append(proposer._optimizer._gp.kernel_.theta.tolist() if len(points) > 10 else None)
+    changed = [count for count in range(20, 28) if kernels[count] != kernels[count - 1]]
+    assert changed == [20, 22, 24, 26]
+    for done in (21, 25):
+        resumed = new()
+        for point in points[:done]:
+            resumed.tell(point, bump(point))
+        assert maximise(resumed, bump, 28 - done) == points[done:]
 
 
 def test_failed_points_are_tolerated_and_not_proposed_again():
