@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -93,8 +94,8 @@ def study(
     same subsets: where the samples of two studies are translations of one another, so are those of each draw.
     Halves: random splits into two times N // 2 samples.
 
-    A subset is computed as if it were all there is. Too few samples for a subset's matrix raise SimilarityError; too
-    few for a half's leave `halves` empty.
+    A subset is computed as if it were all there is. Too few samples for a subset's matrix raise SimilarityError
+    (`check_samples`); too few for a half's leave `halves` empty.
     """
     if null_draws < 1 or interval_draws < 2 or half_draws < 0:
         raise SimilarityError(
@@ -105,6 +106,7 @@ def study(
     values = features(recipe, distances, states)
     matrix = measure(recipe, values)
     n_layers, n = values.shape[:2]
+    check_samples(recipe, n)
     streams = [np.random.default_rng(seed) for seed in np.random.SeedSequence(random_state).spawn(3)]
     orders = np.tile(np.arange(n), (n_layers, 1))
     null = [measure(recipe, values, permutations=streams[0].permuted(orders, axis=1)).values for _ in range(null_draws)]
@@ -112,7 +114,7 @@ def study(
     def of(rows):
         return compute(recipe, distances, states, rows=rows).values
 
-    size = n - max(1, n // 5)
+    size = _draw_size(n)
     draws = np.stack([of(streams[1].permutation(n)[:size]) for _ in range(interval_draws)])
     half = n // 2
     splits = [streams[2].permutation(n) for _ in range(half_draws if half >= smallest_sample(recipe) else 0)]
@@ -134,6 +136,22 @@ def study(
         halves=np.array(halves).reshape(len(halves), 2, n_layers, n_layers),
         n_samples=n,
     )
+
+
+def check_samples(recipe: Recipe, n_samples: int) -> None:
+    """Raise SimilarityError where the subsets that `study` draws of so many samples are too small for the recipe."""
+    least = smallest_sample(recipe)
+    if _draw_size(n_samples) >= least:
+        return
+    enough = next(n for n in itertools.count(least) if _draw_size(n) >= least)
+    raise SimilarityError(
+        f"{n_samples} samples are too few: intervals are computed from {_draw_size(n_samples)} of them at a time, and "
+        f"measure {recipe.measure} of {recipe.dimensions} dimensions needs {least}; take at least {enough} samples"
+    )
+
+
+def _draw_size(n_samples: int) -> int:
+    return n_samples - max(1, n_samples // 5)
 
 
 def jackknife_variance(draws: np.ndarray, draw_size: int, n_samples: int) -> np.ndarray:

@@ -202,7 +202,9 @@ def test_halves_too_small_are_left_out_and_draws_too_small_refused():
     layers = sample(9, 1.0, n_layers=4)
     found = study(recipe("gaussian"), between(3 * layers), null_draws=2, interval_draws=3)  # 4 samples, but 5 needed
     assert found.halves.shape == (0, 2, 4, 4) and found.reliability is None
-    with pytest.raises(SimilarityError, match="3 samples are too few"):
+    with pytest.raises(
+        SimilarityError, match="4 samples are too few: .* from 3 of them .* needs 4; take at least 5 samples"
+    ):
         study(recipe("npib", k=3), between(layers[:, :4]), null_draws=2, interval_draws=3)
 
 

@@ -511,6 +511,27 @@ def test_what_was_asked_names_refits_and_calibration(tmp_path):
     assert told["Calibration"] == ("a.txt", "up to 4096 tokens")
 
 
+@pytest.mark.parametrize(
+    ("plan", "told"),
+    [
+        ({"merges": 13, "selection": "list", "base": "file"}, "as many as the alpha file has, selection list"),
+        (
+            {"merges": None, "threshold": 0.5, "selection": "most_similar"},
+            "until no similarity exceeds 0.5, selection most_similar",
+        ),
+        (
+            {"merges": 3, "threshold": 0.5, "selection": "most_similar"},
+            "3, or fewer once no similarity exceeds 0.5, selection most_similar",
+        ),
+        ({"merges": 3, "selection": "block", "block": "loss"}, "3, selection block, block loss"),
+    ],
+)
+def test_what_was_asked_says_how_many_merges_there_are(tmp_path, plan, told):
+    run = RunDirectory.open(tmp_path / "run", {"plan": plan}, "search")
+    (facts,) = blocks([asked.asked(run)], Facts)
+    assert {fact.term: fact.value for fact in facts.facts}["Merges (K)"] == told
+
+
 def test_refits_of_one_method_are_ways_of_their_own(tmp_path):
     run = sweep_run(tmp_path / "curve")
     rows = [{k: v for k, v in row.items() if k != "run_id"} for row in run.read("sweep").to_pylist()]

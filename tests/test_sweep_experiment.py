@@ -208,6 +208,16 @@ def test_a_block_that_is_given_or_similar_needs_no_model(tmp_path):
         assert shown[2] == measure and (shown[3] == "–") == ("distance" not in caption) == (measure == "given")
     with pytest.raises(PlanError, match=r"must begin with one of layers 1 to 18 .* plan.starts allow \[19\]"):
         planning.allowed_starts(config(tmp_path, "plan.block=19").plan, N_LAYERS, 3)
+    # Into the layer after it a block may begin with layer 0, of which a similarity run has no input.
+    after, alike = ["plan.survivor=after"], ["plan.block=similarity", "plan.similarity_run=x"]
+    assert planning.allowed_starts(config(tmp_path, *after).plan, N_LAYERS, 3)[:2] == [0, 1]
+    assert planning.allowed_starts(config(tmp_path, *after, *alike).plan, N_LAYERS, 3)[:2] == [1, 2]
+    settings, other = (
+        config(tmp_path, *after, *alike, "plan.starts=[0, 2]"),
+        RunDirectory.open(tmp_path / "other", {}, "search"),
+    )
+    with pytest.raises(PlanError, match=r"layers \[0\] on have no finite score: set plan.starts"):
+        planning.choose_blocks(settings, N_LAYERS, [3], other, "", similar, Silent())
 
 
 def test_plain_text_alone_judges_every_point_where_no_questions_are_asked(run, local_pools, tmp_path):

@@ -33,7 +33,7 @@ from raymerge.inputs import SUBSETS, Subset
 from raymerge.parts import part_name
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
-from raymerge.reliability import RELIABLE_N, Correlation, Study, correlate, correlate_matrices
+from raymerge.reliability import RELIABLE_N, Correlation, Study, check_samples, correlate, correlate_matrices
 from raymerge.sensitivity import recipe_of
 from raymerge.tables import IMPORTED, RunDirectory, layer_ranges
 
@@ -55,7 +55,7 @@ def similarity(
     RunDirectory.check(config.output.run, settings, "similarity")
     with step(progress, "reading model and prompts"):
         inputs = read_inputs(config, (SUBSETS,), text=False)
-    recipe_of(config.similarity)
+    check_samples(recipe_of(config.similarity), config.similarity.samples)
     run = open_run(config, "similarity", settings, inputs, progress)
     if run.complete:
         return run

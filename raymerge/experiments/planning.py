@@ -137,10 +137,12 @@ def influence_plan(similarity: Similarity | None, merges: int) -> list[MergePlan
 def allowed_starts(plan: PlanConfig, n_layers: int, merges: int) -> list[int]:
     """The first layers that a block of `merges` layers may have: the given one, or those of plan.starts that fit.
 
+    By similarity 0 is none of them unless plan.starts has it: layers' outputs are compared, and none enters layer 0.
     Raises PlanError where there is none.
     """
     fitting = block_starts(n_layers, merges, plan.survivor)
-    wanted = [plan.block] if isinstance(plan.block, int) else fitting if plan.starts is None else plan.starts
+    any_first = [first for first in fitting if first > 0 or plan.block != "similarity"]
+    wanted = [plan.block] if isinstance(plan.block, int) else any_first if plan.starts is None else plan.starts
     if not (found := [first for first in fitting if first in wanted]):
         raise PlanError(
             f"a block of {merges} layers with plan.survivor {plan.survivor} must begin with one of layers {fitting[0]} "

@@ -142,9 +142,18 @@ def _plan(plan: dict, experiment: str) -> list[Fact]:
     base = plan.get("base") if plan.get("base") != "fixed" else f"constant {plan.get('ratio')}"
     chosen = f", block {plan.get('block')}" if plan.get("selection") == "block" else ""
     return [
-        Fact("Merges (K)", f"{plan.get('merges')}, selection {plan.get('selection')}{chosen}", options),
+        Fact("Merges (K)", f"{_how_many(plan)}, selection {plan.get('selection')}{chosen}", options),
         Fact("Starting coefficients", str(base), str(plan.get("similarity_run") or plan.get("alpha_file") or "")),
     ]
+
+
+def _how_many(plan: dict) -> str:
+    merges, threshold = plan.get("merges"), plan.get("threshold")
+    if plan.get("selection") == "list":
+        return "as many as the alpha file has"
+    if merges is None:
+        return f"until no similarity exceeds {threshold}"
+    return str(merges) if threshold is None else f"{merges}, or fewer once no similarity exceeds {threshold}"
 
 
 def _search(config: dict, experiment: str) -> list[Fact]:
