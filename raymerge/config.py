@@ -194,8 +194,10 @@ class PlanConfig(_Section):
             raise ValueError("selection is list, so base must be file and alpha_file name one")
         elif self.selection in ("tail", "block") and self.merges is None:
             raise ValueError(f"selection is {self.selection}, which needs merges")
-        elif self.selection == "block" and self.base == "file":
-            raise ValueError("selection is block, but an alpha file names its own layers: set selection to list")
+        if self.selection in ("block", "most_similar") and self.base == "file":
+            raise ValueError(
+                f"selection is {self.selection}, but an alpha file names its own layers: set selection to list"
+            )
         if self.selection == "block" and self.block == "similarity" and not self.similarity_run:
             raise ValueError("block is similarity, so similarity_run must name a run of `raymerge similarity`")
         return self

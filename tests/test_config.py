@@ -231,6 +231,10 @@ def test_what_is_written_to_a_run_reads_back_as_the_same_configuration():
             "selection is block, but an alpha file names its own layers: set selection to list",
         ),
         (
+            {"plan": {"selection": "most_similar", "base": "file", "alpha_file": "a.json", "similarity_run": "r"}},
+            "selection is most_similar, but an alpha file names its own layers: set selection to list",
+        ),
+        (
             {"plan": {"selection": "block", "block": "loss"}},
             "plan.block is loss, measured on plain text: set calibration",
         ),
