@@ -336,7 +336,8 @@ def print_sensitivity(run: RunDirectory) -> None:
     """Agreement with the reference for each setting, averaged over subsets."""
     from raymerge import summary
 
-    _print_table(*summary.sensitivity_table(run))
+    header, cells = summary.sensitivity_table(run)
+    _print_table(header, [[*row[:-1], textwrap.shorten(row[-1], 60, placeholder=" …")] for row in cells])
     _print_incidents(run)
     _print_place(run)
 

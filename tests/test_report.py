@@ -612,6 +612,33 @@ def test_sensitivity_names_the_setting_that_matters(tmp_path):
     assert "Settings without a mark are undefined" in figure.caption  # their lines were empty, and nothing said why
 
 
+def test_merges_that_stay_the_same_are_those_of_changed_settings(tmp_path):
+    run = sensitivity_run(tmp_path / "s")
+    (row, *_) = run.read("sensitivity").to_pylist()
+    unchanged = [("seed", "0", 1.0, None), ("threshold", "0.2", 1.0, "79 merges")]  # these would make 55 % a 78 %
+    run.append("sensitivity", [
+        row | {"parameter": parameter, "setting": setting, "plan_overlap": same, "reference": False, "note": note}
+        for parameter, setting, same, note in unchanged
+    ])  # fmt: skip
+    run.config["similarity"]["seed"] = 0
+    (text, *_) = blocks(run_sections(run, heading=False), Text)
+    assert text.text.endswith("over all changed settings, 55 % of the merges stay the same.")
+
+
+def test_notes_of_a_setting_are_those_of_all_subsets(tmp_path):
+    run = sensitivity_run(tmp_path / "s")
+    (row, *_) = run.read("sensitivity").to_pylist()
+    why = "cosine needs pooling last or mean: sequences have no one state per sample"
+    found = [("threshold", "0.2", "79 merges"), ("threshold", "0.2", "61 merges"), ("measure", "cosine", why),
+             ("dimensions", "5", why), ("dimensions", "5", None)]  # fmt: skip
+    run.replace("sensitivity", [
+        row | {"parameter": parameter, "setting": setting, "reference": False, "note": note}
+        for parameter, setting, note in found
+    ])  # fmt: skip
+    _, cells = summary.sensitivity_table(run)
+    assert [row[-1] for row in cells] == ["61 to 79 merges", why, f"1 of 2 subsets: {why}"]  # the page had 60 characters
+
+
 def test_undefined_settings_are_spoken_of_where_there_are_some(tmp_path):
     run = sensitivity_run(tmp_path / "s")
     rows = [row for row in run.read("sensitivity").to_pylist() if row["pearson_off_diagonal"] is not None]

@@ -366,10 +366,17 @@ def sensitivity(run: RunDirectory) -> Section:
 
 
 def _settings(run: RunDirectory, rows: list[dict], known: list[dict]) -> tuple[Text, Figure]:
-    """What changes the matrix most, and the drawing of all settings; known: rows with a correlation."""
+    """What changes the matrix most, and the drawing of all settings; known: rows with a correlation.
+
+    The settings of the reference and thresholds, which leave the matrix as it is, would make a mean of the merges that
+    stay the same too good.
+    """
+    own = run.config["similarity"]
+    unchanged = {f"{key} = {own[key]}" for key in own}
     low = min(known, key=lambda row: row["r"])
-    shares = [row["same"] for row in rows if row["same"] is not None]
-    same = f"; on average {percent(sum(shares) / len(shares), 0)} of the merges stay the same" if shares else ""
+    shares = [row["same"] for row in rows if row["same"] is not None
+              and row["setting"] not in unchanged and not row["setting"].startswith("threshold")]  # fmt: skip
+    same = f"; over all changed settings, {percent(sum(shares) / len(shares), 0)} of the merges stay the same" if shares else ""
     told = f"The matrix of {low['setting']} agrees least with the reference (r = {value(low['r'], 2)}){same}."
     tips = [("setting", "setting"), ("subset", "subset"), ("r", "r off the diagonal", ".3f"),
             ("same", "same merges", ".0%"), ("moves", "largest alpha change", ".3f"), ("note", "note")]  # fmt: skip
