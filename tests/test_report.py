@@ -636,7 +636,7 @@ def test_notes_of_a_setting_are_those_of_all_subsets(tmp_path):
         for parameter, setting, note in found
     ])  # fmt: skip
     _, cells = summary.sensitivity_table(run)
-    assert [row[-1] for row in cells] == ["61 to 79 merges", why, f"1 of 2 subsets: {why}"]  # the page had 60 characters
+    assert [row[-1] for row in cells] == ["61 to 79 merges", why, f"1 of 2 subsets: {why}"]
 
 
 def test_undefined_settings_are_spoken_of_where_there_are_some(tmp_path):

@@ -376,7 +376,8 @@ def _settings(run: RunDirectory, rows: list[dict], known: list[dict]) -> tuple[T
     low = min(known, key=lambda row: row["r"])
     shares = [row["same"] for row in rows if row["same"] is not None
               and row["setting"] not in unchanged and not row["setting"].startswith("threshold")]  # fmt: skip
-    same = f"; over all changed settings, {percent(sum(shares) / len(shares), 0)} of the merges stay the same" if shares else ""
+    mean = percent(sum(shares) / len(shares), 0) if shares else ""
+    same = f"; over all changed settings, {mean} of the merges stay the same" if shares else ""
     told = f"The matrix of {low['setting']} agrees least with the reference (r = {value(low['r'], 2)}){same}."
     tips = [("setting", "setting"), ("subset", "subset"), ("r", "r off the diagonal", ".3f"),
             ("same", "same merges", ".0%"), ("moves", "largest alpha change", ".3f"), ("note", "note")]  # fmt: skip
