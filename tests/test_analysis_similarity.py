@@ -422,6 +422,27 @@ def test_sensitivity(tmp_path):
     assert "- math en: one pair undefined" in (folder / "sensitivity.md").read_text()
 
 
+def test_sensitivity_of_57_subsets_has_a_legend_that_fits(tmp_path, monkeypatch):
+    shown = []
+
+    def look(figure, path):
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        texts = [text.get_text() for text in legend.get_texts()]
+        shown.append((texts, box.x0 >= 0 and box.x1 <= figure.bbox.width))
+
+    monkeypatch.setattr(sensitivity_script, "save", look)
+    with plotting.plt.rc_context(plotting.STYLE):
+        for count in (12, 57):
+            rows = [{"subset": f"high_school_subject_{i}", "language": "en", "parameter": "sigma", "setting": setting,
+                     "reference": False, "pearson_off_diagonal": 0.01 * i, "plan_overlap": 0.5,
+                     "alpha_max_difference": None} for i in range(count) for setting in ("1.0", "2.0")]  # fmt: skip
+            sensitivity_script.draw_settings(rows, tmp_path / "x.png")
+    assert [fits for _, fits in shown] == [True, True] and len(shown[0][0]) == 12
+    assert shown[1][0] == ["one of 57 subsets", "median"]
+
+
 @pytest.mark.parametrize(
     ("script", "message"),
     [(heatmaps_script, "table similarity, needed for the heat maps; raymerge similarity CONFIG"),
