@@ -402,6 +402,16 @@ def test_ticks_of_accuracies_close_to_each_other_are_told_apart():
     assert len(ticks) >= 4 and len(set(ticks)) == len(ticks), ticks
 
 
+def test_the_numbers_of_64_layers_do_not_run_into_one():
+    import vl_convert
+
+    cells = [{"series": "drop", "layer": layer, "weight": 0.0, "kept": 16, "percent": ""} for layer in range(16, 80)]
+    view = figures.weight_cells(cells, "")
+    drawn = vl_convert.vegalite_to_svg(view.spec | {"width": 650, "datasets": {"rows": cells}})
+    numbers = [int(number) for number in re.findall(r"<text[^>]*opacity=\"1\"[^>]*>(\d+)</text>", drawn)]
+    assert 10 < len(numbers) < 40, numbers
+
+
 def test_names_of_plans_stay_inside_their_drawing(search):
     """Of 300 pixels, on a page of 390 they began left of the axis, cut off."""
     reached = Reached(search)
@@ -659,6 +669,27 @@ def test_several_runs_are_compared_on_the_same_questions(tmp_path, search):
     assert page.several and [s.title for s in page.sections if s.level == 2][1].startswith("k3: ")
     assert compared.tests([reached[0], Reached(sweep_run(tmp_path / "sweep"))]) == []
     assert not any("chosen on these" in str(block) for block in page.sections[0].blocks)
+
+
+def test_evaluated_models_are_tested_against_each_other_and_drawn_below_each_other(tmp_path):
+    """They stood in a scatter over parameters removed, all at 0 %, one above the other and without names."""
+    runs = []
+    for name, right in (("a", 0.9), ("b", 0.4)):
+        run = RunDirectory.open(tmp_path / name, {"model": {"path": f"/models/{name}"}}, "evaluate")
+        run.begin()
+        plan = {"base": base_plan(8)}
+        evaluated(run, plan, {"base": right}, subjects=("law", "anatomy"), perplexities={}, pairs=[])
+        run.write_manifest("complete", command=["raymerge", "evaluate"])
+        runs.append(run)
+    page = page_of(runs, "raymerge report", Silent())
+    tables = {table.caption.split()[0]: table for table in page.sections[0].blocks if isinstance(table, Table)}
+    ((first, second, *_, verdict),) = tables["Paired"].cells
+    assert (first, second, verdict) == ("a: base", "b: base", "better")
+    (figure,) = blocks([page.sections[0]], Figure)
+    assert figure.title == "Accuracy, all runs"
+    assert figure.views[0].spec["layer"][1]["encoding"]["y"]["sort"] == ["a", "b"]
+    (table,) = [table for table in blocks(page.sections, Table) if table.caption.startswith("Every plan")][:1]
+    assert "In brackets" not in table.caption  # nothing is merged or dropped
 
 
 def test_a_run_that_searched_on_the_reports_questions_is_marked_beside_others(tmp_path, search):
