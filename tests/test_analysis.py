@@ -528,7 +528,7 @@ def test_descents_of_several_searchers_are_told_apart_and_numbers_do_not_cover_e
         many = [row | {"alphas": [0.5] * 40} for row in history[:12]]  # of 40 steps, not of matrices
         alpha_panels.draw_history(many, tmp_path / "many.png")
         bars = [drawn[name].axes[2].get_ylabel() for name in ("matrix.png", "many.png")]
-        assert bars == ["coefficient: by step, then by matrix and step", "step"]
+        assert bars == ["coefficient: by matrix, then by step", "step"]
 
 
 def test_coefficients_of_40_steps_fit_on_a_screen(tmp_path, monkeypatch):
