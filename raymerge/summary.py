@@ -379,7 +379,7 @@ def similarity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
                 _mean([row["null_mean"] for row in null]),
                 _percent([row["value"] > row["null_p95"] for row in sound]),
                 str(len(rows) - len(known)),
-                str(len(noise)),
+                str(len(noise)) if run.has("degeneracy") else "–",  # without a diffusion map there is none to be so
             ]
         )
     return header, cells

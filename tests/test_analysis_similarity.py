@@ -298,6 +298,26 @@ def test_more_than_five_subsets_need_a_second_band(tmp_path):
     assert png_size(path)[1] > 1200
 
 
+def test_long_names_of_subsets_do_not_run_into_the_next_panels(tmp_path, monkeypatch):
+    boxes = []
+
+    def look(figure, path):
+        figure.draw_without_rendering()
+        boxes.extend(axis._left_title.get_window_extent() for axis in figure.axes if axis.get_title("left"))
+        return path
+
+    monkeypatch.setattr(heatmaps_script, "save", look)
+    names = {"language": "imported", "measure": "m", "embedding": "m", "n_samples": 0, "null_mean": None}
+    rows = [
+        names | {"subset": f"high_school_government_and_politics{k}", "layer_i": i, "layer_j": j, "value": 0.1 * i + j,
+                 "null_p95": None, "ci_low": None, "ci_high": None, "note": None}
+        for k in range(6) for i in range(3) for j in range(3)
+    ]  # fmt: skip
+    with plotting.plt.rc_context(plotting.STYLE):
+        heatmaps_script.draw_matrices(heatmaps_script.views_of(rows), "m", "m", tmp_path / "x.png")
+    assert len(boxes) == 6 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 def test_foreign_matrices_have_no_null(tmp_path):
     run = RunDirectory.open(tmp_path / "run", {}, "import-similarity")
     values = np.random.default_rng(0).uniform(0, 1, (2, 5, 5))

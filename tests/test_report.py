@@ -15,6 +15,7 @@ from report_runs import (
     LAYERS,
     QUESTIONS,
     evaluated,
+    imported_run,
     search_run,
     sensitivity_run,
     similarity_run,
@@ -737,6 +738,16 @@ def test_the_random_control_is_called_the_best_of_as_many_as_were_tried(tmp_path
     assert any("best of 3 random" in line for line in search_results(run, "found", "test"))
     run.append("trials", [trial | {"searcher": "gradient_alphas"}], part="descended")
     assert "best of 8 candidates and 1 descent, the" in summary.budget_lines(run)[0]
+
+
+def test_captions_of_imported_matrices_speak_of_no_noise_that_is_not_known(tmp_path):
+    runs = {"imported": imported_run(tmp_path / "run", ["a", "b", "c"]), "own": similarity_run(tmp_path / "own")}
+    captions = {
+        name: " ".join(figure.caption for figure in blocks(run_sections(run, heading=False), Figure))
+        for name, run in runs.items()
+    }
+    for words in ("White dot", "ceiling", "95 %"):
+        assert words in captions["own"] and words not in captions["imported"]
 
 
 def test_what_is_missing_is_said(tmp_path):
