@@ -233,9 +233,11 @@ def draw_moves(axis, rows: list[dict], start: str) -> None:
                 str(step), (rows[-1]["epoch"], height), xytext=(3, 0), textcoords="offset points", fontsize=7,
                 va="center",
             )  # fmt: skip
-    else:  # with alphas of single matrices: those of all steps, then those of each matrix
+    else:
         scale = plt.cm.ScalarMappable(plt.Normalize(0, n - 1), colourmap)
-        axis.figure.colorbar(scale, ax=axis, label="coefficient: by step, then by matrix and step")
+        matrices = rows[0]["searcher"].endswith("per_matrix")  # those of one matrix after those of another
+        label = "coefficient: by matrix, then by step" if matrices else "step"
+        axis.figure.colorbar(scale, ax=axis, label=label)
     what = f"α of {start}, numbered by step" if n <= _NUMBERED else f"The {n} α of {start}"
     axis.set(ylim=(-0.03, 1.03), xlabel="epoch", ylabel="α", title=what)
 

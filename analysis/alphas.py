@@ -7,7 +7,7 @@ Reads tables plans, coefficients, trials and gradient_history, and draws those o
 names a run of `raymerge similarity`; without it the one that the run itself took its coefficients from is used.
 
   alphas.png              alpha of every merge step (thin: of single matrices, where they have their own), and the
-                          weight each original layer ends up with
+                          weight each original layer ends up with (of up to 24 layers with numbers)
   alpha_distribution.png  all alphas the search tried, beside the best candidate's
   search_progress.png     objective by candidate, running best, controls as horizontal lines; of a share of questions
                           the 95 % interval of the best
@@ -198,22 +198,26 @@ def weights_of(plans: list[dict], coefficients: list[dict]) -> tuple[dict[tuple,
     return weights, merged
 
 
+_NUMBERED = 24  # layers whose weights stand in the cells; 41 made a figure of 5,365 pixels in width
+
+
 def draw_plans(plans, coefficients, labels, path: Path) -> Path:
-    """Alphas by merge step as lines, effective weights by original layer as an annotated heat map."""
+    """Alphas by merge step as lines, effective weights by original layer as a heat map: with numbers beside the lines,
+    or of many layers without, below them."""
     steps = steps_of(plans)
     weights, layers = weights_of(plans, coefficients)
     n = max(1, len(steps))
     steps_wide = 2.2 + 0.27 * max([row["step"] for rows in steps.values() for row in rows], default=0)
     longest = 0.08 * max((len(label_of(key, labels)) for key in steps), default=0)  # inches, at the labels' size
     left_width, right_width = max(4.2, steps_wide), max(4.2, 0.48 * len(layers) + 1.6) + longest
-    figure, (left, right) = plt.subplots(
-        1,
-        2,
-        figsize=(left_width + right_width, max(3.6, 0.34 * n + 1.6)),
-        width_ratios=[left_width, right_width],
-    )
+    width, height = left_width + right_width, max(3.6, 0.34 * n + 1.6)
+    if len(layers) <= _NUMBERED:
+        figure, (left, right) = plt.subplots(1, 2, figsize=(width, height), width_ratios=[left_width, right_width])
+    else:
+        width, heights = max(left_width, 8.0 + longest), [3.6, 0.22 * n + 1.2]
+        figure, (left, right) = plt.subplots(2, 1, figsize=(width, sum(heights)), height_ratios=heights)
     draw_steps(left, steps, labels)
-    columns = max(1, int((left_width + right_width) / (longest + 0.7)))
+    columns = max(1, int(width / (longest + 0.7)))
     handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(n, columns), fontsize=8)
     draw_weights(right, weights, layers, [label_of(key, labels) for key in weights])
@@ -249,10 +253,11 @@ def draw_weights(axis, weights: dict[tuple, dict[int, float]], layers: list[int]
     """The weight that each original layer ends up with, a row a plan; names: of the rows."""
     grid = np.array([[row[layer] for layer in layers] for row in weights.values()]).reshape(len(weights), len(layers))
     image = axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for (i, j), value in np.ndenumerate(grid):
+    for (i, j), value in np.ndenumerate(grid) if len(layers) <= _NUMBERED else ():
         text = "0" if value == 0 else "1" if value == 1 else "<.001" if value < 0.0005 else f"{value:.3f}".lstrip("0")
         axis.text(j, i, text, ha="center", va="center", fontsize=7, color=ink(image, value))
-    axis.set_xticks(range(len(layers)), layers)
+    stride = math.ceil(len(layers) / _NUMBERED)
+    axis.set_xticks(range(0, len(layers), stride), layers[::stride])
     axis.set_yticks(range(len(weights)), names)
     axis.grid(False)
     axis.tick_params(length=0)

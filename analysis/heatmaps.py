@@ -44,6 +44,7 @@ from raymerge.tables import RunDirectory, colour_scale, degeneracy, layer_ranges
 
 _PANELS = 5  # subsets beside each other; more go on a new line
 _LINES = 12  # subsets told apart in one plot; of more a legend leaves it no room
+_TITLE = 26  # letters above a panel; of more they are smaller, not to run into the next panel's
 _NOTES = 5  # different ones written out a subset
 
 
@@ -160,7 +161,8 @@ def draw_matrices(views: list[View], measure: str, embedding: str, path: Path) -
         view = views[index]
         if kind == 0:
             images[0] = axis.imshow(view.value, cmap="viridis", norm=Normalize(low, high), interpolation="nearest")
-            axis.set_title(view.name)
+            size = plt.rcParams["axes.titlesize"] * min(1, _TITLE / len(view.name))
+            axis.set_title(view.name, fontsize=size)
         else:
             images[1] = draw_excess(axis, excess[index], top)
             axis.set_title(null_title(view), fontsize=8, fontweight="normal")

@@ -5,7 +5,8 @@
 Reads table sensitivity: one row varies one parameter and compares with the reference setting.
 
   sensitivity.png  agreement of the matrices off the diagonal, share of the same layer pairs chosen for merging, and
-                   largest difference of a merge coefficient; one line a setting, one mark a subset
+                   largest difference of a merge coefficient; one line a setting, one mark a subset (more than 12:
+                   marks alike, and their median)
   sensitivity.md   the same as tables
 """
 
@@ -26,6 +27,8 @@ _PANELS = {
     "alpha_max_difference": "Coefficients\n(largest difference of an α)",
 }
 
+
+_LINES = 12  # subsets told apart by their marks; of more a legend leaves the panels no room
 
 #: The parameter of the row that compares the reference with itself: it says only whether it can be computed.
 _REFERENCE = "reference"
@@ -99,11 +102,18 @@ def draw_settings(rows: list[dict], path: Path) -> Path:
             mine = [row for row in rows if subset_name(row) == name and row[column] is not None]
             at = [lines[row["parameter"], row["setting"]] + shift for row in mine]
             values = [row[column] for row in mine]
-            axis.plot(values, at, ls="none", **style_of(i), ms=4.5, mew=0, alpha=0.85, label=name)
+            if len(names) <= _LINES:
+                style = style_of(i) | {"ms": 4.5, "alpha": 0.85, "label": name}
+            else:
+                style = style_of(1) | {"ms": 3, "alpha": 0.5, "label": None if i else f"one of {len(names)} subsets"}
+            axis.plot(values, at, ls="none", mew=0, **style)
         axis.set_title(_PANELS[column], fontsize=9)
         for (parameter, setting), at in lines.items():
             mine = [row for row in rows if (row["parameter"], row["setting"]) == (parameter, setting)]
             absent = sum(row[column] is None for row in mine)
+            if len(names) > _LINES and absent < len(mine):
+                median = np.median([row[column] for row in mine if row[column] is not None])
+                axis.plot(median, at, ls="none", marker="|", ms=11, mew=1.6, color="black", label="median")
             trivial = parameter == "threshold" and column == "alpha_max_difference"  # it changes the pairs alone
             if absent and not trivial and (parameter, setting) not in references:
                 text = "undefined" if absent == len(mine) else f"{absent} of {len(mine)}\nundefined"
@@ -124,7 +134,11 @@ def draw_settings(rows: list[dict], path: Path) -> Path:
             axis.axvline(1, color=GREY, lw=0.8, ls=":")
         else:
             axis.axvline(0, color=GREY, lw=0.8, ls=":")
-    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(names)), fontsize=8)
+    handles, texts = first.get_legend_handles_labels()
+    shown = dict(zip(texts, handles, strict=True))  # each once
+    room = figure.get_figwidth() / (0.5 + 0.075 * max(map(len, shown)))  # a column in inches, at this font size
+    columns = max(1, min(6, len(shown), int(room)))
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=columns, fontsize=8)
     return save(figure, path)
 
 

@@ -31,7 +31,9 @@ def model_card(record: dict[str, Any], checkpoint: Checkpoint, *, results: Seque
         f"Made by raymerge {record['raymerge']} from a model with identity `{record['base_model_identity']}`. "
         f"{record['layers_before']} decoder layers became {record['layers_after']}, which removes "
         f"{record['parameters_removed'] / 1e6:,.1f} million parameters (plan `{record['plan_id']}`, "
-        f"{record['name']}; norms {record['norms']}, biases {record['biases']}, alignment {record['alignment']}).",
+        f"{record['name']}; norms {record['norms']}, biases {record['biases']}, alignment {record['alignment']}"
+        + (f", refit {record['refit']['method']}" if "refit" in record else "")
+        + ").",
         "",
     ]
     if source := record["gguf_source"]:
@@ -72,6 +74,12 @@ def _plan_lines(record: dict[str, Any]) -> list[str]:
         lines += [
             "",
             "Some matrices have alphas of their own, which are in `merge_plan.json`: `alphas.json` cannot hold them.",
+        ]
+    if "refit" in record:
+        lines += [
+            "",
+            "The layers at the seams were then fitted to the unmerged model on calibration tokens "
+            f"({record['refit']['method']}), so these coefficients alone do not give the weights.",
         ]
     if record["mergekit"] is None:
         lines += ["", "`mergekit.yaml` is the plan as a mergekit configuration, which makes the same weights."]

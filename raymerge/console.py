@@ -319,14 +319,18 @@ def print_similarity(run: RunDirectory) -> None:
         print(f"\n{textwrap.fill(paragraph, _TEXT)}")
     header, cells = summary.correlation_table(run, _PAIRS)
     if cells:
+        bounded = any(row[-1] != "–" for row in cells)
         print(
             "\nCorrelations between matrices, with 95 % intervals off the diagonal. Ceiling: what noise leaves of a\n"
             "correlation of 1; translations of the same questions share their noise and may exceed it."
+            if bounded
+            else "\nCorrelations between matrices:"
         )
         _print_table(header, cells)
         further = run.row_counts()["similarity_correlation"] - len(cells)
         if further:
-            print(f"(Those furthest below their ceilings; table similarity_correlation has {further:,} more pairs.)")
+            which = "Those furthest below their ceilings" if bounded else "The lowest"
+            print(f"({which}; table similarity_correlation has {further:,} more pairs.)")
     _print_warnings(run)
     _print_incidents(run)
     _print_place(run)
@@ -336,7 +340,8 @@ def print_sensitivity(run: RunDirectory) -> None:
     """Agreement with the reference for each setting, averaged over subsets."""
     from raymerge import summary
 
-    _print_table(*summary.sensitivity_table(run))
+    header, cells = summary.sensitivity_table(run)
+    _print_table(header, [[*row[:-1], textwrap.shorten(row[-1], 60, placeholder=" …")] for row in cells])
     _print_incidents(run)
     _print_place(run)
 

@@ -26,8 +26,11 @@ def similarity_ratio(similarity: np.ndarray, into: int, remove: int, *, beta: fl
     for layer in (into, remove):
         row = similarity[layer]
         if not np.all(np.isfinite(row)):
-            missing = np.flatnonzero(~np.isfinite(row)).tolist()
-            raise PlanError(f"similarity row {layer} has no value at {missing}: a ratio needs the whole row")
+            missing = np.flatnonzero(~np.isfinite(row))
+            raise PlanError(
+                f"similarity row {layer} has no value at {len(missing)} of {len(row)} layers, the first is "
+                f"{missing[0]}: a ratio needs the whole row"
+            )
         means.append(float(row.mean()))
     total = means[0] + means[1]
     if total == 0.0:

@@ -379,7 +379,7 @@ def similarity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
                 _mean([row["null_mean"] for row in null]),
                 _percent([row["value"] > row["null_p95"] for row in sound]),
                 str(len(rows) - len(known)),
-                str(len(noise)),
+                str(len(noise)) if run.has("degeneracy") else "–",  # without a diffusion map there is none to be so
             ]
         )
     return header, cells
@@ -421,10 +421,21 @@ def sensitivity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
                 _mean([row["pearson_off_diagonal"] for row in rows]),
                 _percent(shares),
                 _mean([row["alpha_max_difference"] for row in rows]),
-                textwrap.shorten(next((row["note"] for row in rows if row["note"]), ""), 60, placeholder=" …"),
+                _notes_of([row["note"] for row in rows]),
             ]
         )
     return header, cells
+
+
+def _notes_of(notes: list[str | None]) -> str:
+    """One setting's notes on its subsets: numbers of merges as a range, else the first, and how many have one."""
+    known = [note for note in notes if note]
+    if not known:
+        return ""
+    counts = sorted({int(note.removesuffix(" merges")) for note in known if note.removesuffix(" merges").isdigit()})
+    if counts and len(known) == len(notes):
+        return f"{counts[0]} merges" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} merges"
+    return known[0] if len(known) == len(notes) else f"{len(known)} of {len(notes)} subsets: {known[0]}"
 
 
 def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str]]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from raymerge import rows
@@ -181,6 +183,24 @@ def similarity_run(path, *, subsets=("medical", "law"), warnings=()):
         for number, (a, b) in enumerate(pairs)
     ])  # fmt: skip
     run.write_manifest("complete", command=["raymerge", "similarity"], warnings=list(warnings))
+    return run
+
+
+def imported_run(path, subsets):
+    """Matrices of three layers whose samples are not at hand, and the correlations of all pairs, falling."""
+    run = RunDirectory.open(path, {"files": []}, "import-similarity")
+    run.begin()
+    names = {"language": "imported", "measure": "imported", "embedding": "imported", "n_samples": 0}
+    run.append("similarity", [
+        names | {"subset": subset, "layer_i": i, "layer_j": j, "value": 1.0 - 0.3 * abs(i - j)}
+        for subset in subsets for i in range(3) for j in range(3)
+    ])  # fmt: skip
+    run.append("similarity_correlation", [
+        {"subset_a": a, "subset_b": b, "language_a": "imported", "language_b": "imported", "measure": "imported",
+         "pearson": 0.99 - 0.01 * n, "pearson_off_diagonal": 0.98 - 0.01 * n}
+        for n, (a, b) in enumerate(itertools.combinations(subsets, 2))
+    ])  # fmt: skip
+    run.write_manifest("complete", command=["raymerge", "import-similarity"])
     return run
 
 

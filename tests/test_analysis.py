@@ -525,6 +525,27 @@ def test_descents_of_several_searchers_are_told_apart_and_numbers_do_not_cover_e
         right = drawn["matrix.png"].axes[1]
         assert not right.texts and right.get_title("left") == "The 91 α of start 3"
         assert len({line.get_color() for line in drawn["one.png"].axes[0].lines}) == 4
+        many = [row | {"alphas": [0.5] * 40} for row in history[:12]]  # of 40 steps, not of matrices
+        alpha_panels.draw_history(many, tmp_path / "many.png")
+        bars = [drawn[name].axes[2].get_ylabel() for name in ("matrix.png", "many.png")]
+        assert bars == ["coefficient: by matrix, then by step", "step"]
+
+
+def test_coefficients_of_40_steps_fit_on_a_screen(tmp_path, monkeypatch):
+    """The figure was 5,365 pixels wide, and its numbers too small to read."""
+    drawn = figures_of(monkeypatch, alphas_script)
+    names = ["drop", "found_gradient_simplex"]
+    with alphas_script.plt.rc_context(alphas_script.STYLE):
+        for count in (13, 40):
+            plans = [
+                {"plan_id": name, "matrix": None, "step": step, "into": 78 - step, "remove": 79 - step, "alpha": 0.5}
+                for name in names
+                for step in range(count)
+            ]
+            alphas_script.draw_plans(plans, [], dict(zip(names, names, strict=True)), tmp_path / f"{count}.png")
+    assert drawn["40.png"].get_figwidth() < 16 and not drawn["40.png"].axes[1].texts
+    assert [tick.get_text() for tick in drawn["40.png"].axes[1].get_xticklabels()][:2] == ["39", "41"]
+    assert len(drawn["13.png"].axes[1].texts) == 28 and len(drawn["13.png"].axes[1].get_xticks()) == 14
 
 
 def test_progress_says_how_surely_the_best_is_known(tmp_path, monkeypatch):

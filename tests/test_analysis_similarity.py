@@ -298,6 +298,26 @@ def test_more_than_five_subsets_need_a_second_band(tmp_path):
     assert png_size(path)[1] > 1200
 
 
+def test_long_names_of_subsets_do_not_run_into_the_next_panels(tmp_path, monkeypatch):
+    boxes = []
+
+    def look(figure, path):
+        figure.draw_without_rendering()
+        boxes.extend(axis._left_title.get_window_extent() for axis in figure.axes if axis.get_title("left"))
+        return path
+
+    monkeypatch.setattr(heatmaps_script, "save", look)
+    names = {"language": "imported", "measure": "m", "embedding": "m", "n_samples": 0, "null_mean": None}
+    rows = [
+        names | {"subset": f"high_school_government_and_politics{k}", "layer_i": i, "layer_j": j, "value": 0.1 * i + j,
+                 "null_p95": None, "ci_low": None, "ci_high": None, "note": None}
+        for k in range(6) for i in range(3) for j in range(3)
+    ]  # fmt: skip
+    with plotting.plt.rc_context(plotting.STYLE):
+        heatmaps_script.draw_matrices(heatmaps_script.views_of(rows), "m", "m", tmp_path / "x.png")
+    assert len(boxes) == 6 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 def test_foreign_matrices_have_no_null(tmp_path):
     run = RunDirectory.open(tmp_path / "run", {}, "import-similarity")
     values = np.random.default_rng(0).uniform(0, 1, (2, 5, 5))
@@ -420,6 +440,27 @@ def test_sensitivity(tmp_path):
         assert (cells[""] == "reference") == (line[:2] in (["sigma", "median"], ["dimensions", "2"]))
     assert [line[1] for line in lines if line[0] == "sigma"] == ["2", "8", "32", "median"]
     assert "- math en: one pair undefined" in (folder / "sensitivity.md").read_text()
+
+
+def test_sensitivity_of_57_subsets_has_a_legend_that_fits(tmp_path, monkeypatch):
+    shown = []
+
+    def look(figure, path):
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        texts = [text.get_text() for text in legend.get_texts()]
+        shown.append((texts, box.x0 >= 0 and box.x1 <= figure.bbox.width))
+
+    monkeypatch.setattr(sensitivity_script, "save", look)
+    with plotting.plt.rc_context(plotting.STYLE):
+        for count in (12, 57):
+            rows = [{"subset": f"high_school_subject_{i}", "language": "en", "parameter": "sigma", "setting": setting,
+                     "reference": False, "pearson_off_diagonal": 0.01 * i, "plan_overlap": 0.5,
+                     "alpha_max_difference": None} for i in range(count) for setting in ("1.0", "2.0")]  # fmt: skip
+            sensitivity_script.draw_settings(rows, tmp_path / "x.png")
+    assert [fits for _, fits in shown] == [True, True] and len(shown[0][0]) == 12
+    assert shown[1][0] == ["one of 57 subsets", "median"]
 
 
 @pytest.mark.parametrize(

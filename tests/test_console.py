@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from report_runs import search_run, similarity_run, sweep_run
+from report_runs import imported_run, search_run, similarity_run, sweep_run
 
 from raymerge import console
 from raymerge.progress import Silent, step
@@ -152,6 +152,13 @@ def test_the_answer_stands_in_words_under_the_tables(tmp_path, capsys):
     assert "(Those furthest below their ceilings; table similarity_correlation has 15 more pairs.)" in shown
     table = shown.split("\n\n")[0]
     assert max(map(len, table.splitlines())) <= 120
+
+    # Imported matrices have no ceilings, and nobody has looked at their diffusion maps.
+    console.print_similarity(imported_run(tmp_path / "imported", [f"s{i}" for i in range(10)]))
+    shown = capsys.readouterr().out
+    assert "(The lowest; table similarity_correlation has 15 more pairs.)" in shown and "Ceiling" not in shown
+    (line,) = [line for line in shown.splitlines() if line.startswith("s0 ")]
+    assert line.split()[-2:] == ["0", "–"]  # none undefined, degenerate unknown
 
     # A constant matrix has no correlation, which is neither large nor small.
     many = RunDirectory.load(tmp_path / "many")

@@ -63,7 +63,7 @@ def test_similarity_is_normalised_and_clipped():
 def test_similarities_without_values_are_refused():
     similarity = np.ones((4, 4))
     similarity[2, 0] = np.nan
-    with pytest.raises(PlanError, match=r"similarity row 2 has no value at \[0\]"):
+    with pytest.raises(PlanError, match="similarity row 2 has no value at 1 of 4 layers, the first is 0"):
         pair_alphas(tail_pairs(4, 1), "similarity_ratio", similarity=similarity)
     with pytest.raises(PlanError, match="row 2"):
         similarity_ratio(similarity, 1, 2)

@@ -67,6 +67,8 @@ def test_a_refit_has_a_stage_of_its_own(tmp_path, alphas):
     options = {"refit": Refit("linear", ridge=0.1), "calibration": tmp_path / "a.txt"}
     merge("demo", alphas, tmp_path / "out", verify=False, progress=Told(), **options)
     assert Told.stages[:2] == ["refit (linear) on the calibration text", "receipts of the merge"]
+    card = (tmp_path / "out" / "README.md").read_text()  # it gave the coefficients alone
+    assert ", refit linear)." in card and "fitted to the unmerged model on calibration tokens (linear)" in card
 
 
 def test_the_record_and_the_alpha_file_say_what_was_done(tmp_path, alphas):
@@ -86,7 +88,7 @@ def test_the_record_and_the_alpha_file_say_what_was_done(tmp_path, alphas):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "```\nraymerge merge demo --out 'a b'\n```" in card and "# demo, 3 layers merged away" in card
     assert "| 1 | 18 | 19 | 0.200000 |" in card
-    assert "was not measured here" in card and "was not reloaded" in card
+    assert "was not measured here" in card and "was not reloaded" in card and "refit" not in card
 
 
 @pytest.mark.parametrize(

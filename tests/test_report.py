@@ -15,6 +15,7 @@ from report_runs import (
     LAYERS,
     QUESTIONS,
     evaluated,
+    imported_run,
     search_run,
     sensitivity_run,
     similarity_run,
@@ -402,6 +403,16 @@ def test_ticks_of_accuracies_close_to_each_other_are_told_apart():
     assert len(ticks) >= 4 and len(set(ticks)) == len(ticks), ticks
 
 
+def test_the_numbers_of_64_layers_do_not_run_into_one():
+    import vl_convert
+
+    cells = [{"series": "drop", "layer": layer, "weight": 0.0, "kept": 16, "percent": ""} for layer in range(16, 80)]
+    view = figures.weight_cells(cells, "")
+    drawn = vl_convert.vegalite_to_svg(view.spec | {"width": 650, "datasets": {"rows": cells}})
+    numbers = [int(number) for number in re.findall(r"<text[^>]*opacity=\"1\"[^>]*>(\d+)</text>", drawn)]
+    assert 10 < len(numbers) < 40, numbers
+
+
 def test_names_of_plans_stay_inside_their_drawing(search):
     """Of 300 pixels, on a page of 390 they began left of the axis, cut off."""
     reached = Reached(search)
@@ -633,6 +644,33 @@ def test_sensitivity_names_the_setting_that_matters(tmp_path):
     assert "Settings without a mark are undefined" in figure.caption  # their lines were empty, and nothing said why
 
 
+def test_merges_that_stay_the_same_are_those_of_changed_settings(tmp_path):
+    run = sensitivity_run(tmp_path / "s")
+    (row, *_) = run.read("sensitivity").to_pylist()
+    unchanged = [("seed", "0", 1.0, None), ("threshold", "0.2", 1.0, "79 merges")]  # these would make 55 % a 78 %
+    run.append("sensitivity", [
+        row | {"parameter": parameter, "setting": setting, "plan_overlap": same, "reference": False, "note": note}
+        for parameter, setting, same, note in unchanged
+    ])  # fmt: skip
+    run.config["similarity"]["seed"] = 0
+    (text, *_) = blocks(run_sections(run, heading=False), Text)
+    assert text.text.endswith("over all changed settings, 55 % of the merges stay the same.")
+
+
+def test_notes_of_a_setting_are_those_of_all_subsets(tmp_path):
+    run = sensitivity_run(tmp_path / "s")
+    (row, *_) = run.read("sensitivity").to_pylist()
+    why = "cosine needs pooling last or mean: sequences have no one state per sample"
+    found = [("threshold", "0.2", "79 merges"), ("threshold", "0.2", "61 merges"), ("measure", "cosine", why),
+             ("dimensions", "5", why), ("dimensions", "5", None)]  # fmt: skip
+    run.replace("sensitivity", [
+        row | {"parameter": parameter, "setting": setting, "reference": False, "note": note}
+        for parameter, setting, note in found
+    ])  # fmt: skip
+    _, cells = summary.sensitivity_table(run)
+    assert [row[-1] for row in cells] == ["61 to 79 merges", why, f"1 of 2 subsets: {why}"]
+
+
 def test_undefined_settings_are_spoken_of_where_there_are_some(tmp_path):
     run = sensitivity_run(tmp_path / "s")
     rows = [row for row in run.read("sensitivity").to_pylist() if row["pearson_off_diagonal"] is not None]
@@ -653,6 +691,27 @@ def test_several_runs_are_compared_on_the_same_questions(tmp_path, search):
     assert page.several and [s.title for s in page.sections if s.level == 2][1].startswith("k3: ")
     assert compared.tests([reached[0], Reached(sweep_run(tmp_path / "sweep"))]) == []
     assert not any("chosen on these" in str(block) for block in page.sections[0].blocks)
+
+
+def test_evaluated_models_are_tested_against_each_other_and_drawn_below_each_other(tmp_path):
+    """They stood in a scatter over parameters removed, all at 0 %, one above the other and without names."""
+    runs = []
+    for name, right in (("a", 0.9), ("b", 0.4)):
+        run = RunDirectory.open(tmp_path / name, {"model": {"path": f"/models/{name}"}}, "evaluate")
+        run.begin()
+        plan = {"base": base_plan(8)}
+        evaluated(run, plan, {"base": right}, subjects=("law", "anatomy"), perplexities={}, pairs=[])
+        run.write_manifest("complete", command=["raymerge", "evaluate"])
+        runs.append(run)
+    page = page_of(runs, "raymerge report", Silent())
+    tables = {table.caption.split()[0]: table for table in page.sections[0].blocks if isinstance(table, Table)}
+    ((first, second, *_, verdict),) = tables["Paired"].cells
+    assert (first, second, verdict) == ("a: base", "b: base", "better")
+    (figure,) = blocks([page.sections[0]], Figure)
+    assert figure.title == "Accuracy, all runs"
+    assert figure.views[0].spec["layer"][1]["encoding"]["y"]["sort"] == ["a", "b"]
+    (table,) = [table for table in blocks(page.sections, Table) if table.caption.startswith("Every plan")][:1]
+    assert "In brackets" not in table.caption  # nothing is merged or dropped
 
 
 def test_a_run_that_searched_on_the_reports_questions_is_marked_beside_others(tmp_path, search):
@@ -700,6 +759,16 @@ def test_the_random_control_is_called_the_best_of_as_many_as_were_tried(tmp_path
     assert any("best of 3 random" in line for line in search_results(run, "found", "test"))
     run.append("trials", [trial | {"searcher": "gradient_alphas"}], part="descended")
     assert "best of 8 candidates and 1 descent, the" in summary.budget_lines(run)[0]
+
+
+def test_captions_of_imported_matrices_speak_of_no_noise_that_is_not_known(tmp_path):
+    runs = {"imported": imported_run(tmp_path / "run", ["a", "b", "c"]), "own": similarity_run(tmp_path / "own")}
+    captions = {
+        name: " ".join(figure.caption for figure in blocks(run_sections(run, heading=False), Figure))
+        for name, run in runs.items()
+    }
+    for words in ("White dot", "ceiling", "95 %"):
+        assert words in captions["own"] and words not in captions["imported"]
 
 
 def test_what_is_missing_is_said(tmp_path):

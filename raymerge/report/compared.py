@@ -109,9 +109,9 @@ def _tests(reached: Sequence[Reached]) -> list[Block]:
     )
     return [
         Table(
-            "Paired tests between the plans that the searches found, on the questions that both answered: difference "
-            "in accuracy (first minus second, percentage points) with its 95 % interval, McNemar's exact p, and Holm's "
-            f"p over this table{_caveat(reached)}",
+            "Paired tests between the plans that the searches found and the evaluated models, on the questions that "
+            "both answered: difference in accuracy (first minus second, percentage points) with its 95 % interval, "
+            f"McNemar's exact p, and Holm's p over this table{_caveat(reached)}",
             ("first", "second", "questions", "difference [95 %]", "p", "p (Holm)", "verdict"),
             cells,
             words=(0, 1, 6),
@@ -120,8 +120,10 @@ def _tests(reached: Sequence[Reached]) -> list[Block]:
 
 
 def tests(reached: Sequence[Reached]) -> list[dict[str, Any]]:
-    """Comparisons of the best plans of searches, pair by pair, where both answered the same questions."""
-    found = [one for one in reached if one.best is not None][:_PAIRED]
+    """Comparisons of the best plans of searches and of evaluated models, pair by pair, where both answered the same
+    questions."""
+    found = [one for one in reached if one.best is not None or (one.run.experiment == "evaluate" and one.lines)]
+    found = found[:_PAIRED]
     rows = []
     answers = [_right(one) for one in found]
     for (a, right_a), (b, right_b) in itertools.combinations(zip(found, answers, strict=True), 2):
@@ -131,8 +133,8 @@ def tests(reached: Sequence[Reached]) -> list[dict[str, Any]]:
         paired = paired_difference(x.astype(np.float64), y.astype(np.float64))
         rows.append(
             {
-                "a": f"{run_name(a.run)}: {_called(a, a.best)}",
-                "b": f"{run_name(b.run)}: {_called(b, b.best)}",
+                "a": f"{run_name(a.run)}: {_called(a, headline(a))}",
+                "b": f"{run_name(b.run)}: {_called(b, headline(b))}",
                 "n": len(right_a),
                 "measure": "accuracy",
                 **paired._asdict(),
@@ -145,12 +147,12 @@ def tests(reached: Sequence[Reached]) -> list[dict[str, Any]]:
 
 
 def _right(one: Reached) -> dict[tuple[str, str, str], bool]:
-    """Question -> whether the run's best plan got it right; a question is its subject, its number and its content."""
+    """Question -> whether the run's main plan got it right; a question is its subject, its number and its content."""
     table = one.run.read(
         "answers", ["plan_id", "split", "subject", "question_id", "content_hash", "answer", "predicted"]
     )
     mine = table.filter(
-        pc.and_(pc.equal(table["plan_id"], one.best["plan_id"]), pc.equal(table["split"], one.split))
+        pc.and_(pc.equal(table["plan_id"], headline(one)["plan_id"]), pc.equal(table["split"], one.split))
     ).to_pylist()
     return {
         (row["subject"], row["question_id"], row["content_hash"]): row["predicted"] == row["answer"] for row in mine
@@ -186,19 +188,27 @@ def _figure(reached: Sequence[Reached]) -> list[Figure]:
     tips = [("run", "run"), ("model", "model"), ("plan", "plan"), ("removed", "parameters removed", ".1%"),
             ("accuracy", "accuracy", ".1%"), ("low", "95 % from", ".1%"), ("high", "to", ".1%"),
             ("perplexity", "perplexity", ",.4~g"), ("questions", "questions", ",d")]  # fmt: skip
+    if all(one.run.experiment == "evaluate" for one in reached):  # one above the other in a scatter, without names
+        title, apart = "Accuracy, all runs", "questions"
+        order = sorted(rows, key=lambda row: -row["accuracy"])
+        told = f"Accuracy of {len(rows)} runs."
+        view = figures.intervals(
+            order, told, name="run", value="accuracy", axis="accuracy", form=figures.SHARES, tips=tips
+        )
+    else:
+        title, apart = "Accuracy against compression, all runs", "models or different questions"
+        view = figures.scatter(
+            rows,
+            f"Accuracy against the share of parameters removed, {len(rows)} plans of {len(reached)} runs.",
+            x=("removed", "parameters removed", figures.SHARES),
+            y=("accuracy", "accuracy", figures.SHARES),
+            interval=("low", "high"),
+            tips=tips,
+        )
     figure = Figure(
-        "Accuracy against compression, all runs",
-        f"{which}, with 95 % intervals. Runs on different models or different questions are not comparable.",
-        (
-            figures.scatter(
-                rows,
-                f"Accuracy against the share of parameters removed, {len(rows)} plans of {len(reached)} runs.",
-                x=("removed", "parameters removed", figures.SHARES),
-                y=("accuracy", "accuracy", figures.SHARES),
-                interval=("low", "high"),
-                tips=tips,
-            ),
-        ),
+        title,
+        f"{which}, with 95 % intervals. Runs on different {apart} are not comparable.",
+        (view,),
         Rows.of(rows, tuple(source for one in reached for source in sources(one.run, "accuracy", "costs"))),
         "; ".join(dict.fromkeys(command_of(one.run) for one in reached)),
     )

@@ -149,7 +149,9 @@ def weight_cells(rows: list[dict], description: str) -> View:
     """A cell for each plan and original layer; columns: series, layer, weight, kept, percent."""
     order = list(dict.fromkeys(row["series"] for row in rows))
     layers_there = sorted({row["layer"] for row in rows})
-    x = vega.field("layer", "original layer", "ordinal", axis=vega.axis("original layer", labelAngle=0))
+    # the config's labelOverlap is not taken for ordinal axes: the numbers of 64 layers ran into one
+    axis = vega.axis("original layer", labelAngle=0, labelOverlap="greedy", labelSeparation=4)
+    x = vega.field("layer", "original layer", "ordinal", axis=axis)
     y = vega.field("series", None, "nominal", sort=order, axis=vega.axis(None))
     tips = [("series", "plan"), ("layer", "original layer"), ("kept", "merged into layer"), ("weight", "weight", ".1%")]
     room = {"expr": f"width / {len(layers_there)} > 30 ? 1 : 0"}

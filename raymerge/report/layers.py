@@ -184,12 +184,15 @@ def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[dict]) -
             )
         )
     left = _left_out(subsets, "similarity")
+    dots = (
+        " White dot: not above the 95th percentile of unrelated layers, or a layer whose diffusion map is degenerate."
+    )
+    dots = dots if any(row["above"] for row in rows) else ""  # of imported matrices nothing is known
     return figure_of(
         run,
         f"Similarity of every pair of layers ({named})",
         f"All maps share one scale, from {value(domain[0], 2)} to {value(domain[1], 2)}; values beyond it, such as a "
-        "layer's with itself, have the colour of its end. White dot: not above the 95th percentile of unrelated "
-        f"layers, or a layer whose diffusion map is degenerate. Grey: undefined.{left}",
+        f"layer's with itself, have the colour of its end.{dots} Grey: undefined.{left}",
         views,
         rows,
         "similarity",
@@ -316,9 +319,10 @@ def correlations(run: RunDirectory) -> Section:
     )
     tips = [("pair", "subsets"), ("r", "r off the diagonal", ".3f"), ("low", "95 % from", ".3f"), ("high", "to", ".3f"),
             ("ceiling", "ceiling", ".3f"), ("pearson", "r, diagonal included", ".3f")]  # fmt: skip
+    bounded = any(row["ceiling"] is not None for row in rows)
     view = figures.intervals(
         drawn,
-        f"Correlations of {plural(len(drawn), 'pair')} of subsets with intervals and ceilings. {told}",
+        f"Correlations of {plural(len(drawn), 'pair')} of subsets{' with intervals and ceilings' * bounded}. {told}",
         name="pair",
         value="r",
         axis="Pearson correlation off the diagonal",
@@ -328,11 +332,15 @@ def correlations(run: RunDirectory) -> Section:
     )
     figure = figure_of(
         run,
-        "Correlations between the subsets' matrices, with their ceilings",
+        "Correlations between the subsets' matrices, with their ceilings"
+        if bounded
+        else "Correlations between the subsets' matrices",
         "Off the diagonal, with 95 % intervals. The vertical tick is the ceiling: the correlation of two equal "
         "patterns, weakened by the noise of both matrices. If an interval reaches it, these prompts cannot tell the "
         f"two subsets apart. {told}{left} Translations of the same questions share their noise and may exceed the "
-        "ceiling.",
+        "ceiling."
+        if bounded
+        else f"Off the diagonal. {told}{left}",
         [view],
         drawn,
         "similarity_correlation",
@@ -366,10 +374,18 @@ def sensitivity(run: RunDirectory) -> Section:
 
 
 def _settings(run: RunDirectory, rows: list[dict], known: list[dict]) -> tuple[Text, Figure]:
-    """What changes the matrix most, and the drawing of all settings; known: rows with a correlation."""
+    """What changes the matrix most, and the drawing of all settings; known: rows with a correlation.
+
+    The settings of the reference and thresholds, which leave the matrix as it is, would make a mean of the merges that
+    stay the same too good.
+    """
+    own = run.config["similarity"]
+    unchanged = {f"{key} = {own[key]}" for key in own}
     low = min(known, key=lambda row: row["r"])
-    shares = [row["same"] for row in rows if row["same"] is not None]
-    same = f"; on average {percent(sum(shares) / len(shares), 0)} of the merges stay the same" if shares else ""
+    shares = [row["same"] for row in rows if row["same"] is not None
+              and row["setting"] not in unchanged and not row["setting"].startswith("threshold")]  # fmt: skip
+    mean = percent(sum(shares) / len(shares), 0) if shares else ""
+    same = f"; over all changed settings, {mean} of the merges stay the same" if shares else ""
     told = f"The matrix of {low['setting']} agrees least with the reference (r = {value(low['r'], 2)}){same}."
     tips = [("setting", "setting"), ("subset", "subset"), ("r", "r off the diagonal", ".3f"),
             ("same", "same merges", ".0%"), ("moves", "largest alpha change", ".3f"), ("note", "note")]  # fmt: skip

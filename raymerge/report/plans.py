@@ -6,7 +6,7 @@ from raymerge import findings, summary
 from raymerge.report import figures
 from raymerge.report.answer import LINKS, firm, in_words, told
 from raymerge.report.asked import figure_of
-from raymerge.report.content import Block, Fact, Facts, Section, Table, Text, View
+from raymerge.report.content import UNMERGED, Block, Fact, Facts, Section, Table, Text, View
 from raymerge.report.reached import TEXT_TEST, Reached, chosen_layers, described, drawn, missing, removed_share
 from raymerge.report.wording import (
     NONE,
@@ -167,7 +167,11 @@ def _text_verdicts(reached: Reached, found: dict[str, dict]) -> Table:
     )
 
 
-_LAYERS = ". In brackets: which of the original layers, counted from 0, are merged into one, and which are dropped"
+def _layers(reached: Reached) -> str:
+    """What stands in brackets behind the plans, where a plan has any."""
+    if all(line["role"] == UNMERGED for line in reached.lines):
+        return ""
+    return ". In brackets: which of the original layers, counted from 0, are merged into one, and which are dropped"
 
 
 def plan_table(reached: Reached) -> Table:
@@ -190,7 +194,7 @@ def plan_table(reached: Reached) -> Table:
     n = reached.lines[0]["n"] if reached.lines else 0
     return Table(
         f"Every plan on {plural(n, f'{reached.split} question')}, the most accurate first, with 95 % intervals "
-        f"(accuracies: Wilson's). Always answering A would score {percent(_always_a(reached))}{_LAYERS}",
+        f"(accuracies: Wilson's). Always answering A would score {percent(_always_a(reached))}{_layers(reached)}",
         (
             "plan",
             "what it is",
@@ -210,7 +214,8 @@ def plan_table(reached: Reached) -> Table:
 
 def _text_plan_table(reached: Reached) -> Table:
     return Table(
-        f"Every plan on plain text, the lowest perplexity first, with 95 % intervals. No questions were asked{_LAYERS}",
+        "Every plan on plain text, the lowest perplexity first, with 95 % intervals. No questions were asked"
+        f"{_layers(reached)}",
         ("plan", "what it is", "layers", "perplexity"),
         tuple((*_named(line), perplexity(line["perplexity"], line["perplexity_interval"])) for line in reached.lines),
         words=(0, 1),

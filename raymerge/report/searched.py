@@ -69,8 +69,9 @@ def _alphas(reached: Reached, rows: list[dict], steps: list[dict], plans: int) -
         reached.run,
         "Alpha of every merge step",
         "A step merges one layer into another: alpha times the kept layer's weights plus (1 - alpha) times the "
-        "removed layer's. Alpha 1 drops the removed layer; alpha 0 drops the kept layer's weights. Fainter "
-        "lines are coefficients of single matrices." + told,
+        "removed layer's. Alpha 1 drops the removed layer; alpha 0 drops the kept layer's weights."
+        + (" Fainter lines are coefficients of single matrices." if any(row["matrix"] for row in steps) else "")
+        + told,
         [figures.alpha_lines(rows, f"Alpha by merge step for {plans} plans.{told}")],
         rows,
         "plans",
