@@ -467,6 +467,17 @@ def test_every_alignment_with_every_norm(case, family, alignment, norms):
         same_answers(answers(case, plan, trunk).logits, target)
 
 
+@pytest.mark.parametrize("family", ["olmo2", "olmoe"])
+def test_gains_of_single_units_move_with_them(case, family):
+    """OLMo norms whole projections: what the kept layer's gains lie on is in another layer's order in the stack."""
+    case = case(family)
+    plans = [replace(OPTION_PLANS[name], alignment="neurons") for name in ("last", "middle", "random")]
+    scorer = TailScorer(case.trunk(N - 3), case.prompts, sources=SourceLayers(case.runner, N - 3, alignment="neurons"))
+    assert all(map(scorer.is_stacked, plans))
+    for plan, logits in zip(plans, scorer.score_many(plans), strict=True):
+        same_answers(logits, answers(case, plan).logits)
+
+
 def test_the_stack_is_made_only_where_it_is_mixed(case):
     case = case("qwen2")
     sources = SourceLayers(case.runner, N - 3)
