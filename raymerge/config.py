@@ -325,7 +325,8 @@ class GradientConfig(_Section):
 
 
 class CalibrationConfig(_Section):
-    """What blocks are chosen on and refits are fitted on. A report's questions and text are never among it.
+    """What blocks are chosen on and refits are fitted on. A report's questions and text are never among it, unless
+    data.search_split is data.report_split.
     - `text`: plain text, named like data.perplexity_text; null takes the prompts of the search questions, in shards
       drawn with `seed`. If the text is also reported or searched on, the tokens after those are used.
     - `tokens`: maximum number of tokens.
