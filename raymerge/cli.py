@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from raymerge.tables import RunDirectory
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entry point of a job
 _OUTPUT = 1  # the file descriptor of standard output
 _RAW = argparse.RawDescriptionHelpFormatter
+_BARRED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # what even looking whether a path is there may raise
 _STOPS = (signal.SIGTERM, signal.SIGHUP)
 _STOPPED = "the same command again goes on from what is stored"
 
@@ -51,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except UserError as error:  # other errors are bugs and keep their traceback
         print(f"raymerge: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _BARRED or error.filename is None:
+            raise
+        cure = "check the path, and your permissions on it and on the folders above it"
+        print(f"raymerge: {error.filename} cannot be opened: {error.strerror}; {cure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"raymerge: interrupted; {_STOPPED}", file=sys.stderr)

@@ -21,6 +21,8 @@ from raymerge.plan import FIXED_RATIO
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy and scikit-learn take
+_AT_LEAST_ONE = Field(min_length=1)  # entries of a list: with none a run would quietly measure nothing
 
 
 class ConfigError(UserError):
@@ -82,7 +84,7 @@ class DataConfig(_Section):
     search_on_test: bool = False
     limit_per_subject: Positive | None = None
     report_limit_per_subject: Positive | None = None
-    seed: int = 0
+    seed: Seed = 0
     perplexity_text: str | None = "demo"
     perplexity_tokens: Annotated[int, Field(ge=2)] = 8192
     question_perplexity: bool = False
@@ -239,7 +241,7 @@ class SearchConfig(_Section):
     bounds: tuple[float, float] = (0.0, 1.0)
     batch: Positive | Auto = "auto"
     concurrent: Positive | Auto = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
     @field_validator("bounds")
     @classmethod
@@ -311,7 +313,7 @@ class GradientConfig(_Section):
     - `text_windows`, `text_positions`: how much of search.text each step draws; null for all.
     """
 
-    parametrisations: list[Literal["alphas", "simplex", "per_matrix"]] = ["simplex"]
+    parametrisations: Annotated[list[Literal["alphas", "simplex", "per_matrix"]], _AT_LEAST_ONE] = ["simplex"]
     starts: Positive = 4
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
@@ -325,7 +327,8 @@ class GradientConfig(_Section):
 
 
 class CalibrationConfig(_Section):
-    """What blocks are chosen on and refits are fitted on. A report's questions and text are never among it.
+    """What blocks are chosen on and refits are fitted on. A report's questions and text are never among it, unless
+    data.search_split is data.report_split.
     - `text`: plain text, named like data.perplexity_text; null takes the prompts of the search questions, in shards
       drawn with `seed`. If the text is also reported or searched on, the tokens after those are used.
     - `tokens`: maximum number of tokens.
@@ -333,7 +336,7 @@ class CalibrationConfig(_Section):
 
     text: str | None = None
     tokens: Annotated[int, Field(ge=2)] = 12288
-    seed: int = 0
+    seed: Seed = 0
 
 
 class SimilarityConfig(_Section):
@@ -352,7 +355,7 @@ class SimilarityConfig(_Section):
     - `half_draws`: half splits for reliability.
     """
 
-    subsets: list[str] = ["all"]
+    subsets: Annotated[list[str], _AT_LEAST_ONE] = ["all"]
     languages: list[str] | None = None
     samples: Annotated[int, Field(ge=4)] = 57
     split: Literal["validation", "test", "dev"] = "validation"
@@ -369,7 +372,7 @@ class SimilarityConfig(_Section):
     null_draws: Annotated[int, Field(ge=20)] = 20
     interval_draws: Annotated[int, Field(ge=10)] = 40
     half_draws: Annotated[int, Field(ge=2)] = 20
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _has_states(self) -> SimilarityConfig:
@@ -434,11 +437,14 @@ class SweepConfig(_Section):
     - `speed_tokens`: tokens generated to time each number of layers; 0 skips this.
     """
 
-    merges: list[Positive] = [1, 4, 11, 13, 15]
-    methods: list[str] = ["drop", "before_last", "fixed:0.4", "fixed:0.5", "fixed:0.6", "fixed:0.62", "fixed:0.7"]
-    alignments: list[Literal["none", "rows", "neurons", "activations"]] = ["none", "neurons"]
-    norms: list[Literal["keep", "fold"]] = ["keep", "fold"]
-    refits: list[RefitMethod] = ["none"]
+    merges: Annotated[list[Positive], _AT_LEAST_ONE] = [1, 4, 11, 13, 15]
+    methods: Annotated[list[str], _AT_LEAST_ONE] = [
+        *("drop", "before_last"),
+        *("fixed:0.4", "fixed:0.5", "fixed:0.6", "fixed:0.62", "fixed:0.7"),
+    ]
+    alignments: Annotated[list[Literal["none", "rows", "neurons", "activations"]], _AT_LEAST_ONE] = ["none", "neurons"]
+    norms: Annotated[list[Literal["keep", "fold"]], _AT_LEAST_ONE] = ["keep", "fold"]
+    refits: Annotated[list[RefitMethod], _AT_LEAST_ONE] = ["none"]
     refitted_methods: list[str] = []
     context: bool = True
     distances: list[Positive] = [32, 64, 128, 256, 512, 1024]

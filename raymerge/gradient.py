@@ -241,7 +241,10 @@ class _Run:
         if settings.held_out:
             count = max(1, round(settings.held_out * loss.n_questions))
             if count >= loss.n_questions:
-                raise GradientError(f"held_out = {settings.held_out} leaves none of {loss.n_questions} questions")
+                raise GradientError(
+                    f"held_out = {settings.held_out} leaves none of {loss.n_questions} questions to descend on: set "
+                    "gradient.held_out to 0, or search on more questions"
+                )
         self.held_out, self.rows = sorted(order[:count].tolist()), sorted(order[count:].tolist())
         size = settings.batch_size or len(self.rows)
         # Without questions in the loss an epoch is one step, whatever the batch size.

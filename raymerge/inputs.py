@@ -69,7 +69,7 @@ def questions_to_match_on(config: Config, material: Material) -> QuestionSet | N
     if SEARCH in material.questions:
         return material.questions[SEARCH]
     if "activations" in (config.plan.alignment, *config.sweep.alignments) and config.data.mmlu is not None:
-        return read_questions(config, SEARCH)
+        return _unreported(read_questions(config, SEARCH), config, material.questions.get(REPORT))
     return material.subsets[0].questions if material.subsets else None
 
 
@@ -103,6 +103,18 @@ def _without(questions: QuestionSet, used: set[tuple[str, str]], whole: str) -> 
     if not kept:
         raise DataError(whole)
     return replace(questions, questions=kept)
+
+
+def _unreported(questions: QuestionSet, config: Config, reported: QuestionSet | None) -> QuestionSet:
+    """The questions of the search without those that are reported on (read here where they are not given), unless the
+    splits are the same by the configuration. Raises DataError."""
+    if config.data.search_split == config.data.report_split:
+        return questions
+    # Some 120 of MMLU's 1,531 validation questions stand in its test split as well.
+    reported = read_questions(config, REPORT) if reported is None else reported
+    used = {("content", question.content_hash) for question in reported.questions}
+    whole = "every question of the search is reported on as well: set data.search_split to another split"
+    return _without(questions, used, whole)
 
 
 def _judged_on(questions: QuestionSet, config: Config) -> QuestionSet:
@@ -319,18 +331,17 @@ def read_material(config: Config, roles: Sequence[str]) -> Material:
     with it where the search asks for one, the questions that search.objective takes, and of these nothing of what is
     reported on, unless the splits are the same by the configuration. Raises DataError, ConfigError."""
     questions = {role: read_questions(config, role) for role in roles if role in (SEARCH, REPORT)}
-    if {SEARCH, REPORT} <= set(roles) and config.data.search_split != config.data.report_split:
-        # Some 120 of MMLU's 1,531 validation questions stand in its test split as well.
-        reported = {("content", question.content_hash) for question in questions[REPORT].questions}
-        whole = "every question of the search is reported on as well: set data.search_split to another split"
-        questions[SEARCH] = _without(questions[SEARCH], reported, whole)
+    if {SEARCH, REPORT} <= set(roles):
+        questions[SEARCH] = _unreported(questions[SEARCH], config, questions[REPORT])
     if SEARCH in questions:
         questions[SEARCH] = _judged_on(questions[SEARCH], config)
     subsets = read_subsets(config) if SUBSETS in roles else []
     search_text = read_search_text(config) if {SEARCH, SEARCH_TEXT} & set(roles) else None
     calibration: tuple[str, int] | QuestionSet | None = None
     if CALIBRATION in roles:
-        calibration = read_calibration_text(config) or questions.get(SEARCH) or read_questions(config, SEARCH)
+        calibration = read_calibration_text(config) or questions.get(SEARCH)
+        if calibration is None:  # of a sweep, or of a choice of blocks
+            calibration = _unreported(read_questions(config, SEARCH), config, questions.get(REPORT))
     return Material(
         questions=questions,
         subsets=subsets,

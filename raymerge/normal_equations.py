@@ -156,12 +156,13 @@ class PackedEquations:
 def choose_ridge(train: NormalEquations, held_out: NormalEquations, ridges: Sequence[float]) -> tuple[float, float]:
     """(ridge, error): the one of `ridges` whose map, fitted on `train`, has the least error on `held_out`.
 
-    The error is relative to that of the zero map, which leaves the layer as it is: above 1 the refit does harm.
-    Raises RefitError where there is no token on either side.
+    The error is relative to that of the zero map, which leaves the layer as it is: above 1 the refit does harm. Raises
+    RefitError where no token that counts is held out.
     """
     if not held_out.weight:
         raise RefitError(
-            "no calibration token could be held out to choose a ridge by: raise calibration.tokens, or set plan.ridge"
+            f"of {train.tokens + held_out.tokens} calibration tokens none is left to choose the ridge on: raise "
+            "calibration.tokens, or set plan.ridge"
         )
     nothing = held_out.power / held_out.weight
     errors = [held_out.error(found) / nothing if nothing else 1.0 for found in train.solutions(ridges)]

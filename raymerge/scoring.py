@@ -331,8 +331,11 @@ class TailScorer:
 
     def _key_coefficients(self, coefficients: Tensor, rest: int) -> Tensor | None:
         """Those of keys, (candidates, sources), of (candidates, sources) or (candidates, matrices, sources); None where
-        keys are to be computed from the states."""
-        if self.plan.keys != "linear" or (rest and self.sources.norms == "keep"):
+        keys are to be computed from the states, as those that another gain or rotary embedding than the first source's
+        is for."""
+        kinds = self.runner.checkpoint.rotary_types
+        unlike = rest and (self.sources.norms == "keep" or kinds[self.first + rest] != kinds[self.first])
+        if self.plan.keys != "linear" or unlike:
             return None
         coefficients = coefficients.to(self.runner.device, torch.float32)
         if coefficients.ndim == 2:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raymerge.alignment import REORDERED, layer_tensors
-from raymerge.architectures import source_tensor
+from raymerge.architectures import Permutations, source_tensor
 from raymerge.forward import LayerRunner
 
 
@@ -58,30 +58,37 @@ class SourceLayers:
     def stack(self) -> Tensor:
         checkpoint, arch = self.runner.checkpoint, self.runner.checkpoint.architecture
         stack = torch.empty(self.count, sum(self._sizes), dtype=self.stack_dtype, device=self.runner.device)
-        permutations = {}
-        if self.alignment in REORDERED:
-            layers = range(self.first, checkpoint.n_layers)
-            permutations = self.runner.aligner.towards(self.first, layers, self.alignment)
         for j, row in enumerate(stack):
             layer = self.first + j
             stored = layer_tensors(checkpoint, arch, layer)
             tensors = {name: tensor.to(self.runner.device) for name, tensor in stored.items()}
             for part, name in zip(row.split(self._sizes), self._names, strict=True):
-                order = permutations.get(layer)
+                order = self._orders.get(layer)
                 part.copy_(source_tensor(arch, tensors, name, norms=self.norms, permutations=order).reshape(-1))
         return stack
 
     @cached_property
+    def _orders(self) -> dict[int, Permutations]:
+        """By layer, how its units are laid on those of layer `first`."""
+        if self.alignment not in REORDERED:
+            return {}
+        layers = range(self.first, self.runner.checkpoint.n_layers)
+        return self.runner.aligner.towards(self.first, layers, self.alignment)
+
+    @cached_property
     @torch.inference_mode(False)
     def _others(self) -> list[dict[str, Tensor]]:
-        """What is not averaged of each source layer; folded norms are ones."""
+        """What is not averaged of each source layer; folded norms are ones, and gains of single units, as OLMo's of
+        queries and keys, move with them."""
         checkpoint, arch = self.runner.checkpoint, self.runner.checkpoint.architecture
         others = []
         for layer in range(self.first, checkpoint.n_layers):
-            tensors = layer_tensors(checkpoint, arch, layer)
+            tensors, order = layer_tensors(checkpoint, arch, layer), self._orders.get(layer)
             others.append(
                 {
-                    name: source_tensor(arch, tensors, name, norms=self.norms).to(self.runner.device)
+                    name: source_tensor(arch, tensors, name, norms=self.norms, permutations=order).to(
+                        self.runner.device
+                    )
                     for name in tensors
                     if name not in self._names
                 }

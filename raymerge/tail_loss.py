@@ -124,7 +124,10 @@ class TextWindows:
                 self._reference += self._unmerged(trunk, shard)
         for name, value, most in (("windows", windows, len(self._ids)), ("positions", positions, None)):
             if value is not None and (value < 1 or (most is not None and value > most)):
-                raise GradientError(f"{value} {name} of text are to be drawn: it must be 1 to {most or 'all'}")
+                raise GradientError(
+                    f"{value} {name} of text are to be drawn for a step: gradient.text_{name} must be null for all, or "
+                    f"1 to {most or 'as many as there are'}"
+                )
         self.has_reference = reference
         self.identity = digest([[shard.identity for shard in shards], windows, positions])
 

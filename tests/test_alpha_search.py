@@ -249,6 +249,18 @@ def test_descents_start_at_what_is_known_near_both_corners_and_at_random(asked, 
         assert proposer.ask(9) == left
 
 
+def test_descents_of_alphas_start_inside_the_bounds(asked, tmp_path):
+    """They started at the edges, from which a few epochs lead nowhere: of six starts three were one."""
+    search = searching(tmp_path, "gradient.starts=5", "gradient.parametrisations=[alphas]", "search.bounds=[0.4, 0.6]")
+    search.pool = Judges()
+    search._descend_all([[0.6225, 0.6225]])
+    ((proposer, _),) = asked
+    base, last, first, *drawn = proposer.ask(9)
+    assert base == [0.6225, 0.6225] and last == pytest.approx([0.59, 0.59]) and first == pytest.approx([0.41, 0.41])
+    drawn = (np.array(drawn) - 0.4) / 0.2
+    np.testing.assert_allclose(drawn, np.random.default_rng(0).uniform(size=(5, 2))[:2])
+
+
 # -- what is stored, and which is best -------------------------------------------------------------------------------
 
 

@@ -336,6 +336,25 @@ def test_an_empty_folder_name_is_refused_and_not_the_default(command, capsys):
     assert "output.run = '': it is empty, as when a script's variable is not set" in capsys.readouterr().err
 
 
+LONG = "[" + 300 * "x" + "]"  # as the content of a file in place of its name
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["merge", "demo", "--alphas", LONG, "--out", "merged"],
+        ["evaluate", LONG, "--out", "run"],
+        ["evaluate", "demo", "--mmlu", LONG, "--out", "run"],
+    ],
+)
+def test_paths_that_cannot_be_looked_at_are_named_without_a_trace(command, tmp_path, monkeypatch, capsys):
+    """So are those in folders of other users, which a test that root runs cannot have."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("raymerge: ") and f"{LONG} cannot be opened: File name too long; check the path" in said
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -179,11 +179,11 @@ def test_a_refit_is_named_by_its_method_and_the_tokens_that_it_is_made_on():
         refit_of(config, inputs_of(("another text", 100)), "linear"),
         refit_of(config, inputs_of(("a text", 101)), "linear"),
         *(
-            refit_of(load_config(None, [f"calibration.{setting}"]), inputs_of(), "linear")
-            for setting in ("tokens=77", "seed=5")
+            refit_of(load_config(None, [setting]), inputs_of(), "linear")
+            for setting in ("calibration.tokens=77", "calibration.seed=5", "model.add_bos=true", "model.add_bos=false")
         ),
     ]
-    assert len({refit.calibration for refit in (found["linear"], *others)}) == 5
+    assert len({refit.calibration for refit in (found["linear"], *others)}) == 7
 
 
 class Fitters:

@@ -259,6 +259,13 @@ def test_a_search_sees_no_question_that_is_reported_on(mmlu, tmp_path):
     assert len(found[REPORT].questions) == 9
     with pytest.raises(DataError, match="every question of the search is reported on as well: set data.search_split"):
         chess("chess test 1 en?")
+    # Nor does what blocks are chosen on, refits are fitted on or neurons are matched on, where nothing is searched.
+    chess(" chess test 1 en?", "another?", "chess test 2 en?")
+    asked = config(root, "data.subjects=chess", "sweep.alignments=[activations]")
+    for roles in ((CALIBRATION,), (REPORT, CALIBRATION), (SEARCH, REPORT, CALIBRATION)):
+        material = read_material(asked, roles)
+        for used in (material.calibration, questions_to_match_on(asked, material)):
+            assert [question.text for question in used.questions] == ["another?"]
     on_test = config(root, "data.subjects=chess", "data.search_split=test", "data.search_on_test=true")
     assert len(read_material(on_test, (SEARCH, REPORT)).questions[SEARCH].questions) == 9
 

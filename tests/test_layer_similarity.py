@@ -11,6 +11,7 @@ from raymerge.config import ConfigError, load_config
 from raymerge.experiments import layer_similarity
 from raymerge.experiments.layer_similarity import (
     _check_ranges,
+    _correlations,
     _low_ceilings,
     _repeated_samples,
     _store,
@@ -20,7 +21,7 @@ from raymerge.experiments.layer_similarity import (
     similarity_rows,
 )
 from raymerge.inputs import read_subsets
-from raymerge.reliability import Correlation, Study
+from raymerge.reliability import Correlation, Study, correlate
 from raymerge.similarity import SimilarityMatrix
 from raymerge.tables import RunDirectory
 
@@ -213,3 +214,12 @@ def test_each_subset_is_stored_as_it_comes_and_all_pairs_are_correlated(measure,
     )
     similarity(asked, command=["again"])
     assert len(drawn) == 1 and run.manifest() == manifest
+
+
+def test_a_matrix_with_nothing_in_it_does_not_take_the_other_pairs_along():
+    named = [((name, "en"), study(n / 10)) for n, name in enumerate("abc")]
+    named[1][1].matrix.values[:] = np.nan
+    rows, (warning,) = _correlations("npib", named, correlate)
+    assert [(row["subset_a"], row["subset_b"]) for row in rows] == [("a", "c")]
+    assert warning.startswith("2 pairs of subsets have no correlation, such as a/en and b/en: only 0 entries are")
+    assert _correlations("npib", named[::2], correlate) == (rows, [])

@@ -26,6 +26,7 @@ import raymerge.tensorfiles
 from raymerge.checkpoint import Checkpoint
 from raymerge.evaluation import Answers, answer_shard
 from raymerge.forward import LayerRunner
+from raymerge.memory import ScoringPlan
 from raymerge.plan import MergePlan, MergeStep, PlanError, base_plan, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import Group, Prompts, Shard, encode_questions
 from raymerge.scoring import TailScorer
@@ -465,6 +466,31 @@ def test_every_alignment_with_every_norm(case, family, alignment, norms):
     for plan, target in zip(plans, expected, strict=True):
         same_answers(scorer.score(plan)[0], target)
         same_answers(answers(case, plan, trunk).logits, target)
+
+
+@pytest.mark.parametrize("family", ["olmo2", "olmoe"])
+def test_gains_of_single_units_move_with_them(case, family):
+    """OLMo norms whole projections: what the kept layer's gains lie on is in another layer's order in the stack."""
+    case = case(family)
+    plans = [replace(OPTION_PLANS[name], alignment="neurons") for name in ("last", "middle", "random")]
+    scorer = TailScorer(case.trunk(N - 3), case.prompts, sources=SourceLayers(case.runner, N - 3, alignment="neurons"))
+    assert all(map(scorer.is_stacked, plans))
+    for plan, logits in zip(plans, scorer.score_many(plans), strict=True):
+        same_answers(logits, answers(case, plan).logits)
+
+
+def test_keys_are_not_summed_where_the_kept_layer_turns_them_otherwise(tmp_path, questions):
+    """A layer that is left out between two of the kept layer's kind may be the first of the stack, with a rotation."""
+    folder = tiny.make_checkpoint(tmp_path / "m", "smollm3", no_rope_layers=[1, 1, 1, 0, 0], use_sliding_window=False)
+    case = SimpleNamespace(
+        runner=LayerRunner(Checkpoint(str(folder))), prompts=encode_questions(questions, tiny.demo_tokenizer())
+    )
+    plan = MergePlan(N, (MergeStep(N - 1, N - 2, 0.6), MergeStep(N - 1, N - 3, 1.0)), kind="found", norms="fold")
+    sources = SourceLayers(case.runner, N - 3, norms="fold")
+    how = {"fused_dtype": torch.float32, "plan": ScoringPlan("device", "linear", 1, 4096)}
+    scorer = TailScorer(TrunkCache(case.runner, N - 3, tmp_path), case.prompts, sources=sources, **how)
+    assert scorer.is_stacked(plan)
+    same_answers(scorer.score(plan)[0], answers(case, plan).logits)
 
 
 def test_the_stack_is_made_only_where_it_is_mixed(case):

@@ -228,6 +228,14 @@ def test_foreign_matrices_are_named_after_their_files_and_correlated(tmp_path):
     assert row["ci_low"] is None and row["reliability_a"] is None
 
 
+def test_a_foreign_matrix_that_is_constant_has_no_correlation(tmp_path):
+    files = [save(tmp_path, "law", np.ones((5, 5))), save(tmp_path, "math", np.random.default_rng(0).random((5, 5)))]
+    found = import_similarity(files, str(tmp_path / "run"), command=["test"])
+    assert found.complete and not found.has("similarity_correlation")
+    (warning,) = found.manifest()["warnings"]
+    assert warning.startswith("1 pair of subsets has no correlation, such as law/imported and math/imported: a matrix")
+
+
 def test_foreign_files_that_are_no_matrices_are_refused(tmp_path):
     def refuse(match, *files):
         with pytest.raises(ConfigError, match=match):

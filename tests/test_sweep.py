@@ -123,6 +123,12 @@ def test_methods_that_average_stand_under_every_alignment_and_treatment_of_norms
     ]
 
 
+def test_a_point_that_is_asked_for_several_times_is_one():
+    settings = ["sweep.merges=[2, 1, 2]", "sweep.refits=[none, none]", *PLAIN]
+    _, _, points = points_of(*settings, "sweep.methods=[drop, 'fixed:0.5', 'fixed:0.50']")
+    assert [point.plan.name for point in points] == ["base", "drop_k2", "drop_k1", "fixed_0.5_k2", "fixed_0.5_k1"]
+
+
 HOW = ["", "_linear", "_outputs"]
 REFITS = [*PLAIN, "sweep.refits=[none, linear, outputs]", "plan.refit_layers=2", "plan.ridge=0.5"]
 

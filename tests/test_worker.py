@@ -104,6 +104,18 @@ def test_aligned_plans_are_answered_alike_with_and_without_a_trunk(worker, whole
     assert np.abs(found - plain).max() > 1e-2
 
 
+def test_a_cache_that_is_shared_gives_no_match_that_was_made_on_other_tokens(tmp_path):
+    def matched(cache, add_bos):
+        config = load_config(
+            None, ["data.subjects=colour_mixing", "data.limit_per_subject=2", f"model.add_bos={add_bos}"]
+        )
+        return ModelWorker(config, roles=(SEARCH,), cache=cache).match(("activations", (19, 20)))["units"].tolist()
+
+    with_bos, without = matched(tmp_path / "with", "true"), matched(tmp_path / "without", "false")
+    assert with_bos != without
+    assert matched(tmp_path / "with", "false") == without and matched(tmp_path / "with", "true") == with_bos
+
+
 def test_text_and_base_model_do_not_depend_on_the_trunk(worker, whole):
     base = base_plan(worker.checkpoint.n_layers)
     shards = range(len(worker.prompts.shards(TEXT)))

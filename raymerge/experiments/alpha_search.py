@@ -391,12 +391,13 @@ class _Search:
         """Descend in every parametrisation, from the same starts: known ones, near both corners, then random ones."""
         # At a corner itself the simplex has no slope: from 1e-4 inside, 20 epochs at 0.1 moved 2 % of the weight where
         # a search found that 20 % should move. The corners themselves are controls.
-        known = [*known, *self._corners(_INSIDE)]
-        count = self.config.gradient.starts
+        count, (low, high) = self.config.gradient.starts, self.config.search.bounds
         drawn = np.random.default_rng(self.config.search.seed).uniform(size=(count, len(self.start.steps)))
-        starts = [*known, *drawn.tolist()][:count]
+        new = np.array([*self._corners(_INSIDE), *drawn])
         for parametrisation in self.config.gradient.parametrisations:
-            self._descend(parametrisation, starts)
+            # Alphas keep to the bounds, at whose edges they have no slope either.
+            own = low + (high - low) * new if parametrisation == "alphas" else new
+            self._descend(parametrisation, [*known, *own.tolist()][:count])
 
     def _descend(self, parametrisation: str, starts: list[list[float]]) -> None:
         """Descend from every start, one a trial; a trial's iteration is its start's number."""

@@ -133,7 +133,8 @@ def _points(config: Config, inputs: Inputs, similarity: Similarity | None, block
         else:
             for merges in settings.merges:
                 points += _points_of(config, n_layers, method, merges, similarity, blocks.get(merges))
-    points = [variant for point in points for variant in _refitted(config, inputs, point)]
+    # Each once, however often, and however spelt (fixed:0.5, fixed:0.50), it was asked for.
+    points = list(dict.fromkeys(variant for point in points for variant in _refitted(config, inputs, point)))
     for point in points:
         check_mergeable(inputs.checkpoint, point.plan)
         check_refittable(inputs.checkpoint, point.plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 
 from raymerge.activations import Activations
 from raymerge.config import Config, ConfigError
-from raymerge.diffusion import degeneracy
+from raymerge.diffusion import SimilarityError, degeneracy
 from raymerge.embedding import embed_layers
 from raymerge.experiments.common import (
     Inputs,
@@ -68,13 +68,15 @@ def similarity(
         results = pool.map("similarity", range(len(inputs.subsets)), counted(progress, then=store))
     studies = [found for found, _, _ in results]
     with step(progress, "correlations of the matrices"):
-        run.replace("similarity_correlation", _correlations(config.similarity.measure, inputs.subsets, studies))
+        named = [((of.name, of.language), found) for of, found in zip(inputs.subsets, studies, strict=True)]
+        correlations, uncorrelated = _correlations(config.similarity.measure, named, correlate)
+        run.replace("similarity_correlation", correlations)
     distinct = [count for _, _, count in results]
     warnings = _repeated_samples(config, inputs.subsets, distinct) + degenerate_maps(run)
-    warnings += _low_ceilings(studies)
+    warnings += uncorrelated + _low_ceilings(studies)
     for warning in warnings:
         progress.message(warning)
-    scripts = ["heatmaps.py", *(["correlations.py"] if len(studies) > 1 else [])]
+    scripts = ["heatmaps.py", *(["correlations.py"] if correlations else [])]
     scripts += ["embeddings.py"] if run.has("embeddings") else []
     figures = draw_figures(run, scripts, progress) if config.output.figures else []
     run.write_manifest(
@@ -190,12 +192,22 @@ def _known(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _correlations(measure: str, subsets: Sequence[Subset], studies: Sequence[Study]) -> list[Row]:
-    named = list(zip(subsets, studies, strict=True))
-    return [
-        correlation_row(measure, (a.name, a.language), (b.name, b.language), correlate(x, y))
-        for (a, x), (b, y) in combinations(named, 2)
-    ]
+def _correlations(
+    measure: str, named: Sequence[tuple[tuple[str, str], Any]], correlate: Callable[[Any, Any], Correlation]
+) -> tuple[list[Row], list[str]]:
+    """Rows of `similarity_correlation` of every two of what `correlate` takes, each after its (subset, language), and a
+    warning of pairs that have none: matrices with nothing in them correlate with nothing, and the others do all the
+    same."""
+    rows, without = [], []
+    for (a, x), (b, y) in combinations(named, 2):
+        try:
+            rows.append(correlation_row(measure, a, b, correlate(x, y)))
+        except SimilarityError as error:
+            without.append(f"{'/'.join(a)} and {'/'.join(b)}: {error}")
+    if not without:
+        return rows, []
+    pairs = "pair of subsets has" if len(without) == 1 else "pairs of subsets have"
+    return rows, [f"{len(without)} {pairs} no correlation, such as {without[0]}"]
 
 
 def correlation_row(measure: str, a: tuple[str, str], b: tuple[str, str], found: Correlation) -> Row:
@@ -286,13 +298,11 @@ def import_similarity(
             names | {"layer_i": i, "layer_j": j, "value": _known(value)} for (i, j), value in np.ndenumerate(matrix)
         ]
     run.replace("similarity", rows)
-    found = [
-        correlation_row(IMPORTED, (a, IMPORTED), (b, IMPORTED), correlate_matrices(x, y))
-        for (a, x), (b, y) in combinations(matrices.items(), 2)
-    ]
+    named = [((name, IMPORTED), matrix) for name, matrix in matrices.items()]
+    found, warnings = _correlations(IMPORTED, named, correlate_matrices)
     run.replace("similarity_correlation", found)
     scripts = ["heatmaps.py", *(["correlations.py"] if found else [])]
-    run.write_manifest("complete", command=command, figures=draw_figures(run, scripts, progress))
+    run.write_manifest("complete", command=command, figures=draw_figures(run, scripts, progress), warnings=warnings)
     return run
 
 

@@ -24,12 +24,14 @@ def refit_of(config: Config, inputs: Inputs, method: str) -> Refit | None:
         return None
     calibration, found = config.calibration, inputs.calibration
     start = found[1] if isinstance(found, tuple) else 0
-    tokens = digest([inputs.identities[CALIBRATION], start, calibration.tokens, calibration.seed])
+    tokens = [inputs.identities[CALIBRATION], start, calibration.tokens, calibration.seed]
+    # Left out where the tokenizer decides, so that such refits keep the name that they had before it counted.
+    tokens += [] if config.model.add_bos is None else [config.model.add_bos]
     return Refit(
         method=method,
         ridge=config.plan.ridge,
         layers=config.plan.refit_layers if method in REFITS_BEYOND else 0,
-        calibration=tokens,
+        calibration=digest(tokens),
     )
 
 
