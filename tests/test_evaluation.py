@@ -3,6 +3,7 @@
 That its answers equal plain forwards for every family is in test_scoring.py, beside the scorer's.
 """
 
+import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -312,9 +313,12 @@ def test_a_real_model_on_real_questions(tmp_path):
     assert (logsumexp - right - losses).abs().max() < 1e-3
 
 
-def test_generation_is_timed_from_token_to_token(monkeypatch):
+def test_generation_is_timed_from_token_to_token(monkeypatch, caplog):
     """A first call that takes longer than what is timed made two tokens in 1e-9 s: 2,000,000,000 tokens a second."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     ticks = iter([0.0, 8.0, 9.0, 18.0, 20.0, 20.5, 21.0])
     monkeypatch.setattr(raymerge.evaluation, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     speed = raymerge.evaluation.generation_speed(Checkpoint("demo"), 2, tokens=4, dtype=torch.float32)
     assert speed == 4 / (21.0 - 9.0)  # two tokens to warm up, then five, of which the first is not timed
+    warned = [record.getMessage() for record in caplog.records if record.name.startswith("transformers")]
+    assert not warned  # an end of text of -1, so that none comes, was warned of in every worker's log

@@ -1,0 +1,268 @@
+"""Runs experiments of random legal configurations, in one process without Ray; a JSON line each, exit code 1 after a
+trace.
+
+    python tests/benchmarks/configurations.py [--minutes 10] [--seed 1] [--experiments search …] [--prove] [--log FILE]
+
+A line: the seed that repeats it, how it ended (well, refused with a UserError, or a trace), the settings, and words of
+the page and the terminal that no user should read, such as None or nan. Models are the demo's and random ones of every
+family, of five layers; every run is summarised, made a page of, and asked for again once it is complete. --prove has
+what searches save reloaded by transformers alone and compared.
+"""
+
+import argparse
+import contextlib
+import html
+import io
+import json
+import random
+import re
+import sys
+import tempfile
+import time
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from local_pool import LocalPool, local_search
+from tiny import FAMILIES, N_LAYERS, make_checkpoint, needs
+
+from raymerge import console, experiments
+from raymerge.checkpoint import Checkpoint
+from raymerge.config import load_config
+from raymerge.errors import UserError
+from raymerge.report import write_report
+
+SUBJECTS = ["colour_mixing", "number_words", "word_opposites", "elementary_addition", "days_of_the_week"]
+ODD_WORDS = re.compile(r"\b(nan|None|Infinity|True|False)\b")
+ALIGNMENTS, REFITS = ["none", "rows", "neurons", "activations"], ["none", "linear", "scale", "outputs", "units"]
+MEASURES, EMBEDDINGS = ["npib", "gaussian", "cosine", "cka"], ["diffusion", "diffusion_gaussian", "pca", "tsne"]
+
+#: Of each key how often it is set, and to what.
+DATA = {
+    "model.dtype": (0.2, ["float32", "bfloat16", "float16"]),
+    "model.quantise": (0.15, ["int8", "int4"]),
+    "model.add_bos": (0.15, [True, False]),
+    "data.limit_per_subject": (1, [1, 2, 4, 6]),
+    "data.report_limit_per_subject": (1, [1, 2, 5]),
+    "data.perplexity_tokens": (1, [2, 60, 700, 1300]),
+    "data.perplexity_text": (0.1, [None]),
+    "data.mmlu": (0.05, [None]),
+    "data.shots": (0.15, [0, 1, 3]),
+    "data.search_split": (0.1, ["validation", "dev", "test"]),
+    "data.search_on_test": (0.05, [True]),
+    "data.report_split": (0.1, ["validation"]),
+    "data.question_perplexity": (0.2, [True]),
+    "data.seed": (0.2, [3]),
+    "output.figures": (1, [True, False, False]),
+}
+PLAN = {
+    "plan.selection": (1, ["tail", "tail", "block", "block", "list", "most_similar"]),
+    "plan.block": (0.3, ["cosine", "angular", "loss", "search", "similarity", 1, 2]),
+    "plan.starts": (0.1, [[0], [1, 2], [2, 3, 4]]),
+    "plan.survivor": (0.3, ["after"]),
+    "plan.base": (1, ["fixed", "fixed", "similarity_ratio", "similarity", "file"]),
+    "plan.recompute": (0.1, [True]),
+    "plan.threshold": (0.1, [0.1, 0.5]),
+    "plan.ratio": (0.3, [0, 0.5, 1]),
+    "plan.alignment": (0.3, ALIGNMENTS),
+    "plan.norms": (0.3, ["fold"]),
+    "plan.biases": (0.3, ["merge"]),
+    "plan.refit": (0.3, REFITS),
+    "plan.refit_layers": (0.3, [0, 1, 3]),
+    "plan.ridge": (0.3, [1e-6, 0.1, 10]),
+    "calibration.tokens": (0.3, [2, 50, 800]),
+    "calibration.text": (0.3, ["demo"]),
+}
+SEARCH = PLAN | {
+    "search.searcher": (1, ["bayes", "random", "gradient", ["bayes", "gradient"], ["gradient", "random", "bayes"]]),
+    "search.objective": (1, ["micro_accuracy", "macro_accuracy", "answer_nll", "answer_kl", "text_nll",
+                             "answer_nll+0.1*text_nll", "2*answer_kl+answer_nll", f"accuracy:{SUBJECTS[0]}"]),
+    "search.text": (0.8, ["demo"]),
+    "search.text_tokens": (1, [2, 100, 1100]),
+    "search.candidates": (1, [1, 2, 5, 9]),
+    "search.initial": (1, [0, 1, 3]),
+    "search.random_candidates": (1, [0, 1, 3]),
+    "search.perplexity_ceiling": (0.2, [1.5, 50, 1e6]),
+    "search.bounds": (0.3, [[0, 0.5], [0.5, 1], [0.3, 0.30001]]),
+    "search.batch": (0.4, [1, 2, 20]),
+    "gradient.epochs": (1, [1, 3]),
+    "gradient.starts": (1, [1, 2, 5]),
+    "gradient.parametrisations": (0.5, [["alphas"], ["per_matrix"], ["simplex", "alphas"]]),
+    "gradient.batch_size": (0.3, [1, 4, 100]),
+    "gradient.held_out": (0.4, [0, 0.5]),
+    "gradient.text_kl": (0.3, [0.5]),
+    "gradient.text_windows": (0.3, [1]),
+    "gradient.patience": (0.2, [1, None]),
+    "output.store_candidate_answers": (0.1, [True]),
+    "output.save_best": (0.2, [False]),
+}  # fmt: skip
+SWEEP = PLAN | {
+    "sweep.merges": (1, [[1], [2, 4], [1, 2, 3]]),
+    "sweep.methods": (1, [["drop"], ["before_last", "fixed:0"], ["fixed:0.62", "similarity"], ["drop_block", "file"],
+                          ["merge_block", "block_influence"], ["most_similar", "similarity_ratio"]]),
+    "sweep.alignments": (1, [["none"], ["none", "rows"], ["neurons", "activations"]]),
+    "sweep.norms": (1, [["keep"], ["fold"], ["keep", "fold"]]),
+    "sweep.refits": (0.5, [["none", "linear"], ["outputs"], ["units", "scale"]]),
+    "sweep.context": (1, [True, False]),
+    "sweep.distances": (1, [[32], [16, 64]]),
+    "sweep.retrieval_prompts": (1, [1, 3]),
+    "sweep.speed_tokens": (1, [0, 1, 4]),
+}  # fmt: skip
+SIMILARITY = {
+    "similarity.subsets": (0.5, [["all"]]),
+    "similarity.samples": (1, [4, 6, 12, 20]),
+    "similarity.shots": (0.3, [0, 1]),
+    "similarity.split": (1, ["validation", "test", "dev"]),
+    "similarity.pooling": (1, ["sequence", "last", "mean"]),
+    "similarity.max_tokens": (1, [1, 30, 512]),
+    "similarity.embedding": (1, EMBEDDINGS),
+    "similarity.sigma": (1, [8, "median", 1e-3, 1e6]),
+    "similarity.anisotropy": (0.5, [0, 1, -1]),
+    "similarity.dimensions": (1, [1, 2, 5]),
+    "similarity.measure": (1, MEASURES),
+    "similarity.neighbors": (1, [1, 3, 5]),
+    "similarity.entropy_neighbors": (1, [1, 4, 50]),
+    "similarity.interval_draws": (1, [10]),
+    "similarity.half_draws": (1, [2]),
+}
+SENSITIVITY = SIMILARITY | {
+    "sensitivity.sigma": (1, [[8.0, "median"], [1e-5, 1.0]]),
+    "sensitivity.dimensions": (1, [[1], [2, 5]]),
+    "sensitivity.samples": (0.5, [[4], [5, 6]]),
+    "sensitivity.neighbors": (1, [[3]]),
+    "sensitivity.entropy_neighbors": (0.5, [[2]]),
+    "sensitivity.embedding": (1, [[name] for name in EMBEDDINGS]),
+    "sensitivity.measure": (1, [MEASURES]),
+    "sensitivity.merges": (1, [1, 4]),
+    "sensitivity.thresholds": (0.5, [[], [-1, 2]]),
+}
+EXPERIMENTS = {"search": SEARCH, "sweep": SWEEP, "similarity": SIMILARITY, "sensitivity": SENSITIVITY, "evaluate": {}}
+
+
+class Drawer:
+    """Configurations by seed, and what they read: models, similarity runs and alpha files in one folder."""
+
+    def __init__(self, folder: Path, prove: bool):
+        self.folder, self.prove = folder, prove
+        self.families = [name for name in FAMILIES if needs(name) is None]
+
+    def settings(self, experiment, seed):
+        """The first configuration of a seed that can be parsed."""
+        r = random.Random(seed)
+        while True:
+            model, n_layers = self._model(r)
+            table = DATA | EXPERIMENTS[experiment]
+            found = {key: r.choice(values) for key, (chance, values) in table.items() if r.random() < chance}
+            found |= {"model.path": model, "data.subjects": r.sample(SUBJECTS, r.randint(1, 3)), "workers.count": 1}
+            found |= {"output.verify": self.prove}
+            if "plan.selection" in found:
+                found["plan.merges"] = r.choice([1, 2, 3, n_layers - 1, r.randint(1, n_layers - 1)])
+                if found["plan.selection"] == "list":
+                    found["plan.base"] = "file"
+                found |= {"plan.alpha_file": self._alphas(r, n_layers), "plan.similarity_run": self._similarity(model)}
+            with contextlib.suppress(UserError):
+                load_config(None, overrides(found))
+                return found
+
+    def _model(self, r):
+        if r.random() < 0.4:
+            return "demo", Checkpoint("demo").n_layers
+        path = self.folder / r.choice(self.families)
+        if not path.exists():
+            make_checkpoint(path, path.name)
+        return str(path), N_LAYERS
+
+    def _alphas(self, r, n_layers):
+        there, steps = list(range(n_layers)), []
+        for layer in sorted(r.sample(range(1, n_layers), r.randint(1, n_layers - 1)), reverse=True):
+            there.remove(layer)
+            into = max(one for one in there if one < layer)
+            steps.append({"layer_to_merge_into": into, "layer_to_remove": layer, "ratio_i_alpha": round(r.random(), 2)})
+        path = self.folder / f"alphas-{r.randrange(10**9)}.json"
+        path.write_text(json.dumps(steps))
+        return str(path)
+
+    def _similarity(self, model):
+        run = self.folder / f"similarity-{Path(model).name}"
+        if not run.exists():
+            few = {"similarity.samples": 20, "similarity.entropy_neighbors": 4, "data.limit_per_subject": 6}
+            few |= {"model.path": model, "output.run": str(run), "output.figures": False}
+            experiments.similarity(load_config(None, overrides(few)))
+        return str(run)
+
+
+def overrides(settings):
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def words_of(run, experiment, split, folder):
+    """What a user reads of a run: the terminal's words and the page's."""
+    shown, page = io.StringIO(), folder / "page.html"
+    show = {"similarity": console.print_similarity, "sensitivity": console.print_sensitivity}.get(experiment)
+    with contextlib.redirect_stdout(shown):
+        if show is not None:
+            show(run)
+        else:
+            named = {"search": "print_search", "sweep": "print_sweep", "evaluate": "print_evaluation"}[experiment]
+            getattr(console, named)(run, split)
+    write_report([run], page)
+    body = re.sub(r"<(script|style)[^>]*>.*?</\1>", "", page.read_text(), flags=re.S)
+    return shown.getvalue() + html.unescape(re.sub(r"<[^>]+>", " ", body))
+
+
+def tried(experiment, settings, folder):
+    """How a configuration ended, the message or trace, and odd words."""
+    try:
+        config = load_config(None, [*overrides(settings), f"output.run={folder / 'run'}"])
+        run = getattr(experiments, experiment)(config)
+        words = words_of(run, experiment, config.data.report_split, folder)
+        getattr(experiments, experiment)(config)
+    except UserError as error:
+        return "refused", f"{type(error).__name__}: {error}", []
+    except Exception:  # any, since a trace is what is looked for
+        return "trace", traceback.format_exc(), []
+    return "well", "", sorted({words[max(0, m.start() - 50) : m.end() + 30] for m in ODD_WORDS.finditer(words)})
+
+
+def without_ray(stack):
+    """Every experiment's workers in this process, and searches without Tune."""
+    for name in ("alpha_search", "compression_sweep", "layer_similarity", "model_evaluation"):
+        stack.enter_context(patch(f"raymerge.experiments.{name}.open_pool", LocalPool))
+        stack.enter_context(patch(f"raymerge.experiments.{name}.runtime", lambda *_: nullcontext()))
+    stack.enter_context(patch("raymerge.experiments.planning.open_pool", LocalPool))
+    stack.enter_context(patch("raymerge.experiments.alpha_search.run_search", local_search))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=1, help="of the first configuration; then one more each")
+    parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument("--prove", action="store_true", help="reload what searches save")
+    parser.add_argument("--log", type=argparse.FileType("a"), default="-")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    ends, failed = time.monotonic() + 60 * options.minutes, 0
+    with contextlib.ExitStack() as stack:
+        drawer = Drawer(Path(stack.enter_context(tempfile.TemporaryDirectory())), options.prove)
+        without_ray(stack)
+        for seed in range(options.seed, sys.maxsize):
+            if time.monotonic() > ends:
+                break
+            experiment, began = random.Random(seed).choice(options.experiments), time.monotonic()
+            settings = drawer.settings(experiment, seed)
+            with tempfile.TemporaryDirectory() as folder:
+                ended, message, odd = tried(experiment, settings, Path(folder))
+            failed += ended == "trace"
+            line = {"seed": seed, "experiment": experiment, "ended": ended, "message": message, "odd": odd}
+            line |= {"seconds": round(time.monotonic() - began, 1), "settings": settings}
+            print(json.dumps(line), file=options.log, flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
