@@ -15,6 +15,8 @@ from scipy.special import expit
 
 from raymerge.plan import FIXED_RATIO, MergePlan, PlanError, check_merges, drop_layers_plan
 
+_UNDEFINED = "take another subset or measure (column note of table similarity says why there is none)"
+
 
 def similarity_ratio(similarity: np.ndarray, into: int, remove: int, *, beta: float = 1.0) -> float:
     """The published code's alpha for merging layer `remove` into `into`, from an (L, L) similarity matrix.
@@ -29,7 +31,7 @@ def similarity_ratio(similarity: np.ndarray, into: int, remove: int, *, beta: fl
             missing = np.flatnonzero(~np.isfinite(row))
             raise PlanError(
                 f"similarity row {layer} has no value at {len(missing)} of {len(row)} layers, the first is "
-                f"{missing[0]}: a ratio needs the whole row"
+                f"{missing[0]}: a ratio needs the whole row; {_UNDEFINED}"
             )
         means.append(float(row.mean()))
     total = means[0] + means[1]
@@ -49,7 +51,7 @@ def normalised_similarity(similarity: np.ndarray, into: int, remove: int) -> flo
     if not (math.isfinite(value) and math.isfinite(scale) and scale > 0.0):
         raise PlanError(
             f"the similarity of layers {into} and {remove} is {value} with diagonal product {scale}: both must be "
-            "finite and the product positive"
+            f"finite and the product positive; {_UNDEFINED}"
         )
     return float(value / math.sqrt(scale))
 

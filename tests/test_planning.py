@@ -18,7 +18,7 @@ from raymerge.experiments.planning import (
     shuffled_plan,
     starting_plan,
 )
-from raymerge.inputs import CALIBRATION
+from raymerge.inputs import CALIBRATION, REPORT, SEARCH
 from raymerge.plan import PlanError, tail_plan
 from raymerge.progress import Silent
 from raymerge.tables import RunDirectory
@@ -118,7 +118,7 @@ def measured(monkeypatch):
         pool = Measured(**answers)
 
         def opened(config, inputs, cache, **options):
-            pool.options = options
+            pool.options, pool.calibration = options, inputs.calibration
             return pool
 
         monkeypatch.setattr(planning, "open_pool", opened)
@@ -142,6 +142,17 @@ def blocks(tmp_path, *settings):
         patch.delattr(planning, "open_pool")
         assert choose_blocks(config, N_LAYERS, [3], run, "", None, Silent()) == {3: chosen[3]}
     return chosen, rows
+
+
+def test_blocks_of_a_search_are_chosen_on_the_subjects_that_it_is_for(tmp_path, measured):
+    config = load_config(None, ["plan.selection=block", "search.objective=accuracy:colour_mixing"])
+    subjects = {}
+    for roles in ((CALIBRATION,), (SEARCH, REPORT, CALIBRATION)):
+        pool = measured(shard_tokens=lambda _: [3], state_distances=lambda _: (np.eye(22), np.eye(22), 3))
+        run = RunDirectory.open(tmp_path / str(len(roles)), {}, "search")
+        choose_blocks(config, N_LAYERS, [3], run, "", None, Silent(), roles=roles)
+        subjects[len(roles)] = pool.calibration.subjects
+    assert len(subjects[1]) == 12 and subjects[3] == ("colour_mixing",)
 
 
 def test_blocks_are_chosen_by_means_over_all_tokens(tmp_path, measured):

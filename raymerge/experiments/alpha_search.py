@@ -121,7 +121,8 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
             _check(config, inputs, start, probes)
         if config.plan.selection == "block":
             merges = config.plan.merges
-            first = choose_blocks(config, n_layers, [merges], run, cache, similarity, progress)[merges]
+            roles = (*asked, CALIBRATION)
+            first = choose_blocks(config, n_layers, [merges], run, cache, similarity, progress, roles=roles)[merges]
             start = starting_plan(config.plan, n_layers, similarity, first)
             _check(config, inputs, start, probes)
         return _Search(config, inputs, run, cache, start, similarity, progress, command).execute(probes)

@@ -159,10 +159,13 @@ def choose_blocks(
     cache: str,
     similarity: Similarity | None,
     progress: Progress,
+    *,
+    roles: Sequence[str] = (CALIBRATION,),
 ) -> dict[int, int]:
     """The first layer of the block of each number of layers, as plan.block says; the scores of all that are allowed go
     into table `blocks`.
 
+    roles: what is read beside it says which prompts the calibration is, as SEARCH and REPORT do in a search.
     What is in the table is not measured again. Needs Ray where states or losses are measured, and then the calibration
     section's text or prompts. Raises PlanError, ConfigError.
     """
@@ -179,7 +182,7 @@ def choose_blocks(
     elif chosen_by == "similarity":
         scores = {(chosen_by, count): similar_block_scores(similarity.matrix, count) for count in merges}
     else:
-        inputs = read_inputs(config, (CALIBRATION,), text=False)
+        inputs = read_inputs(config, roles, text=False)
         measure = _block_losses if chosen_by == "loss" else _block_distances
         scores, tokens = measure(config, inputs, starts, run, cache, progress)
     table, chosen = [], {}
