@@ -211,8 +211,10 @@ def read_similarity(
         if subset in (None, row["subset"]) and language in (None, row["language"]):
             found.setdefault(tuple(row[key] for key in ("subset", "language", "measure", "embedding")), []).append(row)
     if len(found) != 1:
+        names = [f"{key[0]} in {key[1]}" for key in sorted(found)]
+        named = ", ".join(names if len(names) < 6 else [*names[:4], f"{len(names) - 4} more"])
         raise ConfigError(
-            f"{run} holds {len(found)} similarity matrices{f' {sorted(found)[:4]}' if found else ''} for subset "
+            f"{run} holds {len(found)} similarity matrices{f' ({named})' if found else ''} for subset "
             f"{subset or 'any'} and language {language or 'any'}, but coefficients need exactly one: set "
             "plan.similarity_subset and plan.similarity_language"
         )

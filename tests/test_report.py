@@ -104,6 +104,18 @@ def test_a_curve_of_one_number_of_layers_says_it_once(tmp_path):
     assert curve.in_words(Reached(run)).count("is the most accurate") == 1
 
 
+def test_ways_that_are_level_are_said_to_be(tmp_path):
+    """The first that was asked for was called the most accurate, and nothing said that others are as accurate."""
+    run = sweep_run(tmp_path / "sweep")
+    names = {"half1": "drop1"}  # the points of one layer are one plan now
+    points = run.read("sweep").drop_columns("run_id").to_pylist()
+    run.replace("sweep", [row | {"plan_id": names.get(row["plan_id"], row["plan_id"])} for row in points])
+    every = curve.in_words(Reached(run))
+    assert "(perplexity 7.00); 1 other way is as accurate. With 3 layers merged" in every
+    best, _ = blocks([curve.answer(Reached(run))], Table)
+    assert [row[2] for row in best.cells] == ["drop and 1 more", "fixed_0.5"]
+
+
 def test_a_curve_in_the_terminal_has_intervals(tmp_path):
     """A point at which every question is right has a standard error of 0, which is not how sure it is."""
     run = sweep_run(tmp_path / "sweep")

@@ -93,6 +93,19 @@ def _at(points: list[dict], merges: int) -> tuple[dict, dict | None]:
     return best, next((point for point in mine if point["method"] == "drop"), None)
 
 
+def _level(points: list[dict], best: dict) -> int:
+    """How many other ways reach the same at the same K: only the one that was asked for first is named."""
+    return sum(
+        point is not best and point["merges"] == best["merges"] and merit(point) == merit(best) for point in points
+    )
+
+
+def _tie(points: list[dict], best: dict, alike: str) -> str:
+    """That others are level with the best point, for the sentence; alike: what they then are, of one and of several."""
+    level = _level(points, best)
+    return f"; {plural(level, 'other way')} {alike.split('/')[level > 1]}" if level else ""
+
+
 def _sentence(base: dict | None, points: list[dict]) -> str:
     merges = [point["merges"] for point in points]
     best = {count: _at(points, count)[0] for count in (min(merges), max(merges))}
@@ -101,7 +114,7 @@ def _sentence(base: dict | None, points: list[dict]) -> str:
         before = "" if base is None else f"The unmerged model's perplexity on plain text is {read}. "
         told = [
             f"With {plural(count, 'layer')} merged, {_way(point)} has the lowest: "
-            f"{perplexity(point['perplexity'], _limits(point))}"
+            f"{perplexity(point['perplexity'], _limits(point))}{_tie(points, point, 'has the same/have the same')}"
             for count, point in best.items()
         ]
         return f"{before}{'. '.join(told)}. No questions were asked."
@@ -111,7 +124,7 @@ def _sentence(base: dict | None, points: list[dict]) -> str:
     unmerged = None if base is None else base["perplexity"]
     told = [
         f"With {plural(count, 'layer')} merged, {_way(point)} is the most accurate: "
-        f"{percent(point['accuracy'])}{_read(point, unmerged)}"
+        f"{percent(point['accuracy'])}{_read(point, unmerged)}{_tie(points, point, 'is as accurate/are as accurate')}"
         for count, point in best.items()
     ]
     return f"{before}{'. '.join(told)}."
@@ -138,7 +151,7 @@ def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
             (
                 str(merges),
                 percent(best["removed"]),
-                _way(best),
+                _way(best) + (f" and {level} more" if (level := _level(points, best)) else ""),
                 *([f"{percent(best['accuracy'])} {interval(best['low'], best['high'])}"] if asks else []),
                 perplexity(best["perplexity"], _limits(best)),
                 dropping,
