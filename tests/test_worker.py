@@ -104,16 +104,15 @@ def test_aligned_plans_are_answered_alike_with_and_without_a_trunk(worker, whole
     assert np.abs(found - plain).max() > 1e-2
 
 
-def test_a_cache_that_is_shared_gives_no_match_that_was_made_on_other_tokens(tmp_path):
-    def matched(cache, add_bos):
-        config = load_config(
-            None, ["data.subjects=colour_mixing", "data.limit_per_subject=2", f"model.add_bos={add_bos}"]
-        )
+def test_a_cache_that_is_shared_gives_no_match_that_was_made_on_other_activations(tmp_path):
+    def matched(cache, *settings):
+        config = load_config(None, ["data.subjects=colour_mixing", "data.limit_per_subject=2", *settings])
         return ModelWorker(config, roles=(SEARCH,), cache=cache).match(("activations", (19, 20)))["units"].tolist()
 
-    with_bos, without = matched(tmp_path / "with", "true"), matched(tmp_path / "without", "false")
-    assert with_bos != without
-    assert matched(tmp_path / "with", "false") == without and matched(tmp_path / "with", "true") == with_bos
+    cases = ["model.add_bos=true"], ["model.add_bos=false"], ["model.add_bos=true", "model.quantise=int4"]
+    found = [matched(tmp_path / str(number), *case) for number, case in enumerate(cases)]
+    assert found[0] != found[1] and found[0] != found[2]
+    assert [matched(tmp_path / "0", *case) for case in cases] == found
 
 
 def test_text_and_base_model_do_not_depend_on_the_trunk(worker, whole):
