@@ -182,13 +182,13 @@ def best_start(starts: dict[str, list[dict]]) -> str:
 _NUMBERED = 26  # coefficients whose numbers stand beside their lines without covering each other
 
 
-def draw_history(history: list[dict], path: Path, objective: str = "") -> Path:
+def draw_history(history: list[dict], path: Path, of_what: str = "") -> Path:
     """Losses by epoch, held-out ones dashed, one colour a start, or a searcher where there are several; and the alphas
     of the best start as they move."""
     starts = starts_of(history)
     best = best_start(starts)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    draw_losses(left, starts, best, objective)
+    draw_losses(left, starts, best, of_what)
     handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles, fontsize=8, ncols=min(6, len(handles)), loc="outside lower center")
     draw_moves(right, starts[best], best)
@@ -197,7 +197,7 @@ def draw_history(history: list[dict], path: Path, objective: str = "") -> Path:
     return save(figure, path)
 
 
-def draw_losses(axis, starts: dict[str, list[dict]], best: str, objective: str) -> None:
+def draw_losses(axis, starts: dict[str, list[dict]], best: str, of_what: str) -> None:
     """Losses by epoch, the best start's thicker, held-out ones dashed with a ring at their minimum."""
     names = list(dict.fromkeys(start.split(", ")[0] for start in starts))
     held_out = False
@@ -215,7 +215,7 @@ def draw_losses(axis, starts: dict[str, list[dict]], best: str, objective: str) 
             least = lowest(rows)
             axis.plot(least["epoch"], least["held_out_loss"], "o", ms=6, mfc="none", color=colour)
     title = "Loss by epoch" + (" (dashed: held out; ring: its minimum)" if held_out else "")
-    axis.set(xlabel="epoch", ylabel="loss" + (f" ({objective})" if objective else ""), title=title)
+    axis.set(xlabel="epoch", ylabel="loss" + (f" ({of_what})" if of_what else ""), title=title)
 
 
 def draw_moves(axis, rows: list[dict], start: str) -> None:

@@ -41,7 +41,7 @@ from matplotlib.ticker import MaxNLocator
 from plotting import STYLE, ink, markdown, need, number, run_main, save, save_text, style_of
 from search_panels import candidates_of, describe_search, draw_distribution, draw_progress, usable
 
-from raymerge.tables import RunDirectory, RunError, plan_labels
+from raymerge.tables import RunDirectory, RunError, descended, plan_labels
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,8 +92,7 @@ def draw(run: RunDirectory, out: Path, *, files=None, similarity=None, subset=No
         if methods:
             paths.append(draw_methods(methods, known, out / "learned_alphas.png"))
         if history:
-            objective = (run.config.get("search") or {}).get("objective", "")
-            paths.append(draw_history(history, out / "gradient_history.png", objective))
+            paths.append(draw_history(history, out / "gradient_history.png", loss_of(run)))
     text = [f"# Merge coefficients of run {run.run_id} ({run.experiment})"]
     text += describe_plans(plans, coefficients, labels) + describe_search(searchers, labels)
     text += describe_methods(methods, known)
@@ -102,6 +101,12 @@ def draw(run: RunDirectory, out: Path, *, files=None, similarity=None, subset=No
         text += ["## Gradient descent", markdown(header, history_rows(history))]
     paths.append(save_text("\n\n".join(text) + "\n", out / "alphas.md"))
     return paths
+
+
+def loss_of(run: RunDirectory) -> str:
+    """What the descents of a run minimise; "" where its configuration does not say."""
+    objective = (run.config.get("search") or {}).get("objective")
+    return descended(objective, (run.config.get("gradient") or {}).get("text_kl", 0.0)) if objective else ""
 
 
 def similarity_of(run: RunDirectory, path: str | None, subset: str | None) -> dict[tuple[int, int], float] | None:

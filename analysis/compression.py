@@ -189,7 +189,8 @@ def describe(points: list[Point], published: list[dict], split: str, language: s
     text = [
         f"## {split} split, language {language}",
         "K is the number of merges; accuracies have 95 % intervals. The difference to `drop` at the same K is paired "
-        "by question (p of McNemar's exact test, and Holm's p over all comparisons of accuracy that the sweep makes). "
+        "by question (p of McNemar's exact test, and Holm's p over the comparisons of accuracy that the sweep is "
+        "about). "
         f"Answer NLL is that of the right letter among the four, in nats. Chance is {CHANCE}.",
         markdown(header, rows),
     ]

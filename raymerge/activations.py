@@ -335,6 +335,7 @@ class ActivationCache:
         key = [
             *runner.cache_key,
             plan.plan_id(runner.checkpoint.identity) if plan is not None and plan.steps else None,
+            *(runner.aligner.data(plan.alignment) if plan is not None and plan.steps else []),
             pooling,
             max_tokens if pooling == "sequence" else None,
             # A shard's identity says nothing of which sample is which.

@@ -248,6 +248,11 @@ class Aligner:
         self._pairs: dict[tuple[str, int, int], Permutations] = {}
         self._rows: dict[str, list[dict[str, np.ndarray]]] = {}
 
+    def data(self, alignment: str) -> list[str]:
+        """What names the prompts that an alignment is matched on, where it is: for the names of what follows from it,
+        since a plan's identity does not say."""
+        return [self._data] if alignment == "activations" else []
+
     @staticmethod
     def pairs(plan: MergePlan) -> list[tuple[int, int]]:
         """The neighbouring layers (reference, other) whose matches `permutations(plan)` is composed of.

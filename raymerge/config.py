@@ -331,7 +331,7 @@ class CalibrationConfig(_Section):
     data.search_split is data.report_split.
     - `text`: plain text, named like data.perplexity_text; null takes the prompts of the search questions, in shards
       drawn with `seed`. If the text is also reported or searched on, the tokens after those are used.
-    - `tokens`: maximum number of tokens.
+    - `tokens`: maximum number of tokens; of prompts one shard, some 8,192 tokens, is taken at least.
     """
 
     text: str | None = None

@@ -171,6 +171,7 @@ def read_subsets(config: Config) -> list[Subset]:
         found = {of: _load(config, settings.split, subjects, of, settings.shots) for of in languages}
         ids = [{(q.subject, q.question_id) for q in questions.questions} for questions in found.values()]
         shared = set.intersection(*ids)
+        places: dict[tuple[str, str], int] = {}
         for language, questions in found.items():
             usable = tuple(q for q in questions.questions if (q.subject, q.question_id) in shared)
             chosen = _spread(replace(questions, questions=usable), settings.samples, settings.seed)
@@ -180,6 +181,9 @@ def read_subsets(config: Config) -> list[Subset]:
                     f"subset {name} has {len(usable)} prompts in {where}, but similarity.samples asks for "
                     f"{settings.samples}: take fewer, or set similarity.split to test (reports leave those prompts out)"
                 )
+            # Of whatever order a language's file has them in, samples of one number are translations of one another.
+            places = places or {(q.subject, q.question_id): place for place, q in enumerate(chosen)}
+            chosen = tuple(sorted(chosen, key=lambda q, places=places: places[q.subject, q.question_id]))
             subsets.append(Subset(name, language, replace(questions, questions=chosen)))
     return subsets
 

@@ -160,6 +160,13 @@ def is_minimised(objective: str) -> bool:
     return parse_objective(objective).minimised
 
 
+def descended(objective: str, text_kl: float = 0.0) -> str:
+    """The loss that descents minimise for an objective: answer_nll for accuracies, which have no gradient, and what the
+    configuration adds to it (gradient.text_kl)."""
+    loss = objective if is_minimised(objective) else "answer_nll"
+    return f"{loss}+{text_kl:g}*text_kl" if text_kl else loss
+
+
 def above_ceiling(trial: Mapping[str, Any], ceiling: float | None) -> bool:
     """Whether the value of a row of `trials` is a penalty, as that of a perplexity above the search's ceiling is."""
     return ceiling is not None and trial["perplexity"] is not None and trial["perplexity"] > ceiling

@@ -188,6 +188,7 @@ class Refitter:
     def path(self, plan: MergePlan, number: int) -> Path:
         """The file of one step of a plan; the plan's identity says on which tokens it is fitted."""
         key = [_VERSION, *self.runner.cache_key, plan.plan_id(self.runner.checkpoint.identity), number]
+        key += self.runner.aligner.data(plan.alignment)
         return self.cache / f"refit-{digest(key)}.safetensors"
 
     def _read(self, plan: MergePlan, number: int) -> dict[str, Tensor]:

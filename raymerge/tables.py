@@ -27,7 +27,7 @@ import yaml
 
 from raymerge.diffusion import degeneracy
 from raymerge.identity import digest, plain, software, without_secrets
-from raymerge.objectives import above_ceiling, is_minimised, rank
+from raymerge.objectives import above_ceiling, descended, is_minimised, rank
 from raymerge.parts import Tables
 from raymerge.schemas import (
     IMPORTED,
@@ -62,6 +62,7 @@ __all__ = [
     "degeneracy",
     "derive_accuracy",
     "derive_task_accuracy",
+    "descended",
     "is_minimised",
     "layer_ranges",
     "paired_difference",

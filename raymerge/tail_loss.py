@@ -291,6 +291,7 @@ class TailLoss:
                 "" if self.scorer is None else self.scorer.prompts.identity,
                 [weights.answer_nll, weights.answer_kl, weights.text_nll, weights.text_kl],
                 self.text.identity if weights.of_text else "",
+                *self.runner.aligner.data(self.template.alignment),
             ]
         )
 

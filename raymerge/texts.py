@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import re
+import zlib
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.json
 import pyarrow.parquet as pq
 
 from raymerge import demo
@@ -34,14 +36,14 @@ def read_plain_text(source: str, key: str) -> str:
         if path.name.endswith(".parquet"):
             return _joined(pq.read_table(path), source, key)
         if path.name.endswith(_JSON_LINES):
-            return _joined(pa.json.read_json(path), source, key)
+            return _of_json_lines(path, source, key)
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         where = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise ConfigError(
             f"{key} = {source!r}: there is no such file{where}; one of the hub is named OWNER/NAME[@REVISION]:FILE"
         ) from None
-    except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
+    except (OSError, EOFError, zlib.error, UnicodeError, json.JSONDecodeError, pa.ArrowInvalid) as error:
         raise ConfigError(f"{key} = {source!r} cannot be read as UTF-8 text, parquet or JSON lines: {error}") from error
 
 
@@ -57,6 +59,26 @@ def _joined(table: pa.Table, source: str, key: str) -> str:
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise ConfigError(f"{key} = {source!r}: column {_COLUMN!r} holds {column.type}, not strings")
     return "\n".join(row for row in column.to_pylist() if row is not None)
+
+
+def _of_json_lines(path: Path, source: str, key: str) -> str:
+    """Line by line: pyarrow's reader takes no row above 1 MB, as a book is, and no other column of several types."""
+    texts: list[str] = []
+    columns: dict[str, None] = {}
+    with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        for row in (json.loads(line) for line in file if line.strip()):
+            if not isinstance(row, dict):
+                raise ConfigError(f"{key} = {source!r} has rows that are no objects with a column {_COLUMN!r}")
+            columns |= dict.fromkeys(row)
+            if (text := row.get(_COLUMN)) is None:
+                continue
+            if not isinstance(text, str):
+                raise ConfigError(f"{key} = {source!r}: column {_COLUMN!r} holds {type(text).__name__}, not strings")
+            text.encode()  # half a character, which JSON can escape, is an error here and not later
+            texts.append(text)
+    if _COLUMN not in columns:
+        raise ConfigError(f"{key} = {source!r} has no column {_COLUMN!r}, but {', '.join(columns) or 'no rows'}")
+    return "\n".join(texts)
 
 
 def _downloaded(name: str, revision: str | None, file: str, source: str, key: str) -> Path:

@@ -122,7 +122,7 @@ class ModelWorker:
         self._matched_on = questions_to_match_on(config, self.material)
         data = ""
         if self._matched_on is not None:  # with what else their activations follow from: runs may share a cache
-            data = digest([self._matched_on.identity, model.add_bos, model.dtype])
+            data = digest([self._matched_on.identity, model.add_bos, model.dtype, model.quantise])
         self.aligner = Aligner(self.checkpoint, self.cache, device=device, units=self._units, data=data)
         if is_accelerator(device):
             refuse_oversized(self.checkpoint, dtype or self.checkpoint.dtype, template, device_memory(device).free)

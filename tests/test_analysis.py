@@ -731,7 +731,8 @@ def test_alphas_that_are_computed_from_a_similarity_are_not_held_against_one(
 def test_methods_of_a_run_whose_alphas_differ_come_found_first_with_its_own_similarity(tmp_path):
     similarity = similarity_run(tmp_path / "similarity", layers=8)
     made = make_run(tmp_path / "made", layers=8, merges=4, subjects=1, questions=2, candidates=3)
-    run = RunDirectory.open(tmp_path / "run", {"plan": {"similarity_run": similarity}}, "search")
+    config = {"plan": {"similarity_run": similarity}, "search": {"objective": "micro_accuracy"}}
+    run = RunDirectory.open(tmp_path / "run", config, "search")
     for table in ("plans", "coefficients"):
         run.replace(table, made.read(table).drop_columns("run_id"))
     history = [
@@ -742,6 +743,7 @@ def test_methods_of_a_run_whose_alphas_differ_come_found_first_with_its_own_simi
     run.replace("gradient_history", history)
     paths = alphas_script.draw(run, tmp_path / "out")
     assert [path.name for path in paths] == ["alphas.png", "learned_alphas.png", "gradient_history.png", "alphas.md"]
+    assert alphas_script.loss_of(run) == "answer_nll"  # which the descents of an accuracy have on their axis
     header, *rows = table_of(paths[-1].read_text(), "## α of each method")
     assert [row[0] for row in rows] == ["found_random", "found_bayes", "best of random"]
     assert header[-1] == "pairs" and {row[-1] for row in rows} == {"4"}

@@ -4,6 +4,8 @@ import csv
 import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import task_files
 
@@ -105,6 +107,23 @@ def test_only_questions_that_every_language_has_are_taken(mmlu, tmp_path):
     assert [q.question_id for q in english.questions.questions] == [f"chess/validation/{row}" for row in range(4)]
     with pytest.raises(DataError, match="subset chess has 4 prompts in split validation of every language, but .* 6"):
         read_subsets(config(root, *short))
+
+
+def test_samples_of_one_number_are_translations_whatever_the_order_of_each_languages_file(tmp_path):
+    """The jackknife of a correlation between languages draws the same numbers from both."""
+    for language, order in (("en", range(9)), ("es", [4, 8, 0, 3, 7, 1, 6, 2, 5])):
+        rows = [
+            {"sample_id": f"chess/{n}", "subject": "chess", "question": f"{n} {language}?", "answer": "A"}
+            | dict.fromkeys(("option_a", "option_b", "option_c", "option_d"), "x")
+            for n in order
+        ]
+        (tmp_path / language).mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / language / "test.parquet")
+    options = ["similarity.languages=[es, en]", "similarity.split=test", "similarity.shots=0"]
+    spanish, english = read_subsets(config(tmp_path, *options))
+    assert [q.text.split()[0] for q in english.questions.questions] == [
+        q.text.split()[0] for q in spanish.questions.questions
+    ]
 
 
 def test_subsets_that_cannot_be_made_are_refused(mmlu):

@@ -10,6 +10,7 @@ from raymerge.objectives import (
     ObjectiveError,
     above_ceiling,
     answer_kl,
+    descended,
     is_minimised,
     parse_objective,
     perplexity,
@@ -136,6 +137,15 @@ def test_a_sum_is_its_weighted_terms():
         1 / 3
     )
     assert score("0.5*micro_accuracy+accuracy:a").accuracy == 0.5
+
+
+def test_descents_on_an_accuracy_are_descents_on_the_loss_of_answers():
+    assert [descended(each) for each in ("micro_accuracy+accuracy:a", "answer_kl", "text_nll")] == [
+        "answer_nll",
+        "answer_kl",
+        "text_nll",
+    ]
+    assert descended("macro_accuracy", 0.5) == "answer_nll+0.5*text_kl"
 
 
 def test_what_an_objective_needs():

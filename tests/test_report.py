@@ -350,6 +350,9 @@ def test_the_best_so_far_never_gets_worse(search):
         "fixed_0.62": 0.56,
     }
     assert len(descents.rows.values) == 16
+    # The objective is micro_accuracy, but losses of 0.5 to 2 are no accuracies.
+    drawn = [layer["encoding"]["y"] for layer in descents.views[0].spec["layer"]]
+    assert {y["axis"]["title"] for y in drawn} == {"loss (answer_nll)"}
 
 
 def test_controls_at_nearly_the_same_value_share_a_label():

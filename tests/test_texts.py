@@ -36,6 +36,13 @@ def test_every_kind_of_file_is_the_same_text(files, name):
     assert read_plain_text(str(files / name), "k") == TEXT
 
 
+def test_json_lines_may_be_long_and_have_other_columns_of_any_type(tmp_path):
+    """A book is a row of more than 1 MB; a year may be a number in one row and words in another."""
+    rows = [{"text": "word " * 500_000, "year": 1990}, {"text": "end", "year": "1990s"}, {"year": None}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_plain_text(str(tmp_path / "a.jsonl"), "k") == f"{rows[0]['text']}\nend"
+
+
 def test_a_file_of_the_hub_is_asked_for_by_name_and_revision(files, monkeypatch):
     asked = []
 
@@ -77,7 +84,11 @@ def test_an_unreachable_hub_is_named_with_what_to_do(monkeypatch):
         ("a.parquet", b"PAR1 and not", "cannot be read"),
         ("a.jsonl", b'{"text": "a"\n', "cannot be read"),
         ("a.jsonl", b'{"words": "a"}\n', "has no column 'text', but words"),
-        ("a.jsonl", b'{"text": 3}\n', "column 'text' holds int64, not strings"),
+        ("a.jsonl", b'{"text": 3}\n', "column 'text' holds int, not strings"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "cannot be read as UTF-8 text"),
+        ("a.jsonl", b'"a"\n', "has rows that are no objects"),
+        ("a.jsonl", b"", "has no column 'text', but no rows"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-9], "cannot be read"),
     ],
 )
 def test_what_is_no_text_is_refused_by_name(tmp_path, name, content, message):

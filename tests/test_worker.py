@@ -11,7 +11,7 @@ from raymerge.config import load_config
 from raymerge.evaluation import Answers, NotFiniteError, text_nll
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH, SEARCH_TEXT, TEXT
 from raymerge.objectives import answer_kl, score_answers, trial_outcome
-from raymerge.plan import base_plan, block_plan, drop_block_plan, tail_plan
+from raymerge.plan import Refit, base_plan, block_plan, drop_block_plan, tail_plan
 from raymerge.prompts import PromptError
 from raymerge.worker import ModelWorker, TooLargeError, refuse_oversized, weight_bytes
 
@@ -104,16 +104,28 @@ def test_aligned_plans_are_answered_alike_with_and_without_a_trunk(worker, whole
     assert np.abs(found - plain).max() > 1e-2
 
 
-def test_a_cache_that_is_shared_gives_no_match_that_was_made_on_other_tokens(tmp_path):
-    def matched(cache, add_bos):
-        config = load_config(
-            None, ["data.subjects=colour_mixing", "data.limit_per_subject=2", f"model.add_bos={add_bos}"]
-        )
+def test_a_cache_that_is_shared_gives_no_match_that_was_made_on_other_activations(tmp_path):
+    def matched(cache, *settings):
+        config = load_config(None, ["data.subjects=colour_mixing", "data.limit_per_subject=2", *settings])
         return ModelWorker(config, roles=(SEARCH,), cache=cache).match(("activations", (19, 20)))["units"].tolist()
 
-    with_bos, without = matched(tmp_path / "with", "true"), matched(tmp_path / "without", "false")
-    assert with_bos != without
-    assert matched(tmp_path / "with", "false") == without and matched(tmp_path / "with", "true") == with_bos
+    cases = ["model.add_bos=true"], ["model.add_bos=false"], ["model.add_bos=true", "model.quantise=int4"]
+    found = [matched(tmp_path / str(number), *case) for number, case in enumerate(cases)]
+    assert found[0] != found[1] and found[0] != found[2]
+    assert [matched(tmp_path / "0", *case) for case in cases] == found
+
+
+def test_a_cache_that_is_shared_gives_no_fit_of_units_that_were_matched_otherwise(tmp_path):
+    def fitted(cache, questions):
+        settings = ["data.perplexity_tokens=500", "calibration.text=demo", "calibration.tokens=200"]
+        config = load_config(None, ["data.subjects=colour_mixing", f"data.limit_per_subject={questions}", *settings])
+        worker = ModelWorker(config, roles=(SEARCH, CALIBRATION), cache=cache)
+        plan = tail_plan(worker.checkpoint.n_layers, [0.5], name="x", kind="found", alignment="activations")
+        (found,) = worker.refit_tensors(replace(plan, refit=Refit("linear", ridge=1.0))).values()
+        return found["mlp.down_proj.weight"].tolist()
+
+    few, more = fitted(tmp_path / "few", 1), fitted(tmp_path / "more", 2)
+    assert few != more and fitted(tmp_path / "few", 2) == more
 
 
 def test_text_and_base_model_do_not_depend_on_the_trunk(worker, whole):

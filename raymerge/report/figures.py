@@ -218,14 +218,14 @@ def progress(rows: list[dict], description: str, *, objective: str, limits: tupl
     return View(vega.drawing(layers, height=300), description, zoom={"x": "zoom_number", "y": "zoom_value"})
 
 
-def descents(rows: list[dict], description: str, *, objective: str) -> View:
-    """Loss by epoch, a line a start; columns: searcher, start, series, epoch, loss, of."""
+def descents(rows: list[dict], description: str, *, of_what: str) -> View:
+    """Loss (`of_what`) by epoch, a line a start; columns: searcher, start, series, epoch, loss, of."""
     searchers = list(dict.fromkeys(row["searcher"] for row in rows))
     colours = ["var(--accent)", *vega.SERIES[1:]][: max(1, len(searchers))]
     colour = vega.category("searcher", searchers, colours, {"title": None})
     dash = vega.field("of", None, "nominal", scale={"range": [[1, 0], [4, 3]]}, legend=vega.dash_legend())
     x = vega.field("epoch", "epoch", scale=vega.room(6), axis=vega.axis("epoch", tickMinStep=1))
-    y = vega.field("loss", f"loss ({objective})", scale=vega.room(6), axis=vega.axis(f"loss ({objective})"))
+    y = vega.field("loss", f"loss ({of_what})", scale=vega.room(6), axis=vega.axis(f"loss ({of_what})"))
     tips = [("searcher", "descent"), ("start", "start"), ("epoch", "epoch"), ("of", "loss on"), ("loss", "loss", ".4f")]
     layers = [
         {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from raymerge import findings, summary
-from raymerge.objectives import above_ceiling, is_minimised
+from raymerge.objectives import above_ceiling, descended, is_minimised
 from raymerge.report import figures
 from raymerge.report.asked import figure_of
 from raymerge.report.content import ROLES, Block, Figure, Section, Table, role_of
@@ -157,7 +157,8 @@ def search(reached: Reached) -> Section:
     blocks: list[Block] = [_progress(reached, judged, objective)]
     history = run.read("gradient_history").to_pylist()
     if history:
-        blocks.append(_descents(run, history, objective))
+        text_kl = run.config.get("gradient", {}).get("text_kl", 0.0)
+        blocks.append(_descents(run, history, descended(objective, text_kl)))
     header, cells = summary.worker_table(run)
     if cells:
         pace = ". ".join(summary.pace_lines(run))
@@ -251,7 +252,7 @@ def _together(controls: list[tuple[str, float]], every: list[float]) -> list[tup
     ]
 
 
-def _descents(run: RunDirectory, history: list[dict], objective: str) -> Figure:
+def _descents(run: RunDirectory, history: list[dict], of_what: str) -> Figure:
     rows = []
     for row in history:
         for of, loss in (("training", row["loss"]), ("held out", row["held_out_loss"])):
@@ -272,7 +273,7 @@ def _descents(run: RunDirectory, history: list[dict], objective: str) -> Figure:
         "Loss of the descents",
         "One line per start. A descent keeps the state of the lowest loss"
         + (" on held-out questions." if any(row["of"] == "held out" for row in rows) else "."),
-        [figures.descents(rows, f"Loss by epoch of {plural(count, 'descent')}.", objective=objective)],
+        [figures.descents(rows, f"Loss by epoch of {plural(count, 'descent')}.", of_what=of_what)],
         rows,
         "gradient_history",
     )
