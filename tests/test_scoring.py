@@ -6,7 +6,9 @@ The reference (tiny.py) merges step by step in float64, builds an ordinary model
 import copy
 import errno
 import gc
+import random
 import resource
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -26,9 +28,11 @@ import raymerge.tensorfiles
 from raymerge.checkpoint import Checkpoint
 from raymerge.evaluation import Answers, answer_shard
 from raymerge.forward import LayerRunner
+from raymerge.fusion import check_mergeable
 from raymerge.memory import ScoringPlan
 from raymerge.plan import MergePlan, MergeStep, PlanError, base_plan, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import Group, Prompts, Shard, encode_questions
+from raymerge.saved_config import trimmed_config
 from raymerge.scoring import TailScorer
 from raymerge.sources import SourceLayers
 from raymerge.trunk import TrunkCache, compute_trunks
@@ -50,8 +54,13 @@ FAMILIES = {name: {} for name in tiny.FAMILIES} | {
     "gemma3_last_full": {"family": "gemma3", "layer_types": ["sliding_attention"] * 4 + ["full_attention"]},
     # And without any.
     "smollm3_last_none": {"family": "smollm3", "no_rope_layers": [1, 1, 1, 1, 0], "use_sliding_window": False},
+    "smollm3_mixed": {"family": "smollm3", "no_rope_layers": [1, 0, 1, 0, 1], "use_sliding_window": False},
+    "gemma3_mixed": {
+        "family": "gemma3",
+        "layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"],
+    },
 }
-ONE_KIND = [name for name in FAMILIES if name not in ("qwen2_last_window", "gemma3_last_full", "smollm3_last_none")]
+ONE_KIND = [name for name in FAMILIES if not name.endswith(("_last_window", "_last_full", "_last_none", "_mixed"))]
 
 
 def close(found, expected):
@@ -436,10 +445,9 @@ def fused_reference(case, plan):
     checkpoint = case.runner.checkpoint
     state = tiny.fuse_state_dict(checkpoint, checkpoint.architecture, plan, aligner=case.runner.aligner)
     state = {"lm_head.weight": state["model.embed_tokens.weight"]} | state  # tied or not
-    config = copy.deepcopy(case.base.config)
-    config.num_hidden_layers = len(plan.kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[kept.index] for kept in plan.kept]
+    state = tiny.of_layers(tiny.loaded_layer, case.base.config.model_type, state)
+    values = trimmed_config(case.base.config.to_dict(), [kept.index for kept in plan.kept])
+    config = type(case.base.config).from_dict(values)
     model = AutoModelForCausalLM.from_config(config, **tiny.PLAIN, dtype=torch.float64)
     model.load_state_dict(state, strict=True)
     return tiny.plain_answers(model.eval(), case.whole, case.prompts.letters)[0]
@@ -466,6 +474,40 @@ def test_every_alignment_with_every_norm(case, family, alignment, norms):
     for plan, target in zip(plans, expected, strict=True):
         same_answers(scorer.score(plan)[0], target)
         same_answers(answers(case, plan, trunk).logits, target)
+
+
+def any_merge(draw, checkpoint, first):
+    """Neighbours merged in any order and into either side until one of the layers from `first` on is left, with any
+    options; drawn until the family allows it."""
+    while True:
+        there, steps = list(range(first, N)), []
+        while len(there) > 1:
+            at = draw.randrange(len(there) - 1)
+            into, remove = draw.sample(there[at : at + 2], 2)
+            steps.append(MergeStep(into, remove, draw.choice([0.0, 1.0, 1.0, 0.5, draw.random()])))
+            there.remove(remove)
+        options = {"alignment": draw.choice(["none", "neurons", "rows"]), "norms": draw.choice(["keep", "fold"])}
+        plan = MergePlan(N, tuple(steps), kind="found", biases=draw.choice(["keep", "merge"]), **options)
+        with suppress(PlanError):
+            check_mergeable(checkpoint, plan)
+            return plan
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_merge_with_any_options(case, family):
+    """On any stack, alone or several together, with keys computed anew or summed."""
+    draw, case = random.Random(family), case(family)
+    for _ in range(8):
+        first = draw.randrange(N - 1)
+        plans = [any_merge(draw, case.runner.checkpoint, first) for _ in range(draw.choice([1, 2]))]
+        same = {"norms": plans[0].norms, "alignment": "neurons" if plans[0].alignment == "neurons" else "none"}
+        sources = SourceLayers(case.runner, first, **draw.choice([same, same, {}]))
+        scorer = TailScorer(case.trunk(first), case.prompts, sources=sources)
+        if draw.random() < 0.5:
+            how = ScoringPlan("device", "linear" if scorer._is_linear else "recompute", 1, draw.choice([256, 4096]))
+            scorer = TailScorer(case.trunk(first), case.prompts, sources=sources, fused_dtype=torch.float32, plan=how)
+        for plan, logits in zip(plans, scorer.score_many(plans), strict=True):
+            close(logits, fused_reference(case, plan))
 
 
 @pytest.mark.parametrize("family", ["olmo2", "olmoe"])
