@@ -96,9 +96,13 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
         grids[:, [i, j], [j, i]] = np.array([[row["pearson"]], [row["pearson_off_diagonal"]]])
         detail[i, j] = detail[j, i] = row
     low = min(0.8, math.floor(5 * float(np.nanmin(grids))) / 5)  # from 0, matrices that all agree look alike
+    # Of imported matrices there is neither.
+    beside = [
+        what for what, known in (("[95 % interval]", has_intervals(pairs)), ("ceiling", has_ceilings(pairs))) if known
+    ]
     titles = (
         "Flattened matrices\n(as published)",
-        "Off the diagonal" + ("\n[95 % interval], ceiling" if written else ""),
+        "Off the diagonal" + (f"\n{', '.join(beside)}" if written and beside else ""),
     )
     for axis, grid, title, rows_of in zip(axes, grids, titles, ({}, detail), strict=False):
         image = draw_grid(axis, grid, low)
@@ -113,6 +117,16 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
     draw_pairs(axes[2], shown, len(pairs))
     figure.suptitle(f"Correlation of layer similarity between subsets ({measure})", fontweight="bold")
     return save(figure, path)
+
+
+def has_intervals(pairs: list[dict]) -> bool:
+    """Whether any pair has an interval."""
+    return any(row["ci_low"] is not None and row["ci_high"] is not None for row in pairs)
+
+
+def has_ceilings(pairs: list[dict]) -> bool:
+    """Whether any pair has a ceiling."""
+    return any(correlation_ceiling(row) is not None for row in pairs)
 
 
 def draw_grid(axis, grid: np.ndarray, low: float):
@@ -154,16 +168,16 @@ def draw_pairs(axis, pairs: list[dict], count: int) -> None:
     axis.set_yticks(range(len(pairs)), labels, fontsize=7.5)
     axis.set_ylim(len(pairs) - 0.4, -0.6)
     axis.set_xlim(right=max(1.02, axis.get_xlim()[1]))
-    title = "Every pair\nagainst its ceiling"
+    bounded = has_ceilings(pairs)
+    title = "Every pair" + "\nagainst its ceiling" * bounded
     if len(pairs) < count:
-        title = (
-            f"The {len(pairs) // 2} highest and {len(pairs) // 2} lowest\nof {count:,} pairs, against their ceilings"
-        )
+        title = f"The {len(pairs) // 2} highest and {len(pairs) // 2} lowest\nof {count:,} pairs"
+        title += ", against their ceilings" * bounded
         axis.axhline(len(pairs) / 2 - 0.5, color=GREY, lw=0.8)
     axis.set(xlabel="off-diagonal Pearson correlation", title=title)
     for kind in dict.fromkeys(kind_of(row) for row in pairs):
         axis.plot([], [], "o-", ms=5, lw=1.4, color=_KINDS[kind], label=kind)
-    if any(correlation_ceiling(row) is not None for row in pairs):
+    if bounded:
         axis.plot([], [], "|", ms=10, mew=1.8, color="black", label="ceiling")
     axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower right", ncols=4, fontsize=8)
 

@@ -272,6 +272,24 @@ def test_correlations_of_57_subsets_are_colours_and_their_extreme_pairs(tmp_path
     assert max(shown[1][0]) < 40
 
 
+@pytest.mark.parametrize("known", [{}, {"ci_low": 0.4, "ci_high": 0.9}, {"reliability_a": 0.9, "reliability_b": 0.9}])
+def test_titles_of_correlations_name_what_is_known(tmp_path, monkeypatch, known):
+    """Of imported matrices there are no intervals and no ceilings."""
+    titles = []
+    monkeypatch.setattr(
+        correlations_script, "save", lambda figure, _: titles.extend(axis.get_title() for axis in figure.axes[1:3])
+    )
+    unknown = dict.fromkeys(("ci_low", "ci_high", "reliability_a", "reliability_b"))
+    row = {"subset_a": "a", "language_a": "x", "subset_b": "b", "language_b": "x", "pearson": 0.9}
+    correlations_script.draw_correlations(
+        [row | {"pearson_off_diagonal": 0.7} | unknown | known], "imported", tmp_path / "x.png"
+    )
+    plotting.plt.close("all")
+    assert [("95 %" in titles[0]), ("ceiling" in titles[0]), ("ceiling" in titles[1])] == [
+        "ci_low" in known, "reliability_a" in known, "reliability_a" in known,
+    ]  # fmt: skip
+
+
 def test_one_triangle_is_enough(tmp_path):
     whole = make_run(tmp_path / "whole", layers=6, subsets=2)
     half = make_run(tmp_path / "half", layers=6, subsets=2, one_side=True)
