@@ -48,10 +48,12 @@ def similarity_alpha(similarity: np.ndarray, into: int, remove: int) -> float:
 def normalised_similarity(similarity: np.ndarray, into: int, remove: int) -> float:
     """S_ij / sqrt(S_ii S_jj) of an (L, L) matrix; PlanError where it is undefined."""
     value, scale = similarity[into, remove], similarity[into, into] * similarity[remove, remove]
-    if not (math.isfinite(value) and math.isfinite(scale) and scale > 0.0):
+    if not (math.isfinite(value) and math.isfinite(scale)):
+        raise PlanError(f"layers {into} and {remove} have no similarity, or none with themselves; {_UNDEFINED}")
+    if scale <= 0.0:
         raise PlanError(
-            f"the similarity of layers {into} and {remove} is {value} with diagonal product {scale}: both must be "
-            f"finite and the product positive; {_UNDEFINED}"
+            f"layers {into} and {remove} cannot be compared: the product of their similarities with themselves is "
+            f"{scale:g}, but must be positive; {_UNDEFINED}"
         )
     return float(value / math.sqrt(scale))
 

@@ -68,12 +68,14 @@ def test_similarities_without_values_are_refused():
     with pytest.raises(PlanError, match="row 2"):
         similarity_ratio(similarity, 1, 2)
     similarity[2, 0], similarity[2, 3] = 1.0, np.nan
-    with pytest.raises(PlanError, match="similarity of layers 2 and 3 is nan"):
+    with pytest.raises(
+        PlanError, match="layers 2 and 3 have no similarity, or none with themselves; take another subset"
+    ):
         pair_alphas(tail_pairs(4, 1), "similarity", similarity=similarity)
-    for diagonal in (0.0, -1.0, np.nan):
+    for diagonal, told in ((0.0, "is 0, but must be"), (-1.0, "is -1, but must be"), (np.nan, "have no similarity")):
         broken = np.ones((2, 2))
         broken[0, 0] = diagonal
-        with pytest.raises(PlanError, match="diagonal product"):
+        with pytest.raises(PlanError, match=told):
             similarity_alpha(broken, 0, 1)
     with pytest.raises(PlanError, match="add up to 0"):
         similarity_ratio(np.array([[1.0, 1.0], [-1.0, -1.0]]), 0, 1)

@@ -170,6 +170,11 @@ def test_a_sensitivity_study_of_what_is_not_there_is_refused():
         _check_ranges(config("sensitivity.merges=21", "sensitivity.samples=[]"), inputs)
     with pytest.raises(ConfigError, match=r"sensitivity.samples \[7\] are more than the 6"):
         _check_ranges(config("sensitivity.merges=2", "sensitivity.samples=[7, 6]"), inputs)
+    with pytest.raises(
+        ConfigError, match="similarity.samples is 6, but measure gaussian of 3 dimensions needs at least 7"
+    ):
+        more = ["similarity.measure=gaussian", "similarity.dimensions=3", "sensitivity.samples=[]"]
+        _check_ranges(config("sensitivity.merges=2", *more), inputs)
 
 
 # -- a whole run over a stand-in -------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.reliability import RELIABLE_N, Correlation, Study, check_samples, correlate, correlate_matrices
 from raymerge.sensitivity import recipe_of
+from raymerge.similarity import smallest_sample
 from raymerge.tables import IMPORTED, RunDirectory, layer_ranges
 
 Row = dict[str, Any]
@@ -358,4 +359,9 @@ def _check_ranges(config: Config, inputs: Inputs) -> None:
     if too_many := [count for count in config.sensitivity.samples if count > config.similarity.samples]:
         raise ConfigError(
             f"sensitivity.samples {too_many} are more than the {config.similarity.samples} of similarity.samples"
+        )
+    if config.similarity.samples < (least := smallest_sample(recipe_of(config.similarity))):
+        raise ConfigError(
+            f"similarity.samples is {config.similarity.samples}, but measure {config.similarity.measure} of "
+            f"{config.similarity.dimensions} dimensions needs at least {least}"
         )
