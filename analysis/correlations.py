@@ -98,7 +98,9 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
     low = min(0.8, math.floor(5 * float(np.nanmin(grids))) / 5)  # from 0, matrices that all agree look alike
     # Of imported matrices there is neither.
     beside = [
-        what for what, known in (("[95 % interval]", has_intervals(pairs)), ("ceiling", has_ceilings(pairs))) if known
+        what
+        for what, known in (("[95 % interval]", any(map(has_interval, pairs))), ("ceiling", has_ceilings(pairs)))
+        if known
     ]
     titles = (
         "Flattened matrices\n(as published)",
@@ -119,9 +121,9 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
     return save(figure, path)
 
 
-def has_intervals(pairs: list[dict]) -> bool:
-    """Whether any pair has an interval."""
-    return any(row["ci_low"] is not None and row["ci_high"] is not None for row in pairs)
+def has_interval(row: dict) -> bool:
+    """Whether a pair has an interval."""
+    return row["ci_low"] is not None and row["ci_high"] is not None
 
 
 def has_ceilings(pairs: list[dict]) -> bool:
@@ -147,7 +149,7 @@ def write_cells(axis, grid: np.ndarray, image, detail: dict[tuple[int, int], dic
         text = "1" if i == j else f"{value:.3f}"
         if row := detail.get((i, j)):
             text = f"{value:.2f}"
-            if row["ci_low"] is not None and row["ci_high"] is not None:
+            if has_interval(row):
                 text += f"\n[{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
             if (ceiling := correlation_ceiling(row)) is not None:
                 text += f"\nceiling {ceiling:.2f}"
@@ -159,7 +161,7 @@ def draw_pairs(axis, pairs: list[dict], count: int) -> None:
     of which `pairs` may be the highest and the lowest."""
     for y, row in enumerate(pairs):
         colour = _KINDS[kind_of(row)]
-        if row["ci_low"] is not None and row["ci_high"] is not None:
+        if has_interval(row):
             axis.hlines(y, row["ci_low"], row["ci_high"], color=colour, lw=1.4)
         axis.plot(row["pearson_off_diagonal"], y, "o", ms=5, color=colour)
         if (ceiling := correlation_ceiling(row)) is not None:
@@ -194,14 +196,13 @@ def describe(rows: list[dict], measure: str) -> list[str]:
     table = []
     for row in pairs_of(rows):
         ceiling = correlation_ceiling(row)
-        known = row["ci_low"] is not None and row["ci_high"] is not None
         table.append(
             [
                 f"{subset_name(row, '_a')} – {subset_name(row, '_b')}",
                 kind_of(row),
                 number(row["pearson"], 4),
                 number(row["pearson_off_diagonal"], 4),
-                f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]" if known else None,
+                f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]" if has_interval(row) else None,
                 number(row["reliability_a"]),
                 number(row["reliability_b"]),
                 number(ceiling),
