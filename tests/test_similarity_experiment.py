@@ -14,6 +14,7 @@ from raymerge.inputs import read_similarity, read_subsets
 from raymerge.progress import Silent
 from raymerge.schemas import SCHEMAS
 from raymerge.tables import RunDirectory, RunError
+from raymerge.worker import ModelWorker
 
 N_LAYERS = 21
 SETTINGS = [
@@ -203,6 +204,27 @@ def test_sensitivity_says_how_far_each_setting_matters(local_pools, tmp_path):
         sensitivity(config(tmp_path / "more", "sensitivity.samples=[40]"))
     with pytest.raises(ConfigError, match="sensitivity.merges is 21, but the model has 21 layers"):
         sensitivity(config(tmp_path / "deep", "sensitivity.merges=21"))
+
+
+def test_a_sensitivity_that_was_cut_short_goes_on_with_the_subsets_that_are_left(local_pools, monkeypatch, tmp_path):
+    ranges = [f"sensitivity.{key}=[]" for key in ("dimensions", "neighbors", "embedding", "measure", "thresholds")]
+    whole = sensitivity(config(tmp_path / "whole", "sensitivity.sigma=[5]", *ranges), command=["test"])
+    asked, vary = [], ModelWorker.sensitivity
+
+    def cut(self, number):
+        asked.append(number)
+        if asked == [0, 1]:
+            raise InterruptedError("cut")
+        return vary(self, number)
+
+    monkeypatch.setattr(ModelWorker, "sensitivity", cut)
+    again = config(tmp_path / "run", "sensitivity.sigma=[5]", *ranges)
+    with pytest.raises(InterruptedError):
+        sensitivity(again, command=["test"])
+    found = sensitivity(again, command=["test"])
+    assert asked == [0, 1, 1]
+    run_id = {"run_id": found.run_id}
+    assert found.read("sensitivity").to_pylist() == [row | run_id for row in whole.read("sensitivity").to_pylist()]
 
 
 # -- matrices from elsewhere -----------------------------------------------------------------------------------------

@@ -332,7 +332,8 @@ def sensitivity(
 ) -> RunDirectory:
     """Vary every setting of the similarity section, one at a time: does it change the matrices, or the plans?
 
-    Leaves table sensitivity, one figure, the manifest. Errors as `similarity`.
+    Leaves table sensitivity, one figure, the manifest. The rows of a subset are stored as soon as they are there: the
+    same call again goes on with the others. Errors as `similarity`.
     """
     progress = progress or Silent()
     settings = settings_of(config, "model", "data", "similarity", "sensitivity")
@@ -343,10 +344,19 @@ def sensitivity(
     run = open_run(config, "sensitivity", settings, inputs, progress)
     if run.complete:
         return run
+    stored = {(row["subset"], row["language"]) for row in run.read("sensitivity", ["subset", "language"]).to_pylist()}
+    left = [number for number, of in enumerate(inputs.subsets) if (of.name, of.language) not in stored]
+
+    def store(number: int, found: list[Row]) -> None:
+        of = inputs.subsets[left[number]]
+        run.append("sensitivity", found, part=part_name(of.name, of.language))
+
     with _workers(config, inputs, run, progress) as (pool, workers):
-        progress.stage("sensitivity (subsets)", len(inputs.subsets))
-        found = pool.map("sensitivity", range(len(inputs.subsets)), counted(progress))
-    run.replace("sensitivity", [row for rows in found for row in rows])
+        progress.stage("sensitivity (subsets)", len(left))
+        pool.map("sensitivity", left, counted(progress, then=store))
+    order = {(of.name, of.language): number for number, of in enumerate(inputs.subsets)}
+    found = run.read("sensitivity").to_pylist()
+    run.replace("sensitivity", sorted(found, key=lambda row: order[row["subset"], row["language"]]))
     figures = draw_figures(run, ["sensitivity.py"], progress) if config.output.figures else []
     run.write_manifest("complete", command=command, workers=workers, figures=figures, **model_facts(config, inputs))
     return run
