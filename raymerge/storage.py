@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import shutil
 import socket
@@ -25,6 +26,9 @@ from raymerge.errors import UserError
 
 #: How temporary names begin. Readers of data sets skip names that begin with '_'.
 TEMPORARY = "_tmp."
+
+#: Seconds after which what has a temporary name is no longer being written, where no lock says so.
+LEFT_S = 86400.0
 
 #: The file that the process which writes a run holds locked, or where there are no locks names it.
 LOCK = ".lock"
@@ -154,12 +158,10 @@ class Storage:
         target = path if self._one_put else _temporary(path)
         try:
             if self.is_local:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                with open(target, "wb") as file:  # not pyarrow's stream, which has no fsync
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())  # else a power cut can leave the new name with no bytes behind it
-                os.replace(target, path)
+                try:
+                    _put(path, target, data)
+                except FileNotFoundError:  # swept by one that takes up the run that, say, a page is written into
+                    _put(path, target, data)
                 return
             if not self._one_put:
                 self._fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
@@ -238,12 +240,16 @@ class Storage:
                 "--out"
             )
 
-    def clear_temporary(self) -> None:
-        """Delete what a killed process left under temporary names."""
+    def clear_temporary(self, older_s: float = 0.0) -> None:
+        """Delete what a killed process left under temporary names.
+
+        older_s: only what was made so many seconds ago, where processes that live may be writing.
+        """
         selector = pafs.FileSelector(self._base, recursive=True, allow_not_found=True)
+        latest = time.time() - older_s if older_s else math.inf
         with self._reached():
             for info in self._fs.get_file_info(selector):
-                if info.base_name.startswith(TEMPORARY):
+                if info.base_name.startswith(TEMPORARY) and (info.mtime_ns or time.time_ns()) / 1e9 <= latest:
                     if info.type == pafs.FileType.Directory:
                         self._delete_folder(info.path)
                     else:
@@ -364,6 +370,16 @@ def _this_process() -> str:
 def _temporary(path: str) -> str:
     folder, _, name = path.rpartition("/")
     return f"{folder}/{TEMPORARY}{uuid.uuid4().hex[:8]}.{name}"
+
+
+def _put(path: str, target: str, data) -> None:
+    """Write a file of this machine's under a temporary name, and rename it."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(target, "wb") as file:  # not pyarrow's stream, which has no fsync
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut can leave the new name with no bytes behind it
+    os.replace(target, path)
 
 
 def _renamed(source, target: str) -> bool:

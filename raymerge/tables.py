@@ -45,7 +45,7 @@ from raymerge.schemas import (
     way_of,
 )
 from raymerge.statistics import colour_scale, paired_difference, wilson_interval, without_far_worse
-from raymerge.storage import LOCK, TEMPORARY, Lock, RunError, Storage
+from raymerge.storage import LEFT_S, LOCK, TEMPORARY, Lock, RunError, Storage
 
 __all__ = [
     "FREE_SECTIONS",
@@ -143,12 +143,13 @@ class RunDirectory:
             no rows yet, as one that was refused for its prompts, is begun anew instead.
         """
         run, config, stored = cls._checked(path, config, experiment, filesystem)
-        if not run.complete:
+        writes = not run.complete
+        if writes:
             run._lock = run._storage.lock()
             # while this process waited, another may have begun the run, with another config, and ended
             stored = cls._checked(path, config, experiment, filesystem)[2]
         run.experiment, run.config = experiment, config
-        run._storage.clear_temporary()
+        run._storage.clear_temporary(0.0 if writes else LEFT_S)  # without the lock others may be writing
         if stored is None:  # what one that got no further left is not this run's
             run._storage.delete(_INPUTS)
             if run.has("incidents"):

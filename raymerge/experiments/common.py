@@ -26,12 +26,10 @@ from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
-from raymerge.storage import NO_ROOM, Lock, clear_scratch, user_cache
+from raymerge.storage import LEFT_S, NO_ROOM, Lock, clear_scratch, user_cache
 from raymerge.tables import RunDirectory
 from raymerge.texts import text_hash
 from raymerge.worker import ModelWorker
-
-_LEFT_S = 86400.0  # after which what has a temporary name in a shared cache is no longer being written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +113,7 @@ def swept_cache(config: Config, run: RunDirectory) -> Iterator[str]:
     cache = cache_of(config, run)
     # Inside a run on a disk it is locked and swept with the run.
     lock = Lock(cache) if config.output.cache is None and not run.is_local else None
-    clear_scratch(cache, older_s=0.0 if lock else _LEFT_S)
+    clear_scratch(cache, older_s=0.0 if lock else LEFT_S)
     yield cache
 
 
