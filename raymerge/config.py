@@ -603,6 +603,23 @@ class Config(_Section):
             raise ValueError("gradient.text_kl needs a plain text to descend on: set search.text to a file or demo")
         return self
 
+    @model_validator(mode="after")
+    def _can_be_descended(self) -> Config:
+        plan, quantise = self.plan, self.model.quantise
+        if "gradient" not in self.search.searchers:
+            return self
+        if plan.selection in ("block", "most_similar"):  # the steps of a list may be those of a tail
+            raise ValueError(
+                f"search.searcher gradient needs a tail merge, but plan.selection is {plan.selection}: use searcher "
+                "bayes"
+            )
+        if plan.alignment == "rows" or quantise != "none":
+            raise ValueError(
+                f"plan.alignment {plan.alignment} with model.quantise {quantise} has no gradient: use alignment "
+                "neurons and quantise none, or search.searcher bayes"
+            )
+        return self
+
     def resolved(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 

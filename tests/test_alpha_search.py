@@ -1,6 +1,7 @@
 """alpha_search.py without workers: which controls there are, what is searched and stored, and which plan is best."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -456,6 +457,7 @@ def test_plans_that_cannot_be_searched_are_refused():
     longer = tail_plan(N_LAYERS, [0.5] * 3, name="longer", kind="file")
     block = block_plan(N_LAYERS, 7, [0.5, 0.5], name="block", kind="file")
     gradient = "search.searcher=gradient"
+    listed = ("plan.selection=list", "plan.base=file", "plan.alpha_file=x", "plan.merges=null")
     check(tail, gradient, probes=[tail.with_alphas([0.1, 0.2], name="probe", kind="file")])
     check(block, "plan.selection=block")
     for start in (longer, block):
@@ -463,8 +465,9 @@ def test_plans_that_cannot_be_searched_are_refused():
             PlanError, match=r"not a tail merge of plan.merges = 2 layers; to use .* plan.selection: list"
         ):
             check(start)
-    check(longer, "plan.selection=list", "plan.base=file", "plan.alpha_file=x", "plan.merges=null")
+    check(longer, *listed)
     with pytest.raises(PlanError, match="probe longer merges other layers than mine"):
         check(tail, probes=[longer])
-    with pytest.raises(ConfigError, match="gradient needs a tail merge, but plan.selection is block"):
-        check(block, "plan.selection=block", gradient)
+    check(replace(tail, selection="list"), *listed)
+    with pytest.raises(ConfigError, match="gradient needs a tail merge, but plan.selection is list"):
+        check(replace(tail, selection="list"), *listed, gradient)

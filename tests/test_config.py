@@ -266,6 +266,18 @@ def test_what_is_written_to_a_run_reads_back_as_the_same_configuration():
         ({"gradient": {"held_out": 1}}, "gradient.held_out = 1"),
         ({"gradient": {"parametrisations": ["softmax"]}}, "gradient.parametrisations"),
         (
+            {"plan": {"selection": "block", "block": "search"}, "search": {"searcher": ["bayes", "gradient"]}},
+            "search.searcher gradient needs a tail merge, but plan.selection is block: use searcher bayes",
+        ),
+        (
+            {"plan": {"alignment": "rows"}, "search": {"searcher": "gradient"}},
+            "plan.alignment rows with model.quantise none has no gradient",
+        ),
+        (
+            {"model": {"quantise": "int8"}, "search": {"searcher": "gradient"}},
+            "plan.alignment none with model.quantise int8 has no gradient",
+        ),
+        (
             {"gradient": {"text_kl": 0.1}, "search": {"searcher": "gradient"}},
             "gradient.text_kl needs a plain text to descend on: set search.text",
         ),

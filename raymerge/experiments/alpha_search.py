@@ -156,11 +156,6 @@ def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[Me
         raise ConfigError(
             f"search.searcher gradient needs a tail merge, but plan.selection is {start.selection}: use searcher bayes"
         )
-    if "gradient" in config.search.searchers and (start.alignment == "rows" or config.model.quantise != "none"):
-        raise ConfigError(
-            f"plan.alignment {start.alignment} with model.quantise {config.model.quantise} has no gradient: "
-            "use alignment neurons and quantise none, or search.searcher bayes"
-        )
 
 
 def _searched_starts(config: Config, start: MergePlan) -> list[int]:
