@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import load_config
+from raymerge.config import ConfigError, load_config
 from raymerge.demo import MODEL_PATH
 from raymerge.experiments import alpha_search, compression_sweep, layer_similarity, model_evaluation
 from raymerge.storage import Storage
@@ -58,6 +59,16 @@ def change_weights(model):
     tensors = load_file(file)
     name = next(name for name in tensors if "down_proj" in name)
     save_file(tensors | {name: tensors[name] * 0.5}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("experiment", MODULES)
+def test_a_path_in_place_of_a_configuration_is_refused_with_what_to_give(experiment):
+    experiment = getattr(MODULES[experiment], experiment)
+    for path, words in (("a.yaml", "str 'a.yaml'"), (Path("a.yaml"), r"PosixPath PosixPath\('a.yaml'\)")):
+        with pytest.raises(ConfigError, match=rf"takes a Config, not the {words}: .* raymerge.load_config\('a.yaml'\)"):
+            experiment(path)
+    with pytest.raises(ConfigError, match=r"not the dict \{\}: give it raymerge.load_config\(FILE\)"):
+        experiment({})
 
 
 @pytest.mark.parametrize("experiment", MODULES)

@@ -25,6 +25,7 @@ from raymerge.experiments.common import (
     Inputs,
     align,
     align_rows,
+    check_config,
     check_without_questions,
     compute_trunk,
     counted,
@@ -92,6 +93,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     Raises ConfigError, PlanError, CheckpointError, DataError before anything is written, RunError where the run
     directory cannot be used.
     """
+    check_config(config)
     progress = progress or Silent()
     check_loggers(config.output.loggers)
     calibrates = config.needs_calibration()

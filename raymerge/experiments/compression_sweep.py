@@ -14,6 +14,7 @@ from raymerge.experiments.common import (
     Inputs,
     align,
     align_rows,
+    check_config,
     check_without_questions,
     compute_trunk,
     counted,
@@ -79,6 +80,7 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     Where blocks are asked for, table blocks says how they were chosen. Without data.mmlu no questions are asked, and
     plain text and tasks are what the points are judged by. Errors as `search`.
     """
+    check_config(config)
     progress = progress or Silent()
     calibrates = config.needs_calibration(sweep=True)
     check_without_questions(config, {"sweep.alignments": config.sweep.alignments}, calibrates=calibrates)

@@ -18,6 +18,7 @@ from raymerge.diffusion import SimilarityError, degeneracy
 from raymerge.embedding import embed_layers
 from raymerge.experiments.common import (
     Inputs,
+    check_config,
     counted,
     describe_workers,
     draw_figures,
@@ -51,6 +52,7 @@ def similarity(
     are not collected again. Raises ConfigError, CheckpointError, DataError before anything is written, RunError where
     the run directory cannot be used, SimilarityError and ActivationError where the prompts cannot be compared.
     """
+    check_config(config)
     progress = progress or Silent()
     settings = settings_of(config, "model", "data", "similarity")
     RunDirectory.check(config.output.run, settings, "similarity")
@@ -335,6 +337,7 @@ def sensitivity(
     Leaves table sensitivity, one figure, the manifest. The rows of a subset are stored as soon as they are there: the
     same call again goes on with the others. Errors as `similarity`.
     """
+    check_config(config)
     progress = progress or Silent()
     settings = settings_of(config, "model", "data", "similarity", "sensitivity")
     RunDirectory.check(config.output.run, settings, "sensitivity")
