@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,8 @@ LEFT_S = 86400.0
 #: The file that the process which writes a run holds locked, or where there are no locks names it.
 LOCK = ".lock"
 
+_SCRATCH = "raymerge."  # how folders among the user's temporary ones begin
+
 _PROCESS = uuid.uuid4().hex[:8]  # hosts and process numbers are alike in containers
 
 _AT_A_TIME = 32  # requests to a store that is not on this machine: each waits for the network
@@ -48,6 +51,10 @@ _FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota used up", errno.EF
 
 class RunError(UserError):
     """A run directory cannot be used or written; the message says where, why and what to do."""
+
+
+class NoScratchError(UserError):
+    """No temporary folder can be made; the message says why and what to do."""
 
 
 class Storage:
@@ -308,6 +315,61 @@ def clear_scratch(folder, older_s: float = 0.0) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A new folder among the user's temporary ones (TMPDIR) for as long as the context lasts.
+
+    Its process holds it locked, so that the next one to make such a folder can tell those of killed processes, and
+    deletes them. Raises NoScratchError where none can be made.
+    """
+    try:
+        for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+            _clear_left(left)
+        folder, held = _new_scratch()
+    except OSError as error:
+        raise NoScratchError(
+            f"no temporary folder can be made: {error}; free space, or set TMPDIR to a folder that can be written"
+        ) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
+
+
+def _clear_left(folder: Path) -> None:
+    """Delete a temporary folder of the user's own unless a process that lives holds it."""
+    with contextlib.suppress(OSError):  # another process was faster, it is another user's, or the disk knows no locks
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            if os.fstat(held).st_uid == os.geteuid():
+                # Not POSIX's lock, which would be of the process, and end with any closing of the folder.
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+        finally:
+            os.close(held)
+
+
+def _new_scratch() -> tuple[Path, int]:
+    """A new temporary folder, and what holds it locked until that is closed."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_SCRATCH))
+        try:
+            held = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # before it was locked, another process took it for a killed one's
+            continue
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # which is deleting it
+            pass
+        except OSError:  # a disk without locks, where none is deleted either
+            return folder, held
+        else:
+            if folder.exists():
+                return folder, held
+        os.close(held)
 
 
 class Lock:

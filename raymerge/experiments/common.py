@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -27,7 +26,7 @@ from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
-from raymerge.storage import LEFT_S, NO_ROOM, Lock, clear_scratch, user_cache
+from raymerge.storage import LEFT_S, NO_ROOM, Lock, clear_scratch, scratch_folder, user_cache
 from raymerge.tables import RunDirectory
 from raymerge.texts import text_hash
 from raymerge.worker import ModelWorker
@@ -355,9 +354,8 @@ def draw_figures(run: RunDirectory, scripts: Sequence[str], progress: Progress) 
     inside = package / "_analysis"
     folder = inside if inside.is_dir() else package.parent / "analysis"
     progress.stage("figures", len(scripts))
-    with tempfile.TemporaryDirectory() as scratch:
-        # Figures are files; beside a URI they are drawn here and copied there.
-        out = Path(run.path_of("figures") if run.is_local else scratch)
+    # Figures are files; beside a URI they are drawn here and copied there.
+    with nullcontext(Path(run.path_of("figures"))) if run.is_local else scratch_folder() as out:
 
         def draw(script: str) -> tuple[str, subprocess.CompletedProcess[str]]:
             arguments = [sys.executable, str(folder / script), run.path_of(), "--out", str(out)]
