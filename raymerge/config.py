@@ -133,8 +133,8 @@ class TasksConfig(RootModel[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Z
 class PlanConfig(_Section):
     """What is merged, and the base coefficients.
     - `selection`: which layers are merged. tail: the last `merges` layers. block: a contiguous block of `merges`
-      layers. most_similar: repeatedly the most similar neighbours, until there are `merges` merges or, with merges:
-      null, until none exceeds `threshold`. list: the steps of `alpha_file`.
+      layers. most_similar: repeatedly the most similar neighbours, until there are `merges` merges (null for any
+      number) or none exceeds `threshold`. list: the steps of `alpha_file`.
     - `recompute`: with most_similar, collect the similarities anew after each merge.
     - `block`: the first layer of the block, or how it is chosen. cosine, angular: the smallest distance between the
       states that enter the block and those that leave it, on calibration.text. similarity: by `similarity_run`, with

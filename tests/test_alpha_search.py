@@ -74,6 +74,10 @@ BY_SIMILARITY = ["plan.similarity_run=x", "plan.base=similarity"]
             ["plan.similarity_run=x", "plan.selection=most_similar"],
             [*FIRST, "block_influence", FIXED, "similarity_shuffled"],
         ),
+        (
+            ["plan.similarity_run=x", "plan.selection=most_similar", "plan.threshold=0.2"],  # that two exceed
+            [*FIRST, "block_influence", FIXED, "similarity_shuffled"],
+        ),
     ],
 )
 def test_every_control_that_there_can_be_is_one_and_none_twice(settings, expected, tmp_path):

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +281,11 @@ class _Search:
         plan = self.config.plan
         if self.similarity is not None and (plan.base.startswith("similarity") or plan.selection == "most_similar"):
             first = start.first_removed if start.selection == "block" else None
-            controls.append(shuffled_plan(plan, n_layers, self.similarity, first))
+            check = partial(check_mergeable, self.inputs.checkpoint)
+            shuffled = shuffled_plan(plan, n_layers, self.similarity, merges, first, check=check)
+            if not shuffled:
+                self.progress.message("Warning: no shuffle of the similarity makes a plan that can be a control.")
+            controls += shuffled
         if (start.alignment, start.norms) != ("none", "keep"):
             controls.append(replace(start, name=f"{start.name}_plain", alignment="none", norms="keep"))
         same = [control for control in controls if control.plan_id("") == start.plan_id("")]

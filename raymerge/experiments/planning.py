@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,7 +26,8 @@ from raymerge.pool import WorkerPool
 from raymerge.progress import Progress
 from raymerge.tables import RunDirectory
 
-SHUFFLE_SEED = 0  # of the control whose similarity has its layers shuffled
+SHUFFLE_SEED = 0  # of the control whose similarity has its layers shuffled; those after it are tried where it has none
+_SHUFFLES = 100
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Similarity:
     matrix: np.ndarray
     block_influence: np.ndarray | None
 
-    def shuffled(self) -> Similarity:
+    def shuffled(self, seed: int) -> Similarity:
         """The same values for the wrong layers: a control."""
-        order = np.random.default_rng(SHUFFLE_SEED).permutation(len(self.matrix))
+        order = np.random.default_rng(seed).permutation(len(self.matrix))
         return Similarity(self.matrix[np.ix_(order, order)], None)
 
 
@@ -115,16 +116,31 @@ def _named(plan: PlanConfig, n_layers: int, pairs: list[tuple[int, int]], alphas
     )
 
 
-def shuffled_plan(plan: PlanConfig, n_layers: int, similarity: Similarity, first: int | None = None) -> MergePlan:
+def shuffled_plan(
+    plan: PlanConfig,
+    n_layers: int,
+    similarity: Similarity,
+    merges: int,
+    first: int | None = None,
+    *,
+    check: Callable[[MergePlan], None] = lambda plan: None,
+) -> list[MergePlan]:
     """The starting plan as a similarity whose layers are shuffled would have it: does the similarity matter?
 
-    A block (`first`) stays where it is.
+    It merges `merges` layers, as many as the start, wherever a threshold would stop it; a block (`first`) stays where
+    it is. Another shuffle is tried where one leads to entries that are undefined, or to layers that cannot be merged
+    (`check` raises PlanError), and no plan comes of it where all do.
     """
-    if plan.selection == "most_similar" and plan.merges is None:
-        # The threshold would stop it elsewhere; a control merges as many layers.
-        merges = len(starting_plan(plan, n_layers, similarity).steps)
+    if plan.selection == "most_similar":
         plan = plan.model_copy(update={"merges": merges, "threshold": None})
-    return replace(starting_plan(plan, n_layers, similarity.shuffled(), first), name="similarity_shuffled")
+    for seed in range(SHUFFLE_SEED, SHUFFLE_SEED + _SHUFFLES):
+        try:
+            found = starting_plan(plan, n_layers, similarity.shuffled(seed), first)
+            check(found)
+        except PlanError:
+            continue
+        return [replace(found, name="similarity_shuffled")]
+    return []
 
 
 def influence_plan(similarity: Similarity | None, merges: int) -> list[MergePlan]:

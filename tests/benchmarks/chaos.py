@@ -374,8 +374,8 @@ def differences(there, here):
 def leftovers(out, temporary):
     found = [str(path) for path in out.rglob("_tmp.*")]
     found += [str(path) for path in out.parent.glob("_tmp.*")]
-    known = ("ray", "page.html", "torchinductor_")  # the last torch makes wherever it looks for a compiler
-    return found + [str(path) for path in temporary.iterdir() if not path.name.startswith(known)]
+    known = re.compile(r"ray(?!merge)|page\.html|torchinductor_")  # the last torch makes where it looks for a compiler
+    return found + [str(path) for path in temporary.iterdir() if not known.match(path.name)]
 
 
 class Campaign:
