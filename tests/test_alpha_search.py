@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from test_heuristics import planted
 
 from raymerge.checkpoint import Checkpoint
@@ -450,6 +451,19 @@ def test_nothing_is_saved_where_it_is_not_asked_for_and_plans_are_compared_on_wh
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [["plan.merges=3"], ["plan.merges=3", *BLOCK[:2]]])
+def test_layers_that_only_an_alpha_of_1_leaves_out_are_refused_before_anything_is_computed(settings, tmp_path):
+    """Every candidate averages them; the fixed control was the first to fail, when the trunk had been computed."""
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path, "gemma2")))
+    assert checkpoint.windows == [40, None, 40, 40, 40]
+    config = load_config(None, ["plan.ratio=1", *settings])
+    start = starting_plan(config.plan, 5, None)
+    with pytest.raises(PlanError, match="attention windows differ .*; but a search moves every alpha, also one that"):
+        _check(config, Inputs(questions={}, checkpoint=checkpoint), start, [])
+    config = load_config(None, ["plan.ratio=1", "plan.merges=2"])
+    _check(config, Inputs(questions={}, checkpoint=checkpoint), starting_plan(config.plan, 5, None), [])
 
 
 def test_plans_that_cannot_be_searched_are_refused():

@@ -149,12 +149,20 @@ def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[Me
             f"plan {start.name} has {len(shape)} steps and is not a tail merge of plan.merges = {merges} "
             "layers; to use the file's own steps, set plan.selection: list"
         )
-    for first in _searched_starts(config, start):
+    blocks = _searched_starts(config, start)
+    for first in blocks:
         check_mergeable(inputs.checkpoint, start.moved_to(first))
     for plan in (start, *probes):
         check_mergeable(inputs.checkpoint, plan)
         if [(step.into, step.remove) for step in plan.steps] != shape:
             raise PlanError(f"probe {plan.name} merges other layers than {start.name}: its alphas cannot be tried")
+    candidate = start.with_alphas([0.5] * len(shape), name="candidate", kind="found")
+    for plan in map(candidate.moved_to, blocks) if blocks else [candidate]:
+        try:
+            check_mergeable(inputs.checkpoint, plan)
+        except PlanError as error:
+            said = "but a search moves every alpha, also one that is 1: leave such layers out of its steps"
+            raise PlanError(f"{error}; {said}") from error
     if "gradient" in config.search.searchers and start.selection != "tail":
         raise ConfigError(
             f"search.searcher gradient needs a tail merge, but plan.selection is {start.selection}: use searcher bayes"
