@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -198,6 +199,15 @@ def test_a_searcher_begins_with_what_is_known_within_its_bounds(asked, tmp_path)
         "batch": 3, "concurrent": 2, "wall_seconds": 2.0, "share_not_scoring": 0.25,
         "workers": [{"worker": "worker-0"}], "candidates_this_call": 4, "seconds_per_candidate": 0.12346,
     }  # fmt: skip
+
+
+def test_a_search_begins_where_the_last_candidate_before_has_taken_the_only_worker_along(asked, tmp_path):
+    """Three times, so that it failed and the search before ended, while the worker is restarting."""
+    search = searching(tmp_path, "search.concurrent=auto", "search.batch=auto")
+    search.pool = SimpleNamespace(count=0)
+    search._search_coefficients("bayes", 60, KNOWN, 0.01)
+    ((_, options),) = asked
+    assert options["batch"] == 6 and search.facts["bayes_search"]["concurrent"] == 1
 
 
 def test_the_random_control_has_no_points_of_the_search_and_losses_are_minimised(asked, tmp_path):

@@ -380,8 +380,9 @@ class _Search:
 
     @property
     def _concurrent(self) -> int:
-        """Trials at a time, with the workers that are there."""
-        asked, count = self.config.search.concurrent, self.pool.count
+        """Trials at a time, with the workers that are there: one where the last candidate before took the last of them
+        along, which is restarting."""
+        asked, count = self.config.search.concurrent, max(1, self.pool.count)
         return count if asked == "auto" else min(asked, count)
 
     def _done(self, searcher: str) -> list[dict[str, Any]]:
