@@ -270,6 +270,9 @@ def test_foreign_files_that_are_no_matrices_are_refused(tmp_path):
     refuse("must hold real numbers", save(tmp_path, "words", np.full((4, 4), "x")))
     refuse("2 files give 1 subset names", square, save(tmp_path, "square_40s", np.ones((4, 4))))
     refuse("cannot be read as a NumPy array", tmp_path / "absent.npy")
+    for content in (b"", b"PK\x03\x04 and no more"):
+        (tmp_path / "broken.npy").write_bytes(content)
+        refuse("cannot be read as a NumPy array", tmp_path / "broken.npy")
     pickled = tmp_path / "pickled.npy"
     np.save(pickled, np.array([[{}, {}], [{}, {}]]), allow_pickle=True)
     refuse("cannot be read as a NumPy array: Object arrays cannot be loaded", pickled)

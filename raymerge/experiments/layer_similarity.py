@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -316,7 +317,7 @@ def _subset_name(file: Path) -> str:
 def _read_matrix(file: Path) -> np.ndarray:
     try:
         matrix = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:  # the last two of an empty file and of a broken .npz
         raise ConfigError(f"{file} cannot be read as a NumPy array: {error}") from error
     if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
         shape = getattr(matrix, "shape", type(matrix).__name__)
