@@ -654,6 +654,8 @@ def _yaml(text: str, name: str) -> Any:
     loader.name = name
     try:
         return loader.get_single_data()
+    except ValueError as error:  # PyYAML's own of what looks like a date or a number and is none, such as 2024-13-01
+        raise yaml.YAMLError(f"{error}; put quotes around what is a text") from error
     finally:
         loader.dispose()
 

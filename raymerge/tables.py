@@ -385,14 +385,15 @@ class RunDirectory:
     def _read_config(self) -> _Stored | None:
         """What config.yaml says, None if there is none."""
         try:
-            text = self._storage.read("config.yaml").decode("utf-8")
+            content = self._storage.read("config.yaml")
         except FileNotFoundError:
             return None
-        head = re.match(r"# experiment: (\S+)\n# run_id: ([0-9a-f]{16})\n", text)
         try:
+            text = content.decode("utf-8")
             config = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # the latter of bytes that are no text, and dates that are none
             raise RunError(f"{self._storage.name}/config.yaml is not YAML: {error}") from error
+        head = re.match(r"# experiment: (\S+)\n# run_id: ([0-9a-f]{16})\n", text)
         if head is None or not isinstance(config, dict):
             raise RunError(
                 f"{self._storage.name}/config.yaml was not written by a raymerge run (its first lines name no "
