@@ -12,6 +12,7 @@ from test_heuristics import planted
 
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
+from raymerge.errors import UserError
 from raymerge.evaluation import Answers
 from raymerge.experiments import alpha_search
 from raymerge.experiments.alpha_search import _check, _Search
@@ -338,7 +339,10 @@ def test_the_best_of_a_searcher_is_its_own_best_finished_candidate(tmp_path):
 
 def test_reported_are_the_controls_the_random_control_and_the_best_of_each_searcher_the_best_last(tmp_path):
     search = searching(tmp_path, "search.searcher=[bayes, gradient]", "gradient.parametrisations=[simplex]")
-    with pytest.raises(RuntimeError, match="every candidate of the search failed"):
+    errors = ["ValueError: x", "value is nan", "value is nan"]
+    failed = [trial("bayes", number, None, error=error) for number, error in enumerate(errors)]
+    search.run.append("trials", failed, part="failed")
+    with pytest.raises(UserError, match=r"every candidate .*, 2 of them by this: value is nan\. .* another --out"):
         search._reported([])
     rows = [trial("bayes", 0, 0.75), trial("gradient_simplex", 0, 0.5), trial("random", 0, 0.9)]
     search.run.append("trials", rows, part="a")

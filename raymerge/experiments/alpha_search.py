@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from raymerge.alignment import REORDERED, Aligner
 from raymerge.alpha_files import read_alpha_file
 from raymerge.card import search_results
 from raymerge.config import Config, ConfigError, PlanConfig
+from raymerge.errors import UserError
 from raymerge.evaluation import Answers
 from raymerge.experiments.common import (
     Inputs,
@@ -79,6 +81,10 @@ _INSIDE = 0.05  # an alpha's distance from its corner where a descent starts nea
 FIXED_CONTROL = PlanConfig().ratio  # the constant that published coefficients amount to
 
 
+class NothingFoundError(UserError):
+    """A search all of whose candidates failed; the message has the error that most of them have."""
+
+
 def search(config: Config, *, command: Sequence[str] | None = None, progress: Progress | None = None) -> RunDirectory:
     """Search the coefficients of a merge, and report the best beside every control.
 
@@ -92,7 +98,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     tasks. The same call again resumes; a complete run is returned as it is.
 
     Raises ConfigError, PlanError, CheckpointError, DataError before anything is written, RunError where the run
-    directory cannot be used.
+    directory cannot be used, NothingFoundError where every candidate failed.
     """
     check_config(config)
     progress = progress or Silent()
@@ -494,7 +500,13 @@ class _Search:
             searchers += [f"gradient_{kind}" for kind in kinds] if own == "gradient" else [own]
         found = [best for name in searchers if (best := self._best(name, f"found_{name}", "found"))]
         if not found:
-            raise RuntimeError("every candidate of the search failed: the errors are in table trials")
+            trials = self.run.read("trials", ["searcher", "error"]).to_pylist()
+            ((why, count),) = Counter(row["error"] for row in trials if row["searcher"] in searchers).most_common(1)
+            raise NothingFoundError(
+                f"every candidate of the search failed, {count} of them by this: {why:.500}. All errors are in table "
+                "trials. When that is mended, choose another --out or delete the folder: what has failed is not tried "
+                "again"
+            )
         random = None if "random" in searchers else self._best("random", "random", "random")
         # The best of several searches by the search questions, which is what a search may choose by. One set of
         # coefficients before a set for each matrix: with seven times as many these fit the search questions best and
