@@ -28,7 +28,7 @@ from raymerge.prompts import encode_text
 from raymerge.proof import check_proof, proof_finished, prove
 from raymerge.refit import Refitter, check_refittable
 from raymerge.saving import check_writable, save_checkpoint
-from raymerge.storage import Storage, scratch_folder
+from raymerge.storage import Storage, clear_scratch, scratch_folder
 from raymerge.texts import read_plain_text
 
 RECORD_FILE = "merge_plan.json"
@@ -91,6 +91,7 @@ def merge(
         elif there["plan_id"] != plan.plan_id(checkpoint.identity):
             raise PlanError(f"{out} exists already, of another merge: give another --out, or delete it")
         else:  # an earlier call was ended while it proved the model
+            clear_scratch(out)
             _prove(checkpoint, plan, out, there, aligner=aligner, refits=refits, progress=progress)
             record = there | {"bytes": sum(file.stat().st_size for file in out.glob("*.safetensors"))}
             record["folder"] = str(out)

@@ -281,6 +281,7 @@ def test_a_merge_that_was_ended_during_its_proof_goes_on_with_it(tmp_path, alpha
     with pytest.raises(KeyboardInterrupt):
         merge("demo", alphas, out)
     saved = (out / "model.safetensors").stat()
+    (out / "_tmp.0.README.md").write_text("killed while the proof was written down")
     monkeypatch.setattr(raymerge.merging, "prove", prove)
     monkeypatch.setattr(raymerge.merging, "save_checkpoint", lambda *_, **__: pytest.fail("saved again"))
     with pytest.raises(PlanError, match="exists already, of another merge"):
@@ -289,6 +290,7 @@ def test_a_merge_that_was_ended_during_its_proof_goes_on_with_it(tmp_path, alpha
     assert done["proof"]["passed"] and done["bytes"] == saved.st_size and done["folder"] == str(out)
     assert json.loads((out / "merge_plan.json").read_text())["proof"]["passed"]
     assert (out / "model.safetensors").stat().st_mtime_ns == saved.st_mtime_ns
+    assert not list(out.glob("_tmp.*"))
     with pytest.raises(PlanError, match="exists already: give another"):
         merge("demo", alphas, out)
 
