@@ -1,5 +1,8 @@
 """alpha_search.py without workers: which controls there are, what is searched and stored, and which plan is best."""
 
+import errno
+import os
+import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +28,7 @@ from raymerge.plan import PlanError, block_plan, tail_plan
 from raymerge.progress import Silent
 from raymerge.proposers import BayesProposer, RandomProposer
 from raymerge.search import SearchOutcome
-from raymerge.tables import RunDirectory
+from raymerge.tables import RunDirectory, RunError
 
 CHECKPOINT = Checkpoint("demo")
 N_LAYERS = CHECKPOINT.n_layers
@@ -503,3 +506,15 @@ def test_plans_that_cannot_be_searched_are_refused():
     check(replace(tail, selection="list"), *listed)
     with pytest.raises(ConfigError, match="gradient needs a tail merge, but plan.selection is list"):
         check(replace(tail, selection="list"), *listed, gradient)
+
+
+def test_a_disk_without_room_for_another_folder_is_said_where_the_model_is_to_be_saved(tmp_path, monkeypatch):
+    """On ext4 a folder takes a block of its own; on the tmpfs of tests/benchmarks/chaos.py it does not."""
+    search = searching(tmp_path)
+
+    def full(*_, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(options["dir"]))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(RunError, match=f"can be made in {tmp_path}: .*No space left on device.* free space"):
+        search._save(search.start)

@@ -6,10 +6,12 @@ call again goes on from there.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -74,7 +76,7 @@ from raymerge.proof import ProofError
 from raymerge.proposers import BayesProposer, Proposer, RandomProposer, Starts
 from raymerge.search import BatchSearcher, check_loggers, choose_batch, run_search
 from raymerge.storage import TEMPORARY
-from raymerge.tables import RunDirectory
+from raymerge.tables import RunDirectory, RunError
 
 _LOOSE = 200  # batches after which their parts of `trials` become one file: reading each takes 1 ms, of a store 50
 _INSIDE = 0.05  # an alpha's distance from its corner where a descent starts near one
@@ -554,9 +556,8 @@ class _Search:
                 return where, proof
         # In the run, or else in its cache, so that a killed process's is deleted at the next start.
         beside = Path(where).parent.parent if self.run.is_local else Path(self.cache)
-        beside.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=beside) as scratch:
-            folder = Path(scratch) / best.name
+        with _folder_in(beside) as scratch:
+            folder = scratch / best.name
             try:
                 record = save_merged(
                     self.inputs.checkpoint,
@@ -573,3 +574,20 @@ class _Search:
                 kept = self.run.upload(folder, "models", best.name, move=True)
                 raise ProofError(str(error).replace(str(folder), kept)) from error  # the folder that it named is gone
             return self.run.upload(folder, "models", best.name, move=True), record["proof"]
+
+
+@contextmanager
+def _folder_in(parent: Path) -> Iterator[Path]:
+    """A temporary folder in another one for as long as the context lasts. Raises RunError where none can be made."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
+    except OSError as error:
+        raise RunError(
+            f"no folder for the merged model can be made in {parent}: {error}; free space there and run the same "
+            "command again: finished candidates are kept"
+        ) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
