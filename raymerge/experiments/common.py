@@ -173,7 +173,18 @@ def open_pool(
         except PlacementError:
             return 0
 
-    arguments = {"config": config, "roles": inputs.roles, "cache": cache, "template": template, "firsts": tuple(firsts)}
+    # A worker of no GPU is not to look for one: Ray hides none from it (2.60), where the cluster was started with
+    # --num-gpus=0 as where it has none.
+    placed_config = config.model_copy(
+        update={"workers": workers.model_copy(update={"gpus_per_worker": placement.gpus})}
+    )
+    arguments = {
+        "config": placed_config,
+        "roles": inputs.roles,
+        "cache": cache,
+        "template": template,
+        "firsts": tuple(firsts),
+    }
     with step(progress or Silent(), f"loading the model in {count} worker{'s' if count > 1 else ''}"):
         return WorkerPool(
             ModelWorker,
