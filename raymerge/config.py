@@ -140,7 +140,8 @@ class PlanConfig(_Section):
       states that enter the block and those that leave it, on calibration.text. similarity: by `similarity_run`, with
       any measure. loss: the smallest loss on calibration.text with the block dropped. search: first layer and
       coefficients together, beginning with the choice by cosine.
-    - `starts`: the first layers to choose from; null for all.
+    - `starts`: the first layers to choose from; null for all, or where blocks are averaged and layers differ in
+      attention (Gemma), for those with which that can be done.
     - `survivor`: whether the layer before or the layer after the block takes it in.
     - `base`: the base coefficients: fixed (`ratio` everywhere), similarity_ratio or similarity (from `similarity_run`),
       or file (from `alpha_file`).

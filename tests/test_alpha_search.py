@@ -470,17 +470,35 @@ def test_nothing_is_saved_where_it_is_not_asked_for_and_plans_are_compared_on_wh
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [["plan.merges=3"], ["plan.merges=3", *BLOCK[:2]]])
-def test_layers_that_only_an_alpha_of_1_leaves_out_are_refused_before_anything_is_computed(settings, tmp_path):
-    """Every candidate averages them; the fixed control was the first to fail, when the trunk had been computed."""
-    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path, "gemma2")))
+@pytest.fixture
+def of_two_kinds(tmp_path):
+    """A checkpoint one of whose layers has another attention."""
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "base", "gemma2")))
     assert checkpoint.windows == [40, None, 40, 40, 40]
-    config = load_config(None, ["plan.ratio=1", *settings])
+    return checkpoint
+
+
+@pytest.mark.parametrize("settings", [["plan.merges=3"], ["plan.merges=2", "plan.selection=block", "plan.block=1"]])
+def test_layers_that_only_an_alpha_of_1_leaves_out_are_refused_before_anything_is_computed(settings, of_two_kinds):
+    """Every candidate averages them; the fixed control was the first to fail, when the trunk had been computed."""
+    config, inputs = load_config(None, ["plan.ratio=1", *settings]), Inputs(questions={}, checkpoint=of_two_kinds)
     start = starting_plan(config.plan, 5, None)
     with pytest.raises(PlanError, match="attention windows differ .*; but a search moves every alpha, also one that"):
-        _check(config, Inputs(questions={}, checkpoint=checkpoint), start, [])
+        _check(config, inputs, start, [])
     config = load_config(None, ["plan.ratio=1", "plan.merges=2"])
-    _check(config, Inputs(questions={}, checkpoint=checkpoint), starting_plan(config.plan, 5, None), [])
+    _check(config, inputs, starting_plan(config.plan, 5, None), [])
+
+
+def test_a_block_is_chosen_among_those_whose_layers_have_the_same_attention(of_two_kinds, local_searches, tmp_path):
+    """Layer 1 alone has another: it can neither be in a block that is averaged nor take one in."""
+    data = ["data.subjects=number_words", "data.limit_per_subject=3", "data.report_limit_per_subject=3", "data.shots=0"]
+    few = ["search.candidates=4", "search.initial=2", "search.random_candidates=1", "data.perplexity_text=null"]
+    few += [f"model.path={of_two_kinds.directory}", "output.figures=false", "output.save_best=false", *data]
+    for block, firsts in (("cosine", [3, 4]), ("search", [3, 4])):
+        settings = ["plan.merges=1", "plan.selection=block", f"plan.block={block}", "calibration.text=demo"]
+        run = alpha_search.search(load_config(None, [*few, *settings, f"output.run={tmp_path / block}"]))
+        assert {row["first"] for row in run.read("blocks").to_pylist()} == set(firsts)
+        assert {row["status"] for row in run.read("trials").to_pylist()} == {"ok"}
 
 
 def test_plans_that_cannot_be_searched_are_refused():

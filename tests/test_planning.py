@@ -1,6 +1,7 @@
 """planning.py without a model run: plans of the plan section, and choices from what workers would have measured."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from raymerge.experiments.common import settings_of
 from raymerge.experiments.planning import (
     SHUFFLE_SEED,
     Similarity,
+    allowed_starts,
     choose_blocks,
     influence_plan,
     recomputed_plan,
@@ -125,6 +127,22 @@ def test_block_influence_makes_a_plan_where_a_run_has_measured_it():
     (plan,) = influence_plan(Similarity(matrix, influence), 2)
     assert {layer.index for layer in plan.kept} == set(range(N_LAYERS - 2))
     assert influence_plan(Similarity(matrix, None), 2) == [] == influence_plan(None, 2)
+
+
+def test_blocks_that_are_averaged_have_layers_of_one_attention():
+    checkpoint = SimpleNamespace(windows=[40, None, 40, 40, 40, 40], rotary_types=["a"] * 5 + ["b"])
+
+    def allowed(merges, *settings):
+        return allowed_starts(plan_config("selection=block", *settings).plan, 6, merges, checkpoint)
+
+    # The layer that takes the block in is one of them: the one before it, or the one after.
+    assert allowed(1) == [3, 4] and allowed(2) == [3]
+    assert allowed(1, "survivor=after") == [2, 3] and allowed(2, "survivor=after") == [2]
+    assert allowed_starts(plan_config("selection=block").plan, 6, 2) == [1, 2, 3, 4]
+    # What is asked for by its number is refused where it is merged, with the layers that differ.
+    assert allowed(2, "block=1") == [1] and allowed(2, "starts=[1, 3]") == [1, 3]
+    with pytest.raises(PlanError, match="no 4 layers in a row of this model have the same attention, so that 3 could"):
+        allowed(3)
 
 
 # -- what workers measure --------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from raymerge import rows
 from raymerge.alignment import REORDERED, Aligner
 from raymerge.alpha_files import read_alpha_file
 from raymerge.card import search_results
+from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config, ConfigError, PlanConfig
 from raymerge.errors import UserError
 from raymerge.evaluation import Answers
@@ -116,9 +117,11 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     n_layers = inputs.checkpoint.n_layers
     similarity = similarity_of(config, n_layers)
     # With plan.recompute and plan.block the merges may come from the model; these show what can be refused.
-    start = starting_plan(config.plan, n_layers, similarity)
+    by_block = config.plan.selection == "block"
+    first = allowed_starts(config.plan, n_layers, config.plan.merges, inputs.checkpoint)[0] if by_block else None
+    start = starting_plan(config.plan, n_layers, similarity, first)
     probes = [read_alpha_file(path, n_layers) for path in config.search.probes]
-    _check(config, inputs, start, [] if config.plan.selection == "block" else probes)
+    _check(config, inputs, start, [] if by_block else probes)
     matrices = () if similarity is None else (similarity.matrix, similarity.block_influence)
     held = {"plans": [start, *probes], "similarity": matrices}
     run = open_run(config, "search", settings, inputs, progress, **held)
@@ -130,10 +133,9 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
         if config.plan.recompute:
             start = recomputed_plan(config, n_layers, cache, progress)
             _check(config, inputs, start, probes)
-        if config.plan.selection == "block":
-            merges = config.plan.merges
-            roles = (*asked, CALIBRATION)
-            first = choose_blocks(config, n_layers, [merges], run, cache, similarity, progress, roles=roles)[merges]
+        if by_block:
+            merges, options = config.plan.merges, {"roles": (*asked, CALIBRATION), "checkpoint": inputs.checkpoint}
+            first = choose_blocks(config, n_layers, [merges], run, cache, similarity, progress, **options)[merges]
             start = starting_plan(config.plan, n_layers, similarity, first)
             _check(config, inputs, start, probes)
         return _Search(config, inputs, run, cache, start, similarity, progress, command).execute(probes)
@@ -157,7 +159,7 @@ def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[Me
             f"plan {start.name} has {len(shape)} steps and is not a tail merge of plan.merges = {merges} "
             "layers; to use the file's own steps, set plan.selection: list"
         )
-    blocks = _searched_starts(config, start)
+    blocks = _searched_starts(config, start, inputs.checkpoint)
     for first in blocks:
         check_mergeable(inputs.checkpoint, start.moved_to(first))
     for plan in (start, *probes):
@@ -177,12 +179,12 @@ def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[Me
         )
 
 
-def _searched_starts(config: Config, start: MergePlan) -> list[int]:
+def _searched_starts(config: Config, start: MergePlan, checkpoint: Checkpoint) -> list[int]:
     """The first layers of the blocks that are searched beside the coefficients; none where the block is fixed."""
     plan = config.plan
     if (plan.selection, plan.block) != ("block", "search"):
         return []
-    return allowed_starts(plan, start.n_layers, len(start.steps))
+    return allowed_starts(plan, start.n_layers, len(start.steps), checkpoint)
 
 
 class _Search:
@@ -207,7 +209,7 @@ class _Search:
         self.reporter = Reporter(config, inputs, run)
         # Whatever its coefficients turn out to be, a candidate changes nothing before its first merged layer.
         self.template = self._candidate([0.5] * len(start.steps))
-        self.blocks = _searched_starts(config, start)
+        self.blocks = _searched_starts(config, start, inputs.checkpoint)
         templates = [self.template.moved_to(first) for first in self.blocks] or [self.template]
         if start.selection == "block":
             # From where dropping the last layers and the unmerged model are run.

@@ -9,6 +9,7 @@ import numpy as np
 
 from raymerge import findings
 from raymerge.alpha_files import read_alpha_file
+from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config, ConfigError, PlanConfig, parse_config
 from raymerge.experiments.common import Inputs, counted, describe_workers, open_pool, read_inputs
 from raymerge.heuristics import (
@@ -150,11 +151,12 @@ def influence_plan(similarity: Similarity | None, merges: int) -> list[MergePlan
     return [least_influence_plan(similarity.block_influence, merges)]
 
 
-def allowed_starts(plan: PlanConfig, n_layers: int, merges: int) -> list[int]:
+def allowed_starts(plan: PlanConfig, n_layers: int, merges: int, checkpoint: Checkpoint | None = None) -> list[int]:
     """The first layers that a block of `merges` layers may have: the given one, or those of plan.starts that fit.
 
     By similarity 0 is none of them unless plan.starts has it: layers' outputs are compared, and none enters layer 0.
-    Raises PlanError where there is none.
+    checkpoint: of a model whose blocks are averaged; where plan.starts names none, only those blocks are left whose
+    layers, the one that takes them in among them, have the same attention. Raises PlanError where there is none.
     """
     fitting = block_starts(n_layers, merges, plan.survivor)
     any_first = [first for first in fitting if first > 0 or plan.block != "similarity"]
@@ -164,7 +166,15 @@ def allowed_starts(plan: PlanConfig, n_layers: int, merges: int) -> list[int]:
             f"a block of {merges} layers with plan.survivor {plan.survivor} must begin with one of layers {fitting[0]} "
             f"to {fitting[-1]} of this model's {n_layers}, but plan.block and plan.starts allow {list(wanted)}"
         )
-    return found
+    if checkpoint is None or wanted is not any_first:
+        return found
+    kinds, before = list(zip(checkpoint.windows, checkpoint.rotary_types, strict=True)), plan.survivor == "before"
+    if not (alike := [first for first in found if len(set(kinds[first - before :][: merges + 1])) == 1]):
+        raise PlanError(
+            f"no {merges + 1} layers in a row of this model have the same attention, so that {merges} could be "
+            "averaged with the one that takes them in: merge fewer, or drop them (method drop_block of a sweep)"
+        )
+    return alike
 
 
 def choose_blocks(
@@ -177,11 +187,13 @@ def choose_blocks(
     progress: Progress,
     *,
     roles: Sequence[str] = (CALIBRATION,),
+    checkpoint: Checkpoint | None = None,
 ) -> dict[int, int]:
     """The first layer of the block of each number of layers, as plan.block says; the scores of all that are allowed go
     into table `blocks`.
 
     roles: what is read beside it says which prompts the calibration is, as SEARCH and REPORT do in a search.
+    checkpoint: see `allowed_starts`.
     What is in the table is not measured again. Needs Ray where states or losses are measured, and then the calibration
     section's text or prompts. Raises PlanError, ConfigError.
     """
@@ -189,7 +201,7 @@ def choose_blocks(
     found = {row["merges"]: row["first"] for row in run.read("blocks").to_pylist() if row["chosen"]}
     if set(merges) <= set(found):
         return {count: found[count] for count in merges}
-    starts = {count: allowed_starts(plan, n_layers, count) for count in merges}
+    starts = {count: allowed_starts(plan, n_layers, count, checkpoint) for count in merges}
     # A search over blocks begins with what the cosine chooses.
     chosen_by = "cosine" if plan.block == "search" else "given" if isinstance(plan.block, int) else plan.block
     tokens = None
