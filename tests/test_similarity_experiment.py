@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from raymerge import worker
 from raymerge.config import ConfigError, load_config
 from raymerge.experiments import import_similarity, planning, search, sensitivity, similarity
 from raymerge.experiments.common import settings_of
@@ -204,6 +205,30 @@ def test_sensitivity_says_how_far_each_setting_matters(local_pools, tmp_path):
         sensitivity(config(tmp_path / "more", "sensitivity.samples=[40]"))
     with pytest.raises(ConfigError, match="sensitivity.merges is 21, but the model has 21 layers"):
         sensitivity(config(tmp_path / "deep", "sensitivity.merges=21"))
+
+
+def test_a_similarity_that_was_cut_short_computes_no_matrix_again(local_pools, monkeypatch, tmp_path):
+    """A matrix's null model, intervals and halves are a hundred matrices more."""
+    npib = ["similarity.measure=npib", "similarity.entropy_neighbors=3"]
+    settings = config(tmp_path / "run", *npib)
+    studied, study = [], worker.study
+
+    def cut(recipe, distances, states, **options):
+        studied.append(len(distances))
+        if len(studied) == 2:
+            raise InterruptedError("cut")
+        return study(recipe, distances, states, **options)
+
+    monkeypatch.setattr(worker, "study", cut)
+    with pytest.raises(InterruptedError):
+        similarity(settings, command=["test"])
+    found = similarity(settings, command=["test"])
+    assert studied == [N_LAYERS] * 3
+    monkeypatch.setattr(worker, "study", study)
+    whole = similarity(config(tmp_path / "whole", *npib), command=["test"])
+    for table in ("similarity", "similarity_correlation"):
+        run_id = {"run_id": found.run_id}
+        assert found.read(table).to_pylist() == [row | run_id for row in whole.read(table).to_pylist()]
 
 
 def test_a_sensitivity_that_was_cut_short_goes_on_with_the_subsets_that_are_left(local_pools, monkeypatch, tmp_path):

@@ -49,9 +49,10 @@ def similarity(
     """Compare the layers of one model on every subset of prompts: matrices with their noise, and their correlations.
 
     Leaves in config.output.run: tables similarity, similarity_correlation, embeddings, degeneracy, samples,
-    block_influence; figures; the manifest. Subsets are shared out over the workers; activations that are collected
-    are not collected again. Raises ConfigError, CheckpointError, DataError before anything is written, RunError where
-    the run directory cannot be used, SimilarityError and ActivationError where the prompts cannot be compared.
+    block_influence; figures; the manifest. Subsets are shared out over the workers; what is collected and computed of a
+    subset is not collected or computed again. Raises ConfigError, CheckpointError, DataError before anything is
+    written, RunError where the run directory cannot be used, SimilarityError and ActivationError where the prompts
+    cannot be compared.
     """
     check_config(config)
     progress = progress or Silent()
@@ -316,7 +317,8 @@ def _subset_name(file: Path) -> str:
 
 def _read_matrix(file: Path) -> np.ndarray:
     try:
-        matrix = np.load(file, allow_pickle=False)
+        with open(file, "rb") as opened:  # here, since NumPy leaves a broken .npz open
+            matrix = np.load(opened, allow_pickle=False)
     except (OSError, ValueError, EOFError, BadZipFile) as error:  # the last two of an empty file and of a broken .npz
         raise ConfigError(f"{file} cannot be read as a NumPy array: {error}") from error
     if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
