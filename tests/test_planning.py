@@ -209,6 +209,22 @@ def test_blocks_of_a_search_are_chosen_on_the_subjects_that_it_is_for(tmp_path, 
     assert len(subjects[1]) == 12 and subjects[3] == ("colour_mixing",)
 
 
+def test_a_run_goes_on_in_the_dtype_in_which_its_blocks_were_chosen(tmp_path, measured, monkeypatch):
+    """A run that was cut short there would otherwise go on in another one, where model.dtype is auto."""
+    told = []
+    for block, answers in (
+        ("cosine", {"state_distances": lambda _: (np.eye(22), np.eye(22), 3)}),
+        ("loss", {"calibration_nll": lambda _: (1.0, 3), "compute_trunk": lambda _: 3}),
+    ):
+        measured(shard_tokens=lambda _: [3], **answers)
+        monkeypatch.setattr(planning, "describe_workers", lambda *of: told.append(of[3]))
+        options = ["plan.selection=block", "calibration.text=demo", "data.perplexity_text=null"]
+        config = load_config(None, [*options, f"plan.block={block}"])
+        run = RunDirectory.open(tmp_path / block, {}, "search")
+        choose_blocks(config, N_LAYERS, [3], run, "", None, Silent())
+        assert told.pop() is run
+
+
 def test_blocks_are_chosen_by_means_over_all_tokens(tmp_path, measured):
     """Two shards of 3 and of 5 tokens, whose sums of distances differ."""
     rng = np.random.default_rng(0)

@@ -245,7 +245,7 @@ def _block_distances(
 ) -> tuple[_Scores, int]:
     """Distances between the states entering and leaving every block, and the number of tokens they are means over."""
     with open_pool(config, inputs, cache, run=run, progress=progress) as pool:
-        shards = _calibration_shards(pool, inputs, progress)
+        shards = _calibration_shards(pool, inputs, progress, run)
         progress.stage("distances between layers (tokens)", sum(shards))
         finished = counted(progress, lambda number, _: shards[number])
         parts = pool.map("state_distances", list(range(len(shards))), finished)
@@ -263,7 +263,7 @@ def _block_losses(
     plans = {(count, first): drop_block_plan(n_layers, first, count) for count in starts for first in starts[count]}
     firsts = sorted({plan.resumes_at for plan in plans.values()})
     with open_pool(config, inputs, cache, run=run, firsts=firsts, progress=progress) as pool:
-        shards = _calibration_shards(pool, inputs, progress)
+        shards = _calibration_shards(pool, inputs, progress, run)
         progress.stage("states entering the blocks (tokens)", sum(shards))
         numbers = range(len(shards))
         pool.map("compute_trunk", [(CALIBRATION, n) for n in numbers], counted(progress, lambda _, tokens: tokens))
@@ -278,9 +278,9 @@ def _block_losses(
     return scores, tokens
 
 
-def _calibration_shards(pool: WorkerPool, inputs: Inputs, progress: Progress) -> list[int]:
-    """Tokens of each shard of the calibration, which all workers hold alike."""
-    describe_workers(pool, inputs, progress)
+def _calibration_shards(pool: WorkerPool, inputs: Inputs, progress: Progress, run: RunDirectory) -> list[int]:
+    """Tokens of each shard of the calibration, which all workers hold alike; the run goes on in their dtype."""
+    describe_workers(pool, inputs, progress, run)
     (shards,) = pool.map("shard_tokens", [CALIBRATION])
     return shards
 
