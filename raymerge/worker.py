@@ -6,6 +6,7 @@ when first asked, so that a restarted worker can take any task at once.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import socket
 import time
@@ -47,6 +48,7 @@ from raymerge.tail_loss import TailLoss, TextWindows
 from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 from raymerge.trunk import TrunkCache, compute_trunks
 
+_STUDIED_WITH = ("numpy", "scipy", "scikit-learn")
 _SCORERS_HELD = 2  # a search has two: of the questions it searches on and of those it reports on
 
 
@@ -474,19 +476,28 @@ class ModelWorker:
         return cache.get(self.runner, shards, pooling=settings.pooling, max_tokens=settings.max_tokens, plan=plan)
 
     def similarity(self, number: int) -> tuple[Study, Activations, int]:
-        """One subset's similarity matrix with its noise, what it was made from, and how many samples are distinct."""
+        """One subset's similarity matrix with its noise, what it was made from, and how many samples are distinct.
+
+        The study, which takes minutes where layers are many, is in the cache when it is made: a run that was cut short
+        needs all of them for its correlations.
+        """
         settings, found = self.config.similarity, self.activations(number)
-        result = study(
-            recipe_of(settings),
-            found.distances,
-            found.states,
-            null_draws=settings.null_draws,
-            interval_draws=settings.interval_draws,
-            half_draws=settings.half_draws,
-            random_state=settings.seed,
-        )
-        kept = settings.max_tokens if settings.pooling == "sequence" else None
+        recipe, draws = recipe_of(settings), ("null_draws", "interval_draws", "half_draws")
+        options = {name: getattr(settings, name) for name in draws} | {"random_state": settings.seed}
         shards = self.prompts.encode(self.material.subsets[number].questions).shards
+        collected = ActivationCache(self.cache).path(
+            self.runner, shards, pooling=settings.pooling, max_tokens=settings.max_tokens
+        )
+        versions = [importlib.metadata.version(package) for package in _STUDIED_WITH]
+        path = self.cache / f"study-{digest([collected.name, asdict(recipe), options, versions])}.safetensors"
+        if is_whole(path, "the study"):
+            arrays = {name: tensor.numpy() for name, tensor in read_tensors(path, "the study").items()}
+            result = Study.from_arrays(arrays)
+        else:
+            result = study(recipe, found.distances, found.states, **options)
+            arrays = {name: torch.from_numpy(array) for name, array in result.arrays().items()}
+            write_tensors(path, arrays, "the study")
+        kept = settings.max_tokens if settings.pooling == "sequence" else None
         return result, replace(found, states=None), distinct_samples(shards, max_tokens=kept)
 
     def similarity_after(self, item: tuple[int, MergePlan]) -> np.ndarray:

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from raymerge.actors import NoRoomError
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
+from raymerge.device import choose_device
 from raymerge.experiments import common
 from raymerge.experiments.common import (
     Inputs,
@@ -265,6 +267,17 @@ def test_a_pool_is_as_the_workers_section_says(monkeypatch):
         "count": 3, "cpus_per_worker": 2, "gpus_per_worker": 0, "timeout_s": 7, "wait_s": 8, "max_restarts": 9,
         "grow": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("node", "gpus"), [({"CPU": 8.0}, 0), ({"CPU": 8.0, "GPU": 2.0}, 1)])
+def test_a_worker_takes_the_gpus_that_ray_gives_it_and_no_other(node, gpus, monkeypatch):
+    """Where Ray has none, as after `ray start --num-gpus=0`, torch may see one all the same: every worker took it."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append("a GPU") or False)
+    workers, pool = pool_of(monkeypatch, nodes=[node])
+    assert pool["gpus_per_worker"] == gpus
+    choose_device(workers["config"].workers.gpus_per_worker)
+    assert asked == ["a GPU"] * gpus
 
 
 def test_a_pool_has_no_more_workers_than_there_is_work_for_but_one(monkeypatch):

@@ -822,16 +822,6 @@ def test_a_set_of_coefficients_for_each_matrix_is_the_best_found_only_where_noth
     assert best("per_matrix", searchers="gradient") == [each]
 
 
-def test_a_gradient_that_there_is_not_is_refused(tmp_path):
-    for more, words in (
-        (["plan.alignment=rows"], "plan.alignment rows with model.quantise none has no gradient"),
-        (["model.quantise=int8"], "plan.alignment none with model.quantise int8 has no gradient"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            search(config(tmp_path / "run", *GRADIENT, *more))
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_run_may_lie_in_an_object_store_with_its_cache_on_the_disk(local_pools, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     where = f"fsspec+memory://bucket/{tmp_path.name}"
