@@ -342,6 +342,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a checkpoint's file; CheckpointError where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(values, ensure_ascii=False).encode()  # half a character, which JSON can escape, no file can hold
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from error
     if not isinstance(values, dict):

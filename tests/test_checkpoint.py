@@ -284,6 +284,13 @@ def test_truncated_weights(copy, keep):
         Checkpoint(str(copy))
 
 
+def test_half_a_character_in_a_config_is_no_trace(copy):
+    values = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(values | {"note": "\ud83d"}))
+    with pytest.raises(CheckpointError, match="config.json cannot be read: .*surrogates not allowed; fetch it again"):
+        Checkpoint(str(copy))
+
+
 def test_damaged_json(copy):
     (copy / "config.json").write_text('{"model_type": "lla')
     with pytest.raises(CheckpointError, match="config.json cannot be read"):
