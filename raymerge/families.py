@@ -237,5 +237,10 @@ def attention_windows(config: Any) -> list[int | None]:
         raise ArchitectureError(f"layer types {unknown} are not supported; supported are {', '.join(sorted(known))}")
     window, windows = getattr(config, "sliding_window", None), ARCHITECTURES[config.model_type].windows
     if windows == "layer_types":
+        if window is None and "sliding_attention" in types:  # which transformers can load, but not run
+            raise ArchitectureError(
+                f"layer_types has sliding_attention for layer {types.index('sliding_attention')}, but the config gives "
+                "no sliding_window (or use_sliding_window is false): set it, or make those layers full_attention"
+            )
         return [window if kind == "sliding_attention" else None for kind in types]
     return [window if windows == "all" else None] * config.num_hidden_layers
