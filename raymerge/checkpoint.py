@@ -184,7 +184,8 @@ class Checkpoint(Mapping[str, Tensor]):
             )
 
     def _check_shapes(self) -> None:
-        """Refuse a tensor of another shape than the config's model has, or of a dtype that is not averaged."""
+        """Refuse a tensor of another shape than the config's model has, or of a dtype that is not averaged; and layers
+        that have other norms or biases."""
         from transformers import AutoModelForCausalLM
 
         try:
@@ -196,7 +197,6 @@ class Checkpoint(Mapping[str, Tensor]):
             raise CheckpointError(
                 f"transformers cannot build the model that {self.directory}/config.json describes: {error}"
             ) from error
-        # Names that only one of the two has say nothing: transformers renames and joins some while it loads.
         expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         for name, file in self._where.items():
             kind, shape = self.stored(name)
@@ -209,6 +209,31 @@ class Checkpoint(Mapping[str, Tensor]):
                     f"{file}: {name} has shape {shape}, but the config of {self.directory} expects {expected[name]}: "
                     "the file or the config belongs to another model"
                 )
+        self._check_names(set(expected))
+
+    def _check_names(self, expected: set[str]) -> None:
+        """Refuse layers without a norm or bias that the config's model has, or with one that it has not.
+
+        transformers would make up the one and leave out the other. expected: the names of transformers' model, which
+        joins experts while it loads.
+        """
+        arch = self.architecture
+        root = arch.layer_prefix.partition("{}")[0]
+        renamed = tuple(f"{name}.weight" for name in (*arch.expert_matrices, *filter(None, [arch.router])))
+        wanted, there = (
+            {name for name in names if name.startswith(root) and arch.has_tensor(name) and not name.endswith(renamed)}
+            for names in (expected, self._where)
+        )
+        if missing := sorted(wanted - there):
+            raise CheckpointError(
+                f"{self.directory} lacks {len(missing)} tensors that its config requires, such as {missing[:3]}: "
+                "fetch it again"
+            )
+        if further := sorted(there - wanted):
+            raise CheckpointError(
+                f"{self._where[further[0]]}: there are {len(further)} tensors that the config's model has not, such as "
+                f"{further[:3]}: the file or the config belongs to another model, or the config lacks an option"
+            )
 
     def _tie(self) -> None:
         """Forget a stored unembedding that is the embedding once more, as transformers does, so that it stays tied."""

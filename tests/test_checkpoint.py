@@ -284,6 +284,34 @@ def test_truncated_weights(copy, keep):
         Checkpoint(str(copy))
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "model.layers.2.input_layernorm.weight"),
+        ("qwen2", "model.layers.4.self_attn.q_proj.bias"),
+        ("qwen3_moe", "model.layers.1.self_attn.k_norm.weight"),
+        ("mixtral", "model.layers.1.post_attention_layernorm.weight"),
+    ],
+)
+def test_a_layer_without_a_norm_or_bias_of_the_configs_model_is_no_trace(tmp_path, family, name):
+    """transformers makes one up, and says so in a warning."""
+    folder = tiny.make_checkpoint(tmp_path / "m", family)
+    state = load_file(folder / "model.safetensors")
+    del state[name]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"lacks 1 tensors .*{name}.*: fetch it again"):
+        Checkpoint(str(folder))
+
+
+def test_a_layer_with_biases_that_the_configs_model_has_not_is_refused(tmp_path):
+    """As where attention_bias was lost from a config: transformers would leave them out."""
+    folder = tiny.make_checkpoint(tmp_path / "m", "llama_biases")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"attention_bias": False}))
+    with pytest.raises(CheckpointError, match=r"there are 20 tensors that .* has not, such as .*k_proj.bias"):
+        Checkpoint(str(folder))
+
+
 def test_half_a_character_in_a_config_is_no_trace(copy):
     values = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(values | {"note": "\ud83d"}))
