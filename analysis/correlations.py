@@ -23,14 +23,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 from plotting import COLOURS, GREY, STYLE, ink, markdown, need, number, run_main, save, save_text, subset_name
 
-from raymerge.tables import RunDirectory, correlation_ceiling
+from raymerge.tables import IMPORTED, RunDirectory, correlation_ceiling
 
 _KINDS = {
     "subsets in one language": COLOURS[1],
     "languages of one subset": COLOURS[2],
     "both differ": GREY,
+    "imported matrices": COLOURS[1],
 }
 _NONE = "#EDEDED"  # cells without a value
+_DETAILED = 12  # subsets up to which there is room for intervals and ceilings in the cells
 _WRITTEN = 20  # subsets up to which there is room for numbers in the cells
 _PAIRS = 60  # drawn with their intervals: of 57 subsets' 1,596 pairs a figure would be 300 inches high
 
@@ -74,6 +76,8 @@ def pairs_of(rows: list[dict]) -> list[dict]:
 
 def kind_of(row: dict) -> str:
     """Which of `_KINDS` a pair is."""
+    if row["language_a"] == row["language_b"] == IMPORTED:
+        return "imported matrices"
     if row["language_a"] == row["language_b"]:
         return "subsets in one language"
     return "languages of one subset" if row["subset_a"] == row["subset_b"] else "both differ"
@@ -82,9 +86,9 @@ def kind_of(row: dict) -> str:
 def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
     """Two matrices, annotated where there is room, and a dot plot of the pairs."""
     names, pairs = names_of(rows), pairs_of(rows)
-    n, written = len(names), len(names) <= _WRITTEN
+    n, written, detailed = len(names), len(names) <= _WRITTEN, len(names) <= _DETAILED
     shown = pairs if len(pairs) <= _PAIRS else [*pairs[: _PAIRS // 2], *pairs[-_PAIRS // 2 :]]
-    cell = (0.58, 0.8) if written else (0.17, 0.17)
+    cell = (0.58, 0.8) if detailed else (0.4, 0.4) if written else (0.17, 0.17)
     left, middle, right = max(2.6, cell[0] * n + 1.1), max(2.8, cell[1] * n + 0.6), 5.6
     height = max(3.8, cell[0] * n + 1.6, 0.19 * len(shown) + 1.7)
     figure, axes = plt.subplots(1, 3, figsize=(left + middle + right, height), width_ratios=[left, middle, right])
@@ -104,9 +108,9 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
     ]
     titles = (
         "Flattened matrices\n(as published)",
-        "Off the diagonal" + (f"\n{', '.join(beside)}" if written and beside else ""),
+        "Off the diagonal" + (f"\n{', '.join(beside)}" if detailed and beside else ""),
     )
-    for axis, grid, title, rows_of in zip(axes, grids, titles, ({}, detail), strict=False):
+    for axis, grid, title, rows_of in zip(axes, grids, titles, ({}, detail if detailed else {}), strict=False):
         image = draw_grid(axis, grid, low)
         if written:
             write_cells(axis, grid, image, rows_of)

@@ -326,9 +326,16 @@ class Checkpoint(Mapping[str, Tensor]):
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+            found = AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
         except _UNREADABLE as error:
             raise CheckpointError(f"{self.directory} has no tokenizer that transformers can read: {error}") from error
+        # Where the files of its vocabulary are missing, transformers makes an empty one of the class it should have.
+        if not found("a", add_special_tokens=False)["input_ids"]:
+            raise CheckpointError(
+                f"{self.directory} has a tokenizer without a vocabulary ({type(found).__name__}): put the tokenizer's "
+                "files there, such as tokenizer.json or tokenizer.model"
+            )
+        return found
 
     def size(self, kept: Iterable[int] | None = None) -> tuple[int, int]:
         """Parameters and bytes as stored, of all layers or of those in `kept`; a tied embedding counts once."""

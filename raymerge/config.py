@@ -67,7 +67,7 @@ class DataConfig(_Section):
     - `limit_per_subject`, `report_limit_per_subject`: maximum number of questions per subject, to search on and to
       report on, drawn with `seed`.
     - `perplexity_text`: demo, a file (UTF-8, or parquet or JSON lines with a column text), a file of a hub data set as
-      OWNER/NAME[@REVISION]:FILE, or null.
+      OWNER/NAME[@REVISION]:FILE, or null. At most the first 32 million characters of a file are read.
     - `perplexity_tokens`: maximum number of its tokens to use.
     - `question_perplexity`: also measure the loss of the questions' own prompt tokens. This takes the whole vocabulary
       at every token, so it costs far more than the answers do.

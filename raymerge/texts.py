@@ -18,6 +18,7 @@ from raymerge import demo
 from raymerge.config import ConfigError
 from raymerge.hub import fetch
 
+MOST_CHARACTERS = 2**25  # some 8 million tokens; a file of C4 has 800 million, which every process would hold
 _COLUMN = "text"  # of tables, as most of the hub's data sets of plain text name it
 _HUB_FILE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?:(?P<file>[^:]+)")
 _JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
@@ -27,7 +28,8 @@ def read_plain_text(source: str, key: str) -> str:
     """A plain text: "demo", a file, or a file of a data set of the hub as OWNER/NAME[@REVISION]:FILE.
 
     Files are UTF-8 text; or parquet or JSON lines (also .gz) whose rows have a column `text`, which are joined by
-    newlines. key: how errors name the source. Raises ConfigError.
+    newlines. Of a longer text the first `MOST_CHARACTERS` characters are read. key: how errors name the source. Raises
+    ConfigError.
     """
     if source == "demo":
         return demo.TEXT_PATH.read_text(encoding="utf-8")
@@ -36,10 +38,11 @@ def read_plain_text(source: str, key: str) -> str:
         path = _downloaded(on_hub["id"], on_hub["revision"], on_hub["file"], source, key)
     try:
         if path.name.endswith(".parquet"):
-            return _joined(pq.read_table(path), source, key)
+            return _joined(_of_parquet(path, source, key))
         if path.name.endswith(_JSON_LINES):
-            return _of_json_lines(path, source, key)
-        return path.read_text(encoding="utf-8")
+            return _joined(_of_json_lines(path, source, key))
+        with path.open(encoding="utf-8") as file:
+            return file.read(MOST_CHARACTERS)
     except FileNotFoundError:
         where = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise ConfigError(
@@ -81,18 +84,31 @@ def half_character(text: str) -> str | None:
     return None
 
 
-def _joined(table: pa.Table, source: str, key: str) -> str:
-    if _COLUMN not in table.column_names:
-        raise ConfigError(f"{key} = {source!r} has no column {_COLUMN!r}, but {', '.join(table.column_names)}")
-    column = table[_COLUMN]
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise ConfigError(f"{key} = {source!r}: column {_COLUMN!r} holds {column.type}, not strings")
-    return "\n".join(row for row in column.to_pylist() if row is not None)
+def _joined(rows: Iterator[str]) -> str:
+    """Rows with newlines between them, as many as are read."""
+    texts, characters = [], 0
+    for row in rows:
+        texts.append(row)
+        characters += len(row) + 1
+        if characters > MOST_CHARACTERS:
+            break
+    return "\n".join(texts)[:MOST_CHARACTERS]
 
 
-def _of_json_lines(path: Path, source: str, key: str) -> str:
+def _of_parquet(path: Path, source: str, key: str) -> Iterator[str]:
+    with pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        if _COLUMN not in schema.names:
+            raise ConfigError(f"{key} = {source!r} has no column {_COLUMN!r}, but {', '.join(schema.names)}")
+        kind = schema.field(_COLUMN).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise ConfigError(f"{key} = {source!r}: column {_COLUMN!r} holds {kind}, not strings")
+        for batch in file.iter_batches(columns=[_COLUMN]):
+            yield from (row for row in batch.column(0).to_pylist() if row is not None)
+
+
+def _of_json_lines(path: Path, source: str, key: str) -> Iterator[str]:
     """Line by line: pyarrow's reader takes no row above 1 MB, as a book is, and no other column of several types."""
-    texts: list[str] = []
     columns: dict[str, None] = {}
     with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
         for number, row in parsed_lines(file):
@@ -108,10 +124,9 @@ def _of_json_lines(path: Path, source: str, key: str) -> str:
                     f"{key} = {source!r}, line {number}, has half a character, {half}: write both of its halves, or "
                     "take it out"
                 )
-            texts.append(text)
+            yield text
     if _COLUMN not in columns:
         raise ConfigError(f"{key} = {source!r} has no column {_COLUMN!r}, but {', '.join(columns) or 'no rows'}")
-    return "\n".join(texts)
 
 
 def _downloaded(name: str, revision: str | None, file: str, source: str, key: str) -> Path:

@@ -12,7 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from raymerge.tables import RunDirectory, RunError, correlation_ceiling
+from raymerge.tables import IMPORTED, RunDirectory, RunError, correlation_ceiling
 
 ANALYSIS = Path(__file__).parent.parent / "analysis"
 sys.path.insert(0, str(ANALYSIS))  # the scripts are not part of the package; run as scripts they find each other
@@ -262,14 +262,14 @@ def test_correlations_of_57_subsets_are_colours_and_their_extreme_pairs(tmp_path
         plotting.plt.close(figure)
 
     monkeypatch.setattr(correlations_script, "save", look)
-    for count in (3, 57):
+    for count in (3, 20, 57):
         rows = [{"subset_a": f"a{a}", "language_a": "en", "subset_b": f"a{b}", "language_b": "en", "pearson": 0.9,
                  "pearson_off_diagonal": 0.5 + 0.005 * a, "ci_low": 0.4, "ci_high": 0.9, "reliability_a": 0.9,
                  "reliability_b": 0.9} for a in range(count) for b in range(a)]  # fmt: skip
         correlations_script.draw_correlations(rows, "npib", tmp_path / "x.png")
-    assert [each[1:3] for each in shown] == [(9, 3), (0, 60)]
-    assert shown[0][3].startswith("Every pair") and "30 lowest\nof 1,596 pairs" in shown[1][3]
-    assert max(shown[1][0]) < 40
+    assert [each[1:3] for each in shown] == [(9, 3), (400, 60), (0, 60)]
+    assert shown[0][3].startswith("Every pair") and "30 lowest\nof 1,596 pairs" in shown[2][3]
+    assert max(shown[1][0]) < 25 and max(shown[2][0]) < 40
 
 
 @pytest.mark.parametrize("known", [{}, {"ci_low": 0.4, "ci_high": 0.9}, {"reliability_a": 0.9, "reliability_b": 0.9}])
@@ -393,6 +393,8 @@ def test_pairs_count_once_and_have_a_kind():
     assert [correlations_script.kind_of(row) for row in pairs] == kinds
     assert [correlation_ceiling(row) for row in pairs] == [pytest.approx(0.6), pytest.approx(0.6), None]
     assert correlations_script.names_of(rows) == ["x en", "y en", "x es"]
+    imported = dict.fromkeys(("language_a", "language_b"), IMPORTED)
+    assert correlations_script.kind_of(rows[0] | imported) == "imported matrices"
 
 
 def test_layers_of_the_maps():

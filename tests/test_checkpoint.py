@@ -377,6 +377,15 @@ def test_unknown_architectures(copy):
         Checkpoint(str(copy))
 
 
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "Qwen2Tokenizer"])
+def test_a_tokenizer_without_its_files(copy, name):
+    """transformers makes an empty one, by which every text has no tokens."""
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    with pytest.raises(CheckpointError, match=rf"tokenizer without a vocabulary \({name}.*: put the tokenizer's files"):
+        _ = Checkpoint(str(copy)).tokenizer
+
+
 def test_no_tokenizer(copy):
     for file in copy.glob("tokenizer*"):
         file.unlink()

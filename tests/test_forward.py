@@ -294,7 +294,8 @@ def test_one_query_is_never_attended_under_a_mask_with_one_head_of_keys(tmp_path
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attended)
     found = last([7, 8, 9], [10])
     assert (2, True, 0) in asked and not any(length == 1 for length, _, _ in asked)
-    torch.testing.assert_close(found, last([], [7, 8, 9, 10]))
+    expected = last([], [7, 8, 9, 10])
+    assert (found - expected).abs().max() < LIMIT * expected.abs().max()
 
 
 def test_a_runner_leaves_the_config_alone(tmp_path):

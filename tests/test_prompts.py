@@ -1,5 +1,6 @@
 """prompts.py: token ids equal to those of whole prompts, whatever the tokenizer; shards; windows of plain text."""
 
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -291,6 +292,30 @@ def test_a_text_can_begin_later():
     assert sum(found, []) == [ord(character) for character in text[40:47]]
     with pytest.raises(PromptError, match="has 1 tokens of 50 after the first 49: it needs at least 2"):
         encode_text(text, letters_tokenizer(), start=49)
+
+
+@pytest.mark.parametrize("kind", ["demo", "words", "no words"])
+def test_no_more_of_a_long_text_is_tokenised_than_it_takes(kind):
+    """20 MB at once took 3 GB and 20 s in every process, for the first few thousand tokens."""
+    draw = random.Random(0)
+    rows = ["the red cat", "=" * 100, "\n" * 9, " " * 70, "aab" * 30, "0123456789", "日本語のとても長い文", "x", "."]
+    text = "".join(draw.choice(rows) + draw.choice(["", " ", "\n", "a"]) for _ in range(20_000))
+    merges = [("a", "a"), ("aa", "a"), ("aa", "b"), ("=", "="), ("==", "=="), (SPACE, SPACE), ("t", "h"), ("th", "e")]
+    tokenizer = tiny.demo_tokenizer() if kind == "demo" else byte_tokenizer(merges, words=kind == "words")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    asked = []
+
+    def tokenised(part, **options):
+        asked.append(len(part))
+        return tokenizer(part, **options)
+
+    for start, limit in [(0, 2), (0, 700), (31, 1000), (5000, 9000)]:
+        spy = type("Spy", (), {"bos_token_id": None, "__call__": staticmethod(tokenised)})()
+        found = windows_of(encode_text(text, spy, start=start, limit=limit, add_bos=False))
+        assert sum(found, []) == ids[start : start + limit]
+        assert max(asked) < 0.5 * len(text)
+        asked.clear()
+    assert sum(windows_of(encode_text(text, tokenizer, limit=len(ids), window=10**6)), []) == ids
 
 
 def test_windows_of_text_begin_as_the_tokenizer_or_the_option_says():

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raymerge import demo
+from raymerge import demo, texts
 from raymerge.config import ConfigError
 from raymerge.texts import read_plain_text
 
@@ -34,6 +34,19 @@ def test_the_demo_is_its_own_file():
 @pytest.mark.parametrize("name", ["a.txt", "a.parquet", "a.jsonl", "a.json.gz"])
 def test_every_kind_of_file_is_the_same_text(files, name):
     assert read_plain_text(str(files / name), "k") == TEXT
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.parquet", "a.jsonl", "a.json.gz"])
+def test_of_a_long_text_the_beginning_is_read(files, monkeypatch, name):
+    """A file of C4 has 800 million characters, and every process holds its texts."""
+    monkeypatch.setattr(texts, "MOST_CHARACTERS", 24)
+    assert read_plain_text(str(files / name), "k") == TEXT[:24]
+
+
+def test_rows_after_the_beginning_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "MOST_CHARACTERS", 10)
+    (tmp_path / "a.jsonl").write_text('{"text": "0123456"}\n{"text": "89abc"}\nnot JSON')
+    assert read_plain_text(str(tmp_path / "a.jsonl"), "k") == "0123456\n89"
 
 
 def test_json_lines_may_be_long_and_have_other_columns_of_any_type(tmp_path):
