@@ -74,8 +74,9 @@ def is_on_hub(path: str) -> bool:
     return True
 
 
-def resolve_model(path: str, revision: str | None = None) -> Path:
-    """The local folder of a model: "demo", a folder, or a hub id, which is downloaded (safetensors only).
+def resolve_model(path: str, revision: str | None = None, *, code: bool = False) -> Path:
+    """The local folder of a model: "demo", a folder, or a hub id, which is downloaded (safetensors only; code: and the
+    repository's own Python).
 
     A .gguf file, or a folder with one and no config, is dequantised once, and the folder is where that is kept.
     CheckpointError for a revision of what is not the hub's.
@@ -84,7 +85,7 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
         from huggingface_hub import snapshot_download
 
         what = f"no local folder {path!r}, and the model {path!r} (revision {revision or 'main'})"
-        patterns = {"allow_patterns": _HUB_PATTERNS, "ignore_patterns": _NOT_FETCHED}
+        patterns = {"allow_patterns": _HUB_PATTERNS + ["*.py"] * code, "ignore_patterns": _NOT_FETCHED}
         return fetch(what, lambda: snapshot_download(path, revision=revision, **patterns), CheckpointError)
     if revision is not None:
         raise CheckpointError(f"revision {revision!r} is for hub models, but {path} is local: leave it out")
@@ -115,7 +116,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def __init__(self, path: str, *, revision: str | None = None, trust_remote_code: bool = False):
         from transformers import AutoConfig
 
-        self.name, self.directory = path, resolve_model(path, revision)
+        self.name, self.directory = path, resolve_model(path, revision, code=trust_remote_code)
         self.hub_id, self.revision = (path, revision) if is_on_hub(path) else _cached_of(self.directory)
         self.trust_remote_code = trust_remote_code
         if not (self.directory / "config.json").is_file():

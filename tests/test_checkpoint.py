@@ -439,6 +439,10 @@ def test_only_safetensors_and_text_are_fetched(monkeypatch, llama):
     others += ["original/consolidated.00.safetensors", "onnx/config.json", "modeling_phi3.py", "pytorch_model.bin"]
     patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
     assert list(filter_repo_objects([*wanted, *others], **patterns)) == wanted
+    # Its own Python, which transformers asks for then, only where it may be run.
+    Checkpoint("owner/name", trust_remote_code=True)
+    patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects([*wanted, *others], **patterns)) == [*wanted, "modeling_phi3.py"]
 
 
 def test_a_revision_of_what_is_not_the_hub_s_is_refused(llama):
