@@ -128,7 +128,7 @@ class Checkpoint(Mapping[str, Tensor]):
             raise CheckpointError(f"{self.directory} is quantised: merge the unquantised checkpoint, then quantise")
         try:
             self.config = AutoConfig.from_pretrained(self.directory, trust_remote_code=trust_remote_code)
-        except _UNREADABLE as error:
+        except (*_UNREADABLE, ArithmeticError) as error:
             kind = declared.get("model_type")
             raise CheckpointError(f"transformers cannot read {self.directory} (model type {kind}): {error}") from error
         self.architecture: Architecture = architecture_of(self.config)
@@ -220,11 +220,15 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         arch = self.architecture
         root = arch.layer_prefix.partition("{}")[0]
-        renamed = tuple(f"{name}.weight" for name in (*arch.expert_matrices, *filter(None, [arch.router])))
-        wanted, there = (
-            {name for name in names if name.startswith(root) and arch.has_tensor(name) and not name.endswith(renamed)}
-            for names in (expected, self._where)
-        )
+        joined = {f"{matrix}.weight" for matrix in (*arch.expert_matrices, *filter(None, [arch.router]))}
+        experts = tuple(name.partition("{}")[0] for name in arch.experts.values())  # also those that are not counted
+
+        def own(names: Iterable[str], beside: tuple[str, ...] = ()) -> set[str]:
+            """Those of a layer that the family may have, or that begin as said, but for what is joined."""
+            layers = ((name, name.removeprefix(root).partition(".")[2]) for name in names if name.startswith(root))
+            return {n for n, part in layers if part not in joined and (arch.has_tensor(n) or part.startswith(beside))}
+
+        wanted, there = own(expected), own(self._where, experts)
         if missing := sorted(wanted - there):
             raise CheckpointError(
                 f"{self.directory} lacks {len(missing)} tensors that its config requires, such as {missing[:3]}: "

@@ -189,7 +189,9 @@ def architecture_of(config: Any) -> Architecture:
     }
     if not family.experts:
         return replace(family, sizes=sizes)
-    count = config.num_experts
+    count, chosen = config.num_experts, config.num_experts_per_tok
+    if not 1 <= chosen <= count:
+        raise ArchitectureError(f"num_experts_per_tok is {chosen}, but of {count} experts it must be 1 to {count}")
     projections, norm_inputs = dict(family.projections), dict(family.norm_inputs)
     for number in range(count):
         projections |= {name.format(number): (projection,) for projection, name in family.experts.items()}

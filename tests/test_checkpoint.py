@@ -312,6 +312,14 @@ def test_a_layer_with_biases_that_the_configs_model_has_not_is_refused(tmp_path)
         Checkpoint(str(folder))
 
 
+def test_experts_that_the_config_does_not_count_are_refused(tmp_path):
+    folder = tiny.make_checkpoint(tmp_path / "m", "mixtral")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"num_local_experts": 2}))
+    with pytest.raises(CheckpointError, match=r"there are 15 tensors that .* has not, such as .*experts.2.w1.weight"):
+        Checkpoint(str(folder))
+
+
 def test_half_a_character_in_a_config_is_no_trace(copy):
     values = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(values | {"note": "\ud83d"}))

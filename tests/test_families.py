@@ -49,6 +49,13 @@ def test_windows_by_layer():
     assert attention_windows(off) == [None] * 5
 
 
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
+def test_more_experts_per_token_than_there_are_are_refused(family):
+    for chosen in (0, 9):
+        with pytest.raises(ArchitectureError, match=f"num_experts_per_tok is {chosen}, but of . experts it must be 1"):
+            architecture_of(tiny.config_of(family, num_experts_per_tok=chosen))
+
+
 def test_a_sliding_layer_without_a_window_is_refused():
     """transformers loads such a model, and cannot run it."""
     kinds = ["full_attention"] * 3 + ["sliding_attention"] * 2
