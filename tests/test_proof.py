@@ -213,6 +213,22 @@ def test_tensors_that_no_model_has_are_the_base_s_own_affair(tmp_path, in_proces
     assert re.search("not those that its config asks for.*layers.1.mlp.up_proj.bias", error)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop_strings": ["a"]},
+        {"num_return_sequences": 3, "do_sample": True},
+        {"return_dict_in_generate": True},
+        {"max_time": 0.0},
+        {"penalty_alpha": 0.6, "top_k": 4},
+    ],
+)
+def test_how_the_base_generates_by_default_is_its_own_affair(tmp_path, in_process, options):
+    checkpoint, folder = merged(tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps(options))
+    assert prove(checkpoint, PLAN, folder)["error"] is None
+
+
 @pytest.mark.parametrize("case", SPOILED)
 def test_a_model_that_is_not_the_plan_s_is_found_out_and_kept(tmp_path, in_process, case):
     spoil, message = SPOILED[case]
