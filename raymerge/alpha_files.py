@@ -25,7 +25,7 @@ def read_alpha_file(path: str | Path, n_layers: int) -> MergePlan:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PlanError(f"there is no alpha file {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path} is not a JSON alpha file: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise PlanError(f"{path} must hold a JSON list of merge steps, and at least one")
@@ -62,6 +62,8 @@ def _read_step(entry: object, where: str) -> MergeStep:
     for key in ("ratio_i_alpha", "ratio_j"):
         if key in entry and (isinstance(entry[key], bool) or not isinstance(entry[key], int | float)):
             raise PlanError(f"{where}: {key} is {entry[key]!r}, but must be a number")
+        if isinstance(entry.get(key), int) and not 0 <= entry[key] <= 1:  # of any length, which no float may hold
+            raise PlanError(f"{where}: {key} is {entry[key]}, but must lie in [0, 1]")
     alpha = float(entry["ratio_i_alpha"])
     if "ratio_j" in entry and not math.isclose(entry["ratio_j"], 1.0 - alpha, abs_tol=1e-6):
         raise PlanError(f"{where}: ratio_j is {entry['ratio_j']}, but 1 - ratio_i_alpha is {1.0 - alpha}")

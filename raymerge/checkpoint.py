@@ -74,8 +74,9 @@ def is_on_hub(path: str) -> bool:
     return True
 
 
-def resolve_model(path: str, revision: str | None = None) -> Path:
-    """The local folder of a model: "demo", a folder, or a hub id, which is downloaded (safetensors only).
+def resolve_model(path: str, revision: str | None = None, *, code: bool = False) -> Path:
+    """The local folder of a model: "demo", a folder, or a hub id, which is downloaded (safetensors only; code: and the
+    repository's own Python).
 
     A .gguf file, or a folder with one and no config, is dequantised once, and the folder is where that is kept.
     CheckpointError for a revision of what is not the hub's.
@@ -84,7 +85,7 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
         from huggingface_hub import snapshot_download
 
         what = f"no local folder {path!r}, and the model {path!r} (revision {revision or 'main'})"
-        patterns = {"allow_patterns": _HUB_PATTERNS, "ignore_patterns": _NOT_FETCHED}
+        patterns = {"allow_patterns": _HUB_PATTERNS + ["*.py"] * code, "ignore_patterns": _NOT_FETCHED}
         return fetch(what, lambda: snapshot_download(path, revision=revision, **patterns), CheckpointError)
     if revision is not None:
         raise CheckpointError(f"revision {revision!r} is for hub models, but {path} is local: leave it out")
@@ -115,7 +116,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def __init__(self, path: str, *, revision: str | None = None, trust_remote_code: bool = False):
         from transformers import AutoConfig
 
-        self.name, self.directory = path, resolve_model(path, revision)
+        self.name, self.directory = path, resolve_model(path, revision, code=trust_remote_code)
         self.hub_id, self.revision = (path, revision) if is_on_hub(path) else _cached_of(self.directory)
         self.trust_remote_code = trust_remote_code
         if not (self.directory / "config.json").is_file():
@@ -127,7 +128,7 @@ class Checkpoint(Mapping[str, Tensor]):
             raise CheckpointError(f"{self.directory} is quantised: merge the unquantised checkpoint, then quantise")
         try:
             self.config = AutoConfig.from_pretrained(self.directory, trust_remote_code=trust_remote_code)
-        except _UNREADABLE as error:
+        except (*_UNREADABLE, ArithmeticError) as error:
             kind = declared.get("model_type")
             raise CheckpointError(f"transformers cannot read {self.directory} (model type {kind}): {error}") from error
         self.architecture: Architecture = architecture_of(self.config)
@@ -184,7 +185,8 @@ class Checkpoint(Mapping[str, Tensor]):
             )
 
     def _check_shapes(self) -> None:
-        """Refuse a tensor of another shape than the config's model has, or of a dtype that is not averaged."""
+        """Refuse a tensor of another shape than the config's model has, or of a dtype that is not averaged; and layers
+        that have other norms or biases."""
         from transformers import AutoModelForCausalLM
 
         try:
@@ -196,7 +198,6 @@ class Checkpoint(Mapping[str, Tensor]):
             raise CheckpointError(
                 f"transformers cannot build the model that {self.directory}/config.json describes: {error}"
             ) from error
-        # Names that only one of the two has say nothing: transformers renames and joins some while it loads.
         expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         for name, file in self._where.items():
             kind, shape = self.stored(name)
@@ -209,6 +210,35 @@ class Checkpoint(Mapping[str, Tensor]):
                     f"{file}: {name} has shape {shape}, but the config of {self.directory} expects {expected[name]}: "
                     "the file or the config belongs to another model"
                 )
+        self._check_names(set(expected))
+
+    def _check_names(self, expected: set[str]) -> None:
+        """Refuse layers without a norm or bias that the config's model has, or with one that it has not.
+
+        transformers would make up the one and leave out the other. expected: the names of transformers' model, which
+        joins experts while it loads.
+        """
+        arch = self.architecture
+        root = arch.layer_prefix.partition("{}")[0]
+        joined = {f"{matrix}.weight" for matrix in (*arch.expert_matrices, *filter(None, [arch.router]))}
+        experts = tuple(name.partition("{}")[0] for name in arch.experts.values())  # also those that are not counted
+
+        def own(names: Iterable[str], beside: tuple[str, ...] = ()) -> set[str]:
+            """Those of a layer that the family may have, or that begin as said, but for what is joined."""
+            layers = ((name, name.removeprefix(root).partition(".")[2]) for name in names if name.startswith(root))
+            return {n for n, part in layers if part not in joined and (arch.has_tensor(n) or part.startswith(beside))}
+
+        wanted, there = own(expected), own(self._where, experts)
+        if missing := sorted(wanted - there):
+            raise CheckpointError(
+                f"{self.directory} lacks {len(missing)} tensors that its config requires, such as {missing[:3]}: "
+                "fetch it again"
+            )
+        if further := sorted(there - wanted):
+            raise CheckpointError(
+                f"{self._where[further[0]]}: there are {len(further)} tensors that the config's model has not, such as "
+                f"{further[:3]}: the file or the config belongs to another model, or the config lacks an option"
+            )
 
     def _tie(self) -> None:
         """Forget a stored unembedding that is the embedding once more, as transformers does, so that it stays tied."""
@@ -349,6 +379,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a checkpoint's file; CheckpointError where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(values, ensure_ascii=False).encode()  # half a character, which JSON can escape, no file can hold
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from error
     if not isinstance(values, dict):

@@ -189,7 +189,9 @@ def architecture_of(config: Any) -> Architecture:
     }
     if not family.experts:
         return replace(family, sizes=sizes)
-    count = config.num_experts
+    count, chosen = config.num_experts, config.num_experts_per_tok
+    if not 1 <= chosen <= count:
+        raise ArchitectureError(f"num_experts_per_tok is {chosen}, but of {count} experts it must be 1 to {count}")
     projections, norm_inputs = dict(family.projections), dict(family.norm_inputs)
     for number in range(count):
         projections |= {name.format(number): (projection,) for projection, name in family.experts.items()}
@@ -237,5 +239,10 @@ def attention_windows(config: Any) -> list[int | None]:
         raise ArchitectureError(f"layer types {unknown} are not supported; supported are {', '.join(sorted(known))}")
     window, windows = getattr(config, "sliding_window", None), ARCHITECTURES[config.model_type].windows
     if windows == "layer_types":
+        if window is None and "sliding_attention" in types:  # which transformers can load, but not run
+            raise ArchitectureError(
+                f"layer_types has sliding_attention for layer {types.index('sliding_attention')}, but the config gives "
+                "no sliding_window (or use_sliding_window is false): set it, or make those layers full_attention"
+            )
         return [window if kind == "sliding_attention" else None for kind in types]
     return [window if windows == "all" else None] * config.num_hidden_layers

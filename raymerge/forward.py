@@ -127,12 +127,13 @@ class LayerRunner:
         self.accelerated = is_accelerator(self.device)
         self.dtype = dtype or (checkpoint.dtype if self.accelerated else torch.float32)
         arch, config = checkpoint.architecture, checkpoint.config
-        # SDPA has no softcap, and transformers' use of it leaves one out.
+        # SDPA has no softcap: transformers' use of it leaves one out, or refuses the family, also where there is none.
+        self._eager = arch.attention_softcap is not None
         self.attention_softcap: float | None = arch.attention_softcap and getattr(config, arch.attention_softcap)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config),  # from_config writes the compute dtype into it
-                attn_implementation="eager" if self.attention_softcap else "sdpa",
+                attn_implementation="eager" if self._eager else "sdpa",
                 dtype=self.dtype,
                 trust_remote_code=checkpoint.trust_remote_code,
             ).eval()
@@ -430,9 +431,9 @@ class LayerRunner:
         window = self.checkpoint.windows[index]
         mask = None
         # Without a prefix and with all positions inside the window, attention's own causal path is faster.
-        if len(keys) > length or (window is not None and len(keys) > window) or self.attention_softcap:
+        if len(keys) > length or (window is not None and len(keys) > window) or self._eager:
             mask = visible(positions, keys, window)[None, None]
-        if self.attention_softcap:  # eager attention adds its mask
+        if self._eager:  # eager attention adds its mask
             mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)
         out = functional_call(
             self.modules[index],

@@ -25,7 +25,7 @@ from raymerge.tensorfiles import new_file
 
 #: Stands in a converted checkpoint: which file it was made from.
 SOURCE_FILE = "gguf_source.json"
-_VERSION = 2  # of how files are checked and converted; another value makes conversions of earlier versions unused
+_VERSION = 3  # of how files are checked and converted; another value makes conversions of earlier versions unused
 # Files of these types keep them. Others are stored as bfloat16, whose rounding (2^-9) is below a quantised value's own
 # step, and whose range, unlike float16's, holds every activation.
 _KEPT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -180,7 +180,9 @@ def _save_dense(model: Any, folder: Path) -> int:
         tensors.setdefault(tensor.data_ptr(), (name, tensor.contiguous()))  # a tied unembedding comes second
     with new_file(folder / "model.safetensors"):
         save_file(dict(tensors.values()), folder / "model.safetensors", metadata={"format": "pt"})
-    values = model.config.to_dict()
-    values.pop("quantization_config", None)
+    # Without the class's name llama.cpp's converter and vLLM refuse what they read, and what is merged of it.
+    values = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    for key in ("quantization_config", "_model_name_or_path"):  # the latter is the name, or path, that the file states
+        values.pop(key, None)
     type(model.config).from_dict(values).save_pretrained(folder)
     return sum(tensor.numel() for _, tensor in tensors.values())

@@ -1,7 +1,9 @@
 """A plan in mergekit's terms, where it has them: a YAML file that `mergekit-yaml` turns into the same tensors.
 
 Where layers go it has none for a family whose config lists layer types (Qwen2, Qwen3, Gemma, Ministral, SmolLM3,
-OLMo 3): of a config mergekit changes nothing but the number of layers.
+OLMo 3): of a config mergekit changes nothing but the number of layers. Nor for one that it has no list of tensors of:
+it then leaves the number of layers as well. Of the others it drops, without a word, each tensor that is not in its
+list, as most families' biases. Experts it reads as transformers does, stacked.
 
 mergekit's `linear` averages tensor by tensor, with weights that may depend on the tensor's name; an output slice takes
 one layer from each source. Source: mergekit's README, "Merge Configuration", and its parameter filters (substrings of
@@ -21,6 +23,10 @@ from raymerge.plan import KeptLayer, MergePlan
 
 #: The base model's folder, where a file names it: the merged model goes to others, and a path of this machine with it.
 _FOLDER = "base-model"
+# Of mergekit 0.1.5 (mergekit/_data/architectures): families whose tensors it infers from the files, without knowing
+# which key of the config counts the layers; and those that it lists with all the biases that they can have.
+_INFERRED = frozenset({"ministral", "olmo3", "olmoe", "seed_oss", "smollm3"})
+_BIASES_LISTED = frozenset({"glm4", "granite", "qwen2"})
 _TYPES = {"torch.float32": "float32", "torch.float16": "float16", "torch.bfloat16": "bfloat16"}
 
 
@@ -47,6 +53,13 @@ def mergekit_yaml(checkpoint: Checkpoint, plan: MergePlan) -> str:
             "mergekit changes num_hidden_layers alone, and the config has an entry of layer_types for each layer that "
             "there was"
         )
+    family = checkpoint.architecture.name
+    if len(plan.kept) < plan.n_layers and family in _INFERRED:
+        raise NotExpressible(f"mergekit has no list of the tensors of {family}, and leaves num_hidden_layers as it was")
+    if family not in _INFERRED | _BIASES_LISTED and any(name.endswith(".bias") for name in checkpoint.layer_tensors(0)):
+        raise NotExpressible(f"mergekit leaves out the biases of {family}")
+    if len(checkpoint.stored_dtypes) > 1:
+        raise NotExpressible("mergekit stores all tensors in one dtype, and these are stored in several")
     if not plan.kept[0].unchanged and len(plan.kept[0].sources) > 1:
         raise NotExpressible("mergekit would average the embedding too where the first layer is merged")
     merged = any(not kept.unchanged for kept in plan.kept)
@@ -109,10 +122,22 @@ def _sources(checkpoint: Checkpoint, plan: MergePlan, kept: KeptLayer) -> list[d
 
 def _weights(checkpoint: Checkpoint, plan: MergePlan, kept: KeptLayer, source: int) -> list[Mapping[str, Any]]:
     """A source's weight by tensor: its coefficient in the matrices, 1 or 0 in what the kept layer's own stays."""
+    architecture = checkpoint.architecture
     kinds = ("weight", "bias") if plan.biases == "merge" else ("weight",)
-    weights = [
-        {"filter": f"{matrix}.{kind}", "value": float(dict(kept.coefficients_of(matrix)).get(source, 0.0))}
-        for matrix in checkpoint.architecture.matrices
+    filters = {
+        f"{matrix}.{kind}": matrix
+        for matrix in architecture.matrices
+        if matrix not in architecture.expert_matrices
         for kind in kinds
+    }
+    if architecture.experts:
+        # Parts of the names that a router and experts have in files and in transformers, which stacks all experts.
+        filters = {name: matrix for name, matrix in filters.items() if matrix != architecture.router}
+        filters |= {".gate.weight": architecture.router, "experts.": next(iter(architecture.expert_matrices))}
+        if len({kept.coefficients_of(matrix) for matrix in architecture.expert_matrices}) > 1:
+            raise NotExpressible("mergekit reads a layer's experts as one tensor, and their alphas differ")
+    weights = [
+        {"filter": name, "value": float(dict(kept.coefficients_of(matrix)).get(source, 0.0))}
+        for name, matrix in filters.items()
     ]
     return [*weights, {"value": 1.0 if source == kept.index else 0.0}]

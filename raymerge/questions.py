@@ -373,10 +373,10 @@ def _read_parquet(files: list[Path]) -> dict[str, Callable[[], list[_Row]]]:
             missing = [name for name in needed if name not in has]
             if missing:
                 raise DataError(f"{path}: no column {', '.join(missing)}; has: {', '.join(has)}")
-            table = pq.read_table(path, columns=[*needed, "sample_id"] if "sample_id" in has else needed)
-        except (pa.ArrowException, OSError) as error:
+            rows = pq.read_table(path, columns=[*needed, "sample_id"] if "sample_id" in has else needed).to_pylist()
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: not readable as parquet: {error}; fetch it again") from error
-        for index, row in enumerate(table.to_pylist()):
+        for index, row in enumerate(rows):
             where = f"{path} row {index} (from 0)"
             subject, sample_id = row["subject"], row.get("sample_id")
             if not isinstance(subject, str) or not subject.strip():

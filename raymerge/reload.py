@@ -27,7 +27,7 @@ def reload(folder: str, work: Path) -> None:
     Weights are loaded in the dtype asked for ("auto": what the folder's config says). Logits are computed from them in
     float32; tokens are generated greedily in their own dtype.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     request = json.loads((work / "request.json").read_text(encoding="utf-8"))
     trust: dict[str, Any] = {"trust_remote_code": request["trust_remote_code"]}
@@ -41,6 +41,9 @@ def reload(folder: str, work: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
         result["ids"] = [tokenizer(text)["input_ids"] for text in request["texts"]]
     model.eval()
+    # The base's own, which is copied as it is, may ask for what greedy tokens have no use for: stop strings, several
+    # sequences, a search whose code is on the hub.
+    model.generation_config = GenerationConfig()
     with torch.inference_mode():
         first = torch.tensor(request["ids"][0])[None]
         count = request["new_tokens"]

@@ -19,14 +19,20 @@ _DERIVED = ("layer_types", "no_rope_layers", "max_window_layers")
 
 
 def saved_config(
-    declared: Mapping[str, Any], config: Any, kept: list[int], dtype: torch.dtype, *, both_spellings: bool = False
+    declared: Mapping[str, Any],
+    config: Any,
+    kept: list[int],
+    dtype: torch.dtype | None,
+    *,
+    both_spellings: bool = False,
 ) -> dict[str, Any]:
     """The values of config.json for the model that keeps the layers `kept` (original numbers, in order).
 
     declared: the base's config.json; config: what transformers makes of it. Per-layer entries are those of the kept
     layers. Where transformers would give fewer layers other layer types than the kept ones have, or a rotary embedding
     where they have none, these are written out.
-    A dtype that is written down becomes `dtype`, that of the matrices: readers cast weights to it. auto_map is left
+    A dtype that is written down becomes `dtype`, that of the weights, since readers cast them to it; it stays where
+    `dtype` is None: weights are of several, and the base's readers cast them to what the base says. auto_map is left
     out: the code that it names is not copied, and transformers has every supported family; so is _name_or_path, where
     the base was once loaded from. both_spellings: write transformers 4's keys beside those of transformers 5, for a
     base that has no config of its own.
@@ -45,7 +51,7 @@ def saved_config(
         trimmed.pop(key, None)
     stored = str(dtype).removeprefix("torch.")
     for key in ("dtype", "torch_dtype"):
-        if key in trimmed and str(trimmed[key]).removeprefix("torch.") != stored:
+        if dtype is not None and key in trimmed and str(trimmed[key]).removeprefix("torch.") != stored:
             trimmed[key] = stored
     return _old_spelling(trimmed) | trimmed if both_spellings else trimmed
 

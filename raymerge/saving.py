@@ -175,7 +175,7 @@ def _write_companions(base: Checkpoint, kept: list[int], directory: Path) -> Non
         read_json(base.directory / "config.json"),
         base.config,
         kept,
-        base.dtype,
+        base.dtype if len(base.stored_dtypes) == 1 else None,
         both_spellings=base.source is not None,
     )
     _write_json(directory / "config.json", config)

@@ -8,7 +8,6 @@ format asks, and where that is said, stands in `FORMATS`.
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 
 from raymerge.identity import digest
 from raymerge.questions import DataError, drawn
+from raymerge.texts import half_character, parsed_lines
 
 _LETTERS = "ABCD"
 
@@ -154,7 +154,7 @@ class _Row(NamedTuple):
     def label(self, column: str) -> int:
         """A number, also as text or as yes and no; -1, which no choice has, where it is empty."""
         value = self.get(column)
-        if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\s*|", value):
+        if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,9}\s*|", value):
             return int(value) if value.strip() else -1
         if not isinstance(value, int):
             raise DataError(f"{self.where}: {column} is {value!r}, not a number; fix it")
@@ -164,6 +164,8 @@ class _Row(NamedTuple):
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where} is {value!r}, not text; fix it")
+    if (half := half_character(value)) is not None:
+        raise DataError(f"{where} has half a character, {half}: write both of its halves, or take it out")
     return value
 
 
@@ -178,10 +180,12 @@ def _read(file: Path) -> list[_Row]:
         if file.suffix == ".parquet":
             values = pq.read_table(file).to_pylist()
         elif file.suffix in (".jsonl", ".json"):
-            values = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+            values = [row for _, row in parsed_lines(file.read_text(encoding="utf-8").split("\n"))]
         else:
             raise DataError(f"{file} is neither .jsonl (or .json, one object a line) nor .parquet; convert it")
-    except (pa.ArrowException, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read as {file.suffix.removeprefix('.')}: {error}") from error
     if not values or not all(isinstance(row, dict) for row in values):
         raise DataError(f"{file} holds no rows of named columns (JSON lines have one object a line); fetch it again")
@@ -244,9 +248,13 @@ def _race(rows: Sequence[_Row]) -> Iterator[_Asked]:
         if whole:  # EleutherAI/race: an article a row, its questions as the text of a Python list
             try:
                 own = ast.literal_eval(row.text("problems"))
-                problems += [(row, p["question"], p["options"], _letter(p["answer"])) for p in own]
+                found = [(p["question"], p["options"], p["answer"]) for p in own]
             except (SyntaxError, ValueError, TypeError, KeyError) as error:
                 raise DataError(f"{row.where}: problems is not a list of questions ({error!r}); fix it") from error
+            for question, options, answer in found:
+                where = f"{row.where}: problems: a question's"
+                asked = _text(question, f"{where} text"), _texts(options, f"{where} options")
+                problems.append((row, *asked, _letter(answer)))
         else:  # ehovy/race: a question a row
             problems.append((row, row.text("question"), row.texts("options"), _letter(row.text("answer"))))
     for (article, _), problems in articles.items():

@@ -7,8 +7,9 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,13 +48,40 @@ def read_plain_text(source: str, key: str) -> str:
         raise ConfigError(
             f"{key} = {source!r}: there is no such file{where}; one of the hub is named OWNER/NAME[@REVISION]:FILE"
         ) from None
-    except (OSError, EOFError, zlib.error, UnicodeError, json.JSONDecodeError, pa.ArrowInvalid) as error:
+    except ConfigError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, pa.ArrowInvalid) as error:
         raise ConfigError(f"{key} = {source!r} cannot be read as UTF-8 text, parquet or JSON lines: {error}") from error
 
 
 def text_hash(text: str) -> str:
     """16 hex digits of SHA-256 over a text's UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def parsed_lines(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    """The values of JSON lines, each with its line's number, from 1; ValueError, which names the line, where one cannot
+    be read. Empty lines are left out."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:  # its own place is always in line 1
+                raise ValueError(f"line {number}, character {error.pos + 1}: {error.msg}") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number}: {error}") from error
+
+
+def half_character(text: str) -> str | None:
+    """The first half of a character in a text, as JSON escapes it; None where all are whole.
+
+    JSON can escape either half of a character beyond U+FFFF alone, and no tokenizer and no file takes it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(text[error.start]):04x}"
+    return None
 
 
 def _joined(rows: Iterator[str]) -> str:
@@ -83,7 +111,7 @@ def _of_json_lines(path: Path, source: str, key: str) -> Iterator[str]:
     """Line by line: pyarrow's reader takes no row above 1 MB, as a book is, and no other column of several types."""
     columns: dict[str, None] = {}
     with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        for row in (json.loads(line) for line in file if line.strip()):
+        for number, row in parsed_lines(file):
             if not isinstance(row, dict):
                 raise ConfigError(f"{key} = {source!r} has rows that are no objects with a column {_COLUMN!r}")
             columns |= dict.fromkeys(row)
@@ -91,7 +119,11 @@ def _of_json_lines(path: Path, source: str, key: str) -> Iterator[str]:
                 continue
             if not isinstance(text, str):
                 raise ConfigError(f"{key} = {source!r}: column {_COLUMN!r} holds {type(text).__name__}, not strings")
-            text.encode()  # half a character, which JSON can escape, is an error here and not later
+            if (half := half_character(text)) is not None:
+                raise ConfigError(
+                    f"{key} = {source!r}, line {number}, has half a character, {half}: write both of its halves, or "
+                    "take it out"
+                )
             yield text
     if _COLUMN not in columns:
         raise ConfigError(f"{key} = {source!r} has no column {_COLUMN!r}, but {', '.join(columns) or 'no rows'}")

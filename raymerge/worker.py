@@ -124,7 +124,8 @@ class ModelWorker:
         self._matched_on = questions_to_match_on(config, self.material)
         data = ""
         if self._matched_on is not None:  # with what else their activations follow from: runs may share a cache
-            data = digest([self._matched_on.identity, model.add_bos, model.dtype, model.quantise])
+            tokens = [self._matched_on.identity, self.checkpoint.tokenizer_identity, model.add_bos]
+            data = digest([*tokens, model.dtype, model.quantise])
         self.aligner = Aligner(self.checkpoint, self.cache, device=device, units=self._units, data=data)
         if is_accelerator(device):
             refuse_oversized(self.checkpoint, dtype or self.checkpoint.dtype, template, device_memory(device).free)
@@ -150,6 +151,7 @@ class ModelWorker:
             "device": device_name(self.runner.device),
             "dtype": str(self.runner.dtype).removeprefix("torch."),
             "model_identity": self.checkpoint.identity,
+            "tokenizer_identity": self.checkpoint.tokenizer_identity,
             "data_identities": self.material.identities,
         }
 

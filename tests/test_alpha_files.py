@@ -99,6 +99,9 @@ def test_ratio_j_is_checked_to_the_digits_that_published_files_carry(tmp_path):
         ([entry(4, 5, None)], "ratio_i_alpha is None"),
         ([entry(4, 5, 0.5, ratio_j="0.5")], "ratio_j is '0.5'"),
         ([entry(4, 5, 0.0, ratio_j=True)], "ratio_j is True"),
+        ([entry(4, 5, 10**400)], "ratio_i_alpha is 10{400}, but must lie in"),
+        ([entry(4, 5, 0.5, ratio_j=10**400)], "ratio_j is 10{400}, but must lie in"),
+        ("[" * 100_000, "is not a JSON alpha file"),
     ],
 )
 def test_refused_alpha_files(tmp_path, content, message):
@@ -113,6 +116,9 @@ def test_missing_unreadable_and_binary_alpha_files(tmp_path):
         read_alpha_file(tmp_path / "absent.json", 6)
     with pytest.raises(PlanError, match="not a JSON alpha file"):
         read_alpha_file(tmp_path, 6)
+    (tmp_path / "file").touch()
+    with pytest.raises(PlanError, match="file/alphas.json is not a JSON alpha file: .*Not a directory"):
+        read_alpha_file(tmp_path / "file" / "alphas.json", 6)
     binary = tmp_path / "model.safetensors"
     binary.write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(PlanError, match="not a JSON alpha file"):

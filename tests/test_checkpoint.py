@@ -284,6 +284,49 @@ def test_truncated_weights(copy, keep):
         Checkpoint(str(copy))
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "model.layers.2.input_layernorm.weight"),
+        ("qwen2", "model.layers.4.self_attn.q_proj.bias"),
+        ("qwen3_moe", "model.layers.1.self_attn.k_norm.weight"),
+        ("mixtral", "model.layers.1.post_attention_layernorm.weight"),
+    ],
+)
+def test_a_layer_without_a_norm_or_bias_of_the_configs_model_is_no_trace(tmp_path, family, name):
+    """transformers makes one up, and says so in a warning."""
+    folder = tiny.make_checkpoint(tmp_path / "m", family)
+    state = load_file(folder / "model.safetensors")
+    del state[name]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"lacks 1 tensors .*{name}.*: fetch it again"):
+        Checkpoint(str(folder))
+
+
+def test_a_layer_with_biases_that_the_configs_model_has_not_is_refused(tmp_path):
+    """As where attention_bias was lost from a config: transformers would leave them out."""
+    folder = tiny.make_checkpoint(tmp_path / "m", "llama_biases")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"attention_bias": False}))
+    with pytest.raises(CheckpointError, match=r"there are 20 tensors that .* has not, such as .*k_proj.bias"):
+        Checkpoint(str(folder))
+
+
+def test_experts_that_the_config_does_not_count_are_refused(tmp_path):
+    folder = tiny.make_checkpoint(tmp_path / "m", "mixtral")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"num_local_experts": 2}))
+    with pytest.raises(CheckpointError, match=r"there are 15 tensors that .* has not, such as .*experts.2.w1.weight"):
+        Checkpoint(str(folder))
+
+
+def test_half_a_character_in_a_config_is_no_trace(copy):
+    values = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(values | {"note": "\ud83d"}))
+    with pytest.raises(CheckpointError, match="config.json cannot be read: .*surrogates not allowed; fetch it again"):
+        Checkpoint(str(copy))
+
+
 def test_damaged_json(copy):
     (copy / "config.json").write_text('{"model_type": "lla')
     with pytest.raises(CheckpointError, match="config.json cannot be read"):
@@ -404,6 +447,10 @@ def test_only_safetensors_and_text_are_fetched(monkeypatch, llama):
     others += ["original/consolidated.00.safetensors", "onnx/config.json", "modeling_phi3.py", "pytorch_model.bin"]
     patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
     assert list(filter_repo_objects([*wanted, *others], **patterns)) == wanted
+    # Its own Python, which transformers asks for then, only where it may be run.
+    Checkpoint("owner/name", trust_remote_code=True)
+    patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects([*wanted, *others], **patterns)) == [*wanted, "modeling_phi3.py"]
 
 
 def test_a_revision_of_what_is_not_the_hub_s_is_refused(llama):

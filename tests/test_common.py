@@ -288,8 +288,9 @@ def test_a_pool_has_no_more_workers_than_there_is_work_for_but_one(monkeypatch):
 
 
 def test_what_workers_hold_is_said_and_the_dtype_is_what_a_run_goes_on_in(tmp_path):
-    inputs = SimpleNamespace(checkpoint=SimpleNamespace(identity="m"), identities={})
+    inputs = SimpleNamespace(checkpoint=SimpleNamespace(identity="m", tokenizer_identity="t"), identities={})
     worker = {"host": "a", "device": "cpu", "dtype": "float32", "model_identity": "m", "data_identities": {}}
+    worker["tokenizer_identity"] = "t"
     held, admitted = [], []
     run = SimpleNamespace(hold_to=held.append)
     pool = SimpleNamespace(
@@ -300,7 +301,7 @@ def test_what_workers_hold_is_said_and_the_dtype_is_what_a_run_goes_on_in(tmp_pa
     with pytest.raises(ConfigError, match="model_identity of the worker on a is other"):
         check(worker | {"model_identity": "other"})
     assert method == "describe"
-    for key in ("model_identity", "data_identities"):
+    for key in ("model_identity", "tokenizer_identity", "data_identities"):
         pool.broadcast = lambda _, key=key: [worker, worker | {key: "other"}]
         with pytest.raises(ConfigError, match=f"{key} of the worker on a is other"):
             describe_workers(pool, inputs, Silent(), run)

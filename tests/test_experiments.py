@@ -358,7 +358,8 @@ def test_workers_with_other_files_are_the_users_to_mend(tmp_path):
 
 
 def described(**differs):
-    return {"host": "b", "device": "cpu", "dtype": "float32", "model_identity": "m", "data_identities": {}} | differs
+    held = {"model_identity": "m", "tokenizer_identity": "t", "data_identities": {}}
+    return {"host": "b", "device": "cpu", "dtype": "float32"} | held | differs
 
 
 @pytest.mark.parametrize(
@@ -376,7 +377,7 @@ def described(**differs):
 @pytest.mark.parametrize("late", [False, True])
 def test_workers_that_would_compute_differently_are_the_users_to_mend(gpus, differs, message, late):
     """One whose torch sees no GPU would silently compute on the CPU, in float32 beside the others' bfloat16."""
-    inputs = SimpleNamespace(checkpoint=SimpleNamespace(identity="m"), identities={})
+    inputs = SimpleNamespace(checkpoint=SimpleNamespace(identity="m", tokenizer_identity="t"), identities={})
     good, bad = described(host="a", device="NVIDIA H100" if gpus else "cpu"), described(**differs)
     found, admitted = [good] if late else [good, bad], []
     pool = SimpleNamespace(

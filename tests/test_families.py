@@ -49,6 +49,25 @@ def test_windows_by_layer():
     assert attention_windows(off) == [None] * 5
 
 
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
+def test_more_experts_per_token_than_there_are_are_refused(family):
+    for chosen in (0, 9):
+        with pytest.raises(ArchitectureError, match=f"num_experts_per_tok is {chosen}, but of . experts it must be 1"):
+            architecture_of(tiny.config_of(family, num_experts_per_tok=chosen))
+
+
+def test_a_sliding_layer_without_a_window_is_refused():
+    """transformers loads such a model, and cannot run it."""
+    kinds = ["full_attention"] * 3 + ["sliding_attention"] * 2
+    config = tiny.config_of("qwen2", use_sliding_window=False, sliding_window=40, layer_types=kinds)
+    with pytest.raises(ValueError, match="sliding_window"):
+        tiny.random_model(config)(torch.arange(3)[None], use_cache=False)
+    with pytest.raises(
+        ArchitectureError, match="sliding_attention for layer 3, but the config gives no sliding_window"
+    ):
+        attention_windows(config)
+
+
 def test_unknown_layer_types_are_refused():
     config = SimpleNamespace(layer_types=["full_attention", "linear_attention"], num_hidden_layers=2)
     with pytest.raises(

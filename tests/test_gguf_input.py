@@ -82,6 +82,8 @@ def test_a_merge_of_it_says_where_it_came_from(tmp_path, model):
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100.0
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    # What llama.cpp's converter and vLLM choose a model's code by, and nothing of where the file was made.
+    assert config["architectures"] == ["LlamaForCausalLM"] and "tiny" not in config.values()
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 

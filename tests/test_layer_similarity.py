@@ -1,5 +1,6 @@
 """layer_similarity.py without workers: rows of a matrix, its prompts and maps, correlations, and what is warned of."""
 
+import shutil
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 
 from raymerge.activations import Activations
 from raymerge.config import ConfigError, load_config
+from raymerge.demo import MMLU_PATH
 from raymerge.experiments import layer_similarity
 from raymerge.experiments.layer_similarity import (
     _check_ranges,
@@ -111,6 +113,20 @@ def test_a_subset_is_stored_with_its_prompts_and_the_map_that_its_matrix_is_made
             assert row["value"] == coordinates[row["layer"], row["sample"], row["coordinate"]]
         assert [row["effective_rank"] for row in degenerate] == rank.tolist()
         assert [row["off_diagonal_mass"] for row in degenerate] == mass.tolist()
+
+
+def test_subsets_whose_names_and_languages_join_alike_are_stored_side_by_side(activations, tmp_path):
+    """Domains are named as a user likes, and languages by folders."""
+    for language in ("b-c", "c"):
+        shutil.copytree(MMLU_PATH / "en", tmp_path / "questions" / language)
+    domains = "data.domains={a: [country_capitals], a-b: [country_capitals]}"
+    where = [f"data.mmlu={tmp_path / 'questions'}", "data.language=c", "similarity.languages=[b-c, c]"]
+    settings = config(domains, *where, "similarity.subsets=[a, a-b]")
+    run, subsets = RunDirectory.open(tmp_path / "run", {}, "similarity"), read_subsets(settings)
+    for subset in subsets:
+        _store(settings, run, subset, study(), activations)
+    stored = {(row["subset"], row["language"]) for row in run.read("similarity").to_pylist()}
+    assert stored == {("a", "b-c"), ("a", "c"), ("a-b", "b-c"), ("a-b", "c")}
 
 
 def test_a_correlation_is_of_its_two_subsets():

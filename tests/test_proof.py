@@ -208,9 +208,25 @@ def test_tensors_that_no_model_has_are_the_base_s_own_affair(tmp_path, in_proces
     save_file(stored | {"w_head.weight": torch.ones(1)}, tmp_path / "merged" / "model.safetensors")
     error = prove(checkpoint, PLAN, tmp_path / "merged")["error"]
     assert "w_head" in error and "v_head" not in error and "k_scale" not in error
-    save_file(state | {"model.layers.1.mlp.up_proj.bias": torch.zeros(48)}, folder / "model.safetensors")
-    with pytest.raises(ProofError, match="not those that its config asks for.*layers.1.mlp.up_proj.bias"):
-        save_merged(Checkpoint(str(folder)), PLAN, tmp_path / "biased")
+    save_file(stored | {"model.layers.1.mlp.up_proj.bias": torch.zeros(48)}, tmp_path / "merged" / "model.safetensors")
+    error = prove(checkpoint, PLAN, tmp_path / "merged")["error"]
+    assert re.search("not those that its config asks for.*layers.1.mlp.up_proj.bias", error)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop_strings": ["a"]},
+        {"num_return_sequences": 3, "do_sample": True},
+        {"return_dict_in_generate": True},
+        {"max_time": 0.0},
+        {"penalty_alpha": 0.6, "top_k": 4},
+    ],
+)
+def test_how_the_base_generates_by_default_is_its_own_affair(tmp_path, in_process, options):
+    checkpoint, folder = merged(tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps(options))
+    assert prove(checkpoint, PLAN, folder)["error"] is None
 
 
 @pytest.mark.parametrize("case", SPOILED)

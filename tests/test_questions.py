@@ -475,6 +475,8 @@ def test_malformed_parquet(tmp_path):
     broken({**good, "subject": ["anatomy", "", "x"]}, "row 1 (from 0): subject is ''")
     broken({**good, "question": ["q", "\n", "x"]}, "row 1 (from 0): the question is empty")
     broken({k: pa.array([], pa.string()) for k in letters}, "holds no questions")
+    latin = pa.array([b"caf\xe9", b"b", b"c"]).view(pa.string())
+    broken({**letters, "question": latin}, "not readable as parquet: 'utf-8' codec can't decode byte 0xe9")
     path.write_bytes(b"PAR1 this is not parquet")
     fails(tmp_path, path, "not readable as parquet", shots=0)
 

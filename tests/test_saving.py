@@ -275,6 +275,21 @@ def test_what_a_killed_process_left_does_not_stay(llama, tmp_path):
     assert sorted(file.name for file in (tmp_path / "merged").glob("*.safetensors")) == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("declared", ["float32", "bfloat16"])
+def test_a_base_of_several_dtypes_is_read_in_the_one_that_it_says_and_its_merge_too(tmp_path, declared):
+    """In bfloat16, that of the matrices, norms that the base's readers have in float32 would be rounded."""
+    folder = tiny.make_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    state = load_file(folder / "model.safetensors")
+    state = {name: tensor.float() + 2**-12 if "norm" in name else tensor for name, tensor in state.items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"dtype": declared}))
+    tiny.save_merge(Checkpoint(str(folder)), tail_plan(5, [0.4], name="x", kind="found"), tmp_path / "merged")
+    base, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "merged"))
+    assert merged.dtype == base.dtype == getattr(torch, declared)
+    assert torch.equal(merged.model.norm.weight, base.model.norm.weight)
+
+
 def test_a_merge_that_the_stored_dtype_cannot_hold(copy, tmp_path):
     state = {name: tensor.half() for name, tensor in load_file(copy / "model.safetensors").items()}
     for layer in (3, 4):

@@ -129,6 +129,8 @@ def test_a_limit_draws_nested_samples(tmp_path):
         ("piqa", {"label": 2}, "the answer is number 2"),
         ("piqa", {"label": 0.5}, "label is 0.5, not a number"),
         ("piqa", {"sol2": None}, "sol2 is None, not text"),
+        ("piqa", {"label": "9" * 5000}, "label is '9+', not a number"),
+        ("piqa", {"goal": "why? \ud83d"}, r"jsonl row 0 \(from 0\): goal has half a character, \\ud83d: write both"),
     ],
 )
 def test_what_is_refused(format, change, words, tmp_path):
@@ -145,6 +147,9 @@ def test_answers_and_lists_that_are_none(tmp_path):
         ("hellaswag", {"endings": "one"}, "endings is 'one', not a list"),
         ("race", {"problems": "[1, "}, "problems is not a list of questions"),
         ("race", {"problems": "[{'question': 'q', 'options': ['a', 'b'], 'answer': ''}]"}, "the answer is number -1"),
+        ("race", {"problems": "[{'question': 3, 'options': ['a', 'b'], 'answer': 'A'}]"}, "question's text is 3"),
+        ("race", {"problems": "[{'question': 'q', 'options': 3, 'answer': 'A'}]"}, "question's options is 3"),
+        ("race", {"problems": r"[{'question': '\ud83d', 'options': ['a', 'b'], 'answer': 'A'}]"}, "half a character"),
     ):
         path = task_files.write(tmp_path, format, [{**task_files.ROWS[format][0], **change}])
         with pytest.raises(DataError, match=words):
@@ -155,8 +160,10 @@ def test_files_and_examples_that_do_not_do(tmp_path):
     path = task_files.write(tmp_path, "piqa")
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "mixed.jsonl").write_text('{"goal": "a"}\n[1]\n')
-    (tmp_path / "bad.jsonl").write_text("{'a': 1}\n")
-    refused = {"no": "cannot be read", "list": "no rows", "mixed": "no rows", "bad": "cannot be read"}
+    (tmp_path / "bad.jsonl").write_text('{"goal": "a"}\n\n{"goal": }\n')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    refused = {"no": "cannot be read", "list": "no rows", "mixed": "no rows", "deep": "cannot be read as jsonl: line 1"}
+    refused["bad"] = "cannot be read as jsonl: line 3, character 10"
     for file, words in refused.items():
         with pytest.raises(DataError, match=words):
             load_task("t", "piqa", tmp_path / f"{file}.jsonl")

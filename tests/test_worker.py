@@ -1,5 +1,7 @@
 """The worker without Ray: the same figures by its three ways of answering."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +11,8 @@ import torch
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import load_config
 from raymerge.evaluation import Answers, NotFiniteError, text_nll
+from raymerge.experiments.common import read_inputs
+from raymerge.experiments.refitting import refit_of
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH, SEARCH_TEXT, TEXT
 from raymerge.objectives import answer_kl, score_answers, trial_outcome
 from raymerge.plan import Refit, base_plan, block_plan, drop_block_plan, tail_plan
@@ -113,6 +117,48 @@ def test_a_cache_that_is_shared_gives_no_match_that_was_made_on_other_activation
     found = [matched(tmp_path / str(number), *case) for number, case in enumerate(cases)]
     assert found[0] != found[1] and found[0] != found[2]
     assert [matched(tmp_path / "0", *case) for case in cases] == found
+
+
+def with_another_tokenizer(folder):
+    """The demo model's folder with a tokenizer that cuts every text as if each "e" was an "a"."""
+    shutil.copytree(Checkpoint("demo").directory, folder)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["normalizer"] = {"type": "Replace", "pattern": {"String": "e"}, "content": "a"}
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    assert Checkpoint(str(folder)).identity == Checkpoint("demo").identity
+    return str(folder)
+
+
+def test_a_cache_that_is_shared_gives_no_match_that_was_made_on_another_tokenizers_tokens(tmp_path):
+    def matched(cache, model):
+        settings = ["data.subjects=colour_mixing", "data.limit_per_subject=2", f"model.path={model}"]
+        worker = ModelWorker(load_config(None, settings), roles=(SEARCH,), cache=cache)
+        return worker.match(("activations", (19, 20)))["units"].tolist()
+
+    other = with_another_tokenizer(tmp_path / "model")
+    expected = matched(tmp_path / "own", other)
+    assert matched(tmp_path / "shared", "demo") != expected
+    assert matched(tmp_path / "shared", other) == expected
+
+
+def test_a_cache_that_is_shared_gives_no_fit_that_was_made_on_another_tokenizers_tokens(tmp_path):
+    def fitted(cache, model):
+        settings = [
+            "data.limit_per_subject=1",
+            "calibration.text=demo",
+            "calibration.tokens=200",
+            f"model.path={model}",
+        ]
+        config = load_config(None, [*settings, "data.perplexity_text=null"])
+        worker, inputs = ModelWorker(config, roles=(CALIBRATION,), cache=cache), read_inputs(config, (CALIBRATION,))
+        plan = tail_plan(worker.checkpoint.n_layers, [0.5], name="x", kind="found")
+        (found,) = worker.refit_tensors(replace(plan, refit=refit_of(config, inputs, "scale"))).values()
+        return found["mlp.down_proj.weight"].tolist()
+
+    other = with_another_tokenizer(tmp_path / "model")
+    expected = fitted(tmp_path / "own", other)
+    assert fitted(tmp_path / "shared", "demo") != expected
+    assert fitted(tmp_path / "shared", other) == expected
 
 
 def test_a_cache_that_is_shared_gives_no_fit_of_units_that_were_matched_otherwise(tmp_path):
@@ -277,6 +323,7 @@ def test_a_worker_tells_what_it_holds(worker):
     described = worker.describe()
     assert described["device"] == "cpu" and described["dtype"] == "float32"
     assert described["model_identity"] == worker.checkpoint.identity
+    assert described["tokenizer_identity"] == worker.checkpoint.tokenizer_identity
     assert described["data_identities"][SEARCH] == worker.material.questions[SEARCH].identity
 
 

@@ -246,7 +246,11 @@ def describe_workers(
     different kinds of devices or in different dtypes, or have a GPU that torch does not see - now and of every worker
     that comes later - and one that would continue a run in another dtype: where model.dtype is auto it is the device's,
     and `workers` may differ from call to call."""
-    ours = {"model_identity": inputs.checkpoint.identity, "data_identities": inputs.identities}
+    ours = {
+        "model_identity": inputs.checkpoint.identity,
+        "tokenizer_identity": inputs.checkpoint.tokenizer_identity,
+        "data_identities": inputs.identities,
+    }
     first: dict[str, Any] = {}
 
     def check(worker: dict[str, Any]) -> None:

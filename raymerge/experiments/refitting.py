@@ -25,8 +25,7 @@ def refit_of(config: Config, inputs: Inputs, method: str) -> Refit | None:
     calibration, found = config.calibration, inputs.calibration
     start = found[1] if isinstance(found, tuple) else 0
     tokens = [inputs.identities[CALIBRATION], start, calibration.tokens, calibration.seed]
-    # Left out where the tokenizer decides, so that such refits keep the name that they had before it counted.
-    tokens += [] if config.model.add_bos is None else [config.model.add_bos]
+    tokens += [inputs.checkpoint.tokenizer_identity, config.model.add_bos]
     return Refit(
         method=method,
         ridge=config.plan.ridge,
