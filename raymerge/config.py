@@ -480,7 +480,7 @@ class SweepConfig(_Section):
 class WorkersConfig(_Section):
     """The workers: Ray actors with one copy of the model each.
     - `count`, `gpus_per_worker`: auto means one worker per GPU or, without GPUs, one per `cpus_per_worker` CPUs, and
-      more as nodes join.
+      more as nodes join. Where the memory has room for fewer workers without GPUs, each of them has more CPUs.
     - `autoscaling`: the cluster grows on demand, so `count` may be more than it has room for now; `count` and
       `gpus_per_worker` must then be numbers.
     - `timeout_s`: seconds after which a silent worker is replaced.

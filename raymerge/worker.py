@@ -7,6 +7,7 @@ when first asked, so that a restarted worker can take any task at once.
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import socket
 import time
@@ -60,6 +61,25 @@ def _taken(began: tuple[float, float]) -> dict[str, float]:
     """Seconds since, by the clock and of this process's CPU time, which others' work on the machine leaves alone."""
     wall, cpu = _now()
     return {"seconds": wall - began[0], "cpu_seconds": cpu - began[1]}
+
+
+_LIBRARIES = 450_000_000  # bytes that a process holds for itself with torch, transformers and Ray loaded
+
+
+def host_bytes(checkpoint: Checkpoint, template: MergePlan | None) -> int:
+    """About the memory that a worker on CPUs holds for itself, to choose how many there are by: libraries, eight layers
+    in float32 (what is converted to run, and candidates that are scored at once), and for a search the layers that are
+    mixed (`SourceLayers`). Neither the states of its questions, nor the mapped checkpoint, which workers share.
+
+    Measured on a 1.5B model (docs/results.md, 2026-11-29): K = 4 2.4 GB, here 2.9; K = 13 4.2 GB, here 4.6.
+    """
+    mixed = 0 if template is None else checkpoint.n_layers - template.resumes_at
+    name = checkpoint.architecture.layer_name
+    layer = max(
+        sum(math.prod(checkpoint.stored(name(number, tensor))[1]) for tensor in checkpoint.layer_tensors(number))
+        for number in range(checkpoint.n_layers)
+    )
+    return _LIBRARIES + (8 + mixed) * layer * torch.float32.itemsize
 
 
 class TooLargeError(UserError):

@@ -29,7 +29,7 @@ from raymerge.prompts import PromptError, encode_text
 from raymerge.storage import LEFT_S, NO_ROOM, Lock, clear_scratch, scratch_folder, user_cache
 from raymerge.tables import RunDirectory
 from raymerge.texts import text_hash
-from raymerge.worker import ModelWorker
+from raymerge.worker import ModelWorker, host_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,17 +154,30 @@ def open_pool(
     shards_each: cut prompts small enough that every worker has so many shards of each role. Not for states that are
     cached: the cut names them, and it would change with the number of workers.
     """
-    workers = config.workers
+    workers, progress = config.workers, progress or Silent()
+    memory = host_bytes(inputs.checkpoint, template)
 
     def placed(gpus: float | str) -> Placement:
-        nodes, autoscaling = cluster_nodes(), workers.autoscaling
-        return plan_workers(workers.count, gpus, workers.cpus_per_worker, nodes, autoscaling=autoscaling)
+        return plan_workers(
+            workers.count,
+            gpus,
+            workers.cpus_per_worker,
+            cluster_nodes(),
+            memory=memory,
+            autoscaling=workers.autoscaling,
+        )
 
     def limited(count: int) -> int:
         return count if most is None else max(1, min(most, count))
 
     placement = placed(workers.gpus_per_worker)
     count = limited(placement.count)
+    named = f"{count} worker{'s' if count > 1 else ''}"
+    if placement.by_memory and count == placement.count:
+        progress.message(
+            f"Memory has room for {named} of about {memory / 1e9:.1f} GB, with {placement.cpus:g} CPUs each; "
+            "workers.count asks for another number."
+        )
 
     def grown() -> int:
         """How many there should be now, of the same kind: a cluster that has lost its GPUs has room for none."""
@@ -175,17 +188,15 @@ def open_pool(
 
     # A worker of no GPU is not to look for one: Ray hides none from it (2.60), where the cluster was started with
     # --num-gpus=0 as where it has none.
-    placed_config = config.model_copy(
-        update={"workers": workers.model_copy(update={"gpus_per_worker": placement.gpus})}
-    )
+    found = {"gpus_per_worker": placement.gpus, "cpus_per_worker": placement.cpus}
     arguments = {
-        "config": placed_config,
+        "config": config.model_copy(update={"workers": workers.model_copy(update=found)}),
         "roles": inputs.roles,
         "cache": cache,
         "template": template,
         "firsts": tuple(firsts),
     }
-    with step(progress or Silent(), f"loading the model in {count} worker{'s' if count > 1 else ''}"):
+    with step(progress, f"loading the model in {named}"):
         return WorkerPool(
             ModelWorker,
             arguments | ({} if shards_each is None else {"shards": shards_each * count}),
