@@ -66,12 +66,14 @@ def _taken(began: tuple[float, float]) -> dict[str, float]:
 _LIBRARIES = 450_000_000  # bytes that a process holds for itself with torch, transformers and Ray loaded
 
 
-def host_bytes(checkpoint: Checkpoint, template: MergePlan | None) -> int:
+def host_bytes(checkpoint: Checkpoint, template: MergePlan | None, *, refits: bool = False) -> int:
     """About the memory that a worker on CPUs holds for itself, to choose how many there are by: libraries, eight layers
-    in float32 (what is converted to run, and candidates that are scored at once), and for a search the layers that are
-    mixed (`SourceLayers`). Neither the states of its questions, nor the mapped checkpoint, which workers share.
+    in float32 (what is converted to run, and candidates that are scored at once), for a search the layers that are
+    mixed (`SourceLayers`), for refits six squares of the MLP's width in float64 (`normal_equations`). Neither the
+    states of its questions, nor the mapped checkpoint, which workers share.
 
-    Measured on a 1.5B model (docs/results.md, 2026-11-29): K = 4 2.4 GB, here 2.9; K = 13 4.2 GB, here 4.6.
+    Measured on a 1.5B model (docs/results.md, 2026-11-29): a search 2.4 GB for K = 4, here 2.9, and 4.2 GB for K = 13,
+    here 4.6; a sweep 1.9 GB, here 2.0, and with refits 4.9 GB, here 5.8.
     """
     mixed = 0 if template is None else checkpoint.n_layers - template.resumes_at
     name = checkpoint.architecture.layer_name
@@ -79,7 +81,8 @@ def host_bytes(checkpoint: Checkpoint, template: MergePlan | None) -> int:
         sum(math.prod(checkpoint.stored(name(number, tensor))[1]) for tensor in checkpoint.layer_tensors(number))
         for number in range(checkpoint.n_layers)
     )
-    return _LIBRARIES + (8 + mixed) * layer * torch.float32.itemsize
+    squares = 6 * refits * checkpoint.config.intermediate_size**2
+    return _LIBRARIES + (8 + mixed) * layer * torch.float32.itemsize + squares * torch.float64.itemsize
 
 
 class TooLargeError(UserError):

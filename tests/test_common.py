@@ -284,6 +284,8 @@ def test_workers_that_memory_is_too_small_for_are_fewer_and_have_more_cpus(monke
     assert seen.said[0] == (
         "Memory has room for 3 workers of about 0.5 GB, with 2 CPUs each; workers.count asks for another number."
     )
+    width = CHECKPOINT.config.intermediate_size
+    assert host_bytes(CHECKPOINT, of_search, refits=True) - each[1] == 48 * width**2
     assert pool_of(monkeypatch, "workers.count=8", nodes=[node], template=of_search)[1]["count"] == 8
 
 

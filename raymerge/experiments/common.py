@@ -155,7 +155,8 @@ def open_pool(
     cached: the cut names them, and it would change with the number of workers.
     """
     workers, progress = config.workers, progress or Silent()
-    memory = host_bytes(inputs.checkpoint, template)
+    refits = config.plan.refit != "none" or set(config.sweep.refits) != {"none"}
+    memory = host_bytes(inputs.checkpoint, template, refits=refits)
 
     def placed(gpus: float | str) -> Placement:
         return plan_workers(
