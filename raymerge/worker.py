@@ -11,7 +11,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from raymerge.inputs import CALIBRATION, SEARCH, questions_to_match_on, read_mat
 from raymerge.memory import MemoryPlanError
 from raymerge.objectives import parse_objective, score_answers, score_text
 from raymerge.plan import MergePlan, base_plan
-from raymerge.questions import known_domains
+from raymerge.questions import Question, known_domains, question_text
 from raymerge.refit import Refitter, Sums
 from raymerge.reliability import Study, study
 from raymerge.role_prompts import RolePrompts
@@ -66,11 +66,14 @@ def _taken(began: tuple[float, float]) -> dict[str, float]:
 _LIBRARIES = 450_000_000  # bytes that a process holds for itself with torch, transformers and Ray loaded
 
 
-def host_bytes(checkpoint: Checkpoint, template: MergePlan | None, *, refits: bool = False) -> int:
+def host_bytes(
+    checkpoint: Checkpoint, template: MergePlan | None, *, questions: Iterable[Question] = (), refits: bool = False
+) -> int:
     """About the memory that a worker on CPUs holds for itself, to choose how many there are by: libraries, eight layers
     in float32 (what is converted to run, and candidates that are scored at once), for a search the layers that are
-    mixed (`SourceLayers`), for refits six squares of the MLP's width in float64 (`normal_equations`). Neither the
-    states of its questions, nor the mapped checkpoint, which workers share.
+    mixed (`SourceLayers`), the float32 states of these questions' own tokens, of some four bytes of text each
+    (`TailStates`), for refits six squares of the MLP's width in float64 (`normal_equations`). Not the mapped
+    checkpoint, which workers share.
 
     Measured on a 1.5B model (docs/results.md, 2026-11-29): a search 2.4 GB for K = 4, here 2.9, and 4.2 GB for K = 13,
     here 4.6; a sweep 1.9 GB, here 2.0, and with refits 4.9 GB, here 5.8.
@@ -81,8 +84,10 @@ def host_bytes(checkpoint: Checkpoint, template: MergePlan | None, *, refits: bo
         sum(math.prod(checkpoint.stored(name(number, tensor))[1]) for tensor in checkpoint.layer_tensors(number))
         for number in range(checkpoint.n_layers)
     )
+    states = checkpoint.config.hidden_size * sum(len(question_text(question).encode()) // 4 for question in questions)
     squares = 6 * refits * checkpoint.config.intermediate_size**2
-    return _LIBRARIES + (8 + mixed) * layer * torch.float32.itemsize + squares * torch.float64.itemsize
+    floats, doubles = (8 + mixed) * layer + states, squares
+    return _LIBRARIES + floats * torch.float32.itemsize + doubles * torch.float64.itemsize
 
 
 class TooLargeError(UserError):

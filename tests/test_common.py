@@ -34,6 +34,8 @@ from raymerge.experiments.common import (
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH, TEXT, task_role
 from raymerge.plan import drop_block_plan, pairs_plan, tail_plan
 from raymerge.progress import Silent
+from raymerge.prompts import encode_questions
+from raymerge.questions import load_questions
 from raymerge.tables import RunDirectory, RunError
 from raymerge.texts import text_hash
 from raymerge.worker import host_bytes
@@ -249,7 +251,7 @@ def pool_of(monkeypatch, *settings, nodes=({"CPU": 8.0},), **options):
     made = []
     monkeypatch.setattr(common, "WorkerPool", lambda _, arguments, **pool: made.append((arguments, pool)))
     monkeypatch.setattr(common, "cluster_nodes", lambda: list(nodes))
-    inputs = SimpleNamespace(roles=("search",), checkpoint=CHECKPOINT)
+    inputs = SimpleNamespace(roles=("search",), checkpoint=CHECKPOINT, questions={})
     open_pool(load_config(None, list(settings)), inputs, "cache", **options)
     return made[0]
 
@@ -284,6 +286,11 @@ def test_workers_that_memory_is_too_small_for_are_fewer_and_have_more_cpus(monke
     assert seen.said[0] == (
         "Memory has room for 3 workers of about 0.5 GB, with 2 CPUs each; workers.count asks for another number."
     )
+    questions = load_questions("demo").questions
+    known = encode_questions(load_questions("demo"), CHECKPOINT.tokenizer)
+    own = sum(len(ids) for shard in known.shards for group in shard.groups for ids in group.sequences)
+    states = host_bytes(CHECKPOINT, of_search, questions=questions) - each[1]
+    assert 0.5 < states / (4 * own * CHECKPOINT.config.hidden_size) < 2
     width = CHECKPOINT.config.intermediate_size
     assert host_bytes(CHECKPOINT, of_search, refits=True) - each[1] == 48 * width**2
     assert pool_of(monkeypatch, "workers.count=8", nodes=[node], template=of_search)[1]["count"] == 8

@@ -396,7 +396,7 @@ def test_a_cluster_that_loses_its_last_node_is_waited_for(monkeypatch, gpus):
     opened, nodes = [], [{"CPU": 2.0, "GPU": float(gpus)}]
     monkeypatch.setattr("raymerge.experiments.common.WorkerPool", lambda *_, **options: opened.append(options))
     monkeypatch.setattr("raymerge.experiments.common.cluster_nodes", lambda: nodes)
-    open_pool(load_config(None, []), SimpleNamespace(roles=(), checkpoint=Checkpoint("demo")), "cache")
+    open_pool(load_config(None, []), SimpleNamespace(roles=(), checkpoint=Checkpoint("demo"), questions={}), "cache")
     (options,) = opened
     assert (options["gpus_per_worker"], options["grow"]()) == (gpus, 1 if gpus else 2)
     nodes[:] = [{"CPU": 64.0}] if gpus else []

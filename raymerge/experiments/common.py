@@ -156,7 +156,8 @@ def open_pool(
     """
     workers, progress = config.workers, progress or Silent()
     refits = config.plan.refit != "none" or set(config.sweep.refits) != {"none"}
-    memory = host_bytes(inputs.checkpoint, template, refits=refits)
+    held = [question for role in inputs.questions.values() for question in role.questions] if firsts else []
+    memory = host_bytes(inputs.checkpoint, template, questions=held, refits=refits)
 
     def placed(gpus: float | str) -> Placement:
         return plan_workers(
