@@ -67,18 +67,19 @@ _LIBRARIES = 450_000_000  # bytes that a process holds for itself with torch, tr
 
 
 def host_bytes(
-    checkpoint: Checkpoint, template: MergePlan | None, *, questions: Iterable[Question] = (), refits: bool = False
+    checkpoint: Checkpoint, plans: Iterable[MergePlan], *, questions: Iterable[Question] = (), refits: bool = False
 ) -> int:
     """About the memory that a worker on CPUs holds for itself, to choose how many there are by: libraries, eight layers
-    in float32 (what is converted to run, and candidates that are scored at once), for a search the layers that are
-    mixed (`SourceLayers`), the float32 states of these questions' own tokens, of some four bytes of text each
-    (`TailStates`), for refits six squares of the MLP's width in float64 (`normal_equations`). Not the mapped
-    checkpoint, which workers share.
+    in float32 (what is converted to run, and candidates that are scored at once), the layers that scorers of these
+    plans mix (`SourceLayers`, of as many stacks as are held), the float32 states of these questions' own tokens, of
+    some four bytes of text each (`TailStates`), for refits six squares of the MLP's width in float64
+    (`normal_equations`). Not the mapped checkpoint, which workers share.
 
     Measured on a 1.5B model (docs/results.md, 2026-11-29): a search 2.4 GB for K = 4, here 2.9, and 4.2 GB for K = 13,
     here 4.6; a sweep 1.9 GB, here 2.0, and with refits 4.9 GB, here 5.8.
     """
-    mixed = 0 if template is None else checkpoint.n_layers - template.resumes_at
+    stacks = sorted({checkpoint.n_layers - plan.resumes_at for plan in plans if plan.ends_at_once})
+    mixed = sum(stacks[-_SCORERS_HELD:])
     name = checkpoint.architecture.layer_name
     layer = max(
         sum(math.prod(checkpoint.stored(name(number, tensor))[1]) for tensor in checkpoint.layer_tensors(number))

@@ -276,11 +276,11 @@ def test_a_pool_is_as_the_workers_section_says(monkeypatch):
 def test_workers_that_memory_is_too_small_for_are_fewer_and_have_more_cpus(monkeypatch):
     seen = Seen()
     of_search = tail_plan(N_LAYERS, [0.5] * 5, name="k", kind="found")
-    each = [host_bytes(CHECKPOINT, template) for template in (None, of_search)]
+    each = [host_bytes(CHECKPOINT, plans) for plans in ([], [of_search])]
     layer = sum(tensor.numel() for tensor in CHECKPOINT.layer(0, dtype=torch.float32).values())
     assert each[1] - each[0] == 6 * 4 * layer
     node = {"CPU": 8.0, "memory": 3.5 * each[1]}
-    workers, pool = pool_of(monkeypatch, nodes=[node], template=of_search, progress=seen)
+    workers, pool = pool_of(monkeypatch, nodes=[node], plans=[of_search], progress=seen)
     assert (pool["count"], pool["cpus_per_worker"], pool["grow"]()) == (3, 2, 3)
     assert workers["config"].workers.cpus_per_worker == 2  # the threads that it computes with
     assert seen.said[0] == (
@@ -289,11 +289,14 @@ def test_workers_that_memory_is_too_small_for_are_fewer_and_have_more_cpus(monke
     questions = load_questions("demo").questions
     known = encode_questions(load_questions("demo"), CHECKPOINT.tokenizer)
     own = sum(len(ids) for shard in known.shards for group in shard.groups for ids in group.sequences)
-    states = host_bytes(CHECKPOINT, of_search, questions=questions) - each[1]
+    states = host_bytes(CHECKPOINT, [of_search], questions=questions) - each[1]
     assert 0.5 < states / (4 * own * CHECKPOINT.config.hidden_size) < 2
+    of_sweep = [tail_plan(N_LAYERS, [0.5] * k, name="k", kind="fixed") for k in (1, 4, 7, 7)]
+    assert host_bytes(CHECKPOINT, of_sweep) - each[0] == (5 + 8) * 4 * layer  # two scorers are held
+    assert host_bytes(CHECKPOINT, [drop_block_plan(N_LAYERS, 4, 2)]) == each[0]  # run layer by layer
     width = CHECKPOINT.config.intermediate_size
-    assert host_bytes(CHECKPOINT, of_search, refits=True) - each[1] == 48 * width**2
-    assert pool_of(monkeypatch, "workers.count=8", nodes=[node], template=of_search)[1]["count"] == 8
+    assert host_bytes(CHECKPOINT, [of_search], refits=True) - each[1] == 48 * width**2
+    assert pool_of(monkeypatch, "workers.count=8", nodes=[node], plans=[of_search])[1]["count"] == 8
 
 
 @pytest.mark.parametrize(("node", "gpus"), [({"CPU": 8.0}, 0), ({"CPU": 8.0, "GPU": 2.0}, 1)])

@@ -210,11 +210,11 @@ class _Search:
         # Whatever its coefficients turn out to be, a candidate changes nothing before its first merged layer.
         self.template = self._candidate([0.5] * len(start.steps))
         self.blocks = _searched_starts(config, start, inputs.checkpoint)
-        templates = [self.template.moved_to(first) for first in self.blocks] or [self.template]
+        self.templates = [self.template.moved_to(first) for first in self.blocks] or [self.template]
         if start.selection == "block":
             # From where dropping the last layers and the unmerged model are run.
-            templates.append(drop_plan(start.n_layers, len(start.steps)))
-        self.firsts = tuple(sorted({template.resumes_at for template in templates}))
+            self.templates.append(drop_plan(start.n_layers, len(start.steps)))
+        self.firsts = tuple(sorted({template.resumes_at for template in self.templates}))
         self.facts: dict[str, Any] = {}
         self.loose = 0  # batches of trials since they were last gathered in one file
         self.aligner = Aligner(inputs.checkpoint)  # told what the workers have matched
@@ -225,7 +225,8 @@ class _Search:
 
     def execute(self, probes: list[MergePlan]) -> RunDirectory:
         began = time.monotonic()
-        options = {"run": self.run, "template": self.template, "firsts": self.firsts, "progress": self.progress}
+        options = {"run": self.run, "progress": self.progress}
+        options |= {"template": self.template, "plans": self.templates, "firsts": self.firsts}
         with open_pool(self.config, self.inputs, self.cache, **options) as pool:
             self.pool = pool
             self.facts["workers"] = describe_workers(pool, self.inputs, self.progress, self.run)

@@ -143,6 +143,7 @@ def open_pool(
     *,
     run: RunDirectory | None = None,
     template: MergePlan | None = None,
+    plans: Sequence[MergePlan] = (),
     firsts: Sequence[int] = (),
     most: int | None = None,
     shards_each: int | None = None,
@@ -151,13 +152,14 @@ def open_pool(
     """Start the workers, `most` of them at the most; what befalls them becomes incidents of the run. With workers.count
     auto there are more as nodes join.
 
-    shards_each: cut prompts small enough that every worker has so many shards of each role. Not for states that are
-    cached: the cut names them, and it would change with the number of workers.
+    plans: what is scored, by which it is judged how much memory a worker takes. shards_each: cut prompts small enough
+    that every worker has so many shards of each role. Not for states that are cached: the cut names them, and it would
+    change with the number of workers.
     """
     workers, progress = config.workers, progress or Silent()
     refits = config.plan.refit != "none" or set(config.sweep.refits) != {"none"}
     held = [question for role in inputs.questions.values() for question in role.questions] if firsts else []
-    memory = host_bytes(inputs.checkpoint, template, questions=held, refits=refits)
+    memory = host_bytes(inputs.checkpoint, plans, questions=held, refits=refits)
 
     def placed(gpus: float | str) -> Placement:
         return plan_workers(

@@ -270,7 +270,7 @@ class _Sweep:
 
     def execute(self) -> RunDirectory:
         reporter = Reporter(self.config, self.inputs, self.run)
-        options = {"run": self.run, "firsts": self.firsts, "progress": self.progress}
+        options = {"run": self.run, "plans": self.plans, "firsts": self.firsts, "progress": self.progress}
         with open_pool(self.config, self.inputs, self.cache, **options) as pool:
             workers = describe_workers(pool, self.inputs, self.progress, self.run)
             further = (RETRIEVAL,) if self.config.sweep.context else ()
