@@ -37,7 +37,7 @@ from raymerge.actors import (
     reason_of,
 )
 from raymerge.cluster import ClusterError, PlacementError, cluster_nodes, driver_node, plan_workers, start_ray
-from raymerge.device import lean_heap
+from raymerge.device import is_lost, lean_heap
 from raymerge.errors import UserError
 from raymerge.pool import WorkerPool
 
@@ -46,7 +46,7 @@ class Plain:
     """Does what an item says. `folder` holds one file for every process that was started and every mishap."""
 
     def __init__(self, folder, slow_restart_s=0.0):
-        self.folder = folder
+        self.folder, self.broken = folder, False
         if slow_restart_s and self.once("started"):
             time.sleep(slow_restart_s)
 
@@ -66,7 +66,14 @@ class Plain:
             time.sleep(600)
         if what == "raise":
             raise KeyError(f"bad item {number}")
+        if what == "break once" and not self.once("broken"):
+            self.broken = True
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return number * number
+
+    def broken_by(self, error):
+        return is_lost(error)
 
     def mistaken(self, number):
         raise UserError(f"item {number} is too large: give at most 2")
@@ -108,6 +115,12 @@ class Refuses:
 def pool(ray_session, tmp_path_factory):
     with WorkerPool(Plain, {"folder": str(tmp_path_factory.mktemp("plain"))}, count=2, timeout_s=60) as pool:
         yield pool
+
+
+def test_a_worker_that_an_error_has_broken_is_started_again_and_fails_no_other_work(pool):
+    """After most CUDA errors a process can use its device no more: a search went on to fail every candidate there."""
+    items = [("break once", 0), *(("work", number) for number in range(1, 8))]
+    assert pool.map("work", items) == [number * number for number in range(8)]
 
 
 @pytest.mark.parametrize(
