@@ -117,12 +117,6 @@ def pool(ray_session, tmp_path_factory):
         yield pool
 
 
-def test_a_worker_that_an_error_has_broken_is_started_again_and_fails_no_other_work(pool):
-    """After most CUDA errors a process can use its device no more: a search went on to fail every candidate there."""
-    items = [("break once", 0), *(("work", number) for number in range(1, 8))]
-    assert pool.map("work", items) == [number * number for number in range(8)]
-
-
 @pytest.mark.parametrize(
     "count, gpus, cpus_each, cluster, expected",
     [
@@ -233,6 +227,13 @@ def test_a_death_and_a_slow_restart_lose_nothing(ray_session, tmp_path):
     kwargs = {"folder": str(tmp_path), "slow_restart_s": 6.0}
     with WorkerPool(Plain, kwargs, count=1, timeout_s=60) as pool:
         assert pool.map("work", [("die once", 1), ("work", 2), ("work", 3)]) == [1, 4, 9]
+
+
+def test_a_worker_that_an_error_has_broken_is_started_again_and_fails_no_other_work(ray_session, tmp_path):
+    """After most CUDA errors a process can use its device no more: a search went on to fail every candidate there."""
+    with WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, timeout_s=60) as pool:
+        items = [("break once", 0), *(("work", number) for number in range(1, 8))]
+        assert pool.map("work", items) == [number * number for number in range(8)]
 
 
 def test_a_worker_that_hangs_is_restarted_and_its_item_done_again(ray_session, tmp_path):
