@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,8 +88,19 @@ class Host:
         """Answers where this process is there and has nothing to do."""
 
     def call(self, method: str, *args: Any) -> Any:
-        """What the worker's method returns."""
-        return getattr(self.worker, method)(*args)
+        """What the worker's method returns.
+
+        After an error that the worker is broken by (`broken_by`, where it has one) the process ends: the call is lost
+        as by any other death, and tried again elsewhere or here, when Ray has started another process.
+        """
+        try:
+            return getattr(self.worker, method)(*args)
+        except Exception as error:
+            if getattr(self.worker, "broken_by", lambda _: False)(error):
+                traceback.print_exc()  # in the worker's log: the caller hears of the death alone
+                sys.stderr.flush()
+                os._exit(1)
+            raise
 
 
 def find_worker(name: str) -> Any:

@@ -431,6 +431,9 @@ def _merge(options: argparse.Namespace) -> int:
 
     if options.public and options.push is None:
         raise UserError("--public says how --push uploads, but --push OWNER/NAME is not given")
+    if options.refit == "none" and (options.calibration is not None or options.refit_layers):
+        given = "--refit-layers" if options.calibration is None else "--calibration"
+        raise UserError(f"{given} is of --refit, which is not given: the merged layers would stay as they are averaged")
     with console.progress() as progress:
         done = merge(
             options.model,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ _OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
 )
+_BROKEN_ALLOCATOR = re.compile(r"INTERNAL ASSERT FAILED at .*CUDACachingAllocator")
 _KEEPS_PAGES, _M_MMAP_THRESHOLD, _M_MMAP_MAX = "MALLOC_MMAP_MAX_", -3, -4  # of glibc: malloc.h, mallopt(3)
 
 
@@ -115,6 +117,16 @@ def attempt(call: Callable[[], Any]) -> tuple[bool, Any]:
             raise
     release_cached()
     return False, None
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that this process can use its device no more: after an illegal access, an uncorrectable bit
+    or a card that is gone every further call fails, until another process begins. Memory that ran out is no such error,
+    but for an allocator that is broken by it."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or any(words in text for words in _OUT_OF_MEMORY):
+        return False
+    return text.startswith(("CUDA error:", "CUDA driver error:")) or _BROKEN_ALLOCATOR.search(text) is not None
 
 
 def release_cached() -> None:

@@ -281,7 +281,7 @@ class RunDirectory:
             Where rows are stored that were made from others; the message names them with both identities.
         """
         try:
-            stored = json.loads(self._storage.read(_INPUTS))
+            stored = _object(self._storage.read(_INPUTS))
         except FileNotFoundError:
             stored = {}
         except ValueError as error:
@@ -344,7 +344,7 @@ class RunDirectory:
     def manifest(self) -> dict | None:
         """Return the manifest, or None while the run goes on or if it was killed."""
         try:
-            return json.loads(self._storage.read("manifest.json"))
+            return _object(self._storage.read("manifest.json"))
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -420,6 +420,14 @@ class RunDirectory:
             raise RunError(
                 f"{self._storage.name} holds a run with another config:{lines}\ncontinue with the run's values, {anew}"
             )
+
+
+def _object(text: bytes) -> dict:
+    """A JSON object; ValueError for anything else."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {value!r:.50}, and no object")
+    return value
 
 
 _Difference = tuple[str, str, str]  # dotted key, value there, value here

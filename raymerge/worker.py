@@ -25,7 +25,15 @@ from raymerge.alignment import REORDERED, Aligner, Permutations
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
 from raymerge.context import TextLosses, position_nll, retrieve
-from raymerge.device import choose_device, device_memory, device_name, is_accelerator, lean_heap, release_cached
+from raymerge.device import (
+    choose_device,
+    device_memory,
+    device_name,
+    is_accelerator,
+    is_lost,
+    lean_heap,
+    release_cached,
+)
 from raymerge.errors import UserError
 from raymerge.evaluation import Answers, answer_shard, generation_speed, score_choices, text_nll
 from raymerge.forward import LayerRunner
@@ -183,6 +191,10 @@ class ModelWorker:
             "tokenizer_identity": self.checkpoint.tokenizer_identity,
             "data_identities": self.material.identities,
         }
+
+    def broken_by(self, error: BaseException) -> bool:
+        """Whether this process can do no more work after an error, so that another one has to take its place."""
+        return is_lost(error)
 
     def run(self, task: tuple[str, Any]) -> Any:
         """Do a task (method name, its argument), so that a pool can mix kinds of work in one pass."""

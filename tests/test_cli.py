@@ -240,6 +240,12 @@ def test_wrong_alpha_files_are_refused_by_search_and_merge(tmp_path, capsys):
         )
 
 
+def test_options_of_a_refit_that_is_not_asked_for_are_refused_rather_than_left_aside(tmp_path, capsys):
+    command, out = ["merge", "demo", "--alphas", "x.json", "--out", tmp_path / "out"], tmp_path / "out"
+    _refused([*command, "--calibration", "demo"], capsys, out, "--calibration is of --refit, which is not given")
+    _refused([*command, "--refit-layers", "2"], capsys, out, "--refit-layers is of --refit, which is not given")
+
+
 def test_an_unknown_architecture_is_named_with_those_that_work(tmp_path, capsys):
     model = tmp_path / "model"
     model.mkdir()

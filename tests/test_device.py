@@ -133,6 +133,24 @@ def test_memory_runs_out_when_it_is_told_to(device):
 
 
 @pytest.mark.parametrize(
+    ("kind", "message", "lost"),
+    [
+        (getattr(torch, "AcceleratorError", RuntimeError), "CUDA error: an illegal memory access was", True),
+        (RuntimeError, "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be", True),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, opa`", True),
+        (RuntimeError, 'ok INTERNAL ASSERT FAILED at "/c10/cuda/CUDACachingAllocator.cpp":1, please report', True),
+        (getattr(torch, "AcceleratorError", RuntimeError), "CUDA error: out of memory\nSearch for `cudaErrorMe", False),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", False),
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        (RuntimeError, "mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)", False),
+        (ValueError, "CUDA error: unspecified launch failure", False),
+    ],
+)
+def test_what_says_that_a_process_can_use_its_device_no_more(kind, message, lost):
+    assert raymerge.device.is_lost(kind(message)) == lost
+
+
+@pytest.mark.parametrize(
     ("kind", "message", "is_memory"),
     [
         (RuntimeError, "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),

@@ -37,7 +37,7 @@ from raymerge.actors import (
     reason_of,
 )
 from raymerge.cluster import ClusterError, PlacementError, cluster_nodes, driver_node, plan_workers, start_ray
-from raymerge.device import lean_heap
+from raymerge.device import is_lost, lean_heap
 from raymerge.errors import UserError
 from raymerge.pool import WorkerPool
 
@@ -46,7 +46,7 @@ class Plain:
     """Does what an item says. `folder` holds one file for every process that was started and every mishap."""
 
     def __init__(self, folder, slow_restart_s=0.0):
-        self.folder = folder
+        self.folder, self.broken = folder, False
         if slow_restart_s and self.once("started"):
             time.sleep(slow_restart_s)
 
@@ -66,7 +66,14 @@ class Plain:
             time.sleep(600)
         if what == "raise":
             raise KeyError(f"bad item {number}")
+        if what == "break once" and not self.once("broken"):
+            self.broken = True
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return number * number
+
+    def broken_by(self, error):
+        return is_lost(error)
 
     def mistaken(self, number):
         raise UserError(f"item {number} is too large: give at most 2")
@@ -242,6 +249,13 @@ def test_a_death_and_a_slow_restart_lose_nothing(ray_session, tmp_path):
     kwargs = {"folder": str(tmp_path), "slow_restart_s": 6.0}
     with WorkerPool(Plain, kwargs, count=1, timeout_s=60) as pool:
         assert pool.map("work", [("die once", 1), ("work", 2), ("work", 3)]) == [1, 4, 9]
+
+
+def test_a_worker_that_an_error_has_broken_is_started_again_and_fails_no_other_work(ray_session, tmp_path):
+    """After most CUDA errors a process can use its device no more: a search went on to fail every candidate there."""
+    with WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, timeout_s=60) as pool:
+        items = [("break once", 0), *(("work", number) for number in range(1, 8))]
+        assert pool.map("work", items) == [number * number for number in range(8)]
 
 
 def test_a_worker_that_hangs_is_restarted_and_its_item_done_again(ray_session, tmp_path):

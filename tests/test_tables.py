@@ -572,10 +572,14 @@ def test_manifest_refuses(run):
     assert run.manifest() is None
 
 
-def test_a_damaged_manifest_is_named(run, tmp_path):
-    (tmp_path / "run" / "manifest.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]", "null"])
+def test_a_damaged_manifest_is_named(run, tmp_path, text):
+    (tmp_path / "run" / "manifest.json").write_text(text)
     with pytest.raises(RunError, match="manifest.json is not JSON"):
         _ = run.complete
+    (tmp_path / "run" / "inputs.json").write_text(text)
+    with pytest.raises(RunError, match="inputs.json is not JSON"):
+        run.hold_to({"model": "a"})
 
 
 def test_folders_and_uploads(place, tmp_path):
