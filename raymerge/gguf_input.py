@@ -155,7 +155,10 @@ def _check_read_whole(file: Path, reader: Any) -> None:
         name = tensor.name.split(".", 2)[2] if tensor.name.startswith("blk.") else tensor.name
         if name not in (_LAYER[kind] if name != tensor.name else _ENDS):
             refuse(f"holds {tensor.name}, which transformers does not read of {kind}")
-    if value(f"{kind}.rope.scaling.type", "none") != "none":
+    # Files of 2023 name a factor alone, which llama.cpp takes for a linear one.
+    factors = [value(f"{kind}.rope.{key}", 0) for key in ("scaling.factor", "scale_linear")]
+    scaled = "linear" if any(factor not in (0, 1) for factor in factors) else "none"
+    if value(f"{kind}.rope.scaling.type", scaled) != "none":
         refuse("scales its rotary frequencies, which transformers does not read")
     width = value(f"{kind}.attention.key_length")
     if width is None:

@@ -179,6 +179,11 @@ REFUSED = {
         with_further(lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)),
         "scales its rotary frequencies",
     ),
+    "factor": (with_further(lambda w: w.add_rope_scaling_factor(4.0)), "scales its rotary frequencies"),
+    "old_factor": (
+        with_further(lambda w: w.add_float32("llama.rope.scale_linear", 4.0)),
+        "scales its rotary frequencies",
+    ),
     "window": (with_further(lambda w: w.add_sliding_window(11)), "has a sliding window of 11 tokens"),
 }
 
