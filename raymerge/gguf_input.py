@@ -51,6 +51,11 @@ _ENDS = {"token_embd.weight", "output_norm.weight", "output.weight"}
 # scores, which transformers takes for 256: that of every size but 27B, whose heads are 128 wide.
 _HEAD_WIDTH = {"qwen3": 128, "gemma2": 256, "gemma3": 256}
 _WINDOWED = ("gemma2", "gemma3")
+# What files state of a family and transformers takes for this.
+_TAKEN_FOR = {
+    "gemma2": {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3": {"final_logit_softcapping": 0.0, "rope.freq_base_swa": 10_000.0},
+}
 _DAMAGE = (ValueError, LookupError, TypeError, ImportError, StopIteration, RuntimeError, AssertionError)
 
 
@@ -167,6 +172,9 @@ def _check_read_whole(file: Path, reader: Any) -> None:
         refuse(f"has heads of width {width}, but transformers reads {kind} with {_HEAD_WIDTH[kind]} alone")
     if value(f"{kind}.rope.dimension_count", width) != width:
         refuse("rotates a part of each head, which transformers does not read")
+    for key, only in _TAKEN_FOR.get(kind, {}).items():
+        if (stated := value(f"{kind}.{key}", only)) != only:
+            refuse(f"has {key} = {stated:g}, which transformers takes for {only:g} in {kind}")
     window = value(f"{kind}.attention.sliding_window", 0)
     if kind not in _WINDOWED and 0 < window < value(f"{kind}.context_length"):
         refuse(f"has a sliding window of {window} tokens, which transformers does not read of {kind}")

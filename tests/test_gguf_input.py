@@ -212,6 +212,26 @@ def test_widths_that_transformers_does_not_read(tmp_path, family, width, only):
         Checkpoint(str(tmp_path / "x.gguf"))
 
 
+@pytest.mark.parametrize(
+    ("family", "key", "stated", "only"),
+    [
+        ("gemma2", "attn_logit_softcapping", 20, 50),
+        ("gemma2", "final_logit_softcapping", 0, 30),
+        ("gemma3", "final_logit_softcapping", 30, 0),
+        ("gemma3", "rope.freq_base_swa", 500, 10000),
+    ],
+)
+def test_what_transformers_does_not_read_of_gemma_is_refused_where_it_is_not_the_usual(
+    tmp_path, family, key, stated, only
+):
+    options = {"attention_bias": False} if family == "gemma3" else {}
+    config = tiny.config_of(family, vocab_size=64, num_hidden_layers=2, head_dim=256, **options)
+    stating = lambda writer: writer.add_float32(f"{family}.{key}", stated)  # noqa: E731
+    write_gguf(tmp_path / "x.gguf", tiny.random_model(config), False, further=stating)
+    with pytest.raises(GgufError, match=f"has {key} = {stated}, which transformers takes for {only} in {family}"):
+        Checkpoint(str(tmp_path / "x.gguf"))
+
+
 @pytest.mark.parametrize("change", ["less", "other"])
 def test_a_conversion_that_transformers_fills_up_or_fails_is_not_kept(tmp_path, cache, model, change):
     """A tensor that is not there it makes up; one of another shape is its RuntimeError."""
