@@ -32,11 +32,12 @@ class PlacementError(UserError):
 
 @dataclass(frozen=True)
 class Placement:
-    """How many workers, and what each takes of a machine."""
+    """How many workers, and what each takes of a machine. by_memory: there are fewer than its CPUs have room for."""
 
     count: int
     cpus: float
     gpus: float
+    by_memory: bool = False
 
 
 def plan_workers(
@@ -45,10 +46,15 @@ def plan_workers(
     cpus_per_worker: float,
     nodes: Sequence[Mapping[str, float]],
     *,
+    memory: float = 0.0,
     autoscaling: bool = False,
 ) -> Placement:
     """Choose how many workers fit. "auto" takes one GPU a worker where there are GPUs, else CPUs alone, and as many
-    workers as fit; nodes are what each node of a cluster has in all, by Ray's names ("CPU", "GPU").
+    workers as fit; nodes are what each node of a cluster has in all, by Ray's names ("CPU", "GPU", "memory").
+
+    memory: bytes that a worker without a GPU takes, about. An automatic number is held to what nodes have memory for
+    (but one), and the CPUs that this leaves are the workers' that there are: sixteen workers of an 8B model, one for
+    each CPU of a workstation, would ask for 250 GB.
 
     A worker is on one node, and a fraction of a GPU on one GPU. Raises PlacementError where more are asked for than
     fit, unless the cluster is an `autoscaling` one.
@@ -64,7 +70,21 @@ def plan_workers(
             "workers.cpus_per_worker or workers.gpus_per_worker, or set workers.autoscaling if the cluster grows on "
             "demand"
         )
+    if count == "auto" and not per_gpu and memory:
+        return _held_to_memory(wanted, cpus_per_worker, nodes, memory)
     return Placement(wanted, cpus_per_worker, per_gpu)
+
+
+def _held_to_memory(wanted: int, cpus_each: float, nodes: Sequence[Mapping[str, float]], memory: float) -> Placement:
+    """As many of the wanted workers on CPUs as nodes have memory for, at least one, with the CPUs of the others."""
+    rooms = [min(_room(node, cpus_each, 0), int(node.get("memory", 1e18) // memory)) for node in nodes]
+    if sum(rooms) >= wanted:
+        return Placement(wanted, cpus_each, 0.0)
+    if not any(rooms):  # tried all the same, where there is most
+        largest = max(nodes, key=lambda node: (_room(node, cpus_each, 0) > 0, node.get("memory", 1e18)))
+        return Placement(1, max(cpus_each, math.floor(largest["CPU"])), 0.0, by_memory=True)
+    shares = [math.floor(node["CPU"] / room) for node, room in zip(nodes, rooms, strict=True) if room]
+    return Placement(sum(rooms), max(cpus_each, min(shares)), 0.0, by_memory=True)
 
 
 def _room(node: Mapping[str, float], cpus_each: float, gpus_each: float) -> int:

@@ -133,14 +133,15 @@ class TasksConfig(RootModel[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Z
 class PlanConfig(_Section):
     """What is merged, and the base coefficients.
     - `selection`: which layers are merged. tail: the last `merges` layers. block: a contiguous block of `merges`
-      layers. most_similar: repeatedly the most similar neighbours, until there are `merges` merges or, with merges:
-      null, until none exceeds `threshold`. list: the steps of `alpha_file`.
+      layers. most_similar: repeatedly the most similar neighbours, until there are `merges` merges (null for any
+      number) or none exceeds `threshold`. list: the steps of `alpha_file`.
     - `recompute`: with most_similar, collect the similarities anew after each merge.
     - `block`: the first layer of the block, or how it is chosen. cosine, angular: the smallest distance between the
       states that enter the block and those that leave it, on calibration.text. similarity: by `similarity_run`, with
       any measure. loss: the smallest loss on calibration.text with the block dropped. search: first layer and
       coefficients together, beginning with the choice by cosine.
-    - `starts`: the first layers to choose from; null for all.
+    - `starts`: the first layers to choose from; null for all, or where blocks are averaged and layers differ in
+      attention (Gemma), for those with which that can be done.
     - `survivor`: whether the layer before or the layer after the block takes it in.
     - `base`: the base coefficients: fixed (`ratio` everywhere), similarity_ratio or similarity (from `similarity_run`),
       or file (from `alpha_file`).
@@ -479,7 +480,7 @@ class SweepConfig(_Section):
 class WorkersConfig(_Section):
     """The workers: Ray actors with one copy of the model each.
     - `count`, `gpus_per_worker`: auto means one worker per GPU or, without GPUs, one per `cpus_per_worker` CPUs, and
-      more as nodes join.
+      more as nodes join. Where the memory has room for fewer workers without GPUs, each of them has more CPUs.
     - `autoscaling`: the cluster grows on demand, so `count` may be more than it has room for now; `count` and
       `gpus_per_worker` must then be numbers.
     - `timeout_s`: seconds after which a silent worker is replaced.
@@ -603,6 +604,23 @@ class Config(_Section):
             raise ValueError("gradient.text_kl needs a plain text to descend on: set search.text to a file or demo")
         return self
 
+    @model_validator(mode="after")
+    def _can_be_descended(self) -> Config:
+        plan, quantise = self.plan, self.model.quantise
+        if "gradient" not in self.search.searchers:
+            return self
+        if plan.selection in ("block", "most_similar"):  # the steps of a list may be those of a tail
+            raise ValueError(
+                f"search.searcher gradient needs a tail merge, but plan.selection is {plan.selection}: use searcher "
+                "bayes"
+            )
+        if plan.alignment == "rows" or quantise != "none":
+            raise ValueError(
+                f"plan.alignment {plan.alignment} with model.quantise {quantise} has no gradient: use alignment "
+                "neurons and quantise none, or search.searcher bayes"
+            )
+        return self
+
     def resolved(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 
@@ -637,6 +655,8 @@ def _yaml(text: str, name: str) -> Any:
     loader.name = name
     try:
         return loader.get_single_data()
+    except ValueError as error:  # PyYAML's own of what looks like a date or a number and is none, such as 2024-13-01
+        raise yaml.YAMLError(f"{error}; put quotes around what is a text") from error
     finally:
         loader.dispose()
 

@@ -91,8 +91,12 @@ def host_free() -> int:
     try:
         limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
         used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        held = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
     except OSError:  # another kind of container, or none
         return free
+    # What was read of files counts as the container's until the kernel needs it, the model's weights foremost; what is
+    # in shared memory, as Ray's objects, has to stay and is not among it.
+    used -= int(held.get("active_file", 0)) + int(held.get("inactive_file", 0))
     return free if limit == "max" else min(free, int(limit) - used)
 
 

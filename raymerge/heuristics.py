@@ -132,14 +132,20 @@ def block_scores(distances: np.ndarray, merges: int) -> dict[int, float]:
 
 
 def similar_block_scores(similarity: np.ndarray, merges: int) -> dict[int, float]:
-    """1 - the normalised similarity of what enters a block of `merges` layers and what leaves it, by its first layer.
+    """1 - the normalised similarity of what enters a block of `merges` layers and what leaves it, by its first layer;
+    NaN where that is undefined.
 
     similarity: (L, L) of the layers' outputs, so that a block that begins with layer 0 has no score.
     """
     n_layers = len(similarity)
     check_merges(n_layers, merges)
-    starts = range(1, n_layers - merges + 1)
-    return {first: 1.0 - normalised_similarity(similarity, first - 1, first + merges - 1) for first in starts}
+    scores = {}
+    for first in range(1, n_layers - merges + 1):
+        try:
+            scores[first] = 1.0 - normalised_similarity(similarity, first - 1, first + merges - 1)
+        except PlanError:  # of a block that plan.starts may leave out
+            scores[first] = math.nan
+    return scores
 
 
 def best_block(scores: Mapping[int, float], starts: Iterable[int]) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from raymerge.prompts import encode_text
 from raymerge.proof import check_proof, proof_finished, prove
 from raymerge.refit import Refitter, check_refittable
 from raymerge.saving import check_writable, save_checkpoint
-from raymerge.storage import Storage
+from raymerge.storage import Storage, clear_scratch, scratch_folder
 from raymerge.texts import read_plain_text
 
 RECORD_FILE = "merge_plan.json"
@@ -78,10 +78,11 @@ def merge(
         hub.check_push(push, private=private)
     options = {"verify": verify, "command": command, "progress": progress}
     aligner = Aligner(checkpoint, cache_folder)
-    with tempfile.TemporaryDirectory() as scratch:
+    # Only fits need a folder, which is gone when they are merged.
+    with scratch_folder() if refit is not None and cache_folder is None else nullcontext(cache_folder) as cache:
         refits = None
         if refit is not None:
-            refitter, plan = _refitter(checkpoint, plan, refit, calibration, aligner, cache_folder or scratch)
+            refitter, plan = _refitter(checkpoint, plan, refit, calibration, aligner, cache)
             with step(progress or Silent(), f"refit ({refit.method}) on the calibration text"):
                 refitter.fit(plan)
             refits = refitter.tensors
@@ -90,6 +91,7 @@ def merge(
         elif there["plan_id"] != plan.plan_id(checkpoint.identity):
             raise PlanError(f"{out} exists already, of another merge: give another --out, or delete it")
         else:  # an earlier call was ended while it proved the model
+            clear_scratch(out)
             _prove(checkpoint, plan, out, there, aligner=aligner, refits=refits, progress=progress)
             record = there | {"bytes": sum(file.stat().st_size for file in out.glob("*.safetensors"))}
             record["folder"] = str(out)

@@ -33,7 +33,7 @@ from raymerge.fusion import Refits
 from raymerge.memory import VOCABULARY_ROWS
 from raymerge.plan import MergePlan
 from raymerge.prompts import Group, Shard
-from raymerge.storage import NO_ROOM
+from raymerge.storage import NO_ROOM, NoScratchError, scratch_folder
 from raymerge.tensorfiles import read_tensors
 
 #: Prose, figures and code, and another language: what is compared, beside what the model generates after the first.
@@ -99,8 +99,7 @@ def prove(
     }
     room = sum(logits.nbytes for logits in expected)
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            work = Path(scratch)
+        with scratch_folder() as work:
             (work / "request.json").write_text(json.dumps(request), encoding="utf-8")
             done = _run_fresh(folder, work)
             record["seconds"] = round(time.monotonic() - began, 2)
@@ -109,6 +108,8 @@ def prove(
                 return record
             result = json.loads((work / "result.json").read_text(encoding="utf-8"))
             found = read_tensors(work / "logits.safetensors", "the reloaded model's logits")
+    except NoScratchError as error:
+        return record | {"finished": False, "error": _no_room(str(error.__cause__), room)}
     except OSError as error:  # of the temporary folder: what is read of the model is the fresh process's to say
         return record | {"finished": False, "error": _no_room(str(error), room)}
     result["problems"] = _own_problems(checkpoint, plan, result["problems"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,6 +16,9 @@ from raymerge.similarity import Recipe, SimilarityMatrix, compute, features, mea
 
 #: Samples from which on a reliability can be believed; see `Study.reliability`.
 RELIABLE_N = 20
+
+
+_ARRAYS = ("null_mean", "null_p95", "ci_low", "ci_high", "draws", "halves")  # of a Study
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,23 @@ class Study:
     draw_size: int
     halves: np.ndarray
     n_samples: int
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it as arrays, for a file; `from_arrays` reads them."""
+        found = {name: getattr(self, name) for name in _ARRAYS}
+        found["notes"] = np.array([[i, j] for i, j in self.matrix.notes], dtype=np.int64).reshape(-1, 2)
+        texts = json.dumps(list(self.matrix.notes.values())).encode()
+        found["texts"] = np.frombuffer(texts, dtype=np.uint8).copy()
+        return found | {"values": self.matrix.values, "sizes": np.array([self.draw_size, self.n_samples])}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Study:
+        """What `arrays` gave."""
+        places, texts = map(tuple, arrays["notes"].tolist()), json.loads(arrays["texts"].tobytes())
+        draw_size, n_samples = arrays["sizes"].tolist()
+        matrix = SimilarityMatrix(arrays["values"], dict(zip(places, texts, strict=True)))
+        arrays = {name: arrays[name] for name in _ARRAYS}
+        return cls(matrix=matrix, draw_size=draw_size, n_samples=n_samples, **arrays)
 
     @cached_property
     def reliability(self) -> float | None:

@@ -462,17 +462,22 @@ def _utilisation(present: Mapping[int, float], scored: Mapping[str, Sequence[flo
     return tuple(rows)
 
 
+# Tune looks for the metrics files of its default loggers, which are off, and warns that every trial lacks them: seen
+# where the user has started Ray, whose loggers then say more than those of a Ray that is started here. At its end it
+# says that a trial whose actor died did not complete, though another one has done its batch.
+_FALSE_ALARMS = {"ray.tune.analysis.experiment_analysis": logging.ERROR, "ray.tune.tune": logging.CRITICAL}
+
+
 @contextmanager
 def _without_false_alarms() -> Iterator[None]:
-    """Tune looks for the metrics files of its default loggers, which are off, and warns that every trial lacks them:
-    seen where the user has started Ray, whose loggers then say more than those of a Ray that is started here."""
-    logger = logging.getLogger("ray.tune.analysis.experiment_analysis")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    before = {name: logging.getLogger(name).level for name in _FALSE_ALARMS}
     try:
+        for name, level in _FALSE_ALARMS.items():
+            logging.getLogger(name).setLevel(level)
         yield
     finally:
-        logger.setLevel(before)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _quiet_tune() -> None:
@@ -480,5 +485,7 @@ def _quiet_tune() -> None:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # A trial actor that dies is started again: its trace, in a terminal, would say that the search has failed.
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     # Tune would take Ctrl-C for a wish to end early and return as if all were done.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")

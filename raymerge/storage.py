@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import shutil
 import socket
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -26,8 +28,13 @@ from raymerge.errors import UserError
 #: How temporary names begin. Readers of data sets skip names that begin with '_'.
 TEMPORARY = "_tmp."
 
+#: Seconds after which what has a temporary name is no longer being written, where no lock says so.
+LEFT_S = 86400.0
+
 #: The file that the process which writes a run holds locked, or where there are no locks names it.
 LOCK = ".lock"
+
+_SCRATCH = "raymerge."  # how folders among the user's temporary ones begin
 
 _PROCESS = uuid.uuid4().hex[:8]  # hosts and process numbers are alike in containers
 
@@ -44,6 +51,10 @@ _FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota used up", errno.EF
 
 class RunError(UserError):
     """A run directory cannot be used or written; the message says where, why and what to do."""
+
+
+class NoScratchError(UserError):
+    """No temporary folder can be made; the message says why and what to do."""
 
 
 class Storage:
@@ -154,12 +165,10 @@ class Storage:
         target = path if self._one_put else _temporary(path)
         try:
             if self.is_local:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                with open(target, "wb") as file:  # not pyarrow's stream, which has no fsync
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())  # else a power cut can leave the new name with no bytes behind it
-                os.replace(target, path)
+                try:
+                    _put(path, target, data)
+                except FileNotFoundError:  # swept by one that takes up the run that, say, a page is written into
+                    _put(path, target, data)
                 return
             if not self._one_put:
                 self._fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
@@ -238,12 +247,16 @@ class Storage:
                 "--out"
             )
 
-    def clear_temporary(self) -> None:
-        """Delete what a killed process left under temporary names."""
+    def clear_temporary(self, older_s: float = 0.0) -> None:
+        """Delete what a killed process left under temporary names.
+
+        older_s: only what was made so many seconds ago, where processes that live may be writing.
+        """
         selector = pafs.FileSelector(self._base, recursive=True, allow_not_found=True)
+        latest = time.time() - older_s if older_s else math.inf
         with self._reached():
             for info in self._fs.get_file_info(selector):
-                if info.base_name.startswith(TEMPORARY):
+                if info.base_name.startswith(TEMPORARY) and (info.mtime_ns or time.time_ns()) / 1e9 <= latest:
                     if info.type == pafs.FileType.Directory:
                         self._delete_folder(info.path)
                     else:
@@ -302,6 +315,61 @@ def clear_scratch(folder, older_s: float = 0.0) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A new folder among the user's temporary ones (TMPDIR) for as long as the context lasts.
+
+    Its process holds it locked, so that the next one to make such a folder can tell those of killed processes, and
+    deletes them. Raises NoScratchError where none can be made.
+    """
+    try:
+        for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+            _clear_left(left)
+        folder, held = _new_scratch()
+    except OSError as error:
+        raise NoScratchError(
+            f"no temporary folder can be made: {error}; free space, or set TMPDIR to a folder that can be written"
+        ) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
+
+
+def _clear_left(folder: Path) -> None:
+    """Delete a temporary folder of the user's own unless a process that lives holds it."""
+    with contextlib.suppress(OSError):  # another process was faster, it is another user's, or the disk knows no locks
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            if os.fstat(held).st_uid == os.geteuid():
+                # Not POSIX's lock, which would be of the process, and end with any closing of the folder.
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+        finally:
+            os.close(held)
+
+
+def _new_scratch() -> tuple[Path, int]:
+    """A new temporary folder, and what holds it locked until that is closed."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_SCRATCH))
+        try:
+            held = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # before it was locked, another process took it for a killed one's
+            continue
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # which is deleting it
+            pass
+        except OSError:  # a disk without locks, where none is deleted either
+            return folder, held
+        else:
+            if folder.exists():
+                return folder, held
+        os.close(held)
 
 
 class Lock:
@@ -364,6 +432,16 @@ def _this_process() -> str:
 def _temporary(path: str) -> str:
     folder, _, name = path.rpartition("/")
     return f"{folder}/{TEMPORARY}{uuid.uuid4().hex[:8]}.{name}"
+
+
+def _put(path: str, target: str, data) -> None:
+    """Write a file of this machine's under a temporary name, and rename it."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(target, "wb") as file:  # not pyarrow's stream, which has no fsync
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut can leave the new name with no bytes behind it
+    os.replace(target, path)
 
 
 def _renamed(source, target: str) -> bool:

@@ -45,7 +45,7 @@ from raymerge.schemas import (
     way_of,
 )
 from raymerge.statistics import colour_scale, paired_difference, wilson_interval, without_far_worse
-from raymerge.storage import LOCK, TEMPORARY, Lock, RunError, Storage
+from raymerge.storage import LEFT_S, LOCK, TEMPORARY, Lock, RunError, Storage
 
 __all__ = [
     "FREE_SECTIONS",
@@ -143,12 +143,13 @@ class RunDirectory:
             no rows yet, as one that was refused for its prompts, is begun anew instead.
         """
         run, config, stored = cls._checked(path, config, experiment, filesystem)
-        if not run.complete:
+        writes = not run.complete
+        if writes:
             run._lock = run._storage.lock()
             # while this process waited, another may have begun the run, with another config, and ended
             stored = cls._checked(path, config, experiment, filesystem)[2]
         run.experiment, run.config = experiment, config
-        run._storage.clear_temporary()
+        run._storage.clear_temporary(0.0 if writes else LEFT_S)  # without the lock others may be writing
         if stored is None:  # what one that got no further left is not this run's
             run._storage.delete(_INPUTS)
             if run.has("incidents"):
@@ -384,14 +385,15 @@ class RunDirectory:
     def _read_config(self) -> _Stored | None:
         """What config.yaml says, None if there is none."""
         try:
-            text = self._storage.read("config.yaml").decode("utf-8")
+            content = self._storage.read("config.yaml")
         except FileNotFoundError:
             return None
-        head = re.match(r"# experiment: (\S+)\n# run_id: ([0-9a-f]{16})\n", text)
         try:
+            text = content.decode("utf-8")
             config = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # the latter of bytes that are no text, and dates that are none
             raise RunError(f"{self._storage.name}/config.yaml is not YAML: {error}") from error
+        head = re.match(r"# experiment: (\S+)\n# run_id: ([0-9a-f]{16})\n", text)
         if head is None or not isinstance(config, dict):
             raise RunError(
                 f"{self._storage.name}/config.yaml was not written by a raymerge run (its first lines name no "

@@ -6,6 +6,8 @@ when first asked, so that a restarted worker can take any task at once.
 
 from __future__ import annotations
 
+import importlib.metadata
+import math
 import os
 import socket
 import time
@@ -47,6 +49,7 @@ from raymerge.tail_loss import TailLoss, TextWindows
 from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 from raymerge.trunk import TrunkCache, compute_trunks
 
+_STUDIED_WITH = ("numpy", "scipy", "scikit-learn")
 _SCORERS_HELD = 2  # a search has two: of the questions it searches on and of those it reports on
 
 
@@ -58,6 +61,28 @@ def _taken(began: tuple[float, float]) -> dict[str, float]:
     """Seconds since, by the clock and of this process's CPU time, which others' work on the machine leaves alone."""
     wall, cpu = _now()
     return {"seconds": wall - began[0], "cpu_seconds": cpu - began[1]}
+
+
+_LIBRARIES = 450_000_000  # bytes that a process holds for itself with torch, transformers and Ray loaded
+
+
+def host_bytes(checkpoint: Checkpoint, template: MergePlan | None, *, refits: bool = False) -> int:
+    """About the memory that a worker on CPUs holds for itself, to choose how many there are by: libraries, eight layers
+    in float32 (what is converted to run, and candidates that are scored at once), for a search the layers that are
+    mixed (`SourceLayers`), for refits six squares of the MLP's width in float64 (`normal_equations`). Neither the
+    states of its questions, nor the mapped checkpoint, which workers share.
+
+    Measured on a 1.5B model (docs/results.md, 2026-11-29): a search 2.4 GB for K = 4, here 2.9, and 4.2 GB for K = 13,
+    here 4.6; a sweep 1.9 GB, here 2.0, and with refits 4.9 GB, here 5.8.
+    """
+    mixed = 0 if template is None else checkpoint.n_layers - template.resumes_at
+    name = checkpoint.architecture.layer_name
+    layer = max(
+        sum(math.prod(checkpoint.stored(name(number, tensor))[1]) for tensor in checkpoint.layer_tensors(number))
+        for number in range(checkpoint.n_layers)
+    )
+    squares = 6 * refits * checkpoint.config.intermediate_size**2
+    return _LIBRARIES + (8 + mixed) * layer * torch.float32.itemsize + squares * torch.float64.itemsize
 
 
 class TooLargeError(UserError):
@@ -476,19 +501,28 @@ class ModelWorker:
         return cache.get(self.runner, shards, pooling=settings.pooling, max_tokens=settings.max_tokens, plan=plan)
 
     def similarity(self, number: int) -> tuple[Study, Activations, int]:
-        """One subset's similarity matrix with its noise, what it was made from, and how many samples are distinct."""
+        """One subset's similarity matrix with its noise, what it was made from, and how many samples are distinct.
+
+        The study, which takes minutes where layers are many, is in the cache when it is made: a run that was cut short
+        needs all of them for its correlations.
+        """
         settings, found = self.config.similarity, self.activations(number)
-        result = study(
-            recipe_of(settings),
-            found.distances,
-            found.states,
-            null_draws=settings.null_draws,
-            interval_draws=settings.interval_draws,
-            half_draws=settings.half_draws,
-            random_state=settings.seed,
-        )
-        kept = settings.max_tokens if settings.pooling == "sequence" else None
+        recipe, draws = recipe_of(settings), ("null_draws", "interval_draws", "half_draws")
+        options = {name: getattr(settings, name) for name in draws} | {"random_state": settings.seed}
         shards = self.prompts.encode(self.material.subsets[number].questions).shards
+        collected = ActivationCache(self.cache).path(
+            self.runner, shards, pooling=settings.pooling, max_tokens=settings.max_tokens
+        )
+        versions = [importlib.metadata.version(package) for package in _STUDIED_WITH]
+        path = self.cache / f"study-{digest([collected.name, asdict(recipe), options, versions])}.safetensors"
+        if is_whole(path, "the study"):
+            arrays = {name: tensor.numpy() for name, tensor in read_tensors(path, "the study").items()}
+            result = Study.from_arrays(arrays)
+        else:
+            result = study(recipe, found.distances, found.states, **options)
+            arrays = {name: torch.from_numpy(array) for name, array in result.arrays().items()}
+            write_tensors(path, arrays, "the study")
+        kept = settings.max_tokens if settings.pooling == "sequence" else None
         return result, replace(found, states=None), distinct_samples(shards, max_tokens=kept)
 
     def similarity_after(self, item: tuple[int, MergePlan]) -> np.ndarray:

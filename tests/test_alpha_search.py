@@ -1,14 +1,21 @@
 """alpha_search.py without workers: which controls there are, what is searched and stored, and which plan is best."""
 
+import errno
+import os
+import tempfile
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 from test_heuristics import planted
 
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
+from raymerge.errors import UserError
 from raymerge.evaluation import Answers
 from raymerge.experiments import alpha_search
 from raymerge.experiments.alpha_search import _check, _Search
@@ -21,7 +28,7 @@ from raymerge.plan import PlanError, block_plan, tail_plan
 from raymerge.progress import Silent
 from raymerge.proposers import BayesProposer, RandomProposer
 from raymerge.search import SearchOutcome
-from raymerge.tables import RunDirectory
+from raymerge.tables import RunDirectory, RunError
 
 CHECKPOINT = Checkpoint("demo")
 N_LAYERS = CHECKPOINT.n_layers
@@ -71,6 +78,10 @@ BY_SIMILARITY = ["plan.similarity_run=x", "plan.base=similarity"]
         (BY_SIMILARITY, [*FIRST, "block_influence", FIXED, "similarity_shuffled", "similarity"]),
         (
             ["plan.similarity_run=x", "plan.selection=most_similar"],
+            [*FIRST, "block_influence", FIXED, "similarity_shuffled"],
+        ),
+        (
+            ["plan.similarity_run=x", "plan.selection=most_similar", "plan.threshold=0.2"],  # that two exceed
             [*FIRST, "block_influence", FIXED, "similarity_shuffled"],
         ),
     ],
@@ -192,6 +203,15 @@ def test_a_searcher_begins_with_what_is_known_within_its_bounds(asked, tmp_path)
         "batch": 3, "concurrent": 2, "wall_seconds": 2.0, "share_not_scoring": 0.25,
         "workers": [{"worker": "worker-0"}], "candidates_this_call": 4, "seconds_per_candidate": 0.12346,
     }  # fmt: skip
+
+
+def test_a_search_begins_where_the_last_candidate_before_has_taken_the_only_worker_along(asked, tmp_path):
+    """Three times, so that it failed and the search before ended, while the worker is restarting."""
+    search = searching(tmp_path, "search.concurrent=auto", "search.batch=auto")
+    search.pool = SimpleNamespace(count=0)
+    search._search_coefficients("bayes", 60, KNOWN, 0.01)
+    ((_, options),) = asked
+    assert options["batch"] == 6 and search.facts["bayes_search"]["concurrent"] == 1
 
 
 def test_the_random_control_has_no_points_of_the_search_and_losses_are_minimised(asked, tmp_path):
@@ -322,7 +342,10 @@ def test_the_best_of_a_searcher_is_its_own_best_finished_candidate(tmp_path):
 
 def test_reported_are_the_controls_the_random_control_and_the_best_of_each_searcher_the_best_last(tmp_path):
     search = searching(tmp_path, "search.searcher=[bayes, gradient]", "gradient.parametrisations=[simplex]")
-    with pytest.raises(RuntimeError, match="every candidate of the search failed"):
+    errors = ["ValueError: x", "value is nan", "value is nan"]
+    failed = [trial("bayes", number, None, error=error) for number, error in enumerate(errors)]
+    search.run.append("trials", failed, part="failed")
+    with pytest.raises(UserError, match=r"every candidate .*, 2 of them by this: value is nan\. .* another --out"):
         search._reported([])
     rows = [trial("bayes", 0, 0.75), trial("gradient_simplex", 0, 0.5), trial("random", 0, 0.9)]
     search.run.append("trials", rows, part="a")
@@ -447,6 +470,37 @@ def test_nothing_is_saved_where_it_is_not_asked_for_and_plans_are_compared_on_wh
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def of_two_kinds(tmp_path):
+    """A checkpoint one of whose layers has another attention."""
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "base", "gemma2")))
+    assert checkpoint.windows == [40, None, 40, 40, 40]
+    return checkpoint
+
+
+@pytest.mark.parametrize("settings", [["plan.merges=3"], ["plan.merges=2", "plan.selection=block", "plan.block=1"]])
+def test_layers_that_only_an_alpha_of_1_leaves_out_are_refused_before_anything_is_computed(settings, of_two_kinds):
+    """Every candidate averages them; the fixed control was the first to fail, when the trunk had been computed."""
+    config, inputs = load_config(None, ["plan.ratio=1", *settings]), Inputs(questions={}, checkpoint=of_two_kinds)
+    start = starting_plan(config.plan, 5, None)
+    with pytest.raises(PlanError, match="attention windows differ .*; but a search moves every alpha, also one that"):
+        _check(config, inputs, start, [])
+    config = load_config(None, ["plan.ratio=1", "plan.merges=2"])
+    _check(config, inputs, starting_plan(config.plan, 5, None), [])
+
+
+def test_a_block_is_chosen_among_those_whose_layers_have_the_same_attention(of_two_kinds, local_searches, tmp_path):
+    """Layer 1 alone has another: it can neither be in a block that is averaged nor take one in."""
+    data = ["data.subjects=number_words", "data.limit_per_subject=3", "data.report_limit_per_subject=3", "data.shots=0"]
+    few = ["search.candidates=4", "search.initial=2", "search.random_candidates=1", "data.perplexity_text=null"]
+    few += [f"model.path={of_two_kinds.directory}", "output.figures=false", "output.save_best=false", *data]
+    for block, firsts in (("cosine", [3, 4]), ("search", [3, 4])):
+        settings = ["plan.merges=1", "plan.selection=block", f"plan.block={block}", "calibration.text=demo"]
+        run = alpha_search.search(load_config(None, [*few, *settings, f"output.run={tmp_path / block}"]))
+        assert {row["first"] for row in run.read("blocks").to_pylist()} == set(firsts)
+        assert {row["status"] for row in run.read("trials").to_pylist()} == {"ok"}
+
+
 def test_plans_that_cannot_be_searched_are_refused():
     def check(start, *settings, probes=()):
         config = load_config(None, ["plan.merges=2", *settings])
@@ -456,6 +510,7 @@ def test_plans_that_cannot_be_searched_are_refused():
     longer = tail_plan(N_LAYERS, [0.5] * 3, name="longer", kind="file")
     block = block_plan(N_LAYERS, 7, [0.5, 0.5], name="block", kind="file")
     gradient = "search.searcher=gradient"
+    listed = ("plan.selection=list", "plan.base=file", "plan.alpha_file=x", "plan.merges=null")
     check(tail, gradient, probes=[tail.with_alphas([0.1, 0.2], name="probe", kind="file")])
     check(block, "plan.selection=block")
     for start in (longer, block):
@@ -463,8 +518,21 @@ def test_plans_that_cannot_be_searched_are_refused():
             PlanError, match=r"not a tail merge of plan.merges = 2 layers; to use .* plan.selection: list"
         ):
             check(start)
-    check(longer, "plan.selection=list", "plan.base=file", "plan.alpha_file=x", "plan.merges=null")
+    check(longer, *listed)
     with pytest.raises(PlanError, match="probe longer merges other layers than mine"):
         check(tail, probes=[longer])
-    with pytest.raises(ConfigError, match="gradient needs a tail merge, but plan.selection is block"):
-        check(block, "plan.selection=block", gradient)
+    check(replace(tail, selection="list"), *listed)
+    with pytest.raises(ConfigError, match="gradient needs a tail merge, but plan.selection is list"):
+        check(replace(tail, selection="list"), *listed, gradient)
+
+
+def test_a_disk_without_room_for_another_folder_is_said_where_the_model_is_to_be_saved(tmp_path, monkeypatch):
+    """On ext4 a folder takes a block of its own; on the tmpfs of tests/benchmarks/chaos.py it does not."""
+    search = searching(tmp_path)
+
+    def full(*_, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(options["dir"]))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(RunError, match=f"can be made in {tmp_path}: .*No space left on device.* free space"):
+        search._save(search.start)

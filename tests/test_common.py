@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from raymerge.actors import NoRoomError
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, load_config
+from raymerge.device import choose_device
 from raymerge.experiments import common
 from raymerge.experiments.common import (
     Inputs,
@@ -34,6 +36,7 @@ from raymerge.plan import drop_block_plan, pairs_plan, tail_plan
 from raymerge.progress import Silent
 from raymerge.tables import RunDirectory, RunError
 from raymerge.texts import text_hash
+from raymerge.worker import host_bytes
 
 CHECKPOINT = Checkpoint("demo")
 N_LAYERS = CHECKPOINT.n_layers
@@ -246,7 +249,8 @@ def pool_of(monkeypatch, *settings, nodes=({"CPU": 8.0},), **options):
     made = []
     monkeypatch.setattr(common, "WorkerPool", lambda _, arguments, **pool: made.append((arguments, pool)))
     monkeypatch.setattr(common, "cluster_nodes", lambda: list(nodes))
-    open_pool(load_config(None, list(settings)), SimpleNamespace(roles=("search",)), "cache", **options)
+    inputs = SimpleNamespace(roles=("search",), checkpoint=CHECKPOINT)
+    open_pool(load_config(None, list(settings)), inputs, "cache", **options)
     return made[0]
 
 
@@ -265,6 +269,35 @@ def test_a_pool_is_as_the_workers_section_says(monkeypatch):
         "count": 3, "cpus_per_worker": 2, "gpus_per_worker": 0, "timeout_s": 7, "wait_s": 8, "max_restarts": 9,
         "grow": None,
     }  # fmt: skip
+
+
+def test_workers_that_memory_is_too_small_for_are_fewer_and_have_more_cpus(monkeypatch):
+    seen = Seen()
+    of_search = tail_plan(N_LAYERS, [0.5] * 5, name="k", kind="found")
+    each = [host_bytes(CHECKPOINT, template) for template in (None, of_search)]
+    layer = sum(tensor.numel() for tensor in CHECKPOINT.layer(0, dtype=torch.float32).values())
+    assert each[1] - each[0] == 6 * 4 * layer
+    node = {"CPU": 8.0, "memory": 3.5 * each[1]}
+    workers, pool = pool_of(monkeypatch, nodes=[node], template=of_search, progress=seen)
+    assert (pool["count"], pool["cpus_per_worker"], pool["grow"]()) == (3, 2, 3)
+    assert workers["config"].workers.cpus_per_worker == 2  # the threads that it computes with
+    assert seen.said[0] == (
+        "Memory has room for 3 workers of about 0.5 GB, with 2 CPUs each; workers.count asks for another number."
+    )
+    width = CHECKPOINT.config.intermediate_size
+    assert host_bytes(CHECKPOINT, of_search, refits=True) - each[1] == 48 * width**2
+    assert pool_of(monkeypatch, "workers.count=8", nodes=[node], template=of_search)[1]["count"] == 8
+
+
+@pytest.mark.parametrize(("node", "gpus"), [({"CPU": 8.0}, 0), ({"CPU": 8.0, "GPU": 2.0}, 1)])
+def test_a_worker_takes_the_gpus_that_ray_gives_it_and_no_other(node, gpus, monkeypatch):
+    """Where Ray has none, as after `ray start --num-gpus=0`, torch may see one all the same: every worker took it."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append("a GPU") or False)
+    workers, pool = pool_of(monkeypatch, nodes=[node])
+    assert pool["gpus_per_worker"] == gpus
+    choose_device(workers["config"].workers.gpus_per_worker)
+    assert asked == ["a GPU"] * gpus
 
 
 def test_a_pool_has_no_more_workers_than_there_is_work_for_but_one(monkeypatch):

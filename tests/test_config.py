@@ -266,6 +266,18 @@ def test_what_is_written_to_a_run_reads_back_as_the_same_configuration():
         ({"gradient": {"held_out": 1}}, "gradient.held_out = 1"),
         ({"gradient": {"parametrisations": ["softmax"]}}, "gradient.parametrisations"),
         (
+            {"plan": {"selection": "block", "block": "search"}, "search": {"searcher": ["bayes", "gradient"]}},
+            "search.searcher gradient needs a tail merge, but plan.selection is block: use searcher bayes",
+        ),
+        (
+            {"plan": {"alignment": "rows"}, "search": {"searcher": "gradient"}},
+            "plan.alignment rows with model.quantise none has no gradient",
+        ),
+        (
+            {"model": {"quantise": "int8"}, "search": {"searcher": "gradient"}},
+            "plan.alignment none with model.quantise int8 has no gradient",
+        ),
+        (
             {"gradient": {"text_kl": 0.1}, "search": {"searcher": "gradient"}},
             "gradient.text_kl needs a plain text to descend on: set search.text",
         ),
@@ -324,7 +336,7 @@ def test_several_mistakes_are_told_at_once():
     assert text.startswith("x.yaml: ") and "plan.mergs" in text and "search.batch = 0" in text and "\n" not in text
 
 
-@pytest.mark.parametrize("text", ["model: [", "a: b: c", "\t- x"])
+@pytest.mark.parametrize("text", ["model: [", "a: b: c", "\t- x", "model: {revision: 2024-13-01}", "a: 0x_"])
 def test_bad_yaml(tmp_path, text):
     with pytest.raises(ConfigError, match="run.yaml cannot be read as YAML"):
         load_config(write(tmp_path, text))
@@ -401,6 +413,8 @@ def test_overrides_are_checked_like_files(tmp_path):
         load_config(None, ["plan.mergs=4"])
     with pytest.raises(ConfigError, match="is not YAML"):
         load_config(None, ["plan.merges=[1"])
+    with pytest.raises(ConfigError, match="'model.revision=2024-13-01' is not YAML: month must be .*; put quotes"):
+        load_config(None, ["model.revision=2024-13-01"])
     with pytest.raises(ConfigError, match="path is not a section"):
         load_config(write(tmp_path, "model: {path: x}"), ["model.path.deeper=1"])
 

@@ -621,6 +621,18 @@ def test_a_cpu_takes_what_it_always_did(checkpoint, prompts, tmp_path):
     assert raymerge.device.choose_device(0) == torch.device("cpu")
 
 
+def test_files_that_were_read_take_no_memory_of_a_container(tmp_path, monkeypatch):
+    """After 100 GB of weights all of a container's memory may be in use, by pages that go when something needs them."""
+    monkeypatch.setattr(raymerge.device, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("10000000\n")
+    (tmp_path / "memory.current").write_text("9900000\n")
+    (tmp_path / "memory.stat").write_text("anon 900000\nfile 9000000\nshmem 2000000\nactive_file 4000000\n"
+                                          "inactive_file 3000000\nslab 100\n")  # fmt: skip
+    assert raymerge.device.host_free() == 7100000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert raymerge.device.host_free() > 10000000
+
+
 def test_spans_come_as_they_are_on_a_cpu():
     source = torch.arange(20.0).view(10, 2)
     parts = list(raymerge.device.streamed(source, [(0, 3), (3, 10), (2, 2)], torch.device("cpu")))

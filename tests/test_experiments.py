@@ -396,7 +396,7 @@ def test_a_cluster_that_loses_its_last_node_is_waited_for(monkeypatch, gpus):
     opened, nodes = [], [{"CPU": 2.0, "GPU": float(gpus)}]
     monkeypatch.setattr("raymerge.experiments.common.WorkerPool", lambda *_, **options: opened.append(options))
     monkeypatch.setattr("raymerge.experiments.common.cluster_nodes", lambda: nodes)
-    open_pool(load_config(None, []), SimpleNamespace(roles=()), "cache")
+    open_pool(load_config(None, []), SimpleNamespace(roles=(), checkpoint=Checkpoint("demo")), "cache")
     (options,) = opened
     assert (options["gpus_per_worker"], options["grow"]()) == (gpus, 1 if gpus else 2)
     nodes[:] = [{"CPU": 64.0}] if gpus else []
@@ -821,16 +821,6 @@ def test_a_set_of_coefficients_for_each_matrix_is_the_best_found_only_where_noth
 
     assert best("simplex", "per_matrix") == [each, one, one]
     assert best("per_matrix", searchers="gradient") == [each]
-
-
-def test_a_gradient_that_there_is_not_is_refused(tmp_path):
-    for more, words in (
-        (["plan.alignment=rows"], "plan.alignment rows with model.quantise none has no gradient"),
-        (["model.quantise=int8"], "plan.alignment none with model.quantise int8 has no gradient"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            search(config(tmp_path / "run", *GRADIENT, *more))
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_may_lie_in_an_object_store_with_its_cache_on_the_disk(local_pools, tmp_path, monkeypatch):

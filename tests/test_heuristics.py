@@ -170,6 +170,11 @@ def test_blocks_by_a_similarity_of_outputs_begin_after_the_first_layer():
         best_block(scores, range(6))
     with pytest.raises(PlanError, match="cannot merge 7 layers of a model that has 7"):
         similar_block_scores(similarity, 7)
+    similarity[1, 3] = np.nan  # a block that plan.starts can leave out
+    scores = similar_block_scores(similarity, 2)
+    assert math.isnan(scores[2]) and best_block(scores, [1, 3, 4, 5]) == 3
+    with pytest.raises(PlanError, match=r"the blocks from layers \[2\] on have no finite score: set plan.starts"):
+        best_block(scores, range(1, 6))
     with pytest.raises(PlanError, match="there is no block to choose from"):
         best_block(scores, [])
 

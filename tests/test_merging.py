@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 
 import huggingface_hub
@@ -20,6 +21,7 @@ import raymerge.merging
 from raymerge import cli
 from raymerge.alpha_files import alpha_file_text, read_alpha_file
 from raymerge.checkpoint import Checkpoint, CheckpointError
+from raymerge.errors import UserError
 from raymerge.merging import merge, save_merged
 from raymerge.plan import PlanError, Refit, tail_plan
 from raymerge.progress import Silent
@@ -69,6 +71,16 @@ def test_a_refit_has_a_stage_of_its_own(tmp_path, alphas):
     assert Told.stages[:2] == ["refit (linear) on the calibration text", "receipts of the merge"]
     card = (tmp_path / "out" / "README.md").read_text()  # it gave the coefficients alone
     assert ", refit linear)." in card and "fitted to the unmerged model on calibration tokens (linear)" in card
+
+
+def test_only_a_refit_needs_a_temporary_folder_and_says_so(tmp_path, alphas, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    (tmp_path / "a.txt").write_text("a text to fit on, " * 40)
+    options = {"refit": Refit("linear", ridge=0.1), "calibration": tmp_path / "a.txt"}
+    with pytest.raises(UserError, match="no temporary folder can be made: .*set TMPDIR"):
+        merge("demo", alphas, tmp_path / "out", verify=False, **options)
+    assert merge("demo", alphas, tmp_path / "out", verify=False)["layers_after"] < 21
+    assert merge("demo", alphas, tmp_path / "fit", verify=False, cache_folder=tmp_path / "cache", **options)
 
 
 def test_the_record_and_the_alpha_file_say_what_was_done(tmp_path, alphas):
@@ -269,6 +281,7 @@ def test_a_merge_that_was_ended_during_its_proof_goes_on_with_it(tmp_path, alpha
     with pytest.raises(KeyboardInterrupt):
         merge("demo", alphas, out)
     saved = (out / "model.safetensors").stat()
+    (out / "_tmp.0.README.md").write_text("killed while the proof was written down")
     monkeypatch.setattr(raymerge.merging, "prove", prove)
     monkeypatch.setattr(raymerge.merging, "save_checkpoint", lambda *_, **__: pytest.fail("saved again"))
     with pytest.raises(PlanError, match="exists already, of another merge"):
@@ -277,6 +290,7 @@ def test_a_merge_that_was_ended_during_its_proof_goes_on_with_it(tmp_path, alpha
     assert done["proof"]["passed"] and done["bytes"] == saved.st_size and done["folder"] == str(out)
     assert json.loads((out / "merge_plan.json").read_text())["proof"]["passed"]
     assert (out / "model.safetensors").stat().st_mtime_ns == saved.st_mtime_ns
+    assert not list(out.glob("_tmp.*"))
     with pytest.raises(PlanError, match="exists already: give another"):
         merge("demo", alphas, out)
 

@@ -1,6 +1,7 @@
 """planning.py without a model run: plans of the plan section, and choices from what workers would have measured."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from raymerge.config import ConfigError, load_config
 from raymerge.experiments import planning
 from raymerge.experiments.common import settings_of
 from raymerge.experiments.planning import (
+    SHUFFLE_SEED,
     Similarity,
+    allowed_starts,
     choose_blocks,
     influence_plan,
     recomputed_plan,
@@ -68,7 +71,7 @@ def test_a_plan_from_a_file_has_the_section_s_options(tmp_path):
 def test_a_shuffled_similarity_merges_as_many_layers_by_the_values_of_others():
     matrix = planted(N_LAYERS, NEIGHBOURS) + np.diag(np.arange(N_LAYERS))
     similarity = Similarity(matrix, np.arange(N_LAYERS) / 100)
-    shuffled = similarity.shuffled()
+    shuffled = similarity.shuffled(0)
     order = np.diag(shuffled.matrix).astype(int) - 1
     assert sorted(order) == list(range(N_LAYERS)) and (order != range(N_LAYERS)).sum() > N_LAYERS / 2
     np.testing.assert_array_equal(shuffled.matrix, matrix[np.ix_(order, order)])
@@ -77,11 +80,46 @@ def test_a_shuffled_similarity_merges_as_many_layers_by_the_values_of_others():
     # Where a threshold stops the merging, the control has as many merges, whether or not they exceed it.
     config = plan_config("selection=most_similar", "similarity_run=x", "merges=null", "threshold=0.5").plan
     similarity = Similarity(planted(N_LAYERS, NEIGHBOURS), None)
-    control = shuffled_plan(config, N_LAYERS, similarity)
+    (control,) = shuffled_plan(config, N_LAYERS, similarity, 2)
     assert len(starting_plan(config, N_LAYERS, similarity).steps) == 2 == len(control.steps)
     assert control.name == "similarity_shuffled"
     block = plan_config("selection=block", "base=similarity", "similarity_run=x", "merges=2").plan
-    assert [step.remove for step in shuffled_plan(block, N_LAYERS, similarity, 7).steps] == [8, 7]
+    (control,) = shuffled_plan(block, N_LAYERS, similarity, 2, 7)
+    assert [step.remove for step in control.steps] == [8, 7]
+
+
+@pytest.mark.parametrize("recompute", ["false", "true"])
+def test_a_shuffled_control_merges_as_many_layers_where_a_threshold_stops_before_the_merges(recompute):
+    """plan.merges is 13 unless it is said to be null; merging with similarities collected anew may stop elsewhere."""
+    settings = ["selection=most_similar", "similarity_run=x", "threshold=0.85", f"recompute={recompute}"]
+    similarity = Similarity(planted(N_LAYERS, NEIGHBOURS), None)
+    config = plan_config(*settings).plan
+    assert config.merges == 13 and len(starting_plan(config, N_LAYERS, similarity).steps) == 1
+    for merges in (1, 3):
+        (control,) = shuffled_plan(config, N_LAYERS, similarity, merges)
+        assert len(control.steps) == merges
+
+
+def test_a_shuffle_that_makes_no_plan_gives_way_to_another():
+    """The start needs two rows of 21, and has them; of the shuffles some put the row without values among them."""
+    matrix = planted(N_LAYERS, NEIGHBOURS)
+    matrix[0, 5] = np.nan
+    config = plan_config("base=similarity_ratio", "similarity_run=x", "merges=12").plan
+    similarity = Similarity(matrix, None)
+    assert len(starting_plan(config, N_LAYERS, similarity).steps) == 12
+    with pytest.raises(PlanError, match="has no value at 1 of 21 layers"):
+        starting_plan(config, N_LAYERS, similarity.shuffled(SHUFFLE_SEED))
+    (control,) = shuffled_plan(config, N_LAYERS, similarity, 12)
+    assert len(control.steps) == 12 and control.name == "similarity_shuffled"
+
+    def only(plan):
+        if plan.alphas != wanted:
+            raise PlanError("layers that differ")
+
+    wanted = starting_plan(config, N_LAYERS, similarity.shuffled(SHUFFLE_SEED + 8)).alphas
+    assert [plan.alphas for plan in shuffled_plan(config, N_LAYERS, similarity, 12, check=only)] == [wanted]
+    wanted = None
+    assert shuffled_plan(config, N_LAYERS, similarity, 12, check=only) == []
 
 
 def test_block_influence_makes_a_plan_where_a_run_has_measured_it():
@@ -89,6 +127,22 @@ def test_block_influence_makes_a_plan_where_a_run_has_measured_it():
     (plan,) = influence_plan(Similarity(matrix, influence), 2)
     assert {layer.index for layer in plan.kept} == set(range(N_LAYERS - 2))
     assert influence_plan(Similarity(matrix, None), 2) == [] == influence_plan(None, 2)
+
+
+def test_blocks_that_are_averaged_have_layers_of_one_attention():
+    checkpoint = SimpleNamespace(windows=[40, None, 40, 40, 40, 40], rotary_types=["a"] * 5 + ["b"])
+
+    def allowed(merges, *settings):
+        return allowed_starts(plan_config("selection=block", *settings).plan, 6, merges, checkpoint)
+
+    # The layer that takes the block in is one of them: the one before it, or the one after.
+    assert allowed(1) == [3, 4] and allowed(2) == [3]
+    assert allowed(1, "survivor=after") == [2, 3] and allowed(2, "survivor=after") == [2]
+    assert allowed_starts(plan_config("selection=block").plan, 6, 2) == [1, 2, 3, 4]
+    # What is asked for by its number is refused where it is merged, with the layers that differ.
+    assert allowed(2, "block=1") == [1] and allowed(2, "starts=[1, 3]") == [1, 3]
+    with pytest.raises(PlanError, match="no 4 layers in a row of this model have the same attention, so that 3 could"):
+        allowed(3)
 
 
 # -- what workers measure --------------------------------------------------------------------------------------------
@@ -153,6 +207,22 @@ def test_blocks_of_a_search_are_chosen_on_the_subjects_that_it_is_for(tmp_path, 
         choose_blocks(config, N_LAYERS, [3], run, "", None, Silent(), roles=roles)
         subjects[len(roles)] = pool.calibration.subjects
     assert len(subjects[1]) == 12 and subjects[3] == ("colour_mixing",)
+
+
+def test_a_run_goes_on_in_the_dtype_in_which_its_blocks_were_chosen(tmp_path, measured, monkeypatch):
+    """A run that was cut short there would otherwise go on in another one, where model.dtype is auto."""
+    told = []
+    for block, answers in (
+        ("cosine", {"state_distances": lambda _: (np.eye(22), np.eye(22), 3)}),
+        ("loss", {"calibration_nll": lambda _: (1.0, 3), "compute_trunk": lambda _: 3}),
+    ):
+        measured(shard_tokens=lambda _: [3], **answers)
+        monkeypatch.setattr(planning, "describe_workers", lambda *of: told.append(of[3]))
+        options = ["plan.selection=block", "calibration.text=demo", "data.perplexity_text=null"]
+        config = load_config(None, [*options, f"plan.block={block}"])
+        run = RunDirectory.open(tmp_path / block, {}, "search")
+        choose_blocks(config, N_LAYERS, [3], run, "", None, Silent())
+        assert told.pop() is run
 
 
 def test_blocks_are_chosen_by_means_over_all_tokens(tmp_path, measured):

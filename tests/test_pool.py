@@ -140,6 +140,28 @@ def test_a_worker_fits_on_one_node_or_not_at_all():
         plan_workers(3, 1, 1, nodes)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "memory", "expected"),
+    [
+        ([{"CPU": 16, "memory": 40e9}], 2e9, (16, 1, False)),
+        ([{"CPU": 16, "memory": 40e9}], 16e9, (2, 8, True)),
+        ([{"CPU": 16, "memory": 40e9}], 13e9, (3, 5, True)),
+        ([{"CPU": 16, "memory": 40e9}], 50e9, (1, 16, True)),  # tried all the same
+        ([{"CPU": 16, "memory": 40e9}, {"CPU": 8, "memory": 99e9}, {"CPU": 0, "memory": 5e9}], 10e9, (12, 1, True)),
+        ([{"CPU": 4, "memory": 1e9}, {"CPU": 8, "memory": 9e9}, {"CPU": 0, "memory": 99e9}], 10e9, (1, 8, True)),
+        ([{"CPU": 4}], 10e9, (4, 1, False)),  # Ray does not know
+    ],
+)
+def test_an_automatic_number_of_workers_on_cpus_is_held_to_memory(nodes, memory, expected):
+    """Sixteen workers of an 8B model, one for each CPU, would ask for 250 GB."""
+    found = plan_workers("auto", "auto", 1, nodes, memory=memory)
+    assert (found.count, found.cpus, found.by_memory) == expected
+    asked = plan_workers(2, "auto", 2, nodes, memory=memory)
+    assert (asked.count, asked.cpus, asked.by_memory) == (2, 2, False)
+    on_gpus = plan_workers("auto", "auto", 1, [node | {"GPU": 1} for node in nodes], memory=memory)
+    assert not on_gpus.by_memory and on_gpus.gpus == 1
+
+
 @pytest.mark.parametrize("count, cluster", [(5, {"CPU": 4}), (3, {"CPU": 8, "GPU": 2}), ("auto", {})])
 def test_more_workers_than_fit_are_refused_with_the_figures(count, cluster):
     with pytest.raises(PlacementError, match=rf"cluster has {cluster.get('CPU', 0)} CPUs and {cluster.get('GPU', 0)}"):

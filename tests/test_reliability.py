@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from raymerge.diffusion import SimilarityError
-from raymerge.reliability import correlate, correlate_matrices, jackknife_variance, study
+from raymerge.reliability import Study, correlate, correlate_matrices, jackknife_variance, study
 from raymerge.similarity import Recipe, compute, pearson
 
 
@@ -218,3 +218,16 @@ def test_options_out_of_range_are_refused():
     found = study(recipe(), None, states)
     with pytest.raises(SimilarityError, match="confidence is 1,"):
         correlate(found, found, confidence=1)
+
+
+@pytest.mark.parametrize("half_draws", [0, 2])
+def test_a_study_comes_back_from_its_arrays(half_draws):
+    found = study(recipe(), None, sample(12, 0.3, n_layers=3), interval_draws=2, half_draws=half_draws)
+    found.matrix.notes[0, 1] = "an entropy near 0: é"
+    arrays = {name: np.array(array) for name, array in found.arrays().items()}
+    again = Study.from_arrays(arrays)
+    assert again.matrix.notes == found.matrix.notes and (again.draw_size, again.n_samples) == (10, 12)
+    for name in ("null_mean", "null_p95", "ci_low", "ci_high", "draws", "halves"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
+    np.testing.assert_array_equal(again.matrix.values, found.matrix.values)
+    assert again.reliability == found.reliability

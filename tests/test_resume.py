@@ -6,14 +6,16 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import load_config
+from raymerge.config import ConfigError, load_config
 from raymerge.demo import MODEL_PATH
 from raymerge.experiments import alpha_search, compression_sweep, layer_similarity, model_evaluation
+from raymerge.storage import Storage
 from raymerge.tables import RunDirectory, RunError
 
 CUT = "cut before anything is computed"
@@ -57,6 +59,16 @@ def change_weights(model):
     tensors = load_file(file)
     name = next(name for name in tensors if "down_proj" in name)
     save_file(tensors | {name: tensors[name] * 0.5}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("experiment", MODULES)
+def test_a_path_in_place_of_a_configuration_is_refused_with_what_to_give(experiment):
+    experiment = getattr(MODULES[experiment], experiment)
+    for path, words in (("a.yaml", "str 'a.yaml'"), (Path("a.yaml"), r"PosixPath PosixPath\('a.yaml'\)")):
+        with pytest.raises(ConfigError, match=rf"takes a Config, not the {words}: .* raymerge.load_config\('a.yaml'\)"):
+            experiment(path)
+    with pytest.raises(ConfigError, match=r"not the dict \{\}: give it raymerge.load_config\(FILE\)"):
+        experiment({})
 
 
 @pytest.mark.parametrize("experiment", MODULES)
@@ -185,6 +197,35 @@ def test_one_process_at_a_time_writes_a_run(tmp_path, end):
             run.begin()
         assert not (tmp_path / "run" / "_tmp.1.part").exists()
         other.kill()
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_page_that_is_being_written_into_a_run_survives_one_who_opens_the_run(complete, tmp_path, monkeypatch):
+    """`raymerge report` needs no lock, since it writes none of the run's own files."""
+    run = RunDirectory.open(tmp_path / "run", {"model": {}}, "search")
+    run.begin()
+    if complete:
+        run.write_manifest("complete")
+    page, fsync = Storage(tmp_path / "run"), os.fsync
+
+    def opened_meanwhile(file):
+        monkeypatch.setattr(os, "fsync", fsync)
+        RunDirectory.open(tmp_path / "run", {"model": {}}, "search")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", opened_meanwhile)
+    page.publish("report.html", b"page")
+    assert page.read("report.html") == b"page"
+
+
+def test_one_who_only_opens_a_complete_run_deletes_nothing_that_may_be_being_written(tmp_path):
+    """As the other of two processes that make the model anew, after its user has deleted the manifest."""
+    RunDirectory.open(tmp_path / "run", {"model": {}}, "search").write_manifest("complete")
+    for name, age_s in (("_tmp.model", 0.0), ("_tmp.page", 2 * 86400.0)):
+        (tmp_path / "run" / name).write_text("x")
+        os.utime(tmp_path / "run" / name, (time.time() - age_s,) * 2)
+    RunDirectory.open(tmp_path / "run", {"model": {}}, "search")
+    assert [path.name for path in (tmp_path / "run").glob("_tmp.*")] == ["_tmp.model"]
 
 
 def test_a_start_that_was_killed_before_it_wrote_anything_can_be_repeated(tmp_path):

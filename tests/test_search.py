@@ -1,15 +1,18 @@
 """The proposers on made-up objectives; the searcher without Tune; the whole search with a plain class as worker."""
 
+import contextlib
 import logging
 import math
 import os
 import pickle
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
 from ray.exceptions import OutOfMemoryError
 
 from raymerge import proposers
@@ -824,6 +827,16 @@ class Scorer:
         time.sleep(3.0)
         return [{"value": 0.5, "accuracy": 0.5, "nll": 1.0, "n_questions": 4, "seconds": 3.0} for _ in candidates]
 
+    def kill_a_trial(self, candidates):
+        """The process of one of Tune's trial actors, of the same raylet; once."""
+        for stat in Path("/proc").glob("[0-9]*/stat") if self.once("killed") else ():
+            with contextlib.suppress(OSError):
+                name = stat.with_name("cmdline").read_bytes()
+                if stat.read_text().rpartition(") ")[2].split()[1] == str(os.getppid()) and name.startswith(TRIAL):
+                    os.kill(int(stat.parent.name), signal.SIGKILL)
+                    break
+        return self.score(candidates)
+
     def where(self):
         return self.folder
 
@@ -831,6 +844,7 @@ class Scorer:
         os._exit(1)
 
 
+TRIAL = b"ray::_Trial"
 RAISES, GIVES_NAN, DIES_ONCE, HANGS_ONCE, NO_SPACE = 0.125, 0.25, 0.375, 0.625, 0.875
 
 
@@ -894,6 +908,17 @@ def test_every_candidate_ends_as_one_row_whatever_befalls_it(pool, tmp_path):
     assert {row["worker"] for row in outcome.workers} == {"worker-0", "worker-1"}
     for row in outcome.workers:
         assert row["utilisation"] == pytest.approx(row["scoring_seconds"] / row["present_seconds"], abs=1e-3)
+
+
+def test_a_trial_actor_that_is_killed_is_started_again_without_a_trace(pool, tmp_path, monkeypatch):
+    """Nothing is lost by it, and a trial that fails for good has its error in Tune's folder and in table trials."""
+    told, rows = [], []
+    for name in ("ray.tune.execution.tune_controller", "ray.tune.tune"):
+        monkeypatch.setattr(logging.getLogger(name), "handle", told.append)
+    search(pool, tmp_path, rows, method="kill_a_trial")
+    assert (Path(ray.get(pool._slots[0].handle.call.remote("where"))) / "killed").exists()
+    assert sorted(row["iteration"] for row in rows) == list(range(12)) and {row["status"] for row in rows} == {"ok"}
+    assert not [record.getMessage() for record in told if record.levelno >= logging.ERROR]
 
 
 def test_short_trials_run_on_all_workers_and_end_at_once(pool, tmp_path):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from raymerge import worker
 from raymerge.config import ConfigError, load_config
 from raymerge.experiments import import_similarity, planning, search, sensitivity, similarity
 from raymerge.experiments.common import settings_of
@@ -14,6 +15,7 @@ from raymerge.inputs import read_similarity, read_subsets
 from raymerge.progress import Silent
 from raymerge.schemas import SCHEMAS
 from raymerge.tables import RunDirectory, RunError
+from raymerge.worker import ModelWorker
 
 N_LAYERS = 21
 SETTINGS = [
@@ -205,6 +207,51 @@ def test_sensitivity_says_how_far_each_setting_matters(local_pools, tmp_path):
         sensitivity(config(tmp_path / "deep", "sensitivity.merges=21"))
 
 
+def test_a_similarity_that_was_cut_short_computes_no_matrix_again(local_pools, monkeypatch, tmp_path):
+    """A matrix's null model, intervals and halves are a hundred matrices more."""
+    npib = ["similarity.measure=npib", "similarity.entropy_neighbors=3"]
+    settings = config(tmp_path / "run", *npib)
+    studied, study = [], worker.study
+
+    def cut(recipe, distances, states, **options):
+        studied.append(len(distances))
+        if len(studied) == 2:
+            raise InterruptedError("cut")
+        return study(recipe, distances, states, **options)
+
+    monkeypatch.setattr(worker, "study", cut)
+    with pytest.raises(InterruptedError):
+        similarity(settings, command=["test"])
+    found = similarity(settings, command=["test"])
+    assert studied == [N_LAYERS] * 3
+    monkeypatch.setattr(worker, "study", study)
+    whole = similarity(config(tmp_path / "whole", *npib), command=["test"])
+    for table in ("similarity", "similarity_correlation"):
+        run_id = {"run_id": found.run_id}
+        assert found.read(table).to_pylist() == [row | run_id for row in whole.read(table).to_pylist()]
+
+
+def test_a_sensitivity_that_was_cut_short_goes_on_with_the_subsets_that_are_left(local_pools, monkeypatch, tmp_path):
+    ranges = [f"sensitivity.{key}=[]" for key in ("dimensions", "neighbors", "embedding", "measure", "thresholds")]
+    whole = sensitivity(config(tmp_path / "whole", "sensitivity.sigma=[5]", *ranges), command=["test"])
+    asked, vary = [], ModelWorker.sensitivity
+
+    def cut(self, number):
+        asked.append(number)
+        if asked == [0, 1]:
+            raise InterruptedError("cut")
+        return vary(self, number)
+
+    monkeypatch.setattr(ModelWorker, "sensitivity", cut)
+    again = config(tmp_path / "run", "sensitivity.sigma=[5]", *ranges)
+    with pytest.raises(InterruptedError):
+        sensitivity(again, command=["test"])
+    found = sensitivity(again, command=["test"])
+    assert asked == [0, 1, 1]
+    run_id = {"run_id": found.run_id}
+    assert found.read("sensitivity").to_pylist() == [row | run_id for row in whole.read("sensitivity").to_pylist()]
+
+
 # -- matrices from elsewhere -----------------------------------------------------------------------------------------
 
 
@@ -248,6 +295,9 @@ def test_foreign_files_that_are_no_matrices_are_refused(tmp_path):
     refuse("must hold real numbers", save(tmp_path, "words", np.full((4, 4), "x")))
     refuse("2 files give 1 subset names", square, save(tmp_path, "square_40s", np.ones((4, 4))))
     refuse("cannot be read as a NumPy array", tmp_path / "absent.npy")
+    for content in (b"", b"PK\x03\x04 and no more"):
+        (tmp_path / "broken.npy").write_bytes(content)
+        refuse("cannot be read as a NumPy array", tmp_path / "broken.npy")
     pickled = tmp_path / "pickled.npy"
     np.save(pickled, np.array([[{}, {}], [{}, {}]]), allow_pickle=True)
     refuse("cannot be read as a NumPy array: Object arrays cannot be loaded", pickled)

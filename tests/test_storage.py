@@ -8,13 +8,15 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pyarrow.fs as pafs
 import pytest
 
 from raymerge import storage as storage_module
-from raymerge.storage import LOCK, Lock, RunError, Storage, clear_scratch
+from raymerge.storage import LOCK, Lock, NoScratchError, RunError, Storage, clear_scratch, scratch_folder
 from raymerge.tables import RunDirectory
 
 
@@ -194,6 +196,71 @@ def test_what_another_user_left_in_a_shared_cache_stops_nobody(tmp_path, monkeyp
     monkeypatch.setattr("pathlib.Path.unlink", refused)
     clear_scratch(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+HOLD_SCRATCH = """
+import sys
+from raymerge.storage import scratch_folder
+with scratch_folder() as folder:
+    (folder / "fits").write_bytes(b"x")
+    print(folder, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_what_a_killed_process_left_among_temporary_folders_goes_with_the_next_and_what_is_in_use_stays(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("raymerge.file", "another"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "raymerge.link").symlink_to("target")
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD_SCRATCH],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+        )
+        for _ in range(2)
+    ]
+    folders = [Path(other.stdout.readline().strip()) for other in others]
+    others[0].kill()
+    others[0].wait()
+    assert [folder.exists() for folder in folders] == [True, True]
+    with scratch_folder() as mine, scratch_folder() as second:
+        assert mine != second and mine.exists() and second.exists()
+        assert [folder.exists() for folder in folders] == [False, True]
+    assert (folders[1] / "fits").exists() and not mine.exists() and not second.exists()
+    others[1].communicate("\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "raymerge.file", "raymerge.link", "target"]
+    for other in others:
+        other.stdin.close()
+        other.stdout.close()
+
+
+def test_a_temporary_folder_that_another_process_takes_for_a_killed_one_s_is_made_again(tmp_path, monkeypatch):
+    """Between the making of a folder and its locking."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made, mkdtemp = [], tempfile.mkdtemp
+
+    def swept(prefix):
+        made.append(Path(mkdtemp(prefix=prefix)))
+        if len(made) == 1:
+            storage_module._clear_left(made[0])
+        return str(made[-1])
+
+    monkeypatch.setattr(tempfile, "mkdtemp", swept)
+    with scratch_folder() as folder:
+        assert folder == made[1] and folder.exists() and not made[0].exists()
+
+
+def test_where_there_are_no_temporary_folders_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(NoScratchError, match="no temporary folder can be made: .*set TMPDIR"), scratch_folder():
+        pass
 
 
 class Unreachable(pafs._MockFileSystem):

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +156,14 @@ def test_first_layers_of_blocks_are_asked_for_where_a_method_has_blocks():
     inputs = Inputs(questions={}, checkpoint=CHECKPOINT)
     assert _starts(config, inputs) == {3: [2, 18], 1: [2, 18, 20]}
     assert _starts(load_config(None, ["sweep.methods=[drop]", "plan.block=search"]), inputs) == {}
+    kinds = SimpleNamespace(checkpoint=SimpleNamespace(n_layers=4, windows=[40, None, 40, 40], rotary_types=["a"] * 4))
+    for method, ratio, firsts in (
+        ("merge_block", 0.5, [3]),
+        ("drop_block", 0.5, [1, 2, 3]),
+        ("merge_block", 1, [1, 2, 3]),
+    ):
+        settings = [f"sweep.methods=[{method}]", "sweep.merges=[1]", f"plan.ratio={ratio}"]
+        assert _starts(load_config(None, settings), kinds) == {1: firsts}
     with pytest.raises(ConfigError, match="a sweep searches nothing"):
         _starts(load_config(None, ["sweep.methods=[drop_block]", "plan.block=search"]), inputs)
 
@@ -260,7 +269,7 @@ def stand_ins(monkeypatch):
     def named(plans):
         return [plan.name for plan in plans]
 
-    def choose_blocks(config, n_layers, merges, *_):
+    def choose_blocks(config, n_layers, merges, *_, **__):
         done.append(("blocks", n_layers, merges))
         return {1: 9, 2: 4}
 

@@ -513,9 +513,12 @@ def test_what_another_process_has_begun_while_this_one_waited_is_not_overwritten
     assert RunDirectory.load(tmp_path / "run").config["model"]["revision"] == "v2"
 
 
-@pytest.mark.parametrize("text", ["model: demo\n", "# experiment: search\n- 1\n", "# experiment: search\n{\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["model: demo\n", "# experiment: search\n- 1\n", "# experiment: search\n{\n", "caf\xe9: 1\n", "day: 2024-13-01\n"],
+)
 def test_a_foreign_config_is_refused(tmp_path, text):
-    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "config.yaml").write_text(text, encoding="latin-1")
     with pytest.raises(RunError, match="config.yaml"):
         RunDirectory.open(tmp_path, CONFIG, "search")
 

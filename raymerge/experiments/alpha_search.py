@@ -6,10 +6,14 @@ call again goes on from there.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +23,15 @@ from raymerge import rows
 from raymerge.alignment import REORDERED, Aligner
 from raymerge.alpha_files import read_alpha_file
 from raymerge.card import search_results
+from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config, ConfigError, PlanConfig
+from raymerge.errors import UserError
 from raymerge.evaluation import Answers
 from raymerge.experiments.common import (
     Inputs,
     align,
     align_rows,
+    check_config,
     check_without_questions,
     compute_trunk,
     counted,
@@ -70,11 +77,15 @@ from raymerge.proof import ProofError
 from raymerge.proposers import BayesProposer, Proposer, RandomProposer, Starts
 from raymerge.search import BatchSearcher, check_loggers, choose_batch, run_search
 from raymerge.storage import TEMPORARY
-from raymerge.tables import RunDirectory
+from raymerge.tables import RunDirectory, RunError
 
 _LOOSE = 200  # batches after which their parts of `trials` become one file: reading each takes 1 ms, of a store 50
 _INSIDE = 0.05  # an alpha's distance from its corner where a descent starts near one
 FIXED_CONTROL = PlanConfig().ratio  # the constant that published coefficients amount to
+
+
+class NothingFoundError(UserError):
+    """A search all of whose candidates failed; the message has the error that most of them have."""
 
 
 def search(config: Config, *, command: Sequence[str] | None = None, progress: Progress | None = None) -> RunDirectory:
@@ -90,8 +101,9 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     tasks. The same call again resumes; a complete run is returned as it is.
 
     Raises ConfigError, PlanError, CheckpointError, DataError before anything is written, RunError where the run
-    directory cannot be used.
+    directory cannot be used, NothingFoundError where every candidate failed.
     """
+    check_config(config)
     progress = progress or Silent()
     check_loggers(config.output.loggers)
     calibrates = config.needs_calibration()
@@ -105,9 +117,11 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     n_layers = inputs.checkpoint.n_layers
     similarity = similarity_of(config, n_layers)
     # With plan.recompute and plan.block the merges may come from the model; these show what can be refused.
-    start = starting_plan(config.plan, n_layers, similarity)
+    by_block = config.plan.selection == "block"
+    first = allowed_starts(config.plan, n_layers, config.plan.merges, inputs.checkpoint)[0] if by_block else None
+    start = starting_plan(config.plan, n_layers, similarity, first)
     probes = [read_alpha_file(path, n_layers) for path in config.search.probes]
-    _check(config, inputs, start, [] if config.plan.selection == "block" else probes)
+    _check(config, inputs, start, [] if by_block else probes)
     matrices = () if similarity is None else (similarity.matrix, similarity.block_influence)
     held = {"plans": [start, *probes], "similarity": matrices}
     run = open_run(config, "search", settings, inputs, progress, **held)
@@ -119,10 +133,9 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
         if config.plan.recompute:
             start = recomputed_plan(config, n_layers, cache, progress)
             _check(config, inputs, start, probes)
-        if config.plan.selection == "block":
-            merges = config.plan.merges
-            roles = (*asked, CALIBRATION)
-            first = choose_blocks(config, n_layers, [merges], run, cache, similarity, progress, roles=roles)[merges]
+        if by_block:
+            merges, options = config.plan.merges, {"roles": (*asked, CALIBRATION), "checkpoint": inputs.checkpoint}
+            first = choose_blocks(config, n_layers, [merges], run, cache, similarity, progress, **options)[merges]
             start = starting_plan(config.plan, n_layers, similarity, first)
             _check(config, inputs, start, probes)
         return _Search(config, inputs, run, cache, start, similarity, progress, command).execute(probes)
@@ -146,29 +159,32 @@ def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[Me
             f"plan {start.name} has {len(shape)} steps and is not a tail merge of plan.merges = {merges} "
             "layers; to use the file's own steps, set plan.selection: list"
         )
-    for first in _searched_starts(config, start):
+    blocks = _searched_starts(config, start, inputs.checkpoint)
+    for first in blocks:
         check_mergeable(inputs.checkpoint, start.moved_to(first))
     for plan in (start, *probes):
         check_mergeable(inputs.checkpoint, plan)
         if [(step.into, step.remove) for step in plan.steps] != shape:
             raise PlanError(f"probe {plan.name} merges other layers than {start.name}: its alphas cannot be tried")
+    candidate = start.with_alphas([0.5] * len(shape), name="candidate", kind="found")
+    for plan in map(candidate.moved_to, blocks) if blocks else [candidate]:
+        try:
+            check_mergeable(inputs.checkpoint, plan)
+        except PlanError as error:
+            said = "but a search moves every alpha, also one that is 1: leave such layers out of its steps"
+            raise PlanError(f"{error}; {said}") from error
     if "gradient" in config.search.searchers and start.selection != "tail":
         raise ConfigError(
             f"search.searcher gradient needs a tail merge, but plan.selection is {start.selection}: use searcher bayes"
         )
-    if "gradient" in config.search.searchers and (start.alignment == "rows" or config.model.quantise != "none"):
-        raise ConfigError(
-            f"plan.alignment {start.alignment} with model.quantise {config.model.quantise} has no gradient: "
-            "use alignment neurons and quantise none, or search.searcher bayes"
-        )
 
 
-def _searched_starts(config: Config, start: MergePlan) -> list[int]:
+def _searched_starts(config: Config, start: MergePlan, checkpoint: Checkpoint) -> list[int]:
     """The first layers of the blocks that are searched beside the coefficients; none where the block is fixed."""
     plan = config.plan
     if (plan.selection, plan.block) != ("block", "search"):
         return []
-    return allowed_starts(plan, start.n_layers, len(start.steps))
+    return allowed_starts(plan, start.n_layers, len(start.steps), checkpoint)
 
 
 class _Search:
@@ -193,7 +209,7 @@ class _Search:
         self.reporter = Reporter(config, inputs, run)
         # Whatever its coefficients turn out to be, a candidate changes nothing before its first merged layer.
         self.template = self._candidate([0.5] * len(start.steps))
-        self.blocks = _searched_starts(config, start)
+        self.blocks = _searched_starts(config, start, inputs.checkpoint)
         templates = [self.template.moved_to(first) for first in self.blocks] or [self.template]
         if start.selection == "block":
             # From where dropping the last layers and the unmerged model are run.
@@ -283,7 +299,11 @@ class _Search:
         plan = self.config.plan
         if self.similarity is not None and (plan.base.startswith("similarity") or plan.selection == "most_similar"):
             first = start.first_removed if start.selection == "block" else None
-            controls.append(shuffled_plan(plan, n_layers, self.similarity, first))
+            check = partial(check_mergeable, self.inputs.checkpoint)
+            shuffled = shuffled_plan(plan, n_layers, self.similarity, merges, first, check=check)
+            if not shuffled:
+                self.progress.message("Warning: no shuffle of the similarity makes a plan that can be a control.")
+            controls += shuffled
         if (start.alignment, start.norms) != ("none", "keep"):
             controls.append(replace(start, name=f"{start.name}_plain", alignment="none", norms="keep"))
         same = [control for control in controls if control.plan_id("") == start.plan_id("")]
@@ -370,8 +390,9 @@ class _Search:
 
     @property
     def _concurrent(self) -> int:
-        """Trials at a time, with the workers that are there."""
-        asked, count = self.config.search.concurrent, self.pool.count
+        """Trials at a time, with the workers that are there: one where the last candidate before took the last of them
+        along, which is restarting."""
+        asked, count = self.config.search.concurrent, max(1, self.pool.count)
         return count if asked == "auto" else min(asked, count)
 
     def _done(self, searcher: str) -> list[dict[str, Any]]:
@@ -483,7 +504,13 @@ class _Search:
             searchers += [f"gradient_{kind}" for kind in kinds] if own == "gradient" else [own]
         found = [best for name in searchers if (best := self._best(name, f"found_{name}", "found"))]
         if not found:
-            raise RuntimeError("every candidate of the search failed: the errors are in table trials")
+            trials = self.run.read("trials", ["searcher", "error"]).to_pylist()
+            ((why, count),) = Counter(row["error"] for row in trials if row["searcher"] in searchers).most_common(1)
+            raise NothingFoundError(
+                f"every candidate of the search failed, {count} of them by this: {why:.500}. All errors are in table "
+                "trials. When that is mended, choose another --out or delete the folder: what has failed is not tried "
+                "again"
+            )
         random = None if "random" in searchers else self._best("random", "random", "random")
         # The best of several searches by the search questions, which is what a search may choose by. One set of
         # coefficients before a set for each matrix: with seven times as many these fit the search questions best and
@@ -531,9 +558,8 @@ class _Search:
                 return where, proof
         # In the run, or else in its cache, so that a killed process's is deleted at the next start.
         beside = Path(where).parent.parent if self.run.is_local else Path(self.cache)
-        beside.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=beside) as scratch:
-            folder = Path(scratch) / best.name
+        with _folder_in(beside) as scratch:
+            folder = scratch / best.name
             try:
                 record = save_merged(
                     self.inputs.checkpoint,
@@ -550,3 +576,20 @@ class _Search:
                 kept = self.run.upload(folder, "models", best.name, move=True)
                 raise ProofError(str(error).replace(str(folder), kept)) from error  # the folder that it named is gone
             return self.run.upload(folder, "models", best.name, move=True), record["proof"]
+
+
+@contextmanager
+def _folder_in(parent: Path) -> Iterator[Path]:
+    """A temporary folder in another one for as long as the context lasts. Raises RunError where none can be made."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
+    except OSError as error:
+        raise RunError(
+            f"no folder for the merged model can be made in {parent}: {error}; free space there and run the same "
+            "command again: finished candidates are kept"
+        ) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,10 @@ from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
-from raymerge.storage import NO_ROOM, Lock, clear_scratch, user_cache
+from raymerge.storage import LEFT_S, NO_ROOM, Lock, clear_scratch, scratch_folder, user_cache
 from raymerge.tables import RunDirectory
 from raymerge.texts import text_hash
-from raymerge.worker import ModelWorker
-
-_LEFT_S = 86400.0  # after which what has a temporary name in a shared cache is no longer being written
+from raymerge.worker import ModelWorker, host_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +84,16 @@ def check_without_questions(config: Config, alignments: Mapping[str, Sequence[st
             )
 
 
+def check_config(config: Config) -> None:
+    """Refuse what is not a configuration, such as the path of one. Raises ConfigError."""
+    if not isinstance(config, Config):
+        source = repr(str(config)) if isinstance(config, str | PathLike) else "FILE"
+        raise ConfigError(
+            f"an experiment takes a Config, not the {type(config).__name__} {config!r}: give it "
+            f"raymerge.load_config({source})"
+        )
+
+
 def settings_of(config: Config, *sections: str) -> dict[str, Any]:
     """The sections of a configuration that an experiment depends on: what its run directory is held to.
 
@@ -115,7 +123,7 @@ def swept_cache(config: Config, run: RunDirectory) -> Iterator[str]:
     cache = cache_of(config, run)
     # Inside a run on a disk it is locked and swept with the run.
     lock = Lock(cache) if config.output.cache is None and not run.is_local else None
-    clear_scratch(cache, older_s=0.0 if lock else _LEFT_S)
+    clear_scratch(cache, older_s=0.0 if lock else LEFT_S)
     yield cache
 
 
@@ -146,17 +154,31 @@ def open_pool(
     shards_each: cut prompts small enough that every worker has so many shards of each role. Not for states that are
     cached: the cut names them, and it would change with the number of workers.
     """
-    workers = config.workers
+    workers, progress = config.workers, progress or Silent()
+    refits = config.plan.refit != "none" or set(config.sweep.refits) != {"none"}
+    memory = host_bytes(inputs.checkpoint, template, refits=refits)
 
     def placed(gpus: float | str) -> Placement:
-        nodes, autoscaling = cluster_nodes(), workers.autoscaling
-        return plan_workers(workers.count, gpus, workers.cpus_per_worker, nodes, autoscaling=autoscaling)
+        return plan_workers(
+            workers.count,
+            gpus,
+            workers.cpus_per_worker,
+            cluster_nodes(),
+            memory=memory,
+            autoscaling=workers.autoscaling,
+        )
 
     def limited(count: int) -> int:
         return count if most is None else max(1, min(most, count))
 
     placement = placed(workers.gpus_per_worker)
     count = limited(placement.count)
+    named = f"{count} worker{'s' if count > 1 else ''}"
+    if placement.by_memory and count == placement.count:
+        progress.message(
+            f"Memory has room for {named} of about {memory / 1e9:.1f} GB, with {placement.cpus:g} CPUs each; "
+            "workers.count asks for another number."
+        )
 
     def grown() -> int:
         """How many there should be now, of the same kind: a cluster that has lost its GPUs has room for none."""
@@ -165,8 +187,17 @@ def open_pool(
         except PlacementError:
             return 0
 
-    arguments = {"config": config, "roles": inputs.roles, "cache": cache, "template": template, "firsts": tuple(firsts)}
-    with step(progress or Silent(), f"loading the model in {count} worker{'s' if count > 1 else ''}"):
+    # A worker of no GPU is not to look for one: Ray hides none from it (2.60), where the cluster was started with
+    # --num-gpus=0 as where it has none.
+    found = {"gpus_per_worker": placement.gpus, "cpus_per_worker": placement.cpus}
+    arguments = {
+        "config": config.model_copy(update={"workers": workers.model_copy(update=found)}),
+        "roles": inputs.roles,
+        "cache": cache,
+        "template": template,
+        "firsts": tuple(firsts),
+    }
+    with step(progress, f"loading the model in {named}"):
         return WorkerPool(
             ModelWorker,
             arguments | ({} if shards_each is None else {"shards": shards_each * count}),
@@ -350,9 +381,8 @@ def draw_figures(run: RunDirectory, scripts: Sequence[str], progress: Progress) 
     inside = package / "_analysis"
     folder = inside if inside.is_dir() else package.parent / "analysis"
     progress.stage("figures", len(scripts))
-    with tempfile.TemporaryDirectory() as scratch:
-        # Figures are files; beside a URI they are drawn here and copied there.
-        out = Path(run.path_of("figures") if run.is_local else scratch)
+    # Figures are files; beside a URI they are drawn here and copied there.
+    with nullcontext(Path(run.path_of("figures"))) if run.is_local else scratch_folder() as out:
 
         def draw(script: str) -> tuple[str, subprocess.CompletedProcess[str]]:
             arguments = [sys.executable, str(folder / script), run.path_of(), "--out", str(out)]

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from raymerge.alpha_files import read_alpha_file
+from raymerge.checkpoint import Checkpoint
 from raymerge.config import BLOCK_METHODS, Config, ConfigError, PlanConfig
 from raymerge.experiments.common import (
     Inputs,
     align,
     align_rows,
+    check_config,
     check_without_questions,
     compute_trunk,
     counted,
@@ -79,6 +81,7 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     Where blocks are asked for, table blocks says how they were chosen. Without data.mmlu no questions are asked, and
     plain text and tasks are what the points are judged by. Errors as `search`.
     """
+    check_config(config)
     progress = progress or Silent()
     calibrates = config.needs_calibration(sweep=True)
     check_without_questions(config, {"sweep.alignments": config.sweep.alignments}, calibrates=calibrates)
@@ -101,8 +104,10 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
         progress.message(f"Warning: {warning}.")
     with runtime(config, progress), swept_cache(config, run) as cache:
         if blocks:
-            n_layers = inputs.checkpoint.n_layers
-            blocks = choose_blocks(config, n_layers, list(blocks), run, cache, similarity, progress)
+            n_layers, averaged = inputs.checkpoint.n_layers, _averaged_model(config, inputs)
+            blocks = choose_blocks(
+                config, n_layers, list(blocks), run, cache, similarity, progress, checkpoint=averaged
+            )
             points = _points(config, inputs, similarity, blocks)
         return _Sweep(config, inputs, run, cache, points, progress, command).execute()
 
@@ -113,7 +118,14 @@ def _starts(config: Config, inputs: Inputs) -> dict[int, list[int]]:
         return {}
     if config.plan.block == "search":
         raise ConfigError("plan.block is search, but a sweep searches nothing: choose blocks by cosine or loss")
-    return {n: allowed_starts(config.plan, inputs.checkpoint.n_layers, n) for n in dict.fromkeys(config.sweep.merges)}
+    n_layers, averaged = inputs.checkpoint.n_layers, _averaged_model(config, inputs)
+    return {n: allowed_starts(config.plan, n_layers, n, averaged) for n in dict.fromkeys(config.sweep.merges)}
+
+
+def _averaged_model(config: Config, inputs: Inputs) -> Checkpoint | None:
+    """The model where its blocks are averaged, None where they are only dropped."""
+    drops = (config.plan.base, config.plan.ratio) == ("fixed", 1.0)
+    return inputs.checkpoint if "merge_block" in config.sweep.methods and not drops else None
 
 
 def _points(config: Config, inputs: Inputs, similarity: Similarity | None, blocks: Mapping[int, int]) -> list[Point]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from raymerge.diffusion import SimilarityError, degeneracy
 from raymerge.embedding import embed_layers
 from raymerge.experiments.common import (
     Inputs,
+    check_config,
     counted,
     describe_workers,
     draw_figures,
@@ -47,10 +49,12 @@ def similarity(
     """Compare the layers of one model on every subset of prompts: matrices with their noise, and their correlations.
 
     Leaves in config.output.run: tables similarity, similarity_correlation, embeddings, degeneracy, samples,
-    block_influence; figures; the manifest. Subsets are shared out over the workers; activations that are collected
-    are not collected again. Raises ConfigError, CheckpointError, DataError before anything is written, RunError where
-    the run directory cannot be used, SimilarityError and ActivationError where the prompts cannot be compared.
+    block_influence; figures; the manifest. Subsets are shared out over the workers; what is collected and computed of a
+    subset is not collected or computed again. Raises ConfigError, CheckpointError, DataError before anything is
+    written, RunError where the run directory cannot be used, SimilarityError and ActivationError where the prompts
+    cannot be compared.
     """
+    check_config(config)
     progress = progress or Silent()
     settings = settings_of(config, "model", "data", "similarity")
     RunDirectory.check(config.output.run, settings, "similarity")
@@ -313,8 +317,9 @@ def _subset_name(file: Path) -> str:
 
 def _read_matrix(file: Path) -> np.ndarray:
     try:
-        matrix = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        with open(file, "rb") as opened:  # here, since NumPy leaves a broken .npz open
+            matrix = np.load(opened, allow_pickle=False)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:  # the last two of an empty file and of a broken .npz
         raise ConfigError(f"{file} cannot be read as a NumPy array: {error}") from error
     if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
         shape = getattr(matrix, "shape", type(matrix).__name__)
@@ -332,8 +337,10 @@ def sensitivity(
 ) -> RunDirectory:
     """Vary every setting of the similarity section, one at a time: does it change the matrices, or the plans?
 
-    Leaves table sensitivity, one figure, the manifest. Errors as `similarity`.
+    Leaves table sensitivity, one figure, the manifest. The rows of a subset are stored as soon as they are there: the
+    same call again goes on with the others. Errors as `similarity`.
     """
+    check_config(config)
     progress = progress or Silent()
     settings = settings_of(config, "model", "data", "similarity", "sensitivity")
     RunDirectory.check(config.output.run, settings, "sensitivity")
@@ -343,10 +350,19 @@ def sensitivity(
     run = open_run(config, "sensitivity", settings, inputs, progress)
     if run.complete:
         return run
+    stored = {(row["subset"], row["language"]) for row in run.read("sensitivity", ["subset", "language"]).to_pylist()}
+    left = [number for number, of in enumerate(inputs.subsets) if (of.name, of.language) not in stored]
+
+    def store(number: int, found: list[Row]) -> None:
+        of = inputs.subsets[left[number]]
+        run.append("sensitivity", found, part=part_name(of.name, of.language))
+
     with _workers(config, inputs, run, progress) as (pool, workers):
-        progress.stage("sensitivity (subsets)", len(inputs.subsets))
-        found = pool.map("sensitivity", range(len(inputs.subsets)), counted(progress))
-    run.replace("sensitivity", [row for rows in found for row in rows])
+        progress.stage("sensitivity (subsets)", len(left))
+        pool.map("sensitivity", left, counted(progress, then=store))
+    order = {(of.name, of.language): number for number, of in enumerate(inputs.subsets)}
+    found = run.read("sensitivity").to_pylist()
+    run.replace("sensitivity", sorted(found, key=lambda row: order[row["subset"], row["language"]]))
     figures = draw_figures(run, ["sensitivity.py"], progress) if config.output.figures else []
     run.write_manifest("complete", command=command, workers=workers, figures=figures, **model_facts(config, inputs))
     return run

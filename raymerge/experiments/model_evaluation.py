@@ -15,6 +15,7 @@ from raymerge.config import Config, ConfigError
 from raymerge.context import TextLosses
 from raymerge.experiments.common import (
     Inputs,
+    check_config,
     counted,
     describe_workers,
     model_facts,
@@ -43,6 +44,7 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
     stored shard by shard, 8,192 tokens each or fewer: the same call again goes on after the last one. Errors as
     `search`.
     """
+    check_config(config)
     progress = progress or Silent()
     settings = settings_of(config, "model", "data", "tasks")
     RunDirectory.check(config.output.run, settings, "evaluate")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from raymerge import findings
 from raymerge.alpha_files import read_alpha_file
+from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config, ConfigError, PlanConfig, parse_config
 from raymerge.experiments.common import Inputs, counted, describe_workers, open_pool, read_inputs
 from raymerge.heuristics import (
@@ -26,7 +27,8 @@ from raymerge.pool import WorkerPool
 from raymerge.progress import Progress
 from raymerge.tables import RunDirectory
 
-SHUFFLE_SEED = 0  # of the control whose similarity has its layers shuffled
+SHUFFLE_SEED = 0  # of the control whose similarity has its layers shuffled; those after it are tried where it has none
+_SHUFFLES = 100
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,9 @@ class Similarity:
     matrix: np.ndarray
     block_influence: np.ndarray | None
 
-    def shuffled(self) -> Similarity:
+    def shuffled(self, seed: int) -> Similarity:
         """The same values for the wrong layers: a control."""
-        order = np.random.default_rng(SHUFFLE_SEED).permutation(len(self.matrix))
+        order = np.random.default_rng(seed).permutation(len(self.matrix))
         return Similarity(self.matrix[np.ix_(order, order)], None)
 
 
@@ -115,16 +117,31 @@ def _named(plan: PlanConfig, n_layers: int, pairs: list[tuple[int, int]], alphas
     )
 
 
-def shuffled_plan(plan: PlanConfig, n_layers: int, similarity: Similarity, first: int | None = None) -> MergePlan:
+def shuffled_plan(
+    plan: PlanConfig,
+    n_layers: int,
+    similarity: Similarity,
+    merges: int,
+    first: int | None = None,
+    *,
+    check: Callable[[MergePlan], None] = lambda plan: None,
+) -> list[MergePlan]:
     """The starting plan as a similarity whose layers are shuffled would have it: does the similarity matter?
 
-    A block (`first`) stays where it is.
+    It merges `merges` layers, as many as the start, wherever a threshold would stop it; a block (`first`) stays where
+    it is. Another shuffle is tried where one leads to entries that are undefined, or to layers that cannot be merged
+    (`check` raises PlanError), and no plan comes of it where all do.
     """
-    if plan.selection == "most_similar" and plan.merges is None:
-        # The threshold would stop it elsewhere; a control merges as many layers.
-        merges = len(starting_plan(plan, n_layers, similarity).steps)
+    if plan.selection == "most_similar":
         plan = plan.model_copy(update={"merges": merges, "threshold": None})
-    return replace(starting_plan(plan, n_layers, similarity.shuffled(), first), name="similarity_shuffled")
+    for seed in range(SHUFFLE_SEED, SHUFFLE_SEED + _SHUFFLES):
+        try:
+            found = starting_plan(plan, n_layers, similarity.shuffled(seed), first)
+            check(found)
+        except PlanError:
+            continue
+        return [replace(found, name="similarity_shuffled")]
+    return []
 
 
 def influence_plan(similarity: Similarity | None, merges: int) -> list[MergePlan]:
@@ -134,11 +151,12 @@ def influence_plan(similarity: Similarity | None, merges: int) -> list[MergePlan
     return [least_influence_plan(similarity.block_influence, merges)]
 
 
-def allowed_starts(plan: PlanConfig, n_layers: int, merges: int) -> list[int]:
+def allowed_starts(plan: PlanConfig, n_layers: int, merges: int, checkpoint: Checkpoint | None = None) -> list[int]:
     """The first layers that a block of `merges` layers may have: the given one, or those of plan.starts that fit.
 
     By similarity 0 is none of them unless plan.starts has it: layers' outputs are compared, and none enters layer 0.
-    Raises PlanError where there is none.
+    checkpoint: of a model whose blocks are averaged; where plan.starts names none, only those blocks are left whose
+    layers, the one that takes them in among them, have the same attention. Raises PlanError where there is none.
     """
     fitting = block_starts(n_layers, merges, plan.survivor)
     any_first = [first for first in fitting if first > 0 or plan.block != "similarity"]
@@ -148,7 +166,15 @@ def allowed_starts(plan: PlanConfig, n_layers: int, merges: int) -> list[int]:
             f"a block of {merges} layers with plan.survivor {plan.survivor} must begin with one of layers {fitting[0]} "
             f"to {fitting[-1]} of this model's {n_layers}, but plan.block and plan.starts allow {list(wanted)}"
         )
-    return found
+    if checkpoint is None or wanted is not any_first:
+        return found
+    kinds, before = list(zip(checkpoint.windows, checkpoint.rotary_types, strict=True)), plan.survivor == "before"
+    if not (alike := [first for first in found if len(set(kinds[first - before :][: merges + 1])) == 1]):
+        raise PlanError(
+            f"no {merges + 1} layers in a row of this model have the same attention, so that {merges} could be "
+            "averaged with the one that takes them in: merge fewer, or drop them (method drop_block of a sweep)"
+        )
+    return alike
 
 
 def choose_blocks(
@@ -161,11 +187,13 @@ def choose_blocks(
     progress: Progress,
     *,
     roles: Sequence[str] = (CALIBRATION,),
+    checkpoint: Checkpoint | None = None,
 ) -> dict[int, int]:
     """The first layer of the block of each number of layers, as plan.block says; the scores of all that are allowed go
     into table `blocks`.
 
     roles: what is read beside it says which prompts the calibration is, as SEARCH and REPORT do in a search.
+    checkpoint: see `allowed_starts`.
     What is in the table is not measured again. Needs Ray where states or losses are measured, and then the calibration
     section's text or prompts. Raises PlanError, ConfigError.
     """
@@ -173,7 +201,7 @@ def choose_blocks(
     found = {row["merges"]: row["first"] for row in run.read("blocks").to_pylist() if row["chosen"]}
     if set(merges) <= set(found):
         return {count: found[count] for count in merges}
-    starts = {count: allowed_starts(plan, n_layers, count) for count in merges}
+    starts = {count: allowed_starts(plan, n_layers, count, checkpoint) for count in merges}
     # A search over blocks begins with what the cosine chooses.
     chosen_by = "cosine" if plan.block == "search" else "given" if isinstance(plan.block, int) else plan.block
     tokens = None
@@ -217,7 +245,7 @@ def _block_distances(
 ) -> tuple[_Scores, int]:
     """Distances between the states entering and leaving every block, and the number of tokens they are means over."""
     with open_pool(config, inputs, cache, run=run, progress=progress) as pool:
-        shards = _calibration_shards(pool, inputs, progress)
+        shards = _calibration_shards(pool, inputs, progress, run)
         progress.stage("distances between layers (tokens)", sum(shards))
         finished = counted(progress, lambda number, _: shards[number])
         parts = pool.map("state_distances", list(range(len(shards))), finished)
@@ -235,7 +263,7 @@ def _block_losses(
     plans = {(count, first): drop_block_plan(n_layers, first, count) for count in starts for first in starts[count]}
     firsts = sorted({plan.resumes_at for plan in plans.values()})
     with open_pool(config, inputs, cache, run=run, firsts=firsts, progress=progress) as pool:
-        shards = _calibration_shards(pool, inputs, progress)
+        shards = _calibration_shards(pool, inputs, progress, run)
         progress.stage("states entering the blocks (tokens)", sum(shards))
         numbers = range(len(shards))
         pool.map("compute_trunk", [(CALIBRATION, n) for n in numbers], counted(progress, lambda _, tokens: tokens))
@@ -250,9 +278,9 @@ def _block_losses(
     return scores, tokens
 
 
-def _calibration_shards(pool: WorkerPool, inputs: Inputs, progress: Progress) -> list[int]:
-    """Tokens of each shard of the calibration, which all workers hold alike."""
-    describe_workers(pool, inputs, progress)
+def _calibration_shards(pool: WorkerPool, inputs: Inputs, progress: Progress, run: RunDirectory) -> list[int]:
+    """Tokens of each shard of the calibration, which all workers hold alike; the run goes on in their dtype."""
+    describe_workers(pool, inputs, progress, run)
     (shards,) = pool.map("shard_tokens", [CALIBRATION])
     return shards
 

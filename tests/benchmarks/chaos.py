@@ -79,6 +79,16 @@ CASES = {
         "similarity.entropy_neighbors=10",
         "output.figures=false",
     ],
+    "sensitivity": [
+        "sensitivity",
+        "similarity-mka-demo",
+        "similarity.subsets=[colour_mixing,number_words]",
+        "similarity.samples=16",
+        "similarity.entropy_neighbors=10",
+        "sensitivity.sigma=[8]",
+        "sensitivity.dimensions=[3]",
+        "output.figures=false",
+    ],
     "evaluate": ["evaluate", "demo", "data.report_limit_per_subject=20"],
     "merge": ["merge", "demo"],
 }
@@ -90,6 +100,7 @@ KINDS = {
 ENDS = {"int": 130, "ctrl-c": 130, "ctrl-c twice": 130, "term": 143, "hup": 129, "close": 129, "kill": -9}
 _VOLATILE = {"seconds", "cpu_seconds", "tokens_per_second", "actor", "tune_trial", "time"}
 _HANG_S = 300.0
+_BUSY_S = 5.0
 _LEFT_S = 75.0  # Ray's agents look once in a while whether their raylet is there
 
 
@@ -248,6 +259,22 @@ class Process:
         os.kill(pid, signal.SIGKILL)
         return name[:60]
 
+    def kill_busy(self, seconds):
+        """SIGKILL to a worker in the middle of a call, as soon as there is one; its name, "" if there was none so long.
+
+        A call of the demo takes milliseconds, so that a random moment meets it in its longest stages alone.
+        """
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and self.process.poll() is None:
+            for pid in [pid for pid, (_, name) in list(self.known.items()) if name.startswith("ray::")]:
+                with contextlib.suppress(OSError):
+                    name = (Path("/proc") / str(pid) / "cmdline").read_bytes().rstrip(b"\0 ").decode()
+                    if re.match(r"ray::\S*Host\.call", name):
+                        os.kill(pid, signal.SIGKILL)
+                        return name
+            time.sleep(0.001)
+        return ""
+
     def send(self, kind):
         pid = self.process.pid
         if kind in ("int", "term", "hup", "kill"):
@@ -334,7 +361,7 @@ def facts(case, out, temporary):
 
 
 # Lines of a page that say how fast the last call was, and numbers alone in a cell: its tables are compared as tables.
-_OF_A_CALL = re.compile(r"^[\d.,]+$|^How much of the last call|^random$|^bayes$")
+_OF_A_CALL = re.compile(r"^[\d.,]+$|^Share of the last call|^(random|bayes|search|worker)$")
 
 
 def facts_of(*arguments):
@@ -374,8 +401,8 @@ def differences(there, here):
 def leftovers(out, temporary):
     found = [str(path) for path in out.rglob("_tmp.*")]
     found += [str(path) for path in out.parent.glob("_tmp.*")]
-    known = ("ray", "page.html", "torchinductor_")  # the last torch makes wherever it looks for a compiler
-    return found + [str(path) for path in temporary.iterdir() if not path.name.startswith(known)]
+    known = re.compile(r"ray(?!merge)|page\.html|torchinductor_")  # the last torch makes where it looks for a compiler
+    return found + [str(path) for path in temporary.iterdir() if not known.match(path.name)]
 
 
 class Campaign:
@@ -489,7 +516,9 @@ class Campaign:
                 expected |= {ENDS[kind], 128 - ENDS[kind]}  # before its handlers are there, by the signal itself
             elif kind in ("worker", "raylet", "gcs", "child"):
                 pattern = {"worker": "^ray::(?!.*Agent)", "raylet": "/raylet", "gcs": "/gcs_server", "child": "."}[kind]
-                row["hit"] = process.kill_one(pattern, chance) or "none there"
+                busy = kind == "worker" and chance.random() < 0.7
+                row["hit"] = (process.kill_busy(_BUSY_S) if busy else "") or process.kill_one(pattern, chance)
+                row["hit"] = row["hit"] or "none there"
                 if kind == "worker":
                     time.sleep(0.3)
                     if process.process.poll() is None:
