@@ -25,7 +25,7 @@ def read_alpha_file(path: str | Path, n_layers: int) -> MergePlan:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PlanError(f"there is no alpha file {path}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (IsADirectoryError, NotADirectoryError, ValueError, RecursionError) as error:
         raise PlanError(f"{path} is not a JSON alpha file: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise PlanError(f"{path} must hold a JSON list of merge steps, and at least one")

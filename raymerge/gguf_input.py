@@ -51,6 +51,11 @@ _ENDS = {"token_embd.weight", "output_norm.weight", "output.weight"}
 # scores, which transformers takes for 256: that of every size but 27B, whose heads are 128 wide.
 _HEAD_WIDTH = {"qwen3": 128, "gemma2": 256, "gemma3": 256}
 _WINDOWED = ("gemma2", "gemma3")
+# What files state of a family and transformers takes for this.
+_TAKEN_FOR = {
+    "gemma2": {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3": {"final_logit_softcapping": 0.0, "rope.freq_base_swa": 10_000.0},
+}
 _DAMAGE = (ValueError, LookupError, TypeError, ImportError, StopIteration, RuntimeError, AssertionError)
 
 
@@ -155,7 +160,10 @@ def _check_read_whole(file: Path, reader: Any) -> None:
         name = tensor.name.split(".", 2)[2] if tensor.name.startswith("blk.") else tensor.name
         if name not in (_LAYER[kind] if name != tensor.name else _ENDS):
             refuse(f"holds {tensor.name}, which transformers does not read of {kind}")
-    if value(f"{kind}.rope.scaling.type", "none") != "none":
+    # Files of 2023 name a factor alone, which llama.cpp takes for a linear one.
+    factors = [value(f"{kind}.rope.{key}", 0) for key in ("scaling.factor", "scale_linear")]
+    scaled = "linear" if any(factor not in (0, 1) for factor in factors) else "none"
+    if value(f"{kind}.rope.scaling.type", scaled) != "none":
         refuse("scales its rotary frequencies, which transformers does not read")
     width = value(f"{kind}.attention.key_length")
     if width is None:
@@ -164,6 +172,9 @@ def _check_read_whole(file: Path, reader: Any) -> None:
         refuse(f"has heads of width {width}, but transformers reads {kind} with {_HEAD_WIDTH[kind]} alone")
     if value(f"{kind}.rope.dimension_count", width) != width:
         refuse("rotates a part of each head, which transformers does not read")
+    for key, only in _TAKEN_FOR.get(kind, {}).items():
+        if (stated := value(f"{kind}.{key}", only)) != only:
+            refuse(f"has {key} = {stated:g}, which transformers takes for {only:g} in {kind}")
     window = value(f"{kind}.attention.sliding_window", 0)
     if kind not in _WINDOWED and 0 < window < value(f"{kind}.context_length"):
         refuse(f"has a sliding window of {window} tokens, which transformers does not read of {kind}")

@@ -183,15 +183,16 @@ def _write_companions(base: Checkpoint, kept: list[int], directory: Path) -> Non
         copied = directory / file.relative_to(base.directory)
         copied.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copied)
-    _clean_tokenizer_config(directory / "tokenizer_config.json")
+    _clean_tokenizer_config(base.directory, directory)
 
 
-def _clean_tokenizer_config(path: Path) -> None:
+def _clean_tokenizer_config(source: Path, directory: Path) -> None:
     """Take out of a tokenizer's config where it was once loaded from, as transformers does when it saves one, and an
     auto_map whose code was not copied: its class is transformers' own then."""
+    path = directory / "tokenizer_config.json"
     if not path.is_file():
         return
-    values = read_json(path)
+    values = read_json(source / path.name)  # whose name an error gives
     dropped = set(values) & {"name_or_path", "special_tokens_map_file", "tokenizer_file"}
     if "auto_map" in values and names_absent_code(values["auto_map"], path.parent):
         dropped.add("auto_map")

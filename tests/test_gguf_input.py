@@ -179,6 +179,11 @@ REFUSED = {
         with_further(lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)),
         "scales its rotary frequencies",
     ),
+    "factor": (with_further(lambda w: w.add_rope_scaling_factor(4.0)), "scales its rotary frequencies"),
+    "old_factor": (
+        with_further(lambda w: w.add_float32("llama.rope.scale_linear", 4.0)),
+        "scales its rotary frequencies",
+    ),
     "window": (with_further(lambda w: w.add_sliding_window(11)), "has a sliding window of 11 tokens"),
 }
 
@@ -204,6 +209,26 @@ def test_widths_that_transformers_does_not_read(tmp_path, family, width, only):
     with pytest.raises(
         GgufError, match=f"has heads of width {width}, but transformers reads {family} with {only} alone"
     ):
+        Checkpoint(str(tmp_path / "x.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "stated", "only"),
+    [
+        ("gemma2", "attn_logit_softcapping", 20, 50),
+        ("gemma2", "final_logit_softcapping", 0, 30),
+        ("gemma3", "final_logit_softcapping", 30, 0),
+        ("gemma3", "rope.freq_base_swa", 500, 10000),
+    ],
+)
+def test_what_transformers_does_not_read_of_gemma_is_refused_where_it_is_not_the_usual(
+    tmp_path, family, key, stated, only
+):
+    options = {"attention_bias": False} if family == "gemma3" else {}
+    config = tiny.config_of(family, vocab_size=64, num_hidden_layers=2, head_dim=256, **options)
+    stating = lambda writer: writer.add_float32(f"{family}.{key}", stated)  # noqa: E731
+    write_gguf(tmp_path / "x.gguf", tiny.random_model(config), False, further=stating)
+    with pytest.raises(GgufError, match=f"has {key} = {stated}, which transformers takes for {only} in {family}"):
         Checkpoint(str(tmp_path / "x.gguf"))
 
 

@@ -275,6 +275,12 @@ def test_what_a_killed_process_left_does_not_stay(llama, tmp_path):
     assert sorted(file.name for file in (tmp_path / "merged").glob("*.safetensors")) == ["model.safetensors"]
 
 
+def test_a_damaged_tokenizer_config_is_named_where_it_lies(copy, tmp_path):
+    (copy / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=f"{copy}/tokenizer_config.json cannot be read: .*; fetch it again"):
+        tiny.save_merge(Checkpoint(str(copy)), base_plan(5), tmp_path / "merged")
+
+
 @pytest.mark.parametrize("declared", ["float32", "bfloat16"])
 def test_a_base_of_several_dtypes_is_read_in_the_one_that_it_says_and_its_merge_too(tmp_path, declared):
     """In bfloat16, that of the matrices, norms that the base's readers have in float32 would be rounded."""
