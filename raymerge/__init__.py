@@ -24,7 +24,7 @@ _HOMES = {
     "Config": "raymerge.config",
     "RunDirectory": "raymerge.tables",
     "UserError": "raymerge.errors",
-    "load_config": "raymerge.config",
+    "load_config": "raymerge.config_file",
     "merge": "raymerge.merging",
     "write_report": "raymerge.report",
 }

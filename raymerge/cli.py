@@ -16,7 +16,8 @@ from typing import NoReturn
 
 import raymerge
 from raymerge import console
-from raymerge.config import Config, ConfigError, describe, load_config
+from raymerge.config import Config, ConfigError
+from raymerge.config_file import describe, load_config
 from raymerge.errors import UserError
 from raymerge.plan import REFITS
 from raymerge.progress import SHOW_CURSOR

@@ -34,7 +34,7 @@ import yaml
 from tokenizers.pre_tokenizers import ByteLevel
 
 from raymerge import cli
-from raymerge.config import load_config, parse_config
+from raymerge.config_file import load_config, parse_config
 from raymerge.questions import DOMAINS, LETTERS
 
 ROOT = Path(__file__).parents[1]

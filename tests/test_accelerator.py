@@ -18,7 +18,7 @@ from test_gpu_benchmark import load
 
 from raymerge import device as driver
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import load_config
+from raymerge.config_file import load_config
 from raymerge.evaluation import Answers
 from raymerge.forward import LayerRunner, visible
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH, SUBSETS, TEXT

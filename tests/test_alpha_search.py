@@ -14,7 +14,8 @@ import tiny
 from test_heuristics import planted
 
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import ConfigError, load_config
+from raymerge.config import ConfigError
+from raymerge.config_file import load_config
 from raymerge.errors import UserError
 from raymerge.evaluation import Answers
 from raymerge.experiments import alpha_search

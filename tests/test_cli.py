@@ -17,7 +17,8 @@ from docs_blocks import check_command
 
 from raymerge import __main__, cli, demo
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import DataConfig, parse_config
+from raymerge.config import DataConfig
+from raymerge.config_file import parse_config
 from raymerge.questions import DOMAINS
 
 COMMANDS = [

@@ -25,7 +25,7 @@ from ray.cluster_utils import Cluster
 from raymerge import experiments
 from raymerge.actors import NoRoomError
 from raymerge.cluster import cluster_nodes, plan_workers, start_ray
-from raymerge.config import load_config
+from raymerge.config_file import load_config
 from raymerge.pool import WorkerPool
 from raymerge.proposers import RandomProposer
 from raymerge.search import BatchSearcher, run_search

@@ -11,7 +11,8 @@ import torch
 
 from raymerge.actors import NoRoomError
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import ConfigError, load_config
+from raymerge.config import ConfigError
+from raymerge.config_file import load_config
 from raymerge.device import choose_device
 from raymerge.experiments import common
 from raymerge.experiments.common import (

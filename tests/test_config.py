@@ -1,4 +1,4 @@
-"""config.py: defaults, YAML, overrides, and what is refused."""
+"""config.py and config_file.py: defaults, overrides, and errors that name the key, the value and the cure."""
 
 import re
 
@@ -6,7 +6,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from raymerge.config import Config, ConfigError, TaskConfig, describe, load_config, parse_config
+from raymerge.config import Config, ConfigError, TaskConfig
+from raymerge.config_file import describe, load_config, parse_config
 
 # The shape that design.md documents; a default that changes is a change that users see.
 DEFAULTS = {

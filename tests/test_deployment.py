@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from raymerge.cli import _parser
-from raymerge.config import load_config
+from raymerge.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {

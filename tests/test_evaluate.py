@@ -8,7 +8,7 @@ import pytest
 
 from raymerge import rows
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import load_config
+from raymerge.config_file import load_config
 from raymerge.context import TextLosses
 from raymerge.evaluation import Answers
 from raymerge.experiments.common import Inputs

@@ -24,7 +24,8 @@ import raymerge.proof
 from raymerge import cli, findings, summary
 from raymerge.alpha_files import read_alpha_file
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import ConfigError, load_config
+from raymerge.config import ConfigError
+from raymerge.config_file import load_config
 from raymerge.evaluation import text_nll
 from raymerge.experiments import alpha_search, evaluate, search
 from raymerge.experiments.common import cache_of, describe_workers, open_pool, read_inputs, settings_of, swept_cache

@@ -21,7 +21,7 @@ import raymerge.forward
 import raymerge.gradient
 import raymerge.tail_loss
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import load_config
+from raymerge.config_file import load_config
 from raymerge.evaluation import Answers, answer_shard, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.gradient import Parametrisation, Settings, descend, loss_weights

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import task_files
 
-from raymerge.config import ConfigError, load_config
+from raymerge.config import ConfigError
+from raymerge.config_file import load_config
 from raymerge.inputs import (
     CALIBRATION,
     REPORT,

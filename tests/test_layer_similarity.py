@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from raymerge.activations import Activations
-from raymerge.config import ConfigError, load_config
+from raymerge.config import ConfigError
+from raymerge.config_file import load_config
 from raymerge.demo import MMLU_PATH
 from raymerge.experiments import layer_similarity
 from raymerge.experiments.layer_similarity import (

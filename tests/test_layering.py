@@ -19,8 +19,8 @@ LAYERS = {
         "errors", "identity", "statistics", "objectives", "plan", "alpha_files", "heuristics", "diffusion", "embedding",
         "similarity", "reliability", "assignment", "memory",
     ),
-    1: ("config", "columns", "schemas", "storage", "parts", "tables", "questions", "tasks", "findings", "summary",
-        "progress", "inputs", "sensitivity", "report", "reference", "texts", "hub"),
+    1: ("config", "config_file", "columns", "schemas", "storage", "parts", "tables", "questions", "tasks", "findings",
+        "summary", "progress", "inputs", "sensitivity", "report", "reference", "texts", "hub"),
     2: (
         "tensorfiles", "architectures", "families", "checkpoint", "fusion", "prompts", "forward", "sources",
         "tail_states", "tail_layer", "scoring", "evaluation", "rows", "merging", "activations", "alignment", "context",

@@ -8,7 +8,8 @@ import pytest
 from test_heuristics import planted
 
 from raymerge.alpha_files import alpha_file_text
-from raymerge.config import ConfigError, load_config
+from raymerge.config import ConfigError
+from raymerge.config_file import load_config
 from raymerge.experiments import planning
 from raymerge.experiments.common import settings_of
 from raymerge.experiments.planning import (

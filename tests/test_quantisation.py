@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import load_config
+from raymerge.config_file import load_config
 from raymerge.families import architecture_of
 from raymerge.inputs import SEARCH
 from raymerge.plan import base_plan, tail_plan

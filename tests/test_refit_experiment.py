@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import load_config
+from raymerge.config_file import load_config
 from raymerge.evaluation import text_nll
 from raymerge.experiments import search, sweep
 from raymerge.experiments.alpha_search import _Search

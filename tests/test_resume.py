@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import ConfigError, load_config
+from raymerge.config import ConfigError
+from raymerge.config_file import load_config
 from raymerge.demo import MODEL_PATH
 from raymerge.experiments import alpha_search, compression_sweep, layer_similarity, model_evaluation
 from raymerge.storage import Storage

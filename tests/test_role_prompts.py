@@ -8,7 +8,7 @@ import pytest
 
 from raymerge import role_prompts
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import load_config
+from raymerge.config_file import load_config
 from raymerge.context import retrieval_prompts
 from raymerge.inputs import (
     CALIBRATION,

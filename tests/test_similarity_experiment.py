@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from raymerge import worker
-from raymerge.config import ConfigError, load_config
+from raymerge.config import ConfigError
+from raymerge.config_file import load_config
 from raymerge.experiments import import_similarity, planning, search, sensitivity, similarity
 from raymerge.experiments.common import settings_of
 from raymerge.experiments.layer_similarity import _low_ceilings

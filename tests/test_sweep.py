@@ -10,7 +10,8 @@ from test_heuristics import planted
 
 from raymerge.alpha_files import alpha_file_text
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import ConfigError, load_config
+from raymerge.config import ConfigError
+from raymerge.config_file import load_config
 from raymerge.experiments import compression_sweep
 from raymerge.experiments.common import Inputs
 from raymerge.experiments.compression_sweep import _points, _starts, _Sweep, sweep

@@ -7,7 +7,8 @@ import pytest
 from raymerge import experiments, summary
 from raymerge.alpha_files import alpha_file_text
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import ConfigError, load_config
+from raymerge.config import ConfigError
+from raymerge.config_file import load_config
 from raymerge.experiments import evaluate, import_similarity, planning, sweep
 from raymerge.merging import merge
 from raymerge.plan import PlanError, block_plan, drop_block_plan, tail_plan

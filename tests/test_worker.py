@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import load_config
+from raymerge.config_file import load_config
 from raymerge.evaluation import Answers, NotFiniteError, text_nll
 from raymerge.experiments.common import read_inputs
 from raymerge.experiments.refitting import refit_of

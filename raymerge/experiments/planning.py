@@ -10,7 +10,8 @@ import numpy as np
 from raymerge import findings
 from raymerge.alpha_files import read_alpha_file
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import Config, ConfigError, PlanConfig, parse_config
+from raymerge.config import Config, ConfigError, PlanConfig
+from raymerge.config_file import parse_config
 from raymerge.experiments.common import Inputs, counted, describe_workers, open_pool, read_inputs
 from raymerge.heuristics import (
     best_block,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from raymerge.checkpoint import Checkpoint
 from raymerge.cluster import start_ray
-from raymerge.config import load_config
+from raymerge.config_file import load_config
 from raymerge.inputs import SEARCH
 from raymerge.plan import tail_plan
 from raymerge.pool import WorkerPool

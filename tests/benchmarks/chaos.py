@@ -36,7 +36,7 @@ from pathlib import Path
 import raymerge.__main__
 import raymerge.cli
 import raymerge.merging  # noqa: F401 - so that no command that is forked has to import it
-from raymerge.config import load_config
+from raymerge.config_file import load_config
 from raymerge.experiments.common import read_inputs
 from raymerge.report import write_report
 from raymerge.tables import SCHEMAS, RunDirectory

@@ -32,7 +32,7 @@ from tiny import FAMILIES, N_LAYERS, make_checkpoint, needs
 
 from raymerge import console, experiments
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import load_config
+from raymerge.config_file import load_config
 from raymerge.errors import UserError
 from raymerge.report import write_report
 
