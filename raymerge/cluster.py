@@ -138,10 +138,13 @@ def start_ray(
             try:
                 context = ray.init(**options)
             except (ConnectionError, ValueError, RuntimeError) as error:
+                # A head that finds a token asks for one from then on; who connects sends theirs only if told to.
+                sent = os.environ.get("RAY_AUTH_MODE") == "token"
+                token = "" if sent else ", set RAY_AUTH_MODE=token if it asks for one"
                 raise ClusterError(
                     f"RAY_ADDRESS is {address!r}, but no cluster answers there: {error}. Give the address of "
-                    "a head, such as host:6379 (http://host:8265 is for `ray job submit` alone), or unset it for a "
-                    "local Ray"
+                    f"a head, such as host:6379 (http://host:8265 is for `ray job submit` alone){token}, or unset it "
+                    "for a local Ray"
                 ) from error
         else:
             options |= {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
