@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raymerge.architectures import module_layer
 from raymerge.checkpoint import Checkpoint
 from raymerge.errors import UserError
 from raymerge.forward import GroupStates, LayerRunner
@@ -215,7 +214,7 @@ def generation_speed(
     """Tokens per second of greedy generation by transformers, one sequence, with the first `layers` decoder layers.
 
     Timed from the first token, which pays for the prompt, to the last, after a short generation to warm up. The whole
-    model is loaded.
+    model is loaded, converted to `dtype`.
     """
     from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
@@ -230,16 +229,15 @@ def generation_speed(
             self.times.append(time.perf_counter())
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    arch, kept = checkpoint.architecture, list(range(layers))
-    prefixes = tuple(arch.layer_name(layer, "") for layer in range(checkpoint.n_layers))
-    config = type(checkpoint.config).from_dict(trimmed_config(checkpoint.config.to_dict(), kept))
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code)
-    state = {name: checkpoint[name].to(dtype) for name in checkpoint if not name.startswith(prefixes)}
-    for layer in kept:
-        own = module_layer(arch, checkpoint.layer(layer, dtype=dtype))
-        state |= {arch.layer_name(layer, name): tensor for name, tensor in own.items()}
-    model.load_state_dict(state, strict=False)  # a tied unembedding has no tensor of its own
-    model = model.to(device).eval()
+    name = checkpoint.architecture.layer_name
+    gone = tuple(name(layer, "") for layer in range(layers, checkpoint.n_layers))
+    config = type(checkpoint.config).from_dict(trimmed_config(checkpoint.config.to_dict(), list(range(layers))))
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=checkpoint.trust_remote_code))
+    # Tensor by tensor, as a saved model is loaded: random weights first, and all converted ones beside them, take twice
+    # the memory and most of the time.
+    state = {stored: checkpoint[stored] for stored in checkpoint if not stored.startswith(gone)}
+    model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).to(device).eval()
     prompt = torch.arange(1, 9, device=device)[None]
     model.generation_config.eos_token_id = None  # nothing ends a text before its length
     options = {"do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}

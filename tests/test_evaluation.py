@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import raymerge.evaluation
 import raymerge.forward
@@ -311,6 +311,32 @@ def test_a_real_model_on_real_questions(tmp_path):
     assert torch.equal(top, last.argmax(-1))
     right = logits[torch.arange(4), torch.from_numpy(prompts.answers).long()]
     assert (logsumexp - right - losses).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "qwen3_moe"])
+def test_generation_is_timed_with_the_stored_weights(tmp_path, monkeypatch, family):
+    """Random weights first, and converted copies of all beside the model, took 14 GB for a 1.5B, and 87 s."""
+    folder = tiny.make_checkpoint(tmp_path, family, dtype=torch.bfloat16)
+    load, made = PreTrainedModel.from_pretrained.__func__, []
+
+    def loaded(cls, *args, **options):
+        made.append((options["state_dict"], *load(cls, *args, **options, output_loading_info=True)))
+        return made[-1][1]
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(loaded))
+    checkpoint = Checkpoint(str(folder))
+    assert raymerge.evaluation.generation_speed(checkpoint, 3, tokens=2, dtype=torch.float32) > 0
+    ((state, model, report),) = made
+    assert not any(report.values()) and model.config.num_hidden_layers == 3
+    mapped = {checkpoint[name].data_ptr() for name in checkpoint}
+    assert {tensor.data_ptr() for tensor in state.values()} < mapped  # nothing is converted beforehand
+    monkeypatch.undo()
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **tiny.PLAIN)
+    whole.model.layers = whole.model.layers[:3]
+    ids = torch.arange(5, 30)[None]
+    with torch.no_grad():
+        expected = whole(ids, use_cache=False).logits
+        assert (model(ids).logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_generation_is_timed_from_token_to_token(monkeypatch, caplog):
