@@ -52,9 +52,9 @@ def plan_workers(
     """Choose how many workers fit. "auto" takes one GPU a worker where there are GPUs, else CPUs alone, and as many
     workers as fit; nodes are what each node of a cluster has in all, by Ray's names ("CPU", "GPU", "memory").
 
-    memory: bytes that a worker without a GPU takes, about. An automatic number is held to what nodes have memory for
-    (but one), and the CPUs that this leaves are the workers' that there are: sixteen workers of an 8B model, one for
-    each CPU of a workstation, would ask for 250 GB.
+    memory: bytes that a worker without a GPU takes, about. An automatic number is held to what nodes have memory for,
+    but is at least one, and its workers share the CPUs that are left: sixteen workers of an 8B model, one for each CPU
+    of a workstation, would ask for 300 GB.
 
     A worker is on one node, and a fraction of a GPU on one GPU. Raises PlacementError where more are asked for than
     fit, unless the cluster is an `autoscaling` one.

@@ -160,7 +160,7 @@ def test_a_worker_fits_on_one_node_or_not_at_all():
     ],
 )
 def test_an_automatic_number_of_workers_on_cpus_is_held_to_memory(nodes, memory, expected):
-    """Sixteen workers of an 8B model, one for each CPU, would ask for 250 GB."""
+    """Sixteen workers of an 8B model, one for each CPU, would ask for 300 GB."""
     found = plan_workers("auto", "auto", 1, nodes, memory=memory)
     assert (found.count, found.cpus, found.by_memory) == expected
     asked = plan_workers(2, "auto", 2, nodes, memory=memory)
