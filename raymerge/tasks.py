@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raymerge.identity import digest
+from raymerge.json_lines import half_character, parsed_lines
 from raymerge.questions import DataError, drawn
-from raymerge.texts import half_character, parsed_lines
 
 _LETTERS = "ABCD"
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +15,7 @@ import pyarrow.parquet as pq
 from raymerge import demo
 from raymerge.config import ConfigError
 from raymerge.hub import fetch
+from raymerge.json_lines import half_character, parsed_lines
 
 MOST_CHARACTERS = 2**25  # some 8 million tokens; a file of C4 has 800 million, which every process would hold
 _COLUMN = "text"  # of tables, as most of the hub's data sets of plain text name it
@@ -57,31 +56,6 @@ def read_plain_text(source: str, key: str) -> str:
 def text_hash(text: str) -> str:
     """16 hex digits of SHA-256 over a text's UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def parsed_lines(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    """The values of JSON lines, each with its line's number, from 1; ValueError, which names the line, where one cannot
-    be read. Empty lines are left out."""
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:  # its own place is always in line 1
-                raise ValueError(f"line {number}, character {error.pos + 1}: {error.msg}") from error
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number}: {error}") from error
-
-
-def half_character(text: str) -> str | None:
-    """The first half of a character in a text, as JSON escapes it; None where all are whole.
-
-    JSON can escape either half of a character beyond U+FFFF alone, and no tokenizer and no file takes it.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"\\u{ord(text[error.start]):04x}"
-    return None
 
 
 def _joined(rows: Iterator[str]) -> str:

@@ -20,7 +20,7 @@ LAYERS = {
         "similarity", "reliability", "assignment", "memory",
     ),
     1: ("config", "config_file", "columns", "schemas", "storage", "parts", "tables", "questions", "tasks", "findings",
-        "summary", "progress", "inputs", "sensitivity", "report", "reference", "texts", "hub"),
+        "summary", "progress", "inputs", "sensitivity", "report", "reference", "texts", "json_lines", "hub"),
     2: (
         "tensorfiles", "architectures", "families", "checkpoint", "fusion", "prompts", "forward", "sources",
         "tail_states", "tail_layer", "scoring", "evaluation", "rows", "merging", "activations", "alignment", "context",

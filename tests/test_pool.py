@@ -301,6 +301,7 @@ def test_a_cluster_that_cannot_be_reached_is_the_users_to_mend(monkeypatch, rais
     monkeypatch.setattr("raymerge.cluster.ray.init", init)
     monkeypatch.setattr("raymerge.cluster.ray.is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "http://x:8265")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with (
         pytest.raises(ClusterError, match="RAY_ADDRESS is 'http://x:8265', but .*host:6379.*AUTH_MODE=token"),
         start_ray(),

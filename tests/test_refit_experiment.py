@@ -110,7 +110,9 @@ def test_what_was_found_is_saved_where_it_drops_its_layers():
     found = start.with_alphas([1.0, 1.0], name="found_bayes", kind="found")
     for method in ("outputs", "linear"):
         config = load_config(None, [f"plan.refit={method}"])
-        inputs = SimpleNamespace(calibration=("a text", 0), identities={CALIBRATION: "its hash"})
+        inputs = SimpleNamespace(
+            calibration=("a text", 0), identities={CALIBRATION: "its hash"}, checkpoint=Checkpoint("demo")
+        )
         stand_in = SimpleNamespace(config=config, start=start, inputs=inputs, identity="a model")
         names = [plan.name for plan in _Search._refitted(stand_in, found)]
         expected = ["dropped_linear", *(f"{name}_{method}" for name in ("dropped", "fixed_0.6", "found_bayes"))]
