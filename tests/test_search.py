@@ -793,6 +793,26 @@ def test_a_search_that_tune_cuts_short_does_not_pass_for_a_whole_one(tuner, tmp_
         search(Timed(), tmp_path, [])
 
 
+@pytest.mark.parametrize(("fails", "loggers"), [(True, []), (False, ["wandb"])])
+def test_tunes_folder_stays_where_there_is_something_to_read(fails, loggers, tuner, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.air.integrations.wandb.WandbLoggerCallback", lambda **_: None)
+    told = BatchSearcher.on_trial_complete
+
+    def complete(self, trial_id, result=None, error=False):
+        (folder / trial_id).mkdir(parents=True, exist_ok=True)
+        told(self, trial_id, result, error)
+        self.trial_failed |= fails
+
+    folder = tmp_path / "tune" / "random-12345678"
+    monkeypatch.setattr("uuid.uuid4", lambda: SimpleNamespace(hex="12345678"))
+    monkeypatch.setattr(BatchSearcher, "on_trial_complete", complete)
+    search(Timed(), tmp_path, [], loggers=loggers)
+    assert len(list(folder.iterdir())) == 4
+    fails, loggers = False, []
+    search(Timed(), tmp_path, [], loggers=loggers)
+    assert not folder.exists()
+
+
 def test_a_search_s_loggers_are_tune_s_and_write_where_they_are_told_to(tuner, tmp_path, monkeypatch):
     class Logger:
         def __init__(self, **options):
@@ -983,6 +1003,7 @@ def test_a_search_resumes_from_its_record(pool, tmp_path):
     assert rows[:3] == before
     assert [(row["iteration"], row["alphas"]) for row in rows] == [(row["iteration"], row["alphas"]) for row in whole]
     assert search(pool, tmp_path, rows, candidates=6).finished == 0 and len(rows) == 6
+    assert not list((tmp_path / "tune").iterdir()), "Tune's folders, of 20,000 trials 20,000 and 340 MB, are of no use"
 
 
 def test_what_the_record_raises_ends_the_search(pool, tmp_path):
