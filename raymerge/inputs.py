@@ -8,13 +8,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from textwrap import shorten
 
 import numpy as np
 
 from raymerge.config import Config, ConfigError
 from raymerge.objectives import parse_objective
-from raymerge.questions import DataError, Question, QuestionSet, known_domains, load_questions, sample
+from raymerge.questions import DataError, Question, QuestionSet, known_domains, load_question_sets, sample
 from raymerge.tables import RunDirectory
 from raymerge.tasks import Task, load_task
 from raymerge.texts import read_plain_text, text_hash
@@ -74,17 +75,24 @@ def questions_to_match_on(config: Config, material: Material) -> QuestionSet | N
 
 
 def _load(config: Config, split: str, subjects: str | Iterable[str], language: str, shots: int) -> QuestionSet:
+    return _load_sets(config, split, [subjects], language, shots)[0]
+
+
+def _load_sets(
+    config: Config, split: str, subjects: Sequence[str | Iterable[str]], language: str, shots: int
+) -> list[QuestionSet]:
+    """A set for each choice of subjects, of files that are read once."""
     data = config.data
     if data.mmlu is None:
         raise ConfigError(
             "data.mmlu is null, but layers are compared on questions: only `raymerge evaluate`, `raymerge "
             "sweep` and `raymerge search` work without them"
         )
-    return load_questions(
+    return load_question_sets(
         data.mmlu,
+        subjects,
         language=language,
         split=split,
-        subjects=subjects,
         shots=shots,
         revision=data.revision,
         domains=data.domains or None,
@@ -165,15 +173,17 @@ def read_subsets(config: Config) -> list[Subset]:
     languages = settings.languages or [config.data.language]
     if len(set(settings.subsets)) < len(settings.subsets) or len(set(languages)) < len(languages):
         raise ConfigError(f"similarity.subsets {settings.subsets} or languages {languages} name one of them twice")
-    subsets = []
-    for name in settings.subsets:
-        subjects = config.data.subjects if name == ALL else [name]
-        found = {of: _load(config, settings.split, subjects, of, settings.shots) for of in languages}
-        ids = [{(q.subject, q.question_id) for q in questions.questions} for questions in found.values()]
-        shared = set.intersection(*ids)
-        places: dict[tuple[str, str], int] = {}
-        for language, questions in found.items():
-            usable = tuple(q for q in questions.questions if (q.subject, q.question_id) in shared)
+    subjects = [config.data.subjects if name == ALL else [name] for name in settings.subsets]
+    load = partial(_load_sets, config, settings.split, subjects, shots=settings.shots)
+    shared = _shared_ids(map(load, languages)) if len(languages) > 1 else None
+    places: list[dict[tuple[str, str], int]] = [{} for _ in settings.subsets]
+    found: dict[tuple[str, str], Subset] = {}
+    for language in languages:
+        # One language's questions at a time: all 42 of Global-MMLU are 590,000, of which samples are a small part.
+        for number, (name, questions) in enumerate(zip(settings.subsets, load(language), strict=True)):
+            usable = questions.questions
+            if shared is not None:
+                usable = tuple(q for q in usable if (q.subject, q.question_id) in shared[number])
             chosen = _spread(replace(questions, questions=usable), settings.samples, settings.seed)
             if len(chosen) < settings.samples:
                 where = f"split {questions.split}" + (" of every language" if len(languages) > 1 else "")
@@ -182,10 +192,19 @@ def read_subsets(config: Config) -> list[Subset]:
                     f"{settings.samples}: take fewer, or set similarity.split to test (reports leave those prompts out)"
                 )
             # Of whatever order a language's file has them in, samples of one number are translations of one another.
-            places = places or {(q.subject, q.question_id): place for place, q in enumerate(chosen)}
-            chosen = tuple(sorted(chosen, key=lambda q, places=places: places[q.subject, q.question_id]))
-            subsets.append(Subset(name, language, replace(questions, questions=chosen)))
-    return subsets
+            own = places[number] = places[number] or {(q.subject, q.question_id): at for at, q in enumerate(chosen)}
+            chosen = tuple(sorted(chosen, key=lambda q, own=own: own[q.subject, q.question_id]))
+            found[name, language] = Subset(name, language, replace(questions, questions=chosen))
+    return [found[name, language] for name in settings.subsets for language in languages]
+
+
+def _shared_ids(languages: Iterable[Sequence[QuestionSet]]) -> list[set[tuple[str, str]]]:
+    """The (subject, question id) that every language has, of each subset; languages: the subsets' sets of each."""
+    shared: list[set[tuple[str, str]]] = []
+    for sets in languages:
+        ids = [{(q.subject, q.question_id) for q in of.questions} for of in sets]
+        shared = [both & own for both, own in zip(shared, ids, strict=True)] if shared else ids
+    return shared
 
 
 def _spread(questions: QuestionSet, count: int, seed: int) -> tuple[Question, ...]:

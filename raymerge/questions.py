@@ -151,29 +151,47 @@ def load_questions(
     DataError : nothing there, a malformed row, an unknown subject or language, too few dev questions, or an
         unreachable hub.
     """
+    options = {"language": language, "split": split, "shots": shots, "revision": revision, "domains": domains}
+    return load_question_sets(source, [subjects], **options)[0]
+
+
+def load_question_sets(
+    source: str | os.PathLike[str],
+    subjects: Sequence[str | Iterable[str]],
+    *,
+    language: str = "en",
+    split: str = "test",
+    shots: int = 5,
+    revision: str | None = None,
+    domains: Mapping[str, Sequence[str]] | None = None,
+) -> list[QuestionSet]:
+    """`load_questions` for each choice of subjects, of files that are read once: Global-MMLU has all 57 subjects of a
+    language in one."""
     split = _split_name(split)
     _check_count("shots", shots, 0)
     if split == "dev" and shots:
         raise DataError(f"split 'dev' with shots={shots}: the dev questions are the examples; set shots=0 to load them")
     folder = _find_folder(source, language, [split, "dev"] if shots else [split], revision)
     rows = _read_split(folder, split)
-    chosen = _choose_subjects(subjects, list(rows), domains, split)
-    examples = {subject: () for subject in chosen}
-    if shots:
-        dev = _read_split(folder, "dev")
-        examples = {
-            subject: _questions(dev[subject](), subject, "dev", language)[:shots] if subject in dev else ()
-            for subject in chosen
-        }
-        short = {subject: len(part) for subject, part in examples.items() if len(part) < shots}
-        if short:
-            counts = ", ".join(f"{subject} has {count}" for subject, count in short.items())
-            raise DataError(
-                f"{folder}: shots={shots} needs {shots} dev questions in every subject, but {counts}; "
-                f"set shots={min(short.values())}, or leave out what is short"
-            )
-    questions = [question for subject in chosen for question in _questions(rows[subject](), subject, split, language)]
-    return QuestionSet(os.fspath(source), language, split, tuple(questions), examples)
+    dev = _read_split(folder, "dev") if shots else {}
+    found = []
+    for chosen in [_choose_subjects(asked, list(rows), domains, split) for asked in subjects]:
+        examples = {subject: () for subject in chosen}
+        if shots:
+            examples = {
+                subject: _questions(dev[subject](), subject, "dev", language)[:shots] if subject in dev else ()
+                for subject in chosen
+            }
+            short = {subject: len(part) for subject, part in examples.items() if len(part) < shots}
+            if short:
+                counts = ", ".join(f"{subject} has {count}" for subject, count in short.items())
+                raise DataError(
+                    f"{folder}: shots={shots} needs {shots} dev questions in every subject, but {counts}; "
+                    f"set shots={min(short.values())}, or leave out what is short"
+                )
+        questions = [q for subject in chosen for q in _questions(rows[subject](), subject, split, language)]
+        found.append(QuestionSet(os.fspath(source), language, split, tuple(questions), examples))
+    return found
 
 
 def sample(questions: Iterable[Question], n: int, seed: int) -> tuple[Question, ...]:

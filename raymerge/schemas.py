@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -187,11 +187,7 @@ def derive_accuracy(answers: pa.Table) -> list[dict]:
     """
     if not answers.num_rows:
         return []
-    keys, levels = {}, {}
-    for name in ("plan_id", "split", "language", "subject", "question_id"):
-        encoded = answers.column(name).combine_chunks().dictionary_encode()
-        keys[name] = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-        levels[name] = encoded.dictionary.to_pylist()
+    keys, levels = _encoded(answers, ("plan_id", "split", "language", "subject", "question_id"))
     cell = keys["plan_id"]  # one integer per group, plans, splits and languages in order of appearance
     for name in ("split", "language", "subject"):
         cell = cell * len(levels[name]) + keys[name]
@@ -236,24 +232,39 @@ def derive_task_accuracy(answers: pa.Table) -> list[dict]:
     ValueError
         If an item occurs twice for the same plan and task.
     """
-    groups: dict[tuple[str, str], dict[str, dict]] = {}
-    for row in answers.to_pylist():
-        items = groups.setdefault((row["plan_id"], row["task"]), {})
-        if row["item_id"] in items:
-            raise ValueError(f"item {row['item_id']} of task {row['task']} is there twice for plan {row['plan_id']}")
-        items[row["item_id"]] = row
+    if not answers.num_rows:
+        return []
+    keys, levels = _encoded(answers, ("plan_id", "task", "item_id"))
+    cell = keys["plan_id"] * len(levels["task"]) + keys["task"]
+    _, first, counts = np.unique(cell * len(levels["item_id"]) + keys["item_id"], return_index=True, return_counts=True)
+    if len(first) < len(cell):
+        plan_id, task, item_id = (levels[name][keys[name][first[np.argmax(counts)]]] for name in keys)
+        raise ValueError(f"item {item_id} of task {task} is there twice for plan {plan_id}")
+    answer = answers.column("answer").to_numpy()
+    order = np.argsort(cell, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(cell[order])) + 1)
+    judged = [(measure, answers.column(column)) for measure, column in TASK_MEASURES.items()]
+    judged = [(measure, found.is_null().to_numpy(), found.fill_null(-1).to_numpy()) for measure, found in judged]
     result = []
-    for (plan_id, task), items in groups.items():
-        for measure, column in TASK_MEASURES.items():
-            predicted = [row[column] for row in items.values()]
-            if None in predicted:
+    for rows in sorted(groups, key=lambda rows: rows[0]):
+        common = {name: levels[name][keys[name][rows[0]]] for name in ("plan_id", "task")}
+        for measure, missing, predicted in judged:
+            if missing[rows].any():
                 continue
-            correct = np.array([row["answer"] for row in items.values()]) == np.array(predicted)
-            summary = accuracy_summary(correct)
+            summary = accuracy_summary(answer[rows] == predicted[rows])
             low, high = wilson_interval(summary.correct, summary.n)
-            found = {"measure": measure, **summary._asdict(), "ci_low": low, "ci_high": high}
-            result.append({"plan_id": plan_id, "task": task, **found})
+            result.append({**common, "measure": measure, **summary._asdict(), "ci_low": low, "ci_high": high})
     return result
+
+
+def _encoded(rows: pa.Table, names: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, list]]:
+    """Columns as numbers (n,) int64, in order of appearance, and what each number stands for."""
+    keys, levels = {}, {}
+    for name in names:
+        encoded = rows.column(name).combine_chunks().dictionary_encode()
+        keys[name] = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        levels[name] = encoded.dictionary.to_pylist()
+    return keys, levels
 
 
 #: Times the unmerged model's perplexity: beyond, a plan is left out of figures so that the others can be told apart.

@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import math
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -232,6 +233,7 @@ class BatchSearcher(Searcher):
         self.best: tuple[float, float] | None = None
         self.done = self.finished = 0
         self.failure: BaseException | None = None
+        self.trial_failed = False  # with an error in Tune's folder
         for row in sorted(replayed, key=lambda row: row["iteration"]):
             self._learn(row)
         # Numbers that a killed run had given to candidates which did not end are given again.
@@ -288,6 +290,7 @@ class BatchSearcher(Searcher):
         if trial_id not in self._running:
             return
         slot, batch = self._running.pop(trial_id)
+        self.trial_failed = self.trial_failed or error
         result = result or {}
         results, count = result.get("results"), len(batch.points)
         try:
@@ -436,6 +439,9 @@ def run_search(
         raise WorkerError(
             f"Tune stopped after {batches.done} of {batches.candidates} candidates; start again to resume"
         )
+    if not (loggers or batches.trial_failed):
+        # A folder a trial, and at the end what Tune knows of each, 17 kB, for a restart that the record makes needless.
+        shutil.rmtree(folder / run_name, ignore_errors=True)
     wall = time.monotonic() - began
     present = {slot: seconds - before.get(slot, 0.0) for slot, seconds in pool.seconds_present().items()}
     workers = _utilisation(present, batches.scored)

@@ -239,6 +239,11 @@ class RunDirectory:
         """Return all rows of a table, parts in name order, with exactly its schema (empty if never written)."""
         return self._tables.read(table, columns)
 
+    def distinct(self, table: str, columns: list[str]) -> set[tuple]:
+        """Return which values a table's columns have together, such as the (plan_id, split) of millions of answers."""
+        found = self.read(table, columns).group_by(columns).aggregate([])
+        return set(zip(*(found[name].to_pylist() for name in columns), strict=True))
+
     def compact(self, table: str) -> None:
         """Gather the parts of a table into one file, in the order `read` gives them; same guarantee as `replace`."""
         self._tables.compact(table)

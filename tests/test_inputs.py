@@ -127,6 +127,26 @@ def test_samples_of_one_number_are_translations_whatever_the_order_of_each_langu
     ]
 
 
+def test_a_languages_file_is_not_read_again_for_every_subset(tmp_path, monkeypatch):
+    """Global-MMLU has all subjects of a language in one file: of 42 languages 4,788 were read, in every process."""
+    names = ["anatomy", "botany", "chess"]
+    cells = {"question": "?", "answer": "A"} | dict.fromkeys(("option_a", "option_b", "option_c", "option_d"), "x")
+    rows = [{"sample_id": f"{name}/{n}", "subject": name, **cells} for name in names for n in range(8)]
+    for language in ("en", "es"):
+        (tmp_path / language).mkdir()
+        for split in ("dev", "test"):
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / language / f"{split}.parquet")
+    read, reader = [], pq.read_table
+    monkeypatch.setattr(pq, "read_table", lambda path, **options: read.append(path) or reader(path, **options))
+    asked = ["similarity.split=test", "similarity.shots=2", f"similarity.subsets={names}"]
+    found = read_subsets(config(tmp_path, *asked))
+    assert [counts(subset) for subset in found] == [{name: 6} for name in names]
+    assert len(read) == 2, "examples and questions"
+    found = read_subsets(config(tmp_path, *asked, "similarity.languages=[es, en]"))
+    assert [(of.name, of.language) for of in found] == [(name, of) for name in names for of in ("es", "en")]
+    assert len(read) == 2 + 2 * 4, "once to see what every language has, once to choose"
+
+
 def test_subsets_that_cannot_be_made_are_refused(mmlu):
     with pytest.raises(
         DataError, match="subset anatomy has 3 prompts in split validation, but similarity.samples asks"

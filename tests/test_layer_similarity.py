@@ -11,6 +11,7 @@ from raymerge.activations import Activations
 from raymerge.config import ConfigError
 from raymerge.config_file import load_config
 from raymerge.demo import MMLU_PATH
+from raymerge.embedding import embed_layers
 from raymerge.experiments import layer_similarity
 from raymerge.experiments.layer_similarity import (
     _check_ranges,
@@ -23,10 +24,11 @@ from raymerge.experiments.layer_similarity import (
     similarity,
     similarity_rows,
 )
-from raymerge.inputs import read_subsets
+from raymerge.inputs import SUBSETS, read_subsets
 from raymerge.reliability import Correlation, Study, correlate
 from raymerge.similarity import SimilarityMatrix
 from raymerge.tables import RunDirectory
+from raymerge.worker import ModelWorker, SubsetSimilarity, embedded
 
 LAYERS, SAMPLES = 3, 6
 SETTINGS = [
@@ -60,6 +62,12 @@ def study(first=0.0, *, halves=0, samples=SAMPLES, undefined=False):
     )  # fmt: skip
 
 
+def result(settings, found, activations, distinct=SAMPLES):
+    """What a worker gives of one subset."""
+    maps = embedded(settings.similarity, activations.distances)
+    return SubsetSimilarity(found, activations.block_influence, maps, distinct)
+
+
 @pytest.fixture(scope="module")
 def activations():
     points = np.random.default_rng(0).normal(size=(LAYERS, SAMPLES, 4))
@@ -89,7 +97,7 @@ def test_a_subset_is_stored_with_its_prompts_and_the_map_that_its_matrix_is_made
     settings = config(f"similarity.measure={measure}", f"similarity.embedding={embedding.replace('none', 'pca')}")
     subset, *_ = read_subsets(settings)
     run = RunDirectory.open(tmp_path, {}, "similarity")
-    _store(settings, run, subset, study(), activations)
+    _store(settings, run, subset, result(settings, study(), activations))
     samples = run.read("samples").to_pylist()
     asked = subset.questions.questions
     assert [(row["sample"], row["question_id"]) for row in samples] == [(n, q.question_id) for n, q in enumerate(asked)]
@@ -106,7 +114,7 @@ def test_a_subset_is_stored_with_its_prompts_and_the_map_that_its_matrix_is_made
     degenerate = run.read("degeneracy").to_pylist()
     assert [row["layer"] for row in degenerate] == (list(range(LAYERS)) if measure == "gaussian" else [])
     if measure == "gaussian":
-        coordinates, rank, mass = layer_similarity.embed_layers(
+        coordinates, rank, mass = embed_layers(
             activations.distances, method=embedding, dimensions=settings.similarity.dimensions, sigma="median",
             anisotropy=settings.similarity.anisotropy, random_state=settings.similarity.seed,
         )  # fmt: skip
@@ -125,7 +133,7 @@ def test_subsets_whose_names_and_languages_join_alike_are_stored_side_by_side(ac
     settings = config(domains, *where, "similarity.subsets=[a, a-b]")
     run, subsets = RunDirectory.open(tmp_path / "run", {}, "similarity"), read_subsets(settings)
     for subset in subsets:
-        _store(settings, run, subset, study(), activations)
+        _store(settings, run, subset, result(settings, study(), activations))
     stored = {(row["subset"], row["language"]) for row in run.read("similarity").to_pylist()}
     assert stored == {("a", "b-c"), ("a", "c"), ("a-b", "b-c"), ("a-b", "c")}
 
@@ -194,6 +202,18 @@ def test_a_sensitivity_study_of_what_is_not_there_is_refused():
         _check_ranges(config("sensitivity.merges=2", *more), inputs)
 
 
+def test_what_a_worker_gives_of_a_subset_does_not_grow_with_the_square_of_its_samples(tmp_path):
+    """The driver holds it of every subset to the end: distances of 80 layers and 500 samples are 160 MB each."""
+    worker = ModelWorker(
+        config("similarity.null_draws=20", "similarity.interval_draws=10"), roles=[SUBSETS], cache=tmp_path
+    )
+    found = worker.similarity(0)
+    own = [*found.study.arrays().values(), found.block_influence, *found.embedded]
+    layers = worker.checkpoint.n_layers
+    assert found.embedded[0].shape[:2] == (layers, SAMPLES) and found.distinct == SAMPLES
+    assert {array.shape for array in own if SAMPLES in array.shape} == {found.embedded[0].shape}
+
+
 # -- a whole run over a stand-in -------------------------------------------------------------------------------------
 
 
@@ -204,7 +224,7 @@ def test_each_subset_is_stored_as_it_comes_and_all_pairs_are_correlated(measure,
     class Pool:
         def map(self, method, numbers, on_result):
             assert method == "similarity"
-            found = [(studies[number], activations, SAMPLES - number) for number in numbers]
+            found = [result(asked, studies[number], activations, SAMPLES - number) for number in numbers]
             for number in reversed(numbers):
                 on_result(number, found[number])
             return found

@@ -1,9 +1,11 @@
 """reporting.py without workers: what is asked for, in what order and once, and which plans are compared with which."""
 
+import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from report_runs import answer_rows
@@ -142,6 +144,26 @@ def test_a_plan_s_shares_are_stored_together_and_a_cut_report_goes_on(tmp_path):
     chosen = [(row["item_id"], row["predicted"]) for row in found.run.read("task_answers").to_pylist()]
     assert chosen == [("t/0", 0), ("t/1", 0), ("t/2", 1)]
     assert [method for method, _ in asked(found, [MIDDLE])] == ["receipts"]  # there was none to store
+
+
+def test_what_is_stored_is_not_made_an_object_an_answer_to_see_which_plans_have_some(tmp_path):
+    """Of 200 plans there are 2.8 million answers to MMLU's test questions: as objects 1 GB."""
+    found, count = reporter(tmp_path / "run"), 20_000
+    one = answer_rows(IDS[TAIL], 1.0, np.zeros(1, int), np.random.default_rng(0), subjects=["number_words"])
+    one = pa.Table.from_pylist(one)
+    answers = one.take(np.zeros(count, dtype=int))
+    answers = answers.set_column(
+        answers.schema.get_field_index("question_id"), "question_id", pa.array(map(str, range(count)))
+    )
+    found.run.append("answers", answers, part="many")
+    tracemalloc.start()
+    try:
+        items = asked(found, [TAIL, MIDDLE])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [item[0] for method, item in items if method == "answers"] == [MIDDLE, MIDDLE]
+    assert peak < 50 * count, f"{peak / count:.0f} bytes an answer"
 
 
 def test_search_answers_are_not_stored_where_the_report_asks_the_same_split(tmp_path):

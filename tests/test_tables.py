@@ -98,6 +98,14 @@ def test_parts_keep_their_order_across_processes(run, tmp_path):
     assert tensors(run) == ["t0", "t1", "t2"]
 
 
+def test_the_values_that_columns_have_together_are_given_once(run):
+    assert run.distinct("incidents", ["kind", "worker"]) == set()
+    for kind, worker in (("lost", "a"), ("lost", "b"), ("lost", "a"), ("resumed", None)):
+        run.note(kind, worker)
+    assert run.distinct("incidents", ["kind", "worker"]) == {("lost", "a"), ("lost", "b"), ("resumed", None)}
+    assert run.distinct("incidents", ["kind"]) == {("lost",), ("resumed",)}
+
+
 def test_a_gathered_table_says_what_its_columns_mean(run):
     """Whatever reads the file, and whether its parts were written by a version that did not know."""
     run.append("receipts", [{"plan_id": "p", "tensor": "t", "max_abs_change": 0.5, "relative_change": 0.25}], part="a")

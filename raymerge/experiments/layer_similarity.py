@@ -13,10 +13,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from raymerge.activations import Activations
 from raymerge.config import Config, ConfigError
 from raymerge.diffusion import SimilarityError, degeneracy
-from raymerge.embedding import embed_layers
 from raymerge.experiments.common import (
     Inputs,
     check_config,
@@ -39,6 +37,7 @@ from raymerge.reliability import RELIABLE_N, Correlation, Study, check_samples, 
 from raymerge.sensitivity import recipe_of
 from raymerge.similarity import smallest_sample
 from raymerge.tables import IMPORTED, RunDirectory, layer_ranges
+from raymerge.worker import SubsetSimilarity
 
 Row = dict[str, Any]
 
@@ -67,16 +66,16 @@ def similarity(
     with _workers(config, inputs, run, progress) as (pool, workers):
         progress.stage("similarity (subsets)", len(inputs.subsets))
 
-        def store(number: int, result: tuple[Study, Activations, int]) -> None:
-            _store(config, run, inputs.subsets[number], *result[:2])
+        def store(number: int, result: SubsetSimilarity) -> None:
+            _store(config, run, inputs.subsets[number], result)
 
         results = pool.map("similarity", range(len(inputs.subsets)), counted(progress, then=store))
-    studies = [found for found, _, _ in results]
+    studies = [found.study for found in results]
     with step(progress, "correlations of the matrices"):
         named = [((of.name, of.language), found) for of, found in zip(inputs.subsets, studies, strict=True)]
         correlations, uncorrelated = _correlations(config.similarity.measure, named, correlate)
         run.replace("similarity_correlation", correlations)
-    distinct = [count for _, _, count in results]
+    distinct = [found.distinct for found in results]
     warnings = _repeated_samples(config, inputs.subsets, distinct) + degenerate_maps(run)
     warnings += uncorrelated + _low_ceilings(studies)
     for warning in warnings:
@@ -110,7 +109,7 @@ def _workers(
         yield pool, describe_workers(pool, inputs, progress, run)
 
 
-def _store(config: Config, run: RunDirectory, subset: Subset, found: Study, activations: Activations) -> None:
+def _store(config: Config, run: RunDirectory, subset: Subset, found: SubsetSimilarity) -> None:
     """The rows of one subset, as one part of each table."""
     settings = config.similarity
     common = {"subset": subset.name, "language": subset.language}
@@ -119,20 +118,13 @@ def _store(config: Config, run: RunDirectory, subset: Subset, found: Study, acti
     run.append(
         "block_influence",
         [
-            common | {"layer": layer, "value": float(value), "n_samples": found.n_samples}
-            for layer, value in enumerate(activations.block_influence)
+            common | {"layer": layer, "value": float(value), "n_samples": found.study.n_samples}
+            for layer, value in enumerate(found.block_influence)
         ],
         part=part,
     )
-    if settings.measure in ("npib", "gaussian"):
-        coordinates, rank, mass = embed_layers(
-            activations.distances,
-            method=settings.embedding,
-            dimensions=settings.dimensions,
-            sigma=settings.sigma,
-            anisotropy=settings.anisotropy,
-            random_state=settings.seed,
-        )
+    if found.embedded is not None:
+        coordinates, rank, mass = found.embedded
         run.append("embeddings", embedding_rows(common, settings.embedding, coordinates), part=part)
         run.append(
             "degeneracy",
@@ -143,9 +135,9 @@ def _store(config: Config, run: RunDirectory, subset: Subset, found: Study, acti
             ],
             part=part,
         )
-    embedding = settings.embedding if settings.measure in ("npib", "gaussian") else "none"
+    embedding = "none" if found.embedded is None else settings.embedding
     names = common | {"measure": settings.measure, "embedding": embedding}
-    run.append("similarity", similarity_rows(names, found), part=part)
+    run.append("similarity", similarity_rows(names, found.study), part=part)
 
 
 def sample_rows(subset: Subset) -> list[Row]:

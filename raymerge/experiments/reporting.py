@@ -56,13 +56,11 @@ class Reporter:
         shards: the number of shards by role (tasks' and TEXT too); firsts: layers whose inputs the workers have cached.
         """
         data = self.config.data
-        answered = self.run.read("answers", ["plan_id", "split"]).to_pylist()
-        answered = {row["plan_id"] for row in answered if row["split"] == data.report_split}
-        texts = self.run.read("perplexity", ["plan_id", "target"]).to_pylist()
-        measured = {row["plan_id"] for row in texts if row["target"] == "text"}
-        proved = set(self.run.read("receipts", ["plan_id"])["plan_id"].to_pylist())
-        scored = self.run.read("task_answers", ["plan_id", "task"]).to_pylist()
-        scored = {(row["plan_id"], row["task"]) for row in scored}
+        answered = self.run.distinct("answers", ["plan_id", "split"])
+        answered = {plan for plan, split in answered if split == data.report_split}
+        measured = {plan for plan, of in self.run.distinct("perplexity", ["plan_id", "target"]) if of == "text"}
+        proved = {plan for (plan,) in self.run.distinct("receipts", ["plan_id"])}
+        scored = self.run.distinct("task_answers", ["plan_id", "task"])
         # (method, plan id, task) -> plan, what the method is called with
         jobs: dict[tuple[str, str, str], tuple[MergePlan, list]] = {}
         for plan in plans:
