@@ -339,6 +339,14 @@ def test_lines_that_end_together_have_one_label_above_them_all():
     assert [row["label"] for row in rows] == ["", "best of 5 random, drop", "fixed"]
 
 
+def test_the_name_of_an_alpha_file_may_have_a_comma(tmp_path):
+    """The label of lines that end together was cut at commas to find its line: there was no page of such a run."""
+    page = page_of([search_run(tmp_path / "run", control="mine, the second")], "raymerge report", Silent())
+    (figure,) = [one for one in blocks(page.sections, Figure) if one.title == "Alpha of every merge step"]
+    labels = {row["plan"]: row["label"] for row in as_dicts(figure.rows) if row["label"]}
+    assert labels["mine, the second"] == "mine, the second"
+
+
 def test_the_best_so_far_never_gets_worse(search):
     progress, descents = blocks([searched.search(Reached(search))], Figure)
     rows = as_dicts(progress.rows)
