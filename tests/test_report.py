@@ -339,6 +339,17 @@ def test_lines_that_end_together_have_one_label_above_them_all():
     assert [row["label"] for row in rows] == ["", "best of 5 random, drop", "fixed"]
 
 
+def test_a_plan_from_an_alpha_file_is_not_taken_for_the_control_of_its_name(tmp_path):
+    run = search_run(tmp_path / "run", control="drop")
+    run.replace("plans", [row | {"kind": "file"} if row["plan_id"] == "fixed" else row
+                          for row in run.read("plans").drop_columns("run_id").to_pylist()])  # fmt: skip
+    reached = Reached(run)
+    told = {line["label"]: described(line).split(" (")[0] for line in reached.lines}
+    assert told["drop"] == "last layers dropped" and told["drop (alpha file)"] == "given coefficients"
+    against = {row["against"]: row["difference"] for row in subjects.difference_rows(reached)}
+    assert against.keys() == {"base", "drop", "drop (alpha file)"}
+
+
 def test_the_name_of_an_alpha_file_may_have_a_comma(tmp_path):
     """The label of lines that end together was cut at commas to find its line: there was no page of such a run."""
     page = page_of([search_run(tmp_path / "run", control="mine, the second")], "raymerge report", Silent())

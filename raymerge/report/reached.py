@@ -19,11 +19,12 @@ _KINDS = {
     "fixed": "one coefficient for all steps",
     "file": "given coefficients",
 }
+# By name and kind: an alpha file may have any name.
 _NAMES = {
-    "drop": "last layers dropped",
-    "before_last": "layers before the last one dropped",
-    "drop_block": "block of layers dropped",
-    "similarity_shuffled": "coefficients of a shuffled similarity",
+    ("drop", "drop"): "last layers dropped",
+    ("before_last", "before_last"): "layers before the last one dropped",
+    ("drop_block", "drop"): "block of layers dropped",
+    ("similarity_shuffled", "file"): "coefficients of a shuffled similarity",
 }
 
 
@@ -127,7 +128,7 @@ def _known_interval(line: dict) -> tuple[float | None, float | None]:
 
 def described(line: dict) -> str:
     """What a plan is, in words, and in brackets which layers it merges or leaves out."""
-    words = [_NAMES.get(line["name"], _KINDS.get(line["kind"], line["kind"]))]
+    words = [_NAMES.get((line["name"], line["kind"]), _KINDS.get(line["kind"], line["kind"]))]
     if line["alignment"] != "none":
         words.append(ALIGNED.get(line["alignment"], line["alignment"]))
     if line["norms"] == "fold":
