@@ -236,6 +236,18 @@ def test_a_plan_chosen_by_the_reports_own_questions_is_said_to_be(tmp_path, sear
         assert ("of the same split as the report's" in progress) == expected == ("not the report's" not in progress)
 
 
+def test_a_search_that_asks_questions_but_judges_by_text_chose_by_none_of_them(tmp_path):
+    run = search_run(tmp_path / "run", search_split="test", objective="text_nll")
+    assert not findings.chosen_on(run, "test")
+    reached = Reached(run)
+    words = "\n".join(block.text for block in blocks([plans.answer(reached)], Text))
+    assert "too good" not in words and "text_nll" in words and "on the text it was chosen on" in words
+    assert "questions it was chosen on" not in words and "the difference between the two texts" in words
+    progress = blocks([searched.search(reached)], Figure)[0].caption
+    assert progress.startswith("Measured on the search text, not the report's (lower is better)")
+    assert "120 test questions, by none of which the search chose." in search_results(run, "found", "test")[0]
+
+
 def test_without_a_manifest_the_best_is_not_the_one_that_the_report_likes(tmp_path):
     run = search_run(tmp_path / "run")
     kinds = {"fixed": "found"}  # as of two searchers; stored before the one that the search chose

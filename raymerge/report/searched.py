@@ -181,7 +181,7 @@ def _progress(reached: Reached, judged: list[dict], objective: str) -> Figure:
         for label, number in _together(named, list(limits or (row["value"] for row in judged)))
     ]
     lines = ". ".join(summary.search_lines(run))
-    on = "questions" if reached.asks else "text"
+    on = "questions" if findings.judges_answers(run) else "text"
     other = "of the same split as the report's" if findings.chosen_on(run, reached.split) else "not the report's"
     beyond = f"{plural(far, 'far worse candidate')} beyond the axis: zoom out (−) to see. " if far else ""
     view = figures.progress(
