@@ -261,6 +261,26 @@ def test_without_a_manifest_the_best_is_not_the_one_that_the_report_likes(tmp_pa
     assert Reached(run).best["plan_id"] == "found"
 
 
+def test_without_a_manifest_a_control_that_was_found_again_is_the_best(tmp_path):
+    """Its rows stand among the controls and at the end; the last one found elsewhere was taken for the best."""
+    run = search_run(tmp_path / "run")
+    plans = run.read("plans").drop_columns("run_id").to_pylist()
+    again = [row | {"kind": "found", "name": "found_random"} for row in plans if row["plan_id"] == "drop"]
+    run.replace("plans", plans + again)
+    run.write_manifest("failed", error="the proof")
+    reached = Reached(run)
+    assert reached.best["label"] == "drop = found_random" and reached.best["kind"] == "found"
+
+
+def test_a_search_by_random_candidates_is_said_to_have_no_random_control(tmp_path, search):
+    facts = {fact.term: fact for fact in asked.asked(search).blocks[0].facts}
+    assert facts["Search"].note == "2 random candidates as a control"
+    search.config["search"] |= {"searcher": ["bayes", "random"]}
+    facts = {fact.term: fact for fact in asked.asked(search).blocks[0].facts}
+    search.config["search"] |= {"searcher": "bayes"}
+    assert facts["Search"].note == ""
+
+
 def test_a_gain_by_an_uncorrected_p_alone_is_no_gain(search):
     row = {"measure": "accuracy", "difference": 0.1, "p_value": 0.03, "p_holm": 0.09}
     assert plans._said(row) == "≈\u00a0indistinguishable (uncorrected: better)"

@@ -183,7 +183,10 @@ def _search(config: dict, experiment: str) -> list[Fact]:
         Fact(
             "Search",
             "; ".join([listed(searchers), *how]),
-            f"{plural(search.get('random_candidates') or 0, 'random candidate')} as a control",
+            # A search by random candidates has no other ones as a control.
+            ""
+            if "random" in searchers
+            else f"{plural(search.get('random_candidates') or 0, 'random candidate')} as a control",
         ),
         Fact("Objective", str(search.get("objective")), "" if ceiling is None else f"perplexity at most {ceiling}"),
         *_refits(config.get("plan", {}), [config.get("plan", {}).get("refit")]),

@@ -73,8 +73,10 @@ class Reached:
         chosen = ((run.manifest() or {}).get("best") or {}).get("plan_id")
         # Without a manifest that says so it is the last that was found, in the order in which a search stores them,
         # and not the most accurate of them here: that would be chosen by the questions reported on.
-        found = [line for line in self.lines if line["kind"] == "found"]
-        self.best = next((line for line in self.lines if line["plan_id"] == chosen), found[-1] if found else None)
+        # Of the rows, since a line stands where its plan first did, as a control that was found again.
+        found = [row["plan_id"] for row in self.plans if row["kind"] == "found"]
+        chosen = chosen or (found[-1] if found else None)
+        self.best = next((line for line in self.lines if line["plan_id"] == chosen), None)
         self.lines.sort(key=merit, reverse=True)
         self.base = next((line for line in self.lines if line["kind"] == "base"), None)
         splits = (self.split, TEXT_SPLIT)
