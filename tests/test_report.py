@@ -444,7 +444,7 @@ def test_a_caption_names_no_panel_that_is_not_there(tmp_path):
 def test_points_at_the_ends_of_an_axis_are_whole(tmp_path, search):
     """Drawings that zoom are cut at their edges: half of each best candidate was, and the control's name above it."""
     for run in (search, sweep_run(tmp_path / "w"), sensitivity_run(tmp_path / "t")):
-        for figure in blocks(run_sections(run, heading=False), Figure):
+        for figure in blocks(run_sections(run, heading=None), Figure):
             for layer in (layer for view in figure.views for layer in view.spec["layer"]):
                 if not isinstance(layer["mark"], dict) or layer["mark"]["type"] != "point":
                     continue
@@ -620,7 +620,7 @@ def test_refits_of_one_method_are_ways_of_their_own(tmp_path):
 
 def test_a_similarity_tells_of_its_own_examples_and_languages(tmp_path):
     def questions(run):
-        (facts,) = blocks(run_sections(run, heading=False)[-1:], Facts)
+        (facts,) = blocks(run_sections(run, heading=None)[-1:], Facts)
         return {fact.term: fact.value for fact in facts.facts}["Questions"]
 
     assert questions(similarity_run(tmp_path / "s")) == "/data, language en"
@@ -629,7 +629,7 @@ def test_a_similarity_tells_of_its_own_examples_and_languages(tmp_path):
 
 def test_similarity_is_held_against_noise(tmp_path):
     run = similarity_run(tmp_path / "s", subsets=("medical", "law", "math"), warnings=["too few samples"])
-    (structure, agreement), notices = blocks([layers.answer(run)], Text), run_sections(run, heading=False)[0].blocks
+    (structure, agreement), notices = blocks([layers.answer(run)], Text), run_sections(run, heading=None)[0].blocks
     # 1 / (1 + distance) is above 0.3 up to a distance of 2: 9 of the 14 defined pairs of six layers
     assert structure.text.startswith(f"In {100 * 9 / 14:.0f} % of all pairs of layers, over 3 subsets")
     # intervals reach the ceiling sqrt(0.96 * 0.94) = 0.950 in the first pair alone
@@ -703,7 +703,7 @@ def test_half_a_matrix_stands_for_both():
 
 
 def test_sensitivity_names_the_setting_that_matters(tmp_path):
-    (section,) = [s for s in run_sections(sensitivity_run(tmp_path / "s"), heading=False) if s.title == "The answer"]
+    (section,) = [s for s in run_sections(sensitivity_run(tmp_path / "s"), heading=None) if s.title == "The answer"]
     assert "The matrix of sigma = 8.0 agrees least with the reference (r = 0.20)" in blocks([section], Text)[0].text
     (figure,) = blocks([section], Figure)
     assert len(figure.rows.values) == 3 and not figure.title.endswith("?")  # the page puts a full stop after it
@@ -719,7 +719,7 @@ def test_merges_that_stay_the_same_are_those_of_changed_settings(tmp_path):
         for parameter, setting, same, note in unchanged
     ])  # fmt: skip
     run.config["similarity"]["seed"] = 0
-    (text, *_) = blocks(run_sections(run, heading=False), Text)
+    (text, *_) = blocks(run_sections(run, heading=None), Text)
     assert text.text.endswith("over all changed settings, 55 % of the merges stay the same.")
 
 
@@ -741,7 +741,7 @@ def test_undefined_settings_are_spoken_of_where_there_are_some(tmp_path):
     run = sensitivity_run(tmp_path / "s")
     rows = [row for row in run.read("sensitivity").to_pylist() if row["pearson_off_diagonal"] is not None]
     run.replace("sensitivity", rows)
-    (figure,) = blocks(run_sections(run, heading=False), Figure)
+    (figure,) = blocks(run_sections(run, heading=None), Figure)
     assert figure.caption.endswith("off the diagonal.")
 
 
@@ -778,6 +778,32 @@ def test_evaluated_models_are_tested_against_each_other_and_drawn_below_each_oth
     assert figure.views[0].spec["layer"][1]["encoding"]["y"]["sort"] == ["a", "b"]
     (table,) = [table for table in blocks(page.sections, Table) if table.caption.startswith("Every plan")][:1]
     assert "In brackets" not in table.caption  # nothing is merged or dropped
+
+
+def test_runs_in_folders_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    """Models A and B, each evaluated into a folder eval, stood on one line of the figure, both called eval."""
+    runs = []
+    for name in ("a/eval", "b/eval", "b/own"):
+        run = RunDirectory.open(tmp_path / name, {"model": {"path": f"/models/{name[0]}"}}, "evaluate")
+        run.begin()
+        evaluated(
+            run, {"base": base_plan(8)}, {"base": 0.5}, subjects=("law",), perplexities={}, pairs=[], seed=len(runs)
+        )
+        run.write_manifest("complete", command=["raymerge", "evaluate"])
+        runs.append(run)
+    names = ["a/eval", "b/eval", "own"]
+    assert asked.run_names(runs) == names and asked.run_names([runs[0], runs[2], runs[0]]) == ["eval", "own", "eval"]
+    page = page_of(runs, "raymerge report", Silent())
+    assert [section.short for section in page.sections if section.short] == names
+    assert page.lead == "evaluate: a/eval, b/eval, own."
+    (figure,) = blocks([page.sections[0]], Figure)
+    assert {row["run"] for row in as_dicts(figure.rows)} == {*names}
+    table, tests = blocks([page.sections[0]], Table)
+    assert [row[0] for row in table.cells] == names
+    assert tests.cells[0][:2] == ("a/eval: base", "b/eval: base") and "of the first" not in tests.caption
+    monkeypatch.setattr(compared, "_PAIRED", 2)
+    tests = blocks([page_of(runs, "raymerge report", Silent()).sections[0]], Table)[1]
+    assert len(tests.cells) == 1 and "evaluated models (of the first 2 of these runs), on" in tests.caption
 
 
 def test_a_run_that_searched_on_the_reports_questions_is_marked_beside_others(tmp_path, search):
@@ -830,7 +856,7 @@ def test_the_random_control_is_called_the_best_of_as_many_as_were_tried(tmp_path
 def test_captions_of_imported_matrices_speak_of_no_noise_that_is_not_known(tmp_path):
     runs = {"imported": imported_run(tmp_path / "run", ["a", "b", "c"]), "own": similarity_run(tmp_path / "own")}
     captions = {
-        name: " ".join(figure.caption for figure in blocks(run_sections(run, heading=False), Figure))
+        name: " ".join(figure.caption for figure in blocks(run_sections(run, heading=None), Figure))
         for name, run in runs.items()
     }
     for words in ("White dot", "ceiling", "95 %"):
@@ -873,7 +899,7 @@ def test_an_evaluation_without_questions_has_its_perplexity_and_its_tasks(tmp_pa
     run.append("task_accuracy", [task_accuracy("base", 40)])
     run.append("plans", rows.plan_rows(base_plan(LAYERS), "base"))
     run.write_manifest("complete", text_hash="x")
-    answer, further, asked_of = run_sections(run, heading=False)
+    answer, further, asked_of = run_sections(run, heading=None)
     assert "Its perplexity on plain text is 7.50 [" in blocks([answer], Text)[0].text
     (table,) = blocks([answer], Table)
     assert table.header == ("plan", "what it is", "layers", "perplexity") and table.cells[0][:2] == ("base", "unmerged")
@@ -900,7 +926,7 @@ def test_tasks_stand_on_the_page_of_a_search_with_the_comparisons_of_the_best(tm
          "ci_high": -0.1, "p_value": 0.01, "p_holm": 0.02, "test": "mcnemar_exact"}
         for other in ("base", "drop")
     ])  # fmt: skip
-    (section,) = (each for each in run_sections(run, heading=False) if each.title == "Further tasks")
+    (section,) = (each for each in run_sections(run, heading=None) if each.title == "Further tasks")
     accuracies, differences = section.blocks
     assert [row[0] for row in accuracies.cells] == ["base", "found_bayes"]
     assert [row[2:5] for row in differences.cells] == [
@@ -982,7 +1008,7 @@ def test_no_specification_holds_foreign_text_as_an_expression(tmp_path):
             for value in spec:
                 yield from expressions(value)
 
-    for figure in blocks(run_sections(run, heading=False), Figure):
+    for figure in blocks(run_sections(run, heading=None), Figure):
         for view in figure.views:
             assert not any("alert" in text for text in expressions(view.spec))
 
@@ -999,7 +1025,7 @@ def test_the_page_needs_nothing_else(search):
 
 
 def test_every_figure_says_where_its_rows_lie_and_what_made_them(search):
-    sections = run_sections(search, heading=False)
+    sections = run_sections(search, heading=None)
     text = unescape(render.to_html(page_of([search], "", Silent())))
     for figure in blocks(sections, Figure):
         assert figure.rows.values and figure.command == "raymerge search made.yaml"
@@ -1030,7 +1056,7 @@ def test_specifications_compile(tmp_path, search):
     runs = [search, sweep_run(tmp_path / "w"), similarity_run(tmp_path / "s"), sensitivity_run(tmp_path / "t")]
     seen = 0
     for run in runs:
-        for figure in blocks(run_sections(run, heading=False), Figure):
+        for figure in blocks(run_sections(run, heading=None), Figure):
             for view in figure.views:
                 compiled = vl_convert.vegalite_to_vega(view.spec | {"datasets": {"rows": as_dicts(figure.rows)}})
                 names = {signal["name"] for signal in _signals(compiled)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from raymerge import findings, summary
+from raymerge.report.asked import run_name
 from raymerge.report.content import Block, Notice, Table, role_of
 from raymerge.report.wording import finite, listed
 from raymerge.schemas import TEXT_SPLIT
@@ -44,11 +45,11 @@ class Reached:
     lines: those of `findings.plan_lines`, with `role`, `costs` (its row or {}), `refit` (its method or None) and `fate`
     (`findings.fates_of`). asks: whether questions were
     asked; without, plans are judged by plain text. best: the line of the plan that the run is about, None where it has
-    none. base: the line of the unmerged model, or None.
+    none. base: the line of the unmerged model, or None. name: what the run is called on its page.
     """
 
-    def __init__(self, run: RunDirectory):
-        self.run = run
+    def __init__(self, run: RunDirectory, name: str | None = None):
+        self.run, self.name = run, run_name(run) if name is None else name
         self.split = str(run.config.get("data", {}).get("report_split", "test"))
         self.plans = run.read("plans").to_pylist()
         self.labels = findings.labels_of(run)
