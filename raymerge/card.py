@@ -133,4 +133,5 @@ def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
 
 def _markdown(header: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
     rows = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    # A stroke in a name, as of an alpha file, would end its cell.
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]

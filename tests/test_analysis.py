@@ -847,3 +847,8 @@ if __name__ == "__main__":  # python tests/test_analysis.py DIR: runs to look at
     for run in ("k13", "wide"):
         for script in (alphas_script, accuracy_script):
             script.main([str(folder / run)])
+
+
+def test_a_stroke_in_a_name_ends_no_cell():
+    table = plotting.markdown(["subset", "n|m"], [["a|b", 3], ["c", None]])
+    assert table.splitlines() == ["| subset | n\\|m |", "| :-- | --: |", "| a\\|b | 3 |", "| c | – |"]

@@ -382,6 +382,13 @@ def test_a_plan_from_an_alpha_file_is_not_taken_for_the_control_of_its_name(tmp_
     assert against.keys() == {"base", "drop", "drop (alpha file)"}
 
 
+def test_a_stroke_in_a_name_ends_no_cell_of_the_card(tmp_path):
+    lines = search_results(search_run(tmp_path / "run", control="mine | yours"), "found", "test")
+    header, *_, row = [line for line in lines if line.startswith(("| plan", "| mine"))]
+    assert row.startswith("| mine \\| yours | 3 |")
+    assert row.replace("\\|", "").count("|") == header.count("|")
+
+
 def test_the_name_of_an_alpha_file_may_have_a_comma(tmp_path):
     """The label of lines that end together was cut at commas to find its line: there was no page of such a run."""
     page = page_of([search_run(tmp_path / "run", control="mine, the second")], "raymerge report", Silent())
