@@ -571,6 +571,15 @@ def test_a_curve_holds_every_way_against_dropping(tmp_path):
     assert "perplexity_low" in json.dumps(figure.views[1].spec)
 
 
+def test_a_block_that_moves_layers_at_some_sizes_is_not_said_to_change_nothing(tmp_path):
+    """With one layer it can be the last, with three others: it was said to change no tensor, above its own changes."""
+    run = sweep_run(tmp_path / "curve")
+    run.append("receipts", [{"plan_id": "drop3", "tensor": "model.layers.1.mlp.up_proj.weight", "max_abs_change": 0.1,
+                             "relative_change": 0.7}], part="moved")  # fmt: skip
+    (receipt,) = blocks([curve.receipts(Reached(run))], Figure)
+    assert "Under drop (K = 1) nothing is averaged and no tensor changes" in receipt.caption
+
+
 def test_a_curve_leaves_ruined_models_out_of_its_figure_of_perplexities(tmp_path):
     """900 and 1,200 against 5: in the table, but 6.5 and 7 could not be told apart beside them."""
     run = sweep_run(tmp_path / "curve")
