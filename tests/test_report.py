@@ -571,6 +571,17 @@ def test_a_curve_holds_every_way_against_dropping(tmp_path):
     assert "perplexity_low" in json.dumps(figure.views[1].spec)
 
 
+def test_another_name_of_dropping_is_held_to_be_dropping(tmp_path):
+    run = sweep_run(tmp_path / "curve")
+    points = run.read("sweep").drop_columns("run_id").to_pylist()
+    points.sort(key=lambda row: row["method"] == "drop")
+    again = [{"method": "fixed_1", "plan_id": f"drop{row['merges']}"} if row["method"] == "fixed_0.5" else {}
+             for row in points]  # fmt: skip
+    run.replace("sweep", [row | other for row, other in zip(points, again, strict=True)])
+    best, _ = blocks([curve.answer(Reached(run))], Table)
+    assert [(row[2], row[-1]) for row in best.cells] == [("fixed_1 and 1 more", "dropping is best")] * 2
+
+
 def test_a_block_that_moves_layers_at_some_sizes_is_not_said_to_change_nothing(tmp_path):
     """With one layer it can be the last, with three others: it was said to change no tensor, above its own changes."""
     run = sweep_run(tmp_path / "curve")

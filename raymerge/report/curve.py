@@ -169,7 +169,7 @@ def _against_dropping(best: dict, drop: dict | None, known: dict[tuple[str, str]
     """What the paired test says of the best point and dropping as many layers."""
     if drop is None:
         return "–"
-    if best is drop:
+    if best["plan_id"] == drop["plan_id"]:  # which other ways can come to, such as fixed:1
         return "dropping is best"
     row = known.get((best["plan_id"], drop["plan_id"]))
     return "not compared" if row is None else f"{difference(row)}: {verdict(row)}"
