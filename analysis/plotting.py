@@ -185,9 +185,11 @@ def show_layers(axis, layers: list[int]) -> None:
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
-    """A Markdown table, first column to the left, the others to the right; None becomes an en dash."""
+    """A Markdown table, first column to the left, the others to the right; None becomes an en dash, and strokes in
+    names end no cell."""
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join("–" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+    cells = [["–" if cell is None else str(cell).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def number(value: float | None, digits: int = 3) -> str | None:

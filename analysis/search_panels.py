@@ -164,7 +164,8 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
     shown = [*kept, *(value for value, _ in levels)]
     room = 0.06 * (max(shown) - min(shown) or abs(max(shown)) or 1)
     axis.set_ylim(min(shown) - room, max(shown) + room)
-    unit = " (nats)" if lower else " (share of questions)" if "accuracy" in objective else ""
+    weighed = "+" in objective or "*" in objective  # a sum of shares is none
+    unit = " (nats)" if lower else "" if weighed else " (share of questions)"
     axis.set(
         xlabel="candidates evaluated",
         ylabel=f"{objective}{unit}, {'lower' if lower else 'higher'} is better",

@@ -112,9 +112,11 @@ def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
     asked = findings.asks_questions(run)
     always_a = findings.always_a_share(run, split) if asked else None
     chosen = "**on which the search chose**, so every figure of the found plan is too good."
+    same = asked and run.config.get("data", {}).get("search_split") == split
+    unseen = "by none of which the search chose." if same else "none of which the search saw."
     return [
         (f"On {lines[0]['n']} {split} questions, " if asked else "On plain text, ")
-        + (chosen if findings.chosen_on(run, split) else "none of which the search saw."),
+        + (chosen if findings.chosen_on(run, split) else unseen),
         f"The search objective was {', '.join(objectives)}. Every plan except base, the unmerged model, has the same "
         "number of layers. Intervals are 95 % intervals; perplexity is on plain text.",
         "",
@@ -131,4 +133,5 @@ def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
 
 def _markdown(header: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
     rows = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    # A stroke in a name, as of an alpha file, would end its cell.
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]

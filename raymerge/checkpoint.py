@@ -311,13 +311,17 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @cached_property
     def identity(self) -> str:
-        """First 16 hex digits of SHA-256 over the config and the weight files, wherever they lie."""
+        """First 16 hex digits of SHA-256 over the config, the weight files and, where the model's own Python is run,
+        that, wherever they lie."""
         config = read_json(self.directory / "config.json")
         # Which transformers wrote it and where from says nothing about what the model computes.
         for key in ("transformers_version", "_name_or_path"):
             config.pop(key, None)
+        run = config.get("auto_map") if self.trust_remote_code else None
+        code = {file.name: _sha256(file) for file in files_named(self.directory, ["*.py"])} if run else {}
         with ThreadPoolExecutor() as threads:  # hashing leaves the interpreter to others: large models are many files
-            return digest({"config": config, "weights": list(threads.map(_sha256, self._files))})
+            weights = list(threads.map(_sha256, self._files))
+        return digest({"config": config, "weights": weights} | ({"code": code} if code else {}))
 
     @cached_property
     def tokenizer_identity(self) -> str:

@@ -207,7 +207,8 @@ def print_search(run: RunDirectory, split: str) -> None:
         print(f"\n{caption}:")
         _print_table(header, cells)
     _print_tasks(run, best["plan_id"])
-    _print_lines("On the search questions" if asked else "On the search text", summary.search_lines(run))
+    on = "questions" if findings.judges_answers(run) else "text"
+    _print_lines(f"On the search {on}", summary.search_lines(run))
     _print_lines("Optimism of the search", summary.optimism_lines(run, split))
     _print_blocks(run)
     _print_lines("Speed of this call", summary.pace_lines(run))

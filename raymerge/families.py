@@ -178,6 +178,10 @@ def architecture_of(config: Any) -> Architecture:
             raise ArchitectureError(
                 f"{model_type} with {key} = {value!r} is not supported; supported is {' or '.join(map(repr, known))}"
             )
+    if family.logit_divisor and not getattr(config, family.logit_divisor):
+        raise ArchitectureError(
+            f"{model_type} with {family.logit_divisor} = 0 has no logits, which are divided by it: correct the config"
+        )
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     sizes = {
@@ -238,11 +242,23 @@ def attention_windows(config: Any) -> list[int | None]:
     if unknown := sorted(set(types) - known):
         raise ArchitectureError(f"layer types {unknown} are not supported; supported are {', '.join(sorted(known))}")
     window, windows = getattr(config, "sliding_window", None), ARCHITECTURES[config.model_type].windows
+    sliding = types.index("sliding_attention") if "sliding_attention" in types else None
+    # transformers' cache follows layer_types in every family: it would forget what these masks see.
+    if sliding is not None and windows == "none":
+        raise ArchitectureError(
+            f"layer_types has sliding_attention for layer {sliding}, but layers of {config.model_type} have no "
+            "attention windows: make those layers full_attention"
+        )
+    if sliding is not None and window is None:  # which transformers can load, but not run
+        raise ArchitectureError(
+            f"layer_types has sliding_attention for layer {sliding}, but the config gives no sliding_window (or "
+            "use_sliding_window is false): set it, or make those layers full_attention"
+        )
+    if window is not None and window < 1 and (windows == "all" or sliding is not None):
+        raise ArchitectureError(
+            f"sliding_window is {window}, but a window holds at least the position itself: set it to 1 or more, or to "
+            "null for full attention"
+        )
     if windows == "layer_types":
-        if window is None and "sliding_attention" in types:  # which transformers can load, but not run
-            raise ArchitectureError(
-                f"layer_types has sliding_attention for layer {types.index('sliding_attention')}, but the config gives "
-                "no sliding_window (or use_sliding_window is false): set it, or make those layers full_attention"
-            )
         return [window if kind == "sliding_attention" else None for kind in types]
     return [window if windows == "all" else None] * config.num_hidden_layers

@@ -172,11 +172,15 @@ def searched_names(run: RunDirectory) -> list[str]:
     return parse_objective(run.config["search"]["objective"]).judged_on
 
 
+def judges_answers(run: RunDirectory) -> bool:
+    """Whether a search chose by questions: one for text_nll alone chooses by the text, also where it asks some."""
+    return asks_questions(run) and parse_objective(run.config["search"]["objective"]).needs_answers
+
+
 def chosen_on(run: RunDirectory, split: str) -> bool:
     """Whether a run's search chose by the questions of this split, so that figures on it are no test."""
-    return (
-        run.experiment == "search" and asks_questions(run) and run.config.get("data", {}).get("search_split") == split
-    )
+    same = run.experiment == "search" and run.config.get("data", {}).get("search_split") == split
+    return same and judges_answers(run)
 
 
 def degenerate_layers(run: RunDirectory) -> dict[tuple[str, str], set[int]]:

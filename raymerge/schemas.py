@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -273,7 +274,8 @@ RUINED = 10.0
 
 def plan_labels(plans: Iterable[dict], trials: Iterable[dict]) -> dict[str, str]:
     """plan_id -> what the plan is called wherever it is shown: its names joined by ' = ' (a found plan can be the base
-    plan), plans in order of appearance.
+    plan), plans in order of appearance, no two of them alike: a plan from an alpha file has the file's name, and the
+    published base.json is not the unmerged model.
 
     The control of random coefficients is named by how many it is the best of, since what is found beside it is the best
     of more as a rule. plans, trials: rows of these tables.
@@ -281,9 +283,15 @@ def plan_labels(plans: Iterable[dict], trials: Iterable[dict]) -> dict[str, str]
     drawn = sum(row["searcher"] == "random" and row["status"] == "ok" for row in trials)
     control = f"best of {drawn} random" if drawn else "best of random"
     names: dict[str, dict[str, None]] = {}
+    kinds: dict[str, str] = {}
     for row in plans:
         names.setdefault(row["plan_id"], {})[control if row["kind"] == "random" else row["name"]] = None
-    return {plan_id: " = ".join(known) for plan_id, known in names.items()}
+        kinds.setdefault(row["plan_id"], row["kind"])
+    labels = {plan_id: " = ".join(known) for plan_id, known in names.items()}
+    for mark in (lambda plan_id: " (alpha file)" * (kinds[plan_id] == "file"), lambda plan_id: f" ({plan_id})"):
+        counts = Counter(labels.values())
+        labels = {key: label + mark(key) * (counts[label] > 1) for key, label in labels.items()}
+    return labels
 
 
 def way_of(row: dict) -> str:

@@ -6,10 +6,10 @@ import math
 import textwrap
 
 from raymerge.findings import (
-    asks_questions,
     chosen_on,
     comparison_rows,
     degenerate_layers,
+    judges_answers,
     labels_of,
     objective_value,
     of_plan,
@@ -216,7 +216,7 @@ def optimism_lines(run: RunDirectory, split: str) -> list[str]:
     if found["plan_id"] not in gaps:
         return []
     gap, reported = gaps.pop(found["plan_id"])
-    asked = asks_questions(run)
+    asked = judges_answers(run)
     chosen = f"the {found['n_questions']} questions it was chosen on" if asked else "the text it was chosen on"
     lines = [
         f"{best['name']}: {objective} {found['value']:.4f} on {chosen}, {reported:.4f} on the report's: optimism "

@@ -566,6 +566,11 @@ def test_progress_says_how_surely_the_best_is_known(tmp_path, monkeypatch):
     search_panels.draw_progress(one, [], {}, tmp_path / "z.png")
     names = [text.get_text() for text in drawn["z.png"].legends[0].get_texts()]
     assert names == ["bayes, running best (4 candidates)", "gradient, running best (1 candidate)"]
+    summed = {"bayes": [row | {"objective": "micro_accuracy+0.5*macro_accuracy"} for row in rows["bayes"]]}
+    search_panels.draw_progress(summed, [], {}, tmp_path / "s.png")  # up to 1.5, which is no share
+    labels = [drawn[name].axes[0].get_ylabel() for name in ("x.png", "y.png", "s.png")]
+    assert labels == ["micro_accuracy (share of questions), higher is better", "answer_nll (nats), lower is better",
+                      "micro_accuracy+0.5*macro_accuracy, higher is better"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -847,3 +852,8 @@ if __name__ == "__main__":  # python tests/test_analysis.py DIR: runs to look at
     for run in ("k13", "wide"):
         for script in (alphas_script, accuracy_script):
             script.main([str(folder / run)])
+
+
+def test_a_stroke_in_a_name_ends_no_cell():
+    table = plotting.markdown(["subset", "n|m"], [["a|b", 3], ["c", None]])
+    assert table.splitlines() == ["| subset | n\\|m |", "| :-- | --: |", "| a\\|b | 3 |", "| c | – |"]

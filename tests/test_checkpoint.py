@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import tiny
 import torch
+import transformers
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -158,6 +159,25 @@ def test_identity_changes_with_one_weight_and_with_the_config(llama, copy):
     state["model.layers.4.mlp.down_proj.weight"][3, 7] += 2**-20
     save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
     assert Checkpoint(str(copy)).identity != one
+
+
+def test_identity_changes_with_the_models_own_code_where_that_is_run(copy, tmp_path, monkeypatch):
+    """A run was continued, and cached states were taken, that other code had made."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    plain = Checkpoint(str(copy)).identity
+    assert Checkpoint(str(copy), trust_remote_code=True).identity == plain
+    (copy / "convert.py").write_text("")  # which nothing runs
+    assert Checkpoint(str(copy), trust_remote_code=True).identity == plain
+    code = "from transformers import LlamaConfig, LlamaForCausalLM\nclass OwnConfig(LlamaConfig):\n    pass\n"
+    code += "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    edit_config(copy, auto_map={"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"})
+    found = []
+    for text in (code, code + "# otherwise\n"):
+        (copy / "own_code.py").write_text(text)
+        found.append([Checkpoint(str(copy), trust_remote_code=trusted).identity for trusted in (False, True)])
+    (untrusted, one), (still, another) = found
+    assert untrusted == still and len({plain, untrusted, one, another}) == 4
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,14 @@ from transformers import AutoConfig, LlamaConfig
 
 import raymerge.families
 from raymerge.architectures import ArchitectureError
-from raymerge.families import FIXED_ROPE_TYPES, NO_ROTARY, architecture_of, attention_windows, rotary_types
+from raymerge.families import (
+    ARCHITECTURES,
+    FIXED_ROPE_TYPES,
+    NO_ROTARY,
+    architecture_of,
+    attention_windows,
+    rotary_types,
+)
 
 torch.set_num_threads(1)
 
@@ -24,7 +31,8 @@ def test_windows_are_those_of_transformers(family, window):
     config = tiny.config_of(family)
     if window is not None:
         config.sliding_window = window
-        if not getattr(config, "layer_types", None):  # a list that the family does not read
+        if not getattr(config, "layer_types", None) and ARCHITECTURES[config.model_type].windows != "none":
+            # a list that the family does not read
             config.layer_types = ["full_attention", "sliding_attention"] * 2 + ["full_attention"]
     for number, window in enumerate(attention_windows(config)):
         single = copy.deepcopy(config)
@@ -66,6 +74,42 @@ def test_a_sliding_layer_without_a_window_is_refused():
         ArchitectureError, match="sliding_attention for layer 3, but the config gives no sliding_window"
     ):
         attention_windows(config)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_a_sliding_layer_of_a_family_without_windows_is_refused(window):
+    """transformers' masks of it see everything, and its cache is that of a sliding layer: with a window generation
+    forgets, without one it fails, and only the proof said so, after all the work."""
+    config = tiny.config_of("llama", layer_types=["full_attention"] * 4 + ["sliding_attention"])
+    config.sliding_window = window
+    with pytest.raises(ArchitectureError, match="sliding_attention for layer 4, but layers of llama have no attention"):
+        attention_windows(config)
+    model, ids = tiny.random_model(config).eval(), torch.arange(1, 41)[None]
+    if window is None:
+        with pytest.raises((AttributeError, TypeError)):
+            model.generate(ids, max_new_tokens=2, do_sample=False)
+        return
+    model.generation_config.eos_token_id = None
+    told = model.generate(ids, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    with torch.inference_mode():
+        whole = model(told.sequences[:, :-1], use_cache=False).logits[0, -2:]
+    assert torch.allclose(told.logits[0][0], whole[0], atol=1e-4)
+    assert not torch.allclose(told.logits[1][0], whole[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [0, -1])
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_a_window_of_no_position_is_refused(family, window):
+    with pytest.raises(ArchitectureError, match=f"sliding_window is {window}, but a window holds at least"):
+        attention_windows(tiny.config_of(family, sliding_window=window))
+    unread = tiny.config_of("llama")
+    unread.sliding_window = window
+    assert attention_windows(unread) == [None] * 5
+
+
+def test_logits_divided_by_nothing_are_refused():
+    with pytest.raises(ArchitectureError, match="granite with logits_scaling = 0 has no logits"):
+        architecture_of(tiny.config_of("granite", logits_scaling=0.0))
 
 
 def test_unknown_layer_types_are_refused():

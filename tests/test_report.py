@@ -236,6 +236,18 @@ def test_a_plan_chosen_by_the_reports_own_questions_is_said_to_be(tmp_path, sear
         assert ("of the same split as the report's" in progress) == expected == ("not the report's" not in progress)
 
 
+def test_a_search_that_asks_questions_but_judges_by_text_chose_by_none_of_them(tmp_path):
+    run = search_run(tmp_path / "run", search_split="test", objective="text_nll")
+    assert not findings.chosen_on(run, "test")
+    reached = Reached(run)
+    words = "\n".join(block.text for block in blocks([plans.answer(reached)], Text))
+    assert "too good" not in words and "text_nll" in words and "on the text it was chosen on" in words
+    assert "questions it was chosen on" not in words and "the difference between the two texts" in words
+    progress = blocks([searched.search(reached)], Figure)[0].caption
+    assert progress.startswith("Measured on the search text, not the report's (lower is better)")
+    assert "120 test questions, by none of which the search chose." in search_results(run, "found", "test")[0]
+
+
 def test_without_a_manifest_the_best_is_not_the_one_that_the_report_likes(tmp_path):
     run = search_run(tmp_path / "run")
     kinds = {"fixed": "found"}  # as of two searchers; stored before the one that the search chose
@@ -247,6 +259,26 @@ def test_without_a_manifest_the_best_is_not_the_one_that_the_report_likes(tmp_pa
     ])  # fmt: skip
     run.write_manifest("failed", error="the proof")
     assert Reached(run).best["plan_id"] == "found"
+
+
+def test_without_a_manifest_a_control_that_was_found_again_is_the_best(tmp_path):
+    """Its rows stand among the controls and at the end; the last one found elsewhere was taken for the best."""
+    run = search_run(tmp_path / "run")
+    plans = run.read("plans").drop_columns("run_id").to_pylist()
+    again = [row | {"kind": "found", "name": "found_random"} for row in plans if row["plan_id"] == "drop"]
+    run.replace("plans", plans + again)
+    run.write_manifest("failed", error="the proof")
+    reached = Reached(run)
+    assert reached.best["label"] == "drop = found_random" and reached.best["kind"] == "found"
+
+
+def test_a_search_by_random_candidates_is_said_to_have_no_random_control(tmp_path, search):
+    facts = {fact.term: fact for fact in asked.asked(search).blocks[0].facts}
+    assert facts["Search"].note == "2 random candidates as a control"
+    search.config["search"] |= {"searcher": ["bayes", "random"]}
+    facts = {fact.term: fact for fact in asked.asked(search).blocks[0].facts}
+    search.config["search"] |= {"searcher": "bayes"}
+    assert facts["Search"].note == ""
 
 
 def test_a_gain_by_an_uncorrected_p_alone_is_no_gain(search):
@@ -339,6 +371,32 @@ def test_lines_that_end_together_have_one_label_above_them_all():
     assert [row["label"] for row in rows] == ["", "best of 5 random, drop", "fixed"]
 
 
+def test_a_plan_from_an_alpha_file_is_not_taken_for_the_control_of_its_name(tmp_path):
+    run = search_run(tmp_path / "run", control="drop")
+    run.replace("plans", [row | {"kind": "file"} if row["plan_id"] == "fixed" else row
+                          for row in run.read("plans").drop_columns("run_id").to_pylist()])  # fmt: skip
+    reached = Reached(run)
+    told = {line["label"]: described(line).split(" (")[0] for line in reached.lines}
+    assert told["drop"] == "last layers dropped" and told["drop (alpha file)"] == "given coefficients"
+    against = {row["against"]: row["difference"] for row in subjects.difference_rows(reached)}
+    assert against.keys() == {"base", "drop", "drop (alpha file)"}
+
+
+def test_a_stroke_in_a_name_ends_no_cell_of_the_card(tmp_path):
+    lines = search_results(search_run(tmp_path / "run", control="mine | yours"), "found", "test")
+    header, row, _ = [line for line in lines if line.startswith(("| plan", "| mine"))]
+    assert row.startswith("| mine \\| yours | 3 |")
+    assert row.replace("\\|", "").count("|") == header.count("|")
+
+
+def test_the_name_of_an_alpha_file_may_have_a_comma(tmp_path):
+    """The label of lines that end together was cut at commas to find its line: there was no page of such a run."""
+    page = page_of([search_run(tmp_path / "run", control="mine, the second")], "raymerge report", Silent())
+    (figure,) = [one for one in blocks(page.sections, Figure) if one.title == "Alpha of every merge step"]
+    labels = {row["plan"]: row["label"] for row in as_dicts(figure.rows) if row["label"]}
+    assert labels["mine, the second"] == "mine, the second"
+
+
 def test_the_best_so_far_never_gets_worse(search):
     progress, descents = blocks([searched.search(Reached(search))], Figure)
     rows = as_dicts(progress.rows)
@@ -393,7 +451,7 @@ def test_a_caption_names_no_panel_that_is_not_there(tmp_path):
 def test_points_at_the_ends_of_an_axis_are_whole(tmp_path, search):
     """Drawings that zoom are cut at their edges: half of each best candidate was, and the control's name above it."""
     for run in (search, sweep_run(tmp_path / "w"), sensitivity_run(tmp_path / "t")):
-        for figure in blocks(run_sections(run, heading=False), Figure):
+        for figure in blocks(run_sections(run, heading=None), Figure):
             for layer in (layer for view in figure.views for layer in view.spec["layer"]):
                 if not isinstance(layer["mark"], dict) or layer["mark"]["type"] != "point":
                     continue
@@ -513,6 +571,26 @@ def test_a_curve_holds_every_way_against_dropping(tmp_path):
     assert "perplexity_low" in json.dumps(figure.views[1].spec)
 
 
+def test_another_name_of_dropping_is_held_to_be_dropping(tmp_path):
+    run = sweep_run(tmp_path / "curve")
+    points = run.read("sweep").drop_columns("run_id").to_pylist()
+    points.sort(key=lambda row: row["method"] == "drop")
+    again = [{"method": "fixed_1", "plan_id": f"drop{row['merges']}"} if row["method"] == "fixed_0.5" else {}
+             for row in points]  # fmt: skip
+    run.replace("sweep", [row | other for row, other in zip(points, again, strict=True)])
+    best, _ = blocks([curve.answer(Reached(run))], Table)
+    assert [(row[2], row[-1]) for row in best.cells] == [("fixed_1 and 1 more", "dropping is best")] * 2
+
+
+def test_a_block_that_moves_layers_at_some_sizes_is_not_said_to_change_nothing(tmp_path):
+    """With one layer it can be the last, with three others: it was said to change no tensor, above its own changes."""
+    run = sweep_run(tmp_path / "curve")
+    run.append("receipts", [{"plan_id": "drop3", "tensor": "model.layers.1.mlp.up_proj.weight", "max_abs_change": 0.1,
+                             "relative_change": 0.7}], part="moved")  # fmt: skip
+    (receipt,) = blocks([curve.receipts(Reached(run))], Figure)
+    assert "Under drop (K = 1) nothing is averaged and no tensor changes" in receipt.caption
+
+
 def test_a_curve_leaves_ruined_models_out_of_its_figure_of_perplexities(tmp_path):
     """900 and 1,200 against 5: in the table, but 6.5 and 7 could not be told apart beside them."""
     run = sweep_run(tmp_path / "curve")
@@ -569,7 +647,7 @@ def test_refits_of_one_method_are_ways_of_their_own(tmp_path):
 
 def test_a_similarity_tells_of_its_own_examples_and_languages(tmp_path):
     def questions(run):
-        (facts,) = blocks(run_sections(run, heading=False)[-1:], Facts)
+        (facts,) = blocks(run_sections(run, heading=None)[-1:], Facts)
         return {fact.term: fact.value for fact in facts.facts}["Questions"]
 
     assert questions(similarity_run(tmp_path / "s")) == "/data, language en"
@@ -578,7 +656,7 @@ def test_a_similarity_tells_of_its_own_examples_and_languages(tmp_path):
 
 def test_similarity_is_held_against_noise(tmp_path):
     run = similarity_run(tmp_path / "s", subsets=("medical", "law", "math"), warnings=["too few samples"])
-    (structure, agreement), notices = blocks([layers.answer(run)], Text), run_sections(run, heading=False)[0].blocks
+    (structure, agreement), notices = blocks([layers.answer(run)], Text), run_sections(run, heading=None)[0].blocks
     # 1 / (1 + distance) is above 0.3 up to a distance of 2: 9 of the 14 defined pairs of six layers
     assert structure.text.startswith(f"In {100 * 9 / 14:.0f} % of all pairs of layers, over 3 subsets")
     # intervals reach the ceiling sqrt(0.96 * 0.94) = 0.950 in the first pair alone
@@ -652,7 +730,7 @@ def test_half_a_matrix_stands_for_both():
 
 
 def test_sensitivity_names_the_setting_that_matters(tmp_path):
-    (section,) = [s for s in run_sections(sensitivity_run(tmp_path / "s"), heading=False) if s.title == "The answer"]
+    (section,) = [s for s in run_sections(sensitivity_run(tmp_path / "s"), heading=None) if s.title == "The answer"]
     assert "The matrix of sigma = 8.0 agrees least with the reference (r = 0.20)" in blocks([section], Text)[0].text
     (figure,) = blocks([section], Figure)
     assert len(figure.rows.values) == 3 and not figure.title.endswith("?")  # the page puts a full stop after it
@@ -668,7 +746,7 @@ def test_merges_that_stay_the_same_are_those_of_changed_settings(tmp_path):
         for parameter, setting, same, note in unchanged
     ])  # fmt: skip
     run.config["similarity"]["seed"] = 0
-    (text, *_) = blocks(run_sections(run, heading=False), Text)
+    (text, *_) = blocks(run_sections(run, heading=None), Text)
     assert text.text.endswith("over all changed settings, 55 % of the merges stay the same.")
 
 
@@ -690,7 +768,7 @@ def test_undefined_settings_are_spoken_of_where_there_are_some(tmp_path):
     run = sensitivity_run(tmp_path / "s")
     rows = [row for row in run.read("sensitivity").to_pylist() if row["pearson_off_diagonal"] is not None]
     run.replace("sensitivity", rows)
-    (figure,) = blocks(run_sections(run, heading=False), Figure)
+    (figure,) = blocks(run_sections(run, heading=None), Figure)
     assert figure.caption.endswith("off the diagonal.")
 
 
@@ -727,6 +805,32 @@ def test_evaluated_models_are_tested_against_each_other_and_drawn_below_each_oth
     assert figure.views[0].spec["layer"][1]["encoding"]["y"]["sort"] == ["a", "b"]
     (table,) = [table for table in blocks(page.sections, Table) if table.caption.startswith("Every plan")][:1]
     assert "In brackets" not in table.caption  # nothing is merged or dropped
+
+
+def test_runs_in_folders_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    """Models A and B, each evaluated into a folder eval, stood on one line of the figure, both called eval."""
+    runs = []
+    for name in ("a/eval", "b/eval", "b/own"):
+        run = RunDirectory.open(tmp_path / name, {"model": {"path": f"/models/{name[0]}"}}, "evaluate")
+        run.begin()
+        evaluated(
+            run, {"base": base_plan(8)}, {"base": 0.5}, subjects=("law",), perplexities={}, pairs=[], seed=len(runs)
+        )
+        run.write_manifest("complete", command=["raymerge", "evaluate"])
+        runs.append(run)
+    names = ["a/eval", "b/eval", "own"]
+    assert asked.run_names(runs) == names and asked.run_names([runs[0], runs[2], runs[0]]) == ["eval", "own", "eval"]
+    page = page_of(runs, "raymerge report", Silent())
+    assert [section.short for section in page.sections if section.short] == names
+    assert page.lead == "evaluate: a/eval, b/eval, own."
+    (figure,) = blocks([page.sections[0]], Figure)
+    assert {row["run"] for row in as_dicts(figure.rows)} == {*names}
+    table, tests = blocks([page.sections[0]], Table)
+    assert [row[0] for row in table.cells] == names
+    assert tests.cells[0][:2] == ("a/eval: base", "b/eval: base") and "of the first" not in tests.caption
+    monkeypatch.setattr(compared, "_PAIRED", 2)
+    tests = blocks([page_of(runs, "raymerge report", Silent()).sections[0]], Table)[1]
+    assert len(tests.cells) == 1 and "evaluated models (of the first 2 of these runs), on" in tests.caption
 
 
 def test_a_run_that_searched_on_the_reports_questions_is_marked_beside_others(tmp_path, search):
@@ -779,7 +883,7 @@ def test_the_random_control_is_called_the_best_of_as_many_as_were_tried(tmp_path
 def test_captions_of_imported_matrices_speak_of_no_noise_that_is_not_known(tmp_path):
     runs = {"imported": imported_run(tmp_path / "run", ["a", "b", "c"]), "own": similarity_run(tmp_path / "own")}
     captions = {
-        name: " ".join(figure.caption for figure in blocks(run_sections(run, heading=False), Figure))
+        name: " ".join(figure.caption for figure in blocks(run_sections(run, heading=None), Figure))
         for name, run in runs.items()
     }
     for words in ("White dot", "ceiling", "95 %"):
@@ -822,7 +926,7 @@ def test_an_evaluation_without_questions_has_its_perplexity_and_its_tasks(tmp_pa
     run.append("task_accuracy", [task_accuracy("base", 40)])
     run.append("plans", rows.plan_rows(base_plan(LAYERS), "base"))
     run.write_manifest("complete", text_hash="x")
-    answer, further, asked_of = run_sections(run, heading=False)
+    answer, further, asked_of = run_sections(run, heading=None)
     assert "Its perplexity on plain text is 7.50 [" in blocks([answer], Text)[0].text
     (table,) = blocks([answer], Table)
     assert table.header == ("plan", "what it is", "layers", "perplexity") and table.cells[0][:2] == ("base", "unmerged")
@@ -849,7 +953,7 @@ def test_tasks_stand_on_the_page_of_a_search_with_the_comparisons_of_the_best(tm
          "ci_high": -0.1, "p_value": 0.01, "p_holm": 0.02, "test": "mcnemar_exact"}
         for other in ("base", "drop")
     ])  # fmt: skip
-    (section,) = (each for each in run_sections(run, heading=False) if each.title == "Further tasks")
+    (section,) = (each for each in run_sections(run, heading=None) if each.title == "Further tasks")
     accuracies, differences = section.blocks
     assert [row[0] for row in accuracies.cells] == ["base", "found_bayes"]
     assert [row[2:5] for row in differences.cells] == [
@@ -931,7 +1035,7 @@ def test_no_specification_holds_foreign_text_as_an_expression(tmp_path):
             for value in spec:
                 yield from expressions(value)
 
-    for figure in blocks(run_sections(run, heading=False), Figure):
+    for figure in blocks(run_sections(run, heading=None), Figure):
         for view in figure.views:
             assert not any("alert" in text for text in expressions(view.spec))
 
@@ -948,7 +1052,7 @@ def test_the_page_needs_nothing_else(search):
 
 
 def test_every_figure_says_where_its_rows_lie_and_what_made_them(search):
-    sections = run_sections(search, heading=False)
+    sections = run_sections(search, heading=None)
     text = unescape(render.to_html(page_of([search], "", Silent())))
     for figure in blocks(sections, Figure):
         assert figure.rows.values and figure.command == "raymerge search made.yaml"
@@ -979,7 +1083,7 @@ def test_specifications_compile(tmp_path, search):
     runs = [search, sweep_run(tmp_path / "w"), similarity_run(tmp_path / "s"), sensitivity_run(tmp_path / "t")]
     seen = 0
     for run in runs:
-        for figure in blocks(run_sections(run, heading=False), Figure):
+        for figure in blocks(run_sections(run, heading=None), Figure):
             for view in figure.views:
                 compiled = vl_convert.vegalite_to_vega(view.spec | {"datasets": {"rows": as_dicts(figure.rows)}})
                 names = {signal["name"] for signal in _signals(compiled)}

@@ -229,6 +229,16 @@ def test_labels_join_a_plans_names_and_count_the_random_ones_that_were_scored():
     assert plan_labels(plans, [])["b"] == "best of random"
 
 
+def test_no_two_plans_are_called_alike():
+    """The published base.json was called as the unmerged model is, and figures drew both on one line."""
+    named = [("a", "base", "base"), ("b", "drop", "drop"), ("c", "base", "file"), ("d", "half", "fixed"),
+             ("e", "half", "fixed"), ("f", "mine", "file")]  # fmt: skip
+    plans = [{"plan_id": plan, "name": name, "kind": kind} for plan, name, kind in named]
+    assert [*plan_labels(plans, []).values()] == [
+        "base", "drop", "base (alpha file)", "half (d)", "half (e)", "mine"
+    ]  # fmt: skip
+
+
 def test_layers_are_written_as_ranges():
     assert layer_ranges([5, 1, 2, 0, 8, 7]) == "0-2, 5, 7-8" and layer_ranges([]) == ""
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 from test_heuristics import planted
 
 from raymerge.alpha_files import alpha_file_text
@@ -18,7 +19,7 @@ from raymerge.experiments.compression_sweep import _points, _starts, _Sweep, swe
 from raymerge.experiments.planning import Similarity
 from raymerge.experiments.reporting import Reporter
 from raymerge.inputs import RETRIEVAL
-from raymerge.plan import tail_plan
+from raymerge.plan import PlanError, tail_plan
 from raymerge.progress import Silent
 from raymerge.tables import RunDirectory
 
@@ -52,6 +53,26 @@ def steps_of(point):
 
 
 # -- points ----------------------------------------------------------------------------------------------------------
+
+
+def test_ratios_that_differ_have_points_of_their_own():
+    """fixed:0.1234561 and fixed:0.1234562 were one method with two points at every number of layers."""
+    _, _, points = points_of('sweep.methods=["fixed:0.1234561", "fixed:0.1234562", "fixed:0.50"]', *PLAIN)
+    names = [point.method for point in points if point.merges == 1]
+    assert names == ["fixed_0.1234561", "fixed_0.1234562", "fixed_0.5"]
+    assert len({point.plan.name for point in points}) == len(points)
+
+
+def test_a_point_that_cannot_be_averaged_is_named(tmp_path):
+    config = load_config(None, ["sweep.merges=[1, 2]", 'sweep.methods=[drop, "fixed:0.5"]', *PLAIN])
+    kinds = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
+    folder = tiny.make_checkpoint(tmp_path / "gemma2", "gemma2", layer_types=kinds)
+    inputs = Inputs(questions={}, checkpoint=Checkpoint(str(folder)))
+    with pytest.raises(
+        PlanError, match=r"^fixed_0.5 with 1 merged: layers .* Take fixed_0.5 out of sweep.methods, or 1"
+    ):
+        _points(config, inputs, None, {})
+
 
 METHODS = [
     "drop", "before_last", "drop_block", "block_influence", "fixed:0.60", "similarity", "similarity_ratio",

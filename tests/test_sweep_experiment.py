@@ -236,7 +236,7 @@ def test_plain_text_alone_judges_every_point_where_no_questions_are_asked(run, l
 
     header, cells = summary.sweep_table(found, "test")
     assert header == ["merged", "method", "text ppl [95 %]"] and len(cells) == 7  # nothing else differs
-    (section,) = (each for each in run_sections(found, heading=False) if each.title == "The answer")
+    (section,) = (each for each in run_sections(found, heading=None) if each.title == "The answer")
     by_kind = {block.kind: block for block in section.blocks}
     assert by_kind["text"].text.startswith("The unmerged model's perplexity on plain text is 3.")
     assert "accura" not in str(section.blocks).lower()

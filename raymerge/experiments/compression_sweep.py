@@ -43,6 +43,7 @@ from raymerge.heuristics import least_influence_plan, most_similar_pairs, pair_a
 from raymerge.inputs import CALIBRATION, REPORT, RETRIEVAL
 from raymerge.plan import (
     MergePlan,
+    PlanError,
     base_plan,
     before_last_plan,
     block_pairs,
@@ -148,7 +149,14 @@ def _points(config: Config, inputs: Inputs, similarity: Similarity | None, block
     # Each once, however often, and however spelt (fixed:0.5, fixed:0.50), it was asked for.
     points = list(dict.fromkeys(variant for point in points for variant in _refitted(config, inputs, point)))
     for point in points:
-        check_mergeable(inputs.checkpoint, point.plan)
+        try:
+            check_mergeable(inputs.checkpoint, point.plan)
+        except PlanError as error:  # the curve that is asked for, or none: a gap would be taken for a choice
+            method, merges = point.method, point.merges
+            raise PlanError(
+                f"{method} with {merges} merged: {error}. Take {method} out of sweep.methods, or {merges} out of "
+                "sweep.merges"
+            ) from error
         check_refittable(inputs.checkpoint, point.plan)
     return points
 
@@ -216,8 +224,11 @@ def _averaged(
 
 
 def _method_name(method: str) -> str:
-    """fixed:RATIO as points and plans are named."""
-    return f"fixed_{float(method.removeprefix('fixed:')):g}" if method.startswith("fixed:") else method
+    """fixed:RATIO as points and plans are named: alike only where the ratios are."""
+    if not method.startswith("fixed:"):
+        return method
+    ratio = float(method.removeprefix("fixed:"))
+    return f"fixed_{ratio:g}" if float(f"{ratio:g}") == ratio else f"fixed_{ratio!r}"
 
 
 def _refitted(config: Config, inputs: Inputs, point: Point) -> list[Point]:

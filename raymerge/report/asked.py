@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import yaml
 
@@ -44,7 +44,24 @@ def model_name(run: RunDirectory) -> str:
 
 def run_name(run: RunDirectory) -> str:
     """A run's name: the last part of its path."""
-    return run.path_of().rstrip("/").rsplit("/", 1)[-1]
+    return _parts(run)[-1]
+
+
+def run_names(runs: Sequence[RunDirectory]) -> list[str]:
+    """The names of runs that stand on one page: of those alike, as many last parts of their paths as tell them apart
+    (a/eval and b/eval)."""
+    every = [_parts(run) for run in runs]
+
+    def name(parts: list[str]) -> str:
+        others = [other for other in every if other != parts]
+        needed = (n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others))
+        return "/".join(parts[-next(needed, len(parts)) :])
+
+    return [name(parts) for parts in every]
+
+
+def _parts(run: RunDirectory) -> list[str]:
+    return without_secrets(run.path_of().rstrip("/")).split("/")
 
 
 def unfinished(run: RunDirectory) -> list[Block]:
@@ -183,7 +200,10 @@ def _search(config: dict, experiment: str) -> list[Fact]:
         Fact(
             "Search",
             "; ".join([listed(searchers), *how]),
-            f"{plural(search.get('random_candidates') or 0, 'random candidate')} as a control",
+            # A search by random candidates has no other ones as a control.
+            ""
+            if "random" in searchers
+            else f"{plural(search.get('random_candidates') or 0, 'random candidate')} as a control",
         ),
         Fact("Objective", str(search.get("objective")), "" if ceiling is None else f"perplexity at most {ceiling}"),
         *_refits(config.get("plan", {}), [config.get("plan", {}).get("refit")]),

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from raymerge.identity import software
 from raymerge.progress import Progress
 from raymerge.report import compared, curve, layers, plans, receipts, searched, subjects
-from raymerge.report.asked import asked, command_of, model_name, run_name, unfinished
+from raymerge.report.asked import asked, command_of, model_name, run_names, unfinished
 from raymerge.report.content import Block, Notice, Page, Section, Table, Text
 from raymerge.report.plans import plan_table
 from raymerge.report.reached import Reached, missing
@@ -89,20 +89,21 @@ def page_of(runs: Sequence[RunDirectory], command: str, progress: Progress) -> P
     """The page of one run or of several; `command` is what made it."""
     progress.stage("reading runs", len(runs))
     sections: list[Section] = []
+    names = run_names(runs)
     if len(runs) > 1:
-        reached = [Reached(run) for run in runs]
+        reached = [Reached(run, name) for run, name in zip(runs, names, strict=True)]
         with_plans = [one for one in reached if one.lines]
-        others = [(run_name(o.run), o.run.experiment, model_name(o.run)) for o in reached if not o.lines]
+        others = [(o.name, o.run.experiment, model_name(o.run)) for o in reached if not o.lines]
         sections.append(compared.compared(with_plans, others))
-    for number, run in enumerate(runs, 1):
-        sections += run_sections(run, heading=len(runs) > 1)
+    for number, (run, name) in enumerate(zip(runs, names, strict=True), 1):
+        sections += run_sections(run, heading=name if len(runs) > 1 else None)
         progress.advance(number)
     if words := tuple(dict.fromkeys(word for run in runs for word in GLOSSARY.get(run.experiment, ()))):
         table = Table("Terms on this page", ("term", "meaning"), words, words=(0, 1))
         sections.append(Section("Glossary", (table,), level=2 if len(runs) > 1 else 3))
     first = runs[0]
     title = title_of(first) if len(runs) == 1 else f"{len(runs)} runs of raymerge"
-    lead = question_of(first) if len(runs) == 1 else _lead(runs)
+    lead = question_of(first) if len(runs) == 1 else _lead(runs, names)
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return Page(
         title,
@@ -123,20 +124,19 @@ def question_of(run: RunDirectory) -> str:
     return _QUESTIONS.get(run.experiment, f"A run of {run.experiment}.")
 
 
-def _lead(runs: Sequence[RunDirectory]) -> str:
+def _lead(runs: Sequence[RunDirectory], names: Sequence[str]) -> str:
     kinds: dict[str, list[str]] = {}
-    for run in runs:
-        kinds.setdefault(run.experiment, []).append(run_name(run))
-    return "; ".join(f"{experiment}: {', '.join(names)}" for experiment, names in kinds.items()) + "."
+    for run, name in zip(runs, names, strict=True):
+        kinds.setdefault(run.experiment, []).append(name)
+    return "; ".join(f"{experiment}: {', '.join(own)}" for experiment, own in kinds.items()) + "."
 
 
-def run_sections(run: RunDirectory, *, heading: bool) -> list[Section]:
-    """Everything about one run: what is amiss, the answer, what was asked, the figures."""
+def run_sections(run: RunDirectory, *, heading: str | None) -> list[Section]:
+    """Everything about one run: what is amiss, the answer, what was asked, the figures. heading: the run's name where
+    it has a section of its own, as beside others."""
     begin: list[Block] = [Text(question_of(run))] if heading else []
     begin += unfinished(run)
-    found = (
-        [Section(f"{run_name(run)}: {title_of(run)}", tuple(begin), level=2, short=run_name(run))] if heading else []
-    )
+    found = [Section(f"{heading}: {title_of(run)}", tuple(begin), level=2, short=heading)] if heading else []
     answer, *rest = _EXPERIMENTS.get(run.experiment, _unknown)(run)
     if not heading and begin:
         answer = Section(answer.title, (*begin, *answer.blocks))

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from raymerge.findings import chosen_on, verdict
 from raymerge.report import figures
-from raymerge.report.asked import command_of, model_name, run_name, sources
+from raymerge.report.asked import command_of, model_name, sources
 from raymerge.report.content import ROLES, Block, Figure, Rows, Section, Table
 from raymerge.report.reached import Reached, removed_share
 from raymerge.report.wording import NONE, difference, interval, p_value, percent, perplexity
@@ -42,7 +42,7 @@ def _table(reached: Sequence[Reached]) -> Table:
         costs = {} if line is None else line["costs"]
         cells.append(
             (
-                run_name(one.run),
+                one.name,
                 one.run.experiment,
                 model_name(one.run),
                 NONE if line is None else _called(one, line),
@@ -95,6 +95,8 @@ def _tests(reached: Sequence[Reached]) -> list[Block]:
     rows = tests(reached)
     if not rows:
         return []
+    many = len(_tested(reached)) > _PAIRED
+    first = f" (of the first {_PAIRED} of these runs)" if many else ""
     cells = tuple(
         (
             row["a"],
@@ -109,9 +111,9 @@ def _tests(reached: Sequence[Reached]) -> list[Block]:
     )
     return [
         Table(
-            "Paired tests between the plans that the searches found and the evaluated models, on the questions that "
-            "both answered: difference in accuracy (first minus second, percentage points) with its 95 % interval, "
-            f"McNemar's exact p, and Holm's p over this table{_caveat(reached)}",
+            f"Paired tests between the plans that the searches found and the evaluated models{first}, on the questions "
+            "that both answered: difference in accuracy (first minus second, percentage points) with its 95 % "
+            f"interval, McNemar's exact p, and Holm's p over this table{_caveat(reached)}",
             ("first", "second", "questions", "difference [95 %]", "p", "p (Holm)", "verdict"),
             cells,
             words=(0, 1, 6),
@@ -122,8 +124,7 @@ def _tests(reached: Sequence[Reached]) -> list[Block]:
 def tests(reached: Sequence[Reached]) -> list[dict[str, Any]]:
     """Comparisons of the best plans of searches and of evaluated models, pair by pair, where both answered the same
     questions."""
-    found = [one for one in reached if one.best is not None or (one.run.experiment == "evaluate" and one.lines)]
-    found = found[:_PAIRED]
+    found = _tested(reached)[:_PAIRED]
     rows = []
     answers = [_right(one) for one in found]
     for (a, right_a), (b, right_b) in itertools.combinations(zip(found, answers, strict=True), 2):
@@ -133,8 +134,8 @@ def tests(reached: Sequence[Reached]) -> list[dict[str, Any]]:
         paired = paired_difference(x.astype(np.float64), y.astype(np.float64))
         rows.append(
             {
-                "a": f"{run_name(a.run)}: {_called(a, headline(a))}",
-                "b": f"{run_name(b.run)}: {_called(b, headline(b))}",
+                "a": f"{a.name}: {_called(a, headline(a))}",
+                "b": f"{b.name}: {_called(b, headline(b))}",
                 "n": len(right_a),
                 "measure": "accuracy",
                 **paired._asdict(),
@@ -144,6 +145,10 @@ def tests(reached: Sequence[Reached]) -> list[dict[str, Any]]:
     for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]) if rows else [], strict=True):
         row["p_holm"] = float(adjusted)
     return rows
+
+
+def _tested(reached: Sequence[Reached]) -> list[Reached]:
+    return [one for one in reached if one.best is not None or (one.run.experiment == "evaluate" and one.lines)]
 
 
 def _right(one: Reached) -> dict[tuple[str, str, str], bool]:
@@ -168,7 +173,7 @@ def _figure(reached: Sequence[Reached]) -> list[Figure]:
             if removed is not None and line["accuracy"] is not None:
                 rows.append(
                     {
-                        "run": run_name(one.run),
+                        "run": one.name,
                         "model": model_name(one.run),
                         "plan": line["label"],
                         "role": line["role"],

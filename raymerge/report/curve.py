@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from raymerge.findings import verdict
@@ -11,7 +12,7 @@ from raymerge.report.content import Block, Figure, Section, Table, Text, View
 from raymerge.report.reached import ALIGNED, TEXT_TEST, Reached, chosen_layers, drawn, merit, missing, removed_share
 from raymerge.report.receipts import tensor_name
 from raymerge.report.wording import difference, interval, percent, perplexity, plural, value
-from raymerge.tables import RUINED, way_of
+from raymerge.tables import RUINED, layer_ranges, way_of
 
 _OF_QUESTIONS = ("accuracy", "low", "high", "macro", "answer_nll")  # of a point, without value where none are asked
 
@@ -168,7 +169,7 @@ def _against_dropping(best: dict, drop: dict | None, known: dict[tuple[str, str]
     """What the paired test says of the best point and dropping as many layers."""
     if drop is None:
         return "–"
-    if best is drop:
+    if best["plan_id"] == drop["plan_id"]:  # which other ways can come to, such as fixed:1
         return "dropping is best"
     row = known.get((best["plan_id"], drop["plan_id"]))
     return "not compared" if row is None else f"{difference(row)}: {verdict(row)}"
@@ -312,7 +313,7 @@ def receipts(reached: Reached) -> Section:
         if plan_id in largest
     ]
     merged = _merged([*points.values()])
-    still = sorted({point["method"] for point in merged if point["plan_id"] not in largest})
+    still = _still(merged, largest)
     silent = f" Under {', '.join(still)} nothing is averaged and no tensor changes." if still else ""
     view = figures.lines(
         rows,
@@ -337,6 +338,18 @@ def receipts(reached: Reached) -> Section:
         "sweep",
     )
     return Section(title, (figure,))
+
+
+def _still(points: list[dict], changed: Container[str]) -> list[str]:
+    """The methods whose plans changed no tensor, with the numbers of layers where at others they did: a block that is
+    dropped can be the last layers, or others, and then the layers behind it move."""
+    found = []
+    for method in sorted({point["method"] for point in points}):
+        own = [point for point in points if point["method"] == method]
+        merges = {point["merges"] for point in own if point["plan_id"] not in changed}
+        every = merges == {point["merges"] for point in own}
+        found += [method if every else f"{method} (K = {layer_ranges(merges)})"] if merges else []
+    return found
 
 
 def _layer_and_matrix(tensor: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from raymerge import findings, summary
+from raymerge.report.asked import run_name
 from raymerge.report.content import Block, Notice, Table, role_of
 from raymerge.report.wording import finite, listed
 from raymerge.schemas import TEXT_SPLIT
@@ -19,11 +20,12 @@ _KINDS = {
     "fixed": "one coefficient for all steps",
     "file": "given coefficients",
 }
+# By name and kind: an alpha file may have any name.
 _NAMES = {
-    "drop": "last layers dropped",
-    "before_last": "layers before the last one dropped",
-    "drop_block": "block of layers dropped",
-    "similarity_shuffled": "coefficients of a shuffled similarity",
+    ("drop", "drop"): "last layers dropped",
+    ("before_last", "before_last"): "layers before the last one dropped",
+    ("drop_block", "drop"): "block of layers dropped",
+    ("similarity_shuffled", "file"): "coefficients of a shuffled similarity",
 }
 
 
@@ -43,11 +45,11 @@ class Reached:
     lines: those of `findings.plan_lines`, with `role`, `costs` (its row or {}), `refit` (its method or None) and `fate`
     (`findings.fates_of`). asks: whether questions were
     asked; without, plans are judged by plain text. best: the line of the plan that the run is about, None where it has
-    none. base: the line of the unmerged model, or None.
+    none. base: the line of the unmerged model, or None. name: what the run is called on its page.
     """
 
-    def __init__(self, run: RunDirectory):
-        self.run = run
+    def __init__(self, run: RunDirectory, name: str | None = None):
+        self.run, self.name = run, run_name(run) if name is None else name
         self.split = str(run.config.get("data", {}).get("report_split", "test"))
         self.plans = run.read("plans").to_pylist()
         self.labels = findings.labels_of(run)
@@ -72,8 +74,10 @@ class Reached:
         chosen = ((run.manifest() or {}).get("best") or {}).get("plan_id")
         # Without a manifest that says so it is the last that was found, in the order in which a search stores them,
         # and not the most accurate of them here: that would be chosen by the questions reported on.
-        found = [line for line in self.lines if line["kind"] == "found"]
-        self.best = next((line for line in self.lines if line["plan_id"] == chosen), found[-1] if found else None)
+        # Of the rows, since a line stands where its plan first did, as a control that was found again.
+        found = [row["plan_id"] for row in self.plans if row["kind"] == "found"]
+        chosen = chosen or (found[-1] if found else None)
+        self.best = next((line for line in self.lines if line["plan_id"] == chosen), None)
         self.lines.sort(key=merit, reverse=True)
         self.base = next((line for line in self.lines if line["kind"] == "base"), None)
         splits = (self.split, TEXT_SPLIT)
@@ -127,7 +131,7 @@ def _known_interval(line: dict) -> tuple[float | None, float | None]:
 
 def described(line: dict) -> str:
     """What a plan is, in words, and in brackets which layers it merges or leaves out."""
-    words = [_NAMES.get(line["name"], _KINDS.get(line["kind"], line["kind"]))]
+    words = [_NAMES.get((line["name"], line["kind"]), _KINDS.get(line["kind"], line["kind"]))]
     if line["alignment"] != "none":
         words.append(ALIGNED.get(line["alignment"], line["alignment"]))
     if line["norms"] == "fold":

@@ -82,8 +82,9 @@ def _label_ends(alphas: list[dict]) -> None:
     """Write the plans' names beside the last step of their lines, those of lines that end together in one label."""
     last = max(row["step"] for row in alphas)
     ends = [row for row in alphas if row["step"] == last and not row["matrix"]]
-    for names, _ in _together([(row["plan"], row["alpha"]) for row in ends], [0.0, 1.6]):
-        next(row for row in ends if row["plan"] == names.split(", ")[-1])["label"] = names  # above all their lines
+    for group in _near([(row["plan"], row["alpha"]) for row in ends], [0.0, 1.6]):
+        top, _ = group[-1]  # above all their lines
+        next(row for row in ends if row["plan"] == top)["label"] = _names(group)
 
 
 def _once(steps: list[dict]) -> list[dict]:
@@ -180,7 +181,7 @@ def _progress(reached: Reached, judged: list[dict], objective: str) -> Figure:
         for label, number in _together(named, list(limits or (row["value"] for row in judged)))
     ]
     lines = ". ".join(summary.search_lines(run))
-    on = "questions" if reached.asks else "text"
+    on = "questions" if findings.judges_answers(run) else "text"
     other = "of the same split as the report's" if findings.chosen_on(run, reached.split) else "not the report's"
     beyond = f"{plural(far, 'far worse candidate')} beyond the axis: zoom out (−) to see. " if far else ""
     view = figures.progress(
@@ -239,17 +240,23 @@ def _limits(candidates: list[dict], controls: list[dict], lower: bool) -> tuple[
 
 def _together(controls: list[tuple[str, float]], every: list[float]) -> list[tuple[str, float]]:
     """Controls whose labels would cover each other under one label, at the mean of their values."""
+    return [(_names(group), sum(number for _, number in group) / len(group)) for group in _near(controls, every)]
+
+
+def _near(named: list[tuple[str, float]], every: list[float]) -> list[list[tuple[str, float]]]:
+    """Names with their values, ascending, those apart whose labels would not cover each other."""
     near = 0.045 * (max(every) - min(every))  # a line of text in a drawing of 300 pixels
     groups: list[list[tuple[str, float]]] = []
-    for name, number in sorted(controls, key=lambda item: item[1]):
+    for name, number in sorted(named, key=lambda item: item[1]):
         if groups and number - groups[-1][0][1] <= near:
             groups[-1].append((name, number))
         else:
             groups.append([(name, number)])
-    return [
-        (", ".join(dict.fromkeys(name for name, _ in group)), sum(number for _, number in group) / len(group))
-        for group in groups
-    ]
+    return groups
+
+
+def _names(group: list[tuple[str, float]]) -> str:
+    return ", ".join(dict.fromkeys(name for name, _ in group))
 
 
 def _descents(run: RunDirectory, history: list[dict], of_what: str) -> Figure:
