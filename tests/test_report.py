@@ -571,6 +571,16 @@ def test_a_curve_holds_every_way_against_dropping(tmp_path):
     assert "perplexity_low" in json.dumps(figure.views[1].spec)
 
 
+def test_the_only_way_was_not_chosen_as_the_best_of_several(tmp_path):
+    run = sweep_run(tmp_path / "curve")
+    best, _ = blocks([curve.answer(Reached(run))], Table)
+    assert "chosen as the best of several on these same questions" in best.caption
+    dropped = run.read("sweep").drop_columns("run_id").to_pylist()
+    run.replace("sweep", [row for row in dropped if row["method"] != "fixed_0.5"])
+    best, _ = blocks([curve.answer(Reached(run))], Table)
+    assert best.caption.startswith("The most accurate way at every K, against dropping as many layers. Unmerged:")
+
+
 def test_another_name_of_dropping_is_held_to_be_dropping(tmp_path):
     run = sweep_run(tmp_path / "curve")
     points = run.read("sweep").drop_columns("run_id").to_pylist()

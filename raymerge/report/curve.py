@@ -162,7 +162,8 @@ def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
     ranked = "most accurate way" if asks else "way of lowest perplexity"
     header = ("merged", "parameters removed", ranked, *(["accuracy [95 %]"] if asks else []), "perplexity", "dropping",
               "against dropping")  # fmt: skip
-    return Table(_caption_of_best(asks, base, ranked), header, tuple(cells), words=(2, len(header) - 1))
+    several = len({(point["method"], point["variant"]) for point in points}) > 1
+    return Table(_caption_of_best(asks, base, ranked, several), header, tuple(cells), words=(2, len(header) - 1))
 
 
 def _against_dropping(best: dict, drop: dict | None, known: dict[tuple[str, str], dict]) -> str:
@@ -175,13 +176,15 @@ def _against_dropping(best: dict, drop: dict | None, known: dict[tuple[str, str]
     return "not compared" if row is None else f"{difference(row)}: {verdict(row)}"
 
 
-def _caption_of_best(asks: bool, base: dict | None, ranked: str) -> str:
+def _caption_of_best(asks: bool, base: dict | None, ranked: str, several: bool) -> str:
     judged, flattered = ("these same questions", "accuracy") if asks else ("this same text", "perplexity")
-    caption = (
-        f"The {ranked} at every K, against dropping as many layers. It was chosen as the best of several on {judged}, "
-        f"so its {flattered} and its difference are too good. The verdicts use Holm's p, which corrects for all "
-        "comparisons that the sweep is about, including ways that are not the best at their K."
-    )
+    caption = f"The {ranked} at every K, against dropping as many layers."
+    if several:
+        caption += (
+            f" It was chosen as the best of several on {judged}, so its {flattered} and its difference are too good. "
+            "The verdicts use Holm's p, which corrects for all comparisons that the sweep is about, including ways "
+            "that are not the best at their K."
+        )
     if not asks:
         caption += f" Against dropping: nats per token with 95 % intervals, over passages of the text. {TEXT_TEST}."
     if base is None:
