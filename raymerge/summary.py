@@ -150,7 +150,10 @@ def comparison_notes(run: RunDirectory, plan_id: str) -> list[str]:
     rows, notes = comparison_rows(run), []
     shown, every = len(of_plan(rows, plan_id)), len(rows)
     if shown > 1:
-        told = "p and intervals are uncorrected; Holm's p corrects for all of them, on this measure"
+        family = "them"
+        if run.read("plans", ["plan_id"])["plan_id"][-1].as_py() != plan_id:  # stored last: the best found
+            family = "those that are not the best found's, and in the one with the best found for all of its own"
+        told = f"p and intervals are uncorrected; Holm's p corrects for all of {family}, on this measure"
         notes.append(f"({shown} comparisons: {told}.)")
     if every > shown:
         notes.append(f"(Table comparisons has {every - shown} further pairs of plans.)")

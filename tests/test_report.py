@@ -382,6 +382,17 @@ def test_a_plan_from_an_alpha_file_is_not_taken_for_the_control_of_its_name(tmp_
     assert against.keys() == {"base", "drop", "drop (alpha file)"}
 
 
+def test_the_card_of_a_refitted_plan_names_the_families_of_its_comparisons(tmp_path):
+    """Its comparisons are the second family, with all others that are not the best found's, but for one."""
+    run = search_run(tmp_path / "run")
+    others = rows.comparison_rows("test", run.read("answers"), [("base", "drop"), ("base", "fixed"), ("drop", "fixed")])
+    run.append("comparisons", others)
+    (note, _) = summary.comparison_notes(run, "found")
+    assert "(3 comparisons: " in note and "corrects for all of them, on" in note
+    (note, _) = summary.comparison_notes(run, "fixed")
+    assert "(3 comparisons: " in note and "corrects for all of those that are not the best found's, and in" in note
+
+
 def test_a_stroke_in_a_name_ends_no_cell_of_the_card(tmp_path):
     lines = search_results(search_run(tmp_path / "run", control="mine | yours"), "found", "test")
     header, row, _ = [line for line in lines if line.startswith(("| plan", "| mine"))]
