@@ -854,6 +854,15 @@ def test_runs_in_folders_of_one_name_are_told_apart(tmp_path, monkeypatch):
     assert len(tests.cells) == 1 and "evaluated models (of the first 2 of these runs), on" in tests.caption
 
 
+def test_perplexities_of_different_texts_are_not_to_be_compared(tmp_path, search):
+    other = search_run(tmp_path / "other")
+    reached = [Reached(search), Reached(other)]
+    assert "different texts" not in blocks([compared.compared(reached, [])], Table)[0].caption
+    texts = other.read("perplexity").drop_columns("run_id").to_pylist()
+    other.replace("perplexity", [row | {"text_hash": "of another"} for row in texts])
+    assert "The perplexities are of different texts" in blocks([compared.compared(reached, [])], Table)[0].caption
+
+
 def test_a_run_that_searched_on_the_reports_questions_is_marked_beside_others(tmp_path, search):
     reached = [Reached(search), Reached(search_run(tmp_path / "seen", search_split="test", seed=1))]
     table, tests = blocks([compared.compared(reached, [])], Table)
