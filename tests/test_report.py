@@ -23,7 +23,7 @@ from report_runs import (
     text_losses,
 )
 
-from raymerge import findings, report, rows, summary
+from raymerge import console, findings, report, rows, summary
 from raymerge.card import search_results
 from raymerge.plan import base_plan, drop_block_plan, pairs_plan
 from raymerge.progress import Silent
@@ -973,6 +973,25 @@ def test_an_evaluation_without_questions_has_its_perplexity_and_its_tasks(tmp_pa
     (figure, *_) = blocks(page.sections[:1], Figure)
     assert {row["run"] for row in as_dicts(figure.rows)} == {"search"}
     assert blocks(page_of([run, run], "", Silent()).sections[:1], Figure) == []
+
+
+def test_a_search_that_reports_on_tasks_alone_speaks_of_no_plain_text(tmp_path, capsys):
+    run = search_run(tmp_path / "run", objective="text_nll")
+    run.config["data"] |= {"mmlu": None}
+    run._store_config()
+    for table in ("answers", "accuracy", "perplexity", "text_losses", "comparisons"):
+        run.replace(table, [])
+    run.append("task_accuracy", [task_accuracy("base", 40), task_accuracy("found", 30)])
+    run = RunDirectory.load(run.path_of())
+    card = search_results(run, "found", "test")
+    assert card[0] == "On the tasks below, none of which the search saw."
+    assert any(line.startswith("| found_bayes | piqa | 50 | acc |") for line in card)
+    assert not any(line.startswith("| against") for line in card)
+    sections = run_sections(run, heading=None)
+    captions = [table.caption for table in blocks(sections, Table)]
+    assert captions[0].startswith("Every plan. No questions were asked, and no plain text was read")
+    console.print_search(run, "test")
+    assert "On plain text:" not in capsys.readouterr().out
 
 
 def test_tasks_stand_on_the_page_of_a_search_with_the_comparisons_of_the_best(tmp_path):
