@@ -994,6 +994,23 @@ def test_a_search_that_reports_on_tasks_alone_speaks_of_no_plain_text(tmp_path, 
     assert "On plain text:" not in capsys.readouterr().out
 
 
+def test_a_sweep_on_tasks_alone_names_no_best_way(tmp_path, capsys):
+    """It named the first method as the one of lowest perplexity, a dash."""
+    run = sweep_run(tmp_path / "run")
+    run.config["data"] |= {"mmlu": None}
+    run._store_config()
+    for table in ("answers", "accuracy", "perplexity", "text_losses", "comparisons"):
+        run.replace(table, [])
+    run.append("task_accuracy", [task_accuracy("base", 40), task_accuracy("half1", 30)])
+    run = RunDirectory.load(run.path_of())
+    section, further, *_ = run_sections(run, heading=None)
+    told = "No questions were asked, and no plain text was read: the points were evaluated on tasks only, see below."
+    assert [text.text for text in blocks([section], Text)] == [told] and further.title == "Further tasks"
+    assert [table.caption for table in blocks([section], Table)] == ["All 5 points"]
+    console.print_sweep(run, "test")
+    assert "has the lowest" not in capsys.readouterr().out
+
+
 def test_tasks_stand_on_the_page_of_a_search_with_the_comparisons_of_the_best(tmp_path):
     run = search_run(tmp_path / "run")
     run.append("task_accuracy", [task_accuracy("base", 40), task_accuracy("found", 30)])

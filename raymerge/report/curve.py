@@ -25,7 +25,9 @@ def answer(reached: Reached) -> Section:
     base, lasts = _unmerged(points), _merged(points)
     blocks: list[Block] = []
     if lasts:
-        blocks += [Text(_sentence(base, lasts)), _best(reached, base, lasts)]
+        blocks.append(Text(_sentence(base, lasts)))
+    if any(map(_judged, lasts)):
+        blocks.append(_best(reached, base, lasts))
     blocks += [*chosen_layers(reached.run), *_curves(reached, points, base), _everything(points)]
     return Section("The answer", tuple(blocks))
 
@@ -107,7 +109,16 @@ def _tie(points: list[dict], best: dict, alike: str) -> str:
     return f"; {plural(level, 'other way')} {alike.split('/')[level > 1]}" if level else ""
 
 
+def _judged(point: dict) -> bool:
+    """Whether a point has anything to be ranked by: a sweep may report on tasks alone."""
+    return point["accuracy"] is not None or point["perplexity"] is not None
+
+
 def _sentence(base: dict | None, points: list[dict]) -> str:
+    if not any(map(_judged, points)):
+        return (
+            "No questions were asked, and no plain text was read: the points were evaluated on tasks only, see below."
+        )
     merges = [point["merges"] for point in points]
     best = {count: _at(points, count)[0] for count in (min(merges), max(merges))}
     if points[0]["accuracy"] is None:
