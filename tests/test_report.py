@@ -612,6 +612,21 @@ def test_a_block_that_moves_layers_at_some_sizes_is_not_said_to_change_nothing(t
     assert "Under drop (K = 1) nothing is averaged and no tensor changes" in receipt.caption
 
 
+def test_a_model_of_infinite_perplexity_is_ruined_too(tmp_path):
+    """Its perplexity was left out of the sentence and a dash in the tables, as if it had not been measured."""
+    run = sweep_run(tmp_path / "curve")
+    broken = {"perplexity": float("inf"), "ci_low": None, "ci_high": None}
+    stored = run.read("perplexity").drop_columns("run_id").to_pylist()
+    run.replace("perplexity", [row | (broken if row["plan_id"] == "half3" else {}) for row in stored])
+    section = curve.answer(Reached(run))
+    told = "(perplexity ∞, the unmerged model's is 5.00; it is ruined as a language model)."
+    assert blocks([section], Text)[0].text.endswith(told)
+    best, every = blocks([section], Table)
+    assert best.cells[1][4] == "∞" and [row[-1] for row in every.cells if row[:2] == ("3", "fixed_0.5")] == ["∞"]
+    (figure,) = blocks([section], Figure)
+    assert "read" not in figure.rows.columns and "not drawn; the table below has them" in figure.caption
+
+
 def test_a_curve_leaves_ruined_models_out_of_its_figure_of_perplexities(tmp_path):
     """900 and 1,200 against 5: in the table, but 6.5 and 7 could not be told apart beside them."""
     run = sweep_run(tmp_path / "curve")

@@ -61,6 +61,7 @@ def curve(reached: Reached) -> list[dict[str, Any]]:
                 "variant": _variant(row),
                 "merges": row["merges"],
                 **drawn(line),
+                "read": line["perplexity"],  # infinite where a model is so ruined that it has none to be drawn
                 "macro": line["macro"],
                 "answer_nll": line["nll"],
                 "removed": removed_share(line["costs"]),
@@ -111,7 +112,7 @@ def _tie(points: list[dict], best: dict, alike: str) -> str:
 
 def _judged(point: dict) -> bool:
     """Whether a point has anything to be ranked by: a sweep may report on tasks alone."""
-    return point["accuracy"] is not None or point["perplexity"] is not None
+    return point["accuracy"] is not None or point["read"] is not None
 
 
 def _sentence(base: dict | None, points: list[dict]) -> str:
@@ -122,11 +123,11 @@ def _sentence(base: dict | None, points: list[dict]) -> str:
     merges = [point["merges"] for point in points]
     best = {count: _at(points, count)[0] for count in (min(merges), max(merges))}
     if points[0]["accuracy"] is None:
-        read = None if base is None else perplexity(base["perplexity"])
+        read = None if base is None else perplexity(base["read"])
         before = "" if base is None else f"The unmerged model's perplexity on plain text is {read}. "
         told = [
             f"With {plural(count, 'layer')} merged, {_way(point)} has the lowest: "
-            f"{perplexity(point['perplexity'], _limits(point))}{_tie(points, point, 'has the same/have the same')}"
+            f"{perplexity(point['read'], _limits(point))}{_tie(points, point, 'has the same/have the same')}"
             for count, point in best.items()
         ]
         return f"{before}{'. '.join(told)}. No questions were asked."
@@ -144,12 +145,12 @@ def _sentence(base: dict | None, points: list[dict]) -> str:
 
 def _read(point: dict, unmerged: float | None) -> str:
     """A point's perplexity for the sentence, and whether the language model is lost whatever the letters say."""
-    if not point["perplexity"]:
+    if point["read"] is None:
         return ""
-    lost = unmerged is not None and point["perplexity"] > RUINED * unmerged
+    lost = unmerged is not None and point["read"] > RUINED * unmerged
     beside = "" if unmerged is None else f", the unmerged model's is {perplexity(unmerged)}"
     said = "; it is ruined as a language model" if lost else ""
-    return f" (perplexity {perplexity(point['perplexity'])}{beside if lost else ''}{said})"
+    return f" (perplexity {perplexity(point['read'])}{beside if lost else ''}{said})"
 
 
 def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
@@ -158,14 +159,14 @@ def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
     cells = []
     for merges in sorted({point["merges"] for point in points}):
         best, drop = _at(points, merges)
-        dropping = "–" if drop is None else percent(drop["accuracy"]) if asks else perplexity(drop["perplexity"])
+        dropping = "–" if drop is None else percent(drop["accuracy"]) if asks else perplexity(drop["read"])
         cells.append(
             (
                 str(merges),
                 percent(best["removed"]),
                 _way(best) + (f" and {level} more" if (level := _level(points, best)) else ""),
                 *([f"{percent(best['accuracy'])} {interval(best['low'], best['high'])}"] if asks else []),
-                perplexity(best["perplexity"], _limits(best)),
+                perplexity(best["read"], _limits(best)),
                 dropping,
                 _against_dropping(best, drop, known),
             )
@@ -201,11 +202,12 @@ def _caption_of_best(asks: bool, base: dict | None, ranked: str, several: bool) 
     if base is None:
         return caption
     answered = f"{percent(base['accuracy'])}, " if asks else ""
-    return f"{caption} Unmerged: {answered}perplexity {perplexity(base['perplexity'])}"
+    return f"{caption} Unmerged: {answered}perplexity {perplexity(base['read'])}"
 
 
 def _curves(reached: Reached, points: list[dict], base: dict | None) -> list[Figure]:
     """Accuracy where questions were asked, and perplexity where there is any."""
+    points = [{key: value for key, value in point.items() if key != "read"} for point in points]
     drawn = [point for point in points if point["merges"] > 0] or points
     tips = [("plan", "plan"), ("method", "method"), ("variant", "variant"), ("merges", "layers merged"),
             ("accuracy", "accuracy", ".1%"), ("low", "95 % from", ".1%"), ("high", "to", ".1%"),
@@ -289,7 +291,7 @@ def _everything(points: list[dict]) -> Table:
             percent(point["removed"]),
             *([f"{percent(point['accuracy'])} {interval(point['low'], point['high'])}"] if asks else []),
             *([percent(point["macro"]), value(point["answer_nll"])] if asks else []),
-            perplexity(point["perplexity"], _limits(point)),
+            perplexity(point["read"], _limits(point)),
             *([value(point["tokens_per_second"], 1)] if speed else []),
         )
         for point in points
