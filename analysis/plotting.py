@@ -56,6 +56,11 @@ def curve_style(index: int) -> dict:
     }
 
 
+def entry(name: str) -> str:
+    """A legend's entry for a name of a user's: matplotlib leaves out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def spread(values: list[float], gap: float, low: float = -math.inf, high: float = math.inf) -> list[float]:
     """Positions near ascending `values` at least `gap` apart, moved as little as pushing clusters about their mean, and
     from there into low … high, where these have room for all."""

@@ -876,3 +876,14 @@ def test_dollars_in_names_are_no_formula(tmp_path, monkeypatch):
     assert name in texts and "a$^$b" in texts
     assert {text for text in texts if "$" in text and name not in text and "a$^$b" not in text} == set()
     assert {"10", "100", "1,000", "10,000"} <= texts  # of perplexities on an axis of decades
+
+
+def test_a_name_that_begins_with_an_underscore_stands_in_the_legend(tmp_path, monkeypatch):
+    """matplotlib leaves such entries out: the line of an alpha file _mine.json had no name."""
+    drawn = figures_of(monkeypatch, alphas_script)
+    run = report_runs.search_run(tmp_path / "run", control="_mine")
+    plans, weights = run.read("plans").to_pylist(), run.read("coefficients").to_pylist()
+    labels = {row["plan_id"]: row["name"] for row in plans}
+    alphas_script.draw_plans(plans, weights, labels, tmp_path / "x.png")
+    entries = [text.get_text().strip() for text in drawn["x.png"].legends[0].get_texts()]
+    assert entries == ["drop", "_mine", "found_bayes"]
