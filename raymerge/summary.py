@@ -100,10 +100,16 @@ def _compared(names: dict[str, str], row: dict) -> list[str]:
         names.get(row["plan_b"], row["plan_b"]),
         f"{row['difference']:+.4f}",
         f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]",
-        f"{row['p_value']:.3g}",
-        "–" if row["p_holm"] is None else f"{row['p_holm']:.3g}",
+        _p(row["p_value"]),
+        "–" if row["p_holm"] is None else _p(row["p_holm"]),
         verdict(row),
     ]
+
+
+def _p(p: float) -> str:
+    """Three significant digits, which do not lift what is below 0.05, as the verdict says, to it."""
+    text = f"{p:.3g}"
+    return "<0.05" if p < 0.05 <= float(text) else text
 
 
 def task_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:

@@ -1259,6 +1259,12 @@ def test_numbers_as_text(made, text):
     assert made == text
 
 
+def test_a_p_below_the_limit_is_not_rounded_to_it():
+    """Beside "better" stood p 0.050, of which the glossary says that it tells nothing apart."""
+    assert [wording.p_value(p) for p in (0.0494, 0.0496, 0.05, 0.0504)] == ["0.049", "< 0.05", "0.050", "0.050"]
+    assert [summary._p(p) for p in (0.0496, 0.04998, 0.05)] == ["0.0496", "<0.05", "0.05"]
+
+
 @pytest.mark.parametrize("values", [(3.65, 4.12), (3.65, 3.66), (9, 11), (9, 21), (0.02, 0.03), (8.9, 287), (1, 5000)])
 def test_a_logarithmic_axis_has_ticks_where_values_are_near_to_each_other(values):
     inside = [tick for tick in vega.log_ticks(list(values)) if min(values) <= tick <= max(values)]
