@@ -147,7 +147,8 @@ def draw_against(axis, x: list[float], y: list[float], look: dict) -> None:
     shown = f"r = {r:.3f}" if math.isfinite(r) else "r undefined"
     axis.margins(y=0.22)  # room for the text above the points
     axis.text(0.03, 0.96, f"{shown}, n = {len(x)}", transform=axis.transAxes, va="top", fontsize=8)
-    axis.set(xlabel="similarity $S_{lm}$", ylabel="α")
+    axis.set_xlabel("similarity $S_{lm}$", parse_math=True)
+    axis.set_ylabel("α")
     axis.set_title("α against similarity", fontsize=9)
 
 

@@ -38,7 +38,7 @@ from alpha_panels import (
     read_similarity,
 )
 from matplotlib.ticker import MaxNLocator
-from plotting import STYLE, ink, markdown, need, number, run_main, save, save_text, style_of
+from plotting import STYLE, entry, ink, markdown, need, number, run_main, save, save_text, style_of
 from search_panels import candidates_of, describe_search, draw_distribution, draw_progress, usable
 
 from raymerge.tables import RunDirectory, RunError, descended, plan_labels
@@ -239,7 +239,7 @@ def draw_steps(axis, steps: dict[tuple[str, str | None], list[dict]], labels: di
         i = own.index(plan_id)
         shift = 0.30 * (i - (len(own) - 1) / 2) / len(own)  # equal plans stay apart
         x = [row["step"] + shift for row in rows]
-        look = {"ms": 4.5, "lw": 1, "label": label_of((plan_id, None), labels)}
+        look = {"ms": 4.5, "lw": 1, "label": entry(label_of((plan_id, None), labels))}
         if matrix is not None:
             look = {"ms": 0, "lw": 0.6, "alpha": 0.5, "label": None if (plan_id, None) in steps else look["label"]}
         axis.plot(x, [row["alpha"] for row in rows], **style_of(i), **look)

@@ -28,6 +28,7 @@ from matplotlib.patches import Patch
 from plotting import (
     COLOURS,
     STYLE,
+    entry,
     markdown,
     need,
     number,
@@ -271,7 +272,7 @@ def draw_influence(rows: list[dict], path: Path) -> Path:
     for i, (name, mine) in enumerate(subsets.items() if len(subsets) <= _LINES else ()):
         mine = sorted(mine, key=lambda row: row["layer"])
         x, y = [row["layer"] for row in mine], [row["value"] for row in mine]
-        axis.plot(x, y, **style_of(i), ms=3.5, lw=1.1, label=f"{name} (n = {mine[0]['n_samples']})")
+        axis.plot(x, y, **style_of(i), ms=3.5, lw=1.1, label=entry(f"{name} (n = {mine[0]['n_samples']})"))
     values = [row["value"] for row in rows]
     if min(values) > 0:
         axis.set_yscale("log")

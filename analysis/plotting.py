@@ -25,6 +25,7 @@ CHANCE = 0.25  # of four letters, and of four keys of a retrieval prompt
 BASE = "base (unmerged)"
 _MOST_TICKS = 8  # of layers, a side of an image
 STYLE = {
+    "text.parse_math": False,  # names of files and subsets may have two $, and what is between them is no formula
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -53,6 +54,11 @@ def curve_style(index: int) -> dict:
         "marker": MARKERS[index % len(MARKERS)],
         "ls": ("-", "--", ":", "-.")[(index // (len(COLOURS) - 1)) % 4],
     }
+
+
+def entry(name: str) -> str:
+    """A legend's entry for a name of a user's: matplotlib leaves out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def spread(values: list[float], gap: float, low: float = -math.inf, high: float = math.inf) -> list[float]:
@@ -89,13 +95,13 @@ def with_interval(row: dict | None, value: str = "accuracy", *, digits: int = 3,
 
 
 def plain_log(axis, low: float, high: float) -> None:
-    """Ticks of a logarithmic x or y axis (axis.xaxis, axis.yaxis) that shows values from `low` to `high`: round numbers
-    far enough from each other and written out, where powers of ten would be too few; else those."""
+    """Ticks of a logarithmic x or y axis (axis.xaxis, axis.yaxis) that shows values from `low` to `high`, written out:
+    round numbers far enough from each other, where powers of ten would be too few; else those."""
+    axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     if high >= 100 * low:
         return
     wide = high > 5 * low
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     axis.set_minor_locator(NullLocator())
 
 

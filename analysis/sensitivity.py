@@ -17,7 +17,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from plotting import GREY, STYLE, markdown, need, number, run_main, save, save_text, style_of, subset_name
+from plotting import GREY, STYLE, entry, markdown, need, number, run_main, save, save_text, style_of, subset_name
 
 from raymerge.tables import RunDirectory
 
@@ -103,7 +103,7 @@ def draw_settings(rows: list[dict], path: Path) -> Path:
             at = [lines[row["parameter"], row["setting"]] + shift for row in mine]
             values = [row[column] for row in mine]
             if len(names) <= _LINES:
-                style = style_of(i) | {"ms": 4.5, "alpha": 0.85, "label": name}
+                style = style_of(i) | {"ms": 4.5, "alpha": 0.85, "label": entry(name)}
             else:
                 style = style_of(1) | {"ms": 3, "alpha": 0.5, "label": None if i else f"one of {len(names)} subsets"}
             axis.plot(values, at, ls="none", mew=0, **style)

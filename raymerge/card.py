@@ -113,9 +113,12 @@ def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
     always_a = findings.always_a_share(run, split) if asked else None
     chosen = "**on which the search chose**, so every figure of the found plan is too good."
     same = asked and run.config.get("data", {}).get("search_split") == split
+    read = any(line["perplexity"] is not None for line in lines)
+    tasks, scored = summary.task_table(run)
+    compared, pairs = summary.comparison_table(run, plan_id)
     unseen = "by none of which the search chose." if same else "none of which the search saw."
     return [
-        (f"On {lines[0]['n']} {split} questions, " if asked else "On plain text, ")
+        (f"On {lines[0]['n']} {split} questions, " if asked else "On plain text, " if read else "On the tasks below, ")
         + (chosen if findings.chosen_on(run, split) else unseen),
         f"The search objective was {', '.join(objectives)}. Every plan except base, the unmerged model, has the same "
         "number of layers. Intervals are 95 % intervals; perplexity is on plain text.",
@@ -123,8 +126,8 @@ def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
         *_markdown(header, cells),
         "",
         *([f"{summary.PICKS}. Always answering A would score {always_a:.4f}.", ""] if asked else []),
-        *_markdown(*summary.comparison_table(run, plan_id)),
-        "",
+        *([*_markdown(compared, pairs), ""] if pairs else []),
+        *([] if asked or read else [*_markdown(tasks, scored), ""]),
         *summary.comparison_notes(run, plan_id),
         *(f"({line}.)" for line in summary.budget_lines(run)),
         *(["", f"{caption}:", "", *_markdown(own, found)] if found else []),

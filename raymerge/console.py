@@ -187,7 +187,8 @@ def print_search(run: RunDirectory, split: str) -> None:
     manifest = run.manifest()
     best = manifest["best"]
     asked = findings.asks_questions(run)
-    print(f"\n{lines[0]['n']} {split} questions:" if asked else "\nOn plain text:")
+    read = any(line["perplexity"] is not None for line in lines)
+    print(f"\n{lines[0]['n']} {split} questions:" if asked else "\nOn plain text:" if read else "\nPlans:")
     _print_table(*summary.plan_table(lines))
     if asked:
         print(f"{summary.PICKS}\nAlways answering A would score {findings.always_a_share(run, split):.4f}")

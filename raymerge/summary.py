@@ -100,10 +100,16 @@ def _compared(names: dict[str, str], row: dict) -> list[str]:
         names.get(row["plan_b"], row["plan_b"]),
         f"{row['difference']:+.4f}",
         f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]",
-        f"{row['p_value']:.3g}",
-        "–" if row["p_holm"] is None else f"{row['p_holm']:.3g}",
+        _p(row["p_value"]),
+        "–" if row["p_holm"] is None else _p(row["p_holm"]),
         verdict(row),
     ]
+
+
+def _p(p: float) -> str:
+    """Three significant digits, which do not lift what is below 0.05, as the verdict says, to it."""
+    text = f"{p:.3g}"
+    return "<0.05" if p < 0.05 <= float(text) else text
 
 
 def task_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
@@ -150,7 +156,10 @@ def comparison_notes(run: RunDirectory, plan_id: str) -> list[str]:
     rows, notes = comparison_rows(run), []
     shown, every = len(of_plan(rows, plan_id)), len(rows)
     if shown > 1:
-        told = "p and intervals are uncorrected; Holm's p corrects for all of them, on this measure"
+        family = "them"
+        if run.read("plans", ["plan_id"])["plan_id"][-1].as_py() != plan_id:  # stored last: the best found
+            family = "those that are not the best found's, and in the one with the best found for all of its own"
+        told = f"p and intervals are uncorrected; Holm's p corrects for all of {family}, on this measure"
         notes.append(f"({shown} comparisons: {told}.)")
     if every > shown:
         notes.append(f"(Table comparisons has {every - shown} further pairs of plans.)")

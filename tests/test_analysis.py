@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import matplotlib.image
+import matplotlib.text
 import numpy as np
 import pyarrow as pa
 import pytest
+import report_runs
 
 from raymerge.tables import RunDirectory, RunError, derive_accuracy, paired_difference
 
@@ -857,3 +859,31 @@ if __name__ == "__main__":  # python tests/test_analysis.py DIR: runs to look at
 def test_a_stroke_in_a_name_ends_no_cell():
     table = plotting.markdown(["subset", "n|m"], [["a|b", 3], ["c", None]])
     assert table.splitlines() == ["| subset | n\\|m |", "| :-- | --: |", "| a\\|b | 3 |", "| c | – |"]
+
+
+def test_dollars_in_names_are_no_formula(tmp_path, monkeypatch):
+    """What stood between two of them was read as one: a search ended in a trace after all its work."""
+    name = "mine$_$"
+    run = report_runs.search_run(tmp_path / "run", control=name, subjects=("a$^$b", "law"))
+    scripts = (accuracy_script, alphas_script, search_panels, alpha_panels)
+    saved = [figures_of(monkeypatch, script) for script in scripts]
+    texts, lost = run.read("perplexity").drop_columns("run_id").to_pylist(), {"perplexity": 9e4, "ci_high": 1e5}
+    run.replace("perplexity", [row | (lost if row["plan_id"] == "drop" else {}) for row in texts])
+    accuracy_script.draw(run, tmp_path)
+    alphas_script.draw(run, tmp_path)
+    figures = [figure for drawn in saved for figure in drawn.values()]
+    texts = {text.get_text() for figure in figures for text in figure.findobj(matplotlib.text.Text)}
+    assert name in texts and "a$^$b" in texts
+    assert {text for text in texts if "$" in text and name not in text and "a$^$b" not in text} == set()
+    assert {"10", "100", "1,000", "10,000"} <= texts  # of perplexities on an axis of decades
+
+
+def test_a_name_that_begins_with_an_underscore_stands_in_the_legend(tmp_path, monkeypatch):
+    """matplotlib leaves such entries out: the line of an alpha file _mine.json had no name."""
+    drawn = figures_of(monkeypatch, alphas_script)
+    run = report_runs.search_run(tmp_path / "run", control="_mine")
+    plans, weights = run.read("plans").to_pylist(), run.read("coefficients").to_pylist()
+    labels = {row["plan_id"]: row["name"] for row in plans}
+    alphas_script.draw_plans(plans, weights, labels, tmp_path / "x.png")
+    entries = [text.get_text().strip() for text in drawn["x.png"].legends[0].get_texts()]
+    assert entries == ["drop", "_mine", "found_bayes"]

@@ -23,7 +23,7 @@ from report_runs import (
     text_losses,
 )
 
-from raymerge import findings, report, rows, summary
+from raymerge import console, findings, report, rows, summary
 from raymerge.card import search_results
 from raymerge.plan import base_plan, drop_block_plan, pairs_plan
 from raymerge.progress import Silent
@@ -382,6 +382,17 @@ def test_a_plan_from_an_alpha_file_is_not_taken_for_the_control_of_its_name(tmp_
     assert against.keys() == {"base", "drop", "drop (alpha file)"}
 
 
+def test_the_card_of_a_refitted_plan_names_the_families_of_its_comparisons(tmp_path):
+    """Its comparisons are the second family, with all others that are not the best found's, but for one."""
+    run = search_run(tmp_path / "run")
+    others = rows.comparison_rows("test", run.read("answers"), [("base", "drop"), ("base", "fixed"), ("drop", "fixed")])
+    run.append("comparisons", others)
+    (note, _) = summary.comparison_notes(run, "found")
+    assert "(3 comparisons: " in note and "corrects for all of them, on" in note
+    (note, _) = summary.comparison_notes(run, "fixed")
+    assert "(3 comparisons: " in note and "corrects for all of those that are not the best found's, and in" in note
+
+
 def test_a_stroke_in_a_name_ends_no_cell_of_the_card(tmp_path):
     lines = search_results(search_run(tmp_path / "run", control="mine | yours"), "found", "test")
     header, row, _ = [line for line in lines if line.startswith(("| plan", "| mine"))]
@@ -571,6 +582,16 @@ def test_a_curve_holds_every_way_against_dropping(tmp_path):
     assert "perplexity_low" in json.dumps(figure.views[1].spec)
 
 
+def test_the_only_way_was_not_chosen_as_the_best_of_several(tmp_path):
+    run = sweep_run(tmp_path / "curve")
+    best, _ = blocks([curve.answer(Reached(run))], Table)
+    assert "chosen as the best of several on these same questions" in best.caption
+    dropped = run.read("sweep").drop_columns("run_id").to_pylist()
+    run.replace("sweep", [row for row in dropped if row["method"] != "fixed_0.5"])
+    best, _ = blocks([curve.answer(Reached(run))], Table)
+    assert best.caption.startswith("The most accurate way at every K, against dropping as many layers. Unmerged:")
+
+
 def test_another_name_of_dropping_is_held_to_be_dropping(tmp_path):
     run = sweep_run(tmp_path / "curve")
     points = run.read("sweep").drop_columns("run_id").to_pylist()
@@ -589,6 +610,21 @@ def test_a_block_that_moves_layers_at_some_sizes_is_not_said_to_change_nothing(t
                              "relative_change": 0.7}], part="moved")  # fmt: skip
     (receipt,) = blocks([curve.receipts(Reached(run))], Figure)
     assert "Under drop (K = 1) nothing is averaged and no tensor changes" in receipt.caption
+
+
+def test_a_model_of_infinite_perplexity_is_ruined_too(tmp_path):
+    """Its perplexity was left out of the sentence and a dash in the tables, as if it had not been measured."""
+    run = sweep_run(tmp_path / "curve")
+    broken = {"perplexity": float("inf"), "ci_low": None, "ci_high": None}
+    stored = run.read("perplexity").drop_columns("run_id").to_pylist()
+    run.replace("perplexity", [row | (broken if row["plan_id"] == "half3" else {}) for row in stored])
+    section = curve.answer(Reached(run))
+    told = "(perplexity ∞, the unmerged model's is 5.00; it is ruined as a language model)."
+    assert blocks([section], Text)[0].text.endswith(told)
+    best, every = blocks([section], Table)
+    assert best.cells[1][4] == "∞" and [row[-1] for row in every.cells if row[:2] == ("3", "fixed_0.5")] == ["∞"]
+    (figure,) = blocks([section], Figure)
+    assert "read" not in figure.rows.columns and "not drawn; the table below has them" in figure.caption
 
 
 def test_a_curve_leaves_ruined_models_out_of_its_figure_of_perplexities(tmp_path):
@@ -833,6 +869,15 @@ def test_runs_in_folders_of_one_name_are_told_apart(tmp_path, monkeypatch):
     assert len(tests.cells) == 1 and "evaluated models (of the first 2 of these runs), on" in tests.caption
 
 
+def test_perplexities_of_different_texts_are_not_to_be_compared(tmp_path, search):
+    other = search_run(tmp_path / "other")
+    reached = [Reached(search), Reached(other)]
+    assert "different texts" not in blocks([compared.compared(reached, [])], Table)[0].caption
+    texts = other.read("perplexity").drop_columns("run_id").to_pylist()
+    other.replace("perplexity", [row | {"text_hash": "of another"} for row in texts])
+    assert "The perplexities are of different texts" in blocks([compared.compared(reached, [])], Table)[0].caption
+
+
 def test_a_run_that_searched_on_the_reports_questions_is_marked_beside_others(tmp_path, search):
     reached = [Reached(search), Reached(search_run(tmp_path / "seen", search_split="test", seed=1))]
     table, tests = blocks([compared.compared(reached, [])], Table)
@@ -943,6 +988,42 @@ def test_an_evaluation_without_questions_has_its_perplexity_and_its_tasks(tmp_pa
     (figure, *_) = blocks(page.sections[:1], Figure)
     assert {row["run"] for row in as_dicts(figure.rows)} == {"search"}
     assert blocks(page_of([run, run], "", Silent()).sections[:1], Figure) == []
+
+
+def test_a_search_that_reports_on_tasks_alone_speaks_of_no_plain_text(tmp_path, capsys):
+    run = search_run(tmp_path / "run", objective="text_nll")
+    run.config["data"] |= {"mmlu": None}
+    run._store_config()
+    for table in ("answers", "accuracy", "perplexity", "text_losses", "comparisons"):
+        run.replace(table, [])
+    run.append("task_accuracy", [task_accuracy("base", 40), task_accuracy("found", 30)])
+    run = RunDirectory.load(run.path_of())
+    card = search_results(run, "found", "test")
+    assert card[0] == "On the tasks below, none of which the search saw."
+    assert any(line.startswith("| found_bayes | piqa | 50 | acc |") for line in card)
+    assert not any(line.startswith("| against") for line in card)
+    sections = run_sections(run, heading=None)
+    captions = [table.caption for table in blocks(sections, Table)]
+    assert captions[0].startswith("Every plan. No questions were asked, and no plain text was read")
+    console.print_search(run, "test")
+    assert "On plain text:" not in capsys.readouterr().out
+
+
+def test_a_sweep_on_tasks_alone_names_no_best_way(tmp_path, capsys):
+    """It named the first method as the one of lowest perplexity, a dash."""
+    run = sweep_run(tmp_path / "run")
+    run.config["data"] |= {"mmlu": None}
+    run._store_config()
+    for table in ("answers", "accuracy", "perplexity", "text_losses", "comparisons"):
+        run.replace(table, [])
+    run.append("task_accuracy", [task_accuracy("base", 40), task_accuracy("half1", 30)])
+    run = RunDirectory.load(run.path_of())
+    section, further, *_ = run_sections(run, heading=None)
+    told = "No questions were asked, and no plain text was read: the points were evaluated on tasks only, see below."
+    assert [text.text for text in blocks([section], Text)] == [told] and further.title == "Further tasks"
+    assert [table.caption for table in blocks([section], Table)] == ["All 5 points"]
+    console.print_sweep(run, "test")
+    assert "has the lowest" not in capsys.readouterr().out
 
 
 def test_tasks_stand_on_the_page_of_a_search_with_the_comparisons_of_the_best(tmp_path):
@@ -1176,6 +1257,12 @@ def test_write_report_says_where_it_cannot_write(tmp_path, search, monkeypatch):
 )  # fmt: skip
 def test_numbers_as_text(made, text):
     assert made == text
+
+
+def test_a_p_below_the_limit_is_not_rounded_to_it():
+    """Beside "better" stood p 0.050, of which the glossary says that it tells nothing apart."""
+    assert [wording.p_value(p) for p in (0.0494, 0.0496, 0.05, 0.0504)] == ["0.049", "< 0.05", "0.050", "0.050"]
+    assert [summary._p(p) for p in (0.0496, 0.04998, 0.05)] == ["0.0496", "<0.05", "0.05"]
 
 
 @pytest.mark.parametrize("values", [(3.65, 4.12), (3.65, 3.66), (9, 11), (9, 21), (0.02, 0.03), (8.9, 287), (1, 5000)])

@@ -56,7 +56,7 @@ def _table(reached: Sequence[Reached]) -> Table:
         )
     return Table(
         "The main plan of each run - the one that a search found; for a sweep or an evaluation, the unmerged model - "
-        f"next to the unmerged model{_caveat(reached)}",
+        f"next to the unmerged model{_caveat(reached)}{_texts(reached)}",
         (
             "run",
             "experiment",
@@ -84,6 +84,17 @@ def _caveat(reached: Sequence[Reached]) -> str:
     if not any(one.best is not None and chosen_on(one.run, one.split) for one in reached):
         return ""
     return ". A plan chosen on these questions is too good on them: no difference in its favour, or verdict, is a test"
+
+
+def _texts(reached: Sequence[Reached]) -> str:
+    """That perplexities are not to be compared, where they are of different texts, or of more and fewer tokens."""
+    texts = {
+        (row["text_hash"], row["tokens"])
+        for one in reached
+        for row in one.run.read("perplexity", ["target", "text_hash", "tokens"]).to_pylist()
+        if row["target"] == "text"
+    }
+    return ". The perplexities are of different texts, or tokens: do not compare them" if len(texts) > 1 else ""
 
 
 def headline(one: Reached) -> dict | None:

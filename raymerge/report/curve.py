@@ -25,7 +25,9 @@ def answer(reached: Reached) -> Section:
     base, lasts = _unmerged(points), _merged(points)
     blocks: list[Block] = []
     if lasts:
-        blocks += [Text(_sentence(base, lasts)), _best(reached, base, lasts)]
+        blocks.append(Text(_sentence(base, lasts)))
+    if any(map(_judged, lasts)):
+        blocks.append(_best(reached, base, lasts))
     blocks += [*chosen_layers(reached.run), *_curves(reached, points, base), _everything(points)]
     return Section("The answer", tuple(blocks))
 
@@ -59,6 +61,7 @@ def curve(reached: Reached) -> list[dict[str, Any]]:
                 "variant": _variant(row),
                 "merges": row["merges"],
                 **drawn(line),
+                "read": line["perplexity"],  # infinite where a model is so ruined that it has none to be drawn
                 "macro": line["macro"],
                 "answer_nll": line["nll"],
                 "removed": removed_share(line["costs"]),
@@ -107,15 +110,24 @@ def _tie(points: list[dict], best: dict, alike: str) -> str:
     return f"; {plural(level, 'other way')} {alike.split('/')[level > 1]}" if level else ""
 
 
+def _judged(point: dict) -> bool:
+    """Whether a point has anything to be ranked by: a sweep may report on tasks alone."""
+    return point["accuracy"] is not None or point["read"] is not None
+
+
 def _sentence(base: dict | None, points: list[dict]) -> str:
+    if not any(map(_judged, points)):
+        return (
+            "No questions were asked, and no plain text was read: the points were evaluated on tasks only, see below."
+        )
     merges = [point["merges"] for point in points]
     best = {count: _at(points, count)[0] for count in (min(merges), max(merges))}
     if points[0]["accuracy"] is None:
-        read = None if base is None else perplexity(base["perplexity"])
+        read = None if base is None else perplexity(base["read"])
         before = "" if base is None else f"The unmerged model's perplexity on plain text is {read}. "
         told = [
             f"With {plural(count, 'layer')} merged, {_way(point)} has the lowest: "
-            f"{perplexity(point['perplexity'], _limits(point))}{_tie(points, point, 'has the same/have the same')}"
+            f"{perplexity(point['read'], _limits(point))}{_tie(points, point, 'has the same/have the same')}"
             for count, point in best.items()
         ]
         return f"{before}{'. '.join(told)}. No questions were asked."
@@ -133,12 +145,12 @@ def _sentence(base: dict | None, points: list[dict]) -> str:
 
 def _read(point: dict, unmerged: float | None) -> str:
     """A point's perplexity for the sentence, and whether the language model is lost whatever the letters say."""
-    if not point["perplexity"]:
+    if point["read"] is None:
         return ""
-    lost = unmerged is not None and point["perplexity"] > RUINED * unmerged
+    lost = unmerged is not None and point["read"] > RUINED * unmerged
     beside = "" if unmerged is None else f", the unmerged model's is {perplexity(unmerged)}"
     said = "; it is ruined as a language model" if lost else ""
-    return f" (perplexity {perplexity(point['perplexity'])}{beside if lost else ''}{said})"
+    return f" (perplexity {perplexity(point['read'])}{beside if lost else ''}{said})"
 
 
 def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
@@ -147,14 +159,14 @@ def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
     cells = []
     for merges in sorted({point["merges"] for point in points}):
         best, drop = _at(points, merges)
-        dropping = "–" if drop is None else percent(drop["accuracy"]) if asks else perplexity(drop["perplexity"])
+        dropping = "–" if drop is None else percent(drop["accuracy"]) if asks else perplexity(drop["read"])
         cells.append(
             (
                 str(merges),
                 percent(best["removed"]),
                 _way(best) + (f" and {level} more" if (level := _level(points, best)) else ""),
                 *([f"{percent(best['accuracy'])} {interval(best['low'], best['high'])}"] if asks else []),
-                perplexity(best["perplexity"], _limits(best)),
+                perplexity(best["read"], _limits(best)),
                 dropping,
                 _against_dropping(best, drop, known),
             )
@@ -162,7 +174,8 @@ def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
     ranked = "most accurate way" if asks else "way of lowest perplexity"
     header = ("merged", "parameters removed", ranked, *(["accuracy [95 %]"] if asks else []), "perplexity", "dropping",
               "against dropping")  # fmt: skip
-    return Table(_caption_of_best(asks, base, ranked), header, tuple(cells), words=(2, len(header) - 1))
+    several = len({(point["method"], point["variant"]) for point in points}) > 1
+    return Table(_caption_of_best(asks, base, ranked, several), header, tuple(cells), words=(2, len(header) - 1))
 
 
 def _against_dropping(best: dict, drop: dict | None, known: dict[tuple[str, str], dict]) -> str:
@@ -175,23 +188,26 @@ def _against_dropping(best: dict, drop: dict | None, known: dict[tuple[str, str]
     return "not compared" if row is None else f"{difference(row)}: {verdict(row)}"
 
 
-def _caption_of_best(asks: bool, base: dict | None, ranked: str) -> str:
+def _caption_of_best(asks: bool, base: dict | None, ranked: str, several: bool) -> str:
     judged, flattered = ("these same questions", "accuracy") if asks else ("this same text", "perplexity")
-    caption = (
-        f"The {ranked} at every K, against dropping as many layers. It was chosen as the best of several on {judged}, "
-        f"so its {flattered} and its difference are too good. The verdicts use Holm's p, which corrects for all "
-        "comparisons that the sweep is about, including ways that are not the best at their K."
-    )
+    caption = f"The {ranked} at every K, against dropping as many layers."
+    if several:
+        caption += (
+            f" It was chosen as the best of several on {judged}, so its {flattered} and its difference are too good. "
+            "The verdicts use Holm's p, which corrects for all comparisons that the sweep is about, including ways "
+            "that are not the best at their K."
+        )
     if not asks:
         caption += f" Against dropping: nats per token with 95 % intervals, over passages of the text. {TEXT_TEST}."
     if base is None:
         return caption
     answered = f"{percent(base['accuracy'])}, " if asks else ""
-    return f"{caption} Unmerged: {answered}perplexity {perplexity(base['perplexity'])}"
+    return f"{caption} Unmerged: {answered}perplexity {perplexity(base['read'])}"
 
 
 def _curves(reached: Reached, points: list[dict], base: dict | None) -> list[Figure]:
     """Accuracy where questions were asked, and perplexity where there is any."""
+    points = [{key: value for key, value in point.items() if key != "read"} for point in points]
     drawn = [point for point in points if point["merges"] > 0] or points
     tips = [("plan", "plan"), ("method", "method"), ("variant", "variant"), ("merges", "layers merged"),
             ("accuracy", "accuracy", ".1%"), ("low", "95 % from", ".1%"), ("high", "to", ".1%"),
@@ -275,7 +291,7 @@ def _everything(points: list[dict]) -> Table:
             percent(point["removed"]),
             *([f"{percent(point['accuracy'])} {interval(point['low'], point['high'])}"] if asks else []),
             *([percent(point["macro"]), value(point["answer_nll"])] if asks else []),
-            perplexity(point["perplexity"], _limits(point)),
+            perplexity(point["read"], _limits(point)),
             *([value(point["tokens_per_second"], 1)] if speed else []),
         )
         for point in points

@@ -213,9 +213,14 @@ def plan_table(reached: Reached) -> Table:
 
 
 def _text_plan_table(reached: Reached) -> Table:
-    return Table(
+    read = any(line["perplexity"] is not None for line in reached.lines)
+    told = (
         "Every plan on plain text, the lowest perplexity first, with 95 % intervals. No questions were asked"
-        f"{_layers(reached)}",
+        if read
+        else "Every plan. No questions were asked, and no plain text was read: the tasks below are all that there is"
+    )
+    return Table(
+        f"{told}{_layers(reached)}",
         ("plan", "what it is", "layers", "perplexity"),
         tuple((*_named(line), perplexity(line["perplexity"], line["perplexity_interval"])) for line in reached.lines),
         words=(0, 1),

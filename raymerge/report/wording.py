@@ -54,7 +54,10 @@ def difference(row: dict) -> str:
 
 
 def p_value(p: float | None) -> str:
-    """Two significant digits; what is below 0.001 only says so."""
+    """Two significant digits; what is below 0.001 only says so, and so does what rounding would lift to 0.05, beside a
+    verdict that it is below."""
+    if p is not None and p < 0.05 <= round(p, 3):
+        return "< 0.05"
     return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
