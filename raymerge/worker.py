@@ -343,8 +343,11 @@ class ModelWorker:
 
         A result has what `score` gives for the best epoch's plan, with its flat alphas; and history, an Epoch for every
         one. Each epoch's state is in the cache, from which a descent that was cut short goes on.
+
+        After half of workers.timeout_s a descent stops, so that a long one is told from a worker that hangs: what is
+        given then has `unfinished`, seconds and cpu_seconds, and the same call again goes on.
         """
-        results = []
+        results, deadline = [], time.monotonic() + self.config.workers.timeout_s / 2
         for start in starts:
             began = _now()
             loss = self._tail_loss(self.template.with_alphas(start, name="start", kind="found"))
@@ -355,7 +358,10 @@ class ModelWorker:
                 settings,
                 state=read_tensors(path, "the descent") if is_whole(path, "the descent") else None,
                 on_epoch=lambda _, state, path=path: write_tensors(path, state, "the descent"),
+                stops=lambda: time.monotonic() > deadline,
             )
+            if found is None:
+                return [{"unfinished": True, **_taken(began)}]
             logits = None
             if SEARCH in self.material.questions:
                 logits = next(loss.scorer.score_many([found.plan])).numpy()

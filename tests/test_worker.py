@@ -234,7 +234,7 @@ def test_the_best_of_a_descent_is_judged_as_a_candidate_is_and_what_is_on_the_di
         np.testing.assert_allclose(again["logits"], result["logits"], atol=2e-4)
     taken = []
 
-    def descend(loss, settings, *, state, on_epoch):
+    def descend(loss, settings, *, state, on_epoch, stops):
         taken.append((loss.identity, settings.parametrisation, state is not None))
         raise KeyboardInterrupt
 
@@ -244,6 +244,23 @@ def test_the_best_of_a_descent_is_judged_as_a_candidate_is_and_what_is_on_the_di
         with pytest.raises(KeyboardInterrupt):
             worker.descend([start], kind)
     assert [entry[1:] for entry in taken] == [("simplex", True), ("simplex", False), ("per_matrix", False)]
+
+
+def test_a_descent_of_many_times_a_call_s_limit_is_done_in_as_many_calls(worker, monkeypatch, tmp_path):
+    """A call longer than workers.timeout_s counts as a worker that hangs, and a third one as a failure."""
+    monkeypatch.setattr(worker, "config", load_config(None, [*SETTINGS, "gradient.epochs=3"]))
+    start = [0.5, 0.5, 0.25, 0.5, 0.5]
+    monkeypatch.setattr(worker, "cache", tmp_path / "whole")
+    (whole,) = worker.descend([start], "simplex")
+    short = load_config(None, [*SETTINGS, "gradient.epochs=3", "workers.timeout_s=1e-6"])
+    monkeypatch.setattr(worker, "config", short)
+    monkeypatch.setattr(worker, "cache", tmp_path / "cut")
+    for _ in range(2):
+        (result,) = worker.descend([start], "simplex")
+        assert result["unfinished"] and result["seconds"] > 0
+    (result,) = worker.descend([start], "simplex")
+    assert "unfinished" not in result and result["alphas"] == whole["alphas"]
+    assert [epoch.loss for epoch in result["history"]] == [epoch.loss for epoch in whole["history"]]
 
 
 @pytest.mark.parametrize(
