@@ -130,7 +130,7 @@ def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, template: MergePlan
     the layers that are mixed once more, as `SourceLayers` stacks them."""
     name = checkpoint.architecture.layer_name
     sizes = [
-        sum(checkpoint[name(layer, tensor)].numel() for tensor in checkpoint.layer_tensors(layer))
+        sum(math.prod(checkpoint.stored(name(layer, tensor))[1]) for tensor in checkpoint.layer_tensors(layer))
         for layer in range(checkpoint.n_layers)
     ]
     mixed = 0 if template is None else sum(sizes[template.resumes_at :])

@@ -384,17 +384,20 @@ def test_without_a_text_calibration_takes_prompts_of_the_search(whole, tmp_path)
     assert sum(shard.tokens for shard in found[4000]) <= max(4000, found[10][0].tokens)
 
 
-def test_a_model_too_large_for_its_share_of_a_gpu_is_refused_with_the_bytes():
+def test_a_model_too_large_for_its_share_of_a_gpu_is_refused_with_the_bytes(monkeypatch):
     checkpoint = Checkpoint("demo")
     layer = sum(checkpoint[name].numel() for name in checkpoint if name.startswith("model.layers.0."))
+    stored = checkpoint.dtype.itemsize
+    read, get = [], Checkpoint.__getitem__
+    monkeypatch.setattr(Checkpoint, "__getitem__", lambda self, name: read.append(name) or get(self, name))
     every = checkpoint.n_layers * layer
     template = tail_plan(checkpoint.n_layers, [0.5] * MERGES, name="candidate", kind="found")
     assert weight_bytes(checkpoint, torch.bfloat16, None) == 2 * every
     needed = weight_bytes(checkpoint, torch.float16, template)
-    stored = checkpoint.dtype.itemsize
     assert needed == 2 * every + stored * (MERGES + 1) * layer
     folded = weight_bytes(checkpoint, torch.float16, replace(template, norms="fold"))
     assert folded == 2 * every + 4 * (MERGES + 1) * layer
     refuse_oversized(checkpoint, torch.float16, template, needed)
+    assert not read, "a model is not read to be refused"
     with pytest.raises(TooLargeError, match=rf"float16 needs {needed / 1e9:.2f} GB .*has 0.00 GB free.*_worker: 1"):
         refuse_oversized(checkpoint, torch.float16, template, 1000)
