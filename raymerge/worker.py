@@ -54,6 +54,7 @@ from raymerge.scoring import TailScorer
 from raymerge.sensitivity import recipe_of, vary
 from raymerge.similarity import compute
 from raymerge.sources import SourceLayers
+from raymerge.storage import free_bytes
 from raymerge.tail_loss import TailLoss, TextWindows
 from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 from raymerge.trunk import TrunkCache, compute_trunks
@@ -232,6 +233,15 @@ class ModelWorker:
     def shard_rows(self, of: str) -> list[list[int]]:
         """The questions of a role (or a task's items) that each shard holds, ascending."""
         return self.prompts.shard_rows(of)
+
+    def trunk_room(self, names: Sequence[str]) -> tuple[int, int]:
+        """Bytes of the trunk's states of these prompts (roles, the text) that this machine's disk does not have
+        yet, and bytes that are free there."""
+        shards = [shard for of in names for shard in self.prompts.shards(of)]
+        missing = [
+            shard.tokens for trunk in self._trunks.values() for shard in shards if not trunk.path(shard).exists()
+        ]
+        return sum(missing) * self.checkpoint.config.hidden_size * self.runner.dtype.itemsize, free_bytes(self.cache)
 
     def compute_trunk(self, item: tuple[str, int]) -> int:
         """Make sure that the trunk's states of one shard (of a role or the text) are on disk; its tokens."""

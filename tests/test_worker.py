@@ -336,6 +336,24 @@ def test_trunk_states_are_computed_once(worker):
     assert path.stat().st_mtime_ns == written
 
 
+def test_the_room_that_states_take_is_known_before_they_are_computed(tmp_path):
+    template = tail_plan(Checkpoint("demo").n_layers, [0.5] * MERGES, name="candidate", kind="found")
+    firsts = (template.resumes_at - 2, template.resumes_at)
+    new = ModelWorker(
+        load_config(None, SETTINGS), roles=(SEARCH,), cache=tmp_path / "new", template=template, firsts=firsts
+    )
+    needed, free = new.trunk_room([SEARCH])
+    assert 0 < free <= shutil.disk_usage(tmp_path).total and not (tmp_path / "new").exists()
+    for number in range(len(new.shard_tokens(SEARCH))):
+        new.compute_trunk((SEARCH, number))
+    files = sorted((tmp_path / "new").glob("trunk-*"))
+    assert sum(path.stat().st_size for path in files) == pytest.approx(needed, abs=4096 * len(files))  # and headers
+    assert new.trunk_room([SEARCH])[0] == 0
+    for path in files[::2]:
+        path.unlink()
+    assert new.trunk_room([SEARCH])[0] == needed / 2
+
+
 def test_a_worker_tells_what_it_holds(worker):
     described = worker.describe()
     assert described["device"] == "cpu" and described["dtype"] == "float32"
