@@ -478,7 +478,7 @@ class WorkersConfig(_Section):
       more as nodes join. Where the memory has room for fewer workers without GPUs, each of them has more CPUs.
     - `autoscaling`: the cluster grows on demand, so `count` may be more than it has room for now; `count` and
       `gpus_per_worker` must then be numbers.
-    - `timeout_s`: seconds after which a silent worker is replaced.
+    - `timeout_s`: seconds after which a silent worker is replaced. A descent may take longer, an epoch of it not.
     - `wait_s`: seconds to wait for a worker when there is none.
     - `max_restarts`: consecutive restarts of a worker that finishes nothing.
     - `dashboard`: start Ray's dashboard with a local Ray, on 127.0.0.1.

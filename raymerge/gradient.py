@@ -207,12 +207,14 @@ def descend(
     *,
     state: Mapping[str, Tensor] | None = None,
     on_epoch: Callable[[Epoch, dict[str, Tensor]], None] | None = None,
-) -> Descent:
+    stops: Callable[[], bool] | None = None,
+) -> Descent | None:
     """Descend from the template's coefficients.
 
     on_epoch: called with each epoch's row, the start's included, and the state after it: plain tensors, to be saved as
     safetensors. state: one of these, from which the descent goes on to the same result, bit by bit on the same
-    machine; it must be of the same loss and settings (epochs may differ).
+    machine; it must be of the same loss and settings (epochs may differ). stops: asked after each epoch whether to stop
+    before the end, to go on from its state; the result is then None.
     """
     settings = settings or Settings()
     run = _Run(loss, settings)
@@ -223,6 +225,8 @@ def descend(
     while not run.finished:
         run.advance()
         run.record(on_epoch)
+        if stops is not None and not run.finished and stops():
+            return None
     return run.result()
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from textwrap import shorten
 
 import numpy as np
+import pyarrow.compute as pc
 
 from raymerge.config import Config, ConfigError
 from raymerge.objectives import parse_objective
@@ -229,19 +230,20 @@ def read_similarity(
     choice is not unique or the run is of another number of layers, RunError where there is no such run.
     """
     loaded = RunDirectory.load(run)
-    found: dict[tuple[str, ...], list[dict]] = {}
-    for row in loaded.read("similarity").to_pylist():
-        if subset in (None, row["subset"]) and language in (None, row["language"]):
-            found.setdefault(tuple(row[key] for key in ("subset", "language", "measure", "embedding")), []).append(row)
+    stored = loaded.read("similarity")
+    for column, chosen in (("subset", subset), ("language", language)):
+        stored = stored if chosen is None else stored.filter(pc.equal(stored[column], chosen))
+    keys = ["subset", "language", "measure", "embedding"]
+    found = stored.group_by(keys).aggregate([]).to_pylist()
     if len(found) != 1:
-        names = [f"{key[0]} in {key[1]}" for key in sorted(found)]
+        names = sorted(f"{key['subset']} in {key['language']}" for key in found)
         named = ", ".join(names if len(names) < 6 else [*names[:4], f"{len(names) - 4} more"])
         raise ConfigError(
             f"{run} holds {len(found)} similarity matrices{f' ({named})' if found else ''} for subset "
             f"{subset or 'any'} and language {language or 'any'}, but coefficients need exactly one: set "
             "plan.similarity_subset and plan.similarity_language"
         )
-    ((key, rows),) = found.items()
+    (key,), rows = found, stored.to_pylist()  # of one matrix: 285 subsets of 80 layers have 1.8 million rows
     size = 1 + max(row["layer_i"] for row in rows)
     if size != n_layers:
         raise ConfigError(f"{run} is for a model of {size} layers, this one has {n_layers}: give a run of this model")
@@ -251,7 +253,7 @@ def read_similarity(
             matrix[row["layer_i"], row["layer_j"]] = row["value"]
     influence = np.full(size, np.nan)
     for row in loaded.read("block_influence").to_pylist():
-        if (row["subset"], row["language"]) == key[:2]:
+        if (row["subset"], row["language"]) == (key["subset"], key["language"]):
             influence[row["layer"]] = row["value"]
     return matrix, None if np.isnan(influence).any() else influence
 

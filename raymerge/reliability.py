@@ -60,6 +60,14 @@ class Study:
         return cls(matrix=matrix, draw_size=draw_size, n_samples=n_samples, **arrays)
 
     @cached_property
+    def patterns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`unit_pattern` of the matrix, of what is above its diagonal, and of that of each draw: what correlations with
+        other studies need of this one."""
+        values = self.matrix.values
+        above = np.triu_indices(len(values), k=1)
+        return unit_pattern(values.ravel()), unit_pattern(values[above]), unit_pattern(self.draws[:, *above])
+
+    @cached_property
     def reliability(self) -> float | None:
         """Correlation that this matrix would have, off the diagonal, with one over N other samples of the same kind.
 
@@ -200,16 +208,15 @@ def correlate(a: Study, b: Study, *, confidence: float = 0.95) -> Correlation:
     variances add up either way. With unlike numbers of samples or draws they are added up: each study's draws against
     the other's whole matrix.
     """
-    bare = correlate_matrices(a.matrix, b.matrix)
+    flat, above = (_products(x, y) for x, y in zip(a.patterns[:2], b.patterns[:2], strict=True))
+    bare = Correlation(float(flat), float(above), None, None, None, None)
+    if np.isnan(flat) or np.isnan(above):
+        bare = correlate_matrices(a.matrix, b.matrix)
     if (a.n_samples, a.draw_size, len(a.draws)) == (b.n_samples, b.draw_size, len(b.draws)):
-        pairs = [(a, zip(a.draws, b.draws, strict=True))]
+        pairs = [(a, _drawn(a, b))]
     else:
-        whole_a, whole_b = a.matrix.values, b.matrix.values
-        pairs = [(a, ((draw, whole_b) for draw in a.draws)), (b, ((whole_a, draw) for draw in b.draws))]
-    variance = sum(
-        jackknife_variance(_z(np.array([_off_diagonal(x, y) for x, y in drawn])), source.draw_size, source.n_samples)
-        for source, drawn in pairs
-    )
+        pairs = [(a, _drawn(a, b, whole=True)), (b, _drawn(b, a, whole=True))]
+    variance = sum(jackknife_variance(_z(drawn), source.draw_size, source.n_samples) for source, drawn in pairs)
     margin = _quantile(confidence) * np.sqrt(variance)
     low, high = np.tanh(_z(np.array(bare.pearson_off_diagonal)) + np.array([-margin, margin]))
     known = bool(np.isfinite(margin))
@@ -220,6 +227,30 @@ def correlate(a: Study, b: Study, *, confidence: float = 0.95) -> Correlation:
         reliability_a=a.reliability,
         reliability_b=b.reliability,
     )
+
+
+def unit_pattern(values: np.ndarray) -> np.ndarray:
+    """Values (..., P) without their mean, of length 1: products of two such are correlations. All of them are NaN where
+    `pearson` would have to look closer: where one is not finite or they are all but the same, or fewer than 3."""
+    found = values - values.mean(axis=-1, keepdims=True)
+    norm = np.linalg.norm(found, axis=-1, keepdims=True)
+    varied = np.ptp(values, axis=-1, keepdims=True) > 1e-12 * np.abs(values).max(axis=-1, keepdims=True, initial=0.0)
+    known = varied & np.isfinite(norm) & (values.shape[-1] >= 3)
+    return np.where(known, found / np.where(known, norm, 1.0), np.nan)
+
+
+def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.clip(np.einsum("...p,...p->...", a, b), -1, 1)
+
+
+def _drawn(a: Study, b: Study, *, whole: bool = False) -> np.ndarray:
+    """Correlations (B,) of each of a's draws with b's of the same number, or with b's whole matrix; NaN where there is
+    none."""
+    # 2,394 subsets (57 subjects, 42 languages) are 2.9 million pairs, each of 40 draws.
+    found = _products(a.patterns[2], b.patterns[1 if whole else 2])
+    for draw in np.flatnonzero(np.isnan(found)):
+        found[draw] = _off_diagonal(a.draws[draw], b.matrix.values if whole else b.draws[draw])
+    return found
 
 
 def correlate_matrices(a: SimilarityMatrix | np.ndarray, b: SimilarityMatrix | np.ndarray) -> Correlation:

@@ -25,6 +25,7 @@ from raymerge.questions import QuestionSet
 from raymerge.schemas import SCHEMAS, TASK_MEASURES, TEXT_SPLIT, letter_logits
 from raymerge.statistics import MeanInterval, answer_nll, holm, mcnemar, paired_difference, ratio_interval
 from raymerge.tasks import Task
+from raymerge.tensorfiles import ITEM_BYTES
 from raymerge.texts import text_hash
 
 Row = dict[str, Any]
@@ -236,8 +237,11 @@ def cost_row(plan: MergePlan, plan_id: str, checkpoint: Checkpoint, quantise: st
     if quantise != "none":
         arch = checkpoint.architecture
         quantised = [matrix for matrix in arch.matrices if matrix != arch.router]
-        for matrix in (checkpoint[arch.layer_name(layer, f"{m}.weight")] for layer in kept for m in quantised):
-            stored += quantised_bytes(*matrix.shape, quantise) - matrix.nbytes
+        # Shapes are in the files' headers: a tensor that is asked for is read, to see that it is finite.
+        for kind, shape in (
+            checkpoint.stored(arch.layer_name(layer, f"{m}.weight")) for layer in kept for m in quantised
+        ):
+            stored += quantised_bytes(*shape, quantise) - math.prod(shape) * ITEM_BYTES[kind]
     return {
         "plan_id": plan_id,
         "layers": len(kept),

@@ -166,8 +166,17 @@ class _Trial(tune.Trainable):
             return  # Slower, no worse; a disk that is full is the record's to say.
 
     def _score(self, handle: Any, candidates: list[Point]) -> list[Row]:
+        before = {"seconds": 0.0, "cpu_seconds": 0.0}
         try:
-            return call_worker(handle, self._method, candidates, *self._arguments, timeout_s=self._timeout_s)
+            while True:
+                results = call_worker(handle, self._method, candidates, *self._arguments, timeout_s=self._timeout_s)
+                if not any(result.get("unfinished") for result in results):
+                    break
+                # A descent may take longer than a call may: it goes on from where it is.
+                before = {key: value + results[0][key] for key, value in before.items()}
+            if any(before.values()):
+                results[0] |= {key: value + results[0][key] for key, value in before.items()}
+            return results
         except (WorkerLost, UserError):  # all that Ray says instead of an answer is a lost worker
             raise
         except Exception as error:  # whatever the worker's own code raises ends as the candidate's error

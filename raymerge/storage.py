@@ -302,6 +302,14 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raymerge"
 
 
+def free_bytes(folder) -> int:
+    """Bytes free on the disk of a folder of this machine's, also of one that is still to be made."""
+    there = Path(folder).absolute()
+    while not there.exists():
+        there = there.parent
+    return shutil.disk_usage(there).free
+
+
 def clear_scratch(folder, older_s: float = 0.0) -> None:
     """Delete what killed processes left under temporary names right in a local folder, files and folders.
 

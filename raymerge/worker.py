@@ -54,6 +54,7 @@ from raymerge.scoring import TailScorer
 from raymerge.sensitivity import recipe_of, vary
 from raymerge.similarity import compute
 from raymerge.sources import SourceLayers
+from raymerge.storage import free_bytes
 from raymerge.tail_loss import TailLoss, TextWindows
 from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 from raymerge.trunk import TrunkCache, compute_trunks
@@ -130,7 +131,7 @@ def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, template: MergePlan
     the layers that are mixed once more, as `SourceLayers` stacks them."""
     name = checkpoint.architecture.layer_name
     sizes = [
-        sum(checkpoint[name(layer, tensor)].numel() for tensor in checkpoint.layer_tensors(layer))
+        sum(math.prod(checkpoint.stored(name(layer, tensor))[1]) for tensor in checkpoint.layer_tensors(layer))
         for layer in range(checkpoint.n_layers)
     ]
     mixed = 0 if template is None else sum(sizes[template.resumes_at :])
@@ -232,6 +233,15 @@ class ModelWorker:
     def shard_rows(self, of: str) -> list[list[int]]:
         """The questions of a role (or a task's items) that each shard holds, ascending."""
         return self.prompts.shard_rows(of)
+
+    def trunk_room(self, names: Sequence[str]) -> tuple[int, int]:
+        """Bytes of the trunk's states of these prompts (roles, the text) that this machine's disk does not have
+        yet, and bytes that are free there."""
+        shards = [shard for of in names for shard in self.prompts.shards(of)]
+        missing = [
+            shard.tokens for trunk in self._trunks.values() for shard in shards if not trunk.path(shard).exists()
+        ]
+        return sum(missing) * self.checkpoint.config.hidden_size * self.runner.dtype.itemsize, free_bytes(self.cache)
 
     def compute_trunk(self, item: tuple[str, int]) -> int:
         """Make sure that the trunk's states of one shard (of a role or the text) are on disk; its tokens."""
@@ -343,8 +353,11 @@ class ModelWorker:
 
         A result has what `score` gives for the best epoch's plan, with its flat alphas; and history, an Epoch for every
         one. Each epoch's state is in the cache, from which a descent that was cut short goes on.
+
+        After half of workers.timeout_s a descent stops, so that a long one is told from a worker that hangs: what is
+        given then has `unfinished`, seconds and cpu_seconds, and the same call again goes on.
         """
-        results = []
+        results, deadline = [], time.monotonic() + self.config.workers.timeout_s / 2
         for start in starts:
             began = _now()
             loss = self._tail_loss(self.template.with_alphas(start, name="start", kind="found"))
@@ -355,7 +368,10 @@ class ModelWorker:
                 settings,
                 state=read_tensors(path, "the descent") if is_whole(path, "the descent") else None,
                 on_epoch=lambda _, state, path=path: write_tensors(path, state, "the descent"),
+                stops=lambda: time.monotonic() > deadline,
             )
+            if found is None:
+                return [{"unfinished": True, **_taken(began)}]
             logits = None
             if SEARCH in self.material.questions:
                 logits = next(loss.scorer.score_many([found.plan])).numpy()

@@ -553,6 +553,24 @@ def test_receipts_say_what_did_not_change(search):
     assert receipts.tensor_name("lm_head.weight") == ("lm_head.weight", "")
 
 
+def test_of_a_layer_s_experts_the_one_that_changed_most_is_drawn(tmp_path):
+    """128 experts of 48 layers are 18,432 tensors of a plan that moves them, in a drawing of 384 rows."""
+    run, experts, changes = search_run(tmp_path), range(12), np.random.default_rng(0).uniform(0.8, 1, (3, 12))
+    run.append("receipts", [
+        {"plan_id": "found", "tensor": f"model.layers.{layer}.mlp.experts.{expert}.{matrix}.weight",
+         "max_abs_change": 0.1, "relative_change": float(changes[layer, expert])}
+        for layer in range(3) for matrix in ("up_proj", "down_proj") for expert in experts
+    ])  # fmt: skip
+    (figure,) = blocks([receipts.receipts(Reached(run))], Figure)
+    rows = [row for row in as_dicts(figure.rows) if "experts" in row["matrix"]]
+    assert {row["matrix"] for row in rows} == {"mlp.experts.*.up_proj", "mlp.experts.*.down_proj"}
+    assert sorted(row["relative"] for row in rows) == sorted(np.repeat(changes.max(1), 2))
+    for row in rows:
+        assert f".experts.{changes[int(row['layer'])].argmax()}." in row["tensor"]
+    assert "Of a layer's experts the one that changed most is shown; the table has all." in figure.caption
+    assert "Differences in 74 tensor names under 2 plans" in figure.caption
+
+
 # -- the other experiments
 
 

@@ -699,6 +699,16 @@ def a_trial(started, first_round):
     return trial
 
 
+def test_a_trial_asks_on_until_a_descent_has_ended(monkeypatch):
+    cut = {"unfinished": True, "seconds": 2.0, "cpu_seconds": 1.0}
+    answers = [[cut], [cut], [{"value": 0.5, "seconds": 0.5, "cpu_seconds": 0.25}]]
+    limits = []
+    monkeypatch.setattr("raymerge.search.find_worker", lambda name: name)
+    monkeypatch.setattr("raymerge.search.call_worker", lambda *_, timeout_s: limits.append(timeout_s) or answers.pop(0))
+    (result,) = a_trial("/dev/null", []).step()["results"]
+    assert result == {"value": 0.5, "seconds": 4.5, "cpu_seconds": 2.25} and limits == [60.0] * 3
+
+
 def test_a_trial_of_the_first_round_waits_until_all_have_started_but_not_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr("raymerge.search._START_S", 0.1)
     started = tmp_path / "tune" / "started"

@@ -234,7 +234,7 @@ def test_the_best_of_a_descent_is_judged_as_a_candidate_is_and_what_is_on_the_di
         np.testing.assert_allclose(again["logits"], result["logits"], atol=2e-4)
     taken = []
 
-    def descend(loss, settings, *, state, on_epoch):
+    def descend(loss, settings, *, state, on_epoch, stops):
         taken.append((loss.identity, settings.parametrisation, state is not None))
         raise KeyboardInterrupt
 
@@ -244,6 +244,23 @@ def test_the_best_of_a_descent_is_judged_as_a_candidate_is_and_what_is_on_the_di
         with pytest.raises(KeyboardInterrupt):
             worker.descend([start], kind)
     assert [entry[1:] for entry in taken] == [("simplex", True), ("simplex", False), ("per_matrix", False)]
+
+
+def test_a_descent_of_many_times_a_call_s_limit_is_done_in_as_many_calls(worker, monkeypatch, tmp_path):
+    """A call longer than workers.timeout_s counts as a worker that hangs, and a third one as a failure."""
+    monkeypatch.setattr(worker, "config", load_config(None, [*SETTINGS, "gradient.epochs=3"]))
+    start = [0.5, 0.5, 0.25, 0.5, 0.5]
+    monkeypatch.setattr(worker, "cache", tmp_path / "whole")
+    (whole,) = worker.descend([start], "simplex")
+    short = load_config(None, [*SETTINGS, "gradient.epochs=3", "workers.timeout_s=1e-6"])
+    monkeypatch.setattr(worker, "config", short)
+    monkeypatch.setattr(worker, "cache", tmp_path / "cut")
+    for _ in range(2):
+        (result,) = worker.descend([start], "simplex")
+        assert result["unfinished"] and result["seconds"] > 0
+    (result,) = worker.descend([start], "simplex")
+    assert "unfinished" not in result and result["alphas"] == whole["alphas"]
+    assert [epoch.loss for epoch in result["history"]] == [epoch.loss for epoch in whole["history"]]
 
 
 @pytest.mark.parametrize(
@@ -319,6 +336,24 @@ def test_trunk_states_are_computed_once(worker):
     assert path.stat().st_mtime_ns == written
 
 
+def test_the_room_that_states_take_is_known_before_they_are_computed(tmp_path):
+    template = tail_plan(Checkpoint("demo").n_layers, [0.5] * MERGES, name="candidate", kind="found")
+    firsts = (template.resumes_at - 2, template.resumes_at)
+    new = ModelWorker(
+        load_config(None, SETTINGS), roles=(SEARCH,), cache=tmp_path / "new", template=template, firsts=firsts
+    )
+    needed, free = new.trunk_room([SEARCH])
+    assert 0 < free <= shutil.disk_usage(tmp_path).total and not (tmp_path / "new").exists()
+    for number in range(len(new.shard_tokens(SEARCH))):
+        new.compute_trunk((SEARCH, number))
+    files = sorted((tmp_path / "new").glob("trunk-*"))
+    assert sum(path.stat().st_size for path in files) == pytest.approx(needed, abs=4096 * len(files))  # and headers
+    assert new.trunk_room([SEARCH])[0] == 0
+    for path in files[::2]:
+        path.unlink()
+    assert new.trunk_room([SEARCH])[0] == needed / 2
+
+
 def test_a_worker_tells_what_it_holds(worker):
     described = worker.describe()
     assert described["device"] == "cpu" and described["dtype"] == "float32"
@@ -367,17 +402,20 @@ def test_without_a_text_calibration_takes_prompts_of_the_search(whole, tmp_path)
     assert sum(shard.tokens for shard in found[4000]) <= max(4000, found[10][0].tokens)
 
 
-def test_a_model_too_large_for_its_share_of_a_gpu_is_refused_with_the_bytes():
+def test_a_model_too_large_for_its_share_of_a_gpu_is_refused_with_the_bytes(monkeypatch):
     checkpoint = Checkpoint("demo")
     layer = sum(checkpoint[name].numel() for name in checkpoint if name.startswith("model.layers.0."))
+    stored = checkpoint.dtype.itemsize
+    read, get = [], Checkpoint.__getitem__
+    monkeypatch.setattr(Checkpoint, "__getitem__", lambda self, name: read.append(name) or get(self, name))
     every = checkpoint.n_layers * layer
     template = tail_plan(checkpoint.n_layers, [0.5] * MERGES, name="candidate", kind="found")
     assert weight_bytes(checkpoint, torch.bfloat16, None) == 2 * every
     needed = weight_bytes(checkpoint, torch.float16, template)
-    stored = checkpoint.dtype.itemsize
     assert needed == 2 * every + stored * (MERGES + 1) * layer
     folded = weight_bytes(checkpoint, torch.float16, replace(template, norms="fold"))
     assert folded == 2 * every + 4 * (MERGES + 1) * layer
     refuse_oversized(checkpoint, torch.float16, template, needed)
+    assert not read, "a model is not read to be refused"
     with pytest.raises(TooLargeError, match=rf"float16 needs {needed / 1e9:.2f} GB .*has 0.00 GB free.*_worker: 1"):
         refuse_oversized(checkpoint, torch.float16, template, 1000)

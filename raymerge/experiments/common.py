@@ -31,6 +31,8 @@ from raymerge.tables import RunDirectory
 from raymerge.texts import text_hash
 from raymerge.worker import ModelWorker, host_bytes
 
+_TOLD_BYTES = 10**10  # of a cache, from which on its size is said
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs(Material):
@@ -310,6 +312,7 @@ def compute_trunk(pool: WorkerPool, inputs: Inputs, progress: Progress, further:
     """States of every shard, computed in parallel, the largest first so that no worker ends up waiting long.
 
     further: other prompts than the inputs' own (RETRIEVAL). Returns the number of shards of each role, and of the text.
+    Raises NoRoomError, before hours of work, where a worker's disk has no room for them.
     """
     items, sizes, shards = [], [], {}
     texts = {TEXT: inputs.text, SEARCH_TEXT: inputs.search_text}
@@ -319,6 +322,17 @@ def compute_trunk(pool: WorkerPool, inputs: Inputs, progress: Progress, further:
         items += [(of, number) for number in range(len(tokens))]
         sizes += tokens
         shards[of] = len(tokens)
+    needed, free = max(pool.broadcast("trunk_room", names), key=lambda room: room[0] - room[1])
+    if needed > free:
+        raise NoRoomError(
+            f"the states of the prompts, at every layer that plans begin at, take {needed / 1e9:.1f} GB of a worker's "
+            f"cache, whose disk has {free / 1e9:.1f} GB free: free space, set output.cache to another disk, or ask for "
+            "fewer questions (data.report_limit_per_subject, tasks' limit) or, in a sweep, fewer sweep.merges"
+        )
+    if needed > _TOLD_BYTES:
+        progress.message(
+            f"The cache takes {needed / 1e9:.1f} GB of states; it may be deleted when the run is complete."
+        )
     order = sorted(range(len(items)), key=lambda i: -sizes[i])
     progress.stage("trunk states (tokens)", sum(sizes))
     pool.map("compute_trunk", [items[i] for i in order], counted(progress, lambda _, tokens: tokens))

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 from raymerge.report import figures
 from raymerge.report.asked import figure_of
 from raymerge.report.content import ROLES, Notice, Section, role_of
 from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import finite, listed, percent, plural
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
 
 def receipts(reached: Reached) -> Section:
     """Which tensors every plan changed, and by how much: the proof that a merge is one."""
     run, title = reached.run, "Receipts: what was changed"
-    stored = run.read("receipts").to_pylist()
-    unchanged = [
-        line["label"]
-        for line in reached.lines
-        if line["kind"] != "base" and line["plan_id"] not in {row["plan_id"] for row in stored}
-    ]
+    every = run.read("receipts").to_pylist()
+    stored, experts = _largest_of_experts(every)
+    touched = {row["plan_id"] for row in stored}
+    unchanged = [line["label"] for line in reached.lines if line["kind"] != "base" and line["plan_id"] not in touched]
     silent = (
         f" No tensor changed under {listed(unchanged)}: layers are dropped there, and nothing is averaged."
         if unchanged
@@ -27,7 +30,7 @@ def receipts(reached: Reached) -> Section:
         return Section(title, (Notice(silent.strip()) if silent else missing(run, "receipts"),))
     rows = []
     for row in stored:
-        matrix, layer = tensor_name(row["tensor"])
+        matrix, layer = tensor_name(_EXPERT.sub(".experts.*.", row["tensor"]))
         rows.append(
             {
                 "matrix": matrix,
@@ -41,22 +44,41 @@ def receipts(reached: Reached) -> Section:
         )
     rows.sort(key=lambda row: (row["matrix"], -ROLES.index(row["role"])))
     changed = [row for row in rows if row["relative"]]
+    names = {row["tensor"] for row in every if finite(row["relative_change"])}
     told = (
-        f"Differences in {plural(len({row['tensor'] for row in changed}), 'tensor name')} under "
+        f"Differences in {plural(len(names), 'tensor name')} under "
         f"{plural(len({row['plan'] for row in changed}), 'plan')}, at most "
         f"{percent(max((row['relative'] for row in changed), default=0.0))} of the original's norm.{silent}"
     )
+    pooled = " Of a layer's experts the one that changed most is shown; the table has all." if experts else ""
     figure = figure_of(
         run,
         "Change of every tensor that a plan touches",
         "The norm of the difference between a tensor and the original tensor of the same name, divided by the "
         "original's norm. Layers after a dropped layer are renumbered, so their tensors differ from those of the same "
-        f"name although nothing changed them. {told}",
+        f"name although nothing changed them.{pooled} {told}",
         [figures.changes(rows, f"Relative change of tensors, one row per matrix. {told}")],
         rows,
         "receipts",
     )
     return Section(title, (figure,))
+
+
+def _largest_of_experts(stored: list[dict]) -> tuple[list[dict], bool]:
+    """Rows of `receipts`, of a layer's experts that of the largest change alone, and whether there were others: 128
+    experts of 48 layers are 18,432 tensors a plan, and 384 rows of a drawing."""
+    largest: dict[tuple[str, str], dict] = {}
+    for row in stored:
+        key = row["plan_id"], _EXPERT.sub(".experts.*.", row["tensor"])
+        known = largest.setdefault(key, row)
+        if _change(row) > _change(known):
+            largest[key] = row
+    return list(largest.values()), len(largest) < len(stored)
+
+
+def _change(row: dict) -> float:
+    """A change that is no number is the largest."""
+    return math.inf if math.isnan(row["relative_change"]) else row["relative_change"]
 
 
 def tensor_name(tensor: str) -> tuple[str, str]:
