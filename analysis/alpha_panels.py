@@ -84,10 +84,10 @@ def read_similarity(path: str, subset: str | None, language: str | None = None) 
 
     subset: NAME or NAME/LANGUAGE where there are several matrices. RunError where it is not one matrix.
     """
-    name, _, after = (subset or "").partition("/")
     found: dict[tuple, list[dict]] = {}
     for row in RunDirectory.load(path).read("similarity").to_pylist():
-        if name in ("", row["subset"]) and (after or language) in ("", None, row["language"]):
+        whole = f"{row['subset']}/{row['language']}"
+        if subset == whole or (subset or row["subset"]) == row["subset"] and language in (None, row["language"]):
             found.setdefault((row["subset"], row["language"], row["measure"], row["embedding"]), []).append(row)
     if len(found) != 1:
         names = ", ".join(f"{key[0]}/{key[1]} ({key[2]})" for key in found) or "none"

@@ -702,6 +702,8 @@ def test_options_that_do_not_go_together_are_refused(tmp_path, capsys):
     found = alpha_panels.read_similarity(run, "law/en")
     assert found == alpha_panels.read_similarity(run, "law") and found[3, 2] == found[2, 3] == 0.5
     assert (0, 1) not in found and (1, 0) not in found
+    own = similarity_run(tmp_path / "own", ("law/civil", "law"))  # a domain may be called so
+    assert alpha_panels.read_similarity(own, "law/civil") == alpha_panels.read_similarity(own, "law/civil/en") == found
 
 
 def test_correlations_that_are_undefined():
