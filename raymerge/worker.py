@@ -550,6 +550,16 @@ class ModelWorker:
 
     # -- similarity ---------------------------------------------------------------------------------------------
 
+    def activations_room(self) -> tuple[int, int]:
+        """About the bytes of the subsets' activations and studies that this machine's disk does not have yet, and bytes
+        that are free there."""
+        settings, layers = self.config.similarity, self.checkpoint.n_layers
+        pooled = 0 if settings.pooling == "sequence" else 4 * self.checkpoint.config.hidden_size
+        one = layers * settings.samples * (8 * settings.samples + pooled)
+        one += 8 * layers**2 * (settings.interval_draws + 2 * settings.half_draws)
+        there = len(list(self.cache.glob("activations-*.safetensors")))  # other runs' too, where they share the cache
+        return one * max(0, len(self.material.subsets) - there), free_bytes(self.cache)
+
     def activations(self, number: int, plan: MergePlan | None = None) -> Activations:
         """Activations of subset `number` of the similarity section, collected or read from the cache."""
         settings = self.config.similarity

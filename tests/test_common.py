@@ -123,7 +123,7 @@ def test_states_that_no_disk_has_room_for_are_refused_before_they_are_computed()
     assert "compute_trunk" not in pool.items and pool.named == [SEARCH, TEXT]
     pool.rooms = [(4 * 10**11, 10**12)]
     compute_trunk(pool, inputs, seen)
-    assert len(pool.items["compute_trunk"]) == 2 and "takes 400.0 GB of states" in seen.said[0]
+    assert len(pool.items["compute_trunk"]) == 2 and "takes 400.0 GB; it may be deleted" in seen.said[0]
 
 
 def averaged(pairs, alignment="neurons", alpha=0.5, **options):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from raymerge.activations import Activations
+from raymerge.actors import NoRoomError
 from raymerge.config import ConfigError
 from raymerge.config_file import load_config
 from raymerge.demo import MMLU_PATH
@@ -212,6 +213,22 @@ def test_what_a_worker_gives_of_a_subset_does_not_grow_with_the_square_of_its_sa
     layers = worker.checkpoint.n_layers
     assert found.embedded[0].shape[:2] == (layers, SAMPLES) and found.distinct == SAMPLES
     assert {array.shape for array in own if SAMPLES in array.shape} == {found.embedded[0].shape}
+
+
+def test_activations_that_no_disk_has_room_for_are_refused(local_pools, tmp_path, monkeypatch):
+    """Pooled states of 80 layers, 100 samples and 8,192 features are 262 MB a subset, 75 GB of 285."""
+    vectors = ["similarity.pooling=last", "similarity.measure=cosine", "similarity.samples=8"]  # enough for halves
+    asked = config(f"output.run={tmp_path / 'run'}", *vectors, "output.figures=false")
+    monkeypatch.setattr("raymerge.worker.free_bytes", lambda folder: 1000)
+    with pytest.raises(NoRoomError, match=r"activations of the subsets take .*0.0 GB free: .*pooling=sequence"):
+        similarity(asked)
+    (pool,) = local_pools
+    (needed, _), *_ = pool.broadcast("activations_room")
+    monkeypatch.setattr("raymerge.worker.free_bytes", lambda folder: needed)
+    similarity(asked)
+    files = [*pool.worker.cache.glob("activations-*"), *pool.worker.cache.glob("study-*")]
+    assert sum(path.stat().st_size for path in files) == pytest.approx(needed, rel=0.2)
+    assert pool.broadcast("activations_room") == [(0, needed)]
 
 
 # -- a whole run over a stand-in -------------------------------------------------------------------------------------

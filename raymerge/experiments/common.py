@@ -322,21 +322,29 @@ def compute_trunk(pool: WorkerPool, inputs: Inputs, progress: Progress, further:
         items += [(of, number) for number in range(len(tokens))]
         sizes += tokens
         shards[of] = len(tokens)
-    needed, free = max(pool.broadcast("trunk_room", names), key=lambda room: room[0] - room[1])
-    if needed > free:
-        raise NoRoomError(
-            f"the states of the prompts, at every layer that plans begin at, take {needed / 1e9:.1f} GB of a worker's "
-            f"cache, whose disk has {free / 1e9:.1f} GB free: free space, set output.cache to another disk, or ask for "
-            "fewer questions (data.report_limit_per_subject, tasks' limit) or, in a sweep, fewer sweep.merges"
-        )
-    if needed > _TOLD_BYTES:
-        progress.message(
-            f"The cache takes {needed / 1e9:.1f} GB of states; it may be deleted when the run is complete."
-        )
+    check_room(
+        pool.broadcast("trunk_room", names),
+        "states of the prompts, at every layer that plans begin at,",
+        "fewer questions (data.report_limit_per_subject, tasks' limit) or, in a sweep, fewer sweep.merges",
+        progress,
+    )
     order = sorted(range(len(items)), key=lambda i: -sizes[i])
     progress.stage("trunk states (tokens)", sum(sizes))
     pool.map("compute_trunk", [items[i] for i in order], counted(progress, lambda _, tokens: tokens))
     return shards
+
+
+def check_room(rooms: Sequence[tuple[int, int]], what: str, fewer: str, progress: Progress) -> None:
+    """Raise NoRoomError where a worker's cache takes more bytes than its disk has; rooms: (bytes that are still to be
+    written, bytes free) of every worker. Where they are many but have room, it is said."""
+    needed, free = max(rooms, key=lambda room: room[0] - room[1])
+    if needed > free:
+        raise NoRoomError(
+            f"the {what} take {needed / 1e9:.1f} GB of a worker's cache, whose disk has {free / 1e9:.1f} GB free: free "
+            f"space, set output.cache to another disk, or ask for {fewer}"
+        )
+    if needed > _TOLD_BYTES:
+        progress.message(f"The cache takes {needed / 1e9:.1f} GB; it may be deleted when the run is complete.")
 
 
 def align(pool: WorkerPool, plans: Sequence[MergePlan], progress: Progress) -> None:

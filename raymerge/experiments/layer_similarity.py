@@ -18,6 +18,7 @@ from raymerge.diffusion import SimilarityError, degeneracy
 from raymerge.experiments.common import (
     Inputs,
     check_config,
+    check_room,
     counted,
     describe_workers,
     draw_figures,
@@ -106,7 +107,12 @@ def _workers(
         swept_cache(config, run) as cache,
         open_pool(config, inputs, cache, **options) as pool,
     ):
-        yield pool, describe_workers(pool, inputs, progress, run)
+        workers = describe_workers(pool, inputs, progress, run)
+        machines = len({worker["host"] for worker in workers})  # a subset is of one machine's
+        rooms = [(needed // machines, free) for needed, free in pool.broadcast("activations_room")]
+        fewer = "fewer similarity.samples, similarity.subsets or similarity.languages, or similarity.pooling=sequence"
+        check_room(rooms, "activations of the subsets", fewer, progress)
+        yield pool, workers
 
 
 def _store(config: Config, run: RunDirectory, subset: Subset, found: SubsetSimilarity) -> None:
