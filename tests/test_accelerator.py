@@ -107,8 +107,8 @@ def answers_of(settings, cache, merges, *, gpus):
     found["candidates"] = np.concatenate([result["logits"] for result in worker.score(vectors.tolist())])
     (descent,) = worker.descend([[0.5] * merges], "simplex")
     found["descent"] = np.array([epoch.loss for epoch in descent["history"]])
-    study, activations, _ = worker.similarity(0)
-    found |= {"similarity": study.matrix.values, "distances": activations.distances}
+    found["similarity"] = worker.similarity(0).study.matrix.values
+    found["distances"] = worker.activations(0).distances
     found["depths"] = worker.state_distances(0)[0]
     return found
 
