@@ -98,7 +98,8 @@ KINDS = {
     "gcs": 4, "child": 4, "full": 5, "two": 1,
 }  # fmt: skip
 ENDS = {"int": 130, "ctrl-c": 130, "ctrl-c twice": 130, "term": 143, "hup": 129, "close": 129, "kill": -9}
-_VOLATILE = {"seconds", "cpu_seconds", "tokens_per_second", "actor", "tune_trial", "time"}
+# The last of them says which candidates were one trial: those of a worker that is lost go alone the next time.
+_VOLATILE = {"seconds", "cpu_seconds", "tokens_per_second", "actor", "tune_trial", "time", "batch"}
 _HANG_S = 300.0
 _BUSY_S = 5.0
 _LEFT_S = 75.0  # Ray's agents look once in a while whether their raylet is there
@@ -360,8 +361,11 @@ def facts(case, out, temporary):
     return found
 
 
-# Lines of a page that say how fast the last call was, and numbers alone in a cell: its tables are compared as tables.
-_OF_A_CALL = re.compile(r"^[\d.,]+$|^Share of the last call|^(random|bayes|search|worker)$")
+# Lines of a page that say how fast the last call was, of which one that scored no candidate has no table, and numbers
+# alone in a cell: its tables are compared as tables.
+_OF_A_CALL = re.compile(
+    r"^[\d.,]+$|^Share of the last call|^(random|bayes|search|worker(-\d+)?|candidates|scoring s|present s|used %)$"
+)
 
 
 def facts_of(*arguments):
