@@ -7,11 +7,10 @@ when first asked, so that a restarted worker can take any task at once.
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import os
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,7 +34,6 @@ from raymerge.device import (
     release_cached,
 )
 from raymerge.embedding import embed_layers
-from raymerge.errors import UserError
 from raymerge.evaluation import Answers, answer_shard, generation_speed, score_choices, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
@@ -45,7 +43,7 @@ from raymerge.inputs import CALIBRATION, SEARCH, questions_to_match_on, read_mat
 from raymerge.memory import MemoryPlanError
 from raymerge.objectives import parse_objective, score_answers, score_text
 from raymerge.plan import MergePlan, base_plan
-from raymerge.questions import Question, known_domains, question_text
+from raymerge.questions import known_domains
 from raymerge.refit import Refitter, Sums
 from raymerge.reliability import Study, study
 from raymerge.role_prompts import RolePrompts
@@ -58,9 +56,9 @@ from raymerge.storage import free_bytes
 from raymerge.tail_loss import TailLoss, TextWindows
 from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 from raymerge.trunk import TrunkCache, compute_trunks
+from raymerge.worker_memory import SCORERS_HELD, refuse_oversized
 
 _STUDIED_WITH = ("numpy", "scipy", "scikit-learn")
-_SCORERS_HELD = 2  # a search has two: of the questions it searches on and of those it reports on
 
 
 def _now() -> tuple[float, float]:
@@ -71,34 +69,6 @@ def _taken(began: tuple[float, float]) -> dict[str, float]:
     """Seconds since, by the clock and of this process's CPU time, which others' work on the machine leaves alone."""
     wall, cpu = _now()
     return {"seconds": wall - began[0], "cpu_seconds": cpu - began[1]}
-
-
-_LIBRARIES = 450_000_000  # bytes that a process holds for itself with torch, transformers and Ray loaded
-
-
-def host_bytes(
-    checkpoint: Checkpoint, plans: Iterable[MergePlan], *, questions: Iterable[Question] = (), refits: bool = False
-) -> int:
-    """About the memory that a worker on CPUs holds for itself, to choose how many there are by: libraries, eight layers
-    in float32 (what is converted to run, and candidates that are scored at once), the layers that scorers of these
-    plans mix (`SourceLayers`, of as many stacks as are held), the float32 states of these questions' own tokens, of
-    some four bytes of text each (`TailStates`), for refits six squares of the MLP's width in float64
-    (`normal_equations`). Not the mapped checkpoint, which workers share.
-
-    Measured on a 1.5B model (docs/results.md, 2026-11-29): a search 2.4 GB for K = 4, here 2.9, and 4.2 GB for K = 13,
-    here 4.6; a sweep 1.9 GB, here 2.0, and with refits 4.9 GB, here 5.8.
-    """
-    stacks = sorted({checkpoint.n_layers - plan.resumes_at for plan in plans if plan.ends_at_once})
-    mixed = sum(stacks[-_SCORERS_HELD:])
-    name = checkpoint.architecture.layer_name
-    layer = max(
-        sum(math.prod(checkpoint.stored(name(number, tensor))[1]) for tensor in checkpoint.layer_tensors(number))
-        for number in range(checkpoint.n_layers)
-    )
-    states = checkpoint.config.hidden_size * sum(len(question_text(question).encode()) // 4 for question in questions)
-    squares = 6 * refits * checkpoint.config.intermediate_size**2
-    floats, doubles = (8 + mixed) * layer + states, squares
-    return _LIBRARIES + floats * torch.float32.itemsize + doubles * torch.float64.itemsize
 
 
 class SubsetSimilarity(NamedTuple):
@@ -120,35 +90,6 @@ def embedded(settings: SimilarityConfig, distances: np.ndarray) -> tuple[np.ndar
         return None
     options = {name: getattr(settings, name) for name in ("dimensions", "sigma", "anisotropy")}
     return embed_layers(distances, method=settings.embedding, random_state=settings.seed, **options)
-
-
-class TooLargeError(UserError):
-    """A model that does not fit into the accelerator memory of one worker; the message has the bytes."""
-
-
-def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, template: MergePlan | None) -> int:
-    """Bytes of the weights that a worker holds on an accelerator: every layer in the compute dtype, and for a search
-    the layers that are mixed once more, as `SourceLayers` stacks them."""
-    name = checkpoint.architecture.layer_name
-    sizes = [
-        sum(math.prod(checkpoint.stored(name(layer, tensor))[1]) for tensor in checkpoint.layer_tensors(layer))
-        for layer in range(checkpoint.n_layers)
-    ]
-    mixed = 0 if template is None else sum(sizes[template.resumes_at :])
-    stacked = checkpoint.dtype if template is None or template.norms == "keep" else torch.float32
-    return sum(sizes) * dtype.itemsize + stacked.itemsize * mixed
-
-
-def refuse_oversized(checkpoint: Checkpoint, dtype: torch.dtype, template: MergePlan | None, free: int) -> None:
-    """Raise TooLargeError where a worker's weights alone are more than `free` bytes."""
-    needed = weight_bytes(checkpoint, dtype, template)
-    if needed > free:
-        raise TooLargeError(
-            f"{checkpoint.directory.name} in {str(dtype).removeprefix('torch.')} needs {needed / 1e9:.2f} GB for "
-            f"weights alone, but this worker's share of the GPU has {free / 1e9:.2f} GB free: give a worker a whole, "
-            "larger GPU (workers.gpus_per_worker: 1), a smaller model.dtype, fewer merges, or CPUs "
-            "(workers.gpus_per_worker: 0). A model is not split over GPUs: every layer is run on one"
-        )
 
 
 class ModelWorker:
@@ -289,7 +230,7 @@ class ModelWorker:
         key = role, trunk.first
         if key not in self._scorers:
             # Each holds the states of all its tokens; a sweep goes through its first layers one after the other.
-            while len(self._scorers) >= _SCORERS_HELD:
+            while len(self._scorers) >= SCORERS_HELD:
                 del self._scorers[next(iter(self._scorers))]
                 held = {first for _, first in self._scorers}
                 self._sources = {first: sources for first, sources in self._sources.items() if first in held}

@@ -39,7 +39,7 @@ from raymerge.prompts import encode_questions
 from raymerge.questions import load_questions
 from raymerge.tables import RunDirectory, RunError
 from raymerge.texts import text_hash
-from raymerge.worker import host_bytes
+from raymerge.worker_memory import host_bytes
 
 CHECKPOINT = Checkpoint("demo")
 N_LAYERS = CHECKPOINT.n_layers

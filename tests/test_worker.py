@@ -17,7 +17,8 @@ from raymerge.inputs import CALIBRATION, REPORT, SEARCH, SEARCH_TEXT, TEXT
 from raymerge.objectives import answer_kl, score_answers, trial_outcome
 from raymerge.plan import Refit, base_plan, block_plan, drop_block_plan, tail_plan
 from raymerge.prompts import PromptError
-from raymerge.worker import ModelWorker, TooLargeError, refuse_oversized, weight_bytes
+from raymerge.worker import ModelWorker
+from raymerge.worker_memory import TooLargeError, refuse_oversized, weight_bytes
 
 SETTINGS = [
     "data.limit_per_subject=2",

@@ -29,7 +29,8 @@ from raymerge.prompts import PromptError, encode_text
 from raymerge.storage import LEFT_S, NO_ROOM, Lock, clear_scratch, scratch_folder, user_cache
 from raymerge.tables import RunDirectory
 from raymerge.texts import text_hash
-from raymerge.worker import ModelWorker, host_bytes
+from raymerge.worker import ModelWorker
+from raymerge.worker_memory import host_bytes
 
 _TOLD_BYTES = 10**10  # of a cache, from which on its size is said
 
