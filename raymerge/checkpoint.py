@@ -122,6 +122,8 @@ class Checkpoint(Mapping[str, Tensor]):
         if not (self.directory / "config.json").is_file():
             inside = sorted(found.parent for found in self.directory.glob("models/*/config.json"))
             hint = f"; did you mean a run's model, {' or '.join(map(str, inside))}?" if inside else ""
+            if (self.directory / "adapter_config.json").is_file():
+                hint = ", but an adapter; merge it into its base first (peft: merge_and_unload, save_pretrained)"
             raise CheckpointError(f"{self.directory} has no config.json: it is not a Hugging Face checkpoint{hint}")
         declared = read_json(self.directory / "config.json")
         if declared.get("quantization_config") is not None:

@@ -198,6 +198,9 @@ def test_missing_folders(tmp_path):
     (model / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=f"did you mean a run's model, {model}\\?"):
         Checkpoint(str(tmp_path / "empty"))
+    (tmp_path / "empty" / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="but an adapter; merge it into its base first"):
+        Checkpoint(str(tmp_path / "empty"))
 
 
 def test_missing_shard(tmp_path):
