@@ -48,8 +48,9 @@ class NoRoomError(UserError):
 # which the kernel clears: converting a layer takes 11 times as long (docs/results.md, 2026-11-24). Keep up to 1 GiB.
 _ALLOCATION = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 # Chunks of candidates differ a little in their sizes: in segments of fixed sizes one's block may be too small for the
-# next one's, and giving segments back for larger ones waits for the device. The second name is torch's before 2.9.
-_DEVICE_ALLOCATION = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:True")
+# next one's, and giving segments back for larger ones waits for the device.
+_DEVICE_ALLOCATION = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+_OLDER_NAME = "PYTORCH_CUDA_ALLOC_CONF"  # which torch reads still
 
 
 def environment(cpus: float, gpus: float) -> dict[str, str]:
@@ -60,7 +61,7 @@ def environment(cpus: float, gpus: float) -> dict[str, str]:
 
 def _device_allocation(gpus: float) -> dict[str, str]:
     """Of a worker with a GPU, unless the user has settings of their own."""
-    return {} if not gpus or set(_DEVICE_ALLOCATION) & set(os.environ) else _DEVICE_ALLOCATION
+    return {} if not gpus or {*_DEVICE_ALLOCATION, _OLDER_NAME} & set(os.environ) else _DEVICE_ALLOCATION
 
 
 class Host:

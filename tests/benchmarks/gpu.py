@@ -1,6 +1,6 @@
 """An 8B-shaped model with random weights on one accelerator: what a trunk, candidates, gradients and the rest cost.
 
-    export PYTORCH_ALLOC_CONF=expandable_segments:True  # as workers have it; PYTORCH_CUDA_ALLOC_CONF before torch 2.9
+    export PYTORCH_ALLOC_CONF=expandable_segments:True  # as workers have it
     PYTHONPATH=. python tests/benchmarks/gpu.py --shape 8b --goals
     PYTHONPATH=. python tests/benchmarks/gpu.py --shape tiny --device cpu --questions 40
 
@@ -87,7 +87,7 @@ SUBJECT_SIZES += [121, 114, 112, 110, 108, 103, 102] + [100] * 10
 PREFIX_TOKENS, PREFIX_RANGE = 29_323, (212, 2446)
 QUESTION_MEDIAN, QUESTION_P95, QUESTION_RANGE = 73, 311, (20, 996)
 SHARD_TOKENS = 8192
-_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is torch's name before 2.9
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
 
 
 class RandomCheckpoint(Checkpoint):
