@@ -87,10 +87,11 @@ def unit_likeness(
     architecture: Architecture,
     experts: tuple[int, int] | None = None,
 ) -> Tensor:
-    """(n, n) float32: for each pair of MLP units, the sum of the cosines of their rows of gate and up and columns of
-    down. experts: whose units, of the reference's and of the other's experts."""
+    """(n, n) float32: for each pair of MLP units, the sum of the cosines of their rows of gate, where there is one, and
+    of up and columns of down. experts: whose units, of the reference's and of the other's experts."""
+    held = {part for parts in architecture.projections.values() for part in parts} | set(architecture.experts)
     total = None
-    for projection in ("gate", "up", "down"):
+    for projection in (part for part in ("gate", "up", "down") if part in held):
         one, two = (
             _unit_rows(layer, architecture, projection, expert)
             for layer, expert in zip((reference, other), experts or (None, None), strict=True)

@@ -201,8 +201,8 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         formatter_class=_RAW,
         help="evaluate one model: 5-shot MMLU by subject, other tasks, perplexity",
         description="Evaluate a model as it is: MMLU accuracy by subject with standard errors, answer NLL, perplexity\n"
-        "of the questions' own tokens and of plain text, and the tasks in the configuration's tasks section (PIQA,\n"
-        "HellaSwag, ARC, OpenBookQA, BoolQ, RACE from files). If a run was interrupted, the same command resumes it.",
+        "of the questions' own tokens and of plain text, and the tasks in the configuration's tasks section, such as\n"
+        "PIQA from a file. If a run was interrupted, the same command resumes it.",
         epilog="examples:\n"
         "  raymerge evaluate demo --out runs/base\n"
         "  raymerge evaluate runs/demo/models/found_bayes --mmlu demo --out runs/best\n"

@@ -92,14 +92,16 @@ class DataConfig(_Section):
         return value
 
 
+Alignment = Literal["none", "rows", "neurons", "activations"]
 RefitMethod = Literal["none", "linear", "scale", "outputs", "units"]
 BlockMeasure = Literal["cosine", "angular", "similarity", "loss", "search"]
+TaskFormat = Literal["piqa", "hellaswag", "arc", "openbookqa", "boolq", "race"]
 
 
 class TaskConfig(_Section):
     """One task of the tasks section."""
 
-    format: Literal["piqa", "hellaswag", "arc", "openbookqa", "boolq", "race"]
+    format: TaskFormat
     file: str
     limit: Positive | None = None
     shots: Annotated[int, Field(ge=0)] = 0
@@ -166,7 +168,7 @@ class PlanConfig(_Section):
     similarity_subset: str | None = None
     similarity_language: str | None = None
     alpha_file: str | None = None
-    alignment: Literal["none", "rows", "neurons", "activations"] = "none"
+    alignment: Alignment = "none"
     norms: Literal["keep", "fold"] = "keep"
     biases: Literal["keep", "merge"] = "keep"
     refit: RefitMethod = "none"
@@ -335,6 +337,10 @@ class CalibrationConfig(_Section):
     seed: Seed = 0
 
 
+Measure = Literal["npib", "gaussian", "cosine", "cka"]
+Embedding = Literal["diffusion", "diffusion_gaussian", "pca", "tsne", "umap"]
+
+
 class SimilarityConfig(_Section):
     """Layer similarity.
     - `subsets`: subjects, domains, or all (every subject of data.subjects); each makes one matrix.
@@ -358,11 +364,11 @@ class SimilarityConfig(_Section):
     shots: Annotated[int, Field(ge=0)] = 0
     pooling: Literal["sequence", "last", "mean"] = "sequence"
     max_tokens: Positive = 512
-    embedding: Literal["diffusion", "diffusion_gaussian", "pca", "tsne", "umap"] = "diffusion"
+    embedding: Embedding = "diffusion"
     sigma: Annotated[float, Field(gt=0)] | Literal["median"] = 8.0
     anisotropy: float = 0.5
     dimensions: Positive = 2
-    measure: Literal["npib", "gaussian", "cosine", "cka"] = "npib"
+    measure: Measure = "npib"
     neighbors: Positive = 5
     entropy_neighbors: Positive = 50
     null_draws: Annotated[int, Field(ge=20)] = 20
@@ -402,13 +408,8 @@ class SensitivityConfig(_Section):
     neighbors: list[Positive] = [3, 5, 8]
     entropy_neighbors: list[Positive] = []
     thresholds: list[float] = [0.2, 0.4, 0.6, 0.8]
-    embedding: list[Literal["diffusion", "diffusion_gaussian", "pca", "tsne", "umap"]] = [
-        "diffusion",
-        "diffusion_gaussian",
-        "pca",
-        "tsne",
-    ]
-    measure: list[Literal["npib", "gaussian", "cosine", "cka"]] = ["npib", "gaussian", "cka"]
+    embedding: list[Embedding] = ["diffusion", "diffusion_gaussian", "pca", "tsne"]
+    measure: list[Measure] = ["npib", "gaussian", "cka"]
     merges: Positive = 4
 
 
@@ -438,7 +439,7 @@ class SweepConfig(_Section):
         *("drop", "before_last"),
         *("fixed:0.4", "fixed:0.5", "fixed:0.6", "fixed:0.62", "fixed:0.7"),
     ]
-    alignments: Annotated[list[Literal["none", "rows", "neurons", "activations"]], _AT_LEAST_ONE] = ["none", "neurons"]
+    alignments: Annotated[list[Alignment], _AT_LEAST_ONE] = ["none", "neurons"]
     norms: Annotated[list[Literal["keep", "fold"]], _AT_LEAST_ONE] = ["keep", "fold"]
     refits: Annotated[list[RefitMethod], _AT_LEAST_ONE] = ["none"]
     refitted_methods: list[str] = []

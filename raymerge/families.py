@@ -41,6 +41,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture("mistral"),
         Architecture("ministral", windows="layer_types"),
         Architecture("seed_oss", windows="none"),
+        Architecture("ernie4_5", windows="none", rotary_neighbours=True),
+        # Its MLP has no gate: the square of what is above 0 of up.
+        Architecture(
+            "arcee",
+            windows="none",
+            projections=ATTENTION | {"mlp.up_proj": ("up",), "mlp.down_proj": ("down",)},
+            norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.up_proj",)},
+        ),
         Architecture("smollm3", windows="layer_types", rotary_layers="no_rope_layers"),
         Architecture(
             "granite",

@@ -23,9 +23,12 @@ from raymerge.plan import KeptLayer, MergePlan
 
 #: The base model's folder, where a file names it: the merged model goes to others, and a path of this machine with it.
 _FOLDER = "base-model"
-# Of mergekit 0.1.5 (mergekit/_data/architectures): families whose tensors it infers from the files, without knowing
-# which key of the config counts the layers; and those that it lists with all the biases that they can have.
-_INFERRED = frozenset({"ministral", "olmo3", "olmoe", "seed_oss", "smollm3"})
+# Of mergekit 0.1.5 (mergekit/_data/architectures): families whose tensors it lists, and those of them with all biases
+# that they can have. Those of others it infers from the files, without knowing which key counts the layers.
+_LISTED = frozenset(
+    ("arcee", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3")
+    + ("qwen2", "qwen3", "qwen3_moe")
+)
 _BIASES_LISTED = frozenset({"glm4", "granite", "qwen2"})
 _TYPES = {"torch.float32": "float32", "torch.float16": "float16", "torch.bfloat16": "bfloat16"}
 
@@ -54,9 +57,9 @@ def mergekit_yaml(checkpoint: Checkpoint, plan: MergePlan) -> str:
             "there was"
         )
     family = checkpoint.architecture.name
-    if len(plan.kept) < plan.n_layers and family in _INFERRED:
+    if len(plan.kept) < plan.n_layers and family not in _LISTED:
         raise NotExpressible(f"mergekit has no list of the tensors of {family}, and leaves num_hidden_layers as it was")
-    if family not in _INFERRED | _BIASES_LISTED and any(name.endswith(".bias") for name in checkpoint.layer_tensors(0)):
+    if family in _LISTED - _BIASES_LISTED and any(name.endswith(".bias") for name in checkpoint.layer_tensors(0)):
         raise NotExpressible(f"mergekit leaves out the biases of {family}")
     if len(checkpoint.stored_dtypes) > 1:
         raise NotExpressible("mergekit stores all tensors in one dtype, and these are stored in several")

@@ -270,6 +270,7 @@ def score_answers(
             names, which = np.unique(subjects, return_inverse=True)
             shares = np.bincount(which, weights=correct) / np.bincount(which, minlength=len(names))
             return float(shares.mean())
+        assert measure in ("micro_accuracy", "accuracy"), f"{measure} is not computed here"
         return float(correct[own].mean())
 
     value = 0.0

@@ -99,7 +99,8 @@ def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
     needed = [_O, _DOWN] + ([_GATE, _UP] if method == "units" else [])
     missing = [matrix for matrix in needed if matrix not in architecture.matrices]
     # A norm between MLP and residual stream, a parallel MLP or a scaled residual is not linear, or another map.
-    another = architecture.output_norms or getattr(checkpoint.config, "residual_multiplier", 1) != 1
+    scale = architecture.residual_multiplier
+    another = architecture.output_norms or (scale is not None and getattr(checkpoint.config, scale) != 1)
     if missing or another or _MIDDLE not in architecture.norm_inputs:
         raise RefitError(
             f"refit {method} needs layers in which {' and '.join(needed)} write straight into the residual stream or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,7 +12,8 @@ from scipy.special import digamma
 from raymerge.diffusion import SMALLEST_N, SimilarityError, checked_distances
 from raymerge.embedding import EMBEDDINGS, centred_gram, embed_layers
 
-MEASURES = ("npib", "gaussian", "cosine", "cka")
+#: What each measure is computed on: embeddings (L, N, d) of the samples, pooled states (L, N, d), distances (L, N, N).
+MEASURES: Mapping[str, str] = {"npib": "embeddings", "gaussian": "embeddings", "cosine": "states", "cka": "distances"}
 
 #: A quotient by an entropy nearer to 0 than this is no number worth keeping; entropies have no unit to scale it by.
 SMALLEST_ENTROPY = 0.05
@@ -31,7 +33,7 @@ class SimilarityMatrix:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a matrix is computed: a measure and, for npib and gaussian, the embedding it is computed on."""
+    """How a matrix is computed: a measure and, for one of embeddings, the embedding it is computed on."""
 
     measure: str
     embedding: str
@@ -62,9 +64,9 @@ def compute(
     Parameters
     ----------
     distances : array of float, shape (L, N, N)
-        Each layer's distances between samples; unused, and may be None, for cosine.
+        Each layer's distances between samples; unused, and may be None, for a measure of states.
     states : array of float, shape (L, N, d)
-        Pooled hidden states, for cosine alone.
+        Pooled hidden states, for a measure of states alone.
     rows : array of int, shape (m,)
         Use these samples only, as if there were no others: embeddings are computed anew. `entropy_neighbors` becomes
         the nearest whole number to its share of m, so that the estimate looks as far as the one over all N.
@@ -83,13 +85,11 @@ def compute(
 def features(
     recipe: Recipe, distances: np.ndarray | None, states: np.ndarray | None = None, *, rows: np.ndarray | None = None
 ) -> np.ndarray:
-    """What the measure is computed on, from the arguments of `compute`, layer first and samples second, for `measure`.
-
-    Embeddings (L, m, d) for npib and gaussian, states (L, m, d) for cosine, distances (L, m, m) for cka.
-    """
-    if recipe.measure == "cosine":
+    """What the measure is computed on (see `MEASURES`), from the arguments of `compute`, for `measure`: layer first and
+    samples second, m of them where rows are given."""
+    if MEASURES[recipe.measure] == "states":
         if states is None:
-            raise SimilarityError("cosine needs pooling last or mean: sequences have no one state a sample")
+            raise SimilarityError(f"{recipe.measure} needs pooling last or mean: sequences have no one state a sample")
         states = _checked(states, "states")
         return states if rows is None else states[:, _checked_rows(rows, states.shape[1])]
     distances = np.asarray(distances, dtype=np.float64)
@@ -98,7 +98,7 @@ def features(
     if rows is not None:
         rows = _checked_rows(rows, distances.shape[1])
         distances = distances[:, rows[:, None], rows]
-    if recipe.measure == "cka":
+    if MEASURES[recipe.measure] == "distances":
         return distances
     return embed_layers(
         distances,
@@ -126,7 +126,7 @@ def measure(recipe: Recipe, values: np.ndarray, *, permutations: np.ndarray | No
 def smallest_sample(recipe: Recipe) -> int:
     """Fewest samples that `compute` takes as `rows`."""
     least = [SMALLEST_N]
-    if recipe.measure in ("npib", "gaussian"):
+    if MEASURES[recipe.measure] == "embeddings":
         least.append(recipe.dimensions + 2)
     if recipe.measure == "npib":
         least.append(recipe.neighbors + 1)

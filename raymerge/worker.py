@@ -50,7 +50,7 @@ from raymerge.role_prompts import RolePrompts
 from raymerge.rows import EDGES
 from raymerge.scoring import TailScorer
 from raymerge.sensitivity import recipe_of, vary
-from raymerge.similarity import compute
+from raymerge.similarity import MEASURES, compute
 from raymerge.sources import SourceLayers
 from raymerge.storage import free_bytes
 from raymerge.tail_loss import TailLoss, TextWindows
@@ -86,7 +86,7 @@ class SubsetSimilarity(NamedTuple):
 
 def embedded(settings: SimilarityConfig, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """What `SubsetSimilarity` has of samples at distances (L, N, N)."""
-    if settings.measure not in ("npib", "gaussian"):
+    if MEASURES[settings.measure] != "embeddings":
         return None
     options = {name: getattr(settings, name) for name in ("dimensions", "sigma", "anisotropy")}
     return embed_layers(distances, method=settings.embedding, random_state=settings.seed, **options)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import tiny
 from test_heuristics import planted
 
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import ConfigError
+from raymerge.config import ConfigError, SearcherName
 from raymerge.config_file import load_config
 from raymerge.errors import UserError
 from raymerge.evaluation import Answers
@@ -222,6 +223,16 @@ def test_the_random_control_has_no_points_of_the_search_and_losses_are_minimised
     ((proposer, options),) = asked
     assert type(proposer) is RandomProposer and options["minimise"]
     assert options["batch"] == alpha_search.choose_batch(0.02, 200, 1)
+
+
+def test_no_two_searchers_propose_alike(asked, tmp_path):
+    """A name that config.py has and alpha_search.py does not would else be a random search under that name."""
+    names = [name for name in get_args(SearcherName) if name != "gradient"]
+    search = searching(tmp_path)
+    search.pool = Judges()
+    for name in names:
+        search._search_coefficients(name, 9, KNOWN, 1.0)
+    assert len({type(proposer) for proposer, _ in asked}) == len(names)
 
 
 @pytest.mark.parametrize(

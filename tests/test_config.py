@@ -1,13 +1,20 @@
 """config.py and config_file.py: defaults, overrides, and errors that name the key, the value and the cure."""
 
 import re
+from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
+from raymerge import columns, config, gradient
 from raymerge.config import Config, ConfigError, TaskConfig
 from raymerge.config_file import describe, load_config, parse_config
+from raymerge.embedding import EMBEDDINGS
+from raymerge.fusion import ALIGNMENTS
+from raymerge.plan import REFITS, SURVIVORS
+from raymerge.similarity import MEASURES
+from raymerge.tasks import FORMATS
 
 # The shape that design.md documents; a default that changes is a change that users see.
 DEFAULTS = {
@@ -508,3 +515,49 @@ def test_every_key_is_explained_in_its_section():
         keys = TaskConfig.model_fields if name == "tasks" else field.annotation.model_fields
         unexplained = [key for key in keys if not re.search(rf"\b{key}\b", field.annotation.__doc__)]
         assert not unexplained, f"{name}: {unexplained}"
+
+
+# -- what an option may be -------------------------------------------------------------------------------------------
+
+
+def values_of(kind):
+    """The values of every Literal in an annotation."""
+    return [*get_args(kind)] if get_origin(kind) is Literal else [v for part in get_args(kind) for v in values_of(part)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [
+        (config.TaskFormat, FORMATS),
+        (config.Measure, MEASURES),
+        (config.Embedding, EMBEDDINGS),
+        (config.Alignment, ALIGNMENTS),
+        (config.RefitMethod, ("none", *REFITS)),
+        (config.PlanConfig.model_fields["survivor"].annotation, SURVIVORS),
+        (config.GradientConfig.model_fields["parametrisations"].annotation, gradient.PARAMETRISATIONS),
+        (config.GradientConfig.model_fields["optimizer"].annotation, gradient.OPTIMIZERS),
+    ],
+)
+def test_an_option_has_the_values_that_the_code_knows(kind, known):
+    assert values_of(kind) == [*known]
+
+
+@pytest.mark.parametrize("section", ["tasks", "plan", "search", "gradient", "similarity", "output"])
+def test_every_value_of_an_option_is_explained(section):
+    explained = Config.model_fields[section].annotation.__doc__
+    fields = (TaskConfig if section == "tasks" else Config.model_fields[section].annotation).model_fields
+    values = {value for name, field in fields.items() if name != "split" for value in values_of(field.annotation)}
+    assert [value for value in sorted(values) if not re.search(rf"\b{value}\b", explained)] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "meaning"),
+    [
+        (config.SearcherName, columns.SHARED["searcher"]),
+        (config.Alignment, columns.SHARED["alignment"]),
+        (config.Measure, columns.TABLES["similarity"][1]["measure"]),
+        (config.Measure, columns.TABLES["similarity_correlation"][1]["measure"]),
+    ],
+)
+def test_columns_that_say_what_was_configured_name_every_value(kind, meaning):
+    assert [value for value in values_of(kind) if not re.search(rf"\b{value}\b", meaning)] == []

@@ -22,6 +22,11 @@ from raymerge.families import (
 torch.set_num_threads(1)
 
 
+def test_every_supported_family_is_tested():
+    """By whatever takes its families from tiny.py."""
+    assert {options["model_type"] for options in tiny.FAMILIES.values()} == set(ARCHITECTURES)
+
+
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_windows_are_those_of_transformers(family, window):

@@ -5,7 +5,7 @@ every prompt and window alone. Nothing of raymerge's own layers, stacks or losse
 """
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -25,6 +25,7 @@ from raymerge.config_file import load_config
 from raymerge.evaluation import Answers, answer_shard, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.gradient import Parametrisation, Settings, descend, loss_weights
+from raymerge.objectives import LOSSES
 from raymerge.plan import base_plan, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import Group, Shard, encode_questions
 from raymerge.scoring import TailScorer
@@ -636,6 +637,10 @@ def test_a_loss_that_is_not_finite_ends_the_descent(case):
             descend(loss, Settings(held_out=0.34, seed=seed))
         said.add("held out: nan" in str(caught.value))
     assert said == {True, False}
+
+
+def test_every_loss_that_a_search_may_have_can_be_descended_on():
+    assert set(LOSSES) <= {field.name for field in fields(LossWeights)}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 from scipy.stats import entropy
 
+from raymerge.config import SearchConfig
 from raymerge.objectives import (
+    ACCURACIES,
+    LOSSES,
+    OF_SUBJECTS,
     ObjectiveError,
     above_ceiling,
     answer_kl,
@@ -43,6 +47,14 @@ def score(objective, **options):
 def test_micro_accuracy_counts_questions_and_macro_counts_subjects():
     assert score("micro_accuracy").value == 0.5
     assert score("macro_accuracy").value == pytest.approx((1 + 1 / 3) / 2)
+
+
+@pytest.mark.parametrize("measure", [*ACCURACIES, *LOSSES, *(f"{measure}:a" for measure in OF_SUBJECTS)])
+def test_every_measure_has_its_best_value_where_all_is_right_and_is_explained(measure):
+    right = np.where(np.arange(4) == ANSWERS[:, None], 50.0, 0.0)
+    found = score_answers(measure, right, ANSWERS, SUBJECTS, reference=right, text_nll=0.0)
+    assert found.value == pytest.approx(0.0 if is_minimised(measure) else 1.0)
+    assert all(measure.removesuffix("a") in explained for explained in (parse_objective.__doc__, SearchConfig.__doc__))
 
 
 def test_answer_nll_is_the_mean_over_questions_and_is_minimised():

@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 import pickle
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
 
 import numpy as np
 import pytest
@@ -320,14 +320,21 @@ def test_plan_id_is_the_digest_of_the_documented_text():
 def test_plan_id_changes_with_each_ingredient_and_with_nothing_else():
     plan = tail_plan(6, [0.3, 0.9], name="x", kind="found")
     one_more_bit = math.nextafter(0.3, 1)
+    changes = {
+        "alignment": "rows",
+        "norms": "fold",
+        "biases": "merge",
+        "selection": "list",
+        "matrix_alphas": (("mlp.up_proj", (0.3, 0.8)),),
+        "refit": Refit("linear"),
+    }
+    # Every field that decides what is saved: one that plan_id forgets gives two models the same results.
+    assert {f.name for f in fields(plan) if f.init} == {"n_layers", "steps", "name", "kind", *changes}
     others = [
         plan_of(6, [(4, 5, one_more_bit), (3, 4, 0.9)], selection="tail"),
         plan_of(6, [(4, 5, 0.9), (3, 4, 0.3)], selection="tail"),
         plan_of(6, [(5, 4, 0.3), (3, 5, 0.9)], selection="tail"),
-        replace(plan, alignment="rows"),
-        replace(plan, norms="fold"),
-        replace(plan, biases="merge"),
-        replace(plan, selection="list"),
+        *(replace(plan, **{name: value}) for name, value in changes.items()),
         tail_plan(6, [0.3], name="x", kind="found"),
     ]
     ids = [p.plan_id("m") for p in (plan, *others)] + [plan.plan_id("other model")]

@@ -1,6 +1,7 @@
 """planning.py without a model run: plans of the plan section, and choices from what workers would have measured."""
 
 from contextlib import nullcontext
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from test_heuristics import planted
 
 from raymerge.alpha_files import alpha_file_text
-from raymerge.config import ConfigError
+from raymerge.config import ConfigError, PlanConfig
 from raymerge.config_file import load_config
 from raymerge.experiments import planning
 from raymerge.experiments.common import settings_of
@@ -18,12 +19,13 @@ from raymerge.experiments.planning import (
     allowed_starts,
     choose_blocks,
     influence_plan,
+    options_of,
     recomputed_plan,
     shuffled_plan,
     starting_plan,
 )
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH
-from raymerge.plan import PlanError, tail_plan
+from raymerge.plan import MergePlan, PlanError, tail_plan
 from raymerge.progress import Silent
 from raymerge.tables import RunDirectory
 
@@ -59,6 +61,12 @@ def test_a_starting_plan_is_named_after_where_its_coefficients_come_from(setting
     plan = starting_plan(config, N_LAYERS, Similarity(planted(N_LAYERS, NEIGHBOURS), None), first)
     assert steps_of(plan) == steps and (plan.name, plan.kind, plan.selection) == (name, kind, config.selection)
     assert (plan.alignment, plan.norms, plan.biases) == ("neurons", "fold", "merge")
+
+
+def test_every_option_of_a_plan_that_the_section_has_is_passed_on():
+    """But for which layers are merged, and refits, which are made of what was found."""
+    both = {field.name for field in fields(MergePlan)} & set(PlanConfig.model_fields)
+    assert set(options_of(PlanConfig())) == both - {"selection", "refit"}
 
 
 def test_a_plan_from_a_file_has_the_section_s_options(tmp_path):

@@ -45,13 +45,24 @@ torch.set_num_threads(1)
 LIMIT = 2e-5
 N = tiny.N_LAYERS
 
+
+def others_last(layer_types):
+    """As many layers of which only the last is not of the kind that the last one is now."""
+    other = {"sliding_attention": "full_attention", "full_attention": "sliding_attention"}[layer_types[-1]]
+    return layer_types[-1:] * (len(layer_types) - 1) + [other]
+
+
 FAMILIES = {name: {} for name in tiny.FAMILIES} | {
     # The window reaches into the prefix for short questions, and not even over the whole of long ones.
     "mistral_window_60": {"family": "mistral_window", "sliding_window": 60},
     # Only the last layer slides, so that what `before_last` keeps has another window than what it stands in for.
     "qwen2_last_window": {"family": "qwen2_windows", "max_window_layers": 4, "sliding_window": 50},
-    # The same with another rotary embedding.
-    "gemma3_last_full": {"family": "gemma3", "layer_types": ["sliding_attention"] * 4 + ["full_attention"]},
+    # The same the other way round, in some families with another rotary embedding too.
+    **{
+        f"{name}_last_other": {"family": name, "layer_types": others_last(options["layer_types"])}
+        for name, options in tiny.FAMILIES.items()
+        if "layer_types" in options
+    },
     # And without any.
     "smollm3_last_none": {"family": "smollm3", "no_rope_layers": [1, 1, 1, 1, 0], "use_sliding_window": False},
     "smollm3_mixed": {"family": "smollm3", "no_rope_layers": [1, 0, 1, 0, 1], "use_sliding_window": False},
@@ -60,7 +71,7 @@ FAMILIES = {name: {} for name in tiny.FAMILIES} | {
         "layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"],
     },
 }
-ONE_KIND = [name for name in FAMILIES if not name.endswith(("_last_window", "_last_full", "_last_none", "_mixed"))]
+ONE_KIND = [name for name in FAMILIES if not name.endswith(("_last_window", "_last_other", "_last_none", "_mixed"))]
 
 
 def close(found, expected):

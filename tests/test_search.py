@@ -44,8 +44,10 @@ def maximise(proposer, objective, count):
 
 # -- proposers
 
+PROPOSERS = [BayesProposer, RandomProposer]
 
-@pytest.mark.parametrize("proposer", [BayesProposer, RandomProposer])
+
+@pytest.mark.parametrize("proposer", PROPOSERS)
 def test_a_proposer_is_decided_by_its_seed_and_what_it_was_told(proposer):
     first, again, other = (
         maximise(proposer(dimensions=4, bounds=(0.3, 0.7), seed=seed), bump, 15) for seed in (1, 1, 2)
@@ -55,7 +57,7 @@ def test_a_proposer_is_decided_by_its_seed_and_what_it_was_told(proposer):
     assert len({tuple(point) for point in first}) == 15
 
 
-@pytest.mark.parametrize("proposer", [BayesProposer, RandomProposer])
+@pytest.mark.parametrize("proposer", PROPOSERS)
 def test_known_points_come_first_and_once(proposer):
     known = [[0.6] * 3, [1.0] * 3, [0.6] * 3]
     points = proposer(dimensions=3, bounds=(0.0, 1.0), seed=0, known=known).ask(4)
@@ -67,7 +69,7 @@ def test_known_points_out_of_bounds_are_refused():
         BayesProposer(dimensions=2, bounds=(0.0, 0.9), seed=0, known=[[0.5, 1.0]])
 
 
-@pytest.mark.parametrize("proposer", [BayesProposer, RandomProposer])
+@pytest.mark.parametrize("proposer", PROPOSERS)
 @pytest.mark.parametrize("done", [0, 3, 11, 14])
 def test_a_proposer_told_the_record_goes_on_as_it_would_have(proposer, done):
     whole = maximise(proposer(dimensions=3, bounds=(0, 1), seed=5, known=[[0.5] * 3]), bump, 18)
@@ -206,7 +208,7 @@ def planted(point):
     return bump(values) - 0.3 * abs(CHOICES.index(first) - CHOICES.index(5))
 
 
-@pytest.mark.parametrize("proposer", [BayesProposer, RandomProposer])
+@pytest.mark.parametrize("proposer", PROPOSERS)
 def test_points_with_a_choice_are_decided_by_the_seed_and_go_on_from_the_record(proposer):
     common = {"dimensions": 2, "bounds": (0.2, 0.9), "choices": CHOICES, "known": [[3.0, 0.5, 0.5]]}
     whole = maximise(proposer(seed=4, **common), planted, 20)

@@ -12,6 +12,7 @@ from sklearn.feature_selection import mutual_info_regression
 from raymerge.diffusion import SimilarityError
 from raymerge.embedding import embed_layers
 from raymerge.similarity import (
+    MEASURES,
     Recipe,
     cka,
     compute,
@@ -253,7 +254,7 @@ def test_cka_of_distances_is_cka_of_states():
 # --- compute ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("measure", ["npib", "gaussian", "cosine", "cka"])
+@pytest.mark.parametrize("measure", MEASURES)
 def test_a_permutation_reorders_the_deeper_layer_of_each_pair(measure):
     """Against the unpermuted measure of two layers at a time, of which the deeper is reordered by hand."""
     rng = np.random.default_rng(0)
@@ -288,7 +289,7 @@ def test_permuted_layers_are_unrelated():
     assert plain.min() > 1 and null.mean() < 0.2
 
 
-@pytest.mark.parametrize("measure", ["npib", "gaussian", "cosine", "cka"])
+@pytest.mark.parametrize("measure", MEASURES)
 def test_rows_are_all_there_is(measure):
     layers, rows = related(3, 30, 4), np.random.default_rng(0).permutation(30)[:21]
     recipe = with_(measure=measure, embedding="diffusion_gaussian", entropy_neighbors=20)
@@ -339,7 +340,7 @@ def test_compute_refuses():
             compute(with_(measure=measure), distances)
 
 
-@pytest.mark.parametrize("measure", ["npib", "gaussian", "cosine", "cka"])
+@pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("dimensions", [1, 3])
 def test_the_smallest_sample_is_enough_and_one_less_is_not(measure, dimensions):
     layers = related(2, 30, 6)

@@ -63,6 +63,8 @@ FAMILIES = {
         "layer_types": _FULL + _SLIDING + 3 * _FULL,
     },
     "seed_oss": {"model_type": "seed_oss", "head_dim": 12, "attention_out_bias": True},
+    "ernie4_5": {"model_type": "ernie4_5", "head_dim": 12, "use_bias": True},
+    "arcee": {"model_type": "arcee"},
     # The last layers, which most plans average, have no rotary embedding, the layers before them have.
     "smollm3": {
         "model_type": "smollm3",
@@ -145,8 +147,14 @@ FAMILIES = {
         "head_dim": 12,
     },
 }
+
+
+def _folds(family):
+    return not (family.output_norms or family.head_norms or family.projection_norms)
+
+
 #: Those whose norms all stand before the matrices that read them, so that folding takes up every gain.
-FOLDABLE = [name for name in FAMILIES if not name.startswith(("qwen3", "gemma", "glm", "olmo"))]
+FOLDABLE = [name for name, options in FAMILIES.items() if _folds(ARCHITECTURES[options["model_type"]])]
 
 
 def demo_tokenizer():

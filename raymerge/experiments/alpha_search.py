@@ -379,12 +379,12 @@ class _Search:
         if batch == "auto":
             batch = choose_batch(seconds_per_candidate, candidates, self._concurrent)
         common = {"dimensions": len(self.start.steps), "bounds": settings.bounds, "seed": settings.seed}
-        common["choices"] = self.blocks
-        if searcher == "bayes":
-            warp = tail_coefficients if self.start.selection in ("tail", "block") else None
-            proposer = BayesProposer(**common, initial=settings.initial, known=known, warp=warp)
-        else:
-            proposer = RandomProposer(**common, known=known)
+        warp = tail_coefficients if self.start.selection in ("tail", "block") else None
+        proposers = {
+            "random": RandomProposer,
+            "bayes": partial(BayesProposer, initial=settings.initial, warp=warp),
+        }
+        proposer = proposers[searcher](**common, known=known, choices=self.blocks)
         self.progress.stage(f"{searcher} search, {settings.objective}", candidates)
         self._run(searcher, proposer, candidates, batch, self._done(searcher))
         self.facts[f"{searcher}_search"]["seconds_per_candidate"] = round(seconds_per_candidate, 5)

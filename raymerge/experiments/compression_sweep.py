@@ -33,6 +33,7 @@ from raymerge.experiments.planning import (
     Similarity,
     allowed_starts,
     choose_blocks,
+    options_of,
     similarity_of,
     similarity_warnings,
 )
@@ -175,7 +176,7 @@ def _file_points(config: Config, n_layers: int) -> list[Point]:
     if config.plan.alpha_file is None:
         raise ConfigError("sweep.methods has file, so plan.alpha_file must name one")
     found = read_alpha_file(config.plan.alpha_file, n_layers)
-    return _variants(config, len(found.steps), "file", replace(found, biases=config.plan.biases))
+    return _variants(config, len(found.steps), "file", found)
 
 
 def _points_of(
@@ -219,7 +220,6 @@ def _averaged(
         name=_method_name(method),
         kind=kind,
         selection=selection,
-        biases=settings.biases,
     )
 
 
@@ -244,7 +244,9 @@ def _refitted(config: Config, inputs: Inputs, point: Point) -> list[Point]:
 
 
 def _variants(config: Config, merges: int, method: str, plan: MergePlan) -> list[Point]:
-    """An averaging plan under every alignment and treatment of norms, named so that they can be told apart."""
+    """An averaging plan with the plan section's options, but under every alignment and treatment of norms of the sweep,
+    named so that they can be told apart."""
+    plan = replace(plan, **options_of(config.plan))
     points = []
     for alignment in config.sweep.alignments:
         for norms in config.sweep.norms:

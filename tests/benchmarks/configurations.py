@@ -22,6 +22,7 @@ import time
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
+from typing import get_args
 from unittest.mock import patch
 
 import torch
@@ -32,14 +33,15 @@ from tiny import FAMILIES, N_LAYERS, make_checkpoint, needs
 
 from raymerge import console, experiments
 from raymerge.checkpoint import Checkpoint
+from raymerge.config import Alignment, Embedding, Measure, RefitMethod
 from raymerge.config_file import load_config
 from raymerge.errors import UserError
 from raymerge.report import write_report
 
 SUBJECTS = ["colour_mixing", "number_words", "word_opposites", "elementary_addition", "days_of_the_week"]
 ODD_WORDS = re.compile(r"\b(nan|None|Infinity|True|False)\b")
-ALIGNMENTS, REFITS = ["none", "rows", "neurons", "activations"], ["none", "linear", "scale", "outputs", "units"]
-MEASURES, EMBEDDINGS = ["npib", "gaussian", "cosine", "cka"], ["diffusion", "diffusion_gaussian", "pca", "tsne"]
+ALIGNMENTS, REFITS, MEASURES = ([*get_args(kind)] for kind in (Alignment, RefitMethod, Measure))
+EMBEDDINGS = [name for name in get_args(Embedding) if name != "umap"]  # which needs an extra
 
 #: Of each key how often it is set, and to what.
 DATA = {
