@@ -83,8 +83,6 @@ class Architecture:
     attention_softcap, logit_softcap: config keys of c where attention scores, or logits, s become c tanh(s / c).
     width: config key of the MLP's width, or an expert's.
     required: config options that raymerge knows with some values only.
-    since: the first release of transformers whose code computes the family as it was published, where that is younger
-    than the oldest that raymerge runs with.
     """
 
     name: str
@@ -110,7 +108,6 @@ class Architecture:
     logit_softcap: str | None = None
     width: str = "intermediate_size"
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    since: tuple[int, int] | None = None
     layer_prefix: str = "model.layers.{}."
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 from raymerge.architectures import ATTENTION, GATE_UP, HEAD_GROUPS, QKV, Architecture, ArchitectureError
@@ -90,7 +89,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture("olmo2", windows="none", **_OLMO_NORMS),
         # Before, its sliding layers had the scaled rotary embedding of the full ones.
-        Architecture("olmo3", windows="layer_types", since=(5, 13), **_OLMO_NORMS),
+        Architecture("olmo3", windows="layer_types", **_OLMO_NORMS),
         Architecture(
             "mixtral",
             projections=ATTENTION | {"block_sparse_moe.gate": ("router",)},
@@ -168,13 +167,6 @@ def architecture_of(config: Any) -> Architecture:
             f"model type {model_type!r} is not supported: {reason}; supported are {', '.join(sorted(ARCHITECTURES))}"
         )
     family = ARCHITECTURES[model_type]
-    installed = version("transformers")
-    if family.since and tuple(map(int, installed.split(".")[:2])) < family.since:
-        needed = ".".join(map(str, family.since))
-        raise ArchitectureError(
-            f"model type {model_type!r} needs transformers {needed} or later, and {installed} is installed, whose code "
-            f"computes another model from its files: pip install 'transformers>={needed}'"
-        )
     for rope_type in sorted({rope.get("rope_type", "default") for rope in _rotary_parameters(config).values()}):
         if rope_type not in FIXED_ROPE_TYPES:
             raise ArchitectureError(

@@ -8,7 +8,6 @@ import tiny
 import torch
 from transformers import AutoConfig, LlamaConfig
 
-import raymerge.families
 from raymerge.architectures import ArchitectureError
 from raymerge.families import (
     ARCHITECTURES,
@@ -159,19 +158,6 @@ def test_unsupported_families_are_named_with_what_they_have_and_the_supported_on
 def test_unsupported_options_of_families_are_named(family, options, message):
     with pytest.raises(ArchitectureError, match=message):
         architecture_of(tiny.config_of(family, **options))
-
-
-def test_a_family_that_the_installed_transformers_computes_otherwise_is_refused(monkeypatch):
-    """Before 5.13 OLMo 3's sliding layers had the full ones' scaled rotary embedding (transformers#45945)."""
-    config = AutoConfig.for_model("olmo3")
-    for installed in ("5.12.1", "4.57.6"):
-        monkeypatch.setattr(raymerge.families, "version", lambda package, installed=installed: installed)
-        with pytest.raises(ArchitectureError, match=f"'olmo3' needs transformers 5.13 or later, and {installed} is"):
-            architecture_of(config)
-        assert architecture_of(tiny.config_of("olmo2")).name == "olmo2"
-    for installed in ("5.13.0.dev0", "6.0"):
-        monkeypatch.setattr(raymerge.families, "version", lambda package, installed=installed: installed)
-        assert architecture_of(config).name == "olmo3"
 
 
 def test_rotary_embeddings_that_depend_on_length_are_refused():

@@ -8,9 +8,7 @@ import copy
 import shutil
 
 import numpy as np
-import pytest
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from raymerge.architectures import permute_tensor
@@ -161,16 +159,7 @@ def demo_tokenizer():
     return AutoTokenizer.from_pretrained(MODEL_PATH)
 
 
-def needs(family):
-    """The first release of transformers, as text, that a family needs and that is not installed; else None."""
-    since = ARCHITECTURES[FAMILIES[family]["model_type"]].since
-    old = since is not None and tuple(map(int, transformers.__version__.split(".")[:2])) < since
-    return ".".join(map(str, since)) if old else None
-
-
 def config_of(family, **options):
-    if needed := needs(family):
-        pytest.skip(f"{family} needs transformers {needed}")
     values = (
         {
             "hidden_size": 32,
