@@ -530,6 +530,14 @@ def test_a_ruined_candidate_leaves_the_axis_to_the_others(tmp_path):
     assert figure.views[0].spec["layer"][0]["encoding"]["y"]["scale"]["domain"] == [0.4, 0.65]
     assert "1 far worse candidate beyond the axis" in figure.caption
     assert "ruined" in {row["plan_id"] for row in as_dicts(figure.rows)}
+    # A control as bad is shown, and the candidate with it: it was said to be beyond the axis.
+    control = next(row for row in rows if row["searcher"] == "controls")
+    run.replace(
+        "trials", [*run.read("trials").to_pylist(), control | {"iteration": 9, "value": 0.01, "plan_id": "bad"}]
+    )
+    figure = blocks([searched.search(Reached(run))], Figure)[0]
+    assert "beyond the axis" not in figure.caption
+    assert "domain" not in figure.views[0].spec["layer"][0]["encoding"]["y"]["scale"]
 
 
 def test_differences_by_subject_are_paired(search):
@@ -667,6 +675,14 @@ def test_what_was_asked_names_refits_and_calibration(tmp_path):
     told = {fact.term: (fact.value, fact.note) for fact in facts.facts}
     assert told["Refits"] == ("linear, units", "ridge chosen on held-out tokens, 1 layer after each seam too")
     assert told["Calibration"] == ("a.txt", "up to 4096 tokens")
+
+
+def test_a_domain_is_not_counted_as_one_subject(tmp_path):
+    """ "3 subjects: anatomy, medical, virology" were four."""
+    data = {"mmlu": "demo", "subjects": ["anatomy", "medical", "virology"]}
+    run = RunDirectory.open(tmp_path / "run", {"data": data}, "evaluate")
+    (facts,) = blocks([asked.asked(run)], Facts)
+    assert {f.term: f.note for f in facts.facts}["Questions"] == "subjects: anatomy, medical, virology"
 
 
 @pytest.mark.parametrize(
