@@ -741,6 +741,21 @@ def test_similarity_is_held_against_noise(tmp_path):
     assert "does not mean that dropping the layer costs little" in influence.caption
 
 
+def test_correlations_near_one_are_told_apart(tmp_path):
+    """Cosines of a real model: "at 1.00 to 1.00", "Highest: 1.00. Lowest: 1.00", and five ticks named 1.00."""
+    run = similarity_run(tmp_path / "s", subsets=("medical", "law", "math"))
+    rows = run.read("similarity_correlation").drop_columns("run_id").to_pylist()
+    near = {"ci_low": 0.9, "ci_high": 0.99999, "reliability_a": 1.0, "reliability_b": 1.0}
+    near = [row | near | {"pearson_off_diagonal": r} for row, r in zip(rows, (0.9999, 0.9966, 0.998), strict=True)]
+    run.replace("similarity_correlation", near)
+    _, agreement = blocks([layers.answer(run)], Text)
+    assert "correlate at 0.9966 to 0.9999 off" in agreement.text
+    (figure,) = blocks([layers.correlations(run)], Figure)
+    assert "law, 0.9999. Lowest:" in figure.caption and ", 0.9966." in figure.caption
+    for layer in figure.views[0].spec["layer"]:
+        assert "format" not in layer["encoding"]["x"]["axis"]  # of two decimals
+
+
 def test_of_many_subsets_some_are_drawn_and_chance_is_reckoned_with(tmp_path):
     """14 subsets make 91 pairs: two-sided intervals of equal patterns leave some below their ceiling."""
     run = similarity_run(tmp_path / "s", subsets=[f"subject_{i}" for i in range(14)])
