@@ -296,11 +296,21 @@ def test_a_gain_by_an_uncorrected_p_alone_is_no_gain(search):
 def test_other_layers_are_named_where_leaving_them_out_costs_less(monkeypatch, search, selection, difference, p, tried):
     """`drop` stands for before_last here; the plan found minus it in nats a token."""
     reached = Reached(search)
-    next(line for line in reached.lines if line["plan_id"] == "drop")["kind"] = "before_last"
+    line = next(line for line in reached.lines if line["plan_id"] == "drop")
+    line.update(kind="before_last", name="before_last")
     row = next(row for row in reached.comparisons if (row["measure"], row["plan_b"]) == ("text_nll", "drop"))
     row.update(difference=difference, p_value=p, p_holm=p)
     monkeypatch.setitem(search.config["plan"], "selection", selection)
-    assert ("plan.selection=block searches for other layers" in " ".join(answer.in_words(reached))) == tried
+    told = " ".join(answer.in_words(reached))
+    assert ("plan.selection=block searches for other layers" in told) == tried
+    assert ("dropping the layers before the last one costs less" in told) == tried
+    # Qwen2.5-0.5B, five layers: perplexity 14 by block influence, 260 before the last; only the latter was named.
+    other = next(line for line in reached.lines if line["plan_id"] == "fixed")
+    other.update(kind="drop", name="block_influence", perplexity=line["perplexity"] / 2)
+    row = next(row for row in reached.comparisons if (row["measure"], row["plan_b"]) == ("text_nll", "fixed"))
+    row.update(difference=difference, p_value=p, p_holm=p)
+    told = " ".join(answer.in_words(reached))
+    assert ("dropping the layers of least block influence costs less" in told) == tried
 
 
 def test_how_much_workers_were_used_is_on_the_page(tmp_path):
