@@ -902,6 +902,21 @@ def test_evaluated_models_are_tested_against_each_other_and_drawn_below_each_oth
     assert "In brackets" not in table.caption  # nothing is merged or dropped
 
 
+def test_an_evaluated_model_is_not_said_to_be_unmerged(tmp_path, search):
+    """A merge of another tool was "19 of 19 layers, 0.0 % removed, unmerged 28.3 %" below the merges of a search."""
+    run = RunDirectory.open(tmp_path / "mine", {"model": {"path": "/models/mine"}}, "evaluate")
+    run.begin()
+    evaluated(run, {"base": base_plan(8)}, {"base": 0.5}, subjects=("law",), perplexities={}, pairs=[])
+    run.write_manifest("complete", command=["raymerge", "evaluate"])
+    section = page_of([search, run], "raymerge report", Silent()).sections[0]
+    table = next(block for block in section.blocks if isinstance(block, Table))
+    found, mine = ((row[4], row[5], row[7], row[9]) for row in table.cells)  # layers, removed, unmerged twice
+    assert mine == ("8", "–", "–", "–") and "the model as it is" in table.caption
+    assert " of " in found[0] and found[1].endswith(" %") and found[2].endswith(" %") and found[3] != "–"
+    (figure,) = blocks([section], Figure)
+    assert figure.caption.endswith("An evaluated model stands at 0 %, also one that was merged before.")
+
+
 def test_runs_in_folders_of_one_name_are_told_apart(tmp_path, monkeypatch):
     """Models A and B, each evaluated into a folder eval, stood on one line of the figure, both called eval."""
     runs = []
@@ -1043,7 +1058,7 @@ def test_an_evaluation_without_questions_has_its_perplexity_and_its_tasks(tmp_pa
     # Beside a run that asked questions it has no place in the figure of accuracies, but stands in the table.
     page = page_of([run, search_run(tmp_path / "search")], "", Silent())
     (table, *_) = blocks(page.sections[:1], Table)
-    assert table.cells[0][0] == "run" and table.cells[0][6:] == ("–", "–", "7.50", "7.50")
+    assert table.cells[0][0] == "run" and table.cells[0][6:] == ("–", "–", "7.50", "–")
     (figure, *_) = blocks(page.sections[:1], Figure)
     assert {row["run"] for row in as_dicts(figure.rows)} == {"search"}
     assert blocks(page_of([run, run], "", Silent()).sections[:1], Figure) == []
