@@ -610,6 +610,7 @@ def test_a_curve_holds_every_way_against_dropping(tmp_path):
     assert [row[0] for row in best.cells] == ["1", "3"]
     (receipt,) = blocks([curve.receipts(reached)], Figure)
     assert "Under drop nothing is averaged and no tensor changes" in receipt.caption
+    assert "are renumbered" in receipt.caption  # dropped blocks stood at 1,400 %, unlike on a search's page unexplained
     (figure,) = blocks([curve.answer(reached)], Figure)
     stored = {row["plan_id"]: row for row in run.read("perplexity").to_pylist()}
     for point in points:
