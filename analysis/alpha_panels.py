@@ -249,5 +249,5 @@ def history_rows(history: list[dict]) -> list[list]:
     for start, rows in starts_of(history).items():
         least = lowest(rows)
         first, last = number(rows[0]["loss"], 4), number(rows[-1]["loss"], 4)
-        table.append([start, len(rows), first, last, number(least["held_out_loss"], 4), least["epoch"]])
+        table.append([start, rows[-1]["epoch"], first, last, number(least["held_out_loss"], 4), least["epoch"]])
     return table

@@ -129,7 +129,8 @@ def draw_perplexities(axis, mine: list[Point], shift: float, look: dict):
 def scale_perplexities(axis, base: Point | None, points: list[Point]) -> None:
     """A logarithmic axis, cut where `limit_perplexity` says."""
     cut = limit_perplexity(axis, base, points)
-    axis.set(ylabel=f"perplexity (log scale{cut}; bars: 95 %)", yscale="log")
+    label = f"perplexity (log scale{cut};\nbars: 95 %)" if cut else "perplexity (log scale; bars: 95 %)"
+    axis.set(ylabel=label, yscale="log")  # in one line the longer one is higher than a panel
     plain_log(axis.yaxis, *axis.get_ylim())
 
 

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from plotting import COLOURS, GREY, STYLE, ink, markdown, need, number, run_main, save, save_text, subset_name
 
-from raymerge.tables import IMPORTED, RunDirectory, correlation_ceiling
+from raymerge.tables import IMPORTED, RunDirectory, correlation_ceiling, correlation_digits
 
 _KINDS = {
     "subsets in one language": COLOURS[1],
@@ -88,7 +88,8 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
     names, pairs = names_of(rows), pairs_of(rows)
     n, written, detailed = len(names), len(names) <= _WRITTEN, len(names) <= _DETAILED
     shown = pairs if len(pairs) <= _PAIRS else [*pairs[: _PAIRS // 2], *pairs[-_PAIRS // 2 :]]
-    cell = (0.58, 0.8) if detailed else (0.4, 0.4) if written else (0.17, 0.17)
+    digits = correlation_digits(row["pearson_off_diagonal"] for row in pairs)
+    cell = (0.58, 0.56 + 0.12 * digits) if detailed else (0.4, 0.4) if written else (0.17, 0.17)
     left, middle, right = max(2.6, cell[0] * n + 1.1), max(2.8, cell[1] * n + 0.6), 5.6
     height = max(3.8, cell[0] * n + 1.6, 0.19 * len(shown) + 1.7)
     figure, axes = plt.subplots(1, 3, figsize=(left + middle + right, height), width_ratios=[left, middle, right])
@@ -113,7 +114,7 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
     for axis, grid, title, rows_of in zip(axes, grids, titles, ({}, detail if detailed else {}), strict=False):
         image = draw_grid(axis, grid, low)
         if written:
-            write_cells(axis, grid, image, rows_of)
+            write_cells(axis, grid, image, rows_of, digits)
         turned = {"rotation": 45 if written else 90, "ha": "right", "rotation_mode": "anchor"}
         axis.set_xticks(range(n), names, **turned, va="top" if written else "center", fontsize=8)
         axis.set_yticks(range(n), names if axis is axes[0] else [""] * n, fontsize=8)
@@ -145,18 +146,18 @@ def draw_grid(axis, grid: np.ndarray, low: float):
     return image
 
 
-def write_cells(axis, grid: np.ndarray, image, detail: dict[tuple[int, int], dict]) -> None:
-    """A matrix's numbers; detail: by cell, the row whose interval and ceiling are added."""
+def write_cells(axis, grid: np.ndarray, image, detail: dict[tuple[int, int], dict], digits: int) -> None:
+    """A matrix's numbers; detail: by cell, the row whose interval and ceiling are added; digits: of these."""
     for (i, j), value in np.ndenumerate(grid):
         if np.isnan(value):
             continue
-        text = "1" if i == j else f"{value:.3f}"
+        text = "1" if i == j else f"{value:.{max(3, digits)}f}"
         if row := detail.get((i, j)):
-            text = f"{value:.2f}"
+            text = f"{value:.{digits}f}"
             if has_interval(row):
-                text += f"\n[{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
+                text += f"\n[{row['ci_low']:.{digits}f}, {row['ci_high']:.{digits}f}]"
             if (ceiling := correlation_ceiling(row)) is not None:
-                text += f"\nceiling {ceiling:.2f}"
+                text += f"\nceiling {ceiling:.{digits}f}"
         axis.text(j, i, text, ha="center", va="center", fontsize=7, color=ink(image, value))
 
 
@@ -173,7 +174,10 @@ def draw_pairs(axis, pairs: list[dict], count: int) -> None:
     labels = [f"{subset_name(row, '_a')} – {subset_name(row, '_b')}" for row in pairs]
     axis.set_yticks(range(len(pairs)), labels, fontsize=7.5)
     axis.set_ylim(len(pairs) - 0.4, -0.6)
-    axis.set_xlim(right=max(1.02, axis.get_xlim()[1]))
+    left, right = axis.get_xlim()
+    axis.set_xlim(
+        right=max(right, 1 + min(0.02, 0.1 * (1 - left)))
+    )  # near 1, no more room than the pairs themselves take
     bounded = has_ceilings(pairs)
     title = "Every pair" + "\nagainst its ceiling" * bounded
     if len(pairs) < count:
@@ -206,11 +210,11 @@ def describe(rows: list[dict], measure: str) -> list[str]:
                 kind_of(row),
                 number(row["pearson"], 4),
                 number(row["pearson_off_diagonal"], 4),
-                f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]" if has_interval(row) else None,
-                number(row["reliability_a"]),
-                number(row["reliability_b"]),
-                number(ceiling),
-                number(None if ceiling is None else row["pearson_off_diagonal"] / ceiling),
+                f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]" if has_interval(row) else None,
+                number(row["reliability_a"], 4),
+                number(row["reliability_b"], 4),
+                number(ceiling, 4),
+                number(None if ceiling is None else row["pearson_off_diagonal"] / ceiling, 4),
             ]
         )
     header = ["pair", "kind", "Pearson", "off-diagonal", "95 % interval", "reliability a", "reliability b", "ceiling",
@@ -228,7 +232,7 @@ def describe(rows: list[dict], measure: str) -> list[str]:
                     len(mine),
                     number(np.mean([row["pearson"] for row in mine]), 4),
                     number(np.mean([row["pearson_off_diagonal"] for row in mine]), 4),
-                    number(np.mean(ratios) if ratios else None),
+                    number(np.mean(ratios) if ratios else None, 4),
                 ]
             )
     header = ["mean of", "pairs", "Pearson", "off-diagonal", "off-diagonal / ceiling"]

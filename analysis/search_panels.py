@@ -163,14 +163,16 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
     kept = without_far_worse(values, lower=lower)
     shown = [*kept, *(value for value, _ in levels)]
     room = 0.06 * (max(shown) - min(shown) or abs(max(shown)) or 1)
-    axis.set_ylim(min(shown) - room, max(shown) + room)
+    low, high = min(shown) - room, max(shown) + room
+    axis.set_ylim(low, high)
+    far = sum(not low <= value <= high for value in values)  # none where a control is as bad
     weighed = "+" in objective or "*" in objective  # a sum of shares is none
     unit = " (nats)" if lower else "" if weighed else " (share of questions)"
     axis.set(
         xlabel="candidates evaluated",
         ylabel=f"{objective}{unit}, {'lower' if lower else 'higher'} is better",
         title="Search progress (marks: single candidates; dashed: controls"
-        + (f"; {len(values) - len(kept)} far worse not shown)" if len(kept) < len(values) else ")"),
+        + (f"; {far} far worse not shown)" if far else ")"),
     )
     draw_levels(axis, levels, last + 1)
     note = interval_of(max(every, key=rank))  # the axis shows what lies within it many times enlarged

@@ -32,6 +32,7 @@ from raymerge.tail_loss import (
 PARAMETRISATIONS = ("alphas", "simplex", "per_matrix")
 OPTIMIZERS = ("adam", "sgd")
 
+_ROUNDING = 1e-12  # of an alpha that became a parameter and an alpha again
 _SMALLEST = 1e-4  # a coefficient or a share of the bounds' width from which a start can move away
 _EVALUATION = 2**31  # stands for a step's number in the seed of the text sample that losses are compared on
 
@@ -87,11 +88,24 @@ class Parametrisation:
         return torch.softmax(parameters.unflatten(0, (len(self.matrices), -1)), -1)
 
     def plan(self, parameters: Tensor) -> MergePlan:
-        """The template's merges with these coefficients; the steps' own alphas of "per_matrix" are of their mean."""
+        """The template's merges with these coefficients; the steps' own alphas of "per_matrix" are of their mean.
+
+        The template's alphas come back bit by bit: a descent that finds nothing better than its start has found the
+        same plan, with the same id, as the control or probe that it started from.
+        """
         with torch.no_grad():
             if self.kind == "alphas":
-                return self.template.with_alphas(self.alphas(parameters).tolist(), name="gradient", kind="found")
-            return self.plan_of(self.coefficients(parameters).numpy())
+                found = self.template.with_alphas(self.alphas(parameters).tolist(), name="gradient", kind="found")
+            else:
+                found = self.plan_of(self.coefficients(parameters).numpy())
+        own = dict(self.template.matrix_alphas)
+        same = self.template.with_alphas(
+            self.template.alphas,
+            name="gradient",
+            kind="found",
+            matrix_alphas={name: own.get(name, self.template.alphas) for name, _ in found.matrix_alphas},
+        )
+        return same if np.allclose(found.flat_alphas, same.flat_alphas, rtol=0, atol=_ROUNDING) else found
 
     def plan_of(self, coefficients: np.ndarray) -> MergePlan:
         """The plan of effective coefficients (K + 1,) or (matrices, K + 1)."""

@@ -317,6 +317,12 @@ def correlation_ceiling(row: dict) -> float | None:
     return None if a is None or b is None or min(a, b) <= 0 else math.sqrt(a * b)
 
 
+def correlation_digits(correlations: Iterable[float]) -> int:
+    """Decimals that tell correlations from each other and from 1: of 0.9966 and 0.9999 two decimals are 1.00 both."""
+    least = min((r for r in correlations if math.isfinite(r)), default=0.0)
+    return 2 if 1 - least >= 0.05 else 3 if 1 - least >= 0.005 else 4
+
+
 def layer_ranges(layers: Iterable[int]) -> str:
     """Numbers of layers as text: "0-2, 5"."""
     runs: list[list[int]] = []

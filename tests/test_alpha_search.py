@@ -531,8 +531,16 @@ def test_plans_that_cannot_be_searched_are_refused():
         ):
             check(start)
     check(longer, *listed)
-    with pytest.raises(PlanError, match="probe longer merges other layers than mine"):
-        check(tail, probes=[longer])
+    last = N_LAYERS - 1
+    for probe, difference in (
+        (longer, rf"step 2 layer {last - 2} into {last - 3} instead of nothing"),
+        (block, rf"step 0 layer 8 into 7 instead of layer {last} into {last - 1}"),
+    ):
+        said = (
+            rf"probe {probe.name} merges other layers than mine, in {difference}: a probe needs the steps of the search"
+        )
+        with pytest.raises(PlanError, match=said):
+            check(tail, probes=[probe])
     check(replace(tail, selection="list"), *listed)
     with pytest.raises(ConfigError, match="gradient needs a tail merge, but plan.selection is list"):
         check(replace(tail, selection="list"), *listed, gradient)

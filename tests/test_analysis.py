@@ -564,6 +564,10 @@ def test_progress_says_how_surely_the_best_is_known(tmp_path, monkeypatch):
     search_panels.draw_progress(far, [], {}, tmp_path / "f.png")
     (axis,) = drawn["f.png"].axes
     assert axis.get_ylim()[0] > 0.79 and axis.get_title().endswith("dashed: controls; 1 far worse not shown)")
+    bad = [far["bayes"][-1] | {"searcher": "controls"}]  # shown as every control is, and the candidate with it
+    search_panels.draw_progress(far, bad, {}, tmp_path / "b.png")
+    (axis,) = drawn["b.png"].axes
+    assert axis.get_ylim()[0] < 0.1 and axis.get_title().endswith("dashed: controls)")
     one = {"bayes": rows["bayes"], "gradient": rows["bayes"][:1]}
     search_panels.draw_progress(one, [], {}, tmp_path / "z.png")
     names = [text.get_text() for text in drawn["z.png"].legends[0].get_texts()]
@@ -758,8 +762,8 @@ def test_methods_of_a_run_whose_alphas_differ_come_found_first_with_its_own_simi
     assert header[-1] == "pairs" and {row[-1] for row in rows} == {"4"}
     table = table_of(paths[-1].read_text(), "## Gradient descent")
     assert table[1:] == [
-        ["start 0", "3", "1.0000", "0.3333", "0.4000", "1"],
-        ["start 1", "3", "0.5000", "0.2500", "0.5000", "1"],
+        ["start 0", "2", "1.0000", "0.3333", "0.4000", "1"],
+        ["start 1", "2", "0.5000", "0.2500", "0.5000", "1"],
     ]
     # By held-out loss, though the other has less loss.
     assert alpha_panels.best_start(alpha_panels.starts_of(history)) == "start 0"

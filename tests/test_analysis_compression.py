@@ -435,6 +435,26 @@ def test_a_ruined_model_leaves_the_figure_so_that_the_others_can_be_told_apart()
     compression_panels.plt.close(figure)
 
 
+def test_labels_of_cut_perplexities_fit_beside_their_panels(tmp_path, monkeypatch):
+    """Of two rows they covered each other, and the upper one left the figure."""
+    run = make_run(
+        tmp_path / "run",
+        methods={("drop", "none", "keep"): (0.01, 0.4)}
+        | {("fixed_0.5", a, "keep"): (0.01, 0.4) for a in ("none", "neurons")},
+    )
+    drawn = []
+    monkeypatch.setattr(compression_panels, "save", lambda figure, path: drawn.append(figure) or path)
+    with compression_panels.plt.rc_context(plotting.STYLE):
+        compression_script.draw(run, tmp_path)
+        figure = drawn[0]
+        figure.draw_without_rendering()
+        labels = [axis.yaxis.label for axis in figure.axes if axis.get_ylabel().startswith("perplexity")]
+        assert len(labels) == 2 and all("unmerged" in label.get_text() for label in labels)
+        extents = [label.get_window_extent() for label in labels]
+    assert extents[0].y1 <= figure.bbox.y1 and extents[0].y0 > extents[1].y1
+    compression_panels.plt.close(figure)
+
+
 def test_a_single_panel_of_perplexities_has_its_whole_legend_and_plain_numbers(run, tmp_path, monkeypatch):
     """Four columns of labels did not fit below one panel, and within a decade the axis said 6 × 10^0."""
     drawn = []

@@ -272,6 +272,24 @@ def test_correlations_of_57_subsets_are_colours_and_their_extreme_pairs(tmp_path
     assert max(shown[1][0]) < 25 and max(shown[2][0]) < 40
 
 
+def test_correlations_near_one_are_told_apart(tmp_path, monkeypatch):
+    """Of cosines of a real model every cell was "1.00 [1.00, 1.00] ceiling 1.00", and the pairs' axis went to 1.02."""
+    drawn = []
+    monkeypatch.setattr(correlations_script, "save", lambda figure, _: drawn.append(figure))
+    row = {"subset_a": "a", "language_a": "en", "subset_b": "b", "language_b": "en", "pearson": 0.9971,
+           "pearson_off_diagonal": 0.9966, "ci_low": 0.9957, "ci_high": 0.9974, "reliability_a": 0.9999,
+           "reliability_b": 0.9999}  # fmt: skip
+    correlations_script.draw_correlations([row], "cosine", tmp_path / "x.png")
+    left, middle, right = drawn[0].axes
+    assert "0.9971" in {text.get_text() for text in left.texts}
+    assert "0.9966\n[0.9957, 0.9974]\nceiling 0.9999" in {text.get_text() for text in middle.texts}
+    low, high = right.get_xlim()
+    assert 1 < high < 1 + 0.2 * (1 - low)
+    text = "\n".join(correlations_script.describe([row], "cosine"))
+    assert "| 0.9966 | [0.9957, 0.9974] | 0.9999 | 0.9999 | 0.9999 | 0.9967 |" in text
+    plotting.plt.close("all")
+
+
 @pytest.mark.parametrize("known", [{}, {"ci_low": 0.4, "ci_high": 0.9}, {"reliability_a": 0.9, "reliability_b": 0.9}])
 def test_titles_of_correlations_name_what_is_known(tmp_path, monkeypatch, known):
     """Of imported matrices there are no intervals and no ceilings."""
@@ -366,13 +384,13 @@ def test_correlation_table_and_ceilings(run, figures):
     for line in lines:
         cells, row = dict(zip(header, line, strict=True)), stored[line[0]]
         assert cells["Pearson"] == f"{row['pearson']:.4f}"
-        assert cells["95 % interval"] == f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+        assert cells["95 % interval"] == f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]"
         if row["reliability_a"] is None:
             assert line[0].startswith("cs en") and cells["ceiling"] == cells["off-diagonal / ceiling"] == "–"
         else:
             ceiling = math.sqrt(row["reliability_a"] * row["reliability_b"])
-            assert cells["ceiling"] == f"{ceiling:.3f}"
-            assert cells["off-diagonal / ceiling"] == f"{row['pearson_off_diagonal'] / ceiling:.3f}"
+            assert cells["ceiling"] == f"{ceiling:.4f}"
+            assert cells["off-diagonal / ceiling"] == f"{row['pearson_off_diagonal'] / ceiling:.4f}"
     means = table_of(text, "## npib", nth=1)
     mean = np.mean([row["pearson_off_diagonal"] for row in stored.values()])
     assert means[1][:2] == ["subsets in one language", "10"] and means[1][3] == f"{mean:.4f}"

@@ -325,6 +325,22 @@ def test_parameters_and_plans_are_each_others_inverse(case, kind):
     np.testing.assert_allclose(again.coefficients(again.start()), shape.coefficients(moved), atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", raymerge.gradient.PARAMETRISATIONS)
+def test_a_start_that_is_not_left_is_the_very_plan(kind):
+    """0.6225 came back as 0.6225000000000002: found_gradient_simplex and fixed_0.6225 were two plans with equal
+    answers, and their comparisons with the best one counted twice in Holm's correction."""
+    plan = template([0.6225, 0.6225])
+    shape = Parametrisation(kind, plan, MATRICES)
+    found = shape.plan(shape.start())
+    assert [found.alphas, *(list(own) for _, own in found.matrix_alphas)] == [plan.alphas] * (
+        1 + len(found.matrix_alphas)
+    )
+    if kind != "per_matrix":
+        assert found.plan_id("model") == plan.plan_id("model")
+    moved = shape.start() + 1e-6 * torch.arange(len(shape.start()))
+    assert shape.plan(moved).alphas != plan.alphas
+
+
 def test_starts_are_inside(case):
     for alphas in ([0.0, 1.0], [1.0, 0.0], [1.0, 1.0]):
         for kind in raymerge.gradient.PARAMETRISATIONS:

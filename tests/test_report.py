@@ -296,11 +296,21 @@ def test_a_gain_by_an_uncorrected_p_alone_is_no_gain(search):
 def test_other_layers_are_named_where_leaving_them_out_costs_less(monkeypatch, search, selection, difference, p, tried):
     """`drop` stands for before_last here; the plan found minus it in nats a token."""
     reached = Reached(search)
-    next(line for line in reached.lines if line["plan_id"] == "drop")["kind"] = "before_last"
+    line = next(line for line in reached.lines if line["plan_id"] == "drop")
+    line.update(kind="before_last", name="before_last")
     row = next(row for row in reached.comparisons if (row["measure"], row["plan_b"]) == ("text_nll", "drop"))
     row.update(difference=difference, p_value=p, p_holm=p)
     monkeypatch.setitem(search.config["plan"], "selection", selection)
-    assert ("plan.selection=block searches for other layers" in " ".join(answer.in_words(reached))) == tried
+    told = " ".join(answer.in_words(reached))
+    assert ("plan.selection=block searches for other layers" in told) == tried
+    assert ("dropping the layers before the last one costs less" in told) == tried
+    # Qwen2.5-0.5B, five layers: perplexity 14 by block influence, 260 before the last; only the latter was named.
+    other = next(line for line in reached.lines if line["plan_id"] == "fixed")
+    other.update(kind="drop", name="block_influence", perplexity=line["perplexity"] / 2)
+    row = next(row for row in reached.comparisons if (row["measure"], row["plan_b"]) == ("text_nll", "fixed"))
+    row.update(difference=difference, p_value=p, p_holm=p)
+    told = " ".join(answer.in_words(reached))
+    assert ("dropping the layers of least block influence costs less" in told) == tried
 
 
 def test_how_much_workers_were_used_is_on_the_page(tmp_path):
@@ -530,6 +540,14 @@ def test_a_ruined_candidate_leaves_the_axis_to_the_others(tmp_path):
     assert figure.views[0].spec["layer"][0]["encoding"]["y"]["scale"]["domain"] == [0.4, 0.65]
     assert "1 far worse candidate beyond the axis" in figure.caption
     assert "ruined" in {row["plan_id"] for row in as_dicts(figure.rows)}
+    # A control as bad is shown, and the candidate with it: it was said to be beyond the axis.
+    control = next(row for row in rows if row["searcher"] == "controls")
+    run.replace(
+        "trials", [*run.read("trials").to_pylist(), control | {"iteration": 9, "value": 0.01, "plan_id": "bad"}]
+    )
+    figure = blocks([searched.search(Reached(run))], Figure)[0]
+    assert "beyond the axis" not in figure.caption
+    assert "domain" not in figure.views[0].spec["layer"][0]["encoding"]["y"]["scale"]
 
 
 def test_differences_by_subject_are_paired(search):
@@ -592,6 +610,7 @@ def test_a_curve_holds_every_way_against_dropping(tmp_path):
     assert [row[0] for row in best.cells] == ["1", "3"]
     (receipt,) = blocks([curve.receipts(reached)], Figure)
     assert "Under drop nothing is averaged and no tensor changes" in receipt.caption
+    assert "are renumbered" in receipt.caption  # dropped blocks stood at 1,400 %, unlike on a search's page unexplained
     (figure,) = blocks([curve.answer(reached)], Figure)
     stored = {row["plan_id"]: row for row in run.read("perplexity").to_pylist()}
     for point in points:
@@ -669,6 +688,14 @@ def test_what_was_asked_names_refits_and_calibration(tmp_path):
     assert told["Calibration"] == ("a.txt", "up to 4096 tokens")
 
 
+def test_a_domain_is_not_counted_as_one_subject(tmp_path):
+    """ "3 subjects: anatomy, medical, virology" were four."""
+    data = {"mmlu": "demo", "subjects": ["anatomy", "medical", "virology"]}
+    run = RunDirectory.open(tmp_path / "run", {"data": data}, "evaluate")
+    (facts,) = blocks([asked.asked(run)], Facts)
+    assert {f.term: f.note for f in facts.facts}["Questions"] == "subjects: anatomy, medical, virology"
+
+
 @pytest.mark.parametrize(
     ("plan", "told"),
     [
@@ -723,6 +750,21 @@ def test_similarity_is_held_against_noise(tmp_path):
     assert undefined["value"] is None and undefined["above"] == "" and undefined["note"] == "no entropy"
     assert len(influence.rows.values) == 18
     assert "does not mean that dropping the layer costs little" in influence.caption
+
+
+def test_correlations_near_one_are_told_apart(tmp_path):
+    """Cosines of a real model: "at 1.00 to 1.00", "Highest: 1.00. Lowest: 1.00", and five ticks named 1.00."""
+    run = similarity_run(tmp_path / "s", subsets=("medical", "law", "math"))
+    rows = run.read("similarity_correlation").drop_columns("run_id").to_pylist()
+    near = {"ci_low": 0.9, "ci_high": 0.99999, "reliability_a": 1.0, "reliability_b": 1.0}
+    near = [row | near | {"pearson_off_diagonal": r} for row, r in zip(rows, (0.9999, 0.9966, 0.998), strict=True)]
+    run.replace("similarity_correlation", near)
+    _, agreement = blocks([layers.answer(run)], Text)
+    assert "correlate at 0.9966 to 0.9999 off" in agreement.text
+    (figure,) = blocks([layers.correlations(run)], Figure)
+    assert "law, 0.9999. Lowest:" in figure.caption and ", 0.9966." in figure.caption
+    for layer in figure.views[0].spec["layer"]:
+        assert "format" not in layer["encoding"]["x"]["axis"]  # of two decimals
 
 
 def test_of_many_subsets_some_are_drawn_and_chance_is_reckoned_with(tmp_path):
@@ -859,6 +901,21 @@ def test_evaluated_models_are_tested_against_each_other_and_drawn_below_each_oth
     assert figure.views[0].spec["layer"][1]["encoding"]["y"]["sort"] == ["a", "b"]
     (table,) = [table for table in blocks(page.sections, Table) if table.caption.startswith("Every plan")][:1]
     assert "In brackets" not in table.caption  # nothing is merged or dropped
+
+
+def test_an_evaluated_model_is_not_said_to_be_unmerged(tmp_path, search):
+    """A merge of another tool was "19 of 19 layers, 0.0 % removed, unmerged 28.3 %" below the merges of a search."""
+    run = RunDirectory.open(tmp_path / "mine", {"model": {"path": "/models/mine"}}, "evaluate")
+    run.begin()
+    evaluated(run, {"base": base_plan(8)}, {"base": 0.5}, subjects=("law",), perplexities={}, pairs=[])
+    run.write_manifest("complete", command=["raymerge", "evaluate"])
+    section = page_of([search, run], "raymerge report", Silent()).sections[0]
+    table = next(block for block in section.blocks if isinstance(block, Table))
+    found, mine = ((row[4], row[5], row[7], row[9]) for row in table.cells)  # layers, removed, unmerged twice
+    assert mine == ("8", "–", "–", "–") and "the model as it is" in table.caption
+    assert " of " in found[0] and found[1].endswith(" %") and found[2].endswith(" %") and found[3] != "–"
+    (figure,) = blocks([section], Figure)
+    assert figure.caption.endswith("An evaluated model stands at 0 %, also one that was merged before.")
 
 
 def test_runs_in_folders_of_one_name_are_told_apart(tmp_path, monkeypatch):
@@ -1002,7 +1059,7 @@ def test_an_evaluation_without_questions_has_its_perplexity_and_its_tasks(tmp_pa
     # Beside a run that asked questions it has no place in the figure of accuracies, but stands in the table.
     page = page_of([run, search_run(tmp_path / "search")], "", Silent())
     (table, *_) = blocks(page.sections[:1], Table)
-    assert table.cells[0][0] == "run" and table.cells[0][6:] == ("–", "–", "7.50", "7.50")
+    assert table.cells[0][0] == "run" and table.cells[0][6:] == ("–", "–", "7.50", "–")
     (figure, *_) = blocks(page.sections[:1], Figure)
     assert {row["run"] for row in as_dicts(figure.rows)} == {"search"}
     assert blocks(page_of([run, run], "", Silent()).sections[:1], Figure) == []

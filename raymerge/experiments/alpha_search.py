@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,11 @@ def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[Me
         check_mergeable(inputs.checkpoint, start.moved_to(first))
     for plan in (start, *probes):
         check_mergeable(inputs.checkpoint, plan)
-        if [(step.into, step.remove) for step in plan.steps] != shape:
-            raise PlanError(f"probe {plan.name} merges other layers than {start.name}: its alphas cannot be tried")
+        if (own := [(step.into, step.remove) for step in plan.steps]) != shape:
+            raise PlanError(
+                f"probe {plan.name} merges other layers than {start.name}, {_first_difference(own, shape)}: a probe "
+                "needs the steps of the search, in their order; plan.selection and plan.merges choose these"
+            )
     candidate = start.with_alphas([0.5] * len(shape), name="candidate", kind="found")
     for plan in map(candidate.moved_to, blocks) if blocks else [candidate]:
         try:
@@ -177,6 +181,14 @@ def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[Me
         raise ConfigError(
             f"search.searcher gradient needs a tail merge, but plan.selection is {start.selection}: use searcher bayes"
         )
+
+
+def _first_difference(own: list[tuple[int, int]], other: list[tuple[int, int]]) -> str:
+    """Where two lists of (into, remove) begin to differ."""
+    pairs = zip_longest(own, other)
+    step, both = next((step, pair) for step, pair in enumerate(pairs) if pair[0] != pair[1])
+    its, others = ("nothing" if pair is None else f"layer {pair[1]} into {pair[0]}" for pair in both)
+    return f"in step {step} {its} instead of {others}"
 
 
 def _searched_starts(config: Config, start: MergePlan, checkpoint: Checkpoint) -> list[int]:

@@ -50,10 +50,9 @@ def _on_text(reached: Reached) -> str:
     sentences = [f"{subject} on plain text is {perplexity(best['perplexity'])}{unmerged}."]
     if by_loss := told(reached, reached.against(best["plan_id"], "text_nll")):
         sentences.append(f"By loss per token it is {by_loss}.")
-    if _other_layers_cost_less(reached):
+    if others := _layers_that_cost_less(reached):
         sentences.append(
-            "On plain text, dropping the layers before the last one costs less: plan.selection=block searches for "
-            "other layers to remove."
+            f"On plain text, dropping {others} costs less: plan.selection=block searches for other layers to remove."
         )
     return " ".join(sentences)
 
@@ -87,10 +86,25 @@ def firm(row: dict) -> str:
     return said if said in LINKS else "indistinguishable"
 
 
-def _other_layers_cost_less(reached: Reached) -> bool:
-    """Whether the last layers were merged where dropping others costs plain text less."""
+#: Controls that drop other layers than the last, by kind and name.
+_OTHERS = {
+    ("before_last", "before_last"): "the layers before the last one",
+    ("drop", "block_influence"): "the layers of least block influence",
+}
+
+
+def _layers_that_cost_less(reached: Reached) -> str:
+    """Which other layers cost plain text less, and least, when they are dropped, where the last layers were merged;
+    "" where none do."""
     if (reached.run.config.get("plan") or {}).get("selection") != "tail":
-        return False
+        return ""
     by_loss = reached.against(reached.best["plan_id"], "text_nll")
-    others = [line["plan_id"] for line in reached.lines if line["kind"] == "before_last"]
-    return any(plan_id in by_loss and firm(by_loss[plan_id]) == "worse" for plan_id in others)
+    cheaper = [
+        line
+        for line in reached.lines
+        if (line["kind"], line["name"]) in _OTHERS
+        and line["plan_id"] in by_loss
+        and firm(by_loss[line["plan_id"]]) == "worse"
+    ]
+    least = min(cheaper, key=lambda line: line["perplexity"], default=None)
+    return "" if least is None else _OTHERS[least["kind"], least["name"]]

@@ -122,7 +122,7 @@ def _data(data: dict, manifest: dict, similarity: dict) -> list[Fact]:
     subjects = data.get("subjects") or "all"
     named = f"subjects: {subjects}"
     if not isinstance(subjects, str):
-        named = f"{plural(len(subjects), 'subject')}: {listed(subjects)}"
+        named = f"subjects: {listed(subjects)}"  # without their number: some may be domains
     if "mmlu" in data and data["mmlu"] is None:
         return [Fact("Questions", "none"), *_text(data, manifest)]
     asked = [str(data.get("mmlu"))]

@@ -38,7 +38,9 @@ def compared(reached: Sequence[Reached], others: Sequence[tuple[str, str, str]])
 def _table(reached: Sequence[Reached]) -> Table:
     cells = []
     for one in reached:
-        line, base = headline(one), one.base
+        # Of what an evaluated model was made, by this or another tool, its run does not know.
+        evaluated = one.run.experiment == "evaluate"
+        line, base = headline(one), None if evaluated else one.base
         costs = {} if line is None else line["costs"]
         cells.append(
             (
@@ -46,8 +48,12 @@ def _table(reached: Sequence[Reached]) -> Table:
                 one.run.experiment,
                 model_name(one.run),
                 NONE if line is None else _called(one, line),
-                NONE if not costs else f"{costs['layers']} of {costs['layers'] + costs['layers_removed']}",
-                percent(removed_share(costs)),
+                NONE
+                if not costs
+                else str(costs["layers"])
+                if evaluated
+                else f"{costs['layers']} of {costs['layers'] + costs['layers_removed']}",
+                NONE if evaluated else percent(removed_share(costs)),
                 NONE if line is None else f"{percent(line['accuracy'])} {interval(*line['interval'])}".strip(),
                 NONE if base is None else percent(base["accuracy"]),
                 NONE if line is None else perplexity(line["perplexity"]),
@@ -55,8 +61,8 @@ def _table(reached: Sequence[Reached]) -> Table:
             )
         )
     return Table(
-        "The main plan of each run - the one that a search found; for a sweep or an evaluation, the unmerged model - "
-        f"next to the unmerged model{_caveat(reached)}{_texts(reached)}",
+        "The main plan of each run - the one that a search found; for a sweep, the unmerged model; for an evaluation, "
+        f"the model as it is - next to the unmerged model{_caveat(reached)}{_texts(reached)}",
         (
             "run",
             "experiment",
@@ -221,9 +227,11 @@ def _figure(reached: Sequence[Reached]) -> list[Figure]:
             interval=("low", "high"),
             tips=tips,
         )
+    evaluated = apart != "questions" and any(one.run.experiment == "evaluate" for one in reached)
     figure = Figure(
         title,
-        f"{which}, with 95 % intervals. Runs on different {apart} are not comparable.",
+        f"{which}, with 95 % intervals. Runs on different {apart} are not comparable."
+        + " An evaluated model stands at 0 %, also one that was merged before." * evaluated,
         (view,),
         Rows.of(rows, tuple(source for one in reached for source in sources(one.run, "accuracy", "costs"))),
         "; ".join(dict.fromkeys(command_of(one.run) for one in reached)),

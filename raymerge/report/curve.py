@@ -347,7 +347,8 @@ def receipts(reached: Reached) -> Section:
         run,
         "Largest change of a tensor, by number of merged layers",
         "The norm of the difference between the merged and the original tensor, divided by the original's norm; the "
-        f"largest value of each plan.{silent}",
+        "largest value of each plan. Layers after a dropped layer are renumbered, so their tensors differ from those "
+        f"of the same name although nothing changed them.{silent}",
         [view],
         rows,
         "receipts",

@@ -19,7 +19,7 @@ def intervals(
     name: str,
     value: str,
     axis: str,
-    form: str,
+    form: str | None = None,
     tips: list[tuple],
     title: str = "",
     rule: tuple[float, str] | None = None,
@@ -28,11 +28,13 @@ def intervals(
     """Named values with their intervals (columns low and high), one below the other in the order of the rows, coloured
     by role.
 
-    rule: a value to be held against, with its label. tick: a column with a limit of each value, drawn as a tick.
+    form: of the axis's numbers; without one they have the decimals that tell its ticks apart. rule: a value to be held
+    against, with its label. tick: a column with a limit of each value, drawn as a tick.
     """
+    shown = {"format": form} if form else {}
     order = list(dict.fromkeys(row[name] for row in rows))
     y = vega.field(name, None, "nominal", sort=order, axis=vega.axis(None, grid=True))
-    x = vega.field(value, axis, scale=vega.room(8), axis=vega.axis(axis, format=form, tickCount=6))
+    x = vega.field(value, axis, scale=vega.room(8), axis=vega.axis(axis, **shown, tickCount=6))
     colour, shape = vega.roles(rows)
     layers: list[vega.Spec] = [
         {

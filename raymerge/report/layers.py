@@ -13,7 +13,7 @@ from raymerge.report.asked import figure_of
 from raymerge.report.content import FOUND, Block, Figure, Section, Table, Text
 from raymerge.report.reached import missing
 from raymerge.report.wording import count, listed, percent, plural, value
-from raymerge.tables import IMPORTED, RunDirectory, colour_scale, correlation_ceiling
+from raymerge.tables import IMPORTED, RunDirectory, colour_scale, correlation_ceiling, correlation_digits
 
 _MAPS = 12  # subsets that are drawn; the rows of 57 matrices of 80 layers made a page of 40 MB
 _PAIRS = 60  # correlations that are drawn with their intervals
@@ -126,10 +126,11 @@ def _agreement(run: RunDirectory) -> str:
     below = sorted((row["ci_high"] - bound, subset_name(row, "_a"), subset_name(row, "_b")) for row, bound in bounded)
     below = [f"{a} and {b}" for gap, a, b in below if gap < 0]
     r = [row["pearson_off_diagonal"] for row, _ in bounded]
+    digits = correlation_digits(r)
     text = (
-        f"The subsets' matrices correlate at {min(r):.2f} to {max(r):.2f} off the diagonal. In {count(len(reach))} of "
-        f"{plural(len(bounded), 'pair')} the 95 % interval reaches the ceiling set by noise: these prompts cannot "
-        "tell such subsets apart."
+        f"The subsets' matrices correlate at {min(r):.{digits}f} to {max(r):.{digits}f} off the diagonal. In "
+        f"{count(len(reach))} of {plural(len(bounded), 'pair')} the 95 % interval reaches the ceiling set by noise: "
+        "these prompts cannot tell such subsets apart."
     )
     if not below:
         return text
@@ -306,7 +307,8 @@ def correlations(run: RunDirectory) -> Section:
     if not rows:
         return Section(title, (Text("No correlation is defined."),))
     top, last = rows[0], rows[-1]
-    told = f"Highest: {top['pair']}, {top['r']:.2f}. Lowest: {last['pair']}, {last['r']:.2f}."
+    digits = correlation_digits(row["r"] for row in rows)
+    told = f"Highest: {top['pair']}, {top['r']:.{digits}f}. Lowest: {last['pair']}, {last['r']:.{digits}f}."
     shown = {row["pair"] for row in rows[: _PAIRS // 2] + rows[len(rows) - _PAIRS // 2 :]}
     drawn = [row for row in rows if row["pair"] in shown]
     if noise := _named(findings.degenerate_layers(run)):
@@ -317,8 +319,8 @@ def correlations(run: RunDirectory) -> Section:
         if len(drawn) < len(rows)
         else ""
     )
-    tips = [("pair", "subsets"), ("r", "r off the diagonal", ".3f"), ("low", "95 % from", ".3f"), ("high", "to", ".3f"),
-            ("ceiling", "ceiling", ".3f"), ("pearson", "r, diagonal included", ".3f")]  # fmt: skip
+    tips = [("pair", "subsets"), ("r", "r off the diagonal", ".4f"), ("low", "95 % from", ".4f"), ("high", "to", ".4f"),
+            ("ceiling", "ceiling", ".4f"), ("pearson", "r, diagonal included", ".4f")]  # fmt: skip
     bounded = any(row["ceiling"] is not None for row in rows)
     view = figures.intervals(
         drawn,
@@ -326,7 +328,6 @@ def correlations(run: RunDirectory) -> Section:
         name="pair",
         value="r",
         axis="Pearson correlation off the diagonal",
-        form=".2f",
         tips=tips,
         tick="ceiling",
     )
@@ -395,7 +396,6 @@ def _settings(run: RunDirectory, rows: list[dict], known: list[dict]) -> tuple[T
         name="setting",
         value="r",
         axis="correlation off the diagonal",
-        form=".2f",
         tips=tips,
     )
     figure = figure_of(

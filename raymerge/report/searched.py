@@ -229,13 +229,13 @@ def _candidates(judged: list[dict], lower: bool) -> list[dict[str, Any]]:
 
 
 def _limits(candidates: list[dict], controls: list[dict], lower: bool) -> tuple[tuple[float, float] | None, int]:
-    """Limits of an axis without the candidates that are far worse than the bulk, and how many these are."""
+    """Limits of an axis without the candidates that are far worse than the bulk, and how many are beyond it: none where
+    a control is as bad, since every control is shown."""
     values = [row["value"] for row in candidates]
-    near = without_far_worse(values, lower=lower)
-    if len(near) == len(values):
-        return None, 0
-    shown = [*near, *(row["value"] for row in controls)]
-    return (min(shown), max(shown)), len(values) - len(near)
+    shown = [*without_far_worse(values, lower=lower), *(row["value"] for row in controls)]
+    low, high = min(shown), max(shown)
+    far = sum(not low <= value <= high for value in values)
+    return ((low, high), far) if far else (None, 0)
 
 
 def _together(controls: list[tuple[str, float]], every: list[float]) -> list[tuple[str, float]]:
