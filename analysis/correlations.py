@@ -175,9 +175,8 @@ def draw_pairs(axis, pairs: list[dict], count: int) -> None:
     axis.set_yticks(range(len(pairs)), labels, fontsize=7.5)
     axis.set_ylim(len(pairs) - 0.4, -0.6)
     left, right = axis.get_xlim()
-    axis.set_xlim(
-        right=max(right, 1 + min(0.02, 0.1 * (1 - left)))
-    )  # near 1, no more room than the pairs themselves take
+    # Near 1 no more room than the pairs themselves take.
+    axis.set_xlim(right=max(right, 1 + min(0.02, 0.1 * (1 - left))))
     bounded = has_ceilings(pairs)
     title = "Every pair" + "\nagainst its ceiling" * bounded
     if len(pairs) < count:

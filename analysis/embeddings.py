@@ -9,7 +9,6 @@ scale: only the arrangement means something. A run with several embeddings gets 
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 
@@ -17,9 +16,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from plotting import GREY, STYLE, need, run_main, save, style_of, subset_name
 
-from raymerge.tables import RunDirectory, RunError
+from raymerge.tables import CATEGORIES, RunDirectory, RunError
 
-_CATEGORIES = Path(__file__).parent / "published" / "mmlu_categories.csv"
 _LAYERS, _SUBJECTS = 6, 8  # shown by default; told apart by colour
 
 
@@ -69,13 +67,12 @@ def groups_of(samples: list[dict]) -> dict[str, dict[int, str]]:
     subjects: dict[str, dict[int, str]] = {}
     for row in samples:
         subjects.setdefault(subset_name(row), {})[row["sample"]] = row["subject"]
-    with _CATEGORIES.open(encoding="utf-8", newline="") as file:
-        categories = {row["subject"]: row["category"] for row in csv.DictReader(file)}
+    categories = {subject: name for name, members in CATEGORIES.items() for subject in members}
     return {
         name: {
             sample: subject.replace("_", " ")
             if len(set(mine.values())) <= _SUBJECTS
-            else categories.get(subject, "other")
+            else categories.get(subject, "other").removeprefix("mmlu_").replace("_", " ")
             for sample, subject in mine.items()
         }
         for name, mine in subjects.items()

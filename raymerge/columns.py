@@ -219,7 +219,10 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "sweep": (
         "One row per point of the compression curve; a plan may occur under several methods.",
-        {"method": "as in sweep.methods", "refit": "as in sweep.refits; null, in old runs, means none"},
+        {
+            "method": "as in sweep.methods; file_NAME for each of sweep.alpha_files",
+            "refit": "as in sweep.refits; null, in old runs, means none",
+        },
     ),
     "context": (
         "Losses by position in a window of plain text, and key-value retrieval from a context.",

@@ -16,6 +16,7 @@ from raymerge.plan import FIXED_RATIO
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # of the user's choice
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy and scikit-learn take
 _AT_LEAST_ONE = Field(min_length=1)  # entries of a list: with none a run would quietly measure nothing
 
@@ -114,7 +115,7 @@ class TaskConfig(_Section):
         return self
 
 
-class TasksConfig(RootModel[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], TaskConfig]]):
+class TasksConfig(RootModel[dict[Name, TaskConfig]]):
     """Other multiple-choice tasks that evaluate, search and sweep report on, under names of your choice, such as {piqa:
     {format: piqa, file: validation.jsonl}}. They are asked as lm-eval asks them, and choices are ranked by
     log-likelihood.
@@ -425,7 +426,9 @@ class SweepConfig(_Section):
     - `merges`: numbers of merged layers.
     - `methods`: drop, before_last, fixed:RATIO; drop_block and merge_block, with the block chosen by plan.block; with
       plan.similarity_run also block_influence, similarity_ratio, similarity and most_similar (base coefficients of the
-      last, and of merge_block, by plan.base); file takes plan.alpha_file at its own K.
+      last, and of merge_block, by plan.base); file takes each of `alpha_files` at its own K.
+    - `alpha_files`: files of coefficients by name, such as {best: runs/a/models/found_bayes/alphas.json}; their points
+      are file_best and so on.
     - `alignments`, `norms`: methods that average are tried with every combination of these.
     - `refits`: every point is made with each of these (with plan.ridge and plan.refit_layers).
     - `refitted_methods`: if any are named, only these methods are refitted.
@@ -439,6 +442,7 @@ class SweepConfig(_Section):
         *("drop", "before_last"),
         *("fixed:0.4", "fixed:0.5", "fixed:0.6", "fixed:0.62", "fixed:0.7"),
     ]
+    alpha_files: dict[Name, str] = {}
     alignments: Annotated[list[Alignment], _AT_LEAST_ONE] = ["none", "neurons"]
     norms: Annotated[list[Literal["keep", "fold"]], _AT_LEAST_ONE] = ["keep", "fold"]
     refits: Annotated[list[RefitMethod], _AT_LEAST_ONE] = ["none"]
@@ -462,6 +466,14 @@ class SweepConfig(_Section):
                     f"{method!r} is not one of {', '.join(SWEEP_METHODS)}, fixed:RATIO with 0 <= RATIO <= 1"
                 )
         return value
+
+    @model_validator(mode="after")
+    def _has_files_for_file(self) -> SweepConfig:
+        if "file" in self.methods and not self.alpha_files:
+            raise ValueError("methods has file, so alpha_files must name one, such as {best: alphas.json}")
+        if self.alpha_files and "file" not in self.methods:
+            raise ValueError("alpha_files are given, but methods lacks file, which takes them")
+        return self
 
     @model_validator(mode="after")
     def _refits_what_is_there(self) -> SweepConfig:

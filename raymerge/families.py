@@ -88,7 +88,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             rotary_neighbours=True,
         ),
         Architecture("olmo2", windows="none", **_OLMO_NORMS),
-        # Before, its sliding layers had the scaled rotary embedding of the full ones.
         Architecture("olmo3", windows="layer_types", **_OLMO_NORMS),
         Architecture(
             "mixtral",

@@ -101,6 +101,7 @@ def _allowed(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     if kind == "array":
         return f"list of {_allowed(schema['items'], definitions)}"
     if kind == "object":
-        return f"mapping of names to {_allowed(schema['additionalProperties'], definitions)}"
+        (values,) = schema.get("patternProperties", {"": schema.get("additionalProperties")}).values()
+        return f"mapping of names to {_allowed(values, definitions)}"
     words = {"string": "text", "integer": "integer", "number": "number", "boolean": "true, false", "null": "null"}[kind]
     return " ".join([words, ", ".join(f"{sign} {schema[key]}" for key, sign in _BOUNDS if key in schema)]).strip()

@@ -29,6 +29,7 @@ from raymerge.diffusion import degeneracy
 from raymerge.identity import digest, plain, software, without_secrets
 from raymerge.objectives import above_ceiling, descended, is_minimised, rank
 from raymerge.parts import Tables
+from raymerge.questions import CATEGORIES
 from raymerge.schemas import (
     IMPORTED,
     MACRO,
@@ -49,6 +50,7 @@ from raymerge.statistics import colour_scale, paired_difference, wilson_interval
 from raymerge.storage import LEFT_S, LOCK, TEMPORARY, Lock, RunError, Storage
 
 __all__ = [
+    "CATEGORIES",
     "FREE_SECTIONS",
     "IMPORTED",
     "MACRO",
@@ -83,7 +85,7 @@ FREE_SECTIONS = ("workers", "output")
 # where that lies elsewhere.
 _PLACES = re.compile(
     r"model\.path|data\.(mmlu|perplexity_text)|(search|calibration)\.text|tasks\.[^.]+\.(file|examples)"
-    r"|plan\.(alpha_file|similarity_run)|search\.probes"
+    r"|plan\.(alpha_file|similarity_run)|search\.probes|sweep\.alpha_files\.[^.]+"
 )
 
 _INPUTS = "inputs.json"

@@ -128,6 +128,7 @@ DEFAULTS = {
     "sweep": {
         "merges": [1, 4, 11, 13, 15],
         "methods": ["drop", "before_last", "fixed:0.4", "fixed:0.5", "fixed:0.6", "fixed:0.62", "fixed:0.7"],
+        "alpha_files": {},
         "alignments": ["none", "neurons"],
         "norms": ["keep", "fold"],
         "refits": ["none"],
@@ -293,6 +294,9 @@ def test_what_is_written_to_a_run_reads_back_as_the_same_configuration():
         ({"sweep": {"methods": ["fixed:1.5"]}}, "'fixed:1.5' is not one of"),
         ({"sweep": {"methods": ["fixed:"]}}, "'fixed:' is not one of"),
         ({"sweep": {"merges": [0]}}, "sweep.merges"),
+        ({"sweep": {"methods": ["file"]}}, "methods has file, so alpha_files must name one, such as {best: alphas"),
+        ({"sweep": {"alpha_files": {"a": "a.json"}}}, "alpha_files are given, but methods lacks file"),
+        ({"sweep": {"methods": ["file"], "alpha_files": {"a b": "a.json"}}}, "sweep.alpha_files = 'a b'"),
         ({"plan": {"base": "file"}}, "base is file, so alpha_file must name one"),
         ({"plan": {"base": "similarity"}}, "base is similarity, so similarity_run must name"),
         ({"plan": {"base": "similarity_ratio"}}, "base is similarity_ratio, so similarity_run must name"),

@@ -1,6 +1,7 @@
 """questions.py: sources, checks, sampling and the exact text of the prompts."""
 
 import csv
+import itertools
 import os
 import pickle
 import subprocess
@@ -16,10 +17,12 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from raymerge.questions import (
+    CATEGORIES,
     DOMAINS,
     DataError,
     Question,
     QuestionSet,
+    known_domains,
     load_questions,
     prefix_text,
     question_text,
@@ -271,6 +274,18 @@ def test_published_domains():
         "high_school_mathematics", "college_mathematics", "computer_security", "machine_learning",
         "world_religions", "philosophy",
     )  # fmt: skip
+
+
+def test_the_categories_part_mmlu_s_subjects(folder):
+    """As categories.py of the original code does; a few whose place may surprise, and the published sizes."""
+    assert {name: len(members) for name, members in CATEGORIES.items()} == {
+        "mmlu_stem": 18, "mmlu_humanities": 13, "mmlu_social_sciences": 12, "mmlu_other": 14,
+    }  # fmt: skip
+    assert len({*itertools.chain(*CATEGORIES.values())}) == 57
+    of = {subject: name for name, members in CATEGORIES.items() for subject in members}
+    assert [of[subject] for subject in ("computer_security", "econometrics", "business_ethics", "moral_scenarios")] == [
+        "mmlu_stem", "mmlu_social_sciences", "mmlu_other", "mmlu_humanities",
+    ]  # fmt: skip
 
 
 def test_sampling_is_nested_seeded_and_independent_of_other_subjects(folder):
@@ -581,8 +596,9 @@ def test_real_mmlu():
     assert sum(map(len, test.examples.values())) == 285
     assert len(validation.subjects) == 57 and len(validation.questions) in (1412, 1531)  # 1,531 as published
     assert any("None" in q.options for q in test.questions)
-    for names in DOMAINS.values():
+    for names in known_domains().values():
         assert load_questions(MMLU, subjects=names).subjects == tuple(sorted(names))
+    assert {*itertools.chain(*CATEGORIES.values())} == set(test.subjects)
 
 
 @pytest.mark.real_model

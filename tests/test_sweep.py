@@ -126,12 +126,31 @@ def test_the_survivor_of_a_block_is_the_plan_s():
     assert [step[:2] for step in steps_of(points[-1])] == [(5, 4), (6, 5)]
 
 
-def test_a_file_is_one_point_at_its_own_number_of_merges(tmp_path):
-    (tmp_path / "a.json").write_text(alpha_file_text(tail_plan(N_LAYERS, [0.3, 0.8, 0.4], name="x", kind="file").steps))
-    file = [f"plan.alpha_file={tmp_path / 'a.json'}", "plan.biases=merge"]
-    _, _, points = points_of(*PLAIN, "sweep.methods=[file]", *file)
-    assert said(points) == [(0, "base", "base"), (3, "file", "file_k3")]
-    assert points[1].plan.alphas == [0.3, 0.8, 0.4] and points[1].plan.biases == "merge"
+def test_each_file_is_one_point_at_its_own_number_of_merges(tmp_path):
+    for name, alphas in (("a", [0.3, 0.8, 0.4]), ("b", [0.1])):
+        steps = tail_plan(N_LAYERS, alphas, name="x", kind="file").steps
+        (tmp_path / f"{name}.json").write_text(alpha_file_text(steps))
+    files = [f"sweep.alpha_files={{base: {tmp_path / 'a.json'}, best: {tmp_path / 'b.json'}}}", "plan.biases=merge"]
+    _, _, points = points_of(*PLAIN, "sweep.methods=[file]", *files)
+    assert said(points) == [(0, "base", "base"), (3, "file_base", "file_base_k3"), (1, "file_best", "file_best_k1")]
+    assert [point.plan.alphas for point in points[1:]] == [[0.3, 0.8, 0.4], [0.1]]
+    assert {point.plan.biases for point in points[1:]} == {"merge"}
+    _, _, points = points_of(
+        *PLAIN, "sweep.methods=[drop, file]", *files, "sweep.refits=[none, scale]", "sweep.refitted_methods=[file]"
+    )
+    refitted = {point.method for point in points if point.plan.refit is not None}
+    assert refitted == {"file_base", "file_best"}
+
+
+def test_a_file_of_another_kind_of_layers_is_named_with_the_cure(tmp_path):
+    folder = tiny.make_checkpoint(tmp_path / "m", "gemma3")
+    steps = tail_plan(tiny.N_LAYERS, [0.5] * (tiny.N_LAYERS - 1), name="x", kind="file").steps
+    (tmp_path / "a.json").write_text(alpha_file_text(steps))
+    file = f"sweep.alpha_files={{odd: {tmp_path / 'a.json'}}}"
+    config = load_config(None, [*PLAIN, "sweep.merges=[1]", "sweep.methods=[file]", file])
+    inputs = Inputs(questions={}, checkpoint=Checkpoint(str(folder)))
+    with pytest.raises(PlanError, match="file_odd with 4 merged: .*Take odd out of sweep.alpha_files"):
+        _points(config, inputs, None, {})
 
 
 def test_methods_that_average_stand_under_every_alignment_and_treatment_of_norms():

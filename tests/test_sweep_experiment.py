@@ -269,8 +269,6 @@ def test_what_a_sweep_needs_is_asked_for_before_anything_is_written(tmp_path):
     out = tmp_path / "run"
     with pytest.raises(ConfigError, match=r"sweep.methods \['similarity'\] need plan.similarity_run"):
         sweep(config(out, "sweep.methods=[similarity]"))
-    with pytest.raises(ConfigError, match="sweep.methods has file, so plan.alpha_file must name one"):
-        sweep(config(out, "sweep.methods=[file]"))
     with pytest.raises(PlanError, match="cannot merge 21 layers of a model that has 21"):
         sweep(config(out, "sweep.merges=[1, 21]"))
     np.save(tmp_path / "law.npy", np.eye(N_LAYERS) + 0.1)

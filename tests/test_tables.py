@@ -448,6 +448,7 @@ PLACED = {
     "search": {"text": "/a/other", "probes": ["/a/probe.json"]},
     "calibration": {"text": "/a/third"},
     "plan": {"alpha_file": "/a/alphas.json", "similarity_run": "/a/similarity"},
+    "sweep": {"alpha_files": {"best": "/a/best.json"}},
     "tasks": {"arc": {"file": "/a/arc", "examples": "/a/train"}},
 }
 

@@ -61,6 +61,7 @@ from raymerge.schemas import PLAIN
 from raymerge.statistics import accuracy_summary
 from raymerge.tables import RunDirectory
 
+_FILE = "file_"  # what the methods of alpha files begin with, and no others
 _NEEDS_SIMILARITY = ("block_influence", "similarity_ratio", "similarity", "most_similar")
 
 
@@ -143,7 +144,9 @@ def _points(config: Config, inputs: Inputs, similarity: Similarity | None, block
     points = [Point(0, "base", base_plan(n_layers))]
     for method in settings.methods:
         if method == "file":
-            points += _file_points(config, n_layers)
+            for name, path in settings.alpha_files.items():
+                plan = read_alpha_file(path, n_layers)
+                points += _variants(config, len(plan.steps), f"{_FILE}{name}", plan)
         else:
             for merges in settings.merges:
                 points += _points_of(config, n_layers, method, merges, similarity, blocks.get(merges))
@@ -154,10 +157,10 @@ def _points(config: Config, inputs: Inputs, similarity: Similarity | None, block
             check_mergeable(inputs.checkpoint, point.plan)
         except PlanError as error:  # the curve that is asked for, or none: a gap would be taken for a choice
             method, merges = point.method, point.merges
-            raise PlanError(
-                f"{method} with {merges} merged: {error}. Take {method} out of sweep.methods, or {merges} out of "
-                "sweep.merges"
-            ) from error
+            cure = f"Take {method} out of sweep.methods, or {merges} out of sweep.merges"
+            if method.startswith(_FILE):
+                cure = f"Take {method.removeprefix(_FILE)} out of sweep.alpha_files"
+            raise PlanError(f"{method} with {merges} merged: {error}. {cure}") from error
         check_refittable(inputs.checkpoint, point.plan)
     return points
 
@@ -169,14 +172,6 @@ def _check_sources(config: Config, similarity: Similarity | None) -> None:
         raise ConfigError(f"sweep.methods {needing} need plan.similarity_run: the run of `raymerge similarity`")
     if "block_influence" in methods and similarity.block_influence is None:
         raise ConfigError(f"{run} has no block influence, which sweep.methods asks for")
-
-
-def _file_points(config: Config, n_layers: int) -> list[Point]:
-    """The points of plan.alpha_file, which has a number of layers of its own."""
-    if config.plan.alpha_file is None:
-        raise ConfigError("sweep.methods has file, so plan.alpha_file must name one")
-    found = read_alpha_file(config.plan.alpha_file, n_layers)
-    return _variants(config, len(found.steps), "file", found)
 
 
 def _points_of(
@@ -236,7 +231,7 @@ def _refitted(config: Config, inputs: Inputs, point: Point) -> list[Point]:
     found = []
     settings = config.sweep
     methods = map(_method_name, settings.refitted_methods or settings.methods)
-    refitted = point.plan.steps and point.method in methods
+    refitted = point.plan.steps and ("file" if point.method.startswith(_FILE) else point.method) in methods
     for method in settings.refits if refitted else ["none"]:
         name = point.plan.name if method == "none" else f"{point.plan.name}_{method}"
         found.append(replace(point, plan=replace(point.plan, name=name, refit=refit_of(config, inputs, method))))

@@ -29,7 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from local_pool import LocalPool, local_search
-from tiny import FAMILIES, N_LAYERS, make_checkpoint, needs
+from tiny import FAMILIES, N_LAYERS, make_checkpoint
 
 from raymerge import console, experiments
 from raymerge.checkpoint import Checkpoint
@@ -150,7 +150,7 @@ class Drawer:
 
     def __init__(self, folder: Path, prove: bool):
         self.folder, self.prove = folder, prove
-        self.families = [name for name in FAMILIES if needs(name) is None]
+        self.families = list(FAMILIES)
 
     def settings(self, experiment, seed):
         """The first configuration of a seed that can be parsed."""
