@@ -809,6 +809,12 @@ def test_degenerate_maps_are_said_to_say_nothing(tmp_path):
     structure, _ = blocks([section], Text)
     # of the four layers of law that are left, 5 of 6 pairs are up to 2 apart; of medical's pairs 9 of 14
     assert structure.text.startswith(f"In {100 * 14 / 20:.0f} % of the pairs of layers")
+    pairs = [row for row in run.read("similarity").to_pylist() if row["layer_i"] < row["layer_j"]]
+    pairs = [row for row in pairs if row["subset"] != "law" or not {0, 5} & {row["layer_i"], row["layer_j"]}]
+    sound = [row for row in pairs if row["value"] is not None]
+    assert len(sound) == 20
+    mean, unrelated = (np.mean([row[name] for row in sound]) for name in ("value", "null_mean"))
+    assert f"On average it is {mean:.3f}, that of unrelated layers {unrelated:.3f}." in structure.text
     assert (
         "noise that layers and subsets share, count too: 2 layers of law (en)."
         in layers.correlations(run).blocks[0].caption
