@@ -95,8 +95,8 @@ def _structure(run: RunDirectory) -> str:
     )
     return (
         f"In {percent(share, 0)} of {'the' if noise else 'all'} pairs of layers, over {plural(subsets, 'subset')} of "
-        f"prompts, similarity is above the 95th percentile of unrelated layers: {verdict}. On average it is {ours}, that "
-        f"of unrelated layers {theirs}.{left_out if noise else ''}"
+        f"prompts, similarity is above the 95th percentile of unrelated layers: {verdict}. On average it is {ours}, "
+        f"that of unrelated layers {theirs}.{left_out if noise else ''}"
     )
 
 
