@@ -726,6 +726,26 @@ def test_refits_of_one_method_are_ways_of_their_own(tmp_path):
     assert [p["method"] for p in points if p["merges"] == 3] == ["drop", "fixed_0.5", "fixed_0.5 + linear"]
 
 
+def test_accuracies_are_given_by_category_of_subjects(tmp_path):
+    """From the answers: of two subjects of one category all questions count, and one that is no subject of MMLU not."""
+    subjects_ = ("astronomy", "college_physics", "philosophy", "cooking")
+    run = search_run(tmp_path / "s", subjects=subjects_)
+    (table,) = subjects.categories(Reached(run))
+    assert table.header == ("plan", "mmlu_stem", "mmlu_humanities")
+    answers = run.read("answers").to_pandas()
+    answers["right"] = answers["answer"] == answers["predicted"]
+    plans_of = {line["label"]: line["plan_id"] for line in Reached(run).lines}
+    assert sorted(plans_of) == sorted(cells[0] for cells in table.cells)
+    for label, *cells in table.cells:
+        for cell, members in zip(cells, (subjects_[:2], subjects_[2:3]), strict=True):
+            own = answers[(answers["plan_id"] == plans_of[label]) & answers["subject"].isin(members)]["right"]
+            low, high = wilson_interval(int(own.sum()), len(own))
+            assert cell == f"{100 * own.mean():.1f} % [{100 * low:.1f}, {100 * high:.1f}]", label
+    assert table.caption.endswith(f"Questions: mmlu_stem {QUESTIONS // 2}, mmlu_humanities {QUESTIONS // 4}")
+    assert table in subjects.differences(Reached(run)).blocks
+    assert subjects.categories(Reached(search_run(tmp_path / "one", subjects=("astronomy", "cooking")))) == []
+
+
 def test_a_similarity_tells_of_its_own_examples_and_languages(tmp_path):
     def questions(run):
         (facts,) = blocks(run_sections(run, heading=None)[-1:], Facts)

@@ -213,6 +213,7 @@ def _evaluate(run: RunDirectory) -> list[Section]:
     blocks: tuple[Block, ...] = (
         Text(text),
         plan_table(reached),
+        *subjects.categories(reached),
         *subjects.accuracies(run, each),
         Table(
             "Every subject, the most accurate first; question perplexity is that of the prompts' tokens",

@@ -11,6 +11,7 @@ from raymerge.report.asked import figure_of
 from raymerge.report.content import Block, Figure, Section, Table, Text, View
 from raymerge.report.reached import ALIGNED, TEXT_TEST, Reached, chosen_layers, drawn, merit, missing, removed_share
 from raymerge.report.receipts import tensor_name
+from raymerge.report.subjects import categories
 from raymerge.report.wording import difference, interval, percent, perplexity, plural, value
 from raymerge.tables import RUINED, layer_ranges, way_of
 
@@ -28,7 +29,7 @@ def answer(reached: Reached) -> Section:
         blocks.append(Text(_sentence(base, lasts)))
     if any(map(_judged, lasts)):
         blocks.append(_best(reached, base, lasts))
-    blocks += [*chosen_layers(reached.run), *_curves(reached, points, base), _everything(points)]
+    blocks += [*chosen_layers(reached.run), *_curves(reached, points, base), _everything(points), *categories(reached)]
     return Section("The answer", tuple(blocks))
 
 

@@ -1,4 +1,5 @@
-"""What plans reached subject by subject: the best against each other one, and a single plan's accuracies."""
+"""What plans reached subject by subject: the best against each other one, a single plan's accuracies, and MMLU's
+categories of subjects."""
 
 from __future__ import annotations
 
@@ -7,12 +8,13 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from raymerge.questions import CATEGORIES
 from raymerge.report import figures
 from raymerge.report.asked import figure_of
-from raymerge.report.content import UNMERGED, Block, Section
+from raymerge.report.content import UNMERGED, Block, Section, Table
 from raymerge.report.reached import Reached, missing
-from raymerge.report.wording import percent, signed
-from raymerge.statistics import paired_difference
+from raymerge.report.wording import NONE, count, interval, percent, signed
+from raymerge.statistics import paired_difference, wilson_interval
 from raymerge.tables import RunDirectory
 
 _AGAINST = 8  # plans that the best is compared with
@@ -42,7 +44,38 @@ def differences(reached: Reached) -> Section:
         "answers",
         "plans",
     )
-    return Section(title, (figure,))
+    return Section(title, (figure, *categories(reached)))
+
+
+def categories(reached: Reached) -> list[Block]:
+    """Every plan's accuracy in MMLU's categories of subjects; nothing where fewer than two were asked of."""
+    counts: dict[str, dict[str, tuple[int, int]]] = {}
+    for row in reached.run.read("accuracy").to_pylist():
+        category = _CATEGORY_OF.get(row["subject"])
+        if row["split"] == reached.split and category is not None:
+            correct, n = counts.setdefault(row["plan_id"], {}).get(category, (0, 0))
+            counts[row["plan_id"]][category] = correct + row["correct"], n + row["n"]
+    lines = [line for line in reached.lines if line["plan_id"] in counts]
+    there = [name for name in CATEGORIES if any(name in counts[line["plan_id"]] for line in lines)]
+    if len(there) < 2:
+        return []
+    asked = counts[lines[0]["plan_id"]]
+    cells = [(line["label"], *(_share(counts[line["plan_id"]].get(name)) for name in there)) for line in lines]
+    caption = (
+        "Accuracy in MMLU's categories of subjects, over all questions of each, with 95 % intervals. Questions: "
+        + ", ".join(f"{name} {count(asked[name][1])}" for name in there if name in asked)
+    )
+    return [Table.of(caption, ("plan", *there), cells, folded=len(cells) > _AGAINST + 4)]
+
+
+_CATEGORY_OF = {subject: name for name, members in CATEGORIES.items() for subject in members}
+
+
+def _share(counted: tuple[int, int] | None) -> str:
+    if counted is None:
+        return NONE
+    correct, n = counted
+    return f"{percent(correct / n)} {interval(*wilson_interval(correct, n))}"
 
 
 def difference_rows(reached: Reached) -> list[dict[str, Any]]:
