@@ -250,7 +250,7 @@ class _Run:
 
     def __init__(self, loss: TailLoss, settings: Settings):
         self.loss, self.settings = loss, settings
-        self.shape = Parametrisation(
+        self.parametrisation = Parametrisation(
             settings.parametrisation, loss.template, loss.matrices, bounds=tuple(settings.bounds)
         )
         order = np.random.default_rng([settings.seed, 0]).permutation(loss.n_questions)
@@ -269,7 +269,7 @@ class _Run:
         # Without questions in the loss an epoch is one step, whatever the batch size.
         self._batch = min(size, len(self.rows)) if loss.weights.of_answers else len(self.rows)
         self._drawn = loss.text.draw(settings.seed, _EVALUATION) if loss.weights.of_text else None
-        self.parameters = torch.nn.Parameter(self.shape.start())
+        self.parameters = torch.nn.Parameter(self.parametrisation.start())
         make = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.SGD
         self.optimizer = make([self.parameters], lr=settings.learning_rate)
         self.losses: list[float] = []
@@ -288,7 +288,7 @@ class _Run:
 
     def _evaluate(self) -> Evaluation:
         """The loss at the present point, with its gradient by the parameters if an epoch is one step on that loss."""
-        coefficients = self.shape.coefficients(self.parameters)
+        coefficients = self.parametrisation.coefficients(self.parameters)
         rows = self.rows if self.held_out else None
         found = self.loss(coefficients, rows=rows, held_out=self.held_out, drawn=self._drawn, gradient=self._one_step)
         return found._replace(gradient=self._pull_back(coefficients, found.gradient))
@@ -323,7 +323,7 @@ class _Run:
         for step, start in enumerate(range(0, len(order), self._batch) if order else [0]):
             rows = order[start : start + self._batch]
             drawn = self.loss.text.draw(settings.seed, number, step) if self.loss.weights.of_text else None
-            coefficients = self.shape.coefficients(self.parameters)
+            coefficients = self.parametrisation.coefficients(self.parameters)
             found = self.loss(coefficients, rows=rows, drawn=drawn)
             self._step(self._pull_back(coefficients, found.gradient))
 
@@ -350,9 +350,9 @@ class _Run:
     def epoch(self, number: int) -> Epoch:
         with torch.no_grad():
             point = self.points[number]
-            coefficients = self.shape.coefficients(point).numpy()
-            is_alphas = self.shape.kind == "alphas"
-            alphas = self.shape.alphas(point).numpy() if is_alphas else coefficients_to_alphas(coefficients)
+            coefficients = self.parametrisation.coefficients(point).numpy()
+            is_alphas = self.parametrisation.kind == "alphas"
+            alphas = self.parametrisation.alphas(point).numpy() if is_alphas else coefficients_to_alphas(coefficients)
         held_out = self.held_out_losses[number] if self.held_out else None
         return Epoch(number, self.losses[number], held_out, alphas, coefficients)
 
@@ -383,6 +383,6 @@ class _Run:
         self.optimizer.load_state_dict({"state": {0: own} if own else {}, "param_groups": groups})
 
     def result(self) -> Descent:
-        plan = self.shape.plan(self.points[self.best])
+        plan = self.parametrisation.plan(self.points[self.best])
         history = tuple(self.epoch(number) for number in range(len(self.points)))
         return Descent(plan, self.best, history, tuple(self.held_out), self.stopped_early)
