@@ -153,7 +153,7 @@ class _Trial(tune.Trainable):
         them run on one actor, one process a trial is started in vain, and Tune waits ten seconds for those at the end.
 
         A trial that has started leaves a file, since all trials are on the driver's node. Workers could not be asked:
-        they do not answer while they score, so that the trials would wait for one another's candidates.
+        they do not answer while they score, so that the first ones to score would keep the others waiting.
         """
         deadline = time.monotonic() + _START_S
         try:
@@ -349,8 +349,8 @@ class BatchSearcher(Searcher):
         return ""
 
     def _repeat(self, batch: _Batch, node: str) -> bool:
-        """Queue the candidates of a batch whose worker was lost again, each alone, so that one that kills its worker
-        fails by itself; False where the crew gives the batch up."""
+        """Queue once more the candidates of a batch whose worker was lost, each alone, so that one that kills its
+        worker fails by itself; False where the crew gives the batch up."""
         losses = (*batch.losses, node)
         if self._crew.gives_up(losses):
             return False
