@@ -198,7 +198,7 @@ class MergePlan:
 
     @property
     def ends_at_once(self) -> bool:
-        """Whether the unchanged trunk is followed by one layer, a plain average without a refit, as in a tail merge."""
+        """Whether a single layer, which is not refitted, follows the unchanged trunk, as after a tail merge."""
         return bool(self.steps) and self.resumes_at == len(self._kept) - 1 and self.refit is None
 
     def with_alphas(
@@ -209,7 +209,7 @@ class MergePlan:
         kind: str,
         matrix_alphas: Mapping[str, Sequence[float]] | None = None,
     ) -> MergePlan:
-        """The same merges with other alphas, one a step. `matrix_alphas` replace the plan's; None is none at all."""
+        """The same merges with other alphas, one a step; only matrices in `matrix_alphas` have alphas of their own."""
         if len(alphas) != len(self.steps):
             raise PlanError(f"{len(alphas)} alphas are given for a plan of {len(self.steps)} steps")
         steps = (MergeStep(step.into, step.remove, float(a)) for step, a in zip(self.steps, alphas, strict=True))
