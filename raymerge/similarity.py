@@ -143,7 +143,7 @@ def npib(
     random_state: int = 0,
     permutations: np.ndarray | None = None,
 ) -> SimilarityMatrix:
-    """I(i; j) / sqrt(Hi Hj) for every pair of layers, as the symmetric part (S + S') / 2 (MKA, Liu et al. 2024).
+    """S_ij = I(i; j) / sqrt(Hi Hj) of every pair of layers, symmetrised as (S + S') / 2 (MKA, Liu et al. 2024).
 
     Every column is first replaced by its ranks / N. I(i; j) is the mean over the columns of layer j of the mean over
     those of layer i of the mutual information of two columns; H is `knn_entropy` of a layer's columns together. Entries
