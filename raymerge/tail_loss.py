@@ -53,7 +53,7 @@ class LossWeights:
     def __post_init__(self) -> None:
         values = [self.answer_nll, self.answer_kl, self.text_nll, self.text_kl]
         if not all(math.isfinite(value) and value >= 0.0 for value in values) or not any(values):
-            raise GradientError(f"the weights of a loss must be 0 or more, and not all 0: {self}")
+            raise GradientError(f"the weights of a loss must be not negative and not all 0: {self}")
 
     @property
     def of_answers(self) -> bool:
