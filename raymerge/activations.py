@@ -29,7 +29,7 @@ from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 
 POOLINGS = ("sequence", "last", "mean")
 
-_WHAT = "the activations"  # of a file, in errors
+_WHAT = "the activations"  # what a file holds, for error messages
 _BLOCK_VALUES = 4 * 2**20  # float64 values of one block of token positions of all samples (34 MB)
 _ATTENDED_TOKENS = 16384  # keys of the sequences run together, each with the whole prefix before it
 
@@ -101,7 +101,7 @@ def collect(
     if kept:
         shards = truncate(shards, kept)
     states = [state for shard in shards for state in runner.embed(shard)]
-    if not runner.accelerated:  # whose batches are planned by its memory
+    if not runner.accelerated:  # an accelerator's batches are planned by its memory
         states = [_narrowed(state) for state in states]
 
     distances, pooled, influence = [], [], []
@@ -184,7 +184,7 @@ def _run_layer(runner: LayerRunner, layer: Layer, states: Sequence[GroupStates])
     """
     index, load = layer
     weights = load()
-    # Summed on the device and looked at once: every look waits for all that was asked of it so far.
+    # Summed on the device and read once: every read waits for all work that the device was given so far.
     total = torch.zeros((), dtype=torch.float64, device=runner.device)
     finite = torch.ones((), dtype=torch.bool, device=runner.device)
     tokens = 0
@@ -252,7 +252,7 @@ def _blocks(states: Sequence[GroupStates], n: int) -> Iterator[Tensor]:
             length = state.prefix.shape[1]
             shared = state.prefix[0, start:stop]
             for row, own in _samples(state):
-                # Row by row: a list of rows is an index that moves to the device, which waits until it is there.
+                # Row by row: indexing with a list of rows would copy the list to the device and wait for it.
                 block[row, : len(shared)] = shared
                 own = own[max(start - length, 0) : max(stop - length, 0)]
                 block[row, len(shared) : len(shared) + len(own)] = own
@@ -260,7 +260,8 @@ def _blocks(states: Sequence[GroupStates], n: int) -> Iterator[Tensor]:
 
 
 def _distances(blocks: Iterable[Tensor]) -> np.ndarray:
-    """(N, N) float64 distances between the rows of blocks (N, any) float64, which are side by side and overwritten.
+    """(N, N) float64 distances between samples: row n of all blocks (N, any) float64 together is sample n's vector.
+    Blocks are overwritten.
 
     From Gram matrices, |x - y|^2 = x.x + y.y - 2 x.y. The mean over the samples changes no difference and is taken off
     first: language models have activations in the thousands that are nearly the same for every sample, whose squares

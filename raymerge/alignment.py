@@ -11,7 +11,7 @@ rows of the router, by bounds of what their units could score, and then units in
 an assignment of units for every pair of experts would take Mixtral 8x7B half an hour a layer (64 of 14,336 units, 30 s
 each).
 
-`activations`: the same reorderings, MLP units matched by the correlation of their values on calibration prompts
+`activations`: the same reorderings, MLP units matched by the correlation of their values on some prompts
 instead.
 
 Each layer is matched to its neighbour, once, and matches are composed along the chain, so that they do not depend on
@@ -229,7 +229,7 @@ class Aligner:
 
     Files are named by content (model, layers, how matched) and appear whole, so that several processes may share a
     folder. device: where costs are computed. Alignment "activations" needs `units`, a function that gives a layer's
-    MLP units (tokens, n) on calibration prompts (see `LayerRunner.mlp_units`), and `data`, which names those prompts.
+    MLP units (tokens, n) on some prompts (see `LayerRunner.mlp_units`), and `data`, which names those prompts.
     """
 
     def __init__(
@@ -250,8 +250,8 @@ class Aligner:
         self._rows: dict[str, list[dict[str, np.ndarray]]] = {}
 
     def data(self, alignment: str) -> list[str]:
-        """What names the prompts that an alignment is matched on, where it is: for the names of what follows from it,
-        since a plan's identity does not say."""
+        """The name of the prompts that alignment "activations" is matched on, as a list; empty for other alignments.
+        Names of cached files that depend on it have it, since a plan's identity does not say."""
         return [self._data] if alignment == "activations" else []
 
     @staticmethod

@@ -56,7 +56,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-# What transformers does about files that are not as it expects them; the last is how a config refuses a value.
+# What transformers raises on files that are not as it expects them; the last is raised where a config refuses a value.
 _UNREADABLE = (ValueError, OSError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError)
 
 
@@ -65,7 +65,7 @@ class CheckpointError(UserError):
 
 
 def is_on_hub(path: str) -> bool:
-    """Whether a model's path means the hub's, not something on this machine. CheckpointError where it means neither."""
+    """Whether a model's path is a hub id, not something on this machine; CheckpointError where it is neither."""
     folder = Path(path).expanduser()
     if path == "demo" or folder.is_dir() or gguf_file_of(folder) is not None:
         return False
@@ -75,11 +75,10 @@ def is_on_hub(path: str) -> bool:
 
 
 def resolve_model(path: str, revision: str | None = None, *, code: bool = False) -> Path:
-    """The local folder of a model: "demo", a folder, or a hub id, which is downloaded (safetensors only; code: and the
-    repository's own Python).
+    """The local folder of a model: "demo", a folder, or a hub id, which is downloaded (safetensors only).
 
-    A .gguf file, or a folder with one and no config, is dequantised once, and the folder is where that is kept.
-    CheckpointError for a revision of what is not the hub's.
+    code: download the repository's own Python as well. A .gguf file, or a folder with one and no config, is
+    dequantised once, and the result's folder is returned. CheckpointError for a revision of a local model.
     """
     if is_on_hub(path):
         from huggingface_hub import snapshot_download
@@ -168,7 +167,7 @@ class Checkpoint(Mapping[str, Tensor]):
             )
 
     def _check_layers(self) -> None:
-        """Refuse a layer that the config does not count, and a layer's tensor that is of none in particular."""
+        """Refuse layers beyond the config's number, and tensors among the layers' that belong to no numbered layer."""
         root, _, end = self.architecture.layer_prefix.partition("{}")
         numbers: dict[int, str] = {}
         for name in self._where:
@@ -217,16 +216,16 @@ class Checkpoint(Mapping[str, Tensor]):
     def _check_names(self, expected: set[str]) -> None:
         """Refuse layers without a norm or bias that the config's model has, or with one that it has not.
 
-        transformers would make up the one and leave out the other. expected: the names of transformers' model, which
-        joins experts while it loads.
+        transformers would initialise a missing tensor and ignore a surplus one. expected: the names of transformers'
+        model, in which a layer's experts are joined into one tensor.
         """
         arch = self.architecture
         root = arch.layer_prefix.partition("{}")[0]
         joined = {f"{matrix}.weight" for matrix in (*arch.expert_matrices, *filter(None, [arch.router]))}
-        experts = tuple(name.partition("{}")[0] for name in arch.experts.values())  # also those that are not counted
+        experts = tuple(name.partition("{}")[0] for name in arch.experts.values())  # also beyond the config's number
 
         def own(names: Iterable[str], beside: tuple[str, ...] = ()) -> set[str]:
-            """Those of a layer that the family may have, or that begin as said, but for what is joined."""
+            """Layers' tensors that the family may have or that begin with `beside`, without the joined ones."""
             layers = ((name, name.removeprefix(root).partition(".")[2]) for name in names if name.startswith(root))
             return {n for n, part in layers if part not in joined and (arch.has_tensor(n) or part.startswith(beside))}
 
@@ -296,7 +295,8 @@ class Checkpoint(Mapping[str, Tensor]):
         return [name.removeprefix(prefix) for name in self._where if name.startswith(prefix)]
 
     def layer(self, layer: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """One decoder layer's tensors by relative name, converted: with float32 the only copy that is private."""
+        """One decoder layer's tensors by relative name. Only converted ones take memory of the process's own: those
+        that are of `dtype` and on `device` already stay mapped from disk."""
         name = self.architecture.layer_name
         return {rel: moved(self[name(layer, rel)], device, dtype) for rel in self.layer_tensors(layer)}
 
@@ -307,21 +307,21 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @cached_property
     def stored_dtypes(self) -> frozenset[torch.dtype]:
-        """The dtypes of all stored tensors but those of integers."""
+        """The floating-point dtypes among the stored tensors."""
         kinds = {self.stored(name)[0] for name in self._where}
         return frozenset(dtype for kind in kinds if (dtype := DTYPES[kind]).is_floating_point)
 
     @cached_property
     def identity(self) -> str:
-        """First 16 hex digits of SHA-256 over the config, the weight files and, where the model's own Python is run,
-        that, wherever they lie."""
+        """First 16 hex digits of SHA-256 over the config, the weight files and, where it is run, the model's own
+        Python; where the files lie does not matter."""
         config = read_json(self.directory / "config.json")
         # Which transformers wrote it and where from says nothing about what the model computes.
         for key in ("transformers_version", "_name_or_path"):
             config.pop(key, None)
         run = config.get("auto_map") if self.trust_remote_code else None
         code = {file.name: _sha256(file) for file in files_named(self.directory, ["*.py"])} if run else {}
-        with ThreadPoolExecutor() as threads:  # hashing leaves the interpreter to others: large models are many files
+        with ThreadPoolExecutor() as threads:  # hashing releases the GIL, and large models are many files
             weights = list(threads.map(_sha256, self._files))
         return digest({"config": config, "weights": weights} | ({"code": code} if code else {}))
 
@@ -385,7 +385,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a checkpoint's file; CheckpointError where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(values, ensure_ascii=False).encode()  # half a character, which JSON can escape, no file can hold
+        json.dumps(values, ensure_ascii=False).encode()  # a lone surrogate, which JSON can escape, no file can hold
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from error
     if not isinstance(values, dict):

@@ -23,7 +23,7 @@ def always_a_share(run: RunDirectory, split: str) -> float:
 
 
 def asks_questions(run: RunDirectory) -> bool:
-    """Whether a run asks questions, or has plain text and tasks alone (data.mmlu null)."""
+    """Whether a run asks questions; one with data.mmlu null has plain text and tasks alone."""
     return run.config.get("data", {}).get("mmlu", "") is not None
 
 
@@ -58,8 +58,8 @@ def plan_lines(run: RunDirectory, split: str) -> list[dict]:
 
     Keys: plan_id, name, label (`labels_of`), kind, layers, n (questions), accuracy, interval (low, high; 95 %), macro,
     macro_interval, nll, perplexity (plain text), perplexity_interval, picked (share of each letter, A to D) and
-    top_is_letter (share); None where a table has nothing, as all that is of questions in a run that asks none
-    (data.mmlu null), whose n is 0.
+    top_is_letter (share); None where a table has nothing. In a run that asks no questions (data.mmlu null) all that is
+    about questions is None, and n is 0.
     """
     plans = {row["plan_id"]: row for row in run.read("plans").to_pylist()}
     accuracy = {
@@ -133,7 +133,7 @@ def comparison_rows(run: RunDirectory) -> list[dict]:
 
 def objective_value(run: RunDirectory, split: str, plan_id: str, objective: str) -> float | None:
     """An objective's value on a split's stored answers and the text reported on, without a ceiling; None where the
-    run has not what it takes: the plan's answers to the subjects, the unmerged model's for answer_kl, the loss on a
+    run lacks what it takes: the plan's answers to the subjects, the unmerged model's for answer_kl, the loss on a
     text."""
     answers = run.read("answers")
     answers = answers.filter(pc.equal(answers["split"], split))

@@ -127,7 +127,7 @@ class LayerRunner:
         self.accelerated = is_accelerator(self.device)
         self.dtype = dtype or (checkpoint.dtype if self.accelerated else torch.float32)
         arch, config = checkpoint.architecture, checkpoint.config
-        # SDPA has no softcap: transformers' use of it leaves one out, or refuses the family, also where there is none.
+        # SDPA cannot cap scores: with it transformers leaves the cap out, or refuses the family even without a cap.
         self._eager = arch.attention_softcap is not None
         self.attention_softcap: float | None = arch.attention_softcap and getattr(config, arch.attention_softcap)
         with torch.device("meta"):
@@ -151,7 +151,7 @@ class LayerRunner:
 
     @cached_property
     def layer_size(self) -> LayerSize:
-        """What the memory planner wants to know of a layer: of the last one."""
+        """The size of the last layer, for the memory planner."""
         checkpoint, config = self.checkpoint, self.checkpoint.config
         last = checkpoint.n_layers - 1
         names = (checkpoint.architecture.layer_name(last, name) for name in checkpoint.layer_tensors(last))
@@ -194,7 +194,7 @@ class LayerRunner:
 
     @property
     def kept_bytes(self) -> int:
-        """Of the layers that `release` gives up."""
+        """Bytes of the layers that `release` gives up."""
         layers = [*self._resident.values(), *self._fused[1].values()]
         return sum(tensor.nbytes for layer in layers for tensor in layer.values())
 
@@ -211,8 +211,8 @@ class LayerRunner:
 
     @property
     def cache_key(self) -> list[str]:
-        """What names cached outputs of layers: `identity`, and whose code ran them. A family's layer that a release of
-        transformers mends must not be read from what the one before computed."""
+        """What names cached outputs of layers: `identity`, and whose code ran them. After a release of transformers
+        mends a family's layer, outputs of the release before must not be read."""
         return [*self.identity, f"transformers {version('transformers')}", f"raymerge {_VERSION}"]
 
     def deployed(self, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -220,7 +220,7 @@ class LayerRunner:
         return quantise_layer(self.checkpoint.architecture, layer, self.quantise)
 
     def overflow(self, what: str) -> str:
-        """What is said of values that are not finite."""
+        """The error message for values that are not finite; `what` names them, with the verb ("the logits are")."""
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{what} not finite in {dtype}: compute in bfloat16 or float32 (model.dtype), or check the weights"
 
@@ -277,8 +277,8 @@ class LayerRunner:
         return _OnDevice(self.checkpoint, self.device, kept)
 
     def rotary(self, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, each (1, T, rotated dimensions) in the family's dtype of them, of positions (T,) in an original
-        layer; without dimensions where the layer has no rotary embedding."""
+        """cos and sin, each (1, T, rotated dimensions), of positions (T,) in an original layer, in the dtype that the
+        family gives them; 0 rotated dimensions where the layer has no rotary embedding."""
         like, kind = torch.empty(0, dtype=self.dtype, device=self.device), self.checkpoint.rotary_types[layer]
         if kind == NO_ROTARY:
             return like.new_empty(1, len(positions), 0), like.new_empty(1, len(positions), 0)
@@ -310,8 +310,8 @@ class LayerRunner:
         return GroupStates(group, prefix, batches)
 
     def _batched(self, group: Group) -> list[list[int]]:
-        """The group's sequences, by number, as they are run together: the shortest first, as many as fit into a batch
-        and as cost less padded than run in a batch of their own."""
+        """The group's sequences, by number, as they are run together: the shortest first, as many as fit into a batch,
+        as long as their padding costs less than one more call."""
         lengths = [len(ids) for ids in group.sequences]
         most, attended = self._limits
         batches: list[list[int]] = [[]]

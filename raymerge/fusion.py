@@ -21,7 +21,7 @@ from raymerge.plan import KeptLayer, MergePlan, PlanError
 ALIGNMENTS = ("none", "rows", *REORDERED)
 NORMS = ("keep", "fold")
 
-#: Gives the tensors, by relative name, that a refitted plan's layer at a position has in place of the merged ones.
+#: (plan, position in the merged model) to the refitted tensors, by relative name, which replace the merged ones.
 Refits = Callable[[MergePlan, int], Mapping[str, Tensor]]
 
 
@@ -54,8 +54,8 @@ def fused_layer(
     the matrix, summed in float32 and rounded once to the stored dtype, or to `dtype`; everything else is layer
     `plan.kept[position].index`'s own. With norms="fold" the W_j have their layer's input-norm gains multiplied in and
     the merged layer's input-norm gains are one. With alignment "neurons" or "activations" the units of every W_j are
-    laid on the kept layer's; with "rows" it is the outcome of the steps, each matrix's rows matched at every one. A
-    layer that nothing is averaged into stays as it is. What a plan refits is laid over all that, from `refits`.
+    laid on the kept layer's; with "rows" the steps are done in turn, and each matrix's rows matched at every step. A
+    layer that nothing is averaged into stays as it is. Refitted tensors, from `refits`, replace the merged ones.
     aligner: where permutations are taken from; made for this call where it is needed and not given.
     Raises PlanError where shapes differ between layers, or for matrix_alphas that cannot be carried out.
     """
@@ -130,7 +130,7 @@ def _fused_rows(
     kept: KeptLayer,
     aligner: Aligner | None,
 ) -> Iterable[tuple[str, Tensor]]:
-    """(name, merged tensor, float32) of the steps that end up in the kept layer, rows matched at each."""
+    """(name, float32 merged tensor), from the steps that end up in the kept layer, with rows matched at each step."""
     members, numbers = {kept.index}, []
     for number, step in reversed(list(enumerate(plan.steps))):
         if step.into in members:

@@ -32,8 +32,8 @@ from raymerge.tail_loss import (
 PARAMETRISATIONS = ("alphas", "simplex", "per_matrix")
 OPTIMIZERS = ("adam", "sgd")
 
-_ROUNDING = 1e-12  # of an alpha that became a parameter and an alpha again
-_SMALLEST = 1e-4  # a coefficient or a share of the bounds' width from which a start can move away
+_ROUNDING = 1e-12  # the most by which an alpha changes that is made a parameter and an alpha again
+_SMALLEST = 1e-4  # coefficient, or distance from a bound as a share of the bounds' width, that a start has at least
 _EVALUATION = 2**31  # stands for a step's number in the seed of the text sample that losses are compared on
 
 
@@ -75,12 +75,12 @@ class Parametrisation:
         return _tail_coefficients(alphas).clamp_min(_SMALLEST).log().flatten()
 
     def alphas(self, parameters: Tensor) -> Tensor:
-        """(K,) of the parametrisation "alphas", step by step."""
+        """(K,) alphas, step by step; for the parametrisation "alphas" only."""
         low, high = self.bounds
         return low + (high - low) * torch.sigmoid(parameters)
 
     def coefficients(self, parameters: Tensor) -> Tensor:
-        """(K + 1,) or, per matrix, (matrices, K + 1), differentiable."""
+        """Effective coefficients, (K + 1,) or, per matrix, (matrices, K + 1), differentiable."""
         if self.kind == "alphas":
             return _tail_coefficients(self.alphas(parameters))
         if self.kind == "simplex":
@@ -88,10 +88,11 @@ class Parametrisation:
         return torch.softmax(parameters.unflatten(0, (len(self.matrices), -1)), -1)
 
     def plan(self, parameters: Tensor) -> MergePlan:
-        """The template's merges with these coefficients; the steps' own alphas of "per_matrix" are of their mean.
+        """The template's merges with these coefficients; with "per_matrix" the steps' alphas are those of the matrices'
+        mean.
 
-        The template's alphas come back bit by bit: a descent that finds nothing better than its start has found the
-        same plan, with the same id, as the control or probe that it started from.
+        For the start's parameters the template's alphas come back bit by bit: a descent that finds nothing better than
+        its start has found the same plan, with the same id, as the control or probe that it started from.
         """
         with torch.no_grad():
             if self.kind == "alphas":
@@ -132,7 +133,7 @@ class Settings:
 
     batch_size: questions of a step, None for all. held_out: share of the questions, drawn by the seed, that no step
     sees and that the best point is chosen by. patience: stop after so many epochs without a lower loss (of the
-    held-out questions, or without any of the others). seed: of that draw, the batches and the text drawn for a step.
+    held-out questions, if there are any). seed: of that draw, the batches and the text drawn for a step.
     """
 
     parametrisation: str = "alphas"
@@ -160,7 +161,7 @@ class Settings:
 
 
 def descent_settings(config: Config, parametrisation: str) -> Settings:
-    """The settings of the gradient section. Of a loss on text alone no questions are held out."""
+    """The settings of the gradient section. A loss on text alone holds out no questions."""
     own = config.gradient
     return Settings(
         parametrisation=parametrisation,
@@ -249,7 +250,7 @@ class _Run:
 
     def __init__(self, loss: TailLoss, settings: Settings):
         self.loss, self.settings = loss, settings
-        self.shape = Parametrisation(
+        self.parametrisation = Parametrisation(
             settings.parametrisation, loss.template, loss.matrices, bounds=tuple(settings.bounds)
         )
         order = np.random.default_rng([settings.seed, 0]).permutation(loss.n_questions)
@@ -268,13 +269,13 @@ class _Run:
         # Without questions in the loss an epoch is one step, whatever the batch size.
         self._batch = min(size, len(self.rows)) if loss.weights.of_answers else len(self.rows)
         self._drawn = loss.text.draw(settings.seed, _EVALUATION) if loss.weights.of_text else None
-        self.parameters = torch.nn.Parameter(self.shape.start())
+        self.parameters = torch.nn.Parameter(self.parametrisation.start())
         make = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.SGD
         self.optimizer = make([self.parameters], lr=settings.learning_rate)
         self.losses: list[float] = []
         self.held_out_losses: list[float] = []
         self.points: list[Tensor] = []
-        self._gradient: Tensor | None = None  # of the latest point by its parameters, where it is known already
+        self._gradient: Tensor | None = None  # at the latest point, by the parameters; None if not computed yet
         matters = {name: getattr(settings, name) for name in Settings.__dataclass_fields__ if name != "epochs"}
         self._identity = int(digest([loss.identity, matters])[:15], 16)
 
@@ -286,8 +287,8 @@ class _Run:
         return self._batch == len(self.rows) and not (self.loss.weights.of_text and self.loss.text.sampled)
 
     def _evaluate(self) -> Evaluation:
-        """The loss at the present point, and where it is a step's gradient too, that by the parameters."""
-        coefficients = self.shape.coefficients(self.parameters)
+        """The loss at the present point, with its gradient by the parameters if an epoch is one step on that loss."""
+        coefficients = self.parametrisation.coefficients(self.parameters)
         rows = self.rows if self.held_out else None
         found = self.loss(coefficients, rows=rows, held_out=self.held_out, drawn=self._drawn, gradient=self._one_step)
         return found._replace(gradient=self._pull_back(coefficients, found.gradient))
@@ -322,7 +323,7 @@ class _Run:
         for step, start in enumerate(range(0, len(order), self._batch) if order else [0]):
             rows = order[start : start + self._batch]
             drawn = self.loss.text.draw(settings.seed, number, step) if self.loss.weights.of_text else None
-            coefficients = self.shape.coefficients(self.parameters)
+            coefficients = self.parametrisation.coefficients(self.parameters)
             found = self.loss(coefficients, rows=rows, drawn=drawn)
             self._step(self._pull_back(coefficients, found.gradient))
 
@@ -349,14 +350,14 @@ class _Run:
     def epoch(self, number: int) -> Epoch:
         with torch.no_grad():
             point = self.points[number]
-            coefficients = self.shape.coefficients(point).numpy()
-            is_alphas = self.shape.kind == "alphas"
-            alphas = self.shape.alphas(point).numpy() if is_alphas else coefficients_to_alphas(coefficients)
+            coefficients = self.parametrisation.coefficients(point).numpy()
+            is_alphas = self.parametrisation.kind == "alphas"
+            alphas = self.parametrisation.alphas(point).numpy() if is_alphas else coefficients_to_alphas(coefficients)
         held_out = self.held_out_losses[number] if self.held_out else None
         return Epoch(number, self.losses[number], held_out, alphas, coefficients)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that goes on from here depends on."""
+        """Everything that the rest of the descent depends on."""
         found = {
             "identity": torch.tensor(self._identity, dtype=torch.int64),
             "points": torch.stack(self.points),
@@ -382,6 +383,6 @@ class _Run:
         self.optimizer.load_state_dict({"state": {0: own} if own else {}, "param_groups": groups})
 
     def result(self) -> Descent:
-        plan = self.shape.plan(self.points[self.best])
+        plan = self.parametrisation.plan(self.points[self.best])
         history = tuple(self.epoch(number) for number in range(len(self.points)))
         return Descent(plan, self.best, history, tuple(self.held_out), self.stopped_early)

@@ -19,14 +19,15 @@ KEYS = ("recompute", "linear")
 
 _USABLE = 0.9  # of the free bytes; the rest is left to fragments, libraries' workspaces and what estimates miss
 _MOST_CANDIDATES = 8  # at once: what they share (weights and states read once, fewer launches) is then 1/8 of each
-# Where keys are summed. One alone pays for every launch: about 3,900 kernels by 9,900 calls of torch for all of MMLU,
-# where eight together take 4,100 by 12,600. That is 0.1 s of a CPU, and more than sums save of the device's time.
+# Candidates at once where keys are summed. One alone would pay for every launch: for all of MMLU it takes about 3,900
+# kernels in 9,900 calls of torch, eight together 4,100 in 12,600. That is 0.1 s of CPU time, more than sums save on the
+# device.
 _FEWEST_SUMMED = 2
 #: Tokens of a chunk at most; more gains nothing where a token has 1,024 values of keys, and candidates share the calls.
 MOST_TOKENS = 32768
 _EFFICIENT_TOKENS, _FEWEST_TOKENS = 8192, 256  # of a chunk; below 8,192 matmuls are too small
-#: Rows of the unembedding that are float32 at a time (58 MB at hidden size 896), and on an accelerator questions whose
-#: logits over them are (0.27 GB).
+#: Rows of the unembedding that are converted to float32 at a time (58 MB at hidden size 896), and questions whose
+#: logits over these rows an accelerator computes at a time (0.27 GB).
 VOCABULARY_ROWS, VOCABULARY_QUESTIONS = 16384, 4096
 _BATCH = (512, 16384)  # padded tokens of a trunk batch, least and most
 _MOST_STRIDE = 2**31 - 1  # values between two rows of a matrix, above which cuBLAS takes no product of it
@@ -94,7 +95,7 @@ class ScoringPlan:
 
 
 def state_bytes(size: LayerSize, work: ScoringWork) -> int:
-    """Of the states of all tokens."""
+    """Bytes of the states of all tokens."""
     return work.tokens * size.hidden * work.compute
 
 
@@ -109,9 +110,9 @@ def fits_host(size: LayerSize, work: ScoringWork, host_free: int) -> bool:
 
 
 def sums_keys(size: LayerSize, work: ScoringWork) -> bool:
-    """Whether cuBLAS sums the sources' keys: one source's are one row of a matrix, whose length it counts in 32 bits.
+    """Whether cuBLAS can sum the sources' keys: a source's keys are one matrix row, whose length it counts in 32 bits.
 
-    For all of MMLU on an 8B model 1.62 of 2.15 thousand million, padding included.
+    All of MMLU on an 8B model makes rows of 1.62 of 2.15 thousand million values, padding included.
     """
     return work.tokens * size.key <= _MOST_STRIDE
 
@@ -142,9 +143,9 @@ def scoring_bytes(size: LayerSize, work: ScoringWork, plan: ScoringPlan) -> int:
     """All that scoring takes on the device at its peak."""
     # A mixed layer, and for each question its query, the two parts of its attention and their join, float32.
     candidate = size.parameters * work.compute + work.questions * 4 * (5 * size.query + 3 * size.hidden)
-    # Keys of this chunk and the last one, and as much for what biases and norms make, float32, beside keys as projected
-    # - or beside states weighted by attention, which take what values would, in two parts and joined. Scores and their
-    # exponentials.
+    # float32: keys of this chunk, keys of the chunk before, and as much for what biases and norms make; for each head,
+    # scores and their exponentials. In the compute dtype: keys as projected, or later the states weighted by attention,
+    # in two parts and joined, which take as much as values would.
     token = size.key * (3 * work.compute + 4 * 3) + size.heads * 4 * 4
     chunk = plan.chunk_tokens * (token * plan.candidates + size.hidden * work.compute)
     if plan.states == "host":

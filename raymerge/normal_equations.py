@@ -4,10 +4,10 @@ What is wanted is the map M (n, d) from features x (n) to residuals r (d) that m
 
     sum_t w_t |r_t - M' x_t|^2  +  ridge * mean(diag G) * |M|^2,     G = sum_t w_t x_t x_t'
 
-All that the solution depends on is G, C = sum_t w_t x_t r_t' and sum_t w_t |r_t|^2, and so does the error of any map on
-the tokens of other sums: parts are summed, and a ridge is chosen on tokens held out, without a token being kept. The
-ridge is relative to the features' mean square, so that one value means the same in every layer. Residuals are what a
-layer as it stands leaves over, so that the ridge pulls towards that layer and not towards zero.
+The solution depends on nothing but G and C = sum_t w_t x_t r_t', and the error of any map on some tokens on nothing but
+their G, C and sum_t w_t |r_t|^2. So parts are summed, and a ridge is chosen on held-out tokens, without a token being
+kept. The ridge is relative to the features' mean square, so that one value means the same in every layer. Residuals are
+what a layer as it stands leaves over, so that the ridge pulls towards that layer and not towards zero.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class PackedEquations:
     packed = True
 
     def add_to(self, gram: Tensor) -> None:
-        """Add the gram to one on the CPU."""
+        """Add the Gram matrix to `gram` (n, n) float64, which lies on the CPU, in place."""
         into = gram.numpy()
         for row in range(len(into)):
             start = row * (row + 1) // 2

@@ -79,7 +79,7 @@ class Objective:
     def over(self, subjects: Collection[str], domains: Mapping[str, Sequence[str]]) -> Objective:
         """The same with its domains' names replaced by their subjects.
 
-        A name of `subjects` is that subject's; one that is neither stays as it is.
+        A name that is in `subjects` means that subject, even if a domain has it too; a name of neither stays.
         """
 
         def members(name: str) -> Sequence[str]:
@@ -99,7 +99,7 @@ class Objective:
 
     @property
     def judged_on(self) -> list[str]:
-        """The subjects whose questions are all that it takes: those named, where every term of answers names some."""
+        """The subjects whose questions alone it takes: those named if every term that takes answers names some."""
         return self.subjects if all(term.subjects for term in self.answered) else []
 
     @property
@@ -234,10 +234,10 @@ def score_answers(
     text_nll : float, optional
         Mean NLL (nats) of the search text; text_nll and a ceiling need it.
     ceiling : float, optional
-        Perplexity of the text above which a candidate may not be chosen. Its value then only says how far above it is,
-        e = text_nll - log(ceiling) > 0 nats: of accuracies -w e / (1 + e), w the sum of weights, which is below 0, the
-        least accuracy; of losses B + w e / (1 + e), where B, 5 nats for each letter loss and log(ceiling) for the
-        text, each times its weight, is above any other value: beside a ceiling feasible values above B count as B
+        Perplexity of the text above which a candidate may not be chosen. The value of such a candidate says nothing but
+        how far above it is, e = text_nll - log(ceiling) > 0 nats. With w the sum of the weights it is, for accuracies,
+        -w e / (1 + e), which is below 0, the least accuracy. For losses it is B + w e / (1 + e), where B is the
+        weighted sum of 5 nats for each letter loss and log(ceiling) for the text; feasible values above B count as B
         (guessing costs 1.39 nats a letter). So every feasible candidate beats it, the further above the worse, and
         the steps stay small enough for a searcher's model.
 
@@ -283,7 +283,7 @@ def score_answers(
 
 
 def _of(named: Sequence[str], subjects: np.ndarray, objective: str) -> np.ndarray:
-    """Which questions are of the named subjects."""
+    """(n,) bool: which questions are of the named subjects."""
     chosen = np.isin(subjects, named)
     if not chosen.any():
         raise ValueError(f"objective {objective}: none of its subjects is among {sorted(set(subjects.tolist()))}")

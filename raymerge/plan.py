@@ -27,7 +27,7 @@ FIXED_RATIO = 1.0 / (1.0 + math.exp(-0.5))
 
 #: Ways to fit the layers at the seams to the unmerged model's states; see `refit`.
 REFITS = ("linear", "scale", "outputs", "units")
-#: Those of them that layers after a seam can be fitted by as well.
+#: The ways that can also fit layers after a seam.
 REFITS_BEYOND = ("outputs", "units")
 
 
@@ -50,7 +50,7 @@ class KeptLayer:
 
     `index` is the original layer whose norms, biases and attention type it keeps; `coefficients` maps original
     layers to their weight in its projection matrices (they sum to 1; layers with weight 0 are left out). `matrices`
-    holds those of the matrices that have coefficients of their own.
+    holds (matrix, coefficients) for each matrix that the plan gives alphas of its own.
     """
 
     index: int
@@ -59,7 +59,7 @@ class KeptLayer:
     refitted: bool = False
 
     def coefficients_of(self, matrix: str) -> tuple[tuple[int, float], ...]:
-        """What `coefficients` is, for one projection matrix."""
+        """The coefficients of one projection matrix, which is named as in `MergePlan.matrix_alphas`."""
         return dict(self.matrices).get(matrix, self.coefficients)
 
     @property
@@ -78,7 +78,7 @@ class KeptLayer:
 class Refit:
     """How the layers at the seams of a merge are fitted to what the unmerged model computes on calibration tokens.
 
-    method: one of REFITS. ridge: how strongly the fitted weights are held to those that they had, relative to the
+    method: one of REFITS. ridge: how strongly the fitted weights are pulled to those before the fit, relative to the
     features' mean square; None chooses it layer by layer on held-out tokens. layers: how many layers after each seam
     are fitted too (REFITS_BEYOND), each to the states that leave it in the unmerged model. calibration: identity of the
     tokens.
@@ -111,7 +111,8 @@ class MergePlan:
     `alignment`: "none", "rows" (each matrix's rows re-ordered, as published), or whole units re-ordered so that each
     layer's function stays, matched by weights ("neurons") or by what they do on prompts ("activations"). `norms`:
     "keep" leaves the survivor's norms (published), "fold" multiplies every layer's input-norm gains into its matrices
-    before averaging. `kind` is one of base, drop, before_last, fixed, random, file, found.
+    before averaging. `kind` is one of base, drop, before_last, fixed, random, file, found. `selection` says how the
+    layers were chosen: none, tail, before_last, block, most_similar or list.
     `matrix_alphas`: alphas, one a step, of those projection matrices (relative names, "mlp.up_proj") that are not
     averaged with the steps' own; a matrix's bias follows it where biases are merged. `refit`: the layers at the seams
     are fitted after merging.
@@ -190,14 +191,14 @@ class MergePlan:
     def resumes_at(self) -> int:
         """The deepest position from which the merged model can be run on states of the unmerged one.
 
-        It is the first changed layer, or the last one where none that is left differs (plain dropping), so that there
-        is always a layer to run.
+        It is the first changed layer, or the last layer if none that is kept has changed (plain dropping), so that
+        there is always a layer to run.
         """
         return min(self.first_changed, len(self._kept) - 1)
 
     @property
     def ends_at_once(self) -> bool:
-        """Whether one layer, mixed of the base's alone, follows the unchanged trunk, as after a tail merge."""
+        """Whether a single layer, which is not refitted, follows the unchanged trunk, as after a tail merge."""
         return bool(self.steps) and self.resumes_at == len(self._kept) - 1 and self.refit is None
 
     def with_alphas(
@@ -208,7 +209,7 @@ class MergePlan:
         kind: str,
         matrix_alphas: Mapping[str, Sequence[float]] | None = None,
     ) -> MergePlan:
-        """The same merges with other coefficients, one a step; matrices have their own only where they are given."""
+        """The same merges with other alphas, one a step; only matrices in `matrix_alphas` have alphas of their own."""
         if len(alphas) != len(self.steps):
             raise PlanError(f"{len(alphas)} alphas are given for a plan of {len(self.steps)} steps")
         steps = (MergeStep(step.into, step.remove, float(a)) for step, a in zip(self.steps, alphas, strict=True))
@@ -226,16 +227,16 @@ class MergePlan:
         return min((step.remove for step in self.steps), default=self.n_layers)
 
     def moved_to(self, first: int) -> MergePlan:
-        """The same merges so many layers deeper, or less deep, that `first` is the first layer that goes."""
+        """The same merges shifted to other layers, so that `first` is the first layer that goes."""
         shift = first - self.first_removed
         steps = (MergeStep(step.into + shift, step.remove + shift, step.alpha) for step in self.steps)
         return replace(self, steps=tuple(steps))
 
     def with_flat_alphas(self, values: Sequence[float], matrices: Sequence[str], *, name: str, kind: str) -> MergePlan:
-        """The same merges with `flat_alphas` of another plan: one a step, or besides one a step for each matrix.
+        """The same merges with `flat_alphas` of another plan: one a step, or these and one a step for each matrix.
 
-        A block's plan also takes the number of the block's first layer, and then one a step: a point of a search over
-        blocks and coefficients.
+        `values` of a block's plan may also be a point of a search over blocks and coefficients: the number of the
+        block's first layer, then one alpha a step.
         """
         steps = len(self.steps)
         if self.selection == "block" and len(values) == steps + 1:
@@ -331,8 +332,8 @@ def tail_coefficients(alphas: np.ndarray | Sequence[float]) -> np.ndarray:
 def coefficients_to_alphas(coefficients: np.ndarray | Sequence[float]) -> np.ndarray:
     """The inverse of `tail_coefficients`: (..., K + 1) effective coefficients to (..., K) alphas, float64.
 
-    Each alpha is its layer's share of what it and the deeper layers have together; where they have nothing, no alpha
-    changes anything and it is 1. Coefficients that do not add up to 1 to 1e-6 or are negative raise PlanError.
+    Each alpha is its layer's share of the summed coefficients of that layer and the deeper ones; where that sum is 0,
+    the alpha has no effect and is 1. Coefficients that do not add up to 1 to 1e-6 or are negative raise PlanError.
     """
     values = np.asarray(coefficients, dtype=np.float64)
     if not np.all(np.isfinite(values)) or np.any(values < 0.0):
@@ -364,8 +365,8 @@ def block_pairs(n_layers: int, first: int, merges: int, survivor: str = "before"
     """(into, remove) of merging the layers first … first + merges - 1 one into the next, towards the survivor.
 
     The survivor, layer first - 1 or first + merges, comes on top: merges + 1 layers become one. The block of the last
-    layers with its survivor before it is the tail. Of either side, the effective coefficients are `tail_coefficients`,
-    the survivor's first: with every alpha 1 the block is dropped.
+    layers with its survivor before it is the tail. On either side the effective coefficients are `tail_coefficients`,
+    the survivor's first; with every alpha 1 the block is dropped.
     """
     starts = block_starts(n_layers, merges, survivor)
     if first not in starts:

@@ -33,7 +33,7 @@ from raymerge.errors import UserError
 
 _DEFAULTS = WorkersConfig()
 _ATTEMPTS = 3  # how often one item is tried before its failure is the pool's
-_NODES_LOST = 10  # how often an item's worker may be lost with its node: one that takes nodes down must end too
+_NODES_LOST = 10  # how often an item's worker may be lost with its node: an item that takes nodes down must end too
 _PAUSE_S = 0.3  # before an actor that is restarting is asked again; each such call itself takes 1-2 s to be refused
 _POLL_S = 1.0  # between looks at what is restarting, while others work
 _GROW_S = 5.0  # between looks at what the cluster has
@@ -49,10 +49,10 @@ class _Slot:
     name: str = ""
     node: str = ""  # the id of the node that it is, or last was, on
     ready: Any = None  # the reference that says that an awaited actor is there
-    asked: Any = None  # the admission that it was asked for
+    asked: Any = None  # the admission (see `admit`) that `ready` was asked with
     ask_at: float = 0.0  # when to ask again whether it is
     since: float | None = None  # when it came; None: it is awaited
-    seconds: float = 0.0  # that it was there before
+    seconds: float = 0.0  # for which it was there before it was lost
     losses: int = 0  # of this actor, since it last finished something
     proved: bool = False  # it has finished something
     gone: str = ""  # why it will not come back
@@ -63,7 +63,7 @@ class WorkerPool:
 
     A worker needs nothing but its constructor, which Ray runs again when it restarts an actor, on whatever node has
     room; kwargs must be small, since Ray keeps arguments over 100 kB in an object store that a restart may outlive.
-    An actor that dies more than `max_restarts` times without finishing anything in between is not started again.
+    An actor that dies more than `max_restarts` times is replaced by another if it ever finished anything, else gone.
 
     timeout_s: how long one call may take before the actor counts as hanging. wait_s: how long to wait while there is
     no worker at all, at the start or later. grow: asked from time to time how many workers there should be; a pool
@@ -174,17 +174,17 @@ class WorkerPool:
         }
 
     def admit(self, method: str, check: Callable[[Any], None]) -> None:
-        """Have every worker that comes from now on asked `method`, and its answer checked, before it gets work.
+        """From now on, call `method` of every worker that comes and `check` its answer before the worker gets work.
 
-        One whose answer `check` refuses by a UserError is left out.
+        A worker whose answer makes `check` raise a UserError is left out.
         """
         self._admission = method, check
 
     def poll(self) -> list[int]:
         """Slots whose worker has come, or come back, since the last call. Never waits; starts more where `grow` wants.
 
-        Raises UserError where a worker's constructor does, and WorkerError where it raises anything else, before the
-        pool is open; afterwards the refusal of the last worker that there could be.
+        Before the pool is open, raises UserError where a worker's constructor does, and WorkerError where it raises
+        anything else; afterwards raises a worker's refusal only if no other is there or awaited.
         """
         now, came = time.monotonic(), []
         if self._grow is not None and self._open and now - self._grown_at > _GROW_S:
@@ -226,8 +226,8 @@ class WorkerPool:
         return True
 
     def lose(self, slot: int, reason: str) -> str:
-        """A call to this worker did not end: it is out of the pool until Ray has restarted it. The id of the node that
-        it was on, for `gives_up`."""
+        """A call to this worker did not end: it is out of the pool until Ray has restarted it. Returns the id of the
+        node that it was on, for `gives_up`."""
         lost = self._slots[slot]
         if lost.since is not None:
             lost.seconds += time.monotonic() - lost.since
@@ -242,9 +242,9 @@ class WorkerPool:
         """Whether work is to be tried no more after its workers were lost on these nodes: three times on nodes that
         are there still, which is likely to be its own doing, or ten times in all.
 
-        What a call raises does not tell a lost node from a dead process, but the list of nodes does: at once where one
-        says that it ends, after 13 s where it is gone (Ray 2.60), by when its workers' calls have failed for 10. So the
-        last loss counts as the work's own until the next one is looked at.
+        What a call raises does not tell a lost node from a dead process, but the list of nodes does: at once if the
+        node says that it ends, but after 13 s if it just vanishes (Ray 2.60), 10 s after its workers' calls failed. So
+        a loss may count as the work's own until this is asked again after the next one.
         """
         ended = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
         return len(losses) >= _NODES_LOST or sum(node not in ended for node in losses) >= _ATTEMPTS
@@ -341,7 +341,8 @@ class WorkerPool:
         """Call a method on every worker that is there, at once; their results in the slots' order. Arguments are
         serialised once, however many workers there are.
 
-        A worker that is lost over it is left out; where all are, those that come next are asked, three times in all.
+        A worker that is lost during the call is left out; if all are lost, those that come next are asked, three times
+        in all.
         """
         try:
             shared = [ray.put(argument) for argument in args]

@@ -22,8 +22,8 @@ from raymerge.tasks import Task
 
 TEXT_WINDOW = 1024  # tokens in one window of plain text; windows do not overlap
 SHARD_TOKENS = 8192  # of a shard, about: 25 MB of bfloat16 states at hidden size 1536
-_CHARACTERS = 6  # of a token, about, in the part of a long text that is tokenised first
-_UNSETTLED = 256  # tokens before a cut that are not taken
+_CHARACTERS = 6  # a token, about: how much of a long text is tokenised first
+_UNSETTLED = 256  # tokens before a cut that are not taken, since the cut may have changed them
 _LEAST_TOKENS = 2048  # of a shard that is made small for many workers
 _SHARD_COST = 250  # tokens that converting the weights, once a shard, costs about
 _PARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the target size, tried so that workers end together
@@ -189,7 +189,7 @@ def encode_task(
 
 
 def _group(name: str, context: np.ndarray, sequences: Sequence[np.ndarray], rows: Sequence[int]) -> Group:
-    """Sequences `rows` with what they share with a context, so that no token to be scored is in the prefix."""
+    """The sequences `rows`, with what they and a context share as their prefix, so that it has no token to score."""
     shared = _common_prefix(context, [sequences[row] for row in rows])
     return Group(name, context[:shared], tuple(sequences[row][shared:] for row in rows), tuple(rows))
 
@@ -257,7 +257,7 @@ def _first_ids(text: str, tokenizer: Any, count: int | None) -> np.ndarray:
 
 
 def bos_token(tokenizer: Any, add_bos: bool | None) -> int | None:
-    """The token to put first: asked for or not, or (None) as the tokenizer does by default; None for none."""
+    """The id of the token to put first, or None for none; add_bos=None does what the tokenizer does by default."""
     token = tokenizer.bos_token_id
     if add_bos is None:
         by_default = tokenizer("x")["input_ids"]
@@ -313,7 +313,7 @@ def _balanced(groups: Sequence[Group], limit: int, workers: int) -> tuple[Shard,
 
 
 def _longest(shards: Sequence[Shard], workers: int) -> int:
-    """Tokens of the worker that ends last, where each takes the largest shard left."""
+    """Tokens of the worker that ends last, where each free worker takes the largest shard left."""
     ends = [0] * workers
     for tokens in sorted((shard.tokens for shard in shards), reverse=True):
         heapq.heapreplace(ends, ends[0] + tokens + _SHARD_COST)

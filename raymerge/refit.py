@@ -9,13 +9,13 @@ they read in the merged model: layers are fitted in order, each on the states th
 2025, arXiv:2505.02819, equation 5), each token counting alike. `scale`: by a diagonal one: the part of LinearPatch's
 channel scaling at the seam (Chen et al. 2025, arXiv:2505.24680) that needs no further matrix. `outputs` (ours): o_proj
 and then down_proj. `units` (ours): the MLP units of the seam are first chosen among those of all layers that it stands
-for, by what they contribute, then as outputs. The last two weight a token by the inverse of its target's mean square,
-since what follows normalises it, and leave out tokens with massive activations (Sun et al. 2024, arXiv:2402.17762),
-which a squared error would else be about. With `layers` the kept layers after a seam are fitted likewise, each to the
-state that left it in the unmerged model, and repair what the seam could not.
+for, by what they contribute, then fitted like `outputs`. The last two weight a token by the inverse of its target's
+mean square, since what follows normalises it, and leave out tokens with massive activations (Sun et al. 2024,
+arXiv:2402.17762), which would dominate a squared error. With `layers` the kept layers after a seam are fitted likewise,
+each to the state that left it in the unmerged model, and repair what the seam could not.
 
-A fit is cached by content and `fusion` lays it over the merged layer, so that evaluation, checkpoints, receipts and
-quantisation see the same weights.
+A fit is cached by content, and `fusion` puts it in place of merged tensors, so that evaluation, checkpoints, receipts
+and quantisation see the same weights.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from raymerge.prompts import Shard
 from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 from raymerge.trunk import TrunkCache, compute_trunks
 
-#: What a plan's ridge is chosen from where it is not given.
+#: The ridges to choose from where a plan gives none.
 RIDGES = (0.01, 0.1, 1.0, 10.0)
 
 _VERSION = 1  # of what is fitted to what; another value makes cached fits of earlier versions unused
-_WHAT = "the refit"  # of a file, in errors
+_WHAT = "the refit"  # what a file holds, for error messages
 _O, _DOWN = "self_attn.o_proj", "mlp.down_proj"
 _GATE, _UP = "mlp.gate_proj", "mlp.up_proj"
 _MIDDLE = "post_attention_layernorm"  # what enters it is the state between attention and MLP
@@ -75,7 +75,7 @@ class Sums:
 
     @property
     def equations(self) -> list[NormalEquations | PackedEquations]:
-        """Those that there are."""
+        """`fitted` and `held_out`, as far as there are any."""
         return [part for part in (self.fitted, self.held_out) if part is not None]
 
     def pack(self) -> Sums:
@@ -92,7 +92,7 @@ class Sums:
 
 
 def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
-    """Refuse a refit of a family for which its algebra does not hold, or without which there is nothing to fit."""
+    """Refuse a refit of a family for which its algebra does not hold, or of a plan that merges nothing."""
     if plan.refit is None:
         return
     architecture, method = checkpoint.architecture, plan.refit.method
@@ -123,7 +123,7 @@ def _features_are_outputs(plan: MergePlan) -> bool:
 
 
 def _chooses_ridge(plan: MergePlan) -> bool:
-    """Whether tokens are held out; without, the sums take half the memory."""
+    """Whether tokens are held out to choose the ridge on; if not, the sums take half the memory."""
     return plan.refit.ridge is None and plan.refit.method != "scale"
 
 
@@ -156,7 +156,7 @@ class Refitter:
 
     def __init__(self, runner: LayerRunner, cache: str | Path, shards: Callable[[], Sequence[Shard]] | None = None):
         self.runner, self.cache, self._shards = runner, Path(cache), shards
-        # Of the plan last worked on, by number of the shard.
+        # The plan last worked on (its id), and the states held for it, by number of the shard.
         self._held_plan: str = ""
         self._held: dict[int, _Entering] = {}
 
@@ -177,7 +177,7 @@ class Refitter:
         self._make(plan, len(steps_of(plan)))
 
     def _make(self, plan: MergePlan, count: int) -> None:
-        """Make those of a plan's first `count` fits that this machine's cache lacks, whatever others have."""
+        """Make those of a plan's first `count` fits that this machine's cache lacks, even if another machine's has."""
         for number in range(self.done(plan), count):
             self.store(plan, number, self.solve(plan, number, self.sums(plan, number)))
 
@@ -217,7 +217,8 @@ class Refitter:
         return self._shards()
 
     def prepare(self, plan: MergePlan, number: int) -> int:
-        """Make sure that the unmerged model's states of one shard that a plan's fits are made from are on disk."""
+        """Compute the unmerged model's states that a plan's fits need, for one shard, where they are not on disk yet;
+        return the shard's tokens."""
         shard = self.shards[number]
         compute_trunks(self._caches(plan), shard)
         return shard.tokens
@@ -290,7 +291,7 @@ class Refitter:
         return layer
 
     def _layer(self, plan: MergePlan, position: int, before: int) -> dict[str, Tensor]:
-        """The same, as it is run."""
+        """The same layer as it is run: on the runner's device, in its dtype, quantised if it quantises."""
         runner, stored = self.runner, self._stored(plan, position, before)
         return runner.deployed({name: moved(tensor, runner.device, runner.dtype) for name, tensor in stored.items()})
 
@@ -330,7 +331,7 @@ class Refitter:
         weights: Mapping[str, Tensor],
         held_out: Tensor,
     ) -> Sums:
-        """The sums with one shard's tokens added, those that are held out apart where the ridge is chosen on them."""
+        """The sums with one shard's tokens added; held-out tokens go into `held_out` if the ridge is chosen on them."""
         features, residual, counts = self._equations(plan, step, states, shard, weights)
         shape = features.shape[1], residual.shape[1], self.runner.device
         if not _chooses_ridge(plan):
@@ -346,8 +347,8 @@ class Refitter:
     def _equations(
         self, plan: MergePlan, step: Step, states: list[GroupStates], shard: Shard, weights: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each token of a shard: features (tokens, n) of the fitted matrix, what is missing to the target (tokens,
-        d) and how much it counts (tokens,)."""
+        """For each token of a shard: features (tokens, n) of the fitted matrix, residual to the target (tokens, d), and
+        weight (tokens,)."""
         index = plan.kept[step.position].index
         matrix = _O if step.part == "attention" else _DOWN
         seen = observe(self.runner, states, index, weights)

@@ -61,8 +61,8 @@ class Study:
 
     @cached_property
     def patterns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`unit_pattern` of the matrix, of what is above its diagonal, and of that of each draw: what correlations with
-        other studies need of this one."""
+        """`unit_pattern` of the whole matrix, of its entries above the diagonal, and of each draw's entries above the
+        diagonal: what correlations with other studies need of this one."""
         values = self.matrix.values
         above = np.triu_indices(len(values), k=1)
         return unit_pattern(values.ravel()), unit_pattern(values[above]), unit_pattern(self.draws[:, *above])
@@ -118,7 +118,7 @@ def study(
     """Compute a matrix (see `similarity.compute`) with a null model, intervals and halves.
 
     Null: the samples of the deeper layer of each pair are shuffled, each layer by an order of its own. Its 95th
-    percentile is the one that a further draw exceeds with a chance of 5 % (of 20 draws numpy's own is exceeded by 9 %).
+    percentile is the one that a further draw exceeds with a chance of 5 % (numpy's default, of 20 draws, with 9 %).
     Intervals: normal-theory, around the matrix, by the delete-d jackknife with d = N // 5 (`jackknife_variance`). No
     bootstrap, as duplicated samples are neighbours at distance 0. The same N, interval_draws and random_state give the
     same subsets: where the samples of two studies are translations of one another, so are those of each draw.
@@ -205,8 +205,8 @@ def correlate(a: Study, b: Study, *, confidence: float = 0.95) -> Correlation:
     The interval is the jackknife's on Fisher's z, transformed back. It is of the correlation of N samples' matrices,
     which noise weakens (see `Study.reliability`), not of the patterns behind them. Draw s of one study is correlated
     with draw s of the other, so that samples common to both (translations) vary together; of unrelated samples, the
-    variances add up either way. With unlike numbers of samples or draws they are added up: each study's draws against
-    the other's whole matrix.
+    variances add up either way. If numbers of samples or draws differ, two variances are added: each of one study's
+    draws against the other's whole matrix.
     """
     flat, above = (_products(x, y) for x, y in zip(a.patterns[:2], b.patterns[:2], strict=True))
     bare = Correlation(float(flat), float(above), None, None, None, None)
@@ -230,8 +230,8 @@ def correlate(a: Study, b: Study, *, confidence: float = 0.95) -> Correlation:
 
 
 def unit_pattern(values: np.ndarray) -> np.ndarray:
-    """Values (..., P) without their mean, of length 1: products of two such are correlations. All of them are NaN where
-    `pearson` would have to look closer: where one is not finite or they are all but the same, or fewer than 3."""
+    """Values (..., P) minus their mean, of length 1: products of two such are correlations. All P are NaN where only
+    `pearson` can tell: where one is not finite, all are nearly equal, or there are fewer than 3."""
     found = values - values.mean(axis=-1, keepdims=True)
     norm = np.linalg.norm(found, axis=-1, keepdims=True)
     varied = np.ptp(values, axis=-1, keepdims=True) > 1e-12 * np.abs(values).max(axis=-1, keepdims=True, initial=0.0)
@@ -246,7 +246,8 @@ def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _drawn(a: Study, b: Study, *, whole: bool = False) -> np.ndarray:
     """Correlations (B,) of each of a's draws with b's of the same number, or with b's whole matrix; NaN where there is
     none."""
-    # 2,394 subsets (57 subjects, 42 languages) are 2.9 million pairs, each of 40 draws.
+    # All draws in one product, and only NaN ones by themselves: 2,394 subsets (57 subjects, 42 languages) are 2.9
+    # million pairs, each of 40 draws.
     found = _products(a.patterns[2], b.patterns[1 if whole else 2])
     for draw in np.flatnonzero(np.isnan(found)):
         found[draw] = _off_diagonal(a.draws[draw], b.matrix.values if whole else b.draws[draw])

@@ -52,7 +52,7 @@ def plan_rows(plan: MergePlan, plan_id: str) -> list[Row]:
 def coefficient_rows(plan: MergePlan, plan_id: str) -> list[Row]:
     """Rows of `coefficients`: the effective weight of every original layer in every kept one.
 
-    `matrix` is null in those of all matrices that have no rows of their own.
+    `matrix` is null in the rows that hold for all matrices without rows of their own.
     """
     return [
         {
@@ -145,7 +145,7 @@ def task_answer_table(plan_id: str, task: Task, items: np.ndarray, log_likelihoo
 def _perplexity_row(
     plan_id: str, target: str, nll: MeanInterval, tokens: int, *, subject: str | None = None, of: str | None = None
 ) -> Row:
-    """One row of `perplexity`; nll in nats, and exp overflows to infinity rather than fail."""
+    """One row of `perplexity`; nll in nats, whose exp is infinity where it overflows; of: the text's hash."""
     limits = [None if math.isnan(limit) else perplexity(limit) for limit in (nll.low, nll.high)]
     return {
         "plan_id": plan_id,
@@ -163,8 +163,8 @@ def _perplexity_row(
 _PASSAGE = 64  # tokens of plain text whose loss is stored as one
 # Passages that follow each other are of one topic, and what a merge does to them is alike (docs/results.md, 2026-11-28:
 # correlations of .1 to .2 at the least distance, up to .17 at the fourth). Taken for independent they would make
-# intervals too narrow and tests too sure. So as many as there can be, whole windows at the most, are one item while
-# there are at least so many items; a short text is little better off for it.
+# intervals too narrow and tests too sure. So as many passages as possible, up to a window, are pooled into one item, as
+# long as there are at least so many items; a short text gains little by it.
 _LEAST_ITEMS = 16
 #: Where the buckets of a token's position in its window of plain text begin, as tables have them; the last ends with
 #: the window.
@@ -237,7 +237,7 @@ def cost_row(plan: MergePlan, plan_id: str, checkpoint: Checkpoint, quantise: st
     if quantise != "none":
         arch = checkpoint.architecture
         quantised = [matrix for matrix in arch.matrices if matrix != arch.router]
-        # Shapes are in the files' headers: a tensor that is asked for is read, to see that it is finite.
+        # Shapes come from the files' headers: indexing the checkpoint would read each tensor to see that it is finite.
         for kind, shape in (
             checkpoint.stored(arch.layer_name(layer, f"{m}.weight")) for layer in kept for m in quantised
         ):
@@ -305,8 +305,8 @@ def subject_comparison_rows(
 def text_comparison_rows(losses: pa.Table, pairs: Sequence[tuple[str, str]]) -> list[Row]:
     """Rows of `comparisons` with split "text": the mean loss of a token of plain text, pooled passages as the items.
 
-    losses: rows of `text_losses`; pairs with a plan that has none, or whose losses are no numbers, as its perplexity
-    says, are left out.
+    losses: rows of `text_losses`. Pairs are left out if one of the plans has no rows, or losses that are not finite, as
+    its perplexity then says.
     """
     there = set(losses["plan_id"].to_pylist())
     pairs = [pair for pair in pairs if there.issuperset(pair)]
@@ -322,15 +322,15 @@ def task_comparison_rows(answers: pa.Table, pairs: Sequence[tuple[str, str]]) ->
     return found
 
 
-#: At least, of a paired test; more where there are so many comparisons that no p could be small enough for Holm's,
-#: since none is below one over this.
+#: Resamples of a paired test, at the least. No p is below 1 over their number, so that a large family of comparisons
+#: takes more, for a p to be small enough for Holm's correction.
 _RESAMPLES = 10_000
 _TESTS_AT_ONCE = 8  # each holds some 80 MB of resampled values
 
 
 class _Side(NamedTuple):
-    """A plan's part of a comparison: ids of what was asked, in order, each measure of it, bool or float, and of how
-    many values each item is the sum (None: it is one)."""
+    """A plan's part of a comparison. ids: what was asked, in order, which both sides must have alike. measures: by
+    name, (items,) bool or float. counts: (items,), of how many values an item's measure is the sum; None: of one."""
 
     ids: list[str]
     measures: dict[str, np.ndarray]
@@ -354,7 +354,7 @@ def _compared(common: Row, pairs: Sequence[tuple[str, str]], side: Callable[[str
             if np.isfinite(a).all() and np.isfinite(b).all():
                 named.append({"plan_a": plan_a, "plan_b": plan_b, **common, "measure": measure})
                 tested.append((a, b, side_a.counts, n_resamples))
-    # numpy draws and sums without the interpreter's lock: of 14,042 losses a test takes a second.
+    # numpy releases the GIL while it draws and sums: a test of 14,042 losses takes a second.
     with ThreadPoolExecutor(min(_TESTS_AT_ONCE, os.cpu_count() or 1)) as threads:
         found = threads.map(lambda each: _tested(*each), tested)
         rows = [name | row for name, row in zip(named, found, strict=True)]

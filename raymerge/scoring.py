@@ -72,7 +72,7 @@ class TailScorer:
         self.compute_dtype = compute_dtype or (self.runner.dtype if self.runner.accelerated else torch.float32)
         self.sources = sources or SourceLayers(self.runner, self.first)
         self._architecture = self.runner.checkpoint.architecture
-        if self.runner.accelerated:  # whose chunks, smaller where memory is short, cut up buckets
+        if self.runner.accelerated:  # there buckets are cut up into chunks, which are smaller where memory is short
             bucket_tokens = MOST_TOKENS
         else:
             bucket_tokens = _BUCKET_TOKENS if plan is None else plan.chunk_tokens
@@ -233,7 +233,8 @@ class TailScorer:
             if not attempt(lambda: self.layer.hold_keys(sources))[0]:
                 self.layer.plan = replace(self.plan, keys="recompute")
         coefficients = [self.coefficients(plan) if self.is_stacked(plan) else None for plan in plans]
-        # Those that have coefficients for each matrix are mixed apart: all other products stay what they are.
+        # Plans with coefficients for each matrix are mixed apart, so that the products for the others stay the same.
+        # By the coefficients' number of axes: coefficients, mixed weights, and how many of these have been used.
         alike, mixed, taken = {}, {}, {}
         for axes in {values.ndim for values in coefficients if values is not None}:
             alike[axes] = torch.stack([values for values in coefficients if values is not None and values.ndim == axes])
@@ -247,7 +248,7 @@ class TailScorer:
                 yield self.layer.hidden(self.runner.deployed(self._fused(plan)), rest)
                 start += 1
                 continue
-            # As many as are alike in all but their coefficients.
+            # How many plans from here on differ in their coefficients alone.
             count = 1
             while (
                 self._is_batched
@@ -269,9 +270,9 @@ class TailScorer:
             start += count
 
     def _hidden_of_several(self, mixed: Tensor, rest: int, merge_biases: bool, summed: Tensor | None) -> Tensor:
-        """(candidates, n, d): the same of several candidates whose mixed weights are (candidates, parameters).
+        """`TailLayer.hidden`, (candidates, n, d), of several candidates with mixed weights (candidates, parameters).
 
-        States, and what of the weights is not averaged, are read once for all of them.
+        The states, and the weights that are not averaged, are read once for all of them.
         """
         weights = self.sources.weights(mixed, rest, merge_biases)
         averaged = {name: weights.pop(name) for name in self.sources.averaged(merge_biases)}
@@ -281,8 +282,8 @@ class TailScorer:
 
     @property
     def _is_batched(self) -> bool:
-        """Whether several candidates can be scored at once: quantising takes one matrix at a time, and which experts a
-        token goes to is not known before."""
+        """Whether several candidates can be scored at once: not quantised ones, since quantising takes one matrix at a
+        time, nor experts, since each candidate routes tokens its own way."""
         return self.runner.quantise == "none" and not self._architecture.experts
 
     def is_stacked(self, plan: MergePlan) -> bool:
@@ -320,9 +321,11 @@ class TailScorer:
 
     @property
     def _is_linear(self) -> bool:
-        """Whether keys may be sums of the sources': without a bias (which is kept or merged) and a norm of keys between
-        them and the weights, and where rounding the merged matrix is below the compute dtype's own rounding, or is not
-        asked for."""
+        """Whether a candidate's keys may be computed as sums of the sources' keys.
+
+        Keys must be linear in the averaged matrix: no key norm, and no bias (which may be kept or merged). Sums leave
+        out the rounding of the merged matrix, so that must be below the compute dtype's own or not asked for.
+        """
         arch = self._architecture
         names = self.runner.checkpoint.layer_tensors(self.first)
         between = ["self_attn.k_norm.weight", f"{arch.rows_of('k')[0]}.bias"]
@@ -330,9 +333,9 @@ class TailScorer:
         return narrow and self._is_batched and not set(between) & set(names)
 
     def _key_coefficients(self, coefficients: Tensor, rest: int) -> Tensor | None:
-        """Those of keys, (candidates, sources), of (candidates, sources) or (candidates, matrices, sources); None where
-        keys are to be computed from the states, as those that another gain or rotary embedding than the first source's
-        is for."""
+        """The coefficients of keys, (candidates, sources), out of (candidates, sources) or (candidates, matrices,
+        sources). None where keys are to be projected from the states: the plan says so, or the keys held do not serve,
+        since layer first + rest has another norm gain or rotary embedding than the first source."""
         kinds = self.runner.checkpoint.rotary_types
         unlike = rest and (self.sources.norms == "keep" or kinds[self.first + rest] != kinds[self.first])
         if self.plan.keys != "linear" or unlike:

@@ -37,8 +37,8 @@ Row = dict[str, Any]
 #: record(part name, rows of table `trials`, the workers' results): stores one finished batch for good.
 Record = Callable[[str, list[Row], list[Row]], None]
 
-# Of Tune for one trial on reused actors: 5-11 ms while CPUs are idle, 0.14 s where the workers keep all of them busy.
-# With proposals made ahead, candidates of a second were fastest one a trial.
+# Tune's own time for a trial on reused actors: 5-11 ms while CPUs are idle, 0.14 s where workers keep all of them busy.
+# With proposals made ahead, candidates that take a second each were fastest with one a trial.
 _OVERHEAD_S = 0.1
 _SHARE = 0.1  # of a trial's time that may be overhead
 _ROUNDS = 10  # proposals must be able to learn at least so often
@@ -94,9 +94,10 @@ def _callbacks(names: Sequence[str], searcher: str, folder: str) -> list[tune.Ca
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """finished: candidates that ended in this call, failed ones too; wall_seconds: from start to end; and the share
-    of the workers' time in that span in which they did not score (None where nothing was left to do). workers: for
-    each that was there its name (as `trials` have it), candidates, scoring_seconds, present_seconds, utilisation."""
+    """finished: candidates that ended in this call, failed ones too; wall_seconds: from start to end;
+    share_not_scoring: share of the workers' time in that span in which they did not score (None where nothing was left
+    to do). workers: for each that was there its name (as `trials` have it), candidates, scoring_seconds,
+    present_seconds, utilisation."""
 
     finished: int
     wall_seconds: float
@@ -147,12 +148,12 @@ class _Trial(tune.Trainable):
         return self._handles[name]
 
     def _wait_for_others(self) -> None:
-        """Let no trial of the first round end before all have started. Tune gives the actor of a trial that ended to
-        one whose own actor is still starting, and drops the latter: with trials shorter than a start (1-3 s), all of
+        """Let no trial of the first round end before all have started. Tune gives the actor of an ended trial to a
+        trial whose own actor is still starting, and drops that one: with trials shorter than a start (1-3 s), all of
         them run on one actor, one process a trial is started in vain, and Tune waits ten seconds for those at the end.
 
-        Who has started leaves a file, for all trials are on the driver's node: workers would not answer while they
-        score, so that the first one to know would keep the others waiting for as long.
+        A trial that has started leaves a file, since all trials are on the driver's node. Workers could not be asked:
+        they do not answer while they score, so that the first ones to score would keep the others waiting.
         """
         deadline = time.monotonic() + _START_S
         try:
@@ -304,7 +305,7 @@ class BatchSearcher(Searcher):
         results, count = result.get("results"), len(batch.points)
         try:
             node = self._release(slot, result)
-        except Exception as failed:  # where losses are written down; as with a record that fails
+        except Exception as failed:  # the crew writes losses down, which may fail as the record below may
             self.failure = self.failure or failed
             return
         if result.get("refused"):
@@ -335,7 +336,7 @@ class BatchSearcher(Searcher):
             self._learn(row)
 
     def _release(self, slot: int, result: Row) -> str:
-        """Take note of what has become of a trial's worker; the node that it was on, where it was lost, else ""."""
+        """Take note of what has become of a trial's worker; return the node that it was on if it was lost, else ""."""
         if result.get("lost"):
             node = self._crew.lose(slot, result["lost"])
             self._free = self._crew.answering(self._free)
@@ -348,8 +349,8 @@ class BatchSearcher(Searcher):
         return ""
 
     def _repeat(self, batch: _Batch, node: str) -> bool:
-        """Queue a batch whose worker was lost once more. Its candidates then go alone, so that one that kills its
-        worker fails by itself, when the crew gives it up."""
+        """Queue once more the candidates of a batch whose worker was lost, each alone, so that one that kills its
+        worker fails by itself; False where the crew gives the batch up."""
         losses = (*batch.losses, node)
         if self._crew.gives_up(losses):
             return False
@@ -449,7 +450,7 @@ def run_search(
             f"Tune stopped after {batches.done} of {batches.candidates} candidates; start again to resume"
         )
     if not (loggers or batches.trial_failed):
-        # A folder a trial, and at the end what Tune knows of each, 17 kB, for a restart that the record makes needless.
+        # A folder for each trial and 17 kB of Tune's state, for a restart, which here goes by the record instead.
         shutil.rmtree(folder / run_name, ignore_errors=True)
     wall = time.monotonic() - began
     present = {slot: seconds - before.get(slot, 0.0) for slot, seconds in pool.seconds_present().items()}

@@ -18,7 +18,7 @@ MEASURES: Mapping[str, str] = {"npib": "embeddings", "gaussian": "embeddings", "
 #: A quotient by an entropy nearer to 0 than this is no number worth keeping; entropies have no unit to scale it by.
 SMALLEST_ENTROPY = 0.05
 
-_SINGULAR = 1e-12  # least eigenvalue of a joint covariance (unit variances) that rounding has not eaten
+_SINGULAR = 1e-12  # a joint covariance (unit variances) with an eigenvalue up to this is singular but for rounding
 
 _CHUNK = 250_000  # distances held at once, 2 MB of float64: what a core's cache holds
 
@@ -68,8 +68,8 @@ def compute(
     states : array of float, shape (L, N, d)
         Pooled hidden states, for a measure of states alone.
     rows : array of int, shape (m,)
-        Use these samples only, as if there were no others: embeddings are computed anew. `entropy_neighbors` becomes
-        the nearest whole number to its share of m, so that the estimate looks as far as the one over all N.
+        Use these samples only, as if there were no others: embeddings are computed anew. `entropy_neighbors` is
+        multiplied by m / N and rounded, so that the estimate looks as far as the one over all N.
     permutations : array of int, shape (L, N) or (L, m)
         Row j reorders the samples of layer j against those of layers 0 to j, itself included: the null model "these
         two layers have nothing to do with each other".
@@ -85,8 +85,8 @@ def compute(
 def features(
     recipe: Recipe, distances: np.ndarray | None, states: np.ndarray | None = None, *, rows: np.ndarray | None = None
 ) -> np.ndarray:
-    """What the measure is computed on (see `MEASURES`), from the arguments of `compute`, for `measure`: layer first and
-    samples second, m of them where rows are given."""
+    """What `measure` computes on (see `MEASURES`), from the arguments of `compute`: axis 0 is layers, axis 1 samples (m
+    of them where rows are given)."""
     if MEASURES[recipe.measure] == "states":
         if states is None:
             raise SimilarityError(f"{recipe.measure} needs pooling last or mean: sequences have no one state a sample")
@@ -143,7 +143,7 @@ def npib(
     random_state: int = 0,
     permutations: np.ndarray | None = None,
 ) -> SimilarityMatrix:
-    """Mutual information over the root of both entropies, of every pair of layers, (S + S') / 2 (MKA, seed 001).
+    """S_ij = I(i; j) / sqrt(Hi Hj) of every pair of layers, symmetrised as (S + S') / 2 (MKA, Liu et al. 2024).
 
     Every column is first replaced by its ranks / N. I(i; j) is the mean over the columns of layer j of the mean over
     those of layer i of the mutual information of two columns; H is `knn_entropy` of a layer's columns together. Entries
@@ -331,7 +331,7 @@ def _noisy(columns: np.ndarray, noise: np.ndarray) -> np.ndarray:
 def _knn_information(x: np.ndarray, y: np.ndarray, k: int) -> np.ndarray:
     """Kraskov's estimate (P, Q) for the columns x (P, N) and y (Q, N), which have no ties."""
     n = x.shape[1]
-    psi = digamma(np.arange(n + 1))  # by the whole number; psi[0] is not used
+    psi = digamma(np.arange(n + 1))  # psi[m] is digamma(m); psi[0] is not used
     total = np.zeros((len(x), len(y)))
     block = max(1, min(n, _CHUNK // (8 * n)))  # points whose neighbours are sought at once, for 8 or more columns of y
     chunk = max(1, _CHUNK // (n * block))
@@ -374,7 +374,7 @@ def _symmetric(values: np.ndarray, permutations: np.ndarray | None) -> np.ndarra
 
 
 def _scaled(recipe: Recipe, m: int, distances: np.ndarray | None) -> int:
-    """entropy_neighbors of m samples, from that of all N; unfit ones stay unfit, so that they are refused."""
+    """entropy_neighbors for m samples, from that for all N; too large a number for N is kept, and then refused."""
     if distances is None or recipe.entropy_neighbors >= len(distances[0]):
         return recipe.entropy_neighbors
     return min(m - 1, max(1, round(recipe.entropy_neighbors * m / len(distances[0]))))

@@ -48,10 +48,10 @@ class SourceLayers:
         self._sizes = [shape.numel() for shape in self._shapes]
         narrow = runner.accelerated and norms == "keep"
         self.stack_dtype = checkpoint.dtype if narrow else torch.float32
-        # An accelerator sums a part at a time: what is widened, and the sums before they are rounded, take less room.
+        # An accelerator mixes some columns at a time, so that widened weights and unrounded sums take less room.
         self._columns = -(-sum(self._sizes) // 8) if runner.accelerated else sum(self._sizes)
 
-    # Made in normal mode, wherever they are first asked for: gradients are taken through them as well.
+    # Made outside inference mode, even if first asked for inside it: gradients are taken through them as well.
 
     @cached_property
     @torch.inference_mode(False)
@@ -78,8 +78,8 @@ class SourceLayers:
     @cached_property
     @torch.inference_mode(False)
     def _others(self) -> list[dict[str, Tensor]]:
-        """What is not averaged of each source layer; folded norms are ones, and gains of single units, as OLMo's of
-        queries and keys, move with them."""
+        """The tensors of each source layer that are not averaged, by relative name. Folded norms are ones; gains of
+        single units (OLMo's of queries and keys) are permuted with the units."""
         checkpoint, arch = self.runner.checkpoint, self.runner.checkpoint.architecture
         others = []
         for layer in range(self.first, checkpoint.n_layers):
@@ -123,9 +123,10 @@ class SourceLayers:
         return self._names if merge_biases else self._names[: len(self._names) - len(self._biases)]
 
     def pull_back(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """Gradients of a loss by averaged tensors to those by coefficients: (matrices, sources) float64, <W_j, dW>.
+        """Gradients with respect to averaged tensors (by name) to those with respect to coefficients: (matrices,
+        sources) float64, <W_j, dW>.
 
-        Their sum over the matrices is the gradient by coefficients that all matrices share.
+        Their sum over the matrices is the gradient with respect to coefficients that all matrices share.
         """
         count = len(self.runner.checkpoint.architecture.matrices)
         found = torch.zeros(count, self.count, dtype=torch.float64)
@@ -138,7 +139,8 @@ class SourceLayers:
         return found
 
     def weights(self, mixed: Tensor, rest: int, merge_biases: bool) -> dict[str, Tensor]:
-        """One candidate's layer: its mixed matrices, with norms and, unless they are merged, biases of `rest`.
+        """One candidate's layer: its mixed matrices, with the norms and, unless they are merged, the biases of source
+        layer `rest`, counted from 0.
 
         mixed may be (candidates, parameters) of several with the same rest: what is `averaged` then has this axis too.
         """

@@ -1,7 +1,7 @@
 """One layer on top of the frozen trunk: what a merged layer makes of the states at each question's last position.
 
-Keys of all cached tokens; query, attention, output, MLP and the final norm at the last position alone. Values are not
-projected token by token: attention weighs the states, and the value matrix is multiplied with what comes out.
+Keys are computed for all cached tokens; query, attention, output, MLP and the final norm at the last position alone.
+Values are not projected token by token: attention weighs the states, and the value matrix multiplies their sum.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from raymerge.forward import LayerRunner, visible
 from raymerge.memory import ScoringPlan
 from raymerge.tail_states import Chunks, TailStates
 
-_PAIRS = 16  # of a question and a key of its prefix, as much memory as a token's key and weighted states
-_ROW = 8  # tokens' keys and weighted states, as much memory as one question's MLP
+_PAIRS = 16  # pairs of a question and a prefix key that take as much memory as one token's key and weighted states
+_ROW = 8  # tokens whose keys and weighted states take as much memory as one question's MLP
 
 
 class TailLayer:
     """The layer at `first`, with the weights that each call gives, on the states that enter it.
 
     Attention at the last position is written out here; norms and the MLP, or its experts, are transformers' own
-    modules. The states' dtype is that of what is multiplied with the weights; attention, the residual stream and the
-    final norm are float32 in any case: letters tie in bfloat16.
+    modules. Products with the weights are in the states' dtype; attention, the residual stream and the final norm are
+    float32 in any case, since in bfloat16 answer letters tie.
     plan: how much is done at once; it may be replaced between calls.
     """
 
@@ -44,11 +44,11 @@ class TailLayer:
             arch.sizes[name] for name in ("rotary", "kv_heads", "query_heads")
         )
         self._scaling = self._block.self_attn.scaling
-        # Rotated, of all tokens: (sources, tokens, kv * head_dim) in size; a question's are (kv, its tokens, head_dim).
+        # Rotated keys, (sources, tokens, kv * head_dim); a piece's rows hold (questions, kv, tokens of each, head_dim).
         self._source_keys: Tensor | None = None
         self._rotary = self._cos_sin(torch.arange(states.layout.positions, device=runner.device))
         self._turns: dict[tuple[str | None, int], list[tuple[Tensor, Tensor]]] = {}
-        # In which order a head's dimensions are projected: scores do not depend on it, where queries and keys share it.
+        # The order of a head's dimensions in queries and keys; scores do not depend on it, since both have the same.
         self._dimensions: Tensor | None = None
         if arch.rotary_neighbours:
             (cos, _), *_ = self._rotary.values()
@@ -60,7 +60,7 @@ class TailLayer:
         """The same layer on the states of these questions alone; see TailStates.select."""
         part = copy.copy(self)
         part.states = self.states.select(rows)
-        # Whatever of the plan is about the states of all questions is not about these.
+        # What the plan says of the states of all questions does not hold for these few.
         part.plan, part._source_keys, part._turns = replace(self.plan, states="device", keys="recompute"), None, {}
         return part
 
@@ -80,8 +80,9 @@ class TailLayer:
     def hidden(self, weights: dict[str, Tensor], rest: int, summed: Tensor | None = None) -> Tensor:
         """States (n, d) float32 after the final norm at each question's last position, by place.
 
-        weights: the merged layer's tensors by relative name; rest: the source layer whose window it has. summed: the
-        coefficients (sources,) by which keys are sums of the sources', where these are held.
+        weights: the merged layer's tensors by relative name; rest: it has the window and rotary type of original layer
+        first + rest. summed: coefficients (sources,) with which keys are summed from those that `hold_keys` holds;
+        None projects them.
         """
         checkpoint = self.runner.checkpoint
         window, rotary = (each[self.first + rest] for each in (checkpoint.windows, checkpoint.rotary_types))
@@ -104,7 +105,7 @@ class TailLayer:
     def _product(self, x: Tensor, matrix: Tensor, bias: Tensor | None, *, narrow: bool = False) -> Tensor:
         """A linear map in the compute dtype, its bias added in float32; float32.
 
-        narrow: on an accelerator what has no bias stays in the compute dtype, for `_Rotated` to widen.
+        narrow: on an accelerator a product without a bias stays in the compute dtype, for `_Rotated` to widen.
         """
         dtype = self.compute_dtype
         if dtype == torch.float32:
@@ -120,7 +121,7 @@ class TailLayer:
         return functional_call(self._block.get_submodule(name), own, (x[None],))[0]
 
     def _leaving(self, block: str, out: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """What a block adds: its output, normalised or scaled where the family does so."""
+        """What a block adds to the residual stream: its output, normalised or scaled where the family does so."""
         norm, scale = self._architecture.output_norms.get(block), self.runner.residual_multiplier
         out = out if norm is None else self._module(norm, out, weights)
         return out if scale == 1.0 else out * scale
@@ -146,7 +147,7 @@ class TailLayer:
         return weight.to(self.compute_dtype), bias
 
     def _reordered(self, rows: Tensor) -> Tensor:
-        """Rows of queries or keys with those first that a rotation of halves turns as the family turns neighbours."""
+        """Rows of a query or key projection, so ordered that rotating halves does what rotating neighbours would."""
         return rows.unflatten(0, (-1, self._head_dim))[:, self._dimensions].flatten(0, 1)
 
     def _heads(
@@ -160,7 +161,7 @@ class TailLayer:
         """Queries or keys (N, heads * head_dim) as projected, normalised where the family does so, and rotated:
         (N, heads, head_dim) float32.
 
-        shape: (questions, tokens of each) whose N tokens these are; they are then (questions, heads, tokens, head_dim).
+        shape: (questions, tokens of each), if these N tokens are a piece's; then (questions, heads, tokens, head_dim).
         """
         norm = f"self_attn.{which}_norm"
         if norm in self._architecture.projection_norms:
@@ -259,7 +260,7 @@ class TailLayer:
         value: tuple[Tensor, Tensor | None],
         window: int | None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each prefix's questions, some at a time, what `_partial_softmax` gives for their attention to it."""
+        """`_partial_softmax` of questions' attention to their prefix: prefix by prefix, some questions at a time."""
         layout = self.states.layout
         for group in chunks.groups:
             of_group = next(keys)
@@ -280,8 +281,7 @@ class TailLayer:
     def _weighing(
         self, states: Tensor, value: tuple[Tensor, Tensor | None], questions: int
     ) -> Callable[[Tensor], Tensor]:
-        """From what attention gives each token, (n, kv, group, t), to the values weighted by it, (n, kv, group,
-        head_dim).
+        """A function from attention weights (n, kv, group, t) to values weighted by them, (n, kv, group, head_dim).
 
         states: (n, t, d) of each question, or (1, t, d) of a prefix that `questions` of them share.
 
@@ -335,8 +335,8 @@ class _Rotated(torch.autograd.Function):
     """(n, heads, t, head_dim) float32 of heads (n * t, heads, head_dim) of any dtype, rotated by cos and sin
     (n * t, 1, rotated) float32; head dimensions behind the rotated ones stay as they are.
 
-    A function of its own for an accelerator, where every pass costs its bytes: 16 for a value of bfloat16 keys. Written
-    as products and a `cat`, these are 46, and another 8 for the copy with heads before tokens that a product makes.
+    An autograd function for an accelerator, where time goes by the bytes read and written: 16 for each entry of
+    bfloat16 keys. Products and a `cat` would take 46, and a matrix product another 8 to copy heads before tokens.
     """
 
     @staticmethod
@@ -375,14 +375,15 @@ class _Rotated(torch.autograd.Function):
 class _WeightedStates(torch.autograd.Function):
     """(n, queries, d): states (n, t, d) weighted by (n, queries, t) float32, without a gradient of the states.
 
-    A function of its own for `vmap`, which would copy the states for each candidate: their queries are one batch.
+    An autograd function because `vmap` would copy the states for each candidate; here the queries of all candidates
+    are one batch.
     """
 
     @staticmethod
     def forward(shares: Tensor, states: Tensor) -> Tensor:
         if states.dtype == torch.float32:
             return torch.bmm(shares, states)
-        # A narrow dtype would round the shares: they are given as a sum of two numbers of it, in one product.
+        # A narrow dtype would round the shares, so each is the sum of two of its numbers, multiplied in one product.
         high = shares.to(states.dtype)
         both = torch.cat([high, (shares - high.float()).to(states.dtype)], 1)
         return torch.bmm(both, states).unflatten(1, (2, -1)).sum(1)  # in float32, rounded once
@@ -406,7 +407,7 @@ class _WeightedStates(torch.autograd.Function):
 def _sum(coefficients: Tensor, summands: Tensor) -> Tensor:
     """(sources,) float32 by (sources, tokens, width) to (tokens, width) float32.
 
-    A narrow dtype would round the coefficients: they are given as a sum of two numbers of it, in one product.
+    A narrow dtype would round the coefficients, so each is the sum of two of its numbers, multiplied in one product.
     """
     high = coefficients.to(summands.dtype)
     if summands.dtype == torch.float32:

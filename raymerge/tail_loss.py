@@ -53,7 +53,7 @@ class LossWeights:
     def __post_init__(self) -> None:
         values = [self.answer_nll, self.answer_kl, self.text_nll, self.text_kl]
         if not all(math.isfinite(value) and value >= 0.0 for value in values) or not any(values):
-            raise GradientError(f"the weights of a loss are not negative and not all 0: {self}")
+            raise GradientError(f"the weights of a loss must be not negative and not all 0: {self}")
 
     @property
     def of_answers(self) -> bool:
@@ -137,6 +137,8 @@ class TextWindows:
 
     @torch.no_grad()
     def _unmerged(self, trunk: TrunkCache, shard: Shard) -> list[tuple[Tensor, Tensor]]:
+        """Of each window, at each position but the last, what the unmerged model predicts: mean unembedding row
+        (positions, d) and entropy (positions,)."""
         layers = self.runner.plan_layers(base_plan(self.runner.checkpoint.n_layers), self.first)
         packed = self.runner.pack(self.runner.run(trunk.states(shard), layers))
         reference = []
@@ -214,7 +216,7 @@ class Loss(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """A loss, that of held-out questions beside it, and the first one's gradient by coefficients, float64."""
+    """The loss, the loss of the held-out questions, and the gradient of the first by the coefficients, float64."""
 
     loss: Loss
     held_out: Loss | None
@@ -228,8 +230,8 @@ _NOTHING: _Means = (math.nan, math.nan)  # of no questions, or no text
 class TailLoss:
     """The loss of a template's merges as a differentiable function of the merged layer's coefficients.
 
-    scorer: of all questions, with sources stacked as the template merges them; or, where no questions are asked, these
-    sources alone. reference: answer logits (n, 4) float32 of the unmerged model, needed for answer_kl.
+    scorer: of all questions, with sources stacked as the template merges them; None where no questions are asked, with
+    `sources` instead. reference: answer logits (n, 4) float32 of the unmerged model, needed for answer_kl.
     text: needed for the terms of text; with reference for text_kl.
     Raises GradientError where something that a term needs is missing, or the template cannot be descended on.
     """
@@ -244,7 +246,7 @@ class TailLoss:
         reference: Tensor | None = None,
         text: TextWindows | None = None,
     ):
-        # With all layers in use: at a corner, layers that cannot be averaged go unnoticed.
+        # Checked with all layers in use: where an alpha is 0 or 1, layers that cannot be averaged would go unnoticed.
         inside = template.with_alphas([0.5] * len(template.steps), name=template.name, kind="found")
         self.scorer, self.sources = scorer, sources if scorer is None else scorer.sources
         self.runner = runner = self.sources.runner
@@ -306,9 +308,9 @@ class TailLoss:
     ) -> Evaluation:
         """The loss with unrounded weights, and its gradient by `coefficients`, (sources,) or (matrices, sources).
 
-        rows: the questions it is over, all by default; of few ones only their tokens are run, with their prefixes.
-        held_out: questions whose loss is computed beside, for little, but not differentiated. drawn: the text, all of
-        it by default.
+        rows: the questions it is over, all by default; if they are few, only their tokens and prefixes are run.
+        held_out: questions whose loss is also computed, at little cost, but not differentiated. drawn: the text, all
+        of it by default.
         """
         (mixed,) = self.sources.mix(coefficients.detach()[None], torch.float32)
         merge_biases = self.template.biases == "merge"
@@ -333,7 +335,7 @@ class TailLoss:
         held_out: Sequence[int],
         leaves: Sequence[Tensor],
     ) -> tuple[_Means, _Means]:
-        """`_of_answers` of the questions `rows`, and beside it, without a gradient, of those held out."""
+        """`_of_answers` of the questions `rows`, and of those held out, the latter without a gradient."""
         if not self.weights.of_answers:
             return _NOTHING, _NOTHING
         if self.runner.accelerated:
@@ -387,10 +389,10 @@ class TailLoss:
         *,
         chosen: bool = False,
     ) -> _Means:
-        """Means (NLL, KL) over the questions `rows` of all logits, or, where they are chosen already, of just these.
+        """Means (NLL, KL) over the questions `rows`; logits are those of all questions, or, if `chosen`, of just these.
 
-        The gradient of the weighted sum, times share, is added to that of the leaves: to all of them, or where memory
-        runs out to none.
+        The gradient of the weighted sum, times share, is added to the leaves' gradients: to those of all leaves or, if
+        memory runs out, of none.
         """
         weights = self.weights
         rows = slice(None) if rows is None else list(rows)

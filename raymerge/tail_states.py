@@ -18,7 +18,7 @@ from raymerge.prompts import Group, Prompts
 from raymerge.trunk import TrunkCache
 
 # On an accelerator: a bucket's width is a multiple of this many tokens, since products of bfloat16 are fast where rows
-# begin at multiples of 16 bytes; and so much padding costs about as much as one more bucket's calls.
+# begin at multiples of 16 bytes; and this many tokens of padding cost about as much as the calls of one more bucket.
 _ALIGNED, _CALL_TOKENS = 8, 512
 
 
@@ -57,11 +57,11 @@ class Bucket:
 class Layout:
     """Where each token lies among the rows of the states: those of the prefixes, then the questions' own.
 
-    A question's place is its number by length. rows (n,) int64, on the CPU: of the question at each place, the row in
-    the question set. lengths, offsets, starts (n,) int64, on the device: how many tokens of its own it has, how many
-    its prefix has, and where its own begin. tokens: rows of all states, padding included; positions: rotary ones that
-    occur, padding included. prefix_order: from prefix after prefix to places; question_order: from places to the
-    question set's order.
+    A question's place is its number by length. rows, owners (n,) int64, on the CPU: for the question at each place, its
+    row in the question set and the number of its prefix. lengths, offsets, starts (n,) int64, on the device: how many
+    tokens of its own it has, how many its prefix has, and the row of its first own token. tokens, positions: how many
+    rows and how many rotary positions there are, padding included. prefix_order, question_order (n,) int64: indexing
+    with them turns values listed prefix by prefix into values by place, and these into the question set's order.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Layout:
         return cls(rows, lengths, owners, prefixes, bucket_tokens=bucket_tokens, device=device)
 
     def chunks(self, most: int, *, together: bool) -> Chunks:
-        """The rows as keys are made of them, `most` tokens at a time (but one question's, or one prefix's).
+        """The rows cut up for computing keys: at most `most` tokens at a time, or one question or one prefix.
 
         together: several prefixes at a time. MMLU's 57 are too short to be worth an accelerator's call each.
         """
@@ -139,17 +139,17 @@ class Chunks:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Rows [start, stop) of each."""
+        """Rows [start, stop) of each chunk."""
         of_groups = [(group[0].start, group[-1].stop) for group in self.groups]
         return of_groups + [(piece.start, piece.stop) for piece in self.pieces]
 
     @property
     def shapes(self) -> list[tuple[int, int] | None]:
-        """(questions, tokens of each) of pieces of buckets; None of groups of prefixes."""
+        """For each chunk: (questions, padded tokens of each) if it is a piece of a bucket, None if prefixes."""
         return [None] * len(self.groups) + [(piece.count, piece.width) for piece in self.pieces]
 
     def positions(self) -> Iterator[Tensor]:
-        """Those of each one's tokens, int64, on the device."""
+        """For each chunk, its tokens' positions in their prompts, (tokens,) int64, on the device."""
         offsets = self.layout.offsets
         for group in self.groups:
             yield torch.cat([torch.arange(prefix.length, device=offsets.device) for prefix in group])
@@ -210,7 +210,7 @@ class TailStates:
         """The tokens' states of each span of rows, on the device."""
         if not self._on_host:
             return (self.tokens[start:stop] for start, stop in spans)
-        if torch.is_grad_enabled():  # kept for the backward pass
+        if torch.is_grad_enabled():  # the backward pass needs them, and `streamed` overwrites its buffers
             return (self.tokens[start:stop].to(self.device, non_blocking=True) for start, stop in spans)
         return streamed(self.tokens, spans, self.device)
 
@@ -251,13 +251,12 @@ class TailStates:
 
 
 def _key(group: Group) -> bytes:
-    """Of its prefix, by its token ids: large subjects have it in many shards."""
+    """What identifies a group's prefix: its token ids. A large subject has the same prefix in many shards."""
     return group.prefix.astype("<i8").tobytes()
 
 
 def _buckets(lengths: Sequence[int], start: int, most: int) -> list[Bucket]:
-    """Questions, sorted by length, from row `start` on, cut into buckets of at most `most` tokens (but one
-    question's)."""
+    """Questions, sorted by length, from row `start` on, cut into buckets of at most `most` tokens, or one question."""
     buckets, begin = [], 0
     while begin < len(lengths):
         # Extend while the whole bucket, padded to its longest question, stays in the limit and little is wasted.
@@ -275,8 +274,8 @@ def _buckets(lengths: Sequence[int], start: int, most: int) -> list[Bucket]:
 def _aligned_buckets(lengths: Sequence[int], start: int, most: int) -> list[Bucket]:
     """The same for an accelerator, by widths that are multiples of `_ALIGNED`.
 
-    For MMLU's 1,495,476 tokens 3.7 % more are padding, in 67 buckets of at most 32,768; as a CPU has them 3.2 %, in 50
-    buckets of which a twelfth is aligned.
+    Padding adds 3.7 % to MMLU's 1,495,476 tokens, in 67 buckets of at most 32,768; a CPU's buckets would add 3.2 %, in
+    50 of which a twelfth are aligned.
     """
     widths = [-(-length // _ALIGNED) * _ALIGNED for length in lengths]
     buckets, begin = [], 0

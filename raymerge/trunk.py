@@ -17,7 +17,7 @@ from raymerge.plan import base_plan
 from raymerge.prompts import Shard
 from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 
-_WHAT = "the trunk states"  # of a file, in errors
+_WHAT = "the trunk states"  # what a file holds, for error messages
 
 
 class TrunkCache:

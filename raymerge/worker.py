@@ -66,7 +66,7 @@ def _now() -> tuple[float, float]:
 
 
 def _taken(began: tuple[float, float]) -> dict[str, float]:
-    """Seconds since, by the clock and of this process's CPU time, which others' work on the machine leaves alone."""
+    """Seconds since `_now`: by the clock, and of this process's CPU, which other processes' work does not add to."""
     wall, cpu = _now()
     return {"seconds": wall - began[0], "cpu_seconds": cpu - began[1]}
 
@@ -85,7 +85,7 @@ class SubsetSimilarity(NamedTuple):
 
 
 def embedded(settings: SimilarityConfig, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """What `SubsetSimilarity` has of samples at distances (L, N, N)."""
+    """`SubsetSimilarity.embedded` of samples at distances (L, N, N)."""
     if MEASURES[settings.measure] != "embeddings":
         return None
     options = {name: getattr(settings, name) for name in ("dimensions", "sigma", "anisotropy")}
@@ -95,7 +95,7 @@ def embedded(settings: SimilarityConfig, distances: np.ndarray) -> tuple[np.ndar
 class ModelWorker:
     """Holds a model (weights mapped from disk), tokenised prompts by role, and the trunk's states.
 
-    roles: what it is asked about: SEARCH, REPORT, SEARCH_TEXT (which SEARCH has with it where the search asks for it),
+    roles: what it is asked about: SEARCH, REPORT, SEARCH_TEXT (SEARCH brings it along where the search needs it),
     SUBSETS, CALIBRATION, and tasks (`inputs.task_role`). template: the plan whose coefficients are searched. firsts:
     layers whose inputs are cached, so that plans which change nothing before them start there. cache: folder of trunk
     states, activations and alignments. shards: how many shards each role's prompts are cut into at least, where they
@@ -124,7 +124,7 @@ class ModelWorker:
         self.prompts = RolePrompts(config, self.material, self.checkpoint, shards=shards)
         self._matched_on = questions_to_match_on(config, self.material)
         data = ""
-        if self._matched_on is not None:  # with what else their activations follow from: runs may share a cache
+        if self._matched_on is not None:  # all that the activations depend on, since runs may share a cache
             tokens = [self._matched_on.identity, self.checkpoint.tokenizer_identity, model.add_bos]
             data = digest([*tokens, model.dtype, model.quantise])
         self.aligner = Aligner(self.checkpoint, self.cache, device=device, units=self._units, data=data)
@@ -210,7 +210,7 @@ class ModelWorker:
         return self.aligner.row_matches(plan)
 
     def _units(self, layer: int) -> torch.Tensor:
-        """MLP units (tokens, n) of an unmerged layer on calibration prompts: the first shard of theirs."""
+        """MLP units (tokens, n) of an unmerged layer on the first shard of `questions_to_match_on`."""
         shard = self.prompts.encode(self._matched_on).shards[0]
         entering = TrunkCache(self.runner, layer, self.cache)
         # From the deepest states that are on disk already.
@@ -295,8 +295,8 @@ class ModelWorker:
         A result has what `score` gives for the best epoch's plan, with its flat alphas; and history, an Epoch for every
         one. Each epoch's state is in the cache, from which a descent that was cut short goes on.
 
-        After half of workers.timeout_s a descent stops, so that a long one is told from a worker that hangs: what is
-        given then has `unfinished`, seconds and cpu_seconds, and the same call again goes on.
+        After half of workers.timeout_s a descent stops, so that a long one is told from a worker that hangs: the result
+        then has `unfinished`, seconds and cpu_seconds alone, and the same call again goes on.
         """
         results, deadline = [], time.monotonic() + self.config.workers.timeout_s / 2
         for start in starts:
@@ -482,7 +482,7 @@ class ModelWorker:
             self.refitter.store(plan, number, tensors)
 
     def refit_tensors(self, plan: MergePlan) -> dict[int, dict[str, torch.Tensor]]:
-        """What a plan's fits are, by position in the merged model."""
+        """A plan's fitted tensors by relative name, by position in the merged model."""
         return {position: self.refitter.tensors(plan, position) for position in plan.refit_targets}
 
     def refit_records(self, plan: MergePlan) -> list[dict[str, float | int | str]]:
@@ -492,8 +492,8 @@ class ModelWorker:
     # -- similarity ---------------------------------------------------------------------------------------------
 
     def activations_room(self) -> tuple[int, int]:
-        """About the bytes of the subsets' activations and studies that this machine's disk does not have yet, and bytes
-        that are free there."""
+        """Roughly how many bytes the subsets' activations and studies take that this machine's disk does not have yet,
+        and how many are free there."""
         settings, layers = self.config.similarity, self.checkpoint.n_layers
         pooled = 0 if settings.pooling == "sequence" else 4 * self.checkpoint.config.hidden_size
         one = layers * settings.samples * (8 * settings.samples + pooled)

@@ -1,4 +1,4 @@
-"""`search`: the merge coefficients of a plan, by Bayesian optimisation or at random, beside every control.
+"""`search`: the merge coefficients of a plan, by Bayesian optimisation, gradient descent or at random, and controls.
 
 Everything that can be refused is refused before anything is written. What is finished is in the tables, and the same
 call again goes on from there.
@@ -80,7 +80,7 @@ from raymerge.search import BatchSearcher, check_loggers, choose_batch, run_sear
 from raymerge.storage import TEMPORARY
 from raymerge.tables import RunDirectory, RunError
 
-_LOOSE = 200  # batches after which their parts of `trials` become one file: reading each takes 1 ms, of a store 50
+_LOOSE = 200  # batches whose parts of `trials` become one file: reading each takes 1 ms, in an object store 50
 _INSIDE = 0.05  # an alpha's distance from its corner where a descent starts near one
 FIXED_CONTROL = PlanConfig().ratio  # the constant that published coefficients amount to
 
@@ -96,7 +96,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     without one nothing is shown, and raymerge.console.progress() is a context that gives the command line's.
 
     Leaves in config.output.run: tables trials, plans, coefficients, answers, accuracy, comparisons, perplexity,
-    text_losses, context, costs, receipts, with plan.selection block blocks and with plan.refit refits; the models of
+    text_losses, context, costs, receipts, and `blocks` for plan.selection block, `refits` for plan.refit; the models of
     what was found; figures; and the manifest. Searches on data.search_split, reports on data.report_split; without
     data.mmlu no questions are asked: it searches by the loss on search.text, and reports on data.perplexity_text and
     tasks. The same call again resumes; a complete run is returned as it is.
@@ -224,7 +224,7 @@ class _Search:
         self.blocks = _searched_starts(config, start, inputs.checkpoint)
         self.templates = [self.template.moved_to(first) for first in self.blocks] or [self.template]
         if start.selection == "block":
-            # From where dropping the last layers and the unmerged model are run.
+            # Its states are kept too: dropping the last layers, and the unmerged model, start from them.
             self.templates.append(drop_plan(start.n_layers, len(start.steps)))
         self.firsts = tuple(sorted({template.resumes_at for template in self.templates}))
         self.facts: dict[str, Any] = {}
@@ -323,20 +323,20 @@ class _Search:
         return controls if same else [*controls, start]
 
     def _try_controls(self, controls: list[MergePlan]) -> float:
-        """Judge the controls on the search questions, as rows of `trials`, those apart that an earlier call has judged;
-        seconds that a candidate takes."""
-        tail = dict(enumerate(plan for plan in controls if plan.steps))
+        """Judge the controls on the search questions, as rows of `trials`, but for those that an earlier call has
+        judged; return the seconds that a candidate takes."""
+        merging = dict(enumerate(plan for plan in controls if plan.steps))
         trials = {
             row["iteration"]: row
             for row in self.run.read("trials").to_pylist()
-            if row["searcher"] == "controls" and row["status"] == "ok" and row["iteration"] in tail
-            if row["plan_id"] == tail[row["iteration"]].plan_id(self.identity)
+            if row["searcher"] == "controls" and row["status"] == "ok" and row["iteration"] in merging
+            if row["plan_id"] == merging[row["iteration"]].plan_id(self.identity)
         }
-        left = [iteration for iteration in tail if iteration not in trials]
+        left = [iteration for iteration in merging if iteration not in trials]
 
         def store(number: int, found: tuple[dict[str, Any], Answers | None]) -> None:
             iteration, (result, answers) = left[number], found
-            plan = tail[iteration]
+            plan = merging[iteration]
             if answers is not None:
                 self.reporter.store_answers(plan, SEARCH, answers)
             trials[iteration] = {
@@ -357,7 +357,7 @@ class _Search:
         if left:
             on = "questions" if self.inputs.questions else "text"
             self.progress.stage(f"controls on the search {on}", len(left))
-            self.pool.map("judge", [tail[iteration] for iteration in left], counted(self.progress, then=store))
+            self.pool.map("judge", [merging[iteration] for iteration in left], counted(self.progress, then=store))
         if len(left) < self.pool.count:
             self.pool.broadcast("score", [self.start.alphas])
         # By now the call is warm: an earlier one has set up the scorer.
@@ -403,8 +403,7 @@ class _Search:
 
     @property
     def _concurrent(self) -> int:
-        """Trials at a time, with the workers that are there: one where the last candidate before took the last of them
-        along, which is restarting."""
+        """Trials at a time with the workers that are there: one where none is, since the last one is restarting."""
         asked, count = self.config.search.concurrent, max(1, self.pool.count)
         return count if asked == "auto" else min(asked, count)
 
@@ -414,11 +413,11 @@ class _Search:
         return [row | {"alphas": self._point(row["alphas"], row["block"])} for row in rows]
 
     def _point(self, alphas: list[float], block: int | None = None) -> list[float]:
-        """What a searcher moves: where blocks are searched too, the block's first layer (the start's) and alphas."""
+        """A searcher's point: alphas, after the block's first layer (None: the start's) where blocks are searched."""
         return [float(self.start.first_removed if block is None else block), *alphas] if self.blocks else alphas
 
     def _corners(self, inside: float = 0.0) -> list[list[float]]:
-        """The first of the merged layers alone and the last, or points so far inside."""
+        """The alphas that keep the first, or the last, of the merged layers alone, or points `inside` from these."""
         merges = len(self.start.steps)
         return [[1.0 - inside] * merges, [inside] * merges]
 
@@ -499,7 +498,7 @@ class _Search:
             self.loose = 0
 
     def _best(self, searcher: str, name: str, kind: str) -> tuple[tuple[float, float], MergePlan] | None:
-        """The best finished candidate of a searcher (`objectives.rank`), after the first two that it is ranked by."""
+        """The first two numbers of `objectives.rank` and the plan, of a searcher's best finished candidate."""
         trials = self.run.read("trials").to_pylist()
         trials = [row for row in trials if row["searcher"] == searcher and row["status"] == "ok"]
         if not trials:
@@ -525,15 +524,15 @@ class _Search:
                 "again"
             )
         random = None if "random" in searchers else self._best("random", "random", "random")
-        # The best of several searches by the search questions, which is what a search may choose by. One set of
-        # coefficients before a set for each matrix: with seven times as many these fit the search questions best and
-        # the report's worst, every time that both were tried (docs/results.md).
+        # The best of several searches by the search questions, which is what a search may choose by. A plan with one
+        # set of coefficients is preferred to one with a set for each matrix: with seven times as many, the latter fits
+        # the search questions best and the report's worst, every time that both were tried (docs/results.md).
         found.sort(key=lambda best: (not best[1].matrix_alphas, best[0]))
         return controls + ([random[1]] if random else []) + [plan for _, plan in found]
 
     def _refitted(self, best: MergePlan) -> list[MergePlan]:
-        """Where plan.refit asks for it: its layers dropped, the start and the best found, each refitted; the linear
-        replacement of the dropped layers beside them."""
+        """Where plan.refit asks for it: the layers of `best` dropped, the start, and `best`, each refitted; before them
+        the linear replacement of the dropped layers."""
         method = self.config.plan.refit
         if method == "none":
             return []
@@ -544,11 +543,11 @@ class _Search:
             replace(plan, name=f"{plan.name}_{how}", refit=refit_of(self.config, self.inputs, how))
             for plan, how in plans
         ]
-        # By name as well: where the best found drops its layers, it still is the last.
+        # Plans of different names are not equal: where the best found drops its layers, it still is the last.
         return list(dict.fromkeys(found))
 
     def _take_matches(self, pool: WorkerPool, plans: Sequence[MergePlan]) -> None:
-        """Have at hand what the workers have matched for plans that are to be saved: their caches may be elsewhere."""
+        """Fetch the alignments of plans that are to be saved: the workers' caches may be on other machines."""
         items = [(p.alignment, pair) for p in plans if p.alignment in REORDERED for pair in Aligner.pairs(p)]
         for (alignment, pair), found in zip(items, pool.map("match", items), strict=True):
             self.aligner.take(pair, alignment, found)
@@ -561,8 +560,8 @@ class _Search:
     ) -> tuple[str, dict[str, Any] | None]:
         """The merged checkpoint in models/, with plan, alphas and receipts beside the weights, and its proof.
 
-        fitted: the tensors of a refitted plan by position. One that does not pass its proof is kept there all the same,
-        and raises ProofError; one whose proof did not come to an end is not. What an earlier call has saved stays.
+        fitted: the tensors of a refitted plan by position. A checkpoint that fails its proof is kept there all the
+        same, and raises ProofError; one whose proof did not end is not kept. What an earlier call has saved stays.
         """
         where, plan_id = self.run.path_of("models", best.name), best.plan_id(self.identity)
         if self.run.is_local and Path(where).exists():

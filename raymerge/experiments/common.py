@@ -32,7 +32,7 @@ from raymerge.texts import text_hash
 from raymerge.worker import ModelWorker
 from raymerge.worker_memory import host_bytes
 
-_TOLD_BYTES = 10**10  # of a cache, from which on its size is said
+_TOLD_BYTES = 10**10  # size of a cache from which on the user is told of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def cache_of(config: Config, run: RunDirectory) -> str:
     """The folder of states, activations and alignments: output.cache, or RUN/cache where RUN is on a disk, or a folder
     of the user's cache that a resumed run finds again. Each machine has its own unless they share it."""
     if config.output.cache:
-        # Workers of a cluster that is there already do not start where the driver does.
+        # Absolute: workers of a cluster that is there already start in another folder than the driver.
         return str(Path(config.output.cache).expanduser().absolute())
     if run.is_local:
         return run.path_of("cache")
@@ -120,9 +120,9 @@ def cache_of(config: Config, run: RunDirectory) -> str:
 
 @contextmanager
 def swept_cache(config: Config, run: RunDirectory) -> Iterator[str]:
-    """The run's cache (`cache_of`), without what killed processes have left under temporary names: all of it where the
-    cache is the run's own, of which a run in an object store has none but this to be locked by; where other runs may
-    share it, what is older than a day. Raises RunError where another process has the lock."""
+    """The run's cache (`cache_of`), without temporary files that killed processes have left: all of them where the
+    cache is the run's own, those older than a day where other runs may share it. The cache of a run in an object store,
+    which itself cannot be locked, is locked. Raises RunError where another process has the lock."""
     cache = cache_of(config, run)
     # Inside a run on a disk it is locked and swept with the run.
     lock = Lock(cache) if config.output.cache is None and not run.is_local else None
@@ -155,9 +155,9 @@ def open_pool(
     """Start the workers, `most` of them at the most; what befalls them becomes incidents of the run. With workers.count
     auto there are more as nodes join.
 
-    plans: what is scored, by which it is judged how much memory a worker takes. shards_each: cut prompts small enough
-    that every worker has so many shards of each role. Not for states that are cached: the cut names them, and it would
-    change with the number of workers.
+    plans: what is scored, from which a worker's memory is estimated. shards_each: cut prompts small enough that every
+    worker has so many shards of each role. Not where states are cached: their files are named by the shards, which
+    would change with the number of workers.
     """
     workers, progress = config.workers, progress or Silent()
     refits = config.plan.refit != "none" or set(config.sweep.refits) != {"none"}
@@ -193,8 +193,8 @@ def open_pool(
         except PlacementError:
             return 0
 
-    # A worker of no GPU is not to look for one: Ray hides none from it (2.60), where the cluster was started with
-    # --num-gpus=0 as where it has none.
+    # A worker without a GPU is told so, lest it look for one: Ray (2.60) hides none from it, also in a cluster that was
+    # started with --num-gpus=0.
     found = {"gpus_per_worker": placement.gpus, "cpus_per_worker": placement.cpus}
     arguments = {
         "config": config.model_copy(update={"workers": workers.model_copy(update=found)}),
@@ -260,10 +260,12 @@ def _as_it_is(run: RunDirectory, progress: Progress) -> RunDirectory:
 def describe_workers(
     pool: WorkerPool, inputs: Inputs, progress: Progress, run: RunDirectory | None = None
 ) -> list[dict[str, Any]]:
-    """What every worker holds; refuses a pool whose machines have other files under the same paths, compute on
-    different kinds of devices or in different dtypes, or have a GPU that torch does not see - now and of every worker
-    that comes later - and one that would continue a run in another dtype: where model.dtype is auto it is the device's,
-    and `workers` may differ from call to call."""
+    """What every worker holds (`ModelWorker.describe`).
+
+    Refuses workers, now or when they come later, whose machines have other files under the same paths, compute on
+    different kinds of devices or in different dtypes, or have a GPU that torch does not see. Refuses also to continue a
+    run in another dtype: where model.dtype is auto it is the device's, and `workers` may differ from call to call.
+    """
     ours = {
         "model_identity": inputs.checkpoint.identity,
         "tokenizer_identity": inputs.checkpoint.tokenizer_identity,
@@ -337,7 +339,7 @@ def compute_trunk(pool: WorkerPool, inputs: Inputs, progress: Progress, further:
 
 def check_room(rooms: Sequence[tuple[int, int]], what: str, fewer: str, progress: Progress) -> None:
     """Raise NoRoomError where a worker's cache takes more bytes than its disk has; rooms: (bytes that are still to be
-    written, bytes free) of every worker. Where they are many but have room, it is said."""
+    written, bytes free) of every worker. Where many bytes are needed and there is room, the user is told."""
     needed, free = max(rooms, key=lambda room: room[0] - room[1])
     if needed > free:
         raise NoRoomError(
@@ -401,8 +403,8 @@ def model_facts(config: Config, inputs: Inputs) -> dict[str, Any]:
 
 
 def draw_figures(run: RunDirectory, scripts: Sequence[str], progress: Progress) -> list[str]:
-    """Run analysis scripts on a finished run. They are inside the package where it is installed (setup.py), and beside
-    it in a checkout."""
+    """Run analysis scripts on a finished run; return the figures' paths in it. The scripts are inside the package where
+    it is installed (setup.py), and beside it in a checkout."""
     package = Path(raymerge.__file__).resolve().parent
     inside = package / "_analysis"
     folder = inside if inside.is_dir() else package.parent / "analysis"

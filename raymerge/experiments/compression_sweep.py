@@ -80,7 +80,8 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     One pass of the trunk serves every K: the states entering each first merged layer are kept. Leaves tables sweep,
     plans, coefficients, answers, accuracy, comparisons (each point against dropping as many layers, and each aligned or
     folded one against the plain one; each refitted one against the unrefitted one and the linear replacement of the
-    dropped block), perplexity, context, refits, costs, receipts; figures; the manifest. The same call again resumes.
+    dropped block), perplexity, text_losses, context, refits, costs, receipts; figures; the manifest. The same call
+    again resumes.
     Where blocks are asked for, table blocks says how they were chosen. Without data.mmlu no questions are asked, and
     plain text and tasks are what the points are judged by. Errors as `search`.
     """
@@ -219,7 +220,7 @@ def _averaged(
 
 
 def _method_name(method: str) -> str:
-    """fixed:RATIO as points and plans are named: alike only where the ratios are."""
+    """A method as points and plans are named: two fixed:RATIO have one name only if the ratios are equal."""
     if not method.startswith("fixed:"):
         return method
     ratio = float(method.removeprefix("fixed:"))
@@ -285,7 +286,7 @@ class _Sweep:
             shards = compute_trunk(pool, self.inputs, self.progress, further)
             align(pool, self.plans, self.progress)  # after the trunk, whose states matching by activations needs
             align_rows(pool, self.plans, self.progress)
-            fit(pool, self.plans, self.inputs, self.run, self.progress)  # what is merged, as it is aligned
+            fit(pool, self.plans, self.inputs, self.run, self.progress)  # after aligning, since merged layers are run
             reporter.report(pool, self.plans, shards, self.firsts, self.progress)
             if self.config.sweep.context:
                 self._retrieve(pool)

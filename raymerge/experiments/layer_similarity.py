@@ -108,7 +108,7 @@ def _workers(
         open_pool(config, inputs, cache, **options) as pool,
     ):
         workers = describe_workers(pool, inputs, progress, run)
-        machines = len({worker["host"] for worker in workers})  # a subset is of one machine's
+        machines = len({worker["host"] for worker in workers})  # each subset is cached on one of them
         rooms = [(needed // machines, free) for needed, free in pool.broadcast("activations_room")]
         fewer = "fewer similarity.samples, similarity.subsets or similarity.languages, or similarity.pooling=sequence"
         check_room(rooms, "activations of the subsets", fewer, progress)
@@ -198,9 +198,11 @@ def _known(value: float) -> float | None:
 def _correlations(
     measure: str, named: Sequence[tuple[tuple[str, str], Any]], correlate: Callable[[Any, Any], Correlation]
 ) -> tuple[list[Row], list[str]]:
-    """Rows of `similarity_correlation` of every two of what `correlate` takes, each after its (subset, language), and a
-    warning of pairs that have none: matrices with nothing in them correlate with nothing, and the others do all the
-    same."""
+    """Rows of `similarity_correlation` for every two of `named`, and a warning of pairs that have no correlation:
+    matrices with nothing in them have none, and the others are correlated all the same.
+
+    named: ((subset, language), what `correlate` takes) of each matrix.
+    """
     rows, without = [], []
     for (a, x), (b, y) in combinations(named, 2):
         try:
@@ -232,8 +234,8 @@ def correlation_row(measure: str, a: tuple[str, str], b: tuple[str, str], found:
 
 def _repeated_samples(config: Config, subsets: Sequence[Subset], distinct: Sequence[int]) -> list[str]:
     """Warnings of samples that are the same: those of one subject share their few-shot prefix, which may fill
-    max_tokens (532 and 1,392 tokens of 512 for the two legal subjects, whose 40 samples are then 2). Where whole
-    prompts are read, the source asks a question twice (MMLU's test questions of college_physics)."""
+    max_tokens (those of the two legal subjects have 532 and 1,392 tokens, so that of 40 samples only 2 differ within
+    512). Where whole prompts are read, the source asks a question twice (MMLU's test questions of college_physics)."""
     settings = config.similarity
     why = " in their first {0} tokens: set similarity.shots to 0, pooling to last, or raise max_tokens"
     if settings.pooling != "sequence":

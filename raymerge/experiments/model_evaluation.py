@@ -40,9 +40,9 @@ _SHARDS_EACH = 2  # of a worker, so that none waits long for the others at the e
 def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: Progress | None = None) -> RunDirectory:
     """Evaluate one model as it is on data.report_split, on the tasks and on plain text, over the pool.
 
-    Leaves tables answers, accuracy, task_answers, task_accuracy, perplexity, context, plans and costs. Answers are
-    stored shard by shard, 8,192 tokens each or fewer: the same call again goes on after the last one. Errors as
-    `search`.
+    Leaves tables answers, accuracy, task_answers, task_accuracy, perplexity, text_losses, context, plans and costs.
+    Answers are stored shard by shard, 8,192 tokens each or fewer: the same call again goes on after the last one.
+    Errors as `search`.
     """
     check_config(config)
     progress = progress or Silent()
@@ -121,12 +121,12 @@ class _Evaluation:
                 call = "answers", (*item, self.config.data.question_perplexity)
             else:
                 call = "score_choices", item
-            # Named by content: the same share again takes the place of what it was.
+            # Named by content, so that the same shard again replaces its part.
             part = f"{role.removeprefix(task_role(''))}-{digest(members)}"
             yield _Share(call, tokens[number], partial(self._store, role, part))
 
     def _numbers(self, role: str, stored: pa.Table) -> list[int]:
-        """What the rows of `answers` are of a role's questions, or those of `task_answers` of its task's items."""
+        """For each row of `answers`, the number of its question in the role; of `task_answers`, of its task's item."""
         if role == REPORT:
             number = {(q.subject, q.question_id): i for i, q in enumerate(self.inputs.questions[REPORT].questions)}
             keys = zip(stored["subject"].to_pylist(), stored["question_id"].to_pylist(), strict=True)
@@ -162,7 +162,7 @@ class _Evaluation:
         ordered = {}
         for role in (*self.inputs.questions, *self.tasks):
             stored = self._stored(role)
-            # Once each: with another number of workers the shards are others, and some of a shard was there already.
+            # Each question once: with another number of workers shards are cut elsewhere, and may hold answered ones.
             ordered[role] = stored.take(np.unique(self._numbers(role, stored), return_index=True)[1])
         if self.inputs.questions:
             self.run.replace("answers", ordered[REPORT])

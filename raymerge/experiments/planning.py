@@ -28,7 +28,7 @@ from raymerge.pool import WorkerPool
 from raymerge.progress import Progress
 from raymerge.tables import RunDirectory
 
-SHUFFLE_SEED = 0  # of the control whose similarity has its layers shuffled; those after it are tried where it has none
+SHUFFLE_SEED = 0  # of the control with shuffled layers; where it makes no plan, the seeds after it are tried
 _SHUFFLES = 100
 
 
@@ -87,7 +87,7 @@ def starting_plan(
     """The merges and base coefficients of the plan section, named after where the coefficients come from.
 
     first: the block's first layer where plan.selection is block; by default the first one allowed. Raises PlanError.
-    plan.recompute is `recomputed_plan`'s; here the similarity is collected once.
+    plan.recompute is ignored here; see `recomputed_plan`.
     """
     options = options_of(plan)
     if plan.base == "file":
@@ -129,9 +129,9 @@ def shuffled_plan(
 ) -> list[MergePlan]:
     """The starting plan as a similarity whose layers are shuffled would have it: does the similarity matter?
 
-    It merges `merges` layers, as many as the start, wherever a threshold would stop it; a block (`first`) stays where
-    it is. Another shuffle is tried where one leads to entries that are undefined, or to layers that cannot be merged
-    (`check` raises PlanError), and no plan comes of it where all do.
+    It merges `merges` layers, as many as the start, whatever plan.threshold is; a block (`first`) stays where it is.
+    Another shuffle is tried where one leads to entries that are undefined, or to layers that cannot be merged (`check`
+    raises PlanError); the list is empty where all do.
     """
     if plan.selection == "most_similar":
         plan = plan.model_copy(update={"merges": merges, "threshold": None})
@@ -155,9 +155,10 @@ def influence_plan(similarity: Similarity | None, merges: int) -> list[MergePlan
 def allowed_starts(plan: PlanConfig, n_layers: int, merges: int, checkpoint: Checkpoint | None = None) -> list[int]:
     """The first layers that a block of `merges` layers may have: the given one, or those of plan.starts that fit.
 
-    By similarity 0 is none of them unless plan.starts has it: layers' outputs are compared, and none enters layer 0.
-    checkpoint: of a model whose blocks are averaged; where plan.starts names none, only those blocks are left whose
-    layers, the one that takes them in among them, have the same attention. Raises PlanError where there is none.
+    With plan.block similarity, 0 is left out unless plan.starts has it: layers' outputs are compared, and no layer's
+    output enters layer 0. checkpoint: given where blocks are averaged; unless plan.block or plan.starts names layers,
+    only blocks are left whose layers have the same attention as the layer that takes them in. Raises PlanError where
+    none is left.
     """
     fitting = block_starts(n_layers, merges, plan.survivor)
     any_first = [first for first in fitting if first > 0 or plan.block != "similarity"]
@@ -193,7 +194,7 @@ def choose_blocks(
     """The first layer of the block of each number of layers, as plan.block says; the scores of all that are allowed go
     into table `blocks`.
 
-    roles: what is read beside it says which prompts the calibration is, as SEARCH and REPORT do in a search.
+    roles: what is read; on questions, the calibration depends on whether SEARCH and REPORT are read too.
     checkpoint: see `allowed_starts`.
     What is in the table is not measured again. Needs Ray where states or losses are measured, and then the calibration
     section's text or prompts. Raises PlanError, ConfigError.
@@ -238,7 +239,7 @@ def choose_blocks(
     return chosen
 
 
-_Scores = dict[tuple[str, int], dict[int, float]]  # by measure and number of layers: by first layer
+_Scores = dict[tuple[str, int], dict[int, float]]  # (measure, number of layers) -> first layer -> score
 
 
 def _block_distances(
@@ -280,7 +281,7 @@ def _block_losses(
 
 
 def _calibration_shards(pool: WorkerPool, inputs: Inputs, progress: Progress, run: RunDirectory) -> list[int]:
-    """Tokens of each shard of the calibration, which all workers hold alike; the run goes on in their dtype."""
+    """Tokens of each shard of the calibration, once all workers are known to hold the same (`describe_workers`)."""
     describe_workers(pool, inputs, progress, run)
     (shards,) = pool.map("shard_tokens", [CALIBRATION])
     return shards

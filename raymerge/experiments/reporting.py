@@ -23,7 +23,7 @@ from raymerge.progress import Progress
 from raymerge.tables import RunDirectory, derive_accuracy, derive_task_accuracy
 from raymerge.tasks import Task
 
-_PAIRS_OF = 12  # plans of which all pairs are compared, 66 at the most
+_PAIRS_OF = 12  # plans, at the most, of which all pairs (66) are compared
 
 
 class Reporter:
@@ -59,7 +59,7 @@ class Reporter:
         answered = self.run.distinct("answers", ["plan_id", "split"])
         answered = {plan for plan, split in answered if split == data.report_split}
         measured = {plan for plan, of in self.run.distinct("perplexity", ["plan_id", "target"]) if of == "text"}
-        proved = {plan for (plan,) in self.run.distinct("receipts", ["plan_id"])}
+        receipted = {plan for (plan,) in self.run.distinct("receipts", ["plan_id"])}
         scored = self.run.distinct("task_answers", ["plan_id", "task"])
         # (method, plan id, task) -> plan, what the method is called with
         jobs: dict[tuple[str, str, str], tuple[MergePlan, list]] = {}
@@ -76,7 +76,7 @@ class Reporter:
             for name, role in {name: task_role(name) for name in self.inputs.tasks}.items():
                 if (plan_id, name) not in scored:
                     jobs["score_choices", plan_id, name] = plan, [(plan, role, n) for n in range(shards[role])]
-            if plan_id not in proved:
+            if plan_id not in receipted:
                 jobs["receipts", plan_id, ""] = plan, [plan]
         # Plans that start at the same layer one after the other: workers then load its states once.
         order = sorted(jobs, key=lambda key: (jobs[key][0].resumes_at, key[0]))
