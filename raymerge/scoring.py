@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +39,14 @@ from raymerge.trunk import TrunkCache
 
 _MIXED_TOGETHER = 4  # candidates whose weights are mixed in one pass on a CPU and held at once (60 MB each at 0.5B)
 _BUCKET_TOKENS = 16384  # padded tokens of the questions whose own attention a CPU computes in one call
+
+
+class _Alike(NamedTuple):
+    """What candidates that are scored at once have in common: they differ in their coefficients alone."""
+
+    axes: int  # of a candidate's coefficients, (sources,) or (matrices, sources); 0: fused by itself (`is_stacked`)
+    rest: int  # the source layer that gives norms, attention window and, unless they are merged, biases
+    merge_biases: bool
 
 
 class TailScorer:
@@ -232,42 +242,43 @@ class TailScorer:
             sources = [self.sources.weights(own, 0, False) for own in self.sources.stack]
             if not attempt(lambda: self.layer.hold_keys(sources))[0]:
                 self.layer.plan = replace(self.plan, keys="recompute")
-        coefficients = [self.coefficients(plan) if self.is_stacked(plan) else None for plan in plans]
+        batches = self._batches(plans)
+        pieces = {}
         # Plans with coefficients for each matrix are mixed apart, so that the products for the others stay the same.
-        # By the coefficients' number of axes: coefficients, mixed weights, and how many of these have been used.
-        alike, mixed, taken = {}, {}, {}
-        for axes in {values.ndim for values in coefficients if values is not None}:
-            alike[axes] = torch.stack([values for values in coefficients if values is not None and values.ndim == axes])
-            mixed[axes] = self.sources.mix(alike[axes], self.fused_dtype, self.compute_dtype)
-            taken[axes] = 0
-        start = 0
-        while start < len(plans):
-            plan, values = plans[start], coefficients[start]
-            rest = plan.kept[self.first].index - self.first
-            if values is None:
-                yield self.layer.hidden(self.runner.deployed(self._fused(plan)), rest)
-                start += 1
+        for axes in {alike.axes for alike, _ in batches} - {0}:
+            own = [batch for alike, batch in batches if alike.axes == axes]
+            coefficients = torch.stack([self.coefficients(plan) for batch in own for plan in batch])
+            mixed = self.sources.mix(coefficients, self.fused_dtype, self.compute_dtype)
+            sizes = [len(batch) for batch in own]
+            pieces[axes] = zip(mixed.split(sizes), coefficients.split(sizes), strict=True)
+        for alike, batch in batches:
+            if alike.axes == 0:
+                (plan,) = batch
+                yield self.layer.hidden(self.runner.deployed(self._fused(plan)), alike.rest)
                 continue
-            # How many plans from here on differ in their coefficients alone.
-            count = 1
-            while (
-                self._is_batched
-                and count < min(self.plan.candidates, len(plans) - start)
-                and coefficients[start + count] is not None
-                and coefficients[start + count].ndim == values.ndim
-                and plans[start + count].kept[self.first].index == plan.kept[self.first].index
-                and plans[start + count].biases == plan.biases
-            ):
-                count += 1
-            rows = slice(taken[values.ndim], taken[values.ndim] + count)
-            taken[values.ndim] += count
-            own, summed = mixed[values.ndim][rows], self._key_coefficients(alike[values.ndim][rows], rest)
-            if count == 1:
-                weights = self.sources.weights(own[0], rest, plan.biases == "merge")
-                yield self.layer.hidden(self.runner.deployed(weights), rest, None if summed is None else summed[0])
+            mixed, coefficients = next(pieces[alike.axes])
+            summed = self._key_coefficients(coefficients, alike.rest)
+            if len(batch) == 1:
+                weights = self.sources.weights(mixed[0], alike.rest, alike.merge_biases)
+                yield self.layer.hidden(
+                    self.runner.deployed(weights), alike.rest, None if summed is None else summed[0]
+                )
             else:
-                yield from self._hidden_of_several(own, rest, plan.biases == "merge", summed)
-            start += count
+                yield from self._hidden_of_several(mixed, alike.rest, alike.merge_biases, summed)
+
+    def _batches(self, plans: Sequence[MergePlan]) -> list[tuple[_Alike, list[MergePlan]]]:
+        """Plans in their order, cut into those that are scored at once, with what these have in common."""
+        most, batches = self.plan.candidates if self._is_batched else 1, []
+        for alike, group in groupby(plans, self._alike):
+            group = list(group)
+            size = most if alike.axes else 1
+            batches += [(alike, group[start : start + size]) for start in range(0, len(group), size)]
+        return batches
+
+    def _alike(self, plan: MergePlan) -> _Alike:
+        kept = plan.kept[self.first]
+        axes = 0 if not self.is_stacked(plan) else 2 if kept.matrices else 1
+        return _Alike(axes, kept.index - self.first, plan.biases == "merge")
 
     def _hidden_of_several(self, mixed: Tensor, rest: int, merge_biases: bool, summed: Tensor | None) -> Tensor:
         """`TailLayer.hidden`, (candidates, n, d), of several candidates with mixed weights (candidates, parameters).
