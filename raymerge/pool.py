@@ -57,6 +57,15 @@ class _Slot:
     proved: bool = False  # it has finished something
     gone: str = ""  # why it will not come back
 
+    @property
+    def is_present(self) -> bool:
+        return self.since is not None
+
+    @property
+    def is_awaited(self) -> bool:
+        """Starting, restarting, or waiting for a node to run on."""
+        return self.since is None and not self.gone
+
 
 class WorkerPool:
     """Up to `count` actors, each holding one worker made by worker_class(**kwargs), spread over the nodes.
@@ -149,7 +158,7 @@ class WorkerPool:
     @property
     def present(self) -> list[int]:
         """The slots whose worker is there, at work or free."""
-        return [number for number, slot in enumerate(self._slots) if slot.since is not None]
+        return [number for number, slot in enumerate(self._slots) if slot.is_present]
 
     @property
     def count(self) -> int:
@@ -159,7 +168,7 @@ class WorkerPool:
     @property
     def awaited(self) -> int:
         """How many workers are starting, restarting, or waiting for a node to run on."""
-        return sum(slot.since is None and not slot.gone for slot in self._slots)
+        return sum(slot.is_awaited for slot in self._slots)
 
     def name_of(self, slot: int) -> str:
         """The name by which another process finds a slot's actor (`find_worker`)."""
@@ -191,8 +200,7 @@ class WorkerPool:
             self._grown_at = now
             self._add(max(0, self._grow() - len(self._slots)))
         for number, slot in enumerate(self._slots):
-            awaited = slot.since is None and not slot.gone and slot.ask_at <= now
-            if awaited and self._has_come(number, slot, now):
+            if slot.is_awaited and slot.ask_at <= now and self._has_come(number, slot, now):
                 came.append(number)
         return came
 
@@ -229,7 +237,7 @@ class WorkerPool:
         """A call to this worker did not end: it is out of the pool until Ray has restarted it. Returns the id of the
         node that it was on, for `gives_up`."""
         lost = self._slots[slot]
-        if lost.since is not None:
+        if lost.is_present:
             lost.seconds += time.monotonic() - lost.since
         lost.losses += 1
         self._tell("lost", slot, reason)
