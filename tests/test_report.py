@@ -679,6 +679,7 @@ def test_a_curve_leaves_ruined_models_out_of_its_figure_of_perplexities(tmp_path
 
 def test_what_was_asked_names_refits_and_calibration(tmp_path):
     settings = {"merges": [2], "methods": ["drop_block"], "refits": ["none", "linear", "units"], "refitted_methods": []}
+    settings |= {"alpha_files": {"base": "a/alphas.json", "best": "b/alphas.json"}}
     config = {"plan": {"ridge": None, "refit_layers": 1}, "sweep": settings,
               "calibration": {"text": "a.txt", "tokens": 4096}}  # fmt: skip
     run = RunDirectory.open(tmp_path / "run", config, "sweep")
@@ -686,6 +687,7 @@ def test_what_was_asked_names_refits_and_calibration(tmp_path):
     told = {fact.term: (fact.value, fact.note) for fact in facts.facts}
     assert told["Refits"] == ("linear, units", "ridge chosen on held-out tokens, 1 layer after each seam too")
     assert told["Calibration"] == ("a.txt", "up to 4096 tokens")
+    assert told["Alpha files"][0] == "base: a/alphas.json, best: b/alphas.json"
 
 
 def test_a_domain_is_not_counted_as_one_subject(tmp_path):

@@ -176,6 +176,7 @@ def _how_many(plan: dict) -> str:
 def _search(config: dict, experiment: str) -> list[Fact]:
     if experiment == "sweep":
         sweep = config.get("sweep", {})
+        files = [f"{name}: {path}" for name, path in (sweep.get("alpha_files") or {}).items()]
         return [
             Fact("Merges (K)", listed([str(k) for k in sweep.get("merges", [])], 20)),
             Fact(
@@ -183,6 +184,7 @@ def _search(config: dict, experiment: str) -> list[Fact]:
                 listed([str(method) for method in sweep.get("methods", [])], 20),
                 f"alignment {listed(sweep.get('alignments', []))}; norms {listed(sweep.get('norms', []))}",
             ),
+            *([Fact("Alpha files", listed(files, 20))] if files else []),
             *_refits(config.get("plan", {}), sweep.get("refits", []), sweep.get("refitted_methods")),
         ]
     search = config.get("search") if experiment == "search" else None
