@@ -782,6 +782,9 @@ def test_what_was_found_is_drawn_also_where_its_alphas_are_all_alike(tmp_path):
     ]  # fmt: skip
     labels = {name: name for name in ("fixed_0.5", "random", "found")}
     assert list(alphas_script.learned(run, plans, labels)) == ["found", "random"]
+    # A start that nothing beat is stored as the control that it is, and then as what was found.
+    again = plans[:4] + [row | {"name": "found", "kind": "found"} for row in plans[:2]]
+    assert list(alphas_script.learned(run, again, labels)) == ["fixed_0.5", "random"]
 
 
 def test_merge_steps_of_plans_that_merge_different_layers_are_ticked_by_whole_numbers(tmp_path, monkeypatch):
