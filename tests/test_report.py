@@ -2,9 +2,11 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shlex
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 
@@ -1040,6 +1042,7 @@ def test_a_sweep_on_tasks_alone_names_no_best_way(tmp_path, capsys):
     told = "No questions were asked, and no plain text was read: the points were evaluated on tasks only, see below."
     assert [text.text for text in blocks([section], Text)] == [told] and further.title == "Further tasks"
     assert [table.caption for table in blocks([section], Table)] == ["All 5 points"]
+    assert not blocks([section], Figure)
     console.print_sweep(run, "test")
     assert "has the lowest" not in capsys.readouterr().out
 
@@ -1267,6 +1270,8 @@ def test_write_report_says_where_it_cannot_write(tmp_path, search, monkeypatch):
         (wording.duration(2.04), "2.0 s"),
         (wording.plural(1, "pair"), "1 pair"),
         (wording.plural(1200, "pair"), "1,200 pairs"),
+        (wording.value(None), "–"),
+        (wording.value(float("nan"), 1), "–"),
         (wording.millions(1777088000), "1.78 billion"),
         (wording.millions(187191296), "187 million"),
         (wording.millions(2345678), "2.35 million"),
@@ -1341,6 +1346,10 @@ def test_the_tables_of_a_search_have_the_numbers_of_their_plans(tmp_path):
     compared_rows = [row | {"p_value": 0.01 * (i + 1), "p_holm": 0.02 * (i + 1)} for i, row in
                      enumerate(run.read("comparisons").drop_columns("run_id").to_pylist())]  # fmt: skip
     run.replace("comparisons", compared_rows)
+    run.append("perplexity", [
+        {"plan_id": plan, "target": "question", "subject": subject, "tokens": 9, "nll": 0.1, "perplexity": 1.1}
+        for plan in ("base", "drop", "fixed", "found") for subject in (None, "law")
+    ], part="questions")  # fmt: skip
     micro, macro = (stored_by(run, "accuracy", subject=subject) for subject in ("_micro", "_macro"))
     texts, costs = stored_by(run, "perplexity", target="text"), stored_by(run, "costs")
     answers = run.read("answers").to_pylist()
@@ -1350,6 +1359,8 @@ def test_the_tables_of_a_search_have_the_numbers_of_their_plans(tmp_path):
     assert [row[0] for row in every.cells] == [labels[plan] for plan in order]
     assert [row[0] for row in verdicts.cells] == [labels[plan] for plan in order if plan != "found"]
     assert every.marked == (order.index("found"),)
+    held = ("accuracy", "verdict, p (Holm)", "answer NLL", "verdict, p (Holm)", "perplexity", "verdict, p (Holm)")
+    assert verdicts.header == ("against", *held)
     for plan, cells in zip(order, every.cells, strict=True):
         picked = [row["predicted"] for row in answers if row["plan_id"] == plan]
         assert dict(zip(every.header[2:], cells[2:], strict=True)) == {
@@ -1437,6 +1448,8 @@ def test_the_tables_of_a_curve_have_the_numbers_of_their_points(tmp_path):
             "tokens/s": f"{speed[plan]:.1f}",
         }
     pairs = {row["plan_a"]: row for row in run.read("comparisons").to_pylist() if row["measure"] == "accuracy"}
+    assert best.header == ("merged", "parameters removed", "most accurate way", "accuracy [95 %]", "perplexity",
+                           "dropping", "against dropping")  # fmt: skip
     for merges, cells in zip("13", best.cells, strict=True):
         won, drop = max((f"half{merges}", f"drop{merges}"), key=lambda plan: micro[plan]["accuracy"]), f"drop{merges}"
         row, told = pairs[f"half{merges}"], "dropping is best"
@@ -1512,8 +1525,12 @@ def test_what_is_said_of_similarity_is_computed_from_the_rows(tmp_path):
              enumerate(run.read("similarity_correlation").drop_columns("run_id").to_pylist())]  # fmt: skip
     found.append(found[0] | {"subset_b": "law", "language_b": "es", "ci_low": None, "ci_high": None,
                              "reliability_b": None, "pearson_off_diagonal": 0.1})  # fmt: skip
-    run.replace("similarity_correlation", found)
+    constant = found[0] | {"subset_b": "math", "language_b": "es", "pearson_off_diagonal": math.nan,
+                           "ci_low": None, "ci_high": None}  # fmt: skip
+    run.replace("similarity_correlation", [*found[:2], constant, *found[2:]])
     every, pairs = blocks([layers.answer(run)], Table)
+    assert pairs.cells[2][2] == "nan"
+    pairs = replace(pairs, cells=pairs.cells[:2] + pairs.cells[3:])
     for name, cells in zip(("medical", "law", "math"), every.cells, strict=True):
         mine = [row for row in stored if row["subset"] == name and row["layer_i"] < row["layer_j"]]
         known = [row for row in mine if row["value"] is not None]
@@ -1552,6 +1569,15 @@ def test_what_is_said_of_similarity_is_computed_from_the_rows(tmp_path):
         filters = [[each["filter"] for each in layer["transform"]] for layer in view.spec["layer"]]
         own = {"field": "subset", "equal": f"{name} (en)"}
         assert filters == [[own], [own, "isValid(datum.value)"], [own, {"field": "above", "equal": "no"}]]
+        across, down = (view.spec["layer"][0]["encoding"][channel]["scale"] for channel in "xy")
+        assert (
+            across["domain"] == down["domain"] == [-0.5, 5.5]
+            and view.spec["layer"][1]["encoding"]["color"]["scale"]["clamp"]
+        )
+        assert tips(view) == [
+            ("layer", "layer_i"), ("and layer", "layer_j"), ("similarity", "value"), ("95 % from", "ci_low"),
+            ("to", "ci_high"), ("95th percentile of unrelated layers", "null_p95"), ("note", "note"),
+        ]  # fmt: skip
         assert view.spec["layer"][0]["encoding"]["y"]["scale"]["reverse"] and view.title == f"{name} (en)"
         off = [row["value"] for row in stored if row["subset"] == name and row["layer_i"] != row["layer_j"]
                and row["value"] is not None]  # fmt: skip
@@ -1585,6 +1611,16 @@ def test_what_is_said_of_similarity_is_computed_from_the_rows(tmp_path):
         ("point", {"y": "pair", "x": "r", "color": "role", "shape": "role"}),
         ("tick", {"y": "pair", "x": "ceiling"}),
     ]
+
+
+def test_a_scale_of_colours_has_the_ends_of_what_is_off_the_diagonal():
+    cells = [{"layer_i": i, "layer_j": j, "value": value, "null_p95": 9.0} for i, j, value in
+             ((0, 0, 3.7), (1, 1, 3.5), (0, 1, 0.9), (1, 0, 0.8))]  # fmt: skip
+    low, high = layers.colour_domain(cells)
+    assert 0.8 <= low < high <= 0.9 or (low == 0 and 0.85 < high <= 0.9)
+    assert layers.colour_domain(cells[:2])[1] == pytest.approx(3.7, abs=0.01)
+    assert layers.colour_domain([cell | {"value": None} for cell in cells]) == (0, 1)
+    assert layers.subset_name({"subset": "s", "language": "imported"}) == "s"
 
 
 def test_settings_are_drawn_with_their_agreement(tmp_path):
@@ -1666,6 +1702,14 @@ def test_runs_beside_each_other_have_their_own_numbers(tmp_path):
         ("rule", {"x": "removed", "y": "low", "y2": "high", "color": "role"}),
         ("point", {"x": "removed", "y": "accuracy", "color": "role", "shape": "role"}),
     ]
+    points = figure.views[0].spec["layer"][1]["encoding"]
+    assert points["x"]["type"] == points["y"]["type"] == "quantitative"
+    assert figure.views[0].zoom == {"x": "zoom_removed", "y": "zoom_low"}
+    assert tips(figure.views[0]) == [
+        ("run", "run"), ("model", "model"), ("plan", "plan"), ("parameters removed", "removed"),
+        ("accuracy", "accuracy"), ("95 % from", "low"), ("to", "high"), ("perplexity", "perplexity"),
+        ("questions", "questions"),
+    ]  # fmt: skip
 
 
 def test_coefficients_candidates_and_changes_are_drawn_as_they_are_stored(search):
@@ -1679,6 +1723,10 @@ def test_coefficients_candidates_and_changes_are_drawn_as_they_are_stored(search
         of = steps[row["plan"], row["step"]]
         assert (row["alpha"], row["merge"]) == (of["alpha"], f"{of['remove']} into {of['into']}")
     assert "found_bayes: 0.10, 0.80, 0.30." in alphas.caption
+    assert {row["plan"]: row["label"] for row in drawn if row["step"] == 2} == {  # beside the ends of their lines
+        "drop": "drop", "fixed_0.62": "fixed_0.62", "found_bayes": "found_bayes",
+    }  # fmt: skip
+    assert {row["label"] for row in drawn if row["step"] < 2} == {""}
     lines, points, names = marks(alphas.views[0])
     assert lines == ("line", {"x": "step", "y": "alpha", "detail": "series", "color": "role"})
     assert points == ("point", {"x": "step", "y": "alpha", "color": "role", "shape": "role"})
@@ -1715,6 +1763,8 @@ def test_coefficients_candidates_and_changes_are_drawn_as_they_are_stored(search
         ("line", {"x": "epoch", "y": "loss", "color": "searcher", "strokeDash": "of", "detail": "series"}),
         ("point", {"x": "epoch", "y": "loss"}),
     ]
+    assert tips(descents.views[0]) == [("descent", "searcher"), ("start", "start"), ("epoch", "epoch"),
+                                       ("loss on", "of"), ("loss", "loss")]  # fmt: skip
     (figure,) = blocks([receipts.receipts(Reached(search))], Figure)
     stored = [(row["tensor"], row["plan_id"], row["relative_change"], row["max_abs_change"])
               for row in search.read("receipts").to_pylist()]  # fmt: skip
@@ -1735,3 +1785,60 @@ def test_coefficients_candidates_and_changes_are_drawn_as_they_are_stored(search
     said = said.format(top["difference"], top["subject"], last["difference"], last["subject"],
                        sum(row["clear"] == "yes" for row in first))  # fmt: skip
     assert said.replace("-", "−") in figure.caption
+
+
+def test_weights_of_single_matrices_are_their_own_where_they_have_some(tmp_path):
+    """Layers 1 and 2 are merged for all matrices, 4 and 5 with a weight of its own for one of them."""
+    run = search_run(tmp_path / "run")
+    own = [(1, 1, 0.7, None), (1, 2, 0.3, None), (3, 3, 1.0, None), (4, 4, 0.6, None), (4, 5, 0.4, None),
+           (4, 4, 0.2, "mlp.up_proj"), (4, 5, 0.8, "mlp.up_proj"), (0, 0, 1.0, None)]  # fmt: skip
+    run.replace("coefficients", [
+        {"plan_id": "found", "kept_layer": kept, "source_layer": source, "coefficient": weight, "matrix": matrix}
+        for kept, source, weight, matrix in own
+    ])  # fmt: skip
+    _, figure = blocks([searched.coefficients(Reached(run))], Figure)
+    cells = {(row["series"], row["layer"]): (row["weight"], row["kept"]) for row in as_dicts(figure.rows)}
+    others, up = "others, found_bayes", "up_proj, found_bayes"
+    # drop and fixed have no rows here, as of plans that leave nothing of these layers
+    wanted = {1: (0.7, "1"), 2: (0.3, "1"), 3: (1.0, "3"), 4: (0.6, "4"), 5: (0.4, "4"), 0: (1.0, "0")}
+    assert {layer: cell for (series, layer), cell in cells.items() if series == others} == wanted
+    assert {layer: cell for (series, layer), cell in cells.items() if series == up} == wanted | {
+        4: (0.2, "4"), 5: (0.8, "4"),
+    }  # fmt: skip
+    trials = [row for row in run.read("trials").drop_columns("run_id").to_pylist() if row["searcher"] != "controls"]
+    run.replace("trials", trials)
+    assert len(blocks([searched.search(Reached(run))], Figure)) == 2  # candidates are shown without controls too
+
+
+def test_an_evaluation_s_page_has_each_subject_s_own_numbers(tmp_path):
+    run = RunDirectory.open(tmp_path / "run", {"model": {"path": "/models/tiny"}, "data": {"report_split": "test"}},
+                            "evaluate")  # fmt: skip
+    run.begin()
+    evaluated(run, {"base": base_plan(LAYERS)}, {"base": 0.7}, subjects=("algebra", "law"), perplexities={"base": 5.0},
+              pairs=[])  # fmt: skip
+    asked_of = {"algebra": 3.0, "law": 40.0, None: 9.0}
+    run.append("perplexity", [{"plan_id": "base", "target": "question", "subject": subject, "tokens": 9, "nll": 1.0,
+                               "perplexity": value} for subject, value in asked_of.items()], part="q")  # fmt: skip
+    other = run.read("accuracy").drop_columns("run_id").to_pylist()
+    run.append("accuracy", [row | {"split": "validation", "accuracy": 0.01} for row in other], part="v")
+    run.write_manifest("complete", command=["raymerge", "evaluate"])
+    stored = {row["subject"]: row for row in other}
+    (section, *_) = run_sections(run, heading=None)
+    text, (_, every), (figure,) = (blocks([section], kind) for kind in (Text, Table, Figure))
+    micro, macro = stored["_micro"], stored["_macro"]
+    share = pct(micro["accuracy"], (micro["ci_low"], micro["ci_high"]))
+    assert text[0].text == (
+        f"tiny answers {share} of 120 test questions in 2 subjects, {pct(macro['accuracy'])} as a mean over subjects. "
+        "Its perplexity on plain text is 5.00."
+    )
+    order = sorted(("algebra", "law"), key=lambda subject: -stored[subject]["accuracy"])
+    for subject, cells, row in zip(order, every.cells, as_dicts(figure.rows), strict=True):
+        of = stored[subject]
+        share = pct(of["accuracy"], (of["ci_low"], of["ci_high"]))
+        assert cells == (subject, "60", share, f"{of['nll']:.3f}", wording.perplexity(asked_of[subject]))
+        assert (row["subject"], row["accuracy"], row["low"], row["high"], row["n"]) == (
+            subject, of["accuracy"], of["ci_low"], of["ci_high"], 60,
+        )  # fmt: skip
+    assert figure.views[0].spec["layer"][2]["encoding"] == {"x": {"datum": 0.25}}
+    first, last = (f"{pct(stored[subject]['accuracy'])} ({subject})" for subject in order)
+    assert f"From {first} to {last}." in figure.caption
