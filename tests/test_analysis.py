@@ -261,6 +261,10 @@ def test_search_table_names_the_best_trial(k13, alphas_text):
         best = max(t["value"] for t in trials if t["searcher"] == cells["searcher"])
         assert cells["best value"] == f"{best:.4f}" and cells["failed"] == "1" and cells["candidates"] == "60"
         assert cells["± s.e."] == f"{np.sqrt(best * (1 - best) / 199):.4f}"
+        row = max((t for t in trials if t["searcher"] == cells["searcher"]), key=lambda t: (t["value"], -t["nll"]))
+        assert cells["found at candidate"] == str(row["iteration"] + 1)
+        told = (f"{row['accuracy']:.4f}", f"{row['nll']:.4f}")
+        assert cells["questions"] == "200" and (cells["accuracy"], cells["NLL"]) == told
     assert {row[0] for row in rows} == {"bayes", "random"}  # controls are lines, not a search
 
 
@@ -268,12 +272,17 @@ def trial(iteration, value, nll=None, status="ok", objective="micro_accuracy"):
     return {"iteration": iteration, "value": value, "nll": nll, "status": status, "objective": objective}
 
 
-def test_best_trial_breaks_ties_by_nll_and_knows_the_direction():
+def test_best_trial_breaks_ties_by_nll_and_knows_the_direction(tmp_path):
     rows = [trial(0, 0.5, 1.2), trial(1, 0.5, 1.1), trial(2, 0.4, 0.1), trial(3, None, status="failed"),
             trial(4, 0.9, 0.1, status="failed"), trial(5, float("nan"))]  # fmt: skip
     assert search_panels.best_of(rows)["iteration"] == 1
     assert search_panels.best_of([{**row, "objective": "answer_nll"} for row in rows])["iteration"] == 2
     assert search_panels.best_of([trial(0, None, status="failed")]) is None
+    loss = trial(0, 0.5, objective="answer_nll") | {"n_questions": 100}  # nats, which have no binomial error
+    assert search_panels.standard_error(loss) is None and search_panels.interval_of(loss) is None
+    run = RunDirectory.open(tmp_path, {}, "search")
+    mixed = [trial(i, 0.1) | {"searcher": "bayes", "batch": -i} for i in (2, 0, 1)]  # batches are stored as they end
+    assert [row["iteration"] for row in search_panels.candidates_of(run, mixed)[0]["bayes"]] == [0, 1, 2]
 
 
 def test_spread_keeps_labels_apart_in_order():

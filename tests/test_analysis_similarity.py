@@ -548,6 +548,9 @@ def test_maps_show_the_matrices_of_their_subsets(tmp_path, monkeypatch):
         assert title == f"{100 * np.mean(sound):.0f} % of pairs above null"
         assert image.get_clim() == values[0].images[0].get_clim() and colours.get_clim()[0] == 0
         assert len({axis.images[-1].get_clim() for axis in nulls}) == 1
+    many = [view._replace(notes=[f"note {n}" for n in range(8)]) for view in views[:1]]
+    told = heatmaps_script.describe(many, "npib", "diffusion")[-1].splitlines()
+    assert told[2:] == [*(f"- medical en: note {n}" for n in range(5)), "- medical en: 3 more"]
     (axis,) = drawn["i.png"].axes
     stored = run.read("block_influence").to_pylist()
     for line, (subset, language) in zip(axis.lines, SUBSETS, strict=False):
