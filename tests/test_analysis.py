@@ -540,6 +540,19 @@ def test_descents_of_several_searchers_are_told_apart_and_numbers_do_not_cover_e
         alpha_panels.draw_history(many, tmp_path / "many.png")
         bars = [drawn[name].axes[2].get_ylabel() for name in ("matrix.png", "many.png")]
         assert bars == ["coefficient: by matrix, then by step", "step"]
+        few = [row | {"alphas": row["alphas"][:21]} for row in history[12:24]]  # of 3 steps and 7 matrices
+        alpha_panels.draw_history(few, tmp_path / "few.png")
+        assert drawn["few.png"].axes[1].get_title("left") == "α of start 3, numbered by matrix, then by step"
+        tried = figures_of(monkeypatch, search_panels)
+        trials = {
+            name: [trial(i, 0.1 * i) | {"searcher": name, "alphas": [0.5] * n} for i in range(3)]
+            for name, n in (("gradient_per_matrix", 24), ("gradient_simplex", 3))
+        }
+        search_panels.draw_distribution(trials, tmp_path / "tried.png")
+        matrices, steps = tried["tried.png"].axes[1:3]
+        assert matrices.get_xlabel() == "merge step, then each matrix's own" and steps.get_xlabel() == "merge step"
+        titles = [axis.get_title("left") for axis in (matrices, steps)]
+        assert titles == ["α tried (gradient_per_matrix)", "α tried at each step (gradient_simplex)"]
 
 
 def test_coefficients_of_40_steps_fit_on_a_screen(tmp_path, monkeypatch):
