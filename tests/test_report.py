@@ -1704,6 +1704,7 @@ def test_runs_beside_each_other_have_their_own_numbers(tmp_path):
     ]
     points = figure.views[0].spec["layer"][1]["encoding"]
     assert points["x"]["type"] == points["y"]["type"] == "quantitative"
+    assert [points[channel]["axis"]["title"] for channel in "xy"] == ["parameters removed", "accuracy"]
     assert figure.views[0].zoom == {"x": "zoom_removed", "y": "zoom_low"}
     assert tips(figure.views[0]) == [
         ("run", "run"), ("model", "model"), ("plan", "plan"), ("parameters removed", "removed"),
@@ -1842,3 +1843,30 @@ def test_an_evaluation_s_page_has_each_subject_s_own_numbers(tmp_path):
     assert figure.views[0].spec["layer"][2]["encoding"] == {"x": {"datum": 0.25}}
     first, last = (f"{pct(stored[subject]['accuracy'])} ({subject})" for subject in order)
     assert f"From {first} to {last}." in figure.caption
+
+
+def test_a_plan_of_two_names_is_called_by_both(tmp_path):
+    run = search_run(tmp_path / "run")
+    stored = run.read("plans").drop_columns("run_id").to_pylist()
+    again = [row | {"name": "start", "kind": "fixed"} for row in stored if row["plan_id"] == "found"]
+    run.replace("plans", again + stored)
+    text, *_ = blocks([plans.answer(Reached(run))], Text)
+    assert text.text.startswith("The best plan found, start = found_bayes, answers ")
+
+
+def test_plans_without_questions_are_ranked_by_their_perplexity(tmp_path):
+    run = search_run(tmp_path / "run", objective="text_nll")
+    run.config["data"] |= {"mmlu": None}
+    for table in ("answers", "accuracy"):
+        run.replace(table, [])
+    verdicts, every = blocks([plans.answer(Reached(run))], Table)
+    texts = stored_by(run, "perplexity")
+    order = {"base": "base", "found": "found_bayes", "fixed": "fixed_0.62", "drop": "drop"}
+    assert [(cells[0], *cells[2:]) for cells in every.cells] == [
+        (label, "6" if plan == "base" else "3", ppl(texts[plan])) for plan, label in order.items()
+    ]
+    pairs = {row["plan_b"]: row for row in run.read("comparisons").to_pylist() if row["measure"] == "text_nll"}
+    for plan, cells in zip(("base", "fixed", "drop"), verdicts.cells, strict=True):
+        assert (cells[0], cells[1], cells[3]) == (order[plan], change(pairs[plan]), ppl(texts[plan]))
+        assert findings.verdict(pairs[plan]).split(",")[0] in cells[2]
+    assert verdicts.header == ("against", "loss per token", "verdict, p (Holm)", "perplexity")
