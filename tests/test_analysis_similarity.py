@@ -410,6 +410,7 @@ def test_layers_of_the_maps():
 def test_maps_of_asked_layers_without_samples(tmp_path, capsys):
     run = make_run(tmp_path / "run", layers=4, subsets=2)
     run.replace("samples", [])
+    run.replace("degeneracy", [])
     assert embeddings_script.main([run.path_of(), "--layers", "0,3"]) == 0
     assert embeddings_script.main([run.path_of(), "--layers", "4"]) == 2
     assert "no embeddings of layer 4" in capsys.readouterr().err
@@ -459,6 +460,12 @@ def test_sensitivity(tmp_path):
             assert cells["off-diagonal"] == "–"
         assert (cells[""] == "reference") == (line[:2] in (["sigma", "median"], ["dimensions", "2"]))
     assert [line[1] for line in lines if line[0] == "sigma"] == ["2", "8", "32", "median"]
+    header, *every = table_of((folder / "sensitivity.md").read_text(), "## Every subset")
+    assert header[:3] == ["subset", "parameter", "setting"] and len(every) == len(rows) - 3
+    for line, row in zip(every, [row for row in rows if row["parameter"] != "reference"], strict=True):
+        assert line[:3] == [f"{row['subset']} {row['language']}", row["parameter"], row["setting"]]
+        found = [row[key] for key in ("pearson", "pearson_off_diagonal", "plan_overlap", "alpha_max_difference")]
+        assert line[3:7] == ["–" if value is None else f"{value:.3f}" for value in found]
     assert "- math en: one pair undefined" in (folder / "sensitivity.md").read_text()
 
 
