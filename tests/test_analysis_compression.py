@@ -235,6 +235,7 @@ def test_published_points_stand_beside_their_own_model_alone(tmp_path, monkeypat
     figure = figure_of(monkeypatch, run, *options)
     assert len(figure.axes) == (9 if shown else 6)  # a row for each of three treatments
     assert ("published MKA, Meta-Llama-3-8B" in legend_of(figure)) == shown
+    assert ("published points" in figure.legends[0].get_title().get_text()) == shown
     assert any("Meta-Llama-3-8B" in axis.get_title("left") for axis in figure.axes) == shown
     text = Path(run.path_of("figures"), "compression.md").read_text()
     assert ("### Published points" in text) == shown == ("MKA (arXiv" in text)
@@ -491,7 +492,9 @@ def test_curves_are_drawn_at_the_points_of_their_methods(tmp_path, monkeypatch):
             single = sum(method == row["method"] for method, *_ in METHODS) == 1
             if row["merges"] and (single or (row["alignment"], row["norms"]) == variant):
                 mine.setdefault(row["method"], []).append(row["plan_id"])
-        assert len(mine) == count
+        assert len(mine) == count and perplexity.get_yscale() == "log"
+        labels = [axis.get_ylabel().split(" (")[0] for axis in (accuracy, perplexity, share)]
+        assert labels == ["micro accuracy", "perplexity", "micro accuracy"]
         for axis, table, column in ((accuracy, micro, "accuracy"), (perplexity, texts, "perplexity"),
                                     (share, micro, "accuracy")):  # fmt: skip
             for (method, plans), (x, y, ends, colour) in zip(mine.items(), errorbars(axis), strict=True):
