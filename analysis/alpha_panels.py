@@ -223,6 +223,7 @@ def draw_moves(axis, rows: list[dict], start: str) -> None:
     """The alphas of one start by epoch, numbered beside their ends, or many of them by a bar of colours."""
     alphas = np.array([row["alphas"] for row in rows])
     n = len(alphas.T)
+    matrices = rows[0]["searcher"].endswith("per_matrix")  # those of one matrix after those of another
     colourmap = LinearSegmentedColormap.from_list("", plt.get_cmap("viridis")(np.linspace(0, 0.85, 64)))
     for step, colour in enumerate(colourmap(np.linspace(0, 1, n))):
         axis.plot([row["epoch"] for row in rows], alphas[:, step], color=colour, lw=1.2 if n <= _NUMBERED else 0.8)
@@ -236,10 +237,10 @@ def draw_moves(axis, rows: list[dict], start: str) -> None:
             )  # fmt: skip
     else:
         scale = plt.cm.ScalarMappable(plt.Normalize(0, n - 1), colourmap)
-        matrices = rows[0]["searcher"].endswith("per_matrix")  # those of one matrix after those of another
         label = "coefficient: by matrix, then by step" if matrices else "step"
         axis.figure.colorbar(scale, ax=axis, label=label)
-    what = f"α of {start}, numbered by step" if n <= _NUMBERED else f"The {n} α of {start}"
+    numbered = "by matrix, then by step" if matrices else "by step"
+    what = f"α of {start}, numbered {numbered}" if n <= _NUMBERED else f"The {n} α of {start}"
     axis.set(ylim=(-0.03, 1.03), xlabel="epoch", ylabel="α", title=what)
 
 

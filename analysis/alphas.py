@@ -126,14 +126,14 @@ def learned(run: RunDirectory, plans: list[dict], labels: dict[str, str]) -> dic
     """Name -> steps of the plans that were found, first, and of those whose alphas are not the same at every step, and
     after them those that single matrices have of their own, which would fill the figure; those computed from a
     similarity, whose correlation with it says nothing, are left out."""
-    kinds = {row["plan_id"]: row["kind"] for row in reversed(plans)}
+    best = {row["plan_id"] for row in plans if row["kind"] in _FOUND}  # whatever else they are called, as a control
     computed = {row["plan_id"] for row in plans if computed_from_similarity(run, row)}
     found = {
         key: rows
         for key, rows in steps_of(plans).items()
-        if key[0] not in computed and (kinds[key[0]] in _FOUND or np.ptp([row["alpha"] for row in rows]) > 1e-9)
+        if key[0] not in computed and (key[0] in best or np.ptp([row["alpha"] for row in rows]) > 1e-9)
     }
-    order = sorted(found, key=lambda key: (key[1] is not None, kinds[key[0]] not in _FOUND))
+    order = sorted(found, key=lambda key: (key[1] is not None, key[0] not in best))
     return {label_of(key, labels): found[key] for key in order}
 
 

@@ -65,13 +65,15 @@ def names_of(rows: list[dict]) -> list[str]:
 
 
 def pairs_of(rows: list[dict]) -> list[dict]:
-    """Rows that compare two different subsets, highest off-diagonal correlation first; a pair counts once."""
+    """Rows that compare two different subsets, highest off-diagonal correlation first, undefined ones (of a constant
+    matrix) last; a pair counts once."""
     found = {}
     for row in rows:
         pair = frozenset((subset_name(row, "_a"), subset_name(row, "_b")))
         if len(pair) == 2:
             found.setdefault(pair, row)
-    return sorted(found.values(), key=lambda row: -row["pearson_off_diagonal"])
+    # A sort by NaN leaves the others in no order.
+    return sorted(found.values(), key=lambda row: -row["pearson_off_diagonal"] if is_defined(row) else math.inf)
 
 
 def kind_of(row: dict) -> str:
@@ -87,8 +89,9 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
     """Two matrices, annotated where there is room, and a dot plot of the pairs."""
     names, pairs = names_of(rows), pairs_of(rows)
     n, written, detailed = len(names), len(names) <= _WRITTEN, len(names) <= _DETAILED
-    shown = pairs if len(pairs) <= _PAIRS else [*pairs[: _PAIRS // 2], *pairs[-_PAIRS // 2 :]]
-    digits = correlation_digits(row["pearson_off_diagonal"] for row in pairs)
+    defined = [row for row in pairs if is_defined(row)]
+    shown = defined if len(defined) <= _PAIRS else [*defined[: _PAIRS // 2], *defined[-_PAIRS // 2 :]]
+    digits = correlation_digits(row["pearson_off_diagonal"] for row in defined)
     cell = (0.58, 0.56 + 0.12 * digits) if detailed else (0.4, 0.4) if written else (0.17, 0.17)
     left, middle, right = max(2.6, cell[0] * n + 1.1), max(2.8, cell[1] * n + 0.6), 5.6
     height = max(3.8, cell[0] * n + 1.6, 0.19 * len(shown) + 1.7)
@@ -121,9 +124,14 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
         axis.set_title(title)
     if not written:
         figure.colorbar(image, ax=axes[1], fraction=0.03, pad=0.02).outline.set_visible(False)
-    draw_pairs(axes[2], shown, len(pairs))
+    draw_pairs(axes[2], shown, len(defined))
     figure.suptitle(f"Correlation of layer similarity between subsets ({measure})", fontweight="bold")
     return save(figure, path)
+
+
+def is_defined(row: dict) -> bool:
+    """Whether a pair has a correlation off the diagonal."""
+    return math.isfinite(row["pearson_off_diagonal"])
 
 
 def has_interval(row: dict) -> bool:
@@ -221,7 +229,7 @@ def describe(rows: list[dict], measure: str) -> list[str]:
     text = [f"## {measure}", markdown(header, table)]
     means = []
     for kind in _KINDS:
-        mine = [row for row in pairs_of(rows) if kind_of(row) == kind]
+        mine = [row for row in pairs_of(rows) if kind_of(row) == kind and is_defined(row)]
         bounded = [(row, ceiling) for row in mine if (ceiling := correlation_ceiling(row)) is not None]
         ratios = [row["pearson_off_diagonal"] / ceiling for row, ceiling in bounded]
         if mine:

@@ -78,7 +78,10 @@ def draw_distribution(searchers: dict[str, list[dict]], path: Path) -> Path:
     rng = np.random.default_rng(0)
     for axis, (name, rows) in zip(axes[0, 1:], shown.items(), strict=True):
         dots = draw_tried(axis, rows, scale, rng)
-        axis.set_title(f"α tried at each step ({name})")
+        if name.endswith("per_matrix"):
+            axis.set(xlabel="merge step, then each matrix's own", title=f"α tried ({name})")
+        else:
+            axis.set(xlabel="merge step", title=f"α tried at each step ({name})")
     handles, names = (sum(both, []) for both in zip(*(a.get_legend_handles_labels() for a in axes[0, :2]), strict=True))
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 1 + len(shown)), fontsize=8)
     beyond = "neither" if len(kept) == len(values) else "max" if lower else "min"
@@ -135,7 +138,7 @@ def draw_tried(axis, rows: list[dict], scale, rng: np.random.Generator):
     )
     best = best_of(rows)["alphas"]
     axis.plot(range(len(best)), best, "o", ms=8, mfc="none", mec="#D55E00", mew=1.6, label="best candidate")
-    axis.set(ylim=(-0.03, 1.03), xlabel="merge step", ylabel="α")
+    axis.set(ylim=(-0.03, 1.03), ylabel="α")
     axis.set_xticks(range(0, x.max() + 1, math.ceil((x.max() + 1) / 16)))
     return dots
 

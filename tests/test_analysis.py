@@ -261,6 +261,10 @@ def test_search_table_names_the_best_trial(k13, alphas_text):
         best = max(t["value"] for t in trials if t["searcher"] == cells["searcher"])
         assert cells["best value"] == f"{best:.4f}" and cells["failed"] == "1" and cells["candidates"] == "60"
         assert cells["± s.e."] == f"{np.sqrt(best * (1 - best) / 199):.4f}"
+        row = max((t for t in trials if t["searcher"] == cells["searcher"]), key=lambda t: (t["value"], -t["nll"]))
+        assert cells["found at candidate"] == str(row["iteration"] + 1)
+        told = (f"{row['accuracy']:.4f}", f"{row['nll']:.4f}")
+        assert cells["questions"] == "200" and (cells["accuracy"], cells["NLL"]) == told
     assert {row[0] for row in rows} == {"bayes", "random"}  # controls are lines, not a search
 
 
@@ -268,12 +272,17 @@ def trial(iteration, value, nll=None, status="ok", objective="micro_accuracy"):
     return {"iteration": iteration, "value": value, "nll": nll, "status": status, "objective": objective}
 
 
-def test_best_trial_breaks_ties_by_nll_and_knows_the_direction():
+def test_best_trial_breaks_ties_by_nll_and_knows_the_direction(tmp_path):
     rows = [trial(0, 0.5, 1.2), trial(1, 0.5, 1.1), trial(2, 0.4, 0.1), trial(3, None, status="failed"),
             trial(4, 0.9, 0.1, status="failed"), trial(5, float("nan"))]  # fmt: skip
     assert search_panels.best_of(rows)["iteration"] == 1
     assert search_panels.best_of([{**row, "objective": "answer_nll"} for row in rows])["iteration"] == 2
     assert search_panels.best_of([trial(0, None, status="failed")]) is None
+    loss = trial(0, 0.5, objective="answer_nll") | {"n_questions": 100}  # nats, which have no binomial error
+    assert search_panels.standard_error(loss) is None and search_panels.interval_of(loss) is None
+    run = RunDirectory.open(tmp_path, {}, "search")
+    mixed = [trial(i, 0.1) | {"searcher": "bayes", "batch": -i} for i in (2, 0, 1)]  # batches are stored as they end
+    assert [row["iteration"] for row in search_panels.candidates_of(run, mixed)[0]["bayes"]] == [0, 1, 2]
 
 
 def test_spread_keeps_labels_apart_in_order():
@@ -531,6 +540,19 @@ def test_descents_of_several_searchers_are_told_apart_and_numbers_do_not_cover_e
         alpha_panels.draw_history(many, tmp_path / "many.png")
         bars = [drawn[name].axes[2].get_ylabel() for name in ("matrix.png", "many.png")]
         assert bars == ["coefficient: by matrix, then by step", "step"]
+        few = [row | {"alphas": row["alphas"][:21]} for row in history[12:24]]  # of 3 steps and 7 matrices
+        alpha_panels.draw_history(few, tmp_path / "few.png")
+        assert drawn["few.png"].axes[1].get_title("left") == "α of start 3, numbered by matrix, then by step"
+        tried = figures_of(monkeypatch, search_panels)
+        trials = {
+            name: [trial(i, 0.1 * i) | {"searcher": name, "alphas": [0.5] * n} for i in range(3)]
+            for name, n in (("gradient_per_matrix", 24), ("gradient_simplex", 3))
+        }
+        search_panels.draw_distribution(trials, tmp_path / "tried.png")
+        matrices, steps = tried["tried.png"].axes[1:3]
+        assert matrices.get_xlabel() == "merge step, then each matrix's own" and steps.get_xlabel() == "merge step"
+        titles = [axis.get_title("left") for axis in (matrices, steps)]
+        assert titles == ["α tried (gradient_per_matrix)", "α tried at each step (gradient_simplex)"]
 
 
 def test_coefficients_of_40_steps_fit_on_a_screen(tmp_path, monkeypatch):
@@ -786,6 +808,9 @@ def test_what_was_found_is_drawn_also_where_its_alphas_are_all_alike(tmp_path):
     ]  # fmt: skip
     labels = {name: name for name in ("fixed_0.5", "random", "found")}
     assert list(alphas_script.learned(run, plans, labels)) == ["found", "random"]
+    # A start that nothing beat is stored as the control that it is, and then as what was found.
+    again = plans[:4] + [row | {"name": "found", "kind": "found"} for row in plans[:2]]
+    assert list(alphas_script.learned(run, again, labels)) == ["fixed_0.5", "random"]
 
 
 def test_merge_steps_of_plans_that_merge_different_layers_are_ticked_by_whole_numbers(tmp_path, monkeypatch):
@@ -893,3 +918,206 @@ def test_a_name_that_begins_with_an_underscore_stands_in_the_legend(tmp_path, mo
     alphas_script.draw_plans(plans, weights, labels, tmp_path / "x.png")
     entries = [text.get_text().strip() for text in drawn["x.png"].legends[0].get_texts()]
     assert entries == ["drop", "_mine", "found_bayes"]
+
+
+def drawn_by(axis) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Label -> x, y and the ends of the horizontal bars of what errorbar has drawn."""
+    found = {}
+    for series in axis.containers:
+        line, _, (bars,) = series.lines
+        ends = np.array([segment[:, 0] for segment in bars.get_segments()])
+        found[series.get_label()] = (*(np.array(each, dtype=float) for each in line.get_data()), ends)
+    return found
+
+
+def test_accuracies_and_letters_stand_in_the_lines_of_their_plans(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", merges=2, subjects=3, questions=8, candidates=0)
+    drawn = figures_of(monkeypatch, accuracy_script)
+    accuracy_script.draw(run, tmp_path)
+    stored = {(row["plan_id"], row["subject"]): row for row in run.read("accuracy").to_pylist()}
+    names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
+    plans = list(names)  # as they are stored
+    left, change, text = drawn["accuracy.png"].axes
+    labels = [label.get_text().replace("best of random", "random") for label in left.get_yticklabels()]
+    assert labels == [*names.values(), "always A"] and left.yaxis_inverted()
+    series = drawn_by(left)
+    for subject, label in (("_micro", "micro (per question)"), ("_macro", "macro (per subject)")):
+        x, y, ends = series[label]
+        rows = [stored[plan, subject] for plan in plans]
+        np.testing.assert_allclose(x, [100 * row["accuracy"] for row in rows])
+        np.testing.assert_array_equal(np.round(y), range(len(plans)))
+        np.testing.assert_allclose(ends, [[100 * row["ci_low"], 100 * row["ci_high"]] for row in rows])
+    answers = run.read("answers").to_pylist()
+    lines = {tuple(line.get_data()[0]): list(line.get_data()[1]) for line in left.lines}
+    assert lines[25.0, 25.0] == [0, 1]  # chance
+    assert lines[(100 * np.mean([row["answer"] == 0 for row in answers]),)] == [len(plans)]
+    ((x, y, _),) = drawn_by(change).values()
+    base = stored[plans[0], "_micro"]["accuracy"]
+    np.testing.assert_allclose(x, [100 * (stored[plan, "_micro"]["accuracy"] - base) for plan in plans[1:]], atol=1e-9)
+    assert list(y) == list(range(1, len(plans))) and change.get_title("left") == "Difference to base"
+    ((x, y, _),) = drawn_by(text).values()
+    perplexities = {row["plan_id"]: row["perplexity"] for row in run.read("perplexity").to_pylist()}
+    assert list(x) == [perplexities[plan] for plan in plans] and list(y) == list(range(len(plans)))
+    assert text.get_xscale() == "log" and text.texts[0].get_text() == "9.300"
+    note = drawn["accuracy.png"].legends[0].get_title().get_text()
+    assert note == "bars: 95 % intervals; 24 questions, 3 subjects, language en"
+    ids = {row["name"]: row["plan_id"] for row in run.read("plans").to_pylist()}
+    ids["best of random"] = ids.pop("random")
+    axes = [axis for name in ("accuracy_by_subject.png", "accuracy_by_subject_2.png") for axis in drawn[name].axes]
+    titles = [axis.get_title("left") for axis in axes]
+    assert set(titles) == ids.keys() - {"base"} and len(titles) == 7
+    lines = [label.get_text() for label in axes[0].get_yticklabels()]
+    subjects = ["_micro", "_macro", *(name.replace(" ", "_") for name in lines[2:])]
+    assert lines[:2] == ["micro average", "macro average"] and set(subjects[2:]) == set(SUBJECTS[:3])
+    base = [stored[ids["base"], subject]["accuracy"] for subject in subjects]
+    assert base[2:] == sorted(base[2:], reverse=True)
+    for axis, plan in zip(axes, titles, strict=True):
+        ((x, y, ends),) = drawn_by(axis).values()
+        rows = [stored[ids[plan], subject] for subject in subjects]
+        np.testing.assert_allclose(x, [100 * row["accuracy"] for row in rows])
+        np.testing.assert_allclose(ends, [[100 * row["ci_low"], 100 * row["ci_high"]] for row in rows])
+        rings = axis.lines[0]
+        np.testing.assert_allclose(rings.get_xdata(), 100 * np.array(base))
+        assert list(rings.get_ydata()) == list(y) == list(axes[0].get_yticks()) and axis.yaxis_inverted()
+    assert "open circles: base" in drawn["accuracy_by_subject.png"].get_supxlabel()
+    (axis,) = drawn["letters.png"].axes
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    for number, bars in enumerate(axis.containers):
+        assert bars.get_label() == "ABCD"[number]
+        for label, bar in zip(labels, bars, strict=True):
+            mine = [row for row in answers if row["plan_id"] == ids.get(label, ids["base"])]
+            given = [row["answer" if label == "right answers" else "predicted"] for row in mine]
+            assert bar.get_width() == pytest.approx(100 * given.count(number) / len(given))
+            assert bar.get_x() == pytest.approx(100 * sum(letter < number for letter in given) / len(given))
+
+
+def test_coefficients_are_drawn_at_their_steps_and_layers(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", layers=9, merges=3, subjects=1, questions=2, candidates=0)
+    drawn = figures_of(monkeypatch, alphas_script)
+    with alphas_script.plt.rc_context(alphas_script.STYLE):
+        plans, coefficients = run.read("plans").to_pylist(), run.read("coefficients").to_pylist()
+        labels = {row["plan_id"]: row["name"] for row in plans}
+        alphas_script.draw_plans(plans, coefficients, labels, tmp_path / "x.png")
+    left, right, _ = drawn["x.png"].axes
+    assert [label.get_text() for label in left.get_xticklabels()] == ["0: 8→7", "1: 7→6", "2: 6→5"]
+    assert {line.get_label() for line in left.lines} == set(labels.values()) - {"base"}
+    for line in left.lines:
+        rows = [row for row in plans if row["name"] == line.get_label()]
+        assert list(line.get_ydata()) == [row["alpha"] for row in rows]
+        assert list(np.round(line.get_xdata())) == [row["step"] for row in rows] == [0, 1, 2]
+    (image,) = right.images
+    ticks = right.get_yticklabels(), right.get_xticklabels()
+    names, layers = ([label.get_text() for label in each] for each in ticks)
+    assert layers == ["5", "6", "7", "8"] and names == list(labels.values())[1:]
+    stored = {(labels[row["plan_id"]], row["source_layer"]): row["coefficient"] for row in coefficients}
+    wanted = [[stored[name, int(layer)] for layer in layers] for name in names]
+    np.testing.assert_allclose(image.get_array(), wanted)
+    assert image.get_clim() == (0, 1)
+    texts = {text.get_position(): text.get_text() for text in right.texts}
+    for (i, j), value in np.ndenumerate(np.array(wanted)):
+        shown = texts[j, i]
+        assert float(shown.replace("<.001", "0")) == pytest.approx(value, abs=0.0006)
+
+
+def test_methods_are_held_against_the_similarity_of_what_they_merge(tmp_path, monkeypatch):
+    rows = matrix_plans(("found_a",), steps=4, matrices=())
+    similarity = {(8, 9): 0.9, (7, 8): 0.7, (6, 7): 0.75, (9, 8): 0.1, (8, 7): 0.1, (7, 6): 0.1}
+    drawn = figures_of(monkeypatch, alpha_panels)
+    alpha_panels.draw_methods({"found_a": rows}, similarity, tmp_path / "x.png")
+    hist, steps, against = drawn["x.png"].axes
+    alphas = [0.0, 0.1, 0.2, 0.3]
+    tall = [bar.get_x() + bar.get_width() / 2 for bar in hist.patches if bar.get_height()]
+    assert tall == pytest.approx(alphas, abs=0.021)
+    assert hist.get_title().endswith("mean 0.150") and list(hist.lines[0].get_xdata()) == pytest.approx([0.15] * 2)
+    assert list(steps.lines[0].get_xdata()) == [0, 1, 2, 3]
+    assert list(steps.lines[0].get_ydata()) == pytest.approx(alphas)
+    assert [label.get_text() for label in steps.get_xticklabels()] == ["9→8", "8→7", "7→6", "6→5"]
+    points, fit = against.lines
+    assert list(points.get_xdata()) == [0.9, 0.7, 0.75] and list(points.get_ydata()) == pytest.approx(alphas[:3])
+    r = np.corrcoef([0.9, 0.7, 0.75], alphas[:3])[0, 1]
+    assert against.texts[0].get_text() == f"r = {r:.3f}, n = 3"
+    slope = np.cov([0.9, 0.7, 0.75], alphas[:3])[0, 1] / np.var([0.9, 0.7, 0.75], ddof=1)
+    ends = [0.1 + slope * (x - np.mean([0.9, 0.7, 0.75])) for x in (0.7, 0.9)]
+    assert list(fit.get_xdata()) == [0.7, 0.9] and list(fit.get_ydata()) == pytest.approx(ends)
+
+
+def test_descents_are_drawn_with_what_was_held_out(tmp_path, monkeypatch):
+    """The start of the lowest held-out loss, not of the lowest loss, is the one whose alphas are drawn."""
+    held = {0: [1.5, 1.1, 1.3], 1: [1.6, 1.2, 1.15]}
+    loss = {0: [1.4, 1.0, 0.9], 1: [1.3, 0.8, 0.7]}
+    history = [
+        {"searcher": "gradient_alphas", "start": start, "epoch": epoch, "loss": loss[start][epoch],
+         "held_out_loss": held[start][epoch], "alphas": [0.1 + 0.1 * epoch + 0.3 * start, 0.9 - 0.05 * epoch]}
+        for start in (0, 1) for epoch in range(3)
+    ]  # fmt: skip
+    drawn = figures_of(monkeypatch, alpha_panels)
+    alpha_panels.draw_history(history, tmp_path / "x.png")
+    left, right = drawn["x.png"].axes
+    lines = [(line.get_linestyle(), line.get_color(), line.get_linewidth(), *map(list, line.get_data()))
+             for line in left.lines]  # fmt: skip
+    for start in (0, 1):
+        own = lines[3 * start : 3 * start + 3]
+        (style, colour, width, *solid), (dashed, other, _, *out), (_, ring, _, *least) = own
+        assert (style, dashed) == ("-", "--") and colour == other == ring and (width == 2.0) == (start == 0)
+        assert solid == [[0, 1, 2], loss[start]] and out == [[0, 1, 2], held[start]]
+        assert least == [[1], [1.1]] if start == 0 else least == [[2], [1.15]]
+    assert "α of start 0" in right.get_title("left") + right.get_title()
+    assert [list(line.get_ydata()) for line in right.lines] == [
+        pytest.approx([0.1, 0.2, 0.3]), pytest.approx([0.9, 0.85, 0.8]),
+    ]  # fmt: skip
+    numbers = {text.get_text(): text.xy for text in right.texts}
+    assert numbers["0"] == pytest.approx((2, 0.3)) and numbers["1"] == pytest.approx((2, 0.8))
+    assert alpha_panels.history_rows(history) == [
+        ["start 0", 2, "1.4000", "0.9000", "1.1000", 1], ["start 1", 2, "1.3000", "0.7000", "1.1500", 2],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", ["micro_accuracy", "answer_nll"])
+def test_candidates_are_drawn_at_their_values(tmp_path, monkeypatch, objective):
+    lower = objective == "answer_nll"
+    values = {"bayes": [0.50, None, 0.55, 0.52, 0.58], "random": [0.40, 0.45, 0.43]}
+    searchers = {
+        name: [trial(i, value, 1.0) | {"objective": objective, "n_questions": 100, "plan_id": f"{name}{i}",
+                                       "status": "failed" if value is None else "ok",
+                                       "alphas": [0.1 + 0.1 * i, 0.9 - 0.1 * i + 0.01 * (name == "random")]}
+               for i, value in enumerate(mine)]
+        for name, mine in values.items()
+    }  # fmt: skip
+    controls = [trial(0, 0.47) | {"objective": objective, "plan_id": "drop"},
+                trial(1, 0.53) | {"objective": objective, "plan_id": "fixed"},
+                trial(2, 0.60) | {"objective": "another", "plan_id": "odd"}]  # fmt: skip
+    drawn = figures_of(monkeypatch, search_panels)
+    search_panels.draw_progress(searchers, controls, {"drop": "dropped"}, tmp_path / "p.png")
+    search_panels.draw_distribution(searchers, tmp_path / "d.png")
+    (axis,) = drawn["p.png"].axes
+    best = np.minimum.accumulate if lower else np.maximum.accumulate
+    for i, mine in enumerate(values.values()):
+        marks, line = axis.lines[2 * i : 2 * i + 2]
+        known = [(number, value) for number, value in enumerate(mine, 1) if value is not None]
+        assert list(zip(*marks.get_data(), strict=True)) == known and marks.get_color() == line.get_color()
+        assert list(line.get_ydata())[:-1] == list(best([value for _, value in known]))
+    assert [list(line.get_ydata()) for line in axis.lines[4:]] == [[0.47, 0.47], [0.53, 0.53]]
+    assert [text.get_text() for text in axis.texts] == ["dropped  0.470", "fixed  0.530"]
+    names = [text.get_text() for text in drawn["p.png"].legends[0].get_texts()]
+    assert names == ["bayes, running best (4 candidates, 1 failed)", "random, running best (3 candidates)"]
+    spread, *panels, bar = drawn["d.png"].axes
+    winner = {"bayes": 0 if lower else 4, "random": 0 if lower else 1}
+    ticks = {line.get_label().split(":")[0]: list(line.get_xdata()) for line in spread.lines}
+    for axis, (name, rows) in zip(panels, searchers.items(), strict=True):
+        ok = [row for row in rows if row["status"] == "ok"]
+        (dots,) = axis.collections
+        places = np.column_stack([np.round(dots.get_offsets()[:, 0]), dots.get_offsets()[:, 1], dots.get_array()])
+        wanted = {(step, round(alpha, 9), row["value"]) for row in ok for step, alpha in enumerate(row["alphas"])}
+        assert {(step, round(alpha, 9), value) for step, alpha, value in places} == wanted
+        assert list(places[-1]) == pytest.approx([1, rows[winner[name]]["alphas"][1], rows[winner[name]]["value"]])
+        rings = axis.lines[0]
+        assert list(rings.get_ydata()) == rows[winner[name]]["alphas"] == ticks[name]
+        assert list(rings.get_xdata()) == [0, 1]
+        assert f"({name})" in axis.get_title() + axis.get_title("left")
+    assert bar.get_ylabel() == f"{objective} ({'lower' if lower else 'higher'} is better)"
+    shown = {each.get_label().split(":")[0]: each for each in spread.patches}
+    for name, rows in searchers.items():
+        heights = shown[name].get_xy()[:, 1]
+        alphas = [alpha for row in rows if row["status"] == "ok" for alpha in row["alphas"]]
+        assert heights.max() == pytest.approx(100 * max(np.histogram(alphas, np.linspace(0, 1, 26))[0]) / len(alphas))
+        assert f"all {len(alphas) // 2} tried (mean {np.mean(alphas):.2f})" in shown[name].get_label()

@@ -10,6 +10,8 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.colors import same_color
 
 from raymerge.tables import RunDirectory, RunError
 
@@ -233,6 +235,7 @@ def test_published_points_stand_beside_their_own_model_alone(tmp_path, monkeypat
     figure = figure_of(monkeypatch, run, *options)
     assert len(figure.axes) == (9 if shown else 6)  # a row for each of three treatments
     assert ("published MKA, Meta-Llama-3-8B" in legend_of(figure)) == shown
+    assert ("published points" in figure.legends[0].get_title().get_text()) == shown
     assert any("Meta-Llama-3-8B" in axis.get_title("left") for axis in figure.axes) == shown
     text = Path(run.path_of("figures"), "compression.md").read_text()
     assert ("### Published points" in text) == shown == ("MKA (arXiv" in text)
@@ -472,3 +475,122 @@ def test_a_single_panel_of_perplexities_has_its_whole_legend_and_plain_numbers(r
         assert legend.x0 >= 0 and legend.x1 <= figure.bbox.width
         assert labels and all(label.isdigit() for label in labels)
     compression_panels.plt.close(figure)
+
+
+def errorbars(axis) -> list[tuple[list[float], list[float], list[list[float]], str]]:
+    """x, y, ends of the bars and colour of every series that errorbar drew, in order."""
+    found = []
+    for series in axis.containers:
+        line, _, bars = series.lines
+        ends = [segment[:, 1].tolist() for each in bars for segment in each.get_segments()]
+        x, y = (np.array(each, dtype=float).tolist() for each in line.get_data())
+        found.append((x, y, ends, line.get_color()))
+    return found
+
+
+def test_curves_are_drawn_at_the_points_of_their_methods(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", merges=(1, 4, 8), context=False)
+    rows = [row | {"ci_low": 0.8 * row["perplexity"], "ci_high": 1.3 * row["perplexity"]}
+            for row in run.read("perplexity").to_pylist()]  # fmt: skip
+    run.replace("perplexity", rows)
+    figure = figure_of(monkeypatch, run, "--published")
+    micro = {row["plan_id"]: row for row in run.read("accuracy").to_pylist()
+             if (row["split"], row["subject"]) == ("test", "_micro")}  # fmt: skip
+    texts = {row["plan_id"]: row for row in rows if row["target"] == "text"}
+    sweep = run.read("sweep").to_pylist()
+    names = legend_of(figure)
+    colours = {
+        name: handle.get_color()[0] if isinstance(handle, LineCollection) else handle.get_color()
+        for name, handle in zip(names, figure.legends[0].legend_handles, strict=True)
+    }
+    lines = np.array(figure.axes[:9]).reshape(3, 3)
+    shown = {("none", "keep"): 6, ("neurons", "fold"): 5, ("rows", "keep"): 5}  # with four methods of one variant alone
+    for (accuracy, perplexity, share), (variant, count) in zip(lines, shown.items(), strict=True):
+        assert accuracy.get_title("left") + accuracy.get_title() == f"Alignment {variant[0]}, norms {variant[1]}"
+        mine = {}
+        for row in sweep:
+            single = sum(method == row["method"] for method, *_ in METHODS) == 1
+            if row["merges"] and (single or (row["alignment"], row["norms"]) == variant):
+                mine.setdefault(row["method"], []).append(row["plan_id"])
+        assert len(mine) == count and perplexity.get_yscale() == "log"
+        labels = [axis.get_ylabel().split(" (")[0] for axis in (accuracy, perplexity, share)]
+        assert labels == ["micro accuracy", "perplexity", "micro accuracy"]
+        for axis, table, column in ((accuracy, micro, "accuracy"), (perplexity, texts, "perplexity"),
+                                    (share, micro, "accuracy")):  # fmt: skip
+            for (method, plans), (x, y, ends, colour) in zip(mine.items(), errorbars(axis), strict=True):
+                scale = 100 / 28 if axis is share else 1
+                np.testing.assert_allclose(x, scale * np.array([1, 4, 8]), atol=0.16 * scale)
+                assert y == [table[plan][column] for plan in plans] and same_color(colour, colours[method])
+                np.testing.assert_allclose(ends, [[table[plan]["ci_low"], table[plan]["ci_high"]] for plan in plans])
+        for axis, levels in ((accuracy, [0.25, micro["base"]["accuracy"]]), (perplexity, [texts["base"]["perplexity"]]),
+                             (share, [0.25, micro["base"]["accuracy"]])):  # fmt: skip
+            flat = [line.get_ydata()[0] for line in axis.lines if list(line.get_xdata()) == [0, 1]]
+            assert flat == levels
+        with (ANALYSIS / "published" / "compression.csv").open(encoding="utf-8", newline="") as file:
+            cited = {(float(row["compression_percent"]), float(row["accuracy"])) for row in csv.DictReader(file)}
+        curves = [line for line in share.lines if line.get_marker() in "*Px" and line.get_marker() != "None"]
+        found = {point for line in curves if line.get_color() in ("#000000", "#6B6B6B", "#9A9A9A")
+                 for point in zip(*line.get_data(), strict=True)}  # fmt: skip
+        assert found and found <= cited
+        assert len({x for x, _ in found}) == len({x for x, _ in cited})
+    assert "1,000 questions, test split, language en; model of 28 layers" in figure.legends[0].get_title().get_text()
+
+
+def test_texts_of_several_runs_keep_the_colours_of_their_methods(tmp_path, monkeypatch):
+    """A run beside may have other methods, in another order."""
+    first = make_run(tmp_path / "a", merges=(1, 2), context=False)
+    other = {key: METHODS[key] for key in reversed(METHODS) if key[0] != "before_last"}
+    second = make_run(tmp_path / "b", merges=(2, 3), context=False, methods=other)
+    drawn = []
+    monkeypatch.setattr(compression_panels, "save", lambda figure, path: drawn.append(figure) or path)
+    compression_panels.draw_texts([first, second], tmp_path / "x.png")
+    (figure,) = drawn
+    compression_panels.plt.close(figure)
+    colours = {}
+    for axis, run, merges in zip(figure.axes, (first, second), ([1, 2], [2, 3]), strict=True):
+        texts = {row["plan_id"]: row["perplexity"] for row in run.read("perplexity").to_pylist()
+                 if row["target"] == "text"}  # fmt: skip
+        lines = {}
+        for row in run.read("sweep").to_pylist():
+            if row["merges"]:
+                lines.setdefault((row["method"], row["alignment"], row["norms"]), []).append(texts[row["plan_id"]])
+        series = {tuple(y): (x, colour) for x, y, _, colour in errorbars(axis)}
+        assert series.keys() == set(map(tuple, lines.values()))
+        for name, values in lines.items():
+            x, colour = series[tuple(values)]
+            np.testing.assert_allclose(x, merges, atol=0.16)
+            assert colours.setdefault(name, colour) == colour
+        assert [list(line.get_ydata()) for line in axis.lines if list(line.get_xdata()) == [0, 1]] == [
+            [texts["base"]] * 2
+        ]  # fmt: skip
+
+
+def test_context_is_drawn_by_plan_and_bucket(run, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(context_panels, "save", lambda figure, path: drawn.append(figure) or path)
+    rows, sweep = run.read("context").to_pylist(), run.read("sweep").to_pylist()
+    names = {row["plan_id"]: f"name of {row['plan_id']}" for row in sweep}
+    context_panels.draw_context(rows[::-1], names, sweep, tmp_path / "x.png")
+    (figure,) = drawn
+    context_panels.plt.close(figure)
+    asked = {"position_nll": [0, 128, 256, 512, 768, 1024, 1536], "retrieval": [64, 256, 1024, 4096]}
+    for axis, (measure, buckets) in zip(figure.axes, asked.items(), strict=True):
+        assert [label.get_text() for label in axis.get_xticklabels()] == [f"{bucket:,}" for bucket in buckets]
+        assert len(axis.containers) == 9
+        for series in axis.containers:
+            label = series.get_label()
+            plan = "base" if label == plotting.BASE else label.removeprefix("name of ")
+            mine = {row["bucket"]: row for row in rows if (row["plan_id"], row["measure"]) == (plan, measure)}
+            line, _, bars = series.lines
+            assert list(line.get_ydata()) == [mine[bucket]["value"] for bucket in buckets]
+            np.testing.assert_allclose(list(map(float, line.get_xdata())), range(len(buckets)), atol=0.3)
+            assert bool(bars) == (measure == "retrieval")
+            for bucket, segment in zip(buckets, bars[0].get_segments() if bars else (), strict=False):
+                low, high = segment[:, 1]
+                p, n, z = mine[bucket]["value"], 50, 1.959964
+                centre, half = (p + z * z / 2 / n), z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+                wanted = [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
+                assert [low, high] == pytest.approx(wanted, abs=1e-6)
+    levels = [line.get_ydata()[0] for line in figure.axes[1].lines if list(line.get_xdata()) == [0, 1]]
+    assert levels == [0.25] and len(figure.axes[0].lines) == 9
+    assert figure.legends[0].get_title().get_text() == "9 of the 17 plans measured; compression.md has all"

@@ -428,6 +428,7 @@ def test_layers_of_the_maps():
 def test_maps_of_asked_layers_without_samples(tmp_path, capsys):
     run = make_run(tmp_path / "run", layers=4, subsets=2)
     run.replace("samples", [])
+    run.replace("degeneracy", [])
     assert embeddings_script.main([run.path_of(), "--layers", "0,3"]) == 0
     assert embeddings_script.main([run.path_of(), "--layers", "4"]) == 2
     assert "no embeddings of layer 4" in capsys.readouterr().err
@@ -473,6 +474,12 @@ def test_sensitivity(tmp_path):
             assert cells["off-diagonal"] == "–"
         assert (cells[""] == "reference") == (line[:2] in (["sigma", "median"], ["dimensions", "2"]))
     assert [line[1] for line in lines if line[0] == "sigma"] == ["2", "8", "32", "median"]
+    header, *every = table_of((folder / "sensitivity.md").read_text(), "## Every subset")
+    assert header[:3] == ["subset", "parameter", "setting"] and len(every) == len(rows) - 3
+    for line, row in zip(every, [row for row in rows if row["parameter"] != "reference"], strict=True):
+        assert line[:3] == [f"{row['subset']} {row['language']}", row["parameter"], row["setting"]]
+        found = [row[key] for key in ("pearson", "pearson_off_diagonal", "plan_overlap", "alpha_max_difference")]
+        assert line[3:7] == ["–" if value is None else f"{value:.3f}" for value in found]
     assert "- math en: one pair undefined" in (folder / "sensitivity.md").read_text()
 
 
@@ -517,6 +524,159 @@ def test_ticks_of_layers_stay_few():
         plotting.show_layers(axis, list(range(count)))
         assert 1 <= len(axis.get_xticks()) <= 8 and axis.get_xticks()[0] == 0
     plotting.plt.close(figure)
+
+
+def keep_figures(monkeypatch, script) -> dict:
+    """Name -> figure of all that `script` saves from now on."""
+    drawn = {}
+
+    def keep(figure, path):
+        drawn[path.name] = figure
+        plotting.plt.close(figure)
+        return path
+
+    monkeypatch.setattr(script, "save", keep)
+    return drawn
+
+
+def test_maps_show_the_matrices_of_their_subsets(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", layers=5, subsets=3)
+    rows = [row | {"value": row["value"] and row["value"] + 0.01 * row["layer_j"]}  # no longer symmetric
+            for row in run.read("similarity").to_pylist()]  # fmt: skip
+    drawn = keep_figures(monkeypatch, heatmaps_script)
+    views = heatmaps_script.views_of(rows, run.read("degeneracy").to_pylist())
+    heatmaps_script.draw_matrices(views, "npib", "diffusion", tmp_path / "x.png")
+    heatmaps_script.draw_influence(run.read("block_influence").to_pylist(), tmp_path / "i.png")
+    axes = [axis for axis in drawn["x.png"].axes if axis.images and axis.get_label() != "<colorbar>"]
+    values, nulls = axes[:3], axes[3:]
+    assert [axis.get_title("left") or axis.get_title() for axis in values] == ["medical en", "legal en", "math en"]
+    for above, below, (subset, _) in zip(values, nulls, SUBSETS, strict=False):
+        mine = [row for row in rows if row["subset"] == subset]
+        (image,), (grey, colours) = above.images, below.images
+        sound = []
+        for row in mine:
+            at = row["layer_i"], row["layer_j"]
+            if row["value"] is None:
+                assert all(np.ma.getmaskarray(each.get_array())[at] for each in (image, colours, grey))
+                continue
+            assert image.get_array()[at] == pytest.approx(row["value"])
+            gap = row["value"] - row["null_p95"]
+            assert not grey.get_array().filled(1)[at] == (gap <= 0)
+            assert colours.get_array().filled(0)[at] == pytest.approx(max(gap, 0))
+            if at[0] != at[1] and min(at) > 1:
+                sound.append(gap > 0)
+        title = below.get_title("left") or below.get_title()
+        assert title == f"{100 * np.mean(sound):.0f} % of pairs above null"
+        assert image.get_clim() == values[0].images[0].get_clim() and colours.get_clim()[0] == 0
+        assert len({axis.images[-1].get_clim() for axis in nulls}) == 1
+    many = [view._replace(notes=[f"note {n}" for n in range(8)]) for view in views[:1]]
+    told = heatmaps_script.describe(many, "npib", "diffusion")[-1].splitlines()
+    assert told[2:] == [*(f"- medical en: note {n}" for n in range(5)), "- medical en: 3 more"]
+    (axis,) = drawn["i.png"].axes
+    stored = run.read("block_influence").to_pylist()
+    for line, (subset, language) in zip(axis.lines, SUBSETS, strict=False):
+        assert line.get_label() == f"{subset} {language} (n = 20)"
+        mine = [row for row in stored if row["subset"] == subset]
+        assert list(line.get_ydata()) == [row["value"] for row in mine] and list(line.get_xdata()) == list(range(5))
+
+
+def test_correlations_are_drawn_at_their_pairs(tmp_path, monkeypatch):
+    """An undefined one, of a constant matrix, left all pairs in an order that was none."""
+    a, b, c, d = SUBSETS[:4]
+    known = {"ci_low": 0.3, "ci_high": 0.8}
+    rows = [correlation(a, b, pearson=0.95, pearson_off_diagonal=0.5, **known),
+            correlation(a, d, pearson=math.nan, pearson_off_diagonal=math.nan, ci_low=None, ci_high=None),
+            correlation(c, b, pearson=0.85, pearson_off_diagonal=0.9, ci_low=0.7, ci_high=0.99),
+            correlation(a, c, pearson=0.9, pearson_off_diagonal=0.2, ci_low=None, ci_high=None,
+                        reliability_a=None)]  # fmt: skip
+    drawn = keep_figures(monkeypatch, correlations_script)
+    correlations_script.draw_correlations(rows, "npib", tmp_path / "x.png")
+    published, off, pairs, *_ = drawn["x.png"].axes
+    names = [label.get_text() for label in published.get_yticklabels()]
+    assert names == [label.get_text() for label in published.get_xticklabels()]
+    for axis, column, digits in ((published, "pearson", 3), (off, "pearson_off_diagonal", 2)):
+        (image,) = axis.images
+        texts = {text.get_position(): text.get_text().split("\n") for text in axis.texts}
+        for row in rows:
+            i, j = (names.index(f"{row[f'subset_{side}']} en") for side in "ab")
+            for at in ((i, j), (j, i)):
+                if math.isnan(row[column]):
+                    assert image.get_array().mask[at] and at[::-1] not in texts
+                    continue
+                assert image.get_array()[at] == row[column]
+                first, *rest = texts[at[::-1]]
+                assert first == f"{row[column]:.{digits}f}"
+                told = [f"[{row['ci_low']:.2f}, {row['ci_high']:.2f}]"] if row["ci_low"] else []
+                told += ["ceiling 0.60"] if row["reliability_a"] else []
+                assert rest == (told if axis is off else [])
+    labels = [label.get_text() for label in pairs.get_yticklabels()]
+    assert labels == ["math en – legal en", "medical en – legal en", "medical en – math en"]
+    dots = [line.get_data() for line in pairs.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    assert [(x[0], y[0]) for x, y in dots] == [(0.9, 0), (0.5, 1), (0.2, 2)]
+    bars = [segment.tolist() for line in pairs.collections for segment in line.get_segments()]
+    assert bars == [[[0.7, 0.0], [0.99, 0.0]], [[0.3, 1.0], [0.8, 1.0]]]
+    ceilings = [line.get_data() for line in pairs.lines if line.get_marker() == "|" and len(line.get_xdata())]
+    assert [(pytest.approx(x[0]), y[0]) for x, y in ceilings] == [(0.6, 0), (0.6, 1)]
+    table, means = (table_of("\n\n".join(correlations_script.describe(rows, "npib")), "## npib", nth) for nth in (0, 1))
+    assert [row[3] for row in table[1:]] == ["0.9000", "0.5000", "0.2000", "–"]
+    assert table[1][4:] == ["[0.7000, 0.9900]", "0.9000", "0.4000", "0.6000", "1.5000"]
+    ratio = np.mean([0.9 / 0.6, 0.5 / 0.6])
+    assert means[1:] == [["subsets in one language", "3", "0.9000", f"{1.6 / 3:.4f}", f"{ratio:.4f}"]]
+
+
+def test_samples_are_drawn_where_their_layers_embed_them(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", layers=3, subsets=2, samples=6)
+    drawn = keep_figures(monkeypatch, embeddings_script)
+    embeddings_script.draw(run, tmp_path, "0,2")
+    axes = drawn["embeddings.png"].axes
+    stored = {(row["subset"], row["layer"], row["sample"], row["coordinate"]): row["value"]
+              for row in run.read("embeddings").to_pylist()}  # fmt: skip
+    subjects = {(row["subset"], row["sample"]): row["subject"] for row in run.read("samples").to_pylist()}
+    for axis, (subset, layer) in zip(axes, [("medical", 0), ("medical", 2), ("legal", 0), ("legal", 2)], strict=True):
+        assert axis.get_title() + axis.get_title("left") == f"layer {layer}"
+        rank = 5.5 if layer < 2 else 4.2
+        assert axis.get_xlabel() == f"effective rank {rank:.1f} of 6"
+        assert len(axis.lines) == 2
+        for line in axis.lines:
+            mine = [n for n in range(6) if subjects[subset, n].replace("_", " ") == line.get_label()]
+            assert len(mine) == 3
+            for coordinate, found in enumerate(line.get_data()):
+                assert list(found) == [stored[subset, layer, n, coordinate] for n in mine]
+    assert [axis.get_ylabel() for axis in axes] == ["medical en", "", "legal en", ""]
+
+
+def test_settings_are_drawn_in_their_lines(tmp_path, monkeypatch):
+    run = make_sensitivity(tmp_path / "run", subsets=3)
+    drawn = keep_figures(monkeypatch, sensitivity_script)
+    sensitivity_script.draw(run, tmp_path)
+    rows = [row for row in run.read("sensitivity").to_pylist() if row["parameter"] != "reference"]
+    axes = drawn["sensitivity.png"].axes
+    columns = ["pearson_off_diagonal", "plan_overlap", "alpha_max_difference"]
+    ticks = {round(at, 6): label.get_text() for at, label in zip(axes[0].get_yticks(), axes[0].get_yticklabels(),
+                                                                 strict=True)}  # fmt: skip
+    assert axes[0].yaxis_inverted() and [text for text in ticks.values() if "reference" in text] == [
+        "median  (reference)", "2  (reference)",
+    ]  # fmt: skip
+    heads = {text.get_text().replace(" ", "_"): text.xy[1] for text in axes[0].texts if text.get_text() != "undefined"
+             and "undefined" not in text.get_text()}  # fmt: skip
+    parameters = list(dict.fromkeys(row["parameter"] for row in rows))
+    assert list(heads) == parameters and list(heads.values()) == sorted(heads.values())
+    place = {}  # (parameter, setting) -> height
+    for at, text in ticks.items():
+        parameter = max((name for name in heads if heads[name] < at), key=heads.get)
+        place[parameter, text.removesuffix("  (reference)")] = at
+    assert len(place) == len({(row["parameter"], row["setting"]) for row in rows})
+    for axis, column in zip(axes, columns, strict=True):
+        marks = {line.get_label(): line for line in axis.lines if len(line.get_xdata()) > 2}
+        for subset, language in SUBSETS[:3]:
+            mine = [row for row in rows if row["subset"] == subset and row[column] is not None]
+            x, y = marks[f"{subset} {language}"].get_data()
+            assert list(x) == [row[column] for row in mine]
+            np.testing.assert_allclose(y, [place[row["parameter"], row["setting"]] for row in mine], atol=0.26)
+        notes = [text for text in axis.texts if "undefined" in text.get_text()]
+        said = {round(text.get_position()[1], 6): text.get_text() for text in notes}
+        some, every = (round(place[key], 6) for key in (("samples", "20"), ("measure", "gaussian")))
+        assert said == {some: "1 of 3\nundefined", every: "undefined"}
 
 
 if __name__ == "__main__":  # python tests/test_analysis_similarity.py DIR: runs to look at

@@ -1,14 +1,17 @@
 """Progress as a log shows it - a line a stage, and one now and then while a long step goes on - and summaries."""
 
 import io
+import itertools
 import math
+import re
 import threading
 import time
 
 import pytest
-from report_runs import imported_run, search_run, similarity_run, sweep_run
+from report_runs import LAYERS, evaluated, imported_run, search_run, sensitivity_run, similarity_run, sweep_run
 
 from raymerge import console
+from raymerge.plan import base_plan
 from raymerge.progress import Silent, step
 from raymerge.tables import RunDirectory
 
@@ -176,6 +179,7 @@ def test_the_answer_stands_in_words_under_the_tables(tmp_path, capsys):
     assert "\nOriginal layers in found_bayes, counted from 0: 2-5 merged.\n" in shown
     assert "found_bayes minus the others" in shown and "bayes: 8 candidates" in shown
     assert max(len(line) for line in shown.splitlines() if str(tmp_path) not in line) <= 120
+    assert shown.startswith("\n120 test questions:\n") and shown.count(f"raymerge report {tmp_path}/search\n") == 1
 
 
 def test_a_merged_model_is_where_the_run_is_now(tmp_path, capsys):
@@ -194,3 +198,124 @@ def test_a_merged_model_is_where_the_run_is_now(tmp_path, capsys):
     assert said("/another/machine/run/models/found_bayes") == gone
     (tmp_path / "run/models/found_bayes").mkdir(parents=True)
     assert said("/another/machine/run/models/found_bayes") == f"Merged model: {tmp_path}/run/models/found_bayes"
+
+
+def cells_of(shown, first):
+    """The cells, cut where two blanks or more are, of the table in the terminal whose header begins with a word."""
+    lines = shown.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(first))
+    header, _, *cells = ([cell.strip() for cell in re.split(r" {2,}", line)] for line in lines[at:])
+    rows = itertools.takewhile(lambda row: len(row) == len(header), cells)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_a_search_in_the_terminal_has_the_numbers_of_its_tables(tmp_path, capsys):
+    run = search_run(tmp_path / "run", seed=3)
+    run.append("perplexity", [{"plan_id": "found", "target": "question", "subject": None, "tokens": 9, "nll": 0.1,
+                               "perplexity": 1.1}], part="q")  # fmt: skip
+    run.append("blocks", [
+        {"merges": 3, "first": first, "last": first + 2, "measure": "loss", "score": score, "chosen": first == 2}
+        for first, score in ((0, 9.0), (1, 2.5), (2, 1.25), (3, 2.0))
+    ] + [{"merges": 2, "first": 4, "last": 4, "measure": "given", "score": None, "chosen": True}])  # fmt: skip
+    used = {"candidates_this_call": 7, "wall_seconds": 12.5, "batch": 2, "concurrent": 3, "share_not_scoring": 0.25}
+    manifest = run.manifest()
+    run.write_manifest("complete", best=manifest["best"], command=["x"], bayes_search=used, warnings=["few questions"])
+    console.print_search(run, "test")
+    shown = capsys.readouterr().out
+    names = {"base": "base", "drop": "drop", "fixed": "fixed_0.62", "found": "found_bayes"}
+    accuracy = {(row["plan_id"], row["subject"]): row for row in run.read("accuracy").to_pylist()}
+    texts = {row["plan_id"]: row for row in run.read("perplexity").to_pylist() if row["target"] == "text"}
+    costs = {row["plan_id"]: row["layers"] for row in run.read("costs").to_pylist()}
+    answers = run.read("answers").to_pylist()
+    plans = {row["plan"]: row for row in cells_of(shown, "plan ")}
+    assert list(plans) == list(names.values())
+    for plan, name in names.items():
+        micro, macro, text = accuracy[plan, "_micro"], accuracy[plan, "_macro"], texts[plan]
+        picked = [row["predicted"] for row in answers if row["plan_id"] == plan]
+        read = [text[key] for key in ("perplexity", "ci_low", "ci_high")]
+        value, low, high = (f"{x:.{sum(x < limit for limit in (10, 100, 1000))}f}" for x in read)
+        assert plans[name] == {
+            "plan": name, "layers": str(costs[plan]),
+            "accuracy [95 %]": f"{micro['accuracy']:.4f} [{micro['ci_low']:.3f}, {micro['ci_high']:.3f}]",
+            "macro": f"{macro['accuracy']:.4f}", "answer NLL": f"{micro['nll']:.4f}",
+            "text ppl [95 %]": f"{value} [{low}, {high}]",
+            "picks A-D %": "/".join(f"{100 * picked.count(k) / 120:.0f}" for k in range(4)), "letter %": "–",
+        }  # fmt: skip
+    share = sum(row["answer"] == 0 for row in answers if row["plan_id"] == "base") / 120
+    assert f"\nAlways answering A would score {share:.4f}\n" in shown
+    pairs = {row["plan_b"]: row for row in run.read("comparisons").to_pylist() if row["measure"] == "accuracy"}
+    found = {row["against"]: row for row in cells_of(shown, "against ")}
+    for plan in ("base", "drop", "fixed"):
+        row, cells = pairs[plan], found[names[plan]]
+        assert cells["difference"] == f"{row['difference']:+.4f}"
+        assert cells["95 % interval"] == f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
+        assert (cells["p"], cells["p (Holm)"]) == (f"{row['p_value']:.3g}", f"{row['p_holm']:.3g}")
+    assert [found[name]["verdict"] for name in ("base", "drop")] == ["worse", "better"]
+    assert "lowest score is best: loss is in nats per token" in shown and "distances" not in shown
+    chosen = cells_of(shown, "layers  removed")
+    assert chosen[0] == {"layers": "3", "removed": "2-4", "chosen by": "loss", "score": "1.25",
+                         "next best": "3-5 (2), 1-3 (2.5)", "deepest": "3-5 (2)"}  # fmt: skip
+    assert list(chosen[1].values()) == ["2", "4", "given", "–", "–", "–"]
+    assert "bayes: 7 candidates in 12.5 s (2 per trial, 3 at a time); workers spent 75 % of it scoring" in shown
+    told = "bayes: 8 candidates; micro_accuracy best 0.6500, mean 0.566"
+    assert told in shown and ", worst 0.4000; 0.8 s of worker time" in " ".join(shown.split())
+    assert "\nWarning: few questions.\n" in shown
+
+
+def test_an_evaluation_in_the_terminal_has_the_numbers_of_its_tables(tmp_path, capsys):
+    run = RunDirectory.open(tmp_path / "run", {"data": {"report_split": "test"}}, "evaluate")
+    run.begin()
+    evaluated(run, {"base": base_plan(LAYERS)}, {"base": 0.7}, subjects=("algebra", "law"), perplexities={"base": 5.0},
+              pairs=[])  # fmt: skip
+    asked = {"algebra": 3.0, "law": 40.0, None: 900.0}
+    run.append("perplexity", [
+        {"plan_id": "base", "target": "question", "subject": subject, "tokens": 9, "nll": 1.0, "perplexity": value,
+         "ci_low": value - 1, "ci_high": value + 2} for subject, value in asked.items()
+    ], part="q")  # fmt: skip
+    run.write_manifest("complete", command=["x"])
+    console.print_evaluation(run, "test")
+    shown = capsys.readouterr().out
+    rows = {row["subject"]: row for row in run.read("accuracy").to_pylist()}
+    cells = cells_of(shown, "subject")
+    assert [row["subject"] for row in cells] == ["algebra", "law", "_micro", "_macro"]
+    read = {"algebra": "3.000 [2.000, 5.000]", "law": "40.00 [39.00, 42.00]", "_micro": "900.0 [899.0, 902.0]"}
+    for line in cells:
+        row = rows[line["subject"]]
+        assert list(line.values())[1:] == [
+            str(row["n"]),
+            f"{row['accuracy']:.4f} ± {row['standard_error']:.4f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]",
+            f"{row['nll']:.4f}", read.get(line["subject"], "–"),
+        ]  # fmt: skip
+    (text,) = (row for row in run.read("perplexity").to_pylist() if row["target"] == "text")
+    assert f"Plain-text perplexity [95 %]: 5.000 [{text['ci_low']:.3f}, {text['ci_high']:.3f}]\n" in shown
+    share = sum(row["answer"] == 0 for row in run.read("answers").to_pylist()) / 120
+    assert f"Always answering A would score {share:.4f}" in shown and f"raymerge report {tmp_path}/run\n" in shown
+
+
+def test_curves_and_settings_in_the_terminal_have_the_numbers_of_their_tables(tmp_path, capsys):
+    run = sweep_run(tmp_path / "sweep")
+    points = run.read("sweep").drop_columns("run_id").to_pylist()
+    run.replace("sweep", [row | ({"norms": "fold"} if row["plan_id"] == "half3" else {}) for row in points[::-1]])
+    console.print_sweep(run, "test")
+    shown = capsys.readouterr().out
+    micro, macro = ({row["plan_id"]: row for row in run.read("accuracy").to_pylist() if row["subject"] == subject}
+                    for subject in ("_micro", "_macro"))  # fmt: skip
+    order = ["base", "half1", "drop1", "half3", "drop3"]
+    for plan, cells in zip(order, cells_of(shown, "merged"), strict=True):
+        row = micro[plan]
+        assert list(cells)[:3] == ["merged", "method", "norms"]
+        assert list(cells.values())[:-1] == [
+            plan[4:] or "0", {"half": "fixed_0.5"}.get(plan[:4], plan[:4]), "fold" if plan == "half3" else "keep",
+            f"{row['accuracy']:.4f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]", f"{macro[plan]['accuracy']:.4f}",
+            f"{row['nll']:.4f}",
+        ]  # fmt: skip
+    run = sensitivity_run(tmp_path / "sensitivity")
+    stored = run.read("sensitivity").drop_columns("run_id").to_pylist()
+    law = {"subset": "law", "pearson_off_diagonal": 0.4, "plan_overlap": 0.5, "alpha_max_difference": 0.05}
+    more = [row | law for row in stored if row["setting"] == "8.0"]
+    run.append("sensitivity", more)
+    console.print_sensitivity(run)
+    assert [tuple(row.values()) for row in cells_of(capsys.readouterr().out, "parameter")] == [
+        ("sigma", "8.0", "0.300", "35", "0.030", ""), ("sigma", "32.0", "0.900", "90", "0.010", ""),
+        ("samples", "3", "–", "–", "–", "too few samples"),
+    ]  # fmt: skip

@@ -2,9 +2,11 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shlex
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 
@@ -23,7 +25,7 @@ from report_runs import (
     text_losses,
 )
 
-from raymerge import console, findings, report, rows, summary
+from raymerge import console, findings, report, rows, statistics, summary
 from raymerge.card import search_results
 from raymerge.plan import base_plan, drop_block_plan, pairs_plan
 from raymerge.progress import Silent
@@ -1125,6 +1127,7 @@ def test_a_sweep_on_tasks_alone_names_no_best_way(tmp_path, capsys):
     told = "No questions were asked, and no plain text was read: the points were evaluated on tasks only, see below."
     assert [text.text for text in blocks([section], Text)] == [told] and further.title == "Further tasks"
     assert [table.caption for table in blocks([section], Table)] == ["All 5 points"]
+    assert not blocks([section], Figure)
     console.print_sweep(run, "test")
     assert "has the lowest" not in capsys.readouterr().out
 
@@ -1352,6 +1355,8 @@ def test_write_report_says_where_it_cannot_write(tmp_path, search, monkeypatch):
         (wording.duration(2.04), "2.0 s"),
         (wording.plural(1, "pair"), "1 pair"),
         (wording.plural(1200, "pair"), "1,200 pairs"),
+        (wording.value(None), "–"),
+        (wording.value(float("nan"), 1), "–"),
         (wording.millions(1777088000), "1.78 billion"),
         (wording.millions(187191296), "187 million"),
         (wording.millions(2345678), "2.35 million"),
@@ -1373,3 +1378,582 @@ def test_a_logarithmic_axis_has_ticks_where_values_are_near_to_each_other(values
     inside = [tick for tick in vega.log_ticks(list(values)) if min(values) <= tick <= max(values)]
     assert 2 <= len(inside) <= 12
     assert vega.log_ticks([5.0, 5.0]) == [5.0]
+
+
+# -- what stands in tables and drawings, held against the rows of the run's tables
+
+
+def pct(share, limits=None):
+    """A share as the page has it, with its interval."""
+    text = f"{100 * share:.1f} %"
+    return text if limits is None else f"{text} [{100 * limits[0]:.1f}, {100 * limits[1]:.1f}]"
+
+
+def ppl(row):
+    """A perplexity as the page has it, with its interval, from a row of `perplexity`."""
+    values = (row["perplexity"], row["ci_low"], row["ci_high"])
+    value, low, high = (f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:,.0f}" for x in values)
+    return f"{value} [{low}, {high}]"
+
+
+def change(row, scale=1, digits=3):
+    """A difference with its interval, from a row of `comparisons`."""
+    texts = [f"{scale * row[key]:+.{digits}f}".replace("-", "−") for key in ("difference", "ci_low", "ci_high")]
+    return "{} [{}, {}]".format(*(text[1:] if not float(text[1:]) else text for text in texts))
+
+
+def stored_by(run, table, key="plan_id", **where):
+    """Key -> row of a table, of the rows with these values."""
+    rows = run.read(table).to_pylist()
+    return {row[key]: row for row in rows if all(row[name] == value for name, value in where.items())}
+
+
+def marks(view):
+    """(mark, column by channel) of every layer that draws rows."""
+    found = []
+    for layer in view.spec["layer"]:
+        encoding = {channel: value["field"] for channel, value in layer["encoding"].items()
+                    if isinstance(value, dict) and "field" in value}  # fmt: skip
+        if encoding and "data" not in layer:
+            found.append((layer["mark"]["type"], encoding))
+    return found
+
+
+def tips(view):
+    """(title, column) of what is said below the pointer."""
+    found, *_ = (layer["encoding"]["tooltip"] for layer in view.spec["layer"] if "tooltip" in layer["encoding"])
+    return [(tip["title"], tip["field"]) for tip in found]
+
+
+def test_the_tables_of_a_search_have_the_numbers_of_their_plans(tmp_path):
+    run = search_run(tmp_path / "run", seed=3)
+    # Of text no p but the drop's is corrected to another, so that either can be told.
+    compared_rows = [row | {"p_value": 0.01 * (i + 1), "p_holm": 0.02 * (i + 1)} for i, row in
+                     enumerate(run.read("comparisons").drop_columns("run_id").to_pylist())]  # fmt: skip
+    run.replace("comparisons", compared_rows)
+    run.append("perplexity", [
+        {"plan_id": plan, "target": "question", "subject": subject, "tokens": 9, "nll": 0.1, "perplexity": 1.1}
+        for plan in ("base", "drop", "fixed", "found") for subject in (None, "law")
+    ], part="questions")  # fmt: skip
+    micro, macro = (stored_by(run, "accuracy", subject=subject) for subject in ("_micro", "_macro"))
+    texts, costs = stored_by(run, "perplexity", target="text"), stored_by(run, "costs")
+    answers = run.read("answers").to_pylist()
+    labels = {"base": "base", "drop": "drop", "fixed": "fixed_0.62", "found": "found_bayes"}
+    order = sorted(labels, key=lambda plan: -micro[plan]["accuracy"])
+    verdicts, every = blocks([plans.answer(Reached(run))], Table)
+    assert [row[0] for row in every.cells] == [labels[plan] for plan in order]
+    assert [row[0] for row in verdicts.cells] == [labels[plan] for plan in order if plan != "found"]
+    assert every.marked == (order.index("found"),)
+    held = ("accuracy", "verdict, p (Holm)", "answer NLL", "verdict, p (Holm)", "perplexity", "verdict, p (Holm)")
+    assert verdicts.header == ("against", *held)
+    for plan, cells in zip(order, every.cells, strict=True):
+        picked = [row["predicted"] for row in answers if row["plan_id"] == plan]
+        assert dict(zip(every.header[2:], cells[2:], strict=True)) == {
+            "layers": str(costs[plan]["layers"]),
+            "accuracy": pct(micro[plan]["accuracy"], (micro[plan]["ci_low"], micro[plan]["ci_high"])),
+            "mean over subjects": pct(macro[plan]["accuracy"], (macro[plan]["ci_low"], macro[plan]["ci_high"])),
+            "answer NLL": f"{micro[plan]['nll']:.3f}",
+            "perplexity": ppl(texts[plan]),
+            "picks A/B/C/D, %": "/".join(f"{100 * np.mean([p == k for p in picked]):.0f}" for k in range(4)),
+        }
+    answer_is_a = np.mean([row["answer"] == 0 for row in answers if row["plan_id"] == "base"])
+    assert f"Always answering A would score {pct(answer_is_a)}" in every.caption
+    pairs = {(row["plan_b"], row["measure"]): row for row in compared_rows}
+    for plan, cells in zip([plan for plan in order if plan != "found"], verdicts.cells, strict=True):
+        accuracy, nll, text = (pairs[plan, measure] for measure in ("accuracy", "answer_nll", "text_nll"))
+        assert [cells[1], cells[3], cells[5]] == [change(accuracy, 100, 1), change(nll), ppl(texts[plan])]
+        for row, cell in ((accuracy, cells[2]), (nll, cells[4]), (text, cells[6])):
+            said = "better" if (row["difference"] > 0) == (row["measure"] == "accuracy") else "worse"
+            sign = {"better": "▲", "worse": "▼"}[said]
+            if row["p_value"] >= 0.05:
+                sign, said = "≈", "indistinguishable"
+            elif row["p_holm"] >= 0.05:
+                sign, said = "≈", f"indistinguishable (uncorrected: {said})"
+            p, holm = (f"{x:.3f}" if x < 0.1 else f"{x:.2f}" for x in (row["p_value"], row["p_holm"]))
+            assert cell == f"{sign}\u00a0{said}, p\u00a0{p}\u00a0({holm})"
+    (tiles,) = (block.facts for block in blocks([plans.answer(Reached(run))], Facts))
+    shares = {plan: cells[3].split(" [") for plan, cells in zip(order, every.cells, strict=True)}
+    assert [(fact.term, fact.value, fact.note) for fact in tiles] == [
+        ("Accuracy", shares["found"][0], f"95 % interval [{shares['found'][1]}"),
+        ("Unmerged", shares["base"][0], f"95 % interval [{shares['base'][1]}"),
+        ("Perplexity, plain text", "12.5", "unmerged 5.00"),
+        ("Layers", "3 of 6", "50.0 % of 0.01 million parameters removed"),
+    ]  # fmt: skip
+    (figure,) = blocks([plans.answer(Reached(run))], Figure)
+    accuracies, perplexities = figure.views
+    assert marks(accuracies) == [
+        ("rule", {"y": "plan", "x": "low", "x2": "high", "color": "role"}),
+        ("point", {"y": "plan", "x": "accuracy", "color": "role", "shape": "role"}),
+    ]
+    rule = accuracies.spec["layer"][2]
+    assert rule["encoding"] == {"x": {"datum": answer_is_a}} and rule["mark"]["type"] == "rule"
+    assert marks(perplexities) == [
+        ("rule", {"y": "plan", "x": "perplexity_low", "x2": "perplexity_high", "color": "role"}),
+        ("point", {"y": "plan", "x": "perplexity", "color": "role", "shape": "role"}),
+    ]
+    assert tips(accuracies) == tips(perplexities) == [
+        ("plan", "plan"), ("accuracy", "accuracy"), ("95 % from", "low"), ("to", "high"), ("perplexity", "perplexity"),
+        ("95 % from", "perplexity_low"), ("to", "perplexity_high"), ("answer NLL", "answer_nll"),
+    ]  # fmt: skip
+    roles = {"base": "unmerged", "drop": "control", "fixed": "control", "found": "found by the search"}
+    for plan, row in zip(order, as_dicts(figure.rows), strict=True):
+        assert (row["plan"], row["role"]) == (labels[plan], roles[plan])
+        assert (row["answer_nll"], row["layers"], row["questions"]) == (micro[plan]["nll"], costs[plan]["layers"], 120)
+    for view in figure.views:  # in the order of the table beside it
+        assert view.spec["layer"][0]["encoding"]["y"]["sort"] == [labels[plan] for plan in order]
+    first, last = order[0], order[-1]
+    told = f"from {pct(micro[first]['accuracy'])} ({labels[first]}) to {pct(micro[last]['accuracy'])} ({labels[last]})"
+    assert told in accuracies.description and "from 5.00 (base) to 90.0 (drop)" in perplexities.description
+
+
+def test_the_tables_of_a_curve_have_the_numbers_of_their_points(tmp_path):
+    run = sweep_run(tmp_path / "run")
+    micro, macro = (stored_by(run, "accuracy", subject=subject) for subject in ("_micro", "_macro"))
+    texts, costs = stored_by(run, "perplexity", target="text"), stored_by(run, "costs")
+    costs_rows = [row | {"tokens_per_second": 10.0 + i} for i, row in
+                  enumerate(run.read("costs").drop_columns("run_id").to_pylist())]  # fmt: skip
+    run.replace("costs", costs_rows)
+    speed = {row["plan_id"]: row["tokens_per_second"] for row in costs_rows}
+    section = curve.answer(Reached(run))
+    best, every = blocks([section], Table)
+    names = {"base": "base", "drop": "drop", "half": "fixed_0.5"}
+    points = ["base", "drop1", "half1", "drop3", "half3"]
+    for plan, cells in zip(points, every.cells, strict=True):
+        row, cost = micro[plan], costs[plan]
+        share = cost["parameters_removed"] / (cost["parameters"] + cost["parameters_removed"])
+        assert dict(zip(every.header, cells, strict=True)) == {
+            "merged": plan[4:] or "0",
+            "method": names[plan[:4]],
+            "variant": "plain",
+            "parameters removed": pct(share),
+            "accuracy [95 %]": pct(row["accuracy"], (row["ci_low"], row["ci_high"])),
+            "mean over subjects": pct(macro[plan]["accuracy"]),
+            "answer NLL": f"{row['nll']:.3f}",
+            "perplexity": ppl(texts[plan]),
+            "tokens/s": f"{speed[plan]:.1f}",
+        }
+    pairs = {row["plan_a"]: row for row in run.read("comparisons").to_pylist() if row["measure"] == "accuracy"}
+    assert best.header == ("merged", "parameters removed", "most accurate way", "accuracy [95 %]", "perplexity",
+                           "dropping", "against dropping")  # fmt: skip
+    for merges, cells in zip("13", best.cells, strict=True):
+        won, drop = max((f"half{merges}", f"drop{merges}"), key=lambda plan: micro[plan]["accuracy"]), f"drop{merges}"
+        row, told = pairs[f"half{merges}"], "dropping is best"
+        if won != drop:
+            said = "indistinguishable" if row["p_value"] >= 0.05 else "better"
+            told = f"{change(row, 100, 1)}: {said}"
+        assert cells == (
+            merges, every.cells[points.index(won)][3], names[won[:4]], every.cells[points.index(won)][4],
+            ppl(texts[won]), pct(micro[drop]["accuracy"]), told,
+        )  # fmt: skip
+    assert best.caption.endswith(f"Unmerged: {pct(micro['base']['accuracy'])}, perplexity 5.00")
+    (figure,) = blocks([section], Figure)
+    for view, column, low, high in zip(
+        figure.views, ("accuracy", "perplexity"), ("low", "perplexity_low"), ("high", "perplexity_high"), strict=True
+    ):
+        assert marks(view) == [
+            ("line", {"x": "merges", "y": column, "color": "method"}),
+            ("rule", {"x": "merges", "y": low, "y2": high, "color": "method"}),
+            ("point", {"x": "merges", "y": column, "color": "method", "shape": "method"}),
+        ]
+        (level,) = [layer["encoding"]["y"]["datum"] for layer in view.spec["layer"] if layer["mark"]["type"] == "rule"
+                    and "datum" in layer["encoding"]["y"]]  # fmt: skip
+        assert level == (micro["base"]["accuracy"] if column == "accuracy" else texts["base"]["perplexity"])
+        scale = view.spec["layer"][0]["encoding"]["color"]["scale"]
+        assert scale["domain"] == ["drop", "fixed_0.5"] and len(set(scale["range"])) == 2  # the unmerged is no line
+    assert figure.views[1].spec["layer"][0]["encoding"]["y"]["scale"]["type"] == "log"
+    assert "type" not in figure.views[0].spec["layer"][0]["encoding"]["y"]["scale"]
+    assert figure.views[0].description.endswith("2 methods and 1 variant at up to 3 merges.")
+
+
+def test_a_curve_without_questions_has_perplexities_alone(tmp_path):
+    run = sweep_run(tmp_path / "run")
+    config = run.config | {"data": {"mmlu": None, "report_split": "test"}}
+    for table in ("accuracy", "answers"):
+        run.replace(table, [])
+    run.config.clear()
+    run.config.update(config)
+    texts = stored_by(run, "perplexity", target="text")
+    section = curve.answer(Reached(run))
+    (sentence,) = blocks([section], Text)
+    assert sentence.text == (
+        "The unmerged model's perplexity on plain text is 5.00. With 1 layer merged, fixed_0.5 has the lowest: "
+        f"{ppl(texts['half1'])}. With 3 layers merged, drop has the lowest: {ppl(texts['drop3'])}. "
+        "No questions were asked."
+    )
+    best, every = blocks([section], Table)
+    pair = {row["plan_a"]: row for row in run.read("comparisons").to_pylist() if row["measure"] == "text_nll"}["half1"]
+    assert [cells[2:] for cells in best.cells] == [
+        ("fixed_0.5", ppl(texts["half1"]), "7.00", f"{change(pair)}: {findings.verdict(pair)}"),
+        ("drop", ppl(texts["drop3"]), "900", "dropping is best"),
+    ]
+    assert len(best.header) == 6 and best.caption.endswith("Unmerged: perplexity 5.00")
+    for plan, cells in zip(["base", "drop1", "half1", "drop3", "half3"], every.cells, strict=True):
+        assert len(cells) == len(every.header) == 5 and cells[4] == ppl(texts[plan])
+    (figure,) = blocks([section], Figure)
+    (view,) = figure.views
+    assert tips(view) == [
+        ("plan", "plan"), ("method", "method"), ("variant", "variant"), ("layers merged", "merges"),
+        ("perplexity", "perplexity"), ("95 % from", "perplexity_low"), ("to", "perplexity_high"),
+        ("parameters removed", "removed"),
+    ]  # fmt: skip
+    assert not {"accuracy", "low", "high", "macro", "answer_nll"} & set(figure.rows.columns)
+    assert [source for source, _ in figure.rows.sources] == ["sweep", "perplexity", "costs"]
+
+
+def test_what_is_said_of_similarity_is_computed_from_the_rows(tmp_path):
+    run = similarity_run(tmp_path / "run", subsets=("medical", "law", "math"))
+    rng = np.random.default_rng(0)
+    stored = [row if row["value"] is None else row | {"null_mean": row["value"] - 0.2, "null_p95": rng.uniform(0, 0.6)}
+              for row in run.read("similarity").drop_columns("run_id").to_pylist()]  # fmt: skip
+    run.replace("similarity", stored)
+    found = [row | {"pearson": 0.97 - 0.01 * i, "reliability_a": 0.9 - 0.1 * i} for i, row in
+             enumerate(run.read("similarity_correlation").drop_columns("run_id").to_pylist())]  # fmt: skip
+    found.append(found[0] | {"subset_b": "law", "language_b": "es", "ci_low": None, "ci_high": None,
+                             "reliability_b": None, "pearson_off_diagonal": 0.1})  # fmt: skip
+    constant = found[0] | {"subset_b": "math", "language_b": "es", "pearson_off_diagonal": math.nan,
+                           "ci_low": None, "ci_high": None}  # fmt: skip
+    run.replace("similarity_correlation", [*found[:2], constant, *found[2:]])
+    every, pairs = blocks([layers.answer(run)], Table)
+    assert pairs.cells[2][2] == "nan"
+    pairs = replace(pairs, cells=pairs.cells[:2] + pairs.cells[3:])
+    for name, cells in zip(("medical", "law", "math"), every.cells, strict=True):
+        mine = [row for row in stored if row["subset"] == name and row["layer_i"] < row["layer_j"]]
+        known = [row for row in mine if row["value"] is not None]
+        assert dict(zip(every.header, cells, strict=True)) == {
+            "subset": name, "language": "en", "measure": "gaussian", "embedding": "diffusion", "n": "40",
+            "mean": f"{np.mean([row['value'] for row in known]):.3f}",
+            "neighbouring layers": f"{np.mean([r['value'] for r in known if r['layer_j'] - r['layer_i'] == 1]):.3f}",
+            "unrelated layers": f"{np.mean([row['null_mean'] for row in known]):.3f}",
+            "pairs above noise, %": f"{100 * np.mean([row['value'] > row['null_p95'] for row in known]):.0f}",
+            "undefined": "1", "degenerate layers": "–",
+        }  # fmt: skip
+    for row, cells in zip(found, pairs.cells, strict=True):
+        ceiling = None if row["reliability_b"] is None else (row["reliability_a"] * row["reliability_b"]) ** 0.5
+        assert cells == (
+            f"{row['subset_a']}/en – {row['subset_b']}/{row['language_b']}", f"{row['pearson']:.4f}",
+            f"{row['pearson_off_diagonal']:.4f}",
+            "–" if row["ci_low"] is None else f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]",
+            "–" if ceiling is None else f"{ceiling:.4f}",
+        )  # fmt: skip
+    heat, influence = blocks([layers.maps(run)], Figure)
+    values = {(row["subset"], row["layer_i"], row["layer_j"]): row for row in stored}
+    for row in as_dicts(heat.rows):
+        name = row["subset"].removesuffix(" (en)")
+        cell = values[name, row["layer_i"], row["layer_j"]]
+        assert all(row[key] == cell[key] for key in ("value", "null_p95", "ci_low", "ci_high"))
+        assert row["above"] == ("" if cell["value"] is None else "yes" if cell["value"] > cell["null_p95"] else "no")
+        edges = row["layer_j"] - 0.5, row["layer_i"] - 0.5
+        assert (row["left"], row["bottom"]) == edges and row["right"] > row["left"] and row["top"] > row["bottom"]
+    for view, name in zip(heat.views, ("medical", "law", "math"), strict=True):
+        boxes = {"x": "left", "x2": "right", "y": "bottom", "y2": "top"}
+        assert marks(view) == [
+            ("rect", boxes),
+            ("rect", boxes | {"color": "value"}),
+            ("point", {"x": "layer_j", "y": "layer_i"}),
+        ]
+        filters = [[each["filter"] for each in layer["transform"]] for layer in view.spec["layer"]]
+        own = {"field": "subset", "equal": f"{name} (en)"}
+        assert filters == [[own], [own, "isValid(datum.value)"], [own, {"field": "above", "equal": "no"}]]
+        across, down = (view.spec["layer"][0]["encoding"][channel]["scale"] for channel in "xy")
+        assert (
+            across["domain"] == down["domain"] == [-0.5, 5.5]
+            and view.spec["layer"][1]["encoding"]["color"]["scale"]["clamp"]
+        )
+        assert tips(view) == [
+            ("layer", "layer_i"), ("and layer", "layer_j"), ("similarity", "value"), ("95 % from", "ci_low"),
+            ("to", "ci_high"), ("95th percentile of unrelated layers", "null_p95"), ("note", "note"),
+        ]  # fmt: skip
+        assert view.spec["layer"][0]["encoding"]["y"]["scale"]["reverse"] and view.title == f"{name} (en)"
+        off = [row["value"] for row in stored if row["subset"] == name and row["layer_i"] != row["layer_j"]
+               and row["value"] is not None]  # fmt: skip
+        near = [row["value"] for row in stored if row["subset"] == name and abs(row["layer_i"] - row["layer_j"]) == 1]
+        noise = sum(row["value"] <= row["null_p95"] for row in stored if row["subset"] == name
+                    and row["layer_i"] != row["layer_j"] and row["value"] is not None)  # fmt: skip
+        assert (
+            f"mean {np.mean(off):.2f} off the diagonal, {np.mean(near):.2f} between neighbours; {noise // 2} pair"
+            in (view.description)
+        )
+        assert view.spec["layer"][1]["encoding"]["color"]["scale"]["domain"] == [0, pytest.approx(0.52, abs=0.011)]
+    assert "subset" in tips(influence.views[0])[0] and marks(influence.views[0]) == [
+        ("line", {"x": "layer", "y": "value", "color": "subset"}),
+        ("point", {"x": "layer", "y": "value", "color": "subset", "shape": "subset"}),
+    ]
+    assert influence.views[0].spec["layer"][0]["encoding"]["y"]["scale"]["type"] == "log"
+    assert f"Least: layer 5 on medical (en), {0.5 / 6:.3g}." in influence.caption
+    (figure,) = blocks([layers.correlations(run)], Figure)
+    wanted = sorted(found, key=lambda row: -row["pearson_off_diagonal"])
+    drawn = as_dicts(figure.rows)
+    assert [row["r"] for row in drawn] == [row["pearson_off_diagonal"] for row in wanted]
+    for row, of in zip(drawn, wanted, strict=True):
+        assert row["pair"] == f"{of['subset_a']} (en) – {of['subset_b']} ({of['language_b']})"
+        assert (row["low"], row["high"], row["pearson"]) == (of["ci_low"], of["ci_high"], of["pearson"])
+        ceiling = None if of["reliability_b"] is None else (of["reliability_a"] * of["reliability_b"]) ** 0.5
+        assert row["ceiling"] == (None if ceiling is None else pytest.approx(ceiling))
+    first, last = drawn[0], drawn[-1]
+    assert f"Highest: {first['pair']}, {first['r']:.2f}. Lowest: {last['pair']}, {last['r']:.2f}." in figure.caption
+    assert marks(figure.views[0]) == [
+        ("rule", {"y": "pair", "x": "low", "x2": "high", "color": "role"}),
+        ("point", {"y": "pair", "x": "r", "color": "role", "shape": "role"}),
+        ("tick", {"y": "pair", "x": "ceiling"}),
+    ]
+
+
+def test_a_scale_of_colours_has_the_ends_of_what_is_off_the_diagonal():
+    cells = [{"layer_i": i, "layer_j": j, "value": value, "null_p95": 9.0} for i, j, value in
+             ((0, 0, 3.7), (1, 1, 3.5), (0, 1, 0.9), (1, 0, 0.8))]  # fmt: skip
+    low, high = layers.colour_domain(cells)
+    assert 0.8 <= low < high <= 0.9 or (low == 0 and 0.85 < high <= 0.9)
+    assert layers.colour_domain(cells[:2])[1] == pytest.approx(3.7, abs=0.01)
+    assert layers.colour_domain([cell | {"value": None} for cell in cells]) == (0, 1)
+    assert layers.subset_name({"subset": "s", "language": "imported"}) == "s"
+
+
+def test_settings_are_drawn_with_their_agreement(tmp_path):
+    run = sensitivity_run(tmp_path / "run")
+    stored = [row | {"plan_overlap": row["plan_overlap"] and 0.5 * row["plan_overlap"],
+                     "pearson": row["pearson"] and 0.3 + 0.5 * row["pearson"]}
+              for row in run.read("sensitivity").drop_columns("run_id").to_pylist()]  # fmt: skip
+    run.replace("sensitivity", stored)
+    section = layers.sensitivity(run)
+    (figure,), (every,) = blocks([section], Figure), blocks([section], Table)
+    changed = [row for row in stored if not row["reference"]]
+    for row, of, cells in zip(as_dicts(figure.rows), changed, every.cells, strict=True):
+        r, same, moves = (of[key] for key in ("pearson_off_diagonal", "plan_overlap", "alpha_max_difference"))
+        assert row["setting"] == f"{of['parameter']} = {of['setting']}" and row["subset"] == "all (en)"
+        assert (row["r"], row["low"], row["high"], row["same"], row["moves"]) == (r, r, r, same, moves)
+        if r is not None:
+            assert cells == (of["parameter"], of["setting"], f"{r:.3f}", f"{100 * same:.0f}", f"{moves:.3f}", "")
+    assert tips(figure.views[0]) == [
+        ("setting", "setting"), ("subset", "subset"), ("r off the diagonal", "r"), ("same merges", "same"),
+        ("largest alpha change", "moves"), ("note", "note"),
+    ]  # fmt: skip
+    run.replace("sensitivity", [row for row in stored if row["pearson_off_diagonal"] is None])
+    assert not blocks([layers.sensitivity(run)], Figure)
+
+
+def test_runs_beside_each_other_have_their_own_numbers(tmp_path):
+    ours = search_run(tmp_path / "k3", seed=5)
+    theirs = search_run(tmp_path / "other", right={"base": 0.8, "drop": 0.4, "fixed": 0.5, "found": 0.7}, seed=6)
+    evaluation = RunDirectory.open(tmp_path / "eval", {"model": {"path": "/models/x"}}, "evaluate")
+    evaluation.begin()
+    evaluated(evaluation, {"base": base_plan(LAYERS)}, {"base": 0.75}, subjects=("algebra", "law"),
+              perplexities={"base": 7.0}, pairs=[])  # fmt: skip
+    evaluation.write_manifest("complete", command=["raymerge", "evaluate"])
+    runs = {"k3": ours, "other": theirs, "eval": evaluation}
+    reached = [Reached(run, name) for name, run in runs.items()]
+    section = compared.compared(reached, [("s", "similarity", "tiny")])
+    table, tests, without = blocks([section], Table)
+    plan = {"k3": "found", "other": "found", "eval": "base"}
+    micro = {name: stored_by(run, "accuracy", subject="_micro") for name, run in runs.items()}
+    for (name, run), cells in zip(runs.items(), table.cells, strict=True):
+        row, base = micro[name][plan[name]], micro[name]["base"]
+        texts = stored_by(run, "perplexity", target="text")
+        assert cells[:2] == (name, run.experiment)
+        assert cells[2:4] == (("x", "base") if name == "eval" else ("tiny", "found_bayes"))
+        assert cells[4:6] == (("6", "–") if name == "eval" else ("3 of 6", "50.0 %"))
+        known = name != "eval"  # of what an evaluated model was made its run does not say
+        assert cells[6] == pct(row["accuracy"], (row["ci_low"], row["ci_high"]))
+        assert cells[8] == ppl(texts[plan[name]]).split(" [")[0]
+        assert cells[7::2] == ((pct(base["accuracy"]), ppl(texts["base"]).split(" [")[0]) if known else ("–", "–"))
+    assert without.cells == (("s", "similarity", "tiny"),) and "different texts" not in table.caption
+    right = {
+        name: {row["question_id"]: row["predicted"] == row["answer"] for row in run.read("answers").to_pylist()
+               if row["plan_id"] == plan[name]}
+        for name, run in runs.items()
+    }  # fmt: skip
+    pairs = [("k3", "other"), ("k3", "eval"), ("other", "eval")]
+    called = {name: f"{name}: {'base' if name == 'eval' else 'found_bayes'}" for name in runs}
+    p_values = []
+    for (a, b), cells in zip(pairs, tests.cells, strict=True):
+        x, y = (np.array([right[name][key] for key in sorted(right[name])]) for name in (a, b))
+        p_values.append(mcnemar(x, y).p_value)
+        row = paired_difference(x.astype(float), y.astype(float))._asdict()
+        assert cells[:4] == (called[a], called[b], "120", change(row, 100, 1))
+        assert row["difference"] == pytest.approx(x.mean() - y.mean())
+    for p, holm, cells in zip(p_values, np.array(statistics.holm(p_values)), tests.cells, strict=True):
+        assert cells[4:6] == tuple("< 0.001" if x < 0.001 else f"{x:.3f}" if x < 0.1 else f"{x:.2f}" for x in (p, holm))
+        worse = float(cells[3].split(" ")[0].replace("−", "-")) < 0
+        said = "worse" if worse else "better"
+        alone = f"{said}, but not after correction" if holm >= 0.05 else said
+        assert cells[6] == ("indistinguishable" if p >= 0.05 else alone)
+    (figure,) = blocks([section], Figure)
+    drawn = as_dicts(figure.rows)
+    assert len(drawn) == 9 and {row["role"] for row in drawn[-2:]} == {FOUND}  # on top
+    for row in drawn:
+        labels = {label: plan_id for plan_id, label in findings.labels_of(runs[row["run"]]).items()}
+        of = micro[row["run"]][labels[row["plan"]]]
+        assert (row["accuracy"], row["low"], row["high"]) == (of["accuracy"], of["ci_low"], of["ci_high"])
+        cost = stored_by(runs[row["run"]], "costs")[labels[row["plan"]]]
+        assert row["removed"] == cost["parameters_removed"] / (cost["parameters"] + cost["parameters_removed"])
+    assert marks(figure.views[0]) == [
+        ("rule", {"x": "removed", "y": "low", "y2": "high", "color": "role"}),
+        ("point", {"x": "removed", "y": "accuracy", "color": "role", "shape": "role"}),
+    ]
+    points = figure.views[0].spec["layer"][1]["encoding"]
+    assert points["x"]["type"] == points["y"]["type"] == "quantitative"
+    assert [points[channel]["axis"]["title"] for channel in "xy"] == ["parameters removed", "accuracy"]
+    assert figure.views[0].zoom == {"x": "zoom_removed", "y": "zoom_low"}
+    assert tips(figure.views[0]) == [
+        ("run", "run"), ("model", "model"), ("plan", "plan"), ("parameters removed", "removed"),
+        ("accuracy", "accuracy"), ("95 % from", "low"), ("to", "high"), ("perplexity", "perplexity"),
+        ("questions", "questions"),
+    ]  # fmt: skip
+
+
+def test_coefficients_candidates_and_changes_are_drawn_as_they_are_stored(search):
+    alphas, weights = blocks([searched.coefficients(Reached(search))], Figure)
+    labels = findings.labels_of(search)
+    steps = {(labels[row["plan_id"]], row["step"]): row for row in search.read("plans").to_pylist()
+             if row["step"] is not None}  # fmt: skip
+    drawn = as_dicts(alphas.rows)
+    assert len(drawn) == len(steps) and drawn[-1]["role"] == FOUND
+    for row in drawn:
+        of = steps[row["plan"], row["step"]]
+        assert (row["alpha"], row["merge"]) == (of["alpha"], f"{of['remove']} into {of['into']}")
+    assert "found_bayes: 0.10, 0.80, 0.30." in alphas.caption
+    assert {row["plan"]: row["label"] for row in drawn if row["step"] == 2} == {  # beside the ends of their lines
+        "drop": "drop", "fixed_0.62": "fixed_0.62", "found_bayes": "found_bayes",
+    }  # fmt: skip
+    assert {row["label"] for row in drawn if row["step"] < 2} == {""}
+    lines, points, names = marks(alphas.views[0])
+    assert lines == ("line", {"x": "step", "y": "alpha", "detail": "series", "color": "role"})
+    assert points == ("point", {"x": "step", "y": "alpha", "color": "role", "shape": "role"})
+    assert names[1] == {"x": "step", "y": "alpha", "text": "label"}
+    own = {(labels[row["plan_id"]], row["source_layer"]): row for row in search.read("coefficients").to_pylist()}
+    for row in as_dicts(weights.rows):
+        of = own.get((row["series"], row["layer"]))
+        assert row["weight"] == (of["coefficient"] if of else 0) and row["kept"] == (
+            str(of["kept_layer"]) if of else "–"
+        )
+        assert row["percent"] == (f"{100 * row['weight']:.0f}" if row["weight"] else "")
+    # alphas .1, .8, .3 of the deepest step first: layer 2 has .3, 3 .7 * .8, 4 .7 * .2 * .1, 5 the rest
+    assert "found_bayes: layer 3 (56 %), layer 2 (30 %), layer 5 (13 %)." in weights.caption
+    cells, texts = marks(weights.views[0])
+    assert cells == ("rect", {"x": "layer", "y": "series", "color": "weight"})
+    assert texts == ("text", {"x": "layer", "y": "series", "text": "percent"})
+    progress, descents = blocks([searched.search(Reached(search))], Figure)
+    trials = [row for row in search.read("trials").to_pylist() if row["searcher"] == "bayes"]
+    mine = [row for row in as_dicts(progress.rows) if row["kind"] == "candidate"]
+    assert [(row["number"], row["value"]) for row in mine] == [(row["iteration"] + 1, row["value"]) for row in trials]
+    assert "(higher is better)" in progress.caption and "not the report's" in progress.caption
+    kinds = [layer["transform"][0]["filter"]["equal"] for layer in progress.views[0].spec["layer"]]
+    assert kinds == ["candidate", "candidate", "control", "control"]
+    dots, best, levels, named = marks(progress.views[0])
+    assert dots == ("point", {"x": "number", "y": "value", "color": "searcher"})
+    assert best == ("line", {"x": "number", "y": "best", "color": "searcher"})
+    assert levels == ("rule", {"y": "value"}) and named == ("text", {"y": "value", "text": "label"})
+    history = {(row["start"], row["epoch"], of): row[key] for row in search.read("gradient_history").to_pylist()
+               for of, key in (("training", "loss"), ("held out", "held_out_loss"))}  # fmt: skip
+    rows = as_dicts(descents.rows)
+    assert {(row["start"], row["epoch"], row["of"]): row["loss"] for row in rows} == history
+    assert len({row["series"] for row in rows}) == 4 and descents.caption.endswith("on held-out questions.")
+    assert marks(descents.views[0]) == [
+        ("line", {"x": "epoch", "y": "loss", "color": "searcher", "strokeDash": "of", "detail": "series"}),
+        ("point", {"x": "epoch", "y": "loss"}),
+    ]
+    assert tips(descents.views[0]) == [("descent", "searcher"), ("start", "start"), ("epoch", "epoch"),
+                                       ("loss on", "of"), ("loss", "loss")]  # fmt: skip
+    (figure,) = blocks([receipts.receipts(Reached(search))], Figure)
+    stored = [(row["tensor"], row["plan_id"], row["relative_change"], row["max_abs_change"])
+              for row in search.read("receipts").to_pylist()]  # fmt: skip
+    drawn = as_dicts(figure.rows)
+    ids = {label: plan_id for plan_id, label in labels.items()}
+    assert sorted((row["tensor"], ids[row["plan"]], row["relative"], row["largest"]) for row in drawn) == sorted(stored)
+    assert all(row["tensor"] == f"model.layers.{row['layer']}.{row['matrix']}.weight" for row in drawn)
+    assert marks(figure.views[0]) == [("point", {"y": "matrix", "x": "relative", "color": "role", "shape": "role"})]
+    (figure,) = blocks([subjects.differences(Reached(search))], Figure)
+    (bars, points), spec = marks(figure.views[0]), figure.views[0].spec
+    assert bars == ("rule", {"y": "subject", "x": "low", "x2": "high", "color": "clear"})
+    assert points == ("point", {"y": "subject", "x": "difference", "color": "clear"})
+    assert spec["transform"] == [{"filter": "datum.against === against"}] and spec["params"][0]["value"] == "base"
+    first = [row for row in as_dicts(figure.rows) if row["against"] == "base"]
+    assert all((row["clear"] == "yes") == (row["low"] > 0 or row["high"] < 0) for row in as_dicts(figure.rows))
+    top, last = (extreme(first, key=lambda row: row["difference"]) for extreme in (max, min))
+    said = "Against base: from {:+.1f} points ({}) to {:+.1f} ({}); {} of 2 intervals exclude 0."
+    said = said.format(top["difference"], top["subject"], last["difference"], last["subject"],
+                       sum(row["clear"] == "yes" for row in first))  # fmt: skip
+    assert said.replace("-", "−") in figure.caption
+
+
+def test_weights_of_single_matrices_are_their_own_where_they_have_some(tmp_path):
+    """Layers 1 and 2 are merged for all matrices, 4 and 5 with a weight of its own for one of them."""
+    run = search_run(tmp_path / "run")
+    own = [(1, 1, 0.7, None), (1, 2, 0.3, None), (3, 3, 1.0, None), (4, 4, 0.6, None), (4, 5, 0.4, None),
+           (4, 4, 0.2, "mlp.up_proj"), (4, 5, 0.8, "mlp.up_proj"), (0, 0, 1.0, None)]  # fmt: skip
+    run.replace("coefficients", [
+        {"plan_id": "found", "kept_layer": kept, "source_layer": source, "coefficient": weight, "matrix": matrix}
+        for kept, source, weight, matrix in own
+    ])  # fmt: skip
+    _, figure = blocks([searched.coefficients(Reached(run))], Figure)
+    cells = {(row["series"], row["layer"]): (row["weight"], row["kept"]) for row in as_dicts(figure.rows)}
+    others, up = "others, found_bayes", "up_proj, found_bayes"
+    # drop and fixed have no rows here, as of plans that leave nothing of these layers
+    wanted = {1: (0.7, "1"), 2: (0.3, "1"), 3: (1.0, "3"), 4: (0.6, "4"), 5: (0.4, "4"), 0: (1.0, "0")}
+    assert {layer: cell for (series, layer), cell in cells.items() if series == others} == wanted
+    assert {layer: cell for (series, layer), cell in cells.items() if series == up} == wanted | {
+        4: (0.2, "4"), 5: (0.8, "4"),
+    }  # fmt: skip
+    trials = [row for row in run.read("trials").drop_columns("run_id").to_pylist() if row["searcher"] != "controls"]
+    run.replace("trials", trials)
+    assert len(blocks([searched.search(Reached(run))], Figure)) == 2  # candidates are shown without controls too
+
+
+def test_an_evaluation_s_page_has_each_subject_s_own_numbers(tmp_path):
+    run = RunDirectory.open(tmp_path / "run", {"model": {"path": "/models/tiny"}, "data": {"report_split": "test"}},
+                            "evaluate")  # fmt: skip
+    run.begin()
+    evaluated(run, {"base": base_plan(LAYERS)}, {"base": 0.7}, subjects=("algebra", "law"), perplexities={"base": 5.0},
+              pairs=[])  # fmt: skip
+    asked_of = {"algebra": 3.0, "law": 40.0, None: 9.0}
+    run.append("perplexity", [{"plan_id": "base", "target": "question", "subject": subject, "tokens": 9, "nll": 1.0,
+                               "perplexity": value} for subject, value in asked_of.items()], part="q")  # fmt: skip
+    other = run.read("accuracy").drop_columns("run_id").to_pylist()
+    run.append("accuracy", [row | {"split": "validation", "accuracy": 0.01} for row in other], part="v")
+    run.write_manifest("complete", command=["raymerge", "evaluate"])
+    stored = {row["subject"]: row for row in other}
+    (section, *_) = run_sections(run, heading=None)
+    text, (_, every), (figure,) = (blocks([section], kind) for kind in (Text, Table, Figure))
+    micro, macro = stored["_micro"], stored["_macro"]
+    share = pct(micro["accuracy"], (micro["ci_low"], micro["ci_high"]))
+    assert text[0].text == (
+        f"tiny answers {share} of 120 test questions in 2 subjects, {pct(macro['accuracy'])} as a mean over subjects. "
+        "Its perplexity on plain text is 5.00."
+    )
+    order = sorted(("algebra", "law"), key=lambda subject: -stored[subject]["accuracy"])
+    for subject, cells, row in zip(order, every.cells, as_dicts(figure.rows), strict=True):
+        of = stored[subject]
+        share = pct(of["accuracy"], (of["ci_low"], of["ci_high"]))
+        assert cells == (subject, "60", share, f"{of['nll']:.3f}", wording.perplexity(asked_of[subject]))
+        assert (row["subject"], row["accuracy"], row["low"], row["high"], row["n"]) == (
+            subject, of["accuracy"], of["ci_low"], of["ci_high"], 60,
+        )  # fmt: skip
+    assert figure.views[0].spec["layer"][2]["encoding"] == {"x": {"datum": 0.25}}
+    first, last = (f"{pct(stored[subject]['accuracy'])} ({subject})" for subject in order)
+    assert f"From {first} to {last}." in figure.caption
+
+
+def test_a_plan_of_two_names_is_called_by_both(tmp_path):
+    run = search_run(tmp_path / "run")
+    stored = run.read("plans").drop_columns("run_id").to_pylist()
+    again = [row | {"name": "start", "kind": "fixed"} for row in stored if row["plan_id"] == "found"]
+    run.replace("plans", again + stored)
+    text, *_ = blocks([plans.answer(Reached(run))], Text)
+    assert text.text.startswith("The best plan found, start = found_bayes, answers ")
+
+
+def test_plans_without_questions_are_ranked_by_their_perplexity(tmp_path):
+    run = search_run(tmp_path / "run", objective="text_nll")
+    run.config["data"] |= {"mmlu": None}
+    for table in ("answers", "accuracy"):
+        run.replace(table, [])
+    verdicts, every = blocks([plans.answer(Reached(run))], Table)
+    texts = stored_by(run, "perplexity")
+    order = {"base": "base", "found": "found_bayes", "fixed": "fixed_0.62", "drop": "drop"}
+    assert [(cells[0], *cells[2:]) for cells in every.cells] == [
+        (label, "6" if plan == "base" else "3", ppl(texts[plan])) for plan, label in order.items()
+    ]
+    pairs = {row["plan_b"]: row for row in run.read("comparisons").to_pylist() if row["measure"] == "text_nll"}
+    for plan, cells in zip(("base", "fixed", "drop"), verdicts.cells, strict=True):
+        assert (cells[0], cells[1], cells[3]) == (order[plan], change(pairs[plan]), ppl(texts[plan]))
+        assert findings.verdict(pairs[plan]).split(",")[0] in cells[2]
+    assert verdicts.header == ("against", "loss per token", "verdict, p (Holm)", "perplexity")
