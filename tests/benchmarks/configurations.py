@@ -166,6 +166,8 @@ class Drawer:
                 if found["plan.selection"] == "list":
                     found["plan.base"] = "file"
                 found |= {"plan.alpha_file": self._alphas(r, n_layers), "plan.similarity_run": self._similarity(model)}
+            if "file" in found.get("sweep.methods", []):
+                found["sweep.alpha_files"] = {"one": self._alphas(r, n_layers), "another": self._alphas(r, n_layers)}
             with contextlib.suppress(UserError):
                 load_config(None, overrides(found))
                 return found
