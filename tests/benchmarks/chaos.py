@@ -364,7 +364,8 @@ def facts(case, out, temporary):
 # Lines of a page that say how fast the last call was, of which one that scored no candidate has no table, and numbers
 # alone in a cell: its tables are compared as tables.
 _OF_A_CALL = re.compile(
-    r"^[\d.,]+$|^Share of the last call|^(random|bayes|search|worker(-\d+)?|candidates|scoring s|present s|used %)$"
+    r"^[\d.,]+$|^Share of the last call"
+    r"|^(random|bayes|gradient_\w+|search|worker(-\d+)?|candidates|scoring s|present s|used %)$"
 )
 
 
