@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from plotting import GREY, STYLE, need, run_main, save, style_of, subset_name
 
-from raymerge.tables import CATEGORIES, RunDirectory, RunError
+from raymerge.tables import CATEGORY_OF, RunDirectory, RunError
 
 _LAYERS, _SUBJECTS = 6, 8  # shown by default; told apart by colour
 
@@ -67,12 +67,11 @@ def groups_of(samples: list[dict]) -> dict[str, dict[int, str]]:
     subjects: dict[str, dict[int, str]] = {}
     for row in samples:
         subjects.setdefault(subset_name(row), {})[row["sample"]] = row["subject"]
-    categories = {subject: name for name, members in CATEGORIES.items() for subject in members}
     return {
         name: {
             sample: subject.replace("_", " ")
             if len(set(mine.values())) <= _SUBJECTS
-            else categories.get(subject, "other").removeprefix("mmlu_").replace("_", " ")
+            else CATEGORY_OF.get(subject, "other").removeprefix("mmlu_").replace("_", " ")
             for sample, subject in mine.items()
         }
         for name, mine in subjects.items()

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymerge.diffusion import degeneracy
+from raymerge.domains import known_domains
 from raymerge.objectives import parse_objective, score_answers, score_text
-from raymerge.questions import known_domains
 from raymerge.schemas import letter_logits
 from raymerge.tables import MACRO, MICRO, RunDirectory, layer_ranges, plan_labels, turned
 

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow.compute as pc
 
 from raymerge.config import Config, ConfigError
+from raymerge.domains import known_domains
 from raymerge.objectives import parse_objective
-from raymerge.questions import DataError, Question, QuestionSet, known_domains, load_question_sets, sample
+from raymerge.questions import DataError, Question, QuestionSet, load_question_sets, sample
 from raymerge.tables import RunDirectory
 from raymerge.tasks import Task, load_task
 from raymerge.texts import read_plain_text, text_hash

@@ -26,10 +26,10 @@ import pyarrow.fs as pafs
 import yaml
 
 from raymerge.diffusion import degeneracy
+from raymerge.domains import CATEGORY_OF
 from raymerge.identity import digest, plain, software, without_secrets
 from raymerge.objectives import above_ceiling, descended, is_minimised, rank
 from raymerge.parts import Tables
-from raymerge.questions import CATEGORIES
 from raymerge.schemas import (
     IMPORTED,
     MACRO,
@@ -50,7 +50,7 @@ from raymerge.statistics import colour_scale, paired_difference, wilson_interval
 from raymerge.storage import LEFT_S, LOCK, TEMPORARY, Lock, RunError, Storage
 
 __all__ = [
-    "CATEGORIES",
+    "CATEGORY_OF",
     "FREE_SECTIONS",
     "IMPORTED",
     "MACRO",

@@ -33,6 +33,7 @@ from raymerge.device import (
     lean_heap,
     release_cached,
 )
+from raymerge.domains import known_domains
 from raymerge.embedding import embed_layers
 from raymerge.evaluation import Answers, answer_shard, generation_speed, score_choices, text_nll
 from raymerge.forward import LayerRunner
@@ -43,7 +44,6 @@ from raymerge.inputs import CALIBRATION, SEARCH, questions_to_match_on, read_mat
 from raymerge.memory import MemoryPlanError
 from raymerge.objectives import parse_objective, score_answers, score_text
 from raymerge.plan import MergePlan, base_plan
-from raymerge.questions import known_domains
 from raymerge.refit import Refitter, Sums
 from raymerge.reliability import Study, study
 from raymerge.role_prompts import RolePrompts

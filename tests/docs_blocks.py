@@ -35,7 +35,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from raymerge import cli
 from raymerge.config_file import load_config, parse_config
-from raymerge.questions import DOMAINS, LETTERS
+from raymerge.domains import DOMAINS
+from raymerge.questions import LETTERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/guide.md")

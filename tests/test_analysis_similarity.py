@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from collections import Counter
@@ -12,7 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from raymerge.tables import CATEGORIES, IMPORTED, RunDirectory, RunError, correlation_ceiling
+from raymerge.tables import CATEGORY_OF, IMPORTED, RunDirectory, RunError, correlation_ceiling
 
 ANALYSIS = Path(__file__).parent.parent / "analysis"
 sys.path.insert(0, str(ANALYSIS))  # the scripts are not part of the package; run as scripts they find each other
@@ -443,8 +442,8 @@ def test_maps_of_asked_layers_without_samples(tmp_path, capsys):
 
 
 def test_many_subjects_are_coloured_by_category():
-    common, subjects = {"subset": "all", "language": "en"}, itertools.chain(*CATEGORIES.values())
-    samples = [{**common, "sample": i, "subject": subject} for i, subject in enumerate(subjects)]
+    common = {"subset": "all", "language": "en"}
+    samples = [{**common, "sample": i, "subject": subject} for i, subject in enumerate(CATEGORY_OF)]
     groups = embeddings_script.groups_of(samples)["all en"]
     assert Counter(groups.values()) == {"stem": 18, "humanities": 13, "social sciences": 12, "other": 14}
     assert set(embeddings_script.groups_of(samples[:8])["all en"].values()) == {

@@ -1,7 +1,6 @@
 """The command line: help that teaches, and wrong inputs that get one readable line and leave nothing behind."""
 
 import csv
-import itertools
 import json
 import os
 import pty
@@ -20,7 +19,7 @@ from raymerge import __main__, cli, demo
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import DataConfig
 from raymerge.config_file import parse_config
-from raymerge.questions import CATEGORIES, known_domains
+from raymerge.domains import CATEGORY_OF, known_domains
 
 COMMANDS = [
     [],
@@ -50,7 +49,7 @@ def test_help_names_configurations_that_there_are(capsys):
 def test_examples_in_help_parse_and_name_subjects_that_there_are(command, capsys):
     with pytest.raises(SystemExit):
         cli.main([*command, "--help"])
-    known = {*known_domains(), *itertools.chain(*CATEGORIES.values())}
+    known = {*known_domains(), *CATEGORY_OF}
     _, _, examples = capsys.readouterr().out.partition("example")
     lines = examples.replace("\\\n", " ").splitlines()
     for words in (shlex.split(line) for line in lines if line.startswith("  raymerge ")):

@@ -16,8 +16,8 @@ PACKAGE = ROOT / "raymerge"
 # A new module gets a line here and in docs/design.md.
 LAYERS = {
     0: (
-        "errors", "identity", "statistics", "objectives", "plan", "alpha_files", "heuristics", "diffusion", "embedding",
-        "similarity", "reliability", "assignment", "memory",
+        "errors", "domains", "identity", "statistics", "objectives", "plan", "alpha_files", "heuristics", "diffusion",
+        "embedding", "similarity", "reliability", "assignment", "memory",
     ),
     1: ("config", "config_file", "columns", "schemas", "storage", "parts", "tables", "questions", "tasks", "findings",
         "summary", "progress", "inputs", "sensitivity", "report", "reference", "texts", "json_lines", "hub"),

@@ -1,7 +1,6 @@
 """questions.py: sources, checks, sampling and the exact text of the prompts."""
 
 import csv
-import itertools
 import os
 import pickle
 import subprocess
@@ -16,13 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
+from raymerge.domains import CATEGORY_OF, DOMAINS, known_domains
 from raymerge.questions import (
-    CATEGORIES,
-    DOMAINS,
     DataError,
     Question,
     QuestionSet,
-    known_domains,
     load_questions,
     prefix_text,
     question_text,
@@ -265,27 +262,6 @@ def test_subjects_and_domains(tmp_path):
     assert subjects("medical,clinical_knowledge,anatomy") == ("anatomy", *DOMAINS["medical"])
     assert subjects("body", domains={"body": ["virology", "anatomy"]}) == ("anatomy", "virology")
     assert subjects("medical", domains={"medical": ["virology"]}) == ("virology",)
-
-
-def test_published_domains():
-    assert list(DOMAINS) == ["medical", "legal", "math", "cs", "humanities"]
-    assert sum(DOMAINS.values(), ()) == (
-        "clinical_knowledge", "professional_medicine", "professional_law", "international_law",
-        "high_school_mathematics", "college_mathematics", "computer_security", "machine_learning",
-        "world_religions", "philosophy",
-    )  # fmt: skip
-
-
-def test_the_categories_part_mmlu_s_subjects(folder):
-    """As categories.py of the original code does; a few whose place may surprise, and the published sizes."""
-    assert {name: len(members) for name, members in CATEGORIES.items()} == {
-        "mmlu_stem": 18, "mmlu_humanities": 13, "mmlu_social_sciences": 12, "mmlu_other": 14,
-    }  # fmt: skip
-    assert len({*itertools.chain(*CATEGORIES.values())}) == 57
-    of = {subject: name for name, members in CATEGORIES.items() for subject in members}
-    assert [of[subject] for subject in ("computer_security", "econometrics", "business_ethics", "moral_scenarios")] == [
-        "mmlu_stem", "mmlu_social_sciences", "mmlu_other", "mmlu_humanities",
-    ]  # fmt: skip
 
 
 def test_sampling_is_nested_seeded_and_independent_of_other_subjects(folder):
@@ -598,7 +574,7 @@ def test_real_mmlu():
     assert any("None" in q.options for q in test.questions)
     for names in known_domains().values():
         assert load_questions(MMLU, subjects=names).subjects == tuple(sorted(names))
-    assert {*itertools.chain(*CATEGORIES.values())} == set(test.subjects)
+    assert set(CATEGORY_OF) == set(test.subjects)
 
 
 @pytest.mark.real_model

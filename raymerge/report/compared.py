@@ -35,6 +35,13 @@ def compared(reached: Sequence[Reached], others: Sequence[tuple[str, str, str]])
     return Section("The runs, side by side", tuple(blocks), level=2)
 
 
+def _layers(costs: dict, evaluated: bool) -> str:
+    """The layers that are left, and out of how many where the run knows."""
+    if not costs:
+        return NONE
+    return str(costs["layers"]) + ("" if evaluated else f" of {costs['layers'] + costs['layers_removed']}")
+
+
 def _table(reached: Sequence[Reached]) -> Table:
     cells = []
     for one in reached:
@@ -48,11 +55,7 @@ def _table(reached: Sequence[Reached]) -> Table:
                 one.run.experiment,
                 model_name(one.run),
                 NONE if line is None else _called(one, line),
-                NONE
-                if not costs
-                else str(costs["layers"])
-                if evaluated
-                else f"{costs['layers']} of {costs['layers'] + costs['layers_removed']}",
+                _layers(costs, evaluated),
                 NONE if evaluated else percent(removed_share(costs)),
                 NONE if line is None else f"{percent(line['accuracy'])} {interval(*line['interval'])}".strip(),
                 NONE if base is None else percent(base["accuracy"]),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from raymerge.questions import CATEGORIES
+from raymerge.domains import CATEGORIES, CATEGORY_OF
 from raymerge.report import figures
 from raymerge.report.asked import figure_of
 from raymerge.report.content import UNMERGED, Block, Section, Table
@@ -51,7 +51,7 @@ def categories(reached: Reached) -> list[Block]:
     """Every plan's accuracy in MMLU's categories of subjects; nothing where fewer than two were asked of."""
     counts: dict[str, dict[str, tuple[int, int]]] = {}
     for row in reached.run.read("accuracy").to_pylist():
-        category = _CATEGORY_OF.get(row["subject"])
+        category = CATEGORY_OF.get(row["subject"])
         if row["split"] == reached.split and category is not None:
             correct, n = counts.setdefault(row["plan_id"], {}).get(category, (0, 0))
             counts[row["plan_id"]][category] = correct + row["correct"], n + row["n"]
@@ -66,9 +66,6 @@ def categories(reached: Reached) -> list[Block]:
         + ", ".join(f"{name} {count(asked[name][1])}" for name in there if name in asked)
     )
     return [Table.of(caption, ("plan", *there), cells, folded=len(cells) > _AGAINST + 4)]
-
-
-_CATEGORY_OF = {subject: name for name, members in CATEGORIES.items() for subject in members}
 
 
 def _share(counted: tuple[int, int] | None) -> str:
