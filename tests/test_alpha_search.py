@@ -22,11 +22,11 @@ from raymerge.evaluation import Answers
 from raymerge.experiments import alpha_search
 from raymerge.experiments.alpha_search import _check, _Search
 from raymerge.experiments.common import Inputs
-from raymerge.experiments.planning import Similarity, starting_plan
 from raymerge.experiments.reporting import Reporter
 from raymerge.gradient import Epoch
 from raymerge.inputs import CALIBRATION, SEARCH, read_material
 from raymerge.plan import PlanError, block_plan, tail_plan
+from raymerge.plan_section import Similarity, starting_plan
 from raymerge.progress import Silent
 from raymerge.proposers import BayesProposer, RandomProposer
 from raymerge.search import SearchOutcome

@@ -29,10 +29,10 @@ from raymerge.config_file import load_config
 from raymerge.evaluation import text_nll
 from raymerge.experiments import alpha_search, evaluate, search
 from raymerge.experiments.common import cache_of, describe_workers, open_pool, read_inputs, settings_of, swept_cache
-from raymerge.experiments.planning import starting_plan
 from raymerge.forward import LayerRunner
 from raymerge.inputs import REPORT, SEARCH, read_text
 from raymerge.plan import tail_plan
+from raymerge.plan_section import starting_plan
 from raymerge.progress import Silent
 from raymerge.prompts import encode_text
 from raymerge.proof import ProofError

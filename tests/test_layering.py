@@ -25,7 +25,7 @@ LAYERS = {
         "tensorfiles", "architectures", "families", "checkpoint", "fusion", "prompts", "forward", "sources",
         "tail_states", "tail_layer", "scoring", "evaluation", "rows", "merging", "activations", "alignment", "context",
         "quantisation", "gradient", "tail_loss", "trunk", "gguf_input", "mergekit", "proof", "reload", "card",
-        "device", "normal_equations", "refit", "role_prompts", "saved_config", "saving", "vocabulary",
+        "device", "plan_section", "normal_equations", "refit", "role_prompts", "saved_config", "saving", "vocabulary",
     ),
     3: ("worker", "worker_memory"),
     4: ("cluster", "actors", "pool", "search", "proposers", "experiments"),

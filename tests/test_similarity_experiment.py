@@ -11,8 +11,9 @@ from raymerge.config_file import load_config
 from raymerge.experiments import import_similarity, planning, search, sensitivity, similarity
 from raymerge.experiments.common import settings_of
 from raymerge.experiments.layer_similarity import _low_ceilings
-from raymerge.experiments.planning import recomputed_plan, similarity_of, similarity_warnings, starting_plan
+from raymerge.experiments.planning import recomputed_plan
 from raymerge.inputs import read_similarity, read_subsets
+from raymerge.plan_section import similarity_of, similarity_warnings, starting_plan
 from raymerge.progress import Silent
 from raymerge.schemas import SCHEMAS
 from raymerge.tables import RunDirectory, RunError

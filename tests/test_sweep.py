@@ -16,10 +16,10 @@ from raymerge.config_file import load_config
 from raymerge.experiments import compression_sweep
 from raymerge.experiments.common import Inputs
 from raymerge.experiments.compression_sweep import _points, _starts, _Sweep, sweep
-from raymerge.experiments.planning import Similarity
 from raymerge.experiments.reporting import Reporter
 from raymerge.inputs import RETRIEVAL
 from raymerge.plan import PlanError, tail_plan
+from raymerge.plan_section import Similarity
 from raymerge.progress import Silent
 from raymerge.tables import RunDirectory
 

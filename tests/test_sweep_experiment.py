@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from raymerge import experiments, summary
+from raymerge import experiments, plan_section, summary
 from raymerge.alpha_files import alpha_file_text
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError
@@ -201,18 +201,18 @@ def test_a_block_that_is_given_or_similar_needs_no_model(tmp_path):
     ):
         run = RunDirectory.open(tmp_path / f"{first}", {}, "search")
         settings = config(tmp_path, *more)
-        similar = planning.Similarity(matrix, None)
+        similar = plan_section.Similarity(matrix, None)
         assert planning.choose_blocks(settings, N_LAYERS, [3], run, "", similar, Silent()) == {3: first}
         (row,) = (row for row in run.read("blocks").to_pylist() if row["chosen"])
         assert (row["measure"], row["first"], row["last"]) == (measure, first, first + 2)
         caption, _, (shown,) = summary.block_table(run)
         assert shown[2] == measure and (shown[3] == "–") == ("distance" not in caption) == (measure == "given")
     with pytest.raises(PlanError, match=r"must begin with one of layers 1 to 18 .* plan.starts allow \[19\]"):
-        planning.allowed_starts(config(tmp_path, "plan.block=19").plan, N_LAYERS, 3)
+        plan_section.allowed_starts(config(tmp_path, "plan.block=19").plan, N_LAYERS, 3)
     # Into the layer after it a block may begin with layer 0, of which a similarity run has no input.
     after, alike = ["plan.survivor=after"], ["plan.block=similarity", "plan.similarity_run=x"]
-    assert planning.allowed_starts(config(tmp_path, *after).plan, N_LAYERS, 3)[:2] == [0, 1]
-    assert planning.allowed_starts(config(tmp_path, *after, *alike).plan, N_LAYERS, 3)[:2] == [1, 2]
+    assert plan_section.allowed_starts(config(tmp_path, *after).plan, N_LAYERS, 3)[:2] == [0, 1]
+    assert plan_section.allowed_starts(config(tmp_path, *after, *alike).plan, N_LAYERS, 3)[:2] == [1, 2]
     settings, other = (
         config(tmp_path, *after, *alike, "plan.starts=[0, 2]"),
         RunDirectory.open(tmp_path / "other", {}, "search"),

@@ -46,17 +46,7 @@ from raymerge.experiments.common import (
     settings_of,
     swept_cache,
 )
-from raymerge.experiments.planning import (
-    Similarity,
-    allowed_starts,
-    choose_blocks,
-    influence_plan,
-    recomputed_plan,
-    shuffled_plan,
-    similarity_of,
-    similarity_warnings,
-    starting_plan,
-)
+from raymerge.experiments.planning import choose_blocks, recomputed_plan
 from raymerge.experiments.refitting import fit, refit_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
@@ -71,6 +61,15 @@ from raymerge.plan import (
     drop_block_plan,
     drop_plan,
     tail_coefficients,
+)
+from raymerge.plan_section import (
+    Similarity,
+    allowed_starts,
+    influence_plan,
+    shuffled_plan,
+    similarity_of,
+    similarity_warnings,
+    starting_plan,
 )
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step

@@ -29,14 +29,7 @@ from raymerge.experiments.common import (
     settings_of,
     swept_cache,
 )
-from raymerge.experiments.planning import (
-    Similarity,
-    allowed_starts,
-    choose_blocks,
-    options_of,
-    similarity_of,
-    similarity_warnings,
-)
+from raymerge.experiments.planning import choose_blocks
 from raymerge.experiments.refitting import fit, refit_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
@@ -54,6 +47,7 @@ from raymerge.plan import (
     pairs_plan,
     tail_pairs,
 )
+from raymerge.plan_section import Similarity, allowed_starts, options_of, similarity_of, similarity_warnings
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.refit import check_refittable
