@@ -1,8 +1,9 @@
 """raymerge: merge decoder layers of large language models, search the coefficients, measure the cost.
 
 What a notebook needs stands here and is loaded when it is first used, so that `import raymerge` costs nothing:
-`load_config` and the functions of `experiments`, which take its Config and return a RunDirectory; `merge`, which saves
-a merged checkpoint; `write_report`, which makes the page of a run.
+`load_config` and the functions of `experiments`, which take its Config and return a RunDirectory; `CandidateScorer`,
+which scores coefficients in this process; `merge`, which saves a merged checkpoint; `write_report`, which makes the
+page of a run.
 """
 
 import importlib
@@ -10,6 +11,7 @@ import importlib
 __version__ = "0.1.0"
 
 __all__ = [
+    "CandidateScorer",
     "Config",
     "RunDirectory",
     "UserError",
@@ -21,6 +23,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CandidateScorer": "raymerge.candidates",
     "Config": "raymerge.config",
     "RunDirectory": "raymerge.tables",
     "UserError": "raymerge.errors",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ def load_config(path: str | Path | None = None, overrides: str | Sequence[str] =
         _apply(values, override)
     sources = [str(path)] * (path is not None) + ["the command line"] * (bool(overrides) or path is None)
     return parse_config(values, source=" and ".join(sources))
+
+
+def check_config(config: Config) -> None:
+    """Refuse what is not a configuration, such as the path of one. Raises ConfigError."""
+    if not isinstance(config, Config):
+        source = repr(str(config)) if isinstance(config, str | PathLike) else "FILE"
+        raise ConfigError(
+            f"an experiment takes a Config, not the {type(config).__name__} {config!r}: give it "
+            f"raymerge.load_config({source})"
+        )
 
 
 def parse_config(values: dict[str, Any], *, source: str) -> Config:

@@ -124,6 +124,15 @@ def _tail_coefficients(alphas: Tensor) -> Tensor:
     return torch.cat([reverse, ones], -1) * torch.cat([ones, torch.cumprod(1.0 - reverse, -1)], -1)
 
 
+def loss_by_alphas(loss: TailLoss, alphas: Sequence[float]) -> tuple[float, np.ndarray]:
+    """A loss at alphas (K,), step by step, and its gradient by them (K,) float64, for an optimiser of one's own."""
+    point = torch.tensor(alphas, dtype=torch.float64, requires_grad=True)
+    coefficients = _tail_coefficients(point)
+    found = loss(coefficients)
+    (gradient,) = torch.autograd.grad(coefficients, point, found.gradient)
+    return found.loss.total, gradient.numpy()
+
+
 # -- descending ------------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,15 @@ CALIBRATION = "calibration"  # plain text or prompts that something is chosen or
 ALL = "all"  # the subset of every subject
 
 
+def check_askable(config: Config) -> None:
+    """Refuse an objective that needs answers where no questions are asked. Raises ConfigError."""
+    if config.data.mmlu is None and parse_objective(config.search.objective).needs_answers:
+        raise ConfigError(
+            f"search.objective {config.search.objective} needs answers to questions, but data.mmlu is null: use "
+            "text_nll, the loss on the plain text search.text"
+        )
+
+
 def task_role(name: str) -> str:
     """What the prompts of a task are for, beside SEARCH and the like."""
     return f"task:{name}"

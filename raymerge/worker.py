@@ -38,7 +38,7 @@ from raymerge.embedding import embed_layers
 from raymerge.evaluation import Answers, answer_shard, generation_speed, score_choices, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
-from raymerge.gradient import descend, descent_settings, loss_weights
+from raymerge.gradient import descend, descent_settings, loss_by_alphas, loss_weights
 from raymerge.identity import digest
 from raymerge.inputs import CALIBRATION, SEARCH, questions_to_match_on, read_material
 from raymerge.memory import MemoryPlanError
@@ -53,7 +53,7 @@ from raymerge.sensitivity import recipe_of, vary
 from raymerge.similarity import MEASURES, compute
 from raymerge.sources import SourceLayers
 from raymerge.storage import free_bytes
-from raymerge.tail_loss import TailLoss, TextWindows
+from raymerge.tail_loss import GradientError, TailLoss, TextWindows
 from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 from raymerge.trunk import TrunkCache, compute_trunks
 from raymerge.worker_memory import SCORERS_HELD, refuse_oversized
@@ -333,6 +333,22 @@ class ModelWorker:
             reference=torch.from_numpy(self.reference) if weights.answer_kl else None,
             text=self._text_windows if weights.of_text else None,
         )
+
+    def loss(self, alphas: Sequence[float]) -> tuple[float, np.ndarray]:
+        """What `descend` minimises, at alphas of the template, with its gradient by them (K,) float64, on all of the
+        text. Raises GradientError."""
+        return loss_by_alphas(self._loss, alphas)
+
+    @cached_property
+    def _loss(self) -> TailLoss:
+        weights, quantise = loss_weights(self.config), self.config.model.quantise
+        if not self.template.ends_at_once:
+            raise GradientError(f"only a tail merge has a gradient, but plan.selection is {self.template.selection}")
+        if quantise != "none":
+            raise GradientError(f"model.quantise {quantise} has no gradient: set it to none")
+        if weights.of_text and self.material.search_text is None:
+            raise GradientError("gradient.text_kl needs a plain text: set search.searcher to gradient, and search.text")
+        return self._tail_loss(self.template)
 
     @cached_property
     def _text_windows(self) -> TextWindows:

@@ -27,7 +27,7 @@ LAYERS = {
         "quantisation", "gradient", "tail_loss", "trunk", "gguf_input", "mergekit", "proof", "reload", "card",
         "device", "plan_section", "normal_equations", "refit", "role_prompts", "saved_config", "saving", "vocabulary",
     ),
-    3: ("worker", "worker_memory"),
+    3: ("worker", "worker_memory", "candidates"),
     4: ("cluster", "actors", "pool", "search", "proposers", "experiments"),
     5: ("cli", "console", "__main__"),
 }  # fmt: skip

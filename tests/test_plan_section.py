@@ -33,9 +33,6 @@ def steps_of(plan):
     return [(step.into, step.remove, pytest.approx(step.alpha)) for step in plan.steps]
 
 
-# -- plans of the plan section ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("settings", "first", "steps", "name", "kind"),
     [
@@ -144,6 +141,3 @@ def test_blocks_that_are_averaged_have_layers_of_one_attention():
     assert allowed(2, "block=1") == [1] and allowed(2, "starts=[1, 3]") == [1, 3]
     with pytest.raises(PlanError, match="no 4 layers in a row of this model have the same attention, so that 3 could"):
         allowed(3)
-
-
-# -- what workers measure --------------------------------------------------------------------------------------------

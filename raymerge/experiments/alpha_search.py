@@ -26,13 +26,13 @@ from raymerge.alpha_files import read_alpha_file
 from raymerge.card import search_results
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config, ConfigError, PlanConfig
+from raymerge.config_file import check_config
 from raymerge.errors import UserError
 from raymerge.evaluation import Answers
 from raymerge.experiments.common import (
     Inputs,
     align,
     align_rows,
-    check_config,
     check_without_questions,
     compute_trunk,
     counted,
@@ -50,7 +50,7 @@ from raymerge.experiments.planning import choose_blocks, recomputed_plan
 from raymerge.experiments.refitting import fit, refit_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
-from raymerge.inputs import CALIBRATION, REPORT, SEARCH, SEARCH_TEXT
+from raymerge.inputs import CALIBRATION, REPORT, SEARCH, SEARCH_TEXT, check_askable
 from raymerge.merging import save_merged, saved_proof, saved_record
 from raymerge.objectives import is_minimised, parse_objective, rank, trial_outcome
 from raymerge.plan import (
@@ -107,7 +107,8 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     progress = progress or Silent()
     check_loggers(config.output.loggers)
     calibrates = config.needs_calibration()
-    _check_without_questions(config, calibrates)
+    check_without_questions(config, {"plan.alignment": [config.plan.alignment]}, calibrates=calibrates)
+    check_askable(config)
     asked = [SEARCH_TEXT] if config.data.mmlu is None else [SEARCH, REPORT]
     sections = ["tasks", "plan", "search", *(["gradient"] if "gradient" in config.search.searchers else [])]
     settings = settings_of(config, "model", "data", *sections, *(["calibration"] if calibrates else []))
@@ -139,16 +140,6 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
             start = starting_plan(config.plan, n_layers, similarity, first)
             _check(config, inputs, start, probes)
         return _Search(config, inputs, run, cache, start, similarity, progress, command).execute(probes)
-
-
-def _check_without_questions(config: Config, calibrates: bool) -> None:
-    """Refuse what a search that asks no questions would need them for."""
-    check_without_questions(config, {"plan.alignment": [config.plan.alignment]}, calibrates=calibrates)
-    if config.data.mmlu is None and parse_objective(config.search.objective).needs_answers:
-        raise ConfigError(
-            f"search.objective {config.search.objective} needs answers to questions, but data.mmlu is null: use "
-            "text_nll, the loss on the plain text search.text"
-        )
 
 
 def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[MergePlan]) -> None:

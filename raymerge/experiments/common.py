@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +84,6 @@ def check_without_questions(config: Config, alignments: Mapping[str, Sequence[st
             raise ConfigError(
                 f"{key} has activations, which are computed on questions, but data.mmlu is null: use neurons"
             )
-
-
-def check_config(config: Config) -> None:
-    """Refuse what is not a configuration, such as the path of one. Raises ConfigError."""
-    if not isinstance(config, Config):
-        source = repr(str(config)) if isinstance(config, str | PathLike) else "FILE"
-        raise ConfigError(
-            f"an experiment takes a Config, not the {type(config).__name__} {config!r}: give it "
-            f"raymerge.load_config({source})"
-        )
 
 
 def settings_of(config: Config, *sections: str) -> dict[str, Any]:

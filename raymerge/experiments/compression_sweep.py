@@ -11,11 +11,11 @@ import numpy as np
 from raymerge.alpha_files import read_alpha_file
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import BLOCK_METHODS, Config, ConfigError, PlanConfig
+from raymerge.config_file import check_config
 from raymerge.experiments.common import (
     Inputs,
     align,
     align_rows,
-    check_config,
     check_without_questions,
     compute_trunk,
     counted,

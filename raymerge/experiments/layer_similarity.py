@@ -14,10 +14,10 @@ from zipfile import BadZipFile
 import numpy as np
 
 from raymerge.config import Config, ConfigError
+from raymerge.config_file import check_config
 from raymerge.diffusion import SimilarityError, degeneracy
 from raymerge.experiments.common import (
     Inputs,
-    check_config,
     check_room,
     counted,
     describe_workers,

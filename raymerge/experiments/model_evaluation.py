@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 
 from raymerge import rows
 from raymerge.config import Config, ConfigError
+from raymerge.config_file import check_config
 from raymerge.context import TextLosses
 from raymerge.experiments.common import (
     Inputs,
-    check_config,
     counted,
     describe_workers,
     model_facts,

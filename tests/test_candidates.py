@@ -1,0 +1,178 @@
+"""Candidates scored in this process: against transformers' whole models, slopes, and what a search stores."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from scipy.optimize import minimize
+from transformers import AutoModelForCausalLM
+
+import raymerge
+from raymerge.alpha_files import read_alpha_file
+from raymerge.candidates import CandidateScorer
+from raymerge.checkpoint import Checkpoint, CheckpointError
+from raymerge.config import ConfigError
+from raymerge.config_file import load_config
+from raymerge.experiments import search
+from raymerge.plan import PlanError, tail_pairs
+from raymerge.tail_loss import GradientError
+
+FEW = ["data.subjects=colour_mixing,number_words", "data.limit_per_subject=4", "data.report_limit_per_subject=4"]
+MERGES = 3
+SETTINGS = [*FEW, f"plan.merges={MERGES}", "search.objective=answer_nll", "data.perplexity_tokens=300"]
+VECTORS = [[0.3, 0.9, 0.5], [1.0, 1.0, 1.0], [0.0, 0.25, 0.75]]
+TEXT = ["search.text=demo", "search.text_tokens=120"]
+
+
+def scorer(*more):
+    return CandidateScorer(load_config(None, [*SETTINGS, *more]))
+
+
+@pytest.fixture(scope="module")
+def opened():
+    with scorer() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def base():
+    """The demo model as it is stored, so that what is merged of it is rounded as a merge is."""
+    return AutoModelForCausalLM.from_pretrained(Checkpoint("demo").directory, **tiny.PLAIN, dtype="auto")
+
+
+def whole_logits(base, questions, pairs, alphas):
+    """Letter logits (n, 4) of a whole merged model, and the right answers (n,)."""
+    checkpoint = Checkpoint("demo")
+    model = tiny.merged_model(base, [(into, remove, a) for (into, remove), a in zip(pairs, alphas, strict=True)])
+    letters = [checkpoint.tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in "ABCD"]
+    found, _, _ = tiny.plain_answers(model, tiny.whole_prompts(questions, checkpoint.tokenizer), letters)
+    return found, [question.answer for question in questions.questions]
+
+
+def test_candidates_reach_what_whole_models_in_transformers_do(opened, base):
+    questions = opened._worker.material.questions["search"]
+    assert len(opened.questions) == 8 and opened.plan.alphas == [0.6225] * MERGES
+    pairs = tail_pairs(base.config.num_hidden_layers, MERGES)
+    for alphas, score in zip(VECTORS, opened.score(VECTORS), strict=True):
+        logits, answers = whole_logits(base, questions, pairs, alphas)
+        log = torch.log_softmax(torch.from_numpy(logits), -1)[range(len(answers)), answers]
+        assert score.nll == score.value == pytest.approx(-float(log.mean()), abs=1e-5)
+        assert score.accuracy == np.mean(logits.argmax(-1) == answers) and score.perplexity is None
+        np.testing.assert_allclose(opened.answer_logits(alphas), logits, atol=1e-4)
+    assert len({score.nll for score in opened.score(VECTORS)}) == len(VECTORS)
+
+
+def test_a_block_in_the_middle_is_scored_too(base):
+    block = ["plan.selection=block", "plan.block=5", "plan.merges=2"]
+    with scorer(*block) as middle:
+        (score,) = middle.score([[0.75, 0.5]])
+        logits, answers = whole_logits(base, middle._worker.material.questions["search"], [(5, 6), (4, 5)], [0.75, 0.5])
+        with pytest.raises(PlanError, match="3 alphas are given for a plan of 2 steps"):
+            middle.score([[9.0, 0.75, 0.5]])  # which to a search over blocks would be another block
+        with pytest.raises(GradientError, match=r"only a tail merge has a gradient, but plan\.selection is block"):
+            middle.loss([0.75, 0.5])
+    log = torch.log_softmax(torch.from_numpy(logits), -1)[range(len(answers)), answers]
+    assert score.nll == pytest.approx(-float(log.mean()), abs=1e-5)
+
+
+def test_scores_are_those_that_a_search_stores(local_searches, tmp_path):
+    settings = [*SETTINGS, *TEXT, "search.objective=answer_nll+0.1*text_nll"]
+    own = ["search.candidates=4", "search.initial=2", "search.random_candidates=2", "output.save_best=false"]
+    run = search(load_config(None, [*settings, *own, "output.figures=false", f"output.run={tmp_path / 'run'}"]))
+    trials = run.read("trials").to_pylist()
+    assert len(trials) > 8
+    with CandidateScorer(load_config(None, settings)) as again:
+        tail = [trial for trial in trials if trial["searcher"] in ("bayes", "random")]
+        for trial, score in zip(tail, again.score([trial["alphas"] for trial in tail]), strict=True):
+            for key, value in score._asdict().items():
+                assert value == pytest.approx(trial[key], abs=1e-5), key
+
+
+def test_the_loss_is_that_of_the_candidates_and_its_gradient_a_slope():
+    # A step of 1e-3 of a float32 loss, whose roundings are 1e-7: slopes are right to 1e-4.
+    with scorer(*TEXT, "search.objective=answer_nll+0.5*text_nll") as both:
+        for alphas in VECTORS[:1], [0.6, 0.2, 0.8]:
+            alphas = np.ravel(alphas)
+            loss, gradient = both.loss(alphas)
+            assert loss == pytest.approx(both.score([alphas])[0].value, abs=2e-3)  # whose weights are rounded
+            steps = 1e-3 * np.eye(MERGES)
+            slopes = [(both.loss(alphas + step)[0] - both.loss(alphas - step)[0]) / 2e-3 for step in steps]
+            np.testing.assert_allclose(gradient, slopes, atol=5e-4)
+            assert np.abs(gradient).max() > 5e-3
+        start = both.plan.alphas
+        found = minimize(both.loss, start, jac=True, bounds=[(0, 1)] * MERGES, method="L-BFGS-B", options={"maxiter": 4})
+        assert both.score([found.x])[0].value < both.score([start])[0].value
+
+
+def test_states_are_deleted_unless_the_cache_is_the_users(tmp_path):
+    with scorer() as own:
+        cache = own._worker.cache
+        assert any(cache.iterdir())
+    assert not cache.exists()
+    with pytest.raises(ValueError, match="this CandidateScorer has been closed"):
+        own.score(VECTORS)
+    kept = scorer(f"output.cache={tmp_path}")
+    files = sorted(tmp_path.rglob("*"))
+    kept.close()
+    assert files and sorted(tmp_path.rglob("*")) == files
+    # A notebook forgets to close: what nobody refers to any more leaves no folder.
+    forgotten = scorer()
+    cache = forgotten._worker.cache
+    del forgotten
+    assert not cache.exists()
+
+
+def test_a_candidate_is_saved_with_its_alphas(opened, tmp_path):
+    record = opened.save(VECTORS[0], tmp_path / "merged", verify=False)
+    n_layers = Checkpoint("demo").n_layers
+    assert record["layers_after"] == n_layers - MERGES == Checkpoint(str(tmp_path / "merged")).n_layers
+    assert read_alpha_file(tmp_path / "merged" / "alphas.json", n_layers).alphas == VECTORS[0]
+    assert json.loads((tmp_path / "merged" / "merge_plan.json").read_text())["name"] == "merged"
+    with pytest.raises(CheckpointError, match="merged exists already: give another folder"):
+        opened.save(VECTORS[0], tmp_path / "merged")
+
+
+def test_text_alone_can_be_what_candidates_are_scored_on():
+    with scorer("data.mmlu=null", "search.objective=text_nll", *TEXT) as text:
+        (score,) = text.score(VECTORS[:1])
+        assert score.value == pytest.approx(np.log(score.perplexity)) and score.accuracy is None is score.nll
+        assert text.questions == () and text.loss(VECTORS[0])[0] == pytest.approx(score.value, abs=2e-3)
+        with pytest.raises(ConfigError, match=r"data\.mmlu is null, so that no questions are asked"):
+            text.answer_logits(VECTORS[0])
+
+
+def test_what_has_no_gradient_is_refused_where_it_is_asked_for():
+    with scorer("gradient.text_kl=0.1") as without, pytest.raises(GradientError, match=r"text_kl needs a plain text"):
+        without.loss(VECTORS[0])
+    with scorer("plan.alignment=rows", "plan.merges=1") as rows, pytest.raises(GradientError, match="has no gradient"):
+        rows.loss([0.5])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["plan.selection=block"], r"plan\.block is cosine: a search chooses the layers .* set plan\.block to a number"),
+        (["plan.merges=21"], "cannot merge 21 layers of a model that has 21"),
+        (["data.mmlu=null"], r"search\.objective answer_nll needs answers to questions, but data\.mmlu is null"),
+        (["data.subjects=botany"], "botany"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_at_once(settings, message):
+    with pytest.raises(raymerge.UserError, match=message):
+        scorer(*settings)
+
+
+def test_wrong_vectors_are_refused(opened):
+    for vectors, message in (
+        ([0.5, 0.5, 0.5], r"alphas have the shape \(\), but those of a candidate have \(3,\)"),
+        ([[0.5, 0.5]], "2 alphas are given for a plan of 3 steps"),
+        ([[0.5, 0.5, 1.5]], r"alpha is 1.5, but it must lie in \[0, 1\]"),
+        ([[0.5, 0.5, float("nan")]], "alpha is nan"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            opened.score(vectors)
+    assert opened.score([]) == []
+    with pytest.raises(ConfigError, match="not the str 'demo.yaml'"):
+        CandidateScorer("demo.yaml")
