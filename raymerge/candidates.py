@@ -86,7 +86,7 @@ class CandidateScorer:
         """What candidates, (n, K) alphas, reach: the objective, micro accuracy, mean answer NLL (nats) and the search
         text's perplexity; None for what is not asked for, NaN where logits are not finite.
 
-        Several at once are faster than one after the other. Raises PlanError.
+        Several at once take fewer passes over the weights than one after the other. Raises PlanError.
         """
         vectors = [self.candidate(alphas).alphas for alphas in vectors]
         return [Score(*(found[key] for key in Score._fields)) for found in self._open().score(vectors)]
