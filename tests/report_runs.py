@@ -16,14 +16,17 @@ MANIFEST = {"command": ["raymerge", "search", "made.yaml"], "seeds": {"data": 0,
 PARAMETERS = 1000
 
 
-def plans_of(found="found_bayes", control="fixed_0.62"):
+FOUND = (0.1, 0.8, 0.3)  # alphas
+
+
+def plans_of(found="found_bayes", control="fixed_0.62", alphas=FOUND):
     """Plans by a short name: unmerged, dropped, one fixed coefficient, what the search found."""
     pairs = tail_pairs(LAYERS, MERGES)
     return {
         "base": base_plan(LAYERS),
         "drop": drop_plan(LAYERS, MERGES),
         "fixed": pairs_plan(LAYERS, pairs, [0.62] * MERGES, name=control, kind="fixed"),
-        "found": pairs_plan(LAYERS, pairs, [0.1, 0.8, 0.3], name=found, kind="found"),
+        "found": pairs_plan(LAYERS, pairs, list(alphas), name=found, kind="found"),
     }
 
 
@@ -84,6 +87,7 @@ def search_run(
     seed=0,
     search_split="validation",
     objective="micro_accuracy",
+    alphas=FOUND,
 ):
     """A complete search of three merges: four plans on 120 questions, 8 candidates, 2 descents."""
     config = {
@@ -93,12 +97,12 @@ def search_run(
         "plan": {"merges": MERGES, "selection": "tail", "base": "fixed", "ratio": 0.62, "alignment": "none",
                  "norms": "keep", "biases": "keep"},
         "search": {"searcher": "bayes", "objective": objective, "candidates": 8, "random_candidates": 2,
-                   "perplexity_ceiling": None},
+                   "perplexity_ceiling": None, "seed": seed},
         "output": {"run": str(path)},
     }  # fmt: skip
     run = RunDirectory.open(path, config, "search")
     run.begin()
-    plans = plans_of(found, control)
+    plans = plans_of(found, control, alphas)
     right = right or {"base": 0.9, "drop": 0.3, "fixed": 0.6, "found": 0.62}
     perplexities = {"base": 5.0, "drop": 90.0, "fixed": 40.0, "found": 12.5}
     pairs = [("found", other) for other in ("base", "drop", "fixed")]
@@ -121,7 +125,7 @@ def search_run(
         {"plan_id": plan, "tensor": f"model.layers.2.{matrix}.weight", "max_abs_change": 0.1, "relative_change": change}
         for plan, change in (("fixed", 0.25), ("found", 0.75)) for matrix in ("mlp.up_proj", "self_attn.v_proj")
     ])  # fmt: skip
-    run.write_manifest("complete", best={"name": found, "plan_id": "found", "alphas": [0.1, 0.8, 0.3]}, **MANIFEST)
+    run.write_manifest("complete", best={"name": found, "plan_id": "found", "alphas": list(alphas)}, **MANIFEST)
     return run
 
 

@@ -102,7 +102,9 @@ def test_the_loss_is_that_of_the_candidates_and_its_gradient_a_slope():
             np.testing.assert_allclose(gradient, slopes, atol=5e-4)
             assert np.abs(gradient).max() > 5e-3
         start = both.plan.alphas
-        found = minimize(both.loss, start, jac=True, bounds=[(0, 1)] * MERGES, method="L-BFGS-B", options={"maxiter": 4})
+        found = minimize(
+            both.loss, start, jac=True, bounds=[(0, 1)] * MERGES, method="L-BFGS-B", options={"maxiter": 4}
+        )
         assert both.score([found.x])[0].value < both.score([start])[0].value
 
 
@@ -153,7 +155,10 @@ def test_what_has_no_gradient_is_refused_where_it_is_asked_for():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["plan.selection=block"], r"plan\.block is cosine: a search chooses the layers .* set plan\.block to a number"),
+        (
+            ["plan.selection=block"],
+            r"plan\.block is cosine: a search chooses the layers .* set plan\.block to a number",
+        ),
         (["plan.merges=21"], "cannot merge 21 layers of a model that has 21"),
         (["data.mmlu=null"], r"search\.objective answer_nll needs answers to questions, but data\.mmlu is null"),
         (["data.subjects=botany"], "botany"),

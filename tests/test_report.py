@@ -27,7 +27,7 @@ from report_runs import (
 
 from raymerge import console, findings, report, rows, statistics, summary
 from raymerge.card import search_results
-from raymerge.plan import base_plan, drop_block_plan, pairs_plan
+from raymerge.plan import base_plan, drop_block_plan, pairs_plan, tail_coefficients
 from raymerge.progress import Silent
 from raymerge.report import (
     answer,
@@ -40,6 +40,7 @@ from raymerge.report import (
     receipts,
     render,
     searched,
+    seeds,
     subjects,
     vega,
     wording,
@@ -910,6 +911,78 @@ def test_several_runs_are_compared_on_the_same_questions(tmp_path, search):
     assert page.several and [s.title for s in page.sections if s.level == 2][1].startswith("k3: ")
     assert compared.tests([reached[0], Reached(sweep_run(tmp_path / "sweep"))]) == []
     assert not any("chosen on these" in str(block) for block in page.sections[0].blocks)
+
+
+def random_trials(run, vectors):
+    """Random candidates of a search made by hand."""
+    (trial, *_) = run.read("trials").to_pylist()
+    given = {key: value for key, value in trial.items() if key != "run_id"}
+    rows = [given | {"searcher": "random", "iteration": i, "alphas": own} for i, own in enumerate(vectors)]
+    run.append("trials", rows)
+
+
+def test_one_search_with_several_seeds_is_told_with_how_far_its_coefficients_differ(tmp_path):
+    found = {1: (0.1, 0.8, 0.3), 2: (0.9, 0.8, 0.3), 5: (0.5, 0.0, 1.0)}
+    drawn = {1: [[0.2, 0.4, 0.6], [1.0, 0.0, 0.5]], 2: [[0.3, 0.3, 0.3], [0.0, 0.0, 0.0]], 5: [[0.5, 0.5, 0.5]]}
+    right = {seed: {"base": 0.9, "drop": 0.3, "fixed": 0.6, "found": 0.5 + seed / 10} for seed in found}
+    runs = [search_run(tmp_path / f"s{s}", seed=s, alphas=alphas, right=right[s]) for s, alphas in found.items()]
+    for run, vectors in zip(runs, drawn.values(), strict=True):
+        random_trials(run, vectors)
+    reached = [Reached(run) for run in runs]
+    (section,) = seeds.seeds(reached)
+    assert section.title == "One search, 3 seeds: s1, s2, s5"
+    table, text, figure = section.blocks
+    lines = dict(zip([row[0] for row in table.cells], [row[1:] for row in table.cells], strict=True))
+    accuracies = [one.best["accuracy"] for one in reached]
+    assert len(set(accuracies)) == 3
+    for seed, accuracy in zip(found, accuracies, strict=True):
+        assert lines[f"seed {seed} (s{seed})"][:2] == ("0.6500", f"{100 * accuracy:.1f} %")
+    assert lines["mean"][1] == f"{100 * np.mean(accuracies):.1f} %"
+    assert lines["standard deviation"][1] == f"{100 * np.std(accuracies, ddof=1):.1f} %"
+    assert lines["for comparison: drop"][0] == "0.4500" and lines["for comparison: base"][0] == "–"
+
+    def apart(vectors):
+        weights = [tail_coefficients(vector) for vector in vectors]
+        return [np.abs(a - b).sum() / 2 for i, a in enumerate(weights) for b in weights[:i]]
+
+    within = [distance for vectors in drawn.values() for distance in apart(vectors)]
+    assert f"two seeds differ in {100 * np.mean(apart(found.values())):.0f} % of" in text.text
+    assert f"two random candidates in {100 * np.mean(within):.0f} %" in text.text and len(within) == 2
+    # A kept layer and the three merged into it, of six; what each seed leaves of them.
+    cells = as_dicts(figure.rows)
+    assert [row["layer"] for row in cells] == [2, 3, 4, 5] * 3
+    np.testing.assert_allclose([row["weight"] for row in cells], np.ravel([*map(tail_coefficients, found.values())]))
+    page = page_of(runs, "raymerge report", Silent())
+    assert [s.title for s in page.sections[:2]] == ["The runs, side by side", section.title]
+
+
+def test_searches_that_differ_in_more_than_the_seed_are_not_one(tmp_path, search):
+    def sections(*others):
+        return seeds.seeds([Reached(search), *map(Reached, others)])
+
+    again = search_run(tmp_path / "again")  # the same seed
+    other = search_run(tmp_path / "other", seed=1, objective="answer_nll")
+    assert sections() == sections(again) == sections(other) == sections(sweep_run(tmp_path / "sweep")) == []
+    third = search_run(tmp_path / "third", seed=1)
+    (section,) = sections(other, again, third)
+    assert section.title == "One search, 2 seeds: k3, again, third"
+    assert section.blocks[1].text.startswith("On average the coefficients of two seeds differ in 0 % of")
+    assert "random" not in section.blocks[1].text
+    # Another model under the same path.
+    manifest = json.loads((tmp_path / "third" / "manifest.json").read_text())
+    (tmp_path / "third" / "manifest.json").write_text(json.dumps(manifest | {"model": {"identity": "other"}}))
+    assert sections(RunDirectory.load(tmp_path / "third")) == []
+
+
+def test_blocks_of_several_seeds_differ_wholly_where_they_share_no_layer():
+    here, there = (
+        {(1, 1): 0.4, (1, 2): 0.6, (3, 3): 1.0, (4, 4): 1.0},
+        {(1, 1): 1.0, (2, 2): 1.0, (3, 3): 0.5, (3, 4): 0.5},
+    )
+    assert seeds._distance(here, here) == 0.0
+    assert seeds._distance(here, there) == pytest.approx((0.6 + 0.5) / 2)
+    into_the_next = {(2, 2): 0.4, (2, 1): 0.6, (3, 3): 1.0, (4, 4): 1.0}  # layer 1 goes, 2 stays
+    assert seeds._distance(here, into_the_next) == 1.0
 
 
 def test_evaluated_models_are_tested_against_each_other_and_drawn_below_each_other(tmp_path):

@@ -358,7 +358,8 @@ def whole_prompts(questions, tokenizer, *, bos=None):
     """The token ids of every whole prompt, in question order, from text assembled here."""
     prompts = []
     for question in questions.questions:
-        text = f"The following are multiple choice questions (with answers) about {question.subject.replace('_', ' ')}.\n\n"
+        subject = question.subject.replace("_", " ")
+        text = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
         for q in (*questions.examples[question.subject], question):
             text += q.text + "".join(f"\n{letter}. {o}" for letter, o in zip(LETTERS, q.options, strict=True))
             text += "\nAnswer:" + ("" if q is question else f" {LETTERS[q.answer]}\n\n")

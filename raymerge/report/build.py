@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from raymerge.identity import software
 from raymerge.progress import Progress
-from raymerge.report import compared, curve, layers, plans, receipts, searched, subjects
+from raymerge.report import compared, curve, layers, plans, receipts, searched, seeds, subjects
 from raymerge.report.asked import asked, command_of, model_name, run_names, unfinished
 from raymerge.report.content import Block, Notice, Page, Section, Table, Text
 from raymerge.report.plans import plan_table
@@ -94,7 +94,7 @@ def page_of(runs: Sequence[RunDirectory], command: str, progress: Progress) -> P
         reached = [Reached(run, name) for run, name in zip(runs, names, strict=True)]
         with_plans = [one for one in reached if one.lines]
         others = [(o.name, o.run.experiment, model_name(o.run)) for o in reached if not o.lines]
-        sections.append(compared.compared(with_plans, others))
+        sections += [compared.compared(with_plans, others), *seeds.seeds(with_plans)]
     for number, (run, name) in enumerate(zip(runs, names, strict=True), 1):
         sections += run_sections(run, heading=name if len(runs) > 1 else None)
         progress.advance(number)

@@ -1,0 +1,170 @@
+"""One search with several seeds: how much of what it finds is chance, by what plans reach and by their coefficients."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from raymerge.identity import canonical_json
+from raymerge.plan import MergePlan, MergeStep
+from raymerge.report import figures
+from raymerge.report.asked import command_of, sources
+from raymerge.report.content import Figure, Rows, Section, Table, Text
+from raymerge.report.reached import Reached
+from raymerge.report.wording import NONE, finite, percent, perplexity, plural, value
+
+_RANDOM = 40  # random candidates of a run whose coefficients are compared, pair by pair
+
+
+def seeds(reached: Sequence[Reached]) -> list[Section]:
+    """A section for each search that stands on the page with more than one seed; none where there is no such search."""
+    groups: dict[bytes, list[Reached]] = {}
+    for one in reached:
+        if one.run.experiment == "search" and one.run.complete and one.best is not None:
+            groups.setdefault(_asked(one), []).append(one)
+    return [_section(group) for group in groups.values() if len({_seed(one) for one in group}) > 1]
+
+
+def _seed(one: Reached) -> int:
+    return one.run.config["search"]["seed"]
+
+
+def _asked(one: Reached) -> bytes:
+    """Everything that a search was asked but its seed, and the files that it was asked with."""
+    config = {key: section for key, section in one.run.config.items() if key not in ("workers", "output")}
+    config["search"] = {key: chosen for key, chosen in config["search"].items() if key != "seed"}
+    manifest = one.run.manifest() or {}
+    held = [(manifest.get("model") or {}).get("identity"), manifest.get("data"), manifest.get("text_hash")]
+    return canonical_json([config, held])
+
+
+def _section(group: Sequence[Reached]) -> Section:
+    number = len({_seed(one) for one in group})
+    title = f"One search, {plural(number, 'seed')}: {', '.join(one.name for one in group)}"
+    return Section(title, (_table(group), Text(_difference(group)), _figure(group)))
+
+
+def _table(group: Sequence[Reached]) -> Table:
+    """What each seed found, their mean and standard deviation, and the control that all of them have."""
+    objective = group[0].run.config["search"]["objective"]
+    rows = [(f"seed {_seed(one)} ({one.name})", _figures_of(one, one.best["plan_id"])) for one in group]
+    found = [figures for _, figures in rows]
+    for name, of in (("mean", fmean), ("standard deviation", stdev)):
+        rows.append((name, [None if None in column else of(column) for column in zip(*found, strict=True)]))
+    for control in ("drop", "base"):
+        line = next((line for line in group[0].lines if line["kind"] == control), None)
+        if line is not None:
+            rows.append((f"for comparison: {line['label']}", _figures_of(group[0], line["plan_id"])))
+    cells = tuple(
+        (name, value(objective_value, 4), percent(accuracy), value(nll, 4), perplexity(read))
+        for name, (objective_value, accuracy, nll, read) in rows
+    )
+    return Table(
+        f"The best plan of each seed: {objective} on the search questions or text, and what the report measured. The "
+        "standard deviation is over seeds; it is not the uncertainty of a figure, which the questions give",
+        ("", f"{objective}, searched", "accuracy", "answer NLL", "perplexity"),
+        cells,
+    )
+
+
+def _figures_of(one: Reached, plan_id: str) -> list[float | None]:
+    """Objective on what was searched on, accuracy, answer NLL and perplexity of one plan of a run."""
+    line = next(line for line in one.lines if line["plan_id"] == plan_id)
+    searched = (row["value"] for row in _trials(one) if row["plan_id"] == plan_id)
+    return [next(searched, None), line["accuracy"], line["nll"], finite(line["perplexity"])]
+
+
+def _trials(one: Reached) -> list[dict[str, Any]]:
+    return [row for row in one.run.read("trials").to_pylist() if row["status"] == "ok"]
+
+
+def _difference(group: Sequence[Reached]) -> str:
+    """How far the seeds' coefficients lie from each other, beside how far random ones do."""
+    found = [_coefficients(one) for one in group]
+    apart = fmean(_distance(a, b) for a, b in itertools.combinations(found, 2))
+    said = (
+        f"On average the coefficients of two seeds differ in {percent(apart, 0)} of the merged layer's weight (total "
+        "variation of the effective coefficients)"
+    )
+    # Within a run, since seeds share no random candidates but those of a start.
+    drawn = [_random(one) for one in group]
+    pairs = [_distance(a, b) for own in drawn for a, b in itertools.combinations(own, 2)]
+    if not pairs:
+        return f"{said}."
+    return (
+        f"{said}, those of two random candidates in {percent(fmean(pairs), 0)}. Where the first is as large as the "
+        "second, the search has not determined the coefficients, whatever it has found in accuracy or loss."
+    )
+
+
+def _layers(one: Reached) -> int:
+    """How many layers the unmerged model has."""
+    return one.best["costs"]["layers"] + one.best["costs"]["layers_removed"]
+
+
+Weights = dict[tuple[int, int], float]  # (kept layer, original layer) -> effective coefficient, of merged layers
+
+
+def _coefficients(one: Reached) -> Weights:
+    rows = one.run.read("coefficients").to_pylist()
+    rows = [row for row in rows if row["plan_id"] == one.best["plan_id"] and row["matrix"] is None]
+    return {(row["kept_layer"], row["source_layer"]): row["coefficient"] for row in rows}
+
+
+def _random(one: Reached) -> list[Weights]:
+    """Effective coefficients of a run's random candidates, the first of them."""
+    steps = [row for row in one.plans if row["plan_id"] == one.best["plan_id"] and row["matrix"] is None]
+    steps = list({row["step"]: row for row in steps}.values())
+    found = []
+    for trial in [row for row in _trials(one) if row["searcher"] == "random"][:_RANDOM]:
+        moved = 0 if trial["block"] is None else trial["block"] - min(row["remove"] for row in steps)
+        merges = [
+            MergeStep(row["into"] + moved, row["remove"] + moved, alpha)
+            for row, alpha in zip(steps, trial["alphas"], strict=True)
+        ]
+        kept = MergePlan(_layers(one), tuple(merges)).kept
+        found.append({(layer.index, source): weight for layer in kept for source, weight in layer.coefficients})
+    return found
+
+
+def _distance(a: Weights, b: Weights) -> float:
+    """Total variation between two plans' coefficients, the mean over the layers that either merges others into: 1 where
+    they share no weight, or where one of them removes that layer."""
+    merged = {kept for own in (a, b) for kept, source in own if kept != source}
+    total = 0.0
+    for kept in merged:
+        sources = {source for own in (a, b) for layer, source in own if layer == kept}
+        differences = [a.get((kept, source), 0.0) - b.get((kept, source), 0.0) for source in sources]
+        total += max(sum(d for d in differences if d > 0), sum(-d for d in differences if d < 0))
+    return total / len(merged) if merged else 0.0
+
+
+def _figure(group: Sequence[Reached]) -> Figure:
+    found = [_coefficients(one) for one in group]
+    layers = range(_layers(group[0]))
+    shown = [layer for layer in layers if any(own.get((layer, layer)) != 1.0 for own in found)]
+    rows = []
+    for one, own in zip(group, found, strict=True):
+        for layer in shown:
+            kept, weight = next(((k, w) for (k, source), w in own.items() if source == layer), (None, 0.0))
+            rows.append(
+                {
+                    "series": f"seed {_seed(one)} ({one.name})",
+                    "layer": layer,
+                    "weight": weight,
+                    "kept": NONE if kept is None else str(kept),
+                    "percent": f"{100 * weight:.0f}" if weight >= 0.005 else "",
+                    "plan_id": one.best["plan_id"],
+                }
+            )
+    told = "Effective coefficients of original layers in what each seed found, a row per seed."
+    return Figure(
+        "Effective coefficients by seed",
+        "The share of every original layer in the merged layer. Layers that no seed merges are not shown. Where these "
+        "agree alphas may still differ: a step counts for little where a later one leaves little of its result.",
+        (figures.weight_cells(rows, told),),
+        Rows.of(rows, tuple(source for one in group for source in sources(one.run, "coefficients"))),
+        "; ".join(command_of(one.run) for one in group),
+    )
