@@ -157,9 +157,9 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     levels = sorted(
         {
-            (row["value"], labels.get(row["plan_id"], row["plan_id"]))
+            (row["value"], labels[row["plan_id"]])
             for row in usable(controls)
-            if row["objective"] == objective
+            if row["objective"] == objective and row["plan_id"] in labels  # of those that keep one layer only the best
         }
     )
     values = [row["value"] for row in every]

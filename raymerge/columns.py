@@ -49,7 +49,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
         "several names: a search can find what is also a control.",
         {
             "name": "name of the plan; how it was refitted, if it was, is in table `refits`",
-            "kind": "base (unmerged), drop, before_last, fixed, random, file or found",
+            "kind": "base (unmerged), drop, before_last, keep_one, fixed, random, file or found",
             "selection": "which layers: none, tail, before_last, block, most_similar or list",
             "step": "number of the step, from 0; null without steps",
             "into": "original number of the layer that is merged into; the result takes its place",

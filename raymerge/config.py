@@ -301,8 +301,8 @@ class GradientConfig(_Section):
     - `parametrisations`: one search each: alphas (within search.bounds), simplex (the effective coefficients) or
       per_matrix (a simplex per projection matrix, which fits the search questions best and others worse: the best found
       is one of these only if there is nothing else).
-    - `starts`: descents of each: from the base coefficients, the probes, near both corners (the first and the last
-      merged layer alone), and from random points.
+    - `starts`: descents of each: from the base coefficients, the probes, near the corners that keep one of the merged
+      layers alone (the best one, the first, the last), and from random points.
     - `optimizer`, `learning_rate`: adam or sgd, and its step size.
     - `epochs`: maximum number of epochs.
     - `batch_size`: questions per step; null for all.

@@ -111,8 +111,8 @@ class MergePlan:
     `alignment`: "none", "rows" (each matrix's rows re-ordered, as published), or whole units re-ordered so that each
     layer's function stays, matched by weights ("neurons") or by what they do on prompts ("activations"). `norms`:
     "keep" leaves the survivor's norms (published), "fold" multiplies every layer's input-norm gains into its matrices
-    before averaging. `kind` is one of base, drop, before_last, fixed, random, file, found. `selection` says how the
-    layers were chosen: none, tail, before_last, block, most_similar or list.
+    before averaging. `kind` is one of base, drop, before_last, keep_one, fixed, random, file, found. `selection` says
+    how the layers were chosen: none, tail, before_last, block, most_similar or list.
     `matrix_alphas`: alphas, one a step, of those projection matrices (relative names, "mlp.up_proj") that are not
     averaged with the steps' own; a matrix's bias follows it where biases are merged. `refit`: the layers at the seams
     are fitted after merging.
@@ -441,6 +441,30 @@ def drop_layers_plan(n_layers: int, layers: Iterable[int], *, name: str) -> Merg
     pairs = [(max(layer for layer in stays if layer < drop), drop) for drop in gone if drop > stays[0]]
     pairs += [(stays[0], drop) for drop in reversed(gone) if drop < stays[0]]
     return pairs_plan(n_layers, pairs, [1.0] * len(gone), name=name, kind="drop", selection="list")
+
+
+def keep_one_plans(plan: MergePlan) -> dict[int, MergePlan]:
+    """Where a plan merges layers in a row into one: for each of these the plan that keeps it whole, with its norms and
+    biases, and drops the others. Empty where layers are merged in several places."""
+    if len(plan.groups) != 1:
+        return {}
+    group = sorted(*plan.groups.values())
+    found = {}
+    for layer in group:
+        others = [other for other in group if other != layer]
+        found[layer] = replace(drop_layers_plan(plan.n_layers, others, name=f"keep_{layer}"), kind="keep_one")
+    return found
+
+
+def alphas_that_keep(plan: MergePlan, layer: int) -> list[float]:
+    """The alphas, 0 or 1, with which a plan's steps give all of the weight to one of the layers that they merge."""
+    groups = {each: [each] for each in range(plan.n_layers)}
+    alphas = []
+    for step in plan.steps:
+        removed = groups.pop(step.remove)
+        alphas.append(0.0 if layer in removed else 1.0)
+        groups[step.into] += removed
+    return alphas
 
 
 def check_merges(n_layers: int, merges: int) -> None:

@@ -374,6 +374,11 @@ class RunDirectory:
                 raise ValueError(f"{name!r} is not the name of one folder or file in a run")
         return self._storage.show("/".join(names))
 
+    def write_text(self, text: str, *names: str) -> None:
+        """Write a file of the run, such as write_text(text, "alphas", "drop.json"): whole, or not at all."""
+        self.path_of(*names)  # refuses names that would leave the run
+        self._storage.publish("/".join(names), text.encode("utf-8"))
+
     def upload(self, source, *names: str, move: bool = False) -> str:
         """Copy a local folder, such as a checkpoint, to `path_of(*names)`; return that.
 

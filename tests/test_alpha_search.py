@@ -14,6 +14,7 @@ import pytest
 import tiny
 from test_heuristics import planted
 
+from raymerge.alpha_files import read_alpha_file
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError, SearcherName
 from raymerge.config_file import load_config
@@ -22,6 +23,7 @@ from raymerge.evaluation import Answers
 from raymerge.experiments import alpha_search
 from raymerge.experiments.alpha_search import _check, _Search
 from raymerge.experiments.common import Inputs
+from raymerge.experiments.controls import controls_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.gradient import Epoch
 from raymerge.inputs import CALIBRATION, SEARCH, read_material
@@ -64,49 +66,9 @@ def found_in(trials, name, *columns):
 
 # -- controls --------------------------------------------------------------------------------------------------------
 
+ANSWERS = Answers.of_letters(np.eye(4, dtype=np.float32)[:3])
 FIRST, FIXED = ["base", "drop", "before_last"], "fixed_0.6225"
 BY_SIMILARITY = ["plan.similarity_run=x", "plan.base=similarity"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ([], [*FIRST, FIXED]),  # which is the start too
-        (["plan.ratio=0.7"], [*FIRST, FIXED, "fixed_0.7"]),
-        (["plan.alignment=neurons"], [*FIRST, FIXED, f"{FIXED}_plain"]),
-        (["plan.norms=fold", "plan.ratio=0.7"], [*FIRST, FIXED, "fixed_0.7_plain", "fixed_0.7"]),
-        (BLOCK, [*FIRST, "drop_block", FIXED]),
-        (["plan.similarity_run=x"], [*FIRST, "block_influence", FIXED]),  # whose similarity nothing is made of
-        (BY_SIMILARITY, [*FIRST, "block_influence", FIXED, "similarity_shuffled", "similarity"]),
-        (
-            ["plan.similarity_run=x", "plan.selection=most_similar"],
-            [*FIRST, "block_influence", FIXED, "similarity_shuffled"],
-        ),
-        (
-            ["plan.similarity_run=x", "plan.selection=most_similar", "plan.threshold=0.2"],  # that two exceed
-            [*FIRST, "block_influence", FIXED, "similarity_shuffled"],
-        ),
-    ],
-)
-def test_every_control_that_there_can_be_is_one_and_none_twice(settings, expected, tmp_path):
-    similarity = SIMILARITY if "plan.similarity_run=x" in settings else None
-    search = searching(tmp_path, *settings, similarity=similarity)
-    controls = search._controls()
-    assert [plan.name for plan in controls] == expected
-    assert len({plan.plan_id("") for plan in controls}) == len(controls)
-    assert all(not plan.steps or len(plan.steps) == 2 for plan in controls)
-    plain = [(plan.alignment, plan.norms) for plan in controls if plan.name.endswith("_plain")]
-    assert plain in ([], [("none", "keep")])
-    # The constant differs from the start by its coefficients alone.
-    assert controls[expected.index(FIXED)].alphas == [0.6225, 0.6225]
-    assert controls[expected.index(FIXED)].alignment == search.start.alignment
-
-
-def test_the_shuffled_control_of_a_block_is_of_the_same_block(tmp_path):
-    search = searching(tmp_path, *BLOCK[:1], "plan.block=7", *BY_SIMILARITY, similarity=SIMILARITY, first=7)
-    controls = {plan.name: plan for plan in search._controls()}
-    for name in ("drop_block", "similarity_shuffled", "similarity"):
-        assert [step.remove for step in controls[name].steps] == [8, 7]
 
 
 def test_states_are_kept_where_any_candidate_or_control_starts(tmp_path):
@@ -123,12 +85,15 @@ class Judges:
     def __init__(self, results=None, answers=None):
         self.results, self.answers, self.timed = results or {}, answers, None
 
-    def map(self, method, plans, on_result):
+    def map(self, method, plans, on_result=lambda *_: None):
         assert method == "judge"
         self.judged = plans
-        for number, plan in enumerate(plans):
-            result = {"value": self.results.get(plan.name, 0.5), "nll": 1.0, "n_questions": 3}
-            on_result(number, (result, self.answers))
+        found = [
+            ({"value": self.results.get(plan.name, 0.5), "nll": 1.0, "n_questions": 3}, self.answers) for plan in plans
+        ]
+        for number, result in enumerate(found):
+            on_result(number, result)
+        return found
 
     def broadcast(self, method, candidates):
         self.timed = method, candidates
@@ -137,8 +102,8 @@ class Judges:
 
 def test_controls_are_trials_of_their_own_name_and_the_slowest_worker_says_what_a_candidate_takes(tmp_path):
     search = searching(tmp_path, "plan.ratio=0.7", "search.seed=3", roles=(SEARCH,))
-    search.pool = Judges({"drop": float("nan")}, Answers.of_letters(np.eye(4, dtype=np.float32)[:3]))
-    controls = search._controls()
+    search.pool = Judges({"drop": float("nan")}, ANSWERS)
+    controls = controls_of(search.config.plan, CHECKPOINT, search.start, None, Silent())
     assert search._try_controls(controls) == 0.75 and search.pool.timed == ("score", [[0.7, 0.7]])
     # The unmerged model is evaluated on the report's questions alone.
     assert [plan.name for plan in search.pool.judged] == ["drop", "before_last", FIXED, "fixed_0.7"]
@@ -293,6 +258,38 @@ def test_descents_of_alphas_start_inside_the_bounds(asked, tmp_path):
     np.testing.assert_allclose(drawn, np.random.default_rng(0).uniform(size=(5, 2))[:2])
 
 
+def test_the_best_single_layer_to_keep_is_a_control_and_a_start_of_every_searcher(stand_ins, tmp_path, monkeypatch):
+    results = {"keep_19": 0.75, "drop": 0.6}
+    monkeypatch.setattr(
+        Judges, "__init__", lambda self: vars(self).update(results=results, answers=ANSWERS, timed=None)
+    )
+    searchers = ["search.searcher=[bayes, gradient]", "gradient.parametrisations=[simplex]", "gradient.starts=3"]
+    search = searching(tmp_path / "run", *QUIET, *searchers, roles=(SEARCH,))
+    search.execute([])
+    asked = {entry[0]: entry[-1] for entry in stand_ins if entry[0] in ("bayes", "gradient_simplex")}
+    assert asked["bayes"] == [[0.6225, 0.6225], [1.0, 0.0], [1.0, 1.0]]
+    assert asked["gradient_simplex"] == [[0.6225, 0.6225], [0.95, 0.05], [0.95, 0.95]]
+    (reported,) = (entry[1] for entry in stand_ins if entry[0] == "report")
+    assert reported == [*FIRST, FIXED, "keep_19", "random", "found_gradient_simplex", "found_bayes"]
+    assert search.run.manifest()["keep_one"] == {"best": "keep_19", "of": 3}
+    # Its answers to the search questions are stored as the other controls' are; all that could be kept are trials.
+    stored = set(search.run.read("answers", ["plan_id"])["plan_id"].to_pylist())
+    controls = [row for row in search.run.read("trials").to_pylist() if row["searcher"] == "controls"]
+    assert len(controls) == 4 and stored == {row["plan_id"] for row in controls}
+    files = {path.stem: read_alpha_file(path, N_LAYERS) for path in (tmp_path / "run" / "alphas").iterdir()}
+    assert set(files) == set(reported) - {"base"} and files["found_bayes"].alphas == [VALUES["bayes"]] * 2
+    assert [layer.index for layer in files["keep_19"].kept] == [*range(18), 19]
+    # Where a control keeps it already there is nothing more.
+    results["before_last"] = 0.875
+    again = searching(tmp_path / "again", *QUIET, *searchers, roles=(SEARCH,))
+    stand_ins.clear()
+    again.execute([])
+    (reported,) = (entry[1] for entry in stand_ins if entry[0] == "report")
+    assert "keep_19" not in reported and again.run.manifest()["keep_one"] == {"best": "before_last", "of": 3}
+    kept = set(again.run.read("answers", ["plan_id"])["plan_id"].to_pylist())
+    assert len(kept) == 3 and kept < stored
+
+
 # -- what is stored, and which is best -------------------------------------------------------------------------------
 
 
@@ -378,9 +375,9 @@ def stand_ins(monkeypatch, tmp_path):
     done = []
 
     class Workers(Judges):
-        def map(self, method, items, on_result=None):
+        def map(self, method, items, *on_result):
             if method == "judge":
-                return super().map(method, items, on_result)
+                return super().map(method, items, *on_result)
             done.append((method, [getattr(item, "name", item) for item in items]))
             return ["fitted"] * len(items)
 

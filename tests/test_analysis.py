@@ -587,7 +587,7 @@ def test_progress_says_how_surely_the_best_is_known(tmp_path, monkeypatch):
     (axis,) = drawn["f.png"].axes
     assert axis.get_ylim()[0] > 0.79 and axis.get_title().endswith("dashed: controls; 1 far worse not shown)")
     bad = [far["bayes"][-1] | {"searcher": "controls"}]  # shown as every control is, and the candidate with it
-    search_panels.draw_progress(far, bad, {}, tmp_path / "b.png")
+    search_panels.draw_progress(far, bad, {"p": "drop"}, tmp_path / "b.png")
     (axis,) = drawn["b.png"].axes
     assert axis.get_ylim()[0] < 0.1 and axis.get_title().endswith("dashed: controls)")
     one = {"bayes": rows["bayes"], "gradient": rows["bayes"][:1]}
@@ -1083,11 +1083,15 @@ def test_candidates_are_drawn_at_their_values(tmp_path, monkeypatch, objective):
                for i, value in enumerate(mine)]
         for name, mine in values.items()
     }  # fmt: skip
-    controls = [trial(0, 0.47) | {"objective": objective, "plan_id": "drop"},
-                trial(1, 0.53) | {"objective": objective, "plan_id": "fixed"},
-                trial(2, 0.60) | {"objective": "another", "plan_id": "odd"}]  # fmt: skip
+    controls = [
+        trial(0, 0.47) | {"objective": objective, "plan_id": "drop"},
+        trial(1, 0.53) | {"objective": objective, "plan_id": "fixed"},
+        trial(2, 0.60) | {"objective": "another", "plan_id": "odd"},
+        trial(3, 0.51) | {"objective": objective, "plan_id": "not the best of those that keep one layer"},
+    ]
+    labels = {"drop": "dropped", "fixed": "fixed", "odd": "odd"}  # fmt: skip
     drawn = figures_of(monkeypatch, search_panels)
-    search_panels.draw_progress(searchers, controls, {"drop": "dropped"}, tmp_path / "p.png")
+    search_panels.draw_progress(searchers, controls, labels, tmp_path / "p.png")
     search_panels.draw_distribution(searchers, tmp_path / "d.png")
     (axis,) = drawn["p.png"].axes
     best = np.minimum.accumulate if lower else np.maximum.accumulate

@@ -545,9 +545,7 @@ def test_a_ruined_candidate_leaves_the_axis_to_the_others(tmp_path):
     assert "ruined" in {row["plan_id"] for row in as_dicts(figure.rows)}
     # A control as bad is shown, and the candidate with it: it was said to be beyond the axis.
     control = next(row for row in rows if row["searcher"] == "controls")
-    run.replace(
-        "trials", [*run.read("trials").to_pylist(), control | {"iteration": 9, "value": 0.01, "plan_id": "bad"}]
-    )
+    run.replace("trials", [*run.read("trials").to_pylist(), control | {"iteration": 9, "value": 0.01}])
     figure = blocks([searched.search(Reached(run))], Figure)[0]
     assert "beyond the axis" not in figure.caption
     assert "domain" not in figure.views[0].spec["layer"][0]["encoding"]["y"]["scale"]
@@ -919,6 +917,24 @@ def random_trials(run, vectors):
     given = {key: value for key, value in trial.items() if key != "run_id"}
     rows = [given | {"searcher": "random", "iteration": i, "alphas": own} for i, own in enumerate(vectors)]
     run.append("trials", rows)
+
+
+def test_the_best_single_layer_is_called_so_and_the_others_are_not_drawn(tmp_path):
+    run = search_run(tmp_path / "run")
+    plans = [row | {"kind": "keep_one", "name": "keep_3"} if row["plan_id"] == "drop" else row
+             for row in run.read("plans").drop_columns("run_id").to_pylist()]  # fmt: skip
+    run.replace("plans", plans)
+    trials = run.read("trials").drop_columns("run_id").to_pylist()
+    control = next(row for row in trials if row["searcher"] == "controls")
+    run.replace("trials", [*trials, control | {"iteration": 7, "plan_id": "not the best to keep", "value": 0.111}])
+    reached = Reached(run)
+    said = " ".join(answer.in_words(reached))
+    assert "the best single layer kept (keep_3)" in said
+    (line,) = (line for line in reached.lines if line["plan_id"] == "drop")
+    assert described(line).startswith("one of the merged layers kept, the best to keep alone")
+    (figure, *_) = blocks([searched.search(reached)], Figure)
+    drawn = [row["label"] for row in as_dicts(figure.rows) if row["kind"] == "control"]
+    assert any("keep_3" in label for label in drawn) and not any("not the best" in label for label in drawn)
 
 
 def test_one_search_with_several_seeds_is_told_with_how_far_its_coefficients_differ(tmp_path):

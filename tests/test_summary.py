@@ -98,6 +98,11 @@ def test_optimism_is_how_much_better_the_choosing_questions_were(tmp_path, objec
     )
     controls = sign * np.mean([searched / 2 - reported["drop"], searched - reported["fixed"]])
     assert second.startswith(f"The 2 controls, not chosen by the search: {controls:+.4f} on average")
+    # The best single layer to keep was chosen, by the same questions.
+    plans = [row | {"kind": "keep_one"} if row["plan_id"] == "drop" else row for row in run.read("plans").to_pylist()]
+    run.replace("plans", [{key: value for key, value in row.items() if key != "run_id"} for row in plans])
+    fixed = sign * (searched - reported["fixed"])
+    assert summary.optimism_lines(run, "test")[1].startswith(f"The control, not chosen by the search: {fixed:+.4f} on")
 
 
 def test_no_optimism_is_measured_on_the_questions_that_chose(tmp_path):

@@ -599,9 +599,15 @@ def test_folders_and_uploads(place, tmp_path):
     assert where == run.path_of("models", "best") and where.endswith("run/models/best")
     if run.is_local:
         assert os.listdir(where) == ["config.json"]
+    run.write_text("é", "alphas", "drop.json")
+    if run.is_local:
+        with open(run.path_of("alphas", "drop.json"), encoding="utf-8") as file:
+            assert file.read() == "é"
     for bad in ("..", "a/b", "", "_tmp.x"):
         with pytest.raises(ValueError, match="not the name"):
             run.path_of("models", bad)
+        with pytest.raises(ValueError, match="not the name"):
+            run.write_text("", "alphas", bad)
 
 
 def test_no_torch_and_no_ray():

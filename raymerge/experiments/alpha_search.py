@@ -22,10 +22,10 @@ import numpy as np
 
 from raymerge import rows
 from raymerge.alignment import REORDERED, Aligner
-from raymerge.alpha_files import read_alpha_file
+from raymerge.alpha_files import alpha_file_text, read_alpha_file
 from raymerge.card import search_results
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import Config, ConfigError, PlanConfig
+from raymerge.config import Config, ConfigError
 from raymerge.config_file import check_config
 from raymerge.errors import UserError
 from raymerge.evaluation import Answers
@@ -46,6 +46,7 @@ from raymerge.experiments.common import (
     settings_of,
     swept_cache,
 )
+from raymerge.experiments.controls import best_kept, controls_of, keeping_one
 from raymerge.experiments.planning import choose_blocks, recomputed_plan
 from raymerge.experiments.refitting import fit, refit_of
 from raymerge.experiments.reporting import Reporter
@@ -56,17 +57,13 @@ from raymerge.objectives import is_minimised, parse_objective, rank, trial_outco
 from raymerge.plan import (
     MergePlan,
     PlanError,
-    base_plan,
-    before_last_plan,
-    drop_block_plan,
+    alphas_that_keep,
     drop_plan,
     tail_coefficients,
 )
 from raymerge.plan_section import (
     Similarity,
     allowed_starts,
-    influence_plan,
-    shuffled_plan,
     similarity_of,
     similarity_warnings,
     starting_plan,
@@ -81,7 +78,6 @@ from raymerge.tables import RunDirectory, RunError
 
 _LOOSE = 200  # batches whose parts of `trials` become one file: reading each takes 1 ms, in an object store 50
 _INSIDE = 0.05  # an alpha's distance from its corner where a descent starts near one
-FIXED_CONTROL = PlanConfig().ratio  # the constant that published coefficients amount to
 
 
 class NothingFoundError(UserError):
@@ -95,10 +91,11 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     without one nothing is shown, and raymerge.console.progress() is a context that gives the command line's.
 
     Leaves in config.output.run: tables trials, plans, coefficients, answers, accuracy, comparisons, perplexity,
-    text_losses, context, costs, receipts, and `blocks` for plan.selection block, `refits` for plan.refit; the models of
-    what was found; figures; and the manifest. Searches on data.search_split, reports on data.report_split; without
-    data.mmlu no questions are asked: it searches by the loss on search.text, and reports on data.perplexity_text and
-    tasks. The same call again resumes; a complete run is returned as it is.
+    text_losses, context, costs, receipts, and `blocks` for plan.selection block, `refits` for plan.refit; every
+    reported plan as alpha file, alphas/NAME.json; the models of what was found; figures; and the manifest. Searches on
+    data.search_split, reports on data.report_split; without data.mmlu no questions are asked: it searches by the loss
+    on search.text, and reports on data.perplexity_text and tasks. The same call again resumes; a complete run is
+    returned as it is.
 
     Raises ConfigError, PlanError, CheckpointError, DataError before anything is written, RunError where the run
     directory cannot be used, NothingFoundError where every candidate failed.
@@ -217,6 +214,8 @@ class _Search:
             # Its states are kept too: dropping the last layers, and the unmerged model, start from them.
             self.templates.append(drop_plan(start.n_layers, len(start.steps)))
         self.firsts = tuple(sorted({template.resumes_at for template in self.templates}))
+        # The first, or the last, of the merged layers alone.
+        self.corners = [[1.0] * len(start.steps), [0.0] * len(start.steps)]
         self.facts: dict[str, Any] = {}
         self.loose = 0  # batches of trials since they were last gathered in one file
         self.aligner = Aligner(inputs.checkpoint)  # told what the workers have matched
@@ -235,8 +234,13 @@ class _Search:
             shards = compute_trunk(pool, self.inputs, self.progress)
             align(pool, [self.template], self.progress)  # after the trunk, whose states matching by activations needs
             self.facts["trunk_seconds"] = round(time.monotonic() - began, 3)
-            controls = self._controls()
-            self._search_all(probes, self._try_controls(controls))
+            checkpoint, start = self.inputs.checkpoint, self.start
+            controls = controls_of(self.config.plan, checkpoint, start, self.similarity, self.progress)
+            keeping = keeping_one(start, controls)
+            left = [plan for plan in keeping.values() if plan not in controls]
+            seconds_per_candidate = self._try_controls([*controls, *left])
+            controls += self._take_kept(keeping, controls)
+            self._search_all(probes, seconds_per_candidate)
             plans = self._reported(controls)
             refitted = self._refitted(plans[-1])
             align_rows(pool, [*plans, *refitted], self.progress)
@@ -246,6 +250,7 @@ class _Search:
             plans = [*plans[:-1], *refitted, plans[-1]]
             self.reporter.report(pool, plans, shards, self.firsts, self.progress)
             self._take_matches(pool, plans[-1:])
+        self._write_alphas(plans)
         self._derive(plans)
         best = plans[-1]
         model, proof = self._save(best) if self.config.output.save_best else (None, None)
@@ -264,6 +269,14 @@ class _Search:
             # Where the objective names subjects, these are all that the search has questions of.
             subjects = self.inputs.questions[SEARCH].subjects if judged_on else ()
             self.reporter.derive(plans, [(plans[-1], plan) for plan in plans[:-1]], subjects=subjects)
+
+    def _write_alphas(self, plans: Sequence[MergePlan]) -> None:
+        """An alpha file of every plan that can be one: the format has no alphas of single matrices."""
+        names = Counter(plan.name for plan in plans)  # an alpha file's own name may be a control's
+        for plan in plans:
+            if plan.steps and not plan.matrix_alphas:
+                name = plan.name if names[plan.name] == 1 else f"{plan.name}-{plan.plan_id(self.identity)}"
+                self.run.write_text(alpha_file_text(plan.steps), "alphas", f"{name}.json")
 
     def _conclude(self, best: MergePlan, model: str | None, proof: dict[str, Any] | None) -> None:
         """Draw the figures and write the manifest, last of all. model, proof: of the best plan, where it is saved."""
@@ -288,30 +301,6 @@ class _Search:
 
     # -- the trunk and the controls
 
-    def _controls(self) -> list[MergePlan]:
-        """The unmerged model, both ways of dropping, the constant, what a similarity run offers, and the start."""
-        n_layers, merges, start = self.inputs.checkpoint.n_layers, len(self.start.steps), self.start
-        controls = [
-            base_plan(n_layers),
-            drop_plan(n_layers, merges),
-            before_last_plan(n_layers, merges),
-            *([drop_block_plan(n_layers, start.first_removed, merges)] if start.selection == "block" else []),
-            *influence_plan(self.similarity, merges),
-            start.with_alphas([FIXED_CONTROL] * merges, name=f"fixed_{FIXED_CONTROL:g}", kind="fixed"),
-        ]
-        plan = self.config.plan
-        if self.similarity is not None and (plan.base.startswith("similarity") or plan.selection == "most_similar"):
-            first = start.first_removed if start.selection == "block" else None
-            check = partial(check_mergeable, self.inputs.checkpoint)
-            shuffled = shuffled_plan(plan, n_layers, self.similarity, merges, first, check=check)
-            if not shuffled:
-                self.progress.message("Warning: no shuffle of the similarity makes a plan that can be a control.")
-            controls += shuffled
-        if (start.alignment, start.norms) != ("none", "keep"):
-            controls.append(replace(start, name=f"{start.name}_plain", alignment="none", norms="keep"))
-        same = [control for control in controls if control.plan_id("") == start.plan_id("")]
-        return controls if same else [*controls, start]
-
     def _try_controls(self, controls: list[MergePlan]) -> float:
         """Judge the controls on the search questions, as rows of `trials`, but for those that an earlier call has
         judged; return the seconds that a candidate takes."""
@@ -327,7 +316,7 @@ class _Search:
         def store(number: int, found: tuple[dict[str, Any], Answers | None]) -> None:
             iteration, (result, answers) = left[number], found
             plan = merging[iteration]
-            if answers is not None:
+            if answers is not None and plan.kind != "keep_one":  # of these only the best is reported on
                 self.reporter.store_answers(plan, SEARCH, answers)
             trials[iteration] = {
                 "searcher": "controls",
@@ -354,6 +343,20 @@ class _Search:
         timed = self.pool.broadcast("score", [self.start.alphas])
         return max(results[0]["seconds"] for results in timed)
 
+    def _take_kept(self, keeping: Mapping[int, MergePlan], controls: Sequence[MergePlan]) -> list[MergePlan]:
+        """Let searches begin at the best layer to keep alone; a control that keeps it, where there is none yet."""
+        layer = best_kept(keeping, self.run.read("trials").to_pylist(), self.identity)
+        if layer is None:
+            return []
+        self.facts["keep_one"] = {"best": keeping[layer].name, "of": len(keeping)}
+        if keeping[layer] in controls:
+            return []
+        self.corners.insert(0, alphas_that_keep(self.start, layer))
+        ((_, answers),) = self.pool.map("judge", [keeping[layer]])
+        if answers is not None:
+            self.reporter.store_answers(keeping[layer], SEARCH, answers)
+        return [keeping[layer]]
+
     # -- the search
 
     def _search_all(self, probes: list[MergePlan], seconds_per_candidate: float) -> None:
@@ -366,7 +369,7 @@ class _Search:
             if searcher == "gradient":
                 self._descend_all(known)
             else:
-                starts = [*known, *self._corners()]
+                starts = [*known, *self.corners]
                 self._search_coefficients(searcher, settings.candidates, starts, seconds_per_candidate)
 
     def _search_coefficients(
@@ -406,18 +409,13 @@ class _Search:
         """A searcher's point: alphas, after the block's first layer (None: the start's) where blocks are searched."""
         return [float(self.start.first_removed if block is None else block), *alphas] if self.blocks else alphas
 
-    def _corners(self, inside: float = 0.0) -> list[list[float]]:
-        """The alphas that keep the first, or the last, of the merged layers alone, or points `inside` from these."""
-        merges = len(self.start.steps)
-        return [[1.0 - inside] * merges, [inside] * merges]
-
     def _descend_all(self, known: list[list[float]]) -> None:
-        """Descend in every parametrisation, from the same starts: known ones, near both corners, then random ones."""
+        """Descend in every parametrisation, from the same starts: known ones, near the corners, then random ones."""
         # At a corner itself the simplex has no slope: from 1e-4 inside, 20 epochs at 0.1 moved 2 % of the weight where
         # a search found that 20 % should move. The corners themselves are controls.
         count, (low, high) = self.config.gradient.starts, self.config.search.bounds
         drawn = np.random.default_rng(self.config.search.seed).uniform(size=(count, len(self.start.steps)))
-        new = np.array([*self._corners(_INSIDE), *drawn])
+        new = np.array([*np.clip(self.corners, _INSIDE, 1.0 - _INSIDE), *drawn])
         for parametrisation in self.config.gradient.parametrisations:
             # Alphas keep to the bounds, at whose edges they have no slope either.
             own = low + (high - low) * new if parametrisation == "alphas" else new

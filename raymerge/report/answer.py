@@ -77,6 +77,8 @@ def told(reached: Reached, found: dict[str, dict]) -> str:
 def _called(line: dict) -> str:
     if line["kind"] == "random":
         return f"the {line['label']} candidate{'' if line['label'] == 'best of 1 random' else 's'}"
+    if line["kind"] == "keep_one":
+        return f"the best single layer kept ({line['label']})"
     return "the unmerged model" if line["kind"] == "base" else line["label"]
 
 

@@ -17,6 +17,7 @@ _KINDS = {
     "found": "found by the search",
     "random": "random coefficients",
     "drop": "layers dropped",
+    "keep_one": "one of the merged layers kept, the best to keep alone",
     "fixed": "one coefficient for all steps",
     "file": "given coefficients",
 }

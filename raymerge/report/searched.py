@@ -172,10 +172,11 @@ def _progress(reached: Reached, judged: list[dict], objective: str) -> Figure:
     """The value of every candidate in order, of the controls, and the best so far; judged: rows of `trials`."""
     run, lower = reached.run, is_minimised(objective)
     candidates = _candidates(judged, lower)
-    controls = [row for row in judged if row["searcher"] == "controls"]
+    # Of the plans that keep one layer only the best is a control, and has a label.
+    controls = [row for row in judged if row["searcher"] == "controls" and row["plan_id"] in reached.labels]
     limits, far = _limits(candidates, controls, lower)
     empty = dict.fromkeys(candidates[0], None)
-    named = [(reached.labels.get(row["plan_id"], row["plan_id"]), row["value"]) for row in controls]
+    named = [(reached.labels[row["plan_id"]], row["value"]) for row in controls]
     rows = candidates + [
         empty | {"kind": "control", "searcher": "controls", "value": number, "label": label}
         for label, number in _together(named, list(limits or (row["value"] for row in judged)))

@@ -54,7 +54,7 @@ def _table(group: Sequence[Reached]) -> Table:
     for name, of in (("mean", fmean), ("standard deviation", stdev)):
         rows.append((name, [None if None in column else of(column) for column in zip(*found, strict=True)]))
     for control in ("drop", "base"):
-        line = next((line for line in group[0].lines if line["kind"] == control), None)
+        line = next((line for line in group[0].lines if line["name"] == control), None)
         if line is not None:
             rows.append((f"for comparison: {line['label']}", _figures_of(group[0], line["plan_id"])))
     cells = tuple(
