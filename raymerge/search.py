@@ -11,6 +11,7 @@ actors stay on the driver's node, so that the loss of another one is the loss of
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import math
 import os
@@ -207,6 +208,55 @@ class _Batch:
     losses: tuple[str, ...] = ()
 
 
+class _Supply:
+    """The batches that no worker has yet: those of lost workers, then new proposals, of which one may be made ahead."""
+
+    def __init__(self, proposer: Proposer, *, candidates: int, batch: int, replayed: Sequence[Row]):
+        self._proposer, self._size = proposer, batch
+        # Numbers that a killed run had given to candidates which did not end are given again.
+        finished = {row["iteration"] for row in replayed}
+        free = [number for number in range(candidates) if number not in finished]
+        self._iterations = free[: candidates - len(replayed)]
+        self._numbers = itertools.count(1 + max((row["batch"] for row in replayed), default=-1))
+        self._again: list[_Batch] = []
+        self._ahead: _Batch | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._iterations and not self._again and self._ahead is None
+
+    @property
+    def batches_left(self) -> int:
+        """How many are to be proposed."""
+        return -(-len(self._iterations) // self._size)
+
+    def take(self, running: Sequence[_Batch]) -> _Batch:
+        """The next batch; running: those whose candidates the proposer has not been told of. There must be one."""
+        if self._again:
+            return self._again.pop(0)
+        batch, self._ahead = self._ahead or self._propose(running), None
+        return batch
+
+    def look_ahead(self, running: Sequence[_Batch]) -> None:
+        """Propose the next batch, if that has not been done."""
+        if self._ahead is None and self._iterations:
+            self._ahead = self._propose(running)
+
+    def repeat(self, batch: _Batch, losses: tuple[str, ...]) -> None:
+        """Give the candidates of a batch out once more, each alone, so that one that kills its worker fails by
+        itself."""
+        alone = len(batch.points) == 1
+        self._again += [
+            _Batch(batch.number if alone else next(self._numbers), [iteration], [point], losses)
+            for iteration, point in zip(batch.iterations, batch.points, strict=True)
+        ]
+
+    def _propose(self, running: Sequence[_Batch]) -> _Batch:
+        iterations, self._iterations = self._iterations[: self._size], self._iterations[self._size :]
+        pending = [point for batch in (*running, *self._again) for point in batch.points]
+        return _Batch(next(self._numbers), iterations, self._proposer.ask(len(iterations), pending))
+
+
 class BatchSearcher(Searcher):
     """Gives Tune one batch of candidates a trial, on a worker that is free; stores what comes back, then learns.
 
@@ -231,14 +281,13 @@ class BatchSearcher(Searcher):
         on_progress: Callable[[int, float | None], None] | None = None,
     ):
         super().__init__(metric="value", mode="max")
-        self._proposer, self._size, self._describe, self._record = proposer, batch, describe, record
+        self._proposer, self._describe, self._record = proposer, describe, record
         self._minimise, self._on_progress = minimise, on_progress
         self._crew = crew
         self.candidates, self.concurrent = candidates, math.inf if concurrent is None else concurrent
+        self._supply = _Supply(proposer, candidates=candidates, batch=batch, replayed=replayed)
         self._free = list(crew.present)
         self._running: dict[str, tuple[int, _Batch]] = {}
-        self._again: list[_Batch] = []
-        self._ready: _Batch | None = None
         self.scored: dict[str, list[float]] = {}  # actor -> seconds of each of its candidates in this call
         self.best: tuple[float, float] | None = None
         self.done = self.finished = 0
@@ -246,17 +295,11 @@ class BatchSearcher(Searcher):
         self.trial_failed = False  # with an error in Tune's folder
         for row in sorted(replayed, key=lambda row: row["iteration"]):
             self._learn(row)
-        # Numbers that a killed run had given to candidates which did not end are given again.
-        finished = {row["iteration"] for row in replayed}
-        self._iterations = [number for number in range(candidates) if number not in finished]
-        self._batch = 1 + max((row["batch"] for row in replayed), default=-1)
-        self._left = candidates - len(replayed)
-        self._first_round = self._free[: int(min(self.concurrent, -(-self._left // batch)))]
+        self._first_round = self._free[: int(min(self.concurrent, self._supply.batches_left))]
         self._handed_out = 0
 
     def suggest(self, trial_id: str) -> Row | str | None:
-        finished = self._left <= 0 and not self._again and self._ready is None
-        if self.failure is not None or (finished and not self._running):
+        if self.failure is not None or (self._supply.is_empty and not self._running):
             return self.FINISHED
         try:
             self._free += self._crew.poll()
@@ -266,15 +309,12 @@ class BatchSearcher(Searcher):
             # Tune would go on; it ends the search and is raised when Tune is done.
             self.failure = failed
             return self.FINISHED
-        if finished or not self._free or len(self._running) >= self.concurrent:
-            if self._ready is None and self._left > 0:
-                # While the workers are busy: a proposal takes 0.1-0.2 s, for which a free one would wait.
-                self._ready = self._propose()
+        running = [batch for _, batch in self._running.values()]
+        if self._supply.is_empty or not self._free or len(running) >= self.concurrent:
+            # While the workers are busy: a proposal takes 0.1-0.2 s, for which a free one would wait.
+            self._supply.look_ahead(running)
             return None
-        batch = self._again.pop(0) if self._again else self._ready or self._propose()
-        if batch is self._ready:
-            self._ready = None
-        slot = self._free.pop(0)
+        batch, slot = self._supply.take(running), self._free.pop(0)
         self._running[trial_id] = (slot, batch)
         self._handed_out += 1
         first_round = self._first_round if self._handed_out <= len(self._first_round) else []
@@ -283,18 +323,6 @@ class BatchSearcher(Searcher):
             "worker": self._crew.name_of(slot),
             "first_round": [self._crew.name_of(other) for other in first_round],
         }
-
-    def _propose(self) -> _Batch:
-        count = min(self._size, self._left)
-        waiting = [batch for _, batch in self._running.values()] + self._again
-        points = self._proposer.ask(count, [point for batch in waiting for point in batch.points])
-        iterations, self._iterations = self._iterations[:count], self._iterations[count:]
-        self._left -= count
-        return _Batch(self._next_number(), iterations, points)
-
-    def _next_number(self) -> int:
-        self._batch += 1
-        return self._batch - 1
 
     def on_trial_complete(self, trial_id: str, result: Row | None = None, error: bool = False) -> None:
         if trial_id not in self._running:
@@ -349,15 +377,11 @@ class BatchSearcher(Searcher):
         return ""
 
     def _repeat(self, batch: _Batch, node: str) -> bool:
-        """Queue once more the candidates of a batch whose worker was lost, each alone, so that one that kills its
-        worker fails by itself; False where the crew gives the batch up."""
+        """Give a batch whose worker was lost out once more; False where the crew gives it up."""
         losses = (*batch.losses, node)
         if self._crew.gives_up(losses):
             return False
-        self._again += [
-            _Batch(batch.number if len(batch.points) == 1 else self._next_number(), [iteration], [point], losses)
-            for iteration, point in zip(batch.iterations, batch.points, strict=True)
-        ]
+        self._supply.repeat(batch, losses)
         return True
 
     def _row(self, trial_id: str, slot: int, batch: int, iteration: int, point: Point, found: Row) -> Row:
