@@ -937,6 +937,32 @@ def test_the_best_single_layer_is_called_so_and_the_others_are_not_drawn(tmp_pat
     assert any("keep_3" in label for label in drawn) and not any("not the best" in label for label in drawn)
 
 
+@pytest.mark.parametrize(
+    ("right", "said"),
+    [
+        (0.8, "It is better by accuracy or answer NLL than drop, the best of the plans that keep one of"),
+        (0.3, "It is not better by accuracy or answer NLL than drop, the best of the plans that keep one"),
+    ],
+)
+def test_the_answer_says_whether_averaging_gained_anything(tmp_path, right, said):
+    right = {"base": 0.9, "drop": 0.3, "fixed": 0.6, "found": right}
+    run = search_run(tmp_path / "run", right=right)
+    assert not any("keep one of the merged" in paragraph for paragraph in answer.in_words(Reached(run)))
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest | {"keep_one": {"best": "drop", "of": 4}}))
+    reached = Reached(RunDirectory.load(tmp_path / "run"))
+    row = reached.against("found")["drop"]
+    assert (row["p_holm"] < 0.05 and row["difference"] > 0) == (right["found"] > 0.5)
+    (paragraph,) = (each for each in answer.in_words(reached) if "keep one of the merged" in each)
+    assert paragraph.startswith(said)
+    # A search over blocks may have found another block than the one whose layers were kept.
+    reached.run.config["plan"]["block"] = "search"
+    assert not any("keep one of the merged" in each for each in answer.in_words(reached))
+    reached.run.config["plan"].pop("block")
+    reached.run.config["data"]["search_split"] = "test"  # where nothing is a test
+    assert not any("keep one of the merged" in each for each in answer.in_words(reached))
+
+
 def test_one_search_with_several_seeds_is_told_with_how_far_its_coefficients_differ(tmp_path):
     found = {1: (0.1, 0.8, 0.3), 2: (0.9, 0.8, 0.3), 5: (0.5, 0.0, 1.0)}
     drawn = {1: [[0.2, 0.4, 0.6], [1.0, 0.0, 0.5]], 2: [[0.3, 0.3, 0.3], [0.0, 0.0, 0.0]], 5: [[0.5, 0.5, 0.5]]}

@@ -7,13 +7,14 @@ from raymerge.report.reached import Reached
 from raymerge.report.wording import enumerated, percent, perplexity, plural
 
 _ORDER = {"base": 0, "random": 2}  # "the best of 10 random candidates and drop" would have drop among the 10
+_KEEPING = ("drop", "before_last", "keep_one")  # kinds of plans
 #: What comparisons say of a plan, and how a sentence goes on with the other ones.
 LINKS = {"better": "better than", "indistinguishable": "indistinguishable from", "worse": "worse than"}
 
 
 def in_words(reached: Reached) -> list[str]:
     """What the best plan found reached, and whether it is better than the others: a paragraph each on questions, on
-    plain text, and on what the comparison with random candidates means.
+    plain text, on whether averaging gained anything, and on what the comparison with random candidates means.
 
     reached.best must be there, and reached.lines.
     """
@@ -23,6 +24,7 @@ def in_words(reached: Reached) -> list[str]:
     paragraphs = [_on_questions(reached)] if reached.asks else []
     if best["perplexity"] is not None:
         paragraphs.append(_on_text(reached))
+    paragraphs += _beside_one_layer(reached)
     if reached.asks or reached.against(best["plan_id"], "text_nll"):
         paragraphs += [f"{line}." for line in summary.budget_lines(reached.run)]
     return paragraphs
@@ -55,6 +57,28 @@ def _on_text(reached: Reached) -> str:
             f"On plain text, dropping {others} costs less: plan.selection=block searches for other layers to remove."
         )
     return " ".join(sentences)
+
+
+def _beside_one_layer(reached: Reached) -> list[str]:
+    """Whether the best plan is better than the best that averages nothing and keeps one of the same layers."""
+    best, config = reached.best, reached.run.config
+    name = ((reached.run.manifest() or {}).get("keep_one") or {}).get("best")
+    kept = next((line for line in reached.lines if line["name"] == name and line["kind"] in _KEEPING), None)
+    elsewhere = (config.get("plan") or {}).get("block") == "search"  # where the found block need not be the start's
+    if kept is None or kept is best or elsewhere or findings.chosen_on(reached.run, reached.split):
+        return []
+    measures = ("accuracy", "answer_nll") if reached.asks else ("text_nll",)
+    rows = [reached.against(best["plan_id"], measure).get(kept["plan_id"]) for measure in measures]
+    said = {firm(row) for row in rows if row is not None}
+    what = f"{kept['label']}, the best of the plans that keep one of the merged layers and drop the others"
+    by = f"by {'accuracy or answer NLL' if reached.asks else 'loss per token'}"
+    if "better" in said and "worse" not in said:
+        return [f"It is better {by} than {what}: averaging gained what no choice of one layer does."]
+    if said and "better" not in said:
+        return [
+            f"It is not better {by} than {what}: the choice of a layer can explain all that it gains on the others."
+        ]
+    return []
 
 
 def told(reached: Reached, found: dict[str, dict]) -> str:
