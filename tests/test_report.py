@@ -940,8 +940,8 @@ def test_the_best_single_layer_is_called_so_and_the_others_are_not_drawn(tmp_pat
 @pytest.mark.parametrize(
     ("right", "said"),
     [
-        (0.8, "It is better by accuracy or answer NLL than drop, the best of the plans that keep one of"),
-        (0.3, "It is not better by accuracy or answer NLL than drop, the best of the plans that keep one"),
+        (0.8, "By accuracy or answer NLL it is better than drop, the best of the plans that keep one of"),
+        (0.3, "By accuracy or answer NLL it is not better than drop, the best of the plans that keep one"),
     ],
 )
 def test_the_answer_says_whether_averaging_gained_anything(tmp_path, right, said):

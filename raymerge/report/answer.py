@@ -71,13 +71,11 @@ def _beside_one_layer(reached: Reached) -> list[str]:
     rows = [reached.against(best["plan_id"], measure).get(kept["plan_id"]) for measure in measures]
     said = {firm(row) for row in rows if row is not None}
     what = f"{kept['label']}, the best of the plans that keep one of the merged layers and drop the others"
-    by = f"by {'accuracy or answer NLL' if reached.asks else 'loss per token'}"
+    by = f"By {'accuracy or answer NLL' if reached.asks else 'loss per token'} it is"
     if "better" in said and "worse" not in said:
-        return [f"It is better {by} than {what}: averaging gained what no choice of one layer does."]
+        return [f"{by} better than {what}: averaging gained what no choice of one layer does."]
     if said and "better" not in said:
-        return [
-            f"It is not better {by} than {what}: the choice of a layer can explain all that it gains on the others."
-        ]
+        return [f"{by} not better than {what}: the choice of a layer can explain all that it gains over others."]
     return []
 
 
