@@ -30,7 +30,8 @@ SHARED = {
     "n_samples": "number of prompts",
     "note": "why a value is missing, or a caveat",
     "searcher": "controls, random, bayes, or gradient with its parametrisation",
-    "alphas": "one per merge step, in the order of the steps, followed by those of each matrix that has its own",
+    "alphas": "one per merge step, in the order of the steps (for per_matrix of the matrices' mean coefficients), "
+    "followed by those of each matrix that has its own, the matrices in alphabetical order",
     "difference": "plan_a minus plan_b; for losses lower is better, for accuracies higher",
     "p_value": "p-value of the paired test, uncorrected",
     "p_holm": "p-value corrected by Holm for all comparisons of the same measure in the same family, which is those of "
@@ -300,8 +301,9 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "start": "number of the descent, from 0",
             "epoch": "number of the epoch; 0 is the starting point",
             "loss": "loss on the questions and text that the descent uses",
-            "held_out_loss": "loss on questions held out from the descent; null without these",
-            "alphas": "one per merge step; for per_matrix, one matrix after the other",
+            "held_out_loss": "the same with questions held out from the descent for the others; null without these",
+            "alphas": "one per merge step; for per_matrix, one matrix after the other, in the order of a layer "
+            "(q, k, v, o, gate, up, down), not that of `trials`",
         },
     ),
     "incidents": (

@@ -110,8 +110,9 @@ class RetrievalSet:
 
     Each ends in a key and its colon; the token to come is one of `options` (n, 4) int64, token ids, namely
     options[i, answers[i]], and stood distances[i] tokens before it. answers (n,) int8; distances (n,) int64. Every
-    value of a prompt is one of its four options, drawn evenly, so that chance is 0.25 at any distance. The groups of
-    the shards have no prefix, and their rows number the prompts.
+    value of a prompt is one of its four options, each as often as any other (to one), so that chance is 0.25 at any
+    distance, and the most frequent value is hardly a better guess. The groups of the shards have no prefix, and their
+    rows number the prompts.
     """
 
     shards: tuple[Shard, ...]
@@ -257,6 +258,7 @@ def _draw(distance: int, words: list[tuple[str, int]], rng: np.random.Generator)
     after, second = rest[:lines], rest[lines:]
     after[:more] = [f"{key} {other}" for key, other in zip(after, second, strict=False)]
     keys = [*lead, asked, *(after[i] for i in rng.permutation(lines))]
-    values = rng.integers(_OPTIONS, size=len(keys))
+    # Equally often, to one: a model that copies the most frequent value must not seem to have found the key.
+    values = rng.permutation(np.resize(rng.permutation(_OPTIONS), len(keys)))
     text = "".join(f" {key}: {options[value][0]}\n" for key, value in zip(keys, values, strict=True))
     return f"{text} {asked}:", [token for _, token in options], int(values[_LEAD_LINES])

@@ -12,7 +12,8 @@ and then down_proj. `units` (ours): the MLP units of the seam are first chosen a
 for, by what they contribute, then fitted like `outputs`. The last two weight a token by the inverse of its target's
 mean square, since what follows normalises it, and leave out tokens with massive activations (Sun et al. 2024,
 arXiv:2402.17762), which would dominate a squared error. With `layers` the kept layers after a seam are fitted likewise,
-each to the state that left it in the unmerged model, and repair what the seam could not.
+each to the state that left it in the unmerged model (o_proj to the one between attention and MLP), and repair what the
+seam could not.
 
 A fit is cached by content, and `fusion` puts it in place of merged tensors, so that evaluation, checkpoints, receipts
 and quantisation see the same weights.
