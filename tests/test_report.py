@@ -1150,6 +1150,18 @@ def test_tasks_stand_on_the_page_of_a_search_with_the_comparisons_of_the_best(tm
     assert all(row[-1] == "worse" for row in differences.cells)
 
 
+@pytest.mark.parametrize(("least", "log"), [(1e-6, True), (0.0, False), (-2e-16, False)])
+def test_block_influence_is_drawn_and_named_on_a_logarithmic_axis_where_all_of_it_is_positive(tmp_path, least, log):
+    """0 is a layer that changes nothing, and rounding can leave less."""
+    run = similarity_run(tmp_path / "run")
+    stored = run.read("block_influence").to_pylist()
+    run.replace("block_influence", [row | ({"value": least} if row["layer"] == 2 else {}) for row in stored])
+    _, influence = blocks([layers.maps(run)], Figure)
+    axis = influence.views[0].spec["layer"][0]["encoding"]["y"]
+    assert (axis["scale"].get("type") == "log") == ("(log scale)" in axis["axis"]["title"]) == log
+    assert f"Least: layer 2 on medical (en), {least:.3g}." in influence.caption
+
+
 def test_a_search_for_one_subject_is_answered_on_that_subject(tmp_path):
     everything = search_run(tmp_path / "everything")
     assert "The search asked only" not in "".join(
