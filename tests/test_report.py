@@ -760,7 +760,7 @@ def test_everything_that_a_search_was_asked_is_on_its_page(tmp_path):
 
 
 def test_what_other_runs_were_asked_is_on_their_pages(tmp_path):
-    """Of an evaluation: no search, nor how many questions one would have had; of a run that is going on: no manifest."""
+    """Of an evaluation: no search, nor the questions that one would have had; of a run under way: no manifest."""
     data = {"mmlu": "/data", "language": "en", "subjects": ["law"], "shots": 0, "report_split": "validation",
             "search_split": "validation", "limit_per_subject": 8, "report_limit_per_subject": 40}  # fmt: skip
     plan = {"merges": 4, "selection": "tail", "base": "fixed", "ratio": 0.62, "refit": "units", "ridge": None}
