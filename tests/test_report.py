@@ -591,6 +591,35 @@ def test_of_a_layer_s_experts_the_one_that_changed_most_is_drawn(tmp_path):
     assert "Differences in 74 tensor names under 2 plans" in figure.caption
 
 
+def test_receipts_count_what_changed_alone_and_draw_what_was_found_last(tmp_path):
+    """Norms of a merged layer are among the receipts with a change of 0; a change that is no number is drawn nowhere,
+    but is the one that stands for a layer's experts."""
+    run = search_run(tmp_path)
+    run.replace("receipts", [
+        {"plan_id": plan, "tensor": f"model.layers.2.{tensor}.weight", "max_abs_change": most, "relative_change": change}
+        for plan, tensor, most, change in (
+            ("found", "mlp.experts.0.up_proj", 0.2, 0.5), ("found", "mlp.experts.1.up_proj", 9.0, float("nan")),
+            ("found", "mlp.experts.2.up_proj", 0.3, 0.6), ("found", "input_layernorm", 0.0, 0.0),
+            ("found", "mlp.gate", 0.01, 0.25), ("drop", "mlp.gate", 0.0, 0.0), ("fixed", "mlp.gate", 0.04, 0.125),
+        )
+    ])  # fmt: skip
+    (figure,) = blocks([receipts.receipts(Reached(run))], Figure)
+    assert [(row["matrix"], row["plan"], row["relative"], row["largest"]) for row in as_dicts(figure.rows)] == [
+        ("input_layernorm", "found_bayes", 0.0, 0.0),
+        ("mlp.experts.*.up_proj", "found_bayes", None, 9.0),
+        ("mlp.gate", "drop", 0.0, 0.0),
+        ("mlp.gate", "fixed_0.62", 0.125, 0.04),
+        ("mlp.gate", "found_bayes", 0.25, 0.01),
+    ]
+    assert "Differences in 3 tensor names under 2 plans, at most 25.0 % of the original's norm" in figure.caption
+    assert "No tensor changed" not in figure.caption and "the one that changed most" in figure.caption
+    run.replace("receipts", [row for row in run.read("receipts").drop_columns("run_id").to_pylist()
+                             if row["plan_id"] == "fixed"])  # fmt: skip
+    (figure,) = blocks([receipts.receipts(Reached(run))], Figure)
+    assert "No tensor changed under found_bayes, drop: layers are dropped there" in figure.caption
+    assert "experts" not in figure.caption
+
+
 # -- the other experiments
 
 
