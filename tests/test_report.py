@@ -1323,22 +1323,24 @@ def test_a_search_for_one_subject_is_answered_on_that_subject(tmp_path):
         {"plan_a": "found", "plan_b": other, "split": "test", "subjects": "a,b,anatomy", "n": 40, "measure": measure,
          "difference": difference, "ci_low": difference - 0.1, "ci_high": difference + 0.1, "p_value": p, "p_holm": p,
          "test": "mcnemar_exact"}
-        for other, difference, p in (("base", -0.2, 0.01), ("drop", 0.2, 0.3))
+        for other, difference, p in (("base", -0.2, 0.01), ("fixed", 0.2, 0.3))
         for measure in ("accuracy", "answer_nll")
     ])  # fmt: skip
     answer = plans.answer(Reached(run))
     assert [block.text for block in blocks([answer], Text) if block.text.startswith("The search asked only")] == [
         "The search asked only questions of exams, anatomy. By accuracy on the 40 test questions of exams, anatomy, "
-        "found_bayes is indistinguishable from drop; worse than the unmerged model. By answer NLL it is better than "
-        "the unmerged model; indistinguishable from drop."
+        "found_bayes is indistinguishable from fixed_0.62; worse than the unmerged model. By answer NLL it is better "
+        "than the unmerged model; indistinguishable from fixed_0.62."
     ]
     table = blocks([answer], Table)[1]
     assert "corrects for all 2 comparisons" in table.caption
     assert table.header == ("against", "accuracy", "verdict, p (Holm)", "answer NLL", "verdict, p (Holm)")
-    assert {row[0]: row[1:3] for row in table.cells} == {  # broken, if at all, between the verdict and its p
-        "base": ("−20.0 [−30.0, −10.0]", "▼\u00a0worse, p\u00a00.010\u00a0(0.010)"),
-        "drop": ("+20.0 [+10.0, +30.0]", "≈\u00a0indistinguishable, p\u00a00.30\u00a0(0.30)"),
-    }
+    assert {row[0]: row[1:] for row in table.cells} == {  # broken, if at all, between the verdict and its p
+        "base": ("−20.0 [−30.0, −10.0]", "▼\u00a0worse, p\u00a00.010\u00a0(0.010)",
+                 "−0.200 [−0.300, −0.100]", "▲\u00a0better, p\u00a00.010\u00a0(0.010)"),
+        "fixed_0.62": ("+20.0 [+10.0, +30.0]", "≈\u00a0indistinguishable, p\u00a00.30\u00a0(0.30)",
+                       "+0.200 [+0.100, +0.300]", "≈\u00a0indistinguishable, p\u00a00.30\u00a0(0.30)"),
+    }  # fmt: skip
 
 
 # -- the page
