@@ -1,6 +1,7 @@
 """What a report says: numbers of the tables, foreign text escaped, what is missing named; no browser here."""
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -45,10 +46,10 @@ from raymerge.report import (
     wording,
 )
 from raymerge.report.build import GLOSSARY, page_of, run_sections
-from raymerge.report.content import FOUND, Facts, Figure, Page, Rows, Section, Table, Text, View
+from raymerge.report.content import FOUND, Facts, Figure, Notice, Page, Rows, Section, Table, Text, View
 from raymerge.report.reached import Reached, chosen_layers, described
 from raymerge.statistics import mcnemar, paired_difference, wilson_interval
-from raymerge.tables import MICRO, RunDirectory, RunError
+from raymerge.tables import MICRO, RunDirectory, RunError, derive_accuracy
 
 HOSTILE = '</script><script>alert(1)</script><img src="http://x.example/a.png" onerror=alert(2)>'
 
@@ -565,6 +566,58 @@ def test_differences_by_subject_are_paired(search):
         assert row["low"] <= row["difference"] <= row["high"] and row["n"] == QUESTIONS // 2
 
 
+def test_by_subject_the_best_is_held_against_eight_plans_on_the_report_s_questions_alone(tmp_path):
+    """Eleven others, of which the second most accurate has answered another question; answers of another split; a
+    category that a plan was not asked of."""
+    subjects_ = ("astronomy", "college_physics", "law", "philosophy")
+    run = search_run(tmp_path / "run", subjects=subjects_)
+    draws = {
+        f"r{i}": pairs_plan(LAYERS, [(2, 3), (2, 4), (2, 5)], [i / 10] * 3, name=f"alphas_{i}", kind="file")
+        for i in range(8)
+    }
+    run.append("plans", [row for name, plan in draws.items() for row in rows.plan_rows(plan, name)], part="more")
+    stored = run.read("answers").drop_columns("run_id").to_pylist()
+    for i, name in enumerate(draws):
+        hits = [row | {"plan_id": name, "predicted": (row["answer"] + (k % 10 >= 9 - i)) % 4}
+                for k, row in enumerate(row for row in stored if row["plan_id"] == "fixed")]  # fmt: skip
+        stored += [row | {"question_id": "x"} if (i, k) == (0, 0) else row for k, row in enumerate(hits)]
+    other = [row | {"split": "validation", "predicted": (row["answer"] + 1) % 4} for row in stored[:200]]
+    stored = [row for row in stored if not (row["plan_id"] == "drop" and row["subject"] == "philosophy")]
+    run.replace("answers", [*other, *stored])
+    run.replace("accuracy", derive_accuracy(run.read("answers")))
+    reached, right = Reached(run), {}
+    for row in stored:
+        right.setdefault(row["plan_id"], {})[row["subject"], row["question_id"]] = row["predicted"] == row["answer"]
+    names = {plan: f"alphas_{plan[1]}" for plan in draws} | {"base": "base", "fixed": "fixed_0.62"}
+    ranked = sorted(
+        (plan for plan in right if plan not in ("base", "found")), key=lambda p: -np.mean([*right[p].values()])
+    )
+    expected = [plan for plan in ["base", *ranked][:8] if plan not in ("r0", "drop")]
+    assert "r0" in ranked[:3] and "drop" not in ranked[:7]
+
+    found = subjects.difference_rows(reached)
+    assert [*dict.fromkeys(row["against"] for row in found)] == [names[plan] for plan in expected]
+    assert len(found) == 4 * len(expected) and {row["clear"] for row in found} == {"yes", "no"}
+    for row, (plan, subject) in zip(found, itertools.product(expected, sorted(subjects_)), strict=True):
+        pair = [np.array([own for (name, _), own in right[p].items() if name == subject]) for p in ("found", plan)]
+        assert row["subject"] == subject and row["difference"] == pytest.approx(100 * np.mean(pair[0] * 1.0 - pair[1]))
+        difference = paired_difference(*(side.astype(float) for side in pair), n_resamples=4000)
+        assert (row["low"], row["high"]) == pytest.approx((100 * difference.ci_low, 100 * difference.ci_high))
+        assert (row["clear"] == "yes") == (row["low"] * row["high"] > 0)
+
+    section = subjects.differences(reached)
+    (figure,), (table,) = blocks([section], Figure), blocks([section], Table)
+    first = sorted(found[:4], key=lambda row: row["difference"])
+    clear = sum(row["clear"] == "yes" for row in first)
+    worst, top = (f"{wording.signed(row['difference'], 1)} ({row['subject']})" for row in (first[0], first[-1]))
+    top = top.replace(" (", " points (")
+    assert figure.caption.startswith(f"Against base: from {top} to {worst}; {clear} of 4 intervals exclude 0.")
+    cells = {row[0]: row[1:] for row in table.cells}
+    assert table.folded is False and len(cells) == 12 and cells["drop"][1] == "–" and cells["base"][1] != "–"
+    known = [ok for (name, _), ok in right["drop"].items() if name in subjects_[:2]]
+    assert cells["drop"][0].startswith(f"{100 * np.mean(known):.1f} % [")
+
+
 def test_receipts_say_what_did_not_change(search):
     (figure,) = blocks([receipts.receipts(Reached(search))], Figure)
     assert "Differences in 2 tensor names under 2 plans, at most 75.0 % of the original's norm" in figure.caption
@@ -596,8 +649,8 @@ def test_receipts_count_what_changed_alone_and_draw_what_was_found_last(tmp_path
     but is the one that stands for a layer's experts."""
     run = search_run(tmp_path)
     run.replace("receipts", [
-        {"plan_id": plan, "tensor": f"model.layers.2.{tensor}.weight", "max_abs_change": most, "relative_change": change}
-        for plan, tensor, most, change in (
+        {"plan_id": plan, "tensor": f"model.layers.2.{name}.weight", "max_abs_change": most, "relative_change": change}
+        for plan, name, most, change in (
             ("found", "mlp.experts.0.up_proj", 0.2, 0.5), ("found", "mlp.experts.1.up_proj", 9.0, float("nan")),
             ("found", "mlp.experts.2.up_proj", 0.3, 0.6), ("found", "input_layernorm", 0.0, 0.0),
             ("found", "mlp.gate", 0.01, 0.25), ("drop", "mlp.gate", 0.0, 0.0), ("fixed", "mlp.gate", 0.04, 0.125),
@@ -1344,6 +1397,49 @@ def test_a_search_for_one_subject_is_answered_on_that_subject(tmp_path):
 
 
 # -- the page
+
+
+def test_a_page_of_one_run_and_one_of_several(tmp_path):
+    """Of one the question leads and what is amiss stands in the answer; of several both stand below each run's name."""
+    searches = [search_run(tmp_path / name) for name in ("k3", "k4")]
+    alike, curve_ = similarity_run(tmp_path / "alike"), sweep_run(tmp_path / "curve")
+    searches[1].write_manifest("failed", error="no room")
+
+    def outline(page):
+        return [(section.level, section.title, section.short) for section in page.sections]
+
+    own = ["The answer", "The merge coefficients", "The search", "Subject by subject", "Receipts: what was changed"]
+    titles = {
+        "k3": ("Merging layers of tiny: searched coefficients", own),
+        "alike": ("Layer similarity of tiny", ["The answer", "Similarity of layers", "Do subsets differ?"]),
+        "k4": ("Merging layers of tiny: searched coefficients", own),
+        "curve": ("Merging layers of tiny: the compression curve", ["The answer", "Receipts: what was changed"]),
+    }
+    page = page_of(searches[1:], "raymerge report k4", Silent())
+    assert (page.title, page.several) == (titles["k4"][0], False) and page.lead.startswith("To make a language model")
+    assert page.made.endswith(" UTC: raymerge report k4")
+    assert outline(page) == [(3, title, "") for title in [*own, "Configuration", "Glossary"]]
+    assert page.sections[0].blocks[0].text == "This run has the status failed: no room."
+
+    page = page_of([searches[0], alike, searches[1], curve_], "raymerge report", Silent())
+    assert (page.title, page.several) == ("4 runs of raymerge", True)
+    assert page.lead == "search: k3, k4; similarity: alike; sweep: curve."
+    assert outline(page) == [
+        (2, "The runs, side by side", ""),
+        *(
+            line
+            for name, (title, inside) in titles.items()
+            for line in [(2, f"{name}: {title}", name), *((3, each, "") for each in [*inside, "Configuration"])]
+        ),
+        (2, "Glossary", ""),
+    ]
+    *others, last = blocks(page.sections[:1], Table)
+    assert (last.caption, [row[0] for row in last.cells]) == ("Runs without evaluated plans", ["alike"])
+    assert not any("alike" in row for table in others for row in table.cells)
+    amiss = [section for section in page.sections if "failed" in "".join(b.text for b in blocks([section], Notice))]
+    assert [section.short for section in amiss] == ["k4"]
+    leads = [section.blocks[0].text[:8] for section in page.sections[1:] if section.short]
+    assert leads == ["To make ", "How alik", "To make ", "More and"]
 
 
 def test_a_page_explains_the_words_that_it_uses_and_no_others(tmp_path):
