@@ -1442,6 +1442,65 @@ def test_a_page_of_one_run_and_one_of_several(tmp_path):
     assert leads == ["To make ", "How alik", "To make ", "More and"]
 
 
+def test_sections_of_what_a_run_does_not_have_are_left_out(tmp_path):
+    def titles(run):
+        return [section.title for section in run_sections(run, heading=None)]
+
+    def without(run, *tables):
+        for table in tables:
+            run.replace(table, [])
+        return titles(run)
+
+    search, alike = search_run(tmp_path / "search"), similarity_run(tmp_path / "alike")
+    assert without(alike, "similarity_correlation") == ["The answer", "Similarity of layers", "Configuration"]
+    assert without(alike, "similarity") == ["The answer", "Configuration"]
+    search.config["data"]["mmlu"] = None
+    asked_nothing = without(search, "answers", "accuracy", "comparisons")
+    assert "Subject by subject" not in asked_nothing and "The search" in asked_nothing
+    assert without(search, "plans", "perplexity", "text_losses") == ["The answer", "Configuration"]
+    assert without(sweep_run(tmp_path / "curve"), "sweep") == ["The answer", "Configuration"]
+
+
+def test_an_evaluation_gives_every_subject_its_own_numbers(tmp_path):
+    """80 questions of one and 40 of the other: the two averages differ."""
+    data = {"mmlu": "/data", "subjects": "all", "report_split": "test"}
+    run = RunDirectory.open(tmp_path / "e", {"model": {"path": "org/tiny"}, "data": data}, "evaluate")
+    evaluated(run, {"base": base_plan(LAYERS)}, {"base": 0.5}, subjects=("law", "law", "maths"),
+              perplexities={"base": 12.5}, pairs=[], seed=4)  # fmt: skip
+    run.append("perplexity", [
+        {"plan_id": "base", "target": "question", "subject": subject, "tokens": 9, "nll": 0.1, "perplexity": read}
+        for subject, read in (("law", 2.5), ("maths", 3.5))
+    ], part="q")  # fmt: skip
+    right = {}
+    for row in run.read("answers").to_pylist():
+        right.setdefault(row["subject"], []).append(row["predicted"] == row["answer"])
+    stored = run.read("accuracy").drop_columns("run_id").to_pylist()
+    run.append("accuracy", [row | {"split": "validation"} for row in stored], part="other")
+    run.write_manifest("complete", command=["x"])
+    (answer_, *_) = run_sections(run, heading=None)
+    shares = {name: np.mean(own) for name, own in right.items()}
+    both = np.mean(sum(right.values(), []))
+    low, high = wilson_interval(sum(map(sum, right.values())), 120)
+    assert shares["law"] != shares["maths"] and answer_.blocks[0].text == (
+        f"tiny answers {100 * both:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of 120 test questions in 2 subjects, "
+        f"{100 * np.mean([*shares.values()]):.1f} % as a mean over subjects. Its perplexity on plain text is 12.5."
+    )
+    cells = answer_.blocks[-1].cells
+    assert [row[0] for row in cells] == sorted(right, key=shares.get, reverse=True)
+    for name, n, accuracy, _, read in cells:
+        limits = wilson_interval(sum(right[name]), len(right[name]))
+        assert n == str(len(right[name])) and read == {"law": "2.50", "maths": "3.50"}[name]
+        assert accuracy == f"{100 * shares[name]:.1f} % [{100 * limits[0]:.1f}, {100 * limits[1]:.1f}]"
+    (figure,) = blocks([answer_], Figure)
+    drawn = [(row["subject"], row["accuracy"], row["n"]) for row in as_dicts(figure.rows)]
+    assert drawn == [(row[0], pytest.approx(shares[row[0]]), int(row[1])) for row in cells]
+    assert all(row["low"] < row["accuracy"] < row["high"] for row in as_dicts(figure.rows))
+    (chance,) = [
+        layer for layer in figure.views[0].spec["layer"] if layer["mark"]["type"] == "rule" and "data" in layer
+    ]
+    assert chance["encoding"]["x"]["datum"] == 0.25
+
+
 def test_a_page_explains_the_words_that_it_uses_and_no_others(tmp_path):
     def words(*runs):
         *_, last = page_of(runs, "raymerge report", Silent()).sections
