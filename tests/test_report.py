@@ -46,7 +46,23 @@ from raymerge.report import (
     wording,
 )
 from raymerge.report.build import GLOSSARY, page_of, run_sections
-from raymerge.report.content import FOUND, Facts, Figure, Notice, Page, Rows, Section, Table, Text, View
+from raymerge.report.content import (
+    CONTROL,
+    FOUND,
+    RANDOM,
+    ROLES,
+    UNMERGED,
+    Facts,
+    Figure,
+    Notice,
+    Page,
+    Rows,
+    Section,
+    Table,
+    Text,
+    View,
+    role_of,
+)
 from raymerge.report.reached import Reached, chosen_layers, described
 from raymerge.statistics import mcnemar, paired_difference, wilson_interval
 from raymerge.tables import MICRO, RunDirectory, RunError, derive_accuracy
@@ -1698,6 +1714,57 @@ def test_a_logarithmic_axis_has_ticks_where_values_are_near_to_each_other(values
     inside = [tick for tick in vega.log_ticks(list(values)) if min(values) <= tick <= max(values)]
     assert 2 <= len(inside) <= 12
     assert vega.log_ticks([5.0, 5.0]) == [5.0]
+
+
+def test_ticks_of_a_logarithmic_axis_are_round_and_neither_few_nor_many():
+    assert vega.log_ticks([90.0, 7.0, 2.0]) == [1, 2, 5, 10, 20, 50, 100, 200, 500]
+    assert vega.log_ticks([3.0, 2000.0]) == [1, 10, 100, 1000, 10000]
+    assert vega.log_ticks([12.5, 10.5]) == [11, 12]
+    assert vega.log_ticks([0.033, 0.019]) == [0.02, 0.025, 0.03]
+    assert vega.log_ticks([20.0, 24.0, 30.0]) == [20, 25, 30]
+    rng = np.random.default_rng(0)
+    for low, factor in zip(10 ** rng.uniform(-6, 6, 300), 10 ** rng.uniform(0.01, 6, 300), strict=True):
+        ticks = vega.log_ticks([low * factor, low])
+        within = [tick for tick in ticks if low <= tick <= low * factor]
+        assert 2 <= len(within) <= 9 and ticks == sorted(ticks), (low, factor)
+        steps = {float(f"{tick:.3e}".split("e")[0]) for tick in within}
+        assert factor < 10 or steps <= {1.0, 2.0, 5.0}
+
+
+def test_a_ninth_series_differs_from_the_first_by_its_shape_and_roles_keep_their_looks():
+    names = [f"s{i}" for i in range(10)]
+    (colours, shapes) = (channel["scale"] for channel in vega.series([{"n": name} for name in names], "n", None))
+    assert colours["domain"] == shapes["domain"] == names
+    assert colours["range"][8] == colours["range"][0] and len(set(colours["range"])) == 8
+    assert len(set(zip(colours["range"], shapes["range"], strict=True))) == 10
+    some = [channel["scale"] for channel in vega.series([{"n": "s7"}, {"n": "s3"}], "n", names)]
+    assert [scale["domain"] for scale in some] == [["s7", "s3"]] * 2
+    assert [scale["range"] for scale in some] == [[every["range"][i] for i in (7, 3)] for every in (colours, shapes)]
+    every = [channel["scale"] for channel in vega.roles([{"role": role} for role in reversed(ROLES)])]
+    assert [dict(zip(scale["domain"], scale["range"], strict=True)) for scale in every] == [
+        dict(zip(ROLES, ("var(--accent)", "var(--control)", "var(--control)", "var(--ink)"), strict=True)),
+        dict(zip(ROLES, ("circle", "triangle-up", "circle", "diamond"), strict=True)),
+    ]
+    (colour, shape) = vega.roles([{"role": UNMERGED}, {"role": FOUND}])
+    assert colour["scale"] == {"domain": [FOUND, UNMERGED], "range": ["var(--accent)", "var(--ink)"]}
+    assert shape["scale"]["range"] == ["circle", "diamond"] and colour["legend"] == {"title": None}
+    assert vega.roles([{"role": FOUND}])[0]["legend"] is None
+    assert [role_of(kind) for kind in ("found", "random", "drop", "fixed", "file", "base")] == [
+        FOUND, RANDOM, CONTROL, CONTROL, CONTROL, UNMERGED,
+    ]  # fmt: skip
+
+
+def test_a_number_below_the_pointer_has_its_format_and_a_line_its_place():
+    assert vega.tip(("plan", "plan"), ("share", "accuracy", ".1%")) == [
+        {"field": "plan", "title": "plan", "type": "nominal"},
+        {"field": "share", "title": "accuracy", "type": "quantitative", "format": ".1%"},
+    ]
+    assert vega.zoom("x", "y")["select"]["encodings"] == ["x", "y"]
+    across, words = vega.rule("y", 0.25, "chance")
+    assert across["encoding"] == words["encoding"] == {"y": {"datum": 0.25}} and words["mark"]["text"] == "chance"
+    assert (words["mark"]["x"], words["mark"]["align"]) == ("width", "right")
+    upright, words = vega.rule("x", 0.0, "no difference")
+    assert upright["encoding"] == {"x": {"datum": 0.0}} and words["mark"]["align"] == "left"
 
 
 # -- what stands in tables and drawings, held against the rows of the run's tables
