@@ -142,6 +142,8 @@ def test_memory_runs_out_when_it_is_told_to(device):
         (getattr(torch, "AcceleratorError", RuntimeError), "CUDA error: out of memory\nSearch for `cudaErrorMe", False),
         (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", False),
         (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        (RuntimeError, "CUDA driver error: device not ready", True),
+        (RuntimeError, "CUDA driver error: out of memory", False),
         (RuntimeError, "mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)", False),
         (ValueError, "CUDA error: unspecified launch failure", False),
     ],
@@ -166,17 +168,31 @@ def test_what_says_that_a_process_can_use_its_device_no_more(kind, message, lost
         (ValueError, "CUDA error: out of memory", False),
     ],
 )
-def test_what_else_says_that_memory_ran_out(kind, message, is_memory):
-    """Page-locked host memory and cuBLAS's workspace are not torch's allocator's, nor are their errors."""
+def test_what_else_says_that_memory_ran_out(monkeypatch, kind, message, is_memory):
+    """Page-locked host memory and cuBLAS's workspace are not torch's allocator's, nor are their errors. What is kept
+    unused is given back then, and then alone."""
+    released = []
+    monkeypatch.setattr(raymerge.device, "release_cached", lambda: released.append(1))
 
     def call():
         raise kind(message)
 
+    assert raymerge.device.attempt(lambda: 5) == (True, 5) and not released
     if is_memory:
         assert raymerge.device.attempt(call) == (False, None)
     else:
         with pytest.raises(kind):
             raymerge.device.attempt(call)
+    assert len(released) == is_memory
+
+
+@pytest.mark.parametrize(("share", "free"), [(0.9, 30), (0.5, 20)])
+def test_what_is_free_of_a_card_is_within_this_process_s_share(monkeypatch, share, free):
+    """Of 100 bytes 10 are free, and 50 torch's, of which 30 are in use: 20 more are for the taking."""
+    for name, value in (("mem_get_info", (10, 100)), ("memory_allocated", 30), ("memory_reserved", 50),
+                        ("get_per_process_memory_fraction", share)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert raymerge.device.device_memory(DEVICE) == (free, int(100 * share))
 
 
 # -- scoring ---------------------------------------------------------------------------------------------------------
@@ -649,6 +665,11 @@ def test_files_that_were_read_take_no_memory_of_a_container(tmp_path, monkeypatc
     assert raymerge.device.host_free() == 7100000
     (tmp_path / "memory.max").write_text("max\n")
     assert raymerge.device.host_free() > 10000000
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 300 kB\nMemAvailable:   5000 kB\n")
+    monkeypatch.setattr(raymerge.device, "Path", lambda _: tmp_path / "meminfo")
+    assert raymerge.device.host_free() == 5000 * 1024
+    (tmp_path / "memory.max").write_text("1000000000\n")  # of a machine that has less
+    assert raymerge.device.host_free() == 5000 * 1024
 
 
 def test_spans_come_as_they_are_on_a_cpu():
