@@ -10,6 +10,7 @@ import shlex
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -1181,6 +1182,8 @@ def test_runs_in_folders_of_one_name_are_told_apart(tmp_path, monkeypatch):
         runs.append(run)
     names = ["a/eval", "b/eval", "own"]
     assert asked.run_names(runs) == names and asked.run_names([runs[0], runs[2], runs[0]]) == ["eval", "own", "eval"]
+    inside = [SimpleNamespace(path_of=lambda path=path: path) for path in ("/b/eval", "/a/b/eval/")]
+    assert asked.run_names(inside) == ["/b/eval", "a/b/eval"]
     page = page_of(runs, "raymerge report", Silent())
     assert [section.short for section in page.sections if section.short] == names
     assert page.lead == "evaluate: a/eval, b/eval, own."
