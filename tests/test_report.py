@@ -600,7 +600,7 @@ def test_by_subject_the_best_is_held_against_eight_plans_on_the_report_s_questio
         stored += [row | {"question_id": "x"} if (i, k) == (0, 0) else row for k, row in enumerate(hits)]
     other = [row | {"split": "validation", "predicted": (row["answer"] + 1) % 4} for row in stored[:200]]
     stored = [row for row in stored if not (row["plan_id"] == "drop" and row["subject"] == "philosophy")]
-    run.replace("answers", [*other, *stored])
+    run.replace("answers", [*stored, *other])
     run.replace("accuracy", derive_accuracy(run.read("answers")))
     reached, right = Reached(run), {}
     for row in stored:
