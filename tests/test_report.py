@@ -1440,6 +1440,9 @@ def test_a_page_of_one_run_and_one_of_several(tmp_path):
     assert outline(page) == [(3, title, "") for title in [*own, "Configuration", "Glossary"]]
     assert page.sections[0].blocks[0].text == "This run has the status failed: no room."
 
+    two = page_of([alike, searches[0]], "raymerge report", Silent())
+    assert (two.title, two.lead, two.several) == ("2 runs of raymerge", "similarity: alike; search: k3.", True)
+
     page = page_of([searches[0], alike, searches[1], curve_], "raymerge report", Silent())
     assert (page.title, page.several) == ("4 runs of raymerge", True)
     assert page.lead == "search: k3, k4; similarity: alike; sweep: curve."
