@@ -51,7 +51,6 @@ from raymerge.report.content import (
     CONTROL,
     FOUND,
     RANDOM,
-    ROLES,
     UNMERGED,
     Facts,
     Figure,
@@ -1382,6 +1381,7 @@ def test_block_influence_is_drawn_and_named_on_a_logarithmic_axis_where_all_of_i
     _, influence = blocks([layers.maps(run)], Figure)
     axis = influence.views[0].spec["layer"][0]["encoding"]["y"]
     assert (axis["scale"].get("type") == "log") == ("(log scale)" in axis["axis"]["title"]) == log
+    assert log or axis["scale"]["zero"] is False  # values near each other are told apart
     assert f"Least: layer 2 on medical (en), {least:.3g}." in influence.caption
 
 
@@ -1746,10 +1746,18 @@ def test_a_ninth_series_differs_from_the_first_by_its_shape_and_roles_keep_their
     some = [channel["scale"] for channel in vega.series([{"n": "s7"}, {"n": "s3"}], "n", names)]
     assert [scale["domain"] for scale in some] == [["s7", "s3"]] * 2
     assert [scale["range"] for scale in some] == [[every["range"][i] for i in (7, 3)] for every in (colours, shapes)]
-    every = [channel["scale"] for channel in vega.roles([{"role": role} for role in reversed(ROLES)])]
+    every = [
+        channel["scale"] for channel in vega.roles([{"role": role} for role in (UNMERGED, CONTROL, RANDOM, FOUND)])
+    ]
     assert [dict(zip(scale["domain"], scale["range"], strict=True)) for scale in every] == [
-        dict(zip(ROLES, ("var(--accent)", "var(--control)", "var(--control)", "var(--ink)"), strict=True)),
-        dict(zip(ROLES, ("circle", "triangle-up", "circle", "diamond"), strict=True)),
+        dict(
+            zip(
+                (FOUND, RANDOM, CONTROL, UNMERGED),
+                ("var(--accent)", "var(--control)", "var(--control)", "var(--ink)"),
+                strict=True,
+            )
+        ),
+        dict(zip((FOUND, RANDOM, CONTROL, UNMERGED), ("circle", "triangle-up", "circle", "diamond"), strict=True)),
     ]
     (colour, shape) = vega.roles([{"role": UNMERGED}, {"role": FOUND}])
     assert colour["scale"] == {"domain": [FOUND, UNMERGED], "range": ["var(--accent)", "var(--ink)"]}
@@ -1758,6 +1766,14 @@ def test_a_ninth_series_differs_from_the_first_by_its_shape_and_roles_keep_their
     assert [role_of(kind) for kind in ("found", "random", "drop", "fixed", "file", "base")] == [
         FOUND, RANDOM, CONTROL, CONTROL, CONTROL, UNMERGED,
     ]  # fmt: skip
+
+
+def test_rows_and_tables_are_what_they_are_made_of():
+    """Keys in another order in a later row; options of a table."""
+    rows = Rows.of([{"a": 1, "b": 2}, {"b": 4, "a": 3}], (("plans", "p/*.parquet"),))
+    assert (rows.columns, rows.values) == (("a", "b"), ((1, 2), (3, 4)))
+    table = Table.of("c", ["a", "b"], [["x", "1"]], words=(0, 1), marked=(0,), folded=True)
+    assert (table.words, table.marked, table.folded, table.cells) == ((0, 1), (0,), True, (("x", "1"),))
 
 
 def test_a_number_below_the_pointer_has_its_format_and_a_line_its_place():
