@@ -89,6 +89,8 @@ def test_losses_by_fewer_edges_are_sums():
     assert found.tokens.tolist() == [[7, 8], [7, 2]] and found.windows.tolist() == [0, 1]
     with pytest.raises(ContextError, match=r"edges \[1, 8\] should begin and end as \[1, 4, 8, 16\]"):
         losses.coarser((1, 8))
+    with pytest.raises(ContextError, match=r"edges \[4, 16\] should begin"):
+        losses.coarser((4, 16))
 
 
 @pytest.mark.parametrize(
