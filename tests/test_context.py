@@ -108,6 +108,8 @@ def test_edges_that_leave_tokens_out_are_refused(case, edges, message):
     with pytest.raises(ContextError, match=message):
         position_nll(case.runner, PLANS[0], shard, edges=edges)
     position_nll(case.runner, PLANS[0], shard, edges=(1, 64))
+    beyond = position_nll(case.runner, PLANS[0], shard, edges=(0, 64, 128, 4096))  # no window is as long
+    assert not beyond.tokens[:, 1:].any() and not beyond.nll[:, 1:].any() and beyond.tokens[:, 0].all()
 
 
 # -- what the retrieval prompts are made of --------------------------------------------------------------------------
