@@ -100,6 +100,9 @@ def test_several_files_in_a_folder_are_not_chosen_among(tmp_path):
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(GgufError, match=r"2 GGUF files \(a.gguf, b.gguf\): name one"):
         Checkpoint(str(tmp_path))
+    assert raymerge.gguf_input.gguf_file_of(tmp_path / "a.gguf") == tmp_path / "a.gguf"
+    (tmp_path / "config.json").write_text("{}")  # a checkpoint, beside which they were made
+    assert raymerge.gguf_input.gguf_file_of(tmp_path) is None
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, -100])
