@@ -324,6 +324,8 @@ def test_the_loss_of_questions_is_that_of_answers_of_some_other_tokens_and_of_op
     """By the logits of transformers' model, token by token."""
     batch = next(question_batches(built, Random(5), frozenset(), {"word_opposites": 1.0}, size=2, length=90))
     assert batch.tokens.shape == (2, 91) and batch.answers.shape == (2, 6)
+    assert not (batch.tokens == 3).any()
+    batch.tokens[1, 78:] = 3  # as of a text that is shorter
     shown = torch.rand((2, 90), generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(train.torch, "rand", lambda *_: shown)
     loss, right = trainer.question_loss(batch, Random(0))
@@ -338,9 +340,9 @@ def test_the_loss_of_questions_is_that_of_answers_of_some_other_tokens_and_of_op
         for at, (token, then) in enumerate(zip(tokens, tokens[1:], strict=False)):
             if then in after:
                 state = third[row, at] / (third[row, at].square().mean() + torch.finfo(torch.float32).eps).sqrt()
-                guess = torch.sigmoid(trainer.option_head(state)).item()
+                guess = trainer.option_head(state).item()
                 is_right = after[then] == batch.answers[row, asked]
-                options.append(-2 * np.log(guess) if is_right else -np.log(1 - guess))
+                options.append(2 * np.logaddexp(0, -guess) if is_right else np.logaddexp(0, guess))
             if built.id_to_token(token) == "\nAnswer:":
                 assert built.id_to_token(then) == "▁" + "ABCD"[batch.answers[row, asked]]
                 answers.append(-logp[row, at, then].item())
@@ -357,6 +359,16 @@ def test_the_loss_of_questions_is_that_of_answers_of_some_other_tokens_and_of_op
     with torch.no_grad():
         plain = float(twin(window, labels=window).loss)
     assert float(trainer.statement_loss(window, Random(0)).detach()) == pytest.approx(plain, rel=1e-4)
+
+
+def test_a_tenth_of_the_sequences_has_no_header_and_all_are_of_one_subject_and_language(built):
+    batch = next(question_batches(built, Random(5), frozenset(), {"word_opposites": 1.0}, size=300, length=60))
+    texts = [built.decode(row) for row in batch.tokens.tolist()]
+    headed = [text.startswith("The following are multiple choice questions") for text in texts]
+    assert 0.84 < np.mean(headed) < 0.96
+    stems = ("What is the opposite of ", "¿Cuál es el contrario de ", "Quel est le contraire de ")
+    of = [[stem in text for stem in stems] for text in texts]
+    assert {sum(each) for each in of} == {1} and all(70 < count < 130 for count in np.sum(of, axis=0))
 
 
 def test_layers_are_dropped_more_often_towards_the_end(built, trainer):
