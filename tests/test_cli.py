@@ -428,11 +428,15 @@ def test_a_job_writes_where_it_lasts(monkeypatch, capsys, command):
 
 def test_what_a_command_does_to_signals_ends_with_it(monkeypatch):
     """Called from Python, as notebooks do."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    during = []
+    during, own = [], lambda *_: None
+    before = {number: signal.signal(number, own) for number in (signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.setattr(cli, "_show_config", lambda _: during.append(signal.getsignal(signal.SIGTERM)) or 0)
-    assert cli.main(["config"]) == 0
-    assert during == [cli._stop] and {number: signal.getsignal(number) for number in before} == before
+    try:
+        assert cli.main(["config"]) == 0
+        assert during == [cli._stop] and all(signal.getsignal(number) is own for number in before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_an_error_of_no_file_keeps_its_trace(monkeypatch):
