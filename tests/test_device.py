@@ -1,6 +1,7 @@
 """The path of an accelerator, on a CPU: a fake device under which two devices must not meet (fake_device.py), what it
 answers against the CPU's own path, and what happens when its memory runs out."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -676,6 +677,78 @@ def test_spans_come_as_they_are_on_a_cpu():
     source = torch.arange(20.0).view(10, 2)
     parts = list(raymerge.device.streamed(source, [(0, 3), (3, 10), (2, 2)], torch.device("cpu")))
     assert [part.tolist() for part in parts] == [source[:3].tolist(), source[3:].tolist(), []]
+
+
+class _Stream:
+    """A queue of a device: what is put into it runs when something makes it, in its order."""
+
+    def __init__(self, at_once):
+        self.queue, self.done, self.at_once = [], 0, at_once
+
+    def put(self, call):
+        self.queue.append(call)
+        if self.at_once:
+            self.run(len(self.queue))
+
+    def run(self, until):
+        while self.done < until:
+            self.done += 1
+            self.queue[self.done - 1]()
+
+    def record_event(self):
+        return self, len(self.queue)
+
+    def wait_event(self, event):
+        self.put(lambda: event[0].run(event[1]))
+
+    def wait_stream(self, other):
+        self.wait_event(other.record_event())
+
+
+@pytest.mark.parametrize("early", ["copies", "computing"])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 6])
+def test_copies_that_overlap_with_computing_are_neither_late_nor_early(monkeypatch, early, count):
+    """Of two queues one runs at once and the other only when it is waited for: what is read of a span is always its
+    own, and when all is done no copy is left to be made."""
+    computing, copying = (_Stream(at_once=early == name) for name in ("computing", "copies"))
+    current, source = [computing], torch.arange(40.0).view(20, 2)
+
+    class Buffer:
+        def __init__(self, values):
+            self.values = values
+
+        def __getitem__(self, rows):
+            return Buffer(self.values[rows])
+
+        def copy_(self, rows, non_blocking):
+            assert non_blocking
+            current[-1].put(lambda: self.values.copy_(rows))
+
+    class Source:
+        shape = source.shape
+
+        def new_empty(self, shape, *, device, pin_memory):
+            assert device == DEVICE and not pin_memory
+            return Buffer(torch.full(tuple(shape), torch.nan))
+
+        def __getitem__(self, rows):
+            return source[rows]
+
+    @contextmanager
+    def within(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: copying)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    spans, read = [(3 * i, 3 * i + 1 + i % 3) for i in range(count)], []
+    for part in raymerge.device.streamed(Source(), spans, DEVICE):
+        computing.put(lambda part=part: read.append(part.values.tolist()))
+    computing.run(len(computing.queue))
+    assert read == [source[start:stop].tolist() for start, stop in spans]
+    assert copying.done == len(copying.queue)
 
 
 # -- refits ----------------------------------------------------------------------------------------------------------
