@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -174,11 +175,11 @@ def retrieval_prompts(
         raise ContextError(f"distances {list(distances)} must be different, at least one, and none below {_SHORTEST}")
     bos = bos_token(tokenizer, add_bos)
     words = _words(tokenizer)
-    longest = max(distances)
-    if (needed := _words_needed(longest)) > len(words):
-        room = _SHORTEST + _LINE * (len(words) - _words_needed(_SHORTEST))
+    dearest = max(distances, key=_words_needed)  # 355 needs more words than 356, which is whole lines
+    if (needed := _words_needed(dearest)) > len(words):
+        room = next(distance for distance in count(_SHORTEST) if _words_needed(distance) > len(words)) - 1
         raise ContextError(
-            f"a distance of {longest} tokens needs {needed} different words of one token, but this tokenizer has "
+            f"a distance of {dearest} tokens needs {needed} different words of one token, but this tokenizer has "
             f"{len(words)}: ask for distances of at most {room}"
             if room >= _SHORTEST
             else f"this tokenizer has {len(words)} words of one token that stand alone: too few for retrieval prompts"

@@ -14,7 +14,7 @@ DOMAINS: dict[str, tuple[str, ...]] = {
 }
 
 #: MMLU's four categories of its subjects (https://github.com/hendrycks/test, categories.py), under the names that
-#: lm-evaluation-harness gives these groups.
+#: lm-evaluation-harness gives these groups; there, anatomy is in mmlu_stem.
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "mmlu_stem": (
         "abstract_algebra", "astronomy", "college_biology", "college_chemistry", "college_computer_science",

@@ -88,6 +88,8 @@ def test_ratio_j_is_checked_to_the_digits_that_published_files_carry(tmp_path):
         ([entry(4, 5, 0.5, ratio_j=float("nan"))], "ratio_j is nan"),
         ([entry(4, 5, 0.5), entry(3, 5, 0.5)], r"step 1 \(3 <- 5\): layer 5 \(remove\) was already removed"),
         ([entry(4, 5, 0.5), entry(2, 3, 0.5), entry(1, 4, 0.5)], r"layers \[2\] still stand between"),
+        ([entry(5, 6, 0.5)], "layer 6 .remove. does not exist, .*; the file is for a deeper model"),
+        ([entry(False, 1, 0.5)], "layer_to_merge_into is False, but must be a whole number"),
         ([entry(30, 31, 0.5)], "layer 30 .into. does not exist, the model has 0 to 5; the file is for a deeper model"),
         ([entry(i, i + 1, 0.5) for i in range(5, -1, -1)], "6 merges need more than 6 layers"),
         ([entry(True, 5, 0.5)], "layer_to_merge_into is True, but must be a whole number"),

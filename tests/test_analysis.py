@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import report_runs
+from sklearn.isotonic import IsotonicRegression
 
 from raymerge.tables import RunDirectory, RunError, derive_accuracy, paired_difference
 
@@ -202,6 +203,9 @@ def test_bars_of_accuracies_are_intervals_also_of_none_and_all_right():
     np.testing.assert_allclose(right[[0, 2, 3]], [end, 0, 0], atol=0.01)
     np.testing.assert_allclose(left[[0, 2, 3]], [0, end, 0], atol=0.01)
     assert left[1] == pytest.approx(right[1]) and 30 < left[1] < 40
+    # matplotlib refuses a bar of negative length, which rounding can make of one of none
+    rounded = {"accuracy": 0.3, "ci_low": np.nextafter(0.3, 1), "ci_high": np.nextafter(0.3, 0)}
+    assert plotting.interval_bars([rounded]).tolist() == [[0], [0]]
 
 
 def answers_of(right: dict[str, int], n: int = 4):
@@ -291,6 +295,24 @@ def test_spread_keeps_labels_apart_in_order():
     assert np.diff(moved).min() >= 1 - 1e-12 and moved[-1] == 7.0
     assert np.mean(moved[:4]) == pytest.approx(np.mean([1.0, 1.0, 1.1, 1.9]))
     assert plotting.spread([0.0, 0.1, 9.0], 1.0, 0, 9) == [0, 1, 9] and plotting.spread([8.9, 9.0], 1.0, 0, 9) == [8, 9]
+
+
+def test_spread_labels_are_moved_as_little_as_can_be():
+    """The least squares of positions a gap apart are an isotonic regression of what is left without the gaps."""
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 3, 8, 20):
+        values, gap = sorted(rng.uniform(0, 10, count)), 0.7
+        steps = gap * np.arange(count)
+        best = IsotonicRegression().fit_transform(np.arange(count), np.array(values) - steps) + steps
+        assert plotting.spread(values, gap) == pytest.approx(best.tolist())
+        within = plotting.spread(values, gap, 2.0, 18.0)
+        assert min(within) >= 2 and max(within) <= 18 and np.diff(within).min(initial=gap) >= gap - 1e-9
+
+
+def test_series_look_different_and_names_of_users_are_in_legends():
+    styles = [tuple(plotting.style_of(i).values()) for i in range(56)]
+    assert len(set(styles)) == 56 and len({colour for colour, _ in styles[:8]}) == 8
+    assert [plotting.entry(name) for name in ("_mine", "mine_")] == [" _mine", "mine_"]
 
 
 def test_accuracy_table_is_the_stored_one(k13, accuracy_text):
@@ -885,6 +907,19 @@ if __name__ == "__main__":  # python tests/test_analysis.py DIR: runs to look at
     for run in ("k13", "wide"):
         for script in (alphas_script, accuracy_script):
             script.main([str(folder / run)])
+
+
+def test_a_figure_that_cannot_be_written_leaves_no_part_of_it(tmp_path, monkeypatch):
+    figure, _ = plotting.plt.subplots()
+
+    def full(path, format):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(figure, "savefig", full)
+    with pytest.raises(OSError, match="no space"):
+        plotting.save(figure, tmp_path / "figures" / "a.png")
+    assert not list((tmp_path / "figures").iterdir()) and not plotting.plt.fignum_exists(figure.number)
 
 
 def test_a_stroke_in_a_name_ends_no_cell():

@@ -389,7 +389,16 @@ def test_an_unfinished_sweep_says_which_costs_are_missing(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "written"),
-    [(9.3, "9.300"), (31010.4, "31,010"), (3.2e11, "3.200e+11"), (math.inf, "∞"), (math.nan, None), (None, None)],
+    [
+        (9.3, "9.300"),
+        (12.345, "12.35"),
+        (31010.4, "31,010"),
+        (987654321.0, "987,654,321"),
+        (3.2e11, "3.200e+11"),
+        (math.inf, "∞"),
+        (math.nan, None),
+        (None, None),
+    ],
 )
 def test_perplexities_are_written_out(value, written):
     assert plotting.perplexity(value) == written

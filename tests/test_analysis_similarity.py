@@ -222,11 +222,28 @@ def test_block_influence_is_labelled_in_plain_numbers(tmp_path, monkeypatch):
         return path
 
     monkeypatch.setattr(heatmaps_script, "save", look)
-    for values in ([0.95, 0.16, 0.043], [0.019, 0.033, 0.044]):
+    for values in ([0.95, 0.16, 0.043], [0.019, 0.033, 0.044], [0.0211, 0.0289]):
         rows = [{"subset": "all", "language": "en", "layer": i, "value": value, "n_samples": 9} for i, value in
                 enumerate(values)]  # fmt: skip
         heatmaps_script.draw_influence(rows, tmp_path / "x.png")
-    assert shown == [["0.05", "0.1", "0.2", "0.5", "1"], ["0.02", "0.03", "0.04"]]
+    assert shown == [["0.05", "0.1", "0.2", "0.5", "1"], ["0.02", "0.03", "0.04"],
+                     ["0.022", "0.024", "0.026", "0.028"]]  # fmt: skip
+
+
+@pytest.mark.parametrize(("least", "scale"), [(1e-6, "log"), (0.0, "linear"), (-2e-16, "linear")])
+def test_the_influence_of_a_layer_that_changes_nothing_is_drawn_too(tmp_path, monkeypatch, least, scale):
+    shown = []
+
+    def look(figure, path):
+        (axis,) = figure.axes
+        shown.append((axis.get_yscale(), axis.lines[0].get_ydata().tolist()))
+        return path
+
+    monkeypatch.setattr(heatmaps_script, "save", look)
+    rows = [{"subset": "all", "language": "en", "layer": i, "value": value, "n_samples": 9} for i, value in
+            enumerate([0.9, least, 0.1])]  # fmt: skip
+    heatmaps_script.draw_influence(rows, tmp_path / "x.png")
+    assert shown == [(scale, [0.9, least, 0.1])]
 
 
 def test_the_influence_on_57_subsets_is_their_range_since_a_legend_would_leave_no_room(tmp_path, monkeypatch):

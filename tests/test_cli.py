@@ -1,11 +1,13 @@
 """The command line: help that teaches, and wrong inputs that get one readable line and leave nothing behind."""
 
 import csv
+import errno
 import json
 import os
 import pty
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.config import DataConfig
 from raymerge.config_file import parse_config
 from raymerge.domains import CATEGORY_OF, known_domains
+from raymerge.plan import Refit
 
 COMMANDS = [
     [],
@@ -334,6 +337,115 @@ def test_a_file_is_not_overridden_by_options_that_are_not_given(tmp_path, monkey
     assert data(*file, "--question-perplexity").question_perplexity
     assert data() == DataConfig(question_perplexity=True)
     assert data("--no-question-perplexity") == DataConfig()
+
+
+def test_options_of_an_evaluation_are_of_the_report(monkeypatch):
+    """A limit and a split of the search would be of no effect."""
+    from raymerge import experiments
+
+    asked = []
+    monkeypatch.setattr(experiments, "evaluate", lambda config, **_: asked.append(config) or sys.exit(0))
+    words = ["--limit", "7", "--split", "validation", "--subjects", "law,anatomy", "--shots", "3"]
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "demo", "--out", "run", *words, "--set", "data.shots=2"])
+    (config,) = asked
+    expected = DataConfig(report_limit_per_subject=7, report_split="validation", subjects="law,anatomy", shots=2,
+                          question_perplexity=True)  # fmt: skip
+    assert config.data == expected
+
+
+def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, capsys):
+    from raymerge import merging
+
+    asked, done = [], {
+        "layers_before": 21, "layers_after": 17, "parameters_removed": 4_560_000, "tensors_changed": 9,
+        "largest_relative_change": 0.1234, "bytes": 2_500_000, "folder": "merged", "plan_id": "p1", "proof": None,
+        "mergekit": None, "pushed": None,
+    }  # fmt: skip
+
+    def merge(*words, **options):
+        asked.append((words, options))
+        return done
+
+    def said(*words):
+        assert cli.main(["merge", "demo", "--alphas", "a.json", "--out", "merged", *words]) == 0
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(merging, "merge", merge)
+    text = said()
+    assert text.splitlines() == [
+        "21 layers became 17; 4.56 M parameters removed; 9 tensors differ from the base's of the same name, by at most "
+        "12.3 % of their norm.",
+        "Saved 2.5 MB in merged (plan p1, merge_plan.json).",
+    ]
+    plain = {"revision": None, "trust_remote_code": False, "alignment": "none", "norms": "keep", "biases": "keep",
+             "refit": None, "calibration": None, "verify": True, "push": None, "private": True}  # fmt: skip
+    words, options = asked[-1]
+    assert words == ("demo", "a.json", "merged") and plain.items() <= options.items()
+    done |= {"mergekit": "it has no terms", "pushed": "https://hub/me/m"}
+    text = said(
+        *("--revision", "v2", "--trust-remote-code", "--alignment", "rows", "--norms", "fold", "--biases", "merge"),
+        *("--refit", "outputs", "--refit-layers", "2", "--calibration", "demo", "--no-verify"),
+        *("--push", "me/m", "--public"),
+    )
+    assert text.splitlines()[2:] == ["No mergekit.yaml: it has no terms.", "Pushed to https://hub/me/m."]
+    other = {"revision": "v2", "trust_remote_code": True, "alignment": "rows", "norms": "fold", "biases": "merge",
+             "refit": Refit("outputs", layers=2), "calibration": "demo", "verify": False, "push": "me/m",
+             "private": False}  # fmt: skip
+    assert other.items() <= asked[-1][1].items()
+    assert "Pushed" in said("--push", "me/m") and asked[-1][1]["private"] is True
+    count = len(asked)
+    for words, cure in (
+        (["--public"], "--push OWNER/NAME is not given"),
+        (["--refit-layers", "1"], "--refit-layers is"),
+        (["--calibration", "demo"], "--calibration is"),
+    ):
+        assert cli.main(["merge", "demo", "--alphas", "a.json", "--out", "merged", *words]) == 2
+        assert cure in capsys.readouterr().err and len(asked) == count
+
+
+@pytest.mark.parametrize("command", [["search"], ["sweep"], ["similarity"], ["evaluate", "demo"]])
+def test_a_job_writes_where_it_lasts(monkeypatch, capsys, command):
+    """A job's folder is Ray's copy of the project. An option --out goes before --set of the same key."""
+    from raymerge import experiments
+
+    asked = []
+    for name in ("search", "sweep", "similarity", "evaluate"):
+        monkeypatch.setattr(experiments, name, lambda config, **_: asked.append(config.output.run) or sys.exit(0))
+
+    def runs(out):
+        try:
+            return cli.main([*command, *(["--set", "output.run=x"] if command != ["evaluate", "demo"] else []),
+                             "--out", out])  # fmt: skip
+        except SystemExit:
+            return asked.pop() == out
+
+    assert runs("runs/a") is True
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert runs("runs/a") == 2 and not asked and "Ray's temporary copy of the project" in capsys.readouterr().err
+    assert all(runs(out) is True for out in ("/shared/a", "~/a", "s3://bucket/a"))
+
+
+def test_what_a_command_does_to_signals_ends_with_it(monkeypatch):
+    """Called from Python, as notebooks do."""
+    during, own = [], lambda *_: None
+    before = {number: signal.signal(number, own) for number in (signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setattr(cli, "_show_config", lambda _: during.append(signal.getsignal(signal.SIGTERM)) or 0)
+    try:
+        assert cli.main(["config"]) == 0
+        assert during == [cli._stop] and all(signal.getsignal(number) is own for number in before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_an_error_of_no_file_keeps_its_trace(monkeypatch):
+    def barred(_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(cli, "_show_config", barred)
+    with pytest.raises(PermissionError):
+        cli.main(["config"])
 
 
 @pytest.mark.parametrize("command", [["search"], ["evaluate", "demo"]])

@@ -354,6 +354,18 @@ def test_bad_yaml(tmp_path, text):
         load_config(write(tmp_path, text))
 
 
+def test_errors_name_where_a_value_comes_from(tmp_path):
+    path = write(tmp_path, "search: {batch: 0}")
+    for arguments, source in (
+        ((path,), f"{path}"),
+        ((path, "plan.merges=4"), f"{path} and the command line"),
+        ((None, "search.batch=0"), "the command line"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(*arguments)
+        assert str(caught.value).startswith(f"{source}: search.batch = 0: ")
+
+
 def test_files_that_are_no_configuration(tmp_path):
     with pytest.raises(ConfigError, match="there is no configuration .*absent.yaml"):
         load_config(tmp_path / "absent.yaml")

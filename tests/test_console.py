@@ -209,6 +209,60 @@ def cells_of(shown, first):
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
+def test_tasks_in_the_terminal_have_the_numbers_of_their_tables(tmp_path, capsys):
+    """Of a search the best plan's comparisons, as that plan minus the other; of a sweep all; by acc_norm where a task
+    has it."""
+    names = {"found": "found_bayes", "fixed": "fixed_0.62", "half3": "fixed_0.5_k3", "drop3": "drop (drop3)"}
+
+    def compared(a, b, task, measure, difference, p, holm):
+        return {"plan_a": a, "plan_b": b, "task": task, "measure": measure, "difference": difference, "p_holm": holm,
+                "ci_low": difference - 0.02, "ci_high": difference + 0.01, "p_value": p,
+                "test": "mcnemar_exact"}  # fmt: skip
+
+    def shown(plans, others):
+        first, second = plans
+        run.append("task_accuracy", [
+            {"plan_id": plan, "task": task, "measure": measure, "n": 50, "correct": 20, "accuracy": accuracy,
+             "standard_error": 0.07, "ci_low": accuracy - 0.2, "ci_high": accuracy + 0.1}
+            for plan, more in ((first, 0.0), (second, 0.02))
+            for task, measure, accuracy in (("piqa", "acc_norm", 0.5), ("piqa", "acc", 0.4), ("boolq", "acc", 0.3))
+            for accuracy in (accuracy + more,)
+        ])  # fmt: skip
+        run.append("task_comparisons", [
+            compared(first, second, "piqa", "acc", 0.9, 0.001, 0.001),
+            compared(first, second, "piqa", "acc_norm", -0.02, 0.3, None),
+            compared(second, first, "boolq", "acc", -0.1, 0.01, 0.02),
+            *others,
+        ])  # fmt: skip
+        (console.print_search if run.experiment == "search" else console.print_sweep)(run, "test")
+        text = capsys.readouterr().out
+        accuracies = text[text.index("\nTasks (acc: ") :]
+        assert [list(row.values()) for row in cells_of(accuracies, "plan ")] == [
+            [names[plan], task, "50", measure, f"{value:.4f} ± 0.0700 [{value - 0.2:.3f}, {value + 0.1:.3f}]"]
+            for task, measure, least in (("boolq", "acc", 0.3), ("piqa", "acc", 0.4), ("piqa", "acc_norm", 0.5))
+            for plan, value in ((first, least), (second, least + 0.02))
+        ]
+        found = cells_of(text[text.index("\nTasks, 95 %") :], "task ")
+        assert list(found[0]) == [
+            "task", "measure", "plan", "against", "difference", "95 % interval", "p", "p (Holm)", "verdict",
+        ]  # fmt: skip
+        return [list(row.values()) for row in found]
+
+    run = search_run(tmp_path / "search")
+    assert shown(("found", "fixed"), [compared("fixed", "drop", "piqa", "acc_norm", 0.5, 0.001, 0.001)]) == [
+        ["piqa", "acc_norm", "found_bayes", "fixed_0.62", "-0.0200", "[-0.0400, -0.0100]", "0.3", "–",
+         "indistinguishable"],
+        ["boolq", "acc", "found_bayes", "fixed_0.62", "+0.1000", "[+0.0900, +0.1200]", "0.01", "0.02", "better"],
+    ]  # fmt: skip
+    run = sweep_run(tmp_path / "sweep")
+    run.write_manifest("complete", command=["x"])
+    found = shown(("half3", "drop3"), [compared("half1", "drop1", "piqa", "acc_norm", 0.5, 0.001, 0.001)])
+    assert [row[:2] + row[4:5] + row[-1:] for row in found] == [
+        ["piqa", "acc_norm", "-0.0200", "indistinguishable"], ["piqa", "acc_norm", "+0.5000", "better"],
+        ["boolq", "acc", "-0.1000", "worse"],
+    ]  # fmt: skip
+
+
 def test_a_search_in_the_terminal_has_the_numbers_of_its_tables(tmp_path, capsys):
     run = search_run(tmp_path / "run", seed=3)
     run.append("perplexity", [{"plan_id": "found", "target": "question", "subject": None, "tokens": 9, "nll": 0.1,

@@ -89,6 +89,8 @@ def test_losses_by_fewer_edges_are_sums():
     assert found.tokens.tolist() == [[7, 8], [7, 2]] and found.windows.tolist() == [0, 1]
     with pytest.raises(ContextError, match=r"edges \[1, 8\] should begin and end as \[1, 4, 8, 16\]"):
         losses.coarser((1, 8))
+    with pytest.raises(ContextError, match=r"edges \[4, 16\] should begin"):
+        losses.coarser((4, 16))
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,8 @@ def test_edges_that_leave_tokens_out_are_refused(case, edges, message):
     with pytest.raises(ContextError, match=message):
         position_nll(case.runner, PLANS[0], shard, edges=edges)
     position_nll(case.runner, PLANS[0], shard, edges=(1, 64))
+    beyond = position_nll(case.runner, PLANS[0], shard, edges=(0, 64, 128, 4096))  # no window is as long
+    assert not beyond.tokens[:, 1:].any() and not beyond.nll[:, 1:].any() and beyond.tokens[:, 0].all()
 
 
 # -- what the retrieval prompts are made of --------------------------------------------------------------------------
@@ -214,8 +218,32 @@ def test_byte_level_tokenizers_will_do():
         assert set(re.findall("[a-z]+", text)) <= set(words[:100])
         query = text.splitlines()[-1]
         assert f"\n{query}{tokenizer.decode([value])}\n" in text
-    with pytest.raises(ContextError, match="has 100: ask for distances of at most 356"):
+    with pytest.raises(ContextError, match="400 tokens needs 111 .* has 100: ask for distances of at most 350"):
         retrieval_prompts(tokenizer, distances=(16, 400), per_distance=3, seed=0)
+
+
+def test_a_shorter_distance_may_need_more_words_than_the_longest():
+    """Two-word keys fill up what lines of four tokens leave: 355 needs 102 words, 356 only 100. Together they ended in
+    an IndexError, and 355 alone was refused with the advice to ask for at most 356."""
+    words = ["".join(letters) for letters in itertools.product("bdfgklm", "aeiou", "nrst")][:100]
+    tokenizer = byte_level_tokenizer(words * 2, 1000)
+    for distances in ((355, 356), (355,), (351,)):
+        refused = f"a distance of {distances[0]} tokens .* ask for distances of at most 350"
+        with pytest.raises(ContextError, match=refused):
+            retrieval_prompts(tokenizer, distances=distances, per_distance=1, seed=0)
+    found = retrieval_prompts(tokenizer, distances=(*range(16, 351), 356), per_distance=1, seed=0)
+    assert [len(ids) for ids in sequences_of(found).values()] == [30 + d for d in (*range(16, 351), 356)]
+    few = byte_level_tokenizer(words[:15] * 2, 1000)
+    assert len(retrieval_prompts(few, distances=(16,), per_distance=1, seed=0).answers) == 1
+    with pytest.raises(ContextError, match="17 tokens needs 16 .* has 15: ask for distances of at most 16"):
+        retrieval_prompts(few, distances=(17,), per_distance=1, seed=0)
+
+
+def test_lines_of_two_words_stand_anywhere_after_the_one_that_is_asked_for():
+    found = sequences_of(retrieval_prompts(tiny.demo_tokenizer(), distances=(31,), per_distance=60, seed=0))
+    lines = [tiny.demo_tokenizer().decode(ids).split("\n") for ids in found.values()]  # eight and six, then the key
+    places = [[at for at, line in enumerate(of) if len(line.split(":")[0].split()) == 2] for of in lines]
+    assert {len(at) for at in places} == {3} and {at for of in places for at in of} == set(range(8, 14))
 
 
 def test_a_tokenizer_without_words_is_refused():

@@ -1,6 +1,7 @@
 """The path of an accelerator, on a CPU: a fake device under which two devices must not meet (fake_device.py), what it
 answers against the CPU's own path, and what happens when its memory runs out."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -142,6 +143,8 @@ def test_memory_runs_out_when_it_is_told_to(device):
         (getattr(torch, "AcceleratorError", RuntimeError), "CUDA error: out of memory\nSearch for `cudaErrorMe", False),
         (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", False),
         (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        (RuntimeError, "CUDA driver error: device not ready", True),
+        (RuntimeError, "CUDA driver error: out of memory", False),
         (RuntimeError, "mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)", False),
         (ValueError, "CUDA error: unspecified launch failure", False),
     ],
@@ -166,17 +169,31 @@ def test_what_says_that_a_process_can_use_its_device_no_more(kind, message, lost
         (ValueError, "CUDA error: out of memory", False),
     ],
 )
-def test_what_else_says_that_memory_ran_out(kind, message, is_memory):
-    """Page-locked host memory and cuBLAS's workspace are not torch's allocator's, nor are their errors."""
+def test_what_else_says_that_memory_ran_out(monkeypatch, kind, message, is_memory):
+    """Page-locked host memory and cuBLAS's workspace are not torch's allocator's, nor are their errors. What is kept
+    unused is given back then, and then alone."""
+    released = []
+    monkeypatch.setattr(raymerge.device, "release_cached", lambda: released.append(1))
 
     def call():
         raise kind(message)
 
+    assert raymerge.device.attempt(lambda: 5) == (True, 5) and not released
     if is_memory:
         assert raymerge.device.attempt(call) == (False, None)
     else:
         with pytest.raises(kind):
             raymerge.device.attempt(call)
+    assert len(released) == is_memory
+
+
+@pytest.mark.parametrize(("share", "free"), [(0.9, 30), (0.5, 20)])
+def test_what_is_free_of_a_card_is_within_this_process_s_share(monkeypatch, share, free):
+    """Of 100 bytes 10 are free, and 50 torch's, of which 30 are in use: 20 more are for the taking."""
+    for name, value in (("mem_get_info", (10, 100)), ("memory_allocated", 30), ("memory_reserved", 50),
+                        ("get_per_process_memory_fraction", share)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert raymerge.device.device_memory(DEVICE) == (free, int(100 * share))
 
 
 # -- scoring ---------------------------------------------------------------------------------------------------------
@@ -649,12 +666,89 @@ def test_files_that_were_read_take_no_memory_of_a_container(tmp_path, monkeypatc
     assert raymerge.device.host_free() == 7100000
     (tmp_path / "memory.max").write_text("max\n")
     assert raymerge.device.host_free() > 10000000
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 300 kB\nMemAvailable:   5000 kB\n")
+    monkeypatch.setattr(raymerge.device, "Path", lambda _: tmp_path / "meminfo")
+    assert raymerge.device.host_free() == 5000 * 1024
+    (tmp_path / "memory.max").write_text("1000000000\n")  # of a machine that has less
+    assert raymerge.device.host_free() == 5000 * 1024
 
 
 def test_spans_come_as_they_are_on_a_cpu():
     source = torch.arange(20.0).view(10, 2)
     parts = list(raymerge.device.streamed(source, [(0, 3), (3, 10), (2, 2)], torch.device("cpu")))
     assert [part.tolist() for part in parts] == [source[:3].tolist(), source[3:].tolist(), []]
+
+
+class _Stream:
+    """A queue of a device: what is put into it runs when something makes it, in its order."""
+
+    def __init__(self, at_once):
+        self.queue, self.done, self.at_once = [], 0, at_once
+
+    def put(self, call):
+        self.queue.append(call)
+        if self.at_once:
+            self.run(len(self.queue))
+
+    def run(self, until):
+        while self.done < until:
+            self.done += 1
+            self.queue[self.done - 1]()
+
+    def record_event(self):
+        return self, len(self.queue)
+
+    def wait_event(self, event):
+        self.put(lambda: event[0].run(event[1]))
+
+    def wait_stream(self, other):
+        self.wait_event(other.record_event())
+
+
+@pytest.mark.parametrize("early", ["copies", "computing"])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 6])
+def test_copies_that_overlap_with_computing_are_neither_late_nor_early(monkeypatch, early, count):
+    """Of two queues one runs at once and the other only when it is waited for: what is read of a span is always its
+    own, and when all is done no copy is left to be made."""
+    computing, copying = (_Stream(at_once=early == name) for name in ("computing", "copies"))
+    current, source = [computing], torch.arange(40.0).view(20, 2)
+
+    class Buffer:
+        def __init__(self, values):
+            self.values = values
+
+        def __getitem__(self, rows):
+            return Buffer(self.values[rows])
+
+        def copy_(self, rows, non_blocking):
+            assert non_blocking
+            current[-1].put(lambda: self.values.copy_(rows))
+
+    class Source:
+        shape = source.shape
+
+        def new_empty(self, shape, *, device, pin_memory):
+            assert device == DEVICE and not pin_memory
+            return Buffer(torch.full(tuple(shape), torch.nan))
+
+        def __getitem__(self, rows):
+            return source[rows]
+
+    @contextmanager
+    def within(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: copying)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    spans, read = [(3 * i, 3 * i + 1 + i % 3) for i in range(count)], []
+    for part in raymerge.device.streamed(Source(), spans, DEVICE):
+        computing.put(lambda part=part: read.append(part.values.tolist()))
+    computing.run(len(computing.queue))
+    assert read == [source[start:stop].tolist() for start, stop in spans]
+    assert copying.done == len(copying.queue)
 
 
 # -- refits ----------------------------------------------------------------------------------------------------------

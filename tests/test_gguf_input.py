@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import raymerge.gguf_input
 from raymerge.checkpoint import Checkpoint, CheckpointError
-from raymerge.gguf_input import GgufError, converted_gguf
+from raymerge.gguf_input import GgufError, _check_read_whole, converted_gguf
 from raymerge.merging import save_merged
 from raymerge.plan import tail_plan
 
@@ -100,6 +100,9 @@ def test_several_files_in_a_folder_are_not_chosen_among(tmp_path):
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(GgufError, match=r"2 GGUF files \(a.gguf, b.gguf\): name one"):
         Checkpoint(str(tmp_path))
+    assert raymerge.gguf_input.gguf_file_of(tmp_path / "a.gguf") == tmp_path / "a.gguf"
+    (tmp_path / "config.json").write_text("{}")  # a checkpoint, beside which they were made
+    assert raymerge.gguf_input.gguf_file_of(tmp_path) is None
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, -100])
@@ -165,7 +168,15 @@ def tensor(name):
     return with_further(lambda writer: writer.add_tensor(name, np.ones(4, np.float32)))
 
 
+def half_rotated(path, model):
+    whole = gguf.GGUFWriter.add_rope_dimension_count
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "add_rope_dimension_count", lambda writer, width: whole(writer, width // 2))
+        write_gguf(path, model, False)
+
+
 REFUSED = {
+    "rotation": (half_rotated, "rotates a part of each head"),
     "clip": (architecture("clip"), "is of architecture clip, but only llama, qwen2, "),
     "qwen3moe": (architecture("qwen3moe"), "is of architecture qwen3moe, but only"),
     "olmo2": (architecture("olmo2"), "is of architecture olmo2, but only"),
@@ -199,6 +210,24 @@ def test_what_transformers_would_read_as_another_model_is_refused_before_it_is_c
         Checkpoint(str(tmp_path / "x.gguf"))
     assert "cannot be read as GGUF" not in str(caught.value)
     assert all(file.suffix == ".lock" for file in cache.iterdir())
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        lambda writer: writer.add_rope_scaling_factor(1.0),
+        lambda writer: writer.add_float32("llama.rope.scale_linear", 0.0),
+        lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.NONE),
+        lambda writer: writer.add_sliding_window(10**6),
+    ],
+)
+def test_what_changes_nothing_is_not_refused(tmp_path, model, further):
+    """A factor of one, and a window that no context is longer than."""
+    write_gguf(tmp_path / "x.gguf", model, False, further=further)
+    _check_read_whole(tmp_path / "x.gguf", gguf.GGUFReader(tmp_path / "x.gguf"))
+    shown = model.config.max_position_embeddings
+    write_gguf(tmp_path / "y.gguf", model, False, further=lambda writer: writer.add_sliding_window(shown))
+    _check_read_whole(tmp_path / "y.gguf", gguf.GGUFReader(tmp_path / "y.gguf"))
 
 
 @pytest.mark.parametrize(("family", "width", "only"), [("qwen3", 12, 128), ("gemma2", 128, 256), ("gemma3", 12, 256)])

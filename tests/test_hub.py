@@ -118,6 +118,11 @@ def test_an_existing_repository_is_as_private_as_asked_or_refused(tmp_path, api,
     assert not {"create_repo", "upload_folder"} & set(dict(api.calls))
 
 
+def test_a_new_repository_may_be_either(api):
+    for private in (True, False):
+        check_push("me/new", private=private)
+
+
 @pytest.mark.parametrize(
     "error", [ConnectionResetError("reset by peer"), LocalTokenNotFoundError("no token"), OSError("offline mode")]
 )

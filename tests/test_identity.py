@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import subprocess
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def test_numbers_json_cannot_hold_are_refused(value):
 
 def test_nan_can_become_none():
     assert plain({"a": [float("nan"), 1.0]}, nan_as_none=True) == {"a": [None, 1.0]}
+    assert plain((np.array([[np.inf, 1.0]]), np.float32("nan")), nan_as_none=True) == [[[None, 1.0]], None]
 
 
 @pytest.mark.parametrize("value", [{1: "a"}, {1, 2}, object()])
@@ -88,6 +90,19 @@ def test_software_names_versions():
     assert set(known) == {"raymerge_version", "git_commit", "git_dirty", "python", "platform", "packages"}
 
 
+def test_a_package_that_is_not_there_has_no_version(monkeypatch):
+    asked = []
+
+    def version(name):
+        asked.append(name)
+        if name == "ray":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert software()["packages"] == {name: None if name == "ray" else "1" for name in asked} and len(asked) > 5
+
+
 @pytest.mark.parametrize(
     "text, shown",
     [
@@ -96,12 +111,16 @@ def test_software_names_versions():
         ("abfs://c@account/run?sas_token=sv%3D2&x=1", "abfs://c@account/run?sas_token=***&x=1"),
         ("s3://b/r?access_key=A&secret_key=B&region=eu", "s3://b/r?access_key=***&secret_key=***&region=eu"),
         ("s3://bucket/run@2", "s3://bucket/run@2"),
+        ("sftp://:SECRET@host/run", "sftp://***@host/run"),
         ("OWNER/NAME@REVISION:FILE me@example.org", "OWNER/NAME@REVISION:FILE me@example.org"),
     ],
 )
 def test_credentials_in_uris_are_not_shown(text, shown):
     assert without_secrets(text) == shown
-    assert without_secrets({"a": [text, 1, None]}) == {"a": [shown, 1, None]}
+    assert without_secrets({"a": [text, 1, None], "b": (text, {"c": text})}) == {
+        "a": [shown, 1, None],
+        "b": [shown, {"c": shown}],
+    }
 
 
 def test_no_table_of_a_run_tells_credentials(tmp_path):

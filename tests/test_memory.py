@@ -122,6 +122,19 @@ def test_smaller_plans_stay_on_the_device_where_the_host_has_no_room():
     assert ScoringPlan("device", "linear", 2, 8192).smaller() == ScoringPlan("device", "recompute", 2, 8192)
 
 
+def test_small_chunks_are_the_last_resort_on_the_device_too():
+    """Where the host has no room, and the device none for 8,192 tokens of one candidate beside the states."""
+    last, small = (ScoringPlan("device", "recompute", 1, tokens) for tokens in (8192, 4096))
+    work = ScoringWork(1_000_000, 10, sources=2, stack=2, compute=2)
+    wide = LayerSize(10**6, hidden=1024, query=4096, key=4096, mlp=1024, heads=64)  # whose keys take more than all else
+    least, most = (int(scoring_bytes(wide, work, plan) / 0.9) for plan in (small, last))
+    assert most > least + 10**6
+    found = plan_scoring(wide, work, device_free=most - 1000, host_free=0)
+    assert (found.states, found.keys) == ("device", "recompute") and found.chunk_tokens < 8192
+    assert plan_scoring(wide, work, device_free=most - 1000, host_free=HOST).states == "host"
+    assert plan_scoring(wide, work, device_free=most + 1000, host_free=HOST) == last
+
+
 @pytest.mark.parametrize("gigabytes", [139, 22])
 def test_every_smaller_plan_takes_less(gigabytes):
     found, seen = plan(LLAMA, FULL, gigabytes, linear=True), []
@@ -145,6 +158,7 @@ def test_batches_and_gradients_follow_memory():
     batches = [plan_batches(LLAMA, compute=2, device_free=gigabytes * GB) for gigabytes in (2, 22, 78, 139)]
     assert [batch for batch, _ in batches] == sorted(batch for batch, _ in batches)
     assert batches[0][0] == 512 and batches[-1][0] == 16384
+    assert plan_batches(LLAMA, compute=2, device_free=0) == (512, 512)
     # Keys and values of 262,144 attended tokens, repeated for 32 heads: 2 x 262,144 x 4,096 x 2 bytes, twice.
     assert batches[2][1] * 4 * 4096 * 2 < 0.1 * 78 * GB
     tokens = [plan_gradient(LLAMA, compute=2, device_free=gigabytes * GB) for gigabytes in (0, 10, 40)]

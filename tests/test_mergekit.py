@@ -44,7 +44,7 @@ def read_as_mergekit(text, state):
                 out = f"model.layers.{number}.{relative}"
                 inputs = [state[f"model.layers.{source['layer_range'][0] + step}.{relative}"] for source in sources]
                 if config["merge_method"] == "passthrough":
-                    (merged[out],) = inputs
+                    (merged[out],) = (tensor.to(dtypes[config["dtype"]]) for tensor in inputs)
                     continue
                 assert config["parameters"] == {"normalize": False} and config["dtype"] == "float32"
                 weights = [weight_of(source["parameters"]["weight"], out) for source in sources]
@@ -62,6 +62,7 @@ PLANS = {
         tail_plan(5, [0.7, 0.2], name="x", kind="found"), matrix_alphas=(("mlp.up_proj", (0.5, 0.5)),)
     ),
     "two_groups": MergePlan(5, (MergeStep(1, 2, 0.6), MergeStep(4, 3, 0.25)), selection="list"),
+    "into_the_deeper": MergePlan(5, (MergeStep(3, 2, 0.6),), selection="list"),  # layer 4 follows that of two sources
     "drop": drop_plan(5, 2),
     "before_last": before_last_plan(5, 2),
     "nothing": base_plan(5),
@@ -129,9 +130,11 @@ def test_no_path_of_this_machine_is_in_it(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
     monkeypatch.chdir(tmp_path)
     tagged, latest = Checkpoint("owner/name", revision="v2"), Checkpoint("owner/name")
+    odd = Checkpoint("owner/name", revision="v+2")  # mergekit splits a model's text there
     for checkpoint, model, where in (
         (local, "base-model", f"# Here base-model is a folder with, .* (identity {local.identity})"),
         (tagged, "owner/name@v2", "hf download owner/name --revision v2 --local-dir base-model\n"),
+        (odd, "base-model", "hf download owner/name --revision v+2 --local-dir base-model\n"),
         (latest, "owner/name", "hf download owner/name --local-dir base-model\n"),
     ):
         averaged, dropped = mergekit_yaml(checkpoint, PLANS["tail"]), mergekit_yaml(checkpoint, PLANS["drop"])

@@ -135,7 +135,14 @@ def test_no_file_of_a_saved_model_says_where_on_this_machine_anything_lay(tmp_pa
     folder = tiny.make_checkpoint(tmp_path / "secret" / "mine")
     for name, further in (
         ("config.json", {"_name_or_path": f"{folder}"}),
-        ("tokenizer_config.json", {"name_or_path": f"{folder}", "special_tokens_map_file": f"{folder}/x.json"}),
+        (
+            "tokenizer_config.json",
+            {
+                "name_or_path": f"{folder}",
+                "special_tokens_map_file": f"{folder}/x.json",
+                "tokenizer_file": f"{folder}/tokenizer.json",
+            },
+        ),
     ):
         values = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps(values | further))

@@ -120,6 +120,9 @@ def test_no_tokens_are_refused_and_features_that_are_zero_change_nothing():
         NormalEquations.empty(3, 2).solve(0.1)
     with pytest.raises(RefitError, match="of 400 calibration tokens none is left to choose the ridge on"):
         choose_ridge(equations(*problem()), NormalEquations.empty(N, D), (0.1, 1.0))
+    x, r, w = problem(tokens=30)
+    with pytest.raises(RefitError, match="of 430 calibration tokens none is left"):  # there are some, of no weight
+        choose_ridge(equations(*problem()), equations(x, r, 0.0 * w), (0.1, 1.0))
     silent = equations(torch.zeros(10, 3), torch.ones(10, 3), torch.ones(10))
     nothing = torch.zeros(3, 3, dtype=torch.float64)
     assert torch.equal(silent.solve(0.1), nothing) and torch.equal(silent.scale(0.1), nothing[0])

@@ -59,9 +59,11 @@ def test_experts_are_rounded_and_their_router_is_not():
 
 
 def test_what_cannot_be_quantised_is_refused(monkeypatch):
-    odd = {"mlp.gate_proj.weight": torch.randn(4, 40)}
-    with pytest.raises(QuantisationError, match="mlp.gate_proj.weight has 40 columns, but int4 needs a multiple of 32"):
-        quantise_layer(ARCHITECTURE, odd, "int4")
+    for columns in (40, 48):
+        odd = {"mlp.gate_proj.weight": torch.randn(4, columns)}
+        refused = f"mlp.gate_proj.weight has {columns} columns, but int4 needs a multiple of 32"
+        with pytest.raises(QuantisationError, match=refused):
+            quantise_layer(ARCHITECTURE, odd, "int4")
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(QuantisationError, match=r"needs torchao: pip install 'raymerge\[quant\]'"):
         quantise_layer(ARCHITECTURE, odd, "int8")

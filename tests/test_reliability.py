@@ -208,6 +208,29 @@ def test_halves_too_small_are_left_out_and_draws_too_small_refused():
         study(recipe("npib", k=3), between(layers[:, :4]), null_draws=2, interval_draws=3)
 
 
+def test_halves_are_equally_large_and_share_no_sample(monkeypatch):
+    """Of 21 samples one is left out each time."""
+    asked = []
+
+    def recorded(*args, rows=None):
+        asked.append(rows)
+        return compute(*args, rows=rows)
+
+    monkeypatch.setattr("raymerge.reliability.compute", recorded)
+    states = sample(21, 1.0, n_layers=3)
+    found = study(recipe(), None, states, interval_draws=2, half_draws=5)
+    halves = np.array(asked[2:]).reshape(5, 2, 10)
+    assert all(len(set(pair.ravel())) == 20 for pair in halves) and len({tuple(pair.ravel()) for pair in halves}) == 5
+    for values, rows in zip(found.halves.reshape(10, 3, 3), halves.reshape(10, 10), strict=True):
+        np.testing.assert_array_equal(values, compute(recipe(), None, states[:, rows]).values)
+
+
+def test_of_two_layers_there_is_no_correlation_off_the_diagonal():
+    found = study(recipe("gaussian"), between(3 * sample(20, 0.3, n_layers=2)), interval_draws=3)
+    with pytest.raises(SimilarityError, match="only 1 entries are defined in both matrices"):
+        correlate(found, found)
+
+
 def test_options_out_of_range_are_refused():
     states = sample(20, 1.0)
     for options in ({"null_draws": 0}, {"interval_draws": 1}, {"half_draws": -1}):

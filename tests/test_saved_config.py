@@ -142,6 +142,18 @@ def test_a_base_without_a_config_of_its_own_gets_both_spellings(family):
     assert set(saved_config(declared, config, [0, 1], torch.bfloat16)) <= set(declared)
 
 
+def test_a_rotation_of_no_named_kind_is_the_usual_one():
+    """What transformers 4 reads in rope_scaling changes the rotation."""
+    config = tiny.config_of("llama")
+    for rotary, scaling in (
+        ({"rope_theta": 5e5}, None),
+        ({"rope_theta": 5e5, "rope_type": "default"}, None),
+        ({"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    ):
+        values = saved_config({"rope_parameters": rotary}, config, [0, 1], None, both_spellings=True)
+        assert values["rope_theta"] == 5e5 and values.get("rope_scaling") == scaling
+
+
 def test_the_stored_dtype_is_written_under_every_name_that_there_is():
     config = tiny.config_of("llama")
     for declared, found in (

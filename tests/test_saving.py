@@ -132,6 +132,18 @@ def test_several_shards(llama, tmp_path, monkeypatch):
     assert all(torch.equal(state[name], fused[name]) for name in fused)
 
 
+def test_two_shards_have_an_index_and_one_has_none(llama, tmp_path, monkeypatch):
+    checkpoint, plan = Checkpoint(str(llama)), tail_plan(5, [0.4], name="x", kind="found")
+    written = tiny.save_merge(checkpoint, plan, tmp_path / "one")
+    monkeypatch.setattr(raymerge.saving, "_SHARD_BYTES", int(0.7 * written))
+    tiny.save_merge(checkpoint, plan, tmp_path / "two")
+    found = [sorted(file.name for file in (tmp_path / name).glob("model*")) for name in ("one", "two")]
+    assert found == [["model.safetensors"], ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+                                             "model.safetensors.index.json"]]  # fmt: skip
+    states = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_tokenizer_generation_config_and_chat_template_are_carried(copy, tmp_path):
     (copy / "generation_config.json").write_text('{"eos_token_id": [2, 3], "temperature": 0.5, "do_sample": true}')
     (copy / "chat_template.jinja").write_text("{{ messages }}")

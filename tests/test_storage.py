@@ -93,10 +93,18 @@ def test_a_folder_of_no_more_use_is_moved_on_its_own_disk_and_copied_to_another(
 
 
 def test_clear_temporary_leaves_the_rest(storage):
-    for name in ("a", "_tmp.1.a", "tables/t/_tmp.2.p", "tables/t/p", "models/_tmp.3.m/weights", "models/m/weights"):
+    for name in (
+        "a",
+        "_a",
+        "_tmp.1.a",
+        "tables/t/_tmp.2.p",
+        "tables/t/p",
+        "models/_tmp.3.m/weights",
+        "models/m/weights",
+    ):
         storage.publish(name, b"x")
     storage.clear_temporary()
-    assert storage.names() == ["a", "models", "tables"]
+    assert storage.names() == ["_a", "a", "models", "tables"]
     assert storage.names("tables/t") == ["p"]
     assert "m" in storage.names("models") and "_tmp.3.m" not in storage.names("models")
     assert storage.names("models/m") == ["weights"]
@@ -164,6 +172,40 @@ def test_a_lock_is_waited_for_and_lasts_until_the_last_of_its_objects_is_gone(tm
             Lock(str(tmp_path))
         assert held
         other.kill()
+
+
+def test_a_lock_names_its_process_and_no_other(tmp_path):
+    """The name of an earlier one was longer."""
+    (tmp_path / LOCK).write_text("a.host.of.a.long.name.example.org, process 1234567890")
+    lock = Storage(tmp_path).lock()
+    assert (tmp_path / LOCK).read_text().endswith(f", process {os.getpid()}") and lock is not None
+
+
+def test_a_file_whose_temporary_one_was_swept_is_written_again(tmp_path, monkeypatch):
+    """Another process takes up the run that a page is written into, and deletes what is being written."""
+    swept, replace = [], os.replace
+
+    def sweep(source, target):
+        if not swept:
+            swept.append(source)
+            Storage(tmp_path).clear_temporary()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", sweep)
+    Storage(tmp_path).publish("report.html", b"a page")
+    assert swept and (tmp_path / "report.html").read_bytes() == b"a page" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_belongs_to_another_user_is_left_among_temporary_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "raymerge.killed").mkdir()
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    with scratch_folder():
+        assert (tmp_path / "raymerge.killed").exists()
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    with scratch_folder():
+        assert not (tmp_path / "raymerge.killed").exists()
 
 
 def test_where_no_lock_can_be_made_there_is_none(tmp_path):
@@ -310,6 +352,9 @@ def test_names_of_the_places():
         == "s3://bucket/runs/a/models/b?region=eu-west-1"
     )
     assert Storage("/tmp/x/").show("models") == "/tmp/x/models"
+    assert Storage("~/x").name == os.path.expanduser("~/x") and os.path.isabs(Storage("x").name)
+    sizes = [storage_module._size(number) for number in (999, 1000, 1_550_000, 999_900_000, 1_234_000_000_000)]
+    assert sizes == ["999 bytes", "1.0 kB", "1.6 MB", "999.9 MB", "1234.0 GB"]
     assert Storage("file:///tmp/x").is_local and Storage("file:///tmp/x").name == "/tmp/x"
     with pytest.raises(RunError, match="cannot be opened"):
         Storage("nosuch://bucket/run")

@@ -56,6 +56,14 @@ def test_json_lines_may_be_long_and_have_other_columns_of_any_type(tmp_path):
     assert read_plain_text(str(tmp_path / "a.jsonl"), "k") == f"{rows[0]['text']}\nend"
 
 
+def test_a_file_that_is_here_is_not_fetched_whatever_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name:part.txt").write_text("mine")
+    assert read_plain_text("owner/name:part.txt", "k") == "mine"
+
+
 def test_a_file_of_the_hub_is_asked_for_by_name_and_revision(files, monkeypatch):
     asked = []
 

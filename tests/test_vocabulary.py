@@ -1,5 +1,6 @@
 """vocabulary.py: the final norm and sums over the unembedding against transformers and autograd in float64."""
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -32,6 +33,19 @@ def test_the_final_norm_and_the_most_probable_tokens(tmp_path, monkeypatch):
         assert (logsumexp - torch.logsumexp(logits, -1)).abs().max() < 1e-6 * 32 * logits.abs().max()
     rows = runner.vocabulary.unembedding_rows([3, 700])
     assert torch.equal(rows, model.lm_head.weight[[3, 700]].float()) and rows.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "granite", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_before_the_first_layer_are_transformers_in_every_dtype(tmp_path, family, dtype):
+    """Gemma's root of the width is rounded to the dtype before it is multiplied with."""
+    folder = tiny.make_checkpoint(tmp_path / "m", family, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    ids = np.arange(40)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids)[None], output_hidden_states=True).hidden_states[0][0]
+    found = LayerRunner(Checkpoint(str(folder)), dtype=dtype).vocabulary.embedded(ids)
+    assert found.dtype == expected.dtype == dtype and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(("family", "cap"), [("llama", None), ("gemma2", 8.0)])

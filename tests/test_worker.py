@@ -420,3 +420,5 @@ def test_a_model_too_large_for_its_share_of_a_gpu_is_refused_with_the_bytes(monk
     assert not read, "a model is not read to be refused"
     with pytest.raises(TooLargeError, match=rf"float16 needs {needed / 1e9:.2f} GB .*has 0.00 GB free.*_worker: 1"):
         refuse_oversized(checkpoint, torch.float16, template, 1000)
+    with pytest.raises(TooLargeError):
+        refuse_oversized(checkpoint, torch.float16, template, needed - 1)

@@ -136,9 +136,9 @@ class Trainer:
         return F.binary_cross_entropy_with_logits(guess, right, pos_weight=torch.tensor(2.0))
 
     def _kept_layers(self, rng: Random) -> list[int]:
-        """All layers, or without a few: dropped with a probability that rises linearly to `layer_drop` at the last."""
+        """All layers, or without a few: dropped with a probability that rises linearly from 0 to `layer_drop`."""
         last = self.model.shape.layers - 1
-        return [layer for layer in range(last + 1) if rng.random() >= self.phase.layer_drop * layer / last] or [0]
+        return [layer for layer in range(last + 1) if rng.random() >= self.phase.layer_drop * layer / last]
 
     def update(self, loss: Tensor, step: int) -> None:
         """One optimiser step on the gradient averaged over the ranks."""

@@ -133,7 +133,7 @@ def _data(data: dict, manifest: dict, similarity: dict) -> list[Fact]:
         limits = [
             f"at most {data[key]} per subject for the {what}"
             for key, what in (("limit_per_subject", "search"), ("report_limit_per_subject", "report"))
-            if data.get(key) is not None
+            if what in manifest["data"] and data.get(key) is not None
         ]
         split = f"searched on {data.get('search_split')}, " if "search" in manifest["data"] else ""
         facts.append(Fact("Splits", f"{split}reported on {data.get('report_split')}", "; ".join(limits)))
@@ -225,11 +225,9 @@ def _refits(plan: dict, refits: list, methods: list | None = None) -> list[Fact]
 
 
 def _calibration(config: dict) -> list[Fact]:
-    """What blocks are chosen and refits made on, where a run says that it does either."""
-    plan, sweep, settings = (config.get(section) or {} for section in ("plan", "sweep", "calibration"))
-    refits = {plan.get("refit"), *sweep.get("refits", [])} - {None, "none"}
-    blocks = plan.get("selection") == "block" or {"drop_block", "merge_block"} & {*map(str, sweep.get("methods", []))}
-    if not settings or not (refits or blocks):
+    """What blocks are chosen and refits made on: a run that does neither stores no such section."""
+    settings = config.get("calibration")
+    if not settings:
         return []
     text = settings.get("text")
     where = "prompts of the search questions" if text is None else str(text)

@@ -263,14 +263,15 @@ def _influence(run: RunDirectory, stored: list[dict]) -> Figure:
     subsets = list(dict.fromkeys(row["subset"] for row in rows))
     rows = [row for row in rows if row["subset"] in subsets[:_MAPS]]
     told = f"Least: layer {least['layer']} on {least['subset']}, {least['value']:.3g}."
+    log = all(row["value"] > 0 for row in rows)  # it is 0 of a layer that changes nothing, or by rounding below
     view = figures.lines(
         rows,
         f"Block influence by layer, one line per subset. {told}",
         x=("layer", "decoder layer"),
-        y=("value", "1 - mean cosine (log scale)"),
+        y=("value", f"1 - mean cosine{' (log scale)' if log else ''}"),
         series="subset",
         tips=[("subset", "subset"), ("layer", "layer"), ("value", "block influence", ".3~g")],
-        log=all(row["value"] > 0 for row in rows),
+        log=log,
         height=240,
     )
     return figure_of(
