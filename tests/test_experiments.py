@@ -547,8 +547,10 @@ def test_block_and_coefficients_are_searched_together(local_searches, tmp_path):
     assert {row["block"] for row in trials if row["searcher"] == "controls"} == {None}
     blocks = run.read("blocks").to_pylist()
     (first,) = (row["first"] for row in blocks if row["chosen"])
-    # The search begins with what the cosine chooses: base coefficients, then the block dropped.
-    assert [(row["block"], row["alphas"]) for row in searched[:2]] == [(first, [0.6225] * 4), (first, [1.0] * 4)]
+    # The search begins with what the cosine chooses: base coefficients, the best single layer, the block dropped.
+    known = [(first, [0.6225] * 4), (first, [0.0] * 4), (first, [1.0] * 4)]
+    assert [(row["block"], row["alphas"]) for row in searched[:3]] == known
+    assert run.manifest()["keep_one"] == {"best": f"keep_{first + 3}", "of": 5}
     assert {(row["measure"], row["first"]) for row in blocks} == {
         (measure, start) for measure in ("cosine", "angular") for start in (3, 8, 17)
     }
