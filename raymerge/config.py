@@ -218,8 +218,8 @@ class SearchConfig(_Section):
     - `text`, `text_tokens`: the plain text, and how many of its tokens, that text_nll and the ceiling are measured on.
       If it is data.perplexity_text itself, the search takes the tokens after the data.perplexity_tokens that are
       reported on.
-    - `candidates`: number of coefficient vectors to try, including known ones: the base coefficients, the probes, every
-      alpha 1 and every alpha 0, as far as they lie in the bounds.
+    - `candidates`: number of coefficient vectors to try, including known ones: the base coefficients, the probes, those
+      that keep the best single layer, every alpha 1 and every alpha 0, as far as they lie in the bounds.
     - `initial`: number of random vectors before the model proposes.
     - `random_candidates`: number of random vectors scored as a control.
     - `probes`: additional alpha files to try first.

@@ -23,11 +23,11 @@ from raymerge.evaluation import Answers
 from raymerge.experiments import alpha_search
 from raymerge.experiments.alpha_search import _check, _Search
 from raymerge.experiments.common import Inputs
-from raymerge.experiments.controls import controls_of
+from raymerge.experiments.controls import controls_of, keeping_one
 from raymerge.experiments.reporting import Reporter
 from raymerge.gradient import Epoch
 from raymerge.inputs import CALIBRATION, SEARCH, read_material
-from raymerge.plan import PlanError, block_plan, tail_plan
+from raymerge.plan import PlanError, block_plan, pairs_plan, tail_plan
 from raymerge.plan_section import Similarity, starting_plan
 from raymerge.progress import Silent
 from raymerge.proposers import BayesProposer, RandomProposer
@@ -288,6 +288,34 @@ def test_the_best_single_layer_to_keep_is_a_control_and_a_start_of_every_searche
     assert "keep_19" not in reported and again.run.manifest()["keep_one"] == {"best": "before_last", "of": 3}
     kept = set(again.run.read("answers", ["plan_id"])["plan_id"].to_pylist())
     assert len(kept) == 3 and kept < stored
+
+
+@pytest.mark.parametrize(
+    ("steps", "influence", "best", "begins"),
+    [
+        # Of the last three layers, the one in the middle has the most influence: dropping by influence keeps it.
+        ([(19, 20), (18, 19)], [0.5] * 18 + [0.1, 0.4, 0.2], "block_influence", [1.0, 0.0]),
+        # In this order no step's alpha of 0 everywhere keeps the last layer, as before_last does.
+        ([(20, 19), (18, 20)], None, "before_last", [1.0, 0.0]),
+        ([(19, 20), (18, 19)], None, "before_last", [0.0, 0.0]),
+        ([(19, 20), (18, 19)], None, "drop", [1.0, 1.0]),
+    ],
+)
+def test_searchers_begin_at_the_best_layer_also_where_another_control_keeps_it(
+    tmp_path, steps, influence, best, begins
+):
+    similarity = None if influence is None else Similarity(SIMILARITY.matrix, np.array(influence))
+    search = searching(tmp_path, similarity=similarity)
+    search.start = pairs_plan(N_LAYERS, steps, [0.5] * 2, name="start", kind="file", selection="list")
+    search.pool = Judges({best: 0.75})
+    controls = controls_of(search.config.plan, CHECKPOINT, search.start, similarity, Silent())
+    keeping = keeping_one(search.start, controls)
+    search._try_controls([*controls, *(plan for plan in keeping.values() if plan not in controls)])
+    assert search._take_kept(keeping, controls) == [] and search.facts["keep_one"]["best"] == best
+    assert search.corners[0] == begins and len({*map(tuple, search.corners)}) == len(search.corners)
+    (kept,) = (plan for plan in controls if plan.name == best)
+    found = search.start.with_alphas(search.corners[0], name="x", kind="found").kept[-1].coefficients
+    assert found == kept.kept[-1].coefficients
 
 
 # -- what is stored, and which is best -------------------------------------------------------------------------------

@@ -349,9 +349,11 @@ class _Search:
         if layer is None:
             return []
         self.facts["keep_one"] = {"best": keeping[layer].name, "of": len(keeping)}
+        # Also where a control keeps it: that may be neither the first nor the last, as with dropping by influence.
+        best = alphas_that_keep(self.start, layer)
+        self.corners = [best, *(corner for corner in self.corners if corner != best)]
         if keeping[layer] in controls:
             return []
-        self.corners.insert(0, alphas_that_keep(self.start, layer))
         ((_, answers),) = self.pool.map("judge", [keeping[layer]])
         if answers is not None:
             self.reporter.store_answers(keeping[layer], SEARCH, answers)
