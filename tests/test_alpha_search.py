@@ -27,7 +27,7 @@ from raymerge.experiments.controls import controls_of, keeping_one
 from raymerge.experiments.reporting import Reporter
 from raymerge.gradient import Epoch
 from raymerge.inputs import CALIBRATION, SEARCH, read_material
-from raymerge.plan import PlanError, block_plan, pairs_plan, tail_plan
+from raymerge.plan import PlanError, base_plan, block_plan, drop_plan, pairs_plan, tail_plan
 from raymerge.plan_section import Similarity, starting_plan
 from raymerge.progress import Silent
 from raymerge.proposers import BayesProposer, RandomProposer
@@ -316,6 +316,20 @@ def test_searchers_begin_at_the_best_layer_also_where_another_control_keeps_it(
     (kept,) = (plan for plan in controls if plan.name == best)
     found = search.start.with_alphas(search.corners[0], name="x", kind="found").kept[-1].coefficients
     assert found == kept.kept[-1].coefficients
+
+
+@pytest.mark.parametrize("stem", ["drop", "_tmp.x", "..", "a\\b", "x" * 245, "🦙" * 60, "ü 1"])
+def test_every_plan_with_alphas_has_a_file_whatever_the_start_is_called(tmp_path, stem):
+    """At the end of a search a name that no file of a run may have ended it with an error, each time anew."""
+    search = searching(tmp_path / "run")
+    start = tail_plan(N_LAYERS, [0.25, 0.5], name=stem, kind="file")
+    own = start.with_alphas([0.5] * 2, name="found", kind="found", matrix_alphas={"mlp.up_proj": [0.1, 0.2]})
+    search._write_alphas([base_plan(N_LAYERS), drop_plan(N_LAYERS, 2), start, own])
+    files = [read_alpha_file(path, N_LAYERS) for path in (tmp_path / "run" / "alphas").iterdir()]
+    assert sorted(plan.alphas for plan in files) == [[0.25, 0.5], [1.0, 1.0]]
+    assert all(not plan.name.startswith("_tmp.") for plan in files)
+    if stem == "ü 1":
+        assert {plan.name for plan in files} == {"drop", stem}
 
 
 # -- what is stored, and which is best -------------------------------------------------------------------------------

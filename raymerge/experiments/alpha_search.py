@@ -6,6 +6,7 @@ call again goes on from there.
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import time
@@ -77,6 +78,7 @@ from raymerge.storage import TEMPORARY
 from raymerge.tables import RunDirectory, RunError
 
 _LOOSE = 200  # batches whose parts of `trials` become one file: reading each takes 1 ms, in an object store 50
+_FILE_NAME = re.compile(r"[^./\\_][^/\\]{0,49}")  # an alpha file's own name may be a temporary one, or too long
 _INSIDE = 0.05  # an alpha's distance from its corner where a descent starts near one
 
 
@@ -271,11 +273,18 @@ class _Search:
             self.reporter.derive(plans, [(plans[-1], plan) for plan in plans[:-1]], subjects=subjects)
 
     def _write_alphas(self, plans: Sequence[MergePlan]) -> None:
-        """An alpha file of every plan that can be one: the format has no alphas of single matrices."""
+        """An alpha file of every plan that can be one: the format has no alphas of single matrices.
+
+        It is named after the plan, with its id where two have one name; after its kind and id where no file of a run
+        may have the plan's name.
+        """
         names = Counter(plan.name for plan in plans)  # an alpha file's own name may be a control's
         for plan in plans:
             if plan.steps and not plan.matrix_alphas:
-                name = plan.name if names[plan.name] == 1 else f"{plan.name}-{plan.plan_id(self.identity)}"
+                plan_id = plan.plan_id(self.identity)
+                name = plan.name if names[plan.name] == 1 else f"{plan.name}-{plan_id}"
+                if not _FILE_NAME.fullmatch(name):
+                    name = f"{plan.kind}-{plan_id}"
                 self.run.write_text(alpha_file_text(plan.steps), "alphas", f"{name}.json")
 
     def _conclude(self, best: MergePlan, model: str | None, proof: dict[str, Any] | None) -> None:
