@@ -283,11 +283,7 @@ class SearchConfig(_Section):
     @model_validator(mode="after")
     def _one_set_of_questions(self) -> SearchConfig:
         objective = parse_objective(self.objective)
-        if (
-            "gradient" in self.searchers
-            and objective.minimised
-            and len({frozenset(t.subjects) for t in objective.answered}) > 1
-        ):
+        if "gradient" in self.searchers and objective.minimised and not objective.of_one_set:
             raise ValueError(
                 f"searcher gradient descends on one set of questions, but the terms of objective {self.objective} "
                 "have different subjects: name the same subjects in each, or use searcher bayes"
