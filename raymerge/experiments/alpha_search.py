@@ -65,6 +65,7 @@ from raymerge.plan import (
 from raymerge.plan_section import (
     Similarity,
     allowed_starts,
+    check_selected,
     similarity_of,
     similarity_warnings,
     starting_plan,
@@ -143,12 +144,8 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
 
 def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[MergePlan]) -> None:
     """Refuse plans that cannot be merged, and probes of other merges."""
-    merges, shape = config.plan.merges, [(step.into, step.remove) for step in start.steps]
-    if config.plan.selection == "tail" and (start.selection != "tail" or len(shape) != merges):
-        raise PlanError(
-            f"plan {start.name} has {len(shape)} steps and is not a tail merge of plan.merges = {merges} "
-            "layers; to use the file's own steps, set plan.selection: list"
-        )
+    shape = [(step.into, step.remove) for step in start.steps]
+    check_selected(config.plan, start)
     blocks = _searched_starts(config, start, inputs.checkpoint)
     for first in blocks:
         check_mergeable(inputs.checkpoint, start.moved_to(first))
