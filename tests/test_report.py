@@ -1261,13 +1261,51 @@ def test_searches_that_differ_in_more_than_the_seed_are_not_one(tmp_path, search
     assert sections() == sections(again) == sections(other) == sections(sweep_run(tmp_path / "sweep")) == []
     third = search_run(tmp_path / "third", seed=1)
     (section,) = sections(other, again, third)
-    assert section.title == "One search, 2 seeds: k3, again, third"
+    assert section.title == "One search, 2 seeds: k3, third", "a repeated seed would count twice"
     assert section.blocks[1].text.startswith("On average the coefficients of two seeds differ in 0 % of")
     assert "random" not in section.blocks[1].text
     # Another model under the same path.
     manifest = json.loads((tmp_path / "third" / "manifest.json").read_text())
     (tmp_path / "third" / "manifest.json").write_text(json.dumps(manifest | {"model": {"identity": "other"}}))
     assert sections(RunDirectory.load(tmp_path / "third")) == []
+
+
+def test_no_seed_counts_twice_in_what_is_said_of_seeds(tmp_path):
+    """A run given twice moved the mean towards itself, and lowered the standard deviation and the distances."""
+    runs = [
+        search_run(
+            tmp_path / f"s{seed}",
+            seed=seed,
+            alphas=alphas,
+            right=dict.fromkeys(("base", "drop", "fixed", "found"), right),
+        )
+        for seed, alphas, right in ((0, (0.1, 0.8, 0.3), 0.4), (1, (1.0, 1.0, 1.0), 0.9))
+    ]
+    once, twice = (seeds.seeds([*map(Reached, given)]) for given in (runs, [runs[0], *runs]))
+    assert [section.blocks[:2] for section in once] == [section.blocks[:2] for section in twice]
+
+
+def test_controls_beside_seeds_are_the_controls(tmp_path):
+    runs = [search_run(tmp_path / f"s{seed}", seed=seed, control="drop") for seed in range(2)]
+
+    def dropped():
+        (section,) = seeds.seeds([*map(Reached, runs)])
+        (cells,) = (row[1:] for row in section.blocks[0].cells if row[0] == "for comparison: drop")
+        return cells
+
+    expected = "0.4500", *dropped()[1:]
+    assert dropped() == expected, "not those of an alpha file of that name, which reaches more"
+    # The first seed found what the control is, so that both are one line.
+    plans = runs[0].read("plans").drop_columns("run_id").to_pylist()
+    again = [row | {"name": "found_random", "kind": "found"} for row in plans if row["plan_id"] == "drop"]
+    runs[0].replace("plans", [*plans, *again])
+    assert dropped() == expected
+    # What its value is above a ceiling is no value of the objective.
+    for run in runs:
+        trials = run.read("trials").drop_columns("run_id").to_pylist()
+        run.replace("trials", [row | {"perplexity": 90.0 if row["plan_id"] == "drop" else 12.5} for row in trials])
+        run.config["search"]["perplexity_ceiling"] = 50.0
+    assert dropped() == ("–", *expected[1:])
 
 
 def test_blocks_of_several_seeds_differ_wholly_where_they_share_no_layer():
