@@ -391,6 +391,17 @@ def test_the_best_of_a_searcher_is_its_own_best_finished_candidate(tmp_path):
     assert search._best("failing", "x", "found") is None is search._best("nobody", "x", "found")
 
 
+def test_what_was_found_for_single_matrices_is_reported_as_the_descent_left_it(tmp_path):
+    search = searching(tmp_path, "search.searcher=gradient", "gradient.parametrisations=[per_matrix]")
+    matrices = CHECKPOINT.architecture.matrices
+    own = {matrix: [0.1 * number, 0.9] for number, matrix in enumerate(matrices)}
+    left = search.start.with_alphas([0.25, 0.75], name="gradient", kind="found", matrix_alphas=own)
+    search.run.append("trials", [trial("gradient_per_matrix", alphas=left.flat_alphas)], part="a")
+    (found,) = search._reported([])
+    assert dict(found.matrix_alphas) == {matrix: tuple(alphas) for matrix, alphas in own.items()}
+    assert found.plan_id("m") == left.plan_id("m")
+
+
 def test_reported_are_the_controls_the_random_control_and_the_best_of_each_searcher_the_best_last(tmp_path):
     search = searching(tmp_path, "search.searcher=[bayes, gradient]", "gradient.parametrisations=[simplex]")
     errors = ["ValueError: x", "value is nan", "value is nan"]
