@@ -15,11 +15,11 @@ from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.config import Config, ConfigError
 from raymerge.config_file import check_config
 from raymerge.fusion import check_mergeable
-from raymerge.inputs import REPORT, SEARCH, SEARCH_TEXT, check_askable
+from raymerge.inputs import REPORT, SEARCH, SEARCH_TEXT, check_askable, check_matchable
 from raymerge.merging import save_merged
 from raymerge.objectives import Score
 from raymerge.plan import MergePlan, PlanError
-from raymerge.plan_section import similarity_of, starting_plan
+from raymerge.plan_section import check_selected, similarity_of, starting_plan
 from raymerge.progress import Progress, Silent, step
 from raymerge.questions import Question
 from raymerge.saving import check_writable
@@ -45,6 +45,7 @@ class CandidateScorer:
     def __init__(self, config: Config, *, progress: Progress | None = None):
         check_config(config)
         check_askable(config)
+        check_matchable(config, {"plan.alignment": [config.plan.alignment]})
         progress = progress or Silent()
         with ExitStack() as opened:
             with step(progress, "reading model and questions"):
@@ -104,7 +105,8 @@ class CandidateScorer:
 
         Merged weights are not rounded to the stored dtype, as they are in `score`, so that the loss is smooth, and the
         text is taken whole, whatever gradient.text_windows and gradient.text_positions are. Raises PlanError, and
-        GradientError where there is no gradient: for other than tail merges, quantised models, alignment rows.
+        GradientError where there is no gradient: for other than tail merges, quantised models, alignment rows, and
+        objectives whose terms are of different subjects.
         """
         return self._open().loss(self.candidate(alphas).alphas)
 
@@ -136,6 +138,7 @@ def _opened(config: Config, cache: Path) -> tuple[MergePlan, ModelWorker]:
         )
     checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     start = starting_plan(plan, checkpoint.n_layers, similarity_of(config, checkpoint.n_layers))
+    check_selected(plan, start)
     template = start.with_alphas([0.5] * len(start.steps), name="candidate", kind="found")
     check_mergeable(checkpoint, template)
     threads = config.workers.model_copy(update={"cpus_per_worker": torch.get_num_threads()})

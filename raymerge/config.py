@@ -219,8 +219,7 @@ class SearchConfig(_Section):
       If it is data.perplexity_text itself, the search takes the tokens after the data.perplexity_tokens that are
       reported on.
     - `candidates`: number of coefficient vectors to try, including known ones: the base coefficients, the probes, those
-      that keep the best one of the merged layers alone, every alpha 1 and every alpha 0, as far as they lie in the
-      bounds.
+      that keep the best single layer, every alpha 1 and every alpha 0, as far as they lie in the bounds.
     - `initial`: number of random vectors before the model proposes.
     - `random_candidates`: number of random vectors scored as a control.
     - `probes`: additional alpha files to try first.
@@ -284,11 +283,7 @@ class SearchConfig(_Section):
     @model_validator(mode="after")
     def _one_set_of_questions(self) -> SearchConfig:
         objective = parse_objective(self.objective)
-        if (
-            "gradient" in self.searchers
-            and objective.minimised
-            and len({frozenset(t.subjects) for t in objective.answered}) > 1
-        ):
+        if "gradient" in self.searchers and objective.minimised and not objective.of_one_set:
             raise ValueError(
                 f"searcher gradient descends on one set of questions, but the terms of objective {self.objective} "
                 "have different subjects: name the same subjects in each, or use searcher bayes"
@@ -301,8 +296,8 @@ class GradientConfig(_Section):
     answer_nll if that is an accuracy, plus `text_kl` times the KL of next tokens to the unmerged model on search.text.
     The published settings are alphas, adam, 1e-3, batches of 4, 500 epochs, nothing held out.
     - `parametrisations`: one search each: alphas (within search.bounds), simplex (the effective coefficients) or
-      per_matrix (a simplex per projection matrix, which fits the search questions best and others worse: the best found
-      is one of these only if there is nothing else).
+      per_matrix (a simplex per projection matrix: many times the coefficients fit the search questions best, whatever
+      they are worth on others, so that the best found is one of these only if there is nothing else).
     - `starts`: descents of each: from the base coefficients, the probes, near the corners that keep one of the merged
       layers alone (the best one, the first, the last), and from random points.
     - `optimizer`, `learning_rate`: adam or sgd, and its step size.

@@ -6,7 +6,7 @@ Driver and workers each read for themselves, by the same functions, and compare 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from textwrap import shorten
@@ -36,6 +36,16 @@ def check_askable(config: Config) -> None:
             f"search.objective {config.search.objective} needs answers to questions, but data.mmlu is null: use "
             "text_nll, the loss on the plain text search.text"
         )
+
+
+def check_matchable(config: Config, alignments: Mapping[str, Sequence[str]]) -> None:
+    """Refuse to match by activations where no questions are asked. alignments: those asked for, by key. Raises
+    ConfigError."""
+    for key, asked in alignments.items():
+        if config.data.mmlu is None and "activations" in asked:
+            raise ConfigError(
+                f"{key} has activations, which are computed on questions, but data.mmlu is null: use neurons"
+            )
 
 
 def task_role(name: str) -> str:

@@ -103,6 +103,12 @@ class Objective:
         return self.subjects if all(term.subjects for term in self.answered) else []
 
     @property
+    def of_one_set(self) -> bool:
+        """Whether all terms that take answers name the same subjects, so that they are means over one set of
+        questions."""
+        return len({frozenset(term.subjects) for term in self.answered}) < 2
+
+    @property
     def answered(self) -> list[Term]:
         """The terms that take answers."""
         return [term for term in self.terms if term.measure != "text_nll"]

@@ -245,7 +245,8 @@ class MergePlan:
             return self.with_alphas(values, name=name, kind=kind)
         if len(values) != steps * (1 + len(matrices)):
             raise PlanError(f"{len(values)} alphas are given for {steps} steps and {len(matrices)} matrices")
-        own = {matrix: values[steps * (i + 1) : steps * (i + 2)] for i, matrix in enumerate(matrices)}
+        # In the order of `matrix_alphas`, which is that of `flat_alphas`, and not the architecture's.
+        own = {matrix: values[steps * (i + 1) : steps * (i + 2)] for i, matrix in enumerate(sorted(matrices))}
         return self.with_alphas(values[:steps], name=name, kind=kind, matrix_alphas=own)
 
     @property

@@ -93,6 +93,16 @@ def starting_plan(
     return named_plan(plan, n_layers, pairs, alphas)
 
 
+def check_selected(plan: PlanConfig, start: MergePlan) -> None:
+    """Refuse an alpha file whose steps are not the tail merge that plan.selection and plan.merges name. Raises
+    PlanError."""
+    if plan.selection == "tail" and (start.selection != "tail" or len(start.steps) != plan.merges):
+        raise PlanError(
+            f"plan {start.name} has {len(start.steps)} steps and is not a tail merge of plan.merges = {plan.merges} "
+            "layers; to use the file's own steps, set plan.selection: list"
+        )
+
+
 def named_plan(plan: PlanConfig, n_layers: int, pairs: list[tuple[int, int]], alphas: list[float]) -> MergePlan:
     """Averages of these pairs, named after where the coefficients come from."""
     fixed = plan.base == "fixed"

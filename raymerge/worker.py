@@ -42,7 +42,7 @@ from raymerge.gradient import descend, descent_settings, loss_by_alphas, loss_we
 from raymerge.identity import digest
 from raymerge.inputs import CALIBRATION, SEARCH, questions_to_match_on, read_material
 from raymerge.memory import MemoryPlanError
-from raymerge.objectives import parse_objective, score_answers, score_text
+from raymerge.objectives import is_minimised, parse_objective, score_answers, score_text
 from raymerge.plan import MergePlan, base_plan
 from raymerge.refit import Refitter, Sums
 from raymerge.reliability import Study, study
@@ -323,6 +323,9 @@ class ModelWorker:
         return results
 
     def _tail_loss(self, start: MergePlan) -> TailLoss:
+        return self._loss_of(start, self._text_windows if loss_weights(self.config).of_text else None)
+
+    def _loss_of(self, start: MergePlan, text: TextWindows | None) -> TailLoss:
         weights = loss_weights(self.config)
         asked = SEARCH in self.material.questions
         return TailLoss(
@@ -331,7 +334,7 @@ class ModelWorker:
             weights,
             sources=None if asked else self._sources_of(self.template.resumes_at),
             reference=torch.from_numpy(self.reference) if weights.answer_kl else None,
-            text=self._text_windows if weights.of_text else None,
+            text=text,
         )
 
     def loss(self, alphas: Sequence[float]) -> tuple[float, np.ndarray]:
@@ -348,18 +351,23 @@ class ModelWorker:
             raise GradientError(f"model.quantise {quantise} has no gradient: set it to none")
         if weights.of_text and self.material.search_text is None:
             raise GradientError("gradient.text_kl needs a plain text: set search.searcher to gradient, and search.text")
-        return self._tail_loss(self.template)
+        objective = self.config.search.objective
+        if is_minimised(objective) and not parse_objective(objective).of_one_set:
+            raise GradientError(
+                f"the terms of search.objective {objective} have different subjects, but a loss with a gradient is "
+                "over one set of questions: name the same subjects in each"
+            )
+        return self._loss_of(self.template, self._windows_of_text() if weights.of_text else None)
 
     @cached_property
     def _text_windows(self) -> TextWindows:
         settings = self.config.gradient
-        return TextWindows(
-            self._trunks[self.template.resumes_at],
-            self.prompts.search_text,
-            reference=settings.text_kl > 0,
-            windows=settings.text_windows,
-            positions=settings.text_positions,
-        )
+        return self._windows_of_text(windows=settings.text_windows, positions=settings.text_positions)
+
+    def _windows_of_text(self, **drawn: int | None) -> TextWindows:
+        """The search text as it enters the merged layer, and how much of it a step draws."""
+        trunk, reference = self._trunks[self.template.resumes_at], self.config.gradient.text_kl > 0
+        return TextWindows(trunk, self.prompts.search_text, reference=reference, **drawn)
 
     def judge(self, plan: MergePlan) -> tuple[dict[str, Any], Answers | None]:
         """Judge any plan as `score` does a candidate; its result without seconds, and its answers where questions are

@@ -23,11 +23,11 @@ from raymerge.evaluation import Answers
 from raymerge.experiments import alpha_search
 from raymerge.experiments.alpha_search import _check, _Search
 from raymerge.experiments.common import Inputs
-from raymerge.experiments.controls import controls_of
+from raymerge.experiments.controls import controls_of, keeping_one
 from raymerge.experiments.reporting import Reporter
 from raymerge.gradient import Epoch
 from raymerge.inputs import CALIBRATION, SEARCH, read_material
-from raymerge.plan import PlanError, block_plan, tail_plan
+from raymerge.plan import PlanError, base_plan, block_plan, drop_plan, pairs_plan, tail_plan
 from raymerge.plan_section import Similarity, starting_plan
 from raymerge.progress import Silent
 from raymerge.proposers import BayesProposer, RandomProposer
@@ -290,6 +290,48 @@ def test_the_best_single_layer_to_keep_is_a_control_and_a_start_of_every_searche
     assert len(kept) == 3 and kept < stored
 
 
+@pytest.mark.parametrize(
+    ("steps", "influence", "best", "begins"),
+    [
+        # Of the last three layers, the one in the middle has the most influence: dropping by influence keeps it.
+        ([(19, 20), (18, 19)], [0.5] * 18 + [0.1, 0.4, 0.2], "block_influence", [1.0, 0.0]),
+        # In this order no step's alpha of 0 everywhere keeps the last layer, as before_last does.
+        ([(20, 19), (18, 20)], None, "before_last", [1.0, 0.0]),
+        ([(19, 20), (18, 19)], None, "before_last", [0.0, 0.0]),
+        ([(19, 20), (18, 19)], None, "drop", [1.0, 1.0]),
+    ],
+)
+def test_searchers_begin_at_the_best_layer_also_where_another_control_keeps_it(
+    tmp_path, steps, influence, best, begins
+):
+    similarity = None if influence is None else Similarity(SIMILARITY.matrix, np.array(influence))
+    search = searching(tmp_path, similarity=similarity)
+    search.start = pairs_plan(N_LAYERS, steps, [0.5] * 2, name="start", kind="file", selection="list")
+    search.pool = Judges({best: 0.75})
+    controls = controls_of(search.config.plan, CHECKPOINT, search.start, similarity, Silent())
+    keeping = keeping_one(search.start, controls)
+    search._try_controls([*controls, *(plan for plan in keeping.values() if plan not in controls)])
+    assert search._take_kept(keeping, controls) == [] and search.facts["keep_one"]["best"] == best
+    assert search.corners[0] == begins and len({*map(tuple, search.corners)}) == len(search.corners)
+    (kept,) = (plan for plan in controls if plan.name == best)
+    found = search.start.with_alphas(search.corners[0], name="x", kind="found").kept[-1].coefficients
+    assert found == kept.kept[-1].coefficients
+
+
+@pytest.mark.parametrize("stem", ["drop", "_tmp.x", "..", "a\\b", "x" * 245, "🦙" * 60, "ü 1"])
+def test_every_plan_with_alphas_has_a_file_whatever_the_start_is_called(tmp_path, stem):
+    """At the end of a search a name that no file of a run may have ended it with an error, each time anew."""
+    search = searching(tmp_path / "run")
+    start = tail_plan(N_LAYERS, [0.25, 0.5], name=stem, kind="file")
+    own = start.with_alphas([0.5] * 2, name="found", kind="found", matrix_alphas={"mlp.up_proj": [0.1, 0.2]})
+    search._write_alphas([base_plan(N_LAYERS), drop_plan(N_LAYERS, 2), start, own])
+    files = [read_alpha_file(path, N_LAYERS) for path in (tmp_path / "run" / "alphas").iterdir()]
+    assert sorted(plan.alphas for plan in files) == [[0.25, 0.5], [1.0, 1.0]]
+    assert all(not plan.name.startswith("_tmp.") for plan in files)
+    if stem == "ü 1":
+        assert {plan.name for plan in files} == {"drop", stem}
+
+
 # -- what is stored, and which is best -------------------------------------------------------------------------------
 
 
@@ -347,6 +389,17 @@ def test_the_best_of_a_searcher_is_its_own_best_finished_candidate(tmp_path):
     ranked, plan = search._best("bayes", "found_bayes", "found")
     assert ranked == (0.75, -1.25) and (plan.alphas, plan.name, plan.kind) == ([0.1, 0.9], "found_bayes", "found")
     assert search._best("failing", "x", "found") is None is search._best("nobody", "x", "found")
+
+
+def test_what_was_found_for_single_matrices_is_reported_as_the_descent_left_it(tmp_path):
+    search = searching(tmp_path, "search.searcher=gradient", "gradient.parametrisations=[per_matrix]")
+    matrices = CHECKPOINT.architecture.matrices
+    own = {matrix: [0.1 * number, 0.9] for number, matrix in enumerate(matrices)}
+    left = search.start.with_alphas([0.25, 0.75], name="gradient", kind="found", matrix_alphas=own)
+    search.run.append("trials", [trial("gradient_per_matrix", alphas=left.flat_alphas)], part="a")
+    (found,) = search._reported([])
+    assert dict(found.matrix_alphas) == {matrix: tuple(alphas) for matrix, alphas in own.items()}
+    assert found.plan_id("m") == left.plan_id("m")
 
 
 def test_reported_are_the_controls_the_random_control_and_the_best_of_each_searcher_the_best_last(tmp_path):

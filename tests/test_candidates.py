@@ -10,13 +10,13 @@ from scipy.optimize import minimize
 from transformers import AutoModelForCausalLM
 
 import raymerge
-from raymerge.alpha_files import read_alpha_file
+from raymerge.alpha_files import alpha_file_text, read_alpha_file
 from raymerge.candidates import CandidateScorer
 from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.config import ConfigError
 from raymerge.config_file import load_config
 from raymerge.experiments import search
-from raymerge.plan import PlanError, tail_pairs
+from raymerge.plan import PlanError, tail_pairs, tail_plan
 from raymerge.tail_loss import GradientError
 
 FEW = ["data.subjects=colour_mixing,number_words", "data.limit_per_subject=4", "data.report_limit_per_subject=4"]
@@ -145,6 +145,27 @@ def test_text_alone_can_be_what_candidates_are_scored_on():
             text.answer_logits(VECTORS[0])
 
 
+def test_the_loss_takes_the_text_whole_however_much_of_it_a_step_of_a_descent_would_draw():
+    text = ["data.mmlu=null", "search.objective=text_nll", *TEXT]
+    with scorer(*text) as whole, scorer(*text, "gradient.text_windows=9", "gradient.text_positions=5") as drawn:
+        loss, gradient = whole.loss(VECTORS[0])
+        assert drawn.loss(VECTORS[0])[0] == loss == pytest.approx(whole.score(VECTORS[:1])[0].value, abs=2e-3)
+        np.testing.assert_array_equal(drawn.loss(VECTORS[0])[1], gradient)
+
+
+def test_the_loss_of_subjects_is_the_objective_or_refused():
+    """Of terms with different subjects it was their weights' sum times the mean over all questions: 1.15, not 0.89."""
+    with scorer("search.objective=answer_nll:colour_mixing+2*answer_nll:colour_mixing") as one:
+        assert one.loss(VECTORS[0])[0] == pytest.approx(one.score(VECTORS[:1])[0].value, abs=5e-3)
+    for objective in ("3*answer_nll:colour_mixing+answer_nll:number_words", "answer_nll+answer_nll:number_words"):
+        with scorer(f"search.objective={objective}") as several:
+            several.score(VECTORS[:1])
+            with pytest.raises(GradientError, match="have different subjects"):
+                several.loss(VECTORS[0])
+    with scorer("search.objective=accuracy:colour_mixing+accuracy:number_words") as shares:
+        assert shares.loss(VECTORS[0])[0] == pytest.approx(shares.score(VECTORS[:1])[0].nll, abs=2e-3)
+
+
 def test_what_has_no_gradient_is_refused_where_it_is_asked_for():
     with scorer("gradient.text_kl=0.1") as without, pytest.raises(GradientError, match=r"text_kl needs a plain text"):
         without.loss(VECTORS[0])
@@ -162,11 +183,25 @@ def test_what_has_no_gradient_is_refused_where_it_is_asked_for():
         (["plan.merges=21"], "cannot merge 21 layers of a model that has 21"),
         (["data.mmlu=null"], r"search\.objective answer_nll needs answers to questions, but data\.mmlu is null"),
         (["data.subjects=botany"], "botany"),
+        (
+            ["data.mmlu=null", "search.objective=text_nll", *TEXT, "plan.alignment=activations"],
+            r"plan\.alignment has activations, which are computed on questions, but data\.mmlu is null",
+        ),
     ],
 )
 def test_what_cannot_be_scored_is_refused_at_once(settings, message):
     with pytest.raises(raymerge.UserError, match=message):
         scorer(*settings)
+
+
+def test_an_alpha_file_of_other_merges_is_refused_as_a_search_refuses_it(tmp_path):
+    steps = tail_plan(Checkpoint("demo").n_layers, [0.5, 0.25], name="x", kind="file").steps
+    (tmp_path / "two.json").write_text(alpha_file_text(steps))
+    own = ["plan.base=file", f"plan.alpha_file={tmp_path / 'two.json'}"]
+    with pytest.raises(PlanError, match=r"plan two has 2 steps and is not a tail merge of plan\.merges = 3 layers"):
+        scorer(*own)
+    with scorer(*own, "plan.selection=list") as listed:
+        assert listed.plan.alphas == [0.5, 0.25] and listed.loss([0.5, 0.25])[1].shape == (2,)
 
 
 def test_wrong_vectors_are_refused(opened):

@@ -376,6 +376,18 @@ def test_flat_alphas_hold_those_of_single_matrices_too():
         plan.with_flat_alphas([0.1] * 3, matrices, name="x", kind="found")
 
 
+def test_flat_alphas_go_back_to_their_own_matrices_in_whatever_order_these_are_named():
+    """Those of down_proj went to q_proj, and so on: a plan that was found by descent was not the one reported."""
+    matrices = ("self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
+    plan = tail_plan(6, [0.3, 0.9], name="x", kind="found")
+    own = plan.with_alphas(
+        [0.5, 0.6], name="x", kind="found", matrix_alphas={m: (0.1 * i, 0.2) for i, m in enumerate(matrices)}
+    )
+    assert own.flat_alphas == [0.5, 0.6, 0.2, 0.2, 0.1, 0.2, 0.0, 0.2], "down, up, v"
+    for named in (matrices, matrices[::-1], sorted(matrices)):
+        assert plan.with_flat_alphas(own.flat_alphas, named, name="x", kind="found") == own
+
+
 def test_other_coefficients_for_the_same_merges():
     plan = tail_plan(6, [0.3, 0.9], name="x", kind="found", norms="fold")
     other = plan.with_alphas([0.1, 0.2], name="y", kind="random")

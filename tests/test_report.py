@@ -1157,30 +1157,64 @@ def test_the_best_single_layer_is_called_so_and_the_others_are_not_drawn(tmp_pat
     assert any("keep_3" in label for label in drawn) and not any("not the best" in label for label in drawn)
 
 
+def beside_one_layer(run, best="drop"):
+    """What the answer says of the best single layer, of a search whose manifest names it."""
+    manifest = run.manifest() | {"keep_one": {"best": best, "of": 4}}
+    run.write_text(json.dumps(manifest), "manifest.json")
+    reached = Reached(RunDirectory.load(run.path_of()))
+    return reached, [each for each in answer.in_words(reached) if "keep one of the merged" in each]
+
+
 @pytest.mark.parametrize(
-    ("right", "said"),
+    ("right", "text", "said"),
     [
-        (0.8, "By accuracy or answer NLL it is better than drop, the best of the plans that keep one of"),
-        (0.3, "By accuracy or answer NLL it is not better than drop, the best of the plans that keep one"),
+        (0.8, 0, "By accuracy or answer NLL it is better than drop, the best of the plans that keep one of"),
+        (0.8, 1, "By accuracy or answer NLL it is better than drop, the best of the plans that keep one of"),
+        # It was said to gain nothing that the choice of a layer does not, after it was said to be better on text.
+        (0.3, -1, "By loss per token it is better than drop, the best of the plans that keep one of"),
+        (0.3, 1, "By accuracy, answer NLL or loss per token it is not better than drop, the best of the plans"),
+        (0.3, None, "By accuracy or answer NLL it is not better than drop, the best of the plans that keep one"),
+        (0.05, -1, None),
     ],
 )
-def test_the_answer_says_whether_averaging_gained_anything(tmp_path, right, said):
+def test_the_answer_says_whether_averaging_gained_anything(tmp_path, right, text, said):
     right = {"base": 0.9, "drop": 0.3, "fixed": 0.6, "found": right}
     run = search_run(tmp_path / "run", right=right)
+    rows = run.read("comparisons").drop_columns("run_id").to_pylist()
+    changed = [row | {"difference": text or 0.0} if row["measure"] == "text_nll" else row for row in rows]
+    run.replace("comparisons", [row for row in changed if text is not None or row["measure"] != "text_nll"])
     assert not any("keep one of the merged" in paragraph for paragraph in answer.in_words(Reached(run)))
-    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest | {"keep_one": {"best": "drop", "of": 4}}))
-    reached = Reached(RunDirectory.load(tmp_path / "run"))
+    reached, paragraphs = beside_one_layer(run)
     row = reached.against("found")["drop"]
     assert (row["p_holm"] < 0.05 and row["difference"] > 0) == (right["found"] > 0.5)
-    (paragraph,) = (each for each in answer.in_words(reached) if "keep one of the merged" in each)
-    assert paragraph.startswith(said)
+    assert [paragraph[: len(said)] for paragraph in paragraphs] == [said] if said else paragraphs == []
     # A search over blocks may have found another block than the one whose layers were kept.
     reached.run.config["plan"]["block"] = "search"
+    assert [each for each in answer.in_words(reached) if "keep one of the merged" in each] == paragraphs, "of a tail"
+    reached.run.config["plan"]["selection"] = "block"
     assert not any("keep one of the merged" in each for each in answer.in_words(reached))
-    reached.run.config["plan"].pop("block")
+    reached.run.config["plan"]["selection"] = "tail"
     reached.run.config["data"]["search_split"] = "test"  # where nothing is a test
     assert not any("keep one of the merged" in each for each in answer.in_words(reached))
+
+
+@pytest.mark.parametrize("alphas", [(1.0, 0.0, 1.0), (0.0, 0.0, 0.0)])
+def test_nothing_is_said_of_averaging_where_what_was_found_averages_nothing(tmp_path, alphas):
+    """All of the weight on one layer, with another layer's norms: better than drop, but not by averaging."""
+    run = search_run(tmp_path / "run", right={"base": 0.9, "drop": 0.3, "fixed": 0.6, "found": 0.8}, alphas=alphas)
+    reached, paragraphs = beside_one_layer(run)
+    assert findings.verdict(reached.against("found")["drop"]) == "better" and paragraphs == []
+
+
+def test_the_best_single_layer_is_known_also_where_another_searcher_found_it(tmp_path):
+    run = search_run(tmp_path / "run", right={"base": 0.9, "drop": 0.3, "fixed": 0.6, "found": 0.8})
+    plans = run.read("plans").drop_columns("run_id").to_pylist()
+    again = [row | {"name": "found_random", "kind": "found"} for row in plans if row["plan_id"] == "drop"]
+    run.replace("plans", [*(row for row in plans if row["plan_id"] != "found"), *again,
+                          *(row for row in plans if row["plan_id"] == "found")])  # fmt: skip
+    reached, (paragraph,) = beside_one_layer(run)
+    (name,) = (line["name"] for line in reached.lines if line["plan_id"] == "drop")
+    assert name == "found_random" and "averaging gained" in paragraph
 
 
 def test_one_search_with_several_seeds_is_told_with_how_far_its_coefficients_differ(tmp_path):
@@ -1227,13 +1261,51 @@ def test_searches_that_differ_in_more_than_the_seed_are_not_one(tmp_path, search
     assert sections() == sections(again) == sections(other) == sections(sweep_run(tmp_path / "sweep")) == []
     third = search_run(tmp_path / "third", seed=1)
     (section,) = sections(other, again, third)
-    assert section.title == "One search, 2 seeds: k3, again, third"
+    assert section.title == "One search, 2 seeds: k3, third", "a repeated seed would count twice"
     assert section.blocks[1].text.startswith("On average the coefficients of two seeds differ in 0 % of")
     assert "random" not in section.blocks[1].text
     # Another model under the same path.
     manifest = json.loads((tmp_path / "third" / "manifest.json").read_text())
     (tmp_path / "third" / "manifest.json").write_text(json.dumps(manifest | {"model": {"identity": "other"}}))
     assert sections(RunDirectory.load(tmp_path / "third")) == []
+
+
+def test_no_seed_counts_twice_in_what_is_said_of_seeds(tmp_path):
+    """A run given twice moved the mean towards itself, and lowered the standard deviation and the distances."""
+    runs = [
+        search_run(
+            tmp_path / f"s{seed}",
+            seed=seed,
+            alphas=alphas,
+            right=dict.fromkeys(("base", "drop", "fixed", "found"), right),
+        )
+        for seed, alphas, right in ((0, (0.1, 0.8, 0.3), 0.4), (1, (1.0, 1.0, 1.0), 0.9))
+    ]
+    once, twice = (seeds.seeds([*map(Reached, given)]) for given in (runs, [runs[0], *runs]))
+    assert [section.blocks[:2] for section in once] == [section.blocks[:2] for section in twice]
+
+
+def test_controls_beside_seeds_are_the_controls(tmp_path):
+    runs = [search_run(tmp_path / f"s{seed}", seed=seed, control="drop") for seed in range(2)]
+
+    def dropped():
+        (section,) = seeds.seeds([*map(Reached, runs)])
+        (cells,) = (row[1:] for row in section.blocks[0].cells if row[0] == "for comparison: drop")
+        return cells
+
+    expected = "0.4500", *dropped()[1:]
+    assert dropped() == expected, "not those of an alpha file of that name, which reaches more"
+    # The first seed found what the control is, so that both are one line.
+    plans = runs[0].read("plans").drop_columns("run_id").to_pylist()
+    again = [row | {"name": "found_random", "kind": "found"} for row in plans if row["plan_id"] == "drop"]
+    runs[0].replace("plans", [*plans, *again])
+    assert dropped() == expected
+    # What its value is above a ceiling is no value of the objective.
+    for run in runs:
+        trials = run.read("trials").drop_columns("run_id").to_pylist()
+        run.replace("trials", [row | {"perplexity": 90.0 if row["plan_id"] == "drop" else 12.5} for row in trials])
+        run.config["search"]["perplexity_ceiling"] = 50.0
+    assert dropped() == ("–", *expected[1:])
 
 
 def test_blocks_of_several_seeds_differ_wholly_where_they_share_no_layer():

@@ -6,6 +6,7 @@ call again goes on from there.
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import time
@@ -64,6 +65,7 @@ from raymerge.plan import (
 from raymerge.plan_section import (
     Similarity,
     allowed_starts,
+    check_selected,
     similarity_of,
     similarity_warnings,
     starting_plan,
@@ -77,6 +79,7 @@ from raymerge.storage import TEMPORARY
 from raymerge.tables import RunDirectory, RunError
 
 _LOOSE = 200  # batches whose parts of `trials` become one file: reading each takes 1 ms, in an object store 50
+_FILE_NAME = re.compile(r"[^./\\_][^/\\]{0,49}")  # an alpha file's own name may be a temporary one, or too long
 _INSIDE = 0.05  # an alpha's distance from its corner where a descent starts near one
 
 
@@ -141,12 +144,8 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
 
 def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[MergePlan]) -> None:
     """Refuse plans that cannot be merged, and probes of other merges."""
-    merges, shape = config.plan.merges, [(step.into, step.remove) for step in start.steps]
-    if config.plan.selection == "tail" and (start.selection != "tail" or len(shape) != merges):
-        raise PlanError(
-            f"plan {start.name} has {len(shape)} steps and is not a tail merge of plan.merges = {merges} "
-            "layers; to use the file's own steps, set plan.selection: list"
-        )
+    shape = [(step.into, step.remove) for step in start.steps]
+    check_selected(config.plan, start)
     blocks = _searched_starts(config, start, inputs.checkpoint)
     for first in blocks:
         check_mergeable(inputs.checkpoint, start.moved_to(first))
@@ -271,11 +270,18 @@ class _Search:
             self.reporter.derive(plans, [(plans[-1], plan) for plan in plans[:-1]], subjects=subjects)
 
     def _write_alphas(self, plans: Sequence[MergePlan]) -> None:
-        """An alpha file of every plan that can be one: the format has no alphas of single matrices."""
+        """An alpha file of every plan that can be one: the format has no alphas of single matrices.
+
+        It is named after the plan, with its id where two have one name; after its kind and id where no file of a run
+        may have the plan's name.
+        """
         names = Counter(plan.name for plan in plans)  # an alpha file's own name may be a control's
         for plan in plans:
             if plan.steps and not plan.matrix_alphas:
-                name = plan.name if names[plan.name] == 1 else f"{plan.name}-{plan.plan_id(self.identity)}"
+                plan_id = plan.plan_id(self.identity)
+                name = plan.name if names[plan.name] == 1 else f"{plan.name}-{plan_id}"
+                if not _FILE_NAME.fullmatch(name):
+                    name = f"{plan.kind}-{plan_id}"
                 self.run.write_text(alpha_file_text(plan.steps), "alphas", f"{name}.json")
 
     def _conclude(self, best: MergePlan, model: str | None, proof: dict[str, Any] | None) -> None:
@@ -349,9 +355,11 @@ class _Search:
         if layer is None:
             return []
         self.facts["keep_one"] = {"best": keeping[layer].name, "of": len(keeping)}
+        # Also where a control keeps it: that may be neither the first nor the last, as with dropping by influence.
+        best = alphas_that_keep(self.start, layer)
+        self.corners = [best, *(corner for corner in self.corners if corner != best)]
         if keeping[layer] in controls:
             return []
-        self.corners.insert(0, alphas_that_keep(self.start, layer))
         ((_, answers),) = self.pool.map("judge", [keeping[layer]])
         if answers is not None:
             self.reporter.store_answers(keeping[layer], SEARCH, answers)
@@ -514,7 +522,7 @@ class _Search:
         random = None if "random" in searchers else self._best("random", "random", "random")
         # The best of several searches by the search questions, which is what a search may choose by. A plan with one
         # set of coefficients is preferred to one with a set for each matrix: with seven times as many, the latter fits
-        # the search questions best and the report's worst, every time that both were tried (docs/results.md).
+        # the search questions best, which says little of others (docs/results.md).
         found.sort(key=lambda best: (not best[1].matrix_alphas, best[0]))
         return controls + ([random[1]] if random else []) + [plan for _, plan in found]
 

@@ -20,7 +20,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.cluster import Placement, PlacementError, cluster_nodes, plan_workers, start_ray
 from raymerge.config import Config, ConfigError
 from raymerge.identity import digest
-from raymerge.inputs import SEARCH_TEXT, TEXT, Material, read_material, read_text, task_role
+from raymerge.inputs import SEARCH_TEXT, TEXT, Material, check_matchable, read_material, read_text, task_role
 from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
@@ -79,11 +79,7 @@ def check_without_questions(config: Config, alignments: Mapping[str, Sequence[st
             "data.mmlu is null, so there are no prompts to choose blocks or fit refits on: set calibration.text to a "
             "file or demo"
         )
-    for key, asked in alignments.items():
-        if "activations" in asked:
-            raise ConfigError(
-                f"{key} has activations, which are computed on questions, but data.mmlu is null: use neurons"
-            )
+    check_matchable(config, alignments)
 
 
 def settings_of(config: Config, *sections: str) -> dict[str, Any]:

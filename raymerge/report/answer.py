@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from raymerge import findings, summary
 from raymerge.report.reached import Reached
 from raymerge.report.wording import enumerated, percent, perplexity, plural
 
 _ORDER = {"base": 0, "random": 2}  # "the best of 10 random candidates and drop" would have drop among the 10
 _KEEPING = ("drop", "before_last", "keep_one")  # kinds of plans
+#: What a plan is compared by, as a sentence has it.
+_MEASURES = {"accuracy": "accuracy", "answer_nll": "answer NLL", "text_nll": "loss per token"}
 #: What comparisons say of a plan, and how a sentence goes on with the other ones.
 LINKS = {"better": "better than", "indistinguishable": "indistinguishable from", "worse": "worse than"}
 
@@ -61,22 +65,37 @@ def _on_text(reached: Reached) -> str:
 
 def _beside_one_layer(reached: Reached) -> list[str]:
     """Whether the best plan is better than the best that averages nothing and keeps one of the same layers."""
-    best, config = reached.best, reached.run.config
+    best, plan = reached.best, reached.run.config.get("plan") or {}
     name = ((reached.run.manifest() or {}).get("keep_one") or {}).get("best")
-    kept = next((line for line in reached.lines if line["name"] == name and line["kind"] in _KEEPING), None)
-    elsewhere = (config.get("plan") or {}).get("block") == "search"  # where the found block need not be the start's
-    if kept is None or kept is best or elsewhere or findings.chosen_on(reached.run, reached.split):
+    # Of the rows: a search may have found what is also a control, whose line then has the found plan's name.
+    ids = {row["plan_id"] for row in reached.plans if row["name"] == name and row["kind"] in _KEEPING}
+    kept = next((line for line in reached.lines if line["plan_id"] in ids), None)
+    # Where the found block need not be the start's.
+    elsewhere = (plan.get("selection"), plan.get("block")) == ("block", "search")
+    if kept is None or elsewhere or not _averages(reached) or findings.chosen_on(reached.run, reached.split):
         return []
-    measures = ("accuracy", "answer_nll") if reached.asks else ("text_nll",)
-    rows = [reached.against(best["plan_id"], measure).get(kept["plan_id"]) for measure in measures]
-    said = {firm(row) for row in rows if row is not None}
+    rows = {measure: reached.against(best["plan_id"], measure).get(kept["plan_id"]) for measure in _MEASURES}
+    said = {measure: firm(row) for measure, row in rows.items() if row is not None}
+    asked = {measure: verdict for measure, verdict in said.items() if measure != "text_nll"}
     what = f"{kept['label']}, the best of the plans that keep one of the merged layers and drop the others"
-    by = f"By {'accuracy or answer NLL' if reached.asks else 'loss per token'} it is"
-    if "better" in said and "worse" not in said:
-        return [f"{by} better than {what}: averaging gained what no choice of one layer does."]
-    if said and "better" not in said:
-        return [f"{by} not better than {what}: the choice of a layer can explain all that it gains over others."]
+    if "worse" not in asked.values() and "better" in said.values():
+        by = _either(asked if "better" in asked.values() else ["text_nll"])
+        return [f"By {by} it is better than {what}: averaging gained what no choice of one layer does."]
+    if said and "better" not in said.values():
+        gained = "the choice of a layer can explain all that it gains over others"
+        return [f"By {_either(said)} it is not better than {what}: {gained}."]
     return []
+
+
+def _either(measures: Iterable[str]) -> str:
+    *first, last = map(_MEASURES.__getitem__, measures)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _averages(reached: Reached) -> bool:
+    """Whether any layer of the best plan has the weights of several, and not of another one alone."""
+    rows = reached.run.read("coefficients").to_pylist()
+    return any(0.0 < row["coefficient"] < 1.0 for row in rows if row["plan_id"] == reached.best["plan_id"])
 
 
 def told(reached: Reached, found: dict[str, dict]) -> str:

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from raymerge.identity import canonical_json
+from raymerge.objectives import above_ceiling
 from raymerge.plan import MergePlan, MergeStep
 from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
@@ -20,11 +21,12 @@ _RANDOM = 40  # random candidates of a run whose coefficients are compared, pair
 
 def seeds(reached: Sequence[Reached]) -> list[Section]:
     """A section for each search that stands on the page with more than one seed; none where there is no such search."""
-    groups: dict[bytes, list[Reached]] = {}
+    groups: dict[bytes, dict[int, Reached]] = {}
     for one in reached:
         if one.run.experiment == "search" and one.run.complete and one.best is not None:
-            groups.setdefault(_asked(one), []).append(one)
-    return [_section(group) for group in groups.values() if len({_seed(one) for one in group}) > 1]
+            # Of runs with one seed the first: statistics over seeds would count what is the same run more than once.
+            groups.setdefault(_asked(one), {}).setdefault(_seed(one), one)
+    return [_section([*group.values()]) for group in groups.values() if len(group) > 1]
 
 
 def _seed(one: Reached) -> int:
@@ -41,8 +43,7 @@ def _asked(one: Reached) -> bytes:
 
 
 def _section(group: Sequence[Reached]) -> Section:
-    number = len({_seed(one) for one in group})
-    title = f"One search, {plural(number, 'seed')}: {', '.join(one.name for one in group)}"
+    title = f"One search, {plural(len(group), 'seed')}: {', '.join(one.name for one in group)}"
     return Section(title, (_table(group), Text(_difference(group)), _figure(group)))
 
 
@@ -53,10 +54,13 @@ def _table(group: Sequence[Reached]) -> Table:
     found = [figures for _, figures in rows]
     for name, of in (("mean", fmean), ("standard deviation", stdev)):
         rows.append((name, [None if None in column else of(column) for column in zip(*found, strict=True)]))
-    for control in ("drop", "base"):
-        line = next((line for line in group[0].lines if line["name"] == control), None)
-        if line is not None:
-            rows.append((f"for comparison: {line['label']}", _figures_of(group[0], line["plan_id"])))
+    # Of the rows, since what was found may be a control, and then has one line; an alpha file may have any name.
+    stored = {row["name"]: row["plan_id"] for row in group[0].plans if row["name"] == row["kind"]}
+    rows += [
+        (f"for comparison: {control}", _figures_of(group[0], stored[control]))
+        for control in ("drop", "base")
+        if control in stored
+    ]
     cells = tuple(
         (name, value(objective_value, 4), percent(accuracy), value(nll, 4), perplexity(read))
         for name, (objective_value, accuracy, nll, read) in rows
@@ -72,8 +76,10 @@ def _table(group: Sequence[Reached]) -> Table:
 def _figures_of(one: Reached, plan_id: str) -> list[float | None]:
     """Objective on what was searched on, accuracy, answer NLL and perplexity of one plan of a run."""
     line = next(line for line in one.lines if line["plan_id"] == plan_id)
-    searched = (row["value"] for row in _trials(one) if row["plan_id"] == plan_id)
-    return [next(searched, None), line["accuracy"], line["nll"], finite(line["perplexity"])]
+    ceiling = one.run.config["search"].get("perplexity_ceiling")
+    # Above a ceiling the value is a penalty, no value of the objective.
+    searched = (row for row in _trials(one) if row["plan_id"] == plan_id and not above_ceiling(row, ceiling))
+    return [next(searched, {}).get("value"), line["accuracy"], line["nll"], finite(line["perplexity"])]
 
 
 def _trials(one: Reached) -> list[dict[str, Any]]:
