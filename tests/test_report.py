@@ -1199,11 +1199,12 @@ def test_the_answer_says_whether_averaging_gained_anything(tmp_path, right, text
 
 
 @pytest.mark.parametrize("alphas", [(1.0, 0.0, 1.0), (0.0, 0.0, 0.0)])
-def test_nothing_is_said_of_averaging_where_what_was_found_averages_nothing(tmp_path, alphas):
+def test_what_averages_nothing_is_not_said_to_gain_by_it(tmp_path, alphas):
     """All of the weight on one layer, with another layer's norms: better than drop, but not by averaging."""
     run = search_run(tmp_path / "run", right={"base": 0.9, "drop": 0.3, "fixed": 0.6, "found": 0.8}, alphas=alphas)
     reached, paragraphs = beside_one_layer(run)
     assert findings.verdict(reached.against("found")["drop"]) == "better" and paragraphs == []
+    assert "It averages nothing: every layer of it has the weights of a single one." in answer.in_words(reached)
 
 
 def test_the_best_single_layer_is_known_also_where_another_searcher_found_it(tmp_path):

@@ -64,7 +64,9 @@ def _on_text(reached: Reached) -> str:
 
 
 def _beside_one_layer(reached: Reached) -> list[str]:
-    """Whether the best plan is better than the best that averages nothing and keeps one of the same layers."""
+    """Whether the best plan averages anything, and is better than the best that keeps one of the same layers alone."""
+    if not _averages(reached):
+        return ["It averages nothing: every layer of it has the weights of a single one."]
     best, plan = reached.best, reached.run.config.get("plan") or {}
     name = ((reached.run.manifest() or {}).get("keep_one") or {}).get("best")
     # Of the rows: a search may have found what is also a control, whose line then has the found plan's name.
@@ -72,7 +74,7 @@ def _beside_one_layer(reached: Reached) -> list[str]:
     kept = next((line for line in reached.lines if line["plan_id"] in ids), None)
     # Where the found block need not be the start's.
     elsewhere = (plan.get("selection"), plan.get("block")) == ("block", "search")
-    if kept is None or elsewhere or not _averages(reached) or findings.chosen_on(reached.run, reached.split):
+    if kept is None or elsewhere or findings.chosen_on(reached.run, reached.split):
         return []
     rows = {measure: reached.against(best["plan_id"], measure).get(kept["plan_id"]) for measure in _MEASURES}
     said = {measure: firm(row) for measure, row in rows.items() if row is not None}
