@@ -290,6 +290,24 @@ def test_the_best_single_layer_to_keep_is_a_control_and_a_start_of_every_searche
     assert len(kept) == 3 and kept < stored
 
 
+def test_a_search_begins_at_the_best_layer_to_keep_also_where_a_control_keeps_it(stand_ins, tmp_path, monkeypatch):
+    """Of the last three layers the first and the last have the least influence, so that a control keeps the middle."""
+    results = {"block_influence": 0.75}
+    monkeypatch.setattr(
+        Judges, "__init__", lambda self: vars(self).update(results=results, answers=ANSWERS, timed=None)
+    )
+    influence = np.ones(N_LAYERS)
+    influence[[18, 20]] = 0.0
+    similarity = Similarity(SIMILARITY.matrix, influence)
+    search = searching(tmp_path, *QUIET, "plan.similarity_run=x", similarity=similarity, roles=(SEARCH,))
+    # The page's warnings read the run of the similarity, which there is none of.
+    monkeypatch.setattr(alpha_search, "similarity_warnings", lambda *_: [])
+    search.execute([])
+    (asked,) = (entry[-1] for entry in stand_ins if entry[0] == "bayes")
+    assert asked == [[0.6225, 0.6225], [1.0, 0.0], [1.0, 1.0]]
+    assert search.run.manifest()["keep_one"] == {"best": "block_influence", "of": 3}
+
+
 # -- what is stored, and which is best -------------------------------------------------------------------------------
 
 

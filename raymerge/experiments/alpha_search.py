@@ -349,9 +349,11 @@ class _Search:
         if layer is None:
             return []
         self.facts["keep_one"] = {"best": keeping[layer].name, "of": len(keeping)}
+        # Also where a control keeps it already, as one that drops the layers of least influence may keep any.
+        if (corner := alphas_that_keep(self.start, layer)) not in self.corners:
+            self.corners.insert(0, corner)
         if keeping[layer] in controls:
             return []
-        self.corners.insert(0, alphas_that_keep(self.start, layer))
         ((_, answers),) = self.pool.map("judge", [keeping[layer]])
         if answers is not None:
             self.reporter.store_answers(keeping[layer], SEARCH, answers)
