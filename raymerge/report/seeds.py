@@ -20,11 +20,12 @@ _RANDOM = 40  # random candidates of a run whose coefficients are compared, pair
 
 def seeds(reached: Sequence[Reached]) -> list[Section]:
     """A section for each search that stands on the page with more than one seed; none where there is no such search."""
-    groups: dict[bytes, list[Reached]] = {}
+    groups: dict[bytes, dict[int, Reached]] = {}
     for one in reached:
         if one.run.experiment == "search" and one.run.complete and one.best is not None:
-            groups.setdefault(_asked(one), []).append(one)
-    return [_section(group) for group in groups.values() if len({_seed(one) for one in group}) > 1]
+            # The first run of a seed: its repetitions are no other draws, and would make seeds look alike.
+            groups.setdefault(_asked(one), {}).setdefault(_seed(one), one)
+    return [_section(list(group.values())) for group in groups.values() if len(group) > 1]
 
 
 def _seed(one: Reached) -> int:
@@ -41,8 +42,7 @@ def _asked(one: Reached) -> bytes:
 
 
 def _section(group: Sequence[Reached]) -> Section:
-    number = len({_seed(one) for one in group})
-    title = f"One search, {plural(number, 'seed')}: {', '.join(one.name for one in group)}"
+    title = f"One search, {plural(len(group), 'seed')}: {', '.join(one.name for one in group)}"
     return Section(title, (_table(group), Text(_difference(group)), _figure(group)))
 
 
