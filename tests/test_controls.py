@@ -146,6 +146,11 @@ def test_of_a_block_the_layer_that_takes_it_in_may_be_kept_too():
     assert [kept.index for kept in keeping[4].kept] == [0, 1, 4, 5, 6, 7, 8] and keeping[4].resumes_at == 2
 
 
+def test_layers_to_keep_are_in_their_order_whatever_that_of_the_steps():
+    start = block_plan(9, 3, [0.5, 0.5], name="start", kind="fixed", survivor="after")
+    assert list(keeping_one(start, [])) == [3, 4, 5] and keeping_one(base_plan(9), []) == {}
+
+
 def test_where_layers_are_merged_in_several_places_no_single_one_can_be_kept():
     start = pairs_plan(9, [(2, 3), (6, 7)], [0.5, 0.5], name="start", kind="fixed")
     assert keeping_one(start, []) == {} and best_kept({}, [], "m") is None
