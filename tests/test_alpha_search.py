@@ -612,3 +612,26 @@ def test_every_plan_that_an_alpha_file_can_hold_has_one_and_plans_of_one_name_ha
         "found.json": [0.125, 0.75],
         **{f"drop-{plan.plan_id(CHECKPOINT.identity)}.json": plan.alphas for plan in (drop, mine)},
     }
+
+
+def test_one_set_of_coefficients_goes_before_a_set_for_each_matrix_and_only_searches_fail(tmp_path):
+    searchers = ["search.searcher=gradient", "gradient.parametrisations=[simplex, per_matrix]"]
+    search = searching(tmp_path, *searchers)
+    own = [0.5] * 2 * (1 + len(CHECKPOINT.architecture.matrices))
+    rows = [trial("gradient_simplex", 0, None, error="its own"), trial("random", 0, None, error="another's"),
+            trial("controls", 0, None, error="another's")]  # fmt: skip
+    search.run.append("trials", rows, part="failed")
+    with pytest.raises(UserError, match="every candidate of the search failed, 1 of them by this: its own"):
+        search._reported([])
+    rows = [trial("gradient_simplex", 1, 0.5), trial("gradient_per_matrix", 0, 0.9, alphas=own)]
+    search.run.append("trials", rows, part="a")
+    assert [plan.name for plan in search._reported([])] == ["found_gradient_per_matrix", "found_gradient_simplex"]
+
+
+def test_of_a_block_that_was_found_its_own_layers_are_dropped_beside_it(tmp_path):
+    search = searching(tmp_path, *BLOCK, "plan.refit=outputs", "calibration.text=demo", first=4, roles=(CALIBRATION,))
+    linear, dropped, start, best = search._refitted(search._candidate([11.0, 0.25, 0.75], "found"))
+    for plan in (linear, dropped, best):
+        assert [step.remove for step in plan.steps] == [12, 11]
+    assert linear.alphas == dropped.alphas == [1.0, 1.0] and best.alphas == [0.25, 0.75]
+    assert [step.remove for step in start.steps] == [5, 4]
