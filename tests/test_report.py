@@ -2608,3 +2608,24 @@ def test_what_averaging_gained_is_by_questions_or_by_text_alone(monkeypatch, ask
     monkeypatch.setattr(answer, "firm", lambda row: row)
     (*paragraph,) = answer._beside_one_layer(reached)
     assert len(paragraph) == (expected is not None) and all(expected in told for told in paragraph)
+
+
+def test_figures_are_numbered_through_the_page_and_have_all_their_drawings():
+    def figure(title):
+        views = (View({"mark": title}, f"{title} left"), View({"mark": "bar"}, f"{title} right", zoom={"x": "own"}))
+        return Figure(title, "told", views, Rows((), (), ()), "command")
+
+    first, second, third = map(figure, ("one", "two", "three"))
+    page = Page("t", "l", (Section("s", (Text("no figure"), first)), Section("u", (second, third))), "made")
+    html = Outline(render.to_html(page))
+    assert [known["id"] for tag, known in html.tags if tag == "figure"] == ["figure-1", "figure-2", "figure-3"]
+    assert [text for text in html.text if text.startswith("Figure ")] == [
+        f"Figure {n}. {title}." for n, title in enumerate(("one", "two", "three"), 1)
+    ]
+    assert render.figure_data(first)["views"] == [
+        {"spec": {"mark": "one", "description": "one left"}, "zoom": first.views[0].zoom},
+        {"spec": {"mark": "bar", "description": "one right"}, "zoom": {"x": "own"}},
+    ]
+    assert [render.slug(text) for text in ("Effective Coefficients, by SEED!", "–", "a")] == [
+        "effective-coefficients-by-seed", "section", "a",
+    ]  # fmt: skip
