@@ -113,9 +113,9 @@ def test_the_longest_prompt_decides_and_rows_are_told_shard_by_shard(monkeypatch
 def test_retrieval_is_asked_at_the_distances_that_fit(monkeypatch):
     checkpoint = Checkpoint("demo")
     monkeypatch.setattr(checkpoint.config, "max_position_embeddings", 64)
-    settings = ["sweep.distances=[16, 32, 128]", "sweep.retrieval_prompts=2", "data.seed=5", "model.add_bos=true"]
+    settings = ["sweep.distances=[16, 32, 128]", "sweep.retrieval_prompts=3", "data.seed=5", "model.add_bos=true"]
     found = RolePrompts(load_config(None, settings), Material(), checkpoint)
-    expected = retrieval_prompts(checkpoint.tokenizer, distances=(16, 32), per_distance=2, seed=5, add_bos=True)
+    expected = retrieval_prompts(checkpoint.tokenizer, distances=(16, 32), per_distance=3, seed=5, add_bos=True)
     assert sequences(found.shards(RETRIEVAL)) == sequences(expected.shards)
     assert found.retrieval.distances.tolist() == expected.distances.tolist()
 
