@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import sys
 
@@ -488,3 +489,23 @@ def test_offline_mode_for_real(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="the model 'owner/name' .* could not be read from the hub"):
         resolve_model("owner/name")
+
+
+@pytest.mark.parametrize("family", ["llama", "llama3_rope"])  # the latter is tied
+def test_what_some_layers_cost_and_what_they_are_called_in_the_merged_model(tmp_path, family):
+    """Against transformers' parameters, counted once each."""
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path, family)))
+    tensors = dict(AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").named_parameters())
+    layer_of = {name: int(name.split(".")[2]) if ".layers." in name else None for name in tensors}
+    assert checkpoint.stored_dtypes == {torch.float32}
+    for kept in ([0, 2, 3], [4], list(range(tiny.N_LAYERS))):
+        wanted = {name for name, layer in layer_of.items() if layer is None or layer in kept}
+        parameters = sum(tensors[name].numel() for name in wanted)
+        assert checkpoint.size(kept) == (parameters, 4 * parameters)
+        named = checkpoint.merged_names(kept)
+        assert set(named.values()) == wanted
+        for new, old in named.items():
+            here, there = (re.sub(r"layers\.\d+\.", "layers.", name) for name in (new, old))
+            assert here == there
+            assert layer_of[old] is None or kept[int(new.split(".")[2])] == layer_of[old]
+    assert checkpoint.public_name == tmp_path.name
