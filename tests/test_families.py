@@ -68,6 +68,12 @@ def test_more_experts_per_token_than_there_are_are_refused(family):
             architecture_of(tiny.config_of(family, num_experts_per_tok=chosen))
 
 
+def test_as_many_experts_per_token_as_there_are_is_a_model():
+    config = tiny.config_of("olmoe")
+    config.num_experts_per_tok = config.num_experts
+    assert architecture_of(config).sizes["experts"] == config.num_experts
+
+
 def test_a_sliding_layer_without_a_window_is_refused():
     """transformers loads such a model, and cannot run it."""
     kinds = ["full_attention"] * 3 + ["sliding_attention"] * 2
