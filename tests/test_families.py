@@ -198,3 +198,11 @@ def test_old_configs_name_their_rotary_type_too():
     for scaling in ({"rope_type": "dynamic", "factor": 2.0}, {"type": "dynamic", "factor": 2.0}):
         with pytest.raises(ArchitectureError, match="'dynamic'"):
             architecture_of(LlamaConfig.from_dict({"model_type": "llama", "rope_scaling": scaling}))
+
+
+def test_a_sliding_layer_that_cannot_be_is_refused_also_where_it_is_the_first():
+    for family, message in (("qwen2", "but the config gives no sliding_window"), ("llama", "but layers of llama have")):
+        config = tiny.config_of(family, layer_types=["sliding_attention"] + ["full_attention"] * 4)
+        config.sliding_window = None
+        with pytest.raises(ArchitectureError, match=f"sliding_attention for layer 0, {message}"):
+            attention_windows(config)
