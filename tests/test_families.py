@@ -206,3 +206,9 @@ def test_a_sliding_layer_that_cannot_be_is_refused_also_where_it_is_the_first():
         config.sliding_window = None
         with pytest.raises(ArchitectureError, match=f"sliding_attention for layer 0, {message}"):
             attention_windows(config)
+
+
+def test_a_key_that_a_config_leaves_empty_says_nothing_of_a_model():
+    for value, reason in ((None, "its layers' tensors are not described"), (64, "multi-head latent attention")):
+        with pytest.raises(ArchitectureError, match=f"model type 'new' is not supported: .*{reason}"):
+            architecture_of(SimpleNamespace(model_type="new", kv_lora_rank=value))
