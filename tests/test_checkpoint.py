@@ -509,3 +509,14 @@ def test_what_some_layers_cost_and_what_they_are_called_in_the_merged_model(tmp_
             assert here == there
             assert layer_of[old] is None or kept[int(new.split(".")[2])] == layer_of[old]
     assert checkpoint.public_name == tmp_path.name
+
+
+def test_a_folder_below_the_user_s_is_no_hub_id_and_only_a_snapshot_is_of_the_hub_s_cache(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no model folder ~/no-such-model"):
+        Checkpoint("~/no-such-model")
+    for place, known in (("snapshots", "owner/name"), ("blobs", None)):
+        folder = tmp_path / "models--owner--name" / place / "0123"
+        tiny.make_checkpoint(folder)
+        checkpoint = Checkpoint(str(folder))
+        assert (checkpoint.hub_id, checkpoint.public_name) == (known, known or "0123")
+        assert checkpoint.revision == ("0123" if known else None)
