@@ -520,3 +520,13 @@ def test_a_folder_below_the_user_s_is_no_hub_id_and_only_a_snapshot_is_of_the_hu
         checkpoint = Checkpoint(str(folder))
         assert (checkpoint.hub_id, checkpoint.public_name) == (known, known or "0123")
         assert checkpoint.revision == ("0123" if known else None)
+
+
+def test_a_tensor_of_eight_bits_without_a_word_in_the_config_is_refused(copy):
+    name = "model.layers.1.mlp.up_proj.weight"
+    state = load_file(copy / "model.safetensors")
+    save_file(
+        state | {name: state[name].to(torch.float8_e4m3fn)}, copy / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(CheckpointError, match=rf"{name} is stored as F8_E4M3: merge the unquantised checkpoint"):
+        Checkpoint(str(copy))
