@@ -522,11 +522,16 @@ def test_a_folder_below_the_user_s_is_no_hub_id_and_only_a_snapshot_is_of_the_hu
         assert checkpoint.revision == ("0123" if known else None)
 
 
-def test_a_tensor_of_eight_bits_without_a_word_in_the_config_is_refused(copy):
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8"), (torch.uint8, "U8"), (torch.int32, "I32")]
+)
+def test_a_quantised_tensor_without_a_word_in_the_config_is_refused(copy, dtype, kind):
+    """Eight-bit integers were averaged, cut to integers, saved, and proved to be what had been scored."""
     name = "model.layers.1.mlp.up_proj.weight"
     state = load_file(copy / "model.safetensors")
-    save_file(
-        state | {name: state[name].to(torch.float8_e4m3fn)}, copy / "model.safetensors", metadata={"format": "pt"}
-    )
-    with pytest.raises(CheckpointError, match=rf"{name} is stored as F8_E4M3: merge the unquantised checkpoint"):
+    buffer = {"score.counts": torch.ones(3, dtype=torch.int64)}  # of what is not the model's anything may be there
+    save_file(state | buffer, copy / "model.safetensors", metadata={"format": "pt"})
+    assert Checkpoint(str(copy)).stored("score.counts") == ("I64", (3,))
+    save_file(state | {name: state[name].to(dtype)}, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{name} is stored as {kind}: merge the unquantised checkpoint"):
         Checkpoint(str(copy))
