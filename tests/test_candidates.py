@@ -227,6 +227,7 @@ def test_a_model_s_revision_and_its_own_code_are_those_of_the_configuration(monk
 def test_the_worker_has_what_a_search_would_have(tmp_path, monkeypatch):
     """The similarity's coefficients, all threads, and the questions reported on, which are left out of its own."""
     monkeypatch.setattr(candidates, "ModelWorker", lambda config, **options: SimpleNamespace(config=config, **options))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     run = RunDirectory.open(tmp_path / "run", {}, "similarity")
     n_layers = Checkpoint("demo").n_layers
     named = {"subset": "a", "language": "en", "measure": "npib", "embedding": "pca", "n_samples": 3}
@@ -240,7 +241,7 @@ def test_the_worker_has_what_a_search_would_have(tmp_path, monkeypatch):
     ):
         plan, worker = candidates._opened(load_config(None, [*SETTINGS, *similar, *more]), tmp_path)
         assert plan.alphas == [0.5] * MERGES and worker.roles == roles
-        assert worker.config.workers.cpus_per_worker == torch.get_num_threads()
+        assert worker.config.workers.cpus_per_worker == 3
         assert worker.firsts == (n_layers - 1 - MERGES,) and worker.template.alphas == [0.5] * MERGES
 
 
