@@ -202,7 +202,9 @@ class Checkpoint(Mapping[str, Tensor]):
         expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         for name, file in self._where.items():
             kind, shape = self.stored(name)
-            if kind not in ITEM_BYTES:
+            # Averages of integers would be cut to integers, without a scale, and the proof compare like with like.
+            whole = self.architecture.has_tensor(name) and kind in DTYPES and not DTYPES[kind].is_floating_point
+            if kind not in ITEM_BYTES or whole:
                 raise CheckpointError(
                     f"{file}: {name} is stored as {kind}: merge the unquantised checkpoint, then quantise"
                 )

@@ -606,3 +606,67 @@ def test_a_disk_without_room_for_another_folder_is_said_where_the_model_is_to_be
     monkeypatch.setattr(tempfile, "mkdtemp", full)
     with pytest.raises(RunError, match=f"can be made in {tmp_path}: .*No space left on device.* free space"):
         search._save(search.start)
+
+
+# -- the layer that is kept, and alpha files -------------------------------------------------------------------------
+
+
+def test_where_no_layer_that_is_kept_could_be_judged_there_is_no_best_of_them(tmp_path):
+    search = searching(tmp_path, roles=(SEARCH,))
+    search.pool = Judges(dict.fromkeys(("drop", "before_last", "keep_19"), float("nan")), ANSWERS)
+    controls = controls_of(search.config.plan, CHECKPOINT, search.start, None, Silent())
+    keeping = keeping_one(search.start, controls)
+    search._try_controls([*controls, keeping[19]])
+    assert search._take_kept(keeping, controls) == [] and "keep_one" not in search.facts
+    assert search.corners == [[1.0, 1.0], [0.0, 0.0]]
+
+
+def test_a_control_that_is_another_plan_than_the_one_judged_in_its_place_is_judged_again(tmp_path):
+    """As where the merges are chosen anew, by states that differ in their last digits."""
+    search = searching(tmp_path, roles=(SEARCH,))
+    search.pool = Judges(answers=ANSWERS)
+    controls = controls_of(search.config.plan, CHECKPOINT, search.start, None, Silent())
+    search._try_controls(controls)
+    moved = [*controls[:2], tail_plan(N_LAYERS, [1.0, 0.5], name="another", kind="drop"), controls[3]]
+    search._try_controls(moved)
+    assert [plan.name for plan in search.pool.judged] == ["another"]
+    ids = found_in(search.run.read("trials").to_pylist(), "controls", "plan_id")
+    assert ids == [(plan.plan_id(CHECKPOINT.identity),) for plan in moved[1:]]
+
+
+def test_every_plan_that_an_alpha_file_can_hold_has_one_and_plans_of_one_name_have_one_each(tmp_path):
+    search = searching(tmp_path)
+    drop, mine, found = (
+        tail_plan(N_LAYERS, alphas, name=name, kind="file")
+        for alphas, name in (([1.0, 1.0], "drop"), ([0.5, 0.25], "drop"), ([0.125, 0.75], "found"))
+    )
+    matrices = found.with_alphas([0.5, 0.5], name="own", kind="found", matrix_alphas={"mlp.up_proj": [0.1, 0.2]})
+    search._write_alphas([base_plan(N_LAYERS), drop, mine, found, matrices])
+    files = {path.name: read_alpha_file(path, N_LAYERS).alphas for path in (tmp_path / "alphas").iterdir()}
+    assert files == {
+        "found.json": [0.125, 0.75],
+        **{f"drop-{plan.plan_id(CHECKPOINT.identity)}.json": plan.alphas for plan in (drop, mine)},
+    }
+
+
+def test_one_set_of_coefficients_goes_before_a_set_for_each_matrix_and_only_searches_fail(tmp_path):
+    searchers = ["search.searcher=gradient", "gradient.parametrisations=[simplex, per_matrix]"]
+    search = searching(tmp_path, *searchers)
+    own = [0.5] * 2 * (1 + len(CHECKPOINT.architecture.matrices))
+    rows = [trial("gradient_simplex", 0, None, error="its own"), trial("random", 0, None, error="another's"),
+            trial("controls", 0, None, error="another's")]  # fmt: skip
+    search.run.append("trials", rows, part="failed")
+    with pytest.raises(UserError, match="every candidate of the search failed, 1 of them by this: its own"):
+        search._reported([])
+    rows = [trial("gradient_simplex", 1, 0.5), trial("gradient_per_matrix", 0, 0.9, alphas=own)]
+    search.run.append("trials", rows, part="a")
+    assert [plan.name for plan in search._reported([])] == ["found_gradient_per_matrix", "found_gradient_simplex"]
+
+
+def test_of_a_block_that_was_found_its_own_layers_are_dropped_beside_it(tmp_path):
+    search = searching(tmp_path, *BLOCK, "plan.refit=outputs", "calibration.text=demo", first=4, roles=(CALIBRATION,))
+    linear, dropped, start, best = search._refitted(search._candidate([11.0, 0.25, 0.75], "found"))
+    for plan in (linear, dropped, best):
+        assert [step.remove for step in plan.steps] == [12, 11]
+    assert linear.alphas == dropped.alphas == [1.0, 1.0] and best.alphas == [0.25, 0.75]
+    assert [step.remove for step in start.steps] == [5, 4]

@@ -155,3 +155,49 @@ def test_folded_gains_compute_the_same(family):
     for name in tensors:
         assert torch.equal(folded[name], tensors[name].float()) == (name in kept)
         assert torch.equal(source_tensor(arch, tensors, name), tensors[name].float())
+
+
+def test_rows_of_a_fused_matrix_are_those_of_its_projections():
+    """Four query heads and two of keys and values, of 8 or 12 dimensions; an MLP of as many units as down reads."""
+    phi3, glm4 = (architecture_of(tiny.config_of(family)) for family in ("phi3", "glm4"))
+    units = tiny.config_of("phi3").intermediate_size
+    qkv = "self_attn.qkv_proj"
+    assert [phi3.rows_of(name) for name in ("q", "k", "v", "o")] == [
+        (qkv, slice(0, 32)), (qkv, slice(32, 48)), (qkv, slice(48, 64)), ("self_attn.o_proj", slice(None)),
+    ]  # fmt: skip
+    assert phi3.rows_of("up") == ("mlp.gate_up_proj", slice(units, 2 * units))
+    assert phi3.fused_blocks == {qkv: [32, 16, 16], "mlp.gate_up_proj": [units, units]}
+    assert glm4.fused_blocks == {"mlp.gate_up_proj": [units, units]}
+    assert glm4.rows_of("k") == ("self_attn.k_proj", slice(None))
+
+
+def test_names_that_a_family_may_have_are_no_others():
+    arch = architecture_of(tiny.config_of("qwen3"))
+    there = ("model.norm.weight", "lm_head.weight", "model.layers.3.self_attn.q_norm.weight",
+             "model.layers.0.mlp.up_proj.bias")  # fmt: skip
+    others = ("score.weight", "lm_head.bias", "model.layers.3.self_attn.q_norm.bias", "model.layers.0.mlp.bias",
+              "model.layers.0.mlp.up_proj.scale")  # fmt: skip
+    assert all(map(arch.has_tensor, there)) and not any(map(arch.has_tensor, others))
+
+
+def test_orders_for_another_number_of_heads_or_slices_are_refused():
+    config, arch, *_ = one_layer("llama")
+    every = random_permutations(config)
+    with pytest.raises(ArchitectureError, match="self_attn.v_proj.weight has 17 slices, but .* gives it 16"):
+        permute_tensor(arch, "self_attn.v_proj.weight", torch.zeros(17, 32), every)
+    wrong = every | {"value_channels": np.tile(np.arange(8), (3, 1))}
+    with pytest.raises(ArchitectureError, match=r"the permutation of value_channels is for \[3, 8\]"):
+        permute_tensor(arch, "self_attn.v_proj.weight", torch.zeros(16, 32), wrong)
+
+
+def test_each_expert_s_units_have_their_own_order():
+    """A layer computes the same whatever these are, but what it is averaged with depends on them."""
+    config, arch, _, _ = one_layer("qwen3_moe")
+    experts, units = config.num_experts, config.moe_intermediate_size
+    orders = np.array([np.roll(np.arange(units), shift) for shift in range(experts)])
+    tensor = torch.arange(units * 3.0).reshape(units, 3)
+    for number in range(experts):
+        moved = permute_tensor(arch, f"mlp.experts.{number}.up_proj.weight", tensor, {"units": orders})
+        assert torch.equal(moved, torch.roll(tensor, number, 0))
+        moved = permute_tensor(arch, f"mlp.experts.{number}.down_proj.weight", tensor.T, {"units": orders})
+        assert torch.equal(moved, torch.roll(tensor.T, number, 1))

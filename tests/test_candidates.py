@@ -1,6 +1,7 @@
 """Candidates scored in this process: against transformers' whole models, slopes, and what a search stores."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +11,16 @@ from scipy.optimize import minimize
 from transformers import AutoModelForCausalLM
 
 import raymerge
+from raymerge import candidates
 from raymerge.alpha_files import alpha_file_text, read_alpha_file
 from raymerge.candidates import CandidateScorer
 from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.config import ConfigError
 from raymerge.config_file import load_config
 from raymerge.experiments import search
+from raymerge.inputs import REPORT, SEARCH, SEARCH_TEXT
 from raymerge.plan import PlanError, tail_pairs, tail_plan
+from raymerge.tables import RunDirectory
 from raymerge.tail_loss import GradientError
 
 FEW = ["data.subjects=colour_mixing,number_words", "data.limit_per_subject=4", "data.report_limit_per_subject=4"]
@@ -180,6 +184,10 @@ def test_what_has_no_gradient_is_refused_where_it_is_asked_for():
             ["plan.selection=block"],
             r"plan\.block is cosine: a search chooses the layers .* set plan\.block to a number",
         ),
+        (
+            ["plan.selection=most_similar", "plan.similarity_run=x", "plan.recompute=true"],
+            r"plan\.recompute is true: a search chooses the layers .* set plan\.recompute to false",
+        ),
         (["plan.merges=21"], "cannot merge 21 layers of a model that has 21"),
         (["data.mmlu=null"], r"search\.objective answer_nll needs answers to questions, but data\.mmlu is null"),
         (["data.subjects=botany"], "botany"),
@@ -216,3 +224,64 @@ def test_wrong_vectors_are_refused(opened):
     assert opened.score([]) == []
     with pytest.raises(ConfigError, match="not the str 'demo.yaml'"):
         CandidateScorer("demo.yaml")
+
+
+def test_a_candidate_is_saved_with_the_worker_s_matches_and_proved_unless_that_is_not_asked_for(
+    opened, tmp_path, monkeypatch
+):
+    saved = []
+    monkeypatch.setattr(candidates, "save_merged", lambda *of, **how: saved.append((*of, how)) or {"proof": None})
+    for how in ({}, {"verify": False}):
+        opened.save(VECTORS[0], tmp_path / "new", **how)
+        *of, options = saved.pop()
+        assert of == [opened._worker.checkpoint, opened.candidate(VECTORS[0], "new"), tmp_path / "new"]
+        assert options == {"aligner": opened._worker.aligner, "verify": how.get("verify", True)}
+
+    def refuse(folder):
+        raise CheckpointError(f"{folder} cannot be written")
+
+    monkeypatch.setattr(candidates, "check_writable", refuse)
+    with pytest.raises(CheckpointError, match="new cannot be written"):
+        opened.save(VECTORS[0], tmp_path / "new")
+    assert saved == []
+
+
+def test_a_model_s_revision_and_its_own_code_are_those_of_the_configuration(monkeypatch):
+    class Opened(Exception):
+        pass
+
+    def checkpoint(*of, **how):
+        raise Opened(of, how)
+
+    monkeypatch.setattr(candidates, "Checkpoint", checkpoint)
+    with pytest.raises(Opened) as found:
+        scorer("model.path=owner/name", "model.revision=v1", "model.trust_remote_code=true")
+    assert found.value.args == (("owner/name",), {"revision": "v1", "trust_remote_code": True})
+
+
+def test_the_worker_has_what_a_search_would_have(tmp_path, monkeypatch):
+    """The similarity's coefficients, all threads, and the questions reported on, which are left out of its own."""
+    monkeypatch.setattr(candidates, "ModelWorker", lambda config, **options: SimpleNamespace(config=config, **options))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    run = RunDirectory.open(tmp_path / "run", {}, "similarity")
+    n_layers = Checkpoint("demo").n_layers
+    named = {"subset": "a", "language": "en", "measure": "npib", "embedding": "pca", "n_samples": 3}
+    run.append("similarity", [named | {"layer_i": i, "layer_j": j, "value": 0.5 ** abs(i - j)}
+                              for i in range(n_layers) for j in range(n_layers)])  # fmt: skip
+    run.write_manifest("complete")
+    similar = [f"plan.similarity_run={tmp_path / 'run'}", "plan.base=similarity"]
+    for more, roles in (
+        ([], (SEARCH, REPORT)),
+        (["data.mmlu=null", "search.objective=text_nll", *TEXT], (SEARCH_TEXT,)),
+    ):
+        plan, worker = candidates._opened(load_config(None, [*SETTINGS, *similar, *more]), tmp_path)
+        assert plan.alphas == [0.5] * MERGES and worker.roles == roles
+        assert worker.config.workers.cpus_per_worker == 3
+        assert worker.firsts == (n_layers - 1 - MERGES,) and worker.template.alphas == [0.5] * MERGES
+
+
+def test_layers_that_cannot_be_averaged_are_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    folder = tiny.make_checkpoint(tmp_path / "base", "gemma2")
+    monkeypatch.setattr(candidates, "ModelWorker", lambda *_, **__: pytest.fail("a worker was made"))
+    with pytest.raises(PlanError, match="attention windows differ"):
+        scorer(f"model.path={folder}", "plan.ratio=1")

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import sys
 
@@ -488,3 +489,49 @@ def test_offline_mode_for_real(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="the model 'owner/name' .* could not be read from the hub"):
         resolve_model("owner/name")
+
+
+@pytest.mark.parametrize("family", ["llama", "llama3_rope"])  # the latter is tied
+def test_what_some_layers_cost_and_what_they_are_called_in_the_merged_model(tmp_path, family):
+    """Against transformers' parameters, counted once each."""
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path, family)))
+    tensors = dict(AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").named_parameters())
+    layer_of = {name: int(name.split(".")[2]) if ".layers." in name else None for name in tensors}
+    assert checkpoint.stored_dtypes == {torch.float32}
+    for kept in ([0, 2, 3], [4], list(range(tiny.N_LAYERS))):
+        wanted = {name for name, layer in layer_of.items() if layer is None or layer in kept}
+        parameters = sum(tensors[name].numel() for name in wanted)
+        assert checkpoint.size(kept) == (parameters, 4 * parameters)
+        named = checkpoint.merged_names(kept)
+        assert set(named.values()) == wanted
+        for new, old in named.items():
+            here, there = (re.sub(r"layers\.\d+\.", "layers.", name) for name in (new, old))
+            assert here == there
+            assert layer_of[old] is None or kept[int(new.split(".")[2])] == layer_of[old]
+    assert checkpoint.public_name == tmp_path.name
+
+
+def test_a_folder_below_the_user_s_is_no_hub_id_and_only_a_snapshot_is_of_the_hub_s_cache(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no model folder ~/no-such-model"):
+        Checkpoint("~/no-such-model")
+    for place, known in (("snapshots", "owner/name"), ("blobs", None)):
+        folder = tmp_path / "models--owner--name" / place / "0123"
+        tiny.make_checkpoint(folder)
+        checkpoint = Checkpoint(str(folder))
+        assert (checkpoint.hub_id, checkpoint.public_name) == (known, known or "0123")
+        assert checkpoint.revision == ("0123" if known else None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8"), (torch.uint8, "U8"), (torch.int32, "I32")]
+)
+def test_a_quantised_tensor_without_a_word_in_the_config_is_refused(copy, dtype, kind):
+    """Eight-bit integers were averaged, cut to integers, saved, and proved to be what had been scored."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    state = load_file(copy / "model.safetensors")
+    buffer = {"score.counts": torch.ones(3, dtype=torch.int64)}  # of what is not the model's anything may be there
+    save_file(state | buffer, copy / "model.safetensors", metadata={"format": "pt"})
+    assert Checkpoint(str(copy)).stored("score.counts") == ("I64", (3,))
+    save_file(state | {name: state[name].to(dtype)}, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{name} is stored as {kind}: merge the unquantised checkpoint"):
+        Checkpoint(str(copy))

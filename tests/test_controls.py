@@ -1,7 +1,10 @@
 """controls.py: which plans a search is held against, and which single layer is the best to keep."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import tiny
 from test_heuristics import planted
 
 from raymerge.checkpoint import Checkpoint
@@ -18,7 +21,7 @@ from raymerge.plan import (
     tail_coefficients,
     tail_plan,
 )
-from raymerge.plan_section import Similarity, starting_plan
+from raymerge.plan_section import SHUFFLE_SEED, Similarity, starting_plan
 from raymerge.progress import Silent
 
 CHECKPOINT = Checkpoint("demo")
@@ -46,6 +49,10 @@ def controls_in(*settings, similarity=None, first=None):
         (["plan.similarity_run=x"], [*FIRST, "block_influence", FIXED]),  # whose similarity nothing is made of
         (BY_SIMILARITY, [*FIRST, "block_influence", FIXED, "similarity_shuffled", "similarity"]),
         (
+            ["plan.similarity_run=x", "plan.base=similarity_ratio"],
+            [*FIRST, "block_influence", FIXED, "similarity_shuffled", "similarity_ratio"],
+        ),
+        (
             ["plan.similarity_run=x", "plan.selection=most_similar"],
             [*FIRST, "block_influence", FIXED, "similarity_shuffled"],
         ),
@@ -69,10 +76,40 @@ def test_every_control_that_there_can_be_is_one_and_none_twice(settings, expecte
 
 
 def test_the_shuffled_control_of_a_block_is_of_the_same_block():
-    block = ["plan.selection=block", "plan.block=7"]
-    controls = {plan.name: plan for plan in controls_in(*block, *BY_SIMILARITY, similarity=SIMILARITY, first=7)[1]}
-    for name in ("drop_block", "similarity_shuffled", "similarity"):
-        assert [step.remove for step in controls[name].steps] == [8, 7]
+    for block in ("7", "cosine"):  # which may begin at any layer, and the first that is allowed is 1
+        settings = ["plan.selection=block", f"plan.block={block}", *BY_SIMILARITY]
+        controls = {plan.name: plan for plan in controls_in(*settings, similarity=SIMILARITY, first=7)[1]}
+        for name in ("drop_block", "similarity_shuffled", "similarity"):
+            assert [step.remove for step in controls[name].steps] == [8, 7]
+
+
+def test_no_control_merges_what_cannot_be_merged(tmp_path):
+    """Of a similarity's shuffles, the first that puts the likest layers where the attention is the same."""
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "base", "gemma2")))
+    assert checkpoint.windows == [40, None, 40, 40, 40]
+    plan = load_config(None, ["plan.merges=1", "plan.selection=most_similar", "plan.similarity_run=x"]).plan
+    first = []
+    for pair in ((2, 3), (3, 4)):
+        similarity = Similarity(planted(5, {pair: 0.9}), None)
+        start = starting_plan(plan, 5, similarity)
+        (shuffled,) = (own for own in controls_of(plan, checkpoint, start, similarity, Silent()) if "shuf" in own.name)
+        assert (shuffled.steps[0].into, shuffled.steps[0].remove) in {(2, 3), (3, 4)}
+        first.append(starting_plan(plan, 5, similarity.shuffled(SHUFFLE_SEED)).steps[0].into)
+    assert min(first) < 2  # which the first shuffle alone would not have kept to
+
+
+def test_that_no_shuffle_makes_a_control_is_said():
+    """Of all neighbours only those that are merged have a similarity."""
+    matrix = np.full((N_LAYERS, N_LAYERS), np.nan)
+    for i, j in ((18, 19), (19, 20)):
+        matrix[i, j] = matrix[j, i] = 0.5
+    np.fill_diagonal(matrix, 1.0)
+    plan = load_config(None, ["plan.merges=2", *BY_SIMILARITY]).plan
+    similarity, said = Similarity(matrix, None), []
+    start = starting_plan(plan, N_LAYERS, similarity)
+    found = controls_of(plan, CHECKPOINT, start, similarity, SimpleNamespace(message=said.append))
+    assert [own.name for own in found] == [*FIRST, FIXED, "similarity"]
+    assert said == ["Warning: no shuffle of the similarity makes a plan that can be a control."]
 
 
 # -- one layer kept --------------------------------------------------------------------------------------------------
@@ -95,11 +132,23 @@ def test_each_merged_layer_is_kept_alone_once():
     assert {plan.kind for plan in (keeping[6], keeping[7])} == {"keep_one"} and {drop, last} <= set(keeping.values())
 
 
+def test_a_control_keeps_one_layer_only_if_it_averages_nothing_and_the_first_such_is_taken():
+    start = tail_plan(9, [1.0, 0.5], name="half", kind="file")
+    assert keeping_one(start, [start])[6].name == "keep_6" == keeping_one(start, [base_plan(9)])[6].name
+    dropping = tail_plan(9, [1.0, 1.0], name="fixed_1", kind="fixed", alignment="neurons")
+    assert keeping_one(dropping, [drop_plan(9, 2), dropping])[6].name == "drop"
+
+
 def test_of_a_block_the_layer_that_takes_it_in_may_be_kept_too():
     start = block_plan(9, 3, [0.5, 0.5], name="start", kind="fixed")
     keeping = keeping_one(start, [drop_plan(9, 2), drop_block_plan(9, 3, 2)])
     assert {layer: plan.name for layer, plan in keeping.items()} == {2: "drop_block", 3: "keep_3", 4: "keep_4"}
     assert [kept.index for kept in keeping[4].kept] == [0, 1, 4, 5, 6, 7, 8] and keeping[4].resumes_at == 2
+
+
+def test_layers_to_keep_are_in_their_order_whatever_that_of_the_steps():
+    start = block_plan(9, 3, [0.5, 0.5], name="start", kind="fixed", survivor="after")
+    assert list(keeping_one(start, [])) == [3, 4, 5] and keeping_one(base_plan(9), []) == {}
 
 
 def test_where_layers_are_merged_in_several_places_no_single_one_can_be_kept():

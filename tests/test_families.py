@@ -68,6 +68,12 @@ def test_more_experts_per_token_than_there_are_are_refused(family):
             architecture_of(tiny.config_of(family, num_experts_per_tok=chosen))
 
 
+def test_as_many_experts_per_token_as_there_are_is_a_model():
+    config = tiny.config_of("olmoe")
+    config.num_experts_per_tok = config.num_experts
+    assert architecture_of(config).sizes["experts"] == config.num_experts
+
+
 def test_a_sliding_layer_without_a_window_is_refused():
     """transformers loads such a model, and cannot run it."""
     kinds = ["full_attention"] * 3 + ["sliding_attention"] * 2
@@ -192,3 +198,17 @@ def test_old_configs_name_their_rotary_type_too():
     for scaling in ({"rope_type": "dynamic", "factor": 2.0}, {"type": "dynamic", "factor": 2.0}):
         with pytest.raises(ArchitectureError, match="'dynamic'"):
             architecture_of(LlamaConfig.from_dict({"model_type": "llama", "rope_scaling": scaling}))
+
+
+def test_a_sliding_layer_that_cannot_be_is_refused_also_where_it_is_the_first():
+    for family, message in (("qwen2", "but the config gives no sliding_window"), ("llama", "but layers of llama have")):
+        config = tiny.config_of(family, layer_types=["sliding_attention"] + ["full_attention"] * 4)
+        config.sliding_window = None
+        with pytest.raises(ArchitectureError, match=f"sliding_attention for layer 0, {message}"):
+            attention_windows(config)
+
+
+def test_a_key_that_a_config_leaves_empty_says_nothing_of_a_model():
+    for value, reason in ((None, "its layers' tensors are not described"), (64, "multi-head latent attention")):
+        with pytest.raises(ArchitectureError, match=f"model type 'new' is not supported: .*{reason}"):
+            architecture_of(SimpleNamespace(model_type="new", kv_lora_rank=value))

@@ -354,6 +354,12 @@ def test_dropping_any_layers_leaves_the_others_as_they_are(layers):
     assert all(kept.unchanged for kept in plan.kept) and plan.kind == "drop"
 
 
+def test_a_layer_that_is_named_twice_is_dropped_once_and_a_block_may_be_all_but_the_first():
+    assert drop_layers_plan(5, [2, 2, 4], name="x") == drop_layers_plan(5, [4, 2], name="x")
+    assert [kept.index for kept in drop_block_plan(5, 1, 4).kept] == [0]
+    assert [kept.index for kept in drop_block_plan(5, 0, 4).kept] == [4]
+
+
 def test_where_a_merged_model_can_resume_from_the_unmerged_states():
     tail = tail_plan(8, [0.5, 0.2, 0.7], name="x", kind="found")
     assert (tail.resumes_at, tail.ends_at_once) == (4, True)

@@ -18,8 +18,10 @@ from raymerge.plan_section import (
     influence_plan,
     options_of,
     shuffled_plan,
+    similarity_of,
     starting_plan,
 )
+from raymerge.tables import RunDirectory
 
 N_LAYERS = 21
 NEIGHBOURS = {(2, 3): 0.9, (3, 4): 0.2, (7, 8): 0.8, (19, 20): 0.3, (18, 19): 0.4}
@@ -64,6 +66,8 @@ def test_a_plan_from_a_file_has_the_section_s_options(tmp_path):
         plan_config("base=file", f"alpha_file={tmp_path / 'a.json'}", "norms=fold").plan, N_LAYERS, None
     )
     assert steps_of(plan) == [(19, 20, 0.3), (18, 19, 0.8)] and plan.norms == "fold"
+    unused = plan_config("merges=2", f"alpha_file={tmp_path / 'a.json'}").plan  # whose base is fixed
+    assert steps_of(starting_plan(unused, N_LAYERS, None)) == [(19, 20, 0.6225), (18, 19, 0.6225)]
 
 
 def test_a_shuffled_similarity_merges_as_many_layers_by_the_values_of_others():
@@ -141,3 +145,22 @@ def test_blocks_that_are_averaged_have_layers_of_one_attention():
     assert allowed(2, "block=1") == [1] and allowed(2, "starts=[1, 3]") == [1, 3]
     with pytest.raises(PlanError, match="no 4 layers in a row of this model have the same attention, so that 3 could"):
         allowed(3)
+
+
+def test_of_a_similarity_run_the_matrix_and_influence_that_are_named_are_read(tmp_path):
+    run = RunDirectory.open(tmp_path / "run", {}, "similarity")
+    number = {}
+    for subset in ("a", "b"):
+        for language in ("en", "de"):
+            number[subset, language] = value = len(number) + 1.0
+            names = {"subset": subset, "language": language, "n_samples": 3}
+            pairs = [{"layer_i": i, "layer_j": j, "value": value + i - j} for i in range(2) for j in range(2)]
+            run.append("similarity", [names | {"measure": "npib", "embedding": "pca"} | pair for pair in pairs])
+            run.append("block_influence", [names | {"layer": i, "value": value / 8 + i} for i in range(2)])
+    run.write_manifest("complete")
+    for (subset, language), value in number.items():
+        named = [f"similarity_subset={subset}", f"similarity_language={language}"]
+        found = similarity_of(plan_config(f"similarity_run={tmp_path / 'run'}", *named), 2)
+        assert found.matrix.tolist() == [[value, value - 1], [value + 1, value]]
+        assert found.block_influence.tolist() == [value / 8, value / 8 + 1]
+    assert similarity_of(plan_config(), 2) is None

@@ -10,6 +10,7 @@ import shlex
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
@@ -29,7 +30,7 @@ from report_runs import (
 
 from raymerge import console, findings, report, rows, statistics, summary
 from raymerge.card import search_results
-from raymerge.plan import base_plan, drop_block_plan, pairs_plan, tail_coefficients
+from raymerge.plan import base_plan, block_plan, drop_block_plan, pairs_plan, tail_coefficients
 from raymerge.progress import Silent
 from raymerge.report import (
     answer,
@@ -2554,3 +2555,116 @@ def test_plans_without_questions_are_ranked_by_their_perplexity(tmp_path):
         assert (cells[0], cells[1], cells[3]) == (order[plan], change(pairs[plan]), ppl(texts[plan]))
         assert findings.verdict(pairs[plan]).split(",")[0] in cells[2]
     assert verdicts.header == ("against", "loss per token", "verdict, p (Holm)", "perplexity")
+
+
+def test_a_search_of_one_seed_that_was_run_twice_counts_once_among_the_seeds(tmp_path, search):
+    """It made the average distance of three pairs of which one had none, and the deviation that of two draws."""
+    again = search_run(tmp_path / "again")
+    other = search_run(tmp_path / "other", seed=1, alphas=(0.9, 0.8, 0.3))
+    (section,) = seeds.seeds([Reached(run) for run in (search, again, other)])
+    table, text, _ = section.blocks
+    assert [row[0] for row in table.cells][:3] == ["seed 0 (k3)", "seed 1 (other)", "mean"]
+    apart = np.abs(tail_coefficients((0.1, 0.8, 0.3)) - tail_coefficients((0.9, 0.8, 0.3))).sum() / 2
+    assert f"two seeds differ in {100 * apart:.0f} % of" in text.text
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"data": {"mmlu": "other"}}, {"text_hash": "other"}, {"model": {"identity": "other"}}, {"status": "failed"}],
+)
+def test_searches_with_other_files_or_without_an_end_are_not_seeds_of_one(tmp_path, search, changed):
+    other = search_run(tmp_path / "other", seed=1)
+    assert len(seeds.seeds([Reached(search), Reached(other)])) == 1
+    manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest | changed))
+    assert seeds.seeds([Reached(search), Reached(RunDirectory.load(tmp_path / "other"))]) == []
+
+
+def test_seeds_have_their_own_numbers_commands_and_plans(tmp_path):
+    """Of a measure that one of them has not there is no mean."""
+    runs = [
+        search_run(
+            tmp_path / f"s{seed}",
+            seed=seed,
+            subjects=("algebra", "law", "algebra"),
+            objective="answer_nll",
+            alphas=alphas,
+            found=f"found_{seed}",
+        )
+        for seed, alphas in ((3, (1.0, 1.0, 0.996)), (4, (0.5, 1.0, 1.0)))
+    ]
+    other = [row | {"value": 0.7} for row in runs[1].read("trials").drop_columns("run_id").to_pylist()]
+    runs[1].replace("trials", other)
+    runs[0].replace("perplexity", [])
+    own = [row | {"matrix": "mlp.up_proj", "coefficient": 0.5}
+           for row in runs[0].read("coefficients").drop_columns("run_id").to_pylist()]  # fmt: skip
+    runs[0].append("coefficients", own)
+    # A control that another plan has the name of as its kind.
+    stored = [row | {"kind": "drop"} if row["plan_id"] == "fixed" else row
+              for row in runs[0].read("plans").drop_columns("run_id").to_pylist()]  # fmt: skip
+    runs[0].replace("plans", sorted(stored, key=lambda row: row["plan_id"] != "fixed"))
+    (section,) = seeds.seeds([Reached(run) for run in runs])
+    table, _, figure = section.blocks
+    lines = {row[0]: row[1:] for row in table.cells}
+    micro = [next(row for row in run.read("accuracy").to_pylist()
+                  if (row["plan_id"], row["subject"]) == ("found", MICRO)) for run in runs]  # fmt: skip
+    assert [lines[f"seed {seed} (s{seed})"][:3] for seed in (3, 4)] == [
+        (f"{value:.4f}", f"{100 * row['accuracy']:.1f} %", f"{row['nll']:.4f}")
+        for value, row in zip((0.65, 0.7), micro, strict=True)
+    ]
+    assert lines["mean"][0] == "0.6750" and lines["mean"][3] == "–" != lines["seed 4 (s4)"][3]
+    assert [row[0] for row in table.cells][-2:] == ["for comparison: drop", "for comparison: base"]
+    assert lines["for comparison: drop"][0] == "0.4500"
+    cells = as_dicts(figure.rows)
+    # A share of 0.4 % is too small to be written; layer 2 is shown, though the other seed leaves it as it is.
+    assert [(row["layer"], row["kept"], row["percent"]) for row in cells if row["series"] == "seed 3 (s3)"] == [
+        (2, "2", "100"), (3, "2", ""), (4, "–", ""), (5, "–", ""),
+    ]  # fmt: skip
+    assert figure.command.count("raymerge search") == 2
+    assert [Path(path).parent.parent.parent.name for _, path in figure.rows.sources] == ["s3", "s4"]
+
+
+@pytest.mark.parametrize("survivor", ["before", "after"])
+def test_random_candidates_over_blocks_have_the_coefficients_of_their_own_blocks(survivor):
+    best = block_plan(8, 3, [0.5, 0.5], name="found", kind="found", survivor=survivor)
+    stored = [row | {"block": None} for row in rows.plan_rows(best, "found")]
+    drawn = [(4, [0.25, 0.5]), (1, [0.0, 0.75]), (None, [1.0, 0.5])]
+    trials = [
+        {"searcher": "random", "status": "ok", "plan_id": "p", "block": block, "alphas": alphas}
+        for block, alphas in [*drawn, *[(3, [0.5, 0.5])] * 50]
+    ]
+    trials = [{"searcher": "bayes", "status": "ok", "block": 4, "alphas": [0.1, 0.1]},
+              {"searcher": "random", "status": "failed", "block": 4, "alphas": [0.1, 0.1]}, *trials]  # fmt: skip
+    run = SimpleNamespace(read=lambda _: SimpleNamespace(to_pylist=lambda: trials))
+    costs = {"layers": 6, "layers_removed": 2}
+    found = seeds._random(SimpleNamespace(run=run, plans=stored, best={"plan_id": "found", "costs": costs}))
+    assert len(found) == 40
+    for (block, alphas), weights in zip(drawn, found, strict=False):
+        first = 3 if block is None else block
+        kept, sources = (first - 1, (-1, 0, 1)) if survivor == "before" else (first + 2, (2, 1, 0))
+        for source, share in zip(sources, tail_coefficients(alphas), strict=True):
+            assert weights.get((kept, first + source), 0.0) == pytest.approx(share)
+        assert {key: weight for key, weight in weights.items() if key[0] != kept} == {
+            (layer, layer): 1.0 for layer in range(8) if not min(kept, first) <= layer <= max(kept, first + 1)
+        }
+
+
+def test_figures_are_numbered_through_the_page_and_have_all_their_drawings():
+    def figure(title):
+        views = (View({"mark": title}, f"{title} left"), View({"mark": "bar"}, f"{title} right", zoom={"x": "own"}))
+        return Figure(title, "told", views, Rows((), (), ()), "command")
+
+    first, second, third = map(figure, ("one", "two", "three"))
+    page = Page("t", "l", (Section("s", (Text("no figure"), first)), Section("u", (second, third))), "made")
+    html = Outline(render.to_html(page))
+    assert [known["id"] for tag, known in html.tags if tag == "figure"] == ["figure-1", "figure-2", "figure-3"]
+    assert [text for text in html.text if text.startswith("Figure ")] == [
+        f"Figure {n}. {title}." for n, title in enumerate(("one", "two", "three"), 1)
+    ]
+    assert render.figure_data(first)["views"] == [
+        {"spec": {"mark": "one", "description": "one left"}, "zoom": first.views[0].zoom},
+        {"spec": {"mark": "bar", "description": "one right"}, "zoom": {"x": "own"}},
+    ]
+    assert [render.slug(text) for text in ("Effective Coefficients, by SEED!", "–", "a")] == [
+        "effective-coefficients-by-seed", "section", "a",
+    ]  # fmt: skip

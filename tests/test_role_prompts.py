@@ -21,7 +21,7 @@ from raymerge.inputs import (
     read_material,
     task_role,
 )
-from raymerge.prompts import ChoicePrompts, Group, PromptError, Prompts, Shard
+from raymerge.prompts import TEXT_WINDOW, ChoicePrompts, Group, PromptError, Prompts, Shard
 from raymerge.role_prompts import RolePrompts
 
 
@@ -113,8 +113,19 @@ def test_the_longest_prompt_decides_and_rows_are_told_shard_by_shard(monkeypatch
 def test_retrieval_is_asked_at_the_distances_that_fit(monkeypatch):
     checkpoint = Checkpoint("demo")
     monkeypatch.setattr(checkpoint.config, "max_position_embeddings", 64)
-    settings = ["sweep.distances=[16, 32, 128]", "sweep.retrieval_prompts=2", "data.seed=5", "model.add_bos=true"]
+    settings = ["sweep.distances=[16, 32, 128]", "sweep.retrieval_prompts=3", "data.seed=5", "model.add_bos=true"]
     found = RolePrompts(load_config(None, settings), Material(), checkpoint)
-    expected = retrieval_prompts(checkpoint.tokenizer, distances=(16, 32), per_distance=2, seed=5, add_bos=True)
+    expected = retrieval_prompts(checkpoint.tokenizer, distances=(16, 32), per_distance=3, seed=5, add_bos=True)
     assert sequences(found.shards(RETRIEVAL)) == sequences(expected.shards)
     assert found.retrieval.distances.tolist() == expected.distances.tolist()
+
+
+def test_windows_of_a_model_of_long_context_are_no_longer_than_those_of_others_and_without_a_text_there_are_none(
+    monkeypatch,
+):
+    checkpoint = Checkpoint("demo")
+    monkeypatch.setattr(checkpoint.config, "max_position_embeddings", 100_000)
+    found = RolePrompts(load_config(None, ["data.perplexity_tokens=3000"]), Material(), checkpoint)
+    assert max(map(len, sequences(found.shards(TEXT)))) == TEXT_WINDOW < 3000 / 2
+    without = RolePrompts(load_config(None, ["data.perplexity_text=null"]), Material(), checkpoint)
+    assert without.shards(TEXT) == () == without.shards(SEARCH_TEXT)

@@ -691,6 +691,15 @@ def test_proposals_are_made_while_workers_are_busy_and_know_what_is_pending():
     assert len(asked) == 2
 
 
+def test_an_error_in_tunes_folder_is_not_forgotten_for_a_trial_that_ends_well():
+    tune = searcher([], batch=1)
+    tune.suggest("a"), tune.suggest("b")
+    assert not tune.trial_failed
+    tune.on_trial_complete("a", error=True)
+    tune.on_trial_complete("b", scores(0.5))
+    assert tune.trial_failed
+
+
 # -- one trial, and Tune's part of a search
 
 
@@ -736,6 +745,53 @@ def test_loggers_get_averages_over_a_trial_s_candidates(monkeypatch):
     monkeypatch.setattr("raymerge.search.call_worker", lambda *_, **__: results)
     found = a_trial("/dev/null", []).step()
     assert found == {"results": results, "value": 0.5, "nll": 1.5, "seconds": 2.0, "done": True}
+
+
+def test_a_proposal_knows_of_the_candidates_that_lost_their_worker():
+    asked = []
+
+    class Asked(Told):
+        def ask(self, count, pending=()):
+            asked.append([list(point) for point in pending])
+            return super().ask(count, pending)
+
+    tune = BatchSearcher(
+        Asked([]), candidates=6, batch=2, crew=Crew(2), describe=lambda _: {"searcher": "fake"}, minimise=False,
+        record=lambda *_: None,
+    )  # fmt: skip
+    lost, running = (tune.suggest(name)["candidates"] for name in "ab")
+    tune.on_trial_complete("a", {"lost": "died"})
+    assert tune.suggest("c") is None, "no worker is free, so that the next batch is made ahead"
+    assert asked[2] == [*running, *lost]
+
+
+def test_a_row_has_the_point_at_which_a_descent_ended():
+    log = []
+    tune = searcher(log, batch=1)
+    start = tune.suggest("a")["candidates"][0]
+    tune._describe = lambda point: {"searcher": "fake", "plan_id": str(point)}
+    tune.on_trial_complete("a", {"results": [scores(0.5)["results"][0] | {"alphas": [0.25, 0.125]}]})
+    (row,) = log[0][2]
+    assert start != row["alphas"] == [0.25, 0.125] and row["plan_id"] == "[0.25, 0.125]"
+
+
+def test_of_a_batch_in_which_one_candidate_fails_each_is_tried_alone(monkeypatch):
+    asked = []
+
+    def call_worker(handle, method, candidates, *_, timeout_s):
+        asked.append(candidates)
+        if [0.75] in candidates:
+            raise ValueError("no such alpha")
+        return [{"value": candidate[0], "seconds": 0.5} for candidate in candidates]
+
+    monkeypatch.setattr("raymerge.search.find_worker", lambda name: name)
+    monkeypatch.setattr("raymerge.search.call_worker", call_worker)
+    trial = a_trial("/dev/null", [])
+    trial.config["candidates"] = [[0.5], [0.75], [0.25]]
+    results = trial.step()["results"]
+    assert [result.get("value") for result in results] == [0.5, None, 0.25]
+    assert results[1] == {"error": "ValueError: no such alpha"}
+    assert asked == [[[0.5], [0.75], [0.25]], [[0.5]], [[0.75]], [[0.25]]]
 
 
 @pytest.fixture

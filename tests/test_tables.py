@@ -603,11 +603,54 @@ def test_folders_and_uploads(place, tmp_path):
     if run.is_local:
         with open(run.path_of("alphas", "drop.json"), encoding="utf-8") as file:
             assert file.read() == "é"
-    for bad in ("..", "a/b", "", "_tmp.x"):
+    for bad in ("..", "a/b", "a\\b", "", "_tmp.x"):
         with pytest.raises(ValueError, match="not the name"):
             run.path_of("models", bad)
         with pytest.raises(ValueError, match="not the name"):
             run.write_text("", "alphas", bad)
+
+
+def test_neither_config_nor_manifest_tells_credentials(tmp_path):
+    secret = "s3://bucket/mmlu?access_key=KEY&secret_key=WORD&region=eu"
+    config = {**CONFIG, "data": {"mmlu": secret}}
+    run = RunDirectory.open(tmp_path / "run", config, "search")
+    run.begin()
+    run.append("receipts", [receipt(0)])
+    RunDirectory.open(tmp_path / "run", config, "search")  # which is no other config
+    run.write_manifest("complete", command=["raymerge", secret], data={"mmlu": secret})
+    for name in ("config.yaml", "manifest.json"):
+        text = (tmp_path / "run" / name).read_text()
+        assert "region=eu" in text and "KEY" not in text and "WORD" not in text
+
+
+def test_what_an_earlier_start_was_made_from_is_not_said_of_the_run_that_took_its_place(tmp_path):
+    RunDirectory.open(tmp_path / "run", CONFIG, "search").hold_to({"model": "a", "text": "t"})
+    run = RunDirectory.open(tmp_path / "run", {**CONFIG, "model": {"path": "other"}}, "search")
+    run.hold_to({"model": "b"})
+    assert json.loads((tmp_path / "run" / "inputs.json").read_text()) == {"model": "b"}
+
+
+def test_a_run_that_goes_on_notes_the_rows_that_it_has_and_a_run_without_rows_does_not(tmp_path):
+    run = RunDirectory.open(tmp_path / "run", CONFIG, "search")
+    run.note("lost", worker="worker-1", detail="x" * 600)
+    run.begin()
+    (row,) = run.read("incidents").to_pylist()
+    assert (row["kind"], row["worker"], row["detail"]) == ("lost", "worker-1", "x" * 500)
+    run.append("receipts", [receipt(0), receipt(1)])
+    run.begin()
+    assert [(row["kind"], row["detail"]) for row in run.read("incidents").to_pylist()][1:] == [
+        ("resumed", "2 receipts")
+    ]
+
+
+def test_of_a_folder_s_other_things_three_are_named(tmp_path):
+    for name in "abc":
+        (tmp_path / name).write_text("")
+    with pytest.raises(RunError, match="holds a, b, c but no config.yaml"):
+        RunDirectory.open(tmp_path, CONFIG, "search")
+    (tmp_path / "d").write_text("")
+    with pytest.raises(RunError, match="holds a, b, c … but no config.yaml"):
+        RunDirectory.open(tmp_path, CONFIG, "search")
 
 
 def test_no_torch_and_no_ray():
