@@ -296,8 +296,7 @@ class GradientConfig(_Section):
     answer_nll if that is an accuracy, plus `text_kl` times the KL of next tokens to the unmerged model on search.text.
     The published settings are alphas, adam, 1e-3, batches of 4, 500 epochs, nothing held out.
     - `parametrisations`: one search each: alphas (within search.bounds), simplex (the effective coefficients) or
-      per_matrix (a simplex per projection matrix: many times the coefficients fit the search questions best, whatever
-      they are worth on others, so that the best found is one of these only if there is nothing else).
+      per_matrix (a simplex per projection matrix: many times the coefficients, which alpha files cannot hold).
     - `starts`: descents of each: from the base coefficients, the probes, near the corners that keep one of the merged
       layers alone (the best one, the first, the last), and from random points.
     - `optimizer`, `learning_rate`: adam or sgd, and its step size.

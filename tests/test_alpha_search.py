@@ -649,7 +649,7 @@ def test_every_plan_that_an_alpha_file_can_hold_has_one_and_plans_of_one_name_ha
     }
 
 
-def test_one_set_of_coefficients_goes_before_a_set_for_each_matrix_and_only_searches_fail(tmp_path):
+def test_the_best_found_is_so_by_the_search_questions_however_many_its_coefficients_and_only_searches_fail(tmp_path):
     searchers = ["search.searcher=gradient", "gradient.parametrisations=[simplex, per_matrix]"]
     search = searching(tmp_path, *searchers)
     own = [0.5] * 2 * (1 + len(CHECKPOINT.architecture.matrices))
@@ -660,7 +660,7 @@ def test_one_set_of_coefficients_goes_before_a_set_for_each_matrix_and_only_sear
         search._reported([])
     rows = [trial("gradient_simplex", 1, 0.5), trial("gradient_per_matrix", 0, 0.9, alphas=own)]
     search.run.append("trials", rows, part="a")
-    assert [plan.name for plan in search._reported([])] == ["found_gradient_per_matrix", "found_gradient_simplex"]
+    assert [plan.name for plan in search._reported([])] == ["found_gradient_simplex", "found_gradient_per_matrix"]
 
 
 def test_of_a_block_that_was_found_its_own_layers_are_dropped_beside_it(tmp_path):

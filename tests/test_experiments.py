@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import time
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,8 +167,8 @@ def test_a_report_has_every_plan_on_every_task(run, capsys):
 def test_known_points_come_first_and_the_best_is_the_best(run):
     trials = [row for row in run.read("trials").to_pylist() if row["searcher"] == "bayes"]
     trials.sort(key=lambda row: row["iteration"])
-    assert trials[0]["alphas"] == [0.6225] * 13 and trials[1]["alphas"] == [1.0] * 13
-    assert trials[2]["alphas"] == [0.0] * 13
+    assert run.manifest()["keep_one"] == {"best": "before_last", "of": 14}
+    assert [row["alphas"] for row in trials[:3]] == [[0.6225] * 13, [0.0] * 13, [1.0] * 13]
     best = max(trials, key=lambda row: (row["value"], -row["nll"]))
     assert run.manifest()["best"]["alphas"] == best["alphas"]
 
@@ -785,16 +784,16 @@ def test_a_search_by_gradient_keeps_every_epoch_and_goes_on_where_it_was_cut(loc
     bayes = [row for row in run.read("trials").to_pylist() if row["searcher"] == "bayes"]
     assert len(bayes) == 9 and [row["alphas"] for row in sorted(bayes, key=lambda row: row["iteration"])[:3]] == [
         [0.6225] * 4,
+        [0.0] * 4,  # the last layer alone, the better of the two
         [1.0] * 4,
-        [0.0] * 4,
     ]
+    assert run.manifest()["keep_one"]["best"] == "before_last"
     names = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
     found = [name for name in names.values() if name.startswith("found_")]
     assert sorted(found) == ["found_bayes", "found_gradient_per_matrix", "found_gradient_simplex"]
     pairs = {frozenset((names[row["plan_a"]], names[row["plan_b"]])) for row in run.read("comparisons").to_pylist()}
     assert {frozenset(pair) for pair in combinations(found, 2)} <= pairs
-    alike = [*bayes, *(row for row in trials if row["searcher"] != "gradient_per_matrix")]
-    best_value = min(alike, key=lambda row: (row["value"], row["nll"]))
+    best_value = min([*bayes, *trials], key=lambda row: (row["value"], row["nll"]))
     assert run.manifest()["best"]["name"] == f"found_{best_value['searcher']}"
 
     # Coefficients survive table, plan, checkpoint and reload; one set for each matrix is in the tables.
@@ -805,25 +804,6 @@ def test_a_search_by_gradient_keeps_every_epoch_and_goes_on_where_it_was_cut(loc
     again = evaluate(config(tmp_path / "again", f"model.path={best['model']}"), command=["test"])
     (answered,) = set(again.read("plans")["plan_id"].to_pylist())
     np.testing.assert_allclose(logits_on_test(run, plans[best["name"]]), logits_on_test(again, answered), atol=1e-4)
-
-
-def test_a_set_of_coefficients_for_each_matrix_is_the_best_found_only_where_nothing_else_is():
-    """It fits the search questions best: with seven times as many coefficients that says nothing of others."""
-    one = tail_plan(16, [0.4, 0.7], name="one", kind="found")
-    each = replace(one, name="each", matrix_alphas=(("mlp.up_proj", (0.2, 0.9)),))
-    values = {
-        "bayes": ((0.3, 0.0), one),
-        "gradient_simplex": ((0.2, 0.0), one),
-        "gradient_per_matrix": ((0.9, 0), each),
-    }
-
-    def best(*parametrisations, searchers="[bayes, gradient]"):
-        asked = [f"search.searcher={searchers}", f"gradient.parametrisations=[{','.join(parametrisations)}]"]
-        stand_in = SimpleNamespace(config=load_config(None, asked), _best=lambda searcher, *_: values.get(searcher))
-        return alpha_search._Search._reported(stand_in, [])
-
-    assert best("simplex", "per_matrix") == [each, one, one]
-    assert best("per_matrix", searchers="gradient") == [each]
 
 
 def test_a_run_may_lie_in_an_object_store_with_its_cache_on_the_disk(local_pools, tmp_path, monkeypatch):

@@ -520,10 +520,8 @@ class _Search:
                 "again"
             )
         random = None if "random" in searchers else self._best("random", "random", "random")
-        # The best of several searches by the search questions, which is what a search may choose by. A plan with one
-        # set of coefficients is preferred to one with a set for each matrix: with seven times as many, the latter fits
-        # the search questions best, which says little of others (docs/results.md).
-        found.sort(key=lambda best: (not best[1].matrix_alphas, best[0]))
+        # By the search questions, which is all that a search may choose by.
+        found.sort(key=lambda best: best[0])
         return controls + ([random[1]] if random else []) + [plan for _, plan in found]
 
     def _refitted(self, best: MergePlan) -> list[MergePlan]:
