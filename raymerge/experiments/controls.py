@@ -47,7 +47,7 @@ def controls_of(
 def keeping_one(start: MergePlan, controls: Sequence[MergePlan]) -> dict[int, MergePlan]:
     """By layer, the plans that keep one of the layers that the start merges and drop the others: a control where it
     does so. What a merge adds to the choice of a layer shows beside the best of them alone."""
-    dropping = [control for control in controls if control.steps and set(control.alphas) == {1.0}]
+    dropping = [control for control in controls if set(control.alphas) == {1.0}]
     there = {_layers(control): control for control in reversed(dropping)}
     return {layer: there.get(_layers(plan), plan) for layer, plan in keep_one_plans(start).items()}
 
