@@ -299,8 +299,9 @@ class GradientConfig(_Section):
       per_matrix (a simplex per projection matrix: many times the coefficients, which alpha files cannot hold).
     - `starts`: descents of each: from the base coefficients, the probes, near the corners that keep one of the merged
       layers alone (the best one, the first, the last), and from random points.
-    - `optimizer`, `learning_rate`: adam or sgd, and its step size.
-    - `epochs`: maximum number of epochs.
+    - `optimizer`, `learning_rate`: adam or sgd, and its step size; or lbfgs, which finds its own by a line search, on
+      all questions and one draw of the text.
+    - `epochs`: maximum number of epochs; of lbfgs, of steps.
     - `batch_size`: questions per step; null for all.
     - `held_out`: share of the search questions that no step sees and by which the best epoch is chosen, if the loss is
       of answers.
@@ -310,7 +311,7 @@ class GradientConfig(_Section):
 
     parametrisations: Annotated[list[Literal["alphas", "simplex", "per_matrix"]], _AT_LEAST_ONE] = ["simplex"]
     starts: Positive = 4
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "lbfgs", "sgd"] = "adam"
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
     epochs: Positive = 60
     batch_size: Positive | None = None
@@ -319,6 +320,15 @@ class GradientConfig(_Section):
     text_kl: Annotated[float, Field(ge=0)] = 0.0
     text_windows: Positive | None = None
     text_positions: Positive | None = 256
+
+    @model_validator(mode="after")
+    def _takes_all_questions(self) -> GradientConfig:
+        if self.optimizer == "lbfgs" and self.batch_size is not None:
+            raise ValueError(
+                f"batch_size is {self.batch_size}, but lbfgs takes every step on all questions: set batch_size to "
+                "null, or optimizer to adam or sgd"
+            )
+        return self
 
 
 class CalibrationConfig(_Section):

@@ -30,11 +30,13 @@ from raymerge.tail_loss import (
 )
 
 PARAMETRISATIONS = ("alphas", "simplex", "per_matrix")
-OPTIMIZERS = ("adam", "sgd")
+OPTIMIZERS = ("adam", "lbfgs", "sgd")
 
 _ROUNDING = 1e-12  # the most by which an alpha changes that is made a parameter and an alpha again
 _SMALLEST = 1e-4  # coefficient, or distance from a bound as a share of the bounds' width, that a start has at least
 _EVALUATION = 2**31  # stands for a step's number in the seed of the text sample that losses are compared on
+_HISTORIES = ("old_dirs", "old_stps", "ro")  # what L-BFGS keeps lists of
+_LINE_SEARCH = 20  # evaluations of the loss in one step of L-BFGS, at most
 
 
 # -- what is descended on --------------------------------------------------------------------------------------------
@@ -140,9 +142,12 @@ def loss_by_alphas(loss: TailLoss, alphas: Sequence[float]) -> tuple[float, np.n
 class Settings:
     """How to descend. The published way: adam, 1e-3, batches of 4 questions, 500 epochs, nothing held out.
 
-    batch_size: questions of a step, None for all. held_out: share of the questions, drawn by the seed, that no step
-    sees and that the best point is chosen by. patience: stop after so many epochs without a lower loss (of the
-    held-out questions, if there are any). seed: of that draw, the batches and the text drawn for a step.
+    optimizer: adam or sgd, with steps of learning_rate; or lbfgs (Liu and Nocedal 1989, with a line search by the
+    strong Wolfe conditions), for which learning_rate does not count and an epoch is one step, on all questions and on
+    the text that losses are compared on. batch_size: questions of a step, None for all. held_out: share of the
+    questions, drawn by the seed, that no step sees and that the best point is chosen by. patience: stop after so many
+    epochs without a lower loss (of the held-out questions, if there are any). seed: of that draw, the batches and the
+    text drawn for a step.
     """
 
     parametrisation: str = "alphas"
@@ -167,6 +172,10 @@ class Settings:
         ):
             if not valid:
                 raise GradientError(f"{name} is {getattr(self, name)!r}, but it must be {limit}")
+        if self.optimizer == "lbfgs" and self.batch_size is not None:
+            raise GradientError(
+                f"batch_size is {self.batch_size}, but lbfgs takes every step on all questions: set it to none"
+            )
 
 
 def descent_settings(config: Config, parametrisation: str) -> Settings:
@@ -215,7 +224,7 @@ class Descent:
     """What a descent found.
 
     plan: the best point, that of `best_epoch`. history: every epoch. held_out_rows: the rows of the held-out questions.
-    stopped_early: patience ran out.
+    stopped_early: patience ran out, or a step no longer moved.
     """
 
     plan: MergePlan
@@ -254,6 +263,13 @@ def descend(
     return run.result()
 
 
+def _optimizer(settings: Settings, parameters: torch.nn.Parameter) -> torch.optim.Optimizer:
+    if settings.optimizer == "lbfgs":
+        return torch.optim.LBFGS([parameters], max_iter=1, max_eval=_LINE_SEARCH, line_search_fn="strong_wolfe")
+    make = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.SGD
+    return make([parameters], lr=settings.learning_rate)
+
+
 class _Run:
     """One descent: parameters, optimiser and history; everything that changes is in `state`."""
 
@@ -279,12 +295,11 @@ class _Run:
         self._batch = min(size, len(self.rows)) if loss.weights.of_answers else len(self.rows)
         self._drawn = loss.text.draw(settings.seed, _EVALUATION) if loss.weights.of_text else None
         self.parameters = torch.nn.Parameter(self.parametrisation.start())
-        make = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.SGD
-        self.optimizer = make([self.parameters], lr=settings.learning_rate)
+        self.optimizer = _optimizer(settings, self.parameters)
         self.losses: list[float] = []
         self.held_out_losses: list[float] = []
         self.points: list[Tensor] = []
-        self._gradient: Tensor | None = None  # at the latest point, by the parameters; None if not computed yet
+        self._evaluated: dict[bytes, Evaluation] = {}  # the latest point's, and of those that a line search tries
         matters = {name: getattr(settings, name) for name in Settings.__dataclass_fields__ if name != "epochs"}
         self._identity = int(digest([loss.identity, matters])[:15], 16)
 
@@ -293,14 +308,20 @@ class _Run:
     @property
     def _one_step(self) -> bool:
         """Whether an epoch is a single step on the very loss that is recorded: its gradient comes with the loss."""
-        return self._batch == len(self.rows) and not (self.loss.weights.of_text and self.loss.text.sampled)
+        sampled = self.loss.weights.of_text and self.loss.text.sampled
+        return self.settings.optimizer == "lbfgs" or (self._batch == len(self.rows) and not sampled)
 
     def _evaluate(self) -> Evaluation:
         """The loss at the present point, with its gradient by the parameters if an epoch is one step on that loss."""
-        coefficients = self.parametrisation.coefficients(self.parameters)
-        rows = self.rows if self.held_out else None
-        found = self.loss(coefficients, rows=rows, held_out=self.held_out, drawn=self._drawn, gradient=self._one_step)
-        return found._replace(gradient=self._pull_back(coefficients, found.gradient))
+        key = self.parameters.detach().numpy().tobytes()
+        if key not in self._evaluated:
+            coefficients = self.parametrisation.coefficients(self.parameters)
+            rows = self.rows if self.held_out else None
+            found = self.loss(
+                coefficients, rows=rows, held_out=self.held_out, drawn=self._drawn, gradient=self._one_step
+            )
+            self._evaluated[key] = found._replace(gradient=self._pull_back(coefficients, found.gradient))
+        return self._evaluated[key]
 
     def _pull_back(self, coefficients: Tensor, gradient: Tensor | None) -> Tensor | None:
         return None if gradient is None else torch.autograd.grad(coefficients, self.parameters, gradient)[0]
@@ -308,13 +329,14 @@ class _Run:
     def record(self, on_epoch: Callable[[Epoch, dict[str, Tensor]], None] | None) -> None:
         """Add the present point to the history."""
         found = self._evaluate()
+        self._evaluated = {self.parameters.detach().numpy().tobytes(): found}
         losses = [found.loss.total, math.nan if found.held_out is None else found.held_out.total]
         if not all(math.isfinite(value) for value in losses[: 1 + bool(self.held_out)]):
+            rate = f"lower the learning rate, which is {self.settings.learning_rate}"
             raise GradientError(
-                f"the loss after epoch {len(self.points)} is {losses[0]} (held out: {losses[1]}): lower the learning "
-                f"rate, which is {self.settings.learning_rate}"
+                f"the loss after epoch {len(self.points)} is {losses[0]} (held out: {losses[1]}): "
+                + ("use optimizer adam" if self.settings.optimizer == "lbfgs" else rate)
             )
-        self._gradient = found.gradient
         self.losses.append(losses[0])
         self.held_out_losses.append(losses[1])
         self.points.append(self.parameters.detach().clone())
@@ -325,8 +347,7 @@ class _Run:
         """Do the steps of one epoch."""
         settings, number = self.settings, len(self.points)
         if self._one_step:
-            # Computed with the loss, unless this run goes on from a state.
-            self._step(self._evaluate().gradient if self._gradient is None else self._gradient)
+            self.optimizer.step(self._closure)
             return
         order = np.random.default_rng([settings.seed, number]).permutation(self.rows).tolist()
         for step, start in enumerate(range(0, len(order), self._batch) if order else [0]):
@@ -334,11 +355,14 @@ class _Run:
             drawn = self.loss.text.draw(settings.seed, number, step) if self.loss.weights.of_text else None
             coefficients = self.parametrisation.coefficients(self.parameters)
             found = self.loss(coefficients, rows=rows, drawn=drawn)
-            self._step(self._pull_back(coefficients, found.gradient))
+            self.parameters.grad = self._pull_back(coefficients, found.gradient)
+            self.optimizer.step()
 
-    def _step(self, gradient: Tensor) -> None:
-        self.parameters.grad = gradient
-        self.optimizer.step()
+    def _closure(self) -> float:
+        """The recorded loss at the present point, whose gradient is left where optimisers look for it."""
+        found = self._evaluate()
+        self.parameters.grad = found.gradient.clone()  # L-BFGS keeps it
+        return found.loss.total
 
     # -- history ----------------------------------------------------------------------------------------------------
 
@@ -353,8 +377,13 @@ class _Run:
         return patience is not None and len(self.points) - 1 - self.best >= patience
 
     @property
+    def _converged(self) -> bool:
+        """Whether the latest epoch, a single step, did not move: no later one would."""
+        return self._one_step and len(self.points) > 1 and torch.equal(self.points[-1], self.points[-2])
+
+    @property
     def finished(self) -> bool:
-        return len(self.points) > self.settings.epochs or self.stopped_early
+        return len(self.points) > self.settings.epochs or self.stopped_early or self._converged
 
     def epoch(self, number: int) -> Epoch:
         with torch.no_grad():
@@ -374,8 +403,10 @@ class _Run:
             "held_out_losses": torch.tensor(self.held_out_losses, dtype=torch.float64),
         }
         for name, value in self.optimizer.state_dict()["state"].get(0, {}).items():
-            if isinstance(value, Tensor):
-                found[f"optimizer.{name}"] = value.clone()
+            if name in _HISTORIES:
+                found[f"optimizer.{name}"] = torch.stack(value) if value else torch.empty(0)
+            elif name != "al" and value is not None:  # scratch space of one step
+                found[f"optimizer.{name}"] = torch.as_tensor(value).clone()
         return found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -388,6 +419,7 @@ class _Run:
         with torch.no_grad():
             self.parameters.copy_(self.points[-1])
         own = {n.removeprefix("optimizer."): t.clone() for n, t in state.items() if n.startswith("optimizer.")}
+        own |= {name: list(own[name]) for name in _HISTORIES if name in own}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": {0: own} if own else {}, "param_groups": groups})
 

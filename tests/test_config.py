@@ -297,6 +297,10 @@ def test_what_is_written_to_a_run_reads_back_as_the_same_configuration():
         ({"sweep": {"methods": ["file"]}}, "methods has file, so alpha_files must name one, such as {best: alphas"),
         ({"sweep": {"alpha_files": {"a": "a.json"}}}, "alpha_files are given, but methods lacks file"),
         ({"sweep": {"methods": ["file"], "alpha_files": {"a b": "a.json"}}}, "sweep.alpha_files = 'a b'"),
+        (
+            {"gradient": {"optimizer": "lbfgs", "batch_size": 4}},
+            "gradient: batch_size is 4, but lbfgs takes every step on all questions",
+        ),
         ({"plan": {"base": "file"}}, "base is file, so alpha_file must name one"),
         ({"plan": {"base": "similarity"}}, "base is similarity, so similarity_run must name"),
         ({"plan": {"base": "similarity_ratio"}}, "base is similarity_ratio, so similarity_run must name"),

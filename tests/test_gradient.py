@@ -438,16 +438,51 @@ def test_some_questions_are_scored_as_among_all(case, family):
 FAST = Settings(parametrisation="simplex", learning_rate=0.1, epochs=100)
 
 
-@pytest.mark.parametrize(("kind", "planted"), [("simplex", (0.15, 0.6, 0.25)), ("alphas", (0.7, 0.1, 0.2))])
-def test_a_planted_optimum_is_found(case, kind, planted):
-    """The divergence from a known merge's own answers has its minimum, 0, there."""
-    case = case("qwen2")
+PLANTED = [("simplex", (0.15, 0.6, 0.25)), ("alphas", (0.7, 0.1, 0.2))]
+
+
+def planted_loss(case, planted):
+    """The divergence from a known merge's own answers, which has its minimum, 0, there."""
     shape = Parametrisation("simplex", template(), MATRICES)
     reference = case.scorer.score(shape.plan_of(np.array(planted)))[0]
-    loss = loss_of(case, LossWeights(answer_nll=0.0, answer_kl=1.0), reference=reference)
-    found = descend(loss, replace(FAST, parametrisation=kind, epochs=200))
+    return loss_of(case, LossWeights(answer_nll=0.0, answer_kl=1.0), reference=reference)
+
+
+@pytest.mark.parametrize(("kind", "planted"), PLANTED)
+def test_a_planted_optimum_is_found(case, kind, planted):
+    case = case("qwen2")
+    found = descend(planted_loss(case, planted), replace(FAST, parametrisation=kind, epochs=200))
     assert found.history[0].loss > 1e-2 and lowest(found) < 1e-4
     np.testing.assert_allclose(case.scorer.coefficients(found.plan), planted, atol=0.02)
+
+
+@pytest.mark.parametrize(("kind", "planted"), PLANTED)
+def test_lbfgs_finds_a_planted_optimum_and_stops_there(case, kind, planted, monkeypatch):
+    case = case("qwen2")
+    loss, calls = planted_loss(case, planted), []
+    call = TailLoss.__call__
+    monkeypatch.setattr(TailLoss, "__call__", lambda *a, **k: calls.append(1) or call(*a, **k))
+    found = descend(loss, Settings(kind, optimizer="lbfgs", epochs=200))
+    assert lowest(found) < 1e-9 and len(calls) < 60, "at rate 0.1 Adam takes 200 for 1e-4"
+    np.testing.assert_allclose(case.scorer.coefficients(found.plan), planted, atol=1e-3)
+    *_, before, last = found.history
+    assert last.coefficients.tolist() == before.coefficients.tolist() and len(found.history) < 60
+    assert np.all(np.diff([row.loss for row in found.history]) <= 0), "a line search never ends higher"
+
+
+def test_lbfgs_steps_on_the_text_that_losses_are_compared_on(case, monkeypatch):
+    """And on all the questions but the held-out ones, so that the loss of a step and of the history are one."""
+    case, seen = case("qwen2"), []
+    loss = loss_of(case, EVERYTHING, text=TextWindows(case.trunk, case.shards, reference=True, positions=10))
+    call = TailLoss.__call__
+
+    def spy(self, coefficients, *, rows=None, drawn=None, **options):
+        seen.append((tuple(rows), str([(window, positions.tolist()) for window, positions in drawn])))
+        return call(self, coefficients, rows=rows, drawn=drawn, **options)
+
+    monkeypatch.setattr(TailLoss, "__call__", spy)
+    found = descend(loss, Settings("simplex", optimizer="lbfgs", epochs=4, held_out=0.3))
+    assert len(set(seen)) == 1 and set(seen[0][0]) == set(range(6)) - set(found.held_out_rows)
 
 
 def lowest(found):
@@ -481,6 +516,8 @@ def same(one, two):
         (Settings("simplex", optimizer="sgd", learning_rate=0.5, epochs=5, held_out=0.3), ANSWERS),
         (Settings("per_matrix", learning_rate=0.05, epochs=5, batch_size=2, held_out=0.3, seed=4), EVERYTHING),
         (Settings("simplex", learning_rate=0.05, epochs=5, batch_size=2), TEXT),
+        (Settings("per_matrix", optimizer="lbfgs", epochs=5, held_out=0.3), EVERYTHING),
+        (Settings("alphas", optimizer="lbfgs", epochs=5), TEXT),
     ],
 )
 def test_going_on_equals_not_stopping(case, tmp_path, settings, weights):
@@ -626,7 +663,8 @@ def test_what_cannot_be_descended_on_is_refused(case):
         (lambda: LossWeights(-1.0), "not negative"),
         (lambda: Parametrisation("x", template(), MATRICES), "'x' is not one of alphas, simplex, per_matrix"),
         (lambda: Parametrisation("alphas", template(), MATRICES, bounds=(0.5, 0.5)), "bounds of alpha are 0.5 and 0.5"),
-        (lambda: Settings(optimizer="lbfgs"), "optimizer is 'lbfgs', but it must be one of adam, sgd"),
+        (lambda: Settings(optimizer="lion"), "optimizer is 'lion', but it must be one of adam, lbfgs, sgd"),
+        (lambda: Settings(optimizer="lbfgs", batch_size=4), "batch_size is 4, but lbfgs takes every step on all"),
         (lambda: Settings(learning_rate=0.0), "learning_rate is 0.0"),
         (lambda: Settings(batch_size=0), "batch_size is 0"),
         (lambda: Settings(held_out=1.0), "held_out is 1.0"),
@@ -646,6 +684,8 @@ def test_a_loss_that_is_not_finite_ends_the_descent(case):
     loss = loss_of(case, LossWeights(answer_nll=0.0, answer_kl=1.0), reference=broken)
     with pytest.raises(GradientError, match="the loss after epoch 0 is nan .*lower the learning rate, which is 0.001"):
         descend(loss)
+    with pytest.raises(GradientError, match="the loss after epoch 0 is nan .*use optimizer adam"):
+        descend(loss, Settings(optimizer="lbfgs"))
     # With questions held out that of either part, whichever the broken question is in.
     said = set()
     for seed in range(6):
