@@ -389,23 +389,23 @@ def _show_config(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    prompts_too = options.question_perplexity
-    if prompts_too is None and options.config is None:
-        prompts_too = True  # what is too dear for a search's many plans is not for one model
     given = {
         "language": options.language,
         "subjects": options.subjects,
         "shots": options.shots,
         "report_split": options.split,
         "report_limit_per_subject": options.limit,
-        "question_perplexity": prompts_too,
+        "question_perplexity": options.question_perplexity,
     }
-    overrides = [_override(f"data.{key}", value) for key, value in given.items() if value is not None]
+    # What is too dear for a search's many plans is not for one model.
+    overrides = [_override("data.question_perplexity", True)] if options.config is None else []
+    overrides += options.set  # as everywhere, an option of its own comes before the key that it sets
+    overrides += [_override(f"data.{key}", value) for key, value in given.items() if value is not None]
     for key, source in (("mmlu", options.mmlu), ("perplexity_text", options.text)):
         if source is not None:
             overrides.append(_override(f"data.{key}", None if source in ("none", "null") else source))
     overrides += [_override("model.path", options.model), _override("output.run", options.out)]
-    config = load_config(options.config, overrides + options.set)
+    config = load_config(options.config, overrides)
     _check_lasts(config.output.run)
     from raymerge.experiments import evaluate
 

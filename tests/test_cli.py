@@ -336,20 +336,21 @@ def test_a_file_is_not_overridden_by_options_that_are_not_given(tmp_path, monkey
     assert data(*file, "--shots", "0").shots == 0 and data(*file, "--mmlu", "demo").mmlu == "demo"
     assert data(*file, "--question-perplexity").question_perplexity
     assert data() == DataConfig(question_perplexity=True)
-    assert data("--no-question-perplexity") == DataConfig()
+    assert data("--no-question-perplexity") == DataConfig() == data("--set", "data.question_perplexity=false")
 
 
 def test_options_of_an_evaluation_are_of_the_report(monkeypatch):
-    """A limit and a split of the search would be of no effect."""
+    """A limit and a split of the search would be of no effect. Options win over --set, as --out does in a search."""
     from raymerge import experiments
 
     asked = []
     monkeypatch.setattr(experiments, "evaluate", lambda config, **_: asked.append(config) or sys.exit(0))
     words = ["--limit", "7", "--split", "validation", "--subjects", "law,anatomy", "--shots", "3"]
     with pytest.raises(SystemExit):
-        cli.main(["evaluate", "demo", "--out", "run", *words, "--set", "data.shots=2"])
+        cli.main(["evaluate", "demo", "--out", "run", *words, "--set", "data.shots=2", "--set", "output.run=other"])
     (config,) = asked
-    expected = DataConfig(report_limit_per_subject=7, report_split="validation", subjects="law,anatomy", shots=2,
+    assert config.output.run == "run"
+    expected = DataConfig(report_limit_per_subject=7, report_split="validation", subjects="law,anatomy", shots=3,
                           question_perplexity=True)  # fmt: skip
     assert config.data == expected
 
