@@ -1,0 +1,833 @@
+"""Recomputes what a finished run says, by other code, and compares; a JSON line for each thing, exit code 1 if any
+disagrees.
+
+    python tests/benchmarks/audit.py RUN… [--questions 12] [--trials 3] [--seed 0]
+
+Nothing is shared with raymerge but files: the run's configuration and tables, read by pyarrow, the base's safetensors,
+questions and texts. Models are merged here step by step in float64, written as ordinary checkpoints of fewer layers,
+loaded by transformers, and asked whole prompts, assembled and tokenised here. A line: what was compared, how many
+values, the largest disagreement and what is allowed; lines with "skipped" say what was not compared, and why.
+"""
+
+import argparse
+import copy
+import csv
+import glob
+import itertools
+import json
+import math
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from scipy import stats
+from scipy.optimize import linear_sum_assignment
+from scipy.special import log_softmax, logsumexp
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+DEMO = Path(__file__).resolve().parents[2] / "raymerge" / "demo"
+WINDOW = 1024
+#: Norms and what reads them, by family; the others' read as Llama's. Gemma stores gains less 1.
+READS = {"input_layernorm": ("q_proj", "k_proj", "v_proj", "qkv_proj")}
+MLP_READS = ("gate_proj", "up_proj", "gate_up_proj", ".gate", ".w1", ".w3")
+GEMMA = ("gemma2", "gemma3_text")
+
+
+# -- merging ---------------------------------------------------------------------------------------------------------
+
+
+class Base:
+    """A checkpoint's tensors and config, and its layers' matrices, merged here."""
+
+    def __init__(self, path):
+        self.folder = DEMO / "checkpoint" if path == "demo" else Path(path)
+        self.config = json.loads((self.folder / "config.json").read_text())
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.tensors = {}
+        for file in sorted(self.folder.glob("*.safetensors")):
+            self.tensors |= load_file(file)
+        self.n_layers, self.kind = self.config["num_hidden_layers"], self.config["model_type"]
+
+    def layer(self, number):
+        start = f"model.layers.{number}."
+        return {name.removeprefix(start): t for name, t in self.tensors.items() if name.startswith(start)}
+
+    def gains(self, layer):
+        """By matrix, the gain (d,) of the norm that it reads."""
+        second = "pre_feedforward_layernorm" if self.kind in GEMMA else "post_attention_layernorm"
+        readers = READS | {second: MLP_READS}
+        return {
+            name: layer[f"{norm}.weight"].double() + (self.kind in GEMMA)
+            for norm, ends in readers.items()
+            for name in layer
+            if name.endswith(tuple(f"{end}.weight" for end in ends))
+        }, [f"{norm}.weight" for norm in readers]
+
+    def merged(self, plan):
+        """(tensors, kept layers) of a plan {steps: [(into, remove)], alphas, own: {matrix: alphas}, norms, biases,
+        alignment}."""
+        coefficients = effective(self.n_layers, plan)
+        layers = {number: self.layer(number) for number in range(self.n_layers)}
+        kept = sorted(coefficients)
+        averaged = {
+            name
+            for name, tensor in layers[0].items()
+            if tensor.ndim == 2 or (name.endswith(".bias") and plan["biases"] == "merge")
+        }
+        work = {}
+        for number, layer in layers.items():
+            own = {name: layer[name].double() for name in averaged if name in layer}
+            if plan["norms"] == "fold":
+                for name, gain in self.gains(layer)[0].items():
+                    own[name] = own[name] * gain
+            work[number] = own
+        for number, (into, remove) in enumerate(plan["steps"]):
+            gone = work.pop(remove)
+            for name in averaged:
+                matrix = name.rpartition(".")[0]
+                alpha = plan["own"].get(matrix, plan["alphas"])[number]
+                other = gone[name]
+                if plan["alignment"] == "rows":
+                    order = self.row_order(work[into][f"{matrix}.weight"], gone[f"{matrix}.weight"], matrix)
+                    other = other[order]
+                work[into] = work[into] | {f"new {name}": alpha * work[into][name] + (1 - alpha) * other}
+            work[into] = {name: work[into][f"new {name}"] for name in averaged}
+        state = {name: t for name, t in self.tensors.items() if not name.startswith("model.layers.")}
+        for position, number in enumerate(kept):
+            layer = layers[number]
+            if coefficients[number] != {number}:
+                changed = {name: work[number][name].float().to(layer[name].dtype) for name in averaged}
+                layer = layer | changed
+                if plan["norms"] == "fold":
+                    unit = 0.0 if self.kind in GEMMA else 1.0
+                    layer |= {norm: torch.full_like(layer[norm], unit) for norm in self.gains(layer)[1]}
+            state |= {f"model.layers.{position}.{name}": tensor for name, tensor in layer.items()}
+        return state, kept
+
+    def row_order(self, own, other, matrix):
+        """Which row of `other` is laid on each row of `own`, in each part of a matrix that holds several."""
+        c = self.config
+        heads = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        q, kv = c["num_attention_heads"] * heads, c["num_key_value_heads"] * heads
+        parts = {"qkv_proj": [q, kv, kv], "gate_up_proj": [len(own) // 2] * 2}.get(matrix.split(".")[-1], [len(own)])
+        order, start = [], 0
+        for size in parts:
+            a, b = (torch.nn.functional.normalize(m[start : start + size], dim=1) for m in (own, other))
+            order += (start + linear_sum_assignment(torch.cdist(a, b).numpy())[1]).tolist()
+            start += size
+        return order
+
+    def load(self, plan, dtype):
+        """The merged model by transformers."""
+        state, kept = self.merged(plan)
+        config = copy.deepcopy(self.config)
+        for key in ("layer_types", "no_rope_layers"):
+            if config.get(key):
+                config[key] = [config[key][number] for number in kept]
+        config["num_hidden_layers"] = len(kept)
+        with tempfile.TemporaryDirectory() as folder:
+            save_file({n: t.contiguous() for n, t in state.items()}, f"{folder}/model.safetensors", {"format": "pt"})
+            Path(folder, "config.json").write_text(json.dumps(config))
+            return loaded(folder, dtype)
+
+
+def loaded(folder, dtype):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    return model.eval()
+
+
+def effective(n_layers, plan):
+    """{kept layer: its sources}, the kept layer alone where nothing is averaged into it in any matrix."""
+    found = {}
+    for alphas in [plan["alphas"], *plan["own"].values()]:
+        weights = {number: {number: 1.0} for number in range(n_layers)}
+        for (into, remove), alpha in zip(plan["steps"], alphas, strict=True):
+            gone, own = weights.pop(remove), weights[into]
+            keys = {*gone, *own}
+            weights[into] = {k: alpha * own.get(k, 0.0) + (1 - alpha) * gone.get(k, 0.0) for k in keys}
+        for layer, of in weights.items():
+            found.setdefault(layer, set()).update(source for source, weight in of.items() if weight)
+    return found
+
+
+def weights_of(n_layers, steps, alphas):
+    """{(kept, source): coefficient}"""
+    plan = {"steps": steps, "alphas": alphas, "own": {}}
+    eye = np.eye(n_layers)
+    for (into, remove), alpha in zip(plan["steps"], alphas, strict=True):
+        eye[into] = alpha * eye[into] + (1 - alpha) * eye[remove]
+        eye[remove] = 0
+    gone = {remove for _, remove in steps}
+    return {(k, s): eye[k, s] for k in range(n_layers) if k not in gone for s in range(n_layers) if eye[k, s]}
+
+
+# -- asking ----------------------------------------------------------------------------------------------------------
+
+
+class Asker:
+    """Prompts of questions and windows of text, built here from files."""
+
+    def __init__(self, base, config):
+        self.base, self.data, self.config = base, config["data"], config
+        add = config["model"]["add_bos"]
+        token = base.tokenizer.bos_token_id
+        default = base.tokenizer("x")["input_ids"][0] == token
+        self.bos = [token] if (default if add is None else add) and token is not None else []
+        self.files = {}
+
+    def ids(self, text):
+        return self.bos + base_ids(self.base.tokenizer, text)
+
+    def rows(self, subject, split):
+        if (subject, split) not in self.files:
+            root = DEMO / "mmlu" if self.data["mmlu"] == "demo" else Path(self.data["mmlu"])
+            folder = next(f for f in (root / self.data["language"], root) if f.is_dir())
+            short = {"validation": "val"}.get(split, split)
+            with open(folder / short / f"{subject}_{short}.csv", newline="", encoding="utf-8-sig") as file:
+                self.files[subject, split] = list(csv.reader(file))
+        return self.files[subject, split]
+
+    def prompt(self, subject, split, question_id):
+        """(ids of the prompt, how many of them are the prefix's, right letter)"""
+
+        def text(row):
+            options = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", row[1:5], strict=True))
+            return f"{row[0].strip()}{options}\nAnswer:"
+
+        row = self.rows(subject, split)[int(question_id.rpartition("/")[2])]
+        prefix = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
+        if self.data["shots"]:
+            shots = self.rows(subject, "dev")[: self.data["shots"]]
+            prefix += "".join(f"{text(shot)} {shot[5]}\n\n" for shot in shots)
+        return self.ids(prefix + text(row)), len(self.ids(prefix)), "ABCD".index(row[5].strip())
+
+    @torch.no_grad()
+    def answers(self, model, asked):
+        """(n, 4) logits, (n,) logsumexp, (n,) top is letter, (n,) mean NLL of the question's own tokens."""
+        letters = [base_ids(self.base.tokenizer, f"Answer: {letter}")[-1] for letter in "ABCD"]
+        found = []
+        for subject, split, question_id in asked:
+            ids, prefix, _ = self.prompt(subject, split, question_id)
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
+            own = torch.log_softmax(logits[prefix - 1 : -1], -1)
+            nll = -own.gather(1, torch.tensor(ids[prefix:])[:, None]).mean()
+            last = logits[-1]
+            found.append((last[letters].numpy(), last.logsumexp(0).item(), int(last.argmax()) in letters, nll.item()))
+        return tuple(np.array(column) for column in zip(*found, strict=True))
+
+    def windows(self, source, start, count):
+        text = (DEMO / "text.txt" if source == "demo" else Path(source)).read_text(encoding="utf-8")
+        ids = base_ids(self.base.tokenizer, text)[start : start + count]
+        size = min(WINDOW, self.base.config["max_position_embeddings"]) - len(self.bos)
+        found = [self.bos + ids[at : at + size] for at in range(0, len(ids), size)]
+        return [window for window in found if len(window) > 1]
+
+    @torch.no_grad()
+    def losses(self, model, windows):
+        """Of each window the losses of its tokens but the first."""
+        found = []
+        for ids in windows:
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].double()
+            found.append(-torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy())
+        return found
+
+
+def base_ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+# -- objectives and statistics, from docs/design.md ------------------------------------------------------------------
+
+
+def answer_nll(logits, right):
+    return -log_softmax(np.asarray(logits, np.float64), axis=1)[np.arange(len(right)), right]
+
+
+def terms_of(objective):
+    """[(weight, measure, subjects)]"""
+    found = []
+    for part in objective.split("+"):
+        weight, _, measure = part.rpartition("*")
+        measure, _, subjects = measure.partition(":")
+        found.append((float(weight or 1), measure, [name for name in subjects.split(",") if name]))
+    return found
+
+
+def objective_value(objective, logits, base, right, subjects, text_nll, ceiling):
+    """The objective of a candidate, or its penalty above a ceiling."""
+    nll, correct, subjects = answer_nll(logits, right), logits.argmax(1) == right, np.array(subjects)
+    p, q = log_softmax(base, axis=1), log_softmax(logits, axis=1)
+    kl, value, weights, worst = (np.exp(p) * (p - q)).sum(1), 0.0, 0.0, 0.0
+    for weight, measure, named in terms_of(objective):
+        own = np.isin(subjects, named) if named else np.ones(len(subjects), bool)
+        value += weight * {
+            "micro_accuracy": lambda own: correct[own].mean(),
+            "accuracy": lambda own: correct[own].mean(),
+            "macro_accuracy": lambda own: np.mean([correct[subjects == name].mean() for name in set(subjects)]),
+            "answer_nll": lambda own: nll[own].mean(),
+            "answer_kl": lambda own: kl[own].mean(),
+            "text_nll": lambda own: text_nll,
+        }[measure](own)
+        weights += weight
+        worst += weight * (5.0 if measure != "text_nll" else math.log(ceiling or 1))
+    over = 0.0 if ceiling is None else text_nll - math.log(ceiling)
+    if over > 0:
+        penalty = weights * over / (1 + over)
+        return -penalty if is_accuracy(objective) else worst + penalty
+    return value if ceiling is None or is_accuracy(objective) else min(value, worst)
+
+
+def is_accuracy(objective):
+    return "accuracy" in objective
+
+
+def wilson(share, n):
+    z = stats.norm.ppf(0.975)
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def macro_wilson(correct, n):
+    """Wilson's with an effective number of questions."""
+    correct, n = np.array(correct), np.array(n)
+    m, s = np.mean(correct / n), len(n)
+    if m in (0, 1):
+        return wilson(m, s * s / np.sum(1 / n))
+    drawn = (correct + m) / (n + 1)
+    variance = np.sum(drawn * (1 - drawn) / (1 - (1 - 1 / s) * n / (n + 1) ** 2) / n) / s**2
+    return wilson(m, m * (1 - m) / variance)
+
+
+def ratio(sums, counts):
+    """Mean and interval of clustered values."""
+    sums, counts = np.asarray(sums, float), np.asarray(counts, float)
+    n, mean = len(sums), np.sum(sums) / np.sum(counts)
+    if n < 2:
+        return mean, math.nan, math.nan
+    error = math.sqrt(n / (n - 1) * np.sum((sums - mean * counts) ** 2)) / np.sum(counts)
+    half = stats.t.ppf(0.975, n - 1) * error
+    return mean, mean - half, mean + half
+
+
+def items_of(rows):
+    """Tokens and losses of a plan's rows of `text_losses`, as long as there are at least 16 of them, up to a window."""
+    for size in (1024, 512, 256, 128, 64):
+        pooled = {}
+        for row in sorted(rows, key=lambda row: (row["window"], row["position"])):
+            old = pooled.get((row["window"], row["position"] // size), (0, 0.0))
+            pooled[row["window"], row["position"] // size] = old[0] + row["tokens"], old[1] + row["nll"]
+        if len(pooled) >= 16 or size == 64:
+            return np.array(list(pooled.values())).T
+
+
+def paired(a, b, counts=None, draws=20_000):
+    """Difference, interval and p of a - b: Bonett and Price's and McNemar's of right and wrong, else resampled."""
+    if a.dtype == bool:
+        only_a, only_b, n = int(np.sum(a & ~b)), int(np.sum(b & ~a)), len(a)
+        x, y = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
+        half = stats.norm.ppf(0.975) * math.sqrt((x + y - (x - y) ** 2) / (n + 2))
+        p = stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+        return (only_a - only_b) / n, max(-1.0, x - y - half), min(1.0, x - y + half), p
+    rng, d = np.random.default_rng(99), np.asarray(a - b, float)
+    counts = np.ones(len(d)) if counts is None else counts
+    mean, n = d.sum() / counts.sum(), len(d)
+    flips = np.abs((rng.choice([-1.0, 1.0], (draws, n)) @ d) / counts.sum())
+    p = (1 + np.sum(flips >= abs(mean) - 1e-12)) / (1 + draws)
+    residuals = (d - mean * counts) / counts.mean() + mean
+    if n == 1:
+        return mean, -math.inf, math.inf, p
+    if n < 8:
+        return (*ratio(residuals, np.ones(n)), p)
+    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1))
+    means = residuals[rng.integers(n, size=(draws, n))].mean(1)
+    return (mean, *np.quantile(means, [tail, 1 - tail]), p)
+
+
+def holm(p):
+    order, found, highest = np.argsort(p, kind="stable"), np.empty(len(p)), 0.0
+    for rank, at in enumerate(order):
+        highest = max(highest, min(1.0, p[at] * (len(p) - rank)))
+        found[at] = highest
+    return found
+
+
+def mergekit(base, file):
+    """What mergekit makes of its configuration: slices in turn, of each tensor the sum with the first weight whose
+    filter is in its name (its last, without a filter, else)."""
+    config = yaml.safe_load(file.read_text())
+    state, position = {n: t for n, t in base.tensors.items() if not n.startswith("model.layers.")}, 0
+    for part in config["slices"]:
+        ranges = [range(*source["layer_range"]) for source in part["sources"]]
+        for layers in zip(*ranges, strict=True):
+            own = {}
+            for layer, source in zip(layers, part["sources"], strict=True):
+                weights = source.get("parameters", {}).get("weight", 1.0)
+                weights = weights if isinstance(weights, list) else [{"value": weights}]
+                for name, tensor in base.layer(layer).items():
+                    full = f"model.layers.{layer}.{name}"
+                    weight = next(w["value"] for w in weights if w.get("filter", "") in full)
+                    own[name] = own.get(name, 0) + weight * tensor.double()
+            for name, tensor in own.items():
+                state[f"model.layers.{position}.{name}"] = tensor.float().to(base.layer(0)[name].dtype)
+            position += 1
+    return state
+
+
+# -- the run ---------------------------------------------------------------------------------------------------------
+
+
+class Audit:
+    """One run and what was compared so far."""
+
+    def __init__(self, run, questions, trials, seed):
+        self.run, self.limit, self.trials, self.random = Path(run), questions, trials, random.Random(seed)
+        self.config = yaml.safe_load((self.run / "config.yaml").read_text())
+        self.manifest = json.loads((self.run / "manifest.json").read_text())
+        self.experiment, self.failed = self.manifest["experiment"], 0
+        self.base = Base(self.config["model"]["path"])
+        self.asker = Asker(self.base, self.config)
+        stored = self.config["model"]["dtype"]
+        self.dtype = torch.float32 if stored == "auto" else getattr(torch, stored)
+        self.rounding = {torch.float32: 2e-4, torch.float16: 0.02, torch.bfloat16: 0.1}[self.dtype]
+        self.models = {}
+
+    def table(self, name, **where):
+        files = sorted(glob.glob(str(self.run / "tables" / name / "*.parquet")))
+        rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+        return [row for row in rows if all(row[key] == value for key, value in where.items())]
+
+    def line(self, what, of, **facts):
+        print(json.dumps({"run": str(self.run), "what": what, "of": of, **facts}), flush=True)
+
+    def same(self, what, of, found, wanted, allowed=1e-9):
+        """Compare numbers: found in the run, wanted by this script."""
+        found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+        if found.shape != wanted.shape:
+            return self.equal(what, of, list(found.shape), list(wanted.shape))
+        with np.errstate(invalid="ignore"):
+            off = np.where((found == wanted) | (np.isnan(found) & np.isnan(wanted)), 0.0, np.abs(found - wanted))
+        off = np.nan_to_num(off, nan=np.inf)
+        worst = float(off.max(initial=0.0))
+        ok = bool((off <= allowed).all())
+        facts = {"n": off.size, "largest": worst, "allowed": float(np.max(allowed)), "ok": ok}
+        if not ok:
+            at = np.argwhere(off > allowed)[0].tolist()
+            facts |= {"at": at, "found": float(found[tuple(at)]), "wanted": float(wanted[tuple(at)])}
+        self.failed += not ok
+        self.line(what, of, **facts)
+
+    def equal(self, what, of, found, wanted):
+        """Compare what must be alike."""
+        self.failed += found != wanted
+        self.line(what, of, ok=found == wanted, **({} if found == wanted else {"found": found, "wanted": wanted}))
+
+    # plans
+
+    def plans(self):
+        """plan_id -> plan, of the reported plans that are not refitted; names by plan_id beside it."""
+        refitted = {row["plan_id"] for row in self.table("refits")}
+        refitted |= {row["plan_id"] for row in self.table("sweep") if row["refit"] not in (None, "none")}
+        found, names = {}, {}
+        for row in self.table("plans"):
+            key = row["plan_id"]
+            names.setdefault(key, [])
+            if row["name"] not in names[key]:
+                names[key].append(row["name"])
+            if key in refitted or names[key][0] != row["name"]:
+                continue
+            plan = found.setdefault(key, {"steps": [], "alphas": [], "own": {}, "biases": self.biases} | {
+                k: row[k] for k in ("name", "kind", "selection", "alignment", "norms")})
+            if row["step"] is None:
+                continue
+            if row["matrix"] is None:
+                plan["steps"].append((row["into"], row["remove"]))
+                plan["alphas"].append(row["alpha"])
+            else:
+                plan["own"].setdefault(row["matrix"], []).append(row["alpha"])
+        return found, names
+
+    @property
+    def biases(self):
+        return self.config["plan"]["biases"] if "plan" in self.config else "keep"
+
+    def can_merge(self, plan):
+        if self.config["model"]["quantise"] != "none":
+            return "quantised"
+        if plan["alignment"] in ("neurons", "activations") and len(effective(self.base.n_layers, plan)) < sum(
+            len(v) for v in effective(self.base.n_layers, plan).values()
+        ):
+            return f"alignment {plan['alignment']}"
+        return None
+
+    def model(self, plan):
+        key = json.dumps([plan[k] for k in ("steps", "alphas", "own", "norms", "biases", "alignment")])
+        if key not in self.models:
+            if len(self.models) > 3:
+                self.models.pop(next(iter(self.models)))
+            self.models[key] = self.base.load(plan, self.dtype)
+        return self.models[key]
+
+    def compared_model(self, what, plan_id, model):
+        """A model's answers and losses against what the tables have of a plan."""
+        data = self.config["data"]
+        rows = [r for r in self.table("answers", plan_id=plan_id) if r["split"] == data["report_split"]]
+        rows = self.random.sample(rows, min(self.limit, len(rows)))
+        if rows:
+            asked = [(r["subject"], r["split"], r["question_id"]) for r in rows]
+            logits, sums, top, nll = self.asker.answers(model, asked)
+            found = np.array([[r[f"logit_{x}"] for x in "abcd"] for r in rows])
+            allowed = self.rounding * max(1.0, np.abs(logits).max())
+            self.same(f"{what}: logits", plan_id, found, logits, allowed)
+            self.equal(f"{what}: predicted", plan_id, [r["predicted"] for r in rows], found.argmax(1).tolist())
+            right = [self.asker.prompt(*a)[2] for a in asked]
+            self.equal(f"{what}: right answers", plan_id, [r["answer"] for r in rows], right)
+            if rows[0]["logsumexp_all"] is not None:
+                self.same(f"{what}: logsumexp", plan_id, [r["logsumexp_all"] for r in rows], sums, allowed)
+            if rows[0]["prompt_nll"] is not None:
+                self.same(f"{what}: prompt NLL", plan_id, [r["prompt_nll"] for r in rows], nll, self.rounding * 10)
+        texts = self.table("perplexity", plan_id=plan_id, target="text")
+        if texts:
+            windows = self.asker.windows(data["perplexity_text"], 0, data["perplexity_tokens"])
+            losses = self.asker.losses(model, windows)
+            total = np.concatenate(losses)
+            self.equal(f"{what}: text tokens", plan_id, texts[0]["tokens"], len(total))
+            self.same(f"{what}: text NLL", plan_id, texts[0]["nll"], total.mean(), self.rounding * total.mean())
+            rows = self.table("text_losses", plan_id=plan_id)
+            wanted = [losses[r["window"]][r["position"] - 1 :][: r["tokens"]].sum() for r in rows]
+            self.same(f"{what}: passages", plan_id, [r["nll"] for r in rows], wanted,
+                      10 * self.rounding * np.maximum(1, np.abs(wanted)))
+
+    def reported(self):
+        plans, names = self.plans()
+        for key, plan in plans.items():
+            if why := self.can_merge(plan):
+                self.line("model", names[key], skipped=why)
+                continue
+            self.compared_model(f"model {names[key][0]}", key, self.model(plan))
+            self.described(key, plan)
+        for file in sorted((self.run / "alphas").glob("*.json")):
+            steps = json.loads(file.read_text())
+            key = next((k for k, own in names.items() if file.stem in own or file.stem.endswith(f"-{k}")), None)
+            plan = plans.get(key)
+            if plan is None:
+                self.line("alpha file", file.name, skipped="refitted, or no plan of this name")
+                continue
+            self.equal("alpha file: steps", file.name, [(s["layer_to_merge_into"], s["layer_to_remove"]) for s in steps], plan["steps"])
+            self.same("alpha file: alphas", file.name, [s["ratio_i_alpha"] for s in steps], plan["alphas"], 0)
+            self.equal("alpha file: no matrices", file.name, plan["own"], {})
+        for folder in sorted((self.run / "models").glob("*")):
+            self.saved(folder, plans, names)
+
+    def described(self, key, plan):
+        """Coefficients, costs and receipts of a plan."""
+        n = self.base.n_layers
+        found = {}
+        for row in self.table("coefficients", plan_id=key):
+            found.setdefault(row["matrix"], {})[row["kept_layer"], row["source_layer"]] = row["coefficient"]
+        for matrix, own in found.items():
+            wanted = weights_of(n, plan["steps"], plan["own"].get(matrix, plan["alphas"]))
+            if matrix is not None:  # a layer without rows of this matrix has those of all matrices
+                wanted = {k: w for k, w in wanted.items() if k[0] in {layer for layer, _ in own}}
+            keys = sorted({*own, *wanted})
+            self.same(f"coefficients {matrix}", key, [own.get(k, 0) for k in keys], [wanted.get(k, 0) for k in keys])
+        state, kept = self.base.merged(plan)
+        count, size = (sum(f(t) for t in state.values()) for f in (torch.numel, lambda t: t.numel() * t.element_size()))
+        whole = sum(t.numel() for t in self.base.tensors.values())
+        cost = self.table("costs", plan_id=key)[0]
+        wanted = [len(kept), n - len(kept), count, whole - count, size]
+        self.equal("costs", key, [cost[k] for k in ("layers", "layers_removed", "parameters", "parameters_removed", "bytes")], wanted)
+        rows = self.table("receipts", plan_id=key)
+        changes = {}
+        for name, tensor in state.items():
+            change = tensor.double() - self.base.tensors[name].double()
+            norm = self.base.tensors[name].double().norm()
+            relative = float(change.norm() / norm) if norm else float(bool(change.any()))
+            changes[name] = float(change.abs().max()), relative
+        self.same("receipts", key, np.array([[r["max_abs_change"], r["relative_change"]] for r in rows]).reshape(-1, 2),
+                  np.array([changes[r["tensor"]] for r in rows]).reshape(-1, 2), 5e-3)
+        missing = {name for name, change in changes.items() if change[0]} - {r["tensor"] for r in rows}
+        self.equal("receipts: all that changed", key, sorted(missing), [])
+
+    def saved(self, folder, plans, names):
+        """A saved model: its answers are its plan's, its weights those merged here, its record true."""
+        record = json.loads((folder / "merge_plan.json").read_text())
+        key = record["plan_id"]
+        self.equal("saved: its name", folder.name, folder.name in names.get(key, []), True)
+        if self.config["model"]["quantise"] == "none":
+            self.compared_model(f"saved {folder.name}", key, loaded(folder, self.dtype))
+        plan = plans.get(key)
+        if plan is None:
+            return
+        told = {"steps": [tuple(s[:2]) for s in record["steps"]], "alphas": [s[2] for s in record["steps"]]}
+        told |= {"own": record.get("matrix_alphas", {}), **{k: record[k] for k in ("norms", "biases", "alignment")}}
+        self.equal("saved: its record", folder.name, told, {k: plan[k] for k in told})
+        alphas = json.loads((folder / "alphas.json").read_text())
+        self.equal("saved: alphas.json", folder.name, [(a["layer_to_merge_into"], a["layer_to_remove"], a["ratio_i_alpha"]) for a in alphas],
+                   [(*s, a) for s, a in zip(plan["steps"], plan["alphas"], strict=True)])
+        if self.can_merge(plan):
+            return
+        state, _ = self.base.merged(plan)
+        stored = {}
+        for file in folder.glob("*.safetensors"):
+            stored |= load_file(file)
+        self.weights("saved: weights", folder.name, stored, state)
+        if (folder / "mergekit.yaml").exists():
+            self.weights("mergekit.yaml: weights", folder.name, mergekit(self.base, folder / "mergekit.yaml"), state)
+
+    def weights(self, what, of, found, wanted):
+        self.equal(f"{what}' names", of, sorted(found), sorted(wanted))
+        eps = max(torch.finfo(t.dtype).eps for t in wanted.values())
+        pairs = [(found[n].double(), t.double()) for n, t in wanted.items() if n in found]
+        worst = max(float(((a - b).abs() / (b.abs() + b.abs().max() * 1e-2 + 1e-30)).max()) for a, b in pairs)
+        self.same(what, of, worst, 0.0, 2 * eps + 1e-5)
+
+
+    # candidates
+
+    def start(self, block=None):
+        """The (into, remove) of the search's candidates, worked out from the configuration."""
+        plan, n = self.config["plan"], self.base.n_layers
+        k = plan["merges"]
+        if plan["selection"] == "tail":
+            return [(n - 2 - s, n - 1 - s) for s in range(k)]
+        if plan["selection"] == "block":
+            first = self.table("blocks", chosen=True)[0]["first"] if block is None else block
+            if plan["survivor"] == "before":
+                return [(first + k - 2 - s, first + k - 1 - s) for s in range(k)]
+            return [(first + 1 + s, first + s) for s in range(k)]
+        if plan["selection"] == "list":
+            return [(s["layer_to_merge_into"], s["layer_to_remove"]) for s in json.loads(Path(plan["alpha_file"]).read_text())]
+        found = [(r["into"], r["remove"]) for r in self.table("plans", name=self.manifest["best"]["name"], matrix=None)]
+        return found
+
+    def candidate(self, row):
+        """The plan of a row of `trials` that is no control's."""
+        steps = self.start(row["block"])
+        options = {k: self.config["plan"][k] for k in ("alignment", "norms", "biases")}
+        k = len(steps)
+        alphas, own = row["alphas"][:k], {}
+        if len(row["alphas"]) > k:
+            names = sorted(n.removesuffix(".weight") for n, t in self.base.layer(0).items() if t.ndim == 2)
+            own = {n: row["alphas"][k * (i + 1) : k * (i + 2)] for i, n in enumerate(names)}
+            assert k * (1 + len(names)) == len(row["alphas"]), "numbers of alphas"
+        return {"steps": steps, "alphas": alphas, "own": own, "selection": "", **options}
+
+    def searched(self, searches):
+        """Rows of `trials` of every searcher, worked out again; what is chosen among them."""
+        data, search = self.config["data"], self.config["search"]
+        trials, (plans, names) = self.table("trials"), self.plans()
+        objective, ceiling = search["objective"], search["perplexity_ceiling"]
+        asks = data["mmlu"] is not None and any(m != "text_nll" for _, m, _ in terms_of(objective))
+        answers = self.table("answers", split=data["search_split"]) if asks else []
+        asked = sorted({(r["subject"], r["split"], r["question_id"]) for r in answers})
+        windows = []
+        if search["text"] is not None and ("text_nll" in objective or ceiling is not None):
+            texts = [DEMO / "text.txt" if x == "demo" else x for x in (search["text"], data["perplexity_text"])]
+            after = data["perplexity_tokens"] if texts[1] and Path(texts[0]).read_text() == Path(texts[1]).read_text() else 0
+            windows = self.asker.windows(search["text"], after, search["text_tokens"])
+        base = {"steps": [], "alphas": [], "own": {}, "norms": "keep", "biases": "keep", "alignment": "none"}
+
+        def judged(plan):
+            model, logits, right, text = self.model(plan), None, None, None
+            if windows:
+                text = float(np.concatenate(self.asker.losses(model, windows)).mean())
+            if not asks:
+                return sum(w for w, _, _ in terms_of(objective)) * text, None, None, text
+            logits = self.asker.answers(model, asked)[0]
+            right = np.array([self.asker.prompt(*a)[2] for a in asked])
+            unmerged = self.asker.answers(self.model(base), asked)[0] if "answer_kl" in objective else logits
+            value = objective_value(objective, logits, unmerged, right, [a[0] for a in asked], text, ceiling)
+            return value, (logits.argmax(1) == right).mean(), answer_nll(logits, right).mean(), text
+
+        def compare(row, plan):
+            of = f"{row['searcher']} {row['iteration']}"
+            value, accuracy, nll, text = judged(plan)
+            allowed = 50 * self.rounding * max(1, abs(value))
+            allowed += 1.01 / max(1, len(asked)) if is_accuracy(objective) and self.dtype != torch.float32 else 0
+            self.same("trial: value", of, row["value"], value, allowed)
+            if asks:
+                self.equal("trial: questions", of, row["n_questions"], len(asked))
+                self.same("trial: NLL", of, row["nll"], nll, 50 * self.rounding * max(1, nll))
+                self.same("trial: accuracy", of, row["accuracy"], accuracy, 1.01 / len(asked) if self.rounding > 1e-3 else 1e-9)
+            if text is not None:
+                self.same("trial: perplexity", of, math.log(row["perplexity"]), text, 50 * self.rounding * max(1, text))
+
+        good = [row for row in trials if row["status"] == "ok"]
+        if asks and asked and good and good[0]["n_questions"] != len(asked):
+            self.line("trials", "all", skipped="questions of the search are not told apart from the report's")
+        else:
+            for searcher in dict.fromkeys(row["searcher"] for row in good):
+                own = [r for r in good if r["searcher"] == searcher and (searcher != "controls" or r["plan_id"] in plans)]
+                for row in self.random.sample(own, min(self.trials, len(own))):
+                    plan = plans[row["plan_id"]] if searcher == "controls" else self.candidate(row)
+                    if why := self.can_merge(plan):
+                        self.line("trial", f"{searcher} {row['iteration']}", skipped=why)
+                        continue
+                    compare(row, plan)
+        self.chosen(good, plans, names, judged, objective)
+
+    def chosen(self, good, plans, names, judged, objective):
+        """That the reported plans are the best of their searchers, and the best of these the last."""
+        sign = 1 if is_accuracy(objective) else -1
+
+        def order(row):
+            return sign * row["value"], -(row["nll"] or 0.0), -row["iteration"]
+
+        best = {}
+        for row in good:
+            name = "random" if row["searcher"] == "random" and "found_random" not in sum(names.values(), []) else f"found_{row['searcher']}"
+            if row["searcher"] != "controls" and (name not in best or order(row) > order(best[name])):
+                best[name] = row
+        for name, row in best.items():
+            key = next((k for k, own in names.items() if name in own), None)
+            self.equal("chosen: plan of the best trial", name, key, row["plan_id"])
+            if (plan := plans.get(key)) is not None:
+                wanted = self.candidate(row)
+                self.equal("chosen: its merges", name, [plan[k] for k in ("steps", "alphas", "own", "norms", "alignment")],
+                           [wanted[k] for k in ("steps", "alphas", "own", "norms", "alignment")])
+        found = {name: row for name, row in best.items() if name.startswith("found_")}
+        first = max(found, key=lambda name: order(found[name])[:2])
+        told = self.manifest["best"]
+        self.equal("chosen: the best", "manifest", order(found[told["name"]])[:2], order(found[first])[:2])
+        self.equal("chosen: its id", "manifest", told["plan_id"], found[told["name"]]["plan_id"])
+        if kept := self.manifest.get("keep_one"):
+            steps = self.start()
+            group = sorted({layer for step in steps for layer in step})
+            values = {}
+            for layer in group:
+                stays = [n for n in range(self.base.n_layers) if n not in group or n == layer]
+                gone = [x for x in group if x > layer][::-1], [x for x in group if x < layer]
+                chain = []  # each into the one that stays
+                for x in sorted(gone[1], reverse=True):
+                    chain.append((layer, x))
+                for x in sorted(gone[0]):
+                    chain.append((layer, x))
+                assert len(stays) + len(chain) == self.base.n_layers
+                options = {"norms": "keep", "biases": "keep", "alignment": "none"}
+                values[layer] = sign * judged({"steps": chain, "alphas": [1.0] * len(chain), "own": {}, **options})[0]
+            plan = next((p for k, p in plans.items() if kept["best"] in names[k]), None)
+            layer = set(group) & set(effective(self.base.n_layers, plan))
+            self.equal("keep_N: of", kept["best"], [len(layer), kept["of"]], [1, len(group)])
+            self.same("keep_N: the best", kept["best"], values[min(layer)], max(values.values()), 50 * self.rounding)
+
+    # what follows from the tables
+
+    def derived(self):
+        """Accuracies, intervals, perplexities, differences and their p, from the rows that they follow from."""
+        answers = {}
+        for row in self.table("answers"):
+            answers.setdefault((row["plan_id"], row["split"], row["language"]), []).append(row)
+        found = {}
+        for row in self.table("accuracy"):
+            found[row["plan_id"], row["split"], row["language"], row["subject"]] = row
+        keys, wanted = [], []
+        for key, rows in answers.items():
+            right = np.array([r["predicted"] == r["answer"] for r in rows])
+            nll = answer_nll([[r[f"logit_{x}"] for x in "abcd"] for r in rows], [r["answer"] for r in rows])
+            subject = np.array([r["subject"] for r in rows])
+            lines = {name: subject == name for name in sorted(set(subject))} | {"_micro": subject == subject}
+            own = {}
+            for name, mask in lines.items():
+                n, correct = mask.sum(), right[mask].sum()
+                error = np.std(right[mask], ddof=1) / math.sqrt(n) if n > 1 else math.nan
+                own[name] = [n, correct, correct / n, error, *wilson(correct / n, n), nll[mask].mean()]
+            table = np.array([own[name] for name in own if name != "_micro"])
+            errors = math.sqrt(np.sum(table[:, 3] ** 2)) / len(table)
+            own["_macro"] = [*own["_micro"][:2], table[:, 2].mean(), errors, *macro_wilson(table[:, 1], table[:, 0]), table[:, 6].mean()]
+            keys += [(*key, name) for name in own]
+            wanted += own.values()
+        self.equal("accuracy: rows", "all", sorted(found), sorted(keys))
+        columns = ("n", "correct", "accuracy", "standard_error", "ci_low", "ci_high", "nll")
+        self.same("accuracy", "all", [[found[k][c] for c in columns] for k in keys if k in found],
+                  [w for k, w in zip(keys, wanted, strict=True) if k in found], 1e-6)
+        losses = {}
+        for row in self.table("text_losses"):
+            losses.setdefault(row["plan_id"], []).append(row)
+        for row in self.table("perplexity"):
+            if row["target"] == "text":
+                tokens, nll = items_of(losses[row["plan_id"]])
+                mean, low, high = ratio(nll, tokens)
+            else:
+                own = [r for key, rows in answers.items() if key[0] == row["plan_id"] and key[1] == self.config["data"]["report_split"]
+                       for r in rows if row["subject"] in (None, r["subject"])]
+                mean, low, high = ratio([r["prompt_nll"] for r in own], np.ones(len(own)))
+            values = [row["nll"], *(math.nan if row[k] is None else row[k] for k in ("perplexity", "ci_low", "ci_high"))]
+            with np.errstate(over="ignore"):
+                limits = [mean, *np.exp([mean, low, high])]
+            self.same(f"perplexity: {row['target']}", row["plan_id"], values, limits, 1e-6 * np.maximum(1, np.abs(np.nan_to_num(limits))))
+        self.compared(answers, losses)
+
+    def compared(self, answers, losses):
+        split, rows = self.config["data"].get("report_split"), self.table("comparisons")
+        of = {key[0]: sorted(own, key=lambda r: r["question_id"]) for key, own in answers.items() if key[1] == split}
+        rows += self.table("subject_comparisons")
+
+        def side(row, plan_id):
+            if row["measure"] == "text_nll":
+                tokens, nll = items_of(losses[plan_id])
+                return nll, tokens
+            named = row["subjects"].split(",") if "subjects" in row else None
+            own = [r for r in of[plan_id] if named is None or r["subject"] in named]
+            if row["measure"] == "accuracy":
+                return np.array([r["predicted"] == r["answer"] for r in own]), None
+            return answer_nll([[r[f"logit_{x}"] for x in "abcd"] for r in own], [r["answer"] for r in own]), None
+
+        for row in rows:
+            (a, counts), (b, _) = side(row, row["plan_a"]), side(row, row["plan_b"])
+            difference, low, high, p = paired(a, b, counts)
+            name = f"{row['plan_a']} - {row['plan_b']}"
+            exact = row["measure"] == "accuracy"
+            self.same(f"difference: {row['measure']}", name, row["difference"], difference, 1e-9 * max(1, abs(difference)))
+            width = max(high - low, 1e-9)
+            self.same(f"interval: {row['measure']}", name, [row["ci_low"], row["ci_high"]], [low, high], 1e-9 if exact else 0.12 * width)
+            self.same(f"p: {row['measure']}", name, row["p_value"], p, 1e-9 if exact else 6 * math.sqrt(p * (1 - p) / 10_000) + 1e-3)
+        best = self.manifest.get("best", {}).get("plan_id")
+        for table in ("comparisons", "subject_comparisons"):
+            families = {}
+            for row in self.table(table):
+                key = row["measure"], best in (row["plan_a"], row["plan_b"])
+                families.setdefault(key, []).append(row)
+            if best is None:
+                continue  # a sweep's families are told apart by what is compared
+            plans = {row["plan_id"] for row in self.table("plans")}
+            for (measure, asked), own in families.items():
+                self.same(f"p (Holm): {measure}", f"{table}, {'best' if asked else 'others'}",
+                          [r["p_holm"] for r in own], holm([r["p_value"] for r in own]))
+                others = len(plans) - 1
+                if measure == "accuracy":
+                    self.equal("pairs", f"{table} {asked}", len(own), others if asked else others * (others - 1) // 2)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--questions", type=int, default=12, help="of each plan, drawn")
+    parser.add_argument("--trials", type=int, default=3, help="of each searcher, drawn")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    return 1 if sum(audited(run, options.questions, options.trials, options.seed) for run in options.runs) else 0
+
+
+def audited(run, questions=12, trials=3, seed=0):
+    """How many things of a run disagree."""
+    audit = Audit(run, questions, trials, seed)
+    if audit.experiment in ("search", "sweep", "evaluate"):
+        audit.reported()
+        audit.derived()
+    if audit.experiment == "search":
+        audit.searched(trials)
+    return audit.failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
