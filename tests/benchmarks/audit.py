@@ -13,11 +13,12 @@ import argparse
 import copy
 import csv
 import glob
+import html
 import itertools
 import json
 import math
 import random
-import shutil
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -30,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from scipy.special import log_softmax, logsumexp
+from sklearn.feature_selection import mutual_info_regression
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -381,6 +383,73 @@ def mergekit(base, file):
     return state
 
 
+# -- similarities ----------------------------------------------------------------------------------------------------
+
+
+def similarity(embedding, c):
+    """npib or gaussian of (L, N, d) coordinates, NaN where the entropies leave it undefined."""
+    n_layers, n, d = embedding.shape
+    entropy, information = np.zeros(n_layers), np.zeros((n_layers, n_layers))
+    if c["measure"] == "npib":
+        ranks = stats.rankdata(embedding, axis=1) / n
+        for i, own in enumerate(ranks):
+            k, distances = c["entropy_neighbors"], np.linalg.norm(own[:, None] - own, axis=-1)
+            with np.errstate(divide="ignore"):
+                entropy[i] = -np.mean(np.log(k / (n * np.sort(distances, axis=1)[:, k] ** d)))
+            for j, other in enumerate(ranks):
+                parts = [mutual_info_regression(own, y, n_neighbors=c["neighbors"], random_state=c["seed"]) for y in other.T]
+                information[i, j] = np.mean(parts)
+        information = (information + information.T) / 2
+    else:
+        for i, j in itertools.product(range(n_layers), repeat=2):
+            own, both = np.cov(embedding[i].T, ddof=1), np.cov(np.hstack([embedding[i], embedding[j]]).T, ddof=1)
+            other = np.cov(embedding[j].T, ddof=1)
+            volumes = [np.linalg.slogdet(np.atleast_2d(m))[1] for m in (own, other, both)]
+            entropy[i], information[i, j] = volumes[0] / 2, (volumes[0] + volumes[1] - volumes[2]) / 2
+    product = np.outer(entropy, entropy)
+    small = ~(np.abs(entropy) >= 0.05) | ~np.isfinite(entropy)
+    values = information / np.sqrt(np.where((product > 0) & ~small & ~small[:, None], product, np.nan))
+    if c["measure"] == "gaussian":
+        np.fill_diagonal(values, np.where(small, np.nan, 1.0))
+    return values
+
+
+def similarity_of(plan):
+    """The (L, L) matrix and block influence of the similarity run that a plan section names."""
+    if plan["similarity_run"] is None:
+        return None, None
+    tables = Path(plan["similarity_run"]) / "tables"
+    rows, own = (pq.read_table(tables / name).to_pylist() for name in ("similarity", "block_influence"))
+    for column in ("subset", "language"):
+        if wanted := plan[f"similarity_{column}"]:
+            rows, own = ([r for r in part if r[column] == wanted] for part in (rows, own))
+    matrix = np.full((1 + max(r["layer_i"] for r in rows),) * 2, np.nan)
+    for r in rows:
+        matrix[r["layer_i"], r["layer_j"]] = math.nan if r["value"] is None else r["value"]
+    return matrix, np.array([r["value"] for r in sorted(own, key=lambda r: r["layer"])])
+
+
+def base_alpha(base, ratio, matrix, into, remove):
+    """A starting coefficient, as docs/config.md has plan.base and sweep.methods."""
+    if base.startswith("fixed"):
+        return float(base.partition(":")[2] or ratio)
+    if base == "similarity":
+        return float(np.clip(matrix[into, remove] / math.sqrt(matrix[into, into] * matrix[remove, remove]), 0, 1))
+    own, other = matrix[into].mean(), matrix[remove].mean()
+    return math.exp(own / (own + other)) / (1 + math.exp(own / (own + other)))
+
+
+def most_similar(matrix, k):
+    """Repeatedly the most similar neighbours."""
+    alive, found = list(range(len(matrix))), []
+    while len(found) < k:
+        near = [(matrix[a, b] / math.sqrt(matrix[a, a] * matrix[b, b]), a, b) for a, b in itertools.pairwise(alive)]
+        _, into, remove = max(near)
+        found.append((into, remove))
+        alive.remove(remove)
+    return found
+
+
 # -- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -396,11 +465,12 @@ class Audit:
         self.asker = Asker(self.base, self.config)
         stored = self.config["model"]["dtype"]
         self.dtype = torch.float32 if stored == "auto" else getattr(torch, stored)
-        self.rounding = {torch.float32: 2e-4, torch.float16: 0.02, torch.bfloat16: 0.1}[self.dtype]
+        half = any(t.dtype != torch.float32 for t in self.base.tensors.values())
+        self.rounding = 3e-4 if half and self.dtype == torch.float32 else {torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.1}[self.dtype]
         self.models = {}
 
-    def table(self, name, **where):
-        files = sorted(glob.glob(str(self.run / "tables" / name / "*.parquet")))
+    def table(self, table, /, **where):
+        files = sorted(glob.glob(str(self.run / "tables" / table / "*.parquet")))
         rows = [row for file in files for row in pq.read_table(file).to_pylist()]
         return [row for row in rows if all(row[key] == value for key, value in where.items())]
 
@@ -461,9 +531,8 @@ class Audit:
     def can_merge(self, plan):
         if self.config["model"]["quantise"] != "none":
             return "quantised"
-        if plan["alignment"] in ("neurons", "activations") and len(effective(self.base.n_layers, plan)) < sum(
-            len(v) for v in effective(self.base.n_layers, plan).values()
-        ):
+        averages = any(of != {kept} for kept, of in effective(self.base.n_layers, plan).items())
+        if plan["alignment"] in ("neurons", "activations") and averages:
             return f"alignment {plan['alignment']}"
         return None
 
@@ -650,15 +719,15 @@ class Audit:
         def compare(row, plan):
             of = f"{row['searcher']} {row['iteration']}"
             value, accuracy, nll, text = judged(plan)
-            allowed = 50 * self.rounding * max(1, abs(value))
+            allowed = 20 * self.rounding * max(1, abs(value))
             allowed += 1.01 / max(1, len(asked)) if is_accuracy(objective) and self.dtype != torch.float32 else 0
             self.same("trial: value", of, row["value"], value, allowed)
             if asks:
                 self.equal("trial: questions", of, row["n_questions"], len(asked))
-                self.same("trial: NLL", of, row["nll"], nll, 50 * self.rounding * max(1, nll))
+                self.same("trial: NLL", of, row["nll"], nll, 20 * self.rounding * max(1, nll))
                 self.same("trial: accuracy", of, row["accuracy"], accuracy, 1.01 / len(asked) if self.rounding > 1e-3 else 1e-9)
             if text is not None:
-                self.same("trial: perplexity", of, math.log(row["perplexity"]), text, 50 * self.rounding * max(1, text))
+                self.same("trial: perplexity", of, math.log(row["perplexity"]), text, 20 * self.rounding * max(1, text))
 
         good = [row for row in trials if row["status"] == "ok"]
         if asks and asked and good and good[0]["n_questions"] != len(asked):
@@ -716,7 +785,7 @@ class Audit:
             plan = next((p for k, p in plans.items() if kept["best"] in names[k]), None)
             layer = set(group) & set(effective(self.base.n_layers, plan))
             self.equal("keep_N: of", kept["best"], [len(layer), kept["of"]], [1, len(group)])
-            self.same("keep_N: the best", kept["best"], values[min(layer)], max(values.values()), 50 * self.rounding)
+            self.same("keep_N: the best", kept["best"], values[min(layer)], max(values.values()), 20 * self.rounding)
 
     # what follows from the tables
 
@@ -805,6 +874,199 @@ class Audit:
                 if measure == "accuracy":
                     self.equal("pairs", f"{table} {asked}", len(own), others if asked else others * (others - 1) // 2)
 
+    # sweeps
+
+    def swept(self):
+        """That each point of a sweep is the plan that its method says."""
+        n, (plans, _) = self.base.n_layers, self.plans()
+        steps_of = {row["plan_id"]: [] for row in self.table("plans")}
+        for row in self.table("plans", matrix=None):
+            if row["step"] is not None and (row["step"], row["into"], row["remove"], row["alpha"]) not in steps_of[row["plan_id"]]:
+                steps_of[row["plan_id"]].append((row["step"], row["into"], row["remove"], row["alpha"]))
+        config = self.config
+        matrix, influence = similarity_of(config["plan"])
+        for row in self.table("sweep"):
+            k, method, plan_id = row["merges"], row["method"], row["plan_id"]
+            rows = sorted(steps_of[plan_id])
+            steps, alphas = [(r[1], r[2]) for r in rows], [r[3] for r in rows]
+            stays = sorted(effective(n, {"steps": steps, "alphas": alphas, "own": {}}))
+            of = f"{method} k={k}"
+            self.equal("sweep: layers removed", of, n - len(stays), k)
+            tail = [(n - 2 - s, n - 1 - s) for s in range(k)]
+            if method == "before_last":
+                self.equal("sweep: before_last", of, (stays, set(alphas)), ([*range(n - 1 - k), n - 1], {1.0}))
+            elif method == "block_influence":
+                least = set(np.argsort(influence, kind="stable")[:k].tolist())
+                self.equal("sweep: block_influence", of, (stays, set(alphas)), ([x for x in range(n) if x not in least], {1.0}))
+            elif method == "drop_block":
+                self.equal("sweep: drop_block", of, set(alphas), {1.0})
+                self.equal("sweep: block", of, stays, self.without_block(k))
+            elif method.startswith("file_"):
+                told = json.loads(Path(config["sweep"]["alpha_files"][method.removeprefix("file_")]).read_text())
+                self.equal("sweep: file", of, (steps, alphas), ([(s["layer_to_merge_into"], s["layer_to_remove"]) for s in told], [s["ratio_i_alpha"] for s in told]))
+            elif method != "base":
+                base = {"most_similar": config["plan"]["base"], "merge_block": config["plan"]["base"]}.get(method, method)
+                base = "fixed" if base == "file" else base
+                wanted = tail
+                if method == "most_similar":
+                    wanted = most_similar(matrix, k)
+                if method == "merge_block":
+                    self.equal("sweep: block", of, len(set(range(n)) - set(self.without_block(k)) - {r for _, r in steps}), 0)
+                    wanted = steps
+                self.equal("sweep: merges", of, steps, wanted)
+                self.same("sweep: alphas", of, alphas, [base_alpha(base, config["plan"]["ratio"], matrix, *step) for step in steps])
+
+    def without_block(self, k):
+        first = self.table("blocks", chosen=True, merges=k)[0]["first"]
+        return [x for x in range(self.base.n_layers) if not first <= x < first + k]
+
+    # similarities
+
+    def compared_layers(self):
+        """Distances between the states of the run's own prompts, their embeddings, similarities, and correlations."""
+        c, model = self.config["similarity"], self.base.load(
+            {"steps": [], "alphas": [], "own": {}, "norms": "keep", "biases": "keep", "alignment": "none"}, self.dtype)
+        states, inputs = [], []
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda m, a, out: states.append((out if torch.is_tensor(out) else out[0])[0].double()))
+            layer.register_forward_pre_hook(lambda m, a, k: inputs.append((a[0] if a else k["hidden_states"])[0].double()), with_kwargs=True)
+        groups, found = {}, {}
+        for row in self.table("samples"):
+            groups.setdefault((row["subset"], row["language"]), []).append(row)
+        matrices = {}
+        for row in self.table("similarity"):
+            key = row["subset"], row["language"]
+            value = math.nan if row["value"] is None else row["value"]
+            matrices.setdefault(key, np.full((self.base.n_layers,) * 2, np.nan))[row["layer_i"], row["layer_j"]] = value
+        asker = Asker(self.base, self.config | {"data": self.config["data"] | {"shots": c["shots"]}})
+        for key, rows in groups.items():
+            pooled, cosines = [], []
+            asker.data["language"], asker.files = key[1], {}
+            for row in sorted(rows, key=lambda r: r["sample"]):
+                states.clear(), inputs.clear()
+                ids = asker.prompt(row["subject"], row["split"], row["question_id"])[0]
+                ids = ids[: c["max_tokens"]] if c["pooling"] == "sequence" else ids
+                with torch.no_grad():
+                    model(input_ids=torch.tensor([ids]), use_cache=False)
+                cosines.append([torch.cosine_similarity(a, b, dim=1) for a, b in zip(inputs, states, strict=True)])
+                pool = {"sequence": lambda s: s, "last": lambda s: s[-1:], "mean": lambda s: s.mean(0, keepdim=True)}
+                pooled.append([pool[c["pooling"]](s) for s in states])
+            longest = max(len(sample[0]) for sample in pooled)
+            padded = [[torch.nn.functional.pad(s, (0, 0, 0, longest - len(s))).flatten() for s in own] for own in pooled]
+            layers = torch.stack([torch.stack(own) for own in padded]).transpose(0, 1).numpy()  # (L, N, T d)
+            distances = np.stack([np.linalg.norm(own[:, None] - own, axis=-1) for own in layers])
+            wanted = [1 - torch.cat([own[layer] for own in cosines]).mean().item() for layer in range(self.base.n_layers)]
+            influence = [r["value"] for r in sorted(self.table("block_influence", subset=key[0], language=key[1]), key=lambda r: r["layer"])]
+            self.same("block influence", key, influence, wanted, 20 * self.rounding)
+            stored = self.embedded(key, distances, c)
+            if c["measure"] == "cosine":
+                unit = layers / np.linalg.norm(layers, axis=-1, keepdims=True)
+                values = np.einsum("ind,jnd->ij", unit, unit) / len(rows)
+            elif c["measure"] == "cka":
+                centre = np.eye(len(rows)) - 1 / len(rows)
+                grams = np.stack([centre @ own @ own.T @ centre for own in layers])
+                grams /= np.linalg.norm(grams, axis=(1, 2), keepdims=True)
+                values = np.einsum("iab,jab->ij", grams, grams)
+            else:
+                values = similarity(stored, c)
+            self.same(f"similarity: {c['measure']}", key, matrices[key], values, 2e-4 if c["measure"] in ("cosine", "cka") else 1e-6 * np.maximum(1, np.abs(np.nan_to_num(values))))
+        above = np.triu_indices(self.base.n_layers, 1)
+        for row in self.table("similarity_correlation"):
+            a, b = (matrices[row[f"subset_{x}"], row[f"language_{x}"]] for x in "ab")
+            for column, pick in (("pearson", slice(None)), ("pearson_off_diagonal", above)):
+                x, y = a[pick].ravel(), b[pick].ravel()
+                both = np.isfinite(x) & np.isfinite(y)
+                self.same(f"correlation: {column}", f"{row['subset_a']} {row['subset_b']}", row[column], np.corrcoef(x[both], y[both])[0, 1], 1e-6)
+
+    def embedded(self, key, distances, c):
+        """The stored embeddings (L, N, d), compared with the diffusion maps of distances."""
+        rows = self.table("embeddings", subset=key[0], language=key[1])
+        if not rows:
+            return None
+        shape = [1 + max(r[k] for r in rows) for k in ("layer", "sample", "coordinate")]
+        stored = np.full(shape, np.nan)
+        for r in rows:
+            stored[r["layer"], r["sample"], r["coordinate"]] = r["value"]
+        if not c["embedding"].startswith("diffusion"):
+            return stored
+        ranks = {r["layer"]: r for r in self.table("degeneracy", subset=key[0], language=key[1])}
+        for layer, d in enumerate(distances):
+            sigma = np.median(d[np.triu_indices(len(d), 1)]) if c["sigma"] == "median" else c["sigma"]
+            if c["embedding"] == "diffusion":
+                k = np.exp(-np.sqrt(d / sigma))
+                p = k.sum(1)
+                k = k / np.outer(p, p) ** c["anisotropy"]
+                v = np.sqrt(k.sum(1))
+                u, s, _ = np.linalg.svd(k / np.outer(v, v))
+                values, total = u[:, 1 : shape[2] + 1] / u[:, :1], k / np.outer(v, v)
+            else:
+                k = np.exp(-(d**2) / (2 * sigma**2))
+                total = k / k.sum(1, keepdims=True)
+                s, right = np.linalg.eig(total)
+                order = np.argsort(-np.abs(s))
+                s, right = np.abs(s[order].real), right[:, order].real
+                values = right[:, 1 : shape[2] + 1] / np.linalg.norm(right[:, 1 : shape[2] + 1], axis=0) * s[1 : shape[2] + 1] ** c["anisotropy"]
+            share = s / s.sum()
+            rank = np.exp(-np.sum(share[share > 1e-300] * np.log(share[share > 1e-300])))
+            mass = 1 - np.trace(total) / total.sum()
+            self.same("degeneracy", f"{key} {layer}", [ranks[layer]["effective_rank"], ranks[layer]["off_diagonal_mass"]], [rank, mass], [0.01 * rank + 1e-3, 1e-3])
+            gaps = np.abs(np.diff(s[: shape[2] + 2]))
+            if gaps.min() < 1e-3 or not 1.05 < rank < 0.9 * len(d):
+                self.line("embedding", f"{key} {layer}", skipped="degenerate: the map is noise, or a rotation is free")
+                continue
+            signs = np.sign(np.sum(values * stored[layer], axis=0))
+            self.same("embedding", f"{key} {layer}", stored[layer], values * signs, 3e-3 / gaps.min() * max(self.rounding * 10, 1e-4) * 100 * np.abs(values).max())
+        return stored
+
+    # the page
+
+    def page(self, html_text):
+        """That the page's rows of a plan have its numbers, and that its answer is about the best found."""
+        split, (_, names) = self.config["data"].get("report_split"), self.plans()
+        body = re.sub(r"<(script|style|svg)\b.*?</\1>", "", html_text, flags=re.S)
+        rows = [[html.unescape(re.sub(r"<[^>]+>", " ", cell)).strip() for cell in re.findall(r"<t[dh]\b.*?</t[dh]>", row, re.S)]
+                for row in re.findall(r"<tr\b.*?</tr>", body, re.S)]
+        accuracy = {(r["plan_id"], r["subject"]): r for r in self.table("accuracy", split=split)}
+        text = {r["plan_id"]: r for r in self.table("perplexity", target="text")}
+        costs = {r["plan_id"]: r for r in self.table("costs")}
+        header = []
+        for row in rows:
+            if "answer NLL" in row and "plan" in row:
+                header = row
+            label = row[0] if row else ""
+            key = next((k for k, own in names.items() if label and set(label.split(" = ")) <= {*own, "base"} and label.split(" = ")[-1] in own), None)
+            if key is None or not header or len(row) != len(header) or row is header:
+                continue
+            told = dict(zip(header, row, strict=True))
+            micro, macro = accuracy.get((key, "_micro")), accuracy.get((key, "_macro"))
+            wanted = {"layers": [costs[key]["layers"]], "accuracy": [100 * micro[c] for c in ("accuracy", "ci_low", "ci_high")],
+                      "mean over subjects": [100 * macro[c] for c in ("accuracy", "ci_low", "ci_high")],
+                      "answer NLL": [micro["nll"]]}
+            if key in text:
+                wanted["perplexity"] = [text[key][c] for c in ("perplexity", "ci_low", "ci_high")]
+            for column, values in wanted.items():
+                if column in told:
+                    self.equal(f"page: {column}", label, (told[column], says(told[column], values)), (told[column], True))
+        if self.experiment == "search":
+            best = self.manifest["best"]
+            words = html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body)))
+            self.equal("page: its answer is about the best", best["name"], "The best plan found, " in words, True)
+            told = re.search(r"The best plan found, (.*?), (?:answers|has|reaches|whose|is)", words)
+            self.equal("page: the best's name", best["name"], told and told[1].split(" = "), names[best["plan_id"]] if told else None)
+
+
+def says(text, values):
+    """Whether the numbers in a text are these, rounded as the text rounds."""
+    numbers = re.findall(r"[-−+]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?", text)
+    if len(numbers) < len(values):
+        values = [v for v in values if v is not None and math.isfinite(v)]
+    for number, value in zip(numbers, values, strict=False):
+        number = number.replace("−", "-").replace(",", "")
+        digits = len(number.partition("e")[0].partition(".")[2])
+        step = 10.0 ** (int(number.partition("e")[2] or 0) - digits)
+        if abs(float(number) - value) > 0.5001 * step + (1e-9 * abs(value)):
+            return len(number.strip("-")) >= 3 and digits == 0 and abs(float(number) - value) < 0.006 * abs(value)
+    return bool(numbers)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
@@ -826,6 +1088,10 @@ def audited(run, questions=12, trials=3, seed=0):
         audit.derived()
     if audit.experiment == "search":
         audit.searched(trials)
+    if audit.experiment == "sweep":
+        audit.swept()
+    if audit.experiment == "similarity":
+        audit.compared_layers()
     return audit.failed
 
 
