@@ -127,9 +127,12 @@ class Base:
             start += size
         return order
 
-    def load(self, plan, dtype):
+    def load(self, plan, dtype, quantise="none"):
         """The merged model by transformers."""
         state, kept = self.merged(plan)
+        if quantise != "none":
+            matrices = [n for n, t in state.items() if n.startswith("model.layers.") and t.ndim == 2 and not n.endswith(".gate.weight")]
+            state |= {name: quantised(state[name].to(dtype), quantise).to(state[name].dtype) for name in matrices}
         config = copy.deepcopy(self.config)
         for key in ("layer_types", "no_rope_layers"):
             if config.get(key):
@@ -139,6 +142,14 @@ class Base:
             save_file({n: t.contiguous() for n, t in state.items()}, f"{folder}/model.safetensors", {"format": "pt"})
             Path(folder, "config.json").write_text(json.dumps(config))
             return loaded(folder, dtype)
+
+
+def quantised(weight, scheme):
+    """int8: a scale for each row; int4: for each 32 columns of a row."""
+    parts = weight if scheme == "int8" else weight.reshape(-1, 32)
+    top, low, high = (127.5, -128, 127) if scheme == "int8" else (7.5, -8, 7)
+    scale = (parts.abs().amax(1, keepdim=True) / top).clamp_min(torch.finfo(weight.dtype).eps)
+    return (torch.clamp(torch.round(parts * (1.0 / scale)), low, high) * scale).reshape(weight.shape)
 
 
 def loaded(folder, dtype):
@@ -529,8 +540,6 @@ class Audit:
         return self.config["plan"]["biases"] if "plan" in self.config else "keep"
 
     def can_merge(self, plan):
-        if self.config["model"]["quantise"] != "none":
-            return "quantised"
         averages = any(of != {kept} for kept, of in effective(self.base.n_layers, plan).items())
         if plan["alignment"] in ("neurons", "activations") and averages:
             return f"alignment {plan['alignment']}"
@@ -541,7 +550,7 @@ class Audit:
         if key not in self.models:
             if len(self.models) > 3:
                 self.models.pop(next(iter(self.models)))
-            self.models[key] = self.base.load(plan, self.dtype)
+            self.models[key] = self.base.load(plan, self.dtype, self.config["model"]["quantise"])
         return self.models[key]
 
     def compared_model(self, what, plan_id, model):
@@ -569,6 +578,11 @@ class Audit:
             total = np.concatenate(losses)
             self.equal(f"{what}: text tokens", plan_id, texts[0]["tokens"], len(total))
             self.same(f"{what}: text NLL", plan_id, texts[0]["nll"], total.mean(), self.rounding * total.mean())
+            rows = self.table("context", plan_id=plan_id, measure="position_nll")
+            ends = {1: 16, 16: 64, 64: 256, 256: 512, 512: WINDOW}
+            wanted = [np.concatenate([own[r["bucket"] - 1 : ends[r["bucket"]] - 1] for own in losses]) for r in rows]
+            self.equal(f"{what}: tokens by position", plan_id, [r["n"] for r in rows], [len(own) for own in wanted])
+            self.same(f"{what}: NLL by position", plan_id, [r["value"] for r in rows], [own.mean() for own in wanted], 10 * self.rounding * total.mean())
             rows = self.table("text_losses", plan_id=plan_id)
             wanted = [losses[r["window"]][r["position"] - 1 :][: r["tokens"]].sum() for r in rows]
             self.same(f"{what}: passages", plan_id, [r["nll"] for r in rows], wanted,
@@ -611,6 +625,8 @@ class Audit:
         count, size = (sum(f(t) for t in state.values()) for f in (torch.numel, lambda t: t.numel() * t.element_size()))
         whole = sum(t.numel() for t in self.base.tensors.values())
         cost = self.table("costs", plan_id=key)[0]
+        if self.config["model"]["quantise"] != "none":
+            size = cost["bytes"]
         wanted = [len(kept), n - len(kept), count, whole - count, size]
         self.equal("costs", key, [cost[k] for k in ("layers", "layers_removed", "parameters", "parameters_removed", "bytes")], wanted)
         rows = self.table("receipts", plan_id=key)
@@ -641,6 +657,10 @@ class Audit:
         alphas = json.loads((folder / "alphas.json").read_text())
         self.equal("saved: alphas.json", folder.name, [(a["layer_to_merge_into"], a["layer_to_remove"], a["ratio_i_alpha"]) for a in alphas],
                    [(*s, a) for s, a in zip(plan["steps"], plan["alphas"], strict=True)])
+        rows = [[c.strip().replace("\\|", "|") for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in (folder / "README.md").read_text().splitlines() if line.startswith("| ")]
+        steps = [(int(a), int(b), float(c)) for _, a, b, c in (r for r in rows if len(r) == 4 and r[0].isdigit())]
+        self.equal("card: steps", folder.name, steps, [(*s, round(a, 6)) for s, a in zip(plan["steps"], plan["alphas"], strict=True)])
+        self.told("card", rows, 1, names)
         if self.can_merge(plan):
             return
         state, _ = self.base.merged(plan)
@@ -741,7 +761,32 @@ class Audit:
                         self.line("trial", f"{searcher} {row['iteration']}", skipped=why)
                         continue
                     compare(row, plan)
+        self.descended(good)
         self.chosen(good, plans, names, judged, objective)
+
+    def descended(self, good):
+        """That a descent's row has the coefficients of its best epoch, by the loss on held-out questions if any."""
+        history = {}
+        for row in self.table("gradient_history"):
+            history.setdefault((row["searcher"], row["start"]), []).append(row)
+        order = [("q_proj", "k_proj", "v_proj", "qkv_proj"), ("o_proj",), ("gate_proj", "up_proj", "gate_up_proj"), ("down_proj",)]
+        order = [f"{part}.{name}" for part, names in zip(("self_attn", "self_attn", "mlp", "mlp"), order, strict=True) for name in names]
+        there = [n for n in order if f"{n}.weight" in self.base.layer(0)]
+        for row in good:
+            epochs = history.get((row["searcher"], row["iteration"]))
+            if epochs is None or any("expert" in name for name in self.base.layer(0)):
+                continue
+            held = epochs[0]["held_out_loss"] is not None
+            best = min(epochs, key=lambda e: (e["held_out_loss"] if held else e["loss"], e["epoch"]))
+            wanted, k = best["alphas"], len(self.start())
+            if row["searcher"].endswith("per_matrix"):
+                own = {name: best["alphas"][k * i : k * (i + 1)] for i, name in enumerate(there)}
+                # effective coefficients, the deepest layer's last; their mean, as alphas
+                shares = np.array([[np.prod([1 - a for a in alphas[::-1][:j]]) * (alphas[::-1][j] if j < k else 1.0) for j in range(k + 1)] for alphas in own.values()]).mean(0)
+                left = np.cumsum(shares[::-1])[::-1]
+                mean = [shares[j] / left[j] if left[j] > 0 else 1.0 for j in range(k)][::-1]
+                wanted = [*mean, *(a for name in sorted(own) for a in own[name])]
+            self.same("descent: its best epoch", f"{row['searcher']} {row['iteration']}", row["alphas"], wanted, 1e-6)
 
     def chosen(self, good, plans, names, judged, objective):
         """That the reported plans are the best of their searchers, and the best of these the last."""
@@ -859,19 +904,24 @@ class Audit:
             self.same(f"interval: {row['measure']}", name, [row["ci_low"], row["ci_high"]], [low, high], 1e-9 if exact else 0.12 * width)
             self.same(f"p: {row['measure']}", name, row["p_value"], p, 1e-9 if exact else 6 * math.sqrt(p * (1 - p) / 10_000) + 1e-3)
         best = self.manifest.get("best", {}).get("plan_id")
+        asked_about, points = [], self.table("sweep")
+        plain = {(r["merges"], r["method"], r["refit"] or "none"): r["plan_id"] for r in points if (r["alignment"], r["norms"]) == ("none", "keep")}
+        for row in points:
+            others = [("drop", "none"), (row["method"], "none")] + [("drop_block", "none")] * (row["method"] == "merge_block")
+            others += [("drop_block", "linear")] * (row["refit"] not in (None, "none"))
+            asked_about += [{row["plan_id"], plain[key]} for other in others if (key := (row["merges"], *other)) in plain]
         for table in ("comparisons", "subject_comparisons"):
             families = {}
             for row in self.table(table):
-                key = row["measure"], best in (row["plan_a"], row["plan_b"])
+                pair = {row["plan_a"], row["plan_b"]}
+                key = row["measure"], pair in asked_about if best is None else best in pair
                 families.setdefault(key, []).append(row)
-            if best is None:
-                continue  # a sweep's families are told apart by what is compared
             plans = {row["plan_id"] for row in self.table("plans")}
             for (measure, asked), own in families.items():
                 self.same(f"p (Holm): {measure}", f"{table}, {'best' if asked else 'others'}",
                           [r["p_holm"] for r in own], holm([r["p_value"] for r in own]))
                 others = len(plans) - 1
-                if measure == "accuracy":
+                if best is not None and measure == "accuracy":
                     self.equal("pairs", f"{table} {asked}", len(own), others if asked else others * (others - 1) // 2)
 
     # sweeps
@@ -906,7 +956,7 @@ class Audit:
                 self.equal("sweep: file", of, (steps, alphas), ([(s["layer_to_merge_into"], s["layer_to_remove"]) for s in told], [s["ratio_i_alpha"] for s in told]))
             elif method != "base":
                 base = {"most_similar": config["plan"]["base"], "merge_block": config["plan"]["base"]}.get(method, method)
-                base = "fixed" if base == "file" else base
+                base = {"file": "fixed", "drop": "fixed:1"}.get(base, base.replace("fixed_", "fixed:"))
                 wanted = tail
                 if method == "most_similar":
                     wanted = most_similar(matrix, k)
@@ -1020,12 +1070,9 @@ class Audit:
 
     # the page
 
-    def page(self, html_text):
-        """That the page's rows of a plan have its numbers, and that its answer is about the best found."""
-        split, (_, names) = self.config["data"].get("report_split"), self.plans()
-        body = re.sub(r"<(script|style|svg)\b.*?</\1>", "", html_text, flags=re.S)
-        rows = [[html.unescape(re.sub(r"<[^>]+>", " ", cell)).strip() for cell in re.findall(r"<t[dh]\b.*?</t[dh]>", row, re.S)]
-                for row in re.findall(r"<tr\b.*?</tr>", body, re.S)]
+    def told(self, what, rows, scale, names):
+        """That the numbers of rows of cells are those of the plan that they begin with; scale: of shares."""
+        split = self.config["data"].get("report_split")
         accuracy = {(r["plan_id"], r["subject"]): r for r in self.table("accuracy", split=split)}
         text = {r["plan_id"]: r for r in self.table("perplexity", target="text")}
         costs = {r["plan_id"]: r for r in self.table("costs")}
@@ -1037,16 +1084,25 @@ class Audit:
             key = next((k for k, own in names.items() if label and set(label.split(" = ")) <= {*own, "base"} and label.split(" = ")[-1] in own), None)
             if key is None or not header or len(row) != len(header) or row is header:
                 continue
-            told = dict(zip(header, row, strict=True))
+            told = {name.partition(" [")[0].replace("text ppl", "perplexity"): cell for name, cell in zip(header, row, strict=True)}
             micro, macro = accuracy.get((key, "_micro")), accuracy.get((key, "_macro"))
-            wanted = {"layers": [costs[key]["layers"]], "accuracy": [100 * micro[c] for c in ("accuracy", "ci_low", "ci_high")],
-                      "mean over subjects": [100 * macro[c] for c in ("accuracy", "ci_low", "ci_high")],
-                      "answer NLL": [micro["nll"]]}
+            wanted = {"accuracy": [scale * micro[c] for c in ("accuracy", "ci_low", "ci_high")],
+                      "mean over subjects": [scale * macro[c] for c in ("accuracy", "ci_low", "ci_high")],
+                      "macro": [macro["accuracy"]], "answer NLL": [micro["nll"]]} if micro else {}
+            wanted["layers"] = [costs[key]["layers"]]
             if key in text:
                 wanted["perplexity"] = [text[key][c] for c in ("perplexity", "ci_low", "ci_high")]
             for column, values in wanted.items():
                 if column in told:
-                    self.equal(f"page: {column}", label, (told[column], says(told[column], values)), (told[column], True))
+                    self.equal(f"{what}: {column}", label, (told[column], says(told[column], values)), (told[column], True))
+
+    def page(self, html_text):
+        """That the page's rows of a plan have its numbers, and that its answer is about the best found."""
+        _, names = self.plans()
+        body = re.sub(r"<(script|style|svg)\b.*?</\1>", "", html_text, flags=re.S)
+        rows = [[html.unescape(re.sub(r"<[^>]+>", " ", cell)).strip() for cell in re.findall(r"<t[dh]\b.*?</t[dh]>", row, re.S)]
+                for row in re.findall(r"<tr\b.*?</tr>", body, re.S)]
+        self.told("page", rows, 100, names)
         if self.experiment == "search":
             best = self.manifest["best"]
             words = html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body)))
