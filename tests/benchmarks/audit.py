@@ -41,6 +41,7 @@ WINDOW = 1024
 READS = {"input_layernorm": ("q_proj", "k_proj", "v_proj", "qkv_proj")}
 MLP_READS = ("gate_proj", "up_proj", "gate_up_proj", ".gate", ".w1", ".w3")
 GEMMA = ("gemma2", "gemma3_text")
+UNMERGED = {"steps": [], "alphas": [], "own": {}, "norms": "keep", "biases": "keep", "alignment": "none"}
 
 
 # -- merging ---------------------------------------------------------------------------------------------------------
@@ -251,6 +252,11 @@ class Asker:
             logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].double()
             found.append(-torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy())
         return found
+
+
+def same_text(one, other):
+    texts = [(DEMO / "text.txt" if x == "demo" else Path(x)).read_text().strip() for x in (one, other) if x]
+    return len(texts) == 2 and texts[0] == texts[1]
 
 
 def base_ids(tokenizer, text):
@@ -719,10 +725,7 @@ class Audit:
         asked = sorted({(r["subject"], r["split"], r["question_id"]) for r in answers})
         windows = []
         if search["text"] is not None and ("text_nll" in objective or ceiling is not None):
-            texts = [DEMO / "text.txt" if x == "demo" else x for x in (search["text"], data["perplexity_text"])]
-            after = data["perplexity_tokens"] if texts[1] and Path(texts[0]).read_text() == Path(texts[1]).read_text() else 0
-            windows = self.asker.windows(search["text"], after, search["text_tokens"])
-        base = {"steps": [], "alphas": [], "own": {}, "norms": "keep", "biases": "keep", "alignment": "none"}
+            windows = self.asker.windows(search["text"], self.search_start(), search["text_tokens"])
 
         def judged(plan):
             model, logits, right, text = self.model(plan), None, None, None
@@ -732,7 +735,7 @@ class Audit:
                 return sum(w for w, _, _ in terms_of(objective)) * text, None, None, text
             logits = self.asker.answers(model, asked)[0]
             right = np.array([self.asker.prompt(*a)[2] for a in asked])
-            unmerged = self.asker.answers(self.model(base), asked)[0] if "answer_kl" in objective else logits
+            unmerged = self.asker.answers(self.model(UNMERGED), asked)[0] if "answer_kl" in objective else logits
             value = objective_value(objective, logits, unmerged, right, [a[0] for a in asked], text, ceiling)
             return value, (logits.argmax(1) == right).mean(), answer_nll(logits, right).mean(), text
 
@@ -825,8 +828,7 @@ class Audit:
                 for x in sorted(gone[0]):
                     chain.append((layer, x))
                 assert len(stays) + len(chain) == self.base.n_layers
-                options = {"norms": "keep", "biases": "keep", "alignment": "none"}
-                values[layer] = sign * judged({"steps": chain, "alphas": [1.0] * len(chain), "own": {}, **options})[0]
+                values[layer] = sign * judged(UNMERGED | {"steps": chain, "alphas": [1.0] * len(chain)})[0]
             plan = next((p for k, p in plans.items() if kept["best"] in names[k]), None)
             layer = set(group) & set(effective(self.base.n_layers, plan))
             self.equal("keep_N: of", kept["best"], [len(layer), kept["of"]], [1, len(group)])
@@ -966,6 +968,68 @@ class Audit:
                 self.equal("sweep: merges", of, steps, wanted)
                 self.same("sweep: alphas", of, alphas, [base_alpha(base, config["plan"]["ratio"], matrix, *step) for step in steps])
 
+    def blocks(self):
+        """The scores of the blocks among which one was chosen, and the choice."""
+        rows, config = self.table("blocks"), self.config
+        data, search = config["data"], config.get("search") or {}
+        source = (config.get("calibration") or {}).get("text")
+        measured = {}
+        if rows and source is not None and {r["measure"] for r in rows} & {"cosine", "angular", "loss"}:
+            start = data["perplexity_tokens"] if same_text(source, data["perplexity_text"]) else 0
+            if self.needs_search_text and same_text(source, search["text"]):
+                start = max(start, self.search_start() + search["text_tokens"])
+            windows = self.asker.windows(source, start, config["calibration"]["tokens"])
+            for k in {r["merges"] for r in rows}:
+                measured |= self.block_scores(windows, k, {r["first"] for r in rows if r["merges"] == k}, {r["measure"] for r in rows})
+        matrix, _ = similarity_of(config["plan"]) if rows else (None, None)
+        for r in rows:
+            if r["measure"] == "similarity":
+                i, j = r["first"] - 1, r["last"]
+                measured["similarity", r["merges"], r["first"]] = 1 - matrix[i, j] / math.sqrt(matrix[i, i] * matrix[j, j])
+        known = [r for r in rows if (r["measure"], r["merges"], r["first"]) in measured]
+        wanted = np.array([measured[r["measure"], r["merges"], r["first"]] for r in known])
+        self.same("blocks: scores", "all", [r["score"] for r in known], wanted, 20 * self.rounding * np.maximum(1, np.abs(wanted)))
+        for k in {r["merges"] for r in rows}:
+            chosen = next(r for r in rows if r["merges"] == k and r["chosen"])
+            if chosen["score"] is not None:
+                own = [r for r in rows if r["merges"] == k and r["measure"] == chosen["measure"]]
+                best = min(own, key=lambda r: (r["score"], -r["first"]))
+                self.equal("blocks: the chosen", k, chosen["first"], best["first"])
+
+    @torch.no_grad()
+    def block_scores(self, windows, k, firsts, measures):
+        found, n = {}, self.base.n_layers
+        model = self.model(UNMERGED)
+        states = [model(input_ids=torch.tensor([ids]), use_cache=False, output_hidden_states=True).hidden_states for ids in windows]
+        if "loss" in measures:
+            for first in firsts:
+                chain = [(first - 1, x) for x in range(first, first + k)] if first else [(k, x) for x in range(k - 1, -1, -1)]
+                plan = UNMERGED | {"steps": chain, "alphas": [1.0] * k}
+                found["loss", k, first] = np.concatenate(self.asker.losses(self.model(plan), windows)).mean()
+        for first in firsts if measures & {"cosine", "angular"} else ():
+            if first + k == n:  # the last of transformers' states is behind the final norm
+                kept = []
+                hook = model.model.layers[-1].register_forward_hook(lambda m, a, out: kept.append(out if torch.is_tensor(out) else out[0]))
+                for ids in windows:
+                    model(input_ids=torch.tensor([ids]), use_cache=False)
+                hook.remove()
+            else:
+                kept = [own[first + k] for own in states]
+            cos = torch.cat([torch.cosine_similarity(own[first][0].double(), out[0].double(), dim=-1) for own, out in zip(states, kept, strict=True)])
+            found["cosine", k, first] = float((1 - cos).mean())
+            found["angular", k, first] = float(cos.clamp(-1, 1).acos().mean() / math.pi)
+        return found
+
+    @property
+    def needs_search_text(self):
+        search = self.config.get("search") or {}
+        return search.get("text") is not None and (
+            "text_nll" in search["objective"] or search["perplexity_ceiling"] is not None or bool((self.config.get("gradient") or {}).get("text_kl")))
+
+    def search_start(self):
+        search, data = self.config["search"], self.config["data"]
+        return data["perplexity_tokens"] if same_text(search["text"], data["perplexity_text"]) else 0
+
     def without_block(self, k):
         first = self.table("blocks", chosen=True, merges=k)[0]["first"]
         return [x for x in range(self.base.n_layers) if not first <= x < first + k]
@@ -974,8 +1038,7 @@ class Audit:
 
     def compared_layers(self):
         """Distances between the states of the run's own prompts, their embeddings, similarities, and correlations."""
-        c, model = self.config["similarity"], self.base.load(
-            {"steps": [], "alphas": [], "own": {}, "norms": "keep", "biases": "keep", "alignment": "none"}, self.dtype)
+        c, model = self.config["similarity"], self.base.load(UNMERGED, self.dtype)
         states, inputs = [], []
         for layer in model.model.layers:
             layer.register_forward_hook(lambda m, a, out: states.append((out if torch.is_tensor(out) else out[0])[0].double()))
@@ -1142,6 +1205,8 @@ def audited(run, questions=12, trials=3, seed=0):
     if audit.experiment in ("search", "sweep", "evaluate"):
         audit.reported()
         audit.derived()
+    if audit.experiment in ("search", "sweep"):
+        audit.blocks()
     if audit.experiment == "search":
         audit.searched(trials)
     if audit.experiment == "sweep":
