@@ -12,6 +12,7 @@ values, the largest disagreement and what is allowed; lines with "skipped" say w
 import argparse
 import copy
 import csv
+import functools
 import glob
 import html
 import itertools
@@ -40,6 +41,7 @@ WINDOW = 1024
 #: Norms and what reads them, by family; the others' read as Llama's. Gemma stores gains less 1.
 READS = {"input_layernorm": ("q_proj", "k_proj", "v_proj", "qkv_proj")}
 MLP_READS = ("gate_proj", "up_proj", "gate_up_proj", ".gate", ".w1", ".w3")
+AXES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"} | dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "units")
 GEMMA = ("gemma2", "gemma3_text")
 UNMERGED = {"steps": [], "alphas": [], "own": {}, "norms": "keep", "biases": "keep", "alignment": "none"}
 
@@ -66,7 +68,7 @@ class Base:
     def gains(self, layer):
         """By matrix, the gain (d,) of the norm that it reads."""
         second = "pre_feedforward_layernorm" if self.kind in GEMMA else "post_attention_layernorm"
-        readers = READS | {second: MLP_READS}
+        readers = {} if "olmo" in self.kind and self.kind != "olmoe" else READS | {second: MLP_READS}
         return {
             name: layer[f"{norm}.weight"].double() + (self.kind in GEMMA)
             for norm, ends in readers.items()
@@ -92,6 +94,8 @@ class Base:
                 for name, gain in self.gains(layer)[0].items():
                     own[name] = own[name] * gain
             work[number] = own
+        if plan["alignment"] == "neurons":
+            self.reorder(work, plan["steps"])
         for number, (into, remove) in enumerate(plan["steps"]):
             gone = work.pop(remove)
             for name in averaged:
@@ -115,6 +119,62 @@ class Base:
             state |= {f"model.layers.{position}.{name}": tensor for name, tensor in layer.items()}
         return state, kept
 
+    def reorder(self, work, steps):
+        """Lay the units of every layer that is merged on those of the layer that it is merged into, in place."""
+        groups = {number: [number] for number in work}
+        for into, remove in steps:
+            groups[into] += groups.pop(remove)
+        for kept, members in groups.items():
+            for number in members:
+                order, step = None, 1 if number > kept else -1
+                for layer in range(number, kept, -step):
+                    match = self.match(min(layer, layer - step))
+                    if step < 0:
+                        match = {axis: np.argsort(own) for axis, own in match.items()}
+                    order = match if order is None else {axis: order[axis][match[axis]] for axis in match}
+                for name in work[number] if order else ():
+                    axes = [axis for end, axis in AXES.items() if f".{end}." in name]
+                    columns = name.endswith(("o_proj.weight", "down_proj.weight"))
+                    if axes and (columns or not name.endswith(("o_proj.bias", "down_proj.bias"))):
+                        work[number][name] = work[number][name].index_select(int(columns), torch.tensor(order[axes[0]]))
+
+    @functools.cache  # noqa: B019 - a handful of layers
+    def match(self, first):
+        """By axis, in which order the units of layer first + 1 match those of layer `first`."""
+        c, sides = self.config, []
+        for number in (first, first + 1):
+            layer = self.layer(number)
+            gains, own = self.gains(layer)[0], {}
+            for name, tensor in layer.items():
+                if tensor.ndim == 2:
+                    folded = tensor.double() * gains.get(name, torch.ones(1, dtype=torch.float64))
+                    folded = folded.T if name.endswith(("o_proj.weight", "down_proj.weight")) else folded
+                    own[name.split(".")[-2]] = torch.nn.functional.normalize(folded, dim=1).numpy()
+            sides.append(own)
+        kv, d = c["num_key_value_heads"], c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        g, (one, two) = c["num_attention_heads"] // kv, sides
+        units = linear_sum_assignment(-sum(one[k] @ two[k].T for k in ("gate_proj", "up_proj", "down_proj") if k in one))[1]
+        q, k, v, o = ({n: own[f"{x}_proj"].reshape(kv, *shape, -1) for n, own in enumerate(sides)}
+                      for x, shape in (("q", (g, d)), ("k", (d,)), ("v", (d,)), ("o", (g, d))))
+        best = {}
+        for a, b in itertools.product(range(kv), repeat=2):
+            for heads in itertools.permutations(range(g)):
+                heads = list(heads)
+                likeness = v[0][a] @ v[1][b].T + sum(o[0][a, x] @ o[1][b, y].T for x, y in enumerate(heads))
+                channels = linear_sum_assignment(-likeness)[1]
+                score = np.sum(k[0][a] * k[1][b]) + np.sum(q[0][a] * q[1][b, heads]) + likeness[np.arange(d), channels].sum()
+                best[a, b] = max(best.get((a, b), (-np.inf, 0, 0)), (score, heads, channels.tolist()))
+        order = linear_sum_assignment([[-best[a, b][0] for b in range(kv)] for a in range(kv)])[1]
+        heads = [b * g + x for a, b in enumerate(order) for x in best[a, b][1]]
+        channels = [(a, b, best[a, b]) for a, b in enumerate(order)]
+        return {
+            "units": units,
+            "q": np.array([h * d + x for h in heads for x in range(d)]),
+            "k": np.array([b * d + x for b in order for x in range(d)]),
+            "v": np.array([b * d + x for _, b, found in channels for x in found[2]]),
+            "o": np.array([(b * g + h) * d + x for _, b, found in channels for h in found[1] for x in found[2]]),
+        }
+
     def row_order(self, own, other, matrix):
         """Which row of `other` is laid on each row of `own`, in each part of a matrix that holds several."""
         c = self.config
@@ -133,7 +193,7 @@ class Base:
         state, kept = self.merged(plan)
         if quantise != "none":
             matrices = [n for n, t in state.items() if n.startswith("model.layers.") and t.ndim == 2 and not n.endswith(".gate.weight")]
-            state |= {name: quantised(state[name].to(dtype), quantise).to(state[name].dtype) for name in matrices}
+            state |= {name: quantised(state[name].to(dtype), quantise) for name in matrices}
         config = copy.deepcopy(self.config)
         for key in ("layer_types", "no_rope_layers"):
             if config.get(key):
@@ -483,7 +543,8 @@ class Audit:
         stored = self.config["model"]["dtype"]
         self.dtype = torch.float32 if stored == "auto" else getattr(torch, stored)
         half = any(t.dtype != torch.float32 for t in self.base.tensors.values())
-        self.rounding = 3e-4 if half and self.dtype == torch.float32 else {torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.1}[self.dtype]
+        quantised = self.config["model"]["quantise"] != "none"  # a sum's last bit decides what it is rounded to
+        self.rounding = 5e-3 if quantised else 3e-4 if half and self.dtype == torch.float32 else {torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.1}[self.dtype]
         self.models = {}
 
     def table(self, table, /, **where):
@@ -504,7 +565,7 @@ class Audit:
         off = np.nan_to_num(off, nan=np.inf)
         worst = float(off.max(initial=0.0))
         ok = bool((off <= allowed).all())
-        facts = {"n": off.size, "largest": worst, "allowed": float(np.max(allowed)), "ok": ok}
+        facts = {"n": off.size, "largest": worst, "allowed": float(np.max(allowed, initial=0.0)), "ok": ok}
         if not ok:
             at = np.argwhere(off > allowed)[0].tolist()
             facts |= {"at": at, "found": float(found[tuple(at)]), "wanted": float(wanted[tuple(at)])}
@@ -547,7 +608,8 @@ class Audit:
 
     def can_merge(self, plan):
         averages = any(of != {kept} for kept, of in effective(self.base.n_layers, plan).items())
-        if plan["alignment"] in ("neurons", "activations") and averages:
+        split = {"self_attn.q_proj.weight", "mlp.up_proj.weight"} <= set(self.base.layer(0))
+        if averages and (plan["alignment"] == "activations" or (plan["alignment"] == "neurons" and not split)):
             return f"alignment {plan['alignment']}"
         return None
 
@@ -1082,7 +1144,7 @@ class Audit:
                 values = np.einsum("iab,jab->ij", grams, grams)
             else:
                 values = similarity(stored, c)
-            self.same(f"similarity: {c['measure']}", key, matrices[key], values, 2e-4 if c["measure"] in ("cosine", "cka") else 1e-6 * np.maximum(1, np.abs(np.nan_to_num(values))))
+            self.same(f"similarity: {c['measure']}", key, matrices[key], values, max(2e-4, self.rounding / 10) if c["measure"] in ("cosine", "cka") else 1e-6 * np.maximum(1, np.abs(np.nan_to_num(values))))
         above = np.triu_indices(self.base.n_layers, 1)
         for row in self.table("similarity_correlation"):
             a, b = (matrices[row[f"subset_{x}"], row[f"language_{x}"]] for x in "ab")
