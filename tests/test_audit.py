@@ -14,8 +14,9 @@ from raymerge.report import write_report
 
 SETTINGS = {
     "data.subjects": "colour_mixing,number_words",
-    "data.limit_per_subject": 3,
-    "data.report_limit_per_subject": 3,
+    "data.limit_per_subject": 1,
+    "data.report_limit_per_subject": 2,
+    "data.shots": 1,
     "data.perplexity_tokens": 60,
     "plan.merges": 2,
     "plan.biases": "merge",
