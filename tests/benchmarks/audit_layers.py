@@ -226,7 +226,7 @@ class Layers:
 
     def compared_layers(self):
         """Distances between the states of the run's own prompts, their embeddings, similarities, and correlations."""
-        c, model = self.config["similarity"], self.base.load(UNMERGED, self.dtype)
+        c, model = self.config["similarity"], self.base.load(UNMERGED, self.dtype, self.config["model"]["quantise"])
         states, inputs = [], []
         for layer in model.model.layers:
             layer.register_forward_hook(
