@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from audit_layers import base_alpha, most_similar, similarity_of
 from recomputed import UNMERGED, answer_nll, effective, is_accuracy, objective_value, same_text, terms_of
 
 
@@ -100,8 +101,33 @@ class Searches:
                         self.line("trial", f"{searcher} {row['iteration']}", skipped=why)
                         continue
                     compare(row, plan)
+        self.controls(plans, names)
         self.descended(good)
         self.chosen(good, plans, names, judged, objective)
+
+    def controls(self, plans, names):
+        """That controls and the base coefficients are what their names say."""
+        own = {name: plans[key] for key, every in names.items() if key in plans for name in every}
+        section, n, k = self.config["plan"], self.base.n_layers, len(self.start())
+        matrix, influence = similarity_of(section)
+        stays = {"base": range(n), "drop": range(n - k), "before_last": [*range(n - 1 - k), n - 1]}
+        if influence is not None:
+            gone = set(np.argsort(influence, kind="stable")[:k].tolist())
+            stays["block_influence"] = [layer for layer in range(n) if layer not in gone]
+        for name, kept in stays.items():
+            if name in own:
+                found = effective(n, own[name])
+                self.equal("control: its layers", name, found, {layer: {layer} for layer in kept})
+        if section["selection"] == "most_similar" and section["threshold"] is None and not section["recompute"]:
+            self.equal("start: its merges", "most_similar", self.start(), most_similar(matrix, k))
+        alphas = {"fixed_0.6225": [0.6225] * k}
+        if section["base"] != "file" and not section["recompute"]:
+            name = f"fixed_{section['ratio']:g}" if section["base"] == "fixed" else section["base"]
+            alphas[name] = [base_alpha(section["base"], section["ratio"], matrix, *step) for step in self.start()]
+        for name, wanted in alphas.items():
+            if name in own:
+                self.equal("start: its merges", name, own[name]["steps"], self.start())
+                self.same("start: its alphas", name, own[name]["alphas"], wanted)
 
     def descended(self, good):
         """That a descent's row has the coefficients of its best epoch, by the loss on held-out questions if any."""
