@@ -72,8 +72,8 @@ def merge(
     plan = read_alpha_file(alpha_file, checkpoint.n_layers)
     plan = replace(plan, alignment=alignment, norms=norms, biases=biases)
     check_mergeable(checkpoint, plan)
-    if (other := _made_for_another(alpha_file, checkpoint)) is not None:
-        (progress or Silent()).message(f"Warning: {alpha_file} was made for another model, {other}.")
+    if (warning := _unlike_record(alpha_file, checkpoint, replace(plan, refit=refit))) is not None:
+        (progress or Silent()).message(f"Warning: {alpha_file} {warning}.")
     if push is not None:
         hub.check_push(push, private=private)
     options = {"verify": verify, "command": command, "progress": progress}
@@ -101,14 +101,30 @@ def merge(
         return record | {"pushed": hub.push(out, push, private=private)}
 
 
-def _made_for_another(alpha_file: Path, checkpoint: Checkpoint) -> str | None:
-    """The model for which an alpha file was written, where the record beside it says so and it is not this one."""
+def _unlike_record(alpha_file: Path, checkpoint: Checkpoint, plan: MergePlan) -> str | None:
+    """What the record beside an alpha file says against merging by it: it is of another model, or of this file's steps
+    with other options, which alone make another model than the one that was measured."""
     try:
         record = json.loads((alpha_file.parent / RECORD_FILE).read_text(encoding="utf-8"))
         model, identity = str(record["base_model"]), record["base_model_identity"]
     except (OSError, ValueError, KeyError, TypeError):  # alone, or beside something else of that name
         return None
-    return None if identity == checkpoint.identity else model
+    if identity != checkpoint.identity:
+        return f"was made for another model, {model}"
+    if record.get("steps") != [[step.into, step.remove, step.alpha] for step in plan.steps]:
+        return None
+    made = {"alignment": plan.alignment, "norms": plan.norms, "biases": plan.biases}
+    made["refit"] = "none" if plan.refit is None else plan.refit.method
+    recorded = {key: record.get(key) for key in made} | {"refit": (record.get("refit") or {"method": "none"})["method"]}
+    averages = not all(kept.unchanged for kept in plan.kept)  # else only a refit makes a difference
+    biased = any(name.endswith(".bias") for name in checkpoint.layer_tensors(0))
+    matter = {"alignment": averages, "norms": averages, "biases": averages and biased, "refit": True}
+    differing = [f"--{key} {value}" for key, value in recorded.items() if matter[key] and value != made[key]]
+    if "matrix_alphas" in record:
+        return "lies beside a model whose matrices have alphas of their own, which it cannot hold: this is another one"
+    if differing:
+        return f"lies beside a model that was made with {' '.join(differing)}: this is another merge"
+    return None
 
 
 def _refitter(

@@ -56,6 +56,35 @@ def test_an_alpha_file_that_lies_beside_the_record_of_another_model_is_said_to(t
     assert Told.messages == [f"Warning: {alphas} was made for another model, /models/a."]
 
 
+def test_the_alphas_of_a_saved_model_without_its_other_options_are_said_to_make_another(tmp_path):
+    class Told(Silent):
+        def message(self, text):
+            told.append(text)
+
+    base = tiny.make_checkpoint(tmp_path / "base", "qwen2")
+    checkpoint, options = Checkpoint(base), {"norms": "fold", "biases": "merge"}
+    plan = tail_plan(checkpoint.n_layers, [0.7, 0.2], name="three", kind="found", **options)
+    own = plan.with_alphas(plan.alphas, name="own", kind="found", matrix_alphas={"mlp.up_proj": [0.5, 0.5]})
+    dropped = plan.with_alphas([1.0, 1.0], name="dropped", kind="drop")
+    found = {}
+    for saved in (plan, own, dropped):
+        save_merged(checkpoint, saved, tmp_path / saved.name, verify=False)
+        for number in range(3):
+            told = []
+            given = dict(list(options.items())[:number])
+            out = tmp_path / f"{saved.name}-{number}"
+            merge(base, tmp_path / saved.name / "alphas.json", out, verify=False, progress=Told(), **given)
+            found.setdefault(saved.name, []).append([text.partition("alphas.json ")[2] for text in told])
+    beside = "lies beside a model that was made with"
+    assert found["three"] == [
+        [f"{beside} --norms fold --biases merge: this is another merge."],
+        [f"{beside} --biases merge: this is another merge."],
+        [],
+    ]
+    alone = ["lies beside a model whose matrices have alphas of their own, which it cannot hold: this is another one."]
+    assert (found["own"], found["dropped"]) == (3 * [alone], 3 * [[]])
+
+
 def test_a_refit_has_a_stage_of_its_own(tmp_path, alphas):
     """It runs the calibration text through the model: the longest part, that was told as receipts before."""
 

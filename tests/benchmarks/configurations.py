@@ -1,12 +1,14 @@
 """Runs experiments of random legal configurations, in one process without Ray; a JSON line each, exit code 1 after a
-trace.
+trace or a disagreement.
 
-    python tests/benchmarks/configurations.py [--minutes 10] [--seed 1] [--experiments search …] [--prove] [--log FILE]
+    python tests/benchmarks/configurations.py [--minutes 10] [--seed 1] [--experiments search …] [--prove] [--audit]
+        [--log FILE]
 
 A line: the seed that repeats it, how it ended (well, refused with a UserError, or a trace), the settings, and words of
 the page and the terminal that no user should read, such as None or nan. Models are the demo's and random ones of every
 family, of five layers; every run is summarised, made a page of, and asked for again once it is complete. --prove has
-what searches save reloaded by transformers alone and compared.
+what searches save reloaded by transformers alone and compared. --audit has every run recomputed by audit.py: one of
+which something disagrees ends as "differs", with the first of these as its message.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from unittest.mock import patch
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from audit import audited
 from local_pool import LocalPool, local_search
 from tiny import FAMILIES, N_LAYERS, make_checkpoint
 
@@ -218,18 +221,28 @@ def words_of(run, experiment, split, folder):
     return shown.getvalue() + html.unescape(re.sub(r"<[^>]+>", " ", body))
 
 
-def tried(experiment, settings, folder):
+def tried(experiment, settings, folder, audits=False):
     """How a configuration ended, the message or trace, and odd words."""
     try:
         config = load_config(None, [*overrides(settings), f"output.run={folder / 'run'}"])
         run = getattr(experiments, experiment)(config)
         words = words_of(run, experiment, config.data.report_split, folder)
         getattr(experiments, experiment)(config)
+        if audits and (found := disagreements(folder / "run")):
+            return "differs", found, []
     except UserError as error:
         return "refused", f"{type(error).__name__}: {error}", []
     except Exception:  # any, since a trace is what is looked for
         return "trace", traceback.format_exc(), []
     return "well", "", sorted({words[max(0, m.start() - 50) : m.end() + 30] for m in ODD_WORDS.finditer(words)})
+
+
+def disagreements(run):
+    """The first line of audit.py about a run that says that something disagrees; empty where nothing does."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        audited(run, questions=6, trials=2)
+    return next((line for line in said.getvalue().splitlines() if '"ok": false' in line), "")
 
 
 def without_ray(stack):
@@ -247,6 +260,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of the first configuration; then one more each")
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--prove", action="store_true", help="reload what searches save")
+    parser.add_argument("--audit", action="store_true", help="recompute every run by other code")
     parser.add_argument("--log", type=argparse.FileType("a"), default="-")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -260,8 +274,8 @@ def main():
             experiment, began = random.Random(seed).choice(options.experiments), time.monotonic()
             settings = drawer.settings(experiment, seed)
             with tempfile.TemporaryDirectory() as folder:
-                ended, message, odd = tried(experiment, settings, Path(folder))
-            failed += ended == "trace"
+                ended, message, odd = tried(experiment, settings, Path(folder), options.audit)
+            failed += ended in ("trace", "differs")
             line = {"seed": seed, "experiment": experiment, "ended": ended, "message": message, "odd": odd}
             line |= {"seconds": round(time.monotonic() - began, 1), "settings": settings}
             print(json.dumps(line), file=options.log, flush=True)

@@ -1,0 +1,332 @@
+"""Recomputes what a finished run says, by other code, and compares; a JSON line for each thing, exit code 1 if any
+disagrees.
+
+    python tests/benchmarks/audit.py RUN… [--questions 12] [--trials 3] [--seed 0]
+
+Of search, sweep, evaluate and similarity: every reported plan's answers, losses, coefficients, costs and receipts;
+alpha files and saved models with their cards and mergekit.yaml; candidates drawn from `trials`, what was chosen among
+them, descents; accuracies, intervals, differences and p-values; points of a sweep, blocks, similarities; the page, if
+there is one in the run. Not compared: refits other than by the saved model, alignment "activations", tasks, retrieval,
+noise of similarities, and bases from GGUF or the hub.
+
+Nothing is shared with raymerge but files: the run's configuration and tables, read by pyarrow, the base's safetensors,
+questions and texts. Models are merged here step by step in float64, written as ordinary checkpoints of fewer layers,
+loaded by transformers, and asked whole prompts, assembled and tokenised here. A line: what was compared, how many
+values, the largest disagreement and what is allowed; lines with "skipped" say what was not compared, and why.
+"""
+
+import argparse
+import glob
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import yaml
+from audit_layers import Layers
+from audit_numbers import Numbers
+from audit_search import Searches
+from recomputed import WINDOW, Asker, Base, effective, loaded, mergekit, weights_of
+from safetensors.torch import load_file
+from transformers.utils import logging
+
+
+class Audit(Numbers, Layers, Searches):
+    """One run and what was compared so far."""
+
+    def __init__(self, run, questions, trials, seed):
+        self.run, self.limit, self.trials, self.random = Path(run), questions, trials, random.Random(seed)
+        self.config = yaml.safe_load((self.run / "config.yaml").read_text())
+        self.manifest = json.loads((self.run / "manifest.json").read_text())
+        self.experiment, self.failed = self.manifest["experiment"], 0
+        self.base = Base(self.config["model"]["path"])
+        self.asker = Asker(self.base, self.config)
+        stored = self.config["model"]["dtype"]
+        self.dtype = torch.float32 if stored == "auto" else getattr(torch, stored)
+        # What sums in another order, rounded to the dtype, may differ by, relative to the largest logit.
+        self.rounding = {torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.1}[self.dtype]
+        if any(tensor.dtype != torch.float32 for tensor in self.base.tensors.values()):
+            self.rounding = max(self.rounding, 1e-3)
+        if self.config["model"]["quantise"] != "none":  # a sum's last bit decides to which level it is rounded
+            self.rounding = max(self.rounding, 5e-3)
+        self.models = {}
+
+    def table(self, table, /, **where):
+        files = sorted(glob.glob(str(self.run / "tables" / table / "*.parquet")))
+        rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+        return [row for row in rows if all(row[key] == value for key, value in where.items())]
+
+    def line(self, what, of, **facts):
+        print(json.dumps({"run": str(self.run), "what": what, "of": of, **facts}), flush=True)
+
+    def same(self, what, of, found, wanted, allowed=1e-9):
+        """Compare numbers: found in the run, wanted by this script."""
+        found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+        if found.shape != wanted.shape:
+            return self.equal(what, of, list(found.shape), list(wanted.shape))
+        with np.errstate(invalid="ignore"):
+            off = np.where((found == wanted) | (np.isnan(found) & np.isnan(wanted)), 0.0, np.abs(found - wanted))
+        off = np.nan_to_num(off, nan=np.inf)
+        worst = float(off.max(initial=0.0))
+        ok = bool((off <= allowed).all())
+        facts = {"n": off.size, "largest": worst, "allowed": float(np.max(allowed, initial=0.0)), "ok": ok}
+        if not ok:
+            at = np.argwhere(off > allowed)[0].tolist()
+            facts |= {"at": at, "found": float(found[tuple(at)]), "wanted": float(wanted[tuple(at)])}
+        self.failed += not ok
+        self.line(what, of, **facts)
+
+    def equal(self, what, of, found, wanted):
+        """Compare what must be alike."""
+        self.failed += found != wanted
+        self.line(what, of, ok=found == wanted, **({} if found == wanted else {"found": found, "wanted": wanted}))
+
+    # plans
+
+    def plans(self):
+        """plan_id -> plan, of the reported plans that are not refitted; names by plan_id beside it."""
+        refitted = {row["plan_id"] for row in self.table("refits")}
+        refitted |= {row["plan_id"] for row in self.table("sweep") if row["refit"] not in (None, "none")}
+        found, names = {}, {}
+        for row in self.table("plans"):
+            key = row["plan_id"]
+            names.setdefault(key, [])
+            if row["name"] not in names[key]:
+                names[key].append(row["name"])
+            if key in refitted or names[key][0] != row["name"]:
+                continue
+            plan = found.setdefault(
+                key,
+                {"steps": [], "alphas": [], "own": {}, "biases": self.biases}
+                | {k: row[k] for k in ("name", "kind", "selection", "alignment", "norms")},
+            )
+            if row["step"] is None:
+                continue
+            if row["matrix"] is None:
+                plan["steps"].append((row["into"], row["remove"]))
+                plan["alphas"].append(row["alpha"])
+            else:
+                plan["own"].setdefault(row["matrix"], []).append(row["alpha"])
+        return found, names
+
+    @property
+    def biases(self):
+        return self.config["plan"]["biases"] if "plan" in self.config else "keep"
+
+    def can_merge(self, plan):
+        averages = any(of != {kept} for kept, of in effective(self.base.n_layers, plan).items())
+        split = {"self_attn.q_proj.weight", "mlp.up_proj.weight"} <= set(self.base.layer(0))
+        if averages and (plan["alignment"] == "activations" or (plan["alignment"] == "neurons" and not split)):
+            return f"alignment {plan['alignment']}"
+        return None
+
+    def model(self, plan):
+        key = json.dumps([plan[k] for k in ("steps", "alphas", "own", "norms", "biases", "alignment")])
+        if key not in self.models:
+            if len(self.models) > 3:
+                self.models.pop(next(iter(self.models)))
+            self.models[key] = self.base.load(plan, self.dtype, self.config["model"]["quantise"])
+        return self.models[key]
+
+    def compared_model(self, what, plan_id, model):
+        """A model's answers and losses against what the tables have of a plan."""
+        data = self.config["data"]
+        rows = [r for r in self.table("answers", plan_id=plan_id) if r["split"] == data["report_split"]]
+        rows = self.random.sample(rows, min(self.limit, len(rows)))
+        if rows:
+            asked = [(r["subject"], r["split"], r["question_id"]) for r in rows]
+            logits, sums, top, nll = self.asker.answers(model, asked)
+            found = np.array([[r[f"logit_{x}"] for x in "abcd"] for r in rows])
+            allowed = self.rounding * max(1.0, np.abs(logits).max())
+            self.same(f"{what}: logits", plan_id, found, logits, allowed)
+            self.equal(f"{what}: predicted", plan_id, [r["predicted"] for r in rows], found.argmax(1).tolist())
+            right = [self.asker.prompt(*a)[2] for a in asked]
+            self.equal(f"{what}: right answers", plan_id, [r["answer"] for r in rows], right)
+            if rows[0]["logsumexp_all"] is not None:
+                self.same(f"{what}: logsumexp", plan_id, [r["logsumexp_all"] for r in rows], sums, allowed)
+            if rows[0]["prompt_nll"] is not None:
+                self.same(f"{what}: prompt NLL", plan_id, [r["prompt_nll"] for r in rows], nll, self.rounding * 10)
+        texts = self.table("perplexity", plan_id=plan_id, target="text")
+        if texts:
+            windows = self.asker.windows(data["perplexity_text"], 0, data["perplexity_tokens"])
+            losses = self.asker.losses(model, windows)
+            total = np.concatenate(losses)
+            self.equal(f"{what}: text tokens", plan_id, texts[0]["tokens"], len(total))
+            self.same(f"{what}: text NLL", plan_id, texts[0]["nll"], total.mean(), self.rounding * total.mean())
+            rows = self.table("context", plan_id=plan_id, measure="position_nll")
+            ends = {1: 16, 16: 64, 64: 256, 256: 512, 512: WINDOW}
+            wanted = [np.concatenate([own[r["bucket"] - 1 : ends[r["bucket"]] - 1] for own in losses]) for r in rows]
+            self.equal(f"{what}: tokens by position", plan_id, [r["n"] for r in rows], [len(own) for own in wanted])
+            self.same(
+                f"{what}: NLL by position",
+                plan_id,
+                [r["value"] for r in rows],
+                [own.mean() for own in wanted],
+                10 * self.rounding * total.mean(),
+            )
+            rows = self.table("text_losses", plan_id=plan_id)
+            wanted = [losses[r["window"]][r["position"] - 1 :][: r["tokens"]].sum() for r in rows]
+            self.same(
+                f"{what}: passages",
+                plan_id,
+                [r["nll"] for r in rows],
+                wanted,
+                10 * self.rounding * np.maximum(1, np.abs(wanted)),
+            )
+
+    def reported(self):
+        plans, names = self.plans()
+        for key, plan in plans.items():
+            if why := self.can_merge(plan):
+                self.line("model", names[key], skipped=why)
+                continue
+            self.compared_model(f"model {names[key][0]}", key, self.model(plan))
+            self.described(key, plan)
+        for file in sorted((self.run / "alphas").glob("*.json")):
+            steps = json.loads(file.read_text())
+            key = next((k for k, own in names.items() if file.stem in own or file.stem.endswith(f"-{k}")), None)
+            plan = plans.get(key)
+            if plan is None:
+                self.line("alpha file", file.name, skipped="refitted, or no plan of this name")
+                continue
+            self.equal(
+                "alpha file: steps",
+                file.name,
+                [(s["layer_to_merge_into"], s["layer_to_remove"]) for s in steps],
+                plan["steps"],
+            )
+            self.same("alpha file: alphas", file.name, [s["ratio_i_alpha"] for s in steps], plan["alphas"], 0)
+            self.equal("alpha file: no matrices", file.name, plan["own"], {})
+        for folder in sorted((self.run / "models").glob("*")):
+            self.saved(folder, plans, names)
+
+    def described(self, key, plan):
+        """Coefficients, costs and receipts of a plan."""
+        n = self.base.n_layers
+        found = {}
+        for row in self.table("coefficients", plan_id=key):
+            found.setdefault(row["matrix"], {})[row["kept_layer"], row["source_layer"]] = row["coefficient"]
+        for matrix, own in found.items():
+            wanted = weights_of(n, plan["steps"], plan["own"].get(matrix, plan["alphas"]))
+            if matrix is not None:  # a layer without rows of this matrix has those of all matrices
+                wanted = {k: w for k, w in wanted.items() if k[0] in {layer for layer, _ in own}}
+            keys = sorted({*own, *wanted})
+            self.same(f"coefficients {matrix}", key, [own.get(k, 0) for k in keys], [wanted.get(k, 0) for k in keys])
+        state, kept = self.base.merged(plan)
+        count, size = (sum(f(t) for t in state.values()) for f in (torch.numel, lambda t: t.numel() * t.element_size()))
+        whole = sum(t.numel() for t in self.base.tensors.values())
+        cost = self.table("costs", plan_id=key)[0]
+        if self.config["model"]["quantise"] != "none":
+            size = cost["bytes"]
+        wanted = [len(kept), n - len(kept), count, whole - count, size]
+        self.equal(
+            "costs",
+            key,
+            [cost[k] for k in ("layers", "layers_removed", "parameters", "parameters_removed", "bytes")],
+            wanted,
+        )
+        rows = self.table("receipts", plan_id=key)
+        changes = {}
+        for name, tensor in state.items():
+            change = tensor.double() - self.base.tensors[name].double()
+            norm = self.base.tensors[name].double().norm()
+            relative = float(change.norm() / norm) if norm else float(bool(change.any()))
+            changes[name] = float(change.abs().max()), relative
+        self.same(
+            "receipts",
+            key,
+            np.array([[r["max_abs_change"], r["relative_change"]] for r in rows]).reshape(-1, 2),
+            np.array([changes[r["tensor"]] for r in rows]).reshape(-1, 2),
+            1e-4,
+        )
+        missing = {name for name, change in changes.items() if change[0]} - {r["tensor"] for r in rows}
+        self.equal("receipts: all that changed", key, sorted(missing), [])
+
+    def saved(self, folder, plans, names):
+        """A saved model: its answers are its plan's, its weights those merged here, its record true."""
+        record = json.loads((folder / "merge_plan.json").read_text())
+        key = record["plan_id"]
+        self.equal("saved: its name", folder.name, folder.name in names.get(key, []), True)
+        if self.config["model"]["quantise"] == "none":
+            self.compared_model(f"saved {folder.name}", key, loaded(folder, self.dtype))
+        plan = plans.get(key)
+        if plan is None:
+            return
+        told = {"steps": [tuple(s[:2]) for s in record["steps"]], "alphas": [s[2] for s in record["steps"]]}
+        told |= {"own": record.get("matrix_alphas", {}), **{k: record[k] for k in ("norms", "biases", "alignment")}}
+        self.equal("saved: its record", folder.name, told, {k: plan[k] for k in told})
+        alphas = json.loads((folder / "alphas.json").read_text())
+        self.equal(
+            "saved: alphas.json",
+            folder.name,
+            [(a["layer_to_merge_into"], a["layer_to_remove"], a["ratio_i_alpha"]) for a in alphas],
+            [(*s, a) for s, a in zip(plan["steps"], plan["alphas"], strict=True)],
+        )
+        rows = [
+            [c.strip().replace("\\|", "|") for c in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in (folder / "README.md").read_text().splitlines()
+            if line.startswith("| ")
+        ]
+        steps = [(int(a), int(b), float(c)) for _, a, b, c in (r for r in rows if len(r) == 4 and r[0].isdigit())]
+        self.equal(
+            "card: steps",
+            folder.name,
+            steps,
+            [(*s, round(a, 6)) for s, a in zip(plan["steps"], plan["alphas"], strict=True)],
+        )
+        self.told("card", rows, 1, names)
+        if self.can_merge(plan):
+            return
+        state, _ = self.base.merged(plan)
+        stored = {}
+        for file in folder.glob("*.safetensors"):
+            stored |= load_file(file)
+        self.weights("saved: weights", folder.name, stored, state)
+        if (folder / "mergekit.yaml").exists():
+            self.weights("mergekit.yaml: weights", folder.name, mergekit(self.base, folder / "mergekit.yaml"), state)
+
+    def weights(self, what, of, found, wanted):
+        self.equal(f"{what}' names", of, sorted(found), sorted(wanted))
+        eps = max(torch.finfo(t.dtype).eps for t in wanted.values())
+        pairs = [(found[n].double(), t.double()) for n, t in wanted.items() if n in found]
+        worst = max(float(((a - b).abs() / (b.abs() + b.abs().max() * 1e-2 + 1e-30)).max()) for a, b in pairs)
+        self.same(what, of, worst, 0.0, 2 * eps + 1e-5)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--questions", type=int, default=12, help="of each plan, drawn")
+    parser.add_argument("--trials", type=int, default=3, help="of each searcher, drawn")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    return 1 if sum(audited(run, options.questions, options.trials, options.seed) for run in options.runs) else 0
+
+
+def audited(run, questions=12, trials=3, seed=0):
+    """How many things of a run disagree."""
+    audit = Audit(run, questions, trials, seed)
+    if audit.experiment in ("search", "sweep", "evaluate"):
+        audit.reported()
+        audit.derived()
+    if audit.experiment in ("search", "sweep"):
+        audit.blocks()
+    if audit.experiment == "search":
+        audit.searched()
+    if audit.experiment == "sweep":
+        audit.swept()
+    if audit.experiment == "similarity":
+        audit.compared_layers()
+    if (page := Path(run) / "report.html").exists():
+        audit.page(page.read_text(encoding="utf-8"))
+    return audit.failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,361 @@
+"""Which layers a run chose or compared, and why, for audit.py: sweeps, blocks and similarities between layers."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from recomputed import UNMERGED, Asker, effective, same_text
+from scipy import stats
+from sklearn.feature_selection import mutual_info_regression
+
+
+def similarity(embedding, c):
+    """npib or gaussian of (L, N, d) coordinates, NaN where the entropies leave it undefined."""
+    n_layers, n, d = embedding.shape
+    entropy, information = np.zeros(n_layers), np.zeros((n_layers, n_layers))
+    if c["measure"] == "npib":
+        ranks = stats.rankdata(embedding, axis=1) / n
+        for i, own in enumerate(ranks):
+            k, distances = c["entropy_neighbors"], np.linalg.norm(own[:, None] - own, axis=-1)
+            with np.errstate(divide="ignore"):
+                entropy[i] = -np.mean(np.log(k / (n * np.sort(distances, axis=1)[:, k] ** d)))
+            for j, other in enumerate(ranks):
+                parts = [
+                    mutual_info_regression(own, y, n_neighbors=c["neighbors"], random_state=c["seed"]) for y in other.T
+                ]
+                information[i, j] = np.mean(parts)
+        information = (information + information.T) / 2
+    else:
+        for i, j in itertools.product(range(n_layers), repeat=2):
+            own, both = np.cov(embedding[i].T, ddof=1), np.cov(np.hstack([embedding[i], embedding[j]]).T, ddof=1)
+            other = np.cov(embedding[j].T, ddof=1)
+            volumes = [np.linalg.slogdet(np.atleast_2d(m))[1] for m in (own, other, both)]
+            entropy[i], information[i, j] = volumes[0] / 2, (volumes[0] + volumes[1] - volumes[2]) / 2
+    product = np.outer(entropy, entropy)
+    small = ~(np.abs(entropy) >= 0.05) | ~np.isfinite(entropy)
+    values = information / np.sqrt(np.where((product > 0) & ~small & ~small[:, None], product, np.nan))
+    if c["measure"] == "gaussian":
+        np.fill_diagonal(values, np.where(small, np.nan, 1.0))
+    return values
+
+
+def similarity_of(plan):
+    """The (L, L) matrix and block influence of the similarity run that a plan section names."""
+    if plan["similarity_run"] is None:
+        return None, None
+    tables = Path(plan["similarity_run"]) / "tables"
+    rows, own = (pq.read_table(tables / name).to_pylist() for name in ("similarity", "block_influence"))
+    for column in ("subset", "language"):
+        if wanted := plan[f"similarity_{column}"]:
+            rows, own = ([r for r in part if r[column] == wanted] for part in (rows, own))
+    matrix = np.full((1 + max(r["layer_i"] for r in rows),) * 2, np.nan)
+    for r in rows:
+        matrix[r["layer_i"], r["layer_j"]] = math.nan if r["value"] is None else r["value"]
+    return matrix, np.array([r["value"] for r in sorted(own, key=lambda r: r["layer"])])
+
+
+def base_alpha(base, ratio, matrix, into, remove):
+    """A starting coefficient, as docs/config.md has plan.base and sweep.methods."""
+    if base.startswith("fixed"):
+        return float(base.partition(":")[2] or ratio)
+    if base == "similarity":
+        return float(np.clip(matrix[into, remove] / math.sqrt(matrix[into, into] * matrix[remove, remove]), 0, 1))
+    own, other = matrix[into].mean(), matrix[remove].mean()
+    return math.exp(own / (own + other)) / (1 + math.exp(own / (own + other)))
+
+
+def most_similar(matrix, k):
+    """Repeatedly the most similar neighbours."""
+    alive, found = list(range(len(matrix))), []
+    while len(found) < k:
+        near = [(matrix[a, b] / math.sqrt(matrix[a, a] * matrix[b, b]), a, b) for a, b in itertools.pairwise(alive)]
+        _, into, remove = max(near)
+        found.append((into, remove))
+        alive.remove(remove)
+    return found
+
+
+class Layers:
+    """Of an Audit: the points of a sweep, the choice of blocks, and similarity runs."""
+
+    def swept(self):
+        """That each point of a sweep is the plan that its method says."""
+        n = self.base.n_layers
+        steps_of = {row["plan_id"]: [] for row in self.table("plans")}
+        for row in self.table("plans", matrix=None):
+            if (
+                row["step"] is not None
+                and (row["step"], row["into"], row["remove"], row["alpha"]) not in steps_of[row["plan_id"]]
+            ):
+                steps_of[row["plan_id"]].append((row["step"], row["into"], row["remove"], row["alpha"]))
+        config = self.config
+        matrix, influence = similarity_of(config["plan"])
+        for row in self.table("sweep"):
+            k, method, plan_id = row["merges"], row["method"], row["plan_id"]
+            rows = sorted(steps_of[plan_id])
+            steps, alphas = [(r[1], r[2]) for r in rows], [r[3] for r in rows]
+            stays = sorted(effective(n, {"steps": steps, "alphas": alphas, "own": {}}))
+            of = f"{method} k={k}"
+            self.equal("sweep: layers removed", of, n - len(stays), k)
+            tail = [(n - 2 - s, n - 1 - s) for s in range(k)]
+            if method == "before_last":
+                self.equal("sweep: before_last", of, (stays, set(alphas)), ([*range(n - 1 - k), n - 1], {1.0}))
+            elif method == "block_influence":
+                least = set(np.argsort(influence, kind="stable")[:k].tolist())
+                self.equal(
+                    "sweep: block_influence", of, (stays, set(alphas)), ([x for x in range(n) if x not in least], {1.0})
+                )
+            elif method == "drop_block":
+                self.equal("sweep: drop_block", of, set(alphas), {1.0})
+                self.equal("sweep: block", of, stays, self.without_block(k))
+            elif method.startswith("file_"):
+                told = json.loads(Path(config["sweep"]["alpha_files"][method.removeprefix("file_")]).read_text())
+                self.equal(
+                    "sweep: file",
+                    of,
+                    (steps, alphas),
+                    (
+                        [(s["layer_to_merge_into"], s["layer_to_remove"]) for s in told],
+                        [s["ratio_i_alpha"] for s in told],
+                    ),
+                )
+            elif method != "base":
+                base = {"most_similar": config["plan"]["base"], "merge_block": config["plan"]["base"]}.get(
+                    method, method
+                )
+                base = {"file": "fixed", "drop": "fixed:1"}.get(base, base.replace("fixed_", "fixed:"))
+                wanted = tail
+                if method == "most_similar":
+                    wanted = most_similar(matrix, k)
+                if method == "merge_block":
+                    self.equal(
+                        "sweep: block", of, len(set(range(n)) - set(self.without_block(k)) - {r for _, r in steps}), 0
+                    )
+                    wanted = steps
+                self.equal("sweep: merges", of, steps, wanted)
+                self.same(
+                    "sweep: alphas",
+                    of,
+                    alphas,
+                    [base_alpha(base, config["plan"]["ratio"], matrix, *step) for step in steps],
+                )
+
+    def blocks(self):
+        """The scores of the blocks among which one was chosen, and the choice."""
+        rows, config = self.table("blocks"), self.config
+        data, search = config["data"], config.get("search") or {}
+        source = (config.get("calibration") or {}).get("text")
+        measured = {}
+        if rows and source is not None and {r["measure"] for r in rows} & {"cosine", "angular", "loss"}:
+            start = data["perplexity_tokens"] if same_text(source, data["perplexity_text"]) else 0
+            if self.needs_search_text and same_text(source, search["text"]):
+                start = max(start, self.search_start() + search["text_tokens"])
+            windows = self.asker.windows(source, start, config["calibration"]["tokens"])
+            for k in {r["merges"] for r in rows}:
+                measured |= self.block_scores(
+                    windows, k, {r["first"] for r in rows if r["merges"] == k}, {r["measure"] for r in rows}
+                )
+        matrix, _ = similarity_of(config["plan"]) if rows else (None, None)
+        for r in rows:
+            if r["measure"] == "similarity":
+                i, j = r["first"] - 1, r["last"]
+                measured["similarity", r["merges"], r["first"]] = 1 - matrix[i, j] / math.sqrt(
+                    matrix[i, i] * matrix[j, j]
+                )
+        known = [r for r in rows if (r["measure"], r["merges"], r["first"]) in measured]
+        wanted = np.array([measured[r["measure"], r["merges"], r["first"]] for r in known])
+        self.same(
+            "blocks: scores",
+            "all",
+            [r["score"] for r in known],
+            wanted,
+            20 * self.rounding * np.maximum(1, np.abs(wanted)),
+        )
+        for k in {r["merges"] for r in rows}:
+            chosen = next(r for r in rows if r["merges"] == k and r["chosen"])
+            if chosen["score"] is not None:
+                own = [r for r in rows if r["merges"] == k and r["measure"] == chosen["measure"]]
+                best = min(own, key=lambda r: (r["score"], -r["first"]))
+                self.equal("blocks: the chosen", k, chosen["first"], best["first"])
+
+    @torch.no_grad()
+    def block_scores(self, windows, k, firsts, measures):
+        found, n = {}, self.base.n_layers
+        model = self.model(UNMERGED)
+        states = [
+            model(input_ids=torch.tensor([ids]), use_cache=False, output_hidden_states=True).hidden_states
+            for ids in windows
+        ]
+        if "loss" in measures:
+            for first in firsts:
+                chain = (
+                    [(first - 1, x) for x in range(first, first + k)]
+                    if first
+                    else [(k, x) for x in range(k - 1, -1, -1)]
+                )
+                plan = UNMERGED | {"steps": chain, "alphas": [1.0] * k}
+                found["loss", k, first] = np.concatenate(self.asker.losses(self.model(plan), windows)).mean()
+        for first in firsts if measures & {"cosine", "angular"} else ():
+            if first + k == n:  # the last of transformers' states is behind the final norm
+                kept = []
+                hook = model.model.layers[-1].register_forward_hook(
+                    lambda _, __, out, own=kept: own.append(out if torch.is_tensor(out) else out[0])
+                )
+                for ids in windows:
+                    model(input_ids=torch.tensor([ids]), use_cache=False)
+                hook.remove()
+            else:
+                kept = [own[first + k] for own in states]
+            cos = torch.cat(
+                [
+                    torch.cosine_similarity(own[first][0].double(), out[0].double(), dim=-1)
+                    for own, out in zip(states, kept, strict=True)
+                ]
+            )
+            found["cosine", k, first] = float((1 - cos).mean())
+            found["angular", k, first] = float(cos.clamp(-1, 1).acos().mean() / math.pi)
+        return found
+
+    def without_block(self, k):
+        first = self.table("blocks", chosen=True, merges=k)[0]["first"]
+        return [x for x in range(self.base.n_layers) if not first <= x < first + k]
+
+    def compared_layers(self):
+        """Distances between the states of the run's own prompts, their embeddings, similarities, and correlations."""
+        c, model = self.config["similarity"], self.base.load(UNMERGED, self.dtype, self.config["model"]["quantise"])
+        states, inputs = [], []
+        for layer in model.model.layers:
+            layer.register_forward_hook(
+                lambda m, a, out: states.append((out if torch.is_tensor(out) else out[0])[0].double())
+            )
+            layer.register_forward_pre_hook(
+                lambda m, a, k: inputs.append((a[0] if a else k["hidden_states"])[0].double()), with_kwargs=True
+            )
+        groups = {}
+        for row in self.table("samples"):
+            groups.setdefault((row["subset"], row["language"]), []).append(row)
+        matrices = {}
+        for row in self.table("similarity"):
+            key = row["subset"], row["language"]
+            value = math.nan if row["value"] is None else row["value"]
+            matrices.setdefault(key, np.full((self.base.n_layers,) * 2, np.nan))[row["layer_i"], row["layer_j"]] = value
+        asker = Asker(self.base, self.config | {"data": self.config["data"] | {"shots": c["shots"]}})
+        for key, rows in groups.items():
+            pooled, cosines = [], []
+            asker.data["language"], asker.files = key[1], {}
+            for row in sorted(rows, key=lambda r: r["sample"]):
+                states.clear(), inputs.clear()
+                ids = asker.prompt(row["subject"], row["split"], row["question_id"])[0]
+                ids = ids[: c["max_tokens"]] if c["pooling"] == "sequence" else ids
+                with torch.no_grad():
+                    model(input_ids=torch.tensor([ids]), use_cache=False)
+                cosines.append([torch.cosine_similarity(a, b, dim=1) for a, b in zip(inputs, states, strict=True)])
+                pool = {"sequence": lambda s: s, "last": lambda s: s[-1:], "mean": lambda s: s.mean(0, keepdim=True)}
+                pooled.append([pool[c["pooling"]](s) for s in states])
+            longest = max(len(sample[0]) for sample in pooled)
+            padded = [
+                [torch.nn.functional.pad(s, (0, 0, 0, longest - len(s))).flatten() for s in own] for own in pooled
+            ]
+            layers = torch.stack([torch.stack(own) for own in padded]).transpose(0, 1).numpy()  # (L, N, T d)
+            distances = np.stack([np.linalg.norm(own[:, None] - own, axis=-1) for own in layers])
+            wanted = [
+                1 - torch.cat([own[layer] for own in cosines]).mean().item() for layer in range(self.base.n_layers)
+            ]
+            influence = [
+                r["value"]
+                for r in sorted(self.table("block_influence", subset=key[0], language=key[1]), key=lambda r: r["layer"])
+            ]
+            self.same("block influence", key, influence, wanted, 20 * self.rounding)
+            stored = self.embedded(key, distances, c)
+            if c["measure"] == "cosine":
+                unit = layers / np.linalg.norm(layers, axis=-1, keepdims=True)
+                values = np.einsum("ind,jnd->ij", unit, unit) / len(rows)
+            elif c["measure"] == "cka":
+                centre = np.eye(len(rows)) - 1 / len(rows)
+                grams = np.stack([centre @ own @ own.T @ centre for own in layers])
+                grams /= np.linalg.norm(grams, axis=(1, 2), keepdims=True)
+                values = np.einsum("iab,jab->ij", grams, grams)
+            else:
+                values = similarity(stored, c)
+            self.same(
+                f"similarity: {c['measure']}",
+                key,
+                matrices[key],
+                values,
+                max(2e-4, self.rounding / 10)
+                if c["measure"] in ("cosine", "cka")
+                else 1e-6 * np.maximum(1, np.abs(np.nan_to_num(values))),
+            )
+        above = np.triu_indices(self.base.n_layers, 1)
+        for row in self.table("similarity_correlation"):
+            a, b = (matrices[row[f"subset_{x}"], row[f"language_{x}"]] for x in "ab")
+            for column, pick in (("pearson", slice(None)), ("pearson_off_diagonal", above)):
+                x, y = a[pick].ravel(), b[pick].ravel()
+                both = np.isfinite(x) & np.isfinite(y)
+                self.same(
+                    f"correlation: {column}",
+                    f"{row['subset_a']} {row['subset_b']}",
+                    row[column],
+                    np.corrcoef(x[both], y[both])[0, 1],
+                    1e-6,
+                )
+
+    def embedded(self, key, distances, c):
+        """The stored embeddings (L, N, d), compared with the diffusion maps of distances."""
+        rows = self.table("embeddings", subset=key[0], language=key[1])
+        if not rows:
+            return None
+        shape = [1 + max(r[k] for r in rows) for k in ("layer", "sample", "coordinate")]
+        stored = np.full(shape, np.nan)
+        for r in rows:
+            stored[r["layer"], r["sample"], r["coordinate"]] = r["value"]
+        if not c["embedding"].startswith("diffusion"):
+            return stored
+        ranks = {r["layer"]: r for r in self.table("degeneracy", subset=key[0], language=key[1])}
+        for layer, d in enumerate(distances):
+            sigma = np.median(d[np.triu_indices(len(d), 1)]) if c["sigma"] == "median" else c["sigma"]
+            if c["embedding"] == "diffusion":
+                k = np.exp(-np.sqrt(d / sigma))
+                p = k.sum(1)
+                k = k / np.outer(p, p) ** c["anisotropy"]
+                v = np.sqrt(k.sum(1))
+                u, s, _ = np.linalg.svd(k / np.outer(v, v))
+                values, total = u[:, 1 : shape[2] + 1] / u[:, :1], k / np.outer(v, v)
+            else:
+                k = np.exp(-(d**2) / (2 * sigma**2))
+                total = k / k.sum(1, keepdims=True)
+                s, right = np.linalg.eig(total)
+                order = np.argsort(-np.abs(s))
+                s, right = np.abs(s[order].real), right[:, order].real
+                values = (
+                    right[:, 1 : shape[2] + 1]
+                    / np.linalg.norm(right[:, 1 : shape[2] + 1], axis=0)
+                    * s[1 : shape[2] + 1] ** c["anisotropy"]
+                )
+            share = s / s.sum()
+            rank = np.exp(-np.sum(share[share > 1e-300] * np.log(share[share > 1e-300])))
+            mass = 1 - np.trace(total) / total.sum()
+            self.same(
+                "degeneracy",
+                f"{key} {layer}",
+                [ranks[layer]["effective_rank"], ranks[layer]["off_diagonal_mass"]],
+                [rank, mass],
+                [0.01 * rank + 1e-3, 1e-3],
+            )
+            gaps = np.abs(np.diff(s[: shape[2] + 2]))
+            if gaps.min() < 1e-3 or not 1.05 < rank < 0.9 * len(d):
+                self.line("embedding", f"{key} {layer}", skipped="degenerate: the map is noise, or a rotation is free")
+                continue
+            signs = np.sign(np.sum(values * stored[layer], axis=0))
+            self.same(
+                "embedding",
+                f"{key} {layer}",
+                stored[layer],
+                values * signs,
+                3e-3 / gaps.min() * max(self.rounding * 10, 1e-4) * 100 * np.abs(values).max(),
+            )
+        return stored

@@ -1,0 +1,389 @@
+"""Merged models, prompts and objectives, computed by other code than raymerge's, for audit.py.
+
+Models are merged step by step in float64, written as ordinary checkpoints of fewer layers and loaded by transformers;
+prompts are assembled and tokenised whole, one by one.
+"""
+
+import copy
+import csv
+import functools
+import itertools
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from scipy.optimize import linear_sum_assignment
+from scipy.special import log_softmax
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DEMO = Path(__file__).resolve().parents[2] / "raymerge" / "demo"
+WINDOW = 1024
+#: Norms and what reads them, by family; the others' read as Llama's. Gemma stores gains less 1.
+READS = {"input_layernorm": ("q_proj", "k_proj", "v_proj", "qkv_proj")}
+MLP_READS = ("gate_proj", "up_proj", "gate_up_proj", ".gate", ".w1", ".w3")
+AXES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"} | dict.fromkeys(
+    ("gate_proj", "up_proj", "down_proj"), "units"
+)
+GEMMA = ("gemma2", "gemma3_text")
+UNMERGED = {"steps": [], "alphas": [], "own": {}, "norms": "keep", "biases": "keep", "alignment": "none"}
+
+
+# -- merging ---------------------------------------------------------------------------------------------------------
+
+
+class Base:
+    """A checkpoint's tensors and config, and its layers' matrices, merged here."""
+
+    def __init__(self, path):
+        self.folder = DEMO / "checkpoint" if path == "demo" else Path(path)
+        self.config = json.loads((self.folder / "config.json").read_text())
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.tensors = {}
+        for file in sorted(self.folder.glob("*.safetensors")):
+            self.tensors |= load_file(file)
+        self.n_layers, self.kind = self.config["num_hidden_layers"], self.config["model_type"]
+
+    def layer(self, number):
+        start = f"model.layers.{number}."
+        return {name.removeprefix(start): t for name, t in self.tensors.items() if name.startswith(start)}
+
+    def gains(self, layer):
+        """By matrix, the gain (d,) of the norm that it reads."""
+        second = "pre_feedforward_layernorm" if self.kind in GEMMA else "post_attention_layernorm"
+        readers = {} if "olmo" in self.kind and self.kind != "olmoe" else READS | {second: MLP_READS}
+        return {
+            name: layer[f"{norm}.weight"].double() + (self.kind in GEMMA)
+            for norm, ends in readers.items()
+            for name in layer
+            if name.endswith(tuple(f"{end}.weight" for end in ends))
+        }, [f"{norm}.weight" for norm in readers]
+
+    def merged(self, plan):
+        """(tensors, kept layers) of a plan {steps: [(into, remove)], alphas, own: {matrix: alphas}, norms, biases,
+        alignment}."""
+        coefficients = effective(self.n_layers, plan)
+        layers = {number: self.layer(number) for number in range(self.n_layers)}
+        kept = sorted(coefficients)
+        averaged = {
+            name
+            for name, tensor in layers[0].items()
+            if tensor.ndim == 2 or (name.endswith(".bias") and plan["biases"] == "merge")
+        }
+        work = {}
+        for number, layer in layers.items():
+            own = {name: layer[name].double() for name in averaged if name in layer}
+            if plan["norms"] == "fold":
+                for name, gain in self.gains(layer)[0].items():
+                    own[name] = own[name] * gain
+            work[number] = own
+        if plan["alignment"] == "neurons":
+            self.reorder(work, plan["steps"])
+        for number, (into, remove) in enumerate(plan["steps"]):
+            gone = work.pop(remove)
+            for name in averaged:
+                matrix = name.rpartition(".")[0]
+                alpha = plan["own"].get(matrix, plan["alphas"])[number]
+                other = gone[name]
+                if plan["alignment"] == "rows":
+                    order = self.row_order(work[into][f"{matrix}.weight"], gone[f"{matrix}.weight"], matrix)
+                    other = other[order]
+                work[into] = work[into] | {f"new {name}": alpha * work[into][name] + (1 - alpha) * other}
+            work[into] = {name: work[into][f"new {name}"] for name in averaged}
+        state = {name: t for name, t in self.tensors.items() if not name.startswith("model.layers.")}
+        for position, number in enumerate(kept):
+            layer = layers[number]
+            if coefficients[number] != {number}:
+                changed = {name: work[number][name].float().to(layer[name].dtype) for name in averaged}
+                layer = layer | changed
+                if plan["norms"] == "fold":
+                    unit = 0.0 if self.kind in GEMMA else 1.0
+                    layer |= {norm: torch.full_like(layer[norm], unit) for norm in self.gains(layer)[1]}
+            state |= {f"model.layers.{position}.{name}": tensor for name, tensor in layer.items()}
+        return state, kept
+
+    def reorder(self, work, steps):
+        """Lay the units of every layer that is merged on those of the layer that it is merged into, in place."""
+        groups = {number: [number] for number in work}
+        for into, remove in steps:
+            groups[into] += groups.pop(remove)
+        for kept, members in groups.items():
+            for number in members:
+                order, step = None, 1 if number > kept else -1
+                for layer in range(number, kept, -step):
+                    match = self.match(min(layer, layer - step))
+                    if step < 0:
+                        match = {axis: np.argsort(own) for axis, own in match.items()}
+                    order = match if order is None else {axis: order[axis][match[axis]] for axis in match}
+                for name in work[number] if order else ():
+                    axes = [axis for end, axis in AXES.items() if f".{end}." in name]
+                    columns = name.endswith(("o_proj.weight", "down_proj.weight"))
+                    if axes and (columns or not name.endswith(("o_proj.bias", "down_proj.bias"))):
+                        work[number][name] = work[number][name].index_select(int(columns), torch.tensor(order[axes[0]]))
+
+    @functools.cache  # noqa: B019 - a handful of layers
+    def match(self, first):
+        """By axis, in which order the units of layer first + 1 match those of layer `first`."""
+        c, sides = self.config, []
+        for number in (first, first + 1):
+            layer = self.layer(number)
+            gains, own = self.gains(layer)[0], {}
+            for name, tensor in layer.items():
+                if tensor.ndim == 2:
+                    folded = tensor.double() * gains.get(name, torch.ones(1, dtype=torch.float64))
+                    folded = folded.T if name.endswith(("o_proj.weight", "down_proj.weight")) else folded
+                    own[name.split(".")[-2]] = torch.nn.functional.normalize(folded, dim=1).numpy()
+            sides.append(own)
+        kv, d = c["num_key_value_heads"], c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        g, (one, two) = c["num_attention_heads"] // kv, sides
+        units = linear_sum_assignment(
+            -sum(one[k] @ two[k].T for k in ("gate_proj", "up_proj", "down_proj") if k in one)
+        )[1]
+        q, k, v, o = (
+            {n: own[f"{x}_proj"].reshape(kv, *shape, -1) for n, own in enumerate(sides)}
+            for x, shape in (("q", (g, d)), ("k", (d,)), ("v", (d,)), ("o", (g, d)))
+        )
+        best = {}
+        for a, b in itertools.product(range(kv), repeat=2):
+            for heads in itertools.permutations(range(g)):
+                heads = list(heads)
+                likeness = v[0][a] @ v[1][b].T + sum(o[0][a, x] @ o[1][b, y].T for x, y in enumerate(heads))
+                channels = linear_sum_assignment(-likeness)[1]
+                score = (
+                    np.sum(k[0][a] * k[1][b])
+                    + np.sum(q[0][a] * q[1][b, heads])
+                    + likeness[np.arange(d), channels].sum()
+                )
+                best[a, b] = max(best.get((a, b), (-np.inf, 0, 0)), (score, heads, channels.tolist()))
+        order = linear_sum_assignment([[-best[a, b][0] for b in range(kv)] for a in range(kv)])[1]
+        heads = [b * g + x for a, b in enumerate(order) for x in best[a, b][1]]
+        channels = [(a, b, best[a, b]) for a, b in enumerate(order)]
+        return {
+            "units": units,
+            "q": np.array([h * d + x for h in heads for x in range(d)]),
+            "k": np.array([b * d + x for b in order for x in range(d)]),
+            "v": np.array([b * d + x for _, b, found in channels for x in found[2]]),
+            "o": np.array([(b * g + h) * d + x for _, b, found in channels for h in found[1] for x in found[2]]),
+        }
+
+    def row_order(self, own, other, matrix):
+        """Which row of `other` is laid on each row of `own`, in each part of a matrix that holds several."""
+        c = self.config
+        heads = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        q, kv = c["num_attention_heads"] * heads, c["num_key_value_heads"] * heads
+        parts = {"qkv_proj": [q, kv, kv], "gate_up_proj": [len(own) // 2] * 2}.get(matrix.split(".")[-1], [len(own)])
+        order, start = [], 0
+        for size in parts:
+            a, b = (torch.nn.functional.normalize(m[start : start + size], dim=1) for m in (own, other))
+            order += (start + linear_sum_assignment(torch.cdist(a, b).numpy())[1]).tolist()
+            start += size
+        return order
+
+    def load(self, plan, dtype, quantise="none"):
+        """The merged model by transformers."""
+        state, kept = self.merged(plan)
+        if quantise != "none":
+            matrices = [
+                n
+                for n, t in state.items()
+                if n.startswith("model.layers.") and t.ndim == 2 and not n.endswith(".gate.weight")
+            ]
+            state |= {name: quantised(state[name].to(dtype), quantise) for name in matrices}
+        config = copy.deepcopy(self.config)
+        for key in ("layer_types", "no_rope_layers"):
+            if config.get(key):
+                config[key] = [config[key][number] for number in kept]
+        config["num_hidden_layers"] = len(kept)
+        with tempfile.TemporaryDirectory() as folder:
+            save_file({n: t.contiguous() for n, t in state.items()}, f"{folder}/model.safetensors", {"format": "pt"})
+            Path(folder, "config.json").write_text(json.dumps(config))
+            return loaded(folder, dtype)
+
+
+def quantised(weight, scheme):
+    """int8: a scale for each row; int4: for each 32 columns of a row."""
+    parts = weight if scheme == "int8" else weight.reshape(-1, 32)
+    top, low, high = (127.5, -128, 127) if scheme == "int8" else (7.5, -8, 7)
+    scale = (parts.abs().amax(1, keepdim=True) / top).clamp_min(torch.finfo(weight.dtype).eps)
+    return (torch.clamp(torch.round(parts * (1.0 / scale)), low, high) * scale).reshape(weight.shape)
+
+
+def loaded(folder, dtype):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    return model.eval()
+
+
+def effective(n_layers, plan):
+    """{kept layer: its sources}, the kept layer alone where nothing is averaged into it in any matrix."""
+    found = {}
+    for alphas in [plan["alphas"], *plan["own"].values()]:
+        weights = {number: {number: 1.0} for number in range(n_layers)}
+        for (into, remove), alpha in zip(plan["steps"], alphas, strict=True):
+            gone, own = weights.pop(remove), weights[into]
+            keys = {*gone, *own}
+            weights[into] = {k: alpha * own.get(k, 0.0) + (1 - alpha) * gone.get(k, 0.0) for k in keys}
+        for layer, of in weights.items():
+            found.setdefault(layer, set()).update(source for source, weight in of.items() if weight)
+    return found
+
+
+def weights_of(n_layers, steps, alphas):
+    """{(kept, source): coefficient}"""
+    plan = {"steps": steps, "alphas": alphas, "own": {}}
+    eye = np.eye(n_layers)
+    for (into, remove), alpha in zip(plan["steps"], alphas, strict=True):
+        eye[into] = alpha * eye[into] + (1 - alpha) * eye[remove]
+        eye[remove] = 0
+    gone = {remove for _, remove in steps}
+    return {(k, s): eye[k, s] for k in range(n_layers) if k not in gone for s in range(n_layers) if eye[k, s]}
+
+
+# -- asking ----------------------------------------------------------------------------------------------------------
+
+
+class Asker:
+    """Prompts of questions and windows of text, built here from files."""
+
+    def __init__(self, base, config):
+        self.base, self.data, self.config = base, config["data"], config
+        add = config["model"]["add_bos"]
+        token = base.tokenizer.bos_token_id
+        default = base.tokenizer("x")["input_ids"][0] == token
+        self.bos = [token] if (default if add is None else add) and token is not None else []
+        self.files = {}
+
+    def ids(self, text):
+        return self.bos + base_ids(self.base.tokenizer, text)
+
+    def rows(self, subject, split):
+        if (subject, split) not in self.files:
+            root = DEMO / "mmlu" if self.data["mmlu"] == "demo" else Path(self.data["mmlu"])
+            folder = next(f for f in (root / self.data["language"], root) if f.is_dir())
+            short = {"validation": "val"}.get(split, split)
+            with open(folder / short / f"{subject}_{short}.csv", newline="", encoding="utf-8-sig") as file:
+                self.files[subject, split] = list(csv.reader(file))
+        return self.files[subject, split]
+
+    def prompt(self, subject, split, question_id):
+        """(ids of the prompt, how many of them are the prefix's, right letter)"""
+
+        def text(row):
+            options = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", row[1:5], strict=True))
+            return f"{row[0].strip()}{options}\nAnswer:"
+
+        row = self.rows(subject, split)[int(question_id.rpartition("/")[2])]
+        prefix = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
+        if self.data["shots"]:
+            shots = self.rows(subject, "dev")[: self.data["shots"]]
+            prefix += "".join(f"{text(shot)} {shot[5]}\n\n" for shot in shots)
+        return self.ids(prefix + text(row)), len(self.ids(prefix)), "ABCD".index(row[5].strip())
+
+    @torch.no_grad()
+    def answers(self, model, asked):
+        """(n, 4) logits, (n,) logsumexp, (n,) top is letter, (n,) mean NLL of the question's own tokens."""
+        letters = [base_ids(self.base.tokenizer, f"Answer: {letter}")[-1] for letter in "ABCD"]
+        found = []
+        for subject, split, question_id in asked:
+            ids, prefix, _ = self.prompt(subject, split, question_id)
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
+            own = torch.log_softmax(logits[prefix - 1 : -1], -1)
+            nll = -own.gather(1, torch.tensor(ids[prefix:])[:, None]).mean()
+            last = logits[-1]
+            found.append((last[letters].numpy(), last.logsumexp(0).item(), int(last.argmax()) in letters, nll.item()))
+        return tuple(np.array(column) for column in zip(*found, strict=True))
+
+    def windows(self, source, start, count):
+        text = (DEMO / "text.txt" if source == "demo" else Path(source)).read_text(encoding="utf-8")
+        ids = base_ids(self.base.tokenizer, text)[start : start + count]
+        size = min(WINDOW, self.base.config["max_position_embeddings"]) - len(self.bos)
+        found = [self.bos + ids[at : at + size] for at in range(0, len(ids), size)]
+        return [window for window in found if len(window) > 1]
+
+    @torch.no_grad()
+    def losses(self, model, windows):
+        """Of each window the losses of its tokens but the first."""
+        found = []
+        for ids in windows:
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].double()
+            found.append(-torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy())
+        return found
+
+
+def same_text(one, other):
+    texts = [(DEMO / "text.txt" if x == "demo" else Path(x)).read_text().strip() for x in (one, other) if x]
+    return len(texts) == 2 and texts[0] == texts[1]
+
+
+def base_ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+# -- objectives and statistics, from docs/design.md ------------------------------------------------------------------
+
+
+def answer_nll(logits, right):
+    return -log_softmax(np.asarray(logits, np.float64), axis=1)[np.arange(len(right)), right]
+
+
+def terms_of(objective):
+    """[(weight, measure, subjects)]"""
+    found = []
+    for part in objective.split("+"):
+        weight, _, measure = part.rpartition("*")
+        measure, _, subjects = measure.partition(":")
+        found.append((float(weight or 1), measure, [name for name in subjects.split(",") if name]))
+    return found
+
+
+def objective_value(objective, logits, base, right, subjects, text_nll, ceiling):
+    """The objective of a candidate, or its penalty above a ceiling."""
+    nll, correct, subjects = answer_nll(logits, right), logits.argmax(1) == right, np.array(subjects)
+    p, q = log_softmax(base, axis=1), log_softmax(logits, axis=1)
+    kl, value, weights, worst = (np.exp(p) * (p - q)).sum(1), 0.0, 0.0, 0.0
+    for weight, measure, named in terms_of(objective):
+        own = np.isin(subjects, named) if named else np.ones(len(subjects), bool)
+        value += weight * {
+            "micro_accuracy": lambda own: correct[own].mean(),
+            "accuracy": lambda own: correct[own].mean(),
+            "macro_accuracy": lambda own: np.mean([correct[subjects == name].mean() for name in set(subjects)]),
+            "answer_nll": lambda own: nll[own].mean(),
+            "answer_kl": lambda own: kl[own].mean(),
+            "text_nll": lambda own: text_nll,
+        }[measure](own)
+        weights += weight
+        worst += weight * (5.0 if measure != "text_nll" else math.log(ceiling or 1))
+    over = 0.0 if ceiling is None else text_nll - math.log(ceiling)
+    if over > 0:
+        penalty = weights * over / (1 + over)
+        return -penalty if is_accuracy(objective) else worst + penalty
+    return value if ceiling is None or is_accuracy(objective) else min(value, worst)
+
+
+def is_accuracy(objective):
+    return "accuracy" in objective
+
+
+def mergekit(base, file):
+    """What mergekit makes of its configuration: slices in turn, of each tensor the sum with the first weight whose
+    filter is in its name (its last, without a filter, else)."""
+    config = yaml.safe_load(file.read_text())
+    state, position = {n: t for n, t in base.tensors.items() if not n.startswith("model.layers.")}, 0
+    for part in config["slices"]:
+        ranges = [range(*source["layer_range"]) for source in part["sources"]]
+        for layers in zip(*ranges, strict=True):
+            own = {}
+            for layer, source in zip(layers, part["sources"], strict=True):
+                weights = source.get("parameters", {}).get("weight", 1.0)
+                weights = weights if isinstance(weights, list) else [{"value": weights}]
+                for name, tensor in base.layer(layer).items():
+                    full = f"model.layers.{layer}.{name}"
+                    weight = next(w["value"] for w in weights if w.get("filter", "") in full)
+                    own[name] = own.get(name, 0) + weight * tensor.double()
+            for name, tensor in own.items():
+                state[f"model.layers.{position}.{name}"] = tensor.float().to(base.layer(0)[name].dtype)
+            position += 1
+    return state

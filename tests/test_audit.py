@@ -1,0 +1,62 @@
+"""tests/benchmarks/audit.py agrees with a small search, and does not once what the search says is altered."""
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tiny import make_checkpoint
+
+from raymerge import experiments
+from raymerge.config_file import load_config
+from raymerge.report import write_report
+
+SETTINGS = {
+    "data.subjects": "colour_mixing,number_words",
+    "data.limit_per_subject": 1,
+    "data.report_limit_per_subject": 2,
+    "data.shots": 1,
+    "data.perplexity_tokens": 60,
+    "plan.merges": 2,
+    "plan.biases": "merge",
+    "search.searcher": "gradient",
+    "search.objective": "answer_nll",
+    "search.random_candidates": 2,
+    "gradient.parametrisations": "[per_matrix]",
+    "gradient.starts": 1,
+    "gradient.epochs": 4,
+    "gradient.held_out": 0,
+    "gradient.learning_rate": 0.5,
+    "output.figures": "false",
+    "output.verify": "false",
+}
+
+
+def test_it_agrees_with_a_search_and_tells_what_was_altered(tmp_path, monkeypatch, local_searches, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent / "benchmarks")])
+    from audit import Audit, audited
+
+    base = make_checkpoint(tmp_path / "base", "qwen2")
+    run = tmp_path / "run"
+    settings = SETTINGS | {"model.path": base, "output.run": run}
+    experiments.search(load_config(None, [f"{key}={value}" for key, value in settings.items()]))
+    write_report([run], run / "report.html")
+    assert audited(run, questions=2, trials=1) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    compared = {line["what"].partition(":")[0] for line in lines if line.get("ok")}
+    assert compared >= {"trial", "chosen", "descent", "keep_N", "accuracy", "saved", "card", "page", "alpha file"}
+
+    # What a run once did: coefficients of one matrix reported, and saved, as another's.
+    path = run / "tables" / "plans" / "all.parquet"
+    plans = pq.read_table(path)
+    swapped = {"self_attn.q_proj": "self_attn.k_proj", "self_attn.k_proj": "self_attn.q_proj"}
+    matrices = [swapped.get(name, name) for name in plans["matrix"].to_pylist()]
+    place = plans.column_names.index("matrix")
+    pq.write_table(plans.set_column(place, plans.field(place), pa.array(matrices, pa.string())), path)
+    altered = Audit(run, questions=2, trials=0, seed=0)
+    altered.searched()
+    altered.saved(run / "models" / "found_gradient_per_matrix", *altered.plans())
+    assert altered.failed >= 3
+    wrong = [json.loads(line)["what"] for line in capsys.readouterr().out.splitlines() if '"ok": false' in line]
+    assert {"chosen: its merges", "saved: its record", "saved: weights"} <= set(wrong)
