@@ -11,10 +11,12 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from raymerge.errors import UserError
 from raymerge.progress import SHOW_CURSOR, Progress, Silent, step
@@ -114,7 +116,8 @@ def start_ray(
     *, num_cpus: int | None = None, dashboard: bool = False, progress: Progress | None = None
 ) -> Iterator[str | None]:
     """Use the Ray there is - a job's, RAY_ADDRESS's or this process's - else start a local one and end it after.
-    Raises ClusterError for an address where no cluster answers, and for one of Ray's client mode.
+    Raises ClusterError for an address where no cluster answers, and for one of Ray's client mode. Outside a job the
+    cluster's workers run this process's raymerge, which is sent to them.
 
     The local one listens on 127.0.0.1 only and has `num_cpus` (logical) CPUs, else the machine's; `dashboard` starts
     Ray's dashboard with it. Gives the dashboard's address, or None where there is none. A local one whose processes
@@ -135,6 +138,9 @@ def start_ray(
                     "a job to it (RAY_ADDRESS=http://HEAD:8265 ray job submit --working-dir . -- python "
                     "jobs/search_alphas.py ...), or run on one of its machines with RAY_ADDRESS=HEAD:6379"
                 )
+            if RAY_JOB_CONFIG_JSON_ENV_VAR not in os.environ:
+                # What is installed on the cluster's machines may be another version, or nothing; a job brings its own.
+                options["runtime_env"] = {"py_modules": [str(Path(__file__).parent)]}
             try:
                 context = ray.init(**options)
             except (ConnectionError, ValueError, RuntimeError) as error:

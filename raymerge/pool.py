@@ -7,6 +7,7 @@ is free to be done by another; one that comes later than the rest joins in.
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections import deque
@@ -110,7 +111,11 @@ class WorkerPool:
             "scheduling_strategy": "SPREAD",
             "runtime_env": {"env_vars": environment(cpus_per_worker, gpus_per_worker)},
         }
-        self._start = lambda name: actor.options(name=name, **options).remote(worker_class, dict(kwargs))
+        here = ray.get_runtime_context()
+        # Workers of a cluster that was there already start in another folder than the driver; those of a job that
+        # brings its files along in their own copy of them.
+        home = {"folder": None if "working_dir" in here.runtime_env else os.getcwd(), "driver": here.get_node_id()}
+        self._start = lambda name: actor.options(name=name, **options).remote(worker_class, dict(kwargs), **home)
         self._slots: list[_Slot] = []
         self._open, self._empty_since = False, time.monotonic()
         try:

@@ -2,8 +2,10 @@
 
 import os
 import platform
+import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -810,6 +812,44 @@ def test_a_host_keeps_a_users_mistake_for_who_asks_first_and_raises_anything_els
         refused.ready(None)
     with pytest.raises(ValueError, match="no model at /nowhere"):
         Host(Refuses, {"path": "/nowhere"})
+
+
+def test_a_host_on_another_node_than_the_driver_names_its_machine_in_a_users_mistake(monkeypatch, tmp_path):
+    context = SimpleNamespace(get_node_id=lambda: "node")
+    monkeypatch.setattr("raymerge.actors.ray.get_runtime_context", lambda: context)
+    here = f"^on the worker's machine {re.escape(socket.gethostname())}: "
+    refused = Host(Refuses, {"path": "/nowhere", "kind": PlacementError}, driver="head")
+    with pytest.raises(PlacementError, match=f"{here}no model at /nowhere"):
+        refused.ready(None)
+    for driver, start in (("head", here), ("node", "^"), (None, "^")):
+        host = Host(Mistaken, {}, driver=driver)
+        for ask in (lambda host=host: host.ready("work"), lambda host=host: host.call("work")):
+            with pytest.raises(UserError, match=f"{start}no such file"):
+                ask()
+
+
+class Mistaken:
+    def work(self):
+        raise UserError("no such file")
+
+
+def test_a_host_starts_relative_paths_where_the_driver_does(monkeypatch, tmp_path):
+    monkeypatch.chdir("/")
+    Host(Plain, {"folder": str(tmp_path)}, folder=str(tmp_path / "missing"))
+    assert os.getcwd() == "/"
+    Host(Plain, {"folder": "."}, folder=str(tmp_path))
+    assert os.getcwd() == str(tmp_path.resolve())
+
+
+@pytest.mark.parametrize("job", [False, True])
+def test_workers_start_in_the_drivers_folder_but_in_a_jobs_own_copy(monkeypatch, job):
+    fake = FakeRay({"ready": ("node", "10.0.0.1", None)})
+    context = SimpleNamespace(runtime_env={"working_dir": "gcs://x.zip"} if job else {}, get_node_id=lambda: "head")
+    fake.get_runtime_context = lambda: context
+    monkeypatch.setattr("raymerge.pool.ray", fake)
+    with WorkerPool(Plain, {"folder": "/"}, count=1):
+        pass
+    assert fake.homes == [{"folder": None if job else os.getcwd(), "driver": "head"}]
 
 
 def test_a_host_answers_for_its_worker(monkeypatch, tmp_path):
