@@ -19,6 +19,7 @@ from raymerge import console
 from raymerge.config import Config, ConfigError
 from raymerge.config_file import describe, load_config
 from raymerge.errors import UserError
+from raymerge.identity import without_secrets
 from raymerge.plan import REFITS
 from raymerge.progress import SHOW_CURSOR
 from raymerge.reference import config_reference
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return 128 + signal.SIGPIPE
     except UserError as error:  # other errors are bugs and keep their traceback
-        print(f"raymerge: {error}", file=sys.stderr)
+        # What a URI holds of a key is nobody's who reads a job's log.
+        print(f"raymerge: {without_secrets(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in _BARRED or error.filename is None:

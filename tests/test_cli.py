@@ -426,6 +426,13 @@ def test_a_job_writes_where_it_lasts(monkeypatch, capsys, command):
     assert all(runs(out) is True for out in ("/shared/a", "~/a", "s3://bucket/a"))
 
 
+def test_a_refusal_shows_no_key_that_a_uri_holds(capsys):
+    """Everyone who may look at a cluster reads its jobs' logs."""
+    assert cli.main(["evaluate", "demo", "--out", "nowhere://AKIA:hunter2@bucket/run?token=hunter3"]) == 2
+    said = capsys.readouterr().err
+    assert "://***@bucket/run" in said and "hunter" not in said
+
+
 def test_what_a_command_does_to_signals_ends_with_it(monkeypatch):
     """Called from Python, as notebooks do."""
     during, own = [], lambda *_: None
