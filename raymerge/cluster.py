@@ -128,6 +128,7 @@ def start_ray(
         return
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     address = os.environ.get("RAY_ADDRESS")
+    address = None if address == "local" else address  # Ray's word for a local one
     up, over = threading.Event(), threading.Event()
     with step(progress or Silent(), "starting Ray"), _stopped_as_before():
         if address:

@@ -369,6 +369,23 @@ def test_a_local_ray_that_does_not_start_is_no_bug(monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("address", [None, "local"])
+def test_a_local_ray_is_kept_on_the_loopback_also_where_it_is_asked_for_by_its_name(monkeypatch, address):
+    def starts(**options):
+        assert options["address"] == "local" and options["dashboard_host"] == "127.0.0.1"
+        assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+        raise Exception("it would have started")
+
+    monkeypatch.setattr("raymerge.cluster.ray.init", starts)
+    monkeypatch.setattr("raymerge.cluster.ray.is_initialized", lambda: False)
+    if address is None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ClusterError, match="it would have started"), start_ray():
+        pass
+
+
 def test_rays_client_mode_is_refused_with_the_cure(monkeypatch):
     """Tune would pickle the searcher into the cluster, which keeps nothing of itself."""
     monkeypatch.setattr("raymerge.cluster.ray.init", lambda **_: pytest.fail("connected"))
