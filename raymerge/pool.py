@@ -317,8 +317,11 @@ class WorkerPool:
         """NoRoomError where no worker is there and none will come, or none has for `wait_s`."""
         if self.count:
             return
-        resources = {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")}
-        has = f"the cluster has {resources['CPU']:g} CPUs and {resources['GPU']:g} GPUs"
+        has, free = (
+            [f"{max(0.0, resources.get(name, 0.0)):g}" for name in ("CPU", "GPU")]
+            for resources in (ray.cluster_resources(), ray.available_resources())
+        )
+        has = f"the cluster has {has[0]} CPUs and {has[1]} GPUs, {free[0]} and {free[1]} of them free"
         if not self.awaited:
             reasons = {f"worker-{number}": slot.gone for number, slot in enumerate(self._slots)}
             raise NoRoomError(

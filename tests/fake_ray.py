@@ -88,3 +88,6 @@ class FakeRay:
 
     def cluster_resources(self):
         return {"CPU": 4.0}
+
+    def available_resources(self):
+        return {"CPU": 0.5}

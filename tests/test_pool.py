@@ -685,7 +685,10 @@ def test_a_pool_waits_as_long_as_it_may_from_when_its_last_worker_was_lost(open_
         clock.seconds += 6.0
     pool.require()
     clock.seconds += 5.0
-    with pytest.raises(NoRoomError, match=r"no Plain of 1 CPUs and 0 GPUs has been there for 10 s .*has 4 CPUs"):
+    with pytest.raises(
+        NoRoomError,
+        match=r"no Plain of 1 CPUs and 0 GPUs has been there for 10 s .*has 4 CPUs and 0 GPUs, 0.5 and 0 of them free",
+    ):
         pool.require()
 
 
