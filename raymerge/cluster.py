@@ -6,8 +6,10 @@ import contextlib
 import math
 import os
 import signal
+import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from raymerge.errors import UserError
 from raymerge.progress import SHOW_CURSOR, Progress, Silent, step
 
+_REACH_S = 10.0  # for a head to take a connection
 _LOOK_S = 1.0  # between looks at whether Ray's processes are there
 
 
@@ -143,8 +146,9 @@ def start_ray(
                 # What is installed on the cluster's machines may be another version, or nothing; a job brings its own.
                 options["runtime_env"] = {"py_modules": [str(Path(__file__).parent)]}
             try:
+                _reach(address)
                 context = ray.init(**options)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 # A head that finds a token asks for one from then on; who connects sends theirs only if told to.
                 sent = os.environ.get("RAY_AUTH_MODE") == "token"
                 token = "" if sent else ", set RAY_AUTH_MODE=token if it asks for one"
@@ -175,6 +179,23 @@ def start_ray(
     finally:
         over.set()
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """OSError where nothing listens at an address: Ray (2.60) would try twenty times, for 40 s each."""
+    there = None if "://" in address else services.canonicalize_bootstrap_address(address)
+    if there is None:  # no address of a head's, which Ray has its own words for
+        return
+    host, _, port = there.rpartition(":")
+    deadline = time.monotonic() + _REACH_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
+            return
+        except OSError:  # it may be starting
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 def _vital_processes() -> dict[str, subprocess.Popen]:

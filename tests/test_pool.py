@@ -28,6 +28,7 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
+from raymerge import cluster
 from raymerge.actors import (
     Host,
     NoRoomError,
@@ -309,6 +310,20 @@ def test_a_cluster_that_cannot_be_reached_is_the_users_to_mend(monkeypatch, rais
         start_ray(),
     ):
         pass
+
+
+def test_an_address_where_nobody_listens_is_said_at_once(monkeypatch):
+    """Ray itself tries for a quarter of an hour."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        cluster._reach(f"127.0.0.1:{port}")
+    monkeypatch.setattr("raymerge.cluster._REACH_S", 0.1)
+    monkeypatch.setattr("raymerge.cluster.ray.init", lambda **_: pytest.fail("asked Ray"))
+    monkeypatch.setattr("raymerge.cluster.ray.is_initialized", lambda: False)
+    for address, why in ((f"127.0.0.1:{port}", "Connection refused"), ("no.host.invalid:6379", "")):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ClusterError, match=f"RAY_ADDRESS is '{address}', but no cluster .*{why}"), start_ray():
+            pass
 
 
 def test_a_stop_while_ray_starts_is_ours_to_answer(monkeypatch):
