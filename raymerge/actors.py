@@ -46,6 +46,14 @@ class NoRoomError(UserError):
     to do; what is finished is stored."""
 
 
+class OtherCodeError(UserError):
+    """Workers whose machines lack this package or what it needs, or have another version of it."""
+
+
+# What Python says on a machine where something cannot be imported, or of another version's classes.
+_OTHER_CODE = ("ModuleNotFoundError:", "ImportError:", "AttributeError: Can't get attribute")
+
+
 # glibc gives back every block beyond 32 MB when it is freed, so that each layer's weights and activations are new pages
 # which the kernel clears: converting a layer takes 11 times as long (docs/results.md, 2026-11-24). Keep up to 1 GiB.
 _ALLOCATION = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
@@ -170,6 +178,16 @@ def answer_of(handle: Any, method: str, reference: Any, timeout_s: float | None)
         raise
     except RayError as error:
         raise WorkerLost(f"{method}: {reason_of(error)}") from error
+
+
+def not_started(what: str, reason: str) -> Exception:
+    """What to raise for workers that Ray could not start, for a reason of `reason_of`."""
+    if not any(words in reason for words in _OTHER_CODE):
+        return WorkerError(f"{what} did not start: {reason}")
+    return OtherCodeError(
+        f"{what} did not start: {reason}. Every machine needs this raymerge and its dependencies: install the same "
+        "versions there, or submit a job, which brings its own raymerge along (ray job submit --working-dir)"
+    )
 
 
 def store_is_full(error: Exception) -> NoRoomError:

@@ -26,6 +26,7 @@ from raymerge.actors import (
     WorkerLost,
     answer_of,
     environment,
+    not_started,
     reason_of,
     store_is_full,
 )
@@ -82,7 +83,8 @@ class WorkerPool:
 
     The pool opens when all workers are there, or some and the others take longer than they did: those join when they
     come, and one that then refuses - its machine has other files, or the hub does not answer - is left out. Raises
-    WorkerError where a constructor raises, UserError where it raises one, NoRoomError where none starts.
+    WorkerError where a constructor raises, UserError where it raises one or a machine lacks the code, NoRoomError where
+    none starts.
     """
 
     def __init__(
@@ -288,7 +290,7 @@ class WorkerPool:
     def _replace(self, slot: int, reason: str) -> None:
         """Ray will not restart a slot's actor: start another if it ever finished anything, else give the slot up."""
         if not self._open:
-            raise WorkerError(f"{self._what} did not start: {reason}")
+            raise not_started(self._what, reason)
         ray.kill(self._slots[slot].handle)  # whatever is left of it has room that its successor needs
         if self._slots[slot].proved:
             self._fill(slot)

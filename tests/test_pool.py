@@ -841,6 +841,25 @@ def test_an_actor_s_death_is_told_in_a_line():
     assert reason_of(WorkerError("")) == "WorkerError:"
 
 
+@pytest.mark.parametrize(
+    ("said", "raised", "message"),
+    [
+        ("ModuleNotFoundError: No module named 'raymerge'", UserError, "named 'raymerge'. Every machine needs .* job"),
+        (
+            "AttributeError: Can't get attribute 'Host.new' on <module 'raymerge.actors'>",
+            UserError,
+            "the same versions",
+        ),
+        ("KeyError: 'x'", WorkerError, "did not start: RuntimeEnvSetupError: KeyError: 'x'"),
+    ],
+)
+def test_a_cluster_without_this_code_is_the_users_to_mend(open_fake, said, raised, message):
+    created = f"The actor died because of an error raised in its creation task, ray::Host\nTraceback\n{said}\n"
+    died = type("RuntimeEnvSetupError", (RuntimeEnvSetupError,), {"__str__": lambda _: created})()
+    with pytest.raises(raised, match=message):
+        open_fake({"ready": died})
+
+
 def test_a_host_keeps_a_users_mistake_for_who_asks_first_and_raises_anything_else(monkeypatch):
     refused = Host(Refuses, {"path": "/nowhere", "kind": UserError})
     with pytest.raises(UserError, match="no model at /nowhere"):

@@ -262,8 +262,9 @@ def describe_workers(
     def check(worker: dict[str, Any]) -> None:
         if worker["code"] != code:
             raise ConfigError(
-                f"the worker on {worker['host']} runs another raymerge than this process: install the same version on "
-                "every machine, or submit a job, which brings its own along (ray job submit --working-dir)"
+                f"the worker on {worker['host']} runs another raymerge than this process, or one that was changed "
+                "since this began: install the same version on every machine, or submit a job, which brings its own "
+                "along (ray job submit --working-dir)"
             )
         for key, value in ours.items():
             if worker[key] != value:
