@@ -149,6 +149,11 @@ def start_ray(
                 _reach(address)
                 context = ray.init(**options)
             except (OSError, ValueError, RuntimeError) as error:
+                if "Version mismatch" in str(error):
+                    raise ClusterError(
+                        f"RAY_ADDRESS is {address!r}, a cluster of other versions: {' '.join(str(error).split())}. Run "
+                        "this command with the cluster's versions of Python and Ray, or submit a job to it"
+                    ) from error
                 # A head that finds a token asks for one from then on; who connects sends theirs only if told to.
                 sent = os.environ.get("RAY_AUTH_MODE") == "token"
                 token = "" if sent else ", set RAY_AUTH_MODE=token if it asks for one"

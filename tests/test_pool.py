@@ -312,6 +312,23 @@ def test_a_cluster_that_cannot_be_reached_is_the_users_to_mend(monkeypatch, rais
         pass
 
 
+def test_a_cluster_of_another_version_is_not_said_to_be_missing(monkeypatch):
+    said = "Version mismatch: The cluster was started with:\n    Ray: 2.59.0\nThis process with:\n    Ray: 2.60.0\n"
+
+    def init(**_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("raymerge.cluster.ray.init", init)
+    monkeypatch.setattr("raymerge.cluster.ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr("raymerge.cluster._reach", lambda _: None)
+    with pytest.raises(
+        ClusterError, match="'auto', a cluster of other versions: .*2.59.0 This .*the cluster's versions"
+    ):
+        with start_ray():
+            pass
+
+
 def test_an_address_where_nobody_listens_is_said_at_once(monkeypatch):
     """Ray itself tries for a quarter of an hour."""
     with socket.create_server(("127.0.0.1", 0)) as server:
