@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Mapping
@@ -44,6 +46,14 @@ class NoRoomError(UserError):
     to do; what is finished is stored."""
 
 
+class OtherCodeError(UserError):
+    """Workers whose machines lack this package or what it needs, or have another version of it."""
+
+
+# What Python says on a machine where something cannot be imported, or of another version's classes.
+_OTHER_CODE = ("ModuleNotFoundError:", "ImportError:", "AttributeError: Can't get attribute")
+
+
 # glibc gives back every block beyond 32 MB when it is freed, so that each layer's weights and activations are new pages
 # which the kernel clears: converting a layer takes 11 times as long (docs/results.md, 2026-11-24). Keep up to 1 GiB.
 _ALLOCATION = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
@@ -68,21 +78,34 @@ class Host:
     """The actor: makes the plain worker and calls it.
 
     A user's mistake that only the constructor can see, such as a model that does not fit, is kept and raised when the
-    worker is first asked: Ray gives a constructor's error as text, which would lose its class.
+    worker is first asked: Ray gives a constructor's error as text, which would lose its class. Where it is another node
+    than the driver's, a user's mistake names its machine: a path may be wrong there alone.
+
+    folder: where relative paths start, which is where the driver was started; None for a job's own folder, of which
+    each node has its copy. driver: the driver's node.
     """
 
-    def __init__(self, worker_class: type, kwargs: Mapping[str, Any]):
+    def __init__(
+        self, worker_class: type, kwargs: Mapping[str, Any], *, folder: str | None = None, driver: str | None = None
+    ):
+        if folder is not None:
+            with contextlib.suppress(OSError):  # what it is missed for names the file
+                os.chdir(folder)
+        self._driver = driver
         self._refusal: UserError | None = None
         try:
             self.worker = worker_class(**kwargs)
         except UserError as error:
-            self._refusal = error
+            self._refusal = self._from_here(error)
 
     def ready(self, method: str | None) -> tuple[str, str, Any]:
         """This node's id and address, and what the worker answers to `method`, if one is asked for."""
         if self._refusal is not None:
             raise self._refusal
-        answer = None if method is None else getattr(self.worker, method)()
+        try:
+            answer = None if method is None else getattr(self.worker, method)()
+        except UserError as error:
+            raise self._from_here(error) from None
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), answer
 
     def here(self) -> None:
@@ -96,12 +119,20 @@ class Host:
         """
         try:
             return getattr(self.worker, method)(*args)
+        except UserError as error:
+            raise self._from_here(error) from None
         except Exception as error:
             if getattr(self.worker, "broken_by", lambda _: False)(error):
                 traceback.print_exc()  # in the worker's log: the caller hears of the death alone
                 sys.stderr.flush()
                 os._exit(1)
             raise
+
+    def _from_here(self, error: UserError) -> UserError:
+        """A user's mistake as the driver is to hear of it."""
+        if self._driver is None or self._driver == ray.get_runtime_context().get_node_id():
+            return error
+        return type(error)(f"on the worker's machine {socket.gethostname()}: {error}")
 
 
 def find_worker(name: str) -> Any:
@@ -147,6 +178,16 @@ def answer_of(handle: Any, method: str, reference: Any, timeout_s: float | None)
         raise
     except RayError as error:
         raise WorkerLost(f"{method}: {reason_of(error)}") from error
+
+
+def not_started(what: str, reason: str) -> Exception:
+    """What to raise for workers that Ray could not start, for a reason of `reason_of`."""
+    if not any(words in reason for words in _OTHER_CODE):
+        return WorkerError(f"{what} did not start: {reason}")
+    return OtherCodeError(
+        f"{what} did not start: {reason}. Every machine needs this raymerge and its dependencies: install the same "
+        "versions there, or submit a job, which brings its own raymerge along (ray job submit --working-dir)"
+    )
 
 
 def store_is_full(error: Exception) -> NoRoomError:

@@ -19,6 +19,7 @@ from raymerge import console
 from raymerge.config import Config, ConfigError
 from raymerge.config_file import describe, load_config
 from raymerge.errors import UserError
+from raymerge.identity import without_secrets
 from raymerge.plan import REFITS
 from raymerge.progress import SHOW_CURSOR
 from raymerge.reference import config_reference
@@ -28,6 +29,7 @@ _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entry point of a
 _OUTPUT = 1  # the file descriptor of standard output
 _RAW = argparse.RawDescriptionHelpFormatter
 _BARRED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # what even looking whether a path is there may raise
+_SHARED = "that the cluster's machines share, or a URI such as s3://bucket/run"
 _STOPS = (signal.SIGTERM, signal.SIGHUP)
 _STOPPED = "the same command again goes on from what is stored"
 
@@ -53,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return 128 + signal.SIGPIPE
     except UserError as error:  # other errors are bugs and keep their traceback
-        print(f"raymerge: {error}", file=sys.stderr)
+        # What a URI holds of a key is nobody's who reads a job's log.
+        print(f"raymerge: {without_secrets(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in _BARRED or error.filename is None:
@@ -332,19 +335,25 @@ def _override(key: str, value: str | int | None) -> str:
     return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
-def _check_lasts(out: str) -> None:
-    """Refuse a run directory inside a job's own copy of the project, which a job that is submitted again lacks."""
-    if os.environ.get(_IN_A_JOB) and "://" not in out and not os.path.isabs(os.path.expanduser(out)):
+def _check_lasts(folder: str, key: str = "--out (output.run)", kind: str = _SHARED) -> None:
+    """Refuse a folder inside a job's own copy of the project, which a job that is submitted again lacks."""
+    if os.environ.get(_IN_A_JOB) and "://" not in folder and not os.path.isabs(os.path.expanduser(folder)):
         raise ConfigError(
-            f"--out (output.run) is {out!r}, a folder in Ray's temporary copy of the project: give a job an absolute "
-            "path that the cluster's machines share, or a URI such as s3://bucket/run"
+            f"{key} is {folder!r}, a folder in Ray's temporary copy of the project: give a job an absolute path {kind}"
         )
+
+
+def _check_places(config: Config) -> None:
+    """`_check_lasts` of what an experiment writes."""
+    _check_lasts(config.output.run)
+    if config.output.cache is not None:
+        _check_lasts(config.output.cache, "output.cache", "on each machine's own disk, or on one that they share")
 
 
 def _run_experiment(options: argparse.Namespace, name: str, show: Callable[[RunDirectory, Config], None]) -> int:
     overrides = options.set + ([] if options.out is None else [_override("output.run", options.out)])
     config = load_config(options.config, overrides)
-    _check_lasts(config.output.run)
+    _check_places(config)
     from raymerge import experiments
 
     with console.progress() as progress:
@@ -406,7 +415,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             overrides.append(_override(f"data.{key}", None if source in ("none", "null") else source))
     overrides += [_override("model.path", options.model), _override("output.run", options.out)]
     config = load_config(options.config, overrides)
-    _check_lasts(config.output.run)
+    _check_places(config)
     from raymerge.experiments import evaluate
 
     with console.progress() as progress:

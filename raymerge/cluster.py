@@ -6,19 +6,24 @@ import contextlib
 import math
 import os
 import signal
+import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from raymerge.errors import UserError
 from raymerge.progress import SHOW_CURSOR, Progress, Silent, step
 
+_REACH_S = 10.0  # for a head to take a connection
 _LOOK_S = 1.0  # between looks at whether Ray's processes are there
 
 
@@ -114,7 +119,8 @@ def start_ray(
     *, num_cpus: int | None = None, dashboard: bool = False, progress: Progress | None = None
 ) -> Iterator[str | None]:
     """Use the Ray there is - a job's, RAY_ADDRESS's or this process's - else start a local one and end it after.
-    Raises ClusterError for an address where no cluster answers, and for one of Ray's client mode.
+    Raises ClusterError for an address where no cluster answers, and for one of Ray's client mode. Outside a job the
+    cluster's workers run this process's raymerge, which is sent to them.
 
     The local one listens on 127.0.0.1 only and has `num_cpus` (logical) CPUs, else the machine's; `dashboard` starts
     Ray's dashboard with it. Gives the dashboard's address, or None where there is none. A local one whose processes
@@ -125,6 +131,7 @@ def start_ray(
         return
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     address = os.environ.get("RAY_ADDRESS")
+    address = None if address == "local" else address  # Ray's word for a local one
     up, over = threading.Event(), threading.Event()
     with step(progress or Silent(), "starting Ray"), _stopped_as_before():
         if address:
@@ -135,9 +142,18 @@ def start_ray(
                     "a job to it (RAY_ADDRESS=http://HEAD:8265 ray job submit --working-dir . -- python "
                     "jobs/search_alphas.py ...), or run on one of its machines with RAY_ADDRESS=HEAD:6379"
                 )
+            if RAY_JOB_CONFIG_JSON_ENV_VAR not in os.environ:
+                # What is installed on the cluster's machines may be another version, or nothing; a job brings its own.
+                options["runtime_env"] = {"py_modules": [str(Path(__file__).parent)]}
             try:
+                _reach(address)
                 context = ray.init(**options)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
+                if "Version mismatch" in str(error):
+                    raise ClusterError(
+                        f"RAY_ADDRESS is {address!r}, a cluster of other versions: {' '.join(str(error).split())}. Run "
+                        "this command with the cluster's versions of Python and Ray, or submit a job to it"
+                    ) from error
                 # A head that finds a token asks for one from then on; who connects sends theirs only if told to.
                 sent = os.environ.get("RAY_AUTH_MODE") == "token"
                 token = "" if sent else ", set RAY_AUTH_MODE=token if it asks for one"
@@ -168,6 +184,23 @@ def start_ray(
     finally:
         over.set()
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """OSError where nothing listens at an address: Ray (2.60) would try twenty times, for 40 s each."""
+    there = None if "://" in address else services.canonicalize_bootstrap_address(address)
+    if there is None:  # no address of a head's, which Ray has its own words for
+        return
+    host, _, port = there.rpartition(":")
+    deadline = time.monotonic() + _REACH_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
+            return
+        except OSError:  # it may be starting
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 def _vital_processes() -> dict[str, subprocess.Popen]:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raymerge.identity import without_secrets
 from raymerge.tables import RunDirectory
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def _print_warnings(run: RunDirectory) -> None:
 
 def _print_place(run: RunDirectory, what: str = "Tables, figures and manifest") -> None:
     """Where a run's results lie, and the command that makes a page of them."""
-    place = run.path_of().rstrip("/")
+    place = without_secrets(run.path_of().rstrip("/"))
     print(f"\n{what}: {place}\nHTML page: raymerge report {shlex.quote(place)}")
 
 
@@ -225,15 +226,16 @@ def _print_model(run: RunDirectory, saved: dict) -> None:
     """Where a model lies that a search has saved, whatever the run was called then; how to have it where it is not."""
     from raymerge import summary
 
-    where, known = run.path_of("models", saved["name"]), saved.get("model") is not None
-    if known and not (run.is_local and not Path(where).exists()):
+    folder, known = run.path_of("models", saved["name"]), saved.get("model") is not None
+    where = without_secrets(folder)
+    if known and not (run.is_local and not Path(folder).exists()):
         print(f"Merged model: {where}")
         if saved.get("proof"):
             print(summary.proof_line(saved["proof"]))
         return
     missing = f"{saved['name']} is no longer in {where}" if known else f"{saved['name']} was not saved"
     same = "the same command" if known else "the same command with output.save_best=true"
-    print(f"{missing}. To have it, delete {run.path_of('manifest.json')} and give {same}.")
+    print(f"{missing}. To have it, delete {without_secrets(run.path_of('manifest.json'))} and give {same}.")
 
 
 def _print_lines(title: str, lines: list[str]) -> None:

@@ -73,6 +73,14 @@ def plain(value, *, nan_as_none: bool = False):
     raise TypeError(f"{value!r} ({type(value).__name__}) has no canonical JSON; give numbers, text, lists or dicts")
 
 
+def code_identity() -> str:
+    """Return the digest of this package's Python files, but for the scripts that draw figures, which workers do not
+    run."""
+    package = Path(__file__).parent
+    names = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
+    return digest({name: path.read_text("utf-8") for name, path in names.items() if not name.startswith("_analysis/")})
+
+
 def without_secrets(value):
     """Return `value` (text, or lists and dicts of it) without the credentials that URIs may hold.
 

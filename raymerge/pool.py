@@ -7,6 +7,7 @@ is free to be done by another; one that comes later than the rest joins in.
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections import deque
@@ -25,6 +26,7 @@ from raymerge.actors import (
     WorkerLost,
     answer_of,
     environment,
+    not_started,
     reason_of,
     store_is_full,
 )
@@ -81,7 +83,8 @@ class WorkerPool:
 
     The pool opens when all workers are there, or some and the others take longer than they did: those join when they
     come, and one that then refuses - its machine has other files, or the hub does not answer - is left out. Raises
-    WorkerError where a constructor raises, UserError where it raises one, NoRoomError where none starts.
+    WorkerError where a constructor raises, UserError where it raises one or a machine lacks the code, NoRoomError where
+    none starts.
     """
 
     def __init__(
@@ -110,7 +113,11 @@ class WorkerPool:
             "scheduling_strategy": "SPREAD",
             "runtime_env": {"env_vars": environment(cpus_per_worker, gpus_per_worker)},
         }
-        self._start = lambda name: actor.options(name=name, **options).remote(worker_class, dict(kwargs))
+        here = ray.get_runtime_context()
+        # Workers of a cluster that was there already start in another folder than the driver; those of a job that
+        # brings its files along in their own copy of them.
+        home = {"folder": None if "working_dir" in here.runtime_env else os.getcwd(), "driver": here.get_node_id()}
+        self._start = lambda name: actor.options(name=name, **options).remote(worker_class, dict(kwargs), **home)
         self._slots: list[_Slot] = []
         self._open, self._empty_since = False, time.monotonic()
         try:
@@ -283,7 +290,7 @@ class WorkerPool:
     def _replace(self, slot: int, reason: str) -> None:
         """Ray will not restart a slot's actor: start another if it ever finished anything, else give the slot up."""
         if not self._open:
-            raise WorkerError(f"{self._what} did not start: {reason}")
+            raise not_started(self._what, reason)
         ray.kill(self._slots[slot].handle)  # whatever is left of it has room that its successor needs
         if self._slots[slot].proved:
             self._fill(slot)
@@ -312,8 +319,11 @@ class WorkerPool:
         """NoRoomError where no worker is there and none will come, or none has for `wait_s`."""
         if self.count:
             return
-        resources = {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")}
-        has = f"the cluster has {resources['CPU']:g} CPUs and {resources['GPU']:g} GPUs"
+        has, free = (
+            [f"{max(0.0, resources.get(name, 0.0)):g}" for name in ("CPU", "GPU")]
+            for resources in (ray.cluster_resources(), ray.available_resources())
+        )
+        has = f"the cluster has {has[0]} CPUs and {has[1]} GPUs, {free[0]} and {free[1]} of them free"
         if not self.awaited:
             reasons = {f"worker-{number}": slot.gone for number, slot in enumerate(self._slots)}
             raise NoRoomError(

@@ -39,7 +39,7 @@ from raymerge.evaluation import Answers, answer_shard, generation_speed, score_c
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
 from raymerge.gradient import descend, descent_settings, loss_by_alphas, loss_weights
-from raymerge.identity import digest
+from raymerge.identity import code_identity, digest
 from raymerge.inputs import CALIBRATION, SEARCH, questions_to_match_on, read_material
 from raymerge.memory import MemoryPlanError
 from raymerge.objectives import is_minimised, parse_objective, score_answers, score_text
@@ -149,6 +149,7 @@ class ModelWorker:
         return {
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "code": code_identity(),
             "device": device_name(self.runner.device),
             "dtype": str(self.runner.dtype).removeprefix("torch."),
             "model_identity": self.checkpoint.identity,

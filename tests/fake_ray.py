@@ -49,11 +49,16 @@ class FakeRay:
     def __init__(self, *answers):
         self.prepared, self.actors, self.puts, self.dead_nodes = list(answers), [], [], set()
         self.started = []  # of each actor its options and what it was made of
+        self.homes = []  # of each where it is told that the driver is
 
     def remote(self, _):
         return SimpleNamespace(options=lambda **options: SimpleNamespace(remote=partial(self._start, options)))
 
-    def _start(self, options, *args):
+    def get_runtime_context(self):
+        return SimpleNamespace(runtime_env={}, get_node_id=lambda: "head")
+
+    def _start(self, options, *args, **home):
+        self.homes.append(home)
         self.started.append((options, args))
         self.actors.append(FakeActor(self.prepared[min(len(self.actors), len(self.prepared) - 1)]))
         return self.actors[-1]
@@ -83,3 +88,6 @@ class FakeRay:
 
     def cluster_resources(self):
         return {"CPU": 4.0}
+
+    def available_resources(self):
+        return {"CPU": 0.5}

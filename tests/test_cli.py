@@ -414,10 +414,10 @@ def test_a_job_writes_where_it_lasts(monkeypatch, capsys, command):
     for name in ("search", "sweep", "similarity", "evaluate"):
         monkeypatch.setattr(experiments, name, lambda config, **_: asked.append(config.output.run) or sys.exit(0))
 
-    def runs(out):
+    def runs(out, *settings):
         try:
             return cli.main([*command, *(["--set", "output.run=x"] if command != ["evaluate", "demo"] else []),
-                             "--out", out])  # fmt: skip
+                             "--out", out, *settings])  # fmt: skip
         except SystemExit:
             return asked.pop() == out
 
@@ -425,6 +425,16 @@ def test_a_job_writes_where_it_lasts(monkeypatch, capsys, command):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert runs("runs/a") == 2 and not asked and "Ray's temporary copy of the project" in capsys.readouterr().err
     assert all(runs(out) is True for out in ("/shared/a", "~/a", "s3://bucket/a"))
+    assert runs("/shared/a", "--set", "output.cache=/disk") is True
+    assert runs("/shared/a", "--set", "output.cache=states") == 2 and not asked
+    assert "output.cache is 'states', a folder in Ray's temporary copy of the project" in capsys.readouterr().err
+
+
+def test_a_refusal_shows_no_key_that_a_uri_holds(capsys):
+    """Everyone who may look at a cluster reads its jobs' logs."""
+    assert cli.main(["evaluate", "demo", "--out", "nowhere://AKIA:hunter2@bucket/run?token=hunter3"]) == 2
+    said = capsys.readouterr().err
+    assert "://***@bucket/run" in said and "hunter" not in said
 
 
 def test_what_a_command_does_to_signals_ends_with_it(monkeypatch):

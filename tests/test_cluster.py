@@ -22,10 +22,12 @@ import ray
 from pyarrow.fs import FileSelector, FileSystem
 from ray.cluster_utils import Cluster
 
+import raymerge
 from raymerge import experiments
 from raymerge.actors import NoRoomError
 from raymerge.cluster import cluster_nodes, plan_workers, start_ray
 from raymerge.config_file import load_config
+from raymerge.demo import MMLU_PATH, MODEL_PATH
 from raymerge.pool import WorkerPool
 from raymerge.proposers import RandomProposer
 from raymerge.search import BatchSearcher, run_search
@@ -107,6 +109,26 @@ class Record:
         if self.at is not None and len(self.rows) >= self.count:
             act, self.at = self.at, None
             act()
+
+
+class Installed:
+    def where(self):
+        return raymerge.__file__
+
+
+def test_workers_of_a_cluster_run_the_drivers_code_and_find_its_relative_paths(cluster, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    made = cluster(0)
+    made.add_node(num_cpus=1, **ADDRESS)
+    monkeypatch.chdir(tmp_path)
+    with WorkerPool(Installed, {}, count=1, wait_s=_WAIT_S) as pool:
+        (where,) = pool.broadcast("where")
+    assert "/py_modules_files/" in where, "its own folder, whatever is installed there"
+    shutil.copytree(MODEL_PATH, "model")
+    shutil.copytree(MMLU_PATH, "mmlu")
+    settings = ["model.path=./model", "data.mmlu=mmlu", "output.run=run", "workers.count=1"]
+    assert experiments.evaluate(load_config(None, [*EVALUATED, *settings]), command=["test"]).complete
 
 
 def make_pool(tmp_path, count, events=None, **options):

@@ -32,6 +32,7 @@ from raymerge.experiments.common import (
     settings_of,
     swept_cache,
 )
+from raymerge.identity import code_identity
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH, TEXT, task_role
 from raymerge.plan import drop_block_plan, pairs_plan, tail_plan
 from raymerge.progress import Silent
@@ -343,7 +344,7 @@ def test_a_pool_has_no_more_workers_than_there_is_work_for_but_one(monkeypatch):
 def test_what_workers_hold_is_said_and_the_dtype_is_what_a_run_goes_on_in(tmp_path):
     inputs = SimpleNamespace(checkpoint=SimpleNamespace(identity="m", tokenizer_identity="t"), identities={})
     worker = {"host": "a", "device": "cpu", "dtype": "float32", "model_identity": "m", "data_identities": {}}
-    worker["tokenizer_identity"] = "t"
+    worker |= {"tokenizer_identity": "t", "code": code_identity()}
     held, admitted = [], []
     run = SimpleNamespace(hold_to=held.append)
     pool = SimpleNamespace(
@@ -354,6 +355,8 @@ def test_what_workers_hold_is_said_and_the_dtype_is_what_a_run_goes_on_in(tmp_pa
     with pytest.raises(ConfigError, match="model_identity of the worker on a is other"):
         check(worker | {"model_identity": "other"})
     assert method == "describe"
+    with pytest.raises(ConfigError, match="worker on a runs another raymerge than this process, .*install the same"):
+        check(worker | {"code": "older"})
     for key in ("model_identity", "tokenizer_identity", "data_identities"):
         pool.broadcast = lambda _, key=key: [worker, worker | {key: "other"}]
         with pytest.raises(ConfigError, match=f"{key} of the worker on a is other"):

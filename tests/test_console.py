@@ -6,6 +6,7 @@ import math
 import re
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from report_runs import LAYERS, evaluated, imported_run, search_run, sensitivity_run, similarity_run, sweep_run
@@ -21,6 +22,15 @@ def wait_for(lines, count):
     while len(lines) < count and time.monotonic() < deadline:
         time.sleep(0.01)
     assert len(lines) >= count
+
+
+def test_where_results_lie_is_said_without_the_keys_of_a_uri(capsys):
+    run = SimpleNamespace(is_local=False, path_of=lambda *names: "/".join(("s3://AKIA:hunter2@bucket/run", *names)))
+    console._print_place(run)
+    for saved in ({"name": "found", "model": "there"}, {"name": "found"}):
+        console._print_model(run, saved)
+    said = capsys.readouterr().out
+    assert said.count("s3://***@bucket/run") == 4 and "hunter" not in said
 
 
 def test_a_log_gets_one_line_a_stage():

@@ -29,6 +29,7 @@ from raymerge.evaluation import text_nll
 from raymerge.experiments import alpha_search, evaluate, search
 from raymerge.experiments.common import cache_of, describe_workers, open_pool, read_inputs, settings_of, swept_cache
 from raymerge.forward import LayerRunner
+from raymerge.identity import code_identity
 from raymerge.inputs import REPORT, SEARCH, read_text
 from raymerge.plan import tail_plan
 from raymerge.plan_section import starting_plan
@@ -359,7 +360,7 @@ def test_workers_with_other_files_are_the_users_to_mend(tmp_path):
 
 def described(**differs):
     held = {"model_identity": "m", "tokenizer_identity": "t", "data_identities": {}}
-    return {"host": "b", "device": "cpu", "dtype": "float32"} | held | differs
+    return {"host": "b", "code": code_identity(), "device": "cpu", "dtype": "float32"} | held | differs
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raymerge import identity
 from raymerge.identity import canonical_json, digest, git_state, plain, software, without_folders, without_secrets
 from raymerge.tables import RunDirectory
 
@@ -51,6 +52,22 @@ def test_digest_is_sha256_of_the_utf8_text():
     assert digest([1], length=64) == hashlib.sha256(b"[1]").hexdigest()
     with pytest.raises(ValueError, match="length is 65"):
         digest([1], length=65)
+
+
+def test_the_code_s_identity_is_its_text_s_wherever_it_lies(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "sub/b.py").write_text("y = 2\n")
+    ours = identity.code_identity()
+    monkeypatch.setattr(identity, "__file__", str(tmp_path / "a.py"))
+    found = identity.code_identity()
+    assert found == digest({"a.py": "x = 1\n", "sub/b.py": "y = 2\n"}) != ours
+    (tmp_path / "_analysis").mkdir()
+    (tmp_path / "_analysis/figure.py").write_text("z = 3\n")
+    (tmp_path / "data.json").write_text("{}")
+    assert identity.code_identity() == found
+    (tmp_path / "sub/b.py").write_text("y = 3\n")
+    assert identity.code_identity() != found
 
 
 def test_a_package_inside_somebody_elses_repository_has_no_commit(tmp_path):

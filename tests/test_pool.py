@@ -2,8 +2,10 @@
 
 import os
 import platform
+import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +28,7 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
+from raymerge import cluster
 from raymerge.actors import (
     Host,
     NoRoomError,
@@ -309,6 +312,37 @@ def test_a_cluster_that_cannot_be_reached_is_the_users_to_mend(monkeypatch, rais
         pass
 
 
+def test_a_cluster_of_another_version_is_not_said_to_be_missing(monkeypatch):
+    said = "Version mismatch: The cluster was started with:\n    Ray: 2.59.0\nThis process with:\n    Ray: 2.60.0\n"
+
+    def init(**_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("raymerge.cluster.ray.init", init)
+    monkeypatch.setattr("raymerge.cluster.ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr("raymerge.cluster._reach", lambda _: None)
+    with pytest.raises(
+        ClusterError, match="'auto', a cluster of other versions: .*2.59.0 This .*the cluster's versions"
+    ):
+        with start_ray():
+            pass
+
+
+def test_an_address_where_nobody_listens_is_said_at_once(monkeypatch):
+    """Ray itself tries for a quarter of an hour."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        cluster._reach(f"127.0.0.1:{port}")
+    monkeypatch.setattr("raymerge.cluster._REACH_S", 0.1)
+    monkeypatch.setattr("raymerge.cluster.ray.init", lambda **_: pytest.fail("asked Ray"))
+    monkeypatch.setattr("raymerge.cluster.ray.is_initialized", lambda: False)
+    for address, why in ((f"127.0.0.1:{port}", "Connection refused"), ("no.host.invalid:6379", "")):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ClusterError, match=f"RAY_ADDRESS is '{address}', but no cluster .*{why}"), start_ray():
+            pass
+
+
 def test_a_stop_while_ray_starts_is_ours_to_answer(monkeypatch):
     """Ray's own answer, which it installs first of all, ends the process with its code 15."""
 
@@ -364,6 +398,23 @@ def test_a_local_ray_that_does_not_start_is_no_bug(monkeypatch):
     monkeypatch.setattr("raymerge.cluster.ray.init", starts)
     monkeypatch.setattr("raymerge.cluster.ray.is_initialized", lambda: False)
     with pytest.raises(ClusterError, match="no local Ray .*timed out during startup.*same command again"), start_ray():
+        pass
+
+
+@pytest.mark.parametrize("address", [None, "local"])
+def test_a_local_ray_is_kept_on_the_loopback_also_where_it_is_asked_for_by_its_name(monkeypatch, address):
+    def starts(**options):
+        assert options["address"] == "local" and options["dashboard_host"] == "127.0.0.1"
+        assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+        raise Exception("it would have started")
+
+    monkeypatch.setattr("raymerge.cluster.ray.init", starts)
+    monkeypatch.setattr("raymerge.cluster.ray.is_initialized", lambda: False)
+    if address is None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ClusterError, match="it would have started"), start_ray():
         pass
 
 
@@ -666,7 +717,10 @@ def test_a_pool_waits_as_long_as_it_may_from_when_its_last_worker_was_lost(open_
         clock.seconds += 6.0
     pool.require()
     clock.seconds += 5.0
-    with pytest.raises(NoRoomError, match=r"no Plain of 1 CPUs and 0 GPUs has been there for 10 s .*has 4 CPUs"):
+    with pytest.raises(
+        NoRoomError,
+        match=r"no Plain of 1 CPUs and 0 GPUs has been there for 10 s .*has 4 CPUs and 0 GPUs, 0.5 and 0 of them free",
+    ):
         pool.require()
 
 
@@ -804,12 +858,69 @@ def test_an_actor_s_death_is_told_in_a_line():
     assert reason_of(WorkerError("")) == "WorkerError:"
 
 
+@pytest.mark.parametrize(
+    ("said", "raised", "message"),
+    [
+        ("ModuleNotFoundError: No module named 'raymerge'", UserError, "named 'raymerge'. Every machine needs .* job"),
+        (
+            "AttributeError: Can't get attribute 'Host.new' on <module 'raymerge.actors'>",
+            UserError,
+            "the same versions",
+        ),
+        ("KeyError: 'x'", WorkerError, "did not start: RuntimeEnvSetupError: KeyError: 'x'"),
+    ],
+)
+def test_a_cluster_without_this_code_is_the_users_to_mend(open_fake, said, raised, message):
+    created = f"The actor died because of an error raised in its creation task, ray::Host\nTraceback\n{said}\n"
+    died = type("RuntimeEnvSetupError", (RuntimeEnvSetupError,), {"__str__": lambda _: created})()
+    with pytest.raises(raised, match=message):
+        open_fake({"ready": died})
+
+
 def test_a_host_keeps_a_users_mistake_for_who_asks_first_and_raises_anything_else(monkeypatch):
     refused = Host(Refuses, {"path": "/nowhere", "kind": UserError})
     with pytest.raises(UserError, match="no model at /nowhere"):
         refused.ready(None)
     with pytest.raises(ValueError, match="no model at /nowhere"):
         Host(Refuses, {"path": "/nowhere"})
+
+
+def test_a_host_on_another_node_than_the_driver_names_its_machine_in_a_users_mistake(monkeypatch, tmp_path):
+    context = SimpleNamespace(get_node_id=lambda: "node")
+    monkeypatch.setattr("raymerge.actors.ray.get_runtime_context", lambda: context)
+    here = f"^on the worker's machine {re.escape(socket.gethostname())}: "
+    refused = Host(Refuses, {"path": "/nowhere", "kind": PlacementError}, driver="head")
+    with pytest.raises(PlacementError, match=f"{here}no model at /nowhere"):
+        refused.ready(None)
+    for driver, start in (("head", here), ("node", "^"), (None, "^")):
+        host = Host(Mistaken, {}, driver=driver)
+        for ask in (lambda host=host: host.ready("work"), lambda host=host: host.call("work")):
+            with pytest.raises(UserError, match=f"{start}no such file"):
+                ask()
+
+
+class Mistaken:
+    def work(self):
+        raise UserError("no such file")
+
+
+def test_a_host_starts_relative_paths_where_the_driver_does(monkeypatch, tmp_path):
+    monkeypatch.chdir("/")
+    Host(Plain, {"folder": str(tmp_path)}, folder=str(tmp_path / "missing"))
+    assert os.getcwd() == "/"
+    Host(Plain, {"folder": "."}, folder=str(tmp_path))
+    assert os.getcwd() == str(tmp_path.resolve())
+
+
+@pytest.mark.parametrize("job", [False, True])
+def test_workers_start_in_the_drivers_folder_but_in_a_jobs_own_copy(monkeypatch, job):
+    fake = FakeRay({"ready": ("node", "10.0.0.1", None)})
+    context = SimpleNamespace(runtime_env={"working_dir": "gcs://x.zip"} if job else {}, get_node_id=lambda: "head")
+    fake.get_runtime_context = lambda: context
+    monkeypatch.setattr("raymerge.pool.ray", fake)
+    with WorkerPool(Plain, {"folder": "/"}, count=1):
+        pass
+    assert fake.homes == [{"folder": None if job else os.getcwd(), "driver": "head"}]
 
 
 def test_a_host_answers_for_its_worker(monkeypatch, tmp_path):

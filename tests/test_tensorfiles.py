@@ -100,7 +100,9 @@ def test_a_file_that_cannot_be_written_leaves_no_part_of_it(tmp_path, monkeypatc
         raise OSError("no space left")
 
     monkeypatch.setattr(tensorfiles, "save_file", full)
-    with pytest.raises(UserError, match="it .* cannot be written: no space left; free space"):
+    with pytest.raises(
+        UserError, match="it .* cannot be written: no space left; free space on that disk or set output.cache"
+    ):
         write_tensors(tmp_path / "x.safetensors", ONE, "it")
     assert not list(tmp_path.iterdir())
 

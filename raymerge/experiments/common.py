@@ -19,7 +19,7 @@ from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.cluster import Placement, PlacementError, cluster_nodes, plan_workers, start_ray
 from raymerge.config import Config, ConfigError
-from raymerge.identity import digest
+from raymerge.identity import code_identity, digest
 from raymerge.inputs import SEARCH_TEXT, TEXT, Material, check_matchable, read_material, read_text, task_role
 from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool
@@ -247,18 +247,25 @@ def describe_workers(
 ) -> list[dict[str, Any]]:
     """What every worker holds (`ModelWorker.describe`).
 
-    Refuses workers, now or when they come later, whose machines have other files under the same paths, compute on
-    different kinds of devices or in different dtypes, or have a GPU that torch does not see. Refuses also to continue a
-    run in another dtype: where model.dtype is auto it is the device's, and `workers` may differ from call to call.
+    Refuses workers, now or when they come later, whose machines run another version of this package, have other files
+    under the same paths, compute on different kinds of devices or in different dtypes, or have a GPU that torch does
+    not see. Refuses also to continue a run in another dtype: where model.dtype is auto it is the device's, and
+    `workers` may differ from call to call.
     """
     ours = {
         "model_identity": inputs.checkpoint.identity,
         "tokenizer_identity": inputs.checkpoint.tokenizer_identity,
         "data_identities": inputs.identities,
     }
-    first: dict[str, Any] = {}
+    code, first = code_identity(), {}
 
     def check(worker: dict[str, Any]) -> None:
+        if worker["code"] != code:
+            raise ConfigError(
+                f"the worker on {worker['host']} runs another raymerge than this process, or one that was changed "
+                "since this began: install the same version on every machine, or submit a job, which brings its own "
+                "along (ray job submit --working-dir)"
+            )
         for key, value in ours.items():
             if worker[key] != value:
                 raise ConfigError(
