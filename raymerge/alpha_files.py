@@ -27,6 +27,11 @@ def read_alpha_file(path: str | Path, n_layers: int) -> MergePlan:
         raise PlanError(f"there is no alpha file {path}") from None
     except (IsADirectoryError, NotADirectoryError, ValueError, RecursionError) as error:
         raise PlanError(f"{path} is not a JSON alpha file: {error}") from error
+    return alpha_file_plan(entries, path, n_layers)
+
+
+def alpha_file_plan(entries: object, path: Path, n_layers: int) -> MergePlan:
+    """The plan of what an alpha file holds; see `read_alpha_file`."""
     if not isinstance(entries, list) or not entries:
         raise PlanError(f"{path} must hold a JSON list of merge steps, and at least one")
     steps = [_read_step(entry, f"{path}, entry {number}") for number, entry in enumerate(entries)]

@@ -256,32 +256,32 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "merge",
         formatter_class=_RAW,
-        help="merge a model according to an alpha file, and save it",
-        description="Merge a model's layers according to an alpha file, a JSON list of {step, layer_to_merge_into,\n"
-        "layer_to_remove, ratio_i_alpha}, and save an ordinary Hugging Face checkpoint with the plan and a receipt of\n"
-        "every changed tensor. The saved model is reloaded in a fresh process and compared with the plan.",
+        help="merge a model according to a run's plan or an alpha file, and save it",
+        description="Merge a model's layers according to a plan of a run, which has all of its options, or an alpha\n"
+        "file, a JSON list of {step, layer_to_merge_into, layer_to_remove, ratio_i_alpha}, and save an ordinary\n"
+        "Hugging Face checkpoint with the plan and a receipt of every changed tensor. The saved model is reloaded in\n"
+        "a fresh process and compared with the plan.",
         epilog="examples:\n"
-        "  raymerge merge demo --alphas runs/demo/models/found_bayes/alphas.json --out merged\n"
+        "  raymerge merge demo --plan runs/demo/plans/found_bayes.json --out merged\n"
         "  raymerge merge Qwen/Qwen2.5-1.5B --alphas alphas.json --out merged --push me/Qwen2.5-1.5B-merged",
     )
     command.add_argument("model", help="demo, a checkpoint folder, a hub id, or a .gguf file")
-    command.add_argument("--alphas", required=True, metavar="FILE", help="alpha file")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--plan", metavar="FILE", help="RUN/plans/NAME.json, or merge_plan.json of a saved model")
+    source.add_argument("--alphas", metavar="FILE", help="alpha file, whose options are the following")
     command.add_argument("--out", required=True, metavar="DIR", help="folder of the merged checkpoint; must not exist")
     command.add_argument(
         "--alignment",
-        default="none",
         choices=["none", "rows", "neurons"],
         help="before averaging, reorder the rows of each matrix (published) or whole neurons (default: none)",
     )
     command.add_argument(
         "--norms",
-        default="keep",
         choices=["keep", "fold"],
         help="keep the remaining layer's norms (published) or fold each layer's into its matrices (default: keep)",
     )
     command.add_argument(
         "--biases",
-        default="keep",
         choices=["keep", "merge"],
         help="keep the remaining layer's biases or average them (default: keep)",
     )
@@ -441,13 +441,12 @@ def _merge(options: argparse.Namespace) -> int:
 
     if options.public and options.push is None:
         raise UserError("--public says how --push uploads, but --push OWNER/NAME is not given")
-    if options.refit == "none" and (options.calibration is not None or options.refit_layers):
-        given = "--refit-layers" if options.calibration is None else "--calibration"
-        raise UserError(f"{given} is of --refit, which is not given: the merged layers would stay as they are averaged")
+    if options.refit == "none" and options.refit_layers:
+        raise UserError("--refit-layers is of --refit, which is not given: the merged layers would stay as they are")
     with console.progress() as progress:
         done = merge(
             options.model,
-            options.alphas,
+            options.plan or options.alphas,
             options.out,
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,

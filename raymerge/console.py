@@ -178,6 +178,13 @@ def _print_place(run: RunDirectory, what: str = "Tables, figures and manifest") 
     print(f"\n{what}: {place}\nHTML page: raymerge report {shlex.quote(place)}")
 
 
+def _print_plans(run: RunDirectory) -> None:
+    """How any plan of the run becomes a model."""
+    if run.is_local and Path(run.path_of("plans")).is_dir():
+        file = shlex.quote(run.path_of("plans", "NAME.json"))
+        print(f"Any plan as a model: raymerge merge MODEL --plan {file} --out DIR")
+
+
 def print_search(run: RunDirectory, split: str) -> None:
     """The closing summary of a search: plans with intervals, the answer in words, what it rests on, where it lies."""
     from raymerge import findings, summary
@@ -217,6 +224,7 @@ def print_search(run: RunDirectory, split: str) -> None:
     _print_warnings(run)
     _print_incidents(run)
     _print_place(run)
+    _print_plans(run)
     for saved in (best, manifest.get("refitted")):
         if saved:
             _print_model(run, saved)
@@ -364,3 +372,4 @@ def print_sweep(run: RunDirectory, split: str) -> None:
     _print_warnings(run)
     _print_incidents(run)
     _print_place(run)
+    _print_plans(run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 import raymerge
 from raymerge import hub, rows
 from raymerge.alignment import Aligner
-from raymerge.alpha_files import alpha_file_text, read_alpha_file
+from raymerge.alpha_files import alpha_file_text
 from raymerge.card import model_card
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import CalibrationConfig
@@ -23,6 +23,7 @@ from raymerge.fusion import Refits, check_mergeable, fused_tensors, receipts
 from raymerge.identity import digest, without_folders, without_secrets
 from raymerge.mergekit import NotExpressible, mergekit_yaml
 from raymerge.plan import KeptLayer, MergePlan, PlanError, Refit
+from raymerge.plan_files import plan_fields, read_plan
 from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import encode_text
 from raymerge.proof import check_proof, proof_finished, prove
@@ -36,14 +37,14 @@ RECORD_FILE = "merge_plan.json"
 
 def merge(
     model: str,
-    alpha_file: str | Path,
+    plan_file: str | Path,
     out: str | Path,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    alignment: str = "none",
-    norms: str = "keep",
-    biases: str = "keep",
+    alignment: str | None = None,
+    norms: str | None = None,
+    biases: str | None = None,
     refit: Refit | None = None,
     calibration: str | Path | None = None,
     cache_folder: str | Path | None = None,
@@ -53,27 +54,36 @@ def merge(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Merge a model by an alpha file and save it as an ordinary Hugging Face checkpoint; what was done, in figures.
+    """Merge a model by a plan file or an alpha file (`plan_files`) and save it as an ordinary Hugging Face checkpoint;
+    what was done, in figures.
 
     revision: of a hub model. trust_remote_code: run the model repository's own Python. alignment, norms, biases: as a
-    MergePlan has them; the published way by default. refit: how the seams are fitted on the plain text in file
-    `calibration`, the first tokens of it; its own `calibration` is filled in here. cache_folder: where permutations and
-    fits are kept for another merge of the same model. verify: prove the saved model (see `save_merged`). push: a hub
-    repository, OWNER/NAME, to upload it to when it is saved and proved; private or public.
+    MergePlan has them, for an alpha file, which has none of them; the published way by default. refit: how the seams
+    are fitted, if the file does not say so, on the plain text in file `calibration`, the first tokens of it; its own
+    `calibration` is filled in here. cache_folder: where permutations and fits are kept for another merge of the same
+    model. verify: prove the saved model (see `save_merged`). push: a hub repository, OWNER/NAME, to upload it to when
+    it is saved and proved; private or public.
     command: what the card says that made it, of which folders outside the working directory are left out.
     Beside what fails in reading and merging, raises ProofError and HubError; the saved model stays.
     """
-    out, alpha_file = Path(out).expanduser(), Path(alpha_file).expanduser()
+    out, plan_file = Path(out).expanduser(), Path(plan_file).expanduser()
     there = saved_record(out) if verify and (out / RECORD_FILE).is_file() and saved_proof(out) is None else None
     if out.exists() and there is None:
         raise PlanError(f"{out} exists already: give another --out, or delete it")
     check_writable(out)
     checkpoint = Checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
-    plan = read_alpha_file(alpha_file, checkpoint.n_layers)
-    plan = replace(plan, alignment=alignment, norms=norms, biases=biases)
+    given = {"alignment": alignment, "norms": norms, "biases": biases, "refit": refit}
+    plan, about = _plan_to_merge(plan_file, checkpoint.n_layers, {k: v for k, v in given.items() if v is not None})
+    told = progress or Silent()
+    if (warning := _unlike_record(plan_file, about, checkpoint, plan)) is not None:
+        told.message(f"Warning: {plan_file} {warning}.")
+    plan, refit = replace(plan, refit=None), plan.refit
+    if refit is None and calibration is not None:
+        raise PlanError(
+            f"--calibration is of a refit, which neither {plan_file} nor --refit asks for: the merged layers would "
+            "stay as they are averaged"
+        )
     check_mergeable(checkpoint, plan)
-    if (warning := _unlike_record(alpha_file, checkpoint, replace(plan, refit=refit))) is not None:
-        (progress or Silent()).message(f"Warning: {alpha_file} {warning}.")
     if push is not None:
         hub.check_push(push, private=private)
     options = {"verify": verify, "command": command, "progress": progress}
@@ -83,7 +93,9 @@ def merge(
         refits = None
         if refit is not None:
             refitter, plan = _refitter(checkpoint, plan, refit, calibration, aligner, cache)
-            with step(progress or Silent(), f"refit ({refit.method}) on the calibration text"):
+            if refit.calibration not in ("", plan.refit.calibration):
+                told.message(f"Warning: {plan_file} has a refit on other tokens than these of {calibration}.")
+            with step(told, f"refit ({refit.method}) on the calibration text"):
                 refitter.fit(plan)
             refits = refitter.tensors
         if there is None:
@@ -97,20 +109,33 @@ def merge(
             record["folder"] = str(out)
     if push is None:
         return record | {"pushed": None}
-    with step(progress or Silent(), "pushing to the hub"):
+    with step(told, "pushing to the hub"):
         return record | {"pushed": hub.push(out, push, private=private)}
 
 
-def _unlike_record(alpha_file: Path, checkpoint: Checkpoint, plan: MergePlan) -> str | None:
-    """What the record beside an alpha file says against merging by it: it is of another model, or of this file's steps
-    with other options, which alone make another model than the one that was measured."""
+def _plan_to_merge(path: Path, n_layers: int, given: dict[str, Any]) -> tuple[MergePlan, dict[str, Any] | None]:
+    """The plan of a file with the options given beside it, and what `read_plan` has read. Raises PlanError."""
+    plan, record = read_plan(path, n_layers)
+    for key, value in given.items():
+        own = getattr(plan, key)
+        if record is not None and own not in (None, value):
+            raise PlanError(f"{path} has a plan with its own {key}, {own}: leave out --{key}")
+    return replace(plan, **given), record
+
+
+def _unlike_record(path: Path, record: dict[str, Any] | None, checkpoint: Checkpoint, plan: MergePlan) -> str | None:
+    """What a plan file, or the record beside an alpha file, says against merging by it: it is of another model, or of
+    the alpha file's steps with other options, which alone make another model than the one that was measured."""
+    of_alphas = record is None
     try:
-        record = json.loads((alpha_file.parent / RECORD_FILE).read_text(encoding="utf-8"))
+        record = record or json.loads((path.parent / RECORD_FILE).read_text(encoding="utf-8"))
         model, identity = str(record["base_model"]), record["base_model_identity"]
     except (OSError, ValueError, KeyError, TypeError):  # alone, or beside something else of that name
         return None
     if identity != checkpoint.identity:
         return f"was made for another model, {model}"
+    if not of_alphas:
+        return None
     if record.get("steps") != [[step.into, step.remove, step.alpha] for step in plan.steps]:
         return None
     made = {"alignment": plan.alignment, "norms": plan.norms, "biases": plan.biases}
@@ -121,9 +146,15 @@ def _unlike_record(alpha_file: Path, checkpoint: Checkpoint, plan: MergePlan) ->
     matter = {"alignment": averages, "norms": averages, "biases": averages and biased, "refit": True}
     differing = [f"--{key} {value}" for key, value in recorded.items() if matter[key] and value != made[key]]
     if "matrix_alphas" in record:
-        return "lies beside a model whose matrices have alphas of their own, which it cannot hold: this is another one"
+        return (
+            "lies beside a model whose matrices have alphas of their own, which it cannot hold: this is another one; "
+            f"give --plan {path.parent / RECORD_FILE} for the same"
+        )
     if differing:
-        return f"lies beside a model that was made with {' '.join(differing)}: this is another merge"
+        return (
+            f"lies beside a model that was made with {' '.join(differing)}: this is another merge; give --plan "
+            f"{path.parent / RECORD_FILE} for the same"
+        )
     return None
 
 
@@ -248,21 +279,16 @@ def _record(
 ) -> dict[str, Any]:
     plan_id = plan.plan_id(checkpoint.identity)
     changed = [receipt for receipt in found if receipt["max_abs_change"] > 0.0]
-    record = {
+    return {
         "raymerge": raymerge.__version__,
         # The folder is published as it lies: it says what the files were called, not where they lay.
         "command": None if command is None else without_folders(without_secrets(list(command))),
         "plan_id": plan_id,
-        "name": plan.name,
         "base_model": checkpoint.public_name,
         "base_model_revision": checkpoint.revision,
         "base_model_identity": checkpoint.identity,
         "gguf_source": checkpoint.source,
-        "selection": plan.selection,
-        "alignment": plan.alignment,
-        "norms": plan.norms,
-        "biases": plan.biases,
-        "steps": [[step.into, step.remove, step.alpha] for step in plan.steps],
+        **plan_fields(plan),
         "alphas": plan.alphas,
         "layers": [_layer_record(kept) for kept in plan.kept],
         "layers_before": plan.n_layers,
@@ -274,11 +300,6 @@ def _record(
         "proof": None,
         "receipts": found,
     }
-    if plan.refit is not None:
-        record["refit"] = asdict(plan.refit)
-    if plan.matrix_alphas:
-        record["matrix_alphas"] = dict(plan.matrix_alphas)
-    return record
 
 
 def _layer_record(kept: KeptLayer) -> dict[str, Any]:

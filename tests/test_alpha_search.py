@@ -28,6 +28,7 @@ from raymerge.experiments.reporting import Reporter
 from raymerge.gradient import Epoch
 from raymerge.inputs import CALIBRATION, SEARCH, read_material
 from raymerge.plan import PlanError, base_plan, block_plan, drop_plan, pairs_plan, tail_plan
+from raymerge.plan_files import read_plan
 from raymerge.plan_section import Similarity, starting_plan
 from raymerge.progress import Silent
 from raymerge.proposers import BayesProposer, RandomProposer
@@ -324,12 +325,14 @@ def test_every_plan_with_alphas_has_a_file_whatever_the_start_is_called(tmp_path
     search = searching(tmp_path / "run")
     start = tail_plan(N_LAYERS, [0.25, 0.5], name=stem, kind="file")
     own = start.with_alphas([0.5] * 2, name="found", kind="found", matrix_alphas={"mlp.up_proj": [0.1, 0.2]})
-    search._write_alphas([base_plan(N_LAYERS), drop_plan(N_LAYERS, 2), start, own])
+    search.reporter.write_plans([base_plan(N_LAYERS), drop_plan(N_LAYERS, 2), start, own], alpha_files=True)
     files = [read_alpha_file(path, N_LAYERS) for path in (tmp_path / "run" / "alphas").iterdir()]
     assert sorted(plan.alphas for plan in files) == [[0.25, 0.5], [1.0, 1.0]]
     assert all(not plan.name.startswith("_tmp.") for plan in files)
     if stem == "ü 1":
         assert {plan.name for plan in files} == {"drop", stem}
+    plans = [read_plan(path, N_LAYERS)[0].flat_alphas for path in (tmp_path / "run" / "plans").iterdir()]
+    assert sorted(plans) == [[0.25, 0.5], [0.5, 0.5, 0.1, 0.2], [1.0, 1.0]]
 
 
 # -- what is stored, and which is best -------------------------------------------------------------------------------
@@ -641,12 +644,17 @@ def test_every_plan_that_an_alpha_file_can_hold_has_one_and_plans_of_one_name_ha
         for alphas, name in (([1.0, 1.0], "drop"), ([0.5, 0.25], "drop"), ([0.125, 0.75], "found"))
     )
     matrices = found.with_alphas([0.5, 0.5], name="own", kind="found", matrix_alphas={"mlp.up_proj": [0.1, 0.2]})
-    search._write_alphas([base_plan(N_LAYERS), drop, mine, found, matrices])
+    search.reporter.write_plans([base_plan(N_LAYERS), drop, mine, found, matrices], alpha_files=True)
     files = {path.name: read_alpha_file(path, N_LAYERS).alphas for path in (tmp_path / "alphas").iterdir()}
     assert files == {
         "found.json": [0.125, 0.75],
         **{f"drop-{plan.plan_id(CHECKPOINT.identity)}.json": plan.alphas for plan in (drop, mine)},
     }
+    plans = {path.name: read_plan(path, N_LAYERS)[0] for path in (tmp_path / "plans").iterdir()}
+    assert {plan.plan_id("x") for plan in plans.values()} == {
+        plan.plan_id("x") for plan in (drop, mine, found, matrices)
+    }
+    assert plans.keys() - files.keys() == {"own.json"}
 
 
 def test_the_best_found_is_so_by_the_search_questions_however_many_its_coefficients_and_only_searches_fail(tmp_path):

@@ -244,8 +244,9 @@ def test_wrong_alpha_files_are_refused_by_search_and_merge(tmp_path, capsys):
 
 
 def test_options_of_a_refit_that_is_not_asked_for_are_refused_rather_than_left_aside(tmp_path, capsys):
-    command, out = ["merge", "demo", "--alphas", "x.json", "--out", tmp_path / "out"], tmp_path / "out"
-    _refused([*command, "--calibration", "demo"], capsys, out, "--calibration is of --refit, which is not given")
+    path, out = _alphas(tmp_path / "x.json", [(N_LAYERS - 2, N_LAYERS - 1, 0.5)]), tmp_path / "out"
+    command = ["merge", "demo", "--alphas", path, "--out", out]
+    _refused([*command, "--calibration", "demo"], capsys, out, "--calibration is of a refit, which neither", "x.json")
     _refused([*command, "--refit-layers", "2"], capsys, out, "--refit-layers is of --refit, which is not given")
 
 
@@ -379,7 +380,7 @@ def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, c
         "12.3 % of their norm.",
         "Saved 2.5 MB in merged (plan p1, merge_plan.json).",
     ]
-    plain = {"revision": None, "trust_remote_code": False, "alignment": "none", "norms": "keep", "biases": "keep",
+    plain = {"revision": None, "trust_remote_code": False, "alignment": None, "norms": None, "biases": None,
              "refit": None, "calibration": None, "verify": True, "push": None, "private": True}  # fmt: skip
     words, options = asked[-1]
     assert words == ("demo", "a.json", "merged") and plain.items() <= options.items()
@@ -399,10 +400,15 @@ def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, c
     for words, cure in (
         (["--public"], "--push OWNER/NAME is not given"),
         (["--refit-layers", "1"], "--refit-layers is"),
-        (["--calibration", "demo"], "--calibration is"),
     ):
         assert cli.main(["merge", "demo", "--alphas", "a.json", "--out", "merged", *words]) == 2
         assert cure in capsys.readouterr().err and len(asked) == count
+    assert cli.main(["merge", "demo", "--plan", "p.json", "--out", "merged"]) == 0
+    words, options = asked[-1]
+    assert words == ("demo", "p.json", "merged") and plain.items() <= options.items()
+    for words in (["--plan", "p.json", "--alphas", "a.json"], []):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["merge", "demo", *words, "--out", "merged"])
 
 
 @pytest.mark.parametrize("command", [["search"], ["sweep"], ["similarity"], ["evaluate", "demo"]])
@@ -416,8 +422,7 @@ def test_a_job_writes_where_it_lasts(monkeypatch, capsys, command):
 
     def runs(out, *settings):
         try:
-            return cli.main([*command, *(["--set", "output.run=x"] if command != ["evaluate", "demo"] else []),
-                             "--out", out, *settings])  # fmt: skip
+            return cli.main([*command, "--set", "output.run=x", "--out", out, *settings])
         except SystemExit:
             return asked.pop() == out
 

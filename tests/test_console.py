@@ -361,7 +361,13 @@ def test_curves_and_settings_in_the_terminal_have_the_numbers_of_their_tables(tm
     points = run.read("sweep").drop_columns("run_id").to_pylist()
     run.replace("sweep", [row | ({"norms": "fold"} if row["plan_id"] == "half3" else {}) for row in points[::-1]])
     console.print_sweep(run, "test")
+    assert "--plan" not in capsys.readouterr().out, "of a run that has no plan files"
+    run.write_text("{}", "plans", "drop.json")
+    console.print_sweep(run, "test")
     shown = capsys.readouterr().out
+    assert shown.endswith(
+        f"Any plan as a model: raymerge merge MODEL --plan {tmp_path}/sweep/plans/NAME.json --out DIR\n"
+    )
     micro, macro = ({row["plan_id"]: row for row in run.read("accuracy").to_pylist() if row["subject"] == subject}
                     for subject in ("_micro", "_macro"))  # fmt: skip
     order = ["base", "half1", "drop1", "half3", "drop3"]

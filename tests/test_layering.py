@@ -16,7 +16,8 @@ PACKAGE = ROOT / "raymerge"
 # A new module gets a line here and in docs/design.md.
 LAYERS = {
     0: (
-        "errors", "domains", "identity", "statistics", "objectives", "plan", "alpha_files", "heuristics", "diffusion",
+        "errors", "domains", "identity", "statistics", "objectives", "plan", "alpha_files", "plan_files", "heuristics",
+        "diffusion",
         "embedding", "similarity", "reliability", "assignment", "memory",
     ),
     1: ("config", "config_file", "columns", "schemas", "storage", "parts", "tables", "questions", "tasks", "findings",

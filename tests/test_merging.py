@@ -24,6 +24,7 @@ from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.errors import UserError
 from raymerge.merging import merge, save_merged
 from raymerge.plan import PlanError, Refit, tail_plan
+from raymerge.plan_files import plan_file_text
 from raymerge.progress import Silent
 from raymerge.refit import RefitError
 from raymerge.rows import coefficient_rows, plan_rows
@@ -75,14 +76,82 @@ def test_the_alphas_of_a_saved_model_without_its_other_options_are_said_to_make_
             out = tmp_path / f"{saved.name}-{number}"
             merge(base, tmp_path / saved.name / "alphas.json", out, verify=False, progress=Told(), **given)
             found.setdefault(saved.name, []).append([text.partition("alphas.json ")[2] for text in told])
-    beside = "lies beside a model that was made with"
+    beside, same = "lies beside a model that was made with", "give --plan {}/merge_plan.json for the same."
+    three, own = (same.format(tmp_path / name) for name in ("three", "own"))
     assert found["three"] == [
-        [f"{beside} --norms fold --biases merge: this is another merge."],
-        [f"{beside} --biases merge: this is another merge."],
+        [f"{beside} --norms fold --biases merge: this is another merge; {three}"],
+        [f"{beside} --biases merge: this is another merge; {three}"],
         [],
     ]
-    alone = ["lies beside a model whose matrices have alphas of their own, which it cannot hold: this is another one."]
-    assert (found["own"], found["dropped"]) == (3 * [alone], 3 * [[]])
+    alone = "lies beside a model whose matrices have alphas of their own, which it cannot hold: this is another one; "
+    assert (found["own"], found["dropped"]) == (3 * [[alone + own]], 3 * [[]])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "olmoe"])
+def test_a_saved_model_is_made_again_from_its_record_and_a_plan_from_its_file(tmp_path, family):
+    """With norms, biases, alignment and alphas of single matrices: of an alpha file it was another model."""
+    base = tiny.make_checkpoint(tmp_path / "base", family)
+    checkpoint = Checkpoint(base)
+    options = {"norms": "fold", "biases": "merge", "alignment": "neurons"}
+    plan = tail_plan(checkpoint.n_layers, [0.7, 0.2], name="one", kind="found", **options)
+    plan = plan.with_alphas(plan.alphas, name="own", kind="found", matrix_alphas={"self_attn.q_proj": [0.5, 0.1]})
+    first = save_merged(checkpoint, plan, tmp_path / "first", verify=False)
+    (tmp_path / "own.json").write_text(plan_file_text(plan, checkpoint.public_name, checkpoint.identity))
+    for number, file in enumerate([tmp_path / "first" / "merge_plan.json", tmp_path / "own.json"]):
+        again = merge(base, file, tmp_path / str(number), verify=False)
+        assert again["plan_id"] == first["plan_id"] and again["name"] == "own"
+        ours, theirs = (Checkpoint(str(tmp_path / name)) for name in (str(number), "first"))
+        assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert json.loads((tmp_path / str(number) / "merge_plan.json").read_text())["layers"] == json.loads(
+            json.dumps(first["layers"])
+        )
+
+
+def test_options_beside_a_plan_file_are_those_that_it_leaves_open(tmp_path, alphas):
+    checkpoint = Checkpoint("demo")
+    plan = read_alpha_file(alphas, checkpoint.n_layers)
+
+    def file(plan, name="p.json"):
+        (tmp_path / name).write_text(plan_file_text(plan, "demo", checkpoint.identity))
+        return tmp_path / name
+
+    for option, other in (("norms", "fold"), ("biases", "merge"), ("alignment", "neurons")):
+        with pytest.raises(PlanError, match=f"has a plan with its own {option}, .*: leave out --{option}"):
+            merge("demo", file(plan), tmp_path / "out", **{option: other})
+    (tmp_path / "a.txt").write_text("a text to fit on, " * 40)
+    fit = {"refit": Refit("linear", ridge=0.1), "calibration": tmp_path / "a.txt"}
+    with pytest.raises(PlanError, match=r"--calibration is of a refit, which neither .*p\.json nor --refit asks for"):
+        merge("demo", file(plan), tmp_path / "out", calibration=tmp_path / "a.txt")
+    fitted = merge("demo", file(plan), tmp_path / "fitted", verify=False, **fit)
+    record = tmp_path / "fitted" / "merge_plan.json"
+    with pytest.raises(PlanError, match="its own refit, .*: leave out --refit"):
+        merge("demo", record, tmp_path / "out", **fit)
+    with pytest.raises(PlanError, match="refit linear needs a plain text to fit on: give --calibration"):
+        merge("demo", record, tmp_path / "out")
+
+    class Told(Silent):
+        def message(self, text):
+            told.append(text)
+
+    told = []
+    again = merge("demo", record, tmp_path / "again", verify=False, calibration=tmp_path / "a.txt", progress=Told())
+    assert again["plan_id"] == fitted["plan_id"] and not told
+    (tmp_path / "b.txt").write_text("another text to fit on, " * 40)
+    other = merge("demo", record, tmp_path / "other", verify=False, calibration=tmp_path / "b.txt", progress=Told())
+    assert other["plan_id"] != fitted["plan_id"]
+    assert told == [f"Warning: {record} has a refit on other tokens than these of {tmp_path / 'b.txt'}."]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_file_of_another_base_is_said_to_be_so(tmp_path, alphas):
+    class Told(Silent):
+        def message(self, text):
+            told.append(text)
+
+    told, plan = [], read_alpha_file(alphas, Checkpoint("demo").n_layers)
+    (tmp_path / "p.json").write_text(plan_file_text(plan, "theirs", "0123456789abcdef"))
+    merge("demo", tmp_path / "p.json", tmp_path / "out", verify=False, progress=Told())
+    assert told == [f"Warning: {tmp_path / 'p.json'} was made for another model, theirs."]
 
 
 def test_a_refit_has_a_stage_of_its_own(tmp_path, alphas):

@@ -1,5 +1,7 @@
 """The compression curve as a whole on the embedded model: every point once, the same figures by other ways."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow.compute as pc
 import pytest
@@ -12,6 +14,7 @@ from raymerge.config_file import load_config
 from raymerge.experiments import evaluate, import_similarity, planning, sweep
 from raymerge.merging import merge
 from raymerge.plan import PlanError, block_plan, drop_block_plan, tail_plan
+from raymerge.plan_files import read_plan
 from raymerge.progress import Silent
 from raymerge.report.build import run_sections
 from raymerge.tables import RunDirectory
@@ -88,6 +91,11 @@ def test_a_point_is_what_the_saved_merge_evaluates_to(run, local_pools, tmp_path
     plan = tail_plan(N_LAYERS, [0.62] * 6, name="x", kind="fixed")
     (tmp_path / "alphas.json").write_text(alpha_file_text(plan.steps))
     done = merge("demo", tmp_path / "alphas.json", tmp_path / "merged", alignment=alignment, norms=norms)
+    files = [read_plan(path, N_LAYERS) for path in sorted(Path(run.path_of("plans")).iterdir())]
+    rows = run.read("sweep").to_pylist()
+    assert sorted(about["plan_id"] for _, about in files) == sorted(row["plan_id"] for row in rows if row["merges"])
+    (own,) = (plan for plan, about in files if about["plan_id"] == done["plan_id"])
+    assert (own.alphas, own.alignment, own.norms) == (plan.alphas, alignment, norms)
     again = evaluate(config(tmp_path / "again", f"model.path={tmp_path / 'merged'}"), command=["test"])
     letters = [f"logit_{letter}" for letter in "abcd"]
     tables = []

@@ -6,7 +6,6 @@ call again goes on from there.
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 import time
@@ -23,7 +22,7 @@ import numpy as np
 
 from raymerge import rows
 from raymerge.alignment import REORDERED, Aligner
-from raymerge.alpha_files import alpha_file_text, read_alpha_file
+from raymerge.alpha_files import read_alpha_file
 from raymerge.card import search_results
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config, ConfigError
@@ -79,7 +78,6 @@ from raymerge.storage import TEMPORARY
 from raymerge.tables import RunDirectory, RunError
 
 _LOOSE = 200  # batches whose parts of `trials` become one file: reading each takes 1 ms, in an object store 50
-_FILE_NAME = re.compile(r"[^./\\_][^/\\]{0,49}")  # an alpha file's own name may be a temporary one, or too long
 _INSIDE = 0.05  # an alpha's distance from its corner where a descent starts near one
 
 
@@ -95,10 +93,10 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
 
     Leaves in config.output.run: tables trials, plans, coefficients, answers, accuracy, comparisons, perplexity,
     text_losses, context, costs, receipts, and `blocks` for plan.selection block, `refits` for plan.refit; every
-    reported plan as alpha file, alphas/NAME.json; the models of what was found; figures; and the manifest. Searches on
-    data.search_split, reports on data.report_split; without data.mmlu no questions are asked: it searches by the loss
-    on search.text, and reports on data.perplexity_text and tasks. The same call again resumes; a complete run is
-    returned as it is.
+    reported plan, plans/NAME.json, and its alpha file, alphas/NAME.json; the models of what was found; figures; and the
+    manifest. Searches on data.search_split, reports on data.report_split; without data.mmlu no questions are asked: it
+    searches by the loss on search.text, and reports on data.perplexity_text and tasks. The same call again resumes; a
+    complete run is returned as it is.
 
     Raises ConfigError, PlanError, CheckpointError, DataError before anything is written, RunError where the run
     directory cannot be used, NothingFoundError where every candidate failed.
@@ -249,7 +247,7 @@ class _Search:
             plans = [*plans[:-1], *refitted, plans[-1]]
             self.reporter.report(pool, plans, shards, self.firsts, self.progress)
             self._take_matches(pool, plans[-1:])
-        self._write_alphas(plans)
+        self.reporter.write_plans(plans, alpha_files=True)
         self._derive(plans)
         best = plans[-1]
         model, proof = self._save(best) if self.config.output.save_best else (None, None)
@@ -268,21 +266,6 @@ class _Search:
             # Where the objective names subjects, these are all that the search has questions of.
             subjects = self.inputs.questions[SEARCH].subjects if judged_on else ()
             self.reporter.derive(plans, [(plans[-1], plan) for plan in plans[:-1]], subjects=subjects)
-
-    def _write_alphas(self, plans: Sequence[MergePlan]) -> None:
-        """An alpha file of every plan that can be one: the format has no alphas of single matrices.
-
-        It is named after the plan, with its id where two have one name; after its kind and id where no file of a run
-        may have the plan's name.
-        """
-        names = Counter(plan.name for plan in plans)  # an alpha file's own name may be a control's
-        for plan in plans:
-            if plan.steps and not plan.matrix_alphas:
-                plan_id = plan.plan_id(self.identity)
-                name = plan.name if names[plan.name] == 1 else f"{plan.name}-{plan_id}"
-                if not _FILE_NAME.fullmatch(name):
-                    name = f"{plan.kind}-{plan_id}"
-                self.run.write_text(alpha_file_text(plan.steps), "alphas", f"{name}.json")
 
     def _conclude(self, best: MergePlan, model: str | None, proof: dict[str, Any] | None) -> None:
         """Draw the figures and write the manifest, last of all. model, proof: of the best plan, where it is saved."""

@@ -288,6 +288,7 @@ class _Sweep:
             plans = [point.plan for point in self.points]
             with step(self.progress, "accuracies and comparisons"):
                 reporter.derive(plans, self._compared())
+            reporter.write_plans(plans)
             # Last, since it can take as long as all else: what is above can be looked at meanwhile.
             reporter.store_costs(plans, self._time_generation(pool))
         figures = draw_figures(self.run, ["compression.py"], self.progress) if self.config.output.figures else []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,17 +14,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymerge import rows
+from raymerge.alpha_files import alpha_file_text
 from raymerge.config import Config
 from raymerge.context import TextLosses
 from raymerge.evaluation import Answers
 from raymerge.experiments.common import Inputs
 from raymerge.inputs import REPORT, SEARCH, TEXT, task_role
 from raymerge.plan import MergePlan
+from raymerge.plan_files import plan_file_text
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress
 from raymerge.tables import RunDirectory, derive_accuracy, derive_task_accuracy
 from raymerge.tasks import Task
 
+_FILE_NAME = re.compile(r"[^./\\_][^/\\]{0,49}")  # an alpha file's own name may be a temporary one, or too long
 _PAIRS_OF = 12  # plans, at the most, of which all pairs (66) are compared
 
 
@@ -161,6 +166,25 @@ class Reporter:
             self.run.replace("task_accuracy", derive_task_accuracy(answers))
             found = [row for each in families for row in rows.task_comparison_rows(answers, each)]
             self.run.replace("task_comparisons", found)
+
+    def write_plans(self, plans: Sequence[MergePlan], *, alpha_files: bool = False) -> None:
+        """A plan file of every merge, plans/NAME.json, and, if asked for, an alpha file, alphas/NAME.json, of every one
+        that can be one: the format has no alphas of single matrices.
+
+        They are named after the plan, with its id where two have one name; after its kind and id where no file of a run
+        may have the plan's name.
+        """
+        checkpoint = self.inputs.checkpoint
+        named = {(plan.name, plan.plan_id(self.identity)): plan for plan in plans if plan.steps}
+        names = Counter(name for name, _ in named)  # an alpha file's own name may be a control's
+        for (name, plan_id), plan in named.items():
+            name = name if names[name] == 1 else f"{name}-{plan_id}"
+            if not _FILE_NAME.fullmatch(name):
+                name = f"{plan.kind}-{plan_id}"
+            text = plan_file_text(plan, checkpoint.public_name, self.identity)
+            self.run.write_text(text, "plans", f"{name}.json")
+            if alpha_files and not plan.matrix_alphas:
+                self.run.write_text(alpha_file_text(plan.steps), "alphas", f"{name}.json")
 
     def store_costs(self, plans: Sequence[MergePlan], speeds: Mapping[int, float] | None = None) -> None:
         """Table `costs`. speeds: tokens per second of generation, by number of layers."""
