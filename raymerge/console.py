@@ -242,6 +242,10 @@ def _print_model(run: RunDirectory, saved: dict) -> None:
             print(summary.proof_line(saved["proof"]))
         return
     missing = f"{saved['name']} is no longer in {where}" if known else f"{saved['name']} was not saved"
+    plan = run.path_of("plans", f"{saved['name']}.json")
+    if run.is_local and Path(plan).is_file():
+        print(f"{missing}. To have it: raymerge merge MODEL --plan {shlex.quote(plan)} --out DIR")
+        return
     same = "the same command" if known else "the same command with output.save_best=true"
     print(f"{missing}. To have it, delete {without_secrets(run.path_of('manifest.json'))} and give {same}.")
 

@@ -206,6 +206,10 @@ def test_a_merged_model_is_where_the_run_is_now(tmp_path, capsys):
     assert said(None) == f"found_bayes was not saved. {again} with output.save_best=true."
     gone = f"found_bayes is no longer in {tmp_path}/run/models/found_bayes. {again}."
     assert said("/another/machine/run/models/found_bayes") == gone
+    run.write_text("{}", "plans", "found_bayes.json")
+    cure = f"To have it: raymerge merge MODEL --plan {tmp_path}/run/plans/found_bayes.json --out DIR"
+    assert said(None) == f"found_bayes was not saved. {cure}"
+    assert said("/another/machine/run/models/found_bayes") == gone.replace(f"{again}.", cure)
     (tmp_path / "run/models/found_bayes").mkdir(parents=True)
     assert said("/another/machine/run/models/found_bayes") == f"Merged model: {tmp_path}/run/models/found_bayes"
 

@@ -117,10 +117,14 @@ class Audit(Numbers, Layers, Searches):
     def biases(self):
         return self.config["plan"]["biases"] if "plan" in self.config else "keep"
 
+    def averages(self, plan):
+        return any(of != {kept} for kept, of in effective(self.base.n_layers, plan).items())
+
     def can_merge(self, plan):
-        averages = any(of != {kept} for kept, of in effective(self.base.n_layers, plan).items())
         split = {"self_attn.q_proj.weight", "mlp.up_proj.weight"} <= set(self.base.layer(0))
-        if averages and (plan["alignment"] == "activations" or (plan["alignment"] == "neurons" and not split)):
+        if self.averages(plan) and (
+            plan["alignment"] == "activations" or (plan["alignment"] == "neurons" and not split)
+        ):
             return f"alignment {plan['alignment']}"
         return None
 
@@ -201,8 +205,25 @@ class Audit(Numbers, Layers, Searches):
             )
             self.same("alpha file: alphas", file.name, [s["ratio_i_alpha"] for s in steps], plan["alphas"], 0)
             self.equal("alpha file: no matrices", file.name, plan["own"], {})
+        files = {file: json.loads(file.read_text()) for file in sorted((self.run / "plans").glob("*.json"))}
+        for file, record in files.items():
+            self.equal("plan file: its name", file.name, record["name"] in names.get(record["plan_id"], []), True)
+            if record["plan_id"] in plans:
+                self.recorded("plan file", file.name, record, plans[record["plan_id"]])
+        if self.experiment in ("search", "sweep"):
+            found = {record["plan_id"] for record in files.values()} & plans.keys()
+            wanted = sorted(key for key, plan in plans.items() if plan["steps"])
+            self.equal("plan files: of every merge", "", sorted(found), wanted)
         for folder in sorted((self.run / "models").glob("*")):
             self.saved(folder, plans, names)
+
+    def recorded(self, what, of, record, plan):
+        """What a plan file, or a saved model's record, says of a plan."""
+        told = {"steps": [tuple(s[:2]) for s in record["steps"]], "alphas": [s[2] for s in record["steps"]]}
+        told |= {"own": record.get("matrix_alphas", {}), **{k: record[k] for k in ("norms", "alignment")}}
+        if self.averages(plan):  # else biases are the kept layers' whatever is asked for
+            told["biases"] = record["biases"]
+        self.equal(what, of, told, {k: plan[k] for k in told})
 
     def described(self, key, plan):
         """Coefficients, costs and receipts of a plan."""
@@ -256,9 +277,7 @@ class Audit(Numbers, Layers, Searches):
         plan = plans.get(key)
         if plan is None:
             return
-        told = {"steps": [tuple(s[:2]) for s in record["steps"]], "alphas": [s[2] for s in record["steps"]]}
-        told |= {"own": record.get("matrix_alphas", {}), **{k: record[k] for k in ("norms", "biases", "alignment")}}
-        self.equal("saved: its record", folder.name, told, {k: plan[k] for k in told})
+        self.recorded("saved: its record", folder.name, record, plan)
         alphas = json.loads((folder / "alphas.json").read_text())
         self.equal(
             "saved: alphas.json",
