@@ -470,6 +470,18 @@ def test_lbfgs_finds_a_planted_optimum_and_stops_there(case, kind, planted, monk
     assert np.all(np.diff([row.loss for row in found.history]) <= 0), "a line search never ends higher"
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.01])
+@pytest.mark.parametrize(("kind", "planted"), PLANTED)
+def test_lbfgs_leaves_a_corner(case, kind, planted, weight):
+    """From a plan that drops layers or keeps one alone, where the gradient by the parameters is nearly 0."""
+    case = case("qwen2")
+    reference = case.scorer.score(Parametrisation("simplex", template(), MATRICES).plan_of(np.array(planted)))[0]
+    for start in ((1.0, 1.0), (0.0, 0.0)):
+        loss = loss_of(case, LossWeights(answer_nll=0.0, answer_kl=weight), template(start), reference=reference)
+        found = descend(loss, Settings(kind, optimizer="lbfgs", epochs=20))
+        assert lowest(found) < found.history[0].loss / 10
+
+
 def test_lbfgs_steps_on_the_text_that_losses_are_compared_on(case, monkeypatch):
     """And on all the questions but the held-out ones, so that the loss of a step and of the history are one."""
     case, seen = case("qwen2"), []
