@@ -435,4 +435,5 @@ class _Run:
     def result(self) -> Descent:
         plan = self.parametrisation.plan(self.points[self.best])
         history = tuple(self.epoch(number) for number in range(len(self.points)))
-        return Descent(plan, self.best, history, tuple(self.held_out), self.stopped_early)
+        early = self.stopped_early or self._converged
+        return Descent(plan, self.best, history, tuple(self.held_out), early)

@@ -467,6 +467,7 @@ def test_lbfgs_finds_a_planted_optimum_and_stops_there(case, kind, planted, monk
     np.testing.assert_allclose(case.scorer.coefficients(found.plan), planted, atol=1e-3)
     *_, before, last = found.history
     assert last.coefficients.tolist() == before.coefficients.tolist() and len(found.history) < 60
+    assert found.stopped_early
     assert np.all(np.diff([row.loss for row in found.history]) <= 0), "a line search never ends higher"
 
 
