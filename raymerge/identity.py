@@ -75,10 +75,11 @@ def plain(value, *, nan_as_none: bool = False):
 
 def code_identity() -> str:
     """Return the digest of this package's Python files, but for the scripts that draw figures, which workers do not
-    run."""
+    run, and for hidden files, which are no modules: an editor's locks, which lead nowhere, or what a Mac packs."""
     package = Path(__file__).parent
     names = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
-    return digest({name: path.read_text("utf-8") for name, path in names.items() if not name.startswith("_analysis/")})
+    ours = (name for name in names if not name.startswith("_analysis/") and "/." not in f"/{name}")
+    return digest({name: names[name].read_text("utf-8") for name in ours})
 
 
 def without_secrets(value):

@@ -65,6 +65,8 @@ def test_the_code_s_identity_is_its_text_s_wherever_it_lies(tmp_path, monkeypatc
     (tmp_path / "_analysis").mkdir()
     (tmp_path / "_analysis/figure.py").write_text("z = 3\n")
     (tmp_path / "data.json").write_text("{}")
+    (tmp_path / ".#a.py").symlink_to("anna@host.1234:1700000000")  # Emacs', while a.py is being edited
+    (tmp_path / "sub/._b.py").write_bytes(b"\x00\x05\x16\x07\xff")  # of an archive that was packed on a Mac
     assert identity.code_identity() == found
     (tmp_path / "sub/b.py").write_text("y = 3\n")
     assert identity.code_identity() != found
