@@ -29,7 +29,8 @@ PACKAGES = (
     "scipy",
 )
 
-_CREDENTIALS = re.compile(r"://[^/@\s:]*:[^/@\s]*@")
+# A key may hold "/" where it was not encoded, as in a URI that is refused for it; a port's number ends there.
+_CREDENTIALS = re.compile(r"://[^/@\s:]*:(?!\d+/)[^@\s]*@")
 # Where a text, a value after "=" or an entry of a YAML list starts with a folder of this machine's; not in a URI.
 _FOLDERS = re.compile(r"""(^|[=,\[{"'\s])(?:(?:\w+\+)?file:/)?(?:~[^/,\s]*|\.\.)?/(?:[^,\]}"']*/)?""")
 _SECRET_KEYS = re.compile(r"([?&](?:access_key|secret_key|session_token|sas_token|account_key|token|password)=)[^&\s]+")
