@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -114,17 +114,26 @@ def _unlike_record(alpha_file: Path, checkpoint: Checkpoint, plan: MergePlan) ->
     if record.get("steps") != [[step.into, step.remove, step.alpha] for step in plan.steps]:
         return None
     made = {"alignment": plan.alignment, "norms": plan.norms, "biases": plan.biases}
-    made["refit"] = "none" if plan.refit is None else plan.refit.method
-    recorded = {key: record.get(key) for key in made} | {"refit": (record.get("refit") or {"method": "none"})["method"]}
+    recorded = {key: record.get(key) for key in made} | _refit_options(record.get("refit"))
+    made |= _refit_options(None if plan.refit is None else asdict(plan.refit))
     averages = not all(kept.unchanged for kept in plan.kept)  # else only a refit makes a difference
     biased = any(name.endswith(".bias") for name in checkpoint.layer_tensors(0))
-    matter = {"alignment": averages, "norms": averages, "biases": averages and biased, "refit": True}
-    differing = [f"--{key} {value}" for key, value in recorded.items() if matter[key] and value != made[key]]
+    matter = {"alignment": averages, "norms": averages, "biases": averages and biased}
+    differing = {key: value for key, value in recorded.items() if matter.get(key, True) and value != made.get(key)}
     if "matrix_alphas" in record:
         return "lies beside a model whose matrices have alphas of their own, which it cannot hold: this is another one"
     if differing:
-        return f"lies beside a model that was made with {' '.join(differing)}: this is another merge"
+        options = " ".join(f"{'' if key == 'plan.ridge' else '--'}{key} {value}" for key, value in differing.items())
+        return f"lies beside a model that was made with {options}: this is another merge"
     return None
+
+
+def _refit_options(refit: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A refit as options, or as a key where `raymerge merge` has none; not on which text: it may lie elsewhere now."""
+    if refit is None:
+        return {"refit": "none"}
+    ridge = "null" if refit["ridge"] is None else refit["ridge"]
+    return {"refit": refit["method"], "refit-layers": refit["layers"], "plan.ridge": ridge}
 
 
 def _refitter(

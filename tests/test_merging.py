@@ -85,6 +85,29 @@ def test_the_alphas_of_a_saved_model_without_its_other_options_are_said_to_make_
     assert (found["own"], found["dropped"]) == (3 * [alone], 3 * [[]])
 
 
+def test_a_refit_of_other_layers_or_another_ridge_is_said_to_be_another_merge(tmp_path, alphas):
+    class Told(Silent):
+        def message(self, text):
+            told.append(text.partition("that was made with ")[2])
+
+    (tmp_path / "a.txt").write_text("a text to fit on, " * 40)
+    refit, found = Refit("outputs", ridge=0.1, layers=1), []
+    text = {"calibration": tmp_path / "a.txt", "verify": False}
+    merge("demo", alphas, tmp_path / "saved", refit=refit, **text)
+    others = (refit, replace(refit, layers=0), replace(refit, ridge=None), Refit("linear"), None)
+    for number, other in enumerate(others):
+        told = []
+        merge("demo", tmp_path / "saved/alphas.json", tmp_path / str(number), refit=other, progress=Told(), **text)
+        found.append(told)
+    another = ": this is another merge."
+    assert found == [
+        [],
+        [f"--refit-layers 1{another}"],
+        [f"plan.ridge 0.1{another}"],
+        *2 * [[f"--refit outputs --refit-layers 1 plan.ridge 0.1{another}"]],
+    ]
+
+
 def test_a_refit_has_a_stage_of_its_own(tmp_path, alphas):
     """It runs the calibration text through the model: the longest part, that was told as receipts before."""
 
