@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from ray._private import ray_constants, services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray.job_config import JobConfig
 
 from raymerge.errors import UserError
 from raymerge.progress import SHOW_CURSOR, Progress, Silent, step
@@ -114,6 +115,14 @@ def driver_node() -> str:
     return next((name for name in names if name.endswith("__internal_head__")), names[0])
 
 
+class _SentCode(JobConfig):
+    """Of a driver that sends its code: Ray (2.60) would put the folders of the driver and of its script first in its
+    workers' search path, and with them whatever raymerge lies there on their machines, such as an older checkout."""
+
+    def _runtime_env_has_working_dir(self) -> bool:  # all that Ray asks before it does so
+        return True
+
+
 @contextmanager
 def start_ray(
     *, num_cpus: int | None = None, dashboard: bool = False, progress: Progress | None = None
@@ -144,7 +153,7 @@ def start_ray(
                 )
             if RAY_JOB_CONFIG_JSON_ENV_VAR not in os.environ:
                 # What is installed on the cluster's machines may be another version, or nothing; a job brings its own.
-                options["runtime_env"] = {"py_modules": [str(Path(__file__).parent)]}
+                options |= {"runtime_env": {"py_modules": [str(Path(__file__).parent)]}, "job_config": _SentCode()}
             try:
                 _reach(address)
                 context = ray.init(**options)

@@ -265,7 +265,11 @@ def descend(
 
 def _optimizer(settings: Settings, parameters: torch.nn.Parameter) -> torch.optim.Optimizer:
     if settings.optimizer == "lbfgs":
-        return torch.optim.LBFGS([parameters], max_iter=1, max_eval=_LINE_SEARCH, line_search_fn="strong_wolfe")
+        # torch's tolerances would end a descent from an alpha of 0 or 1, where gradients are a ten-thousandth.
+        tolerances = {"tolerance_grad": 0.0, "tolerance_change": 0.0}
+        return torch.optim.LBFGS(
+            [parameters], max_iter=1, max_eval=_LINE_SEARCH, line_search_fn="strong_wolfe", **tolerances
+        )
     make = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.SGD
     return make([parameters], lr=settings.learning_rate)
 
@@ -347,6 +351,11 @@ class _Run:
         """Do the steps of one epoch."""
         settings, number = self.settings, len(self.points)
         if self._one_step:
+            if settings.optimizer == "lbfgs":
+                # The first trial has length 1. torch only shortens a longer one: where gradients are small it would
+                # change the loss, which is of float32 logits, by less than rounding does, and the search end there.
+                size = self._evaluate().gradient.abs().sum() if number == 1 else torch.ones(())
+                self.optimizer.param_groups[0]["lr"] = max(1.0, float(1.0 / size))
             self.optimizer.step(self._closure)
             return
         order = np.random.default_rng([settings.seed, number]).permutation(self.rows).tolist()
@@ -426,4 +435,5 @@ class _Run:
     def result(self) -> Descent:
         plan = self.parametrisation.plan(self.points[self.best])
         history = tuple(self.epoch(number) for number in range(len(self.points)))
-        return Descent(plan, self.best, history, tuple(self.held_out), self.stopped_early)
+        early = self.stopped_early or self._converged
+        return Descent(plan, self.best, history, tuple(self.held_out), early)

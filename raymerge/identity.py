@@ -29,7 +29,8 @@ PACKAGES = (
     "scipy",
 )
 
-_CREDENTIALS = re.compile(r"://[^/@\s:]*:[^/@\s]*@")
+# A key may hold "/" where it was not encoded, as in a URI that is refused for it; a port's number ends there.
+_CREDENTIALS = re.compile(r"://[^/@\s:]*:(?!\d+/)[^@\s]*@")
 # Where a text, a value after "=" or an entry of a YAML list starts with a folder of this machine's; not in a URI.
 _FOLDERS = re.compile(r"""(^|[=,\[{"'\s])(?:(?:\w+\+)?file:/)?(?:~[^/,\s]*|\.\.)?/(?:[^,\]}"']*/)?""")
 _SECRET_KEYS = re.compile(r"([?&](?:access_key|secret_key|session_token|sas_token|account_key|token|password)=)[^&\s]+")
@@ -75,10 +76,11 @@ def plain(value, *, nan_as_none: bool = False):
 
 def code_identity() -> str:
     """Return the digest of this package's Python files, but for the scripts that draw figures, which workers do not
-    run."""
+    run, and for hidden files, which are no modules: an editor's locks, which lead nowhere, or what a Mac packs."""
     package = Path(__file__).parent
     names = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
-    return digest({name: path.read_text("utf-8") for name, path in names.items() if not name.startswith("_analysis/")})
+    ours = (name for name in names if not name.startswith("_analysis/") and "/." not in f"/{name}")
+    return digest({name: names[name].read_text("utf-8") for name in ours})
 
 
 def without_secrets(value):

@@ -123,39 +123,42 @@ def _plan_to_merge(path: Path, n_layers: int, given: dict[str, Any]) -> tuple[Me
     return replace(plan, **given), record
 
 
-def _unlike_record(path: Path, record: dict[str, Any] | None, checkpoint: Checkpoint, plan: MergePlan) -> str | None:
+def _unlike_record(path: Path, about: dict[str, Any] | None, checkpoint: Checkpoint, plan: MergePlan) -> str | None:
     """What a plan file, or the record beside an alpha file, says against merging by it: it is of another model, or of
     the alpha file's steps with other options, which alone make another model than the one that was measured."""
-    of_alphas = record is None
+    beside = path.parent / RECORD_FILE
     try:
-        record = record or json.loads((path.parent / RECORD_FILE).read_text(encoding="utf-8"))
+        record = about or json.loads(beside.read_text(encoding="utf-8"))
         model, identity = str(record["base_model"]), record["base_model_identity"]
     except (OSError, ValueError, KeyError, TypeError):  # alone, or beside something else of that name
         return None
     if identity != checkpoint.identity:
         return f"was made for another model, {model}"
-    if not of_alphas:
+    if about is not None:
         return None
-    if record.get("steps") != [[step.into, step.remove, step.alpha] for step in plan.steps]:
+    try:
+        recorded, _ = read_plan(beside, checkpoint.n_layers)
+    except PlanError:
         return None
-    made = {"alignment": plan.alignment, "norms": plan.norms, "biases": plan.biases}
-    made["refit"] = "none" if plan.refit is None else plan.refit.method
-    recorded = {key: record.get(key) for key in made} | {"refit": (record.get("refit") or {"method": "none"})["method"]}
-    averages = not all(kept.unchanged for kept in plan.kept)  # else only a refit makes a difference
+    if recorded.steps != plan.steps:
+        return None
+    averages = not all(kept.unchanged for kept in recorded.kept)  # else only a refit makes a difference
     biased = any(name.endswith(".bias") for name in checkpoint.layer_tensors(0))
-    matter = {"alignment": averages, "norms": averages, "biases": averages and biased, "refit": True}
-    differing = [f"--{key} {value}" for key, value in recorded.items() if matter[key] and value != made[key]]
-    if "matrix_alphas" in record:
-        return (
-            "lies beside a model whose matrices have alphas of their own, which it cannot hold: this is another one; "
-            f"give --plan {path.parent / RECORD_FILE} for the same"
-        )
-    if differing:
-        return (
-            f"lies beside a model that was made with {' '.join(differing)}: this is another merge; give --plan "
-            f"{path.parent / RECORD_FILE} for the same"
-        )
-    return None
+    matter = {"alignment": averages, "norms": averages, "biases": averages and biased, "matrix_alphas": True}
+    differing = [key for key, does in matter.items() if does and getattr(recorded, key) != getattr(plan, key)]
+    if _of_any_text(recorded.refit) != _of_any_text(plan.refit):
+        differing.append("refit")
+    if not differing:
+        return None
+    return (
+        f"has the steps of {beside}, a merge with other {', '.join(differing)}: this is another model; --plan {beside} "
+        "makes that one again"
+    )
+
+
+def _of_any_text(refit: Refit | None) -> Refit | None:
+    """A refit but for the tokens: its text may lie elsewhere now."""
+    return None if refit is None else replace(refit, calibration="")
 
 
 def _refitter(

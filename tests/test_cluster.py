@@ -117,14 +117,15 @@ class Installed:
 
 
 def test_workers_of_a_cluster_run_the_drivers_code_and_find_its_relative_paths(cluster, tmp_path, monkeypatch):
-    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/raymerge").mkdir(parents=True)
+    (tmp_path / "elsewhere/raymerge/__init__.py").touch()  # another version's checkout, where the driver is started
     monkeypatch.chdir(tmp_path / "elsewhere")
     made = cluster(0)
     made.add_node(num_cpus=1, **ADDRESS)
     monkeypatch.chdir(tmp_path)
     with WorkerPool(Installed, {}, count=1, wait_s=_WAIT_S) as pool:
         (where,) = pool.broadcast("where")
-    assert "/py_modules_files/" in where, "its own folder, whatever is installed there"
+    assert "/py_modules_files/" in where, "its own folder, whatever is installed or lies there"
     shutil.copytree(MODEL_PATH, "model")
     shutil.copytree(MMLU_PATH, "mmlu")
     settings = ["model.path=./model", "data.mmlu=mmlu", "output.run=run", "workers.count=1"]

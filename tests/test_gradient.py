@@ -467,7 +467,20 @@ def test_lbfgs_finds_a_planted_optimum_and_stops_there(case, kind, planted, monk
     np.testing.assert_allclose(case.scorer.coefficients(found.plan), planted, atol=1e-3)
     *_, before, last = found.history
     assert last.coefficients.tolist() == before.coefficients.tolist() and len(found.history) < 60
+    assert found.stopped_early
     assert np.all(np.diff([row.loss for row in found.history]) <= 0), "a line search never ends higher"
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.01])
+@pytest.mark.parametrize(("kind", "planted"), PLANTED)
+def test_lbfgs_leaves_a_corner(case, kind, planted, weight):
+    """From a plan that drops layers or keeps one alone, where the gradient by the parameters is nearly 0."""
+    case = case("qwen2")
+    reference = case.scorer.score(Parametrisation("simplex", template(), MATRICES).plan_of(np.array(planted)))[0]
+    for start in ((1.0, 1.0), (0.0, 0.0)):
+        loss = loss_of(case, LossWeights(answer_nll=0.0, answer_kl=weight), template(start), reference=reference)
+        found = descend(loss, Settings(kind, optimizer="lbfgs", epochs=20))
+        assert lowest(found) < found.history[0].loss / 10
 
 
 def test_lbfgs_steps_on_the_text_that_losses_are_compared_on(case, monkeypatch):

@@ -65,6 +65,8 @@ def test_the_code_s_identity_is_its_text_s_wherever_it_lies(tmp_path, monkeypatc
     (tmp_path / "_analysis").mkdir()
     (tmp_path / "_analysis/figure.py").write_text("z = 3\n")
     (tmp_path / "data.json").write_text("{}")
+    (tmp_path / ".#a.py").symlink_to("anna@host.1234:1700000000")  # Emacs', while a.py is being edited
+    (tmp_path / "sub/._b.py").write_bytes(b"\x00\x05\x16\x07\xff")  # of an archive that was packed on a Mac
     assert identity.code_identity() == found
     (tmp_path / "sub/b.py").write_text("y = 3\n")
     assert identity.code_identity() != found
@@ -127,7 +129,9 @@ def test_a_package_that_is_not_there_has_no_version(monkeypatch):
         ("--set=output.run=s3://KEY:SECRET@bucket/run", "--set=output.run=s3://***@bucket/run"),
         ("abfs://c@account/run?sas_token=sv%3D2&x=1", "abfs://c@account/run?sas_token=***&x=1"),
         ("s3://b/r?access_key=A&secret_key=B&region=eu", "s3://b/r?access_key=***&secret_key=***&region=eu"),
+        ("'s3://AKIA:wJal/rX+bPx@bucket/run' cannot be parsed", "'s3://***@bucket/run' cannot be parsed"),
         ("s3://bucket/run@2", "s3://bucket/run@2"),
+        ("http://host:9000/run@2", "http://host:9000/run@2"),
         ("sftp://:SECRET@host/run", "sftp://***@host/run"),
         ("OWNER/NAME@REVISION:FILE me@example.org", "OWNER/NAME@REVISION:FILE me@example.org"),
     ],

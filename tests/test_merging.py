@@ -76,15 +76,17 @@ def test_the_alphas_of_a_saved_model_without_its_other_options_are_said_to_make_
             out = tmp_path / f"{saved.name}-{number}"
             merge(base, tmp_path / saved.name / "alphas.json", out, verify=False, progress=Told(), **given)
             found.setdefault(saved.name, []).append([text.partition("alphas.json ")[2] for text in told])
-    beside, same = "lies beside a model that was made with", "give --plan {}/merge_plan.json for the same."
-    three, own = (same.format(tmp_path / name) for name in ("three", "own"))
-    assert found["three"] == [
-        [f"{beside} --norms fold --biases merge: this is another merge; {three}"],
-        [f"{beside} --biases merge: this is another merge; {three}"],
-        [],
-    ]
-    alone = "lies beside a model whose matrices have alphas of their own, which it cannot hold: this is another one; "
-    assert (found["own"], found["dropped"]) == (3 * [[alone + own]], 3 * [[]])
+
+    def other(name, keys):
+        beside = tmp_path / name / "merge_plan.json"
+        said = f"has the steps of {beside}, a merge with other {keys}: this is another model"
+        return f"{said}; --plan {beside} makes that one again."
+
+    assert found == {
+        "three": [[other("three", "norms, biases")], [other("three", "biases")], []],
+        "own": [[other("own", f"{keys}matrix_alphas")] for keys in ("norms, biases, ", "biases, ", "")],
+        "dropped": [[], [], []],
+    }
 
 
 @pytest.mark.parametrize("family", ["qwen2", "olmoe"])
@@ -152,6 +154,24 @@ def test_a_plan_file_of_another_base_is_said_to_be_so(tmp_path, alphas):
     (tmp_path / "p.json").write_text(plan_file_text(plan, "theirs", "0123456789abcdef"))
     merge("demo", tmp_path / "p.json", tmp_path / "out", verify=False, progress=Told())
     assert told == [f"Warning: {tmp_path / 'p.json'} was made for another model, theirs."]
+
+
+def test_a_refit_of_other_layers_or_another_ridge_is_said_to_be_another_merge(tmp_path, alphas):
+    class Told(Silent):
+        def message(self, text):
+            told.append(" a merge with other refit: " in text)
+
+    (tmp_path / "a.txt").write_text("a text to fit on, " * 40)
+    refit, found = Refit("outputs", ridge=0.1, layers=1), []
+    text = {"calibration": tmp_path / "a.txt", "verify": False}
+    merge("demo", alphas, tmp_path / "saved", refit=refit, **text)
+    for number, other in enumerate((refit, replace(refit, layers=0), replace(refit, ridge=None), Refit("linear"))):
+        told = []
+        merge("demo", tmp_path / "saved/alphas.json", tmp_path / str(number), refit=other, progress=Told(), **text)
+        found.append(told)
+    told = []
+    merge("demo", tmp_path / "saved/alphas.json", tmp_path / "none", verify=False, progress=Told())
+    assert [*found, told] == [[], *4 * [[True]]]
 
 
 def test_a_refit_has_a_stage_of_its_own(tmp_path, alphas):
