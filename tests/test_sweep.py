@@ -18,7 +18,8 @@ from raymerge.experiments.common import Inputs
 from raymerge.experiments.compression_sweep import _points, _starts, _Sweep, sweep
 from raymerge.experiments.reporting import Reporter
 from raymerge.inputs import RETRIEVAL
-from raymerge.plan import PlanError, tail_plan
+from raymerge.plan import PlanError, Refit, block_plan, tail_plan
+from raymerge.plan_files import plan_file_text
 from raymerge.plan_section import Similarity
 from raymerge.progress import Silent
 from raymerge.tables import RunDirectory
@@ -140,6 +141,41 @@ def test_each_file_is_one_point_at_its_own_number_of_merges(tmp_path):
     )
     refitted = {point.method for point in points if point.plan.refit is not None}
     assert refitted == {"file_base", "file_best"}
+
+
+def test_a_plan_file_is_one_point_with_its_own_options(tmp_path):
+    own = {"norms": "fold", "biases": "merge", "alignment": "rows"}
+    plans = [
+        block_plan(N_LAYERS, 3, [0.3, 0.8], name="x", kind="found", **own),
+        tail_plan(N_LAYERS, [0.5], name="y", kind="found", matrix_alphas=(("mlp.up_proj", (0.1,)),)),
+    ]
+    for number, plan in enumerate(plans):
+        (tmp_path / f"{number}.json").write_text(plan_file_text(plan, "demo", "identity"))
+    files = f"sweep.alpha_files={{a: {tmp_path / '0.json'}, b: {tmp_path / '1.json'}}}"
+    settings = ["sweep.merges=[1]", "sweep.methods=[file]", "sweep.alignments=[none, neurons]", "plan.norms=fold"]
+    _, _, points = points_of(*settings, files)
+    assert said(points) == [(0, "base", "base"), (2, "file_a", "file_a_k2"), (1, "file_b", "file_b_k1")]
+    assert [point.plan.plan_id("x") for point in points[1:]] == [plan.plan_id("x") for plan in plans]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"alignment": "activations"},
+            "a plan with alignment activations, by prompts .*give its alpha file with sweep.align",
+        ),
+        (
+            {"refit": Refit("linear", calibration="x")},
+            "a plan with refit linear, by .*give its alpha file with sweep.refits",
+        ),
+    ],
+)
+def test_a_plan_file_that_follows_from_other_tokens_is_refused(tmp_path, options, message):
+    plan = tail_plan(N_LAYERS, [0.5], name="x", kind="found", **options)
+    (tmp_path / "0.json").write_text(plan_file_text(plan, "demo", "identity"))
+    with pytest.raises(PlanError, match=message):
+        points_of(*PLAIN, "sweep.methods=[file]", f"sweep.alpha_files={{a: {tmp_path / '0.json'}}}")
 
 
 def test_a_file_of_another_kind_of_layers_is_named_with_the_cure(tmp_path):

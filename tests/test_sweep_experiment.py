@@ -14,7 +14,7 @@ from raymerge.config_file import load_config
 from raymerge.experiments import evaluate, import_similarity, planning, sweep
 from raymerge.merging import merge
 from raymerge.plan import PlanError, block_plan, drop_block_plan, tail_plan
-from raymerge.plan_files import read_plan
+from raymerge.plan_files import plan_file_text, read_plan
 from raymerge.progress import Silent
 from raymerge.report.build import run_sections
 from raymerge.tables import RunDirectory
@@ -110,6 +110,31 @@ def test_a_point_is_what_the_saved_merge_evaluates_to(run, local_pools, tmp_path
         for source, plan_id in ((run, done["plan_id"]), (again, again.read("plans")["plan_id"][0].as_py()))
     ]
     assert perplexity[0] == pytest.approx(perplexity[1], rel=1e-4)
+
+
+def test_a_plan_with_alphas_of_single_matrices_stands_in_a_sweep_as_it_is_merged(local_pools, tmp_path):
+    own = {"norms": "fold", "matrix_alphas": (("mlp.up_proj", (0.1, 0.6)), ("self_attn.q_proj", (0.9, 0.2)))}
+    plan = tail_plan(N_LAYERS, [0.7, 0.4], name="own", kind="found", **own)
+    file = tmp_path / "own.json"
+    file.write_text(plan_file_text(plan, "demo", Checkpoint("demo").identity))
+    settings = [
+        "sweep.methods=[drop, file]",
+        "sweep.merges=[2]",
+        f"sweep.alpha_files.own={file}",
+        "sweep.context=false",
+    ]
+    run = sweep(config(tmp_path / "sweep", *settings, "sweep.speed_tokens=0"), command=["test"])
+    done = merge("demo", file, tmp_path / "merged", verify=False)
+    again = evaluate(config(tmp_path / "again", f"model.path={tmp_path / 'merged'}"), command=["test"])
+    rows = {row["method"]: row for row in run.read("sweep").to_pylist()}
+    assert rows["file_own"]["plan_id"] == done["plan_id"] and rows["file_own"]["norms"] == "fold"
+    found = [
+        np.sort(source.read("answers").filter(pc.equal(source.read("answers")["plan_id"], key))["logit_a"].to_numpy())
+        for source, key in ((run, done["plan_id"]), (again, again.read("plans")["plan_id"][0].as_py()))
+    ]
+    np.testing.assert_allclose(*found, atol=1e-4)
+    compared = [(row["plan_a"], row["plan_b"]) for row in run.read("comparisons").to_pylist()]
+    assert (done["plan_id"], rows["drop"]["plan_id"]) in compared
 
 
 def test_an_interrupted_sweep_goes_on_where_it_stopped(run, local_pools, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from raymerge.alpha_files import read_alpha_file
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import BLOCK_METHODS, Config, ConfigError, PlanConfig
 from raymerge.config_file import check_config
@@ -47,6 +46,7 @@ from raymerge.plan import (
     pairs_plan,
     tail_pairs,
 )
+from raymerge.plan_files import read_plan
 from raymerge.plan_section import Similarity, allowed_starts, options_of, similarity_of, similarity_warnings
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
@@ -140,8 +140,7 @@ def _points(config: Config, inputs: Inputs, similarity: Similarity | None, block
     for method in settings.methods:
         if method == "file":
             for name, path in settings.alpha_files.items():
-                plan = read_alpha_file(path, n_layers)
-                points += _variants(config, len(plan.steps), f"{_FILE}{name}", plan)
+                points += _points_of_file(config, f"{_FILE}{name}", path, n_layers)
         else:
             for merges in settings.merges:
                 points += _points_of(config, n_layers, method, merges, similarity, blocks.get(merges))
@@ -158,6 +157,22 @@ def _points(config: Config, inputs: Inputs, similarity: Similarity | None, block
             raise PlanError(f"{method} with {merges} merged: {error}. {cure}") from error
         check_refittable(inputs.checkpoint, point.plan)
     return points
+
+
+def _points_of_file(config: Config, method: str, path: str, n_layers: int) -> list[Point]:
+    """The points of an alpha file, or the single one of a plan file, which has its own options. Raises PlanError."""
+    plan, about = read_plan(path, n_layers)
+    merges = len(plan.steps)
+    if about is None:
+        return _variants(config, merges, method, plan)
+    # What such a plan is depends on tokens that the file does not hold.
+    if plan.refit is not None or plan.alignment == "activations":
+        option = "alignment activations" if plan.refit is None else f"refit {plan.refit.method}"
+        raise PlanError(
+            f"{path} has a plan with {option}, by prompts or text of its own run: take it out of sweep.alpha_files, or "
+            f"give its alpha file with {'sweep.alignments' if plan.refit is None else 'sweep.refits'}"
+        )
+    return [Point(merges, method, replace(plan, name=f"{method}_k{merges}"))]
 
 
 def _check_sources(config: Config, similarity: Similarity | None) -> None:
