@@ -153,7 +153,9 @@ def start_ray(
                 )
             if RAY_JOB_CONFIG_JSON_ENV_VAR not in os.environ:
                 # What is installed on the cluster's machines may be another version, or nothing; a job brings its own.
-                options |= {"runtime_env": {"py_modules": [str(Path(__file__).parent)]}, "job_config": _SentCode()}
+                # Files that Python compiled may be another user's, who alone can read them.
+                sent = {"py_modules": [str(Path(__file__).parent)], "excludes": ["__pycache__"]}
+                options |= {"runtime_env": sent, "job_config": _SentCode()}
             try:
                 _reach(address)
                 context = ray.init(**options)
@@ -164,8 +166,8 @@ def start_ray(
                         "this command with the cluster's versions of Python and Ray, or submit a job to it"
                     ) from error
                 # A head that finds a token asks for one from then on; who connects sends theirs only if told to.
-                sent = os.environ.get("RAY_AUTH_MODE") == "token"
-                token = "" if sent else ", set RAY_AUTH_MODE=token if it asks for one"
+                sends = os.environ.get("RAY_AUTH_MODE") == "token"
+                token = "" if sends else ", set RAY_AUTH_MODE=token if it asks for one"
                 raise ClusterError(
                     f"RAY_ADDRESS is {address!r}, but no cluster answers there: {error}. Give the address of "
                     f"a head, such as host:6379 (http://host:8265 is for `ray job submit` alone){token}, or unset it "

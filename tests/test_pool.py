@@ -17,6 +17,7 @@ import psutil
 import pytest
 import ray
 from fake_ray import FakeRay, Waits
+from ray._private.runtime_env.packaging import get_uri_for_directory
 from ray.exceptions import (
     ActorDiedError,
     ActorUnschedulableError,
@@ -329,9 +330,36 @@ def test_a_cluster_of_another_version_is_not_said_to_be_missing(monkeypatch):
             pass
 
 
+def test_what_python_compiled_is_not_sent_to_a_cluster(monkeypatch, tmp_path):
+    """It may be another user's who alone can read it, which Ray would raise an error of its own for."""
+    compiled, asked = tmp_path / "raymerge/__pycache__/a.pyc", {}
+
+    def init(**options):
+        asked.update(options)
+        raise ConnectionError
+
+    monkeypatch.setattr("raymerge.cluster.ray.init", init)
+    monkeypatch.setattr("raymerge.cluster.ray.is_initialized", lambda: False)
+    monkeypatch.setattr("raymerge.cluster._reach", lambda _: None)
+    monkeypatch.setattr("raymerge.cluster.__file__", str(tmp_path / "raymerge/cluster.py"))
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    with pytest.raises(ClusterError), start_ray():
+        pass
+    ((folder,), excludes) = (asked["runtime_env"].get(key) for key in ("py_modules", "excludes"))
+    assert folder == str(tmp_path / "raymerge")
+    compiled.parent.mkdir(parents=True)
+    found = set()
+    for text in ("one", "two"):
+        compiled.write_text(text)
+        found.add(get_uri_for_directory(folder, include_gitignore=True, excludes=excludes))
+    assert len(found) == 1
+    (tmp_path / "raymerge/a.py").write_text("three")
+    assert get_uri_for_directory(folder, include_gitignore=True, excludes=excludes) not in found
+
+
 def test_an_address_where_nobody_listens_is_said_at_once(monkeypatch):
     """Ray itself tries for a quarter of an hour."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("", 0)) as server:  # of 127.0.0.1 Ray makes an outer address
         port = server.getsockname()[1]
         cluster._reach(f"127.0.0.1:{port}")
     monkeypatch.setattr("raymerge.cluster._REACH_S", 0.1)
