@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -959,3 +960,23 @@ def test_a_host_answers_for_its_worker(monkeypatch, tmp_path):
     assert host.ready(None) == ("node", "10.0.0.1", None)
     assert host.ready("process") == ("node", "10.0.0.1", os.getpid())
     assert host.call("work", ("work", 3)) == 9 and host.here() is None
+
+
+def test_a_local_worker_runs_the_raymerge_that_was_called_not_one_that_lies_in_its_folder(tmp_path, monkeypatch):
+    """As where an installed one is called in a checkout of another version, for its jobs/configs."""
+    (tmp_path / "raymerge").mkdir()
+    (tmp_path / "raymerge/__init__.py").touch()
+    package = Path(cluster.__file__).parent
+    code = (
+        "from raymerge import pool, cluster, identity\n"
+        "class Says:\n"
+        "    def where(self):\n"
+        "        import raymerge\n"
+        "        return raymerge.__file__\n"
+        "with cluster.start_ray(num_cpus=1), pool.WorkerPool(Says, {}, count=1) as workers:\n"
+        "    print(workers.broadcast('where'))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str([str(package / "__init__.py")]), done.stderr
