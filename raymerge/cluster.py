@@ -115,12 +115,18 @@ def driver_node() -> str:
     return next((name for name in names if name.endswith("__internal_head__")), names[0])
 
 
-class _SentCode(JobConfig):
-    """Of a driver that sends its code: Ray (2.60) would put the folders of the driver and of its script first in its
-    workers' search path, and with them whatever raymerge lies there on their machines, such as an older checkout."""
+class _OwnCode(JobConfig):
+    """Workers run the driver's raymerge. Ray (2.60) puts the folders where the driver and its script lie first in their
+    search path, and with them whatever raymerge is there: on this machine a checkout in which an installed one is
+    called, on others, to which the code is sent, an older checkout under the same path."""
 
-    def _runtime_env_has_working_dir(self) -> bool:  # all that Ray asks before it does so
-        return True
+    def _serialize(self) -> bytes:  # after Ray has added the folders
+        package, sent = Path(__file__).parent, "py_modules" in (self.runtime_env or {})
+        there = [(folder, Path(folder) / package.name) for folder in self._py_driver_sys_path]
+        self._py_driver_sys_path = [
+            folder for folder, own in there if not sent and (not own.is_dir() or own.samefile(package))
+        ]
+        return super()._serialize()
 
 
 @contextmanager
@@ -128,8 +134,8 @@ def start_ray(
     *, num_cpus: int | None = None, dashboard: bool = False, progress: Progress | None = None
 ) -> Iterator[str | None]:
     """Use the Ray there is - a job's, RAY_ADDRESS's or this process's - else start a local one and end it after.
-    Raises ClusterError for an address where no cluster answers, and for one of Ray's client mode. Outside a job the
-    cluster's workers run this process's raymerge, which is sent to them.
+    Raises ClusterError for an address where no cluster answers, and for one of Ray's client mode. Workers of a Ray that
+    this starts or, outside a job, joins run this process's raymerge; to a cluster it is sent.
 
     The local one listens on 127.0.0.1 only and has `num_cpus` (logical) CPUs, else the machine's; `dashboard` starts
     Ray's dashboard with it. Gives the dashboard's address, or None where there is none. A local one whose processes
@@ -153,7 +159,9 @@ def start_ray(
                 )
             if RAY_JOB_CONFIG_JSON_ENV_VAR not in os.environ:
                 # What is installed on the cluster's machines may be another version, or nothing; a job brings its own.
-                options |= {"runtime_env": {"py_modules": [str(Path(__file__).parent)]}, "job_config": _SentCode()}
+                # Files that Python compiled may be another user's, who alone can read them.
+                sent = {"py_modules": [str(Path(__file__).parent)], "excludes": ["__pycache__"]}
+                options |= {"runtime_env": sent, "job_config": _OwnCode()}
             try:
                 _reach(address)
                 context = ray.init(**options)
@@ -164,8 +172,8 @@ def start_ray(
                         "this command with the cluster's versions of Python and Ray, or submit a job to it"
                     ) from error
                 # A head that finds a token asks for one from then on; who connects sends theirs only if told to.
-                sent = os.environ.get("RAY_AUTH_MODE") == "token"
-                token = "" if sent else ", set RAY_AUTH_MODE=token if it asks for one"
+                sends = os.environ.get("RAY_AUTH_MODE") == "token"
+                token = "" if sends else ", set RAY_AUTH_MODE=token if it asks for one"
                 raise ClusterError(
                     f"RAY_ADDRESS is {address!r}, but no cluster answers there: {error}. Give the address of "
                     f"a head, such as host:6379 (http://host:8265 is for `ray job submit` alone){token}, or unset it "
@@ -176,7 +184,7 @@ def start_ray(
             threading.Thread(target=_end_without_ray, args=(up, over), name="ray", daemon=True).start()
             try:
                 with _loopback_only():
-                    context = ray.init(address="local", num_cpus=num_cpus, **options)
+                    context = ray.init(address="local", num_cpus=num_cpus, job_config=_OwnCode(), **options)
             except BaseException as error:
                 over.set()
                 if not isinstance(error, Exception):

@@ -415,7 +415,9 @@ class _Run:
             if name in _HISTORIES:
                 found[f"optimizer.{name}"] = torch.stack(value) if value else torch.empty(0)
             elif name != "al" and value is not None:  # scratch space of one step
-                found[f"optimizer.{name}"] = torch.as_tensor(value).clone()
+                # L-BFGS has numbers among its tensors, of which torch would make float32.
+                is_tensor = isinstance(value, Tensor)
+                found[f"optimizer.{name}"] = value.clone() if is_tensor else torch.tensor(value, dtype=torch.float64)
         return found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:

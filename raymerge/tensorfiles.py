@@ -114,8 +114,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], what: str) -> None:
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
         raise UserError(
-            f"{what} {path} cannot be written: {error}; free space on that disk or set output.cache to another folder, "
-            "then run the same command again"
+            f"{what} {path} cannot be written: {error}; free space on that disk or have it in another folder (of an "
+            "experiment output.cache, of raymerge merge the environment's TMPDIR), then run the same command again"
         ) from error
     finally:
         if unfinished.exists():

@@ -441,11 +441,11 @@ FAST = Settings(parametrisation="simplex", learning_rate=0.1, epochs=100)
 PLANTED = [("simplex", (0.15, 0.6, 0.25)), ("alphas", (0.7, 0.1, 0.2))]
 
 
-def planted_loss(case, planted):
+def planted_loss(case, planted, start=(0.6, 0.45)):
     """The divergence from a known merge's own answers, which has its minimum, 0, there."""
     shape = Parametrisation("simplex", template(), MATRICES)
     reference = case.scorer.score(shape.plan_of(np.array(planted)))[0]
-    return loss_of(case, LossWeights(answer_nll=0.0, answer_kl=1.0), reference=reference)
+    return loss_of(case, LossWeights(answer_nll=0.0, answer_kl=1.0), template(start), reference=reference)
 
 
 @pytest.mark.parametrize(("kind", "planted"), PLANTED)
@@ -548,6 +548,18 @@ def test_going_on_equals_not_stopping(case, tmp_path, settings, weights):
     for other in (replace(settings, seed=settings.seed + 1), replace(settings, learning_rate=0.01)):
         with pytest.raises(GradientError, match="one of other questions, weights or settings"):
             descend(loss, other, state=seen[2][1])
+
+
+@pytest.mark.parametrize("start", [(1.0, 1.0), (0.0, 0.0)])
+@pytest.mark.parametrize(("kind", "planted"), PLANTED)
+def test_lbfgs_goes_on_from_every_epoch(case, tmp_path, kind, planted, start):
+    """Its steps' lengths are numbers of Python's at times, not tensors: of these too no bit is lost."""
+    loss, seen = planted_loss(case("qwen2"), planted, start), []
+    settings = Settings(kind, optimizer="lbfgs", epochs=12)
+    whole = descend(loss, settings, on_epoch=lambda _, state: seen.append(state))
+    for state in seen:
+        save_file(state, tmp_path / "state.safetensors")
+        same(descend(loss, settings, state=load_file(tmp_path / "state.safetensors")), whole)
 
 
 def test_minibatches_follow_from_the_seed(case, monkeypatch):

@@ -534,3 +534,13 @@ def test_every_family_comes_back_in_a_new_process(tmp_path):
             # Float32 against float64, as in test_scoring.
             assert np.abs(found[folder] - logits).max() < 2e-5 * np.abs(logits).max(), folder
             assert found[f"{folder}/tokens"].tolist() == tokens, folder
+
+
+def test_a_refit_that_cannot_be_kept_names_the_folder_that_a_merge_has(tmp_path, alphas, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("raymerge.tensorfiles.save_file", full)
+    (tmp_path / "a.txt").write_text("a text to fit on, " * 40)
+    with pytest.raises(UserError, match="cannot be written: no space left; free space .*merge .*TMPDIR"):
+        merge("demo", alphas, tmp_path / "out", refit=Refit("linear", ridge=0.1), calibration=tmp_path / "a.txt")

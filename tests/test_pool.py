@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import ray
 from fake_ray import FakeRay, Waits
+from ray._private.runtime_env.packaging import get_uri_for_directory
 from ray.exceptions import (
     ActorDiedError,
     ActorUnschedulableError,
@@ -329,9 +331,36 @@ def test_a_cluster_of_another_version_is_not_said_to_be_missing(monkeypatch):
             pass
 
 
+def test_what_python_compiled_is_not_sent_to_a_cluster(monkeypatch, tmp_path):
+    """It may be another user's who alone can read it, which Ray would raise an error of its own for."""
+    compiled, asked = tmp_path / "raymerge/__pycache__/a.pyc", {}
+
+    def init(**options):
+        asked.update(options)
+        raise ConnectionError
+
+    monkeypatch.setattr("raymerge.cluster.ray.init", init)
+    monkeypatch.setattr("raymerge.cluster.ray.is_initialized", lambda: False)
+    monkeypatch.setattr("raymerge.cluster._reach", lambda _: None)
+    monkeypatch.setattr("raymerge.cluster.__file__", str(tmp_path / "raymerge/cluster.py"))
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    with pytest.raises(ClusterError), start_ray():
+        pass
+    ((folder,), excludes) = (asked["runtime_env"].get(key) for key in ("py_modules", "excludes"))
+    assert folder == str(tmp_path / "raymerge")
+    compiled.parent.mkdir(parents=True)
+    found = set()
+    for text in ("one", "two"):
+        compiled.write_text(text)
+        found.add(get_uri_for_directory(folder, include_gitignore=True, excludes=excludes))
+    assert len(found) == 1
+    (tmp_path / "raymerge/a.py").write_text("three")
+    assert get_uri_for_directory(folder, include_gitignore=True, excludes=excludes) not in found
+
+
 def test_an_address_where_nobody_listens_is_said_at_once(monkeypatch):
     """Ray itself tries for a quarter of an hour."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("", 0)) as server:  # of 127.0.0.1 Ray makes an outer address
         port = server.getsockname()[1]
         cluster._reach(f"127.0.0.1:{port}")
     monkeypatch.setattr("raymerge.cluster._REACH_S", 0.1)
@@ -931,3 +960,23 @@ def test_a_host_answers_for_its_worker(monkeypatch, tmp_path):
     assert host.ready(None) == ("node", "10.0.0.1", None)
     assert host.ready("process") == ("node", "10.0.0.1", os.getpid())
     assert host.call("work", ("work", 3)) == 9 and host.here() is None
+
+
+def test_a_local_worker_runs_the_raymerge_that_was_called_not_one_that_lies_in_its_folder(tmp_path, monkeypatch):
+    """As where an installed one is called in a checkout of another version, for its jobs/configs."""
+    (tmp_path / "raymerge").mkdir()
+    (tmp_path / "raymerge/__init__.py").touch()
+    package = Path(cluster.__file__).parent
+    code = (
+        "from raymerge import pool, cluster, identity\n"
+        "class Says:\n"
+        "    def where(self):\n"
+        "        import raymerge\n"
+        "        return raymerge.__file__\n"
+        "with cluster.start_ray(num_cpus=1), pool.WorkerPool(Says, {}, count=1) as workers:\n"
+        "    print(workers.broadcast('where'))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str([str(package / "__init__.py")]), done.stderr
