@@ -122,11 +122,16 @@ class _OwnCode(JobConfig):
 
     def _serialize(self) -> bytes:  # after Ray has added the folders
         package, sent = Path(__file__).parent, "py_modules" in (self.runtime_env or {})
-        there = [(folder, Path(folder) / package.name) for folder in self._py_driver_sys_path]
+        # Ray's own, which another version may not have: workers of other code are then refused when they are described.
+        there = getattr(self, "_py_driver_sys_path", [])
         self._py_driver_sys_path = [
-            folder for folder, own in there if not sent and (not own.is_dir() or own.samefile(package))
+            folder for folder in there if not sent and _is_or_lacks(Path(folder) / package.name, package)
         ]
         return super()._serialize()
+
+
+def _is_or_lacks(there: Path, package: Path) -> bool:
+    return not there.is_dir() or there.samefile(package)
 
 
 @contextmanager
