@@ -224,7 +224,7 @@ class Descent:
     """What a descent found.
 
     plan: the best point, that of `best_epoch`. history: every epoch. held_out_rows: the rows of the held-out questions.
-    stopped_early: patience ran out, or a step no longer moved.
+    stopped_early: patience ran out, or a step of L-BFGS no longer moved.
     """
 
     plan: MergePlan
@@ -387,8 +387,9 @@ class _Run:
 
     @property
     def _converged(self) -> bool:
-        """Whether the latest epoch, a single step, did not move: no later one would."""
-        return self._one_step and len(self.points) > 1 and torch.equal(self.points[-1], self.points[-2])
+        """Whether the latest step of L-BFGS did not move: no later one would, as one of Adam's might."""
+        moves = len(self.points) < 2 or not torch.equal(self.points[-1], self.points[-2])
+        return self.settings.optimizer == "lbfgs" and not moves
 
     @property
     def finished(self) -> bool:
