@@ -21,13 +21,17 @@ def read_alpha_file(path: str | Path, n_layers: int) -> MergePlan:
     Raises PlanError where the file is not of that form, an alpha lies outside [0, 1], or the layers do not chain.
     """
     path = Path(path).expanduser()
+    return alpha_file_plan(read_json(path, "alpha file"), path, n_layers)
+
+
+def read_json(path: Path, what: str) -> object:
+    """What a JSON file holds; PlanError, which says what it should be, where there is none."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise PlanError(f"there is no alpha file {path}") from None
+        raise PlanError(f"there is no {what} {path}") from None
     except (IsADirectoryError, NotADirectoryError, ValueError, RecursionError) as error:
-        raise PlanError(f"{path} is not a JSON alpha file: {error}") from error
-    return alpha_file_plan(entries, path, n_layers)
+        raise PlanError(f"{path} is not a JSON {what}: {error}") from error
 
 
 def alpha_file_plan(entries: object, path: Path, n_layers: int) -> MergePlan:

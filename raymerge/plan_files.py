@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from raymerge.alpha_files import alpha_file_plan
+from raymerge.alpha_files import alpha_file_plan, read_json
 from raymerge.plan import MergePlan, MergeStep, PlanError, Refit
 
 _TEXTS = ("name", "selection", "alignment", "norms", "biases")
@@ -49,12 +49,7 @@ def read_plan(path: str | Path, n_layers: int) -> tuple[MergePlan, dict[str, Any
     a plan that cannot be carried out, or another one than that of its plan_id.
     """
     path = Path(path).expanduser()
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PlanError(f"there is no file {path}") from None
-    except (IsADirectoryError, NotADirectoryError, ValueError, RecursionError) as error:
-        raise PlanError(f"{path} is no JSON file of a plan or of alphas: {error}") from error
+    found = read_json(path, "plan or alpha file")
     if not isinstance(found, dict):
         return alpha_file_plan(found, path, n_layers), None
     unknown = sorted(set(found) - _ABOUT - {*_TEXTS, "steps", "matrix_alphas", "refit"})

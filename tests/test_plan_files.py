@@ -107,7 +107,12 @@ def test_what_is_no_plan_is_refused(tmp_path, change, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("3", "must hold a JSON list"), ("{", "is no JSON file"), (None, "there is no file")]
+    ("text", "message"),
+    [
+        ("3", "must hold a JSON list"),
+        ("{", "is not a JSON plan or alpha file"),
+        (None, "there is no plan or alpha file"),
+    ],
 )
 def test_what_is_no_file_of_a_plan_is_refused(tmp_path, text, message):
     path = tmp_path / "p.json"
