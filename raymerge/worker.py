@@ -38,11 +38,12 @@ from raymerge.embedding import embed_layers
 from raymerge.evaluation import Answers, answer_shard, generation_speed, score_choices, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
-from raymerge.gradient import descend, descent_settings, loss_by_alphas, loss_weights
+from raymerge.gradient import descend, descent_settings, loss_weights
 from raymerge.identity import code_identity, digest
 from raymerge.inputs import CALIBRATION, SEARCH, questions_to_match_on, read_material
 from raymerge.memory import MemoryPlanError
 from raymerge.objectives import is_minimised, parse_objective, score_answers, score_text
+from raymerge.parametrisation import loss_by_alphas
 from raymerge.plan import MergePlan, base_plan
 from raymerge.refit import Refitter, Sums
 from raymerge.reliability import Study, study

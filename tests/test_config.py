@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from raymerge import columns, config, gradient
+from raymerge import columns, config, gradient, parametrisation
 from raymerge.config import Config, ConfigError, TaskConfig
 from raymerge.config_file import describe, load_config, parse_config
 from raymerge.embedding import EMBEDDINGS
@@ -554,7 +554,7 @@ def values_of(kind):
         (config.Alignment, ALIGNMENTS),
         (config.RefitMethod, ("none", *REFITS)),
         (config.PlanConfig.model_fields["survivor"].annotation, SURVIVORS),
-        (config.GradientConfig.model_fields["parametrisations"].annotation, gradient.PARAMETRISATIONS),
+        (config.GradientConfig.model_fields["parametrisations"].annotation, parametrisation.PARAMETRISATIONS),
         (config.GradientConfig.model_fields["optimizer"].annotation, gradient.OPTIMIZERS),
     ],
 )

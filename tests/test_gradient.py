@@ -18,14 +18,14 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import raymerge.forward
-import raymerge.gradient
 import raymerge.tail_loss
 from raymerge.checkpoint import Checkpoint
 from raymerge.config_file import load_config
 from raymerge.evaluation import Answers, answer_shard, text_nll
 from raymerge.forward import LayerRunner
-from raymerge.gradient import Parametrisation, Settings, descend, loss_weights
+from raymerge.gradient import Settings, descend, loss_weights
 from raymerge.objectives import LOSSES
+from raymerge.parametrisation import PARAMETRISATIONS, Parametrisation
 from raymerge.plan import base_plan, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import Group, Shard, encode_questions
 from raymerge.scoring import TailScorer
@@ -211,7 +211,7 @@ def test_every_term_with_every_option(case, family, options):
     assert again.gradient is None
 
 
-@pytest.mark.parametrize("kind", raymerge.gradient.PARAMETRISATIONS)
+@pytest.mark.parametrize("kind", PARAMETRISATIONS)
 def test_gradients_by_the_parameters_are_slopes(case, kind):
     """Central differences: float32 losses (roundings of 1e-6) over steps of 2e-2, whose square is the error."""
     loss = loss_of(case("qwen2"), EVERYTHING)
@@ -306,7 +306,7 @@ def test_draws_follow_from_the_seed(case):
 # -- plans -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", raymerge.gradient.PARAMETRISATIONS)
+@pytest.mark.parametrize("kind", PARAMETRISATIONS)
 def test_parameters_and_plans_are_each_others_inverse(case, kind):
     scorer = case("llama").scorer
     rng = np.random.default_rng(0)
@@ -325,7 +325,7 @@ def test_parameters_and_plans_are_each_others_inverse(case, kind):
     np.testing.assert_allclose(again.coefficients(again.start()), shape.coefficients(moved), atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", raymerge.gradient.PARAMETRISATIONS)
+@pytest.mark.parametrize("kind", PARAMETRISATIONS)
 def test_a_start_that_is_not_left_is_the_very_plan(kind):
     """0.6225 came back as 0.6225000000000002: found_gradient_simplex and fixed_0.6225 were two plans with equal
     answers, and their comparisons with the best one counted twice in Holm's correction."""
@@ -343,7 +343,7 @@ def test_a_start_that_is_not_left_is_the_very_plan(kind):
 
 def test_starts_are_inside(case):
     for alphas in ([0.0, 1.0], [1.0, 0.0], [1.0, 1.0]):
-        for kind in raymerge.gradient.PARAMETRISATIONS:
+        for kind in PARAMETRISATIONS:
             shape = Parametrisation(kind, template(alphas), MATRICES, bounds=(0.3, 0.7))
             start = shape.start()
             assert torch.isfinite(start).all()

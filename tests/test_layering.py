@@ -25,8 +25,9 @@ LAYERS = {
     2: (
         "tensorfiles", "architectures", "families", "checkpoint", "fusion", "prompts", "forward", "sources",
         "tail_states", "tail_layer", "scoring", "evaluation", "rows", "merging", "activations", "alignment", "context",
-        "quantisation", "gradient", "tail_loss", "trunk", "gguf_input", "mergekit", "proof", "reload", "card",
-        "device", "plan_section", "normal_equations", "refit", "role_prompts", "saved_config", "saving", "vocabulary",
+        "quantisation", "gradient", "parametrisation", "tail_loss", "trunk", "gguf_input", "mergekit", "proof",
+        "reload", "card", "device", "plan_section", "normal_equations", "refit", "role_prompts", "saved_config",
+        "saving", "vocabulary",
     ),
     3: ("worker", "worker_memory", "candidates"),
     4: ("cluster", "actors", "pool", "search", "proposers", "experiments"),
