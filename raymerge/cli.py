@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import raymerge
 from raymerge import console
-from raymerge.config import Config, ConfigError
+from raymerge.config import Config, ConfigError, PlanConfig
 from raymerge.config_file import describe, load_config
 from raymerge.errors import UserError
 from raymerge.identity import without_secrets
@@ -256,17 +256,27 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "merge",
         formatter_class=_RAW,
-        help="merge a model according to a run's plan or an alpha file, and save it",
-        description="Merge a model's layers according to a plan of a run, which has all of its options, or an alpha\n"
-        "file, a JSON list of {step, layer_to_merge_into, layer_to_remove, ratio_i_alpha}, and save an ordinary\n"
-        "Hugging Face checkpoint with the plan and a receipt of every changed tensor. The saved model is reloaded in\n"
-        "a fresh process and compared with the plan.",
+        help="merge a model as options, a run's plan or an alpha file say, and save it",
+        description="Merge a model's layers as the configuration's plan section says (--set), as a run's plan does,\n"
+        "which has all of its options, or as an alpha file does, a JSON list of {step, layer_to_merge_into,\n"
+        "layer_to_remove, ratio_i_alpha}. What is saved is an ordinary Hugging Face checkpoint with the plan and a\n"
+        "receipt of every changed tensor; it is reloaded in a fresh process and compared with the plan.",
         epilog="examples:\n"
+        "  raymerge merge demo --set plan.merges=4 --set plan.ratio=1 --out dropped\n"
+        "  raymerge merge demo --set plan.merges=4 --set plan.selection=block --calibration demo --out block\n"
+        "  raymerge merge demo --set plan.merges=4 --set plan.base=similarity_ratio \\\n"
+        "      --set plan.similarity_run=runs/mka --out mka\n"
         "  raymerge merge demo --plan runs/demo/plans/found_bayes.json --out merged\n"
         "  raymerge merge Qwen/Qwen2.5-1.5B --alphas alphas.json --out merged --push me/Qwen2.5-1.5B-merged",
     )
     command.add_argument("model", help="demo, a checkpoint folder, a hub id, or a .gguf file")
     source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--set",
+        metavar="plan.KEY=VALUE",
+        action="append",
+        help="a key of the plan section, such as plan.merges=4; `raymerge config` explains them all",
+    )
     source.add_argument("--plan", metavar="FILE", help="RUN/plans/NAME.json, or merge_plan.json of a saved model")
     source.add_argument("--alphas", metavar="FILE", help="alpha file, whose options are the following")
     command.add_argument("--out", required=True, metavar="DIR", help="folder of the merged checkpoint; must not exist")
@@ -294,7 +304,11 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--refit-layers", type=int, default=0, metavar="N", help="also fit the N layers after it (outputs, units)"
     )
-    command.add_argument("--calibration", metavar="TEXT", help="plain text whose first tokens the refit uses")
+    command.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help="plain text on whose first tokens the refit is fitted, or the block chosen",
+    )
     command.add_argument("--revision", help="hub revision of the model")
     command.add_argument("--trust-remote-code", action="store_true", help="run the model repository's own Python")
     command.add_argument("--no-verify", action="store_true", help="do not reload and check the saved model")
@@ -433,6 +447,14 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan_section(options: argparse.Namespace) -> PlanConfig:
+    """The plan section that a merge's --set describe."""
+    if others := [text for text in options.set if not text.strip().startswith("plan.")]:
+        raise ConfigError(f"--set {others[0]}: a merge has the keys of the plan section alone, such as plan.merges=4")
+    # A configuration whose plan is chosen on a text must name one; that a merge was given none says `merge`.
+    return load_config(None, [*options.set, _override("calibration.text", options.calibration or "demo")]).plan
+
+
 def _merge(options: argparse.Namespace) -> int:
     _check_lasts(options.out)
     from raymerge.merging import merge
@@ -443,10 +465,11 @@ def _merge(options: argparse.Namespace) -> int:
         raise UserError("--public says how --push uploads, but --push OWNER/NAME is not given")
     if options.refit == "none" and options.refit_layers:
         raise UserError("--refit-layers is of --refit, which is not given: the merged layers would stay as they are")
+    source = options.plan or options.alphas or _plan_section(options)
     with console.progress() as progress:
         done = merge(
             options.model,
-            options.plan or options.alphas,
+            source,
             options.out,
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,

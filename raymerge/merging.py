@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,27 +18,26 @@ from raymerge.alignment import Aligner
 from raymerge.alpha_files import alpha_file_text
 from raymerge.card import model_card
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import CalibrationConfig
+from raymerge.config import CalibrationConfig, PlanConfig
 from raymerge.forward import LayerRunner
-from raymerge.fusion import Refits, check_mergeable, fused_tensors, receipts
+from raymerge.fusion import Refits, fused_tensors, receipts
 from raymerge.identity import digest, without_folders, without_secrets
 from raymerge.mergekit import NotExpressible, mergekit_yaml
 from raymerge.plan import KeptLayer, MergePlan, PlanError, Refit
-from raymerge.plan_files import plan_fields, read_plan
+from raymerge.plan_files import plan_fields
+from raymerge.plan_source import MEASURED, RECORD_FILE, plan_to_merge
 from raymerge.progress import Progress, Silent, step
-from raymerge.prompts import encode_text
+from raymerge.prompts import Shard, encode_text
 from raymerge.proof import check_proof, proof_finished, prove
-from raymerge.refit import Refitter, check_refittable
+from raymerge.refit import Refitter
 from raymerge.saving import check_writable, save_checkpoint
 from raymerge.storage import Storage, clear_scratch, scratch_folder
 from raymerge.texts import read_plain_text
 
-RECORD_FILE = "merge_plan.json"
-
 
 def merge(
     model: str,
-    plan_file: str | Path,
+    source: str | Path | PlanConfig,
     out: str | Path,
     *,
     revision: str | None = None,
@@ -54,47 +54,48 @@ def merge(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Merge a model by a plan file or an alpha file (`plan_files`) and save it as an ordinary Hugging Face checkpoint;
-    what was done, in figures.
+    """Merge a model and save it as an ordinary Hugging Face checkpoint; what was done, in figures.
 
-    revision: of a hub model. trust_remote_code: run the model repository's own Python. alignment, norms, biases: as a
-    MergePlan has them, for an alpha file, which has none of them; the published way by default. refit: how the seams
-    are fitted, if the file does not say so, on the plain text in file `calibration`, the first tokens of it; its own
-    `calibration` is filled in here. cache_folder: where permutations and fits are kept for another merge of the same
-    model. verify: prove the saved model (see `save_merged`). push: a hub repository, OWNER/NAME, to upload it to when
-    it is saved and proved; private or public.
+    source: what the model is merged by: a plan file or an alpha file (`plan_files`), or the plan section of a
+    configuration. revision: of a hub model. trust_remote_code: run the model repository's own Python. alignment, norms,
+    biases: as a MergePlan has them, for an alpha file, which has none of them (the published way by default), or in
+    place of the section's. refit: how the seams are fitted, if the source does not say so; its own `calibration` is
+    filled in here. calibration: a plain text (`texts`), on whose first tokens (`CalibrationConfig`) seams are fitted,
+    and blocks chosen where the section's `block` is cosine or angular. cache_folder: where permutations and fits are
+    kept for another merge of the same model. verify: prove the saved model (see `save_merged`). push: a hub
+    repository, OWNER/NAME, to upload it to when it is saved and proved; private or public.
     command: what the card says that made it, of which folders outside the working directory are left out.
     Beside what fails in reading and merging, raises ProofError and HubError; the saved model stays.
     """
-    out, plan_file = Path(out).expanduser(), Path(plan_file).expanduser()
+    out = Path(out).expanduser()
     there = saved_record(out) if verify and (out / RECORD_FILE).is_file() and saved_proof(out) is None else None
     if out.exists() and there is None:
         raise PlanError(f"{out} exists already: give another --out, or delete it")
     check_writable(out)
     checkpoint = Checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
-    given = {"alignment": alignment, "norms": norms, "biases": biases, "refit": refit}
-    plan, about = _plan_to_merge(plan_file, checkpoint.n_layers, {k: v for k, v in given.items() if v is not None})
-    told = progress or Silent()
-    if (warning := _unlike_record(plan_file, about, checkpoint, plan)) is not None:
-        told.message(f"Warning: {plan_file} {warning}.")
-    plan, refit = replace(plan, refit=None), plan.refit
-    if refit is None and calibration is not None:
-        raise PlanError(
-            f"--calibration is of a refit, which neither {plan_file} nor --refit asks for: the merged layers would "
-            "stay as they are averaged"
-        )
-    check_mergeable(checkpoint, plan)
     if push is not None:
         hub.check_push(push, private=private)
+    given = {"alignment": alignment, "norms": norms, "biases": biases, "refit": refit}
+    told = progress or Silent()
+    shards = _calibration(checkpoint, calibration)
+    plan = plan_to_merge(source, checkpoint, {k: v for k, v in given.items() if v is not None}, shards, told)
+    refit = plan.refit
+    chosen = isinstance(source, PlanConfig) and source.selection == "block" and source.block in MEASURED
+    if refit is None and calibration is not None and not chosen:
+        raise PlanError(
+            "--calibration is of a refit, or of a block chosen by cosine or angular distance, but neither is asked "
+            "for: the model would be the same without it"
+        )
     options = {"verify": verify, "command": command, "progress": progress}
     aligner = Aligner(checkpoint, cache_folder)
     # Only fits need a folder, which is gone when they are merged.
     with scratch_folder() if refit is not None and cache_folder is None else nullcontext(cache_folder) as cache:
         refits = None
         if refit is not None:
-            refitter, plan = _refitter(checkpoint, plan, refit, calibration, aligner, cache)
+            plan = replace(plan, refit=replace(refit, calibration=digest([shard.identity for shard in shards()])))
             if refit.calibration not in ("", plan.refit.calibration):
-                told.message(f"Warning: {plan_file} has a refit on other tokens than these of {calibration}.")
+                told.message(f"Warning: {source} has a refit on other tokens than these of {calibration}.")
+            refitter = Refitter(LayerRunner(checkpoint, aligner=aligner), cache, shards)
             with step(told, f"refit ({refit.method}) on the calibration text"):
                 refitter.fit(plan)
             refits = refitter.tensors
@@ -113,73 +114,17 @@ def merge(
         return record | {"pushed": hub.push(out, push, private=private)}
 
 
-def _plan_to_merge(path: Path, n_layers: int, given: dict[str, Any]) -> tuple[MergePlan, dict[str, Any] | None]:
-    """The plan of a file with the options given beside it, and what `read_plan` has read. Raises PlanError."""
-    plan, record = read_plan(path, n_layers)
-    for key, value in given.items():
-        own = getattr(plan, key)
-        if record is not None and own not in (None, value):
-            raise PlanError(f"{path} has a plan with its own {key}, {own}: leave out --{key}")
-    return replace(plan, **given), record
+def _calibration(checkpoint: Checkpoint, text: str | Path | None) -> Callable[[], Sequence[Shard]]:
+    """What reads and encodes the calibration text, once, if it is asked to."""
 
+    @functools.cache
+    def shards() -> Sequence[Shard]:
+        if text is None:
+            raise PlanError("a refit, or a choice of the block by distances, needs a plain text: give --calibration")
+        read = read_plain_text(str(text), "calibration")
+        return encode_text(read, checkpoint.tokenizer, limit=CalibrationConfig().tokens)
 
-def _unlike_record(path: Path, about: dict[str, Any] | None, checkpoint: Checkpoint, plan: MergePlan) -> str | None:
-    """What a plan file, or the record beside an alpha file, says against merging by it: it is of another model, or of
-    the alpha file's steps with other options, which alone make another model than the one that was measured."""
-    beside = path.parent / RECORD_FILE
-    try:
-        record = about or json.loads(beside.read_text(encoding="utf-8"))
-        model, identity = str(record["base_model"]), record["base_model_identity"]
-    except (OSError, ValueError, KeyError, TypeError):  # alone, or beside something else of that name
-        return None
-    if identity != checkpoint.identity:
-        return f"was made for another model, {model}"
-    if about is not None:
-        return None
-    try:
-        recorded, _ = read_plan(beside, checkpoint.n_layers)
-    except PlanError:
-        return None
-    if recorded.steps != plan.steps:
-        return None
-    averages = not all(kept.unchanged for kept in recorded.kept)  # else only a refit makes a difference
-    biased = any(name.endswith(".bias") for name in checkpoint.layer_tensors(0))
-    matter = {"alignment": averages, "norms": averages, "biases": averages and biased, "matrix_alphas": True}
-    differing = [key for key, does in matter.items() if does and getattr(recorded, key) != getattr(plan, key)]
-    if _of_any_text(recorded.refit) != _of_any_text(plan.refit):
-        differing.append("refit")
-    if not differing:
-        return None
-    return (
-        f"has the steps of {beside}, a merge with other {', '.join(differing)}: this is another model; --plan {beside} "
-        "makes that one again"
-    )
-
-
-def _of_any_text(refit: Refit | None) -> Refit | None:
-    """A refit but for the tokens: its text may lie elsewhere now."""
-    return None if refit is None else replace(refit, calibration="")
-
-
-def _refitter(
-    checkpoint: Checkpoint,
-    plan: MergePlan,
-    refit: Refit,
-    calibration: str | Path | None,
-    aligner: Aligner,
-    cache: str | Path,
-) -> tuple[Refitter, MergePlan]:
-    """What fits the seams on the calibration text, and the plan with that refit.
-
-    Raises PlanError, ConfigError (a text that cannot be read), RefitError.
-    """
-    if calibration is None:
-        raise PlanError(f"refit {refit.method} needs a plain text to fit on: give --calibration")
-    text = read_plain_text(str(calibration), "calibration")
-    shards = encode_text(text, checkpoint.tokenizer, limit=CalibrationConfig().tokens)
-    plan = replace(plan, refit=replace(refit, calibration=digest([shard.identity for shard in shards])))
-    check_refittable(checkpoint, plan)
-    return Refitter(LayerRunner(checkpoint, aligner=aligner), cache, lambda: shards), plan
+    return shards
 
 
 def save_merged(

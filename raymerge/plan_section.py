@@ -10,7 +10,7 @@ import numpy as np
 from raymerge import findings
 from raymerge.alpha_files import read_alpha_file
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import Config, PlanConfig
+from raymerge.config import PlanConfig
 from raymerge.heuristics import least_influence_plan, most_similar_pairs, pair_alphas
 from raymerge.inputs import read_similarity
 from raymerge.plan import MergePlan, PlanError, block_pairs, block_starts, pairs_plan, tail_pairs
@@ -33,9 +33,8 @@ class Similarity:
         return Similarity(self.matrix[np.ix_(order, order)], None)
 
 
-def similarity_of(config: Config, n_layers: int) -> Similarity | None:
+def similarity_of(plan: PlanConfig, n_layers: int) -> Similarity | None:
     """The matrix that plan.similarity_run names; None without one. Raises ConfigError, RunError."""
-    plan = config.plan
     if plan.similarity_run is None:
         return None
     found = read_similarity(
@@ -44,10 +43,14 @@ def similarity_of(config: Config, n_layers: int) -> Similarity | None:
     return Similarity(*found)
 
 
-def similarity_warnings(config: Config, identity: str) -> list[str]:
+def block_name(first: int, merges: int) -> str:
+    """How messages name the block of `merges` layers from `first` on."""
+    return f"layer {first}" if merges == 1 else f"layers {first} to {first + merges - 1}"
+
+
+def similarity_warnings(plan: PlanConfig, identity: str) -> list[str]:
     """Warnings about the run that plan.similarity_run names: that its similarities are noise, or that it is of another
     model than the one with this identity. Raises RunError."""
-    plan = config.plan
     if plan.similarity_run is None:
         return []
     run = RunDirectory.load(plan.similarity_run)

@@ -151,7 +151,7 @@ def _check_raymerge(arguments: list[str], where: str) -> None:
         assert config.startswith("jobs/configs/"), f"{where}: {config} is none of jobs/configs/"
         load_config(ROOT / config, options.set)
     else:
-        load_config(None, getattr(options, "set", []))
+        load_config(None, getattr(options, "set", None) or [])
 
 
 def _check_python(arguments: list[str], where: str) -> None:

@@ -19,7 +19,7 @@ from docs_blocks import check_command
 
 from raymerge import __main__, cli, demo
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import DataConfig
+from raymerge.config import DataConfig, PlanConfig
 from raymerge.config_file import parse_config
 from raymerge.domains import CATEGORY_OF, known_domains
 from raymerge.plan import Refit
@@ -246,7 +246,13 @@ def test_wrong_alpha_files_are_refused_by_search_and_merge(tmp_path, capsys):
 def test_options_of_a_refit_that_is_not_asked_for_are_refused_rather_than_left_aside(tmp_path, capsys):
     path, out = _alphas(tmp_path / "x.json", [(N_LAYERS - 2, N_LAYERS - 1, 0.5)]), tmp_path / "out"
     command = ["merge", "demo", "--alphas", path, "--out", out]
-    _refused([*command, "--calibration", "demo"], capsys, out, "--calibration is of a refit, which neither", "x.json")
+    _refused(
+        [*command, "--calibration", "demo"],
+        capsys,
+        out,
+        "--calibration is of a refit, or of a block",
+        "neither is asked",
+    )
     _refused([*command, "--refit-layers", "2"], capsys, out, "--refit-layers is of --refit, which is not given")
 
 
@@ -406,7 +412,19 @@ def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, c
     assert cli.main(["merge", "demo", "--plan", "p.json", "--out", "merged"]) == 0
     words, options = asked[-1]
     assert words == ("demo", "p.json", "merged") and plain.items() <= options.items()
-    for words in (["--plan", "p.json", "--alphas", "a.json"], []):
+    assert cli.main(["merge", "demo", "--set", "plan.merges=4", "--set", "plan.block=loss", "--out", "merged"]) == 0
+    (model, section, out), options = asked[-1]
+    assert (model, out) == ("demo", "merged") and plain.items() <= options.items()
+    assert section == PlanConfig(merges=4, block="loss")
+    count = len(asked)
+    for words, cure in (
+        (["--set", "plan.mergs=4"], "plan.mergs: did you mean merges?"),
+        (["--set", "plan.merges=4", "--set", "search.candidates=2"], "--set search.candidates=2: a merge has the keys"),
+        (["--set", "plan.selection=block", "--set", "plan.merges=null"], "selection is block, which needs merges"),
+    ):
+        assert cli.main(["merge", "demo", *words, "--out", "merged"]) == 2
+        assert cure in capsys.readouterr().err and len(asked) == count
+    for words in (["--plan", "p.json", "--alphas", "a.json"], ["--plan", "p.json", "--set", "plan.merges=4"], []):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["merge", "demo", *words, "--out", "merged"])
 

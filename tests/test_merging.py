@@ -18,17 +18,31 @@ from transformers import AutoModelForCausalLM
 import raymerge.alignment
 import raymerge.hub
 import raymerge.merging
+import raymerge.plan_source
 from raymerge import cli
 from raymerge.alpha_files import alpha_file_text, read_alpha_file
 from raymerge.checkpoint import Checkpoint, CheckpointError
+from raymerge.config_file import load_config
 from raymerge.errors import UserError
+from raymerge.heuristics import pair_alphas
 from raymerge.merging import merge, save_merged
-from raymerge.plan import PlanError, Refit, tail_plan
+from raymerge.plan import MergePlan, MergeStep, PlanError, Refit, tail_plan
 from raymerge.plan_files import plan_file_text
 from raymerge.progress import Silent
+from raymerge.prompts import encode_text
 from raymerge.refit import RefitError
 from raymerge.rows import coefficient_rows, plan_rows
-from raymerge.tables import conform
+from raymerge.tables import RunDirectory, conform
+
+
+class Told(Silent):
+    """What was said."""
+
+    def __init__(self):
+        self.messages = []
+
+    def message(self, text):
+        self.messages.append(text)
 
 
 @pytest.fixture
@@ -40,28 +54,19 @@ def alphas(tmp_path):
 
 
 def test_an_alpha_file_that_lies_beside_the_record_of_another_model_is_said_to(tmp_path, alphas):
-    class Told(Silent):
-        messages = []
-
-        def message(self, text):
-            self.messages.append(text)
-
+    told = Told()
     beside = tmp_path / "merge_plan.json"
     identity = Checkpoint("demo").identity
     for number, text in enumerate(("[]", json.dumps({"base_model": "demo", "base_model_identity": identity}))):
         beside.write_text(text)
-        merge("demo", alphas, tmp_path / str(number), verify=False, progress=Told())
-    assert Told.messages == []
+        merge("demo", alphas, tmp_path / str(number), verify=False, progress=told)
+    assert told.messages == []
     beside.write_text(json.dumps({"base_model": "/models/a", "base_model_identity": "0"}))
-    merge("demo", alphas, tmp_path / "out", verify=False, progress=Told())
-    assert Told.messages == [f"Warning: {alphas} was made for another model, /models/a."]
+    merge("demo", alphas, tmp_path / "out", verify=False, progress=told)
+    assert told.messages == [f"Warning: {alphas} was made for another model, /models/a."]
 
 
 def test_the_alphas_of_a_saved_model_without_its_other_options_are_said_to_make_another(tmp_path):
-    class Told(Silent):
-        def message(self, text):
-            told.append(text)
-
     base = tiny.make_checkpoint(tmp_path / "base", "qwen2")
     checkpoint, options = Checkpoint(base), {"norms": "fold", "biases": "merge"}
     plan = tail_plan(checkpoint.n_layers, [0.7, 0.2], name="three", kind="found", **options)
@@ -71,11 +76,11 @@ def test_the_alphas_of_a_saved_model_without_its_other_options_are_said_to_make_
     for saved in (plan, own, dropped):
         save_merged(checkpoint, saved, tmp_path / saved.name, verify=False)
         for number in range(3):
-            told = []
+            told = Told()
             given = dict(list(options.items())[:number])
             out = tmp_path / f"{saved.name}-{number}"
-            merge(base, tmp_path / saved.name / "alphas.json", out, verify=False, progress=Told(), **given)
-            found.setdefault(saved.name, []).append([text.partition("alphas.json ")[2] for text in told])
+            merge(base, tmp_path / saved.name / "alphas.json", out, verify=False, progress=told, **given)
+            found.setdefault(saved.name, []).append([text.partition("alphas.json ")[2] for text in told.messages])
 
     def other(name, keys):
         beside = tmp_path / name / "merge_plan.json"
@@ -122,38 +127,162 @@ def test_options_beside_a_plan_file_are_those_that_it_leaves_open(tmp_path, alph
             merge("demo", file(plan), tmp_path / "out", **{option: other})
     (tmp_path / "a.txt").write_text("a text to fit on, " * 40)
     fit = {"refit": Refit("linear", ridge=0.1), "calibration": tmp_path / "a.txt"}
-    with pytest.raises(PlanError, match=r"--calibration is of a refit, which neither .*p\.json nor --refit asks for"):
+    with pytest.raises(PlanError, match="--calibration is of a refit, or of a block .*, but neither is asked for"):
         merge("demo", file(plan), tmp_path / "out", calibration=tmp_path / "a.txt")
     fitted = merge("demo", file(plan), tmp_path / "fitted", verify=False, **fit)
     record = tmp_path / "fitted" / "merge_plan.json"
     with pytest.raises(PlanError, match="its own refit, .*: leave out --refit"):
         merge("demo", record, tmp_path / "out", **fit)
-    with pytest.raises(PlanError, match="refit linear needs a plain text to fit on: give --calibration"):
+    with pytest.raises(PlanError, match="a refit, .*, needs a plain text: give --calibration"):
         merge("demo", record, tmp_path / "out")
 
-    class Told(Silent):
-        def message(self, text):
-            told.append(text)
-
-    told = []
-    again = merge("demo", record, tmp_path / "again", verify=False, calibration=tmp_path / "a.txt", progress=Told())
-    assert again["plan_id"] == fitted["plan_id"] and not told
+    told = Told()
+    again = merge("demo", record, tmp_path / "again", verify=False, calibration=tmp_path / "a.txt", progress=told)
+    assert again["plan_id"] == fitted["plan_id"] and not told.messages
     (tmp_path / "b.txt").write_text("another text to fit on, " * 40)
-    other = merge("demo", record, tmp_path / "other", verify=False, calibration=tmp_path / "b.txt", progress=Told())
+    other = merge("demo", record, tmp_path / "other", verify=False, calibration=tmp_path / "b.txt", progress=told)
     assert other["plan_id"] != fitted["plan_id"]
-    assert told == [f"Warning: {record} has a refit on other tokens than these of {tmp_path / 'b.txt'}."]
+    assert told.messages == [f"Warning: {record} has a refit on other tokens than these of {tmp_path / 'b.txt'}."]
+    assert not (tmp_path / "out").exists()
+
+
+SECTIONS = {
+    # fixed coefficients, by the published recurrence; dropping; a block that is given
+    "tail": (["merges=3", "ratio=0.25", "norms=fold"], tail_plan(21, [0.25] * 3, name="f", kind="fixed", norms="fold")),
+    "drop": (["merges=2", "ratio=1"], tail_plan(21, [1.0, 1.0], name="d", kind="fixed")),
+    "block": (
+        ["merges=2", "selection=block", "block=5", "survivor=after"],
+        MergePlan(21, (MergeStep(6, 5, 0.6225), MergeStep(7, 6, 0.6225)), name="b", kind="fixed", selection="block"),
+    ),
+}
+
+
+def section(*settings, text="demo"):
+    return load_config(None, [*(f"plan.{setting}" for setting in settings), f"calibration.text={text}"]).plan
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_plan_section_is_merged_as_it_says(tmp_path, name):
+    settings, plan = SECTIONS[name]
+    found = merge("demo", section(*settings), tmp_path / "out", verify=False)
+    assert found["plan_id"] == plan.plan_id(Checkpoint("demo").identity)
+
+
+def test_options_come_before_those_of_a_section_whose_refit_has_its_ridge_and_layers(tmp_path):
+    (tmp_path / "a.txt").write_text("a text to fit on, " * 40)
+    given = section(
+        "merges=2", "refit=outputs", "ridge=0.5", "refit_layers=1", "norms=fold", "selection=block", "block=4"
+    )
+    text = {"calibration": tmp_path / "a.txt", "verify": False}
+    found = merge("demo", given, tmp_path / "own", **text)
+    assert {**found["refit"], "calibration": ""} == {"method": "outputs", "ridge": 0.5, "layers": 1, "calibration": ""}
+    assert found["norms"] == "fold"
+    found = merge("demo", given, tmp_path / "other", norms="keep", refit=Refit("linear", ridge=0.1), **text)
+    assert (found["norms"], found["refit"]["method"], found["refit"]["layers"]) == ("keep", "linear", 0)
+    with pytest.raises(PlanError, match="needs a plain text: give --calibration"):
+        merge("demo", given, tmp_path / "none")
+
+
+@pytest.mark.parametrize("measure", ["cosine", "angular"])
+def test_a_block_is_chosen_by_the_distances_of_states_on_the_calibration_text(tmp_path, measure):
+    """Of whole transformers models, of layers before the last, whose outputs transformers normalises."""
+    folder = tiny.make_checkpoint(tmp_path / "base", "llama", num_hidden_layers=8)
+    (tmp_path / "a.txt").write_text("The cat sat on the mat. " * 30)
+    checkpoint, starts = Checkpoint(folder), [0, 1, 2, 3, 4]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    total = torch.zeros(len(starts), dtype=torch.float64)
+    for shard in encode_text((tmp_path / "a.txt").read_text(), checkpoint.tokenizer):
+        for group in shard.groups:
+            for ids in group.sequences:
+                with torch.no_grad():
+                    states = model(torch.tensor(ids)[None], output_hidden_states=True).hidden_states
+                for number, first in enumerate(starts):
+                    cosine = torch.cosine_similarity(states[first].double(), states[first + 2].double(), dim=-1)
+                    total[number] += (1 - cosine if measure == "cosine" else cosine.clamp(-1, 1).acos()).sum()
+    told = Told()
+    settings = ["merges=2", "ratio=1", "selection=block", f"block={measure}", f"starts={starts}"]
+    found = merge(
+        folder, section(*settings), tmp_path / "out", calibration=tmp_path / "a.txt", verify=False, progress=told
+    )
+    first = starts[int(total.argmin())]
+    assert sorted(step[1] for step in found["steps"]) == [first, first + 1]
+    assert told.messages == [f"Block to remove, chosen by {measure}: layers {first} to {first + 1}"]
+
+
+def test_a_similarity_run_gives_coefficients_and_blocks_and_is_warned_of(tmp_path):
+    run = RunDirectory.open(tmp_path / "run", {}, "similarity")
+    values = np.full((21, 21), 0.5)
+    np.fill_diagonal(values, 2.0)
+    values[18, 20] = values[20, 18] = 1.5
+    values[10, 12] = values[12, 10] = 1.9
+    names = {"subset": "a", "language": "en", "n_samples": 3, "measure": "npib", "embedding": "pca"}
+    pairs = [{"layer_i": i, "layer_j": j, "value": values[i, j]} for i in range(21) for j in range(21)]
+    run.append("similarity", [names | pair for pair in pairs])
+    run.write_manifest("complete", model={"path": "theirs", "identity": "0"})
+    told, by = Told(), [f"similarity_run={tmp_path / 'run'}"]
+    settings = ["merges=2", "selection=block", "block=similarity", "ratio=1", *by]
+    found = merge("demo", section(*settings), tmp_path / "block", verify=False, progress=told)
+    assert sorted(step[1] for step in found["steps"]) == [11, 12]  # between what leaves layers 10 and 12
+    assert told.messages == [
+        "Block to remove, chosen by similarity: layers 11 to 12",
+        f"Warning: {tmp_path / 'run'} is a similarity run of another model, theirs.",
+    ]
+    found = merge("demo", section("merges=1", "base=similarity", *by), tmp_path / "base", verify=False)
+    expected = pair_alphas([(19, 20)], "similarity", ratio=None, similarity=values)
+    assert [step[2] for step in found["steps"]] == expected
+
+
+def test_layers_of_other_attention_are_left_out_of_blocks_that_are_averaged(tmp_path):
+    folder = tiny.make_checkpoint(tmp_path / "base", "gemma2")
+    (tmp_path / "a.txt").write_text("The cat sat on the mat. " * 30)
+    text = {"calibration": tmp_path / "a.txt", "verify": False}
+    with pytest.raises(PlanError, match="in a row of this model have the same attention"):
+        merge(folder, section("merges=3", "selection=block"), tmp_path / "averaged", **text)
+    two = merge(folder, section("merges=2", "selection=block"), tmp_path / "two", **text)
+    assert sorted(step[1] for step in two["steps"]) == [3, 4]
+    assert merge(folder, section("merges=3", "ratio=1", "selection=block"), tmp_path / "dropped", **text)
+
+
+@pytest.mark.parametrize(
+    "settings, text, said",
+    [
+        (["merges=4", "selection=block"], None, "choice of the block by distances, needs a plain text: give --calib"),
+        (
+            ["merges=4", "selection=block", "block=loss"],
+            "demo",
+            "plan.block is loss, which only a run's workers can do",
+        ),
+        (
+            ["merges=4", "selection=block", "block=search"],
+            "demo",
+            "set plan.block to a layer's number, similarity, cos",
+        ),
+        (["merges=4"], "demo", "--calibration is of a refit, or of a block chosen by .*, but neither is asked for"),
+        (["merges=21"], None, "cannot merge 21 layers of a model that has 21"),
+        (
+            ["merges=4", "base=file", "alpha_file={}"],
+            None,
+            "three has 3 steps and is not a tail merge of plan.merges = 4",
+        ),
+        (["merges=4", "selection=block", "alignment=rows"], "demo", "alignment rows"),
+    ],
+)
+def test_sections_that_a_merge_cannot_carry_out_are_refused_before_anything_is_measured(
+    tmp_path, alphas, monkeypatch, settings, text, said
+):
+    monkeypatch.setattr(raymerge.plan_source, "state_distances", lambda *_: pytest.fail("measured"))
+    base = "demo" if "alignment=rows" not in settings else tiny.make_checkpoint(tmp_path / "base", "mixtral")
+    settings = [setting.format(alphas) for setting in settings]
+    with pytest.raises(UserError, match=said):
+        merge(base, section(*settings), tmp_path / "out", calibration=text)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_file_of_another_base_is_said_to_be_so(tmp_path, alphas):
-    class Told(Silent):
-        def message(self, text):
-            told.append(text)
-
-    told, plan = [], read_alpha_file(alphas, Checkpoint("demo").n_layers)
+    told, plan = Told(), read_alpha_file(alphas, Checkpoint("demo").n_layers)
     (tmp_path / "p.json").write_text(plan_file_text(plan, "theirs", "0123456789abcdef"))
-    merge("demo", tmp_path / "p.json", tmp_path / "out", verify=False, progress=Told())
-    assert told == [f"Warning: {tmp_path / 'p.json'} was made for another model, theirs."]
+    merge("demo", tmp_path / "p.json", tmp_path / "out", verify=False, progress=told)
+    assert told.messages == [f"Warning: {tmp_path / 'p.json'} was made for another model, theirs."]
 
 
 def test_a_refit_of_other_layers_or_another_ridge_is_said_to_be_another_merge(tmp_path, alphas):

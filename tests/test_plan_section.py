@@ -160,7 +160,7 @@ def test_of_a_similarity_run_the_matrix_and_influence_that_are_named_are_read(tm
     run.write_manifest("complete")
     for (subset, language), value in number.items():
         named = [f"similarity_subset={subset}", f"similarity_language={language}"]
-        found = similarity_of(plan_config(f"similarity_run={tmp_path / 'run'}", *named), 2)
+        found = similarity_of(plan_config(f"similarity_run={tmp_path / 'run'}", *named).plan, 2)
         assert found.matrix.tolist() == [[value, value - 1], [value + 1, value]]
         assert found.block_influence.tolist() == [value / 8, value / 8 + 1]
-    assert similarity_of(plan_config(), 2) is None
+    assert similarity_of(plan_config().plan, 2) is None

@@ -156,7 +156,7 @@ def test_the_most_similar_layers_are_merged_with_similarity_collected_anew(run, 
     normalised = matrix / np.sqrt(np.outer(np.diag(matrix), np.diag(matrix)))
     first = int(np.nanargmax(np.diag(normalised, 1)))
     assert steps[0] == (first, first + 1)
-    once = starting_plan(settings.plan, N_LAYERS, similarity_of(settings, N_LAYERS))
+    once = starting_plan(settings.plan, N_LAYERS, similarity_of(settings.plan, N_LAYERS))
     assert (once.steps[0].into, once.steps[0].remove) == steps[0]
 
 
@@ -328,7 +328,7 @@ def test_a_similarity_that_is_noise_or_of_another_model_is_said_to_be(tmp_path):
 
     def warnings(subset, identity, *more):
         options = [f"plan.similarity_run={path}", f"plan.similarity_subset={subset}", *more]
-        return similarity_warnings(load_config(None, options), identity)
+        return similarity_warnings(load_config(None, options).plan, identity)
 
     assert warnings("fine", "a") == []
     (said,) = warnings("noise", "a")
@@ -340,4 +340,4 @@ def test_a_similarity_that_is_noise_or_of_another_model_is_said_to_be(tmp_path):
     imported = RunDirectory.open(tmp_path / "imported", {}, "similarity")  # of which no model is known
     imported.write_manifest("complete")
     assert warnings("fine", "b", f"plan.similarity_run={tmp_path / 'imported'}") == []
-    assert similarity_warnings(load_config(), "a") == []
+    assert similarity_warnings(load_config().plan, "a") == []

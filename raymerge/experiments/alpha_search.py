@@ -114,7 +114,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     with step(progress, "reading model and questions"):
         inputs = read_inputs(config, (*asked, *([CALIBRATION] if calibrates else [])))
     n_layers = inputs.checkpoint.n_layers
-    similarity = similarity_of(config, n_layers)
+    similarity = similarity_of(config.plan, n_layers)
     # With plan.recompute and plan.block the merges may come from the model; these show what can be refused.
     by_block = config.plan.selection == "block"
     first = allowed_starts(config.plan, n_layers, config.plan.merges, inputs.checkpoint)[0] if by_block else None
@@ -126,7 +126,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     run = open_run(config, "search", settings, inputs, progress, **held)
     if run.complete:
         return run
-    for warning in similarity_warnings(config, inputs.checkpoint.identity):
+    for warning in similarity_warnings(config.plan, inputs.checkpoint.identity):
         progress.message(f"Warning: {warning}.")
     with runtime(config, progress), swept_cache(config, run) as cache:
         if config.plan.recompute:
@@ -283,7 +283,7 @@ class _Search:
                 "proof": proof,
             },
             figures=figures,
-            warnings=similarity_warnings(self.config, self.identity),
+            warnings=similarity_warnings(self.config.plan, self.identity),
             **model_facts(self.config, self.inputs),
             **self.facts,
         )

@@ -89,7 +89,7 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     RunDirectory.check(config.output.run, settings, "sweep")
     with step(progress, "reading model and questions"):
         inputs = read_inputs(config, (*roles, *([CALIBRATION] if calibrates else [])))
-    similarity = similarity_of(config, inputs.checkpoint.n_layers)
+    similarity = similarity_of(config.plan, inputs.checkpoint.n_layers)
     # The blocks may be chosen by the model; the first ones allowed show what can be refused.
     blocks = {merges: starts[0] for merges, starts in _starts(config, inputs).items()}
     points = _points(config, inputs, similarity, blocks)
@@ -98,7 +98,7 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     run = open_run(config, "sweep", settings, inputs, progress, **held)
     if run.complete:
         return run
-    for warning in similarity_warnings(config, inputs.checkpoint.identity):
+    for warning in similarity_warnings(config.plan, inputs.checkpoint.identity):
         progress.message(f"Warning: {warning}.")
     with runtime(config, progress), swept_cache(config, run) as cache:
         if blocks:
@@ -313,7 +313,7 @@ class _Sweep:
             seeds={"data": self.config.data.seed},
             workers=workers,
             figures=figures,
-            warnings=similarity_warnings(self.config, self.identity),
+            warnings=similarity_warnings(self.config.plan, self.identity),
             **model_facts(self.config, self.inputs),
         )
         return self.run

@@ -11,7 +11,7 @@ from raymerge.experiments.common import Inputs, counted, describe_workers, open_
 from raymerge.heuristics import best_block, block_scores, most_similar_pair, pair_alphas, similar_block_scores
 from raymerge.inputs import CALIBRATION, SUBSETS
 from raymerge.plan import MergePlan, PlanError, drop_block_plan, pairs_plan
-from raymerge.plan_section import Similarity, allowed_starts, named_plan, options_of
+from raymerge.plan_section import Similarity, allowed_starts, block_name, named_plan, options_of
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress
 from raymerge.tables import RunDirectory
@@ -57,8 +57,7 @@ def choose_blocks(
     for (name, count), values in scores.items():
         if name == chosen_by:
             chosen[count] = starts[count][0] if name == "given" else best_block(values, starts[count])
-            last = chosen[count] + count - 1
-            which = f"layer {last}" if count == 1 else f"layers {chosen[count]} to {last}"
+            which = block_name(chosen[count], count)
             progress.message(f"Block of {count} to remove, chosen by {name}: {which}")
         table += [
             {

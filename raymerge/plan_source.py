@@ -1,0 +1,170 @@
+"""The plan to merge by, from what names it: a plan file, an alpha file, or the plan section of a configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from raymerge.activations import state_distances
+from raymerge.checkpoint import Checkpoint
+from raymerge.config import PlanConfig
+from raymerge.forward import LayerRunner
+from raymerge.fusion import check_mergeable
+from raymerge.heuristics import best_block, block_scores, similar_block_scores
+from raymerge.plan import REFITS_BEYOND, MergePlan, PlanError, Refit
+from raymerge.plan_files import read_plan
+from raymerge.plan_section import (
+    Similarity,
+    allowed_starts,
+    block_name,
+    check_selected,
+    similarity_of,
+    similarity_warnings,
+    starting_plan,
+)
+from raymerge.progress import Progress, step
+from raymerge.prompts import Shard
+from raymerge.refit import check_refittable
+
+RECORD_FILE = "merge_plan.json"  # beside a saved model, the plan that it was merged by
+MEASURED = ("cosine", "angular")  # values of plan.block that a merge measures itself
+
+
+def plan_to_merge(
+    source: str | Path | PlanConfig,
+    checkpoint: Checkpoint,
+    given: dict[str, Any],
+    shards: Callable[[], Sequence[Shard]],
+    told: Progress,
+) -> MergePlan:
+    """The plan that `source` names, with the options given beside it; `told` is what speaks against it.
+
+    given: fields of a MergePlan, which a plan file must leave open. shards: the calibration's, asked for only where a
+    block is chosen on them. Raises PlanError, RefitError, ConfigError (what a section names cannot be read), and what
+    `shards` raises.
+    """
+    if isinstance(source, PlanConfig):
+        plan, warnings = _of_section(source, checkpoint, given, shards, told)
+    else:
+        path = Path(source).expanduser()
+        plan, about = _of_file(path, checkpoint.n_layers, given)
+        warning = _unlike_record(path, about, checkpoint, plan)
+        warnings = [] if warning is None else [f"{path} {warning}"]
+    _check(checkpoint, plan)
+    for warning in warnings:
+        told.message(f"Warning: {warning}.")
+    return plan
+
+
+def _check(checkpoint: Checkpoint, plan: MergePlan) -> None:
+    check_mergeable(checkpoint, plan)
+    if plan.refit is not None:
+        check_refittable(checkpoint, plan)
+
+
+def _of_section(
+    section: PlanConfig,
+    checkpoint: Checkpoint,
+    given: dict[str, Any],
+    shards: Callable[[], Sequence[Shard]],
+    told: Progress,
+) -> tuple[MergePlan, list[str]]:
+    """The plan of a section, and what speaks against it."""
+    by_block = section.selection == "block"
+    if section.recompute or (by_block and section.block in ("loss", "search")):
+        key = "recompute" if section.recompute else "block"
+        other = "false" if section.recompute else f"a layer's number, similarity, {' or '.join(MEASURED)}"
+        raise PlanError(
+            f"plan.{key} is {str(getattr(section, key)).lower()}, which only a run's workers can do: set plan.{key} to "
+            f"{other}, or search or sweep, and then merge by RUN/plans/NAME.json"
+        )
+    similarity = similarity_of(section, checkpoint.n_layers)
+    if section.refit != "none":
+        layers = section.refit_layers if section.refit in REFITS_BEYOND else 0
+        given = {"refit": Refit(section.refit, ridge=section.ridge, layers=layers)} | given
+
+    def from_layer(first: int | None) -> MergePlan:
+        return replace(starting_plan(section, checkpoint.n_layers, similarity, first), **given)
+
+    first = _first_of_block(section, checkpoint, similarity, from_layer, shards, told) if by_block else None
+    plan = from_layer(first)
+    check_selected(section, plan)
+    return plan, similarity_warnings(section, checkpoint.identity)
+
+
+def _first_of_block(
+    section: PlanConfig,
+    checkpoint: Checkpoint,
+    similarity: Similarity | None,
+    from_layer: Callable[[int], MergePlan],
+    shards: Callable[[], Sequence[Shard]],
+    told: Progress,
+) -> int:
+    averages = section.base != "fixed" or section.ratio < 1
+    starts = allowed_starts(section, checkpoint.n_layers, section.merges, checkpoint if averages else None)
+    if isinstance(section.block, int):
+        return starts[0]
+    if section.block == "similarity":
+        scores = similar_block_scores(similarity.matrix, section.merges)
+    else:
+        _check(checkpoint, from_layer(starts[0]))  # what can be refused is before what takes minutes
+        text = shards()
+        with step(told, f"{section.block} distances between layers on the calibration text"):
+            runner = LayerRunner(checkpoint)
+            parts = [state_distances(runner, shard) for shard in text]
+        distances = sum(part[MEASURED.index(section.block)] for part in parts) / sum(tokens for _, _, tokens in parts)
+        scores = block_scores(distances, section.merges)
+    first = best_block(scores, starts)
+    told.message(f"Block to remove, chosen by {section.block}: {block_name(first, section.merges)}")
+    return first
+
+
+def _of_file(path: Path, n_layers: int, given: dict[str, Any]) -> tuple[MergePlan, dict[str, Any] | None]:
+    """The plan of a file with the options given beside it, and what `read_plan` has read. Raises PlanError."""
+    plan, record = read_plan(path, n_layers)
+    for key, value in given.items():
+        own = getattr(plan, key)
+        if record is not None and own not in (None, value):
+            raise PlanError(f"{path} has a plan with its own {key}, {own}: leave out --{key}")
+    return replace(plan, **given), record
+
+
+def _unlike_record(path: Path, about: dict[str, Any] | None, checkpoint: Checkpoint, plan: MergePlan) -> str | None:
+    """What a plan file, or the record beside an alpha file, says against merging by it: it is of another model, or of
+    the alpha file's steps with other options, which alone make another model than the one that was measured."""
+    beside = path.parent / RECORD_FILE
+    try:
+        record = about or json.loads(beside.read_text(encoding="utf-8"))
+        model, identity = str(record["base_model"]), record["base_model_identity"]
+    except (OSError, ValueError, KeyError, TypeError):  # alone, or beside something else of that name
+        return None
+    if identity != checkpoint.identity:
+        return f"was made for another model, {model}"
+    if about is not None:
+        return None
+    try:
+        recorded, _ = read_plan(beside, checkpoint.n_layers)
+    except PlanError:
+        return None
+    if recorded.steps != plan.steps:
+        return None
+    averages = not all(kept.unchanged for kept in recorded.kept)  # else only a refit makes a difference
+    biased = any(name.endswith(".bias") for name in checkpoint.layer_tensors(0))
+    matter = {"alignment": averages, "norms": averages, "biases": averages and biased, "matrix_alphas": True}
+    differing = [key for key, does in matter.items() if does and getattr(recorded, key) != getattr(plan, key)]
+    if _of_any_text(recorded.refit) != _of_any_text(plan.refit):
+        differing.append("refit")
+    if not differing:
+        return None
+    return (
+        f"has the steps of {beside}, a merge with other {', '.join(differing)}: this is another model; --plan {beside} "
+        "makes that one again"
+    )
+
+
+def _of_any_text(refit: Refit | None) -> Refit | None:
+    """A refit but for the tokens: its text may lie elsewhere now."""
+    return None if refit is None else replace(refit, calibration="")
