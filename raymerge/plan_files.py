@@ -69,6 +69,13 @@ def read_plan(path: str | Path, n_layers: int) -> tuple[MergePlan, dict[str, Any
     return plan, found
 
 
+def made_for_another(about: dict[str, Any], identity: str) -> str | None:
+    """That what a plan file says beside the plan names another base than the model of this identity, if it does."""
+    if about.get("base_model_identity", identity) == identity:
+        return None
+    return f"was made for another model, {about.get('base_model', 'whose name it does not say')}"
+
+
 def _plan_of(found: dict[str, Any], name: str, n_layers: int) -> MergePlan:
     options: dict[str, Any] = {"name": name, "kind": "file"}
     for key in _TEXTS:

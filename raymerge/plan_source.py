@@ -15,7 +15,7 @@ from raymerge.forward import LayerRunner
 from raymerge.fusion import check_mergeable
 from raymerge.heuristics import best_block, block_scores, similar_block_scores
 from raymerge.plan import REFITS_BEYOND, MergePlan, PlanError, Refit
-from raymerge.plan_files import read_plan
+from raymerge.plan_files import made_for_another, read_plan
 from raymerge.plan_section import (
     Similarity,
     allowed_starts,
@@ -138,11 +138,11 @@ def _unlike_record(path: Path, about: dict[str, Any] | None, checkpoint: Checkpo
     beside = path.parent / RECORD_FILE
     try:
         record = about or json.loads(beside.read_text(encoding="utf-8"))
-        model, identity = str(record["base_model"]), record["base_model_identity"]
-    except (OSError, ValueError, KeyError, TypeError):  # alone, or beside something else of that name
+        another = made_for_another(record, checkpoint.identity)
+    except (OSError, ValueError, AttributeError):  # alone, or beside something else of that name
         return None
-    if identity != checkpoint.identity:
-        return f"was made for another model, {model}"
+    if another is not None:
+        return another
     if about is not None:
         return None
     try:

@@ -137,6 +137,25 @@ def test_a_plan_with_alphas_of_single_matrices_stands_in_a_sweep_as_it_is_merged
     assert (done["plan_id"], rows["drop"]["plan_id"]) in compared
 
 
+def test_plan_files_of_another_base_are_said_to_be_so_at_the_start_and_in_the_manifest(local_pools, tmp_path):
+    """The files may be gone when the manifest is written, hours later."""
+
+    class Told(Silent):
+        def message(self, text):
+            told.append(text)
+            (tmp_path / "other.json").unlink(missing_ok=True)
+
+    told, plan = [], tail_plan(N_LAYERS, [0.7], name="other", kind="found")
+    (tmp_path / "other.json").write_text(plan_file_text(plan, "theirs", "0123456789abcdef"))
+    (tmp_path / "own.json").write_text(plan_file_text(plan, "demo", Checkpoint("demo").identity))
+    files = [f"sweep.alpha_files.{name}={tmp_path / name}.json" for name in ("other", "own")]
+    settings = ["sweep.methods=[file]", "sweep.merges=[1]", *files, "sweep.context=false", "sweep.speed_tokens=0"]
+    run = sweep(config(tmp_path / "sweep", *settings), command=["test"], progress=Told())
+    warning = f"{tmp_path / 'other.json'} was made for another model, theirs"
+    assert f"Warning: {warning}." in told
+    assert run.manifest()["warnings"] == [warning]
+
+
 def test_an_interrupted_sweep_goes_on_where_it_stopped(run, local_pools, tmp_path, monkeypatch):
     settings = config(tmp_path / "cut", "sweep.alignments=[none]", "sweep.norms=[keep]", "sweep.context=false")
     reporting = experiments.compression_sweep.Reporter

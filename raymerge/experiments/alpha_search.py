@@ -126,7 +126,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     run = open_run(config, "search", settings, inputs, progress, **held)
     if run.complete:
         return run
-    for warning in similarity_warnings(config.plan, inputs.checkpoint.identity):
+    for warning in (warnings := similarity_warnings(config.plan, inputs.checkpoint.identity)):
         progress.message(f"Warning: {warning}.")
     with runtime(config, progress), swept_cache(config, run) as cache:
         if config.plan.recompute:
@@ -137,7 +137,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
             first = choose_blocks(config, n_layers, [merges], run, cache, similarity, progress, **options)[merges]
             start = starting_plan(config.plan, n_layers, similarity, first)
             _check(config, inputs, start, probes)
-        return _Search(config, inputs, run, cache, start, similarity, progress, command).execute(probes)
+        return _Search(config, inputs, run, cache, start, similarity, progress, command, warnings).execute(probes)
 
 
 def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[MergePlan]) -> None:
@@ -198,9 +198,11 @@ class _Search:
         similarity: Similarity | None,
         progress: Progress,
         command: Sequence[str] | None,
+        warnings: Sequence[str] = (),
     ):
         self.config, self.inputs, self.run, self.cache = config, inputs, run, cache
         self.start, self.similarity, self.progress, self.command = start, similarity, progress, command
+        self.warnings = list(warnings)
         self.identity = inputs.checkpoint.identity
         self.reporter = Reporter(config, inputs, run)
         # Whatever its coefficients turn out to be, a candidate changes nothing before its first merged layer.
@@ -283,7 +285,7 @@ class _Search:
                 "proof": proof,
             },
             figures=figures,
-            warnings=similarity_warnings(self.config.plan, self.identity),
+            warnings=self.warnings,
             **model_facts(self.config, self.inputs),
             **self.facts,
         )

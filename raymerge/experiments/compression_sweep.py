@@ -46,7 +46,7 @@ from raymerge.plan import (
     pairs_plan,
     tail_pairs,
 )
-from raymerge.plan_files import read_plan
+from raymerge.plan_files import made_for_another, read_plan
 from raymerge.plan_section import Similarity, allowed_starts, options_of, similarity_of, similarity_warnings
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
@@ -98,7 +98,7 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     run = open_run(config, "sweep", settings, inputs, progress, **held)
     if run.complete:
         return run
-    for warning in similarity_warnings(config.plan, inputs.checkpoint.identity):
+    for warning in (warnings := _warnings(config, inputs.checkpoint)):
         progress.message(f"Warning: {warning}.")
     with runtime(config, progress), swept_cache(config, run) as cache:
         if blocks:
@@ -107,7 +107,17 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
                 config, n_layers, list(blocks), run, cache, similarity, progress, checkpoint=averaged
             )
             points = _points(config, inputs, similarity, blocks)
-        return _Sweep(config, inputs, run, cache, points, progress, command).execute()
+        return _Sweep(config, inputs, run, cache, points, progress, command, warnings).execute()
+
+
+def _warnings(config: Config, checkpoint: Checkpoint) -> list[str]:
+    """What speaks against the similarity run and the plan files that points come from."""
+    found = similarity_warnings(config.plan, checkpoint.identity)
+    for path in config.sweep.alpha_files.values():
+        _, about = read_plan(path, checkpoint.n_layers)
+        if about is not None and (other := made_for_another(about, checkpoint.identity)) is not None:
+            found.append(f"{path} {other}")
+    return found
 
 
 def _starts(config: Config, inputs: Inputs) -> dict[int, list[int]]:
@@ -277,9 +287,10 @@ class _Sweep:
         points: list[Point],
         progress: Progress,
         command: Sequence[str] | None,
+        warnings: Sequence[str] = (),
     ):
         self.config, self.inputs, self.run, self.cache, self.points = config, inputs, run, cache, points
-        self.progress, self.command = progress, command
+        self.progress, self.command, self.warnings = progress, command, list(warnings)
         self.identity = inputs.checkpoint.identity
         self.plans = list({point.plan.plan_id(self.identity): point.plan for point in points}.values())
         # The last K layers' plans start at the deepest states; so does the unmerged model. Blocks start at their own.
@@ -313,7 +324,7 @@ class _Sweep:
             seeds={"data": self.config.data.seed},
             workers=workers,
             figures=figures,
-            warnings=similarity_warnings(self.config.plan, self.identity),
+            warnings=self.warnings,
             **model_facts(self.config, self.inputs),
         )
         return self.run
