@@ -145,14 +145,20 @@ def usable_distances(checkpoint: Checkpoint, distances: Sequence[int]) -> tuple[
     """Those of the distances that the model can be asked about.
 
     Left out are prompts longer than max_position_embeddings and, where every layer has an attention window, distances
-    beyond the widest one: only by way of other tokens could they be bridged.
+    beyond the widest one: only by way of other tokens could they be bridged. Raises ContextError where none is left.
     """
-    positions = (
-        checkpoint.config.max_position_embeddings - (_LINE * _LEAD_LINES + 2) - 2
-    )  # two: what a prompt begins with
-    windows = checkpoint.windows
-    limit = positions if None in windows else min(positions, max(windows))
-    return tuple(distance for distance in distances if distance <= limit)
+    # Two: what a prompt begins with.
+    limit = checkpoint.config.max_position_embeddings - (_LINE * _LEAD_LINES + 2) - 2
+    if None not in checkpoint.windows:
+        limit = min(limit, max(checkpoint.windows))
+    usable = tuple(distance for distance in distances if distance <= limit)
+    if not usable:
+        shorter = f"give shorter ones (from {_SHORTEST} on), or " if limit >= _SHORTEST else ""
+        raise ContextError(
+            f"sweep.distances {list(distances)} are all too long for this model, whose prompts of key-value retrieval "
+            f"could reach {max(0, limit)} tokens back: {shorter}set sweep.context: false"
+        )
+    return usable
 
 
 def retrieval_prompts(
@@ -182,7 +188,8 @@ def retrieval_prompts(
             f"a distance of {dearest} tokens needs {needed} different words of one token, but this tokenizer has "
             f"{len(words)}: ask for distances of at most {room}"
             if room >= _SHORTEST
-            else f"this tokenizer has {len(words)} words of one token that stand alone: too few for retrieval prompts"
+            else f"this tokenizer has {len(words)} words of one token that stand alone: too few for retrieval prompts; "
+            "set sweep.context: false"
         )
     shards, options, answers = [], [], []
     for distance in distances:

@@ -295,6 +295,11 @@ def test_distances_that_a_model_cannot_bridge_are_left_out(tmp_path):
     assert usable("window", "mistral_window", sliding_window=64) == (16, 64)
     assert usable("narrow", "mistral_window", sliding_window=63) == (16,)
     assert usable("mixed", "qwen2_windows") == asked  # two of its layers see everything
+    said = r"\[16, 64, 128, 256\] are all too long .* could reach 15 tokens back: set sweep.context: false"
+    with pytest.raises(ContextError, match=said):
+        usable("none", "llama", max_position_embeddings=47)
+    with pytest.raises(ContextError, match=r"\[64\] .* 63 tokens back: give shorter ones \(from 16 on\), or set sweep"):
+        usable_distances(Checkpoint(str(tmp_path / "narrow")), (64,))
 
 
 # -- retrieval -------------------------------------------------------------------------------------------------------

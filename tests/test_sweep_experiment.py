@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+import tiny
 
 from raymerge import experiments, plan_section, summary
 from raymerge.alpha_files import alpha_file_text
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError
 from raymerge.config_file import load_config
+from raymerge.context import ContextError
 from raymerge.experiments import evaluate, import_similarity, planning, sweep
 from raymerge.merging import merge
 from raymerge.plan import PlanError, block_plan, drop_block_plan, tail_plan
@@ -135,6 +137,14 @@ def test_a_plan_with_alphas_of_single_matrices_stands_in_a_sweep_as_it_is_merged
     np.testing.assert_allclose(*found, atol=1e-4)
     compared = [(row["plan_a"], row["plan_b"]) for row in run.read("comparisons").to_pylist()]
     assert (done["plan_id"], rows["drop"]["plan_id"]) in compared
+
+
+def test_retrieval_that_no_prompt_has_room_for_is_refused_before_the_run_is_made(tmp_path):
+    base = tiny.make_checkpoint(tmp_path / "base", "llama", max_position_embeddings=40)
+    settings = [f"model.path={base}", "data.mmlu=null", "sweep.methods=[drop]", "sweep.merges=[1]"]
+    with pytest.raises(ContextError, match="set sweep.context: false"):
+        sweep(config(tmp_path / "sweep", *settings))
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_plan_files_of_another_base_are_said_to_be_so_at_the_start_and_in_the_manifest(local_pools, tmp_path):

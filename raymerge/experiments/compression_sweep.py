@@ -11,6 +11,7 @@ import numpy as np
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import BLOCK_METHODS, Config, ConfigError, PlanConfig
 from raymerge.config_file import check_config
+from raymerge.context import usable_distances
 from raymerge.experiments.common import (
     Inputs,
     align,
@@ -89,6 +90,8 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     RunDirectory.check(config.output.run, settings, "sweep")
     with step(progress, "reading model and questions"):
         inputs = read_inputs(config, (*roles, *([CALIBRATION] if calibrates else [])))
+    if config.sweep.context:
+        usable_distances(inputs.checkpoint, config.sweep.distances)
     similarity = similarity_of(config.plan, inputs.checkpoint.n_layers)
     # The blocks may be chosen by the model; the first ones allowed show what can be refused.
     blocks = {merges: starts[0] for merges, starts in _starts(config, inputs).items()}
