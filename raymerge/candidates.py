@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -69,6 +69,9 @@ class CandidateScorer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a CandidateScorer holds an opened model and cannot be copied: make one in each process")
+
     def close(self) -> None:
         """Let go of the model, and delete the states unless they are in output.cache."""
         self._worker = None
@@ -76,7 +79,10 @@ class CandidateScorer:
 
     def candidate(self, alphas: Sequence[float], name: str = "candidate") -> MergePlan:
         """The merges with alphas (K,) in the order of `plan.steps`. Raises PlanError."""
-        alphas = np.asarray(alphas, dtype=np.float64)
+        try:
+            alphas = np.asarray(alphas, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"alphas are {alphas!r:.200}, but those of a candidate are numbers: {error}") from error
         if alphas.ndim != 1:
             raise PlanError(
                 f"alphas have the shape {alphas.shape}, but those of a candidate have ({len(self.plan.steps)},)"

@@ -1,6 +1,7 @@
 """Candidates scored in this process: against transformers' whole models, slopes, and what a search stores."""
 
 import json
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -218,10 +219,15 @@ def test_wrong_vectors_are_refused(opened):
         ([[0.5, 0.5]], "2 alphas are given for a plan of 3 steps"),
         ([[0.5, 0.5, 1.5]], r"alpha is 1.5, but it must lie in \[0, 1\]"),
         ([[0.5, 0.5, float("nan")]], "alpha is nan"),
+        ([[0.5, [0.5, 0.5], 0.5]], r"alphas are \[0\.5, \[0\.5, 0\.5\], 0\.5\], but those of a candidate are numbers"),
+        (["half"], "alphas are 'half'"),
+        ([[0.5, None, {}]], "alphas are .*None"),
     ):
         with pytest.raises(PlanError, match=message):
             opened.score(vectors)
     assert opened.score([]) == []
+    with pytest.raises(TypeError, match="make one in each process"):
+        pickle.dumps(opened)
     with pytest.raises(ConfigError, match="not the str 'demo.yaml'"):
         CandidateScorer("demo.yaml")
 
