@@ -1254,6 +1254,26 @@ def test_one_search_with_several_seeds_is_told_with_how_far_its_coefficients_dif
     assert [s.title for s in page.sections[:2]] == ["The runs, side by side", section.title]
 
 
+def test_seeds_whose_matrices_have_coefficients_of_their_own_are_compared_matrix_by_matrix(tmp_path):
+    """By the mean over the matrices two plans that share no matrix's coefficients were the same."""
+    runs = [search_run(tmp_path / f"s{seed}", seed=seed, alphas=(0.5, 0.5, 0.5)) for seed in range(2)]
+    matrices = ("mlp.up_proj", "self_attn.q_proj")
+    for run, weights in zip(runs, ([0.25, 0.75], [0.75, 0.35]), strict=True):
+        rows = run.read("coefficients").drop_columns("run_id").to_pylist()
+        best = Reached(run).best["plan_id"]
+        merged = [row for row in rows if row["plan_id"] == best and row["kept_layer"] == 2]
+        own = [
+            row | {"matrix": matrix, "coefficient": {2: first, 3: 1 - first}.get(row["source_layer"], 0.0)}
+            for matrix, first in zip(matrices, weights, strict=True)
+            for row in merged
+        ]
+        run.replace("coefficients", rows + own)
+    (section,) = seeds.seeds([*map(Reached, runs)])
+    assert section.blocks[1].text.startswith("On average the coefficients of two seeds differ in 45 % of")
+    assert "the mean over matrices" in section.blocks[1].text
+    assert section.blocks[2].caption.endswith("Where matrices have coefficients of their own, their mean is drawn.")
+
+
 def test_searches_that_differ_in_more_than_the_seed_are_not_one(tmp_path, search):
     def sections(*others):
         return seeds.seeds([Reached(search), *map(Reached, others)])

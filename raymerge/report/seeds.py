@@ -89,10 +89,11 @@ def _trials(one: Reached) -> list[dict[str, Any]]:
 def _difference(group: Sequence[Reached]) -> str:
     """How far the seeds' coefficients lie from each other, beside how far random ones do."""
     found = [_coefficients(one) for one in group]
-    apart = fmean(_distance(a, b) for a, b in itertools.combinations(found, 2))
+    apart = fmean(_apart(a, b) for a, b in itertools.combinations(found, 2))
+    of = "coefficients, the mean over matrices" if any(map(_own, found)) else "coefficients"
     said = (
         f"On average the coefficients of two seeds differ in {percent(apart, 0)} of the merged layer's weight (total "
-        "variation of the effective coefficients)"
+        f"variation of the effective {of})"
     )
     # Within a run, since seeds share no random candidates but those of a start.
     drawn = [_random(one) for one in group]
@@ -113,10 +114,29 @@ def _layers(one: Reached) -> int:
 Weights = dict[tuple[int, int], float]  # (kept layer, original layer) -> effective coefficient, of merged layers
 
 
-def _coefficients(one: Reached) -> Weights:
-    rows = one.run.read("coefficients").to_pylist()
-    rows = [row for row in rows if row["plan_id"] == one.best["plan_id"] and row["matrix"] is None]
-    return {(row["kept_layer"], row["source_layer"]): row["coefficient"] for row in rows}
+def _coefficients(one: Reached) -> dict[str | None, Weights]:
+    """The best plan's, by the matrix that has its own; of None those of all others."""
+    own: dict[str | None, Weights] = {None: {}}
+    for row in one.run.read("coefficients").to_pylist():
+        if row["plan_id"] == one.best["plan_id"]:
+            own.setdefault(row["matrix"], {})[row["kept_layer"], row["source_layer"]] = row["coefficient"]
+    # A matrix has rows of the merged layers alone; in all others it is the layer's.
+    merged = {matrix: {kept for kept, _ in weights} for matrix, weights in own.items()}
+    return {
+        matrix: {key: weight for key, weight in own[None].items() if key[0] not in merged[matrix]} | weights
+        for matrix, weights in own.items()
+    }
+
+
+def _own(coefficients: dict[str | None, Weights]) -> bool:
+    """Whether matrices have coefficients of their own."""
+    return len(coefficients) > 1
+
+
+def _apart(a: dict[str | None, Weights], b: dict[str | None, Weights]) -> float:
+    """The distance of two plans, the mean over the matrices that have coefficients of their own in either."""
+    matrices = ({*a, *b} - {None}) or {None}
+    return fmean(_distance(a.get(matrix, a[None]), b.get(matrix, b[None])) for matrix in matrices)
 
 
 def _random(one: Reached) -> list[Weights]:
@@ -148,7 +168,9 @@ def _distance(a: Weights, b: Weights) -> float:
 
 
 def _figure(group: Sequence[Reached]) -> Figure:
-    found = [_coefficients(one) for one in group]
+    by_matrix = [_coefficients(one) for one in group]
+    found = [own[None] for own in by_matrix]
+    of = " Where matrices have coefficients of their own, their mean is drawn." if any(map(_own, by_matrix)) else ""
     layers = range(_layers(group[0]))
     shown = [layer for layer in layers if any(own.get((layer, layer)) != 1.0 for own in found)]
     rows = []
@@ -169,7 +191,7 @@ def _figure(group: Sequence[Reached]) -> Figure:
     return Figure(
         "Effective coefficients by seed",
         "The share of every original layer in the merged layer. Layers that no seed merges are not shown. Where these "
-        "agree alphas may still differ: a step counts for little where a later one leaves little of its result.",
+        "agree alphas may still differ: a step counts for little where a later one leaves little of its result." + of,
         (figures.weight_cells(rows, told),),
         Rows.of(rows, tuple(source for one in group for source in sources(one.run, "coefficients"))),
         "; ".join(command_of(one.run) for one in group),
