@@ -59,6 +59,7 @@ from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 from raymerge.trunk import TrunkCache, compute_trunks
 from raymerge.worker_memory import SCORERS_HELD, refuse_oversized
 
+CODE = code_identity()  # of what is imported, which an editor may change on the disk while a run goes on
 _STUDIED_WITH = ("numpy", "scipy", "scikit-learn")
 
 
@@ -150,7 +151,7 @@ class ModelWorker:
         return {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "code": code_identity(),
+            "code": CODE,
             "device": device_name(self.runner.device),
             "dtype": str(self.runner.dtype).removeprefix("torch."),
             "model_identity": self.checkpoint.identity,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from raymerge import identity
 from raymerge.actors import NoRoomError
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError
@@ -341,7 +342,7 @@ def test_a_pool_has_no_more_workers_than_there_is_work_for_but_one(monkeypatch):
         assert pool["on_event"] is None
 
 
-def test_what_workers_hold_is_said_and_the_dtype_is_what_a_run_goes_on_in(tmp_path):
+def test_what_workers_hold_is_said_and_the_dtype_is_what_a_run_goes_on_in(monkeypatch):
     inputs = SimpleNamespace(checkpoint=SimpleNamespace(identity="m", tokenizer_identity="t"), identities={})
     worker = {"host": "a", "device": "cpu", "dtype": "float32", "model_identity": "m", "data_identities": {}}
     worker |= {"tokenizer_identity": "t", "code": code_identity()}
@@ -355,8 +356,10 @@ def test_what_workers_hold_is_said_and_the_dtype_is_what_a_run_goes_on_in(tmp_pa
     with pytest.raises(ConfigError, match="model_identity of the worker on a is other"):
         check(worker | {"model_identity": "other"})
     assert method == "describe"
+    monkeypatch.setattr(identity, "digest", lambda _: "newer")  # of files that were changed since
     with pytest.raises(ConfigError, match="worker on a runs another raymerge than this process, .*install the same"):
-        check(worker | {"code": "older"})
+        check(worker | {"code": code_identity()})
+    assert describe_workers(pool, inputs, Silent()) == [worker, worker]
     for key in ("model_identity", "tokenizer_identity", "data_identities"):
         pool.broadcast = lambda _, key=key: [worker, worker | {key: "other"}]
         with pytest.raises(ConfigError, match=f"{key} of the worker on a is other"):

@@ -19,7 +19,7 @@ from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.cluster import Placement, PlacementError, cluster_nodes, plan_workers, start_ray
 from raymerge.config import Config, ConfigError
-from raymerge.identity import code_identity, digest
+from raymerge.identity import digest
 from raymerge.inputs import SEARCH_TEXT, TEXT, Material, check_matchable, read_material, read_text, task_role
 from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool
@@ -28,7 +28,7 @@ from raymerge.prompts import PromptError, encode_text
 from raymerge.storage import LEFT_S, NO_ROOM, Lock, clear_scratch, scratch_folder, user_cache
 from raymerge.tables import RunDirectory
 from raymerge.texts import text_hash
-from raymerge.worker import ModelWorker
+from raymerge.worker import CODE, ModelWorker
 from raymerge.worker_memory import host_bytes
 
 _TOLD_BYTES = 10**10  # size of a cache from which on the user is told of it
@@ -257,10 +257,10 @@ def describe_workers(
         "tokenizer_identity": inputs.checkpoint.tokenizer_identity,
         "data_identities": inputs.identities,
     }
-    code, first = code_identity(), {}
+    first: dict[str, Any] = {}
 
     def check(worker: dict[str, Any]) -> None:
-        if worker["code"] != code:
+        if worker["code"] != CODE:
             raise ConfigError(
                 f"the worker on {worker['host']} runs another raymerge than this process, or one that was changed "
                 "since this began: install the same version on every machine, or submit a job, which brings its own "
