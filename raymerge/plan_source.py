@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from raymerge.activations import state_distances
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import PlanConfig
+from raymerge.config import Config, PlanConfig
 from raymerge.forward import LayerRunner
 from raymerge.fusion import check_mergeable
 from raymerge.heuristics import best_block, block_scores, similar_block_scores
@@ -46,6 +47,12 @@ def plan_to_merge(
     block is chosen on them. Raises PlanError, RefitError, ConfigError (what a section names cannot be read), and what
     `shards` raises.
     """
+    if not isinstance(source, str | PathLike | PlanConfig):
+        cure = ", such as config.plan" if isinstance(source, Config) else ""
+        raise PlanError(
+            f"a merge is by a plan file, an alpha file or a plan section, not by a {type(source).__name__}: give one "
+            f"of these{cure}"
+        )
     if isinstance(source, PlanConfig):
         plan, warnings = _of_section(source, checkpoint, given, shards, told)
     else:

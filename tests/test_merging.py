@@ -503,6 +503,16 @@ def test_a_refit_of_a_family_for_which_it_does_not_hold_leaves_nothing_behind(tm
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_no_plan_is_refused_with_what_is_one(tmp_path):
+    for source, said in (
+        (load_config(), "not by a Config: .*, such as config.plan"),
+        ([0.5], "not by a list: give one"),
+    ):
+        with pytest.raises(PlanError, match=said):
+            merge("demo", source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_alignment_is_refused(tmp_path, alphas):
     with pytest.raises(PlanError, match="alignment is 'columns'"):
         merge("demo", alphas, tmp_path / "out", alignment="columns")
