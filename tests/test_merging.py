@@ -209,6 +209,28 @@ def test_a_block_is_chosen_by_the_distances_of_states_on_the_calibration_text(tm
     assert told.messages == [f"Block to remove, chosen by {measure}: layers {first} to {first + 1}"]
 
 
+def test_cosines_and_angles_of_all_shards_choose_each_their_own_block(tmp_path, monkeypatch):
+    """Angles are the square roots of small cosines, so that one large step counts for less: they may disagree."""
+
+    def distances(_, shard):
+        cosine, angular = np.full((22, 22), 9.0), np.full((22, 22), 9.0)
+        cosine[4, 6], angular[11, 13] = 2.0, 1.0
+        cosine[6, 8] = 9.0 if seen else 1.0  # the best by the first shard alone
+        seen.append(shard)
+        return cosine, angular, 10
+
+    (tmp_path / "a.txt").write_text("a text of more tokens than a shard has, " * 1500)
+    found, text = {}, {"calibration": tmp_path / "a.txt", "verify": False}
+    monkeypatch.setattr(raymerge.plan_source, "state_distances", distances)
+    for measure in ("cosine", "angular"):
+        seen = []
+        settings = ["merges=2", "ratio=1", "selection=block", f"block={measure}"]
+        record = merge("demo", section(*settings), tmp_path / measure, **text)
+        found[measure] = sorted(step[1] for step in record["steps"])
+        assert len(seen) == 3
+    assert found == {"cosine": [4, 5], "angular": [11, 12]}
+
+
 def test_a_similarity_run_gives_coefficients_and_blocks_and_is_warned_of(tmp_path):
     run = RunDirectory.open(tmp_path / "run", {}, "similarity")
     values = np.full((21, 21), 0.5)
