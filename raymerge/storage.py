@@ -290,10 +290,10 @@ class Storage:
         free = ""
         if self.is_local:
             with contextlib.suppress(OSError):
-                free = f", {_size(shutil.disk_usage(self._base).free)} free"
+                free = f", {size_text(shutil.disk_usage(self._base).free)} free"
         return RunError(
-            f"{what}: {self.show(inside)} needs about {_size(needed)}{free}; nothing half-written is left. Free space "
-            "and run the same command again: finished candidates are kept"
+            f"{what}: {self.show(inside)} needs about {size_text(needed)}{free}; nothing half-written is left. Free "
+            "space and run the same command again: finished candidates are kept"
         )
 
 
@@ -303,11 +303,22 @@ def user_cache() -> Path:
 
 
 def free_bytes(folder) -> int:
-    """Bytes free on the disk of a folder of this machine's, also of one that is still to be made."""
+    """Bytes free on the disk of a folder of this machine's, also of one that is still to be made. Of a disk that does
+    not say how large it is, as a tmpfs without limits or a FUSE folder of a bucket, there is no end to them."""
     there = Path(folder).absolute()
     while not there.exists():
         there = there.parent
-    return shutil.disk_usage(there).free
+    disk = shutil.disk_usage(there)
+    return disk.free if disk.total else sys.maxsize
+
+
+def size_text(number: float) -> str:
+    """Bytes as a person reads them."""
+    for unit, digits in (("bytes", 0), ("kB", 1), ("MB", 1)):
+        if number < 1000:
+            return f"{number:.{digits}f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"
 
 
 def clear_scratch(folder, older_s: float = 0.0) -> None:
@@ -461,11 +472,3 @@ def _renamed(source, target: str) -> bool:
             raise
         return False
     return True
-
-
-def _size(number: float) -> str:
-    for unit, digits in (("bytes", 0), ("kB", 1), ("MB", 1)):
-        if number < 1000:
-            return f"{number:.{digits}f} {unit}"
-        number /= 1000
-    return f"{number:.1f} GB"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.fs as pafs
 import pytest
@@ -353,7 +355,7 @@ def test_names_of_the_places():
     )
     assert Storage("/tmp/x/").show("models") == "/tmp/x/models"
     assert Storage("~/x").name == os.path.expanduser("~/x") and os.path.isabs(Storage("x").name)
-    sizes = [storage_module._size(number) for number in (999, 1000, 1_550_000, 999_900_000, 1_234_000_000_000)]
+    sizes = [storage_module.size_text(number) for number in (999, 1000, 1_550_000, 999_900_000, 1_234_000_000_000)]
     assert sizes == ["999 bytes", "1.0 kB", "1.6 MB", "999.9 MB", "1234.0 GB"]
     assert Storage("file:///tmp/x").is_local and Storage("file:///tmp/x").name == "/tmp/x"
     with pytest.raises(RunError, match="cannot be opened"):
@@ -473,3 +475,12 @@ def test_an_interrupt_leaves_no_temporary_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         storage.publish("f", b"new")
     assert storage.names() == []
+
+
+@pytest.mark.parametrize(("total", "free", "said"), [(100, 0, 0), (100, 7, 7), (0, 0, sys.maxsize)])
+def test_a_disk_that_does_not_say_how_large_it_is_is_not_full(tmp_path, monkeypatch, total, free, said):
+    """As a tmpfs mounted with size=0 and some FUSE file systems: statvfs gives 0 blocks, of which none is free."""
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda of: asked.append(of) or SimpleNamespace(total=total, free=free))
+    assert storage_module.free_bytes(tmp_path / "still" / "to be made") == said
+    assert asked == [tmp_path]

@@ -25,7 +25,7 @@ from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
-from raymerge.storage import LEFT_S, NO_ROOM, Lock, clear_scratch, scratch_folder, user_cache
+from raymerge.storage import LEFT_S, NO_ROOM, Lock, clear_scratch, scratch_folder, size_text, user_cache
 from raymerge.tables import RunDirectory
 from raymerge.texts import text_hash
 from raymerge.worker import ModelWorker
@@ -329,14 +329,15 @@ def compute_trunk(pool: WorkerPool, inputs: Inputs, progress: Progress, further:
     return shards
 
 
-def check_room(rooms: Sequence[tuple[int, int]], what: str, fewer: str, progress: Progress) -> None:
+def check_room(rooms: Sequence[tuple[int, int, str]], what: str, fewer: str, progress: Progress) -> None:
     """Raise NoRoomError where a worker's cache takes more bytes than its disk has; rooms: (bytes that are still to be
-    written, bytes free) of every worker. Where many bytes are needed and there is room, the user is told."""
-    needed, free = max(rooms, key=lambda room: room[0] - room[1])
+    written, bytes free, the cache's folder) of every worker. Where many bytes are needed and there is room, the user is
+    told."""
+    needed, free, cache = max(rooms, key=lambda room: room[0] - room[1])
     if needed > free:
         raise NoRoomError(
-            f"the {what} take {needed / 1e9:.1f} GB of a worker's cache, whose disk has {free / 1e9:.1f} GB free: free "
-            f"space, set output.cache to another disk, or ask for {fewer}"
+            f"the {what} take {size_text(needed)} of a worker's cache, {cache}, whose disk has {size_text(free)} free: "
+            f"free space, set output.cache to another disk, or ask for {fewer}"
         )
     if needed > _TOLD_BYTES:
         progress.message(f"The cache takes {needed / 1e9:.1f} GB; it may be deleted when the run is complete.")
