@@ -286,14 +286,19 @@ class Storage:
     def _write_error(self, error: OSError, inside: str, needed: int) -> RunError:
         what = _FULL.get(error.errno)
         if what is None:
-            return RunError(f"could not write {self.show(inside)}: {error}; nothing half-written is left there")
+            return RunError(
+                f"could not write {self.show(inside)}: {error}; nothing half-written is left there. Check the path and "
+                "your permissions there, then run the same command again"
+            )
         free = ""
         if self.is_local:
             with contextlib.suppress(OSError):
-                free = f", {size_text(shutil.disk_usage(self._base).free)} free"
+                disk = os.statvfs(self._base)
+                free = f", {size_text(disk.f_bavail * disk.f_frsize)} free"
+                free += " but no inode for another file (df -i)" if disk.f_files and not disk.f_favail else ""
         return RunError(
             f"{what}: {self.show(inside)} needs about {size_text(needed)}{free}; nothing half-written is left. Free "
-            "space and run the same command again: finished candidates are kept"
+            "space and run the same command again: what is finished is stored"
         )
 
 

@@ -383,7 +383,26 @@ def test_failing_write_on_a_disk_leaves_the_old_file(tmp_path, monkeypatch, numb
     assert str(tmp_path / "f") in str(caught.value)
     if number != errno.EACCES:
         assert all(words in str(caught.value) for words in ("3.0 kB", " free", "run the same command"))
+        assert "inode" not in str(caught.value)
+    else:
+        assert "your permissions there, then run the same command again" in str(caught.value)
     assert storage.names() == ["f"] and storage.read("f") == b"old"
+
+
+def test_a_disk_with_room_and_without_inodes_is_said_to_have_none(tmp_path, monkeypatch):
+    """12 GB are free, 1.4 kB do not fit: only `df -i` shows why."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(
+        os, "statvfs", lambda _: SimpleNamespace(f_bavail=3_000_000, f_frsize=4096, f_files=100, f_favail=0)
+    )
+    with pytest.raises(
+        RunError, match=r"disk full: .*/f needs about 3 bytes, 12\.3 GB free but no inode .*\(df -i\); "
+    ):
+        Storage(tmp_path).publish("f", b"new")
 
 
 def test_a_disk_that_really_ends_midway(tmp_path):
