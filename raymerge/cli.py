@@ -12,6 +12,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import raymerge
@@ -88,11 +89,15 @@ def _check_words(words: Sequence[str]) -> None:
 
 def _check_here() -> None:
     """Refuse a working folder that was deleted: torch and Ray's processes do not start in it (MKL aborts), and no
-    relative path means anything."""
+    relative path means anything. So a user without a home, as one of a container may be: Ray's import asks for it."""
     try:
         os.getcwd()
     except FileNotFoundError as error:
         raise ConfigError("the folder that the command was called in is not there any more: cd to another") from error
+    try:
+        Path.home()
+    except RuntimeError as error:  # no HOME, and a number that no name belongs to
+        raise ConfigError(f"user {os.getuid()} has no home folder: set HOME to a folder that can be written") from error
 
 
 def _stop(number: int, _: object) -> NoReturn:

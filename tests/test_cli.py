@@ -200,6 +200,14 @@ def test_a_working_folder_that_was_deleted_is_said(tmp_path):
     assert (done.returncode, done.stderr) == (2, said)
 
 
+def test_a_user_without_a_home_is_told_so(monkeypatch, capsys):
+    """Where Ray's import, and the cache of GGUF files, would end in a trace."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["no such user"])
+    assert cli.main(["report", "x"]) == 2
+    assert re.fullmatch(r"raymerge: user \d+ has no home folder: set HOME to .*\n", capsys.readouterr().err)
+
+
 def test_the_printed_configuration_is_a_configuration(capsys):
     assert cli.main(["config", "--set", "plan.merges=4"]) == 0
     values = yaml.safe_load(capsys.readouterr().out)
