@@ -293,10 +293,24 @@ class BatchSearcher(Searcher):
         self.done = self.finished = 0
         self.failure: BaseException | None = None
         self.trial_failed = False  # with an error in Tune's folder
-        for row in sorted(replayed, key=lambda row: row["iteration"]):
-            self._learn(row)
+        self._replay(sorted(replayed, key=lambda row: row["iteration"]))
         self._first_round = self._free[: int(min(self.concurrent, self._supply.batches_left))]
         self._handed_out = 0
+
+    def _replay(self, rows: Sequence[Row]) -> None:
+        """Learn what the record has. Where one batch is tried at a time, the next is proposed before the last one's
+        values are known, as it would have been: else a search that was interrupted would go on otherwise."""
+        ahead = [row for row in rows if row["batch"] == rows[-1]["batch"]] if self._takes_turns else []
+        for row in rows[: len(rows) - len(ahead)]:
+            self._learn(row)
+        if ahead:
+            self._supply.look_ahead([_Batch(ahead[0]["batch"], [], [row["alphas"] for row in ahead])])
+        for row in rows[len(rows) - len(ahead) :]:
+            self._learn(row)
+
+    @property
+    def _takes_turns(self) -> bool:
+        return min(self.concurrent, len(self._free)) == 1
 
     def suggest(self, trial_id: str) -> Row | str | None:
         if self.failure is not None or (self._supply.is_empty and not self._running):

@@ -591,6 +591,36 @@ def test_a_restarted_search_gives_again_the_numbers_of_what_did_not_end_and_writ
     assert tune.suggest("c") == BatchSearcher.FINISHED and (tune.done, tune.finished) == (7, 4)
 
 
+@pytest.mark.parametrize(("proposer", "options"), [(BayesProposer, {"initial": 3}), (RandomProposer, {})])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("ended", range(1, 6))
+def test_a_search_that_was_interrupted_goes_on_as_it_would_have(proposer, options, batch, ended):
+    """The batch that was not recorded had been proposed while the one before it was tried."""
+
+    def tried(replayed, batches):
+        rows = []
+        tune = BatchSearcher(
+            proposer(dimensions=2, bounds=(0, 1), seed=3, known=[[0.5, 0.5]], **options),
+            candidates=12,
+            batch=batch,
+            crew=Crew(1),
+            describe=lambda point: {"searcher": "fake"},
+            minimise=False,
+            record=lambda part, new, results: rows.extend(new),
+            replayed=replayed,
+        )
+        for number in range(batches):
+            points = tune.suggest(f"t{number}")["candidates"]
+            assert tune.suggest("ahead") in (None, BatchSearcher.FINISHED)
+            tune.on_trial_complete(f"t{number}", scores(*(bump(point) for point in points)))
+        return rows
+
+    whole = tried([], 12 // batch)
+    begun = tried([], ended)
+    resumed = tried(begun, 12 // batch - ended)
+    assert [row["alphas"] for row in begun + resumed] == [row["alphas"] for row in whole]
+
+
 def test_parts_of_a_new_search_begin_at_0():
     log = []
     tune = searcher(log, candidates=2, batch=1)
