@@ -264,7 +264,9 @@ def test_figures_for_which_there_is_no_room_are_no_bug(tmp_path, monkeypatch, en
     monkeypatch.setattr("raymerge.__file__", str(tmp_path / "raymerge" / "__init__.py"))
     (tmp_path / "analysis").mkdir()
     (tmp_path / "analysis" / "a.py").write_text(f"import errno, os; {ends}")
-    with pytest.raises(NoRoomError, match="analysis/a.py could not draw") as raised:
+    with pytest.raises(
+        NoRoomError, match=f"analysis/a.py could not draw its figures into {tmp_path}/run/figures: "
+    ) as raised:
         draw_figures(run, ["a.py"], Silent())
     assert f": {why}. Make room and run the same command again" in str(raised.value)
 

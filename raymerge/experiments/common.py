@@ -412,14 +412,14 @@ def draw_figures(run: RunDirectory, scripts: Sequence[str], progress: Progress) 
         with ThreadPoolExecutor() as threads:  # each takes seconds, most of them to start
             for number, (script, done) in enumerate(threads.map(draw, scripts), 1):
                 if done.returncode:
-                    raise _not_drawn(script, done)
+                    raise _not_drawn(script, out, done)
                 progress.advance(number)
         if not run.is_local:
             run.upload(out, "figures")
         return sorted(f"figures/{path.name}" for path in out.iterdir())
 
 
-def _not_drawn(script: str, done: subprocess.CompletedProcess[str]) -> Exception:
+def _not_drawn(script: str, out: Path, done: subprocess.CompletedProcess[str]) -> Exception:
     """What to raise for a script that failed: the machine's doing, or the script's."""
     said = done.stderr.strip().rpartition("\n")[2]
     why = said if any(words in said for words in NO_ROOM) else None
@@ -428,6 +428,6 @@ def _not_drawn(script: str, done: subprocess.CompletedProcess[str]) -> Exception
     if why is None:
         return RuntimeError(f"analysis/{script} failed with exit code {done.returncode}: {done.stderr[-2000:]}")
     return NoRoomError(
-        f"analysis/{script} could not draw its figures: {why}. Make room and run the same command again, which draws "
-        "them from what is stored; output.figures=false leaves them out"
+        f"analysis/{script} could not draw its figures into {out}: {why}. Make room and run the same command again, "
+        "which draws them from what is stored; output.figures=false leaves them out"
     )
