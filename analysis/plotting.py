@@ -122,8 +122,11 @@ def save_text(text: str, path: Path) -> Path:
     """Write a Markdown file in one go."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"_tmp.{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    return temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        return temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 _SEARCH = "raymerge search CONFIG --out RUN"

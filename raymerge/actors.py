@@ -180,8 +180,14 @@ def answer_of(handle: Any, method: str, reference: Any, timeout_s: float | None)
         raise WorkerLost(f"{method}: {reason_of(error)}") from error
 
 
-def not_started(what: str, reason: str) -> Exception:
-    """What to raise for workers that Ray could not start, for a reason of `reason_of`."""
+def not_started(what: str, error: RayError) -> Exception:
+    """What to raise for workers that Ray could not start: their processes' deaths are the machine's doing."""
+    reason = reason_of(error)
+    if isinstance(error, ActorDiedError | OutOfMemoryError) and not _is_raised(error):
+        return NoRoomError(
+            f"{what} did not start: {reason} Make room in the machine's memory and in Ray's temporary folder, or lower "
+            "workers.count, and run the same command again"
+        )
     if not any(words in reason for words in _OTHER_CODE):
         return WorkerError(f"{what} did not start: {reason}")
     return OtherCodeError(
@@ -198,11 +204,16 @@ def store_is_full(error: Exception) -> NoRoomError:
     )
 
 
+def _is_raised(error: Exception) -> bool:
+    """Whether an actor's death is an error that its constructor raised."""
+    return "creation task" in str(error).lstrip().partition("\n")[0]
+
+
 def reason_of(error: Exception) -> str:
     """An actor's death in a line: what its constructor raised stands at the end of Ray's text; of another death first
     what Ray calls it, then, after the actor's particulars, why."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    if "creation task" in lines[0]:
+    if _is_raised(error):
         return f"{type(error).__name__}: {lines[-1]}"
     why = next((line for line in lines[1:] if not line.startswith(_PARTICULARS)), "")
     return f"{type(error).__name__}: {lines[0]} {why}".strip()

@@ -12,6 +12,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import raymerge
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, _stop)
     try:
         _check_words(words)
+        _check_here()
         code = options.run(options)
         sys.stdout.flush()  # here, not at Python's end, where a reader that is gone can only be complained of
         return code
@@ -59,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"raymerge: {without_secrets(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
+        if error.filename is None and _is_output_full():
+            cure = "free space there or send it elsewhere, and run the same command again: what is finished is stored"
+            print(f"raymerge: what the command says cannot be written: {error.strerror}; {cure}", file=sys.stderr)
+            return 2
         if error.errno not in _BARRED or error.filename is None:
             raise
         cure = "check the path, and your permissions on it and on the folders above it"
@@ -81,6 +87,19 @@ def _check_words(words: Sequence[str]) -> None:
             raise ConfigError(f"{word!r} is not UTF-8: rename what it names, or link to it by another name") from error
 
 
+def _check_here() -> None:
+    """Refuse a working folder that was deleted: torch and Ray's processes do not start in it (MKL aborts), and no
+    relative path means anything. So a user without a home, as one of a container may be: Ray's import asks for it."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the folder that the command was called in is not there any more: cd to another") from error
+    try:
+        Path.home()
+    except RuntimeError as error:  # no HOME, and a number that no name belongs to
+        raise ConfigError(f"user {os.getuid()} has no home folder: set HOME to a folder that can be written") from error
+
+
 def _stop(number: int, _: object) -> NoReturn:
     """End at once at a SIGTERM, as `ray job stop` sends it, or a SIGHUP, as a terminal that is closed does: what is
     finished is stored, a local Ray ends with its driver, and an exception would not get through Tune from wherever it
@@ -101,6 +120,16 @@ def _nobody_reads() -> bool:
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), _OUTPUT)
     return True
+
+
+def _is_output_full() -> bool:
+    """Whether standard output takes no line, as a log on a full disk; it is nowhere then, as above."""
+    try:
+        os.write(_OUTPUT, b"\n")  # not a flush: what could not be written may not be in Python's buffer any more
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _OUTPUT)
+        return True
+    return False
 
 
 def _quiet_libraries() -> None:

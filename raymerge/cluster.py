@@ -198,7 +198,7 @@ def start_ray(
                 raise ClusterError(
                     f"no local Ray could be started ({type(error).__name__}: {error}). It gives its processes 30 s: "
                     "the machine may be busy or short of memory, or its folder for temporary files full. Run the same "
-                    "command again when there is room"
+                    "command again when there is room, or with TMPDIR on another disk"
                 ) from error
         up.set()
     try:

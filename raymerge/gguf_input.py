@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from raymerge.errors import UserError
-from raymerge.storage import TEMPORARY, user_cache
+from raymerge.storage import NO_ROOM, TEMPORARY, user_cache
 from raymerge.tensorfiles import new_file
 
 #: Stands in a converted checkpoint: which file it was made from.
@@ -94,8 +94,14 @@ def converted_gguf(file: Path) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.is_dir():
                 _convert(file, sha256, folder)
-    except OSError as error:
-        raise GgufError(f"{file} could not be dequantised into {folder}: {error}") from error
+    except Exception as error:
+        # safetensors and tokenizers report a full disk by errors of their own, the latter by a bare Exception.
+        if not isinstance(error, OSError) and not any(words in str(error) for words in NO_ROOM):
+            raise
+        raise GgufError(
+            f"{file} could not be dequantised into {folder}: {error}; free space there, or set XDG_CACHE_HOME to a "
+            "folder on another disk, and run the same command again"
+        ) from error
     return folder
 
 

@@ -227,7 +227,7 @@ class WorkerPool:
             self._refuse(number, error)
             return False
         except GIVEN_UP as error:
-            self._replace(number, reason_of(error))
+            self._replace(number, error)
             return False
         except RayError:
             slot.ready, slot.ask_at = None, now + _PAUSE_S
@@ -287,10 +287,11 @@ class WorkerPool:
                 found.append(slot)
         return found
 
-    def _replace(self, slot: int, reason: str) -> None:
+    def _replace(self, slot: int, error: RayError) -> None:
         """Ray will not restart a slot's actor: start another if it ever finished anything, else give the slot up."""
         if not self._open:
-            raise not_started(self._what, reason)
+            raise not_started(self._what, error)
+        reason = reason_of(error)
         ray.kill(self._slots[slot].handle)  # whatever is left of it has room that its successor needs
         if self._slots[slot].proved:
             self._fill(slot)

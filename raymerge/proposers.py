@@ -101,6 +101,7 @@ class RandomProposer(_Drawn):
 
     def ask(self, count: int, pending: Sequence[Point] = ()) -> list[Point]:
         """The next `count` points."""
+        self._done.update(map(tuple, pending))  # of a restart, which had not asked for them itself
         return [self._one() for _ in range(count)]
 
     def _one(self) -> Point:
@@ -206,6 +207,7 @@ class BayesProposer(_Drawn):
 
     def ask(self, count: int, pending: Sequence[Point] = ()) -> list[Point]:
         """The next `count` points, given that `pending` are being evaluated."""
+        self._done.update(map(tuple, pending))  # of a restart, which had not asked for them itself
         points: list[Point] = []
         for _ in range(count):
             point = self._next_planned() or self._propose([*pending, *points])

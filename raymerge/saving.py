@@ -6,10 +6,12 @@ when it comes. What else belongs to a checkpoint (config, tokenizer, terms of us
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from raymerge.checkpoint import TOKENIZER_FILES, WEIGHT_INDEX, Checkpoint, CheckpointError, files_named, read_json
 from raymerge.saved_config import names_absent_code, saved_config
-from raymerge.storage import TEMPORARY
+from raymerge.storage import TEMPORARY, free_bytes, size_text
 from raymerge.tensorfiles import ITEM_BYTES, Layout, OpenTensorFile, is_finite
 
 _SHARD_BYTES = 5 * 10**9
@@ -61,16 +63,21 @@ def save_checkpoint(
     the original layers whose shapes the merged ones have and whose per-layer config entries remain. extra_files:
     name -> text.
     The folder appears under its own name only when it is complete; an existing one is never overwritten.
-    CheckpointError where it is there, where a value is not finite, or where it cannot be written.
+    CheckpointError where it is there, where a value is not finite, or where it cannot be written: before anything is,
+    where the disk says that it has no room for the weights, lest it be full for others meanwhile.
     """
     destination = Path(destination)
     if destination.exists():
         raise CheckpointError(f"{destination} exists already: give another folder, or delete it")
     unfinished = destination.with_name(f"{TEMPORARY}{destination.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
+    layout = _layout(base, kept)
+    needed = _bytes(layout)
     try:
+        if needed > free_bytes(destination.parent):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with _UnfinishedFolder(unfinished) as own:
-            written = _write_shards(_layout(base, kept), tensors, unfinished)
+            _write_shards(layout, tensors, unfinished)
             own.check()  # writing takes minutes, in which another process may have come
             _write_companions(base, kept, unfinished)
             for name, text in (extra_files or {}).items():
@@ -79,12 +86,16 @@ def save_checkpoint(
             own.check()
             os.replace(unfinished, destination)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-        free = shutil.disk_usage(unfinished.parent).free if unfinished.parent.exists() else 0
+        free = (
+            ""
+            if (there := free_bytes(destination.parent)) == sys.maxsize
+            else f", its disk has {size_text(there)} free"
+        )
         raise CheckpointError(
-            f"could not write {destination}: {error} ({free / 1e9:.2f} GB free); nothing was left behind. Free space "
-            "and run the same command again, or give another folder"
+            f"could not write {destination}: {error}. Its weights take {size_text(needed)}{free}; nothing was left "
+            "behind. Free space and run the same command again, or give another folder"
         ) from error
-    return written
+    return needed
 
 
 class _UnfinishedFolder:
@@ -124,8 +135,8 @@ def _layout(base: Checkpoint, kept: list[int]) -> Layout:
     return {name: base.stored(source) for name, source in base.merged_names(kept).items()}
 
 
-def _write_shards(layout: Layout, tensors: Iterable[tuple[str, Tensor]], directory: Path) -> int:
-    """Write tensors into files of at most 5 GB, laid out beforehand, and return their bytes.
+def _write_shards(layout: Layout, tensors: Iterable[tuple[str, Tensor]], directory: Path) -> None:
+    """Write tensors into files of at most 5 GB, laid out beforehand.
 
     A single file gets the plain name and no index.
     """
@@ -143,10 +154,8 @@ def _write_shards(layout: Layout, tensors: Iterable[tuple[str, Tensor]], directo
                     "checkpoint stored in bfloat16 or float32"
                 )
             opened[weight_map[name]].write(name, tensor)
-    total = _bytes(layout)
     if len(shards) > 1:
-        _write_json(directory / WEIGHT_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return total
+        _write_json(directory / WEIGHT_INDEX, {"metadata": {"total_size": _bytes(layout)}, "weight_map": weight_map})
 
 
 def _shards(layout: Layout) -> dict[str, Layout]:

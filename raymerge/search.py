@@ -27,7 +27,7 @@ from typing import Any, Protocol
 from ray import tune
 from ray.tune.search import Searcher
 
-from raymerge.actors import WorkerError, WorkerLost, call_worker, find_worker
+from raymerge.actors import NoRoomError, WorkerError, WorkerLost, call_worker, find_worker
 from raymerge.cluster import driver_node
 from raymerge.errors import UserError
 from raymerge.objectives import trial_outcome
@@ -293,10 +293,24 @@ class BatchSearcher(Searcher):
         self.done = self.finished = 0
         self.failure: BaseException | None = None
         self.trial_failed = False  # with an error in Tune's folder
-        for row in sorted(replayed, key=lambda row: row["iteration"]):
-            self._learn(row)
+        self._replay(sorted(replayed, key=lambda row: row["iteration"]))
         self._first_round = self._free[: int(min(self.concurrent, self._supply.batches_left))]
         self._handed_out = 0
+
+    def _replay(self, rows: Sequence[Row]) -> None:
+        """Learn what the record has. Where one batch is tried at a time, the next is proposed before the last one's
+        values are known, as it would have been: else a search that was interrupted would go on otherwise."""
+        ahead = [row for row in rows if row["batch"] == rows[-1]["batch"]] if self._takes_turns else []
+        for row in rows[: len(rows) - len(ahead)]:
+            self._learn(row)
+        if ahead:
+            self._supply.look_ahead([_Batch(ahead[0]["batch"], [], [row["alphas"] for row in ahead])])
+        for row in rows[len(rows) - len(ahead) :]:
+            self._learn(row)
+
+    @property
+    def _takes_turns(self) -> bool:
+        return min(self.concurrent, len(self._free)) == 1
 
     def suggest(self, trial_id: str) -> Row | str | None:
         if self.failure is not None or (self._supply.is_empty and not self._running):
@@ -450,21 +464,21 @@ def run_search(
     folder, run_name = Path(storage_path).absolute(), f"{name}-{uuid.uuid4().hex[:8]}"
     options = {"timeout_s": pool.timeout_s, "method": method, "arguments": arguments}
     trainable = tune.with_parameters(_Trial, **options, started=str(folder / run_name / "started"))
-    tuner = tune.Tuner(
-        # The workers have the CPUs; a trial takes what only the driver's node has.
-        tune.with_resources(trainable, {"cpu": 0, driver_node(): _PIN}),
-        tune_config=tune.TuneConfig(search_alg=batches, num_samples=-1, reuse_actors=True),
-        run_config=tune.RunConfig(
-            name=run_name,
-            storage_path=storage_path,
-            verbose=0,
-            callbacks=_callbacks(loggers, name, str(folder)),
-            failure_config=tune.FailureConfig(max_failures=2),
-            # A trial holds nothing that could be saved.
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-        ),
-    )
-    with _without_false_alarms():
+    with _without_false_alarms(), _own_files(batches, folder):
+        tuner = tune.Tuner(
+            # The workers have the CPUs; a trial takes what only the driver's node has.
+            tune.with_resources(trainable, {"cpu": 0, driver_node(): _PIN}),
+            tune_config=tune.TuneConfig(search_alg=batches, num_samples=-1, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name=run_name,
+                storage_path=storage_path,
+                verbose=0,
+                callbacks=_callbacks(loggers, name, str(folder)),
+                failure_config=tune.FailureConfig(max_failures=2),
+                # A trial holds nothing that could be saved.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        )
         tuner.fit()
     if batches.failure is not None:
         raise batches.failure
@@ -504,8 +518,30 @@ def _utilisation(present: Mapping[int, float], scored: Mapping[str, Sequence[flo
 
 # Tune looks for the metrics files of its default loggers, which are off, and warns that every trial lacks them: seen
 # where the user has started Ray, whose loggers then say more than those of a Ray that is started here. At its end it
-# says that a trial whose actor died did not complete, though another one has done its batch.
-_FALSE_ALARMS = {"ray.tune.analysis.experiment_analysis": logging.ERROR, "ray.tune.tune": logging.CRITICAL}
+# says that a trial whose actor died did not complete, though another one has done its batch. Where the disk of its
+# folder is full it shows a trace: its own state, which is not used, could not be copied there.
+_FALSE_ALARMS = {
+    "ray.tune.analysis.experiment_analysis": logging.ERROR,
+    "ray.tune.execution.experiment_state": logging.CRITICAL,
+    "ray.tune.tune": logging.CRITICAL,
+}
+
+
+@contextmanager
+def _own_files(batches: BatchSearcher, folder: Path) -> Iterator[None]:
+    """What Tune raises where it cannot write its own files (at its end a ValueError, that there are none) is no error
+    when the record has all that is to be tried, or why it ended; else NoRoomError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if batches.failure is not None or batches.done >= batches.candidates:
+            return
+        if not isinstance(error, OSError):
+            raise
+        raise NoRoomError(
+            f"Tune cannot write its own files, in {folder} and Ray's temporary folder: {error}; free space there (or "
+            "set output.cache to another disk), then run the same command again: what is finished is stored"
+        ) from error
 
 
 @contextmanager

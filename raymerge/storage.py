@@ -286,14 +286,19 @@ class Storage:
     def _write_error(self, error: OSError, inside: str, needed: int) -> RunError:
         what = _FULL.get(error.errno)
         if what is None:
-            return RunError(f"could not write {self.show(inside)}: {error}; nothing half-written is left there")
+            return RunError(
+                f"could not write {self.show(inside)}: {error}; nothing half-written is left there. Check the path and "
+                "your permissions there, then run the same command again"
+            )
         free = ""
         if self.is_local:
             with contextlib.suppress(OSError):
-                free = f", {_size(shutil.disk_usage(self._base).free)} free"
+                disk = os.statvfs(self._base)
+                free = f", {size_text(disk.f_bavail * disk.f_frsize)} free"
+                free += " but no inode for another file (df -i)" if disk.f_files and not disk.f_favail else ""
         return RunError(
-            f"{what}: {self.show(inside)} needs about {_size(needed)}{free}; nothing half-written is left. Free space "
-            "and run the same command again: finished candidates are kept"
+            f"{what}: {self.show(inside)} needs about {size_text(needed)}{free}; nothing half-written is left. Free "
+            "space and run the same command again: what is finished is stored"
         )
 
 
@@ -303,11 +308,22 @@ def user_cache() -> Path:
 
 
 def free_bytes(folder) -> int:
-    """Bytes free on the disk of a folder of this machine's, also of one that is still to be made."""
+    """Bytes free on the disk of a folder of this machine's, also of one that is still to be made. Of a disk that does
+    not say how large it is, as a tmpfs without limits or a FUSE folder of a bucket, there is no end to them."""
     there = Path(folder).absolute()
     while not there.exists():
         there = there.parent
-    return shutil.disk_usage(there).free
+    disk = shutil.disk_usage(there)
+    return disk.free if disk.total else sys.maxsize
+
+
+def size_text(number: float) -> str:
+    """Bytes as a person reads them."""
+    for unit, digits in (("bytes", 0), ("kB", 1), ("MB", 1)):
+        if number < 1000:
+            return f"{number:.{digits}f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"
 
 
 def clear_scratch(folder, older_s: float = 0.0) -> None:
@@ -461,11 +477,3 @@ def _renamed(source, target: str) -> bool:
             raise
         return False
     return True
-
-
-def _size(number: float) -> str:
-    for unit, digits in (("bytes", 0), ("kB", 1), ("MB", 1)):
-        if number < 1000:
-            return f"{number:.{digits}f} {unit}"
-        number /= 1000
-    return f"{number:.1f} GB"

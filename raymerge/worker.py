@@ -178,14 +178,15 @@ class ModelWorker:
         """The questions of a role (or a task's items) that each shard holds, ascending."""
         return self.prompts.shard_rows(of)
 
-    def trunk_room(self, names: Sequence[str]) -> tuple[int, int]:
+    def trunk_room(self, names: Sequence[str]) -> tuple[int, int, str]:
         """Bytes of the trunk's states of these prompts (roles, the text) that this machine's disk does not have
-        yet, and bytes that are free there."""
+        yet, bytes that are free there, and the folder."""
         shards = [shard for of in names for shard in self.prompts.shards(of)]
         missing = [
             shard.tokens for trunk in self._trunks.values() for shard in shards if not trunk.path(shard).exists()
         ]
-        return sum(missing) * self.checkpoint.config.hidden_size * self.runner.dtype.itemsize, free_bytes(self.cache)
+        needed = sum(missing) * self.checkpoint.config.hidden_size * self.runner.dtype.itemsize
+        return needed, free_bytes(self.cache), str(self.cache)
 
     def compute_trunk(self, item: tuple[str, int]) -> int:
         """Make sure that the trunk's states of one shard (of a role or the text) are on disk; its tokens."""
@@ -518,15 +519,15 @@ class ModelWorker:
 
     # -- similarity ---------------------------------------------------------------------------------------------
 
-    def activations_room(self) -> tuple[int, int]:
+    def activations_room(self) -> tuple[int, int, str]:
         """Roughly how many bytes the subsets' activations and studies take that this machine's disk does not have yet,
-        and how many are free there."""
+        how many are free there, and the folder."""
         settings, layers = self.config.similarity, self.checkpoint.n_layers
         pooled = 0 if settings.pooling == "sequence" else 4 * self.checkpoint.config.hidden_size
         one = layers * settings.samples * (8 * settings.samples + pooled)
         one += 8 * layers**2 * (settings.interval_draws + 2 * settings.half_draws)
         there = len(list(self.cache.glob("activations-*.safetensors")))  # other runs' too, where they share the cache
-        return one * max(0, len(self.material.subsets) - there), free_bytes(self.cache)
+        return one * max(0, len(self.material.subsets) - there), free_bytes(self.cache), str(self.cache)
 
     def activations(self, number: int, plan: MergePlan | None = None) -> Activations:
         """Activations of subset `number` of the similarity section, collected or read from the cache."""

@@ -15,7 +15,7 @@ import tiny
 from test_heuristics import planted
 
 from raymerge.alpha_files import read_alpha_file
-from raymerge.checkpoint import Checkpoint
+from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.config import ConfigError, SearcherName
 from raymerge.config_file import load_config
 from raymerge.errors import UserError
@@ -609,6 +609,19 @@ def test_a_disk_without_room_for_another_folder_is_said_where_the_model_is_to_be
     monkeypatch.setattr(tempfile, "mkdtemp", full)
     with pytest.raises(RunError, match=f"can be made in {tmp_path}: .*No space left on device.* free space"):
         search._save(search.start)
+
+
+def test_a_model_that_cannot_be_written_is_named_as_the_run_has_it(tmp_path, monkeypatch):
+    """Not by the temporary folder, which is gone."""
+    search = searching(tmp_path)
+    monkeypatch.setattr("raymerge.saving.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr(alpha_search, "search_results", lambda *_: [])
+    where = search.run.path_of("models", search.start.name)
+    with pytest.raises(
+        CheckpointError, match=f"could not write {where}: .* its disk has 1.0 kB free; nothing was left"
+    ):
+        search._save(search.start)
+    assert list(tmp_path.glob("**/_tmp*")) == [] and not Path(where).parent.exists()
 
 
 # -- the layer that is kept, and alpha files -------------------------------------------------------------------------

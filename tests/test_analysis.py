@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +194,20 @@ def test_scripts_write_whole_figures_into_the_run(k13, alphas_text, accuracy_tex
     ]  # fmt: skip
     assert all(min(png_size(folder / name)) > 400 for name in pictures)
     assert sorted(p.name for p in folder.iterdir() if p.suffix != ".png") == ["accuracy.md", "alphas.md"]
+
+
+def test_a_full_disk_leaves_no_half_of_a_text(tmp_path):
+    """A real end of a write, beside which the earlier file stays."""
+    plotting.save_text("old", tmp_path / "x.md")
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            plotting.save_text("new" * 10_000, tmp_path / "x.md")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.md"] and (tmp_path / "x.md").read_text() == "old"
 
 
 def test_bars_of_accuracies_are_intervals_also_of_none_and_all_right():

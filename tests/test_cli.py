@@ -165,6 +165,49 @@ def test_a_broken_pipe_of_something_else_is_a_bug(monkeypatch):
         cli.main(["config"])
 
 
+def test_a_log_on_a_full_disk_is_no_bug():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "raymerge", "config"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"raymerge: what the command says cannot be written: No space left on device; free space .*\n", done.stderr
+    )
+
+
+def test_a_full_disk_of_something_else_that_nobody_has_named_is_a_bug(monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "of something else")
+
+    monkeypatch.setattr(cli, "_show_config", full)
+    with pytest.raises(OSError, match="of something else"):
+        cli.main(["config"])
+
+
+def test_a_working_folder_that_was_deleted_is_said(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    code = f"import os, sys; from raymerge import cli; os.rmdir({str(gone)!r}); sys.exit(cli.main(['report', 'x']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=gone,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    said = "raymerge: the folder that the command was called in is not there any more: cd to another\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_a_user_without_a_home_is_told_so(monkeypatch, capsys):
+    """Where Ray's import, and the cache of GGUF files, would end in a trace."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["no such user"])
+    assert cli.main(["report", "x"]) == 2
+    assert re.fullmatch(r"raymerge: user \d+ has no home folder: set HOME to .*\n", capsys.readouterr().err)
+
+
 def test_the_printed_configuration_is_a_configuration(capsys):
     assert cli.main(["config", "--set", "plan.merges=4"]) == 0
     values = yaml.safe_load(capsys.readouterr().out)

@@ -66,7 +66,7 @@ class Seen(Silent):
 class Asked:
     """A pool whose workers answer by the given function."""
 
-    def __init__(self, answer=lambda *_: None, rooms=((0, 1),)):
+    def __init__(self, answer=lambda *_: None, rooms=((0, 1, "cache"),)):
         self.answer, self.items, self.rooms = answer, {}, rooms
 
     def broadcast(self, method, names):
@@ -115,15 +115,17 @@ def test_states_that_no_disk_has_room_for_are_refused_before_they_are_computed()
     """A sweep of 30 numbers of layers over MMLU's test questions has 370 GB of them with 4,096 features in bfloat16."""
     inputs = Inputs(questions={SEARCH: 0}, checkpoint=CHECKPOINT, text="a text")
     pool, seen = (
-        Asked(lambda item: [5] if isinstance(item, str) else 5, [(4 * 10**11, 10**12), (4 * 10**11, 10**9)]),
+        Asked(
+            lambda item: [5] if isinstance(item, str) else 5, [(4 * 10**11, 10**12, "/a"), (4 * 10**11, 10**9, "/b")]
+        ),
         Seen(),
     )
     with pytest.raises(
-        NoRoomError, match=r"take 400\.0 GB of a worker's cache, whose disk has 1\.0 GB free: .*sweep.merges"
+        NoRoomError, match=r"take 400\.0 GB of a worker's cache, /b, whose disk has 1\.0 GB free: .*sweep.merges"
     ):
         compute_trunk(pool, inputs, seen)
     assert "compute_trunk" not in pool.items and pool.named == [SEARCH, TEXT]
-    pool.rooms = [(4 * 10**11, 10**12)]
+    pool.rooms = [(4 * 10**11, 10**12, "/a")]
     compute_trunk(pool, inputs, seen)
     assert len(pool.items["compute_trunk"]) == 2 and "takes 400.0 GB; it may be deleted" in seen.said[0]
 
@@ -263,7 +265,9 @@ def test_figures_for_which_there_is_no_room_are_no_bug(tmp_path, monkeypatch, en
     monkeypatch.setattr("raymerge.__file__", str(tmp_path / "raymerge" / "__init__.py"))
     (tmp_path / "analysis").mkdir()
     (tmp_path / "analysis" / "a.py").write_text(f"import errno, os; {ends}")
-    with pytest.raises(NoRoomError, match="analysis/a.py could not draw") as raised:
+    with pytest.raises(
+        NoRoomError, match=f"analysis/a.py could not draw its figures into {tmp_path}/run/figures: "
+    ) as raised:
         draw_figures(run, ["a.py"], Silent())
     assert f": {why}. Make room and run the same command again" in str(raised.value)
 

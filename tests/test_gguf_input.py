@@ -1,5 +1,6 @@
 """gguf_input.py: a llama.cpp file becomes the checkpoint that transformers makes of it, once, named by content."""
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import torch
 from gguf_files import write_gguf
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -274,6 +276,26 @@ def test_a_conversion_that_transformers_fills_up_or_fails_is_not_kept(tmp_path, 
     words = "ValueError: transformers makes .* values of the" if change == "less" else "RuntimeError"
     with pytest.raises(GgufError, match=f"x.gguf cannot be read as GGUF: {words}"):
         Checkpoint(str(tmp_path / "x.gguf"))
+    assert all(file.suffix == ".lock" for file in cache.iterdir())
+
+
+@pytest.mark.parametrize("which", ["weights", "config", "tokenizer"])
+def test_a_full_cache_is_not_held_against_the_file(tmp_path, cache, model, monkeypatch, which):
+    """safetensors and tokenizers write in Rust, whose errors are neither OSErrors nor have a number."""
+    write_gguf(tmp_path / "x.gguf", model, False)
+
+    def full(*_, **__):
+        said = f"{os.strerror(errno.ENOSPC)} (os error 28)"
+        raise {"weights": SafetensorError(said), "tokenizer": Exception(said)}.get(which, OSError(errno.ENOSPC, said))
+
+    where = {
+        "weights": "raymerge.gguf_input.save_file",
+        "config": "transformers.PretrainedConfig.save_pretrained",
+        "tokenizer": "transformers.PreTrainedTokenizerBase.save_pretrained",
+    }
+    monkeypatch.setattr(where[which], full)
+    with pytest.raises(GgufError, match=f"x.gguf could not be dequantised into {cache}.*No space.*XDG_CACHE_HOME"):
+        converted_gguf(tmp_path / "x.gguf")
     assert all(file.suffix == ".lock" for file in cache.iterdir())
 
 

@@ -220,15 +220,17 @@ def test_activations_that_no_disk_has_room_for_are_refused(local_pools, tmp_path
     vectors = ["similarity.pooling=last", "similarity.measure=cosine", "similarity.samples=8"]  # enough for halves
     asked = config(f"output.run={tmp_path / 'run'}", *vectors, "output.figures=false")
     monkeypatch.setattr("raymerge.worker.free_bytes", lambda folder: 1000)
-    with pytest.raises(NoRoomError, match=r"activations of the subsets take .*0.0 GB free: .*pooling=sequence"):
+    with pytest.raises(
+        NoRoomError, match=r"subsets take \d+\.\d MB of .*/cache, .* has 1\.0 kB free: .*pooling=sequence"
+    ):
         similarity(asked)
     (pool,) = local_pools
-    (needed, _), *_ = pool.broadcast("activations_room")
+    (needed, _, cache), *_ = pool.broadcast("activations_room")
     monkeypatch.setattr("raymerge.worker.free_bytes", lambda folder: needed)
     similarity(asked)
     files = [*pool.worker.cache.glob("activations-*"), *pool.worker.cache.glob("study-*")]
     assert sum(path.stat().st_size for path in files) == pytest.approx(needed, rel=0.2)
-    assert pool.broadcast("activations_room") == [(0, needed)]
+    assert pool.broadcast("activations_room") == [(0, needed, cache)]
 
 
 # -- a whole run over a stand-in -------------------------------------------------------------------------------------

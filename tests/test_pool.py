@@ -906,6 +906,14 @@ def test_a_cluster_without_this_code_is_the_users_to_mend(open_fake, said, raise
         open_fake({"ready": died})
 
 
+def test_workers_whose_processes_are_ended_before_they_are_there_have_no_room(open_fake):
+    """As by the kernel on a machine short of memory, or where Ray's folder is full."""
+    said = "The actor died unexpectedly before finishing this task.\n\tpid: 7\nIts worker process has died."
+    died = type("ActorDiedError", (ActorDiedError,), {"__str__": lambda _: said})()
+    with pytest.raises(NoRoomError, match=r"did not start: .*process has died\. Make room in the machine's memory"):
+        open_fake({"ready": died})
+
+
 def test_a_host_keeps_a_users_mistake_for_who_asks_first_and_raises_anything_else(monkeypatch):
     refused = Host(Refuses, {"path": "/nowhere", "kind": UserError})
     with pytest.raises(UserError, match="no model at /nowhere"):

@@ -239,6 +239,21 @@ def test_a_full_disk_leaves_nothing(llama, tmp_path, monkeypatch):
     assert not list((tmp_path / "sub").iterdir())
 
 
+def test_a_disk_without_room_for_the_weights_is_said_before_it_is_filled(llama, tmp_path, monkeypatch):
+    tensors = list(fused_tensors(checkpoint := Checkpoint(str(llama)), checkpoint.architecture, base_plan(5)))
+    needed = sum(tensor.nbytes for _, tensor in tensors)
+    taken, kept = iter(tensors), list(range(5))
+    monkeypatch.setattr(raymerge.saving, "free_bytes", lambda folder: needed - 1)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"could not write .*merged: .*No space left.* take {needed / 1e3:.1f} kB, its .* kB free; ",
+    ):
+        save_checkpoint(checkpoint, taken, kept, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(raymerge.saving, "free_bytes", lambda folder: needed)
+    assert save_checkpoint(checkpoint, taken, kept, tmp_path / "merged") == needed  # none of which was taken before
+
+
 def test_a_write_that_the_system_refuses(llama, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))

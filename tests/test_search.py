@@ -1,6 +1,7 @@
 """The proposers on made-up objectives; the searcher without Tune; the whole search with a plain class as worker."""
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ from raymerge.plan import tail_coefficients
 from raymerge.pool import WorkerPool
 from raymerge.proposers import BayesProposer, RandomProposer, Starts
 from raymerge.search import BatchSearcher, LoggerError, _Trial, check_loggers, choose_batch, run_search
+from raymerge.storage import RunError
 
 COLUMNS = {
     "searcher", "iteration", "batch", "tune_trial", "actor", "seed", "plan_id", "alphas", "objective", "value",
@@ -589,6 +591,36 @@ def test_a_restarted_search_gives_again_the_numbers_of_what_did_not_end_and_writ
     assert tune.suggest("c") == BatchSearcher.FINISHED and (tune.done, tune.finished) == (7, 4)
 
 
+@pytest.mark.parametrize(("proposer", "options"), [(BayesProposer, {"initial": 3}), (RandomProposer, {})])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("ended", range(1, 6))
+def test_a_search_that_was_interrupted_goes_on_as_it_would_have(proposer, options, batch, ended):
+    """The batch that was not recorded had been proposed while the one before it was tried."""
+
+    def tried(replayed, batches):
+        rows = []
+        tune = BatchSearcher(
+            proposer(dimensions=2, bounds=(0, 1), seed=3, known=[[0.5, 0.5]], **options),
+            candidates=12,
+            batch=batch,
+            crew=Crew(1),
+            describe=lambda point: {"searcher": "fake"},
+            minimise=False,
+            record=lambda part, new, results: rows.extend(new),
+            replayed=replayed,
+        )
+        for number in range(batches):
+            points = tune.suggest(f"t{number}")["candidates"]
+            assert tune.suggest("ahead") in (None, BatchSearcher.FINISHED)
+            tune.on_trial_complete(f"t{number}", scores(*(bump(point) for point in points)))
+        return rows
+
+    whole = tried([], 12 // batch)
+    begun = tried([], ended)
+    resumed = tried(begun, 12 // batch - ended)
+    assert [row["alphas"] for row in begun + resumed] == [row["alphas"] for row in whole]
+
+
 def test_parts_of_a_new_search_begin_at_0():
     log = []
     tune = searcher(log, candidates=2, batch=1)
@@ -1011,6 +1043,32 @@ def test_tune_does_not_warn_of_files_that_nobody_writes(pool, tmp_path, monkeypa
         assert not told and logger.level == logging.WARNING
     finally:
         logger.setLevel(before)
+
+
+def no_room(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_without_room_for_what_tune_alone_writes_at_its_end_is_no_error(pool, tmp_path, monkeypatch):
+    """Its state goes from Ray's folder into the cache, whose disk may be full of the run's own states."""
+    told, rows = [], []
+    monkeypatch.setattr(logging.getLogger("ray.tune.execution.experiment_state"), "handle", told.append)
+    monkeypatch.setattr("ray.train._internal.storage._pyarrow_fs_copy_files", no_room)
+    search(pool, tmp_path, rows, candidates=2)
+    assert not told and len(rows) == 2
+    assert not list(tmp_path.glob("tune/*/experiment_state*"))
+    with pytest.raises(RunError, match="the record's own"):  # and does not hide why a search ended
+        search(pool, tmp_path, [], candidates=2, record=refuses)
+
+
+def refuses(*_):
+    raise RunError("the record's own words")
+
+
+def test_a_disk_without_room_for_what_tune_writes_first_is_said(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.tune.impl.tuner_internal.TunerInternal.__getstate__", no_room)
+    with pytest.raises(NoRoomError, match=f"Tune cannot write .*{tmp_path}/tune .*: .*No space left.* output.cache"):
+        search(pool, tmp_path, [], candidates=2)
 
 
 def test_every_candidate_ends_as_one_row_whatever_befalls_it(pool, tmp_path):

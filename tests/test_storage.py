@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.fs as pafs
 import pytest
@@ -353,7 +355,7 @@ def test_names_of_the_places():
     )
     assert Storage("/tmp/x/").show("models") == "/tmp/x/models"
     assert Storage("~/x").name == os.path.expanduser("~/x") and os.path.isabs(Storage("x").name)
-    sizes = [storage_module._size(number) for number in (999, 1000, 1_550_000, 999_900_000, 1_234_000_000_000)]
+    sizes = [storage_module.size_text(number) for number in (999, 1000, 1_550_000, 999_900_000, 1_234_000_000_000)]
     assert sizes == ["999 bytes", "1.0 kB", "1.6 MB", "999.9 MB", "1234.0 GB"]
     assert Storage("file:///tmp/x").is_local and Storage("file:///tmp/x").name == "/tmp/x"
     with pytest.raises(RunError, match="cannot be opened"):
@@ -381,7 +383,26 @@ def test_failing_write_on_a_disk_leaves_the_old_file(tmp_path, monkeypatch, numb
     assert str(tmp_path / "f") in str(caught.value)
     if number != errno.EACCES:
         assert all(words in str(caught.value) for words in ("3.0 kB", " free", "run the same command"))
+        assert "inode" not in str(caught.value)
+    else:
+        assert "your permissions there, then run the same command again" in str(caught.value)
     assert storage.names() == ["f"] and storage.read("f") == b"old"
+
+
+def test_a_disk_with_room_and_without_inodes_is_said_to_have_none(tmp_path, monkeypatch):
+    """12 GB are free, 1.4 kB do not fit: only `df -i` shows why."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(
+        os, "statvfs", lambda _: SimpleNamespace(f_bavail=3_000_000, f_frsize=4096, f_files=100, f_favail=0)
+    )
+    with pytest.raises(
+        RunError, match=r"disk full: .*/f needs about 3 bytes, 12\.3 GB free but no inode .*\(df -i\); "
+    ):
+        Storage(tmp_path).publish("f", b"new")
 
 
 def test_a_disk_that_really_ends_midway(tmp_path):
@@ -473,3 +494,12 @@ def test_an_interrupt_leaves_no_temporary_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         storage.publish("f", b"new")
     assert storage.names() == []
+
+
+@pytest.mark.parametrize(("total", "free", "said"), [(100, 0, 0), (100, 7, 7), (0, 0, sys.maxsize)])
+def test_a_disk_that_does_not_say_how_large_it_is_is_not_full(tmp_path, monkeypatch, total, free, said):
+    """As a tmpfs mounted with size=0 and some FUSE file systems: statvfs gives 0 blocks, of which none is free."""
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda of: asked.append(of) or SimpleNamespace(total=total, free=free))
+    assert storage_module.free_bytes(tmp_path / "still" / "to be made") == said
+    assert asked == [tmp_path]

@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_the_table_as_it_was(run, tmp_path, monkeypatch, act,
     run.append("receipts", [receipt(1)], part="b")
     before = sorted(os.listdir(tmp_path / "run" / "tables" / "receipts"))
     monkeypatch.setattr(os, step, full_disk)
-    with pytest.raises(RunError, match=r"disk full: .*receipts/.*needs about .* free.*finished candidates are kept"):
+    with pytest.raises(RunError, match=r"disk full: .*receipts/.*needs about .* free.*what is finished is stored"):
         if act == "compact":
             run.compact("receipts")
         elif act == "replace":

@@ -343,7 +343,8 @@ def test_the_room_that_states_take_is_known_before_they_are_computed(tmp_path):
     new = ModelWorker(
         load_config(None, SETTINGS), roles=(SEARCH,), cache=tmp_path / "new", template=template, firsts=firsts
     )
-    needed, free = new.trunk_room([SEARCH])
+    needed, free, folder = new.trunk_room([SEARCH])
+    assert folder == str(tmp_path / "new")
     assert 0 < free <= shutil.disk_usage(tmp_path).total and not (tmp_path / "new").exists()
     for number in range(len(new.shard_tokens(SEARCH))):
         new.compute_trunk((SEARCH, number))

@@ -24,7 +24,7 @@ from raymerge import rows
 from raymerge.alignment import REORDERED, Aligner
 from raymerge.alpha_files import read_alpha_file
 from raymerge.card import search_results
-from raymerge.checkpoint import Checkpoint
+from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.config import Config, ConfigError
 from raymerge.config_file import check_config
 from raymerge.errors import UserError
@@ -566,6 +566,8 @@ class _Search:
             except ProofError as error:
                 kept = self.run.upload(folder, "models", best.name, move=True)
                 raise ProofError(str(error).replace(str(folder), kept)) from error  # the folder that it named is gone
+            except (CheckpointError, RunError) as error:  # as here
+                raise type(error)(str(error).replace(str(folder), where)) from error
             return self.run.upload(folder, "models", best.name, move=True), record["proof"]
 
 

@@ -25,7 +25,7 @@ from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
-from raymerge.storage import LEFT_S, NO_ROOM, Lock, clear_scratch, scratch_folder, user_cache
+from raymerge.storage import LEFT_S, NO_ROOM, Lock, clear_scratch, scratch_folder, size_text, user_cache
 from raymerge.tables import RunDirectory
 from raymerge.texts import text_hash
 from raymerge.worker import CODE, ModelWorker
@@ -329,14 +329,15 @@ def compute_trunk(pool: WorkerPool, inputs: Inputs, progress: Progress, further:
     return shards
 
 
-def check_room(rooms: Sequence[tuple[int, int]], what: str, fewer: str, progress: Progress) -> None:
+def check_room(rooms: Sequence[tuple[int, int, str]], what: str, fewer: str, progress: Progress) -> None:
     """Raise NoRoomError where a worker's cache takes more bytes than its disk has; rooms: (bytes that are still to be
-    written, bytes free) of every worker. Where many bytes are needed and there is room, the user is told."""
-    needed, free = max(rooms, key=lambda room: room[0] - room[1])
+    written, bytes free, the cache's folder) of every worker. Where many bytes are needed and there is room, the user is
+    told."""
+    needed, free, cache = max(rooms, key=lambda room: room[0] - room[1])
     if needed > free:
         raise NoRoomError(
-            f"the {what} take {needed / 1e9:.1f} GB of a worker's cache, whose disk has {free / 1e9:.1f} GB free: free "
-            f"space, set output.cache to another disk, or ask for {fewer}"
+            f"the {what} take {size_text(needed)} of a worker's cache, {cache}, whose disk has {size_text(free)} free: "
+            f"free space, set output.cache to another disk, or ask for {fewer}"
         )
     if needed > _TOLD_BYTES:
         progress.message(f"The cache takes {needed / 1e9:.1f} GB; it may be deleted when the run is complete.")
@@ -411,14 +412,14 @@ def draw_figures(run: RunDirectory, scripts: Sequence[str], progress: Progress) 
         with ThreadPoolExecutor() as threads:  # each takes seconds, most of them to start
             for number, (script, done) in enumerate(threads.map(draw, scripts), 1):
                 if done.returncode:
-                    raise _not_drawn(script, done)
+                    raise _not_drawn(script, out, done)
                 progress.advance(number)
         if not run.is_local:
             run.upload(out, "figures")
         return sorted(f"figures/{path.name}" for path in out.iterdir())
 
 
-def _not_drawn(script: str, done: subprocess.CompletedProcess[str]) -> Exception:
+def _not_drawn(script: str, out: Path, done: subprocess.CompletedProcess[str]) -> Exception:
     """What to raise for a script that failed: the machine's doing, or the script's."""
     said = done.stderr.strip().rpartition("\n")[2]
     why = said if any(words in said for words in NO_ROOM) else None
@@ -427,6 +428,6 @@ def _not_drawn(script: str, done: subprocess.CompletedProcess[str]) -> Exception
     if why is None:
         return RuntimeError(f"analysis/{script} failed with exit code {done.returncode}: {done.stderr[-2000:]}")
     return NoRoomError(
-        f"analysis/{script} could not draw its figures: {why}. Make room and run the same command again, which draws "
-        "them from what is stored; output.figures=false leaves them out"
+        f"analysis/{script} could not draw its figures into {out}: {why}. Make room and run the same command again, "
+        "which draws them from what is stored; output.figures=false leaves them out"
     )

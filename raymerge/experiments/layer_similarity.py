@@ -109,7 +109,7 @@ def _workers(
     ):
         workers = describe_workers(pool, inputs, progress, run)
         machines = len({worker["host"] for worker in workers})  # each subset is cached on one of them
-        rooms = [(needed // machines, free) for needed, free in pool.broadcast("activations_room")]
+        rooms = [(needed // machines, *there) for needed, *there in pool.broadcast("activations_room")]
         fewer = "fewer similarity.samples, similarity.subsets or similarity.languages, or similarity.pooling=sequence"
         check_room(rooms, "activations of the subsets", fewer, progress)
         yield pool, workers
