@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from raymerge.errors import UserError
-from raymerge.storage import NO_ROOM, TEMPORARY, user_cache
+from raymerge.storage import NO_ROOM, TEMPORARY, put_on_disk, user_cache
 from raymerge.tensorfiles import new_file
 
 #: Stands in a converted checkpoint: which file it was made from.
@@ -132,6 +132,7 @@ def _convert(file: Path, sha256: str, folder: Path) -> None:
         tokenizer.save_pretrained(unfinished)
         source = {"file": file.name, "sha256": sha256, "values_by_type": types, "stored_as": str(dtype)}
         (unfinished / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+        put_on_disk(unfinished)
         os.replace(unfinished, folder)
     except GgufError:
         raise

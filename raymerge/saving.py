@@ -24,7 +24,7 @@ from torch import Tensor
 
 from raymerge.checkpoint import TOKENIZER_FILES, WEIGHT_INDEX, Checkpoint, CheckpointError, files_named, read_json
 from raymerge.saved_config import names_absent_code, saved_config
-from raymerge.storage import TEMPORARY, free_bytes, size_text
+from raymerge.storage import TEMPORARY, free_bytes, put_on_disk, size_text
 from raymerge.tensorfiles import ITEM_BYTES, Layout, OpenTensorFile, is_finite
 
 _SHARD_BYTES = 5 * 10**9
@@ -82,7 +82,7 @@ def save_checkpoint(
             _write_companions(base, kept, unfinished)
             for name, text in (extra_files or {}).items():
                 (unfinished / name).write_text(text, encoding="utf-8")
-            _put_on_disk(unfinished)
+            put_on_disk(unfinished)
             own.check()
             os.replace(unfinished, destination)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
@@ -207,14 +207,6 @@ def _clean_tokenizer_config(source: Path, directory: Path) -> None:
         dropped.add("auto_map")
     if dropped:
         _write_json(path, {key: value for key, value in values.items() if key not in dropped})
-
-
-def _put_on_disk(folder: Path) -> None:
-    """Wait until the disk has all files of a folder: else a power cut can leave its name with fewer bytes behind it."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -38,6 +38,24 @@ def _open_in(monkeypatch, pool, *experiments):
         monkeypatch.setattr(f"raymerge.experiments.{name}.runtime", lambda *_: nullcontext())
 
 
+@pytest.fixture
+def put_on_disk(monkeypatch):
+    """Inodes of the files that a disk was waited for; a folder that gets its name must have no other."""
+    done, fsync, replace = set(), os.fsync, os.replace
+
+    def synced(file):
+        done.add(os.fstat(file).st_ino)
+        fsync(file)
+
+    def replaced(source, target):
+        assert {path.stat().st_ino for path in Path(source).rglob("*") if path.is_file()} <= done
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    return done
+
+
 @pytest.fixture(scope="session")
 def ray_session():
     """One local Ray for all tests, with four logical CPUs however few the machine has."""

@@ -299,6 +299,13 @@ def test_a_full_cache_is_not_held_against_the_file(tmp_path, cache, model, monke
     assert all(file.suffix == ".lock" for file in cache.iterdir())
 
 
+def test_a_conversion_is_on_the_disk_before_it_has_its_name(tmp_path, model, put_on_disk):
+    """It is never made again: what a power cut left of it was read from then on."""
+    write_gguf(tmp_path / "a.gguf", model, False)
+    folder = converted_gguf(tmp_path / "a.gguf")
+    assert {path.stat().st_ino for path in folder.iterdir()} == put_on_disk and len(put_on_disk) > 3
+
+
 def test_a_conversion_is_readable_as_the_umask_says(tmp_path, model):
     write_gguf(tmp_path / "x.gguf", model, False)
     before = os.umask(0o022)

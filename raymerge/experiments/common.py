@@ -429,5 +429,5 @@ def _not_drawn(script: str, out: Path, done: subprocess.CompletedProcess[str]) -
         return RuntimeError(f"analysis/{script} failed with exit code {done.returncode}: {done.stderr[-2000:]}")
     return NoRoomError(
         f"analysis/{script} could not draw its figures into {out}: {why}. Make room and run the same command again, "
-        "which draws them from what is stored; output.figures=false leaves them out"
+        "which draws them from what is stored; experiments leave them out with output.figures=false"
     )
