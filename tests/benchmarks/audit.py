@@ -16,8 +16,10 @@ values, the largest disagreement and what is allowed; lines with "skipped" say w
 """
 
 import argparse
+import functools
 import glob
 import json
+import math
 import random
 import re
 import sys
@@ -30,9 +32,13 @@ import yaml
 from audit_layers import Layers
 from audit_numbers import Numbers
 from audit_search import Searches
-from recomputed import WINDOW, Asker, Base, effective, loaded, mergekit, weights_of
+from recomputed import UNMERGED, WINDOW, Asker, Base, effective, loaded, mergekit, weights_of
+from recomputed_alignment import reordered
+from recomputed_refits import Refits
 from safetensors.torch import load_file
 from transformers.utils import logging
+
+SHARD = 8192  # tokens that are run in one piece
 
 
 class Audit(Numbers, Layers, Searches):
@@ -53,7 +59,7 @@ class Audit(Numbers, Layers, Searches):
             self.rounding = max(self.rounding, 1e-3)
         if self.config["model"]["quantise"] != "none":  # a sum's last bit decides to which level it is rounded
             self.rounding = max(self.rounding, 5e-3)
-        self.models = {}
+        self.models, self.states = {}, {}
 
     def table(self, table, /, **where):
         files = sorted(glob.glob(str(self.run / "tables" / table / "*.parquet")))
@@ -88,20 +94,19 @@ class Audit(Numbers, Layers, Searches):
     # plans
 
     def plans(self):
-        """plan_id -> plan, of the reported plans that are not refitted; names by plan_id beside it."""
-        refitted = {row["plan_id"] for row in self.table("refits")}
-        refitted |= {row["plan_id"] for row in self.table("sweep") if row["refit"] not in (None, "none")}
+        """plan_id -> plan, of the reported plans; names by plan_id beside it."""
+        refits = {row["plan_id"]: self.refit(row["method"]) for row in self.table("refits")}
         found, names = {}, {}
         for row in self.table("plans"):
             key = row["plan_id"]
             names.setdefault(key, [])
             if row["name"] not in names[key]:
                 names[key].append(row["name"])
-            if key in refitted or names[key][0] != row["name"]:
+            if names[key][0] != row["name"]:
                 continue
             plan = found.setdefault(
                 key,
-                {"steps": [], "alphas": [], "own": {}, "biases": self.biases}
+                {"steps": [], "alphas": [], "own": {}, "biases": self.biases, "refit": refits.get(key)}
                 | {k: row[k] for k in ("name", "kind", "selection", "alignment", "norms")},
             )
             if row["step"] is None:
@@ -113,6 +118,9 @@ class Audit(Numbers, Layers, Searches):
                 plan["own"].setdefault(row["matrix"], []).append(row["alpha"])
         return found, names
 
+    def refit(self, method):
+        return {"method": method, "ridge": self.config["plan"]["ridge"], "layers": self.config["plan"]["refit_layers"]}
+
     @property
     def biases(self):
         return self.config["plan"]["biases"] if "plan" in self.config else "keep"
@@ -121,19 +129,73 @@ class Audit(Numbers, Layers, Searches):
         return any(of != {kept} for kept, of in effective(self.base.n_layers, plan).items())
 
     def can_merge(self, plan):
-        split = {"self_attn.q_proj.weight", "mlp.up_proj.weight"} <= set(self.base.layer(0))
-        if self.averages(plan) and (
-            plan["alignment"] == "activations" or (plan["alignment"] == "neurons" and not split)
-        ):
-            return f"alignment {plan['alignment']}"
+        """Why a plan cannot be recomputed; None where it can."""
+        if plan["alignment"] == "activations" and self.averages(plan):
+            if self.dtype != torch.float32 or self.config["model"]["quantise"] != "none":
+                return "alignment by activations of sums that are not float32: their last bits decide"
+            if self.matcher_values() is None:
+                return "alignment by activations of more than one shard"
+        if plan.get("refit") and self.fits is None:
+            return "refitted on shards that were drawn"
         return None
 
+    def matcher_values(self):
+        """The MLP units' values on the prompts of the search questions, where these are one shard."""
+        matcher = self.base.matcher
+        if matcher.values is None:
+            sequences = self.asker.sequences(self.asker.searched_on())
+            if sum(len(ids) - start for ids, _, start in sequences) > SHARD:
+                return None
+            matcher.values, model = {}, self.model(UNMERGED)
+            seen = {number: [] for number in range(self.base.n_layers)}
+            hooks = [
+                layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, own=seen[n]: own.append(args[0][0]))
+                for n, layer in enumerate(model.model.layers)
+            ]
+            with torch.no_grad():
+                for ids, *_ in sequences:
+                    model(input_ids=torch.tensor([ids]), use_cache=False)
+            for hook in hooks:
+                hook.remove()
+            for number, parts in seen.items():
+                own = [part[start:] for part, (*_, start) in zip(parts, sequences, strict=True)]
+                matcher.values[number] = torch.cat(own).double().numpy()
+        return matcher.values
+
+    @functools.cached_property
+    def fits(self):
+        """What refits are made by; None where their tokens are shards that were drawn."""
+        c = self.config["calibration"]
+        if c["text"] is not None:
+            sequences = [(ids, 0, 0) for ids in self.asker.windows(c["text"], self.calibration_start(), c["tokens"])]
+        else:
+            sequences = self.asker.sequences(self.asker.searched_on())
+            if sum(len(ids) - start for ids, _, start in sequences) > SHARD:
+                return None
+        quantise = self.config["model"]["quantise"]
+        return Refits(self.base, sequences, lambda *state: self.base.built(*state, self.dtype, quantise))
+
+    def state(self, plan):
+        """(state dict, kept layers, figures of fits) of a plan."""
+        key = self.key(plan)
+        if key not in self.states:
+            if len(self.states) > 3:
+                self.states.pop(next(iter(self.states)))
+            state, kept = self.base.merged(plan)
+            state, figures = self.fits.fitted(state, kept, plan) if plan.get("refit") else (state, [])
+            self.states[key] = state, kept, figures
+        return self.states[key]
+
+    @staticmethod
+    def key(plan):
+        return json.dumps([plan.get(k) for k in ("steps", "alphas", "own", "norms", "biases", "alignment", "refit")])
+
     def model(self, plan):
-        key = json.dumps([plan[k] for k in ("steps", "alphas", "own", "norms", "biases", "alignment")])
+        key = self.key(plan)
         if key not in self.models:
             if len(self.models) > 3:
                 self.models.pop(next(iter(self.models)))
-            self.models[key] = self.base.load(plan, self.dtype, self.config["model"]["quantise"])
+            self.models[key] = self.base.built(*self.state(plan)[:2], self.dtype, self.config["model"]["quantise"])
         return self.models[key]
 
     def compared_model(self, what, plan_id, model):
@@ -189,13 +251,15 @@ class Audit(Numbers, Layers, Searches):
                 self.line("model", names[key], skipped=why)
                 continue
             self.compared_model(f"model {names[key][0]}", key, self.model(plan))
+            if plan["alignment"] in ("neurons", "activations") and self.averages(plan):
+                self.symmetric(plan)
             self.described(key, plan)
         for file in sorted((self.run / "alphas").glob("*.json")):
             steps = json.loads(file.read_text())
             key = next((k for k, own in names.items() if file.stem in own or file.stem.endswith(f"-{k}")), None)
             plan = plans.get(key)
             if plan is None:
-                self.line("alpha file", file.name, skipped="refitted, or no plan of this name")
+                self.line("alpha file", file.name, skipped="no plan of this name")
                 continue
             self.equal(
                 "alpha file: steps",
@@ -237,7 +301,7 @@ class Audit(Numbers, Layers, Searches):
                 wanted = {k: w for k, w in wanted.items() if k[0] in {layer for layer, _ in own}}
             keys = sorted({*own, *wanted})
             self.same(f"coefficients {matrix}", key, [own.get(k, 0) for k in keys], [wanted.get(k, 0) for k in keys])
-        state, kept = self.base.merged(plan)
+        state, kept, figures = self.state(plan)
         count, size = (sum(f(t) for t in state.values()) for f in (torch.numel, lambda t: t.numel() * t.element_size()))
         whole = sum(t.numel() for t in self.base.tensors.values())
         cost = self.table("costs", plan_id=key)[0]
@@ -250,6 +314,7 @@ class Audit(Numbers, Layers, Searches):
             [cost[k] for k in ("layers", "layers_removed", "parameters", "parameters_removed", "bytes")],
             wanted,
         )
+        self.refitted(key, figures)
         rows = self.table("receipts", plan_id=key)
         changes = {}
         for name, tensor in state.items():
@@ -257,15 +322,43 @@ class Audit(Numbers, Layers, Searches):
             norm = self.base.tensors[name].double().norm()
             relative = float(change.norm() / norm) if norm else float(bool(change.any()))
             changes[name] = float(change.abs().max()), relative
+        # A sum in another order may round one entry to its neighbour; fits come of longer sums, so that more may.
+        allowed = []
+        for row in rows:
+            digit, size = torch.finfo(state[row["tensor"]].dtype).eps, float(state[row["tensor"]].abs().max())
+            allowed.append([digit * size + 1e-6, digit / (2 if figures else 64) + 1e-6])
         self.same(
             "receipts",
             key,
             np.array([[r["max_abs_change"], r["relative_change"]] for r in rows]).reshape(-1, 2),
             np.array([changes[r["tensor"]] for r in rows]).reshape(-1, 2),
-            1e-4,
+            np.array(allowed).reshape(-1, 2),
         )
         missing = {name for name, change in changes.items() if change[0]} - {r["tensor"] for r in rows}
         self.equal("receipts: all that changed", key, sorted(missing), [])
+
+    def symmetric(self, plan):
+        """That the layers of the unmerged model compute, reordered as an alignment has them, what they did."""
+        orders, state = self.base.matcher.towards(plan["steps"], plan["alignment"]), dict(self.base.tensors)
+        for number, order in orders.items():
+            layer = reordered(self.base.layer(number), order)
+            state |= {f"model.layers.{number}.{name}": tensor for name, tensor in layer.items()}
+        model = self.base.built(state, [*range(self.base.n_layers)], torch.float64)
+        ids = torch.tensor([self.asker.ids("What these layers computed, they compute in another order:")])
+        with torch.no_grad():
+            found, wanted = (m(input_ids=ids).logits[0] for m in (model, self.base.load(UNMERGED, torch.float64)))
+        self.same("alignment: a symmetry", plan["name"], found, wanted, 1e-6 * float(wanted.abs().max()))
+
+    def refitted(self, key, figures):
+        """What table `refits` has of a plan."""
+        rows = self.table("refits", plan_id=key)
+        found, wanted = (
+            [[own.get(k) for k in ("layer", "part", "tokens", "ridge")] for own in x] for x in (rows, figures)
+        )
+        self.equal("refit: its fits", key, found, wanted)
+        for name in ("error", "held_out_error"):
+            found, wanted = ([math.nan if r.get(name) is None else r[name] for r in own] for own in (rows, figures))
+            self.same(f"refit: {name}", key, found, wanted, 20 * self.rounding)
 
     def saved(self, folder, plans, names):
         """A saved model: its answers are its plan's, its weights those merged here, its record true."""
@@ -300,7 +393,7 @@ class Audit(Numbers, Layers, Searches):
         self.told("card", rows, 1, names)
         if self.can_merge(plan):
             return
-        state, _ = self.base.merged(plan)
+        state, _, _ = self.state(plan)
         stored = {}
         for file in folder.glob("*.safetensors"):
             stored |= load_file(file)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from recomputed import UNMERGED, Asker, effective, same_text
+from recomputed import UNMERGED, Asker, effective
 from scipy import stats
 from sklearn.feature_selection import mutual_info_regression
 
@@ -147,14 +147,10 @@ class Layers:
     def blocks(self):
         """The scores of the blocks among which one was chosen, and the choice."""
         rows, config = self.table("blocks"), self.config
-        data, search = config["data"], config.get("search") or {}
         source = (config.get("calibration") or {}).get("text")
         measured = {}
         if rows and source is not None and {r["measure"] for r in rows} & {"cosine", "angular", "loss"}:
-            start = data["perplexity_tokens"] if same_text(source, data["perplexity_text"]) else 0
-            if self.needs_search_text and same_text(source, search["text"]):
-                start = max(start, self.search_start() + search["text_tokens"])
-            windows = self.asker.windows(source, start, config["calibration"]["tokens"])
+            windows = self.asker.windows(source, self.calibration_start(), config["calibration"]["tokens"])
             for k in {r["merges"] for r in rows}:
                 measured |= self.block_scores(
                     windows, k, {r["first"] for r in rows if r["merges"] == k}, {r["measure"] for r in rows}

@@ -2,7 +2,7 @@
 trace or a disagreement.
 
     python tests/benchmarks/configurations.py [--minutes 10] [--seed 1] [--experiments search …] [--prove] [--audit]
-        [--log FILE]
+        [--always KEY …] [--log FILE]
 
 A line: the seed that repeats it, how it ended (well, refused with a UserError, or a trace), the settings, and words of
 the page and the terminal that no user should read, such as None or nan. Models are the demo's and random ones of every
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from audit import audited
 from local_pool import LocalPool, local_search
 from tiny import FAMILIES, N_LAYERS, make_checkpoint
+from transformers.utils import logging as transformers_logging
 
 from raymerge import console, experiments
 from raymerge.checkpoint import Checkpoint
@@ -151,8 +152,8 @@ EXPERIMENTS = {"search": SEARCH, "sweep": SWEEP, "similarity": SIMILARITY, "sens
 class Drawer:
     """Configurations by seed, and what they read: models, similarity runs and alpha files in one folder."""
 
-    def __init__(self, folder: Path, prove: bool):
-        self.folder, self.prove = folder, prove
+    def __init__(self, folder: Path, prove: bool, always=()):
+        self.folder, self.prove, self.always = folder, prove, always
         self.families = list(FAMILIES)
 
     def settings(self, experiment, seed):
@@ -161,7 +162,11 @@ class Drawer:
         while True:
             model, n_layers = self._model(r)
             table = DATA | EXPERIMENTS[experiment]
-            found = {key: r.choice(values) for key, (chance, values) in table.items() if r.random() < chance}
+            found = {
+                key: r.choice(values)
+                for key, (chance, values) in table.items()
+                if r.random() < chance or key in self.always
+            }
             found |= {"model.path": model, "data.subjects": r.sample(SUBJECTS, r.randint(1, 3)), "workers.count": 1}
             found |= {"output.verify": self.prove}
             if "plan.selection" in found:
@@ -261,12 +266,14 @@ def main():
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--prove", action="store_true", help="reload what searches save")
     parser.add_argument("--audit", action="store_true", help="recompute every run by other code")
+    parser.add_argument("--always", nargs="+", default=[], metavar="KEY", help="keys that every configuration sets")
     parser.add_argument("--log", type=argparse.FileType("a"), default="-")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
     ends, failed = time.monotonic() + 60 * options.minutes, 0
     with contextlib.ExitStack() as stack:
-        drawer = Drawer(Path(stack.enter_context(tempfile.TemporaryDirectory())), options.prove)
+        drawer = Drawer(Path(stack.enter_context(tempfile.TemporaryDirectory())), options.prove, options.always)
         without_ray(stack)
         for seed in range(options.seed, sys.maxsize):
             if time.monotonic() > ends:
