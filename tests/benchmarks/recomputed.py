@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from recomputed_alignment import Matcher, reordered
+from recomputed_refits import places_of
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from scipy.special import log_softmax
@@ -95,9 +96,10 @@ class Base:
                 work[into] = work[into] | {f"new {name}": alpha * work[into][name] + (1 - alpha) * other}
             work[into] = {name: work[into][f"new {name}"] for name in averaged}
         state = {name: t for name, t in self.tensors.items() if not name.startswith("model.layers.")}
+        fitted = places_of(self.n_layers, plan)[2]
         for position, number in enumerate(kept):
             layer = layers[number]
-            if coefficients[number] != {number}:
+            if coefficients[number] != {number} or position in fitted:
                 changed = {name: work[number][name].float().to(layer[name].dtype) for name in averaged}
                 layer = layer | changed
                 if plan["norms"] == "fold":

@@ -10,6 +10,17 @@ RIDGES = (0.01, 0.1, 1.0, 10.0)
 MASSIVE = 50
 
 
+def places_of(n_layers, plan):
+    """(groups: each kept layer's own, seams, positions that are fitted) of a plan; these are none without a refit."""
+    groups = {number: [number] for number in range(n_layers)}
+    for into, remove in plan["steps"]:
+        groups[into] += groups.pop(remove)
+    seams = {place for place, number in enumerate(sorted(groups)) if len(groups[number]) > 1}
+    after = plan["refit"]["layers"] if plan.get("refit") else -1
+    fitted = {place + n for place in seams for n in range(after + 1)}
+    return groups, seams, sorted(place for place in fitted if place < len(groups))
+
+
 class Refits:
     """Fits of one base on sequences [(token ids, how many of them are others' too, how many were counted with others)].
 
@@ -26,45 +37,45 @@ class Refits:
             held.append((at >= len(ids) - (last if len(sequences) >= 5 else own // 5))[start:])
         self.held = np.concatenate(held)
         unmerged = built({n: t for n, t in base.tensors.items()}, [*range(base.n_layers)])
-        self.unmerged = [self.run(unmerged, number) for number in range(base.n_layers)]
+        self.unmerged = self.run(unmerged, range(base.n_layers))
 
     @torch.no_grad()
-    def run(self, model, position):
-        """Of a layer, of every token: what o_proj and down_proj read, the state between attention and MLP and the one
-        that leaves the layer, float64."""
-        layer, found = model.model.layers[position], {"o_proj": [], "down_proj": [], "middle": [], "leaving": []}
-        hooks = [
-            module.register_forward_pre_hook(lambda _, args, own=found[name]: own.append(args[0][0]))
-            for name, module in (
-                ("o_proj", layer.self_attn.o_proj),
-                ("down_proj", layer.mlp.down_proj),
-                ("middle", layer.post_attention_layernorm),
-            )
-        ]
-        hooks.append(
-            layer.register_forward_hook(
-                lambda _, __, out: found["leaving"].append((out if torch.is_tensor(out) else out[0])[0])
-            )
-        )
+    def run(self, model, places):
+        """By layer, of every token: what o_proj and down_proj read, the state between attention and MLP ("middle") and
+        the one that leaves the layer ("leaving"), float64."""
+        found, hooks = {}, []
+
+        def keep(place, name):
+            own = found.setdefault(place, {}).setdefault(name, [])
+
+            def hook(_, args, out=None):
+                state = args[0] if out is None else out
+                own.append((state if torch.is_tensor(state) else state[0])[0])
+
+            return hook
+
+        for place in places:
+            layer = model.model.layers[place]
+            modules = {"o_proj": layer.self_attn.o_proj, "down_proj": layer.mlp.down_proj}
+            for name, module in (modules | {"middle": layer.post_attention_layernorm}).items():
+                hooks.append(module.register_forward_pre_hook(keep(place, name)))
+            hooks.append(layer.register_forward_hook(keep(place, "leaving")))
         for ids, *_ in self.sequences:
-            model(input_ids=torch.tensor([ids]), use_cache=False)
+            model.model(input_ids=torch.tensor([ids]), use_cache=False)
         for hook in hooks:
             hook.remove()
-        starts = [start for *_, start in self.sequences]
-        return {
-            name: np.concatenate([own[start:].double().numpy() for own, start in zip(parts, starts, strict=True)])
-            for name, parts in found.items()
-        }
+
+        def joined(parts):
+            starts = [start for *_, start in self.sequences]
+            return torch.cat([own[start:] for own, start in zip(parts, starts, strict=True)]).double().numpy()
+
+        return {place: {name: joined(parts) for name, parts in own.items()} for place, own in found.items()}
 
     def fitted(self, state, kept, plan):
         """(state dict, figures) of a merged one. plan: has steps, and refit {method, ridge, layers}."""
-        method, ridge, after = (plan["refit"][key] for key in ("method", "ridge", "layers"))
-        groups = {number: [number] for number in range(self.base.n_layers)}
-        for into, remove in plan["steps"]:
-            groups[into] += groups.pop(remove)
-        seams = {p for p, number in enumerate(kept) if len(groups[number]) > 1}
-        places = sorted({p + n for p in seams for n in range(after + 1) if p + n < len(kept)})
+        method, ridge = plan["refit"]["method"], plan["refit"]["ridge"]
         state, figures = dict(state), []
+        groups, seams, places = places_of(self.base.n_layers, plan)
         for place in places:
             members = sorted(groups[kept[place]])
             target = self.unmerged[members[-1]]
@@ -74,12 +85,12 @@ class Refits:
                 weights = np.ones_like(power)
             if method == "units" and place in seams:
                 state = self.units(state, kept, place, members, weights)
-                figures.append({"layer": kept[place], "part": "units", "tokens": len(power)})
+                figures.append({"layer": kept[place], "part": "units", "tokens": 0})
             for part, matrix in (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj")):
                 if part == "attention" and method in ("linear", "scale"):
                     continue
                 name = f"model.layers.{place}.{matrix}.weight"
-                own = self.run(self.built(state, kept), place)
+                own = self.run(self.built(state, kept), [place])[place]
                 at = "middle" if part == "attention" and place not in seams else "leaving"
                 left = target[at] - own[at]
                 features = self.factor * own[matrix.split(".")[1]]
@@ -120,7 +131,7 @@ class Refits:
         model = self.built(state, kept)
         mlp = model.model.layers[place].mlp
         act = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
-        middle = torch.tensor(self.run(model, place)["middle"])
+        middle = torch.tensor(self.run(model, [place])[place]["middle"])
         eps = self.base.config["rms_norm_eps"]
         normal = middle / (middle.pow(2).mean(1, keepdim=True) + eps).sqrt()
         found = []
@@ -140,8 +151,9 @@ class Refits:
             squares = (torch.tensor(weights)[:, None] * values**2).sum(0)
             score = squares * read["mlp.down_proj.weight"].pow(2).sum(0)
             found += [(-float(own), number, unit, read) for unit, own in enumerate(score)]
-        best, start = sorted(found, key=lambda own: own[:3])[: len(found) // len(members)], f"model.layers.{place}."
-        state = dict(state)
+        best = sorted(found, key=lambda own: own[0])[: len(found) // len(members)]
+        best.sort(key=lambda own: own[1:3])
+        state, start = dict(state), f"model.layers.{place}."
         for name, tensor in state.items():
             relative = name.removeprefix(start)
             module = relative.split(".")[-2] if relative.startswith("mlp.") and name.startswith(start) else ""
