@@ -32,6 +32,7 @@ import yaml
 from audit_layers import Layers
 from audit_numbers import Numbers
 from audit_search import Searches
+from audit_tasks import Tasks
 from recomputed import UNMERGED, WINDOW, Asker, Base, effective, loaded, mergekit, weights_of
 from recomputed_alignment import reordered
 from recomputed_refits import Refits
@@ -41,7 +42,7 @@ from transformers.utils import logging
 SHARD = 8192  # tokens that are run in one piece
 
 
-class Audit(Numbers, Layers, Searches):
+class Audit(Numbers, Layers, Searches, Tasks):
     """One run and what was compared so far."""
 
     def __init__(self, run, questions, trials, seed):
@@ -129,7 +130,7 @@ class Audit(Numbers, Layers, Searches):
             return 0.0
         if self.dtype != torch.float32 or self.config["model"]["quantise"] != "none":
             return math.inf
-        return 1e-3 if (plan["refit"]["ridge"] or 1) > 1e-3 else 1e-1
+        return 10 * max(1e-4, self.rounding) * (1 if (plan["refit"]["ridge"] or 1) > 1e-3 else 100)
 
     @property
     def biases(self):
@@ -226,6 +227,9 @@ class Audit(Numbers, Layers, Searches):
                 self.same(f"{what}: logsumexp", plan_id, [r["logsumexp_all"] for r in rows], sums, allowed)
             if rows[0]["prompt_nll"] is not None:
                 self.same(f"{what}: prompt NLL", plan_id, [r["prompt_nll"] for r in rows], nll, rounding * 10)
+        self.compared_tasks(what, plan_id, model, rounding)
+        if what.startswith("model"):
+            self.retrieval(what, plan_id, model)
         texts = self.table("perplexity", plan_id=plan_id, target="text")
         if texts:
             windows = self.asker.windows(data["perplexity_text"], 0, data["perplexity_tokens"])
@@ -435,6 +439,7 @@ def audited(run, questions=12, trials=3, seed=0):
     if audit.experiment in ("search", "sweep", "evaluate"):
         audit.reported()
         audit.derived()
+        audit.derived_tasks()
     if audit.experiment in ("search", "sweep"):
         audit.blocks()
     if audit.experiment == "search":

@@ -30,6 +30,7 @@ from unittest.mock import patch
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import task_files
 from audit import audited
 from local_pool import LocalPool, local_search
 from tiny import FAMILIES, N_LAYERS, make_checkpoint
@@ -174,6 +175,8 @@ class Drawer:
                 if found["plan.selection"] == "list":
                     found["plan.base"] = "file"
                 found |= {"plan.alpha_file": self._alphas(r, n_layers), "plan.similarity_run": self._similarity(model)}
+            if experiment in ("search", "sweep", "evaluate") and (r.random() < 0.25 or "tasks" in self.always):
+                found |= self._tasks(r)
             if "file" in found.get("sweep.methods", []):
                 found["sweep.alpha_files"] = {"one": self._alphas(r, n_layers), "another": self._alphas(r, n_layers)}
             with contextlib.suppress(UserError):
@@ -197,6 +200,16 @@ class Drawer:
         path = self.folder / f"alphas-{r.randrange(10**9)}.json"
         path.write_text(json.dumps(steps))
         return str(path)
+
+    def _tasks(self, r):
+        found = {}
+        for name in r.sample(sorted(task_files.ROWS), r.randint(1, 3)):
+            file = self.folder / f"{name}.jsonl"
+            if not file.exists():
+                task_files.write(self.folder, name)
+            found[f"tasks.{name}"] = {"format": name, "file": str(file), "limit": r.choice([None, 1, 2])}
+            found[f"tasks.{name}"] |= {"shots": 1, "examples": str(file)} if r.random() < 0.4 else {}
+        return found
 
     def _similarity(self, model):
         run = self.folder / f"similarity-{Path(model).name}"

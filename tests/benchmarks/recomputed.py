@@ -81,7 +81,8 @@ class Base:
                 for name, gain in self.gains(layer)[0].items():
                     own[name] = own[name] * gain
             work[number] = own
-        if plan["alignment"] in ("neurons", "activations") and plan["steps"]:
+        averages = any(of != {number} for number, of in coefficients.items())
+        if plan["alignment"] in ("neurons", "activations") and averages:
             orders = self.matcher.towards(plan["steps"], plan["alignment"])
             work |= {number: reordered(work[number], order) for number, order in orders.items()}
         for number, (into, remove) in enumerate(plan["steps"]):

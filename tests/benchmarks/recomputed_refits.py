@@ -80,7 +80,9 @@ class Refits:
             members = sorted(groups[kept[place]])
             target = self.unmerged[members[-1]]
             power = (target["leaving"] ** 2).mean(1)
-            weights = np.where(power > MASSIVE * np.median(power), 0.0, 1 / np.maximum(power, 1e-300))
+            weights = np.where(
+                power > MASSIVE * np.quantile(power, 0.5, method="lower"), 0.0, 1 / np.maximum(power, 1e-300)
+            )
             if method in ("linear", "scale"):
                 weights = np.ones_like(power)
             if method == "units" and place in seams:
