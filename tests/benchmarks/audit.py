@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from audit_layers import Layers
+from audit_noise import Noise
 from audit_numbers import Numbers
 from audit_search import Searches
 from audit_tasks import Tasks
@@ -42,7 +43,7 @@ from transformers.utils import logging
 SHARD = 8192  # tokens that are run in one piece
 
 
-class Audit(Numbers, Layers, Searches, Tasks):
+class Audit(Numbers, Layers, Searches, Tasks, Noise):
     """One run and what was compared so far."""
 
     def __init__(self, run, questions, trials, seed):
