@@ -149,6 +149,9 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
                 return "alignment by activations of more than one shard"
         if plan.get("refit") and self.fits is None:
             return "refitted on shards that were drawn"
+        if plan.get("refit") and plan["refit"]["method"] == "units" and math.isinf(self.slack(plan)):
+            if len(self.fits.held) < 100:
+                return "units chosen on few tokens of rounded states: their last bits decide"
         return None
 
     def matcher_values(self):
@@ -212,7 +215,9 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
 
     def compared_model(self, what, plan_id, model, plan):
         """A model's answers and losses against what the tables have of a plan."""
-        data, rounding = self.config["data"], self.rounding * (10 if plan.get("refit") else 1)
+        data, rounding = self.config["data"], self.rounding
+        if plan.get("refit"):
+            rounding *= 30 if self.config["model"]["quantise"] != "none" else 10
         rows = [r for r in self.table("answers", plan_id=plan_id) if r["split"] == data["report_split"]]
         rows = self.random.sample(rows, min(self.limit, len(rows)))
         if rows:

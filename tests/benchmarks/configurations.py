@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
@@ -204,11 +205,16 @@ class Drawer:
     def _tasks(self, r):
         found = {}
         for name in r.sample(sorted(task_files.ROWS), r.randint(1, 3)):
-            file = self.folder / f"{name}.jsonl"
-            if not file.exists():
-                task_files.write(self.folder, name)
-            found[f"tasks.{name}"] = {"format": name, "file": str(file), "limit": r.choice([None, 1, 2])}
-            found[f"tasks.{name}"] |= {"shots": 1, "examples": str(file)} if r.random() < 0.4 else {}
+            rows, shots = task_files.ROWS[name], int(r.random() < 0.4)
+            task_files.write(self.folder, f"{name}-{shots}", rows[shots:])
+            task_files.write(self.folder, f"{name}-examples", rows[:1])
+            found[f"tasks.{name}"] = {
+                "format": name,
+                "file": str(self.folder / f"{name}-{shots}.jsonl"),
+                "limit": r.choice([None, 1, 2]),
+                "shots": shots,
+                "examples": str(self.folder / f"{name}-examples.jsonl") if shots else None,
+            }
         return found
 
     def _similarity(self, model):
@@ -239,14 +245,16 @@ def words_of(run, experiment, split, folder):
     return shown.getvalue() + html.unescape(re.sub(r"<[^>]+>", " ", body))
 
 
-def tried(experiment, settings, folder, audits=False):
-    """How a configuration ended, the message or trace, and odd words."""
+def tried(experiment, settings, folder, audits=False, compared=None):
+    """How a configuration ended, the message or trace, and odd words; what was audited is counted in `compared`."""
     try:
         config = load_config(None, [*overrides(settings), f"output.run={folder / 'run'}"])
         run = getattr(experiments, experiment)(config)
         words = words_of(run, experiment, config.data.report_split, folder)
         getattr(experiments, experiment)(config)
-        if audits and (found := disagreements(folder / "run")):
+        found, counts = audit_of(folder / "run") if audits else ("", {})
+        compared.update(counts)
+        if found:
             return "differs", found, []
     except UserError as error:
         return "refused", f"{type(error).__name__}: {error}", []
@@ -255,12 +263,17 @@ def tried(experiment, settings, folder, audits=False):
     return "well", "", sorted({words[max(0, m.start() - 50) : m.end() + 30] for m in ODD_WORDS.finditer(words)})
 
 
-def disagreements(run):
-    """The first line of audit.py about a run that says that something disagrees; empty where nothing does."""
+def audit_of(run):
+    """The first line of audit.py about a run that says that something disagrees, empty where nothing does, and how many
+    lines said what."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         audited(run, questions=6, trials=2)
-    return next((line for line in said.getvalue().splitlines() if '"ok": false' in line), "")
+    lines = said.getvalue().splitlines()
+    told = [json.loads(line) for line in lines]
+    counts = Counter(line["what"].rpartition(": ")[2] for line in told if "ok" in line)
+    counts["skipped"] = sum("skipped" in line for line in told)
+    return next((line for line in lines if '"ok": false' in line), ""), counts
 
 
 def without_ray(stack):
@@ -294,9 +307,11 @@ def main():
             experiment, began = random.Random(seed).choice(options.experiments), time.monotonic()
             settings = drawer.settings(experiment, seed)
             with tempfile.TemporaryDirectory() as folder:
-                ended, message, odd = tried(experiment, settings, Path(folder), options.audit)
+                compared = Counter()
+                ended, message, odd = tried(experiment, settings, Path(folder), options.audit, compared)
             failed += ended in ("trace", "differs")
             line = {"seed": seed, "experiment": experiment, "ended": ended, "message": message, "odd": odd}
+            line |= {"compared": compared} if options.audit else {}
             line |= {"seconds": round(time.monotonic() - began, 1), "settings": settings}
             print(json.dumps(line), file=options.log, flush=True)
     return 1 if failed else 0
