@@ -155,7 +155,8 @@ def quantised(weight, scheme):
 
 
 def loaded(folder, dtype):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}  # the others know no float64
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", **experts)
     return model.eval()
 
 
