@@ -3,11 +3,13 @@ disagrees.
 
     python tests/benchmarks/audit.py RUN… [--questions 12] [--trials 3] [--seed 0]
 
-Of search, sweep, evaluate and similarity: every reported plan's answers, losses, coefficients, costs and receipts;
-alpha files and saved models with their cards and mergekit.yaml; candidates drawn from `trials`, what was chosen among
-them, descents; accuracies, intervals, differences and p-values; points of a sweep, blocks, similarities; the page, if
-there is one in the run. Not compared: refits other than by the saved model, alignment "activations", tasks, retrieval,
-noise of similarities, and bases from GGUF or the hub.
+Of search, sweep, evaluate and similarity: every reported plan's answers, losses, coefficients, costs and receipts, with
+alignments (also that they are symmetries) and refits worked out again; tasks, retrieval from a context; alpha files and
+saved models with their cards and mergekit.yaml; candidates drawn from `trials`, what was chosen among them, descents;
+accuracies, intervals, differences and p-values; points of a sweep, blocks, similarities with their noise; the page, if
+there is one in the run. Not compared: alignment "activations" and "units" where rounded sums decide, prompts of more
+than one shard for these and for refits, intervals of correlations between translations, noise of t-SNE, bases from
+GGUF or the hub. Retrieval is held against other prompts and noise against other draws: only gross faults of these show.
 
 Nothing is shared with raymerge but files: the run's configuration and tables, read by pyarrow, the base's safetensors,
 questions and texts. Models are merged here step by step in float64, written as ordinary checkpoints of fewer layers,

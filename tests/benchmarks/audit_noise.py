@@ -108,12 +108,13 @@ class Noise:
             self.same("noise: reliability", f"{of} {side}", told, wanted, max(wanted - low, high - wanted))
         if row["ci_low"] is None or abs(row["pearson_off_diagonal"]) > 0.9999:
             return
-        low, high = math.atanh(row["ci_low"]), math.atanh(row["ci_high"])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            low, high = np.arctanh([row["ci_low"], row["ci_high"]])
         self.same("noise: correlation's middle", of, (low + high) / 2, math.atanh(row["pearson_off_diagonal"]), 1e-6)
         if row["language_a"] != row["language_b"]:
             return  # translations are drawn together
         z = [[math.atanh(correlation(x, q["value"])) for x in p["subsets"]] for p, q in ((a, b), (b, a))]
         variance = sum(p["m"] / (p["n"] - p["m"]) * np.var(x, ddof=1) for p, x in zip((a, b), z, strict=True))
         spread = math.sqrt(2 / (self.config["similarity"]["interval_draws"] - 1) + 2 / (DRAWS - 1))
-        ratio = math.log(((high - low) / 2 / Z) ** 2 / variance)
+        ratio = np.log(((high - low) / 2 / Z) ** 2 / variance)
         self.same("noise: correlation's width", of, ratio, 0.0, 5 * spread)
