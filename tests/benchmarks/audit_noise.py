@@ -60,7 +60,7 @@ class Noise:
             key, value, column("null_mean"), column("null_p95"), np.array([draws.matrix(shuffle=x) for x in shuffles])
         )
         subsets = [np.sort(rng.permutation(n)[:m]) for _ in range(DRAWS)]
-        orders = [rng.permutation(n) for _ in range(c["half_draws"])]
+        orders = [rng.permutation(n) for _ in range(DRAWS)]
         if draws.matrix(subsets[0]) is None:
             self.line("noise", key, skipped=f"subsets embedded by {c['embedding']}")
             return None
@@ -99,11 +99,12 @@ class Noise:
             both = np.isfinite(x) & np.isfinite(y)
             return np.corrcoef(x[both], y[both])[0, 1] if both.sum() > 2 else math.nan
 
+        count = self.config["similarity"]["half_draws"]
         for side, own in (("a", a), ("b", b)):
             told, r = row[f"reliability_{side}"], np.array([correlation(*pair) for pair in own["halves"]])
             if told is None or not np.isfinite(r).all():
                 continue
-            mean, error = r.mean(), r.std(ddof=1) * math.sqrt(2 / len(r)) + 1e-9
+            mean, error = r.mean(), r.std(ddof=1) * math.sqrt(1 / len(r) + 1 / count) + 1e-9
             wanted, low, high = (2 * x / (1 + x) for x in (mean, max(mean - 5 * error, -0.9), min(mean + 5 * error, 1)))
             self.same("noise: reliability", f"{of} {side}", told, wanted, max(wanted - low, high - wanted))
         if row["ci_low"] is None or abs(row["pearson_off_diagonal"]) > 0.9999:
