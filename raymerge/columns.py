@@ -198,7 +198,8 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
         {
             "method": "linear, scale, outputs or units (plan.refit)",
             "part": "units, attention or mlp",
-            "tokens": "number of tokens fitted on, including those that the ridge was chosen on",
+            "tokens": "number of tokens fitted on, including those that the ridge was chosen on; 0 for units, "
+            "which are chosen, not fitted",
             "ridge": "ridge that was used; null without one",
             "error": "remaining error on these tokens, relative to that of the layer before the fit",
             "held_out_error": "the same on held-out tokens, before these were included; null if the ridge was given",

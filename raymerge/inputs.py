@@ -54,7 +54,8 @@ def task_role(name: str) -> str:
 
 
 def read_questions(config: Config, role: str) -> QuestionSet:
-    """The questions of role SEARCH or REPORT, without those that plan.similarity_run was made of. Raises DataError."""
+    """The questions of role SEARCH, or of role REPORT without those that plan.similarity_run was made of. Raises
+    DataError."""
     data = config.data
     split, limit = {
         SEARCH: (data.search_split, data.limit_per_subject),

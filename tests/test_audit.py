@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import task_files
 from tiny import make_checkpoint
 
 from raymerge import experiments
@@ -60,3 +61,37 @@ def test_it_agrees_with_a_search_and_tells_what_was_altered(tmp_path, monkeypatc
     assert altered.failed >= 3
     wrong = [json.loads(line)["what"] for line in capsys.readouterr().out.splitlines() if '"ok": false' in line]
     assert {"chosen: its merges", "saved: its record", "saved: weights"} <= set(wrong)
+
+
+def test_it_agrees_with_alignments_refits_and_tasks(tmp_path, monkeypatch, local_pools, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent / "benchmarks")])
+    from audit import Audit, audited
+
+    kept = {key: value for key, value in SETTINGS.items() if key.startswith(("data.", "output."))}
+    task = {"format": "race", "file": str(task_files.write(tmp_path, "race"))}
+    settings = kept | {
+        "model.path": make_checkpoint(tmp_path / "base", "llama"),
+        "output.run": tmp_path / "run",
+        "tasks.reading": json.dumps(task),
+        "sweep.merges": [2],
+        "sweep.methods": ["fixed:0.6"],
+        "sweep.alignments": ["activations"],
+        "sweep.norms": ["fold"],
+        "sweep.refits": ["units"],
+        "sweep.context": "false",
+        "sweep.speed_tokens": 0,
+        "calibration.text": "demo",
+        "calibration.tokens": 200,
+    }
+    run = settings["output.run"]
+    experiments.sweep(load_config(None, [f"{key}={value}" for key, value in settings.items()]))
+    assert audited(run, questions=2) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    compared = {line["what"].rpartition(": ")[2] for line in lines if line.get("ok")}
+    assert compared >= {"a symmetry", "its fits", "held_out_error", "log-likelihoods", "receipts"}
+
+    # A fit on half of the tokens that it is said to be on is another model.
+    altered = Audit(run, questions=2, trials=0, seed=0)
+    altered.config["calibration"]["tokens"] = 100
+    altered.reported()
+    assert altered.failed >= 3

@@ -8,39 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from recomputed import UNMERGED, Asker, effective, same_text
-from scipy import stats
-from sklearn.feature_selection import mutual_info_regression
-
-
-def similarity(embedding, c):
-    """npib or gaussian of (L, N, d) coordinates, NaN where the entropies leave it undefined."""
-    n_layers, n, d = embedding.shape
-    entropy, information = np.zeros(n_layers), np.zeros((n_layers, n_layers))
-    if c["measure"] == "npib":
-        ranks = stats.rankdata(embedding, axis=1) / n
-        for i, own in enumerate(ranks):
-            k, distances = c["entropy_neighbors"], np.linalg.norm(own[:, None] - own, axis=-1)
-            with np.errstate(divide="ignore"):
-                entropy[i] = -np.mean(np.log(k / (n * np.sort(distances, axis=1)[:, k] ** d)))
-            for j, other in enumerate(ranks):
-                parts = [
-                    mutual_info_regression(own, y, n_neighbors=c["neighbors"], random_state=c["seed"]) for y in other.T
-                ]
-                information[i, j] = np.mean(parts)
-        information = (information + information.T) / 2
-    else:
-        for i, j in itertools.product(range(n_layers), repeat=2):
-            own, both = np.cov(embedding[i].T, ddof=1), np.cov(np.hstack([embedding[i], embedding[j]]).T, ddof=1)
-            other = np.cov(embedding[j].T, ddof=1)
-            volumes = [np.linalg.slogdet(np.atleast_2d(m))[1] for m in (own, other, both)]
-            entropy[i], information[i, j] = volumes[0] / 2, (volumes[0] + volumes[1] - volumes[2]) / 2
-    product = np.outer(entropy, entropy)
-    small = ~(np.abs(entropy) >= 0.05) | ~np.isfinite(entropy)
-    values = information / np.sqrt(np.where((product > 0) & ~small & ~small[:, None], product, np.nan))
-    if c["measure"] == "gaussian":
-        np.fill_diagonal(values, np.where(small, np.nan, 1.0))
-    return values
+from recomputed import UNMERGED, Asker, effective
+from recomputed_similarity import diffusion, linear, similarity
 
 
 def similarity_of(plan):
@@ -147,14 +116,10 @@ class Layers:
     def blocks(self):
         """The scores of the blocks among which one was chosen, and the choice."""
         rows, config = self.table("blocks"), self.config
-        data, search = config["data"], config.get("search") or {}
         source = (config.get("calibration") or {}).get("text")
         measured = {}
         if rows and source is not None and {r["measure"] for r in rows} & {"cosine", "angular", "loss"}:
-            start = data["perplexity_tokens"] if same_text(source, data["perplexity_text"]) else 0
-            if self.needs_search_text and same_text(source, search["text"]):
-                start = max(start, self.search_start() + search["text_tokens"])
-            windows = self.asker.windows(source, start, config["calibration"]["tokens"])
+            windows = self.asker.windows(source, self.calibration_start(), config["calibration"]["tokens"])
             for k in {r["merges"] for r in rows}:
                 measured |= self.block_scores(
                     windows, k, {r["first"] for r in rows if r["merges"] == k}, {r["measure"] for r in rows}
@@ -238,7 +203,7 @@ class Layers:
         groups = {}
         for row in self.table("samples"):
             groups.setdefault((row["subset"], row["language"]), []).append(row)
-        matrices = {}
+        matrices, noise = {}, {}
         for row in self.table("similarity"):
             key = row["subset"], row["language"]
             value = math.nan if row["value"] is None else row["value"]
@@ -271,14 +236,8 @@ class Layers:
             ]
             self.same("block influence", key, influence, wanted, 20 * self.rounding)
             stored = self.embedded(key, distances, c)
-            if c["measure"] == "cosine":
-                unit = layers / np.linalg.norm(layers, axis=-1, keepdims=True)
-                values = np.einsum("ind,jnd->ij", unit, unit) / len(rows)
-            elif c["measure"] == "cka":
-                centre = np.eye(len(rows)) - 1 / len(rows)
-                grams = np.stack([centre @ own @ own.T @ centre for own in layers])
-                grams /= np.linalg.norm(grams, axis=(1, 2), keepdims=True)
-                values = np.einsum("iab,jab->ij", grams, grams)
+            if c["measure"] in ("cosine", "cka"):
+                values = linear(layers, layers, c["measure"])
             else:
                 values = similarity(stored, c)
             self.same(
@@ -290,8 +249,12 @@ class Layers:
                 if c["measure"] in ("cosine", "cka")
                 else 1e-6 * np.maximum(1, np.abs(np.nan_to_num(values))),
             )
+            noise[key] = self.uncertain(key, layers, distances, stored)
         above = np.triu_indices(self.base.n_layers, 1)
         for row in self.table("similarity_correlation"):
+            sides = [noise[row[f"subset_{x}"], row[f"language_{x}"]] for x in "ab"]
+            if None not in sides:
+                self.related(row, *sides)
             a, b = (matrices[row[f"subset_{x}"], row[f"language_{x}"]] for x in "ab")
             for column, pick in (("pearson", slice(None)), ("pearson_off_diagonal", above)):
                 x, y = a[pick].ravel(), b[pick].ravel()
@@ -317,25 +280,8 @@ class Layers:
             return stored
         ranks = {r["layer"]: r for r in self.table("degeneracy", subset=key[0], language=key[1])}
         for layer, d in enumerate(distances):
-            sigma = np.median(d[np.triu_indices(len(d), 1)]) if c["sigma"] == "median" else c["sigma"]
-            if c["embedding"] == "diffusion":
-                k = np.exp(-np.sqrt(d / sigma))
-                p = k.sum(1)
-                k = k / np.outer(p, p) ** c["anisotropy"]
-                v = np.sqrt(k.sum(1))
-                u, s, _ = np.linalg.svd(k / np.outer(v, v))
-                values, total = u[:, 1 : shape[2] + 1] / u[:, :1], k / np.outer(v, v)
-            else:
-                k = np.exp(-(d**2) / (2 * sigma**2))
-                total = k / k.sum(1, keepdims=True)
-                s, right = np.linalg.eig(total)
-                order = np.argsort(-np.abs(s))
-                s, right = np.abs(s[order].real), right[:, order].real
-                values = (
-                    right[:, 1 : shape[2] + 1]
-                    / np.linalg.norm(right[:, 1 : shape[2] + 1], axis=0)
-                    * s[1 : shape[2] + 1] ** c["anisotropy"]
-                )
+            values, s, total = diffusion(d, c)
+            values = values[:, : shape[2]]
             share = s / s.sum()
             rank = np.exp(-np.sum(share[share > 1e-300] * np.log(share[share > 1e-300])))
             mass = 1 - np.trace(total) / total.sum()

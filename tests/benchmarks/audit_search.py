@@ -52,6 +52,8 @@ class Searches:
         asks = data["mmlu"] is not None and any(m != "text_nll" for _, m, _ in terms_of(objective))
         answers = self.table("answers", split=data["search_split"]) if asks else []
         asked = sorted({(r["subject"], r["split"], r["question_id"]) for r in answers})
+        if asked and data["search_split"] != data["report_split"]:
+            self.equal("search: its questions", "all", asked, sorted(self.asker.searched_on()))
         windows = []
         if search["text"] is not None and ("text_nll" in objective or ceiling is not None):
             windows = self.asker.windows(search["text"], self.search_start(), search["text_tokens"])
@@ -236,3 +238,11 @@ class Searches:
     def search_start(self):
         search, data = self.config["search"], self.config["data"]
         return data["perplexity_tokens"] if same_text(search["text"], data["perplexity_text"]) else 0
+
+    def calibration_start(self):
+        """The first token of the calibration's text that is neither reported nor searched on."""
+        source, data, search = self.config["calibration"]["text"], self.config["data"], self.config.get("search") or {}
+        start = data["perplexity_tokens"] if same_text(source, data["perplexity_text"]) else 0
+        if self.needs_search_text and same_text(source, search["text"]):
+            start = max(start, self.search_start() + search["text_tokens"])
+        return start

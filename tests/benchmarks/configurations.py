@@ -2,7 +2,7 @@
 trace or a disagreement.
 
     python tests/benchmarks/configurations.py [--minutes 10] [--seed 1] [--experiments search …] [--prove] [--audit]
-        [--log FILE]
+        [--always KEY …] [--log FILE]
 
 A line: the seed that repeats it, how it ended (well, refused with a UserError, or a trace), the settings, and words of
 the page and the terminal that no user should read, such as None or nan. Models are the demo's and random ones of every
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
@@ -30,9 +31,11 @@ from unittest.mock import patch
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import task_files
 from audit import audited
 from local_pool import LocalPool, local_search
 from tiny import FAMILIES, N_LAYERS, make_checkpoint
+from transformers.utils import logging as transformers_logging
 
 from raymerge import console, experiments
 from raymerge.checkpoint import Checkpoint
@@ -151,8 +154,8 @@ EXPERIMENTS = {"search": SEARCH, "sweep": SWEEP, "similarity": SIMILARITY, "sens
 class Drawer:
     """Configurations by seed, and what they read: models, similarity runs and alpha files in one folder."""
 
-    def __init__(self, folder: Path, prove: bool):
-        self.folder, self.prove = folder, prove
+    def __init__(self, folder: Path, prove: bool, always=()):
+        self.folder, self.prove, self.always = folder, prove, always
         self.families = list(FAMILIES)
 
     def settings(self, experiment, seed):
@@ -161,7 +164,11 @@ class Drawer:
         while True:
             model, n_layers = self._model(r)
             table = DATA | EXPERIMENTS[experiment]
-            found = {key: r.choice(values) for key, (chance, values) in table.items() if r.random() < chance}
+            found = {
+                key: r.choice(values)
+                for key, (chance, values) in table.items()
+                if r.random() < chance or key in self.always
+            }
             found |= {"model.path": model, "data.subjects": r.sample(SUBJECTS, r.randint(1, 3)), "workers.count": 1}
             found |= {"output.verify": self.prove}
             if "plan.selection" in found:
@@ -169,6 +176,8 @@ class Drawer:
                 if found["plan.selection"] == "list":
                     found["plan.base"] = "file"
                 found |= {"plan.alpha_file": self._alphas(r, n_layers), "plan.similarity_run": self._similarity(model)}
+            if experiment in ("search", "sweep", "evaluate") and (r.random() < 0.25 or "tasks" in self.always):
+                found |= self._tasks(r)
             if "file" in found.get("sweep.methods", []):
                 found["sweep.alpha_files"] = {"one": self._alphas(r, n_layers), "another": self._alphas(r, n_layers)}
             with contextlib.suppress(UserError):
@@ -192,6 +201,21 @@ class Drawer:
         path = self.folder / f"alphas-{r.randrange(10**9)}.json"
         path.write_text(json.dumps(steps))
         return str(path)
+
+    def _tasks(self, r):
+        found = {}
+        for name in r.sample(sorted(task_files.ROWS), r.randint(1, 3)):
+            rows, shots = task_files.ROWS[name], int(r.random() < 0.4)
+            task_files.write(self.folder, f"{name}-{shots}", rows[shots:])
+            task_files.write(self.folder, f"{name}-examples", rows[:1])
+            found[f"tasks.{name}"] = {
+                "format": name,
+                "file": str(self.folder / f"{name}-{shots}.jsonl"),
+                "limit": r.choice([None, 1, 2]),
+                "shots": shots,
+                "examples": str(self.folder / f"{name}-examples.jsonl") if shots else None,
+            }
+        return found
 
     def _similarity(self, model):
         run = self.folder / f"similarity-{Path(model).name}"
@@ -221,14 +245,16 @@ def words_of(run, experiment, split, folder):
     return shown.getvalue() + html.unescape(re.sub(r"<[^>]+>", " ", body))
 
 
-def tried(experiment, settings, folder, audits=False):
-    """How a configuration ended, the message or trace, and odd words."""
+def tried(experiment, settings, folder, audits=False, compared=None):
+    """How a configuration ended, the message or trace, and odd words; what was audited is counted in `compared`."""
     try:
         config = load_config(None, [*overrides(settings), f"output.run={folder / 'run'}"])
         run = getattr(experiments, experiment)(config)
         words = words_of(run, experiment, config.data.report_split, folder)
         getattr(experiments, experiment)(config)
-        if audits and (found := disagreements(folder / "run")):
+        found, counts = audit_of(folder / "run") if audits else ("", {})
+        compared.update(counts)
+        if found:
             return "differs", found, []
     except UserError as error:
         return "refused", f"{type(error).__name__}: {error}", []
@@ -237,12 +263,17 @@ def tried(experiment, settings, folder, audits=False):
     return "well", "", sorted({words[max(0, m.start() - 50) : m.end() + 30] for m in ODD_WORDS.finditer(words)})
 
 
-def disagreements(run):
-    """The first line of audit.py about a run that says that something disagrees; empty where nothing does."""
+def audit_of(run):
+    """The first line of audit.py about a run that says that something disagrees, empty where nothing does, and how many
+    lines said what."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         audited(run, questions=6, trials=2)
-    return next((line for line in said.getvalue().splitlines() if '"ok": false' in line), "")
+    lines = said.getvalue().splitlines()
+    told = [json.loads(line) for line in lines]
+    counts = Counter(line["what"].rpartition(": ")[2] for line in told if "ok" in line)
+    counts["skipped"] = sum("skipped" in line for line in told)
+    return next((line for line in lines if '"ok": false' in line), ""), counts
 
 
 def without_ray(stack):
@@ -261,12 +292,14 @@ def main():
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--prove", action="store_true", help="reload what searches save")
     parser.add_argument("--audit", action="store_true", help="recompute every run by other code")
+    parser.add_argument("--always", nargs="+", default=[], metavar="KEY", help="keys that every configuration sets")
     parser.add_argument("--log", type=argparse.FileType("a"), default="-")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
     ends, failed = time.monotonic() + 60 * options.minutes, 0
     with contextlib.ExitStack() as stack:
-        drawer = Drawer(Path(stack.enter_context(tempfile.TemporaryDirectory())), options.prove)
+        drawer = Drawer(Path(stack.enter_context(tempfile.TemporaryDirectory())), options.prove, options.always)
         without_ray(stack)
         for seed in range(options.seed, sys.maxsize):
             if time.monotonic() > ends:
@@ -274,9 +307,11 @@ def main():
             experiment, began = random.Random(seed).choice(options.experiments), time.monotonic()
             settings = drawer.settings(experiment, seed)
             with tempfile.TemporaryDirectory() as folder:
-                ended, message, odd = tried(experiment, settings, Path(folder), options.audit)
+                compared = Counter()
+                ended, message, odd = tried(experiment, settings, Path(folder), options.audit, compared)
             failed += ended in ("trace", "differs")
             line = {"seed": seed, "experiment": experiment, "ended": ended, "message": message, "odd": odd}
+            line |= {"compared": compared} if options.audit else {}
             line |= {"seconds": round(time.monotonic() - began, 1), "settings": settings}
             print(json.dumps(line), file=options.log, flush=True)
     return 1 if failed else 0

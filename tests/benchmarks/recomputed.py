@@ -6,16 +6,18 @@ prompts are assembled and tokenised whole, one by one.
 
 import copy
 import csv
-import functools
-import itertools
+import hashlib
 import json
 import math
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 import yaml
+from recomputed_alignment import Matcher, reordered
+from recomputed_refits import places_of
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from scipy.special import log_softmax
@@ -26,9 +28,6 @@ WINDOW = 1024
 #: Norms and what reads them, by family; the others' read as Llama's. Gemma stores gains less 1.
 READS = {"input_layernorm": ("q_proj", "k_proj", "v_proj", "qkv_proj")}
 MLP_READS = ("gate_proj", "up_proj", "gate_up_proj", ".gate", ".w1", ".w3")
-AXES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"} | dict.fromkeys(
-    ("gate_proj", "up_proj", "down_proj"), "units"
-)
 GEMMA = ("gemma2", "gemma3_text")
 UNMERGED = {"steps": [], "alphas": [], "own": {}, "norms": "keep", "biases": "keep", "alignment": "none"}
 
@@ -47,6 +46,7 @@ class Base:
         for file in sorted(self.folder.glob("*.safetensors")):
             self.tensors |= load_file(file)
         self.n_layers, self.kind = self.config["num_hidden_layers"], self.config["model_type"]
+        self.matcher = Matcher(self)
 
     def layer(self, number):
         start = f"model.layers.{number}."
@@ -81,8 +81,10 @@ class Base:
                 for name, gain in self.gains(layer)[0].items():
                     own[name] = own[name] * gain
             work[number] = own
-        if plan["alignment"] == "neurons":
-            self.reorder(work, plan["steps"])
+        averages = any(of != {number} for number, of in coefficients.items())
+        if plan["alignment"] in ("neurons", "activations") and averages:
+            orders = self.matcher.towards(plan["steps"], plan["alignment"])
+            work |= {number: reordered(work[number], order) for number, order in orders.items()}
         for number, (into, remove) in enumerate(plan["steps"]):
             gone = work.pop(remove)
             for name in averaged:
@@ -95,9 +97,10 @@ class Base:
                 work[into] = work[into] | {f"new {name}": alpha * work[into][name] + (1 - alpha) * other}
             work[into] = {name: work[into][f"new {name}"] for name in averaged}
         state = {name: t for name, t in self.tensors.items() if not name.startswith("model.layers.")}
+        fitted = places_of(self.n_layers, plan)[2]
         for position, number in enumerate(kept):
             layer = layers[number]
-            if coefficients[number] != {number}:
+            if coefficients[number] != {number} or position in fitted:
                 changed = {name: work[number][name].float().to(layer[name].dtype) for name in averaged}
                 layer = layer | changed
                 if plan["norms"] == "fold":
@@ -105,70 +108,6 @@ class Base:
                     layer |= {norm: torch.full_like(layer[norm], unit) for norm in self.gains(layer)[1]}
             state |= {f"model.layers.{position}.{name}": tensor for name, tensor in layer.items()}
         return state, kept
-
-    def reorder(self, work, steps):
-        """Lay the units of every layer that is merged on those of the layer that it is merged into, in place."""
-        groups = {number: [number] for number in work}
-        for into, remove in steps:
-            groups[into] += groups.pop(remove)
-        for kept, members in groups.items():
-            for number in members:
-                order, step = None, 1 if number > kept else -1
-                for layer in range(number, kept, -step):
-                    match = self.match(min(layer, layer - step))
-                    if step < 0:
-                        match = {axis: np.argsort(own) for axis, own in match.items()}
-                    order = match if order is None else {axis: order[axis][match[axis]] for axis in match}
-                for name in work[number] if order else ():
-                    axes = [axis for end, axis in AXES.items() if f".{end}." in name]
-                    columns = name.endswith(("o_proj.weight", "down_proj.weight"))
-                    if axes and (columns or not name.endswith(("o_proj.bias", "down_proj.bias"))):
-                        work[number][name] = work[number][name].index_select(int(columns), torch.tensor(order[axes[0]]))
-
-    @functools.cache  # noqa: B019 - a handful of layers
-    def match(self, first):
-        """By axis, in which order the units of layer first + 1 match those of layer `first`."""
-        c, sides = self.config, []
-        for number in (first, first + 1):
-            layer = self.layer(number)
-            gains, own = self.gains(layer)[0], {}
-            for name, tensor in layer.items():
-                if tensor.ndim == 2:
-                    folded = tensor.double() * gains.get(name, torch.ones(1, dtype=torch.float64))
-                    folded = folded.T if name.endswith(("o_proj.weight", "down_proj.weight")) else folded
-                    own[name.split(".")[-2]] = torch.nn.functional.normalize(folded, dim=1).numpy()
-            sides.append(own)
-        kv, d = c["num_key_value_heads"], c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-        g, (one, two) = c["num_attention_heads"] // kv, sides
-        units = linear_sum_assignment(
-            -sum(one[k] @ two[k].T for k in ("gate_proj", "up_proj", "down_proj") if k in one)
-        )[1]
-        q, k, v, o = (
-            {n: own[f"{x}_proj"].reshape(kv, *shape, -1) for n, own in enumerate(sides)}
-            for x, shape in (("q", (g, d)), ("k", (d,)), ("v", (d,)), ("o", (g, d)))
-        )
-        best = {}
-        for a, b in itertools.product(range(kv), repeat=2):
-            for heads in itertools.permutations(range(g)):
-                heads = list(heads)
-                likeness = v[0][a] @ v[1][b].T + sum(o[0][a, x] @ o[1][b, y].T for x, y in enumerate(heads))
-                channels = linear_sum_assignment(-likeness)[1]
-                score = (
-                    np.sum(k[0][a] * k[1][b])
-                    + np.sum(q[0][a] * q[1][b, heads])
-                    + likeness[np.arange(d), channels].sum()
-                )
-                best[a, b] = max(best.get((a, b), (-np.inf, 0, 0)), (score, heads, channels.tolist()))
-        order = linear_sum_assignment([[-best[a, b][0] for b in range(kv)] for a in range(kv)])[1]
-        heads = [b * g + x for a, b in enumerate(order) for x in best[a, b][1]]
-        channels = [(a, b, best[a, b]) for a, b in enumerate(order)]
-        return {
-            "units": units,
-            "q": np.array([h * d + x for h in heads for x in range(d)]),
-            "k": np.array([b * d + x for b in order for x in range(d)]),
-            "v": np.array([b * d + x for _, b, found in channels for x in found[2]]),
-            "o": np.array([(b * g + h) * d + x for _, b, found in channels for h in found[1] for x in found[2]]),
-        }
 
     def row_order(self, own, other, matrix):
         """Which row of `other` is laid on each row of `own`, in each part of a matrix that holds several."""
@@ -185,14 +124,17 @@ class Base:
 
     def load(self, plan, dtype, quantise="none"):
         """The merged model by transformers."""
-        state, kept = self.merged(plan)
+        return self.built(*self.merged(plan), dtype, quantise)
+
+    def built(self, state, kept, dtype, quantise="none"):
+        """A state dict with these of the layers by transformers."""
         if quantise != "none":
             matrices = [
                 n
                 for n, t in state.items()
                 if n.startswith("model.layers.") and t.ndim == 2 and not n.endswith(".gate.weight")
             ]
-            state |= {name: quantised(state[name].to(dtype), quantise) for name in matrices}
+            state = state | {name: quantised(state[name].to(dtype), quantise) for name in matrices}
         config = copy.deepcopy(self.config)
         for key in ("layer_types", "no_rope_layers"):
             if config.get(key):
@@ -213,7 +155,8 @@ def quantised(weight, scheme):
 
 
 def loaded(folder, dtype):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}  # the others know no float64
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", **experts)
     return model.eval()
 
 
@@ -261,12 +204,15 @@ class Asker:
 
     def rows(self, subject, split):
         if (subject, split) not in self.files:
-            root = DEMO / "mmlu" if self.data["mmlu"] == "demo" else Path(self.data["mmlu"])
-            folder = next(f for f in (root / self.data["language"], root) if f.is_dir())
             short = {"validation": "val"}.get(split, split)
-            with open(folder / short / f"{subject}_{short}.csv", newline="", encoding="utf-8-sig") as file:
+            with open(self.folder / short / f"{subject}_{short}.csv", newline="", encoding="utf-8-sig") as file:
                 self.files[subject, split] = list(csv.reader(file))
         return self.files[subject, split]
+
+    @property
+    def folder(self):
+        root = DEMO / "mmlu" if self.data["mmlu"] == "demo" else Path(self.data["mmlu"])
+        return next(f for f in (root / self.data["language"], root) if f.is_dir())
 
     def prompt(self, subject, split, question_id):
         """(ids of the prompt, how many of them are the prefix's, right letter)"""
@@ -281,6 +227,53 @@ class Asker:
             shots = self.rows(subject, "dev")[: self.data["shots"]]
             prefix += "".join(f"{text(shot)} {shot[5]}\n\n" for shot in shots)
         return self.ids(prefix + text(row)), len(self.ids(prefix)), "ABCD".index(row[5].strip())
+
+    def subjects(self, split):
+        if self.data["subjects"] != "all":
+            return sorted(self.data["subjects"])
+        short = {"validation": "val"}.get(split, split)
+        return sorted(file.name.removesuffix(f"_{short}.csv") for file in self.folder.glob(f"{short}/*.csv"))
+
+    def drawn(self, split, limit, without=frozenset()):
+        """[(subject, split, question id)] of a split, drawn as docs/design.md says."""
+        found = []
+        for subject in self.subjects(split):
+            asked = [(subject, split, f"{subject}/{split}/{row}") for row in range(len(self.rows(subject, split)))]
+            asked = [own for own in asked if self.content(*own) not in without]
+            ranked = sorted(asked, key=lambda own: hashed([self.data["seed"], own[0], own[2]]))
+            found += sorted(ranked[:limit], key=asked.index)
+        return found
+
+    def content(self, subject, split, question_id):
+        row = self.rows(subject, split)[int(question_id.rpartition("/")[2])]
+        return tuple(cell.strip() for cell in row[:5])
+
+    def searched_on(self):
+        """[(subject, split, question id)] of the search's questions."""
+        data, run = self.data, self.config["plan"]["similarity_run"]
+        samples = pq.read_table(Path(run) / "tables" / "samples").to_pylist() if run else []
+        seen = {self.content(r["subject"], r["split"], r["question_id"]) for r in samples}
+        reported = self.drawn(data["report_split"], data["report_limit_per_subject"], seen)
+        gone = {self.content(*own) for own in reported} if data["search_split"] != data["report_split"] else set()
+        found = self.drawn(data["search_split"], data["limit_per_subject"])
+        named = (
+            [names for _, _, names in terms_of(self.config["search"]["objective"])] if "search" in self.config else []
+        )
+        named = sum(named, []) if named and all(named) else None
+        return [own for own in found if self.content(*own) not in gone and (named is None or own[0] in named)]
+
+    def sequences(self, asked):
+        """[(ids, shared, start)] of prompts in the order in which they are run: a subject's longest first. The first
+        `shared` ids are the subject's; those before `start` were counted with an earlier prompt."""
+        found = []
+        for subject in sorted({own[0] for own in asked}):
+            prompts = [self.prompt(*own) for own in asked if own[0] == subject]
+            ids, prefix = [own[0] for own in prompts], prompts[0][1]
+            shared = min(prefix, *(len(own) - 1 for own in ids))
+            shared = next((n for n in range(shared) if len({own[n] for own in ids}) > 1), shared)
+            ids.sort(key=len, reverse=True)
+            found += [(own, shared, shared if number else 0) for number, own in enumerate(ids)]
+        return found
 
     @torch.no_grad()
     def answers(self, model, asked):
@@ -311,6 +304,11 @@ class Asker:
             logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].double()
             found.append(-torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy())
         return found
+
+
+def hashed(value):
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def same_text(one, other):

@@ -1,0 +1,171 @@
+"""Layers at the seams of a merge fitted again, by least squares in float64 on states that transformers gives, for
+audit.py: of docs/design.md ("Refits") and the docstrings of `refit` and `normal_equations`."""
+
+import numpy as np
+import torch
+from recomputed_alignment import UNITS
+from scipy.linalg import solve
+
+RIDGES = (0.01, 0.1, 1.0, 10.0)
+MASSIVE = 50
+
+
+def places_of(n_layers, plan):
+    """(groups: each kept layer's own, seams, positions that are fitted) of a plan; these are none without a refit."""
+    groups = {number: [number] for number in range(n_layers)}
+    for into, remove in plan["steps"]:
+        groups[into] += groups.pop(remove)
+    seams = {place for place, number in enumerate(sorted(groups)) if len(groups[number]) > 1}
+    after = plan["refit"]["layers"] if plan.get("refit") else -1
+    fitted = {place + n for place in seams for n in range(after + 1)}
+    return groups, seams, sorted(place for place in fitted if place < len(groups))
+
+
+class Refits:
+    """Fits of one base on sequences [(token ids, how many of them are others' too, how many were counted with others)].
+
+    built: a function of a state dict and its layers that gives transformers' model.
+    """
+
+    def __init__(self, base, sequences, built):
+        self.base, self.sequences, self.built = base, sequences, built
+        self.factor = base.config.get("residual_multiplier", 1.0)  # of what a block adds to the residual stream
+        held = []
+        for number, (ids, shared, start) in enumerate(sequences):
+            own, at = len(ids) - shared, np.arange(len(ids))
+            last = own if number % 5 == 4 else 0
+            held.append((at >= len(ids) - (last if len(sequences) >= 5 else own // 5))[start:])
+        self.held = np.concatenate(held)
+        unmerged = built({n: t for n, t in base.tensors.items()}, [*range(base.n_layers)])
+        self.unmerged = self.run(unmerged, range(base.n_layers))
+
+    @torch.no_grad()
+    def run(self, model, places):
+        """By layer, of every token: what o_proj and down_proj read, the state between attention and MLP ("middle") and
+        the one that leaves the layer ("leaving"), float64."""
+        found, hooks = {}, []
+
+        def keep(place, name):
+            own = found.setdefault(place, {}).setdefault(name, [])
+
+            def hook(_, args, out=None):
+                state = args[0] if out is None else out
+                own.append((state if torch.is_tensor(state) else state[0])[0])
+
+            return hook
+
+        for place in places:
+            layer = model.model.layers[place]
+            modules = {"o_proj": layer.self_attn.o_proj, "down_proj": layer.mlp.down_proj}
+            for name, module in (modules | {"middle": layer.post_attention_layernorm}).items():
+                hooks.append(module.register_forward_pre_hook(keep(place, name)))
+            hooks.append(layer.register_forward_hook(keep(place, "leaving")))
+        for ids, *_ in self.sequences:
+            model.model(input_ids=torch.tensor([ids]), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+
+        def joined(parts):
+            starts = [start for *_, start in self.sequences]
+            return torch.cat([own[start:] for own, start in zip(parts, starts, strict=True)]).double().numpy()
+
+        return {place: {name: joined(parts) for name, parts in own.items()} for place, own in found.items()}
+
+    def fitted(self, state, kept, plan):
+        """(state dict, figures) of a merged one. plan: has steps, and refit {method, ridge, layers}."""
+        method, ridge = plan["refit"]["method"], plan["refit"]["ridge"]
+        state, figures = dict(state), []
+        groups, seams, places = places_of(self.base.n_layers, plan)
+        for place in places:
+            members = sorted(groups[kept[place]])
+            target = self.unmerged[members[-1]]
+            power = (target["leaving"] ** 2).mean(1)
+            weights = np.where(
+                power > MASSIVE * np.quantile(power, 0.5, method="lower"), 0.0, 1 / np.maximum(power, 1e-300)
+            )
+            if method in ("linear", "scale"):
+                weights = np.ones_like(power)
+            if method == "units" and place in seams:
+                state = self.units(state, kept, place, members, weights)
+                figures.append({"layer": kept[place], "part": "units", "tokens": 0})
+            for part, matrix in (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj")):
+                if part == "attention" and method in ("linear", "scale"):
+                    continue
+                name = f"model.layers.{place}.{matrix}.weight"
+                own = self.run(self.built(state, kept), [place])[place]
+                at = "middle" if part == "attention" and place not in seams else "leaving"
+                left = target[at] - own[at]
+                features = self.factor * own[matrix.split(".")[1]]
+                if method in ("linear", "scale"):
+                    features = features @ state[name].double().numpy().T
+                found, told = self.solved(features, left, weights, ridge, method)
+                weight = state[name].double()
+                change = found.T @ weight.numpy() if method in ("linear", "scale") else found.T
+                state[name] = (weight + torch.tensor(change)).to(state[name].dtype)
+                figures.append({"layer": kept[place], "part": part, "tokens": len(power)} | told)
+        return state, figures
+
+    def solved(self, features, left, weights, ridge, method):
+        """The map (n, d), and the ridge and errors that tables tell of it."""
+
+        def fit(chosen, ridge):
+            x, r, w = features[chosen], left[chosen], weights[chosen, None]
+            gram, cross = (w * x).T @ x, (w * x).T @ r
+            penalty = ridge * np.trace(gram) / len(gram)
+            if method == "scale":
+                return np.diag(np.diag(cross) / (np.diag(gram) + penalty))
+            return solve(gram + penalty * np.eye(len(gram)), cross, assume_a="pos")
+
+        def error(chosen, found):
+            x, r, w = features[chosen], left[chosen], weights[chosen, None]
+            return (w * (r - x @ found) ** 2).sum() / (w * r**2).sum()
+
+        every, told = slice(None), None
+        if method == "scale":
+            ridge = 0.01 if ridge is None else ridge
+        elif ridge is None:
+            told, ridge = min((error(self.held, fit(~self.held, own)), own) for own in RIDGES)
+        found = fit(every, ridge)
+        return found, {"ridge": ridge, "error": error(every, found), "held_out_error": told}
+
+    def units(self, state, kept, place, members, weights):
+        """The state with a seam's MLP made of the units, of all its layers, that contribute most."""
+        model = self.built(state, kept)
+        mlp = model.model.layers[place].mlp
+        act = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
+        middle = torch.tensor(self.run(model, [place])[place]["middle"])
+        eps = self.base.config["rms_norm_eps"]
+        normal = middle / (middle.pow(2).mean(1, keepdim=True) + eps).sqrt()
+        found = []
+        for number in members:
+            layer = self.base.layer(number)
+            gain = layer["post_attention_layernorm.weight"].double()
+            read = {n: t.double() for n, t in layer.items() if n.startswith("mlp.")}
+            read |= {n: t * gain for n, t in read.items() if n.endswith("weight") and "down_proj" not in n}
+            values = [
+                normal @ read[f"mlp.{n}.weight"].T + read.get(f"mlp.{n}.bias", 0)
+                for n in UNITS
+                if f"mlp.{n}.weight" in read and n != "down_proj"
+            ]
+            if "mlp.gate_up_proj.weight" in read:
+                values = values[0].chunk(2, dim=1)
+            values = act(values[0]) * values[1] if len(values) == 2 else act(values[0])
+            squares = (torch.tensor(weights)[:, None] * values**2).sum(0)
+            score = squares * read["mlp.down_proj.weight"].pow(2).sum(0)
+            found += [(-float(own), number, unit, read) for unit, own in enumerate(score)]
+        best = sorted(found, key=lambda own: own[0])[: len(found) // len(members)]
+        best.sort(key=lambda own: own[1:3])
+        state, start = dict(state), f"model.layers.{place}."
+        for name, tensor in state.items():
+            relative = name.removeprefix(start)
+            module = relative.split(".")[-2] if relative.startswith("mlp.") and name.startswith(start) else ""
+            if module not in UNITS or (module == "down_proj" and name.endswith("bias")):
+                continue
+            columns = module == "down_proj"
+            n, new = len(best), []
+            for half in range(UNITS[module]):
+                parts = [read[relative].select(int(columns), half * n + unit) for *_, unit, read in best]
+                new.append(torch.stack(parts, int(columns)))
+            state[name] = torch.cat(new).float().to(tensor.dtype)
+        norm = f"{start}post_attention_layernorm.weight"
+        return state | {norm: torch.ones_like(state[norm])}
