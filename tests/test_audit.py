@@ -1,4 +1,4 @@
-"""tests/benchmarks/audit.py agrees with a small search, and does not once what the search says is altered."""
+"""tests/audit/audit.py agrees with a small search, and does not once what the search says is altered."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ SETTINGS = {
 
 
 def test_it_agrees_with_a_search_and_tells_what_was_altered(tmp_path, monkeypatch, local_searches, capsys):
-    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent / "benchmarks")])
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent / "audit")])
     from audit import Audit, audited
 
     base = make_checkpoint(tmp_path / "base", "qwen2")
@@ -64,7 +64,7 @@ def test_it_agrees_with_a_search_and_tells_what_was_altered(tmp_path, monkeypatc
 
 
 def test_it_agrees_with_alignments_refits_and_tasks(tmp_path, monkeypatch, local_pools, capsys):
-    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent / "benchmarks")])
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent / "audit")])
     from audit import Audit, audited
 
     kept = {key: value for key, value in SETTINGS.items() if key.startswith(("data.", "output."))}

@@ -7,7 +7,7 @@ trace or a disagreement.
 A line: the seed that repeats it, how it ended (well, refused with a UserError, or a trace), the settings, and words of
 the page and the terminal that no user should read, such as None or nan. Models are the demo's and random ones of every
 family, of five layers; every run is summarised, made a page of, and asked for again once it is complete. --prove has
-what searches save reloaded by transformers alone and compared. --audit has every run recomputed by audit.py: one of
+what searches save reloaded by transformers alone and compared. --audit has every run recomputed by tests/audit: one of
 which something disagrees ends as "differs", with the first of these as its message.
 """
 
@@ -30,6 +30,7 @@ from unittest.mock import patch
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "audit"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import task_files
 from audit import audited

@@ -1,7 +1,7 @@
 """Recomputes what a finished run says, by other code, and compares; a JSON line for each thing, exit code 1 if any
 disagrees.
 
-    python tests/benchmarks/audit.py RUN… [--questions 12] [--trials 3] [--seed 0]
+    python tests/audit/audit.py RUN… [--questions 12] [--trials 3] [--seed 0]
 
 Of search, sweep, evaluate and similarity: every reported plan's answers, losses, coefficients, costs and receipts, with
 alignments (also that they are symmetries) and refits worked out again; tasks, retrieval from a context; alpha files and
