@@ -54,6 +54,8 @@ class Searches:
         asked = sorted({(r["subject"], r["split"], r["question_id"]) for r in answers})
         if asked and data["search_split"] != data["report_split"]:
             self.equal("search: its questions", "all", asked, sorted(self.asker.searched_on()))
+        elif asked:  # of one split the answers are the report's
+            asked = sorted(self.asker.searched_on())
         windows = []
         if search["text"] is not None and ("text_nll" in objective or ceiling is not None):
             windows = self.asker.windows(search["text"], self.search_start(), search["text_tokens"])
@@ -91,21 +93,14 @@ class Searches:
                 self.same("trial: perplexity", of, math.log(row["perplexity"]), text, 20 * self.rounding * max(1, text))
 
         good = [row for row in trials if row["status"] == "ok"]
-        # Of one split the report has other questions than the search, and its answers alone are stored.
-        one_split = data["search_split"] == data["report_split"]
-        if asks and asked and good and (one_split or good[0]["n_questions"] != len(asked)):
-            self.line("trials", "all", skipped="questions of the search are not told apart from the report's")
-        else:
-            for searcher in dict.fromkeys(row["searcher"] for row in good):
-                own = [
-                    r for r in good if r["searcher"] == searcher and (searcher != "controls" or r["plan_id"] in plans)
-                ]
-                for row in self.random.sample(own, min(self.trials, len(own))):
-                    plan = plans[row["plan_id"]] if searcher == "controls" else self.candidate(row)
-                    if why := self.can_merge(plan):
-                        self.line("trial", f"{searcher} {row['iteration']}", skipped=why)
-                        continue
-                    compare(row, plan)
+        for searcher in dict.fromkeys(row["searcher"] for row in good):
+            own = [r for r in good if r["searcher"] == searcher and (searcher != "controls" or r["plan_id"] in plans)]
+            for row in self.random.sample(own, min(self.trials, len(own))):
+                plan = plans[row["plan_id"]] if searcher == "controls" else self.candidate(row)
+                if why := self.can_merge(plan):
+                    self.line("trial", f"{searcher} {row['iteration']}", skipped=why)
+                    continue
+                compare(row, plan)
         self.controls(plans, names)
         self.descended(good)
         self.chosen(good, plans, names, judged, objective)
