@@ -27,7 +27,7 @@ from raymerge.plan import KeptLayer, MergePlan, PlanError, Refit
 from raymerge.plan_files import plan_fields
 from raymerge.plan_source import MEASURED, RECORD_FILE, plan_to_merge
 from raymerge.progress import Progress, Silent, step
-from raymerge.prompts import Shard, encode_text
+from raymerge.prompts import TEXT_WINDOW, Shard, encode_text
 from raymerge.proof import check_proof, proof_finished, prove
 from raymerge.refit import Refitter
 from raymerge.saving import check_writable, save_checkpoint
@@ -122,7 +122,8 @@ def _calibration(checkpoint: Checkpoint, text: str | Path | None) -> Callable[[]
         if text is None:
             raise PlanError("a refit, or a choice of the block by distances, needs a plain text: give --calibration")
         read = read_plain_text(str(text), "calibration")
-        return encode_text(read, checkpoint.tokenizer, limit=CalibrationConfig().tokens)
+        window = min(TEXT_WINDOW, checkpoint.config.max_position_embeddings)  # as a run's, which fits the same
+        return encode_text(read, checkpoint.tokenizer, limit=CalibrationConfig().tokens, window=window)
 
     return shards
 

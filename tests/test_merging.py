@@ -231,6 +231,22 @@ def test_cosines_and_angles_of_all_shards_choose_each_their_own_block(tmp_path, 
     assert found == {"cosine": [4, 5], "angular": [11, 12]}
 
 
+def test_calibration_windows_are_those_of_a_run_no_longer_than_the_model_s_context(tmp_path, monkeypatch):
+    """Else a block could be another than a sweep chooses on the same text, by states that no model was trained for."""
+    folder = tiny.make_checkpoint(tmp_path / "base", "llama", max_position_embeddings=64)
+    seen, run_layers = [], raymerge.plan_source.state_distances
+
+    def distances(runner, shard):
+        seen.extend(len(group.prefix) + len(ids) for group in shard.groups for ids in group.sequences)
+        return run_layers(runner, shard)
+
+    monkeypatch.setattr(raymerge.plan_source, "state_distances", distances)
+    (tmp_path / "a.txt").write_text("The cat sat on the mat. " * 100)
+    settings = ["merges=1", "ratio=1", "selection=block"]
+    merge(folder, section(*settings), tmp_path / "out", calibration=tmp_path / "a.txt", verify=False)
+    assert max(seen) == 64
+
+
 def test_a_similarity_run_gives_coefficients_and_blocks_and_is_warned_of(tmp_path):
     run = RunDirectory.open(tmp_path / "run", {}, "similarity")
     values = np.full((21, 21), 0.5)
