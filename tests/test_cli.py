@@ -432,7 +432,7 @@ def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, c
     plain = {"revision": None, "trust_remote_code": False, "alignment": None, "norms": None, "biases": None,
              "refit": None, "calibration": None, "verify": True, "push": None, "private": True}  # fmt: skip
     words, options = asked[-1]
-    assert words == ("demo", "a.json", "merged") and plain.items() <= options.items()
+    assert words == ("demo", "a.json", "merged") and plain == {key: options.get(key) for key in plain}
     done |= {"mergekit": "it has no terms", "pushed": "https://hub/me/m"}
     text = said(
         *("--revision", "v2", "--trust-remote-code", "--alignment", "rows", "--norms", "fold", "--biases", "merge"),
@@ -454,10 +454,10 @@ def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, c
         assert cure in capsys.readouterr().err and len(asked) == count
     assert cli.main(["merge", "demo", "--plan", "p.json", "--out", "merged"]) == 0
     words, options = asked[-1]
-    assert words == ("demo", "p.json", "merged") and plain.items() <= options.items()
+    assert words == ("demo", "p.json", "merged") and plain == {key: options.get(key) for key in plain}
     assert cli.main(["merge", "demo", "--set", "plan.merges=4", "--set", "plan.block=loss", "--out", "merged"]) == 0
     (model, section, out), options = asked[-1]
-    assert (model, out) == ("demo", "merged") and plain.items() <= options.items()
+    assert (model, out) == ("demo", "merged") and plain == {key: options.get(key) for key in plain}
     assert section == PlanConfig(merges=4, block="loss")
     count = len(asked)
     for words, cure in (
@@ -467,6 +467,21 @@ def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, c
     ):
         assert cli.main(["merge", "demo", *words, "--out", "merged"]) == 2
         assert cure in capsys.readouterr().err and len(asked) == count
+    # Options beside a section are its keys: what they leave open of a refit is the section's.
+    ridge, fit = ["--set", "plan.merges=2", "--set", "plan.ridge=0.5"], ["--set", "plan.refit=units"]
+    for words, expected in (
+        ([*ridge, "--refit", "outputs", "--norms", "fold"], {"ridge": 0.5, "refit": "outputs", "norms": "fold"}),
+        ([*ridge, *fit, "--refit-layers", "1"], {"ridge": 0.5, "refit": "units", "refit_layers": 1}),
+        (["--set", "plan.merges=2", *fit, "--refit", "none"], {"refit": "none"}),
+    ):
+        assert cli.main(["merge", "demo", *words, "--calibration", "demo", "--out", "merged"]) == 0
+        (_, section, _), options = asked[-1]
+        assert section == PlanConfig(merges=2, **expected) and plain | {"calibration": "demo"} == {
+            key: options.get(key) for key in plain
+        }
+    for words in (["--plan", ""], ["--alphas", ""]):  # as of a variable of the shell that has no value
+        assert cli.main(["merge", "demo", *words, "--out", "merged"]) == 0
+        assert asked[-1][0] == ("demo", "", "merged")
     for words in (["--plan", "p.json", "--alphas", "a.json"], ["--plan", "p.json", "--set", "plan.merges=4"], []):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["merge", "demo", *words, "--out", "merged"])
