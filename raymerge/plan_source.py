@@ -15,7 +15,7 @@ from raymerge.config import Config, PlanConfig
 from raymerge.forward import LayerRunner
 from raymerge.fusion import check_mergeable
 from raymerge.heuristics import best_block, block_scores, similar_block_scores
-from raymerge.plan import REFITS_BEYOND, MergePlan, PlanError, Refit
+from raymerge.plan import MergePlan, PlanError, Refit
 from raymerge.plan_files import made_for_another, read_plan
 from raymerge.plan_section import (
     Similarity,
@@ -90,8 +90,7 @@ def _of_section(
         )
     similarity = similarity_of(section, checkpoint.n_layers)
     if section.refit != "none":
-        layers = section.refit_layers if section.refit in REFITS_BEYOND else 0
-        given = {"refit": Refit(section.refit, ridge=section.ridge, layers=layers)} | given
+        given = {"refit": Refit(section.refit, ridge=section.ridge, layers=section.refit_layers)} | given
 
     def from_layer(first: int | None) -> MergePlan:
         return replace(starting_plan(section, checkpoint.n_layers, similarity, first), **given)

@@ -303,6 +303,7 @@ def test_layers_of_other_attention_are_left_out_of_blocks_that_are_averaged(tmp_
             "three has 3 steps and is not a tail merge of plan.merges = 4",
         ),
         (["merges=4", "selection=block", "alignment=rows"], "demo", "alignment rows"),
+        (["merges=4", "refit=linear", "refit_layers=2"], "demo", "linear is of a seam alone, but 2 layers after it"),
     ],
 )
 def test_sections_that_a_merge_cannot_carry_out_are_refused_before_anything_is_measured(
