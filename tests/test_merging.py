@@ -573,6 +573,39 @@ def test_an_existing_folder_is_refused_before_anything_is_read(tmp_path, alphas)
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_what_cannot_be_saved_is_refused_before_what_takes_minutes(tmp_path, alphas, monkeypatch):
+    text = {"calibration": "demo", "refit": Refit("linear", ridge=0.1)}
+    fit = raymerge.merging.Refitter.fit
+
+    def late(*_, **__):
+        pytest.fail("fitted, or compared")
+
+    def ended(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(raymerge.merging.Refitter, "fit", late)
+    monkeypatch.setattr(raymerge.merging, "receipts", late)
+    with monkeypatch.context() as full:
+        full.setattr(raymerge.saving, "free_bytes", lambda folder: 3_000_000)
+        for given in (text, {}):
+            with pytest.raises(CheckpointError, match="could not write .*out: No space left on device. Its weights"):
+                merge("demo", alphas, tmp_path / "out", **given)
+        (left := tmp_path / "_tmp.out").mkdir()  # of a killed call, which has room when it is gone
+        (left / "model.safetensors").write_bytes(bytes(4_000_000))
+        with pytest.raises(pytest.fail.Exception, match="fitted, or compared"):
+            merge("demo", alphas, tmp_path / "out")
+        assert list(left.iterdir())  # or of another process, which may be done by then
+    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as cut:
+        cut.setattr(raymerge.merging.Refitter, "fit", fit)
+        cut.setattr(raymerge.merging, "receipts", lambda *_, **__: [])
+        cut.setattr(raymerge.merging, "prove", ended)
+        with pytest.raises(KeyboardInterrupt):
+            merge("demo", alphas, tmp_path / "out", **text)
+    with pytest.raises(PlanError, match="exists already, of another merge"):
+        merge("demo", alphas, tmp_path / "out", **text | {"refit": Refit("linear", ridge=0.2)})
+
+
 def test_a_merge_that_was_ended_during_its_proof_goes_on_with_it(tmp_path, alphas, monkeypatch):
     """Saving a large model takes minutes; a model that failed its proof, or another plan's, is still refused."""
 
