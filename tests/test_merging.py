@@ -247,6 +247,20 @@ def test_calibration_windows_are_those_of_a_run_no_longer_than_the_model_s_conte
     assert max(seen) == 64
 
 
+def test_an_alpha_file_is_warned_of_whether_it_is_named_by_a_section_or_alone(tmp_path):
+    base = tiny.make_checkpoint(tmp_path / "base", "llama")
+    plan = tail_plan(5, [0.7, 0.2], name="folded", kind="found", norms="fold")
+    save_merged(Checkpoint(base), plan, tmp_path / "saved", verify=False)
+    file, by_section, alone = tmp_path / "saved" / "alphas.json", Told(), Told()
+    given = section("merges=2", "base=file", f"alpha_file={file}")
+    merge(base, given, tmp_path / "section", verify=False, progress=by_section)
+    merge(base, file, tmp_path / "alone", verify=False, progress=alone)
+    assert by_section.messages == alone.messages and "a merge with other norms" in alone.messages[0]
+    same = section("merges=2", "base=file", f"alpha_file={file}", "norms=fold")
+    merge(base, same, tmp_path / "same", verify=False, progress=(told := Told()))
+    assert not told.messages
+
+
 def test_a_similarity_run_gives_coefficients_and_blocks_and_is_warned_of(tmp_path):
     run = RunDirectory.open(tmp_path / "run", {}, "similarity")
     values = np.full((21, 21), 0.5)
