@@ -66,7 +66,13 @@ def plan_to_merge(
 
 
 def _check(checkpoint: Checkpoint, plan: MergePlan) -> None:
+    """Refuse what a merge cannot carry out before it measures or fits anything. Raises PlanError, RefitError."""
     check_mergeable(checkpoint, plan)
+    if plan.alignment == "activations" and not all(kept.unchanged for kept in plan.kept):
+        raise PlanError(
+            "alignment activations needs calibration prompts, which only a search or a sweep has: use alignment "
+            "neurons here"
+        )
     if plan.refit is not None:
         check_refittable(checkpoint, plan)
 

@@ -317,6 +317,8 @@ def test_layers_of_other_attention_are_left_out_of_blocks_that_are_averaged(tmp_
             "three has 3 steps and is not a tail merge of plan.merges = 4",
         ),
         (["merges=4", "selection=block", "alignment=rows"], "demo", "alignment rows"),
+        (["merges=4", "selection=block", "alignment=activations"], "demo", "activations needs calibration prompts"),
+        (["merges=4", "refit=outputs", "alignment=activations"], "demo", "use alignment neurons here"),
         (["merges=4", "refit=linear", "refit_layers=2"], "demo", "linear is of a seam alone, but 2 layers after it"),
     ],
 )
@@ -324,6 +326,7 @@ def test_sections_that_a_merge_cannot_carry_out_are_refused_before_anything_is_m
     tmp_path, alphas, monkeypatch, settings, text, said
 ):
     monkeypatch.setattr(raymerge.plan_source, "state_distances", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(raymerge.merging.Refitter, "fit", lambda *_: pytest.fail("fitted"))
     base = "demo" if "alignment=rows" not in settings else tiny.make_checkpoint(tmp_path / "base", "mixtral")
     settings = [setting.format(alphas) for setting in settings]
     with pytest.raises(UserError, match=said):
