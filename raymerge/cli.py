@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import raymerge
 from raymerge import console
@@ -326,12 +326,11 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument(
         "--refit",
-        default="none",
         choices=["none", *REFITS],
         help="fit the merged layer to the unmerged model's states on --calibration, in closed form (default: none)",
     )
     command.add_argument(
-        "--refit-layers", type=int, default=0, metavar="N", help="also fit the N layers after it (outputs, units)"
+        "--refit-layers", type=int, metavar="N", help="also fit the N layers after it (outputs, units; default: 0)"
     )
     command.add_argument(
         "--calibration",
@@ -476,12 +475,40 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _plan_section(options: argparse.Namespace) -> PlanConfig:
-    """The plan section that a merge's --set describe."""
+def _plan_section(options: argparse.Namespace, given: dict[str, Any]) -> PlanConfig:
+    """The plan section that a merge's --set describe; given: its keys that have options of their own, which come before
+    them."""
     if others := [text for text in options.set if not text.strip().startswith("plan.")]:
         raise ConfigError(f"--set {others[0]}: a merge has the keys of the plan section alone, such as plan.merges=4")
+    overrides = [*options.set, *(_override(f"plan.{key}", value) for key, value in given.items())]
     # A configuration whose plan is chosen on a text must name one; that a merge was given none says `merge`.
-    return load_config(None, [*options.set, _override("calibration.text", options.calibration or "demo")]).plan
+    section = load_config(None, [*overrides, _override("calibration.text", options.calibration or "demo")]).plan
+    if idle := _without_effect(section):
+        key, of = idle[0]
+        raise ConfigError(f"plan.{key} is of {of}, not asked for: the model would be the same without it")
+    return section
+
+
+def _without_effect(section: PlanConfig) -> list[tuple[str, str]]:
+    """Keys that were given and change nothing, with what they are of. A run's section may have them for a sweep, which
+    takes other layers too; a merge's has no other use."""
+    by_block, run = section.selection == "block", [key for key in PlanConfig.model_fields if "similarity" in key]
+    by_similarity = (
+        section.base.startswith("similarity")
+        or section.selection == "most_similar"
+        or (by_block and section.block == "similarity")
+    )
+    uses = (
+        (["block", "starts", "survivor"], by_block, "plan.selection=block"),
+        (["starts"], not isinstance(section.block, int), "a block that is chosen"),
+        (["merges"], section.selection != "list", "a selection but list"),
+        (["ratio"], section.base == "fixed", "plan.base=fixed"),
+        (["alpha_file"], section.base == "file", "plan.base=file"),
+        (run, by_similarity, "a base, a selection or a block by similarity"),
+        (["ridge", "refit_layers"], section.refit != "none", "plan.refit"),
+    )
+    given = section.model_fields_set
+    return [(key, of) for keys, used, of in uses if not used for key in keys if key in given]
 
 
 def _merge(options: argparse.Namespace) -> int:
@@ -492,9 +519,17 @@ def _merge(options: argparse.Namespace) -> int:
 
     if options.public and options.push is None:
         raise UserError("--public says how --push uploads, but --push OWNER/NAME is not given")
-    if options.refit == "none" and options.refit_layers:
+    keys = ("alignment", "norms", "biases", "refit", "refit_layers")
+    given = {key: value for key in keys if (value := getattr(options, key)) is not None}
+    if options.set is None:
+        source = options.alphas if options.plan is None else options.plan
+        method, layers = given.pop("refit", "none"), given.pop("refit_layers", 0)
+        refit = None if method == "none" else Refit(method, layers=layers)
+    else:
+        source, given = _plan_section(options, given), {}
+        method, layers, refit = source.refit, options.refit_layers, None
+    if method == "none" and layers:
         raise UserError("--refit-layers is of --refit, which is not given: the merged layers would stay as they are")
-    source = options.plan or options.alphas or _plan_section(options)
     with console.progress() as progress:
         done = merge(
             options.model,
@@ -502,10 +537,8 @@ def _merge(options: argparse.Namespace) -> int:
             options.out,
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
-            alignment=options.alignment,
-            norms=options.norms,
-            biases=options.biases,
-            refit=None if options.refit == "none" else Refit(options.refit, layers=options.refit_layers),
+            refit=refit,
+            **given,
             calibration=options.calibration,
             verify=not options.no_verify,
             push=options.push,

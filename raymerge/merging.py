@@ -27,10 +27,10 @@ from raymerge.plan import KeptLayer, MergePlan, PlanError, Refit
 from raymerge.plan_files import plan_fields
 from raymerge.plan_source import MEASURED, RECORD_FILE, plan_to_merge
 from raymerge.progress import Progress, Silent, step
-from raymerge.prompts import Shard, encode_text
+from raymerge.prompts import TEXT_WINDOW, Shard, encode_text
 from raymerge.proof import check_proof, proof_finished, prove
 from raymerge.refit import Refitter
-from raymerge.saving import check_writable, save_checkpoint
+from raymerge.saving import check_room, check_writable, save_checkpoint
 from raymerge.storage import Storage, clear_scratch, scratch_folder
 from raymerge.texts import read_plain_text
 
@@ -86,23 +86,26 @@ def merge(
             "--calibration is of a refit, or of a block chosen by cosine or angular distance, but neither is asked "
             "for: the model would be the same without it"
         )
+    if refit is not None:
+        plan = replace(plan, refit=replace(refit, calibration=digest([shard.identity for shard in shards()])))
+        if refit.calibration not in ("", plan.refit.calibration):
+            told.message(f"Warning: {source} has a refit on other tokens than these of {calibration}.")
+    if there is None:  # before fits, which take minutes
+        check_room(checkpoint, [kept.index for kept in plan.kept], out)
+    elif there["plan_id"] != plan.plan_id(checkpoint.identity):
+        raise PlanError(f"{out} exists already, of another merge: give another --out, or delete it")
     options = {"verify": verify, "command": command, "progress": progress}
     aligner = Aligner(checkpoint, cache_folder)
     # Only fits need a folder, which is gone when they are merged.
     with scratch_folder() if refit is not None and cache_folder is None else nullcontext(cache_folder) as cache:
         refits = None
         if refit is not None:
-            plan = replace(plan, refit=replace(refit, calibration=digest([shard.identity for shard in shards()])))
-            if refit.calibration not in ("", plan.refit.calibration):
-                told.message(f"Warning: {source} has a refit on other tokens than these of {calibration}.")
             refitter = Refitter(LayerRunner(checkpoint, aligner=aligner), cache, shards)
             with step(told, f"refit ({refit.method}) on the calibration text"):
                 refitter.fit(plan)
             refits = refitter.tensors
         if there is None:
             record = save_merged(checkpoint, plan, out, aligner=aligner, refits=refits, **options)
-        elif there["plan_id"] != plan.plan_id(checkpoint.identity):
-            raise PlanError(f"{out} exists already, of another merge: give another --out, or delete it")
         else:  # an earlier call was ended while it proved the model
             clear_scratch(out)
             _prove(checkpoint, plan, out, there, aligner=aligner, refits=refits, progress=progress)
@@ -122,7 +125,8 @@ def _calibration(checkpoint: Checkpoint, text: str | Path | None) -> Callable[[]
         if text is None:
             raise PlanError("a refit, or a choice of the block by distances, needs a plain text: give --calibration")
         read = read_plain_text(str(text), "calibration")
-        return encode_text(read, checkpoint.tokenizer, limit=CalibrationConfig().tokens)
+        window = min(TEXT_WINDOW, checkpoint.config.max_position_embeddings)  # as a run's, which fits the same
+        return encode_text(read, checkpoint.tokenizer, limit=CalibrationConfig().tokens, window=window)
 
     return shards
 
@@ -149,6 +153,7 @@ def save_merged(
     aligner = aligner or Aligner(checkpoint)  # one for both passes, so that nothing is matched twice
     architecture = checkpoint.architecture
     progress = progress or Silent()
+    check_room(checkpoint, [kept.index for kept in plan.kept], folder)  # before receipts, which take minutes
     with step(progress, "receipts of the merge"):
         found = receipts(checkpoint, architecture, plan, aligner=aligner, refits=refits)
     with step(progress, "hashing the model's files"):

@@ -15,7 +15,7 @@ from raymerge.config import Config, PlanConfig
 from raymerge.forward import LayerRunner
 from raymerge.fusion import check_mergeable
 from raymerge.heuristics import best_block, block_scores, similar_block_scores
-from raymerge.plan import REFITS_BEYOND, MergePlan, PlanError, Refit
+from raymerge.plan import MergePlan, PlanError, Refit
 from raymerge.plan_files import made_for_another, read_plan
 from raymerge.plan_section import (
     Similarity,
@@ -58,8 +58,7 @@ def plan_to_merge(
     else:
         path = Path(source).expanduser()
         plan, about = _of_file(path, checkpoint.n_layers, given)
-        warning = _unlike_record(path, about, checkpoint, plan)
-        warnings = [] if warning is None else [f"{path} {warning}"]
+        warnings = _unlike_record(path, about, checkpoint, plan)
     _check(checkpoint, plan)
     for warning in warnings:
         told.message(f"Warning: {warning}.")
@@ -67,7 +66,13 @@ def plan_to_merge(
 
 
 def _check(checkpoint: Checkpoint, plan: MergePlan) -> None:
+    """Refuse what a merge cannot carry out before it measures or fits anything. Raises PlanError, RefitError."""
     check_mergeable(checkpoint, plan)
+    if plan.alignment == "activations" and not all(kept.unchanged for kept in plan.kept):
+        raise PlanError(
+            "alignment activations needs calibration prompts, which only a search or a sweep has: use alignment "
+            "neurons here"
+        )
     if plan.refit is not None:
         check_refittable(checkpoint, plan)
 
@@ -90,8 +95,7 @@ def _of_section(
         )
     similarity = similarity_of(section, checkpoint.n_layers)
     if section.refit != "none":
-        layers = section.refit_layers if section.refit in REFITS_BEYOND else 0
-        given = {"refit": Refit(section.refit, ridge=section.ridge, layers=layers)} | given
+        given = {"refit": Refit(section.refit, ridge=section.ridge, layers=section.refit_layers)} | given
 
     def from_layer(first: int | None) -> MergePlan:
         return replace(starting_plan(section, checkpoint.n_layers, similarity, first), **given)
@@ -99,7 +103,10 @@ def _of_section(
     first = _first_of_block(section, checkpoint, similarity, from_layer, shards, told) if by_block else None
     plan = from_layer(first)
     check_selected(section, plan)
-    return plan, similarity_warnings(section, checkpoint.identity)
+    warnings = similarity_warnings(section, checkpoint.identity)
+    if section.base == "file":
+        warnings += _unlike_record(Path(section.alpha_file).expanduser(), None, checkpoint, plan)
+    return plan, warnings
 
 
 def _first_of_block(
@@ -139,7 +146,7 @@ def _of_file(path: Path, n_layers: int, given: dict[str, Any]) -> tuple[MergePla
     return replace(plan, **given), record
 
 
-def _unlike_record(path: Path, about: dict[str, Any] | None, checkpoint: Checkpoint, plan: MergePlan) -> str | None:
+def _unlike_record(path: Path, about: dict[str, Any] | None, checkpoint: Checkpoint, plan: MergePlan) -> list[str]:
     """What a plan file, or the record beside an alpha file, says against merging by it: it is of another model, or of
     the alpha file's steps with other options, which alone make another model than the one that was measured."""
     beside = path.parent / RECORD_FILE
@@ -147,17 +154,17 @@ def _unlike_record(path: Path, about: dict[str, Any] | None, checkpoint: Checkpo
         record = about or json.loads(beside.read_text(encoding="utf-8"))
         another = made_for_another(record, checkpoint.identity)
     except (OSError, ValueError, AttributeError):  # alone, or beside something else of that name
-        return None
+        return []
     if another is not None:
-        return another
+        return [f"{path} {another}"]
     if about is not None:
-        return None
+        return []
     try:
         recorded, _ = read_plan(beside, checkpoint.n_layers)
     except PlanError:
-        return None
+        return []
     if recorded.steps != plan.steps:
-        return None
+        return []
     averages = not all(kept.unchanged for kept in recorded.kept)  # else only a refit makes a difference
     biased = any(name.endswith(".bias") for name in checkpoint.layer_tensors(0))
     matter = {"alignment": averages, "norms": averages, "biases": averages and biased, "matrix_alphas": True}
@@ -165,11 +172,11 @@ def _unlike_record(path: Path, about: dict[str, Any] | None, checkpoint: Checkpo
     if _of_any_text(recorded.refit) != _of_any_text(plan.refit):
         differing.append("refit")
     if not differing:
-        return None
-    return (
-        f"has the steps of {beside}, a merge with other {', '.join(differing)}: this is another model; --plan {beside} "
-        "makes that one again"
-    )
+        return []
+    return [
+        f"{path} has the steps of {beside}, a merge with other {', '.join(differing)}: this is another model; --plan "
+        f"{beside} makes that one again"
+    ]
 
 
 def _of_any_text(refit: Refit | None) -> Refit | None:

@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -49,6 +49,30 @@ def check_writable(destination: Path) -> None:
         raise CheckpointError(f"cannot write {destination}: {error.strerror or error}; give another folder") from error
 
 
+def check_room(base: Checkpoint, kept: list[int], destination: Path) -> None:
+    """CheckpointError where the disk says that it has no room for the weights that `save_checkpoint` is to write, once
+    what a killed call has left of them is gone."""
+    needed = _bytes(_layout(base, kept))
+    left = 0
+    with suppress(FileNotFoundError):  # it may be another process's, which gives it its name
+        left = sum(path.stat().st_blocks * 512 for path in _unfinished(destination).glob("*.safetensors"))
+    if needed > free_bytes(destination.parent) + left:
+        raise _not_written(destination, needed, os.strerror(errno.ENOSPC))
+
+
+def _unfinished(destination: Path) -> Path:
+    return destination.with_name(f"{TEMPORARY}{destination.name}")
+
+
+def _not_written(destination: Path, needed: int, why: object) -> CheckpointError:
+    there = free_bytes(destination.parent)
+    free = "" if there == sys.maxsize else f", its disk has {size_text(there)} free"
+    return CheckpointError(
+        f"could not write {destination}: {why}. Its weights take {size_text(needed)}{free}; nothing was left behind. "
+        "Free space and run the same command again, or give another folder"
+    )
+
+
 def save_checkpoint(
     base: Checkpoint,
     tensors: Iterable[tuple[str, Tensor]],
@@ -69,13 +93,11 @@ def save_checkpoint(
     destination = Path(destination)
     if destination.exists():
         raise CheckpointError(f"{destination} exists already: give another folder, or delete it")
-    unfinished = destination.with_name(f"{TEMPORARY}{destination.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    layout = _layout(base, kept)
+    unfinished, layout = _unfinished(destination), _layout(base, kept)
     needed = _bytes(layout)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    check_room(base, kept, destination)
     try:
-        if needed > free_bytes(destination.parent):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with _UnfinishedFolder(unfinished) as own:
             _write_shards(layout, tensors, unfinished)
             own.check()  # writing takes minutes, in which another process may have come
@@ -86,15 +108,7 @@ def save_checkpoint(
             own.check()
             os.replace(unfinished, destination)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-        free = (
-            ""
-            if (there := free_bytes(destination.parent)) == sys.maxsize
-            else f", its disk has {size_text(there)} free"
-        )
-        raise CheckpointError(
-            f"could not write {destination}: {error}. Its weights take {size_text(needed)}{free}; nothing was left "
-            "behind. Free space and run the same command again, or give another folder"
-        ) from error
+        raise _not_written(destination, needed, error) from error
     return needed
 
 

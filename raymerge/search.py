@@ -33,6 +33,7 @@ from raymerge.errors import UserError
 from raymerge.objectives import trial_outcome
 from raymerge.pool import WorkerPool
 from raymerge.proposers import Point, Proposer
+from raymerge.storage import NO_ROOM
 
 Row = dict[str, Any]
 #: record(part name, rows of table `trials`, the workers' results): stores one finished batch for good.
@@ -530,13 +531,14 @@ _FALSE_ALARMS = {
 @contextmanager
 def _own_files(batches: BatchSearcher, folder: Path) -> Iterator[None]:
     """What Tune raises where it cannot write its own files (at its end a ValueError, that there are none) is no error
-    when the record has all that is to be tried, or why it ended; else NoRoomError."""
+    when the record has all that is to be tried, or why it ended; else NoRoomError where a disk has no room."""
     try:
         yield
     except (OSError, ValueError) as error:
         if batches.failure is not None or batches.done >= batches.candidates:
             return
-        if not isinstance(error, OSError):
+        # Ray's timeouts and a logger's lost connection are OSErrors too.
+        if not (isinstance(error, OSError) and any(words in str(error) for words in NO_ROOM)):
             raise
         raise NoRoomError(
             f"Tune cannot write its own files, in {folder} and Ray's temporary folder: {error}; free space there (or "

@@ -432,7 +432,7 @@ def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, c
     plain = {"revision": None, "trust_remote_code": False, "alignment": None, "norms": None, "biases": None,
              "refit": None, "calibration": None, "verify": True, "push": None, "private": True}  # fmt: skip
     words, options = asked[-1]
-    assert words == ("demo", "a.json", "merged") and plain.items() <= options.items()
+    assert words == ("demo", "a.json", "merged") and plain == {key: options.get(key) for key in plain}
     done |= {"mergekit": "it has no terms", "pushed": "https://hub/me/m"}
     text = said(
         *("--revision", "v2", "--trust-remote-code", "--alignment", "rows", "--norms", "fold", "--biases", "merge"),
@@ -454,11 +454,12 @@ def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, c
         assert cure in capsys.readouterr().err and len(asked) == count
     assert cli.main(["merge", "demo", "--plan", "p.json", "--out", "merged"]) == 0
     words, options = asked[-1]
-    assert words == ("demo", "p.json", "merged") and plain.items() <= options.items()
-    assert cli.main(["merge", "demo", "--set", "plan.merges=4", "--set", "plan.block=loss", "--out", "merged"]) == 0
+    assert words == ("demo", "p.json", "merged") and plain == {key: options.get(key) for key in plain}
+    by_loss = ["--set", "plan.merges=4", "--set", "plan.selection=block", "--set", "plan.block=loss"]
+    assert cli.main(["merge", "demo", *by_loss, "--out", "merged"]) == 0
     (model, section, out), options = asked[-1]
-    assert (model, out) == ("demo", "merged") and plain.items() <= options.items()
-    assert section == PlanConfig(merges=4, block="loss")
+    assert (model, out) == ("demo", "merged") and plain == {key: options.get(key) for key in plain}
+    assert section == PlanConfig(merges=4, selection="block", block="loss")
     count = len(asked)
     for words, cure in (
         (["--set", "plan.mergs=4"], "plan.mergs: did you mean merges?"),
@@ -467,9 +468,57 @@ def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, c
     ):
         assert cli.main(["merge", "demo", *words, "--out", "merged"]) == 2
         assert cure in capsys.readouterr().err and len(asked) == count
+    # Options beside a section are its keys: what they leave open of a refit is the section's.
+    ridge, fit = ["--set", "plan.merges=2", "--set", "plan.ridge=0.5"], ["--set", "plan.refit=units"]
+    for words, expected in (
+        ([*ridge, "--refit", "outputs", "--norms", "fold"], {"ridge": 0.5, "refit": "outputs", "norms": "fold"}),
+        ([*ridge, *fit, "--refit-layers", "1"], {"ridge": 0.5, "refit": "units", "refit_layers": 1}),
+        (["--set", "plan.merges=2", *fit, "--refit", "none"], {"refit": "none"}),
+    ):
+        assert cli.main(["merge", "demo", *words, "--calibration", "demo", "--out", "merged"]) == 0
+        (_, section, _), options = asked[-1]
+        assert section == PlanConfig(merges=2, **expected) and plain | {"calibration": "demo"} == {
+            key: options.get(key) for key in plain
+        }
+    for words in (["--plan", ""], ["--alphas", ""]):  # as of a variable of the shell that has no value
+        assert cli.main(["merge", "demo", *words, "--out", "merged"]) == 0
+        assert asked[-1][0] == ("demo", "", "merged")
     for words in (["--plan", "p.json", "--alphas", "a.json"], ["--plan", "p.json", "--set", "plan.merges=4"], []):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["merge", "demo", *words, "--out", "merged"])
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (["merges=4", "block=11"], "plan.block is of plan.selection=block"),
+        (["merges=4", "starts=[1]"], "plan.starts is of plan.selection=block"),
+        (["merges=4", "survivor=after"], "plan.survivor is of plan.selection=block"),
+        (["merges=4", "selection=block", "block=3", "starts=[5]"], "plan.starts is of a block that is chosen"),
+        (["merges=4", "selection=list", "base=file", "alpha_file=a"], "plan.merges is of a selection but list"),
+        (["merges=4", "ratio=1", "base=similarity", "similarity_run=r"], "plan.ratio is of plan.base=fixed"),
+        (["merges=4", "alpha_file=a.json"], "plan.alpha_file is of plan.base=file"),
+        (["merges=4", "similarity_run=r"], "plan.similarity_run is of a base, a selection or a block by similarity"),
+        (["merges=4", "similarity_subset=law"], "plan.similarity_subset is of a base"),
+        (["merges=4", "ridge=1"], "plan.ridge is of plan.refit"),
+        (["merges=4", "selection=block", "block=similarity", "similarity_run=r", "similarity_subset=s"], None),
+        (["merges=4", "selection=most_similar", "similarity_run=r", "threshold=0.5"], None),
+        (["selection=list", "base=file", "alpha_file=a"], None),
+        (["merges=4", "refit=units", "ridge=1", "refit_layers=1", "ratio=0.5"], None),
+    ],
+)
+def test_keys_of_a_section_that_change_nothing_of_a_merge_are_refused(monkeypatch, capsys, settings, said):
+    asked = []
+    monkeypatch.setattr("raymerge.merging.merge", lambda *words, **_: asked.append(words) or sys.exit(0))
+    words = [word for setting in settings for word in ("--set", f"plan.{setting}")]
+    if said is None:
+        with pytest.raises(SystemExit):
+            cli.main(["merge", "demo", *words, "--out", "merged"])
+        assert asked
+        return
+    assert cli.main(["merge", "demo", *words, "--out", "merged"]) == 2
+    assert f"raymerge: {said}" in (told := capsys.readouterr().err) and not asked
+    assert told.endswith("not asked for: the model would be the same without it\n")
 
 
 @pytest.mark.parametrize("command", [["search"], ["sweep"], ["similarity"], ["evaluate", "demo"]])

@@ -231,6 +231,36 @@ def test_cosines_and_angles_of_all_shards_choose_each_their_own_block(tmp_path, 
     assert found == {"cosine": [4, 5], "angular": [11, 12]}
 
 
+def test_calibration_windows_are_those_of_a_run_no_longer_than_the_model_s_context(tmp_path, monkeypatch):
+    """Else a block could be another than a sweep chooses on the same text, by states that no model was trained for."""
+    folder = tiny.make_checkpoint(tmp_path / "base", "llama", max_position_embeddings=64)
+    seen, run_layers = [], raymerge.plan_source.state_distances
+
+    def distances(runner, shard):
+        seen.extend(len(group.prefix) + len(ids) for group in shard.groups for ids in group.sequences)
+        return run_layers(runner, shard)
+
+    monkeypatch.setattr(raymerge.plan_source, "state_distances", distances)
+    (tmp_path / "a.txt").write_text("The cat sat on the mat. " * 100)
+    settings = ["merges=1", "ratio=1", "selection=block"]
+    merge(folder, section(*settings), tmp_path / "out", calibration=tmp_path / "a.txt", verify=False)
+    assert max(seen) == 64
+
+
+def test_an_alpha_file_is_warned_of_whether_it_is_named_by_a_section_or_alone(tmp_path):
+    base = tiny.make_checkpoint(tmp_path / "base", "llama")
+    plan = tail_plan(5, [0.7, 0.2], name="folded", kind="found", norms="fold")
+    save_merged(Checkpoint(base), plan, tmp_path / "saved", verify=False)
+    file, by_section, alone = tmp_path / "saved" / "alphas.json", Told(), Told()
+    given = section("merges=2", "base=file", f"alpha_file={file}")
+    merge(base, given, tmp_path / "section", verify=False, progress=by_section)
+    merge(base, file, tmp_path / "alone", verify=False, progress=alone)
+    assert by_section.messages == alone.messages and "a merge with other norms" in alone.messages[0]
+    same = section("merges=2", "base=file", f"alpha_file={file}", "norms=fold")
+    merge(base, same, tmp_path / "same", verify=False, progress=(told := Told()))
+    assert not told.messages
+
+
 def test_a_similarity_run_gives_coefficients_and_blocks_and_is_warned_of(tmp_path):
     run = RunDirectory.open(tmp_path / "run", {}, "similarity")
     values = np.full((21, 21), 0.5)
@@ -287,12 +317,16 @@ def test_layers_of_other_attention_are_left_out_of_blocks_that_are_averaged(tmp_
             "three has 3 steps and is not a tail merge of plan.merges = 4",
         ),
         (["merges=4", "selection=block", "alignment=rows"], "demo", "alignment rows"),
+        (["merges=4", "selection=block", "alignment=activations"], "demo", "activations needs calibration prompts"),
+        (["merges=4", "refit=outputs", "alignment=activations"], "demo", "use alignment neurons here"),
+        (["merges=4", "refit=linear", "refit_layers=2"], "demo", "linear is of a seam alone, but 2 layers after it"),
     ],
 )
 def test_sections_that_a_merge_cannot_carry_out_are_refused_before_anything_is_measured(
     tmp_path, alphas, monkeypatch, settings, text, said
 ):
     monkeypatch.setattr(raymerge.plan_source, "state_distances", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(raymerge.merging.Refitter, "fit", lambda *_: pytest.fail("fitted"))
     base = "demo" if "alignment=rows" not in settings else tiny.make_checkpoint(tmp_path / "base", "mixtral")
     settings = [setting.format(alphas) for setting in settings]
     with pytest.raises(UserError, match=said):
@@ -554,6 +588,39 @@ def test_an_existing_folder_is_refused_before_anything_is_read(tmp_path, alphas)
     with pytest.raises(PlanError, match="exists already"):
         merge("demo", alphas, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_cannot_be_saved_is_refused_before_what_takes_minutes(tmp_path, alphas, monkeypatch):
+    text = {"calibration": "demo", "refit": Refit("linear", ridge=0.1)}
+    fit = raymerge.merging.Refitter.fit
+
+    def late(*_, **__):
+        pytest.fail("fitted, or compared")
+
+    def ended(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(raymerge.merging.Refitter, "fit", late)
+    monkeypatch.setattr(raymerge.merging, "receipts", late)
+    with monkeypatch.context() as full:
+        full.setattr(raymerge.saving, "free_bytes", lambda folder: 3_000_000)
+        for given in (text, {}):
+            with pytest.raises(CheckpointError, match="could not write .*out: No space left on device. Its weights"):
+                merge("demo", alphas, tmp_path / "out", **given)
+        (left := tmp_path / "_tmp.out").mkdir()  # of a killed call, which has room when it is gone
+        (left / "model.safetensors").write_bytes(bytes(4_000_000))
+        with pytest.raises(pytest.fail.Exception, match="fitted, or compared"):
+            merge("demo", alphas, tmp_path / "out")
+        assert list(left.iterdir())  # or of another process, which may be done by then
+    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as cut:
+        cut.setattr(raymerge.merging.Refitter, "fit", fit)
+        cut.setattr(raymerge.merging, "receipts", lambda *_, **__: [])
+        cut.setattr(raymerge.merging, "prove", ended)
+        with pytest.raises(KeyboardInterrupt):
+            merge("demo", alphas, tmp_path / "out", **text)
+    with pytest.raises(PlanError, match="exists already, of another merge"):
+        merge("demo", alphas, tmp_path / "out", **text | {"refit": Refit("linear", ridge=0.2)})
 
 
 def test_a_merge_that_was_ended_during_its_proof_goes_on_with_it(tmp_path, alphas, monkeypatch):

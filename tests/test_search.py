@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import ray
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError
 
 from raymerge import proposers
 from raymerge.actors import NoRoomError, WorkerError, WorkerLost
@@ -891,6 +891,22 @@ def test_a_search_that_tune_cuts_short_does_not_pass_for_a_whole_one(tuner, tmp_
     tuner.most = 2
     with pytest.raises(WorkerError, match="Tune stopped after 6 of 12 candidates; start again to resume"):
         search(Timed(), tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [GetTimeoutError("no answer"), ConnectionError("of a logger"), OSError(errno.EMFILE, "files")],
+)
+def test_what_is_no_disk_s_doing_is_not_said_to_be_one_s(tuner, tmp_path, monkeypatch, error):
+    """Python counts what Ray and loggers say of networks among the errors of the operating system."""
+
+    def fit(_):
+        raise error
+
+    monkeypatch.setattr("raymerge.search.tune.Tuner.fit", fit)
+    with pytest.raises(type(error)) as raised:
+        search(Timed(), tmp_path, [])
+    assert raised.value is error
 
 
 @pytest.mark.parametrize(("fails", "loggers"), [(True, []), (False, ["wandb"])])
