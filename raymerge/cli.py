@@ -483,32 +483,12 @@ def _plan_section(options: argparse.Namespace, given: dict[str, Any]) -> PlanCon
     overrides = [*options.set, *(_override(f"plan.{key}", value) for key, value in given.items())]
     # A configuration whose plan is chosen on a text must name one; that a merge was given none says `merge`.
     section = load_config(None, [*overrides, _override("calibration.text", options.calibration or "demo")]).plan
-    if idle := _without_effect(section):
+    from raymerge.plan_source import keys_without_effect
+
+    if idle := keys_without_effect(section):
         key, of = idle[0]
         raise ConfigError(f"plan.{key} is of {of}, not asked for: the model would be the same without it")
     return section
-
-
-def _without_effect(section: PlanConfig) -> list[tuple[str, str]]:
-    """Keys that were given and change nothing, with what they are of. A run's section may have them for a sweep, which
-    takes other layers too; a merge's has no other use."""
-    by_block, run = section.selection == "block", [key for key in PlanConfig.model_fields if "similarity" in key]
-    by_similarity = (
-        section.base.startswith("similarity")
-        or section.selection == "most_similar"
-        or (by_block and section.block == "similarity")
-    )
-    uses = (
-        (["block", "starts", "survivor"], by_block, "plan.selection=block"),
-        (["starts"], not isinstance(section.block, int), "a block that is chosen"),
-        (["merges"], section.selection != "list", "a selection but list"),
-        (["ratio"], section.base == "fixed", "plan.base=fixed"),
-        (["alpha_file"], section.base == "file", "plan.base=file"),
-        (run, by_similarity, "a base, a selection or a block by similarity"),
-        (["ridge", "refit_layers"], section.refit != "none", "plan.refit"),
-    )
-    given = section.model_fields_set
-    return [(key, of) for keys, used, of in uses if not used for key in keys if key in given]
 
 
 def _merge(options: argparse.Namespace) -> int:

@@ -54,15 +54,38 @@ def plan_to_merge(
             f"of these{cure}"
         )
     if isinstance(source, PlanConfig):
-        plan, warnings = _of_section(source, checkpoint, given, shards, told)
+        plan = _of_section(source, checkpoint, given, shards, told)
+        path, about = None if source.base != "file" else Path(source.alpha_file).expanduser(), None
     else:
         path = Path(source).expanduser()
         plan, about = _of_file(path, checkpoint.n_layers, given)
-        warnings = _unlike_record(path, about, checkpoint, plan)
+    warnings = [] if path is None else _unlike_record(path, about, checkpoint, plan)
     _check(checkpoint, plan)
     for warning in warnings:
         told.message(f"Warning: {warning}.")
     return plan
+
+
+def keys_without_effect(section: PlanConfig) -> list[tuple[str, str]]:
+    """Keys that were given and change nothing, with what they are of. A run's section may have them for a sweep, which
+    takes other layers too; a merge's has no other use."""
+    by_block, run = section.selection == "block", [key for key in PlanConfig.model_fields if "similarity" in key]
+    by_similarity = (
+        section.base.startswith("similarity")
+        or section.selection == "most_similar"
+        or (by_block and section.block == "similarity")
+    )
+    uses = (
+        (["block", "starts", "survivor"], by_block, "plan.selection=block"),
+        (["starts"], not isinstance(section.block, int), "a block that is chosen"),
+        (["merges"], section.selection != "list", "a selection but list"),
+        (["ratio"], section.base == "fixed", "plan.base=fixed"),
+        (["alpha_file"], section.base == "file", "plan.base=file"),
+        (run, by_similarity, "a base, a selection or a block by similarity"),
+        (["ridge", "refit_layers"], section.refit != "none", "plan.refit"),
+    )
+    given = section.model_fields_set
+    return [(key, of) for keys, used, of in uses if not used for key in keys if key in given]
 
 
 def _check(checkpoint: Checkpoint, plan: MergePlan) -> None:
@@ -83,8 +106,7 @@ def _of_section(
     given: dict[str, Any],
     shards: Callable[[], Sequence[Shard]],
     told: Progress,
-) -> tuple[MergePlan, list[str]]:
-    """The plan of a section, and what speaks against it."""
+) -> MergePlan:
     by_block = section.selection == "block"
     if section.recompute or (by_block and section.block in ("loss", "search")):
         key = "recompute" if section.recompute else "block"
@@ -94,6 +116,8 @@ def _of_section(
             f"{other}, or search or sweep, and then merge by RUN/plans/NAME.json"
         )
     similarity = similarity_of(section, checkpoint.n_layers)
+    for warning in similarity_warnings(section, checkpoint.identity):  # before what takes minutes
+        told.message(f"Warning: {warning}.")
     if section.refit != "none":
         given = {"refit": Refit(section.refit, ridge=section.ridge, layers=section.refit_layers)} | given
 
@@ -103,10 +127,7 @@ def _of_section(
     first = _first_of_block(section, checkpoint, similarity, from_layer, shards, told) if by_block else None
     plan = from_layer(first)
     check_selected(section, plan)
-    warnings = similarity_warnings(section, checkpoint.identity)
-    if section.base == "file":
-        warnings += _unlike_record(Path(section.alpha_file).expanduser(), None, checkpoint, plan)
-    return plan, warnings
+    return plan
 
 
 def _first_of_block(

@@ -276,8 +276,8 @@ def test_a_similarity_run_gives_coefficients_and_blocks_and_is_warned_of(tmp_pat
     found = merge("demo", section(*settings), tmp_path / "block", verify=False, progress=told)
     assert sorted(step[1] for step in found["steps"]) == [11, 12]  # between what leaves layers 10 and 12
     assert told.messages == [
-        "Block to remove, chosen by similarity: layers 11 to 12",
         f"Warning: {tmp_path / 'run'} is a similarity run of another model, theirs.",
+        "Block to remove, chosen by similarity: layers 11 to 12",
     ]
     found = merge("demo", section("merges=1", "base=similarity", *by), tmp_path / "base", verify=False)
     expected = pair_alphas([(19, 20)], "similarity", ratio=None, similarity=values)
