@@ -51,7 +51,7 @@ SMALL = [
 ]
 SEARCH = ["plan.merges=3", "search.candidates=8", "search.initial=3", "search.random_candidates=3"]
 CASES = {
-    "bayes": ["search", "demo", *SEARCH],
+    "bayes": ["search", "demo", *SEARCH, "search.candidates=14"],  # most of them proposals
     "random": ["search", "demo", *SEARCH, "search.searcher=random", "search.batch=2"],
     "gradient": [
         "search",
