@@ -44,6 +44,10 @@ from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 
 #: Alignments that keep every layer's function: whole units are reordered.
 REORDERED = ("neurons", "activations")
+#: Why a merge outside a run cannot match by activations.
+NEEDS_PROMPTS = (
+    "alignment activations needs calibration prompts, which only a search or a sweep has: use alignment neurons here"
+)
 
 _WHAT = "the alignment"  # of a file, in errors
 _VERSION = 2  # of what is matched with what; another value makes cached permutations of earlier versions unused
@@ -288,10 +292,7 @@ class Aligner:
         activations = None
         if alignment == "activations":
             if self._units is None:
-                raise AlignmentError(
-                    "alignment activations needs calibration prompts, which only a search or a sweep has: use "
-                    "alignment neurons here"
-                )
+                raise AlignmentError(NEEDS_PROMPTS)
             activations = tuple(self._units(layer) for layer in pair)
         return align_pair(*layers, architecture, self.checkpoint.config, activations=activations)
 

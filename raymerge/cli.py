@@ -500,16 +500,18 @@ def _merge(options: argparse.Namespace) -> int:
     if options.public and options.push is None:
         raise UserError("--public says how --push uploads, but --push OWNER/NAME is not given")
     keys = ("alignment", "norms", "biases", "refit", "refit_layers")
-    given = {key: value for key in keys if (value := getattr(options, key)) is not None}
-    if options.set is None:
+    given: dict[str, Any] = {key: value for key in keys if (value := getattr(options, key)) is not None}
+    if options.set is not None:
+        source, given = _plan_section(options, given), {}
+    else:
         source = options.alphas if options.plan is None else options.plan
         method, layers = given.pop("refit", "none"), given.pop("refit_layers", 0)
-        refit = None if method == "none" else Refit(method, layers=layers)
-    else:
-        source, given = _plan_section(options, given), {}
-        method, layers, refit = source.refit, options.refit_layers, None
-    if method == "none" and layers:
-        raise UserError("--refit-layers is of --refit, which is not given: the merged layers would stay as they are")
+        if method != "none":
+            given["refit"] = Refit(method, layers=layers)
+        elif layers:
+            raise UserError(
+                "--refit-layers is of --refit, which is not given: the merged layers would stay as they are"
+            )
     with console.progress() as progress:
         done = merge(
             options.model,
@@ -517,7 +519,6 @@ def _merge(options: argparse.Namespace) -> int:
             options.out,
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
-            refit=refit,
             **given,
             calibration=options.calibration,
             verify=not options.no_verify,

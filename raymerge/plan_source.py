@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raymerge.activations import state_distances
+from raymerge.alignment import NEEDS_PROMPTS
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config, PlanConfig
 from raymerge.forward import LayerRunner
@@ -92,10 +93,7 @@ def _check(checkpoint: Checkpoint, plan: MergePlan) -> None:
     """Refuse what a merge cannot carry out before it measures or fits anything. Raises PlanError, RefitError."""
     check_mergeable(checkpoint, plan)
     if plan.alignment == "activations" and not all(kept.unchanged for kept in plan.kept):
-        raise PlanError(
-            "alignment activations needs calibration prompts, which only a search or a sweep has: use alignment "
-            "neurons here"
-        )
+        raise PlanError(NEEDS_PROMPTS)
     if plan.refit is not None:
         check_refittable(checkpoint, plan)
 
