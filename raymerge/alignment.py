@@ -46,7 +46,8 @@ from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 REORDERED = ("neurons", "activations")
 #: Why a merge outside a run cannot match by activations.
 NEEDS_PROMPTS = (
-    "alignment activations needs calibration prompts, which only a search or a sweep has: use alignment neurons here"
+    "alignment activations needs the prompts of a run: merge by RUN/plans/NAME.json of a search or a sweep, or use "
+    "alignment neurons"
 )
 
 _WHAT = "the alignment"  # of a file, in errors

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import raymerge
 from raymerge import console
-from raymerge.config import Config, ConfigError, PlanConfig
+from raymerge.config import CalibrationConfig, Config, ConfigError, PlanConfig
 from raymerge.config_file import describe, load_config
 from raymerge.errors import UserError
 from raymerge.identity import without_secrets
@@ -335,7 +335,14 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--calibration",
         metavar="TEXT",
-        help="plain text on whose first tokens the refit is fitted, or the block chosen",
+        help="plain text on whose first tokens the refit is fitted, or the block chosen (of RUN/plans/NAME.json the "
+        "default is what the run used)",
+    )
+    command.add_argument(
+        "--calibration-tokens",
+        type=int,
+        metavar="N",
+        help=f"at most so many of its tokens (default: {CalibrationConfig().tokens})",
     )
     command.add_argument("--revision", help="hub revision of the model")
     command.add_argument("--trust-remote-code", action="store_true", help="run the model repository's own Python")
@@ -491,6 +498,18 @@ def _plan_section(options: argparse.Namespace, given: dict[str, Any]) -> PlanCon
     return section
 
 
+def _calibration(options: argparse.Namespace) -> CalibrationConfig | None:
+    """The text that a merge is given, and how much of it."""
+    tokens = options.calibration_tokens
+    if options.calibration is None:
+        if tokens is not None:
+            raise UserError("--calibration-tokens is of --calibration, which is not given")
+        return None
+    given = [_override("calibration.text", options.calibration)]
+    given += [] if tokens is None else [_override("calibration.tokens", tokens)]
+    return load_config(None, given).calibration
+
+
 def _merge(options: argparse.Namespace) -> int:
     _check_lasts(options.out)
     from raymerge.merging import merge
@@ -520,7 +539,7 @@ def _merge(options: argparse.Namespace) -> int:
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
             **given,
-            calibration=options.calibration,
+            calibration=_calibration(options),
             verify=not options.no_verify,
             push=options.push,
             private=not options.public,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,18 +20,17 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.config import CalibrationConfig, PlanConfig
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Refits, fused_tensors, receipts
-from raymerge.identity import digest, without_folders, without_secrets
+from raymerge.identity import without_folders, without_secrets
 from raymerge.mergekit import NotExpressible, mergekit_yaml
 from raymerge.plan import KeptLayer, MergePlan, PlanError, Refit
-from raymerge.plan_files import plan_fields
-from raymerge.plan_source import MEASURED, RECORD_FILE, plan_to_merge
+from raymerge.plan_files import RECORD_FILE, plan_fields
+from raymerge.plan_prompts import PlanPrompts
+from raymerge.plan_source import MEASURED, plan_to_merge
 from raymerge.progress import Progress, Silent, step
-from raymerge.prompts import TEXT_WINDOW, Shard, encode_text
 from raymerge.proof import check_proof, proof_finished, prove
 from raymerge.refit import Refitter
 from raymerge.saving import check_room, check_writable, save_checkpoint
 from raymerge.storage import Storage, clear_scratch, scratch_folder
-from raymerge.texts import read_plain_text
 
 
 def merge(
@@ -46,7 +44,7 @@ def merge(
     norms: str | None = None,
     biases: str | None = None,
     refit: Refit | None = None,
-    calibration: str | Path | None = None,
+    calibration: str | Path | CalibrationConfig | None = None,
     cache_folder: str | Path | None = None,
     verify: bool = True,
     push: str | None = None,
@@ -60,11 +58,12 @@ def merge(
     configuration. revision: of a hub model. trust_remote_code: run the model repository's own Python. alignment, norms,
     biases: as a MergePlan has them, for an alpha file, which has none of them (the published way by default), or in
     place of the section's. refit: how the seams are fitted, if the source does not say so; its own `calibration` is
-    filled in here. calibration: a plain text (`texts`), on whose first tokens (`CalibrationConfig`) seams are fitted,
-    and blocks chosen where the section's `block` is cosine or angular. cache_folder: where permutations and fits are
-    kept for another merge of the same model. verify: prove the saved model (see `save_merged`). push: a hub
-    repository, OWNER/NAME, to upload it to when it is saved and proved; private or public.
-    command: what the card says that made it, of which folders outside the working directory are left out.
+    filled in here. calibration: a plain text (`texts`), or a calibration section that names one, on whose first tokens
+    seams are fitted, and blocks chosen where the section's `block` is cosine or angular; a plan file that lies in a run
+    has the run's, if none is given. cache_folder: where permutations and fits are kept for another merge of the same
+    model. verify: prove the saved model (see `save_merged`). push: a hub repository, OWNER/NAME, to upload it to when
+    it is saved and proved; private or public. command: what the card says that made it, of which folders outside the
+    working directory are left out.
     Beside what fails in reading and merging, raises ProofError and HubError; the saved model stays.
     """
     out = Path(out).expanduser()
@@ -77,8 +76,12 @@ def merge(
         hub.check_push(push, private=private)
     given = {"alignment": alignment, "norms": norms, "biases": biases, "refit": refit}
     told = progress or Silent()
-    shards = _calibration(checkpoint, calibration)
-    plan = plan_to_merge(source, checkpoint, {k: v for k, v in given.items() if v is not None}, shards, told)
+    if isinstance(calibration, str | Path):
+        calibration = CalibrationConfig(text=str(calibration))
+    elif calibration is not None and calibration.text is None:
+        calibration = None
+    prompts = PlanPrompts(checkpoint, source, calibration)
+    plan = plan_to_merge(source, checkpoint, {k: v for k, v in given.items() if v is not None}, prompts, told)
     refit = plan.refit
     chosen = isinstance(source, PlanConfig) and source.selection == "block" and source.block in MEASURED
     if refit is None and calibration is not None and not chosen:
@@ -87,21 +90,22 @@ def merge(
             "for: the model would be the same without it"
         )
     if refit is not None:
-        plan = replace(plan, refit=replace(refit, calibration=digest([shard.identity for shard in shards()])))
+        plan = replace(plan, refit=replace(refit, calibration=prompts.calibration_identity))
         if refit.calibration not in ("", plan.refit.calibration):
-            told.message(f"Warning: {source} has a refit on other tokens than these of {calibration}.")
+            told.message(f"Warning: {source} has a refit on other tokens than these of {prompts.calibration_name}.")
     if there is None:  # before fits, which take minutes
         check_room(checkpoint, [kept.index for kept in plan.kept], out)
     elif there["plan_id"] != plan.plan_id(checkpoint.identity):
         raise PlanError(f"{out} exists already, of another merge: give another --out, or delete it")
     options = {"verify": verify, "command": command, "progress": progress}
-    aligner = Aligner(checkpoint, cache_folder)
-    # Only fits need a folder, which is gone when they are merged.
-    with scratch_folder() if refit is not None and cache_folder is None else nullcontext(cache_folder) as cache:
-        refits = None
+    # Only fits and states need a folder, which is gone when they are merged.
+    computes = refit is not None or plan.alignment == "activations"
+    with scratch_folder() if computes and cache_folder is None else nullcontext(cache_folder) as cache:
+        aligner, refits = prompts.aligner(plan, cache), None
         if refit is not None:
-            refitter = Refitter(LayerRunner(checkpoint, aligner=aligner), cache, shards)
-            with step(told, f"refit ({refit.method}) on the calibration text"):
+            runner = LayerRunner(checkpoint, dtype=prompts.dtype, aligner=aligner)
+            refitter = Refitter(runner, cache, lambda: prompts.calibration)
+            with step(told, f"refit ({refit.method}) on the calibration tokens"):
                 refitter.fit(plan)
             refits = refitter.tensors
         if there is None:
@@ -115,20 +119,6 @@ def merge(
         return record | {"pushed": None}
     with step(told, "pushing to the hub"):
         return record | {"pushed": hub.push(out, push, private=private)}
-
-
-def _calibration(checkpoint: Checkpoint, text: str | Path | None) -> Callable[[], Sequence[Shard]]:
-    """What reads and encodes the calibration text, once, if it is asked to."""
-
-    @functools.cache
-    def shards() -> Sequence[Shard]:
-        if text is None:
-            raise PlanError("a refit, or a choice of the block by distances, needs a plain text: give --calibration")
-        read = read_plain_text(str(text), "calibration")
-        window = min(TEXT_WINDOW, checkpoint.config.max_position_embeddings)  # as a run's, which fits the same
-        return encode_text(read, checkpoint.tokenizer, limit=CalibrationConfig().tokens, window=window)
-
-    return shards
 
 
 def save_merged(

@@ -14,6 +14,8 @@ from typing import Any
 from raymerge.alpha_files import alpha_file_plan, read_json
 from raymerge.plan import MergePlan, MergeStep, PlanError, Refit
 
+RECORD_FILE = "merge_plan.json"  # beside a saved model, the plan that it was merged by
+
 _TEXTS = ("name", "selection", "alignment", "norms", "biases")
 #: What a plan file says beside the plan itself, and a saved model's record more than others.
 _ABOUT = frozenset(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -17,7 +17,8 @@ from raymerge.forward import LayerRunner
 from raymerge.fusion import check_mergeable
 from raymerge.heuristics import best_block, block_scores, similar_block_scores
 from raymerge.plan import MergePlan, PlanError, Refit
-from raymerge.plan_files import made_for_another, read_plan
+from raymerge.plan_files import RECORD_FILE, made_for_another, read_plan
+from raymerge.plan_prompts import PlanPrompts
 from raymerge.plan_section import (
     Similarity,
     allowed_starts,
@@ -28,10 +29,8 @@ from raymerge.plan_section import (
     starting_plan,
 )
 from raymerge.progress import Progress, step
-from raymerge.prompts import Shard
 from raymerge.refit import check_refittable
 
-RECORD_FILE = "merge_plan.json"  # beside a saved model, the plan that it was merged by
 MEASURED = ("cosine", "angular")  # values of plan.block that a merge measures itself
 
 
@@ -39,14 +38,13 @@ def plan_to_merge(
     source: str | Path | PlanConfig,
     checkpoint: Checkpoint,
     given: dict[str, Any],
-    shards: Callable[[], Sequence[Shard]],
+    prompts: PlanPrompts,
     told: Progress,
 ) -> MergePlan:
     """The plan that `source` names, with the options given beside it; `told` is what speaks against it.
 
-    given: fields of a MergePlan, which a plan file must leave open. shards: the calibration's, asked for only where a
-    block is chosen on them. Raises PlanError, RefitError, ConfigError (what a section names cannot be read), and what
-    `shards` raises.
+    given: fields of a MergePlan, which a plan file must leave open. prompts: read only where a block is chosen on
+    them. Raises PlanError, RefitError, ConfigError (what a section or a run names cannot be read).
     """
     if not isinstance(source, str | PathLike | PlanConfig):
         cure = ", such as config.plan" if isinstance(source, Config) else ""
@@ -55,13 +53,13 @@ def plan_to_merge(
             f"of these{cure}"
         )
     if isinstance(source, PlanConfig):
-        plan = _of_section(source, checkpoint, given, shards, told)
+        plan = _of_section(source, checkpoint, given, prompts, told)
         path, about = None if source.base != "file" else Path(source.alpha_file).expanduser(), None
     else:
         path = Path(source).expanduser()
         plan, about = _of_file(path, checkpoint.n_layers, given)
     warnings = [] if path is None else _unlike_record(path, about, checkpoint, plan)
-    _check(checkpoint, plan)
+    _check(checkpoint, plan, prompts)
     for warning in warnings:
         told.message(f"Warning: {warning}.")
     return plan
@@ -89,10 +87,10 @@ def keys_without_effect(section: PlanConfig) -> list[tuple[str, str]]:
     return [(key, of) for keys, used, of in uses if not used for key in keys if key in given]
 
 
-def _check(checkpoint: Checkpoint, plan: MergePlan) -> None:
+def _check(checkpoint: Checkpoint, plan: MergePlan, prompts: PlanPrompts) -> None:
     """Refuse what a merge cannot carry out before it measures or fits anything. Raises PlanError, RefitError."""
     check_mergeable(checkpoint, plan)
-    if plan.alignment == "activations" and not all(kept.unchanged for kept in plan.kept):
+    if prompts.run is None and plan.alignment == "activations" and not all(kept.unchanged for kept in plan.kept):
         raise PlanError(NEEDS_PROMPTS)
     if plan.refit is not None:
         check_refittable(checkpoint, plan)
@@ -102,7 +100,7 @@ def _of_section(
     section: PlanConfig,
     checkpoint: Checkpoint,
     given: dict[str, Any],
-    shards: Callable[[], Sequence[Shard]],
+    prompts: PlanPrompts,
     told: Progress,
 ) -> MergePlan:
     by_block = section.selection == "block"
@@ -122,7 +120,7 @@ def _of_section(
     def from_layer(first: int | None) -> MergePlan:
         return replace(starting_plan(section, checkpoint.n_layers, similarity, first), **given)
 
-    first = _first_of_block(section, checkpoint, similarity, from_layer, shards, told) if by_block else None
+    first = _first_of_block(section, checkpoint, similarity, from_layer, prompts, told) if by_block else None
     plan = from_layer(first)
     check_selected(section, plan)
     return plan
@@ -133,7 +131,7 @@ def _first_of_block(
     checkpoint: Checkpoint,
     similarity: Similarity | None,
     from_layer: Callable[[int], MergePlan],
-    shards: Callable[[], Sequence[Shard]],
+    prompts: PlanPrompts,
     told: Progress,
 ) -> int:
     averages = section.base != "fixed" or section.ratio < 1
@@ -143,11 +141,11 @@ def _first_of_block(
     if section.block == "similarity":
         scores = similar_block_scores(similarity.matrix, section.merges)
     else:
-        _check(checkpoint, from_layer(starts[0]))  # what can be refused is before what takes minutes
-        text = shards()
+        _check(checkpoint, from_layer(starts[0]), prompts)  # what can be refused is before what takes minutes
+        shards = prompts.calibration
         with step(told, f"{section.block} distances between layers on the calibration text"):
             runner = LayerRunner(checkpoint)
-            parts = [state_distances(runner, shard) for shard in text]
+            parts = [state_distances(runner, shard) for shard in shards]
         distances = sum(part[MEASURED.index(section.block)] for part in parts) / sum(tokens for _, _, tokens in parts)
         scores = block_scores(distances, section.merges)
     first = best_block(scores, starts)

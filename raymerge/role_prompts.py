@@ -10,7 +10,17 @@ import numpy as np
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
 from raymerge.context import RetrievalSet, retrieval_prompts, usable_distances
-from raymerge.inputs import CALIBRATION, RETRIEVAL, SEARCH_TEXT, TEXT, Material, read_text, task_role
+from raymerge.identity import digest
+from raymerge.inputs import (
+    CALIBRATION,
+    RETRIEVAL,
+    SEARCH_TEXT,
+    TEXT,
+    Material,
+    questions_to_match_on,
+    read_text,
+    task_role,
+)
 from raymerge.prompts import (
     TEXT_WINDOW,
     ChoicePrompts,
@@ -22,6 +32,14 @@ from raymerge.prompts import (
     encode_text,
 )
 from raymerge.questions import QuestionSet
+
+
+def calibration_identity(config: Config, material: Material, checkpoint: Checkpoint) -> str:
+    """What names the calibration's tokens in a plan's refit: 16 hex digits."""
+    settings, found = config.calibration, material.calibration
+    start = found[1] if isinstance(found, tuple) else 0
+    tokens = [material.identities[CALIBRATION], start, settings.tokens, settings.seed]
+    return digest([*tokens, checkpoint.tokenizer_identity, config.model.add_bos])
 
 
 class RolePrompts:
@@ -102,6 +120,26 @@ class RolePrompts:
                 chosen.append(int(number))
                 tokens += shards[number].tokens
         return tuple(shards[number] for number in sorted(chosen))
+
+    @cached_property
+    def matched_on(self) -> QuestionSet | None:
+        """`inputs.questions_to_match_on`."""
+        return questions_to_match_on(self._config, self._material)
+
+    @cached_property
+    def matching_shard(self) -> Shard:
+        """The prompts on which neurons are matched by activations: the first shard of `matched_on`."""
+        return self.encode(self.matched_on).shards[0]
+
+    @property
+    def matching_identity(self) -> str:
+        """What names all that these activations depend on beside the model, since runs may share a cache; empty where
+        nothing is matched."""
+        if self.matched_on is None:
+            return ""
+        model = self._config.model
+        tokens = [self.matched_on.identity, self._checkpoint.tokenizer_identity, model.add_bos]
+        return digest([*tokens, model.dtype, model.quantise])
 
     @cached_property
     def retrieval(self) -> RetrievalSet:

@@ -276,6 +276,16 @@ class RunDirectory:
         if rows:
             self.note("resumed", detail=", ".join(f"{count} {name}" for name, count in rows.items()))
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What `hold_to` has stored, identities by name; RunError where the file cannot be read."""
+        try:
+            return _object(self._storage.read(_INPUTS))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise RunError(f"{self._storage.show(_INPUTS)} is not JSON ({error}); delete the folder") from error
+
     def hold_to(self, inputs: dict[str, str]) -> None:
         """Refuse to continue what was made from other inputs: the same paths may lead to other files by now.
 
@@ -289,12 +299,7 @@ class RunDirectory:
         RunError
             Where rows are stored that were made from others; the message names them with both identities.
         """
-        try:
-            stored = _object(self._storage.read(_INPUTS))
-        except FileNotFoundError:
-            stored = {}
-        except ValueError as error:
-            raise RunError(f"{self._storage.show(_INPUTS)} is not JSON ({error}); delete the folder") from error
+        stored = self.inputs
         known = {name: value for name, value in inputs.items() if name in stored}
         if differing := _differences(stored, stored | known):
             if self._has_results():

@@ -5,7 +5,7 @@ Merges of the last layers share everything before them, so it is run once, whate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -81,3 +81,11 @@ def compute_trunks(caches: Sequence[TrunkCache], shard: Shard) -> None:
         layers = layers or cache.runner.plan_layers(base_plan(cache.runner.checkpoint.n_layers))
         states, depth = cache.runner.run(states, layers[depth : cache.first]), cache.first
         cache.store(shard, states)
+
+
+def mlp_units(entering: TrunkCache, shard: Shard, others: Iterable[TrunkCache] = ()) -> Tensor:
+    """MLP units (tokens, n) of the unmerged layer that the states enter, on a shard (`LayerRunner.mlp_units`); from
+    the deepest states of the caches that are on disk already."""
+    first = entering.first
+    compute_trunks([*(trunk for trunk in others if trunk.first < first), entering], shard)
+    return entering.runner.mlp_units(entering.states(shard), first)

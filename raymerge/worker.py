@@ -40,7 +40,7 @@ from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
 from raymerge.gradient import descend, descent_settings, loss_weights
 from raymerge.identity import code_identity, digest
-from raymerge.inputs import CALIBRATION, SEARCH, questions_to_match_on, read_material
+from raymerge.inputs import CALIBRATION, SEARCH, read_material
 from raymerge.memory import MemoryPlanError
 from raymerge.objectives import is_minimised, parse_objective, score_answers, score_text
 from raymerge.parametrisation import loss_by_alphas
@@ -56,7 +56,7 @@ from raymerge.sources import SourceLayers
 from raymerge.storage import free_bytes
 from raymerge.tail_loss import GradientError, TailLoss, TextWindows
 from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
-from raymerge.trunk import TrunkCache, compute_trunks
+from raymerge.trunk import TrunkCache, compute_trunks, mlp_units
 from raymerge.worker_memory import SCORERS_HELD, refuse_oversized
 
 CODE = code_identity()  # of what is imported, which an editor may change on the disk while a run goes on
@@ -124,12 +124,8 @@ class ModelWorker:
         self.checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
         self.material = read_material(config, roles)
         self.prompts = RolePrompts(config, self.material, self.checkpoint, shards=shards)
-        self._matched_on = questions_to_match_on(config, self.material)
-        data = ""
-        if self._matched_on is not None:  # all that the activations depend on, since runs may share a cache
-            tokens = [self._matched_on.identity, self.checkpoint.tokenizer_identity, model.add_bos]
-            data = digest([*tokens, model.dtype, model.quantise])
-        self.aligner = Aligner(self.checkpoint, self.cache, device=device, units=self._units, data=data)
+        matched_on = self.prompts.matching_identity
+        self.aligner = Aligner(self.checkpoint, self.cache, device=device, units=self._units, data=matched_on)
         if is_accelerator(device):
             refuse_oversized(self.checkpoint, dtype or self.checkpoint.dtype, template, device_memory(device).free)
         self.runner = LayerRunner(
@@ -214,12 +210,9 @@ class ModelWorker:
         return self.aligner.row_matches(plan)
 
     def _units(self, layer: int) -> torch.Tensor:
-        """MLP units (tokens, n) of an unmerged layer on the first shard of `questions_to_match_on`."""
-        shard = self.prompts.encode(self._matched_on).shards[0]
-        entering = TrunkCache(self.runner, layer, self.cache)
-        # From the deepest states that are on disk already.
-        compute_trunks([*(trunk for first, trunk in self._trunks.items() if first < layer), entering], shard)
-        return self.runner.mlp_units(entering.states(shard), layer)
+        """MLP units (tokens, n) of an unmerged layer on the prompts that neurons are matched on."""
+        shard = self.prompts.matching_shard
+        return mlp_units(TrunkCache(self.runner, layer, self.cache), shard, self._trunks.values())
 
     def _trunk_of(self, plan: MergePlan) -> TrunkCache | None:
         """The deepest cached states that the plan leaves as they are."""

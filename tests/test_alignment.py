@@ -258,7 +258,7 @@ def test_files_are_named_by_what_they_depend_on(checkpoint, tmp_path):
 
 
 def test_activations_without_prompts_are_refused(checkpoint):
-    with pytest.raises(AlignmentError, match="needs calibration prompts, .* use alignment neurons here"):
+    with pytest.raises(AlignmentError, match="needs the prompts of a run: .* or use alignment neurons"):
         Aligner(checkpoint).compute((0, 1), "activations")
 
 

@@ -19,7 +19,7 @@ from docs_blocks import check_command
 
 from raymerge import __main__, cli, demo
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import DataConfig, PlanConfig
+from raymerge.config import CalibrationConfig, DataConfig, PlanConfig
 from raymerge.config_file import parse_config
 from raymerge.domains import CATEGORY_OF, known_domains
 from raymerge.plan import Refit
@@ -441,14 +441,16 @@ def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, c
     )
     assert text.splitlines()[2:] == ["No mergekit.yaml: it has no terms.", "Pushed to https://hub/me/m."]
     other = {"revision": "v2", "trust_remote_code": True, "alignment": "rows", "norms": "fold", "biases": "merge",
-             "refit": Refit("outputs", layers=2), "calibration": "demo", "verify": False, "push": "me/m",
-             "private": False}  # fmt: skip
+             "refit": Refit("outputs", layers=2), "calibration": CalibrationConfig(text="demo"), "verify": False,
+             "push": "me/m", "private": False}  # fmt: skip
     assert other.items() <= asked[-1][1].items()
     assert "Pushed" in said("--push", "me/m") and asked[-1][1]["private"] is True
     count = len(asked)
     for words, cure in (
         (["--public"], "--push OWNER/NAME is not given"),
         (["--refit-layers", "1"], "--refit-layers is"),
+        (["--refit", "linear", "--calibration-tokens", "9"], "--calibration-tokens is of --calibration, which is not"),
+        (["--calibration", "demo", "--calibration-tokens", "1"], "calibration.tokens = 1: Input should be greater"),
     ):
         assert cli.main(["merge", "demo", "--alphas", "a.json", "--out", "merged", *words]) == 2
         assert cure in capsys.readouterr().err and len(asked) == count
@@ -477,9 +479,11 @@ def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, c
     ):
         assert cli.main(["merge", "demo", *words, "--calibration", "demo", "--out", "merged"]) == 0
         (_, section, _), options = asked[-1]
-        assert section == PlanConfig(merges=2, **expected) and plain | {"calibration": "demo"} == {
-            key: options.get(key) for key in plain
-        }
+        assert section == PlanConfig(merges=2, **expected)
+        assert plain | {"calibration": CalibrationConfig(text="demo")} == {key: options.get(key) for key in plain}
+    fit = ["--alphas", "a.json", "--refit", "linear", "--calibration", "a.txt", "--calibration-tokens", "300"]
+    assert cli.main(["merge", "demo", *fit, "--out", "merged"]) == 0
+    assert asked[-1][1]["calibration"] == CalibrationConfig(text="a.txt", tokens=300)
     for words in (["--plan", ""], ["--alphas", ""]):  # as of a variable of the shell that has no value
         assert cli.main(["merge", "demo", *words, "--out", "merged"]) == 0
         assert asked[-1][0] == ("demo", "", "merged")

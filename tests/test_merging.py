@@ -13,6 +13,7 @@ import tiny
 import torch
 import transformers.dynamic_module_utils
 import yaml
+from told import Told
 from transformers import AutoModelForCausalLM
 
 import raymerge.alignment
@@ -33,16 +34,6 @@ from raymerge.prompts import encode_text
 from raymerge.refit import RefitError
 from raymerge.rows import coefficient_rows, plan_rows
 from raymerge.tables import RunDirectory, conform
-
-
-class Told(Silent):
-    """What was said."""
-
-    def __init__(self):
-        self.messages = []
-
-    def message(self, text):
-        self.messages.append(text)
 
 
 @pytest.fixture
@@ -317,8 +308,8 @@ def test_layers_of_other_attention_are_left_out_of_blocks_that_are_averaged(tmp_
             "three has 3 steps and is not a tail merge of plan.merges = 4",
         ),
         (["merges=4", "selection=block", "alignment=rows"], "demo", "alignment rows"),
-        (["merges=4", "selection=block", "alignment=activations"], "demo", "activations needs calibration prompts"),
-        (["merges=4", "refit=outputs", "alignment=activations"], "demo", "use alignment neurons here"),
+        (["merges=4", "selection=block", "alignment=activations"], "demo", "activations needs the prompts of a run"),
+        (["merges=4", "refit=outputs", "alignment=activations"], "demo", "or use alignment neurons"),
         (["merges=4", "refit=linear", "refit_layers=2"], "demo", "linear is of a seam alone, but 2 layers after it"),
     ],
 )
@@ -371,7 +362,7 @@ def test_a_refit_has_a_stage_of_its_own(tmp_path, alphas):
     (tmp_path / "a.txt").write_text("a text to fit on, " * 40)
     options = {"refit": Refit("linear", ridge=0.1), "calibration": tmp_path / "a.txt"}
     merge("demo", alphas, tmp_path / "out", verify=False, progress=Told(), **options)
-    assert Told.stages[:2] == ["refit (linear) on the calibration text", "receipts of the merge"]
+    assert Told.stages[:2] == ["refit (linear) on the calibration tokens", "receipts of the merge"]
     card = (tmp_path / "out" / "README.md").read_text()  # it gave the coefficients alone
     assert ", refit linear)." in card and "fitted to the unmerged model on calibration tokens (linear)" in card
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from raymerge.config import Config
 from raymerge.experiments.common import Inputs
-from raymerge.identity import digest
 from raymerge.inputs import CALIBRATION
 from raymerge.plan import REFITS_BEYOND, MergePlan, Refit
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress
 from raymerge.refit import check_refittable, steps_of
+from raymerge.role_prompts import calibration_identity
 from raymerge.tables import RunDirectory
 
 
@@ -22,15 +22,11 @@ def refit_of(config: Config, inputs: Inputs, method: str) -> Refit | None:
     """The refit that the configuration asks for by a method; None for none."""
     if method == "none":
         return None
-    calibration, found = config.calibration, inputs.calibration
-    start = found[1] if isinstance(found, tuple) else 0
-    tokens = [inputs.identities[CALIBRATION], start, calibration.tokens, calibration.seed]
-    tokens += [inputs.checkpoint.tokenizer_identity, config.model.add_bos]
     return Refit(
         method=method,
         ridge=config.plan.ridge,
         layers=config.plan.refit_layers if method in REFITS_BEYOND else 0,
-        calibration=digest(tokens),
+        calibration=calibration_identity(config, inputs, inputs.checkpoint),
     )
 
 

@@ -1,0 +1,121 @@
+"""What a merge needs of prompts and texts: what seams are fitted on, blocks are chosen on, and neurons are matched on.
+
+The plan of a run is of the run's own, which its configuration leads to, so that the model is the one that was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from raymerge.alignment import Aligner
+from raymerge.checkpoint import Checkpoint
+from raymerge.config import CalibrationConfig, Config
+from raymerge.config_file import parse_config
+from raymerge.forward import LayerRunner
+from raymerge.inputs import CALIBRATION, REPORT, SEARCH, Material, read_material
+from raymerge.plan import MergePlan, PlanError
+from raymerge.plan_files import RECORD_FILE
+from raymerge.prompts import Shard
+from raymerge.role_prompts import RolePrompts, calibration_identity
+from raymerge.tables import RunDirectory
+from raymerge.texts import read_plain_text
+from raymerge.trunk import TrunkCache, mlp_units
+
+
+def run_of(source: object) -> Path | None:
+    """The run directory on a disk that a plan file lies in, as RUN/plans/NAME.json or RUN/models/NAME/merge_plan.json;
+    None for any other source of a plan."""
+    if not isinstance(source, str | PathLike):
+        return None
+    path = Path(source).expanduser().absolute()
+    folder, above = path.parent, path.parent.parent
+    run = above if folder.name == "plans" else above.parent
+    in_run = folder.name == "plans" or (above.name == "models" and path.name == RECORD_FILE)
+    return run if in_run and (run / "config.yaml").is_file() else None
+
+
+class PlanPrompts:
+    """The prompts and texts that a merge's plan refers to; read when they are first asked for.
+
+    source: what the merge is by (`plan_source.plan_to_merge`). calibration: a plain text, on whose first tokens seams
+    are fitted and blocks chosen, in place of what the run has that the source is of.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, source: object, calibration: CalibrationConfig | None):
+        self.checkpoint, self.run, self._text = checkpoint, run_of(source), calibration
+
+    @property
+    def calibration_name(self) -> str:
+        """What the calibration's tokens are of, for a message."""
+        return self._text.text if self._text is not None else f"the run {self.run}"
+
+    @cached_property
+    def _calibrated(self) -> tuple[Config, Material]:
+        if self._text is not None:
+            text = read_plain_text(self._text.text, "calibration")
+            return Config(calibration=self._text), Material(calibration=(text, 0))
+        if self.run is None:
+            raise PlanError("a refit, or a choice of the block by distances, needs a plain text: give --calibration")
+        return self._read_run(matched=False)
+
+    @cached_property
+    def calibration(self) -> Sequence[Shard]:
+        """What seams are fitted on, or a block is chosen on. Raises PlanError where there is none."""
+        return RolePrompts(*self._calibrated, self.checkpoint).calibration
+
+    @property
+    def calibration_identity(self) -> str:
+        """What names these tokens in a refit."""
+        return calibration_identity(*self._calibrated, self.checkpoint)
+
+    @cached_property
+    def dtype(self) -> torch.dtype | None:
+        """What the run computed in, where its tokens are used."""
+        named = None if self.run is None or self._text is not None else self._loaded.inputs.get("dtype")
+        return None if named is None else getattr(torch, named)
+
+    def aligner(self, plan: MergePlan, folder: str | Path | None) -> Aligner:
+        """An aligner for the plan, which matches by activations as the run did. folder: of what it has matched; it must
+        be there for activations."""
+        if self.run is None or plan.alignment != "activations" or all(kept.unchanged for kept in plan.kept):
+            return Aligner(self.checkpoint, folder)
+        config, material = self._read_run(matched=True)
+        prompts = RolePrompts(config, material, self.checkpoint)
+        dtype = getattr(torch, self._loaded.inputs["dtype"])
+        runner = LayerRunner(self.checkpoint, dtype=dtype, quantise=config.model.quantise)
+        return Aligner(
+            self.checkpoint,
+            folder,
+            units=lambda layer: mlp_units(TrunkCache(runner, layer, Path(folder)), prompts.matching_shard),
+            data=prompts.matching_identity,
+        )
+
+    @cached_property
+    def _loaded(self) -> RunDirectory:
+        return RunDirectory.load(self.run)
+
+    def _read_run(self, *, matched: bool) -> tuple[Config, Material]:
+        """What the run's configuration leads to: of its calibration, and matched: of what neurons are matched on.
+
+        Raises PlanError where that is not what the run was made of, and what reading raises.
+        """
+        config = parse_config(self._loaded.config, source=str(self.run / "config.yaml"))
+        # A text stands for itself; prompts depend on what else the experiment asks.
+        roles = {"search": (SEARCH, REPORT), "sweep": (REPORT,)}.get(self._loaded.experiment, ())
+        if config.data.mmlu is None or (config.calibration.text is not None and not matched):
+            roles = ()
+        material = read_material(config, roles if matched else (*roles, CALIBRATION))
+        held = self._loaded.inputs
+        for role, identity in material.identities.items():
+            if (there := held.get(f"data {role}", identity)) != identity:
+                cure = "restore them" if matched else "restore them, or give a text as --calibration"
+                raise PlanError(
+                    f"the configuration of {self.run} leads to other files now than the run was made of: its {role} "
+                    f"was {there} and is {identity}; {cure}"
+                )
+        return config, material
