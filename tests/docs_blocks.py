@@ -33,7 +33,7 @@ import tiny
 import yaml
 from tokenizers.pre_tokenizers import ByteLevel
 
-from raymerge import cli
+from raymerge.arguments import parser
 from raymerge.config_file import load_config, parse_config
 from raymerge.domains import DOMAINS
 from raymerge.questions import LETTERS
@@ -142,7 +142,7 @@ def check_command(words: list[str], *, where: str) -> None:
 
 def _check_raymerge(arguments: list[str], where: str) -> None:
     try:
-        options = cli._parser().parse_args(arguments)
+        options = parser().parse_args(arguments)
     except SystemExit as stop:
         assert stop.code == 0, f"{where}: raymerge {shlex.join(arguments)} does not parse"  # 0: --help, --version
         return

@@ -18,6 +18,7 @@ import yaml
 from docs_blocks import check_command
 
 from raymerge import __main__, cli, demo
+from raymerge.arguments import parser
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import CalibrationConfig, DataConfig, PlanConfig
 from raymerge.config_file import parse_config
@@ -57,7 +58,7 @@ def test_examples_in_help_parse_and_name_subjects_that_there_are(command, capsys
     lines = examples.replace("\\\n", " ").splitlines()
     for words in (shlex.split(line) for line in lines if line.startswith("  raymerge ")):
         check_command(words, where=shlex.join(words))
-        subjects = getattr(cli._parser().parse_args(words[1:]), "subjects", None)
+        subjects = getattr(parser().parse_args(words[1:]), "subjects", None)
         assert subjects is None or set(subjects.split(",")) <= known, words
 
 
@@ -82,7 +83,7 @@ def test_an_interrupt_that_the_command_line_cannot_see_to_leaves_no_trace(where,
 
 def test_help_does_not_import_torch_or_ray():
     code = (
-        "import sys; from raymerge import cli; cli._parser(); print([m for m in ('torch', 'ray') if m in sys.modules])"
+        "import sys; from raymerge import cli; cli.parser(); print([m for m in ('torch', 'ray') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

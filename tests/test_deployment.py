@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raymerge.cli import _parser
+from raymerge.arguments import parser
 from raymerge.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +33,7 @@ def check_command(text):
     assert words[0] == "python"
     script, config = (Path(word.removeprefix("/app/")) for word in words[1:3])
     assert script.stem in COMMANDS and (ROOT / script).is_file() and (ROOT / config).is_file()
-    options = _parser().parse_args([COMMANDS[script.stem], str(ROOT / config), *words[3:]])
+    options = parser().parse_args([COMMANDS[script.stem], str(ROOT / config), *words[3:]])
     return options, load_config(options.config, options.set)
 
 

@@ -31,7 +31,7 @@ LAYERS = {
     ),
     3: ("worker", "worker_memory", "candidates"),
     4: ("cluster", "actors", "pool", "search", "proposers", "experiments"),
-    5: ("cli", "console", "__main__"),
+    5: ("cli", "arguments", "console", "__main__"),
 }  # fmt: skip
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 
