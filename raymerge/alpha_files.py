@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from raymerge.plan import SURVIVORS, MergePlan, MergeStep, PlanError, block_pairs, block_starts, tail_pairs
+from raymerge.storage import RunError, folder_of, located, read_file
 
 _REQUIRED = ("layer_to_merge_into", "layer_to_remove", "ratio_i_alpha")
 _ALLOWED = frozenset(("step", "ratio_j", *_REQUIRED))
@@ -20,27 +21,36 @@ def read_alpha_file(path: str | Path, n_layers: int) -> MergePlan:
     The order in the file counts and `step` is only informative (the published base file numbers them -18 to -6).
     Raises PlanError where the file is not of that form, an alpha lies outside [0, 1], or the layers do not chain.
     """
-    path = Path(path).expanduser()
+    path = located(path)
     return alpha_file_plan(read_json(path, "alpha file"), path, n_layers)
 
 
-def read_json(path: Path, what: str) -> object:
-    """What a JSON file holds; PlanError, which says what it should be, where there is none."""
+def read_json(path: Path | str, what: str) -> object:
+    """What a JSON file, a `storage.located` one, holds; PlanError, which says what it should be, where there is none,
+    RunError where a URI cannot be reached."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_file(path).decode("utf-8"))
     except FileNotFoundError:
         raise PlanError(f"there is no {what} {path}") from None
+    except RunError:  # a ValueError too
+        raise
     except (IsADirectoryError, NotADirectoryError, ValueError, RecursionError) as error:
         raise PlanError(f"{path} is not a JSON {what}: {error}") from error
 
 
-def alpha_file_plan(entries: object, path: Path, n_layers: int) -> MergePlan:
+def plan_name(path: Path | str) -> str:
+    """What a plan is called after its file, a `storage.located` one."""
+    return Path(folder_of(path)[1]).stem
+
+
+def alpha_file_plan(entries: object, path: Path | str, n_layers: int) -> MergePlan:
     """The plan of what an alpha file holds; see `read_alpha_file`."""
     if not isinstance(entries, list) or not entries:
         raise PlanError(f"{path} must hold a JSON list of merge steps, and at least one")
     steps = [_read_step(entry, f"{path}, entry {number}") for number, entry in enumerate(entries)]
     try:
-        return MergePlan(n_layers, tuple(steps), name=path.stem, kind="file", selection=_selection(n_layers, steps))
+        selection = _selection(n_layers, steps)
+        return MergePlan(n_layers, tuple(steps), name=plan_name(path), kind="file", selection=selection)
     except PlanError as error:
         deeper = any(max(step.into, step.remove) >= n_layers for step in steps)
         hint = "; the file is for a deeper model, as a merged model's own alphas.json is for its base" if deeper else ""

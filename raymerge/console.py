@@ -180,9 +180,10 @@ def _print_place(run: RunDirectory, what: str = "Tables, figures and manifest") 
 
 def _print_plans(run: RunDirectory) -> None:
     """How any plan of the run becomes a model."""
-    if run.is_local and Path(run.path_of("plans")).is_dir():
-        file = shlex.quote(run.path_of("plans", "NAME.json"))
-        print(f"Any plan as a model: raymerge merge MODEL --plan {file} --out DIR")
+    if run.is_local and not Path(run.path_of("plans")).is_dir():
+        return
+    file = shlex.quote(without_secrets(run.path_of("plans", "NAME.json")))
+    print(f"Any plan as a model: raymerge merge MODEL --plan {file} --out DIR")
 
 
 def print_search(run: RunDirectory, split: str) -> None:

@@ -11,8 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from raymerge.alpha_files import alpha_file_plan, read_json
+from raymerge.alpha_files import alpha_file_plan, plan_name, read_json
 from raymerge.plan import MergePlan, MergeStep, PlanError, Refit
+from raymerge.storage import located
 
 RECORD_FILE = "merge_plan.json"  # beside a saved model, the plan that it was merged by
 
@@ -50,7 +51,7 @@ def read_plan(path: str | Path, n_layers: int) -> tuple[MergePlan, dict[str, Any
     Raises PlanError where the file is neither, is for another number of layers, has a key that no plan file has, holds
     a plan that cannot be carried out, or another one than that of its plan_id.
     """
-    path = Path(path).expanduser()
+    path = located(path)
     found = read_json(path, "plan or alpha file")
     if not isinstance(found, dict):
         return alpha_file_plan(found, path, n_layers), None
@@ -60,7 +61,7 @@ def read_plan(path: str | Path, n_layers: int) -> tuple[MergePlan, dict[str, Any
     if (layers := found.get("layers_before", n_layers)) != n_layers:
         raise PlanError(f"{path} is of a model of {layers} layers, this one has {n_layers}: give its own base")
     try:
-        plan = _plan_of(found, path.stem, n_layers)
+        plan = _plan_of(found, plan_name(path), n_layers)
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
     identity, known = found.get("base_model_identity"), found.get("plan_id")

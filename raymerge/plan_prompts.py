@@ -22,21 +22,24 @@ from raymerge.plan import MergePlan, PlanError
 from raymerge.plan_files import RECORD_FILE
 from raymerge.prompts import Shard
 from raymerge.role_prompts import RolePrompts, calibration_identity
+from raymerge.storage import folder_of, located
 from raymerge.tables import RunDirectory
 from raymerge.texts import read_plain_text
 from raymerge.trunk import TrunkCache, mlp_units
 
 
-def run_of(source: object) -> Path | None:
-    """The run directory on a disk that a plan file lies in, as RUN/plans/NAME.json or RUN/models/NAME/merge_plan.json;
-    None for any other source of a plan."""
+def run_of(source: object) -> Path | str | None:
+    """The run directory (or its URI) that a plan file lies in, as RUN/plans/NAME.json or
+    RUN/models/NAME/merge_plan.json; None for any other source of a plan."""
     if not isinstance(source, str | PathLike):
         return None
-    path = Path(source).expanduser().absolute()
-    folder, above = path.parent, path.parent.parent
-    run = above if folder.name == "plans" else above.parent
-    in_run = folder.name == "plans" or (above.name == "models" and path.name == RECORD_FILE)
-    return run if in_run and (run / "config.yaml").is_file() else None
+    folder, file = folder_of(located(source))
+    above, name = folder_of(folder)
+    if name != "plans":
+        above, models = folder_of(above)
+        if models != "models" or file != RECORD_FILE:
+            return None
+    return above if RunDirectory.is_one(above) else None
 
 
 class PlanPrompts:
@@ -47,7 +50,12 @@ class PlanPrompts:
     """
 
     def __init__(self, checkpoint: Checkpoint, source: object, calibration: CalibrationConfig | None):
-        self.checkpoint, self.run, self._text = checkpoint, run_of(source), calibration
+        self.checkpoint, self._source, self._text = checkpoint, source, calibration
+
+    @cached_property
+    def run(self) -> Path | str | None:
+        """The run that the plan is of, if it is of one."""
+        return run_of(self._source)
 
     @property
     def calibration_name(self) -> str:
@@ -76,13 +84,15 @@ class PlanPrompts:
     @cached_property
     def dtype(self) -> torch.dtype | None:
         """What the run computed in, where its tokens are used."""
-        named = None if self.run is None or self._text is not None else self._loaded.inputs.get("dtype")
+        if self._text is not None or self.run is None:
+            return None
+        named = self._loaded.inputs.get("dtype")
         return None if named is None else getattr(torch, named)
 
     def aligner(self, plan: MergePlan, folder: str | Path | None) -> Aligner:
         """An aligner for the plan, which matches by activations as the run did. folder: of what it has matched; it must
         be there for activations."""
-        if self.run is None or plan.alignment != "activations" or all(kept.unchanged for kept in plan.kept):
+        if plan.alignment != "activations" or all(kept.unchanged for kept in plan.kept) or self.run is None:
             return Aligner(self.checkpoint, folder)
         config, material = self._read_run(matched=True)
         prompts = RolePrompts(config, material, self.checkpoint)
@@ -104,7 +114,7 @@ class PlanPrompts:
 
         Raises PlanError where that is not what the run was made of, and what reading raises.
         """
-        config = parse_config(self._loaded.config, source=str(self.run / "config.yaml"))
+        config = parse_config(self._loaded.config, source=f"{self.run}/config.yaml")
         # A text stands for itself; prompts depend on what else the experiment asks.
         roles = {"search": (SEARCH, REPORT), "sweep": (REPORT,)}.get(self._loaded.experiment, ())
         if config.data.mmlu is None or (config.calibration.text is not None and not matched):

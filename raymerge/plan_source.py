@@ -30,6 +30,7 @@ from raymerge.plan_section import (
 )
 from raymerge.progress import Progress, step
 from raymerge.refit import check_refittable
+from raymerge.storage import located
 
 MEASURED = ("cosine", "angular")  # values of plan.block that a merge measures itself
 
@@ -54,9 +55,9 @@ def plan_to_merge(
         )
     if isinstance(source, PlanConfig):
         plan = _of_section(source, checkpoint, given, prompts, told)
-        path, about = None if source.base != "file" else Path(source.alpha_file).expanduser(), None
+        path, about = None if source.base != "file" else located(source.alpha_file), None
     else:
-        path = Path(source).expanduser()
+        path = located(source)
         plan, about = _of_file(path, checkpoint.n_layers, given)
     warnings = [] if path is None else _unlike_record(path, about, checkpoint, plan)
     _check(checkpoint, plan, prompts)
@@ -90,7 +91,7 @@ def keys_without_effect(section: PlanConfig) -> list[tuple[str, str]]:
 def _check(checkpoint: Checkpoint, plan: MergePlan, prompts: PlanPrompts) -> None:
     """Refuse what a merge cannot carry out before it measures or fits anything. Raises PlanError, RefitError."""
     check_mergeable(checkpoint, plan)
-    if prompts.run is None and plan.alignment == "activations" and not all(kept.unchanged for kept in plan.kept):
+    if plan.alignment == "activations" and not all(kept.unchanged for kept in plan.kept) and prompts.run is None:
         raise PlanError(NEEDS_PROMPTS)
     if plan.refit is not None:
         check_refittable(checkpoint, plan)
@@ -153,7 +154,7 @@ def _first_of_block(
     return first
 
 
-def _of_file(path: Path, n_layers: int, given: dict[str, Any]) -> tuple[MergePlan, dict[str, Any] | None]:
+def _of_file(path: Path | str, n_layers: int, given: dict[str, Any]) -> tuple[MergePlan, dict[str, Any] | None]:
     """The plan of a file with the options given beside it, and what `read_plan` has read. Raises PlanError."""
     plan, record = read_plan(path, n_layers)
     for key, value in given.items():
@@ -163,10 +164,14 @@ def _of_file(path: Path, n_layers: int, given: dict[str, Any]) -> tuple[MergePla
     return replace(plan, **given), record
 
 
-def _unlike_record(path: Path, about: dict[str, Any] | None, checkpoint: Checkpoint, plan: MergePlan) -> list[str]:
+def _unlike_record(
+    path: Path | str, about: dict[str, Any] | None, checkpoint: Checkpoint, plan: MergePlan
+) -> list[str]:
     """What a plan file, or the record beside an alpha file, says against merging by it: it is of another model, or of
     the alpha file's steps with other options, which alone make another model than the one that was measured."""
-    beside = path.parent / RECORD_FILE
+    beside = None if isinstance(path, str) else path.parent / RECORD_FILE
+    if about is beside is None:
+        return []
     try:
         record = about or json.loads(beside.read_text(encoding="utf-8"))
         another = made_for_another(record, checkpoint.identity)

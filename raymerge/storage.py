@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 import pyarrow as pa
@@ -109,8 +108,8 @@ class Storage:
         """Return the path or URI of something inside, a URI's query (endpoint, region) kept."""
         if "://" not in self.name:
             return f"{self.name}/{inside}"
-        parts = urlsplit(self.name)
-        return parts._replace(path=f"{parts.path.rstrip('/')}/{inside}").geturl()
+        path, mark, query = self.name.partition("?")
+        return f"{path.rstrip('/')}/{inside}{mark}{query}"
 
     def is_file(self) -> bool:
         """Return whether the folder is in truth a file."""
@@ -300,6 +299,28 @@ class Storage:
             f"{what}: {self.show(inside)} needs about {size_text(needed)}{free}; nothing half-written is left. Free "
             "space and run the same command again: what is finished is stored"
         )
+
+
+def located(source: str | os.PathLike) -> Path | str:
+    """A path with its ~ expanded; a URI as it is."""
+    return source if isinstance(source, str) and "://" in source else Path(source).expanduser()
+
+
+def folder_of(source: Path | str) -> tuple[Path | str, str]:
+    """The folder that a `located` file lies in, and the file's name."""
+    if isinstance(source, Path):
+        return source.absolute().parent, source.name
+    path, mark, query = source.partition("?")
+    folder, _, name = path.rstrip("/").rpartition("/")
+    return f"{folder}{mark}{query}", name
+
+
+def read_file(source: Path | str) -> bytes:
+    """The content of a `located` file. Raises OSError, for a URI RunError unless there is just no such file."""
+    if isinstance(source, Path):
+        return source.read_bytes()
+    folder, name = folder_of(source)
+    return Storage(folder).read(name)
 
 
 def user_cache() -> Path:

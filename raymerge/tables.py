@@ -199,6 +199,11 @@ class RunDirectory:
         return run, config, stored
 
     @classmethod
+    def is_one(cls, path) -> bool:
+        """Whether there is a run at a path or a URI; RunError where it cannot be looked."""
+        return cls(path)._read_config() is not None
+
+    @classmethod
     def load(cls, path, *, filesystem: pafs.FileSystem | None = None) -> RunDirectory:
         """Return an existing run for reading (whatever its state); RunError if there is none."""
         run = cls(path, filesystem)

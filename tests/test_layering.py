@@ -16,12 +16,14 @@ PACKAGE = ROOT / "raymerge"
 # A new module gets a line here and in docs/design.md.
 LAYERS = {
     0: (
-        "errors", "domains", "identity", "statistics", "objectives", "plan", "alpha_files", "plan_files", "heuristics",
-        "diffusion",
-        "embedding", "similarity", "reliability", "assignment", "memory",
+        "errors", "domains", "identity", "statistics", "objectives", "plan", "heuristics", "diffusion", "embedding",
+        "similarity", "reliability", "assignment", "memory",
     ),
-    1: ("config", "config_file", "columns", "schemas", "storage", "parts", "tables", "questions", "tasks", "findings",
-        "summary", "progress", "inputs", "sensitivity", "report", "reference", "texts", "json_lines", "hub"),
+    1: (
+        "config", "config_file", "columns", "schemas", "storage", "alpha_files", "plan_files", "parts", "tables",
+        "questions", "tasks", "findings", "summary", "progress", "inputs", "sensitivity", "report", "reference",
+        "texts", "json_lines", "hub",
+    ),
     2: (
         "tensorfiles", "architectures", "families", "checkpoint", "fusion", "prompts", "forward", "sources",
         "tail_states", "tail_layer", "scoring", "evaluation", "rows", "merging", "activations", "alignment", "context",

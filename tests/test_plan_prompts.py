@@ -1,20 +1,23 @@
 """Merges by the plan files of a run against what the run itself measured and saved, by prompts and by texts."""
 
+import re
 import shutil
 from pathlib import Path
 
+import pyarrow.fs
 import pytest
 from safetensors.torch import load_file
 from told import Told
 
 from raymerge.config import CalibrationConfig
 from raymerge.config_file import load_config
+from raymerge.console import print_search
 from raymerge.experiments import search, sweep
 from raymerge.fusion import fused_tensors
 from raymerge.merging import merge
 from raymerge.plan import PlanError
 from raymerge.plan_prompts import run_of
-from raymerge.tables import RunDirectory
+from raymerge.tables import RunDirectory, RunError
 
 SMALL = ["data.subjects=colour_mixing,number_words", "data.report_limit_per_subject=2", "data.limit_per_subject=2",
          "data.perplexity_tokens=300", "plan.merges=2", "output.figures=false", "output.verify=false"]  # fmt: skip
@@ -26,8 +29,9 @@ def weights(folder):
 
 
 @pytest.fixture
-def searched(local_searches, tmp_path):
+def searched(local_searches, tmp_path, monkeypatch):
     def run(*settings):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
         return search(load_config(None, [*SMALL, *SEARCH, f"output.run={tmp_path / 'run'}", *settings]))
 
     return run
@@ -122,5 +126,33 @@ def test_plan_files_in_runs_are_known_by_where_they_lie(tmp_path, monkeypatch):
     monkeypatch.chdir(run)
     for path in (run / "plans" / "a.json", "plans/a.json", run / "models" / "a" / "merge_plan.json"):
         assert run_of(path) == run
+    for path in ("models/a/merge_plan.json", f"file://{run}/plans/a.json", f"fsspec+file://{run}/plans/a.json"):
+        assert str(run_of(path)).removeprefix("fsspec+").removeprefix("file://") == str(run)
     for path in (run / "a.json", tmp_path / "plans" / "a.json", run / "models" / "a" / "alphas.json", None):
         assert run_of(path) is None
+
+
+def test_plan_files_and_alpha_files_of_runs_in_an_object_store_are_read_there(searched, tmp_path, capsys):
+    where = f"fsspec+memory://bucket/{tmp_path.name}"
+    run = searched("plan.refit=linear", f"output.run={where}")
+    print_search(run, "test")
+    (said,) = re.findall("merge MODEL --plan ([^ ]+) --out DIR", capsys.readouterr().out)
+    told, plan = Told(), said.replace("NAME", "found_random_linear")
+    assert plan == f"{where}/plans/found_random_linear.json"
+    merge("demo", plan, tmp_path / "again", verify=False, progress=told)
+    (tmp_path / "saved").mkdir()
+    pyarrow.fs.copy_files(f"{where}/models/found_random_linear", str(tmp_path / "saved"))
+    assert not told.messages and weights(tmp_path / "again") == weights(tmp_path / "saved")
+    merge("demo", f"{where}/models/found_random_linear/merge_plan.json", tmp_path / "third", verify=False)
+    assert weights(tmp_path / "third") == weights(tmp_path / "saved")
+
+    alphas = f"{where}/alphas/found_random.json"
+    record = merge("demo", alphas, tmp_path / "alphas", verify=False, progress=told)
+    assert record["name"] == "found_random" and not told.messages
+    section = load_config(None, ["plan.selection=list", "plan.base=file", f"plan.alpha_file={alphas}"]).plan
+    assert merge("demo", section, tmp_path / "section", verify=False)["plan_id"] == record["plan_id"]
+    for missing in (f"{where}/plans/nothing.json", f"{where}/nowhere/nothing.json"):
+        with pytest.raises(PlanError, match=f"there is no plan or alpha file {re.escape(missing)}"):
+            merge("demo", missing, tmp_path / "out")
+    with pytest.raises(RunError, match="nosuch://bucket/plans cannot be opened"):
+        merge("demo", "nosuch://bucket/plans/a.json", tmp_path / "out")

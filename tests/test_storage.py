@@ -354,6 +354,7 @@ def test_names_of_the_places():
         == "s3://bucket/runs/a/models/b?region=eu-west-1"
     )
     assert Storage("/tmp/x/").show("models") == "/tmp/x/models"
+    assert Storage("fsspec+file:///tmp/x").show("models") == "fsspec+file:///tmp/x/models"
     assert Storage("~/x").name == os.path.expanduser("~/x") and os.path.isabs(Storage("x").name)
     sizes = [storage_module.size_text(number) for number in (999, 1000, 1_550_000, 999_900_000, 1_234_000_000_000)]
     assert sizes == ["999 bytes", "1.0 kB", "1.6 MB", "999.9 MB", "1234.0 GB"]
