@@ -19,8 +19,8 @@ from raymerge.errors import UserError
 from raymerge.identity import digest
 from raymerge.questions import LETTERS, QuestionSet, prefix_text, question_text
 from raymerge.tasks import Task
+from raymerge.texts import TEXT_WINDOW
 
-TEXT_WINDOW = 1024  # tokens in one window of plain text; windows do not overlap
 SHARD_TOKENS = 8192  # of a shard, about: 25 MB of bfloat16 states at hidden size 1536
 _CHARACTERS = 6  # a token, about: how much of a long text is tokenised first
 _UNSETTLED = 256  # tokens before a cut that are not taken, since the cut may have changed them

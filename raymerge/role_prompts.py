@@ -22,7 +22,6 @@ from raymerge.inputs import (
     task_role,
 )
 from raymerge.prompts import (
-    TEXT_WINDOW,
     ChoicePrompts,
     PromptError,
     Prompts,
@@ -32,6 +31,7 @@ from raymerge.prompts import (
     encode_text,
 )
 from raymerge.questions import QuestionSet
+from raymerge.texts import TEXT_WINDOW
 
 
 def calibration_identity(config: Config, material: Material, checkpoint: Checkpoint) -> str:

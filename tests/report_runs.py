@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 
 from raymerge import rows
+from raymerge.comparisons import comparison_rows, text_comparison_rows
 from raymerge.context import TextLosses
 from raymerge.plan import base_plan, drop_plan, pairs_plan, tail_pairs
 from raymerge.tables import RunDirectory, derive_accuracy
@@ -73,7 +74,7 @@ def evaluated(run, plans, right, *, subjects, perplexities, pairs, seed=0):
          "bytes": 2 * PARAMETERS * len(plan.kept)}
         for plan_id, plan in plans.items()
     ])  # fmt: skip
-    compared = rows.comparison_rows("test", table, pairs) + rows.text_comparison_rows(run.read("text_losses"), pairs)
+    compared = comparison_rows("test", table, pairs) + text_comparison_rows(run.read("text_losses"), pairs)
     run.replace("comparisons", compared)
 
 

@@ -20,9 +20,9 @@ LAYERS = {
         "similarity", "reliability", "assignment", "memory",
     ),
     1: (
-        "config", "config_file", "columns", "schemas", "storage", "alpha_files", "plan_files", "parts", "tables",
-        "questions", "tasks", "findings", "summary", "progress", "inputs", "sensitivity", "report", "reference",
-        "texts", "json_lines", "hub",
+        "config", "config_file", "columns", "schemas", "comparisons", "storage", "alpha_files", "plan_files", "parts",
+        "tables", "questions", "tasks", "findings", "summary", "progress", "inputs", "sensitivity", "report",
+        "reference", "texts", "json_lines", "hub",
     ),
     2: (
         "tensorfiles", "architectures", "families", "checkpoint", "fusion", "prompts", "forward", "sources",

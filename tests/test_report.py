@@ -30,6 +30,7 @@ from report_runs import (
 
 from raymerge import console, findings, report, rows, statistics, summary
 from raymerge.card import search_results
+from raymerge.comparisons import comparison_rows
 from raymerge.plan import base_plan, block_plan, drop_block_plan, pairs_plan, tail_coefficients
 from raymerge.progress import Silent
 from raymerge.report import (
@@ -416,7 +417,7 @@ def test_a_plan_from_an_alpha_file_is_not_taken_for_the_control_of_its_name(tmp_
 def test_the_card_of_a_refitted_plan_names_the_families_of_its_comparisons(tmp_path):
     """Its comparisons are the second family, with all others that are not the best found's, but for one."""
     run = search_run(tmp_path / "run")
-    others = rows.comparison_rows("test", run.read("answers"), [("base", "drop"), ("base", "fixed"), ("drop", "fixed")])
+    others = comparison_rows("test", run.read("answers"), [("base", "drop"), ("base", "fixed"), ("drop", "fixed")])
     run.append("comparisons", others)
     (note, _) = summary.comparison_notes(run, "found")
     assert "(3 comparisons: " in note and "corrects for all of them, on" in note

@@ -1,4 +1,4 @@
-"""rows.py: what tables say of plain text whose losses are known."""
+"""rows.py and comparisons.py: what tables say of plain text whose losses are known."""
 
 import math
 
@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import tiny
 
-from raymerge import rows
+from raymerge import comparisons, rows
 from raymerge.context import TextLosses
 from raymerge.evaluation import Answers
 from raymerge.schemas import conform
@@ -52,7 +52,7 @@ def test_passages_of_one_topic_are_no_independent_ones():
     wrong = 0
     for a, b in found[:60]:
         table = [row for plan, one in (("a", a), ("b", b)) for row in rows.text_loss_rows(plan, one)]
-        (row,) = rows.text_comparison_rows(conform("text_losses", table, "r"), [("a", "b")])
+        (row,) = comparisons.text_comparison_rows(conform("text_losses", table, "r"), [("a", "b")])
         wrong += row["p_value"] < 0.05
     assert wrong <= 0.1 * 60  # 0.05, and 1.8 standard errors of 60 draws; with passages of 64 tokens 0.6
 
@@ -60,7 +60,7 @@ def test_passages_of_one_topic_are_no_independent_ones():
 def test_short_texts_are_cut_into_at_least_16_items():
     for windows, expected in ((16, 16), (15, 30), (4, 16), (2, 16), (1, 16)):
         numbers, positions = (part.ravel() for part in np.meshgrid(np.arange(windows), [1, *range(64, 1024, 64)]))
-        tokens, nll = rows._pooled(numbers, positions, np.full(numbers.size, 64), np.arange(numbers.size) * 1.0)
+        tokens, nll = comparisons.pooled(numbers, positions, np.full(numbers.size, 64), np.arange(numbers.size) * 1.0)
         assert len(tokens) == expected and tokens.sum() == 64 * numbers.size and nll.sum() == sum(range(numbers.size))
 
 
@@ -72,7 +72,7 @@ def test_the_end_of_a_text_does_not_widen_the_interval_of_a_difference():
         for plan, mean in (("a", 4.0), ("b", 3.0))
         for w, k in zip(windows, [*range(16)] * 16 + [0], strict=True)
     ]
-    (row,) = rows.text_comparison_rows(conform("text_losses", table, "r"), [("a", "b")])
+    (row,) = comparisons.text_comparison_rows(conform("text_losses", table, "r"), [("a", "b")])
     sums, counts = np.zeros(17), np.bincount(windows) * 64
     for line in table:
         sums[line["window"]] += line["nll"] * (1 if line["plan_id"] == "a" else -1)
@@ -93,7 +93,7 @@ def test_a_model_without_a_loss_is_compared_with_none():
     plans = {"a": 2.0, "b": 3.0, "nan": math.nan, "inf": math.inf}
     found = {plan: losses(loss * rng.uniform(0.9, 1.1, (2, len(rows.EDGES) - 1))) for plan, loss in plans.items()}
     table = conform("text_losses", [row for plan, own in found.items() for row in rows.text_loss_rows(plan, own)], "r")
-    compared = rows.text_comparison_rows(table, [("a", "b"), ("a", "nan"), ("inf", "b"), ("a", "unknown")])
+    compared = comparisons.text_comparison_rows(table, [("a", "b"), ("a", "nan"), ("inf", "b"), ("a", "unknown")])
     assert [(row["plan_a"], row["plan_b"]) for row in compared] == [("a", "b")]
     (row,) = compared
     mean = {plan: own.nll.sum() / own.tokens.sum() for plan, own in found.items()}
@@ -132,7 +132,7 @@ def test_a_model_whose_logits_are_no_numbers_has_accuracy_comparisons_alone():
             own |= {"content_hash": "", "answer": number % 4, "predicted": int(np.argmax(logits))}
             table.append(own | dict(zip(columns, logits.tolist(), strict=True)))
     answers = conform("answers", table, "r")
-    found = rows.comparison_rows("test", answers, [("sound", "other"), ("sound", "broken")])
+    found = comparisons.comparison_rows("test", answers, [("sound", "other"), ("sound", "broken")])
     assert [(row["plan_b"], row["measure"]) for row in found] == [
         ("other", "accuracy"), ("other", "answer_nll"), ("broken", "accuracy")
     ]  # fmt: skip
@@ -144,12 +144,12 @@ def test_a_plain_difference_stays_one_among_very_many_comparisons(monkeypatch):
 
     Here with 200 and 11 pairs, which is 50 times sooner.
     """
-    monkeypatch.setattr(rows, "_RESAMPLES", 200)
+    monkeypatch.setattr(comparisons, "_RESAMPLES", 200)
     rng = np.random.default_rng(0)
     found = [row for plan, loss in (("a", 2.0), ("b", 9.0)) for row in rows.text_loss_rows(
         plan, losses(loss * rng.uniform(0.9, 1.1, (2, len(rows.EDGES) - 1)))
     )]  # fmt: skip
-    compared = rows.text_comparison_rows(conform("text_losses", found, "r"), [("a", "b")] * 11)
+    compared = comparisons.text_comparison_rows(conform("text_losses", found, "r"), [("a", "b")] * 11)
     assert max(row["p_holm"] for row in compared) < 0.05
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from raymerge import findings, summary
+from raymerge.comparisons import comparison_rows
 from raymerge.objectives import score_answers
-from raymerge.rows import comparison_rows
 from raymerge.statistics import holm
 from raymerge.tables import RunDirectory, derive_accuracy
 

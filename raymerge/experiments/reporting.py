@@ -15,6 +15,12 @@ import pyarrow.compute as pc
 
 from raymerge import rows
 from raymerge.alpha_files import alpha_file_text
+from raymerge.comparisons import (
+    comparison_rows,
+    subject_comparison_rows,
+    task_comparison_rows,
+    text_comparison_rows,
+)
 from raymerge.config import Config
 from raymerge.context import TextLosses
 from raymerge.evaluation import Answers
@@ -155,16 +161,16 @@ class Reporter:
         others = [pair for pair in itertools.combinations(once, 2) if frozenset(pair) not in seen]
         families = [list(pairs), others if len(once) <= _PAIRS_OF else []]
         losses = self.run.read("text_losses")
-        asked = [partial(rows.comparison_rows, split, answers)] if self.inputs.questions else []
-        compare = [*asked, partial(rows.text_comparison_rows, losses)]
+        asked = [partial(comparison_rows, split, answers)] if self.inputs.questions else []
+        compare = [*asked, partial(text_comparison_rows, losses)]
         self.run.replace("comparisons", [row for each in families for rows_of in compare for row in rows_of(each)])
         if subjects:
-            found = [row for each in families for row in rows.subject_comparison_rows(split, answers, subjects, each)]
+            found = [row for each in families for row in subject_comparison_rows(split, answers, subjects, each)]
             self.run.replace("subject_comparisons", found)
         if self.inputs.tasks:
             answers = self.run.read("task_answers")
             self.run.replace("task_accuracy", derive_task_accuracy(answers))
-            found = [row for each in families for row in rows.task_comparison_rows(answers, each)]
+            found = [row for each in families for row in task_comparison_rows(answers, each)]
             self.run.replace("task_comparisons", found)
 
     def write_plans(self, plans: Sequence[MergePlan], *, alpha_files: bool = False) -> None:
