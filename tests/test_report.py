@@ -1122,15 +1122,38 @@ def test_undefined_settings_are_spoken_of_where_there_are_some(tmp_path):
 def test_several_runs_are_compared_on_the_same_questions(tmp_path, search):
     other = search_run(tmp_path / "other", right={"base": 0.9, "drop": 0.3, "fixed": 0.6, "found": 0.85}, seed=1)
     reached = [Reached(search), Reached(other)]
-    (row,) = compared.tests(reached)
-    right = [compared._right(one) for one in reached]
-    pair = [np.array([side[key] for key in right[0]]) for side in right]
-    assert row["p_value"] == row["p_holm"] == mcnemar(*pair).p_value
-    assert row["difference"] == paired_difference(*(x.astype(float) for x in pair)).difference
+    rows = {row["measure"]: row for row in compared.tests(reached)}
+    answers = [run.read("answers").to_pandas().query("plan_id == 'found'") for run in (search, other)]
+    own = [frame.sort_values("question_id") for frame in answers]
+    logits = [frame[[f"logit_{letter}" for letter in "abcd"]].to_numpy(np.float64) for frame in own]
+    answer = own[0]["answer"].to_numpy()
+    assert (own[1]["answer"] == answer).all()
+    pair = [(each.argmax(1) == answer) for each in logits]
+    accuracy = rows.pop("accuracy")
+    assert accuracy["p_value"] == accuracy["p_holm"] == mcnemar(*pair).p_value
+    assert accuracy["difference"] == pytest.approx(pair[0].mean() - pair[1].mean())
+    nll = [np.log(np.exp(each).sum(1)) - each[np.arange(len(answer)), answer] for each in logits]
+    assert rows.pop("answer_nll")["difference"] == pytest.approx(nll[0].mean() - nll[1].mean(), rel=1e-5)
+    losses = [run.read("text_losses").to_pandas().query("plan_id == 'found'") for run in (search, other)]
+    per_token = [frame["nll"].sum() / frame["tokens"].sum() for frame in losses]
+    assert rows.pop("text_nll")["difference"] == pytest.approx(per_token[0] - per_token[1]) and not rows
     page = page_of([search, other], "raymerge report", Silent())
     assert page.several and [s.title for s in page.sections if s.level == 2][1].startswith("k3: ")
     assert compared.tests([reached[0], Reached(sweep_run(tmp_path / "sweep"))]) == []
     assert not any("chosen on these" in str(block) for block in page.sections[0].blocks)
+    (table,) = (block for block in blocks(page.sections, Table) if block.caption.startswith("Paired tests between"))
+    assert [len(table.header), *map(len, table.cells)] == [8, 8] and "over this table" in table.caption
+
+
+def test_runs_on_other_questions_or_another_text_are_compared_on_the_rest(tmp_path, search):
+    other = search_run(tmp_path / "other")
+    for name, changed in (("answers", {"content_hash": "another"}), ("perplexity", {"text_hash": "another"})):
+        before = other.read(name).drop_columns("run_id").to_pylist()
+        measures = {row["measure"] for row in compared.tests([Reached(search), Reached(other)])}
+        other.replace(name, [row | changed for row in before])
+        found = {row["measure"] for row in compared.tests([Reached(search), Reached(other)])}
+        assert found == measures - ({"accuracy", "answer_nll"} if name == "answers" else {"text_nll"}) != measures
+    assert not found
 
 
 def random_trials(run, vectors):
@@ -1354,8 +1377,8 @@ def test_evaluated_models_are_tested_against_each_other_and_drawn_below_each_oth
         runs.append(run)
     page = page_of(runs, "raymerge report", Silent())
     tables = {table.caption.split()[0]: table for table in page.sections[0].blocks if isinstance(table, Table)}
-    ((first, second, *_, verdict),) = tables["Paired"].cells
-    assert (first, second, verdict) == ("a: base", "b: base", "better")
+    ((first, second, _, verdict, _, finer),) = tables["Paired"].cells
+    assert (first, second) == ("a", "b") and verdict.startswith("▲") and finer.startswith("▲")
     (figure,) = blocks([page.sections[0]], Figure)
     assert figure.title == "Accuracy, all runs"
     assert figure.views[0].spec["layer"][1]["encoding"]["y"]["sort"] == ["a", "b"]
@@ -1400,10 +1423,10 @@ def test_runs_in_folders_of_one_name_are_told_apart(tmp_path, monkeypatch):
     assert {row["run"] for row in as_dicts(figure.rows)} == {*names}
     table, tests = blocks([page.sections[0]], Table)
     assert [row[0] for row in table.cells] == names
-    assert tests.cells[0][:2] == ("a/eval: base", "b/eval: base") and "of the first" not in tests.caption
+    assert tests.cells[0][:2] == ("a/eval", "b/eval") and "of the first" not in tests.caption
     monkeypatch.setattr(compared, "_PAIRED", 2)
     tests = blocks([page_of(runs, "raymerge report", Silent()).sections[0]], Table)[1]
-    assert len(tests.cells) == 1 and "evaluated models (of the first 2 of these runs), on" in tests.caption
+    assert len(tests.cells) == 1 and "evaluated models (of the first 2 of these runs), first" in tests.caption
 
 
 def test_perplexities_of_different_texts_are_not_to_be_compared(tmp_path, search):
@@ -2021,6 +2044,20 @@ def change(row, scale=1, digits=3):
     return "{} [{}, {}]".format(*(text[1:] if not float(text[1:]) else text for text in texts))
 
 
+def judged(row):
+    """What a row of `comparisons` says, with its p."""
+    said = "better" if (row["difference"] > 0) == (row["measure"] == "accuracy") else "worse"
+    sign = {"better": "▲", "worse": "▼"}[said]
+    if row["p_value"] >= 0.05:
+        sign, said = "≈", "indistinguishable"
+    elif row["p_holm"] >= 0.05:
+        sign, said = "≈", f"indistinguishable (uncorrected: {said})"
+    ps = (
+        "<\u00a00.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}" for p in (row["p_value"], row["p_holm"])
+    )
+    return "{}\u00a0{}, p\u00a0{}\u00a0({})".format(sign, said, *ps)
+
+
 def stored_by(run, table, key="plan_id", **where):
     """Key -> row of a table, of the rows with these values."""
     rows = run.read(table).to_pylist()
@@ -2082,14 +2119,7 @@ def test_the_tables_of_a_search_have_the_numbers_of_their_plans(tmp_path):
         accuracy, nll, text = (pairs[plan, measure] for measure in ("accuracy", "answer_nll", "text_nll"))
         assert [cells[1], cells[3], cells[5]] == [change(accuracy, 100, 1), change(nll), ppl(texts[plan])]
         for row, cell in ((accuracy, cells[2]), (nll, cells[4]), (text, cells[6])):
-            said = "better" if (row["difference"] > 0) == (row["measure"] == "accuracy") else "worse"
-            sign = {"better": "▲", "worse": "▼"}[said]
-            if row["p_value"] >= 0.05:
-                sign, said = "≈", "indistinguishable"
-            elif row["p_holm"] >= 0.05:
-                sign, said = "≈", f"indistinguishable (uncorrected: {said})"
-            p, holm = (f"{x:.3f}" if x < 0.1 else f"{x:.2f}" for x in (row["p_value"], row["p_holm"]))
-            assert cell == f"{sign}\u00a0{said}, p\u00a0{p}\u00a0({holm})"
+            assert cell == judged(row)
     (tiles,) = (block.facts for block in blocks([plans.answer(Reached(run))], Facts))
     shares = {plan: cells[3].split(" [") for plan, cells in zip(order, every.cells, strict=True)}
     assert [(fact.term, fact.value, fact.note) for fact in tiles] == [
@@ -2381,20 +2411,20 @@ def test_runs_beside_each_other_have_their_own_numbers(tmp_path):
         for name, run in runs.items()
     }  # fmt: skip
     pairs = [("k3", "other"), ("k3", "eval"), ("other", "eval")]
-    called = {name: f"{name}: {'base' if name == 'eval' else 'found_bayes'}" for name in runs}
-    p_values = []
-    for (a, b), cells in zip(pairs, tests.cells, strict=True):
+    called = {name: name if name == "eval" else f"{name}: found_bayes" for name in runs}
+    differences = []
+    for a, b in pairs:
         x, y = (np.array([right[name][key] for key in sorted(right[name])]) for name in (a, b))
-        p_values.append(mcnemar(x, y).p_value)
         row = paired_difference(x.astype(float), y.astype(float))._asdict()
-        assert cells[:4] == (called[a], called[b], "120", change(row, 100, 1))
         assert row["difference"] == pytest.approx(x.mean() - y.mean())
-    for p, holm, cells in zip(p_values, np.array(statistics.holm(p_values)), tests.cells, strict=True):
-        assert cells[4:6] == tuple("< 0.001" if x < 0.001 else f"{x:.3f}" if x < 0.1 else f"{x:.2f}" for x in (p, holm))
-        worse = float(cells[3].split(" ")[0].replace("−", "-")) < 0
-        said = "worse" if worse else "better"
-        alone = f"{said}, but not after correction" if holm >= 0.05 else said
-        assert cells[6] == ("indistinguishable" if p >= 0.05 else alone)
+        differences.append(row | {"p_value": mcnemar(x, y).p_value, "measure": "accuracy"})
+    holm = statistics.holm([row["p_value"] for row in differences])
+    assert tests.header == ("first", "second", *(c for m in ("accuracy", "answer NLL", "loss per token")
+                                                 for c in (m, "verdict, p (Holm)")))  # fmt: skip
+    for (a, b), row, adjusted, cells in zip(pairs, differences, holm, tests.cells, strict=True):
+        assert cells[:3] == (called[a], called[b], change(row, 100, 1)) and cells[3] == judged(
+            row | {"p_holm": adjusted}
+        )
     (figure,) = blocks([section], Figure)
     drawn = as_dicts(figure.rows)
     assert len(drawn) == 9 and {row["role"] for row in drawn[-2:]} == {FOUND}  # on top

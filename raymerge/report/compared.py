@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from raymerge.findings import chosen_on, verdict
+from raymerge.comparisons import comparison_rows, text_comparison_rows
+from raymerge.findings import chosen_on
 from raymerge.report import figures
 from raymerge.report.asked import command_of, model_name, sources
 from raymerge.report.content import ROLES, Block, Figure, Rows, Section, Table
-from raymerge.report.reached import Reached, removed_share
-from raymerge.report.wording import NONE, difference, interval, p_value, percent, perplexity
-from raymerge.statistics import holm, mcnemar, paired_difference
+from raymerge.report.plans import VERDICT, compared_cells
+from raymerge.report.reached import TEXT_TEST, Reached, removed_share
+from raymerge.report.wording import NONE, interval, percent, perplexity
 
 _PAIRED = 8  # runs of which all pairs are tested
+_MEASURES = {"accuracy": "accuracy", "answer_nll": "answer NLL", "text_nll": "loss per token"}
 _DRAWN = 120  # plans in the figure
 
 
@@ -115,55 +118,45 @@ def _tests(reached: Sequence[Reached]) -> list[Block]:
     rows = tests(reached)
     if not rows:
         return []
-    many = len(_tested(reached)) > _PAIRED
-    first = f" (of the first {_PAIRED} of these runs)" if many else ""
-    cells = tuple(
-        (
-            row["a"],
-            row["b"],
-            str(row["n"]),
-            difference(row),
-            p_value(row["p_value"]),
-            p_value(row["p_holm"]),
-            verdict(row),
-        )
-        for row in rows
-    )
+    named = [
+        one.name if one.run.experiment == "evaluate" else f"{one.name}: {_called(one, headline(one))}"
+        for one in _tested(reached)
+    ]
+    found = {(row["plan_a"], row["plan_b"], row["measure"]): row for row in rows}
+    measures = [name for name in _MEASURES if any(row["measure"] == name for row in rows)]
+    cells = []
+    for pair in dict.fromkeys((row["plan_a"], row["plan_b"]) for row in rows):
+        judged = (compared_cells(found.get((*pair, measure))) for measure in measures)
+        cells.append((*(named[int(number)] for number in pair), *itertools.chain(*judged)))
+    many = f" (of the first {_PAIRED} of these runs)" if len(named) > _PAIRED else ""
+    on_text = f". {TEXT_TEST}" if "text_nll" in measures else ""
     return [
         Table(
-            f"Paired tests between the plans that the searches found and the evaluated models{first}, on the questions "
-            "that both answered: difference in accuracy (first minus second, percentage points) with its 95 % "
-            f"interval, McNemar's exact p, and Holm's p over this table{_caveat(reached)}",
-            ("first", "second", "questions", "difference [95 %]", "p", "p (Holm)", "verdict"),
-            cells,
-            words=(0, 1, 6),
+            f"Paired tests between the plans that the searches found and the evaluated models{many}, first minus "
+            "second, where both were asked the same questions or read the same text, with 95 % intervals. Accuracy: "
+            "percentage points, p of McNemar's exact test. Losses: nats (lower is better), p of a sign-flip test. "
+            f"Holm's p, in brackets, is over this table, separately for each measure{on_text}{_caveat(reached)}",
+            ("first", "second", *itertools.chain(*((_MEASURES[name], VERDICT) for name in measures))),
+            tuple(cells),
+            words=(0, 1, *range(3, 3 + 2 * len(measures), 2)),
         )
     ]
 
 
 def tests(reached: Sequence[Reached]) -> list[dict[str, Any]]:
-    """Comparisons of the best plans of searches and of evaluated models, pair by pair, where both answered the same
-    questions."""
+    """Rows as those of table `comparisons`, of the best plans of searches and of evaluated models, pair by pair; plans
+    are named by their places among these. On questions where both answered the same ones, on plain text where both read
+    the same tokens of it."""
     found = _tested(reached)[:_PAIRED]
-    rows = []
-    answers = [_right(one) for one in found]
-    for (a, right_a), (b, right_b) in itertools.combinations(zip(found, answers, strict=True), 2):
-        if not right_a or right_a.keys() != right_b.keys():
-            continue
-        x, y = (np.array([side[key] for key in right_a], dtype=bool) for side in (right_a, right_b))
-        paired = paired_difference(x.astype(np.float64), y.astype(np.float64))
-        rows.append(
-            {
-                "a": f"{a.name}: {_called(a, headline(a))}",
-                "b": f"{b.name}: {_called(b, headline(b))}",
-                "n": len(right_a),
-                "measure": "accuracy",
-                **paired._asdict(),
-                "p_value": mcnemar(x, y).p_value,
-            }
-        )
-    for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]) if rows else [], strict=True):
-        row["p_holm"] = float(adjusted)
+    rows: list[dict[str, Any]] = []
+    for part, compare in ((_answers, partial(comparison_rows, "")), (_losses, text_comparison_rows)):
+        keys, tables = zip(*(part(one, str(number)) for number, one in enumerate(found)), strict=True)
+        pairs = [
+            (str(a), str(b))
+            for a, b in itertools.combinations(range(len(found)), 2)
+            if keys[a] is not None and keys[a] == keys[b]
+        ]
+        rows += compare(pa.concat_tables(tables), pairs) if pairs else []
     return rows
 
 
@@ -171,17 +164,31 @@ def _tested(reached: Sequence[Reached]) -> list[Reached]:
     return [one for one in reached if one.best is not None or (one.run.experiment == "evaluate" and one.lines)]
 
 
-def _right(one: Reached) -> dict[tuple[str, str, str], bool]:
-    """Question -> whether the run's main plan got it right; a question is its subject, its number and its content."""
-    table = one.run.read(
-        "answers", ["plan_id", "split", "subject", "question_id", "content_hash", "answer", "predicted"]
-    )
-    mine = table.filter(
-        pc.and_(pc.equal(table["plan_id"], headline(one)["plan_id"]), pc.equal(table["split"], one.split))
-    ).to_pylist()
-    return {
-        (row["subject"], row["question_id"], row["content_hash"]): row["predicted"] == row["answer"] for row in mine
-    }
+def _answers(one: Reached, name: str) -> tuple[object, pa.Table]:
+    """What a run's main plan was asked, None where nothing was, and its answers under another plan's name."""
+    logits = [f"logit_{letter}" for letter in "abcd"]
+    columns = ["plan_id", "split", "subject", "question_id", "content_hash", "answer", "predicted", *logits]
+    table = one.run.read("answers", columns)
+    table = _named(table.filter(pc.equal(table["split"], one.split)), one, name)
+    asked = table.select(["question_id", "subject", "content_hash"]).sort_by("question_id").to_pylist()
+    return asked or None, table
+
+
+def _losses(one: Reached, name: str) -> tuple[object, pa.Table]:
+    """Which tokens of which text a run's main plan read, None where it read none, and its losses on them under another
+    plan's name."""
+    order = [("window", "ascending"), ("position", "ascending")]
+    table = _named(one.run.read("text_losses", ["plan_id", "window", "position", "tokens", "nll"]), one, name)
+    texts = {row["text_hash"] for row in one.run.read("perplexity", ["text_hash"]).to_pylist()}
+    read = table.select(["window", "position", "tokens"]).sort_by(order).to_pylist()
+    return (texts, read) if read else None, table
+
+
+def _named(table: pa.Table, one: Reached, name: str) -> pa.Table:
+    """The rows of a run's main plan, whose name becomes another."""
+    mine = table.filter(pc.equal(table["plan_id"], headline(one)["plan_id"]))
+    at = mine.schema.get_field_index("plan_id")
+    return mine.set_column(at, mine.schema.field(at), pa.array([name] * len(mine), pa.string()))
 
 
 def _figure(reached: Sequence[Reached]) -> list[Figure]:

@@ -83,23 +83,23 @@ def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
             perplexity(line["perplexity"], line["perplexity_interval"]),
             NONE if text is None else _judged(text),
         )
-        cells.append((line["label"], *_compared(row), *_compared(nll), *(on_text if texts else ())))
+        cells.append((line["label"], *compared_cells(row), *compared_cells(nll), *(on_text if texts else ())))
     told = (
         f". Perplexity: the other plan's, and a sign-flip test of the two plans on the text's passages"
         f"{f'. {TEXT_TEST}' if read else ''}"
     ) if texts else ""  # fmt: skip
-    header = ("against", "accuracy", _VERDICT, "answer NLL", _VERDICT)
+    header = ("against", "accuracy", VERDICT, "answer NLL", VERDICT)
     return Table(
         f"{reached.best['label']} minus every other plan on the same questions, with 95 % intervals of the paired "
         "difference. Accuracy: percentage points, p of McNemar's exact test. Answer NLL: nats (lower is better), p of "
         f"a sign-flip test. {_holm(cells)}{told}",
-        header + (("perplexity", _VERDICT) if texts else ()),
+        header + (("perplexity", VERDICT) if texts else ()),
         tuple(cells),
         words=(0, 2, 4, *((6,) if texts else ())),
     )
 
 
-_VERDICT = "verdict, p (Holm)"
+VERDICT = "verdict, p (Holm)"
 
 
 def _judged(row: dict) -> str:
@@ -108,7 +108,7 @@ def _judged(row: dict) -> str:
     return f"{_said(row)}, {p.replace(' ', NBSP)}"
 
 
-def _compared(row: dict | None) -> tuple[str, str]:
+def compared_cells(row: dict | None) -> tuple[str, str]:
     """A difference with its interval, and what it says with its p; of no row, nothing."""
     return (NONE, NONE) if row is None else (difference(row), _judged(row))
 
@@ -119,7 +119,7 @@ def _on_subjects(reached: Reached) -> list[Block]:
         reached.against(reached.best["plan_id"], measure, searched=True) for measure in ("accuracy", "answer_nll")
     )
     cells = [
-        (line["label"], *_compared(found[line["plan_id"]]), *_compared(finer.get(line["plan_id"])))
+        (line["label"], *compared_cells(found[line["plan_id"]]), *compared_cells(finer.get(line["plan_id"])))
         for line in reached.lines
         if line["plan_id"] in found
     ]
@@ -136,7 +136,7 @@ def _on_subjects(reached: Reached) -> list[Block]:
         ),
         Table(
             f"The same comparison on the {questions} only. {_holm(cells)}",
-            ("against", "accuracy", _VERDICT, "answer NLL", _VERDICT),
+            ("against", "accuracy", VERDICT, "answer NLL", VERDICT),
             tuple(cells),
             words=(0, 2, 4),
         ),
@@ -152,7 +152,7 @@ def _text_verdicts(reached: Reached, found: dict[str, dict]) -> Table:
     cells = [
         (
             line["label"],
-            *_compared(row),
+            *compared_cells(row),
             perplexity(line["perplexity"], line["perplexity_interval"]),
         )
         for line in reached.lines
@@ -161,7 +161,7 @@ def _text_verdicts(reached: Reached, found: dict[str, dict]) -> Table:
     return Table(
         f"{reached.best['label']} minus every other plan on the same text: nats per token (lower is better), with 95 % "
         f"intervals over passages and p of a sign-flip test. {TEXT_TEST}. {_holm(cells)}",
-        ("against", "loss per token", _VERDICT, "perplexity"),
+        ("against", "loss per token", VERDICT, "perplexity"),
         tuple(cells),
         words=(0, 2),
     )
