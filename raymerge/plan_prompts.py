@@ -16,6 +16,7 @@ from raymerge.alignment import Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import CalibrationConfig, Config
 from raymerge.config_file import parse_config
+from raymerge.errors import UserError
 from raymerge.forward import LayerRunner
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH, Material, read_material
 from raymerge.plan import MergePlan, PlanError
@@ -112,20 +113,26 @@ class PlanPrompts:
     def _read_run(self, *, matched: bool) -> tuple[Config, Material]:
         """What the run's configuration leads to: of its calibration, and matched: of what neurons are matched on.
 
-        Raises PlanError where that is not what the run was made of, and what reading raises.
+        Raises PlanError where it cannot be read, or is not what the run was made of.
         """
         config = parse_config(self._loaded.config, source=f"{self.run}/config.yaml")
         # A text stands for itself; prompts depend on what else the experiment asks.
         roles = {"search": (SEARCH, REPORT), "sweep": (REPORT,)}.get(self._loaded.experiment, ())
         if config.data.mmlu is None or (config.calibration.text is not None and not matched):
             roles = ()
-        material = read_material(config, roles if matched else (*roles, CALIBRATION))
+        other = "" if matched else ", or give a text as --calibration"
+        try:
+            material = read_material(config, roles if matched else (*roles, CALIBRATION))
+        except UserError as error:
+            raise PlanError(
+                f"{self._source} is made with what the configuration of its run, {self.run}, leads to, but {error}; "
+                f"relative paths start here, so call from where the run was made{other}"
+            ) from error
         held = self._loaded.inputs
         for role, identity in material.identities.items():
             if (there := held.get(f"data {role}", identity)) != identity:
-                cure = "restore them" if matched else "restore them, or give a text as --calibration"
                 raise PlanError(
                     f"the configuration of {self.run} leads to other files now than the run was made of: its {role} "
-                    f"was {there} and is {identity}; {cure}"
+                    f"was {there} and is {identity}; restore them{other}"
                 )
         return config, material

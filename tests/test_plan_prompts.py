@@ -95,6 +95,9 @@ def test_other_files_than_the_run_s_are_refused_and_a_text_that_is_given_is_take
         file.write_text(file.read_text().replace("a", "b"))
     with pytest.raises(PlanError, match="the configuration of .* leads to other files now than the run was made of: "):
         merge("demo", path, tmp_path / "out", verify=False)
+    (tmp_path / "mmlu").rename(tmp_path / "moved")
+    with pytest.raises(PlanError, match="found_random_linear.json is made with what the .*/run, leads to, but .*/mmlu"):
+        merge("demo", path, tmp_path / "out", verify=False)
     told = Told()
     merge("demo", path, tmp_path / "out", verify=False, calibration="demo", progress=told)
     assert told.messages == [f"Warning: {path} has a refit on other tokens than these of demo."]
