@@ -497,6 +497,7 @@ def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, c
         (["merges=4", "selection=block", "block=3", "starts=[5]"], "plan.starts is of a block that is chosen"),
         (["merges=4", "selection=list", "base=file", "alpha_file=a"], "plan.merges is of a selection but list"),
         (["merges=4", "ratio=1", "base=similarity", "similarity_run=r"], "plan.ratio is of plan.base=fixed"),
+        (["merges=4", "beta=2", "base=similarity", "similarity_run=r"], "plan.beta is of plan.base=similarity_ratio"),
         (["merges=4", "alpha_file=a.json"], "plan.alpha_file is of plan.base=file"),
         (["merges=4", "similarity_run=r"], "plan.similarity_run is of a base, a selection or a block by similarity"),
         (["merges=4", "similarity_subset=law"], "plan.similarity_subset is of a base"),

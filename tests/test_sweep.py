@@ -122,6 +122,13 @@ def test_merges_of_similar_layers_and_blocks_have_the_base_coefficients_of_the_p
     assert points[-1].plan.alphas == pytest.approx(alphas)
 
 
+def test_a_sweep_s_similarity_ratio_is_with_the_plan_s_beta():
+    _, _, points = points_of(
+        *PLAIN, "sweep.methods=[similarity_ratio]", "plan.similarity_run=x", "plan.beta=0", similarity=SIMILARITY
+    )
+    assert points[-1].plan.alphas == pytest.approx([0.5, 0.5])
+
+
 def test_the_survivor_of_a_block_is_the_plan_s():
     _, _, points = points_of(*PLAIN, "sweep.methods=[merge_block]", "plan.survivor=after", blocks={1: 9, 2: 4})
     assert [step[:2] for step in steps_of(points[-1])] == [(5, 4), (6, 5)]

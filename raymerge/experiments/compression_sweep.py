@@ -234,7 +234,7 @@ def _averaged(
     return pairs_plan(
         n_layers,
         pairs,
-        pair_alphas(pairs, base, ratio=ratio, similarity=matrix),
+        pair_alphas(pairs, base, ratio=ratio, similarity=matrix, beta=settings.beta),
         name=_method_name(method),
         kind=kind,
         selection=selection,
