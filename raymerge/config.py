@@ -133,7 +133,7 @@ class PlanConfig(_Section):
     - `selection`: which layers are merged. tail: the last `merges` layers. block: a contiguous block of `merges`
       layers. most_similar: repeatedly the most similar neighbours, until there are `merges` merges (null for any
       number) or none exceeds `threshold`. list: the steps of `alpha_file`.
-    - `recompute`: with most_similar, collect the similarities anew after each merge.
+    - `recompute`: with most_similar, collect the similarities anew after each merge (in a search or sweep).
     - `block`: the first layer of the block, or how it is chosen. cosine, angular: the smallest distance between the
       states that enter the block and those that leave it, on calibration.text. similarity: by `similarity_run`, with
       any measure. loss: the smallest loss on calibration.text with the block dropped. search: first layer and
