@@ -409,7 +409,8 @@ def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, c
     from raymerge import merging
 
     asked, done = [], {
-        "layers_before": 21, "layers_after": 17, "parameters_removed": 4_560_000, "tensors_changed": 9,
+        "layers_before": 21, "layers_after": 17, "parameters": 15_440_000, "parameters_removed": 4_560_000,
+        "tensors_changed": 9,
         "largest_relative_change": 0.1234, "bytes": 2_500_000, "folder": "merged", "plan_id": "p1", "proof": None,
         "mergekit": None, "pushed": None,
     }  # fmt: skip
@@ -425,8 +426,8 @@ def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, c
     monkeypatch.setattr(merging, "merge", merge)
     text = said()
     assert text.splitlines() == [
-        "21 layers became 17; 4.56 M parameters removed; 9 tensors differ from the base's of the same name, by at most "
-        "12.3 % of their norm.",
+        "21 layers became 17; 4.56 M parameters removed, 22.8 %; 9 tensors differ from the base's of the same name, by "
+        "at most 12.3 % of their norm.",
         "Saved 2.5 MB in merged (plan p1, merge_plan.json).",
     ]
     plain = {"revision": None, "trust_remote_code": False, "alignment": None, "norms": None, "biases": None,
