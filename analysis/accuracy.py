@@ -72,6 +72,7 @@ class View(NamedTuple):
     truth: np.ndarray  # share of questions whose answer is A, B, C, D
     top_is_letter: dict[str, float | None]
     text: dict[str, dict]  # plan_id -> row of `perplexity` of plain text
+    asked: dict[tuple[str, str | None], float]  # (plan_id, subject or None) -> perplexity of the questions' own tokens
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,7 +108,9 @@ def views_of(run: RunDirectory) -> list[View]:
     split = report_split(run, answers["split"].unique().to_pylist(), "answers")
     answers = answers.filter(pc.equal(answers["split"], split))
     rows = derive_accuracy(answers)  # not table accuracy, which is written at the end and may be older
-    text = {row["plan_id"]: row for row in run.read("perplexity").to_pylist() if row["target"] == "text"}
+    read = run.read("perplexity").to_pylist()
+    text = {row["plan_id"]: row for row in read if row["target"] == "text"}
+    asked = {(row["plan_id"], row["subject"]): row["perplexity"] for row in read if row["target"] == "question"}
     labels = plan_labels(plans, run.read("trials").to_pylist())
     views = []
     for language in answers["language"].unique().to_pylist():
@@ -132,6 +135,7 @@ def views_of(run: RunDirectory) -> list[View]:
                 given[reference].truth,
                 {plan: one.top_is_letter for plan, one in given.items()},
                 text,
+                asked,
             )
         )
     return views
@@ -342,6 +346,24 @@ def describe(view: View) -> list[str]:
         markdown(["subject", "n", *view.plans.values()], subjects),
         "### Answer NLL by subject",
         markdown(["subject", *view.plans.values()], losses),
+        *asked_perplexities(view),
+    ]
+
+
+def asked_perplexities(view: View) -> list[str]:
+    """The section on the perplexity of the questions' own tokens, where it was measured."""
+    if not view.asked:
+        return []
+    rows = [["all questions", *[perplexity(view.asked.get((plan, None))) for plan in view.plans]]]
+    each = [[view.asked.get((plan, subject)) for plan in view.plans] for subject in view.subjects]
+    means = [None if None in column else float(np.mean(column)) for column in zip(*each, strict=True)]
+    rows.append(["mean of subjects", *map(perplexity, means)])
+    rows += [[subject, *map(perplexity, row)] for subject, row in zip(view.subjects, each, strict=True)]
+    return [
+        "### Perplexity of the questions' own tokens\n\nOf all questions and of each subject: exp of the mean loss of "
+        "their prompts, examples not counted. The mean of the subjects' perplexities is the average that the published "
+        "evaluation gives; it is governed by the worst subjects.",
+        markdown(["subject", *view.plans.values()], rows),
     ]
 
 

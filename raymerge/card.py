@@ -18,6 +18,7 @@ from raymerge.tables import RunDirectory
 def model_card(record: dict[str, Any], checkpoint: Checkpoint, *, results: Sequence[str] = ()) -> str:
     """README.md, from merge_plan.json's record. checkpoint: the base model; results: lines of markdown."""
     removed = record["layers_before"] - record["layers_after"]
+    share = 100 * record["parameters_removed"] / (record["parameters"] + record["parameters_removed"])
     title = checkpoint.public_name.rpartition("/")[2]
     base = {"base_model": checkpoint.hub_id, "base_model_relation": "merge"} if checkpoint.hub_id else {}
     facts = {"library_name": "transformers"} | base | _terms(checkpoint.directory)
@@ -30,7 +31,7 @@ def model_card(record: dict[str, Any], checkpoint: Checkpoint, *, results: Seque
         "",
         f"Made by raymerge {record['raymerge']} from a model with identity `{record['base_model_identity']}`. "
         f"{record['layers_before']} decoder layers became {record['layers_after']}, which removes "
-        f"{record['parameters_removed'] / 1e6:,.1f} million parameters (plan `{record['plan_id']}`, "
+        f"{record['parameters_removed'] / 1e6:,.1f} million parameters, {share:.1f} % (plan `{record['plan_id']}`, "
         f"{record['name']}; norms {record['norms']}, biases {record['biases']}, alignment {record['alignment']}"
         + (f", refit {record['refit']['method']}" if "refit" in record else "")
         + ").",

@@ -325,9 +325,10 @@ def _merge(options: argparse.Namespace) -> int:
             command=_command_line(),
             progress=progress,
         )
+    removed = done["parameters_removed"]
     print(
         f"{done['layers_before']} layers became {done['layers_after']}; "
-        f"{done['parameters_removed'] / 1e6:.2f} M parameters removed; "
+        f"{removed / 1e6:.2f} M parameters removed, {100 * removed / (removed + done['parameters']):.1f} %; "
         f"{done['tensors_changed']} tensors differ from the base's of the same name, "
         f"by at most {100 * done['largest_relative_change']:.1f} % of their norm.\n"
         f"Saved {done['bytes'] / 1e6:.1f} MB in {done['folder']} (plan {done['plan_id']}, merge_plan.json)."

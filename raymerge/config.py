@@ -133,7 +133,7 @@ class PlanConfig(_Section):
     - `selection`: which layers are merged. tail: the last `merges` layers. block: a contiguous block of `merges`
       layers. most_similar: repeatedly the most similar neighbours, until there are `merges` merges (null for any
       number) or none exceeds `threshold`. list: the steps of `alpha_file`.
-    - `recompute`: with most_similar, collect the similarities anew after each merge.
+    - `recompute`: with most_similar, collect the similarities anew after each merge (in a search or sweep).
     - `block`: the first layer of the block, or how it is chosen. cosine, angular: the smallest distance between the
       states that enter the block and those that leave it, on calibration.text. similarity: by `similarity_run`, with
       any measure. loss: the smallest loss on calibration.text with the block dropped. search: first layer and
@@ -143,6 +143,8 @@ class PlanConfig(_Section):
     - `survivor`: whether the layer before or the layer after the block takes it in.
     - `base`: the base coefficients: fixed (`ratio` everywhere), similarity_ratio or similarity (from `similarity_run`),
       or file (from `alpha_file`).
+    - `beta`: how much similarity_ratio makes of the similarities (published 1): alpha = sigmoid(beta · r), where r is
+      the share of the remaining layer in the mean similarities of both.
     - `similarity_run`: a run of `raymerge similarity`, whose prompts are left out of every report. `similarity_subset`
       and `similarity_language` choose among its matrices.
     - `refit`: none, or how the layers at the seams are fitted to the unmerged model on the calibration, in closed form:
@@ -165,6 +167,7 @@ class PlanConfig(_Section):
     recompute: bool = False
     base: Literal["fixed", "similarity_ratio", "similarity", "file"] = "fixed"
     ratio: Annotated[float, Field(ge=0, le=1)] = round(FIXED_RATIO, 4)
+    beta: float = 1.0
     similarity_run: str | None = None
     similarity_subset: str | None = None
     similarity_language: str | None = None

@@ -287,13 +287,21 @@ def _print_tasks(run: RunDirectory, plan_id: str | None = None) -> None:
 def print_evaluation(run: RunDirectory, split: str) -> None:
     """Accuracy by subject, averages and perplexities of an evaluation."""
     from raymerge import findings, summary
-    from raymerge.tables import MICRO
+    from raymerge.tables import MACRO, MICRO
 
     questions = {
         row["subject"]: summary.number(row["perplexity"], (row["ci_low"], row["ci_high"]))
         for row in run.read("perplexity").to_pylist()
         if row["target"] == "question"
     }
+    # The published evaluation's average perplexity is the mean of the subjects'.
+    of_subjects = [
+        row["perplexity"]
+        for row in run.read("perplexity").to_pylist()
+        if row["target"] == "question" and row["subject"] is not None
+    ]
+    if of_subjects:
+        questions[MACRO] = summary.number(sum(of_subjects) / len(of_subjects))
     cells = []
     for row in run.read("accuracy").to_pylist():
         key = None if row["subject"] == MICRO else row["subject"]

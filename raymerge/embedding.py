@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from raymerge.diffusion import SimilarityError, checked_distances, diffusion_map
 
 EMBEDDINGS = ("diffusion", "diffusion_gaussian", "pca", "tsne", "umap")
 
+_NO_UMAP = "embedding umap needs a package: pip install 'raymerge[umap]'"
 _KERNELS = {"diffusion": "published", "diffusion_gaussian": "gaussian"}
 
 
@@ -104,6 +106,12 @@ def _classical_scaling(distances: np.ndarray, dimensions: int) -> np.ndarray:
     return fixed_signs(vectors * np.sqrt(values))
 
 
+def check_installed(method: str) -> None:
+    """Raise SimilarityError where the method's package is missing, before states are computed for nothing."""
+    if method == "umap" and find_spec("umap") is None:
+        raise SimilarityError(_NO_UMAP)
+
+
 def _tsne(distances: np.ndarray, dimensions: int, random_state: int) -> np.ndarray:
     from sklearn.manifold import TSNE  # seconds to import, and rarely wanted
 
@@ -125,7 +133,7 @@ def _umap(distances: np.ndarray, dimensions: int, random_state: int) -> np.ndarr
         try:
             import umap
         except ImportError as error:
-            raise SimilarityError("embedding umap needs a package: pip install 'raymerge[umap]'") from error
+            raise SimilarityError(_NO_UMAP) from error
         model = umap.UMAP(
             n_components=dimensions,
             metric="precomputed",

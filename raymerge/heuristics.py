@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from scipy.special import expit
@@ -59,17 +60,22 @@ def normalised_similarity(similarity: np.ndarray, into: int, remove: int) -> flo
 
 
 def pair_alphas(
-    pairs: Iterable[tuple[int, int]], base: str, *, ratio: float = FIXED_RATIO, similarity: np.ndarray | None = None
+    pairs: Iterable[tuple[int, int]],
+    base: str,
+    *,
+    ratio: float = FIXED_RATIO,
+    similarity: np.ndarray | None = None,
+    beta: float = 1.0,
 ) -> list[float]:
     """The starting coefficient of each merge (into, remove).
 
     `base`: "fixed" gives `ratio` everywhere; "similarity_ratio" and "similarity" compute them from `similarity`,
-    an (L, L) matrix.
+    an (L, L) matrix, the first with `beta`.
     """
     pairs = list(pairs)
     if base == "fixed":
         return [ratio] * len(pairs)
-    rules = {"similarity_ratio": similarity_ratio, "similarity": similarity_alpha}
+    rules = {"similarity_ratio": partial(similarity_ratio, beta=beta), "similarity": similarity_alpha}
     if base not in rules:
         raise PlanError(f"base {base!r} is not one of fixed, {', '.join(rules)}")
     if similarity is None:

@@ -221,6 +221,7 @@ def _record(
     checkpoint: Checkpoint, plan: MergePlan, found: list[dict[str, Any]], command: Sequence[str] | None
 ) -> dict[str, Any]:
     plan_id = plan.plan_id(checkpoint.identity)
+    cost = rows.cost_row(plan, plan_id, checkpoint)
     changed = [receipt for receipt in found if receipt["max_abs_change"] > 0.0]
     return {
         "raymerge": raymerge.__version__,
@@ -236,7 +237,8 @@ def _record(
         "layers": [_layer_record(kept) for kept in plan.kept],
         "layers_before": plan.n_layers,
         "layers_after": len(plan.kept),
-        "parameters_removed": rows.cost_row(plan, plan_id, checkpoint)["parameters_removed"],
+        "parameters": cost["parameters"],
+        "parameters_removed": cost["parameters_removed"],
         "tensors_changed": len(changed),
         "largest_relative_change": max((receipt["relative_change"] for receipt in changed), default=0.0),
         "mergekit": None,

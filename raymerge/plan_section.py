@@ -92,7 +92,7 @@ def starting_plan(
         pairs = block_pairs(n_layers, first, plan.merges, plan.survivor)
     else:
         pairs = most_similar_pairs(matrix, merges=plan.merges, threshold=plan.threshold)
-    alphas = pair_alphas(pairs, plan.base, ratio=plan.ratio, similarity=matrix)
+    alphas = pair_alphas(pairs, plan.base, ratio=plan.ratio, similarity=matrix, beta=plan.beta)
     return named_plan(plan, n_layers, pairs, alphas)
 
 

@@ -80,6 +80,7 @@ def keys_without_effect(section: PlanConfig) -> list[tuple[str, str]]:
         (["starts"], not isinstance(section.block, int), "a block that is chosen"),
         (["merges"], section.selection != "list", "a selection but list"),
         (["ratio"], section.base == "fixed", "plan.base=fixed"),
+        (["beta"], section.base == "similarity_ratio", "plan.base=similarity_ratio"),
         (["alpha_file"], section.base == "file", "plan.base=file"),
         (run, by_similarity, "a base, a selection or a block by similarity"),
         (["ridge", "refit_layers"], section.refit != "none", "plan.refit"),

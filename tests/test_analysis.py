@@ -413,6 +413,28 @@ def test_one_plan_one_question_without_perplexity(tmp_path):
     assert f"| model | 1 | {wilson} | {wilson} | – | 1.386 | – | – |" in text
 
 
+def test_perplexities_of_the_questions_have_their_published_average(tmp_path):
+    run = make_run(tmp_path / "run", merges=2, subjects=2, questions=2, candidates=0)
+    accuracy_script.main([run.path_of()])
+    figures = Path(run.path_of("figures"))
+    assert "questions' own tokens" not in (figures / "accuracy.md").read_text()  # not measured
+    plans = {row["plan_id"]: row["name"] for row in run.read("plans").to_pylist()}
+    names = sorted({row["subject"] for row in run.read("answers").to_pylist()})
+    assert len(names) == 2 and len(plans) > 1
+    rows = [
+        {"plan_id": plan, "target": "question", "subject": subject, "tokens": 9, "nll": 1.0, "perplexity": at + value}
+        for at, plan in enumerate(plans) if at != 1  # the second plan's are not there yet
+        for subject, value in {None: 9.0, names[0]: 2.0, names[1]: 30000.0}.items()
+    ]  # fmt: skip
+    run.append("perplexity", rows, part="q")
+    accuracy_script.main([run.path_of()])
+    header, *cells = table_of((figures / "accuracy.md").read_text(), "### Perplexity of the questions' own tokens")
+    found = {row[0]: row[1 + next(i for i, name in enumerate(header[1:]) if name == plans[next(iter(plans))])]
+             for row in cells}  # fmt: skip
+    read = {"all questions": "9.000", "mean of subjects": "15,001", names[0]: "2.000", names[1]: "30,000"}
+    assert found == read and set(cells[1]) >= {"–", "15,001"}
+
+
 def test_a_perplexity_that_overflows_is_infinite_not_missing(tmp_path):
     run = make_run(tmp_path / "run", merges=2, subjects=1, questions=2, candidates=0)
     rows = run.read("perplexity").to_pylist()

@@ -17,7 +17,7 @@ RECORD = {
     "raymerge": "0.1.0", "command": ["raymerge", "merge", "a b"], "plan_id": "p1", "name": "found_bayes",
     "base_model_identity": "m1", "gguf_source": None, "alignment": "neurons", "norms": "fold", "biases": "merge",
     "steps": [[4, 5, 0.25], [3, 4, 0.75]], "layers_before": 6, "layers_after": 4, "parameters_removed": 1_234_567_890,
-    "tensors_changed": 9, "mergekit": None, "proof": PROOF,
+    "parameters": 3_765_432_110, "tensors_changed": 9, "mergekit": None, "proof": PROOF,
 }  # fmt: skip
 
 
@@ -45,7 +45,9 @@ def test_a_card_has_the_numbers_of_the_record(tmp_path):
     assert yaml.safe_load(front) == {"library_name": "transformers", "base_model": "org/Base-1B",
                                      "base_model_relation": "merge", "tags": ["layer-merging", "raymerge"]}  # fmt: skip
     assert text.startswith("# Base-1B, 2 layers merged away\n")
-    assert "6 decoder layers became 4, which removes 1,234.6 million parameters (plan `p1`, found_bayes; " in text
+    assert (
+        "6 decoder layers became 4, which removes 1,234.6 million parameters, 24.7 % (plan `p1`, found_bayes; " in text
+    )
     assert "norms fold, biases merge, alignment neurons)." in text and "9 tensors differ" in text
     assert shlex.split(text.split("```")[1]) == ["raymerge", "merge", "a b"]
     assert tables_of(text.splitlines()) == {"step": [

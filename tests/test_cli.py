@@ -410,7 +410,8 @@ def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, c
     from raymerge import merging
 
     asked, done = [], {
-        "layers_before": 21, "layers_after": 17, "parameters_removed": 4_560_000, "tensors_changed": 9,
+        "layers_before": 21, "layers_after": 17, "parameters": 15_440_000, "parameters_removed": 4_560_000,
+        "tensors_changed": 9,
         "largest_relative_change": 0.1234, "bytes": 2_500_000, "folder": "merged", "plan_id": "p1", "proof": None,
         "mergekit": None, "pushed": None,
     }  # fmt: skip
@@ -426,8 +427,8 @@ def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, c
     monkeypatch.setattr(merging, "merge", merge)
     text = said()
     assert text.splitlines() == [
-        "21 layers became 17; 4.56 M parameters removed; 9 tensors differ from the base's of the same name, by at most "
-        "12.3 % of their norm.",
+        "21 layers became 17; 4.56 M parameters removed, 22.8 %; 9 tensors differ from the base's of the same name, by "
+        "at most 12.3 % of their norm.",
         "Saved 2.5 MB in merged (plan p1, merge_plan.json).",
     ]
     plain = {"revision": None, "trust_remote_code": False, "alignment": None, "norms": None, "biases": None,
@@ -502,6 +503,7 @@ def test_a_merge_does_what_its_options_say_and_says_what_was_done(monkeypatch, c
         (["merges=4", "selection=block", "block=3", "starts=[5]"], "plan.starts is of a block that is chosen"),
         (["merges=4", "selection=list", "base=file", "alpha_file=a"], "plan.merges is of a selection but list"),
         (["merges=4", "ratio=1", "base=similarity", "similarity_run=r"], "plan.ratio is of plan.base=fixed"),
+        (["merges=4", "beta=2", "base=similarity", "similarity_run=r"], "plan.beta is of plan.base=similarity_ratio"),
         (["merges=4", "alpha_file=a.json"], "plan.alpha_file is of plan.base=file"),
         (["merges=4", "similarity_run=r"], "plan.similarity_run is of a base, a selection or a block by similarity"),
         (["merges=4", "similarity_subset=law"], "plan.similarity_subset is of a base"),

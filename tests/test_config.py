@@ -54,6 +54,7 @@ DEFAULTS = {
         "recompute": False,
         "base": "fixed",
         "ratio": 0.6225,
+        "beta": 1.0,
         "similarity_run": None,
         "similarity_subset": None,
         "similarity_language": None,

@@ -1,7 +1,8 @@
 """layer_similarity.py without workers: rows of a matrix, its prompts and maps, correlations, and what is warned of."""
 
 import shutil
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from raymerge.actors import NoRoomError
 from raymerge.config import ConfigError
 from raymerge.config_file import load_config
 from raymerge.demo import MMLU_PATH
+from raymerge.diffusion import SimilarityError
 from raymerge.embedding import embed_layers
 from raymerge.experiments import layer_similarity
 from raymerge.experiments.layer_similarity import (
@@ -22,6 +24,7 @@ from raymerge.experiments.layer_similarity import (
     _store,
     correlation_row,
     degenerate_maps,
+    sensitivity,
     similarity,
     similarity_rows,
 )
@@ -284,3 +287,22 @@ def test_a_matrix_with_nothing_in_it_does_not_take_the_other_pairs_along():
     assert [(row["subset_a"], row["subset_b"]) for row in rows] == [("a", "c")]
     assert warning.startswith("2 pairs of subsets have no correlation, such as a/en and b/en: only 0 entries are")
     assert _correlations("npib", named[::2], correlate) == (rows, [])
+
+
+def test_a_package_that_an_embedding_lacks_is_missed_before_any_states_are_computed(tmp_path, monkeypatch):
+    """It was missed once all prompts had been through the model."""
+    monkeypatch.setitem(sys.modules, "umap", None)
+    monkeypatch.setattr(layer_similarity, "open_pool", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(layer_similarity, "runtime", lambda *_: nullcontext())
+
+    def asked(name, *settings):
+        return config("output.figures=false", f"output.run={tmp_path / name}", *settings)
+
+    missing = r"pip install 'raymerge\[umap\]'"
+    with pytest.raises(SimilarityError, match=missing):
+        similarity(asked("a", "similarity.embedding=umap"))
+    for varied in ("similarity.embedding=umap", "sensitivity.embedding=[pca, umap]"):
+        with pytest.raises(SimilarityError, match=missing):
+            sensitivity(asked(varied[:15], varied))
+    with pytest.raises(pytest.fail.Exception, match="the model was loaded"):  # a measure without an embedding
+        similarity(asked("b", "similarity.embedding=umap", "similarity.measure=cka"))

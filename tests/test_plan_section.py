@@ -54,6 +54,15 @@ def test_a_starting_plan_is_named_after_where_its_coefficients_come_from(setting
     assert (plan.alignment, plan.norms, plan.biases) == ("neurons", "fold", "merge")
 
 
+def test_beta_is_how_much_similarity_ratio_makes_of_the_similarities():
+    matrix = planted(N_LAYERS, NEIGHBOURS) + 1.0
+    shares = [matrix[into].mean() / (matrix[into].mean() + matrix[into + 1].mean()) for into in (19, 18)]
+    for beta in (1.0, 2.5, 0.0):
+        plan = plan_config("base=similarity_ratio", "similarity_run=x", "merges=2", f"beta={beta}").plan
+        found = starting_plan(plan, N_LAYERS, Similarity(matrix, None))
+        assert found.alphas == pytest.approx([1 / (1 + np.exp(-beta * share)) for share in shares])
+
+
 def test_every_option_of_a_plan_that_the_section_has_is_passed_on():
     """But for which layers are merged, and refits, which are made of what was found."""
     both = {field.name for field in fields(MergePlan)} & set(PlanConfig.model_fields)

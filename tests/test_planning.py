@@ -185,6 +185,12 @@ def test_each_merge_and_its_coefficient_follow_from_what_the_one_before_left(rec
         recompute(*settings, "plan.merges=2", "plan.threshold=0.95")
 
 
+def test_similarity_collected_anew_has_the_plan_s_beta(recompute, measured):
+    measured(similarity_after=collected)
+    plan = recompute("plan.similarity_subset=places", "plan.base=similarity_ratio", "plan.beta=0", "plan.merges=2")
+    assert [step.alpha for step in plan.steps] == pytest.approx([0.5, 0.5])
+
+
 def test_similarity_is_collected_anew_of_one_subset_and_the_same_model(recompute, measured):
     measured(similarity_after=collected)
     with pytest.raises(ConfigError, match="has 2 subsets for plan.similarity_subset = None .*needs exactly one"):

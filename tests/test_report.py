@@ -193,7 +193,15 @@ def test_the_table_of_comparisons_says_what_its_p_values_allow_for(search):
     ],
 )
 def test_a_plan_is_said_to_be_aligned_and_how(alignment, norms, said):
-    line = {"name": "a", "kind": "file", "alignment": alignment, "norms": norms, "refit": None, "fate": ""}
+    line = {
+        "name": "a",
+        "kind": "file",
+        "alignment": alignment,
+        "norms": norms,
+        "refit": None,
+        "fate": "",
+        "as_is": False,
+    }
     assert described(line) == said
     aligned, rows_aligned = (dict(GLOSSARY["search"])[name] for name in ("aligned", "rows aligned"))
     assert "preserves that layer's function" in aligned and "another function" in rows_aligned
@@ -817,7 +825,7 @@ def test_everything_that_a_search_was_asked_is_on_its_page(tmp_path):
                  "perplexity_text": "demo", "perplexity_tokens": 4096},
         "tasks": {"piqa": {"format": "piqa", "file": "v.jsonl"}, "arc": {"format": "arc", "file": "c.parquet"}},
         "plan": {"merges": 4, "selection": "block", "block": "cosine", "base": "similarity_ratio", "ratio": 0.62,
-                 "similarity_run": "runs/s", "alignment": "neurons", "norms": "fold", "biases": "merge",
+                 "beta": 2.0, "similarity_run": "runs/s", "alignment": "neurons", "norms": "fold", "biases": "merge",
                  "refit": "units", "ridge": 0.01, "refit_layers": 2},
         "search": {"searcher": ["bayes", "gradient"], "objective": "answer_nll", "candidates": 30,
                    "random_candidates": 1, "perplexity_ceiling": 20.0},
@@ -834,7 +842,7 @@ def test_everything_that_a_search_was_asked_is_on_its_page(tmp_path):
         "Plain text": ("demo", "up to 4096 tokens"),
         "Further tasks": ("piqa (piqa, v.jsonl), arc (arc, c.parquet)", ""),
         "Merges (K)": ("4, selection block, block cosine", "alignment neurons, norms fold, biases merge"),
-        "Starting coefficients": ("similarity_ratio", "runs/s"),
+        "Starting coefficients": ("similarity_ratio, beta 2.0", "runs/s"),
         "Search": ("bayes, gradient; 30 candidates; 3 descents of 50 epochs, adam", "1 random candidate as a control"),
         "Objective": ("answer_nll", "perplexity at most 20.0"),
         "Refits": ("units", "ridge 0.01, 2 layers after each seam too"),
@@ -1399,6 +1407,9 @@ def test_an_evaluated_model_is_not_said_to_be_unmerged(tmp_path, search):
     assert " of " in found[0] and found[1].endswith(" %") and found[2].endswith(" %") and found[3] != "–"
     (figure,) = blocks([section], Figure)
     assert figure.caption.endswith("An evaluated model stands at 0 %, also one that was merged before.")
+    # Nor on its own page, which called it unmerged.
+    (own,) = [table for table in blocks(run_sections(run, heading=None), Table) if table.header[1] == "what it is"]
+    assert own.cells[0][:3] == ("base", "the model as it is", "8")
 
 
 def test_runs_in_folders_of_one_name_are_told_apart(tmp_path, monkeypatch):
@@ -1534,7 +1545,8 @@ def test_an_evaluation_without_questions_has_its_perplexity_and_its_tasks(tmp_pa
     answer, further, asked_of = run_sections(run, heading=None)
     assert "Its perplexity on plain text is 7.50 [" in blocks([answer], Text)[0].text
     (table,) = blocks([answer], Table)
-    assert table.header == ("plan", "what it is", "layers", "perplexity") and table.cells[0][:2] == ("base", "unmerged")
+    assert table.header == ("plan", "what it is", "layers", "perplexity")
+    assert table.cells[0][:2] == ("base", "the model as it is")
     assert further.title == "Further tasks"
     assert further.blocks[0].cells == (("base", "piqa", "50", "acc", "0.8000 ± 0.0700 [0.670, 0.888]"),)
     (facts,) = blocks([asked_of], Facts)

@@ -18,7 +18,7 @@ from raymerge.experiments.common import Inputs
 from raymerge.experiments.compression_sweep import _points, _starts, _Sweep, sweep
 from raymerge.experiments.reporting import Reporter
 from raymerge.inputs import RETRIEVAL
-from raymerge.plan import PlanError, Refit, block_plan, tail_plan
+from raymerge.plan import PlanError, Refit, block_plan, pairs_plan, tail_plan
 from raymerge.plan_files import plan_file_text
 from raymerge.plan_section import Similarity
 from raymerge.progress import Silent
@@ -120,6 +120,13 @@ def test_merges_of_similar_layers_and_blocks_have_the_base_coefficients_of_the_p
     settings += [f"plan.alpha_file={tmp_path / 'a.json'}"] if base == "file" else []
     _, _, points = points_of(*settings, similarity=SIMILARITY)
     assert points[-1].plan.alphas == pytest.approx(alphas)
+
+
+def test_a_sweep_s_similarity_ratio_is_with_the_plan_s_beta():
+    _, _, points = points_of(
+        *PLAIN, "sweep.methods=[similarity_ratio]", "plan.similarity_run=x", "plan.beta=0", similarity=SIMILARITY
+    )
+    assert points[-1].plan.alphas == pytest.approx([0.5, 0.5])
 
 
 def test_the_survivor_of_a_block_is_the_plan_s():
@@ -423,3 +430,31 @@ def test_blocks_are_chosen_before_their_points_are_made(stand_ins, tmp_path):
     assert not run.has("context") and len(run.read("sweep")) == 3
     held = json.loads((tmp_path / "run" / "inputs.json").read_text())
     assert "calibration" in str(held), "the run goes on with the same one alone"
+
+
+def test_merges_of_similar_layers_are_those_collected_anew_where_they_are(stand_ins, tmp_path, monkeypatch):
+    """One after another up to the largest K, whatever plan.merges and plan.threshold are."""
+    asked, plans = [], []
+    anew = pairs_plan(N_LAYERS, [(3, 4), (3, 5), (17, 18)], [0.9, 0.8, 0.7], name="x", kind="fixed",
+                      selection="most_similar", norms="fold", biases="merge")  # fmt: skip
+
+    def recomputed(config, n_layers, cache, progress):
+        asked.append((config.plan.merges, config.plan.threshold, n_layers))
+        return anew
+
+    of = compression_sweep
+    monkeypatch.setattr(of, "recomputed_plan", recomputed)
+    monkeypatch.setattr(of, "similarity_of", lambda *_: SIMILARITY)
+    monkeypatch.setattr(of, "_warnings", lambda *_: [])
+    monkeypatch.setattr(of, "align", lambda _, found, __: plans.append({plan.name: plan for plan in found}))
+    of_run = RunDirectory.open(tmp_path / "layers", {}, "similarity").path_of()
+    more = [f"plan.similarity_run={of_run}", "plan.selection=most_similar", "plan.threshold=0.95", "plan.biases=merge",
+            "sweep.methods=[drop, most_similar]", "sweep.merges=[2, 3, 1]", "sweep.context=false"]  # fmt: skip
+    for recompute in ("true", "false"):
+        sweep(load_config(None, [*FEW, *more, f"plan.recompute={recompute}", f"output.run={tmp_path / recompute}"]))
+    assert asked == [(3, None, N_LAYERS)]
+    again, once = plans
+    for merges in (1, 2, 3):
+        plan = again[f"most_similar_k{merges}"]
+        assert plan.steps == anew.steps[:merges] and (plan.norms, plan.biases, plan.kind) == ("keep", "merge", "file")
+    assert steps_of(SimpleNamespace(plan=once["most_similar_k1"])) == [(7, 8, pytest.approx(0.6225))]

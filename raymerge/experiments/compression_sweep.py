@@ -29,7 +29,7 @@ from raymerge.experiments.common import (
     settings_of,
     swept_cache,
 )
-from raymerge.experiments.planning import choose_blocks
+from raymerge.experiments.planning import choose_blocks, recomputed_plan
 from raymerge.experiments.refitting import fit, refit_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
@@ -110,6 +110,13 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
                 config, n_layers, list(blocks), run, cache, similarity, progress, checkpoint=averaged
             )
             points = _points(config, inputs, similarity, blocks)
+        if config.plan.recompute and "most_similar" in config.sweep.methods:
+            # Each merge follows from those before it: the merges of a smaller K are the first ones of the largest.
+            most = config.plan.model_copy(update={"merges": max(config.sweep.merges), "threshold": None})
+            most_similar = recomputed_plan(
+                config.model_copy(update={"plan": most}), inputs.checkpoint.n_layers, cache, progress
+            )
+            points = _points(config, inputs, similarity, blocks, most_similar)
         return _Sweep(config, inputs, run, cache, points, progress, command, warnings).execute()
 
 
@@ -139,10 +146,17 @@ def _averaged_model(config: Config, inputs: Inputs) -> Checkpoint | None:
     return inputs.checkpoint if "merge_block" in config.sweep.methods and not drops else None
 
 
-def _points(config: Config, inputs: Inputs, similarity: Similarity | None, blocks: Mapping[int, int]) -> list[Point]:
+def _points(
+    config: Config,
+    inputs: Inputs,
+    similarity: Similarity | None,
+    blocks: Mapping[int, int],
+    most_similar: MergePlan | None = None,
+) -> list[Point]:
     """Every point, the unmerged model first; the same weights under two names are two points of one plan.
 
-    blocks: the first layer of the block, by number of layers. Raises ConfigError for a method without its source,
+    blocks: the first layer of the block, by number of layers. most_similar: the method's merges in order, where they
+    are not those of `similarity` (plan.recompute). Raises ConfigError for a method without its source,
     PlanError for a K that the model does not have.
     """
     settings, n_layers = config.sweep, inputs.checkpoint.n_layers
@@ -156,7 +170,7 @@ def _points(config: Config, inputs: Inputs, similarity: Similarity | None, block
                 points += _points_of_file(config, f"{_FILE}{name}", path, n_layers)
         else:
             for merges in settings.merges:
-                points += _points_of(config, n_layers, method, merges, similarity, blocks.get(merges))
+                points += _points_of(config, n_layers, method, merges, similarity, blocks.get(merges), most_similar)
     # Each once, however often, and however spelt (fixed:0.5, fixed:0.50), it was asked for.
     points = list(dict.fromkeys(variant for point in points for variant in _refitted(config, inputs, point)))
     for point in points:
@@ -198,7 +212,13 @@ def _check_sources(config: Config, similarity: Similarity | None) -> None:
 
 
 def _points_of(
-    config: Config, n_layers: int, method: str, merges: int, similarity: Similarity | None, first: int | None
+    config: Config,
+    n_layers: int,
+    method: str,
+    merges: int,
+    similarity: Similarity | None,
+    first: int | None,
+    most_similar: MergePlan | None,
 ) -> list[Point]:
     """The points of a method that merges `merges` layers; first: the block's first layer, where it asks for a block."""
     if method == "drop":
@@ -211,7 +231,10 @@ def _points_of(
         plan = least_influence_plan(similarity.block_influence, merges)
     else:
         matrix = None if similarity is None else similarity.matrix
-        plan = _averaged(config.plan, n_layers, method, merges, matrix, first)
+        if method == "most_similar" and most_similar is not None:
+            plan = replace(most_similar, steps=most_similar.steps[:merges], name=method, kind="file")
+        else:
+            plan = _averaged(config.plan, n_layers, method, merges, matrix, first)
         return _variants(config, merges, plan.name, plan)
     return [Point(merges, method, replace(plan, name=f"{method}_k{merges}"))]
 
@@ -234,7 +257,7 @@ def _averaged(
     return pairs_plan(
         n_layers,
         pairs,
-        pair_alphas(pairs, base, ratio=ratio, similarity=matrix),
+        pair_alphas(pairs, base, ratio=ratio, similarity=matrix, beta=settings.beta),
         name=_method_name(method),
         kind=kind,
         selection=selection,

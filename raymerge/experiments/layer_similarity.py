@@ -16,6 +16,7 @@ import numpy as np
 from raymerge.config import Config, ConfigError
 from raymerge.config_file import check_config
 from raymerge.diffusion import SimilarityError, degeneracy
+from raymerge.embedding import check_installed
 from raymerge.experiments.common import (
     Inputs,
     check_room,
@@ -36,7 +37,7 @@ from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.reliability import RELIABLE_N, Correlation, Study, check_samples, correlate, correlate_matrices
 from raymerge.sensitivity import recipe_of
-from raymerge.similarity import smallest_sample
+from raymerge.similarity import MEASURES, smallest_sample
 from raymerge.tables import IMPORTED, RunDirectory, layer_ranges
 from raymerge.worker import SubsetSimilarity
 
@@ -64,6 +65,8 @@ def similarity(
     run = open_run(config, "similarity", settings, inputs, progress)
     if run.complete:
         return run
+    if MEASURES[config.similarity.measure] == "embeddings":
+        check_installed(config.similarity.embedding)
     with _workers(config, inputs, run, progress) as (pool, workers):
         progress.stage("similarity (subsets)", len(inputs.subsets))
 
@@ -350,6 +353,8 @@ def sensitivity(
     run = open_run(config, "sensitivity", settings, inputs, progress)
     if run.complete:
         return run
+    for method in (config.similarity.embedding, *config.sensitivity.embedding):
+        check_installed(method)
     stored = {(row["subset"], row["language"]) for row in run.read("sensitivity", ["subset", "language"]).to_pylist()}
     left = [number for number, of in enumerate(inputs.subsets) if (of.name, of.language) not in stored]
 

@@ -165,7 +165,7 @@ def recomputed_plan(config: Config, n_layers: int, cache: str, progress: Progres
             pair = most_similar_pair(values, threshold=plan.threshold)
             if pair is None:
                 break
-            alphas += pair_alphas([pair], plan.base, ratio=plan.ratio, similarity=values)
+            alphas += pair_alphas([pair], plan.base, ratio=plan.ratio, similarity=values, beta=plan.beta)
             kept = [layer.index for layer in so_far.kept]
             pairs.append((kept[pair[0]], kept[pair[1]]))
             progress.advance(len(pairs), f"layer {pairs[-1][1]} into {pairs[-1][0]}")

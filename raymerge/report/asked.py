@@ -157,6 +157,7 @@ def _plan(plan: dict, experiment: str) -> list[Fact]:
         return []
     options = f"alignment {plan.get('alignment')}, norms {plan.get('norms')}, biases {plan.get('biases')}"
     base = plan.get("base") if plan.get("base") != "fixed" else f"constant {plan.get('ratio')}"
+    base = f"{base}, beta {plan.get('beta')}" if base == "similarity_ratio" else base
     chosen = f", block {plan.get('block')}" if plan.get("selection") == "block" else ""
     return [
         Fact("Merges (K)", f"{_how_many(plan)}, selection {plan.get('selection')}{chosen}", options),

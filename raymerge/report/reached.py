@@ -43,10 +43,11 @@ TEXT_TEST = (
 class Reached:
     """The plans of one run and what each reached on its report split. Reads the tables once.
 
-    lines: those of `findings.plan_lines`, with `role`, `costs` (its row or {}), `refit` (its method or None) and `fate`
-    (`findings.fates_of`). asks: whether questions were
-    asked; without, plans are judged by plain text. best: the line of the plan that the run is about, None where it has
-    none. base: the line of the unmerged model, or None. name: what the run is called on its page.
+    lines: those of `findings.plan_lines`, with `role`, `costs` (its row or {}), `refit` (its method or None), `fate`
+    (`findings.fates_of`) and `as_is` (whether it is a model that was evaluated, of which nothing is known).
+    asks: whether questions were asked; without, plans are judged by plain text. best: the line of the plan that the run
+    is about, None where it has none. base: the line of the unmerged model, or None. name: what the run is called on its
+    page.
     """
 
     def __init__(self, run: RunDirectory, name: str | None = None):
@@ -67,6 +68,7 @@ class Reached:
                 "costs": costs.get(line["plan_id"], {}),
                 "refit": refits.get(line["plan_id"]),
                 "fate": fates.get(line["plan_id"], ""),
+                "as_is": run.experiment == "evaluate",
                 "interval": _known_interval(line),
             }
             for line in findings.plan_lines(run, self.split)
@@ -132,6 +134,8 @@ def _known_interval(line: dict) -> tuple[float | None, float | None]:
 
 def described(line: dict) -> str:
     """What a plan is, in words, and in brackets which layers it merges or leaves out."""
+    if line["as_is"]:  # it may have been merged before
+        return "the model as it is"
     words = [_NAMES.get((line["name"], line["kind"]), _KINDS.get(line["kind"], line["kind"]))]
     if line["alignment"] != "none":
         words.append(ALIGNED.get(line["alignment"], line["alignment"]))
