@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,6 +113,8 @@ def views_of(run: RunDirectory) -> list[View]:
     text = {row["plan_id"]: row for row in read if row["target"] == "text"}
     asked = {(row["plan_id"], row["subject"]): row["perplexity"] for row in read if row["target"] == "question"}
     labels = plan_labels(plans, run.read("trials").to_pylist())
+    if run.experiment == "evaluate":  # which may have been merged before
+        labels = dict.fromkeys(labels, "the model")
     views = []
     for language in answers["language"].unique().to_pylist():
         part = answers.filter(pc.equal(answers["language"], language))
@@ -174,18 +177,19 @@ def reference_plan(plans: list[dict], order: list[str]) -> str:
 
 
 def draw_overview(view: View, path: Path) -> Path:
-    """Rows are plans; panels are the averages, the paired difference and the perplexity of plain text."""
+    """Rows are plans; panels are the averages and, where there are some, paired differences and perplexities of plain
+    text."""
     plans = list(view.plans)
     y = np.arange(len(plans))
     known = [plan for plan in plans if plan in view.text and math.isfinite(view.text[plan]["perplexity"])]
-    figure, axes = plt.subplots(
-        1, 3 if known else 2, sharey=True, figsize=(10.5 if known else 8, 1.75 + 0.3 * len(plans)), squeeze=False
-    )
+    panels = [partial(draw_averages, y=y)]
+    panels += [draw_change] if len(plans) > 1 else []
+    panels += [partial(draw_texts, known=known)] if known else []
+    size = {1: 5.5, 2: 8, 3: 10.5}[len(panels)], 1.75 + 0.3 * len(plans)
+    figure, axes = plt.subplots(1, len(panels), sharey=True, figsize=size, squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        panel(axis, view)
     averages = axes[0, 0]
-    draw_averages(averages, view, y)
-    draw_change(axes[0, 1], view)
-    if known:
-        draw_texts(axes[0, 2], view, known)
     n = view.accuracy[view.reference, MICRO]["n"]
     note = f"bars: 95 % intervals; {n:,} questions, {len(view.subjects)} subjects, language {view.language}"
     handles = averages.get_legend_handles_labels()

@@ -435,7 +435,8 @@ class SweepConfig(_Section):
     - `merges`: numbers of merged layers.
     - `methods`: drop, before_last, fixed:RATIO; drop_block and merge_block, with the block chosen by plan.block; with
       plan.similarity_run also block_influence, similarity_ratio, similarity and most_similar (base coefficients of the
-      last, and of merge_block, by plan.base); file takes each of `alpha_files` at its own K.
+      last, and of merge_block, by plan.base); file takes each of `alpha_files` at its own K, where drop is then tried
+      too.
     - `alpha_files`: files of coefficients by name, such as {best: runs/a/plans/found_bayes.json}; their points are
       file_best and so on. A run's plan file is taken as it is, an alpha file with the following and the plan section.
     - `alignments`, `norms`: methods that average are tried with every combination of these.

@@ -172,8 +172,10 @@ def _print_warnings(run: RunDirectory) -> None:
         print(f"\nWarning: {warning}.")
 
 
-def _print_place(run: RunDirectory, what: str = "Tables, figures and manifest") -> None:
+def _print_place(run: RunDirectory) -> None:
     """Where a run's results lie, and the command that makes a page of them."""
+    drawn = (run.manifest() or {}).get("figures")
+    what = "Tables, figures and manifest" if drawn else "Tables and manifest"
     place = without_secrets(run.path_of().rstrip("/"))
     print(f"\n{what}: {place}\nHTML page: raymerge report {shlex.quote(place)}")
 
@@ -325,7 +327,7 @@ def print_evaluation(run: RunDirectory, split: str) -> None:
             found = summary.number(row["perplexity"], (row["ci_low"], row["ci_high"]))
             print(f"Plain-text perplexity [95 %]: {found}")
     _print_incidents(run)
-    _print_place(run, "Tables and manifest")
+    _print_place(run)
 
 
 def print_similarity(run: RunDirectory) -> None:

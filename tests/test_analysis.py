@@ -410,7 +410,7 @@ def test_one_plan_one_question_without_perplexity(tmp_path):
     assert accuracy_script.main([run.path_of()]) == 0
     text = Path(run.path_of("figures"), "accuracy.md").read_text()
     wilson = "1.000 [0.207, 1.000]"  # of one right answer: from 1 / (1 + 1.96 ** 2) on
-    assert f"| model | 1 | {wilson} | {wilson} | – | 1.386 | – | – |" in text
+    assert f"| the model | 1 | {wilson} | {wilson} | – | 1.386 | – | – |" in text
 
 
 def test_perplexities_of_the_questions_have_their_published_average(tmp_path):

@@ -25,7 +25,8 @@ def wait_for(lines, count):
 
 
 def test_where_results_lie_is_said_without_the_keys_of_a_uri(capsys):
-    run = SimpleNamespace(is_local=False, path_of=lambda *names: "/".join(("s3://AKIA:hunter2@bucket/run", *names)))
+    where = "s3://AKIA:hunter2@bucket/run"
+    run = SimpleNamespace(is_local=False, path_of=lambda *names: "/".join((where, *names)), manifest=lambda: None)
     console._print_place(run)
     for saved in ({"name": "found", "model": "there"}, {"name": "found"}):
         console._print_model(run, saved)

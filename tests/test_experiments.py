@@ -807,6 +807,14 @@ def test_a_search_by_gradient_keeps_every_epoch_and_goes_on_where_it_was_cut(loc
     np.testing.assert_allclose(logits_on_test(run, plans[best["name"]]), logits_on_test(again, answered), atol=1e-4)
 
 
+def test_an_evaluation_draws_its_accuracies_by_subject(local_pools, tmp_path):
+    run = evaluate(config(tmp_path / "run", "output.figures=true"), command=["test"])
+    drawn = ["accuracy.md", "accuracy.png", "accuracy_by_subject.png", "letters.png"]
+    assert run.manifest()["figures"] == [f"figures/{name}" for name in drawn]
+    assert all(Path(run.path_of(), name).stat().st_size > 500 for name in run.manifest()["figures"])
+    assert "| the model |" in Path(run.path_of("figures", "accuracy.md")).read_text(), "it may have been merged before"
+
+
 def test_a_run_may_lie_in_an_object_store_with_its_cache_on_the_disk(local_pools, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     where = f"fsspec+memory://bucket/{tmp_path.name}"

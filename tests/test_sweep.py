@@ -129,6 +129,12 @@ def test_a_sweep_s_similarity_ratio_is_with_the_plan_s_beta():
     assert points[-1].plan.alphas == pytest.approx([0.5, 0.5])
 
 
+def test_a_threshold_is_refused_where_the_number_of_layers_is_given():
+    settings = ["plan.selection=most_similar", "plan.threshold=0.8", "plan.similarity_run=x"]
+    with pytest.raises(ConfigError, match=r"plan.threshold is 0.8, but a sweep merges as many layers as sweep.merges"):
+        points_of(*PLAIN, "sweep.methods=[drop]", *settings, similarity=SIMILARITY)
+
+
 def test_the_survivor_of_a_block_is_the_plan_s():
     _, _, points = points_of(*PLAIN, "sweep.methods=[merge_block]", "plan.survivor=after", blocks={1: 9, 2: 4})
     assert [step[:2] for step in steps_of(points[-1])] == [(5, 4), (6, 5)]
@@ -143,6 +149,8 @@ def test_each_file_is_one_point_at_its_own_number_of_merges(tmp_path):
     assert said(points) == [(0, "base", "base"), (3, "file_base", "file_base_k3"), (1, "file_best", "file_best_k1")]
     assert [point.plan.alphas for point in points[1:]] == [[0.3, 0.8, 0.4], [0.1]]
     assert {point.plan.biases for point in points[1:]} == {"merge"}
+    _, _, points = points_of("sweep.merges=[2, 3]", "sweep.methods=[file, drop]", *files, "sweep.norms=[keep]")
+    assert sorted(point.merges for point in points if point.method == "drop") == [1, 2, 3]
     _, _, points = points_of(
         *PLAIN, "sweep.methods=[drop, file]", *files, "sweep.refits=[none, scale]", "sweep.refitted_methods=[file]"
     )
@@ -433,13 +441,13 @@ def test_blocks_are_chosen_before_their_points_are_made(stand_ins, tmp_path):
 
 
 def test_merges_of_similar_layers_are_those_collected_anew_where_they_are(stand_ins, tmp_path, monkeypatch):
-    """One after another up to the largest K, whatever plan.merges and plan.threshold are."""
+    """One after another up to the largest K, whatever plan.merges is."""
     asked, plans = [], []
     anew = pairs_plan(N_LAYERS, [(3, 4), (3, 5), (17, 18)], [0.9, 0.8, 0.7], name="x", kind="fixed",
                       selection="most_similar", norms="fold", biases="merge")  # fmt: skip
 
     def recomputed(config, n_layers, cache, progress):
-        asked.append((config.plan.merges, config.plan.threshold, n_layers))
+        asked.append((config.plan.merges, n_layers))
         return anew
 
     of = compression_sweep
@@ -448,11 +456,11 @@ def test_merges_of_similar_layers_are_those_collected_anew_where_they_are(stand_
     monkeypatch.setattr(of, "_warnings", lambda *_: [])
     monkeypatch.setattr(of, "align", lambda _, found, __: plans.append({plan.name: plan for plan in found}))
     of_run = RunDirectory.open(tmp_path / "layers", {}, "similarity").path_of()
-    more = [f"plan.similarity_run={of_run}", "plan.selection=most_similar", "plan.threshold=0.95", "plan.biases=merge",
+    more = [f"plan.similarity_run={of_run}", "plan.selection=most_similar", "plan.biases=merge",
             "sweep.methods=[drop, most_similar]", "sweep.merges=[2, 3, 1]", "sweep.context=false"]  # fmt: skip
     for recompute in ("true", "false"):
         sweep(load_config(None, [*FEW, *more, f"plan.recompute={recompute}", f"output.run={tmp_path / recompute}"]))
-    assert asked == [(3, None, N_LAYERS)]
+    assert asked == [(3, N_LAYERS)]
     again, once = plans
     for merges in (1, 2, 3):
         plan = again[f"most_similar_k{merges}"]

@@ -112,7 +112,7 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
             points = _points(config, inputs, similarity, blocks)
         if config.plan.recompute and "most_similar" in config.sweep.methods:
             # Each merge follows from those before it: the merges of a smaller K are the first ones of the largest.
-            most = config.plan.model_copy(update={"merges": max(config.sweep.merges), "threshold": None})
+            most = config.plan.model_copy(update={"merges": max(config.sweep.merges)})
             most_similar = recomputed_plan(
                 config.model_copy(update={"plan": most}), inputs.checkpoint.n_layers, cache, progress
             )
@@ -164,13 +164,16 @@ def _points(
         check_merges(n_layers, merges)
     _check_sources(config, similarity)
     points = [Point(0, "base", base_plan(n_layers))]
+    files = settings.alpha_files.items() if "file" in settings.methods else ()
+    of_files = [point for name, path in files for point in _points_of_file(config, f"{_FILE}{name}", path, n_layers)]
     for method in settings.methods:
         if method == "file":
-            for name, path in settings.alpha_files.items():
-                points += _points_of_file(config, f"{_FILE}{name}", path, n_layers)
-        else:
-            for merges in settings.merges:
-                points += _points_of(config, n_layers, method, merges, similarity, blocks.get(merges), most_similar)
+            points += of_files
+            continue
+        # Files are compared with dropping as many layers, whatever numbers they merge.
+        further = {point.merges for point in of_files} - set(settings.merges) if method == "drop" else ()
+        for merges in (*settings.merges, *sorted(further)):
+            points += _points_of(config, n_layers, method, merges, similarity, blocks.get(merges), most_similar)
     # Each once, however often, and however spelt (fixed:0.5, fixed:0.50), it was asked for.
     points = list(dict.fromkeys(variant for point in points for variant in _refitted(config, inputs, point)))
     for point in points:
@@ -203,7 +206,13 @@ def _points_of_file(config: Config, method: str, path: str, n_layers: int) -> li
 
 
 def _check_sources(config: Config, similarity: Similarity | None) -> None:
-    """Refuse methods that need a similarity run, or block influence, that is not there. Raises ConfigError."""
+    """Refuse methods that need a similarity run, or block influence, that is not there, and a threshold, since K is
+    given. Raises ConfigError."""
+    if config.plan.threshold is not None:
+        raise ConfigError(
+            f"plan.threshold is {config.plan.threshold:g}, but a sweep merges as many layers as sweep.merges says: set "
+            "it to null, or merge by the threshold (`raymerge merge`) and compare the plan files (sweep.alpha_files)"
+        )
     methods, run = config.sweep.methods, config.plan.similarity_run
     if similarity is None and (needing := [method for method in methods if method in _NEEDS_SIMILARITY]):
         raise ConfigError(f"sweep.methods {needing} need plan.similarity_run: the run of `raymerge similarity`")

@@ -18,6 +18,7 @@ from raymerge.experiments.common import (
     Inputs,
     counted,
     describe_workers,
+    draw_figures,
     model_facts,
     open_pool,
     open_run,
@@ -40,7 +41,8 @@ _SHARDS_EACH = 2  # of a worker, so that none waits long for the others at the e
 def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: Progress | None = None) -> RunDirectory:
     """Evaluate one model as it is on data.report_split, on the tasks and on plain text, over the pool.
 
-    Leaves tables answers, accuracy, task_answers, task_accuracy, perplexity, text_losses, context, plans and costs.
+    Leaves tables answers, accuracy, task_answers, task_accuracy, perplexity, text_losses, context, plans and costs; a
+    figure of the accuracies by subject; the manifest.
     Answers are stored shard by shard, 8,192 tokens each or fewer: the same call again goes on after the last one.
     Errors as `search`.
     """
@@ -71,7 +73,9 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
     plan_id = plan.plan_id(inputs.checkpoint.identity)
     run.replace("plans", rows.plan_rows(plan, plan_id))
     run.replace("costs", [rows.cost_row(plan, plan_id, inputs.checkpoint, config.model.quantise)])
-    run.write_manifest("complete", command=command, workers=workers, **model_facts(config, inputs))
+    scripts = ["accuracy.py"] if config.output.figures and inputs.questions else []
+    figures = draw_figures(run, scripts, progress) if scripts else []
+    run.write_manifest("complete", command=command, workers=workers, figures=figures, **model_facts(config, inputs))
     return run
 
 
