@@ -375,27 +375,35 @@ class LayerRunner:
                 f"the MLP units of {self.checkpoint.architecture.name} see only the tokens that are routed to their "
                 "expert, which differ between layers: alignment activations cannot match them; use alignment neurons"
             )
-        found: list[Tensor] = []  # (T, n) of each sequence, in the order they were run
-        seen: list[Tensor] = []
-        module = self.modules[layer]
-        # What a call that ran out of memory has seen is dropped when the next one begins.
+        points = {"units": self.modules[layer].mlp.down_proj}
+        parts: list[Tensor] = []
+        for state in self.observed(states, layer, self.weights(layer), points)["units"]:
+            parts.append(state.prefix[0])
+            parts += [x[row, :length] for _, lengths, x in state.batches for row, length in enumerate(lengths)]
+        return torch.cat(parts)
+
+    def observed(
+        self,
+        states: list[GroupStates],
+        index: int,
+        weights: Mapping[str, Tensor],
+        points: Mapping[str, torch.nn.Module],
+    ) -> dict[str, list[GroupStates]]:
+        """Run a layer on the states, replacing them; what each of its submodules `points` reads, laid out as the states
+        are."""
+        seen: dict[str, Tensor] = {}
+        ended: list[dict[str, Tensor]] = []  # what was seen in each call; one that ran out of memory does not end
         hooks = [
-            module.register_forward_pre_hook(lambda *_: seen.clear()),
-            module.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0])),
-            module.register_forward_hook(lambda *_: found.extend(seen[0])),
+            module.register_forward_pre_hook(lambda _module, inputs, name=name: seen.update({name: inputs[0]}))
+            for name, module in points.items()
         ]
+        hooks.append(self.modules[index].register_forward_hook(lambda *_: ended.append(seen.copy())))
         try:
-            self.run(states, [(layer, lambda: self.weights(layer))])
+            self.run(states, [(index, lambda: weights)])
         finally:
             for hook in hooks:
                 hook.remove()
-        sequences, units = iter(found), []
-        for state in states:
-            if state.prefix.shape[1]:
-                units.append(next(sequences))
-            for _, lengths, _ in state.batches:
-                units.extend(next(sequences)[:length] for length in lengths)
-        return torch.cat(units)
+        return {name: _laid_out((call[name] for call in ended), states) for name in points}
 
     def _run_group(self, index: int, weights: dict[str, Tensor], state: GroupStates) -> None:
         n_prefix = state.prefix.shape[1]
@@ -448,6 +456,22 @@ class LayerRunner:
             },
         )
         return out[0] if isinstance(out, tuple) else out
+
+
+def _laid_out(calls: Iterator[Tensor], states: list[GroupStates]) -> list[GroupStates]:
+    """What calls of a layer have seen, (B, T, n) each, in the batches of the states that were run: a group's prefix,
+    where it has one, then its sequences, also those of a batch that was run in halves."""
+    found = []
+    for state in states:
+        prefix = next(calls) if state.prefix.shape[1] else None
+        batches = []
+        for members, lengths, _ in state.batches:
+            batch = next(calls)
+            while len(batch) < len(members):
+                batch = torch.cat([batch, next(calls)])
+            batches.append((members, lengths, batch))
+        found.append(GroupStates(state.group, batches[0][2][:1, :0] if prefix is None else prefix, batches))
+    return found
 
 
 def joined(packed: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

@@ -449,24 +449,7 @@ def observe(
     index: the original layer whose module is used. Keys: o_proj's and down_proj's relative names, for what they read;
     "middle", the state between attention and MLP; "leaving", the layer's output.
     """
-    module, parts = runner.modules[index], {}
+    module = runner.modules[index]
     points = {_O: module.self_attn.o_proj, _DOWN: module.mlp.down_proj, "middle": getattr(module, _MIDDLE)}
-    found: dict[str, list[Tensor]] = {name: [] for name in points}
-    hooks = [
-        submodule.register_forward_pre_hook(lambda _module, inputs, name=name: found[name].append(inputs[0]))
-        for name, submodule in points.items()
-    ]
-    try:
-        for state in states:
-            for calls in found.values():
-                calls.clear()
-            runner.run([state], [(index, lambda: weights)])
-            for name, calls in found.items():
-                prefix = calls.pop(0) if state.prefix.shape[1] else calls[0][:1, :0]
-                batches = [(m, n, x) for (m, n, _), x in zip(state.batches, calls, strict=True)]
-                parts.setdefault(name, []).append(GroupStates(state.group, prefix, batches))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    parts["leaving"] = states
-    return {name: joined(runner.pack(group)) for name, group in parts.items()}
+    found = runner.observed(states, index, weights, points) | {"leaving": states}
+    return {name: joined(runner.pack(group)) for name, group in found.items()}
