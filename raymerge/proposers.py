@@ -81,11 +81,23 @@ class _Drawn:
 
     def _next_planned(self) -> Point | None:
         while self._planned:
-            point = self._planned.pop(0)
-            if tuple(point) not in self._done:
-                self._done.add(tuple(point))
+            if tuple(point := self._planned.pop(0)) not in self._done:
                 return point
         return None
+
+    def ask(self, count: int, pending: Sequence[Point] = ()) -> list[Point]:
+        """The next `count` points, given that `pending` are being evaluated."""
+        self._done.update(map(tuple, pending))  # of a restart, which had not asked for them itself
+        points: list[Point] = []
+        for _ in range(count):
+            point = self._next_planned() or self._propose([*pending, *points])
+            self._done.add(tuple(point))
+            points.append(point)
+        return points
+
+    def _propose(self, pending: Sequence[Point]) -> Point:
+        """A point after the planned ones."""
+        return self._new(self._random)
 
     def tell(self, point: Point, value: float | None) -> None:
         self._done.add(tuple(point))
@@ -98,18 +110,6 @@ class RandomProposer(_Drawn):
     def __init__(self, **options: Any):
         super().__init__(**options)
         self._random = np.random.default_rng([self.seed, 1])
-
-    def ask(self, count: int, pending: Sequence[Point] = ()) -> list[Point]:
-        """The next `count` points."""
-        self._done.update(map(tuple, pending))  # of a restart, which had not asked for them itself
-        return [self._one() for _ in range(count)]
-
-    def _one(self) -> Point:
-        if (point := self._next_planned()) is not None:
-            return point
-        point = self._new(self._random)
-        self._done.add(tuple(point))
-        return point
 
 
 class Starts:
@@ -204,16 +204,6 @@ class BayesProposer(_Drawn):
     def _decode(self, encoded: np.ndarray) -> Point:
         choice, values = self._split([float(value) for value in encoded])
         return [*(self.choices[int(self._numbers(value))] for value in choice), *values]
-
-    def ask(self, count: int, pending: Sequence[Point] = ()) -> list[Point]:
-        """The next `count` points, given that `pending` are being evaluated."""
-        self._done.update(map(tuple, pending))  # of a restart, which had not asked for them itself
-        points: list[Point] = []
-        for _ in range(count):
-            point = self._next_planned() or self._propose([*pending, *points])
-            self._done.add(tuple(point))
-            points.append(point)
-        return points
 
     def _propose(self, pending: Sequence[Point]) -> Point:
         space = self._optimizer.space
