@@ -134,7 +134,7 @@ def asked(monkeypatch):
     """What each search is asked for: (proposer, the options of its batches and of run_search)."""
     calls = []
 
-    def run_search(pool, batches, **options):
+    def run_search(batches, **options):
         proposer, of_batches = batches
         calls.append((proposer, of_batches | options))
         return SearchOutcome(4, 2.0004, 0.25, ({"worker": "worker-0"},))
@@ -437,7 +437,7 @@ def stand_ins(monkeypatch, tmp_path):
             done.append((method, [getattr(item, "name", item) for item in items]))
             return ["fitted"] * len(items)
 
-    def run_search(pool, batches, *, name, **_):
+    def run_search(batches, *, name, **_):
         proposer, options = batches
         done.append((name, options["candidates"], [] if name == "random" else proposer.ask(3)))
         options["record"](f"{name}-000000", [trial(name, 0, VALUES[name], alphas=[VALUES[name]] * 2)], [{}])

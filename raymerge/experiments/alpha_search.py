@@ -448,7 +448,7 @@ class _Search:
             on_progress=lambda n, best: self.progress.advance(n, "" if best is None else f"best {best:.4f}"),
         )
         tune = {"storage_path": str(Path(self.cache).absolute() / "tune"), "loggers": self.config.output.loggers}
-        outcome = run_search(self.pool, batches, name=searcher, **tune, **options)
+        outcome = run_search(batches, name=searcher, **tune, **options)
         self.facts[f"{searcher}_search"] = {
             "batch": batch,
             "concurrent": concurrent,
