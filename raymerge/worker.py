@@ -286,10 +286,7 @@ class ModelWorker:
             found = (logits.numpy() for logits in scorer.score_many(plans))
         results, began = [], _now()
         for plan, logits in zip(plans, found, strict=True):
-            result = {**self._judged(plan, logits), **_taken(began)}
-            results.append(
-                result | ({"logits": logits} if asked and self.config.output.store_candidate_answers else {})
-            )
+            results.append(self._result(plan, logits, began))
             began = _now()
         return results
 
@@ -320,11 +317,13 @@ class ModelWorker:
             logits = None
             if SEARCH in self.material.questions:
                 logits = next(loss.scorer.score_many([found.plan])).numpy()
-            result = {**self._judged(found.plan, logits), **_taken(began)}
-            result |= {"alphas": found.plan.flat_alphas, "history": found.history}
-            keep = logits is not None and self.config.output.store_candidate_answers
-            results.append(result | ({"logits": logits} if keep else {}))
+            result = self._result(found.plan, logits, began)
+            results.append(result | {"alphas": found.plan.flat_alphas, "history": found.history})
         return results
+
+    def _result(self, plan: MergePlan, logits: np.ndarray | None, began: tuple[float, float]) -> dict[str, Any]:
+        keep = logits is not None and self.config.output.store_candidate_answers
+        return {**self._judged(plan, logits), **_taken(began), **({"logits": logits} if keep else {})}
 
     def _tail_loss(self, start: MergePlan) -> TailLoss:
         return self._loss_of(start, self._text_windows if loss_weights(self.config).of_text else None)

@@ -363,12 +363,6 @@ def test_a_finished_batch_is_stored_with_its_answers_and_histories_but_nothing_o
     assert [row["logit_b"] for row in answers] == [1.0, 5.0, 9.0]
 
 
-def test_answers_of_candidates_are_not_stored_where_they_are_not_asked_for(tmp_path):
-    search = searching(tmp_path, roles=(SEARCH,))
-    search._record("bayes-000000", [trial()], [{"logits": np.zeros((3, 4), np.float32)}])
-    assert not search.run.has("answers") and search.run.has("trials")
-
-
 def test_parts_of_batches_are_gathered_again_and_again_and_no_row_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(alpha_search, "_LOOSE", 3)
     search, parts = searching(tmp_path), []
