@@ -204,16 +204,11 @@ class LayerRunner:
         self._fused = (None, {})
 
     @property
-    def identity(self) -> list[str]:
-        """What decides a layer's output beside its input."""
-        options = [] if self.quantise == "none" else [self.quantise]
-        return [self.checkpoint.identity, str(self.dtype), *options]
-
-    @property
     def cache_key(self) -> list[str]:
-        """What names cached outputs of layers: `identity`, and whose code ran them. After a release of transformers
-        mends a family's layer, outputs of the release before must not be read."""
-        return [*self.identity, f"transformers {version('transformers')}", f"raymerge {_VERSION}"]
+        """What names cached outputs of layers: what decides them beside their input, and whose code ran them. After a
+        release of transformers mends a family's layer, outputs of the release before must not be read."""
+        weights = [self.checkpoint.identity, str(self.dtype), *([] if self.quantise == "none" else [self.quantise])]
+        return [*weights, f"transformers {version('transformers')}", f"raymerge {_VERSION}"]
 
     def deployed(self, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A layer's weights as the deployed model has them."""
