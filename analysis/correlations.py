@@ -53,7 +53,7 @@ def draw(run: RunDirectory, out: Path) -> list[Path]:
             name = "correlations.png" if len(measures) == 1 else f"correlations-{measure}.png"
             paths.append(draw_correlations(rows, measure, out / name))
             text += describe(rows, measure)
-    paths.append(save_text("\n\n".join(text) + "\n", out / "correlations.md"))
+    paths.append(save_text(text, out / "correlations.md"))
     return paths
 
 

@@ -89,7 +89,7 @@ def draw(run: RunDirectory, out: Path) -> list[Path]:
         if influence:
             paths.append(draw_influence(influence, out / "block_influence.png"))
             text += describe_influence(influence)
-    paths.append(save_text("\n\n".join(text) + "\n", out / "heatmaps.md"))
+    paths.append(save_text(text, out / "heatmaps.md"))
     return paths
 
 
