@@ -142,18 +142,8 @@ class BayesProposer(_Drawn):
     kernel stays as it is: what it computes grows with the cube of what it knows, and its memory with the square.
     """
 
-    def __init__(
-        self,
-        *,
-        dimensions: int,
-        bounds: tuple[float, float],
-        seed: int,
-        initial: int = 10,
-        known: Sequence[Point] = (),
-        choices: Sequence[float] = (),
-        warp: Callable[[np.ndarray], np.ndarray] | None = None,
-    ):
-        super().__init__(dimensions=dimensions, bounds=bounds, seed=seed, known=known, choices=choices)
+    def __init__(self, *, initial: int = 10, warp: Callable[[np.ndarray], np.ndarray] | None = None, **options: Any):
+        super().__init__(**options)
         from bayes_opt import BayesianOptimization, acquisition
         from bayes_opt.parameter import wrap_kernel
         from sklearn.gaussian_process.kernels import Matern, WhiteKernel
@@ -171,9 +161,10 @@ class BayesProposer(_Drawn):
         self._liar = acquisition.ConstantLiar(improvement, strategy="mean")
         self._optimizer = BayesianOptimization(
             None,
-            ({"choice": (0.0, 1.0)} if self.choices else {}) | {f"value_{i:03d}": bounds for i in range(dimensions)},
+            ({"choice": (0.0, 1.0)} if self.choices else {})
+            | {f"value_{i:03d}": self.bounds for i in range(self.dimensions)},
             acquisition_function=self._liar,
-            random_state=seed,
+            random_state=self.seed,
             verbose=0,
             allow_duplicate_points=True,
         )
