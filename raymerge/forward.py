@@ -105,6 +105,7 @@ class LayerRunner:
     On an accelerator, layers stay in its memory while half of it is free; batches are as large as `memory.plan_batches`
     says, and one that runs out of memory is run in halves.
     aligner: where plans that align layers take permutations from; by default one that computes what it is asked for.
+    refits: where plans that are refitted take their fitted tensors from.
     quantise: round the matrices of every layer, merged ones after merging, to int8 or int4 (see `quantisation`).
     """
 
@@ -115,13 +116,14 @@ class LayerRunner:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         aligner: Aligner | None = None,
+        refits: Refits | None = None,
         quantise: str = "none",
     ):
         from transformers import AutoModelForCausalLM
 
         self.checkpoint = checkpoint
         self.aligner = aligner or Aligner(checkpoint)
-        self.refits: Refits | None = None  # of plans that are refitted; set later, since fits need a runner
+        self.refits = refits
         self.quantise = quantise
         self.device = torch.device(device)
         self.accelerated = is_accelerator(self.device)

@@ -132,16 +132,13 @@ class ModelWorker:
         self.aligner = Aligner(self.checkpoint, self.cache, device=device, units=self._units, data=data)
         if is_accelerator(device):
             refuse_oversized(self.checkpoint, dtype or self.checkpoint.dtype, template, device_memory(device).free)
-        self.runner = LayerRunner(
-            self.checkpoint, device=device, dtype=dtype, aligner=self.aligner, quantise=model.quantise
-        )
+        make = partial(LayerRunner, self.checkpoint, device=device, dtype=dtype, aligner=self.aligner)
+        # A refitter needs a runner: it is asked for fits when both are there.
+        self.runner = make(refits=lambda plan, position: self.refitter.tensors(plan, position), quantise=model.quantise)
         # Fits are made in the weights' own precision: quantisation comes after, as after merging.
-        exact = self.runner
-        if model.quantise != "none":
-            exact = LayerRunner(self.checkpoint, device=device, dtype=dtype, aligner=self.aligner)
+        exact = self.runner if model.quantise == "none" else make()
         calibrates = self.material.calibration is not None
         self.refitter = Refitter(exact, self.cache, (lambda: self.prompts.calibration) if calibrates else None)
-        self.runner.refits = self.refitter.tensors
         self._trunks = {first: TrunkCache(self.runner, first, self.cache) for first in sorted(firsts)}
         self._scorers: dict[tuple[str, int], TailScorer] = {}
         self._sources: dict[int, SourceLayers] = {}
