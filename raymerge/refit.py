@@ -151,8 +151,8 @@ class Refitter:
     """Fits plans on one runner's model, and gives `fusion` the fitted tensors.
 
     shards: the calibration's, asked for when first needed; None where there are none. cache: folder of the fits and
-    of the unmerged model's states. Fits can be made here in one go (`tensors` does where they are missing) or step by
-    step from partial sums of several workers (`sums`, `solve`, `store`).
+    of the unmerged model's states. Fits can be made here in one go (`fit`; `tensors` makes those that it needs) or step
+    by step from partial sums of several workers (`sums`, `solve`, `store`).
     """
 
     def __init__(self, runner: LayerRunner, cache: str | Path, shards: Callable[[], Sequence[Shard]] | None = None):
@@ -165,12 +165,10 @@ class Refitter:
 
     def tensors(self, plan: MergePlan, position: int) -> dict[str, Tensor]:
         """The fitted tensors of one layer of the merged model by relative name, in the stored dtype."""
-        steps = [number for number, step in enumerate(steps_of(plan)) if step.position == position]
-        if not all(is_whole(self.path(plan, number), _WHAT) for number in steps):
-            self.fit(plan)
         found: dict[str, Tensor] = {}
-        for number in steps:
-            found |= self._read(plan, number)
+        for number, step in enumerate(steps_of(plan)):
+            if step.position == position:
+                found |= self._read(plan, number)
         return found
 
     def fit(self, plan: MergePlan) -> None:
