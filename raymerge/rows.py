@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -254,15 +255,7 @@ def cost_row(plan: MergePlan, plan_id: str, checkpoint: Checkpoint, quantise: st
 
 def receipt_rows(plan_id: str, found: Sequence[Receipt]) -> list[Row]:
     """Rows of `receipts`."""
-    return [
-        {
-            "plan_id": plan_id,
-            "tensor": receipt.tensor,
-            "max_abs_change": receipt.max_abs_change,
-            "relative_change": receipt.relative_change,
-        }
-        for receipt in found
-    ]
+    return [{"plan_id": plan_id, **asdict(receipt)} for receipt in found]
 
 
 def history_rows(searcher: str, start: int, history: Sequence[Epoch]) -> list[Row]:
@@ -367,14 +360,10 @@ def _compared(common: Row, pairs: Sequence[tuple[str, str]], side: Callable[[str
 
 def _tested(a: np.ndarray, b: np.ndarray, counts: np.ndarray | None, n_resamples: int) -> Row:
     """The paired difference a - b and its p: of right and wrong answers McNemar's, else that of sign flips."""
-    found, exact = paired_difference(a, b, counts=counts, n_resamples=n_resamples), a.dtype == bool
-    return {
-        "difference": found.difference,
-        "ci_low": found.ci_low,
-        "ci_high": found.ci_high,
-        "p_value": mcnemar(a, b).p_value if exact else found.p_value,
-        "test": "mcnemar_exact" if exact else "paired_sign_flip",
-    }
+    found = paired_difference(a, b, counts=counts, n_resamples=n_resamples)
+    if a.dtype == bool:
+        return found._asdict() | {"p_value": mcnemar(a, b).p_value, "test": "mcnemar_exact"}
+    return found._asdict() | {"test": "paired_sign_flip"}
 
 
 def _side(answers: pa.Table, plan_id: str) -> _Side:

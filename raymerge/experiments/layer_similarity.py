@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -172,23 +173,14 @@ def embedding_rows(common: Row, embedding: str, coordinates: np.ndarray) -> list
 
 def similarity_rows(names: Row, found: Study) -> list[Row]:
     """Every entry of a matrix with its null and interval; undefined entries are null with a note, never NaN."""
-    rows = []
-    for (i, j), value in np.ndenumerate(found.matrix.values):
-        rows.append(
-            names
-            | {
-                "layer_i": i,
-                "layer_j": j,
-                "value": _known(value),
-                "null_mean": _known(found.null_mean[i, j]),
-                "null_p95": _known(found.null_p95[i, j]),
-                "ci_low": _known(found.ci_low[i, j]),
-                "ci_high": _known(found.ci_high[i, j]),
-                "n_samples": found.n_samples,
-                "note": found.matrix.notes.get((i, j)),
-            }
-        )
-    return rows
+    beside = ("null_mean", "null_p95", "ci_low", "ci_high")
+    return [
+        names
+        | {"layer_i": i, "layer_j": j, "value": _known(value)}
+        | {name: _known(getattr(found, name)[i, j]) for name in beside}
+        | {"n_samples": found.n_samples, "note": found.matrix.notes.get((i, j))}
+        for (i, j), value in np.ndenumerate(found.matrix.values)
+    ]
 
 
 def _known(value: float) -> float | None:
@@ -223,12 +215,7 @@ def correlation_row(measure: str, a: tuple[str, str], b: tuple[str, str], found:
         "subset_b": b[0],
         "language_b": b[1],
         "measure": measure,
-        "pearson": found.pearson,
-        "pearson_off_diagonal": found.pearson_off_diagonal,
-        "ci_low": found.ci_low,
-        "ci_high": found.ci_high,
-        "reliability_a": found.reliability_a,
-        "reliability_b": found.reliability_b,
+        **asdict(found),
     }
 
 
