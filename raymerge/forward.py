@@ -148,8 +148,10 @@ class LayerRunner:
         self._rotary = type(skeleton.model.rotary_emb)(config=config).to(self.device)
         #: What the layers multiply a block's output by.
         self.residual_multiplier: float = getattr(config, arch.residual_multiplier) if arch.residual_multiplier else 1.0
+        # Layers that are kept on an accelerator: original ones by number, merged ones of one plan by position.
         self._resident: dict[int, dict[str, Tensor]] = {}
-        self._fused: tuple[MergePlan | None, dict[int, dict[str, Tensor]]] = (None, {})
+        self._fused: dict[int, dict[str, Tensor]] = {}
+        self._fused_plan: MergePlan | None = None
 
     @cached_property
     def layer_size(self) -> LayerSize:
@@ -172,21 +174,23 @@ class LayerRunner:
     def weights(self, layer: int) -> dict[str, Tensor]:
         """An original layer's weights in the compute dtype; kept on an accelerator while there is room, converted anew
         on a CPU."""
-        if layer in self._resident:
-            return self._resident[layer]
         options = {"dtype": self.dtype, "device": self.device}
-        weights = self._loaded(lambda: self.deployed(self.checkpoint.layer(layer, **options)))
-        if self._may_keep():
-            self._resident[layer] = weights
-        return weights
+        return self._kept(self._resident, layer, lambda: self.deployed(self.checkpoint.layer(layer, **options)))
 
-    def _loaded(self, load: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """A layer; where there is no room for it, what is kept of the others is given up first."""
-        fits, weights = attempt(load)
+    def _kept(
+        self, layers: dict[int, dict[str, Tensor]], number: int, load: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """One of the layers that are kept, or loaded and kept while there is room; where there is none even to load it,
+        what is kept is given up first."""
+        if number in layers:
+            return layers[number]
+        fits, layer = attempt(load)
         if not fits:
             self.release()
-            weights = load()
-        return weights
+            layer = load()
+        if self._may_keep():
+            layers[number] = layer
+        return layer
 
     def _may_keep(self) -> bool:
         if not self.accelerated:
@@ -197,13 +201,13 @@ class LayerRunner:
     @property
     def kept_bytes(self) -> int:
         """Bytes of the layers that `release` gives up."""
-        layers = [*self._resident.values(), *self._fused[1].values()]
+        layers = [*self._resident.values(), *self._fused.values()]
         return sum(tensor.nbytes for layer in layers for tensor in layer.values())
 
     def release(self) -> None:
         """Give up the layers that are kept on an accelerator; they are converted again when they are needed."""
         self._resident.clear()
-        self._fused = (None, {})
+        self._fused.clear()
 
     @property
     def cache_key(self) -> list[str]:
@@ -236,14 +240,9 @@ class LayerRunner:
 
         def kept_or_loaded() -> dict[str, Tensor]:
             # Every shard of a plan asks for the same few layers; a CPU's memory may not hold them besides.
-            if self._fused[0] != plan:
-                self._fused = (plan, {})
-            if position not in self._fused[1]:
-                layer = self._loaded(load)
-                if not self._may_keep():
-                    return layer
-                self._fused[1][position] = layer
-            return self._fused[1][position]
+            if self._fused_plan != plan:
+                self._fused_plan, self._fused = plan, {}
+            return self._kept(self._fused, position, load)
 
         return kept_or_loaded if self.accelerated else load
 
