@@ -77,6 +77,14 @@ def spread(values: list[float], gap: float, low: float = -math.inf, high: float 
     return [min(at, high - gap * (len(found) - 1 - i)) for i, at in enumerate(found)]
 
 
+def grouped(rows, key) -> dict:
+    """key(row) -> the rows that have it, in order of appearance."""
+    found: dict = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
 def interval_bars(rows: list[dict], value: str = "accuracy", *, scale: float = 1.0) -> np.ndarray:
     """(2, n) lengths from each row's value to the ends of its 95 % interval (columns ci_low, ci_high), for errorbar;
     rows without an interval, or empty, have none."""
