@@ -275,13 +275,14 @@ def import_similarity(
     for a file that is no square matrix, files of different sizes or two of one name.
     """
     progress = progress or Silent()
-    matrices = {_subset_name(Path(file)): _read_matrix(Path(file)) for file in files}
+    files = [Path(file) for file in files]
+    matrices = {file.stem.removesuffix("_40s"): _read_matrix(file) for file in files}
     if len(matrices) < len(files):
         raise ConfigError(f"{len(files)} files give {len(matrices)} subset names ({', '.join(matrices)}): rename some")
     sizes = {name: len(matrix) for name, matrix in matrices.items()}
     if len(set(sizes.values())) > 1:
         raise ConfigError(f"the matrices have different numbers of layers, {sizes}: they cannot be compared")
-    run = RunDirectory.open(out, {"files": [str(Path(file).resolve()) for file in files]}, "import-similarity")
+    run = RunDirectory.open(out, {"files": [str(file.resolve()) for file in files]}, "import-similarity")
     run.begin()
     rows = []
     for name, matrix in matrices.items():
@@ -296,10 +297,6 @@ def import_similarity(
     scripts = ["heatmaps.py", *(["correlations.py"] if found else [])]
     run.write_manifest("complete", command=command, figures=draw_figures(run, scripts, progress), warnings=warnings)
     return run
-
-
-def _subset_name(file: Path) -> str:
-    return file.stem.removesuffix("_40s")
 
 
 def _read_matrix(file: Path) -> np.ndarray:
