@@ -309,7 +309,8 @@ class LayerRunner:
         """The group's sequences, by number, as they are run together: the shortest first, as many as fit into a batch,
         as long as their padding costs less than one more call."""
         lengths = [len(ids) for ids in group.sequences]
-        most, attended = self._limits
+        # Padded tokens, and keys that all its sequences together attend to.
+        most, attended = self._planned_batches if self.accelerated else (_BATCH_TOKENS, float("inf"))
         batches: list[list[int]] = [[]]
         own = 0  # tokens of the last batch, without its padding
         for i in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -322,11 +323,6 @@ class LayerRunner:
             batches[-1].append(i)
             own += length
         return batches
-
-    @property
-    def _limits(self) -> tuple[float, float]:
-        """Padded tokens of a batch, and keys that all its sequences together attend to."""
-        return self._planned_batches if self.accelerated else (_BATCH_TOKENS, float("inf"))
 
     @cached_property
     def _call_tokens(self) -> float:
