@@ -96,7 +96,7 @@ def draw(run: RunDirectory, out: Path) -> list[Path]:
                 paths.append(draw_subjects(view, others[start : start + wide], out / name))
             paths.append(draw_letters(view, out / f"letters{suffix}.png"))
             text += describe(view)
-    paths.append(save_text("\n\n".join(text) + "\n", out / "accuracy.md"))
+    paths.append(save_text(text, out / "accuracy.md"))
     return paths
 
 

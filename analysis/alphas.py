@@ -69,7 +69,7 @@ def draw_files(out: Path | None, *, files: list[Path] | None, similarity=None, s
         paths.append(draw_methods(methods, known, out / "learned_alphas.png"))
     text = ["# Merge coefficients of alpha files", *describe_plans(plans, coefficients, labels)]
     text += describe_methods(methods, known)
-    return [*paths, save_text("\n\n".join(text) + "\n", out / "alphas.md")]
+    return [*paths, save_text(text, out / "alphas.md")]
 
 
 def draw(run: RunDirectory, out: Path, *, files=None, similarity=None, subset=None) -> list[Path]:
@@ -99,7 +99,7 @@ def draw(run: RunDirectory, out: Path, *, files=None, similarity=None, subset=No
     if history:
         header = ["start", "epochs", "first loss", "last loss", "lowest held-out loss", "at epoch"]
         text += ["## Gradient descent", markdown(header, history_rows(history))]
-    paths.append(save_text("\n\n".join(text) + "\n", out / "alphas.md"))
+    paths.append(save_text(text, out / "alphas.md"))
     return paths
 
 

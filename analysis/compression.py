@@ -113,7 +113,7 @@ def finish(run: RunDirectory, sweep: list[dict], text: list[str], out: Path) -> 
         with plt.rc_context(STYLE):
             paths.append(draw_context(context, names, sweep, out / "context.png"))
         text = [*text, *describe_context(context, names)]
-    return [*paths, save_text("\n\n".join(text) + "\n", out / "compression.md")]
+    return [*paths, save_text(text, out / "compression.md")]
 
 
 def stability(values: list[float]) -> tuple[float, float | None]:

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import NamedTuple
 
-from plotting import need
+from plotting import grouped, need
 
 from raymerge.tables import MACRO, MICRO, RunDirectory, RunError, turned, way_of
 
@@ -90,10 +90,7 @@ def line_of(row: dict) -> tuple[str, str, str]:
 
 def curves_of(points: list[Point]) -> dict[str, list[Point]]:
     """Label -> the points of one line by layers removed; the unmerged model is no line."""
-    curves: dict[str, list[Point]] = {}
-    for point in points:
-        if point.removed:
-            curves.setdefault(label_of(*point[1:4]), []).append(point)
+    curves = grouped((point for point in points if point.removed), lambda point: label_of(*point[1:4]))
     return {label: sorted(mine, key=lambda point: point.removed) for label, mine in curves.items()}
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from plotting import COLOURS, GREY, STYLE, ink, markdown, need, number, run_main, save, save_text, subset_name
+from plotting import COLOURS, GREY, STYLE, grouped, ink, markdown, need, number, run_main, save, save_text, subset_name
 
 from raymerge.tables import IMPORTED, RunDirectory, correlation_ceiling, correlation_digits
 
@@ -44,16 +44,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def draw(run: RunDirectory, out: Path) -> list[Path]:
     """Write the figures and correlations.md into `out`; return their paths. RunError if there are no correlations."""
-    measures: dict[str, list[dict]] = {}
-    for row in need(run, "similarity_correlation", "correlations between subsets (a run of one subset has none)"):
-        measures.setdefault(row["measure"], []).append(row)
+    rows = need(run, "similarity_correlation", "correlations between subsets (a run of one subset has none)")
+    measures = grouped(rows, lambda row: row["measure"])
     paths, text = [], [f"# Correlations between similarity matrices of run {run.run_id} ({run.experiment})", _EXPLAINED]
     with plt.rc_context(STYLE):
         for measure, rows in measures.items():
             name = "correlations.png" if len(measures) == 1 else f"correlations-{measure}.png"
             paths.append(draw_correlations(rows, measure, out / name))
             text += describe(rows, measure)
-    paths.append(save_text("\n\n".join(text) + "\n", out / "correlations.md"))
+    paths.append(save_text(text, out / "correlations.md"))
     return paths
 
 

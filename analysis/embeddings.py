@@ -14,7 +14,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from plotting import GREY, STYLE, need, run_main, save, style_of, subset_name
+from plotting import GREY, STYLE, grouped, need, run_main, save, style_of, subset_name
 
 from raymerge.tables import CATEGORY_OF, RunDirectory, RunError
 
@@ -36,10 +36,7 @@ def draw(run: RunDirectory, out: Path, layers: str | None = None) -> list[Path]:
     shown = chosen_layers(sorted({row["layer"] for row in rows}), layers)
     groups = groups_of(run.read("samples").to_pylist())
     ranks = {(subset_name(row), row["layer"]): row for row in run.read("degeneracy").to_pylist()}
-    embeddings: dict[str, list[dict]] = {}
-    for row in rows:
-        if row["layer"] in shown:
-            embeddings.setdefault(row["embedding"], []).append(row)
+    embeddings = grouped((row for row in rows if row["layer"] in shown), lambda row: row["embedding"])
     paths = []
     with plt.rc_context(STYLE):
         for embedding, mine in embeddings.items():

@@ -29,6 +29,7 @@ from plotting import (
     COLOURS,
     STYLE,
     entry,
+    grouped,
     markdown,
     need,
     number,
@@ -75,9 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def draw(run: RunDirectory, out: Path) -> list[Path]:
     """Write the figures and heatmaps.md into `out`; return their paths. RunError if there is no similarity."""
-    figures: dict[tuple[str, str], list[dict]] = {}
-    for row in need(run, "similarity", "the heat maps"):
-        figures.setdefault((row["measure"], row["embedding"]), []).append(row)
+    figures = grouped(need(run, "similarity", "the heat maps"), lambda row: (row["measure"], row["embedding"]))
     ranks, influence = run.read("degeneracy").to_pylist(), run.read("block_influence").to_pylist()
     paths, text = [], [f"# Similarity of layers in run {run.run_id} ({run.experiment})", _EXPLAINED]
     with plt.rc_context(STYLE):
@@ -89,18 +88,15 @@ def draw(run: RunDirectory, out: Path) -> list[Path]:
         if influence:
             paths.append(draw_influence(influence, out / "block_influence.png"))
             text += describe_influence(influence)
-    paths.append(save_text("\n\n".join(text) + "\n", out / "heatmaps.md"))
+    paths.append(save_text(text, out / "heatmaps.md"))
     return paths
 
 
 def views_of(rows: list[dict], ranks: Sequence[dict] = ()) -> list[View]:
     """One View a subset, in order of appearance; a pair stored in one order only counts for both. ranks: rows of
     degeneracy."""
-    subsets: dict[str, list[dict]] = {}
-    for row in rows:
-        subsets.setdefault(subset_name(row), []).append(row)
     views = []
-    for name, mine in subsets.items():
+    for name, mine in grouped(rows, subset_name).items():
         layers = sorted({row[side] for row in mine for side in ("layer_i", "layer_j")})
         at = {layer: i for i, layer in enumerate(layers)}
         matrices = np.full((4, len(layers), len(layers)), np.nan)
@@ -255,16 +251,13 @@ def degenerate_layers(name: str, n_samples: int, ranks: Sequence[dict]) -> list[
 
 def draw_influence(rows: list[dict], path: Path) -> Path:
     """One line a subset; of many subsets the median of all, and how far they go."""
-    subsets: dict[str, list[dict]] = {}
-    for row in rows:
-        subsets.setdefault(subset_name(row), []).append(row)
+    subsets = grouped(rows, subset_name)
     figure, axis = plt.subplots(figsize=(7.6, 4.0))
     if len(subsets) > _LINES:
-        layers: dict[int, list[float]] = {}
-        for row in rows:
-            layers.setdefault(row["layer"], []).append(row["value"])
+        layers = grouped(rows, lambda row: row["layer"])
         x = sorted(layers)
-        low, middle, high = (np.array([find(layers[layer]) for layer in x]) for find in (np.min, np.median, np.max))
+        values = [[row["value"] for row in layers[layer]] for layer in x]
+        low, middle, high = (np.array([find(own) for own in values]) for find in (np.min, np.median, np.max))
         axis.fill_between(
             x, low, high, color=COLOURS[5], alpha=0.4, lw=0, label=f"lowest to highest of {len(subsets)} subsets"
         )

@@ -77,6 +77,14 @@ def spread(values: list[float], gap: float, low: float = -math.inf, high: float 
     return [min(at, high - gap * (len(found) - 1 - i)) for i, at in enumerate(found)]
 
 
+def grouped(rows, key) -> dict:
+    """key(row) -> the rows that have it, in order of appearance."""
+    found: dict = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
 def interval_bars(rows: list[dict], value: str = "accuracy", *, scale: float = 1.0) -> np.ndarray:
     """(2, n) lengths from each row's value to the ends of its 95 % interval (columns ci_low, ci_high), for errorbar;
     rows without an interval, or empty, have none."""
@@ -106,24 +114,24 @@ def plain_log(axis, low: float, high: float) -> None:
 
 
 def save(figure, path: Path) -> Path:
-    """Write a figure and close it; a temporary name first, so that no viewer opens half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"_tmp.{path.name}")
+    """Write a figure and close it."""
     try:
-        figure.savefig(temporary, format="png")
-        temporary.replace(path)
+        return _written(path, lambda temporary: figure.savefig(temporary, format="png"))
     finally:
-        temporary.unlink(missing_ok=True)
         plt.close(figure)
-    return path
 
 
-def save_text(text: str, path: Path) -> Path:
-    """Write a Markdown file in one go."""
+def save_text(sections: list[str], path: Path) -> Path:
+    """Write a Markdown file of these sections."""
+    return _written(path, lambda temporary: temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8"))
+
+
+def _written(path: Path, write) -> Path:
+    """Let `write` make a file under a temporary name first, so that no viewer opens half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"_tmp.{path.name}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        write(temporary)
         return temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

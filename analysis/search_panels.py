@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
-from plotting import COLOURS, GREY, markdown, number, save, spread, style_of
+from plotting import COLOURS, GREY, grouped, markdown, number, save, spread, style_of
 
 from raymerge.tables import RunDirectory, above_ceiling, is_minimised, rank, wilson_interval, without_far_worse
 
@@ -17,9 +17,8 @@ _ABOVE = "above ceiling"
 
 def candidates_of(run: RunDirectory, trials: list[dict]) -> tuple[dict[str, list[dict]], list[dict]]:
     """Searcher -> its candidates in order, and the controls; those above the search's ceiling have no value."""
-    searchers: dict[str, list[dict]] = {}
-    for row in sorted(held_to(run, trials), key=lambda row: row["iteration"]):
-        searchers.setdefault(row["searcher"], []).append(row)
+    tried = sorted(held_to(run, trials), key=lambda row: row["iteration"])
+    searchers = grouped(tried, lambda row: row["searcher"])
     controls = searchers.pop("controls", [])
     return searchers, controls
 

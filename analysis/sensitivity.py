@@ -55,7 +55,7 @@ def draw(run: RunDirectory, out: Path) -> list[Path]:
     text = [f"# Sensitivity of layer similarity in run {run.run_id} ({run.experiment})"]
     notes = [f"- {subset_name(row)}: {row['note']}" for row in rows if row["parameter"] == _REFERENCE and row["note"]]
     text += ["The reference setting itself:\n\n" + "\n".join(notes)] if notes else []
-    return [*paths, save_text("\n\n".join([*text, *describe(varied)]) + "\n", out / "sensitivity.md")]
+    return [*paths, save_text([*text, *describe(varied)], out / "sensitivity.md")]
 
 
 def settings_of(rows: list[dict]) -> dict[str, list[str]]:

@@ -316,13 +316,6 @@ class Aligner:
                 found[source] = total
         return found
 
-    def permutations(self, plan: MergePlan) -> dict[int, Permutations]:
-        """For every layer that the plan merges into another, whatever its coefficient, its reordering."""
-        found = {}
-        for kept, layers in plan.groups.items():
-            found.update(self.towards(kept, layers, plan.alignment))
-        return found
-
     def row_matches(self, plan: MergePlan, *, keep: bool = False) -> list[dict[str, np.ndarray]]:
         """For each step of the plan, each matrix's order of the removed layer's rows ("rows"), from memory, from disk
         or from the model.

@@ -110,14 +110,10 @@ def _compared(common: Row, pairs: Sequence[tuple[str, str]], side: Callable[[str
 
 def _tested(a: np.ndarray, b: np.ndarray, counts: np.ndarray | None, n_resamples: int) -> Row:
     """The paired difference a - b and its p: of right and wrong answers McNemar's, else that of sign flips."""
-    found, exact = paired_difference(a, b, counts=counts, n_resamples=n_resamples), a.dtype == bool
-    return {
-        "difference": found.difference,
-        "ci_low": found.ci_low,
-        "ci_high": found.ci_high,
-        "p_value": mcnemar(a, b).p_value if exact else found.p_value,
-        "test": "mcnemar_exact" if exact else "paired_sign_flip",
-    }
+    found = paired_difference(a, b, counts=counts, n_resamples=n_resamples)
+    if a.dtype == bool:
+        return found._asdict() | {"p_value": mcnemar(a, b).p_value, "test": "mcnemar_exact"}
+    return found._asdict() | {"test": "paired_sign_flip"}
 
 
 def _side(answers: pa.Table, plan_id: str) -> _Side:

@@ -424,10 +424,8 @@ class SensitivityConfig(_Section):
 
 
 BLOCK_METHODS = ("drop_block", "merge_block")
-SWEEP_METHODS = (
-    *("drop", "before_last", *BLOCK_METHODS),
-    *("block_influence", "similarity_ratio", "similarity", "most_similar", "file"),
-)
+SIMILARITY_METHODS = ("block_influence", "similarity_ratio", "similarity", "most_similar")  # with plan.similarity_run
+SWEEP_METHODS = ("drop", "before_last", *BLOCK_METHODS, *SIMILARITY_METHODS, "file")
 
 
 class SweepConfig(_Section):
@@ -461,6 +459,11 @@ class SweepConfig(_Section):
     distances: list[Positive] = [32, 64, 128, 256, 512, 1024]
     retrieval_prompts: Positive = 20
     speed_tokens: Annotated[int, Field(ge=0)] = 32
+
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether a method asks for a block of layers."""
+        return not set(BLOCK_METHODS).isdisjoint(self.methods)
 
     @field_validator("methods")
     @classmethod
@@ -595,15 +598,14 @@ class Config(_Section):
     @property
     def chooses_blocks(self) -> bool:
         """Whether a block of layers is chosen by the states or the loss on the calibration text or prompts."""
-        asks = self.plan.selection == "block" or not set(BLOCK_METHODS).isdisjoint(self.sweep.methods)
+        asks = self.plan.selection == "block" or self.sweep.takes_blocks
         return asks and self.plan.block in ("cosine", "angular", "loss", "search")
 
     def needs_calibration(self, *, sweep: bool = False) -> bool:
         """Whether a search, or a sweep, chooses or fits anything on the calibration text or prompts."""
-        if sweep:
-            blocks = not set(BLOCK_METHODS).isdisjoint(self.sweep.methods)
-            return (self.chooses_blocks and blocks) or set(self.sweep.refits) != {"none"}
-        return (self.chooses_blocks and self.plan.selection == "block") or self.plan.refit != "none"
+        blocks = self.sweep.takes_blocks if sweep else self.plan.selection == "block"
+        refits = set(self.sweep.refits) if sweep else {self.plan.refit}
+        return (blocks and self.chooses_blocks) or refits != {"none"}
 
     @model_validator(mode="after")
     def _has_its_calibration(self) -> Config:

@@ -20,7 +20,6 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.errors import UserError
 from raymerge.evaluation import merged_states, token_losses
 from raymerge.forward import LayerRunner
-from raymerge.identity import digest
 from raymerge.plan import MergePlan
 from raymerge.prompts import SHARD_TOKENS, Group, Shard, bos_token, token_ids
 from raymerge.trunk import TrunkCache
@@ -120,15 +119,6 @@ class RetrievalSet:
     options: np.ndarray
     answers: np.ndarray
     distances: np.ndarray
-    add_bos: bool
-
-    @property
-    def tokens(self) -> int:
-        return sum(shard.tokens for shard in self.shards)
-
-    @property
-    def identity(self) -> str:
-        return digest([self.options.tolist(), self.answers.tolist(), [shard.identity for shard in self.shards]])
 
 
 @dataclass(frozen=True)
@@ -213,7 +203,6 @@ def retrieval_prompts(
         np.array(options, dtype=np.int64),
         np.array(answers, dtype=np.int8),
         np.repeat(np.array(distances, dtype=np.int64), per_distance),
-        bos is not None,
     )
 
 

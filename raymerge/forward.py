@@ -105,6 +105,7 @@ class LayerRunner:
     On an accelerator, layers stay in its memory while half of it is free; batches are as large as `memory.plan_batches`
     says, and one that runs out of memory is run in halves.
     aligner: where plans that align layers take permutations from; by default one that computes what it is asked for.
+    refits: where plans that are refitted take their fitted tensors from.
     quantise: round the matrices of every layer, merged ones after merging, to int8 or int4 (see `quantisation`).
     """
 
@@ -115,13 +116,14 @@ class LayerRunner:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         aligner: Aligner | None = None,
+        refits: Refits | None = None,
         quantise: str = "none",
     ):
         from transformers import AutoModelForCausalLM
 
         self.checkpoint = checkpoint
         self.aligner = aligner or Aligner(checkpoint)
-        self.refits: Refits | None = None  # of plans that are refitted; set later, since fits need a runner
+        self.refits = refits
         self.quantise = quantise
         self.device = torch.device(device)
         self.accelerated = is_accelerator(self.device)
@@ -146,8 +148,10 @@ class LayerRunner:
         self._rotary = type(skeleton.model.rotary_emb)(config=config).to(self.device)
         #: What the layers multiply a block's output by.
         self.residual_multiplier: float = getattr(config, arch.residual_multiplier) if arch.residual_multiplier else 1.0
+        # Layers that are kept on an accelerator: original ones by number, merged ones of one plan by position.
         self._resident: dict[int, dict[str, Tensor]] = {}
-        self._fused: tuple[MergePlan | None, dict[int, dict[str, Tensor]]] = (None, {})
+        self._fused: dict[int, dict[str, Tensor]] = {}
+        self._fused_plan: MergePlan | None = None
 
     @cached_property
     def layer_size(self) -> LayerSize:
@@ -170,21 +174,23 @@ class LayerRunner:
     def weights(self, layer: int) -> dict[str, Tensor]:
         """An original layer's weights in the compute dtype; kept on an accelerator while there is room, converted anew
         on a CPU."""
-        if layer in self._resident:
-            return self._resident[layer]
         options = {"dtype": self.dtype, "device": self.device}
-        weights = self._loaded(lambda: self.deployed(self.checkpoint.layer(layer, **options)))
-        if self._may_keep():
-            self._resident[layer] = weights
-        return weights
+        return self._kept(self._resident, layer, lambda: self.deployed(self.checkpoint.layer(layer, **options)))
 
-    def _loaded(self, load: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """A layer; where there is no room for it, what is kept of the others is given up first."""
-        fits, weights = attempt(load)
+    def _kept(
+        self, layers: dict[int, dict[str, Tensor]], number: int, load: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """One of the layers that are kept, or loaded and kept while there is room; where there is none even to load it,
+        what is kept is given up first."""
+        if number in layers:
+            return layers[number]
+        fits, layer = attempt(load)
         if not fits:
             self.release()
-            weights = load()
-        return weights
+            layer = load()
+        if self._may_keep():
+            layers[number] = layer
+        return layer
 
     def _may_keep(self) -> bool:
         if not self.accelerated:
@@ -195,25 +201,20 @@ class LayerRunner:
     @property
     def kept_bytes(self) -> int:
         """Bytes of the layers that `release` gives up."""
-        layers = [*self._resident.values(), *self._fused[1].values()]
+        layers = [*self._resident.values(), *self._fused.values()]
         return sum(tensor.nbytes for layer in layers for tensor in layer.values())
 
     def release(self) -> None:
         """Give up the layers that are kept on an accelerator; they are converted again when they are needed."""
         self._resident.clear()
-        self._fused = (None, {})
-
-    @property
-    def identity(self) -> list[str]:
-        """What decides a layer's output beside its input."""
-        options = [] if self.quantise == "none" else [self.quantise]
-        return [self.checkpoint.identity, str(self.dtype), *options]
+        self._fused.clear()
 
     @property
     def cache_key(self) -> list[str]:
-        """What names cached outputs of layers: `identity`, and whose code ran them. After a release of transformers
-        mends a family's layer, outputs of the release before must not be read."""
-        return [*self.identity, f"transformers {version('transformers')}", f"raymerge {_VERSION}"]
+        """What names cached outputs of layers: what decides them beside their input, and whose code ran them. After a
+        release of transformers mends a family's layer, outputs of the release before must not be read."""
+        weights = [self.checkpoint.identity, str(self.dtype), *([] if self.quantise == "none" else [self.quantise])]
+        return [*weights, f"transformers {version('transformers')}", f"raymerge {_VERSION}"]
 
     def deployed(self, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A layer's weights as the deployed model has them."""
@@ -239,14 +240,9 @@ class LayerRunner:
 
         def kept_or_loaded() -> dict[str, Tensor]:
             # Every shard of a plan asks for the same few layers; a CPU's memory may not hold them besides.
-            if self._fused[0] != plan:
-                self._fused = (plan, {})
-            if position not in self._fused[1]:
-                layer = self._loaded(load)
-                if not self._may_keep():
-                    return layer
-                self._fused[1][position] = layer
-            return self._fused[1][position]
+            if self._fused_plan != plan:
+                self._fused_plan, self._fused = plan, {}
+            return self._kept(self._fused, position, load)
 
         return kept_or_loaded if self.accelerated else load
 
@@ -313,7 +309,8 @@ class LayerRunner:
         """The group's sequences, by number, as they are run together: the shortest first, as many as fit into a batch,
         as long as their padding costs less than one more call."""
         lengths = [len(ids) for ids in group.sequences]
-        most, attended = self._limits
+        # Padded tokens, and keys that all its sequences together attend to.
+        most, attended = self._planned_batches if self.accelerated else (_BATCH_TOKENS, float("inf"))
         batches: list[list[int]] = [[]]
         own = 0  # tokens of the last batch, without its padding
         for i in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -326,11 +323,6 @@ class LayerRunner:
             batches[-1].append(i)
             own += length
         return batches
-
-    @property
-    def _limits(self) -> tuple[float, float]:
-        """Padded tokens of a batch, and keys that all its sequences together attend to."""
-        return self._planned_batches if self.accelerated else (_BATCH_TOKENS, float("inf"))
 
     @cached_property
     def _call_tokens(self) -> float:
@@ -375,27 +367,35 @@ class LayerRunner:
                 f"the MLP units of {self.checkpoint.architecture.name} see only the tokens that are routed to their "
                 "expert, which differ between layers: alignment activations cannot match them; use alignment neurons"
             )
-        found: list[Tensor] = []  # (T, n) of each sequence, in the order they were run
-        seen: list[Tensor] = []
-        module = self.modules[layer]
-        # What a call that ran out of memory has seen is dropped when the next one begins.
+        points = {"units": self.modules[layer].mlp.down_proj}
+        parts: list[Tensor] = []
+        for state in self.observed(states, layer, self.weights(layer), points)["units"]:
+            parts.append(state.prefix[0])
+            parts += [x[row, :length] for _, lengths, x in state.batches for row, length in enumerate(lengths)]
+        return torch.cat(parts)
+
+    def observed(
+        self,
+        states: list[GroupStates],
+        index: int,
+        weights: Mapping[str, Tensor],
+        points: Mapping[str, torch.nn.Module],
+    ) -> dict[str, list[GroupStates]]:
+        """Run a layer on the states, replacing them; what each of its submodules `points` reads, laid out as the states
+        are."""
+        seen: dict[str, Tensor] = {}
+        ended: list[dict[str, Tensor]] = []  # what was seen in each call; one that ran out of memory does not end
         hooks = [
-            module.register_forward_pre_hook(lambda *_: seen.clear()),
-            module.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0])),
-            module.register_forward_hook(lambda *_: found.extend(seen[0])),
+            module.register_forward_pre_hook(lambda _module, inputs, name=name: seen.update({name: inputs[0]}))
+            for name, module in points.items()
         ]
+        hooks.append(self.modules[index].register_forward_hook(lambda *_: ended.append(seen.copy())))
         try:
-            self.run(states, [(layer, lambda: self.weights(layer))])
+            self.run(states, [(index, lambda: weights)])
         finally:
             for hook in hooks:
                 hook.remove()
-        sequences, units = iter(found), []
-        for state in states:
-            if state.prefix.shape[1]:
-                units.append(next(sequences))
-            for _, lengths, _ in state.batches:
-                units.extend(next(sequences)[:length] for length in lengths)
-        return torch.cat(units)
+        return {name: _laid_out((call[name] for call in ended), states) for name in points}
 
     def _run_group(self, index: int, weights: dict[str, Tensor], state: GroupStates) -> None:
         n_prefix = state.prefix.shape[1]
@@ -448,6 +448,22 @@ class LayerRunner:
             },
         )
         return out[0] if isinstance(out, tuple) else out
+
+
+def _laid_out(calls: Iterator[Tensor], states: list[GroupStates]) -> list[GroupStates]:
+    """What calls of a layer have seen, (B, T, n) each, in the batches of the states that were run: a group's prefix,
+    where it has one, then its sequences, also those of a batch that was run in halves."""
+    found = []
+    for state in states:
+        prefix = next(calls) if state.prefix.shape[1] else None
+        batches = []
+        for members, lengths, _ in state.batches:
+            batch = next(calls)
+            while len(batch) < len(members):
+                batch = torch.cat([batch, next(calls)])
+            batches.append((members, lengths, batch))
+        found.append(GroupStates(state.group, batches[0][2][:1, :0] if prefix is None else prefix, batches))
+    return found
 
 
 def joined(packed: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

@@ -25,8 +25,6 @@ from raymerge.parametrisation import Parametrisation
 from raymerge.plan import MergePlan, coefficients_to_alphas
 from raymerge.tail_loss import Evaluation, GradientError, LossWeights, TailLoss
 
-OPTIMIZERS = ("adam", "lbfgs", "sgd")
-
 _EVALUATION = 2**31  # stands for a step's number in the seed of the text sample that losses are compared on
 _HISTORIES = ("old_dirs", "old_stps", "ro")  # what L-BFGS keeps lists of
 _LINE_SEARCH = 20  # evaluations of the loss in one step of L-BFGS, at most
@@ -34,7 +32,8 @@ _LINE_SEARCH = 20  # evaluations of the loss in one step of L-BFGS, at most
 
 @dataclass(frozen=True)
 class Settings:
-    """How to descend. The published way: adam, 1e-3, batches of 4 questions, 500 epochs, nothing held out.
+    """How to descend; `GradientConfig` has the limits. The published way: adam, 1e-3, batches of 4 questions, 500
+    epochs, nothing held out.
 
     optimizer: adam or sgd, with steps of learning_rate; or lbfgs (Liu and Nocedal 1989, with a line search by the
     strong Wolfe conditions), for which learning_rate does not count and an epoch is one step, on all questions and on
@@ -53,23 +52,6 @@ class Settings:
     held_out: float = 0.0
     patience: int | None = None
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, valid, limit in (
-            ("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
-            ("learning_rate", math.isfinite(self.learning_rate) and self.learning_rate > 0.0, "greater than 0"),
-            ("epochs", self.epochs >= 0, "0 or more"),
-            ("batch_size", self.batch_size is None or self.batch_size >= 1, "1 or more, or none for all questions"),
-            ("held_out", 0.0 <= self.held_out < 1.0, "at least 0 and less than 1"),
-            ("patience", self.patience is None or self.patience >= 1, "1 or more, or none"),
-            ("seed", self.seed >= 0, "0 or more"),
-        ):
-            if not valid:
-                raise GradientError(f"{name} is {getattr(self, name)!r}, but it must be {limit}")
-        if self.optimizer == "lbfgs" and self.batch_size is not None:
-            raise GradientError(
-                f"batch_size is {self.batch_size}, but lbfgs takes every step on all questions: set it to none"
-            )
 
 
 def descent_settings(config: Config, parametrisation: str) -> Settings:
@@ -164,7 +146,7 @@ def _optimizer(settings: Settings, parameters: torch.nn.Parameter) -> torch.opti
         return torch.optim.LBFGS(
             [parameters], max_iter=1, max_eval=_LINE_SEARCH, line_search_fn="strong_wolfe", **tolerances
         )
-    make = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.SGD
+    make = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[settings.optimizer]
     return make([parameters], lr=settings.learning_rate)
 
 

@@ -72,15 +72,7 @@ def read_tasks(config: Config, roles: Iterable[str]) -> dict[str, Task]:
     """Those tasks of the tasks section that the roles name, by name. Raises DataError."""
     roles = set(roles)
     return {
-        name: load_task(
-            name,
-            task.format,
-            task.file,
-            shots=task.shots,
-            examples=task.examples,
-            limit=task.limit,
-            seed=config.data.seed,
-        )
+        name: load_task(name, **dict(task), seed=config.data.seed)
         for name, task in config.tasks.root.items()
         if task_role(name) in roles
     }

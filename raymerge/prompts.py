@@ -81,11 +81,6 @@ class Prompts:
     shards: tuple[Shard, ...]
     letters: tuple[int, int, int, int]
     answers: np.ndarray
-    add_bos: bool
-
-    @property
-    def tokens(self) -> int:
-        return sum(shard.tokens for shard in self.shards)
 
     @property
     def identity(self) -> str:
@@ -146,7 +141,7 @@ def encode_questions(
         raise PromptError("the question set is empty")
     answers = np.array([question.answer for question in questions.questions], dtype=np.int8)
     limit = _limit(sum(group.tokens for group in groups), shard_tokens, shards)
-    return Prompts(_balanced(groups, limit, shards), letters, answers, bos is not None)
+    return Prompts(_balanced(groups, limit, shards), letters, answers)
 
 
 def encode_task(

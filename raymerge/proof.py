@@ -156,8 +156,7 @@ def _layerwise_logits(
     refits: Refits | None,
 ) -> list[Tensor]:
     """(T, vocabulary) float32 logits of each sequence, by what plans are judged with."""
-    runner = LayerRunner(checkpoint, device="cpu", dtype=torch.float32, aligner=aligner)
-    runner.refits = refits
+    runner = LayerRunner(checkpoint, device="cpu", dtype=torch.float32, aligner=aligner, refits=refits)
     empty = np.empty(0, dtype=np.int64)
     shard = Shard(tuple(Group("", empty, (sequence,), (row,)) for row, sequence in enumerate(ids)))
     states = runner.run(runner.embed(shard), runner.plan_layers(plan))

@@ -81,11 +81,23 @@ class _Drawn:
 
     def _next_planned(self) -> Point | None:
         while self._planned:
-            point = self._planned.pop(0)
-            if tuple(point) not in self._done:
-                self._done.add(tuple(point))
+            if tuple(point := self._planned.pop(0)) not in self._done:
                 return point
         return None
+
+    def ask(self, count: int, pending: Sequence[Point] = ()) -> list[Point]:
+        """The next `count` points, given that `pending` are being evaluated."""
+        self._done.update(map(tuple, pending))  # of a restart, which had not asked for them itself
+        points: list[Point] = []
+        for _ in range(count):
+            point = self._next_planned() or self._propose([*pending, *points])
+            self._done.add(tuple(point))
+            points.append(point)
+        return points
+
+    def _propose(self, pending: Sequence[Point]) -> Point:
+        """A point after the planned ones."""
+        return self._new(self._random)
 
     def tell(self, point: Point, value: float | None) -> None:
         self._done.add(tuple(point))
@@ -98,18 +110,6 @@ class RandomProposer(_Drawn):
     def __init__(self, **options: Any):
         super().__init__(**options)
         self._random = np.random.default_rng([self.seed, 1])
-
-    def ask(self, count: int, pending: Sequence[Point] = ()) -> list[Point]:
-        """The next `count` points."""
-        self._done.update(map(tuple, pending))  # of a restart, which had not asked for them itself
-        return [self._one() for _ in range(count)]
-
-    def _one(self) -> Point:
-        if (point := self._next_planned()) is not None:
-            return point
-        point = self._new(self._random)
-        self._done.add(tuple(point))
-        return point
 
 
 class Starts:
@@ -142,18 +142,8 @@ class BayesProposer(_Drawn):
     kernel stays as it is: what it computes grows with the cube of what it knows, and its memory with the square.
     """
 
-    def __init__(
-        self,
-        *,
-        dimensions: int,
-        bounds: tuple[float, float],
-        seed: int,
-        initial: int = 10,
-        known: Sequence[Point] = (),
-        choices: Sequence[float] = (),
-        warp: Callable[[np.ndarray], np.ndarray] | None = None,
-    ):
-        super().__init__(dimensions=dimensions, bounds=bounds, seed=seed, known=known, choices=choices)
+    def __init__(self, *, initial: int = 10, warp: Callable[[np.ndarray], np.ndarray] | None = None, **options: Any):
+        super().__init__(**options)
         from bayes_opt import BayesianOptimization, acquisition
         from bayes_opt.parameter import wrap_kernel
         from sklearn.gaussian_process.kernels import Matern, WhiteKernel
@@ -171,9 +161,10 @@ class BayesProposer(_Drawn):
         self._liar = acquisition.ConstantLiar(improvement, strategy="mean")
         self._optimizer = BayesianOptimization(
             None,
-            ({"choice": (0.0, 1.0)} if self.choices else {}) | {f"value_{i:03d}": bounds for i in range(dimensions)},
+            ({"choice": (0.0, 1.0)} if self.choices else {})
+            | {f"value_{i:03d}": self.bounds for i in range(self.dimensions)},
             acquisition_function=self._liar,
-            random_state=seed,
+            random_state=self.seed,
             verbose=0,
             allow_duplicate_points=True,
         )
@@ -204,16 +195,6 @@ class BayesProposer(_Drawn):
     def _decode(self, encoded: np.ndarray) -> Point:
         choice, values = self._split([float(value) for value in encoded])
         return [*(self.choices[int(self._numbers(value))] for value in choice), *values]
-
-    def ask(self, count: int, pending: Sequence[Point] = ()) -> list[Point]:
-        """The next `count` points, given that `pending` are being evaluated."""
-        self._done.update(map(tuple, pending))  # of a restart, which had not asked for them itself
-        points: list[Point] = []
-        for _ in range(count):
-            point = self._next_planned() or self._propose([*pending, *points])
-            self._done.add(tuple(point))
-            points.append(point)
-        return points
 
     def _propose(self, pending: Sequence[Point]) -> Point:
         space = self._optimizer.space

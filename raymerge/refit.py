@@ -151,8 +151,8 @@ class Refitter:
     """Fits plans on one runner's model, and gives `fusion` the fitted tensors.
 
     shards: the calibration's, asked for when first needed; None where there are none. cache: folder of the fits and
-    of the unmerged model's states. Fits can be made here in one go (`tensors` does where they are missing) or step by
-    step from partial sums of several workers (`sums`, `solve`, `store`).
+    of the unmerged model's states. Fits can be made here in one go (`fit`; `tensors` makes those that it needs) or step
+    by step from partial sums of several workers (`sums`, `solve`, `store`).
     """
 
     def __init__(self, runner: LayerRunner, cache: str | Path, shards: Callable[[], Sequence[Shard]] | None = None):
@@ -165,12 +165,10 @@ class Refitter:
 
     def tensors(self, plan: MergePlan, position: int) -> dict[str, Tensor]:
         """The fitted tensors of one layer of the merged model by relative name, in the stored dtype."""
-        steps = [number for number, step in enumerate(steps_of(plan)) if step.position == position]
-        if not all(is_whole(self.path(plan, number), _WHAT) for number in steps):
-            self.fit(plan)
         found: dict[str, Tensor] = {}
-        for number in steps:
-            found |= self._read(plan, number)
+        for number, step in enumerate(steps_of(plan)):
+            if step.position == position:
+                found |= self._read(plan, number)
         return found
 
     def fit(self, plan: MergePlan) -> None:
@@ -449,24 +447,7 @@ def observe(
     index: the original layer whose module is used. Keys: o_proj's and down_proj's relative names, for what they read;
     "middle", the state between attention and MLP; "leaving", the layer's output.
     """
-    module, parts = runner.modules[index], {}
+    module = runner.modules[index]
     points = {_O: module.self_attn.o_proj, _DOWN: module.mlp.down_proj, "middle": getattr(module, _MIDDLE)}
-    found: dict[str, list[Tensor]] = {name: [] for name in points}
-    hooks = [
-        submodule.register_forward_pre_hook(lambda _module, inputs, name=name: found[name].append(inputs[0]))
-        for name, submodule in points.items()
-    ]
-    try:
-        for state in states:
-            for calls in found.values():
-                calls.clear()
-            runner.run([state], [(index, lambda: weights)])
-            for name, calls in found.items():
-                prefix = calls.pop(0) if state.prefix.shape[1] else calls[0][:1, :0]
-                batches = [(m, n, x) for (m, n, _), x in zip(state.batches, calls, strict=True)]
-                parts.setdefault(name, []).append(GroupStates(state.group, prefix, batches))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    parts["leaving"] = states
-    return {name: joined(runner.pack(group)) for name, group in parts.items()}
+    found = runner.observed(states, index, weights, points) | {"leaving": states}
+    return {name: joined(runner.pack(group)) for name, group in found.items()}

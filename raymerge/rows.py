@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -233,15 +234,7 @@ def cost_row(plan: MergePlan, plan_id: str, checkpoint: Checkpoint, quantise: st
 
 def receipt_rows(plan_id: str, found: Sequence[Receipt]) -> list[Row]:
     """Rows of `receipts`."""
-    return [
-        {
-            "plan_id": plan_id,
-            "tensor": receipt.tensor,
-            "max_abs_change": receipt.max_abs_change,
-            "relative_change": receipt.relative_change,
-        }
-        for receipt in found
-    ]
+    return [{"plan_id": plan_id, **asdict(receipt)} for receipt in found]
 
 
 def history_rows(searcher: str, start: int, history: Sequence[Epoch]) -> list[Row]:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ray import tune
 from ray.tune.search import Searcher
@@ -105,20 +105,6 @@ class SearchOutcome:
     wall_seconds: float
     share_not_scoring: float | None
     workers: tuple[Row, ...] = ()
-
-
-class Crew(Protocol):
-    """What the searcher needs of a pool; see WorkerPool."""
-
-    @property
-    def present(self) -> list[int]: ...
-    def name_of(self, slot: int) -> str: ...
-    def poll(self) -> list[int]: ...
-    def lose(self, slot: int, reason: str) -> str: ...
-    def gives_up(self, losses: Sequence[str]) -> bool: ...
-    def answering(self, slots: Sequence[int]) -> list[int]: ...
-    def succeeded(self, slot: int) -> None: ...
-    def require(self) -> None: ...
 
 
 class _Trial(tune.Trainable):
@@ -273,7 +259,7 @@ class BatchSearcher(Searcher):
         *,
         candidates: int,
         batch: int,
-        crew: Crew,
+        crew: WorkerPool,
         concurrent: int | None = None,
         describe: Callable[[Point], Row],
         minimise: bool,
@@ -284,13 +270,13 @@ class BatchSearcher(Searcher):
         super().__init__(metric="value", mode="max")
         self._proposer, self._describe, self._record = proposer, describe, record
         self._minimise, self._on_progress = minimise, on_progress
-        self._crew = crew
+        self.crew = crew
         self.candidates, self.concurrent = candidates, math.inf if concurrent is None else concurrent
         self._supply = _Supply(proposer, candidates=candidates, batch=batch, replayed=replayed)
         self._free = list(crew.present)
         self._running: dict[str, tuple[int, _Batch]] = {}
         self.scored: dict[str, list[float]] = {}  # actor -> seconds of each of its candidates in this call
-        self.best: tuple[float, float] | None = None
+        self.best: float | None = None  # value of the objective
         self.done = self.finished = 0
         self.failure: BaseException | None = None
         self.trial_failed = False  # with an error in Tune's folder
@@ -317,9 +303,9 @@ class BatchSearcher(Searcher):
         if self.failure is not None or (self._supply.is_empty and not self._running):
             return self.FINISHED
         try:
-            self._free += self._crew.poll()
+            self._free += self.crew.poll()
             if not self._free and not self._running:
-                self._crew.require()
+                self.crew.require()
         except Exception as failed:
             # Tune would go on; it ends the search and is raised when Tune is done.
             self.failure = failed
@@ -335,8 +321,8 @@ class BatchSearcher(Searcher):
         first_round = self._first_round if self._handed_out <= len(self._first_round) else []
         return {
             "candidates": batch.points,
-            "worker": self._crew.name_of(slot),
-            "first_round": [self._crew.name_of(other) for other in first_round],
+            "worker": self.crew.name_of(slot),
+            "first_round": [self.crew.name_of(other) for other in first_round],
         }
 
     def on_trial_complete(self, trial_id: str, result: Row | None = None, error: bool = False) -> None:
@@ -381,20 +367,20 @@ class BatchSearcher(Searcher):
     def _release(self, slot: int, result: Row) -> str:
         """Take note of what has become of a trial's worker; return the node that it was on if it was lost, else ""."""
         if result.get("lost"):
-            node = self._crew.lose(slot, result["lost"])
-            self._free = self._crew.answering(self._free)
+            node = self.crew.lose(slot, result["lost"])
+            self._free = self.crew.answering(self._free)
             return node
         if result.get("results") is not None:
             self._free.append(slot)
-            self._crew.succeeded(slot)
+            self.crew.succeeded(slot)
         elif not result.get("refused"):  # the trial failed, which says nothing of the worker
-            self._free += self._crew.answering([slot])
+            self._free += self.crew.answering([slot])
         return ""
 
     def _repeat(self, batch: _Batch, node: str) -> bool:
         """Give a batch whose worker was lost out once more; False where the crew gives it up."""
         losses = (*batch.losses, node)
-        if self._crew.gives_up(losses):
+        if self.crew.gives_up(losses):
             return False
         self._supply.repeat(batch, losses)
         return True
@@ -415,17 +401,15 @@ class BatchSearcher(Searcher):
 
     def _learn(self, row: Row) -> None:
         self.done += 1
-        if row["status"] != "ok":
-            self._proposer.tell(row["alphas"], None)
-        else:
-            score = -row["value"] if self._minimise else row["value"]
-            nll = row["nll"] or 0.0
+        score = None
+        if row["status"] == "ok":
+            value, better = row["value"], min if self._minimise else max
+            self.best = value if self.best is None else better(self.best, value)
             # Accuracy over few questions is a staircase with ties, which the likelihood of the answers breaks.
-            self._proposer.tell(row["alphas"], score if self._minimise else score - _TIE_BREAK * nll)
-            self.best = max(self.best, (score, -nll)) if self.best else (score, -nll)
+            score = -value if self._minimise else value - _TIE_BREAK * (row["nll"] or 0.0)
+        self._proposer.tell(row["alphas"], score)
         if self._on_progress is not None:
-            shown = None if self.best is None else (-self.best[0] if self._minimise else self.best[0])
-            self._on_progress(self.done, shown)
+            self._on_progress(self.done, self.best)
 
     def __getstate__(self) -> Row:
         # Tune pickles its searcher for `Tuner.restore`, which is not used: the caller's record is the state.
@@ -439,7 +423,6 @@ class BatchSearcher(Searcher):
 
 
 def run_search(
-    pool: WorkerPool,
     batches: BatchSearcher,
     *,
     name: str,
@@ -461,6 +444,7 @@ def run_search(
     if batches.done >= batches.candidates:
         return SearchOutcome(0, 0.0, None)
     _quiet_tune()
+    pool = batches.crew
     began, before = time.monotonic(), pool.seconds_present()
     folder, run_name = Path(storage_path).absolute(), f"{name}-{uuid.uuid4().hex[:8]}"
     options = {"timeout_s": pool.timeout_s, "method": method, "arguments": arguments}

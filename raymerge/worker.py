@@ -128,16 +128,13 @@ class ModelWorker:
         self.aligner = Aligner(self.checkpoint, self.cache, device=device, units=self._units, data=matched_on)
         if is_accelerator(device):
             refuse_oversized(self.checkpoint, dtype or self.checkpoint.dtype, template, device_memory(device).free)
-        self.runner = LayerRunner(
-            self.checkpoint, device=device, dtype=dtype, aligner=self.aligner, quantise=model.quantise
-        )
+        make = partial(LayerRunner, self.checkpoint, device=device, dtype=dtype, aligner=self.aligner)
+        # A refitter needs a runner: it is asked for fits when both are there.
+        self.runner = make(refits=lambda plan, position: self.refitter.tensors(plan, position), quantise=model.quantise)
         # Fits are made in the weights' own precision: quantisation comes after, as after merging.
-        exact = self.runner
-        if model.quantise != "none":
-            exact = LayerRunner(self.checkpoint, device=device, dtype=dtype, aligner=self.aligner)
+        exact = self.runner if model.quantise == "none" else make()
         calibrates = self.material.calibration is not None
         self.refitter = Refitter(exact, self.cache, (lambda: self.prompts.calibration) if calibrates else None)
-        self.runner.refits = self.refitter.tensors
         self._trunks = {first: TrunkCache(self.runner, first, self.cache) for first in sorted(firsts)}
         self._scorers: dict[tuple[str, int], TailScorer] = {}
         self._sources: dict[int, SourceLayers] = {}
@@ -279,10 +276,7 @@ class ModelWorker:
             found = (logits.numpy() for logits in scorer.score_many(plans))
         results, began = [], _now()
         for plan, logits in zip(plans, found, strict=True):
-            result = {**self._judged(plan, logits), **_taken(began)}
-            results.append(
-                result | ({"logits": logits} if asked and self.config.output.store_candidate_answers else {})
-            )
+            results.append(self._result(plan, logits, began))
             began = _now()
         return results
 
@@ -313,11 +307,13 @@ class ModelWorker:
             logits = None
             if SEARCH in self.material.questions:
                 logits = next(loss.scorer.score_many([found.plan])).numpy()
-            result = {**self._judged(found.plan, logits), **_taken(began)}
-            result |= {"alphas": found.plan.flat_alphas, "history": found.history}
-            keep = logits is not None and self.config.output.store_candidate_answers
-            results.append(result | ({"logits": logits} if keep else {}))
+            result = self._result(found.plan, logits, began)
+            results.append(result | {"alphas": found.plan.flat_alphas, "history": found.history})
         return results
+
+    def _result(self, plan: MergePlan, logits: np.ndarray | None, began: tuple[float, float]) -> dict[str, Any]:
+        keep = logits is not None and self.config.output.store_candidate_answers
+        return {**self._judged(plan, logits), **_taken(began), **({"logits": logits} if keep else {})}
 
     def _tail_loss(self, start: MergePlan) -> TailLoss:
         return self._loss_of(start, self._text_windows if loss_weights(self.config).of_text else None)

@@ -211,7 +211,7 @@ def test_matches_are_composed_along_the_chain_towards_the_kept_layer(checkpoint)
     arch, config, aligner = checkpoint.architecture, checkpoint.config, Aligner(checkpoint)
     layers = [layer_tensors(checkpoint, arch, n) for n in range(5)]
     neighbours = {n: align_pair(layers[n], layers[n + 1], arch, config) for n in range(4)}
-    found = aligner.permutations(plan_of((2, 3, 0.4), (2, 4, 1.0), (2, 1, 0.3)))
+    found = tiny.permutations(aligner, plan_of((2, 3, 0.4), (2, 4, 1.0), (2, 1, 0.3)))
     assert set(found) == {1, 3, 4}
     assert same(found[3], neighbours[2]) and same(found[1], invert(neighbours[1], arch))
     # Layer 4 laid on 3, and the result as 3 is laid on 2.
@@ -219,7 +219,7 @@ def test_matches_are_composed_along_the_chain_towards_the_kept_layer(checkpoint)
     direct = tiny.permute_layer(arch, layers[4], found[4])
     assert all(torch.equal(laid[name], direct[name]) for name in laid)
     # Towards layer 4 it is the same alignment: laid on 4, layer 2 has its units where 4 on 2 has them.
-    away = aligner.permutations(plan_of((4, 3, 0.4), (4, 2, 0.4)))
+    away = tiny.permutations(aligner, plan_of((4, 3, 0.4), (4, 2, 0.4)))
     assert same(compose(found[4], away[2], arch), compose(away[2], found[4], arch))
     assert same(invert(found[4], arch), away[2])
 
@@ -227,15 +227,15 @@ def test_matches_are_composed_along_the_chain_towards_the_kept_layer(checkpoint)
 def test_a_second_aligner_computes_nothing(checkpoint, tmp_path, computed):
     plan = tail_plan(5, [0.5, 0.5, 0.1], name="x", kind="found")
     one = Aligner(checkpoint, tmp_path)
-    found = one.permutations(plan)
+    found = tiny.permutations(one, plan)
     assert len(computed) == 3
-    one.permutations(tail_plan(5, [0.1, 0.9], name="y", kind="found"))
-    again = Aligner(Checkpoint(str(checkpoint.directory)), tmp_path).permutations(plan)
+    tiny.permutations(one, tail_plan(5, [0.1, 0.9], name="y", kind="found"))
+    again = tiny.permutations(Aligner(Checkpoint(str(checkpoint.directory)), tmp_path), plan)
     assert len(computed) == 3
     assert all(same(found[layer], again[layer]) for layer in found) and set(found) == set(again) == {2, 3, 4}
     files = sorted(tmp_path.iterdir())
     assert len(files) == 3 and all(f.name.startswith("alignment-") and f.suffix == ".safetensors" for f in files)
-    Aligner(checkpoint).permutations(plan)  # without a folder nothing is shared
+    tiny.permutations(Aligner(checkpoint), plan)  # without a folder nothing is shared
     assert len(computed) == 6
 
 

@@ -134,7 +134,7 @@ def asked(monkeypatch):
     """What each search is asked for: (proposer, the options of its batches and of run_search)."""
     calls = []
 
-    def run_search(pool, batches, **options):
+    def run_search(batches, **options):
         proposer, of_batches = batches
         calls.append((proposer, of_batches | options))
         return SearchOutcome(4, 2.0004, 0.25, ({"worker": "worker-0"},))
@@ -363,12 +363,6 @@ def test_a_finished_batch_is_stored_with_its_answers_and_histories_but_nothing_o
     assert [row["logit_b"] for row in answers] == [1.0, 5.0, 9.0]
 
 
-def test_answers_of_candidates_are_not_stored_where_they_are_not_asked_for(tmp_path):
-    search = searching(tmp_path, roles=(SEARCH,))
-    search._record("bayes-000000", [trial()], [{"logits": np.zeros((3, 4), np.float32)}])
-    assert not search.run.has("answers") and search.run.has("trials")
-
-
 def test_parts_of_batches_are_gathered_again_and_again_and_no_row_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(alpha_search, "_LOOSE", 3)
     search, parts = searching(tmp_path), []
@@ -437,7 +431,7 @@ def stand_ins(monkeypatch, tmp_path):
             done.append((method, [getattr(item, "name", item) for item in items]))
             return ["fitted"] * len(items)
 
-    def run_search(pool, batches, *, name, **_):
+    def run_search(batches, *, name, **_):
         proposer, options = batches
         done.append((name, options["candidates"], [] if name == "random" else proposer.ask(3)))
         options["record"](f"{name}-000000", [trial(name, 0, VALUES[name], alphas=[VALUES[name]] * 2)], [{}])

@@ -198,16 +198,16 @@ def test_scripts_write_whole_figures_into_the_run(k13, alphas_text, accuracy_tex
 
 def test_a_full_disk_leaves_no_half_of_a_text(tmp_path):
     """A real end of a write, beside which the earlier file stays."""
-    plotting.save_text("old", tmp_path / "x.md")
+    plotting.save_text(["old"], tmp_path / "x.md")
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(OSError, match="too large"):
-            plotting.save_text("new" * 10_000, tmp_path / "x.md")
+            plotting.save_text(["new" * 10_000], tmp_path / "x.md")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert [path.name for path in tmp_path.iterdir()] == ["x.md"] and (tmp_path / "x.md").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.md"] and (tmp_path / "x.md").read_text() == "old\n"
 
 
 def test_bars_of_accuracies_are_intervals_also_of_none_and_all_right():

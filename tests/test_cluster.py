@@ -149,7 +149,7 @@ def search(pool, tmp_path, record, *, candidates=CANDIDATES, known=(), batch=1):
         record=record,
         replayed=list(record.rows),
     )
-    return run_search(pool, batches, name="random", storage_path=str(tmp_path / "tune"))
+    return run_search(batches, name="random", storage_path=str(tmp_path / "tune"))
 
 
 def check(record, tmp_path, *, again, candidates=CANDIDATES):

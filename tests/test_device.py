@@ -22,7 +22,7 @@ from raymerge.gradient import Settings, descend
 from raymerge.memory import MemoryPlanError, ScoringPlan
 from raymerge.plan import Refit, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import encode_questions, encode_text
-from raymerge.refit import Refitter, Sums, steps_of
+from raymerge.refit import Refitter, Sums, observe, steps_of
 from raymerge.scoring import TailScorer
 from raymerge.sources import SourceLayers
 from raymerge.tail_layer import _Rotated
@@ -786,3 +786,20 @@ def test_refits(checkpoint, prompts, tmp_path, monkeypatch, method):
         assert name == other_name
         close(one, other, 1e-3)
     close(answers, logits, 1e-3)
+
+
+def test_what_a_layer_reads_is_seen_also_where_a_batch_runs_out_of_memory(checkpoint, together, monkeypatch):
+    checkpoint, shard = checkpoint("llama"), together.shards[0]
+
+    def seen(runner):
+        return observe(runner, runner.embed(shard), 0, runner.weights(0))
+
+    expected = seen(LayerRunner(checkpoint))
+    with fake_device(monkeypatch) as device:
+        runner = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32)
+        # In the middle of a layer, when attention and the norm after it have been seen.
+        device.fail_next, device.fail_when = 3, lambda t: t.dim() == 3 and len(t) > 1 and t.shape[-1] == 48
+        found = seen(runner)
+        assert device.failures == 3 and found.keys() == expected.keys()
+        for name, values in found.items():
+            close(values.cpu(), expected[name])

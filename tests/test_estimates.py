@@ -95,7 +95,7 @@ def prompts_of(questions, length):
         )
         for n in range(2)
     )
-    return Prompts((Shard(groups),), (362, 426, 356, 423), np.zeros(questions, dtype=np.int8), False)
+    return Prompts((Shard(groups),), (362, 426, 356, 423), np.zeros(questions, dtype=np.int8))
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ def test_without_a_prefix_the_first_token_has_no_loss(case):
         (0, 1, 2),
     )
     shard = Shard((group,))
-    prompts = Prompts((shard,), (5, 6, 7, 8), np.zeros(3, np.int8), False)
+    prompts = Prompts((shard,), (5, 6, 7, 8), np.zeros(3, np.int8))
     found = answer_shard(case.runner, base_plan(N), prompts, shard, prompt_nll=True)
     model = tiny.merged_model(case.base, [])
     assert np.isnan(found.prompt_nll[2]) and found.prompt_tokens.tolist() == [20, 2, 1]
@@ -114,7 +114,7 @@ def test_whether_the_most_probable_token_is_one_of_the_letters(case, questions):
     unused = [token for token in range(5, 50) if token not in top][:3]
     for place in range(4):
         letters = (*unused[:place], int(top[place]), *unused[place:])
-        played = Prompts(prompts.shards, letters, prompts.answers, False)
+        played = Prompts(prompts.shards, letters, prompts.answers)
         found = answer_shard(case.runner, base_plan(N), played, played.shards[0])
         assert found.top_is_letter.tolist() == (top == top[place]).tolist()
 

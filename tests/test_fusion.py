@@ -232,7 +232,7 @@ def rows_matched_merge(state, plan):
 def reference(checkpoint, plan, aligner):
     """The merged state dict by other means: groups folded and reordered as wholes, then merged step by step."""
     state = {name: checkpoint[name] for name in checkpoint}
-    permutations = aligner.permutations(plan) if plan.alignment == "neurons" else {}
+    permutations = tiny.permutations(aligner, plan) if plan.alignment == "neurons" else {}
     for layer, order in permutations.items():
         reorder(state, layer, checkpoint.config, order)
     if plan.norms == "fold":

@@ -688,13 +688,6 @@ def test_what_cannot_be_descended_on_is_refused(case):
         (lambda: LossWeights(-1.0), "not negative"),
         (lambda: Parametrisation("x", template(), MATRICES), "'x' is not one of alphas, simplex, per_matrix"),
         (lambda: Parametrisation("alphas", template(), MATRICES, bounds=(0.5, 0.5)), "bounds of alpha are 0.5 and 0.5"),
-        (lambda: Settings(optimizer="lion"), "optimizer is 'lion', but it must be one of adam, lbfgs, sgd"),
-        (lambda: Settings(optimizer="lbfgs", batch_size=4), "batch_size is 4, but lbfgs takes every step on all"),
-        (lambda: Settings(learning_rate=0.0), "learning_rate is 0.0"),
-        (lambda: Settings(batch_size=0), "batch_size is 0"),
-        (lambda: Settings(held_out=1.0), "held_out is 1.0"),
-        (lambda: Settings(patience=0), "patience is 0"),
-        (lambda: Settings(epochs=-1), "epochs is -1"),
         (lambda: descend(loss_of(case), Settings(held_out=0.95)), "leaves none of 6 questions"),
         (lambda: descend(loss_of(case, TEXT), Settings(held_out=0.5)), "questions can be held out only"),
     ]:

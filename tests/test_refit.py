@@ -40,9 +40,7 @@ def folder(tmp_path_factory):
 
 def refitter_of(folder, cache, shards=CALIBRATION):
     checkpoint = Checkpoint(str(folder))
-    runner = LayerRunner(checkpoint)
-    found = Refitter(runner, cache, lambda: shards)
-    runner.refits = found.tensors
+    found = Refitter(LayerRunner(checkpoint, refits=lambda *of: found.tensors(*of)), cache, lambda: shards)
     return found
 
 

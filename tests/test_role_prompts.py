@@ -82,7 +82,7 @@ def test_the_longest_prompt_decides_and_rows_are_told_shard_by_shard(monkeypatch
 
     def encode(questions, tokenizer, **options):
         asked.append((questions, options))
-        return Prompts(shards, (0, 1, 2, 3), np.zeros(7, np.int8), False)
+        return Prompts(shards, (0, 1, 2, 3), np.zeros(7, np.int8))
 
     def encode_choices(task, tokenizer, **options):
         asked.append((task.name, options))

@@ -260,7 +260,7 @@ def test_any_grouping_of_tokens(case, family):
         Group("e", ids(9), (ids(90),), (3,)),
     )
     shards = (Shard(groups[:2]), Shard(groups[2:3]), Shard(groups[3:]))
-    prompts = Prompts(shards, case.prompts.letters, np.zeros(8, np.int8), False)
+    prompts = Prompts(shards, case.prompts.letters, np.zeros(8, np.int8))
     rows = {r: np.concatenate([g.prefix, s]) for g in groups for r, s in zip(g.rows, g.sequences, strict=True)}
     expected, *_ = reference(case, PLANS["random"], [rows[r] for r in range(8)])
     trunk = case.trunk(N - 3)
@@ -419,7 +419,7 @@ def test_gradients_with_an_empty_prefix(case):
     case = case("llama")
     rng = np.random.default_rng(0)
     group = Group("a", np.zeros(0, np.int64), (rng.integers(5, 800, 9), rng.integers(5, 800, 4)), (0, 1))
-    prompts = Prompts((Shard((group,)),), case.prompts.letters, np.zeros(2, np.int8), False)
+    prompts = Prompts((Shard((group,)),), case.prompts.letters, np.zeros(2, np.int8))
     coefficients = torch.full((3,), 1 / 3, requires_grad=True)
     TailScorer(case.trunk(N - 3), prompts).logits(coefficients).sum().backward()
     assert torch.isfinite(coefficients.grad).all() and (coefficients.grad != 0).all()

@@ -363,7 +363,7 @@ def test_the_record_is_written_before_the_proposer_is_told():
     assert tune.suggest("d") is None, "one is running still"
     tune.on_trial_complete("c", scores(1.0))
     assert tune.suggest("d") == BatchSearcher.FINISHED
-    assert tune.best == (1.0, -1.0) and tune.finished == 5
+    assert tune.best == 1.0 and tune.finished == 5
 
 
 def test_tune_keeps_nothing_of_what_is_recorded():
@@ -386,7 +386,7 @@ def test_ties_in_accuracy_are_broken_by_nll():
     tune.on_trial_complete("a", {"results": results})
     (_, first), (_, second) = log[1:]
     assert second > first and abs(second - first) < 1e-2
-    assert tune.best == (0.5, -0.8)
+    assert tune.best == 0.5
 
 
 def test_an_nll_is_minimised():
@@ -394,7 +394,7 @@ def test_an_nll_is_minimised():
     tune = searcher(log, minimise=True)
     tune.suggest("a")
     tune.on_trial_complete("a", scores(0.5, 0.25))
-    assert log[1:] == [("tell", -0.5), ("tell", -0.25)] and tune.best[0] == -0.25
+    assert log[1:] == [("tell", -0.5), ("tell", -0.25)] and tune.best == 0.25
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
@@ -577,7 +577,7 @@ def test_a_restarted_search_gives_again_the_numbers_of_what_did_not_end_and_writ
     tune = searcher(log, candidates=7, replayed=record, on_progress=lambda *seen: shown.append(seen))
     # In the order in which they were proposed, whatever the order in which they ended.
     assert [value and round(value, 2) for _, value in log] == [0.25, 0.75, None]
-    assert shown == [(1, 0.25), (2, 0.75), (3, 0.75)] and tune.best == (0.75, -1.0)
+    assert shown == [(1, 0.25), (2, 0.75), (3, 0.75)] and tune.best == 0.75
     log.clear()
     tune.suggest("a"), tune.suggest("b")
     for name in "ab":
@@ -645,7 +645,7 @@ def test_where_no_questions_are_asked_there_is_no_nll_to_break_ties():
     tune.suggest("a")
     results = scores(0.5, 0.25)["results"]
     tune.on_trial_complete("a", {"results": [result | {"nll": None} for result in results]})
-    assert [value for _, value in log[1:]] == [-0.5, -0.25] and tune.best == (-0.25, 0.0)
+    assert [value for _, value in log[1:]] == [-0.5, -0.25] and tune.best == 0.25
 
 
 def test_only_trials_of_the_first_round_wait_for_each_other():
@@ -1038,7 +1038,7 @@ def search(
         replayed=list(rows),
         on_progress=on_progress,
     )
-    return run_search(pool, batches, name="random", storage_path=str(folder / "tune"), **options)
+    return run_search(batches, name="random", storage_path=str(folder / "tune"), **options)
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,14 @@ def test_scores_are_those_of_the_answers_of_the_whole_merged_model(worker, whole
     np.testing.assert_array_equal(collapsed.top_is_letter, answers.top_is_letter)
 
 
+def test_answers_of_candidates_are_given_where_they_are_asked_for_alone(worker, monkeypatch):
+    output = worker.config.output.model_copy(update={"store_candidate_answers": False})
+    (asked,) = worker.score([[0.5] * MERGES])
+    monkeypatch.setattr(worker, "config", worker.config.model_copy(update={"output": output}))
+    (found,) = worker.score([[0.5] * MERGES])
+    assert asked.keys() - found.keys() == {"logits"}
+
+
 def test_candidates_are_judged_on_letters_text_and_ceiling(whole, tmp_path):
     """Against figures of a worker without a trunk: the unmerged model's letters, and the reported text's method."""
     settings = ["data.limit_per_subject=2", "data.perplexity_tokens=1300", "search.text=demo", "search.text_tokens=200"]

@@ -354,6 +354,12 @@ def make_questions(counts, *, shots=2, seed=0, longest=40):
     return QuestionSet("tiny", "en", "test", asked, examples)
 
 
+def permutations(aligner, plan):
+    """By layer that the plan merges into another, whatever its coefficient, its reordering."""
+    groups = [aligner.towards(kept, layers, plan.alignment) for kept, layers in plan.groups.items()]
+    return {layer: order for found in groups for layer, order in found.items()}
+
+
 def whole_prompts(questions, tokenizer, *, bos=None):
     """The token ids of every whole prompt, in question order, from text assembled here."""
     prompts = []

@@ -448,7 +448,7 @@ class _Search:
             on_progress=lambda n, best: self.progress.advance(n, "" if best is None else f"best {best:.4f}"),
         )
         tune = {"storage_path": str(Path(self.cache).absolute() / "tune"), "loggers": self.config.output.loggers}
-        outcome = run_search(self.pool, batches, name=searcher, **tune, **options)
+        outcome = run_search(batches, name=searcher, **tune, **options)
         self.facts[f"{searcher}_search"] = {
             "batch": batch,
             "concurrent": concurrent,
@@ -460,13 +460,10 @@ class _Search:
 
     def _record(self, part: str, trials: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
         """Store one finished batch; the searcher is told only after this returns."""
-        if self.config.output.store_candidate_answers:
-            for trial, result in zip(trials, results, strict=True):
-                if trial["status"] == "ok" and "logits" in result:
-                    self.reporter.store_answers(
-                        self._candidate(trial["alphas"]), SEARCH, Answers.of_letters(result["logits"])
-                    )
         for trial, result in zip(trials, results, strict=True):
+            if trial["status"] == "ok" and "logits" in result:  # which output.store_candidate_answers asks for
+                answers = Answers.of_letters(result["logits"])
+                self.reporter.store_answers(self._candidate(trial["alphas"]), SEARCH, answers)
             if trial["status"] == "ok" and "history" in result:
                 history = rows.history_rows(trial["searcher"], trial["iteration"], result["history"])
                 self.run.append("gradient_history", history, part=f"{trial['searcher']}-{trial['iteration']:06d}")

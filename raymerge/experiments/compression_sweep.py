@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import BLOCK_METHODS, Config, ConfigError, PlanConfig
+from raymerge.config import SIMILARITY_METHODS, Config, ConfigError, PlanConfig
 from raymerge.config_file import check_config
 from raymerge.context import usable_distances
 from raymerge.experiments.common import (
@@ -57,7 +57,6 @@ from raymerge.statistics import accuracy_summary
 from raymerge.tables import RunDirectory
 
 _FILE = "file_"  # what the methods of alpha files begin with, and no others
-_NEEDS_SIMILARITY = ("block_influence", "similarity_ratio", "similarity", "most_similar")
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def _warnings(config: Config, checkpoint: Checkpoint) -> list[str]:
 
 def _starts(config: Config, inputs: Inputs) -> dict[int, list[int]]:
     """By number of layers, the first layers of the blocks to choose from; nothing where no method asks for blocks."""
-    if set(BLOCK_METHODS).isdisjoint(config.sweep.methods):
+    if not config.sweep.takes_blocks:
         return {}
     if config.plan.block == "search":
         raise ConfigError("plan.block is search, but a sweep searches nothing: choose blocks by cosine or loss")
@@ -214,7 +213,7 @@ def _check_sources(config: Config, similarity: Similarity | None) -> None:
             "it to null, or merge by the threshold (`raymerge merge`) and compare the plan files (sweep.alpha_files)"
         )
     methods, run = config.sweep.methods, config.plan.similarity_run
-    if similarity is None and (needing := [method for method in methods if method in _NEEDS_SIMILARITY]):
+    if similarity is None and (needing := [method for method in methods if method in SIMILARITY_METHODS]):
         raise ConfigError(f"sweep.methods {needing} need plan.similarity_run: the run of `raymerge similarity`")
     if "block_influence" in methods and similarity.block_influence is None:
         raise ConfigError(f"{run} has no block influence, which sweep.methods asks for")

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -175,23 +176,14 @@ def embedding_rows(common: Row, embedding: str, coordinates: np.ndarray) -> list
 
 def similarity_rows(names: Row, found: Study) -> list[Row]:
     """Every entry of a matrix with its null and interval; undefined entries are null with a note, never NaN."""
-    rows = []
-    for (i, j), value in np.ndenumerate(found.matrix.values):
-        rows.append(
-            names
-            | {
-                "layer_i": i,
-                "layer_j": j,
-                "value": _known(value),
-                "null_mean": _known(found.null_mean[i, j]),
-                "null_p95": _known(found.null_p95[i, j]),
-                "ci_low": _known(found.ci_low[i, j]),
-                "ci_high": _known(found.ci_high[i, j]),
-                "n_samples": found.n_samples,
-                "note": found.matrix.notes.get((i, j)),
-            }
-        )
-    return rows
+    beside = ("null_mean", "null_p95", "ci_low", "ci_high")
+    return [
+        names
+        | {"layer_i": i, "layer_j": j, "value": _known(value)}
+        | {name: _known(getattr(found, name)[i, j]) for name in beside}
+        | {"n_samples": found.n_samples, "note": found.matrix.notes.get((i, j))}
+        for (i, j), value in np.ndenumerate(found.matrix.values)
+    ]
 
 
 def _known(value: float) -> float | None:
@@ -226,12 +218,7 @@ def correlation_row(measure: str, a: tuple[str, str], b: tuple[str, str], found:
         "subset_b": b[0],
         "language_b": b[1],
         "measure": measure,
-        "pearson": found.pearson,
-        "pearson_off_diagonal": found.pearson_off_diagonal,
-        "ci_low": found.ci_low,
-        "ci_high": found.ci_high,
-        "reliability_a": found.reliability_a,
-        "reliability_b": found.reliability_b,
+        **asdict(found),
     }
 
 
@@ -291,13 +278,14 @@ def import_similarity(
     for a file that is no square matrix, files of different sizes or two of one name.
     """
     progress = progress or Silent()
-    matrices = {_subset_name(Path(file)): _read_matrix(Path(file)) for file in files}
+    files = [Path(file) for file in files]
+    matrices = {file.stem.removesuffix("_40s"): _read_matrix(file) for file in files}
     if len(matrices) < len(files):
         raise ConfigError(f"{len(files)} files give {len(matrices)} subset names ({', '.join(matrices)}): rename some")
     sizes = {name: len(matrix) for name, matrix in matrices.items()}
     if len(set(sizes.values())) > 1:
         raise ConfigError(f"the matrices have different numbers of layers, {sizes}: they cannot be compared")
-    run = RunDirectory.open(out, {"files": [str(Path(file).resolve()) for file in files]}, "import-similarity")
+    run = RunDirectory.open(out, {"files": [str(file.resolve()) for file in files]}, "import-similarity")
     run.begin()
     rows = []
     for name, matrix in matrices.items():
@@ -312,10 +300,6 @@ def import_similarity(
     scripts = ["heatmaps.py", *(["correlations.py"] if found else [])]
     run.write_manifest("complete", command=command, figures=draw_figures(run, scripts, progress), warnings=warnings)
     return run
-
-
-def _subset_name(file: Path) -> str:
-    return file.stem.removesuffix("_40s")
 
 
 def _read_matrix(file: Path) -> np.ndarray:

@@ -24,7 +24,7 @@ from raymerge.comparisons import (
 from raymerge.config import Config
 from raymerge.context import TextLosses
 from raymerge.evaluation import Answers
-from raymerge.experiments.common import Inputs
+from raymerge.experiments.common import Inputs, counted
 from raymerge.inputs import REPORT, SEARCH, TEXT, task_role
 from raymerge.plan import MergePlan
 from raymerge.plan_files import plan_file_text
@@ -94,19 +94,15 @@ class Reporter:
         tasks = [(key, item) for key in order for item in jobs[key][1]]
         progress.stage(f"report on {data.report_split if self.inputs.questions else 'text and tasks'}", len(tasks))
         results: dict[tuple[str, str, str], list] = {key: [] for key in jobs}
-        done = 0
 
-        def finished(number: int, result: Any) -> None:
-            nonlocal done
-            done += 1
-            progress.advance(done)
+        def store(number: int, result: Any) -> None:
             key = tasks[number][0]
             results[key].append(result)
             plan, items = jobs[key]
             if len(results[key]) == len(items):
                 self._store(key[0], plan, key[2], results.pop(key))
 
-        pool.map("run", [(key[0], item) for key, item in tasks], finished)
+        pool.map("run", [(key[0], item) for key, item in tasks], counted(progress, then=store))
 
     def _store(self, method: str, plan: MergePlan, task: str, results: list) -> None:
         """Store what one plan answered (or chose in a task), its perplexity of the text, or what it changed, as one

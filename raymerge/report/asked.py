@@ -19,14 +19,10 @@ def command_of(run: RunDirectory) -> str:
     return shlex.join(str(word) for word in command) if command else "unknown: the run has no manifest"
 
 
-def path_of(run: RunDirectory, table: str) -> str:
-    """Where the parquet files of a table lie."""
-    return f"{run.path_of('tables').rstrip('/')}/{table}/*.parquet"
-
-
 def sources(run: RunDirectory, *tables: str) -> tuple[tuple[str, str], ...]:
-    """(table, path) of tables, as `Rows` takes them."""
-    return tuple((table, path_of(run, table)) for table in tables)
+    """(table, path of its parquet files) of tables, as `Rows` takes them."""
+    folder = run.path_of("tables").rstrip("/")
+    return tuple((table, f"{folder}/{table}/*.parquet") for table in tables)
 
 
 def figure_of(

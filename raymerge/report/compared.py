@@ -51,18 +51,17 @@ def _table(reached: Sequence[Reached]) -> Table:
         # Of what an evaluated model was made, by this or another tool, its run does not know.
         evaluated = one.run.experiment == "evaluate"
         line, base = headline(one), None if evaluated else one.base
-        costs = {} if line is None else line["costs"]
         cells.append(
             (
                 one.name,
                 one.run.experiment,
                 model_name(one.run),
-                NONE if line is None else _called(one, line),
-                _layers(costs, evaluated),
-                NONE if evaluated else percent(removed_share(costs)),
-                NONE if line is None else f"{percent(line['accuracy'])} {interval(*line['interval'])}".strip(),
+                _called(one, line),
+                _layers(line["costs"], evaluated),
+                NONE if evaluated else percent(removed_share(line["costs"])),
+                f"{percent(line['accuracy'])} {interval(*line['interval'])}".strip(),
                 NONE if base is None else percent(base["accuracy"]),
-                NONE if line is None else perplexity(line["perplexity"]),
+                perplexity(line["perplexity"]),
                 NONE if base is None else perplexity(base["perplexity"]),
             )
         )
@@ -109,9 +108,9 @@ def _texts(reached: Sequence[Reached]) -> str:
     return ". The perplexities are of different texts, or tokens: do not compare them" if len(texts) > 1 else ""
 
 
-def headline(one: Reached) -> dict | None:
-    """The line of the plan that a run is about."""
-    return one.best or one.base or (one.lines[0] if one.lines else None)
+def headline(one: Reached) -> dict:
+    """The line of the plan that a run is about, of a run that has any."""
+    return one.best or one.base or one.lines[0]
 
 
 def _tests(reached: Sequence[Reached]) -> list[Block]:
@@ -161,7 +160,7 @@ def tests(reached: Sequence[Reached]) -> list[dict[str, Any]]:
 
 
 def _tested(reached: Sequence[Reached]) -> list[Reached]:
-    return [one for one in reached if one.best is not None or (one.run.experiment == "evaluate" and one.lines)]
+    return [one for one in reached if one.best is not None or one.run.experiment == "evaluate"]
 
 
 def _answers(one: Reached, name: str) -> tuple[object, pa.Table]:

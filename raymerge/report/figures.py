@@ -5,8 +5,11 @@ Names from tables stand in data alone, never in an expression.
 
 from __future__ import annotations
 
+from typing import Any
+
 from raymerge.report import vega
 from raymerge.report.content import View
+from raymerge.report.wording import NONE
 
 #: An axis of shares in per cent, with the digits that its ticks need: 14,042 questions lie within two points.
 SHARES = "~%"
@@ -147,8 +150,20 @@ def alpha_lines(rows: list[dict], description: str) -> View:
     return View(vega.drawing(layers, height=280), description, zoom={"x": "zoom_step", "y": "zoom_alpha"})
 
 
+def weight_row(series: str, layer: int, weight: float, kept: int | None, plan_id: str) -> dict[str, Any]:
+    """A row of `weight_cells`: an original layer's weight, and the layer that it is in, if any."""
+    return {
+        "series": series,
+        "layer": layer,
+        "weight": weight,
+        "kept": NONE if kept is None else str(kept),
+        "percent": f"{100 * weight:.0f}" if weight >= 0.005 else "",
+        "plan_id": plan_id,
+    }
+
+
 def weight_cells(rows: list[dict], description: str) -> View:
-    """A cell for each plan and original layer; columns: series, layer, weight, kept, percent."""
+    """A cell for each plan and original layer, by rows of `weight_row`."""
     order = list(dict.fromkeys(row["series"] for row in rows))
     layers_there = sorted({row["layer"] for row in rows})
     # the config's labelOverlap is not taken for ordinal axes: the numbers of 64 layers ran into one

@@ -142,18 +142,15 @@ def _agreement(run: RunDirectory) -> str:
 
 
 def maps(run: RunDirectory) -> Section:
-    """A heat map a subset, on one scale of colours."""
-    title, rows = "Similarity of layers", run.read("similarity").to_pylist()
-    if not rows:
-        return Section(title, (missing(run, "similarity"),))
+    """A heat map a subset, on one scale of colours; the run has a similarity."""
     kinds: dict[tuple[str, str], list[dict]] = {}
-    for row in rows:
+    for row in run.read("similarity").to_pylist():
         kinds.setdefault((row["measure"], row["embedding"]), []).append(row)
     blocks: list[Block] = [_maps(run, *kind, mine) for kind, mine in kinds.items()]
     influence = run.read("block_influence").to_pylist()
     if influence:
         blocks.append(_influence(run, influence))
-    return Section(title, tuple(blocks))
+    return Section("Similarity of layers", tuple(blocks))
 
 
 def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[dict]) -> Figure:
@@ -287,10 +284,8 @@ def _influence(run: RunDirectory, stored: list[dict]) -> Figure:
 
 
 def correlations(run: RunDirectory) -> Section:
-    """Every pair of subsets with its interval and its ceiling."""
+    """Every pair of subsets with its interval and its ceiling; the run has such pairs."""
     title, stored = "Do subsets differ?", run.read("similarity_correlation").to_pylist()
-    if not stored:
-        return Section(title, (missing(run, "similarity_correlation"),))
     languages = {row[f"language_{side}"] for row in stored for side in "ab"}
     named = subset_name if len(languages) > 1 else lambda row, side: row[f"subset{side}"]
     rows = [

@@ -175,7 +175,8 @@ def _layers(reached: Reached) -> str:
 
 
 def plan_table(reached: Reached) -> Table:
-    """Every plan, the most accurate first; without questions, the one of the least perplexity."""
+    """Every plan, of a run that has any: the most accurate first, or without questions the one of the least
+    perplexity."""
     if not reached.asks:
         return _text_plan_table(reached)
     best = reached.best["plan_id"] if reached.best else None
@@ -191,7 +192,7 @@ def plan_table(reached: Reached) -> Table:
         )
         for line in reached.lines
     )
-    n = reached.lines[0]["n"] if reached.lines else 0
+    n = reached.lines[0]["n"]
     return Table(
         f"Every plan on {plural(n, f'{reached.split} question')}, the most accurate first, with 95 % intervals "
         f"(accuracies: Wilson's). Always answering A would score {percent(_always_a(reached))}{_layers(reached)}",

@@ -9,7 +9,6 @@ from raymerge.report.asked import run_name
 from raymerge.report.content import Block, Notice, Table, role_of
 from raymerge.report.wording import finite, listed
 from raymerge.schemas import TEXT_SPLIT
-from raymerge.statistics import wilson_interval
 from raymerge.tables import RunDirectory
 
 _KINDS = {
@@ -69,7 +68,6 @@ class Reached:
                 "refit": refits.get(line["plan_id"]),
                 "fate": fates.get(line["plan_id"], ""),
                 "as_is": run.experiment == "evaluate",
-                "interval": _known_interval(line),
             }
             for line in findings.plan_lines(run, self.split)
         ]
@@ -123,13 +121,6 @@ def merit(line: dict) -> float:
         return line["accuracy"]
     read = finite(line["perplexity"])
     return -math.inf if read is None else -read
-
-
-def _known_interval(line: dict) -> tuple[float | None, float | None]:
-    """A line's interval; of runs of earlier versions, whose tables have none, from the counts."""
-    if None not in line["interval"] or line["accuracy"] is None:
-        return line["interval"]
-    return wilson_interval(round(line["accuracy"] * line["n"]), line["n"])
 
 
 def described(line: dict) -> str:

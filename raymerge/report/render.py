@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from raymerge.report.content import Figure, Page, Rows
+from raymerge.report.content import Figure, Page
 from raymerge.report.vega import CONFIG
 
 _DIGITS = 7  # significant ones of a number in the page's rows; the parquet has all
@@ -61,11 +61,8 @@ def _figures(page: Page) -> list[Figure]:
 def figure_data(figure: Figure) -> dict[str, Any]:
     """What the page's script needs of a figure: specifications, zoom signals, rows by column."""
     views = [{"spec": view.spec | {"description": view.description}, "zoom": view.zoom} for view in figure.views]
-    return {"views": views, "columns": figure.rows.columns, "rows": _values(figure.rows)}
-
-
-def _values(rows: Rows) -> list[list[Any]]:
-    return [[_short(value) for value in row] for row in rows.values]
+    rows = [[_short(value) for value in row] for row in figure.rows.values]
+    return {"views": views, "columns": figure.rows.columns, "rows": rows}
 
 
 def _short(value: Any) -> Any:

@@ -10,7 +10,7 @@ from raymerge.report import figures
 from raymerge.report.asked import figure_of
 from raymerge.report.content import ROLES, Block, Figure, Section, Table, role_of
 from raymerge.report.reached import Reached, missing
-from raymerge.report.wording import NONE, listed, percent, plural
+from raymerge.report.wording import listed, percent, plural
 from raymerge.statistics import without_far_worse
 from raymerge.tables import RunDirectory
 
@@ -115,17 +115,8 @@ def _weights(reached: Reached, shown: list[str]) -> list[dict[str, Any]]:
             row = own.get((plan_id, layer, matrix))
             if row is None and matrix is not None and (plan_id, layer, None) in own:
                 row = own[plan_id, layer, None]
-            weight = 0.0 if row is None else row["coefficient"]
-            cells.append(
-                {
-                    "series": name,
-                    "layer": layer,
-                    "weight": weight,
-                    "kept": NONE if row is None else str(row["kept_layer"]),
-                    "percent": f"{100 * weight:.0f}" if weight >= 0.005 else "",
-                    "plan_id": plan_id,
-                }
-            )
+            kept, weight = (None, 0.0) if row is None else (row["kept_layer"], row["coefficient"])
+            cells.append(figures.weight_row(name, layer, weight, kept, plan_id))
     return cells
 
 

@@ -14,7 +14,7 @@ from raymerge.report import figures
 from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Figure, Rows, Section, Table, Text
 from raymerge.report.reached import Reached
-from raymerge.report.wording import NONE, finite, percent, perplexity, plural, value
+from raymerge.report.wording import finite, percent, perplexity, plural, value
 
 _RANDOM = 40  # random candidates of a run whose coefficients are compared, pair by pair
 
@@ -177,16 +177,8 @@ def _figure(group: Sequence[Reached]) -> Figure:
     for one, own in zip(group, found, strict=True):
         for layer in shown:
             kept, weight = next(((k, w) for (k, source), w in own.items() if source == layer), (None, 0.0))
-            rows.append(
-                {
-                    "series": f"seed {_seed(one)} ({one.name})",
-                    "layer": layer,
-                    "weight": weight,
-                    "kept": NONE if kept is None else str(kept),
-                    "percent": f"{100 * weight:.0f}" if weight >= 0.005 else "",
-                    "plan_id": one.best["plan_id"],
-                }
-            )
+            series = f"seed {_seed(one)} ({one.name})"
+            rows.append(figures.weight_row(series, layer, weight, kept, one.best["plan_id"]))
     told = "Effective coefficients of original layers in what each seed found, a row per seed."
     return Figure(
         "Effective coefficients by seed",

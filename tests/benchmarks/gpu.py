@@ -170,7 +170,7 @@ def make_prompts(count: int, vocabulary: int, *, longest: int | None = None) -> 
         held += group.tokens
     shards.append(Shard(tuple(pending)))
     answers = rng.integers(0, 4, count).astype(np.int8)
-    return Prompts(tuple(shards), LETTERS, answers, False)
+    return Prompts(tuple(shards), LETTERS, answers)
 
 
 def whole_prompts(prompts: Prompts) -> dict[int, np.ndarray]:

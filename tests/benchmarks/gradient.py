@@ -27,7 +27,7 @@ from raymerge.config import GradientConfig
 from raymerge.forward import LayerRunner
 from raymerge.gradient import Settings, descend
 from raymerge.plan import tail_coefficients, tail_plan
-from raymerge.prompts import encode_questions, encode_text
+from raymerge.prompts import bos_token, encode_questions, encode_text
 from raymerge.questions import load_questions, prefix_text, question_text
 from raymerge.scoring import TailScorer
 from raymerge.tail_loss import LossWeights, TailLoss, TextWindows
@@ -158,7 +158,7 @@ def main() -> None:
     model.model.config.num_hidden_layers = first + 1  # the forward pass runs as many
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    bos = [checkpoint.tokenizer.bos_token_id] if prompts.add_bos else []
+    bos = [] if (token := bos_token(checkpoint.tokenizer, None)) is None else [token]
     whole, answers = [], []
     for number in timed:
         question = questions.questions[number]

@@ -49,7 +49,7 @@ def measure(body, actors, seconds):
             minimise=False,
             record=lambda part, rows, results: records.append((time.perf_counter(), len(rows))),
         )
-        outcome = run_search(pool, batches, name="random", storage_path=folder)
+        outcome = run_search(batches, name="random", storage_path=folder)
         whole = time.perf_counter() - began
     half = records[len(records) // 2 - 1 :]
     steady = sum(count for _, count in half[1:]) / (half[-1][0] - half[0][0])

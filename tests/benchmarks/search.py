@@ -63,7 +63,7 @@ def overhead(trials):
                     minimise=False,
                     record=lambda part, rows, results, times=records: times.append(time.perf_counter()),
                 )
-                run_search(pool, batches, name="random", storage_path=folder)
+                run_search(batches, name="random", storage_path=folder)
                 ended = time.perf_counter()
                 tune, ideal = (records[-1] - records[0]) / (trials - 1), batch * BODY_S / WORKERS
                 found[f"q{batch}"] = {

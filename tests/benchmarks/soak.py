@@ -99,7 +99,7 @@ def main():
                 minimise=False,
                 record=record,
             )
-            outcome = run_search(pool, batches, name="random", storage_path=folder)
+            outcome = run_search(batches, name="random", storage_path=folder)
             seconds = time.perf_counter() - began
         scored = Counter(Path(folder, "scored").read_text().split())
         processes = len(Path(folder, "pids").read_text().split())
