@@ -219,6 +219,16 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "tokens": "number of tokens that the score was measured on; null if it needed no model",
         },
     ),
+    "removals": (
+        "What a sweep's method drop_greedy measured: one row per layer that was there at each step.",
+        {
+            "step": "number of the step, from 0: so many layers were gone before",
+            "layer": "original number of the layer",
+            "loss": "mean NLL (nats) of the calibration text without those and this one; null if it is not finite",
+            "chosen": "whether this layer was dropped: it has the lowest loss",
+            "tokens": "number of tokens scored",
+        },
+    ),
     "sweep": (
         "One row per point of the compression curve; a plan may occur under several methods.",
         {

@@ -425,16 +425,17 @@ class SensitivityConfig(_Section):
 
 BLOCK_METHODS = ("drop_block", "merge_block")
 SIMILARITY_METHODS = ("block_influence", "similarity_ratio", "similarity", "most_similar")  # with plan.similarity_run
-SWEEP_METHODS = ("drop", "before_last", *BLOCK_METHODS, *SIMILARITY_METHODS, "file")
+SWEEP_METHODS = ("drop", "before_last", "drop_greedy", *BLOCK_METHODS, *SIMILARITY_METHODS, "file")
 
 
 class SweepConfig(_Section):
     """The compression curve: every method at every number of layers.
     - `merges`: numbers of merged layers.
-    - `methods`: drop, before_last, fixed:RATIO; drop_block and merge_block, with the block chosen by plan.block; with
-      plan.similarity_run also block_influence, similarity_ratio, similarity and most_similar (base coefficients of the
-      last, and of merge_block, by plan.base); file takes each of `alpha_files` at its own K, where drop is then tried
-      too.
+    - `methods`: drop, before_last, fixed:RATIO; drop_greedy, which drops layers one after another, each the one without
+      which the loss on calibration.text is smallest; drop_block and merge_block, with the block chosen by plan.block;
+      with plan.similarity_run also block_influence, similarity_ratio, similarity and most_similar (base coefficients of
+      the last, and of merge_block, by plan.base); file takes each of `alpha_files` at its own K, where drop is then
+      tried too.
     - `alpha_files`: files of coefficients by name, such as {best: runs/a/plans/found_bayes.json}; their points are
       file_best and so on. A run's plan file is taken as it is, an alpha file with the following and the plan section.
     - `alignments`, `norms`: methods that average are tried with every combination of these.
@@ -604,13 +605,16 @@ class Config(_Section):
     def needs_calibration(self, *, sweep: bool = False) -> bool:
         """Whether a search, or a sweep, chooses or fits anything on the calibration text or prompts."""
         blocks = self.sweep.takes_blocks if sweep else self.plan.selection == "block"
+        greedy = sweep and "drop_greedy" in self.sweep.methods
         refits = set(self.sweep.refits) if sweep else {self.plan.refit}
-        return (blocks and self.chooses_blocks) or refits != {"none"}
+        return (blocks and self.chooses_blocks) or greedy or refits != {"none"}
 
     @model_validator(mode="after")
     def _has_its_calibration(self) -> Config:
         if self.chooses_blocks and self.plan.block == "loss" and self.calibration.text is None:
             raise ValueError("plan.block is loss, measured on plain text: set calibration.text to a file or demo")
+        if "drop_greedy" in self.sweep.methods and self.calibration.text is None:
+            raise ValueError("drop_greedy goes by the loss on plain text: set calibration.text to a file or demo")
         return self
 
     @property

@@ -262,13 +262,13 @@ def _print_lines(title: str, lines: list[str]) -> None:
 
 
 def _print_blocks(run: RunDirectory) -> None:
-    """How the blocks of layers were chosen, where any were."""
+    """How the blocks of layers, and layers that went one by one, were chosen, where any were."""
     from raymerge import summary
 
-    caption, header, cells = summary.block_table(run)
-    if cells:
-        print(f"\n{caption}:")
-        _print_table(header, cells)
+    for caption, header, cells in (summary.block_table(run), summary.removal_table(run)):
+        if cells:
+            print(f"\n{textwrap.fill(caption, _TEXT)}:")
+            _print_table(header, cells)
 
 
 def _print_tasks(run: RunDirectory, plan_id: str | None = None) -> None:

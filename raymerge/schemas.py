@@ -60,6 +60,7 @@ SCHEMAS: dict[str, pa.Schema] = {name: _schema(text) for name, text in {
     "samples": "subset:str language:str sample:i32 subject:str split:str question_id:str content_hash:str",
     "block_influence": "subset:str language:str layer:i32 value:f64 n_samples:i32",
     "blocks": "merges:i32 first:i32 last:i32 measure:str score:f64? chosen:bool tokens:i64?",
+    "removals": "step:i32 layer:i32 loss:f64? chosen:bool tokens:i64",
     "sensitivity": "subset:str language:str parameter:str setting:str reference:bool pearson:f64? "
         "pearson_off_diagonal:f64? plan_overlap:f64? alpha_max_difference:f64? note:str?",
     "plans": "plan_id:str name:str kind:str selection:str alignment:str norms:str matrix:str? step:i32? into:i32? "

@@ -192,6 +192,24 @@ def block_table(run: RunDirectory) -> tuple[str, list[str], list[list[str]]]:
     return caption, ["layers", "removed", "chosen by", "score", "next best", "deepest"], cells
 
 
+def removal_table(run: RunDirectory) -> tuple[str, list[str], list[list[str]]]:
+    """Caption, header and cells: the layers that were dropped one by one, with the loss without them; no cells where
+    none were."""
+    rows, cells = run.read("removals").sort_by("step").to_pylist(), []
+    for chosen in (row for row in rows if row["chosen"]):
+        others = [
+            row for row in rows if row["step"] == chosen["step"] and not row["chosen"] and row["loss"] is not None
+        ]
+        others.sort(key=lambda row: row["loss"])
+        next_best = ", ".join(f"{row['layer']} ({row['loss']:.4g})" for row in others[:2]) or "none"
+        cells.append([str(chosen["step"] + 1), str(chosen["layer"]), f"{chosen['loss']:.4g}", next_best])
+    caption = (
+        "Layers removed one by one (drop_greedy): each is the one without which the loss, in nats per token of the "
+        "calibration text, is lowest"
+    )
+    return caption, ["layers", "removed last", "loss", "next best"], cells
+
+
 def _scored(row: dict) -> str:
     return f"{_span(row)} ({row['score']:.4g})"
 

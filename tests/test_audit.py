@@ -74,7 +74,8 @@ def test_it_agrees_with_alignments_refits_and_tasks(tmp_path, monkeypatch, local
         "output.run": tmp_path / "run",
         "tasks.reading": json.dumps(task),
         "sweep.merges": [2],
-        "sweep.methods": ["fixed:0.6"],
+        "sweep.methods": ["fixed:0.6", "drop_greedy"],
+        "sweep.refitted_methods": ["fixed:0.6"],
         "sweep.alignments": ["activations"],
         "sweep.norms": ["fold"],
         "sweep.refits": ["units"],
@@ -89,6 +90,7 @@ def test_it_agrees_with_alignments_refits_and_tasks(tmp_path, monkeypatch, local
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     compared = {line["what"].rpartition(": ")[2] for line in lines if line.get("ok")}
     assert compared >= {"a symmetry", "its fits", "held_out_error", "log-likelihoods", "receipts"}
+    assert compared >= {"loss", "layers", "the chosen", "drop_greedy"}
 
     # A fit on half of the tokens that it is said to be on is another model.
     altered = Audit(run, questions=2, trials=0, seed=0)

@@ -297,6 +297,10 @@ def test_what_is_written_to_a_run_reads_back_as_the_same_configuration():
             {"gradient": {"text_kl": 0.1}, "search": {"searcher": "gradient"}},
             "gradient.text_kl needs a plain text to descend on: set search.text",
         ),
+        (
+            {"sweep": {"methods": ["drop_greedy"]}},
+            "drop_greedy goes by the loss on plain text: set calibration.text to",
+        ),
         ({"sweep": {"methods": ["drpo"]}}, "'drpo' is not one of drop, before_last"),
         ({"sweep": {"methods": ["fixed:1.5"]}}, "'fixed:1.5' is not one of"),
         ({"sweep": {"methods": ["fixed:"]}}, "'fixed:' is not one of"),

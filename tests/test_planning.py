@@ -10,10 +10,12 @@ from raymerge.config import ConfigError
 from raymerge.config_file import load_config
 from raymerge.experiments import planning
 from raymerge.experiments.common import settings_of
-from raymerge.experiments.planning import choose_blocks, recomputed_plan
+from raymerge.experiments.planning import choose_blocks, choose_one_by_one, recomputed_plan
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH
 from raymerge.plan import PlanError
 from raymerge.progress import Silent
+from raymerge.report.reached import chosen_layers
+from raymerge.summary import removal_table
 from raymerge.tables import RunDirectory
 
 N_LAYERS = 21
@@ -139,6 +141,60 @@ def test_blocks_are_chosen_by_the_loss_of_every_token(tmp_path, measured):
     # The states that enter each block are computed before, shard by shard.
     assert pool.options["firsts"] == [2, 5, 9]
     assert pool.asked["compute_trunk"] == [(CALIBRATION, 0), (CALIBRATION, 1)]
+
+
+def removed_of(plan):
+    return sorted({*range(plan.n_layers)} - {layer.index for layer in plan.kept})
+
+
+def test_layers_go_one_by_one_each_the_one_that_costs_least_without_those_before_it(tmp_path, measured):
+    """Alone 4 costs least; beside 4 it is 2, and not 3, which is the next best alone. Shards count by their tokens."""
+    alone = np.array([9, 9, 0.5, 0.4, 0.3, 9])
+
+    def loss(item):
+        plan, shard = item
+        gone = removed_of(plan)
+        cost = alone[gone].sum() + (5.0 if {3, 4} <= set(gone) else 0.0)
+        return (cost * 2, 2) if shard == 0 else ((cost + (gone == [2])) * 6 - 3 * (gone == [2]), 6)
+
+    answers = {"shard_tokens": lambda _: [3, 7], "compute_trunk": lambda item: 3, "calibration_nll": loss}
+    pool = measured(**answers)
+    run = RunDirectory.open(tmp_path / "run", {}, "sweep")
+    config = load_config(None, ["calibration.text=demo", "data.perplexity_text=null"])
+    assert choose_one_by_one(config, 6, 3, run, "", Silent()) == [4, 2, 3]
+    assert [removed_of(plan) for plan, _ in pool.asked["calibration_nll"][12::2]] == [
+        *([0, 4], [1, 4], [2, 4], [3, 4], [4, 5]), *([0, 2, 4], [1, 2, 4], [2, 3, 4], [2, 4, 5])
+    ]  # fmt: skip
+    rows = run.read("removals").to_pylist()
+    assert [row["step"] for row in rows] == [0] * 6 + [1] * 5 + [2] * 4
+    assert {row["layer"]: row["loss"] for row in rows[6:11]} == pytest.approx({0: 9.3, 1: 9.3, 2: 0.8, 3: 5.7, 5: 9.3})
+    assert rows[2]["loss"] == pytest.approx(0.5 + 6 / 8 - 3 / 8) and {row["tokens"] for row in rows} == {8}
+    assert removal_table(run)[1:] == (
+        ["layers", "removed last", "loss", "next best"],
+        [["1", "4", "0.3", "3 (0.4), 2 (0.875)"], ["2", "2", "0.8", "3 (5.7), 0 (9.3)"],
+         ["3", "3", "6.2", "0 (9.8), 1 (9.8)"]],
+    )  # fmt: skip
+    (table,) = chosen_layers(run)
+    assert table.cells[1] == ("2", "2", "0.8", "3 (5.7), 0 (9.3)") and "(drop_greedy)" in table.caption
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(planning, "open_pool")
+        assert choose_one_by_one(config, 6, 2, run, "", Silent()) == [4, 2]
+    # A run that was cut short goes on after the last whole step.
+    pool = measured(**answers)
+    assert choose_one_by_one(config, 6, 4, run, "", Silent()) == [4, 2, 3, 5]
+    assert len(pool.asked["calibration_nll"]) == 2 * 3
+
+
+def test_layers_without_which_the_loss_is_not_finite_stay(tmp_path, measured):
+    answers = {"shard_tokens": lambda _: [3], "compute_trunk": lambda item: 3}
+    config = load_config(None, ["calibration.text=demo", "data.perplexity_text=null"])
+    run = RunDirectory.open(tmp_path / "run", {}, "sweep")
+    measured(**answers, calibration_nll=lambda item: (np.nan if removed_of(item[0]) == [0] else 7.0, 7))
+    assert choose_one_by_one(config, 3, 1, run, "", Silent()) == [2], "of equal ones the deepest"
+    assert run.read("removals")["loss"].to_pylist() == [None, 1.0, 1.0]
+    measured(**answers, calibration_nll=lambda item: (np.inf, 7))
+    with pytest.raises(PlanError, match=r"without layers \[2\] and any further one .* not finite"):
+        choose_one_by_one(config, 3, 2, run, "", Silent())
 
 
 COLLECTED = [{(3, 4): 0.9}, {(3, 5): 0.8, (0, 1): 0.7}, {(17, 18): 0.75}, {}]

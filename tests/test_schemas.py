@@ -31,7 +31,8 @@ def test_tables_of_the_contract():
     assert sorted(SCHEMAS) == sorted(
         "similarity similarity_correlation embeddings degeneracy plans coefficients trials answers accuracy "
         "blocks comparisons perplexity costs receipts gradient_history samples block_influence sensitivity sweep "
-        "context refits incidents task_answers task_accuracy task_comparisons subject_comparisons text_losses".split()
+        "removals context refits incidents task_answers task_accuracy task_comparisons subject_comparisons "
+        "text_losses".split()
     )
     for schema in SCHEMAS.values():
         assert schema.field(0).equals(pa.field("run_id", pa.string(), nullable=False))

@@ -15,7 +15,7 @@ from raymerge.config import ConfigError
 from raymerge.config_file import load_config
 from raymerge.experiments import compression_sweep
 from raymerge.experiments.common import Inputs
-from raymerge.experiments.compression_sweep import _points, _starts, _Sweep, sweep
+from raymerge.experiments.compression_sweep import Chosen, _points, _starts, _Sweep, sweep
 from raymerge.experiments.reporting import Reporter
 from raymerge.inputs import RETRIEVAL
 from raymerge.plan import PlanError, Refit, block_plan, pairs_plan, tail_plan
@@ -34,10 +34,10 @@ SIMILARITY = Similarity(
 PLAIN = ["sweep.alignments=[none]", "sweep.norms=[keep]"]
 
 
-def points_of(*settings, similarity=None, blocks=None):
+def points_of(*settings, similarity=None, **chosen):
     config = load_config(None, ["sweep.merges=[1, 2]", *settings])
     inputs = Inputs(questions={}, checkpoint=CHECKPOINT, calibration=("a text", 100))
-    return config, inputs, _points(config, inputs, similarity, blocks or {})
+    return config, inputs, _points(config, inputs, similarity, Chosen(**{"blocks": {}, **chosen}))
 
 
 def sweeping(folder, *settings, **options):
@@ -72,7 +72,7 @@ def test_a_point_that_cannot_be_averaged_is_named(tmp_path):
     with pytest.raises(
         PlanError, match=r"^fixed_0.5 with 1 merged: layers .* Take fixed_0.5 out of sweep.methods, or 1"
     ):
-        _points(config, inputs, None, {})
+        _points(config, inputs, None, Chosen({}))
 
 
 METHODS = [
@@ -133,6 +133,14 @@ def test_a_threshold_is_refused_where_the_number_of_layers_is_given():
     settings = ["plan.selection=most_similar", "plan.threshold=0.8", "plan.similarity_run=x"]
     with pytest.raises(ConfigError, match=r"plan.threshold is 0.8, but a sweep merges as many layers as sweep.merges"):
         points_of(*PLAIN, "sweep.methods=[drop]", *settings, similarity=SIMILARITY)
+
+
+def test_layers_that_go_one_by_one_are_the_first_ones_of_one_order():
+    methods = ["sweep.merges=[1, 3]", "sweep.methods=[drop, drop_block, drop_greedy]", "calibration.text=demo"]
+    of = points_of(*PLAIN, *methods, blocks={1: 9, 3: 4}, greedy=[7, 0, 12])[2]
+    greedy = [point for point in of if point.method == "drop_greedy"]
+    assert [sorted({step.remove for step in point.plan.steps}) for point in greedy] == [[7], [0, 7, 12]]
+    assert {point.plan.kind for point in greedy} == {"drop"} and {a for p in greedy for a in p.plan.alphas} == {1.0}
 
 
 def test_the_survivor_of_a_block_is_the_plan_s():
@@ -201,7 +209,7 @@ def test_a_file_of_another_kind_of_layers_is_named_with_the_cure(tmp_path):
     config = load_config(None, [*PLAIN, "sweep.merges=[1]", "sweep.methods=[file]", file])
     inputs = Inputs(questions={}, checkpoint=Checkpoint(str(folder)))
     with pytest.raises(PlanError, match="file_odd with 4 merged: .*Take odd out of sweep.alpha_files"):
-        _points(config, inputs, None, {})
+        _points(config, inputs, None, Chosen({}))
 
 
 def test_methods_that_average_stand_under_every_alignment_and_treatment_of_norms():
@@ -404,6 +412,25 @@ FEW = [
     "data.perplexity_tokens=300",
     "output.figures=false",
 ]
+
+
+def test_layers_go_one_by_one_up_to_the_largest_number_and_are_compared_with_a_block(stand_ins, tmp_path, monkeypatch):
+    asked = []
+
+    def choose(config, n_layers, most, run, *_):
+        asked.append((n_layers, most))
+        return [3, 8, 5]
+
+    monkeypatch.setattr(compression_sweep, "choose_one_by_one", choose)
+    monkeypatch.setattr(compression_sweep, "choose_blocks", lambda *_, **__: {2: 8, 3: 4})
+    more = ["sweep.methods=[drop_greedy, drop_block, drop]", "sweep.merges=[3, 2]", "calibration.text=demo"]
+    tokens = ["calibration.tokens=100", "sweep.context=false"]
+    run = sweep(load_config(None, [*FEW, *more, *tokens, f"output.run={tmp_path / 'run'}"]))
+    assert asked == [(N_LAYERS, 3)]
+    (pairs,) = (entry[2] for entry in stand_ins if entry[0] == "derive")
+    assert {("drop_greedy_k2", "drop_k2"), ("drop_greedy_k3", "drop_block_k3")} <= set(pairs)
+    layers = {row["plan_id"]: row["merges"] for row in run.read("sweep").to_pylist() if row["method"] == "drop_greedy"}
+    assert sorted(layers.values()) == [2, 3]
 
 
 def test_a_sweep_runs_each_plan_and_compares_its_points_in_this_order(stand_ins, tmp_path):

@@ -367,9 +367,12 @@ def counted(
     progress: Progress,
     size: Callable[[int, Any], int] = lambda *_: 1,
     then: Callable[[int, Any], None] | None = None,
+    *,
+    before: int = 0,
 ) -> Callable[[int, Any], None]:
-    """An on_result for pool.map that counts size(number, result) units of the current stage as they finish."""
-    done = 0
+    """An on_result for pool.map that counts size(number, result) units of the current stage as they finish, after those
+    `before` them."""
+    done = before
 
     def finished(number: int, result: Any) -> None:
         nonlocal done

@@ -29,7 +29,7 @@ from raymerge.experiments.common import (
     settings_of,
     swept_cache,
 )
-from raymerge.experiments.planning import choose_blocks, recomputed_plan
+from raymerge.experiments.planning import choose_blocks, choose_one_by_one, recomputed_plan
 from raymerge.experiments.refitting import fit, refit_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
@@ -43,6 +43,7 @@ from raymerge.plan import (
     block_pairs,
     check_merges,
     drop_block_plan,
+    drop_layers_plan,
     drop_plan,
     pairs_plan,
     tail_pairs,
@@ -68,6 +69,17 @@ class Point:
     plan: MergePlan
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Which layers go, where workers measure it. blocks: the first layer of the block, by number of layers. greedy: the
+    layers of drop_greedy in order. most_similar: that method's merges in order, where they are not those of the
+    similarity run (plan.recompute)."""
+
+    blocks: Mapping[int, int]
+    greedy: Sequence[int] = ()
+    most_similar: MergePlan | None = None
+
+
 def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Progress | None = None) -> RunDirectory:
     """Evaluate every method at every K of the sweep section on data.report_split and on plain text.
 
@@ -76,8 +88,8 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     folded one against the plain one; each refitted one against the unrefitted one and the linear replacement of the
     dropped block), perplexity, text_losses, context, refits, costs, receipts; figures; the manifest. The same call
     again resumes.
-    Where blocks are asked for, table blocks says how they were chosen. Without data.mmlu no questions are asked, and
-    plain text and tasks are what the points are judged by. Errors as `search`.
+    Where blocks are asked for, table blocks says how they were chosen; removals, what drop_greedy measured. Without
+    data.mmlu no questions are asked, and plain text and tasks are what the points are judged by. Errors as `search`.
     """
     check_config(config)
     progress = progress or Silent()
@@ -93,8 +105,10 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
         usable_distances(inputs.checkpoint, config.sweep.distances)
     similarity = similarity_of(config.plan, inputs.checkpoint.n_layers)
     # The blocks may be chosen by the model; the first ones allowed show what can be refused.
+    n_layers, most = inputs.checkpoint.n_layers, max(config.sweep.merges)
     blocks = {merges: starts[0] for merges, starts in _starts(config, inputs).items()}
-    points = _points(config, inputs, similarity, blocks)
+    chosen = Chosen(blocks, greedy=range(n_layers - 1, n_layers - 1 - most, -1))
+    points = _points(config, inputs, similarity, chosen)
     matrices = () if similarity is None else (similarity.matrix, similarity.block_influence)
     held = {"plans": [point.plan for point in points], "similarity": matrices}
     run = open_run(config, "sweep", settings, inputs, progress, **held)
@@ -104,18 +118,17 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
         progress.message(f"Warning: {warning}.")
     with runtime(config, progress), swept_cache(config, run) as cache:
         if blocks:
-            n_layers, averaged = inputs.checkpoint.n_layers, _averaged_model(config, inputs)
-            blocks = choose_blocks(
-                config, n_layers, list(blocks), run, cache, similarity, progress, checkpoint=averaged
-            )
-            points = _points(config, inputs, similarity, blocks)
+            averaged = _averaged_model(config, inputs)
+            found = choose_blocks(config, n_layers, list(blocks), run, cache, similarity, progress, checkpoint=averaged)
+            chosen = replace(chosen, blocks=found)
+        # Each layer follows from those before it: those of a smaller K are the first ones of the largest.
+        if "drop_greedy" in config.sweep.methods:
+            chosen = replace(chosen, greedy=choose_one_by_one(config, n_layers, most, run, cache, progress))
         if config.plan.recompute and "most_similar" in config.sweep.methods:
-            # Each merge follows from those before it: the merges of a smaller K are the first ones of the largest.
-            most = config.plan.model_copy(update={"merges": max(config.sweep.merges)})
-            most_similar = recomputed_plan(
-                config.model_copy(update={"plan": most}), inputs.checkpoint.n_layers, cache, progress
-            )
-            points = _points(config, inputs, similarity, blocks, most_similar)
+            plan = config.plan.model_copy(update={"merges": most})
+            found = recomputed_plan(config.model_copy(update={"plan": plan}), n_layers, cache, progress)
+            chosen = replace(chosen, most_similar=found)
+        points = _points(config, inputs, similarity, chosen)
         return _Sweep(config, inputs, run, cache, points, progress, command, warnings).execute()
 
 
@@ -145,18 +158,10 @@ def _averaged_model(config: Config, inputs: Inputs) -> Checkpoint | None:
     return inputs.checkpoint if "merge_block" in config.sweep.methods and not drops else None
 
 
-def _points(
-    config: Config,
-    inputs: Inputs,
-    similarity: Similarity | None,
-    blocks: Mapping[int, int],
-    most_similar: MergePlan | None = None,
-) -> list[Point]:
+def _points(config: Config, inputs: Inputs, similarity: Similarity | None, chosen: Chosen) -> list[Point]:
     """Every point, the unmerged model first; the same weights under two names are two points of one plan.
 
-    blocks: the first layer of the block, by number of layers. most_similar: the method's merges in order, where they
-    are not those of `similarity` (plan.recompute). Raises ConfigError for a method without its source,
-    PlanError for a K that the model does not have.
+    Raises ConfigError for a method without its source, PlanError for a K that the model does not have.
     """
     settings, n_layers = config.sweep, inputs.checkpoint.n_layers
     for merges in settings.merges:
@@ -172,7 +177,7 @@ def _points(
         # Files are compared with dropping as many layers, whatever numbers they merge.
         further = {point.merges for point in of_files} - set(settings.merges) if method == "drop" else ()
         for merges in (*settings.merges, *sorted(further)):
-            points += _points_of(config, n_layers, method, merges, similarity, blocks.get(merges), most_similar)
+            points += _points_of(config, n_layers, method, merges, similarity, chosen)
     # Each once, however often, and however spelt (fixed:0.5, fixed:0.50), it was asked for.
     points = list(dict.fromkeys(variant for point in points for variant in _refitted(config, inputs, point)))
     for point in points:
@@ -220,27 +225,24 @@ def _check_sources(config: Config, similarity: Similarity | None) -> None:
 
 
 def _points_of(
-    config: Config,
-    n_layers: int,
-    method: str,
-    merges: int,
-    similarity: Similarity | None,
-    first: int | None,
-    most_similar: MergePlan | None,
+    config: Config, n_layers: int, method: str, merges: int, similarity: Similarity | None, chosen: Chosen
 ) -> list[Point]:
-    """The points of a method that merges `merges` layers; first: the block's first layer, where it asks for a block."""
+    """The points of a method that merges `merges` layers."""
+    first = chosen.blocks.get(merges)
     if method == "drop":
         plan = drop_plan(n_layers, merges)
     elif method == "drop_block":
         plan = drop_block_plan(n_layers, first, merges)
+    elif method == "drop_greedy":
+        plan = drop_layers_plan(n_layers, chosen.greedy[:merges], name=method)
     elif method == "before_last":
         plan = before_last_plan(n_layers, merges)
     elif method == "block_influence":
         plan = least_influence_plan(similarity.block_influence, merges)
     else:
         matrix = None if similarity is None else similarity.matrix
-        if method == "most_similar" and most_similar is not None:
-            plan = replace(most_similar, steps=most_similar.steps[:merges], name=method, kind="file")
+        if method == "most_similar" and chosen.most_similar is not None:
+            plan = replace(chosen.most_similar, steps=chosen.most_similar.steps[:merges], name=method, kind="file")
         else:
             plan = _averaged(config.plan, n_layers, method, merges, matrix, first)
         return _variants(config, merges, plan.name, plan)
@@ -374,9 +376,9 @@ class _Sweep:
         }
 
     def _compared(self) -> list[tuple[MergePlan, MergePlan]]:
-        """Each point against dropping as many layers, a merged block also against that block dropped, each aligned,
-        folded or refitted one against its plain self, and each refitted one against the linear replacement of the
-        dropped block."""
+        """Each point against dropping as many layers, a merged block also against that block dropped, layers dropped
+        one by one against a dropped block, each aligned, folded or refitted one against its plain self, and each
+        refitted one against the linear replacement of the dropped block."""
         plans = {
             (point.merges, point.method, _refit_name(point.plan)): point.plan
             for point in self.points
@@ -385,7 +387,7 @@ class _Sweep:
         pairs = []
         for point in self.points:
             others = [("drop", "none"), (point.method, "none")]
-            others += [("drop_block", "none")] if point.method == "merge_block" else []
+            others += [("drop_block", "none")] if point.method in ("merge_block", "drop_greedy") else []
             others += [("drop_block", "linear")] if point.plan.refit is not None else []
             for method, refit in others:
                 other = plans.get((point.merges, method, refit))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+import numpy as np
 
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config, ConfigError
@@ -10,7 +13,7 @@ from raymerge.config_file import parse_config
 from raymerge.experiments.common import Inputs, counted, describe_workers, open_pool, read_inputs
 from raymerge.heuristics import best_block, block_scores, most_similar_pair, pair_alphas, similar_block_scores
 from raymerge.inputs import CALIBRATION, SUBSETS
-from raymerge.plan import MergePlan, PlanError, drop_block_plan, pairs_plan
+from raymerge.plan import MergePlan, PlanError, drop_block_plan, drop_layers_plan, pairs_plan
 from raymerge.plan_section import Similarity, allowed_starts, block_name, named_plan, options_of
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress
@@ -115,6 +118,58 @@ def _block_losses(
         nll, tokens = (sum(values) for values in zip(*parts, strict=True))
         scores["loss", count][first] = nll / tokens
     return scores, tokens
+
+
+def choose_one_by_one(
+    config: Config, n_layers: int, most: int, run: RunDirectory, cache: str, progress: Progress
+) -> list[int]:
+    """Layers to drop, `most` of them in order: each the one without which the mean NLL of the calibration text is
+    smallest, those before it being gone (SLEB, Song et al. 2024, arXiv 2402.09025). The first K are the choice for K.
+
+    What each step measured goes into table `removals`, from which the next call goes on. Needs Ray, and the calibration
+    section's text. Raises PlanError where no loss is finite.
+    """
+    stored = run.read("removals", ["step", "layer", "chosen"]).sort_by("step").to_pylist()
+    gone = [row["layer"] for row in stored if row["chosen"]]
+    if len(gone) >= most:
+        return gone[:most]
+    inputs = read_inputs(config, (CALIBRATION,), text=False)
+    with open_pool(config, inputs, cache, run=run, firsts=range(1, n_layers), progress=progress) as pool:
+        shards = _calibration_shards(pool, inputs, progress, run)
+        numbers = range(len(shards))
+        progress.stage("states entering the layers (tokens)", sum(shards))
+        pool.map("compute_trunk", [(CALIBRATION, n) for n in numbers], counted(progress, lambda _, tokens: tokens))
+        progress.stage("loss without each layer", sum(n_layers - step for step in range(len(gone), most)) * len(shards))
+        done = 0
+        while len(gone) < most:
+            stays = [layer for layer in range(n_layers) if layer not in gone]
+            plans = {layer: drop_layers_plan(n_layers, [*gone, layer], name="so far") for layer in stays}
+            tasks = [(layer, number) for layer in stays for number in numbers]
+            counts = counted(progress, before=done)
+            found = pool.map("calibration_nll", [(plans[layer], number) for layer, number in tasks], counts)
+            done += len(tasks)
+            sums = {layer: np.zeros(2) for layer in stays}  # loss and tokens
+            for (layer, _), part in zip(tasks, found, strict=True):
+                sums[layer] += part
+            losses = {layer: float(nll / tokens) for layer, (nll, tokens) in sums.items()}
+            finite = [layer for layer in stays if math.isfinite(losses[layer])]
+            if not finite:
+                raise PlanError(f"without layers {gone} and any further one the model's loss is not finite")
+            chosen = best_block(losses, finite)
+            rows = [
+                {
+                    "step": len(gone),
+                    "layer": layer,
+                    "loss": losses[layer] if layer in finite else None,
+                    "chosen": layer == chosen,
+                    "tokens": int(sums[layer][1]),
+                }
+                for layer in stays
+            ]
+            run.append("removals", rows, part=f"step-{len(gone)}")
+            gone.append(chosen)
+    progress.message(f"Layers to remove, one by one by the loss without them: {', '.join(map(str, gone))}")
+    return gone
 
 
 def _calibration_shards(pool: WorkerPool, inputs: Inputs, progress: Progress, run: RunDirectory) -> list[int]:

@@ -59,8 +59,8 @@ _TESTS = (
 _MERGES = (
     ("alpha", "weight of the kept layer in one merge step; the removed layer has 1 - alpha"),
     ("effective coefficient", "share of an original layer in the merged layer after all steps"),
-    ("drop, before_last, drop_block", "controls without averaging: drop removes the last K layers, before_last the K "
-     "layers before the last one, drop_block a block of K layers"),
+    ("drop, before_last, drop_block, drop_greedy", "controls without averaging: drop removes the last K layers, "
+     "before_last the K layers before the last one, drop_block a block of K layers, drop_greedy K layers one by one"),
     ("keep_N", "control without averaging: of the K + 1 plans that keep one of the merged layers and drop the others, "
      "the best on the search questions (or text). There is none where another control does the same"),
     ("seams refitted", "the layers where others were removed are fitted to the unmerged model's states on the "

@@ -138,9 +138,10 @@ def described(line: dict) -> str:
 
 
 def chosen_layers(run: RunDirectory) -> list[Block]:
-    """Which layers go, where a block of them was chosen, and by what."""
-    caption, header, cells = summary.block_table(run)
-    return [Table.of(caption, header, cells, words=(2, 4, 5))] if cells else []
+    """Which layers go, where a block of them or one after another was chosen, and by what."""
+    tables = ((summary.block_table, (2, 4, 5)), (summary.removal_table, (3,)))
+    made = ((*table(run), words) for table, words in tables)
+    return [Table.of(caption, header, cells, words=words) for caption, header, cells, words in made if cells]
 
 
 def missing(run: RunDirectory, *tables: str) -> Notice:

@@ -450,6 +450,7 @@ def audited(run, questions=12, trials=3, seed=0):
         audit.derived_tasks()
     if audit.experiment in ("search", "sweep"):
         audit.blocks()
+        audit.removals()
     if audit.experiment == "search":
         audit.searched()
     if audit.experiment == "sweep":

@@ -27,14 +27,14 @@ def similarity_of(plan):
     return matrix, np.array([r["value"] for r in sorted(own, key=lambda r: r["layer"])])
 
 
-def base_alpha(base, ratio, matrix, into, remove):
+def base_alpha(base, plan, matrix, into, remove):
     """A starting coefficient, as docs/config.md has plan.base and sweep.methods."""
     if base.startswith("fixed"):
-        return float(base.partition(":")[2] or ratio)
+        return float(base.partition(":")[2] or plan["ratio"])
     if base == "similarity":
         return float(np.clip(matrix[into, remove] / math.sqrt(matrix[into, into] * matrix[remove, remove]), 0, 1))
     own, other = matrix[into].mean(), matrix[remove].mean()
-    return math.exp(own / (own + other)) / (1 + math.exp(own / (own + other)))
+    return 1 / (1 + math.exp(-plan.get("beta", 1.0) * own / (own + other)))
 
 
 def most_similar(matrix, k):
@@ -81,6 +81,11 @@ class Layers:
             elif method == "drop_block":
                 self.equal("sweep: drop_block", of, set(alphas), {1.0})
                 self.equal("sweep: block", of, stays, self.without_block(k))
+            elif method == "drop_greedy":
+                gone = {r["layer"] for r in self.table("removals", chosen=True) if r["step"] < k}
+                self.equal(
+                    "sweep: drop_greedy", of, (stays, set(alphas)), ([x for x in range(n) if x not in gone], {1.0})
+                )
             elif method.startswith("file_"):
                 told = json.loads(Path(config["sweep"]["alpha_files"][method.removeprefix("file_")]).read_text())
                 self.equal(
@@ -110,7 +115,7 @@ class Layers:
                     "sweep: alphas",
                     of,
                     alphas,
-                    [base_alpha(base, config["plan"]["ratio"], matrix, *step) for step in steps],
+                    [base_alpha(base, config["plan"], matrix, *step) for step in steps],
                 )
 
     def blocks(self):
@@ -146,6 +151,35 @@ class Layers:
                 own = [r for r in rows if r["merges"] == k and r["measure"] == chosen["measure"]]
                 best = min(own, key=lambda r: (r["score"], -r["first"]))
                 self.equal("blocks: the chosen", k, chosen["first"], best["first"])
+
+    def removals(self):
+        """The losses of a text by models without the layers that went one by one, and the choices."""
+        rows, config = self.table("removals"), self.config
+        if not rows:
+            return
+        windows = self.asker.windows(
+            config["calibration"]["text"], self.calibration_start(), config["calibration"]["tokens"]
+        )
+        gone = []
+        for step in range(1 + max(r["step"] for r in rows)):
+            own = {r["layer"]: r for r in rows if r["step"] == step}
+            of = f"step {step}"
+            stays = [x for x in range(self.base.n_layers) if x not in gone]
+            self.equal("removals: layers", of, sorted(own), stays)
+            losses = [self.loss_without(windows, {*gone, x}) for x in stays]
+            self.same("removals: loss", of, [own[x]["loss"] for x in stays], losses, 20 * self.rounding * max(losses))
+            (chosen,) = (x for x in stays if own[x]["chosen"])
+            best = min(stays, key=lambda x, own=own: (own[x]["loss"], -x))
+            self.equal("removals: the chosen", of, chosen, best)
+            gone.append(chosen)
+
+    def loss_without(self, windows, gone):
+        """The mean loss of a token with layers left out, the layers as they are stored."""
+        stays = [x for x in range(self.base.n_layers) if x not in gone]
+        into = {x: max((y for y in stays if y < x), default=stays[0]) for x in gone}
+        chain = [(into[x], x) for x in sorted(gone, key=lambda x: x if x > stays[0] else -x)]
+        plan = UNMERGED | {"steps": chain, "alphas": [1.0] * len(chain)}
+        return float(np.concatenate(self.asker.losses(self.model(plan), windows)).mean())
 
     @torch.no_grad()
     def block_scores(self, windows, k, firsts, measures):

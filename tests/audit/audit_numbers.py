@@ -213,7 +213,7 @@ class Numbers:
         }
         for row in points:
             others = [("drop", "none"), (row["method"], "none")] + [("drop_block", "none")] * (
-                row["method"] == "merge_block"
+                row["method"] in ("merge_block", "drop_greedy")
             )
             others += [("drop_block", "linear")] * (row["refit"] not in (None, "none"))
             asked_about += [

@@ -123,7 +123,7 @@ class Searches:
         alphas = {"fixed_0.6225": [0.6225] * k}
         if section["base"] != "file" and not section["recompute"]:
             name = f"fixed_{section['ratio']:g}" if section["base"] == "fixed" else section["base"]
-            alphas[name] = [base_alpha(section["base"], section["ratio"], matrix, *step) for step in self.start()]
+            alphas[name] = [base_alpha(section["base"], section, matrix, *step) for step in self.start()]
         for name, wanted in alphas.items():
             if name in own:
                 self.equal("start: its merges", name, own[name]["steps"], self.start())

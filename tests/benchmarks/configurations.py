@@ -112,7 +112,8 @@ SEARCH = PLAN | {
 SWEEP = PLAN | {
     "sweep.merges": (1, [[1], [2, 4], [1, 2, 3]]),
     "sweep.methods": (1, [["drop"], ["before_last", "fixed:0"], ["fixed:0.62", "similarity"], ["drop_block", "file"],
-                          ["merge_block", "block_influence"], ["most_similar", "similarity_ratio"]]),
+                          ["merge_block", "block_influence"], ["most_similar", "similarity_ratio"],
+                          ["drop_greedy", "drop"]]),
     "sweep.alignments": (1, [["none"], ["none", "rows"], ["neurons", "activations"]]),
     "sweep.norms": (1, [["keep"], ["fold"], ["keep", "fold"]]),
     "sweep.refits": (0.5, [["none", "linear"], ["outputs"], ["units", "scale"]]),
