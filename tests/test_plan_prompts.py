@@ -62,11 +62,13 @@ def test_the_plan_of_a_search_makes_the_model_that_it_saved(searched, tmp_path, 
     assert not told.messages and weights(tmp_path / "third") == weights(tmp_path / "again")
 
 
-@pytest.mark.parametrize("text", ["null", "demo"])
+# With the section of a search that follows, which reads the same text as well.
+@pytest.mark.parametrize("text", ["null", "demo", "demo, search.objective=text_nll, search.text=demo"])
 def test_the_plans_of_a_sweep_make_the_models_that_it_measured(local_pools, tmp_path, text):
+    text, *shared = text.split(", ")
     options = ["sweep.merges=[2]", "sweep.methods=[drop]", "sweep.refits=[none, linear]", "sweep.context=false"]
     options += ["sweep.alignments=[none]", "sweep.norms=[keep]", f"calibration.text={text}", "sweep.speed_tokens=0"]
-    run = sweep(load_config(None, [*SMALL, *options, f"output.run={tmp_path / 'run'}"]))
+    run = sweep(load_config(None, [*SMALL, *options, *shared, f"output.run={tmp_path / 'run'}"]))
     (path,) = Path(run.path_of("plans")).glob("*linear.json")
     done = merge("demo", path, tmp_path / "again", verify=False, progress=(told := Told()))
     assert not told.messages
