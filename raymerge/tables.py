@@ -199,9 +199,11 @@ class RunDirectory:
         return run, config, stored
 
     @classmethod
-    def is_one(cls, path) -> bool:
-        """Whether there is a run at a path or a URI; RunError where it cannot be looked."""
-        return cls(path)._read_config() is not None
+    def experiment_at(cls, path) -> str | None:
+        """The experiment of the run at a path or a URI, None where there is no run; RunError where it cannot be
+        looked."""
+        stored = cls(path)._read_config()
+        return None if stored is None else stored[0]
 
     @classmethod
     def load(cls, path, *, filesystem: pafs.FileSystem | None = None) -> RunDirectory:

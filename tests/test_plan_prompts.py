@@ -125,6 +125,31 @@ def test_how_much_of_a_text_is_said_by_a_section_which_has_the_plan_of_a_run_wit
     assert len(told.messages) == 1, "a section that names no text says nothing"
 
 
+def test_a_plan_is_of_the_run_that_could_have_written_it(searched, local_pools, tmp_path):
+    """In the folder of a similarity run, or of a sweep that matches nothing, a plan ended the merge with a trace."""
+    source = Path(searched("plan.alignment=activations").path_of("plans"), "found_random.json")
+    options = ["sweep.merges=[2]", "sweep.methods=[drop]", "sweep.context=false", "sweep.speed_tokens=0"]
+    options += ["sweep.alignments=[none]", f"output.run={tmp_path / 'sweep'}"]
+    sweep(load_config(None, [*SMALL, *options]))
+    RunDirectory.open(tmp_path / "layers", {"model": {"path": "demo"}}, "similarity")
+    (tmp_path / "layers" / "plans").mkdir()
+    for run, said in (("sweep", "run.*of another run: merge by the file"), ("layers", "activations needs the prompts")):
+        copied = shutil.copy(source, tmp_path / run / "plans")
+        with pytest.raises(PlanError, match=said):
+            merge("demo", copied, tmp_path / "out", verify=False)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_copy_of_a_run_without_its_inputs_has_the_plans_of_the_run(searched, tmp_path, dtype):
+    run = searched("plan.alignment=activations", "plan.refit=scale", f"model.dtype={dtype}")
+    for name in ("config.yaml", "plans"):
+        (tmp_path / "copy" / name).parent.mkdir(exist_ok=True)
+        (Path(run.path_of()) / name).rename(tmp_path / "copy" / name)
+    for name in ("found_random", "found_random_scale"):
+        merge("demo", tmp_path / "copy" / "plans" / f"{name}.json", tmp_path / name, verify=False)
+        assert weights(tmp_path / name) == weights(run.path_of("models", name))
+
+
 def test_plan_files_in_runs_are_known_by_where_they_lie(tmp_path, monkeypatch):
     run = tmp_path / "run"
     RunDirectory.open(run, {"model": {"path": "demo"}}, "search")
@@ -133,7 +158,8 @@ def test_plan_files_in_runs_are_known_by_where_they_lie(tmp_path, monkeypatch):
         assert run_of(path) == run
     for path in ("models/a/merge_plan.json", f"file://{run}/plans/a.json", f"fsspec+file://{run}/plans/a.json"):
         assert str(run_of(path)).removeprefix("fsspec+").removeprefix("file://") == str(run)
-    for path in (run / "a.json", tmp_path / "plans" / "a.json", run / "models" / "a" / "alphas.json", None):
+    elsewhere = [run / "a.json", tmp_path / "plans" / "a.json", run / "models" / "a" / "alphas.json", None]
+    for path in (*elsewhere, "file:///plans/a.json", "file:///a.json"):
         assert run_of(path) is None
 
 
