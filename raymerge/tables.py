@@ -89,6 +89,7 @@ _PLACES = re.compile(
 )
 
 _INPUTS = "inputs.json"
+TEXT_TOKENS = "text tokens"  # what the tokens of the text that is reported on are called in it
 _MANY = 50  # parts of a table, that a run which is taken up again is not to read one by one each time
 
 
