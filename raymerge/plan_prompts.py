@@ -71,7 +71,8 @@ class PlanPrompts:
         if self._text is not None:
             text = read_plain_text(self._text.text, "calibration")
             return Config(calibration=self._text), Material(calibration=(text, 0))
-        if self.run is None:
+        # A run that fitted nothing has no calibration, whatever the file said that it was made from.
+        if self.run is None or "calibration" not in self._loaded.config:
             raise PlanError("a refit, or a choice of the block by distances, needs a plain text: give --calibration")
         return self._read_run(matched=False)
 

@@ -15,7 +15,7 @@ from raymerge.console import print_search
 from raymerge.experiments import search, sweep
 from raymerge.fusion import fused_tensors
 from raymerge.merging import merge
-from raymerge.plan import PlanError
+from raymerge.plan import PlanError, Refit
 from raymerge.plan_prompts import run_of
 from raymerge.tables import RunDirectory, RunError
 
@@ -108,6 +108,14 @@ def test_other_files_than_the_run_s_are_refused_and_a_text_that_is_given_is_take
     with pytest.raises(PlanError, match="needs a plain text: give --calibration"):
         merge("demo", copied, tmp_path / "third", verify=False)
     assert not (tmp_path / "third").exists()
+
+
+def test_a_run_that_fitted_nothing_has_nothing_to_fit_on(searched, tmp_path):
+    """Whose calibration section is not stored: the text that it names was taken for prompts of the search."""
+    path = Path(searched("calibration.text=demo", "output.save_best=false").path_of("plans"), "found_random.json")
+    with pytest.raises(PlanError, match="a refit, .*, needs a plain text: give --calibration"):
+        merge("demo", path, tmp_path / "out", verify=False, refit=Refit("outputs"))
+    merge("demo", path, tmp_path / "out", verify=False, refit=Refit("outputs"), calibration="demo")
 
 
 def test_how_much_of_a_text_is_said_by_a_section_which_has_the_plan_of_a_run_with_the_same(searched, tmp_path):
