@@ -188,6 +188,10 @@ def test_plan_files_and_alpha_files_of_runs_in_an_object_store_are_read_there(se
     alphas = f"{where}/alphas/found_random.json"
     record = merge("demo", alphas, tmp_path / "alphas", verify=False, progress=told)
     assert record["name"] == "found_random" and not told.messages
+    beside = f"{where}/models/found_random_linear/alphas.json"
+    merge("demo", beside, tmp_path / "plain", verify=False, progress=told)
+    (warning,) = told.messages
+    assert f"alphas.json has the steps of {where}/models/found_random_linear/merge_plan.json, a merge with" in warning
     section = load_config(None, ["plan.selection=list", "plan.base=file", f"plan.alpha_file={alphas}"]).plan
     assert merge("demo", section, tmp_path / "section", verify=False)["plan_id"] == record["plan_id"]
     for missing in (f"{where}/plans/nothing.json", f"{where}/nowhere/nothing.json"):
