@@ -28,9 +28,12 @@ from raymerge.tables import RunDirectory
 from raymerge.texts import read_plain_text
 from raymerge.trunk import TrunkCache, mlp_units
 
+# Experiments that write plan files, and the prompts whose choice depends on each other in them.
+_ROLES = {"search": (SEARCH, REPORT), "sweep": (REPORT,)}
+
 
 def run_of(source: object) -> Path | str | None:
-    """The run directory (or its URI) that a plan file lies in, as RUN/plans/NAME.json or
+    """The search or sweep (its directory or URI) that a plan file lies in, as RUN/plans/NAME.json or
     RUN/models/NAME/merge_plan.json; None for any other source of a plan."""
     if not isinstance(source, str | PathLike):
         return None
@@ -40,7 +43,7 @@ def run_of(source: object) -> Path | str | None:
         above, models = folder_of(above)
         if models != "models" or file != RECORD_FILE:
             return None
-    return above if RunDirectory.is_one(above) else None
+    return above if RunDirectory.experiment_at(above) in _ROLES else None
 
 
 class PlanPrompts:
@@ -68,7 +71,8 @@ class PlanPrompts:
         if self._text is not None:
             text = read_plain_text(self._text.text, "calibration")
             return Config(calibration=self._text), Material(calibration=(text, 0))
-        if self.run is None:
+        # A run that fitted nothing has no calibration, whatever the file said that it was made from.
+        if self.run is None or "calibration" not in self._loaded.config:
             raise PlanError("a refit, or a choice of the block by distances, needs a plain text: give --calibration")
         return self._read_run(matched=False)
 
@@ -85,10 +89,14 @@ class PlanPrompts:
     @cached_property
     def dtype(self) -> torch.dtype | None:
         """What the run computed in, where its tokens are used."""
-        if self._text is not None or self.run is None:
-            return None
-        named = self._loaded.inputs.get("dtype")
-        return None if named is None else getattr(torch, named)
+        return None if self._text is not None or self.run is None else self._run_dtype
+
+    @property
+    def _run_dtype(self) -> torch.dtype | None:
+        """What the run computed in; None where neither inputs.json, which a copy may lack, nor its configuration says
+        it."""
+        named = self._loaded.inputs.get("dtype", self._config.model.dtype)
+        return None if named == "auto" else getattr(torch, named)
 
     def aligner(self, plan: MergePlan, folder: str | Path | None) -> Aligner:
         """An aligner for the plan, which matches by activations as the run did. folder: of what it has matched; it must
@@ -97,8 +105,12 @@ class PlanPrompts:
             return Aligner(self.checkpoint, folder)
         config, material = self._read_run(matched=True)
         prompts = RolePrompts(config, material, self.checkpoint)
-        dtype = getattr(torch, self._loaded.inputs["dtype"])
-        runner = LayerRunner(self.checkpoint, dtype=dtype, quantise=config.model.quantise)
+        if prompts.matched_on is None:
+            raise PlanError(
+                f"{self._source} has a plan with alignment activations, but {self.run} has matched no neurons by them, "
+                "so it is of another run: merge by the file that lies there"
+            )
+        runner = LayerRunner(self.checkpoint, dtype=self._run_dtype, quantise=config.model.quantise)
         return Aligner(
             self.checkpoint,
             folder,
@@ -110,14 +122,18 @@ class PlanPrompts:
     def _loaded(self) -> RunDirectory:
         return RunDirectory.load(self.run)
 
+    @cached_property
+    def _config(self) -> Config:
+        return parse_config(self._loaded.config, source=f"{self.run}/config.yaml")
+
     def _read_run(self, *, matched: bool) -> tuple[Config, Material]:
         """What the run's configuration leads to: of its calibration, and matched: of what neurons are matched on.
 
         Raises PlanError where it cannot be read, or is not what the run was made of.
         """
-        config = parse_config(self._loaded.config, source=f"{self.run}/config.yaml")
+        config = self._config
         # A text stands for itself; prompts depend on what else the experiment asks.
-        roles = {"search": (SEARCH, REPORT), "sweep": (REPORT,)}.get(self._loaded.experiment, ())
+        roles = _ROLES[self._loaded.experiment]
         if config.data.mmlu is None or (config.calibration.text is not None and not matched):
             roles = ()
         other = "" if matched else ", or give a text as --calibration"

@@ -30,7 +30,7 @@ from raymerge.plan_section import (
 )
 from raymerge.progress import Progress, step
 from raymerge.refit import check_refittable
-from raymerge.storage import located
+from raymerge.storage import Storage, folder_of, located, read_file
 
 MEASURED = ("cosine", "angular")  # values of plan.block that a merge measures itself
 
@@ -170,11 +170,10 @@ def _unlike_record(
 ) -> list[str]:
     """What a plan file, or the record beside an alpha file, says against merging by it: it is of another model, or of
     the alpha file's steps with other options, which alone make another model than the one that was measured."""
-    beside = None if isinstance(path, str) else path.parent / RECORD_FILE
-    if about is beside is None:
-        return []
+    local = isinstance(path, Path)
+    beside = path.parent / RECORD_FILE if local else located(Storage(folder_of(path)[0]).show(RECORD_FILE))
     try:
-        record = about or json.loads(beside.read_text(encoding="utf-8"))
+        record = about or json.loads(read_file(beside).decode("utf-8"))
         another = made_for_another(record, checkpoint.identity)
     except (OSError, ValueError, AttributeError):  # alone, or beside something else of that name
         return []

@@ -312,7 +312,8 @@ def folder_of(source: Path | str) -> tuple[Path | str, str]:
         return source.absolute().parent, source.name
     path, mark, query = source.partition("?")
     folder, _, name = path.rstrip("/").rpartition("/")
-    return f"{folder}{mark}{query}", name
+    root = "/" if folder.endswith("://") else ""  # of a disk, as of file:///plan.json
+    return f"{folder}{root}{mark}{query}", name
 
 
 def read_file(source: Path | str) -> bytes:

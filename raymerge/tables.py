@@ -89,6 +89,7 @@ _PLACES = re.compile(
 )
 
 _INPUTS = "inputs.json"
+TEXT_TOKENS = "text tokens"  # what the tokens of the text that is reported on are called in it
 _MANY = 50  # parts of a table, that a run which is taken up again is not to read one by one each time
 
 
@@ -199,9 +200,11 @@ class RunDirectory:
         return run, config, stored
 
     @classmethod
-    def is_one(cls, path) -> bool:
-        """Whether there is a run at a path or a URI; RunError where it cannot be looked."""
-        return cls(path)._read_config() is not None
+    def experiment_at(cls, path) -> str | None:
+        """The experiment of the run at a path or a URI, None where there is no run; RunError where it cannot be
+        looked."""
+        stored = cls(path)._read_config()
+        return None if stored is None else stored[0]
 
     @classmethod
     def load(cls, path, *, filesystem: pafs.FileSystem | None = None) -> RunDirectory:

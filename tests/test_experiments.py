@@ -824,3 +824,13 @@ def test_a_run_may_lie_in_an_object_store_with_its_cache_on_the_disk(local_pools
     assert evaluate(config(where), command=["again"]).manifest()["command"] == ["test"], "it is complete"
     with pytest.raises(RunError, match="holds a run with another config"):
         evaluate(config(where, "data.shots=2"), command=["test"])
+
+
+def test_a_run_says_which_tokens_of_its_text_it_reports_on(local_pools, tmp_path):
+    alone = ["data.mmlu=null", "data.perplexity_tokens=100", "output.figures=false"]
+    runs = [
+        evaluate(load_config(None, [*alone, f"output.run={tmp_path / str(number)}", *more]))
+        for number, more in enumerate(([], [], ["model.add_bos=true"], ["data.perplexity_tokens=90"]))
+    ]
+    found = [run.inputs["text tokens"] for run in runs]
+    assert found[0] == found[1] and len(set(found)) == 3

@@ -15,7 +15,7 @@ from raymerge.console import print_search
 from raymerge.experiments import search, sweep
 from raymerge.fusion import fused_tensors
 from raymerge.merging import merge
-from raymerge.plan import PlanError
+from raymerge.plan import PlanError, Refit
 from raymerge.plan_prompts import run_of
 from raymerge.tables import RunDirectory, RunError
 
@@ -62,11 +62,13 @@ def test_the_plan_of_a_search_makes_the_model_that_it_saved(searched, tmp_path, 
     assert not told.messages and weights(tmp_path / "third") == weights(tmp_path / "again")
 
 
-@pytest.mark.parametrize("text", ["null", "demo"])
+# With the section of a search that follows, which reads the same text as well.
+@pytest.mark.parametrize("text", ["null", "demo", "demo, search.objective=text_nll, search.text=demo"])
 def test_the_plans_of_a_sweep_make_the_models_that_it_measured(local_pools, tmp_path, text):
+    text, *shared = text.split(", ")
     options = ["sweep.merges=[2]", "sweep.methods=[drop]", "sweep.refits=[none, linear]", "sweep.context=false"]
     options += ["sweep.alignments=[none]", "sweep.norms=[keep]", f"calibration.text={text}", "sweep.speed_tokens=0"]
-    run = sweep(load_config(None, [*SMALL, *options, f"output.run={tmp_path / 'run'}"]))
+    run = sweep(load_config(None, [*SMALL, *options, *shared, f"output.run={tmp_path / 'run'}"]))
     (path,) = Path(run.path_of("plans")).glob("*linear.json")
     done = merge("demo", path, tmp_path / "again", verify=False, progress=(told := Told()))
     assert not told.messages
@@ -108,6 +110,14 @@ def test_other_files_than_the_run_s_are_refused_and_a_text_that_is_given_is_take
     assert not (tmp_path / "third").exists()
 
 
+def test_a_run_that_fitted_nothing_has_nothing_to_fit_on(searched, tmp_path):
+    """Whose calibration section is not stored: the text that it names was taken for prompts of the search."""
+    path = Path(searched("calibration.text=demo", "output.save_best=false").path_of("plans"), "found_random.json")
+    with pytest.raises(PlanError, match="a refit, .*, needs a plain text: give --calibration"):
+        merge("demo", path, tmp_path / "out", verify=False, refit=Refit("outputs"))
+    merge("demo", path, tmp_path / "out", verify=False, refit=Refit("outputs"), calibration="demo")
+
+
 def test_how_much_of_a_text_is_said_by_a_section_which_has_the_plan_of_a_run_with_the_same(searched, tmp_path):
     (tmp_path / "a.txt").write_text("one text to fit on, and on nothing else; " * 80)
     section = CalibrationConfig(text=str(tmp_path / "a.txt"), tokens=100)
@@ -123,6 +133,31 @@ def test_how_much_of_a_text_is_said_by_a_section_which_has_the_plan_of_a_run_wit
     assert len(told.messages) == 1, "a section that names no text says nothing"
 
 
+def test_a_plan_is_of_the_run_that_could_have_written_it(searched, local_pools, tmp_path):
+    """In the folder of a similarity run, or of a sweep that matches nothing, a plan ended the merge with a trace."""
+    source = Path(searched("plan.alignment=activations").path_of("plans"), "found_random.json")
+    options = ["sweep.merges=[2]", "sweep.methods=[drop]", "sweep.context=false", "sweep.speed_tokens=0"]
+    options += ["sweep.alignments=[none]", f"output.run={tmp_path / 'sweep'}"]
+    sweep(load_config(None, [*SMALL, *options]))
+    RunDirectory.open(tmp_path / "layers", {"model": {"path": "demo"}}, "similarity")
+    (tmp_path / "layers" / "plans").mkdir()
+    for run, said in (("sweep", "run.*of another run: merge by the file"), ("layers", "activations needs the prompts")):
+        copied = shutil.copy(source, tmp_path / run / "plans")
+        with pytest.raises(PlanError, match=said):
+            merge("demo", copied, tmp_path / "out", verify=False)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_copy_of_a_run_without_its_inputs_has_the_plans_of_the_run(searched, tmp_path, dtype):
+    run = searched("plan.alignment=activations", "plan.refit=scale", f"model.dtype={dtype}")
+    for name in ("config.yaml", "plans"):
+        (tmp_path / "copy" / name).parent.mkdir(exist_ok=True)
+        (Path(run.path_of()) / name).rename(tmp_path / "copy" / name)
+    for name in ("found_random", "found_random_scale"):
+        merge("demo", tmp_path / "copy" / "plans" / f"{name}.json", tmp_path / name, verify=False)
+        assert weights(tmp_path / name) == weights(run.path_of("models", name))
+
+
 def test_plan_files_in_runs_are_known_by_where_they_lie(tmp_path, monkeypatch):
     run = tmp_path / "run"
     RunDirectory.open(run, {"model": {"path": "demo"}}, "search")
@@ -131,7 +166,8 @@ def test_plan_files_in_runs_are_known_by_where_they_lie(tmp_path, monkeypatch):
         assert run_of(path) == run
     for path in ("models/a/merge_plan.json", f"file://{run}/plans/a.json", f"fsspec+file://{run}/plans/a.json"):
         assert str(run_of(path)).removeprefix("fsspec+").removeprefix("file://") == str(run)
-    for path in (run / "a.json", tmp_path / "plans" / "a.json", run / "models" / "a" / "alphas.json", None):
+    elsewhere = [run / "a.json", tmp_path / "plans" / "a.json", run / "models" / "a" / "alphas.json", None]
+    for path in (*elsewhere, "file:///plans/a.json", "file:///a.json"):
         assert run_of(path) is None
 
 
@@ -152,6 +188,10 @@ def test_plan_files_and_alpha_files_of_runs_in_an_object_store_are_read_there(se
     alphas = f"{where}/alphas/found_random.json"
     record = merge("demo", alphas, tmp_path / "alphas", verify=False, progress=told)
     assert record["name"] == "found_random" and not told.messages
+    beside = f"{where}/models/found_random_linear/alphas.json"
+    merge("demo", beside, tmp_path / "plain", verify=False, progress=told)
+    (warning,) = told.messages
+    assert f"alphas.json has the steps of {where}/models/found_random_linear/merge_plan.json, a merge with" in warning
     section = load_config(None, ["plan.selection=list", "plan.base=file", f"plan.alpha_file={alphas}"]).plan
     assert merge("demo", section, tmp_path / "section", verify=False)["plan_id"] == record["plan_id"]
     for missing in (f"{where}/plans/nothing.json", f"{where}/nowhere/nothing.json"):

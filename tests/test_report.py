@@ -1164,6 +1164,23 @@ def test_runs_on_other_questions_or_another_text_are_compared_on_the_rest(tmp_pa
     assert not found
 
 
+def test_losses_on_a_text_are_tested_where_its_tokens_are_the_same_whatever_else_was_measured(tmp_path, search):
+    """Perplexities of the questions, which `raymerge evaluate` has and a search has not, took the test away; and two
+    tokenizers' first so many tokens of one text were taken for the same."""
+    other = search_run(tmp_path / "other")
+    other.append("perplexity", [{"plan_id": "found", "target": "question", "tokens": 9, "nll": 1.0, "perplexity": 2.7}])
+    reached = [Reached(search), Reached(other)]
+    assert "text_nll" in {row["measure"] for row in compared.tests(reached)}
+    (beside, *_) = blocks([compared.compared(reached, [])], Table)
+    assert "do not compare them" not in beside.caption
+    for run, tokens in ((search_run(tmp_path / "a"), "one"), (search_run(tmp_path / "b"), "another")):
+        run.hold_to({"text tokens": tokens})
+        reached.append(Reached(run))
+    assert "text_nll" not in {row["measure"] for row in compared.tests(reached[2:])}
+    (beside, *_) = blocks([compared.compared(reached[2:], [])], Table)
+    assert "do not compare them" in beside.caption
+
+
 def random_trials(run, vectors):
     """Random candidates of a search made by hand."""
     (trial, *_) = run.read("trials").to_pylist()

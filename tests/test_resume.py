@@ -131,7 +131,7 @@ def test_nor_with_other_coefficients_texts_or_tokens_in_the_same_files(model, tm
     alphas.write_text(step % (last - 2, last - 1, 0.5))
     text.write_text("Another text of a few words, " * 40)
     (model / "tokenizer_config.json").write_text((model / "tokenizer_config.json").read_text() + "\n")
-    with pytest.raises(RunError, match=r"\n  plan: .*\n  text: .*\n  tokenizer: "):
+    with pytest.raises(RunError, match=r"\n  plan: .*\n  text: .*\n  text tokens: .*\n  tokenizer: "):
         go_on()
 
 

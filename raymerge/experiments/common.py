@@ -25,8 +25,9 @@ from raymerge.plan import MergePlan
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
+from raymerge.role_prompts import RolePrompts
 from raymerge.storage import LEFT_S, NO_ROOM, Lock, clear_scratch, scratch_folder, size_text, user_cache
-from raymerge.tables import RunDirectory
+from raymerge.tables import TEXT_TOKENS, RunDirectory
 from raymerge.texts import text_hash
 from raymerge.worker import CODE, ModelWorker
 from raymerge.worker_memory import host_bytes
@@ -227,7 +228,9 @@ def open_run(
     held |= {f"data {role}": identity for role, identity in inputs.identities.items()}
     # tables join on the source's ids, which another source of the same questions may not have
     held |= {f"ids {role}": digest([q.question_id for q in of.questions]) for role, of in inputs.questions.items()}
-    held |= {} if inputs.text is None else {"text": text_hash(inputs.text)}
+    if inputs.text is not None:
+        read = RolePrompts(config, inputs, inputs.checkpoint).text
+        held |= {"text": text_hash(inputs.text), TEXT_TOKENS: digest([shard.identity for shard in read])}
     held |= {"plan": digest([plan.plan_id("") for plan in plans])} if plans else {}
     matrices = [np.round(matrix, 12).tobytes().hex() for matrix in similarity if matrix is not None]
     run.hold_to(held | ({"similarity": digest(matrices)} if matrices else {}))

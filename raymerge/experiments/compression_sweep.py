@@ -97,6 +97,8 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     check_without_questions(config, {"sweep.alignments": config.sweep.alignments}, calibrates=calibrates)
     roles = [] if config.data.mmlu is None else [REPORT]
     sections = ["tasks", "plan", "sweep", *(["calibration"] if calibrates else [])]
+    if calibrates and config.needs_search_text:  # the calibration's tokens may lie behind those of search.text
+        sections += ["search", "gradient"]
     settings = settings_of(config, "model", "data", *sections)
     RunDirectory.check(config.output.run, settings, "sweep")
     with step(progress, "reading model and questions"):

@@ -18,6 +18,7 @@ from raymerge.report.content import ROLES, Block, Figure, Rows, Section, Table
 from raymerge.report.plans import VERDICT, compared_cells
 from raymerge.report.reached import TEXT_TEST, Reached, removed_share
 from raymerge.report.wording import NONE, interval, percent, perplexity
+from raymerge.tables import TEXT_TOKENS
 
 _PAIRED = 8  # runs of which all pairs are tested
 _MEASURES = {"accuracy": "accuracy", "answer_nll": "answer NLL", "text_nll": "loss per token"}
@@ -98,14 +99,17 @@ def _caveat(reached: Sequence[Reached]) -> str:
 
 
 def _texts(reached: Sequence[Reached]) -> str:
-    """That perplexities are not to be compared, where they are of different texts, or of more and fewer tokens."""
-    texts = {
-        (row["text_hash"], row["tokens"])
-        for one in reached
-        for row in one.run.read("perplexity", ["target", "text_hash", "tokens"]).to_pylist()
-        if row["target"] == "text"
-    }
-    return ". The perplexities are of different texts, or tokens: do not compare them" if len(texts) > 1 else ""
+    """That perplexities are not to be compared, where they are of different texts, or of other tokens."""
+    read = set().union(*(_texts_of(one, "text_hash", "tokens") for one in reached))
+    tokens = {one.run.inputs.get(TEXT_TOKENS) for one in reached if _texts_of(one, "text_hash")} - {None}
+    apart = len(read) > 1 or len(tokens) > 1
+    return ". The perplexities are of different texts, or tokens: do not compare them" if apart else ""
+
+
+def _texts_of(one: Reached, *columns: str) -> set[tuple]:
+    """What a run's rows of the perplexity of plain text say; those of questions have no text."""
+    rows = one.run.read("perplexity", ["target", *columns]).to_pylist()
+    return {tuple(row[column] for column in columns) for row in rows if row["target"] == "text"}
 
 
 def headline(one: Reached) -> dict:
@@ -178,9 +182,9 @@ def _losses(one: Reached, name: str) -> tuple[object, pa.Table]:
     plan's name."""
     order = [("window", "ascending"), ("position", "ascending")]
     table = _named(one.run.read("text_losses", ["plan_id", "window", "position", "tokens", "nll"]), one, name)
-    texts = {row["text_hash"] for row in one.run.read("perplexity", ["text_hash"]).to_pylist()}
     read = table.select(["window", "position", "tokens"]).sort_by(order).to_pylist()
-    return (texts, read) if read else None, table
+    # Two tokenizers make as many tokens of a text whose first so many are read.
+    return (_texts_of(one, "text_hash"), one.run.inputs.get(TEXT_TOKENS), read) if read else None, table
 
 
 def _named(table: pa.Table, one: Reached, name: str) -> pa.Table:
