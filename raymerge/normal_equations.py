@@ -12,6 +12,7 @@ what a layer as it stands leaves over, so that the ridge pulls towards that laye
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,18 @@ from torch import Tensor
 
 from raymerge.errors import UserError
 
-_TILE = 2048  # tokens multiplied in float32 before they are added to the float64 sums
+_TILE = 2048  # tokens multiplied at a time before they are added to the float64 sums
+
+
+def products_for(ridge: float | None, features: int) -> torch.dtype:
+    """The dtype that products of features are to be computed in, for a ridge; None: one that is chosen.
+
+    Products in float32 leave noise in the Gram matrix, of norm up to about 2^-23 sqrt(n) times the mean diagonal. That
+    is to be less of the ridge than the 2^-9 that storing a fitted weight in bfloat16 rounds off: where the tokens say
+    nothing, the noise would decide in the ridge's place. Chosen ridges are above that, and float64 takes twice as long.
+    """
+    noise = 2.0**-23 * math.sqrt(features)
+    return torch.float64 if ridge is not None and noise > 2.0**-9 * ridge else torch.float32
 
 
 class RefitError(UserError):
@@ -80,17 +92,24 @@ class NormalEquations:
         """The same sums on a device."""
         return NormalEquations(self.gram.to(device), self.cross.to(device), self.power, self.weight, self.tokens)
 
-    def add(self, features: Tensor, residuals: Tensor, weights: Tensor) -> None:
+    def add(
+        self, features: Tensor, residuals: Tensor, weights: Tensor, *, products: torch.dtype = torch.float32
+    ) -> None:
         """Add tokens: features (t, n), residuals (t, d), weights (t,), of any floating dtype.
 
-        Products are float32 over tiles of 2,048 tokens, which are summed in float64; inputs in float64 stay so.
+        Products are computed in `products` (see `products_for`) over tiles of 2,048 tokens, which are summed in
+        float64; inputs in float64 stay so.
         """
         for x, r, w in zip(features.split(_TILE), residuals.split(_TILE), weights.split(_TILE), strict=True):
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            dtype = torch.float64 if x.dtype == torch.float64 else products
             root = w.to(dtype).sqrt()[:, None]
             x, r = x.to(dtype) * root, r.to(dtype) * root
-            self.gram += x.T @ x
-            self.cross += x.T @ r
+            if dtype == torch.float64:  # in place: another n by n matrix of float64 is not accounted for
+                self.gram.addmm_(x.T, x)
+                self.cross.addmm_(x.T, r)
+            else:
+                self.gram += x.T @ x
+                self.cross += x.T @ r
             self.power += float(r.double().square().sum())
             self.weight += float(w.double().sum())
             self.tokens += len(w)
@@ -125,9 +144,10 @@ class NormalEquations:
         return self.cross.diagonal() / (diagonal + ridge * diagonal.mean()).clamp_min(torch.finfo(torch.float64).tiny)
 
     def error(self, found: Tensor) -> float:
-        """Weighted mean squared error of a map (n, d) on the tokens of these sums."""
+        """Weighted mean squared error of a map (n, d) on the tokens of these sums; not below 0, where the rounded
+        difference of sums that it is may come out."""
         fitted = (found * (self.gram @ found)).sum() - 2.0 * (found * self.cross).sum()
-        return (self.power + float(fitted)) / self.weight
+        return max((self.power + float(fitted)) / self.weight, 0.0)
 
 
 @dataclass

@@ -36,7 +36,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.device import moved
 from raymerge.forward import GroupStates, LayerRunner, joined
 from raymerge.identity import digest
-from raymerge.normal_equations import NormalEquations, PackedEquations, RefitError, choose_ridge
+from raymerge.normal_equations import NormalEquations, PackedEquations, RefitError, choose_ridge, products_for
 from raymerge.plan import MergePlan
 from raymerge.prompts import Shard
 from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
@@ -45,7 +45,7 @@ from raymerge.trunk import TrunkCache, compute_trunks
 #: The ridges to choose from where a plan gives none.
 RIDGES = (0.01, 0.1, 1.0, 10.0)
 
-_VERSION = 1  # of what is fitted to what; another value makes cached fits of earlier versions unused
+_VERSION = 2  # of what is fitted to what; another value makes cached fits of earlier versions unused
 _WHAT = "the refit"  # what a file holds, for error messages
 _O, _DOWN = "self_attn.o_proj", "mlp.down_proj"
 _GATE, _UP = "mlp.gate_proj", "mlp.up_proj"
@@ -335,7 +335,8 @@ class Refitter:
         shape = features.shape[1], residual.shape[1], self.runner.device
         if not _chooses_ridge(plan):
             sums = sums or Sums(NormalEquations.empty(*shape))
-            sums.fitted.add(features, residual, counts)
+            products = products_for(plan.refit.ridge, features.shape[1])
+            sums.fitted.add(features, residual, counts, products=products)
             return sums
         sums = sums or Sums(NormalEquations.empty(*shape), NormalEquations.empty(*shape))
         for part, chosen in ((sums.fitted, ~held_out), (sums.held_out, held_out)):

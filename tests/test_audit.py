@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import task_files
+import torch
 from tiny import make_checkpoint
 
 from raymerge import experiments
@@ -97,3 +98,46 @@ def test_it_agrees_with_alignments_refits_and_tasks(tmp_path, monkeypatch, local
     altered.config["calibration"]["tokens"] = 100
     altered.reported()
     assert altered.failed >= 3
+
+
+def test_its_allowance_for_weak_ridges_and_quantised_layers_hides_no_fault(tmp_path, monkeypatch, local_pools, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent / "audit")])
+    from audit import Audit, audited
+    from recomputed_refits import Refits
+
+    kept = {key: value for key, value in SETTINGS.items() if key.startswith(("data.", "output."))}
+    settings = kept | {
+        "model.path": make_checkpoint(tmp_path / "base", "llama", intermediate_size=64),
+        "model.quantise": "int4",
+        "plan.ridge": 1e-6,
+        "sweep.merges": [1],
+        "sweep.methods": ["fixed:0.35"],
+        "sweep.refits": ["outputs"],
+        "sweep.context": "false",
+        "sweep.speed_tokens": 0,
+        "calibration.text": "demo",
+        "calibration.tokens": 60,
+    }
+
+    def swept(name):
+        run = tmp_path / name
+        experiments.sweep(
+            load_config(None, [f"{key}={value}" for key, value in settings.items()] + [f"output.run={run}"])
+        )
+        return run
+
+    def wrong(of):
+        of.reported()
+        return {
+            line["what"] for line in map(json.loads, capsys.readouterr().out.splitlines()) if line.get("ok") is False
+        }
+
+    run = swept("run")
+    assert audited(run, questions=2) == 0
+    # What the audit once did, with an allowance that hid it: fits on the states of quantised layers.
+    other = Audit(run, questions=2, trials=0, seed=0)
+    other.fits = Refits(other.base, other.fits.sequences, lambda *of: other.base.built(*of, other.dtype, "int4"))
+    assert {"refit: error", "receipts"} <= wrong(other)
+    # What runs once did: products in float32, whose rounding decided in the place of a weak ridge.
+    monkeypatch.setattr("raymerge.refit.products_for", lambda *_: torch.float32)
+    assert "receipts" in wrong(Audit(swept("rounded"), questions=2, trials=0, seed=0))

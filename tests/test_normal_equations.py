@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from raymerge.normal_equations import NormalEquations, RefitError, choose_ridge
+from raymerge.normal_equations import NormalEquations, RefitError, choose_ridge, products_for
 
 N, D, TOKENS = 12, 5, 400
 
@@ -83,6 +83,37 @@ def test_bfloat16_tokens_are_multiplied_in_float32_and_summed_in_float64():
     found, exact = equations(x, r, w), equations(x.double(), r.double(), w.double())
     assert found.gram.dtype == torch.float64
     torch.testing.assert_close(found.gram, exact.gram, rtol=1e-5, atol=1e-4 * float(exact.gram.diagonal().mean()))
+
+
+@pytest.mark.parametrize(("ridge", "features"), [(1e-6, 192), (1e-4, 192), (1e-3, 1024)])
+def test_a_weak_ridge_is_not_drowned_by_what_products_round_off(ridge, features):
+    """Where there are fewer tokens than features the ridge alone decides in the other directions: noise of float32
+    products took its place there, and of several ridges it made a matrix that could not be factorised."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(137, features, generator=generator) + 2 * torch.randn(features, generator=generator)
+    r, w = torch.randn(137, D, generator=generator), torch.ones(137)
+    found = NormalEquations.empty(features, D)
+    found.add(x, r, w, products=products_for(ridge, features))
+    solution, wanted = found.solve(ridge), torch.from_numpy(direct(x, r, w, ridge))
+    assert float((solution - wanted).norm() / wanted.norm()) < 1e-3
+    left = (r.double() - x.double() @ wanted).square().sum() / 137
+    assert found.error(solution) == pytest.approx(float(left), rel=0.02)
+
+
+def test_ridges_that_are_chosen_need_no_float64_products():
+    assert products_for(0.01, 18_944) == products_for(None, 18_944) == torch.float32
+    assert products_for(1e-6, 192) == products_for(0.001, 8_960) == torch.float64
+
+
+def test_an_error_is_never_below_zero():
+    """It is a sum of squares, computed as a difference of sums."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 60, generator=generator)
+    r, w = x @ torch.randn(60, D, generator=generator), torch.ones(40)
+    sums = equations(x, r, w)
+    errors = [sums.error(sums.solve(ridge)) for ridge in np.geomspace(1e-6, 1e-3, 20)]
+    assert min(errors) >= 0.0
+    assert np.isnan(sums.error(torch.full((60, D), np.nan, dtype=torch.float64)))
 
 
 def test_the_error_is_that_of_the_tokens():

@@ -110,6 +110,20 @@ def test_scale_is_one_factor_a_channel(folder, tmp_path):
     torch.testing.assert_close(found.double(), factor[:, None] * down.weight, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["outputs", "linear"])
+def test_a_weak_ridge_on_few_tokens_fits_what_float64_fits(folder, tmp_path, method):
+    """A ridge far below what float32 products round off, on fewer tokens than there are features."""
+    plan, shards, found = refitted(drop_block_plan(N, 2, 2), method, ridge=1e-6), (shard_of(windows(0, 1, 12)),), []
+    for dtype in (torch.float32, torch.float64):
+        checkpoint = Checkpoint(str(folder))
+        refitter = Refitter(LayerRunner(checkpoint, dtype=dtype), tmp_path / str(dtype), lambda: shards)
+        found.append((refitter.tensors(plan, 1)["mlp.down_proj.weight"], refitter.records(plan)[-1]["error"]))
+    (own, error), (wanted, least) = found
+    before = fused_layer(checkpoint, checkpoint.architecture, replace(plan, refit=None), 1)["mlp.down_proj.weight"]
+    assert float((own - wanted).norm() / (wanted - before).norm()) < 0.01
+    assert error == pytest.approx(least, rel=0.05)
+
+
 def test_outputs_reproduce_what_the_matrices_can(folder, tmp_path):
     """The MLP's fit alone, o_proj as it was fitted: weighted least squares on units, towards the weights there were."""
     sequences = windows(0, 5)

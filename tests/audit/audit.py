@@ -13,8 +13,10 @@ GGUF or the hub. Retrieval is held against other prompts and noise against other
 
 Nothing is shared with raymerge but files: the run's configuration and tables, read by pyarrow, the base's safetensors,
 questions and texts. Models are merged here step by step in float64, written as ordinary checkpoints of fewer layers,
-loaded by transformers, and asked whole prompts, assembled and tokenised here. A line: what was compared, how many
-values, the largest disagreement and what is allowed; lines with "skipped" say what was not compared, and why.
+loaded by transformers, and asked whole prompts, assembled and tokenised here. What differs by more than a model's own
+arithmetic does is allowed where the merge or the fit is that sensitive: by what comes of the same one, several times
+over, with its sums and states off by what they may be rounded by. A line: what was compared, how many values, the
+largest disagreement and what is allowed; lines with "skipped" say what was not compared, and why.
 """
 
 import argparse
@@ -43,6 +45,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 SHARD = 8192  # tokens that are run in one piece
+NUDGED, TIMES = 6, 3  # how often a plan is made again with nudged sums, and how often their largest effect is allowed
 
 
 class Audit(Numbers, Layers, Searches, Tasks, Noise):
@@ -58,12 +61,15 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
         stored = self.config["model"]["dtype"]
         self.dtype = torch.float32 if stored == "auto" else getattr(torch, stored)
         # What sums in another order, rounded to the dtype, may differ by, relative to the largest logit.
-        self.rounding = {torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.1}[self.dtype]
+        self.arithmetic = {torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.1}[self.dtype]
+        # The same of candidates, and of quantised layers, that are made otherwise than plans that are reported.
+        self.rounding = self.arithmetic
         if any(tensor.dtype != torch.float32 for tensor in self.base.tensors.values()):
             self.rounding = max(self.rounding, 1e-3)
         if self.config["model"]["quantise"] != "none":  # a sum's last bit decides to which level it is rounded
             self.rounding = max(self.rounding, 5e-3)
         self.models, self.states = {}, {}
+        self.twins, self.twin_models = (None, []), (None, [])
 
     def table(self, table, /, **where):
         files = sorted(glob.glob(str(self.run / "tables" / table / "*.parquet")))
@@ -89,6 +95,17 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
             facts |= {"at": at, "found": float(found[tuple(at)]), "wanted": float(wanted[tuple(at)])}
         self.failed += not ok
         self.line(what, of, **facts)
+
+    def near(self, what, of, found, measure, own, twins, allowed, each=False):
+        """Compare numbers with those that `measure` makes of `own`. Where more than allowed is between them, it is
+        allowed some times what it makes of twins differs by; each: of each number, not the largest of all."""
+        found, wanted = np.asarray(found, np.float64), np.asarray(measure(own), np.float64)
+        if found.shape == wanted.shape and not np.isclose(found, wanted, 0, allowed, equal_nan=True).all():
+            with np.errstate(invalid="ignore"):
+                spread = [np.nan_to_num(np.abs(np.asarray(measure(twin)) - wanted)) for twin in twins()]
+            if spread:
+                allowed = allowed + TIMES * (np.max(spread, axis=0) if each else np.max(spread, initial=0.0))
+        self.same(what, of, found, wanted, allowed)
 
     def equal(self, what, of, found, wanted):
         """Compare what must be alike."""
@@ -126,15 +143,6 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
         plan, layers = self.config["plan"], method in ("outputs", "units")
         return {"method": method, "ridge": plan["ridge"], "layers": plan["refit_layers"] if layers else 0}
 
-    def slack(self, plan):
-        """What fitted weights may differ by, relative to the largest, as fits from rounded states amplify; infinite
-        where nothing can be said."""
-        if not plan.get("refit"):
-            return 0.0
-        if self.dtype != torch.float32 or self.config["model"]["quantise"] != "none":
-            return math.inf
-        return 10 * max(1e-4, self.rounding) * (1 if (plan["refit"]["ridge"] or 1) > 1e-3 else 100)
-
     @property
     def biases(self):
         return self.config["plan"]["biases"] if "plan" in self.config else "keep"
@@ -151,7 +159,7 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
                 return "alignment by activations of more than one shard"
         if plan.get("refit") and self.fits is None:
             return "refitted on shards that were drawn"
-        if plan.get("refit") and plan["refit"]["method"] == "units" and math.isinf(self.slack(plan)):
+        if plan.get("refit") and plan["refit"]["method"] == "units" and self.dtype != torch.float32:
             if len(self.fits.held) < 100:
                 return "units chosen on few tokens of rounded states: their last bits decide"
         return None
@@ -189,8 +197,7 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
             sequences = self.asker.sequences(self.asker.searched_on())
             if sum(len(ids) - start for ids, _, start in sequences) > SHARD:
                 return None
-        quantise = self.config["model"]["quantise"]
-        return Refits(self.base, sequences, lambda *state: self.base.built(*state, self.dtype, quantise))
+        return Refits(self.base, sequences, lambda *state: self.base.built(*state, self.dtype))
 
     def state(self, plan):
         """(state dict, kept layers, figures of fits) of a plan."""
@@ -198,10 +205,30 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
         if key not in self.states:
             if len(self.states) > 3:
                 self.states.pop(next(iter(self.states)))
-            state, kept = self.base.merged(plan)
-            state, figures = self.fits.fitted(state, kept, plan) if plan.get("refit") else (state, [])
-            self.states[key] = state, kept, figures
+            self.states[key] = self.made(plan)
         return self.states[key]
+
+    def made(self, plan, nudges=None):
+        state, kept = self.base.merged(plan, nudges)
+        state, figures = self.fits.fitted(state, kept, plan, nudges) if plan.get("refit") else (state, [])
+        return state, kept, figures
+
+    def nudged(self, plan):
+        """What `state` gives, several times over, as it is where sums and states are rounded otherwise; none of plans
+        that nothing is computed for."""
+        key = self.key(plan)
+        if self.twins[0] != key:
+            computes = plan.get("refit") or self.averages(plan)
+            seeds = range(NUDGED) if computes else []
+            self.twins = key, [self.made(plan, np.random.default_rng(seed)) for seed in seeds]
+        return self.twins[1]
+
+    def nudged_models(self, plan):
+        key, quantise = self.key(plan), self.config["model"]["quantise"]
+        if self.twin_models[0] != key:
+            built = [self.base.built(state, kept, self.dtype, quantise) for state, kept, _ in self.nudged(plan)]
+            self.twin_models = key, built
+        return self.twin_models[1]
 
     @staticmethod
     def key(plan):
@@ -215,55 +242,60 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
             self.models[key] = self.base.built(*self.state(plan)[:2], self.dtype, self.config["model"]["quantise"])
         return self.models[key]
 
-    def compared_model(self, what, plan_id, model, plan):
-        """A model's answers and losses against what the tables have of a plan."""
-        data, rounding = self.config["data"], self.rounding
-        if plan.get("refit"):
-            rounding *= 30 if self.config["model"]["quantise"] != "none" else 10
+    def compared_model(self, what, plan_id, model, plan, saved=False):
+        """A model's answers and losses against what the tables have of a plan. saved: its weights are the product's."""
+        data, rounding = self.config["data"], self.arithmetic
+
+        def near(name, found, measure, allowed, of=plan_id):
+            twins = (lambda: ()) if saved else (lambda: self.nudged_models(plan))
+            self.near(f"{what}: {name}", of, found, measure, model, twins, allowed)
+
         rows = [r for r in self.table("answers", plan_id=plan_id) if r["split"] == data["report_split"]]
         rows = self.random.sample(rows, min(self.limit, len(rows)))
         if rows:
             asked = [(r["subject"], r["split"], r["question_id"]) for r in rows]
-            logits, sums, top, nll = self.asker.answers(model, asked)
+            answers = functools.lru_cache(1)(lambda model: self.asker.answers(model, asked))
             found = np.array([[r[f"logit_{x}"] for x in "abcd"] for r in rows])
-            allowed = rounding * max(1.0, np.abs(logits).max())
-            self.same(f"{what}: logits", plan_id, found, logits, allowed)
+            allowed = rounding * max(1.0, np.abs(found).max())
+            near("logits", found, lambda model: answers(model)[0], allowed)
             self.equal(f"{what}: predicted", plan_id, [r["predicted"] for r in rows], found.argmax(1).tolist())
             right = [self.asker.prompt(*a)[2] for a in asked]
             self.equal(f"{what}: right answers", plan_id, [r["answer"] for r in rows], right)
             if rows[0]["logsumexp_all"] is not None:
-                self.same(f"{what}: logsumexp", plan_id, [r["logsumexp_all"] for r in rows], sums, allowed)
+                near("logsumexp", [r["logsumexp_all"] for r in rows], lambda model: answers(model)[1], allowed)
             if rows[0]["prompt_nll"] is not None:
-                self.same(f"{what}: prompt NLL", plan_id, [r["prompt_nll"] for r in rows], nll, rounding * 10)
-        self.compared_tasks(what, plan_id, model, rounding)
+                near("prompt NLL", [r["prompt_nll"] for r in rows], lambda model: answers(model)[3], rounding * 10)
+        self.compared_tasks(what, plan_id, near)
         if what.startswith("model"):
             self.retrieval(what, plan_id, model)
         texts = self.table("perplexity", plan_id=plan_id, target="text")
         if texts:
             windows = self.asker.windows(data["perplexity_text"], 0, data["perplexity_tokens"])
-            losses = self.asker.losses(model, windows)
-            total = np.concatenate(losses)
+            losses = functools.lru_cache(1)(lambda model: self.asker.losses(model, windows))
+            total = np.concatenate(losses(model))
             self.equal(f"{what}: text tokens", plan_id, texts[0]["tokens"], len(total))
-            self.same(f"{what}: text NLL", plan_id, texts[0]["nll"], total.mean(), rounding * total.mean())
-            rows = self.table("context", plan_id=plan_id, measure="position_nll")
+            mean, usual = texts[0]["nll"], rounding * max(1.0, total.mean())
+            near("text NLL", mean, lambda model: np.concatenate(losses(model)).mean(), usual)
+            places = self.table("context", plan_id=plan_id, measure="position_nll")
             ends = {1: 16, 16: 64, 64: 256, 256: 512, 512: WINDOW}
-            wanted = [np.concatenate([own[r["bucket"] - 1 : ends[r["bucket"]] - 1] for own in losses]) for r in rows]
-            self.equal(f"{what}: tokens by position", plan_id, [r["n"] for r in rows], [len(own) for own in wanted])
-            self.same(
-                f"{what}: NLL by position",
-                plan_id,
-                [r["value"] for r in rows],
-                [own.mean() for own in wanted],
-                10 * rounding * total.mean(),
-            )
-            rows = self.table("text_losses", plan_id=plan_id)
-            wanted = [losses[r["window"]][r["position"] - 1 :][: r["tokens"]].sum() for r in rows]
-            self.same(
-                f"{what}: passages",
-                plan_id,
-                [r["nll"] for r in rows],
-                wanted,
-                10 * rounding * np.maximum(1, np.abs(wanted)),
+
+            def by_position(model):
+                return [
+                    np.concatenate([own[r["bucket"] - 1 : ends[r["bucket"]] - 1] for own in losses(model)])
+                    for r in places
+                ]
+
+            lengths = [len(own) for own in by_position(model)]
+            self.equal(f"{what}: tokens by position", plan_id, [r["n"] for r in places], lengths)
+            found = [r["value"] for r in places]
+            near("NLL by position", found, lambda model: [own.mean() for own in by_position(model)], 10 * usual)
+            parts = self.table("text_losses", plan_id=plan_id)
+            found = np.array([r["nll"] for r in parts])
+            near(
+                "passages",
+                found,
+                lambda model: [losses(model)[r["window"]][r["position"] - 1 :][: r["tokens"]].sum() for r in parts],
+                10 * rounding * np.maximum(1, np.abs(found)),
             )
 
     def reported(self):
@@ -336,27 +368,31 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
             [cost[k] for k in ("layers", "layers_removed", "parameters", "parameters_removed", "bytes")],
             wanted,
         )
-        self.refitted(key, figures)
+        self.refitted(key, plan, figures)
         rows = self.table("receipts", plan_id=key)
-        changes = {}
-        for name, tensor in state.items():
-            change = tensor.double() - self.base.tensors[name].double()
-            norm = self.base.tensors[name].double().norm()
-            relative = float(change.norm() / norm) if norm else float(bool(change.any()))
-            changes[name] = float(change.abs().max()), relative
-        # A sum in another order may round one entry to its neighbour; fits come of longer sums, so that more may.
-        allowed, slack = [], self.slack(plan)
+
+        def changes(made):
+            found = []
+            for name in (row["tensor"] for row in rows):
+                before, change = (
+                    self.base.tensors[name].double(),
+                    made[0][name].double() - self.base.tensors[name].double(),
+                )
+                relative = float(change.norm() / before.norm()) if before.norm() else float(bool(change.any()))
+                found.append((float(change.abs().max()), relative))
+            return np.array(found).reshape(-1, 2)
+
+        # A sum in another order may round one entry to its neighbour.
+        allowed = []
         for row in rows:
             digit, size = torch.finfo(state[row["tensor"]].dtype).eps, float(state[row["tensor"]].abs().max())
-            allowed.append([(digit + slack) * size + 1e-6, digit / (2 if slack else 64) + slack + 1e-6])
-        self.same(
-            "receipts",
-            key,
-            np.array([[r["max_abs_change"], r["relative_change"]] for r in rows]).reshape(-1, 2),
-            np.array([changes[r["tensor"]] for r in rows]).reshape(-1, 2),
-            np.array(allowed).reshape(-1, 2),
-        )
-        missing = {name for name, change in changes.items() if change[0]} - {r["tensor"] for r in rows}
+            allowed.append([digit * size + 1e-6, digit / 64 + 1e-6])
+        found = np.array([[r["max_abs_change"], r["relative_change"]] for r in rows]).reshape(-1, 2)
+        own, allowed = (state, kept, figures), np.array(allowed).reshape(-1, 2)
+        self.near("receipts", key, found, changes, own, lambda: self.nudged(plan), allowed, each=True)
+        missing = {n for n, t in state.items() if not torch.equal(t, self.base.tensors[n])} - {
+            r["tensor"] for r in rows
+        }
         self.equal("receipts: all that changed", key, sorted(missing), [])
 
     def symmetric(self, plan):
@@ -371,7 +407,7 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
             found, wanted = (m(input_ids=ids).logits[0] for m in (model, self.base.load(UNMERGED, torch.float64)))
         self.same("alignment: a symmetry", plan["name"], found, wanted, 1e-6 * float(wanted.abs().max()))
 
-    def refitted(self, key, figures):
+    def refitted(self, key, plan, figures):
         """What table `refits` has of a plan."""
         rows = self.table("refits", plan_id=key)
         found, wanted = (
@@ -379,8 +415,13 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
         )
         self.equal("refit: its fits", key, found, wanted)
         for name in ("error", "held_out_error"):
-            found, wanted = ([math.nan if r.get(name) is None else r[name] for r in own] for own in (rows, figures))
-            self.same(f"refit: {name}", key, found, wanted, 20 * self.rounding)
+
+            def told(rows, name=name):
+                return np.array([math.nan if r.get(name) is None else r[name] for r in rows])
+
+            allowed = 1e-3 * np.abs(np.nan_to_num(told(figures))) + 1e-6
+            twins = lambda: [made[2] for made in self.nudged(plan)]  # noqa: E731
+            self.near(f"refit: {name}", key, told(rows), told, figures, twins, allowed, each=True)
 
     def saved(self, folder, plans, names):
         """A saved model: its answers are its plan's, its weights those merged here, its record true."""
@@ -389,7 +430,7 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
         self.equal("saved: its name", folder.name, folder.name in names.get(key, []), True)
         plan = plans[key]
         if self.config["model"]["quantise"] == "none":
-            self.compared_model(f"saved {folder.name}", key, loaded(folder, self.dtype), plan)
+            self.compared_model(f"saved {folder.name}", key, loaded(folder, self.dtype), plan, saved=True)
         self.recorded("saved: its record", folder.name, record, plan)
         alphas = json.loads((folder / "alphas.json").read_text())
         self.equal(
@@ -417,16 +458,19 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
         stored = {}
         for file in folder.glob("*.safetensors"):
             stored |= load_file(file)
-        self.weights("saved: weights", folder.name, stored, state, self.slack(plan))
+        self.weights("saved: weights", folder.name, stored, state, lambda: [made[0] for made in self.nudged(plan)])
         if (folder / "mergekit.yaml").exists():
             self.weights("mergekit.yaml: weights", folder.name, mergekit(self.base, folder / "mergekit.yaml"), state)
 
-    def weights(self, what, of, found, wanted, slack=0.0):
+    def weights(self, what, of, found, wanted, twins=tuple):
         self.equal(f"{what}' names", of, sorted(found), sorted(wanted))
         eps = max(torch.finfo(t.dtype).eps for t in wanted.values())
-        pairs = [(found[n].double(), t.double()) for n, t in wanted.items() if n in found]
-        worst = max(float(((a - b).abs() / (b.abs() + b.abs().max() * 1e-2 + 1e-30)).max()) for a, b in pairs)
-        self.same(what, of, worst, 0.0, 2 * eps + 1e-5 + 100 * slack)
+
+        def worst(state):
+            pairs = [(state[n].double(), t.double()) for n, t in wanted.items() if n in state]
+            return max(float(((a - b).abs() / (b.abs() + b.abs().max() * 1e-2 + 1e-30)).max()) for a, b in pairs)
+
+        self.near(what, of, worst(found), worst, wanted, twins, 2 * eps + 1e-5)
 
 
 def main():

@@ -57,9 +57,8 @@ def items_of(file, format):
 class Tasks:
     """Of an Audit: answers to tasks, what follows from them, and retrieval from a context."""
 
-    @torch.no_grad()
-    def compared_tasks(self, what, plan_id, model, rounding):
-        """A model's log-likelihoods against those of a plan."""
+    def compared_tasks(self, what, plan_id, near):
+        """A model's log-likelihoods against those of a plan; near: see `Audit.compared_model`."""
         for name, c in (self.config.get("tasks") or {}).items():
             rows = self.table("task_answers", plan_id=plan_id, task=name)
             items = items_of(c["file"], c["format"])
@@ -72,14 +71,21 @@ class Tasks:
                 context, choices, right = items[int(row["item_id"].rpartition("/")[2])]
                 self.equal(f"{what}: right choice", row["item_id"], row["answer"], right)
                 self.equal(f"{what}: lengths", row["item_id"], row["lengths"], [float(len(own)) for own in choices])
-                before, wanted = len(self.asker.ids((prefix + context).rstrip())), []
-                for choice in choices:
-                    whole = torch.tensor([self.asker.ids(f"{prefix}{context} {choice}")])
-                    logits = model(input_ids=whole, use_cache=False).logits[0].double()
-                    own = torch.log_softmax(logits, 1)[:-1].gather(1, whole[0, 1:, None])[before - 1 :, 0]
-                    wanted.append(float(own.sum()))
-                allowed = 10 * rounding * np.maximum(1, np.abs(wanted))
-                self.same(f"{what}: log-likelihoods", row["item_id"], row["log_likelihoods"], wanted, allowed)
+                before = len(self.asker.ids((prefix + context).rstrip()))
+                whole = [self.asker.ids(f"{prefix}{context} {choice}") for choice in choices]
+                measure = functools.partial(self.likelihoods, before=before, sequences=whole)
+                allowed = 10 * self.arithmetic * np.maximum(1, np.abs(row["log_likelihoods"]))
+                near("log-likelihoods", row["log_likelihoods"], measure, allowed, of=row["item_id"])
+
+    @torch.no_grad()
+    def likelihoods(self, model, before, sequences):
+        """Log-likelihoods of sequences of tokens after those of the context."""
+        found = []
+        for ids in sequences:
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
+            own = torch.log_softmax(logits, 1)[:-1].gather(1, torch.tensor(ids)[1:, None])[before - 1 :, 0]
+            found.append(float(own.sum()))
+        return found
 
     def derived_tasks(self):
         """Predictions, accuracies, intervals, differences and p-values of tasks from the log-likelihoods."""

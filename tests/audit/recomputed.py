@@ -63,9 +63,9 @@ class Base:
             if name.endswith(tuple(f"{end}.weight" for end in ends))
         }, [f"{norm}.weight" for norm in readers]
 
-    def merged(self, plan):
+    def merged(self, plan, nudges=None):
         """(tensors, kept layers) of a plan {steps: [(into, remove)], alphas, own: {matrix: alphas}, norms, biases,
-        alignment}."""
+        alignment}. nudges: a random generator; sums are then off by what float32 may round off them."""
         coefficients = effective(self.n_layers, plan)
         layers = {number: self.layer(number) for number in range(self.n_layers)}
         kept = sorted(coefficients)
@@ -94,7 +94,11 @@ class Base:
                 if plan["alignment"] == "rows":
                     order = self.row_order(work[into][f"{matrix}.weight"], gone[f"{matrix}.weight"], matrix)
                     other = other[order]
-                work[into] = work[into] | {f"new {name}": alpha * work[into][name] + (1 - alpha) * other}
+                total = alpha * work[into][name] + (1 - alpha) * other
+                if nudges is not None:
+                    size = abs(alpha) * work[into][name].abs() + abs(1 - alpha) * other.abs()
+                    total = total + 2.0**-23 * size * torch.tensor(nudges.uniform(-1, 1, size.shape))
+                work[into] = work[into] | {f"new {name}": total}
             work[into] = {name: work[into][f"new {name}"] for name in averaged}
         state = {name: t for name, t in self.tensors.items() if not name.startswith("model.layers.")}
         fitted = places_of(self.n_layers, plan)[2]

@@ -8,6 +8,7 @@ from scipy.linalg import solve
 
 RIDGES = (0.01, 0.1, 1.0, 10.0)
 MASSIVE = 50
+DIGITS = 8  # in the last place, that a state may be off after as many sums in another order
 
 
 def places_of(n_layers, plan):
@@ -24,7 +25,7 @@ def places_of(n_layers, plan):
 class Refits:
     """Fits of one base on sequences [(token ids, how many of them are others' too, how many were counted with others)].
 
-    built: a function of a state dict and its layers that gives transformers' model.
+    built: a function of a state dict and its layers that gives transformers' model, its layers not quantised.
     """
 
     def __init__(self, base, sequences, built):
@@ -40,9 +41,10 @@ class Refits:
         self.unmerged = self.run(unmerged, range(base.n_layers))
 
     @torch.no_grad()
-    def run(self, model, places):
+    def run(self, model, places, nudges=None):
         """By layer, of every token: what o_proj and down_proj read, the state between attention and MLP ("middle") and
-        the one that leaves the layer ("leaving"), float64."""
+        the one that leaves the layer ("leaving"), float64. nudges: a random generator; states are then off by some of
+        the last digits of the model's dtype."""
         found, hooks = {}, []
 
         def keep(place, name):
@@ -67,12 +69,18 @@ class Refits:
 
         def joined(parts):
             starts = [start for *_, start in self.sequences]
-            return torch.cat([own[start:] for own, start in zip(parts, starts, strict=True)]).double().numpy()
+            states = torch.cat([own[start:] for own, start in zip(parts, starts, strict=True)])
+            digits, states = DIGITS * torch.finfo(states.dtype).eps, states.double().numpy()
+            if nudges is None:
+                return states
+            size = np.sqrt((states**2).mean(1, keepdims=True))
+            return states + digits * size * nudges.uniform(-1, 1, states.shape)
 
         return {place: {name: joined(parts) for name, parts in own.items()} for place, own in found.items()}
 
-    def fitted(self, state, kept, plan):
-        """(state dict, figures) of a merged one. plan: has steps, and refit {method, ridge, layers}."""
+    def fitted(self, state, kept, plan, nudges=None):
+        """(state dict, figures) of a merged one. plan: has steps, and refit {method, ridge, layers}. nudges: of states,
+        see `run`."""
         method, ridge = plan["refit"]["method"], plan["refit"]["ridge"]
         state, figures = dict(state), []
         groups, seams, places = places_of(self.base.n_layers, plan)
@@ -86,13 +94,13 @@ class Refits:
             if method in ("linear", "scale"):
                 weights = np.ones_like(power)
             if method == "units" and place in seams:
-                state = self.units(state, kept, place, members, weights)
+                state = self.units(state, kept, place, members, weights, nudges)
                 figures.append({"layer": kept[place], "part": "units", "tokens": 0})
             for part, matrix in (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj")):
                 if part == "attention" and method in ("linear", "scale"):
                     continue
                 name = f"model.layers.{place}.{matrix}.weight"
-                own = self.run(self.built(state, kept), [place])[place]
+                own = self.run(self.built(state, kept), [place], nudges)[place]
                 at = "middle" if part == "attention" and place not in seams else "leaving"
                 left = target[at] - own[at]
                 features = self.factor * own[matrix.split(".")[1]]
@@ -128,12 +136,12 @@ class Refits:
         found = fit(every, ridge)
         return found, {"ridge": ridge, "error": error(every, found), "held_out_error": told}
 
-    def units(self, state, kept, place, members, weights):
+    def units(self, state, kept, place, members, weights, nudges):
         """The state with a seam's MLP made of the units, of all its layers, that contribute most."""
         model = self.built(state, kept)
         mlp = model.model.layers[place].mlp
         act = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
-        middle = torch.tensor(self.run(model, [place])[place]["middle"])
+        middle = torch.tensor(self.run(model, [place], nudges)[place]["middle"])
         eps = self.base.config["rms_norm_eps"]
         normal = middle / (middle.pow(2).mean(1, keepdim=True) + eps).sqrt()
         found = []
