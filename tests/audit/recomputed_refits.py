@@ -106,19 +106,23 @@ class Refits:
                 features = self.factor * own[matrix.split(".")[1]]
                 if method in ("linear", "scale"):
                     features = features @ state[name].double().numpy().T
-                found, told = self.solved(features, left, weights, ridge, method)
+                found, told = self.solved(features, left, weights, ridge, method, nudges is not None)
                 weight = state[name].double()
                 change = found.T @ weight.numpy() if method in ("linear", "scale") else found.T
                 state[name] = (weight + torch.tensor(change)).to(state[name].dtype)
                 figures.append({"layer": kept[place], "part": part, "tokens": len(power)} | told)
         return state, figures
 
-    def solved(self, features, left, weights, ridge, method):
-        """The map (n, d), and the ridge and errors that tables tell of it."""
+    def solved(self, features, left, weights, ridge, method, rounds=False):
+        """The map (n, d), and the ridge and errors that tables tell of it. rounds: by products in float32, unless a
+        given ridge is so weak that their noise is more than bfloat16's last digit of it."""
+        rounds = rounds and not (ridge is not None and 2.0**-23 * features.shape[1] ** 0.5 > 2.0**-9 * ridge)
+        exact = np.float32 if rounds else np.float64
 
         def fit(chosen, ridge):
             x, r, w = features[chosen], left[chosen], weights[chosen, None]
-            gram, cross = (w * x).T @ x, (w * x).T @ r
+            x, r = ((np.sqrt(w) * own).astype(exact) for own in (x, r))
+            gram, cross = (x.T @ x).astype(np.float64), (x.T @ r).astype(np.float64)
             penalty = ridge * np.trace(gram) / len(gram)
             if method == "scale":
                 return np.diag(np.diag(cross) / (np.diag(gram) + penalty))
