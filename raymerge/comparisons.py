@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raymerge.objectives import TEXT_WINDOW
 from raymerge.schemas import TASK_MEASURES, TEXT_SPLIT, letter_logits
 from raymerge.statistics import answer_nll, holm, mcnemar, paired_difference
-from raymerge.texts import TEXT_WINDOW
 
 Row = dict[str, Any]
 

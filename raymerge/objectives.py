@@ -13,6 +13,8 @@ from scipy.special import log_softmax
 from raymerge.errors import UserError
 from raymerge.statistics import answer_nll
 
+TEXT_WINDOW = 1024  # tokens in one window of plain text; windows do not overlap
+
 ACCURACIES = ("micro_accuracy", "macro_accuracy")
 LOSSES = ("answer_nll", "answer_kl", "text_nll")
 OF_SUBJECTS = ("accuracy", "answer_nll", "answer_kl")

@@ -17,9 +17,9 @@ import numpy as np
 
 from raymerge.errors import UserError
 from raymerge.identity import digest
+from raymerge.objectives import TEXT_WINDOW
 from raymerge.questions import LETTERS, QuestionSet, prefix_text, question_text
 from raymerge.tasks import Task
-from raymerge.texts import TEXT_WINDOW
 
 SHARD_TOKENS = 8192  # of a shard, about: 25 MB of bfloat16 states at hidden size 1536
 _CHARACTERS = 6  # a token, about: how much of a long text is tokenised first

@@ -21,6 +21,7 @@ from raymerge.inputs import (
     read_text,
     task_role,
 )
+from raymerge.objectives import TEXT_WINDOW
 from raymerge.prompts import (
     ChoicePrompts,
     PromptError,
@@ -31,7 +32,6 @@ from raymerge.prompts import (
     encode_text,
 )
 from raymerge.questions import QuestionSet
-from raymerge.texts import TEXT_WINDOW
 
 
 def calibration_identity(config: Config, material: Material, checkpoint: Checkpoint) -> str:

@@ -16,7 +16,7 @@ from raymerge.context import TextLosses
 from raymerge.evaluation import Answers
 from raymerge.fusion import Receipt
 from raymerge.gradient import Epoch
-from raymerge.objectives import perplexity
+from raymerge.objectives import TEXT_WINDOW, perplexity
 from raymerge.plan import MergePlan
 from raymerge.quantisation import quantised_bytes
 from raymerge.questions import QuestionSet
@@ -24,7 +24,7 @@ from raymerge.schemas import SCHEMAS
 from raymerge.statistics import MeanInterval, ratio_interval
 from raymerge.tasks import Task
 from raymerge.tensorfiles import ITEM_BYTES
-from raymerge.texts import TEXT_WINDOW, text_hash
+from raymerge.texts import text_hash
 
 Row = dict[str, Any]
 

@@ -17,7 +17,6 @@ from raymerge.config import ConfigError
 from raymerge.hub import fetch
 from raymerge.json_lines import half_character, parsed_lines
 
-TEXT_WINDOW = 1024  # tokens in one window of plain text; windows do not overlap
 MOST_CHARACTERS = 2**25  # some 8 million tokens; a file of C4 has 800 million, which every process would hold
 _COLUMN = "text"  # of tables, as most of the hub's data sets of plain text name it
 _HUB_FILE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?:(?P<file>[^:]+)")

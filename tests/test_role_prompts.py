@@ -21,9 +21,9 @@ from raymerge.inputs import (
     read_material,
     task_role,
 )
+from raymerge.objectives import TEXT_WINDOW
 from raymerge.prompts import ChoicePrompts, Group, PromptError, Prompts, Shard
 from raymerge.role_prompts import RolePrompts
-from raymerge.texts import TEXT_WINDOW
 
 
 def sequences(shards):

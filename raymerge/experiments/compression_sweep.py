@@ -109,8 +109,8 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     # The blocks may be chosen by the model; the first ones allowed show what can be refused.
     n_layers, most = inputs.checkpoint.n_layers, max(config.sweep.merges)
     blocks = {merges: starts[0] for merges, starts in _starts(config, inputs).items()}
-    chosen = Chosen(blocks, greedy=range(n_layers - 1, n_layers - 1 - most, -1))
-    points = _points(config, inputs, similarity, chosen)
+    shown = chosen = Chosen(blocks, greedy=range(n_layers - 1, n_layers - 1 - most, -1))
+    points = _points(config, inputs, similarity, shown)
     matrices = () if similarity is None else (similarity.matrix, similarity.block_influence)
     held = {"plans": [point.plan for point in points], "similarity": matrices}
     run = open_run(config, "sweep", settings, inputs, progress, **held)
@@ -130,7 +130,8 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
             plan = config.plan.model_copy(update={"merges": most})
             found = recomputed_plan(config.model_copy(update={"plan": plan}), n_layers, cache, progress)
             chosen = replace(chosen, most_similar=found)
-        points = _points(config, inputs, similarity, chosen)
+        if chosen is not shown:
+            points = _points(config, inputs, similarity, chosen)
         return _Sweep(config, inputs, run, cache, points, progress, command, warnings).execute()
 
 
