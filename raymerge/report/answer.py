@@ -10,8 +10,8 @@ from raymerge.report.wording import enumerated, percent, perplexity, plural
 
 _ORDER = {"base": 0, "random": 2}  # "the best of 10 random candidates and drop" would have drop among the 10
 _KEEPING = ("drop", "before_last", "keep_one")  # kinds of plans
-#: What a plan is compared by, as a sentence has it.
-_MEASURES = {"accuracy": "accuracy", "answer_nll": "answer NLL", "text_nll": "loss per token"}
+#: What a plan is compared by, as sentences and tables have it.
+MEASURES = {"accuracy": "accuracy", "answer_nll": "answer NLL", "text_nll": "loss per token"}
 #: What comparisons say of a plan, and how a sentence goes on with the other ones.
 LINKS = {"better": "better than", "indistinguishable": "indistinguishable from", "worse": "worse than"}
 
@@ -76,7 +76,7 @@ def _beside_one_layer(reached: Reached) -> list[str]:
     elsewhere = (plan.get("selection"), plan.get("block")) == ("block", "search")
     if kept is None or elsewhere or findings.chosen_on(reached.run, reached.split):
         return []
-    rows = {measure: reached.against(best["plan_id"], measure).get(kept["plan_id"]) for measure in _MEASURES}
+    rows = {measure: reached.against(best["plan_id"], measure).get(kept["plan_id"]) for measure in MEASURES}
     said = {measure: firm(row) for measure, row in rows.items() if row is not None}
     asked = {measure: verdict for measure, verdict in said.items() if measure != "text_nll"}
     what = f"{kept['label']}, the best of the plans that keep one of the merged layers and drop the others"
@@ -90,7 +90,7 @@ def _beside_one_layer(reached: Reached) -> list[str]:
 
 
 def _either(measures: Iterable[str]) -> str:
-    *first, last = map(_MEASURES.__getitem__, measures)
+    *first, last = map(MEASURES.__getitem__, measures)
     return f"{', '.join(first)} or {last}" if first else last
 
 

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from raymerge.comparisons import comparison_rows, text_comparison_rows
 from raymerge.findings import chosen_on
 from raymerge.report import figures
+from raymerge.report.answer import MEASURES
 from raymerge.report.asked import command_of, model_name, sources
 from raymerge.report.content import ROLES, Block, Figure, Rows, Section, Table
 from raymerge.report.plans import VERDICT, compared_cells
@@ -21,7 +22,6 @@ from raymerge.report.wording import NONE, interval, percent, perplexity
 from raymerge.tables import TEXT_TOKENS
 
 _PAIRED = 8  # runs of which all pairs are tested
-_MEASURES = {"accuracy": "accuracy", "answer_nll": "answer NLL", "text_nll": "loss per token"}
 _DRAWN = 120  # plans in the figure
 
 
@@ -126,7 +126,7 @@ def _tests(reached: Sequence[Reached]) -> list[Block]:
         for one in _tested(reached)
     ]
     found = {(row["plan_a"], row["plan_b"], row["measure"]): row for row in rows}
-    measures = [name for name in _MEASURES if any(row["measure"] == name for row in rows)]
+    measures = [name for name in MEASURES if any(row["measure"] == name for row in rows)]
     cells = []
     for pair in dict.fromkeys((row["plan_a"], row["plan_b"]) for row in rows):
         judged = (compared_cells(found.get((*pair, measure))) for measure in measures)
@@ -139,7 +139,7 @@ def _tests(reached: Sequence[Reached]) -> list[Block]:
             "second, where both were asked the same questions or read the same text, with 95 % intervals. Accuracy: "
             "percentage points, p of McNemar's exact test. Losses: nats (lower is better), p of a sign-flip test. "
             f"Holm's p, in brackets, is over this table, separately for each measure{on_text}{_caveat(reached)}",
-            ("first", "second", *itertools.chain(*((_MEASURES[name], VERDICT) for name in measures))),
+            ("first", "second", *itertools.chain(*((MEASURES[name], VERDICT) for name in measures))),
             tuple(cells),
             words=(0, 1, *range(3, 3 + 2 * len(measures), 2)),
         )
