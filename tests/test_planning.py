@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from test_heuristics import planted
 
+from raymerge.actors import NoRoomError
 from raymerge.config import ConfigError
 from raymerge.config_file import load_config
 from raymerge.experiments import planning
@@ -30,7 +31,11 @@ class Measured(nullcontext):
 
     def __init__(self, **answers):
         super().__init__(self)
-        self.answers, self.asked, self.options = answers, {}, None
+        self.answers, self.asked, self.options, self.room = answers, {}, None, (0, 1, "cache")
+
+    def broadcast(self, method, names):
+        assert (method, names) == ("trunk_room", [CALIBRATION])
+        return [self.room]
 
     def map(self, method, items, on_result=lambda *_: None):
         results = []
@@ -195,6 +200,20 @@ def test_layers_without_which_the_loss_is_not_finite_stay(tmp_path, measured):
     measured(**answers, calibration_nll=lambda item: (np.inf, 7))
     with pytest.raises(PlanError, match=r"without layers \[2\] and any further one .* not finite"):
         choose_one_by_one(config, 3, 2, run, "", Silent())
+
+
+@pytest.mark.parametrize("choose", ["blocks", "one by one"])
+def test_a_disk_without_room_for_the_states_is_refused_before_they_are_written(choose, tmp_path, measured):
+    """They are as many as layers that may go first: of 32,768 tokens and an 8B model 8 GB in bfloat16."""
+    pool = measured(shard_tokens=lambda _: [3, 7], compute_trunk=lambda item: 3)
+    pool.room = (3_000_000, 2_000_000, "/small")
+    config = load_config(None, ["calibration.text=demo", "data.perplexity_text=null"])
+    with pytest.raises(NoRoomError, match=r"states of the calibration.* 3.0 MB .*/small.* 2.0 MB .*calibration.tok"):
+        if choose == "blocks":
+            blocks(tmp_path, "plan.block=loss")
+        else:
+            choose_one_by_one(config, 6, 1, RunDirectory.open(tmp_path / "run", {}, "sweep"), "", Silent())
+    assert "compute_trunk" not in pool.asked
 
 
 COLLECTED = [{(3, 4): 0.9}, {(3, 5): 0.8, (0, 1): 0.7}, {(17, 18): 0.75}, {}]

@@ -10,7 +10,7 @@ import numpy as np
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config, ConfigError
 from raymerge.config_file import parse_config
-from raymerge.experiments.common import Inputs, counted, describe_workers, open_pool, read_inputs
+from raymerge.experiments.common import Inputs, check_room, counted, describe_workers, open_pool, read_inputs
 from raymerge.heuristics import best_block, block_scores, most_similar_pair, pair_alphas, similar_block_scores
 from raymerge.inputs import CALIBRATION, SUBSETS
 from raymerge.plan import MergePlan, PlanError, drop_block_plan, drop_layers_plan, pairs_plan
@@ -105,10 +105,7 @@ def _block_losses(
     plans = {(count, first): drop_block_plan(n_layers, first, count) for count in starts for first in starts[count]}
     firsts = sorted({plan.resumes_at for plan in plans.values()})
     with open_pool(config, inputs, cache, run=run, firsts=firsts, progress=progress) as pool:
-        shards = _calibration_shards(pool, inputs, progress, run)
-        progress.stage("states entering the blocks (tokens)", sum(shards))
-        numbers = range(len(shards))
-        pool.map("compute_trunk", [(CALIBRATION, n) for n in numbers], counted(progress, lambda _, tokens: tokens))
+        numbers = range(_calibration_states(pool, inputs, progress, run))
         tasks = [(key, number) for key in plans for number in numbers]
         progress.stage("loss without each block", len(tasks))
         found = pool.map("calibration_nll", [(plans[key], number) for key, number in tasks], counted(progress))
@@ -135,11 +132,9 @@ def choose_one_by_one(
         return gone[:most]
     inputs = read_inputs(config, (CALIBRATION,), text=False)
     with open_pool(config, inputs, cache, run=run, firsts=range(1, n_layers), progress=progress) as pool:
-        shards = _calibration_shards(pool, inputs, progress, run)
-        numbers = range(len(shards))
-        progress.stage("states entering the layers (tokens)", sum(shards))
-        pool.map("compute_trunk", [(CALIBRATION, n) for n in numbers], counted(progress, lambda _, tokens: tokens))
-        progress.stage("loss without each layer", sum(n_layers - step for step in range(len(gone), most)) * len(shards))
+        numbers = range(_calibration_states(pool, inputs, progress, run))
+        candidates = sum(n_layers - step for step in range(len(gone), most))
+        progress.stage("loss without each layer", candidates * len(numbers))
         done = 0
         while len(gone) < most:
             stays = [layer for layer in range(n_layers) if layer not in gone]
@@ -177,6 +172,24 @@ def _calibration_shards(pool: WorkerPool, inputs: Inputs, progress: Progress, ru
     describe_workers(pool, inputs, progress, run)
     (shards,) = pool.map("shard_tokens", [CALIBRATION])
     return shards
+
+
+def _calibration_states(pool: WorkerPool, inputs: Inputs, progress: Progress, run: RunDirectory) -> int:
+    """Make sure that the calibration's states at every depth that the pool goes on from are on disk; its shards.
+
+    Raises NoRoomError, before any are written, where a worker's disk has no room for them.
+    """
+    shards = _calibration_shards(pool, inputs, progress, run)
+    check_room(
+        pool.broadcast("trunk_room", [CALIBRATION]),
+        "states of the calibration, at every layer that may be the first to go,",
+        "fewer calibration.tokens",
+        progress,
+    )
+    progress.stage("states of the calibration (tokens)", sum(shards))
+    items = [(CALIBRATION, number) for number in range(len(shards))]
+    pool.map("compute_trunk", items, counted(progress, lambda _, tokens: tokens))
+    return len(shards)
 
 
 def recomputed_plan(config: Config, n_layers: int, cache: str, progress: Progress) -> MergePlan:
