@@ -29,6 +29,7 @@ from raymerge.architectures import Architecture
 from raymerge.device import moved
 from raymerge.errors import UserError
 from raymerge.families import architecture_of, attention_windows, rotary_types
+from raymerge.file_hashes import sha256_of
 from raymerge.gguf_input import SOURCE_FILE, converted_gguf, gguf_file_of
 from raymerge.hub import fetch
 from raymerge.identity import digest
@@ -322,9 +323,9 @@ class Checkpoint(Mapping[str, Tensor]):
         for key in ("transformers_version", "_name_or_path"):
             config.pop(key, None)
         run = config.get("auto_map") if self.trust_remote_code else None
-        code = {file.name: _sha256(file) for file in files_named(self.directory, ["*.py"])} if run else {}
+        code = {file.name: sha256_of(file) for file in files_named(self.directory, ["*.py"])} if run else {}
         with ThreadPoolExecutor() as threads:  # hashing releases the GIL, and large models are many files
-            weights = list(threads.map(_sha256, self._files))
+            weights = list(threads.map(sha256_of, self._files))
         return digest({"config": config, "weights": weights} | ({"code": code} if code else {}))
 
     @cached_property
@@ -371,11 +372,6 @@ class Checkpoint(Mapping[str, Tensor]):
         for position, layer in enumerate(kept):
             names |= {name_of(position, rel): name_of(layer, rel) for rel in self.layer_tensors(layer)}
         return names
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def files_named(directory: Path, patterns: Iterable[str]) -> list[Path]:

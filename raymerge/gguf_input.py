@@ -7,7 +7,6 @@ never better than one of the checkpoint that it was made from.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import importlib.util
 import json
 import os
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from raymerge.errors import UserError
+from raymerge.file_hashes import sha256_of
 from raymerge.storage import NO_ROOM, TEMPORARY, put_on_disk, user_cache
 from raymerge.tensorfiles import new_file
 
@@ -84,8 +84,7 @@ def converted_gguf(file: Path) -> Path:
     """
     if importlib.util.find_spec("gguf") is None:
         raise GgufError(f"reading {file} needs the package gguf, which is not installed: pip install 'raymerge[gguf]'")
-    with file.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    sha256 = sha256_of(file)
     cache = user_cache() / "gguf"
     folder = cache / f"{sha256[:16]}-{_VERSION}"
     try:

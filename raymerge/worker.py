@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from raymerge.device import (
 from raymerge.domains import known_domains
 from raymerge.embedding import embed_layers
 from raymerge.evaluation import Answers, answer_shard, generation_speed, score_choices, text_nll
+from raymerge.file_hashes import FileState, learn
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
 from raymerge.gradient import descend, descent_settings, loss_weights
@@ -101,7 +102,7 @@ class ModelWorker:
     SUBSETS, CALIBRATION, and tasks (`inputs.task_role`). template: the plan whose coefficients are searched. firsts:
     layers whose inputs are cached, so that plans which change nothing before them start there. cache: folder of trunk
     states, activations and alignments. shards: how many shards each role's prompts are cut into at least, where they
-    have enough tokens.
+    have enough tokens. hashes: of files that another process has read (`file_hashes`).
     """
 
     def __init__(
@@ -113,7 +114,9 @@ class ModelWorker:
         template: MergePlan | None = None,
         firsts: Sequence[int] = (),
         shards: int = 1,
+        hashes: Iterable[tuple[FileState, str]] = (),
     ):
+        learn(hashes)
         # One thread is the safe default on CPUs: several workers of several threads each have been measured a
         # hundred times slower.
         torch.set_num_threads(config.workers.cpus_per_worker)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from raymerge import identity
+from raymerge import file_hashes, identity
 from raymerge.actors import NoRoomError
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError
@@ -33,6 +33,7 @@ from raymerge.experiments.common import (
     settings_of,
     swept_cache,
 )
+from raymerge.file_hashes import sha256_of
 from raymerge.identity import code_identity
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH, TEXT, task_role
 from raymerge.plan import drop_block_plan, pairs_plan, tail_plan
@@ -41,6 +42,7 @@ from raymerge.prompts import encode_questions
 from raymerge.questions import load_questions
 from raymerge.tables import RunDirectory, RunError
 from raymerge.texts import text_hash
+from raymerge.worker import ModelWorker
 from raymerge.worker_memory import host_bytes
 
 CHECKPOINT = Checkpoint("demo")
@@ -300,6 +302,18 @@ def test_a_pool_is_as_the_workers_section_says(monkeypatch):
         "count": 3, "cpus_per_worker": 2, "gpus_per_worker": 0, "timeout_s": 7, "wait_s": 8, "max_restarts": 9,
         "grow": None,
     }  # fmt: skip
+
+
+def test_workers_are_told_the_hashes_that_the_driver_has_found(monkeypatch):
+    monkeypatch.setattr(file_hashes, "_known", {})
+    sha256_of(CHECKPOINT.directory / "model.safetensors")
+    workers, _ = pool_of(monkeypatch)
+    ((state, found),) = workers["hashes"]
+    identity = Checkpoint("demo").identity
+    for learnt, same in ((found, True), ("0" * 64, False)):
+        monkeypatch.setattr(file_hashes, "_known", {})
+        worker = ModelWorker(load_config(None, []), roles=(), cache="", hashes=[(state, learnt)])
+        assert (worker.describe()["model_identity"] == identity) == same
 
 
 def test_workers_that_memory_is_too_small_for_are_fewer_and_have_more_cpus(monkeypatch):

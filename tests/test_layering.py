@@ -16,8 +16,8 @@ PACKAGE = ROOT / "raymerge"
 # A new module gets a line here and in docs/design.md.
 LAYERS = {
     0: (
-        "errors", "domains", "identity", "statistics", "objectives", "plan", "heuristics", "diffusion", "embedding",
-        "similarity", "reliability", "assignment", "memory",
+        "errors", "domains", "identity", "file_hashes", "statistics", "objectives", "plan", "heuristics", "diffusion",
+        "embedding", "similarity", "reliability", "assignment", "memory",
     ),
     1: (
         "config", "config_file", "columns", "schemas", "comparisons", "storage", "alpha_files", "plan_files", "parts",

@@ -19,6 +19,7 @@ from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.cluster import Placement, PlacementError, cluster_nodes, plan_workers, start_ray
 from raymerge.config import Config, ConfigError
+from raymerge.file_hashes import known_hashes
 from raymerge.identity import digest
 from raymerge.inputs import SEARCH_TEXT, TEXT, Material, check_matchable, read_material, read_text, task_role
 from raymerge.plan import MergePlan
@@ -188,6 +189,7 @@ def open_pool(
         "cache": cache,
         "template": template,
         "firsts": tuple(firsts),
+        "hashes": known_hashes(),
     }
     with step(progress, f"loading the model in {named}"):
         return WorkerPool(
