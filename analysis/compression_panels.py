@@ -39,7 +39,7 @@ def draw_curves(points: list[Point], published: list[dict], split: str, language
         sharex="col",
         sharey="col",
     )
-    handles: dict[str, Any] = {}
+    handles: dict[str, Any] = {}  # Any: to matplotlib's stubs an ErrorbarContainer is no artist
     for line, variant in zip(axes, variants or [("none", "keep")], strict=True):
         shown = [mine for mine in curves if variant == mine[0][2:4] or mine[0].method in controls]
         spacing = 0.3 / max(1, len(shown))
@@ -86,7 +86,7 @@ def draw_texts(runs: list[RunDirectory], path: Path) -> Path:
         found.append(points_of(sweep, {}, costs, texts, []))
     labels = list(dict.fromkeys(label for points in found for label in curves_of(points)))
     figure, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 5.6), squeeze=False, sharex=True)
-    handles: dict[str, Any] = {}
+    handles: dict[str, Any] = {}  # Any: to matplotlib's stubs an ErrorbarContainer is no artist
     for axis, run, points in zip(axes[0], runs, found, strict=True):
         curves = curves_of(points)
         for label, mine in curves.items():
