@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from matplotlib.axes import Axes
 from plotting import (
     CHANCE,
     COLOURS,
@@ -118,7 +120,7 @@ def views_of(run: RunDirectory) -> list[View]:
     views = []
     for language in answers["language"].unique().to_pylist():
         part = answers.filter(pc.equal(answers["language"], language))
-        answered = part["plan_id"].unique().to_pylist()
+        answered: list[str] = part["plan_id"].unique().to_pylist()
         order = [plan for plan in labels if plan in answered] + [plan for plan in answered if plan not in labels]
         reference = reference_plan(plans, order)
         accuracy = {(row["plan_id"], row["subject"]): row for row in rows if row["language"] == language}
@@ -182,7 +184,7 @@ def draw_overview(view: View, path: Path) -> Path:
     plans = list(view.plans)
     y = np.arange(len(plans))
     known = [plan for plan in plans if plan in view.text and math.isfinite(view.text[plan]["perplexity"])]
-    panels = [partial(draw_averages, y=y)]
+    panels: list[Callable[[Axes, View], None]] = [partial(draw_averages, y=y)]
     panels += [draw_change] if len(plans) > 1 else []
     panels += [partial(draw_texts, known=known)] if known else []
     size = {1: 5.5, 2: 8, 3: 10.5}[len(panels)], 1.75 + 0.3 * len(plans)
@@ -197,7 +199,7 @@ def draw_overview(view: View, path: Path) -> Path:
     return save(figure, path)
 
 
-def draw_averages(axis, view: View, y: np.ndarray) -> None:
+def draw_averages(axis: Axes, view: View, y: np.ndarray) -> None:
     """Micro and macro accuracy of every plan, and of always answering A."""
     for subject, shift, fill, name in (
         (MICRO, -0.13, True, "micro (per question)"),
@@ -222,7 +224,7 @@ def draw_averages(axis, view: View, y: np.ndarray) -> None:
     axis.set(xlabel="accuracy (%)", title=f"Accuracy, {view.split} split")
 
 
-def draw_change(axis, view: View) -> None:
+def draw_change(axis: Axes, view: View) -> None:
     """Every plan's paired difference to the reference."""
     moved = {i: view.difference[plan] for i, plan in enumerate(view.plans) if plan != view.reference}
     rows = list(moved.values())
@@ -239,7 +241,7 @@ def draw_change(axis, view: View) -> None:
     axis.set(xlabel="percentage points", title=f"Difference to {view.plans[view.reference]}")
 
 
-def draw_texts(axis, view: View, known: list[str]) -> None:
+def draw_texts(axis: Axes, view: View, known: list[str]) -> None:
     """The perplexities of the plans that have one."""
     rows, plans = [view.text[plan] for plan in known], list(view.plans)
     at, values = [plans.index(plan) for plan in known], [row["perplexity"] for row in rows]
@@ -247,7 +249,7 @@ def draw_texts(axis, view: View, known: list[str]) -> None:
     axis.set_xscale("log")
     axis.set(xlabel="perplexity (log scale)", title="Plain text, lower is better")
     for i, value in zip(at, values, strict=True):
-        axis.annotate(perplexity(value), (value, i), xytext=(0, 4), textcoords="offset points", ha="center",
+        axis.annotate(perplexity(value) or "", (value, i), xytext=(0, 4), textcoords="offset points", ha="center",
                       fontsize=7.5)  # fmt: skip
     axis.margins(x=0.12)  # room for the numbers
     plain_log(axis.xaxis, *axis.get_xlim())

@@ -7,9 +7,11 @@ import json
 import math
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator
 from plotting import COLOURS, GREY, number, save, spread, style_of
@@ -136,7 +138,7 @@ def draw_methods(methods: dict[str, list[dict]], similarity: dict[tuple[int, int
     return save(figure, path)
 
 
-def draw_against(axis, x: list[float], y: list[float], look: dict) -> None:
+def draw_against(axis: Axes, x: list[float], y: list[float], look: dict[str, Any]) -> None:
     """Alpha against the similarity of the merged layers, with Pearson's r and the least-squares line."""
     r = correlation(x, y)
     axis.plot(x, y, ls="none", **look, ms=5)
@@ -198,7 +200,7 @@ def draw_history(history: list[dict], path: Path, of_what: str = "") -> Path:
     return save(figure, path)
 
 
-def draw_losses(axis, starts: dict[str, list[dict]], best: str, of_what: str) -> None:
+def draw_losses(axis: Axes, starts: dict[str, list[dict]], best: str, of_what: str) -> None:
     """Losses by epoch, the best start's thicker, held-out ones dashed with a ring at their minimum."""
     names = list(dict.fromkeys(start.split(", ")[0] for start in starts))
     held_out = False
@@ -219,7 +221,7 @@ def draw_losses(axis, starts: dict[str, list[dict]], best: str, of_what: str) ->
     axis.set(xlabel="epoch", ylabel="loss" + (f" ({of_what})" if of_what else ""), title=title)
 
 
-def draw_moves(axis, rows: list[dict], start: str) -> None:
+def draw_moves(axis: Axes, rows: list[dict], start: str) -> None:
     """The alphas of one start by epoch, numbered beside their ends, or many of them by a bar of colours."""
     alphas = np.array([row["alphas"] for row in rows])
     n = len(alphas.T)

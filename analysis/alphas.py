@@ -20,9 +20,11 @@ names a run of `raymerge similarity`; without it the one that the run itself too
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -37,6 +39,7 @@ from alpha_panels import (
     read_alpha_files,
     read_similarity,
 )
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from plotting import STYLE, entry, ink, markdown, need, number, run_main, save, save_text, style_of
 from search_panels import candidates_of, describe_search, draw_distribution, draw_progress, usable
@@ -49,14 +52,16 @@ def main(argv: list[str] | None = None) -> int:
     return run_main(draw, __doc__, argv, add_options, draw_files)
 
 
-def add_options(parser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """The script's own options."""
     parser.add_argument("--files", metavar="FILE", nargs="+", type=Path, help="alpha files to draw in place of a run")
     parser.add_argument("--similarity", metavar="RUN", help="a similarity run, to draw alphas against")
     parser.add_argument("--subset", metavar="NAME[/LANGUAGE]", help="which of its matrices, where it has several")
 
 
-def draw_files(out: Path | None, *, files: list[Path] | None, similarity=None, subset=None) -> list[Path]:
+def draw_files(
+    out: Path | None, *, files: list[Path] | None, similarity: str | None = None, subset: str | None = None
+) -> list[Path]:
     """Write alphas.png, learned_alphas.png and alphas.md of alpha files into `out`. RunError for what is no alpha
     file."""
     if not files or out is None:
@@ -72,7 +77,14 @@ def draw_files(out: Path | None, *, files: list[Path] | None, similarity=None, s
     return [*paths, save_text(text, out / "alphas.md")]
 
 
-def draw(run: RunDirectory, out: Path, *, files=None, similarity=None, subset=None) -> list[Path]:
+def draw(
+    run: RunDirectory,
+    out: Path,
+    *,
+    files: list[Path] | None = None,
+    similarity: str | None = None,
+    subset: str | None = None,
+) -> list[Path]:
     """Write the figures and alphas.md into `out`; return their paths. RunError if plans are missing."""
     if files:
         raise RunError("give a RUN or --files, not both")
@@ -145,7 +157,7 @@ def computed_from_similarity(run: RunDirectory, row: dict) -> bool:
     return row["kind"] == "file" and row["name"].startswith(("similarity", "most_similar", "merge_block"))
 
 
-def describe_methods(methods: dict[str, list[dict]], similarity) -> list[str]:
+def describe_methods(methods: dict[str, list[dict]], similarity: dict[tuple[int, int], float] | None) -> list[str]:
     """Mean and spread of each method's alphas, and their correlation with the similarity of the layers merged."""
     if not methods:
         return []
@@ -206,7 +218,7 @@ def weights_of(plans: list[dict], coefficients: list[dict]) -> tuple[dict[tuple,
 _NUMBERED = 24  # layers whose weights stand in the cells; 41 made a figure of 5,365 pixels in width
 
 
-def draw_plans(plans, coefficients, labels, path: Path) -> Path:
+def draw_plans(plans: list[dict], coefficients: list[dict], labels: dict[str, str], path: Path) -> Path:
     """Alphas by merge step as lines, effective weights by original layer as a heat map: with numbers beside the lines,
     or of many layers without, below them."""
     steps = steps_of(plans)
@@ -229,7 +241,7 @@ def draw_plans(plans, coefficients, labels, path: Path) -> Path:
     return save(figure, path)
 
 
-def draw_steps(axis, steps: dict[tuple[str, str | None], list[dict]], labels: dict[str, str]) -> None:
+def draw_steps(axis: Axes, steps: dict[tuple[str, str | None], list[dict]], labels: dict[str, str]) -> None:
     """Alphas by merge step, a line a plan, thin ones for single matrices."""
     ends = sorted({(row["step"], row["remove"], row["into"]) for rows in steps.values() for row in rows})
     shared = len({step for step, _, _ in ends}) == len(ends)  # every plan merges the same layers at a step
@@ -239,7 +251,7 @@ def draw_steps(axis, steps: dict[tuple[str, str | None], list[dict]], labels: di
         i = own.index(plan_id)
         shift = 0.30 * (i - (len(own) - 1) / 2) / len(own)  # equal plans stay apart
         x = [row["step"] + shift for row in rows]
-        look = {"ms": 4.5, "lw": 1, "label": entry(label_of((plan_id, None), labels))}
+        look: dict[str, Any] = {"ms": 4.5, "lw": 1, "label": entry(label_of((plan_id, None), labels))}
         if matrix is not None:
             look = {"ms": 0, "lw": 0.6, "alpha": 0.5, "label": None if (plan_id, None) in steps else look["label"]}
         axis.plot(x, [row["alpha"] for row in rows], **style_of(i), **look)
@@ -254,7 +266,7 @@ def draw_steps(axis, steps: dict[tuple[str, str | None], list[dict]], labels: di
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def draw_weights(axis, weights: dict[tuple, dict[int, float]], layers: list[int], names: list[str]) -> None:
+def draw_weights(axis: Axes, weights: dict[tuple, dict[int, float]], layers: list[int], names: list[str]) -> None:
     """The weight that each original layer ends up with, a row a plan; names: of the rows."""
     grid = np.array([[row[layer] for layer in layers] for row in weights.values()]).reshape(len(weights), len(layers))
     image = axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -262,7 +274,7 @@ def draw_weights(axis, weights: dict[tuple, dict[int, float]], layers: list[int]
         text = "0" if value == 0 else "1" if value == 1 else "<.001" if value < 0.0005 else f"{value:.3f}".lstrip("0")
         axis.text(j, i, text, ha="center", va="center", fontsize=7, color=ink(image, value))
     stride = math.ceil(len(layers) / _NUMBERED)
-    axis.set_xticks(range(0, len(layers), stride), layers[::stride])
+    axis.set_xticks(range(0, len(layers), stride), [str(layer) for layer in layers[::stride]])
     axis.set_yticks(range(len(weights)), names)
     axis.grid(False)
     axis.tick_params(length=0)
@@ -272,7 +284,7 @@ def draw_weights(axis, weights: dict[tuple, dict[int, float]], layers: list[int]
     bar.outline.set_visible(False)
 
 
-def describe_plans(plans, coefficients, labels) -> list[str]:
+def describe_plans(plans: list[dict], coefficients: list[dict], labels: dict[str, str]) -> list[str]:
     """Alphas by merge step and effective coefficients of every plan."""
     steps = steps_of(plans)
     text = [

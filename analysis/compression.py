@@ -19,7 +19,9 @@ Published points are in published/compression.csv, each with its source.
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -57,13 +59,13 @@ def main(argv: list[str] | None = None) -> int:
     return run_main(draw, __doc__, argv, add_options)
 
 
-def add_options(parser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """The script's own options."""
     parser.add_argument("--beside", metavar="RUN", nargs="+", default=[], help="sweeps on other texts: perplexity.png")
     parser.add_argument("--published", action="store_true", help="draw the published points beside any model's")
 
 
-def draw(run: RunDirectory, out: Path, beside: list[str] = (), published: bool = False) -> list[Path]:
+def draw(run: RunDirectory, out: Path, beside: Sequence[str] = (), published: bool = False) -> list[Path]:
     """Write the figures and compression.md into `out`; return their paths. RunError if a table is missing."""
     with plt.rc_context(STYLE):
         others = [draw_texts([run, *map(RunDirectory.load, beside)], out / "perplexity.png")] if beside else []
@@ -133,9 +135,9 @@ def stability_rows(points: list[Point], published: list[dict]) -> list[list]:
     for row in published:
         series.setdefault((row["source"], row["method"]), {})[row["layers"]] = row["accuracy"]
     compared = max((set(mine) for mine in series.values()), key=len, default=set())
-    for (source, method), mine in series.items():
-        if len(mine) > 1:
-            rows.append([f"{method} ({source})", *stability_cells(mine)])
+    for (source, method), accuracies in series.items():
+        if len(accuracies) > 1:
+            rows.append([f"{method} ({source})", *stability_cells(accuracies)])
     for label, mine in curves_of(points).items():
         by_merges: dict[int, list[float]] = {}
         for point in mine:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from compression_points import Point, base_of, curves_of, points_of, published_curves, swept
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from plotting import BASE, CHANCE, DOTTED, curve_style, interval_bars, plain_log, save
 
@@ -35,7 +39,7 @@ def draw_curves(points: list[Point], published: list[dict], split: str, language
         sharex="col",
         sharey="col",
     )
-    handles: dict[str, object] = {}
+    handles: dict[str, Any] = {}  # Any: to matplotlib's stubs an ErrorbarContainer is no artist
     for line, variant in zip(axes, variants or [("none", "keep")], strict=True):
         shown = [mine for mine in curves if variant == mine[0][2:4] or mine[0].method in controls]
         spacing = 0.3 / max(1, len(shown))
@@ -60,7 +64,7 @@ def draw_curves(points: list[Point], published: list[dict], split: str, language
     for axis in axes[-1, : 1 + known]:
         axis.set_xlabel("layers removed")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    handles |= {BASE: plt.Line2D([], [], color="black", lw=1), "chance": plt.Line2D([], [], **DOTTED)}
+    handles |= {BASE: Line2D([], [], color="black", lw=1), "chance": Line2D([], [], **DOTTED)}
     if published:
         axes[-1, -1].set_xlabel("share of the model's layers removed (%)")
         for axis in axes[:, -1]:
@@ -82,7 +86,7 @@ def draw_texts(runs: list[RunDirectory], path: Path) -> Path:
         found.append(points_of(sweep, {}, costs, texts, []))
     labels = list(dict.fromkeys(label for points in found for label in curves_of(points)))
     figure, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 5.6), squeeze=False, sharex=True)
-    handles = {}
+    handles: dict[str, Any] = {}  # Any: to matplotlib's stubs an ErrorbarContainer is no artist
     for axis, run, points in zip(axes[0], runs, found, strict=True):
         curves = curves_of(points)
         for label, mine in curves.items():
@@ -100,17 +104,14 @@ def draw_texts(runs: list[RunDirectory], path: Path) -> Path:
     return save(figure, path)
 
 
-def measured_of(points: list[Point]) -> tuple[np.ndarray, list[float]]:
-    """Layers removed and micro accuracy of the points that have one."""
-    answered = [point for point in points if point.micro]
-    return np.array([float(point.removed) for point in answered]), [point.micro["accuracy"] for point in answered]
-
-
-def draw_accuracies(line, mine: list[Point], shift: float, look: dict, published: bool):
+def draw_accuracies(
+    line: np.ndarray, mine: list[Point], shift: float, look: dict[str, Any], published: bool
+) -> ErrorbarContainer:
     """One method's accuracies with their intervals in a row's first panel, and by share of layers in its last beside
     published points; returns what a legend shows."""
-    x, y = measured_of(mine)
-    error = interval_bars([point.micro for point in mine if point.micro])
+    x = np.array([float(point.removed) for point in mine if point.micro])
+    rows = [point.micro for point in mine if point.micro]
+    y, error = [row["accuracy"] for row in rows], interval_bars(rows)
     handle = line[0].errorbar(x + shift, y, yerr=error, **look, elinewidth=0.8)
     if published:
         thin = {**look, "ms": 3.2, "lw": 0.9, "elinewidth": 0.6}
@@ -118,15 +119,15 @@ def draw_accuracies(line, mine: list[Point], shift: float, look: dict, published
     return handle
 
 
-def draw_perplexities(axis, mine: list[Point], shift: float, look: dict):
+def draw_perplexities(axis: Axes, mine: list[Point], shift: float, look: dict[str, Any]) -> ErrorbarContainer:
     """One method's perplexities with their intervals; returns what a legend shows."""
-    texts = [point for point in mine if point.perplexity is not None]
-    x, y = ([getattr(point, name) for point in texts] for name in ("removed", "perplexity"))
-    error = interval_bars([point.text for point in texts], "perplexity")
-    return axis.errorbar(np.array(x) + shift, y, yerr=error, **look, elinewidth=0.8)
+    x = np.array([float(point.removed) for point in mine if point.text])
+    rows = [point.text for point in mine if point.text]
+    y, error = [row["perplexity"] for row in rows], interval_bars(rows, "perplexity")
+    return axis.errorbar(x + shift, y, yerr=error, **look, elinewidth=0.8)
 
 
-def scale_perplexities(axis, base: Point | None, points: list[Point]) -> None:
+def scale_perplexities(axis: Axes, base: Point | None, points: list[Point]) -> None:
     """A logarithmic axis, cut where `limit_perplexity` says."""
     cut = limit_perplexity(axis, base, points)
     label = f"perplexity (log scale{cut};\nbars: 95 %)" if cut else "perplexity (log scale; bars: 95 %)"
@@ -134,18 +135,18 @@ def scale_perplexities(axis, base: Point | None, points: list[Point]) -> None:
     plain_log(axis.yaxis, *axis.get_ylim())
 
 
-def limit_perplexity(axis, base: Point | None, points: list[Point]) -> str:
+def limit_perplexity(axis: Axes, base: Point | None, points: list[Point]) -> str:
     """Cut the axis where a language model is none any more, so that the others can be told apart; what to say of it."""
     known = [point.perplexity for point in points if point.perplexity is not None]
     if base is None or base.perplexity is None or not known or max(known) <= RUINED * base.perplexity:
         return ""
-    texts = [point.text for point in points if point.perplexity is not None]
+    texts = [point.text for point in points if point.text]
     lowest = [row["perplexity"] if row["ci_low"] is None else row["ci_low"] for row in texts]
     axis.set_ylim(0.8 * min(lowest), RUINED * base.perplexity)
     return f", up to {RUINED:g} × unmerged"
 
 
-def draw_levels(line, base: Point | None, known: bool, published: bool) -> None:
+def draw_levels(line: np.ndarray, base: Point | None, known: bool, published: bool) -> None:
     """The unmerged model and chance as horizontal lines."""
     for axis in (line[0], line[-1]) if published else (line[0],):
         axis.axhline(CHANCE, **DOTTED)
@@ -155,17 +156,21 @@ def draw_levels(line, base: Point | None, known: bool, published: bool) -> None:
         line[1].axhline(base.perplexity, color="black", lw=1)
 
 
-def draw_published(axis, published: list[dict]) -> dict[str, object]:
+def draw_published(axis: Axes, published: list[dict]) -> dict[str, Line2D]:
     """Published curves in black and grey, single points as crosses; returns label -> artist for the legend."""
-    handles, singles, model = {}, [], published[0]["model"]
+    looks: list[dict[str, Any]] = [
+        {"color": "#000000", "marker": "*", "ls": "-"},
+        {"color": "#6B6B6B", "marker": "P", "ls": "--"},
+    ]
+    handles: dict[str, Line2D] = {}
+    singles, model = [], published[0]["model"]
     for method, mine in published_curves(published).items():
         x, y = zip(*mine, strict=True)
         if len(mine) == 1:
             (cross,) = axis.plot(x, y, "x", color="#9A9A9A", ms=6, mew=1.4)
             singles.append((method, cross))
         else:
-            look = ({"color": "#000000", "marker": "*", "ls": "-"}, {"color": "#6B6B6B", "marker": "P", "ls": "--"})
-            (handles[f"published {method}, {model}"],) = axis.plot(x, y, **look[len(handles) % 2], lw=1.4, ms=7)
+            (handles[f"published {method}, {model}"],) = axis.plot(x, y, **looks[len(handles) % 2], lw=1.4, ms=7)
     if singles:
         words = [method.removeprefix("fixed ") for method, _ in singles]
         handles[f"published fixed {', '.join(words)}, {model}"] = singles[0][1]

@@ -33,7 +33,7 @@ class Point(NamedTuple):
     @property
     def perplexity(self) -> float | None:
         """Of plain text."""
-        return self.text and self.text["perplexity"]
+        return None if self.text is None else self.text["perplexity"]
 
     @property
     def share(self) -> float:
@@ -50,7 +50,13 @@ def swept(run: RunDirectory) -> tuple[list[dict], dict[str, dict], dict[str, dic
     return sweep, costs, {r["plan_id"]: r for r in run.read("perplexity").to_pylist() if r["target"] == "text"}
 
 
-def points_of(sweep, accuracy, costs, texts, comparisons) -> list[Point]:
+def points_of(
+    sweep: list[dict],
+    accuracy: dict[tuple[str, str], dict],
+    costs: dict[str, dict],
+    texts: dict[str, dict],
+    comparisons: list[dict],
+) -> list[Point]:
     """One Point a row of `sweep`, methods in order of appearance, each by merges."""
     drops: dict[int, list[str]] = {}
     for row in sweep:

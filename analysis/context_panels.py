@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
 from plotting import BASE, CHANCE, DOTTED, curve_style, interval_bars, markdown, save, style_of, with_interval
 
 from raymerge.tables import wilson_interval
@@ -48,7 +49,7 @@ def draw_context(context: list[dict], names: dict[str, str], sweep: list[dict], 
             axis.axhline(CHANCE, **DOTTED, label="chance of retrieval")
             axis.set(xlabel="distance of the key (tokens)", ylabel="accuracy", ylim=(-0.03, 1.03),
                      title="Retrieval by distance (bars: 95 % intervals)")  # fmt: skip
-    handles: dict[str, object] = {}
+    handles: dict[str, Artist] = {}
     for axis in axes[0]:
         for artist, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, artist)

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
 from plotting import COLOURS, GREY, STYLE, grouped, ink, markdown, need, number, run_main, save, save_text, subset_name
 
 from raymerge.tables import IMPORTED, RunDirectory, correlation_ceiling, correlation_digits
@@ -66,7 +68,7 @@ def names_of(rows: list[dict]) -> list[str]:
 def pairs_of(rows: list[dict]) -> list[dict]:
     """Rows that compare two different subsets, highest off-diagonal correlation first, undefined ones (of a constant
     matrix) last; a pair counts once."""
-    found = {}
+    found: dict[frozenset[str], dict] = {}
     for row in rows:
         pair = frozenset((subset_name(row, "_a"), subset_name(row, "_b")))
         if len(pair) == 2:
@@ -143,7 +145,7 @@ def has_ceilings(pairs: list[dict]) -> bool:
     return any(correlation_ceiling(row) is not None for row in pairs)
 
 
-def draw_grid(axis, grid: np.ndarray, low: float):
+def draw_grid(axis: Axes, grid: np.ndarray, low: float) -> AxesImage:
     """A matrix of correlations as colours from `low` to 1; the image."""
     axis.patch.set_facecolor(_NONE)
     image = axis.imshow(np.ma.masked_invalid(grid), cmap="Blues", vmin=low, vmax=1, aspect="auto")
@@ -153,7 +155,9 @@ def draw_grid(axis, grid: np.ndarray, low: float):
     return image
 
 
-def write_cells(axis, grid: np.ndarray, image, detail: dict[tuple[int, int], dict], digits: int) -> None:
+def write_cells(
+    axis: Axes, grid: np.ndarray, image: AxesImage, detail: dict[tuple[int, int], dict], digits: int
+) -> None:
     """A matrix's numbers; detail: by cell, the row whose interval and ceiling are added; digits: of these."""
     for (i, j), value in np.ndenumerate(grid):
         if np.isnan(value):
@@ -168,7 +172,7 @@ def write_cells(axis, grid: np.ndarray, image, detail: dict[tuple[int, int], dic
         axis.text(j, i, text, ha="center", va="center", fontsize=7, color=ink(image, value))
 
 
-def draw_pairs(axis, pairs: list[dict], count: int) -> None:
+def draw_pairs(axis: Axes, pairs: list[dict], count: int) -> None:
     """One line a pair: its interval, its correlation as a dot, its ceiling as a bar; count: how many pairs there are,
     of which `pairs` may be the highest and the lowest."""
     for y, row in enumerate(pairs):

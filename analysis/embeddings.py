@@ -9,6 +9,7 @@ scale: only the arrangement means something. A run with several embeddings gets 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ _LAYERS, _SUBJECTS = 6, 8  # shown by default; told apart by colour
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
 
-    def add_options(parser):
+    def add_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--layers", metavar="I,J,…", help="layers to show (default: six, evenly spaced)")
 
     return run_main(draw, __doc__, argv, add_options)
@@ -85,7 +86,14 @@ def points_of(rows: list[dict]) -> dict[tuple[str, int], tuple[np.ndarray, np.nd
     return {key: (np.array(list(mine)), np.array(list(mine.values()))) for key, mine in cells.items()}
 
 
-def draw_maps(rows, embedding: str, layers: list[int], groups, ranks, path: Path) -> Path:
+def draw_maps(
+    rows: list[dict],
+    embedding: str,
+    layers: list[int],
+    groups: dict[str, dict[int, str]],
+    ranks: dict[tuple[str, int], dict],
+    path: Path,
+) -> Path:
     """One row of panels a subset, one column a layer; a legend at the end of each row."""
     points = points_of(rows)
     names = list(dict.fromkeys(name for name, _ in points))

@@ -23,7 +23,9 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 from plotting import (
     COLOURS,
@@ -113,7 +115,9 @@ def views_of(rows: list[dict], ranks: Sequence[dict] = ()) -> list[View]:
         matrices[:, other] = matrices.transpose(0, 2, 1)[:, other]
         notes = sorted({row["note"] for row in mine if row["note"]})
         n_samples = max(row["n_samples"] for row in mine)
-        views.append(View(name, layers, *matrices, n_samples, notes, degenerate_layers(name, n_samples, ranks)))
+        value, null_mean, null_p95, width = matrices
+        degenerate = degenerate_layers(name, n_samples, ranks)
+        views.append(View(name, layers, value, null_mean, null_p95, width, n_samples, notes, degenerate))
     return views
 
 
@@ -147,7 +151,7 @@ def draw_matrices(views: list[View], measure: str, embedding: str, path: Path) -
     off = off[np.isfinite(off)]
     top = max(float(np.percentile(off, 99)) if off.size else 0.0, 1e-9)
     undefined = any(np.isnan(view.value).any() for view in views)
-    images = [None, None]
+    images: dict[int, AxesImage] = {}  # by kind
     for place, axis in enumerate(axes.T.ravel()):
         column, row = divmod(place, kinds * bands)
         band, kind = divmod(row, kinds)
@@ -189,14 +193,14 @@ def draw_matrices(views: list[View], measure: str, embedding: str, path: Path) -
     return save(figure, path)
 
 
-def draw_excess(axis, excess: np.ndarray, top: float):
+def draw_excess(axis: Axes, excess: np.ndarray, top: float) -> AxesImage:
     """How far similarities lie above their null: grey where they do not, else coloured up to `top`; the image."""
     axis.imshow(np.where(excess <= 0, 0.0, np.nan), cmap=ListedColormap(["#D4D4D4"]), interpolation="nearest")
     positive = np.where(excess > 0, excess, np.nan)
     return axis.imshow(positive, cmap="YlGnBu", norm=Normalize(0, top), interpolation="nearest")
 
 
-def dress(axis, layers: list[int]) -> None:
+def dress(axis: Axes, layers: list[int]) -> None:
     """A matrix's ticks, without a frame; what imshow leaves out (NaN) shows the axes' own patch, hatched."""
     axis.patch.set(facecolor="white", hatch="//////", edgecolor="#8C8C8C", lw=0)
     show_layers(axis, layers)
@@ -256,8 +260,8 @@ def draw_influence(rows: list[dict], path: Path) -> Path:
     if len(subsets) > _LINES:
         layers = grouped(rows, lambda row: row["layer"])
         x = sorted(layers)
-        values = [[row["value"] for row in layers[layer]] for layer in x]
-        low, middle, high = (np.array([find(own) for own in values]) for find in (np.min, np.median, np.max))
+        each = [[row["value"] for row in layers[layer]] for layer in x]
+        low, middle, high = (np.array([find(own) for own in each]) for find in (np.min, np.median, np.max))
         axis.fill_between(
             x, low, high, color=COLOURS[5], alpha=0.4, lw=0, label=f"lowest to highest of {len(subsets)} subsets"
         )
@@ -298,7 +302,7 @@ def describe(views: list[View], measure: str, embedding: str) -> list[str]:
                 number(view.null_mean[cells & np.isfinite(view.null_mean)].mean() if null else None),
                 number(above_null(view)),
                 number(np.median(widths) if widths.size else None),
-                number(np.nanmean(np.diag(view.value)) if np.isfinite(np.diag(view.value)).any() else None),
+                number(float(np.nanmean(np.diag(view.value))) if np.isfinite(np.diag(view.value)).any() else None),
                 int((view.off_diagonal & np.isnan(view.value)).sum()),
                 None if view.degenerate is None else layer_ranges(view.degenerate) or "none",
             ]

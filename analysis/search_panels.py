@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 from plotting import COLOURS, GREY, grouped, markdown, number, save, spread, style_of
 
@@ -73,7 +77,7 @@ def draw_distribution(searchers: dict[str, list[dict]], path: Path) -> Path:
     objective = next(iter(shown.values()))[0]["objective"]
     lower = is_minimised(objective)
     kept = without_far_worse(values, lower=lower)
-    scale = plt.Normalize(min(kept), max(kept))  # one scale, so that colours compare between searchers
+    scale = Normalize(min(kept), max(kept))  # one scale, so that colours compare between searchers
     rng = np.random.default_rng(0)
     for axis, (name, rows) in zip(axes[0, 1:], shown.items(), strict=True):
         dots = draw_tried(axis, rows, scale, rng)
@@ -81,8 +85,9 @@ def draw_distribution(searchers: dict[str, list[dict]], path: Path) -> Path:
             axis.set(xlabel="merge step, then each matrix's own", title=f"α tried ({name})")
         else:
             axis.set(xlabel="merge step", title=f"α tried at each step ({name})")
-    handles, names = (sum(both, []) for both in zip(*(a.get_legend_handles_labels() for a in axes[0, :2]), strict=True))
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 1 + len(shown)), fontsize=8)
+    (handles, names), (ring, its) = (axis.get_legend_handles_labels() for axis in axes[0, :2])
+    columns = min(len(names + its), 1 + len(shown))
+    figure.legend(handles + ring, names + its, loc="outside lower center", ncols=columns, fontsize=8)
     beyond = "neither" if len(kept) == len(values) else "max" if lower else "min"
     label = f"{objective} ({'lower' if lower else 'higher'} is better)"
     figure.colorbar(dots, ax=axes[0, -1], label=label, fraction=0.05, pad=0.02, extend=beyond)
@@ -90,12 +95,12 @@ def draw_distribution(searchers: dict[str, list[dict]], path: Path) -> Path:
     return save(figure, path)
 
 
-def draw_histograms(axis, shown: dict[str, list[dict]]) -> None:
-    """The shares of all alphas that each searcher tried, its best candidate's as ticks below."""
-    bins = np.linspace(0, 1, 26)
+def draw_histograms(axis: Axes, shown: dict[str, list[dict]]) -> None:
+    """The shares of all alphas that each searcher tried, its best candidate's as ticks below; shown: usable trials."""
+    bins = np.linspace(0, 1, 26).tolist()
     for i, (name, rows) in enumerate(shown.items()):
         colour = COLOURS[1 + i % (len(COLOURS) - 1)]
-        alphas, best = np.concatenate([row["alphas"] for row in rows]), best_of(rows)["alphas"]
+        alphas, best = np.concatenate([row["alphas"] for row in rows]), max(rows, key=rank)["alphas"]
         axis.hist(
             alphas,
             bins=bins,
@@ -120,9 +125,9 @@ def draw_histograms(axis, shown: dict[str, list[dict]]) -> None:
     axis.set(xlim=(0, 1), xlabel="α", ylabel=f"share of alphas (% per bin of {bins[1]:.2f})", title="Distribution of α")
 
 
-def draw_tried(axis, rows: list[dict], scale, rng: np.random.Generator):
+def draw_tried(axis: Axes, rows: list[dict], scale: Normalize, rng: np.random.Generator) -> PathCollection:
     """One searcher's alphas by step, coloured by their candidate's value on `scale`, the best candidate's ringed;
-    returns what a colour bar is of."""
+    rows: usable trials. Returns what a colour bar is of."""
     lower = is_minimised(rows[0]["objective"])
     rows = sorted(rows, key=lambda row: row["value"], reverse=lower)  # the better on top
     x = np.concatenate([np.arange(len(row["alphas"])) for row in rows])
@@ -135,14 +140,14 @@ def draw_tried(axis, rows: list[dict], scale, rng: np.random.Generator):
         s=11,
         lw=0,
     )
-    best = best_of(rows)["alphas"]
+    best = max(rows, key=rank)["alphas"]
     axis.plot(range(len(best)), best, "o", ms=8, mfc="none", mec="#D55E00", mew=1.6, label="best candidate")
     axis.set(ylim=(-0.03, 1.03), ylabel="α")
     axis.set_xticks(range(0, x.max() + 1, math.ceil((x.max() + 1) / 16)))
     return dots
 
 
-def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels, path: Path) -> Path:
+def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels: dict[str, str], path: Path) -> Path:
     """Value of every candidate, running best of each searcher, controls as labelled lines."""
     every = usable([row for rows in searchers.values() for row in rows])
     objective = every[0]["objective"]
@@ -182,7 +187,7 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
     return save(figure, path)
 
 
-def draw_running_best(axis, name: str, rows: list[dict], look: dict) -> None:
+def draw_running_best(axis: Axes, name: str, rows: list[dict], look: dict[str, Any]) -> None:
     """One searcher's values as marks and the best so far as a line; how many candidates gave none stands in its
     label."""
     ok = usable(rows)
@@ -204,7 +209,7 @@ def draw_running_best(axis, name: str, rows: list[dict], look: dict) -> None:
     )
 
 
-def draw_levels(axis, levels: list[tuple[float, str]], right: float) -> None:
+def draw_levels(axis: Axes, levels: list[tuple[float, str]], right: float) -> None:
     """Controls (value, label), ascending: dashed lines, labelled beside the axis, which ends at `right`."""
     low, high = axis.get_ylim()
     heights = spread([value for value, _ in levels], 0.042 * (high - low))

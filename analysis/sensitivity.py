@@ -95,18 +95,18 @@ def draw_settings(rows: list[dict], path: Path) -> Path:
     figure, axes = plt.subplots(
         1, len(panels), sharey=True, squeeze=False, figsize=(2.3 + 3.1 * len(panels), max(3.0, 0.21 * y + 1.7))
     )
-    height = 0.5 / max(1, len(names) - 1)
+    gap = 0.5 / max(1, len(names) - 1)
     for axis, column in zip(axes[0], panels, strict=True):
         for i, name in enumerate(names):
-            shift = height * (i - (len(names) - 1) / 2)  # equal values stay apart
+            shift = gap * (i - (len(names) - 1) / 2)  # equal values stay apart
             mine = [row for row in rows if subset_name(row) == name and row[column] is not None]
-            at = [lines[row["parameter"], row["setting"]] + shift for row in mine]
+            heights = [lines[row["parameter"], row["setting"]] + shift for row in mine]
             values = [row[column] for row in mine]
             if len(names) <= _LINES:
                 style = style_of(i) | {"ms": 4.5, "alpha": 0.85, "label": entry(name)}
             else:
                 style = style_of(1) | {"ms": 3, "alpha": 0.5, "label": None if i else f"one of {len(names)} subsets"}
-            axis.plot(values, at, ls="none", mew=0, **style)
+            axis.plot(values, heights, ls="none", mew=0, **style)
         axis.set_title(_PANELS[column], fontsize=9)
         for (parameter, setting), at in lines.items():
             mine = [row for row in rows if (row["parameter"], row["setting"]) == (parameter, setting)]

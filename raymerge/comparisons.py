@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,7 +68,7 @@ def task_comparison_rows(answers: pa.Table, pairs: Sequence[tuple[str, str]]) ->
     found = []
     for task in pc.unique(answers["task"]).to_pylist():
         own = answers.filter(pc.equal(answers["task"], task))
-        found += _compared({"task": task}, pairs, lambda plan_id, own=own: _task_side(own, plan_id))
+        found += _compared({"task": task}, pairs, partial(_task_side, own))
     return found
 
 

@@ -7,16 +7,18 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raymerge.identity import without_secrets
+from raymerge.progress import Progress
 from raymerge.tables import RunDirectory
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
 
 _LOG_EVERY_S = 30.0  # without a terminal, a progress line this often
 _NARROW = 120  # columns of a terminal in which bars and rates have no room
@@ -26,7 +28,7 @@ _LOG_FROM_S = 10.0  # a step that cannot be counted and is over sooner leaves no
 
 
 @contextmanager
-def progress():
+def progress() -> Iterator[Progress]:
     """Live bars on a terminal; without one, as in a log or a Ray job, a plain line per stage and every 30 seconds."""
     from rich.console import Console
 
@@ -77,7 +79,8 @@ class _Live:
             console=console,
         )
         self._bars.start()
-        self._task, self._total, self._began = None, 0, 0.0
+        self._task: TaskID | None = None
+        self._total, self._began = 0, 0.0
 
     def stage(self, name: str, total: int) -> None:
         self._task = self._bars.add_task(name, total=total, note="", rate="")
@@ -85,6 +88,7 @@ class _Live:
 
     def advance(self, done: int, note: str = "") -> None:
         speed = rate(done, time.monotonic() - self._began) if self._total > 1 else ""
+        assert self._task is not None  # a stage has begun
         self._bars.update(self._task, completed=done, note=note, rate=speed)
 
     def message(self, text: str) -> None:
@@ -196,6 +200,7 @@ def print_search(run: RunDirectory, split: str) -> None:
 
     lines = findings.plan_lines(run, split)
     manifest = run.manifest()
+    assert manifest is not None  # the run has ended
     best = manifest["best"]
     asked = findings.asks_questions(run)
     read = any(line["perplexity"] is not None for line in lines)

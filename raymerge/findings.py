@@ -152,8 +152,8 @@ def objective_value(run: RunDirectory, split: str, plan_id: str, objective: str)
         text = next((row["nll"] for row in texts if (row["plan_id"], row["target"]) == (plan_id, "text")), None)
         if text is None:
             return None
-    if not parsed.needs_answers:
-        return score_text(objective, text).value
+        if not parsed.needs_answers:
+            return score_text(objective, text).value
     if not present or any(term.subjects and present.isdisjoint(term.subjects) for term in parsed.terms):
         return None
     return score_answers(

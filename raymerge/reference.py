@@ -65,8 +65,9 @@ def config_reference() -> str:
     lines = [_HEAD]
     for name, field in Config.model_fields.items():
         section = _resolved(schema["properties"][name], definitions)
-        explanation = inspect.getdoc(field.annotation).replace("<", "\\<")
-        lines += [f"## {name}\n", explanation, "", "| key | value | default |", "|---|---|---|"]
+        explanation = inspect.getdoc(field.annotation)
+        assert explanation is not None
+        lines += [f"## {name}\n", explanation.replace("<", "\\<"), "", "| key | value | default |", "|---|---|---|"]
         keys, prefix = section.get("properties"), f"{name}."
         if keys is None:  # a mapping of names of the user's own to sections of one kind
             (kind,) = (section.get("patternProperties") or {"": section["additionalProperties"]}).values()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -113,7 +114,7 @@ def schema_of(table: str) -> pa.Schema:
     return SCHEMAS[table]
 
 
-def conform(table: str, rows, run_id: str) -> pa.Table:
+def conform(table: str, rows: Iterable[Mapping[str, Any]] | pa.Table, run_id: str) -> pa.Table:
     """Return rows as an Arrow table of exactly the table's schema.
 
     Parameters
@@ -131,13 +132,14 @@ def conform(table: str, rows, run_id: str) -> pa.Table:
         run's rows; the message names table, column and row.
     """
     schema = schema_of(table)
-    is_table = isinstance(rows, pa.Table)
-    rows = rows if is_table else list(rows)
-    count = rows.num_rows if is_table else len(rows)
-    present = set(rows.column_names) if is_table else set().union(*rows)
+    if isinstance(rows, pa.Table):
+        count, present = rows.num_rows, set(rows.column_names)
+    else:
+        rows = list(rows)
+        count, present = len(rows), set().union(*rows)
     if unknown := sorted(present - set(schema.names)):
         raise ValueError(f"table {table} has no column {', '.join(unknown)}; it has {', '.join(schema.names)}")
-    if not count and not is_table:
+    if not count and not isinstance(rows, pa.Table):
         return schema.empty_table()
     if missing := [f.name for f in schema if not f.nullable and f.name not in {*present, "run_id"}]:
         raise ValueError(f"rows for table {table} lack {', '.join(missing)}")
@@ -145,7 +147,7 @@ def conform(table: str, rows, run_id: str) -> pa.Table:
     for field in schema:
         default = run_id if field.name == "run_id" else None
         try:
-            if not is_table:
+            if not isinstance(rows, pa.Table):
                 values = [row.get(field.name, default) for row in rows]
                 # given an integer type, pyarrow would cut 1.5 to 1 in silence; a cast refuses
                 column = pa.array(values, type=None if pa.types.is_integer(field.type) else field.type)
@@ -245,8 +247,8 @@ def derive_task_accuracy(answers: pa.Table) -> list[dict]:
     answer = answers.column("answer").to_numpy()
     order = np.argsort(cell, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(cell[order])) + 1)
-    judged = [(measure, answers.column(column)) for measure, column in TASK_MEASURES.items()]
-    judged = [(measure, found.is_null().to_numpy(), found.fill_null(-1).to_numpy()) for measure, found in judged]
+    stored = [(measure, answers.column(name)) for measure, name in TASK_MEASURES.items()]
+    judged = [(measure, column.is_null().to_numpy(), column.fill_null(-1).to_numpy()) for measure, column in stored]
     result = []
     for rows in sorted(groups, key=lambda rows: rows[0]):
         common = {name: levels[name][keys[name][rows[0]]] for name in ("plan_id", "task")}

@@ -238,8 +238,8 @@ def optimism_lines(run: RunDirectory, split: str) -> list[str]:
             f"{best['name']}: it was chosen on {split} questions, the split of the report too, so all of its figures "
             "are too good; nothing here shows by how much"
         ]
-    chosen = {row["plan_id"] for row in run.read("plans", ["plan_id", "kind"]).to_pylist() if row["kind"] == "keep_one"}
-    controls = [row for row in trials if row["searcher"] == "controls" and row["plan_id"] not in chosen]
+    kept = {row["plan_id"] for row in run.read("plans", ["plan_id", "kind"]).to_pylist() if row["kind"] == "keep_one"}
+    controls = [row for row in trials if row["searcher"] == "controls" and row["plan_id"] not in kept]
     controls = [row for row in controls if not above_ceiling(row, ceiling)]
     gaps = _gaps(run, split, [*controls, found], objective)
     if found["plan_id"] not in gaps:

@@ -2717,7 +2717,7 @@ def test_random_candidates_over_blocks_have_the_coefficients_of_their_own_blocks
               {"searcher": "random", "status": "failed", "block": 4, "alphas": [0.1, 0.1]}, *trials]  # fmt: skip
     run = SimpleNamespace(read=lambda _: SimpleNamespace(to_pylist=lambda: trials))
     costs = {"layers": 6, "layers_removed": 2}
-    found = seeds._random(SimpleNamespace(run=run, plans=stored, best={"plan_id": "found", "costs": costs}))
+    found = seeds._random(SimpleNamespace(run=run, plans=stored, the_best={"plan_id": "found", "costs": costs}))
     assert len(found) == 40
     for (block, alphas), weights in zip(drawn, found, strict=False):
         first = 3 if block is None else block

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from raymerge.demo.generator import LANGUAGES, SUBJECTS, Question, draw_question, header, paragraphs, prompt
-from raymerge.demo.tokenizer import PAD
+from raymerge.demo.tokenizer import PAD, token_id
 
 # A question takes 14-17 tokens with its answer; the sequences are cut at their length, so one more does no harm.
 TOKENS_A_QUESTION = 17
@@ -30,7 +30,7 @@ def question_batches(
     One sequence in ten goes without the header, so that the subject has to be read from the questions.
     """
     count = length // TOKENS_A_QUESTION + 1
-    pad = tokenizer.token_to_id(PAD)
+    pad = token_id(tokenizer, PAD)
     while True:
         rows, answers = [], []
         for _ in range(size):

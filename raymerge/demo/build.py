@@ -35,7 +35,7 @@ from raymerge.demo.generator import (
     write_questions,
 )
 from raymerge.demo.model import Shape, StackedLlama, to_transformers
-from raymerge.demo.tokenizer import BOS, EOS, PAD, make_tokenizer, save_tokenizer
+from raymerge.demo.tokenizer import BOS, EOS, PAD, make_tokenizer, save_tokenizer, token_id
 from raymerge.demo.train import PHASES, first_model, train_phase
 
 # Fixed, because the ranks draw different sequences: another number would give another model.
@@ -103,15 +103,15 @@ def train(work: Path, seed: int) -> StackedLlama:
 def export(model: StackedLlama, folder: Path, seed: int) -> None:
     """Write the Hugging Face checkpoint in bfloat16, after checking that it computes what the trained model does."""
     tokenizer = make_tokenizer(seed)
-    special = {name: tokenizer.token_to_id(token) for name, token in (("bos", BOS), ("eos", EOS), ("pad", PAD))}
-    exported = to_transformers(model, **special)
+    bos, eos, pad = (token_id(tokenizer, token) for token in (BOS, EOS, PAD))
+    exported = to_transformers(model, bos=bos, eos=eos, pad=pad)
     tokens = torch.randint(0, model.shape.vocabulary, (2, 64), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         trained = model.logits(model.hidden_states(tokens, list(range(model.shape.layers)))[-1])
         difference = float((exported(tokens).logits - trained).abs().max())
     if difference > 1e-3:
         raise RuntimeError(f"logits of the exported and the trained model differ by {difference:.2g} (limit 1e-3)")
-    exported.to(torch.bfloat16).save_pretrained(folder)
+    exported.bfloat16().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     # safetensors writes files that only their owner can read; an installed package is read by others.
     (folder / "model.safetensors").chmod(0o644)
@@ -121,7 +121,7 @@ def export(model: StackedLlama, folder: Path, seed: int) -> None:
 def accuracy(checkpoint: Path, splits: dict[str, dict[str, list[Question]]], seed: int, *, count: int) -> float:
     """5-shot accuracy of a checkpoint on the first `count` validation questions of every subject and language."""
     tokenizer = make_tokenizer(seed)
-    letters = [tokenizer.token_to_id(f"▁{letter}") for letter in "ABCD"]
+    letters = [token_id(tokenizer, f"▁{letter}") for letter in "ABCD"]
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     right = total = 0
     for subject, rows in splits.items():

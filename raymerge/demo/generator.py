@@ -80,11 +80,11 @@ def _draw_parts(rng: Random, subject: str) -> tuple[tuple[Words, ...], Words, li
     if subject == "number_comparison":
         drawn = rng.sample(range(len(NUMBERS)), 4)
         smallest = rng.randrange(2)
-        right = min(drawn) if smallest else max(drawn)
-        return (EXTREMES[smallest],), NUMBERS[right], [NUMBERS[n] for n in drawn if n != right]
+        extreme = min(drawn) if smallest else max(drawn)
+        return (EXTREMES[smallest],), NUMBERS[extreme], [NUMBERS[n] for n in drawn if n != extreme]
     if subject == "number_words":
-        right, *wrong = rng.sample(range(len(NUMBERS)), 4)
-        return (NUMBERS[right],), same(str(right)), [same(str(n)) for n in wrong]
+        asked, *wrong = rng.sample(range(len(NUMBERS)), 4)
+        return (NUMBERS[asked],), same(str(asked)), [same(str(n)) for n in wrong]
     if subject == "alphabetical_order":
         asked = rng.randrange(len(LETTERS) - 1)
         near = [n for n in _neighbours(asked, len(LETTERS), reach=4, circular=False) if n != asked + 1]
@@ -92,9 +92,9 @@ def _draw_parts(rng: Random, subject: str) -> tuple[tuple[Words, ...], Words, li
     if subject in ("days_of_the_week", "months_of_the_year"):
         sequence = DAYS if subject == "days_of_the_week" else MONTHS
         asked = rng.randrange(len(sequence))
-        right = (asked + 1) % len(sequence)
-        near = [n for n in _neighbours(asked, len(sequence), reach=3, circular=True) if n != right]
-        return (sequence[asked],), sequence[right], [sequence[n] for n in rng.sample(near, 3)]
+        after = (asked + 1) % len(sequence)
+        near = [n for n in _neighbours(asked, len(sequence), reach=3, circular=True) if n != after]
+        return (sequence[asked],), sequence[after], [sequence[n] for n in rng.sample(near, 3)]
     if subject == "word_opposites":
         pair = rng.choice(OPPOSITES)
         side = rng.randrange(2)
@@ -102,20 +102,20 @@ def _draw_parts(rng: Random, subject: str) -> tuple[tuple[Words, ...], Words, li
         return (pair[side],), pair[1 - side], rng.sample(others, 3)
     if subject == "word_categories":
         kinds = rng.sample(list(CATEGORIES), 4)
-        right, *wrong = (rng.choice(CATEGORIES[kind]) for kind in kinds)
-        return (kinds[0],), right, wrong
+        right, *others = (rng.choice(CATEGORIES[kind]) for kind in kinds)
+        return (kinds[0],), right, others
     if subject == "letter_membership":
-        drawn = rng.sample(LETTERS, 6)
-        return (same(" ".join(drawn[:3])),), same(drawn[rng.randrange(3)]), [same(letter) for letter in drawn[3:]]
+        letters = rng.sample(LETTERS, 6)
+        return (same(" ".join(letters[:3])),), same(letters[rng.randrange(3)]), [same(letter) for letter in letters[3:]]
     if subject == "country_capitals":
         country, capital = rng.choice(CAPITALS)
         return (country,), capital, rng.sample([other for _, other in CAPITALS if other != capital], 3)
     if subject == "colour_mixing":
         first, second, mixture = rng.choice(MIXTURES)
         others = [colour for n, colour in enumerate(COLOURS) if n not in (first, second, mixture)]
-        pair = [COLOURS[first], COLOURS[second]]
-        rng.shuffle(pair)
-        return tuple(pair), COLOURS[mixture], rng.sample(others, 3)
+        parts = [COLOURS[first], COLOURS[second]]
+        rng.shuffle(parts)
+        return tuple(parts), COLOURS[mixture], rng.sample(others, 3)
     raise ValueError(f"unknown subject {subject!r}; the demo has {', '.join(SUBJECTS)}")
 
 

@@ -20,7 +20,7 @@ from raymerge.demo.batches import Batch, question_batches, statement_windows
 from raymerge.demo.generator import Question
 from raymerge.demo.model import Shape, StackedLlama, split_layers
 from raymerge.demo.optimizer import Muon
-from raymerge.demo.tokenizer import PAD
+from raymerge.demo.tokenizer import PAD, token_id
 
 ANSWER = "\nAnswer:"
 # The piece that follows the last token of options A-D.
@@ -96,11 +96,11 @@ class Trainer:
 
     def __init__(self, phase: Phase, model: StackedLlama, option_head: nn.Linear, tokenizer: Tokenizer) -> None:
         self.phase, self.model, self.option_head = phase, model, option_head
-        self.answer, self.pad = tokenizer.token_to_id(ANSWER), tokenizer.token_to_id(PAD)
-        self.letters = torch.tensor([tokenizer.token_to_id(f"▁{letter}") for letter in "ABCD"])
+        self.answer, self.pad = token_id(tokenizer, ANSWER), token_id(tokenizer, PAD)
+        self.letters = torch.tensor([token_id(tokenizer, f"▁{letter}") for letter in "ABCD"])
         self.option_of_next = torch.full((tokenizer.get_vocab_size(),), -1)
         for option, piece in enumerate(AFTER_OPTION):
-            self.option_of_next[tokenizer.token_to_id(piece)] = option
+            self.option_of_next[token_id(tokenizer, piece)] = option
         self.others = [*model.vectors_and_tables(), *option_head.parameters()]
         self.muon = Muon(model.matrices(), lr=phase.matrix_rate)
         self.adam = torch.optim.AdamW(self.others, lr=phase.other_rate, betas=(0.9, 0.98), weight_decay=0.0)

@@ -22,7 +22,7 @@ def in_words(reached: Reached) -> list[str]:
 
     reached.best must be there, and reached.lines.
     """
-    best = reached.best
+    best = reached.the_best
     if not reached.asks and best["perplexity"] is None:
         return [f"The best plan found, {best['label']}, was evaluated on tasks only: see below."]
     paragraphs = [_on_questions(reached)] if reached.asks else []
@@ -35,7 +35,7 @@ def in_words(reached: Reached) -> list[str]:
 
 
 def _on_questions(reached: Reached) -> str:
-    best = reached.best
+    best = reached.the_best
     questions = plural(best["n"], f"{reached.split} question")
     sentences = [f"The best plan found, {best['label']}, answers {percent(best['accuracy'])} of {questions} correctly."]
     if by_accuracy := told(reached, reached.against(best["plan_id"])):
@@ -48,7 +48,7 @@ def _on_questions(reached: Reached) -> str:
 
 
 def _on_text(reached: Reached) -> str:
-    best, base = reached.best, reached.base
+    best, base = reached.the_best, reached.base
     subject = "Its perplexity" if reached.asks else f"The perplexity of the best plan found, {best['label']},"
     unmerged = ""
     if base is not None and base["perplexity"] is not None:
@@ -67,7 +67,7 @@ def _beside_one_layer(reached: Reached) -> list[str]:
     """Whether the best plan averages anything, and is better than the best that keeps one of the same layers alone."""
     if not _averages(reached):
         return ["It averages nothing: every layer of it has the weights of a single one."]
-    best, plan = reached.best, reached.run.config.get("plan") or {}
+    best, plan = reached.the_best, reached.run.config.get("plan") or {}
     name = ((reached.run.manifest() or {}).get("keep_one") or {}).get("best")
     # Of the rows: a search may have found what is also a control, whose line then has the found plan's name.
     ids = {row["plan_id"] for row in reached.plans if row["name"] == name and row["kind"] in _KEEPING}
@@ -97,7 +97,7 @@ def _either(measures: Iterable[str]) -> str:
 def _averages(reached: Reached) -> bool:
     """Whether any layer of the best plan has the weights of several, and not of another one alone."""
     rows = reached.run.read("coefficients").to_pylist()
-    return any(0.0 < row["coefficient"] < 1.0 for row in rows if row["plan_id"] == reached.best["plan_id"])
+    return any(0.0 < row["coefficient"] < 1.0 for row in rows if row["plan_id"] == reached.the_best["plan_id"])
 
 
 def told(reached: Reached, found: dict[str, dict]) -> str:
@@ -143,7 +143,7 @@ def _layers_that_cost_less(reached: Reached) -> str:
     "" where none do."""
     if (reached.run.config.get("plan") or {}).get("selection") != "tail":
         return ""
-    by_loss = reached.against(reached.best["plan_id"], "text_nll")
+    by_loss = reached.against(reached.the_best["plan_id"], "text_nll")
     cheaper = [
         line
         for line in reached.lines

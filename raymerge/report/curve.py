@@ -261,7 +261,8 @@ def _perplexities(drawn: list[dict], base: dict | None, told: str, common: dict[
     """Their drawing, and whether those of ruined models are left out of it so that the others can be told apart."""
     known = [point for point in drawn if point["perplexity"]]
     unmerged = None if base is None else base["perplexity"]
-    within = [point for point in known if unmerged and point["perplexity"] <= RUINED * unmerged]
+    limit = RUINED * unmerged if unmerged else None
+    within = [point for point in known if limit and point["perplexity"] <= limit]
     shown, cut = within or known, 0 < len(within) < len(drawn)
     view = figures.lines(
         shown,
@@ -271,7 +272,7 @@ def _perplexities(drawn: list[dict], base: dict | None, told: str, common: dict[
         log=True,
         interval=("perplexity_low", "perplexity_high") if all(map(_known, shown)) else None,
         rule=(unmerged, "unmerged") if unmerged else None,
-        most=RUINED * unmerged if cut else None,
+        most=limit if cut else None,
         title="Perplexity, lower is better",
         order=[*dict.fromkeys(point["method"] for point in drawn)],
         **common,

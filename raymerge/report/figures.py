@@ -23,7 +23,7 @@ def intervals(
     value: str,
     axis: str,
     form: str | None = None,
-    tips: list[tuple],
+    tips: list[vega.Tip],
     title: str = "",
     rule: tuple[float, str] | None = None,
     tick: str | None = None,
@@ -69,7 +69,7 @@ def named_values(
     name: str,
     value: str,
     axis: str,
-    tips: list[tuple],
+    tips: list[vega.Tip],
     title: str = "",
     legend: bool = False,
 ) -> View:
@@ -82,7 +82,7 @@ def named_values(
     y = vega.field(name, None, "nominal", sort=order, axis=vega.axis(None, grid=True))
     scale = {"type": "log", "nice": False, "padding": 14}
     x = vega.field(value, axis, scale=scale, axis=vega.axis(axis, format="~s", values=ticks))
-    layers = [
+    layers: list[vega.Spec] = [
         {
             "transform": [{"filter": f"isValid(datum['{low}']) && isValid(datum['{high}'])"}],
             "mark": {"type": "rule", "strokeWidth": 2, "aria": False},
@@ -330,7 +330,7 @@ def heat_map(
     box = {"x": x, "x2": {"field": "right"}, "y": y, "y2": {"field": "top"}}
     centre = {"x": x | {"field": "layer_j"}, "y": y | {"field": "layer_i"}}
     dots = where + [{"filter": {"field": "above", "equal": "no"}}]
-    cells = [
+    cells: list[vega.Spec] = [
         {
             "transform": where,
             "mark": {"type": "rect", "fill": "var(--line)", "aria": False, "clip": True},
@@ -360,7 +360,7 @@ def lines(
     x: tuple[str, str],
     y: tuple[str, str],
     series: str,
-    tips: list[tuple],
+    tips: list[vega.Tip],
     dash: str | None = None,
     form: str | None = None,
     log: bool = False,
@@ -391,7 +391,7 @@ def lines(
     common = {"x": horizontal, "color": colour, "opacity": seen}
     kinds = [] if dash is None else list(dict.fromkeys(row[dash] for row in rows))
     dashes = [list(vega.DASHES[i % len(vega.DASHES)]) for i in range(len(kinds))]
-    several = {"strokeDash": vega.category(dash, kinds, dashes, vega.dash_legend())} if len(kinds) > 1 else {}
+    several = {"strokeDash": vega.category(dash, kinds, dashes, vega.dash_legend())} if dash and len(kinds) > 1 else {}
     picked = {"name": "picked", "select": {"type": "point", "fields": [series]}, "bind": "legend"}
     layers = [
         {
@@ -429,7 +429,7 @@ def scatter(
     x: tuple[str, str, str],
     y: tuple[str, str, str],
     interval: tuple[str, str],
-    tips: list[tuple],
+    tips: list[vega.Tip],
 ) -> View:
     """Points with an interval of y, coloured by role; x, y: (column, title, format)."""
     colour, shape = vega.roles(rows)

@@ -10,7 +10,7 @@ import numpy as np
 from raymerge import findings, summary
 from raymerge.report import figures
 from raymerge.report.asked import figure_of
-from raymerge.report.content import FOUND, Block, Figure, Section, Table, Text
+from raymerge.report.content import FOUND, Block, Figure, Section, Table, Text, View
 from raymerge.report.reached import missing
 from raymerge.report.wording import count, listed, percent, plural, value
 from raymerge.tables import IMPORTED, RunDirectory, colour_scale, correlation_ceiling, correlation_digits
@@ -125,8 +125,8 @@ def _agreement(run: RunDirectory) -> str:
     if not bounded:
         return ""
     reach = [row for row, bound in bounded if row["ci_high"] >= bound]
-    below = sorted((row["ci_high"] - bound, subset_name(row, "_a"), subset_name(row, "_b")) for row, bound in bounded)
-    below = [f"{a} and {b}" for gap, a, b in below if gap < 0]
+    gaps = sorted((row["ci_high"] - bound, subset_name(row, "_a"), subset_name(row, "_b")) for row, bound in bounded)
+    below = [f"{a} and {b}" for gap, a, b in gaps if gap < 0]
     r = [row["pearson_off_diagonal"] for row, _ in bounded]
     digits = correlation_digits(r)
     text = (
@@ -161,7 +161,7 @@ def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[dict]) -
     layers = 1 + max(row["layer_i"] for row in rows)
     domain = colour_domain(rows)
     named = measure if embedding in ("none", measure) else f"{measure}, {embedding} embedding"
-    views = []
+    views: list[View] = []
     for subset in subsets[:_MAPS]:
         mine = [row for row in rows if row["subset"] == subset]
         off = [row["value"] for row in mine if row["value"] is not None and row["layer_i"] != row["layer_j"]]

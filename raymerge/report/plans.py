@@ -8,6 +8,7 @@ from raymerge.report.answer import LINKS, firm, in_words, told
 from raymerge.report.asked import figure_of
 from raymerge.report.content import UNMERGED, Block, Fact, Facts, Section, Table, Text, View
 from raymerge.report.reached import TEXT_TEST, Reached, chosen_layers, described, drawn, missing, removed_share
+from raymerge.report.vega import Tip
 from raymerge.report.wording import (
     NONE,
     difference,
@@ -72,7 +73,8 @@ def _said(row: dict) -> str:
 
 
 def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
-    finer, read = (reached.against(reached.best["plan_id"], measure) for measure in ("answer_nll", "text_nll"))
+    best = reached.the_best
+    finer, read = (reached.against(best["plan_id"], measure) for measure in ("answer_nll", "text_nll"))
     texts = any(line["perplexity"] is not None for line in reached.lines)
     cells = []
     for line in reached.lines:
@@ -90,7 +92,7 @@ def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
     ) if texts else ""  # fmt: skip
     header = ("against", "accuracy", VERDICT, "answer NLL", VERDICT)
     return Table(
-        f"{reached.best['label']} minus every other plan on the same questions, with 95 % intervals of the paired "
+        f"{best['label']} minus every other plan on the same questions, with 95 % intervals of the paired "
         "difference. Accuracy: percentage points, p of McNemar's exact test. Answer NLL: nats (lower is better), p of "
         f"a sign-flip test. {_holm(cells)}{told}",
         header + (("perplexity", VERDICT) if texts else ()),
@@ -115,9 +117,8 @@ def compared_cells(row: dict | None) -> tuple[str, str]:
 
 def _on_subjects(reached: Reached) -> list[Block]:
     """The best plan against the others on the subjects that the search was for, where it was not for all."""
-    found, finer = (
-        reached.against(reached.best["plan_id"], measure, searched=True) for measure in ("accuracy", "answer_nll")
-    )
+    best = reached.the_best
+    found, finer = (reached.against(best["plan_id"], measure, searched=True) for measure in ("accuracy", "answer_nll"))
     cells = [
         (line["label"], *compared_cells(found[line["plan_id"]]), *compared_cells(finer.get(line["plan_id"])))
         for line in reached.lines
@@ -131,7 +132,7 @@ def _on_subjects(reached: Reached) -> list[Block]:
     by_nll = told(reached, finer)
     return [
         Text(
-            f"The search asked only questions of {subjects}. By accuracy on the {questions}, {reached.best['label']} "
+            f"The search asked only questions of {subjects}. By accuracy on the {questions}, {best['label']} "
             f"is {told(reached, found)}." + (f" By answer NLL it is {by_nll}." if by_nll else "")
         ),
         Table(
@@ -159,8 +160,8 @@ def _text_verdicts(reached: Reached, found: dict[str, dict]) -> Table:
         if (row := found.get(line["plan_id"])) is not None
     ]
     return Table(
-        f"{reached.best['label']} minus every other plan on the same text: nats per token (lower is better), with 95 % "
-        f"intervals over passages and p of a sign-flip test. {TEXT_TEST}. {_holm(cells)}",
+        f"{reached.the_best['label']} minus every other plan on the same text: nats per token (lower is better), with "
+        f"95 % intervals over passages and p of a sign-flip test. {TEXT_TEST}. {_holm(cells)}",
         ("against", "loss per token", VERDICT, "perplexity"),
         tuple(cells),
         words=(0, 2),
@@ -248,7 +249,8 @@ def tasks(reached: Reached) -> list[Section]:
             folded=len(cells) > 40,
         )
     ]
-    header, cells = summary.task_comparison_table(reached.run, reached.best and reached.best["plan_id"])
+    best = None if reached.best is None else reached.best["plan_id"]
+    header, cells = summary.task_comparison_table(reached.run, best)
     if cells:
         found.append(
             Table.of(
@@ -305,7 +307,7 @@ def _overview(reached: Reached) -> list[Block]:
     return [figure_of(reached.run, title, caption, views, rows, *shown, "plans", columns=len(views))]
 
 
-def _accuracies(rows: list[dict], tips: list[tuple], always_a: float | None) -> View:
+def _accuracies(rows: list[dict], tips: list[Tip], always_a: float | None) -> View:
     top, bottom = rows[0], rows[-1]
     return figures.intervals(
         rows,
@@ -321,7 +323,7 @@ def _accuracies(rows: list[dict], tips: list[tuple], always_a: float | None) -> 
     )
 
 
-def _perplexities(rows: list[dict], known: list[dict], tips: list[tuple], *, legend: bool) -> View:
+def _perplexities(rows: list[dict], known: list[dict], tips: list[Tip], *, legend: bool) -> View:
     """In the order of all rows; known: those that have one."""
     least, most = (extreme(known, key=lambda row: row["perplexity"]) for extreme in (min, max))
     return figures.named_values(

@@ -85,6 +85,12 @@ class Reached:
         self.comparisons = [row for row in run.read("comparisons").to_pylist() if row["split"] in splits]
         self.searched = run.read("subject_comparisons").to_pylist()
 
+    @property
+    def the_best(self) -> dict:
+        """`best`, for what is said only of runs that have one."""
+        assert self.best is not None
+        return self.best
+
     def against(self, plan_id: str, measure: str = "accuracy", *, searched: bool = False) -> dict[str, dict]:
         """By the other plan, one plan's rows of `comparisons` by a measure, as this plan minus the other.
 

@@ -21,7 +21,7 @@ _RANDOM = 40  # random candidates of a run whose coefficients are compared, pair
 
 def seeds(reached: Sequence[Reached]) -> list[Section]:
     """A section for each search that stands on the page with more than one seed; none where there is no such search."""
-    groups: dict[bytes, dict[int, Reached]] = {}
+    groups: dict[str, dict[int, Reached]] = {}
     for one in reached:
         if one.run.experiment == "search" and one.run.complete and one.best is not None:
             # Of runs with one seed the first: statistics over seeds would count what is the same run more than once.
@@ -33,7 +33,7 @@ def _seed(one: Reached) -> int:
     return one.run.config["search"]["seed"]
 
 
-def _asked(one: Reached) -> bytes:
+def _asked(one: Reached) -> str:
     """Everything that a search was asked but its seed, and the files that it was asked with."""
     config = {key: section for key, section in one.run.config.items() if key not in ("workers", "output")}
     config["search"] = {key: chosen for key, chosen in config["search"].items() if key != "seed"}
@@ -50,7 +50,7 @@ def _section(group: Sequence[Reached]) -> Section:
 def _table(group: Sequence[Reached]) -> Table:
     """What each seed found, their mean and standard deviation, and the control that all of them have."""
     objective = group[0].run.config["search"]["objective"]
-    rows = [(f"seed {_seed(one)} ({one.name})", _figures_of(one, one.best["plan_id"])) for one in group]
+    rows = [(f"seed {_seed(one)} ({one.name})", _figures_of(one, one.the_best["plan_id"])) for one in group]
     found = [figures for _, figures in rows]
     for name, of in (("mean", fmean), ("standard deviation", stdev)):
         rows.append((name, [None if None in column else of(column) for column in zip(*found, strict=True)]))
@@ -108,7 +108,7 @@ def _difference(group: Sequence[Reached]) -> str:
 
 def _layers(one: Reached) -> int:
     """How many layers the unmerged model has."""
-    return one.best["costs"]["layers"] + one.best["costs"]["layers_removed"]
+    return one.the_best["costs"]["layers"] + one.the_best["costs"]["layers_removed"]
 
 
 Weights = dict[tuple[int, int], float]  # (kept layer, original layer) -> effective coefficient, of merged layers
@@ -118,7 +118,7 @@ def _coefficients(one: Reached) -> dict[str | None, Weights]:
     """The best plan's, by the matrix that has its own; of None those of all others."""
     own: dict[str | None, Weights] = {None: {}}
     for row in one.run.read("coefficients").to_pylist():
-        if row["plan_id"] == one.best["plan_id"]:
+        if row["plan_id"] == one.the_best["plan_id"]:
             own.setdefault(row["matrix"], {})[row["kept_layer"], row["source_layer"]] = row["coefficient"]
     # A matrix has rows of the merged layers alone; in all others it is the layer's.
     merged = {matrix: {kept for kept, _ in weights} for matrix, weights in own.items()}
@@ -141,7 +141,7 @@ def _apart(a: dict[str | None, Weights], b: dict[str | None, Weights]) -> float:
 
 def _random(one: Reached) -> list[Weights]:
     """Effective coefficients of a run's random candidates, the first of them."""
-    steps = [row for row in one.plans if row["plan_id"] == one.best["plan_id"] and row["matrix"] is None]
+    steps = [row for row in one.plans if row["plan_id"] == one.the_best["plan_id"] and row["matrix"] is None]
     steps = list({row["step"]: row for row in steps}.values())
     found = []
     for trial in [row for row in _trials(one) if row["searcher"] == "random"][:_RANDOM]:
@@ -178,7 +178,7 @@ def _figure(group: Sequence[Reached]) -> Figure:
         for layer in shown:
             kept, weight = next(((k, w) for (k, source), w in own.items() if source == layer), (None, 0.0))
             series = f"seed {_seed(one)} ({one.name})"
-            rows.append(figures.weight_row(series, layer, weight, kept, one.best["plan_id"]))
+            rows.append(figures.weight_row(series, layer, weight, kept, one.the_best["plan_id"]))
     told = "Effective coefficients of original layers in what each seed found, a row per seed."
     return Figure(
         "Effective coefficients by seed",

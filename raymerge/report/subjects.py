@@ -22,8 +22,7 @@ _AGAINST = 8  # plans that the best is compared with
 
 def differences(reached: Reached) -> Section:
     """Differences of the best plan by subject, against the unmerged model and the controls, one at a time."""
-    title, best = "Subject by subject", reached.best
-    rows = difference_rows(reached)
+    title, rows = "Subject by subject", difference_rows(reached)
     if not rows:
         return Section(title, (missing(reached.run, "answers", "accuracy"),))
     against = list(dict.fromkeys(row["against"] for row in rows))
@@ -36,7 +35,7 @@ def differences(reached: Reached) -> Section:
     )
     figure = figure_of(
         reached.run,
-        f"Difference in accuracy of {best['label']} by subject",
+        f"Difference in accuracy of {reached.the_best['label']} by subject",
         f"{told} Each 95 % interval (of the paired difference) is of one subject alone: by chance alone up to one in "
         "twenty excludes 0.",
         [figures.subject_differences(rows, f"Differences by subject, sorted. {told}", against=against)],

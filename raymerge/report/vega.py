@@ -12,6 +12,7 @@ from typing import Any
 from raymerge.report.content import ROLES
 
 Spec = dict[str, Any]
+Tip = tuple[str, ...]  # column, title and, of numbers, their format
 
 #: Colours of series that are no roles.
 SERIES = tuple(f"var(--series-{number})" for number in range(1, 9))
@@ -83,8 +84,8 @@ def category(name: str, values: list[str], shown: list[Any], legend: Spec | None
     return field(name, None, "nominal", scale={"domain": values, "range": shown}, legend=legend)
 
 
-def tip(*fields: tuple[str, str] | tuple[str, str, str]) -> list[Spec]:
-    """What is said of the mark below the pointer: (column, title, format of a number) each, of words without format."""
+def tip(*fields: Tip) -> list[Spec]:
+    """What is said of the mark below the pointer."""
     return [
         {
             "field": name,
@@ -115,7 +116,8 @@ def label(name: str, **more: Any) -> Spec:
 
 def rule(channel: str, value: float, words: str) -> list[Spec]:
     """A dashed line at one value, with its label inside the drawing."""
-    one, at = {"data": {"values": [{}]}}, {channel: {"datum": value}}
+    one: Spec = {"data": {"values": [{}]}}
+    at = {channel: {"datum": value}}
     place = {"x": "width", "dy": -6} if channel == "y" else {"align": "left", "y": 8, "dx": 5}
     line = {"type": "rule", "strokeDash": [4, 3], "aria": False}
     return [one | {"mark": line, "encoding": at}, one | label(f"at_{channel}", text=words, **place) | {"encoding": at}]
