@@ -267,12 +267,13 @@ def _distances(blocks: Iterable[Tensor]) -> np.ndarray:
     first: language models have activations in the thousands that are nearly the same for every sample, whose squares
     would swallow the differences.
     """
-    gram = None
+    total = None
     for block in blocks:
         block -= block.mean(0)
         part = block @ block.T
-        gram = part if gram is None else gram.add_(part)
-    gram = ((gram + gram.T) / 2).cpu().numpy()
+        total = part if total is None else total.add_(part)
+    assert total is not None  # a sample has a token
+    gram = ((total + total.T) / 2).cpu().numpy()
     norms = np.diag(gram)
     return np.sqrt(np.maximum(norms[:, None] + norms[None, :] - 2.0 * gram, 0.0))
 
@@ -365,5 +366,5 @@ class ActivationCache:
             write_tensors(path, values, _WHAT)
             return found
         names = [name for name in Activations.__dataclass_fields__ if name != "states" or pooling != "sequence"]
-        found = {name: tensor.numpy() for name, tensor in read_tensors(path, _WHAT, names).items()}
-        return Activations(**{"states": None, **found})
+        stored = {name: tensor.numpy() for name, tensor in read_tensors(path, _WHAT, names).items()}
+        return Activations(stored["distances"], stored.get("states"), stored["block_influence"])

@@ -102,6 +102,7 @@ def unit_likeness(
             for layer, expert in zip((reference, other), experts or (None, None), strict=True)
         )
         total = one @ two.T if total is None else total.addmm_(one, two.T)
+    assert total is not None  # every family has up and down
     return total
 
 
@@ -289,13 +290,13 @@ class Aligner:
 
     def _match(self, pair: tuple[int, int], alignment: str) -> Permutations:
         architecture = self.checkpoint.architecture
-        layers = [self._tensors(layer) for layer in pair]
+        reference, other = (self._tensors(layer) for layer in pair)
         activations = None
         if alignment == "activations":
             if self._units is None:
                 raise AlignmentError(NEEDS_PROMPTS)
-            activations = tuple(self._units(layer) for layer in pair)
-        return align_pair(*layers, architecture, self.checkpoint.config, activations=activations)
+            activations = self._units(pair[0]), self._units(pair[1])
+        return align_pair(reference, other, architecture, self.checkpoint.config, activations=activations)
 
     def _tensors(self, layer: int) -> dict[str, Tensor]:
         stored = layer_tensors(self.checkpoint, self.checkpoint.architecture, layer)
@@ -325,8 +326,10 @@ class Aligner:
         key = _row_key(plan)
         path = self._file(key)
         if key not in self._rows:
-            whole = path is not None and is_whole(path, _WHAT)
-            self.take_rows(plan, _read_rows(path, len(plan.steps)) if whole else self._match_rows(plan))
+            if path is not None and is_whole(path, _WHAT):
+                self.take_rows(plan, _read_rows(path, len(plan.steps)))
+            else:
+                self.take_rows(plan, self._match_rows(plan))
         if keep and path is not None and not is_whole(path, _WHAT):
             found = {
                 f"{number}.{matrix}": torch.from_numpy(order)

@@ -180,8 +180,9 @@ class Architecture:
         An expert's matrix is given by the expert's new number, and its slices are those of its origin.
         """
         matrix, _, kind = tensor.rpartition(".")
-        parts = self.projections.get(matrix) or (self.projection_norms.get(matrix),)
-        if parts == (None,):
+        normed = self.projection_norms.get(matrix)
+        parts = self.projections.get(matrix) or ((normed,) if normed else ())
+        if not parts:
             return None
         axis = PROJECTIONS[parts[0]][0]
         if (kind == "bias" and axis == 1) or not any(set(PROJECTIONS[part][1]) & set(permutations) for part in parts):
@@ -203,7 +204,8 @@ class Architecture:
         for place, name in enumerate(names):
             own = permutations.get(name, np.arange(known[place]))
             outer = self.unit_groups.get(name)
-            if own.shape[-1] != known[place] or (own.ndim == 2 and len(own) != self.sizes[outer]):
+            around = [self.sizes[outer]] if outer and own.ndim == 2 else []
+            if list(own.shape) != [*around, known[place]]:
                 raise ArchitectureError(
                     f"{tensor} has {names} of {known}, but the permutation of {name} is for {list(own.shape)}"
                 )

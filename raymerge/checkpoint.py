@@ -85,8 +85,12 @@ def resolve_model(path: str, revision: str | None = None, *, code: bool = False)
         from huggingface_hub import snapshot_download
 
         what = f"no local folder {path!r}, and the model {path!r} (revision {revision or 'main'})"
-        patterns = {"allow_patterns": _HUB_PATTERNS + ["*.py"] * code, "ignore_patterns": _NOT_FETCHED}
-        return fetch(what, lambda: snapshot_download(path, revision=revision, **patterns), CheckpointError)
+        allowed = _HUB_PATTERNS + ["*.py"] * code
+
+        def download() -> str:
+            return snapshot_download(path, revision=revision, allow_patterns=allowed, ignore_patterns=_NOT_FETCHED)
+
+        return fetch(what, download, CheckpointError)
     if revision is not None:
         raise CheckpointError(f"revision {revision!r} is for hub models, but {path} is local: leave it out")
     if path == "demo":

@@ -139,8 +139,7 @@ def usable_distances(checkpoint: Checkpoint, distances: Sequence[int]) -> tuple[
     """
     # Two: what a prompt begins with.
     limit = checkpoint.config.max_position_embeddings - (_LINE * _LEAD_LINES + 2) - 2
-    if None not in checkpoint.windows:
-        limit = min(limit, max(checkpoint.windows))
+    limit = min(limit, max(limit if window is None else window for window in checkpoint.windows))
     usable = tuple(distance for distance in distances if distance <= limit)
     if not usable:
         shorter = f"give shorter ones (from {_SHORTEST} on), or " if limit >= _SHORTEST else ""
@@ -181,7 +180,8 @@ def retrieval_prompts(
             else f"this tokenizer has {len(words)} words of one token that stand alone: too few for retrieval prompts; "
             "set sweep.context: false"
         )
-    shards, options, answers = [], [], []
+    shards, options = [], []
+    answers: list[int] = []
     for distance in distances:
         drawn = [_draw(distance, words, np.random.default_rng([seed, distance, i])) for i in range(per_distance)]
         sequences = token_ids([text for text, _, _ in drawn], tokenizer, bos)

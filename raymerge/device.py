@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class DeviceMemory(NamedTuple):
     total: int
 
 
-def choose_device(share: float | str = "auto") -> torch.device:
+def choose_device(share: float | Literal["auto"] = "auto") -> torch.device:
     """The device to compute on: the first CUDA device that the process sees, else the CPU.
 
     share: how much of one GPU this process may have; 0 is none, and a fraction bounds its memory, so that what shares
@@ -139,7 +139,7 @@ def release_cached() -> None:
             empty()
 
 
-def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     """The tensor on a device in a dtype.
 
     A copy to an accelerator that widens does so before, on the CPU, and then moves the wider values: here what moves
@@ -181,10 +181,10 @@ def streamed(source: Tensor, spans: Sequence[tuple[int, int]], device: torch.dev
     The next span is copied while the last one is computed with; what is given is overwritten two spans later, so no
     gradient may be taken through it.
     """
-    if not is_accelerator(device):
+    if not is_accelerator(device) or not spans:
         yield from (source[start:stop] for start, stop in spans)
         return
-    longest = max((stop - start for start, stop in spans), default=0)
+    longest = max(stop - start for start, stop in spans)
     buffers = [source.new_empty((longest, *source.shape[1:]), device=device, pin_memory=False) for _ in range(2)]
     computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     copying.wait_stream(computing)  # the buffers' memory may still be in use by what had it before
@@ -200,11 +200,12 @@ def streamed(source: Tensor, spans: Sequence[tuple[int, int]], device: torch.dev
             return part, copying.record_event()
 
     try:
-        ahead = copy(0) if spans else None
+        ahead = copy(0)
         for number in range(len(spans)):
             part, arrived = ahead
-            # Its buffer was read for the last time before the span before this one was given.
-            ahead = copy(number + 1) if number + 1 < len(spans) else None
+            if number + 1 < len(spans):
+                # Its buffer was read for the last time before the span before this one was given.
+                ahead = copy(number + 1)
             computing.wait_event(arrived)
             yield part
             used[number % 2] = computing.record_event()

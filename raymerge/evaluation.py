@@ -125,16 +125,17 @@ def score_choices(
     Returns the choices' numbers (n,) int64, ascending, and the sums over their tokens (n,) float64 in nats. trunk: as
     for `answer_shard`. Raises NotFiniteError.
     """
-    parts = []
+    owners, befores, targets = [], [], []
     for state in merged_states(runner, plan, shard, trunk):
         rows = np.array(state.group.rows)
         own = np.array([len(ids) for ids in state.group.sequences])
-        owner, _, before, targets = _scored(state, own - prompts.scored[rows])
-        parts.append((rows[owner], before, targets))
+        owner, _, before, target = _scored(state, own - prompts.scored[rows])
+        owners.append(rows[owner])
+        befores.append(before)
+        targets.append(target)
     # The groups together, as below: one context's choices are too few tokens for a window of the vocabulary.
-    owners, before, targets = zip(*parts, strict=True)
     rows, of = np.unique(np.concatenate(owners), return_inverse=True)
-    nll = _token_nll(runner, torch.cat(before), torch.from_numpy(np.concatenate(targets)))
+    nll = _token_nll(runner, torch.cat(befores), torch.from_numpy(np.concatenate(targets)))
     if not np.isfinite(nll).all():
         raise NotFiniteError(runner.overflow(f"log-likelihoods of choices under plan {plan.name} are"))
     return rows, -np.bincount(of, weights=nll)
@@ -221,7 +222,7 @@ def generation_speed(
     class Clock(StoppingCriteria):
         """Stops nothing; notes when each token was there."""
 
-        def __init__(self):
+        def __init__(self) -> None:
             self.times: list[float] = []
 
         def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:

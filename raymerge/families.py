@@ -19,19 +19,24 @@ _QWEN_EXPERTS = {
 }
 _EXPERT_GROUPS = {"experts": None, "units": "experts", **HEAD_GROUPS}
 _GATE_UP_FUSED = {"mlp.gate_up_proj": ("gate", "up"), "mlp.down_proj": ("down",)}
-_OLMO_NORMS = {
-    "norm_inputs": {},
-    "output_norms": {"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
-    "projection_norms": _Q_K_NORMS,
-}
-_GEMMA_NORMS = {
-    "norm_inputs": {"input_layernorm": QKV, "pre_feedforward_layernorm": GATE_UP},
-    "output_norms": {"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
-    "gain_offset": 1.0,
-    "scaled_embedding": True,
-    "windows": "layer_types",
-    "required": {"use_bidirectional_attention": (None, False)},
-}
+_OLMO2 = Architecture(
+    "olmo2",
+    norm_inputs={},
+    output_norms={"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
+    projection_norms=_Q_K_NORMS,
+    windows="none",
+)
+_GEMMA2 = Architecture(
+    "gemma2",
+    norm_inputs={"input_layernorm": QKV, "pre_feedforward_layernorm": GATE_UP},
+    output_norms={"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
+    gain_offset=1.0,
+    scaled_embedding=True,
+    windows="layer_types",
+    attention_softcap="attn_logit_softcapping",
+    logit_softcap="final_logit_softcapping",
+    required={"use_bidirectional_attention": (None, False)},
+)
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     family.name: family
@@ -58,19 +63,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture("qwen2", windows="layer_types"),
         Architecture("qwen3", windows="layer_types", head_norms=tuple(_Q_K_NORMS)),
-        Architecture(
-            "gemma2",
-            attention_softcap="attn_logit_softcapping",
-            logit_softcap="final_logit_softcapping",
-            **_GEMMA_NORMS,
-        ),
+        _GEMMA2,
         # Its config has a softcap of attention scores too, which its code does not apply.
-        Architecture(
-            "gemma3_text",
-            head_norms=tuple(_Q_K_NORMS),
-            logit_softcap="final_logit_softcapping",
-            **_GEMMA_NORMS,
-        ),
+        replace(_GEMMA2, name="gemma3_text", head_norms=tuple(_Q_K_NORMS), attention_softcap=None),
         Architecture(
             "phi3",
             projections={"self_attn.qkv_proj": ("q", "k", "v"), "self_attn.o_proj": ("o",)} | _GATE_UP_FUSED,
@@ -87,8 +82,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             output_norms={"self_attn": "post_self_attn_layernorm", "mlp": "post_mlp_layernorm"},
             rotary_neighbours=True,
         ),
-        Architecture("olmo2", windows="none", **_OLMO_NORMS),
-        Architecture("olmo3", windows="layer_types", **_OLMO_NORMS),
+        _OLMO2,
+        replace(_OLMO2, name="olmo3", windows="layer_types"),
         Architecture(
             "mixtral",
             projections=ATTENTION | {"block_sparse_moe.gate": ("router",)},
@@ -156,7 +151,7 @@ _FOREIGN_NAMES = dict.fromkeys(
 
 def architecture_of(config: Any) -> Architecture:
     """The Architecture of a transformers config, sizes filled in; ArchitectureError names what is unsupported."""
-    model_type = getattr(config, "model_type", None)
+    model_type: Any = getattr(config, "model_type", None)
     if model_type not in ARCHITECTURES:
         found = _FOREIGN_NAMES.get(model_type) or next(
             (what for keys, what in _FOREIGN if any(getattr(config, key, None) is not None for key in keys)), None

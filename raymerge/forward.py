@@ -65,7 +65,7 @@ class _SharedPrefix:
         self.values: Tensor | None = None
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        if self.keys is None:
+        if self.keys is None or self.values is None:
             self.keys, self.values = keys, values
             return keys, values
         batch = keys.shape[0]
@@ -96,7 +96,7 @@ class _OnDevice(Mapping[str, Tensor]):
 
 
 #: A layer to run: the original layer whose module (attention type) is used, and a function that gives its weights.
-Layer = tuple[int, Callable[[], dict[str, Tensor]]]
+Layer = tuple[int, Callable[[], Mapping[str, Tensor]]]
 
 
 class LayerRunner:
@@ -131,7 +131,8 @@ class LayerRunner:
         arch, config = checkpoint.architecture, checkpoint.config
         # SDPA cannot cap scores: with it transformers leaves the cap out, or refuses the family even without a cap.
         self._eager = arch.attention_softcap is not None
-        self.attention_softcap: float | None = arch.attention_softcap and getattr(config, arch.attention_softcap)
+        softcap = arch.attention_softcap
+        self.attention_softcap: float | None = getattr(config, softcap) if softcap else None
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config),  # from_config writes the compute dtype into it
@@ -174,8 +175,11 @@ class LayerRunner:
     def weights(self, layer: int) -> dict[str, Tensor]:
         """An original layer's weights in the compute dtype; kept on an accelerator while there is room, converted anew
         on a CPU."""
-        options = {"dtype": self.dtype, "device": self.device}
-        return self._kept(self._resident, layer, lambda: self.deployed(self.checkpoint.layer(layer, **options)))
+
+        def load() -> dict[str, Tensor]:
+            return self.deployed(self.checkpoint.layer(layer, dtype=self.dtype, device=self.device))
+
+        return self._kept(self._resident, layer, load)
 
     def _kept(
         self, layers: dict[int, dict[str, Tensor]], number: int, load: Callable[[], dict[str, Tensor]]
@@ -229,7 +233,7 @@ class LayerRunner:
         """The layers of the merged model from position `start` on, as `run` takes them."""
         return [(kept.index, self._plan_layer(plan, position)) for position, kept in enumerate(plan.kept)][start:]
 
-    def _plan_layer(self, plan: MergePlan, position: int) -> Callable[[], dict[str, Tensor]]:
+    def _plan_layer(self, plan: MergePlan, position: int) -> Callable[[], Mapping[str, Tensor]]:
         kept = plan.kept[position]
         if kept.unchanged:
             return lambda: self.weights(kept.index)
@@ -286,11 +290,12 @@ class LayerRunner:
 
     def from_packed(self, shard: Shard, packed: list[tuple[Tensor, Tensor]]) -> list[GroupStates]:
         """The inverse of `pack`: states laid out in batches again."""
-        states = []
-        for group, (prefix, own) in zip(shard.groups, packed, strict=True):
+
+        def laid_out(group: Group, prefix: Tensor, own: Tensor) -> GroupStates:
             both = moved(torch.cat([prefix, own]), self.device, self.dtype)
-            states.append(self._layout(group, lambda ids, start, both=both: both[start : start + len(ids)]))
-        return states
+            return self._layout(group, lambda ids, start: both[start : start + len(ids)])
+
+        return [laid_out(group, *pair) for group, pair in zip(shard.groups, packed, strict=True)]
 
     def _layout(self, group: Group, states_of: Callable[[np.ndarray, int], Tensor]) -> GroupStates:
         """A group's states in padded batches; `states_of(ids, start)` gives those of ids packed from `start` on."""
@@ -433,8 +438,9 @@ class LayerRunner:
         # Without a prefix and with all positions inside the window, attention's own causal path is faster.
         if len(keys) > length or (window is not None and len(keys) > window) or self._eager:
             mask = visible(positions, keys, window)[None, None]
-        if self._eager:  # eager attention adds its mask
-            mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)
+            if self._eager:  # eager attention adds its mask
+                added = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
+                mask = added.masked_fill_(~mask, torch.finfo(x.dtype).min)
         out = functional_call(
             self.modules[index],
             weights,

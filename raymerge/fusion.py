@@ -120,6 +120,7 @@ def _weighted_sums(
             )
             total = torch.zeros_like(tensor) if total is None else total
             total.add_(tensor, alpha=coefficient)
+        assert total is not None  # no layer is made of nothing
         yield name, total
 
 
@@ -131,7 +132,8 @@ def _fused_rows(
     aligner: Aligner | None,
 ) -> Iterable[tuple[str, Tensor]]:
     """(name, float32 merged tensor), from the steps that end up in the kept layer, with rows matched at each step."""
-    members, numbers = {kept.index}, []
+    members = {kept.index}
+    numbers: list[int] = []
     for number, step in reversed(list(enumerate(plan.steps))):
         if step.into in members:
             members.add(step.remove)

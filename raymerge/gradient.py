@@ -142,9 +142,13 @@ def descend(
 def _optimizer(settings: Settings, parameters: torch.nn.Parameter) -> torch.optim.Optimizer:
     if settings.optimizer == "lbfgs":
         # torch's tolerances would end a descent from an alpha of 0 or 1, where gradients are a ten-thousandth.
-        tolerances = {"tolerance_grad": 0.0, "tolerance_change": 0.0}
         return torch.optim.LBFGS(
-            [parameters], max_iter=1, max_eval=_LINE_SEARCH, line_search_fn="strong_wolfe", **tolerances
+            [parameters],
+            max_iter=1,
+            max_eval=_LINE_SEARCH,
+            tolerance_grad=0.0,
+            tolerance_change=0.0,
+            line_search_fn="strong_wolfe",
         )
     make = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[settings.optimizer]
     return make([parameters], lr=settings.learning_rate)
@@ -156,7 +160,7 @@ class _Run:
     def __init__(self, loss: TailLoss, settings: Settings):
         self.loss, self.settings = loss, settings
         self.parametrisation = Parametrisation(
-            settings.parametrisation, loss.template, loss.matrices, bounds=tuple(settings.bounds)
+            settings.parametrisation, loss.template, loss.matrices, bounds=settings.bounds
         )
         order = np.random.default_rng([settings.seed, 0]).permutation(loss.n_questions)
         count = 0
@@ -173,7 +177,7 @@ class _Run:
         size = settings.batch_size or len(self.rows)
         # Without questions in the loss an epoch is one step, whatever the batch size.
         self._batch = min(size, len(self.rows)) if loss.weights.of_answers else len(self.rows)
-        self._drawn = loss.text.draw(settings.seed, _EVALUATION) if loss.weights.of_text else None
+        self._drawn = None if loss.text is None else loss.text.draw(settings.seed, _EVALUATION)
         self.parameters = torch.nn.Parameter(self.parametrisation.start())
         self.optimizer = _optimizer(settings, self.parameters)
         self.losses: list[float] = []
@@ -188,7 +192,7 @@ class _Run:
     @property
     def _one_step(self) -> bool:
         """Whether an epoch is a single step on the very loss that is recorded: its gradient comes with the loss."""
-        sampled = self.loss.weights.of_text and self.loss.text.sampled
+        sampled = self.loss.text is not None and self.loss.text.sampled
         return self.settings.optimizer == "lbfgs" or (self._batch == len(self.rows) and not sampled)
 
     def _evaluate(self) -> Evaluation:
@@ -202,6 +206,12 @@ class _Run:
             )
             self._evaluated[key] = found._replace(gradient=self._pull_back(coefficients, found.gradient))
         return self._evaluated[key]
+
+    def _at_present(self) -> tuple[float, Tensor]:
+        """The recorded loss at the present point and its gradient, where an epoch is one step on that loss."""
+        found = self._evaluate()
+        assert found.gradient is not None  # since `_one_step`
+        return found.loss.total, found.gradient
 
     def _pull_back(self, coefficients: Tensor, gradient: Tensor | None) -> Tensor | None:
         return None if gradient is None else torch.autograd.grad(coefficients, self.parameters, gradient)[0]
@@ -230,14 +240,14 @@ class _Run:
             if settings.optimizer == "lbfgs":
                 # The first trial has length 1. torch only shortens a longer one: where gradients are small it would
                 # change the loss, which is of float32 logits, by less than rounding does, and the search end there.
-                size = self._evaluate().gradient.abs().sum() if number == 1 else torch.ones(())
+                size = self._at_present()[1].abs().sum() if number == 1 else torch.ones(())
                 self.optimizer.param_groups[0]["lr"] = max(1.0, float(1.0 / size))
             self.optimizer.step(self._closure)
             return
         order = np.random.default_rng([settings.seed, number]).permutation(self.rows).tolist()
         for step, start in enumerate(range(0, len(order), self._batch) if order else [0]):
             rows = order[start : start + self._batch]
-            drawn = self.loss.text.draw(settings.seed, number, step) if self.loss.weights.of_text else None
+            drawn = None if self.loss.text is None else self.loss.text.draw(settings.seed, number, step)
             coefficients = self.parametrisation.coefficients(self.parameters)
             found = self.loss(coefficients, rows=rows, drawn=drawn)
             self.parameters.grad = self._pull_back(coefficients, found.gradient)
@@ -245,9 +255,9 @@ class _Run:
 
     def _closure(self) -> float:
         """The recorded loss at the present point, whose gradient is left where optimisers look for it."""
-        found = self._evaluate()
-        self.parameters.grad = found.gradient.clone()  # L-BFGS keeps it
-        return found.loss.total
+        total, gradient = self._at_present()
+        self.parameters.grad = gradient.clone()  # L-BFGS keeps it
+        return total
 
     # -- history ----------------------------------------------------------------------------------------------------
 
@@ -306,8 +316,8 @@ class _Run:
         self.losses, self.held_out_losses = state["losses"].tolist(), state["held_out_losses"].tolist()
         with torch.no_grad():
             self.parameters.copy_(self.points[-1])
-        own = {n.removeprefix("optimizer."): t.clone() for n, t in state.items() if n.startswith("optimizer.")}
-        own |= {name: list(own[name]) for name in _HISTORIES if name in own}
+        saved = {n.removeprefix("optimizer."): t.clone() for n, t in state.items() if n.startswith("optimizer.")}
+        own = {name: list(tensor) if name in _HISTORIES else tensor for name, tensor in saved.items()}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": {0: own} if own else {}, "param_groups": groups})
 

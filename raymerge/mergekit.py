@@ -133,7 +133,7 @@ def _weights(checkpoint: Checkpoint, plan: MergePlan, kept: KeptLayer, source: i
         if matrix not in architecture.expert_matrices
         for kind in kinds
     }
-    if architecture.experts:
+    if architecture.router is not None:
         # Parts of the names that a router and experts have in files and in transformers, which stacks all experts.
         filters = {name: matrix for name, matrix in filters.items() if matrix != architecture.router}
         filters |= {".gate.weight": architecture.router, "experts.": next(iter(architecture.expert_matrices))}

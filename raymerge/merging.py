@@ -90,26 +90,29 @@ def merge(
             "for: the model would be the same without it"
         )
     if refit is not None:
-        plan = replace(plan, refit=replace(refit, calibration=prompts.calibration_identity))
-        if refit.calibration not in ("", plan.refit.calibration):
+        fitted_on = prompts.calibration_identity
+        plan = replace(plan, refit=replace(refit, calibration=fitted_on))
+        if refit.calibration not in ("", fitted_on):
             told.message(f"Warning: {source} has a refit on other tokens than these of {prompts.calibration_name}.")
     if there is None:  # before fits, which take minutes
         check_room(checkpoint, [kept.index for kept in plan.kept], out)
     elif there["plan_id"] != plan.plan_id(checkpoint.identity):
         raise PlanError(f"{out} exists already, of another merge: give another --out, or delete it")
-    options = {"verify": verify, "command": command, "progress": progress}
     # Only fits and states need a folder, which is gone when they are merged.
     computes = refit is not None or plan.alignment == "activations"
     with scratch_folder() if computes and cache_folder is None else nullcontext(cache_folder) as cache:
         aligner, refits = prompts.aligner(plan, cache), None
         if refit is not None:
+            assert cache is not None  # since it computes
             runner = LayerRunner(checkpoint, dtype=prompts.dtype, aligner=aligner)
             refitter = Refitter(runner, cache, lambda: prompts.calibration)
             with step(told, f"refit ({refit.method}) on the calibration tokens"):
                 refitter.fit(plan)
             refits = refitter.tensors
         if there is None:
-            record = save_merged(checkpoint, plan, out, aligner=aligner, refits=refits, **options)
+            record = save_merged(
+                checkpoint, plan, out, aligner=aligner, refits=refits, verify=verify, command=command, progress=progress
+            )
         else:  # an earlier call was ended while it proved the model
             clear_scratch(out)
             _prove(checkpoint, plan, out, there, aligner=aligner, refits=refits, progress=progress)

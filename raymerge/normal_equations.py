@@ -53,8 +53,8 @@ class NormalEquations:
     @staticmethod
     def empty(features: int, outputs: int, device: torch.device | str = "cpu") -> NormalEquations:
         """Sums of no token."""
-        options = {"dtype": torch.float64, "device": device}
-        return NormalEquations(torch.zeros(features, features, **options), torch.zeros(features, outputs, **options))
+        gram = torch.zeros(features, features, dtype=torch.float64, device=device)
+        return NormalEquations(gram, torch.zeros(features, outputs, dtype=torch.float64, device=device))
 
     @staticmethod
     def total(parts: Iterable[NormalEquations | PackedEquations]) -> NormalEquations:
@@ -63,11 +63,14 @@ class NormalEquations:
         8,960 features take 0.64 GB, so that nothing is copied in vain.
         """
         parts = list(parts)
-        if len(parts) == 1 and isinstance(parts[0], NormalEquations):
-            return parts[0]
-        found = NormalEquations.empty(*parts[0].cross.shape, "cpu" if parts[0].packed else parts[0].gram.device)
+        first = parts[0]
+        if len(parts) == 1 and isinstance(first, NormalEquations):
+            return first
+        features, outputs = first.cross.shape
+        device = first.gram.device if isinstance(first, NormalEquations) else "cpu"
+        found = NormalEquations.empty(features, outputs, device)
         for part in parts:
-            if part.packed:
+            if isinstance(part, PackedEquations):
                 part.add_to(found.gram)
                 found.cross += torch.tensor(part.cross)
             else:
@@ -76,8 +79,6 @@ class NormalEquations:
             found.power, found.weight = found.power + part.power, found.weight + part.weight
             found.tokens += part.tokens
         return found
-
-    packed = False
 
     def pack(self) -> PackedEquations:
         """The same to be sent to another process: half the bytes."""
@@ -160,8 +161,6 @@ class PackedEquations:
     power: float
     weight: float
     tokens: int
-
-    packed = True
 
     def add_to(self, gram: Tensor) -> None:
         """Add the Gram matrix to `gram` (n, n) float64, which lies on the CPU, in place."""

@@ -46,10 +46,9 @@ class Parametrisation:
         if self.kind == "alphas":
             share = (torch.tensor(self.template.alphas, dtype=torch.float64) - low) / (high - low)
             return torch.logit(share.clamp(_SMALLEST, 1.0 - _SMALLEST))
-        own = dict(self.template.matrix_alphas)
-        names = self.matrices if self.kind == "per_matrix" else (None,)
-        alphas = torch.tensor([own.get(name, self.template.alphas) for name in names], dtype=torch.float64)
-        return _tail_coefficients(alphas).clamp_min(_SMALLEST).log().flatten()
+        own, common = dict(self.template.matrix_alphas), self.template.alphas
+        rows = [own.get(name, common) for name in self.matrices] if self.kind == "per_matrix" else [common]
+        return _tail_coefficients(torch.tensor(rows, dtype=torch.float64)).clamp_min(_SMALLEST).log().flatten()
 
     def alphas(self, parameters: Tensor) -> Tensor:
         """(K,) alphas, step by step; for the parametrisation "alphas" only."""

@@ -54,7 +54,9 @@ class PlanPrompts:
     """
 
     def __init__(self, checkpoint: Checkpoint, source: object, calibration: CalibrationConfig | None):
-        self.checkpoint, self._source, self._text = checkpoint, source, calibration
+        self.checkpoint, self._source = checkpoint, source
+        self._calibration = calibration or CalibrationConfig()
+        self._text = self._calibration.text
 
     @cached_property
     def run(self) -> Path | str | None:
@@ -64,13 +66,13 @@ class PlanPrompts:
     @property
     def calibration_name(self) -> str:
         """What the calibration's tokens are of, for a message."""
-        return self._text.text if self._text is not None else f"the run {self.run}"
+        return self._text if self._text is not None else f"the run {self.run}"
 
     @cached_property
     def _calibrated(self) -> tuple[Config, Material]:
         if self._text is not None:
-            text = read_plain_text(self._text.text, "calibration")
-            return Config(calibration=self._text), Material(calibration=(text, 0))
+            text = read_plain_text(self._text, "calibration")
+            return Config(calibration=self._calibration), Material(calibration=(text, 0))
         # A run that fitted nothing has no calibration, whatever the file said that it was made from.
         if self.run is None or "calibration" not in self._loaded.config:
             raise PlanError("a refit, or a choice of the block by distances, needs a plain text: give --calibration")
@@ -110,11 +112,13 @@ class PlanPrompts:
                 f"{self._source} has a plan with alignment activations, but {self.run} has matched no neurons by them, "
                 "so it is of another run: merge by the file that lies there"
             )
+        assert folder is not None
+        states = Path(folder)
         runner = LayerRunner(self.checkpoint, dtype=self._run_dtype, quantise=config.model.quantise)
         return Aligner(
             self.checkpoint,
             folder,
-            units=lambda layer: mlp_units(TrunkCache(runner, layer, Path(folder)), prompts.matching_shard),
+            units=lambda layer: mlp_units(TrunkCache(runner, layer, states), prompts.matching_shard),
             data=prompts.matching_identity,
         )
 

@@ -72,6 +72,17 @@ def options_of(plan: PlanConfig) -> dict[str, str]:
     return {"alignment": plan.alignment, "norms": plan.norms, "biases": plan.biases}
 
 
+def alpha_file_of(plan: PlanConfig) -> str | None:
+    """The file that steps and coefficients come from; None where they do not come from one."""
+    return plan.alpha_file if plan.base == "file" else None
+
+
+def merges_of(plan: PlanConfig) -> int:
+    """How many layers of a tail or a block are merged."""
+    assert plan.merges is not None  # PlanConfig asks for it
+    return plan.merges
+
+
 def starting_plan(
     plan: PlanConfig, n_layers: int, similarity: Similarity | None, first: int | None = None
 ) -> MergePlan:
@@ -80,17 +91,16 @@ def starting_plan(
     first: the block's first layer where plan.selection is block; by default the first one allowed. Raises PlanError.
     plan.recompute is ignored here; see `planning.recomputed_plan`.
     """
-    options = options_of(plan)
-    if plan.base == "file":
-        found = read_alpha_file(plan.alpha_file, n_layers)
-        return replace(found, **options)
+    if (file := alpha_file_of(plan)) is not None:
+        return replace(read_alpha_file(file, n_layers), **options_of(plan))
     matrix = None if similarity is None else similarity.matrix
     if plan.selection == "tail":
-        pairs = tail_pairs(n_layers, plan.merges)
+        pairs = tail_pairs(n_layers, merges_of(plan))
     elif plan.selection == "block":
-        first = allowed_starts(plan, n_layers, plan.merges)[0] if first is None else first
-        pairs = block_pairs(n_layers, first, plan.merges, plan.survivor)
+        first = allowed_starts(plan, n_layers, merges_of(plan))[0] if first is None else first
+        pairs = block_pairs(n_layers, first, merges_of(plan), plan.survivor)
     else:
+        assert matrix is not None  # PlanConfig asks for a similarity run
         pairs = most_similar_pairs(matrix, merges=plan.merges, threshold=plan.threshold)
     alphas = pair_alphas(pairs, plan.base, ratio=plan.ratio, similarity=matrix, beta=plan.beta)
     return named_plan(plan, n_layers, pairs, alphas)

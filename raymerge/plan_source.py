@@ -9,6 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from raymerge.activations import state_distances
 from raymerge.alignment import NEEDS_PROMPTS
 from raymerge.checkpoint import Checkpoint
@@ -22,8 +24,10 @@ from raymerge.plan_prompts import PlanPrompts
 from raymerge.plan_section import (
     Similarity,
     allowed_starts,
+    alpha_file_of,
     block_name,
     check_selected,
+    merges_of,
     similarity_of,
     similarity_warnings,
     starting_plan,
@@ -36,7 +40,7 @@ MEASURED = ("cosine", "angular")  # values of plan.block that a merge measures i
 
 
 def plan_to_merge(
-    source: str | Path | PlanConfig,
+    source: object,
     checkpoint: Checkpoint,
     given: dict[str, Any],
     prompts: PlanPrompts,
@@ -44,8 +48,9 @@ def plan_to_merge(
 ) -> MergePlan:
     """The plan that `source` names, with the options given beside it; `told` is what speaks against it.
 
-    given: fields of a MergePlan, which a plan file must leave open. prompts: read only where a block is chosen on
-    them. Raises PlanError, RefitError, ConfigError (what a section or a run names cannot be read).
+    source: a path or a plan section; anything else is refused. given: fields of a MergePlan, which a plan file must
+    leave open. prompts: read only where a block is chosen on them. Raises PlanError, RefitError, ConfigError (what a
+    section or a run names cannot be read).
     """
     if not isinstance(source, str | PathLike | PlanConfig):
         cure = ", such as config.plan" if isinstance(source, Config) else ""
@@ -55,7 +60,8 @@ def plan_to_merge(
         )
     if isinstance(source, PlanConfig):
         plan = _of_section(source, checkpoint, given, prompts, told)
-        path, about = None if source.base != "file" else located(source.alpha_file), None
+        file, about = alpha_file_of(source), None
+        path = None if file is None else located(file)
     else:
         path = located(source)
         plan, about = _of_file(path, checkpoint.n_layers, given)
@@ -137,21 +143,23 @@ def _first_of_block(
     told: Progress,
 ) -> int:
     averages = section.base != "fixed" or section.ratio < 1
-    starts = allowed_starts(section, checkpoint.n_layers, section.merges, checkpoint if averages else None)
+    merges = merges_of(section)
+    starts = allowed_starts(section, checkpoint.n_layers, merges, checkpoint if averages else None)
     if isinstance(section.block, int):
         return starts[0]
     if section.block == "similarity":
-        scores = similar_block_scores(similarity.matrix, section.merges)
+        assert similarity is not None  # PlanConfig asks for a similarity run
+        scores = similar_block_scores(similarity.matrix, merges)
     else:
         _check(checkpoint, from_layer(starts[0]), prompts)  # what can be refused is before what takes minutes
         shards = prompts.calibration
         with step(told, f"{section.block} distances between layers on the calibration text"):
             runner = LayerRunner(checkpoint)
             parts = [state_distances(runner, shard) for shard in shards]
-        distances = sum(part[MEASURED.index(section.block)] for part in parts) / sum(tokens for _, _, tokens in parts)
-        scores = block_scores(distances, section.merges)
+        distances = [(cosine, angular)[MEASURED.index(section.block)] for cosine, angular, _ in parts]
+        scores = block_scores(np.sum(distances, axis=0) / sum(tokens for _, _, tokens in parts), merges)
     first = best_block(scores, starts)
-    told.message(f"Block to remove, chosen by {section.block}: {block_name(first, section.merges)}")
+    told.message(f"Block to remove, chosen by {section.block}: {block_name(first, merges)}")
     return first
 
 
@@ -170,8 +178,9 @@ def _unlike_record(
 ) -> list[str]:
     """What a plan file, or the record beside an alpha file, says against merging by it: it is of another model, or of
     the alpha file's steps with other options, which alone make another model than the one that was measured."""
-    local = isinstance(path, Path)
-    beside = path.parent / RECORD_FILE if local else located(Storage(folder_of(path)[0]).show(RECORD_FILE))
+    beside = (
+        path.parent / RECORD_FILE if isinstance(path, Path) else located(Storage(folder_of(path)[0]).show(RECORD_FILE))
+    )
     try:
         record = about or json.loads(read_file(beside).decode("utf-8"))
         another = made_for_another(record, checkpoint.identity)

@@ -79,7 +79,7 @@ class Prompts:
     """A tokenised question set: `letters` are the token ids of " A" … " D"; `answers` (n,) int8 in 0-3."""
 
     shards: tuple[Shard, ...]
-    letters: tuple[int, int, int, int]
+    letters: tuple[int, ...]
     answers: np.ndarray
 
     @property
@@ -193,7 +193,8 @@ def _cut(group: Group, first: np.ndarray, limit: int) -> list[Group]:
     """A group of many items as groups of whole items of about `limit` tokens of their own, the longest first."""
     own = np.array([len(ids) for ids in group.sequences])
     sizes = np.add.reduceat(own, first[:-1])
-    pieces, held = [[]], 0
+    pieces: list[list[int]] = [[]]
+    held = 0
     for number in np.argsort(-sizes, kind="stable"):
         if pieces[-1] and held + sizes[number] > limit:
             pieces.append([])
@@ -244,7 +245,7 @@ def _first_ids(text: str, tokenizer: Any, count: int | None) -> np.ndarray:
     length = len(text) if count is None else _CHARACTERS * (count + _UNSETTLED)
     while True:
         ids = tokenizer(text[:length], add_special_tokens=False, verbose=False)["input_ids"]
-        if length >= len(text):
+        if count is None or length >= len(text):
             return np.asarray(ids, dtype=np.int64)
         if len(ids) >= count + _UNSETTLED:
             return np.asarray(ids[:-_UNSETTLED], dtype=np.int64)

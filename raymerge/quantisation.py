@@ -42,7 +42,8 @@ def _rounded(name: str, weight: Tensor, scheme: str) -> Tensor:
         raise QuantisationError(f"{name} has {weight.shape[1]} columns, but int4 needs a multiple of {GROUP}: use int8")
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
+    int4 = torch.int4  # type: ignore[attr-defined]  # which torch's stubs lack
+    config = IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(GROUP))
     quantize_(linear, Int8WeightOnlyConfig() if scheme == "int8" else config)
     return linear.weight.dequantize().to(weight.dtype)
 

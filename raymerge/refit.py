@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from raymerge.device import moved
 from raymerge.forward import GroupStates, LayerRunner, joined
 from raymerge.identity import digest
 from raymerge.normal_equations import NormalEquations, PackedEquations, RefitError, choose_ridge, products_for
-from raymerge.plan import MergePlan
+from raymerge.plan import MergePlan, Refit
 from raymerge.prompts import Shard
 from raymerge.tensorfiles import is_whole, read_tensors, write_tensors
 from raymerge.trunk import TrunkCache, compute_trunks
@@ -67,29 +67,30 @@ class Step:
 
 @dataclass
 class Sums:
-    """What a step is solved from: normal equations of tokens to fit and, where the ridge is to be chosen, of tokens to
-    choose it on; or for units their weighted sum of squares (sources, n)."""
+    """What a step is solved from: normal equations of tokens to fit and, where the ridge is to be chosen, then those of
+    tokens to choose it on; or for units their weighted sum of squares (sources, n)."""
 
-    fitted: NormalEquations | PackedEquations | None = None
-    held_out: NormalEquations | PackedEquations | None = None
+    equations: list[NormalEquations] = field(default_factory=list)
     squares: Tensor | None = None
 
-    @property
-    def equations(self) -> list[NormalEquations | PackedEquations]:
-        """`fitted` and `held_out`, as far as there are any."""
-        return [part for part in (self.fitted, self.held_out) if part is not None]
-
-    def pack(self) -> Sums:
+    def pack(self) -> PackedSums:
         """The same to be sent to another process, which may have no accelerator to unpack tensors on."""
         squares = None if self.squares is None else self.squares.cpu()
-        return Sums(*(equations.pack() for equations in self.equations), squares=squares)
+        return PackedSums([equations.pack() for equations in self.equations], squares)
 
     @staticmethod
-    def total(parts: Sequence[Sums]) -> Sums:
+    def total(parts: Sequence[Sums | PackedSums]) -> Sums:
         """The sums of several workers' shares, packed or not."""
-        squares = None if parts[0].squares is None else torch.stack([part.squares for part in parts]).sum(0)
-        columns = zip(*(part.equations for part in parts), strict=True)
-        return Sums(*map(NormalEquations.total, columns), squares=squares)
+        squares = [part.squares for part in parts if part.squares is not None]
+        equations = [NormalEquations.total(own) for own in zip(*(part.equations for part in parts), strict=True)]
+        return Sums(equations, torch.stack(squares).sum(0) if squares else None)
+
+
+class PackedSums(NamedTuple):
+    """Sums in transit."""
+
+    equations: list[PackedEquations]
+    squares: Tensor | None
 
 
 def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
@@ -118,23 +119,30 @@ def _is_seam(plan: MergePlan, position: int) -> bool:
     return plan.kept[position].index in plan.groups
 
 
+def _refit(plan: MergePlan) -> Refit:
+    """How a plan is refitted; nothing else here is asked of plans that are not."""
+    assert plan.refit is not None
+    return plan.refit
+
+
 def _features_are_outputs(plan: MergePlan) -> bool:
     """Whether the features of a fit are what its matrix gives, not what it reads."""
-    return plan.refit.method in ("linear", "scale")
+    return _refit(plan).method in ("linear", "scale")
 
 
 def _chooses_ridge(plan: MergePlan) -> bool:
     """Whether tokens are held out to choose the ridge on; if not, the sums take half the memory."""
-    return plan.refit.ridge is None and plan.refit.method != "scale"
+    return _refit(plan).ridge is None and _refit(plan).method != "scale"
 
 
 def steps_of(plan: MergePlan) -> list[Step]:
     """The fits of a plan in the order in which they are made."""
-    parts = {"linear": ("mlp",), "scale": ("mlp",)}.get(plan.refit.method, ("attention", "mlp"))
+    method = _refit(plan).method
+    parts = ("mlp",) if method in ("linear", "scale") else ("attention", "mlp")
     steps = []
     for position, target in plan.refit_targets.items():
         seam = _is_seam(plan, position)
-        if seam and plan.refit.method == "units":
+        if seam and method == "units":
             steps.append(Step(position, target, "units", seam))
         steps += [Step(position, target, part, seam) for part in parts]
     return steps
@@ -255,24 +263,25 @@ class Refitter:
         """
         step = steps_of(plan)[number]
         own = self._stored(plan, step.position, number)
-        if step.part == "units":
+        if total.squares is not None:
             return self._chosen(plan, step, own, total.squares)
         name = f"{_O if step.part == 'attention' else _DOWN}.weight"
         weight = moved(own[name], self.runner.device, torch.float64)
         parts = [part.to(self.runner.device) for part in total.equations]
-        ridge, everything = plan.refit.ridge, NormalEquations.total(parts)
+        ridge, everything = _refit(plan).ridge, NormalEquations.total(parts)
         held_out_error = float("nan")
-        if plan.refit.method == "scale":
+        if _refit(plan).method == "scale":
             ridge = RIDGES[0] if ridge is None else ridge
             found = torch.diag(everything.scale(ridge))
         else:
             if ridge is None:
-                ridge, held_out_error = choose_ridge(*parts, RIDGES)
+                fitted, held_out = parts
+                ridge, held_out_error = choose_ridge(fitted, held_out, RIDGES)
             found = everything.solve(ridge)
         error = everything.error(found) / (everything.power / everything.weight or 1.0)
         change = found.T @ weight if _features_are_outputs(plan) else found.T
-        fitted = {name: (weight + change).to(own[name].dtype).cpu()}
-        return fitted | _figures(everything.tokens, ridge, error, held_out_error)
+        tensors = {name: (weight + change).to(own[name].dtype).cpu()}
+        return tensors | _figures(everything.tokens, ridge, error, held_out_error)
 
     def store(self, plan: MergePlan, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write what `solve` gave."""
@@ -309,12 +318,15 @@ class Refitter:
                 packed = TrunkCache(self.runner, start, self.cache).load(self.shards[number])
                 held[number] = _Entering(start, packed)
         for before in range(min((held[number].position for number in numbers), default=position), position):
-            weights = self._layer(plan, before, len(steps_of(plan)))
-            for number in numbers:
-                if held[number].position == before:
-                    states = self.runner.from_packed(self.shards[number], held[number].packed)
-                    self.runner.run(states, [(plan.kept[before].index, lambda weights=weights: weights)])
-                    held[number] = _Entering(before + 1, self.runner.pack(states))
+            self._advance_by_one(plan, before, [number for number in numbers if held[number].position == before])
+
+    def _advance_by_one(self, plan: MergePlan, position: int, numbers: Sequence[int]) -> None:
+        """Run the merged model's layer at a position on the states that are held of these shards."""
+        weights = self._layer(plan, position, len(steps_of(plan)))
+        for number in numbers:
+            states = self.runner.from_packed(self.shards[number], self._held[number].packed)
+            self.runner.run(states, [(plan.kept[position].index, lambda: weights)])
+            self._held[number] = _Entering(position + 1, self.runner.pack(states))
 
     def _target(self, depth: int, shard: Shard) -> Tensor:
         """(tokens, d): the unmerged model's states that enter layer `depth`."""
@@ -330,16 +342,16 @@ class Refitter:
         weights: Mapping[str, Tensor],
         held_out: Tensor,
     ) -> Sums:
-        """The sums with one shard's tokens added; held-out tokens go into `held_out` if the ridge is chosen on them."""
+        """The sums with one shard's tokens added; held-out tokens go into the second if the ridge is chosen on them."""
         features, residual, counts = self._equations(plan, step, states, shard, weights)
         shape = features.shape[1], residual.shape[1], self.runner.device
         if not _chooses_ridge(plan):
-            sums = sums or Sums(NormalEquations.empty(*shape))
-            products = products_for(plan.refit.ridge, features.shape[1])
-            sums.fitted.add(features, residual, counts, products=products)
+            sums = sums or Sums([NormalEquations.empty(*shape)])
+            products = products_for(_refit(plan).ridge, features.shape[1])
+            sums.equations[0].add(features, residual, counts, products=products)
             return sums
-        sums = sums or Sums(NormalEquations.empty(*shape), NormalEquations.empty(*shape))
-        for part, chosen in ((sums.fitted, ~held_out), (sums.held_out, held_out)):
+        sums = sums or Sums([NormalEquations.empty(*shape) for _ in range(2)])
+        for part, chosen in zip(sums.equations, (~held_out, held_out), strict=True):
             chosen = chosen.to(counts.device)
             part.add(features[chosen], residual[chosen], counts[chosen])
         return sums
@@ -362,7 +374,7 @@ class Refitter:
         features = seen[matrix]
         if _features_are_outputs(plan):
             features = (features.to(weights[f"{matrix}.weight"].dtype) @ weights[f"{matrix}.weight"].T).float()
-        counts = token_weights(target) if plan.refit.method in ("outputs", "units") else torch.ones(len(target))
+        counts = token_weights(target) if _refit(plan).method in ("outputs", "units") else torch.ones(len(target))
         return features, aim.float() - reached.float(), counts.to(target.device)
 
     # -- units --------------------------------------------------------------------------------------------------

@@ -32,9 +32,11 @@ def reload(folder: str, work: Path) -> None:
     request = json.loads((work / "request.json").read_text(encoding="utf-8"))
     trust: dict[str, Any] = {"trust_remote_code": request["trust_remote_code"]}
     options = trust | ({"attn_implementation": request["attention"]} if request["attention"] else {})
-    model, report = AutoModelForCausalLM.from_pretrained(
+    # (model, report); its annotation knows nothing of output_loading_info.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=request["dtype"], output_loading_info=True, **options
     )
+    model, report = loaded
     result: dict[str, Any] = {"problems": {kind: sorted(map(str, names)) for kind, names in report.items() if names}}
     tokenizer = None
     if request["texts"] is not None:

@@ -52,7 +52,7 @@ class RolePrompts:
 
     def __init__(self, config: Config, material: Material, checkpoint: Checkpoint, *, shards: int = 1):
         self._config, self._material, self._checkpoint = config, material, checkpoint
-        self._wanted = {"add_bos": config.model.add_bos, "shards": shards}
+        self._add_bos, self._shards = config.model.add_bos, shards
         self._tasks = {task_role(name): task for name, task in material.tasks.items()}
         self._questions: dict[str, Prompts] = {}
         self._choices: dict[str, ChoicePrompts] = {}
@@ -66,14 +66,16 @@ class RolePrompts:
     def choices(self, role: str) -> ChoicePrompts:
         """The items of a task's role, with each of their choices."""
         if role not in self._choices:
-            found = encode_task(self._tasks[role], self._checkpoint.tokenizer, **self._wanted)
-            self._check_length(found.shards, f"tasks.{self._tasks[role].name}.shots")
+            task, tokenizer = self._tasks[role], self._checkpoint.tokenizer
+            found = encode_task(task, tokenizer, add_bos=self._add_bos, shards=self._shards)
+            self._check_length(found.shards, f"tasks.{task.name}.shots")
             self._choices[role] = found
         return self._choices[role]
 
     def encode(self, questions: QuestionSet) -> Prompts:
         """Any other questions, as a role's are."""
-        found = encode_questions(questions, self._checkpoint.tokenizer, **self._wanted)
+        tokenizer = self._checkpoint.tokenizer
+        found = encode_questions(questions, tokenizer, add_bos=self._add_bos, shards=self._shards)
         self._check_length(found.shards, "data.shots, or similarity.shots")
         return found
 
@@ -92,8 +94,8 @@ class RolePrompts:
             )
 
     def _encode_text(self, text: str, start: int, limit: int | None) -> tuple[Shard, ...]:
-        options = {"add_bos": self._config.model.add_bos, "window": min(TEXT_WINDOW, self._context)}
-        return encode_text(text, self._checkpoint.tokenizer, limit=limit, start=start, **options)
+        window, tokenizer = min(TEXT_WINDOW, self._context), self._checkpoint.tokenizer
+        return encode_text(text, tokenizer, limit=limit, window=window, start=start, add_bos=self._add_bos)
 
     @cached_property
     def text(self) -> tuple[Shard, ...]:
@@ -113,8 +115,10 @@ class RolePrompts:
         settings, found = self._config.calibration, self._material.calibration
         if isinstance(found, tuple):
             return self._encode_text(*found, settings.tokens)
+        assert found is not None  # only what is read is asked for
         shards = self.encode(found).shards
-        chosen, tokens = [], 0
+        chosen: list[int] = []
+        tokens = 0
         for number in np.random.default_rng(settings.seed).permutation(len(shards)):
             if not chosen or tokens + shards[number].tokens <= settings.tokens:
                 chosen.append(int(number))
@@ -129,6 +133,7 @@ class RolePrompts:
     @cached_property
     def matching_shard(self) -> Shard:
         """The prompts on which neurons are matched by activations: the first shard of `matched_on`."""
+        assert self.matched_on is not None  # else nothing is matched
         return self.encode(self.matched_on).shards[0]
 
     @property
@@ -150,7 +155,7 @@ class RolePrompts:
             distances=usable_distances(self._checkpoint, settings.distances),
             per_distance=settings.retrieval_prompts,
             seed=self._config.data.seed,
-            add_bos=self._config.model.add_bos,
+            add_bos=self._add_bos,
         )
 
     def shards(self, role: str) -> tuple[Shard, ...]:

@@ -68,10 +68,10 @@ def coefficient_rows(plan: MergePlan, plan_id: str) -> list[Row]:
 
 def answer_table(plan_id: str, questions: QuestionSet, answers: Answers, *, partial: bool = False) -> pa.Table:
     """Rows of `answers` for all questions of a set, in its order; `answers` must cover it exactly, unless `partial`."""
-    members = questions.questions
-    if not partial and not np.array_equal(answers.rows, np.arange(len(members))):
-        raise ValueError(f"answers cover {len(answers.rows)} of {len(members)} questions of {questions.split}")
-    members = [members[row] for row in answers.rows]
+    count = len(questions.questions)
+    if not partial and not np.array_equal(answers.rows, np.arange(count)):
+        raise ValueError(f"answers cover {len(answers.rows)} of {count} questions of {questions.split}")
+    members = [questions.questions[row] for row in answers.rows]
     asked, whole = ~np.isnan(answers.prompt_nll), ~np.isnan(answers.logsumexp)
     columns = {
         "plan_id": [plan_id] * len(members),
@@ -218,10 +218,10 @@ def cost_row(plan: MergePlan, plan_id: str, checkpoint: Checkpoint, quantise: st
         arch = checkpoint.architecture
         quantised = [matrix for matrix in arch.matrices if matrix != arch.router]
         # Shapes come from the files' headers: indexing the checkpoint would read each tensor to see that it is finite.
-        for kind, shape in (
+        for kind, (rows, columns) in (
             checkpoint.stored(arch.layer_name(layer, f"{m}.weight")) for layer in kept for m in quantised
         ):
-            stored += quantised_bytes(*shape, quantise) - math.prod(shape) * ITEM_BYTES[kind]
+            stored += quantised_bytes(rows, columns, quantise) - rows * columns * ITEM_BYTES[kind]
     return {
         "plan_id": plan_id,
         "layers": len(kept),

@@ -9,8 +9,9 @@ a full forward pass of the merged model to rounding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -122,13 +123,14 @@ class TailScorer:
         if not self.runner.accelerated:
             return ScoringPlan("device", "recompute", 1, _BUCKET_TOKENS)
         work = self._work(layout)
-        options = {"host_free": host_free(), "linear": self._is_linear, "batched": self._is_batched}
+        options = {"linear": self._is_linear, "batched": self._is_batched}
+        planned = partial(plan_scoring, self.runner.layer_size, work, host_free=host_free(), **options)
         free, kept = device_memory(self.runner.device).free, self.runner.kept_bytes
         if "stack" in vars(self.sources):  # another scorer made it: it is no longer among the free bytes
             free += self.sources.stack.nbytes
-        with_room = plan_scoring(self.runner.layer_size, work, device_free=free + kept, **options)
+        with_room = planned(device_free=free + kept)
         try:
-            if plan_scoring(self.runner.layer_size, work, device_free=free, **options) == with_room:
+            if planned(device_free=free) == with_room:
                 return with_room
         except MemoryPlanError:
             pass
@@ -198,6 +200,10 @@ class TailScorer:
             check_mergeable(self.runner.checkpoint, plan)
             if not self.accepts(plan):
                 raise ValueError(f"plan {plan.name!r} does not collapse the layers from {self.first} on into one")
+
+        def hidden_at_once(together: Sequence[MergePlan]) -> list[Tensor]:
+            return list(self._hidden_together(together))
+
         start = 0
         while start < len(plans):
             if not self.runner.accelerated:
@@ -205,7 +211,7 @@ class TailScorer:
                 yield from self._hidden_together(together)
             else:
                 together = plans[start : start + self.plan.candidates]
-                fits, found = attempt(lambda together=together: list(self._hidden_together(together)))
+                fits, found = attempt(partial(hidden_at_once, together))
                 if not fits:
                     self._shrink()
                     continue
@@ -270,9 +276,9 @@ class TailScorer:
         """Plans in their order, cut into those that are scored at once, with what these have in common."""
         most, batches = self.plan.candidates if self._is_batched else 1, []
         for alike, group in groupby(plans, self._alike):
-            group = list(group)
+            own = list(group)
             size = most if alike.axes else 1
-            batches += [(alike, group[start : start + size]) for start in range(0, len(group), size)]
+            batches += [(alike, own[start : start + size]) for start in range(0, len(own), size)]
         return batches
 
     def _alike(self, plan: MergePlan) -> _Alike:
@@ -320,7 +326,7 @@ class TailScorer:
         (mixed,) = self.sources.mix(coefficients[None], self.fused_dtype)
         return self.answer_logits(self.sources.weights(mixed, rest, merge_biases), rest)
 
-    def answer_logits(self, weights: dict[str, Tensor], rest: int) -> Tensor:
+    def answer_logits(self, weights: Mapping[str, Tensor], rest: int) -> Tensor:
         """Answer logits (n, 4) in question order of a merged layer, differentiable in its weights."""
         return self._unsort(self._answers(self.layer.hidden(weights, rest)))
 

@@ -77,7 +77,7 @@ class TailLayer:
         cos, sin = self._rotary[kind]
         return cos[positions], sin[positions]
 
-    def hidden(self, weights: dict[str, Tensor], rest: int, summed: Tensor | None = None) -> Tensor:
+    def hidden(self, weights: Mapping[str, Tensor], rest: int, summed: Tensor | None = None) -> Tensor:
         """States (n, d) float32 after the final norm at each question's last position, by place.
 
         weights: the merged layer's tensors by relative name; rest: it has the window and rotary type of original layer
@@ -85,7 +85,7 @@ class TailLayer:
         None projects them.
         """
         checkpoint = self.runner.checkpoint
-        window, rotary = (each[self.first + rest] for each in (checkpoint.windows, checkpoint.rotary_types))
+        window, rotary = checkpoint.windows[self.first + rest], checkpoint.rotary_types[self.first + rest]
         states, layout = self.states, self.states.layout
         last = self._rotary_at(layout.offsets + layout.lengths - 1, rotary)
         query = self._product(states.last_normalised, *self._projection("q", weights), narrow=True)
@@ -130,8 +130,8 @@ class TailLayer:
         arch = self._architecture
         norm = arch.gain_of(arch.router or arch.rows_of("up")[0])
         inner = x if norm is None else self._module(norm.removesuffix(".weight"), x, weights)
-        own = module_layer(arch, weights).items()
-        own = {name: tensor.to(self.compute_dtype) for name, tensor in own if name.startswith("mlp.")}
+        tensors = module_layer(arch, weights).items()
+        own = {name: tensor.to(self.compute_dtype) for name, tensor in tensors if name.startswith("mlp.")}
         return self._module("mlp", inner.to(self.compute_dtype), own).float()
 
     def _projection(self, which: str, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -209,8 +209,10 @@ class TailLayer:
         """
         spans = zip(chunks.spans, chunks.shapes, self.states.of(chunks.spans), strict=True)
         if summed is not None:
+            held = self._source_keys
+            assert held is not None  # by `hold_keys`
             for (start, stop), shape, tokens in spans:
-                keys = _sum(summed, self._source_keys[:, start:stop])
+                keys = _sum(summed, held[:, start:stop])
                 if shape is None:
                     yield keys.unflatten(-1, (self._kv_heads, self._head_dim)), tokens
                 else:
@@ -368,8 +370,9 @@ class _Rotated(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], heads: Tensor, *others: Any) -> tuple[Tensor, int]:
-        assert all(dim is None for dim in in_dims[1:]), "tokens are the same for all candidates"
-        return _Rotated.apply(heads.movedim(in_dims[0], 0), *others), 0
+        candidates, *tokens = in_dims
+        assert candidates is not None and all(dim is None for dim in tokens), "tokens are the same for all candidates"
+        return _Rotated.apply(heads.movedim(candidates, 0), *others), 0
 
 
 class _WeightedStates(torch.autograd.Function):
@@ -399,7 +402,7 @@ class _WeightedStates(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, int | None], shares: Tensor, states: Tensor) -> tuple[Tensor, int]:
-        assert in_dims[1] is None, "states are the same for all candidates"
+        assert in_dims[0] is not None and in_dims[1] is None, "states are the same for all candidates"
         shares = shares.movedim(in_dims[0], 1)
         return _WeightedStates.apply(shares.flatten(1, 2), states).unflatten(1, shares.shape[1:3]), 1
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,13 +69,13 @@ class _LogSumExp(torch.autograd.Function):
     """logsumexp (n,) of the vocabulary's logits of (n, d) states; no (n, vocabulary) values are kept for backward."""
 
     @staticmethod
-    def forward(ctx, normalised: Tensor, vocabulary: Vocabulary) -> Tensor:
+    def forward(ctx: Any, normalised: Tensor, vocabulary: Vocabulary) -> Tensor:
         found, mean = vocabulary.logsumexp_and_mean(normalised)
         ctx.save_for_backward(mean)
         return found
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (mean,) = ctx.saved_tensors
         return gradient[:, None] * mean, None
 
@@ -248,20 +249,23 @@ class TailLoss:
     ):
         # Checked with all layers in use: where an alpha is 0 or 1, layers that cannot be averaged would go unnoticed.
         inside = template.with_alphas([0.5] * len(template.steps), name=template.name, kind="found")
-        self.scorer, self.sources = scorer, sources if scorer is None else scorer.sources
-        self.runner = runner = self.sources.runner
+        if scorer is not None:
+            sources = scorer.sources
+        assert sources is not None, "a scorer or sources"
+        self.scorer, self.sources = scorer, sources
+        self.runner = runner = sources.runner
         check_mergeable(runner.checkpoint, inside)
         weights = weights or LossWeights()
         tail = [(step.into, step.remove) for step in template.steps]
-        if not tail or tail != tail_pairs(template.n_layers, len(tail)) or len(template.kept) != self.sources.first + 1:
+        if not tail or tail != tail_pairs(template.n_layers, len(tail)) or len(template.kept) != sources.first + 1:
             raise GradientError(
-                f"plan {template.name!r} does not merge the layers from {self.sources.first} on one into the next: "
+                f"plan {template.name!r} does not merge the layers from {sources.first} on one into the next: "
                 "descend on a tail plan"
             )
-        if (template.norms, template.alignment) != (self.sources.norms, self.sources.alignment):
+        if (template.norms, template.alignment) != (sources.norms, sources.alignment):
             raise GradientError(
                 f"the template has norms {template.norms} and alignment {template.alignment}, the stacked sources "
-                f'{self.sources.norms} and {self.sources.alignment}; alignment "rows" has no gradient'
+                f'{sources.norms} and {sources.alignment}; alignment "rows" has no gradient'
             )
         if weights.of_answers and scorer is None:
             raise GradientError("answer_nll and answer_kl need questions: give them, or set their weights to 0")
@@ -269,14 +273,18 @@ class TailLoss:
             raise GradientError("answer_kl needs the unmerged model's logits")
         if weights.of_text and text is None:
             raise GradientError("text_nll and text_kl need a text: give one, or set their weights to 0")
-        if weights.text_kl and not text.has_reference:
+        if weights.text_kl and text is not None and not text.has_reference:
             raise GradientError("text_kl needs windows of text with a reference")
-        self.template, self.weights, self.text = template, weights, text
+        self.template, self.weights = template, weights
+        #: None where the loss has no term of text.
+        self.text = text if weights.of_text else None
         self.matrices = runner.checkpoint.architecture.matrices
         self._at_once: int | None = None  # questions differentiated together on an accelerator
         answers = np.zeros(0) if scorer is None else scorer.prompts.answers
         self._answers = torch.from_numpy(answers.astype(np.int64)).to(runner.device)
-        self._reference = None if reference is None else F.log_softmax(reference.to(runner.device, torch.float32), -1)
+        self._reference: Tensor | None = None  # where answer_kl counts
+        if weights.answer_kl and reference is not None:
+            self._reference = F.log_softmax(reference.to(runner.device, torch.float32), -1)
 
     @property
     def n_questions(self) -> int:
@@ -292,7 +300,7 @@ class TailLoss:
                 self.runner.cache_key,
                 "" if self.scorer is None else self.scorer.prompts.identity,
                 [weights.answer_nll, weights.answer_kl, weights.text_nll, weights.text_kl],
-                self.text.identity if weights.of_text else "",
+                "" if self.text is None else self.text.identity,
                 *self.runner.aligner.data(self.template.alignment),
             ]
         )
@@ -336,32 +344,35 @@ class TailLoss:
         leaves: Sequence[Tensor],
     ) -> tuple[_Means, _Means]:
         """`_of_answers` of the questions `rows`, and of those held out, the latter without a gradient."""
-        if not self.weights.of_answers:
+        scorer = self.scorer
+        if scorer is None or not self.weights.of_answers:
             return _NOTHING, _NOTHING
         if self.runner.accelerated:
-            answers = self._in_parts(layer, range(self.n_questions) if rows is None else rows, leaves)
+            answers = self._in_parts(scorer, layer, range(self.n_questions) if rows is None else rows, leaves)
             with torch.no_grad():
-                return answers, self._in_parts(layer, held_out) if held_out else _NOTHING
+                return answers, self._in_parts(scorer, layer, held_out) if held_out else _NOTHING
         if rows is not None and not held_out and 2 * len(rows) <= self.n_questions:
-            return self._of_chosen(layer, rows, leaves), _NOTHING
+            return self._of_chosen(scorer, layer, rows, leaves), _NOTHING
         # Where most questions are chosen, a copy of their tokens would cost more than it spares.
-        logits = self.scorer.answer_logits(layer, 0)
+        logits = scorer.answer_logits(layer, 0)
         answers = self._of_answers(logits, rows, leaves)
         with torch.no_grad():
             return answers, self._of_answers(logits.detach(), held_out) if held_out else _NOTHING
 
-    def _in_parts(self, layer: Mapping[str, Tensor], rows: Sequence[int], leaves: Sequence[Tensor] = ()) -> _Means:
+    def _in_parts(
+        self, scorer: TailScorer, layer: Mapping[str, Tensor], rows: Sequence[int], leaves: Sequence[Tensor] = ()
+    ) -> _Means:
         """`_of_answers` of so many questions at a time as the accelerator has room for."""
         if self._at_once is None:
             runner = self.runner
             free = device_memory(runner.device).free
-            tokens = plan_gradient(runner.layer_size, compute=self.scorer.compute_dtype.itemsize, device_free=free)
-            self._at_once = max(1, int(tokens / self.scorer.tokens_a_question))
+            tokens = plan_gradient(runner.layer_size, compute=scorer.compute_dtype.itemsize, device_free=free)
+            self._at_once = max(1, int(tokens / scorer.tokens_a_question))
         rows, sums, start = list(rows), [0.0, 0.0], 0
         while start < len(rows):
             part = rows[start : start + self._at_once]
             share = len(part) / len(rows)
-            fits, found = attempt(lambda part=part, share=share: self._of_chosen(layer, part, leaves, share))
+            fits, found = attempt(partial(self._of_chosen, scorer, layer, part, leaves, share))
             if not fits:
                 if len(part) == 1:
                     raise GradientError(
@@ -375,10 +386,15 @@ class TailLoss:
         return sums[0], sums[1]
 
     def _of_chosen(
-        self, layer: Mapping[str, Tensor], rows: Sequence[int], leaves: Sequence[Tensor], share: float = 1.0
+        self,
+        scorer: TailScorer,
+        layer: Mapping[str, Tensor],
+        rows: Sequence[int],
+        leaves: Sequence[Tensor],
+        share: float = 1.0,
     ) -> _Means:
         """`_of_answers` where only the questions' own tokens are run, with their prefixes."""
-        return self._of_answers(self.scorer.select(rows).answer_logits(layer, 0), rows, leaves, share, chosen=True)
+        return self._of_answers(scorer.select(rows).answer_logits(layer, 0), rows, leaves, share, chosen=True)
 
     def _of_answers(
         self,
@@ -395,13 +411,13 @@ class TailLoss:
         memory runs out, of none.
         """
         weights = self.weights
-        rows = slice(None) if rows is None else list(rows)
-        logits = logits if chosen else logits[rows]
-        nll = F.cross_entropy(logits, self._answers[rows])
+        asked = slice(None) if rows is None else list(rows)
+        logits = logits if chosen else logits[asked]
+        nll = F.cross_entropy(logits, self._answers[asked])
         kl, total = math.nan, weights.answer_nll * nll
-        if weights.answer_kl:
+        if self._reference is not None:
             log = F.log_softmax(logits, -1)
-            divergence = F.kl_div(log, self._reference[rows], reduction="batchmean", log_target=True)
+            divergence = F.kl_div(log, self._reference[asked], reduction="batchmean", log_target=True)
             kl, total = divergence.item(), total + weights.answer_kl * divergence
         if leaves:
             gradients = torch.autograd.grad(share * total, leaves, allow_unused=True)
@@ -412,19 +428,19 @@ class TailLoss:
 
     def _of_text(self, layer: Mapping[str, Tensor], drawn: Drawn | None) -> _Means:
         """Means over positions, (NLL, KL), one window at a time, so that one window's graph is all that is held."""
-        weights = self.weights
-        if not weights.of_text:
+        weights, text = self.weights, self.text
+        if text is None:
             return _NOTHING
-        drawn = self.text.everything() if drawn is None else drawn
+        drawn = text.everything() if drawn is None else drawn
         count = sum(len(positions) for _, positions in drawn)
         sums = [0.0, 0.0]
         for window, positions in drawn:
-            nll, kl = self.text.losses(layer, window, positions)
+            nll, kl = text.losses(layer, window, positions)
             if torch.is_grad_enabled():
                 ((weights.text_nll * nll + weights.text_kl * kl) / count).backward()
             sums[0] += nll.item()
             sums[1] += kl.item()
-        return sums[0] / count, sums[1] / count if self.text.has_reference else math.nan
+        return sums[0] / count, sums[1] / count if text.has_reference else math.nan
 
     def _total(self, answers: _Means, text: _Means) -> Loss:
         weights = self.weights

@@ -99,7 +99,8 @@ class Layout:
     def of(cls, prompts: Prompts, *, bucket_tokens: int, device: torch.device) -> Layout:
         """The layout of all questions of a question set."""
         numbers: dict[bytes, int] = {}
-        prefixes, questions = [], []
+        prefixes: list[int] = []
+        questions: list[tuple[int, int, int]] = []
         for shard in prompts.shards:
             for group in shard.groups:
                 number = numbers.setdefault(_key(group), len(numbers))

@@ -77,7 +77,7 @@ class OpenTensorFile:
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}, but the file has room for {kind} {shape}"
             )
         self._file.seek(self._first + self._starts[name])
-        self._file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
     def __enter__(self) -> OpenTensorFile:
         return self

@@ -39,7 +39,7 @@ class Vocabulary:
         elif arch.embedding_multiplier:
             self._embedding_scale = getattr(config, arch.embedding_multiplier)
         #: What a family caps its logits at; None where it does not.
-        self.logit_softcap: float | None = arch.logit_softcap and getattr(config, arch.logit_softcap)
+        self.logit_softcap: float | None = getattr(config, arch.logit_softcap) if arch.logit_softcap else None
         self._logit_divisor: float = getattr(config, arch.logit_divisor) if arch.logit_divisor else 1.0
 
     def embedded(self, ids: np.ndarray) -> Tensor:

@@ -46,7 +46,7 @@ from raymerge.memory import MemoryPlanError
 from raymerge.objectives import is_minimised, parse_objective, score_answers, score_text
 from raymerge.parametrisation import loss_by_alphas
 from raymerge.plan import MergePlan, base_plan
-from raymerge.refit import Refitter, Sums
+from raymerge.refit import PackedSums, Refitter, Sums
 from raymerge.reliability import Study, study
 from raymerge.role_prompts import RolePrompts
 from raymerge.rows import EDGES
@@ -486,12 +486,12 @@ class ModelWorker:
         return self.refitter.done(plan)
 
     @lean_heap()
-    def refit_sums(self, item: tuple[MergePlan, int, tuple[int, int]]) -> Sums:
+    def refit_sums(self, item: tuple[MergePlan, int, tuple[int, int]]) -> PackedSums:
         """Sums of one fit of a plan over a share of the calibration, packed; see `Refitter.sums`."""
         return self.refitter.sums(*item).pack()
 
     @lean_heap()
-    def refit_solve(self, item: tuple[MergePlan, int, Sequence[Sums]]) -> dict[str, torch.Tensor]:
+    def refit_solve(self, item: tuple[MergePlan, int, Sequence[PackedSums]]) -> dict[str, torch.Tensor]:
         """The fitted tensors from all shares' sums."""
         plan, number, parts = item
         return self.refitter.solve(plan, number, Sums.total(parts))
