@@ -90,8 +90,14 @@ def embedded(settings: SimilarityConfig, distances: np.ndarray) -> tuple[np.ndar
     """`SubsetSimilarity.embedded` of samples at distances (L, N, N)."""
     if MEASURES[settings.measure] != "embeddings":
         return None
-    options = {name: getattr(settings, name) for name in ("dimensions", "sigma", "anisotropy")}
-    return embed_layers(distances, method=settings.embedding, random_state=settings.seed, **options)
+    return embed_layers(
+        distances,
+        method=settings.embedding,
+        dimensions=settings.dimensions,
+        sigma=settings.sigma,
+        anisotropy=settings.anisotropy,
+        random_state=settings.seed,
+    )
 
 
 class ModelWorker:
