@@ -213,8 +213,8 @@ def _points_of_file(config: Config, method: str, path: str, n_layers: int) -> li
 
 
 def _check_sources(config: Config, similarity: Similarity | None) -> None:
-    """Refuse methods that need a similarity run, or block influence, that is not there, and a threshold, since K is
-    given. Raises ConfigError."""
+    """Refuse methods and blocks that need a similarity run, or block influence, that is not there, and a threshold,
+    since K is given. Raises ConfigError."""
     if config.plan.threshold is not None:
         raise ConfigError(
             f"plan.threshold is {config.plan.threshold:g}, but a sweep merges as many layers as sweep.merges says: set "
@@ -223,6 +223,11 @@ def _check_sources(config: Config, similarity: Similarity | None) -> None:
     methods, run = config.sweep.methods, config.plan.similarity_run
     if similarity is None and (needing := [method for method in methods if method in SIMILARITY_METHODS]):
         raise ConfigError(f"sweep.methods {needing} need plan.similarity_run: the run of `raymerge similarity`")
+    if similarity is None and config.sweep.takes_blocks and config.plan.block == "similarity":
+        raise ConfigError(
+            "plan.block is similarity, which needs plan.similarity_run, the run of `raymerge similarity`: name it, or "
+            "choose blocks by cosine, angular or loss"
+        )
     if "block_influence" in methods and similarity.block_influence is None:
         raise ConfigError(f"{run} has no block influence, which sweep.methods asks for")
 
