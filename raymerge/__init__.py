@@ -7,6 +7,7 @@ page of a run.
 """
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -33,7 +34,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Load a public name where it is first asked for (PEP 562)."""
     if name == "experiments":  # search and similarity are modules' names too, so the experiments keep their namespace
         return importlib.import_module("raymerge.experiments")

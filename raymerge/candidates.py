@@ -80,14 +80,14 @@ class CandidateScorer:
     def candidate(self, alphas: Sequence[float], name: str = "candidate") -> MergePlan:
         """The merges with alphas (K,) in the order of `plan.steps`. Raises PlanError."""
         try:
-            alphas = np.asarray(alphas, dtype=np.float64)
+            values = np.asarray(alphas, dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise PlanError(f"alphas are {alphas!r:.200}, but those of a candidate are numbers: {error}") from error
-        if alphas.ndim != 1:
+        if values.ndim != 1:
             raise PlanError(
-                f"alphas have the shape {alphas.shape}, but those of a candidate have ({len(self.plan.steps)},)"
+                f"alphas have the shape {values.shape}, but those of a candidate have ({len(self.plan.steps)},)"
             )
-        return self.plan.with_alphas(alphas.tolist(), name=name, kind="found")
+        return self.plan.with_alphas(values.tolist(), name=name, kind="found")
 
     def score(self, vectors: Sequence[Sequence[float]]) -> list[Score]:
         """What candidates, (n, K) alphas, reach: the objective, micro accuracy, mean answer NLL (nats) and the search

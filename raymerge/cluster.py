@@ -120,7 +120,7 @@ class _OwnCode(JobConfig):
     search path, and with them whatever raymerge is there: on this machine a checkout in which an installed one is
     called, on others, to which the code is sent, an older checkout under the same path."""
 
-    def _serialize(self) -> bytes:  # after Ray has added the folders
+    def _serialize(self) -> Any:  # bytes, which Ray (2.60) declares as a str; after Ray has added the folders
         package, sent = Path(__file__).parent, "py_modules" in (self.runtime_env or {})
         # Ray's own, which another version may not have: workers of other code are then refused when they are described.
         there = getattr(self, "_py_driver_sys_path", [])

@@ -37,7 +37,7 @@ def load_config(path: str | Path | None = None, overrides: str | Sequence[str] =
     return parse_config(values, source=" and ".join(sources))
 
 
-def check_config(config: Config) -> None:
+def check_config(config: object) -> None:
     """Refuse what is not a configuration, such as the path of one. Raises ConfigError."""
     if not isinstance(config, Config):
         source = repr(str(config)) if isinstance(config, str | PathLike) else "FILE"
@@ -59,7 +59,7 @@ def describe(config: Config) -> str:
     """The configuration as YAML, each section under its explanation; itself a valid configuration file."""
     lines = []
     for name, field in Config.model_fields.items():
-        lines += [f"# {line}".rstrip() for line in inspect.getdoc(field.annotation).splitlines()]
+        lines += [f"# {line}".rstrip() for line in (inspect.getdoc(field.annotation) or "").splitlines()]
         section = {name: getattr(config, name).model_dump(mode="json")}
         lines += [yaml.safe_dump(section, sort_keys=False, allow_unicode=True)]
     return "\n".join(lines)

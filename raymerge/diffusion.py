@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -12,7 +12,10 @@ from raymerge.errors import UserError
 #: Fewest samples that a map, or a similarity, is computed from.
 SMALLEST_N = 4
 
-KERNELS = ("published", "gaussian")
+Kernel = Literal["published", "gaussian"]
+KERNELS = get_args(Kernel)
+#: A kernel's sigma in units of the distances, or their median.
+Bandwidth = float | Literal["median"]
 
 _IDENTITY = 0.9  # effective rank as a share of N from which a kernel is all but the identity
 _CONSTANT = 1.05  # effective rank below which a kernel is all but constant
@@ -41,8 +44,8 @@ class DiffusionMap:
 def diffusion_map(
     distances: np.ndarray,
     *,
-    kernel: Literal["published", "gaussian"] = "published",
-    sigma: float | Literal["median"] = 8.0,
+    kernel: Kernel = "published",
+    sigma: Bandwidth = 8.0,
     anisotropy: float = 0.5,
     dimensions: int = 2,
 ) -> DiffusionMap:
@@ -150,7 +153,7 @@ def fixed_signs(columns: np.ndarray) -> np.ndarray:
     return columns * np.where(largest < 0, -1.0, 1.0)
 
 
-def _bandwidth(distances: np.ndarray, sigma) -> float:
+def _bandwidth(distances: np.ndarray, sigma: float | str) -> float:
     if isinstance(sigma, str):
         if sigma != "median":
             raise SimilarityError(f"sigma is {sigma!r}, but should be a positive number or median")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import numpy as np
 
-from raymerge.diffusion import SimilarityError, checked_distances, diffusion_map, fixed_signs
+from raymerge.diffusion import Bandwidth, Kernel, SimilarityError, checked_distances, diffusion_map, fixed_signs
 
 EMBEDDINGS = ("diffusion", "diffusion_gaussian", "pca", "tsne", "umap")
 
 _NO_UMAP = "embedding umap needs a package: pip install 'raymerge[umap]'"
-_KERNELS = {"diffusion": "published", "diffusion_gaussian": "gaussian"}
+_KERNELS: dict[str, Kernel] = {"diffusion": "published", "diffusion_gaussian": "gaussian"}
 
 
 class Embedding(NamedTuple):
@@ -24,12 +24,22 @@ class Embedding(NamedTuple):
     off_diagonal_mass: float | None
 
 
+class EmbeddingOptions(TypedDict):
+    """How samples are embedded; see `embed`."""
+
+    method: str
+    dimensions: int
+    sigma: Bandwidth
+    anisotropy: float
+    random_state: int
+
+
 def embed(
     distances: np.ndarray,
     *,
     method: str,
     dimensions: int,
-    sigma: float | str,
+    sigma: Bandwidth,
     anisotropy: float,
     random_state: int,
 ) -> Embedding:
@@ -45,13 +55,12 @@ def embed(
     """
     if method not in EMBEDDINGS:
         raise SimilarityError(f"embedding is {method!r}, but should be one of {', '.join(EMBEDDINGS)}")
-    degeneracy = None, None
+    rank = mass = None
     if method in _KERNELS:
         found = diffusion_map(
             distances, kernel=_KERNELS[method], sigma=sigma, anisotropy=anisotropy, dimensions=dimensions
         )
-        coordinates = found.coordinates
-        degeneracy = found.effective_rank, found.off_diagonal_mass
+        coordinates, rank, mass = found.coordinates, found.effective_rank, found.off_diagonal_mass
     else:
         distances = checked_distances(distances)
         n = len(distances)
@@ -68,10 +77,13 @@ def embed(
             f"embedding {method} has no spread in coordinate {flat[0]} of {dimensions}: use fewer dimensions, "
             "another sigma, or samples that differ"
         )
-    return Embedding(coordinates, *degeneracy)
+    return Embedding(coordinates, rank, mass)
 
 
-def embed_layers(distances: np.ndarray, **options) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def embed_layers(
+    distances: np.ndarray,
+    **options: Unpack[EmbeddingOptions],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Embed each layer of (L, N, N) distances; `options` are those of `embed`.
 
     Returns coordinates (L, N, d), effective rank (L,) and off-diagonal mass (L,), all float64; the latter two are NaN

@@ -8,7 +8,7 @@ block of layers that changes the states least.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -75,7 +75,10 @@ def pair_alphas(
     pairs = list(pairs)
     if base == "fixed":
         return [ratio] * len(pairs)
-    rules = {"similarity_ratio": partial(similarity_ratio, beta=beta), "similarity": similarity_alpha}
+    rules: dict[str, Callable[[np.ndarray, int, int], float]] = {
+        "similarity_ratio": partial(similarity_ratio, beta=beta),
+        "similarity": similarity_alpha,
+    }
     if base not in rules:
         raise PlanError(f"base {base!r} is not one of fixed, {', '.join(rules)}")
     if similarity is None:
@@ -116,7 +119,8 @@ def most_similar_pairs(
         raise PlanError("most_similar needs plan.merges or plan.threshold, or both")
     if merges is not None:
         check_merges(n_layers, merges)
-    alive, pairs = list(range(n_layers)), []
+    alive = list(range(n_layers))
+    pairs: list[tuple[int, int]] = []
     while merges is None or len(pairs) < merges:
         pair = most_similar_pair(similarity, alive, threshold=threshold)
         if pair is None:

@@ -16,6 +16,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 #: Distributions whose versions can change a result; a manifest names them.
 PACKAGES = (
@@ -36,7 +37,7 @@ _FOLDERS = re.compile(r"""(^|[=,\[{"'\s])(?:(?:\w+\+)?file:/)?(?:~[^/,\s]*|\.\.)
 _SECRET_KEYS = re.compile(r"([?&](?:access_key|secret_key|session_token|sas_token|account_key|token|password)=)[^&\s]+")
 
 
-def plain(value, *, nan_as_none: bool = False):
+def plain(value: object, *, nan_as_none: bool = False) -> Any:
     """Return `value` made of dict, list, str, int, float, bool and None only.
 
     Tuples and arrays become lists, NumPy scalars Python numbers, paths strings, -0.0 becomes 0.0.
@@ -83,7 +84,7 @@ def code_identity() -> str:
     return digest({name: names[name].read_text("utf-8") for name in ours})
 
 
-def without_secrets(value):
+def without_secrets(value: Any) -> Any:
     """Return `value` (text, or lists and dicts of it) without the credentials that URIs may hold.
 
     That is user and password before a host, and the values of keys and tokens in a query.
@@ -100,7 +101,7 @@ def without_folders(arguments: Sequence[str]) -> list[str]:
     return [_FOLDERS.sub(r"\1", argument) for argument in arguments]
 
 
-def canonical_json(value) -> str:
+def canonical_json(value: object) -> str:
     """Return the one JSON text of `value`: keys sorted, no spaces, floats as the shortest float64 repr.
 
     1 and 1.0 are different texts: convert to float first where a number is a measure. Non-ASCII
@@ -109,7 +110,7 @@ def canonical_json(value) -> str:
     return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def digest(value, length: int = 16) -> str:
+def digest(value: object, length: int = 16) -> str:
     """Return the first `length` hex digits of the SHA-256 of `value`'s canonical JSON in UTF-8.
 
     16 digits (64 bits) keep the chance of a clash among a million values near 3e-8.
@@ -154,7 +155,7 @@ def software() -> dict:
     from raymerge import __version__
 
     commit, dirty = git_state(Path(__file__).parent)
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from textwrap import shorten
 
 import numpy as np
@@ -207,7 +208,8 @@ def read_subsets(config: Config) -> list[Subset]:
                 )
             # Of whatever order a language's file has them in, samples of one number are translations of one another.
             own = places[number] = places[number] or {(q.subject, q.question_id): at for at, q in enumerate(chosen)}
-            chosen = tuple(sorted(chosen, key=lambda q, own=own: own[q.subject, q.question_id]))
+            order = [own[q.subject, q.question_id] for q in chosen]
+            chosen = tuple(q for _, q in sorted(zip(order, chosen, strict=True), key=itemgetter(0)))
             found[name, language] = Subset(name, language, replace(questions, questions=chosen))
     return [found[name, language] for name in settings.subsets for language in languages]
 
@@ -284,11 +286,11 @@ def read_search_text(config: Config) -> tuple[str, int] | None:
     tokens than those they are reported on. Two texts of which one holds the other are refused; texts that share less
     than that are not noticed. Raises ConfigError.
     """
-    settings = config.search
-    if not config.needs_search_text:
+    source = config.search.text
+    if source is None or not config.needs_search_text:  # Config refuses to need what it lacks
         return None
-    text = read_plain_text(settings.text, "search.text")
-    return text, _first_token(text, "search.text", settings.text, [_reported(config)])
+    text = read_plain_text(source, "search.text")
+    return text, _first_token(text, "search.text", source, [_reported(config)])
 
 
 def read_calibration_text(config: Config) -> tuple[str, int] | None:
@@ -300,9 +302,10 @@ def read_calibration_text(config: Config) -> tuple[str, int] | None:
     source = config.calibration.text
     if source is None:
         return None
-    text, used = read_plain_text(source, "calibration.text"), [_reported(config)]
-    if (search := read_search_text(config)) is not None:
-        used.append((search[0], "search.text", config.search.text, search[1] + config.search.text_tokens))
+    text, settings = read_plain_text(source, "calibration.text"), config.search
+    used = [_reported(config)]
+    if (search := read_search_text(config)) is not None and settings.text is not None:
+        used.append((search[0], "search.text", settings.text, search[1] + settings.text_tokens))
     return text, _first_token(text, "calibration.text", source, used)
 
 
@@ -310,8 +313,10 @@ _Used = tuple[str, str, str, int]  # a text, its key and its name, and the first
 
 
 def _reported(config: Config) -> _Used | None:
-    text, data = read_text(config), config.data
-    return None if text is None else (text, "data.perplexity_text", data.perplexity_text, data.perplexity_tokens)
+    text, source = read_text(config), config.data.perplexity_text
+    if text is None or source is None:
+        return None
+    return text, "data.perplexity_text", source, config.data.perplexity_tokens
 
 
 def _first_token(text: str, key: str, source: str, used: Sequence[_Used | None]) -> int:

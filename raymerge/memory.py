@@ -184,7 +184,9 @@ def plan_scoring(
 def _plans(linear: bool, batched: bool) -> Iterator[ScoringPlan]:
     """All plans, the fastest first."""
     at_once = [count for count in (8, 4, 2, 1) if count <= (_MOST_CANDIDATES if batched else 1)]
-    efficient, small, tokens = [], [], MOST_TOKENS
+    efficient: list[int] = []
+    small: list[int] = []
+    tokens = MOST_TOKENS
     while tokens >= _FEWEST_TOKENS:
         (efficient if tokens >= _EFFICIENT_TOKENS else small).append(tokens)
         tokens //= 2

@@ -144,11 +144,11 @@ def parse_objective(text: str) -> Objective:
 
 
 def _term(part: str, text: str) -> Term:
-    weight, star, measure = part.rpartition("*")
+    stated, star, measure = part.rpartition("*")
     try:
-        weight = float(weight) if star else 1.0
+        weight = float(stated) if star else 1.0
     except ValueError:
-        raise ObjectiveError(f"{text!r}: {weight!r} is no number: write a sum as answer_nll+0.1*text_nll") from None
+        raise ObjectiveError(f"{text!r}: {stated!r} is no number: write a sum as answer_nll+0.1*text_nll") from None
     if not (math.isfinite(weight) and weight > 0):
         raise ObjectiveError(f"{text!r}: the weight {weight:g} should be above 0; leave the measure out instead")
     measure = measure.strip()
@@ -253,10 +253,10 @@ def score_answers(
     else over all. What is not finite, logits of those questions or text, gives NaN everywhere.
     """
     parsed = parse_objective(objective).over(set(subjects), domains or {})
-    subjects = np.asarray(subjects)
+    subject_of = np.asarray(subjects)
     if parsed.judged_on:
-        chosen = _of(parsed.judged_on, subjects, objective)
-        logits, answers, subjects = logits[chosen], answers[chosen], subjects[chosen]
+        chosen = _of(parsed.judged_on, subject_of, objective)
+        logits, answers, subject_of = logits[chosen], answers[chosen], subject_of[chosen]
         reference = None if reference is None else reference[chosen]
     if (parsed.needs_text or ceiling is not None) and text_nll is None:
         raise ValueError(f"objective {objective} with ceiling {ceiling} needs the loss on a plain text (search.text)")
@@ -267,6 +267,7 @@ def score_answers(
     def measured(measure: str, own: np.ndarray) -> float:
         """One measure, over the questions that `own` chooses; macro_accuracy and text_nll take no such choice."""
         if measure == "text_nll":
+            assert text_nll is not None  # else refused above, as it is for a ceiling
             return text_nll
         if measure == "answer_nll":
             return float(nll[own].mean())
@@ -275,7 +276,7 @@ def score_answers(
                 raise ValueError(f"objective {objective} needs the unmerged model's answers")
             return float(answer_kl(reference[own], logits[own]).mean())
         if measure == "macro_accuracy":
-            names, which = np.unique(subjects, return_inverse=True)
+            names, which = np.unique(subject_of, return_inverse=True)
             shares = np.bincount(which, weights=correct) / np.bincount(which, minlength=len(names))
             return float(shares.mean())
         assert measure in ("micro_accuracy", "accuracy"), f"{measure} is not computed here"
@@ -283,9 +284,10 @@ def score_answers(
 
     value = 0.0
     for term in parsed.terms:
-        own = _of(term.subjects, subjects, objective) if term.subjects else np.ones(len(subjects), dtype=bool)
+        own = _of(term.subjects, subject_of, objective) if term.subjects else np.ones(len(subject_of), dtype=bool)
         value += term.weight * measured(term.measure, own)
     if ceiling is not None:
+        assert text_nll is not None
         value = _held_to(ceiling, parsed, value, text_nll)
     return Score(value, float(correct.mean()), float(nll.mean()), None if text_nll is None else perplexity(text_nll))
 

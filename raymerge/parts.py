@@ -112,13 +112,13 @@ class Tables:
     def row_counts(self) -> dict[str, int]:
         """Return the number of rows of every table that has any, from the files' footers."""
         names = (name for name in self._storage.names("tables") if name in SCHEMAS)
-        counts = {name: sum(self._visit(name, lambda part, name=name: self._footer(name, part)[0])) for name in names}
+        counts = {name: sum(self._part_rows(name)) for name in names}
         return {name: count for name, count in sorted(counts.items()) if count}
 
     def has(self, table: str) -> bool:
         """Return whether a table has at least one row."""
         schema_of(table)
-        return any(self._visit(table, lambda part: self._footer(table, part)[0]))
+        return any(self._part_rows(table))
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -146,11 +146,14 @@ class Tables:
     def _footer(self, table: str, name: str) -> tuple[int, list[tuple[str, int]]]:
         """(rows, contents) of a part; contents lists the parts a whole file stands for, with their rows."""
 
-        def use(file: pq.ParquetFile):
+        def use(file: pq.ParquetFile) -> tuple[int, list[tuple[str, int]]]:
             text = (file.schema_arrow.metadata or {}).get(_CONTENTS, b"[]")
             return file.metadata.num_rows, [(part, rows) for part, rows in json.loads(text)]
 
         return self._opened(table, name, use)
+
+    def _part_rows(self, table: str) -> list[int]:
+        return self._visit(table, lambda part: self._footer(table, part)[0])
 
     def _contents(self, table: str) -> list[tuple[str, int]]:
         try:
@@ -161,7 +164,7 @@ class Tables:
     def _read_part(self, table: str, name: str, columns: list[str] | None = None) -> pa.Table:
         schema = SCHEMAS[table] if columns is None else pa.schema([SCHEMAS[table].field(c) for c in columns])
 
-        def use(file: pq.ParquetFile):
+        def use(file: pq.ParquetFile) -> pa.Table:
             present = set(file.schema_arrow.names)
             if missing := [f.name for f in schema if f.name not in present and not f.nullable]:
                 raise RunError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import TypedDict, Unpack
 
 import numpy as np
 
@@ -101,6 +102,14 @@ class Refit:
                 f"refit {self.method} is of a seam alone, but {self.layers} layers after it are to be fitted: give 0, "
                 f"or use {' or '.join(REFITS_BEYOND)}"
             )
+
+
+class Averaging(TypedDict, total=False):
+    """The options of merges that average; see MergePlan."""
+
+    alignment: str
+    norms: str
+    biases: str
 
 
 @dataclass(frozen=True)
@@ -382,14 +391,23 @@ def block_pairs(n_layers: int, first: int, merges: int, survivor: str = "before"
 
 
 def pairs_plan(
-    n_layers: int, pairs: Iterable[tuple[int, int]], alphas: Iterable[float], *, name: str, kind: str, **options: str
+    n_layers: int,
+    pairs: Iterable[tuple[int, int]],
+    alphas: Iterable[float],
+    *,
+    name: str,
+    kind: str,
+    selection: str = "tail",
+    **options: Unpack[Averaging],
 ) -> MergePlan:
     """Merge each pair (into, remove) in order, with one alpha a pair; options are MergePlan's."""
     steps = tuple(MergeStep(into, remove, float(a)) for (into, remove), a in zip(pairs, alphas, strict=True))
-    return MergePlan(n_layers, steps, name=name, kind=kind, **options)
+    return MergePlan(n_layers, steps, name=name, kind=kind, selection=selection, **options)
 
 
-def tail_plan(n_layers: int, alphas: Sequence[float], *, name: str, kind: str, **options: str) -> MergePlan:
+def tail_plan(
+    n_layers: int, alphas: Sequence[float], *, name: str, kind: str, **options: Unpack[Averaging]
+) -> MergePlan:
     """Merge the last K = len(alphas) layers one into the next, deepest first; options are MergePlan's."""
     return pairs_plan(n_layers, tail_pairs(n_layers, len(alphas)), alphas, name=name, kind=kind, **options)
 
@@ -402,7 +420,7 @@ def block_plan(
     name: str,
     kind: str,
     survivor: str = "before",
-    **options: str,
+    **options: Unpack[Averaging],
 ) -> MergePlan:
     """Merge the K = len(alphas) layers from `first` on into the layer before or after them; see `block_pairs`."""
     pairs = block_pairs(n_layers, first, len(alphas), survivor)

@@ -39,7 +39,7 @@ def plan_fields(plan: MergePlan) -> dict[str, Any]:
 
 def plan_file_text(plan: MergePlan, base_model: str, base_model_identity: str) -> str:
     """The plan as the text of a plan file of that base."""
-    about = {"plan_id": plan.plan_id(base_model_identity), "base_model": base_model}
+    about: dict[str, str | int] = {"plan_id": plan.plan_id(base_model_identity), "base_model": base_model}
     about |= {"base_model_identity": base_model_identity, "layers_before": plan.n_layers}
     return json.dumps(about | plan_fields(plan), indent=2, ensure_ascii=False) + "\n"
 
@@ -113,6 +113,6 @@ def _refit_of(found: Any) -> Refit:
 
 
 def _alpha(value: object) -> float:
-    if type(value) not in (int, float) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise PlanError(f"an alpha is {value!r:.200}, but must be a number in [0, 1]")
     return float(value)

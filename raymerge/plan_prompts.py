@@ -124,6 +124,7 @@ class PlanPrompts:
 
     @cached_property
     def _loaded(self) -> RunDirectory:
+        assert self.run is not None  # what a plan has of a run is asked for where there is one
         return RunDirectory.load(self.run)
 
     @cached_property

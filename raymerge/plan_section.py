@@ -13,7 +13,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.config import PlanConfig
 from raymerge.heuristics import least_influence_plan, most_similar_pairs, pair_alphas
 from raymerge.inputs import read_similarity
-from raymerge.plan import MergePlan, PlanError, block_pairs, block_starts, pairs_plan, tail_pairs
+from raymerge.plan import Averaging, MergePlan, PlanError, block_pairs, block_starts, pairs_plan, tail_pairs
 from raymerge.tables import RunDirectory
 
 SHUFFLE_SEED = 0  # of the control with shuffled layers; where it makes no plan, the seeds after it are tried
@@ -67,7 +67,7 @@ def similarity_warnings(plan: PlanConfig, identity: str) -> list[str]:
     return found
 
 
-def options_of(plan: PlanConfig) -> dict[str, str]:
+def options_of(plan: PlanConfig) -> Averaging:
     """The options of every merge that averages."""
     return {"alignment": plan.alignment, "norms": plan.norms, "biases": plan.biases}
 

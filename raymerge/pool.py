@@ -244,7 +244,7 @@ class WorkerPool:
         """A call to this worker did not end: it is out of the pool until Ray has restarted it. Returns the id of the
         node that it was on, for `gives_up`."""
         lost = self._slots[slot]
-        if lost.is_present:
+        if lost.since is not None:
             lost.seconds += time.monotonic() - lost.since
         lost.losses += 1
         self._tell("lost", slot, reason)
@@ -324,16 +324,16 @@ class WorkerPool:
             [f"{max(0.0, resources.get(name, 0.0)):g}" for name in ("CPU", "GPU")]
             for resources in (ray.cluster_resources(), ray.available_resources())
         )
-        has = f"the cluster has {has[0]} CPUs and {has[1]} GPUs, {free[0]} and {free[1]} of them free"
+        room = f"the cluster has {has[0]} CPUs and {has[1]} GPUs, {free[0]} and {free[1]} of them free"
         if not self.awaited:
             reasons = {f"worker-{number}": slot.gone for number, slot in enumerate(self._slots)}
             raise NoRoomError(
                 f"no worker is left, each died more often than workers.max_restarts without finishing anything, or "
-                f"refused to take part: {reasons}; {has}. What is finished is stored"
+                f"refused to take part: {reasons}; {room}. What is finished is stored"
             )
         if time.monotonic() - self._empty_since > self.wait_s:
             raise NoRoomError(
-                f"no {self._what} has been there for {self.wait_s:g} s (workers.wait_s); {has}. What is finished is "
+                f"no {self._what} has been there for {self.wait_s:g} s (workers.wait_s); {room}. What is finished is "
                 "stored: run the same command again when there is room"
             )
 
@@ -397,7 +397,8 @@ class WorkerPool:
         own code raises, at once, WorkerError where an item failed so often, and NoRoomError where no worker is left.
         """
         results: list[Any] = [None] * len(items)
-        waiting, losses = deque(range(len(items))), [[] for _ in items]
+        waiting = deque(range(len(items)))
+        losses: list[list[str]] = [[] for _ in items]
         free = self.present
         running: dict[Any, tuple[int, int, float]] = {}  # reference -> (slot, number of the item, deadline)
         while waiting or running:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 from threadpoolctl import threadpool_limits
 
 Point = list[float]
@@ -157,7 +158,7 @@ class BayesProposer(_Drawn):
         improvement = acquisition.ExpectedImprovement(xi=1e-3)
         # Its own local search differentiates numerically, 14 predictions of one point a step: 0.3-1.7 s a proposal
         # where predictions in bulk take 0.01-0.1 s and end as well.
-        improvement._smart_minimize = _search_locally
+        improvement._smart_minimize = _search_locally  # type: ignore[method-assign]  # on purpose
         self._liar = acquisition.ConstantLiar(improvement, strategy="mean")
         self._optimizer = BayesianOptimization(
             None,
@@ -183,7 +184,7 @@ class BayesProposer(_Drawn):
         places = _CHOICE_SCALE * self._numbers(encoded[..., :1]) / max(len(self.choices) - 1, 1)
         return np.concatenate([places, self._warp(encoded[..., 1:])], axis=-1)
 
-    def _numbers(self, coordinates: np.ndarray) -> np.ndarray:
+    def _numbers(self, coordinates: ArrayLike) -> np.ndarray:
         """Which choice a coordinate in [0, 1] stands for: every one for an equal share of it."""
         count = len(self.choices)
         return np.clip(np.floor(np.asarray(coordinates) * count), 0, count - 1)

@@ -143,8 +143,10 @@ def load_questions(
     DataError : nothing there, a malformed row, an unknown subject or language, too few dev questions, or an
         unreachable hub.
     """
-    options = {"language": language, "split": split, "shots": shots, "revision": revision, "domains": domains}
-    return load_question_sets(source, [subjects], **options)[0]
+    (found,) = load_question_sets(
+        source, [subjects], language=language, split=split, shots=shots, revision=revision, domains=domains
+    )
+    return found
 
 
 def load_question_sets(
@@ -168,7 +170,7 @@ def load_question_sets(
     dev = _read_split(folder, "dev") if shots else {}
     found = []
     for chosen in [_choose_subjects(asked, list(rows), domains, split) for asked in subjects]:
-        examples = {subject: () for subject in chosen}
+        examples: dict[str, tuple[Question, ...]] = {subject: () for subject in chosen}
         if shots:
             examples = {
                 subject: _questions(dev[subject](), subject, "dev", language)[:shots] if subject in dev else ()
@@ -201,7 +203,7 @@ def drawn(keys: Sequence[Sequence[str]], n: int, seed: int) -> list[int]:
     """Numbers of at most n of the keys, ascending: those whose hash with the seed is lowest."""
     _check_count("n", n, 1)
 
-    def rank(index: int) -> bytes:
+    def rank(index: int) -> str:
         return digest([seed, *keys[index]], length=64)
 
     return sorted(sorted(range(len(keys)), key=rank)[:n])
@@ -292,8 +294,11 @@ def _download(source: str, language: str, splits: list[str], revision: str | Non
     names = [alias for split in splits for alias in _SPLITS[split]]
     patterns = [f"{folder}/{name}{end}" for folder in folders for name in names for end in (".parquet", "-*.parquet")]
     what = f"no folder {source!r} here, and the data set {source!r} (revision {revision or 'main'})"
-    options = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
-    return fetch(what, lambda: snapshot_download(source, **options), DataError)
+
+    def download() -> str:
+        return snapshot_download(source, repo_type="dataset", revision=revision, allow_patterns=patterns)
+
+    return fetch(what, download, DataError)
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
@@ -446,7 +451,7 @@ def _choose_subjects(
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"subject {name!r} is asked for twice; name it once")
-    chosen = set()
+    chosen: set[str] = set()
     for name in names:
         members = known[name] if name in known and name not in there else [name]
         if not members:

@@ -141,7 +141,7 @@ def study(
     orders = np.tile(np.arange(n), (n_layers, 1))
     null = [measure(recipe, values, permutations=streams[0].permuted(orders, axis=1)).values for _ in range(null_draws)]
 
-    def of(rows):
+    def of(rows: np.ndarray) -> np.ndarray:
         return compute(recipe, distances, states, rows=rows).values
 
     size = _draw_size(n)

@@ -110,7 +110,9 @@ class SearchOutcome:
 class _Trial(tune.Trainable):
     """Hands a batch to a pool worker and waits. Takes no CPU itself, and is reused from trial to trial."""
 
-    def setup(self, config: Row, timeout_s: float, method: str, arguments: Sequence[Any], started: str) -> None:
+    def setup(  # type: ignore[override]  # what `tune.with_parameters` adds
+        self, config: Row, timeout_s: float, method: str, arguments: Sequence[Any], started: str
+    ) -> None:
         self._timeout_s, self._method, self._arguments = timeout_s, method, arguments
         self._started = Path(started)
         self._handles: dict[str, Any] = {}
@@ -299,7 +301,7 @@ class BatchSearcher(Searcher):
     def _takes_turns(self) -> bool:
         return min(self.concurrent, len(self._free)) == 1
 
-    def suggest(self, trial_id: str) -> Row | str | None:
+    def suggest(self, trial_id: str) -> Row | str | None:  # type: ignore[override]  # Ray declares no FINISHED
         if self.failure is not None or (self._supply.is_empty and not self._running):
             return self.FINISHED
         try:

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.spatial.distance import cdist
 from scipy.special import digamma
 
-from raymerge.diffusion import SMALLEST_N, SimilarityError, checked_distances
+from raymerge.diffusion import SMALLEST_N, Bandwidth, SimilarityError, checked_distances
 from raymerge.embedding import EMBEDDINGS, centred_gram, embed_layers
 
 #: What each measure is computed on: embeddings (L, N, d) of the samples, pooled states (L, N, d), distances (L, N, N).
@@ -38,13 +38,13 @@ class Recipe:
     measure: str
     embedding: str
     dimensions: int
-    sigma: float | str
+    sigma: Bandwidth
     anisotropy: float
     neighbors: int
     entropy_neighbors: int
     random_state: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.measure not in MEASURES:
             raise SimilarityError(f"measure is {self.measure!r}, but should be one of {', '.join(MEASURES)}")
         if self.embedding not in EMBEDDINGS:
@@ -244,13 +244,13 @@ def cka(distances: np.ndarray, *, permutations: np.ndarray | None = None) -> Sim
 
     <Gi, Gj> / (|Gi| |Gj|) of the centred Gram matrices; in [0, 1]. `distances`: array of float, shape (L, N, N).
     """
-    grams = []
+    found = []
     for layer, matrix in enumerate(distances):
         try:
-            grams.append(centred_gram(checked_distances(matrix)))
+            found.append(centred_gram(checked_distances(matrix)))
         except SimilarityError as error:
             raise SimilarityError(f"layer {layer}: {error}") from error
-    grams = np.stack(grams)
+    grams = np.stack(found)
     grams /= np.linalg.norm(grams, axis=(1, 2), keepdims=True)
     second = grams
     if permutations is not None:

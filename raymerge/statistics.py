@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 # Every process imports this module, and scipy.stats takes half a second: ndtr and ndtri are the normal distribution and
 # its quantiles, stdtrit Student's quantiles, bdtr the binomial distribution.
@@ -51,7 +52,7 @@ class PairedDifference(NamedTuple):
     p_value: float
 
 
-def accuracy_summary(correct) -> AccuracySummary:
+def accuracy_summary(correct: ArrayLike) -> AccuracySummary:
     """Return n, correct, accuracy and standard error of one group of questions.
 
     Parameters
@@ -71,7 +72,7 @@ def accuracy_summary(correct) -> AccuracySummary:
     return AccuracySummary(n, right, accuracy, error)
 
 
-def macro_summary(accuracies, standard_errors) -> tuple[float, float]:
+def macro_summary(accuracies: ArrayLike, standard_errors: ArrayLike) -> tuple[float, float]:
     """Return the unweighted mean over subjects and its standard error, sqrt(sum se^2) / S.
 
     Subjects count as fixed and their errors as independent: the error is that of drawing other
@@ -98,7 +99,7 @@ def wilson_interval(correct: int, n: int, *, confidence: float = 0.95) -> tuple[
     return _wilson(correct / n, n, confidence)
 
 
-def macro_interval(correct, n, *, confidence: float = 0.95) -> tuple[float, float]:
+def macro_interval(correct: ArrayLike, n: ArrayLike, *, confidence: float = 0.95) -> tuple[float, float]:
     """Return Wilson's interval of the unweighted mean over subjects of their accuracies.
 
     In place of n it uses the effective number of questions, m (1 - m) over the variance of the mean m: that many
@@ -143,7 +144,7 @@ def _wilson(share: float, n: float, confidence: float) -> tuple[float, float]:
     return 0.0 if share == 0 else low, 1.0 if share == 1 else high
 
 
-def ratio_interval(sums, counts, *, confidence: float = 0.95) -> MeanInterval:
+def ratio_interval(sums: ArrayLike, counts: ArrayLike, *, confidence: float = 0.95) -> MeanInterval:
     """Return the mean of values that come in clusters, with the interval of drawing other clusters.
 
     The ratio estimator of cluster sampling (W. G. Cochran, Sampling Techniques, 1977, section 9A.4): the mean m is
@@ -167,7 +168,7 @@ def ratio_interval(sums, counts, *, confidence: float = 0.95) -> MeanInterval:
     return MeanInterval(mean, mean - half, mean + half)
 
 
-def without_far_worse(values, *, lower: bool) -> list[float]:
+def without_far_worse(values: ArrayLike, *, lower: bool) -> list[float]:
     """Return the values, in order, but for those far worse than the bulk, which would leave a drawing no room for the
     others: beyond Tukey's outer fence on that side, three interquartile ranges from the quartile (J. W. Tukey,
     Exploratory Data Analysis, 1977). All of them where half of all are one.
@@ -184,7 +185,7 @@ def without_far_worse(values, *, lower: bool) -> list[float]:
     return values[values <= high + reach if lower else values >= low - reach].tolist()
 
 
-def colour_scale(values) -> tuple[float, float]:
+def colour_scale(values: ArrayLike) -> tuple[float, float]:
     """Return the ends of a scale of colours for these values: from 0, or from their 1st percentile where they are all
     so high that they would look alike on a scale from 0, to their 99th percentile.
 
@@ -197,7 +198,7 @@ def colour_scale(values) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 
-def holm(p_values) -> np.ndarray:
+def holm(p_values: ArrayLike) -> np.ndarray:
     """Return Holm's adjusted p-values (m,): rejecting those of at most a errs at all with a chance of at most a.
 
     The k-th smallest is multiplied by m - k + 1, made monotone, and capped at 1 (S. Holm, Scand. J. Statist. 6, 1979);
@@ -216,7 +217,7 @@ def holm(p_values) -> np.ndarray:
     return adjusted
 
 
-def answer_nll(logits, answer) -> np.ndarray:
+def answer_nll(logits: ArrayLike, answer: ArrayLike) -> np.ndarray:
     """Return the negative log-likelihood (nats) of the correct letter among the four.
 
     Parameters
@@ -240,7 +241,7 @@ def answer_nll(logits, answer) -> np.ndarray:
     return logsumexp(logits, axis=1) - np.take_along_axis(logits, answer[:, None], axis=1)[:, 0]
 
 
-def mcnemar(correct_a, correct_b) -> McNemar:
+def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
     """Exact McNemar test of two plans on the same questions.
 
     Under the null a question on which the two disagree favours either with probability 1/2, so
@@ -261,7 +262,13 @@ def mcnemar(correct_a, correct_b) -> McNemar:
 
 
 def paired_difference(
-    a, b, *, counts=None, confidence: float = 0.95, n_resamples: int = 10_000, random_state: int = 0
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    counts: ArrayLike | None = None,
+    confidence: float = 0.95,
+    n_resamples: int = 10_000,
+    random_state: int = 0,
 ) -> PairedDifference:
     """Return mean(a - b) with an interval and a sign-flip p-value.
 
@@ -363,7 +370,7 @@ def _sign_flip_means(d: np.ndarray, n_resamples: int, rng: np.random.Generator) 
     return np.concatenate([(2 * chosen - total) / d.size for chosen in kept])
 
 
-def _vector(values, name: str, dtype) -> np.ndarray:
+def _vector(values: ArrayLike, name: str, dtype: type) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name} has shape {array.shape}, but should be one value per item, at least one")
@@ -372,7 +379,7 @@ def _vector(values, name: str, dtype) -> np.ndarray:
     return array.astype(dtype)
 
 
-def _pair(a, b, dtype) -> tuple[np.ndarray, np.ndarray]:
+def _pair(a: ArrayLike, b: ArrayLike, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     a, b = _vector(a, "a", dtype), _vector(b, "b", dtype)
     if a.size != b.size:
         raise ValueError(f"a has {a.size} questions and b has {b.size}; a paired test needs the same questions in both")

@@ -69,7 +69,7 @@ class Storage:
         Whether `name` is a path on this machine.
     """
 
-    def __init__(self, path, filesystem: pafs.FileSystem | None = None):
+    def __init__(self, path: str | os.PathLike[str], filesystem: pafs.FileSystem | None = None):
         """Attach to a local path or a URI; nothing is read or created.
 
         Parameters
@@ -122,7 +122,7 @@ class Storage:
         with self._reached(folder):
             return sorted(info.base_name for info in self._fs.get_file_info(selector))
 
-    def open(self, inside: str):
+    def open(self, inside: str) -> pa.NativeFile:
         """Return a file open for random reading; FileNotFoundError if there is none."""
         with self._reached(inside):
             return self._fs.open_input_file(self._at(inside))
@@ -144,7 +144,7 @@ class Storage:
         with self._reached(inside), contextlib.suppress(FileNotFoundError):
             self._fs.delete_file(self._at(inside))
 
-    def publish(self, inside: str, data) -> None:
+    def publish(self, inside: str, data: bytes | pa.Buffer) -> None:
         """Make a file appear with this content, whole or not at all, in place of one that was there.
 
         Parameters
@@ -183,7 +183,7 @@ class Storage:
                 raise self._write_error(error, inside, len(data)) from error
             raise
 
-    def upload(self, source, inside: str, *, move: bool = False) -> None:
+    def upload(self, source: str | os.PathLike[str], inside: str, *, move: bool = False) -> None:
         """Copy a local folder. On disks it appears whole; an object store gets it file by file.
 
         move: the source is of no more use; where it lies on the same disk it is renamed, which takes neither the time
@@ -283,7 +283,7 @@ class Storage:
             self._fs.delete_dir(path)
 
     def _write_error(self, error: OSError, inside: str, needed: int) -> RunError:
-        what = _FULL.get(error.errno)
+        what = _FULL.get(error.errno or 0)  # some of pyarrow's errors have no number
         if what is None:
             return RunError(
                 f"could not write {self.show(inside)}: {error}; nothing half-written is left there. Check the path and "
@@ -329,7 +329,7 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raymerge"
 
 
-def free_bytes(folder) -> int:
+def free_bytes(folder: str | os.PathLike[str]) -> int:
     """Bytes free on the disk of a folder of this machine's, also of one that is still to be made. Of a disk that does
     not say how large it is, as a tmpfs without limits or a FUSE folder of a bucket, there is no end to them."""
     there = Path(folder).absolute()
@@ -356,7 +356,7 @@ def size_text(number: float) -> str:
     return f"{number:.1f} GB"
 
 
-def clear_scratch(folder, older_s: float = 0.0) -> None:
+def clear_scratch(folder: str | os.PathLike[str], older_s: float = 0.0) -> None:
     """Delete what killed processes left under temporary names right in a local folder, files and folders.
 
     older_s: only what was made so many seconds ago, where processes that live may be writing there.
@@ -488,7 +488,7 @@ def _temporary(path: str) -> str:
     return f"{folder}/{TEMPORARY}{uuid.uuid4().hex[:8]}.{name}"
 
 
-def _put(path: str, target: str, data) -> None:
+def _put(path: str, target: str, data: bytes | pa.Buffer) -> None:
     """Write a file of this machine's under a temporary name, and rename it."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(target, "wb") as file:  # not pyarrow's stream, which has no fsync
@@ -498,7 +498,7 @@ def _put(path: str, target: str, data) -> None:
     os.replace(target, path)
 
 
-def _renamed(source, target: str) -> bool:
+def _renamed(source: str | os.PathLike[str], target: str) -> bool:
     """Whether a folder could take the place of an empty one; on another disk it has to be copied."""
     try:
         os.rename(source, target)

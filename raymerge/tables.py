@@ -14,12 +14,13 @@ stores.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -110,7 +111,7 @@ class RunDirectory:
         Whether the config that it was opened with says of a file, a folder or a hub id another one than the stored.
     """
 
-    def __init__(self, path, filesystem: pafs.FileSystem | None = None):
+    def __init__(self, path: str | os.PathLike[str], filesystem: pafs.FileSystem | None = None):
         """Attach to a folder without reading it; `open` and `load` are the ways in."""
         self._storage = Storage(path, filesystem)
         self._tables = Tables(self._storage)
@@ -125,7 +126,9 @@ class RunDirectory:
         return f"RunDirectory({self._storage.name!r}, {self.experiment!r}, run_id={self.run_id!r})"
 
     @classmethod
-    def open(cls, path, config: dict, experiment: str, *, filesystem: pafs.FileSystem | None = None) -> RunDirectory:
+    def open(
+        cls, path: str | os.PathLike[str], config: dict, experiment: str, *, filesystem: pafs.FileSystem | None = None
+    ) -> RunDirectory:
         """Create the run, or take up the one that is there if its config allows.
 
         Parameters
@@ -168,13 +171,13 @@ class RunDirectory:
         return run
 
     @classmethod
-    def check(cls, path, config: dict, experiment: str) -> None:
+    def check(cls, path: str | os.PathLike[str], config: dict, experiment: str) -> None:
         """Raise RunError where `open` would because of what is there, and touch nothing: before models are read."""
         cls._checked(path, config, experiment, None)
 
     @classmethod
     def _checked(
-        cls, path, config: dict, experiment: str, filesystem: pafs.FileSystem | None
+        cls, path: str | os.PathLike[str], config: dict, experiment: str, filesystem: pafs.FileSystem | None
     ) -> tuple[RunDirectory, dict, _Stored | None]:
         """The run, still without what `open` gives it, the config as it is stored, and what is stored of the run that
         is there and can be taken up; None where there is none."""
@@ -200,14 +203,14 @@ class RunDirectory:
         return run, config, stored
 
     @classmethod
-    def experiment_at(cls, path) -> str | None:
+    def experiment_at(cls, path: str | os.PathLike[str]) -> str | None:
         """The experiment of the run at a path or a URI, None where there is no run; RunError where it cannot be
         looked."""
         stored = cls(path)._read_config()
         return None if stored is None else stored[0]
 
     @classmethod
-    def load(cls, path, *, filesystem: pafs.FileSystem | None = None) -> RunDirectory:
+    def load(cls, path: str | os.PathLike[str], *, filesystem: pafs.FileSystem | None = None) -> RunDirectory:
         """Return an existing run for reading (whatever its state); RunError if there is none."""
         run = cls(path, filesystem)
         stored = run._read_config()
@@ -220,7 +223,7 @@ class RunDirectory:
 
     # --- tables -------------------------------------------------------------------------------
 
-    def append(self, table: str, rows, part: str | None = None) -> str:
+    def append(self, table: str, rows: Iterable[Mapping[str, Any]] | pa.Table, part: str | None = None) -> str:
         """Write rows as one part of a table and return the part's name.
 
         Parameters
@@ -242,7 +245,7 @@ class RunDirectory:
         """
         return self._tables.append(table, conform(table, rows, self.run_id), part)
 
-    def replace(self, table: str, rows) -> None:
+    def replace(self, table: str, rows: Iterable[Mapping[str, Any]] | pa.Table) -> None:
         """Make a table consist of exactly these rows; arguments and errors as for `append`. A reader sees the old rows
         or the new, never both."""
         self._tables.replace(table, conform(table, rows, self.run_id))
@@ -326,7 +329,7 @@ class RunDirectory:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.append("incidents", [{"time": now, "kind": kind, "worker": worker, "detail": detail[:500]}])
 
-    def write_manifest(self, status: str, *, command: list[str] | None = None, **facts) -> dict:
+    def write_manifest(self, status: str, *, command: Sequence[str] | None = None, **facts: Any) -> dict:
         """Write manifest.json, the last act of a run, and return its content.
 
         Parameters
@@ -392,7 +395,7 @@ class RunDirectory:
         self.path_of(*names)  # refuses names that would leave the run
         self._storage.publish("/".join(names), text.encode("utf-8"))
 
-    def upload(self, source, *names: str, move: bool = False) -> str:
+    def upload(self, source: str | os.PathLike[str], *names: str, move: bool = False) -> str:
         """Copy a local folder, such as a checkpoint, to `path_of(*names)`; return that.
 
         On disks it appears whole and replaces what was there; an object store gets file by file. move: the source is
@@ -468,7 +471,7 @@ class _Stored(NamedTuple):
     run_id: str
 
 
-def _differences(there, here, prefix: str = "", *, free: Sequence[str] = ()) -> list[_Difference]:
+def _differences(there: Any, here: Any, prefix: str = "", *, free: Sequence[str] = ()) -> list[_Difference]:
     """Wherever two configs differ, but for the sections `free`; lists compare whole."""
     if not (isinstance(there, dict) and isinstance(here, dict)):
         return [] if there == here else [(prefix, repr(there), repr(here))]
@@ -480,5 +483,6 @@ def _differences(there, here, prefix: str = "", *, free: Sequence[str] = ()) -> 
         if key in there and key in here:
             found += _differences(there[key], here[key], name)
         else:
-            found.append((name, *(repr(side[key]) if key in side else "absent" for side in (there, here))))
+            values = [repr(side[key]) if key in side else "absent" for side in (there, here)]
+            found.append((name, values[0], values[1]))
     return found

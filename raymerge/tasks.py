@@ -96,8 +96,9 @@ def load_task(
         raise DataError(f"task {name}: unknown format {format!r}; there are {', '.join(FORMATS)}")
     if shots and examples is None:
         raise DataError(f"task {name}: shots={shots} needs examples, a file of the same format such as the train split")
-    items, shown = _items(name, format, file), ()
-    if shots:
+    items = _items(name, format, file)
+    shown: tuple[Item, ...] = ()
+    if shots and examples is not None:
         shown = _items(name, format, examples)[:shots]
         if len(shown) < shots:
             raise DataError(f"task {name}: shots={shots}, but {examples} has {len(shown)} items")

@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from raymerge.evaluation import Answers, answer_shard, generation_speed, score_c
 from raymerge.file_hashes import FileState, learn
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Receipt, receipts
-from raymerge.gradient import descend, descent_settings, loss_weights
+from raymerge.gradient import Epoch, descend, descent_settings, loss_weights
 from raymerge.identity import code_identity, digest
 from raymerge.inputs import CALIBRATION, SEARCH, read_material
 from raymerge.memory import MemoryPlanError
@@ -74,6 +74,10 @@ def _taken(began: tuple[float, float]) -> dict[str, float]:
     return {"seconds": wall - began[0], "cpu_seconds": cpu - began[1]}
 
 
+def _keep_descent(path: Path, _: Epoch, state: Mapping[str, torch.Tensor]) -> None:
+    write_tensors(path, state, "the descent")
+
+
 class SubsetSimilarity(NamedTuple):
     """What is stored of one subset of the similarity section.
 
@@ -91,8 +95,14 @@ def embedded(settings: SimilarityConfig, distances: np.ndarray) -> tuple[np.ndar
     """`SubsetSimilarity.embedded` of samples at distances (L, N, N)."""
     if MEASURES[settings.measure] != "embeddings":
         return None
-    options = {name: getattr(settings, name) for name in ("dimensions", "sigma", "anisotropy")}
-    return embed_layers(distances, method=settings.embedding, random_state=settings.seed, **options)
+    return embed_layers(
+        distances,
+        method=settings.embedding,
+        dimensions=settings.dimensions,
+        sigma=settings.sigma,
+        anisotropy=settings.anisotropy,
+        random_state=settings.seed,
+    )
 
 
 class ModelWorker:
@@ -123,7 +133,7 @@ class ModelWorker:
         model = config.model
         device = choose_device(config.workers.gpus_per_worker)
         dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
-        self.config, self.template, self.cache = config, template, Path(cache)
+        self.config, self._template, self.cache = config, template, Path(cache)
         self.checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
         self.material = read_material(config, roles)
         self.prompts = RolePrompts(config, self.material, self.checkpoint, shards=shards)
@@ -137,10 +147,18 @@ class ModelWorker:
         # Fits are made in the weights' own precision: quantisation comes after, as after merging.
         exact = self.runner if model.quantise == "none" else make()
         calibrates = self.material.calibration is not None
-        self.refitter = Refitter(exact, self.cache, (lambda: self.prompts.calibration) if calibrates else None)
+        self.refitter: Refitter = Refitter(
+            exact, self.cache, (lambda: self.prompts.calibration) if calibrates else None
+        )
         self._trunks = {first: TrunkCache(self.runner, first, self.cache) for first in sorted(firsts)}
         self._scorers: dict[tuple[str, int], TailScorer] = {}
         self._sources: dict[int, SourceLayers] = {}
+
+    @property
+    def template(self) -> MergePlan:
+        """The plan whose coefficients are searched; a worker without one is not asked for what it is needed for."""
+        assert self._template is not None
+        return self._template
 
     def describe(self) -> dict[str, Any]:
         """Where this worker runs and what it holds; the identities let a pool check that all hold the same."""
@@ -249,7 +267,7 @@ class ModelWorker:
     def _sources_of(self, first: int) -> SourceLayers:
         """The stacked weights from `first` on, as the template's candidates mix them."""
         if first not in self._sources:
-            plan = self.template
+            plan = self._template
             if plan is None:
                 self._sources[first] = SourceLayers(self.runner, first)
             else:
@@ -266,11 +284,12 @@ class ModelWorker:
         has value, accuracy, nll, perplexity (of the search text, or None), n_questions, seconds and cpu_seconds; and
         logits (n, 4) float32 if candidates' answers are to be stored.
         """
-        options = {"name": "candidate", "kind": "found"}
-        plans = [self.template.with_flat_alphas(alphas, (), **options) for alphas in candidates]
-        moved = any(len(alphas) > len(self.template.steps) for alphas in candidates)
+        template = self.template
+        plans = [template.with_flat_alphas(alphas, (), name="candidate", kind="found") for alphas in candidates]
+        moved = any(len(alphas) > len(template.steps) for alphas in candidates)
         asked = SEARCH in self.material.questions
-        scorer = self._scorer(SEARCH, self.template) if asked and plans and not moved else None
+        scorer = self._scorer(SEARCH, template) if asked and plans and not moved else None
+        found: Iterator[np.ndarray | None]
         if not asked:
             found = (None for _ in plans)
         elif scorer is None:
@@ -302,13 +321,13 @@ class ModelWorker:
                 loss,
                 settings,
                 state=read_tensors(path, "the descent") if is_whole(path, "the descent") else None,
-                on_epoch=lambda _, state, path=path: write_tensors(path, state, "the descent"),
+                on_epoch=partial(_keep_descent, path),
                 stops=lambda: time.monotonic() > deadline,
             )
             if found is None:
                 return [{"unfinished": True, **_taken(began)}]
             logits = None
-            if SEARCH in self.material.questions:
+            if loss.scorer is not None:
                 logits = next(loss.scorer.score_many([found.plan])).numpy()
             result = self._result(found.plan, logits, began)
             results.append(result | {"alphas": found.plan.flat_alphas, "history": found.history})
@@ -547,8 +566,8 @@ class ModelWorker:
             result = Study.from_arrays(arrays)
         else:
             result = study(recipe, found.distances, found.states, **options)
-            arrays = {name: torch.from_numpy(array) for name, array in result.arrays().items()}
-            write_tensors(path, arrays, "the study")
+            tensors = {name: torch.from_numpy(array) for name, array in result.arrays().items()}
+            write_tensors(path, tensors, "the study")
         kept = settings.max_tokens if settings.pooling == "sequence" else None
         distinct = distinct_samples(shards, max_tokens=kept)
         return SubsetSimilarity(result, found.block_influence, embedded(settings, found.distances), distinct)

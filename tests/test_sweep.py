@@ -467,6 +467,15 @@ def test_blocks_are_chosen_before_their_points_are_made(stand_ins, tmp_path):
     assert "calibration" in str(held), "the run goes on with the same one alone"
 
 
+def test_a_block_by_similarity_is_refused_where_there_is_no_similarity_run(tmp_path, monkeypatch):
+    """plan.selection, by which the plan section refuses it, plays no part in a sweep."""
+    monkeypatch.setattr(compression_sweep, "runtime", lambda *_: nullcontext())
+    more = ["sweep.methods=[drop_block]", "plan.block=similarity", f"output.run={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match="plan.block is similarity, which needs plan.similarity_run"):
+        sweep(load_config(None, [*FEW, *more]))
+    assert not (tmp_path / "run").exists()
+
+
 def test_merges_of_similar_layers_are_those_collected_anew_where_they_are(stand_ins, tmp_path, monkeypatch):
     """One after another up to the largest K, whatever plan.merges is."""
     asked, plans = [], []

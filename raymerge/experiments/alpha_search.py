@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -116,14 +116,13 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     n_layers = inputs.checkpoint.n_layers
     similarity = similarity_of(config.plan, n_layers)
     # With plan.recompute and plan.block the merges may come from the model; these show what can be refused.
-    by_block = config.plan.selection == "block"
-    first = allowed_starts(config.plan, n_layers, config.plan.merges, inputs.checkpoint)[0] if by_block else None
+    block_size = config.plan.merges if config.plan.selection == "block" else None
+    first = None if block_size is None else allowed_starts(config.plan, n_layers, block_size, inputs.checkpoint)[0]
     start = starting_plan(config.plan, n_layers, similarity, first)
     probes = [read_alpha_file(path, n_layers) for path in config.search.probes]
-    _check(config, inputs, start, [] if by_block else probes)
+    _check(config, inputs, start, probes if block_size is None else [])
     matrices = () if similarity is None else (similarity.matrix, similarity.block_influence)
-    held = {"plans": [start, *probes], "similarity": matrices}
-    run = open_run(config, "search", settings, inputs, progress, **held)
+    run = open_run(config, "search", settings, inputs, progress, plans=[start, *probes], similarity=matrices)
     if run.complete:
         return run
     for warning in (warnings := similarity_warnings(config.plan, inputs.checkpoint.identity)):
@@ -132,10 +131,19 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
         if config.plan.recompute:
             start = recomputed_plan(config, n_layers, cache, progress)
             _check(config, inputs, start, probes)
-        if by_block:
-            merges, options = config.plan.merges, {"roles": (*asked, CALIBRATION), "checkpoint": inputs.checkpoint}
-            first = choose_blocks(config, n_layers, [merges], run, cache, similarity, progress, **options)[merges]
-            start = starting_plan(config.plan, n_layers, similarity, first)
+        if block_size is not None:
+            found = choose_blocks(
+                config,
+                n_layers,
+                [block_size],
+                run,
+                cache,
+                similarity,
+                progress,
+                roles=(*asked, CALIBRATION),
+                checkpoint=inputs.checkpoint,
+            )
+            start = starting_plan(config.plan, n_layers, similarity, found[block_size])
             _check(config, inputs, start, probes)
         return _Search(config, inputs, run, cache, start, similarity, progress, command, warnings).execute(probes)
 
@@ -225,9 +233,16 @@ class _Search:
 
     def execute(self, probes: list[MergePlan]) -> RunDirectory:
         began = time.monotonic()
-        options = {"run": self.run, "progress": self.progress}
-        options |= {"template": self.template, "plans": self.templates, "firsts": self.firsts}
-        with open_pool(self.config, self.inputs, self.cache, **options) as pool:
+        with open_pool(
+            self.config,
+            self.inputs,
+            self.cache,
+            run=self.run,
+            template=self.template,
+            plans=self.templates,
+            firsts=self.firsts,
+            progress=self.progress,
+        ) as pool:
             self.pool = pool
             self.facts["workers"] = describe_workers(pool, self.inputs, self.progress, self.run)
             shards = compute_trunk(pool, self.inputs, self.progress)
@@ -378,7 +393,7 @@ class _Search:
             batch = choose_batch(seconds_per_candidate, candidates, self._concurrent)
         common = {"dimensions": len(self.start.steps), "bounds": settings.bounds, "seed": settings.seed}
         warp = tail_coefficients if self.start.selection in ("tail", "block") else None
-        proposers = {
+        proposers: dict[str, Callable[..., Proposer]] = {
             "random": RandomProposer,
             "bayes": partial(BayesProposer, initial=settings.initial, warp=warp),
         }
@@ -447,8 +462,8 @@ class _Search:
             replayed=done,
             on_progress=lambda n, best: self.progress.advance(n, "" if best is None else f"best {best:.4f}"),
         )
-        tune = {"storage_path": str(Path(self.cache).absolute() / "tune"), "loggers": self.config.output.loggers}
-        outcome = run_search(batches, name=searcher, **tune, **options)
+        storage, loggers = str(Path(self.cache).absolute() / "tune"), self.config.output.loggers
+        outcome = run_search(batches, name=searcher, storage_path=storage, loggers=loggers, **options)
         self.facts[f"{searcher}_search"] = {
             "batch": batch,
             "concurrent": concurrent,

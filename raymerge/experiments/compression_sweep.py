@@ -33,7 +33,7 @@ from raymerge.experiments.planning import choose_blocks, choose_one_by_one, reco
 from raymerge.experiments.refitting import fit, refit_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
-from raymerge.heuristics import least_influence_plan, most_similar_pairs, pair_alphas
+from raymerge.heuristics import most_similar_pairs, pair_alphas
 from raymerge.inputs import CALIBRATION, REPORT, RETRIEVAL
 from raymerge.plan import (
     MergePlan,
@@ -49,7 +49,14 @@ from raymerge.plan import (
     tail_pairs,
 )
 from raymerge.plan_files import made_for_another, read_plan
-from raymerge.plan_section import Similarity, allowed_starts, options_of, similarity_of, similarity_warnings
+from raymerge.plan_section import (
+    Similarity,
+    allowed_starts,
+    influence_plan,
+    options_of,
+    similarity_of,
+    similarity_warnings,
+)
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.refit import check_refittable
@@ -112,8 +119,8 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     shown = chosen = Chosen(blocks, greedy=range(n_layers - 1, n_layers - 1 - most, -1))
     points = _points(config, inputs, similarity, shown)
     matrices = () if similarity is None else (similarity.matrix, similarity.block_influence)
-    held = {"plans": [point.plan for point in points], "similarity": matrices}
-    run = open_run(config, "sweep", settings, inputs, progress, **held)
+    plans = [point.plan for point in points]
+    run = open_run(config, "sweep", settings, inputs, progress, plans=plans, similarity=matrices)
     if run.complete:
         return run
     for warning in (warnings := _warnings(config, inputs.checkpoint)):
@@ -128,8 +135,8 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
             chosen = replace(chosen, greedy=choose_one_by_one(config, n_layers, most, run, cache, progress))
         if config.plan.recompute and "most_similar" in config.sweep.methods:
             plan = config.plan.model_copy(update={"merges": most})
-            found = recomputed_plan(config.model_copy(update={"plan": plan}), n_layers, cache, progress)
-            chosen = replace(chosen, most_similar=found)
+            merged = recomputed_plan(config.model_copy(update={"plan": plan}), n_layers, cache, progress)
+            chosen = replace(chosen, most_similar=merged)
         if chosen is not shown:
             points = _points(config, inputs, similarity, chosen)
         return _Sweep(config, inputs, run, cache, points, progress, command, warnings).execute()
@@ -213,8 +220,8 @@ def _points_of_file(config: Config, method: str, path: str, n_layers: int) -> li
 
 
 def _check_sources(config: Config, similarity: Similarity | None) -> None:
-    """Refuse methods that need a similarity run, or block influence, that is not there, and a threshold, since K is
-    given. Raises ConfigError."""
+    """Refuse methods and blocks that need a similarity run, or block influence, that is not there, and a threshold,
+    since K is given. Raises ConfigError."""
     if config.plan.threshold is not None:
         raise ConfigError(
             f"plan.threshold is {config.plan.threshold:g}, but a sweep merges as many layers as sweep.merges says: set "
@@ -223,7 +230,12 @@ def _check_sources(config: Config, similarity: Similarity | None) -> None:
     methods, run = config.sweep.methods, config.plan.similarity_run
     if similarity is None and (needing := [method for method in methods if method in SIMILARITY_METHODS]):
         raise ConfigError(f"sweep.methods {needing} need plan.similarity_run: the run of `raymerge similarity`")
-    if "block_influence" in methods and similarity.block_influence is None:
+    if similarity is None and config.sweep.takes_blocks and config.plan.block == "similarity":
+        raise ConfigError(
+            "plan.block is similarity, which needs plan.similarity_run, the run of `raymerge similarity`: name it, or "
+            "choose blocks by cosine, angular or loss"
+        )
+    if "block_influence" in methods and (similarity is None or similarity.block_influence is None):
         raise ConfigError(f"{run} has no block influence, which sweep.methods asks for")
 
 
@@ -231,31 +243,36 @@ def _points_of(
     config: Config, n_layers: int, method: str, merges: int, similarity: Similarity | None, chosen: Chosen
 ) -> list[Point]:
     """The points of a method that merges `merges` layers."""
-    first = chosen.blocks.get(merges)
     if method == "drop":
         plan = drop_plan(n_layers, merges)
     elif method == "drop_block":
-        plan = drop_block_plan(n_layers, first, merges)
+        plan = drop_block_plan(n_layers, chosen.blocks[merges], merges)
     elif method == "drop_greedy":
         plan = drop_layers_plan(n_layers, chosen.greedy[:merges], name=method)
     elif method == "before_last":
         plan = before_last_plan(n_layers, merges)
     elif method == "block_influence":
-        plan = least_influence_plan(similarity.block_influence, merges)
+        (plan,) = influence_plan(similarity, merges)
     else:
         matrix = None if similarity is None else similarity.matrix
         if method == "most_similar" and chosen.most_similar is not None:
             plan = replace(chosen.most_similar, steps=chosen.most_similar.steps[:merges], name=method, kind="file")
         else:
-            plan = _averaged(config.plan, n_layers, method, merges, matrix, first)
+            plan = _averaged(config.plan, n_layers, method, merges, matrix, chosen.blocks)
         return _variants(config, merges, plan.name, plan)
     return [Point(merges, method, replace(plan, name=f"{method}_k{merges}"))]
 
 
 def _averaged(
-    settings: PlanConfig, n_layers: int, method: str, merges: int, matrix: np.ndarray | None, first: int | None
+    settings: PlanConfig,
+    n_layers: int,
+    method: str,
+    merges: int,
+    matrix: np.ndarray | None,
+    blocks: Mapping[int, int],
 ) -> MergePlan:
-    """The plan of a method that averages layers, under the method's name; matrix: similarities (L, L)."""
+    """The plan of a method that averages layers, under the method's name; matrix: similarities (L, L); blocks: as of
+    `Chosen`."""
     pairs, selection, kind = tail_pairs(n_layers, merges), "tail", "file"
     base, ratio = method, settings.ratio
     if method.startswith("fixed:"):
@@ -264,9 +281,10 @@ def _averaged(
         # A file's coefficients belong to its own merges.
         base = "fixed" if settings.base == "file" else settings.base
         if method == "most_similar":
+            assert matrix is not None  # as `_check_sources` has seen to
             pairs, selection = most_similar_pairs(matrix, merges=merges), "most_similar"
         else:
-            pairs, selection = block_pairs(n_layers, first, merges, settings.survivor), "block"
+            pairs, selection = block_pairs(n_layers, blocks[merges], merges, settings.survivor), "block"
     return pairs_plan(
         n_layers,
         pairs,
@@ -338,8 +356,15 @@ class _Sweep:
 
     def execute(self) -> RunDirectory:
         reporter = Reporter(self.config, self.inputs, self.run)
-        options = {"run": self.run, "plans": self.plans, "firsts": self.firsts, "progress": self.progress}
-        with open_pool(self.config, self.inputs, self.cache, **options) as pool:
+        with open_pool(
+            self.config,
+            self.inputs,
+            self.cache,
+            run=self.run,
+            plans=self.plans,
+            firsts=self.firsts,
+            progress=self.progress,
+        ) as pool:
             workers = describe_workers(pool, self.inputs, self.progress, self.run)
             further = (RETRIEVAL,) if self.config.sweep.context else ()
             shards = compute_trunk(pool, self.inputs, self.progress, further)

@@ -105,11 +105,10 @@ def _workers(
     config: Config, inputs: Inputs, run: RunDirectory, progress: Progress
 ) -> Iterator[tuple[WorkerPool, list[dict[str, Any]]]]:
     """A pool with a worker for each subset at the most, and what they hold."""
-    options = {"run": run, "most": len(inputs.subsets), "progress": progress}
     with (
         runtime(config, progress),
         swept_cache(config, run) as cache,
-        open_pool(config, inputs, cache, **options) as pool,
+        open_pool(config, inputs, cache, run=run, most=len(inputs.subsets), progress=progress) as pool,
     ):
         workers = describe_workers(pool, inputs, progress, run)
         machines = len({worker["host"] for worker in workers})  # each subset is cached on one of them
@@ -278,14 +277,14 @@ def import_similarity(
     for a file that is no square matrix, files of different sizes or two of one name.
     """
     progress = progress or Silent()
-    files = [Path(file) for file in files]
-    matrices = {file.stem.removesuffix("_40s"): _read_matrix(file) for file in files}
-    if len(matrices) < len(files):
-        raise ConfigError(f"{len(files)} files give {len(matrices)} subset names ({', '.join(matrices)}): rename some")
+    paths = [Path(file) for file in files]
+    matrices = {path.stem.removesuffix("_40s"): _read_matrix(path) for path in paths}
+    if len(matrices) < len(paths):
+        raise ConfigError(f"{len(paths)} files give {len(matrices)} subset names ({', '.join(matrices)}): rename some")
     sizes = {name: len(matrix) for name, matrix in matrices.items()}
     if len(set(sizes.values())) > 1:
         raise ConfigError(f"the matrices have different numbers of layers, {sizes}: they cannot be compared")
-    run = RunDirectory.open(out, {"files": [str(file.resolve()) for file in files]}, "import-similarity")
+    run = RunDirectory.open(out, {"files": [str(path.resolve()) for path in paths]}, "import-similarity")
     run.begin()
     rows = []
     for name, matrix in matrices.items():

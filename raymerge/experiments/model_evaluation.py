@@ -58,11 +58,10 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
     if run.complete:
         return run
     plan = base_plan(inputs.checkpoint.n_layers)
-    options = {"run": run, "progress": progress, "shards_each": _SHARDS_EACH}
     with (
         runtime(config, progress),
         swept_cache(config, run) as cache,
-        open_pool(config, inputs, cache, **options) as pool,
+        open_pool(config, inputs, cache, run=run, shards_each=_SHARDS_EACH, progress=progress) as pool,
     ):
         workers = describe_workers(pool, inputs, progress, run)
         _Evaluation(config, inputs, run, plan, plan.plan_id(inputs.checkpoint.identity)).answer(pool, progress)
@@ -121,10 +120,9 @@ class _Evaluation:
             if done.issuperset(members):
                 continue
             item = self.plan, role, number
+            call: tuple[str, Any] = "score_choices", item
             if role == REPORT:
                 call = "answers", (*item, self.config.data.question_perplexity)
-            else:
-                call = "score_choices", item
             # Named by content, so that the same shard again replaces its part.
             part = f"{role.removeprefix(task_role(''))}-{digest(members)}"
             yield _Share(call, tokens[number], partial(self._store, role, part))
@@ -132,12 +130,11 @@ class _Evaluation:
     def _numbers(self, role: str, stored: pa.Table) -> list[int]:
         """For each row of `answers`, the number of its question in the role; of `task_answers`, of its task's item."""
         if role == REPORT:
-            number = {(q.subject, q.question_id): i for i, q in enumerate(self.inputs.questions[REPORT].questions)}
+            asked = {(q.subject, q.question_id): i for i, q in enumerate(self.inputs.questions[REPORT].questions)}
             keys = zip(stored["subject"].to_pylist(), stored["question_id"].to_pylist(), strict=True)
-        else:
-            number = {item.item_id: i for i, item in enumerate(self.tasks[role].items)}
-            keys = stored["item_id"].to_pylist()
-        return [number[key] for key in keys]
+            return [asked[key] for key in keys]
+        items = {item.item_id: i for i, item in enumerate(self.tasks[role].items)}
+        return [items[key] for key in stored["item_id"].to_pylist()]
 
     def _stored(self, role: str) -> pa.Table:
         """The rows that there are of a role."""
@@ -157,6 +154,7 @@ class _Evaluation:
     def _gather(self, losses: Sequence[TextLosses]) -> None:
         """Write each table whole, in the order of what was asked; losses: of the text, where it was run."""
         if losses:
+            assert self.inputs.text is not None  # which they are of
             joined = TextLosses.join(losses)
             self.run.replace("context", rows.position_rows(self.plan_id, joined))
             self.run.replace("text_losses", rows.text_loss_rows(self.plan_id, joined))

@@ -49,8 +49,9 @@ def choose_blocks(
     chosen_by = "cosine" if plan.block == "search" else "given" if isinstance(plan.block, int) else plan.block
     tokens = None
     if chosen_by == "given":
-        scores = {("given", count): {first: None for first in starts[count]} for count in merges}
+        scores: _Scores = {("given", count): dict.fromkeys(starts[count], math.nan) for count in merges}
     elif chosen_by == "similarity":
+        assert similarity is not None  # without one the configuration is refused
         scores = {(chosen_by, count): similar_block_scores(similarity.matrix, count) for count in merges}
     else:
         inputs = read_inputs(config, roles, text=False)
@@ -68,7 +69,7 @@ def choose_blocks(
                 "first": first,
                 "last": first + count - 1,
                 "measure": name,
-                "score": score,
+                "score": None if name == "given" else score,
                 "chosen": name == chosen_by and first == chosen[count],
                 "tokens": tokens,
             }
@@ -199,6 +200,7 @@ def recomputed_plan(config: Config, n_layers: int, cache: str, progress: Progres
     a second call is quick. Needs Ray; one worker does it, since each merge waits for the one before it.
     """
     plan = config.plan
+    assert plan.similarity_run is not None  # which plan.recompute goes with
     stored = RunDirectory.load(plan.similarity_run)
     source = parse_config(stored.config, source=f"{plan.similarity_run}/config.yaml")
     if source.model != config.model:

@@ -36,18 +36,18 @@ def fit(pool: WorkerPool, plans: Sequence[MergePlan], inputs: Inputs, run: RunDi
     Layers are fitted in order, each on what those before it give, so that the calibration's shards are what is worked
     on in parallel. What is in the cache is not fitted again. Raises RefitError.
     """
-    plans = [plan for plan in plans if plan.refit is not None]
-    if not plans:
+    refits = [(plan, plan.refit) for plan in plans if plan.refit is not None]
+    if not refits:
         return
-    for plan in plans:
+    for plan, _ in refits:
         check_refittable(inputs.checkpoint, plan)
     identity = inputs.checkpoint.identity
     stored = set(run.read("refits", ["plan_id"])["plan_id"].to_pylist())
     (shards,) = pool.map("shard_tokens", [CALIBRATION])
     numbers = range(len(shards))
-    progress.stage("fits", sum(len(steps_of(plan)) for plan in plans))
+    progress.stage("fits", sum(len(steps_of(plan)) for plan, _ in refits))
     made = 0
-    for plan in plans:
+    for plan, refit in refits:
         steps, began = len(steps_of(plan)), time.monotonic()
         done = min(pool.broadcast("refit_done", plan))
         progress.advance(made + done, plan.name)
@@ -65,18 +65,18 @@ def fit(pool: WorkerPool, plans: Sequence[MergePlan], inputs: Inputs, run: RunDi
         if plan_id not in stored:
             (records,) = pool.map("refit_records", [plan])
             seconds = time.monotonic() - began if done == 0 else None
-            run.append("refits", [_row(plan_id, plan, record, seconds) for record in records], part=plan_id)
+            run.append("refits", [_row(plan_id, refit, record, seconds) for record in records], part=plan_id)
             stored.add(plan_id)
 
 
-def _row(plan_id: str, plan: MergePlan, record: dict[str, Any], seconds: float | None) -> dict[str, Any]:
+def _row(plan_id: str, refit: Refit, record: dict[str, Any], seconds: float | None) -> dict[str, Any]:
     """A row of `refits`; what a fit does not have is null."""
     figures = {
         name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in record.items()
     }
     return figures | {
         "plan_id": plan_id,
-        "method": plan.refit.method,
+        "method": refit.method,
         "layer": int(record["layer"]),
         "tokens": int(record["tokens"]),
         "seconds": seconds,

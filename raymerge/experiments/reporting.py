@@ -67,8 +67,7 @@ class Reporter:
         shards: the number of shards by role (tasks' and TEXT too); firsts: layers whose inputs the workers have cached.
         """
         data = self.config.data
-        answered = self.run.distinct("answers", ["plan_id", "split"])
-        answered = {plan for plan, split in answered if split == data.report_split}
+        answered = {plan for plan, of in self.run.distinct("answers", ["plan_id", "split"]) if of == data.report_split}
         measured = {plan for plan, of in self.run.distinct("perplexity", ["plan_id", "target"]) if of == "text"}
         receipted = {plan for (plan,) in self.run.distinct("receipts", ["plan_id"])}
         scored = self.run.distinct("task_answers", ["plan_id", "task"])
@@ -109,6 +108,7 @@ class Reporter:
         part."""
         plan_id = plan.plan_id(self.identity)
         if method == "text_nll":
+            assert self.inputs.text is not None  # or there are no losses of it
             losses, part = TextLosses.join(results), f"text-{plan_id}"
             self.run.append("context", rows.position_rows(plan_id, losses), part=part)
             self.run.append("text_losses", rows.text_loss_rows(plan_id, losses), part=part)

@@ -28,10 +28,10 @@ def write_report(
     `out` must be said - with several runs, or one that is not on this machine - and where it cannot be written.
     """
     listed = [runs] if isinstance(runs, str | Path | RunDirectory) else runs
-    runs = [run.path_of() if isinstance(run, RunDirectory) else run for run in listed]
-    if not runs:
+    paths = [run.path_of() if isinstance(run, RunDirectory) else run for run in listed]
+    if not paths:
         raise RunError("name at least one run directory")
-    loaded = [RunDirectory.load(run) for run in runs]
+    loaded = [RunDirectory.load(path) for path in paths]
     if out is None:
         if len(loaded) > 1 or not loaded[0].is_local:
             raise RunError(
@@ -42,7 +42,7 @@ def write_report(
     if path.is_dir():
         raise RunError(f"{path} is a folder; --out names the page, for example {path / 'report.html'}")
     progress = progress or Silent()
-    page = page_of(loaded, shlex.join(["raymerge", "report", *without_secrets(list(map(str, runs)))]), progress)
+    page = page_of(loaded, shlex.join(["raymerge", "report", *without_secrets(list(map(str, paths)))]), progress)
     with step(progress, "writing the page"):
         html = to_html(page)
     try:
