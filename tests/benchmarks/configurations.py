@@ -2,13 +2,15 @@
 trace or a disagreement.
 
     python tests/benchmarks/configurations.py [--minutes 10] [--seed 1] [--experiments search …] [--prove] [--audit]
-        [--always KEY …] [--log FILE]
+        [--always KEY …] [--wild N] [--log FILE]
 
 A line: the seed that repeats it, how it ended (well, refused with a UserError, or a trace), the settings, and words of
 the page and the terminal that no user should read, such as None or nan. Models are the demo's and random ones of every
 family, of five layers; every run is summarised, made a page of, and asked for again once it is complete. --prove has
 what searches save reloaded by transformers alone and compared. --audit has every run recomputed by tests/audit: one of
-which something disagrees ends as "differs", with the first of these as its message.
+which something disagrees ends as "differs", with the first of these as its message. --wild sets up to N keys more, of
+any section, to whatever their types allow, and leaves out files and runs that others may need: most are refused, and
+none may end with a trace.
 """
 
 import argparse
@@ -40,7 +42,7 @@ from transformers.utils import logging as transformers_logging
 
 from raymerge import console, experiments
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import Alignment, Embedding, Measure, RefitMethod
+from raymerge.config import Alignment, Config, Embedding, Measure, RefitMethod
 from raymerge.config_file import load_config
 from raymerge.errors import UserError
 from raymerge.report import write_report
@@ -150,14 +152,16 @@ SENSITIVITY = SIMILARITY | {
     "sensitivity.merges": (1, [1, 4]),
     "sensitivity.thresholds": (0.5, [[], [-1, 2]]),
 }
+TAMED = {"model.path", "model.trust_remote_code", "data.language", "data.subjects", "sweep.distances"}  # never wild
+LEFT_OUT = ["plan.similarity_run", "plan.alpha_file", "sweep.alpha_files", "search.text", "calibration.text"]
 EXPERIMENTS = {"search": SEARCH, "sweep": SWEEP, "similarity": SIMILARITY, "sensitivity": SENSITIVITY, "evaluate": {}}
 
 
 class Drawer:
     """Configurations by seed, and what they read: models, similarity runs and alpha files in one folder."""
 
-    def __init__(self, folder: Path, prove: bool, always=()):
-        self.folder, self.prove, self.always = folder, prove, always
+    def __init__(self, folder: Path, prove: bool, always=(), wild=0):
+        self.folder, self.prove, self.always, self.most_wild = folder, prove, always, wild
         self.families = list(FAMILIES)
 
     def settings(self, experiment, seed):
@@ -182,9 +186,22 @@ class Drawer:
                 found |= self._tasks(r)
             if "file" in found.get("sweep.methods", []):
                 found["sweep.alpha_files"] = {"one": self._alphas(r, n_layers), "another": self._alphas(r, n_layers)}
+            if self.most_wild:
+                return found | self._wild(r, found)
             with contextlib.suppress(UserError):
                 load_config(None, overrides(found))
                 return found
+
+    def _wild(self, r, found):
+        """Keys of any section with values that their types allow, and some of `found` with their defaults."""
+        values = wild_values()
+        drawn = {key: r.choice(values[key]) for key in r.sample(sorted(values), r.randint(1, self.most_wild))}
+        defaults = Config().model_dump()
+        for key in LEFT_OUT:
+            if key in found and r.random() < 0.25:
+                section, _, name = key.partition(".")
+                drawn[key] = defaults[section][name]
+        return drawn
 
     def _model(self, r):
         if r.random() < 0.4:
@@ -226,6 +243,33 @@ class Drawer:
             few |= {"model.path": model, "output.run": str(run), "output.figures": False}
             experiments.similarity(load_config(None, overrides(few)))
         return str(run)
+
+
+def wild_values():
+    """For every key whose type says which values it has, some of them, the smallest and largest among them."""
+    schema, found = Config.model_json_schema(), {}
+    for section, about in schema["properties"].items():
+        keys = schema["$defs"].get(about.get("$ref", "").rpartition("/")[2], {}).get("properties", {})
+        for name, key in keys.items():
+            if section not in ("workers", "output") and f"{section}.{name}" not in TAMED and (values := allowed(key)):
+                found[f"{section}.{name}"] = values
+    return found
+
+
+def allowed(key):
+    """Values of a JSON schema; none where any text will do."""
+    if "anyOf" in key:
+        return [value for kind in key["anyOf"] for value in allowed(kind)]
+    if "enum" in key or "const" in key:
+        return key.get("enum") or [key["const"]]
+    kind = key.get("type")
+    if kind in ("integer", "number"):
+        low, high = key.get("minimum", key.get("exclusiveMinimum", -1)), key.get("maximum", 7)
+        return sorted({low, high, low + 1, 3, *([(low + high) / 2, low + 1e-9] if kind == "number" else [])})
+    if kind == "array":
+        some = allowed(key.get("items", {}))
+        return [[], some[:1], some[-2:], some[:1] * 2] if some else []
+    return {"boolean": [True, False], "null": [None]}.get(kind, [])
 
 
 def overrides(settings):
@@ -295,13 +339,16 @@ def main():
     parser.add_argument("--prove", action="store_true", help="reload what searches save")
     parser.add_argument("--audit", action="store_true", help="recompute every run by other code")
     parser.add_argument("--always", nargs="+", default=[], metavar="KEY", help="keys that every configuration sets")
+    parser.add_argument("--wild", type=int, default=0, metavar="N", help="set up to so many keys to anything")
     parser.add_argument("--log", type=argparse.FileType("a"), default="-")
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     ends, failed = time.monotonic() + 60 * options.minutes, 0
     with contextlib.ExitStack() as stack:
-        drawer = Drawer(Path(stack.enter_context(tempfile.TemporaryDirectory())), options.prove, options.always)
+        drawer = Drawer(
+            Path(stack.enter_context(tempfile.TemporaryDirectory())), options.prove, options.always, options.wild
+        )
         without_ray(stack)
         for seed in range(options.seed, sys.maxsize):
             if time.monotonic() > ends:
