@@ -31,7 +31,11 @@ class FileState(NamedTuple):
 
 def sha256_of(file: Path) -> str:
     """The SHA-256 of a file's content, in hex digits; one that is known to be as it was when it was hashed is not
-    read. Raises OSError."""
+    read. Raises OSError.
+
+    One change leaves no trace: what is written through a shared mapping (np.memmap) into a page that was written so
+    before, until the page is on disk, some 30 seconds, or on a tmpfs for good.
+    """
     with file.open("rb") as stream:
         before = _state(stream.fileno())
         if before not in _known:
