@@ -7,7 +7,17 @@ page of a run.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what `_HOMES` names, which a type checker cannot read
+    from raymerge import experiments
+    from raymerge.candidates import CandidateScorer
+    from raymerge.config import Config
+    from raymerge.config_file import load_config
+    from raymerge.errors import UserError
+    from raymerge.merging import merge
+    from raymerge.report import write_report
+    from raymerge.tables import RunDirectory
 
 __version__ = "0.1.0"
 
@@ -34,14 +44,16 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Load a public name where it is first asked for (PEP 562)."""
-    if name == "experiments":  # search and similarity are modules' names too, so the experiments keep their namespace
-        return importlib.import_module("raymerge.experiments")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'raymerge' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
-    return value
+if not TYPE_CHECKING:  # to which any name would then be one of this package
+
+    def __getattr__(name: str) -> Any:
+        """Load a public name where it is first asked for (PEP 562)."""
+        if name == "experiments":  # search and similarity are modules' names too, so they keep their namespace
+            return importlib.import_module("raymerge.experiments")
+        if name not in _HOMES:
+            raise AttributeError(f"module 'raymerge' has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+        return value
 
 
 def __dir__() -> list[str]:

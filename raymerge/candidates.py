@@ -26,6 +26,9 @@ from raymerge.saving import check_writable
 from raymerge.storage import scratch_folder
 from raymerge.worker import ModelWorker
 
+#: Coefficients of one candidate, (K,): optimisers give arrays, which are no Sequence to a type checker.
+Alphas = Sequence[float] | np.ndarray
+
 
 class CandidateScorer:
     """Scores alphas of the plan section's merges as `raymerge search` does, by its objective on its questions and text.
@@ -77,7 +80,7 @@ class CandidateScorer:
         self._worker = None
         self._delete()
 
-    def candidate(self, alphas: Sequence[float], name: str = "candidate") -> MergePlan:
+    def candidate(self, alphas: Alphas, name: str = "candidate") -> MergePlan:
         """The merges with alphas (K,) in the order of `plan.steps`. Raises PlanError."""
         try:
             values = np.asarray(alphas, dtype=np.float64)
@@ -89,23 +92,23 @@ class CandidateScorer:
             )
         return self.plan.with_alphas(values.tolist(), name=name, kind="found")
 
-    def score(self, vectors: Sequence[Sequence[float]]) -> list[Score]:
+    def score(self, vectors: Sequence[Alphas] | np.ndarray) -> list[Score]:
         """What candidates, (n, K) alphas, reach: the objective, micro accuracy, mean answer NLL (nats) and the search
         text's perplexity; None for what is not asked for, NaN where logits are not finite.
 
         Several at once take fewer passes over the weights than one after the other. Raises PlanError.
         """
-        vectors = [self.candidate(alphas).alphas for alphas in vectors]
-        return [Score(*(found[key] for key in Score._fields)) for found in self._open().score(vectors)]
+        candidates = [self.candidate(alphas).alphas for alphas in vectors]
+        return [Score(*(found[key] for key in Score._fields)) for found in self._open().score(candidates)]
 
-    def answer_logits(self, alphas: Sequence[float]) -> np.ndarray:
+    def answer_logits(self, alphas: Alphas) -> np.ndarray:
         """Logits (n, 4) float32 of the answer letters under a candidate, one row for each of `questions`. Raises
         PlanError, ConfigError where nothing is asked, NotFiniteError."""
         if not self.questions:
             raise ConfigError("data.mmlu is null, so that no questions are asked: a candidate has no answers")
         return self._open().answers((self.candidate(alphas), SEARCH, None, False)).logits
 
-    def loss(self, alphas: Sequence[float]) -> tuple[float, np.ndarray]:
+    def loss(self, alphas: Alphas) -> tuple[float, np.ndarray]:
         """What searcher gradient minimises for the objective (nats; answer_nll for accuracies), and its gradient by
         alphas, (K,) float64.
 
@@ -116,7 +119,7 @@ class CandidateScorer:
         """
         return self._open().loss(self.candidate(alphas).alphas)
 
-    def save(self, alphas: Sequence[float], folder: str | Path, *, verify: bool = True) -> dict[str, Any]:
+    def save(self, alphas: Alphas, folder: str | Path, *, verify: bool = True) -> dict[str, Any]:
         """Save a candidate as an ordinary checkpoint and prove it: `merging.save_merged`, whose record this returns.
         Raises PlanError, CheckpointError, ProofError."""
         folder, worker = Path(folder).expanduser(), self._open()

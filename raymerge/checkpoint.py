@@ -29,7 +29,7 @@ from raymerge.architectures import Architecture
 from raymerge.device import moved
 from raymerge.errors import UserError
 from raymerge.families import architecture_of, attention_windows, rotary_types
-from raymerge.file_hashes import sha256_of
+from raymerge.file_hashes import FileState, known_hashes, sha256_of
 from raymerge.gguf_input import SOURCE_FILE, converted_gguf, gguf_file_of
 from raymerge.hub import fetch
 from raymerge.identity import digest
@@ -331,6 +331,13 @@ class Checkpoint(Mapping[str, Tensor]):
         with ThreadPoolExecutor() as threads:  # hashing releases the GIL, and large models are many files
             weights = list(threads.map(sha256_of, self._files))
         return digest({"config": config, "weights": weights} | ({"code": code} if code else {}))
+
+    @property
+    def known_hashes(self) -> tuple[tuple[FileState, str], ...]:
+        """What this process knows of the files that the identity is of, and of the GGUF file behind them, for another
+        one to `file_hashes.learn`."""
+        gguf = None if self.source is None else gguf_file_of(Path(self.name).expanduser())
+        return known_hashes([*self._files, *files_named(self.directory, ["*.py"]), *([] if gguf is None else [gguf])])
 
     @cached_property
     def tokenizer_identity(self) -> str:

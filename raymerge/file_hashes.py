@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,11 @@ class FileState(NamedTuple):
 
 def sha256_of(file: Path) -> str:
     """The SHA-256 of a file's content, in hex digits; one that is known to be as it was when it was hashed is not
-    read. Raises OSError."""
+    read. Raises OSError.
+
+    One change leaves no trace: what is written through a shared mapping (np.memmap) into a page that was written so
+    before, until the page is on disk, some 30 seconds, or on a tmpfs for good.
+    """
     with file.open("rb") as stream:
         before = _state(stream.fileno())
         if before not in _known:
@@ -42,9 +47,14 @@ def sha256_of(file: Path) -> str:
     return _known[before]
 
 
-def known_hashes() -> tuple[tuple[FileState, str], ...]:
-    """The hashes that this process knows, for another one to `learn`."""
-    return tuple(_known.items())
+def known_hashes(files: Iterable[Path]) -> tuple[tuple[FileState, str], ...]:
+    """The hashes that this process knows of these files, for another one to `learn`; of what has changed since, or is
+    gone, there are none."""
+    states = []
+    for file in files:
+        with suppress(OSError):
+            states.append(_state(file))
+    return tuple((state, _known[state]) for state in states if state in _known)
 
 
 def learn(hashes: Iterable[tuple[FileState, str]]) -> None:
@@ -52,7 +62,7 @@ def learn(hashes: Iterable[tuple[FileState, str]]) -> None:
     _known.update(hashes)
 
 
-def _state(descriptor: int) -> FileState:
-    found = os.fstat(descriptor)
+def _state(file: Path | int) -> FileState:
+    found = os.stat(file)
     times = found.st_mtime_ns, found.st_ctime_ns
     return FileState(socket.gethostname(), found.st_dev, found.st_ino, found.st_size, *times)

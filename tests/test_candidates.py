@@ -3,6 +3,7 @@
 import json
 import pickle
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -33,6 +34,13 @@ TEXT = ["search.text=demo", "search.text_tokens=120"]
 
 def scorer(*more):
     return CandidateScorer(load_config(None, [*SETTINGS, *more]))
+
+
+@pytest.mark.parametrize("method", ["candidate", "score", "answer_logits", "loss", "save"])
+def test_arrays_may_be_given_as_the_guide_has_it_by_the_annotations_too(method):
+    taken = get_type_hints(getattr(CandidateScorer, method))["vectors" if method == "score" else "alphas"]
+    assert np.ndarray in get_args(taken)
+    assert method != "score" or any(np.ndarray in get_args(one) for many in get_args(taken) for one in get_args(many))
 
 
 @pytest.fixture(scope="module")

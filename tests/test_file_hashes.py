@@ -57,7 +57,7 @@ def test_what_was_just_written_is_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(file_hashes, "_SETTLED_NS", 2_000_000_000)
     file = tmp_path / "a"
     file.write_bytes(b"weights")
-    assert sha256_of(file) == sha256(b"weights") and not known_hashes()
+    assert sha256_of(file) == sha256(b"weights") and not known_hashes([file])
 
 
 def test_what_changes_while_it_is_read_is_not_known(tmp_path, monkeypatch):
@@ -70,20 +70,31 @@ def test_what_changes_while_it_is_read_is_not_known(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hashlib, "file_digest", changing)
     sha256_of(file)
-    assert not known_hashes()
+    assert not file_hashes._known
 
 
 def test_another_process_is_told_and_another_machine_not_deceived(tmp_path, reads, monkeypatch):
     file = tmp_path / "a"
     file.write_bytes(b"weights")
     sha256_of(file)
-    ((state, found),) = known_hashes()
+    ((state, found),) = known_hashes([file])
     monkeypatch.setattr(file_hashes, "_known", {})
     learn([(state._replace(host="elsewhere"), "0" * 64)])
     assert sha256_of(file) == found and len(reads) == 2
     monkeypatch.setattr(file_hashes, "_known", {})
     learn([(state, found)])
     assert sha256_of(file) == found and len(reads) == 2
+
+
+def test_only_what_is_known_of_files_as_they_are_is_told(tmp_path):
+    files = [tmp_path / name for name in ("told", "changed", "gone", "never read")]
+    for file in files:
+        file.write_bytes(b"weights")
+    for file in files[:3]:
+        sha256_of(file)
+    files[1].write_bytes(b"other weights")
+    files[2].unlink()
+    assert [found for _, found in known_hashes(files)] == [sha256(b"weights")]
 
 
 def test_a_missing_file_is_an_error(tmp_path):

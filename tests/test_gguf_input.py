@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import raymerge.gguf_input
+from raymerge import file_hashes
 from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.gguf_input import GgufError, _check_read_whole, converted_gguf
 from raymerge.merging import save_merged
@@ -67,6 +68,15 @@ def test_what_earlier_code_converted_is_not_used(tmp_path, model, cache, monkeyp
     monkeypatch.setattr(raymerge.gguf_input, "_VERSION", raymerge.gguf_input._VERSION + 1)
     later = converted_gguf(tmp_path / "tiny.gguf")
     assert later != first and (later / "config.json").is_file()
+
+
+def test_the_hash_of_the_file_is_told_with_those_of_what_was_made_of_it(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(file_hashes, "_known", {})
+    monkeypatch.setattr(file_hashes, "_SETTLED_NS", -1)
+    write_gguf(tmp_path / "tiny.gguf", model, False)
+    checkpoint = Checkpoint(str(tmp_path / "tiny.gguf"))
+    assert checkpoint.identity and len(checkpoint.known_hashes) == 2
+    assert checkpoint.source["sha256"] in dict(checkpoint.known_hashes).values()
 
 
 def test_a_merge_of_it_says_where_it_came_from(tmp_path, model):

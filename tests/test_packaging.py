@@ -1,5 +1,6 @@
 """What an installation that is no checkout holds."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -31,3 +32,12 @@ def test_a_wheel_holds_the_package_its_data_and_the_analysis_scripts(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")}
     assert held == {f"raymerge/{name}" for name in package} | {f"raymerge/_analysis/{name}" for name in analysis}
+
+
+def test_type_checkers_read_the_public_names_where_they_are_loaded_from():
+    """They cannot read a module's __getattr__: every public name, and any other, was Any to them."""
+    tree = ast.parse(Path(raymerge.__file__).read_text(encoding="utf-8"))
+    blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    found = {alias.name: node.module for block in blocks for node in block.body for alias in node.names}
+    assert found == raymerge._HOMES | {"experiments": "raymerge"}
+    assert not any(getattr(node, "name", "") == "__getattr__" for node in tree.body)

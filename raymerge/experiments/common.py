@@ -19,7 +19,6 @@ from raymerge.alignment import REORDERED, Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.cluster import Placement, PlacementError, cluster_nodes, plan_workers, start_ray
 from raymerge.config import Config, ConfigError
-from raymerge.file_hashes import known_hashes
 from raymerge.identity import digest
 from raymerge.inputs import SEARCH_TEXT, TEXT, Material, check_matchable, read_material, read_text, task_role
 from raymerge.plan import MergePlan
@@ -189,7 +188,7 @@ def open_pool(
         "cache": cache,
         "template": template,
         "firsts": tuple(firsts),
-        "hashes": known_hashes(),
+        "hashes": inputs.checkpoint.known_hashes,
     }
     with step(progress, f"loading the model in {named}"):
         return WorkerPool(
@@ -293,7 +292,7 @@ def describe_workers(
                 )
 
     pool.admit("describe", check)
-    with step(progress, "comparing the workers' files"):  # all of the model's are read, for their digest
+    with step(progress, "comparing the workers' files"):  # where the driver does not run, all are read
         found = pool.broadcast("describe")
     first |= found[0]
     for worker in found:
