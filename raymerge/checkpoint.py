@@ -117,9 +117,10 @@ class Checkpoint(Mapping[str, Tensor]):
     model of the hub that is, also for a folder of the hub's own cache, and are None for any other.
     """
 
-    def __init__(self, path: str, *, revision: str | None = None, trust_remote_code: bool = False):
+    def __init__(self, path: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False):
         from transformers import AutoConfig
 
+        path = os.fspath(path)
         self.name, self.directory = path, resolve_model(path, revision, code=trust_remote_code)
         self.hub_id, self.revision = (path, revision) if is_on_hub(path) else _cached_of(self.directory)
         self.trust_remote_code = trust_remote_code

@@ -34,7 +34,7 @@ from raymerge.storage import Storage, clear_scratch, scratch_folder
 
 
 def merge(
-    model: str,
+    model: str | Path,
     source: str | Path | PlanConfig,
     out: str | Path,
     *,

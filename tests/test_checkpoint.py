@@ -189,6 +189,8 @@ def test_missing_folders(tmp_path):
         with pytest.raises(CheckpointError, match="there is no model folder .*give a folder, a hub id"):
             resolve_model(path)
     (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match=f"there is no model folder {tmp_path}/nothing"):
+        Checkpoint(tmp_path / "nothing")  # Python's users have paths
     with pytest.raises(CheckpointError, match="there is no model folder"):
         resolve_model(str(tmp_path / "file"))
     (tmp_path / "empty").mkdir()
