@@ -49,6 +49,7 @@ from plotting import (
 from raymerge.tables import (
     MACRO,
     MICRO,
+    Row,
     RunDirectory,
     derive_accuracy,
     paired_difference,
@@ -68,13 +69,13 @@ class View(NamedTuple):
     language: str
     plans: dict[str, str]  # plan_id -> label, in order; those that have answers
     reference: str  # plan_id
-    accuracy: dict[tuple[str, str], dict]  # (plan_id, subject) -> row of `accuracy`
+    accuracy: dict[tuple[str, str], Row]  # (plan_id, subject) -> row of `accuracy`
     subjects: list[str]  # best first under the reference
-    difference: dict[str, dict]  # plan_id -> mean paired difference, ci_low, ci_high
+    difference: dict[str, dict[str, float]]  # plan_id -> mean paired difference, ci_low, ci_high
     letters: dict[str, np.ndarray]  # plan_id -> share of predictions that are A, B, C, D
     truth: np.ndarray  # share of questions whose answer is A, B, C, D
     top_is_letter: dict[str, float | None]
-    text: dict[str, dict]  # plan_id -> row of `perplexity` of plain text
+    text: dict[str, Row]  # plan_id -> row of `perplexity` of plain text
     asked: dict[tuple[str, str | None], float]  # (plan_id, subject or None) -> perplexity of the questions' own tokens
 
 
@@ -165,14 +166,14 @@ class Given(NamedTuple):
         return cls(correct, letters, truth, pc.mean(answers["top_is_letter"]).as_py())
 
 
-def difference_of(plan: Given, reference: Given) -> dict:
+def difference_of(plan: Given, reference: Given) -> dict[str, float]:
     """The paired difference in accuracy on the questions that both answered; NaN where there are none."""
     common = plan.correct.keys() & reference.correct.keys()
     pair = [np.array([side.correct[key] for key in common], dtype=float) for side in (plan, reference)]
     return paired_difference(*pair)._asdict() if common else {"difference": math.nan}
 
 
-def reference_plan(plans: list[dict], order: list[str]) -> str:
+def reference_plan(plans: list[Row], order: list[str]) -> str:
     """The unmerged model if it was evaluated, else the plan of kind base, else the first."""
     base = [row for row in plans if row["kind"] == "base" and row["plan_id"] in order]
     return next((row["plan_id"] for row in sorted(base, key=lambda row: row["step"] is not None)), order[0])

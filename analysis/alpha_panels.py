@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator
 from plotting import COLOURS, GREY, number, save, spread, style_of
 
-from raymerge.tables import RunDirectory, RunError
+from raymerge.tables import Row, RunDirectory, RunError
 
 MOST_METHODS = 8  # rows of the figure
 _KEYS = ("layer_to_merge_into", "layer_to_remove", "ratio_i_alpha")
@@ -41,7 +41,7 @@ def correlation(x: list[float], y: list[float]) -> float:
 # -- alpha files -----------------------------------------------------------------------------------------------------
 
 
-def read_alpha_files(paths: list[Path]) -> tuple[list[dict], list[dict]]:
+def read_alpha_files(paths: list[Path]) -> tuple[list[Row], list[Row]]:
     """Rows as those of tables plans and coefficients, one plan a file, named as the file is.
 
     The order in a file counts, and `step` is only informative, as in the published ones. RunError for a file that is
@@ -86,7 +86,7 @@ def read_similarity(path: str, subset: str | None, language: str | None = None) 
 
     subset: NAME or NAME/LANGUAGE where there are several matrices. RunError where it is not one matrix.
     """
-    found: dict[tuple, list[dict]] = {}
+    found: dict[tuple[str, ...], list[Row]] = {}
     for row in RunDirectory.load(path).read("similarity").to_pylist():
         whole = f"{row['subset']}/{row['language']}"
         if subset == whole or (subset or row["subset"]) == row["subset"] and language in (None, row["language"]):
@@ -99,7 +99,7 @@ def read_similarity(path: str, subset: str | None, language: str | None = None) 
     return {(j, i): value for (i, j), value in values.items()} | values
 
 
-def pairs_of(rows: list[dict], similarity: dict[tuple[int, int], float]) -> tuple[list[float], list[float]]:
+def pairs_of(rows: list[Row], similarity: dict[tuple[int, int], float]) -> tuple[list[float], list[float]]:
     """Similarity of the two layers of every step that has one, and the step's alpha."""
     known = [row for row in rows if (row["into"], row["remove"]) in similarity]
     return [similarity[row["into"], row["remove"]] for row in known], [row["alpha"] for row in known]
@@ -108,7 +108,7 @@ def pairs_of(rows: list[dict], similarity: dict[tuple[int, int], float]) -> tupl
 # -- figures ---------------------------------------------------------------------------------------------------------
 
 
-def draw_methods(methods: dict[str, list[dict]], similarity: dict[tuple[int, int], float] | None, path: Path) -> Path:
+def draw_methods(methods: dict[str, list[Row]], similarity: dict[tuple[int, int], float] | None, path: Path) -> Path:
     """The study's Figure 1, one row a method: distribution of alpha, alpha by step, alpha against similarity; of the
     first MOST_METHODS."""
     methods = dict(list(methods.items())[:MOST_METHODS])
@@ -154,10 +154,10 @@ def draw_against(axis: Axes, x: list[float], y: list[float], look: dict[str, Any
     axis.set_title("α against similarity", fontsize=9)
 
 
-def starts_of(history: list[dict]) -> dict[str, list[dict]]:
+def starts_of(history: list[Row]) -> dict[str, list[Row]]:
     """Start, with its searcher where there are several -> its rows by epoch."""
     several = len({row["searcher"] for row in history}) > 1
-    starts: dict[str, list[dict]] = {}
+    starts: dict[str, list[Row]] = {}
     for row in sorted(history, key=lambda row: (row["searcher"], row["start"], row["epoch"])):
         name = (
             f"{row['searcher'].removeprefix('gradient_')}, start {row['start']}" if several else f"start {row['start']}"
@@ -166,13 +166,13 @@ def starts_of(history: list[dict]) -> dict[str, list[dict]]:
     return starts
 
 
-def lowest(rows: list[dict]) -> dict:
+def lowest(rows: list[Row]) -> Row:
     """The epoch of the lowest held-out loss, or without one of the lowest loss."""
     held = [row for row in rows if row["held_out_loss"] is not None and math.isfinite(row["held_out_loss"])]
     return min(held, key=lambda row: row["held_out_loss"]) if held else min(rows, key=lambda row: row["loss"])
 
 
-def best_start(starts: dict[str, list[dict]]) -> str:
+def best_start(starts: dict[str, list[Row]]) -> str:
     """The start that came lowest, by held-out loss where there is one."""
 
     def reached(start: str) -> float:
@@ -185,7 +185,7 @@ def best_start(starts: dict[str, list[dict]]) -> str:
 _NUMBERED = 26  # coefficients whose numbers stand beside their lines without covering each other
 
 
-def draw_history(history: list[dict], path: Path, of_what: str = "") -> Path:
+def draw_history(history: list[Row], path: Path, of_what: str = "") -> Path:
     """Losses by epoch, held-out ones dashed, one colour a start, or a searcher where there are several; and the alphas
     of the best start as they move."""
     starts = starts_of(history)
@@ -200,7 +200,7 @@ def draw_history(history: list[dict], path: Path, of_what: str = "") -> Path:
     return save(figure, path)
 
 
-def draw_losses(axis: Axes, starts: dict[str, list[dict]], best: str, of_what: str) -> None:
+def draw_losses(axis: Axes, starts: dict[str, list[Row]], best: str, of_what: str) -> None:
     """Losses by epoch, the best start's thicker, held-out ones dashed with a ring at their minimum."""
     names = list(dict.fromkeys(start.split(", ")[0] for start in starts))
     held_out = False
@@ -221,7 +221,7 @@ def draw_losses(axis: Axes, starts: dict[str, list[dict]], best: str, of_what: s
     axis.set(xlabel="epoch", ylabel="loss" + (f" ({of_what})" if of_what else ""), title=title)
 
 
-def draw_moves(axis: Axes, rows: list[dict], start: str) -> None:
+def draw_moves(axis: Axes, rows: list[Row], start: str) -> None:
     """The alphas of one start by epoch, numbered beside their ends, or many of them by a bar of colours."""
     alphas = np.array([row["alphas"] for row in rows])
     n = len(alphas.T)
@@ -246,7 +246,7 @@ def draw_moves(axis: Axes, rows: list[dict], start: str) -> None:
     axis.set(ylim=(-0.03, 1.03), xlabel="epoch", ylabel="α", title=what)
 
 
-def history_rows(history: list[dict]) -> list[list]:
+def history_rows(history: list[Row]) -> list[list[Any]]:
     """For each start: epochs, first and last loss, the lowest held-out loss and its epoch."""
     table = []
     for start, rows in starts_of(history).items():

@@ -44,7 +44,7 @@ from matplotlib.ticker import MaxNLocator
 from plotting import STYLE, entry, ink, markdown, need, number, run_main, save, save_text, style_of
 from search_panels import candidates_of, describe_search, draw_distribution, draw_progress, usable
 
-from raymerge.tables import RunDirectory, RunError, descended, plan_labels
+from raymerge.tables import Row, RunDirectory, RunError, descended, plan_labels
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,7 +134,7 @@ def similarity_of(run: RunDirectory, path: str | None, subset: str | None) -> di
         return None
 
 
-def learned(run: RunDirectory, plans: list[dict], labels: dict[str, str]) -> dict[str, list[dict]]:
+def learned(run: RunDirectory, plans: list[Row], labels: dict[str, str]) -> dict[str, list[Row]]:
     """Name -> steps of the plans that were found, first, and of those whose alphas are not the same at every step, and
     after them those that single matrices have of their own, which would fill the figure; those computed from a
     similarity, whose correlation with it says nothing, are left out."""
@@ -149,7 +149,7 @@ def learned(run: RunDirectory, plans: list[dict], labels: dict[str, str]) -> dic
     return {label_of(key, labels): found[key] for key in order}
 
 
-def computed_from_similarity(run: RunDirectory, row: dict) -> bool:
+def computed_from_similarity(run: RunDirectory, row: Row) -> bool:
     """Whether a plan's alphas, where they differ, are a function of a similarity matrix (or of a shuffled one): in a
     search its start and the start's variants, in a sweep those of methods whose pairs or alphas come from one."""
     if run.experiment == "search" and run.config.get("plan", {}).get("base") == "file":
@@ -157,7 +157,7 @@ def computed_from_similarity(run: RunDirectory, row: dict) -> bool:
     return row["kind"] == "file" and row["name"].startswith(("similarity", "most_similar", "merge_block"))
 
 
-def describe_methods(methods: dict[str, list[dict]], similarity: dict[tuple[int, int], float] | None) -> list[str]:
+def describe_methods(methods: dict[str, list[Row]], similarity: dict[tuple[int, int], float] | None) -> list[str]:
     """Mean and spread of each method's alphas, and their correlation with the similarity of the layers merged."""
     if not methods:
         return []
@@ -183,9 +183,9 @@ def describe_methods(methods: dict[str, list[dict]], similarity: dict[tuple[int,
 _FOUND = ("found", "gradient")  # kinds of plans
 
 
-def steps_of(plans: list[dict]) -> dict[tuple[str, str | None], list[dict]]:
+def steps_of(plans: list[Row]) -> dict[tuple[str, str | None], list[Row]]:
     """(plan_id, matrix) -> its steps in order, for plans that have steps; each plan once, whatever its names."""
-    found: dict[tuple, dict[int, dict]] = {}
+    found: dict[tuple[str, str | None], dict[int, Row]] = {}
     for row in plans:
         if row["step"] is not None:
             found.setdefault((row["plan_id"], row["matrix"]), {})[row["step"]] = row
@@ -198,14 +198,16 @@ def label_of(key: tuple[str, str | None], labels: dict[str, str]) -> str:
     return labels.get(plan_id, plan_id) + (f" · {matrix}" if matrix else "")
 
 
-def weights_of(plans: list[dict], coefficients: list[dict]) -> tuple[dict[tuple, dict[int, float]], list[int]]:
+def weights_of(
+    plans: list[Row], coefficients: list[Row]
+) -> tuple[dict[tuple[str, str | None], dict[int, float]], list[int]]:
     """(plan, matrix) -> {original layer: weight in the layer that keeps it}, and the layers that any plan merges.
 
     A layer that a plan merges and that has no row weighs 0, also one that others are merged into with alpha 0; one
     that it leaves alone weighs 1.
     """
     merged = sorted({row[side] for row in plans if row["step"] is not None for side in ("into", "remove")})
-    weights: dict[tuple, dict[int, float]] = {}
+    weights: dict[tuple[str, str | None], dict[int, float]] = {}
     for key, steps in steps_of(plans).items():
         touched = {row[side] for row in steps for side in ("into", "remove")}
         weights[key] = {layer: 0.0 if layer in touched else 1.0 for layer in merged}
@@ -218,7 +220,7 @@ def weights_of(plans: list[dict], coefficients: list[dict]) -> tuple[dict[tuple,
 _NUMBERED = 24  # layers whose weights stand in the cells; 41 made a figure of 5,365 pixels in width
 
 
-def draw_plans(plans: list[dict], coefficients: list[dict], labels: dict[str, str], path: Path) -> Path:
+def draw_plans(plans: list[Row], coefficients: list[Row], labels: dict[str, str], path: Path) -> Path:
     """Alphas by merge step as lines, effective weights by original layer as a heat map: with numbers beside the lines,
     or of many layers without, below them."""
     steps = steps_of(plans)
@@ -241,7 +243,7 @@ def draw_plans(plans: list[dict], coefficients: list[dict], labels: dict[str, st
     return save(figure, path)
 
 
-def draw_steps(axis: Axes, steps: dict[tuple[str, str | None], list[dict]], labels: dict[str, str]) -> None:
+def draw_steps(axis: Axes, steps: dict[tuple[str, str | None], list[Row]], labels: dict[str, str]) -> None:
     """Alphas by merge step, a line a plan, thin ones for single matrices."""
     ends = sorted({(row["step"], row["remove"], row["into"]) for rows in steps.values() for row in rows})
     shared = len({step for step, _, _ in ends}) == len(ends)  # every plan merges the same layers at a step
@@ -266,7 +268,9 @@ def draw_steps(axis: Axes, steps: dict[tuple[str, str | None], list[dict]], labe
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def draw_weights(axis: Axes, weights: dict[tuple, dict[int, float]], layers: list[int], names: list[str]) -> None:
+def draw_weights(
+    axis: Axes, weights: dict[tuple[str, str | None], dict[int, float]], layers: list[int], names: list[str]
+) -> None:
     """The weight that each original layer ends up with, a row a plan; names: of the rows."""
     grid = np.array([[row[layer] for layer in layers] for row in weights.values()]).reshape(len(weights), len(layers))
     image = axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -284,7 +288,7 @@ def draw_weights(axis: Axes, weights: dict[tuple, dict[int, float]], layers: lis
     bar.outline.set_visible(False)
 
 
-def describe_plans(plans: list[dict], coefficients: list[dict], labels: dict[str, str]) -> list[str]:
+def describe_plans(plans: list[Row], coefficients: list[Row], labels: dict[str, str]) -> list[str]:
     """Alphas by merge step and effective coefficients of every plan."""
     steps = steps_of(plans)
     text = [

@@ -23,6 +23,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -51,7 +52,7 @@ from plotting import (
     with_interval,
 )
 
-from raymerge.tables import RunDirectory
+from raymerge.tables import Row, RunDirectory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,7 +108,7 @@ def draw_unasked(run: RunDirectory, out: Path) -> list[Path]:
     return paths + finish(run, sweep, text, out)
 
 
-def finish(run: RunDirectory, sweep: list[dict], text: list[str], out: Path) -> list[Path]:
+def finish(run: RunDirectory, sweep: list[Row], text: list[str], out: Path) -> list[Path]:
     """context.png where anything was measured for it, and compression.md of `text`."""
     paths, context = [], run.read("context").to_pylist()
     if context:
@@ -124,7 +125,7 @@ def stability(values: list[float]) -> tuple[float, float | None]:
     return float(np.std(values)), max(drops, default=None)
 
 
-def stability_rows(points: list[Point], published: list[dict]) -> list[list]:
+def stability_rows(points: list[Point], published: list[Row]) -> list[list[Any]]:
     """Cells of the stability table: every published series that is shown, then every method of the run.
 
     A method is judged on the published numbers of merges as far as the run has at least two of them, and, where that
@@ -152,7 +153,7 @@ def stability_rows(points: list[Point], published: list[dict]) -> list[list]:
     return rows
 
 
-def stability_cells(accuracy: dict[int, float]) -> list:
+def stability_cells(accuracy: dict[int, float]) -> list[Any]:
     """Merges, standard deviation, largest drop and where it is."""
     merges = sorted(accuracy)
     values = [accuracy[m] for m in merges]
@@ -164,7 +165,7 @@ def stability_cells(accuracy: dict[int, float]) -> list:
     return [", ".join(map(str, merges)), number(deviation, 4), number(drop, 4), where]
 
 
-def describe(points: list[Point], published: list[dict], split: str, language: str) -> list[str]:
+def describe(points: list[Point], published: list[Row], split: str, language: str) -> list[str]:
     """The sections of compression.md for one language."""
     rows = []
     for point in points:
@@ -205,7 +206,7 @@ def describe(points: list[Point], published: list[dict], split: str, language: s
     return [*text, *describe_published(published)]
 
 
-def describe_published(published: list[dict]) -> list[str]:
+def describe_published(published: list[Row]) -> list[str]:
     """The section of compression.md on the published points that are shown, if any are."""
     if not published:
         return []

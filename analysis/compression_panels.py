@@ -15,10 +15,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from plotting import BASE, CHANCE, DOTTED, curve_style, interval_bars, plain_log, save
 
-from raymerge.tables import RUINED, RunDirectory
+from raymerge.tables import RUINED, Row, RunDirectory
 
 
-def draw_curves(points: list[Point], published: list[dict], split: str, language: str, path: Path) -> Path:
+def draw_curves(points: list[Point], published: list[Row], split: str, language: str, path: Path) -> Path:
     """One row of panels an alignment and treatment of norms, so that a row has few lines; one colour a method.
 
     Methods with one variant only, where others have several, are controls (dropping averages nothing, so nothing can
@@ -156,7 +156,7 @@ def draw_levels(line: np.ndarray, base: Point | None, known: bool, published: bo
         line[1].axhline(base.perplexity, color="black", lw=1)
 
 
-def draw_published(axis: Axes, published: list[dict]) -> dict[str, Line2D]:
+def draw_published(axis: Axes, published: list[Row]) -> dict[str, Line2D]:
     """Published curves in black and grey, single points as crosses; returns label -> artist for the legend."""
     looks: list[dict[str, Any]] = [
         {"color": "#000000", "marker": "*", "ls": "-"},

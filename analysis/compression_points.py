@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from plotting import grouped, need
 
-from raymerge.tables import MACRO, MICRO, RunDirectory, RunError, turned, way_of
+from raymerge.tables import MACRO, MICRO, Row, RunDirectory, RunError, turned, way_of
 
 _PUBLISHED = Path(__file__).parent / "published" / "compression.csv"
 PUBLISHED_LAYERS = 32  # of the model that the published points are of
@@ -25,10 +25,10 @@ class Point(NamedTuple):
     removed: int  # layers
     layers: int  # of the unmerged model
     parameters_removed: float  # share
-    micro: dict | None  # row of `accuracy`
-    macro: dict | None
-    text: dict | None  # row of `perplexity` of plain text
-    difference: dict | None  # row of `comparisons`, signed as this plan - drop of the same merges
+    micro: Row | None  # row of `accuracy`
+    macro: Row | None
+    text: Row | None  # row of `perplexity` of plain text
+    difference: Row | None  # row of `comparisons`, signed as this plan - drop of the same merges
 
     @property
     def perplexity(self) -> float | None:
@@ -41,7 +41,7 @@ class Point(NamedTuple):
         return self.removed / self.layers
 
 
-def swept(run: RunDirectory) -> tuple[list[dict], dict[str, dict], dict[str, dict]]:
+def swept(run: RunDirectory) -> tuple[list[Row], dict[str, Row], dict[str, Row]]:
     """Rows of `sweep`, each refit a method of its own; by plan, those of `costs` and of `perplexity` of plain text."""
     sweep = [{**row, "method": way_of(row)} for row in need(run, "sweep", "the compression curve")]
     costs = {row["plan_id"]: row for row in need(run, "costs", "the layers that each plan removes")}
@@ -51,11 +51,11 @@ def swept(run: RunDirectory) -> tuple[list[dict], dict[str, dict], dict[str, dic
 
 
 def points_of(
-    sweep: list[dict],
-    accuracy: dict[tuple[str, str], dict],
-    costs: dict[str, dict],
-    texts: dict[str, dict],
-    comparisons: list[dict],
+    sweep: list[Row],
+    accuracy: dict[tuple[str, str], Row],
+    costs: dict[str, Row],
+    texts: dict[str, Row],
+    comparisons: list[Row],
 ) -> list[Point]:
     """One Point a row of `sweep`, methods in order of appearance, each by merges."""
     drops: dict[int, list[str]] = {}
@@ -89,7 +89,7 @@ def points_of(
     return points
 
 
-def line_of(row: dict) -> tuple[str, str, str]:
+def line_of(row: Row) -> tuple[str, str, str]:
     """(method, alignment, norms): what one line of the figure shows."""
     return row["method"], row["alignment"], row["norms"]
 
@@ -113,7 +113,7 @@ def label_of(method: str, alignment: str, norms: str) -> str:
     return ", ".join(parts)
 
 
-def plan_names(sweep: list[dict]) -> dict[str, str]:
+def plan_names(sweep: list[Row]) -> dict[str, str]:
     """plan_id -> "drop, K = 4" of 4 merges, several methods of one plan joined by " = "."""
     names: dict[str, list[str]] = {}
     for row in sweep:
@@ -124,7 +124,7 @@ def plan_names(sweep: list[dict]) -> dict[str, str]:
     return {plan: " = ".join(known) for plan, known in names.items()}
 
 
-def read_published() -> list[dict]:
+def read_published() -> list[Row]:
     """Rows of published/compression.csv with numbers as numbers."""
     with _PUBLISHED.open(encoding="utf-8", newline="") as file:
         return [
@@ -138,7 +138,7 @@ def read_published() -> list[dict]:
         ]
 
 
-def is_published_model(run: RunDirectory, costs: dict[str, dict], published: list[dict]) -> bool:
+def is_published_model(run: RunDirectory, costs: dict[str, Row], published: list[Row]) -> bool:
     """Whether the run is plausibly of the model of the published points: it has as many layers, and its path, or a
     folder of it such as the hub's cache, ends in the name; fine-tuned and later ones of the same shape have others."""
     path = str((run.config.get("model") or {}).get("path") or "").lower()
@@ -147,7 +147,7 @@ def is_published_model(run: RunDirectory, costs: dict[str, dict], published: lis
     return published[0]["model"].lower() in names and layers == {PUBLISHED_LAYERS}
 
 
-def published_curves(published: list[dict]) -> dict[str, list[tuple[float, float]]]:
+def published_curves(published: list[Row]) -> dict[str, list[tuple[float, float]]]:
     """Method -> (percent of layers removed, accuracy) in order; points that several tables repeat count once."""
     curves: dict[str, dict[int, tuple[float, float]]] = {}
     for row in published:

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.artist import Artist
 from plotting import BASE, CHANCE, DOTTED, curve_style, interval_bars, markdown, save, style_of, with_interval
 
-from raymerge.tables import wilson_interval
+from raymerge.tables import Row, wilson_interval
 
 _FEW = 10  # plans that the figure can tell apart
 _TITLES = {
@@ -20,7 +20,7 @@ _TITLES = {
 }
 
 
-def draw_context(context: list[dict], names: dict[str, str], sweep: list[dict], path: Path) -> Path:
+def draw_context(context: list[Row], names: dict[str, str], sweep: list[Row], path: Path) -> Path:
     """NLL by position and retrieval by distance; the unmerged model, and the plans of one number of merges if many."""
     shown = few_plans(context, sweep)
     panels = [measure for measure in ("position_nll", "retrieval") if any(row["measure"] == measure for row in context)]
@@ -61,7 +61,7 @@ def draw_context(context: list[dict], names: dict[str, str], sweep: list[dict], 
     return save(figure, path)
 
 
-def few_plans(context: list[dict], sweep: list[dict]) -> list[str]:
+def few_plans(context: list[Row], sweep: list[Row]) -> list[str]:
     """Plans to draw: all if few, else the unmerged model and those of one number of merges.
 
     That number is the middle one of those that most plans have; if it still has too many plans, those with neither
@@ -83,7 +83,7 @@ def few_plans(context: list[dict], sweep: list[dict]) -> list[str]:
     return [*base, *chosen][:_FEW] or there[:_FEW]
 
 
-def describe_context(context: list[dict], names: dict[str, str]) -> list[str]:
+def describe_context(context: list[Row], names: dict[str, str]) -> list[str]:
     """The context section of compression.md."""
     text = ["## Context"]
     for measure in dict.fromkeys(row["measure"] for row in context):
@@ -101,7 +101,7 @@ def describe_context(context: list[dict], names: dict[str, str]) -> list[str]:
     return text
 
 
-def limits_of(row: dict) -> dict[str, float]:
+def limits_of(row: Row) -> dict[str, float]:
     """ci_low and ci_high (Wilson's, 95 %) of an accuracy of `context`; none of a loss, whose mean alone is stored."""
     if row["measure"] != "retrieval":
         return {}

@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 from plotting import COLOURS, GREY, STYLE, grouped, ink, markdown, need, number, run_main, save, save_text, subset_name
 
-from raymerge.tables import IMPORTED, RunDirectory, correlation_ceiling, correlation_digits
+from raymerge.tables import IMPORTED, Row, RunDirectory, correlation_ceiling, correlation_digits
 
 _KINDS = {
     "subsets in one language": COLOURS[1],
@@ -58,17 +58,17 @@ def draw(run: RunDirectory, out: Path) -> list[Path]:
     return paths
 
 
-def names_of(rows: list[dict]) -> list[str]:
+def names_of(rows: list[Row]) -> list[str]:
     """Subsets in order of appearance, those of the first language first."""
     seen = {subset_name(row, side): row[f"language{side}"] for side in ("_a", "_b") for row in rows}
     languages = list(dict.fromkeys(seen.values()))
     return sorted(seen, key=lambda name: languages.index(seen[name]))
 
 
-def pairs_of(rows: list[dict]) -> list[dict]:
+def pairs_of(rows: list[Row]) -> list[Row]:
     """Rows that compare two different subsets, highest off-diagonal correlation first, undefined ones (of a constant
     matrix) last; a pair counts once."""
-    found: dict[frozenset[str], dict] = {}
+    found: dict[frozenset[str], Row] = {}
     for row in rows:
         pair = frozenset((subset_name(row, "_a"), subset_name(row, "_b")))
         if len(pair) == 2:
@@ -77,7 +77,7 @@ def pairs_of(rows: list[dict]) -> list[dict]:
     return sorted(found.values(), key=lambda row: -row["pearson_off_diagonal"] if is_defined(row) else math.inf)
 
 
-def kind_of(row: dict) -> str:
+def kind_of(row: Row) -> str:
     """Which of `_KINDS` a pair is."""
     if row["language_a"] == row["language_b"] == IMPORTED:
         return "imported matrices"
@@ -86,7 +86,7 @@ def kind_of(row: dict) -> str:
     return "languages of one subset" if row["subset_a"] == row["subset_b"] else "both differ"
 
 
-def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
+def draw_correlations(rows: list[Row], measure: str, path: Path) -> Path:
     """Two matrices, annotated where there is room, and a dot plot of the pairs."""
     names, pairs = names_of(rows), pairs_of(rows)
     n, written, detailed = len(names), len(names) <= _WRITTEN, len(names) <= _DETAILED
@@ -99,7 +99,7 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
     figure, axes = plt.subplots(1, 3, figsize=(left + middle + right, height), width_ratios=[left, middle, right])
     grids = np.full((2, n, n), np.nan)
     grids[:, np.arange(n), np.arange(n)] = 1.0
-    detail: dict[tuple[int, int], dict] = {}
+    detail: dict[tuple[int, int], Row] = {}
     for row in pairs:
         i, j = names.index(subset_name(row, "_a")), names.index(subset_name(row, "_b"))
         grids[:, [i, j], [j, i]] = np.array([[row["pearson"]], [row["pearson_off_diagonal"]]])
@@ -130,17 +130,17 @@ def draw_correlations(rows: list[dict], measure: str, path: Path) -> Path:
     return save(figure, path)
 
 
-def is_defined(row: dict) -> bool:
+def is_defined(row: Row) -> bool:
     """Whether a pair has a correlation off the diagonal."""
     return math.isfinite(row["pearson_off_diagonal"])
 
 
-def has_interval(row: dict) -> bool:
+def has_interval(row: Row) -> bool:
     """Whether a pair has an interval."""
     return row["ci_low"] is not None and row["ci_high"] is not None
 
 
-def has_ceilings(pairs: list[dict]) -> bool:
+def has_ceilings(pairs: list[Row]) -> bool:
     """Whether any pair has a ceiling."""
     return any(correlation_ceiling(row) is not None for row in pairs)
 
@@ -156,7 +156,7 @@ def draw_grid(axis: Axes, grid: np.ndarray, low: float) -> AxesImage:
 
 
 def write_cells(
-    axis: Axes, grid: np.ndarray, image: AxesImage, detail: dict[tuple[int, int], dict], digits: int
+    axis: Axes, grid: np.ndarray, image: AxesImage, detail: dict[tuple[int, int], Row], digits: int
 ) -> None:
     """A matrix's numbers; detail: by cell, the row whose interval and ceiling are added; digits: of these."""
     for (i, j), value in np.ndenumerate(grid):
@@ -172,7 +172,7 @@ def write_cells(
         axis.text(j, i, text, ha="center", va="center", fontsize=7, color=ink(image, value))
 
 
-def draw_pairs(axis: Axes, pairs: list[dict], count: int) -> None:
+def draw_pairs(axis: Axes, pairs: list[Row], count: int) -> None:
     """One line a pair: its interval, its correlation as a dot, its ceiling as a bar; count: how many pairs there are,
     of which `pairs` may be the highest and the lowest."""
     for y, row in enumerate(pairs):
@@ -209,7 +209,7 @@ _EXPLAINED = (
 )
 
 
-def describe(rows: list[dict], measure: str) -> list[str]:
+def describe(rows: list[Row], measure: str) -> list[str]:
     """The section of correlations.md for one measure."""
     table = []
     for row in pairs_of(rows):

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from plotting import GREY, STYLE, grouped, need, run_main, save, style_of, subset_name
 
-from raymerge.tables import CATEGORY_OF, RunDirectory, RunError
+from raymerge.tables import CATEGORY_OF, Row, RunDirectory, RunError
 
 _LAYERS, _SUBJECTS = 6, 8  # shown by default; told apart by colour
 
@@ -60,7 +60,7 @@ def chosen_layers(there: list[int], asked: str | None) -> list[int]:
     return layers
 
 
-def groups_of(samples: list[dict]) -> dict[str, dict[int, str]]:
+def groups_of(samples: list[Row]) -> dict[str, dict[int, str]]:
     """Subset -> {sample: what its colour stands for}; empty without samples."""
     subjects: dict[str, dict[int, str]] = {}
     for row in samples:
@@ -76,7 +76,7 @@ def groups_of(samples: list[dict]) -> dict[str, dict[int, str]]:
     }
 
 
-def points_of(rows: list[dict]) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
+def points_of(rows: list[Row]) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
     """(subset, layer) -> sample numbers (N,) and their first two coordinates (N, 2), 0 where there is only one."""
     cells: dict[tuple[str, int], dict[int, list[float]]] = {}
     for row in rows:
@@ -87,11 +87,11 @@ def points_of(rows: list[dict]) -> dict[tuple[str, int], tuple[np.ndarray, np.nd
 
 
 def draw_maps(
-    rows: list[dict],
+    rows: list[Row],
     embedding: str,
     layers: list[int],
     groups: dict[str, dict[int, str]],
-    ranks: dict[tuple[str, int], dict],
+    ranks: dict[tuple[str, int], Row],
     path: Path,
 ) -> Path:
     """One row of panels a subset, one column a layer; a legend at the end of each row."""

@@ -44,7 +44,7 @@ from plotting import (
     subset_name,
 )
 
-from raymerge.tables import RunDirectory, colour_scale, degeneracy, layer_ranges
+from raymerge.tables import Row, RunDirectory, colour_scale, degeneracy, layer_ranges
 
 _PANELS = 5  # subsets beside each other; more go on a new line
 _LINES = 12  # subsets told apart in one plot; of more a legend leaves it no room
@@ -94,7 +94,7 @@ def draw(run: RunDirectory, out: Path) -> list[Path]:
     return paths
 
 
-def views_of(rows: list[dict], ranks: Sequence[dict] = ()) -> list[View]:
+def views_of(rows: list[Row], ranks: Sequence[Row] = ()) -> list[View]:
     """One View a subset, in order of appearance; a pair stored in one order only counts for both. ranks: rows of
     degeneracy."""
     views = []
@@ -245,7 +245,7 @@ def null_title(view: View) -> str:
     return f"noise: degenerate in layers {layer_ranges(view.degenerate)}" if view.degenerate else "no defined pair"
 
 
-def degenerate_layers(name: str, n_samples: int, ranks: Sequence[dict]) -> list[int] | None:
+def degenerate_layers(name: str, n_samples: int, ranks: Sequence[Row]) -> list[int] | None:
     """Layers of a subset whose diffusion map is noise; None if not stored."""
     mine = [row for row in ranks if subset_name(row) == name]
     if not mine:
@@ -253,7 +253,7 @@ def degenerate_layers(name: str, n_samples: int, ranks: Sequence[dict]) -> list[
     return sorted(row["layer"] for row in mine if degeneracy(row["effective_rank"], n_samples))
 
 
-def draw_influence(rows: list[dict], path: Path) -> Path:
+def draw_influence(rows: list[Row], path: Path) -> Path:
     """One line a subset; of many subsets the median of all, and how far they go."""
     subsets = grouped(rows, subset_name)
     figure, axis = plt.subplots(figsize=(7.6, 4.0))
@@ -315,7 +315,7 @@ def describe(views: list[View], measure: str, embedding: str) -> list[str]:
     return text + (["Notes on undefined or unusual cells:\n\n" + "\n".join(notes)] if notes else [])
 
 
-def describe_influence(rows: list[dict]) -> list[str]:
+def describe_influence(rows: list[Row]) -> list[str]:
     """The section of heatmaps.md on block influence."""
     values = {(row["layer"], subset_name(row)): row["value"] for row in rows}
     names = list(dict.fromkeys(subset_name(row) for row in rows))

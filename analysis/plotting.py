@@ -20,7 +20,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from raymerge.tables import IMPORTED, RunDirectory, RunError
+from raymerge.tables import IMPORTED, Row, RunDirectory, RunError
 
 # Okabe & Ito (2008) without yellow, which is too faint on white; the last is Paul Tol's wine
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255")
@@ -97,7 +97,7 @@ def grouped(rows: Iterable[_Row], key: Callable[[_Row], _Key]) -> dict[_Key, lis
     return found
 
 
-def interval_bars(rows: list[dict], value: str = "accuracy", *, scale: float = 1.0) -> np.ndarray:
+def interval_bars(rows: list[Row], value: str = "accuracy", *, scale: float = 1.0) -> np.ndarray:
     """(2, n) lengths from each row's value to the ends of its 95 % interval (columns ci_low, ci_high), for errorbar;
     rows without an interval, or empty, have none."""
     ends = [[row.get("ci_low"), row.get(value), row.get("ci_high")] for row in rows]
@@ -106,7 +106,7 @@ def interval_bars(rows: list[dict], value: str = "accuracy", *, scale: float = 1
     return np.nan_to_num(np.stack([middle - low, high - middle])).clip(min=0)
 
 
-def with_interval(row: dict | None, value: str = "accuracy", *, digits: int = 3, sign: str = "") -> str | None:
+def with_interval(row: Row | None, value: str = "accuracy", *, digits: int = 3, sign: str = "") -> str | None:
     """A row's value and its 95 % interval as text, such as 0.640 [0.611, 0.668]; None for no row."""
     if row is None or not np.isfinite(row[value]):
         return None
@@ -162,7 +162,7 @@ _COMMANDS = {
 }
 
 
-def need(run: RunDirectory, table: str, why: str) -> list[dict]:
+def need(run: RunDirectory, table: str, why: str) -> list[Row]:
     """Return a table's rows; RunError names the table and the command that writes it if there are none.
 
     A table that several commands write is named with the one that made this run, where that is known.
@@ -189,7 +189,7 @@ def report_split(run: RunDirectory, there: list[str], what: str) -> str:
     return there[0]
 
 
-def subset_name(row: dict, suffix: str = "") -> str:
+def subset_name(row: Row, suffix: str = "") -> str:
     """How a figure calls a row's subset: "medical en", or "medical" where the matrix was imported without a language.
 
     The columns may carry a suffix such as "_a".

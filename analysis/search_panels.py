@@ -14,12 +14,12 @@ from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 from plotting import COLOURS, GREY, grouped, markdown, number, save, spread, style_of
 
-from raymerge.tables import RunDirectory, above_ceiling, is_minimised, rank, wilson_interval, without_far_worse
+from raymerge.tables import Row, RunDirectory, above_ceiling, is_minimised, rank, wilson_interval, without_far_worse
 
 _ABOVE = "above ceiling"
 
 
-def candidates_of(run: RunDirectory, trials: list[dict]) -> tuple[dict[str, list[dict]], list[dict]]:
+def candidates_of(run: RunDirectory, trials: list[Row]) -> tuple[dict[str, list[Row]], list[Row]]:
     """Searcher -> its candidates in order, and the controls; those above the search's ceiling have no value."""
     tried = sorted(held_to(run, trials), key=lambda row: row["iteration"])
     searchers = grouped(tried, lambda row: row["searcher"])
@@ -27,7 +27,7 @@ def candidates_of(run: RunDirectory, trials: list[dict]) -> tuple[dict[str, list
     return searchers, controls
 
 
-def held_to(run: RunDirectory, trials: list[dict]) -> list[dict]:
+def held_to(run: RunDirectory, trials: list[Row]) -> list[Row]:
     """The trials, those above the search's ceiling of perplexity without a value: theirs is a penalty."""
     ceiling = run.config.get("search", {}).get("perplexity_ceiling")
     return [
@@ -36,22 +36,22 @@ def held_to(run: RunDirectory, trials: list[dict]) -> list[dict]:
     ]
 
 
-def usable(rows: list[dict]) -> list[dict]:
+def usable(rows: list[Row]) -> list[Row]:
     """The trials that gave a finite value."""
     return [row for row in rows if row["status"] == "ok" and row["value"] is not None and math.isfinite(row["value"])]
 
 
-def without_value(rows: list[dict]) -> str:
+def without_value(rows: list[Row]) -> str:
     """What is said of those trials that gave no value."""
     return "failed or above the ceiling" if any(row["status"] == _ABOVE for row in rows) else "failed"
 
 
-def best_of(rows: list[dict]) -> dict | None:
+def best_of(rows: list[Row]) -> Row | None:
     """The best usable trial, by what the search ranks them by."""
     return max(usable(rows), key=rank, default=None)
 
 
-def interval_of(row: dict) -> str | None:
+def interval_of(row: Row) -> str | None:
     """The 95 % interval (Wilson's) of a trial's micro accuracy as text; None for other objectives."""
     if row["objective"] != "micro_accuracy":
         return None
@@ -59,14 +59,14 @@ def interval_of(row: dict) -> str | None:
     return f"of {row['n_questions']:,} questions {row['value']:.3f} has a 95 % interval of {low:.3f} to {high:.3f}"
 
 
-def standard_error(row: dict) -> float | None:
+def standard_error(row: Row) -> float | None:
     """Binomial standard error of a trial's micro accuracy; None for other objectives, which need the answers."""
     if row["objective"] != "micro_accuracy" or row["n_questions"] < 2:
         return None
     return math.sqrt(row["value"] * (1 - row["value"]) / (row["n_questions"] - 1))
 
 
-def draw_distribution(searchers: dict[str, list[dict]], path: Path) -> Path:
+def draw_distribution(searchers: dict[str, list[Row]], path: Path) -> Path:
     """Histogram of all alphas tried with the best candidate's as ticks, and the same by step, coloured by value."""
     shown = {name: usable(rows) for name, rows in searchers.items() if usable(rows)}
     figure, axes = plt.subplots(
@@ -95,7 +95,7 @@ def draw_distribution(searchers: dict[str, list[dict]], path: Path) -> Path:
     return save(figure, path)
 
 
-def draw_histograms(axis: Axes, shown: dict[str, list[dict]]) -> None:
+def draw_histograms(axis: Axes, shown: dict[str, list[Row]]) -> None:
     """The shares of all alphas that each searcher tried, its best candidate's as ticks below; shown: usable trials."""
     bins = np.linspace(0, 1, 26).tolist()
     for i, (name, rows) in enumerate(shown.items()):
@@ -125,7 +125,7 @@ def draw_histograms(axis: Axes, shown: dict[str, list[dict]]) -> None:
     axis.set(xlim=(0, 1), xlabel="α", ylabel=f"share of alphas (% per bin of {bins[1]:.2f})", title="Distribution of α")
 
 
-def draw_tried(axis: Axes, rows: list[dict], scale: Normalize, rng: np.random.Generator) -> PathCollection:
+def draw_tried(axis: Axes, rows: list[Row], scale: Normalize, rng: np.random.Generator) -> PathCollection:
     """One searcher's alphas by step, coloured by their candidate's value on `scale`, the best candidate's ringed;
     rows: usable trials. Returns what a colour bar is of."""
     lower = is_minimised(rows[0]["objective"])
@@ -147,7 +147,7 @@ def draw_tried(axis: Axes, rows: list[dict], scale: Normalize, rng: np.random.Ge
     return dots
 
 
-def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels: dict[str, str], path: Path) -> Path:
+def draw_progress(searchers: dict[str, list[Row]], controls: list[Row], labels: dict[str, str], path: Path) -> Path:
     """Value of every candidate, running best of each searcher, controls as labelled lines."""
     every = usable([row for rows in searchers.values() for row in rows])
     objective = every[0]["objective"]
@@ -187,7 +187,7 @@ def draw_progress(searchers: dict[str, list[dict]], controls: list[dict], labels
     return save(figure, path)
 
 
-def draw_running_best(axis: Axes, name: str, rows: list[dict], look: dict[str, Any]) -> None:
+def draw_running_best(axis: Axes, name: str, rows: list[Row], look: dict[str, Any]) -> None:
     """One searcher's values as marks and the best so far as a line; how many candidates gave none stands in its
     label."""
     ok = usable(rows)
@@ -228,7 +228,7 @@ def draw_levels(axis: Axes, levels: list[tuple[float, str]], right: float) -> No
     axis.set_ylim(low, high)
 
 
-def describe_search(searchers: dict[str, list[dict]], labels: dict[str, str]) -> list[str]:
+def describe_search(searchers: dict[str, list[Row]], labels: dict[str, str]) -> list[str]:
     """The sections of alphas.md on the search: each searcher's best candidate, and the alphas that it tried."""
     summary, spreads = [], []
     for name, rows in searchers.items():
@@ -256,8 +256,8 @@ def describe_search(searchers: dict[str, list[dict]], labels: dict[str, str]) ->
                 [
                     f"{name}, {what}",
                     len(alphas),
-                    number(np.mean(alphas)),
-                    number(np.std(alphas)),
+                    number(float(np.mean(alphas))),
+                    number(float(np.std(alphas))),
                     *[number(q) for q in quartiles],
                 ]
             )

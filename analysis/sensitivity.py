@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from plotting import GREY, STYLE, entry, markdown, need, number, run_main, save, save_text, style_of, subset_name
 
-from raymerge.tables import RunDirectory
+from raymerge.tables import Row, RunDirectory
 
 _PANELS = {
     "pearson_off_diagonal": "Agreement of the matrices\n(off-diagonal Pearson)",
@@ -58,7 +58,7 @@ def draw(run: RunDirectory, out: Path) -> list[Path]:
     return [*paths, save_text([*text, *describe(varied)], out / "sensitivity.md")]
 
 
-def settings_of(rows: list[dict]) -> dict[str, list[str]]:
+def settings_of(rows: list[Row]) -> dict[str, list[str]]:
     """Parameter -> its settings, numbers in order, else in order of appearance."""
     found: dict[str, list[str]] = {}
     for row in rows:
@@ -78,7 +78,7 @@ def amount(setting: str) -> float | None:
         return None
 
 
-def draw_settings(rows: list[dict], path: Path) -> Path:
+def draw_settings(rows: list[Row], path: Path) -> Path:
     """Lines are settings grouped by parameter, panels what is compared, marks subsets."""
     names = list(dict.fromkeys(subset_name(row) for row in rows))
     lines, labels, heads, y = {}, [], [], 0.0
@@ -142,7 +142,7 @@ def draw_settings(rows: list[dict], path: Path) -> Path:
     return save(figure, path)
 
 
-def describe(rows: list[dict]) -> list[str]:
+def describe(rows: list[Row]) -> list[str]:
     """The sections of sensitivity.md: means over subsets, then every row."""
     columns = ("pearson", "pearson_off_diagonal", "plan_overlap", "alpha_max_difference")
     summary = []

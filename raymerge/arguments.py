@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import TypeAlias
 
 import raymerge
 from raymerge.config import CalibrationConfig, Config
 from raymerge.plan import REFITS
 
 _RAW = argparse.RawDescriptionHelpFormatter
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add_experiments(commands: argparse._SubParsersAction) -> None:
+def _add_experiments(commands: _Commands) -> None:
     def experiment(name: str, *, help: str, description: str, examples: str) -> None:
         command = commands.add_parser(
             name,
@@ -78,7 +80,7 @@ def _add_experiments(commands: argparse._SubParsersAction) -> None:
     )
 
 
-def _add_import_similarity(commands: argparse._SubParsersAction) -> None:
+def _add_import_similarity(commands: _Commands) -> None:
     command = commands.add_parser(
         "import-similarity",
         formatter_class=_RAW,
@@ -91,7 +93,7 @@ def _add_import_similarity(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--out", required=True, metavar="RUN", help="run directory")
 
 
-def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+def _add_evaluate(commands: _Commands) -> None:
     command = commands.add_parser(
         "evaluate",
         formatter_class=_RAW,
@@ -130,7 +132,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override any other key")
 
 
-def _add_report(commands: argparse._SubParsersAction) -> None:
+def _add_report(commands: _Commands) -> None:
     command = commands.add_parser(
         "report",
         formatter_class=_RAW,
@@ -143,7 +145,7 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--out", metavar="FILE", help="file of the page (default for a single run: RUN/report.html)")
 
 
-def _add_merge(commands: argparse._SubParsersAction) -> None:
+def _add_merge(commands: _Commands) -> None:
     command = commands.add_parser(
         "merge",
         formatter_class=_RAW,
@@ -215,7 +217,7 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--public", action="store_true", help="with --push: make the repository public")
 
 
-def _add_config(commands: argparse._SubParsersAction) -> None:
+def _add_config(commands: _Commands) -> None:
     command = commands.add_parser(
         "config",
         help="print and explain every option",

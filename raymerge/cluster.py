@@ -225,7 +225,7 @@ def _reach(address: str) -> None:
             time.sleep(0.5)
 
 
-def _vital_processes() -> dict[str, subprocess.Popen]:
+def _vital_processes() -> dict[str, subprocess.Popen[bytes]]:
     """Those without which the local Ray that this process has started, or is starting, cannot be."""
     node = ray._private.worker._global_node
     names = (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET)

@@ -6,17 +6,15 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymerge.objectives import TEXT_WINDOW
-from raymerge.schemas import TASK_MEASURES, TEXT_SPLIT, letter_logits
+from raymerge.schemas import TASK_MEASURES, TEXT_SPLIT, Row, letter_logits
 from raymerge.statistics import answer_nll, holm, mcnemar, paired_difference
-
-Row = dict[str, Any]
 
 PASSAGE = 64  # tokens of plain text whose loss is stored as one
 # Passages that follow each other are of one topic, and what a merge does to them is alike (docs/results.md, 2026-11-28:

@@ -68,7 +68,7 @@ def describe(config: Config) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML in which no key stands twice: PyYAML takes the last one without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":

@@ -7,10 +7,10 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raymerge.identity import without_secrets
 from raymerge.progress import Progress
@@ -238,7 +238,7 @@ def print_search(run: RunDirectory, split: str) -> None:
             _print_model(run, saved)
 
 
-def _print_model(run: RunDirectory, saved: dict) -> None:
+def _print_model(run: RunDirectory, saved: Mapping[str, Any]) -> None:
     """Where a model lies that a search has saved, whatever the run was called then; how to have it where it is not."""
     from raymerge import summary
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -10,7 +11,7 @@ import pyarrow.compute as pc
 from raymerge.diffusion import degeneracy
 from raymerge.domains import known_domains
 from raymerge.objectives import parse_objective, score_answers, score_text
-from raymerge.schemas import letter_logits
+from raymerge.schemas import Row, letter_logits
 from raymerge.tables import MACRO, MICRO, RunDirectory, layer_ranges, plan_labels, turned
 
 
@@ -53,7 +54,7 @@ def fates_of(run: RunDirectory) -> dict[str, str]:
     return fates
 
 
-def plan_lines(run: RunDirectory, split: str) -> list[dict]:
+def plan_lines(run: RunDirectory, split: str) -> list[Row]:
     """For each plan, in the order in which they were stored, its name and what it reached on `split`.
 
     Keys: plan_id, name, label (`labels_of`), kind, layers, n (questions), accuracy, interval (low, high; 95 %), macro,
@@ -100,7 +101,7 @@ def plan_lines(run: RunDirectory, split: str) -> list[dict]:
 _UNASKED = dict.fromkeys(("accuracy", "ci_low", "ci_high", "nll")) | {"n": 0}
 
 
-def _text(row: dict | None) -> dict:
+def _text(row: Row | None) -> dict[str, Any]:
     """Perplexity of plain text and its interval, from a row of `perplexity` or none."""
     row = row or {}
     return {"perplexity": row.get("perplexity"), "perplexity_interval": (row.get("ci_low"), row.get("ci_high"))}
@@ -109,7 +110,7 @@ def _text(row: dict | None) -> dict:
 _MORE_IS_BETTER = ("accuracy", "acc", "acc_norm")
 
 
-def verdict(row: dict) -> str:
+def verdict(row: Row) -> str:
     """What a row of `comparisons` says of its first plan: more accuracy is better, less answer NLL."""
     if row["p_value"] >= 0.05:
         return "indistinguishable"
@@ -118,14 +119,14 @@ def verdict(row: dict) -> str:
     return f"{found}, but not after correction" if alone else found
 
 
-def of_plan(rows: Iterable[dict], plan_id: str) -> list[dict]:
+def of_plan(rows: Iterable[Row], plan_id: str) -> list[Row]:
     """Those rows of `comparisons`, or of a table like it, that a plan is in, each as the plan minus the other one."""
     return [
         row if row["plan_a"] == plan_id else turned(row) for row in rows if plan_id in (row["plan_a"], row["plan_b"])
     ]
 
 
-def comparison_rows(run: RunDirectory) -> list[dict]:
+def comparison_rows(run: RunDirectory) -> list[Row]:
     """Comparisons of accuracies, or of losses on plain text where no questions are asked."""
     measure = "accuracy" if asks_questions(run) else "text_nll"
     return [row for row in run.read("comparisons").to_pylist() if row["measure"] == measure]

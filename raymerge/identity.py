@@ -120,7 +120,7 @@ def digest(value: object, length: int = 16) -> str:
     return hashlib.sha256(canonical_json(value).encode("utf-8")).hexdigest()[:length]
 
 
-def git_state(folder: str | os.PathLike) -> tuple[str | None, bool | None]:
+def git_state(folder: str | os.PathLike[str]) -> tuple[str | None, bool | None]:
     """Return (commit, dirty) of the git checkout that tracks `folder`/__init__.py, else (None, None).
 
     Asking for a tracked file keeps a package installed in a virtual environment inside somebody
@@ -147,7 +147,7 @@ def git_state(folder: str | os.PathLike) -> tuple[str | None, bool | None]:
     return commit, None if commit is None or changes is None else bool(changes)
 
 
-def software() -> dict:
+def software() -> dict[str, Any]:
     """Return what runs: raymerge's version and commit, Python, the platform and `PACKAGES`' versions.
 
     A package that is not installed has version None; `git_commit` is None outside a checkout.

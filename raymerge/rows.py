@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +19,11 @@ from raymerge.objectives import TEXT_WINDOW, perplexity
 from raymerge.plan import MergePlan
 from raymerge.quantisation import quantised_bytes
 from raymerge.questions import QuestionSet
-from raymerge.schemas import SCHEMAS
+from raymerge.schemas import SCHEMAS, Row
 from raymerge.statistics import MeanInterval, ratio_interval
 from raymerge.tasks import Task
 from raymerge.tensorfiles import ITEM_BYTES
 from raymerge.texts import text_hash
-
-Row = dict[str, Any]
 
 
 def plan_rows(plan: MergePlan, plan_id: str) -> list[Row]:

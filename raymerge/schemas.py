@@ -13,6 +13,9 @@ import pyarrow as pa
 from raymerge import columns
 from raymerge.statistics import accuracy_summary, answer_nll, macro_interval, macro_summary, wilson_interval
 
+#: A row of a table, by column: as it is stored, or put together from such rows.
+Row = dict[str, Any]
+
 #: Subjects of `accuracy` that are averages: over questions, and over subjects.
 MICRO, MACRO = "_micro", "_macro"
 
@@ -175,7 +178,7 @@ def letter_logits(answers: pa.Table) -> np.ndarray:
     return np.stack([answers[f"logit_{letter}"].to_numpy() for letter in "abcd"], axis=1)
 
 
-def derive_accuracy(answers: pa.Table) -> list[dict]:
+def derive_accuracy(answers: pa.Table) -> list[Row]:
     """Return the rows of table `accuracy` that follow from rows of `answers`.
 
     For each plan, split and language: `_micro` (all questions), `_macro` (mean over subjects;
@@ -206,7 +209,7 @@ def derive_accuracy(answers: pa.Table) -> list[dict]:
     nll = answer_nll(letter_logits(answers), answer)
     order = np.argsort(cell, kind="stable")
     starts = np.flatnonzero(np.diff(cell[order], prepend=-1))
-    groups: dict[tuple, list] = {}
+    groups: dict[tuple[str, ...], list[tuple[str, np.ndarray]]] = {}
     for rows in np.split(order, starts[1:]):
         names = [levels[name][keys[name][rows[0]]] for name in ("plan_id", "split", "language", "subject")]
         groups.setdefault(tuple(names[:3]), []).append((names[3], rows))
@@ -227,7 +230,7 @@ def derive_accuracy(answers: pa.Table) -> list[dict]:
     return result
 
 
-def derive_task_accuracy(answers: pa.Table) -> list[dict]:
+def derive_task_accuracy(answers: pa.Table) -> list[Row]:
     """Return the rows of table `task_accuracy` that follow from rows of `task_answers`: plans, tasks and measures in
     order of appearance. Standard errors and intervals as in `derive_accuracy`.
 
@@ -261,7 +264,7 @@ def derive_task_accuracy(answers: pa.Table) -> list[dict]:
     return result
 
 
-def _encoded(rows: pa.Table, names: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, list]]:
+def _encoded(rows: pa.Table, names: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, list[Any]]]:
     """Columns as numbers (n,) int64, in order of appearance, and what each number stands for."""
     keys, levels = {}, {}
     for name in names:
@@ -275,7 +278,7 @@ def _encoded(rows: pa.Table, names: Sequence[str]) -> tuple[dict[str, np.ndarray
 RUINED = 10.0
 
 
-def plan_labels(plans: Iterable[dict], trials: Iterable[dict]) -> dict[str, str]:
+def plan_labels(plans: Iterable[Row], trials: Iterable[Row]) -> dict[str, str]:
     """plan_id -> what the plan is called wherever it is shown: its names joined by ' = ' (a found plan can be the base
     plan), plans in order of appearance, no two of them alike: a plan from an alpha file has the file's name, and the
     published base.json is not the unmerged model.
@@ -297,20 +300,20 @@ def plan_labels(plans: Iterable[dict], trials: Iterable[dict]) -> dict[str, str]
     return labels
 
 
-def way_of(row: dict) -> str:
+def way_of(row: Row) -> str:
     """The method of a row of `sweep`, with how its seams are refitted: each refit is a way of its own."""
     refit = row["refit"] or "none"
     return row["method"] if refit == "none" else f"{row['method']} + {refit}"
 
 
-def turned(comparison: dict) -> dict:
+def turned(comparison: Row) -> Row:
     """A row of `comparisons`, or of a table like it, as the second plan minus the first."""
     plans = {"plan_a": comparison["plan_b"], "plan_b": comparison["plan_a"]}
     low, high = -comparison["ci_high"], -comparison["ci_low"]
     return comparison | plans | {"difference": -comparison["difference"], "ci_low": low, "ci_high": high}
 
 
-def correlation_ceiling(row: dict) -> float | None:
+def correlation_ceiling(row: Row) -> float | None:
     """What noise leaves of a correlation of 1, of a row of `similarity_correlation`; None where it is not known.
 
     A reliability of 0 or less is a matrix of noise, which has no pattern to correlate: two of them below 0, a third of
@@ -337,7 +340,7 @@ def layer_ranges(layers: Iterable[int]) -> str:
     return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _accuracy_row(subject: str, correct: np.ndarray, nll: np.ndarray) -> dict:
+def _accuracy_row(subject: str, correct: np.ndarray, nll: np.ndarray) -> Row:
     summary = accuracy_summary(correct)
     low, high = wilson_interval(summary.correct, summary.n)
     return {"subject": subject, **summary._asdict(), "ci_low": low, "ci_high": high, "nll": float(nll.mean())}

@@ -33,11 +33,11 @@ from raymerge.errors import UserError
 from raymerge.objectives import trial_outcome
 from raymerge.pool import WorkerPool
 from raymerge.proposers import Point, Proposer
+from raymerge.schemas import Row
 from raymerge.storage import NO_ROOM
 
-Row = dict[str, Any]
 #: record(part name, rows of table `trials`, the workers' results): stores one finished batch for good.
-Record = Callable[[str, list[Row], list[Row]], None]
+Record = Callable[[str, list[Row], list[dict[str, Any]]], None]
 
 # Tune's own time for a trial on reused actors: 5-11 ms while CPUs are idle, 0.14 s where workers keep all of them busy.
 # With proposals made ahead, candidates that take a second each were fastest with one a trial.
@@ -104,28 +104,28 @@ class SearchOutcome:
     finished: int
     wall_seconds: float
     share_not_scoring: float | None
-    workers: tuple[Row, ...] = ()
+    workers: tuple[dict[str, Any], ...] = ()
 
 
 class _Trial(tune.Trainable):
     """Hands a batch to a pool worker and waits. Takes no CPU itself, and is reused from trial to trial."""
 
     def setup(  # type: ignore[override]  # what `tune.with_parameters` adds
-        self, config: Row, timeout_s: float, method: str, arguments: Sequence[Any], started: str
+        self, config: dict[str, Any], timeout_s: float, method: str, arguments: Sequence[Any], started: str
     ) -> None:
         self._timeout_s, self._method, self._arguments = timeout_s, method, arguments
         self._started = Path(started)
         self._handles: dict[str, Any] = {}
 
-    def reset_config(self, new_config: Row) -> bool:
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
         return True
 
-    def step(self) -> Row:
+    def step(self) -> dict[str, Any]:
         try:
             self._wait_for_others()
             handle = self._handle(self.config["worker"])
             results = self._score(handle, self.config["candidates"])
-            found: Row = {"results": results, **_averages(results)}
+            found: dict[str, Any] = {"results": results, **_averages(results)}
         except WorkerLost as error:
             found = {"lost": str(error)}
         except UserError as error:  # no fault of the candidate: it would befall every other one
@@ -156,7 +156,7 @@ class _Trial(tune.Trainable):
         except OSError:
             return  # Slower, no worse; a disk that is full is the record's to say.
 
-    def _score(self, handle: Any, candidates: list[Point]) -> list[Row]:
+    def _score(self, handle: Any, candidates: list[Point]) -> list[dict[str, Any]]:
         before = {"seconds": 0.0, "cpu_seconds": 0.0}
         try:
             while True:
@@ -177,7 +177,7 @@ class _Trial(tune.Trainable):
         return [result for candidate in candidates for result in self._score(handle, [candidate])]
 
 
-def _averages(results: Sequence[Row]) -> Row:
+def _averages(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Means over a batch's candidates, for loggers: they show numbers."""
     means = {}
     for key in ("value", "accuracy", "nll", "perplexity", "seconds"):
@@ -301,7 +301,7 @@ class BatchSearcher(Searcher):
     def _takes_turns(self) -> bool:
         return min(self.concurrent, len(self._free)) == 1
 
-    def suggest(self, trial_id: str) -> Row | str | None:  # type: ignore[override]  # Ray declares no FINISHED
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # Ray omits FINISHED
         if self.failure is not None or (self._supply.is_empty and not self._running):
             return self.FINISHED
         try:
@@ -327,7 +327,7 @@ class BatchSearcher(Searcher):
             "first_round": [self.crew.name_of(other) for other in first_round],
         }
 
-    def on_trial_complete(self, trial_id: str, result: Row | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if trial_id not in self._running:
             return
         slot, batch = self._running.pop(trial_id)
@@ -366,7 +366,7 @@ class BatchSearcher(Searcher):
             self.scored.setdefault(row["actor"], []).append(row["seconds"])
             self._learn(row)
 
-    def _release(self, slot: int, result: Row) -> str:
+    def _release(self, slot: int, result: Mapping[str, Any]) -> str:
         """Take note of what has become of a trial's worker; return the node that it was on if it was lost, else ""."""
         if result.get("lost"):
             node = self.crew.lose(slot, result["lost"])
@@ -387,7 +387,7 @@ class BatchSearcher(Searcher):
         self._supply.repeat(batch, losses)
         return True
 
-    def _row(self, trial_id: str, slot: int, batch: int, iteration: int, point: Point, found: Row) -> Row:
+    def _row(self, trial_id: str, slot: int, batch: int, iteration: int, point: Point, found: Mapping[str, Any]) -> Row:
         point = found.get("alphas", point)  # a descent ends elsewhere than where it started
         return {
             **self._describe(point),
@@ -413,7 +413,7 @@ class BatchSearcher(Searcher):
         if self._on_progress is not None:
             self._on_progress(self.done, self.best)
 
-    def __getstate__(self) -> Row:
+    def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its searcher for `Tuner.restore`, which is not used: the caller's record is the state.
         return {"_metric": self._metric, "_mode": self._mode}
 
@@ -485,7 +485,7 @@ def run_search(
     return SearchOutcome(batches.finished, wall, 1.0 - scoring / capacity, workers)
 
 
-def _utilisation(present: Mapping[int, float], scored: Mapping[str, Sequence[float]]) -> tuple[Row, ...]:
+def _utilisation(present: Mapping[int, float], scored: Mapping[str, Sequence[float]]) -> tuple[dict[str, Any], ...]:
     """`SearchOutcome.workers`. present: seconds by slot; scored: seconds of each candidate, by actor."""
     rows = []
     for slot, here in present.items():

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from raymerge.config import SensitivityConfig, SimilarityConfig
 from raymerge.heuristics import most_similar_pairs, pair_alphas
 from raymerge.plan import PlanError, tail_pairs
+from raymerge.schemas import Row
 from raymerge.similarity import Recipe, SimilarityError, SimilarityMatrix, compute, pearson
-
-Row = dict[str, Any]
 
 
 def recipe_of(settings: SimilarityConfig) -> Recipe:

@@ -132,7 +132,7 @@ class Storage:
         with self._reached(inside), self._fs.open_input_file(self._at(inside)) as file:
             return file.read()
 
-    def each(self, act: Callable[[str], Any], names: Iterable[str]) -> list:
+    def each(self, act: Callable[[str], Any], names: Iterable[str]) -> list[Any]:
         """Return [act(name) for every name]; of a folder that is not on this machine many at a time."""
         if self.is_local:  # where threads gain nothing: reading a small file is all computation
             return [act(name) for name in names]
@@ -301,7 +301,7 @@ class Storage:
         )
 
 
-def located(source: str | os.PathLike) -> Path | str:
+def located(source: str | os.PathLike[str]) -> Path | str:
     """A path with its ~ expanded; a URI as it is."""
     return source if isinstance(source, str) and "://" in source else Path(source).expanduser()
 

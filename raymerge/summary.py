@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Mapping
+from typing import Any
 
 from raymerge.findings import (
     chosen_on,
@@ -18,11 +20,11 @@ from raymerge.findings import (
     verdict,
 )
 from raymerge.objectives import above_ceiling, is_minimised, parse_objective
-from raymerge.schemas import PLAIN, correlation_ceiling
+from raymerge.schemas import PLAIN, Row, correlation_ceiling
 from raymerge.tables import RunDirectory
 
 
-def proof_line(proof: dict) -> str:
+def proof_line(proof: Mapping[str, Any]) -> str:
     """What `proof.prove` found when a saved model was loaded again."""
     return (
         f"Reloaded in a fresh process: logits within {proof['max_difference']:.2g} of the scored ones (rounding "
@@ -49,7 +51,7 @@ def budget_lines(run: RunDirectory) -> list[str]:
     ]
 
 
-def plan_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
+def plan_table(lines: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the plans' table, as text; without columns of questions where none were asked."""
     asked = any(line["accuracy"] is not None for line in lines)
     header = ["plan", "layers", *(_ANSWERED if asked else []), "text ppl [95 %]"]
@@ -72,7 +74,7 @@ PICKS = "picks A-D %: share of each letter among the answers; letter %: question
 _ANSWERED = ["accuracy [95 %]", "macro", "answer NLL"]
 
 
-def _answered(line: dict) -> list[str]:
+def _answered(line: Row) -> list[str]:
     """The cells of `_ANSWERED`, of a line of `findings.plan_lines`."""
     return [share(line["accuracy"], None, line["interval"]), f"{line['macro']:.4f}", f"{line['nll']:.4f}"]
 
@@ -95,9 +97,10 @@ def comparison_table(run: RunDirectory, plan_id: str) -> tuple[list[str], list[l
     return _COMPARED, [_compared(names, row) for row in of_plan(comparison_rows(run), plan_id)]
 
 
-def _compared(names: dict[str, str], row: dict) -> list[str]:
+def _compared(names: dict[str, str], row: Row) -> list[str]:
+    other: str = row["plan_b"]
     return [
-        names.get(row["plan_b"], row["plan_b"]),
+        names.get(other, other),
         f"{row['difference']:+.4f}",
         f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]",
         _p(row["p_value"]),
@@ -210,11 +213,11 @@ def removal_table(run: RunDirectory) -> tuple[str, list[str], list[list[str]]]:
     return caption, ["layers", "removed last", "loss", "next best"], cells
 
 
-def _scored(row: dict) -> str:
+def _scored(row: Row) -> str:
     return f"{_span(row)} ({row['score']:.4g})"
 
 
-def _span(row: dict) -> str:
+def _span(row: Row) -> str:
     return str(row["first"]) if row["first"] == row["last"] else f"{row['first']}-{row['last']}"
 
 
@@ -260,7 +263,7 @@ def optimism_lines(run: RunDirectory, split: str) -> list[str]:
     return lines
 
 
-def _gaps(run: RunDirectory, split: str, trials: list[dict], objective: str) -> dict[str, tuple[float, float]]:
+def _gaps(run: RunDirectory, split: str, trials: list[Row], objective: str) -> dict[str, tuple[float, float]]:
     """By plan, how much better the objective was on the search questions than on the report's, and the latter."""
     sign = -1.0 if is_minimised(objective) else 1.0
     gaps = {}
@@ -310,7 +313,7 @@ def _candidates(count: int) -> str:
     return f"{count} candidate{'' if count == 1 else 's'}"
 
 
-def _seconds(trials: list[dict]) -> str:
+def _seconds(trials: list[Row]) -> str:
     """What the candidates took, where it was measured; controls are not timed."""
     wall, cpu = sum(row["seconds"] for row in trials), [row["cpu_seconds"] for row in trials]
     if not wall:
@@ -376,7 +379,7 @@ def similarity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
     above these is of those whose maps mean something (`degenerate_layers`)."""
     degenerate = degenerate_layers(run)
     keys = ["subset", "language", "measure", "embedding"]
-    found: dict[tuple[str, ...], list[dict]] = {}
+    found: dict[tuple[str, ...], list[Row]] = {}
     for row in run.read("similarity").to_pylist():
         if row["layer_i"] < row["layer_j"]:
             found.setdefault(tuple(row[key] for key in keys), []).append(row)
@@ -436,7 +439,7 @@ def correlation_table(run: RunDirectory, most: int | None = None) -> tuple[list[
 
 def sensitivity_table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
     """Header and cells: each setting's agreement with the reference, averaged over the subsets that have it."""
-    found: dict[tuple[str, str], list[dict]] = {}
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in run.read("sensitivity").to_pylist():
         if not row["reference"]:
             found.setdefault((row["parameter"], row["setting"]), []).append(row)
@@ -489,7 +492,7 @@ def _mean(values: list[float | None]) -> str:
     return f"{sum(known) / len(known):.3f}" if known else "–"
 
 
-def _percent(shares: list) -> str:
+def _percent(shares: list[float]) -> str:
     return f"{100 * sum(shares) / len(shares):.0f}" if shares else "–"
 
 

@@ -37,6 +37,7 @@ from raymerge.schemas import (
     MICRO,
     RUINED,
     SCHEMAS,
+    Row,
     conform,
     correlation_ceiling,
     correlation_digits,
@@ -58,6 +59,7 @@ __all__ = [
     "MICRO",
     "RUINED",
     "SCHEMAS",
+    "Row",
     "RunDirectory",
     "RunError",
     "above_ceiling",
@@ -117,7 +119,7 @@ class RunDirectory:
         self._tables = Tables(self._storage)
         self.is_local = self._storage.is_local
         self.run_id = self.experiment = ""
-        self.config: dict = {}
+        self.config: dict[str, Any] = {}
         self.moved = False
         self._lock: Lock | None = None
         self._begun = (datetime.now(UTC), time.monotonic())
@@ -127,7 +129,12 @@ class RunDirectory:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], config: dict, experiment: str, *, filesystem: pafs.FileSystem | None = None
+        cls,
+        path: str | os.PathLike[str],
+        config: dict[str, Any],
+        experiment: str,
+        *,
+        filesystem: pafs.FileSystem | None = None,
     ) -> RunDirectory:
         """Create the run, or take up the one that is there if its config allows.
 
@@ -171,14 +178,14 @@ class RunDirectory:
         return run
 
     @classmethod
-    def check(cls, path: str | os.PathLike[str], config: dict, experiment: str) -> None:
+    def check(cls, path: str | os.PathLike[str], config: dict[str, Any], experiment: str) -> None:
         """Raise RunError where `open` would because of what is there, and touch nothing: before models are read."""
         cls._checked(path, config, experiment, None)
 
     @classmethod
     def _checked(
-        cls, path: str | os.PathLike[str], config: dict, experiment: str, filesystem: pafs.FileSystem | None
-    ) -> tuple[RunDirectory, dict, _Stored | None]:
+        cls, path: str | os.PathLike[str], config: dict[str, Any], experiment: str, filesystem: pafs.FileSystem | None
+    ) -> tuple[RunDirectory, dict[str, Any], _Stored | None]:
         """The run, still without what `open` gives it, the config as it is stored, and what is stored of the run that
         is there and can be taken up; None where there is none."""
         run = cls(path, filesystem)
@@ -254,7 +261,7 @@ class RunDirectory:
         """Return all rows of a table, parts in name order, with exactly its schema (empty if never written)."""
         return self._tables.read(table, columns)
 
-    def distinct(self, table: str, columns: list[str]) -> set[tuple]:
+    def distinct(self, table: str, columns: list[str]) -> set[tuple[Any, ...]]:
         """Return which values a table's columns have together, such as the (plan_id, split) of millions of answers."""
         found = self.read(table, columns).group_by(columns).aggregate([])
         return set(zip(*(found[name].to_pylist() for name in columns), strict=True))
@@ -329,7 +336,7 @@ class RunDirectory:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.append("incidents", [{"time": now, "kind": kind, "worker": worker, "detail": detail[:500]}])
 
-    def write_manifest(self, status: str, *, command: Sequence[str] | None = None, **facts: Any) -> dict:
+    def write_manifest(self, status: str, *, command: Sequence[str] | None = None, **facts: Any) -> dict[str, Any]:
         """Write manifest.json, the last act of a run, and return its content.
 
         Parameters
@@ -366,7 +373,7 @@ class RunDirectory:
         self._lock = None
         return content
 
-    def manifest(self) -> dict | None:
+    def manifest(self) -> dict[str, Any] | None:
         """Return the manifest, or None while the run goes on or if it was killed."""
         try:
             return _object(self._storage.read("manifest.json"))
@@ -434,7 +441,7 @@ class RunDirectory:
     def _has_results(self) -> bool:
         return any(table != "incidents" for table in self.row_counts())
 
-    def _differing(self, stored: _Stored, experiment: str, config: dict) -> list[_Difference]:
+    def _differing(self, stored: _Stored, experiment: str, config: dict[str, Any]) -> list[_Difference]:
         if stored.experiment != experiment:
             return [("experiment", stored.experiment, experiment)]
         return _differences(without_secrets(stored.config), config, free=FREE_SECTIONS)
@@ -452,7 +459,7 @@ class RunDirectory:
             )
 
 
-def _object(text: bytes) -> dict:
+def _object(text: bytes) -> dict[str, Any]:
     """A JSON object; ValueError for anything else."""
     value = json.loads(text)
     if not isinstance(value, dict):
@@ -467,7 +474,7 @@ class _Stored(NamedTuple):
     """What config.yaml says of a run."""
 
     experiment: str
-    config: dict
+    config: dict[str, Any]
     run_id: str
 
 

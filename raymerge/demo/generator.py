@@ -55,7 +55,7 @@ class Question:
         )
 
     @property
-    def content(self) -> tuple:
+    def content(self) -> tuple[str, tuple[Words, ...], frozenset[Words]]:
         """What is asked and which options are offered, whatever their order."""
         return self.subject, self.arguments, frozenset(self.options)
 
@@ -132,7 +132,7 @@ def draw_splits(seed: int = 0) -> dict[str, dict[str, list[Question]]]:
     splits: dict[str, dict[str, list[Question]]] = {}
     for subject in SUBJECTS:
         rng = Random(f"{seed}/questions/{subject}")
-        seen: set[tuple] = set()
+        seen: set[tuple[str, tuple[Words, ...], frozenset[Words]]] = set()
         splits[subject] = {}
         for split, size in SPLIT_SIZES.items():
             rows: list[Question] = []

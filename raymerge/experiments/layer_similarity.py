@@ -39,10 +39,8 @@ from raymerge.progress import Progress, Silent, step
 from raymerge.reliability import RELIABLE_N, Correlation, Study, check_samples, correlate, correlate_matrices
 from raymerge.sensitivity import recipe_of
 from raymerge.similarity import MEASURES, smallest_sample
-from raymerge.tables import IMPORTED, RunDirectory, layer_ranges
+from raymerge.tables import IMPORTED, Row, RunDirectory, layer_ranges
 from raymerge.worker import SubsetSimilarity
-
-Row = dict[str, Any]
 
 
 def similarity(

@@ -72,7 +72,7 @@ class Reporter:
         receipted = {plan for (plan,) in self.run.distinct("receipts", ["plan_id"])}
         scored = self.run.distinct("task_answers", ["plan_id", "task"])
         # (method, plan id, task) -> plan, what the method is called with
-        jobs: dict[tuple[str, str, str], tuple[MergePlan, list]] = {}
+        jobs: dict[tuple[str, str, str], tuple[MergePlan, list[Any]]] = {}
         for plan in plans:
             plan_id = plan.plan_id(self.identity)
             if REPORT in self.inputs.questions and plan_id not in answered:
@@ -92,7 +92,7 @@ class Reporter:
         order = sorted(jobs, key=lambda key: (jobs[key][0].resumes_at, key[0]))
         tasks = [(key, item) for key in order for item in jobs[key][1]]
         progress.stage(f"report on {data.report_split if self.inputs.questions else 'text and tasks'}", len(tasks))
-        results: dict[tuple[str, str, str], list] = {key: [] for key in jobs}
+        results: dict[tuple[str, str, str], list[Any]] = {key: [] for key in jobs}
 
         def store(number: int, result: Any) -> None:
             key = tasks[number][0]
@@ -103,7 +103,7 @@ class Reporter:
 
         pool.map("run", [(key[0], item) for key, item in tasks], counted(progress, then=store))
 
-    def _store(self, method: str, plan: MergePlan, task: str, results: list) -> None:
+    def _store(self, method: str, plan: MergePlan, task: str, results: list[Any]) -> None:
         """Store what one plan answered (or chose in a task), its perplexity of the text, or what it changed, as one
         part."""
         plan_id = plan.plan_id(self.identity)

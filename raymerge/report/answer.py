@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from raymerge import findings, summary
 from raymerge.report.reached import Reached
 from raymerge.report.wording import enumerated, percent, perplexity, plural
+from raymerge.schemas import Row
 
 _ORDER = {"base": 0, "random": 2}  # "the best of 10 random candidates and drop" would have drop among the 10
 _KEEPING = ("drop", "before_last", "keep_one")  # kinds of plans
@@ -100,7 +101,7 @@ def _averages(reached: Reached) -> bool:
     return any(0.0 < row["coefficient"] < 1.0 for row in rows if row["plan_id"] == reached.the_best["plan_id"])
 
 
-def told(reached: Reached, found: dict[str, dict]) -> str:
+def told(reached: Reached, found: dict[str, Row]) -> str:
     """Comparisons of the best plan as half a sentence: better than ..., indistinguishable from ..., worse than ...
 
     found: those of `Reached.against`. What an uncorrected p alone tells apart counts as indistinguishable.
@@ -117,7 +118,7 @@ def told(reached: Reached, found: dict[str, dict]) -> str:
     return "; ".join(parts)
 
 
-def _called(line: dict) -> str:
+def _called(line: Row) -> str:
     if line["kind"] == "random":
         return f"the {line['label']} candidate{'' if line['label'] == 'best of 1 random' else 's'}"
     if line["kind"] == "keep_one":
@@ -125,7 +126,7 @@ def _called(line: dict) -> str:
     return "the unmerged model" if line["kind"] == "base" else line["label"]
 
 
-def firm(row: dict) -> str:
+def firm(row: Row) -> str:
     """What a comparison says when Holm's p is asked: a key of `LINKS`."""
     said = findings.verdict(row)
     return said if said in LINKS else "indistinguishable"

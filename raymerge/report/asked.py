@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import yaml
 
 from raymerge.identity import without_secrets
 from raymerge.report.content import Block, Fact, Facts, Figure, Listing, Notice, Rows, Section, View
 from raymerge.report.wording import duration, listed, plural
+from raymerge.schemas import Row
 from raymerge.tables import RunDirectory
 
 
@@ -26,7 +28,7 @@ def sources(run: RunDirectory, *tables: str) -> tuple[tuple[str, str], ...]:
 
 
 def figure_of(
-    run: RunDirectory, title: str, caption: str, views: Iterable[View], rows: list[dict], *tables: str, columns: int = 1
+    run: RunDirectory, title: str, caption: str, views: Iterable[View], rows: list[Row], *tables: str, columns: int = 1
 ) -> Figure:
     """Drawings of rows, with where these lie (the tables that they come from) and the command that made them."""
     return Figure(title, caption, tuple(views), Rows.of(rows, sources(run, *tables)), command_of(run), columns)
@@ -100,7 +102,7 @@ def asked(run: RunDirectory) -> Section:
     )
 
 
-def _model(model: dict, manifest: dict) -> Fact:
+def _model(model: Mapping[str, Any], manifest: Mapping[str, Any]) -> Fact:
     identity = (manifest.get("model") or {}).get("identity")
     parts = [
         f"dtype {model['dtype']}" if model.get("dtype") else "",
@@ -111,7 +113,7 @@ def _model(model: dict, manifest: dict) -> Fact:
     return Fact("Model", str(model.get("path") or "not stored"), ", ".join(part for part in parts if part))
 
 
-def _data(data: dict, manifest: dict, similarity: dict) -> list[Fact]:
+def _data(data: Mapping[str, Any], manifest: Mapping[str, Any], similarity: Mapping[str, Any]) -> list[Fact]:
     """What the questions are. A similarity has languages and examples of its own: `_similarity` tells of those."""
     if not data:
         return []
@@ -136,19 +138,19 @@ def _data(data: dict, manifest: dict, similarity: dict) -> list[Fact]:
     return [*facts, *_text(data, manifest)]
 
 
-def _text(data: dict, manifest: dict) -> list[Fact]:
+def _text(data: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[Fact]:
     if not manifest.get("text_hash"):
         return []
     return [Fact("Plain text", str(data.get("perplexity_text")), f"up to {data.get('perplexity_tokens')} tokens")]
 
 
-def _tasks(tasks: dict) -> list[Fact]:
+def _tasks(tasks: Mapping[str, Any]) -> list[Fact]:
     """The further tasks, by name, with the file of each."""
     named = [f"{name} ({task.get('format')}, {task.get('file')})" for name, task in tasks.items()]
     return [Fact("Further tasks", listed(named))] if named else []
 
 
-def _plan(plan: dict, experiment: str) -> list[Fact]:
+def _plan(plan: Mapping[str, Any], experiment: str) -> list[Fact]:
     if not plan or experiment != "search":
         return []
     options = f"alignment {plan.get('alignment')}, norms {plan.get('norms')}, biases {plan.get('biases')}"
@@ -161,7 +163,7 @@ def _plan(plan: dict, experiment: str) -> list[Fact]:
     ]
 
 
-def _how_many(plan: dict) -> str:
+def _how_many(plan: Mapping[str, Any]) -> str:
     merges, threshold = plan.get("merges"), plan.get("threshold")
     if plan.get("selection") == "list":
         return "as many as the alpha file has"
@@ -170,7 +172,7 @@ def _how_many(plan: dict) -> str:
     return str(merges) if threshold is None else f"{merges}, or fewer once no similarity exceeds {threshold}"
 
 
-def _search(config: dict, experiment: str) -> list[Fact]:
+def _search(config: Mapping[str, Any], experiment: str) -> list[Fact]:
     if experiment == "sweep":
         sweep = config.get("sweep", {})
         files = [f"{name}: {path}" for name, path in (sweep.get("alpha_files") or {}).items()]
@@ -209,7 +211,7 @@ def _search(config: dict, experiment: str) -> list[Fact]:
     ]
 
 
-def _refits(plan: dict, refits: list, methods: list | None = None) -> list[Fact]:
+def _refits(plan: Mapping[str, Any], refits: Sequence[str | None], methods: list[str] | None = None) -> list[Fact]:
     """How seams are refitted; nothing where none is."""
     used = [str(refit) for refit in refits if refit not in (None, "none")]
     if not used:
@@ -221,7 +223,7 @@ def _refits(plan: dict, refits: list, methods: list | None = None) -> list[Fact]
     return [Fact("Refits", listed(used) + (f" of {listed(methods)}" if methods else ""), how)]
 
 
-def _calibration(config: dict) -> list[Fact]:
+def _calibration(config: Mapping[str, Any]) -> list[Fact]:
     """What blocks are chosen and refits made on: a run that does neither stores no such section."""
     settings = config.get("calibration")
     if not settings:
@@ -231,7 +233,7 @@ def _calibration(config: dict) -> list[Fact]:
     return [Fact("Calibration", where, f"up to {settings.get('tokens')} tokens")]
 
 
-def _similarity(settings: dict) -> list[Fact]:
+def _similarity(settings: Mapping[str, Any]) -> list[Fact]:
     if not settings:
         return []
     languages = settings.get("languages")
@@ -250,12 +252,12 @@ def _similarity(settings: dict) -> list[Fact]:
     ]
 
 
-def _seeds(manifest: dict) -> list[Fact]:
+def _seeds(manifest: Mapping[str, Any]) -> list[Fact]:
     seeds = manifest.get("seeds") or {}
     return [Fact("Seeds", ", ".join(f"{name} {seed}" for name, seed in seeds.items()))] if seeds else []
 
 
-def _versions(manifest: dict) -> list[Fact]:
+def _versions(manifest: Mapping[str, Any]) -> list[Fact]:
     if not manifest:
         return []
     commit = str(manifest.get("git_commit") or "")[:10]
@@ -270,7 +272,7 @@ def _versions(manifest: dict) -> list[Fact]:
     ]
 
 
-def _machine(manifest: dict) -> list[Fact]:
+def _machine(manifest: Mapping[str, Any]) -> list[Fact]:
     workers = [worker for worker in manifest.get("workers") or [] if isinstance(worker, dict)]
     facts = []
     if workers:

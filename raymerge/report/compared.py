@@ -19,6 +19,7 @@ from raymerge.report.content import ROLES, Block, Figure, Rows, Section, Table
 from raymerge.report.plans import VERDICT, compared_cells
 from raymerge.report.reached import TEXT_TEST, Reached, removed_share
 from raymerge.report.wording import NONE, interval, percent, perplexity
+from raymerge.schemas import Row
 from raymerge.tables import TEXT_TOKENS
 
 _PAIRED = 8  # runs of which all pairs are tested
@@ -39,7 +40,7 @@ def compared(reached: Sequence[Reached], others: Sequence[tuple[str, str, str]])
     return Section("The runs, side by side", tuple(blocks), level=2)
 
 
-def _layers(costs: dict, evaluated: bool) -> str:
+def _layers(costs: Row, evaluated: bool) -> str:
     """The layers that are left, and out of how many where the run knows."""
     if not costs:
         return NONE
@@ -86,7 +87,7 @@ def _table(reached: Sequence[Reached]) -> Table:
     )
 
 
-def _called(one: Reached, line: dict) -> str:
+def _called(one: Reached, line: Row) -> str:
     """A plan's name, marked where the questions that it is reported on are those that chose it."""
     chosen = line is one.best and chosen_on(one.run, one.split)
     return f"{line['label']} (chosen on these questions)" if chosen else line["label"]
@@ -106,13 +107,13 @@ def _texts(reached: Sequence[Reached]) -> str:
     return ". The perplexities are of different texts, or tokens: do not compare them" if apart else ""
 
 
-def _texts_of(one: Reached, *columns: str) -> set[tuple]:
+def _texts_of(one: Reached, *columns: str) -> set[tuple[Any, ...]]:
     """What a run's rows of the perplexity of plain text say; those of questions have no text."""
     rows = one.run.read("perplexity", ["target", *columns]).to_pylist()
     return {tuple(row[column] for column in columns) for row in rows if row["target"] == "text"}
 
 
-def headline(one: Reached) -> dict:
+def headline(one: Reached) -> Row:
     """The line of the plan that a run is about, of a run that has any."""
     return one.best or one.base or one.lines[0]
 
@@ -146,12 +147,12 @@ def _tests(reached: Sequence[Reached]) -> list[Block]:
     ]
 
 
-def tests(reached: Sequence[Reached]) -> list[dict[str, Any]]:
+def tests(reached: Sequence[Reached]) -> list[Row]:
     """Rows as those of table `comparisons`, of the best plans of searches and of evaluated models, pair by pair; plans
     are named by their places among these. On questions where both answered the same ones, on plain text where both read
     the same tokens of it."""
     found = _tested(reached)[:_PAIRED]
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for part, compare in ((_answers, partial(comparison_rows, "")), (_losses, text_comparison_rows)):
         keys, tables = zip(*(part(one, str(number)) for number, one in enumerate(found)), strict=True)
         pairs = [

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from raymerge.schemas import Row
+
 FOUND, RANDOM, CONTROL, UNMERGED = "found by the search", "best random plan", "control", "unmerged"
 #: What a plan is on a page, in the order of legends; `role_of` says which.
 ROLES = (FOUND, RANDOM, CONTROL, UNMERGED)
@@ -88,7 +90,7 @@ class Rows:
     sources: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, rows: list[dict], sources: tuple[tuple[str, str], ...]) -> Rows:
+    def of(cls, rows: list[Row], sources: tuple[tuple[str, str], ...]) -> Rows:
         columns = tuple(rows[0]) if rows else ()
         return cls(columns, tuple(tuple(row[name] for name in columns) for row in rows), sources)
 

@@ -13,6 +13,7 @@ from raymerge.report.reached import ALIGNED, TEXT_TEST, Reached, chosen_layers, 
 from raymerge.report.receipts import tensor_name
 from raymerge.report.subjects import categories
 from raymerge.report.wording import difference, interval, percent, perplexity, plural, value
+from raymerge.schemas import Row
 from raymerge.tables import RUINED, layer_ranges, way_of
 
 _OF_QUESTIONS = ("accuracy", "low", "high", "macro", "answer_nll")  # of a point, without value where none are asked
@@ -40,15 +41,15 @@ def in_words(reached: Reached) -> str:
     return _sentence(_unmerged(points), lasts) if lasts else ""
 
 
-def _unmerged(points: list[dict]) -> dict | None:
+def _unmerged(points: list[Row]) -> Row | None:
     return next((point for point in points if point["merges"] == 0), None)
 
 
-def _merged(points: list[dict]) -> list[dict]:
+def _merged(points: list[Row]) -> list[Row]:
     return [point for point in points if point["merges"] > 0]
 
 
-def curve(reached: Reached) -> list[dict[str, Any]]:
+def curve(reached: Reached) -> list[Row]:
     """Every point of the curve, rows of table `sweep` with what their plans reached, by K."""
     lines = {line["plan_id"]: line for line in reached.lines}
     points = []
@@ -74,49 +75,49 @@ def curve(reached: Reached) -> list[dict[str, Any]]:
     return sorted(points, key=lambda point: point["merges"])
 
 
-def _limits(point: dict) -> tuple[float | None, float | None]:
+def _limits(point: Row) -> tuple[float | None, float | None]:
     return point["perplexity_low"], point["perplexity_high"]
 
 
-def _known(point: dict) -> bool:
+def _known(point: Row) -> bool:
     return None not in _limits(point)
 
 
-def _variant(row: dict) -> str:
-    words = [ALIGNED.get(row["alignment"], row["alignment"])]
-    words = [] if row["alignment"] == "none" else words
+def _variant(row: Row) -> str:
+    alignment: str = row["alignment"]
+    words = [] if alignment == "none" else [ALIGNED.get(alignment, alignment)]
     return ", ".join([*words, *(["folded"] if row["norms"] == "fold" else [])]) or "plain"
 
 
-def _way(point: dict) -> str:
+def _way(point: Row) -> str:
     return point["method"] + ("" if point["variant"] == "plain" else f" ({point['variant']})")
 
 
-def _at(points: list[dict], merges: int) -> tuple[dict, dict | None]:
+def _at(points: list[Row], merges: int) -> tuple[Row, Row | None]:
     mine = [point for point in points if point["merges"] == merges]
     best = max(mine, key=merit)
     return best, next((point for point in mine if point["method"] == "drop"), None)
 
 
-def _level(points: list[dict], best: dict) -> int:
+def _level(points: list[Row], best: Row) -> int:
     """How many other ways reach the same at the same K: only the one that was asked for first is named."""
     return sum(
         point is not best and point["merges"] == best["merges"] and merit(point) == merit(best) for point in points
     )
 
 
-def _tie(points: list[dict], best: dict, alike: str) -> str:
+def _tie(points: list[Row], best: Row, alike: str) -> str:
     """That others are level with the best point, for the sentence; alike: what they then are, of one and of several."""
     level = _level(points, best)
     return f"; {plural(level, 'other way')} {alike.split('/')[level > 1]}" if level else ""
 
 
-def _judged(point: dict) -> bool:
+def _judged(point: Row) -> bool:
     """Whether a point has anything to be ranked by: a sweep may report on tasks alone."""
     return point["accuracy"] is not None or point["read"] is not None
 
 
-def _sentence(base: dict | None, points: list[dict]) -> str:
+def _sentence(base: Row | None, points: list[Row]) -> str:
     if not any(map(_judged, points)):
         return (
             "No questions were asked, and no plain text was read: the points were evaluated on tasks only, see below."
@@ -144,7 +145,7 @@ def _sentence(base: dict | None, points: list[dict]) -> str:
     return f"{before}{'. '.join(told)}."
 
 
-def _read(point: dict, unmerged: float | None) -> str:
+def _read(point: Row, unmerged: float | None) -> str:
     """A point's perplexity for the sentence, and whether the language model is lost whatever the letters say."""
     if point["read"] is None:
         return ""
@@ -154,7 +155,7 @@ def _read(point: dict, unmerged: float | None) -> str:
     return f" (perplexity {perplexity(point['read'])}{beside if lost else ''}{said})"
 
 
-def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
+def _best(reached: Reached, base: Row | None, points: list[Row]) -> Table:
     asks, measure = reached.asks, "accuracy" if reached.asks else "text_nll"
     known = {(row["plan_a"], row["plan_b"]): row for row in reached.comparisons if row["measure"] == measure}
     cells = []
@@ -179,7 +180,7 @@ def _best(reached: Reached, base: dict | None, points: list[dict]) -> Table:
     return Table(_caption_of_best(asks, base, ranked, several), header, tuple(cells), words=(2, len(header) - 1))
 
 
-def _against_dropping(best: dict, drop: dict | None, known: dict[tuple[str, str], dict]) -> str:
+def _against_dropping(best: Row, drop: Row | None, known: dict[tuple[str, str], Row]) -> str:
     """What the paired test says of the best point and dropping as many layers."""
     if drop is None:
         return "–"
@@ -189,7 +190,7 @@ def _against_dropping(best: dict, drop: dict | None, known: dict[tuple[str, str]
     return "not compared" if row is None else f"{difference(row)}: {verdict(row)}"
 
 
-def _caption_of_best(asks: bool, base: dict | None, ranked: str, several: bool) -> str:
+def _caption_of_best(asks: bool, base: Row | None, ranked: str, several: bool) -> str:
     judged, flattered = ("these same questions", "accuracy") if asks else ("this same text", "perplexity")
     caption = f"The {ranked} at every K, against dropping as many layers."
     if several:
@@ -206,7 +207,7 @@ def _caption_of_best(asks: bool, base: dict | None, ranked: str, several: bool) 
     return f"{caption} Unmerged: {answered}perplexity {perplexity(base['read'])}"
 
 
-def _curves(reached: Reached, points: list[dict], base: dict | None) -> list[Figure]:
+def _curves(reached: Reached, points: list[Row], base: Row | None) -> list[Figure]:
     """Accuracy where questions were asked, and perplexity where there is any."""
     points = [{key: value for key, value in point.items() if key != "read"} for point in points]
     drawn = [point for point in points if point["merges"] > 0] or points
@@ -244,7 +245,7 @@ def _curves(reached: Reached, points: list[dict], base: dict | None) -> list[Fig
     return [figure_of(reached.run, title, caption, views, points, *tables, columns=len(views))]
 
 
-def _accuracies(drawn: list[dict], base: dict | None, told: str, common: dict[str, Any]) -> View:
+def _accuracies(drawn: list[Row], base: Row | None, told: str, common: dict[str, Any]) -> View:
     return figures.lines(
         drawn,
         f"Accuracy against the number of merged layers: {told}",
@@ -257,7 +258,7 @@ def _accuracies(drawn: list[dict], base: dict | None, told: str, common: dict[st
     )
 
 
-def _perplexities(drawn: list[dict], base: dict | None, told: str, common: dict[str, Any]) -> tuple[View, bool]:
+def _perplexities(drawn: list[Row], base: Row | None, told: str, common: dict[str, Any]) -> tuple[View, bool]:
     """Their drawing, and whether those of ruined models are left out of it so that the others can be told apart."""
     known = [point for point in drawn if point["perplexity"]]
     unmerged = None if base is None else base["perplexity"]
@@ -280,7 +281,7 @@ def _perplexities(drawn: list[dict], base: dict | None, told: str, common: dict[
     return view, cut
 
 
-def _everything(points: list[dict]) -> Table:
+def _everything(points: list[Row]) -> Table:
     speed = any(point["tokens_per_second"] for point in points)
     asks = any(point["accuracy"] is not None for point in points)
     header = ["merged", "method", "variant", "parameters removed"]
@@ -311,7 +312,7 @@ def receipts(reached: Reached) -> Section:
     """The largest change of each point, since a curve has too many tensors to draw."""
     run, title = reached.run, "Receipts: what was changed"
     points = {point["plan_id"]: point for point in curve(reached)}
-    largest: dict[str, dict] = {}
+    largest: dict[str, Row] = {}
     for row in run.read("receipts").to_pylist():
         known = largest.get(row["plan_id"])
         if row["plan_id"] in points and (known is None or row["relative_change"] > known["relative_change"]):
@@ -359,7 +360,7 @@ def receipts(reached: Reached) -> Section:
     return Section(title, (figure,))
 
 
-def _still(points: list[dict], changed: Container[str]) -> list[str]:
+def _still(points: list[Row], changed: Container[str]) -> list[str]:
     """The methods whose plans changed no tensor, with the numbers of layers where at others they did: a block that is
     dropped can be the last layers, or others, and then the layers behind it move."""
     found = []

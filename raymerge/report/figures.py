@@ -5,18 +5,17 @@ Names from tables stand in data alone, never in an expression.
 
 from __future__ import annotations
 
-from typing import Any
-
 from raymerge.report import vega
 from raymerge.report.content import View
 from raymerge.report.wording import NONE
+from raymerge.schemas import Row
 
 #: An axis of shares in per cent, with the digits that its ticks need: 14,042 questions lie within two points.
 SHARES = "~%"
 
 
 def intervals(
-    rows: list[dict],
+    rows: list[Row],
     description: str,
     *,
     name: str,
@@ -63,7 +62,7 @@ def intervals(
 
 
 def named_values(
-    rows: list[dict],
+    rows: list[Row],
     description: str,
     *,
     name: str,
@@ -97,7 +96,7 @@ def named_values(
     return View(vega.drawing(layers, height=26 * len(order)), description, title, {"x": f"zoom_{value}"})
 
 
-def alpha_lines(rows: list[dict], description: str) -> View:
+def alpha_lines(rows: list[Row], description: str) -> View:
     """Alpha by merge step, a line a plan (and a matrix where a plan has some of their own); columns: plan, matrix,
     series, step, merge, alpha, role, label (beside the line's end)."""
     colour, shape = vega.roles(rows)
@@ -150,7 +149,7 @@ def alpha_lines(rows: list[dict], description: str) -> View:
     return View(vega.drawing(layers, height=280), description, zoom={"x": "zoom_step", "y": "zoom_alpha"})
 
 
-def weight_row(series: str, layer: int, weight: float, kept: int | None, plan_id: str) -> dict[str, Any]:
+def weight_row(series: str, layer: int, weight: float, kept: int | None, plan_id: str) -> Row:
     """A row of `weight_cells`: an original layer's weight, and the layer that it is in, if any."""
     return {
         "series": series,
@@ -162,7 +161,7 @@ def weight_row(series: str, layer: int, weight: float, kept: int | None, plan_id
     }
 
 
-def weight_cells(rows: list[dict], description: str) -> View:
+def weight_cells(rows: list[Row], description: str) -> View:
     """A cell for each plan and original layer, by rows of `weight_row`."""
     order = list(dict.fromkeys(row["series"] for row in rows))
     layers_there = sorted({row["layer"] for row in rows})
@@ -189,7 +188,7 @@ def weight_cells(rows: list[dict], description: str) -> View:
     return View(vega.drawing(cells, height=24 * len(order)), description)
 
 
-def progress(rows: list[dict], description: str, *, objective: str, limits: tuple[float, float] | None = None) -> View:
+def progress(rows: list[Row], description: str, *, objective: str, limits: tuple[float, float] | None = None) -> View:
     """Value by candidate with the best so far; columns: kind ("candidate" or "control"), searcher, number, value,
     best, label. limits: of the axis as it opens, where values far from the others would leave these no room."""
     searchers = list(dict.fromkeys(row["searcher"] for row in rows if row["kind"] == "candidate"))
@@ -235,7 +234,7 @@ def progress(rows: list[dict], description: str, *, objective: str, limits: tupl
     return View(vega.drawing(layers, height=300), description, zoom={"x": "zoom_number", "y": "zoom_value"})
 
 
-def descents(rows: list[dict], description: str, *, of_what: str) -> View:
+def descents(rows: list[Row], description: str, *, of_what: str) -> View:
     """Loss (`of_what`) by epoch, a line a start; columns: searcher, start, series, epoch, loss, of."""
     searchers = list(dict.fromkeys(row["searcher"] for row in rows))
     colours = ["var(--accent)", *vega.SERIES[1:]][: max(1, len(searchers))]
@@ -258,7 +257,7 @@ def descents(rows: list[dict], description: str, *, of_what: str) -> View:
     return View(vega.drawing(layers, height=280), description, zoom={"x": "zoom_epoch", "y": "zoom_loss"})
 
 
-def subject_differences(rows: list[dict], description: str, *, against: list[str]) -> View:
+def subject_differences(rows: list[Row], description: str, *, against: list[str]) -> View:
     """Differences by subject with their intervals, sorted; one control at a time is chosen from a list. Columns:
     subject, against, difference, low, high, clear ("yes" where the interval leaves out 0), n."""
     subjects = len({row["subject"] for row in rows})
@@ -354,7 +353,7 @@ def heat_map(
 
 
 def lines(
-    rows: list[dict],
+    rows: list[Row],
     description: str,
     *,
     x: tuple[str, str],
@@ -423,7 +422,7 @@ def lines(
 
 
 def scatter(
-    rows: list[dict],
+    rows: list[Row],
     description: str,
     *,
     x: tuple[str, str, str],
@@ -451,7 +450,7 @@ def scatter(
     return View(vega.drawing(layers, height=320), description, zoom={"x": f"zoom_{x[0]}", "y": f"zoom_{low}"})
 
 
-def changes(rows: list[dict], description: str) -> View:
+def changes(rows: list[Row], description: str) -> View:
     """Relative change of every tensor, a row for each matrix; columns: matrix, layer, plan, role, relative, largest."""
     colour, shape = vega.roles(rows)
     title = "change relative to the tensor's norm"

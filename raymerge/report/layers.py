@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -13,13 +12,14 @@ from raymerge.report.asked import figure_of
 from raymerge.report.content import FOUND, Block, Figure, Section, Table, Text, View
 from raymerge.report.reached import missing
 from raymerge.report.wording import count, listed, percent, plural, value
+from raymerge.schemas import Row
 from raymerge.tables import IMPORTED, RunDirectory, colour_scale, correlation_ceiling, correlation_digits
 
 _MAPS = 12  # subsets that are drawn; the rows of 57 matrices of 80 layers made a page of 40 MB
 _PAIRS = 60  # correlations that are drawn with their intervals
 
 
-def subset_name(row: dict, suffix: str = "") -> str:
+def subset_name(row: Row, suffix: str = "") -> str:
     """How the page calls a row's subset."""
     subset, language = row[f"subset{suffix}"], row[f"language{suffix}"]
     return subset if language == IMPORTED else f"{subset} ({language})"
@@ -100,7 +100,7 @@ def _structure(run: RunDirectory) -> str:
     )
 
 
-def _is_noise(row: dict, degenerate: dict[tuple[str, str], set[int]]) -> bool:
+def _is_noise(row: Row, degenerate: dict[tuple[str, str], set[int]]) -> bool:
     """Whether a pair of layers has one whose map is degenerate."""
     return not degenerate[row["subset"], row["language"]].isdisjoint((row["layer_i"], row["layer_j"]))
 
@@ -143,7 +143,7 @@ def _agreement(run: RunDirectory) -> str:
 
 def maps(run: RunDirectory) -> Section:
     """A heat map a subset, on one scale of colours; the run has a similarity."""
-    kinds: dict[tuple[str, str], list[dict]] = {}
+    kinds: dict[tuple[str, str], list[Row]] = {}
     for row in run.read("similarity").to_pylist():
         kinds.setdefault((row["measure"], row["embedding"]), []).append(row)
     blocks: list[Block] = [_maps(run, *kind, mine) for kind, mine in kinds.items()]
@@ -153,7 +153,7 @@ def maps(run: RunDirectory) -> Section:
     return Section("Similarity of layers", tuple(blocks))
 
 
-def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[dict]) -> Figure:
+def _maps(run: RunDirectory, measure: str, embedding: str, stored: list[Row]) -> Figure:
     degenerate = findings.degenerate_layers(run)
     subsets = list(dict.fromkeys(map(subset_name, stored)))
     shown = [row for row in stored if subset_name(row) in subsets[:_MAPS]]
@@ -211,7 +211,7 @@ def _mean(values: list[float]) -> str:
     return value(float(np.mean(values)), 2) if values else "undefined"
 
 
-def _both_halves(rows: list[dict]) -> list[dict]:
+def _both_halves(rows: list[Row]) -> list[Row]:
     """All cells of the matrices: a pair that is stored in one order only stands for both."""
     stored = {(row["subset"], row["language"], row["layer_i"], row["layer_j"]) for row in rows}
     turned = [
@@ -222,7 +222,7 @@ def _both_halves(rows: list[dict]) -> list[dict]:
     return rows + turned
 
 
-def _cell(row: dict, degenerate: dict[tuple[str, str], set[int]]) -> dict[str, Any]:
+def _cell(row: Row, degenerate: dict[tuple[str, str], set[int]]) -> Row:
     known = row["value"] is not None and row["null_p95"] is not None
     noise = _is_noise(row, degenerate)
     notes = [row["note"], "degenerate: noise" if noise else None]
@@ -244,14 +244,14 @@ def _cell(row: dict, degenerate: dict[tuple[str, str], set[int]]) -> dict[str, A
     }
 
 
-def colour_domain(rows: list[dict]) -> tuple[float, float]:
+def colour_domain(rows: list[Row]) -> tuple[float, float]:
     """Ends of the scale: those of the values off the diagonal, or of all where only the diagonal is defined."""
     values = [row["value"] for row in rows if row["value"] is not None and row["layer_i"] != row["layer_j"]]
     values = values or [row["value"] for row in rows if row["value"] is not None]
     return colour_scale(values) if values else (0.0, 1.0)
 
 
-def _influence(run: RunDirectory, stored: list[dict]) -> Figure:
+def _influence(run: RunDirectory, stored: list[Row]) -> Figure:
     rows = [
         {"subset": subset_name(row), "layer": row["layer"], "value": row["value"], "samples": row["n_samples"]}
         for row in sorted(stored, key=lambda row: row["layer"])
@@ -372,7 +372,7 @@ def sensitivity(run: RunDirectory) -> Section:
     return Section("The answer", (*(_settings(run, rows, known) if known else ()), every))
 
 
-def _settings(run: RunDirectory, rows: list[dict], known: list[dict]) -> tuple[Text, Figure]:
+def _settings(run: RunDirectory, rows: list[Row], known: list[Row]) -> tuple[Text, Figure]:
     """What changes the matrix most, and the drawing of all settings; known: rows with a correlation.
 
     The settings of the reference and thresholds, which leave the matrix as it is, would make a mean of the merges that

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from raymerge import findings, summary
 from raymerge.report import figures
 from raymerge.report.answer import LINKS, firm, in_words, told
@@ -21,6 +23,7 @@ from raymerge.report.wording import (
     plural,
     value,
 )
+from raymerge.schemas import Row
 
 NBSP = "\u00a0"
 
@@ -44,7 +47,7 @@ def answer(reached: Reached) -> Section:
     return Section("The answer", tuple(blocks))
 
 
-def _tiles(best: dict, base: dict | None) -> list[Fact]:
+def _tiles(best: Row, base: Row | None) -> list[Fact]:
     tiles = []
     if best["accuracy"] is not None:
         tiles.append(Fact("Accuracy", percent(best["accuracy"]), f"95 % interval {interval(*best['interval'])}"))
@@ -65,14 +68,14 @@ def _tiles(best: dict, base: dict | None) -> list[Fact]:
 _SIGNS = {"better": "▲", "worse": "▼", "indistinguishable": "≈"}
 
 
-def _said(row: dict) -> str:
+def _said(row: Row) -> str:
     said = findings.verdict(row)
     if said not in LINKS:
         said = f"indistinguishable (uncorrected: {said.split(',')[0]})"
     return f"{_SIGNS[firm(row)]}{NBSP}{said}"
 
 
-def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
+def _verdicts(reached: Reached, found: dict[str, Row]) -> Table:
     best = reached.the_best
     finer, read = (reached.against(best["plan_id"], measure) for measure in ("answer_nll", "text_nll"))
     texts = any(line["perplexity"] is not None for line in reached.lines)
@@ -104,13 +107,13 @@ def _verdicts(reached: Reached, found: dict[str, dict]) -> Table:
 VERDICT = "verdict, p (Holm)"
 
 
-def _judged(row: dict) -> str:
+def _judged(row: Row) -> str:
     """What a comparison says, with its p: in one cell, which breaks between the two where there is little room."""
     p = f"p {p_value(row['p_value'])} ({p_value(row['p_holm'])})"
     return f"{_said(row)}, {p.replace(' ', NBSP)}"
 
 
-def compared_cells(row: dict | None) -> tuple[str, str]:
+def compared_cells(row: Row | None) -> tuple[str, str]:
     """A difference with its interval, and what it says with its p; of no row, nothing."""
     return (NONE, NONE) if row is None else (difference(row), _judged(row))
 
@@ -144,11 +147,11 @@ def _on_subjects(reached: Reached) -> list[Block]:
     ]
 
 
-def _holm(cells: list[tuple]) -> str:
+def _holm(cells: Sequence[tuple[str, ...]]) -> str:
     return f"Holm's p, in brackets, corrects for all {plural(len(cells), 'comparison')}, separately for each measure"
 
 
-def _text_verdicts(reached: Reached, found: dict[str, dict]) -> Table:
+def _text_verdicts(reached: Reached, found: dict[str, Row]) -> Table:
     """`_verdicts` where no questions were asked."""
     cells = [
         (
@@ -229,7 +232,7 @@ def _text_plan_table(reached: Reached) -> Table:
     )
 
 
-def _named(line: dict) -> tuple[str, str, str]:
+def _named(line: Row) -> tuple[str, str, str]:
     """A plan's name, what it is, and its layers."""
     return line["label"], described(line), NONE if line["layers"] is None else str(line["layers"])
 
@@ -307,7 +310,7 @@ def _overview(reached: Reached) -> list[Block]:
     return [figure_of(reached.run, title, caption, views, rows, *shown, "plans", columns=len(views))]
 
 
-def _accuracies(rows: list[dict], tips: list[Tip], always_a: float | None) -> View:
+def _accuracies(rows: list[Row], tips: list[Tip], always_a: float | None) -> View:
     top, bottom = rows[0], rows[-1]
     return figures.intervals(
         rows,
@@ -323,7 +326,7 @@ def _accuracies(rows: list[dict], tips: list[Tip], always_a: float | None) -> Vi
     )
 
 
-def _perplexities(rows: list[dict], known: list[dict], tips: list[Tip], *, legend: bool) -> View:
+def _perplexities(rows: list[Row], known: list[Row], tips: list[Tip], *, legend: bool) -> View:
     """In the order of all rows; known: those that have one."""
     least, most = (extreme(known, key=lambda row: row["perplexity"]) for extreme in (min, max))
     return figures.named_values(

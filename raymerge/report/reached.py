@@ -8,7 +8,7 @@ from raymerge import findings, summary
 from raymerge.report.asked import run_name
 from raymerge.report.content import Block, Notice, Table, role_of
 from raymerge.report.wording import finite, listed
-from raymerge.schemas import TEXT_SPLIT
+from raymerge.schemas import TEXT_SPLIT, Row
 from raymerge.tables import RunDirectory
 
 _KINDS = {
@@ -86,12 +86,12 @@ class Reached:
         self.searched = run.read("subject_comparisons").to_pylist()
 
     @property
-    def the_best(self) -> dict:
+    def the_best(self) -> Row:
         """`best`, for what is said only of runs that have one."""
         assert self.best is not None
         return self.best
 
-    def against(self, plan_id: str, measure: str = "accuracy", *, searched: bool = False) -> dict[str, dict]:
+    def against(self, plan_id: str, measure: str = "accuracy", *, searched: bool = False) -> dict[str, Row]:
         """By the other plan, one plan's rows of `comparisons` by a measure, as this plan minus the other.
 
         searched: those on the subjects alone that the search was for.
@@ -100,7 +100,7 @@ class Reached:
         return {row["plan_b"]: row for row in rows if row["measure"] == measure}
 
 
-def drawn(line: dict) -> dict[str, float | None]:
+def drawn(line: Row) -> dict[str, float | None]:
     """A line's accuracy and perplexity with their intervals, as drawings have them: columns accuracy, low, high,
     perplexity, perplexity_low, perplexity_high; None for what was not measured or is not finite."""
     low, high = line["interval"]
@@ -115,13 +115,13 @@ def drawn(line: dict) -> dict[str, float | None]:
     }
 
 
-def removed_share(costs: dict) -> float | None:
+def removed_share(costs: Row) -> float | None:
     """The share of the unmerged model's parameters that a plan removes, by its row of `costs`; None without one."""
     whole = costs.get("parameters", 0) + costs.get("parameters_removed", 0)
     return costs["parameters_removed"] / whole if whole else None
 
 
-def merit(line: dict) -> float:
+def merit(line: Row) -> float:
     """What lines, or points of a curve, are ranked by: accuracy, or without questions the least perplexity."""
     if line["accuracy"] is not None:
         return line["accuracy"]
@@ -129,13 +129,15 @@ def merit(line: dict) -> float:
     return -math.inf if read is None else -read
 
 
-def described(line: dict) -> str:
+def described(line: Row) -> str:
     """What a plan is, in words, and in brackets which layers it merges or leaves out."""
     if line["as_is"]:  # it may have been merged before
         return "the model as it is"
-    words = [_NAMES.get((line["name"], line["kind"]), _KINDS.get(line["kind"], line["kind"]))]
-    if line["alignment"] != "none":
-        words.append(ALIGNED.get(line["alignment"], line["alignment"]))
+    kind: str = line["kind"]
+    alignment: str = line["alignment"]
+    words = [_NAMES.get((line["name"], kind), _KINDS.get(kind, kind))]
+    if alignment != "none":
+        words.append(ALIGNED.get(alignment, alignment))
     if line["norms"] == "fold":
         words.append("norms folded")
     if line["refit"]:

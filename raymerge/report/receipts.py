@@ -10,6 +10,7 @@ from raymerge.report.asked import figure_of
 from raymerge.report.content import ROLES, Notice, Section, role_of
 from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import finite, listed, percent, plural
+from raymerge.schemas import Row
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -64,10 +65,10 @@ def receipts(reached: Reached) -> Section:
     return Section(title, (figure,))
 
 
-def _largest_of_experts(stored: list[dict]) -> tuple[list[dict], bool]:
+def _largest_of_experts(stored: list[Row]) -> tuple[list[Row], bool]:
     """Rows of `receipts`, of a layer's experts that of the largest change alone, and whether there were others: 128
     experts of 48 layers are 18,432 tensors a plan, and 384 rows of a drawing."""
-    largest: dict[tuple[str, str], dict] = {}
+    largest: dict[tuple[str, str], Row] = {}
     for row in stored:
         key = row["plan_id"], _EXPERT.sub(".experts.*.", row["tensor"])
         known = largest.setdefault(key, row)
@@ -76,7 +77,7 @@ def _largest_of_experts(stored: list[dict]) -> tuple[list[dict], bool]:
     return list(largest.values()), len(largest) < len(stored)
 
 
-def _change(row: dict) -> float:
+def _change(row: Row) -> float:
     """A change that is no number is the largest."""
     return math.inf if math.isnan(row["relative_change"]) else row["relative_change"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from raymerge import findings, summary
 from raymerge.objectives import above_ceiling, descended, is_minimised
 from raymerge.report import figures
@@ -11,6 +9,7 @@ from raymerge.report.asked import figure_of
 from raymerge.report.content import ROLES, Block, Figure, Section, Table, role_of
 from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import listed, percent, plural
+from raymerge.schemas import Row
 from raymerge.statistics import without_far_worse
 from raymerge.tables import RunDirectory
 
@@ -59,7 +58,7 @@ def coefficients(reached: Reached) -> Section:
     return Section(title, tuple(blocks))
 
 
-def _alphas(reached: Reached, rows: list[dict], steps: list[dict], plans: int) -> Figure:
+def _alphas(reached: Reached, rows: list[Row], steps: list[Row], plans: int) -> Figure:
     """Alpha by step of so many plans; rows: what is drawn, steps: rows of `plans`."""
     best, told = reached.best, ""
     if best is not None:
@@ -78,7 +77,7 @@ def _alphas(reached: Reached, rows: list[dict], steps: list[dict], plans: int) -
     )
 
 
-def _label_ends(alphas: list[dict]) -> None:
+def _label_ends(alphas: list[Row]) -> None:
     """Write the plans' names beside the last step of their lines, those of lines that end together in one label."""
     last = max(row["step"] for row in alphas)
     ends = [row for row in alphas if row["step"] == last and not row["matrix"]]
@@ -87,12 +86,12 @@ def _label_ends(alphas: list[dict]) -> None:
         next(row for row in ends if row["plan"] == top)["label"] = _names(group)
 
 
-def _once(steps: list[dict]) -> list[dict]:
+def _once(steps: list[Row]) -> list[Row]:
     """Rows of `plans` without those that stand there again under another name of the same plan."""
     return list({(row["plan_id"], row["matrix"], row["step"]): row for row in steps}.values())
 
 
-def _weights(reached: Reached, shown: list[str]) -> list[dict[str, Any]]:
+def _weights(reached: Reached, shown: list[str]) -> list[Row]:
     rows = [row for row in reached.run.read("coefficients").to_pylist() if row["plan_id"] in shown]
     n_layers = max((row["source_layer"] for row in rows), default=-1) + 1
     touched = {
@@ -120,7 +119,7 @@ def _weights(reached: Reached, shown: list[str]) -> list[dict[str, Any]]:
     return cells
 
 
-def _heaviest(weights: list[dict], best: dict | None) -> str:
+def _heaviest(weights: list[Row], best: Row | None) -> str:
     if best is None:
         return ""
     mine = [row for row in weights if row["plan_id"] == best["plan_id"]]
@@ -159,7 +158,7 @@ def search(reached: Reached) -> Section:
     return Section(title, tuple(blocks))
 
 
-def _progress(reached: Reached, judged: list[dict], objective: str) -> Figure:
+def _progress(reached: Reached, judged: list[Row], objective: str) -> Figure:
     """The value of every candidate in order, of the controls, and the best so far; judged: rows of `trials`."""
     run, lower = reached.run, is_minimised(objective)
     candidates = _candidates(judged, lower)
@@ -193,7 +192,7 @@ def _progress(reached: Reached, judged: list[dict], objective: str) -> Figure:
     )
 
 
-def _candidates(judged: list[dict], lower: bool) -> list[dict[str, Any]]:
+def _candidates(judged: list[Row], lower: bool) -> list[Row]:
     """The searchers' candidates in order, each with the best value so far of its searcher. The searchers proper come
     before random candidates: the accent is theirs."""
     better = min if lower else max
@@ -220,7 +219,7 @@ def _candidates(judged: list[dict], lower: bool) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["searcher"] == "random")
 
 
-def _limits(candidates: list[dict], controls: list[dict], lower: bool) -> tuple[tuple[float, float] | None, int]:
+def _limits(candidates: list[Row], controls: list[Row], lower: bool) -> tuple[tuple[float, float] | None, int]:
     """Limits of an axis without the candidates that are far worse than the bulk, and how many are beyond it: none where
     a control is as bad, since every control is shown."""
     values = [row["value"] for row in candidates]
@@ -251,7 +250,7 @@ def _names(group: list[tuple[str, float]]) -> str:
     return ", ".join(dict.fromkeys(name for name, _ in group))
 
 
-def _descents(run: RunDirectory, history: list[dict], of_what: str) -> Figure:
+def _descents(run: RunDirectory, history: list[Row], of_what: str) -> Figure:
     rows = []
     for row in history:
         for of, loss in (("training", row["loss"]), ("held out", row["held_out_loss"])):

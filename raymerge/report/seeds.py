@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from statistics import fmean, stdev
-from typing import Any
 
 from raymerge.identity import canonical_json
 from raymerge.objectives import above_ceiling
@@ -15,6 +14,7 @@ from raymerge.report.asked import command_of, sources
 from raymerge.report.content import Figure, Rows, Section, Table, Text
 from raymerge.report.reached import Reached
 from raymerge.report.wording import finite, percent, perplexity, plural, value
+from raymerge.schemas import Row
 
 _RANDOM = 40  # random candidates of a run whose coefficients are compared, pair by pair
 
@@ -82,7 +82,7 @@ def _figures_of(one: Reached, plan_id: str) -> list[float | None]:
     return [next(searched, {}).get("value"), line["accuracy"], line["nll"], finite(line["perplexity"])]
 
 
-def _trials(one: Reached) -> list[dict[str, Any]]:
+def _trials(one: Reached) -> list[Row]:
     return [row for row in one.run.read("trials").to_pylist() if row["status"] == "ok"]
 
 

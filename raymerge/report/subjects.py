@@ -3,8 +3,6 @@ categories of subjects."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow.compute as pc
 
@@ -14,6 +12,7 @@ from raymerge.report.asked import figure_of
 from raymerge.report.content import UNMERGED, Block, Section, Table
 from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import NONE, count, interval, percent, signed
+from raymerge.schemas import Row
 from raymerge.statistics import paired_difference, wilson_interval
 from raymerge.tables import RunDirectory
 
@@ -74,7 +73,7 @@ def _share(counted: tuple[int, int] | None) -> str:
     return f"{percent(correct / n)} {interval(*wilson_interval(correct, n))}"
 
 
-def difference_rows(reached: Reached) -> list[dict[str, Any]]:
+def difference_rows(reached: Reached) -> list[Row]:
     """Paired differences (percentage points) of the best plan and each other, subject by subject; the unmerged model
     first, then the controls in the order of their accuracy."""
     best = reached.best
@@ -112,7 +111,7 @@ def difference_rows(reached: Reached) -> list[dict[str, Any]]:
     return rows
 
 
-def accuracies(run: RunDirectory, stored: list[dict]) -> list[Block]:
+def accuracies(run: RunDirectory, stored: list[Row]) -> list[Block]:
     """A figure of one plan's accuracies by subject; stored: rows of `accuracy`, in the order to be drawn."""
     if not stored:
         return []

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from raymerge.report.content import ROLES
+from raymerge.schemas import Row
 
 Spec = dict[str, Any]
 Tip = tuple[str, ...]  # column, title and, of numbers, their format
@@ -139,7 +140,7 @@ def log_ticks(values: list[float]) -> list[float]:
     return [round(step * number, 12) for number in range(math.ceil(least / step), math.floor(most / step) + 1)]
 
 
-def roles(rows: list[dict]) -> tuple[Spec, Spec]:
+def roles(rows: list[Row]) -> tuple[Spec, Spec]:
     """Colour and shape by role, with one legend of the roles that occur."""
     there = [role for role in ROLES if any(row["role"] == role for row in rows)]
     at = [ROLES.index(role) for role in there]
@@ -148,7 +149,7 @@ def roles(rows: list[dict]) -> tuple[Spec, Spec]:
     return category("role", there, colours, legend), category("role", there, shapes, legend)
 
 
-def series(rows: list[dict], name: str, order: list[str] | None) -> tuple[Spec, Spec]:
+def series(rows: list[Row], name: str, order: list[str] | None) -> tuple[Spec, Spec]:
     """Colour and shape by a column's values, in the order of the rows, or of all that `order` has."""
     names = list(dict.fromkeys(row[name] for row in rows))
     at = [order.index(each) if order else i for i, each in enumerate(names)]

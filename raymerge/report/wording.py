@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from raymerge.schemas import Row
+
 #: What stands where there is no value.
 NONE = "–"
 
@@ -46,7 +48,7 @@ def perplexity(number: float | None, limits: tuple[float | None, float | None] =
     return text if None in limits else f"{text} [{perplexity(limits[0])}, {perplexity(limits[1])}]"
 
 
-def difference(row: dict) -> str:
+def difference(row: Row) -> str:
     """A row of `comparisons` with its interval: accuracies in percentage points, others in nats."""
     if row["measure"] != "accuracy":
         return f"{signed(row['difference'], 3)} [{signed(row['ci_low'], 3)}, {signed(row['ci_high'], 3)}]"
