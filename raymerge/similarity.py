@@ -100,6 +100,11 @@ def features(
         distances = distances[:, rows[:, None], rows]
     if MEASURES[recipe.measure] == "distances":
         return distances
+    return embedded(recipe, distances)[0]
+
+
+def embedded(recipe: Recipe, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The recipe's embedding of samples at distances (L, N, N): what `embed_layers` gives."""
     return embed_layers(
         distances,
         method=recipe.embedding,
@@ -107,7 +112,7 @@ def features(
         sigma=recipe.sigma,
         anisotropy=recipe.anisotropy,
         random_state=recipe.random_state,
-    )[0]
+    )
 
 
 def measure(recipe: Recipe, values: np.ndarray, *, permutations: np.ndarray | None = None) -> SimilarityMatrix:

@@ -22,7 +22,7 @@ import torch
 from raymerge.activations import ActivationCache, Activations, distinct_samples, state_distances
 from raymerge.alignment import REORDERED, Aligner, Permutations
 from raymerge.checkpoint import Checkpoint
-from raymerge.config import Config, SimilarityConfig
+from raymerge.config import Config
 from raymerge.context import TextLosses, position_nll, retrieve
 from raymerge.device import (
     choose_device,
@@ -34,7 +34,6 @@ from raymerge.device import (
     release_cached,
 )
 from raymerge.domains import known_domains
-from raymerge.embedding import embed_layers
 from raymerge.evaluation import Answers, answer_shard, generation_speed, score_choices, text_nll
 from raymerge.file_hashes import FileState, learn
 from raymerge.forward import LayerRunner
@@ -52,7 +51,7 @@ from raymerge.role_prompts import RolePrompts
 from raymerge.rows import EDGES
 from raymerge.scoring import TailScorer
 from raymerge.sensitivity import recipe_of, vary
-from raymerge.similarity import MEASURES, compute
+from raymerge.similarity import MEASURES, compute, embedded
 from raymerge.sources import SourceLayers
 from raymerge.storage import free_bytes
 from raymerge.tail_loss import GradientError, TailLoss, TextWindows
@@ -81,7 +80,7 @@ def _keep_descent(path: Path, _: Epoch, state: Mapping[str, torch.Tensor]) -> No
 class SubsetSimilarity(NamedTuple):
     """What is stored of one subset of the similarity section.
 
-    block_influence: (L,) float64. embedded: of measures that embed samples what `embed_layers` gives, coordinates
+    block_influence: (L,) float64. embedded: of measures that embed samples what `embedded` gives, coordinates
     (L, N, d), effective rank (L,) and off-diagonal mass (L,); else None. distinct: how many samples differ.
     """
 
@@ -89,20 +88,6 @@ class SubsetSimilarity(NamedTuple):
     block_influence: np.ndarray
     embedded: tuple[np.ndarray, np.ndarray, np.ndarray] | None
     distinct: int
-
-
-def embedded(settings: SimilarityConfig, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """`SubsetSimilarity.embedded` of samples at distances (L, N, N)."""
-    if MEASURES[settings.measure] != "embeddings":
-        return None
-    return embed_layers(
-        distances,
-        method=settings.embedding,
-        dimensions=settings.dimensions,
-        sigma=settings.sigma,
-        anisotropy=settings.anisotropy,
-        random_state=settings.seed,
-    )
 
 
 class ModelWorker:
@@ -570,7 +555,8 @@ class ModelWorker:
             write_tensors(path, tensors, "the study")
         kept = settings.max_tokens if settings.pooling == "sequence" else None
         distinct = distinct_samples(shards, max_tokens=kept)
-        return SubsetSimilarity(result, found.block_influence, embedded(settings, found.distances), distinct)
+        maps = embedded(recipe, found.distances) if MEASURES[recipe.measure] == "embeddings" else None
+        return SubsetSimilarity(result, found.block_influence, maps, distinct)
 
     def similarity_after(self, item: tuple[int, MergePlan]) -> np.ndarray:
         """The (L', L') similarity of the layers that a plan keeps, collected from the merged model on a subset."""

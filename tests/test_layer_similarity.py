@@ -30,9 +30,10 @@ from raymerge.experiments.layer_similarity import (
 )
 from raymerge.inputs import SUBSETS, read_subsets
 from raymerge.reliability import Correlation, Study, correlate
-from raymerge.similarity import SimilarityMatrix
+from raymerge.sensitivity import recipe_of
+from raymerge.similarity import MEASURES, SimilarityMatrix, embedded
 from raymerge.tables import RunDirectory
-from raymerge.worker import ModelWorker, SubsetSimilarity, embedded
+from raymerge.worker import ModelWorker, SubsetSimilarity
 
 LAYERS, SAMPLES = 3, 6
 SETTINGS = [
@@ -68,7 +69,8 @@ def study(first=0.0, *, halves=0, samples=SAMPLES, undefined=False):
 
 def result(settings, found, activations, distinct=SAMPLES):
     """What a worker gives of one subset."""
-    maps = embedded(settings.similarity, activations.distances)
+    recipe = recipe_of(settings.similarity)
+    maps = embedded(recipe, activations.distances) if MEASURES[recipe.measure] == "embeddings" else None
     return SubsetSimilarity(found, activations.block_influence, maps, distinct)
 
 
