@@ -336,26 +336,21 @@ class RunDirectory:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.append("incidents", [{"time": now, "kind": kind, "worker": worker, "detail": detail[:500]}])
 
-    def write_manifest(self, status: str, *, command: Sequence[str] | None = None, **facts: Any) -> dict[str, Any]:
-        """Write manifest.json, the last act of a run, and return its content.
+    def write_manifest(self, *, command: Sequence[str] | None = None, **facts: Any) -> dict[str, Any]:
+        """Write manifest.json, the last act of a run that has ended well, and return its content.
 
         Parameters
         ----------
-        status : {"complete", "failed"}
         command : list of str, optional
             What was run; by default `sys.argv`. Credentials in URIs are left out.
         **facts
-            What else is known: seeds, model and data identity, an error. NaN becomes null.
+            What else is known: seeds, model and data identity. NaN becomes null.
         """
-        if status not in ("complete", "failed"):
-            raise ValueError(f"status is {status!r}, but should be 'complete' or 'failed'")
         started, clock = self._begun
         counts = self.row_counts()
-        if status == "complete":  # a search leaves a part for every batch: readers then open one file a table
-            for table in counts:
-                self.compact(table)
+        for table in counts:  # a search leaves a part for every batch: readers then open one file a table
+            self.compact(table)
         content = {
-            "status": status,
             "experiment": self.experiment,
             "run_id": self.run_id,
             "command": list(sys.argv if command is None else command),
@@ -386,9 +381,8 @@ class RunDirectory:
 
     @property
     def complete(self) -> bool:
-        """Whether the run has ended well: its manifest says so."""
-        manifest = self.manifest()
-        return manifest is not None and manifest.get("status") == "complete"
+        """Whether the run has ended well: then it has a manifest."""
+        return self.manifest() is not None
 
     def path_of(self, *names: str) -> str:
         """Return the path or URI of something in the run, such as path_of("models", "best"); creates nothing."""

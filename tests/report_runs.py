@@ -126,7 +126,7 @@ def search_run(
         {"plan_id": plan, "tensor": f"model.layers.2.{matrix}.weight", "max_abs_change": 0.1, "relative_change": change}
         for plan, change in (("fixed", 0.25), ("found", 0.75)) for matrix in ("mlp.up_proj", "self_attn.v_proj")
     ])  # fmt: skip
-    run.write_manifest("complete", best={"name": found, "plan_id": "found", "alphas": list(alphas)}, **MANIFEST)
+    run.write_manifest(best={"name": found, "plan_id": "found", "alphas": list(alphas)}, **MANIFEST)
     return run
 
 
@@ -155,7 +155,7 @@ def sweep_run(path):
     run.replace("sweep", [point | {"alignment": "none", "norms": "keep"} for point in points])
     run.append("receipts", [{"plan_id": plan, "tensor": "model.layers.4.mlp.up_proj.weight", "max_abs_change": 0.1,
                              "relative_change": 0.5} for plan in ("half1", "half3")])  # fmt: skip
-    run.write_manifest("complete", command=["raymerge", "sweep"], seeds={"data": 0})
+    run.write_manifest(command=["raymerge", "sweep"], seeds={"data": 0})
     return run
 
 
@@ -187,7 +187,7 @@ def similarity_run(path, *, subsets=("medical", "law"), warnings=()):
          "reliability_a": 0.96, "reliability_b": 0.94}
         for number, (a, b) in enumerate(pairs)
     ])  # fmt: skip
-    run.write_manifest("complete", command=["raymerge", "similarity"], warnings=list(warnings))
+    run.write_manifest(command=["raymerge", "similarity"], warnings=list(warnings))
     return run
 
 
@@ -205,7 +205,7 @@ def imported_run(path, subsets):
          "pearson": 0.99 - 0.01 * n, "pearson_off_diagonal": 0.98 - 0.01 * n}
         for n, (a, b) in enumerate(itertools.combinations(subsets, 2))
     ])  # fmt: skip
-    run.write_manifest("complete", command=["raymerge", "import-similarity"])
+    run.write_manifest(command=["raymerge", "import-similarity"])
     return run
 
 
@@ -222,5 +222,5 @@ def sensitivity_run(path):
                   "pearson_off_diagonal": r, "plan_overlap": r, "alpha_max_difference": 0.01}
         for parameter, setting, reference, r in settings
     ] + [common | {"parameter": "samples", "setting": "3", "reference": False, "note": "too few samples"}])  # fmt: skip
-    run.write_manifest("complete", command=["raymerge", "sensitivity"])
+    run.write_manifest(command=["raymerge", "sensitivity"])
     return run

@@ -149,7 +149,7 @@ def make_run(
     if answers:
         run.append("answers", answers)
         run.replace("accuracy", derive_accuracy(run.read("answers")))
-    run.write_manifest("complete", command=["synthetic"])
+    run.write_manifest(command=["synthetic"])
     return run
 
 
@@ -923,7 +923,7 @@ def test_of_an_unfinished_run_it_is_said_that_a_table_may_come_yet(tmp_path):
     run.begin()
     with pytest.raises(RunError, match="sweep CONFIG --out RUN writes it; the run is unfinished: repeat its command"):
         plotting.need(run, "sweep", "the curve")
-    run.write_manifest("complete")
+    run.write_manifest()
     with pytest.raises(RunError, match="writes it$"):
         plotting.need(run, "sweep", "the curve")
 

@@ -105,7 +105,7 @@ def make_run(
               "comparisons": comparisons}  # fmt: skip
     for name, rows in tables.items():
         run.replace(name, rows)
-    run.write_manifest("complete", command=["synthetic"])
+    run.write_manifest(command=["synthetic"])
     return run
 
 

@@ -96,7 +96,7 @@ def make_run(path, *, layers=28, samples=20, subsets=5, measures=(("npib", "diff
               "samples": asked, "similarity_correlation": correlations}  # fmt: skip
     for name, rows in tables.items():
         run.replace(name, rows)
-    run.write_manifest("complete", command=["synthetic"])
+    run.write_manifest(command=["synthetic"])
     return run
 
 

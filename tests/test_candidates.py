@@ -282,7 +282,7 @@ def test_the_worker_has_what_a_search_would_have(tmp_path, monkeypatch):
     named = {"subset": "a", "language": "en", "measure": "npib", "embedding": "pca", "n_samples": 3}
     run.append("similarity", [named | {"layer_i": i, "layer_j": j, "value": 0.5 ** abs(i - j)}
                               for i in range(n_layers) for j in range(n_layers)])  # fmt: skip
-    run.write_manifest("complete")
+    run.write_manifest()
     similar = [f"plan.similarity_run={tmp_path / 'run'}", "plan.base=similarity"]
     for more, roles in (
         ([], (SEARCH, REPORT)),

@@ -216,7 +216,7 @@ def test_a_run_that_holds_results_goes_on_with_the_same_merges_matrix_and_text_a
 
 
 def test_a_complete_run_stays_as_it_is(tmp_path):
-    opened(tmp_path / "run").write_manifest("complete", command=["test"])
+    opened(tmp_path / "run").write_manifest(command=["test"])
     written = (tmp_path / "run" / "manifest.json").read_bytes()
     again = opened(tmp_path / "run", text="another text")
     assert again.complete and (tmp_path / "run" / "manifest.json").read_bytes() == written

@@ -199,7 +199,7 @@ def test_a_merged_model_is_where_the_run_is_now(tmp_path, capsys):
     best = run.manifest()["best"]
 
     def said(model):
-        run.write_manifest("complete", best=best | {"model": model})
+        run.write_manifest(best=best | {"model": model})
         console.print_search(run, "test")
         return [line for line in capsys.readouterr().out.splitlines() if "found_bayes" in line][-1]
 
@@ -270,7 +270,7 @@ def test_tasks_in_the_terminal_have_the_numbers_of_their_tables(tmp_path, capsys
         ["boolq", "acc", "found_bayes", "fixed_0.62", "+0.1000", "[+0.0900, +0.1200]", "0.01", "0.02", "better"],
     ]  # fmt: skip
     run = sweep_run(tmp_path / "sweep")
-    run.write_manifest("complete", command=["x"])
+    run.write_manifest(command=["x"])
     found = shown(("half3", "drop3"), [compared("half1", "drop1", "piqa", "acc_norm", 0.5, 0.001, 0.001)])
     assert [row[:2] + row[4:5] + row[-1:] for row in found] == [
         ["piqa", "acc_norm", "-0.0200", "indistinguishable"], ["piqa", "acc_norm", "+0.5000", "better"],
@@ -288,7 +288,7 @@ def test_a_search_in_the_terminal_has_the_numbers_of_its_tables(tmp_path, capsys
     ] + [{"merges": 2, "first": 4, "last": 4, "measure": "given", "score": None, "chosen": True}])  # fmt: skip
     used = {"candidates_this_call": 7, "wall_seconds": 12.5, "batch": 2, "concurrent": 3, "share_not_scoring": 0.25}
     manifest = run.manifest()
-    run.write_manifest("complete", best=manifest["best"], command=["x"], bayes_search=used, warnings=["few questions"])
+    run.write_manifest(best=manifest["best"], command=["x"], bayes_search=used, warnings=["few questions"])
     console.print_search(run, "test")
     shown = capsys.readouterr().out
     names = {"base": "base", "drop": "drop", "fixed": "fixed_0.62", "found": "found_bayes"}
@@ -341,7 +341,7 @@ def test_an_evaluation_in_the_terminal_has_the_numbers_of_its_tables(tmp_path, c
         {"plan_id": "base", "target": "question", "subject": subject, "tokens": 9, "nll": 1.0, "perplexity": value,
          "ci_low": value - 1, "ci_high": value + 2} for subject, value in asked.items()
     ], part="q")  # fmt: skip
-    run.write_manifest("complete", command=["x"])
+    run.write_manifest(command=["x"])
     console.print_evaluation(run, "test")
     shown = capsys.readouterr().out
     rows = {row["subject"]: row for row in run.read("accuracy").to_pylist()}

@@ -148,7 +148,7 @@ def test_no_table_of_a_run_tells_credentials(tmp_path):
     config = {"plan": {"similarity_run": "s3://KEY:SECRET@bucket/a"}, "output": {"run": "s3://KEY:SECRET@bucket/run"}}
     for _ in range(2):
         run = RunDirectory.open(tmp_path / "run", config, "search")
-    run.write_manifest("complete", command=["raymerge", "search", "--out", "s3://KEY:SECRET@bucket/run"])
+    run.write_manifest(command=["raymerge", "search", "--out", "s3://KEY:SECRET@bucket/run"])
     written = [file.read_text() for file in (tmp_path / "run").iterdir()]
     assert len(written) >= 2 and not any("SECRET" in text for text in written)
 

@@ -261,7 +261,7 @@ def test_a_similarity_run_gives_coefficients_and_blocks_and_is_warned_of(tmp_pat
     names = {"subset": "a", "language": "en", "n_samples": 3, "measure": "npib", "embedding": "pca"}
     pairs = [{"layer_i": i, "layer_j": j, "value": values[i, j]} for i in range(21) for j in range(21)]
     run.append("similarity", [names | pair for pair in pairs])
-    run.write_manifest("complete", model={"path": "theirs", "identity": "0"})
+    run.write_manifest(model={"path": "theirs", "identity": "0"})
     told, by = Told(), [f"similarity_run={tmp_path / 'run'}"]
     settings = ["merges=2", "selection=block", "block=similarity", "ratio=1", *by]
     found = merge("demo", section(*settings), tmp_path / "block", verify=False, progress=told)

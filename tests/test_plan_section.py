@@ -166,7 +166,7 @@ def test_of_a_similarity_run_the_matrix_and_influence_that_are_named_are_read(tm
             pairs = [{"layer_i": i, "layer_j": j, "value": value + i - j} for i in range(2) for j in range(2)]
             run.append("similarity", [names | {"measure": "npib", "embedding": "pca"} | pair for pair in pairs])
             run.append("block_influence", [names | {"layer": i, "value": value / 8 + i} for i in range(2)])
-    run.write_manifest("complete")
+    run.write_manifest()
     for (subset, language), value in number.items():
         named = [f"similarity_subset={subset}", f"similarity_language={language}"]
         found = similarity_of(plan_config(f"similarity_run={tmp_path / 'run'}", *named).plan, 2)

@@ -221,7 +221,7 @@ def test_a_plan_says_which_layers_it_leaves_out_and_what_refits_it(tmp_path):
     evaluated(run, plans, dict.fromkeys(plans, 0.5), subjects=["law"], perplexities=dict.fromkeys(plans, 5.0), pairs=[])
     run.append("refits", [{"plan_id": "fitted", "method": "linear", "layer": 2, "part": "mlp", "tokens": 9}])
     run.append("blocks", [{"merges": 3, "first": 2, "last": 3, "measure": "cosine", "score": 0.1, "chosen": True}])
-    run.write_manifest("complete", best={"plan_id": "found", "name": "found_bayes"})
+    run.write_manifest(best={"plan_id": "found", "name": "found_bayes"})
     reached = Reached(run)
     said = {line["plan_id"]: described(line) for line in reached.lines}
     assert said == {
@@ -287,7 +287,7 @@ def test_without_a_manifest_the_best_is_not_the_one_that_the_report_likes(tmp_pa
     run.replace("accuracy", [
         row | ({"accuracy": 0.99} if row["plan_id"] == "fixed" else {}) for row in run.read("accuracy").to_pylist()
     ])  # fmt: skip
-    run.write_manifest("failed", error="the proof")
+    run.begin()  # which takes the manifest away
     assert Reached(run).best["plan_id"] == "found"
 
 
@@ -297,7 +297,7 @@ def test_without_a_manifest_a_control_that_was_found_again_is_the_best(tmp_path)
     plans = run.read("plans").drop_columns("run_id").to_pylist()
     again = [row | {"kind": "found", "name": "found_random"} for row in plans if row["plan_id"] == "drop"]
     run.replace("plans", plans + again)
-    run.write_manifest("failed", error="the proof")
+    run.begin()  # which takes the manifest away
     reached = Reached(run)
     assert reached.best["label"] == "drop = found_random" and reached.best["kind"] == "found"
 
@@ -350,7 +350,7 @@ def test_how_much_workers_were_used_is_on_the_page(tmp_path):
     )
     used = {"worker": "worker-1", "candidates": 8, "scoring_seconds": 3.0, "present_seconds": 4.0, "utilisation": 0.75}
     facts = {"batch": 2, "concurrent": 1, "wall_seconds": 4.0, "candidates_this_call": 8, "share_not_scoring": 0.25}
-    run.write_manifest("complete", best={"plan_id": "found"}, bayes_search={**facts, "workers": [used]})
+    run.write_manifest(best={"plan_id": "found"}, bayes_search={**facts, "workers": [used]})
     (table,) = blocks([searched.search(Reached(run))], Table)
     pace = "bayes: 8 candidates in 4.0 s (2 per trial, 1 at a time); workers spent 75 % of it scoring"
     assert table.caption.endswith(pace)
@@ -910,10 +910,8 @@ def test_what_other_runs_were_asked_is_on_their_pages(tmp_path):
     ("manifest", "told"),
     [
         (None, ["This run has no manifest: it is still running or was killed. Here is what it has so far."]),
-        ({"status": "complete"}, []),
-        ({"status": "complete", "warnings": ["one thing", "another"]}, ["one thing.", "another."]),
-        ({"status": "failed", "error": "no room"}, ["This run has the status failed: no room."]),
-        ({"status": "odd", "warnings": ["w"]}, ["This run has the status odd: no cause stored.", "w."]),
+        ({}, []),
+        ({"warnings": ["one thing", "another"]}, ["one thing.", "another."]),
     ],
 )
 def test_what_is_amiss_stands_before_the_answer(search, monkeypatch, manifest, told):
@@ -1398,7 +1396,7 @@ def test_evaluated_models_are_tested_against_each_other_and_drawn_below_each_oth
         run.begin()
         plan = {"base": base_plan(8)}
         evaluated(run, plan, {"base": right}, subjects=("law", "anatomy"), perplexities={}, pairs=[])
-        run.write_manifest("complete", command=["raymerge", "evaluate"])
+        run.write_manifest(command=["raymerge", "evaluate"])
         runs.append(run)
     page = page_of(runs, "raymerge report", Silent())
     tables = {table.caption.split()[0]: table for table in page.sections[0].blocks if isinstance(table, Table)}
@@ -1416,7 +1414,7 @@ def test_an_evaluated_model_is_not_said_to_be_unmerged(tmp_path, search):
     run = RunDirectory.open(tmp_path / "mine", {"model": {"path": "/models/mine"}}, "evaluate")
     run.begin()
     evaluated(run, {"base": base_plan(8)}, {"base": 0.5}, subjects=("law",), perplexities={}, pairs=[])
-    run.write_manifest("complete", command=["raymerge", "evaluate"])
+    run.write_manifest(command=["raymerge", "evaluate"])
     section = page_of([search, run], "raymerge report", Silent()).sections[0]
     table = next(block for block in section.blocks if isinstance(block, Table))
     found, mine = ((row[4], row[5], row[7], row[9]) for row in table.cells)  # layers, removed, unmerged twice
@@ -1438,7 +1436,7 @@ def test_runs_in_folders_of_one_name_are_told_apart(tmp_path, monkeypatch):
         evaluated(
             run, {"base": base_plan(8)}, {"base": 0.5}, subjects=("law",), perplexities={}, pairs=[], seed=len(runs)
         )
-        run.write_manifest("complete", command=["raymerge", "evaluate"])
+        run.write_manifest(command=["raymerge", "evaluate"])
         runs.append(run)
     names = ["a/eval", "b/eval", "own"]
     assert asked.run_names(runs) == names and asked.run_names([runs[0], runs[2], runs[0]]) == ["eval", "own", "eval"]
@@ -1536,8 +1534,7 @@ def test_what_is_missing_is_said(tmp_path):
 def test_a_search_that_has_not_got_to_its_report_yet(tmp_path):
     config = {"data": {"report_split": "test"}, "search": {"objective": "answer_nll"}}
     run = RunDirectory.open(tmp_path / "run", config, "search")
-    run.write_manifest("failed", error="out of memory")
-    assert "This run has the status failed: out of memory." in render.to_html(page_of([run], "", Silent()))
+    assert "no manifest: it is still running or was killed" in render.to_html(page_of([run], "", Silent()))
 
 
 TASKS = {"piqa": {"format": "piqa", "file": "piqa.jsonl"}}
@@ -1558,7 +1555,7 @@ def test_an_evaluation_without_questions_has_its_perplexity_and_its_tasks(tmp_pa
     run.append("perplexity", [rows.text_perplexity_row("base", text_losses(7.5, np.random.default_rng(0)), "a text")])
     run.append("task_accuracy", [task_accuracy("base", 40)])
     run.append("plans", rows.plan_rows(base_plan(LAYERS), "base"))
-    run.write_manifest("complete", text_hash="x")
+    run.write_manifest(text_hash="x")
     answer, further, asked_of = run_sections(run, heading=None)
     assert "Its perplexity on plain text is 7.50 [" in blocks([answer], Text)[0].text
     (table,) = blocks([answer], Table)
@@ -1684,7 +1681,7 @@ def test_a_page_of_one_run_and_one_of_several(tmp_path):
     """Of one the question leads and what is amiss stands in the answer; of several both stand below each run's name."""
     searches = [search_run(tmp_path / name) for name in ("k3", "k4")]
     alike, curve_ = similarity_run(tmp_path / "alike"), sweep_run(tmp_path / "curve")
-    searches[1].write_manifest("failed", error="no room")
+    searches[1].begin()  # its manifest is gone: it goes on
 
     def outline(page):
         return [(section.level, section.title, section.short) for section in page.sections]
@@ -1700,7 +1697,7 @@ def test_a_page_of_one_run_and_one_of_several(tmp_path):
     assert (page.title, page.several) == (titles["k4"][0], False) and page.lead.startswith("To make a language model")
     assert page.made.endswith(" UTC: raymerge report k4")
     assert outline(page) == [(3, title, "") for title in [*own, "Configuration", "Glossary"]]
-    assert page.sections[0].blocks[0].text == "This run has the status failed: no room."
+    assert page.sections[0].blocks[0].text.startswith("This run has no manifest")
 
     two = page_of([alike, searches[0]], "raymerge report", Silent())
     assert (two.title, two.lead, two.several) == ("2 runs of raymerge", "similarity: alike; search: k3.", True)
@@ -1720,7 +1717,9 @@ def test_a_page_of_one_run_and_one_of_several(tmp_path):
     *others, last = blocks(page.sections[:1], Table)
     assert (last.caption, [row[0] for row in last.cells]) == ("Runs without evaluated plans", ["alike"])
     assert not any("alike" in row for table in others for row in table.cells)
-    amiss = [section for section in page.sections if "failed" in "".join(b.text for b in blocks([section], Notice))]
+    amiss = [
+        section for section in page.sections if "no manifest" in "".join(b.text for b in blocks([section], Notice))
+    ]
     assert [section.short for section in amiss] == ["k4"]
     leads = [section.blocks[0].text[:8] for section in page.sections[1:] if section.short]
     assert leads == ["To make ", "How alik", "To make ", "More and"]
@@ -1760,7 +1759,7 @@ def test_an_evaluation_gives_every_subject_its_own_numbers(tmp_path):
         right.setdefault(row["subject"], []).append(row["predicted"] == row["answer"])
     stored = run.read("accuracy").drop_columns("run_id").to_pylist()
     run.append("accuracy", [row | {"split": "validation"} for row in stored], part="other")
-    run.write_manifest("complete", command=["x"])
+    run.write_manifest(command=["x"])
     (answer_, *_) = run_sections(run, heading=None)
     shares = {name: np.mean(own) for name, own in right.items()}
     both = np.mean(sum(right.values(), []))
@@ -2416,7 +2415,7 @@ def test_runs_beside_each_other_have_their_own_numbers(tmp_path):
     evaluation.begin()
     evaluated(evaluation, {"base": base_plan(LAYERS)}, {"base": 0.75}, subjects=("algebra", "law"),
               perplexities={"base": 7.0}, pairs=[])  # fmt: skip
-    evaluation.write_manifest("complete", command=["raymerge", "evaluate"])
+    evaluation.write_manifest(command=["raymerge", "evaluate"])
     runs = {"k3": ours, "other": theirs, "eval": evaluation}
     reached = [Reached(run, name) for name, run in runs.items()]
     section = compared.compared(reached, [("s", "similarity", "tiny")])
@@ -2587,7 +2586,7 @@ def test_an_evaluation_s_page_has_each_subject_s_own_numbers(tmp_path):
                                "perplexity": value} for subject, value in asked_of.items()], part="q")  # fmt: skip
     other = run.read("accuracy").drop_columns("run_id").to_pylist()
     run.append("accuracy", [row | {"split": "validation", "accuracy": 0.01} for row in other], part="v")
-    run.write_manifest("complete", command=["raymerge", "evaluate"])
+    run.write_manifest(command=["raymerge", "evaluate"])
     stored = {row["subject"]: row for row in other}
     (section, *_) = run_sections(run, heading=None)
     text, (_, every), (figure,) = (blocks([section], kind) for kind in (Text, Table, Figure))
@@ -2650,13 +2649,16 @@ def test_a_search_of_one_seed_that_was_run_twice_counts_once_among_the_seeds(tmp
 
 @pytest.mark.parametrize(
     "changed",
-    [{"data": {"mmlu": "other"}}, {"text_hash": "other"}, {"model": {"identity": "other"}}, {"status": "failed"}],
+    [{"data": {"mmlu": "other"}}, {"text_hash": "other"}, {"model": {"identity": "other"}}, None],
 )
 def test_searches_with_other_files_or_without_an_end_are_not_seeds_of_one(tmp_path, search, changed):
     other = search_run(tmp_path / "other", seed=1)
     assert len(seeds.seeds([Reached(search), Reached(other)])) == 1
-    manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
-    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest | changed))
+    path = tmp_path / "other" / "manifest.json"
+    if changed is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
     assert seeds.seeds([Reached(search), Reached(RunDirectory.load(tmp_path / "other"))]) == []
 
 

@@ -113,7 +113,7 @@ def test_a_run_goes_on_where_the_model_lies_elsewhere_and_not_with_another(exper
     for _ in range(2):
         with pytest.raises(RunError, match=r"made from other files.*\n  model: "):
             call(monkeypatch, experiment, other, tmp_path / "run")
-        RunDirectory.load(tmp_path / "run").write_manifest("complete")
+        RunDirectory.load(tmp_path / "run").write_manifest()
     call(monkeypatch, experiment, model, tmp_path / "run")  # nothing is left to do
     assert RunDirectory.load(tmp_path / "run").config["model"]["path"] == str(copy)
 
@@ -168,16 +168,16 @@ run = RunDirectory.open(sys.argv[1], {"model": {}}, "search")
 run.begin()
 print("begun", flush=True)
 sys.stdin.readline()
-run.write_manifest(sys.argv[2])
+run.write_manifest()
 print("ended", flush=True)
 sys.stdin.readline()
 """
 
 
-@pytest.mark.parametrize("end", ["complete", "failed", "killed"])
-def test_one_process_at_a_time_writes_a_run(tmp_path, end):
+@pytest.mark.parametrize("killed", [False, True])
+def test_one_process_at_a_time_writes_a_run(tmp_path, killed):
     """Two that are given the same command would delete what the other is writing, and replace its parts."""
-    arguments = [sys.executable, "-c", WRITER, str(tmp_path / "run"), end]
+    arguments = [sys.executable, "-c", WRITER, str(tmp_path / "run")]
     other = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with other:
         assert other.stdout.readline() == "begun\n"
@@ -186,7 +186,7 @@ def test_one_process_at_a_time_writes_a_run(tmp_path, end):
             RunDirectory.open(tmp_path / "run", {"model": {}}, "search")
         assert (tmp_path / "run" / "_tmp.1.part").exists()
         assert RunDirectory.load(tmp_path / "run").row_counts() == {}, "any number read it"
-        if end == "killed":
+        if killed:
             other.kill()
             other.wait()
         else:
@@ -206,7 +206,7 @@ def test_a_page_that_is_being_written_into_a_run_survives_one_who_opens_the_run(
     run = RunDirectory.open(tmp_path / "run", {"model": {}}, "search")
     run.begin()
     if complete:
-        run.write_manifest("complete")
+        run.write_manifest()
     page, fsync = Storage(tmp_path / "run"), os.fsync
 
     def opened_meanwhile(file):
@@ -221,7 +221,7 @@ def test_a_page_that_is_being_written_into_a_run_survives_one_who_opens_the_run(
 
 def test_one_who_only_opens_a_complete_run_deletes_nothing_that_may_be_being_written(tmp_path):
     """As the other of two processes that make the model anew, after its user has deleted the manifest."""
-    RunDirectory.open(tmp_path / "run", {"model": {}}, "search").write_manifest("complete")
+    RunDirectory.open(tmp_path / "run", {"model": {}}, "search").write_manifest()
     for name, age_s in (("_tmp.model", 0.0), ("_tmp.page", 2 * 86400.0)):
         (tmp_path / "run" / name).write_text("x")
         os.utime(tmp_path / "run" / name, (time.time() - age_s,) * 2)

@@ -324,7 +324,7 @@ def test_a_similarity_that_is_noise_or_of_another_model_is_said_to_be(tmp_path):
     for name, rank in zip(names, (19.9, 5.0), strict=True):
         whole = name | {"effective_rank": rank, "off_diagonal_mass": 0.5}
         run.append("degeneracy", [whole | {"layer": layer} for layer in range(2)])
-    run.write_manifest("complete", model={"path": "/models/a", "identity": "a"})
+    run.write_manifest(model={"path": "/models/a", "identity": "a"})
 
     def warnings(subset, identity, *more):
         options = [f"plan.similarity_run={path}", f"plan.similarity_subset={subset}", *more]
@@ -338,6 +338,6 @@ def test_a_similarity_that_is_noise_or_of_another_model_is_said_to_be(tmp_path):
     assert warnings("noise", "a", "plan.similarity_language=de") == []  # coefficients are of another language's matrix
     assert warnings("fine", "b") == [f"{path} is a similarity run of another model, /models/a"]
     imported = RunDirectory.open(tmp_path / "imported", {}, "similarity")  # of which no model is known
-    imported.write_manifest("complete")
+    imported.write_manifest()
     assert warnings("fine", "b", f"plan.similarity_run={tmp_path / 'imported'}") == []
     assert similarity_warnings(load_config().plan, "a") == []

@@ -60,7 +60,7 @@ def make_run(path, *, objective="micro_accuracy", ceiling=None, perplexity=9.0, 
     asked = [("found", "base"), ("found", "drop"), ("found", "fixed")]
     others = [("base", "drop"), ("base", "fixed"), ("drop", "fixed")]
     run.replace("comparisons", comparison_rows("test", table, asked) + comparison_rows("test", table, others))
-    run.write_manifest("complete", command=["test"], best={"name": "found_bayes", "plan_id": "found", "model": None})
+    run.write_manifest(command=["test"], best={"name": "found_bayes", "plan_id": "found", "model": None})
     return run, logits, answer
 
 
@@ -190,7 +190,7 @@ def test_how_much_each_worker_was_used(tmp_path):
     run, *_ = make_run(tmp_path / "run")
     assert summary.worker_table(run)[1] == []
     used = {"worker": "worker-1", "candidates": 7, "scoring_seconds": 3.04, "present_seconds": 4.0, "utilisation": 0.76}
-    run.write_manifest("complete", command=["test"], bayes_search={"batch": 1, "workers": [used]})
+    run.write_manifest(command=["test"], bayes_search={"batch": 1, "workers": [used]})
     header, cells = summary.worker_table(run)
     assert dict(zip(header, cells[0], strict=True)) == {
         "search": "bayes", "worker": "worker-1", "candidates": "7", "scoring s": "3.0", "present s": "4.0",

@@ -391,7 +391,7 @@ def test_resuming_with_other_workers_keeps_the_run_and_updates_the_config(run, t
     assert again.run_id == run.run_id and not again.moved
     again.begin()
     assert RunDirectory.load(tmp_path / "run").config == other
-    again.write_manifest("complete")
+    again.write_manifest()
     RunDirectory.open(tmp_path / "run", CONFIG, "search")  # what is complete stays as it is
     assert RunDirectory.load(tmp_path / "run").config == other
 
@@ -422,7 +422,6 @@ def test_a_run_that_has_stored_nothing_is_begun_anew(run, tmp_path):
     run.begin()
     run.hold_to({"model": "one"})
     run.note("resumed", detail="of the first")
-    run.write_manifest("failed", error="a prompt is too long")
     other = {**CONFIG, "model": {"path": "shorter", "revision": None}}
     RunDirectory.check(tmp_path / "run", other, "evaluate")
     again = RunDirectory.open(tmp_path / "run", other, "evaluate")
@@ -540,9 +539,7 @@ def test_manifest(run, tmp_path, place):
     run.begin()
     assert run.manifest() is None and not run.complete
     run.append("receipts", [receipt(0), receipt(1)])
-    written = run.write_manifest(
-        "complete", command=["raymerge", "search"], seed=3, model={"sha": "x"}, loss=float("nan")
-    )
+    written = run.write_manifest(command=["raymerge", "search"], seed=3, model={"sha": "x"}, loss=float("nan"))
     assert run.manifest() == written and run.complete
     assert written["rows"] == {"receipts": 2} and written["run_id"] == run.run_id
     assert (written["experiment"], written["command"], written["seed"]) == ("sweep", ["raymerge", "search"], 3)
@@ -552,32 +549,29 @@ def test_manifest(run, tmp_path, place):
     assert 0 <= written["seconds"] < 60
     run.begin()  # continuing: what is there is no longer complete
     assert run.manifest() is None
-    run.write_manifest("failed", error="no memory")
-    assert not run.complete and run.manifest()["error"] == "no memory" and run.manifest()["command"] == sys.argv
+    assert not run.complete
+    assert run.write_manifest()["command"] == sys.argv
 
 
 def test_a_complete_run_has_one_file_for_each_table(run, tmp_path):
     folder = tmp_path / "run" / "tables" / "receipts"
     for number in range(3):
         run.append("receipts", [receipt(number)], part=f"batch-{number}")
-    run.write_manifest("failed")
     assert len(list(folder.iterdir())) == 3
-    run.write_manifest("complete")
+    run.write_manifest()
     assert len(list(folder.iterdir())) == 1 and tensors(run) == ["t0", "t1", "t2"]
     run.append("receipts", [receipt(7)], part="batch-1")  # parts keep their names
     assert tensors(run) == ["t0", "t2", "t7"]
 
 
 def test_manifest_is_strict_json(run, tmp_path):
-    run.write_manifest("complete", value=float("inf"))
+    run.write_manifest(value=float("inf"))
     json.loads((tmp_path / "run" / "manifest.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_manifest_refuses(run):
-    with pytest.raises(ValueError, match="status is 'done'"):
-        run.write_manifest("done")
     with pytest.raises(ValueError, match="rows, run_id itself"):
-        run.write_manifest("complete", run_id="x", rows={})
+        run.write_manifest(run_id="x", rows={})
     assert run.manifest() is None
 
 
@@ -617,7 +611,7 @@ def test_neither_config_nor_manifest_tells_credentials(tmp_path):
     run.begin()
     run.append("receipts", [receipt(0)])
     RunDirectory.open(tmp_path / "run", config, "search")  # which is no other config
-    run.write_manifest("complete", command=["raymerge", secret], data={"mmlu": secret})
+    run.write_manifest(command=["raymerge", secret], data={"mmlu": secret})
     for name in ("config.yaml", "manifest.json"):
         text = (tmp_path / "run" / name).read_text()
         assert "region=eu" in text and "KEY" not in text and "WORD" not in text

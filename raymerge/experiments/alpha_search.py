@@ -289,7 +289,6 @@ class _Search:
         scripts = ("alphas.py", *(["accuracy.py"] if self.inputs.questions else []))
         figures = draw_figures(self.run, scripts, self.progress) if self.config.output.figures else []
         self.run.write_manifest(
-            "complete",
             command=self.command,
             seeds={"data": self.config.data.seed, "search": self.config.search.seed},
             best={

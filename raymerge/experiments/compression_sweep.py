@@ -383,7 +383,6 @@ class _Sweep:
             reporter.store_costs(plans, self._time_generation(pool))
         figures = draw_figures(self.run, ["compression.py"], self.progress) if self.config.output.figures else []
         self.run.write_manifest(
-            "complete",
             command=self.command,
             seeds={"data": self.config.data.seed},
             workers=workers,

@@ -87,7 +87,6 @@ def similarity(
     scripts += ["embeddings.py"] if run.has("embeddings") else []
     figures = draw_figures(run, scripts, progress) if config.output.figures else []
     run.write_manifest(
-        "complete",
         command=command,
         seeds={"similarity": config.similarity.seed},
         workers=workers,
@@ -295,7 +294,7 @@ def import_similarity(
     found, warnings = _correlations(IMPORTED, named, correlate_matrices)
     run.replace("similarity_correlation", found)
     scripts = ["heatmaps.py", *(["correlations.py"] if found else [])]
-    run.write_manifest("complete", command=command, figures=draw_figures(run, scripts, progress), warnings=warnings)
+    run.write_manifest(command=command, figures=draw_figures(run, scripts, progress), warnings=warnings)
     return run
 
 
@@ -350,7 +349,7 @@ def sensitivity(
     found = run.read("sensitivity").to_pylist()
     run.replace("sensitivity", sorted(found, key=lambda row: order[row["subset"], row["language"]]))
     figures = draw_figures(run, ["sensitivity.py"], progress) if config.output.figures else []
-    run.write_manifest("complete", command=command, workers=workers, figures=figures, **model_facts(config, inputs))
+    run.write_manifest(command=command, workers=workers, figures=figures, **model_facts(config, inputs))
     return run
 
 

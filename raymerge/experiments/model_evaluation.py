@@ -74,7 +74,7 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
     run.replace("costs", [rows.cost_row(plan, plan_id, inputs.checkpoint, config.model.quantise)])
     scripts = ["accuracy.py"] if config.output.figures and inputs.questions else []
     figures = draw_figures(run, scripts, progress) if scripts else []
-    run.write_manifest("complete", command=command, workers=workers, figures=figures, **model_facts(config, inputs))
+    run.write_manifest(command=command, workers=workers, figures=figures, **model_facts(config, inputs))
     return run
 
 

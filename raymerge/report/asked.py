@@ -67,12 +67,7 @@ def unfinished(run: RunDirectory) -> list[Block]:
     manifest = run.manifest()
     if manifest is None:
         return [Notice("This run has no manifest: it is still running or was killed. Here is what it has so far.")]
-    found: list[Block] = []
-    if manifest.get("status") != "complete":
-        found.append(
-            Notice(f"This run has the status {manifest.get('status')}: {manifest.get('error') or 'no cause stored'}.")
-        )
-    return found + [Notice(f"{warning}.") for warning in manifest.get("warnings", [])]
+    return [Notice(f"{warning}.") for warning in manifest.get("warnings", [])]
 
 
 def asked(run: RunDirectory) -> Section:
