@@ -67,3 +67,21 @@ def ray_session():
         patch.delenv("RAY_ADDRESS", raising=False)
         with start_ray(num_cpus=4):
             yield
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory):
+    """A finished search, made by hand, for the tests of reports."""
+    from report_runs import search_run
+
+    return search_run(tmp_path_factory.mktemp("runs") / "k3")
+
+
+@pytest.fixture(scope="module")
+def no_library():
+    """Pages do without Vega, which takes seconds to bundle."""
+    from raymerge.report import render
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(render, "library", lambda: "")
+        yield

@@ -224,3 +224,67 @@ def sensitivity_run(path):
     ] + [common | {"parameter": "samples", "setting": "3", "reference": False, "note": "too few samples"}])  # fmt: skip
     run.write_manifest(command=["raymerge", "sensitivity"])
     return run
+
+
+def blocks(sections, kind):
+    return [block for section in sections for block in section.blocks if isinstance(block, kind)]
+
+
+def as_dicts(rows):
+    return [dict(zip(rows.columns, values, strict=True)) for values in rows.values]
+
+
+def pct(share, limits=None):
+    """A share as the page has it, with its interval."""
+    text = f"{100 * share:.1f} %"
+    return text if limits is None else f"{text} [{100 * limits[0]:.1f}, {100 * limits[1]:.1f}]"
+
+
+def ppl(row):
+    """A perplexity as the page has it, with its interval, from a row of `perplexity`."""
+    values = (row["perplexity"], row["ci_low"], row["ci_high"])
+    value, low, high = (f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:,.0f}" for x in values)
+    return f"{value} [{low}, {high}]"
+
+
+def change(row, scale=1, digits=3):
+    """A difference with its interval, from a row of `comparisons`."""
+    texts = [f"{scale * row[key]:+.{digits}f}".replace("-", "−") for key in ("difference", "ci_low", "ci_high")]
+    return "{} [{}, {}]".format(*(text[1:] if not float(text[1:]) else text for text in texts))
+
+
+def judged(row):
+    """What a row of `comparisons` says, with its p."""
+    said = "better" if (row["difference"] > 0) == (row["measure"] == "accuracy") else "worse"
+    sign = {"better": "▲", "worse": "▼"}[said]
+    if row["p_value"] >= 0.05:
+        sign, said = "≈", "indistinguishable"
+    elif row["p_holm"] >= 0.05:
+        sign, said = "≈", f"indistinguishable (uncorrected: {said})"
+    ps = (
+        "<\u00a00.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}" for p in (row["p_value"], row["p_holm"])
+    )
+    return "{}\u00a0{}, p\u00a0{}\u00a0({})".format(sign, said, *ps)
+
+
+def stored_by(run, table, key="plan_id", **where):
+    """Key -> row of a table, of the rows with these values."""
+    rows = run.read(table).to_pylist()
+    return {row[key]: row for row in rows if all(row[name] == value for name, value in where.items())}
+
+
+def marks(view):
+    """(mark, column by channel) of every layer that draws rows."""
+    found = []
+    for layer in view.spec["layer"]:
+        encoding = {channel: value["field"] for channel, value in layer["encoding"].items()
+                    if isinstance(value, dict) and "field" in value}  # fmt: skip
+        if encoding and "data" not in layer:
+            found.append((layer["mark"]["type"], encoding))
+    return found
+
+
+def tips(view):
+    """(title, column) of what is said below the pointer."""
+    found, *_ = (layer["encoding"]["tooltip"] for layer in view.spec["layer"] if "tooltip" in layer["encoding"])
+    return [(tip["title"], tip["field"]) for tip in found]

@@ -1,0 +1,249 @@
+"""What a page says of the compression curve of a sweep."""
+
+import json
+
+import pytest
+from report_runs import (
+    blocks,
+    change,
+    marks,
+    pct,
+    ppl,
+    stored_by,
+    sweep_run,
+    tips,
+)
+
+from raymerge import findings, summary
+from raymerge.report import (
+    curve,
+)
+from raymerge.report.content import (
+    Figure,
+    Table,
+    Text,
+)
+from raymerge.report.reached import Reached
+from raymerge.tables import MICRO
+
+
+def test_a_curve_of_one_number_of_layers_says_it_once(tmp_path):
+    run = sweep_run(tmp_path / "sweep")
+    every = curve.in_words(Reached(run))
+    assert "With 1 layer merged, " in every and ". With 3 layers merged" in every
+    points = [row for row in run.read("sweep").drop_columns("run_id").to_pylist() if row["merges"] != 3]
+    run.replace("sweep", points)
+    assert curve.in_words(Reached(run)).count("is the most accurate") == 1
+
+
+def test_ways_that_are_level_are_said_to_be(tmp_path):
+    """The first that was asked for was called the most accurate, and nothing said that others are as accurate."""
+    run = sweep_run(tmp_path / "sweep")
+    names = {"half1": "drop1"}  # the points of one layer are one plan now
+    points = run.read("sweep").drop_columns("run_id").to_pylist()
+    run.replace("sweep", [row | {"plan_id": names.get(row["plan_id"], row["plan_id"])} for row in points])
+    every = curve.in_words(Reached(run))
+    assert "(perplexity 7.00); 1 other way is as accurate. With 3 layers merged" in every
+    best, _ = blocks([curve.answer(Reached(run))], Table)
+    assert [row[2] for row in best.cells] == ["drop and 1 more", "fixed_0.5"]
+
+
+def test_a_curve_in_the_terminal_has_intervals(tmp_path):
+    """A point at which every question is right has a standard error of 0, which is not how sure it is."""
+    run = sweep_run(tmp_path / "sweep")
+    header, cells = summary.sweep_table(run, "test")
+    at = header.index("accuracy [95 %]")
+    low, high = next(
+        (row["ci_low"], row["ci_high"])
+        for row in run.read("accuracy").to_pylist()
+        if row["plan_id"] == "base" and row["subject"] == MICRO
+    )
+    assert cells[0][at].endswith(f" [{low:.3f}, {high:.3f}]")
+
+
+def test_a_curve_holds_every_way_against_dropping(tmp_path):
+    run = sweep_run(tmp_path / "curve")
+    reached = Reached(run)
+    points = curve.curve(reached)
+    assert [(p["merges"], p["method"]) for p in points] == [
+        (0, "base"), (1, "drop"), (1, "fixed_0.5"), (3, "drop"), (3, "fixed_0.5"),
+    ]  # fmt: skip
+    assert [p["removed"] for p in points] == pytest.approx([0, 1 / 6, 1 / 6, 0.5, 0.5])
+    (sentence, *_) = blocks([curve.answer(reached)], Text)
+    assert (
+        "With 1 layer merged, fixed_0.5 is the most accurate" in sentence.text
+        and "(perplexity 6.50). " in sentence.text
+    )
+    assert "(perplexity 1,200, the unmerged model's is 5.00; it is ruined as a language model)." in sentence.text
+    best, _ = blocks([curve.answer(reached)], Table)
+    assert [row[0] for row in best.cells] == ["1", "3"]
+    (receipt,) = blocks([curve.receipts(reached)], Figure)
+    assert "Under drop nothing is averaged and no tensor changes" in receipt.caption
+    assert "are renumbered" in receipt.caption  # dropped blocks stood at 1,400 %, unlike on a search's page unexplained
+    (figure,) = blocks([curve.answer(reached)], Figure)
+    stored = {row["plan_id"]: row for row in run.read("perplexity").to_pylist()}
+    for point in points:
+        limits = stored[point["plan_id"]]["ci_low"], stored[point["plan_id"]]["ci_high"]
+        assert (point["perplexity_low"], point["perplexity_high"]) == limits
+    assert "perplexity_low" in json.dumps(figure.views[1].spec)
+
+
+def test_the_only_way_was_not_chosen_as_the_best_of_several(tmp_path):
+    run = sweep_run(tmp_path / "curve")
+    best, _ = blocks([curve.answer(Reached(run))], Table)
+    assert "chosen as the best of several on these same questions" in best.caption
+    dropped = run.read("sweep").drop_columns("run_id").to_pylist()
+    run.replace("sweep", [row for row in dropped if row["method"] != "fixed_0.5"])
+    best, _ = blocks([curve.answer(Reached(run))], Table)
+    assert best.caption.startswith("The most accurate way at every K, against dropping as many layers. Unmerged:")
+
+
+def test_another_name_of_dropping_is_held_to_be_dropping(tmp_path):
+    run = sweep_run(tmp_path / "curve")
+    points = run.read("sweep").drop_columns("run_id").to_pylist()
+    points.sort(key=lambda row: row["method"] == "drop")
+    again = [{"method": "fixed_1", "plan_id": f"drop{row['merges']}"} if row["method"] == "fixed_0.5" else {}
+             for row in points]  # fmt: skip
+    run.replace("sweep", [row | other for row, other in zip(points, again, strict=True)])
+    best, _ = blocks([curve.answer(Reached(run))], Table)
+    assert [(row[2], row[-1]) for row in best.cells] == [("fixed_1 and 1 more", "dropping is best")] * 2
+
+
+def test_a_block_that_moves_layers_at_some_sizes_is_not_said_to_change_nothing(tmp_path):
+    """With one layer it can be the last, with three others: it was said to change no tensor, above its own changes."""
+    run = sweep_run(tmp_path / "curve")
+    run.append("receipts", [{"plan_id": "drop3", "tensor": "model.layers.1.mlp.up_proj.weight", "max_abs_change": 0.1,
+                             "relative_change": 0.7}], part="moved")  # fmt: skip
+    (receipt,) = blocks([curve.receipts(Reached(run))], Figure)
+    assert "Under drop (K = 1) nothing is averaged and no tensor changes" in receipt.caption
+
+
+def test_a_model_of_infinite_perplexity_is_ruined_too(tmp_path):
+    """Its perplexity was left out of the sentence and a dash in the tables, as if it had not been measured."""
+    run = sweep_run(tmp_path / "curve")
+    broken = {"perplexity": float("inf"), "ci_low": None, "ci_high": None}
+    stored = run.read("perplexity").drop_columns("run_id").to_pylist()
+    run.replace("perplexity", [row | (broken if row["plan_id"] == "half3" else {}) for row in stored])
+    section = curve.answer(Reached(run))
+    told = "(perplexity ∞, the unmerged model's is 5.00; it is ruined as a language model)."
+    assert blocks([section], Text)[0].text.endswith(told)
+    best, every = blocks([section], Table)
+    assert best.cells[1][4] == "∞" and [row[-1] for row in every.cells if row[:2] == ("3", "fixed_0.5")] == ["∞"]
+    (figure,) = blocks([section], Figure)
+    assert "read" not in figure.rows.columns and "not drawn; the table below has them" in figure.caption
+
+
+def test_a_curve_leaves_ruined_models_out_of_its_figure_of_perplexities(tmp_path):
+    """900 and 1,200 against 5: in the table, but 6.5 and 7 could not be told apart beside them."""
+    run = sweep_run(tmp_path / "curve")
+    (figure,) = blocks([curve.answer(Reached(run))], Figure)
+    spec = figure.views[1].spec
+    (kept,) = spec["transform"]
+    limit = float(kept["filter"].split("<= ")[1])
+    assert kept["filter"].startswith("isNumber(datum['perplexity']) && ") and limit == pytest.approx(50.0)
+    assert "transform" not in figure.views[0].spec and "above 10 times" in figure.caption
+    _, every = blocks([curve.answer(Reached(run))], Table)
+    assert {row[7].split(" [")[0] for row in every.cells} == {"5.00", "7.00", "6.50", "900", "1,200"}
+
+
+def test_refits_of_one_method_are_ways_of_their_own(tmp_path):
+    run = sweep_run(tmp_path / "curve")
+    rows = [{k: v for k, v in row.items() if k != "run_id"} for row in run.read("sweep").to_pylist()]
+    last = next(row for row in rows if row["plan_id"] == "half3")
+    run.replace("sweep", [*rows, last | {"plan_id": "half1", "refit": "linear"}])
+    points = curve.curve(Reached(run))
+    assert [p["method"] for p in points if p["merges"] == 3] == ["drop", "fixed_0.5", "fixed_0.5 + linear"]
+
+
+def test_the_tables_of_a_curve_have_the_numbers_of_their_points(tmp_path):
+    run = sweep_run(tmp_path / "run")
+    micro, macro = (stored_by(run, "accuracy", subject=subject) for subject in ("_micro", "_macro"))
+    texts, costs = stored_by(run, "perplexity", target="text"), stored_by(run, "costs")
+    costs_rows = [row | {"tokens_per_second": 10.0 + i} for i, row in
+                  enumerate(run.read("costs").drop_columns("run_id").to_pylist())]  # fmt: skip
+    run.replace("costs", costs_rows)
+    speed = {row["plan_id"]: row["tokens_per_second"] for row in costs_rows}
+    section = curve.answer(Reached(run))
+    best, every = blocks([section], Table)
+    names = {"base": "base", "drop": "drop", "half": "fixed_0.5"}
+    points = ["base", "drop1", "half1", "drop3", "half3"]
+    for plan, cells in zip(points, every.cells, strict=True):
+        row, cost = micro[plan], costs[plan]
+        share = cost["parameters_removed"] / (cost["parameters"] + cost["parameters_removed"])
+        assert dict(zip(every.header, cells, strict=True)) == {
+            "merged": plan[4:] or "0",
+            "method": names[plan[:4]],
+            "variant": "plain",
+            "parameters removed": pct(share),
+            "accuracy [95 %]": pct(row["accuracy"], (row["ci_low"], row["ci_high"])),
+            "mean over subjects": pct(macro[plan]["accuracy"]),
+            "answer NLL": f"{row['nll']:.3f}",
+            "perplexity": ppl(texts[plan]),
+            "tokens/s": f"{speed[plan]:.1f}",
+        }
+    pairs = {row["plan_a"]: row for row in run.read("comparisons").to_pylist() if row["measure"] == "accuracy"}
+    assert best.header == ("merged", "parameters removed", "most accurate way", "accuracy [95 %]", "perplexity",
+                           "dropping", "against dropping")  # fmt: skip
+    for merges, cells in zip("13", best.cells, strict=True):
+        won, drop = max((f"half{merges}", f"drop{merges}"), key=lambda plan: micro[plan]["accuracy"]), f"drop{merges}"
+        row, told = pairs[f"half{merges}"], "dropping is best"
+        if won != drop:
+            said = "indistinguishable" if row["p_value"] >= 0.05 else "better"
+            told = f"{change(row, 100, 1)}: {said}"
+        assert cells == (
+            merges, every.cells[points.index(won)][3], names[won[:4]], every.cells[points.index(won)][4],
+            ppl(texts[won]), pct(micro[drop]["accuracy"]), told,
+        )  # fmt: skip
+    assert best.caption.endswith(f"Unmerged: {pct(micro['base']['accuracy'])}, perplexity 5.00")
+    (figure,) = blocks([section], Figure)
+    for view, column, low, high in zip(
+        figure.views, ("accuracy", "perplexity"), ("low", "perplexity_low"), ("high", "perplexity_high"), strict=True
+    ):
+        assert marks(view) == [
+            ("line", {"x": "merges", "y": column, "color": "method"}),
+            ("rule", {"x": "merges", "y": low, "y2": high, "color": "method"}),
+            ("point", {"x": "merges", "y": column, "color": "method", "shape": "method"}),
+        ]
+        (level,) = [layer["encoding"]["y"]["datum"] for layer in view.spec["layer"] if layer["mark"]["type"] == "rule"
+                    and "datum" in layer["encoding"]["y"]]  # fmt: skip
+        assert level == (micro["base"]["accuracy"] if column == "accuracy" else texts["base"]["perplexity"])
+        scale = view.spec["layer"][0]["encoding"]["color"]["scale"]
+        assert scale["domain"] == ["drop", "fixed_0.5"] and len(set(scale["range"])) == 2  # the unmerged is no line
+    assert figure.views[1].spec["layer"][0]["encoding"]["y"]["scale"]["type"] == "log"
+    assert "type" not in figure.views[0].spec["layer"][0]["encoding"]["y"]["scale"]
+    assert figure.views[0].description.endswith("2 methods and 1 variant at up to 3 merges.")
+
+
+def test_a_curve_without_questions_has_perplexities_alone(tmp_path):
+    run = sweep_run(tmp_path / "run")
+    config = run.config | {"data": {"mmlu": None, "report_split": "test"}}
+    for table in ("accuracy", "answers"):
+        run.replace(table, [])
+    run.config.clear()
+    run.config.update(config)
+    texts = stored_by(run, "perplexity", target="text")
+    section = curve.answer(Reached(run))
+    (sentence,) = blocks([section], Text)
+    assert sentence.text == (
+        "The unmerged model's perplexity on plain text is 5.00. With 1 layer merged, fixed_0.5 has the lowest: "
+        f"{ppl(texts['half1'])}. With 3 layers merged, drop has the lowest: {ppl(texts['drop3'])}. "
+        "No questions were asked."
+    )
+    best, every = blocks([section], Table)
+    pair = {row["plan_a"]: row for row in run.read("comparisons").to_pylist() if row["measure"] == "text_nll"}["half1"]
+    assert [cells[2:] for cells in best.cells] == [
+        ("fixed_0.5", ppl(texts["half1"]), "7.00", f"{change(pair)}: {findings.verdict(pair)}"),
+        ("drop", ppl(texts["drop3"]), "900", "dropping is best"),
+    ]
+    assert len(best.header) == 6 and best.caption.endswith("Unmerged: perplexity 5.00")
+    for plan, cells in zip(["base", "drop1", "half1", "drop3", "half3"], every.cells, strict=True):
+        assert len(cells) == len(every.header) == 5 and cells[4] == ppl(texts[plan])
+    (figure,) = blocks([section], Figure)
+    (view,) = figure.views
+    assert tips(view) == [
+        ("plan", "plan"), ("method", "method"), ("variant", "variant"), ("layers merged", "merges"),
+        ("perplexity", "perplexity"), ("95 % from", "perplexity_low"), ("to", "perplexity_high"),
+        ("parameters removed", "removed"),
+    ]  # fmt: skip
+    assert not {"accuracy", "low", "high", "macro", "answer_nll"} & set(figure.rows.columns)
+    assert [source for source, _ in figure.rows.sources] == ["sweep", "perplexity", "costs"]
