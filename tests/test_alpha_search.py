@@ -20,10 +20,11 @@ from raymerge.config import ConfigError, SearcherName
 from raymerge.config_file import load_config
 from raymerge.errors import UserError
 from raymerge.evaluation import Answers
-from raymerge.experiments import alpha_search
+from raymerge.experiments import alpha_search, found_models
 from raymerge.experiments.alpha_search import _check, _Search
 from raymerge.experiments.common import Inputs
 from raymerge.experiments.controls import controls_of, keeping_one
+from raymerge.experiments.found_models import FoundModels
 from raymerge.experiments.reporting import Reporter
 from raymerge.gradient import Epoch
 from raymerge.inputs import CALIBRATION, SEARCH, read_material
@@ -459,7 +460,7 @@ def stand_ins(monkeypatch, tmp_path):
 
     monkeypatch.setattr(alpha_search, "Reporter", Reporting)
     save = lambda _, plan, fitted=None: done.append(("save", plan.name, fitted)) or (f"models/{plan.name}", None)  # noqa: E731
-    monkeypatch.setattr(_Search, "_save", save)
+    monkeypatch.setattr(FoundModels, "save", save)
     return done
 
 
@@ -602,20 +603,37 @@ def test_a_disk_without_room_for_another_folder_is_said_where_the_model_is_to_be
 
     monkeypatch.setattr(tempfile, "mkdtemp", full)
     with pytest.raises(RunError, match=f"can be made in {tmp_path}: .*No space left on device.* free space"):
-        search._save(search.start)
+        search.models.save(search.start)
 
 
 def test_a_model_that_cannot_be_written_is_named_as_the_run_has_it(tmp_path, monkeypatch):
     """Not by the temporary folder, which is gone."""
     search = searching(tmp_path)
     monkeypatch.setattr("raymerge.saving.free_bytes", lambda folder: 1000)
-    monkeypatch.setattr(alpha_search, "search_results", lambda *_: [])
+    monkeypatch.setattr(found_models, "search_results", lambda *_: [])
     where = search.run.path_of("models", search.start.name)
     with pytest.raises(
         CheckpointError, match=f"could not write {where}: .* its disk has 1.0 kB free; nothing was left"
     ):
-        search._save(search.start)
+        search.models.save(search.start)
     assert list(tmp_path.glob("**/_tmp*")) == [] and not Path(where).parent.exists()
+
+
+class Awaited:
+    """A pool of one worker that more will join."""
+
+    count = 1
+
+
+@pytest.mark.parametrize("asked, expected", [("8", 8), ("auto", None)])
+def test_workers_that_join_a_search_get_work_up_to_what_was_asked_for(tmp_path, monkeypatch, asked, expected):
+    seen = []
+    monkeypatch.setattr(alpha_search, "BatchSearcher", lambda _, **options: seen.append(options))
+    monkeypatch.setattr(alpha_search, "run_search", lambda *_, **__: SearchOutcome(0, 0.0, None))
+    search = searching(tmp_path, f"search.concurrent={asked}")
+    search.pool = Awaited()
+    search._search_coefficients("random", 4, [], 1.0)
+    assert seen[0]["concurrent"] == expected
 
 
 # -- the layer that is kept, and alpha files -------------------------------------------------------------------------

@@ -26,8 +26,9 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError
 from raymerge.config_file import load_config
 from raymerge.evaluation import text_nll
-from raymerge.experiments import alpha_search, evaluate, search
+from raymerge.experiments import alpha_search, evaluate, found_models, search
 from raymerge.experiments.common import cache_of, describe_workers, open_pool, read_inputs, settings_of, swept_cache
+from raymerge.experiments.found_models import FoundModels
 from raymerge.forward import LayerRunner
 from raymerge.identity import code_identity
 from raymerge.inputs import REPORT, SEARCH, read_text
@@ -37,7 +38,6 @@ from raymerge.progress import Silent
 from raymerge.prompts import encode_text
 from raymerge.proof import ProofError
 from raymerge.schemas import TEXT_SPLIT
-from raymerge.search import SearchOutcome
 from raymerge.tables import RunDirectory, RunError
 
 SETTINGS = [
@@ -221,18 +221,17 @@ def test_a_saved_model_that_failed_its_proof_fails_the_search_and_stays(run, loc
 
 @pytest.fixture
 def saver(monkeypatch):
-    """What saves a search's models, without anything searched, and a plan to save."""
-    monkeypatch.setattr(alpha_search, "search_results", lambda *_: [])  # which are in no table
+    """What saves a search's models, without anything searched, and a plan to save; of a folder and settings."""
+    monkeypatch.setattr(found_models, "search_results", lambda *_: [])  # which are in no table
     return _saver
 
 
-def _saver(out, *more):
-    settings = config(out, *more)
-    inputs = read_inputs(settings, (SEARCH, REPORT))
-    run = RunDirectory.open(out, settings_of(settings, "model", "data"), "search")
-    start = starting_plan(settings.plan, inputs.checkpoint.n_layers, None)
-    of = alpha_search._Search(settings, inputs, run, str(out / "cache"), start, None, Silent(), ["test"])
-    return of._save, of._candidate([0.5] * 13, "found_bayes")
+def _saver(out, *more, run=None, cache=None):
+    settings, checkpoint = config(out, *more), Checkpoint("demo")
+    run = run or RunDirectory.open(out, settings_of(settings, "model", "data"), "search")
+    start = starting_plan(settings.plan, checkpoint.n_layers, None)
+    models = FoundModels(settings, checkpoint, run, cache or str(out / "cache"), command=["test"], progress=Silent())
+    return models.save, start.with_alphas([0.5] * 13, name="found_bayes", kind="found")
 
 
 def test_a_model_whose_proof_was_interrupted_is_not_taken_for_a_proved_one(saver, tmp_path, monkeypatch):
@@ -263,15 +262,14 @@ def test_a_model_that_was_being_saved_to_an_object_store_is_deleted_at_the_next_
     settings = config(f"fsspec+memory://bucket/{tmp_path.name}", *more)
     run = RunDirectory.open(settings.output.run, settings_of(settings, "model", "data"), "search")
     with swept_cache(settings, run) as cache:
-        save, plan = saver(tmp_path / "run")
-        save.__self__.run, save.__self__.cache, beside = run, cache, []
+        (save, plan), beside = saver(tmp_path / "run", run=run, cache=cache), []
 
         def interrupted(checkpoint, plan, folder, **_):
             beside.append(folder.parent)
             (folder.parent.parent / "_tmp.of a killed process").mkdir()
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(alpha_search, "save_merged", interrupted)
+        monkeypatch.setattr(found_models, "save_merged", interrupted)
         with pytest.raises(KeyboardInterrupt):
             save(plan)
     assert beside[0].parent == Path(cache) and beside[0].name.startswith("_tmp.")
@@ -300,28 +298,13 @@ def test_a_saved_model_is_kept_only_for_its_plan_and_with_the_proof_that_is_aske
 
 def test_what_workers_matched_on_other_machines_is_what_is_saved(saver, tmp_path):
     """The driver has no prompts to match by, and on a cluster's head no worker has left a match in its cache."""
-    save, plan = saver(tmp_path / "run", "plan.alignment=activations", "data.limit_per_subject=1")
-    of = save.__self__
-    of._take_matches(LocalPool(of.config, of.inputs, tmp_path / "another machine's cache"), [plan])
+    more = ["plan.alignment=activations", "data.limit_per_subject=1"]
+    save, plan = saver(tmp_path / "run", *more)
+    settings = config(tmp_path / "run", *more)
+    pool = LocalPool(settings, read_inputs(settings, (SEARCH, REPORT)), tmp_path / "another machine's cache")
+    save.__self__.take_matches(pool, [plan])
     record = json.loads(Path(save(plan)[0], "merge_plan.json").read_text())
     assert record["alignment"] == "activations" and record["tensors_changed"] > 0
-
-
-class Awaited:
-    """A pool of one worker that more will join."""
-
-    count = 1
-
-
-@pytest.mark.parametrize("asked, expected", [("8", 8), ("auto", None)])
-def test_workers_that_join_a_search_get_work_up_to_what_was_asked_for(saver, tmp_path, monkeypatch, asked, expected):
-    seen = []
-    monkeypatch.setattr(alpha_search, "BatchSearcher", lambda _, **options: seen.append(options))
-    monkeypatch.setattr(alpha_search, "run_search", lambda *_, **__: SearchOutcome(0, 0.0, None))
-    save, _ = saver(tmp_path / "run", f"search.concurrent={asked}")
-    save.__self__.pool = Awaited()
-    save.__self__._search_coefficients("random", 4, [], 1.0)
-    assert seen[0]["concurrent"] == expected
 
 
 @pytest.mark.parametrize("folder, expected", [("~/states", "home/states"), ("states", "here/states")])

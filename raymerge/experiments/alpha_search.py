@@ -6,12 +6,9 @@ call again goes on from there.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -21,10 +18,8 @@ from typing import Any
 import numpy as np
 
 from raymerge import rows
-from raymerge.alignment import REORDERED, Aligner
 from raymerge.alpha_files import read_alpha_file
-from raymerge.card import search_results
-from raymerge.checkpoint import Checkpoint, CheckpointError
+from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config, ConfigError
 from raymerge.config_file import check_config
 from raymerge.errors import UserError
@@ -47,12 +42,12 @@ from raymerge.experiments.common import (
     swept_cache,
 )
 from raymerge.experiments.controls import best_kept, controls_of, keeping_one
+from raymerge.experiments.found_models import FoundModels
 from raymerge.experiments.planning import choose_blocks, recomputed_plan
 from raymerge.experiments.refitting import fit, refit_of
 from raymerge.experiments.reporting import Reporter
 from raymerge.fusion import check_mergeable
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH, SEARCH_TEXT, check_askable
-from raymerge.merging import save_merged, saved_proof, saved_record
 from raymerge.objectives import is_minimised, parse_objective, rank, trial_outcome
 from raymerge.plan import (
     MergePlan,
@@ -71,11 +66,9 @@ from raymerge.plan_section import (
 )
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
-from raymerge.proof import ProofError
 from raymerge.proposers import BayesProposer, Proposer, RandomProposer, Starts
 from raymerge.search import BatchSearcher, check_loggers, choose_batch, run_search
-from raymerge.storage import TEMPORARY
-from raymerge.tables import RunDirectory, RunError
+from raymerge.tables import RunDirectory
 
 _LOOSE = 200  # batches whose parts of `trials` become one file: reading each takes 1 ms, in an object store 50
 _INSIDE = 0.05  # an alpha's distance from its corner where a descent starts near one
@@ -225,7 +218,7 @@ class _Search:
         self.corners = [[1.0] * len(start.steps), [0.0] * len(start.steps)]
         self.facts: dict[str, Any] = {}
         self.loose = 0  # batches of trials since they were last gathered in one file
-        self.aligner = Aligner(inputs.checkpoint)  # told what the workers have matched
+        self.models = FoundModels(config, inputs.checkpoint, run, cache, command=command, progress=progress)
 
     def _candidate(self, alphas: Sequence[float], name: str = "candidate", kind: str = "found") -> MergePlan:
         matrices = self.inputs.checkpoint.architecture.matrices
@@ -263,13 +256,13 @@ class _Search:
             # The best found stays the last: what was searched are coefficients without a refit.
             plans = [*plans[:-1], *refitted, plans[-1]]
             self.reporter.report(pool, plans, shards, self.firsts, self.progress)
-            self._take_matches(pool, plans[-1:])
+            self.models.take_matches(pool, plans[-1:])
         self.reporter.write_plans(plans, alpha_files=True)
         self._derive(plans)
         best = plans[-1]
-        model, proof = self._save(best) if self.config.output.save_best else (None, None)
+        model, proof = self.models.save(best) if self.config.output.save_best else (None, None)
         if refitted and self.config.output.save_best:
-            saved, proved = self._save(refitted[-1], fitted[0])
+            saved, proved = self.models.save(refitted[-1], fitted[0])
             plan_id = refitted[-1].plan_id(self.identity)
             found = {"name": refitted[-1].name, "plan_id": plan_id, "model": saved, "proof": proved}
             self.facts["refitted"] = found
@@ -535,65 +528,3 @@ class _Search:
         ]
         # Plans of different names are not equal: where the best found drops its layers, it still is the last.
         return list(dict.fromkeys(found))
-
-    def _take_matches(self, pool: WorkerPool, plans: Sequence[MergePlan]) -> None:
-        """Fetch the alignments of plans that are to be saved: the workers' caches may be on other machines."""
-        items = [(p.alignment, pair) for p in plans if p.alignment in REORDERED for pair in Aligner.pairs(p)]
-        for (alignment, pair), found in zip(items, pool.map("match", items), strict=True):
-            self.aligner.take(pair, alignment, found)
-        plans = [plan for plan in plans if plan.alignment == "rows"]
-        for plan, found in zip(plans, pool.map("match_rows", plans), strict=True):
-            self.aligner.take_rows(plan, found)
-
-    def _save(
-        self, best: MergePlan, fitted: Mapping[int, Mapping[str, Any]] | None = None
-    ) -> tuple[str, dict[str, Any] | None]:
-        """The merged checkpoint in models/, with plan, alphas and receipts beside the weights, and its proof.
-
-        fitted: the tensors of a refitted plan by position. A checkpoint that fails its proof is kept there all the
-        same, and raises ProofError; one whose proof did not end is not kept. What an earlier call has saved stays.
-        """
-        where, plan_id = self.run.path_of("models", best.name), best.plan_id(self.identity)
-        if self.run.is_local and Path(where).exists():
-            same = saved_record(Path(where))["plan_id"] == plan_id
-            if same and ((proof := saved_proof(Path(where))) or not self.config.output.verify):
-                return where, proof
-        # In the run, or else in its cache, so that a killed process's is deleted at the next start.
-        beside = Path(where).parent.parent if self.run.is_local else Path(self.cache)
-        with _folder_in(beside) as scratch:
-            folder = scratch / best.name
-            try:
-                record = save_merged(
-                    self.inputs.checkpoint,
-                    best,
-                    folder,
-                    aligner=self.aligner,
-                    refits=None if fitted is None else lambda _, position: fitted[position],
-                    verify=self.config.output.verify,
-                    progress=self.progress,
-                    command=self.command,
-                    results=search_results(self.run, plan_id, self.config.data.report_split),
-                )
-            except ProofError as error:
-                kept = self.run.upload(folder, "models", best.name, move=True)
-                raise ProofError(str(error).replace(str(folder), kept)) from error  # the folder that it named is gone
-            except (CheckpointError, RunError) as error:  # as here
-                raise type(error)(str(error).replace(str(folder), where)) from error
-            return self.run.upload(folder, "models", best.name, move=True), record["proof"]
-
-
-@contextmanager
-def _folder_in(parent: Path) -> Iterator[Path]:
-    """A temporary folder in another one for as long as the context lasts. Raises RunError where none can be made."""
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
-    except OSError as error:
-        raise RunError(
-            f"no folder for the merged model can be made in {parent}: {error}; free space there and run the same "
-            "command again: finished candidates are kept"
-        ) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
