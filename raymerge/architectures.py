@@ -63,6 +63,7 @@ class Architecture:
     it holds one after another: one, or several where the family fuses them. A bias has its matrix's rows.
     experts: in a mixture of experts the names of an expert's projections, with {} for its number; beside them stands
     the "router", whose rows move with the experts.
+    mlp: transformers' module of the MLP, or of router and experts.
     norm_inputs: for each input norm, the matrices that read its output (they see W diag(gain)).
     output_norms: for each block ("self_attn", "mlp") whose output is normalised before it is added, that norm. Its
     gain comes after a normalisation of its own, so it belongs to no matrix.
@@ -77,6 +78,7 @@ class Architecture:
     embedding_multiplier, residual_multiplier, logit_divisor: config keys of what embeddings, and what a block adds to
     the residual stream, are multiplied by, and of what logits are divided by.
     windows: which layers have the window that a config gives: "none", "all", or those that its `layer_types` name.
+    rotary_if: config options with the values with which there is a rotary embedding; with others no layer has one.
     rotary_layers: config key of a list with 1 for each layer that has a rotary embedding, and 0 for one without.
     rotary_neighbours: whether a rotary embedding turns dimensions (0, 1), (2, 3), … of a head together, instead of each
     of the first half with its counterpart of the second; in families without norms of queries and keys.
@@ -88,6 +90,7 @@ class Architecture:
     name: str
     projections: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: ATTENTION | _MLP)
     experts: Mapping[str, str] = field(default_factory=dict)
+    mlp: str = "mlp"
     norm_inputs: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {"input_layernorm": QKV, "post_attention_layernorm": GATE_UP}
     )
@@ -102,6 +105,7 @@ class Architecture:
     residual_multiplier: str | None = None
     logit_divisor: str | None = None
     windows: str = "all"
+    rotary_if: Mapping[str, Any] = field(default_factory=dict)
     rotary_layers: str | None = None
     rotary_neighbours: bool = False
     attention_softcap: str | None = None

@@ -50,6 +50,7 @@ _WHAT = "the refit"  # what a file holds, for error messages
 _O, _DOWN = "self_attn.o_proj", "mlp.down_proj"
 _GATE, _UP = "mlp.gate_proj", "mlp.up_proj"
 _MIDDLE = "post_attention_layernorm"  # what enters it is the state between attention and MLP
+_GAIN = f"{_MIDDLE}.weight"
 _MASSIVE = 50.0  # times the median mean square of a shard's target states: tokens above are left out
 _HELD_OUT = 5  # every fifth sequence, or the last fifth of each where there are fewer, is for choosing the ridge
 
@@ -397,7 +398,7 @@ class Refitter:
         packed, counts = self.runner.pack(states), token_weights(self._target(step.target + 1, shard)).double()
         for _, units in self._candidates(plan, step):
             own = {name: units[name].to(self.runner.device, self.runner.dtype) for name in units if _DOWN not in name}
-            layer = {**weights, **own, f"{_MIDDLE}.weight": torch.ones_like(weights[f"{_MIDDLE}.weight"])}
+            layer = {**weights, **own, _GAIN: self._unit_gain(weights)}
             seen = observe(self.runner, self.runner.from_packed(shard, packed), index, layer)[_DOWN]
             rows.append((counts[:, None] * seen.double().square()).sum(0))
         return torch.stack(rows)
@@ -413,8 +414,11 @@ class Refitter:
             name, axis = f"{matrix}.weight", 1 if matrix == _DOWN else 0
             every = torch.cat([units[name] for _, units in candidates], dim=axis)
             found[name] = every.index_select(axis, best).to(own[name].dtype)
-        norm = f"{_MIDDLE}.weight"
-        return found | {norm: torch.ones_like(own[norm]).cpu()} | _figures()
+        return found | {_GAIN: self._unit_gain(own).cpu()} | _figures()
+
+    def _unit_gain(self, layer: Mapping[str, Tensor]) -> Tensor:
+        """The stored weight of a norm before the MLP whose gain is 1."""
+        return torch.full_like(layer[_GAIN], 1.0 - self.runner.checkpoint.architecture.gain_offset)
 
 
 def _figures(

@@ -131,8 +131,8 @@ class TailLayer:
         norm = arch.gain_of(arch.router or arch.rows_of("up")[0])
         inner = x if norm is None else self._module(norm.removesuffix(".weight"), x, weights)
         tensors = module_layer(arch, weights).items()
-        own = {name: tensor.to(self.compute_dtype) for name, tensor in tensors if name.startswith("mlp.")}
-        return self._module("mlp", inner.to(self.compute_dtype), own).float()
+        own = {name: tensor.to(self.compute_dtype) for name, tensor in tensors if name.startswith(f"{arch.mlp}.")}
+        return self._module(arch.mlp, inner.to(self.compute_dtype), own).float()
 
     def _projection(self, which: str, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Matrix, in the compute dtype, and bias that make queries, keys or values of the entering states."""

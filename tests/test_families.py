@@ -117,6 +117,17 @@ def test_a_window_of_no_position_is_refused(family, window):
     assert attention_windows(unread) == [None] * 5
 
 
+@pytest.mark.parametrize("spelled", ["mamba", "linear_attention"])
+def test_granite_4_with_state_space_layers_or_experts_is_refused(spelled):
+    mixed = tiny.config_of("granite4", layer_types=[spelled, *4 * ["attention"]])
+    with pytest.raises(ArchitectureError, match="'linear_attention'. are not supported: those are layers that are no"):
+        attention_windows(mixed)
+    with pytest.raises(ArchitectureError, match="granitemoehybrid with num_local_experts = 8 is not supported"):
+        architecture_of(tiny.config_of("granite4", num_local_experts=8))
+    with pytest.raises(ArchitectureError, match="'linear_attention'. are not supported"):
+        attention_windows(AutoConfig.for_model("granitemoehybrid", num_local_experts=0))
+
+
 def test_logits_divided_by_nothing_are_refused():
     with pytest.raises(ArchitectureError, match="granite with logits_scaling = 0 has no logits"):
         architecture_of(tiny.config_of("granite", logits_scaling=0.0))
@@ -137,7 +148,6 @@ def test_unknown_layer_types_are_refused():
         ("mamba", "it has layers that are no attention"),
         ("jamba", "it has layers that are no attention"),
         ("qwen3_next", "it has layers that are no attention"),
-        ("granitemoehybrid", "it has a shared MLP of other tensors"),
         ("gemma3", "it has towers for images or sound beside the language model"),
         ("qwen2_5_vl", "it has towers for images"),
         ("deepseek_v3", "it has attention over compressed keys and values"),
@@ -188,6 +198,8 @@ def test_rotary_types_by_layer():
     assert rotary_types(tiny.config_of("olmo3")) == [sliding, full, sliding, sliding, sliding]
     config = tiny.config_of("smollm3")
     assert rotary_types(config) == [NO_ROTARY, None, NO_ROTARY, NO_ROTARY, NO_ROTARY]
+    assert rotary_types(tiny.config_of("granite4")) == [None] * 5
+    assert rotary_types(tiny.config_of("granite4_nope")) == [NO_ROTARY] * 5
     config.no_rope_layers = [1, 0, 1]
     with pytest.raises(ArchitectureError, match="no_rope_layers has 3 entries for 5 layers: it needs one for each"):
         rotary_types(config)
