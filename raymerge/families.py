@@ -83,8 +83,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             rotary_if={"position_embedding_type": "rope"},
             required={"num_local_experts": (0,)},
         ),
+        Architecture(
+            "hunyuan_v1_dense",
+            windows="none",
+            head_norms={"self_attn.query_layernorm": "q", "self_attn.key_layernorm": "k"},
+            rotated_head_norms=True,
+        ),
         Architecture("qwen2", windows="layer_types"),
-        Architecture("qwen3", windows="layer_types", head_norms=tuple(_Q_K_NORMS)),
+        Architecture("qwen3", windows="layer_types", head_norms=_Q_K_NORMS),
         Architecture(
             "gemma",
             windows="none",
@@ -94,7 +100,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         _GEMMA2,
         # Its config has a softcap of attention scores too, which its code does not apply.
-        replace(_GEMMA2, name="gemma3_text", head_norms=tuple(_Q_K_NORMS), attention_softcap=None),
+        replace(_GEMMA2, name="gemma3_text", head_norms=_Q_K_NORMS, attention_softcap=None),
         Architecture(
             "phi3",
             projections={"self_attn.qkv_proj": ("q", "k", "v"), "self_attn.o_proj": ("o",)} | _GATE_UP_FUSED,
@@ -111,6 +117,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         _OLMO2,
         replace(_OLMO2, name="olmo3", windows="layer_types"),
+        replace(
+            _OLMO2,
+            name="exaone4",
+            windows="layer_types",
+            rotary_windows=True,
+            projection_norms={},
+            head_norms=_Q_K_NORMS,
+        ),
         Architecture(
             "mixtral",
             projections=ATTENTION | {"block_sparse_moe.gate": ("router",)},
@@ -137,7 +151,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             projections=ATTENTION | {"mlp.gate": ("router",)},
             experts=_QWEN_EXPERTS,
             norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.gate",)},
-            head_norms=tuple(_Q_K_NORMS),
+            head_norms=_Q_K_NORMS,
             unit_groups=_EXPERT_GROUPS,
             width="moe_intermediate_size",
             # Layers without experts among those with them could not be averaged.
@@ -246,6 +260,9 @@ def rotary_types(config: Any) -> list[str | None]:
     family = ARCHITECTURES[config.model_type]
     if any(getattr(config, option) != value for option, value in family.rotary_if.items()):
         return [NO_ROTARY] * count
+    if family.rotary_windows and config.sliding_window is not None:
+        kinds = zip(types, config.layer_types, strict=True)
+        return [kind if windowed == "sliding_attention" else NO_ROTARY for kind, windowed in kinds]
     key = family.rotary_layers
     if key is None:
         return types

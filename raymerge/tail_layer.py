@@ -163,13 +163,17 @@ class TailLayer:
 
         shape: (questions, tokens of each), if these N tokens are a piece's; then (questions, heads, tokens, head_dim).
         """
-        norm = f"self_attn.{which}_norm"
-        if norm in self._architecture.projection_norms:
+        arch = self._architecture
+        if norm := arch.projection_norm_of(which):
             heads = self._module(norm, heads.float(), weights)
-        heads = heads.unflatten(-1, (-1, self._head_dim))
-        if norm in self._architecture.head_norms:
+        heads, norm = heads.unflatten(-1, (-1, self._head_dim)), arch.head_norm_of(which)
+        if norm and not arch.rotated_head_norms:
             heads = self._module(norm, heads.float(), weights)
-        cos, sin = rotary
+        turned = self._rotated(heads, *rotary, shape)
+        return self._module(norm, turned, weights) if norm and arch.rotated_head_norms else turned
+
+    def _rotated(self, heads: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, int] | None) -> Tensor:
+        """`_heads` of those that are (N, heads, head_dim), without norms."""
         if self.runner.accelerated:
             questions, tokens = shape or (len(heads), 1)
             turned = _Rotated.apply(heads, cos, sin, questions, tokens)

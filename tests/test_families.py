@@ -136,7 +136,8 @@ def test_logits_divided_by_nothing_are_refused():
 def test_unknown_layer_types_are_refused():
     config = SimpleNamespace(layer_types=["full_attention", "linear_attention"], num_hidden_layers=2)
     with pytest.raises(
-        ArchitectureError, match=r"\['linear_attention'\] are not supported; supported are full_attention"
+        ArchitectureError,
+        match=r"\['linear_attention'\] are not supported: those are layers .*; supported are full_attention",
     ):
         attention_windows(config)
 
@@ -200,6 +201,10 @@ def test_rotary_types_by_layer():
     assert rotary_types(config) == [NO_ROTARY, None, NO_ROTARY, NO_ROTARY, NO_ROTARY]
     assert rotary_types(tiny.config_of("granite4")) == [None] * 5
     assert rotary_types(tiny.config_of("granite4_nope")) == [NO_ROTARY] * 5
+    assert rotary_types(tiny.config_of("exaone4")) == [None, NO_ROTARY, None, None, None]
+    assert rotary_types(tiny.config_of("exaone4_full")) == [None] * 5
+    # A config with a window has none in layers of full attention, also if no layer slides.
+    assert rotary_types(tiny.config_of("exaone4", layer_types=5 * ["full_attention"])) == [NO_ROTARY] * 5
     config.no_rope_layers = [1, 0, 1]
     with pytest.raises(ArchitectureError, match="no_rope_layers has 3 entries for 5 layers: it needs one for each"):
         rotary_types(config)

@@ -112,6 +112,27 @@ def test_layer_types_that_transformers_derives_are_written_where_fewer_layers_ge
     assert values == declared | {"num_hidden_layers": 2}
 
 
+def test_a_pattern_of_letters_stays_only_where_the_kept_layers_follow_it():
+    """EXAONE 4's: L slides, G does not. transformers says that the last layer never does; others go by the letter."""
+    declared = {"model_type": "exaone4", "num_hidden_layers": 8, "sliding_window": 9, "sliding_window_pattern": "LLLG"}
+    declared["layer_types"] = (3 * ["sliding_attention"] + ["full_attention"]) * 2
+    config = AutoConfig.for_model(**declared)
+    for kept, follows in (
+        ([0, 1, 2, 3, 4, 5, 6, 7], True),
+        ([4, 5, 6, 7], True),
+        ([0, 1, 2, 3, 4, 5], False),
+        ([0, 1, 3, 4, 5, 6, 7], False),
+    ):
+        written, values = layer_types_written(config, declared, kept)
+        assert written and ("sliding_window_pattern" in values) == follows
+    # 1.2B has no windows; saved again, transformers writes a pattern of 0.
+    declared |= {"sliding_window": None, "layer_types": 8 * ["full_attention"], "sliding_window_pattern": 0}
+    for pattern in (None, 0):
+        declared |= {"sliding_window_pattern": pattern}
+        _, values = layer_types_written(AutoConfig.for_model(**declared), declared, [0, 3])
+        assert values == declared | {"num_hidden_layers": 2, "layer_types": 2 * ["full_attention"]}
+
+
 def test_rotary_layers_that_transformers_derives_are_written_where_fewer_layers_get_others():
     """SmolLM3 has none in every fourth layer; its configs hold one entry a layer, an interval, or neither."""
     for options in ({}, {"no_rope_layer_interval": 4}):

@@ -96,6 +96,7 @@ FAMILIES = {
     "granite4": {**_GRANITE4, "position_embedding_type": "rope"},
     # Without any rotary embedding.
     "granite4_nope": {**_GRANITE4, "attention_bias": True, "num_key_value_heads": 1},
+    "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense", "head_dim": 12, "attention_bias": True},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2_windows": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2},
     "qwen3": {"model_type": "qwen3", "head_dim": 12},
@@ -157,6 +158,15 @@ FAMILIES = {
             },
         },
     },
+    # Its layers without a window have no rotary embedding.
+    "exaone4": {
+        "model_type": "exaone4",
+        "head_dim": 12,
+        "sliding_window": 40,
+        "layer_types": _SLIDING[:1] + _FULL + 3 * _SLIDING,
+    },
+    # And no layer a window.
+    "exaone4_full": {"model_type": "exaone4", "sliding_window": None, "layer_types": 5 * _FULL},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 3, "intermediate_size": 24},
     # Sizes in multiples of 8: half-precision experts are multiplied in rows of 16 bytes.
     "olmoe": {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24},
