@@ -52,6 +52,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture("mistral"),
         Architecture("ministral", windows="layer_types"),
         Architecture("seed_oss", windows="none"),
+        Architecture("cwm", windows="layer_types"),
         Architecture("ernie4_5", windows="none", rotary_neighbours=True),
         Architecture("helium", windows="none", rotary_neighbours=True),
         # Its MLP has no gate: the square of what is above 0 of up.
@@ -99,6 +100,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             required={"use_bidirectional_attention": (None, False)},
         ),
         _GEMMA2,
+        replace(_GEMMA2, name="vaultgemma", output_norms={}),
         # Its config has a softcap of attention scores too, which its code does not apply.
         replace(_GEMMA2, name="gemma3_text", head_norms=_Q_K_NORMS, attention_softcap=None),
         Architecture(

@@ -157,7 +157,9 @@ def test_unknown_layer_types_are_refused():
     ],
 )
 def test_unsupported_families_are_named_with_what_they_have_and_the_supported_ones(model_type, reason):
-    with pytest.raises(ArchitectureError, match=f"'{model_type}' is not supported: {reason}.* gemma2, .*, smollm3$"):
+    with pytest.raises(
+        ArchitectureError, match=f"'{model_type}' is not supported: {reason}.* gemma2, .*, smollm3, vaultgemma$"
+    ):
         architecture_of(AutoConfig.for_model(model_type))
     with pytest.raises(ArchitectureError, match="model type None"):
         architecture_of(object())

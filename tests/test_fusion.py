@@ -143,8 +143,8 @@ def with_options(plan, alignment, norms, biases="keep"):
 
 def fold(state, layer, config):
     """Gains into the columns of what reads them, written out."""
-    prefix, offset = f"model.layers.{layer}.", 1 if config.model_type.startswith("gemma") else 0
-    before_mlp = "pre_feedforward_layernorm" if offset else "post_attention_layernorm"
+    prefix, offset = f"model.layers.{layer}.", 1 if "gemma" in config.model_type else 0
+    before_mlp = "pre_feedforward_layernorm" if offset and config.model_type != "gemma" else "post_attention_layernorm"
     for norm, readers in (
         ("input_layernorm", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
         (before_mlp, ("gate_proj", "up_proj", "gate_up_proj", "input_linear", "gate", "w1", "w3")),
@@ -270,6 +270,7 @@ def test_every_alignment_with_every_norm(checkpoint, aligner, alignment, norms, 
     ("family", "alignment", "norms"),
     [
         ("gemma2", "neurons", "fold"),
+        ("gemma", "neurons", "fold"),
         ("gemma3", "rows", "fold"),
         ("glm4", "neurons", "fold"),
         ("granite4", "neurons", "fold"),

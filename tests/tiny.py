@@ -73,6 +73,13 @@ FAMILIES = {
         "sliding_window": 40,
         "layer_types": _FULL + _SLIDING + 3 * _FULL,
     },
+    "cwm": {
+        "model_type": "cwm",
+        "head_dim": 12,
+        "sliding_window": 40,
+        "mlp_bias": True,
+        "layer_types": _FULL + _SLIDING + 3 * _FULL,
+    },
     "seed_oss": {"model_type": "seed_oss", "head_dim": 12, "attention_out_bias": True},
     "ernie4_5": {"model_type": "ernie4_5", "head_dim": 12, "use_bias": True},
     "helium": {"model_type": "helium", "head_dim": 8, "pad_token_id": 0},
@@ -112,6 +119,15 @@ FAMILIES = {
         "attn_logit_softcapping": 3.0,
         "final_logit_softcapping": 8.0,
         "tie_word_embeddings": True,
+    },
+    "vaultgemma": {
+        "model_type": "vaultgemma",
+        "head_dim": 12,
+        "query_pre_attn_scalar": 5,
+        "sliding_window": 40,
+        "layer_types": _SLIDING[:1] + _FULL + 3 * _SLIDING,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": None,
     },
     "gemma3": {
         "model_type": "gemma3_text",
@@ -226,7 +242,7 @@ def random_model(config, *, seed=0, dtype=torch.float32):
         for name, tensor in model.named_parameters():
             noise = torch.randn(tensor.shape, generator=generator)
             if "norm" in name:
-                value = 0.3 * noise + (0 if config.model_type.startswith("gemma") else 1)
+                value = 0.3 * noise + (0 if "gemma" in config.model_type else 1)
             elif name.endswith("bias"):
                 value = 0.5 * noise
             elif "embed" in name or "lm_head" in name:
