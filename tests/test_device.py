@@ -360,8 +360,8 @@ def test_what_is_summed_and_what_is_not(checkpoint, prompts, tmp_path, device):
 
 @pytest.mark.parametrize(
     ("family", "keys"),
-    [("llama", "linear"), ("smollm3", "linear")]
-    + [(family, "recompute") for family in ("llama", "qwen2", "granite", "glm4", "olmo3")],
+    [("llama", "linear"), ("smollm3", "linear"), ("granite4_nope", "recompute")]
+    + [(family, "recompute") for family in ("llama", "qwen2", "granite", "glm4", "olmo3", "hunyuan_v1_dense")],
 )
 def test_bfloat16_agrees_with_float32(checkpoint, prompts, tmp_path, family, keys):
     """Same trunk, same rounded weights: states and products in bfloat16 move logits by its rounding and no answer."""
