@@ -63,11 +63,13 @@ class Architecture:
     it holds one after another: one, or several where the family fuses them. A bias has its matrix's rows.
     experts: in a mixture of experts the names of an expert's projections, with {} for its number; beside them stands
     the "router", whose rows move with the experts.
+    mlp: transformers' module of the MLP, or of router and experts.
     norm_inputs: for each input norm, the matrices that read its output (they see W diag(gain)).
     output_norms: for each block ("self_attn", "mlp") whose output is normalised before it is added, that norm. Its
     gain comes after a normalisation of its own, so it belongs to no matrix.
-    head_norms: norms over one head's query or key dimensions, applied before the rotary embedding. Their gains are
-    every head's, so they stay as they are when heads move.
+    head_norms: norms over one head's query or key dimensions, with the projection ("q" or "k"), applied before the
+    rotary embedding or, with rotated_head_norms, after it. Their gains are every head's, so they stay as they are when
+    heads move.
     projection_norms: norms over a whole projection, with the projection: their gains move with its rows.
     gain_offset: what is added to a norm's stored weight to give its gain.
     unit_groups: groups of units whose order does not matter to the layer's function, each with the group inside whose
@@ -77,6 +79,8 @@ class Architecture:
     embedding_multiplier, residual_multiplier, logit_divisor: config keys of what embeddings, and what a block adds to
     the residual stream, are multiplied by, and of what logits are divided by.
     windows: which layers have the window that a config gives: "none", "all", or those that its `layer_types` name.
+    rotary_if: config options with the values with which there is a rotary embedding; with others no layer has one.
+    rotary_windows: whether, where the config gives a window, only the layers that have it have a rotary embedding.
     rotary_layers: config key of a list with 1 for each layer that has a rotary embedding, and 0 for one without.
     rotary_neighbours: whether a rotary embedding turns dimensions (0, 1), (2, 3), … of a head together, instead of each
     of the first half with its counterpart of the second; in families without norms of queries and keys.
@@ -88,11 +92,13 @@ class Architecture:
     name: str
     projections: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: ATTENTION | _MLP)
     experts: Mapping[str, str] = field(default_factory=dict)
+    mlp: str = "mlp"
     norm_inputs: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {"input_layernorm": QKV, "post_attention_layernorm": GATE_UP}
     )
     output_norms: Mapping[str, str] = field(default_factory=dict)
-    head_norms: tuple[str, ...] = ()
+    head_norms: Mapping[str, str] = field(default_factory=dict)
+    rotated_head_norms: bool = False
     projection_norms: Mapping[str, str] = field(default_factory=dict)
     gain_offset: float = 0.0
     unit_groups: Mapping[str, str | None] = field(default_factory=lambda: {"units": None, **HEAD_GROUPS})
@@ -102,6 +108,8 @@ class Architecture:
     residual_multiplier: str | None = None
     logit_divisor: str | None = None
     windows: str = "all"
+    rotary_if: Mapping[str, Any] = field(default_factory=dict)
+    rotary_windows: bool = False
     rotary_layers: str | None = None
     rotary_neighbours: bool = False
     attention_softcap: str | None = None
@@ -145,6 +153,14 @@ class Architecture:
     def gain_of(self, matrix: str) -> str | None:
         """The norm weight (a tensor of the layer) through which a matrix sees its input; None where there is none."""
         return next((f"{norm}.weight" for norm, readers in self.norm_inputs.items() if matrix in readers), None)
+
+    def head_norm_of(self, projection: str) -> str | None:
+        """The norm of each head of queries ("q") or keys ("k"); None where there is none."""
+        return next((norm for norm, of in self.head_norms.items() if of == projection), None)
+
+    def projection_norm_of(self, projection: str) -> str | None:
+        """The norm of a whole projection; None where there is none."""
+        return next((norm for norm, of in self.projection_norms.items() if of == projection), None)
 
     def rows_of(self, projection: str, expert: int | None = None) -> tuple[str, slice]:
         """The matrix that holds a projection, and which of its rows (all where columns are its units)."""

@@ -19,6 +19,13 @@ _QWEN_EXPERTS = {
 }
 _EXPERT_GROUPS = {"experts": None, "units": "experts", **HEAD_GROUPS}
 _GATE_UP_FUSED = {"mlp.gate_up_proj": ("gate", "up"), "mlp.down_proj": ("down",)}
+_GLM = Architecture(
+    "glm",
+    windows="none",
+    projections=ATTENTION | _GATE_UP_FUSED,
+    norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.gate_up_proj",)},
+    rotary_neighbours=True,
+)
 _OLMO2 = Architecture(
     "olmo2",
     norm_inputs={},
@@ -45,7 +52,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture("mistral"),
         Architecture("ministral", windows="layer_types"),
         Architecture("seed_oss", windows="none"),
+        Architecture("cwm", windows="layer_types"),
         Architecture("ernie4_5", windows="none", rotary_neighbours=True),
+        Architecture("helium", windows="none", rotary_neighbours=True),
         # Its MLP has no gate: the square of what is above 0 of up.
         Architecture(
             "arcee",
@@ -61,11 +70,39 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             residual_multiplier="residual_multiplier",
             logit_divisor="logits_scaling",
         ),
+        # Granite 4 without state-space layers and without experts.
+        Architecture(
+            "granitemoehybrid",
+            windows="none",
+            projections=ATTENTION | {"shared_mlp.input_linear": ("gate", "up"), "shared_mlp.output_linear": ("down",)},
+            norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("shared_mlp.input_linear",)},
+            mlp="shared_mlp",
+            width="shared_intermediate_size",
+            embedding_multiplier="embedding_multiplier",
+            residual_multiplier="residual_multiplier",
+            logit_divisor="logits_scaling",
+            rotary_if={"position_embedding_type": "rope"},
+            required={"num_local_experts": (0,)},
+        ),
+        Architecture(
+            "hunyuan_v1_dense",
+            windows="none",
+            head_norms={"self_attn.query_layernorm": "q", "self_attn.key_layernorm": "k"},
+            rotated_head_norms=True,
+        ),
         Architecture("qwen2", windows="layer_types"),
-        Architecture("qwen3", windows="layer_types", head_norms=tuple(_Q_K_NORMS)),
+        Architecture("qwen3", windows="layer_types", head_norms=_Q_K_NORMS),
+        Architecture(
+            "gemma",
+            windows="none",
+            gain_offset=1.0,
+            scaled_embedding=True,
+            required={"use_bidirectional_attention": (None, False)},
+        ),
         _GEMMA2,
+        replace(_GEMMA2, name="vaultgemma", output_norms={}),
         # Its config has a softcap of attention scores too, which its code does not apply.
-        replace(_GEMMA2, name="gemma3_text", head_norms=tuple(_Q_K_NORMS), attention_softcap=None),
+        replace(_GEMMA2, name="gemma3_text", head_norms=_Q_K_NORMS, attention_softcap=None),
         Architecture(
             "phi3",
             projections={"self_attn.qkv_proj": ("q", "k", "v"), "self_attn.o_proj": ("o",)} | _GATE_UP_FUSED,
@@ -74,16 +111,22 @@ ARCHITECTURES: Mapping[str, Architecture] = {
                 "post_attention_layernorm": ("mlp.gate_up_proj",),
             },
         ),
-        Architecture(
-            "glm4",
-            windows="none",
-            projections=ATTENTION | _GATE_UP_FUSED,
-            norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.gate_up_proj",)},
+        _GLM,
+        replace(
+            _GLM,
+            name="glm4",
             output_norms={"self_attn": "post_self_attn_layernorm", "mlp": "post_mlp_layernorm"},
-            rotary_neighbours=True,
         ),
         _OLMO2,
         replace(_OLMO2, name="olmo3", windows="layer_types"),
+        replace(
+            _OLMO2,
+            name="exaone4",
+            windows="layer_types",
+            rotary_windows=True,
+            projection_norms={},
+            head_norms=_Q_K_NORMS,
+        ),
         Architecture(
             "mixtral",
             projections=ATTENTION | {"block_sparse_moe.gate": ("router",)},
@@ -110,7 +153,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             projections=ATTENTION | {"mlp.gate": ("router",)},
             experts=_QWEN_EXPERTS,
             norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.gate",)},
-            head_norms=tuple(_Q_K_NORMS),
+            head_norms=_Q_K_NORMS,
             unit_groups=_EXPERT_GROUPS,
             width="moe_intermediate_size",
             # Layers without experts among those with them could not be averaged.
@@ -146,7 +189,7 @@ _FOREIGN_NAMES = dict.fromkeys(
     ("mamba", "mamba2", "jamba", "bamba", "zamba", "zamba2", "falcon_mamba", "falcon_h1", "nemotron_h", "rwkv")
     + ("qwen3_next", "recurrent_gemma", "lfm2", "lfm2_moe", "minimax", "xlstm", "plamo2"),
     _STATE_SPACE,
-) | {"granitemoehybrid": "a shared MLP of other tensors, in most sizes beside layers that are no attention"}
+)
 
 
 def architecture_of(config: Any) -> Architecture:
@@ -216,7 +259,13 @@ def rotary_types(config: Any) -> list[str | None]:
     the same, and NO_ROTARY of a layer that has none."""
     count = config.num_hidden_layers
     types = [None] * count if None in _rotary_parameters(config) else list(config.layer_types)
-    key = ARCHITECTURES[config.model_type].rotary_layers
+    family = ARCHITECTURES[config.model_type]
+    if any(getattr(config, option) != value for option, value in family.rotary_if.items()):
+        return [NO_ROTARY] * count
+    if family.rotary_windows and config.sliding_window is not None:
+        kinds = zip(types, config.layer_types, strict=True)
+        return [kind if windowed == "sliding_attention" else NO_ROTARY for kind, windowed in kinds]
+    key = family.rotary_layers
     if key is None:
         return types
     rotary = getattr(config, key)
@@ -234,7 +283,10 @@ def attention_windows(config: Any) -> list[int | None]:
     types = getattr(config, "layer_types", None) or []
     known = {"full_attention", "sliding_attention"}
     if unknown := sorted(set(types) - known):
-        raise ArchitectureError(f"layer types {unknown} are not supported; supported are {', '.join(sorted(known))}")
+        found = f": those are {_STATE_SPACE}" if {"linear_attention", "conv"} & set(unknown) else ""
+        raise ArchitectureError(
+            f"layer types {unknown} are not supported{found}; supported are {', '.join(sorted(known))}"
+        )
     window, windows = getattr(config, "sliding_window", None), ARCHITECTURES[config.model_type].windows
     sliding = types.index("sliding_attention") if "sliding_attention" in types else None
     # transformers' cache follows layer_types in every family: it would forget what these masks see.

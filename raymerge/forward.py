@@ -146,7 +146,8 @@ class LayerRunner:
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
         self.vocabulary = Vocabulary(checkpoint, skeleton.model.norm, device=self.device, dtype=self.dtype)
         # Rotary frequencies are computed, not stored: they must not stay on the meta device.
-        self._rotary = type(skeleton.model.rotary_emb)(config=config).to(self.device)
+        rotary = skeleton.model.rotary_emb  # None where no layer has one
+        self._rotary = None if rotary is None else type(rotary)(config=config).to(self.device)
         #: What the layers multiply a block's output by.
         self.residual_multiplier: float = getattr(config, arch.residual_multiplier) if arch.residual_multiplier else 1.0
         # Layers that are kept on an accelerator: original ones by number, merged ones of one plan by position.
@@ -158,17 +159,16 @@ class LayerRunner:
     def layer_size(self) -> LayerSize:
         """The size of the last layer, for the memory planner."""
         checkpoint, config = self.checkpoint, self.checkpoint.config
-        last = checkpoint.n_layers - 1
-        names = (checkpoint.architecture.layer_name(last, name) for name in checkpoint.layer_tensors(last))
-        sizes = checkpoint.architecture.sizes
+        arch, last = checkpoint.architecture, checkpoint.n_layers - 1
+        names = (arch.layer_name(last, name) for name in checkpoint.layer_tensors(last))
+        sizes = arch.sizes
         kv_width = sizes["kv_heads"] * sizes["rotary"]
-        mlp = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         return LayerSize(
             parameters=sum(checkpoint[name].numel() for name in names),
             hidden=config.hidden_size,
             query=sizes["query_heads"] * kv_width,
             key=kv_width,
-            mlp=mlp * (getattr(config, "num_experts_per_tok", None) or 1),
+            mlp=sizes["units"] * (config.num_experts_per_tok if arch.experts else 1),
             heads=config.num_attention_heads,
         )
 
@@ -280,7 +280,7 @@ class LayerRunner:
         """cos and sin, each (1, T, rotated dimensions), of positions (T,) in an original layer, in the dtype that the
         family gives them; 0 rotated dimensions where the layer has no rotary embedding."""
         like, kind = torch.empty(0, dtype=self.dtype, device=self.device), self.checkpoint.rotary_types[layer]
-        if kind == NO_ROTARY:
+        if kind == NO_ROTARY or self._rotary is None:
             return like.new_empty(1, len(positions), 0), like.new_empty(1, len(positions), 0)
         return self._rotary(like, positions[None].to(self.device), *(() if kind is None else (kind,)))
 
@@ -372,7 +372,8 @@ class LayerRunner:
                 f"the MLP units of {self.checkpoint.architecture.name} see only the tokens that are routed to their "
                 "expert, which differ between layers: alignment activations cannot match them; use alignment neurons"
             )
-        points = {"units": self.modules[layer].mlp.down_proj}
+        down, _ = self.checkpoint.architecture.rows_of("down")
+        points = {"units": self.modules[layer].get_submodule(down)}
         parts: list[Tensor] = []
         for state in self.observed(states, layer, self.weights(layer), points)["units"]:
             parts.append(state.prefix[0])
@@ -448,7 +449,8 @@ class LayerRunner:
             {
                 "attention_mask": mask,
                 "position_ids": positions[None],
-                "position_embeddings": self.rotary(positions, index),
+                # Layers of a model without the module ask whether there is any; others leave theirs unused.
+                "position_embeddings": None if self._rotary is None else self.rotary(positions, index),
                 self._cache_argument: shared,
                 "use_cache": shared is not None,
             },

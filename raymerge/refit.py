@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from raymerge.alignment import layer_tensors
-from raymerge.architectures import source_tensor
+from raymerge.architectures import Architecture, source_tensor
 from raymerge.checkpoint import Checkpoint
 from raymerge.device import moved
 from raymerge.forward import GroupStates, LayerRunner, joined
@@ -49,7 +49,6 @@ _VERSION = 2  # of what is fitted to what; another value makes cached fits of ea
 _WHAT = "the refit"  # what a file holds, for error messages
 _O, _DOWN = "self_attn.o_proj", "mlp.down_proj"
 _GATE, _UP = "mlp.gate_proj", "mlp.up_proj"
-_MIDDLE = "post_attention_layernorm"  # what enters it is the state between attention and MLP
 _MASSIVE = 50.0  # times the median mean square of a shard's target states: tokens above are left out
 _HELD_OUT = 5  # every fifth sequence, or the last fifth of each where there are fewer, is for choosing the ridge
 
@@ -103,7 +102,7 @@ def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
     # A norm between MLP and residual stream, a parallel MLP or a scaled residual is not linear, or another map.
     scale = architecture.residual_multiplier
     another = architecture.output_norms or (scale is not None and getattr(checkpoint.config, scale) != 1)
-    if missing or another or _MIDDLE not in architecture.norm_inputs:
+    if missing or another or _gain_before_mlp(architecture) is None:
         raise RefitError(
             f"refit {method} needs layers in which {' and '.join(needed)} write straight into the residual stream or "
             f"feed what does, which {architecture.name} does not have: set plan.refit to none"
@@ -112,6 +111,11 @@ def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
         raise RefitError(f"refit units cannot choose among MLP units with biases, which {architecture.name} has here")
     if not plan.groups:
         raise RefitError(f"plan {plan.name} merges nothing, so that it has no seam to refit")
+
+
+def _gain_before_mlp(architecture: Architecture) -> str | None:
+    """The weight of the norm that the MLP reads, which the state between attention and MLP enters."""
+    return architecture.gain_of(architecture.rows_of("up")[0])
 
 
 def _is_seam(plan: MergePlan, position: int) -> bool:
@@ -397,7 +401,7 @@ class Refitter:
         packed, counts = self.runner.pack(states), token_weights(self._target(step.target + 1, shard)).double()
         for _, units in self._candidates(plan, step):
             own = {name: units[name].to(self.runner.device, self.runner.dtype) for name in units if _DOWN not in name}
-            layer = {**weights, **own, f"{_MIDDLE}.weight": torch.ones_like(weights[f"{_MIDDLE}.weight"])}
+            layer = {**weights, **own, **self._unit_gain(weights)}
             seen = observe(self.runner, self.runner.from_packed(shard, packed), index, layer)[_DOWN]
             rows.append((counts[:, None] * seen.double().square()).sum(0))
         return torch.stack(rows)
@@ -413,8 +417,14 @@ class Refitter:
             name, axis = f"{matrix}.weight", 1 if matrix == _DOWN else 0
             every = torch.cat([units[name] for _, units in candidates], dim=axis)
             found[name] = every.index_select(axis, best).to(own[name].dtype)
-        norm = f"{_MIDDLE}.weight"
-        return found | {norm: torch.ones_like(own[norm]).cpu()} | _figures()
+        return found | {name: tensor.cpu() for name, tensor in self._unit_gain(own).items()} | _figures()
+
+    def _unit_gain(self, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The layer's norm before the MLP, by relative name, with a gain of 1."""
+        architecture = self.runner.checkpoint.architecture
+        name = _gain_before_mlp(architecture)
+        assert name is not None  # by `check_refittable`
+        return {name: torch.full_like(layer[name], 1.0 - architecture.gain_offset)}
 
 
 def _figures(
@@ -460,7 +470,9 @@ def observe(
     index: the original layer whose module is used. Keys: o_proj's and down_proj's relative names, for what they read;
     "middle", the state between attention and MLP; "leaving", the layer's output.
     """
-    module = runner.modules[index]
-    points = {_O: module.self_attn.o_proj, _DOWN: module.mlp.down_proj, "middle": getattr(module, _MIDDLE)}
+    module, gain = runner.modules[index], _gain_before_mlp(runner.checkpoint.architecture)
+    assert gain is not None  # by `check_refittable`
+    points = {_O: module.self_attn.o_proj, _DOWN: module.mlp.down_proj}
+    points["middle"] = module.get_submodule(gain.removesuffix(".weight"))
     found = runner.observed(states, index, weights, points) | {"leaving": states}
     return {name: joined(runner.pack(group)) for name, group in found.items()}

@@ -72,9 +72,12 @@ def trimmed_config(values: dict[str, Any], kept: list[int]) -> dict[str, Any]:
     if isinstance(leading := values.get("max_window_layers"), int):
         trimmed["max_window_layers"] = sum(index < leading for index in kept)
     for key in ("sliding_window_pattern", "_sliding_window_pattern"):
-        if isinstance(every := values.get(key), int):
+        # Every so many-th layer, or a letter for each of so many (EXAONE 4), of which some readers overrule the last.
+        if isinstance(pattern := values.get(key), int | str) and pattern:
             full = [kind == "full_attention" for kind in trimmed["layer_types"]]
-            if full != [(number + 1) % every == 0 for number in range(len(kept))]:
+            every = pattern if isinstance(pattern, str) else "L" * (pattern - 1) + "G"
+            follows = full == [every[number % len(every)] == "G" for number in range(len(kept))]
+            if not follows or (isinstance(pattern, str) and not full[-1]):
                 del trimmed[key]
     return trimmed
 

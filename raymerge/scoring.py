@@ -345,7 +345,8 @@ class TailScorer:
         """
         arch = self._architecture
         names = self.runner.checkpoint.layer_tensors(self.first)
-        between = ["self_attn.k_norm.weight", f"{arch.rows_of('k')[0]}.bias"]
+        between = [f"{norm}.weight" for norm in (arch.head_norm_of("k"), arch.projection_norm_of("k")) if norm]
+        between.append(f"{arch.rows_of('k')[0]}.bias")
         narrow = self.compute_dtype != torch.float32 or self.fused_dtype == torch.float32
         return narrow and self._is_batched and not set(between) & set(names)
 

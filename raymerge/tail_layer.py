@@ -131,8 +131,8 @@ class TailLayer:
         norm = arch.gain_of(arch.router or arch.rows_of("up")[0])
         inner = x if norm is None else self._module(norm.removesuffix(".weight"), x, weights)
         tensors = module_layer(arch, weights).items()
-        own = {name: tensor.to(self.compute_dtype) for name, tensor in tensors if name.startswith("mlp.")}
-        return self._module("mlp", inner.to(self.compute_dtype), own).float()
+        own = {name: tensor.to(self.compute_dtype) for name, tensor in tensors if name.startswith(f"{arch.mlp}.")}
+        return self._module(arch.mlp, inner.to(self.compute_dtype), own).float()
 
     def _projection(self, which: str, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Matrix, in the compute dtype, and bias that make queries, keys or values of the entering states."""
@@ -163,13 +163,17 @@ class TailLayer:
 
         shape: (questions, tokens of each), if these N tokens are a piece's; then (questions, heads, tokens, head_dim).
         """
-        norm = f"self_attn.{which}_norm"
-        if norm in self._architecture.projection_norms:
+        arch = self._architecture
+        if norm := arch.projection_norm_of(which):
             heads = self._module(norm, heads.float(), weights)
-        heads = heads.unflatten(-1, (-1, self._head_dim))
-        if norm in self._architecture.head_norms:
+        heads, norm = heads.unflatten(-1, (-1, self._head_dim)), arch.head_norm_of(which)
+        if norm and not arch.rotated_head_norms:
             heads = self._module(norm, heads.float(), weights)
-        cos, sin = rotary
+        turned = self._rotated(heads, *rotary, shape)
+        return self._module(norm, turned, weights) if norm and arch.rotated_head_norms else turned
+
+    def _rotated(self, heads: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, int] | None) -> Tensor:
+        """`_heads` of those that are (N, heads, head_dim), without norms."""
         if self.runner.accelerated:
             questions, tokens = shape or (len(heads), 1)
             turned = _Rotated.apply(heads, cos, sin, questions, tokens)

@@ -36,7 +36,7 @@ def host_bytes(
     mixed = sum(stacks[-SCORERS_HELD:])
     layer = max(_layer_sizes(checkpoint))
     states = checkpoint.config.hidden_size * sum(len(question_text(question).encode()) // 4 for question in questions)
-    squares = 6 * refits * checkpoint.config.intermediate_size**2
+    squares = 6 * refits * checkpoint.architecture.sizes["units"] ** 2
     floats, doubles = (8 + mixed) * layer + states, squares
     return _LIBRARIES + floats * torch.float32.itemsize + doubles * torch.float64.itemsize
 

@@ -213,7 +213,9 @@ def plans_for(checkpoint):
     return [plan for plan in PLANS if matrices.issuperset(matrix for matrix, _ in plan.matrix_alphas)]
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_biases", "qwen3", "mistral_window", "glm4", "smollm3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "llama_biases", "qwen3", "mistral_window", "glm4", "smollm3", "hunyuan_v1_dense"]
+)
 def test_every_plan_gives_the_cpus_answers(checkpoint, prompts, tmp_path, monkeypatch, family):
     """Wherever states lie and however many are scored at once; all in float32, so that only sums' order differs."""
     checkpoint = checkpoint(family)
@@ -350,15 +352,16 @@ def test_what_is_summed_and_what_is_not(checkpoint, prompts, tmp_path, device):
     ones = torch.ones(1, 3)
     assert scorer._key_coefficients(ones, 0).shape == (1, 3) and scorer._key_coefficients(ones, 2) is None
     # Biases, norms of keys, and merged matrices that are rounded more than the computation.
-    assert [linear(family).plan.keys for family in ("llama_biases", "qwen3")] == ["recompute"] * 2
+    unlike = ("llama_biases", "qwen3", "olmo2", "hunyuan_v1_dense")
+    assert [linear(family).plan.keys for family in unlike] == ["recompute"] * 4
     assert linear("llama", fused_dtype=torch.bfloat16).plan.keys == "recompute"
     assert linear("llama", fused_dtype=torch.bfloat16, compute_dtype=torch.bfloat16).plan.keys == "linear"
 
 
 @pytest.mark.parametrize(
     ("family", "keys"),
-    [("llama", "linear"), ("smollm3", "linear")]
-    + [(family, "recompute") for family in ("llama", "qwen2", "granite", "glm4", "olmo3")],
+    [("llama", "linear"), ("smollm3", "linear"), ("granite4_nope", "recompute")]
+    + [(family, "recompute") for family in ("llama", "qwen2", "granite", "glm4", "olmo3", "hunyuan_v1_dense")],
 )
 def test_bfloat16_agrees_with_float32(checkpoint, prompts, tmp_path, family, keys):
     """Same trunk, same rounded weights: states and products in bfloat16 move logits by its rounding and no answer."""

@@ -117,6 +117,17 @@ def test_a_window_of_no_position_is_refused(family, window):
     assert attention_windows(unread) == [None] * 5
 
 
+@pytest.mark.parametrize("spelled", ["mamba", "linear_attention"])
+def test_granite_4_with_state_space_layers_or_experts_is_refused(spelled):
+    mixed = tiny.config_of("granite4", layer_types=[spelled, *4 * ["attention"]])
+    with pytest.raises(ArchitectureError, match="'linear_attention'. are not supported: those are layers that are no"):
+        attention_windows(mixed)
+    with pytest.raises(ArchitectureError, match="granitemoehybrid with num_local_experts = 8 is not supported"):
+        architecture_of(tiny.config_of("granite4", num_local_experts=8))
+    with pytest.raises(ArchitectureError, match="'linear_attention'. are not supported"):
+        attention_windows(AutoConfig.for_model("granitemoehybrid", num_local_experts=0))
+
+
 def test_logits_divided_by_nothing_are_refused():
     with pytest.raises(ArchitectureError, match="granite with logits_scaling = 0 has no logits"):
         architecture_of(tiny.config_of("granite", logits_scaling=0.0))
@@ -125,7 +136,8 @@ def test_logits_divided_by_nothing_are_refused():
 def test_unknown_layer_types_are_refused():
     config = SimpleNamespace(layer_types=["full_attention", "linear_attention"], num_hidden_layers=2)
     with pytest.raises(
-        ArchitectureError, match=r"\['linear_attention'\] are not supported; supported are full_attention"
+        ArchitectureError,
+        match=r"\['linear_attention'\] are not supported: those are layers .*; supported are full_attention",
     ):
         attention_windows(config)
 
@@ -137,7 +149,6 @@ def test_unknown_layer_types_are_refused():
         ("mamba", "it has layers that are no attention"),
         ("jamba", "it has layers that are no attention"),
         ("qwen3_next", "it has layers that are no attention"),
-        ("granitemoehybrid", "it has a shared MLP of other tensors"),
         ("gemma3", "it has towers for images or sound beside the language model"),
         ("qwen2_5_vl", "it has towers for images"),
         ("deepseek_v3", "it has attention over compressed keys and values"),
@@ -146,7 +157,9 @@ def test_unknown_layer_types_are_refused():
     ],
 )
 def test_unsupported_families_are_named_with_what_they_have_and_the_supported_ones(model_type, reason):
-    with pytest.raises(ArchitectureError, match=f"'{model_type}' is not supported: {reason}.* gemma2, .*, smollm3$"):
+    with pytest.raises(
+        ArchitectureError, match=f"'{model_type}' is not supported: {reason}.* gemma2, .*, smollm3, vaultgemma$"
+    ):
         architecture_of(AutoConfig.for_model(model_type))
     with pytest.raises(ArchitectureError, match="model type None"):
         architecture_of(object())
@@ -188,6 +201,12 @@ def test_rotary_types_by_layer():
     assert rotary_types(tiny.config_of("olmo3")) == [sliding, full, sliding, sliding, sliding]
     config = tiny.config_of("smollm3")
     assert rotary_types(config) == [NO_ROTARY, None, NO_ROTARY, NO_ROTARY, NO_ROTARY]
+    assert rotary_types(tiny.config_of("granite4")) == [None] * 5
+    assert rotary_types(tiny.config_of("granite4_nope")) == [NO_ROTARY] * 5
+    assert rotary_types(tiny.config_of("exaone4")) == [None, NO_ROTARY, None, None, None]
+    assert rotary_types(tiny.config_of("exaone4_full")) == [None] * 5
+    # A config with a window has none in layers of full attention, also if no layer slides.
+    assert rotary_types(tiny.config_of("exaone4", layer_types=5 * ["full_attention"])) == [NO_ROTARY] * 5
     config.no_rope_layers = [1, 0, 1]
     with pytest.raises(ArchitectureError, match="no_rope_layers has 3 entries for 5 layers: it needs one for each"):
         rotary_types(config)

@@ -218,7 +218,23 @@ def test_half_precision_on_request(tmp_path, shard):
         assert hidden.dtype == torch.float32
 
 
-@pytest.mark.parametrize("family", ["llama_biases", "mistral_window"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_layer_s_size_is_that_of_transformers_module(tmp_path, family):
+    """By which memory is planned; configs have widths and numbers of experts that their family does not read."""
+    runner = LayerRunner(Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family))))
+    size, layer, config = runner.layer_size, runner.modules[-1], runner.checkpoint.config
+    assert size.parameters == sum(tensor.numel() for tensor in layer.parameters())
+    assert (size.hidden, size.heads) == (32, 4) and size.query == layer.self_attn.o_proj.in_features
+    assert size.key * 4 == size.query * config.num_key_value_heads
+    tensors = {name.rpartition(".")[2]: tensor for name, tensor in layer.named_parameters() if "experts" in name}
+    if tensors:
+        assert size.mlp == config.num_experts_per_tok * tensors["down_proj"].shape[-1]
+    else:
+        down = layer.shared_mlp.output_linear if family.startswith("granite4") else layer.mlp.down_proj
+        assert size.mlp == down.in_features
+
+
+@pytest.mark.parametrize("family", ["llama_biases", "mistral_window", "granite4"])
 def test_mlp_units_are_what_the_down_projection_reads(tmp_path, shard, family):
     """At every token once, prefixes first in their group, in the same order for every layer; states move on."""
     folder = tiny.make_checkpoint(tmp_path / "m", family)
@@ -235,9 +251,9 @@ def test_mlp_units_are_what_the_down_projection_reads(tmp_path, shard, family):
     for layer in (0, 1):
         seen = {}
         for row, ids in prompts.items():
-            hook = model.model.layers[layer].mlp.down_proj.register_forward_pre_hook(
-                lambda _m, args, s=seen, row=row: s.__setitem__(row, args[0][0])
-            )
+            block = model.model.layers[layer]
+            down = block.shared_mlp.output_linear if family == "granite4" else block.mlp.down_proj
+            hook = down.register_forward_pre_hook(lambda _m, args, s=seen, row=row: s.__setitem__(row, args[0][0]))
             with torch.no_grad():
                 model(input_ids=torch.from_numpy(ids)[None], use_cache=False)
             hook.remove()

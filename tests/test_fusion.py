@@ -143,11 +143,11 @@ def with_options(plan, alignment, norms, biases="keep"):
 
 def fold(state, layer, config):
     """Gains into the columns of what reads them, written out."""
-    prefix, offset = f"model.layers.{layer}.", 1 if config.model_type.startswith("gemma") else 0
-    before_mlp = "pre_feedforward_layernorm" if offset else "post_attention_layernorm"
+    prefix, offset = f"model.layers.{layer}.", 1 if "gemma" in config.model_type else 0
+    before_mlp = "pre_feedforward_layernorm" if offset and config.model_type != "gemma" else "post_attention_layernorm"
     for norm, readers in (
         ("input_layernorm", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
-        (before_mlp, ("gate_proj", "up_proj", "gate_up_proj", "gate", "w1", "w3")),
+        (before_mlp, ("gate_proj", "up_proj", "gate_up_proj", "input_linear", "gate", "w1", "w3")),
     ):
         gain = state[f"{prefix}{norm}.weight"].double() + offset
         for name in state:
@@ -185,8 +185,9 @@ def reorder(state, layer, config, order):
             rows[gate] = rows[up] = columns[down] = units.tolist()
     else:
         units = order["units"].tolist()
-        rows["mlp.gate_proj"] = rows["mlp.up_proj"] = columns["mlp.down_proj"] = units
-        rows["mlp.gate_up_proj"] = [*units, *(len(units) + i for i in units)]
+        down = "shared_mlp.output_linear" if config.model_type == "granitemoehybrid" else "mlp.down_proj"
+        rows["mlp.gate_proj"] = rows["mlp.up_proj"] = columns[down] = units
+        rows["mlp.gate_up_proj"] = rows["shared_mlp.input_linear"] = [*units, *(len(units) + i for i in units)]
     for matrix, index in rows.items():
         for kind in ("weight", "bias"):
             if (name := f"{prefix}{matrix}.{kind}") in state:
@@ -200,7 +201,8 @@ def rows_matched_merge(state, plan):
     state, alive = dict(state), list(range(plan.n_layers))
     first = "model.layers.0."
     averaged = [n.removeprefix(first)[:-7] for n, tensor in state.items() if n.startswith(first) and tensor.ndim > 1]
-    blocks = {"self_attn.qkv_proj": (32, 16, 16), "mlp.gate_up_proj": (48, 48)}  # of tiny Phi-3, matched by themselves
+    blocks = {"self_attn.qkv_proj": (32, 16, 16), "mlp.gate_up_proj": (48, 48)}
+    blocks["shared_mlp.input_linear"] = (48, 48)  # of tiny Phi-3 and Granite 4, matched by themselves
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
     for step in plan.steps:
         for matrix in averaged:
@@ -268,8 +270,11 @@ def test_every_alignment_with_every_norm(checkpoint, aligner, alignment, norms, 
     ("family", "alignment", "norms"),
     [
         ("gemma2", "neurons", "fold"),
+        ("gemma", "neurons", "fold"),
         ("gemma3", "rows", "fold"),
         ("glm4", "neurons", "fold"),
+        ("granite4", "neurons", "fold"),
+        ("granite4_nope", "rows", "fold"),
         ("phi3", "neurons", "fold"),
         ("phi3", "rows", "keep"),
         ("olmo2", "neurons", "keep"),

@@ -70,7 +70,7 @@ PLANS = {
 
 
 #: Families without layer types that mergekit has no list of.
-UNLISTED = ("olmoe", "seed_oss", "ernie4_5")
+UNLISTED = ("olmoe", "seed_oss", "ernie4_5", "helium", "glm", "hunyuan_v1_dense")
 
 #: The family that each plan is tried on, llama3_rope but for these; mergekit has a list of their tensors.
 OF = {"biases": "granite", "mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "drop": "mixtral"}
@@ -166,7 +166,10 @@ def test_what_mergekit_does_not_know_of_a_family_is_not_expressed(tmp_path, fami
     """mergekit 0.1.5 drops biases that its list of a family's tensors lacks, and where it has no list it infers one,
     and leaves num_hidden_layers; see docs/results.md."""
     checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family)))
-    if family in ("llama_biases", "olmo2", "gemma3", "qwen3_biases"):
+    if checkpoint.architecture.name == "granitemoehybrid":
+        with pytest.raises(NotExpressible, match="list of the tensors of granitemoehybrid asks for experts"):
+            mergekit_yaml(checkpoint, PLANS["nothing"])
+    elif family in ("llama_biases", "olmo2", "gemma", "gemma3", "qwen3_biases"):
         with pytest.raises(NotExpressible, match=f"leaves out the biases of {checkpoint.architecture.name}"):
             mergekit_yaml(checkpoint, PLANS["nothing"])
     else:
@@ -174,6 +177,17 @@ def test_what_mergekit_does_not_know_of_a_family_is_not_expressed(tmp_path, fami
     if family in UNLISTED:
         with pytest.raises(NotExpressible, match=f"no list of the tensors of {family}, and leaves num_hidden_layers"):
             mergekit_yaml(checkpoint, PLANS["drop"])
+
+
+@pytest.mark.parametrize(("family", "tied"), [("gemma", False), ("phi3", True)])
+def test_an_unembedding_that_its_list_has_otherwise(tmp_path, family, tied):
+    """Gemma's lists none, and Phi-3's is not optional (mergekit 0.1.5, gemma.json and phi3.json)."""
+    options = {"tie_word_embeddings": tied, "attention_bias": False}
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family, **options)))
+    with pytest.raises(NotExpressible, match="mergekit (leaves out|finds no).* unembedding"):
+        mergekit_yaml(checkpoint, PLANS["tail"])
+    other = tiny.make_checkpoint(tmp_path / "other", family, **options | {"tie_word_embeddings": not tied})
+    assert mergekit_yaml(Checkpoint(str(other)), PLANS["tail"])
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
@@ -192,7 +206,7 @@ def test_layers_of_a_family_with_layer_types_do_not_go(tmp_path, family):
         if not readable:
             with pytest.raises(NotExpressible, match="changes num_hidden_layers alone, and .* layer_types"):
                 mergekit_yaml(checkpoint, plan)
-        elif family not in ("llama_biases", "olmo2", *UNLISTED):
+        elif family not in ("llama_biases", "olmo2", "gemma", *UNLISTED):
             assert mergekit_yaml(checkpoint, plan)
 
 

@@ -701,7 +701,7 @@ torch.set_num_threads(1)
 found = {}
 for folder in sys.argv[2:]:
     # transformers before 5.22 loads Gemma 2 with SDPA, which leaves its softcap out; later ones with eager attention.
-    attention = {"attn_implementation": "eager"} if "gemma2" in folder else {}
+    attention = {"attn_implementation": "eager"} if "gemma2" in folder or "vault" in folder else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **attention).eval()
     ids = torch.from_numpy(np.load(folder + "/ids.npy"))[None]
     with torch.no_grad():

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -79,6 +80,8 @@ def test_in_a_fresh_process_the_saved_model_is_the_one_that_was_scored(tmp_path)
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 def test_every_family_passes_with_room_to_spare(tmp_path, in_process, family):
+    if family.startswith("granite4") and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 15):
+        pytest.skip("transformers before 5.15 generates nothing by a Granite 4 without state-space layers")
     checkpoint, folder = merged(tmp_path, family, dtype=torch.float16)
     before = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     proof = prove(checkpoint, PLAN, folder)

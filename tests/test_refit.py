@@ -234,9 +234,10 @@ def test_each_further_fit_brings_the_model_nearer_to_the_unmerged_one(refitter):
     assert errors[1] < linear < errors[0]
 
 
-def test_units_are_those_that_contribute(tmp_path):
+@pytest.mark.parametrize(("family", "offset"), [("llama", 0), ("gemma", 1), ("vaultgemma", 1)])
+def test_units_are_those_that_contribute(tmp_path, family, offset):
     """Layer 2's MLP is all that counts: the seam takes its units, and with them layer 2's function."""
-    folder = make_checkpoint(tmp_path / "m", "llama", hidden_size=16, intermediate_size=24)
+    folder = make_checkpoint(tmp_path / "m", family, hidden_size=16, intermediate_size=24, attention_bias=False)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model.model.layers[2].self_attn.o_proj.weight.zero_()
@@ -245,9 +246,10 @@ def test_units_are_those_that_contribute(tmp_path):
     refitter = refitter_of(folder, tmp_path / "cache")
     plan = refitted(drop_block_plan(N, 2, 1), "units")
     found, deeper = refitter.tensors(plan, 1), Checkpoint(str(folder)).layer(2, dtype=torch.float32)
-    gain = deeper["post_attention_layernorm.weight"]
+    norm = "pre_feedforward_layernorm.weight" if family == "vaultgemma" else "post_attention_layernorm.weight"
+    gain = deeper[norm] + offset
     torch.testing.assert_close(found["mlp.up_proj.weight"], deeper["mlp.up_proj.weight"] * gain)
-    assert torch.equal(found["post_attention_layernorm.weight"], torch.ones(16))
+    assert torch.equal(found[norm], torch.full((16,), 1.0 - offset))
     torch.testing.assert_close(found["mlp.down_proj.weight"], deeper["mlp.down_proj.weight"], rtol=0, atol=0.01)
     assert error_of(refitter, plan) < 1e-6
     assert error_of(refitter, replace(plan, refit=None)) > 0.01
@@ -316,10 +318,10 @@ def test_families_without_the_algebra_are_refused_by_name(refitter):
         check_refittable(checkpoint, plan)
 
 
-@pytest.mark.parametrize("family", ["glm4", "granite", "olmo3"])
+@pytest.mark.parametrize("family", ["glm4", "granite", "granitemoehybrid", "olmo3"])
 def test_a_refit_of_outputs_that_are_normalised_or_scaled_is_refused(tmp_path, family):
     """They are not what is added to the residual stream, which a fit would take them for."""
-    checkpoint = Checkpoint(str(make_checkpoint(tmp_path / "m", family)))
+    checkpoint = Checkpoint(str(make_checkpoint(tmp_path / "m", {"granitemoehybrid": "granite4"}.get(family, family))))
     with pytest.raises(RefitError, match=f"write straight into the residual stream .* which {family} does not have"):
         check_refittable(checkpoint, refitted(drop_block_plan(N, 2, 1), "outputs"))
 

@@ -112,6 +112,27 @@ def test_layer_types_that_transformers_derives_are_written_where_fewer_layers_ge
     assert values == declared | {"num_hidden_layers": 2}
 
 
+def test_a_pattern_of_letters_stays_only_where_the_kept_layers_follow_it():
+    """EXAONE 4's: L slides, G does not. transformers says that the last layer never does; others go by the letter."""
+    declared = {"model_type": "exaone4", "num_hidden_layers": 8, "sliding_window": 9, "sliding_window_pattern": "LLLG"}
+    declared["layer_types"] = (3 * ["sliding_attention"] + ["full_attention"]) * 2
+    config = AutoConfig.for_model(**declared)
+    for kept, follows in (
+        ([0, 1, 2, 3, 4, 5, 6, 7], True),
+        ([4, 5, 6, 7], True),
+        ([0, 1, 2, 3, 4, 5], False),
+        ([0, 1, 3, 4, 5, 6, 7], False),
+    ):
+        written, values = layer_types_written(config, declared, kept)
+        assert written and ("sliding_window_pattern" in values) == follows
+    # 1.2B has no windows; saved again, transformers writes a pattern of 0.
+    declared |= {"sliding_window": None, "layer_types": 8 * ["full_attention"], "sliding_window_pattern": 0}
+    for pattern in (None, 0):
+        declared |= {"sliding_window_pattern": pattern}
+        _, values = layer_types_written(AutoConfig.for_model(**declared), declared, [0, 3])
+        assert values == declared | {"num_hidden_layers": 2, "layer_types": 2 * ["full_attention"]}
+
+
 def test_rotary_layers_that_transformers_derives_are_written_where_fewer_layers_get_others():
     """SmolLM3 has none in every fourth layer; its configs hold one entry a layer, an interval, or neither."""
     for options in ({}, {"no_rope_layer_interval": 4}):
@@ -233,3 +254,14 @@ def test_a_sliding_window_pattern_stays_only_where_the_kept_layers_follow_it():
         bare = {key: value for key, value in values.items() if key != "layer_types"}
         if follows:
             assert type(config).from_dict(bare).layer_types == trimmed.layer_types
+
+
+def test_layer_types_keep_the_spelling_of_the_base(tmp_path):
+    """Granite 4's are published as "attention", which transformers 5 reads as full_attention."""
+    folder = tiny.make_checkpoint(tmp_path / "base", "granite4")
+    values = read_config(folder)
+    write_config(folder, values | {"layer_types": 5 * ["attention"]})
+    after = saved(folder, PLAN, tmp_path / "merged")
+    assert after == values | {"layer_types": 3 * ["attention"], "num_hidden_layers": 3}
+    config = AutoConfig.from_pretrained(tmp_path / "merged")
+    assert config.layer_types == 3 * ["full_attention"] and attention_windows(config) == 3 * [None]

@@ -61,7 +61,7 @@ FAMILIES = {name: {} for name in tiny.FAMILIES} | {
     **{
         f"{name}_last_other": {"family": name, "layer_types": others_last(options["layer_types"])}
         for name, options in tiny.FAMILIES.items()
-        if "layer_types" in options
+        if "sliding_attention" in options.get("layer_types", ())
     },
     # And without any.
     "smollm3_last_none": {"family": "smollm3", "no_rope_layers": [1, 1, 1, 1, 0], "use_sliding_window": False},

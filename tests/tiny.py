@@ -26,6 +26,19 @@ PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 _SLIDING, _FULL = ["sliding_attention"], ["full_attention"]
 
+_GRANITE4 = {
+    "model_type": "granitemoehybrid",
+    "num_local_experts": 0,
+    "intermediate_size": 7,  # which the family does not read
+    "shared_intermediate_size": 48,
+    "layer_types": 5 * ["attention"],  # as published
+    "mamba_n_heads": 4,  # which the config wants to divide its width
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 5.0,
+}
+
 #: What differs from the common shape below; together they have every feature that a supported family may have.
 FAMILIES = {
     "llama": {"model_type": "llama"},
@@ -60,8 +73,16 @@ FAMILIES = {
         "sliding_window": 40,
         "layer_types": _FULL + _SLIDING + 3 * _FULL,
     },
+    "cwm": {
+        "model_type": "cwm",
+        "head_dim": 12,
+        "sliding_window": 40,
+        "mlp_bias": True,
+        "layer_types": _FULL + _SLIDING + 3 * _FULL,
+    },
     "seed_oss": {"model_type": "seed_oss", "head_dim": 12, "attention_out_bias": True},
     "ernie4_5": {"model_type": "ernie4_5", "head_dim": 12, "use_bias": True},
+    "helium": {"model_type": "helium", "head_dim": 8, "pad_token_id": 0},
     "arcee": {"model_type": "arcee"},
     # The last layers, which most plans average, have no rotary embedding, the layers before them have.
     "smollm3": {
@@ -79,10 +100,15 @@ FAMILIES = {
         "logits_scaling": 5.0,
         "mlp_bias": True,
     },
+    "granite4": {**_GRANITE4, "position_embedding_type": "rope"},
+    # Without any rotary embedding.
+    "granite4_nope": {**_GRANITE4, "attention_bias": True, "num_key_value_heads": 1},
+    "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense", "head_dim": 12, "attention_bias": True},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2_windows": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2},
     "qwen3": {"model_type": "qwen3", "head_dim": 12},
     "qwen3_biases": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True, "num_key_value_heads": 1},
+    "gemma": {"model_type": "gemma", "head_dim": 12, "attention_bias": True, "tie_word_embeddings": True},
     # Scores and logits reach far beyond their caps. The last layers are of one kind, so that they can be averaged.
     "gemma2": {
         "model_type": "gemma2",
@@ -93,6 +119,15 @@ FAMILIES = {
         "attn_logit_softcapping": 3.0,
         "final_logit_softcapping": 8.0,
         "tie_word_embeddings": True,
+    },
+    "vaultgemma": {
+        "model_type": "vaultgemma",
+        "head_dim": 12,
+        "query_pre_attn_scalar": 5,
+        "sliding_window": 40,
+        "layer_types": _SLIDING[:1] + _FULL + 3 * _SLIDING,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": None,
     },
     "gemma3": {
         "model_type": "gemma3_text",
@@ -109,6 +144,12 @@ FAMILIES = {
     "phi3": {
         "model_type": "phi3",
         "sliding_window": 60,
+        "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    },
+    "glm": {
+        "model_type": "glm",
+        "head_dim": 12,
         "pad_token_id": 0,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
     },
@@ -133,6 +174,15 @@ FAMILIES = {
             },
         },
     },
+    # Its layers without a window have no rotary embedding.
+    "exaone4": {
+        "model_type": "exaone4",
+        "head_dim": 12,
+        "sliding_window": 40,
+        "layer_types": _SLIDING[:1] + _FULL + 3 * _SLIDING,
+    },
+    # And no layer a window.
+    "exaone4_full": {"model_type": "exaone4", "sliding_window": None, "layer_types": 5 * _FULL},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 3, "intermediate_size": 24},
     # Sizes in multiples of 8: half-precision experts are multiplied in rows of 16 bytes.
     "olmoe": {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24},
@@ -192,7 +242,7 @@ def random_model(config, *, seed=0, dtype=torch.float32):
         for name, tensor in model.named_parameters():
             noise = torch.randn(tensor.shape, generator=generator)
             if "norm" in name:
-                value = 0.3 * noise + (0 if config.model_type.startswith("gemma") else 1)
+                value = 0.3 * noise + (0 if "gemma" in config.model_type else 1)
             elif name.endswith("bias"):
                 value = 0.5 * noise
             elif "embed" in name or "lm_head" in name:

@@ -174,8 +174,11 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
             matcher.values, model = {}, self.model(UNMERGED)
             seen = {number: [] for number in range(self.base.n_layers)}
             hooks = [
-                layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, own=seen[n]: own.append(args[0][0]))
-                for n, layer in enumerate(model.model.layers)
+                down.register_forward_pre_hook(lambda _, args, own=seen[n]: own.append(args[0][0]))
+                for n, down in enumerate(
+                    layer.shared_mlp.output_linear if self.base.kind == "granitemoehybrid" else layer.mlp.down_proj
+                    for layer in model.model.layers
+                )
             ]
             with torch.no_grad():
                 for ids, *_ in sequences:

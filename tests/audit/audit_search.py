@@ -145,6 +145,7 @@ class Searches:
             for part, names in zip(("self_attn", "self_attn", "mlp", "mlp"), order, strict=True)
             for name in names
         ]
+        order += ["shared_mlp.input_linear", "shared_mlp.output_linear"]
         there = [n for n in order if f"{n}.weight" in self.base.layer(0)]
         for row in good:
             epochs = history.get((row["searcher"], row["iteration"]))

@@ -27,8 +27,8 @@ DEMO = Path(__file__).resolve().parents[2] / "raymerge" / "demo"
 WINDOW = 1024
 #: Norms and what reads them, by family; the others' read as Llama's. Gemma stores gains less 1.
 READS = {"input_layernorm": ("q_proj", "k_proj", "v_proj", "qkv_proj")}
-MLP_READS = ("gate_proj", "up_proj", "gate_up_proj", ".gate", ".w1", ".w3")
-GEMMA = ("gemma2", "gemma3_text")
+MLP_READS = ("gate_proj", "up_proj", "gate_up_proj", "input_linear", ".gate", ".w1", ".w3")
+GEMMA = ("gemma", "gemma2", "gemma3_text", "vaultgemma")
 UNMERGED = {"steps": [], "alphas": [], "own": {}, "norms": "keep", "biases": "keep", "alignment": "none"}
 
 
@@ -52,12 +52,20 @@ class Base:
         start = f"model.layers.{number}."
         return {name.removeprefix(start): t for name, t in self.tensors.items() if name.startswith(start)}
 
+    @property
+    def offset(self):
+        """What a norm's stored weight lacks to its gain."""
+        return 1.0 if self.kind in GEMMA else 0.0
+
+    @property
+    def before_mlp(self):
+        return "pre_feedforward_layernorm" if self.kind in GEMMA[1:] else "post_attention_layernorm"
+
     def gains(self, layer):
         """By matrix, the gain (d,) of the norm that it reads."""
-        second = "pre_feedforward_layernorm" if self.kind in GEMMA else "post_attention_layernorm"
-        readers = {} if "olmo" in self.kind and self.kind != "olmoe" else READS | {second: MLP_READS}
+        readers = {} if self.kind in ("olmo2", "olmo3", "exaone4") else READS | {self.before_mlp: MLP_READS}
         return {
-            name: layer[f"{norm}.weight"].double() + (self.kind in GEMMA)
+            name: layer[f"{norm}.weight"].double() + self.offset
             for norm, ends in readers.items()
             for name in layer
             if name.endswith(tuple(f"{end}.weight" for end in ends))
@@ -108,8 +116,7 @@ class Base:
                 changed = {name: work[number][name].float().to(layer[name].dtype) for name in averaged}
                 layer = layer | changed
                 if plan["norms"] == "fold":
-                    unit = 0.0 if self.kind in GEMMA else 1.0
-                    layer |= {norm: torch.full_like(layer[norm], unit) for norm in self.gains(layer)[1]}
+                    layer |= {norm: torch.full_like(layer[norm], 1.0 - self.offset) for norm in self.gains(layer)[1]}
             state |= {f"model.layers.{position}.{name}": tensor for name, tensor in layer.items()}
         return state, kept
 
@@ -118,7 +125,8 @@ class Base:
         c = self.config
         heads = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
         q, kv = c["num_attention_heads"] * heads, c["num_key_value_heads"] * heads
-        parts = {"qkv_proj": [q, kv, kv], "gate_up_proj": [len(own) // 2] * 2}.get(matrix.split(".")[-1], [len(own)])
+        parts = {"qkv_proj": [q, kv, kv]} | dict.fromkeys(("gate_up_proj", "input_linear"), [len(own) // 2] * 2)
+        parts = parts.get(matrix.split(".")[-1], [len(own)])
         order, start = [], 0
         for size in parts:
             a, b = (torch.nn.functional.normalize(m[start : start + size], dim=1) for m in (own, other))

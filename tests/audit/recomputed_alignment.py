@@ -15,7 +15,8 @@ from scipy.optimize import linear_sum_assignment
 #: Which axes the rows (of o and down the columns) of a matrix have, one after another.
 ROWS = {"q_proj": ["q"], "k_proj": ["k"], "v_proj": ["v"], "qkv_proj": ["q", "k", "v"], "o_proj": ["o"]}
 UNITS = {"gate_proj": 1, "up_proj": 1, "down_proj": 1, "gate_up_proj": 2, "w1": 1, "w3": 1, "w2": 1}
-COLUMNS = ("o_proj", "down_proj", "w2")
+UNITS |= {"input_linear": 2, "output_linear": 1}
+COLUMNS = ("o_proj", "down_proj", "w2", "output_linear")
 #: Norms over all of a projection, whose gains stand in the order of its rows.
 NORMS = {"q_norm": ["q"], "k_norm": ["k"]}
 
@@ -105,10 +106,11 @@ class Matcher:
                 found[ROWS[module][0]] = rows
             elif module == "gate":
                 found["router"] = rows
-            elif module == "gate_up_proj":
+            elif module in ("gate_up_proj", "input_linear"):
                 found |= {("gate", 0): rows[: len(rows) // 2], ("up", 0): rows[len(rows) // 2 :]}
             else:
-                short = {"w1": "gate", "w3": "up", "w2": "down"}.get(module, module.removesuffix("_proj"))
+                short = {"w1": "gate", "w3": "up", "w2": "down", "output_linear": "down"}
+                short = short.get(module, module.removesuffix("_proj"))
                 found[short, expert] = rows
         return found
 

@@ -59,7 +59,7 @@ class Refits:
         for place in places:
             layer = model.model.layers[place]
             modules = {"o_proj": layer.self_attn.o_proj, "down_proj": layer.mlp.down_proj}
-            for name, module in (modules | {"middle": layer.post_attention_layernorm}).items():
+            for name, module in (modules | {"middle": getattr(layer, self.base.before_mlp)}).items():
                 hooks.append(module.register_forward_pre_hook(keep(place, name)))
             hooks.append(layer.register_forward_hook(keep(place, "leaving")))
         for ids, *_ in self.sequences:
@@ -151,7 +151,7 @@ class Refits:
         found = []
         for number in members:
             layer = self.base.layer(number)
-            gain = layer["post_attention_layernorm.weight"].double()
+            gain = layer[f"{self.base.before_mlp}.weight"].double() + self.base.offset
             read = {n: t.double() for n, t in layer.items() if n.startswith("mlp.")}
             read |= {n: t * gain for n, t in read.items() if n.endswith("weight") and "down_proj" not in n}
             values = [
@@ -179,5 +179,5 @@ class Refits:
                 parts = [read[relative].select(int(columns), half * n + unit) for *_, unit, read in best]
                 new.append(torch.stack(parts, int(columns)))
             state[name] = torch.cat(new).float().to(tensor.dtype)
-        norm = f"{start}post_attention_layernorm.weight"
-        return state | {norm: torch.ones_like(state[norm])}
+        norm = f"{start}{self.base.before_mlp}.weight"
+        return state | {norm: torch.full_like(state[norm], 1.0 - self.base.offset)}

@@ -2,7 +2,7 @@
 trace or a disagreement.
 
     python tests/benchmarks/configurations.py [--minutes 10] [--seed 1] [--experiments search …] [--prove] [--audit]
-        [--always KEY …] [--wild N] [--log FILE]
+        [--families NAME …] [--always KEY …] [--wild N] [--log FILE]
 
 A line: the seed that repeats it, how it ended (well, refused with a UserError, or a trace), the settings, and words of
 the page and the terminal that no user should read, such as None or nan. Models are the demo's and random ones of every
@@ -10,7 +10,7 @@ family, of five layers; every run is summarised, made a page of, and asked for a
 what searches save reloaded by transformers alone and compared. --audit has every run recomputed by tests/audit: one of
 which something disagrees ends as "differs", with the first of these as its message. --wild sets up to N keys more, of
 any section, to whatever their types allow, and leaves out files and runs that others may need: most are refused, and
-none may end with a trace.
+none may end with a trace. --families: random models of these alone (names of FAMILIES in tests/tiny.py).
 """
 
 import argparse
@@ -160,9 +160,9 @@ EXPERIMENTS = {"search": SEARCH, "sweep": SWEEP, "similarity": SIMILARITY, "sens
 class Drawer:
     """Configurations by seed, and what they read: models, similarity runs and alpha files in one folder."""
 
-    def __init__(self, folder: Path, prove: bool, always=(), wild=0):
+    def __init__(self, folder: Path, prove: bool, always=(), wild=0, families=()):
         self.folder, self.prove, self.always, self.most_wild = folder, prove, always, wild
-        self.families = list(FAMILIES)
+        self.families, self.demo_too = list(families or FAMILIES), not families
 
     def settings(self, experiment, seed):
         """The first configuration of a seed that can be parsed."""
@@ -204,7 +204,7 @@ class Drawer:
         return drawn
 
     def _model(self, r):
-        if r.random() < 0.4:
+        if r.random() < 0.4 and self.demo_too:
             return "demo", Checkpoint("demo").n_layers
         path = self.folder / r.choice(self.families)
         if not path.exists():
@@ -338,6 +338,7 @@ def main():
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--prove", action="store_true", help="reload what searches save")
     parser.add_argument("--audit", action="store_true", help="recompute every run by other code")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[], metavar="NAME", help="of models")
     parser.add_argument("--always", nargs="+", default=[], metavar="KEY", help="keys that every configuration sets")
     parser.add_argument("--wild", type=int, default=0, metavar="N", help="set up to so many keys to anything")
     parser.add_argument("--log", type=argparse.FileType("a"), default="-")
@@ -346,9 +347,8 @@ def main():
     transformers_logging.disable_progress_bar()
     ends, failed = time.monotonic() + 60 * options.minutes, 0
     with contextlib.ExitStack() as stack:
-        drawer = Drawer(
-            Path(stack.enter_context(tempfile.TemporaryDirectory())), options.prove, options.always, options.wild
-        )
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        drawer = Drawer(folder, options.prove, options.always, options.wild, options.families)
         without_ray(stack)
         for seed in range(options.seed, sys.maxsize):
             if time.monotonic() > ends:
