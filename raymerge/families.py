@@ -44,6 +44,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture("llama", windows="none"),
         Architecture("mistral"),
         Architecture("ministral", windows="layer_types"),
+        Architecture("ministral3", query_scaling="llama_4_scaling_beta"),
         Architecture("seed_oss", windows="none"),
         Architecture("ernie4_5", windows="none", rotary_neighbours=True),
         # Its MLP has no gate: the square of what is above 0 of up.
@@ -169,6 +170,13 @@ def architecture_of(config: Any) -> Architecture:
         if rope_type not in (supported := FIXED_ROPE_TYPES | BOUNDED_ROPE_TYPES):
             raise ArchitectureError(
                 f"rotary embedding type {rope_type!r} is not supported; supported are {', '.join(sorted(supported))}"
+            )
+    if family.query_scaling is not None:
+        rope = config.rope_parameters
+        if missing := [key for key in (family.query_scaling, TRAINED_LENGTH) if rope.get(key) is None]:
+            raise ArchitectureError(
+                f"rope_parameters of {model_type} without {' and '.join(missing)} do not say by what queries are "
+                f"multiplied: correct the config ({family.query_scaling}: 0 for nothing)"
             )
     for key, known in family.required.items():
         if (value := getattr(config, key, None)) not in known:

@@ -213,7 +213,9 @@ def plans_for(checkpoint):
     return [plan for plan in PLANS if matrices.issuperset(matrix for matrix, _ in plan.matrix_alphas)]
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_biases", "qwen3", "mistral_window", "glm4", "smollm3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "llama_biases", "qwen3", "mistral_window", "glm4", "smollm3", "ministral3"]
+)
 def test_every_plan_gives_the_cpus_answers(checkpoint, prompts, tmp_path, monkeypatch, family):
     """Wherever states lie and however many are scored at once; all in float32, so that only sums' order differs."""
     checkpoint = checkpoint(family)

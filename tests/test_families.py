@@ -191,6 +191,8 @@ def test_prompts_are_as_long_as_positions_and_rotary_frequencies_allow():
         return str(context_limit(config)), str(fixed_limit(config))
 
     assert limits("llama") == ("2048 (max_position_embeddings)", "None")
+    # A query's scale depends on its own position alone, as yarn's frequencies on none.
+    assert limits("ministral3") == ("2048 (max_position_embeddings)", "None")
     dynamic = "512 (max_position_embeddings; longer prompts have other rotary frequencies, dynamic)"
     assert limits("llama_dynamic") == (dynamic, dynamic)
     longrope = "512 (original_max_position_embeddings; longer prompts have other rotary frequencies, longrope)"
@@ -210,6 +212,23 @@ def test_prompts_are_as_long_as_positions_and_rotary_frequencies_allow():
 
 
 _FACTORS = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+
+
+@pytest.mark.parametrize("key", ["llama_4_scaling_beta", "original_max_position_embeddings"])
+def test_queries_of_no_known_scale_are_refused(key):
+    """transformers can load such a model, and cannot run it."""
+    config = tiny.config_of("ministral3")
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 100.0, "llama_4_scaling_beta": 0.1} | {
+        "original_max_position_embeddings": 32
+    }
+    assert architecture_of(config).name == "ministral3"
+    del config.rope_parameters[key]
+    with pytest.raises(TypeError):
+        tiny.random_model(config)(torch.arange(3)[None], use_cache=False)
+    with pytest.raises(
+        ArchitectureError, match=f"rope_parameters of ministral3 without {key} do not say by what queries"
+    ):
+        architecture_of(config)
 
 
 def test_rotary_types_by_layer():

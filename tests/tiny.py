@@ -66,6 +66,21 @@ FAMILIES = {
         "sliding_window": 40,
         "layer_types": _FULL + _SLIDING + 3 * _FULL,
     },
+    # The queries of every prompt's last positions are scaled.
+    "ministral3": {
+        "model_type": "ministral3",
+        "head_dim": 12,
+        "pad_token_id": 0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.3,
+        },
+    },
     "seed_oss": {"model_type": "seed_oss", "head_dim": 12, "attention_out_bias": True},
     "ernie4_5": {"model_type": "ernie4_5", "head_dim": 12, "use_bias": True},
     "arcee": {"model_type": "arcee"},
