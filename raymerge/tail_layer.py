@@ -88,6 +88,8 @@ class TailLayer:
         checkpoint = self.runner.checkpoint
         window, rotary = checkpoint.windows[self.first + rest], checkpoint.rotary_types[self.first + rest]
         states, layout = self.states, self.states.layout
+        # A window that reaches over every position hides nothing.
+        window = None if window is not None and window >= layout.positions else window
         last = layout.offsets + layout.lengths - 1
         query = self._product(states.last_normalised, *self._projection("q", weights), narrow=True)
         query = self._scaled(self._heads(query, "q", weights, self._rotary_at(last, rotary)), last)

@@ -269,6 +269,16 @@ def test_any_grouping_of_tokens(case, family):
     close(answers(case, PLANS["random"], None, prompts).logits, expected)
 
 
+def test_a_window_beyond_every_position_hides_nothing_and_costs_nothing(case, monkeypatch):
+    """Phi-3.5's and Phi-4's are of 262,144 tokens; the scores of all prefixes were masked for every candidate."""
+    case = case("phi3_longrope")
+    assert case.runner.checkpoint.windows == [262_144] * N
+    monkeypatch.setattr(raymerge.tail_layer, "visible", None)
+    same_answers(
+        TailScorer(case.trunk(N - 3), case.prompts).score(PLANS["random"])[0], reference(case, PLANS["random"])[0]
+    )
+
+
 @pytest.mark.parametrize("family", tiny.BOUNDED)
 def test_padding_changes_no_rotary_frequencies(tmp_path, case, family):
     """A bucket has the question of the short prefix beside that of the long one: its rotary positions reach beyond the
