@@ -84,6 +84,8 @@ class Architecture:
     rotary_layers: config key of a list with 1 for each layer that has a rotary embedding, and 0 for one without.
     rotary_neighbours: whether a rotary embedding turns dimensions (0, 1), (2, 3), … of a head together, instead of each
     of the first half with its counterpart of the second; in families without norms of queries and keys.
+    query_scaling: key of rope_parameters of b, where a query at position p is multiplied, after its rotation, by
+    1 + b log(1 + floor(p / original_max_position_embeddings)).
     attention_softcap, logit_softcap: config keys of c where attention scores, or logits, s become c tanh(s / c).
     width: config key of the MLP's width, or an expert's.
     required: config options that raymerge knows with some values only.
@@ -112,6 +114,7 @@ class Architecture:
     rotary_windows: bool = False
     rotary_layers: str | None = None
     rotary_neighbours: bool = False
+    query_scaling: str | None = None
     attention_softcap: str | None = None
     logit_softcap: str | None = None
     width: str = "intermediate_size"

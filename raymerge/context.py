@@ -19,6 +19,7 @@ import torch
 from raymerge.checkpoint import Checkpoint
 from raymerge.errors import UserError
 from raymerge.evaluation import merged_states, token_losses
+from raymerge.families import context_limit
 from raymerge.forward import LayerRunner
 from raymerge.plan import MergePlan
 from raymerge.prompts import SHARD_TOKENS, Group, Shard, bos_token, token_ids
@@ -134,11 +135,12 @@ class Retrieved:
 def usable_distances(checkpoint: Checkpoint, distances: Sequence[int]) -> tuple[int, ...]:
     """Those of the distances that the model can be asked about.
 
-    Left out are prompts longer than max_position_embeddings and, where every layer has an attention window, distances
-    beyond the widest one: only by way of other tokens could they be bridged. Raises ContextError where none is left.
+    Left out are prompts longer than the context (`families.context_limit`) and, where every layer has an attention
+    window, distances beyond the widest one: only by way of other tokens could they be bridged. Raises ContextError
+    where none is left.
     """
     # Two: what a prompt begins with.
-    limit = checkpoint.config.max_position_embeddings - (_LINE * _LEAD_LINES + 2) - 2
+    limit = context_limit(checkpoint.config).tokens - (_LINE * _LEAD_LINES + 2) - 2
     limit = min(limit, max(limit if window is None else window for window in checkpoint.windows))
     usable = tuple(distance for distance in distances if distance <= limit)
     if not usable:

@@ -6,7 +6,7 @@ A family, or an option of one, that an Architecture cannot describe is refused w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raymerge.architectures import ATTENTION, GATE_UP, HEAD_GROUPS, QKV, Architecture, ArchitectureError
@@ -51,6 +51,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture("llama", windows="none"),
         Architecture("mistral"),
         Architecture("ministral", windows="layer_types"),
+        Architecture("ministral3", query_scaling="llama_4_scaling_beta"),
         Architecture("seed_oss", windows="none"),
         Architecture("cwm", windows="layer_types"),
         Architecture("ernie4_5", windows="none", rotary_neighbours=True),
@@ -163,9 +164,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
-# Rotary embeddings whose frequencies do not depend on the length of the prompt. The others ("dynamic", "longrope")
-# would give the few-shot prefix other frequencies alone than together with its question.
+#: Rotary embeddings whose frequencies do not depend on the length of the prompt.
 FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+#: Those whose frequencies are fixed up to a length (`fixed_limit`): a few-shot prefix would have other frequencies
+#: alone than with a question that reaches beyond it.
+BOUNDED_ROPE_TYPES = frozenset({"dynamic", "longrope"})
+#: Key of the length that a model was trained on before its rotary embedding was scaled.
+TRAINED_LENGTH = "original_max_position_embeddings"
 
 _STATE_SPACE = "layers that are no attention (state-space, linear-attention, recurrent or convolution layers)"
 # What raymerge cannot merge in a family, told by a config key that only such families have, or by the family's name.
@@ -205,10 +210,16 @@ def architecture_of(config: Any) -> Architecture:
         )
     family = ARCHITECTURES[model_type]
     for rope_type in sorted({rope.get("rope_type", "default") for rope in _rotary_parameters(config).values()}):
-        if rope_type not in FIXED_ROPE_TYPES:
+        if rope_type not in (supported := FIXED_ROPE_TYPES | BOUNDED_ROPE_TYPES):
             raise ArchitectureError(
-                f"rotary embedding type {rope_type!r} depends on the prompt's length, so a few-shot prefix cannot be "
-                f"shared; supported are {', '.join(sorted(FIXED_ROPE_TYPES))}"
+                f"rotary embedding type {rope_type!r} is not supported; supported are {', '.join(sorted(supported))}"
+            )
+    if family.query_scaling is not None:
+        rope = config.rope_parameters
+        if missing := [key for key in (family.query_scaling, TRAINED_LENGTH) if rope.get(key) is None]:
+            raise ArchitectureError(
+                f"rope_parameters of {model_type} without {' and '.join(missing)} do not say by what queries are "
+                f"multiplied: correct the config ({family.query_scaling}: 0 for nothing)"
             )
     for key, known in family.required.items():
         if (value := getattr(config, key, None)) not in known:
@@ -248,6 +259,39 @@ def _rotary_parameters(config: Any) -> dict[str | None, Mapping[str, Any]]:
     parameters = getattr(config, "rope_parameters", None) or {}
     types = {kind: own for kind, own in parameters.items() if isinstance(own, Mapping)}
     return types or {None: parameters}
+
+
+@dataclass(frozen=True)
+class ContextLimit:
+    """How many tokens a sequence may have, and the config key that says so. rope_type: the rotary embedding whose
+    frequencies are others beyond; None where beyond there is only what the model was not trained on."""
+
+    tokens: int
+    key: str
+    rope_type: str | None = None
+
+    def __str__(self) -> str:
+        beyond = "" if self.rope_type is None else f"; longer prompts have other rotary frequencies, {self.rope_type}"
+        return f"{self.tokens} ({self.key}{beyond})"
+
+
+def fixed_limit(config: Any) -> ContextLimit | None:
+    """How long a sequence may be before its rotary frequencies depend on its length; None where they never do."""
+    found = []
+    for rope in _rotary_parameters(config).values():
+        if (rope_type := rope.get("rope_type")) in BOUNDED_ROPE_TYPES:
+            trained = rope_type == "longrope"
+            key = TRAINED_LENGTH if trained else "max_position_embeddings"
+            found.append(ContextLimit(rope[key] if trained else getattr(config, key), key, rope_type))
+    return min(found, key=lambda limit: limit.tokens, default=None)
+
+
+def context_limit(config: Any) -> ContextLimit:
+    """How long a prompt may be: what the model's positions reach to, or `fixed_limit` where that is shorter."""
+    fixed = fixed_limit(config)
+    if fixed is not None and fixed.tokens <= config.max_position_embeddings:
+        return fixed
+    return ContextLimit(config.max_position_embeddings, "max_position_embeddings")
 
 
 #: What `rotary_types` says of a layer without a rotary embedding.

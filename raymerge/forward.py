@@ -23,11 +23,11 @@ from raymerge.alignment import Aligner, AlignmentError
 from raymerge.architectures import module_layer
 from raymerge.checkpoint import Checkpoint
 from raymerge.device import attempt, device_memory, is_accelerator, moved
-from raymerge.families import NO_ROTARY
+from raymerge.families import NO_ROTARY, fixed_limit
 from raymerge.fusion import Refits, fused_layer
 from raymerge.memory import LayerSize, keeps_layer, plan_batches
 from raymerge.plan import MergePlan
-from raymerge.prompts import Group, Shard
+from raymerge.prompts import Group, PromptError, Shard
 from raymerge.quantisation import quantise_layer
 from raymerge.vocabulary import Vocabulary
 
@@ -103,7 +103,8 @@ class LayerRunner:
     """Runs a checkpoint's decoder layers on `device` in `dtype`; `vocabulary` is what lies before and after them.
 
     On an accelerator, layers stay in its memory while half of it is free; batches are as large as `memory.plan_batches`
-    says, and one that runs out of memory is run in halves.
+    says, and one that runs out of memory is run in halves. Sequences that are longer than `families.fixed_limit` are
+    refused; what is longer than the context is not, which whoever makes prompts must see to.
     aligner: where plans that align layers take permutations from; by default one that computes what it is asked for.
     refits: where plans that are refitted take their fitted tensors from.
     quantise: round the matrices of every layer, merged ones after merging, to int8 or int4 (see `quantisation`).
@@ -148,6 +149,12 @@ class LayerRunner:
         # Rotary frequencies are computed, not stored: they must not stay on the meta device.
         rotary = skeleton.model.rotary_emb  # None where no layer has one
         self._rotary = None if rotary is None else type(rotary)(config=config).to(self.device)
+        self._limit = fixed_limit(config)
+        if self._rotary is not None and self._limit is not None:
+            # Those of this length, which the module begins with, are all that sequences need: transformers would choose
+            # them anew in every call, by its largest position, also of padding, which the device must be waited for.
+            types = self._rotary.rope_type
+            self._rotary.rope_type = "default" if isinstance(types, str) else dict.fromkeys(types, "default")
         #: What the layers multiply a block's output by.
         self.residual_multiplier: float = getattr(config, arch.residual_multiplier) if arch.residual_multiplier else 1.0
         # Layers that are kept on an accelerator: original ones by number, merged ones of one plan by position.
@@ -298,7 +305,15 @@ class LayerRunner:
         return [laid_out(group, *pair) for group, pair in zip(shard.groups, packed, strict=True)]
 
     def _layout(self, group: Group, states_of: Callable[[np.ndarray, int], Tensor]) -> GroupStates:
-        """A group's states in padded batches; `states_of(ids, start)` gives those of ids packed from `start` on."""
+        """A group's states in padded batches; `states_of(ids, start)` gives those of ids packed from `start` on.
+
+        Raises PromptError for a sequence beyond `families.fixed_limit`."""
+        length = len(group.prefix) + max(map(len, group.sequences), default=0)
+        if self._limit is not None and length > self._limit.tokens:
+            raise PromptError(
+                f"a prompt of {group.subject} has {length} tokens, but those of {self.checkpoint.directory.name} have "
+                f"at most {self._limit}: give shorter ones"
+            )
         prefix = states_of(group.prefix, 0)[None]
         starts = len(group.prefix) + np.concatenate([[0], np.cumsum([len(ids) for ids in group.sequences])])
         batches = []

@@ -10,6 +10,7 @@ import numpy as np
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
 from raymerge.context import RetrievalSet, retrieval_prompts, usable_distances
+from raymerge.families import ContextLimit, context_limit
 from raymerge.identity import digest
 from raymerge.inputs import (
     CALIBRATION,
@@ -46,8 +47,8 @@ class RolePrompts:
     """Prompts by role: SEARCH, REPORT and tasks' (`inputs.task_role`); TEXT, SEARCH_TEXT, CALIBRATION, RETRIEVAL.
 
     shards: so many shards at least of each role's prompts, where they have the tokens for it. Raises PromptError, also
-    for prompts that are longer than the model's context (max_position_embeddings); windows of plain text are as long as
-    that at most.
+    for prompts that are longer than the model's context (`families.context_limit`); windows of plain text are as long
+    as that at most.
     """
 
     def __init__(self, config: Config, material: Material, checkpoint: Checkpoint, *, shards: int = 1):
@@ -80,21 +81,20 @@ class RolePrompts:
         return found
 
     @property
-    def _context(self) -> int:
-        return self._checkpoint.config.max_position_embeddings
+    def _context(self) -> ContextLimit:
+        return context_limit(self._checkpoint.config)
 
     def _check_length(self, shards: Sequence[Shard], key: str) -> None:
         groups = [group for shard in shards for group in shard.groups]
         length, of = max((len(group.prefix) + max(map(len, group.sequences)), group.subject) for group in groups)
-        if length > self._context:
+        if length > self._context.tokens:
             raise PromptError(
                 f"a prompt of {of} has {length} tokens, but the context of {self._checkpoint.directory.name} is "
-                f"{self._context} (max_position_embeddings): ask with fewer examples ({key}), or leave out what has "
-                "longer prompts"
+                f"{self._context}: ask with fewer examples ({key}), or leave out what has longer prompts"
             )
 
     def _encode_text(self, text: str, start: int, limit: int | None) -> tuple[Shard, ...]:
-        window, tokenizer = min(TEXT_WINDOW, self._context), self._checkpoint.tokenizer
+        window, tokenizer = min(TEXT_WINDOW, self._context.tokens), self._checkpoint.tokenizer
         return encode_text(text, tokenizer, limit=limit, window=window, start=start, add_bos=self._add_bos)
 
     @cached_property

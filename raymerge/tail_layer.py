@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from raymerge.architectures import module_layer
+from raymerge.families import TRAINED_LENGTH
 from raymerge.forward import LayerRunner, visible
 from raymerge.memory import ScoringPlan
 from raymerge.tail_states import Chunks, TailStates
@@ -87,9 +88,11 @@ class TailLayer:
         checkpoint = self.runner.checkpoint
         window, rotary = checkpoint.windows[self.first + rest], checkpoint.rotary_types[self.first + rest]
         states, layout = self.states, self.states.layout
-        last = self._rotary_at(layout.offsets + layout.lengths - 1, rotary)
+        # A window that reaches over every position hides nothing.
+        window = None if window is not None and window >= layout.positions else window
+        last = layout.offsets + layout.lengths - 1
         query = self._product(states.last_normalised, *self._projection("q", weights), narrow=True)
-        query = self._heads(query, "q", weights, last)
+        query = self._scaled(self._heads(query, "q", weights, self._rotary_at(last, rotary)), last)
         query = query.unflatten(1, (self._kv_heads, self._groups))
         attended = self._attend(query, weights, window, rotary, summed).flatten(1)
         rows = max(1, self.plan.chunk_tokens // _ROW)
@@ -183,6 +186,14 @@ class TailLayer:
         turned = heads * cos + torch.cat([-second, first], -1) * sin
         turned = torch.cat([turned, still], -1) if still.shape[-1] else turned
         return turned.unflatten(0, shape).transpose(1, 2) if shape else turned
+
+    def _scaled(self, queries: Tensor, positions: Tensor) -> Tensor:
+        """Queries (n, heads, head_dim) at positions (n,), multiplied by what the family multiplies them by there."""
+        if (key := self._architecture.query_scaling) is None:
+            return queries
+        rope = self.runner.checkpoint.config.rope_parameters
+        scale = 1.0 + rope[key] * torch.log(1.0 + torch.floor(positions / rope[TRAINED_LENGTH]))
+        return queries * scale[:, None, None]
 
     def _chunks(self) -> Chunks:
         return self.states.layout.chunks(self.plan.chunk_tokens, together=self.runner.accelerated)

@@ -20,7 +20,7 @@ from raymerge.evaluation import answer_shard, text_nll
 from raymerge.forward import LayerRunner
 from raymerge.gradient import Settings, descend
 from raymerge.memory import MemoryPlanError, ScoringPlan
-from raymerge.plan import Refit, before_last_plan, drop_plan, tail_plan
+from raymerge.plan import Refit, base_plan, before_last_plan, drop_plan, tail_plan
 from raymerge.prompts import encode_questions, encode_text
 from raymerge.refit import Refitter, Sums, observe, steps_of
 from raymerge.scoring import TailScorer
@@ -214,7 +214,8 @@ def plans_for(checkpoint):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "llama_biases", "qwen3", "mistral_window", "glm4", "smollm3", "hunyuan_v1_dense"]
+    "family",
+    ["llama", "llama_biases", "qwen3", "mistral_window", "glm4", "smollm3", "ministral3", "hunyuan_v1_dense"],
 )
 def test_every_plan_gives_the_cpus_answers(checkpoint, prompts, tmp_path, monkeypatch, family):
     """Wherever states lie and however many are scored at once; all in float32, so that only sums' order differs."""
@@ -598,6 +599,18 @@ def test_layers_are_kept_given_up_and_run_in_halves(checkpoint, together, monkey
         assert device.fail_next == 0
         device.fail_next = 10**6  # there is never room for two
         close(answer_shard(runner, PLANS[0], prompts, shard).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llama_dynamic", "phi3_longrope", "ministral3"])
+def test_layers_wait_for_nothing(checkpoint, together, monkeypatch, family):
+    """By themselves `dynamic`, and before transformers 5.24 `longrope`, ask in every call which position is largest."""
+    checkpoint, (shard,) = checkpoint(family), together.shards
+    with fake_device(monkeypatch) as device:
+        runner = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32)
+        states, layers = runner.embed(shard), runner.plan_layers(base_plan(N))
+        before = device.syncs
+        runner.run(states, layers)
+        assert device.syncs == before
 
 
 def test_layers_that_the_runner_keeps_make_room_for_states(checkpoint, prompts, tmp_path, monkeypatch):

@@ -11,10 +11,14 @@ from transformers import AutoConfig, LlamaConfig
 from raymerge.architectures import ArchitectureError
 from raymerge.families import (
     ARCHITECTURES,
+    BOUNDED_ROPE_TYPES,
     FIXED_ROPE_TYPES,
     NO_ROTARY,
+    ContextLimit,
     architecture_of,
     attention_windows,
+    context_limit,
+    fixed_limit,
     rotary_types,
 )
 
@@ -179,18 +183,64 @@ def test_unsupported_options_of_families_are_named(family, options, message):
         architecture_of(tiny.config_of(family, **options))
 
 
-def test_rotary_embeddings_that_depend_on_length_are_refused():
+def test_rotary_embeddings_whose_length_is_not_known_are_refused():
     config = tiny.config_of("llama")
-    for rope_type in ("dynamic", "longrope"):
-        config.rope_parameters = {"rope_type": rope_type}
-        with pytest.raises(ArchitectureError, match=f"rotary embedding type '{rope_type}' depends on .*length"):
-            architecture_of(config)
-    for parameters in (None, *({"rope_type": rope_type} for rope_type in FIXED_ROPE_TYPES)):
+    config.rope_parameters = {"rope_type": "proportional"}
+    said = "rotary embedding type 'proportional' is not supported; supported are default, dynamic, linear, llama3, "
+    with pytest.raises(ArchitectureError, match=said):
+        architecture_of(config)
+    for parameters in (None, *({"rope_type": rope_type} for rope_type in (*FIXED_ROPE_TYPES, *BOUNDED_ROPE_TYPES))):
         config.rope_parameters = parameters
         assert architecture_of(config).name == "llama"
     config = tiny.config_of("gemma3")
-    config.rope_parameters["full_attention"] = {"rope_type": "longrope"}
-    with pytest.raises(ArchitectureError, match="'longrope'"):
+    config.rope_parameters["full_attention"] = {"rope_type": "proportional"}
+    with pytest.raises(ArchitectureError, match="'proportional'"):
+        architecture_of(config)
+
+
+def test_prompts_are_as_long_as_positions_and_rotary_frequencies_allow():
+    def limits(family, **options):
+        config = tiny.config_of(family, **options)
+        return str(context_limit(config)), str(fixed_limit(config))
+
+    assert limits("llama") == ("2048 (max_position_embeddings)", "None")
+    # A query's scale depends on its own position alone, as yarn's frequencies on none.
+    assert limits("ministral3") == ("2048 (max_position_embeddings)", "None")
+    dynamic = "512 (max_position_embeddings; longer prompts have other rotary frequencies, dynamic)"
+    assert limits("llama_dynamic") == (dynamic, dynamic)
+    longrope = "512 (original_max_position_embeddings; longer prompts have other rotary frequencies, longrope)"
+    assert limits("phi3_longrope") == (longrope, longrope)
+    assert limits("phi3_longrope", max_position_embeddings=512) == (longrope, longrope)
+    assert limits("phi3_longrope", max_position_embeddings=511) == ("511 (max_position_embeddings)", longrope)
+    for name in tiny.BOUNDED:
+        config = tiny.config_of(**tiny.bounded(name, 40))
+        assert context_limit(config).tokens == fixed_limit(config).tokens == 40
+    both = {"full_attention": {"rope_type": "longrope", **_FACTORS, "original_max_position_embeddings": 30}}
+    config = tiny.config_of(
+        "gemma3", rope_parameters=both | {"sliding_attention": {"rope_type": "dynamic", "factor": 2.0}}
+    )
+    assert fixed_limit(config) == ContextLimit(30, "original_max_position_embeddings", "longrope")
+    config.max_position_embeddings = 20
+    assert fixed_limit(config) == ContextLimit(20, "max_position_embeddings", "dynamic")
+
+
+_FACTORS = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+
+
+@pytest.mark.parametrize("key", ["llama_4_scaling_beta", "original_max_position_embeddings"])
+def test_queries_of_no_known_scale_are_refused(key):
+    """transformers can load such a model, and cannot run it."""
+    config = tiny.config_of("ministral3")
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 100.0, "llama_4_scaling_beta": 0.1} | {
+        "original_max_position_embeddings": 32
+    }
+    assert architecture_of(config).name == "ministral3"
+    del config.rope_parameters[key]
+    with pytest.raises(TypeError):
+        tiny.random_model(config)(torch.arange(3)[None], use_cache=False)
+    with pytest.raises(
+        ArchitectureError, match=f"rope_parameters of ministral3 without {key} do not say by what queries"
+    ):
         architecture_of(config)
 
 
@@ -215,8 +265,8 @@ def test_rotary_types_by_layer():
 def test_old_configs_name_their_rotary_type_too():
     """Written by transformers 4: rope_scaling instead of rope_parameters, "type" instead of "rope_type"."""
     for scaling in ({"rope_type": "dynamic", "factor": 2.0}, {"type": "dynamic", "factor": 2.0}):
-        with pytest.raises(ArchitectureError, match="'dynamic'"):
-            architecture_of(LlamaConfig.from_dict({"model_type": "llama", "rope_scaling": scaling}))
+        config = LlamaConfig.from_dict({"model_type": "llama", "rope_scaling": scaling})
+        assert fixed_limit(config) == ContextLimit(2048, "max_position_embeddings", "dynamic")
 
 
 def test_a_sliding_layer_that_cannot_be_is_refused_also_where_it_is_the_first():

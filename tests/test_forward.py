@@ -12,7 +12,7 @@ from raymerge.alignment import Aligner, AlignmentError
 from raymerge.checkpoint import Checkpoint
 from raymerge.forward import LayerRunner, visible
 from raymerge.plan import base_plan, drop_block_plan, tail_plan
-from raymerge.prompts import Group, Shard
+from raymerge.prompts import Group, PromptError, Shard
 from raymerge.refit import Refitter
 from raymerge.trunk import TrunkCache
 
@@ -319,6 +319,28 @@ def test_one_query_is_never_attended_under_a_mask_with_one_head_of_keys(tmp_path
     assert (2, True, 0) in asked and not any(length == 1 for length, _, _ in asked)
     expected = last([], [7, 8, 9, 10])
     assert (found - expected).abs().max() < LIMIT * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", [*tiny.BOUNDED])
+def test_up_to_the_limit_rotary_frequencies_are_those_of_whole_prompts(tmp_path, family):
+    """Whatever is padded beyond it, as a single token is where all heads read the same keys; and no further."""
+    folder = tiny.make_checkpoint(tmp_path / "m", **tiny.bounded(family, 40), num_key_value_heads=1)
+    runner = LayerRunner(Checkpoint(str(folder)))
+    groups = Group("a", ids_of(0, 39), (ids_of(1, 1),), (0,)), Group("b", ids_of(2, 8), (ids_of(3, 32),), (1,))
+    states = runner.run(runner.embed(Shard(groups)), runner.plan_layers(base_plan(tiny.N_LAYERS)))
+    prompts = whole(Shard(groups))
+    for state, expected in zip(states, hidden_states(folder, prompts).values(), strict=True):
+        found = torch.cat([state.prefix[0], state.batches[0][2][0]])
+        assert (found - expected[-1]).abs().max() < LIMIT * expected[-1].abs().max()
+    longer = Group("cats", ids_of(0, 9), (ids_of(1, 32), ids_of(2, 2)), (0, 1))
+    said = r"a prompt of cats has 41 tokens, but those of m have at most 40 \(.* have other rotary frequencies"
+    for enter in (runner.embed, lambda shard: runner.from_packed(shard, [(torch.zeros(9, 32), torch.zeros(34, 32))])):
+        with pytest.raises(PromptError, match=said):
+            enter(Shard((longer,)))
+    # For transformers gives the same tokens other states where more follow them.
+    more = hidden_states(folder, {0: np.concatenate([prompts[0], ids_of(4, 1)])})[0]
+    before = hidden_states(folder, {0: prompts[0]})[0]
+    assert (more[-1][:40] - before[-1]).abs().max() > 1e-2 * before[-1].abs().max()
 
 
 def test_a_runner_leaves_the_config_alone(tmp_path):

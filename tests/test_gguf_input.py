@@ -197,6 +197,7 @@ REFUSED = {
     "older_mixtral": (tensor("blk.0.ffn_gate.0.weight"), "holds blk.0.ffn_gate.0.weight, which transformers does not"),
     # Llama 3.1 and later: transformers would read another rotation from it.
     "rope_freqs": (tensor("rope_freqs.weight"), "holds rope_freqs.weight, which transformers does not read of llama"),
+    "mistral3": (architecture("mistral3"), "is of architecture mistral3, but only"),
     "biases": (tensor("blk.2.attn_q.bias"), "holds blk.2.attn_q.bias, which"),
     "scaling": (
         with_further(lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)),
@@ -222,6 +223,17 @@ def test_what_transformers_would_read_as_another_model_is_refused_before_it_is_c
         Checkpoint(str(tmp_path / "x.gguf"))
     assert "cannot be read as GGUF" not in str(caught.value)
     assert all(file.suffix == ".lock" for file in cache.iterdir())
+
+
+@pytest.mark.parametrize("which", ["LONG", "SHORT"])
+def test_long_rotary_embeddings_of_phi_are_refused(tmp_path, which):
+    """llama.cpp stores Phi-3.5's factors as tensors, from which transformers would read the plain embedding."""
+    name = f"{gguf.TENSOR_NAMES[getattr(gguf.MODEL_TENSOR, f'ROPE_FACTORS_{which}')]}.weight"
+    options = {"vocab_size": 64, "num_hidden_layers": 2} | FAMILIES["phi3"]
+    model = tiny.random_model(tiny.config_of("phi3", **options))
+    tensor(name)(tmp_path / "x.gguf", model)
+    with pytest.raises(GgufError, match=f"x.gguf holds {name}, which transformers does not read of phi3: give the"):
+        Checkpoint(str(tmp_path / "x.gguf"))
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ PLANS = {
 
 
 #: Families without layer types that mergekit has no list of.
-UNLISTED = ("olmoe", "seed_oss", "ernie4_5", "helium", "glm", "hunyuan_v1_dense")
+UNLISTED = ("olmoe", "seed_oss", "ernie4_5", "ministral3", "helium", "glm", "hunyuan_v1_dense")
 
 #: The family that each plan is tried on, llama3_rope but for these; mergekit has a list of their tensors.
 OF = {"biases": "granite", "mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "drop": "mixtral"}

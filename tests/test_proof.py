@@ -1,5 +1,6 @@
 """proof.py and reload.py: a saved merge is found to be what was scored, and one that is not is found out."""
 
+import copy
 import errno
 import json
 import os
@@ -10,17 +11,21 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import raymerge.proof
-from raymerge.checkpoint import Checkpoint
+from raymerge.checkpoint import Checkpoint, CheckpointError
+from raymerge.families import ContextLimit, context_limit
+from raymerge.forward import LayerRunner
 from raymerge.merging import save_merged, saved_proof, saved_record
-from raymerge.plan import PlanError, before_last_plan, tail_plan
+from raymerge.plan import PlanError, base_plan, before_last_plan, tail_plan
+from raymerge.prompts import Group, Shard
 from raymerge.proof import NEW_TOKENS, PROMPTS, ProofError, check_proof, prove
 from raymerge.reload import reload
 from raymerge.storage import RunError
@@ -88,6 +93,118 @@ def test_every_family_passes_with_room_to_spare(tmp_path, in_process, family):
     assert proof["passed"], proof["error"]
     assert proof["max_difference"] < proof["tolerance"] / 4
     assert all(torch.equal(before[n], t) for n, t in load_file(folder / "model.safetensors").items())
+
+
+#: What config.json of Phi-3.5-mini and Phi-4-mini says, but for sizes, and for the number of factors, which follows.
+_PUBLISHED = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    },
+    "embd_pdrop": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "intermediate_size": 48,
+    "max_position_embeddings": 131072,
+    "model_type": "phi3",
+    "num_attention_heads": 4,
+    "num_hidden_layers": tiny.N_LAYERS,
+    "original_max_position_embeddings": 4096,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+}
+PUBLISHED = {
+    "phi-3.5-mini": {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "num_key_value_heads": 4,
+        "pad_token_id": 2,
+        "rope_scaling": {
+            "long_factor": [1.08, 1.5, 9.1, 64.5],
+            "short_factor": [1.0, 1.02, 1.7, 2.8],
+            "type": "longrope",
+        },
+        "tie_word_embeddings": False,
+        "transformers_version": "4.43.3",
+    },
+    "phi-4-mini": {
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+        "lm_head_bias": False,
+        "mlp_bias": False,
+        "num_key_value_heads": 2,
+        "pad_token_id": 1,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {"long_factor": [1.0, 9.1, 47.7], "short_factor": [1.0, 1.4, 2.1], "type": "longrope"},
+        "tie_word_embeddings": True,
+        "transformers_version": "4.45.0",
+    },
+}
+
+
+def published(folder, name):
+    """A tiny checkpoint with a published config.json, and weights of the model that transformers makes of it."""
+    tiny.make_checkpoint(folder, "phi3", num_hidden_layers=1)
+    values = _PUBLISHED | PUBLISHED[name] | {"vocab_size": len(tiny.demo_tokenizer())}
+    (folder / "config.json").write_text(json.dumps(values))
+    state = tiny.random_model(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).state_dict()
+    if values["tie_word_embeddings"]:
+        del state["lm_head.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder, values
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_merge_of_a_published_phi_keeps_its_long_rotary_embedding(tmp_path, in_process, name):
+    folder, before = published(tmp_path / "base", name)
+    checkpoint = Checkpoint(str(folder))
+    assert context_limit(checkpoint.config) == ContextLimit(4096, "original_max_position_embeddings", "longrope")
+    save_merged(checkpoint, PLAN, tmp_path / "merged", verify=False)
+    after = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert after == {k: v for k, v in before.items() if k != "auto_map"} | {"num_hidden_layers": len(PLAN.kept)}
+    proof = prove(checkpoint, PLAN, tmp_path / "merged")
+    assert proof["passed"], proof["error"]
+    # Logits of transformers' own model, in which the factors, and the one that multiplies cos and sin, count for much.
+    merged = Checkpoint(str(tmp_path / "merged"))
+    ids = np.random.default_rng(0).integers(5, 800, 200)
+    shard = Shard((Group("x", ids[:120], (ids[120:],), (0,)),))
+    runner = LayerRunner(merged)
+    (state,) = runner.run(runner.embed(shard), runner.plan_layers(base_plan(merged.n_layers)))
+    found = runner.vocabulary.normalise(state.last()[1]) @ runner.vocabulary.unembedding_rows(torch.arange(800)).T
+
+    def last_logits(**rope):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64, **tiny.PLAIN)
+        model.model.rotary_emb = type(model.model.rotary_emb)(changed(model.config, **rope))
+        return tiny.plain_logits(model, ids)[-1, :800]
+
+    expected = last_logits()
+    assert (found[0] - expected).abs().max() < 2e-5 * expected.abs().max()
+    for other in ({"attention_factor": 1.0}, {"short_factor": [1.0] * len(before["rope_scaling"]["short_factor"])}):
+        assert (last_logits(**other) - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
+def changed(config, **rope):
+    config = copy.deepcopy(config)
+    config.rope_parameters |= rope
+    return config
+
+
+def test_the_oldest_spelling_of_phis_rotary_embedding_is_refused(tmp_path):
+    """transformers 5.24 means to read it, and then lacks a key of its own."""
+    folder, values = published(tmp_path / "m", "phi-3.5-mini")
+    edit_config(folder, rope_scaling=values["rope_scaling"] | {"type": "su"})
+    with pytest.raises(CheckpointError, match=r"transformers cannot read .*m \(model type phi3\): "):
+        Checkpoint(str(folder))
 
 
 def spoil_weight(folder, name, change):

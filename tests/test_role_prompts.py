@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 
 from raymerge import role_prompts
 from raymerge.checkpoint import Checkpoint
@@ -93,7 +94,7 @@ def test_the_longest_prompt_decides_and_rows_are_told_shard_by_shard(monkeypatch
 
     def prompts(context):
         checkpoint = SimpleNamespace(
-            tokenizer=None, config=SimpleNamespace(max_position_embeddings=context), directory=Path("m")
+            tokenizer=None, config=tiny.config_of("llama", max_position_embeddings=context), directory=Path("m")
         )
         tasks = {"t": SimpleNamespace(name="t")}
         material = Material(questions={SEARCH: "searched", REPORT: "reported"}, tasks=tasks)
@@ -109,6 +110,27 @@ def test_the_longest_prompt_decides_and_rows_are_told_shard_by_shard(monkeypatch
         prompts(7).of(SEARCH)
     with pytest.raises(PromptError, match=r"a prompt of hard has 8 tokens, but .*\(tasks.t.shots\)"):
         prompts(7).choices(task_role("t"))
+
+
+def test_prompts_are_no_longer_than_rotary_frequencies_are_fixed(tmp_path):
+    """Questions are refused, windows of text cut, and distances left out."""
+    settings = ["data.mmlu=demo", "sweep.distances=[16, 32, 128]", "sweep.retrieval_prompts=3"]
+    settings += ["data.perplexity_tokens=900", "calibration.text=demo", "calibration.tokens=300"]
+    config = load_config(None, settings)
+    material = read_material(config, (REPORT, CALIBRATION))
+    for name in tiny.BOUNDED:
+        checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / name, **tiny.bounded(name, 64))))
+        prompts = RolePrompts(config, material, checkpoint)
+        for role in (TEXT, CALIBRATION):
+            assert max(map(len, sequences(prompts.shards(role)))) == 64
+        assert set(prompts.retrieval.distances.tolist()) == {16, 32}
+        assert max(map(len, sequences(prompts.shards(RETRIEVAL)))) <= 64
+        kind = name.split("_")[1]
+        said = (
+            rf"a prompt of .* but the context of {name} is 64 \(.*; longer prompts have other rotary .*, {kind}\): ask"
+        )
+        with pytest.raises(PromptError, match=said):
+            prompts.of(REPORT)
 
 
 def test_retrieval_is_asked_at_the_distances_that_fit(monkeypatch):

@@ -269,6 +269,40 @@ def test_any_grouping_of_tokens(case, family):
     close(answers(case, PLANS["random"], None, prompts).logits, expected)
 
 
+def test_a_window_beyond_every_position_hides_nothing_and_costs_nothing(case, monkeypatch):
+    """Phi-3.5's and Phi-4's are of 262,144 tokens; the scores of all prefixes were masked for every candidate."""
+    case = case("phi3_longrope")
+    assert case.runner.checkpoint.windows == [262_144] * N
+    monkeypatch.setattr(raymerge.tail_layer, "visible", None)
+    same_answers(
+        TailScorer(case.trunk(N - 3), case.prompts).score(PLANS["random"])[0], reference(case, PLANS["random"])[0]
+    )
+
+
+@pytest.mark.parametrize("family", tiny.BOUNDED)
+def test_padding_changes_no_rotary_frequencies(tmp_path, case, family):
+    """A bucket has the question of the short prefix beside that of the long one: its rotary positions reach beyond the
+    length up to which frequencies are fixed, and no prompt does."""
+    folder = tiny.make_checkpoint(tmp_path / "m", **tiny.bounded(family, 100))
+    runner = LayerRunner(Checkpoint(str(folder)))
+    letters, ids = case("llama").prompts.letters, np.random.default_rng(1).integers(5, 800, (4, 100))
+    groups = (
+        Group("a", ids[0, :70], (ids[0, 70:], ids[1, 70:]), (0, 1)),
+        Group("b", ids[2, :60], (ids[2, 60:], ids[3, 60:]), (2, 3)),
+    )
+    prompts = Prompts((Shard(groups),), letters, np.zeros(4, np.int8))
+    case = SimpleNamespace(
+        base=AutoModelForCausalLM.from_pretrained(folder, **tiny.PLAIN), runner=runner, prompts=prompts
+    )
+    whole = [np.concatenate([g.prefix, own]) for g in groups for own in g.sequences]
+    for plan in PLANS.values():
+        expected, *_ = reference(case, plan, whole)
+        scorer = TailScorer(TrunkCache(runner, N - 3, tmp_path), prompts)
+        assert scorer.layer.states.layout.positions > 100
+        close(scorer.score(plan)[0], expected)
+        close(answers(case, plan).logits, expected)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral_window_60"])
 def test_batches_buckets_and_shards_do_not_change_answers(case, family, questions, tmp_path, monkeypatch):
     case, plan = case(family), PLANS["random"]

@@ -64,6 +64,12 @@ FAMILIES = {
             "original_max_position_embeddings": 32,
         },
     },
+    # As plain up to max_position_embeddings.
+    "llama_dynamic": {
+        "model_type": "llama",
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0},
+    },
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 8},
     # The window is shorter than every question of `questions`, so that the last position sees no prefix key.
     "mistral_window": {"model_type": "mistral", "sliding_window": 11, "head_dim": 12},
@@ -79,6 +85,21 @@ FAMILIES = {
         "sliding_window": 40,
         "mlp_bias": True,
         "layer_types": _FULL + _SLIDING + 3 * _FULL,
+    },
+    # The queries of every prompt's last positions are scaled.
+    "ministral3": {
+        "model_type": "ministral3",
+        "head_dim": 12,
+        "pad_token_id": 0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.3,
+        },
     },
     "seed_oss": {"model_type": "seed_oss", "head_dim": 12, "attention_out_bias": True},
     "ernie4_5": {"model_type": "ernie4_5", "head_dim": 12, "use_bias": True},
@@ -153,6 +174,21 @@ FAMILIES = {
         "pad_token_id": 0,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
     },
+    # As Phi-4-mini: short factors up to original_max_position_embeddings, an attention factor of 1.13 throughout.
+    "phi3_longrope": {
+        "model_type": "phi3",
+        "sliding_window": 262_144,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+        "original_max_position_embeddings": 512,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.3, 2.0],
+            "long_factor": [1.5, 4.0, 9.0],
+        },
+    },
     "glm4": {
         "model_type": "glm4",
         "head_dim": 12,
@@ -195,6 +231,25 @@ FAMILIES = {
         "head_dim": 12,
     },
 }
+
+
+#: Those with rotary frequencies that depend on the length of longer sequences, also layer type by layer type.
+BOUNDED = ("llama_dynamic", "llama_longrope", "phi3_longrope", "gemma3_dynamic", "gemma3_longrope")
+
+
+def bounded(name, limit):
+    """Options of `make_checkpoint` for one of BOUNDED whose frequencies are fixed up to so many tokens."""
+    family, kind = name.split("_")
+    if kind == "dynamic":
+        own, options = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}, {"max_position_embeddings": limit}
+    else:
+        factors = {"short_factor": [1.0, 1.3, 2.0, 2.5], "long_factor": [1.5, 4.0, 9.0, 12.0]}
+        own = {"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": limit, **factors}
+        options = {"original_max_position_embeddings": limit} if family == "phi3" else {}
+    if family == "gemma3":
+        plain = {"rope_type": "default", "rope_theta": 1000.0}
+        return {"family": family, "head_dim": 8, **options, "rope_parameters": {_SLIDING[0]: own, _FULL[0]: plain}}
+    return {"family": family, **options, "rope_parameters": own}
 
 
 def _folds(family):

@@ -304,9 +304,20 @@ class Asker:
     def windows(self, source, start, count):
         text = (DEMO / "text.txt" if source == "demo" else Path(source)).read_text(encoding="utf-8")
         ids = base_ids(self.base.tokenizer, text)[start : start + count]
-        size = min(WINDOW, self.base.config["max_position_embeddings"]) - len(self.bos)
+        size = min(WINDOW, self.context()) - len(self.bos)
         found = [self.bos + ids[at : at + size] for at in range(0, len(ids), size)]
         return [window for window in found if len(window) > 1]
+
+    def context(self):
+        """What positions reach to, or longrope's short factors: transformers has other frequencies beyond."""
+        config = self.base.config
+        scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        scaling = [of for of in (scaling, *scaling.values()) if isinstance(of, dict)]  # one, or one of each layer type
+        long = [of for of in scaling if "longrope" in (of.get("rope_type"), of.get("type"))]
+        trained = [
+            config.get("original_max_position_embeddings") or of["original_max_position_embeddings"] for of in long
+        ]
+        return min([config["max_position_embeddings"], *trained])
 
     @torch.no_grad()
     def losses(self, model, windows):
