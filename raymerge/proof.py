@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from raymerge.alignment import Aligner
 from raymerge.architectures import ArchitectureError
 from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.errors import UserError
-from raymerge.families import attention_windows, rotary_types
+from raymerge.families import attention_windows, language_config, rotary_types
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Refits
 from raymerge.memory import VOCABULARY_ROWS
@@ -92,6 +93,7 @@ def prove(
         "texts": texts,
         "ids": [list(map(int, sequence)) for sequence in ids],
         "new_tokens": NEW_TOKENS,
+        "class": "AutoModelForImageTextToText" if checkpoint.multimodal else "AutoModelForCausalLM",
         "dtype": _loaded_dtype(checkpoint),
         "trust_remote_code": checkpoint.trust_remote_code,
         # transformers before 5.22 loads Gemma 2 with SDPA, which leaves its softcap out.
@@ -194,17 +196,25 @@ def _loaded_dtype(checkpoint: Checkpoint) -> str:
 
 def _own_problems(checkpoint: Checkpoint, plan: MergePlan, problems: dict[str, list[str]]) -> dict[str, list[str]]:
     """What transformers reports of the saved tensors, but for those that are no model's in the base's files either."""
-    names = checkpoint.merged_names([kept.index for kept in plan.kept])
-    foreign = {name for name in names if not checkpoint.architecture.has_tensor(name)}
-    own = problems | {"unexpected_keys": [name for name in problems.get("unexpected_keys", []) if name not in foreign]}
-    return {kind: found for kind, found in own.items() if found}
+    if checkpoint.multimodal:
+        foreign, key = {_numberless(name) for name in checkpoint.unknown}, _numberless
+    else:
+        names = checkpoint.merged_names([kept.index for kept in plan.kept])
+        foreign, key = {name for name in names if not checkpoint.architecture.has_tensor(name)}, str
+    unexpected = [name for name in problems.get("unexpected_keys", []) if key(name) not in foreign]
+    return {kind: found for kind, found in (problems | {"unexpected_keys": unexpected}).items() if found}
+
+
+def _numberless(name: str) -> str:
+    """A tensor's name without its layer's number, which a merge changes."""
+    return re.sub(r"\.layers\.[0-9]+\.", ".layers.", name)
 
 
 def _attention_error(checkpoint: Checkpoint, plan: MergePlan, folder: Path) -> str | None:
     """Where a layer has not the window and rotary embedding of the one kept, which no short prompt tells; else None."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=checkpoint.trust_remote_code)
+    config = language_config(AutoConfig.from_pretrained(folder, trust_remote_code=checkpoint.trust_remote_code))
     try:
         found = list(zip(attention_windows(config), rotary_types(config), strict=True))
     except ArchitectureError as error:
