@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -196,18 +195,12 @@ def _loaded_dtype(checkpoint: Checkpoint) -> str:
 
 def _own_problems(checkpoint: Checkpoint, plan: MergePlan, problems: dict[str, list[str]]) -> dict[str, list[str]]:
     """What transformers reports of the saved tensors, but for those that are no model's in the base's files either."""
-    if checkpoint.multimodal:
-        foreign, key = {_numberless(name) for name in checkpoint.unknown}, _numberless
-    else:
-        names = checkpoint.merged_names([kept.index for kept in plan.kept])
-        foreign, key = {name for name in names if not checkpoint.architecture.has_tensor(name)}, str
-    unexpected = [name for name in problems.get("unexpected_keys", []) if key(name) not in foreign]
-    return {kind: found for kind, found in (problems | {"unexpected_keys": unexpected}).items() if found}
-
-
-def _numberless(name: str) -> str:
-    """A tensor's name without its layer's number, which a merge changes."""
-    return re.sub(r"\.layers\.[0-9]+\.", ".layers.", name)
+    names = checkpoint.merged_names([kept.index for kept in plan.kept])
+    foreign = {name for name in names if not checkpoint.architecture.has_tensor(name)}
+    if checkpoint.multimodal:  # whose towers are the model's, and named in the report as transformers names them
+        foreign = set(checkpoint.unknown)
+    own = problems | {"unexpected_keys": [name for name in problems.get("unexpected_keys", []) if name not in foreign]}
+    return {kind: found for kind, found in own.items() if found}
 
 
 def _attention_error(checkpoint: Checkpoint, plan: MergePlan, folder: Path) -> str | None:

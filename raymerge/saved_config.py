@@ -57,7 +57,7 @@ def saved_config(
 
 
 def _cleaned(values: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """A config's values, and those of configs inside it, of the dtype that is stored and without where they are from."""
+    """A config's values and those of configs inside it, with the dtype that is stored, without where they are from."""
     own = {key: value for key, value in values.items() if key not in ("auto_map", "_name_or_path")}
     stored = str(dtype).removeprefix("torch.")
     for key, value in own.items():

@@ -29,7 +29,8 @@ from raymerge.tensorfiles import ITEM_BYTES, Layout, OpenTensorFile, is_finite
 
 _SHARD_BYTES = 5 * 10**9
 _TERMS = ("license", "licence", "notice")
-# What belongs to a tokenizer, to generation or to a multimodal model's processor, and the terms of use: carried over to a merged checkpoint as it is.
+# What belongs to a tokenizer, to a multimodal model's processor or to generation, and the terms of use: carried over to
+# a merged checkpoint as it is.
 _CARRIED = (
     *TOKENIZER_FILES,
     "generation_config.json",

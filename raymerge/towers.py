@@ -18,7 +18,7 @@ from raymerge.architectures import Architecture
 
 # Of the whole model, before a language model's own names: as files are published (transformers 4, and what
 # transformers 5 writes), and as transformers 5 names its modules.
-_SPELLINGS = (
+_SPELLINGS: tuple[dict[str, Any], ...] = (
     {
         "layer_prefix": "language_model.model.layers.{}.",
         "embedding": "language_model.model.embed_tokens.weight",

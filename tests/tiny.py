@@ -240,7 +240,10 @@ MULTIMODAL = {
     ),
     "llava": (
         "llama_biases",
-        {"vision_config": _TOWER | {"model_type": "clip_vision_model", "projection_dim": 16}, "vision_feature_layer": -2},
+        {
+            "vision_config": _TOWER | {"model_type": "clip_vision_model", "projection_dim": 16},
+            "vision_feature_layer": -2,
+        },
     ),
 }
 

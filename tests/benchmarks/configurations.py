@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import task_files
 from audit import audited
 from local_pool import LocalPool, local_search
-from tiny import FAMILIES, N_LAYERS, make_checkpoint
+from tiny import FAMILIES, MULTIMODAL, N_LAYERS, make_checkpoint, make_multimodal
 from transformers.utils import logging as transformers_logging
 
 from raymerge import console, experiments
@@ -162,7 +162,7 @@ class Drawer:
 
     def __init__(self, folder: Path, prove: bool, always=(), wild=0):
         self.folder, self.prove, self.always, self.most_wild = folder, prove, always, wild
-        self.families = list(FAMILIES)
+        self.families = [*FAMILIES, *(f"{kind} inside" for kind in MULTIMODAL)]
 
     def settings(self, experiment, seed):
         """The first configuration of a seed that can be parsed."""
@@ -208,7 +208,8 @@ class Drawer:
             return "demo", Checkpoint("demo").n_layers
         path = self.folder / r.choice(self.families)
         if not path.exists():
-            make_checkpoint(path, path.name)
+            kind, inside, _ = path.name.partition(" inside")
+            (make_multimodal if inside else make_checkpoint)(path, kind)
         return str(path), N_LAYERS
 
     def _alphas(self, r, n_layers):
