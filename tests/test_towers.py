@@ -6,6 +6,7 @@ The reference merges the language model's tensors step by step (tiny.py) and loa
 import copy
 import json
 import logging
+import re
 import shutil
 import subprocess
 
@@ -359,6 +360,22 @@ def test_names_and_shapes_of_towers_are_checked(spoiled, caplog, capfd):
     told = capfd.readouterr()
     assert "LOAD REPORT" not in told.err + told.out and "Loading weights" not in told.err
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_proof_finds_changed_weights_and_towers(bases, tmp_path, in_process):
+    checkpoint = Checkpoint(str(bases["llava", "published"]))
+    save_merged(checkpoint, PLAN, tmp_path / "merged", verify=False)
+    file = tmp_path / "merged" / "model.safetensors"
+    state = load_file(file)
+    for name, problem in (
+        ("language_model.model.layers.1.mlp.up_proj.weight", "its logits differ by up to"),
+        ("multi_modal_projector.linear_2.bias", "1 tensors beside its language model are not the base's, .*'multi_mod"),
+    ):
+        changed = state[name].clone()
+        changed.view(-1)[3] *= 1.01
+        save_file(state | {name: changed}, file, metadata={"format": "pt"})
+        found = prove(checkpoint, PLAN, tmp_path / "merged")
+        assert not found["passed"] and re.match(problem, found["error"])
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
