@@ -224,7 +224,8 @@ _TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "n
     "patch_size": 8,
 }
 IMAGE_TOKEN = 9
-#: The family of the language model, and what else the whole config has.
+#: By model type, with "_" and more behind it where there are several, the family of the language model, and what else
+#: the whole config has.
 MULTIMODAL = {
     "gemma3": (
         "gemma3",
@@ -251,7 +252,8 @@ MULTIMODAL = {
 def multimodal_config(kind, **text):
     family, options = MULTIMODAL[kind]
     own = config_of(family, **text).to_dict()
-    return AutoConfig.for_model(kind, text_config=own, image_token_index=IMAGE_TOKEN, **copy.deepcopy(options))
+    name, _, _ = kind.partition("_")
+    return AutoConfig.for_model(name, text_config=own, image_token_index=IMAGE_TOKEN, **copy.deepcopy(options))
 
 
 def make_multimodal(folder, kind="gemma3", *, spelling="published", seed=0, dtype=torch.float32, **text):
@@ -266,7 +268,7 @@ def make_multimodal(folder, kind="gemma3", *, spelling="published", seed=0, dtyp
         if model.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
     else:  # between whose tower and its tensors' names transformers 4 has a module more
-        within = "vision_tower." if kind == "mistral3" else "vision_tower.vision_model."
+        within = "vision_tower." if kind.startswith("mistral3") else "vision_tower.vision_model."
         stored = load_file(folder / "model.safetensors")
         tensors = {name.replace("vision_tower.", within, 1): tensor for name, tensor in stored.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -278,6 +280,7 @@ def make_multimodal(folder, kind="gemma3", *, spelling="published", seed=0, dtyp
 
 def image_inputs(kind, ids):
     """What the whole model reads of a prompt with an image of 32 by 32 pixels after its first token."""
+    kind, _, _ = kind.partition("_")
     patches = {"gemma3": 4, "mistral3": 4, "llava": 16}[kind]
     tokens = torch.tensor([[ids[0], *[IMAGE_TOKEN] * patches, *ids[1:]]])
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
