@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.compute as pc
@@ -27,9 +28,10 @@ from raymerge.forward import LayerRunner
 from raymerge.fusion import receipts
 from raymerge.mergekit import NotExpressible, mergekit_yaml
 from raymerge.merging import merge, save_merged
-from raymerge.plan import base_plan, drop_block_plan, tail_plan
+from raymerge.plan import Refit, base_plan, drop_block_plan, tail_plan
 from raymerge.prompts import Group, Shard, encode_questions
 from raymerge.proof import prove
+from raymerge.refit import RefitError, check_refittable
 from raymerge.reload import reload
 from raymerge.scoring import TailScorer
 from raymerge.trunk import TrunkCache
@@ -421,6 +423,12 @@ def test_an_unembedding_is_tied_as_the_whole_config_says(bases, spoiled):
     ids = ids_of(6, 20)
     expected = tiny.plain_logits(whole(bases["mistral3", "published"]), ids)
     close(logits_of(checkpoint, base_plan(N), ids[:0], ids), expected)
+
+
+def test_a_refit_of_units_with_biases_is_refused_inside_too(bases):
+    plan = replace(PLAN, refit=Refit("units"))
+    with pytest.raises(RefitError, match="cannot choose among MLP units with biases"):
+        check_refittable(Checkpoint(str(bases["llava", "published"])), plan)
 
 
 def test_other_language_models_inside_are_refused(spoiled):
