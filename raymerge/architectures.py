@@ -57,7 +57,8 @@ class Architecture:
     """Names of a family's tensors, relative to a decoder layer unless they start with "model." or "lm_head".
 
     Tensors are named as published checkpoints store them. `families.architecture_of` fills in what a config decides:
-    `sizes`, and the names that stand once for each expert.
+    `sizes`, and the names that stand once for each expert. `towers.names_inside` gives the full names (layer_prefix,
+    embedding, final_norm, unembedding) that they have in a multimodal checkpoint.
 
     projections: for each matrix that a merge averages, in a fixed order, the projections (see PROJECTIONS) whose rows
     it holds one after another: one, or several where the family fuses them. A bias has its matrix's rows.
@@ -143,6 +144,14 @@ class Architecture:
     def layer_name(self, layer: int, tensor: str) -> str:
         """Full name of a layer's tensor in the state dict."""
         return self.layer_prefix.format(layer) + tensor
+
+    def stored_name(self, loaded: str) -> str:
+        """The checkpoint's full name of what transformers' model of the language model alone calls `loaded`."""
+        return _renamed(loaded, Architecture, self)
+
+    def loaded_name(self, stored: str) -> str:
+        """The inverse of `stored_name`."""
+        return _renamed(stored, self, Architecture)
 
     def has_tensor(self, name: str) -> bool:
         """Whether a model of the family may have a tensor of this full name; files may hold others, as reward heads."""
@@ -236,6 +245,19 @@ class Architecture:
                 own = own[expert]
             order += math.prod(known[place + 1 :]) * own.reshape(shape)
         return order.ravel()
+
+
+def _renamed(name: str, before: Architecture | type[Architecture], after: Architecture | type[Architecture]) -> str:
+    """A full name in one's spelling as the other spells it; the class has those of a language model alone."""
+    root, _, _ = before.layer_prefix.partition("{}")
+    if name.startswith(root):
+        return after.layer_prefix.partition("{}")[0] + name.removeprefix(root)
+    ends = {
+        before.embedding: after.embedding,
+        before.final_norm: after.final_norm,
+        before.unembedding: after.unembedding,
+    }
+    return ends.get(name, name)
 
 
 def permute_tensor(architecture: Architecture, name: str, tensor: Tensor, permutations: Permutations) -> Tensor:

@@ -37,6 +37,13 @@ def model_card(record: dict[str, Any], checkpoint: Checkpoint, *, results: Seque
         + ").",
         "",
     ]
+    if towers := record["towers"]:
+        lines += [
+            f"The base is multimodal. What lies beside its language model, {towers['tensors']} tensors of "
+            f"{towers['parameters'] / 1e6:,.1f} million parameters, is carried over unchanged. Plans are scored on "
+            "text alone.",
+            "",
+        ]
     if source := record["gguf_source"]:
         lines += [
             f"The base was the GGUF file `{source['file']}` (SHA-256 `{source['sha256']}`), dequantised to "

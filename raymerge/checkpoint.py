@@ -28,12 +28,13 @@ from raymerge import demo
 from raymerge.architectures import Architecture
 from raymerge.device import moved
 from raymerge.errors import UserError
-from raymerge.families import architecture_of, attention_windows, rotary_types
+from raymerge.families import architecture_of, attention_windows, language_config, rotary_types
 from raymerge.file_hashes import FileState, known_hashes, sha256_of
 from raymerge.gguf_input import SOURCE_FILE, converted_gguf, gguf_file_of
 from raymerge.hub import fetch
 from raymerge.identity import digest
 from raymerge.tensorfiles import DTYPES, ITEM_BYTES, is_finite
+from raymerge.towers import names_inside, whole_model
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.model.v[0-9]", "*.txt", "*.jinja", "*.md"]
@@ -115,6 +116,8 @@ class Checkpoint(Mapping[str, Tensor]):
     Tied embeddings are resolved: the unembedding's name always works. A tensor that holds NaN or infinite values is
     refused by name when it is first read. `name` is the path that was asked for; `hub_id` and `revision` say which
     model of the hub that is, also for a folder of the hub's own cache, and are None for any other.
+    `config` is the language model's, also where that is inside a multimodal model, whose towers are tensors like any
+    others that belong to no layer.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False):
@@ -134,10 +137,13 @@ class Checkpoint(Mapping[str, Tensor]):
         if declared.get("quantization_config") is not None:
             raise CheckpointError(f"{self.directory} is quantised: merge the unquantised checkpoint, then quantise")
         try:
-            self.config = AutoConfig.from_pretrained(self.directory, trust_remote_code=trust_remote_code)
+            whole = AutoConfig.from_pretrained(self.directory, trust_remote_code=trust_remote_code)
         except (*_UNREADABLE, ArithmeticError) as error:
             kind = declared.get("model_type")
             raise CheckpointError(f"transformers cannot read {self.directory} (model type {kind}): {error}") from error
+        self.config = language_config(whole)
+        #: Whether the language model is a part of the model that is stored.
+        self.multimodal: bool = self.config is not whole
         self.architecture: Architecture = architecture_of(self.config)
         self.n_layers: int = self.config.num_hidden_layers
         self.windows = attention_windows(self.config)
@@ -154,9 +160,14 @@ class Checkpoint(Mapping[str, Tensor]):
             names = [name for name in self._handles[file].keys() if not name.endswith("rotary_emb.inv_freq")]
             self._where.update(dict.fromkeys(names, file))
         self._finite: set[str] = set()
+        if self.multimodal:
+            self.architecture = names_inside(self.architecture, self._where)
+            self.config.tie_word_embeddings = whole.tie_word_embeddings  # which decides, whatever the part's own says
         self._check_complete()
         self._check_layers()
         self._check_shapes()
+        #: Names of tensors that transformers' whole model has no place for, as it spells them; of multimodal models.
+        self.unknown: tuple[str, ...] = self._checked_whole(whole) if self.multimodal else ()
         self._tie()
 
     def _check_complete(self) -> None:
@@ -205,7 +216,8 @@ class Checkpoint(Mapping[str, Tensor]):
             raise CheckpointError(
                 f"transformers cannot build the model that {self.directory}/config.json describes: {error}"
             ) from error
-        expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+        stored_name = self.architecture.stored_name
+        expected = {stored_name(name): tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         for name, file in self._where.items():
             kind, shape = self.stored(name)
             # Averages of integers would be cut to integers, without a scale, and the proof compare like with like.
@@ -221,8 +233,29 @@ class Checkpoint(Mapping[str, Tensor]):
                 )
         self._check_names(set(expected))
 
+    def _checked_whole(self, config: Any) -> tuple[str, ...]:
+        """Names of tensors that are no part of the multimodal model, after refusing one that lacks others, or has them
+        in another shape: transformers would make them up."""
+        try:
+            whole = whole_model(config, {name: self.stored(name)[1] for name in self._where})
+        except (*_UNREADABLE, ArithmeticError, RuntimeError) as error:
+            raise CheckpointError(
+                f"transformers cannot build the model that {self.directory}/config.json describes: {error}"
+            ) from error
+        if whole.missing:
+            raise CheckpointError(
+                f"{self.directory} lacks {len(whole.missing)} tensors that its config requires, such as "
+                f"{list(whole.missing[:3])}: fetch it again"
+            )
+        for name, shape, expected in whole.misshapen:
+            raise CheckpointError(
+                f"{self.directory}: {name} has shape {shape}, but its config expects {expected}: the file or the "
+                "config belongs to another model"
+            )
+        return whole.unknown
+
     def _check_names(self, expected: set[str]) -> None:
-        """Refuse layers without a norm or bias that the config's model has, or with one that it has not.
+        """Refuse layers without a norm or bias that the config's model has, or with a tensor that it has not.
 
         transformers would initialise a missing tensor and ignore a surplus one. expected: the names of transformers'
         model, in which a layer's experts are joined into one tensor.
@@ -243,7 +276,9 @@ class Checkpoint(Mapping[str, Tensor]):
                 f"{self.directory} lacks {len(missing)} tensors that its config requires, such as {missing[:3]}: "
                 "fetch it again"
             )
-        if further := sorted(there - wanted):
+        # No module of a layer could be given one of these; elsewhere they are carried over, as a reward head's.
+        strange = {name for name in self._where if name.startswith(root) and not arch.has_tensor(name)} - expected
+        if further := sorted((there - wanted) | strange):
             raise CheckpointError(
                 f"{self._where[further[0]]}: there are {len(further)} tensors that the config's model has not, such as "
                 f"{further[:3]}: the file or the config belongs to another model, or the config lacks an option"
@@ -374,6 +409,11 @@ class Checkpoint(Mapping[str, Tensor]):
                 parameters += math.prod(shape)
                 stored += math.prod(shape) * ITEM_BYTES[kind]
         return parameters, stored
+
+    @property
+    def towers(self) -> list[str]:
+        """Names of the tensors beside the language model of a multimodal one, which a merge carries over."""
+        return [name for name in self._where if self.multimodal and not self.architecture.has_tensor(name)]
 
     def merged_names(self, kept: list[int]) -> dict[str, str]:
         """Every tensor of the model that keeps the layers `kept`, in the order of its files, with the stored tensor

@@ -215,7 +215,7 @@ def generation_speed(
     """Tokens per second of greedy generation by transformers, one sequence, with the first `layers` decoder layers.
 
     Timed from the first token, which pays for the prompt, to the last, after a short generation to warm up. The whole
-    model is loaded, converted to `dtype`.
+    language model is loaded, converted to `dtype`.
     """
     from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
@@ -237,7 +237,9 @@ def generation_speed(
         kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=checkpoint.trust_remote_code))
     # Tensor by tensor, as a saved model is loaded: random weights first, and all converted ones beside them, take twice
     # the memory and most of the time.
-    state = {stored: checkpoint[stored] for stored in checkpoint if not stored.startswith(gone)}
+    arch = checkpoint.architecture
+    held = (stored for stored in checkpoint if arch.has_tensor(stored) and not stored.startswith(gone))
+    state = {arch.loaded_name(stored): checkpoint[stored] for stored in held}
     model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).to(device).eval()
     prompt = torch.arange(1, 9, device=device)[None]
     model.generation_config.eos_token_id = None  # nothing ends a text before its length

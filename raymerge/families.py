@@ -175,7 +175,10 @@ TRAINED_LENGTH = "original_max_position_embeddings"
 _STATE_SPACE = "layers that are no attention (state-space, linear-attention, recurrent or convolution layers)"
 # What raymerge cannot merge in a family, told by a config key that only such families have, or by the family's name.
 _FOREIGN: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("vision_config", "audio_config", "thinker_config"), "towers for images or sound beside the language model"),
+    (
+        ("vision_config", "audio_config", "thinker_config"),
+        "towers for images or sound beside the language model, other than those of gemma3, llava and mistral3",
+    ),
     (
         (
             *("state_size", "ssm_state_size", "mamba_d_state", "mamba_d_ssm", "ssm_cfg", "linear_num_value_heads"),
@@ -197,6 +200,27 @@ _FOREIGN_NAMES = dict.fromkeys(
 )
 
 
+#: Multimodal families whose language model is merged, each with the model types that one is known to have inside it.
+MULTIMODAL: Mapping[str, tuple[str, ...]] = {
+    "gemma3": ("gemma3_text",),
+    "llava": ("llama",),
+    "mistral3": ("mistral", "ministral3"),
+}
+
+
+def language_config(config: Any) -> Any:
+    """The config of the language model that a config describes, or that is inside the multimodal model it describes;
+    ArchitectureError for a multimodal family with another than it is known to have."""
+    if (known := MULTIMODAL.get(getattr(config, "model_type", ""))) is None:
+        return config
+    if (found := config.text_config.model_type) not in known:
+        raise ArchitectureError(
+            f"model type {config.model_type!r} with a language model of type {found!r} is not supported; supported in "
+            f"it is {' or '.join(known)}"
+        )
+    return config.text_config
+
+
 def architecture_of(config: Any) -> Architecture:
     """The Architecture of a transformers config, sizes filled in; ArchitectureError names what is unsupported."""
     model_type: Any = getattr(config, "model_type", None)
@@ -205,14 +229,13 @@ def architecture_of(config: Any) -> Architecture:
             (what for keys, what in _FOREIGN if any(getattr(config, key, None) is not None for key in keys)), None
         )
         reason = f"it has {found}" if found else "its layers' tensors are not described"
-        raise ArchitectureError(
-            f"model type {model_type!r} is not supported: {reason}; supported are {', '.join(sorted(ARCHITECTURES))}"
-        )
+        supported = ", ".join(sorted({*ARCHITECTURES, *MULTIMODAL}))
+        raise ArchitectureError(f"model type {model_type!r} is not supported: {reason}; supported are {supported}")
     family = ARCHITECTURES[model_type]
     for rope_type in sorted({rope.get("rope_type", "default") for rope in _rotary_parameters(config).values()}):
-        if rope_type not in (supported := FIXED_ROPE_TYPES | BOUNDED_ROPE_TYPES):
+        if rope_type not in (types := FIXED_ROPE_TYPES | BOUNDED_ROPE_TYPES):
             raise ArchitectureError(
-                f"rotary embedding type {rope_type!r} is not supported; supported are {', '.join(sorted(supported))}"
+                f"rotary embedding type {rope_type!r} is not supported; supported are {', '.join(sorted(types))}"
             )
     if family.query_scaling is not None:
         rope = config.rope_parameters

@@ -49,6 +49,11 @@ def mergekit_yaml(checkpoint: Checkpoint, plan: MergePlan) -> str:
         raise NotExpressible(f"mergekit cannot reorder a layer's units before it averages (alignment {plan.alignment})")
     if plan.refit is not None:
         raise NotExpressible(f"mergekit fits nothing to a calibration text (refit {plan.refit.method})")
+    if checkpoint.multimodal:
+        raise NotExpressible(
+            "mergekit takes a multimodal model apart into modules, where it lists its tensors at all, and raymerge "
+            "writes plans of language models alone"
+        )
     if checkpoint.source is not None:
         raise NotExpressible("mergekit reads no GGUF files")
     if len(plan.kept) < plan.n_layers and getattr(checkpoint.config, "layer_types", None):

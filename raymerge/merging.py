@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -235,6 +236,7 @@ def _record(
         "base_model_revision": checkpoint.revision,
         "base_model_identity": checkpoint.identity,
         "gguf_source": checkpoint.source,
+        "towers": _towers_record(checkpoint),
         **plan_fields(plan),
         "alphas": plan.alphas,
         "layers": [_layer_record(kept) for kept in plan.kept],
@@ -248,6 +250,14 @@ def _record(
         "proof": None,
         "receipts": found,
     }
+
+
+def _towers_record(checkpoint: Checkpoint) -> dict[str, int] | None:
+    """How much lies beside the language model of a multimodal one; None where it is alone."""
+    if not checkpoint.multimodal:
+        return None
+    shapes = [checkpoint.stored(name)[1] for name in checkpoint.towers]
+    return {"tensors": len(shapes), "parameters": sum(map(math.prod, shapes))}
 
 
 def _layer_record(kept: KeptLayer) -> dict[str, Any]:

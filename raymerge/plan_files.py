@@ -20,8 +20,8 @@ RECORD_FILE = "merge_plan.json"  # beside a saved model, the plan that it was me
 _TEXTS = ("name", "selection", "alignment", "norms", "biases")
 #: What a plan file says beside the plan itself, and a saved model's record more than others.
 _ABOUT = frozenset(
-    "raymerge command plan_id base_model base_model_revision base_model_identity gguf_source alphas layers "
-    "layers_before layers_after parameters parameters_removed tensors_changed largest_relative_change mergekit "
+    "raymerge command plan_id base_model base_model_revision base_model_identity gguf_source towers alphas "
+    "layers layers_before layers_after parameters parameters_removed tensors_changed largest_relative_change mergekit "
     "proof receipts".split()
 )
 

@@ -21,13 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from raymerge.alignment import Aligner
 from raymerge.architectures import ArchitectureError
 from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.errors import UserError
-from raymerge.families import attention_windows, rotary_types
+from raymerge.families import attention_windows, language_config, rotary_types
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Refits
 from raymerge.memory import VOCABULARY_ROWS
@@ -63,7 +64,8 @@ def prove(
     """Compare the model saved in `folder` with the layerwise forward of `plan` on `checkpoint`; what was found.
 
     Logits of PROMPTS, which are shorter than most attention windows; so each layer's window and rotary embedding are
-    compared as the saved config has them. Tensors of the base that are no model's, as a reward head's, are left aside.
+    compared as the saved config has them. What lies beside a multimodal model's language model has the base's
+    values. Tensors of the base that are no model's, as a reward head's, are left aside.
     passed; finished: whether the fresh process came to an end of its own, with room for what it found; max_difference,
     tolerance (see `_tolerance`) and largest_logit (logits); positions, and predictions_equal (how many of them have the
     same most probable token); generated_tokens and generated_text of NEW_TOKENS greedy tokens; seconds, peak_bytes of
@@ -92,6 +94,7 @@ def prove(
         "texts": texts,
         "ids": [list(map(int, sequence)) for sequence in ids],
         "new_tokens": NEW_TOKENS,
+        "class": "AutoModelForImageTextToText" if checkpoint.multimodal else "AutoModelForCausalLM",
         "dtype": _loaded_dtype(checkpoint),
         "trust_remote_code": checkpoint.trust_remote_code,
         # transformers before 5.22 loads Gemma 2 with SDPA, which leaves its softcap out.
@@ -113,7 +116,7 @@ def prove(
     except OSError as error:  # of the temporary folder: what is read of the model is the fresh process's to say
         return record | {"finished": False, "error": _no_room(str(error), room)}
     result["problems"] = _own_problems(checkpoint, plan, result["problems"])
-    result["attention"] = _attention_error(checkpoint, plan, folder)
+    result["attention"] = _attention_error(checkpoint, plan, folder) or _towers_error(checkpoint, folder)
     _compare(record, request, result, expected, [found[str(number)] for number in range(len(ids))])
     return record
 
@@ -196,6 +199,8 @@ def _own_problems(checkpoint: Checkpoint, plan: MergePlan, problems: dict[str, l
     """What transformers reports of the saved tensors, but for those that are no model's in the base's files either."""
     names = checkpoint.merged_names([kept.index for kept in plan.kept])
     foreign = {name for name in names if not checkpoint.architecture.has_tensor(name)}
+    if checkpoint.multimodal:  # whose towers are the model's, and named in the report as transformers names them
+        foreign = set(checkpoint.unknown)
     own = problems | {"unexpected_keys": [name for name in problems.get("unexpected_keys", []) if name not in foreign]}
     return {kind: found for kind, found in own.items() if found}
 
@@ -204,7 +209,7 @@ def _attention_error(checkpoint: Checkpoint, plan: MergePlan, folder: Path) -> s
     """Where a layer has not the window and rotary embedding of the one kept, which no short prompt tells; else None."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=checkpoint.trust_remote_code)
+    config = language_config(AutoConfig.from_pretrained(folder, trust_remote_code=checkpoint.trust_remote_code))
     try:
         found = list(zip(attention_windows(config), rotary_types(config), strict=True))
     except ArchitectureError as error:
@@ -217,6 +222,20 @@ def _attention_error(checkpoint: Checkpoint, plan: MergePlan, folder: Path) -> s
         f"the attention of its layers {differ} is not that of the layers kept: window and rotary embedding of layer "
         f"{differ[0]} are {found[differ[0]]} instead of {expected[differ[0]]}"
     )
+
+
+def _towers_error(checkpoint: Checkpoint, folder: Path) -> str | None:
+    """Which of the tensors beside the language model, that no text tells, are not the base's; else None."""
+    differ = set(checkpoint.towers)
+    for file in folder.glob("*.safetensors") if differ else ():
+        with safe_open(file, framework="pt") as saved:
+            for name in differ & set(saved.keys()):
+                own, base = saved.get_tensor(name), checkpoint[name]
+                if own.dtype == base.dtype and torch.equal(own, base):
+                    differ.remove(name)
+    if not differ:
+        return None
+    return f"{len(differ)} tensors beside its language model are not the base's, such as {sorted(differ)[:3]}"
 
 
 def _run_fresh(folder: Path, work: Path) -> subprocess.CompletedProcess[str]:

@@ -107,7 +107,7 @@ def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
             f"refit {method} needs layers in which {' and '.join(needed)} write straight into the residual stream or "
             f"feed what does, which {architecture.name} does not have: set plan.refit to none"
         )
-    if method == "units" and any(f"model.layers.0.{name}.bias" in checkpoint for name in (_GATE, _UP)):
+    if method == "units" and any(f"{name}.bias" in checkpoint.layer_tensors(0) for name in (_GATE, _UP)):
         raise RefitError(f"refit units cannot choose among MLP units with biases, which {architecture.name} has here")
     if not plan.groups:
         raise RefitError(f"plan {plan.name} merges nothing, so that it has no seam to refit")

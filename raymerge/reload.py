@@ -27,13 +27,14 @@ def reload(folder: str, work: Path) -> None:
     Weights are loaded in the dtype asked for ("auto": what the folder's config says). Logits are computed from them in
     float32; tokens are generated greedily in their own dtype.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    import transformers
+    from transformers import AutoTokenizer, GenerationConfig
 
     request = json.loads((work / "request.json").read_text(encoding="utf-8"))
     trust: dict[str, Any] = {"trust_remote_code": request["trust_remote_code"]}
     options = trust | ({"attn_implementation": request["attention"]} if request["attention"] else {})
     # (model, report); its annotation knows nothing of output_loading_info.
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = getattr(transformers, request["class"]).from_pretrained(
         folder, dtype=request["dtype"], output_loading_info=True, **options
     )
     model, report = loaded

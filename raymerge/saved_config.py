@@ -25,10 +25,12 @@ def saved_config(
     dtype: torch.dtype | None,
     *,
     both_spellings: bool = False,
+    multimodal: bool = False,
 ) -> dict[str, Any]:
     """The values of config.json for the model that keeps the layers `kept` (original numbers, in order).
 
-    declared: the base's config.json; config: what transformers makes of it. Per-layer entries are those of the kept
+    declared: the base's config.json; config: what transformers makes of it, in a multimodal model of its text_config,
+    to which the values of fewer layers then belong. Per-layer entries are those of the kept
     layers. Where transformers would give fewer layers other layer types than the kept ones have, or a rotary embedding
     where they have none, these are written out.
     A dtype that is written down becomes `dtype`, that of the weights, since readers cast them to it; it stays where
@@ -37,6 +39,9 @@ def saved_config(
     the base was once loaded from. both_spellings: write transformers 4's keys beside those of transformers 5, for a
     base that has no config of its own.
     """
+    if multimodal:
+        own = saved_config(declared.get("text_config") or config.to_dict(), config, kept, dtype)
+        return _cleaned({**declared, "text_config": own}, dtype)
     values = {**declared, "num_hidden_layers": config.num_hidden_layers}
     filled = {key: getattr(config, key, None) for key in _DERIVED if declared.get(key) is None}
     filled = {key: copy.copy(value) for key, value in filled.items() if value is not None}
@@ -47,13 +52,20 @@ def saved_config(
         read = type(config).from_dict(copy.deepcopy(shorter))
         if all(getattr(read, key, None) == trimmed.get(key) for key in _DERIVED[:2]):
             trimmed = shorter
-    for key in ("auto_map", "_name_or_path"):
-        trimmed.pop(key, None)
-    stored = str(dtype).removeprefix("torch.")
-    for key in ("dtype", "torch_dtype"):
-        if dtype is not None and key in trimmed and str(trimmed[key]).removeprefix("torch.") != stored:
-            trimmed[key] = stored
+    trimmed = _cleaned(trimmed, dtype)
     return _old_spelling(trimmed) | trimmed if both_spellings else trimmed
+
+
+def _cleaned(values: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """A config's values and those of configs inside it, with the dtype that is stored, without where they are from."""
+    own = {key: value for key, value in values.items() if key not in ("auto_map", "_name_or_path")}
+    stored = str(dtype).removeprefix("torch.")
+    for key, value in own.items():
+        if key.endswith("_config") and isinstance(value, Mapping):
+            own[key] = _cleaned(value, dtype)
+        elif dtype is not None and key in ("dtype", "torch_dtype") and str(value).removeprefix("torch.") != stored:
+            own[key] = stored
+    return own
 
 
 def trimmed_config(values: dict[str, Any], kept: list[int]) -> dict[str, Any]:

@@ -29,12 +29,15 @@ from raymerge.tensorfiles import ITEM_BYTES, Layout, OpenTensorFile, is_finite
 
 _SHARD_BYTES = 5 * 10**9
 _TERMS = ("license", "licence", "notice")
-# What belongs to a tokenizer or to generation, and the terms of use: carried over to a merged checkpoint as it is.
+# What belongs to a tokenizer, to a multimodal model's processor or to generation, and the terms of use: carried over to
+# a merged checkpoint as it is.
 _CARRIED = (
     *TOKENIZER_FILES,
     "generation_config.json",
     "chat_template.jinja",
     "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
     "additional_chat_templates/*.jinja",
     *(name + end for word in _TERMS for name in (word, word.upper(), word.title()) for end in ("", ".*", "-*")),
 )
@@ -200,6 +203,7 @@ def _write_companions(base: Checkpoint, kept: list[int], directory: Path) -> Non
         kept,
         base.dtype if len(base.stored_dtypes) == 1 else None,
         both_spellings=base.source is not None,
+        multimodal=base.multimodal,
     )
     _write_json(directory / "config.json", config)
     for file in files_named(base.directory, _CARRIED):

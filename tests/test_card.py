@@ -15,8 +15,9 @@ PROOF = {"passed": True, "error": None, "max_difference": 1.2e-5, "positions": 6
          "largest_logit": 21.5, "predictions_equal": 65, "generated_tokens": 8}  # fmt: skip
 RECORD = {
     "raymerge": "0.1.0", "command": ["raymerge", "merge", "a b"], "plan_id": "p1", "name": "found_bayes",
-    "base_model_identity": "m1", "gguf_source": None, "alignment": "neurons", "norms": "fold", "biases": "merge",
-    "steps": [[4, 5, 0.25], [3, 4, 0.75]], "layers_before": 6, "layers_after": 4, "parameters_removed": 1_234_567_890,
+    "base_model_identity": "m1", "gguf_source": None, "towers": None, "alignment": "neurons", "norms": "fold",
+    "biases": "merge", "steps": [[4, 5, 0.25], [3, 4, 0.75]],
+    "layers_before": 6, "layers_after": 4, "parameters_removed": 1_234_567_890,
     "parameters": 3_765_432_110, "tensors_changed": 9, "mergekit": None, "proof": PROOF,
 }  # fmt: skip
 

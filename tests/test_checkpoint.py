@@ -338,6 +338,16 @@ def test_a_layer_with_biases_that_the_configs_model_has_not_is_refused(tmp_path)
         Checkpoint(str(folder))
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gemma2"])
+def test_a_layer_with_a_tensor_of_no_module_is_refused(tmp_path, family):
+    """It was opened, and the first prompt ended with a trace: AttributeError: LlamaMLP has no attribute `scale`."""
+    folder = tiny.make_checkpoint(tmp_path / "m", family)
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"model.layers.1.mlp.scale": torch.ones(3)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"there are 1 tensors that .* has not, such as .*layers.1.mlp.scale"):
+        Checkpoint(str(folder))
+
+
 def test_experts_that_the_config_does_not_count_are_refused(tmp_path):
     folder = tiny.make_checkpoint(tmp_path / "m", "mixtral")
     values = json.loads((folder / "config.json").read_text())

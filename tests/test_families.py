@@ -153,7 +153,7 @@ def test_unknown_layer_types_are_refused():
         ("mamba", "it has layers that are no attention"),
         ("jamba", "it has layers that are no attention"),
         ("qwen3_next", "it has layers that are no attention"),
-        ("gemma3", "it has towers for images or sound beside the language model"),
+        ("llama4", "it has towers for images or sound beside the language model, other than those of gemma3, llava"),
         ("qwen2_5_vl", "it has towers for images"),
         ("deepseek_v3", "it has attention over compressed keys and values"),
         ("qwen2_moe", "it has experts whose tensors or routing are not those of mixtral, olmoe and qwen3_moe"),

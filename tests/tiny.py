@@ -9,7 +9,8 @@ import shutil
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from raymerge.architectures import permute_tensor
 from raymerge.demo import MODEL_PATH
@@ -289,9 +290,9 @@ def config_of(family, **options):
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-def random_model(config, *, seed=0, dtype=torch.float32):
+def random_model(config, *, seed=0, dtype=torch.float32, kind=AutoModelForCausalLM):
     """A transformers model with weights so large that attention is far from uniform and layers matter."""
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
+    model = kind.from_config(config, dtype=dtype, experts_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -312,9 +313,90 @@ def make_checkpoint(folder, family="llama", *, seed=0, dtype=torch.float32, shar
     """Write a random checkpoint with the demo's tokenizer; returns the folder."""
     model = random_model(config_of(family, **options), seed=seed, dtype=dtype)
     model.save_pretrained(folder, max_shard_size=shard)
+    return _with_tokenizer(folder)
+
+
+def _with_tokenizer(folder):
     for file in MODEL_PATH.glob("tokenizer*"):
         shutil.copyfile(file, folder / file.name)
     return folder
+
+
+# -- language models inside multimodal ones --------------------------------------------------------------------------
+
+_TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2} | {
+    "image_size": 32,
+    "patch_size": 8,
+}
+IMAGE_TOKEN = 9
+#: By model type, with "_" and more behind it where there are several, the family of the language model, and what else
+#: the whole config has.
+MULTIMODAL = {
+    "gemma3": (
+        "gemma3",
+        {
+            "vision_config": _TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False},
+            "mm_tokens_per_image": 4,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mistral3": (
+        "mistral",
+        {"vision_config": _TOWER | {"model_type": "pixtral", "head_dim": 8}, "tie_word_embeddings": False},
+    ),
+    "mistral3_ministral3": (
+        "ministral3",
+        {"vision_config": _TOWER | {"model_type": "pixtral", "head_dim": 8}, "tie_word_embeddings": False},
+    ),
+    "llava": (
+        "llama_biases",
+        {
+            "vision_config": _TOWER | {"model_type": "clip_vision_model", "projection_dim": 16},
+            "vision_feature_layer": -2,
+        },
+    ),
+}
+
+
+def multimodal_config(kind, **text):
+    family, options = MULTIMODAL[kind]
+    own = config_of(family, **text).to_dict()
+    name, _, _ = kind.partition("_")
+    return AutoConfig.for_model(name, text_config=own, image_token_index=IMAGE_TOKEN, **copy.deepcopy(options))
+
+
+def make_multimodal(folder, kind="gemma3", *, spelling="published", seed=0, dtype=torch.float32, **text):
+    """Write a random multimodal checkpoint with the demo's tokenizer, text alone in its processor files; the folder.
+
+    spelling: of tensors' names, as files are published, or as transformers 5 calls its modules.
+    """
+    model = random_model(multimodal_config(kind, **text), seed=seed, dtype=dtype, kind=AutoModelForImageTextToText)
+    model.save_pretrained(folder)
+    if spelling == "modules":
+        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        if model.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
+    else:  # between whose tower and its tensors' names transformers 4 has a module more
+        within = "vision_tower." if kind.startswith("mistral3") else "vision_tower.vision_model."
+        stored = load_file(folder / "model.safetensors")
+        tensors = {name.replace("vision_tower.", within, 1): tensor for name, tensor in stored.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (folder / name).write_text(f'{{"image_seq_length": 4, "of": "{kind}"}}\n')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return _with_tokenizer(folder)
+
+
+def image_inputs(kind, ids):
+    """What the whole model reads of a prompt with an image of 32 by 32 pixels after its first token."""
+    kind, _, _ = kind.partition("_")
+    patches = {"gemma3": 4, "mistral3": 4, "llava": 16}[kind]
+    tokens = torch.tensor([[ids[0], *[IMAGE_TOKEN] * patches, *ids[1:]]])
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    further = {"image_sizes": torch.tensor([[32, 32]])} if kind == "mistral3" else {}
+    if kind == "gemma3":
+        further["token_type_ids"] = (tokens == IMAGE_TOKEN).long()
+    return {"input_ids": tokens, "pixel_values": pixels, **further}
 
 
 # -- experts ---------------------------------------------------------------------------------------------------------

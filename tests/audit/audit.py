@@ -38,7 +38,7 @@ from audit_noise import Noise
 from audit_numbers import Numbers
 from audit_search import Searches
 from audit_tasks import Tasks
-from recomputed import UNMERGED, WINDOW, Asker, Base, effective, loaded, mergekit, weights_of
+from recomputed import UNMERGED, WINDOW, Asker, Base, effective, loaded, mergekit, own_name, weights_of
 from recomputed_alignment import reordered
 from recomputed_refits import Refits
 from safetensors.torch import load_file
@@ -372,7 +372,7 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
             wanted,
         )
         self.refitted(key, plan, figures)
-        rows = self.table("receipts", plan_id=key)
+        rows = [row | {"tensor": own_name(row["tensor"])} for row in self.table("receipts", plan_id=key)]
 
         def changes(made):
             found = []
@@ -460,7 +460,7 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
         state, _, _ = self.state(plan)
         stored = {}
         for file in folder.glob("*.safetensors"):
-            stored |= load_file(file)
+            stored |= {own_name(name): tensor for name, tensor in load_file(file).items()}
         self.weights("saved: weights", folder.name, stored, state, lambda: [made[0] for made in self.nudged(plan)])
         if (folder / "mergekit.yaml").exists():
             self.weights("mergekit.yaml: weights", folder.name, mergekit(self.base, folder / "mergekit.yaml"), state)

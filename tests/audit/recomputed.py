@@ -21,7 +21,7 @@ from recomputed_refits import places_of
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from scipy.special import log_softmax
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 DEMO = Path(__file__).resolve().parents[2] / "raymerge" / "demo"
 WINDOW = 1024
@@ -35,16 +35,26 @@ UNMERGED = {"steps": [], "alphas": [], "own": {}, "norms": "keep", "biases": "ke
 # -- merging ---------------------------------------------------------------------------------------------------------
 
 
+def own_name(name):
+    """The name that a tensor of a language model inside a multimodal one has in that language model alone."""
+    inside = {"language_model.": "", "model.language_model.": "model."}
+    start = next((start for start in inside if name.startswith(start)), "")
+    return inside.get(start, "") + name.removeprefix(start)
+
+
 class Base:
     """A checkpoint's tensors and config, and its layers' matrices, merged here."""
 
     def __init__(self, path):
         self.folder = DEMO / "checkpoint" if path == "demo" else Path(path)
         self.config = json.loads((self.folder / "config.json").read_text())
+        if "text_config" in self.config:
+            whole = AutoConfig.from_pretrained(self.folder)
+            self.config = whole.text_config.to_dict() | {"tie_word_embeddings": whole.tie_word_embeddings}
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self.tensors = {}
         for file in sorted(self.folder.glob("*.safetensors")):
-            self.tensors |= load_file(file)
+            self.tensors |= {own_name(name): tensor for name, tensor in load_file(file).items()}
         self.n_layers, self.kind = self.config["num_hidden_layers"], self.config["model_type"]
         self.matcher = Matcher(self)
 
@@ -168,7 +178,9 @@ def quantised(weight, scheme):
 
 def loaded(folder, dtype):
     experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}  # the others know no float64
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", **experts)
+    multimodal = "text_config" in json.loads(Path(folder, "config.json").read_text())
+    kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=dtype, attn_implementation="eager", **experts)
     return model.eval()
 
 

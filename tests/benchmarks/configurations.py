@@ -10,7 +10,8 @@ family, of five layers; every run is summarised, made a page of, and asked for a
 what searches save reloaded by transformers alone and compared. --audit has every run recomputed by tests/audit: one of
 which something disagrees ends as "differs", with the first of these as its message. --wild sets up to N keys more, of
 any section, to whatever their types allow, and leaves out files and runs that others may need: most are refused, and
-none may end with a trace. --families: random models of these alone (names of FAMILIES in tests/tiny.py).
+none may end with a trace. --families: random models of these alone (names of FAMILIES in tests/tiny.py, or one of its
+MULTIMODAL and " inside").
 """
 
 import argparse
@@ -37,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import task_files
 from audit import audited
 from local_pool import LocalPool, local_search
-from tiny import FAMILIES, N_LAYERS, make_checkpoint
+from tiny import FAMILIES, MULTIMODAL, N_LAYERS, make_checkpoint, make_multimodal
 from transformers.utils import logging as transformers_logging
 
 from raymerge import console, experiments
@@ -154,6 +155,8 @@ SENSITIVITY = SIMILARITY | {
 }
 TAMED = {"model.path", "model.trust_remote_code", "data.language", "data.subjects", "sweep.distances"}  # never wild
 LEFT_OUT = ["plan.similarity_run", "plan.alpha_file", "sweep.alpha_files", "search.text", "calibration.text"]
+#: Random models: of every family, and language models inside multimodal ones.
+MODELS = [*FAMILIES, *(f"{kind} inside" for kind in MULTIMODAL)]
 EXPERIMENTS = {"search": SEARCH, "sweep": SWEEP, "similarity": SIMILARITY, "sensitivity": SENSITIVITY, "evaluate": {}}
 
 
@@ -162,7 +165,7 @@ class Drawer:
 
     def __init__(self, folder: Path, prove: bool, always=(), wild=0, families=()):
         self.folder, self.prove, self.always, self.most_wild = folder, prove, always, wild
-        self.families, self.demo_too = list(families or FAMILIES), not families
+        self.families, self.demo_too = list(families or MODELS), not families
 
     def settings(self, experiment, seed):
         """The first configuration of a seed that can be parsed."""
@@ -208,7 +211,8 @@ class Drawer:
             return "demo", Checkpoint("demo").n_layers
         path = self.folder / r.choice(self.families)
         if not path.exists():
-            make_checkpoint(path, path.name)
+            kind, inside, _ = path.name.partition(" inside")
+            (make_multimodal if inside else make_checkpoint)(path, kind)
         return str(path), N_LAYERS
 
     def _alphas(self, r, n_layers):
@@ -338,7 +342,7 @@ def main():
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--prove", action="store_true", help="reload what searches save")
     parser.add_argument("--audit", action="store_true", help="recompute every run by other code")
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[], metavar="NAME", help="of models")
+    parser.add_argument("--families", nargs="+", choices=MODELS, default=[], metavar="NAME", help="of models")
     parser.add_argument("--always", nargs="+", default=[], metavar="KEY", help="keys that every configuration sets")
     parser.add_argument("--wild", type=int, default=0, metavar="N", help="set up to so many keys to anything")
     parser.add_argument("--log", type=argparse.FileType("a"), default="-")
