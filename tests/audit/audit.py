@@ -69,6 +69,8 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
         if self.config["model"]["quantise"] != "none":  # a sum's last bit decides to which level it is rounded
             self.rounding = max(self.rounding, 5e-3)
         self.models, self.states = {}, {}
+        # Of a real model each takes gigabytes.
+        self.most_held = 4 if sum(tensor.nbytes for tensor in self.base.tensors.values()) < 10**8 else 1
         self.twins, self.twin_models = (None, []), (None, [])
 
     def table(self, table, /, **where):
@@ -187,7 +189,7 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
                 hook.remove()
             for number, parts in seen.items():
                 own = [part[start:] for part, (*_, start) in zip(parts, sequences, strict=True)]
-                matcher.values[number] = torch.cat(own).double().numpy()
+                matcher.values[number] = torch.cat(own).float().numpy()
         return matcher.values
 
     @functools.cached_property
@@ -206,7 +208,7 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
         """(state dict, kept layers, figures of fits) of a plan."""
         key = self.key(plan)
         if key not in self.states:
-            if len(self.states) > 3:
+            if len(self.states) >= self.most_held:
                 self.states.pop(next(iter(self.states)))
             self.states[key] = self.made(plan)
         return self.states[key]
@@ -240,7 +242,7 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
     def model(self, plan):
         key = self.key(plan)
         if key not in self.models:
-            if len(self.models) > 3:
+            if len(self.models) >= self.most_held:
                 self.models.pop(next(iter(self.models)))
             self.models[key] = self.base.built(*self.state(plan)[:2], self.dtype, self.config["model"]["quantise"])
         return self.models[key]

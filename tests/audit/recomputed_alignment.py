@@ -139,7 +139,8 @@ class Matcher:
             return found | {"experts": experts, "units": units}
         alike = likeness(0, 0)
         if by == "activations":
-            sides = [self.values[number] - self.values[number].mean(0) for number in (first, first + 1)]
+            sides = [self.values[number].astype(np.float64) for number in (first, first + 1)]
+            sides = [side - side.mean(0) for side in sides]
             lengths = [np.linalg.norm(side, axis=0) for side in sides]
             a, b = (side / np.where(n > 0, n, 1) for side, n in zip(sides, lengths, strict=True))
             alike = a.T @ b
