@@ -255,7 +255,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return whole.unknown
 
     def _check_names(self, expected: set[str]) -> None:
-        """Refuse layers without a norm or bias that the config's model has, or with a tensor that it has not.
+        """Refuse layers without a norm or bias that the config's model has, or with one, or a module, that it has not.
 
         transformers would initialise a missing tensor and ignore a surplus one. expected: the names of transformers'
         model, in which a layer's experts are joined into one tensor.
@@ -276,8 +276,11 @@ class Checkpoint(Mapping[str, Tensor]):
                 f"{self.directory} lacks {len(missing)} tensors that its config requires, such as {missing[:3]}: "
                 "fetch it again"
             )
-        # No module of a layer could be given one of these; elsewhere they are carried over, as a reward head's.
-        strange = {name for name in self._where if name.startswith(root) and not arch.has_tensor(name)} - expected
+        # No module of a layer could be given one of these. Others are carried over, as scales of a cache in a module.
+        modules = {name.rpartition(".")[0] for name in expected}
+        modules |= {module.rpartition(".")[0] for module in modules}
+        others = {name for name in self._where if name.startswith(root) and not arch.has_tensor(name)}
+        strange = {name for name in others if name.rpartition(".")[0] not in modules}
         if further := sorted((there - wanted) | strange):
             raise CheckpointError(
                 f"{self._where[further[0]]}: there are {len(further)} tensors that the config's model has not, such as "

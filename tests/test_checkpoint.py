@@ -340,11 +340,13 @@ def test_a_layer_with_biases_that_the_configs_model_has_not_is_refused(tmp_path)
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gemma2"])
 def test_a_layer_with_a_tensor_of_no_module_is_refused(tmp_path, family):
-    """It was opened, and the first prompt ended with a trace: AttributeError: LlamaMLP has no attribute `scale`."""
+    """It was opened, and the first prompt ended with a trace: AttributeError: LlamaMLP has no attribute `scale`.
+    One that a module would have is carried over (test_proof)."""
     folder = tiny.make_checkpoint(tmp_path / "m", family)
     state = load_file(folder / "model.safetensors")
-    save_file(state | {"model.layers.1.mlp.scale": torch.ones(3)}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"there are 1 tensors that .* has not, such as .*layers.1.mlp.scale"):
+    strange = {"model.layers.1.mlp.scale.weight": torch.ones(3)}
+    save_file(state | strange, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"there are 1 tensors that .* has not, .*layers.1.mlp.scale.weight"):
         Checkpoint(str(folder))
 
 
