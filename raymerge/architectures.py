@@ -90,6 +90,7 @@ class Architecture:
     attention_softcap, logit_softcap: config keys of c where attention scores, or logits, s become c tanh(s / c).
     width: config key of the MLP's width, or an expert's.
     required: config options that raymerge knows with some values only.
+    generates_since: the first release of transformers that generates by the family, which all the supported ones run.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Architecture:
     logit_softcap: str | None = None
     width: str = "intermediate_size"
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    generates_since: tuple[int, ...] = ()
     layer_prefix: str = "model.layers.{}."
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"

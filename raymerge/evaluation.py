@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raymerge.architectures import ArchitectureError
 from raymerge.checkpoint import Checkpoint
 from raymerge.errors import UserError
-from raymerge.forward import GroupStates, LayerRunner
+from raymerge.forward import GroupStates, LayerRunner, version
 from raymerge.fusion import check_mergeable
 from raymerge.plan import MergePlan
 from raymerge.prompts import ChoicePrompts, Prompts, Shard
@@ -206,6 +207,16 @@ def _token_nll(runner: LayerRunner, states: Tensor, targets: Tensor) -> np.ndarr
         logsumexp, _ = vocabulary.logsumexp_and_top(hidden)
         parts.append((logsumexp.double() - vocabulary.capped((hidden * rows).sum(-1)).double()).cpu().numpy())
     return np.concatenate(parts)
+
+
+def check_generates(checkpoint: Checkpoint) -> None:
+    """Raise ArchitectureError where the installed transformers runs the model, but does not generate by it."""
+    family, installed = checkpoint.architecture, version("transformers")
+    if tuple(map(int, installed.split(".")[:2])) < family.generates_since:
+        raise ArchitectureError(
+            f"transformers {installed} generates nothing by {family.name}, so that its speed cannot be measured: "
+            f"install {'.'.join(map(str, family.generates_since))} or later, or set sweep.speed_tokens to 0"
+        )
 
 
 @torch.inference_mode()

@@ -84,6 +84,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             logit_divisor="logits_scaling",
             rotary_if={"position_embedding_type": "rope"},
             required={"num_local_experts": (0,)},
+            generates_since=(5, 15),
         ),
         Architecture(
             "hunyuan_v1_dense",

@@ -145,6 +145,8 @@ def _fused_rows(
         averaged = _averaged(architecture, plan, tensors)
         return {name: source_tensor(architecture, tensors, name, norms=plan.norms) for name in averaged}
 
+    if not numbers:  # nothing is merged into a layer that is only refitted, but its gains are folded all the same
+        return load(kept.index).items()
     last: dict[str, Tensor] = {}
     steps = [plan.steps[number] for number in numbers]
     own = None if matches is None else [matches[number] for number in numbers]

@@ -17,7 +17,7 @@ from raymerge.alignment import Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.families import NO_ROTARY, architecture_of
 from raymerge.fusion import Receipt, check_mergeable, fused_layer, fused_tensors, receipts
-from raymerge.plan import MergePlan, MergeStep, PlanError, base_plan, before_last_plan, drop_plan, tail_plan
+from raymerge.plan import MergePlan, MergeStep, PlanError, Refit, base_plan, before_last_plan, drop_plan, tail_plan
 
 torch.set_num_threads(1)
 EPS = torch.finfo(torch.float32).eps
@@ -581,3 +581,20 @@ def test_receipts_of_large_matrices_have_all_their_digits():
     assert fusion._relative_size(change, before) == pytest.approx(expected, rel=1e-9)
     none = torch.zeros(3)
     assert (fusion._relative_size(before, none), fusion._relative_size(none, none)) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("alignment", ["none", "rows", "neurons"])
+def test_a_layer_that_is_only_refitted_keeps_its_gains_in_its_matrices(tmp_path, alignment):
+    """With rows its norms became 1 while its matrices stayed as they were."""
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", "gemma")))
+    arch, plan = checkpoint.architecture, MergePlan(5, (MergeStep(1, 2, 0.4),), alignment=alignment, norms="fold")
+    plan = replace(plan, refit=Refit("outputs", layers=1, ridge=0.01, calibration="c"))
+    kept = plan.kept[2]
+    assert kept.index == 3 and kept.refitted and kept.index not in plan.groups
+    found = fused_layer(checkpoint, arch, plan, 2, aligner=Aligner(checkpoint), refits=lambda *_: {})
+    own = checkpoint.layer(3, dtype=torch.float32)
+    for norm, readers in arch.norm_inputs.items():
+        assert torch.equal(found[f"{norm}.weight"], torch.zeros_like(own[f"{norm}.weight"]))
+        for matrix in readers:
+            gain = own[f"{norm}.weight"] + arch.gain_offset
+            assert torch.allclose(found[f"{matrix}.weight"], own[f"{matrix}.weight"] * gain)

@@ -10,9 +10,11 @@ import tiny
 from test_heuristics import planted
 
 from raymerge.alpha_files import alpha_file_text
+from raymerge.architectures import ArchitectureError
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError
 from raymerge.config_file import load_config
+from raymerge.evaluation import check_generates
 from raymerge.experiments import compression_sweep
 from raymerge.experiments.common import Inputs
 from raymerge.experiments.compression_sweep import Chosen, _points, _starts, _Sweep, sweep
@@ -465,6 +467,22 @@ def test_blocks_are_chosen_before_their_points_are_made(stand_ins, tmp_path):
     assert not run.has("context") and len(run.read("sweep")) == 3
     held = json.loads((tmp_path / "run" / "inputs.json").read_text())
     assert "calibration" in str(held), "the run goes on with the same one alone"
+
+
+def test_a_family_that_transformers_does_not_generate_by_is_refused_before_anything_is_measured(
+    stand_ins, tmp_path, monkeypatch
+):
+    """Granite 4's speed was measured last, and before transformers 5.15 the sweep ended there with a trace."""
+    monkeypatch.setattr("raymerge.evaluation.version", {"transformers": "5.14.0"}.get)
+    path = tiny.make_checkpoint(tmp_path / "model", "granite4")
+    asked = [*FEW, "sweep.methods=[drop]", "sweep.context=false", f"model.path={path}"]
+    asked.append(f"output.run={tmp_path / 'run'}")
+    with pytest.raises(ArchitectureError, match=r"transformers 5.14.0 generates nothing by granite.*5.15 or later, or"):
+        sweep(load_config(None, asked))
+    assert not (tmp_path / "run").exists()
+    assert sweep(load_config(None, [*asked, "sweep.speed_tokens=0"])).complete
+    monkeypatch.setattr("raymerge.evaluation.version", {"transformers": "5.15.0.dev0"}.get)
+    check_generates(Checkpoint(str(path)))
 
 
 def test_a_block_by_similarity_is_refused_where_there_is_no_similarity_run(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.config import SIMILARITY_METHODS, Config, ConfigError, PlanConfig
 from raymerge.config_file import check_config
 from raymerge.context import usable_distances
+from raymerge.evaluation import check_generates
 from raymerge.experiments.common import (
     Inputs,
     align,
@@ -112,6 +113,8 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
         inputs = read_inputs(config, (*roles, *([CALIBRATION] if calibrates else [])))
     if config.sweep.context:
         usable_distances(inputs.checkpoint, config.sweep.distances)
+    if config.sweep.speed_tokens:
+        check_generates(inputs.checkpoint)
     similarity = similarity_of(config.plan, inputs.checkpoint.n_layers)
     # The blocks may be chosen by the model; the first ones allowed show what can be refused.
     n_layers, most = inputs.checkpoint.n_layers, max(config.sweep.merges)
