@@ -216,6 +216,13 @@ class Checkpoint(Mapping[str, Tensor]):
             raise CheckpointError(
                 f"transformers cannot build the model that {self.directory}/config.json describes: {error}"
             ) from error
+        inside = getattr(skeleton, "model", None)
+        if missing := [part for part in ("layers", "norm", "rotary_emb") if not hasattr(inside, part)]:
+            raise CheckpointError(
+                f"the Python of {self.directory}, which trust_remote_code runs, builds a model without "
+                f"model.{missing[0]}, by which layers are run one at a time: leave trust_remote_code off, since "
+                f"transformers has {self.config.model_type} itself"
+            )
         stored_name = self.architecture.stored_name
         expected = {stored_name(name): tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         for name, file in self._where.items():

@@ -295,7 +295,7 @@ class ContextLimit:
     rope_type: str | None = None
 
     def __str__(self) -> str:
-        beyond = "" if self.rope_type is None else f"; longer prompts have other rotary frequencies, {self.rope_type}"
+        beyond = "" if self.rope_type is None else f"; longer prompts may have other rotary frequencies, {self.rope_type}"
         return f"{self.tokens} ({self.key}{beyond})"
 
 

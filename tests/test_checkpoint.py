@@ -181,6 +181,20 @@ def test_identity_changes_with_the_models_own_code_where_that_is_run(copy, tmp_p
     assert untrusted == still and len({plain, untrusted, one, another}) == 4
 
 
+def test_a_models_own_code_with_other_modules_is_refused(copy, tmp_path, monkeypatch):
+    """As Phi-3's, whose attention holds the rotary embedding; the first worker ended with an AttributeError."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    code = "from transformers import LlamaConfig, LlamaForCausalLM\nclass OtherConfig(LlamaConfig):\n    pass\n"
+    code += "class OtherModel(LlamaForCausalLM):\n    config_class = OtherConfig\n    def __init__(self, config):\n"
+    code += "        super().__init__(config)\n        del self.model.rotary_emb\n"
+    edit_config(copy, auto_map={"AutoConfig": "other.OtherConfig", "AutoModelForCausalLM": "other.OtherModel"})
+    (copy / "other.py").write_text(code)
+    assert Checkpoint(str(copy)).n_layers == tiny.N_LAYERS
+    with pytest.raises(CheckpointError, match="without model.rotary_emb.*leave trust_remote_code off, since .* llama"):
+        Checkpoint(str(copy), trust_remote_code=True)
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 

@@ -206,9 +206,9 @@ def test_prompts_are_as_long_as_positions_and_rotary_frequencies_allow():
     assert limits("llama") == ("2048 (max_position_embeddings)", "None")
     # A query's scale depends on its own position alone, as yarn's frequencies on none.
     assert limits("ministral3") == ("2048 (max_position_embeddings)", "None")
-    dynamic = "512 (max_position_embeddings; longer prompts have other rotary frequencies, dynamic)"
+    dynamic = "512 (max_position_embeddings; longer prompts may have other rotary frequencies, dynamic)"
     assert limits("llama_dynamic") == (dynamic, dynamic)
-    longrope = "512 (original_max_position_embeddings; longer prompts have other rotary frequencies, longrope)"
+    longrope = "512 (original_max_position_embeddings; longer prompts may have other rotary frequencies, longrope)"
     assert limits("phi3_longrope") == (longrope, longrope)
     assert limits("phi3_longrope", max_position_embeddings=512) == (longrope, longrope)
     assert limits("phi3_longrope", max_position_embeddings=511) == ("511 (max_position_embeddings)", longrope)
