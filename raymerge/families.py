@@ -295,8 +295,9 @@ class ContextLimit:
     rope_type: str | None = None
 
     def __str__(self) -> str:
-        beyond = "" if self.rope_type is None else f"; longer prompts may have other rotary frequencies, {self.rope_type}"
-        return f"{self.tokens} ({self.key}{beyond})"
+        if self.rope_type is None:
+            return f"{self.tokens} ({self.key})"
+        return f"{self.tokens} ({self.key}; longer prompts may have other rotary frequencies, {self.rope_type})"
 
 
 def fixed_limit(config: Any) -> ContextLimit | None:
