@@ -126,9 +126,7 @@ def test_prompts_are_no_longer_than_rotary_frequencies_are_fixed(tmp_path):
         assert set(prompts.retrieval.distances.tolist()) == {16, 32}
         assert max(map(len, sequences(prompts.shards(RETRIEVAL)))) <= 64
         kind = name.split("_")[1]
-        said = (
-            rf"a prompt of .* but the context of {name} is 64 \(.*; longer prompts may have other rotary .*, {kind}\): ask"
-        )
+        said = rf"a prompt of .* but the context of {name} is 64 \(.*; longer prompts may have other .*, {kind}\): ask"
         with pytest.raises(PromptError, match=said):
             prompts.of(REPORT)
 
