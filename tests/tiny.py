@@ -329,6 +329,7 @@ _TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "n
     "patch_size": 8,
 }
 IMAGE_TOKEN = 9
+_PIXTRAL = {"vision_config": _TOWER | {"model_type": "pixtral", "head_dim": 8}, "tie_word_embeddings": False}
 #: By model type, with "_" and more behind it where there are several, the family of the language model, and what else
 #: the whole config has.
 MULTIMODAL = {
@@ -340,14 +341,8 @@ MULTIMODAL = {
             "tie_word_embeddings": True,
         },
     ),
-    "mistral3": (
-        "mistral",
-        {"vision_config": _TOWER | {"model_type": "pixtral", "head_dim": 8}, "tie_word_embeddings": False},
-    ),
-    "mistral3_ministral3": (
-        "ministral3",
-        {"vision_config": _TOWER | {"model_type": "pixtral", "head_dim": 8}, "tie_word_embeddings": False},
-    ),
+    "mistral3": ("mistral", _PIXTRAL),
+    "mistral3_ministral3": ("ministral3", _PIXTRAL),
     "llava": (
         "llama_biases",
         {
