@@ -130,8 +130,8 @@ def search_run(
     return run
 
 
-def sweep_run(path):
-    """A compression curve of two methods at one and three merges."""
+def sweep_run(path, **right):
+    """A compression curve of two methods at one and three merges. right: other accuracies, by plan."""
     settings = {"merges": [1, 3], "methods": ["drop", "fixed:0.5"], "alignments": ["none"], "norms": ["keep"]}
     config = {
         "model": {"path": "/models/tiny"},
@@ -148,7 +148,7 @@ def sweep_run(path):
         plans[f"half{merges}"] = pairs_plan(LAYERS, pairs, [0.5] * merges, name=f"fixed_0.5_k{merges}", kind="fixed")
         points += [{"plan_id": f"{plan}{merges}", "merges": merges, "method": method}
                    for plan, method in (("drop", "drop"), ("half", "fixed_0.5"))]  # fmt: skip
-    right = {"base": 0.9, "drop1": 0.8, "half1": 0.85, "drop3": 0.4, "half3": 0.42}
+    right = {"base": 0.9, "drop1": 0.8, "half1": 0.85, "drop3": 0.4, "half3": 0.42} | right
     ppl = {"base": 5.0, "drop1": 7.0, "half1": 6.5, "drop3": 900.0, "half3": 1200.0}
     pairs = [("half1", "drop1"), ("half3", "drop3")]
     evaluated(run, plans, right, subjects=("a", "b"), perplexities=ppl, pairs=pairs)

@@ -48,6 +48,17 @@ def test_ways_that_are_level_are_said_to_be(tmp_path):
     assert [row[2] for row in best.cells] == ["drop and 1 more", "fixed_0.5"]
 
 
+def test_of_equally_accurate_ways_the_one_of_lowest_perplexity_is_named(tmp_path):
+    """Dropping, which is asked for first, was named, ruined or not, and a refit that was as accurate was not."""
+    reached = Reached(sweep_run(tmp_path / "sweep", half1=1.0, drop1=1.0, half3=1.0, drop3=1.0))
+    said = curve.in_words(reached)
+    assert "With 1 layer merged, fixed_0.5 is the most accurate: 100.0 % (perplexity 6.50); 1 other way" in said
+    assert "With 3 layers merged, drop is the most accurate: 100.0 % (perplexity 900" in said
+    best, _ = blocks([curve.answer(reached)], Table)
+    assert [row[2] for row in best.cells] == ["fixed_0.5 and 1 more", "drop and 1 more"]
+    assert "the one of lowest perplexity is shown" in best.caption
+
+
 def test_a_curve_in_the_terminal_has_intervals(tmp_path):
     """A point at which every question is right has a standard error of 0, which is not how sure it is."""
     run = sweep_run(tmp_path / "sweep")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 from typing import Any
 
@@ -94,13 +95,14 @@ def _way(point: Row) -> str:
 
 
 def _at(points: list[Row], merges: int) -> tuple[Row, Row | None]:
+    """The best point at a K, of equally accurate ones that of lowest perplexity, and that of dropping."""
     mine = [point for point in points if point["merges"] == merges]
-    best = max(mine, key=merit)
+    best = max(mine, key=lambda point: (merit(point), -math.inf if point["read"] is None else -point["read"]))
     return best, next((point for point in mine if point["method"] == "drop"), None)
 
 
 def _level(points: list[Row], best: Row) -> int:
-    """How many other ways reach the same at the same K: only the one that was asked for first is named."""
+    """How many other ways reach the same at the same K."""
     return sum(
         point is not best and point["merges"] == best["merges"] and merit(point) == merit(best) for point in points
     )
@@ -158,15 +160,17 @@ def _read(point: Row, unmerged: float | None) -> str:
 def _best(reached: Reached, base: Row | None, points: list[Row]) -> Table:
     asks, measure = reached.asks, "accuracy" if reached.asks else "text_nll"
     known = {(row["plan_a"], row["plan_b"]): row for row in reached.comparisons if row["measure"] == measure}
-    cells = []
+    cells, tied = [], False
     for merges in sorted({point["merges"] for point in points}):
         best, drop = _at(points, merges)
+        level = _level(points, best)
+        tied |= asks and best["read"] is not None and level > 0
         dropping = "–" if drop is None else percent(drop["accuracy"]) if asks else perplexity(drop["read"])
         cells.append(
             (
                 str(merges),
                 percent(best["removed"]),
-                _way(best) + (f" and {level} more" if (level := _level(points, best)) else ""),
+                _way(best) + (f" and {level} more" if level else ""),
                 *([f"{percent(best['accuracy'])} {interval(best['low'], best['high'])}"] if asks else []),
                 perplexity(best["read"], _limits(best)),
                 dropping,
@@ -177,7 +181,8 @@ def _best(reached: Reached, base: Row | None, points: list[Row]) -> Table:
     header = ("merged", "parameters removed", ranked, *(["accuracy [95 %]"] if asks else []), "perplexity", "dropping",
               "against dropping")  # fmt: skip
     several = len({(point["method"], point["variant"]) for point in points}) > 1
-    return Table(_caption_of_best(asks, base, ranked, several), header, tuple(cells), words=(2, len(header) - 1))
+    caption = _caption_of_best(asks, base, ranked, several=several, tied=tied)
+    return Table(caption, header, tuple(cells), words=(2, len(header) - 1))
 
 
 def _against_dropping(best: Row, drop: Row | None, known: dict[tuple[str, str], Row]) -> str:
@@ -190,9 +195,11 @@ def _against_dropping(best: Row, drop: Row | None, known: dict[tuple[str, str], 
     return "not compared" if row is None else f"{difference(row)}: {verdict(row)}"
 
 
-def _caption_of_best(asks: bool, base: Row | None, ranked: str, several: bool) -> str:
+def _caption_of_best(asks: bool, base: Row | None, ranked: str, *, several: bool, tied: bool) -> str:
     judged, flattered = ("these same questions", "accuracy") if asks else ("this same text", "perplexity")
     caption = f"The {ranked} at every K, against dropping as many layers."
+    if tied:
+        caption += " Of ways that are equally accurate, the one of lowest perplexity is shown."
     if several:
         caption += (
             f" It was chosen as the best of several on {judged}, so its {flattered} and its difference are too good. "

@@ -157,7 +157,7 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
         if plan["alignment"] == "activations" and self.averages(plan):
             if self.dtype != torch.float32 or self.config["model"]["quantise"] != "none":
                 return "alignment by activations of sums that are not float32: their last bits decide"
-            if self.matcher_values() is None:
+            if not self.matchable(plan):
                 return "alignment by activations of more than one shard"
         if plan.get("refit") and self.fits is None:
             return "refitted on shards that were drawn"
@@ -166,22 +166,22 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
                 return "units chosen on few tokens of rounded states: their last bits decide"
         return None
 
-    def matcher_values(self):
-        """The MLP units' values on the prompts of the search questions, where these are one shard."""
-        matcher = self.base.matcher
-        if matcher.values is None:
-            sequences = self.asker.sequences(self.asker.searched_on())
-            if sum(len(ids) - start for ids, _, start in sequences) > SHARD:
-                return None
-            matcher.values, model = {}, self.model(UNMERGED)
-            seen = {number: [] for number in range(self.base.n_layers)}
-            hooks = [
-                down.register_forward_pre_hook(lambda _, args, own=seen[n]: own.append(args[0][0]))
-                for n, down in enumerate(
-                    layer.shared_mlp.output_linear if self.base.kind == "granitemoehybrid" else layer.mlp.down_proj
-                    for layer in model.model.layers
-                )
-            ]
+    def matchable(self, plan):
+        """Whether the prompts of the search questions are one shard; the matcher then has the MLP units' values on them
+        of the layers that a plan merges, and of those between them."""
+        sequences = self.prompts
+        if sum(len(ids) - start for ids, _, start in sequences) > SHARD:
+            return False
+        values = self.base.matcher.values
+        spans = [range(min(step), max(step) + 1) for step in plan["steps"]]
+        if missing := {number for span in spans for number in span} - values.keys():
+            model, seen = self.model(UNMERGED), {number: [] for number in sorted(missing)}
+            hooks = []
+            for number, own in seen.items():
+                layer = model.model.layers[number]
+                granite = self.base.kind == "granitemoehybrid"
+                down = layer.shared_mlp.output_linear if granite else layer.mlp.down_proj
+                hooks.append(down.register_forward_pre_hook(lambda _, args, own=own: own.append(args[0][0])))
             with torch.no_grad():
                 for ids, *_ in sequences:
                     model(input_ids=torch.tensor([ids]), use_cache=False)
@@ -189,8 +189,12 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
                 hook.remove()
             for number, parts in seen.items():
                 own = [part[start:] for part, (*_, start) in zip(parts, sequences, strict=True)]
-                matcher.values[number] = torch.cat(own).float().numpy()
-        return matcher.values
+                values[number] = torch.cat(own).float().numpy()
+        return True
+
+    @functools.cached_property
+    def prompts(self):
+        return self.asker.sequences(self.asker.searched_on())
 
     @functools.cached_property
     def fits(self):
@@ -199,7 +203,7 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
         if c["text"] is not None:
             sequences = [(ids, 0, 0) for ids in self.asker.windows(c["text"], self.calibration_start(), c["tokens"])]
         else:
-            sequences = self.asker.sequences(self.asker.searched_on())
+            sequences = self.prompts
             if sum(len(ids) - start for ids, _, start in sequences) > SHARD:
                 return None
         return Refits(self.base, sequences, lambda *state: self.base.built(*state, self.dtype))
@@ -229,11 +233,16 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
         return self.twins[1]
 
     def nudged_models(self, plan):
+        """Models of what `nudged` gives, made one by one: of a real model each takes gigabytes, and is forgotten."""
         key, quantise = self.key(plan), self.config["model"]["quantise"]
-        if self.twin_models[0] != key:
-            built = [self.base.built(state, kept, self.dtype, quantise) for state, kept, _ in self.nudged(plan)]
-            self.twin_models = key, built
-        return self.twin_models[1]
+        held = self.twin_models[1] if self.twin_models[0] == key else []
+        if self.most_held > 1:
+            self.twin_models = key, held
+        for number, (state, kept, _) in enumerate(self.nudged(plan)):
+            model = held[number] if number < len(held) else self.base.built(state, kept, self.dtype, quantise)
+            if self.most_held > 1 and number == len(held):
+                held.append(model)
+            yield model
 
     @staticmethod
     def key(plan):
@@ -406,10 +415,13 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
         for number, order in orders.items():
             layer = reordered(self.base.layer(number), order)
             state |= {f"model.layers.{number}.{name}": tensor for name, tensor in layer.items()}
-        model = self.base.built(state, [*range(self.base.n_layers)], torch.float64)
         ids = torch.tensor([self.asker.ids("What these layers computed, they compute in another order:")])
-        with torch.no_grad():
-            found, wanted = (m(input_ids=ids).logits[0] for m in (model, self.base.load(UNMERGED, torch.float64)))
+
+        @torch.no_grad()
+        def logits(state):
+            return self.base.built(state, [*range(self.base.n_layers)], torch.float64)(input_ids=ids).logits[0]
+
+        found, wanted = logits(state), logits(self.base.tensors)
         self.same("alignment: a symmetry", plan["name"], found, wanted, 1e-6 * float(wanted.abs().max()))
 
     def refitted(self, key, plan, figures):

@@ -92,14 +92,16 @@ class Base:
             for name, tensor in layers[0].items()
             if tensor.ndim == 2 or (name.endswith(".bias") and plan["biases"] == "merge")
         }
-        work = {}
-        for number, layer in layers.items():
+        work, averages = {}, any(of != {number} for number, of in coefficients.items())
+        changing = {number for step in plan["steps"] for number in step}
+        changing |= {kept[place] for place in places_of(self.n_layers, plan)[2]}
+        for number in changing:
+            layer = layers[number]
             own = {name: layer[name].double() for name in averaged if name in layer}
             if plan["norms"] == "fold":
                 for name, gain in self.gains(layer)[0].items():
                     own[name] = own[name] * gain
             work[number] = own
-        averages = any(of != {number} for number, of in coefficients.items())
         if plan["alignment"] in ("neurons", "activations") and averages:
             orders = self.matcher.towards(plan["steps"], plan["alignment"])
             work |= {number: reordered(work[number], order) for number, order in orders.items()}

@@ -70,7 +70,7 @@ class Matcher:
     """Matches of a Base's neighbouring layers. `values`: by layer its MLP units' (tokens, n), for "activations"."""
 
     def __init__(self, base):
-        self.base, self.values = base, None
+        self.base, self.values = base, {}
 
     def towards(self, steps, by):
         """For every layer that is merged into another the order that lays its units on that one's."""

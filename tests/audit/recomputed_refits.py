@@ -38,10 +38,10 @@ class Refits:
             held.append((at >= len(ids) - (last if len(sequences) >= 5 else own // 5))[start:])
         self.held = np.concatenate(held)
         unmerged = built({n: t for n, t in base.tensors.items()}, [*range(base.n_layers)])
-        self.unmerged = self.run(unmerged, range(base.n_layers))
+        self.unmerged = self.run(unmerged, range(base.n_layers), names=("middle", "leaving"))
 
     @torch.no_grad()
-    def run(self, model, places, nudges=None):
+    def run(self, model, places, nudges=None, names=("o_proj", "down_proj", "middle", "leaving")):
         """By layer, of every token: what o_proj and down_proj read, the state between attention and MLP ("middle") and
         the one that leaves the layer ("leaving"), float64. nudges: a random generator; states are then off by some of
         the last digits of the model's dtype."""
@@ -60,7 +60,8 @@ class Refits:
             layer = model.model.layers[place]
             modules = {"o_proj": layer.self_attn.o_proj, "down_proj": layer.mlp.down_proj}
             for name, module in (modules | {"middle": getattr(layer, self.base.before_mlp)}).items():
-                hooks.append(module.register_forward_pre_hook(keep(place, name)))
+                if name in names:
+                    hooks.append(module.register_forward_pre_hook(keep(place, name)))
             hooks.append(layer.register_forward_hook(keep(place, "leaving")))
         for ids, *_ in self.sequences:
             model.model(input_ids=torch.tensor([ids]), use_cache=False)
