@@ -169,8 +169,8 @@ def allowed_starts(plan: PlanConfig, n_layers: int, merges: int, checkpoint: Che
 
     With plan.block similarity, 0 is left out unless plan.starts has it: layers' outputs are compared, and no layer's
     output enters layer 0. checkpoint: given where blocks are averaged; unless plan.block or plan.starts names layers,
-    only blocks are left whose layers have the same attention as the layer that takes them in. Raises PlanError where
-    none is left.
+    only blocks are left whose layers have the same attention as the layer that takes them in, and none to which
+    features of images are added. Raises PlanError where none is left.
     """
     fitting = block_starts(n_layers, merges, plan.survivor)
     any_first = [first for first in fitting if first > 0 or plan.block != "similarity"]
@@ -183,7 +183,8 @@ def allowed_starts(plan: PlanConfig, n_layers: int, merges: int, checkpoint: Che
     if checkpoint is None or wanted is not any_first:
         return found
     kinds, before = list(zip(checkpoint.windows, checkpoint.rotary_types, strict=True)), plan.survivor == "before"
-    if not (alike := [first for first in found if len(set(kinds[first - before :][: merges + 1])) == 1]):
+    free = [first for first in found if first - before >= checkpoint.deepstack_layers]
+    if not (alike := [first for first in free if len(set(kinds[first - before :][: merges + 1])) == 1]):
         raise PlanError(
             f"no {merges + 1} layers in a row of this model have the same attention, so that {merges} could be "
             "averaged with the one that takes them in: merge fewer, or drop them (method drop_block of a sweep)"

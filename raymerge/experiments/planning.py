@@ -123,6 +123,7 @@ def choose_one_by_one(
 ) -> list[int]:
     """Layers to drop, `most` of them in order: each the one without which the mean NLL of the calibration text is
     smallest, those before it being gone (SLEB, Song et al. 2024, arXiv 2402.09025). The first K are the choice for K.
+    Layers to which features of images are added stay.
 
     What each step measured goes into table `removals`, from which the next call goes on. Needs Ray, and the calibration
     section's text. Raises PlanError where no loss is finite.
@@ -134,11 +135,12 @@ def choose_one_by_one(
     inputs = read_inputs(config, (CALIBRATION,), text=False)
     with open_pool(config, inputs, cache, run=run, firsts=range(1, n_layers), progress=progress) as pool:
         numbers = range(_calibration_states(pool, inputs, progress, run))
-        candidates = sum(n_layers - step for step in range(len(gone), most))
+        free = range(inputs.checkpoint.deepstack_layers, n_layers)
+        candidates = sum(len(free) - step for step in range(len(gone), most))
         progress.stage("loss without each layer", candidates * len(numbers))
         done = 0
         while len(gone) < most:
-            stays = [layer for layer in range(n_layers) if layer not in gone]
+            stays = [layer for layer in free if layer not in gone]
             plans = {layer: drop_layers_plan(n_layers, [*gone, layer], name="so far") for layer in stays}
             tasks = [(layer, number) for layer in stays for number in numbers]
             counts = counted(progress, before=done)
