@@ -158,6 +158,10 @@ def test_blocks_that_are_averaged_have_layers_of_one_attention():
     # None has a layer to which features of images are added, nor is averaged with one.
     checkpoint = SimpleNamespace(**kinds, deepstack_layers=3)
     assert allowed(1) == [4] and allowed(1, "survivor=after") == [3]
+    dropped = allowed_starts(plan_config("selection=block").plan, 6, 2, checkpoint, averaged=False)
+    assert dropped == [3, 4]
+    with pytest.raises(PlanError, match="every block of 4 layers .* one of its first 3, to whose outputs it adds feat"):
+        allowed_starts(plan_config("selection=block").plan, 6, 4, checkpoint, averaged=False)
 
 
 def test_of_a_similarity_run_the_matrix_and_influence_that_are_named_are_read(tmp_path):

@@ -24,6 +24,7 @@ from raymerge.architectures import ArchitectureError
 from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.config_file import load_config
 from raymerge.evaluation import generation_speed
+from raymerge.families import MULTIMODAL
 from raymerge.forward import LayerRunner
 from raymerge.fusion import check_mergeable, receipts
 from raymerge.mergekit import NotExpressible, mergekit_yaml
@@ -147,6 +148,24 @@ def test_logits_are_the_whole_models(bases, kind, spelling):
         close(logits_of(checkpoint, plan, prefix, own), tiny.plain_logits(model, np.concatenate([prefix, own])))
 
 
+OTHERS = [
+    (kind, family)
+    for kind, families in MULTIMODAL.items()
+    for family in families
+    if family in ("llama", "mistral", "qwen2", "qwen3") and not tiny.MULTIMODAL[kind][0].startswith(family)
+]
+
+
+@pytest.mark.parametrize(("kind", "family"), OTHERS)
+def test_other_language_models_inside_are_run_as_the_whole_models(tmp_path, kind, family):
+    folder = tiny.make_multimodal(tmp_path / "m", kind, inside=family)
+    checkpoint = Checkpoint(str(folder))
+    assert checkpoint.config.model_type == family
+    prefix, own = ids_of(1, 30), ids_of(2, 20)
+    expected = tiny.plain_logits(merged_whole(folder, tiny.steps_of(PLAN)), np.concatenate([prefix, own]))
+    close(logits_of(checkpoint, PLAN, prefix, own), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_scorer_answers_as_the_merged_whole_model(bases, tmp_path, kind):
     folder = bases[kind, "published"]
@@ -171,14 +190,15 @@ def test_a_cap_of_logits_that_the_whole_model_does_not_apply_is_not_applied(tmp_
     close(found, tiny.plain_logits(whole(folder), ids))
 
 
-def test_speed_is_of_the_language_model(bases, monkeypatch):
+@pytest.mark.parametrize("kind", ["mistral3", "qwen2_vl", "qwen3_vl"])
+def test_speed_is_of_the_language_model(bases, monkeypatch, kind):
     read = []
-    checkpoint = Checkpoint(str(bases["mistral3", "published"]))
+    checkpoint = Checkpoint(str(bases[kind, "published"]))
     own = Checkpoint.__getitem__
     monkeypatch.setattr(Checkpoint, "__getitem__", lambda self, name: read.append(name) or own(self, name))
     assert generation_speed(checkpoint, 2, tokens=2, dtype=torch.float32) > 0
     assert read and not set(read) & set(checkpoint.towers)
-    assert sorted({name.split(".")[3] for name in read if ".layers." in name}) == ["0", "1"]
+    assert {name.partition(".layers.")[2].partition(".")[0] for name in read if ".layers." in name} == {"0", "1"}
 
 
 # -- saving ----------------------------------------------------------------------------------------------------------
@@ -409,11 +429,18 @@ def test_layers_that_features_of_images_are_added_to_stay_as_and_where_they_are(
 
 def test_a_sweep_drops_no_layer_that_features_of_images_are_added_to(bases, tmp_path, local_pools):
     asked = [*FEW, f"model.path={bases['qwen3_vl', 'published']}", f"output.run={tmp_path / 'run'}"]
-    asked += ["sweep.methods=[drop_greedy]", "sweep.merges=[3]", "calibration.tokens=200", "sweep.speed_tokens=0"]
+    asked += [
+        "sweep.methods=[drop_greedy,drop_block]",
+        "sweep.merges=[3]",
+        "plan.block=cosine",
+        "calibration.tokens=200",
+        "sweep.speed_tokens=0",
+    ]
     asked += ["data.perplexity_text=demo", "data.perplexity_tokens=300"]
     run = experiments.sweep(load_config(None, asked))
     measured = {(row["step"], row["layer"]) for row in run.read("removals").to_pylist()}
     assert {layer for _, layer in measured} == {2, 3, 4} and len(measured) == 6
+    assert {row["first"] for row in run.read("blocks").to_pylist()} == {2}
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

@@ -401,10 +401,11 @@ MULTIMODAL = {
 }
 
 
-def multimodal_config(kind, **text):
+def multimodal_config(kind, *, inside=None, **text):
+    """inside: another family than the kind's."""
     family, options = MULTIMODAL[kind]
     options = copy.deepcopy(options)
-    own = config_of(family, **text).to_dict() | options.pop("text_config", {})
+    own = config_of(inside or family, **text).to_dict() | options.pop("text_config", {})
     return AutoConfig.for_model(kind.partition("+")[0], text_config=own, image_token_id=IMAGE_TOKEN, **options)
 
 

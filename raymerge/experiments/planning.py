@@ -31,12 +31,13 @@ def choose_blocks(
     *,
     roles: Sequence[str] = (CALIBRATION,),
     checkpoint: Checkpoint | None = None,
+    averaged: bool = True,
 ) -> dict[int, int]:
     """The first layer of the block of each number of layers, as plan.block says; the scores of all that are allowed go
     into table `blocks`.
 
     roles: what is read; on questions, the calibration depends on whether SEARCH and REPORT are read too.
-    checkpoint: see `allowed_starts`.
+    checkpoint, averaged: see `allowed_starts`.
     What is in the table is not measured again. Needs Ray where states or losses are measured, and then the calibration
     section's text or prompts. Raises PlanError, ConfigError.
     """
@@ -44,7 +45,7 @@ def choose_blocks(
     found = {row["merges"]: row["first"] for row in run.read("blocks").to_pylist() if row["chosen"]}
     if set(merges) <= set(found):
         return {count: found[count] for count in merges}
-    starts = {count: allowed_starts(plan, n_layers, count, checkpoint) for count in merges}
+    starts = {count: allowed_starts(plan, n_layers, count, checkpoint, averaged=averaged) for count in merges}
     # A search over blocks begins with what the cosine chooses.
     chosen_by = "cosine" if plan.block == "search" else "given" if isinstance(plan.block, int) else plan.block
     tokens = None
