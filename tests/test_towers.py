@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import raymerge.proof
 from raymerge import experiments
@@ -334,6 +334,170 @@ def test_a_sparse_published_config_keeps_its_spelling(spoiled, tmp_path, every):
     assert new == old
     ids = ids_of(5, 90)
     close(logits_of(checkpoint, plan, ids[:0], ids), tiny.plain_logits(whole(tmp_path / "merged"), ids))
+
+
+_QWEN25 = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "vision_start_token_id": 3,
+    "vision_end_token_id": 4,
+    "vision_token_id": 5,
+    "image_token_id": 9,
+    "video_token_id": 7,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128000,
+    "max_window_layers": 5,
+    "model_type": "qwen2_5_vl",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 100.0,
+    "sliding_window": 40,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "transformers_version": "4.41.2",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vision_config": {
+        "depth": 2,
+        "hidden_act": "silu",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "in_chans": 3,
+        "out_hidden_size": 32,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "window_size": 112,
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+        "temporal_patch_size": 2,
+    },
+    "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    "vocab_size": 900,
+}
+_QWEN3 = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "image_token_id": 9,
+    "model_type": "qwen3_vl",
+    "text_config": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "dtype": "float32",
+        "eos_token_id": 2,
+        "head_dim": 12,
+        "hidden_act": "silu",
+        "hidden_size": 32,
+        "initializer_range": 0.02,
+        "intermediate_size": 48,
+        "max_position_embeddings": 262144,
+        "model_type": "qwen3_vl_text",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [2, 2, 2], "rope_type": "default"},
+        "rope_theta": 100,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "vocab_size": 900,
+    },
+    "tie_word_embeddings": True,
+    "transformers_version": "4.57.0.dev0",
+    "video_token_id": 7,
+    "vision_config": {
+        "deepstack_visual_indexes": [0, 1],
+        "depth": 2,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 16,
+        "in_channels": 3,
+        "initializer_range": 0.02,
+        "intermediate_size": 24,
+        "model_type": "qwen3_vl",
+        "num_heads": 2,
+        "num_position_embeddings": 16,
+        "out_hidden_size": 32,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+    "vision_end_token_id": 4,
+    "vision_start_token_id": 3,
+}
+# A text_config that leaves out what is Mistral's default, its number of layers too.
+_LLAVA_NEXT = {
+    "architectures": ["LlavaNextForConditionalGeneration"],
+    "ignore_index": -100,
+    "image_grid_pinpoints": [[336, 672], [672, 336]],
+    "image_token_index": 9,
+    "model_type": "llava_next",
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "_name_or_path": "mistralai/Mistral-7B-Instruct-v0.2",
+        "architectures": ["MistralForCausalLM"],
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 900,
+    },
+    "torch_dtype": "float16",
+    "transformers_version": "4.39.0.dev0",
+    "use_image_newline_parameter": True,
+    "vision_config": {
+        "hidden_size": 16,
+        "image_size": 336,
+        "intermediate_size": 24,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "patch_size": 14,
+        "projection_dim": 16,
+        "vocab_size": 900,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "vocab_size": 900,
+}
+
+
+@pytest.mark.parametrize("published", [_QWEN25, _QWEN3, _LLAVA_NEXT], ids=lambda config: config["model_type"])
+def test_configs_as_published_lose_layers_alone(tmp_path, published):
+    """The keys that these have, none more; sizes are smaller."""
+    folder, out = tmp_path / "base", tmp_path / "merged"
+    config = AutoConfig.for_model(**copy.deepcopy(published))
+    model = tiny.random_model(config, kind=AutoModelForImageTextToText)
+    model.save_pretrained(folder)
+    n_layers = config.text_config.num_hidden_layers
+    (folder / "config.json").write_text(json.dumps(published))
+    checkpoint = Checkpoint(str(folder))
+    assert checkpoint.n_layers == n_layers and checkpoint.tied == published.get("tie_word_embeddings", False)
+    plan = drop_block_plan(n_layers, 2, 2)
+    save_merged(checkpoint, plan, out, verify=False)
+    expected = copy.deepcopy(published)
+    expected.get("text_config", expected)["num_hidden_layers"] = n_layers - 2
+    if "max_window_layers" in expected:
+        expected["max_window_layers"] = n_layers - 2
+    expected.get("text_config", {}).pop("_name_or_path", None)
+    for part in (expected, expected.get("text_config", {})):
+        part |= {"torch_dtype": "float32"} if "torch_dtype" in part else {}
+    assert json.loads((out / "config.json").read_text()) == expected
+    ids = ids_of(9, 60)
+    for plan_of, place in ((base_plan(n_layers), folder), (plan, out)):
+        close(logits_of(checkpoint, plan_of, ids[:20], ids[20:]), tiny.plain_logits(whole(place), ids))
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
