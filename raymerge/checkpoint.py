@@ -28,7 +28,7 @@ from raymerge import demo
 from raymerge.architectures import Architecture
 from raymerge.device import moved
 from raymerge.errors import UserError
-from raymerge.families import architecture_of, attention_windows, language_config, rotary_types
+from raymerge.families import architecture_of, attention_windows, deepstack_layers, language_config, rotary_types
 from raymerge.file_hashes import FileState, known_hashes, sha256_of
 from raymerge.gguf_input import SOURCE_FILE, converted_gguf, gguf_file_of
 from raymerge.hub import fetch
@@ -116,8 +116,8 @@ class Checkpoint(Mapping[str, Tensor]):
     Tied embeddings are resolved: the unembedding's name always works. A tensor that holds NaN or infinite values is
     refused by name when it is first read. `name` is the path that was asked for; `hub_id` and `revision` say which
     model of the hub that is, also for a folder of the hub's own cache, and are None for any other.
-    `config` is the language model's, also where that is inside a multimodal model, whose towers are tensors like any
-    others that belong to no layer.
+    `config` is the language model's, also where that is inside a multimodal model (`whole_config`), whose towers are
+    tensors like any others that belong to no layer.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False):
@@ -141,9 +141,11 @@ class Checkpoint(Mapping[str, Tensor]):
         except (*_UNREADABLE, ArithmeticError) as error:
             kind = declared.get("model_type")
             raise CheckpointError(f"transformers cannot read {self.directory} (model type {kind}): {error}") from error
-        self.config = language_config(whole)
+        self.whole_config, self.config = whole, language_config(whole)
         #: Whether the language model is a part of the model that is stored.
         self.multimodal: bool = self.config is not whole
+        #: How many of the first layers features of images are added to, which must stay as and where they are.
+        self.deepstack_layers = deepstack_layers(whole)
         self.architecture: Architecture = architecture_of(self.config)
         self.n_layers: int = self.config.num_hidden_layers
         self.windows = attention_windows(self.config)

@@ -5,6 +5,7 @@ A family, or an option of one, that an Architecture cannot describe is refused w
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -178,7 +179,7 @@ _STATE_SPACE = "layers that are no attention (state-space, linear-attention, rec
 _FOREIGN: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("vision_config", "audio_config", "thinker_config"),
-        "towers for images or sound beside the language model, other than those of gemma3, llava and mistral3",
+        "towers for images or sound beside the language model, of a kind that is not known",
     ),
     (
         (
@@ -194,24 +195,47 @@ _FOREIGN: tuple[tuple[tuple[str, ...], str], ...] = (
         "experts whose tensors or routing are not those of mixtral, olmoe and qwen3_moe",
     ),
 )
-_FOREIGN_NAMES = dict.fromkeys(
-    ("mamba", "mamba2", "jamba", "bamba", "zamba", "zamba2", "falcon_mamba", "falcon_h1", "nemotron_h", "rwkv")
-    + ("qwen3_next", "recurrent_gemma", "lfm2", "lfm2_moe", "minimax", "xlstm", "plamo2"),
-    _STATE_SPACE,
-)
+_SHARING = "embeddings of each layer's own (per-layer embeddings) and layers that share keys and values"
+_GEMMA4 = "layers whose heads differ in size and number, a scale of each layer, and in some models " + _SHARING
+_FOREIGN_NAMES: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("mamba", "mamba2", "jamba", "bamba", "zamba", "zamba2", "falcon_mamba", "falcon_h1", "nemotron_h", "rwkv")
+        + ("qwen3_next", "recurrent_gemma", "lfm2", "lfm2_moe", "minimax", "xlstm", "plamo2")
+        + ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "lfm2_vl"),
+        _STATE_SPACE,
+    ),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), _SHARING),
+    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _GEMMA4),
+    **dict.fromkeys(("mllama", "mllama_text_model"), "layers of cross-attention to images, which text never runs"),
+    "paligemma": "a prompt whose tokens see those after them (a bidirectional prefix)",
+    "qwen3_vl_moe": "experts beside towers for images",
+}
 
 
 #: Multimodal families whose language model is merged, each with the model types that one is known to have inside it.
 MULTIMODAL: Mapping[str, tuple[str, ...]] = {
     "gemma3": ("gemma3_text",),
-    "llava": ("llama",),
+    "idefics3": ("llama",),
+    "internvl": ("llama", "qwen2", "qwen3"),
+    "llava": ("llama", "mistral", "qwen2"),
+    "llava_next": ("llama", "mistral", "qwen2"),
+    "llava_onevision": ("qwen2",),
     "mistral3": ("mistral", "ministral3"),
+    "qwen2_5_vl": ("qwen2_5_vl_text",),
+    "qwen2_vl": ("qwen2_vl_text",),
+    "qwen3_vl": ("qwen3_vl_text",),
+    "smolvlm": ("llama",),
 }
+#: Those whose published config.json has the language model's keys at its top level, not in a text_config.
+FLAT_CONFIGS = frozenset({"qwen2_vl", "qwen2_5_vl"})
+# Language models that are other families' but for three positions of each token (time, height, width), which are one
+# in text.
+_IN_TEXT: Mapping[str, str] = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 
 
 def language_config(config: Any) -> Any:
-    """The config of the language model that a config describes, or that is inside the multimodal model it describes;
-    ArchitectureError for a multimodal family with another than it is known to have."""
+    """The config of the language model that a config describes, or that is inside the multimodal model it describes, of
+    the family that it is in text; ArchitectureError for a multimodal family with another than it is known to have."""
     if (known := MULTIMODAL.get(getattr(config, "model_type", ""))) is None:
         return config
     if (found := config.text_config.model_type) not in known:
@@ -219,7 +243,27 @@ def language_config(config: Any) -> Any:
             f"model type {config.model_type!r} with a language model of type {found!r} is not supported; supported in "
             f"it is {' or '.join(known)}"
         )
-    return config.text_config
+    return _in_text(config.text_config)
+
+
+def _in_text(config: Any) -> Any:
+    """A language model's config, as that of the family whose model gives the same logits of text."""
+    from transformers import AutoConfig
+
+    if (family := _IN_TEXT.get(config.model_type)) is None:
+        return config
+    # Of other keys that a config may hold (head_dim), these models read nothing.
+    names = {field.name for field in dataclasses.fields(config)} - {"model_type"}
+    values = {key: value for key, value in config.to_dict().items() if key in names}
+    of_positions = ("type", "mrope_section", "mrope_interleaved")
+    values["rope_parameters"] = {k: v for k, v in config.rope_parameters.items() if k not in of_positions}
+    return AutoConfig.for_model(family, **values)
+
+
+def deepstack_layers(config: Any) -> int:
+    """How many of the first decoder layers a multimodal model adds features of images to (DeepStack, Meng et al. 2024,
+    arXiv 2406.04334), by their position: what leaves layer i is added the i-th of them."""
+    return len(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ())
 
 
 def architecture_of(config: Any) -> Architecture:

@@ -222,6 +222,19 @@ def check_mergeable(checkpoint: Checkpoint, plan: MergePlan) -> None:
     if plan.n_layers != checkpoint.n_layers:
         raise PlanError(f"the plan is for {plan.n_layers} layers, the model has {checkpoint.n_layers}")
     _check_attention(checkpoint, plan)
+    _check_images(checkpoint, plan)
+
+
+def _check_images(checkpoint: Checkpoint, plan: MergePlan) -> None:
+    """Refuse to change or move layers that a multimodal model adds features of images to."""
+    first = checkpoint.deepstack_layers
+    there = [kept.index for kept in plan.kept if kept.sources == [kept.index]]
+    if first and (gone := [layer for layer in range(first) if layer not in there]):
+        raise PlanError(
+            f"layer {gone[0]} would be merged or removed, but the model adds features of images to what its first "
+            f"{first} layers give, by their number (DeepStack): merge and remove only layers from {first} on, with "
+            f"plan.starts from {first + 1} on where a block is chosen"
+        )
 
 
 def _check_attention(checkpoint: Checkpoint, plan: MergePlan) -> None:

@@ -164,13 +164,15 @@ def influence_plan(similarity: Similarity | None, merges: int) -> list[MergePlan
     return [least_influence_plan(similarity.block_influence, merges)]
 
 
-def allowed_starts(plan: PlanConfig, n_layers: int, merges: int, checkpoint: Checkpoint | None = None) -> list[int]:
+def allowed_starts(
+    plan: PlanConfig, n_layers: int, merges: int, checkpoint: Checkpoint | None = None, *, averaged: bool = True
+) -> list[int]:
     """The first layers that a block of `merges` layers may have: the given one, or those of plan.starts that fit.
 
     With plan.block similarity, 0 is left out unless plan.starts has it: layers' outputs are compared, and no layer's
-    output enters layer 0. checkpoint: given where blocks are averaged; unless plan.block or plan.starts names layers,
-    only blocks are left whose layers have the same attention as the layer that takes them in. Raises PlanError where
-    none is left.
+    output enters layer 0. checkpoint: where it is given, and neither plan.block nor plan.starts names layers, only
+    blocks are left without layers to which features of images are added, and, where they are `averaged`, not only
+    dropped, whose layers have the same attention as the layer that takes them in. Raises PlanError where none is left.
     """
     fitting = block_starts(n_layers, merges, plan.survivor)
     any_first = [first for first in fitting if first > 0 or plan.block != "similarity"]
@@ -183,7 +185,16 @@ def allowed_starts(plan: PlanConfig, n_layers: int, merges: int, checkpoint: Che
     if checkpoint is None or wanted is not any_first:
         return found
     kinds, before = list(zip(checkpoint.windows, checkpoint.rotary_types, strict=True)), plan.survivor == "before"
-    if not (alike := [first for first in found if len(set(kinds[first - before :][: merges + 1])) == 1]):
+    deepstack = checkpoint.deepstack_layers
+    free = [first for first in found if first - (before and averaged) >= deepstack]
+    if not free:
+        raise PlanError(
+            f"every block of {merges} layers of this model has, or is merged into, one of its first {deepstack}, to "
+            "whose outputs it adds features of images: merge fewer"
+        )
+    if not averaged:
+        return free
+    if not (alike := [first for first in free if len(set(kinds[first - before :][: merges + 1])) == 1]):
         raise PlanError(
             f"no {merges + 1} layers in a row of this model have the same attention, so that {merges} could be "
             "averaged with the one that takes them in: merge fewer, or drop them (method drop_block of a sweep)"

@@ -144,7 +144,7 @@ def _first_of_block(
 ) -> int:
     averages = section.base != "fixed" or section.ratio < 1
     merges = merges_of(section)
-    starts = allowed_starts(section, checkpoint.n_layers, merges, checkpoint if averages else None)
+    starts = allowed_starts(section, checkpoint.n_layers, merges, checkpoint, averaged=averages)
     if isinstance(section.block, int):
         return starts[0]
     if section.block == "similarity":

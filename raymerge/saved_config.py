@@ -8,11 +8,13 @@ their defaults, silently, where they find none.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from raymerge.families import FLAT_CONFIGS, language_config
 
 # transformers fills these in where a config has none, from the number of layers; the first two say what a layer is.
 _DERIVED = ("layer_types", "no_rope_layers", "max_window_layers")
@@ -25,23 +27,44 @@ def saved_config(
     dtype: torch.dtype | None,
     *,
     both_spellings: bool = False,
-    multimodal: bool = False,
 ) -> dict[str, Any]:
     """The values of config.json for the model that keeps the layers `kept` (original numbers, in order).
 
-    declared: the base's config.json; config: what transformers makes of it, in a multimodal model of its text_config,
-    to which the values of fewer layers then belong. Per-layer entries are those of the kept
-    layers. Where transformers would give fewer layers other layer types than the kept ones have, or a rotary embedding
-    where they have none, these are written out.
+    declared: the base's config.json; config: what transformers makes of it. Per-layer entries are those of the kept
+    layers; in a multimodal model's config those of its text_config, or of the top level where its language model's keys
+    are there. Where transformers would give fewer layers other layer types than the kept ones have, or a rotary
+    embedding where they have none, these are written out.
     A dtype that is written down becomes `dtype`, that of the weights, since readers cast them to it; it stays where
     `dtype` is None: weights are of several, and the base's readers cast them to what the base says. auto_map is left
     out: the code that it names is not copied, and transformers has every supported family; so is _name_or_path, where
     the base was once loaded from. both_spellings: write transformers 4's keys beside those of transformers 5, for a
     base that has no config of its own.
     """
-    if multimodal:
-        own = saved_config(declared.get("text_config") or config.to_dict(), config, kept, dtype)
-        return _cleaned({**declared, "text_config": own}, dtype)
+    inside = language_config(config)
+
+    def read(values: Mapping[str, Any]) -> Any:
+        return language_config(type(config).from_dict(copy.deepcopy(dict(values))))
+
+    part = declared.get("text_config")
+    if inside is config or (part is None and config.model_type in FLAT_CONFIGS):
+        saved = _fewer(declared, inside, kept, read)
+    else:
+        own = _fewer(
+            part or config.text_config.to_dict(), inside, kept, lambda own: read({**declared, "text_config": own})
+        )
+        saved = {**declared, "text_config": own}
+        # transformers 4.52 to 4.57 wrote the same keys in both places, of which other programs read the top level.
+        if config.model_type in FLAT_CONFIGS and declared.get("num_hidden_layers") == inside.num_hidden_layers:
+            saved = trimmed_config(saved, kept)
+    saved = _cleaned(saved, dtype)
+    return _old_spelling(saved) | saved if both_spellings else saved
+
+
+def _fewer(
+    declared: Mapping[str, Any], config: Any, kept: list[int], read: Callable[[Mapping[str, Any]], Any]
+) -> dict[str, Any]:
+    """A language model's values with the layers `kept`. declared: those that are written down, of which transformers
+    makes `config`; read: what it makes of other such values."""
     values = {**declared, "num_hidden_layers": config.num_hidden_layers}
     filled = {key: getattr(config, key, None) for key in _DERIVED if declared.get(key) is None}
     filled = {key: copy.copy(value) for key, value in filled.items() if value is not None}
@@ -49,11 +72,10 @@ def saved_config(
     shorter = {key: values[key] if key in filled else value for key, value in trimmed.items() if key in values}
     # A pattern that the kept layers no longer follow was left out; others than transformers would assume the usual one.
     if filled and set(shorter) == set(values):
-        read = type(config).from_dict(copy.deepcopy(shorter))
-        if all(getattr(read, key, None) == trimmed.get(key) for key in _DERIVED[:2]):
-            trimmed = shorter
-    trimmed = _cleaned(trimmed, dtype)
-    return _old_spelling(trimmed) | trimmed if both_spellings else trimmed
+        found = read(shorter)
+        if all(getattr(found, key, None) == trimmed.get(key) for key in _DERIVED[:2]):
+            return shorter
+    return trimmed
 
 
 def _cleaned(values: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

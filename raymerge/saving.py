@@ -38,6 +38,7 @@ _CARRIED = (
     "chat_template.json",
     "processor_config.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "additional_chat_templates/*.jinja",
     *(name + end for word in _TERMS for name in (word, word.upper(), word.title()) for end in ("", ".*", "-*")),
 )
@@ -199,11 +200,10 @@ def _write_companions(base: Checkpoint, kept: list[int], directory: Path) -> Non
     """The config, of fewer layers, and what is carried over."""
     config = saved_config(
         read_json(base.directory / "config.json"),
-        base.config,
+        base.whole_config,
         kept,
         base.dtype if len(base.stored_dtypes) == 1 else None,
         both_spellings=base.source is not None,
-        multimodal=base.multimodal,
     )
     _write_json(directory / "config.json", config)
     for file in files_named(base.directory, _CARRIED):

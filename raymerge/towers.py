@@ -16,21 +16,24 @@ import torch
 
 from raymerge.architectures import Architecture
 
-# Of the whole model, before a language model's own names: as files are published (transformers 4, and what
-# transformers 5 writes), and as transformers 5 names its modules.
+
+def _spelling(root: str, unembedding: str) -> dict[str, Any]:
+    return {
+        "layer_prefix": f"{root}layers.{{}}.",
+        "embedding": f"{root}embed_tokens.weight",
+        "final_norm": f"{root}norm.weight",
+        "unembedding": unembedding,
+    }
+
+
 _SPELLINGS: tuple[dict[str, Any], ...] = (
-    {
-        "layer_prefix": "language_model.model.layers.{}.",
-        "embedding": "language_model.model.embed_tokens.weight",
-        "final_norm": "language_model.model.norm.weight",
-        "unembedding": "language_model.lm_head.weight",
-    },
-    {
-        "layer_prefix": "model.language_model.layers.{}.",
-        "embedding": "model.language_model.embed_tokens.weight",
-        "final_norm": "model.language_model.norm.weight",
-        "unembedding": "lm_head.weight",
-    },
+    # As most files are published (transformers 4, and what transformers 5 writes), and as transformers 5 names modules.
+    _spelling("language_model.model.", "language_model.lm_head.weight"),
+    _spelling("model.language_model.", "lm_head.weight"),
+    # Idefics 3 and SmolVLM, in files and modules.
+    _spelling("model.text_model.", "lm_head.weight"),
+    # Qwen2-VL and Qwen2.5-VL, as published.
+    _spelling("model.", "lm_head.weight"),
 )
 
 

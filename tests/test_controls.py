@@ -98,6 +98,17 @@ def test_no_control_merges_what_cannot_be_merged(tmp_path):
     assert min(first) < 2  # which the first shuffle alone would not have kept to
 
 
+def test_no_control_drops_a_layer_that_features_of_images_are_added_to(tmp_path):
+    checkpoint = Checkpoint(str(tiny.make_multimodal(tmp_path / "base", "qwen3_vl")))
+    plan = load_config(None, ["plan.merges=1", "plan.similarity_run=x"]).plan
+    for least, named in ((1, False), (2, True)):
+        similarity = Similarity(planted(5, {}), np.abs(np.arange(5) - least) / 10)
+        start = starting_plan(plan, 5, similarity)
+        controls = {own.name: own for own in controls_of(plan, checkpoint, start, similarity, Silent())}
+        assert ("block_influence" in controls) == named
+    assert [layer.index for layer in controls["block_influence"].kept] == [0, 1, 3, 4]
+
+
 def test_that_no_shuffle_makes_a_control_is_said():
     """Of all neighbours only those that are merged have a similarity."""
     matrix = np.full((N_LAYERS, N_LAYERS), np.nan)

@@ -153,8 +153,14 @@ def test_unknown_layer_types_are_refused():
         ("mamba", "it has layers that are no attention"),
         ("jamba", "it has layers that are no attention"),
         ("qwen3_next", "it has layers that are no attention"),
-        ("llama4", "it has towers for images or sound beside the language model, other than those of gemma3, llava"),
-        ("qwen2_5_vl", "it has towers for images"),
+        ("llama4", "it has towers for images or sound beside the language model"),
+        ("qwen2_5_omni", "it has towers for images or sound beside the language model"),
+        ("qwen3_vl_moe", "it has experts beside towers for images"),
+        ("qwen3_5", "it has layers that are no attention"),
+        ("gemma3n", r"it has embeddings of each layer's own \(per-layer embeddings\)"),
+        ("gemma4", "it has layers whose heads differ in size and number"),
+        ("mllama", "it has layers of cross-attention to images"),
+        ("paligemma", r"it has a prompt whose tokens see those after them \(a bidirectional prefix\)"),
         ("deepseek_v3", "it has attention over compressed keys and values"),
         ("qwen2_moe", "it has experts whose tensors or routing are not those of mixtral, olmoe and qwen3_moe"),
         ("t5", "it has an encoder"),
@@ -162,7 +168,8 @@ def test_unknown_layer_types_are_refused():
 )
 def test_unsupported_families_are_named_with_what_they_have_and_the_supported_ones(model_type, reason):
     with pytest.raises(
-        ArchitectureError, match=f"'{model_type}' is not supported: {reason}.* gemma2, .*, smollm3, vaultgemma$"
+        ArchitectureError,
+        match=f"'{model_type}' is not supported: {reason}.* gemma2, .*, smolvlm, vaultgemma$",
     ):
         architecture_of(AutoConfig.for_model(model_type))
     with pytest.raises(ArchitectureError, match="model type None"):

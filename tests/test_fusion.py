@@ -510,7 +510,7 @@ def test_options_that_mean_nothing_in_a_family_are_refused(tmp_path, family, ali
 
 
 def test_plans_of_other_models_are_refused():
-    checkpoint = SimpleNamespace(n_layers=5, windows=[None] * 5, rotary_types=[None] * 5)
+    checkpoint = SimpleNamespace(n_layers=5, windows=[None] * 5, rotary_types=[None] * 5, deepstack_layers=0)
     with pytest.raises(PlanError, match="alignment is 'columns', but must be one of none, rows, neurons"):
         check_mergeable(checkpoint, with_options(drop_plan(5, 2), "columns", "keep"))
     with pytest.raises(PlanError, match="norms is 'drop', but must be one of keep, fold"):

@@ -141,7 +141,8 @@ def test_block_influence_makes_a_plan_where_a_run_has_measured_it():
 
 
 def test_blocks_that_are_averaged_have_layers_of_one_attention():
-    checkpoint = SimpleNamespace(windows=[40, None, 40, 40, 40, 40], rotary_types=["a"] * 5 + ["b"])
+    kinds = {"windows": [40, None, 40, 40, 40, 40], "rotary_types": ["a"] * 5 + ["b"]}
+    checkpoint = SimpleNamespace(**kinds, deepstack_layers=0)
 
     def allowed(merges, *settings):
         return allowed_starts(plan_config("selection=block", *settings).plan, 6, merges, checkpoint)
@@ -154,6 +155,13 @@ def test_blocks_that_are_averaged_have_layers_of_one_attention():
     assert allowed(2, "block=1") == [1] and allowed(2, "starts=[1, 3]") == [1, 3]
     with pytest.raises(PlanError, match="no 4 layers in a row of this model have the same attention, so that 3 could"):
         allowed(3)
+    # None has a layer to which features of images are added, nor is averaged with one.
+    checkpoint = SimpleNamespace(**kinds, deepstack_layers=3)
+    assert allowed(1) == [4] and allowed(1, "survivor=after") == [3]
+    dropped = allowed_starts(plan_config("selection=block").plan, 6, 2, checkpoint, averaged=False)
+    assert dropped == [3, 4]
+    with pytest.raises(PlanError, match="every block of 4 layers .* one of its first 3, to whose outputs it adds feat"):
+        allowed_starts(plan_config("selection=block").plan, 6, 4, checkpoint, averaged=False)
 
 
 def test_of_a_similarity_run_the_matrix_and_influence_that_are_named_are_read(tmp_path):

@@ -270,7 +270,7 @@ def test_layer_types_keep_the_spelling_of_the_base(tmp_path):
 def test_a_multimodal_config_that_says_nothing_of_its_language_model_keeps_its_defaults():
     """A part that is left out has other defaults (hidden_size 5120) than one that is there (4096)."""
     config = AutoConfig.for_model("mistral3")
-    values = saved_config({"model_type": "mistral3"}, config.text_config, [0, 1, 5], None, multimodal=True)
+    values = saved_config({"model_type": "mistral3"}, config, [0, 1, 5], None)
     read = AutoConfig.for_model(**json.loads(json.dumps(values))).text_config
     assert read.num_hidden_layers == 3 and config.text_config.num_hidden_layers == 40
     assert {k: v for k, v in read.to_dict().items() if v != config.text_config.to_dict()[k]} == {"num_hidden_layers": 3}

@@ -258,7 +258,8 @@ def test_first_layers_of_blocks_are_asked_for_where_a_method_has_blocks():
     inputs = Inputs(questions={}, checkpoint=CHECKPOINT)
     assert _starts(config, inputs) == {3: [2, 18], 1: [2, 18, 20]}
     assert _starts(load_config(None, ["sweep.methods=[drop]", "plan.block=search"]), inputs) == {}
-    kinds = SimpleNamespace(checkpoint=SimpleNamespace(n_layers=4, windows=[40, None, 40, 40], rotary_types=["a"] * 4))
+    model = {"n_layers": 4, "windows": [40, None, 40, 40], "rotary_types": ["a"] * 4}
+    kinds = SimpleNamespace(checkpoint=SimpleNamespace(**model, deepstack_layers=0))
     for method, ratio, firsts in (
         ("merge_block", 0.5, [3]),
         ("drop_block", 0.5, [1, 2, 3]),
@@ -266,6 +267,9 @@ def test_first_layers_of_blocks_are_asked_for_where_a_method_has_blocks():
     ):
         settings = [f"sweep.methods=[{method}]", "sweep.merges=[1]", f"plan.ratio={ratio}"]
         assert _starts(load_config(None, settings), kinds) == {1: firsts}
+    # Layers to which features of images are added are not dropped either.
+    kinds = SimpleNamespace(checkpoint=SimpleNamespace(**model, deepstack_layers=2))
+    assert _starts(load_config(None, ["sweep.methods=[drop_block]", "sweep.merges=[1]"]), kinds) == {1: [2, 3]}
     with pytest.raises(ConfigError, match="a sweep searches nothing"):
         _starts(load_config(None, ["sweep.methods=[drop_block]", "plan.block=search"]), inputs)
 

@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import raymerge.proof
 from raymerge import experiments
@@ -24,11 +24,12 @@ from raymerge.architectures import ArchitectureError
 from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.config_file import load_config
 from raymerge.evaluation import generation_speed
+from raymerge.families import MULTIMODAL
 from raymerge.forward import LayerRunner
-from raymerge.fusion import receipts
+from raymerge.fusion import check_mergeable, receipts
 from raymerge.mergekit import NotExpressible, mergekit_yaml
 from raymerge.merging import merge, save_merged
-from raymerge.plan import Refit, base_plan, drop_block_plan, tail_plan
+from raymerge.plan import PlanError, Refit, base_plan, block_plan, drop_block_plan, tail_plan
 from raymerge.prompts import Group, Shard, encode_questions
 from raymerge.proof import prove
 from raymerge.refit import RefitError, check_refittable
@@ -92,7 +93,7 @@ def whole(folder):
 def merged_whole(folder, steps):
     """The whole model in float64 of which the language model's layers are merged by the reference."""
     base = whole(folder)
-    root = "model.language_model."
+    root = next(f"model.{part}." for part in ("language_model", "text_model") if hasattr(base.model, part))
     own = {f"model.{name.removeprefix(root)}": t for name, t in base.state_dict().items() if name.startswith(root)}
     state, alive = tiny.published_merge(own, N, steps)
     config = copy.deepcopy(base.config)
@@ -106,6 +107,11 @@ def merged_whole(folder, steps):
         beside | {f"{root}{name.removeprefix('model.')}": t for name, t in state.items()}, strict=True
     )
     return merged.eval()
+
+
+def root_of(state):
+    """What the names of the language model's tensors begin with in a file."""
+    return next(name for name in state if name.endswith("layers.0.input_layernorm.weight")).partition("layers.0.")[0]
 
 
 def close(found, expected, limit=LIMIT):
@@ -142,6 +148,24 @@ def test_logits_are_the_whole_models(bases, kind, spelling):
         close(logits_of(checkpoint, plan, prefix, own), tiny.plain_logits(model, np.concatenate([prefix, own])))
 
 
+OTHERS = [
+    (kind, family)
+    for kind, families in MULTIMODAL.items()
+    for family in families
+    if family in ("llama", "mistral", "qwen2", "qwen3") and not tiny.MULTIMODAL[kind][0].startswith(family)
+]
+
+
+@pytest.mark.parametrize(("kind", "family"), OTHERS)
+def test_other_language_models_inside_are_run_as_the_whole_models(tmp_path, kind, family):
+    folder = tiny.make_multimodal(tmp_path / "m", kind, inside=family)
+    checkpoint = Checkpoint(str(folder))
+    assert checkpoint.config.model_type == family
+    prefix, own = ids_of(1, 30), ids_of(2, 20)
+    expected = tiny.plain_logits(merged_whole(folder, tiny.steps_of(PLAN)), np.concatenate([prefix, own]))
+    close(logits_of(checkpoint, PLAN, prefix, own), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_scorer_answers_as_the_merged_whole_model(bases, tmp_path, kind):
     folder = bases[kind, "published"]
@@ -166,14 +190,15 @@ def test_a_cap_of_logits_that_the_whole_model_does_not_apply_is_not_applied(tmp_
     close(found, tiny.plain_logits(whole(folder), ids))
 
 
-def test_speed_is_of_the_language_model(bases, monkeypatch):
+@pytest.mark.parametrize("kind", ["mistral3", "qwen2_vl", "qwen3_vl"])
+def test_speed_is_of_the_language_model(bases, monkeypatch, kind):
     read = []
-    checkpoint = Checkpoint(str(bases["mistral3", "published"]))
+    checkpoint = Checkpoint(str(bases[kind, "published"]))
     own = Checkpoint.__getitem__
     monkeypatch.setattr(Checkpoint, "__getitem__", lambda self, name: read.append(name) or own(self, name))
     assert generation_speed(checkpoint, 2, tokens=2, dtype=torch.float32) > 0
     assert read and not set(read) & set(checkpoint.towers)
-    assert sorted({name.split(".")[3] for name in read if ".layers." in name}) == ["0", "1"]
+    assert {name.partition(".layers.")[2].partition(".")[0] for name in read if ".layers." in name} == {"0", "1"}
 
 
 # -- saving ----------------------------------------------------------------------------------------------------------
@@ -185,31 +210,36 @@ def test_a_saved_merge_is_a_whole_multimodal_model(bases, tmp_path, kind, spelli
     checkpoint = Checkpoint(str(folder))
     save_merged(checkpoint, PLAN, out, verify=False)
     before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
-    root = "language_model.model." if spelling == "published" else "model.language_model."
+    root = root_of(before)
     beside = {name for name in before if not name.startswith(f"{root}layers.")}
     assert {name for name in after if not name.startswith(f"{root}layers.")} == beside
-    towers = {name for name in beside if "vision_tower" in name or "projector" in name}
-    assert towers == set(checkpoint.towers)
+    text = {f"{root}embed_tokens.weight", f"{root}norm.weight", "lm_head.weight", "language_model.lm_head.weight"}
+    assert beside - text == set(checkpoint.towers)
     for name in beside:
         assert before[name].dtype == after[name].dtype
         assert before[name].numpy().tobytes() == after[name].numpy().tobytes()
     config, old = (json.loads((place / "config.json").read_text()) for place in (out, folder))
-    assert config["text_config"].pop("num_hidden_layers") == N - 2 and old["text_config"].pop("num_hidden_layers") == N
-    if types := old["text_config"].pop("layer_types", None):
-        assert config["text_config"].pop("layer_types") == [types[kept.index] for kept in PLAN.kept]
-        del old["text_config"]["_sliding_window_pattern"]  # which the base's layers do not follow either
+    new_text, old_text = config.get("text_config", config), old.get("text_config", old)
+    assert (new_text is config) == (spelling == "published" and kind in ("qwen2_vl", "qwen2_5_vl"))
+    assert new_text.pop("num_hidden_layers") == N - 2 and old_text.pop("num_hidden_layers") == N
+    if types := old_text.pop("layer_types", None):
+        assert new_text.pop("layer_types") == [types[kept.index] for kept in PLAN.kept]
+        old_text.pop("_sliding_window_pattern", None)  # which the base's layers do not follow either
+    for part in (new_text, old_text):
+        if (leading := part.pop("max_window_layers", None)) is not None:
+            assert leading == 2 or (not part["use_sliding_window"] and leading in (3, 28))
     assert config == old
-    for name in ("preprocessor_config.json", "processor_config.json", "chat_template.jinja", "tokenizer.json"):
+    processors = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+    for name in (*processors, "chat_template.jinja", "tokenizer.json"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
 
     saved, expected = whole(out), merged_whole(folder, tiny.steps_of(PLAN))
     inputs = tiny.image_inputs(kind, ids_of(4, 40))
-    inputs["pixel_values"] = inputs["pixel_values"].double()
-    pixels = {key: value for key, value in inputs.items() if key in ("pixel_values", "image_sizes")}
+    pixels = {key: value for key, value in inputs.items() if key in ("pixel_values", "image_sizes", "image_grid_thw")}
     with torch.no_grad():
         images = [model.model.get_image_features(**pixels).pooler_output for model in (saved, whole(folder))]
         logits = [model(**inputs).logits for model in (saved, expected, whole(folder))]
-        blind = saved(**inputs | {"pixel_values": 0 * inputs["pixel_values"]}).logits
+        blind = saved(**inputs | {"pixel_values": torch.ones_like(inputs["pixel_values"])}).logits
     assert all(torch.equal(own, base) for own, base in zip(*images, strict=True))
     close(logits[0], logits[1])
     assert (logits[0] - blind).abs().max() > 1e-3  # it sees
@@ -220,7 +250,6 @@ def test_what_merges_nothing_sees_as_the_base(bases, tmp_path):
     checkpoint = Checkpoint(str(bases["gemma3", "published"]))
     save_merged(checkpoint, base_plan(N), tmp_path / "merged", verify=False)
     inputs = tiny.image_inputs("gemma3", ids_of(4, 40))
-    inputs["pixel_values"] = inputs["pixel_values"].double()
     with torch.no_grad():
         one, other = (whole(folder)(**inputs).logits for folder in (checkpoint.directory, tmp_path / "merged"))
     assert torch.equal(one, other)
@@ -307,6 +336,207 @@ def test_a_sparse_published_config_keeps_its_spelling(spoiled, tmp_path, every):
     close(logits_of(checkpoint, plan, ids[:0], ids), tiny.plain_logits(whole(tmp_path / "merged"), ids))
 
 
+_QWEN25 = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "vision_start_token_id": 3,
+    "vision_end_token_id": 4,
+    "vision_token_id": 5,
+    "image_token_id": 9,
+    "video_token_id": 7,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128000,
+    "max_window_layers": 5,
+    "model_type": "qwen2_5_vl",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 100.0,
+    "sliding_window": 40,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "transformers_version": "4.41.2",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vision_config": {
+        "depth": 2,
+        "hidden_act": "silu",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "in_chans": 3,
+        "out_hidden_size": 32,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "window_size": 112,
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+        "temporal_patch_size": 2,
+    },
+    "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    "vocab_size": 900,
+}
+_QWEN3 = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "image_token_id": 9,
+    "model_type": "qwen3_vl",
+    "text_config": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "dtype": "float32",
+        "eos_token_id": 2,
+        "head_dim": 12,
+        "hidden_act": "silu",
+        "hidden_size": 32,
+        "initializer_range": 0.02,
+        "intermediate_size": 48,
+        "max_position_embeddings": 262144,
+        "model_type": "qwen3_vl_text",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [2, 2, 2], "rope_type": "default"},
+        "rope_theta": 100,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "vocab_size": 900,
+    },
+    "tie_word_embeddings": True,
+    "transformers_version": "4.57.0.dev0",
+    "video_token_id": 7,
+    "vision_config": {
+        "deepstack_visual_indexes": [0, 1],
+        "depth": 2,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 16,
+        "in_channels": 3,
+        "initializer_range": 0.02,
+        "intermediate_size": 24,
+        "model_type": "qwen3_vl",
+        "num_heads": 2,
+        "num_position_embeddings": 16,
+        "out_hidden_size": 32,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+    "vision_end_token_id": 4,
+    "vision_start_token_id": 3,
+}
+# A text_config that leaves out what is Mistral's default, its number of layers too.
+_LLAVA_NEXT = {
+    "architectures": ["LlavaNextForConditionalGeneration"],
+    "ignore_index": -100,
+    "image_grid_pinpoints": [[336, 672], [672, 336]],
+    "image_token_index": 9,
+    "model_type": "llava_next",
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "_name_or_path": "mistralai/Mistral-7B-Instruct-v0.2",
+        "architectures": ["MistralForCausalLM"],
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 900,
+    },
+    "torch_dtype": "float16",
+    "transformers_version": "4.39.0.dev0",
+    "use_image_newline_parameter": True,
+    "vision_config": {
+        "hidden_size": 16,
+        "image_size": 336,
+        "intermediate_size": 24,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "patch_size": 14,
+        "projection_dim": 16,
+        "vocab_size": 900,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "vocab_size": 900,
+}
+
+
+@pytest.mark.parametrize("published", [_QWEN25, _QWEN3, _LLAVA_NEXT], ids=lambda config: config["model_type"])
+def test_configs_as_published_lose_layers_alone(tmp_path, published):
+    """The keys that these have, none more; sizes are smaller."""
+    folder, out = tmp_path / "base", tmp_path / "merged"
+    config = AutoConfig.for_model(**copy.deepcopy(published))
+    model = tiny.random_model(config, kind=AutoModelForImageTextToText)
+    model.save_pretrained(folder)
+    n_layers = config.text_config.num_hidden_layers
+    (folder / "config.json").write_text(json.dumps(published))
+    checkpoint = Checkpoint(str(folder))
+    assert checkpoint.n_layers == n_layers and checkpoint.tied == published.get("tie_word_embeddings", False)
+    plan = drop_block_plan(n_layers, 2, 2)
+    save_merged(checkpoint, plan, out, verify=False)
+    expected = copy.deepcopy(published)
+    expected.get("text_config", expected)["num_hidden_layers"] = n_layers - 2
+    if "max_window_layers" in expected:
+        expected["max_window_layers"] = n_layers - 2
+    expected.get("text_config", {}).pop("_name_or_path", None)
+    for part in (expected, expected.get("text_config", {})):
+        part |= {"torch_dtype": "float32"} if "torch_dtype" in part else {}
+    assert json.loads((out / "config.json").read_text()) == expected
+    ids = ids_of(9, 60)
+    for plan_of, place in ((base_plan(n_layers), folder), (plan, out)):
+        close(logits_of(checkpoint, plan_of, ids[:20], ids[20:]), tiny.plain_logits(whole(place), ids))
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_keys_of_the_language_model_in_two_places_say_the_same(bases, tmp_path, kind):
+    """transformers 4.52 to 4.57 wrote them at the top level and in text_config, of which others read either."""
+    folder = shutil.copytree(bases[kind, "published"], tmp_path / "both")
+    flat = json.loads((folder / "config.json").read_text())
+    text = {key: value for key, value in flat.items() if key not in ("vision_config", "model_type", "architectures")}
+    both = flat | {"text_config": text | {"model_type": f"{kind}_text"}}
+    (folder / "config.json").write_text(json.dumps(both))
+    plan = drop_block_plan(N, 1, 1)
+    save_merged(Checkpoint(str(folder)), plan, tmp_path / "merged", verify=False)
+    save_merged(Checkpoint(str(bases[kind, "published"])), plan, tmp_path / "flat", verify=False)
+    found, alone = (json.loads((tmp_path / place / "config.json").read_text()) for place in ("merged", "flat"))
+    own = found.pop("text_config")
+    assert (
+        found == alone and own["num_hidden_layers"] == N - 1 and own["max_window_layers"] == alone["max_window_layers"]
+    )
+    first, other = (whole(tmp_path / place) for place in ("merged", "flat"))
+    ids = ids_of(7, 90)
+    assert torch.equal(tiny.plain_logits(first, ids), tiny.plain_logits(other, ids))
+
+
+def test_scaled_rotary_embeddings_beside_sections_of_positions(bases, tmp_path):
+    """Qwen2.5-VL's own advice for long prompts: yarn, with mrope_section in the same rope_scaling."""
+    folder = shutil.copytree(bases["qwen2_5_vl", "published"], tmp_path / "yarn")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_scaling"] = {"type": "yarn", "mrope_section": [1, 1, 2], "factor": 4.0}
+    config["rope_scaling"]["original_max_position_embeddings"] = 32
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint, ids = Checkpoint(str(folder)), ids_of(8, 90)
+    found = logits_of(checkpoint, base_plan(N), ids[:40], ids[40:])
+    close(found, tiny.plain_logits(whole(folder), ids))
+    plain = tiny.plain_logits(whole(bases["qwen2_5_vl", "published"]), ids)
+    assert (found - plain).abs().max() > 0.1
+    save_merged(checkpoint, PLAN, tmp_path / "merged", verify=False)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["rope_scaling"] == config["rope_scaling"]
+
+
 def test_costs_and_receipts_are_of_the_whole_model(bases):
     checkpoint = Checkpoint(str(bases["llava", "published"]))
     sizes = {name: t.numel() for name, t in load_file(checkpoint.directory / "model.safetensors").items()}
@@ -341,6 +571,40 @@ def test_it_is_searched_and_evaluated_like_any_other(bases, tmp_path, local_sear
     for key, row in ours.items():
         for column in ("logit_a", "logit_b", "logit_c", "logit_d", "logsumexp_all"):
             assert theirs[key][column] == pytest.approx(row[column], abs=1e-3)
+
+
+# -- features of images in the first layers --------------------------------------------------------------------------
+
+
+def test_layers_that_features_of_images_are_added_to_stay_as_and_where_they_are(bases):
+    """DeepStack adds them by a layer's number: with layer 1 gone those after layer 1 would follow layer 2."""
+    checkpoint = Checkpoint(str(bases["qwen3_vl", "published"]))
+    assert checkpoint.deepstack_layers == 2
+    for plan in (drop_block_plan(N, 1, 1), drop_block_plan(N, 0, 1), tail_plan(N, [0.5] * 3, name="x", kind="found")):
+        with pytest.raises(PlanError, match=r"layer [01] would be merged .* its first 2 layers .* layers from 2 on"):
+            check_mergeable(checkpoint, plan)
+    averaged = block_plan(N, 2, [0.0], name="x", kind="found")  # which keeps layer 2 in the place of layer 1
+    with pytest.raises(PlanError, match="layer 1 would be merged or removed"):
+        check_mergeable(checkpoint, averaged)
+    plan = replace(drop_block_plan(N, 2, 2), refit=Refit("outputs"))  # the seam's layer, 1, stays where it is
+    check_mergeable(checkpoint, plan)
+    assert Checkpoint(str(bases["qwen2_5_vl", "published"])).deepstack_layers == 0
+
+
+def test_a_sweep_drops_no_layer_that_features_of_images_are_added_to(bases, tmp_path, local_pools):
+    asked = [*FEW, f"model.path={bases['qwen3_vl', 'published']}", f"output.run={tmp_path / 'run'}"]
+    asked += [
+        "sweep.methods=[drop_greedy,drop_block]",
+        "sweep.merges=[3]",
+        "plan.block=cosine",
+        "calibration.tokens=200",
+        "sweep.speed_tokens=0",
+    ]
+    asked += ["data.perplexity_text=demo", "data.perplexity_tokens=300"]
+    run = experiments.sweep(load_config(None, asked))
+    measured = {(row["step"], row["layer"]) for row in run.read("removals").to_pylist()}
+    assert {layer for _, layer in measured} == {2, 3, 4} and len(measured) == 6
+    assert {row["first"] for row in run.read("blocks").to_pylist()} == {2}
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ transformers model of the result with strict loading, and runs whole prompts one
 """
 
 import copy
+import json
 import shutil
 
 import numpy as np
@@ -330,40 +331,89 @@ _TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "n
 }
 IMAGE_TOKEN = 9
 _PIXTRAL = {"vision_config": _TOWER | {"model_type": "pixtral", "head_dim": 8}, "tie_word_embeddings": False}
-#: By model type, with "_" and more behind it where there are several, the family of the language model, and what else
-#: the whole config has.
+_CLIP = _TOWER | {"model_type": "clip_vision_model", "projection_dim": 16}
+_SIGLIP = _TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False}
+_QWEN_TOWER = {"depth": 3, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
+
+
+def _qwen_text(kind, **rotary):
+    own = {"rope_type": "default", "rope_theta": 100.0, **rotary}
+    return {"model_type": f"{kind}_text", "rope_parameters": own}
+
+
+#: By model type, with "+" and more behind it where there are several, the family of the language model, and what else
+#: the whole config has; of a text_config what differs from the family's.
 MULTIMODAL = {
-    "gemma3": (
-        "gemma3",
+    "gemma3": ("gemma3", {"vision_config": _SIGLIP, "mm_tokens_per_image": 4, "tie_word_embeddings": True}),
+    "mistral3": ("mistral", _PIXTRAL),
+    "mistral3+ministral3": ("ministral3", _PIXTRAL),
+    "llava": ("llama_biases", {"vision_config": _CLIP, "vision_feature_layer": -2}),
+    "llava_next": ("mistral_window", {"vision_config": _CLIP, "image_grid_pinpoints": [[32, 64]]}),
+    "llava_onevision": (
+        "qwen2",
+        {"vision_config": _SIGLIP, "image_grid_pinpoints": [[32, 64]], "tie_word_embeddings": True},
+    ),
+    "internvl": (
+        "qwen3",
         {
-            "vision_config": _TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False},
-            "mm_tokens_per_image": 4,
+            "vision_config": _TOWER
+            | {"model_type": "internvl_vision", "image_size": [32, 32], "patch_size": [8, 8], "hidden_act": "gelu"},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "idefics3": (
+        "llama3_rope",
+        {
+            "vision_config": _TOWER | {"model_type": "idefics3_vision"},
+            "scale_factor": 2,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+        },
+    ),
+    "smolvlm": ("llama", {"vision_config": _TOWER | {"model_type": "smolvlm_vision"}, "scale_factor": 2}),
+    "qwen2_vl": (
+        "qwen2",
+        {
+            "text_config": _qwen_text("qwen2_vl", mrope_section=[1, 1, 2]),
+            "vision_config": _QWEN_TOWER | {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2},
             "tie_word_embeddings": True,
         },
     ),
-    "mistral3": ("mistral", _PIXTRAL),
-    "mistral3_ministral3": ("ministral3", _PIXTRAL),
-    "llava": (
-        "llama_biases",
+    "qwen2_5_vl": (
+        "qwen2_windows",
         {
-            "vision_config": _TOWER | {"model_type": "clip_vision_model", "projection_dim": 16},
-            "vision_feature_layer": -2,
+            "text_config": _qwen_text("qwen2_5_vl", mrope_section=[1, 1, 2]),
+            "vision_config": _QWEN_TOWER
+            | {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "window_size": 16}
+            | {"fullatt_block_indexes": [1]},
+        },
+    ),
+    # Features of images are added to what the first two layers give.
+    "qwen3_vl": (
+        "qwen3",
+        {
+            "text_config": _qwen_text("qwen3_vl", mrope_section=[2, 2, 2], mrope_interleaved=True),
+            "vision_config": _QWEN_TOWER
+            | {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "num_position_embeddings": 16}
+            | {"deepstack_visual_indexes": [0, 2]},
         },
     ),
 }
 
 
-def multimodal_config(kind, **text):
+def multimodal_config(kind, *, inside=None, **text):
+    """inside: another family than the kind's."""
     family, options = MULTIMODAL[kind]
-    own = config_of(family, **text).to_dict()
-    name, _, _ = kind.partition("_")
-    return AutoConfig.for_model(name, text_config=own, image_token_index=IMAGE_TOKEN, **copy.deepcopy(options))
+    options = copy.deepcopy(options)
+    own = config_of(inside or family, **text).to_dict() | options.pop("text_config", {})
+    return AutoConfig.for_model(kind.partition("+")[0], text_config=own, image_token_id=IMAGE_TOKEN, **options)
 
 
 def make_multimodal(folder, kind="gemma3", *, spelling="published", seed=0, dtype=torch.float32, **text):
     """Write a random multimodal checkpoint with the demo's tokenizer, text alone in its processor files; the folder.
 
-    spelling: of tensors' names, as files are published, or as transformers 5 calls its modules.
+    spelling: of tensors' names and of the config, as files are published, or as transformers 5 calls its modules and
+    writes configs.
     """
     model = random_model(multimodal_config(kind, **text), seed=seed, dtype=dtype, kind=AutoModelForImageTextToText)
     model.save_pretrained(folder)
@@ -371,26 +421,59 @@ def make_multimodal(folder, kind="gemma3", *, spelling="published", seed=0, dtyp
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         if model.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
-    else:  # between whose tower and its tensors' names transformers 4 has a module more
-        within = "vision_tower." if kind.startswith("mistral3") else "vision_tower.vision_model."
-        stored = load_file(folder / "model.safetensors")
-        tensors = {name.replace("vision_tower.", within, 1): tensor for name, tensor in stored.items()}
+    else:
+        tensors = load_file(folder / "model.safetensors")
+        if kind in ("gemma3", "llava", "llava_next", "llava_onevision"):  # whose towers have a module more
+            tensors = {name.replace("vision_tower.", "vision_tower.vision_model.", 1): t for name, t in tensors.items()}
+        if kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+            written = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(_published_qwen(written)))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    for name in ("preprocessor_config.json", "processor_config.json"):
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
         (folder / name).write_text(f'{{"image_seq_length": 4, "of": "{kind}"}}\n')
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     return _with_tokenizer(folder)
 
 
-def image_inputs(kind, ids):
-    """What the whole model reads of a prompt with an image of 32 by 32 pixels after its first token."""
-    kind, _, _ = kind.partition("_")
-    patches = {"gemma3": 4, "mistral3": 4, "llava": 16}[kind]
+def _published_qwen(written):
+    """A config of Qwen2-VL or later as Qwen has published it; until Qwen3-VL with the language model's keys among the
+    others."""
+    kind, text = written["model_type"], dict(written.pop("text_config"))
+    rotary = text.pop("rope_parameters")
+    text.pop("layer_types", None)
+    text["rope_theta"] = rotary.pop("rope_theta")
+    if kind == "qwen3_vl":
+        del text["use_sliding_window"], text["sliding_window"], text["max_window_layers"]
+        return written | {"text_config": text | {"rope_scaling": rotary}}
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": rotary["mrope_section"]}
+    text["torch_dtype"] = text.pop("dtype")
+    del written["dtype"], text["model_type"]
+    return text | written
+
+
+def image_inputs(kind, ids, dtype=torch.float64):
+    """What the whole model reads of a prompt with an image, of 32 by 32 or 64 pixels, after its first token."""
+    kind = kind.partition("+")[0]
+    patches = {"llava": 16, "llava_next": 52, "llava_onevision": 52}.get(kind, 4)
     tokens = torch.tensor([[ids[0], *[IMAGE_TOKEN] * patches, *ids[1:]]])
-    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    further = {"image_sizes": torch.tensor([[32, 32]])} if kind == "mistral3" else {}
+    shape = {
+        "llava_next": (1, 3, 3, 32, 32),  # the whole, and two halves
+        "llava_onevision": (1, 3, 3, 32, 32),
+        "idefics3": (1, 1, 3, 32, 32),
+        "smolvlm": (1, 1, 3, 32, 32),
+        **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), (16, 3 * 2 * 8 * 8)),
+    }.get(kind, (1, 3, 32, 32))
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    further = {"image_sizes": torch.tensor([[32, 32 if kind == "mistral3" else 64]])}
     if kind == "gemma3":
-        further["token_type_ids"] = (tokens == IMAGE_TOKEN).long()
+        further = {"token_type_ids": (tokens == IMAGE_TOKEN).long()}
+    elif kind.startswith("qwen"):
+        further = {
+            "image_grid_thw": torch.tensor([[1, 4, 4]]),
+            "mm_token_type_ids": (tokens == IMAGE_TOKEN).int(),
+        }
+    elif not kind.startswith(("llava_", "mistral3")):
+        further = {}
     return {"input_ids": tokens, "pixel_values": pixels, **further}
 
 

@@ -130,8 +130,17 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
         progress.message(f"Warning: {warning}.")
     with runtime(config, progress), swept_cache(config, run) as cache:
         if blocks:
-            averaged = _averaged_model(config, inputs)
-            found = choose_blocks(config, n_layers, list(blocks), run, cache, similarity, progress, checkpoint=averaged)
+            found = choose_blocks(
+                config,
+                n_layers,
+                list(blocks),
+                run,
+                cache,
+                similarity,
+                progress,
+                checkpoint=inputs.checkpoint,
+                averaged=_averages(config),
+            )
             chosen = replace(chosen, blocks=found)
         # Each layer follows from those before it: those of a smaller K are the first ones of the largest.
         if "drop_greedy" in config.sweep.methods:
@@ -161,14 +170,17 @@ def _starts(config: Config, inputs: Inputs) -> dict[int, list[int]]:
         return {}
     if config.plan.block == "search":
         raise ConfigError("plan.block is search, but a sweep searches nothing: choose blocks by cosine or loss")
-    n_layers, averaged = inputs.checkpoint.n_layers, _averaged_model(config, inputs)
-    return {n: allowed_starts(config.plan, n_layers, n, averaged) for n in dict.fromkeys(config.sweep.merges)}
+    checkpoint = inputs.checkpoint
+    return {
+        n: allowed_starts(config.plan, checkpoint.n_layers, n, checkpoint, averaged=_averages(config))
+        for n in dict.fromkeys(config.sweep.merges)
+    }
 
 
-def _averaged_model(config: Config, inputs: Inputs) -> Checkpoint | None:
-    """The model where its blocks are averaged, None where they are only dropped."""
+def _averages(config: Config) -> bool:
+    """Whether blocks are averaged, not only dropped."""
     drops = (config.plan.base, config.plan.ratio) == ("fixed", 1.0)
-    return inputs.checkpoint if "merge_block" in config.sweep.methods and not drops else None
+    return "merge_block" in config.sweep.methods and not drops
 
 
 def _points(config: Config, inputs: Inputs, similarity: Similarity | None, chosen: Chosen) -> list[Point]:

@@ -31,12 +31,13 @@ def choose_blocks(
     *,
     roles: Sequence[str] = (CALIBRATION,),
     checkpoint: Checkpoint | None = None,
+    averaged: bool = True,
 ) -> dict[int, int]:
     """The first layer of the block of each number of layers, as plan.block says; the scores of all that are allowed go
     into table `blocks`.
 
     roles: what is read; on questions, the calibration depends on whether SEARCH and REPORT are read too.
-    checkpoint: see `allowed_starts`.
+    checkpoint, averaged: see `allowed_starts`.
     What is in the table is not measured again. Needs Ray where states or losses are measured, and then the calibration
     section's text or prompts. Raises PlanError, ConfigError.
     """
@@ -44,7 +45,7 @@ def choose_blocks(
     found = {row["merges"]: row["first"] for row in run.read("blocks").to_pylist() if row["chosen"]}
     if set(merges) <= set(found):
         return {count: found[count] for count in merges}
-    starts = {count: allowed_starts(plan, n_layers, count, checkpoint) for count in merges}
+    starts = {count: allowed_starts(plan, n_layers, count, checkpoint, averaged=averaged) for count in merges}
     # A search over blocks begins with what the cosine chooses.
     chosen_by = "cosine" if plan.block == "search" else "given" if isinstance(plan.block, int) else plan.block
     tokens = None
@@ -123,6 +124,7 @@ def choose_one_by_one(
 ) -> list[int]:
     """Layers to drop, `most` of them in order: each the one without which the mean NLL of the calibration text is
     smallest, those before it being gone (SLEB, Song et al. 2024, arXiv 2402.09025). The first K are the choice for K.
+    Layers to which features of images are added stay.
 
     What each step measured goes into table `removals`, from which the next call goes on. Needs Ray, and the calibration
     section's text. Raises PlanError where no loss is finite.
@@ -134,11 +136,12 @@ def choose_one_by_one(
     inputs = read_inputs(config, (CALIBRATION,), text=False)
     with open_pool(config, inputs, cache, run=run, firsts=range(1, n_layers), progress=progress) as pool:
         numbers = range(_calibration_states(pool, inputs, progress, run))
-        candidates = sum(n_layers - step for step in range(len(gone), most))
+        free = range(inputs.checkpoint.deepstack_layers, n_layers)
+        candidates = sum(len(free) - step for step in range(len(gone), most))
         progress.stage("loss without each layer", candidates * len(numbers))
         done = 0
         while len(gone) < most:
-            stays = [layer for layer in range(n_layers) if layer not in gone]
+            stays = [layer for layer in free if layer not in gone]
             plans = {layer: drop_layers_plan(n_layers, [*gone, layer], name="so far") for layer in stays}
             tasks = [(layer, number) for layer in stays for number in numbers]
             counts = counted(progress, before=done)

@@ -164,7 +164,7 @@ class Layers:
         for step in range(1 + max(r["step"] for r in rows)):
             own = {r["layer"]: r for r in rows if r["step"] == step}
             of = f"step {step}"
-            stays = [x for x in range(self.base.n_layers) if x not in gone]
+            stays = [x for x in range(self.base.first, self.base.n_layers) if x not in gone]
             self.equal("removals: layers", of, sorted(own), stays)
             losses = [self.loss_without(windows, {*gone, x}) for x in stays]
             self.same("removals: loss", of, [own[x]["loss"] for x in stays], losses, 20 * self.rounding * max(losses))

@@ -29,6 +29,8 @@ WINDOW = 1024
 READS = {"input_layernorm": ("q_proj", "k_proj", "v_proj", "qkv_proj")}
 MLP_READS = ("gate_proj", "up_proj", "gate_up_proj", "input_linear", ".gate", ".w1", ".w3")
 GEMMA = ("gemma", "gemma2", "gemma3_text", "vaultgemma")
+# Language models that AutoModelForCausalLM has no class of, and those that are the same where positions are one number.
+IN_TEXT = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 UNMERGED = {"steps": [], "alphas": [], "own": {}, "norms": "keep", "biases": "keep", "alignment": "none"}
 
 
@@ -37,7 +39,7 @@ UNMERGED = {"steps": [], "alphas": [], "own": {}, "norms": "keep", "biases": "ke
 
 def own_name(name):
     """The name that a tensor of a language model inside a multimodal one has in that language model alone."""
-    inside = {"language_model.": "", "model.language_model.": "model."}
+    inside = {"language_model.": "", "model.language_model.": "model.", "model.text_model.": "model."}
     start = next((start for start in inside if name.startswith(start)), "")
     return inside.get(start, "") + name.removeprefix(start)
 
@@ -48,9 +50,15 @@ class Base:
     def __init__(self, path):
         self.folder = DEMO / "checkpoint" if path == "demo" else Path(path)
         self.config = json.loads((self.folder / "config.json").read_text())
-        if "text_config" in self.config:
+        # Layers from which on one may go: the earlier ones are given features of images.
+        self.first = len(self.config.get("vision_config", {}).get("deepstack_visual_indexes", ()))
+        if "vision_config" in self.config:
             whole = AutoConfig.from_pretrained(self.folder)
             self.config = whole.text_config.to_dict() | {"tie_word_embeddings": whole.tie_word_embeddings}
+            if self.config["model_type"] in IN_TEXT:
+                rotary = self.config["rope_parameters"]
+                self.config["model_type"] = IN_TEXT[self.config["model_type"]]
+                self.config["rope_parameters"] = {k: rotary[k] for k in ("rope_type", "rope_theta")}
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self.tensors = {}
         for file in sorted(self.folder.glob("*.safetensors")):
@@ -180,7 +188,7 @@ def quantised(weight, scheme):
 
 def loaded(folder, dtype):
     experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}  # the others know no float64
-    multimodal = "text_config" in json.loads(Path(folder, "config.json").read_text())
+    multimodal = "vision_config" in json.loads(Path(folder, "config.json").read_text())
     kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     model = kind.from_pretrained(folder, dtype=dtype, attn_implementation="eager", **experts)
     return model.eval()
