@@ -179,11 +179,15 @@ class Base:
 
 
 def quantised(weight, scheme):
-    """int8: a scale for each row; int4: for each 32 columns of a row."""
+    """int8: a scale for each row, by which torchao multiplies in float32; int4: for each 32 columns of a row, in the
+    weight's dtype. Scales have that dtype in both."""
     parts = weight if scheme == "int8" else weight.reshape(-1, 32)
     top, low, high = (127.5, -128, 127) if scheme == "int8" else (7.5, -8, 7)
-    scale = (parts.abs().amax(1, keepdim=True) / top).clamp_min(torch.finfo(weight.dtype).eps)
-    return (torch.clamp(torch.round(parts * (1.0 / scale)), low, high) * scale).reshape(weight.shape)
+    scale = (parts.abs().amax(1, keepdim=True) / top).clamp_min(torch.finfo(torch.float32).eps)
+    if scheme == "int8":
+        parts, scale = parts.float(), scale.float()
+    levels = torch.clamp(torch.round(parts * (1.0 / scale)), low, high)
+    return (levels * scale).to(weight.dtype).reshape(weight.shape)
 
 
 def loaded(folder, dtype):
