@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import task_files
 import torch
 from tiny import make_checkpoint
 
 from raymerge import experiments
+from raymerge.architectures import Architecture
 from raymerge.config_file import load_config
+from raymerge.quantisation import quantise_layer
 from raymerge.report import write_report
 
 SETTINGS = {
@@ -141,3 +144,19 @@ def test_its_allowance_for_weak_ridges_and_quantised_layers_hides_no_fault(tmp_p
     # What runs once did: products in float32, whose rounding decided in the place of a weak ridge.
     monkeypatch.setattr("raymerge.refit.products_for", lambda *_: torch.float32)
     assert "receipts" in wrong(Audit(swept("rounded"), questions=2, trials=0, seed=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("size", [0.05, 0.0005])
+def test_it_rounds_to_the_levels_of_torchao(monkeypatch, scheme, dtype, size):
+    """It rounded int8 in half precision, to other levels, and no scale was below the last digit of the dtype."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent / "audit")])
+    from recomputed import quantised
+
+    torch.manual_seed(0)
+    name = "mlp.up_proj.weight"
+    weight = (size * torch.randn(64, 96)).to(dtype)
+    rounded = quantise_layer(Architecture("llama"), {name: weight}, scheme)[name]
+    assert not torch.equal(rounded, weight)
+    assert torch.equal(quantised(weight, scheme), rounded)
