@@ -65,7 +65,8 @@ class Architecture:
     experts: in a mixture of experts the names of an expert's projections, with {} for its number; beside them stands
     the "router", whose rows move with the experts.
     mlp: transformers' module of the MLP, or of router and experts.
-    norm_inputs: for each input norm, the matrices that read its output (they see W diag(gain)).
+    norm_inputs: for each input norm, the matrices that read its output (they see W diag(gain) and, where the norm has a
+    bias b, add W b). What a norm has, a gain and a bias, a gain alone or neither, its tensors say.
     output_norms: for each block ("self_attn", "mlp") whose output is normalised before it is added, that norm. Its
     gain comes after a normalisation of its own, so it belongs to no matrix.
     head_norms: norms over one head's query or key dimensions, with the projection ("q" or "k"), applied before the
@@ -128,6 +129,11 @@ class Architecture:
     unembedding: str = "lm_head.weight"
 
     @property
+    def final_norms(self) -> tuple[str, str]:
+        """Names of the final norm's gain and bias; a model has both, the first or neither."""
+        return self.final_norm, f"{self.final_norm.removesuffix('weight')}bias"
+
+    @property
     def matrices(self) -> tuple[str, ...]:
         """The matrices that a merge averages, in a fixed order."""
         return tuple(self.projections)
@@ -159,14 +165,22 @@ class Architecture:
         """Whether a model of the family may have a tensor of this full name; files may hold others, as reward heads."""
         root, _, end = self.layer_prefix.partition("{}")
         if not name.startswith(root):
-            return name in (self.embedding, self.final_norm, self.unembedding)
+            return name in (self.embedding, *self.final_norms, self.unembedding)
         part, _, kind = name.removeprefix(root).partition(end)[2].rpartition(".")
         norms = {*self.norm_inputs, *self.output_norms.values(), *self.head_norms, *self.projection_norms}
-        return (kind == "weight" and part in norms) or (kind in ("weight", "bias") and part in self.projections)
+        return kind in ("weight", "bias") and (part in norms or part in self.projections)
 
-    def gain_of(self, matrix: str) -> str | None:
-        """The norm weight (a tensor of the layer) through which a matrix sees its input; None where there is none."""
-        return next((f"{norm}.weight" for norm, readers in self.norm_inputs.items() if matrix in readers), None)
+    def norm_before(self, matrix: str) -> str | None:
+        """The norm (a module of the layer) through which a matrix sees its input; None where there is none."""
+        return next((norm for norm, readers in self.norm_inputs.items() if matrix in readers), None)
+
+    def plain(self, name: str, tensor: Tensor) -> Tensor:
+        """What a norm's tensor of this name is where the norm does nothing but normalise: a gain of 1, a bias of 0."""
+        return torch.full_like(tensor, 0.0 if name.endswith("bias") else 1.0 - self.gain_offset)
+
+    def matrix_of(self, projection: str) -> str | None:
+        """The matrix that holds this projection and no other; None where there is none."""
+        return next((matrix for matrix, parts in self.projections.items() if parts == (projection,)), None)
 
     def head_norm_of(self, projection: str) -> str | None:
         """The norm of each head of queries ("q") or keys ("k"); None where there is none."""
@@ -283,18 +297,22 @@ def source_tensor(
 ) -> Tensor:
     """What a layer brings to an average for one of its tensors (relative name): float32, its units reordered.
 
-    norms="fold": an input norm's gain is multiplied into the matrices that read it, and the gains of the input norms
-    are one, so that the folded layer computes what the layer does. Other norms stay in any case: between them and a
-    matrix lies a normalisation.
+    norms="fold": an input norm's gain is multiplied into the matrices that read it, what they make of its bias is added
+    to theirs, and the gains of the input norms are one and their biases 0, so that the folded layer computes what the
+    layer does (`fusion` refuses matrices without a bias that would need one). Other norms stay in any case: between
+    them and a matrix lies a normalisation.
     """
     origin = name if permutations is None else architecture.origin(name, permutations)
     tensor = layer[origin].float()
     if norms == "fold":
         matrix, _, kind = origin.rpartition(".")
+        gain, bias = (layer.get(f"{architecture.norm_before(matrix)}.{part}") for part in ("weight", "bias"))
         if matrix in architecture.norm_inputs:
-            tensor = torch.full_like(tensor, 1.0 - architecture.gain_offset)
-        elif kind == "weight" and (gain := architecture.gain_of(matrix)):
-            tensor = tensor * (layer[gain].float() + architecture.gain_offset)
+            tensor = architecture.plain(name, tensor)
+        elif kind == "weight" and gain is not None:
+            tensor = tensor * (gain.float() + architecture.gain_offset)
+        elif kind == "bias" and bias is not None:
+            tensor = tensor + layer[f"{matrix}.weight"].float() @ bias.float()
     return tensor if permutations is None else permute_tensor(architecture, name, tensor, permutations)
 
 

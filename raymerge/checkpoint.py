@@ -172,7 +172,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def _check_complete(self) -> None:
         arch = self.architecture
-        wanted = [arch.embedding, arch.final_norm] + [
+        wanted = [arch.embedding] + [
             arch.layer_name(layer, f"{matrix}.weight") for layer in range(self.n_layers) for matrix in arch.matrices
         ]
         if not self.tied:
@@ -278,6 +278,8 @@ class Checkpoint(Mapping[str, Tensor]):
             return {n for n, part in layers if part not in joined and (arch.has_tensor(n) or part.startswith(beside))}
 
         wanted, there = own(expected), own(self._where, experts)
+        wanted |= expected & set(arch.final_norms)
+        there |= set(self._where) & set(arch.final_norms)
         if missing := sorted(wanted - there):
             raise CheckpointError(
                 f"{self.directory} lacks {len(missing)} tensors that its config requires, such as {missing[:3]}: "

@@ -19,6 +19,13 @@ _QWEN_EXPERTS = {
 }
 _EXPERT_GROUPS = {"experts": None, "units": "experts", **HEAD_GROUPS}
 _GATE_UP_FUSED = {"mlp.gate_up_proj": ("gate", "up"), "mlp.down_proj": ("down",)}
+# Its MLP has no gate: the square of what is above 0 of up.
+_ARCEE = Architecture(
+    "arcee",
+    windows="none",
+    projections=ATTENTION | {"mlp.up_proj": ("up",), "mlp.down_proj": ("down",)},
+    norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.up_proj",)},
+)
 _GLM = Architecture(
     "glm",
     windows="none",
@@ -56,12 +63,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture("cwm", windows="layer_types"),
         Architecture("ernie4_5", windows="none", rotary_neighbours=True),
         Architecture("helium", windows="none", rotary_neighbours=True),
-        # Its MLP has no gate: the square of what is above 0 of up.
+        _ARCEE,
+        replace(_ARCEE, name="nemotron", gain_offset=1.0),
         Architecture(
-            "arcee",
-            windows="none",
-            projections=ATTENTION | {"mlp.up_proj": ("up",), "mlp.down_proj": ("down",)},
-            norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.up_proj",)},
+            "starcoder2",
+            projections=ATTENTION | {"mlp.c_fc": ("up",), "mlp.c_proj": ("down",)},
+            norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.c_fc",)},
+        ),
+        Architecture("olmo", windows="none", required={"clip_qkv": (None,)}),
+        Architecture(
+            "stablelm", windows="none", required={"qk_layernorm": (False,), "use_parallel_residual": (False,)}
         ),
         Architecture("smollm3", windows="layer_types", rotary_layers="no_rope_layers"),
         Architecture(

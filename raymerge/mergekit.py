@@ -28,9 +28,9 @@ _FOLDER = "base-model"
 # that they can have. Those of others it infers from the files, without knowing which key counts the layers.
 _LISTED = frozenset(
     ("arcee", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3")
-    + ("qwen2", "qwen3", "qwen3_moe")
+    + ("qwen2", "qwen3", "qwen3_moe", "stablelm", "starcoder2")
 )
-_BIASES_LISTED = frozenset({"glm4", "granite", "qwen2"})
+_BIASES_LISTED = frozenset({"glm4", "granite", "qwen2", "stablelm", "starcoder2"})
 _TYPES = {"torch.float32": "float32", "torch.float16": "float16", "torch.bfloat16": "bfloat16"}
 
 
@@ -67,11 +67,14 @@ def mergekit_yaml(checkpoint: Checkpoint, plan: MergePlan) -> str:
         raise NotExpressible(f"mergekit's list of the tensors of {family} asks for experts, and this model has none")
     if len(plan.kept) < plan.n_layers and family not in _LISTED:
         raise NotExpressible(f"mergekit has no list of the tensors of {family}, and leaves num_hidden_layers as it was")
-    if family in _LISTED - _BIASES_LISTED and any(name.endswith(".bias") for name in checkpoint.layer_tensors(0)):
+    biased = any(f"{matrix}.bias" in checkpoint.layer_tensors(0) for matrix in checkpoint.architecture.matrices)
+    if family in _LISTED - _BIASES_LISTED and biased:
         raise NotExpressible(f"mergekit leaves out the biases of {family}")
+    if family == "starcoder2" and not biased:
+        raise NotExpressible(f"mergekit's list of the tensors of {family} asks for biases, and this model has none")
     if family == "gemma" and not checkpoint.tied:
         raise NotExpressible(f"mergekit leaves out the unembedding of {family}, which is the embedding in its list")
-    if family == "phi3" and checkpoint.tied:
+    if family in ("phi3", "stablelm") and checkpoint.tied:
         raise NotExpressible(f"mergekit finds no unembedding, which in its list of {family}'s tensors is never tied")
     if len(checkpoint.stored_dtypes) > 1:
         raise NotExpressible("mergekit stores all tensors in one dtype, and these are stored in several")

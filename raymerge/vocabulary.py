@@ -51,13 +51,14 @@ class Vocabulary:
     def normalise(self, x: Tensor) -> Tensor:
         """The final norm, in float32: (…, d) to (…, d) float32, divided by what the family divides its logits by, which
         are then products with the unembedding's rows in every family."""
-        normalised = functional_call(self._norm, {"weight": self._final_gain}, (x.float(),))
+        normalised = functional_call(self._norm, self._final_tensors, (x.float(),))
         return normalised if self._logit_divisor == 1.0 else normalised / self._logit_divisor
 
     @cached_property
     @torch.inference_mode(False)
-    def _final_gain(self) -> Tensor:
-        return self._checkpoint[self._architecture.final_norm].to(self._device, torch.float32)
+    def _final_tensors(self) -> dict[str, Tensor]:
+        names = (name for name in self._architecture.final_norms if name in self._checkpoint)
+        return {name.rpartition(".")[2]: self._checkpoint[name].to(self._device, torch.float32) for name in names}
 
     def capped(self, logits: Tensor) -> Tensor:
         """Logits as the model gives them, of products of states and the unembedding's rows."""

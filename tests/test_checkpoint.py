@@ -328,6 +328,8 @@ def test_truncated_weights(copy, keep):
     ("family", "name"),
     [
         ("llama", "model.layers.2.input_layernorm.weight"),
+        ("nemotron", "model.layers.2.input_layernorm.bias"),
+        ("nemotron", "model.norm.bias"),
         ("qwen2", "model.layers.4.self_attn.q_proj.bias"),
         ("qwen3_moe", "model.layers.1.self_attn.k_norm.weight"),
         ("mixtral", "model.layers.1.post_attention_layernorm.weight"),

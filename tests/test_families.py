@@ -49,7 +49,7 @@ def test_windows_are_those_of_transformers(family, window):
             single.layer_types = [config.layer_types[number]]
         model = tiny.random_model(single)
         embedded = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0, -1].sum().backward()
+        model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0, -1, :9].sum().backward()
         reached = int((embedded.grad[0].abs().sum(-1) > 0).sum())
         assert reached == min(length, window or length)
 
@@ -162,7 +162,7 @@ def test_unknown_layer_types_are_refused():
 )
 def test_unsupported_families_are_named_with_what_they_have_and_the_supported_ones(model_type, reason):
     with pytest.raises(
-        ArchitectureError, match=f"'{model_type}' is not supported: {reason}.* gemma2, .*, smollm3, vaultgemma$"
+        ArchitectureError, match=f"'{model_type}' is not supported: {reason}.* gemma2, .*, smollm3, .*, vaultgemma$"
     ):
         architecture_of(AutoConfig.for_model(model_type))
     with pytest.raises(ArchitectureError, match="model type None"):

@@ -230,7 +230,8 @@ def test_a_layer_s_size_is_that_of_transformers_module(tmp_path, family):
     if tensors:
         assert size.mlp == config.num_experts_per_tok * tensors["down_proj"].shape[-1]
     else:
-        down = layer.shared_mlp.output_linear if family.startswith("granite4") else layer.mlp.down_proj
+        names = ("shared_mlp.output_linear", "mlp.c_proj", "mlp.down_proj")
+        (down,) = (module for name, module in layer.named_modules() if name in names)
         assert size.mlp == down.in_features
 
 

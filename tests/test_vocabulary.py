@@ -35,6 +35,16 @@ def test_the_final_norm_and_the_most_probable_tokens(tmp_path, monkeypatch):
     assert torch.equal(rows, model.lm_head.weight[[3, 700]].float()) and rows.dtype == torch.float32
 
 
+@pytest.mark.parametrize("family", ["nemotron", "starcoder2", "olmo"])
+def test_a_final_norm_with_a_bias_or_without_tensors(tmp_path, family):
+    folder = tiny.make_checkpoint(tmp_path / "m", family)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0)) * 5 + 2
+    with torch.no_grad():
+        expected = model.model.norm(x.double())
+    assert (LayerRunner(Checkpoint(str(folder))).vocabulary.normalise(x) - expected).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "granite", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_states_before_the_first_layer_are_transformers_in_every_dtype(tmp_path, family, dtype):

@@ -177,10 +177,9 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
             seen = {number: [] for number in range(self.base.n_layers)}
             hooks = [
                 down.register_forward_pre_hook(lambda _, args, own=seen[n]: own.append(args[0][0]))
-                for n, down in enumerate(
-                    layer.shared_mlp.output_linear if self.base.kind == "granitemoehybrid" else layer.mlp.down_proj
-                    for layer in model.model.layers
-                )
+                for n, layer in enumerate(model.model.layers)
+                for name, down in layer.named_modules()
+                if name.endswith(f"mlp.{self.base.down}")
             ]
             with torch.no_grad():
                 for ids, *_ in sequences:

@@ -137,8 +137,8 @@ class Searches:
         order = [
             ("q_proj", "k_proj", "v_proj", "qkv_proj"),
             ("o_proj",),
-            ("gate_proj", "up_proj", "gate_up_proj"),
-            ("down_proj",),
+            ("gate_proj", "up_proj", "gate_up_proj", "c_fc"),
+            ("down_proj", "c_proj"),
         ]
         order = [
             f"{part}.{name}"
