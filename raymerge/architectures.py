@@ -67,6 +67,8 @@ class Architecture:
     mlp: transformers' module of the MLP, or of router and experts.
     norm_inputs: for each input norm, the matrices that read its output (they see W diag(gain) and, where the norm has a
     bias b, add W b). What a norm has, a gain and a bias, a gain alone or neither, its tensors say.
+    parallel: whether attention and MLP both read the layer's input, so that what they give is added once; they may read
+    it through one norm.
     output_norms: for each block ("self_attn", "mlp") whose output is normalised before it is added, that norm. Its
     gain comes after a normalisation of its own, so it belongs to no matrix.
     head_norms: norms over one head's query or key dimensions, with the projection ("q" or "k"), applied before the
@@ -78,12 +80,15 @@ class Architecture:
     units it lies, or None. The dimensions of a query or key head form none: each has its own rotary frequency.
     sizes: how many units each name of PROJECTIONS stands for, of those inside another inside one unit of it.
     scaled_embedding: whether embeddings are multiplied by the root of their width.
-    embedding_multiplier, residual_multiplier, logit_divisor: config keys of what embeddings, and what a block adds to
-    the residual stream, are multiplied by, and of what logits are divided by.
+    embedding_multiplier, residual_multiplier, logit_multiplier, logit_divisor: config keys of what embeddings, what a
+    block adds to the residual stream, and logits are multiplied by, and of what logits are divided by.
     windows: which layers have the window that a config gives: "none", "all", or those that its `layer_types` name.
     rotary_if: config options with the values with which there is a rotary embedding; with others no layer has one.
-    rotary_windows: whether, where the config gives a window, only the layers that have it have a rotary embedding.
+    rotary_windows: whether only layers with a window have a rotary embedding: "never", "always", or where the config
+    "gives" a window.
     rotary_layers: config key of a list with 1 for each layer that has a rotary embedding, and 0 for one without.
+    rotary_interleaved: whether transformers' module gives the angles of a head's dimensions in the order of these, and
+    not those of the first of each pair before those of the second.
     rotary_neighbours: whether a rotary embedding turns dimensions (0, 1), (2, 3), … of a head together, instead of each
     of the first half with its counterpart of the second; in families without norms of queries and keys.
     query_scaling: key of rope_parameters of b, where a query at position p is multiplied, after its rotation, by
@@ -101,6 +106,7 @@ class Architecture:
     norm_inputs: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {"input_layernorm": QKV, "post_attention_layernorm": GATE_UP}
     )
+    parallel: bool = False
     output_norms: Mapping[str, str] = field(default_factory=dict)
     head_norms: Mapping[str, str] = field(default_factory=dict)
     rotated_head_norms: bool = False
@@ -111,11 +117,13 @@ class Architecture:
     scaled_embedding: bool = False
     embedding_multiplier: str | None = None
     residual_multiplier: str | None = None
+    logit_multiplier: str | None = None
     logit_divisor: str | None = None
     windows: str = "all"
     rotary_if: Mapping[str, Any] = field(default_factory=dict)
-    rotary_windows: bool = False
+    rotary_windows: str = "never"
     rotary_layers: str | None = None
+    rotary_interleaved: bool = False
     rotary_neighbours: bool = False
     query_scaling: str | None = None
     attention_softcap: str | None = None

@@ -26,6 +26,16 @@ _ARCEE = Architecture(
     projections=ATTENTION | {"mlp.up_proj": ("up",), "mlp.down_proj": ("down",)},
     norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.up_proj",)},
 )
+_COHERE = Architecture(
+    "cohere",
+    windows="none",
+    norm_inputs={"input_layernorm": (*QKV, *GATE_UP)},
+    parallel=True,
+    logit_multiplier="logit_scale",
+    rotary_interleaved=True,
+    rotary_neighbours=True,
+    required={"use_qk_norm": (None, False)},
+)
 _GLM = Architecture(
     "glm",
     windows="none",
@@ -70,6 +80,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             projections=ATTENTION | {"mlp.c_fc": ("up",), "mlp.c_proj": ("down",)},
             norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.c_fc",)},
         ),
+        _COHERE,
+        replace(_COHERE, name="cohere2", windows="layer_types", rotary_windows="always", required={}),
         Architecture("olmo", windows="none", required={"clip_qkv": (None,)}),
         Architecture(
             "stablelm", windows="none", required={"qk_layernorm": (False,), "use_parallel_residual": (False,)}
@@ -136,7 +148,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             _OLMO2,
             name="exaone4",
             windows="layer_types",
-            rotary_windows=True,
+            rotary_windows="gives",
             projection_norms={},
             head_norms=_Q_K_NORMS,
         ),
@@ -261,10 +273,11 @@ def architecture_of(config: Any) -> Architecture:
             raise ArchitectureError(
                 f"{model_type} with {key} = {value!r} is not supported; supported is {' or '.join(map(repr, known))}"
             )
-    if family.logit_divisor and not getattr(config, family.logit_divisor):
-        raise ArchitectureError(
-            f"{model_type} with {family.logit_divisor} = 0 has no logits, which are divided by it: correct the config"
-        )
+    for scale, how in ((family.logit_divisor, "divided"), (family.logit_multiplier, "multiplied")):
+        if scale and not getattr(config, scale):
+            raise ArchitectureError(
+                f"{model_type} with {scale} = 0 has no logits, which are {how} by it: correct the config"
+            )
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     sizes = {
@@ -342,7 +355,8 @@ def rotary_types(config: Any) -> list[str | None]:
     family = ARCHITECTURES[config.model_type]
     if any(getattr(config, option) != value for option, value in family.rotary_if.items()):
         return [NO_ROTARY] * count
-    if family.rotary_windows and config.sliding_window is not None:
+    gives = config.sliding_window is not None if family.rotary_windows == "gives" else family.rotary_windows == "always"
+    if gives:
         kinds = zip(types, config.layer_types, strict=True)
         return [kind if windowed == "sliding_attention" else NO_ROTARY for kind, windowed in kinds]
     key = family.rotary_layers

@@ -97,7 +97,12 @@ def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
         return
     architecture, method = checkpoint.architecture, plan.refit.method
     needed = ("o", "down", "gate", "up") if method == "units" else ("o", "down")
-    # A norm between MLP and residual stream, a parallel MLP or a scaled residual is not linear, or another map.
+    if architecture.parallel:
+        raise RefitError(
+            f"refit {method} needs layers whose MLP follows their attention, and in {architecture.name} both read the "
+            "layer's input: set plan.refit to none"
+        )
+    # A norm between MLP and residual stream or a scaled residual is not linear, or another map.
     scale = architecture.residual_multiplier
     another = architecture.output_norms or (scale is not None and getattr(checkpoint.config, scale) != 1)
     missing = [projection for projection in needed if architecture.matrix_of(projection) is None]

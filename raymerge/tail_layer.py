@@ -70,8 +70,10 @@ class TailLayer:
         found = {}
         for layer in range(self.first, self.runner.checkpoint.n_layers):
             if (kind := self.runner.checkpoint.rotary_types[layer]) not in found:
-                cos, sin = self.runner.rotary(positions, layer)
-                found[kind] = cos[0].float()[:, None], sin[0].float()[:, None]
+                cos, sin = (angles[0].float()[:, None] for angles in self.runner.rotary(positions, layer))
+                if self._architecture.rotary_interleaved:
+                    cos, sin = (torch.cat([angles[..., 0::2], angles[..., 1::2]], -1) for angles in (cos, sin))
+                found[kind] = cos, sin
         return found
 
     def _rotary_at(self, positions: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
@@ -104,7 +106,8 @@ class TailLayer:
         o, _ = self._architecture.rows_of("o")
         out = self._product(attended, weights[f"{o}.weight"], weights.get(f"{o}.bias"))
         x = last + self._leaving("self_attn", out, weights)
-        return self.runner.vocabulary.normalise(x + self._leaving("mlp", self._mlp(x, weights), weights))
+        read = last if self._architecture.parallel else x
+        return self.runner.vocabulary.normalise(x + self._leaving("mlp", self._mlp(read, weights), weights))
 
     def _product(self, x: Tensor, matrix: Tensor, bias: Tensor | None, *, narrow: bool = False) -> Tensor:
         """A linear map in the compute dtype, its bias added in float32; float32.

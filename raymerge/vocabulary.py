@@ -41,6 +41,7 @@ class Vocabulary:
         #: What a family caps its logits at; None where it does not.
         self.logit_softcap: float | None = getattr(config, arch.logit_softcap) if arch.logit_softcap else None
         self._logit_divisor: float = getattr(config, arch.logit_divisor) if arch.logit_divisor else 1.0
+        self._logit_divisor /= getattr(config, arch.logit_multiplier) if arch.logit_multiplier else 1.0
 
     def embedded(self, ids: np.ndarray) -> Tensor:
         """The states (n, d) that enter layer 0, of token ids (n,)."""

@@ -144,7 +144,9 @@ def with_options(plan, alignment, norms, biases="keep"):
 def fold(state, layer, config):
     """Gains into the columns of what reads them, and what these make of biases into theirs, written out."""
     prefix, offset = f"model.layers.{layer}.", 1 if tiny.offset_gains(config.model_type) else 0
-    before_mlp = "pre_feedforward_layernorm" if offset and config.model_type != "gemma" else "post_attention_layernorm"
+    before_mlp = "pre_feedforward_layernorm" if "gemma" in config.model_type[:-1] else "post_attention_layernorm"
+    before_mlp = "input_layernorm" if "cohere" in config.model_type else before_mlp
+    gone = []
     for norm, readers in (
         ("input_layernorm", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
         (before_mlp, ("gate_proj", "up_proj", "gate_up_proj", "input_linear", "gate", "w1", "w3", "c_fc")),
@@ -155,11 +157,13 @@ def fold(state, layer, config):
                 if name.startswith(prefix) and name.endswith(tuple(f".{reader}.bias" for reader in readers)):
                     matrix = state[name.replace("bias", "weight")].double()
                     state[name] = state[name].double() + torch.einsum("oi,i->o", matrix, state[shift].double())
-            state[shift] = torch.zeros_like(state[shift])
+            gone.append(shift)
         for name in state:
             if name.startswith(prefix) and name.endswith(tuple(f".{reader}.weight" for reader in readers)):
                 state[name] = torch.einsum("oi,i->oi", state[name].double(), gain)
-        state[f"{prefix}{norm}.weight"] = torch.full_like(state[f"{prefix}{norm}.weight"], 1 - offset)
+        gone.append(f"{prefix}{norm}.weight")
+    for name in gone:
+        state[name] = torch.full_like(state[name], 0 if name.endswith("bias") else 1 - offset)
 
 
 def reorder(state, layer, config, order):
@@ -293,6 +297,7 @@ def test_every_alignment_with_every_norm(checkpoint, aligner, alignment, norms, 
         ("starcoder2", "neurons", "fold"),
         ("starcoder2", "rows", "fold"),
         ("olmo", "neurons", "keep"),
+        ("cohere", "neurons", "fold"),
         ("stablelm", "rows", "keep"),
     ],
 )

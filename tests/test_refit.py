@@ -354,6 +354,13 @@ def test_a_refit_of_outputs_that_are_normalised_or_scaled_is_refused(tmp_path, f
         check_refittable(checkpoint, refitted(drop_block_plan(N, 2, 1), "outputs"))
 
 
+def test_a_refit_of_attention_and_mlp_side_by_side_is_refused(tmp_path):
+    checkpoint = Checkpoint(str(make_checkpoint(tmp_path / "m", "cohere2")))
+    for method in ("linear", "outputs"):
+        with pytest.raises(RefitError, match="MLP follows their attention, and in cohere2 both read the layer's input"):
+            check_refittable(checkpoint, refitted(drop_plan(N, 1), method))
+
+
 def test_units_are_weighed_by_tokens_however_these_are_cut_into_shards(folder, tmp_path):
     sequences, plan = windows(0, 3), refitted(drop_block_plan(N, 2, 1), "units")
     whole = refitter_of(folder, tmp_path / "a", (shard_of(sequences),)).sums(plan, 0)

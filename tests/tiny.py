@@ -110,6 +110,16 @@ FAMILIES = {
     "nemotron": {"model_type": "nemotron", "head_dim": 12, "partial_rotary_factor": 0.5},
     "starcoder2": {"model_type": "starcoder2", "sliding_window": 60, "tie_word_embeddings": True},
     "starcoder2_no_biases": {"model_type": "starcoder2", "use_bias": False, "num_key_value_heads": 1},
+    # Attention and MLP side by side, behind one norm without a bias.
+    "cohere": {"model_type": "cohere", "logit_scale": 0.3, "tie_word_embeddings": True, "attention_bias": True},
+    # Its layers without a window have no rotary embedding.
+    "cohere2": {
+        "model_type": "cohere2",
+        "logit_scale": 0.3,
+        "tie_word_embeddings": True,
+        "sliding_window": 40,
+        "layer_types": _SLIDING[:1] + _FULL + 3 * _SLIDING,
+    },
     # Norms without gains.
     "olmo": {"model_type": "olmo", "num_key_value_heads": 4},
     "stablelm": {"model_type": "stablelm", "use_qkv_bias": True, "partial_rotary_factor": 0.25},

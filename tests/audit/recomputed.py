@@ -74,11 +74,20 @@ class Base:
 
     @property
     def before_mlp(self):
+        if self.kind in ("cohere", "cohere2"):
+            return "input_layernorm"
         return "pre_feedforward_layernorm" if self.kind in GEMMA[1:] else "post_attention_layernorm"
+
+    @property
+    def readers(self):
+        """By input norm, how the names of what reads it end."""
+        if self.before_mlp in READS:
+            return {self.before_mlp: READS[self.before_mlp] + MLP_READS}
+        return READS | {self.before_mlp: MLP_READS}
 
     def gains(self, layer):
         """By matrix, the gain (d,) of the norm that it reads."""
-        readers = {} if self.kind in ("olmo", "olmo2", "olmo3", "exaone4") else READS | {self.before_mlp: MLP_READS}
+        readers = {} if self.kind in ("olmo", "olmo2", "olmo3", "exaone4") else self.readers
         return {
             name: layer[f"{norm}.weight"].double() + self.offset
             for norm, ends in readers.items()
@@ -90,7 +99,7 @@ class Base:
         """The layer, float64, with the gains of its input norms in its matrices, and in their biases what the norms'
         come to."""
         found = {name: tensor.double() for name, tensor in layer.items()}
-        for norm, ends in (READS | {self.before_mlp: MLP_READS}).items():
+        for norm, ends in self.readers.items():
             if (shift := found.get(f"{norm}.bias")) is not None:
                 for name in found:
                     if name.endswith(tuple(f"{end}.bias" for end in ends)):
