@@ -137,9 +137,10 @@ class Architecture:
     unembedding: str = "lm_head.weight"
 
     @property
-    def final_norms(self) -> tuple[str, str]:
-        """Names of the final norm's gain and bias; a model has both, the first or neither."""
-        return self.final_norm, f"{self.final_norm.removesuffix('weight')}bias"
+    def ends(self) -> tuple[str, str, str]:
+        """Names of the final norm's gain and bias and of the unembedding's bias; a model has some of these, or none."""
+        norm, unembedding = (name.removesuffix("weight") for name in (self.final_norm, self.unembedding))
+        return self.final_norm, f"{norm}bias", f"{unembedding}bias"
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -173,7 +174,7 @@ class Architecture:
         """Whether a model of the family may have a tensor of this full name; files may hold others, as reward heads."""
         root, _, end = self.layer_prefix.partition("{}")
         if not name.startswith(root):
-            return name in (self.embedding, *self.final_norms, self.unembedding)
+            return name in (self.embedding, self.unembedding, *self.ends)
         part, _, kind = name.removeprefix(root).partition(end)[2].rpartition(".")
         norms = {*self.norm_inputs, *self.output_norms.values(), *self.head_norms, *self.projection_norms}
         return kind in ("weight", "bias") and (part in norms or part in self.projections)
@@ -272,7 +273,10 @@ class Architecture:
 
 
 def _renamed(name: str, before: Architecture | type[Architecture], after: Architecture | type[Architecture]) -> str:
-    """A full name in one's spelling as the other spells it; the class has those of a language model alone."""
+    """A full name in one's spelling as the other spells it; the class has those of a language model alone, but for one
+    that is never inside another (Phi)."""
+    if before.layer_prefix == after.layer_prefix:
+        return name
     root, _, _ = before.layer_prefix.partition("{}")
     if name.startswith(root):
         return after.layer_prefix.partition("{}")[0] + name.removeprefix(root)

@@ -80,6 +80,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             projections=ATTENTION | {"mlp.c_fc": ("up",), "mlp.c_proj": ("down",)},
             norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.c_fc",)},
         ),
+        Architecture(
+            "phi",
+            windows="none",
+            projections={name: (part,) for name, part in zip((*QKV, "self_attn.dense"), "qkvo", strict=True)}
+            | {"mlp.fc1": ("up",), "mlp.fc2": ("down",)},
+            norm_inputs={"input_layernorm": (*QKV, "mlp.fc1")},
+            parallel=True,
+            required={"qk_layernorm": (False,)},
+            final_norm="model.final_layernorm.weight",
+        ),
         _COHERE,
         replace(_COHERE, name="cohere2", windows="layer_types", rotary_windows="always", required={}),
         Architecture("olmo", windows="none", required={"clip_qkv": (None,)}),
@@ -221,7 +231,7 @@ _FOREIGN_NAMES = dict.fromkeys(
     ("mamba", "mamba2", "jamba", "bamba", "zamba", "zamba2", "falcon_mamba", "falcon_h1", "nemotron_h", "rwkv")
     + ("qwen3_next", "recurrent_gemma", "lfm2", "lfm2_moe", "minimax", "xlstm", "plamo2"),
     _STATE_SPACE,
-)
+) | {"gpt_neox": "the queries, keys and values of each head one after another in one matrix"}
 
 
 #: Multimodal families whose language model is merged, each with the model types that one is known to have inside it.

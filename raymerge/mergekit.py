@@ -28,23 +28,10 @@ _FOLDER = "base-model"
 # Of mergekit 0.1.5 (mergekit/_data/architectures): families whose tensors it lists, and those of them with all biases
 # that they can have. Those of others it infers from the files, without knowing which key counts the layers.
 _LISTED = frozenset(
-    (
-        "arcee",
-        "cohere2",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "glm4",
-        "granite",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "phi3",
-    )
-    + ("qwen2", "qwen3", "qwen3_moe", "stablelm", "starcoder2")
+    ("arcee", "cohere2", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral", "mixtral")
+    + ("olmo2", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "stablelm", "starcoder2")
 )
-_BIASES_LISTED = frozenset({"glm4", "granite", "qwen2", "stablelm", "starcoder2"})
+_BIASES_LISTED = frozenset({"glm4", "granite", "phi", "qwen2", "stablelm", "starcoder2"})
 # Families whose members that raymerge supports lack what the list asks for.
 _ASKED = {"cohere": "norms of queries and keys", "granitemoehybrid": "experts"}
 _TYPES = {"torch.float32": "float32", "torch.float16": "float16", "torch.bfloat16": "bfloat16"}
@@ -92,7 +79,7 @@ def mergekit_yaml(checkpoint: Checkpoint, plan: MergePlan) -> str:
         raise NotExpressible(f"mergekit's list of the tensors of {family} asks for biases, and this model has none")
     if family == "gemma" and not checkpoint.tied:
         raise NotExpressible(f"mergekit leaves out the unembedding of {family}, which is the embedding in its list")
-    if family in ("phi3", "stablelm") and checkpoint.tied:
+    if family in ("phi", "phi3", "stablelm") and checkpoint.tied:
         raise NotExpressible(f"mergekit finds no unembedding, which in its list of {family}'s tensors is never tied")
     if len(checkpoint.stored_dtypes) > 1:
         raise NotExpressible("mergekit stores all tensors in one dtype, and these are stored in several")

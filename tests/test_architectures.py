@@ -23,17 +23,20 @@ def test_every_tensor_of_a_family_is_accounted_for(family):
     arch = architecture_of(config)
     there = set(tiny.of_layers(tiny.stored_layer, config.model_type, model.state_dict()))
     norms = (*arch.norm_inputs, *arch.head_norms, *arch.projection_norms, *arch.output_norms.values())
-    kinds = {"olmo": (), "nemotron": BOTH, "starcoder2": BOTH, "stablelm": BOTH}.get(config.model_type, BOTH[:1])
+    kinds = () if config.model_type == "olmo" else BOTH[:1]
+    kinds = BOTH if config.model_type in ("nemotron", "starcoder2", "stablelm", "phi") else kinds
     layer = {f"{name}.weight" for name in arch.matrices} | {f"{name}.{kind}" for name in norms for kind in kinds}
     biases = {f"{name}.bias" for name in arch.matrices}
     for number in range(config.num_hidden_layers):
         prefix = f"model.layers.{number}."
         found = {name.removeprefix(prefix) for name in there if name.startswith(prefix)}
         assert found - biases == layer
-        assert arch.layer_name(number, "self_attn.o_proj.weight") == f"{prefix}self_attn.o_proj.weight"
+        assert arch.layer_name(number, "self_attn.q_proj.weight") == f"{prefix}self_attn.q_proj.weight"
     outside = {name for name in there if not name.startswith("model.layers.")}
-    assert outside == {arch.embedding, arch.unembedding, *(f"model.norm.{kind}" for kind in kinds)}
-    assert {*arch.final_norms} == {f"model.norm.{kind}" for kind in BOTH} and all(map(arch.has_tensor, there))
+    norm, bias = ("final_layernorm", ["lm_head.bias"]) if config.model_type == "phi" else ("norm", [])
+    assert outside == {arch.embedding, arch.unembedding, *(f"model.{norm}.{kind}" for kind in kinds), *bias}
+    assert arch.ends == (f"model.{norm}.weight", f"model.{norm}.bias", "lm_head.bias")
+    assert all(map(arch.has_tensor, outside)) and all(arch.loaded_name(name) == name for name in outside)
 
 
 def test_matrices_that_read_a_norm_have_its_width():
@@ -183,7 +186,7 @@ def test_names_that_a_family_may_have_are_no_others():
     arch = architecture_of(tiny.config_of("qwen3"))
     there = ("model.norm.weight", "lm_head.weight", "model.layers.3.self_attn.q_norm.weight",
              "model.layers.0.mlp.up_proj.bias", "model.layers.1.input_layernorm.bias", "model.norm.bias")  # fmt: skip
-    others = ("score.weight", "lm_head.bias", "model.layers.3.self_attn.q_norm.scale", "model.layers.0.mlp.bias",
+    others = ("score.weight", "lm_head.scale", "model.layers.3.self_attn.q_norm.scale", "model.layers.0.mlp.bias",
               "model.layers.0.mlp.up_proj.scale")  # fmt: skip
     assert all(map(arch.has_tensor, there)) and not any(map(arch.has_tensor, others))
 

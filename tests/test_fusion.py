@@ -145,11 +145,11 @@ def fold(state, layer, config):
     """Gains into the columns of what reads them, and what these make of biases into theirs, written out."""
     prefix, offset = f"model.layers.{layer}.", 1 if tiny.offset_gains(config.model_type) else 0
     before_mlp = "pre_feedforward_layernorm" if "gemma" in config.model_type[:-1] else "post_attention_layernorm"
-    before_mlp = "input_layernorm" if "cohere" in config.model_type else before_mlp
+    before_mlp = "input_layernorm" if config.model_type in ("cohere", "cohere2", "phi") else before_mlp
     gone = []
     for norm, readers in (
         ("input_layernorm", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
-        (before_mlp, ("gate_proj", "up_proj", "gate_up_proj", "input_linear", "gate", "w1", "w3", "c_fc")),
+        (before_mlp, ("gate_proj", "up_proj", "gate_up_proj", "input_linear", "gate", "w1", "w3", "c_fc", "fc1")),
     ):
         gain = state[f"{prefix}{norm}.weight"].double() + offset
         if (shift := f"{prefix}{norm}.bias") in state:
@@ -183,7 +183,7 @@ def reorder(state, layer, config, order):
     prefix, (heads, kv_rows) = f"model.layers.{layer}.", (len(q), len(k))
     rows = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v}
     rows["self_attn.qkv_proj"] = [*q, *(heads + i for i in k), *(heads + kv_rows + i for i in v)]
-    columns = {"self_attn.o_proj": o}
+    columns = {"self_attn.dense" if config.model_type == "phi" else "self_attn.o_proj": o}
     old = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
     if "experts" in order:
         router, *names = tiny.expert_names(config.model_type)
@@ -195,8 +195,8 @@ def reorder(state, layer, config, order):
             rows[gate] = rows[up] = columns[down] = units.tolist()
     else:
         units = order["units"].tolist()
-        down = {"granitemoehybrid": "shared_mlp.output_linear", "starcoder2": "mlp.c_proj"}
-        rows["mlp.gate_proj"] = rows["mlp.up_proj"] = rows["mlp.c_fc"] = units
+        down = {"granitemoehybrid": "shared_mlp.output_linear", "starcoder2": "mlp.c_proj", "phi": "mlp.fc2"}
+        rows["mlp.gate_proj"] = rows["mlp.up_proj"] = rows["mlp.c_fc"] = rows["mlp.fc1"] = units
         columns[down.get(config.model_type, "mlp.down_proj")] = units
         rows["mlp.gate_up_proj"] = rows["shared_mlp.input_linear"] = [*units, *(len(units) + i for i in units)]
     for matrix, index in rows.items():
@@ -298,6 +298,7 @@ def test_every_alignment_with_every_norm(checkpoint, aligner, alignment, norms, 
         ("starcoder2", "rows", "fold"),
         ("olmo", "neurons", "keep"),
         ("cohere", "neurons", "fold"),
+        ("phi", "neurons", "fold"),
         ("stablelm", "rows", "keep"),
     ],
 )

@@ -76,6 +76,7 @@ UNLISTED = ("olmoe", "seed_oss", "ernie4_5", "ministral3", "helium", "glm", "hun
 OF = {
     "biases": "granite",
     "into_the_deeper": "stablelm",
+    "before_last": "phi",
     "two_groups": "starcoder2",
     "mixtral": "mixtral",
     "qwen3_moe": "qwen3_moe",
@@ -193,10 +194,10 @@ def test_what_mergekit_does_not_know_of_a_family_is_not_expressed(tmp_path, fami
             mergekit_yaml(checkpoint, PLANS["drop"])
 
 
-@pytest.mark.parametrize(("family", "tied"), [("gemma", False), ("phi3", True), ("stablelm", True)])
+@pytest.mark.parametrize(("family", "tied"), [("gemma", False), ("phi3", True), ("phi", True), ("stablelm", True)])
 def test_an_unembedding_that_its_list_has_otherwise(tmp_path, family, tied):
-    """Gemma's lists none, and Phi-3's and StableLM's are not optional (mergekit 0.1.5, gemma.json, phi3.json and
-    stablelm2.json)."""
+    """Gemma's lists none, and Phi's, Phi-3's and StableLM's are not optional (mergekit 0.1.5, gemma.json, phi2.json,
+    phi3.json and stablelm2.json)."""
     options = {"tie_word_embeddings": tied, "attention_bias": False}
     checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family, **options)))
     with pytest.raises(NotExpressible, match="mergekit (leaves out|finds no).* unembedding"):

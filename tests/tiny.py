@@ -110,7 +110,9 @@ FAMILIES = {
     "nemotron": {"model_type": "nemotron", "head_dim": 12, "partial_rotary_factor": 0.5},
     "starcoder2": {"model_type": "starcoder2", "sliding_window": 60, "tie_word_embeddings": True},
     "starcoder2_no_biases": {"model_type": "starcoder2", "use_bias": False, "num_key_value_heads": 1},
-    # Attention and MLP side by side, behind one norm without a bias.
+    # Attention and MLP side by side, behind one norm; biases everywhere, in the unembedding too.
+    "phi": {"model_type": "phi", "partial_rotary_factor": 0.5, "num_key_value_heads": 4},
+    # The same behind a norm without a bias.
     "cohere": {"model_type": "cohere", "logit_scale": 0.3, "tie_word_embeddings": True, "attention_bias": True},
     # Its layers without a window have no rotary embedding.
     "cohere2": {

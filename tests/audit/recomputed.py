@@ -27,7 +27,7 @@ DEMO = Path(__file__).resolve().parents[2] / "raymerge" / "demo"
 WINDOW = 1024
 #: Norms and what reads them, by family; the others' read as Llama's. Gemma stores gains less 1.
 READS = {"input_layernorm": ("q_proj", "k_proj", "v_proj", "qkv_proj")}
-MLP_READS = ("gate_proj", "up_proj", "gate_up_proj", "input_linear", "c_fc", ".gate", ".w1", ".w3")
+MLP_READS = ("gate_proj", "up_proj", "gate_up_proj", "input_linear", "c_fc", "fc1", ".gate", ".w1", ".w3")
 GEMMA = ("gemma", "gemma2", "gemma3_text", "vaultgemma")
 UNMERGED = {"steps": [], "alphas": [], "own": {}, "norms": "keep", "biases": "keep", "alignment": "none"}
 
@@ -70,11 +70,11 @@ class Base:
     @property
     def down(self):
         """The name of the matrix that leaves a dense MLP."""
-        return {"starcoder2": "c_proj", "granitemoehybrid": "output_linear"}.get(self.kind, "down_proj")
+        return {"starcoder2": "c_proj", "phi": "fc2", "granitemoehybrid": "output_linear"}.get(self.kind, "down_proj")
 
     @property
     def before_mlp(self):
-        if self.kind in ("cohere", "cohere2"):
+        if self.kind in ("cohere", "cohere2", "phi"):
             return "input_layernorm"
         return "pre_feedforward_layernorm" if self.kind in GEMMA[1:] else "post_attention_layernorm"
 
