@@ -65,7 +65,10 @@ class Architecture:
     experts: in a mixture of experts the names of an expert's projections, with {} for its number; beside them stands
     the "router", whose rows move with the experts.
     mlp: transformers' module of the MLP, or of router and experts.
-    norm_inputs: for each input norm, the matrices that read its output (they see W diag(gain)).
+    norm_inputs: for each input norm, the matrices that read its output (they see W diag(gain) and, where the norm has a
+    bias b, add W b). What a norm has, a gain and a bias, a gain alone or neither, its tensors say.
+    parallel: whether attention and MLP both read the layer's input, so that what they give is added once; they may read
+    it through one norm.
     output_norms: for each block ("self_attn", "mlp") whose output is normalised before it is added, that norm. Its
     gain comes after a normalisation of its own, so it belongs to no matrix.
     head_norms: norms over one head's query or key dimensions, with the projection ("q" or "k"), applied before the
@@ -77,12 +80,15 @@ class Architecture:
     units it lies, or None. The dimensions of a query or key head form none: each has its own rotary frequency.
     sizes: how many units each name of PROJECTIONS stands for, of those inside another inside one unit of it.
     scaled_embedding: whether embeddings are multiplied by the root of their width.
-    embedding_multiplier, residual_multiplier, logit_divisor: config keys of what embeddings, and what a block adds to
-    the residual stream, are multiplied by, and of what logits are divided by.
+    embedding_multiplier, residual_multiplier, logit_multiplier, logit_divisor: config keys of what embeddings, what a
+    block adds to the residual stream, and logits are multiplied by, and of what logits are divided by.
     windows: which layers have the window that a config gives: "none", "all", or those that its `layer_types` name.
     rotary_if: config options with the values with which there is a rotary embedding; with others no layer has one.
-    rotary_windows: whether, where the config gives a window, only the layers that have it have a rotary embedding.
+    rotary_windows: whether only layers with a window have a rotary embedding: "never", "always", or where the config
+    "gives" a window.
     rotary_layers: config key of a list with 1 for each layer that has a rotary embedding, and 0 for one without.
+    rotary_interleaved: whether transformers' module gives the angles of a head's dimensions in the order of these, and
+    not those of the first of each pair before those of the second.
     rotary_neighbours: whether a rotary embedding turns dimensions (0, 1), (2, 3), … of a head together, instead of each
     of the first half with its counterpart of the second; in families without norms of queries and keys.
     query_scaling: key of rope_parameters of b, where a query at position p is multiplied, after its rotation, by
@@ -100,6 +106,7 @@ class Architecture:
     norm_inputs: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {"input_layernorm": QKV, "post_attention_layernorm": GATE_UP}
     )
+    parallel: bool = False
     output_norms: Mapping[str, str] = field(default_factory=dict)
     head_norms: Mapping[str, str] = field(default_factory=dict)
     rotated_head_norms: bool = False
@@ -110,11 +117,13 @@ class Architecture:
     scaled_embedding: bool = False
     embedding_multiplier: str | None = None
     residual_multiplier: str | None = None
+    logit_multiplier: str | None = None
     logit_divisor: str | None = None
     windows: str = "all"
     rotary_if: Mapping[str, Any] = field(default_factory=dict)
-    rotary_windows: bool = False
+    rotary_windows: str = "never"
     rotary_layers: str | None = None
+    rotary_interleaved: bool = False
     rotary_neighbours: bool = False
     query_scaling: str | None = None
     attention_softcap: str | None = None
@@ -126,6 +135,12 @@ class Architecture:
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     unembedding: str = "lm_head.weight"
+
+    @property
+    def ends(self) -> tuple[str, str, str]:
+        """Names of the final norm's gain and bias and of the unembedding's bias; a model has some of these, or none."""
+        norm, unembedding = (name.removesuffix("weight") for name in (self.final_norm, self.unembedding))
+        return self.final_norm, f"{norm}bias", f"{unembedding}bias"
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -159,14 +174,22 @@ class Architecture:
         """Whether a model of the family may have a tensor of this full name; files may hold others, as reward heads."""
         root, _, end = self.layer_prefix.partition("{}")
         if not name.startswith(root):
-            return name in (self.embedding, self.final_norm, self.unembedding)
+            return name in (self.embedding, self.unembedding, *self.ends)
         part, _, kind = name.removeprefix(root).partition(end)[2].rpartition(".")
         norms = {*self.norm_inputs, *self.output_norms.values(), *self.head_norms, *self.projection_norms}
-        return (kind == "weight" and part in norms) or (kind in ("weight", "bias") and part in self.projections)
+        return kind in ("weight", "bias") and (part in norms or part in self.projections)
 
-    def gain_of(self, matrix: str) -> str | None:
-        """The norm weight (a tensor of the layer) through which a matrix sees its input; None where there is none."""
-        return next((f"{norm}.weight" for norm, readers in self.norm_inputs.items() if matrix in readers), None)
+    def norm_before(self, matrix: str) -> str | None:
+        """The norm (a module of the layer) through which a matrix sees its input; None where there is none."""
+        return next((norm for norm, readers in self.norm_inputs.items() if matrix in readers), None)
+
+    def plain(self, name: str, tensor: Tensor) -> Tensor:
+        """What a norm's tensor of this name is where the norm does nothing but normalise: a gain of 1, a bias of 0."""
+        return torch.full_like(tensor, 0.0 if name.endswith("bias") else 1.0 - self.gain_offset)
+
+    def matrix_of(self, projection: str) -> str | None:
+        """The matrix that holds this projection and no other; None where there is none."""
+        return next((matrix for matrix, parts in self.projections.items() if parts == (projection,)), None)
 
     def head_norm_of(self, projection: str) -> str | None:
         """The norm of each head of queries ("q") or keys ("k"); None where there is none."""
@@ -250,7 +273,10 @@ class Architecture:
 
 
 def _renamed(name: str, before: Architecture | type[Architecture], after: Architecture | type[Architecture]) -> str:
-    """A full name in one's spelling as the other spells it; the class has those of a language model alone."""
+    """A full name in one's spelling as the other spells it; the class has those of a language model alone, but for one
+    that is never inside another (Phi)."""
+    if before.layer_prefix == after.layer_prefix:
+        return name
     root, _, _ = before.layer_prefix.partition("{}")
     if name.startswith(root):
         return after.layer_prefix.partition("{}")[0] + name.removeprefix(root)
@@ -283,18 +309,22 @@ def source_tensor(
 ) -> Tensor:
     """What a layer brings to an average for one of its tensors (relative name): float32, its units reordered.
 
-    norms="fold": an input norm's gain is multiplied into the matrices that read it, and the gains of the input norms
-    are one, so that the folded layer computes what the layer does. Other norms stay in any case: between them and a
-    matrix lies a normalisation.
+    norms="fold": an input norm's gain is multiplied into the matrices that read it, what they make of its bias is added
+    to theirs, and the gains of the input norms are one and their biases 0, so that the folded layer computes what the
+    layer does (`fusion` refuses matrices without a bias that would need one). Other norms stay in any case: between
+    them and a matrix lies a normalisation.
     """
     origin = name if permutations is None else architecture.origin(name, permutations)
     tensor = layer[origin].float()
     if norms == "fold":
         matrix, _, kind = origin.rpartition(".")
+        gain, bias = (layer.get(f"{architecture.norm_before(matrix)}.{part}") for part in ("weight", "bias"))
         if matrix in architecture.norm_inputs:
-            tensor = torch.full_like(tensor, 1.0 - architecture.gain_offset)
-        elif kind == "weight" and (gain := architecture.gain_of(matrix)):
-            tensor = tensor * (layer[gain].float() + architecture.gain_offset)
+            tensor = architecture.plain(name, tensor)
+        elif kind == "weight" and gain is not None:
+            tensor = tensor * (gain.float() + architecture.gain_offset)
+        elif kind == "bias" and bias is not None:
+            tensor = tensor + layer[f"{matrix}.weight"].float() @ bias.float()
     return tensor if permutations is None else permute_tensor(architecture, name, tensor, permutations)
 
 

@@ -174,7 +174,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def _check_complete(self) -> None:
         arch = self.architecture
-        wanted = [arch.embedding, arch.final_norm] + [
+        wanted = [arch.embedding] + [
             arch.layer_name(layer, f"{matrix}.weight") for layer in range(self.n_layers) for matrix in arch.matrices
         ]
         if not self.tied:
@@ -219,7 +219,8 @@ class Checkpoint(Mapping[str, Tensor]):
                 f"transformers cannot build the model that {self.directory}/config.json describes: {error}"
             ) from error
         inside = getattr(skeleton, "model", None)
-        if missing := [part for part in ("layers", "norm", "rotary_emb") if not hasattr(inside, part)]:
+        norm = self.architecture.loaded_name(self.architecture.final_norm).split(".")[1]
+        if missing := [part for part in ("layers", norm, "rotary_emb") if not hasattr(inside, part)]:
             raise CheckpointError(
                 f"the Python of {self.directory}, which trust_remote_code runs, builds a model without "
                 f"model.{missing[0]}, by which layers are run one at a time: leave trust_remote_code off, since "
@@ -280,6 +281,8 @@ class Checkpoint(Mapping[str, Tensor]):
             return {n for n, part in layers if part not in joined and (arch.has_tensor(n) or part.startswith(beside))}
 
         wanted, there = own(expected), own(self._where, experts)
+        wanted |= expected & set(arch.ends)
+        there |= set(self._where) & set(arch.ends)
         if missing := sorted(wanted - there):
             raise CheckpointError(
                 f"{self.directory} lacks {len(missing)} tensors that its config requires, such as {missing[:3]}: "

@@ -154,7 +154,8 @@ class PlanConfig(_Section):
     - `refit_layers`: how many layers after each seam are fitted too (outputs, units).
     - `alignment`: none, rows (published), neurons or activations. The last two reorder the layers' neurons without
       changing what the layers compute, matched by weights or by activations on prompts of the first questions.
-    - `norms`: keep those of the remaining layer (published), or fold each layer's gains into its matrices.
+    - `norms`: keep those of the remaining layer (published), or fold each layer's gains into its matrices, and its
+      norms' biases into theirs.
     - `biases`: keep those of the remaining layer (published), or merge them like the matrices.
     """
 

@@ -20,6 +20,23 @@ _QWEN_EXPERTS = {
 }
 _EXPERT_GROUPS = {"experts": None, "units": "experts", **HEAD_GROUPS}
 _GATE_UP_FUSED = {"mlp.gate_up_proj": ("gate", "up"), "mlp.down_proj": ("down",)}
+# Its MLP has no gate: the square of what is above 0 of up.
+_ARCEE = Architecture(
+    "arcee",
+    windows="none",
+    projections=ATTENTION | {"mlp.up_proj": ("up",), "mlp.down_proj": ("down",)},
+    norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.up_proj",)},
+)
+_COHERE = Architecture(
+    "cohere",
+    windows="none",
+    norm_inputs={"input_layernorm": (*QKV, *GATE_UP)},
+    parallel=True,
+    logit_multiplier="logit_scale",
+    rotary_interleaved=True,
+    rotary_neighbours=True,
+    required={"use_qk_norm": (None, False)},
+)
 _GLM = Architecture(
     "glm",
     windows="none",
@@ -57,12 +74,28 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture("cwm", windows="layer_types"),
         Architecture("ernie4_5", windows="none", rotary_neighbours=True),
         Architecture("helium", windows="none", rotary_neighbours=True),
-        # Its MLP has no gate: the square of what is above 0 of up.
+        _ARCEE,
+        replace(_ARCEE, name="nemotron", gain_offset=1.0),
         Architecture(
-            "arcee",
+            "starcoder2",
+            projections=ATTENTION | {"mlp.c_fc": ("up",), "mlp.c_proj": ("down",)},
+            norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.c_fc",)},
+        ),
+        Architecture(
+            "phi",
             windows="none",
-            projections=ATTENTION | {"mlp.up_proj": ("up",), "mlp.down_proj": ("down",)},
-            norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.up_proj",)},
+            projections={name: (part,) for name, part in zip((*QKV, "self_attn.dense"), "qkvo", strict=True)}
+            | {"mlp.fc1": ("up",), "mlp.fc2": ("down",)},
+            norm_inputs={"input_layernorm": (*QKV, "mlp.fc1")},
+            parallel=True,
+            required={"qk_layernorm": (False,)},
+            final_norm="model.final_layernorm.weight",
+        ),
+        _COHERE,
+        replace(_COHERE, name="cohere2", windows="layer_types", rotary_windows="always", required={}),
+        Architecture("olmo", windows="none", required={"clip_qkv": (None,)}),
+        Architecture(
+            "stablelm", windows="none", required={"qk_layernorm": (False,), "use_parallel_residual": (False,)}
         ),
         Architecture("smollm3", windows="layer_types", rotary_layers="no_rope_layers"),
         Architecture(
@@ -126,7 +159,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             _OLMO2,
             name="exaone4",
             windows="layer_types",
-            rotary_windows=True,
+            rotary_windows="gives",
             projection_norms={},
             head_norms=_Q_K_NORMS,
         ),
@@ -207,6 +240,7 @@ _FOREIGN_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("gemma3n", "gemma3n_text"), _SHARING),
     **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _GEMMA4),
     **dict.fromkeys(("mllama", "mllama_text_model"), "layers of cross-attention to images, which text never runs"),
+    "gpt_neox": "the queries, keys and values of each head one after another in one matrix",
     "paligemma": "a prompt whose tokens see those after them (a bidirectional prefix)",
     "qwen3_vl_moe": "experts beside towers for images",
 }
@@ -294,10 +328,11 @@ def architecture_of(config: Any) -> Architecture:
             raise ArchitectureError(
                 f"{model_type} with {key} = {value!r} is not supported; supported is {' or '.join(map(repr, known))}"
             )
-    if family.logit_divisor and not getattr(config, family.logit_divisor):
-        raise ArchitectureError(
-            f"{model_type} with {family.logit_divisor} = 0 has no logits, which are divided by it: correct the config"
-        )
+    for scale, how in ((family.logit_divisor, "divided"), (family.logit_multiplier, "multiplied")):
+        if scale and not getattr(config, scale):
+            raise ArchitectureError(
+                f"{model_type} with {scale} = 0 has no logits, which are {how} by it: correct the config"
+            )
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     sizes = {
@@ -375,7 +410,8 @@ def rotary_types(config: Any) -> list[str | None]:
     family = ARCHITECTURES[config.model_type]
     if any(getattr(config, option) != value for option, value in family.rotary_if.items()):
         return [NO_ROTARY] * count
-    if family.rotary_windows and config.sliding_window is not None:
+    gives = config.sliding_window is not None if family.rotary_windows == "gives" else family.rotary_windows == "always"
+    if gives:
         kinds = zip(types, config.layer_types, strict=True)
         return [kind if windowed == "sliding_attention" else NO_ROTARY for kind, windowed in kinds]
     key = family.rotary_layers

@@ -145,7 +145,8 @@ class LayerRunner:
         # transformers 5.24 renamed the argument, and warns of the old name.
         accepted = inspect.signature(self.modules[0].forward).parameters
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
-        self.vocabulary = Vocabulary(checkpoint, skeleton.model.norm, device=self.device, dtype=self.dtype)
+        norm = skeleton.get_submodule(arch.loaded_name(arch.final_norm).rpartition(".")[0])
+        self.vocabulary = Vocabulary(checkpoint, norm, device=self.device, dtype=self.dtype)
         # Rotary frequencies are computed, not stored: they must not stay on the meta device.
         rotary = skeleton.model.rotary_emb  # None where no layer has one
         self._rotary = None if rotary is None else type(rotary)(config=config).to(self.device)

@@ -6,7 +6,7 @@ change nothing, as assigning into a module's `state_dict()` does in published co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,10 +52,11 @@ def fused_layer(
 
     The matrices (and with biases="merge" their biases) are sum_j c_j W_j with the coefficients that the plan has for
     the matrix, summed in float32 and rounded once to the stored dtype, or to `dtype`; everything else is layer
-    `plan.kept[position].index`'s own. With norms="fold" the W_j have their layer's input-norm gains multiplied in and
-    the merged layer's input-norm gains are one. With alignment "neurons" or "activations" the units of every W_j are
-    laid on the kept layer's; with "rows" the steps are done in turn, and each matrix's rows matched at every step. A
-    layer that nothing is averaged into stays as it is. Refitted tensors, from `refits`, replace the merged ones.
+    `plan.kept[position].index`'s own. With norms="fold" the W_j have their layer's input-norm gains multiplied in,
+    their biases what the W_j make of the norms' biases added, and the merged layer's input norms only normalise. With
+    alignment "neurons" or "activations" the units of every W_j are laid on the kept layer's; with "rows" the steps are
+    done in turn, and each matrix's rows matched at every step. A layer that nothing is averaged into stays as it is.
+    Refitted tensors, from `refits`, replace the merged ones.
     aligner: where permutations are taken from; made for this call where it is needed and not given.
     Raises PlanError where shapes differ between layers, or for matrix_alphas that cannot be carried out.
     """
@@ -63,9 +64,10 @@ def fused_layer(
     if plan.matrix_alphas:
         _check_matrices(architecture, plan)
     stored = {source: layer_tensors(base, architecture, source) for source in kept.sources}
-    own = stored.get(kept.index) or layer_tensors(base, architecture, kept.index)
+    before = stored.get(kept.index) or layer_tensors(base, architecture, kept.index)
     if kept.unchanged:
-        return own
+        return before
+    own = dict(before)
     averaged = _averaged(architecture, plan, own)
     for source, tensors in stored.items():
         for name in averaged:
@@ -81,8 +83,10 @@ def fused_layer(
     for name, total in sums:
         own[name] = total.to(dtype or own[name].dtype)
     if plan.norms == "fold":
-        for norm in architecture.norm_inputs:
-            own[f"{norm}.weight"] = torch.full_like(own[f"{norm}.weight"], 1.0 - architecture.gain_offset)
+        for norm, readers in architecture.norm_inputs.items():
+            shifted = [f"{matrix}.bias" for matrix in readers] if f"{norm}.bias" in before else []
+            for name in {f"{norm}.weight", f"{norm}.bias", *shifted} & before.keys() - {*averaged}:
+                own[name] = source_tensor(architecture, before, name, norms="fold").to(before[name].dtype)
     if kept.refitted:
         if refits is None:
             raise PlanError(f"plan {plan.name} is refitted on calibration tokens, which have not been given")
@@ -216,7 +220,7 @@ def check_mergeable(checkpoint: Checkpoint, plan: MergePlan) -> None:
         if getattr(plan, option) not in allowed:
             raise PlanError(f"{option} is {getattr(plan, option)!r}, but must be one of {', '.join(allowed)}")
     if plan.norms == "fold" or plan.alignment != "none":
-        _check_family(checkpoint.architecture, plan)
+        _check_family(checkpoint, plan)
     if plan.matrix_alphas:
         _check_matrices(checkpoint.architecture, plan)
     if plan.n_layers != checkpoint.n_layers:
@@ -258,12 +262,13 @@ def _check_attention(checkpoint: Checkpoint, plan: MergePlan) -> None:
             )
 
 
-def _check_family(architecture: Architecture, plan: MergePlan) -> None:
+def _check_family(checkpoint: Checkpoint, plan: MergePlan) -> None:
     """Refuse options that mean nothing, or nothing sound, in a family."""
-    if plan.norms == "fold" and not architecture.norm_inputs:
+    architecture = checkpoint.architecture
+    if plan.norms == "fold" and (reason := _unfoldable(architecture, set(checkpoint.layer_tensors(0)))):
         raise PlanError(
             f"norms fold multiplies input norms' gains into the matrices that read them, but {architecture.name} "
-            "normalises outputs, whose gains no matrix can take up: use norms keep"
+            f"{reason}: use norms keep"
         )
     if plan.alignment in ("rows", "activations") and architecture.experts:
         reason = {
@@ -271,6 +276,19 @@ def _check_family(architecture: Architecture, plan: MergePlan) -> None:
             "activations": "compares MLP units on the same tokens, but a router sends each expert tokens of its own",
         }[plan.alignment]
         raise PlanError(f"alignment {plan.alignment} {reason}: use neurons or none for {architecture.name}")
+
+
+def _unfoldable(architecture: Architecture, layer: Collection[str]) -> str | None:
+    """Why no gain can be folded, or not exactly, in a layer with these tensors; None where all input norms' can."""
+    if not architecture.norm_inputs:
+        return "normalises outputs, whose gains no matrix can take up"
+    if not any(f"{norm}.weight" in layer for norm in architecture.norm_inputs):
+        return "has norms without gains"
+    for norm, readers in architecture.norm_inputs.items():
+        without = [matrix for matrix in readers if f"{matrix}.bias" not in layer]
+        if f"{norm}.bias" in layer and without:
+            return f"has a bias in {norm} too, for which {without[0]} would need one here"
+    return None
 
 
 def _check_matrices(architecture: Architecture, plan: MergePlan) -> None:

@@ -47,8 +47,7 @@ RIDGES = (0.01, 0.1, 1.0, 10.0)
 
 _VERSION = 2  # of what is fitted to what; another value makes cached fits of earlier versions unused
 _WHAT = "the refit"  # what a file holds, for error messages
-_O, _DOWN = "self_attn.o_proj", "mlp.down_proj"
-_GATE, _UP = "mlp.gate_proj", "mlp.up_proj"
+_UNITS = ("gate", "up", "down")  # projections whose matrices hold MLP units
 _MASSIVE = 50.0  # times the median mean square of a shard's target states: tokens above are left out
 _HELD_OUT = 5  # every fifth sequence, or the last fifth of each where there are fewer, is for choosing the ridge
 
@@ -97,25 +96,43 @@ def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
     if plan.refit is None:
         return
     architecture, method = checkpoint.architecture, plan.refit.method
-    needed = [_O, _DOWN] + ([_GATE, _UP] if method == "units" else [])
-    missing = [matrix for matrix in needed if matrix not in architecture.matrices]
-    # A norm between MLP and residual stream, a parallel MLP or a scaled residual is not linear, or another map.
+    needed = ("o", "down", "gate", "up") if method == "units" else ("o", "down")
+    if architecture.parallel:
+        raise RefitError(
+            f"refit {method} needs layers whose MLP follows their attention, and in {architecture.name} both read the "
+            "layer's input: set plan.refit to none"
+        )
+    # A norm between MLP and residual stream or a scaled residual is not linear, or another map.
     scale = architecture.residual_multiplier
     another = architecture.output_norms or (scale is not None and getattr(checkpoint.config, scale) != 1)
-    if missing or another or _gain_before_mlp(architecture) is None:
+    missing = [projection for projection in needed if architecture.matrix_of(projection) is None]
+    if missing or another or _norm_before_mlp(architecture) is None:
         raise RefitError(
-            f"refit {method} needs layers in which {' and '.join(needed)} write straight into the residual stream or "
-            f"feed what does, which {architecture.name} does not have: set plan.refit to none"
+            f"refit {method} needs layers in which matrices of their own for {' and '.join(needed)} write straight "
+            f"into the residual stream or feed what does, which {architecture.name} does not have: set plan.refit to "
+            "none"
         )
-    if method == "units" and any(f"{name}.bias" in checkpoint.layer_tensors(0) for name in (_GATE, _UP)):
-        raise RefitError(f"refit units cannot choose among MLP units with biases, which {architecture.name} has here")
+    units = (_norm_before_mlp(architecture), architecture.matrix_of("gate"), architecture.matrix_of("up"))
+    biased = [name for name in (f"{module}.bias" for module in units) if name in checkpoint.layer_tensors(0)]
+    if method == "units" and biased:
+        raise RefitError(
+            f"refit units cannot choose among MLP units with biases, which {architecture.name} has here: "
+            f"{' and '.join(biased)}"
+        )
     if not plan.groups:
         raise RefitError(f"plan {plan.name} merges nothing, so that it has no seam to refit")
 
 
-def _gain_before_mlp(architecture: Architecture) -> str | None:
-    """The weight of the norm that the MLP reads, which the state between attention and MLP enters."""
-    return architecture.gain_of(architecture.rows_of("up")[0])
+def _norm_before_mlp(architecture: Architecture) -> str | None:
+    """The norm that the MLP reads, which the state between attention and MLP enters."""
+    return architecture.norm_before(architecture.rows_of("up")[0])
+
+
+def _matrix(architecture: Architecture, projection: str) -> str:
+    """The matrix that holds this projection and no other."""
+    found = architecture.matrix_of(projection)
+    assert found is not None  # by `check_refittable`
+    return found
 
 
 def _is_seam(plan: MergePlan, position: int) -> bool:
@@ -269,7 +286,7 @@ class Refitter:
         own = self._stored(plan, step.position, number)
         if total.squares is not None:
             return self._chosen(plan, step, own, total.squares)
-        name = f"{_O if step.part == 'attention' else _DOWN}.weight"
+        name = f"{self._fitted(step)}.weight"
         weight = moved(own[name], self.runner.device, torch.float64)
         parts = [part.to(self.runner.device) for part in total.equations]
         ridge, everything = _refit(plan).ridge, NormalEquations.total(parts)
@@ -286,6 +303,10 @@ class Refitter:
         change = found.T @ weight if _features_are_outputs(plan) else found.T
         tensors = {name: (weight + change).to(own[name].dtype).cpu()}
         return tensors | _figures(everything.tokens, ridge, error, held_out_error)
+
+    def _fitted(self, step: Step) -> str:
+        """The matrix that a step fits."""
+        return _matrix(self.runner.checkpoint.architecture, "o" if step.part == "attention" else "down")
 
     def store(self, plan: MergePlan, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write what `solve` gave."""
@@ -366,7 +387,7 @@ class Refitter:
         """For each token of a shard: features (tokens, n) of the fitted matrix, residual to the target (tokens, d), and
         weight (tokens,)."""
         index = plan.kept[step.position].index
-        matrix = _O if step.part == "attention" else _DOWN
+        matrix = self._fitted(step)
         seen = observe(self.runner, states, index, weights)
         target = self._target(step.target + 1, shard)
         reached, aim = seen["leaving"], target
@@ -389,7 +410,7 @@ class Refitter:
         found = []
         for source in sorted(plan.groups[plan.kept[step.position].index]):
             layer = layer_tensors(base, architecture, source)
-            names = [f"{matrix}.weight" for matrix in (_GATE, _UP, _DOWN)]
+            names = [f"{_matrix(architecture, part)}.weight" for part in _UNITS]
             found.append((source, {n: source_tensor(architecture, layer, n, norms="fold") for n in names}))
         return found
 
@@ -398,33 +419,34 @@ class Refitter:
     ) -> Tensor:
         """(layers, n) float64: the units' weighted sums of squares on the states that the seam's MLP reads."""
         index, rows = plan.kept[step.position].index, []
+        down = _matrix(self.runner.checkpoint.architecture, "down")
         packed, counts = self.runner.pack(states), token_weights(self._target(step.target + 1, shard)).double()
         for _, units in self._candidates(plan, step):
-            own = {name: units[name].to(self.runner.device, self.runner.dtype) for name in units if _DOWN not in name}
+            own = {name: units[name].to(self.runner.device, self.runner.dtype) for name in units if down not in name}
             layer = {**weights, **own, **self._unit_gain(weights)}
-            seen = observe(self.runner, self.runner.from_packed(shard, packed), index, layer)[_DOWN]
+            seen = observe(self.runner, self.runner.from_packed(shard, packed), index, layer)[down]
             rows.append((counts[:, None] * seen.double().square()).sum(0))
         return torch.stack(rows)
 
     def _chosen(self, plan: MergePlan, step: Step, own: Mapping[str, Tensor], squares: Tensor) -> dict[str, Tensor]:
         """The seam's MLP of the units that contribute most: root mean square times the length of their column."""
-        candidates = self._candidates(plan, step)
-        columns = torch.stack([units[f"{_DOWN}.weight"].double().norm(dim=0) for _, units in candidates])
+        candidates, architecture = self._candidates(plan, step), self.runner.checkpoint.architecture
+        down = f"{_matrix(architecture, 'down')}.weight"
+        columns = torch.stack([units[down].double().norm(dim=0) for _, units in candidates])
         n = columns.shape[1]
         best = (squares.cpu().sqrt() * columns).flatten().topk(n).indices.sort().values
         found = {}
-        for matrix in (_GATE, _UP, _DOWN):
-            name, axis = f"{matrix}.weight", 1 if matrix == _DOWN else 0
+        for name in (f"{_matrix(architecture, part)}.weight" for part in _UNITS):
+            axis = 1 if name == down else 0
             every = torch.cat([units[name] for _, units in candidates], dim=axis)
             found[name] = every.index_select(axis, best).to(own[name].dtype)
         return found | {name: tensor.cpu() for name, tensor in self._unit_gain(own).items()} | _figures()
 
     def _unit_gain(self, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The layer's norm before the MLP, by relative name, with a gain of 1."""
+        """The layer's norm before the MLP, by relative name, with a gain of 1; nothing where it has none."""
         architecture = self.runner.checkpoint.architecture
-        name = _gain_before_mlp(architecture)
-        assert name is not None  # by `check_refittable`
-        return {name: torch.full_like(layer[name], 1.0 - architecture.gain_offset)}
+        name = f"{_norm_before_mlp(architecture)}.weight"
+        return {name: architecture.plain(name, layer[name])} if name in layer else {}
 
 
 def _figures(
@@ -467,12 +489,13 @@ def observe(
 ) -> dict[str, Tensor]:
     """Run a layer on the states, replacing them; what its matrices read, (tokens, n), packed order.
 
-    index: the original layer whose module is used. Keys: o_proj's and down_proj's relative names, for what they read;
+    index: the original layer whose module is used. Keys: the names of the matrices of o and down, for what they read;
     "middle", the state between attention and MLP; "leaving", the layer's output.
     """
-    module, gain = runner.modules[index], _gain_before_mlp(runner.checkpoint.architecture)
-    assert gain is not None  # by `check_refittable`
-    points = {_O: module.self_attn.o_proj, _DOWN: module.mlp.down_proj}
-    points["middle"] = module.get_submodule(gain.removesuffix(".weight"))
+    architecture = runner.checkpoint.architecture
+    norm = _norm_before_mlp(architecture)
+    assert norm is not None  # by `check_refittable`
+    names = {matrix: matrix for matrix in (_matrix(architecture, "o"), _matrix(architecture, "down"))}
+    points = {key: runner.modules[index].get_submodule(name) for key, name in {**names, "middle": norm}.items()}
     found = runner.observed(states, index, weights, points) | {"leaving": states}
     return {name: joined(runner.pack(group)) for name, group in found.items()}

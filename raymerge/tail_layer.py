@@ -70,8 +70,10 @@ class TailLayer:
         found = {}
         for layer in range(self.first, self.runner.checkpoint.n_layers):
             if (kind := self.runner.checkpoint.rotary_types[layer]) not in found:
-                cos, sin = self.runner.rotary(positions, layer)
-                found[kind] = cos[0].float()[:, None], sin[0].float()[:, None]
+                cos, sin = (angles[0].float()[:, None] for angles in self.runner.rotary(positions, layer))
+                if self._architecture.rotary_interleaved:
+                    cos, sin = (torch.cat([angles[..., 0::2], angles[..., 1::2]], -1) for angles in (cos, sin))
+                found[kind] = cos, sin
         return found
 
     def _rotary_at(self, positions: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
@@ -101,9 +103,11 @@ class TailLayer:
 
     def _finish(self, last: Tensor, attended: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """What follows attention, to the final norm, for some of the questions."""
-        out = self._product(attended, weights["self_attn.o_proj.weight"], weights.get("self_attn.o_proj.bias"))
+        o, _ = self._architecture.rows_of("o")
+        out = self._product(attended, weights[f"{o}.weight"], weights.get(f"{o}.bias"))
         x = last + self._leaving("self_attn", out, weights)
-        return self.runner.vocabulary.normalise(x + self._leaving("mlp", self._mlp(x, weights), weights))
+        read = last if self._architecture.parallel else x
+        return self.runner.vocabulary.normalise(x + self._leaving("mlp", self._mlp(read, weights), weights))
 
     def _product(self, x: Tensor, matrix: Tensor, bias: Tensor | None, *, narrow: bool = False) -> Tensor:
         """A linear map in the compute dtype, its bias added in float32; float32.
@@ -131,8 +135,8 @@ class TailLayer:
 
     def _mlp(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         arch = self._architecture
-        norm = arch.gain_of(arch.router or arch.rows_of("up")[0])
-        inner = x if norm is None else self._module(norm.removesuffix(".weight"), x, weights)
+        norm = arch.norm_before(arch.router or arch.rows_of("up")[0])
+        inner = x if norm is None else self._module(norm, x, weights)
         tensors = module_layer(arch, weights).items()
         own = {name: tensor.to(self.compute_dtype) for name, tensor in tensors if name.startswith(f"{arch.mlp}.")}
         return self._module(arch.mlp, inner.to(self.compute_dtype), own).float()
@@ -141,10 +145,15 @@ class TailLayer:
         """Matrix, in the compute dtype, and bias that make queries, keys or values of the entering states."""
         matrix, rows = self._architecture.rows_of(which)
         weight, bias = weights[f"{matrix}.weight"][rows], weights.get(f"{matrix}.bias")
-        # The gain moves from every token's state to the matrix's columns.
-        if gain := self._architecture.gain_of(matrix):
-            weight = weight.float() * (weights[gain].float() + self._architecture.gain_offset)
         bias = None if bias is None else bias[rows]
+        # The gain moves from every token's state to the matrix's columns, the norm's bias to the matrix's.
+        norm = self._architecture.norm_before(matrix)
+        gain, shift = (weights.get(f"{norm}.{part}") for part in ("weight", "bias"))
+        if shift is not None:
+            moved = weight.float() @ shift.float()
+            bias = moved if bias is None else bias + moved
+        if gain is not None:
+            weight = weight.float() * (gain.float() + self._architecture.gain_offset)
         if self._dimensions is not None and which in ("q", "k"):
             weight, bias = self._reordered(weight), None if bias is None else self._reordered(bias)
         return weight.to(self.compute_dtype), bias

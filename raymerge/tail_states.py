@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from raymerge.device import host_buffer, is_accelerator, moved, streamed
 from raymerge.prompts import Group, Prompts
@@ -162,8 +163,8 @@ class Chunks:
 class TailStates:
     """What entered the merged layer, for every token of a question set.
 
-    tokens (layout.tokens, d): RMS-normalised without the norm's gain (gains are multiplied into the matrices, so that
-    any layer's norm can be used), or, in a family without an input norm, raw. last (n, d) float32: raw, at each
+    tokens (layout.tokens, d): normalised without the norm's gain and bias (which go into the matrices, so that any
+    layer's norm can be used), or, in a family without an input norm, raw. last (n, d) float32: raw, at each
     question's last token, by place; last_normalised (n, d): the same as in tokens. `tokens` lies on the device or, in
     pinned memory, on its host; the rest on the device.
     """
@@ -171,11 +172,16 @@ class TailStates:
     def __init__(self, trunk: TrunkCache, prompts: Prompts, layout: Layout, *, dtype: torch.dtype, on_host: bool):
         self.layout, self.device, self._on_host = layout, trunk.runner.device, on_host
         checkpoint = trunk.runner.checkpoint
-        architecture, epsilon = checkpoint.architecture, checkpoint.config.rms_norm_eps
-        normalises = architecture.gain_of(architecture.rows_of("q")[0]) is not None
+        architecture = checkpoint.architecture
+        norm = architecture.norm_before(architecture.rows_of("q")[0])
+        module = None if norm is None else trunk.runner.modules[0].get_submodule(norm)
+        plain = {
+            name: architecture.plain(name, torch.empty(parameter.shape, device=self.device))
+            for name, parameter in (() if module is None else module.named_parameters())
+        }
 
         def entering(x: Tensor) -> Tensor:
-            return (_rms(x, epsilon) if normalises else x).to(dtype)
+            return (x if module is None else functional_call(module, plain, (x,))).to(dtype)
 
         prefixes: dict[bytes, Tensor] = {}
         own: dict[int, Tensor] = {}
@@ -291,7 +297,3 @@ def _aligned_buckets(lengths: Sequence[int], start: int, most: int) -> list[Buck
         buckets.append(Bucket(begin, end - begin, start, widths[end - 1]))
         start, begin = buckets[-1].stop, end
     return buckets
-
-
-def _rms(x: Tensor, epsilon: float) -> Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)

@@ -44,7 +44,7 @@ def names_inside(architecture: Architecture, stored: Collection[str]) -> Archite
     multimodal family here; the config's softcap of logits is not read.
     """
     names = next((names for names in _SPELLINGS if names["embedding"] in stored), _SPELLINGS[0])
-    return replace(architecture, **names, logit_softcap=None, logit_divisor=None)
+    return replace(architecture, **names, logit_softcap=None, logit_multiplier=None, logit_divisor=None)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -41,6 +42,7 @@ class Vocabulary:
         #: What a family caps its logits at; None where it does not.
         self.logit_softcap: float | None = getattr(config, arch.logit_softcap) if arch.logit_softcap else None
         self._logit_divisor: float = getattr(config, arch.logit_divisor) if arch.logit_divisor else 1.0
+        self._logit_divisor /= getattr(config, arch.logit_multiplier) if arch.logit_multiplier else 1.0
 
     def embedded(self, ids: np.ndarray) -> Tensor:
         """The states (n, d) that enter layer 0, of token ids (n,)."""
@@ -49,15 +51,30 @@ class Vocabulary:
         return rows if self._embedding_scale is None else rows * self._embedding_scale
 
     def normalise(self, x: Tensor) -> Tensor:
-        """The final norm, in float32: (…, d) to (…, d) float32, divided by what the family divides its logits by, which
-        are then products with the unembedding's rows in every family."""
-        normalised = functional_call(self._norm, {"weight": self._final_gain}, (x.float(),))
-        return normalised if self._logit_divisor == 1.0 else normalised / self._logit_divisor
+        """The final norm, in float32: (…, d) to (…, d) float32, divided by what the family divides its logits by, and
+        (…, d + 1) with a 1 for the unembedding's bias, if it has one. Logits are then products with the unembedding's
+        rows, which `unembedding_rows` gives, in every family."""
+        normalised = functional_call(self._norm, self._final_tensors, (x.float(),))
+        normalised = normalised if self._logit_divisor == 1.0 else normalised / self._logit_divisor
+        return normalised if self._bias is None else F.pad(normalised, (0, 1), value=1.0)
 
     @cached_property
     @torch.inference_mode(False)
-    def _final_gain(self) -> Tensor:
-        return self._checkpoint[self._architecture.final_norm].to(self._device, torch.float32)
+    def _final_tensors(self) -> dict[str, Tensor]:
+        names = (name for name in self._architecture.ends[:2] if name in self._checkpoint)
+        return {name.rpartition(".")[2]: self._checkpoint[name].to(self._device, torch.float32) for name in names}
+
+    @cached_property
+    @torch.inference_mode(False)
+    def _bias(self) -> Tensor | None:
+        """The unembedding's bias (vocabulary, 1) float32."""
+        name = self._architecture.ends[2]
+        return self._checkpoint[name].to(self._device, torch.float32)[:, None] if name in self._checkpoint else None
+
+    def _rows(self, which: slice | Tensor) -> Tensor:
+        """Rows of the unembedding float32, each with its bias behind it if there are any."""
+        rows = self._table(self._architecture.unembedding)[which].to(self._device, torch.float32)
+        return rows if self._bias is None else torch.cat([rows, self._bias[which]], 1)
 
     def capped(self, logits: Tensor) -> Tensor:
         """Logits as the model gives them, of products of states and the unembedding's rows."""
@@ -65,9 +82,8 @@ class Vocabulary:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def unembedding_rows(self, ids: Tensor | list[int]) -> Tensor:
-        """Rows (n, d) float32 of the unembedding matrix."""
-        table = self._table(self._architecture.unembedding)
-        return table[torch.as_tensor(ids).to(table.device)].to(self._device, torch.float32)
+        """Rows float32 of the unembedding matrix, (n, d) or, where it has a bias, (n, d + 1)."""
+        return self._rows(torch.as_tensor(ids).to(self._table(self._architecture.unembedding).device))
 
     def logsumexp_and_top(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
         """logsumexp (n,) float32 and the most probable token (n,) over the whole vocabulary.
@@ -80,7 +96,7 @@ class Vocabulary:
         total, best = (normalised.new_full((len(normalised),), -torch.inf) for _ in range(2))
         top = torch.zeros(len(normalised), dtype=torch.int64, device=normalised.device)
         for start in range(0, table.shape[0], VOCABULARY_ROWS):
-            rows = table[start : start + VOCABULARY_ROWS].to(self._device, torch.float32)
+            rows = self._rows(slice(start, start + VOCABULARY_ROWS))
             for first in range(0, len(normalised), at_once):
                 part = slice(first, first + at_once)
                 logits = self.capped(normalised[part] @ rows.T)
@@ -91,8 +107,9 @@ class Vocabulary:
         return total, top
 
     def logsumexp_and_mean(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
-        """logsumexp (n,) float32 over the whole vocabulary, and the unembedding's mean row (n, d) float32 under its
-        softmax: the gradient of the first by `normalised`. Where logits are capped, each row counts by the cap's slope.
+        """logsumexp (n,) float32 over the whole vocabulary, and the unembedding's mean row under its softmax, float32
+        and as wide as `normalised`: the gradient of the first by it. Where logits are capped, each row counts by the
+        cap's slope.
 
         One pass over the unembedding; what is summed so far is scaled by the largest logit so far.
         """
@@ -100,7 +117,7 @@ class Vocabulary:
         top = normalised.new_full((len(normalised), 1), -torch.inf)
         total, weighted = torch.zeros_like(top), torch.zeros_like(normalised)
         for start in range(0, table.shape[0], VOCABULARY_ROWS):
-            rows = table[start : start + VOCABULARY_ROWS].to(self._device, torch.float32)
+            rows = self._rows(slice(start, start + VOCABULARY_ROWS))
             logits = self.capped(normalised @ rows.T)
             higher = torch.maximum(top, logits.amax(-1, keepdim=True))
             slope = None if self.logit_softcap is None else 1.0 - (logits / self.logit_softcap).square()

@@ -215,7 +215,8 @@ def plans_for(checkpoint):
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "llama_biases", "qwen3", "mistral_window", "glm4", "smollm3", "ministral3", "hunyuan_v1_dense"],
+    ["llama", "llama_biases", "qwen3", "mistral_window", "glm4", "smollm3", "ministral3", "hunyuan_v1_dense"]
+    + ["starcoder2", "cohere2", "phi"],
 )
 def test_every_plan_gives_the_cpus_answers(checkpoint, prompts, tmp_path, monkeypatch, family):
     """Wherever states lie and however many are scored at once; all in float32, so that only sums' order differs."""
@@ -355,14 +356,17 @@ def test_what_is_summed_and_what_is_not(checkpoint, prompts, tmp_path, device):
     # Biases, norms of keys, and merged matrices that are rounded more than the computation.
     unlike = ("llama_biases", "qwen3", "olmo2", "hunyuan_v1_dense")
     assert [linear(family).plan.keys for family in unlike] == ["recompute"] * 4
+    # Not a norm's bias: what each source's matrix makes of it is summed with the rest.
+    assert linear("nemotron").plan.keys == "linear"
     assert linear("llama", fused_dtype=torch.bfloat16).plan.keys == "recompute"
     assert linear("llama", fused_dtype=torch.bfloat16, compute_dtype=torch.bfloat16).plan.keys == "linear"
 
 
 @pytest.mark.parametrize(
     ("family", "keys"),
-    [("llama", "linear"), ("smollm3", "linear"), ("granite4_nope", "recompute")]
-    + [(family, "recompute") for family in ("llama", "qwen2", "granite", "glm4", "olmo3", "hunyuan_v1_dense")],
+    [("llama", "linear"), ("smollm3", "linear"), ("nemotron", "linear"), ("granite4_nope", "recompute")]
+    + [(family, "recompute") for family in ("llama", "qwen2", "granite", "glm4", "olmo3", "hunyuan_v1_dense")]
+    + [(family, "recompute") for family in ("starcoder2", "olmo", "stablelm", "cohere", "phi")],
 )
 def test_bfloat16_agrees_with_float32(checkpoint, prompts, tmp_path, family, keys):
     """Same trunk, same rounded weights: states and products in bfloat16 move logits by its rounding and no answer."""

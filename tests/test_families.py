@@ -49,7 +49,7 @@ def test_windows_are_those_of_transformers(family, window):
             single.layer_types = [config.layer_types[number]]
         model = tiny.random_model(single)
         embedded = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0, -1].sum().backward()
+        model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0, -1, :9].sum().backward()
         reached = int((embedded.grad[0].abs().sum(-1) > 0).sum())
         assert reached == min(length, window or length)
 
@@ -133,8 +133,11 @@ def test_granite_4_with_state_space_layers_or_experts_is_refused(spelled):
 
 
 def test_logits_divided_by_nothing_are_refused():
-    with pytest.raises(ArchitectureError, match="granite with logits_scaling = 0 has no logits"):
+    with pytest.raises(ArchitectureError, match="granite with logits_scaling = 0 has no logits, which are divided by"):
         architecture_of(tiny.config_of("granite", logits_scaling=0.0))
+    for none in (0.0, None):
+        with pytest.raises(ArchitectureError, match="cohere with logit_scale = 0 has no logits, which are multiplied"):
+            architecture_of(tiny.config_of("cohere", logit_scale=none))
 
 
 def test_unknown_layer_types_are_refused():
@@ -150,6 +153,7 @@ def test_unknown_layer_types_are_refused():
     ("model_type", "reason"),
     [
         ("gpt2", "its layers' tensors are not described"),
+        ("gpt_neox", "it has the queries, keys and values of each head one after another"),
         ("mamba", "it has layers that are no attention"),
         ("jamba", "it has layers that are no attention"),
         ("qwen3_next", "it has layers that are no attention"),
@@ -169,7 +173,7 @@ def test_unknown_layer_types_are_refused():
 def test_unsupported_families_are_named_with_what_they_have_and_the_supported_ones(model_type, reason):
     with pytest.raises(
         ArchitectureError,
-        match=f"'{model_type}' is not supported: {reason}.* gemma2, .*, smolvlm, vaultgemma$",
+        match=f"'{model_type}' is not supported: {reason}.* gemma2, .*, smollm3, .*, vaultgemma$",
     ):
         architecture_of(AutoConfig.for_model(model_type))
     with pytest.raises(ArchitectureError, match="model type None"):
@@ -182,6 +186,11 @@ def test_unsupported_families_are_named_with_what_they_have_and_the_supported_on
         ("olmoe", {"clip_qkv": 8.0}, "olmoe with clip_qkv = 8.0 is not supported; supported is None"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\] is not supported; supported is None or \[\]"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported; supported is 1"),
+        ("olmo", {"clip_qkv": 8.0}, "olmo with clip_qkv = 8.0 is not supported; supported is None"),
+        ("stablelm", {"qk_layernorm": True}, "stablelm with qk_layernorm = True is not supported; supported is False"),
+        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual = True is not supported"),
+        ("phi", {"qk_layernorm": True}, "phi with qk_layernorm = True is not supported; supported is False"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm = True is not supported; supported is None or False"),
         ("gemma3", {"use_bidirectional_attention": True}, "supported is None or False"),
     ],
 )
@@ -264,6 +273,10 @@ def test_rotary_types_by_layer():
     assert rotary_types(tiny.config_of("exaone4_full")) == [None] * 5
     # A config with a window has none in layers of full attention, also if no layer slides.
     assert rotary_types(tiny.config_of("exaone4", layer_types=5 * ["full_attention"])) == [NO_ROTARY] * 5
+    assert rotary_types(tiny.config_of("cohere2")) == [None, NO_ROTARY, None, None, None]
+    # Unlike EXAONE 4's, Cohere's layers without a window have none either where the config gives no window.
+    full = tiny.config_of("cohere2", layer_types=5 * ["full_attention"], sliding_window=None)
+    assert rotary_types(full) == [NO_ROTARY] * 5
     config.no_rope_layers = [1, 0, 1]
     with pytest.raises(ArchitectureError, match="no_rope_layers has 3 entries for 5 layers: it needs one for each"):
         rotary_types(config)

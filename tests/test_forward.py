@@ -224,13 +224,15 @@ def test_a_layer_s_size_is_that_of_transformers_module(tmp_path, family):
     runner = LayerRunner(Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family))))
     size, layer, config = runner.layer_size, runner.modules[-1], runner.checkpoint.config
     assert size.parameters == sum(tensor.numel() for tensor in layer.parameters())
-    assert (size.hidden, size.heads) == (32, 4) and size.query == layer.self_attn.o_proj.in_features
+    out = layer.self_attn.dense if family == "phi" else layer.self_attn.o_proj
+    assert (size.hidden, size.heads) == (32, 4) and size.query == out.in_features
     assert size.key * 4 == size.query * config.num_key_value_heads
     tensors = {name.rpartition(".")[2]: tensor for name, tensor in layer.named_parameters() if "experts" in name}
     if tensors:
         assert size.mlp == config.num_experts_per_tok * tensors["down_proj"].shape[-1]
     else:
-        down = layer.shared_mlp.output_linear if family.startswith("granite4") else layer.mlp.down_proj
+        names = ("shared_mlp.output_linear", "mlp.c_proj", "mlp.fc2", "mlp.down_proj")
+        (down,) = (module for name, module in layer.named_modules() if name in names)
         assert size.mlp == down.in_features
 
 

@@ -142,18 +142,28 @@ def with_options(plan, alignment, norms, biases="keep"):
 
 
 def fold(state, layer, config):
-    """Gains into the columns of what reads them, written out."""
-    prefix, offset = f"model.layers.{layer}.", 1 if "gemma" in config.model_type else 0
-    before_mlp = "pre_feedforward_layernorm" if offset and config.model_type != "gemma" else "post_attention_layernorm"
+    """Gains into the columns of what reads them, and what these make of biases into theirs, written out."""
+    prefix, offset = f"model.layers.{layer}.", 1 if tiny.offset_gains(config.model_type) else 0
+    before_mlp = "pre_feedforward_layernorm" if "gemma" in config.model_type[:-1] else "post_attention_layernorm"
+    before_mlp = "input_layernorm" if config.model_type in ("cohere", "cohere2", "phi") else before_mlp
+    gone = []
     for norm, readers in (
         ("input_layernorm", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
-        (before_mlp, ("gate_proj", "up_proj", "gate_up_proj", "input_linear", "gate", "w1", "w3")),
+        (before_mlp, ("gate_proj", "up_proj", "gate_up_proj", "input_linear", "gate", "w1", "w3", "c_fc", "fc1")),
     ):
         gain = state[f"{prefix}{norm}.weight"].double() + offset
+        if (shift := f"{prefix}{norm}.bias") in state:
+            for name in state:
+                if name.startswith(prefix) and name.endswith(tuple(f".{reader}.bias" for reader in readers)):
+                    matrix = state[name.replace("bias", "weight")].double()
+                    state[name] = state[name].double() + torch.einsum("oi,i->o", matrix, state[shift].double())
+            gone.append(shift)
         for name in state:
             if name.startswith(prefix) and name.endswith(tuple(f".{reader}.weight" for reader in readers)):
                 state[name] = torch.einsum("oi,i->oi", state[name].double(), gain)
-        state[f"{prefix}{norm}.weight"] = torch.full_like(state[f"{prefix}{norm}.weight"], 1 - offset)
+        gone.append(f"{prefix}{norm}.weight")
+    for name in gone:
+        state[name] = torch.full_like(state[name], 0 if name.endswith("bias") else 1 - offset)
 
 
 def reorder(state, layer, config, order):
@@ -173,7 +183,7 @@ def reorder(state, layer, config, order):
     prefix, (heads, kv_rows) = f"model.layers.{layer}.", (len(q), len(k))
     rows = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v}
     rows["self_attn.qkv_proj"] = [*q, *(heads + i for i in k), *(heads + kv_rows + i for i in v)]
-    columns = {"self_attn.o_proj": o}
+    columns = {"self_attn.dense" if config.model_type == "phi" else "self_attn.o_proj": o}
     old = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
     if "experts" in order:
         router, *names = tiny.expert_names(config.model_type)
@@ -185,8 +195,9 @@ def reorder(state, layer, config, order):
             rows[gate] = rows[up] = columns[down] = units.tolist()
     else:
         units = order["units"].tolist()
-        down = "shared_mlp.output_linear" if config.model_type == "granitemoehybrid" else "mlp.down_proj"
-        rows["mlp.gate_proj"] = rows["mlp.up_proj"] = columns[down] = units
+        down = {"granitemoehybrid": "shared_mlp.output_linear", "starcoder2": "mlp.c_proj", "phi": "mlp.fc2"}
+        rows["mlp.gate_proj"] = rows["mlp.up_proj"] = rows["mlp.c_fc"] = rows["mlp.fc1"] = units
+        columns[down.get(config.model_type, "mlp.down_proj")] = units
         rows["mlp.gate_up_proj"] = rows["shared_mlp.input_linear"] = [*units, *(len(units) + i for i in units)]
     for matrix, index in rows.items():
         for kind in ("weight", "bias"):
@@ -282,6 +293,13 @@ def test_every_alignment_with_every_norm(checkpoint, aligner, alignment, norms, 
         ("olmoe", "neurons", "fold"),
         ("qwen3_moe", "none", "fold"),
         ("qwen3_moe", "neurons", "keep"),
+        ("nemotron", "neurons", "keep"),
+        ("starcoder2", "neurons", "fold"),
+        ("starcoder2", "rows", "fold"),
+        ("olmo", "neurons", "keep"),
+        ("cohere", "neurons", "fold"),
+        ("phi", "neurons", "fold"),
+        ("stablelm", "rows", "keep"),
     ],
 )
 def test_every_family_is_merged_as_written_out(tmp_path, family, alignment, norms):
@@ -298,6 +316,18 @@ def test_every_family_is_merged_as_written_out(tmp_path, family, alignment, norm
     found = {r.tensor for r in receipts(checkpoint, checkpoint.architecture, plan, aligner=aligner) if r.max_abs_change}
     assert found == set(by_name_differences(checkpoint, fused))
     assert {name for name in expected if name.startswith("model.layers.2.") and expected[name].ndim > 1} <= found
+
+
+@pytest.mark.parametrize("alignment", ["none", "rows", "neurons"])
+def test_biases_that_stay_take_up_their_norm_s(tmp_path, alignment):
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", "starcoder2")))
+    for name in ("tail", "all", "pairs"):
+        plan, aligner = with_options(PLANS[name], alignment, "fold"), Aligner(checkpoint)
+        fused = tiny.fuse_state_dict(checkpoint, checkpoint.architecture, plan, aligner=aligner)
+        expected, _ = reference(checkpoint, plan, aligner)
+        assert set(fused) == set(expected)
+        for key, tensor in fused.items():
+            assert (tensor - expected[key]).abs().max() <= 20 * EPS * max(1, expected[key].abs().max()), (name, key)
 
 
 @pytest.mark.parametrize(("alignment", "norms"), OPTIONS[1:])
@@ -499,6 +529,9 @@ def test_layers_with_and_without_a_rotary_embedding_are_not_averaged(tmp_path):
     ("family", "alignment", "norms", "message"),
     [
         ("olmo2", "none", "fold", "olmo2 normalises outputs, whose gains no matrix can take up: use norms keep"),
+        ("olmo", "none", "fold", "olmo has norms without gains: use norms keep"),
+        ("nemotron", "none", "fold", "nemotron has a bias in input_layernorm too, for which self_attn.q_proj would"),
+        ("stablelm", "none", "fold", "stablelm has a bias in post_attention_layernorm too, for which mlp.gate_proj"),
         ("mixtral", "rows", "keep", "alignment rows permutes each matrix alone, .* use neurons or none for mixtral"),
         ("qwen3_moe", "activations", "keep", "a router sends each expert tokens of its own: use neurons or none"),
     ],

@@ -70,10 +70,18 @@ PLANS = {
 
 
 #: Families without layer types that mergekit has no list of.
-UNLISTED = ("olmoe", "seed_oss", "ernie4_5", "ministral3", "helium", "glm", "hunyuan_v1_dense")
+UNLISTED = ("olmoe", "seed_oss", "ernie4_5", "ministral3", "helium", "glm", "hunyuan_v1_dense", "nemotron", "olmo")
 
 #: The family that each plan is tried on, llama3_rope but for these; mergekit has a list of their tensors.
-OF = {"biases": "granite", "mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "drop": "mixtral"}
+OF = {
+    "biases": "granite",
+    "into_the_deeper": "stablelm",
+    "before_last": "phi",
+    "two_groups": "starcoder2",
+    "mixtral": "mixtral",
+    "qwen3_moe": "qwen3_moe",
+    "drop": "mixtral",
+}
 
 
 @pytest.mark.parametrize("case", [*PLANS, "mixtral", "qwen3_moe"])
@@ -166,8 +174,12 @@ def test_what_mergekit_does_not_know_of_a_family_is_not_expressed(tmp_path, fami
     """mergekit 0.1.5 drops biases that its list of a family's tensors lacks, and where it has no list it infers one,
     and leaves num_hidden_layers; see docs/results.md."""
     checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family)))
-    if checkpoint.architecture.name == "granitemoehybrid":
-        with pytest.raises(NotExpressible, match="list of the tensors of granitemoehybrid asks for experts"):
+    asked = {"granitemoehybrid": "experts", "cohere": "norms of queries and keys"}
+    if (name := checkpoint.architecture.name) in asked:
+        with pytest.raises(NotExpressible, match=f"list of the tensors of {name} asks for {asked[name]}, and this"):
+            mergekit_yaml(checkpoint, PLANS["nothing"])
+    elif family == "starcoder2_no_biases":
+        with pytest.raises(NotExpressible, match="list of the tensors of starcoder2 asks for biases, and this"):
             mergekit_yaml(checkpoint, PLANS["nothing"])
     elif family == "phi3_longrope":
         with pytest.raises(NotExpressible, match="finds no unembedding"):  # it is tied
@@ -182,9 +194,10 @@ def test_what_mergekit_does_not_know_of_a_family_is_not_expressed(tmp_path, fami
             mergekit_yaml(checkpoint, PLANS["drop"])
 
 
-@pytest.mark.parametrize(("family", "tied"), [("gemma", False), ("phi3", True)])
+@pytest.mark.parametrize(("family", "tied"), [("gemma", False), ("phi3", True), ("phi", True), ("stablelm", True)])
 def test_an_unembedding_that_its_list_has_otherwise(tmp_path, family, tied):
-    """Gemma's lists none, and Phi-3's is not optional (mergekit 0.1.5, gemma.json and phi3.json)."""
+    """Gemma's lists none, and Phi's, Phi-3's and StableLM's are not optional (mergekit 0.1.5, gemma.json, phi2.json,
+    phi3.json and stablelm2.json)."""
     options = {"tie_word_embeddings": tied, "attention_bias": False}
     checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family, **options)))
     with pytest.raises(NotExpressible, match="mergekit (leaves out|finds no).* unembedding"):
@@ -209,7 +222,7 @@ def test_layers_of_a_family_with_layer_types_do_not_go(tmp_path, family):
         if not readable:
             with pytest.raises(NotExpressible, match="changes num_hidden_layers alone, and .* layer_types"):
                 mergekit_yaml(checkpoint, plan)
-        elif family not in ("llama_biases", "olmo2", "gemma", *UNLISTED):
+        elif family not in ("llama_biases", "olmo2", "gemma", "starcoder2_no_biases", "cohere", *UNLISTED):
             assert mergekit_yaml(checkpoint, plan)
 
 

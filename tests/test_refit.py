@@ -59,13 +59,17 @@ def final_states(refitter, plan, shards=CALIBRATION):
     return torch.cat([part for shard in packed for pair in shard for part in pair])
 
 
+def down_of(block):
+    return block.mlp.c_proj if hasattr(block.mlp, "c_proj") else block.mlp.down_proj
+
+
 def inside(folder, layer, sequences):
     """By transformers alone, float64, sequence by sequence: what down_proj reads, the state before the MLP, and the
     states that leave every layer; (tokens, ·)."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
     found = {"units": [], "middle": [], **{n: [] for n in range(model.config.num_hidden_layers)}}
     block = model.model.layers[layer]
-    block.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: found["units"].append(inputs[0][0]))
+    down_of(block).register_forward_pre_hook(lambda _, inputs: found["units"].append(inputs[0][0]))
     block.post_attention_layernorm.register_forward_pre_hook(lambda _, inputs: found["middle"].append(inputs[0][0]))
     for number, module in enumerate(model.model.layers):
         module.register_forward_hook(
@@ -77,21 +81,26 @@ def inside(folder, layer, sequences):
     return model, {name: torch.cat(values) for name, values in found.items()}
 
 
-def test_the_linear_replacement_is_a_least_squares_solution(folder, tmp_path):
+@pytest.mark.parametrize("family", ["llama_biases", "starcoder2", "nemotron"])
+def test_the_linear_replacement_is_a_least_squares_solution(folder, tmp_path, family):
     """ReplaceMe as written: T minimises |M T + Y - L|; M is the MLP's output, Y the state before it, L what leaves."""
+    if family != "llama_biases":
+        options = {"num_key_value_heads": 4, "head_dim": 4} if family == "nemotron" else {}
+        folder = make_checkpoint(tmp_path / "m", family, hidden_size=16, intermediate_size=40, **options)
     sequences = windows(0, 5)
     refitter = refitter_of(folder, tmp_path, (shard_of(sequences[:2]), shard_of(sequences[2:])))
     plan = refitted(drop_block_plan(N, 2, 2), "linear", ridge=TINY)
     found = refitter.tensors(plan, 1)
-    assert set(found) == {"mlp.down_proj.weight"}
+    (name,) = found
     model, seen = inside(folder, 1, sequences)
-    down = model.model.layers[1].mlp.down_proj
+    down = down_of(model.model.layers[1])
+    assert name == f"mlp.{'c_proj' if family == 'starcoder2' else 'down_proj'}.weight"
     down.requires_grad_(False)
     m = seen["units"] @ down.weight.T  # the bias stays as it is
-    wanted = seen[3] - seen["middle"] - down.bias
+    wanted = seen[3] - seen["middle"] - (0 if down.bias is None else down.bias)
     t = np.linalg.lstsq(m.numpy(), wanted.numpy())[0]
     expected = torch.from_numpy(t).T @ down.weight
-    torch.testing.assert_close(found["mlp.down_proj.weight"].double(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found[name].double(), expected, rtol=1e-3, atol=1e-4)
     # And it is better than nothing by as much as least squares says.
     (record,) = refitter.records(plan)
     left = (wanted - m @ torch.from_numpy(t)).square().sum() / (wanted - m).square().sum()
@@ -124,8 +133,11 @@ def test_a_weak_ridge_on_few_tokens_fits_what_float64_fits(folder, tmp_path, met
     assert error == pytest.approx(least, rel=0.05)
 
 
-def test_outputs_reproduce_what_the_matrices_can(folder, tmp_path):
+@pytest.mark.parametrize("family", ["llama_biases", "starcoder2", "stablelm"])
+def test_outputs_reproduce_what_the_matrices_can(folder, tmp_path, family):
     """The MLP's fit alone, o_proj as it was fitted: weighted least squares on units, towards the weights there were."""
+    if family != "llama_biases":
+        folder = make_checkpoint(tmp_path / "m", family, hidden_size=16, intermediate_size=40)
     sequences = windows(0, 5)
     refitter = refitter_of(folder, tmp_path, (shard_of(sequences),))
     plan = refitted(block_plan(N, 2, [0.6], name="b", kind="fixed"), "outputs", ridge=0.05)
@@ -141,7 +153,7 @@ def test_outputs_reproduce_what_the_matrices_can(folder, tmp_path):
     model.model.layers[1].load_state_dict({name: tensor.double() for name, tensor in layer.items()})
     units, reached = [], []
     block = model.model.layers[1]
-    block.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: units.append(inputs[0][0]))
+    down_of(block).register_forward_pre_hook(lambda _, inputs: units.append(inputs[0][0]))
     block.register_forward_hook(
         lambda _m, _i, out: reached.append((out[0] if isinstance(out, tuple) else out).squeeze(0))
     )
@@ -153,8 +165,9 @@ def test_outputs_reproduce_what_the_matrices_can(folder, tmp_path):
     gram = u.T @ (w * u)
     gram += 0.05 * gram.diagonal().mean() * torch.eye(len(gram))
     change = torch.linalg.solve(gram, u.T @ (w * residual)).T
-    expected = before["mlp.down_proj.weight"].double() + change
-    torch.testing.assert_close(found["mlp.down_proj.weight"].double(), expected, rtol=1e-3, atol=1e-4)
+    name = f"mlp.{'c_proj' if family == 'starcoder2' else 'down_proj'}.weight"
+    expected = before[name].double() + change
+    torch.testing.assert_close(found[name].double(), expected, rtol=1e-3, atol=1e-4)
     # Both fits leave less error than none, and together less than the linear replacement's.
     errors = [record["error"] for record in refitter.records(plan)]
     assert all(error < 1 for error in errors)
@@ -234,7 +247,7 @@ def test_each_further_fit_brings_the_model_nearer_to_the_unmerged_one(refitter):
     assert errors[1] < linear < errors[0]
 
 
-@pytest.mark.parametrize(("family", "offset"), [("llama", 0), ("gemma", 1), ("vaultgemma", 1)])
+@pytest.mark.parametrize(("family", "offset"), [("llama", 0), ("gemma", 1), ("vaultgemma", 1), ("olmo", None)])
 def test_units_are_those_that_contribute(tmp_path, family, offset):
     """Layer 2's MLP is all that counts: the seam takes its units, and with them layer 2's function."""
     folder = make_checkpoint(tmp_path / "m", family, hidden_size=16, intermediate_size=24, attention_bias=False)
@@ -247,9 +260,9 @@ def test_units_are_those_that_contribute(tmp_path, family, offset):
     plan = refitted(drop_block_plan(N, 2, 1), "units")
     found, deeper = refitter.tensors(plan, 1), Checkpoint(str(folder)).layer(2, dtype=torch.float32)
     norm = "pre_feedforward_layernorm.weight" if family == "vaultgemma" else "post_attention_layernorm.weight"
-    gain = deeper[norm] + offset
+    gain = torch.ones(16) if family == "olmo" else deeper[norm] + offset
     torch.testing.assert_close(found["mlp.up_proj.weight"], deeper["mlp.up_proj.weight"] * gain)
-    assert torch.equal(found[norm], torch.full((16,), 1.0 - offset))
+    assert norm not in found if family == "olmo" else torch.equal(found[norm], torch.full((16,), 1.0 - offset))
     torch.testing.assert_close(found["mlp.down_proj.weight"], deeper["mlp.down_proj.weight"], rtol=0, atol=0.01)
     assert error_of(refitter, plan) < 1e-6
     assert error_of(refitter, replace(plan, refit=None)) > 0.01
@@ -318,12 +331,34 @@ def test_families_without_the_algebra_are_refused_by_name(refitter):
         check_refittable(checkpoint, plan)
 
 
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("stablelm", "biases, which stablelm has here: post_attention_layernorm.bias"),
+        ("nemotron", "matrices of their own for o and down and gate and up write .*, which nemotron does not have"),
+    ],
+)
+def test_units_behind_a_norm_with_a_bias_or_without_gates_are_refused(tmp_path, family, message):
+    """Its share in what a unit reads would be another under another layer's norm."""
+    checkpoint = Checkpoint(str(make_checkpoint(tmp_path / "m", family)))
+    with pytest.raises(RefitError, match=message):
+        check_refittable(checkpoint, refitted(drop_block_plan(N, 2, 1), "units"))
+    check_refittable(checkpoint, refitted(drop_block_plan(N, 2, 1), "outputs"))
+
+
 @pytest.mark.parametrize("family", ["glm4", "granite", "granitemoehybrid", "olmo3"])
 def test_a_refit_of_outputs_that_are_normalised_or_scaled_is_refused(tmp_path, family):
     """They are not what is added to the residual stream, which a fit would take them for."""
     checkpoint = Checkpoint(str(make_checkpoint(tmp_path / "m", {"granitemoehybrid": "granite4"}.get(family, family))))
     with pytest.raises(RefitError, match=f"write straight into the residual stream .* which {family} does not have"):
         check_refittable(checkpoint, refitted(drop_block_plan(N, 2, 1), "outputs"))
+
+
+def test_a_refit_of_attention_and_mlp_side_by_side_is_refused(tmp_path):
+    checkpoint = Checkpoint(str(make_checkpoint(tmp_path / "m", "cohere2")))
+    for method in ("linear", "outputs"):
+        with pytest.raises(RefitError, match="MLP follows their attention, and in cohere2 both read the layer's input"):
+            check_refittable(checkpoint, refitted(drop_plan(N, 1), method))
 
 
 def test_units_are_weighed_by_tokens_however_these_are_cut_into_shards(folder, tmp_path):

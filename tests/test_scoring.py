@@ -499,7 +499,7 @@ def fused_reference(case, plan):
 
 
 @pytest.mark.parametrize(("alignment", "norms"), OPTIONS)
-@pytest.mark.parametrize("family", ["llama_biases", "qwen3_biases", "mistral_window_60"])
+@pytest.mark.parametrize("family", ["llama_biases", "qwen3_biases", "mistral_window_60", "starcoder2", "phi"])
 def test_every_alignment_with_every_norm(case, family, alignment, norms):
     """A stack of the run's own combination, the published one and any other give the fused model's answers."""
     case = case(family)

@@ -35,6 +35,16 @@ def test_the_final_norm_and_the_most_probable_tokens(tmp_path, monkeypatch):
     assert torch.equal(rows, model.lm_head.weight[[3, 700]].float()) and rows.dtype == torch.float32
 
 
+@pytest.mark.parametrize("family", ["nemotron", "starcoder2", "olmo"])
+def test_a_final_norm_with_a_bias_or_without_tensors(tmp_path, family):
+    folder = tiny.make_checkpoint(tmp_path / "m", family)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0)) * 5 + 2
+    with torch.no_grad():
+        expected = model.model.norm(x.double())
+    assert (LayerRunner(Checkpoint(str(folder))).vocabulary.normalise(x) - expected).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "granite", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_states_before_the_first_layer_are_transformers_in_every_dtype(tmp_path, family, dtype):
@@ -46,6 +56,27 @@ def test_states_before_the_first_layer_are_transformers_in_every_dtype(tmp_path,
         expected = model(torch.from_numpy(ids)[None], output_hidden_states=True).hidden_states[0][0]
     found = LayerRunner(Checkpoint(str(folder)), dtype=dtype).vocabulary.embedded(ids)
     assert found.dtype == expected.dtype == dtype and torch.equal(found, expected)
+
+
+def test_an_unembedding_with_a_bias(tmp_path, monkeypatch):
+    folder = tiny.make_checkpoint(tmp_path / "m", "phi", dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0)) * 5
+    with torch.no_grad():
+        logits = model.lm_head(model.model.final_layernorm(x.double()))
+    assert model.lm_head.bias.abs().min() > 0
+    monkeypatch.setattr(raymerge.vocabulary, "VOCABULARY_ROWS", 100)
+    vocabulary = LayerRunner(Checkpoint(str(folder))).vocabulary
+    hidden = vocabulary.normalise(x)
+    assert (
+        hidden @ vocabulary.unembedding_rows([3, 700]).T - logits[:, [3, 700]]
+    ).abs().max() < 1e-5 * logits.abs().max()
+    logsumexp, top = vocabulary.logsumexp_and_top(hidden)
+    assert torch.equal(top, logits.argmax(-1)) and (logsumexp - torch.logsumexp(logits, -1)).abs().max() < 1e-4
+    logsumexp, mean = vocabulary.logsumexp_and_mean(hidden)
+    expected = torch.softmax(logits, -1) @ model.lm_head.weight.detach()
+    assert (logsumexp - torch.logsumexp(logits, -1)).abs().max() < 1e-4
+    assert (mean[:, :32] - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(("family", "cap"), [("llama", None), ("gemma2", 8.0)])

@@ -107,6 +107,25 @@ FAMILIES = {
     "ernie4_5": {"model_type": "ernie4_5", "head_dim": 12, "use_bias": True},
     "helium": {"model_type": "helium", "head_dim": 8, "pad_token_id": 0},
     "arcee": {"model_type": "arcee"},
+    # Gains are stored less 1; half of each head's dimensions are rotated, which configs as published say so.
+    "nemotron": {"model_type": "nemotron", "head_dim": 12, "partial_rotary_factor": 0.5},
+    "starcoder2": {"model_type": "starcoder2", "sliding_window": 60, "tie_word_embeddings": True},
+    "starcoder2_no_biases": {"model_type": "starcoder2", "use_bias": False, "num_key_value_heads": 1},
+    # Attention and MLP side by side, behind one norm; biases everywhere, in the unembedding too.
+    "phi": {"model_type": "phi", "partial_rotary_factor": 0.5, "num_key_value_heads": 4},
+    # The same behind a norm without a bias.
+    "cohere": {"model_type": "cohere", "logit_scale": 0.3, "tie_word_embeddings": True, "attention_bias": True},
+    # Its layers without a window have no rotary embedding.
+    "cohere2": {
+        "model_type": "cohere2",
+        "logit_scale": 0.3,
+        "tie_word_embeddings": True,
+        "sliding_window": 40,
+        "layer_types": _SLIDING[:1] + _FULL + 3 * _SLIDING,
+    },
+    # Norms without gains.
+    "olmo": {"model_type": "olmo", "num_key_value_heads": 4},
+    "stablelm": {"model_type": "stablelm", "use_qkv_bias": True, "partial_rotary_factor": 0.25},
     # The last layers, which most plans average, have no rotary embedding, the layers before them have.
     "smollm3": {
         "model_type": "smollm3",
@@ -258,8 +277,14 @@ def _folds(family):
     return not (family.output_norms or family.head_norms or family.projection_norms)
 
 
-#: Those whose norms all stand before the matrices that read them, so that folding takes up every gain.
-FOLDABLE = [name for name, options in FAMILIES.items() if _folds(ARCHITECTURES[options["model_type"]])]
+#: Those whose norms have a bias that some matrix has none to take up.
+UNFOLDABLE = ("nemotron", "starcoder2_no_biases", "stablelm")
+#: Those whose norms all stand before the matrices that read them, so that folding takes up every gain and bias.
+FOLDABLE = [
+    name
+    for name, options in FAMILIES.items()
+    if _folds(ARCHITECTURES[options["model_type"]]) and name not in (*UNFOLDABLE, "olmo")
+]
 
 
 def demo_tokenizer():
@@ -291,6 +316,11 @@ def config_of(family, **options):
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
+def offset_gains(model_type):
+    """Whether a family stores its norms' gains less 1."""
+    return "gemma" in model_type or model_type == "nemotron"
+
+
 def random_model(config, *, seed=0, dtype=torch.float32, kind=AutoModelForCausalLM):
     """A transformers model with weights so large that attention is far from uniform and layers matter."""
     model = kind.from_config(config, dtype=dtype, experts_implementation="eager")
@@ -298,8 +328,8 @@ def random_model(config, *, seed=0, dtype=torch.float32, kind=AutoModelForCausal
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             noise = torch.randn(tensor.shape, generator=generator)
-            if "norm" in name:
-                value = 0.3 * noise + (0 if "gemma" in config.model_type else 1)
+            if "norm" in name and name.endswith("weight"):
+                value = 0.3 * noise + (0 if offset_gains(config.model_type) else 1)
             elif name.endswith("bias"):
                 value = 0.5 * noise
             elif "embed" in name or "lm_head" in name:
@@ -545,7 +575,8 @@ def published_merge(state, n_layers, steps, *, biases="keep"):
     averaged = [
         name.removeprefix("model.layers.0.")
         for name, tensor in state.items()
-        if name.startswith("model.layers.0.") and (tensor.ndim > 1 or (biases == "merge" and name.endswith(".bias")))
+        if name.startswith("model.layers.0.")
+        and (tensor.ndim > 1 or (biases == "merge" and name.endswith(".bias") and "norm" not in name))
     ]
     alive = list(range(n_layers))
     for into, remove, alpha in steps:

@@ -178,10 +178,10 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
             model, seen = self.model(UNMERGED), {number: [] for number in sorted(missing)}
             hooks = []
             for number, own in seen.items():
-                layer = model.model.layers[number]
-                granite = self.base.kind == "granitemoehybrid"
-                down = layer.shared_mlp.output_linear if granite else layer.mlp.down_proj
-                hooks.append(down.register_forward_pre_hook(lambda _, args, own=own: own.append(args[0][0])))
+                for name, module in model.model.layers[number].named_modules():
+                    if name.endswith(f"mlp.{self.base.down}"):
+                        hook = module.register_forward_pre_hook(lambda _, args, own=own: own.append(args[0][0]))
+                        hooks.append(hook)
             with torch.no_grad():
                 for ids, *_ in sequences:
                     model(input_ids=torch.tensor([ids]), use_cache=False)

@@ -136,9 +136,9 @@ class Searches:
             history.setdefault((row["searcher"], row["start"]), []).append(row)
         order = [
             ("q_proj", "k_proj", "v_proj", "qkv_proj"),
-            ("o_proj",),
-            ("gate_proj", "up_proj", "gate_up_proj"),
-            ("down_proj",),
+            ("o_proj", "dense"),
+            ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1"),
+            ("down_proj", "c_proj", "fc2"),
         ]
         order = [
             f"{part}.{name}"

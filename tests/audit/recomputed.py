@@ -27,7 +27,7 @@ DEMO = Path(__file__).resolve().parents[2] / "raymerge" / "demo"
 WINDOW = 1024
 #: Norms and what reads them, by family; the others' read as Llama's. Gemma stores gains less 1.
 READS = {"input_layernorm": ("q_proj", "k_proj", "v_proj", "qkv_proj")}
-MLP_READS = ("gate_proj", "up_proj", "gate_up_proj", "input_linear", ".gate", ".w1", ".w3")
+MLP_READS = ("gate_proj", "up_proj", "gate_up_proj", "input_linear", "c_fc", "fc1", ".gate", ".w1", ".w3")
 GEMMA = ("gemma", "gemma2", "gemma3_text", "vaultgemma")
 # Language models that AutoModelForCausalLM has no class of, and those that are the same where positions are one number.
 IN_TEXT = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
@@ -73,21 +73,52 @@ class Base:
     @property
     def offset(self):
         """What a norm's stored weight lacks to its gain."""
-        return 1.0 if self.kind in GEMMA else 0.0
+        return 1.0 if self.kind in (*GEMMA, "nemotron") else 0.0
+
+    @property
+    def down(self):
+        """The name of the matrix that leaves a dense MLP."""
+        return {"starcoder2": "c_proj", "phi": "fc2", "granitemoehybrid": "output_linear"}.get(self.kind, "down_proj")
 
     @property
     def before_mlp(self):
+        if self.kind in ("cohere", "cohere2", "phi"):
+            return "input_layernorm"
         return "pre_feedforward_layernorm" if self.kind in GEMMA[1:] else "post_attention_layernorm"
+
+    @property
+    def readers(self):
+        """By input norm, how the names of what reads it end."""
+        if self.before_mlp in READS:
+            return {self.before_mlp: READS[self.before_mlp] + MLP_READS}
+        return READS | {self.before_mlp: MLP_READS}
 
     def gains(self, layer):
         """By matrix, the gain (d,) of the norm that it reads."""
-        readers = {} if self.kind in ("olmo2", "olmo3", "exaone4") else READS | {self.before_mlp: MLP_READS}
+        readers = {} if self.kind in ("olmo", "olmo2", "olmo3", "exaone4") else self.readers
         return {
             name: layer[f"{norm}.weight"].double() + self.offset
             for norm, ends in readers.items()
             for name in layer
             if name.endswith(tuple(f"{end}.weight" for end in ends))
-        }, [f"{norm}.weight" for norm in readers]
+        }
+
+    def folded(self, layer):
+        """The layer, float64, with the gains of its input norms in its matrices, and in their biases what the norms'
+        come to."""
+        found = {name: tensor.double() for name, tensor in layer.items()}
+        for norm, ends in self.readers.items():
+            if (shift := found.get(f"{norm}.bias")) is not None:
+                for name in found:
+                    if name.endswith(tuple(f"{end}.bias" for end in ends)):
+                        found[name] = found[name] + found[name.replace(".bias", ".weight")] @ shift
+                found[f"{norm}.bias"] = torch.zeros_like(shift)
+        gains = self.gains(layer)
+        found |= {name: found[name] * gain for name, gain in gains.items()}
+        if gains:
+            found |= {name: torch.full_like(found[name], 1.0 - self.offset)
+                      for name in (f"{norm}.weight" for norm in (*READS, self.before_mlp))}  # fmt: skip
+        return found
 
     def merged(self, plan, nudges=None):
         """(tensors, kept layers) of a plan {steps: [(into, remove)], alphas, own: {matrix: alphas}, norms, biases,
@@ -98,18 +129,14 @@ class Base:
         averaged = {
             name
             for name, tensor in layers[0].items()
-            if tensor.ndim == 2 or (name.endswith(".bias") and plan["biases"] == "merge")
+            if tensor.ndim == 2 or (name.endswith(".bias") and "norm" not in name and plan["biases"] == "merge")
         }
         work, averages = {}, any(of != {number} for number, of in coefficients.items())
         changing = {number for step in plan["steps"] for number in step}
         changing |= {kept[place] for place in places_of(self.n_layers, plan)[2]}
         for number in changing:
-            layer = layers[number]
-            own = {name: layer[name].double() for name in averaged if name in layer}
-            if plan["norms"] == "fold":
-                for name, gain in self.gains(layer)[0].items():
-                    own[name] = own[name] * gain
-            work[number] = own
+            whole = self.folded(layers[number]) if plan["norms"] == "fold" else layers[number]
+            work[number] = {name: whole[name].double() for name in averaged if name in layers[number]}
         if plan["alignment"] in ("neurons", "activations") and averages:
             orders = self.matcher.towards(plan["steps"], plan["alignment"])
             work |= {number: reordered(work[number], order) for number, order in orders.items()}
@@ -134,9 +161,9 @@ class Base:
             layer = layers[number]
             if coefficients[number] != {number} or position in fitted:
                 changed = {name: work[number][name].float().to(layer[name].dtype) for name in averaged}
-                layer = layer | changed
                 if plan["norms"] == "fold":
-                    layer |= {norm: torch.full_like(layer[norm], 1.0 - self.offset) for norm in self.gains(layer)[1]}
+                    layer = {name: t.to(layer[name].dtype) for name, t in self.folded(layer).items()}
+                layer = layer | changed
             state |= {f"model.layers.{position}.{name}": tensor for name, tensor in layer.items()}
         return state, kept
 

@@ -14,9 +14,13 @@ from scipy.optimize import linear_sum_assignment
 
 #: Which axes the rows (of o and down the columns) of a matrix have, one after another.
 ROWS = {"q_proj": ["q"], "k_proj": ["k"], "v_proj": ["v"], "qkv_proj": ["q", "k", "v"], "o_proj": ["o"]}
+ROWS |= {"dense": ["o"]}
+#: Whose name says less than gate_proj, up_proj and down_proj.
+SHORT = {"w1": "gate", "w3": "up", "w2": "down", "output_linear": "down", "c_fc": "up", "c_proj": "down"}
+SHORT |= {"fc1": "up", "fc2": "down"}
 UNITS = {"gate_proj": 1, "up_proj": 1, "down_proj": 1, "gate_up_proj": 2, "w1": 1, "w3": 1, "w2": 1}
-UNITS |= {"input_linear": 2, "output_linear": 1}
-COLUMNS = ("o_proj", "down_proj", "w2", "output_linear")
+UNITS |= {"input_linear": 2, "output_linear": 1, "c_fc": 1, "c_proj": 1, "fc1": 1, "fc2": 1}
+COLUMNS = ("o_proj", "dense", "down_proj", "w2", "output_linear", "c_proj", "fc2")
 #: Norms over all of a projection, whose gains stand in the order of its rows.
 NORMS = {"q_norm": ["q"], "k_norm": ["k"]}
 
@@ -91,7 +95,7 @@ class Matcher:
         """Of a layer, with the gains of what its matrices read, rows (of o and down columns) of length 1: q, k, v, o,
         router, and (projection, expert), of dense layers (projection, 0)."""
         layer, found = self.base.layer(number), {}
-        gains = self.base.gains(layer)[0]
+        gains = self.base.gains(layer)
         heads, kv, d = self.shape
         for name, tensor in layer.items():
             if tensor.ndim != 2:
@@ -109,8 +113,7 @@ class Matcher:
             elif module in ("gate_up_proj", "input_linear"):
                 found |= {("gate", 0): rows[: len(rows) // 2], ("up", 0): rows[len(rows) // 2 :]}
             else:
-                short = {"w1": "gate", "w3": "up", "w2": "down", "output_linear": "down"}
-                short = short.get(module, module.removesuffix("_proj"))
+                short = SHORT.get(module, module.removesuffix("_proj"))
                 found[short, expert] = rows
         return found
 

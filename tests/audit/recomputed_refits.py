@@ -41,10 +41,10 @@ class Refits:
         self.unmerged = self.run(unmerged, range(base.n_layers), names=("middle", "leaving"))
 
     @torch.no_grad()
-    def run(self, model, places, nudges=None, names=("o_proj", "down_proj", "middle", "leaving")):
-        """By layer, of every token: what o_proj and down_proj read, the state between attention and MLP ("middle") and
-        the one that leaves the layer ("leaving"), float64. nudges: a random generator; states are then off by some of
-        the last digits of the model's dtype."""
+    def run(self, model, places, nudges=None, names=None):
+        """By layer, of every token: what o_proj and down_proj (or what it is called) read, the state between attention
+        and MLP ("middle") and the one that leaves the layer ("leaving"), float64. nudges: a random generator; states
+        are then off by some of the last digits of the model's dtype. names: of these alone."""
         found, hooks = {}, []
 
         def keep(place, name):
@@ -58,9 +58,9 @@ class Refits:
 
         for place in places:
             layer = model.model.layers[place]
-            modules = {"o_proj": layer.self_attn.o_proj, "down_proj": layer.mlp.down_proj}
+            modules = {"o_proj": layer.self_attn.o_proj, self.base.down: layer.mlp.get_submodule(self.base.down)}
             for name, module in (modules | {"middle": getattr(layer, self.base.before_mlp)}).items():
-                if name in names:
+                if names is None or name in names:
                     hooks.append(module.register_forward_pre_hook(keep(place, name)))
             hooks.append(layer.register_forward_hook(keep(place, "leaving")))
         for ids, *_ in self.sequences:
@@ -97,7 +97,7 @@ class Refits:
             if method == "units" and place in seams:
                 state = self.units(state, kept, place, members, weights, nudges)
                 figures.append({"layer": kept[place], "part": "units", "tokens": 0})
-            for part, matrix in (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj")):
+            for part, matrix in (("attention", "self_attn.o_proj"), ("mlp", f"mlp.{self.base.down}")):
                 if part == "attention" and method in ("linear", "scale"):
                     continue
                 name = f"model.layers.{place}.{matrix}.weight"
@@ -147,12 +147,15 @@ class Refits:
         mlp = model.model.layers[place].mlp
         act = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
         middle = torch.tensor(self.run(model, [place], nudges)[place]["middle"])
-        eps = self.base.config["rms_norm_eps"]
-        normal = middle / (middle.pow(2).mean(1, keepdim=True) + eps).sqrt()
+        if self.base.kind == "olmo":
+            normal = torch.nn.functional.layer_norm(middle, middle.shape[1:], eps=1e-5)
+        else:
+            eps = self.base.config["rms_norm_eps"]
+            normal = middle / (middle.pow(2).mean(1, keepdim=True) + eps).sqrt()
         found = []
         for number in members:
             layer = self.base.layer(number)
-            gain = layer[f"{self.base.before_mlp}.weight"].double() + self.base.offset
+            gain = layer.get(f"{self.base.before_mlp}.weight", torch.ones(1)).double() + self.base.offset
             read = {n: t.double() for n, t in layer.items() if n.startswith("mlp.")}
             read |= {n: t * gain for n, t in read.items() if n.endswith("weight") and "down_proj" not in n}
             values = [
@@ -181,4 +184,4 @@ class Refits:
                 new.append(torch.stack(parts, int(columns)))
             state[name] = torch.cat(new).float().to(tensor.dtype)
         norm = f"{start}{self.base.before_mlp}.weight"
-        return state | {norm: torch.full_like(state[norm], 1.0 - self.base.offset)}
+        return state | {own: torch.full_like(state[own], 1.0 - self.base.offset) for own in {norm} & state.keys()}
