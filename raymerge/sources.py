@@ -148,5 +148,7 @@ class SourceLayers:
         weights = {name: part.unflatten(-1, shape) for name, part, shape in parts}
         if not merge_biases:
             own = self.stack[rest].split(self._sizes)[-len(self._biases) :] if self._biases else ()
-            weights.update((name, bias.float()) for name, bias in zip(self._biases, own, strict=True))
+            # As saved: what folding adds to a bias is rounded with it.
+            kept, stored = zip(self._biases, own, strict=True), self.runner.checkpoint.dtype
+            weights.update((name, bias.to(stored).float()) for name, bias in kept)
         return weights | self._others[rest]
