@@ -334,6 +334,11 @@ def architecture_of(config: Any) -> Architecture:
                 f"{model_type} with {scale} = 0 has no logits, which are {how} by it: correct the config"
             )
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if kv_heads is None:  # of which some families' code makes nothing either
+        raise ArchitectureError(
+            f"{model_type} without num_key_value_heads is not supported: add it to the config, {heads} if each query "
+            "head has keys of its own"
+        )
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     sizes = {
         "kv_heads": kv_heads,

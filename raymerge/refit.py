@@ -117,7 +117,7 @@ def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
     if method == "units" and biased:
         raise RefitError(
             f"refit units cannot choose among MLP units with biases, which {architecture.name} has here: "
-            f"{' and '.join(biased)}"
+            f"{' and '.join(biased)}; use refit outputs"
         )
     if not plan.groups:
         raise RefitError(f"plan {plan.name} merges nothing, so that it has no seam to refit")

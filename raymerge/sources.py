@@ -20,9 +20,9 @@ class SourceLayers:
     accelerator the stored dtype where that loses nothing (folded gains would be rounded twice). Mixing several
     candidates at once reads it once: a candidate's mix is otherwise bound by memory (9 merges of a 0.5B model read
     600 MB).
-    norms: as plans have it; with "fold" the gains are in the stacked matrices. alignment: as plans have it, but not
-    "rows"; units are laid on those of layer `first`. Which layer of the group they are laid on does not matter: the mix
-    is then the same units in another order.
+    norms: as plans have it; with "fold" the norms' gains are in the stacked matrices, and their biases in the stacked
+    biases. alignment: as plans have it, but not "rows"; units are laid on those of layer `first`. Which layer of the
+    group they are laid on does not matter: the mix is then the same units in another order.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class SourceLayers:
     @cached_property
     @torch.inference_mode(False)
     def _others(self) -> list[dict[str, Tensor]]:
-        """The tensors of each source layer that are not averaged, by relative name. Folded norms are ones; gains of
-        single units (OLMo's of queries and keys) are permuted with the units."""
+        """The tensors of each source layer that are not averaged, by relative name. Folded norms only normalise;
+        gains of single units (OLMo's of queries and keys) are permuted with the units."""
         checkpoint, arch = self.runner.checkpoint, self.runner.checkpoint.architecture
         others = []
         for layer in range(self.first, checkpoint.n_layers):
@@ -148,5 +148,7 @@ class SourceLayers:
         weights = {name: part.unflatten(-1, shape) for name, part, shape in parts}
         if not merge_biases:
             own = self.stack[rest].split(self._sizes)[-len(self._biases) :] if self._biases else ()
-            weights.update((name, bias.float()) for name, bias in zip(self._biases, own, strict=True))
+            # As saved: what folding adds to a bias is rounded with it.
+            kept, stored = zip(self._biases, own, strict=True), self.runner.checkpoint.dtype
+            weights.update((name, bias.to(stored).float()) for name, bias in kept)
         return weights | self._others[rest]

@@ -73,8 +73,13 @@ class Vocabulary:
 
     def _rows(self, which: slice | Tensor) -> Tensor:
         """Rows of the unembedding float32, each with its bias behind it if there are any."""
-        rows = self._table(self._architecture.unembedding)[which].to(self._device, torch.float32)
-        return rows if self._bias is None else torch.cat([rows, self._bias[which]], 1)
+        rows = self._table(self._architecture.unembedding)[which]
+        if self._bias is None:
+            return rows.to(self._device, torch.float32)
+        # Converted into their place: joining them would hold them twice.
+        found = torch.empty(len(rows), rows.shape[1] + 1, device=self._device)
+        found[:, :-1], found[:, -1:] = rows, self._bias[which]
+        return found
 
     def capped(self, logits: Tensor) -> Tensor:
         """Logits as the model gives them, of products of states and the unembedding's rows."""

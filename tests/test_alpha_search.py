@@ -33,6 +33,7 @@ from raymerge.plan_files import read_plan
 from raymerge.plan_section import Similarity, starting_plan
 from raymerge.progress import Silent
 from raymerge.proposers import BayesProposer, RandomProposer
+from raymerge.refit import RefitError
 from raymerge.search import SearchOutcome
 from raymerge.tables import RunDirectory, RunError
 
@@ -592,6 +593,18 @@ def test_plans_that_cannot_be_searched_are_refused():
     check(replace(tail, selection="list"), *listed)
     with pytest.raises(ConfigError, match="gradient needs a tail merge, but plan.selection is list"):
         check(replace(tail, selection="list"), *listed, gradient)
+
+
+def test_a_refit_that_the_family_does_not_allow_is_refused_before_the_search(tmp_path):
+    """It was when everything had been searched."""
+    of_text = ["calibration.text=demo", "calibration.tokens=50"]
+    config = load_config(None, ["plan.merges=2", "plan.refit=outputs", *of_text])
+    start = starting_plan(config.plan, 5, None)
+    for family, allowed in (("starcoder2", True), ("phi", False), ("olmo2", False)):
+        checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / family, family)))
+        inputs = Inputs(**vars(read_material(config, (CALIBRATION,))), checkpoint=checkpoint)
+        with nullcontext() if allowed else pytest.raises(RefitError, match=f"refit outputs needs layers .*{family}"):
+            _check(config, inputs, start, [])
 
 
 def test_a_disk_without_room_for_another_folder_is_said_where_the_model_is_to_be_saved(tmp_path, monkeypatch):

@@ -186,6 +186,7 @@ def test_unsupported_families_are_named_with_what_they_have_and_the_supported_on
         ("olmoe", {"clip_qkv": 8.0}, "olmoe with clip_qkv = 8.0 is not supported; supported is None"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\] is not supported; supported is None or \[\]"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported; supported is 1"),
+        ("nemotron", {"num_key_value_heads": None}, "nemotron without num_key_value_heads is not supported: .* 4 if"),
         ("olmo", {"clip_qkv": 8.0}, "olmo with clip_qkv = 8.0 is not supported; supported is None"),
         ("stablelm", {"qk_layernorm": True}, "stablelm with qk_layernorm = True is not supported; supported is False"),
         ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual = True is not supported"),

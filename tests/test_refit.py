@@ -334,7 +334,7 @@ def test_families_without_the_algebra_are_refused_by_name(refitter):
 @pytest.mark.parametrize(
     ("family", "message"),
     [
-        ("stablelm", "biases, which stablelm has here: post_attention_layernorm.bias"),
+        ("stablelm", "biases, which stablelm has here: post_attention_layernorm.bias; use refit outputs"),
         ("nemotron", "matrices of their own for o and down and gate and up write .*, which nemotron does not have"),
     ],
 )

@@ -591,13 +591,15 @@ def test_the_stack_is_made_only_where_it_is_mixed(case):
     assert "stack" in vars(sources)
 
 
-def test_aligned_and_folded_candidates_mix_as_they_are_saved(tmp_path, questions):
-    """In bfloat16: rounded once, after the sum, so the stack and the fused layer differ by no rounding to 8 bits."""
-    folder = tiny.make_checkpoint(tmp_path / "base", "qwen2", dtype=torch.bfloat16)
+@pytest.mark.parametrize(("family", "biases"), [("qwen2", "keep"), ("phi", "keep"), ("phi", "merge")])
+def test_aligned_and_folded_candidates_mix_as_they_are_saved(tmp_path, questions, family, biases):
+    """In bfloat16: rounded once, after the sum, so the stack and the fused layer differ by no rounding to 8 bits. Kept
+    biases that take up a norm's are rounded too."""
+    folder = tiny.make_checkpoint(tmp_path / "base", family, dtype=torch.bfloat16)
     runner = LayerRunner(Checkpoint(str(folder)))
     prompts = encode_questions(questions, tiny.demo_tokenizer())
     trunk = TrunkCache(runner, N - 3, tmp_path / "cache")
-    plan = replace(found(0.5, 0.25), alignment="neurons", norms="fold")
+    plan = replace(found(0.5, 0.25, biases=biases), alignment="neurons", norms="fold")
     sources = SourceLayers(runner, N - 3, norms="fold", alignment="neurons")
     for dtype in (None, torch.float32):
         stacked = TailScorer(trunk, prompts, sources=sources, fused_dtype=dtype)

@@ -77,6 +77,17 @@ def test_a_point_that_cannot_be_averaged_is_named(tmp_path):
         _points(config, inputs, None, Chosen({}))
 
 
+@pytest.mark.parametrize(
+    ("family", "cure"), [("nemotron", "Take fold out of sweep.norms"), ("mixtral", "Take rows out of sweep.alignments")]
+)
+def test_an_option_that_the_family_does_not_allow_is_what_is_to_be_taken_out(tmp_path, family, cure):
+    """Not the method, behind which the next one would be refused."""
+    config = load_config(None, ["sweep.merges=[1]", "sweep.alignments=[none,rows]"])
+    inputs = Inputs(questions={}, checkpoint=Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family))))
+    with pytest.raises(PlanError, match=f"^fixed_0.4 with 1 merged: .*{cure}$"):
+        _points(config, inputs, None, Chosen({}))
+
+
 METHODS = [
     "drop", "before_last", "drop_block", "block_influence", "fixed:0.60", "similarity", "similarity_ratio",
     "most_similar", "merge_block",

@@ -67,6 +67,7 @@ from raymerge.plan_section import (
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.proposers import BayesProposer, Proposer, RandomProposer, Starts
+from raymerge.refit import check_refittable
 from raymerge.search import BatchSearcher, check_loggers, choose_batch, run_search
 from raymerge.tables import RunDirectory
 
@@ -91,8 +92,8 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     searches by the loss on search.text, and reports on data.perplexity_text and tasks. The same call again resumes; a
     complete run is returned as it is.
 
-    Raises ConfigError, PlanError, CheckpointError, DataError before anything is written, RunError where the run
-    directory cannot be used, NothingFoundError where every candidate failed.
+    Raises ConfigError, PlanError, RefitError, CheckpointError, DataError before anything is written, RunError where the
+    run directory cannot be used, NothingFoundError where every candidate failed.
     """
     check_config(config)
     progress = progress or Silent()
@@ -142,7 +143,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
 
 
 def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[MergePlan]) -> None:
-    """Refuse plans that cannot be merged, and probes of other merges."""
+    """Refuse plans that cannot be merged, or refitted as what is found will be, and probes of other merges."""
     shape = [(step.into, step.remove) for step in start.steps]
     check_selected(config.plan, start)
     blocks = _searched_starts(config, start, inputs.checkpoint)
@@ -162,6 +163,7 @@ def _check(config: Config, inputs: Inputs, start: MergePlan, probes: Sequence[Me
         except PlanError as error:
             said = "but a search moves every alpha, also one that is 1: leave such layers out of its steps"
             raise PlanError(f"{error}; {said}") from error
+    check_refittable(inputs.checkpoint, replace(candidate, refit=refit_of(config, inputs, config.plan.refit)))
     if "gradient" in config.search.searchers and start.selection != "tail":
         raise ConfigError(
             f"search.searcher gradient needs a tail merge, but plan.selection is {start.selection}: use searcher bayes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -210,12 +211,27 @@ def _points(config: Config, inputs: Inputs, similarity: Similarity | None, chose
             check_mergeable(inputs.checkpoint, point.plan)
         except PlanError as error:  # the curve that is asked for, or none: a gap would be taken for a choice
             method, merges = point.method, point.merges
-            cure = f"Take {method} out of sweep.methods, or {merges} out of sweep.merges"
+            cure = f"{method} out of sweep.methods, or {merges} out of sweep.merges"
             if method.startswith(_FILE):
-                cure = f"Take {method.removeprefix(_FILE)} out of sweep.alpha_files"
-            raise PlanError(f"{method} with {merges} merged: {error}. {cure}") from error
+                cure = f"{method.removeprefix(_FILE)} out of sweep.alpha_files"
+            elif option := _refused_option(inputs.checkpoint, point.plan):
+                cure = option
+            raise PlanError(f"{method} with {merges} merged: {error}. Take {cure}") from error
         check_refittable(inputs.checkpoint, point.plan)
     return points
+
+
+def _refused_option(checkpoint: Checkpoint, plan: MergePlan) -> str | None:
+    """The value of the sweep section without which a plan that cannot be merged can be; None where there is none."""
+    without = {
+        f"{plan.norms} out of sweep.norms": replace(plan, norms="keep"),
+        f"{plan.alignment} out of sweep.alignments": replace(plan, alignment="none"),
+    }
+    for option, other in without.items():
+        with suppress(PlanError):
+            check_mergeable(checkpoint, other)
+            return option
+    return None
 
 
 def _points_of_file(config: Config, method: str, path: str, n_layers: int) -> list[Point]:

@@ -69,7 +69,8 @@ _MERGES = (
      "their activations; this preserves that layer's function"),
     ("rows aligned", "the rows of each matrix of a layer are reordered on their own, as published; the layer then "
      "computes another function"),
-    ("folded, norms folded", "the gains of a layer's norms are multiplied into its matrices before averaging"),
+    ("folded, norms folded", "the gains of a layer's norms are multiplied into its matrices before averaging; what "
+     "these make of the norms' biases, where there are any, is added to their own"),
 )  # fmt: skip
 _ALIKE = (
     ("null, unrelated layers", "similarity after the prompts of one layer are shuffled against the other's: what noise "
