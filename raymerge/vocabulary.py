@@ -77,7 +77,7 @@ class Vocabulary:
         if self._bias is None:
             return rows.to(self._device, torch.float32)
         # Converted into their place: joining them would hold them twice.
-        found = torch.empty(len(rows), rows.shape[1] + 1, device=self._device)
+        found = torch.empty(len(rows), rows.shape[1] + 1, dtype=torch.float32, device=self._device)
         found[:, :-1], found[:, -1:] = rows, self._bias[which]
         return found
 
