@@ -236,8 +236,8 @@ def _check_images(checkpoint: Checkpoint, plan: MergePlan) -> None:
     if first and (gone := [layer for layer in range(first) if layer not in there]):
         raise PlanError(
             f"layer {gone[0]} would be merged or removed, but the model adds features of images to what its first "
-            f"{first} layers give, by their number (DeepStack): merge and remove only layers from {first} on, at most "
-            f"{plan.n_layers - first - 1}, with plan.starts from {first + 1} on where a block is chosen"
+            f"{first} layers give, by their number (DeepStack): merge and remove only layers from {first} on, with "
+            f"plan.starts from {first + 1} on where a block is chosen"
         )
 
 
