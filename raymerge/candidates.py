@@ -146,7 +146,7 @@ def _opened(config: Config, cache: Path) -> tuple[MergePlan, ModelWorker]:
             "plan.base=file, plan.alpha_file)"
         )
     checkpoint = Checkpoint(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    start = starting_plan(plan, checkpoint.n_layers, similarity_of(config.plan, checkpoint.n_layers))
+    start = starting_plan(plan, checkpoint.n_layers, similarity_of(plan, checkpoint))
     check_selected(plan, start)
     template = start.with_alphas([0.5] * len(start.steps), name="candidate", kind="found")
     check_mergeable(checkpoint, template)

@@ -107,9 +107,10 @@ def most_similar_pair(
 
 
 def most_similar_pairs(
-    similarity: np.ndarray, *, merges: int | None = None, threshold: float | None = None
+    similarity: np.ndarray, *, merges: int | None = None, threshold: float | None = None, first: int = 0
 ) -> list[tuple[int, int]]:
-    """Repeatedly the most similar neighbours, until `merges` merges or until no pair exceeds `threshold`.
+    """Repeatedly the most similar neighbours from layer `first` on, until `merges` merges or until no pair exceeds
+    `threshold`.
 
     A merged layer keeps the number, and the row of `similarity` (L, L), of the layer that it was merged into.
     Raises PlanError where neither limit is given, `merges` is too large, or no pair exceeds the threshold.
@@ -118,8 +119,8 @@ def most_similar_pairs(
     if merges is None and threshold is None:
         raise PlanError("most_similar needs plan.merges or plan.threshold, or both")
     if merges is not None:
-        check_merges(n_layers, merges)
-    alive = list(range(n_layers))
+        check_merges(n_layers, merges, first)
+    alive = list(range(first, n_layers))
     pairs: list[tuple[int, int]] = []
     while merges is None or len(pairs) < merges:
         pair = most_similar_pair(similarity, alive, threshold=threshold)
@@ -168,14 +169,15 @@ def best_block(scores: Mapping[int, float], starts: Iterable[int]) -> int:
     return min(starts, key=lambda first: (scores[first], -first))
 
 
-def least_influence_plan(block_influence: np.ndarray, merges: int) -> MergePlan:
-    """Drop the `merges` layers of least block influence (ShortGPT, Men et al. 2024, arXiv 2403.03853).
+def least_influence_plan(block_influence: np.ndarray, merges: int, first: int = 0) -> MergePlan:
+    """Drop the `merges` layers of least block influence (ShortGPT, Men et al. 2024, arXiv 2403.03853) from layer
+    `first` on.
 
     block_influence: (L,), 1 - mean cosine between the states entering and leaving each layer.
     """
     n_layers = len(block_influence)
-    check_merges(n_layers, merges)
+    check_merges(n_layers, merges, first)
     if not np.all(np.isfinite(block_influence)):
         raise PlanError(f"block influence has no value for layers {np.flatnonzero(~np.isfinite(block_influence))}")
-    least = np.argsort(block_influence, kind="stable")[:merges]
+    least = first + np.argsort(block_influence[first:], kind="stable")[:merges]
     return drop_layers_plan(n_layers, least.tolist(), name="block_influence")

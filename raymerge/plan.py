@@ -486,9 +486,11 @@ def alphas_that_keep(plan: MergePlan, layer: int) -> list[float]:
     return alphas
 
 
-def check_merges(n_layers: int, merges: int) -> None:
-    """Raise PlanError unless 1 <= merges < n_layers."""
-    if not 1 <= merges < n_layers:
+def check_merges(n_layers: int, merges: int, first: int = 0) -> None:
+    """Raise PlanError unless so many of the layers from `first` on can be merged into one of them."""
+    most = n_layers - first - 1
+    if not 1 <= merges <= most:
+        stay = f" and whose first {first} stay, to which features of images are added" if first else ""
         raise PlanError(
-            f"cannot merge {merges} layers of a model that has {n_layers}: merges must lie in 1 to {n_layers - 1}"
+            f"cannot merge {merges} layers of a model that has {n_layers}{stay}: merges must lie in 1 to {most}"
         )

@@ -22,25 +22,30 @@ _SHUFFLES = 100
 
 @dataclass(frozen=True)
 class Similarity:
-    """What a similarity run says of a model's layers: matrix (L, L), block influence (L,) where it was collected."""
+    """What a similarity run says of a model's layers: matrix (L, L), block influence (L,) where it was collected; and
+    the first of them that may be chosen by it."""
 
     matrix: np.ndarray
     block_influence: np.ndarray | None
+    first: int = 0
 
     def shuffled(self, seed: int) -> Similarity:
         """The same values for the wrong layers: a control."""
         order = np.random.default_rng(seed).permutation(len(self.matrix))
-        return Similarity(self.matrix[np.ix_(order, order)], None)
+        return Similarity(self.matrix[np.ix_(order, order)], None, self.first)
 
 
-def similarity_of(plan: PlanConfig, n_layers: int) -> Similarity | None:
+def similarity_of(plan: PlanConfig, checkpoint: Checkpoint) -> Similarity | None:
     """The matrix that plan.similarity_run names; None without one. Raises ConfigError, RunError."""
     if plan.similarity_run is None:
         return None
     found = read_similarity(
-        plan.similarity_run, n_layers=n_layers, subset=plan.similarity_subset, language=plan.similarity_language
+        plan.similarity_run,
+        n_layers=checkpoint.n_layers,
+        subset=plan.similarity_subset,
+        language=plan.similarity_language,
     )
-    return Similarity(*found)
+    return Similarity(*found, checkpoint.deepstack_layers)
 
 
 def block_name(first: int, merges: int) -> str:
@@ -100,8 +105,10 @@ def starting_plan(
         first = allowed_starts(plan, n_layers, merges_of(plan))[0] if first is None else first
         pairs = block_pairs(n_layers, first, merges_of(plan), plan.survivor)
     else:
-        assert matrix is not None  # PlanConfig asks for a similarity run
-        pairs = most_similar_pairs(matrix, merges=plan.merges, threshold=plan.threshold)
+        assert similarity is not None  # PlanConfig asks for a similarity run
+        pairs = most_similar_pairs(
+            similarity.matrix, merges=plan.merges, threshold=plan.threshold, first=similarity.first
+        )
     alphas = pair_alphas(pairs, plan.base, ratio=plan.ratio, similarity=matrix, beta=plan.beta)
     return named_plan(plan, n_layers, pairs, alphas)
 
@@ -161,7 +168,7 @@ def influence_plan(similarity: Similarity | None, merges: int) -> list[MergePlan
     """ShortGPT's dropping of the layers of least block influence, where a similarity run has measured it."""
     if similarity is None or similarity.block_influence is None:
         return []
-    return [least_influence_plan(similarity.block_influence, merges)]
+    return [least_influence_plan(similarity.block_influence, merges, similarity.first)]
 
 
 def allowed_starts(

@@ -119,7 +119,7 @@ def _of_section(
             f"plan.{key} is {str(getattr(section, key)).lower()}, which only a run's workers can do: set plan.{key} to "
             f"{other}, or search or sweep, and then merge by RUN/plans/NAME.json"
         )
-    similarity = similarity_of(section, checkpoint.n_layers)
+    similarity = similarity_of(section, checkpoint)
     for warning in similarity_warnings(section, checkpoint.identity):  # before what takes minutes
         told.message(f"Warning: {warning}.")
     if section.refit != "none":

@@ -29,17 +29,23 @@ def recipe_of(settings: SimilarityConfig) -> Recipe:
 
 
 def vary(
-    settings: SimilarityConfig, ranges: SensitivityConfig, distances: np.ndarray, states: np.ndarray | None
+    settings: SimilarityConfig,
+    ranges: SensitivityConfig,
+    distances: np.ndarray,
+    states: np.ndarray | None,
+    *,
+    first: int = 0,
 ) -> list[Row]:
     """Rows of table `sensitivity`, without subset and language: one a setting, and the reference itself first.
 
     distances (L, N, N) float64 and states (L, N, d) or None are one subset's activations. Each row varies one
     parameter around `settings` and says how well the matrix agrees with the reference (Pearson over all entries and
     off the diagonal), which share of the reference's `ranges.merges` most similar pairs is chosen again, and by how
-    much the tail merge's similarity_ratio alphas move. A setting that cannot be computed has a note instead.
+    much the tail merge's similarity_ratio alphas move. first: the first layer that may be merged. A setting that cannot
+    be computed has a note instead.
     """
     reference = compute(recipe_of(settings), distances, states)
-    chosen = _Choice.of(reference, ranges.merges)
+    chosen = _Choice.of(reference, first, ranges.merges)
     rows = [_row("reference", "", reference, chosen, reference, chosen) | {"reference": True}]
     for parameter, setting, recipe, picked in _variations(settings, ranges, distances.shape[1]):
         if recipe == recipe_of(settings) and picked is None:
@@ -52,10 +58,10 @@ def vary(
         if isinstance(found, str):
             rows.append({"parameter": parameter, "setting": setting, "reference": False, "note": found})
             continue
-        own = _Choice.of(found, ranges.merges)
+        own = _Choice.of(found, first, ranges.merges)
         rows.append(_row(parameter, setting, reference, chosen, found, own))
     for threshold in ranges.thresholds:
-        own = _Choice.of(reference, None, threshold)
+        own = _Choice.of(reference, first, None, threshold)
         rows.append(_row("threshold", f"{threshold:g}", reference, chosen, reference, own))
     return rows
 
@@ -67,11 +73,11 @@ class _Choice:
         self.pairs, self.alphas, self.note = pairs, alphas, note
 
     @classmethod
-    def of(cls, matrix: SimilarityMatrix, merges: int | None, threshold: float | None = None) -> _Choice:
+    def of(cls, matrix: SimilarityMatrix, first: int, merges: int | None, threshold: float | None = None) -> _Choice:
         values, notes = matrix.values, []
         pairs = alphas = None
         try:
-            pairs = most_similar_pairs(values, merges=merges, threshold=threshold)
+            pairs = most_similar_pairs(values, merges=merges, threshold=threshold, first=first)
             notes += [f"{len(pairs)} merges"] if threshold is not None else []
         except PlanError as error:
             notes.append(str(error))

@@ -567,5 +567,6 @@ class ModelWorker:
     def sensitivity(self, number: int) -> list[dict[str, Any]]:
         """How one subset's matrix, and the plans that it chooses, depend on each setting: rows of `sensitivity`."""
         subset, found = self.material.subsets[number], self.activations(number)
-        rows = vary(self.config.similarity, self.config.sensitivity, found.distances, found.states)
+        settings, first = self.config, self.checkpoint.deepstack_layers
+        rows = vary(settings.similarity, settings.sensitivity, found.distances, found.states, first=first)
         return [{"subset": subset.name, "language": subset.language, **row} for row in rows]

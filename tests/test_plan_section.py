@@ -140,6 +140,21 @@ def test_block_influence_makes_a_plan_where_a_run_has_measured_it():
     assert influence_plan(Similarity(matrix, None), 2) == [] == influence_plan(None, 2)
 
 
+def test_a_similarity_chooses_only_layers_that_may_be_merged():
+    """Others are given features of images; with a shuffled similarity too."""
+    planned = planted(6, {(0, 1): 0.9, (1, 2): 0.8, (3, 4): 0.5, (2, 3): 0.4})
+    similarity = Similarity(planned, np.arange(6) / 10, 2)
+    config = plan_config("selection=most_similar", "similarity_run=x", "merges=2").plan
+    found = [starting_plan(config, 6, similarity), *shuffled_plan(config, 6, similarity, 2)]
+    assert [(step.into, step.remove) for step in found[0].steps] == [(3, 4), (2, 3)]
+    assert min(step.into for step in found[1].steps) >= 2
+    assert {layer.index for layer in influence_plan(similarity, 2)[0].kept} == {0, 1, 4, 5}
+    by_threshold = plan_config("selection=most_similar", "similarity_run=x", "merges=null", "threshold=-1").plan
+    assert len(starting_plan(by_threshold, 6, similarity).steps) == 3
+    with pytest.raises(PlanError, match="4 layers of a model that has 6 and whose first 2 stay, .* in 1 to 3"):
+        starting_plan(config.model_copy(update={"merges": 4}), 6, similarity)
+
+
 def test_blocks_that_are_averaged_have_layers_of_one_attention():
     kinds = {"windows": [40, None, 40, 40, 40, 40], "rotary_types": ["a"] * 5 + ["b"]}
     checkpoint = SimpleNamespace(**kinds, deepstack_layers=0)
@@ -166,7 +181,7 @@ def test_blocks_that_are_averaged_have_layers_of_one_attention():
 
 def test_of_a_similarity_run_the_matrix_and_influence_that_are_named_are_read(tmp_path):
     run = RunDirectory.open(tmp_path / "run", {}, "similarity")
-    number = {}
+    number, model = {}, SimpleNamespace(n_layers=2, deepstack_layers=1)
     for subset in ("a", "b"):
         for language in ("en", "de"):
             number[subset, language] = value = len(number) + 1.0
@@ -177,7 +192,8 @@ def test_of_a_similarity_run_the_matrix_and_influence_that_are_named_are_read(tm
     run.write_manifest()
     for (subset, language), value in number.items():
         named = [f"similarity_subset={subset}", f"similarity_language={language}"]
-        found = similarity_of(plan_config(f"similarity_run={tmp_path / 'run'}", *named).plan, 2)
+        found = similarity_of(plan_config(f"similarity_run={tmp_path / 'run'}", *named).plan, model)
         assert found.matrix.tolist() == [[value, value - 1], [value + 1, value]]
         assert found.block_influence.tolist() == [value / 8, value / 8 + 1]
-    assert similarity_of(plan_config().plan, 2) is None
+        assert found.first == 1
+    assert similarity_of(plan_config().plan, model) is None

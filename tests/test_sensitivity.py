@@ -64,6 +64,7 @@ def test_thresholds_say_how_many_merges_they_make(activations):
     assert [row["setting"] for row in found] == ["-1", "50"]
     assert found[0]["note"] == "7 merges" and found[0]["plan_overlap"] == 1.0
     assert "lower it" in found[1]["note"] and found[1]["plan_overlap"] is None
+    assert vary(SETTINGS, ranges(thresholds=[-1.0]), *activations, first=3)[1]["note"] == "4 merges"
 
 
 def test_what_cannot_be_computed_has_a_note_instead_of_figures(activations):

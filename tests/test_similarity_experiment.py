@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from raymerge import worker
+from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError
 from raymerge.config_file import load_config
 from raymerge.experiments import import_similarity, planning, search, sensitivity, similarity
@@ -156,7 +157,7 @@ def test_the_most_similar_layers_are_merged_with_similarity_collected_anew(run, 
     normalised = matrix / np.sqrt(np.outer(np.diag(matrix), np.diag(matrix)))
     first = int(np.nanargmax(np.diag(normalised, 1)))
     assert steps[0] == (first, first + 1)
-    once = starting_plan(settings.plan, N_LAYERS, similarity_of(settings.plan, N_LAYERS))
+    once = starting_plan(settings.plan, N_LAYERS, similarity_of(settings.plan, Checkpoint("demo")))
     assert (once.steps[0].into, once.steps[0].remove) == steps[0]
 
 

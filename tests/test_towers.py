@@ -591,20 +591,34 @@ def test_layers_that_features_of_images_are_added_to_stay_as_and_where_they_are(
     assert Checkpoint(str(bases["qwen2_5_vl", "published"])).deepstack_layers == 0
 
 
-def test_a_sweep_drops_no_layer_that_features_of_images_are_added_to(bases, tmp_path, local_pools):
-    asked = [*FEW, f"model.path={bases['qwen3_vl', 'published']}", f"output.run={tmp_path / 'run'}"]
-    asked += [
-        "sweep.methods=[drop_greedy,drop_block]",
-        "sweep.merges=[3]",
+def test_a_sweep_chooses_no_layer_that_features_of_images_are_added_to(bases, tmp_path, local_pools):
+    few = [*FEW, "data.subjects=[number_words,colour_mixing]", "data.limit_per_subject=8"]
+    few += [f"model.path={bases['qwen3_vl', 'published']}"]
+    alike = tmp_path / "alike"
+    asked = ["similarity.samples=8", "similarity.measure=cka", "similarity.embedding=pca", "similarity.dimensions=2"]
+    asked += [f"output.run={alike}"]
+    experiments.similarity(load_config(None, [*few, *asked]))
+    asked = [
+        "sweep.methods=[drop_greedy,drop_block,most_similar,block_influence]",
+        "sweep.merges=[2]",
+        "sweep.alignments=[none]",
+        "sweep.norms=[keep]",
         "plan.block=cosine",
+        "plan.selection=most_similar",
+        "plan.recompute=true",
+        f"plan.similarity_run={alike}",
         "calibration.tokens=200",
         "sweep.speed_tokens=0",
+        "data.perplexity_text=demo",
+        "data.perplexity_tokens=300",
+        f"output.run={tmp_path / 'run'}",
     ]
-    asked += ["data.perplexity_text=demo", "data.perplexity_tokens=300"]
-    run = experiments.sweep(load_config(None, asked))
+    run = experiments.sweep(load_config(None, [*few, *asked]))
     measured = {(row["step"], row["layer"]) for row in run.read("removals").to_pylist()}
-    assert {layer for _, layer in measured} == {2, 3, 4} and len(measured) == 6
-    assert {row["first"] for row in run.read("blocks").to_pylist()} == {2}
+    assert {layer for _, layer in measured} == {2, 3, 4} and len(measured) == 5
+    assert {row["first"] for row in run.read("blocks").to_pylist()} == {2, 3}
+    merged = [row for row in run.read("plans").to_pylist() if row["name"].startswith("most_similar")]
+    assert len(merged) == 2 and min(row["into"] for row in merged) >= 2
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     with step(progress, "reading model and questions"):
         inputs = read_inputs(config, (*asked, *([CALIBRATION] if calibrates else [])))
     n_layers = inputs.checkpoint.n_layers
-    similarity = similarity_of(config.plan, n_layers)
+    similarity = similarity_of(config.plan, inputs.checkpoint)
     # With plan.recompute and plan.block the merges may come from the model; these show what can be refused.
     block_size = config.plan.merges if config.plan.selection == "block" else None
     first = None if block_size is None else allowed_starts(config.plan, n_layers, block_size, inputs.checkpoint)[0]

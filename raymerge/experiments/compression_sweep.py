@@ -116,7 +116,7 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
         usable_distances(inputs.checkpoint, config.sweep.distances)
     if config.sweep.speed_tokens:
         check_generates(inputs.checkpoint)
-    similarity = similarity_of(config.plan, inputs.checkpoint.n_layers)
+    similarity = similarity_of(config.plan, inputs.checkpoint)
     # The blocks may be chosen by the model; the first ones allowed show what can be refused.
     n_layers, most = inputs.checkpoint.n_layers, max(config.sweep.merges)
     blocks = {merges: starts[0] for merges, starts in _starts(config, inputs).items()}
@@ -285,11 +285,10 @@ def _points_of(
     elif method == "block_influence":
         (plan,) = influence_plan(similarity, merges)
     else:
-        matrix = None if similarity is None else similarity.matrix
         if method == "most_similar" and chosen.most_similar is not None:
             plan = replace(chosen.most_similar, steps=chosen.most_similar.steps[:merges], name=method, kind="file")
         else:
-            plan = _averaged(config.plan, n_layers, method, merges, matrix, chosen.blocks)
+            plan = _averaged(config.plan, n_layers, method, merges, similarity, chosen.blocks)
         return _variants(config, merges, plan.name, plan)
     return [Point(merges, method, replace(plan, name=f"{method}_k{merges}"))]
 
@@ -299,11 +298,11 @@ def _averaged(
     n_layers: int,
     method: str,
     merges: int,
-    matrix: np.ndarray | None,
+    similarity: Similarity | None,
     blocks: Mapping[int, int],
 ) -> MergePlan:
-    """The plan of a method that averages layers, under the method's name; matrix: similarities (L, L); blocks: as of
-    `Chosen`."""
+    """The plan of a method that averages layers, under the method's name; blocks: as of `Chosen`."""
+    matrix = None if similarity is None else similarity.matrix
     pairs, selection, kind = tail_pairs(n_layers, merges), "tail", "file"
     base, ratio = method, settings.ratio
     if method.startswith("fixed:"):
@@ -312,8 +311,9 @@ def _averaged(
         # A file's coefficients belong to its own merges.
         base = "fixed" if settings.base == "file" else settings.base
         if method == "most_similar":
-            assert matrix is not None  # as `_check_sources` has seen to
-            pairs, selection = most_similar_pairs(matrix, merges=merges), "most_similar"
+            assert similarity is not None  # as `_check_sources` has seen to
+            pairs = most_similar_pairs(similarity.matrix, merges=merges, first=similarity.first)
+            selection = "most_similar"
         else:
             pairs, selection = block_pairs(n_layers, blocks[merges], merges, settings.survivor), "block"
     return pairs_plan(

@@ -11,7 +11,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.config import PlanConfig
 from raymerge.fusion import check_mergeable
 from raymerge.objectives import rank
-from raymerge.plan import MergePlan, PlanError, base_plan, before_last_plan, drop_block_plan, drop_plan, keep_one_plans
+from raymerge.plan import MergePlan, base_plan, before_last_plan, drop_block_plan, drop_plan, keep_one_plans
 from raymerge.plan_section import Similarity, influence_plan, shuffled_plan
 from raymerge.progress import Progress
 
@@ -28,7 +28,7 @@ def controls_of(
         drop_plan(n_layers, merges),
         before_last_plan(n_layers, merges),
         *([drop_block_plan(n_layers, start.first_removed, merges)] if start.selection == "block" else []),
-        *(control for control in influence_plan(similarity, merges) if _mergeable(checkpoint, control)),
+        *influence_plan(similarity, merges),
         start.with_alphas([FIXED_CONTROL] * merges, name=f"fixed_{FIXED_CONTROL:g}", kind="fixed"),
     ]
     if similarity is not None and (plan.base.startswith("similarity") or plan.selection == "most_similar"):
@@ -42,14 +42,6 @@ def controls_of(
         controls.append(replace(start, name=f"{start.name}_plain", alignment="none", norms="keep"))
     same = [control for control in controls if control.plan_id("") == start.plan_id("")]
     return controls if same else [*controls, start]
-
-
-def _mergeable(checkpoint: Checkpoint, plan: MergePlan) -> bool:
-    try:
-        check_mergeable(checkpoint, plan)
-    except PlanError:
-        return False
-    return True
 
 
 def keeping_one(start: MergePlan, controls: Sequence[MergePlan]) -> dict[int, MergePlan]:

@@ -227,7 +227,8 @@ def recomputed_plan(config: Config, n_layers: int, cache: str, progress: Progres
         )
     pairs: list[tuple[int, int]] = []
     alphas: list[float] = []
-    most = plan.merges or n_layers - 1
+    first = inputs.checkpoint.deepstack_layers
+    most = plan.merges or n_layers - first - 1
     with open_pool(source, inputs, cache, most=1, progress=progress) as pool:
         describe_workers(pool, inputs, progress)
         progress.stage("merging with recomputed similarity", most)
@@ -235,7 +236,7 @@ def recomputed_plan(config: Config, n_layers: int, cache: str, progress: Progres
             so_far = pairs_plan(n_layers, pairs, alphas, name="so far", kind="file", **options_of(plan))
             (values,) = pool.map("similarity_after", [(wanted[0], so_far)])
             # Rows of `values` are the kept layers, in order.
-            pair = most_similar_pair(values, threshold=plan.threshold)
+            pair = most_similar_pair(values, range(first, len(values)), threshold=plan.threshold)
             if pair is None:
                 break
             alphas += pair_alphas([pair], plan.base, ratio=plan.ratio, similarity=values, beta=plan.beta)

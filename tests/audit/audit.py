@@ -270,7 +270,9 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
             asked = [(r["subject"], r["split"], r["question_id"]) for r in rows]
             answers = functools.lru_cache(1)(lambda model: self.asker.answers(model, asked))
             found = np.array([[r[f"logit_{x}"] for x in "abcd"] for r in rows])
-            allowed = rounding * max(1.0, np.abs(found).max())
+            # A letter's logit is rounded like larger ones, of which the logsumexp is about the largest.
+            largest = [abs(r["logsumexp_all"] or 0.0) for r in rows]
+            allowed = rounding * max(1.0, np.abs(found).max(), *largest)
             near("logits", found, lambda model: answers(model)[0], allowed)
             self.equal(f"{what}: predicted", plan_id, [r["predicted"] for r in rows], found.argmax(1).tolist())
             right = [self.asker.prompt(*a)[2] for a in asked]

@@ -37,15 +37,20 @@ def base_alpha(base, plan, matrix, into, remove):
     return 1 / (1 + math.exp(-plan.get("beta", 1.0) * own / (own + other)))
 
 
-def most_similar(matrix, k):
-    """Repeatedly the most similar neighbours."""
-    alive, found = list(range(len(matrix))), []
+def most_similar(matrix, k, first):
+    """Repeatedly the most similar neighbours from layer `first` on."""
+    alive, found = list(range(first, len(matrix))), []
     while len(found) < k:
         near = [(matrix[a, b] / math.sqrt(matrix[a, a] * matrix[b, b]), a, b) for a, b in itertools.pairwise(alive)]
         _, into, remove = max(near)
         found.append((into, remove))
         alive.remove(remove)
     return found
+
+
+def least_influence(influence, k, first):
+    """The layers of least block influence from layer `first` on."""
+    return set(sorted(range(first, len(influence)), key=lambda layer: influence[layer])[:k])
 
 
 class Layers:
@@ -74,7 +79,7 @@ class Layers:
             if method == "before_last":
                 self.equal("sweep: before_last", of, (stays, set(alphas)), ([*range(n - 1 - k), n - 1], {1.0}))
             elif method == "block_influence":
-                least = set(np.argsort(influence, kind="stable")[:k].tolist())
+                least = least_influence(influence, k, self.base.first)
                 self.equal(
                     "sweep: block_influence", of, (stays, set(alphas)), ([x for x in range(n) if x not in least], {1.0})
                 )
@@ -104,7 +109,7 @@ class Layers:
                 base = {"file": "fixed", "drop": "fixed:1"}.get(base, base.replace("fixed_", "fixed:"))
                 wanted = tail
                 if method == "most_similar":
-                    wanted = most_similar(matrix, k)
+                    wanted = most_similar(matrix, k, self.base.first)
                 if method == "merge_block":
                     self.equal(
                         "sweep: block", of, len(set(range(n)) - set(self.without_block(k)) - {r for _, r in steps}), 0

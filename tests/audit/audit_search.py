@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from audit_layers import base_alpha, most_similar, similarity_of
+from audit_layers import base_alpha, least_influence, most_similar, similarity_of
 from recomputed import UNMERGED, answer_nll, effective, is_accuracy, objective_value, same_text, terms_of
 
 
@@ -112,14 +112,14 @@ class Searches:
         matrix, influence = similarity_of(section)
         stays = {"base": range(n), "drop": range(n - k), "before_last": [*range(n - 1 - k), n - 1]}
         if influence is not None:
-            gone = set(np.argsort(influence, kind="stable")[:k].tolist())
+            gone = least_influence(influence, k, self.base.first)
             stays["block_influence"] = [layer for layer in range(n) if layer not in gone]
         for name, kept in stays.items():
             if name in own:
                 found = effective(n, own[name])
                 self.equal("control: its layers", name, found, {layer: {layer} for layer in kept})
         if section["selection"] == "most_similar" and section["threshold"] is None and not section["recompute"]:
-            self.equal("start: its merges", "most_similar", self.start(), most_similar(matrix, k))
+            self.equal("start: its merges", "most_similar", self.start(), most_similar(matrix, k, self.base.first))
         alphas = {"fixed_0.6225": [0.6225] * k}
         if section["base"] != "file" and not section["recompute"]:
             name = f"fixed_{section['ratio']:g}" if section["base"] == "fixed" else section["base"]
