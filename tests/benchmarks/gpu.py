@@ -108,6 +108,7 @@ class RandomCheckpoint(Checkpoint):
         self.architecture = architecture_of(self.config)
         self.n_layers = self.config.num_hidden_layers
         self.windows, self.rotary_types = attention_windows(self.config), rotary_types(self.config)
+        self.deepstack_layers = 0
         self._name, self._device, self._stored = shape, device, dtype
         with torch.device("meta"):
             state = AutoModelForCausalLM.from_config(copy.deepcopy(self.config)).state_dict()
