@@ -28,11 +28,12 @@ from raymerge import demo
 from raymerge.architectures import Architecture
 from raymerge.device import moved
 from raymerge.errors import UserError
-from raymerge.families import architecture_of, attention_windows, deepstack_layers, language_config, rotary_types
+from raymerge.families import architecture_of, deepstack_layers, language_config
 from raymerge.file_hashes import FileState, known_hashes, sha256_of
 from raymerge.gguf_input import SOURCE_FILE, converted_gguf, gguf_file_of
 from raymerge.hub import fetch
 from raymerge.identity import digest
+from raymerge.positions import attention_windows, rotary_types
 from raymerge.tensorfiles import DTYPES, ITEM_BYTES, is_finite
 from raymerge.towers import names_inside, whole_model
 

@@ -19,9 +19,9 @@ import torch
 from raymerge.checkpoint import Checkpoint
 from raymerge.errors import UserError
 from raymerge.evaluation import merged_states, token_losses
-from raymerge.families import context_limit
 from raymerge.forward import LayerRunner
 from raymerge.plan import MergePlan
+from raymerge.positions import context_limit
 from raymerge.prompts import SHARD_TOKENS, Group, Shard, bos_token, token_ids
 from raymerge.trunk import TrunkCache
 
@@ -135,7 +135,7 @@ class Retrieved:
 def usable_distances(checkpoint: Checkpoint, distances: Sequence[int]) -> tuple[int, ...]:
     """Those of the distances that the model can be asked about.
 
-    Left out are prompts longer than the context (`families.context_limit`) and, where every layer has an attention
+    Left out are prompts longer than the context (`positions.context_limit`) and, where every layer has an attention
     window, distances beyond the widest one: only by way of other tokens could they be bridged. Raises ContextError
     where none is left.
     """

@@ -1,4 +1,4 @@
-"""The supported families, and what a config says of a model: its tensors, attention windows and rotary embeddings.
+"""The supported families, and which of them a config is of: a model's tensors (`positions`: what its tokens see).
 
 A family, or an option of one, that an Architecture cannot describe is refused with what it has.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from raymerge.architectures import ATTENTION, GATE_UP, HEAD_GROUPS, QKV, Architecture, ArchitectureError
@@ -201,13 +201,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 #: Rotary embeddings whose frequencies do not depend on the length of the prompt.
 FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
-#: Those whose frequencies are fixed up to a length (`fixed_limit`): a few-shot prefix would have other frequencies
-#: alone than with a question that reaches beyond it.
+#: Those whose frequencies are fixed up to a length (`positions.fixed_limit`): a few-shot prefix would have other
+#: frequencies alone than with a question that reaches beyond it.
 BOUNDED_ROPE_TYPES = frozenset({"dynamic", "longrope"})
 #: Key of the length that a model was trained on before its rotary embedding was scaled.
 TRAINED_LENGTH = "original_max_position_embeddings"
 
-_STATE_SPACE = "layers that are no attention (state-space, linear-attention, recurrent or convolution layers)"
+#: What layers are that are no attention.
+STATE_SPACE = "layers that are no attention (state-space, linear-attention, recurrent or convolution layers)"
 # What raymerge cannot merge in a family, told by a config key that only such families have, or by the family's name.
 _FOREIGN: tuple[tuple[tuple[str, ...], str], ...] = (
     (
@@ -219,7 +220,7 @@ _FOREIGN: tuple[tuple[tuple[str, ...], str], ...] = (
             *("state_size", "ssm_state_size", "mamba_d_state", "mamba_d_ssm", "ssm_cfg", "linear_num_value_heads"),
             *("attention_hidden_size", "conv_L_cache", "lru_width", "layers_block_type", "linear_conv_kernel_dim"),
         ),
-        _STATE_SPACE,
+        STATE_SPACE,
     ),
     (("kv_lora_rank",), "attention over compressed keys and values (multi-head latent attention)"),
     (("encoder_layers", "num_encoder_layers", "num_decoder_layers"), "an encoder beside the decoder"),
@@ -235,7 +236,7 @@ _FOREIGN_NAMES: Mapping[str, str] = {
         ("mamba", "mamba2", "jamba", "bamba", "zamba", "zamba2", "falcon_mamba", "falcon_h1", "nemotron_h", "rwkv")
         + ("qwen3_next", "recurrent_gemma", "lfm2", "lfm2_moe", "minimax", "xlstm", "plamo2")
         + ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "lfm2_vl"),
-        _STATE_SPACE,
+        STATE_SPACE,
     ),
     **dict.fromkeys(("gemma3n", "gemma3n_text"), _SHARING),
     **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _GEMMA4),
@@ -311,7 +312,7 @@ def architecture_of(config: Any) -> Architecture:
         supported = ", ".join(sorted({*ARCHITECTURES, *MULTIMODAL}))
         raise ArchitectureError(f"model type {model_type!r} is not supported: {reason}; supported are {supported}")
     family = ARCHITECTURES[model_type]
-    for rope_type in sorted({rope.get("rope_type", "default") for rope in _rotary_parameters(config).values()}):
+    for rope_type in sorted({rope.get("rope_type", "default") for rope in rotary_parameters(config).values()}):
         if rope_type not in (types := FIXED_ROPE_TYPES | BOUNDED_ROPE_TYPES):
             raise ArchitectureError(
                 f"rotary embedding type {rope_type!r} is not supported; supported are {', '.join(sorted(types))}"
@@ -362,103 +363,8 @@ def architecture_of(config: Any) -> Architecture:
     return replace(family, projections=projections, norm_inputs=norm_inputs, sizes=sizes | {"experts": count})
 
 
-def _rotary_parameters(config: Any) -> dict[str | None, Mapping[str, Any]]:
+def rotary_parameters(config: Any) -> dict[str | None, Mapping[str, Any]]:
     """The rotary embeddings of a config: one, under None, or one for each of its layer types."""
     parameters = getattr(config, "rope_parameters", None) or {}
     types = {kind: own for kind, own in parameters.items() if isinstance(own, Mapping)}
     return types or {None: parameters}
-
-
-@dataclass(frozen=True)
-class ContextLimit:
-    """How many tokens a sequence may have, and the config key that says so. rope_type: the rotary embedding whose
-    frequencies are others beyond; None where beyond there is only what the model was not trained on."""
-
-    tokens: int
-    key: str
-    rope_type: str | None = None
-
-    def __str__(self) -> str:
-        if self.rope_type is None:
-            return f"{self.tokens} ({self.key})"
-        return f"{self.tokens} ({self.key}; longer prompts may have other rotary frequencies, {self.rope_type})"
-
-
-def fixed_limit(config: Any) -> ContextLimit | None:
-    """How long a sequence may be before its rotary frequencies depend on its length; None where they never do."""
-    found = []
-    for rope in _rotary_parameters(config).values():
-        if (rope_type := rope.get("rope_type")) in BOUNDED_ROPE_TYPES:
-            trained = rope_type == "longrope"
-            key = TRAINED_LENGTH if trained else "max_position_embeddings"
-            found.append(ContextLimit(rope[key] if trained else getattr(config, key), key, rope_type))
-    return min(found, key=lambda limit: limit.tokens, default=None)
-
-
-def context_limit(config: Any) -> ContextLimit:
-    """How long a prompt may be: what the model's positions reach to, or `fixed_limit` where that is shorter."""
-    fixed = fixed_limit(config)
-    if fixed is not None and fixed.tokens <= config.max_position_embeddings:
-        return fixed
-    return ContextLimit(config.max_position_embeddings, "max_position_embeddings")
-
-
-#: What `rotary_types` says of a layer without a rotary embedding.
-NO_ROTARY = "none"
-
-
-def rotary_types(config: Any) -> list[str | None]:
-    """For each decoder layer, the layer type whose rotary embedding it has; None where all layers that have one have
-    the same, and NO_ROTARY of a layer that has none."""
-    count = config.num_hidden_layers
-    types = [None] * count if None in _rotary_parameters(config) else list(config.layer_types)
-    family = ARCHITECTURES[config.model_type]
-    if any(getattr(config, option) != value for option, value in family.rotary_if.items()):
-        return [NO_ROTARY] * count
-    gives = config.sliding_window is not None if family.rotary_windows == "gives" else family.rotary_windows == "always"
-    if gives:
-        kinds = zip(types, config.layer_types, strict=True)
-        return [kind if windowed == "sliding_attention" else NO_ROTARY for kind, windowed in kinds]
-    key = family.rotary_layers
-    if key is None:
-        return types
-    rotary = getattr(config, key)
-    if len(rotary) < count:
-        raise ArchitectureError(f"{key} has {len(rotary)} entries for {count} layers: it needs one for each")
-    return [kind if has else NO_ROTARY for kind, has in zip(types, rotary, strict=False)]
-
-
-def attention_windows(config: Any) -> list[int | None]:
-    """For each decoder layer, how many positions back a query sees, itself included; None where all of them.
-
-    As transformers builds the family's masks: without any window, with `sliding_window` in every layer, or in those
-    that `layer_types` names.
-    """
-    types = getattr(config, "layer_types", None) or []
-    known = {"full_attention", "sliding_attention"}
-    if unknown := sorted(set(types) - known):
-        found = f": those are {_STATE_SPACE}" if {"linear_attention", "conv"} & set(unknown) else ""
-        raise ArchitectureError(
-            f"layer types {unknown} are not supported{found}; supported are {', '.join(sorted(known))}"
-        )
-    window, windows = getattr(config, "sliding_window", None), ARCHITECTURES[config.model_type].windows
-    sliding = types.index("sliding_attention") if "sliding_attention" in types else None
-    # transformers' cache follows layer_types in every family: it would forget what these masks see.
-    if sliding is not None and windows == "none":
-        raise ArchitectureError(
-            f"layer_types has sliding_attention for layer {sliding}, but layers of {config.model_type} have no "
-            "attention windows: make those layers full_attention"
-        )
-    if sliding is not None and window is None:  # which transformers can load, but not run
-        raise ArchitectureError(
-            f"layer_types has sliding_attention for layer {sliding}, but the config gives no sliding_window (or "
-            "use_sliding_window is false): set it, or make those layers full_attention"
-        )
-    if window is not None and window < 1 and (windows == "all" or sliding is not None):
-        raise ArchitectureError(
-            f"sliding_window is {window}, but a window holds at least the position itself: set it to 1 or more, or to "
-            "null for full attention"
-        )
-    if windows == "layer_types":
-        return [window if kind == "sliding_attention" else None for kind in types]
-    return [window if windows == "all" else None] * config.num_hidden_layers

@@ -23,10 +23,10 @@ from raymerge.alignment import Aligner, AlignmentError
 from raymerge.architectures import module_layer
 from raymerge.checkpoint import Checkpoint
 from raymerge.device import attempt, device_memory, is_accelerator, moved
-from raymerge.families import NO_ROTARY, fixed_limit
 from raymerge.fusion import Refits, fused_layer
 from raymerge.memory import LayerSize, keeps_layer, plan_batches
 from raymerge.plan import MergePlan
+from raymerge.positions import NO_ROTARY, fixed_limit
 from raymerge.prompts import Group, PromptError, Shard
 from raymerge.quantisation import quantise_layer
 from raymerge.vocabulary import Vocabulary
@@ -103,7 +103,7 @@ class LayerRunner:
     """Runs a checkpoint's decoder layers on `device` in `dtype`; `vocabulary` is what lies before and after them.
 
     On an accelerator, layers stay in its memory while half of it is free; batches are as large as `memory.plan_batches`
-    says, and one that runs out of memory is run in halves. Sequences that are longer than `families.fixed_limit` are
+    says, and one that runs out of memory is run in halves. Sequences that are longer than `positions.fixed_limit` are
     refused; what is longer than the context is not, which whoever makes prompts must see to.
     aligner: where plans that align layers take permutations from; by default one that computes what it is asked for.
     refits: where plans that are refitted take their fitted tensors from.
@@ -308,7 +308,7 @@ class LayerRunner:
     def _layout(self, group: Group, states_of: Callable[[np.ndarray, int], Tensor]) -> GroupStates:
         """A group's states in padded batches; `states_of(ids, start)` gives those of ids packed from `start` on.
 
-        Raises PromptError for a sequence beyond `families.fixed_limit`."""
+        Raises PromptError for a sequence beyond `positions.fixed_limit`."""
         length = len(group.prefix) + max(map(len, group.sequences), default=0)
         if self._limit is not None and length > self._limit.tokens:
             raise PromptError(

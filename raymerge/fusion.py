@@ -15,8 +15,8 @@ from torch import Tensor
 from raymerge.alignment import REORDERED, Aligner, fuse_rows, layer_tensors
 from raymerge.architectures import Architecture, Permutations, source_tensor
 from raymerge.checkpoint import Checkpoint
-from raymerge.families import NO_ROTARY
 from raymerge.plan import KeptLayer, MergePlan, PlanError
+from raymerge.positions import NO_ROTARY
 
 ALIGNMENTS = ("none", "rows", *REORDERED)
 NORMS = ("keep", "fold")

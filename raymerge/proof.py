@@ -28,11 +28,12 @@ from raymerge.alignment import Aligner
 from raymerge.architectures import ArchitectureError
 from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.errors import UserError
-from raymerge.families import attention_windows, language_config, rotary_types
+from raymerge.families import language_config
 from raymerge.forward import LayerRunner
 from raymerge.fusion import Refits
 from raymerge.memory import VOCABULARY_ROWS
 from raymerge.plan import MergePlan
+from raymerge.positions import attention_windows, rotary_types
 from raymerge.prompts import Group, Shard
 from raymerge.storage import NO_ROOM, NoScratchError, scratch_folder
 from raymerge.tensorfiles import read_tensors

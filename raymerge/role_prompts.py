@@ -10,7 +10,6 @@ import numpy as np
 from raymerge.checkpoint import Checkpoint
 from raymerge.config import Config
 from raymerge.context import RetrievalSet, retrieval_prompts, usable_distances
-from raymerge.families import ContextLimit, context_limit
 from raymerge.identity import digest
 from raymerge.inputs import (
     CALIBRATION,
@@ -23,6 +22,7 @@ from raymerge.inputs import (
     task_role,
 )
 from raymerge.objectives import TEXT_WINDOW
+from raymerge.positions import ContextLimit, context_limit
 from raymerge.prompts import (
     ChoicePrompts,
     PromptError,
@@ -47,7 +47,7 @@ class RolePrompts:
     """Prompts by role: SEARCH, REPORT and tasks' (`inputs.task_role`); TEXT, SEARCH_TEXT, CALIBRATION, RETRIEVAL.
 
     shards: so many shards at least of each role's prompts, where they have the tokens for it. Raises PromptError, also
-    for prompts that are longer than the model's context (`families.context_limit`); windows of plain text are as long
+    for prompts that are longer than the model's context (`positions.context_limit`); windows of plain text are as long
     as that at most.
     """
 

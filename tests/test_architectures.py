@@ -8,7 +8,8 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from raymerge.architectures import ArchitectureError, permute_tensor, source_tensor
-from raymerge.families import NO_ROTARY, architecture_of, attention_windows, rotary_types
+from raymerge.families import architecture_of
+from raymerge.positions import NO_ROTARY, attention_windows, rotary_types
 
 BOTH = ("weight", "bias")
 

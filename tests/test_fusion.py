@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from raymerge import fusion
 from raymerge.alignment import Aligner
 from raymerge.checkpoint import Checkpoint
-from raymerge.families import NO_ROTARY, architecture_of
+from raymerge.families import architecture_of
 from raymerge.fusion import Receipt, check_mergeable, fused_layer, fused_tensors, receipts
 from raymerge.plan import MergePlan, MergeStep, PlanError, Refit, base_plan, before_last_plan, drop_plan, tail_plan
+from raymerge.positions import NO_ROTARY
 
 torch.set_num_threads(1)
 EPS = torch.finfo(torch.float32).eps

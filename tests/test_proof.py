@@ -21,10 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import raymerge.proof
 from raymerge.checkpoint import Checkpoint, CheckpointError
-from raymerge.families import ContextLimit, context_limit
 from raymerge.forward import LayerRunner
 from raymerge.merging import save_merged, saved_proof, saved_record
 from raymerge.plan import PlanError, base_plan, before_last_plan, tail_plan
+from raymerge.positions import ContextLimit, context_limit
 from raymerge.prompts import Group, Shard
 from raymerge.proof import NEW_TOKENS, PROMPTS, ProofError, check_proof, prove
 from raymerge.reload import reload

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from raymerge.checkpoint import Checkpoint
-from raymerge.families import NO_ROTARY, attention_windows, rotary_types
 from raymerge.plan import drop_plan, tail_plan
+from raymerge.positions import NO_ROTARY, attention_windows, rotary_types
 from raymerge.saved_config import saved_config, trimmed_config
 
 PLAN = tail_plan(tiny.N_LAYERS, [0.3, 0.8], name="x", kind="found")

@@ -42,9 +42,10 @@ from raymerge.activations import collect
 from raymerge.alignment import unit_likeness
 from raymerge.checkpoint import Checkpoint
 from raymerge.device import device_memory, device_name, is_accelerator, release_cached, set_arithmetic
-from raymerge.families import architecture_of, attention_windows, rotary_types
+from raymerge.families import architecture_of
 from raymerge.forward import LayerRunner
 from raymerge.plan import tail_coefficients, tail_plan
+from raymerge.positions import attention_windows, rotary_types
 from raymerge.prompts import Group, Prompts, Shard
 from raymerge.scoring import TailScorer
 from raymerge.sources import SourceLayers
