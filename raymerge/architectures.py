@@ -150,7 +150,7 @@ class Architecture:
     @cached_property
     def router(self) -> str | None:
         """The matrix that chooses experts; None in a family that has none."""
-        return next((matrix for matrix, parts in self.projections.items() if parts == ("router",)), None)
+        return self.matrix_of("router")
 
     @cached_property
     def expert_matrices(self) -> dict[str, tuple[str, int]]:
