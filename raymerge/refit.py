@@ -49,6 +49,7 @@ _VERSION = 2  # of what is fitted to what; another value makes cached fits of ea
 _WHAT = "the refit"  # what a file holds, for error messages
 _UNITS = ("gate", "up", "down")  # projections whose matrices hold MLP units
 _MASSIVE = 50.0  # times the median mean square of a shard's target states: tokens above are left out
+_WITHOUT = "do without it (plan.refit: none; in a sweep, nothing but none in sweep.refits)"
 _HELD_OUT = 5  # every fifth sequence, or the last fifth of each where there are fewer, is for choosing the ridge
 
 
@@ -100,7 +101,7 @@ def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
     if architecture.parallel:
         raise RefitError(
             f"refit {method} needs layers whose MLP follows their attention, and in {architecture.name} both read the "
-            "layer's input: set plan.refit to none"
+            f"layer's input: {_WITHOUT}"
         )
     # A norm between MLP and residual stream or a scaled residual is not linear, or another map.
     scale = architecture.residual_multiplier
@@ -109,8 +110,7 @@ def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
     if missing or another or _norm_before_mlp(architecture) is None:
         raise RefitError(
             f"refit {method} needs layers in which matrices of their own for {' and '.join(needed)} write straight "
-            f"into the residual stream or feed what does, which {architecture.name} does not have: set plan.refit to "
-            "none"
+            f"into the residual stream or feed what does, which {architecture.name} does not have: {_WITHOUT}"
         )
     units = (_norm_before_mlp(architecture), architecture.matrix_of("gate"), architecture.matrix_of("up"))
     biased = [name for name in (f"{module}.bias" for module in units) if name in checkpoint.layer_tensors(0)]
