@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -34,21 +34,33 @@ def labels_of(run: RunDirectory) -> dict[str, str]:
     return plan_labels(plans, run.read("trials", ["searcher", "status"]).to_pylist())
 
 
-def fates_of(run: RunDirectory) -> dict[str, str]:
-    """plan_id -> which of the original layers are averaged into one and which are in no layer of the merged model, by
-    their effective coefficients: '9-13 merged', 'without 9-12', '3-4 merged, without 7', or '' if all stay.
-
-    Not by the steps: one whose alpha is 0 removes the layer that it merges into.
-    """
+def sources_of(run: RunDirectory) -> dict[str, dict[int, set[int]]]:
+    """plan_id -> kept layer -> the original layers that its matrices are averages of, by effective coefficients."""
     kept: dict[str, dict[int, set[int]]] = {}
     for row in run.read("coefficients").to_pylist():
         sources = kept.setdefault(row["plan_id"], {}).setdefault(row["kept_layer"], set())
         if row["coefficient"] > 0.0:
             sources.add(row["source_layer"])
+    return kept
+
+
+def replaced(sources: Mapping[int, set[int]]) -> dict[int, int]:
+    """Kept layer -> the one other layer that has all of its matrices, while it keeps its norms and biases."""
+    alone = {kept: own for kept, own in sorted(sources.items()) if len(own) == 1}
+    return {kept: source for kept, (source,) in alone.items() if source != kept}
+
+
+def fates_of(run: RunDirectory) -> dict[str, str]:
+    """plan_id -> which of the original layers are averaged into one, have all matrices of another layer, and are in no
+    layer of the merged model: '9-13 merged', 'without 9-12', 'matrices of 11 in 7, without 7-10', or '' if all stay.
+
+    Not by the steps: one whose alpha is 0 removes the layer that it merges into.
+    """
     costs = {row["plan_id"]: row["layers"] + row["layers_removed"] for row in run.read("costs").to_pylist()}
     fates = {}
-    for plan_id, groups in kept.items():
+    for plan_id, groups in sources_of(run).items():
         words = [f"{layer_ranges(sources)} merged" for _, sources in sorted(groups.items()) if len(sources) > 1]
+        words += [f"matrices of {source} in {kept}" for kept, source in replaced(groups).items()]
         gone = set(range(costs.get(plan_id, 0))).difference(*groups.values())
         fates[plan_id] = ", ".join(words + ([f"without {layer_ranges(gone)}"] if gone else []))
     return fates

@@ -5,6 +5,7 @@ import json
 import pytest
 from report_runs import (
     LAYERS,
+    MERGES,
     QUESTIONS,
     as_dicts,
     blocks,
@@ -103,8 +104,8 @@ def test_a_plan_says_which_layers_it_leaves_out_and_what_refits_it(tmp_path):
         "base": "unmerged",
         "drop": "block of layers dropped (without 2-3)",
         "merged": "random coefficients (0-1 merged, 3-4 merged)",
-        "found": "found by the search (without 1-2)",
-        "fitted": "found by the search, seams refitted by linear (without 1-2)",
+        "found": "found by the search (matrices of 3 in 1, without 1-2)",
+        "fitted": "found by the search, seams refitted by linear (matrices of 3 in 1, without 1-2)",
     }
     (table,) = chosen_layers(run)
     assert table.caption.startswith("Layers that the search starts from, and that the controls merge or drop; ")
@@ -249,13 +250,17 @@ def test_the_answer_says_whether_averaging_gained_anything(tmp_path, right, text
     assert not any("keep one of the merged" in each for each in answer.in_words(reached))
 
 
-@pytest.mark.parametrize("alphas", [(1.0, 0.0, 1.0), (0.0, 0.0, 0.0)])
-def test_what_averages_nothing_is_not_said_to_gain_by_it(tmp_path, alphas):
-    """All of the weight on one layer, with another layer's norms: better than drop, but not by averaging."""
+@pytest.mark.parametrize(
+    ("alphas", "source"), [((1.0, 0.0, 1.0), None), ((1.0, 1.0, 0.0), LAYERS - 3), ((0.0, 0.0, 0.0), LAYERS - 1)]
+)
+def test_what_averages_nothing_is_not_said_to_gain_by_it(tmp_path, alphas, source):
+    """All of the weight on one layer, whose norms are another's: no keep_N, which it was not to be told from."""
     run = search_run(tmp_path / "run", right={"base": 0.9, "drop": 0.3, "fixed": 0.6, "found": 0.8}, alphas=alphas)
     reached, paragraphs = beside_one_layer(run)
     assert findings.verdict(reached.against("found")["drop"]) == "better" and paragraphs == []
-    assert "It averages nothing: every layer of it has the weights of a single one." in answer.in_words(reached)
+    first = LAYERS - 1 - MERGES
+    whose = "" if source is None else f"; layer {first} has those of layer {source} beside its own norms and biases"
+    assert f"It averages nothing: each of its matrices is a single layer's{whose}." in answer.in_words(reached)
 
 
 def test_the_best_single_layer_is_known_also_where_another_searcher_found_it(tmp_path):

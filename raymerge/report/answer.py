@@ -67,7 +67,11 @@ def _on_text(reached: Reached) -> str:
 def _beside_one_layer(reached: Reached) -> list[str]:
     """Whether the best plan averages anything, and is better than the best that keeps one of the same layers alone."""
     if not _averages(reached):
-        return ["It averages nothing: every layer of it has the weights of a single one."]
+        others = findings.replaced(findings.sources_of(reached.run)[reached.the_best["plan_id"]]).items()
+        whose = [
+            f"; layer {kept} has those of layer {source} beside its own norms and biases" for kept, source in others
+        ]
+        return [f"It averages nothing: each of its matrices is a single layer's{''.join(whose)}."]
     best, plan = reached.the_best, reached.run.config.get("plan") or {}
     name = ((reached.run.manifest() or {}).get("keep_one") or {}).get("best")
     # Of the rows: a search may have found what is also a control, whose line then has the found plan's name.

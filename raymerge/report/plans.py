@@ -175,7 +175,10 @@ def _layers(reached: Reached) -> str:
     """What stands in brackets behind the plans, where a plan has any."""
     if all(line["role"] == UNMERGED for line in reached.lines):
         return ""
-    return ". In brackets: which of the original layers, counted from 0, are merged into one, and which are dropped"
+    return (
+        ". In brackets: which of the original layers, counted from 0, are merged into one, have the matrices of "
+        "another beside their own norms and biases, and are dropped"
+    )
 
 
 def plan_table(reached: Reached) -> Table:
