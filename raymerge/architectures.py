@@ -188,8 +188,9 @@ class Architecture:
         return torch.full_like(tensor, 0.0 if name.endswith("bias") else 1.0 - self.gain_offset)
 
     def matrix_of(self, projection: str) -> str | None:
-        """The matrix that holds this projection and no other; None where there is none."""
-        return next((matrix for matrix, parts in self.projections.items() if parts == (projection,)), None)
+        """The one matrix that holds this projection and no other; None where there is none, or one for each expert."""
+        found = [matrix for matrix, parts in self.projections.items() if parts == (projection,)]
+        return found[0] if len(found) == 1 else None
 
     def head_norm_of(self, projection: str) -> str | None:
         """The norm of each head of queries ("q") or keys ("k"); None where there is none."""

@@ -67,7 +67,7 @@ def _add_experiments(commands: _Commands) -> None:
         "sensitivity",
         help="vary the settings of the layer similarity, one at a time",
         description="Vary bandwidth, dimensions, samples, neighbours, threshold, embedding and measure around the\n"
-        "similarity section, and show how far the matrices, and the plans that they choose, agree.",
+        "similarity section. Show how far the matrices agree, and how far the plans agree that they choose.",
         examples="  raymerge sensitivity jobs/configs/similarity-mka-demo.yaml --out runs/sensitivity",
     )
     experiment(
@@ -149,11 +149,11 @@ def _add_merge(commands: _Commands) -> None:
     command = commands.add_parser(
         "merge",
         formatter_class=_RAW,
-        help="merge a model as options, a run's plan or an alpha file say, and save it",
-        description="Merge a model's layers as the configuration's plan section says (--set), as a run's plan does,\n"
-        "which has all of its options, or as an alpha file does, a JSON list of {step, layer_to_merge_into,\n"
-        "layer_to_remove, ratio_i_alpha}. What is saved is an ordinary Hugging Face checkpoint with the plan and a\n"
-        "receipt of every changed tensor; it is reloaded in a fresh process and compared with the plan.",
+        help="merge a model by options, a run's plan or an alpha file, and save it",
+        description="Merge layers of a model by the plan section of a configuration (--set), by a run's plan with all\n"
+        "of its options (--plan), or by an alpha file (--alphas), a JSON list of {step, layer_to_merge_into,\n"
+        "layer_to_remove, ratio_i_alpha}. The result is an ordinary Hugging Face checkpoint with the plan and a\n"
+        "receipt of every changed tensor. It is reloaded in a fresh process and compared with the plan.",
         epilog="examples:\n"
         "  raymerge merge demo --set plan.merges=4 --set plan.ratio=1 --out dropped\n"
         "  raymerge merge demo --set plan.merges=4 --set plan.selection=block --calibration demo --out block\n"
@@ -171,7 +171,7 @@ def _add_merge(commands: _Commands) -> None:
         help="a key of the plan section, such as plan.merges=4; `raymerge config` explains them all",
     )
     source.add_argument("--plan", metavar="FILE", help="RUN/plans/NAME.json, or merge_plan.json of a saved model")
-    source.add_argument("--alphas", metavar="FILE", help="alpha file, whose options are the following")
+    source.add_argument("--alphas", metavar="FILE", help="alpha file; the following arguments are its options")
     command.add_argument("--out", required=True, metavar="DIR", help="folder of the merged checkpoint; must not exist")
     command.add_argument(
         "--alignment",
@@ -191,22 +191,25 @@ def _add_merge(commands: _Commands) -> None:
     command.add_argument(
         "--refit",
         choices=["none", *REFITS],
-        help="fit the merged layer to the unmerged model's states on --calibration, in closed form (default: none)",
+        help="fit the layers at the seams to the unmerged model on --calibration, in closed form (default: none)",
     )
     command.add_argument(
-        "--refit-layers", type=int, metavar="N", help="also fit the N layers after it (outputs, units; default: 0)"
+        "--refit-layers",
+        type=int,
+        metavar="N",
+        help="also fit the N layers after each seam (outputs, units; default: 0)",
     )
     command.add_argument(
         "--calibration",
         metavar="TEXT",
-        help="plain text on whose first tokens the refit is fitted, or the block chosen (of RUN/plans/NAME.json the "
-        "default is what the run used)",
+        help="plain text; its first tokens are used to fit the refit or to choose the block (default with --plan "
+        "RUN/plans/NAME.json: what the run used)",
     )
     command.add_argument(
         "--calibration-tokens",
         type=int,
         metavar="N",
-        help=f"at most so many of its tokens (default: {CalibrationConfig().tokens})",
+        help=f"maximum number of its tokens (default: {CalibrationConfig().tokens})",
     )
     command.add_argument("--revision", help="hub revision of the model")
     command.add_argument("--trust-remote-code", action="store_true", help="run the model repository's own Python")

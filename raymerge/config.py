@@ -138,24 +138,24 @@ class PlanConfig(_Section):
       states that enter the block and those that leave it, on calibration.text. similarity: by `similarity_run`, with
       any measure. loss: the smallest loss on calibration.text with the block dropped. search: first layer and
       coefficients together, beginning with the choice by cosine.
-    - `starts`: the first layers to choose from; null for all, or where blocks are averaged and layers differ in
-      attention (Gemma), for those with which that can be done.
-    - `survivor`: whether the layer before or the layer after the block takes it in.
+    - `starts`: the first layers to choose from. null means all; if blocks are averaged and layers differ in attention
+      (Gemma 2 and 3), all whose block can be averaged.
+    - `survivor`: whether the block is merged into the layer before it or the layer after it.
     - `base`: the base coefficients: fixed (`ratio` everywhere), similarity_ratio or similarity (from `similarity_run`),
       or file (from `alpha_file`).
-    - `beta`: how much similarity_ratio makes of the similarities (published 1): alpha = sigmoid(beta · r), where r is
+    - `beta`: the weight of the similarities in similarity_ratio (published 1): alpha = sigmoid(beta · r), where r is
       the share of the remaining layer in the mean similarities of both.
-    - `similarity_run`: a run of `raymerge similarity`, whose prompts are left out of every report. `similarity_subset`
+    - `similarity_run`: a run of `raymerge similarity`. Its prompts are left out of every report. `similarity_subset`
       and `similarity_language` choose among its matrices.
     - `refit`: none, or how the layers at the seams are fitted to the unmerged model on the calibration, in closed form:
       linear (ReplaceMe), scale (the part of LinearPatch that needs no matrix), outputs, or units (outputs, after
-      choosing MLP units among those of all merged layers). A search fits what it has found.
-    - `ridge`: how strongly fitted weights are held to what they were; null chooses it on held-out tokens.
+      choosing MLP units among those of all merged layers). A search fits only the plans that it found.
+    - `ridge`: how strongly fitted weights are held to their values before the fit; null chooses it on held-out tokens.
     - `refit_layers`: how many layers after each seam are fitted too (outputs, units).
     - `alignment`: none, rows (published), neurons or activations. The last two reorder the layers' neurons without
       changing what the layers compute, matched by weights or by activations on prompts of the first questions.
-    - `norms`: keep those of the remaining layer (published), or fold each layer's gains into its matrices, and its
-      norms' biases into theirs.
+    - `norms`: keep those of the remaining layer (published), or fold each layer's gains into its matrices, and the
+      biases of its norms into the biases of its matrices.
     - `biases`: keep those of the remaining layer (published), or merge them like the matrices.
     """
 
@@ -216,14 +216,14 @@ class SearchConfig(_Section):
     - `searcher`: bayes, random or gradient, or a list of them: one search after another on the same questions, whose
       plans are all reported.
     - `objective`: micro_accuracy, macro_accuracy, answer_nll, answer_kl (keeps the unmerged model's letters), text_nll
-      (needs no questions), or a weighted sum such as answer_nll+0.1*text_nll. For some subjects or domains:
-      accuracy:NAME[,NAME…], answer_nll:… and answer_kl:…, with which the search asks no other subjects.
+      (needs no questions), or a weighted sum such as answer_nll+0.1*text_nll. With accuracy:NAME[,NAME…], answer_nll:…
+      and answer_kl:… the search asks only the subjects or domains that are named.
     - `perplexity_ceiling`: no candidate with a higher perplexity on plain text is chosen.
-    - `text`, `text_tokens`: the plain text, and how many of its tokens, that text_nll and the ceiling are measured on.
+    - `text`, `text_tokens`: the plain text that text_nll and the ceiling are measured on, and the number of its tokens.
       If it is data.perplexity_text itself, the search takes the tokens after the data.perplexity_tokens that are
       reported on.
-    - `candidates`: number of coefficient vectors to try, including known ones: the base coefficients, the probes, those
-      that keep the best single layer, every alpha 1 and every alpha 0, as far as they lie in the bounds.
+    - `candidates`: number of coefficient vectors to try. They include known ones within the bounds: the base
+      coefficients, the probes, those that keep the best single layer, every alpha 1 and every alpha 0.
     - `initial`: number of random vectors before the model proposes.
     - `random_candidates`: number of random vectors scored as a control.
     - `probes`: additional alpha files to try first.
@@ -301,14 +301,14 @@ class GradientConfig(_Section):
     The published settings are alphas, adam, 1e-3, batches of 4, 500 epochs, nothing held out.
     - `parametrisations`: one search each: alphas (within search.bounds), simplex (the effective coefficients) or
       per_matrix (a simplex per projection matrix: many times the coefficients, which alpha files cannot hold).
-    - `starts`: descents of each: from the base coefficients, the probes, near the corners that keep one of the merged
-      layers alone (the best one, the first, the last), and from random points.
-    - `optimizer`, `learning_rate`: adam or sgd, and its step size; or lbfgs, which finds its own by a line search, on
-      all questions and one draw of the text.
-    - `epochs`: maximum number of epochs; of lbfgs, of steps.
+    - `starts`: number of descents of each. They start from the base coefficients, from the probes, near the corners
+      that keep one of the merged layers alone (the best one, the first, the last), and from random points.
+    - `optimizer`, `learning_rate`: adam or sgd, and its step size; or lbfgs, which finds the step size by a line search
+      on all questions and one draw of the text.
+    - `epochs`: maximum number of epochs; with lbfgs, of steps.
     - `batch_size`: questions per step; null for all.
-    - `held_out`: share of the search questions that no step sees and by which the best epoch is chosen, if the loss is
-      of answers.
+    - `held_out`: share of the search questions that no step sees. If the loss is of answers, the best epoch is
+      chosen by them.
     - `patience`: epochs without improvement after which a descent stops.
     - `text_windows`, `text_positions`: how much of search.text each step draws; null for all.
     """
@@ -336,11 +336,11 @@ class GradientConfig(_Section):
 
 
 class CalibrationConfig(_Section):
-    """What blocks are chosen on and refits are fitted on. A report's questions and text are never among it, unless
-    data.search_split is data.report_split.
+    """The tokens on which blocks are chosen and refits are fitted. They never include a report's questions and text,
+    unless data.search_split is data.report_split.
     - `text`: plain text, named like data.perplexity_text; null takes the prompts of the search questions, in shards
-      drawn with `seed`. If the text is also reported or searched on, the tokens after those are used.
-    - `tokens`: maximum number of tokens; of prompts one shard, some 8,192 tokens, is taken at least.
+      drawn with `seed`. If the text is also reported or searched on, the calibration takes the tokens after those.
+    - `tokens`: maximum number of tokens. Of prompts, at least one shard (some 8,192 tokens) is taken.
     """
 
     text: str | None = None
@@ -432,13 +432,14 @@ SWEEP_METHODS = ("drop", "before_last", "drop_greedy", *BLOCK_METHODS, *SIMILARI
 class SweepConfig(_Section):
     """The compression curve: every method at every number of layers.
     - `merges`: numbers of merged layers.
-    - `methods`: drop, before_last, fixed:RATIO; drop_greedy, which drops layers one after another, each the one without
-      which the loss on calibration.text is smallest; drop_block and merge_block, with the block chosen by plan.block;
-      with plan.similarity_run also block_influence, similarity_ratio, similarity and most_similar (base coefficients of
-      the last, and of merge_block, by plan.base); file takes each of `alpha_files` at its own K, where drop is then
-      tried too.
+    - `methods`: drop, before_last and fixed:RATIO. drop_greedy drops layers one after another, each the one without
+      which the loss on calibration.text is smallest. drop_block and merge_block take the block that plan.block chooses.
+      block_influence, similarity_ratio, similarity and most_similar need plan.similarity_run. plan.base gives the base
+      coefficients of most_similar and merge_block. file takes each of `alpha_files` at its own K, and drop is then
+      tried there too.
     - `alpha_files`: files of coefficients by name, such as {best: runs/a/plans/found_bayes.json}; their points are
-      file_best and so on. A run's plan file is taken as it is, an alpha file with the following and the plan section.
+      file_best and so on. A run's plan file is taken as it is, an alpha file with the following keys and the plan
+      section.
     - `alignments`, `norms`: methods that average are tried with every combination of these.
     - `refits`: every point is made with each of these (with plan.ridge and plan.refit_layers).
     - `refitted_methods`: if any are named, only these methods are refitted.
@@ -503,10 +504,10 @@ class SweepConfig(_Section):
 class WorkersConfig(_Section):
     """The workers: Ray actors with one copy of the model each.
     - `count`, `gpus_per_worker`: auto means one worker per GPU or, without GPUs, one per `cpus_per_worker` CPUs, and
-      more as nodes join. Where the memory has room for fewer workers without GPUs, each of them has more CPUs.
+      more as nodes join. If, without GPUs, the memory has room for fewer workers, each of them gets more CPUs.
     - `autoscaling`: the cluster grows on demand, so `count` may be more than it has room for now; `count` and
       `gpus_per_worker` must then be numbers.
-    - `timeout_s`: seconds after which a silent worker is replaced. A descent may take longer, an epoch of it not.
+    - `timeout_s`: seconds after which a silent worker is replaced. In a descent it is the limit of each epoch.
     - `wait_s`: seconds to wait for a worker when there is none.
     - `max_restarts`: consecutive restarts of a worker that finishes nothing.
     - `dashboard`: start Ray's dashboard with a local Ray, on 127.0.0.1.
@@ -542,10 +543,10 @@ class OutputConfig(_Section):
     - `store_candidate_answers`: also store the logits of every candidate, in table answers.
     - `figures`: draw figures.
     - `save_best`: save the merged model.
-    - `verify`: check the saved model: reload it in a fresh process, compare its logits with the scored plan's, and let
-      it generate (takes seconds, and memory for the stored model).
-    - `loggers`: tensorboard, mlflow, wandb: also show a search's trials there, by Ray Tune's callbacks; needs their
-      packages.
+    - `verify`: check the saved model: reload it in a fresh process, compare its logits with those of the scored plan,
+      and let it generate (takes seconds, and memory for the stored model).
+    - `loggers`: tensorboard, mlflow or wandb: where else to show a search's trials, by Ray Tune's callbacks. Needs
+      their packages.
     """
 
     run: str = "runs/demo"

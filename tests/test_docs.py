@@ -7,7 +7,7 @@ import pytest
 from docs_blocks import PAGES, ROOT, Block, blocks, check, commands, replaced
 
 import raymerge
-from raymerge import columns
+from raymerge import columns, families
 from raymerge.reference import config_reference, tables_reference
 from raymerge.schemas import SCHEMAS
 
@@ -80,6 +80,23 @@ def test_every_column_of_every_table_is_explained():
     for table, (_, own) in columns.TABLES.items():
         assert set(own) <= set(SCHEMAS[table].names) <= {*own, *columns.SHARED}, table
     assert set(columns.SHARED) <= {name for schema in SCHEMAS.values() for name in schema.names}
+
+
+def test_the_page_of_models_has_every_model_type_and_no_other():
+    rows = {}  # by section, each row's cells
+    for section in (ROOT / "docs" / "models.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+        lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+        rows[section.partition("\n")[0]] = lines[1:]  # without the head; the line under it begins otherwise
+    types = {title: [cell for cell, *_ in own] for title, own in rows.items() if own}
+    with_experts = {f"`{name}`" for name, family in families.ARCHITECTURES.items() if family.experts}
+    assert {title: sorted(own) for title, own in types.items()} == {
+        "Dense models": sorted({f"`{name}`" for name in families.ARCHITECTURES} - with_experts),
+        "Models with experts": sorted(with_experts),
+        "Multimodal models": sorted(f"`{name}`" for name in families.MULTIMODAL),
+    }
+    inside = {kind.strip("`"): re.findall(r"`(\w+)`", inner) for kind, _, inner, *_ in rows["Multimodal models"]}
+    in_text = {kind: [families._IN_TEXT.get(name, name) for name in own] for kind, own in families.MULTIMODAL.items()}
+    assert inside == in_text
 
 
 def test_the_reference_has_every_key():

@@ -101,7 +101,7 @@ def test_the_parser_sees_imports_of_every_kind(tmp_path):
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_from_its_own_layer_or_below(module):
     layer, path = layer_of(module), PATHS[module]
-    assert layer is not None, f"{module} has no layer: add it to LAYERS here and to the table in docs/design.md"
+    assert layer is not None, f"{module} has no layer: add it to LAYERS here and to a table in docs/design.md"
     for other in own(path) - {"demo"}:  # raymerge.demo is paths alone
         there = layer_of(other)
         assert there is not None, f"{module} imports raymerge.{other}, which is no module of a layer"
@@ -135,10 +135,10 @@ def test_the_edges_import_only_what_they_may():
 
 def test_the_design_page_draws_the_same_layers():
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| (\d) [^|]*\|([^|]*)\|", page, flags=re.MULTILINE))
-    drawn = {name: int(layer) for layer, text in rows.items() for name in re.findall(r"`([\w.]+)`", text)}
-    there = {module: layer_of(module) for module in MODULES}
-    assert {module: drawn.get(module) for module in MODULES} == there
+    tables = re.findall(r"^### (\d) .*\n\n((?:\|.*\n)+)", page, flags=re.MULTILINE)
+    cells = [(int(layer), cell) for layer, table in tables for cell in re.findall(r"^\|([^|]*)\|", table, re.MULTILINE)]
+    drawn = {name: layer for layer, cell in cells for name in re.findall(r"`([\w.]+)`", cell)}
+    assert drawn == {module: layer_of(module) for module in MODULES}
 
 
 def run(code):
