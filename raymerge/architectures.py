@@ -188,7 +188,9 @@ class Architecture:
         return torch.full_like(tensor, 0.0 if name.endswith("bias") else 1.0 - self.gain_offset)
 
     def matrix_of(self, projection: str) -> str | None:
-        """The matrix that holds this projection and no other; None where there is none."""
+        """The matrix that holds this projection and no other; None where there is none, or each expert has its own."""
+        if projection in self.experts:
+            return None
         return next((matrix for matrix, parts in self.projections.items() if parts == (projection,)), None)
 
     def head_norm_of(self, projection: str) -> str | None:
