@@ -428,8 +428,13 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @property
     def towers(self) -> list[str]:
-        """Names of the tensors beside the language model of a multimodal one, which a merge carries over."""
-        return [name for name in self._where if self.multimodal and not self.architecture.has_tensor(name)]
+        """Names of the tensors beside the language model of a multimodal one, which a merge carries over; what lies in
+        its layers is no part of them, if the family does not have it either."""
+        if not self.multimodal:
+            return []
+        root = self.architecture.layer_prefix.partition("{}")[0]
+        beside = (name for name in self._where if not name.startswith(root))
+        return [name for name in beside if not self.architecture.has_tensor(name)]
 
     def merged_names(self, kept: list[int]) -> dict[str, str]:
         """Every tensor of the model that keeps the layers `kept`, in the order of its files, with the stored tensor

@@ -125,6 +125,8 @@ def test_queries_of_no_known_scale_are_refused(key):
         "original_max_position_embeddings": 32
     }
     assert architecture_of(config).name == "ministral3"
+    config.rope_parameters["llama_4_scaling_beta"] = 0  # which says that they are not
+    assert architecture_of(config).name == "ministral3"
     del config.rope_parameters[key]
     with pytest.raises(TypeError):
         tiny.random_model(config)(torch.arange(3)[None], use_cache=False)

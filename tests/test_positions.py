@@ -47,6 +47,7 @@ def test_windows_by_layer():
     assert attention_windows(tiny.config_of("qwen2")) == [None] * 5
     assert attention_windows(tiny.config_of("mistral")) == [None] * 5
     assert attention_windows(tiny.config_of("mistral", sliding_window=7)) == [7] * 5
+    assert attention_windows(tiny.config_of("mistral", sliding_window=1)) == [1] * 5
     assert attention_windows(tiny.config_of("qwen2_windows")) == [None, None, 40, 40, 40]
     # Qwen2's configs carry a window that `use_sliding_window: false` turns off.
     off = tiny.config_of("qwen2", use_sliding_window=False, sliding_window=7, max_window_layers=2)
@@ -148,6 +149,8 @@ def test_rotary_types_by_layer():
     # Unlike EXAONE 4's, Cohere's layers without a window have none either where the config gives no window.
     full = tiny.config_of("cohere2", layer_types=5 * ["full_attention"], sliding_window=None)
     assert rotary_types(full) == [NO_ROTARY] * 5
+    config.no_rope_layers = [1, 0, 1, 0, 0, 1, 1]  # of a deeper model
+    assert rotary_types(config) == [None, NO_ROTARY, None, NO_ROTARY, NO_ROTARY]
     config.no_rope_layers = [1, 0, 1]
     with pytest.raises(ArchitectureError, match="no_rope_layers has 3 entries for 5 layers: it needs one for each"):
         rotary_types(config)

@@ -672,7 +672,9 @@ def test_a_tensor_that_belongs_nowhere_is_carried_over(spoiled, tmp_path, spelli
     root = {"published": "language_model.model", "modules": "model.language_model"}[spelling]
     odd = {"score.weight": torch.ones(3, 32), "vision_tower.further": torch.ones(2)}
     odd["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(16)[None]  # transformers 4 stored them
-    checkpoint = Checkpoint(str(spoiled(spelling=spelling, tensors=lambda state: state.update(odd))))
+    scales = {f"{root}.layers.{layer}.self_attn.k_scale": torch.ones(1) for layer in range(N)}
+    checkpoint = Checkpoint(str(spoiled(spelling=spelling, tensors=lambda state: state.update(odd | scales))))
+    assert odd.keys() <= set(checkpoint.towers) and not scales.keys() & set(checkpoint.towers)
     record = save_merged(checkpoint, PLAN, tmp_path / "merged")
     assert record["proof"]["passed"]
     saved = load_file(tmp_path / "merged" / "model.safetensors")
