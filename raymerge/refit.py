@@ -495,7 +495,7 @@ def observe(
     architecture = runner.checkpoint.architecture
     norm = _norm_before_mlp(architecture)
     assert norm is not None  # by `check_refittable`
-    names = {matrix: matrix for matrix in (_matrix(architecture, "o"), _matrix(architecture, "down"))}
-    points = {key: runner.modules[index].get_submodule(name) for key, name in {**names, "middle": norm}.items()}
+    module, matrices = runner.modules[index], (_matrix(architecture, "o"), _matrix(architecture, "down"))
+    points = {matrix: module.get_submodule(matrix) for matrix in matrices} | {"middle": module.get_submodule(norm)}
     found = runner.observed(states, index, weights, points) | {"leaving": states}
     return {name: joined(runner.pack(group)) for name, group in found.items()}
