@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
+from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
 
 import raymerge.forward
 import raymerge.scoring
@@ -230,6 +231,16 @@ def test_plans_that_change_less_than_the_trunk_allows(case):
     trunk = case.trunk(N - 3)
     for plan in (base_plan(N), found(0.4), drop_plan(N, 4), found(0.3, 0.8, 0.2)):
         same_answers(answers(case, plan, trunk).logits, reference(case, plan)[0])
+
+
+def test_queries_are_scaled_as_transformers_scales_them_at_every_position(case):
+    """Prompts that end where the scale steps up are few."""
+    runner = case("ministral3").runner
+    layer = SimpleNamespace(runner=runner, _architecture=runner.checkpoint.architecture)
+    positions = torch.arange(100)
+    found = raymerge.tail_layer.TailLayer._scaled(layer, torch.full((100, 2, 3), 2.0), positions)
+    expected = 2 * get_llama_4_attn_scale(positions[None], 0.3, 32)[0, 0]
+    assert torch.equal(found, expected[:, :, None].expand(-1, 2, 3)) and len(found.unique()) == 4
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral_window_60"])

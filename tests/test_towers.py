@@ -17,8 +17,10 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import logging
 
 import raymerge.proof
+import raymerge.towers
 from raymerge import experiments
 from raymerge.architectures import ArchitectureError
 from raymerge.checkpoint import Checkpoint, CheckpointError
@@ -637,6 +639,8 @@ def test_names_and_shapes_of_towers_are_checked(spoiled, caplog, capfd):
         Checkpoint(str(spoiled(tensors=misshape)))
     with pytest.raises(CheckpointError, match="model.layers.4.mlp.up_proj.weight.*fetch it again"):
         Checkpoint(str(spoiled(tensors=lambda s: s.pop("language_model.model.layers.4.mlp.up_proj.weight"))))
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors .*'language_model.model.embed_tokens.weight'.*fetch"):
+        Checkpoint(str(spoiled(tensors=lambda s: s.pop("language_model.model.embed_tokens.weight"))))
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors .*layers.4.self_attn.q_norm.weight"):
         Checkpoint(str(spoiled(tensors=lambda s: s.pop("language_model.model.layers.4.self_attn.q_norm.weight"))))
     with pytest.raises(CheckpointError, match="says 4 layers, but there are tensors of layer 4"):
@@ -649,6 +653,24 @@ def test_names_and_shapes_of_towers_are_checked(spoiled, caplog, capfd):
     told = capfd.readouterr()
     assert "LOAD REPORT" not in told.err + told.out and "Loading weights" not in told.err
     assert "LOAD REPORT" not in caplog.text
+
+
+def test_transformers_is_quiet_while_it_looks_and_no_longer():
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    for shown, switch in ((False, logging.disable_progress_bar), (True, logging.enable_progress_bar)):
+        logging.set_verbosity_info()
+        switch()
+        with raymerge.towers._quiet():
+            assert logging.get_verbosity() == logging.ERROR and not logging.is_progress_bar_enabled()
+        assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled() == shown
+    logging.set_verbosity(level)
+    (logging.enable_progress_bar if bar else logging.disable_progress_bar)()
+
+
+def test_opening_a_checkpoint_leaves_its_config_alone(bases):
+    """from_config and from_pretrained write the dtype that they compute in into it."""
+    folder = bases["mistral3", "published"]
+    assert Checkpoint(str(folder)).whole_config.to_dict() == AutoConfig.from_pretrained(folder).to_dict()
 
 
 def test_a_proof_finds_changed_weights_and_towers(bases, tmp_path, in_process):
