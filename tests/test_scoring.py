@@ -290,6 +290,17 @@ def test_a_window_beyond_every_position_hides_nothing_and_costs_nothing(case, mo
     )
 
 
+def test_a_window_of_all_positions_but_one_hides_that(tmp_path, questions):
+    prompts = encode_questions(questions, tiny.demo_tokenizer(), shard_tokens=250)
+    whole = tiny.whole_prompts(questions, tiny.demo_tokenizer())
+    folder = tiny.make_checkpoint(tmp_path / "m", "mistral_window", sliding_window=max(map(len, whole)) - 1)
+    runner, plan = LayerRunner(Checkpoint(str(folder))), PLANS["drop"]
+    scorer = TailScorer(TrunkCache(runner, N - 3, tmp_path), prompts)
+    assert runner.checkpoint.windows[-1] == scorer.layer.states.layout.positions - 1
+    merged = tiny.merged_model(AutoModelForCausalLM.from_pretrained(folder, **tiny.PLAIN), tiny.steps_of(plan))
+    same_answers(scorer.score(plan)[0], tiny.plain_answers(merged, whole, prompts.letters)[0])
+
+
 @pytest.mark.parametrize("family", tiny.BOUNDED)
 def test_padding_changes_no_rotary_frequencies(tmp_path, case, family):
     """A bucket has the question of the short prefix beside that of the long one: its rotary positions reach beyond the
