@@ -354,6 +354,11 @@ def test_a_refit_of_outputs_that_are_normalised_scaled_or_of_experts_is_refused(
         check_refittable(checkpoint, refitted(drop_block_plan(N, 2, 1), "outputs"))
 
 
+def test_a_scale_of_1_is_none(tmp_path):
+    checkpoint = Checkpoint(str(make_checkpoint(tmp_path / "m", "granite", residual_multiplier=1.0)))
+    check_refittable(checkpoint, refitted(drop_block_plan(N, 2, 1), "outputs"))
+
+
 def test_a_refit_of_attention_and_mlp_side_by_side_is_refused(tmp_path):
     checkpoint = Checkpoint(str(make_checkpoint(tmp_path / "m", "cohere2")))
     for method in ("linear", "outputs"):
