@@ -230,9 +230,10 @@ def test_missing_shard(tmp_path):
 
 def test_missing_tensors(copy):
     state = load_file(copy / "model.safetensors")
-    del state["model.layers.2.mlp.up_proj.weight"], state["lm_head.weight"]
+    for name in ("model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight", "lm_head.weight"):
+        del state[name]
     save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lacks 2 tensors .*model.layers.2.mlp.up_proj.weight.*lm_head"):
+    with pytest.raises(CheckpointError, match=r"lacks 3 tensors .*embed_tokens.*model.layers.2.mlp.up_proj.*lm_head"):
         Checkpoint(str(copy))
 
 
