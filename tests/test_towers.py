@@ -697,6 +697,7 @@ def test_a_tensor_that_belongs_nowhere_is_carried_over(spoiled, tmp_path, spelli
     scales = {f"{root}.layers.{layer}.self_attn.k_scale": torch.ones(1) for layer in range(N)}
     checkpoint = Checkpoint(str(spoiled(spelling=spelling, tensors=lambda state: state.update(odd | scales))))
     assert odd.keys() <= set(checkpoint.towers) and not scales.keys() & set(checkpoint.towers)
+    assert checkpoint.stored_dtypes == {torch.float32}  # whatever positions are counted in
     record = save_merged(checkpoint, PLAN, tmp_path / "merged")
     assert record["proof"]["passed"]
     saved = load_file(tmp_path / "merged" / "model.safetensors")
