@@ -678,12 +678,19 @@ def test_a_proof_finds_changed_weights_and_towers(bases, tmp_path, in_process):
     save_merged(checkpoint, PLAN, tmp_path / "merged", verify=False)
     file = tmp_path / "merged" / "model.safetensors"
     state = load_file(file)
-    for name, problem in (
-        ("language_model.model.layers.1.mlp.up_proj.weight", "its logits differ by up to"),
-        ("multi_modal_projector.linear_2.bias", "1 tensors beside its language model are not the base's, .*'multi_mod"),
-    ):
+
+    def nudged(name):
         changed = state[name].clone()
         changed.view(-1)[3] *= 1.01
+        return changed
+
+    up, tower = "language_model.model.layers.1.mlp.up_proj.weight", "multi_modal_projector.linear_2.bias"
+    beside = "1 tensors beside its language model are not the base's, .*'multi_mod"
+    for name, changed, problem in (
+        (up, nudged(up), "its logits differ by up to"),
+        (tower, nudged(tower), beside),
+        (tower, state[tower].double(), beside),  # the same values, but of another dtype
+    ):
         save_file(state | {name: changed}, file, metadata={"format": "pt"})
         found = prove(checkpoint, PLAN, tmp_path / "merged")
         assert not found["passed"] and re.match(problem, found["error"])
