@@ -183,14 +183,20 @@ class Architecture:
         """The norm (a module of the layer) through which a matrix sees its input; None where there is none."""
         return next((norm for norm, readers in self.norm_inputs.items() if matrix in readers), None)
 
+    @property
+    def norm_before_mlp(self) -> str | None:
+        """The norm that the MLP, or router and experts, read; None where there is none."""
+        return self.norm_before(self.rows_of("up")[0])
+
     def plain(self, name: str, tensor: Tensor) -> Tensor:
         """What a norm's tensor of this name is where the norm does nothing but normalise: a gain of 1, a bias of 0."""
         return torch.full_like(tensor, 0.0 if name.endswith("bias") else 1.0 - self.gain_offset)
 
     def matrix_of(self, projection: str) -> str | None:
-        """The one matrix that holds this projection and no other; None where there is none, or one for each expert."""
-        found = [matrix for matrix, parts in self.projections.items() if parts == (projection,)]
-        return found[0] if len(found) == 1 else None
+        """The matrix that holds this projection and no other; None where there is none, or each expert has its own."""
+        if projection in self.experts:
+            return None
+        return next((matrix for matrix, parts in self.projections.items() if parts == (projection,)), None)
 
     def head_norm_of(self, projection: str) -> str | None:
         """The norm of each head of queries ("q") or keys ("k"); None where there is none."""

@@ -274,14 +274,13 @@ class Checkpoint(Mapping[str, Tensor]):
         arch = self.architecture
         root = arch.layer_prefix.partition("{}")[0]
         joined = {f"{matrix}.weight" for matrix in (*arch.expert_matrices, *filter(None, [arch.router]))}
-        experts = tuple(name.partition("{}")[0] for name in arch.experts.values())  # also beyond the config's number
 
-        def own(names: Iterable[str], beside: tuple[str, ...] = ()) -> set[str]:
-            """Layers' tensors that the family may have or that begin with `beside`, without the joined ones."""
+        def own(names: Iterable[str]) -> set[str]:
+            """Layers' tensors that the family may have, without the joined ones."""
             layers = ((name, name.removeprefix(root).partition(".")[2]) for name in names if name.startswith(root))
-            return {n for n, part in layers if part not in joined and (arch.has_tensor(n) or part.startswith(beside))}
+            return {name for name, part in layers if part not in joined and arch.has_tensor(name)}
 
-        wanted, there = own(expected), own(self._where, experts)
+        wanted, there = own(expected), own(self._where)
         wanted |= expected & set(arch.ends)
         there |= set(self._where) & set(arch.ends)
         if missing := sorted(wanted - there):
@@ -324,7 +323,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return bool(getattr(self.config, "tie_word_embeddings", False))
 
     def __getitem__(self, name: str) -> Tensor:
-        if name == self.architecture.unembedding and name not in self._where and self.tied:
+        if name == self.architecture.unembedding and name not in self._where:  # tied, or it would be missing
             name = self.architecture.embedding
         if name not in self._where:
             raise KeyError(name)
@@ -428,8 +427,13 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @property
     def towers(self) -> list[str]:
-        """Names of the tensors beside the language model of a multimodal one, which a merge carries over."""
-        return [name for name in self._where if self.multimodal and not self.architecture.has_tensor(name)]
+        """Names of the tensors beside the language model of a multimodal one, which a merge carries over; what lies in
+        its layers is no part of them, if the family does not have it either."""
+        if not self.multimodal:
+            return []
+        root = self.architecture.layer_prefix.partition("{}")[0]
+        beside = (name for name in self._where if not name.startswith(root))
+        return [name for name in beside if not self.architecture.has_tensor(name)]
 
     def merged_names(self, kept: list[int]) -> dict[str, str]:
         """Every tensor of the model that keeps the layers `kept`, in the order of its files, with the stored tensor

@@ -92,7 +92,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             final_norm="model.final_layernorm.weight",
         ),
         _COHERE,
-        replace(_COHERE, name="cohere2", windows="layer_types", rotary_windows="always", required={}),
+        replace(_COHERE, name="cohere2", windows="layer_types", rotary_windows="always"),
         Architecture("olmo", windows="none", required={"clip_qkv": (None,)}),
         Architecture(
             "stablelm", windows="none", required={"qk_layernorm": (False,), "use_parallel_residual": (False,)}

@@ -309,7 +309,7 @@ class LayerRunner:
         """A group's states in padded batches; `states_of(ids, start)` gives those of ids packed from `start` on.
 
         Raises PromptError for a sequence beyond `positions.fixed_limit`."""
-        length = len(group.prefix) + max(map(len, group.sequences), default=0)
+        length = len(group.prefix) + max(map(len, group.sequences))
         if self._limit is not None and length > self._limit.tokens:
             raise PromptError(
                 f"a prompt of {group.subject} has {length} tokens, but those of {self.checkpoint.directory.name} have "

@@ -84,8 +84,8 @@ def fused_layer(
         own[name] = total.to(dtype or own[name].dtype)
     if plan.norms == "fold":
         for norm, readers in architecture.norm_inputs.items():
-            shifted = [f"{matrix}.bias" for matrix in readers] if f"{norm}.bias" in before else []
-            for name in {f"{norm}.weight", f"{norm}.bias", *shifted} & before.keys() - {*averaged}:
+            biases = {f"{matrix}.bias" for matrix in readers}
+            for name in {f"{norm}.weight", f"{norm}.bias", *biases} & before.keys() - {*averaged}:
                 own[name] = source_tensor(architecture, before, name, norms="fold").to(before[name].dtype)
     if kept.refitted:
         if refits is None:

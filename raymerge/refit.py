@@ -107,12 +107,12 @@ def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
     scale = architecture.residual_multiplier
     another = architecture.output_norms or (scale is not None and getattr(checkpoint.config, scale) != 1)
     missing = [projection for projection in needed if architecture.matrix_of(projection) is None]
-    if missing or another or _norm_before_mlp(architecture) is None:
+    if missing or another or architecture.norm_before_mlp is None:
         raise RefitError(
             f"refit {method} needs layers in which matrices of their own for {' and '.join(needed)} write straight "
             f"into the residual stream or feed what does, which {architecture.name} does not have: {_WITHOUT}"
         )
-    units = (_norm_before_mlp(architecture), architecture.matrix_of("gate"), architecture.matrix_of("up"))
+    units = (architecture.norm_before_mlp, architecture.matrix_of("gate"), architecture.matrix_of("up"))
     biased = [name for name in (f"{module}.bias" for module in units) if name in checkpoint.layer_tensors(0)]
     if method == "units" and biased:
         raise RefitError(
@@ -121,11 +121,6 @@ def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
         )
     if not plan.groups:
         raise RefitError(f"plan {plan.name} merges nothing, so that it has no seam to refit")
-
-
-def _norm_before_mlp(architecture: Architecture) -> str | None:
-    """The norm that the MLP reads, which the state between attention and MLP enters."""
-    return architecture.norm_before(architecture.rows_of("up")[0])
 
 
 def _matrix(architecture: Architecture, projection: str) -> str:
@@ -445,7 +440,7 @@ class Refitter:
     def _unit_gain(self, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The layer's norm before the MLP, by relative name, with a gain of 1; nothing where it has none."""
         architecture = self.runner.checkpoint.architecture
-        name = f"{_norm_before_mlp(architecture)}.weight"
+        name = f"{architecture.norm_before_mlp}.weight"
         return {name: architecture.plain(name, layer[name])} if name in layer else {}
 
 
@@ -493,9 +488,9 @@ def observe(
     "middle", the state between attention and MLP; "leaving", the layer's output.
     """
     architecture = runner.checkpoint.architecture
-    norm = _norm_before_mlp(architecture)
+    norm = architecture.norm_before_mlp  # which the state between attention and MLP enters
     assert norm is not None  # by `check_refittable`
-    names = {matrix: matrix for matrix in (_matrix(architecture, "o"), _matrix(architecture, "down"))}
-    points = {key: runner.modules[index].get_submodule(name) for key, name in {**names, "middle": norm}.items()}
+    module, matrices = runner.modules[index], (_matrix(architecture, "o"), _matrix(architecture, "down"))
+    points = {matrix: module.get_submodule(matrix) for matrix in matrices} | {"middle": module.get_submodule(norm)}
     found = runner.observed(states, index, weights, points) | {"leaving": states}
     return {name: joined(runner.pack(group)) for name, group in found.items()}

@@ -135,8 +135,7 @@ class TailLayer:
 
     def _mlp(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         arch = self._architecture
-        norm = arch.norm_before(arch.router or arch.rows_of("up")[0])
-        inner = x if norm is None else self._module(norm, x, weights)
+        inner = x if arch.norm_before_mlp is None else self._module(arch.norm_before_mlp, x, weights)
         tensors = module_layer(arch, weights).items()
         own = {name: tensor.to(self.compute_dtype) for name, tensor in tensors if name.startswith(f"{arch.mlp}.")}
         return self._module(arch.mlp, inner.to(self.compute_dtype), own).float()

@@ -40,11 +40,11 @@ _SPELLINGS: tuple[dict[str, Any], ...] = (
 def names_inside(architecture: Architecture, stored: Collection[str]) -> Architecture:
     """A language model's Architecture with the full names that a multimodal checkpoint of these tensors has.
 
-    transformers puts an unembedding of its own, which caps and scales nothing, behind the language model of every
-    multimodal family here; the config's softcap of logits is not read.
+    transformers puts an unembedding of its own behind the language model of every multimodal family here; the config's
+    softcap of logits is not read.
     """
     names = next((names for names in _SPELLINGS if names["embedding"] in stored), _SPELLINGS[0])
-    return replace(architecture, **names, logit_softcap=None, logit_multiplier=None, logit_divisor=None)
+    return replace(architecture, **names, logit_softcap=None)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def test_every_tensor_of_a_family_is_accounted_for(family):
     norm, bias = ("final_layernorm", ["lm_head.bias"]) if config.model_type == "phi" else ("norm", [])
     assert outside == {arch.embedding, arch.unembedding, *(f"model.{norm}.{kind}" for kind in kinds), *bias}
     assert arch.ends == (f"model.{norm}.weight", f"model.{norm}.bias", "lm_head.bias")
-    assert all(map(arch.has_tensor, outside)) and all(arch.loaded_name(name) == name for name in outside)
+    assert all(map(arch.has_tensor, there)) and all(arch.loaded_name(name) == name for name in outside)
 
 
 def test_matrices_that_read_a_norm_have_its_width():
@@ -181,6 +181,17 @@ def test_rows_of_a_fused_matrix_are_those_of_its_projections():
     assert phi3.fused_blocks == {qkv: [32, 16, 16], "mlp.gate_up_proj": [units, units]}
     assert glm4.fused_blocks == {"mlp.gate_up_proj": [units, units]}
     assert glm4.rows_of("k") == ("self_attn.k_proj", slice(None))
+
+
+def test_what_stands_alone_is_told_from_what_is_one_of_several():
+    phi3, olmoe, qwen3 = (architecture_of(tiny.config_of(family)) for family in ("phi3", "olmoe", "qwen3"))
+    assert (phi3.matrix_of("down"), phi3.matrix_of("up"), phi3.matrix_of("router")) == ("mlp.down_proj", None, None)
+    assert (olmoe.matrix_of("router"), olmoe.matrix_of("down")) == ("mlp.gate", None)
+    assert olmoe.rows_of("up", 0) == ("mlp.experts.0.up_proj", slice(None))
+    norms = [f"self_attn.{which}_norm" for which in "qk"]
+    for arch, of_heads, of_projections in ((qwen3, norms, [None] * 2), (olmoe, [None] * 2, norms)):
+        assert [arch.head_norm_of(which) for which in "qk"] == of_heads
+        assert [arch.projection_norm_of(which) for which in "qk"] == of_projections
 
 
 def test_names_that_a_family_may_have_are_no_others():

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from raymerge.architectures import ArchitectureError
-from raymerge.checkpoint import Checkpoint, CheckpointError, resolve_model
+from raymerge.checkpoint import Checkpoint, CheckpointError, is_on_hub, resolve_model
 from raymerge.demo import MODEL_PATH
 from raymerge.plan import tail_plan
 
@@ -230,9 +230,10 @@ def test_missing_shard(tmp_path):
 
 def test_missing_tensors(copy):
     state = load_file(copy / "model.safetensors")
-    del state["model.layers.2.mlp.up_proj.weight"], state["lm_head.weight"]
+    for name in ("model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight", "lm_head.weight"):
+        del state[name]
     save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lacks 2 tensors .*model.layers.2.mlp.up_proj.weight.*lm_head"):
+    with pytest.raises(CheckpointError, match=r"lacks 3 tensors .*embed_tokens.*model.layers.2.mlp.up_proj.*lm_head"):
         Checkpoint(str(copy))
 
 
@@ -314,6 +315,14 @@ def test_a_tied_unembedding_that_is_stored_all_the_same(tmp_path, equal):
     if equal:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_an_unembedding_of_its_own_may_be_the_embedding_once_more(copy):
+    state = load_file(copy / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint(str(copy))
+    assert not checkpoint.tied and "lm_head.weight" in set(checkpoint)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 1000, -1])
@@ -552,11 +561,25 @@ def test_what_some_layers_cost_and_what_they_are_called_in_the_merged_model(tmp_
     assert checkpoint.public_name == tmp_path.name
 
 
+def test_where_one_stands_has_a_name_and_a_file_is_no_hub_id(llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(llama)
+    assert Checkpoint(".").public_name == llama.name
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").write_text("x")
+    with pytest.raises(CheckpointError, match="there is no model folder owner/name"):
+        is_on_hub("owner/name")
+
+
 def test_a_folder_below_the_user_s_is_no_hub_id_and_only_a_snapshot_is_of_the_hub_s_cache(tmp_path):
     with pytest.raises(CheckpointError, match="there is no model folder ~/no-such-model"):
         Checkpoint("~/no-such-model")
-    for place, known in (("snapshots", "owner/name"), ("blobs", None)):
-        folder = tmp_path / "models--owner--name" / place / "0123"
+    for inside, known in (
+        ("models--owner--name/snapshots", "owner/name"),
+        ("models--owner--name/blobs", None),
+        ("models/snapshots", None),
+    ):
+        folder = tmp_path / inside / "0123"
         tiny.make_checkpoint(folder)
         checkpoint = Checkpoint(str(folder))
         assert (checkpoint.hub_id, checkpoint.public_name) == (known, known or "0123")

@@ -592,6 +592,15 @@ def test_layers_are_kept_given_up_and_run_in_halves(checkpoint, together, monkey
         runner.release()
         runner.fused(PLANS[2], FIRST)
         assert device.moved == before + 3 * runner.layer_size.parameters and set(runner._resident) == {2, 3, 4}
+        held = []
+
+        def load():
+            held.append(len(runner._resident))
+            if len(held) == 1:
+                raise torch.OutOfMemoryError
+            return {}
+
+        assert runner._kept({}, 0, load) == {} and held == [3, 0]
         runner.release()
         device.free = device.total // 3  # a third is free: nothing stays
         close(answer_shard(runner, PLANS[0], prompts, shard).logits, expected)

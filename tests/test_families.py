@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from raymerge.architectures import ArchitectureError
-from raymerge.families import ARCHITECTURES, BOUNDED_ROPE_TYPES, FIXED_ROPE_TYPES, architecture_of
+from raymerge.families import ARCHITECTURES, BOUNDED_ROPE_TYPES, FIXED_ROPE_TYPES, architecture_of, language_config
 from raymerge.positions import attention_windows
 
 torch.set_num_threads(1)
@@ -75,7 +75,7 @@ def test_logits_divided_by_nothing_are_refused():
 def test_unsupported_families_are_named_with_what_they_have_and_the_supported_ones(model_type, reason):
     with pytest.raises(
         ArchitectureError,
-        match=f"'{model_type}' is not supported: {reason}.* gemma2, .*, smollm3, .*, vaultgemma$",
+        match=f"'{model_type}' is not supported: {reason}.* gemma2, .*, smollm3, smolvlm, .*, vaultgemma$",
     ):
         architecture_of(AutoConfig.for_model(model_type))
     with pytest.raises(ArchitectureError, match="model type None"):
@@ -94,6 +94,7 @@ def test_unsupported_families_are_named_with_what_they_have_and_the_supported_on
         ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual = True is not supported"),
         ("phi", {"qk_layernorm": True}, "phi with qk_layernorm = True is not supported; supported is False"),
         ("cohere", {"use_qk_norm": True}, "use_qk_norm = True is not supported; supported is None or False"),
+        ("gemma", {"use_bidirectional_attention": True}, "gemma with use_bidirectional_attention = True is not supp"),
         ("gemma3", {"use_bidirectional_attention": True}, "supported is None or False"),
     ],
 )
@@ -125,6 +126,8 @@ def test_queries_of_no_known_scale_are_refused(key):
         "original_max_position_embeddings": 32
     }
     assert architecture_of(config).name == "ministral3"
+    config.rope_parameters["llama_4_scaling_beta"] = 0  # which says that they are not
+    assert architecture_of(config).name == "ministral3"
     del config.rope_parameters[key]
     with pytest.raises(TypeError):
         tiny.random_model(config)(torch.arange(3)[None], use_cache=False)
@@ -138,3 +141,17 @@ def test_a_key_that_a_config_leaves_empty_says_nothing_of_a_model():
     for value, reason in ((None, "its layers' tensors are not described"), (64, "multi-head latent attention")):
         with pytest.raises(ArchitectureError, match=f"model type 'new' is not supported: .*{reason}"):
             architecture_of(SimpleNamespace(model_type="new", kv_lora_rank=value))
+
+
+def test_a_language_model_inside_has_of_its_config_what_it_reads_there():
+    """Qwen2-VL's makes nothing of head_dim, which Qwen2 reads; sections of positions are no part of Qwen2's rotary."""
+    text = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    rotary = {"rope_type": "default", "rope_theta": 100.0}
+    sections = {"type": "default", "mrope_section": [1, 1, 2], "mrope_interleaved": True}
+    config = AutoConfig.for_model("qwen2_vl", text_config=text | {"rope_parameters": rotary | sections})
+    inside = language_config(config)
+    assert inside.model_type == "qwen2" and inside.rope_parameters == rotary
+    assert architecture_of(inside).sizes["rotary"] == architecture_of(inside).sizes["value_channels"] == 8
+    assert config.text_config.rope_parameters.keys() >= sections.keys()  # which the whole model reads
+    llama = AutoConfig.for_model("llama")
+    assert language_config(llama) is llama

@@ -30,7 +30,8 @@ def ids_of(seed, n):
 @pytest.fixture(scope="module")
 def shard():
     """Prefixes of several lengths (one empty), sequences from 1 to 90 tokens, in no order of length."""
-    lengths = [(30, (5, 61, 1)), (0, (17, 1, 40)), (3, (90, 2)), (120, (9,))]
+    # Of 12 and 41 tokens, since windows are of 11 and 40.
+    lengths = [(30, (5, 61, 1)), (0, (17, 1, 40)), (12, (90, 2)), (41, (3,)), (120, (9,))]
     groups, seed, row = [], 0, 0
     for n_prefix, own in lengths:
         prefix, seed = ids_of(seed, n_prefix), seed + 1

@@ -431,6 +431,13 @@ def test_rounding_to_another_dtype(checkpoint):
             assert torch.equal(rounded[name], plain[name])
 
 
+def test_norms_and_biases_that_are_folded_keep_their_dtype():
+    config = tiny.config_of("starcoder2")
+    state = tiny.random_model(config, dtype=torch.bfloat16).state_dict()
+    fused = fused_layer(state, architecture_of(config), with_options(PLANS["tail"], "none", "fold"), 2)
+    assert {tensor.dtype for tensor in fused.values()} == {torch.bfloat16}
+
+
 # -- receipts --------------------------------------------------------------------------------------------------------
 
 

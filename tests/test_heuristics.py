@@ -1,6 +1,7 @@
 """heuristics.py: the published ratios in closed form, and which layers are chosen on planted similarities."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -134,6 +135,23 @@ def test_pairs_are_chosen_by_normalised_similarity():
 def test_equal_similarities_merge_the_deepest_pair_as_tail_merging_does():
     pairs = most_similar_pairs(planted(5, {}), merges=1)
     assert pairs == tail_pairs(5, 1)
+
+
+def test_what_comes_before_a_first_layer_is_left_alone():
+    similarity = planted(6, {(0, 1): 0.9, (1, 2): 0.8, (3, 4): 0.7})
+    assert most_similar_pairs(similarity, merges=1, first=2) == [(3, 4)]
+    influence = np.array([0.05, 0.5, 0.1, 0.3])
+    plan = least_influence_plan(influence, 1, first=1)
+    assert [kept.index for kept in plan.kept] == [0, 1, 3]
+    for merges, choose in ((4, partial(most_similar_pairs, similarity)), (3, partial(least_influence_plan, influence))):
+        with pytest.raises(PlanError, match=f"cannot merge {merges} layers"):
+            choose(merges=merges, first=2 if merges == 4 else 1)
+
+
+def test_pair_alphas_pass_beta_on():
+    similarity = planted(4, {(2, 3): 0.5})
+    (found,) = pair_alphas([(2, 3)], "similarity_ratio", similarity=similarity, beta=2.5)
+    assert found == similarity_ratio(similarity, 2, 3, beta=2.5) != similarity_ratio(similarity, 2, 3)
 
 
 def test_least_influence_drops_what_changes_the_states_least():

@@ -43,10 +43,14 @@ def test_windows_are_those_of_transformers(family, window):
 
 
 def test_windows_by_layer():
-    assert attention_windows(tiny.config_of("llama")) == [None] * 5
+    llama = tiny.config_of("llama")
+    assert attention_windows(llama) == [None] * 5
+    llama.layer_types = None  # as some configs have it
+    assert attention_windows(llama) == [None] * 5
     assert attention_windows(tiny.config_of("qwen2")) == [None] * 5
     assert attention_windows(tiny.config_of("mistral")) == [None] * 5
     assert attention_windows(tiny.config_of("mistral", sliding_window=7)) == [7] * 5
+    assert attention_windows(tiny.config_of("mistral", sliding_window=1)) == [1] * 5
     assert attention_windows(tiny.config_of("qwen2_windows")) == [None, None, 40, 40, 40]
     # Qwen2's configs carry a window that `use_sliding_window: false` turns off.
     off = tiny.config_of("qwen2", use_sliding_window=False, sliding_window=7, max_window_layers=2)
@@ -96,11 +100,13 @@ def test_a_window_of_no_position_is_refused(family, window):
     assert attention_windows(unread) == [None] * 5
 
 
-def test_unknown_layer_types_are_refused():
-    config = SimpleNamespace(layer_types=["full_attention", "linear_attention"], num_hidden_layers=2)
+@pytest.mark.parametrize(
+    ("kind", "said"), [("linear_attention", ": those are .*"), ("conv", ": those are .*"), ("chunked_attention", "")]
+)
+def test_unknown_layer_types_are_refused(kind, said):
+    config = SimpleNamespace(layer_types=["full_attention", kind], num_hidden_layers=2)
     with pytest.raises(
-        ArchitectureError,
-        match=r"\['linear_attention'\] are not supported: those are layers .*; supported are full_attention",
+        ArchitectureError, match=rf"^layer types \['{kind}'\] are not supported{said}; supported are full_attention"
     ):
         attention_windows(config)
 
@@ -148,6 +154,8 @@ def test_rotary_types_by_layer():
     # Unlike EXAONE 4's, Cohere's layers without a window have none either where the config gives no window.
     full = tiny.config_of("cohere2", layer_types=5 * ["full_attention"], sliding_window=None)
     assert rotary_types(full) == [NO_ROTARY] * 5
+    config.no_rope_layers = [1, 0, 1, 0, 0, 1, 1]  # of a deeper model
+    assert rotary_types(config) == [None, NO_ROTARY, None, NO_ROTARY, NO_ROTARY]
     config.no_rope_layers = [1, 0, 1]
     with pytest.raises(ArchitectureError, match="no_rope_layers has 3 entries for 5 layers: it needs one for each"):
         rotary_types(config)
@@ -161,7 +169,8 @@ def test_old_configs_name_their_rotary_type_too():
 
 
 def test_a_sliding_layer_that_cannot_be_is_refused_also_where_it_is_the_first():
-    for family, message in (("qwen2", "but the config gives no sliding_window"), ("llama", "but layers of llama have")):
+    no_window = "but the config gives no sliding_window"
+    for family, message in (("qwen2", no_window), ("mistral", no_window), ("llama", "but layers of llama have")):
         config = tiny.config_of(family, layer_types=["sliding_attention"] + ["full_attention"] * 4)
         config.sliding_window = None
         with pytest.raises(ArchitectureError, match=f"sliding_attention for layer 0, {message}"):

@@ -8,6 +8,7 @@ import torch
 from tiny import make_checkpoint, plain_logits
 from transformers import AutoModelForCausalLM
 
+from raymerge.alignment import Aligner
 from raymerge.checkpoint import Checkpoint
 from raymerge.evaluation import merged_states
 from raymerge.forward import LayerRunner
@@ -310,6 +311,41 @@ def test_a_fit_whose_file_is_cut_short_is_made_anew(refitter, caplog):
     assert path.read_bytes() == content and f"the refit {path} cannot be read" in caplog.text
 
 
+def test_states_that_are_held_are_not_another_plan_s_nor_a_later_layer_s(folder, tmp_path):
+    """A worker is asked for the fits of one plan after another, and for those that its cache has lost."""
+    shards = (shard_of(windows(0, 2, 30)),)
+    refitter, fresh = (refitter_of(folder, tmp_path / name, shards) for name in ("cache", "other"))
+    first, second = refitted(drop_block_plan(N, 2, 1), "outputs", layers=1), refitted(drop_block_plan(N, 3, 1), "scale")
+    refitter.fit(first)
+    path = refitter.path(first, 0)
+    content = path.read_bytes()
+    path.unlink()
+    refitter.fit(first)
+    assert path.read_bytes() == content
+    found, expected = (each.tensors(second, 2)["mlp.down_proj.weight"] for each in (refitter, fresh))
+    assert torch.equal(found, expected)
+
+
+def test_a_fit_belongs_to_what_its_layers_were_matched_on(refitter):
+    for alignment, differ in (("activations", True), ("neurons", False)):
+        plan = refitted(replace(drop_block_plan(N, 2, 1), alignment=alignment), "outputs")
+        paths = set()
+        for data in ("one text", "another"):
+            refitter.runner.aligner = Aligner(refitter.runner.checkpoint, data=data)
+            paths.add(refitter.path(plan, 0))
+        assert (len(paths) == 2) == differ
+
+
+@pytest.mark.parametrize("method", ["linear", "units"])
+def test_tokens_weigh_alike_where_a_fit_is_of_the_mlp_alone(refitter, method):
+    plan = refitted(drop_block_plan(N, 2, 1), method)
+    number, step = next((n, step) for n, step in enumerate(steps_of(plan)) if step.part != "units")
+    (sums,) = refitter.sums(plan, number).equations
+    targets = [refitter._target(step.target + 1, shard) for shard in CALIBRATION]
+    expected = sum(len(t) if method == "linear" else token_weights(t).sum().item() for t in targets)
+    assert sums.weight == pytest.approx(expected, rel=1e-6)
+
+
 def test_massive_activations_do_not_count():
     target = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     target[3] *= 100
@@ -327,7 +363,7 @@ def test_families_without_the_algebra_are_refused_by_name(refitter):
     with pytest.raises(RefitError, match="merges nothing"):
         check_refittable(checkpoint, refitted(base_plan(N), "outputs"))
     checkpoint.architecture = replace(checkpoint.architecture, name="sandwich", norm_inputs={})
-    with pytest.raises(RefitError, match="sandwich does not have: do without it .plan.refit: none; in a sweep"):
+    with pytest.raises(RefitError, match="which sandwich does not have: set plan.refit to none"):
         check_refittable(checkpoint, plan)
 
 
@@ -348,10 +384,15 @@ def test_units_behind_a_norm_with_a_bias_or_without_gates_are_refused(tmp_path, 
 
 @pytest.mark.parametrize("family", ["glm4", "granite", "granitemoehybrid", "olmo3", "mixtral"])
 def test_a_refit_of_outputs_that_are_normalised_scaled_or_of_experts_is_refused(tmp_path, family):
-    """They are not what is added to the residual stream, which a fit would take them for."""
+    """They are not what is added to the residual stream, which a fit would take them for; an expert's are a share."""
     checkpoint = Checkpoint(str(make_checkpoint(tmp_path / "m", {"granitemoehybrid": "granite4"}.get(family, family))))
     with pytest.raises(RefitError, match=f"write straight into the residual stream .* which {family} does not have"):
         check_refittable(checkpoint, refitted(drop_block_plan(N, 2, 1), "outputs"))
+
+
+def test_a_scale_of_1_is_none(tmp_path):
+    checkpoint = Checkpoint(str(make_checkpoint(tmp_path / "m", "granite", residual_multiplier=1.0)))
+    check_refittable(checkpoint, refitted(drop_block_plan(N, 2, 1), "outputs"))
 
 
 def test_a_refit_of_attention_and_mlp_side_by_side_is_refused(tmp_path):

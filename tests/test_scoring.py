@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
+from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
 
 import raymerge.forward
 import raymerge.scoring
@@ -232,6 +233,16 @@ def test_plans_that_change_less_than_the_trunk_allows(case):
         same_answers(answers(case, plan, trunk).logits, reference(case, plan)[0])
 
 
+def test_queries_are_scaled_as_transformers_scales_them_at_every_position(case):
+    """Prompts that end where the scale steps up are few."""
+    runner = case("ministral3").runner
+    layer = SimpleNamespace(runner=runner, _architecture=runner.checkpoint.architecture)
+    positions = torch.arange(100)
+    found = raymerge.tail_layer.TailLayer._scaled(layer, torch.full((100, 2, 3), 2.0), positions)
+    expected = 2 * get_llama_4_attn_scale(positions[None], 0.3, 32)[0, 0]
+    assert torch.equal(found, expected[:, :, None].expand(-1, 2, 3)) and len(found.unique()) == 4
+
+
 @pytest.mark.parametrize("family", ["qwen2", "mistral_window_60"])
 def test_a_prefix_without_examples(case, family):
     case, questions = case(family), tiny.make_questions({"cats": 3, "roads": 2}, shots=0)
@@ -277,6 +288,17 @@ def test_a_window_beyond_every_position_hides_nothing_and_costs_nothing(case, mo
     same_answers(
         TailScorer(case.trunk(N - 3), case.prompts).score(PLANS["random"])[0], reference(case, PLANS["random"])[0]
     )
+
+
+def test_a_window_of_all_positions_but_one_hides_that(tmp_path, questions):
+    prompts = encode_questions(questions, tiny.demo_tokenizer(), shard_tokens=250)
+    whole = tiny.whole_prompts(questions, tiny.demo_tokenizer())
+    folder = tiny.make_checkpoint(tmp_path / "m", "mistral_window", sliding_window=max(map(len, whole)) - 1)
+    runner, plan = LayerRunner(Checkpoint(str(folder))), PLANS["drop"]
+    scorer = TailScorer(TrunkCache(runner, N - 3, tmp_path), prompts)
+    assert runner.checkpoint.windows[-1] == scorer.layer.states.layout.positions - 1
+    merged = tiny.merged_model(AutoModelForCausalLM.from_pretrained(folder, **tiny.PLAIN), tiny.steps_of(plan))
+    same_answers(scorer.score(plan)[0], tiny.plain_answers(merged, whole, prompts.letters)[0])
 
 
 @pytest.mark.parametrize("family", tiny.BOUNDED)

@@ -17,8 +17,10 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import logging
 
 import raymerge.proof
+import raymerge.towers
 from raymerge import experiments
 from raymerge.architectures import ArchitectureError
 from raymerge.checkpoint import Checkpoint, CheckpointError
@@ -581,7 +583,7 @@ def test_layers_that_features_of_images_are_added_to_stay_as_and_where_they_are(
     checkpoint = Checkpoint(str(bases["qwen3_vl", "published"]))
     assert checkpoint.deepstack_layers == 2
     for plan in (drop_block_plan(N, 1, 1), drop_block_plan(N, 0, 1), tail_plan(N, [0.5] * 3, name="x", kind="found")):
-        with pytest.raises(PlanError, match=r"layer [01] would be merged .* its first 2 layers .* layers from 2 on"):
+        with pytest.raises(PlanError, match=r"layer [01] .* first 2 layers .* from 2 on, with plan.starts from 3 "):
             check_mergeable(checkpoint, plan)
     averaged = block_plan(N, 2, [0.0], name="x", kind="found")  # which keeps layer 2 in the place of layer 1
     with pytest.raises(PlanError, match="layer 1 would be merged or removed"):
@@ -637,6 +639,8 @@ def test_names_and_shapes_of_towers_are_checked(spoiled, caplog, capfd):
         Checkpoint(str(spoiled(tensors=misshape)))
     with pytest.raises(CheckpointError, match="model.layers.4.mlp.up_proj.weight.*fetch it again"):
         Checkpoint(str(spoiled(tensors=lambda s: s.pop("language_model.model.layers.4.mlp.up_proj.weight"))))
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors .*'language_model.model.embed_tokens.weight'.*fetch"):
+        Checkpoint(str(spoiled(tensors=lambda s: s.pop("language_model.model.embed_tokens.weight"))))
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors .*layers.4.self_attn.q_norm.weight"):
         Checkpoint(str(spoiled(tensors=lambda s: s.pop("language_model.model.layers.4.self_attn.q_norm.weight"))))
     with pytest.raises(CheckpointError, match="says 4 layers, but there are tensors of layer 4"):
@@ -651,17 +655,42 @@ def test_names_and_shapes_of_towers_are_checked(spoiled, caplog, capfd):
     assert "LOAD REPORT" not in caplog.text
 
 
+def test_transformers_is_quiet_while_it_looks_and_no_longer():
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    for shown, switch in ((False, logging.disable_progress_bar), (True, logging.enable_progress_bar)):
+        logging.set_verbosity_info()
+        switch()
+        with raymerge.towers._quiet():
+            assert logging.get_verbosity() == logging.ERROR and not logging.is_progress_bar_enabled()
+        assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled() == shown
+    logging.set_verbosity(level)
+    (logging.enable_progress_bar if bar else logging.disable_progress_bar)()
+
+
+def test_opening_a_checkpoint_leaves_its_config_alone(bases):
+    """from_config and from_pretrained write the dtype that they compute in into it."""
+    folder = bases["mistral3", "published"]
+    assert Checkpoint(str(folder)).whole_config.to_dict() == AutoConfig.from_pretrained(folder).to_dict()
+
+
 def test_a_proof_finds_changed_weights_and_towers(bases, tmp_path, in_process):
     checkpoint = Checkpoint(str(bases["llava", "published"]))
     save_merged(checkpoint, PLAN, tmp_path / "merged", verify=False)
     file = tmp_path / "merged" / "model.safetensors"
     state = load_file(file)
-    for name, problem in (
-        ("language_model.model.layers.1.mlp.up_proj.weight", "its logits differ by up to"),
-        ("multi_modal_projector.linear_2.bias", "1 tensors beside its language model are not the base's, .*'multi_mod"),
-    ):
+
+    def nudged(name):
         changed = state[name].clone()
         changed.view(-1)[3] *= 1.01
+        return changed
+
+    up, tower = "language_model.model.layers.1.mlp.up_proj.weight", "multi_modal_projector.linear_2.bias"
+    beside = "1 tensors beside its language model are not the base's, .*'multi_mod"
+    for name, changed, problem in (
+        (up, nudged(up), "its logits differ by up to"),
+        (tower, nudged(tower), beside),
+        (tower, state[tower].double(), beside),  # the same values, but of another dtype
+    ):
         save_file(state | {name: changed}, file, metadata={"format": "pt"})
         found = prove(checkpoint, PLAN, tmp_path / "merged")
         assert not found["passed"] and re.match(problem, found["error"])
@@ -672,7 +701,10 @@ def test_a_tensor_that_belongs_nowhere_is_carried_over(spoiled, tmp_path, spelli
     root = {"published": "language_model.model", "modules": "model.language_model"}[spelling]
     odd = {"score.weight": torch.ones(3, 32), "vision_tower.further": torch.ones(2)}
     odd["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(16)[None]  # transformers 4 stored them
-    checkpoint = Checkpoint(str(spoiled(spelling=spelling, tensors=lambda state: state.update(odd))))
+    scales = {f"{root}.layers.{layer}.self_attn.k_scale": torch.ones(1) for layer in range(N)}
+    checkpoint = Checkpoint(str(spoiled(spelling=spelling, tensors=lambda state: state.update(odd | scales))))
+    assert odd.keys() <= set(checkpoint.towers) and not scales.keys() & set(checkpoint.towers)
+    assert checkpoint.stored_dtypes == {torch.float32}  # whatever positions are counted in
     record = save_merged(checkpoint, PLAN, tmp_path / "merged")
     assert record["proof"]["passed"]
     saved = load_file(tmp_path / "merged" / "model.safetensors")
