@@ -589,7 +589,11 @@ def test_layers_are_kept_given_up_and_run_in_halves(checkpoint, together, monkey
         merged, saved = runner.fused(PLANS[2], FIRST), LayerRunner(checkpoint).fused(PLANS[2], FIRST)
         assert all(torch.equal(tensor.cpu(), saved[name]) for name, tensor in merged.items())
         assert device.moved == before
+        rounding = LayerRunner(checkpoint, device=DEVICE, dtype=torch.float32, quantise="int8")
+        found, before = rounding.fused(PLANS[2], FIRST), device.moved  # of layers that are not rounded
+        assert all(torch.equal(tensor.cpu(), saved[name]) for name, tensor in found.items())
         runner.release()
+        assert not runner.kept_bytes
         runner.fused(PLANS[2], FIRST)
         assert device.moved == before + 3 * runner.layer_size.parameters and set(runner._resident) == {2, 3, 4}
         held = []

@@ -4,6 +4,7 @@ import errno
 import json
 import resource
 import shutil
+import sys
 import weakref
 
 import pytest
@@ -18,7 +19,7 @@ from raymerge.checkpoint import Checkpoint, CheckpointError
 from raymerge.forward import LayerRunner
 from raymerge.fusion import fused_tensors
 from raymerge.plan import base_plan, before_last_plan, tail_plan
-from raymerge.saving import check_writable, save_checkpoint
+from raymerge.saving import _not_written, check_room, check_writable, save_checkpoint
 from raymerge.tensorfiles import OpenTensorFile
 
 torch.set_num_threads(1)
@@ -251,6 +252,26 @@ def test_a_disk_without_room_for_the_weights_is_said_before_it_is_filled(llama, 
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(raymerge.saving, "free_bytes", lambda folder: needed)
     assert save_checkpoint(checkpoint, taken, kept, tmp_path / "merged") == needed  # none of which was taken before
+
+
+def test_what_a_killed_call_has_left_on_the_disk_is_room(llama, tmp_path, monkeypatch):
+    """As many blocks as it takes, not as long as it is, since a file is laid out before it is filled."""
+    checkpoint, kept, out = Checkpoint(str(llama)), list(range(5)), tmp_path / "merged"
+    needed, left = checkpoint.size()[1], tmp_path / "_tmp.merged"
+    monkeypatch.setattr(raymerge.saving, "free_bytes", lambda folder: needed - 4096)
+    left.mkdir()
+    (left / "gone.safetensors").symlink_to("nowhere")  # as one that another process has just renamed
+    with pytest.raises(CheckpointError, match="No space left"):
+        check_room(checkpoint, kept, out)
+    (left / "gone.safetensors").unlink()
+    with (left / "laid_out.safetensors").open("wb") as file:
+        file.truncate(1 << 20)
+    with pytest.raises(CheckpointError, match="No space left"):
+        check_room(checkpoint, kept, out)
+    (left / "written.safetensors").write_bytes(b"x" * 4096)
+    check_room(checkpoint, kept, out)
+    monkeypatch.setattr(raymerge.saving, "free_bytes", lambda folder: sys.maxsize)  # of a disk that does not say
+    assert "take" in (said := str(_not_written(out, needed, "why"))) and "free" not in said.partition("; nothing")[0]
 
 
 def test_a_write_that_the_system_refuses(llama, tmp_path):
