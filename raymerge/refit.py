@@ -125,7 +125,7 @@ def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
 
 def _norm_before_mlp(architecture: Architecture) -> str | None:
     """The norm that the MLP reads, which the state between attention and MLP enters."""
-    return architecture.norm_before(architecture.rows_of("up")[0])
+    return architecture.norm_before(architecture.holder_of("up"))
 
 
 def _matrix(architecture: Architecture, projection: str) -> str:

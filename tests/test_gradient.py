@@ -110,7 +110,8 @@ def whole_model(case, coefficients, *, merge_biases=False, fold=False):
     model = AutoModelForCausalLM.from_config(config, **tiny.PLAIN, dtype=torch.float64).eval()  # some have dropout
     kind, state = config.model_type, {name: tensor.double() for name, tensor in case.base.state_dict().items()}
     stored = tiny.of_layers(tiny.stored_layer, kind, state)
-    prefix, merged = f"model.layers.{FIRST}.", {}
+    root, merged = tiny.root_of(kind), {}
+    prefix = f"{root}{FIRST}."
     for name in (name for name in stored if name.startswith(prefix)):
         relative = name.removeprefix(prefix)
         matrix, _, which = relative.rpartition(".")
@@ -120,7 +121,7 @@ def whole_model(case, coefficients, *, merge_biases=False, fold=False):
         if matrix in case.matrices and (which == "weight" or merge_biases):
             sources = []
             for j in range(coefficients.shape[1]):
-                layer = f"model.layers.{FIRST + j}."
+                layer = f"{root}{FIRST + j}."
                 gain = 1.0
                 if fold and which == "weight" and matrix in GAINS:
                     gain = stored[f"{layer}{GAINS[matrix]}.weight"]
