@@ -70,7 +70,7 @@ class Architecture(Names):
     `sizes`, the names that stand once for each expert, and what `options` say. `towers.names_inside` gives the full
     names that they have in a multimodal checkpoint.
 
-    loaded: the full names that they have in transformers' model of the language model alone.
+    loaded: the full names that they have in the newest transformers' model of the language model alone.
     projections: for each matrix that a merge averages, in a fixed order, the projections (see PROJECTIONS) whose rows
     it holds one after another: one, or several where the family fuses them. A bias has its matrix's rows.
     head_by_head: matrices that hold these for one key/value head after another: each one's query heads, then its key

@@ -208,7 +208,7 @@ def test_pairs_are_the_neighbours_inside_each_group():
 
 
 def test_matches_are_composed_along_the_chain_towards_the_kept_layer(checkpoint):
-    arch, config, aligner = checkpoint.architecture, checkpoint.config, Aligner(checkpoint)
+    arch, aligner = checkpoint.architecture, Aligner(checkpoint)
     layers = [layer_tensors(checkpoint, arch, n) for n in range(5)]
     neighbours = {n: align_pair(layers[n], layers[n + 1], arch) for n in range(4)}
     found = tiny.permutations(aligner, plan_of((2, 3, 0.4), (2, 4, 1.0), (2, 1, 0.3)))

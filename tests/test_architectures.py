@@ -47,7 +47,7 @@ def test_every_tensor_of_a_family_is_accounted_for(family):
     assert arch.ends == (f"{norm}.weight", f"{norm}.bias", f"{unembedding}.bias")
     assert all(map(arch.has_tensor, outside))
     loaded = {name for name in model.state_dict() if not name.startswith(tiny.root_of(config.model_type))}
-    assert {arch.loaded_name(name) for name in outside} == loaded
+    assert {arch.stored_name(name) for name in loaded} == outside
     assert all(arch.stored_name(arch.loaded_name(name)) == name for name in there)
 
 

@@ -11,7 +11,13 @@ import shutil
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GPTNeoXForCausalLM,
+)
 
 from raymerge.architectures import permute_tensor
 from raymerge.demo import MODEL_PATH
@@ -564,9 +570,10 @@ def of_layers(change, model_type, state):
     """A whole state dict with `stored_layer` or `loaded_layer` applied to its layers, and its unembedding named as
     these name it; with `loaded_layer` it has one, tied or not."""
     changed, layers, root = {}, {}, root_of(model_type)
-    names = {"embed_out.weight": "lm_head.weight"}
-    if change is stored_layer:
-        names = {"lm_head.weight": "embed_out.weight"} if model_type == "gpt_neox" else {}
+    names = {}
+    if model_type == "gpt_neox":
+        (loaded,) = GPTNeoXForCausalLM._tied_weights_keys  # embed_out in transformers 5.13, lm_head in 5.24
+        names = {"embed_out.weight": loaded} if change is loaded_layer else {loaded: "embed_out.weight"}
     for name, tensor in state.items():
         if name.startswith(root):
             number, relative = name.removeprefix(root).split(".", 1)
