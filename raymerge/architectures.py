@@ -75,7 +75,7 @@ class Architecture(Names):
     it holds one after another: one, or several where the family fuses them. A bias has its matrix's rows.
     head_by_head: matrices that hold these for one key/value head after another: each one's query heads, then its key
     head, then its value head.
-    scalars: further tensors of a layer that its code reads, numbers and none of them linear: the kept layer's own.
+    scalars: further tensors of a layer, as the learned numbers of an activation: the kept layer's own.
     buffers: how the names of tensors end that files may hold and the family's code computes; they are left aside.
     options: for config options, those fields that have other values where the option is true.
     experts: in a mixture of experts the names of an expert's projections, with {} for its number; beside them stands
@@ -235,7 +235,7 @@ class Architecture(Names):
         matrix = next((matrix for matrix, parts in self.projections.items() if projection in parts), None)
         parts = self.projections.get(matrix or "", ())
         if len(parts) < 2:
-            return tensor
+            return tensor[:]  # whose gradient has the tensor's own layout, as leaves are to have
         number, heads = parts.index(projection), self.sizes["kv_heads"] if matrix in self.head_by_head else 1
         widths = [math.prod(self.sizes[unit] for unit in PROJECTIONS[part][1]) // heads for part in parts]
         return tensor.unflatten(0, (heads, -1))[:, sum(widths[:number]) : sum(widths[: number + 1])].flatten(0, 1)

@@ -133,23 +133,6 @@ def test_rotary_buffers_of_old_checkpoints_are_no_weights(copy, tmp_path):
     assert "self_attn.rotary_emb.inv_freq" not in checkpoint.layer(0, dtype=torch.float32)
 
 
-def test_masks_in_gpt_neox_files_are_no_weights(tmp_path):
-    """Pythia's files have them, in float16 with an infinite number; transformers makes its own."""
-    folder = tiny.make_checkpoint(tmp_path / "m", "gpt_neox", dtype=torch.float16)
-    state, checkpoint = load_file(folder / "model.safetensors"), Checkpoint(str(folder))
-    masks = {
-        "bias": torch.ones(1, 1, 20, 20, dtype=torch.bool).tril(),
-        "masked_bias": torch.tensor(-torch.inf, dtype=torch.float16),
-        "rotary_emb.inv_freq": torch.ones(2),
-    }
-    layers = {f"gpt_neox.layers.{n}.attention.{name}": mask.clone() for n in range(5) for name, mask in masks.items()}
-    save_file(state | layers, folder / "model.safetensors", metadata={"format": "pt"})
-    old = Checkpoint(str(folder))
-    assert set(old) == set(state) and old.stored_dtypes == {torch.float16} and old.size() == checkpoint.size()
-    _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-
-
 def test_demo_and_folders_and_tilde(llama, monkeypatch):
     assert resolve_model("demo") == MODEL_PATH
     assert resolve_model(str(llama)) == llama
