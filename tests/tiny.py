@@ -640,14 +640,15 @@ def merged_model(model, steps, *, biases="keep"):
 
 
 @torch.no_grad()
-def plain_logits(model, ids):
-    """(T, V) float64 logits of one whole prompt."""
-    return model(input_ids=torch.as_tensor(np.asarray(ids))[None], use_cache=False).logits[0].double()
+def plain_logits(model, ids, *, last=0):
+    """(T, V) float64 logits of one whole prompt; last: of so many positions, where it is not 0."""
+    ids = torch.as_tensor(np.asarray(ids))[None]
+    return model(input_ids=ids, use_cache=False, logits_to_keep=last).logits[0].double()
 
 
 def plain_answers(model, prompts_ids, letters):
     """Last-position figures of whole prompts, one at a time: letters' logits (n, 4), logsumexp (n,), top token (n,)."""
-    last = torch.stack([plain_logits(model, ids)[-1] for ids in prompts_ids])
+    last = torch.stack([plain_logits(model, ids, last=1)[-1] for ids in prompts_ids])
     return last[:, list(letters)].numpy(), torch.logsumexp(last, -1).numpy(), last.argmax(-1).numpy()
 
 
