@@ -102,8 +102,9 @@ def loss_of(case, weights=ANSWERS, plan=None, **options):
 
 
 def whole_model(case, coefficients, *, merge_biases=False, fold=False):
-    """A function from token ids to (T, V) float64 logits of the model fused with (matrices, sources) coefficients; last:
-    of so many positions, where it is not 0."""
+    """A function from token ids to (T, V) float64 logits of the model fused with (matrices, sources) coefficients.
+
+    last: of so many positions, where it is not 0."""
     config = copy.deepcopy(case.base.config)
     config.num_hidden_layers = FIRST + 1
     if getattr(config, "layer_types", None):
