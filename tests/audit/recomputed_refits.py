@@ -58,8 +58,8 @@ class Refits:
 
         for place in places:
             layer = model.base_model.layers[place]
-            modules = {self.base.down: layer.mlp.get_submodule(self.base.down)}
-            modules[self.base.out.split(".")[1]] = layer.get_submodule(self.base.out)
+            modules = {self.base.out.split(".")[1]: layer.get_submodule(self.base.out)}
+            modules[self.base.down] = layer.mlp.get_submodule(self.base.down)
             for name, module in (modules | {"middle": getattr(layer, self.base.before_mlp)}).items():
                 if names is None or name in names:
                     hooks.append(module.register_forward_pre_hook(keep(place, name)))
