@@ -27,7 +27,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +64,6 @@ def align_pair(
     reference: Mapping[str, Tensor],
     other: Mapping[str, Tensor],
     architecture: Architecture,
-    config: Any,
     *,
     activations: tuple[Tensor, Tensor] | None = None,
 ) -> Permutations:
@@ -75,7 +73,7 @@ def align_pair(
     layers on the same tokens; units are then matched by their correlation (a constant unit correlates with nothing),
     and heads still by weights.
     """
-    heads = _match_heads(*(_head_features(layer, architecture, config) for layer in (reference, other)))
+    heads = _match_heads(*(_head_features(layer, architecture) for layer in (reference, other)))
     if architecture.experts:
         return {**_match_experts(reference, other, architecture), **heads}
     if activations is None:
@@ -110,8 +108,9 @@ def _unit_rows(
     layer: Mapping[str, Tensor], architecture: Architecture, projection: str, expert: int | None = None
 ) -> Tensor:
     """Unit-norm rows, or columns where units lie along those, of a projection with its gain, float32."""
-    matrix, rows = architecture.rows_of(projection, expert)
-    weight = source_tensor(architecture, layer, f"{matrix}.weight", norms="fold")[rows]
+    matrix = architecture.holder_of(projection, expert)
+    weight = source_tensor(architecture, layer, f"{matrix}.weight", norms="fold")
+    weight = architecture.part_of(projection, weight)
     return F.normalize(weight if PROJECTIONS[projection][0] == 0 else weight.T, dim=1)
 
 
@@ -137,9 +136,9 @@ def _match_experts(
     return {"experts": order, "units": np.stack(units)}
 
 
-def _head_features(layer: Mapping[str, Tensor], architecture: Architecture, config: Any) -> dict[str, Tensor]:
+def _head_features(layer: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """Unit-norm rows of heads, columns of o: q (kv, groups, r, d), k (kv, r, d), v (kv, c, d), o (kv, groups, c, d)."""
-    kv, groups = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    kv, groups = (architecture.sizes[name] for name in ("kv_heads", "query_heads"))
     return {
         name: _unit_rows(layer, architecture, name).unflatten(0, (kv, groups, -1) if name in "qo" else (kv, -1))
         for name in "qkvo"
@@ -296,7 +295,7 @@ class Aligner:
             if self._units is None:
                 raise AlignmentError(NEEDS_PROMPTS)
             activations = self._units(pair[0]), self._units(pair[1])
-        return align_pair(reference, other, architecture, self.checkpoint.config, activations=activations)
+        return align_pair(reference, other, architecture, activations=activations)
 
     def _tensors(self, layer: int) -> dict[str, Tensor]:
         stored = layer_tensors(self.checkpoint, self.checkpoint.architecture, layer)
@@ -353,7 +352,7 @@ class Aligner:
             names = [f"{matrix}.weight" for matrix in architecture.matrices]
             return {name: source_tensor(architecture, stored, name, norms=plan.norms) for name in names}
 
-        blocks = architecture.fused_blocks
+        blocks = architecture.fused_rows
         return [match for _, match in fuse_rows(load, architecture.matrices, plan.steps, blocks=blocks)]
 
     def _file(self, *key: int | str) -> Path | None:
@@ -395,11 +394,14 @@ def match_rows(reference: Tensor, other: Tensor) -> np.ndarray:
     return assign(torch.cdist(one, two, compute_mode="use_mm_for_euclid_dist").numpy(force=True))
 
 
-def _match_in_blocks(reference: Tensor, other: Tensor, blocks: Sequence[int] | None) -> np.ndarray:
-    """`match_rows` inside each block of so many rows, the projections that a matrix holds; None: it is one."""
-    parts = [matrix.split(list(blocks or [len(matrix)])) for matrix in (reference, other)]
-    starts = np.cumsum([0, *(len(part) for part in parts[0])])
-    return np.concatenate([start + match_rows(*pair) for start, *pair in zip(starts[:-1], *parts, strict=True)])
+def _match_in_blocks(reference: Tensor, other: Tensor, blocks: Sequence[np.ndarray]) -> np.ndarray:
+    """`match_rows` inside each of these sets of rows, the projections that a matrix holds; no sets: it is one."""
+    if not blocks:
+        return match_rows(reference, other)
+    order = np.empty(len(reference), dtype=np.int64)
+    for rows in blocks:
+        order[rows] = rows[match_rows(*(matrix[torch.from_numpy(rows)] for matrix in (reference, other)))]
+    return order
 
 
 def fuse_rows(
@@ -408,13 +410,13 @@ def fuse_rows(
     steps: Sequence[MergeStep],
     matches: Sequence[Mapping[str, np.ndarray]] | None = None,
     *,
-    blocks: Mapping[str, Sequence[int]] | None = None,
+    blocks: Mapping[str, Sequence[np.ndarray]] | None = None,
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, np.ndarray]]]:
     """Merge step by step, matching the removed layer's rows anew each time against what is fused so far.
 
     load(layer): its tensors by relative name, float32: the matrices' weights and those biases that are merged, which
     follow their matrix's rows. matches: those of an earlier call, used instead of matching again. blocks: of matrices
-    that hold several projections, how many rows each has; rows are matched inside them.
+    that hold several projections, the numbers of each one's rows; rows are matched inside them.
     Yields for each step the layer that it gives and the order of rows of each matrix.
     """
     alive: dict[int, dict[str, Tensor]] = {}
@@ -429,7 +431,7 @@ def fuse_rows(
             elif step.alpha == 1.0:  # nothing of it is used
                 found[matrix] = np.arange(len(removed[weight]))
             else:
-                found[matrix] = _match_in_blocks(into[weight], removed[weight], (blocks or {}).get(matrix))
+                found[matrix] = _match_in_blocks(into[weight], removed[weight], (blocks or {}).get(matrix, ()))
         fused = {}
         for name, own in into.items():
             order = torch.from_numpy(found[name.rpartition(".")[0]]).to(own.device)

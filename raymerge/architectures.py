@@ -52,23 +52,39 @@ class ArchitectureError(UserError):
     """A model whose family, or whose options, raymerge does not support; the message says which are."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """Full names of a language model's tensors, of a layer's what stands before its own ({}: its number)."""
+
+    layer_prefix: str = "model.layers.{}."
+    embedding: str = "model.embed_tokens.weight"
+    final_norm: str = "model.norm.weight"
+    unembedding: str = "lm_head.weight"
+
+
 @dataclass(frozen=True)
-class Architecture:
-    """Names of a family's tensors, relative to a decoder layer unless they start with "model." or "lm_head".
+class Architecture(Names):
+    """Names of a family's tensors, relative to a decoder layer but for those of `Names`.
 
     Tensors are named as published checkpoints store them. `families.architecture_of` fills in what a config decides:
-    `sizes`, and the names that stand once for each expert. `towers.names_inside` gives the full names (layer_prefix,
-    embedding, final_norm, unembedding) that they have in a multimodal checkpoint.
+    `sizes`, the names that stand once for each expert, and what `options` say. `towers.names_inside` gives the full
+    names that they have in a multimodal checkpoint.
 
+    loaded: the full names that they have in the newest transformers' model of the language model alone.
     projections: for each matrix that a merge averages, in a fixed order, the projections (see PROJECTIONS) whose rows
     it holds one after another: one, or several where the family fuses them. A bias has its matrix's rows.
+    head_by_head: matrices that hold these for one key/value head after another: each one's query heads, then its key
+    head, then its value head.
+    scalars: further tensors of a layer, as the learned numbers of an activation: the kept layer's own.
+    buffers: how the names of tensors end that files may hold and the family's code computes; they are left aside.
+    options: for config options, those fields that have other values where the option is true.
     experts: in a mixture of experts the names of an expert's projections, with {} for its number; beside them stands
     the "router", whose rows move with the experts.
-    mlp: transformers' module of the MLP, or of router and experts.
+    attention, mlp: transformers' modules of attention, and of the MLP or of router and experts.
     norm_inputs: for each input norm, the matrices that read its output (they see W diag(gain) and, where the norm has a
     bias b, add W b). What a norm has, a gain and a bias, a gain alone or neither, its tensors say.
-    parallel: whether attention and MLP both read the layer's input, so that what they give is added once; they may read
-    it through one norm.
+    parallel: whether attention and MLP both read the layer's input, so that what they give is added once, through one
+    norm or through one each.
     output_norms: for each block ("self_attn", "mlp") whose output is normalised before it is added, that norm. Its
     gain comes after a normalisation of its own, so it belongs to no matrix.
     head_norms: norms over one head's query or key dimensions, with the projection ("q" or "k"), applied before the
@@ -94,14 +110,21 @@ class Architecture:
     query_scaling: key of rope_parameters of b, where a query at position p is multiplied, after its rotation, by
     1 + b log(1 + floor(p / original_max_position_embeddings)).
     attention_softcap, logit_softcap: config keys of c where attention scores, or logits, s become c tanh(s / c).
+    kv_heads: config key of the number of key/value heads; None where each query head has its own.
     width: config key of the MLP's width, or an expert's.
     required: config options that raymerge knows with some values only.
     generates_since: the first release of transformers that generates by the family, which all the supported ones run.
     """
 
     name: str
+    loaded: Names = Names()
     projections: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: ATTENTION | _MLP)
+    head_by_head: frozenset[str] = frozenset()
+    scalars: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)  # of old Llama files
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     experts: Mapping[str, str] = field(default_factory=dict)
+    attention: str = "self_attn"
     mlp: str = "mlp"
     norm_inputs: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {"input_layernorm": QKV, "post_attention_layernorm": GATE_UP}
@@ -128,13 +151,10 @@ class Architecture:
     query_scaling: str | None = None
     attention_softcap: str | None = None
     logit_softcap: str | None = None
+    kv_heads: str | None = "num_key_value_heads"
     width: str = "intermediate_size"
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     generates_since: tuple[int, ...] = ()
-    layer_prefix: str = "model.layers.{}."
-    embedding: str = "model.embed_tokens.weight"
-    final_norm: str = "model.norm.weight"
-    unembedding: str = "lm_head.weight"
 
     @property
     def ends(self) -> tuple[str, str, str]:
@@ -164,20 +184,22 @@ class Architecture:
 
     def stored_name(self, loaded: str) -> str:
         """The checkpoint's full name of what transformers' model of the language model alone calls `loaded`."""
-        return _renamed(loaded, Architecture, self)
+        return _renamed(loaded, self.loaded, self)
 
     def loaded_name(self, stored: str) -> str:
         """The inverse of `stored_name`."""
-        return _renamed(stored, self, Architecture)
+        return _renamed(stored, self, self.loaded)
 
     def has_tensor(self, name: str) -> bool:
         """Whether a model of the family may have a tensor of this full name; files may hold others, as reward heads."""
         root, _, end = self.layer_prefix.partition("{}")
         if not name.startswith(root):
             return name in (self.embedding, self.unembedding, *self.ends)
-        part, _, kind = name.removeprefix(root).partition(end)[2].rpartition(".")
+        relative = name.removeprefix(root).partition(end)[2]
+        part, _, kind = relative.rpartition(".")
         norms = {*self.norm_inputs, *self.output_norms.values(), *self.head_norms, *self.projection_norms}
-        return kind in ("weight", "bias") and (part in norms or part in self.projections)
+        is_own = kind in ("weight", "bias") and (part in norms or part in self.projections)
+        return is_own or relative in self.scalars
 
     def norm_before(self, matrix: str) -> str | None:
         """The norm (a module of the layer) through which a matrix sees its input; None where there is none."""
@@ -186,7 +208,7 @@ class Architecture:
     @property
     def norm_before_mlp(self) -> str | None:
         """The norm that the MLP, or router and experts, read; None where there is none."""
-        return self.norm_before(self.rows_of("up")[0])
+        return self.norm_before(self.holder_of("up"))
 
     def plain(self, name: str, tensor: Tensor) -> Tensor:
         """What a norm's tensor of this name is where the norm does nothing but normalise: a gain of 1, a bias of 0."""
@@ -206,25 +228,35 @@ class Architecture:
         """The norm of a whole projection; None where there is none."""
         return next((norm for norm, of in self.projection_norms.items() if of == projection), None)
 
-    def rows_of(self, projection: str, expert: int | None = None) -> tuple[str, slice]:
-        """The matrix that holds a projection, and which of its rows (all where columns are its units)."""
+    def holder_of(self, projection: str, expert: int | None = None) -> str:
+        """The matrix that holds a projection, alone or with others."""
         if expert is not None:
-            return self.experts[projection].format(expert), slice(None)
-        matrix = next(matrix for matrix, parts in self.projections.items() if projection in parts)
-        parts = self.projections[matrix]
-        if len(parts) == 1:
-            return matrix, slice(None)
-        lengths, number = self.row_blocks(matrix), parts.index(projection)
-        return matrix, slice(sum(lengths[:number]), sum(lengths[: number + 1]))
+            return self.experts[projection].format(expert)
+        return next(matrix for matrix, parts in self.projections.items() if projection in parts)
 
-    def row_blocks(self, matrix: str) -> list[int]:
-        """Lengths of the projections that a matrix holds, along the axis of their units."""
-        return [math.prod(self.sizes[unit] for unit in PROJECTIONS[part][1]) for part in self.projections[matrix]]
+    def part_of(self, projection: str, tensor: Tensor) -> Tensor:
+        """A projection's own of the rows of its holder's tensor (rows, …), in its order; all of them where it is alone.
+
+        A view, or where the holder has heads one by one a copy; differentiable, and nothing is copied to a device.
+        """
+        matrix = next((matrix for matrix, parts in self.projections.items() if projection in parts), None)
+        parts = self.projections.get(matrix or "", ())
+        if len(parts) < 2:
+            return tensor[:]  # whose gradient has the tensor's own layout, as leaves are to have
+        number, heads = parts.index(projection), self.sizes["kv_heads"] if matrix in self.head_by_head else 1
+        widths = [math.prod(self.sizes[unit] for unit in PROJECTIONS[part][1]) // heads for part in parts]
+        return tensor.unflatten(0, (heads, -1))[:, sum(widths[:number]) : sum(widths[: number + 1])].flatten(0, 1)
+
+    def row_numbers(self, matrix: str) -> list[np.ndarray]:
+        """For each projection that a matrix holds, the numbers (n,) int64 of its rows (or columns) there."""
+        parts = self.projections[matrix]
+        total = sum(math.prod(self.sizes[unit] for unit in PROJECTIONS[part][1]) for part in parts)
+        return [self.part_of(part, torch.arange(total)).numpy() for part in parts]
 
     @property
-    def fused_blocks(self) -> dict[str, list[int]]:
-        """For each matrix that holds several projections, how many rows each has."""
-        return {matrix: self.row_blocks(matrix) for matrix, parts in self.projections.items() if len(parts) > 1}
+    def fused_rows(self) -> dict[str, list[np.ndarray]]:
+        """`row_numbers` of each matrix that holds several projections."""
+        return {matrix: self.row_numbers(matrix) for matrix, parts in self.projections.items() if len(parts) > 1}
 
     def origin(self, tensor: str, permutations: Permutations) -> str:
         """The tensor whose values come to stand in another: an expert's, where experts are reordered, else itself."""
@@ -248,13 +280,15 @@ class Architecture:
         if (kind == "bias" and axis == 1) or not any(set(PROJECTIONS[part][1]) & set(permutations) for part in parts):
             return None
         _, expert = self.expert_matrices.get(matrix, (None, None))
-        orders, start = [], 0
-        for part in parts:
-            orders.append(start + self._projection_order(tensor, part, expert, permutations))
-            start += len(orders[-1])
-        if start != length:
-            raise ArchitectureError(f"{tensor} has {length} slices, but its family's config gives it {start}")
-        return axis, np.concatenate(orders)
+        orders = [self._projection_order(tensor, part, expert, permutations) for part in parts]
+        if (known := sum(map(len, orders))) != length:
+            raise ArchitectureError(f"{tensor} has {length} slices, but its family's config gives it {known}")
+        if len(orders) == 1:
+            return axis, orders[0]
+        whole = np.empty(length, dtype=np.int64)
+        for numbers, order in zip(self.row_numbers(matrix), orders, strict=True):
+            whole[numbers] = numbers[order]
+        return axis, whole
 
     def _projection_order(self, tensor: str, part: str, expert: int | None, permutations: Permutations) -> np.ndarray:
         """The order (slices,) int64 of one projection, from 0. expert: whose units; tensor: as errors name it."""
@@ -279,11 +313,8 @@ class Architecture:
         return order.ravel()
 
 
-def _renamed(name: str, before: Architecture | type[Architecture], after: Architecture | type[Architecture]) -> str:
-    """A full name in one's spelling as the other spells it; the class has those of a language model alone, but for one
-    that is never inside another (Phi)."""
-    if before.layer_prefix == after.layer_prefix:
-        return name
+def _renamed(name: str, before: Names, after: Names) -> str:
+    """A full name in one's spelling as the other spells it."""
     root, _, _ = before.layer_prefix.partition("{}")
     if name.startswith(root):
         return after.layer_prefix.partition("{}")[0] + name.removeprefix(root)
@@ -300,6 +331,8 @@ def permute_tensor(architecture: Architecture, name: str, tensor: Tensor, permut
 
     Where experts are reordered it is the tensor of the expert that comes to stand at `name` (`Architecture.origin`).
     """
+    if tensor.ndim == 0:
+        return tensor
     parts = architecture.projections.get(name.rpartition(".")[0])
     axis = PROJECTIONS[parts[0]][0] if parts and tensor.ndim > 1 else 0
     found = architecture.unit_order(name, tensor.shape[axis], permutations)

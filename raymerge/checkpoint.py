@@ -159,8 +159,8 @@ class Checkpoint(Mapping[str, Tensor]):
                 self._handles[file] = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} cannot be read: {error}; fetch it again") from error
-            # Old Llama files hold the rotary embedding's frequencies, which transformers computes.
-            names = [name for name in self._handles[file].keys() if not name.endswith("rotary_emb.inv_freq")]
+            buffers = self.architecture.buffers
+            names = [name for name in self._handles[file].keys() if not name.endswith(buffers)]
             self._where.update(dict.fromkeys(names, file))
         self._finite: set[str] = set()
         if self.multimodal:
@@ -219,12 +219,12 @@ class Checkpoint(Mapping[str, Tensor]):
             raise CheckpointError(
                 f"transformers cannot build the model that {self.directory}/config.json describes: {error}"
             ) from error
-        inside = getattr(skeleton, "model", None)
-        norm = self.architecture.loaded_name(self.architecture.final_norm).split(".")[1]
+        root, _, norm = self.architecture.loaded.final_norm.removesuffix(".weight").rpartition(".")
+        inside = getattr(skeleton, root, None)
         if missing := [part for part in ("layers", norm, "rotary_emb") if not hasattr(inside, part)]:
             raise CheckpointError(
                 f"the Python of {self.directory}, which trust_remote_code runs, builds a model without "
-                f"model.{missing[0]}, by which layers are run one at a time: leave trust_remote_code off, since "
+                f"{root}.{missing[0]}, by which layers are run one at a time: leave trust_remote_code off, since "
                 f"transformers has {self.config.model_type} itself"
             )
         stored_name = self.architecture.stored_name

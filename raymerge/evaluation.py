@@ -245,12 +245,14 @@ def generation_speed(
     gone = tuple(name(layer, "") for layer in range(layers, checkpoint.n_layers))
     config = type(checkpoint.config).from_dict(trimmed_config(checkpoint.config.to_dict(), list(range(layers))))
     with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=checkpoint.trust_remote_code))
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
+    kind, names = type(skeleton), set(skeleton.state_dict())
     # Tensor by tensor, as a saved model is loaded: random weights first, and all converted ones beside them, take twice
     # the memory and most of the time.
     arch = checkpoint.architecture
     held = (stored for stored in checkpoint if arch.has_tensor(stored) and not stored.startswith(gone))
-    state = {arch.loaded_name(stored): checkpoint[stored] for stored in held}
+    # A release of transformers may call an unembedding as files do, or otherwise.
+    state = {stored if stored in names else arch.loaded_name(stored): checkpoint[stored] for stored in held}
     model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).to(device).eval()
     prompt = torch.arange(1, 9, device=device)[None]
     model.generation_config.eos_token_id = None  # nothing ends a text before its length

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from raymerge.architectures import ATTENTION, GATE_UP, HEAD_GROUPS, QKV, Architecture, ArchitectureError
+from raymerge.architectures import ATTENTION, GATE_UP, HEAD_GROUPS, QKV, Architecture, ArchitectureError, Names
 
 _Q_K_NORMS = {"self_attn.q_norm": "q", "self_attn.k_norm": "k"}
 _QWEN_EXPERTS = {
@@ -26,6 +26,12 @@ _ARCEE = Architecture(
     windows="none",
     projections=ATTENTION | {"mlp.up_proj": ("up",), "mlp.down_proj": ("down",)},
     norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.up_proj",)},
+)
+_PHI = Names(final_norm="model.final_layernorm.weight")
+_NEOX = Names(
+    layer_prefix="gpt_neox.layers.{}.",
+    embedding="gpt_neox.embed_in.weight",
+    final_norm="gpt_neox.final_layer_norm.weight",
 )
 _COHERE = Architecture(
     "cohere",
@@ -76,6 +82,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture("helium", windows="none", rotary_neighbours=True),
         _ARCEE,
         replace(_ARCEE, name="nemotron", gain_offset=1.0),
+        # Of its activation (xIELU) the first two are learned.
+        replace(
+            _ARCEE,
+            name="apertus",
+            norm_inputs={"attention_layernorm": QKV, "feedforward_layernorm": ("mlp.up_proj",)},
+            head_norms=_Q_K_NORMS,
+            scalars=tuple(f"mlp.act_fn.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")),
+        ),
         Architecture(
             "starcoder2",
             projections=ATTENTION | {"mlp.c_fc": ("up",), "mlp.c_proj": ("down",)},
@@ -89,13 +103,39 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             norm_inputs={"input_layernorm": (*QKV, "mlp.fc1")},
             parallel=True,
             required={"qk_layernorm": (False,)},
-            final_norm="model.final_layernorm.weight",
+            loaded=_PHI,
+            **vars(_PHI),
+        ),
+        Architecture(
+            "gpt_neox",
+            windows="none",
+            projections={
+                "attention.query_key_value": ("q", "k", "v"),
+                "attention.dense": ("o",),
+                "mlp.dense_h_to_4h": ("up",),
+                "mlp.dense_4h_to_h": ("down",),
+            },
+            head_by_head=frozenset({"attention.query_key_value"}),
+            norm_inputs={
+                "input_layernorm": ("attention.query_key_value",),
+                "post_attention_layernorm": ("mlp.dense_h_to_4h",),
+            },
+            options={"use_parallel_residual": {"parallel": True}},
+            kv_heads=None,
+            attention="attention",
+            # Masks, which published files hold.
+            buffers=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
+            loaded=_NEOX,
+            **vars(replace(_NEOX, unembedding="embed_out.weight")),
         ),
         _COHERE,
         replace(_COHERE, name="cohere2", windows="layer_types", rotary_windows="always"),
         Architecture("olmo", windows="none", required={"clip_qkv": (None,)}),
         Architecture(
-            "stablelm", windows="none", required={"qk_layernorm": (False,), "use_parallel_residual": (False,)}
+            "stablelm",
+            windows="none",
+            options={"use_parallel_residual": {"parallel": True, "norm_inputs": {"input_layernorm": (*QKV, *GATE_UP)}}},
+            required={"qk_layernorm": (False,)},
         ),
         Architecture("smollm3", windows="layer_types", rotary_layers="no_rope_layers"),
         Architecture(
@@ -241,7 +281,6 @@ _FOREIGN_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("gemma3n", "gemma3n_text"), _SHARING),
     **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _GEMMA4),
     **dict.fromkeys(("mllama", "mllama_text_model"), "layers of cross-attention to images, which text never runs"),
-    "gpt_neox": "the queries, keys and values of each head one after another in one matrix",
     "paligemma": "a prompt whose tokens see those after them (a bidirectional prefix)",
     "qwen3_vl_moe": "experts beside towers for images",
 }
@@ -312,6 +351,9 @@ def architecture_of(config: Any) -> Architecture:
         supported = ", ".join(sorted({*ARCHITECTURES, *MULTIMODAL}))
         raise ArchitectureError(f"model type {model_type!r} is not supported: {reason}; supported are {supported}")
     family = ARCHITECTURES[model_type]
+    for option, fields in family.options.items():
+        if getattr(config, option):
+            family = replace(family, **fields)
     for rope_type in sorted({rope.get("rope_type", "default") for rope in rotary_parameters(config).values()}):
         if rope_type not in (types := FIXED_ROPE_TYPES | BOUNDED_ROPE_TYPES):
             raise ArchitectureError(
@@ -334,10 +376,11 @@ def architecture_of(config: Any) -> Architecture:
             raise ArchitectureError(
                 f"{model_type} with {scale} = 0 has no logits, which are {how} by it: correct the config"
             )
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads = config.num_attention_heads
+    kv_heads = heads if family.kv_heads is None else getattr(config, family.kv_heads)
     if kv_heads is None:  # of which some families' code makes nothing either
         raise ArchitectureError(
-            f"{model_type} without num_key_value_heads is not supported: add it to the config, {heads} if each query "
+            f"{model_type} without {family.kv_heads} is not supported: add it to the config, {heads} if each query "
             "head has keys of its own"
         )
     size = getattr(config, "head_dim", None) or config.hidden_size // heads

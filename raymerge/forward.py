@@ -141,14 +141,17 @@ class LayerRunner:
                 dtype=self.dtype,
                 trust_remote_code=checkpoint.trust_remote_code,
             ).eval()
-        self.modules = skeleton.model.layers
-        # transformers 5.24 renamed the argument, and warns of the old name.
+        root, _, norm_name = arch.loaded.final_norm.removesuffix(".weight").rpartition(".")
+        inside = skeleton.get_submodule(root)
+        self.modules = inside.layers
+        # transformers 5.24 renamed the argument, and warns of the old name; GPT-NeoX has one of its own.
         accepted = inspect.signature(self.modules[0].forward).parameters
-        self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
-        norm = skeleton.get_submodule(arch.loaded_name(arch.final_norm).rpartition(".")[0])
+        names = ("cache", "layer_past", "past_key_values")
+        self._cache_argument = next(name for name in names if name in accepted)
+        norm = inside.get_submodule(norm_name)
         self.vocabulary = Vocabulary(checkpoint, norm, device=self.device, dtype=self.dtype)
         # Rotary frequencies are computed, not stored: they must not stay on the meta device.
-        rotary = skeleton.model.rotary_emb  # None where no layer has one
+        rotary = inside.rotary_emb  # None where no layer has one
         self._rotary = None if rotary is None else type(rotary)(config=config).to(self.device)
         self._limit = fixed_limit(config)
         if self._rotary is not None and self._limit is not None:
@@ -388,7 +391,7 @@ class LayerRunner:
                 f"the MLP units of {self.checkpoint.architecture.name} see only the tokens that are routed to their "
                 "expert, which differ between layers: alignment activations cannot match them; use alignment neurons"
             )
-        down, _ = self.checkpoint.architecture.rows_of("down")
+        down = self.checkpoint.architecture.holder_of("down")
         points = {"units": self.modules[layer].get_submodule(down)}
         parts: list[Tensor] = []
         for state in self.observed(states, layer, self.weights(layer), points)["units"]:
@@ -444,7 +447,7 @@ class LayerRunner:
         self, index: int, weights: dict[str, Tensor], x: Tensor, start: int, shared: _SharedPrefix | None
     ) -> Tensor:
         length = x.shape[1]
-        if length == 1 and start and self.checkpoint.config.num_key_value_heads == 1:
+        if length == 1 and start and self.checkpoint.architecture.sizes["kv_heads"] == 1:
             # CUDA's memory-efficient attention can be wrong for one query under a mask where all heads read the same
             # keys (pytorch/pytorch#191937): a second query, whose answer is not read, keeps it from that path.
             return self._call(index, weights, x.expand(-1, 2, -1), start, shared)[:, :1]

@@ -154,7 +154,7 @@ def _fused_rows(
     last: dict[str, Tensor] = {}
     steps = [plan.steps[number] for number in numbers]
     own = None if matches is None else [matches[number] for number in numbers]
-    for fused, _ in fuse_rows(load, architecture.matrices, steps, own, blocks=architecture.fused_blocks):
+    for fused, _ in fuse_rows(load, architecture.matrices, steps, own, blocks=architecture.fused_rows):
         last = fused
     return last.items()
 

@@ -3,8 +3,8 @@
 Where layers go it has none for a family whose config lists layer types (Qwen2, Qwen3, Gemma 2 and 3, VaultGemma,
 Ministral, SmolLM3, OLMo 3, EXAONE 4, CWM, Cohere 2): of a config mergekit changes nothing but the number of layers. Nor
 for one that it has no list of tensors of: it then leaves the number of layers as well. Of the others it drops, without
-a word, each tensor that is not in its list, as most families' biases; of Granite 4 it asks for experts and of Cohere
-for norms of heads, which are refused here.
+a word, each tensor that is not in its list, as most families' biases; of Granite 4 it asks for experts, of Cohere for
+norms of heads, and of GPT-NeoX for masks, none of which a merge has.
 Experts it reads as transformers does, stacked.
 
 mergekit's `linear` averages tensor by tensor, with weights that may depend on the tensor's name; an output slice takes
@@ -28,12 +28,16 @@ _FOLDER = "base-model"
 # Of mergekit 0.1.5 (mergekit/_data/architectures): families whose tensors it lists, and those of them with all biases
 # that they can have. Those of others it infers from the files, without knowing which key counts the layers.
 _LISTED = frozenset(
-    ("arcee", "cohere2", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral", "mixtral")
+    ("apertus", "arcee", "cohere2", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral", "mixtral")
     + ("olmo2", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "stablelm", "starcoder2")
 )
 _BIASES_LISTED = frozenset({"glm4", "granite", "phi", "qwen2", "stablelm", "starcoder2"})
-# Families whose members that raymerge supports lack what the list asks for.
-_ASKED = {"cohere": "norms of queries and keys", "granitemoehybrid": "experts"}
+# Families whose members that raymerge supports, or merges of them, lack what the list asks for.
+_ASKED = {
+    "cohere": "norms of queries and keys, and this model has none",
+    "gpt_neox": "masks and frequencies of attention, which old files hold and merges do not",
+    "granitemoehybrid": "experts, and this model has none",
+}
 _TYPES = {"torch.float32": "float32", "torch.float16": "float16", "torch.bfloat16": "bfloat16"}
 
 
@@ -67,9 +71,7 @@ def mergekit_yaml(checkpoint: Checkpoint, plan: MergePlan) -> str:
         )
     family = checkpoint.architecture.name
     if family in _ASKED:
-        raise NotExpressible(
-            f"mergekit's list of the tensors of {family} asks for {_ASKED[family]}, and this model has none"
-        )
+        raise NotExpressible(f"mergekit's list of the tensors of {family} asks for {_ASKED[family]}")
     if len(plan.kept) < plan.n_layers and family not in _LISTED:
         raise NotExpressible(f"mergekit has no list of the tensors of {family}, and leaves num_hidden_layers as it was")
     biased = any(f"{matrix}.bias" in checkpoint.layer_tensors(0) for matrix in checkpoint.architecture.matrices)
@@ -77,6 +79,10 @@ def mergekit_yaml(checkpoint: Checkpoint, plan: MergePlan) -> str:
         raise NotExpressible(f"mergekit leaves out the biases of {family}")
     if family == "starcoder2" and not biased:
         raise NotExpressible(f"mergekit's list of the tensors of {family} asks for biases, and this model has none")
+    if family == "stablelm" and checkpoint.architecture.parallel:
+        raise NotExpressible(
+            f"mergekit's list of the tensors of {family} asks for a norm before the MLP, and this model has none"
+        )
     if family == "gemma" and not checkpoint.tied:
         raise NotExpressible(f"mergekit leaves out the unembedding of {family}, which is the embedding in its list")
     if family in ("phi", "phi3", "stablelm") and checkpoint.tied:

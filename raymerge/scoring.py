@@ -346,7 +346,7 @@ class TailScorer:
         arch = self._architecture
         names = self.runner.checkpoint.layer_tensors(self.first)
         between = [f"{norm}.weight" for norm in (arch.head_norm_of("k"), arch.projection_norm_of("k")) if norm]
-        between.append(f"{arch.rows_of('k')[0]}.bias")
+        between.append(f"{arch.holder_of('k')}.bias")
         narrow = self.compute_dtype != torch.float32 or self.fused_dtype == torch.float32
         return narrow and self._is_batched and not set(between) & set(names)
 
@@ -361,4 +361,4 @@ class TailScorer:
         coefficients = coefficients.to(self.runner.device, torch.float32)
         if coefficients.ndim == 2:
             return coefficients
-        return coefficients[:, list(self._architecture.matrices).index(self._architecture.rows_of("k")[0])]
+        return coefficients[:, list(self._architecture.matrices).index(self._architecture.holder_of("k"))]

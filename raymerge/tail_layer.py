@@ -44,7 +44,7 @@ class TailLayer:
         self._head_dim, self._kv_heads, self._groups = (
             arch.sizes[name] for name in ("rotary", "kv_heads", "query_heads")
         )
-        self._scaling = self._block.self_attn.scaling
+        self._scaling = self._block.get_submodule(arch.attention).scaling
         # Rotated keys, (sources, tokens, kv * head_dim); a piece's rows hold (questions, kv, tokens of each, head_dim).
         self._source_keys: Tensor | None = None
         self._rotary = self._cos_sin(torch.arange(states.layout.positions, device=runner.device))
@@ -103,7 +103,7 @@ class TailLayer:
 
     def _finish(self, last: Tensor, attended: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """What follows attention, to the final norm, for some of the questions."""
-        o, _ = self._architecture.rows_of("o")
+        o = self._architecture.holder_of("o")
         out = self._product(attended, weights[f"{o}.weight"], weights.get(f"{o}.bias"))
         x = last + self._leaving("self_attn", out, weights)
         read = last if self._architecture.parallel else x
@@ -142,9 +142,9 @@ class TailLayer:
 
     def _projection(self, which: str, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Matrix, in the compute dtype, and bias that make queries, keys or values of the entering states."""
-        matrix, rows = self._architecture.rows_of(which)
-        weight, bias = weights[f"{matrix}.weight"][rows], weights.get(f"{matrix}.bias")
-        bias = None if bias is None else bias[rows]
+        matrix, part_of = self._architecture.holder_of(which), self._architecture.part_of
+        weight, bias = part_of(which, weights[f"{matrix}.weight"]), weights.get(f"{matrix}.bias")
+        bias = None if bias is None else part_of(which, bias)
         # The gain moves from every token's state to the matrix's columns, the norm's bias to the matrix's.
         norm = self._architecture.norm_before(matrix)
         gain, shift = (weights.get(f"{norm}.{part}") for part in ("weight", "bias"))

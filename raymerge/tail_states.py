@@ -173,7 +173,7 @@ class TailStates:
         self.layout, self.device, self._on_host = layout, trunk.runner.device, on_host
         checkpoint = trunk.runner.checkpoint
         architecture = checkpoint.architecture
-        norm = architecture.norm_before(architecture.rows_of("q")[0])
+        norm = architecture.norm_before(architecture.holder_of("q"))
         module = None if norm is None else trunk.runner.modules[0].get_submodule(norm)
         plain = {
             name: architecture.plain(name, torch.empty(parameter.shape, device=self.device))

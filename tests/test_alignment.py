@@ -60,7 +60,7 @@ def test_a_planted_permutation_is_found_and_undone(family, noise):
         else tensor
         for name, tensor in tiny.permute_layer(arch, tensors, planted).items()
     }
-    found = align_pair(tensors, other, arch, config)
+    found = align_pair(tensors, other, arch)
     assert same(compose(planted, found, arch), compose(found, invert(found, arch), arch))  # both the identity
     aligned = tiny.permute_layer(arch, other, found)
     if noise == 0.0:
@@ -86,7 +86,7 @@ def test_heads_of_a_small_layer_against_every_order():
     arch = architecture_of(config)
     state = tiny.random_model(config).state_dict()
     one, two = (layer_tensors(state, arch, n) for n in (0, 1))
-    found = align_pair(one, two, arch, config)
+    found = align_pair(one, two, arch)
 
     def value(heads):
         return cosine_sum(one, tiny.permute_layer(arch, two, heads), "qkv")
@@ -146,7 +146,7 @@ def test_mlp_units_of_a_small_layer_against_every_order():
         parts.append([(w / w.norm(dim=1, keepdim=True)).double().numpy() for w in rows])
     likeness = sum(a @ b.T for a, b in zip(*parts, strict=True))
     best = max(permutations(range(6)), key=lambda order: likeness[range(6), order].sum())
-    assert tuple(align_pair(one, two, arch, config)["units"]) == best
+    assert tuple(align_pair(one, two, arch)["units"]) == best
 
 
 def test_units_are_matched_by_their_activations():
@@ -160,9 +160,9 @@ def test_units_are_matched_by_their_activations():
     other = values[:, order] * rng.uniform(0.1, 10, 48) + rng.standard_normal(48) + 0.3 * rng.standard_normal((200, 48))
     values[:, order[3]], other[:, 3] = 2.0, -1.0
     pair = torch.from_numpy(values).float(), torch.from_numpy(other).float()
-    found = align_pair(*layers, arch, config, activations=pair)
+    found = align_pair(*layers, arch, activations=pair)
     assert np.array_equal(found["units"], np.argsort(order))
-    by_weights = align_pair(*layers, arch, config)
+    by_weights = align_pair(*layers, arch)
     assert not np.array_equal(found["units"], by_weights["units"])
     assert all(np.array_equal(found[name], by_weights[name]) for name in found if name != "units")
 
@@ -208,9 +208,9 @@ def test_pairs_are_the_neighbours_inside_each_group():
 
 
 def test_matches_are_composed_along_the_chain_towards_the_kept_layer(checkpoint):
-    arch, config, aligner = checkpoint.architecture, checkpoint.config, Aligner(checkpoint)
+    arch, aligner = checkpoint.architecture, Aligner(checkpoint)
     layers = [layer_tensors(checkpoint, arch, n) for n in range(5)]
-    neighbours = {n: align_pair(layers[n], layers[n + 1], arch, config) for n in range(4)}
+    neighbours = {n: align_pair(layers[n], layers[n + 1], arch) for n in range(4)}
     found = tiny.permutations(aligner, plan_of((2, 3, 0.4), (2, 4, 1.0), (2, 1, 0.3)))
     assert set(found) == {1, 3, 4}
     assert same(found[3], neighbours[2]) and same(found[1], invert(neighbours[1], arch))
@@ -330,7 +330,7 @@ def test_rows_do_not_keep_a_layer_s_function():
         whole[name] = other[name][match_rows(tensors[name], other[name])]
         assert (run(other | {name: whole[name]}) - expected).abs().max() > 0.1
     assert (run(whole) - expected).abs().max() > 0.1
-    units = align_pair(tensors, other, arch, config)
+    units = align_pair(tensors, other, arch)
     assert (run(tiny.permute_layer(arch, other, units)) - expected).abs().max() < 1e-10 * expected.abs().max()
 
 

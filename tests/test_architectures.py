@@ -25,19 +25,30 @@ def test_every_tensor_of_a_family_is_accounted_for(family):
     there = set(tiny.of_layers(tiny.stored_layer, config.model_type, model.state_dict()))
     norms = (*arch.norm_inputs, *arch.head_norms, *arch.projection_norms, *arch.output_norms.values())
     kinds = () if config.model_type == "olmo" else BOTH[:1]
-    kinds = BOTH if config.model_type in ("nemotron", "starcoder2", "stablelm", "phi") else kinds
+    kinds = BOTH if config.model_type in ("nemotron", "starcoder2", "stablelm", "phi", "gpt_neox") else kinds
     layer = {f"{name}.weight" for name in arch.matrices} | {f"{name}.{kind}" for name in norms for kind in kinds}
+    scalars = ("alpha_p", "alpha_n", "beta", "eps") if family == "apertus" else ()
+    layer |= {f"mlp.act_fn.{name}" for name in scalars}
     biases = {f"{name}.bias" for name in arch.matrices}
     for number in range(config.num_hidden_layers):
-        prefix = f"model.layers.{number}."
+        prefix = f"{tiny.root_of(config.model_type)}{number}."
         found = {name.removeprefix(prefix) for name in there if name.startswith(prefix)}
         assert found - biases == layer
         assert arch.layer_name(number, "self_attn.q_proj.weight") == f"{prefix}self_attn.q_proj.weight"
-    outside = {name for name in there if not name.startswith("model.layers.")}
-    norm, bias = ("final_layernorm", ["lm_head.bias"]) if config.model_type == "phi" else ("norm", [])
-    assert outside == {arch.embedding, arch.unembedding, *(f"model.{norm}.{kind}" for kind in kinds), *bias}
-    assert arch.ends == (f"model.{norm}.weight", f"model.{norm}.bias", "lm_head.bias")
-    assert all(map(arch.has_tensor, there)) and all(arch.loaded_name(name) == name for name in outside)
+        assert all(arch.has_tensor(f"{prefix}{name}") for name in layer)
+    outside = {name for name in there if not name.startswith(tiny.root_of(config.model_type))}
+    norm, bias = {
+        "phi": ("model.final_layernorm", ["lm_head.bias"]),
+        "gpt_neox": ("gpt_neox.final_layer_norm", []),
+    }.get(config.model_type, ("model.norm", []))
+    unembedding = "embed_out" if config.model_type == "gpt_neox" else "lm_head"
+    ends = {f"{unembedding}.weight", *(f"{norm}.{kind}" for kind in kinds), *bias}
+    assert outside == {arch.embedding, *ends} and arch.unembedding == f"{unembedding}.weight"
+    assert arch.ends == (f"{norm}.weight", f"{norm}.bias", f"{unembedding}.bias")
+    assert all(map(arch.has_tensor, outside))
+    loaded = {name for name in model.state_dict() if not name.startswith(tiny.root_of(config.model_type))}
+    assert {arch.stored_name(name) for name in loaded} == outside
+    assert all(arch.stored_name(arch.loaded_name(name)) == name for name in there)
 
 
 def test_matrices_that_read_a_norm_have_its_width():
@@ -59,14 +70,14 @@ def one_layer(family):
     """(config, architecture, function of a layer's tensors, the tensors), all in float64."""
     config = tiny.config_of(family, num_hidden_layers=1)
     model = tiny.random_model(config, dtype=torch.float64)
-    layer = model.model.layers[0]
+    layer = model.base_model.layers[0]
     x = torch.randn(2, 70, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     positions = torch.arange(70)[None]
     window = attention_windows(config)[0]
     behind = torch.arange(70)[:, None] - torch.arange(70)
     mask = ((behind >= 0) & (behind < (window or 70)))[None, None]
     kind = [kind for kind in rotary_types(config) if kind not in (None, NO_ROTARY)]
-    rotary = model.model.rotary_emb and model.model.rotary_emb(x, positions, *kind)
+    rotary = model.base_model.rotary_emb and model.base_model.rotary_emb(x, positions, *kind)
 
     def run(tensors):
         with torch.no_grad():
@@ -85,7 +96,8 @@ def rounding(arch):
 
 def random_permutations(config, seed=0):
     rng = np.random.default_rng(seed)
-    kv, heads = config.num_key_value_heads, config.num_attention_heads
+    heads = config.num_attention_heads
+    kv = heads if config.model_type == "gpt_neox" else config.num_key_value_heads
     channels = getattr(config, "head_dim", None) or config.hidden_size // heads
     widths = ("moe_intermediate_size", "shared_intermediate_size", "intermediate_size")
     units = next(getattr(config, width) for width in widths if hasattr(config, width))
@@ -174,20 +186,34 @@ def test_rows_of_a_fused_matrix_are_those_of_its_projections():
     phi3, glm4 = (architecture_of(tiny.config_of(family)) for family in ("phi3", "glm4"))
     units = tiny.config_of("phi3").intermediate_size
     qkv = "self_attn.qkv_proj"
-    assert [phi3.rows_of(name) for name in ("q", "k", "v", "o")] == [
-        (qkv, slice(0, 32)), (qkv, slice(32, 48)), (qkv, slice(48, 64)), ("self_attn.o_proj", slice(None)),
-    ]  # fmt: skip
-    assert phi3.rows_of("up") == ("mlp.gate_up_proj", slice(units, 2 * units))
-    assert phi3.fused_blocks == {qkv: [32, 16, 16], "mlp.gate_up_proj": [units, units]}
-    assert glm4.fused_blocks == {"mlp.gate_up_proj": [units, units]}
-    assert glm4.rows_of("k") == ("self_attn.k_proj", slice(None))
+    assert [phi3.holder_of(name) for name in ("q", "k", "v", "o")] == [qkv, qkv, qkv, "self_attn.o_proj"]
+    halves = [[*range(units)], [*range(units, 2 * units)]]
+    thirds = [[*range(32)], [*range(32, 48)], [*range(48, 64)]]
+    found = {matrix: [rows.tolist() for rows in parts] for matrix, parts in phi3.fused_rows.items()}
+    assert found == {qkv: thirds, "mlp.gate_up_proj": halves}
+    assert [rows.tolist() for rows in glm4.fused_rows.pop("mlp.gate_up_proj")] == halves
+    assert glm4.fused_rows.keys() == {"mlp.gate_up_proj"} and glm4.holder_of("k") == "self_attn.k_proj"
+    for arch, name, rows in ((phi3, "v", slice(48, 64)), (phi3, "o", slice(0, 64)), (glm4, "k", slice(0, 64))):
+        part = arch.part_of(name, torch.arange(64.0)[:, None])
+        assert torch.equal(part, torch.arange(64.0)[rows, None])
+
+
+def test_rows_of_a_matrix_with_one_head_after_another():
+    """Four heads of 8 dimensions: three times 8 rows of each, as transformers' module cuts them."""
+    neox = architecture_of(tiny.config_of("gpt_neox"))
+    cut = torch.arange(96).view(4, 24).chunk(3, dim=-1)
+    (parts,) = neox.fused_rows.values()
+    assert [rows.tolist() for rows in parts] == [part.flatten().tolist() for part in cut]
+    tensor = torch.randn(96, 5, requires_grad=True)
+    assert torch.equal(neox.part_of("k", tensor), tensor[parts[1]])
+    assert torch.equal(torch.func.vmap(lambda x: neox.part_of("v", x))(tensor[None])[0], tensor[parts[2]])
 
 
 def test_what_stands_alone_is_told_from_what_is_one_of_several():
     phi3, olmoe, qwen3 = (architecture_of(tiny.config_of(family)) for family in ("phi3", "olmoe", "qwen3"))
     assert (phi3.matrix_of("down"), phi3.matrix_of("up"), phi3.matrix_of("router")) == ("mlp.down_proj", None, None)
     assert (olmoe.matrix_of("router"), olmoe.matrix_of("down")) == ("mlp.gate", None)
-    assert olmoe.rows_of("up", 0) == ("mlp.experts.0.up_proj", slice(None))
+    assert olmoe.holder_of("up", 0) == "mlp.experts.0.up_proj"
     norms = [f"self_attn.{which}_norm" for which in "qk"]
     for arch, of_heads, of_projections in ((qwen3, norms, [None] * 2), (olmoe, [None] * 2, norms)):
         assert [arch.head_norm_of(which) for which in "qk"] == of_heads

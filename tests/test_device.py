@@ -216,7 +216,7 @@ def plans_for(checkpoint):
 @pytest.mark.parametrize(
     "family",
     ["llama", "llama_biases", "qwen3", "mistral_window", "glm4", "smollm3", "ministral3", "hunyuan_v1_dense"]
-    + ["starcoder2", "cohere2", "phi"],
+    + ["starcoder2", "cohere2", "phi", "gpt_neox"],
 )
 def test_every_plan_gives_the_cpus_answers(checkpoint, prompts, tmp_path, monkeypatch, family):
     """Wherever states lie and however many are scored at once; all in float32, so that only sums' order differs."""
@@ -366,7 +366,7 @@ def test_what_is_summed_and_what_is_not(checkpoint, prompts, tmp_path, device):
     ("family", "keys"),
     [("llama", "linear"), ("smollm3", "linear"), ("nemotron", "linear"), ("granite4_nope", "recompute")]
     + [(family, "recompute") for family in ("llama", "qwen2", "granite", "glm4", "olmo3", "hunyuan_v1_dense")]
-    + [(family, "recompute") for family in ("starcoder2", "olmo", "stablelm", "cohere", "phi")],
+    + [(family, "recompute") for family in ("starcoder2", "olmo", "stablelm", "cohere", "phi", "gpt_neox", "apertus")],
 )
 def test_bfloat16_agrees_with_float32(checkpoint, prompts, tmp_path, family, keys):
     """Same trunk, same rounded weights: states and products in bfloat16 move logits by its rounding and no answer."""

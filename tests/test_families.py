@@ -55,7 +55,6 @@ def test_logits_divided_by_nothing_are_refused():
     ("model_type", "reason"),
     [
         ("gpt2", "its layers' tensors are not described"),
-        ("gpt_neox", "it has the queries, keys and values of each head one after another"),
         ("mamba", "it has layers that are no attention"),
         ("jamba", "it has layers that are no attention"),
         ("qwen3_next", "it has layers that are no attention"),
@@ -91,7 +90,6 @@ def test_unsupported_families_are_named_with_what_they_have_and_the_supported_on
         ("nemotron", {"num_key_value_heads": None}, "nemotron without num_key_value_heads is not supported: .* 4 if"),
         ("olmo", {"clip_qkv": 8.0}, "olmo with clip_qkv = 8.0 is not supported; supported is None"),
         ("stablelm", {"qk_layernorm": True}, "stablelm with qk_layernorm = True is not supported; supported is False"),
-        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual = True is not supported"),
         ("phi", {"qk_layernorm": True}, "phi with qk_layernorm = True is not supported; supported is False"),
         ("cohere", {"use_qk_norm": True}, "use_qk_norm = True is not supported; supported is None or False"),
         ("gemma", {"use_bidirectional_attention": True}, "gemma with use_bidirectional_attention = True is not supp"),

@@ -58,7 +58,7 @@ def hidden_states(folder, ids):
         states = []
         hooks = [
             layer.register_forward_hook(lambda module, args, out, s=states: s.append((args[0][0], out[0])))
-            for layer in model.model.layers
+            for layer in model.base_model.layers
         ]
         model(input_ids=torch.from_numpy(prompt)[None], use_cache=False)
         for hook in hooks:
@@ -224,15 +224,16 @@ def test_a_layer_s_size_is_that_of_transformers_module(tmp_path, family):
     """By which memory is planned; configs have widths and numbers of experts that their family does not read."""
     runner = LayerRunner(Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family))))
     size, layer, config = runner.layer_size, runner.modules[-1], runner.checkpoint.config
-    assert size.parameters == sum(tensor.numel() for tensor in layer.parameters())
-    out = layer.self_attn.dense if family == "phi" else layer.self_attn.o_proj
+    assert size.parameters == sum(tensor.numel() for tensor in layer.state_dict().values())
+    attention = layer.attention if "neox" in family else layer.self_attn
+    out = attention.dense if family == "phi" or "neox" in family else attention.o_proj
     assert (size.hidden, size.heads) == (32, 4) and size.query == out.in_features
-    assert size.key * 4 == size.query * config.num_key_value_heads
+    assert size.key * 4 == size.query * (4 if "neox" in family else config.num_key_value_heads)
     tensors = {name.rpartition(".")[2]: tensor for name, tensor in layer.named_parameters() if "experts" in name}
     if tensors:
         assert size.mlp == config.num_experts_per_tok * tensors["down_proj"].shape[-1]
     else:
-        names = ("shared_mlp.output_linear", "mlp.c_proj", "mlp.fc2", "mlp.down_proj")
+        names = ("shared_mlp.output_linear", "mlp.c_proj", "mlp.fc2", "mlp.down_proj", "mlp.dense_4h_to_h")
         (down,) = (module for name, module in layer.named_modules() if name in names)
         assert size.mlp == down.in_features
 

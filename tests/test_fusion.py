@@ -144,13 +144,18 @@ def with_options(plan, alignment, norms, biases="keep"):
 
 def fold(state, layer, config):
     """Gains into the columns of what reads them, and what these make of biases into theirs, written out."""
-    prefix, offset = f"model.layers.{layer}.", 1 if tiny.offset_gains(config.model_type) else 0
+    prefix = f"{tiny.root_of(config.model_type)}{layer}."
+    offset = 1 if tiny.offset_gains(config.model_type) else 0
     before_mlp = "pre_feedforward_layernorm" if "gemma" in config.model_type[:-1] else "post_attention_layernorm"
     before_mlp = "input_layernorm" if config.model_type in ("cohere", "cohere2", "phi") else before_mlp
+    before_attention = "input_layernorm"
+    if config.model_type == "apertus":
+        before_attention, before_mlp = "attention_layernorm", "feedforward_layernorm"
     gone = []
+    ups = ("gate_proj", "up_proj", "gate_up_proj", "input_linear", "gate", "w1", "w3", "c_fc", "fc1", "dense_h_to_4h")
     for norm, readers in (
-        ("input_layernorm", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
-        (before_mlp, ("gate_proj", "up_proj", "gate_up_proj", "input_linear", "gate", "w1", "w3", "c_fc", "fc1")),
+        (before_attention, ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")),
+        (before_mlp, ups),
     ):
         gain = state[f"{prefix}{norm}.weight"].double() + offset
         if (shift := f"{prefix}{norm}.bias") in state:
@@ -169,7 +174,8 @@ def fold(state, layer, config):
 
 def reorder(state, layer, config, order):
     """Units of one layer moved by loops over heads and experts, without the product's tables."""
-    kv, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    kv = config.num_attention_heads if config.model_type == "gpt_neox" else config.num_key_value_heads
+    group = config.num_attention_heads // kv
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     q, k, v, o = [], [], [], []
     for a in range(kv):
@@ -181,10 +187,16 @@ def reorder(state, layer, config, order):
             head = b * group + int(order["query_heads"][a, p])
             q += range(head * size, (head + 1) * size)
             o += [head * size + c for c in channels]
-    prefix, (heads, kv_rows) = f"model.layers.{layer}.", (len(q), len(k))
+    prefix, (heads, kv_rows) = f"{tiny.root_of(config.model_type)}{layer}.", (len(q), len(k))
     rows = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v}
     rows["self_attn.qkv_proj"] = [*q, *(heads + i for i in k), *(heads + kv_rows + i for i in v)]
-    columns = {"self_attn.dense" if config.model_type == "phi" else "self_attn.o_proj": o}
+    rows["attention.query_key_value"] = [  # of each head its queries, keys and values
+        3 * size * (i // size) + part * size + i % size
+        for head in range(kv)
+        for part, of in enumerate((q, k, v))
+        for i in of[head * size : (head + 1) * size]
+    ]
+    columns = {{"phi": "self_attn.dense", "gpt_neox": "attention.dense"}.get(config.model_type, "self_attn.o_proj"): o}
     old = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
     if "experts" in order:
         router, *names = tiny.expert_names(config.model_type)
@@ -197,7 +209,9 @@ def reorder(state, layer, config, order):
     else:
         units = order["units"].tolist()
         down = {"granitemoehybrid": "shared_mlp.output_linear", "starcoder2": "mlp.c_proj", "phi": "mlp.fc2"}
-        rows["mlp.gate_proj"] = rows["mlp.up_proj"] = rows["mlp.c_fc"] = rows["mlp.fc1"] = units
+        down["gpt_neox"] = "mlp.dense_4h_to_h"
+        for up in ("gate_proj", "up_proj", "c_fc", "fc1", "dense_h_to_4h"):
+            rows[f"mlp.{up}"] = units
         columns[down.get(config.model_type, "mlp.down_proj")] = units
         rows["mlp.gate_up_proj"] = rows["shared_mlp.input_linear"] = [*units, *(len(units) + i for i in units)]
     for matrix, index in rows.items():
@@ -211,21 +225,23 @@ def reorder(state, layer, config, order):
 def rows_matched_merge(state, plan):
     """(state dict, kept layers): as published_merge, every matrix's rows matched and moved before each step."""
     state, alive = dict(state), list(range(plan.n_layers))
-    first = "model.layers.0."
+    root = next(name for name in state if ".layers.0." in name).partition("0.")[0]
+    first = f"{root}0."
     averaged = [n.removeprefix(first)[:-7] for n, tensor in state.items() if n.startswith(first) and tensor.ndim > 1]
-    blocks = {"self_attn.qkv_proj": (32, 16, 16), "mlp.gate_up_proj": (48, 48)}
-    blocks["shared_mlp.input_linear"] = (48, 48)  # of tiny Phi-3 and Granite 4, matched by themselves
+    # Rows of tiny models that are matched by themselves.
+    blocks = {"self_attn.qkv_proj": (range(32), range(32, 48), range(48, 64))}
+    blocks["mlp.gate_up_proj"] = blocks["shared_mlp.input_linear"] = (range(48), range(48, 96))
+    blocks["attention.query_key_value"] = [[i for i in range(96) if i // 8 % 3 == part] for part in range(3)]
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
     for step in plan.steps:
         for matrix in averaged:
-            into, remove = (f"model.layers.{layer}.{matrix}" for layer in (step.into, step.remove))
+            into, remove = (f"{root}{layer}.{matrix}" for layer in (step.into, step.remove))
             one, two = (state[f"{name}.weight"].double() for name in (into, remove))
-            order, start = [], 0
-            for rows in blocks.get(matrix, (len(one),)):
-                part = slice(start, start + rows)
-                unit = [(w / (w.norm(dim=1, keepdim=True) + 1e-12)).numpy() for w in (one[part], two[part])]
-                order += (start + linear_sum_assignment(cdist(*unit))[1]).tolist()
-                start += rows
+            order = [0] * len(one)
+            for rows in map(list, blocks.get(matrix, [range(len(one))])):
+                unit = [(w / (w.norm(dim=1, keepdim=True) + 1e-12)).numpy() for w in (one[rows], two[rows])]
+                for place, other in zip(rows, linear_sum_assignment(cdist(*unit))[1], strict=True):
+                    order[place] = rows[other]
             for kind in ("weight", "bias") if plan.biases == "merge" else ("weight",):
                 if f"{into}.{kind}" in state:
                     merged = step.alpha * state[f"{into}.{kind}"].double()
@@ -235,7 +251,7 @@ def rows_matched_merge(state, plan):
     chosen = {}
     for name, tensor in merged.items():
         parts = name.split(".")
-        if parts[:2] == ["model", "layers"]:
+        if name.startswith(root):
             if int(parts[2]) not in alive:
                 continue
             parts[2] = str(alive.index(int(parts[2])))
@@ -301,6 +317,9 @@ def test_every_alignment_with_every_norm(checkpoint, aligner, alignment, norms, 
         ("cohere", "neurons", "fold"),
         ("phi", "neurons", "fold"),
         ("stablelm", "rows", "keep"),
+        ("gpt_neox", "neurons", "fold"),
+        ("gpt_neox", "rows", "fold"),
+        ("apertus", "neurons", "fold"),
     ],
 )
 def test_every_family_is_merged_as_written_out(tmp_path, family, alignment, norms):
@@ -316,7 +335,7 @@ def test_every_family_is_merged_as_written_out(tmp_path, family, alignment, norm
         assert (tensor - expected[key]).abs().max() <= 20 * EPS * max(1, expected[key].abs().max()), key
     found = {r.tensor for r in receipts(checkpoint, checkpoint.architecture, plan, aligner=aligner) if r.max_abs_change}
     assert found == set(by_name_differences(checkpoint, fused))
-    assert {name for name in expected if name.startswith("model.layers.2.") and expected[name].ndim > 1} <= found
+    assert {name for name in expected if ".layers.2." in name and expected[name].ndim > 1} <= found
 
 
 @pytest.mark.parametrize("alignment", ["none", "rows", "neurons"])
@@ -366,7 +385,6 @@ def model_of(checkpoint, state, n_layers):
         config.layer_types = config.layer_types[:n_layers]
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, **tiny.PLAIN)
     state = tiny.of_layers(tiny.loaded_layer, config.model_type, state)
-    state = {"lm_head.weight": state["model.embed_tokens.weight"]} | state  # tied or not
     model.load_state_dict(state, strict=True)
     return model.eval()
 

@@ -102,7 +102,9 @@ def loss_of(case, weights=ANSWERS, plan=None, **options):
 
 
 def whole_model(case, coefficients, *, merge_biases=False, fold=False):
-    """A function from token ids to (T, V) float64 logits of the model fused with (matrices, sources) coefficients."""
+    """A function from token ids to (T, V) float64 logits of the model fused with (matrices, sources) coefficients.
+
+    last: of so many positions, where it is not 0."""
     config = copy.deepcopy(case.base.config)
     config.num_hidden_layers = FIRST + 1
     if getattr(config, "layer_types", None):
@@ -110,7 +112,8 @@ def whole_model(case, coefficients, *, merge_biases=False, fold=False):
     model = AutoModelForCausalLM.from_config(config, **tiny.PLAIN, dtype=torch.float64).eval()  # some have dropout
     kind, state = config.model_type, {name: tensor.double() for name, tensor in case.base.state_dict().items()}
     stored = tiny.of_layers(tiny.stored_layer, kind, state)
-    prefix, merged = f"model.layers.{FIRST}.", {}
+    root, merged = tiny.root_of(kind), {}
+    prefix = f"{root}{FIRST}."
     for name in (name for name in stored if name.startswith(prefix)):
         relative = name.removeprefix(prefix)
         matrix, _, which = relative.rpartition(".")
@@ -120,7 +123,7 @@ def whole_model(case, coefficients, *, merge_biases=False, fold=False):
         if matrix in case.matrices and (which == "weight" or merge_biases):
             sources = []
             for j in range(coefficients.shape[1]):
-                layer = f"model.layers.{FIRST + j}."
+                layer = f"{root}{FIRST + j}."
                 gain = 1.0
                 if fold and which == "weight" and matrix in GAINS:
                     gain = stored[f"{layer}{GAINS[matrix]}.weight"]
@@ -129,7 +132,12 @@ def whole_model(case, coefficients, *, merge_biases=False, fold=False):
             merged[relative] = sum(c * w for c, w in zip(own, sources, strict=True))
     merged = {prefix + name: tensor for name, tensor in tiny.loaded_layer(kind, merged).items()}
     weights = {name: merged.get(name, state[name]) for name, _ in model.named_parameters()}  # of tied ones one name
-    return lambda ids: functional_call(model, weights, (torch.tensor(ids)[None],), {"use_cache": False}).logits[0]
+
+    def logits(ids, last=0):
+        options = {"use_cache": False, "logits_to_keep": last}
+        return functional_call(model, weights, (torch.tensor(ids)[None],), options).logits[0]
+
+    return logits
 
 
 def whole_losses(case, coefficients, **options):
@@ -139,8 +147,8 @@ def whole_losses(case, coefficients, **options):
     base = copy.deepcopy(case.base).double()
     pairs = ([], [], [], [])
     for ids, answer in zip(case.whole, case.prompts.answers.tolist(), strict=True):
-        log = torch.log_softmax(model(ids)[-1, letters], -1)
-        target = torch.log_softmax(tiny.plain_logits(base, ids)[-1, letters], -1)
+        log = torch.log_softmax(model(ids, last=1)[-1, letters], -1)
+        target = torch.log_softmax(tiny.plain_logits(base, ids, last=1)[-1, letters], -1)
         pairs[0].append(-log[answer])
         pairs[1].append((target.exp() * (target - log)).sum())
     for ids in case.windows:

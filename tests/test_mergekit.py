@@ -72,9 +72,19 @@ PLANS = {
 #: Families without layer types that mergekit has no list of.
 UNLISTED = ("olmoe", "seed_oss", "ernie4_5", "ministral3", "helium", "glm", "hunyuan_v1_dense", "nemotron", "olmo")
 
+#: What its list of a family's tensors asks for, and there is none of.
+ASKED = {
+    "cohere": "norms of queries and keys, and this model has none",
+    "starcoder2_no_biases": "biases, and this model has none",
+    "stablelm_parallel": "a norm before the MLP, and this model has none",
+    **dict.fromkeys(("granite4", "granite4_nope"), "experts, and this model has none"),
+    **dict.fromkeys(("gpt_neox", "gpt_neox_sequential"), "masks and frequencies of attention, which old files hold"),
+}
+
 #: The family that each plan is tried on, llama3_rope but for these; mergekit has a list of their tensors.
 OF = {
     "biases": "granite",
+    "tail_of_corners": "apertus",
     "into_the_deeper": "stablelm",
     "before_last": "phi",
     "two_groups": "starcoder2",
@@ -174,18 +184,15 @@ def test_what_mergekit_does_not_know_of_a_family_is_not_expressed(tmp_path, fami
     """mergekit 0.1.5 drops biases that its list of a family's tensors lacks, and where it has no list it infers one,
     and leaves num_hidden_layers; see docs/results.md."""
     checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family)))
-    asked = {"granitemoehybrid": "experts", "cohere": "norms of queries and keys"}
-    if (name := checkpoint.architecture.name) in asked:
-        with pytest.raises(NotExpressible, match=f"list of the tensors of {name} asks for {asked[name]}, and this"):
-            mergekit_yaml(checkpoint, PLANS["nothing"])
-    elif family == "starcoder2_no_biases":
-        with pytest.raises(NotExpressible, match="list of the tensors of starcoder2 asks for biases, and this"):
+    name = checkpoint.architecture.name
+    if family in ASKED:
+        with pytest.raises(NotExpressible, match=f"list of the tensors of {name} asks for {ASKED[family]}"):
             mergekit_yaml(checkpoint, PLANS["nothing"])
     elif family == "phi3_longrope":
         with pytest.raises(NotExpressible, match="finds no unembedding"):  # it is tied
             mergekit_yaml(checkpoint, PLANS["nothing"])
     elif family in ("llama_biases", "olmo2", "gemma", "gemma3", "qwen3_biases"):
-        with pytest.raises(NotExpressible, match=f"leaves out the biases of {checkpoint.architecture.name}"):
+        with pytest.raises(NotExpressible, match=f"leaves out the biases of {name}"):
             mergekit_yaml(checkpoint, PLANS["nothing"])
     else:
         assert mergekit_yaml(checkpoint, PLANS["nothing"])
@@ -222,7 +229,7 @@ def test_layers_of_a_family_with_layer_types_do_not_go(tmp_path, family):
         if not readable:
             with pytest.raises(NotExpressible, match="changes num_hidden_layers alone, and .* layer_types"):
                 mergekit_yaml(checkpoint, plan)
-        elif family not in ("llama_biases", "olmo2", "gemma", "starcoder2_no_biases", "cohere", *UNLISTED):
+        elif family not in ("llama_biases", "olmo2", "gemma", *ASKED, *UNLISTED):
             assert mergekit_yaml(checkpoint, plan)
 
 

@@ -37,7 +37,7 @@ def test_windows_are_those_of_transformers(family, window):
             single.layer_types = [config.layer_types[number]]
         model = tiny.random_model(single)
         embedded = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0, -1, :9].sum().backward()
+        model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0, -1, :9].sum().backward()
         reached = int((embedded.grad[0].abs().sum(-1) > 0).sum())
         assert reached == min(length, window or length)
 

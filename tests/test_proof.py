@@ -164,6 +164,50 @@ def published(folder, name):
     return folder, values
 
 
+def test_a_merge_of_a_published_pythia_has_no_masks(tmp_path, in_process):
+    """Its files hold them beside the weights, in float16 with an infinite number; transformers makes its own."""
+    before = {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "hidden_act": "gelu",
+        "hidden_size": 32,
+        "initializer_range": 0.02,
+        "intermediate_size": 48,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048,
+        "model_type": "gpt_neox",
+        "num_attention_heads": 4,
+        "num_hidden_layers": tiny.N_LAYERS,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.25,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "transformers_version": "4.24.0",
+        "use_cache": True,
+        "use_parallel_residual": True,
+        "vocab_size": len(tiny.demo_tokenizer()),
+    }
+    folder = tiny.make_checkpoint(tmp_path / "base", "gpt_neox", dtype=torch.float16)
+    (folder / "config.json").write_text(json.dumps(before))
+    state, masks = load_file(folder / "model.safetensors"), {}
+    for layer in range(tiny.N_LAYERS):
+        prefix = f"gpt_neox.layers.{layer}.attention."
+        masks[f"{prefix}bias"] = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+        masks[f"{prefix}masked_bias"] = torch.tensor(-torch.inf, dtype=torch.float16)
+        masks[f"{prefix}rotary_emb.inv_freq"] = torch.ones(1)
+    save_file(state | masks, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint(str(folder))
+    assert set(checkpoint) == set(state) and checkpoint.stored_dtypes == {torch.float16}
+    save_merged(checkpoint, PLAN, tmp_path / "merged", verify=False)
+    after = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert after == before | {"num_hidden_layers": len(PLAN.kept)}
+    kept = [name for name in state if not name.startswith(("gpt_neox.layers.3.", "gpt_neox.layers.4."))]
+    assert len(PLAN.kept) == 3 and set(load_file(tmp_path / "merged" / "model.safetensors")) == set(kept)
+    proof = prove(checkpoint, PLAN, tmp_path / "merged")
+    assert proof["passed"], proof["error"]
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_merge_of_a_published_phi_keeps_its_long_rotary_embedding(tmp_path, in_process, name):
     folder, before = published(tmp_path / "base", name)

@@ -61,7 +61,8 @@ def final_states(refitter, plan, shards=CALIBRATION):
 
 
 def down_of(block):
-    return block.mlp.c_proj if hasattr(block.mlp, "c_proj") else block.mlp.down_proj
+    names = ("c_proj", "dense_4h_to_h", "down_proj")
+    return next(getattr(block.mlp, name) for name in names if hasattr(block.mlp, name))
 
 
 def inside(folder, layer, sequences):
@@ -69,10 +70,10 @@ def inside(folder, layer, sequences):
     states that leave every layer; (tokens, ·)."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
     found = {"units": [], "middle": [], **{n: [] for n in range(model.config.num_hidden_layers)}}
-    block = model.model.layers[layer]
+    block = model.base_model.layers[layer]
     down_of(block).register_forward_pre_hook(lambda _, inputs: found["units"].append(inputs[0][0]))
     block.post_attention_layernorm.register_forward_pre_hook(lambda _, inputs: found["middle"].append(inputs[0][0]))
-    for number, module in enumerate(model.model.layers):
+    for number, module in enumerate(model.base_model.layers):
         module.register_forward_hook(
             lambda _m, _i, out, n=number: found[n].append((out[0] if isinstance(out, tuple) else out).squeeze(0))
         )
@@ -134,7 +135,7 @@ def test_a_weak_ridge_on_few_tokens_fits_what_float64_fits(folder, tmp_path, met
     assert error == pytest.approx(least, rel=0.05)
 
 
-@pytest.mark.parametrize("family", ["llama_biases", "starcoder2", "stablelm"])
+@pytest.mark.parametrize("family", ["llama_biases", "starcoder2", "stablelm", "gpt_neox_sequential"])
 def test_outputs_reproduce_what_the_matrices_can(folder, tmp_path, family):
     """The MLP's fit alone, o_proj as it was fitted: weighted least squares on units, towards the weights there were."""
     if family != "llama_biases":
@@ -150,10 +151,11 @@ def test_outputs_reproduce_what_the_matrices_can(folder, tmp_path, family):
     model, seen = inside(folder, 1, sequences)
     target = seen[2]
     # The merged layer with its new o_proj, by transformers.
-    layer = before | {"self_attn.o_proj.weight": found["self_attn.o_proj.weight"]}
-    model.model.layers[1].load_state_dict({name: tensor.double() for name, tensor in layer.items()})
+    output = "attention.dense" if family == "gpt_neox_sequential" else "self_attn.o_proj"
+    layer = before | {f"{output}.weight": found[f"{output}.weight"]}
     units, reached = [], []
-    block = model.model.layers[1]
+    block = model.base_model.layers[1]
+    block.load_state_dict({name: tensor.double() for name, tensor in layer.items()})
     down_of(block).register_forward_pre_hook(lambda _, inputs: units.append(inputs[0][0]))
     block.register_forward_hook(
         lambda _m, _i, out: reached.append((out[0] if isinstance(out, tuple) else out).squeeze(0))
@@ -166,7 +168,8 @@ def test_outputs_reproduce_what_the_matrices_can(folder, tmp_path, family):
     gram = u.T @ (w * u)
     gram += 0.05 * gram.diagonal().mean() * torch.eye(len(gram))
     change = torch.linalg.solve(gram, u.T @ (w * residual)).T
-    name = f"mlp.{'c_proj' if family == 'starcoder2' else 'down_proj'}.weight"
+    down = {"starcoder2": "c_proj", "gpt_neox_sequential": "dense_4h_to_h"}.get(family, "down_proj")
+    name = f"mlp.{down}.weight"
     expected = before[name].double() + change
     torch.testing.assert_close(found[name].double(), expected, rtol=1e-3, atol=1e-4)
     # Both fits leave less error than none, and together less than the linear replacement's.
@@ -395,10 +398,11 @@ def test_a_scale_of_1_is_none(tmp_path):
     check_refittable(checkpoint, refitted(drop_block_plan(N, 2, 1), "outputs"))
 
 
-def test_a_refit_of_attention_and_mlp_side_by_side_is_refused(tmp_path):
-    checkpoint = Checkpoint(str(make_checkpoint(tmp_path / "m", "cohere2")))
+@pytest.mark.parametrize("family", ["cohere2", "gpt_neox"])
+def test_a_refit_of_attention_and_mlp_side_by_side_is_refused(tmp_path, family):
+    checkpoint = Checkpoint(str(make_checkpoint(tmp_path / "m", family)))
     for method in ("linear", "outputs"):
-        with pytest.raises(RefitError, match="MLP follows their attention, and in cohere2 both read the layer's input"):
+        with pytest.raises(RefitError, match=f"MLP follows their attention, and in {family} both read the layer's inp"):
             check_refittable(checkpoint, refitted(drop_plan(N, 1), method))
 
 

@@ -11,7 +11,13 @@ import shutil
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GPTNeoXForCausalLM,
+)
 
 from raymerge.architectures import permute_tensor
 from raymerge.demo import MODEL_PATH
@@ -113,7 +119,11 @@ FAMILIES = {
     "starcoder2_no_biases": {"model_type": "starcoder2", "use_bias": False, "num_key_value_heads": 1},
     # Attention and MLP side by side, behind one norm; biases everywhere, in the unembedding too.
     "phi": {"model_type": "phi", "partial_rotary_factor": 0.5, "num_key_value_heads": 4},
-    # The same behind a norm without a bias.
+    # The same behind a norm each; queries, keys and values of a head one after another, in tensors of other names. Of a
+    # number of key/value heads, which configs below have, the family reads nothing.
+    "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5},
+    "gpt_neox_sequential": {"model_type": "gpt_neox", "use_parallel_residual": False, "attention_bias": False},
+    # Both behind one norm without a bias.
     "cohere": {"model_type": "cohere", "logit_scale": 0.3, "tie_word_embeddings": True, "attention_bias": True},
     # Its layers without a window have no rotary embedding.
     "cohere2": {
@@ -126,6 +136,9 @@ FAMILIES = {
     # Norms without gains.
     "olmo": {"model_type": "olmo", "num_key_value_heads": 4},
     "stablelm": {"model_type": "stablelm", "use_qkv_bias": True, "partial_rotary_factor": 0.25},
+    "stablelm_parallel": {"model_type": "stablelm", "use_parallel_residual": True, "partial_rotary_factor": 0.25},
+    # Its activation has parameters.
+    "apertus": {"model_type": "apertus", "pad_token_id": 0},
     # The last layers, which most plans average, have no rotary embedding, the layers before them have.
     "smollm3": {
         "model_type": "smollm3",
@@ -278,7 +291,7 @@ def _folds(family):
 
 
 #: Those whose norms have a bias that some matrix has none to take up.
-UNFOLDABLE = ("nemotron", "starcoder2_no_biases", "stablelm")
+UNFOLDABLE = ("nemotron", "starcoder2_no_biases", "stablelm", "stablelm_parallel", "gpt_neox_sequential")
 #: Those whose norms all stand before the matrices that read them, so that folding takes up every gain and bias.
 FOLDABLE = [
     name
@@ -548,17 +561,29 @@ def loaded_layer(model_type, layer):
     return loaded | {"mlp.experts.gate_up_proj": torch.cat([gate, up], 1), "mlp.experts.down_proj": down}
 
 
+def root_of(model_type):
+    """What a layer's full names begin with, before its number, in files and in transformers' model."""
+    return f"{'gpt_neox' if model_type == 'gpt_neox' else 'model'}.layers."
+
+
 def of_layers(change, model_type, state):
-    """A whole state dict with `stored_layer` or `loaded_layer` applied to its layers."""
-    changed, layers = {}, {}
+    """A whole state dict with `stored_layer` or `loaded_layer` applied to its layers, and its unembedding named as
+    these name it; with `loaded_layer` it has one, tied or not."""
+    changed, layers, root = {}, {}, root_of(model_type)
+    names = {}
+    if model_type == "gpt_neox":
+        (loaded,) = GPTNeoXForCausalLM._tied_weights_keys  # embed_out in transformers 5.13, lm_head in 5.24
+        names = {"embed_out.weight": loaded} if change is loaded_layer else {loaded: "embed_out.weight"}
     for name, tensor in state.items():
-        if name.startswith("model.layers."):
-            _, _, number, relative = name.split(".", 3)
+        if name.startswith(root):
+            number, relative = name.removeprefix(root).split(".", 1)
             layers.setdefault(number, {})[relative] = tensor
         else:
-            changed[name] = tensor
+            changed[names.get(name, name)] = tensor
     for number, layer in layers.items():
-        changed |= {f"model.layers.{number}.{name}": tensor for name, tensor in change(model_type, layer).items()}
+        changed |= {f"{root}{number}.{name}": tensor for name, tensor in change(model_type, layer).items()}
+    if change is loaded_layer and "model.embed_tokens.weight" in changed:
+        changed = {"lm_head.weight": changed["model.embed_tokens.weight"]} | changed
     return changed
 
 
@@ -572,23 +597,24 @@ def published_merge(state, n_layers, steps, *, biases="keep"):
     """
     state = {name: tensor.clone() for name, tensor in state.items()}
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
+    root = next(name for name in state if ".layers.0." in name).partition("0.")[0]
     averaged = [
-        name.removeprefix("model.layers.0.")
+        name.removeprefix(f"{root}0.")
         for name, tensor in state.items()
-        if name.startswith("model.layers.0.")
+        if name.startswith(f"{root}0.")
         and (tensor.ndim > 1 or (biases == "merge" and name.endswith(".bias") and "norm" not in name))
     ]
     alive = list(range(n_layers))
     for into, remove, alpha in steps:
         for relative in averaged:
-            name, other = f"model.layers.{into}.{relative}", f"model.layers.{remove}.{relative}"
+            name, other = f"{root}{into}.{relative}", f"{root}{remove}.{relative}"
             if name in state:
                 state[name] = alpha * state[name].double() + (1 - alpha) * state[other].double()
         alive.remove(remove)
     merged = {}
     for name, tensor in state.items():
         parts = name.split(".")
-        if parts[:2] == ["model", "layers"]:
+        if name.startswith(root):
             if int(parts[2]) not in alive:
                 continue
             parts[2] = str(alive.index(int(parts[2])))
@@ -614,14 +640,15 @@ def merged_model(model, steps, *, biases="keep"):
 
 
 @torch.no_grad()
-def plain_logits(model, ids):
-    """(T, V) float64 logits of one whole prompt."""
-    return model(input_ids=torch.as_tensor(np.asarray(ids))[None], use_cache=False).logits[0].double()
+def plain_logits(model, ids, *, last=0):
+    """(T, V) float64 logits of one whole prompt; last: of so many positions, where it is not 0."""
+    ids = torch.as_tensor(np.asarray(ids))[None]
+    return model(input_ids=ids, use_cache=False, logits_to_keep=last).logits[0].double()
 
 
 def plain_answers(model, prompts_ids, letters):
     """Last-position figures of whole prompts, one at a time: letters' logits (n, 4), logsumexp (n,), top token (n,)."""
-    last = torch.stack([plain_logits(model, ids)[-1] for ids in prompts_ids])
+    last = torch.stack([plain_logits(model, ids, last=1)[-1] for ids in prompts_ids])
     return last[:, list(letters)].numpy(), torch.logsumexp(last, -1).numpy(), last.argmax(-1).numpy()
 
 

@@ -178,7 +178,7 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
             model, seen = self.model(UNMERGED), {number: [] for number in sorted(missing)}
             hooks = []
             for number, own in seen.items():
-                for name, module in model.model.layers[number].named_modules():
+                for name, module in model.base_model.layers[number].named_modules():
                     if name.endswith(f"mlp.{self.base.down}"):
                         hook = module.register_forward_pre_hook(lambda _, args, own=own: own.append(args[0][0]))
                         hooks.append(hook)

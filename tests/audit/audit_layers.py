@@ -206,7 +206,7 @@ class Layers:
         for first in firsts if measures & {"cosine", "angular"} else ():
             if first + k == n:  # the last of transformers' states is behind the final norm
                 kept = []
-                hook = model.model.layers[-1].register_forward_hook(
+                hook = model.base_model.layers[-1].register_forward_hook(
                     lambda _, __, out, own=kept: own.append(out if torch.is_tensor(out) else out[0])
                 )
                 for ids in windows:
@@ -232,7 +232,7 @@ class Layers:
         """Distances between the states of the run's own prompts, their embeddings, similarities, and correlations."""
         c, model = self.config["similarity"], self.base.load(UNMERGED, self.dtype, self.config["model"]["quantise"])
         states, inputs = [], []
-        for layer in model.model.layers:
+        for layer in model.base_model.layers:
             layer.register_forward_hook(
                 lambda m, a, out: states.append((out if torch.is_tensor(out) else out[0])[0].double())
             )

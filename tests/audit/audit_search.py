@@ -146,6 +146,7 @@ class Searches:
             for name in names
         ]
         order += ["shared_mlp.input_linear", "shared_mlp.output_linear"]
+        order += ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
         there = [n for n in order if f"{n}.weight" in self.base.layer(0)]
         for row in good:
             epochs = history.get((row["searcher"], row["iteration"]))

@@ -25,9 +25,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 DEMO = Path(__file__).resolve().parents[2] / "raymerge" / "demo"
 WINDOW = 1024
-#: Norms and what reads them, by family; the others' read as Llama's. Gemma stores gains less 1.
-READS = {"input_layernorm": ("q_proj", "k_proj", "v_proj", "qkv_proj")}
-MLP_READS = ("gate_proj", "up_proj", "gate_up_proj", "input_linear", "c_fc", "fc1", ".gate", ".w1", ".w3")
+#: How the names end of what reads the norms before attention and MLP. Gemma stores gains less 1.
+READS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
+MLP_READS = ("gate_proj", "up_proj", "gate_up_proj", "input_linear", "c_fc", "fc1", "h_to_4h", ".gate", ".w1", ".w3")
 GEMMA = ("gemma", "gemma2", "gemma3_text", "vaultgemma")
 # Language models that AutoModelForCausalLM has no class of, and those that are the same where positions are one number.
 IN_TEXT = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
@@ -38,8 +38,10 @@ UNMERGED = {"steps": [], "alphas": [], "own": {}, "norms": "keep", "biases": "ke
 
 
 def own_name(name):
-    """The name that a tensor of a language model inside a multimodal one has in that language model alone."""
+    """The name that a tensor of a language model inside a multimodal one has in that language model alone; layers of
+    all families have one root."""
     inside = {"language_model.": "", "model.language_model.": "model.", "model.text_model.": "model."}
+    inside["gpt_neox."] = "model."
     start = next((start for start in inside if name.startswith(start)), "")
     return inside.get(start, "") + name.removeprefix(start)
 
@@ -78,20 +80,35 @@ class Base:
     @property
     def down(self):
         """The name of the matrix that leaves a dense MLP."""
-        return {"starcoder2": "c_proj", "phi": "fc2", "granitemoehybrid": "output_linear"}.get(self.kind, "down_proj")
+        others = {"starcoder2": "c_proj", "phi": "fc2", "granitemoehybrid": "output_linear"}
+        return (others | {"gpt_neox": "dense_4h_to_h"}).get(self.kind, "down_proj")
+
+    @property
+    def out(self):
+        """The name of the matrix that leaves attention, in families that are refitted."""
+        return "attention.dense" if self.kind == "gpt_neox" else "self_attn.o_proj"
+
+    @property
+    def kv_heads(self):
+        return self.config["num_attention_heads" if self.kind == "gpt_neox" else "num_key_value_heads"]
 
     @property
     def before_mlp(self):
-        if self.kind in ("cohere", "cohere2", "phi"):
+        if self.kind in ("cohere", "cohere2", "phi") or (
+            self.kind == "stablelm" and self.config["use_parallel_residual"]
+        ):
             return "input_layernorm"
+        if self.kind == "apertus":
+            return "feedforward_layernorm"
         return "pre_feedforward_layernorm" if self.kind in GEMMA[1:] else "post_attention_layernorm"
 
     @property
     def readers(self):
         """By input norm, how the names of what reads it end."""
-        if self.before_mlp in READS:
-            return {self.before_mlp: READS[self.before_mlp] + MLP_READS}
-        return READS | {self.before_mlp: MLP_READS}
+        first = "attention_layernorm" if self.kind == "apertus" else "input_layernorm"
+        if self.before_mlp == first:
+            return {first: READS + MLP_READS}
+        return {first: READS, self.before_mlp: MLP_READS}
 
     def gains(self, layer):
         """By matrix, the gain (d,) of the norm that it reads."""
@@ -117,7 +134,7 @@ class Base:
         found |= {name: found[name] * gain for name, gain in gains.items()}
         if gains:
             found |= {name: torch.full_like(found[name], 1.0 - self.offset)
-                      for name in (f"{norm}.weight" for norm in (*READS, self.before_mlp))}  # fmt: skip
+                      for name in (f"{norm}.weight" for norm in self.readers)}  # fmt: skip
         return found
 
     def merged(self, plan, nudges=None):
@@ -171,15 +188,16 @@ class Base:
         """Which row of `other` is laid on each row of `own`, in each part of a matrix that holds several."""
         c = self.config
         heads = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-        q, kv = c["num_attention_heads"] * heads, c["num_key_value_heads"] * heads
+        q, kv = c["num_attention_heads"] * heads, self.kv_heads * heads
         parts = {"qkv_proj": [q, kv, kv]} | dict.fromkeys(("gate_up_proj", "input_linear"), [len(own) // 2] * 2)
-        parts = parts.get(matrix.split(".")[-1], [len(own)])
-        order, start = [], 0
-        for size in parts:
-            a, b = (torch.nn.functional.normalize(m[start : start + size], dim=1) for m in (own, other))
-            order += (start + linear_sum_assignment(torch.cdist(a, b).numpy())[1]).tolist()
-            start += size
-        return order
+        parts = np.split(np.arange(len(own)), np.cumsum(parts.get(matrix.split(".")[-1], [len(own)]))[:-1])
+        if matrix.endswith("query_key_value"):
+            parts = [np.arange(len(own)).reshape(-1, 3, heads)[:, part].ravel() for part in range(3)]
+        order = np.zeros(len(own), dtype=int)
+        for rows in parts:
+            a, b = (torch.nn.functional.normalize(m[rows], dim=1) for m in (own, other))
+            order[rows] = rows[linear_sum_assignment(torch.cdist(a, b).numpy())[1]]
+        return order.tolist()
 
     def load(self, plan, dtype, quantise="none"):
         """The merged model by transformers."""
@@ -199,6 +217,8 @@ class Base:
             if config.get(key):
                 config[key] = [config[key][number] for number in kept]
         config["num_hidden_layers"] = len(kept)
+        if self.kind == "gpt_neox":
+            state = {n.replace("model.", "gpt_neox.", 1) if n.startswith("model.") else n: t for n, t in state.items()}
         with tempfile.TemporaryDirectory() as folder:
             save_file({n: t.contiguous() for n, t in state.items()}, f"{folder}/model.safetensors", {"format": "pt"})
             Path(folder, "config.json").write_text(json.dumps(config))

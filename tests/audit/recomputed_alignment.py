@@ -14,13 +14,14 @@ from scipy.optimize import linear_sum_assignment
 
 #: Which axes the rows (of o and down the columns) of a matrix have, one after another.
 ROWS = {"q_proj": ["q"], "k_proj": ["k"], "v_proj": ["v"], "qkv_proj": ["q", "k", "v"], "o_proj": ["o"]}
-ROWS |= {"dense": ["o"]}
+ROWS |= {"dense": ["o"], "query_key_value": ["q", "k", "v"]}
 #: Whose name says less than gate_proj, up_proj and down_proj.
 SHORT = {"w1": "gate", "w3": "up", "w2": "down", "output_linear": "down", "c_fc": "up", "c_proj": "down"}
-SHORT |= {"fc1": "up", "fc2": "down"}
+SHORT |= {"fc1": "up", "fc2": "down", "dense_h_to_4h": "up", "dense_4h_to_h": "down"}
 UNITS = {"gate_proj": 1, "up_proj": 1, "down_proj": 1, "gate_up_proj": 2, "w1": 1, "w3": 1, "w2": 1}
 UNITS |= {"input_linear": 2, "output_linear": 1, "c_fc": 1, "c_proj": 1, "fc1": 1, "fc2": 1}
-COLUMNS = ("o_proj", "dense", "down_proj", "w2", "output_linear", "c_proj", "fc2")
+UNITS |= {"dense_h_to_4h": 1, "dense_4h_to_h": 1}
+COLUMNS = ("o_proj", "dense", "down_proj", "w2", "output_linear", "c_proj", "fc2", "dense_4h_to_h")
 #: Norms over all of a projection, whose gains stand in the order of its rows.
 NORMS = {"q_norm": ["q"], "k_norm": ["k"]}
 
@@ -47,6 +48,9 @@ def reordered(layer, order):
         if axes and not (columns and kind == "bias") and tensor.shape[int(columns)] == sum(map(len, axes)):
             starts = np.cumsum([0, *map(len, axes)])
             whole = np.concatenate([start + axis for start, axis in zip(starts, axes, strict=False)])
+            if module == "query_key_value":  # of each head its queries, keys and values
+                place = np.arange(len(whole)).reshape(-1, 3, order["d"]).swapaxes(0, 1).ravel()
+                whole = place[whole][np.argsort(place)]
             tensor = tensor.index_select(int(columns), torch.tensor(whole))
         found[name] = tensor
     return found
@@ -54,7 +58,7 @@ def reordered(layer, order):
 
 def then(order, following):
     """One order that does what two do in turn."""
-    found = {axis: order[axis][following[axis]] for axis in "qkvo"}
+    found = {axis: order[axis][following[axis]] for axis in "qkvo"} | {"d": order["d"]}
     if "experts" not in order:
         return found | {"units": order["units"][following["units"]]}
     places = following["experts"]
@@ -63,7 +67,7 @@ def then(order, following):
 
 
 def undone(order):
-    found = {axis: np.argsort(order[axis]) for axis in "qkvo"}
+    found = {axis: np.argsort(order[axis]) for axis in "qkvo"} | {"d": order["d"]}
     if "experts" not in order:
         return found | {"units": np.argsort(order["units"])}
     places = np.argsort(order["experts"])
@@ -104,7 +108,9 @@ class Matcher:
             module = name.split(".")[-2]
             rows = torch.nn.functional.normalize(folded.T if module in COLUMNS else folded, dim=1).numpy()
             expert = (expert_of(name) or (0, 0))[1]
-            if module == "qkv_proj":
+            if module == "query_key_value":
+                found |= zip("qkv", rows.reshape(heads, 3, d, -1).swapaxes(0, 1).reshape(3, heads * d, -1), strict=True)
+            elif module == "qkv_proj":
                 found |= dict(zip("qkv", np.split(rows, [heads * d, (heads + kv) * d]), strict=True))
             elif module in ROWS:
                 found[ROWS[module][0]] = rows
@@ -121,7 +127,7 @@ class Matcher:
     def shape(self):
         c = self.base.config
         heads = c["num_attention_heads"]
-        return heads, c["num_key_value_heads"], c.get("head_dim") or c["hidden_size"] // heads
+        return heads, self.base.kv_heads, c.get("head_dim") or c["hidden_size"] // heads
 
     @functools.cache  # noqa: B019 - a handful of layers
     def match(self, first, by):
@@ -166,6 +172,7 @@ class Matcher:
         places = linear_sum_assignment([[-best[a, b][0] for b in range(kv)] for a in range(kv)])[1]
         found = [(b, *best[a, b][1:]) for a, b in enumerate(places)]
         return {
+            "d": d,
             "q": np.array([(b * g + h) * d + x for b, order, _ in found for h in order for x in range(d)]),
             "k": np.array([b * d + x for b, _, _ in found for x in range(d)]),
             "v": np.array([b * d + x for b, _, channels in found for x in channels]),

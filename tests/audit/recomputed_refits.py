@@ -57,14 +57,15 @@ class Refits:
             return hook
 
         for place in places:
-            layer = model.model.layers[place]
-            modules = {"o_proj": layer.self_attn.o_proj, self.base.down: layer.mlp.get_submodule(self.base.down)}
+            layer = model.base_model.layers[place]
+            modules = {self.base.out.split(".")[1]: layer.get_submodule(self.base.out)}
+            modules[self.base.down] = layer.mlp.get_submodule(self.base.down)
             for name, module in (modules | {"middle": getattr(layer, self.base.before_mlp)}).items():
                 if names is None or name in names:
                     hooks.append(module.register_forward_pre_hook(keep(place, name)))
             hooks.append(layer.register_forward_hook(keep(place, "leaving")))
         for ids, *_ in self.sequences:
-            model.model(input_ids=torch.tensor([ids]), use_cache=False)
+            model.base_model(input_ids=torch.tensor([ids]), use_cache=False)
         for hook in hooks:
             hook.remove()
 
@@ -97,7 +98,7 @@ class Refits:
             if method == "units" and place in seams:
                 state = self.units(state, kept, place, members, weights, nudges)
                 figures.append({"layer": kept[place], "part": "units", "tokens": 0})
-            for part, matrix in (("attention", "self_attn.o_proj"), ("mlp", f"mlp.{self.base.down}")):
+            for part, matrix in (("attention", self.base.out), ("mlp", f"mlp.{self.base.down}")):
                 if part == "attention" and method in ("linear", "scale"):
                     continue
                 name = f"model.layers.{place}.{matrix}.weight"
