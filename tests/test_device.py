@@ -354,7 +354,7 @@ def test_what_is_summed_and_what_is_not(checkpoint, prompts, tmp_path, device):
     ones = torch.ones(1, 3)
     assert scorer._key_coefficients(ones, 0).shape == (1, 3) and scorer._key_coefficients(ones, 2) is None
     # Biases, norms of keys, and merged matrices that are rounded more than the computation.
-    unlike = ("llama_biases", "qwen3", "olmo2", "hunyuan_v1_dense")
+    unlike = ("llama_biases", "qwen3", "olmo3", "hunyuan_v1_dense")
     assert [linear(family).plan.keys for family in unlike] == ["recompute"] * 4
     # Not a norm's bias: what each source's matrix makes of it is summed with the rest.
     assert linear("nemotron").plan.keys == "linear"

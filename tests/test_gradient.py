@@ -369,6 +369,12 @@ def test_a_descent_in_another_dtype_or_by_other_code_is_another_descent(case, mo
     with monkeypatch.context() as patch:
         patch.setattr(loss.scorer.runner, "dtype", torch.bfloat16)
         assert loss.identity != before
+    of_text = loss_of(case("llama"), TEXT)
+    for asked, owner, name in ((loss, loss.scorer, "prompts"), (of_text, of_text, "text")):
+        own = asked.identity
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, SimpleNamespace(identity="another"))
+            assert asked.identity != own
     monkeypatch.setattr(raymerge.forward, "version", lambda package: f"{package} of tomorrow")
     assert loss.identity != before
 
