@@ -229,6 +229,14 @@ class Checkpoint(Mapping[str, Tensor]):
             )
         stored_name = self.architecture.stored_name
         expected = {stored_name(name): tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+        output, sizes = self.architecture.holder_of("o"), self.architecture.sizes
+        shape = expected.get(self.architecture.layer_name(0, f"{output}.weight"))
+        heads, channels = sizes["kv_heads"] * sizes["query_heads"], sizes["value_channels"]
+        if shape is not None and shape[1] != heads * channels:  # head_dim is a key that some families' code ignores
+            raise CheckpointError(
+                f"{self.directory}/config.json says head_dim = {channels}, but a {self.config.model_type} of {heads} "
+                f"heads has {shape[1] // heads} dimensions in each: take head_dim out of the file"
+            )
         for name, file in self._where.items():
             kind, shape = self.stored(name)
             # Averages of integers would be cut to integers, without a scale, and the proof compare like with like.

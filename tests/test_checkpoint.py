@@ -266,6 +266,18 @@ def test_a_config_that_transformers_cannot_build(copy):
         Checkpoint(str(copy))
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "stablelm"])
+def test_a_width_of_heads_that_the_familys_code_does_not_read(tmp_path, family):
+    """Scoring would have cut states by it, and ended with a trace."""
+    folder = tiny.make_checkpoint(tmp_path / "m", family)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"head_dim": 64}))
+    with pytest.raises(
+        CheckpointError, match=f"head_dim = 64, but a {family} of 4 heads has 8 dimensions in each: take"
+    ):
+        Checkpoint(str(folder))
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
