@@ -398,11 +398,12 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
                 found.append((float(change.abs().max()), relative))
             return np.array(found).reshape(-1, 2)
 
-        # A sum in another order may round one entry to its neighbour.
+        # A sum in another order may round one entry to its neighbour, by more where fits make weights many times larger.
         allowed = []
         for row in rows:
+            times = max(1.0, row["relative_change"])
             digit, size = torch.finfo(state[row["tensor"]].dtype).eps, float(state[row["tensor"]].abs().max())
-            allowed.append([digit * size + 1e-6, digit / 64 + 1e-6])
+            allowed.append([digit * size + 1e-6, times * (digit / 64 + 1e-6)])
         found = np.array([[r["max_abs_change"], r["relative_change"]] for r in rows]).reshape(-1, 2)
         own, allowed = (state, kept, figures), np.array(allowed).reshape(-1, 2)
         self.near("receipts", key, found, changes, own, lambda: self.nudged(plan), allowed, each=True)
