@@ -65,12 +65,12 @@ def whole_model(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Whole:
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
-        kind = type(AutoModelForImageTextToText.from_config(copy.deepcopy(config)))
+        kind = type(AutoModelForImageTextToText.from_config(copy.deepcopy(config)))  # which writes into it
     nothing = torch.zeros((), dtype=torch.float16)
     with _quiet():
         _, report = kind.from_pretrained(
             None,
-            config=copy.deepcopy(config),
+            config=config,
             state_dict={name: nothing.expand(shape) for name, shape in shapes.items()},
             dtype=torch.float16,
             ignore_mismatched_sizes=True,
