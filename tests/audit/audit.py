@@ -398,7 +398,7 @@ class Audit(Numbers, Layers, Searches, Tasks, Noise):
                 found.append((float(change.abs().max()), relative))
             return np.array(found).reshape(-1, 2)
 
-        # A sum in another order may round an entry to its neighbour: by more where a fit made weights many times larger.
+        # A sum in another order may round an entry to its neighbour, by more where a fit made weights far larger.
         allowed = []
         for row in rows:
             times = max(1.0, row["relative_change"])
