@@ -106,11 +106,13 @@ def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
     # A norm between MLP and residual stream or a scaled residual is not linear, or another map.
     scale = architecture.residual_multiplier
     another = architecture.output_norms or (scale is not None and getattr(checkpoint.config, scale) != 1)
+    another = another or architecture.norm_before_mlp is None
     missing = [projection for projection in needed if architecture.matrix_of(projection) is None]
-    if missing or another or architecture.norm_before_mlp is None:
+    if missing or another:
+        cure = _WITHOUT if another or {"o", "down"} & set(missing) else "use refit outputs"
         raise RefitError(
             f"refit {method} needs layers in which matrices of their own for {' and '.join(needed)} write straight "
-            f"into the residual stream or feed what does, which {architecture.name} does not have: {_WITHOUT}"
+            f"into the residual stream or feed what does, which {architecture.name} does not have: {cure}"
         )
     units = (architecture.norm_before_mlp, architecture.matrix_of("gate"), architecture.matrix_of("up"))
     biased = [name for name in (f"{module}.bias" for module in units) if name in checkpoint.layer_tensors(0)]
