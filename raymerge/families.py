@@ -383,6 +383,11 @@ def architecture_of(config: Any) -> Architecture:
             f"{model_type} without {family.kv_heads} is not supported: add it to the config, {heads} if each query "
             "head has keys of its own"
         )
+    if kv_heads < 1 or heads % kv_heads:  # each serves as many query heads
+        raise ArchitectureError(
+            f"{model_type} with {family.kv_heads} = {kv_heads} is not supported: it must divide num_attention_heads, "
+            f"which is {heads}: correct the config"
+        )
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     sizes = {
         "kv_heads": kv_heads,

@@ -45,7 +45,7 @@ def sources_of(run: RunDirectory) -> dict[str, dict[int, set[int]]]:
 
 
 def replaced(sources: Mapping[int, set[int]]) -> dict[int, int]:
-    """Kept layer -> the one other layer that has all of its matrices, while it keeps its norms and biases."""
+    """Kept layer -> the one other layer that has all of its matrices, while it keeps what is not averaged."""
     alone = {kept: own for kept, own in sorted(sources.items()) if len(own) == 1}
     return {kept: source for kept, (source,) in alone.items() if source != kept}
 

@@ -83,6 +83,11 @@ def mergekit_yaml(checkpoint: Checkpoint, plan: MergePlan) -> str:
         raise NotExpressible(
             f"mergekit's list of the tensors of {family} asks for a norm before the MLP, and this model has none"
         )
+    if not set(checkpoint.architecture.scalars) <= set(checkpoint.layer_tensors(0)):  # with another hidden_act
+        raise NotExpressible(
+            f"mergekit's list of the tensors of {family} asks for the numbers of its usual activation, and this model "
+            "has another"
+        )
     if family == "gemma" and not checkpoint.tied:
         raise NotExpressible(f"mergekit leaves out the unembedding of {family}, which is the embedding in its list")
     if family in ("phi", "phi3", "stablelm") and checkpoint.tied:

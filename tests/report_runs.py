@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 
@@ -89,21 +90,22 @@ def search_run(
     search_split="validation",
     objective="micro_accuracy",
     alphas=FOUND,
+    **options,
 ):
-    """A complete search of three merges: four plans on 120 questions, 8 candidates, 2 descents."""
+    """A complete search of three merges: four plans on 120 questions, 8 candidates, 2 descents. options: of plans."""
     config = {
         "model": {"path": "/models/tiny", "dtype": "float32"},
         "data": {"mmlu": "/data", "language": "en", "subjects": list(subjects), "shots": 5, "report_split": "test",
                  "search_split": search_split, "limit_per_subject": 8},
         "plan": {"merges": MERGES, "selection": "tail", "base": "fixed", "ratio": 0.62, "alignment": "none",
-                 "norms": "keep", "biases": "keep"},
+                 "norms": "keep", "biases": "keep", **options},
         "search": {"searcher": "bayes", "objective": objective, "candidates": 8, "random_candidates": 2,
                    "perplexity_ceiling": None, "seed": seed},
         "output": {"run": str(path)},
     }  # fmt: skip
     run = RunDirectory.open(path, config, "search")
     run.begin()
-    plans = plans_of(found, control, alphas)
+    plans = {plan_id: replace(plan, **options) for plan_id, plan in plans_of(found, control, alphas).items()}
     right = right or {"base": 0.9, "drop": 0.3, "fixed": 0.6, "found": 0.62}
     perplexities = {"base": 5.0, "drop": 90.0, "fixed": 40.0, "found": 12.5}
     pairs = [("found", other) for other in ("base", "drop", "fixed")]

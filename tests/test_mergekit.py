@@ -201,6 +201,13 @@ def test_what_mergekit_does_not_know_of_a_family_is_not_expressed(tmp_path, fami
             mergekit_yaml(checkpoint, PLANS["drop"])
 
 
+def test_an_activation_without_the_numbers_that_its_list_asks_for(tmp_path):
+    """apertus.json of mergekit 0.1.5 has those of xIELU, none of them optional."""
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", "apertus", hidden_act="silu")))
+    with pytest.raises(NotExpressible, match="apertus asks for the numbers of its usual activation, and this model"):
+        mergekit_yaml(checkpoint, PLANS["tail"])
+
+
 @pytest.mark.parametrize(("family", "tied"), [("gemma", False), ("phi3", True), ("phi", True), ("stablelm", True)])
 def test_an_unembedding_that_its_list_has_otherwise(tmp_path, family, tied):
     """Gemma's lists none, and Phi's, Phi-3's and StableLM's are not optional (mergekit 0.1.5, gemma.json, phi2.json,

@@ -263,6 +263,19 @@ def test_what_averages_nothing_is_not_said_to_gain_by_it(tmp_path, alphas, sourc
     assert f"It averages nothing: each of its matrices is a single layer's{whose}." in answer.in_words(reached)
 
 
+@pytest.mark.parametrize(
+    ("norms", "biases", "beside"),
+    [("keep", "merge", " beside its own norms"), ("fold", "keep", " beside its own biases"), ("fold", "merge", "")],
+)
+def test_a_layer_with_anothers_matrices_keeps_no_norms_that_are_folded_and_no_biases_that_are_merged(
+    tmp_path, norms, biases, beside
+):
+    options = {"norms": norms, "biases": biases}
+    run = search_run(tmp_path / "run", alphas=(0.0, 0.0, 0.0), **options)
+    told = f"; layer {LAYERS - 1 - MERGES} has those of layer {LAYERS - 1}{beside}."
+    assert any(line.endswith(told) for line in answer.in_words(Reached(run)))
+
+
 def test_the_best_single_layer_is_known_also_where_another_searcher_found_it(tmp_path):
     run = search_run(tmp_path / "run", right={"base": 0.9, "drop": 0.3, "fixed": 0.6, "found": 0.8})
     plans = run.read("plans").drop_columns("run_id").to_pylist()

@@ -66,13 +66,13 @@ def _on_text(reached: Reached) -> str:
 
 def _beside_one_layer(reached: Reached) -> list[str]:
     """Whether the best plan averages anything, and is better than the best that keeps one of the same layers alone."""
-    if not _averages(reached):
-        others = findings.replaced(findings.sources_of(reached.run)[reached.the_best["plan_id"]]).items()
-        whose = [
-            f"; layer {kept} has those of layer {source} beside its own norms and biases" for kept, source in others
-        ]
-        return [f"It averages nothing: each of its matrices is a single layer's{''.join(whose)}."]
     best, plan = reached.the_best, reached.run.config.get("plan") or {}
+    if not _averages(reached):
+        kept_own = ["norms"] * (best["norms"] == "keep") + ["biases"] * (plan.get("biases") != "merge")
+        beside = f" beside its own {' and '.join(kept_own)}" if kept_own else ""
+        others = findings.replaced(findings.sources_of(reached.run)[best["plan_id"]]).items()
+        whose = [f"; layer {kept} has those of layer {source}{beside}" for kept, source in others]
+        return [f"It averages nothing: each of its matrices is a single layer's{''.join(whose)}."]
     name = ((reached.run.manifest() or {}).get("keep_one") or {}).get("best")
     # Of the rows: a search may have found what is also a control, whose line then has the found plan's name.
     ids = {row["plan_id"] for row in reached.plans if row["name"] == name and row["kind"] in _KEEPING}

@@ -177,7 +177,7 @@ def _layers(reached: Reached) -> str:
         return ""
     return (
         ". In brackets: which of the original layers, counted from 0, are merged into one, have the matrices of "
-        "another beside their own norms and biases, and are dropped"
+        "another beside what is not averaged, and are dropped"
     )
 
 

@@ -66,6 +66,8 @@ def similarity(embedding, c, shuffle=None):
             parts = embedding[i], others[j], np.hstack([embedding[i], others[j]])
             volumes = [np.linalg.slogdet(np.atleast_2d(np.cov(own.T, ddof=1)))[1] for own in parts]
             entropy[i], information[i, j] = volumes[0] / 2, (volumes[0] + volumes[1] - volumes[2]) / 2
+            if np.linalg.eigvalsh(np.corrcoef(parts[2].T))[0] <= 1e-12:  # linear functions of each other
+                information[i, j] = np.nan
     if shuffle is None:
         information = (information + information.T) / 2
     else:
