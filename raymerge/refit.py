@@ -49,7 +49,7 @@ _VERSION = 2  # of what is fitted to what; another value makes cached fits of ea
 _WHAT = "the refit"  # what a file holds, for error messages
 _UNITS = ("gate", "up", "down")  # projections whose matrices hold MLP units
 _MASSIVE = 50.0  # times the median mean square of a shard's target states: tokens above are left out
-_WITHOUT = "do without it (plan.refit: none; in a sweep, nothing but none in sweep.refits)"
+_WITHOUT = "do without it (plan.refit: none, no --refit; in a sweep, nothing but none in sweep.refits)"
 _HELD_OUT = 5  # every fifth sequence, or the last fifth of each where there are fewer, is for choosing the ridge
 
 
