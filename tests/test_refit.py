@@ -366,7 +366,7 @@ def test_families_without_the_algebra_are_refused_by_name(refitter):
     with pytest.raises(RefitError, match="merges nothing"):
         check_refittable(checkpoint, refitted(base_plan(N), "outputs"))
     checkpoint.architecture = replace(checkpoint.architecture, name="sandwich", norm_inputs={})
-    with pytest.raises(RefitError, match="sandwich does not have: do without it .plan.refit: none, no --refit; in a sweep"):
+    with pytest.raises(RefitError, match="does not have: do without it .plan.refit: none, no --refit; in a sweep"):
         check_refittable(checkpoint, plan)
 
 
