@@ -105,8 +105,8 @@ def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
         )
     # A norm between MLP and residual stream or a scaled residual is not linear, or another map.
     scale = architecture.residual_multiplier
-    another = architecture.output_norms or (scale is not None and getattr(checkpoint.config, scale) != 1)
-    another = another or architecture.norm_before_mlp is None
+    scaled = scale is not None and getattr(checkpoint.config, scale) != 1
+    another = architecture.output_norms or scaled or architecture.norm_before_mlp is None
     missing = [projection for projection in needed if architecture.matrix_of(projection) is None]
     if missing or another:
         cure = _WITHOUT if another or {"o", "down"} & set(missing) else "use refit outputs"

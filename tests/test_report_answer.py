@@ -259,13 +259,17 @@ def test_what_averages_nothing_is_not_said_to_gain_by_it(tmp_path, alphas, sourc
     reached, paragraphs = beside_one_layer(run)
     assert findings.verdict(reached.against("found")["drop"]) == "better" and paragraphs == []
     first = LAYERS - 1 - MERGES
-    whose = "" if source is None else f"; layer {first} has those of layer {source} beside its own norms and biases"
+    whose = "" if source is None else f"; layer {first} has those of layer {source} and keeps its own norms and biases"
     assert f"It averages nothing: each of its matrices is a single layer's{whose}." in answer.in_words(reached)
 
 
 @pytest.mark.parametrize(
     ("norms", "biases", "beside"),
-    [("keep", "merge", " beside its own norms"), ("fold", "keep", " beside its own biases"), ("fold", "merge", "")],
+    [
+        ("keep", "merge", " and keeps its own norms"),
+        ("fold", "keep", " and keeps its own biases"),
+        ("fold", "merge", ""),
+    ],
 )
 def test_a_layer_with_anothers_matrices_keeps_no_norms_that_are_folded_and_no_biases_that_are_merged(
     tmp_path, norms, biases, beside

@@ -69,9 +69,9 @@ def _beside_one_layer(reached: Reached) -> list[str]:
     best, plan = reached.the_best, reached.run.config.get("plan") or {}
     if not _averages(reached):
         kept_own = ["norms"] * (best["norms"] == "keep") + ["biases"] * (plan.get("biases") != "merge")
-        beside = f" beside its own {' and '.join(kept_own)}" if kept_own else ""
+        keeping = f" and keeps its own {' and '.join(kept_own)}" if kept_own else ""
         others = findings.replaced(findings.sources_of(reached.run)[best["plan_id"]]).items()
-        whose = [f"; layer {kept} has those of layer {source}{beside}" for kept, source in others]
+        whose = [f"; layer {kept} has those of layer {source}{keeping}" for kept, source in others]
         return [f"It averages nothing: each of its matrices is a single layer's{''.join(whose)}."]
     name = ((reached.run.manifest() or {}).get("keep_one") or {}).get("best")
     # Of the rows: a search may have found what is also a control, whose line then has the found plan's name.
