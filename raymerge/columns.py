@@ -186,7 +186,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "receipts": (
         "One row per tensor of the layers that a plan merges or moves, compared with the unmerged model's tensor of "
-        "the same name.",
+        "the same name, or with zeros if it has none.",
         {
             "tensor": "its name in the merged model",
             "max_abs_change": "largest absolute difference",

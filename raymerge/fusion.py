@@ -30,7 +30,7 @@ class Receipt:
     """How far one tensor of the merged model is from the base model's tensor of the same name.
 
     max_abs_change: largest absolute difference; relative_change: Frobenius norm of the difference over that of the
-    base tensor. `tensor` is the name in the merged checkpoint.
+    base tensor. `tensor` is the name in the merged checkpoint. Where the base has no such tensor, zeros stand for it.
     """
 
     tensor: str
@@ -201,7 +201,8 @@ def receipts(
             continue
         for relative, tensor in fused_layer(base, architecture, plan, position, aligner=aligner, refits=refits).items():
             name = architecture.layer_name(position, relative)
-            before = base[name].float()
+            # What no family has, as scales of a cache, need not be in every layer.
+            before = base[name].float() if name in base else torch.zeros_like(tensor, dtype=torch.float32)
             change = tensor.float() - before
             found.append(Receipt(name, change.abs().max().item(), _relative_size(change, before)))
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -202,8 +203,15 @@ def _own_problems(checkpoint: Checkpoint, plan: MergePlan, problems: dict[str, l
     foreign = {name for name in names if not checkpoint.architecture.has_tensor(name)}
     if checkpoint.multimodal:  # whose towers are the model's, and named in the report as transformers names them
         foreign = set(checkpoint.unknown)
-    own = problems | {"unexpected_keys": [name for name in problems.get("unexpected_keys", []) if name not in foreign]}
+    # Whatever their layers' numbers: a merge counts them anew.
+    kinds = set(map(_without_numbers, foreign))
+    unexpected = [name for name in problems.get("unexpected_keys", []) if _without_numbers(name) not in kinds]
+    own = problems | {"unexpected_keys": unexpected}
     return {kind: found for kind, found in own.items() if found}
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", name)
 
 
 def _attention_error(checkpoint: Checkpoint, plan: MergePlan, folder: Path) -> str | None:

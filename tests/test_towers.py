@@ -716,6 +716,13 @@ def test_a_tensor_that_belongs_nowhere_is_carried_over(spoiled, tmp_path, spelli
     assert not found["passed"] and "odder" in found["error"] and "score" not in found["error"]
 
 
+def test_what_some_layers_hold_that_no_model_has_may_move_to_other_layers(spoiled, tmp_path, in_process):
+    """As a merge counts its layers anew: layer N - 1 alone has a scale here, and becomes layer N - 2."""
+    scale = {f"language_model.model.layers.{N - 1}.self_attn.k_scale": torch.ones(1)}
+    checkpoint = Checkpoint(str(spoiled(tensors=lambda state: state.update(scale))))
+    assert save_merged(checkpoint, drop_block_plan(N, 1, 1), tmp_path / "merged")["proof"]["passed"]
+
+
 def test_an_unembedding_is_tied_as_the_whole_config_says(bases, spoiled):
     def declare(whole_ties, part_ties):
         def edit(config):
