@@ -3,21 +3,19 @@
 import os
 import platform
 import re
-import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 import ray
 from fake_ray import FakeRay, Waits
+from plain_workers import Plain, Refuses
 from ray._private.runtime_env.packaging import get_uri_for_directory
 from ray.exceptions import (
     ActorDiedError,
@@ -42,78 +40,8 @@ from raymerge.actors import (
     reason_of,
 )
 from raymerge.cluster import ClusterError, PlacementError, cluster_nodes, driver_node, plan_workers, start_ray
-from raymerge.device import is_lost, lean_heap
 from raymerge.errors import UserError
 from raymerge.pool import WorkerPool
-
-
-class Plain:
-    """Does what an item says. `folder` holds one file for every process that was started and every mishap."""
-
-    def __init__(self, folder, slow_restart_s=0.0):
-        self.folder, self.broken = folder, False
-        if slow_restart_s and self.once("started"):
-            time.sleep(slow_restart_s)
-
-    def once(self, name):
-        """Whether `name` was there already; it is afterwards."""
-        try:
-            os.close(os.open(os.path.join(self.folder, name), os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return True
-        return False
-
-    def work(self, item):
-        what, number = item
-        if what == "die" or (what == "die once" and not self.once("died")):
-            os._exit(1)
-        if what == "hang once" and not self.once("hung"):
-            time.sleep(600)
-        if what == "raise":
-            raise KeyError(f"bad item {number}")
-        if what == "break once" and not self.once("broken"):
-            self.broken = True
-        if self.broken:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return number * number
-
-    def broken_by(self, error):
-        return is_lost(error)
-
-    def mistaken(self, number):
-        raise UserError(f"item {number} is too large: give at most 2")
-
-    def page_faults(self, _):
-        """Of allocating and freeing 64 MB ten times, once it has been done before."""
-        faults = []
-        for _ in range(11):
-            np.ones(2**23)
-            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-        return faults[-1] - faults[0]
-
-    def kept_bytes(self, _):
-        """How resident memory grows by 64 MB being written and freed: within a lean heap, without, within, without."""
-        grown = []
-        for lean in (True, True, False, True, False):
-            before = psutil.Process().memory_info().rss
-            with lean_heap() if lean else nullcontext():
-                np.ones(2**23)
-            grown.append(psutil.Process().memory_info().rss - before)
-        return grown[1:]
-
-    def threads(self, _):
-        return os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]
-
-    def process(self):
-        return os.getpid()
-
-    def fill_disk(self, _):
-        raise OSError(28, "No space left on device")
-
-
-class Refuses:
-    def __init__(self, path, kind=ValueError):
-        raise kind(f"no model at {path}")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,10 @@
 """The proposers on made-up objectives; the searcher without Tune; the whole search with a plain class as worker."""
 
-import contextlib
 import errno
 import logging
 import math
 import os
 import pickle
-import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import ray
+from plain_workers import DIES_ONCE, GIVES_NAN, HANGS_ONCE, NO_SPACE, RAISES, Scorer, bump
 from ray.exceptions import GetTimeoutError, OutOfMemoryError
 
 from raymerge import proposers
@@ -29,10 +28,6 @@ COLUMNS = {
     "searcher", "iteration", "batch", "tune_trial", "actor", "seed", "plan_id", "alphas", "objective", "value",
     "accuracy", "nll", "perplexity", "n_questions", "seconds", "cpu_seconds", "status", "error",
 }  # fmt: skip
-
-
-def bump(point):
-    return math.exp(-2.0 * sum((x - 0.7) ** 2 for x in point))
 
 
 def maximise(proposer, objective, count):
@@ -954,67 +949,6 @@ def test_a_search_s_loggers_are_tune_s_and_write_where_they_are_told_to(tuner, t
 
 
 # -- with Ray
-
-
-class Scorer:
-    """Scores points by `bump`; does mischief to candidates whose first alpha is a marker."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def once(self, name):
-        try:
-            os.close(os.open(os.path.join(self.folder, name), os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
-        return True
-
-    def score(self, candidates):
-        markers = [point[0] for point in candidates]
-        if RAISES in markers:
-            raise KeyError("bad candidate")
-        if DIES_ONCE in markers and self.once("died"):
-            os._exit(1)
-        if NO_SPACE in markers:
-            raise OSError(28, "No space left on device")
-        if HANGS_ONCE in markers and self.once("hung"):
-            time.sleep(600)
-        return [
-            {
-                "value": float("nan") if point[0] == GIVES_NAN else bump(point),
-                "accuracy": 0.5,
-                "nll": 1.0,
-                "n_questions": 4,
-                "seconds": 0.01,
-            }
-            for point in candidates
-        ]
-
-    def slow(self, candidates):
-        with open(os.path.join(self.folder, "starts"), "a", encoding="utf-8") as starts:
-            starts.write(f"{time.time()}\n")
-        time.sleep(3.0)
-        return [{"value": 0.5, "accuracy": 0.5, "nll": 1.0, "n_questions": 4, "seconds": 3.0} for _ in candidates]
-
-    def kill_a_trial(self, candidates):
-        """The process of one of Tune's trial actors, of the same raylet; once."""
-        for stat in Path("/proc").glob("[0-9]*/stat") if self.once("killed") else ():
-            with contextlib.suppress(OSError):
-                name = stat.with_name("cmdline").read_bytes()
-                if stat.read_text().rpartition(") ")[2].split()[1] == str(os.getppid()) and name.startswith(TRIAL):
-                    os.kill(int(stat.parent.name), signal.SIGKILL)
-                    break
-        return self.score(candidates)
-
-    def where(self):
-        return self.folder
-
-    def die(self, candidates):
-        os._exit(1)
-
-
-TRIAL = b"ray::_Trial"
-RAISES, GIVES_NAN, DIES_ONCE, HANGS_ONCE, NO_SPACE = 0.125, 0.25, 0.375, 0.625, 0.875
 
 
 def search(
