@@ -26,7 +26,7 @@ _QWEN_SHARED = {
 }
 _QWEN_SHARED_READERS = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate")
 # Layers without experts among those with them could not be averaged.
-_QWEN_EXPERTS_EVERYWHERE = {"mlp_only_layers": (None, []), "decoder_sparse_step": (1,)}
+_QWEN_EXPERTS_EVERYWHERE: Mapping[str, tuple[Any, ...]] = {"mlp_only_layers": (None, []), "decoder_sparse_step": (1,)}
 _EXPERT_GROUPS = {"experts": None, "units": "experts", **HEAD_GROUPS}
 _GATE_UP_FUSED = {"mlp.gate_up_proj": ("gate", "up"), "mlp.down_proj": ("down",)}
 # Its MLP has no gate: the square of what is above 0 of up.

@@ -153,6 +153,7 @@ def fold(state, layer, config):
         before_attention, before_mlp = "attention_layernorm", "feedforward_layernorm"
     gone = []
     ups = ("gate_proj", "up_proj", "gate_up_proj", "input_linear", "gate", "w1", "w3", "c_fc", "fc1", "dense_h_to_4h")
+    ups += ("shared_expert_gate",)
     for norm, readers in (
         (before_attention, ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")),
         (before_mlp, ups),
