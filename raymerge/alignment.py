@@ -9,7 +9,7 @@ heads and of its value channels together, since their columns of o depend on bot
 each order is exact given the other, and no exchange of two query heads leads higher. Experts are matched, with their
 rows of the router, by bounds of what their units could score, and then units inside the pairs that this gives, exactly:
 an assignment of units for every pair of experts would take Mixtral 8x7B half an hour a layer (64 of 14,336 units, 30 s
-each).
+each). The units of an expert that every token goes through are matched like a dense layer's.
 
 `activations`: the same reorderings, MLP units matched by the correlation of their values on some prompts
 instead.
@@ -75,7 +75,11 @@ def align_pair(
     """
     heads = _match_heads(*(_head_features(layer, architecture) for layer in (reference, other)))
     if architecture.experts:
-        return {**_match_experts(reference, other, architecture), **heads}
+        experts = _match_experts(reference, other, architecture)
+        if "shared_units" in architecture.unit_groups:
+            likeness = unit_likeness(reference, other, architecture, shared=True)
+            experts["shared_units"] = assign(-likeness.numpy(force=True))
+        return {**experts, **heads}
     if activations is None:
         likeness = unit_likeness(reference, other, architecture)
     else:
@@ -89,12 +93,16 @@ def unit_likeness(
     other: Mapping[str, Tensor],
     architecture: Architecture,
     experts: tuple[int, int] | None = None,
+    *,
+    shared: bool = False,
 ) -> Tensor:
     """(n, n) float32: for each pair of MLP units, the sum of the cosines of their rows of gate, where there is one, and
-    of up and columns of down. experts: whose units, of the reference's and of the other's experts."""
+    of up and columns of down. experts: whose units, of the reference's and of the other's experts; shared: those of the
+    expert that every token goes through."""
     held = {part for parts in architecture.projections.values() for part in parts} | set(architecture.experts)
     total = None
-    for projection in (part for part in ("gate", "up", "down") if part in held):
+    names = (f"shared_{part}" if shared else part for part in ("gate", "up", "down"))
+    for projection in (name for name in names if name in held):
         one, two = (
             _unit_rows(layer, architecture, projection, expert)
             for layer, expert in zip((reference, other), experts or (None, None), strict=True)

@@ -34,6 +34,10 @@ PROJECTIONS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "up": (0, ("units",)),
     "down": (1, ("units",)),
     "router": (0, ("experts",)),
+    "shared_gate": (0, ("shared_units",)),
+    "shared_up": (0, ("shared_units",)),
+    "shared_down": (1, ("shared_units",)),
+    "shared_router": (0, ()),  # one row: how much of the shared expert a token gets
 }
 
 # Llama's names, which most families share, and which are an Architecture's defaults.
@@ -79,7 +83,8 @@ class Architecture(Names):
     buffers: how the names of tensors end that files may hold and the family's code computes; they are left aside.
     options: for config options, those fields that have other values where the option is true.
     experts: in a mixture of experts the names of an expert's projections, with {} for its number; beside them stands
-    the "router", whose rows move with the experts.
+    the "router", whose rows move with the experts, and in some families an expert that every token goes through, of
+    projections of its own ("shared_gate", …), with a "shared_router" that scales it.
     attention, mlp: transformers' modules of attention, and of the MLP or of router and experts.
     norm_inputs: for each input norm, the matrices that read its output (they see W diag(gain) and, where the norm has a
     bias b, add W b). What a norm has, a gain and a bias, a gain alone or neither, its tensors say.
@@ -111,7 +116,8 @@ class Architecture(Names):
     1 + b log(1 + floor(p / original_max_position_embeddings)).
     attention_softcap, logit_softcap: config keys of c where attention scores, or logits, s become c tanh(s / c).
     kv_heads: config key of the number of key/value heads; None where each query head has its own.
-    width: config key of the MLP's width, or an expert's.
+    width, shared_width: config keys of the MLP's width, or an expert's, and of that of the expert that every token goes
+    through; None where there is none.
     required: config options that raymerge knows with some values only.
     generates_since: the first release of transformers that generates by the family, which all the supported ones run.
     """
@@ -153,6 +159,7 @@ class Architecture(Names):
     logit_softcap: str | None = None
     kv_heads: str | None = "num_key_value_heads"
     width: str = "intermediate_size"
+    shared_width: str | None = None
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     generates_since: tuple[int, ...] = ()
 
@@ -173,8 +180,13 @@ class Architecture(Names):
         return self.matrix_of("router")
 
     @cached_property
+    def routers(self) -> tuple[str, ...]:
+        """The matrices that say which experts a token goes through, and how much of each counts."""
+        return tuple(filter(None, map(self.matrix_of, ("router", "shared_router"))))
+
+    @cached_property
     def expert_matrices(self) -> dict[str, tuple[str, int]]:
-        """(name with {} for the expert's number, its number) of every matrix of an expert."""
+        """(name with {} for the expert's number, its number) of every matrix of an expert that a router chooses."""
         numbers = range(self.sizes.get("experts", 0))
         return {name.format(number): (name, number) for name in self.experts.values() for number in numbers}
 
@@ -371,7 +383,8 @@ def source_tensor(
 def module_layer(architecture: Architecture, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A layer's tensors under the names, and in the shapes, of transformers' module; differentiable.
 
-    Only experts differ: transformers stacks theirs to (experts, 2 units, d) and (experts, d, units).
+    Only experts that a router chooses differ: transformers stacks theirs to (experts, 2 units, d) and (experts, d,
+    units).
     """
     if not architecture.experts:
         return dict(layer)

@@ -18,6 +18,15 @@ _QWEN_EXPERTS = {
     "up": "mlp.experts.{}.up_proj",
     "down": "mlp.experts.{}.down_proj",
 }
+_QWEN_SHARED = {
+    "mlp.shared_expert.gate_proj": ("shared_gate",),
+    "mlp.shared_expert.up_proj": ("shared_up",),
+    "mlp.shared_expert.down_proj": ("shared_down",),
+    "mlp.shared_expert_gate": ("shared_router",),
+}
+_QWEN_SHARED_READERS = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate")
+# Layers without experts among those with them could not be averaged.
+_QWEN_EXPERTS_EVERYWHERE: Mapping[str, tuple[Any, ...]] = {"mlp_only_layers": (None, []), "decoder_sparse_step": (1,)}
 _EXPERT_GROUPS = {"experts": None, "units": "experts", **HEAD_GROUPS}
 _GATE_UP_FUSED = {"mlp.gate_up_proj": ("gate", "up"), "mlp.down_proj": ("down",)}
 # Its MLP has no gate: the square of what is above 0 of up.
@@ -225,6 +234,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             required={"clip_qkv": (None,)},
         ),
         Architecture(
+            "qwen2_moe",
+            projections=ATTENTION | {"mlp.gate": ("router",)} | _QWEN_SHARED,
+            experts=_QWEN_EXPERTS,
+            norm_inputs={"input_layernorm": QKV, "post_attention_layernorm": ("mlp.gate", *_QWEN_SHARED_READERS)},
+            unit_groups=_EXPERT_GROUPS | {"shared_units": None},
+            windows="layer_types",
+            width="moe_intermediate_size",
+            shared_width="shared_expert_intermediate_size",
+            required=_QWEN_EXPERTS_EVERYWHERE,
+        ),
+        Architecture(
             "qwen3_moe",
             projections=ATTENTION | {"mlp.gate": ("router",)},
             experts=_QWEN_EXPERTS,
@@ -232,8 +252,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             head_norms=_Q_K_NORMS,
             unit_groups=_EXPERT_GROUPS,
             width="moe_intermediate_size",
-            # Layers without experts among those with them could not be averaged.
-            required={"mlp_only_layers": (None, []), "decoder_sparse_step": (1,)},
+            required=_QWEN_EXPERTS_EVERYWHERE,
         ),
     )
 }
@@ -266,7 +285,7 @@ _FOREIGN: tuple[tuple[tuple[str, ...], str], ...] = (
     (("encoder_layers", "num_encoder_layers", "num_decoder_layers"), "an encoder beside the decoder"),
     (
         ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-        "experts whose tensors or routing are not those of mixtral, olmoe and qwen3_moe",
+        "experts whose tensors or routing are not those of mixtral, olmoe, qwen2_moe and qwen3_moe",
     ),
 )
 _SHARING = "embeddings of each layer's own (per-layer embeddings) and layers that share keys and values"
@@ -396,6 +415,8 @@ def architecture_of(config: Any) -> Architecture:
         "value_channels": size,
         "units": getattr(config, family.width),
     }
+    if family.shared_width:
+        sizes["shared_units"] = getattr(config, family.shared_width)
     if not family.experts:
         return replace(family, sizes=sizes)
     count, chosen = config.num_experts, config.num_experts_per_tok

@@ -179,7 +179,7 @@ class LayerRunner:
             hidden=config.hidden_size,
             query=sizes["query_heads"] * kv_width,
             key=kv_width,
-            mlp=sizes["units"] * (config.num_experts_per_tok if arch.experts else 1),
+            mlp=sizes["units"] * (config.num_experts_per_tok if arch.experts else 1) + sizes.get("shared_units", 0),
             heads=config.num_attention_heads,
         )
 

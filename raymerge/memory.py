@@ -42,7 +42,7 @@ class LayerSize:
     """One decoder layer: parameters, and the widths (values a token) of what it computes.
 
     hidden: the states; query, key: all query heads and all key (or value) heads together; mlp: of the experts used
-    for one token together; heads: number of query heads.
+    for one token together, a shared one among them; heads: number of query heads.
     """
 
     parameters: int

@@ -1,10 +1,10 @@
 """A plan in mergekit's terms, where it has them: a YAML file that `mergekit-yaml` turns into the same tensors.
 
-Where layers go it has none for a family whose config lists layer types (Qwen2, Qwen3, Gemma 2 and 3, VaultGemma,
-Ministral, SmolLM3, OLMo 3, EXAONE 4, CWM, Cohere 2): of a config mergekit changes nothing but the number of layers. Nor
-for one that it has no list of tensors of: it then leaves the number of layers as well. Of the others it drops, without
-a word, each tensor that is not in its list, as most families' biases; of Granite 4 it asks for experts, of Cohere for
-norms of heads, and of GPT-NeoX for masks, none of which a merge has.
+Where layers go it has none for a family whose config lists layer types (Qwen2, Qwen2-MoE, Qwen3, Gemma 2 and 3,
+VaultGemma, Ministral, SmolLM3, OLMo 3, EXAONE 4, CWM, Cohere 2): of a config mergekit changes nothing but the number of
+layers. Nor for one that it has no list of tensors of: it then leaves the number of layers as well. Of the others it
+drops, without a word, each tensor that is not in its list, as most families' biases; of Granite 4 it asks for experts,
+of Cohere for norms of heads, and of GPT-NeoX for masks, none of which a merge has.
 Experts it reads as transformers does, stacked.
 
 mergekit's `linear` averages tensor by tensor, with weights that may depend on the tensor's name; an output slice takes

@@ -23,12 +23,12 @@ def quantise_layer(architecture: Architecture, layer: Mapping[str, Tensor], sche
     """A layer's tensors (relative names) with its matrices rounded to what the quantised model computes with.
 
     int8: symmetric, one scale a row; int4: symmetric, one scale for every `GROUP` columns of a row. Norms and biases
-    stay, and so does a router, as deployed models keep theirs. The result is dequantised, in the dtype that came in:
+    stay, and so do routers, as deployed models keep theirs. The result is dequantised, in the dtype that came in:
     accuracy is that of a quantised model, speed is not.
     """
     if scheme == "none":
         return dict(layer)
-    matrices = {f"{matrix}.weight" for matrix in architecture.matrices if matrix != architecture.router}
+    matrices = {f"{matrix}.weight" for matrix in architecture.matrices if matrix not in architecture.routers}
     return {name: _rounded(name, tensor, scheme) if name in matrices else tensor for name, tensor in layer.items()}
 
 

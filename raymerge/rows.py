@@ -213,7 +213,7 @@ def cost_row(plan: MergePlan, plan_id: str, checkpoint: Checkpoint, quantise: st
     parameters, stored = checkpoint.size(kept)
     if quantise != "none":
         arch = checkpoint.architecture
-        quantised = [matrix for matrix in arch.matrices if matrix != arch.router]
+        quantised = [matrix for matrix in arch.matrices if matrix not in arch.routers]
         # Shapes come from the files' headers: indexing the checkpoint would read each tensor to see that it is finite.
         for kind, (rows, columns) in (
             checkpoint.stored(arch.layer_name(layer, f"{m}.weight")) for layer in kept for m in quantised

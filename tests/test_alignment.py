@@ -167,10 +167,26 @@ def test_units_are_matched_by_their_activations():
     assert all(np.array_equal(found[name], by_weights[name]) for name in found if name != "units")
 
 
+def test_a_shared_expert_s_units_are_matched_like_a_dense_layer_s():
+    """Of unrelated layers, exactly: cosines of gate's and up's rows, behind their norm, and of down's columns."""
+    config = tiny.config_of("qwen2_moe", num_hidden_layers=2)
+    arch, state = architecture_of(config), tiny.random_model(config).state_dict()
+    state = tiny.of_layers(tiny.stored_layer, "qwen2_moe", state)
+    layers = [layer_tensors(state, arch, number) for number in (0, 1)]
+    rows = []
+    for layer in layers:
+        gain = layer["post_attention_layernorm.weight"]
+        gate, up, down = (layer[f"mlp.shared_expert.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        rows.append([part.double().numpy() for part in (gate * gain, up * gain, down.T)])
+    cost = sum(cdist(one, two, "cosine") for one, two in zip(*rows, strict=True))
+    found = align_pair(*layers, arch)["shared_units"]
+    assert np.array_equal(found, linear_sum_assignment(cost)[1]) and len(found) == 40
+
+
 # -- chains ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["qwen2", "phi3", "olmoe"])
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "olmoe", "qwen2_moe"])
 def test_composing_and_inverting_are_what_they_say(family):
     config, arch, _, tensors = one_layer(family)
     first, then = random_permutations(config, 1), random_permutations(config, 2)

@@ -102,9 +102,11 @@ def random_permutations(config, seed=0):
     widths = ("moe_intermediate_size", "shared_intermediate_size", "intermediate_size")
     units = next(getattr(config, width) for width in widths if hasattr(config, width))
     experts = getattr(config, "num_experts", 0)
+    shared = getattr(config, "shared_expert_intermediate_size", 0)
     return {
         **({"experts": rng.permutation(experts)} if experts else {}),
         "units": np.stack([rng.permutation(units) for _ in range(experts)]) if experts else rng.permutation(units),
+        **({"shared_units": rng.permutation(shared)} if shared else {}),
         "kv_heads": rng.permutation(kv),
         "query_heads": np.stack([rng.permutation(heads // kv) for _ in range(kv)]),
         "value_channels": np.stack([rng.permutation(channels) for _ in range(kv)]),
@@ -153,11 +155,23 @@ def test_permutations_of_another_size_are_refused():
 
 
 def test_a_router_without_its_experts_does_not_compute_the_same():
-    config, arch, run, tensors = one_layer("qwen3_moe")
+    """Nor does a part of an expert alone, or of that which every token goes through."""
+    config, arch, run, tensors = one_layer("qwen2_moe")
     expected, every = run(tensors), random_permutations(config)
     moved = tiny.permute_layer(arch, tensors, every)
-    for part in ("mlp.gate.weight", "mlp.experts.0.up_proj.weight"):
+    shared = (f"mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down"))
+    for part in ("mlp.gate.weight", "mlp.experts.0.up_proj.weight", *shared):
         assert (run(moved | {part: tensors[part]}) - expected).abs().max() > 1e-2
+
+
+def test_what_scales_a_shared_expert_counts():
+    """Its one row is read, behind the norm before the MLP, and no reordering moves it."""
+    config, arch, run, tensors = one_layer("qwen2_moe")
+    name = "mlp.shared_expert_gate.weight"
+    assert arch.routers == ("mlp.gate", "mlp.shared_expert_gate") and arch.router == "mlp.gate"
+    assert arch.norm_before("mlp.shared_expert_gate") == "post_attention_layernorm"
+    assert (run(tensors | {name: -tensors[name]}) - run(tensors)).abs().max() > 1e-2
+    assert permute_tensor(arch, name, tensors[name], random_permutations(config)) is tensors[name]
 
 
 @pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name not in tiny.UNFOLDABLE])
@@ -214,6 +228,9 @@ def test_what_stands_alone_is_told_from_what_is_one_of_several():
     assert (phi3.matrix_of("down"), phi3.matrix_of("up"), phi3.matrix_of("router")) == ("mlp.down_proj", None, None)
     assert (olmoe.matrix_of("router"), olmoe.matrix_of("down")) == ("mlp.gate", None)
     assert olmoe.holder_of("up", 0) == "mlp.experts.0.up_proj"
+    qwen2 = architecture_of(tiny.config_of("qwen2_moe"))  # whose shared expert is not all of the MLP
+    assert (qwen2.matrix_of("down"), qwen2.matrix_of("shared_down")) == (None, "mlp.shared_expert.down_proj")
+    assert qwen2.norm_before_mlp == "post_attention_layernorm" and olmoe.routers == ("mlp.gate",) and not phi3.routers
     norms = [f"self_attn.{which}_norm" for which in "qk"]
     for arch, of_heads, of_projections in ((qwen3, norms, [None] * 2), (olmoe, [None] * 2, norms)):
         assert [arch.head_norm_of(which) for which in "qk"] == of_heads

@@ -357,6 +357,8 @@ def test_truncated_weights(copy, keep):
         ("gpt_neox", "embed_out.weight"),
         ("apertus", "model.layers.2.mlp.act_fn.alpha_n"),
         ("qwen2", "model.layers.4.self_attn.q_proj.bias"),
+        ("qwen2_moe", "model.layers.3.self_attn.k_proj.bias"),
+        ("qwen2_moe", "model.layers.1.mlp.shared_expert_gate.weight"),
         ("qwen3_moe", "model.layers.1.self_attn.k_norm.weight"),
         ("mixtral", "model.layers.1.post_attention_layernorm.weight"),
     ],

@@ -313,7 +313,7 @@ def test_a_real_model_on_real_questions(tmp_path):
     assert (logsumexp - right - losses).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "qwen3_moe", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_neox"])
 def test_generation_is_timed_with_the_stored_weights(tmp_path, monkeypatch, family):
     """Random weights first, and converted copies of all beside the model, took 14 GB for a 1.5B, and 87 s."""
     folder = tiny.make_checkpoint(tmp_path, family, dtype=torch.bfloat16)

@@ -19,7 +19,7 @@ def test_every_supported_family_is_tested():
     assert {options["model_type"] for options in tiny.FAMILIES.values()} == set(ARCHITECTURES)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
 def test_more_experts_per_token_than_there_are_are_refused(family):
     for chosen in (0, 9):
         with pytest.raises(ArchitectureError, match=f"num_experts_per_tok is {chosen}, but of . experts it must be 1"):
@@ -67,7 +67,7 @@ def test_logits_divided_by_nothing_are_refused():
         ("mllama", "it has layers of cross-attention to images"),
         ("paligemma", r"it has a prompt whose tokens see those after them \(a bidirectional prefix\)"),
         ("deepseek_v3", "it has attention over compressed keys and values"),
-        ("qwen2_moe", "it has experts whose tensors or routing are not those of mixtral, olmoe and qwen3_moe"),
+        ("granitemoe", "it has experts whose tensors or routing are not those of mixtral, olmoe, qwen2_moe and qwen3_"),
         ("t5", "it has an encoder"),
     ],
 )
@@ -85,6 +85,8 @@ def test_unsupported_families_are_named_with_what_they_have_and_the_supported_on
     ("family", "options", "message"),
     [
         ("olmoe", {"clip_qkv": 8.0}, "olmoe with clip_qkv = 8.0 is not supported; supported is None"),
+        ("qwen2_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\] is not supported; supported is None or \[\]"),
+        ("qwen2_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported; supported is 1"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\] is not supported; supported is None or \[\]"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported; supported is 1"),
         ("nemotron", {"num_key_value_heads": None}, "nemotron without num_key_value_heads is not supported: .* 4 if"),

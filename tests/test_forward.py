@@ -231,7 +231,8 @@ def test_a_layer_s_size_is_that_of_transformers_module(tmp_path, family):
     assert size.key * 4 == size.query * (4 if "neox" in family else config.num_key_value_heads)
     tensors = {name.rpartition(".")[2]: tensor for name, tensor in layer.named_parameters() if "experts" in name}
     if tensors:
-        assert size.mlp == config.num_experts_per_tok * tensors["down_proj"].shape[-1]
+        shared = layer.mlp.shared_expert.down_proj.in_features if family == "qwen2_moe" else 0
+        assert size.mlp == config.num_experts_per_tok * tensors["down_proj"].shape[-1] + shared
     else:
         names = ("shared_mlp.output_linear", "mlp.c_proj", "mlp.fc2", "mlp.down_proj", "mlp.dense_4h_to_h")
         (down,) = (module for name, module in layer.named_modules() if name in names)
@@ -271,9 +272,10 @@ def test_mlp_units_are_what_the_down_projection_reads(tmp_path, shard, family):
         assert (found[layer] - expected).abs().max() < LIMIT * expected.abs().max()
 
 
-def test_the_units_of_experts_have_no_values_at_every_token(tmp_path, shard):
-    runner = LayerRunner(Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", "mixtral"))))
-    with pytest.raises(AlignmentError, match="units of mixtral see only the tokens .*use alignment neurons"):
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_the_units_of_experts_have_no_values_at_every_token(tmp_path, shard, family):
+    runner = LayerRunner(Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", family))))
+    with pytest.raises(AlignmentError, match=f"units of {family} see only the tokens .*use alignment neurons"):
         runner.mlp_units(runner.embed(shard), 0)
 
 

@@ -153,6 +153,7 @@ def fold(state, layer, config):
         before_attention, before_mlp = "attention_layernorm", "feedforward_layernorm"
     gone = []
     ups = ("gate_proj", "up_proj", "gate_up_proj", "input_linear", "gate", "w1", "w3", "c_fc", "fc1", "dense_h_to_4h")
+    ups += ("shared_expert_gate",)
     for norm, readers in (
         (before_attention, ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")),
         (before_mlp, ups),
@@ -206,6 +207,9 @@ def reorder(state, layer, config, order):
                 state[f"{prefix}{name.format(number)}.weight"] = old[f"{prefix}{name.format(expert)}.weight"]
             gate, up, down = (name.format(number) for name in names)
             rows[gate] = rows[up] = columns[down] = units.tolist()
+        if "shared_units" in order:
+            gate, up, down = (f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down"))
+            rows[gate] = rows[up] = columns[down] = order["shared_units"].tolist()
     else:
         units = order["units"].tolist()
         down = {"granitemoehybrid": "shared_mlp.output_linear", "starcoder2": "mlp.c_proj", "phi": "mlp.fc2"}
@@ -308,6 +312,7 @@ def test_every_alignment_with_every_norm(checkpoint, aligner, alignment, norms, 
         ("olmo2", "neurons", "keep"),
         ("mixtral", "neurons", "fold"),
         ("olmoe", "neurons", "fold"),
+        ("qwen2_moe", "neurons", "fold"),
         ("qwen3_moe", "none", "fold"),
         ("qwen3_moe", "neurons", "keep"),
         ("nemotron", "neurons", "keep"),
@@ -559,6 +564,8 @@ def test_layers_with_and_without_a_rotary_embedding_are_not_averaged(tmp_path):
         ("nemotron", "none", "fold", "nemotron has a bias in input_layernorm too, for which self_attn.q_proj would"),
         ("stablelm", "none", "fold", "stablelm has a bias in post_attention_layernorm too, for which mlp.gate_proj"),
         ("mixtral", "rows", "keep", "alignment rows permutes each matrix alone, .* use neurons or none for mixtral"),
+        ("qwen2_moe", "rows", "keep", "rows permutes each matrix alone, .* use neurons or none for qwen2_moe"),
+        ("qwen2_moe", "activations", "keep", "a router sends each expert tokens of its own: use neurons or none"),
         ("qwen3_moe", "activations", "keep", "a router sends each expert tokens of its own: use neurons or none"),
     ],
 )

@@ -50,12 +50,15 @@ def test_matrices_are_rounded_to_the_scheme_s_levels_and_nothing_else_is(scheme,
 
 
 def test_experts_are_rounded_and_their_router_is_not():
-    architecture, weight = architecture_of(tiny.config_of("qwen3_moe")), layer()["mlp.gate_proj.weight"]
-    before = {"mlp.gate.weight": weight, "mlp.experts.0.up_proj.weight": weight}
+    """Nor is what scales the expert that every token goes through, which is rounded like the others."""
+    architecture, weight = architecture_of(tiny.config_of("qwen2_moe")), layer()["mlp.gate_proj.weight"]
+    routers, experts = ("mlp.gate", "mlp.shared_expert_gate"), ("mlp.experts.0.up_proj", "mlp.shared_expert.up_proj")
+    before = {f"{name}.weight": weight for name in routers + experts}
     after = quantise_layer(architecture, before, "int8")
-    assert after["mlp.gate.weight"] is weight
-    assert (after["mlp.experts.0.up_proj.weight"] - rounded(weight, 256, 64)).abs().max() < 1e-1 * weight.abs().max()
-    assert not torch.equal(after["mlp.experts.0.up_proj.weight"], weight)
+    assert all(after[f"{name}.weight"] is weight for name in routers)
+    for name in experts:
+        assert (after[f"{name}.weight"] - rounded(weight, 256, 64)).abs().max() < 1e-1 * weight.abs().max()
+        assert not torch.equal(after[f"{name}.weight"], weight)
 
 
 def test_what_cannot_be_quantised_is_refused(monkeypatch):
@@ -67,6 +70,16 @@ def test_what_cannot_be_quantised_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(QuantisationError, match=r"needs torchao: pip install 'raymerge\[quant\]'"):
         quantise_layer(ARCHITECTURE, odd, "int8")
+
+
+def test_bytes_of_routers_are_as_they_are_stored(tmp_path):
+    """Of 5 layers with 4 experts (24 units), a shared one (40) and heads of 32 and 16 rows: a byte less 3 of float32 an
+    entry, and a scale of 2 bytes a row, but not of the router's 4 rows and of the one that scales the shared expert."""
+    checkpoint = Checkpoint(str(tiny.make_checkpoint(tmp_path / "m", "qwen2_moe")))
+    plain, int8 = (cost_row(base_plan(5), "x", checkpoint, scheme)["bytes"] for scheme in ("none", "int8"))
+    rows = 32 + 16 + 16 + 32 + 4 * (24 + 24 + 32) + 40 + 40 + 32
+    entries = 32 * (32 + 16 + 16 + 32) + 4 * 3 * 24 * 32 + 3 * 40 * 32
+    assert plain - int8 == 5 * (3 * entries - 2 * rows)
 
 
 def test_bytes_count_weights_and_scales(monkeypatch):

@@ -385,7 +385,7 @@ def test_units_behind_a_norm_with_a_bias_or_without_gates_are_refused(tmp_path, 
     check_refittable(checkpoint, refitted(drop_block_plan(N, 2, 1), "outputs"))
 
 
-@pytest.mark.parametrize("family", ["glm4", "granite", "granitemoehybrid", "olmo3", "mixtral"])
+@pytest.mark.parametrize("family", ["glm4", "granite", "granitemoehybrid", "olmo3", "mixtral", "qwen2_moe"])
 def test_a_refit_of_outputs_that_are_normalised_scaled_or_of_experts_is_refused(tmp_path, family):
     """They are not what is added to the residual stream, which a fit would take them for; an expert's are a share."""
     checkpoint = Checkpoint(str(make_checkpoint(tmp_path / "m", {"granitemoehybrid": "granite4"}.get(family, family))))

@@ -256,6 +256,14 @@ FAMILIES = {
     "mixtral": {"model_type": "mixtral", "num_local_experts": 3, "intermediate_size": 24},
     # Sizes in multiples of 8: half-precision experts are multiplied in rows of 16 bytes.
     "olmoe": {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24},
+    # Beside the experts one that every token goes through, of another width.
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
     "qwen3_moe": {
         "model_type": "qwen3_moe",
         "num_experts": 5,
@@ -527,7 +535,7 @@ def expert_names(model_type):
     """Names of the router and of an expert's projections (gate, up, down) in a published checkpoint; None: no expert"""
     if model_type == "mixtral":
         return "block_sparse_moe.gate", *(f"block_sparse_moe.experts.{{}}.{name}" for name in ("w1", "w3", "w2"))
-    if model_type in ("olmoe", "qwen3_moe"):
+    if model_type in ("olmoe", "qwen2_moe", "qwen3_moe"):
         return "mlp.gate", *(f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down"))
     return None
 

@@ -28,6 +28,7 @@ WINDOW = 1024
 #: How the names end of what reads the norms before attention and MLP. Gemma stores gains less 1.
 READS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
 MLP_READS = ("gate_proj", "up_proj", "gate_up_proj", "input_linear", "c_fc", "fc1", "h_to_4h", ".gate", ".w1", ".w3")
+MLP_READS += ("shared_expert_gate",)
 GEMMA = ("gemma", "gemma2", "gemma3_text", "vaultgemma")
 # Language models that AutoModelForCausalLM has no class of, and those that are the same where positions are one number.
 IN_TEXT = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
@@ -209,7 +210,9 @@ class Base:
             matrices = [
                 n
                 for n, t in state.items()
-                if n.startswith("model.layers.") and t.ndim == 2 and not n.endswith(".gate.weight")
+                if n.startswith("model.layers.")
+                and t.ndim == 2
+                and not n.endswith((".gate.weight", "shared_expert_gate.weight"))
             ]
             state = state | {name: quantised(state[name].to(dtype), quantise) for name in matrices}
         config = copy.deepcopy(self.config)

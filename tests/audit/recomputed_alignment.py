@@ -2,7 +2,7 @@
 docs/design.md and the docstring of `alignment`.
 
 An order has for each axis (q, k, v, o, units) which old slice stands at each new place; with experts "experts" has the
-old expert at each place and "units" a list, the order inside each.
+old expert at each place and "units" a list, the order inside each; "shared" has the order inside an expert for all.
 """
 
 import functools
@@ -22,6 +22,8 @@ UNITS = {"gate_proj": 1, "up_proj": 1, "down_proj": 1, "gate_up_proj": 2, "w1": 
 UNITS |= {"input_linear": 2, "output_linear": 1, "c_fc": 1, "c_proj": 1, "fc1": 1, "fc2": 1}
 UNITS |= {"dense_h_to_4h": 1, "dense_4h_to_h": 1}
 COLUMNS = ("o_proj", "dense", "down_proj", "w2", "output_linear", "c_proj", "fc2", "dense_4h_to_h")
+#: An expert that every token goes through.
+SHARED = ".shared_expert."
 #: Norms over all of a projection, whose gains stand in the order of its rows.
 NORMS = {"q_norm": ["q"], "k_norm": ["k"]}
 
@@ -41,6 +43,8 @@ def reordered(layer, order):
         units = order["units"]
         if expert := expert_of(name):
             tensor, units = layer[expert[0].format(order["experts"][expert[1]])], units[expert[1]]
+        if SHARED in name:
+            units = order["shared"]
         axes = [order[axis] for axis in (ROWS | NORMS).get(module, [])] or [units] * UNITS.get(module, 0)
         if module == "gate" and "experts" in order:
             axes = [order["experts"]]
@@ -58,7 +62,8 @@ def reordered(layer, order):
 
 def then(order, following):
     """One order that does what two do in turn."""
-    found = {axis: order[axis][following[axis]] for axis in "qkvo"} | {"d": order["d"]}
+    axes = [*"qkvo", *({"shared"} & order.keys())]
+    found = {axis: order[axis][following[axis]] for axis in axes} | {"d": order["d"]}
     if "experts" not in order:
         return found | {"units": order["units"][following["units"]]}
     places = following["experts"]
@@ -67,7 +72,8 @@ def then(order, following):
 
 
 def undone(order):
-    found = {axis: np.argsort(order[axis]) for axis in "qkvo"} | {"d": order["d"]}
+    axes = [*"qkvo", *({"shared"} & order.keys())]
+    found = {axis: np.argsort(order[axis]) for axis in axes} | {"d": order["d"]}
     if "experts" not in order:
         return found | {"units": np.argsort(order["units"])}
     places = np.argsort(order["experts"])
@@ -97,7 +103,7 @@ class Matcher:
 
     def projections(self, number):
         """Of a layer, with the gains of what its matrices read, rows (of o and down columns) of length 1: q, k, v, o,
-        router, and (projection, expert), of dense layers (projection, 0)."""
+        router, and (projection, expert), of dense layers (projection, 0), of an expert for all (projection, -1)."""
         layer, found = self.base.layer(number), {}
         gains = self.base.gains(layer)
         heads, kv, d = self.shape
@@ -107,7 +113,7 @@ class Matcher:
             folded = tensor.double() * gains.get(name, torch.ones(1, dtype=torch.float64))
             module = name.split(".")[-2]
             rows = torch.nn.functional.normalize(folded.T if module in COLUMNS else folded, dim=1).numpy()
-            expert = (expert_of(name) or (0, 0))[1]
+            expert = -1 if SHARED in name else (expert_of(name) or (0, 0))[1]
             if module == "query_key_value":
                 found |= zip("qkv", rows.reshape(heads, 3, d, -1).swapaxes(0, 1).reshape(3, heads * d, -1), strict=True)
             elif module == "qkv_proj":
@@ -138,6 +144,8 @@ class Matcher:
         def likeness(a, b):
             return sum(one[k, a] @ two[k, b].T for k in ("gate", "up", "down") if (k, a) in one)
 
+        if ("up", -1) in one:
+            found["shared"] = linear_sum_assignment(-likeness(-1, -1))[1]
         if "router" in one:
             # A pair of experts counts by bounds of what its units could reach; units are matched in the pairs found.
             n, cosines = len(one["router"]), one["router"] @ two["router"].T
