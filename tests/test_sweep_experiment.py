@@ -168,24 +168,28 @@ def test_plan_files_of_another_base_are_said_to_be_so_at_the_start_and_in_the_ma
 
 def test_an_interrupted_sweep_goes_on_where_it_stopped(run, local_pools, tmp_path, monkeypatch):
     settings = config(tmp_path / "cut", "sweep.alignments=[none]", "sweep.norms=[keep]", "sweep.context=false")
-    reporting = experiments.compression_sweep.Reporter
+    job = experiments.reporting._Job
 
     class Cut(Exception):
         pass
 
-    original, stored = reporting._store, []
+    original, stored = job.take, []
 
-    def cut(self, method, plan, task, results):
+    def taken(self, result):
+        if len(self.results) == len(self.items) - 1:
+            stored.append((self.method, self.plan.name))
+        original(self, result)
+
+    def cut(self, result):
         if len(stored) == 5:
             raise Cut
-        stored.append((method, plan.name))
-        return original(self, method, plan, task, results)
+        taken(self, result)
 
-    monkeypatch.setattr(reporting, "_store", cut)
+    monkeypatch.setattr(job, "take", cut)
     with pytest.raises(Cut):
         sweep(settings, command=["test"])
     before, stored[:] = list(stored), []
-    monkeypatch.setattr(reporting, "_store", lambda *args: (stored.append((args[1], args[2].name)), original(*args)))
+    monkeypatch.setattr(job, "take", taken)
     whole = sweep(settings, command=["test"])
     assert whole.complete and not {item for item in before if item[0] != "receipts"} & set(stored)
     rows = whole.read("answers", ["plan_id", "question_id"]).to_pylist()
