@@ -180,10 +180,10 @@ def _first_difference(own: list[tuple[int, int]], other: list[tuple[int, int]]) 
 
 def _searched_starts(config: Config, start: MergePlan, checkpoint: Checkpoint) -> list[int]:
     """The first layers of the blocks that are searched beside the coefficients; none where the block is fixed."""
-    plan = config.plan
-    if (plan.selection, plan.block) != ("block", "search"):
+    section = config.plan
+    if (section.selection, section.block) != ("block", "search"):
         return []
-    return allowed_starts(plan, start.n_layers, len(start.steps), checkpoint)
+    return allowed_starts(section, start.n_layers, len(start.steps), checkpoint)
 
 
 class _Search:

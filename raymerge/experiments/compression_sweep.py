@@ -294,7 +294,7 @@ def _points_of(
 
 
 def _averaged(
-    settings: PlanConfig,
+    section: PlanConfig,
     n_layers: int,
     method: str,
     merges: int,
@@ -304,22 +304,22 @@ def _averaged(
     """The plan of a method that averages layers, under the method's name; blocks: as of `Chosen`."""
     matrix = None if similarity is None else similarity.matrix
     pairs, selection, kind = tail_pairs(n_layers, merges), "tail", "file"
-    base, ratio = method, settings.ratio
+    base, ratio = method, section.ratio
     if method.startswith("fixed:"):
         kind, base, ratio = "fixed", "fixed", float(method.removeprefix("fixed:"))
     elif method in ("most_similar", "merge_block"):
         # A file's coefficients belong to its own merges.
-        base = "fixed" if settings.base == "file" else settings.base
+        base = "fixed" if section.base == "file" else section.base
         if method == "most_similar":
             assert similarity is not None  # as `_check_sources` has seen to
             pairs = most_similar_pairs(similarity.matrix, merges=merges, first=similarity.first)
             selection = "most_similar"
         else:
-            pairs, selection = block_pairs(n_layers, blocks[merges], merges, settings.survivor), "block"
+            pairs, selection = block_pairs(n_layers, blocks[merges], merges, section.survivor), "block"
     return pairs_plan(
         n_layers,
         pairs,
-        pair_alphas(pairs, base, ratio=ratio, similarity=matrix, beta=settings.beta),
+        pair_alphas(pairs, base, ratio=ratio, similarity=matrix, beta=section.beta),
         name=_method_name(method),
         kind=kind,
         selection=selection,

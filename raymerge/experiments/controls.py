@@ -19,7 +19,7 @@ FIXED_CONTROL = PlanConfig().ratio  # the constant that published coefficients a
 
 
 def controls_of(
-    plan: PlanConfig, checkpoint: Checkpoint, start: MergePlan, similarity: Similarity | None, progress: Progress
+    section: PlanConfig, checkpoint: Checkpoint, start: MergePlan, similarity: Similarity | None, progress: Progress
 ) -> list[MergePlan]:
     """The unmerged model, both ways of dropping, the constant, what a similarity run offers, and the start."""
     n_layers, merges = checkpoint.n_layers, len(start.steps)
@@ -31,10 +31,10 @@ def controls_of(
         *influence_plan(similarity, merges),
         start.with_alphas([FIXED_CONTROL] * merges, name=f"fixed_{FIXED_CONTROL:g}", kind="fixed"),
     ]
-    if similarity is not None and (plan.base.startswith("similarity") or plan.selection == "most_similar"):
+    if similarity is not None and (section.base.startswith("similarity") or section.selection == "most_similar"):
         first = start.first_removed if start.selection == "block" else None
         check = partial(check_mergeable, checkpoint)
-        shuffled = shuffled_plan(plan, n_layers, similarity, merges, first, check=check)
+        shuffled = shuffled_plan(section, n_layers, similarity, merges, first, check=check)
         if not shuffled:
             progress.message("Warning: no shuffle of the similarity makes a plan that can be a control.")
         controls += shuffled
