@@ -261,7 +261,7 @@ class BatchSearcher(Searcher):
         *,
         candidates: int,
         batch: int,
-        crew: WorkerPool,
+        pool: WorkerPool,
         concurrent: int | None = None,
         describe: Callable[[Point], Row],
         minimise: bool,
@@ -272,10 +272,10 @@ class BatchSearcher(Searcher):
         super().__init__(metric="value", mode="max")
         self._proposer, self._describe, self._record = proposer, describe, record
         self._minimise, self._on_progress = minimise, on_progress
-        self.crew = crew
+        self.pool = pool
         self.candidates, self.concurrent = candidates, math.inf if concurrent is None else concurrent
         self._supply = _Supply(proposer, candidates=candidates, batch=batch, replayed=replayed)
-        self._free = list(crew.present)
+        self._free = list(pool.present)
         self._running: dict[str, tuple[int, _Batch]] = {}
         self.scored: dict[str, list[float]] = {}  # actor -> seconds of each of its candidates in this call
         self.best: float | None = None  # value of the objective
@@ -305,9 +305,9 @@ class BatchSearcher(Searcher):
         if self.failure is not None or (self._supply.is_empty and not self._running):
             return self.FINISHED
         try:
-            self._free += self.crew.poll()
+            self._free += self.pool.poll()
             if not self._free and not self._running:
-                self.crew.require()
+                self.pool.require()
         except Exception as failed:
             # Tune would go on; it ends the search and is raised when Tune is done.
             self.failure = failed
@@ -323,8 +323,8 @@ class BatchSearcher(Searcher):
         first_round = self._first_round if self._handed_out <= len(self._first_round) else []
         return {
             "candidates": batch.points,
-            "worker": self.crew.name_of(slot),
-            "first_round": [self.crew.name_of(other) for other in first_round],
+            "worker": self.pool.name_of(slot),
+            "first_round": [self.pool.name_of(other) for other in first_round],
         }
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -336,7 +336,7 @@ class BatchSearcher(Searcher):
         results, count = result.get("results"), len(batch.points)
         try:
             node = self._release(slot, result)
-        except Exception as failed:  # the crew writes losses down, which may fail as the record below may
+        except Exception as failed:  # the pool writes losses down, which may fail as the record below may
             self.failure = self.failure or failed
             return
         if result.get("refused"):
@@ -369,20 +369,20 @@ class BatchSearcher(Searcher):
     def _release(self, slot: int, result: Mapping[str, Any]) -> str:
         """Take note of what has become of a trial's worker; return the node that it was on if it was lost, else ""."""
         if result.get("lost"):
-            node = self.crew.lose(slot, result["lost"])
-            self._free = self.crew.answering(self._free)
+            node = self.pool.lose(slot, result["lost"])
+            self._free = self.pool.answering(self._free)
             return node
         if result.get("results") is not None:
             self._free.append(slot)
-            self.crew.succeeded(slot)
+            self.pool.succeeded(slot)
         elif not result.get("refused"):  # the trial failed, which says nothing of the worker
-            self._free += self.crew.answering([slot])
+            self._free += self.pool.answering([slot])
         return ""
 
     def _repeat(self, batch: _Batch, node: str) -> bool:
-        """Give a batch whose worker was lost out once more; False where the crew gives it up."""
+        """Give a batch whose worker was lost out once more; False where the pool gives it up."""
         losses = (*batch.losses, node)
-        if self.crew.gives_up(losses):
+        if self.pool.gives_up(losses):
             return False
         self._supply.repeat(batch, losses)
         return True
@@ -446,7 +446,7 @@ def run_search(
     if batches.done >= batches.candidates:
         return SearchOutcome(0, 0.0, None)
     _quiet_tune()
-    pool = batches.crew
+    pool = batches.pool
     began, before = time.monotonic(), pool.seconds_present()
     folder, run_name = Path(storage_path).absolute(), f"{name}-{uuid.uuid4().hex[:8]}"
     options = {"timeout_s": pool.timeout_s, "method": method, "arguments": arguments}

@@ -448,7 +448,7 @@ class _Search:
             proposer,
             candidates=candidates,
             batch=batch,
-            crew=self.pool,
+            pool=self.pool,
             concurrent=None if settings.concurrent == "auto" else settings.concurrent,  # more workers may join
             describe=lambda point: {**common, "plan_id": self._candidate(point).plan_id(self.identity)},
             minimise=is_minimised(settings.objective),
