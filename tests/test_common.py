@@ -26,7 +26,7 @@ from raymerge.experiments.common import (
     counted,
     describe_workers,
     draw_figures,
-    model_facts,
+    finish,
     open_pool,
     open_run,
     read_inputs,
@@ -222,17 +222,23 @@ def test_a_complete_run_stays_as_it_is(tmp_path):
     assert again.complete and (tmp_path / "run" / "manifest.json").read_bytes() == written
 
 
-def test_a_manifest_names_model_prompts_and_text():
+def test_a_manifest_names_model_prompts_and_text(tmp_path):
     config = load_config(None, ["model.path=demo"])
-    facts = model_facts(config, Inputs(checkpoint=CHECKPOINT, text="a text"))
-    assert facts["model"] == {
+
+    def manifest(name, **text):
+        run = opened(tmp_path / name)
+        finish(run, config, Inputs(checkpoint=CHECKPOINT, **text), [], Silent(), command=["test"], seeds={"data": 3})
+        return run.manifest()
+
+    of_text = manifest("text", text="a text")
+    assert of_text["model"] == {
         "path": config.model.path,
         "identity": CHECKPOINT.identity,
         "revision": None,
         "gguf": None,
     }
-    assert facts["text_hash"] == text_hash("a text") and facts["data"] == {}
-    assert model_facts(config, Inputs(checkpoint=CHECKPOINT))["text_hash"] is None
+    assert of_text["text_hash"] == text_hash("a text") and of_text["data"] == {} and of_text["seeds"] == {"data": 3}
+    assert manifest("questions")["text_hash"] is None and of_text["figures"] == []
 
 
 @pytest.mark.parametrize("place", ["analysis", "raymerge/_analysis"])

@@ -251,7 +251,7 @@ def test_blocks_are_chosen_once_for_every_number_of_layers_and_stand_beside_the_
     assert shown["deepest"] == f"{deepest}-{deepest + 5} ({scores[deepest]:.4g})"
 
     # What is in the table is not measured again, as when a run that was cut short goes on.
-    again = planning.choose_blocks(settings, N_LAYERS, [1, 6], run, str(tmp_path), None, Silent())
+    again = planning.choose_blocks(settings, Checkpoint("demo"), [1, 6], run, str(tmp_path), None, Silent())
     assert again == chosen
 
 
@@ -268,7 +268,7 @@ def test_a_block_that_is_given_or_similar_needs_no_model(tmp_path):
         run = RunDirectory.open(tmp_path / f"{first}", {}, "search")
         settings = config(tmp_path, *more)
         similar = plan_section.Similarity(matrix, None)
-        assert planning.choose_blocks(settings, N_LAYERS, [3], run, "", similar, Silent()) == {3: first}
+        assert planning.choose_blocks(settings, Checkpoint("demo"), [3], run, "", similar, Silent()) == {3: first}
         (row,) = (row for row in run.read("blocks").to_pylist() if row["chosen"])
         assert (row["measure"], row["first"], row["last"]) == (measure, first, first + 2)
         caption, _, (shown,) = summary.block_table(run)
@@ -284,7 +284,7 @@ def test_a_block_that_is_given_or_similar_needs_no_model(tmp_path):
         RunDirectory.open(tmp_path / "other", {}, "search"),
     )
     with pytest.raises(PlanError, match=r"layers \[0\] on have no finite score: set plan.starts"):
-        planning.choose_blocks(settings, N_LAYERS, [3], other, "", similar, Silent())
+        planning.choose_blocks(settings, Checkpoint("demo"), [3], other, "", similar, Silent())
 
 
 def test_plain_text_alone_judges_every_point_where_no_questions_are_asked(run, local_pools, tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -32,8 +32,7 @@ from raymerge.experiments.common import (
     compute_trunk,
     counted,
     describe_workers,
-    draw_figures,
-    model_facts,
+    finish,
     open_pool,
     open_run,
     read_inputs,
@@ -126,16 +125,9 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
             start = recomputed_plan(config, n_layers, cache, progress)
             _check(config, inputs, start, probes)
         if block_size is not None:
+            roles = (*asked, CALIBRATION)
             found = choose_blocks(
-                config,
-                n_layers,
-                [block_size],
-                run,
-                cache,
-                similarity,
-                progress,
-                roles=(*asked, CALIBRATION),
-                checkpoint=inputs.checkpoint,
+                config, inputs.checkpoint, [block_size], run, cache, similarity, progress, roles=roles
             )
             start = starting_plan(config.plan, n_layers, similarity, found[block_size])
             _check(config, inputs, start, probes)
@@ -186,31 +178,28 @@ def _searched_starts(config: Config, start: MergePlan, checkpoint: Checkpoint) -
     return allowed_starts(section, start.n_layers, len(start.steps), checkpoint)
 
 
+@dataclass(eq=False)
 class _Search:
     """One run of the alpha search: its inputs, where results go, and the pool while it is open."""
 
-    pool: WorkerPool
+    config: Config
+    inputs: Inputs
+    run: RunDirectory
+    cache: str
+    start: MergePlan
+    similarity: Similarity | None
+    progress: Progress
+    command: Sequence[str] | None
+    warnings: Sequence[str] = ()
+    pool: WorkerPool = field(init=False)
 
-    def __init__(
-        self,
-        config: Config,
-        inputs: Inputs,
-        run: RunDirectory,
-        cache: str,
-        start: MergePlan,
-        similarity: Similarity | None,
-        progress: Progress,
-        command: Sequence[str] | None,
-        warnings: Sequence[str] = (),
-    ):
-        self.config, self.inputs, self.run, self.cache = config, inputs, run, cache
-        self.start, self.similarity, self.progress, self.command = start, similarity, progress, command
-        self.warnings = list(warnings)
-        self.identity = inputs.checkpoint.identity
-        self.reporter = Reporter(config, inputs, run)
+    def __post_init__(self) -> None:
+        checkpoint, start = self.inputs.checkpoint, self.start
+        self.identity = checkpoint.identity
+        self.reporter = Reporter(self.config, self.inputs, self.run)
         # Whatever its coefficients turn out to be, a candidate changes nothing before its first merged layer.
         self.template = self._candidate([0.5] * len(start.steps))
-        self.blocks = _searched_starts(config, start, inputs.checkpoint)
+        self.blocks = _searched_starts(self.config, start, checkpoint)
         self.templates = [self.template.moved_to(first) for first in self.blocks] or [self.template]
         if start.selection == "block":
             # Its states are kept too: dropping the last layers, and the unmerged model, start from them.
@@ -220,7 +209,9 @@ class _Search:
         self.corners = [[1.0] * len(start.steps), [0.0] * len(start.steps)]
         self.facts: dict[str, Any] = {}
         self.loose = 0  # batches of trials since they were last gathered in one file
-        self.models = FoundModels(config, inputs.checkpoint, run, cache, command=command, progress=progress)
+        self.models = FoundModels(
+            self.config, checkpoint, self.run, self.cache, command=self.command, progress=self.progress
+        )
 
     def _candidate(self, alphas: Sequence[float], name: str = "candidate", kind: str = "found") -> MergePlan:
         matrices = self.inputs.checkpoint.architecture.matrices
@@ -281,9 +272,12 @@ class _Search:
 
     def _conclude(self, best: MergePlan, model: str | None, proof: dict[str, Any] | None) -> None:
         """Draw the figures and write the manifest, last of all. model, proof: of the best plan, where it is saved."""
-        scripts = ("alphas.py", *(["accuracy.py"] if self.inputs.questions else []))
-        figures = draw_figures(self.run, scripts, self.progress) if self.config.output.figures else []
-        self.run.write_manifest(
+        finish(
+            self.run,
+            self.config,
+            self.inputs,
+            ["alphas.py", *(["accuracy.py"] if self.inputs.questions else [])],
+            self.progress,
             command=self.command,
             seeds={"data": self.config.data.seed, "search": self.config.search.seed},
             best={
@@ -293,9 +287,7 @@ class _Search:
                 "model": model,
                 "proof": proof,
             },
-            figures=figures,
             warnings=self.warnings,
-            **model_facts(self.config, self.inputs),
             **self.facts,
         )
 

@@ -388,18 +388,23 @@ def counted(
     return finished
 
 
-def model_facts(config: Config, inputs: Inputs) -> dict[str, Any]:
-    """What a manifest says of the model, the prompts and the text."""
-    return {
-        "model": {
-            "path": config.model.path,
-            "identity": inputs.checkpoint.identity,
-            "revision": config.model.revision,
-            "gguf": inputs.checkpoint.source,
-        },
-        "data": inputs.identities,
-        "text_hash": None if inputs.text is None else text_hash(inputs.text),
+def finish(
+    run: RunDirectory, config: Config, inputs: Inputs, figures: Sequence[str], progress: Progress, **facts: Any
+) -> None:
+    """Draw the figures, if they are asked for, and write the manifest, last of all: with it the run is complete.
+
+    figures: the analysis scripts that draw them. facts: what the manifest says beside the model, the prompts and the
+    text.
+    """
+    drawn = draw_figures(run, figures, progress) if figures and config.output.figures else []
+    model = {
+        "path": config.model.path,
+        "identity": inputs.checkpoint.identity,
+        "revision": config.model.revision,
+        "gguf": inputs.checkpoint.source,
     }
+    text = None if inputs.text is None else text_hash(inputs.text)
+    run.write_manifest(figures=drawn, model=model, data=inputs.identities, text_hash=text, **facts)
 
 
 def draw_figures(run: RunDirectory, scripts: Sequence[str], progress: Progress) -> list[str]:

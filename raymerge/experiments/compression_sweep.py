@@ -22,8 +22,7 @@ from raymerge.experiments.common import (
     compute_trunk,
     counted,
     describe_workers,
-    draw_figures,
-    model_facts,
+    finish,
     open_pool,
     open_run,
     read_inputs,
@@ -131,16 +130,9 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
         progress.message(f"Warning: {warning}.")
     with runtime(config, progress), swept_cache(config, run) as cache:
         if blocks:
+            averaged = _averages(config)
             found = choose_blocks(
-                config,
-                n_layers,
-                list(blocks),
-                run,
-                cache,
-                similarity,
-                progress,
-                checkpoint=inputs.checkpoint,
-                averaged=_averages(config),
+                config, inputs.checkpoint, list(blocks), run, cache, similarity, progress, averaged=averaged
             )
             chosen = replace(chosen, blocks=found)
         # Each layer follows from those before it: those of a smaller K are the first ones of the largest.
@@ -363,24 +355,22 @@ def _refit_name(plan: MergePlan) -> str:
     return "none" if plan.refit is None else plan.refit.method
 
 
+@dataclass(eq=False)
 class _Sweep:
     """One sweep: its points, where results go, and what is measured while the pool is open."""
 
-    def __init__(
-        self,
-        config: Config,
-        inputs: Inputs,
-        run: RunDirectory,
-        cache: str,
-        points: list[Point],
-        progress: Progress,
-        command: Sequence[str] | None,
-        warnings: Sequence[str] = (),
-    ):
-        self.config, self.inputs, self.run, self.cache, self.points = config, inputs, run, cache, points
-        self.progress, self.command, self.warnings = progress, command, list(warnings)
-        self.identity = inputs.checkpoint.identity
-        self.plans = list({point.plan.plan_id(self.identity): point.plan for point in points}.values())
+    config: Config
+    inputs: Inputs
+    run: RunDirectory
+    cache: str
+    points: list[Point]
+    progress: Progress
+    command: Sequence[str] | None
+    warnings: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.identity = self.inputs.checkpoint.identity
+        self.plans = list({point.plan.plan_id(self.identity): point.plan for point in self.points}.values())
         # The last K layers' plans start at the deepest states; so does the unmerged model. Blocks start at their own.
         starting = [plan for plan in self.plans if plan.ends_at_once or plan.selection == "block" or plan.refit]
         self.firsts = sorted({plan.resumes_at for plan in starting})
@@ -412,14 +402,16 @@ class _Sweep:
             reporter.write_plans(plans)
             # Last, since it can take as long as all else: what is above can be looked at meanwhile.
             reporter.store_costs(plans, self._time_generation(pool))
-        figures = draw_figures(self.run, ["compression.py"], self.progress) if self.config.output.figures else []
-        self.run.write_manifest(
+        finish(
+            self.run,
+            self.config,
+            self.inputs,
+            ["compression.py"],
+            self.progress,
             command=self.command,
             seeds={"data": self.config.data.seed},
             workers=workers,
-            figures=figures,
             warnings=self.warnings,
-            **model_facts(self.config, self.inputs),
         )
         return self.run
 
