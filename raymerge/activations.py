@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from raymerge.errors import UserError
-from raymerge.forward import GroupStates, Layer, LayerRunner, joined
+from raymerge.forward import Batch, GroupStates, Layer, LayerRunner, joined
 from raymerge.fusion import check_mergeable
 from raymerge.identity import digest
 from raymerge.plan import MergePlan, base_plan
@@ -173,7 +173,7 @@ def _narrowed(state: GroupStates) -> GroupStates:
         size = max(1, _ATTENDED_TOKENS // (state.prefix.shape[1] + x.shape[1]))
         for start in range(0, len(members), size):
             part = slice(start, start + size)
-            batches.append((members[part], lengths[part], x[part]))
+            batches.append(Batch(members[part], lengths[part], x[part]))
     return GroupStates(state.group, state.prefix, batches)
 
 
@@ -243,7 +243,7 @@ def _blocks(states: Sequence[GroupStates], n: int) -> Iterator[Tensor]:
     """The samples' whole sequences, a few token positions at a time: (N, positions * d) float64, zero-padded."""
     first = states[0].prefix
     width = first.shape[-1]
-    longest = max(state.prefix.shape[1] + max(lengths) for state in states for _, lengths, _ in state.batches)
+    longest = max(state.prefix.shape[1] + max(batch.lengths) for state in states for batch in state.batches)
     step = max(1, _BLOCK_VALUES // (n * width))
     for start in range(0, longest, step):
         stop = min(start + step, longest)

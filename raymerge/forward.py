@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,13 +40,22 @@ version = cache(importlib.metadata.version)  # read from a package's files, 4 ms
 _VERSION = 2  # of how layers are run; another value makes cached outputs of earlier versions unused
 
 
+class Batch(NamedTuple):
+    """Sequences of one group that are run together: their numbers in it, their lengths and their states (B, T, d),
+    padded on the right."""
+
+    members: list[int]
+    lengths: list[int]
+    states: Tensor
+
+
 @dataclass
 class GroupStates:
-    """Hidden states of one group: `prefix` (1, P, d); `batches` of sequences padded on the right, (B, T, d)."""
+    """Hidden states of one group: those of its prefix, (1, P, d), and those of its sequences."""
 
     group: Group
     prefix: Tensor
-    batches: list[tuple[list[int], list[int], Tensor]]  # (sequence numbers, lengths, states)
+    batches: list[Batch]
 
     def last(self) -> tuple[list[int], Tensor]:
         """Rows and states (n, d) at the last token of every sequence."""
@@ -326,7 +336,7 @@ class LayerRunner:
             padded = prefix.new_zeros(len(members), max(lengths), prefix.shape[-1])
             for row, i in enumerate(members):
                 padded[row, : lengths[row]] = states_of(group.sequences[i], int(starts[i]))
-            batches.append((members, lengths, padded))
+            batches.append(Batch(members, lengths, padded))
         return GroupStates(group, prefix, batches)
 
     def _batched(self, group: Group) -> list[list[int]]:
@@ -428,8 +438,9 @@ class LayerRunner:
         if n_prefix:
             shared = _SharedPrefix()
             state.prefix = self._call(index, weights, state.prefix, 0, shared)
-        for number, (members, lengths, x) in enumerate(state.batches):
-            state.batches[number] = (members, lengths, self._run_batch(index, weights, x, n_prefix, shared))
+        for number, batch in enumerate(state.batches):
+            leaving = self._run_batch(index, weights, batch.states, n_prefix, shared)
+            state.batches[number] = batch._replace(states=leaving)
 
     def _run_batch(
         self, index: int, weights: dict[str, Tensor], x: Tensor, start: int, shared: _SharedPrefix | None
@@ -484,12 +495,12 @@ def _laid_out(calls: Iterator[Tensor], states: list[GroupStates]) -> list[GroupS
     for state in states:
         prefix = next(calls) if state.prefix.shape[1] else None
         batches = []
-        for members, lengths, _ in state.batches:
-            batch = next(calls)
-            while len(batch) < len(members):
-                batch = torch.cat([batch, next(calls)])
-            batches.append((members, lengths, batch))
-        found.append(GroupStates(state.group, batches[0][2][:1, :0] if prefix is None else prefix, batches))
+        for batch in state.batches:
+            seen = next(calls)
+            while len(seen) < len(batch.members):
+                seen = torch.cat([seen, next(calls)])
+            batches.append(batch._replace(states=seen))
+        found.append(GroupStates(state.group, batches[0].states[:1, :0] if prefix is None else prefix, batches))
     return found
 
 

@@ -187,7 +187,7 @@ class TextWindows:
         states = runner.from_packed(Shard((group,)), [(self._states[window][:0], self._states[window][: len(ids)])])
         weights = {name: tensor.to(runner.dtype) for name, tensor in layer.items()}
         (state,) = runner.run(states, [(self.first, lambda: weights)])
-        out = state.batches[0][2][0][positions.to(runner.device)]
+        out = state.batches[0].states[0][positions.to(runner.device)]
         targets = torch.from_numpy(self._ids[window])[positions + 1]
         nll = kl = out.new_zeros((), dtype=torch.float32)
         for start in range(0, len(positions), _TEXT_POSITIONS):
