@@ -45,6 +45,7 @@ from raymerge.memory import MemoryPlanError
 from raymerge.objectives import is_minimised, parse_objective, score_answers, score_text
 from raymerge.parametrisation import loss_by_alphas
 from raymerge.plan import MergePlan, base_plan
+from raymerge.prompts import Shard
 from raymerge.refit import PackedSums, Refitter, Sums
 from raymerge.reliability import Study, study
 from raymerge.role_prompts import RolePrompts
@@ -528,8 +529,14 @@ class ModelWorker:
     def activations(self, number: int, plan: MergePlan | None = None) -> Activations:
         """Activations of subset `number` of the similarity section, collected or read from the cache."""
         settings = self.config.similarity
-        cache, shards = ActivationCache(self.cache), self.prompts.encode(self.material.subsets[number].questions).shards
-        return cache.get(self.runner, shards, pooling=settings.pooling, max_tokens=settings.max_tokens, plan=plan)
+        return self._activation_cache.get(self._subset_shards(number), plan)
+
+    @property
+    def _activation_cache(self) -> ActivationCache:
+        return ActivationCache(self.cache, self.runner, pooling=settings.pooling, max_tokens=settings.max_tokens)
+
+    def _subset_shards(self, number: int) -> Sequence[Shard]:
+        return self.prompts.encode(self.material.subsets[number].questions).shards
 
     def similarity(self, number: int) -> SubsetSimilarity:
         """One subset's similarity matrix with its noise, and what else its tables hold.
@@ -537,13 +544,10 @@ class ModelWorker:
         The study, which takes minutes where layers are many, is in the cache when it is made: a run that was cut short
         needs all of them for its correlations. Distances stay here: of 80 layers and 500 samples they are 160 MB.
         """
-        settings, found = self.config.similarity, self.activations(number)
+        settings, shards = self.config.similarity, self._subset_shards(number)
+        found, collected = self._activation_cache.get(shards), self._activation_cache.path(shards)
         recipe, draws = recipe_of(settings), ("null_draws", "interval_draws", "half_draws")
         options = {name: getattr(settings, name) for name in draws} | {"random_state": settings.seed}
-        shards = self.prompts.encode(self.material.subsets[number].questions).shards
-        collected = ActivationCache(self.cache).path(
-            self.runner, shards, pooling=settings.pooling, max_tokens=settings.max_tokens
-        )
         versions = [importlib.metadata.version(package) for package in _STUDIED_WITH]
         path = self.cache / f"study-{digest([collected.name, asdict(recipe), options, versions])}.safetensors"
         if is_whole(path, "the study"):

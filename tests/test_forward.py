@@ -123,7 +123,7 @@ def test_states_that_other_code_computed_are_not_read(tmp_path, monkeypatch):
     def paths():
         runner = LayerRunner(checkpoint)
         refit = Refitter(runner, tmp_path)
-        cached = ActivationCache(tmp_path).path(runner, [shard], pooling="last")
+        cached = ActivationCache(tmp_path, runner, pooling="last").path([shard])
         return [TrunkCache(runner, 1, tmp_path).path(shard), cached, refit.path(plan, 0)]
 
     found = [paths(), paths()]
