@@ -300,7 +300,7 @@ class ModelWorker:
         results, deadline = [], time.monotonic() + self.config.workers.timeout_s / 2
         for start in starts:
             began = _now()
-            loss = self._tail_loss(self.template.with_alphas(start, name="start", kind="found"))
+            loss = self._loss_of(self.template.with_alphas(start, name="start", kind="found"), self._drawn_text)
             settings = descent_settings(self.config, parametrisation)
             path = self.cache / f"descent-{digest([loss.identity, asdict(settings), list(start)])}.safetensors"
             found = descend(
@@ -322,9 +322,6 @@ class ModelWorker:
     def _result(self, plan: MergePlan, logits: np.ndarray | None, began: tuple[float, float]) -> dict[str, Any]:
         keep = logits is not None and self.config.output.store_candidate_answers
         return {**self._judged(plan, logits), **_taken(began), **({"logits": logits} if keep else {})}
-
-    def _tail_loss(self, start: MergePlan) -> TailLoss:
-        return self._loss_of(start, self._text_windows if loss_weights(self.config).of_text else None)
 
     def _loss_of(self, start: MergePlan, text: TextWindows | None) -> TailLoss:
         weights = loss_weights(self.config)
@@ -358,15 +355,19 @@ class ModelWorker:
                 f"the terms of search.objective {objective} have different subjects, but a loss with a gradient is "
                 "over one set of questions: name the same subjects in each"
             )
-        return self._loss_of(self.template, self._windows_of_text() if weights.of_text else None)
+        return self._loss_of(self.template, self._windows_of_text())
 
     @cached_property
-    def _text_windows(self) -> TextWindows:
+    def _drawn_text(self) -> TextWindows | None:
+        """The search text as a descent's steps draw it."""
         settings = self.config.gradient
         return self._windows_of_text(windows=settings.text_windows, positions=settings.text_positions)
 
-    def _windows_of_text(self, **drawn: int | None) -> TextWindows:
-        """The search text as it enters the merged layer, and how much of it a step draws."""
+    def _windows_of_text(self, **drawn: int | None) -> TextWindows | None:
+        """The search text as it enters the merged layer, and how much of it a step draws; None where the loss has no
+        term of text."""
+        if not loss_weights(self.config).of_text:
+            return None
         trunk, reference = self._trunks[self.template.resumes_at], self.config.gradient.text_kl > 0
         return TextWindows(trunk, self.prompts.search_text, reference=reference, **drawn)
 
@@ -528,11 +529,11 @@ class ModelWorker:
 
     def activations(self, number: int, plan: MergePlan | None = None) -> Activations:
         """Activations of subset `number` of the similarity section, collected or read from the cache."""
-        settings = self.config.similarity
         return self._activation_cache.get(self._subset_shards(number), plan)
 
     @property
     def _activation_cache(self) -> ActivationCache:
+        settings = self.config.similarity
         return ActivationCache(self.cache, self.runner, pooling=settings.pooling, max_tokens=settings.max_tokens)
 
     def _subset_shards(self, number: int) -> Sequence[Shard]:
