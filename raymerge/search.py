@@ -287,8 +287,8 @@ class BatchSearcher(Searcher):
         self._handed_out = 0
 
     def _replay(self, rows: Sequence[Row]) -> None:
-        """Learn what the record has. Where one batch is tried at a time, the next is proposed before the last one's
-        values are known, as it would have been: else a search that was interrupted would go on otherwise."""
+        """Learn what the record has, as the search that made it did, so that it goes on as it would have. Where one
+        batch is tried at a time, the next one is proposed before the values of the last one are known."""
         ahead = [row for row in rows if row["batch"] == rows[-1]["batch"]] if self._takes_turns else []
         for row in rows[: len(rows) - len(ahead)]:
             self._learn(row)
@@ -332,19 +332,28 @@ class BatchSearcher(Searcher):
             return
         slot, batch = self._running.pop(trial_id)
         self.trial_failed = self.trial_failed or error
-        result = result or {}
-        results, count = result.get("results"), len(batch.points)
         try:
-            node = self._release(slot, result)
-        except Exception as failed:  # the pool writes losses down, which may fail as the record below may
+            rows = self._store(trial_id, slot, batch, result or {}, error)
+        except Exception as failed:  # of the record, and of what the pool writes down of a loss
+            # Tune would take an exception here for the trial's; it ends the search and is raised when Tune is done.
             self.failure = self.failure or failed
             return
+        self.finished += len(rows)
+        for row in rows:
+            self.scored.setdefault(row["actor"], []).append(row["seconds"])
+            self._learn(row)
+
+    def _store(self, trial_id: str, slot: int, batch: _Batch, result: dict[str, Any], error: bool) -> list[Row]:
+        """Store what a trial has found, also when the search is to end: what other workers have finished by then may be
+        the work of hours. Returns the rows; none of a batch that is to be tried again, now or at the next start."""
+        node = self._release(slot, result)
         if result.get("refused"):
             self.failure = self.failure or result["refused"]
-            return  # Nothing is stored of a batch that was not tried: it is done again at the next start.
+            return []
+        results, count = result.get("results"), len(batch.points)
         if error or results is None:
             if self._repeat(batch, node):
-                return
+                return []
             cause = result.get("lost") or "the Tune trial failed; its error stands in Tune's folder of the run"
             results = [{"error": cause}] * count
         elif len(results) != count:
@@ -353,18 +362,9 @@ class BatchSearcher(Searcher):
             self._row(trial_id, slot, batch.number, iteration, point, found)
             for iteration, point, found in zip(batch.iterations, batch.points, results, strict=True)
         ]
-        try:
-            # Also when the search is to end: what other workers have finished by then may be the work of hours.
-            self._record(f"{rows[0]['searcher']}-{batch.number:06d}", rows, results)
-        except Exception as failed:
-            # Tune would take an exception here for the trial's; it ends the search and is raised when Tune is done.
-            self.failure = self.failure or failed
-            return
+        self._record(f"{rows[0]['searcher']}-{batch.number:06d}", rows, results)
         results.clear()  # Tune keeps this list to the end, answers and all: in Ray's store, then copied by the driver
-        self.finished += len(rows)
-        for row in rows:
-            self.scored.setdefault(row["actor"], []).append(row["seconds"])
-            self._learn(row)
+        return rows
 
     def _release(self, slot: int, result: Mapping[str, Any]) -> str:
         """Take note of what has become of a trial's worker; return the node that it was on if it was lost, else ""."""
@@ -516,8 +516,9 @@ _FALSE_ALARMS = {
 
 @contextmanager
 def _own_files(batches: BatchSearcher, folder: Path) -> Iterator[None]:
-    """What Tune raises where it cannot write its own files (at its end a ValueError, that there are none) is no error
-    when the record has all that is to be tried, or why it ended; else NoRoomError where a disk has no room."""
+    """Tune raises where it cannot write its own files (at its end a ValueError: there are none). That is no error if
+    the record has all that was to be tried, or if why the search ended is known; otherwise NoRoomError is raised where
+    a disk is full."""
     try:
         yield
     except (OSError, ValueError) as error:
