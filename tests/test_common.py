@@ -37,6 +37,7 @@ from raymerge.file_hashes import sha256_of
 from raymerge.identity import code_identity
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH, TEXT, task_role
 from raymerge.plan import drop_block_plan, pairs_plan, tail_plan
+from raymerge.plan_section import Similarity
 from raymerge.progress import Silent
 from raymerge.prompts import encode_questions
 from raymerge.questions import load_questions
@@ -194,7 +195,8 @@ def test_a_run_is_held_to_the_sections_that_its_experiment_depends_on():
 def opened(folder, *, plans=(), matrix=None, text="a text"):
     inputs = Inputs(checkpoint=CHECKPOINT, text=text)
     config = load_config(None, [f"output.run={folder}"])
-    return open_run(config, "search", {}, inputs, Silent(), plans=plans, similarity=(matrix, None))
+    similarity = None if matrix is None else Similarity(matrix, None)
+    return open_run(config, "search", {}, inputs, Silent(), plans=plans, similarity=similarity)
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     start = starting_plan(config.plan, n_layers, similarity, first)
     probes = [read_alpha_file(path, n_layers) for path in config.search.probes]
     _check(config, inputs, start, probes if block_size is None else [])
-    matrices = () if similarity is None else (similarity.matrix, similarity.block_influence)
-    run = open_run(config, "search", settings, inputs, progress, plans=[start, *probes], similarity=matrices)
+    run = open_run(config, "search", settings, inputs, progress, plans=[start, *probes], similarity=similarity)
     if run.complete:
         return run
     for warning in (warnings := similarity_warnings(config.plan, inputs.checkpoint.identity)):
@@ -241,34 +240,35 @@ class _Search:
             seconds_per_candidate = self._try_controls([*controls, *left])
             controls += self._take_kept(keeping, controls)
             self._search_all(probes, seconds_per_candidate)
-            plans = self._reported(controls)
-            refitted = self._refitted(plans[-1])
-            align_rows(pool, [*plans, *refitted], self.progress)
+            *others, best = self._reported(controls)
+            refitted = self._refitted(best)
+            align_rows(pool, [*others, best, *refitted], self.progress)
             fit(pool, refitted, self.inputs, self.run, self.progress)
             fitted = pool.map("refit_tensors", refitted[-1:])
-            # The best found stays the last: what was searched are coefficients without a refit.
-            plans = [*plans[:-1], *refitted, plans[-1]]
+            # The best found is the last: what was searched are coefficients without a refit.
+            plans = [*others, *refitted, best]
             self.reporter.report(pool, plans, shards, self.firsts, self.progress)
-            self.models.take_matches(pool, plans[-1:])
+            self.models.take_matches(pool, [best])
         self.reporter.write_plans(plans, alpha_files=True)
-        self._derive(plans)
-        best = plans[-1]
-        model, proof = self.models.save(best) if self.config.output.save_best else (None, None)
-        if refitted and self.config.output.save_best:
-            saved, proved = self.models.save(refitted[-1], fitted[0])
-            plan_id = refitted[-1].plan_id(self.identity)
-            found = {"name": refitted[-1].name, "plan_id": plan_id, "model": saved, "proof": proved}
-            self.facts["refitted"] = found
+        self._derive(best, plans)
+        model, proof = None, None
+        if self.config.output.save_best:
+            model, proof = self.models.save(best)
+            if refitted:  # of which the last is the best found
+                plan, (tensors,) = refitted[-1], fitted
+                saved, proved = self.models.save(plan, tensors)
+                found = {"name": plan.name, "plan_id": plan.plan_id(self.identity), "model": saved, "proof": proved}
+                self.facts["refitted"] = found
         self._conclude(best, model, proof)
         return self.run
 
-    def _derive(self, plans: list[MergePlan]) -> None:
+    def _derive(self, best: MergePlan, plans: Sequence[MergePlan]) -> None:
         """Tables that follow from what the plans reached; the best found, the last, is compared with every other."""
         with step(self.progress, "accuracies and comparisons"):
             judged_on = parse_objective(self.config.search.objective).judged_on
             # Where the objective names subjects, these are all that the search has questions of.
             subjects = self.inputs.questions[SEARCH].subjects if judged_on else ()
-            self.reporter.derive(plans, [(plans[-1], plan) for plan in plans[:-1]], subjects=subjects)
+            self.reporter.derive(plans, [(best, plan) for plan in plans[:-1]], subjects=subjects)
 
     def _conclude(self, best: MergePlan, model: str | None, proof: dict[str, Any] | None) -> None:
         """Draw the figures and write the manifest, last of all. model, proof: of the best plan, where it is saved."""
@@ -427,7 +427,7 @@ class _Search:
     def _run(
         self,
         searcher: str,
-        proposer: Proposer | Starts,
+        proposer: Proposer,
         candidates: int,
         batch: int,
         done: list[dict[str, Any]],

@@ -22,6 +22,7 @@ from raymerge.config import Config, ConfigError
 from raymerge.identity import digest
 from raymerge.inputs import SEARCH_TEXT, TEXT, Material, check_matchable, read_material, read_text, task_role
 from raymerge.plan import MergePlan
+from raymerge.plan_section import Similarity
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
@@ -213,7 +214,7 @@ def open_run(
     progress: Progress,
     *,
     plans: Sequence[MergePlan] = (),
-    similarity: Sequence[np.ndarray | None] = (),
+    similarity: Similarity | None = None,
 ) -> RunDirectory:
     """The run directory, begun; one that is complete stays as it is, and says so.
 
@@ -233,8 +234,10 @@ def open_run(
         read = RolePrompts(config, inputs, inputs.checkpoint).text
         held |= {"text": text_hash(inputs.text), TEXT_TOKENS: digest([shard.identity for shard in read])}
     held |= {"plan": digest([plan.plan_id("") for plan in plans])} if plans else {}
-    matrices = [np.round(matrix, 12).tobytes().hex() for matrix in similarity if matrix is not None]
-    run.hold_to(held | ({"similarity": digest(matrices)} if matrices else {}))
+    if similarity is not None:
+        matrices = [matrix for matrix in (similarity.matrix, similarity.block_influence) if matrix is not None]
+        held["similarity"] = digest([np.round(matrix, 12).tobytes().hex() for matrix in matrices])
+    run.hold_to(held)
     if run.complete:
         return _as_it_is(run, progress)
     run.begin()

@@ -121,9 +121,8 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     blocks = {merges: starts[0] for merges, starts in _starts(config, inputs).items()}
     shown = chosen = Chosen(blocks, greedy=range(n_layers - 1, n_layers - 1 - most, -1))
     points = _points(config, inputs, similarity, shown)
-    matrices = () if similarity is None else (similarity.matrix, similarity.block_influence)
     plans = [point.plan for point in points]
-    run = open_run(config, "sweep", settings, inputs, progress, plans=plans, similarity=matrices)
+    run = open_run(config, "sweep", settings, inputs, progress, plans=plans, similarity=similarity)
     if run.complete:
         return run
     for warning in (warnings := _warnings(config, inputs.checkpoint)):
