@@ -113,8 +113,8 @@ class LayerRunner:
     """Runs a checkpoint's decoder layers on `device` in `dtype`; `vocabulary` is what lies before and after them.
 
     On an accelerator, layers stay in its memory while half of it is free; batches are as large as `memory.plan_batches`
-    says, and one that runs out of memory is run in halves. Sequences that are longer than `positions.fixed_limit` are
-    refused; what is longer than the context is not, which whoever makes prompts must see to.
+    says, and one that runs out of memory is run in halves. Sequences longer than `positions.fixed_limit` are refused.
+    Those longer than the model's context are not: whoever makes prompts must see to that.
     aligner: where plans that align layers take permutations from; by default one that computes what it is asked for.
     refits: where plans that are refitted take their fitted tensors from.
     quantise: round the matrices of every layer, merged ones after merging, to int8 or int4 (see `quantisation`).
@@ -165,8 +165,8 @@ class LayerRunner:
         self._rotary = None if rotary is None else type(rotary)(config=config).to(self.device)
         self._limit = fixed_limit(config)
         if self._rotary is not None and self._limit is not None:
-            # Those of this length, which the module begins with, are all that sequences need: transformers would choose
-            # them anew in every call, by its largest position, also of padding, which the device must be waited for.
+            # The module begins with the frequencies of this length, and sequences need no others. transformers would
+            # choose them anew in every call, by the largest position, padding included, and wait for the device for it.
             types = self._rotary.rope_type
             self._rotary.rope_type = "default" if isinstance(types, str) else dict.fromkeys(types, "default")
         #: What the layers multiply a block's output by.
@@ -205,8 +205,8 @@ class LayerRunner:
     def _kept(
         self, layers: dict[int, dict[str, Tensor]], number: int, load: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """One of the layers that are kept, or loaded and kept while there is room; where there is none even to load it,
-        what is kept is given up first."""
+        """A layer, loaded if it is not among those kept, and then kept while there is room. Where there is no room even
+        to load it, what is kept is given up first."""
         if number in layers:
             return layers[number]
         fits, layer = attempt(load)
@@ -236,8 +236,8 @@ class LayerRunner:
 
     @property
     def cache_key(self) -> list[str]:
-        """What names cached outputs of layers: what decides them beside their input, and whose code ran them. After a
-        release of transformers mends a family's layer, outputs of the release before must not be read."""
+        """What names cached outputs of layers: all that they depend on beside their input, transformers' version
+        included. Once a release mends a family's layer, outputs of the release before must not be read."""
         weights = [self.checkpoint.identity, str(self.dtype), *([] if self.quantise == "none" else [self.quantise])]
         return [*weights, f"transformers {version('transformers')}", f"raymerge {_VERSION}"]
 

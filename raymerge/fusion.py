@@ -52,8 +52,8 @@ def fused_layer(
 
     The matrices (and with biases="merge" their biases) are sum_j c_j W_j with the coefficients that the plan has for
     the matrix, summed in float32 and rounded once to the stored dtype, or to `dtype`; everything else is layer
-    `plan.kept[position].index`'s own. With norms="fold" the W_j have their layer's input-norm gains multiplied in,
-    their biases what the W_j make of the norms' biases added, and the merged layer's input norms only normalise. With
+    `plan.kept[position].index`'s own. With norms="fold" each W_j has its layer's input-norm gains multiplied in, each
+    bias has what W_j makes of the input norm's bias added, and the merged layer's input norms only normalise. With
     alignment "neurons" or "activations" the units of every W_j are laid on the kept layer's; with "rows" the steps are
     done in turn, and each matrix's rows matched at every step. A layer that nothing is averaged into stays as it is.
     Refitted tensors, from `refits`, replace the merged ones.

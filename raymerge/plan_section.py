@@ -22,8 +22,8 @@ _SHUFFLES = 100
 
 @dataclass(frozen=True)
 class Similarity:
-    """What a similarity run says of a model's layers: matrix (L, L), block influence (L,) where it was collected; and
-    the first of them that may be chosen by it."""
+    """What a similarity run says of a model's layers: matrix (L, L) and, where it was collected, block influence (L,).
+    first: the first layer that may be chosen by it; those before it stay."""
 
     matrix: np.ndarray
     block_influence: np.ndarray | None
@@ -146,11 +146,12 @@ def shuffled_plan(
     *,
     check: Callable[[MergePlan], None] = lambda plan: None,
 ) -> list[MergePlan]:
-    """The starting plan as a similarity whose layers are shuffled would have it: does the similarity matter?
+    """The starting plan by a similarity whose layers are shuffled, a control: does the similarity matter? One plan, or
+    none where no shuffle makes one.
 
     It merges `merges` layers, as many as the start, whatever plan.threshold is; a block (`first`) stays where it is.
-    Another shuffle is tried where one leads to entries that are undefined, or to layers that cannot be merged (`check`
-    raises PlanError); the list is empty where all do.
+    Where a shuffle leads to entries that are undefined, or to layers that cannot be merged (`check` raises PlanError),
+    another one is tried.
     """
     if section.selection == "most_similar":
         section = section.model_copy(update={"merges": merges, "threshold": None})
@@ -177,9 +178,10 @@ def allowed_starts(
     """The first layers that a block of `merges` layers may have: the given one, or those of plan.starts that fit.
 
     With plan.block similarity, 0 is left out unless plan.starts has it: layers' outputs are compared, and no layer's
-    output enters layer 0. checkpoint: where it is given, and neither plan.block nor plan.starts names layers, only
-    blocks are left without layers to which features of images are added, and, where they are `averaged`, not only
-    dropped, whose layers have the same attention as the layer that takes them in. Raises PlanError where none is left.
+    output enters layer 0. checkpoint: where it is given, and neither plan.block nor plan.starts names layers, blocks
+    with layers to which features of images are added are left out; so are, where blocks are `averaged` and not only
+    dropped, those whose layers differ in attention from each other or from the layer that takes them in. Raises
+    PlanError where none is left.
     """
     fitting = block_starts(n_layers, merges, section.survivor)
     any_first = [first for first in fitting if first > 0 or section.block != "similarity"]

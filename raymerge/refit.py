@@ -1,9 +1,9 @@
 """The layers at the seams of a merge, fitted in closed form to what the unmerged model computes on calibration tokens.
 
 A merge leaves seams: layers that stand for several. What leaves a seam is to be what left the last of the layers that
-it stands for; only matrices that write into the residual stream are fitted, o_proj and down_proj, whose outputs are
-linear in them, so that the best are found by least squares and nothing is added to the model. What they read is what
-they read in the merged model: layers are fitted in order, each on the states that the layers fitted before it give.
+it stands for. Only the matrices that write into the residual stream are fitted, o_proj and down_proj. Their outputs are
+linear in them, so that least squares finds the best ones, and nothing is added to the model. They are fitted to what
+they read in the merged model: layers in order, each on the states that the layers fitted before it give.
 
 `linear`: the MLP's output of the seam is multiplied by a matrix, absorbed into down_proj (ReplaceMe, Shopkhoev et al.
 2025, arXiv:2505.02819, equation 5), each token counting alike. `scale`: by a diagonal one: the part of LinearPatch's

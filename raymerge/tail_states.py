@@ -58,7 +58,7 @@ class Bucket:
 class Layout:
     """Where each token lies among the rows of the states: those of the prefixes, then the questions' own.
 
-    A question's place is its number by length. rows, owners (n,) int64, on the CPU: for the question at each place, its
+    A question's place is its rank by length. rows, owners (n,) int64, on the CPU: for the question at each place, its
     row in the question set and the number of its prefix. lengths, offsets, starts (n,) int64, on the device: how many
     tokens of its own it has, how many its prefix has, and the row of its first own token. tokens, positions: how many
     rows and how many rotary positions there are, padding included. prefix_order, question_order (n,) int64: indexing

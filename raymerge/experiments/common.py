@@ -143,8 +143,8 @@ def open_pool(
     auto there are more as nodes join.
 
     plans: what is scored, from which a worker's memory is estimated. shards_each: cut prompts small enough that every
-    worker has so many shards of each role. Not where states are cached: their files are named by the shards, which
-    would change with the number of workers.
+    worker has so many shards of each role. Give it only where no states are cached: their files are named by the
+    shards, which would change with the number of workers.
     """
     workers, progress = config.workers, progress or Silent()
     refits = config.plan.refit != "none" or set(config.sweep.refits) != {"none"}
@@ -219,7 +219,7 @@ def open_run(
     """The run directory, begun; one that is complete stays as it is, and says so.
 
     It is held to what its configuration led to: model, tokenizer, prompts and texts, and the merges and matrices that
-    files or other runs give; also a complete one where these lie elsewhere now. Raises RunError where a run that holds
+    files or other runs give. So is a complete run where these lie elsewhere now. Raises RunError where a run that holds
     results was begun with others.
     """
     run = RunDirectory.open(config.output.run, settings, experiment)

@@ -1,4 +1,7 @@
-"""The plans that a search's result is held against, and that nothing but the last of them was chosen among."""
+"""The plans that a search's result is held against.
+
+Only one of them is chosen by what it reaches on the search questions: the best of those that keep a single layer.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +48,8 @@ def controls_of(
 
 
 def keeping_one(start: MergePlan, controls: Sequence[MergePlan]) -> dict[int, MergePlan]:
-    """By layer, the plans that keep one of the layers that the start merges and drop the others: a control where it
-    does so. What a merge adds to the choice of a layer shows beside the best of them alone."""
+    """For each layer that the start merges, the plan that keeps it and drops the others; a control, where one does so
+    already. What merging adds to the choice of a single layer shows only beside the best of these."""
     dropping = [control for control in controls if set(control.alphas) == {1.0}]
     there = {_layers(control): control for control in reversed(dropping)}
     return {layer: there.get(_layers(plan), plan) for layer, plan in keep_one_plans(start).items()}

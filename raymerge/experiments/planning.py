@@ -35,7 +35,7 @@ def choose_blocks(
     """The first layer of the block of each number of layers, as plan.block says; the scores of all that are allowed go
     into table `blocks`.
 
-    roles: what is read; on questions, the calibration depends on whether SEARCH and REPORT are read too.
+    roles: what is read. A calibration on questions is another one where SEARCH or REPORT are read with it.
     averaged: whether blocks are averaged, not only dropped (`allowed_starts`).
 
     What is in the table is not measured again. Needs Ray where states or losses are measured, and then the calibration
