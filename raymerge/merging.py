@@ -112,8 +112,8 @@ def merge(
 
 
 def _unproved_record(out: Path) -> dict[str, Any] | None:
-    """The record of a model saved in `out` by an earlier call that was ended before its proof was; None where there is
-    none."""
+    """The record of a model that an earlier call saved in `out` and did not prove, most often because it was ended;
+    None where there is none."""
     if not (out / RECORD_FILE).is_file() or saved_proof(out) is not None:
         return None
     return saved_record(out)
