@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from raymerge.errors import UserError
-from raymerge.forward import GroupStates, Layer, LayerRunner, joined
+from raymerge.forward import Batch, GroupStates, Layer, LayerRunner, joined
 from raymerge.fusion import check_mergeable
 from raymerge.identity import digest
 from raymerge.plan import MergePlan, base_plan
@@ -173,7 +173,7 @@ def _narrowed(state: GroupStates) -> GroupStates:
         size = max(1, _ATTENDED_TOKENS // (state.prefix.shape[1] + x.shape[1]))
         for start in range(0, len(members), size):
             part = slice(start, start + size)
-            batches.append((members[part], lengths[part], x[part]))
+            batches.append(Batch(members[part], lengths[part], x[part]))
     return GroupStates(state.group, state.prefix, batches)
 
 
@@ -243,7 +243,7 @@ def _blocks(states: Sequence[GroupStates], n: int) -> Iterator[Tensor]:
     """The samples' whole sequences, a few token positions at a time: (N, positions * d) float64, zero-padded."""
     first = states[0].prefix
     width = first.shape[-1]
-    longest = max(state.prefix.shape[1] + max(lengths) for state in states for _, lengths, _ in state.batches)
+    longest = max(state.prefix.shape[1] + max(batch.lengths) for state in states for batch in state.batches)
     step = max(1, _BLOCK_VALUES // (n * width))
     for start in range(0, longest, step):
         stop = min(start + step, longest)
@@ -318,53 +318,39 @@ def state_distances(runner: LayerRunner, shard: Shard) -> tuple[np.ndarray, np.n
 class ActivationCache:
     """Collected activations, one file each, named by content: model, plan, dtype, pooling and token ids.
 
-    A file is written under a temporary name and renamed, so that a reader never sees half of one.
+    A file is written under a temporary name and renamed, so that a reader never sees half of one. runner, pooling,
+    max_tokens: those of `collect`.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, runner: LayerRunner, *, pooling: str, max_tokens: int = 512):
+        _check_options(pooling, max_tokens)
+        self.folder, self.runner, self.pooling, self.max_tokens = Path(folder), runner, pooling, max_tokens
 
-    def path(
-        self,
-        runner: LayerRunner,
-        shards: Sequence[Shard],
-        *,
-        pooling: str,
-        max_tokens: int = 512,
-        plan: MergePlan | None = None,
-    ) -> Path:
-        """The file for these arguments of `collect`, whether it exists or not."""
+    def path(self, shards: Sequence[Shard], plan: MergePlan | None = None) -> Path:
+        """The file of these samples, whether it exists or not."""
+        runner, merged = self.runner, plan if plan is not None and plan.steps else None
         key = [
             *runner.cache_key,
-            plan.plan_id(runner.checkpoint.identity) if plan is not None and plan.steps else None,
-            *(runner.aligner.data(plan.alignment) if plan is not None and plan.steps else []),
-            pooling,
-            max_tokens if pooling == "sequence" else None,
+            None if merged is None else merged.plan_id(runner.checkpoint.identity),
+            *([] if merged is None else runner.aligner.data(merged.alignment)),
+            self.pooling,
+            self.max_tokens if self.pooling == "sequence" else None,
             # A shard's identity says nothing of which sample is which.
             [[shard.identity, [list(group.rows) for group in shard.groups]] for shard in shards],
         ]
         return self.folder / f"activations-{digest(key)}.safetensors"
 
-    def get(
-        self,
-        runner: LayerRunner,
-        shards: Sequence[Shard],
-        *,
-        pooling: str,
-        max_tokens: int = 512,
-        plan: MergePlan | None = None,
-    ) -> Activations:
-        """What `collect` gives for the same arguments, from the file if it is there, else collected and stored.
+    def get(self, shards: Sequence[Shard], plan: MergePlan | None = None) -> Activations:
+        """What `collect` gives, from the file if it is there, else collected and stored.
 
         Raises UserError for a file that cannot be written or lacks something, and whatever `collect` raises.
         """
-        _check_options(pooling, max_tokens)
-        path = self.path(runner, shards, pooling=pooling, max_tokens=max_tokens, plan=plan)
+        path = self.path(shards, plan)
         if not is_whole(path, _WHAT):
-            found = collect(runner, shards, pooling=pooling, max_tokens=max_tokens, plan=plan)
+            found = collect(self.runner, shards, pooling=self.pooling, max_tokens=self.max_tokens, plan=plan)
             values = {name: torch.from_numpy(v) for name, v in vars(found).items() if v is not None}
             write_tensors(path, values, _WHAT)
             return found
-        names = [name for name in Activations.__dataclass_fields__ if name != "states" or pooling != "sequence"]
+        names = [name for name in Activations.__dataclass_fields__ if name != "states" or self.pooling != "sequence"]
         stored = {name: tensor.numpy() for name, tensor in read_tensors(path, _WHAT, names).items()}
         return Activations(stored["distances"], stored.get("states"), stored["block_influence"])

@@ -1,15 +1,18 @@
 """Which unit of a deeper layer corresponds to which unit of a shallower one, before the two are averaged.
 
 `neurons`: only reorderings that leave a layer's function as it is (the groups that `architectures` declares), found
-by matching. What is maximised is one number, the sum of the cosines of all rows (of q, k, v, gate, up, a router) and
-columns (of o, down) that come to lie on each other, input norms' gains multiplied in, whatever norms the plan keeps:
-what a unit computes does not depend on the plan. Biases do not take part. For MLP units the maximum is exact. For
-attention it is exact over key/value heads given the scores of their pairs; a pair's score, over the order of its query
-heads and of its value channels together, since their columns of o depend on both, is the best of several local maxima:
-each order is exact given the other, and no exchange of two query heads leads higher. Experts are matched, with their
-rows of the router, by bounds of what their units could score, and then units inside the pairs that this gives, exactly:
-an assignment of units for every pair of experts would take Mixtral 8x7B half an hour a layer (64 of 14,336 units, 30 s
-each). The units of an expert that every token goes through are matched like a dense layer's.
+by matching. What is maximised is one number: the sum of the cosines of all rows (of q, k, v, gate, up, a router) and
+columns (of o, down) that come to lie on each other. Input norms' gains are multiplied in, whatever the plan does with
+norms, since what a unit computes does not depend on the plan. Biases do not take part.
+
+- MLP units: the maximum is exact.
+- Key/value heads: exact given the scores of their pairs. A pair's score is over the order of its query heads and of its
+  value channels together, since their columns of o depend on both. It is the best of several local maxima: each order
+  is exact given the other, and no exchange of two query heads leads higher.
+- Experts, with their rows of the router: by bounds of what their units could score, then units inside the pairs that
+  this gives, exactly. An assignment of units for every pair of experts would take Mixtral 8x7B half an hour a layer (64
+  of 14,336 units, 30 s each).
+- The units of an expert that every token goes through: like a dense layer's.
 
 `activations`: the same reorderings, MLP units matched by the correlation of their values on some prompts
 instead.

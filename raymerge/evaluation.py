@@ -94,7 +94,7 @@ def answer_shard(
         members, last = state.last()
         rows += members
         lasts.append(last)
-        order = [i for batch, _, _ in state.batches for i in batch]
+        order = [i for batch in state.batches for i in batch.members]
         lengths = np.array([len(state.group.sequences[i]) for i in order])
         tokens.append(lengths)
         if prompt_nll:

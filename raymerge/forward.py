@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,13 +40,22 @@ version = cache(importlib.metadata.version)  # read from a package's files, 4 ms
 _VERSION = 2  # of how layers are run; another value makes cached outputs of earlier versions unused
 
 
+class Batch(NamedTuple):
+    """Sequences of one group that are run together: their numbers in it, their lengths and their states (B, T, d),
+    padded on the right."""
+
+    members: list[int]
+    lengths: list[int]
+    states: Tensor
+
+
 @dataclass
 class GroupStates:
-    """Hidden states of one group: `prefix` (1, P, d); `batches` of sequences padded on the right, (B, T, d)."""
+    """Hidden states of one group: those of its prefix, (1, P, d), and those of its sequences."""
 
     group: Group
     prefix: Tensor
-    batches: list[tuple[list[int], list[int], Tensor]]  # (sequence numbers, lengths, states)
+    batches: list[Batch]
 
     def last(self) -> tuple[list[int], Tensor]:
         """Rows and states (n, d) at the last token of every sequence."""
@@ -103,8 +113,8 @@ class LayerRunner:
     """Runs a checkpoint's decoder layers on `device` in `dtype`; `vocabulary` is what lies before and after them.
 
     On an accelerator, layers stay in its memory while half of it is free; batches are as large as `memory.plan_batches`
-    says, and one that runs out of memory is run in halves. Sequences that are longer than `positions.fixed_limit` are
-    refused; what is longer than the context is not, which whoever makes prompts must see to.
+    says, and one that runs out of memory is run in halves. Sequences longer than `positions.fixed_limit` are refused.
+    Those longer than the model's context are not: whoever makes prompts must see to that.
     aligner: where plans that align layers take permutations from; by default one that computes what it is asked for.
     refits: where plans that are refitted take their fitted tensors from.
     quantise: round the matrices of every layer, merged ones after merging, to int8 or int4 (see `quantisation`).
@@ -155,8 +165,8 @@ class LayerRunner:
         self._rotary = None if rotary is None else type(rotary)(config=config).to(self.device)
         self._limit = fixed_limit(config)
         if self._rotary is not None and self._limit is not None:
-            # Those of this length, which the module begins with, are all that sequences need: transformers would choose
-            # them anew in every call, by its largest position, also of padding, which the device must be waited for.
+            # The module begins with the frequencies of this length, and sequences need no others. transformers would
+            # choose them anew in every call, by the largest position, padding included, and wait for the device for it.
             types = self._rotary.rope_type
             self._rotary.rope_type = "default" if isinstance(types, str) else dict.fromkeys(types, "default")
         #: What the layers multiply a block's output by.
@@ -195,8 +205,8 @@ class LayerRunner:
     def _kept(
         self, layers: dict[int, dict[str, Tensor]], number: int, load: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """One of the layers that are kept, or loaded and kept while there is room; where there is none even to load it,
-        what is kept is given up first."""
+        """A layer, loaded if it is not among those kept, and then kept while there is room. Where there is no room even
+        to load it, what is kept is given up first."""
         if number in layers:
             return layers[number]
         fits, layer = attempt(load)
@@ -226,8 +236,8 @@ class LayerRunner:
 
     @property
     def cache_key(self) -> list[str]:
-        """What names cached outputs of layers: what decides them beside their input, and whose code ran them. After a
-        release of transformers mends a family's layer, outputs of the release before must not be read."""
+        """What names cached outputs of layers: all that they depend on beside their input, transformers' version
+        included. Once a release mends a family's layer, outputs of the release before must not be read."""
         weights = [self.checkpoint.identity, str(self.dtype), *([] if self.quantise == "none" else [self.quantise])]
         return [*weights, f"transformers {version('transformers')}", f"raymerge {_VERSION}"]
 
@@ -326,7 +336,7 @@ class LayerRunner:
             padded = prefix.new_zeros(len(members), max(lengths), prefix.shape[-1])
             for row, i in enumerate(members):
                 padded[row, : lengths[row]] = states_of(group.sequences[i], int(starts[i]))
-            batches.append((members, lengths, padded))
+            batches.append(Batch(members, lengths, padded))
         return GroupStates(group, prefix, batches)
 
     def _batched(self, group: Group) -> list[list[int]]:
@@ -428,8 +438,9 @@ class LayerRunner:
         if n_prefix:
             shared = _SharedPrefix()
             state.prefix = self._call(index, weights, state.prefix, 0, shared)
-        for number, (members, lengths, x) in enumerate(state.batches):
-            state.batches[number] = (members, lengths, self._run_batch(index, weights, x, n_prefix, shared))
+        for number, batch in enumerate(state.batches):
+            leaving = self._run_batch(index, weights, batch.states, n_prefix, shared)
+            state.batches[number] = batch._replace(states=leaving)
 
     def _run_batch(
         self, index: int, weights: dict[str, Tensor], x: Tensor, start: int, shared: _SharedPrefix | None
@@ -484,12 +495,12 @@ def _laid_out(calls: Iterator[Tensor], states: list[GroupStates]) -> list[GroupS
     for state in states:
         prefix = next(calls) if state.prefix.shape[1] else None
         batches = []
-        for members, lengths, _ in state.batches:
-            batch = next(calls)
-            while len(batch) < len(members):
-                batch = torch.cat([batch, next(calls)])
-            batches.append((members, lengths, batch))
-        found.append(GroupStates(state.group, batches[0][2][:1, :0] if prefix is None else prefix, batches))
+        for batch in state.batches:
+            seen = next(calls)
+            while len(seen) < len(batch.members):
+                seen = torch.cat([seen, next(calls)])
+            batches.append(batch._replace(states=seen))
+        found.append(GroupStates(state.group, batches[0].states[:1, :0] if prefix is None else prefix, batches))
     return found
 
 

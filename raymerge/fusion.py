@@ -52,8 +52,8 @@ def fused_layer(
 
     The matrices (and with biases="merge" their biases) are sum_j c_j W_j with the coefficients that the plan has for
     the matrix, summed in float32 and rounded once to the stored dtype, or to `dtype`; everything else is layer
-    `plan.kept[position].index`'s own. With norms="fold" the W_j have their layer's input-norm gains multiplied in,
-    their biases what the W_j make of the norms' biases added, and the merged layer's input norms only normalise. With
+    `plan.kept[position].index`'s own. With norms="fold" each W_j has its layer's input-norm gains multiplied in, each
+    bias has what W_j makes of the input norm's bias added, and the merged layer's input norms only normalise. With
     alignment "neurons" or "activations" the units of every W_j are laid on the kept layer's; with "rows" the steps are
     done in turn, and each matrix's rows matched at every step. A layer that nothing is averaged into stays as it is.
     Refitted tensors, from `refits`, replace the merged ones.
@@ -79,14 +79,17 @@ def fused_layer(
     if plan.alignment == "rows":
         sums = _fused_rows(base, architecture, plan, kept, aligner)
     else:
-        sums = _weighted_sums(base, architecture, plan, kept, stored, averaged, aligner)
+        permutations: Mapping[int, Permutations] = {}
+        if plan.alignment in REORDERED:
+            permutations = (aligner or _own_aligner(base)).towards(kept.index, stored, plan.alignment)
+        sums = _weighted_sums(architecture, plan.norms, kept, stored, averaged, permutations)
     for name, total in sums:
         own[name] = total.to(dtype or own[name].dtype)
     if plan.norms == "fold":
-        for norm, readers in architecture.norm_inputs.items():
-            biases = {f"{matrix}.bias" for matrix in readers}
-            for name in {f"{norm}.weight", f"{norm}.bias", *biases} & before.keys() - {*averaged}:
-                own[name] = source_tensor(architecture, before, name, norms="fold").to(before[name].dtype)
+        folded = {f"{norm}.{part}" for norm in architecture.norm_inputs for part in ("weight", "bias")}
+        folded |= {f"{matrix}.bias" for readers in architecture.norm_inputs.values() for matrix in readers}
+        for name in folded & (before.keys() - set(averaged)):
+            own[name] = source_tensor(architecture, before, name, norms="fold").to(before[name].dtype)
     if kept.refitted:
         if refits is None:
             raise PlanError(f"plan {plan.name} is refitted on calibration tokens, which have not been given")
@@ -103,25 +106,19 @@ def _averaged(architecture: Architecture, plan: MergePlan, layer: Iterable[str])
 
 
 def _weighted_sums(
-    base: Mapping[str, Tensor],
     architecture: Architecture,
-    plan: MergePlan,
+    norms: str,
     kept: KeptLayer,
     stored: Mapping[int, Mapping[str, Tensor]],
     averaged: Iterable[str],
-    aligner: Aligner | None,
+    permutations: Mapping[int, Permutations],
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, sum over the sources, float32), one tensor at a time."""
-    permutations: Mapping[int, Permutations] = {}
-    if plan.alignment in REORDERED:
-        aligner = aligner or _own_aligner(base)
-        permutations = aligner.towards(kept.index, stored, plan.alignment)
     for name in averaged:
         total = None
         for source, coefficient in kept.coefficients_of(name.rpartition(".")[0]):
-            tensor = source_tensor(
-                architecture, stored[source], name, norms=plan.norms, permutations=permutations.get(source)
-            )
+            order = permutations.get(source)
+            tensor = source_tensor(architecture, stored[source], name, norms=norms, permutations=order)
             total = torch.zeros_like(tensor) if total is None else total
             total.add_(tensor, alpha=coefficient)
         assert total is not None  # no layer is made of nothing
@@ -136,12 +133,8 @@ def _fused_rows(
     aligner: Aligner | None,
 ) -> Iterable[tuple[str, Tensor]]:
     """(name, float32 merged tensor), from the steps that end up in the kept layer, with rows matched at each step."""
-    members = {kept.index}
-    numbers: list[int] = []
-    for number, step in reversed(list(enumerate(plan.steps))):
-        if step.into in members:
-            members.add(step.remove)
-            numbers.insert(0, number)
+    group = plan.groups.get(kept.index, ())
+    numbers = [number for number, step in enumerate(plan.steps) if step.into in group]
     matches = None if aligner is None else aligner.row_matches(plan)
 
     def load(layer: int) -> dict[str, Tensor]:

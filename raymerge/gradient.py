@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -184,7 +184,7 @@ class _Run:
         self.held_out_losses: list[float] = []
         self.points: list[Tensor] = []
         self._evaluated: dict[bytes, Evaluation] = {}  # the latest point's, and of those that a line search tries
-        matters = {name: getattr(settings, name) for name in Settings.__dataclass_fields__ if name != "epochs"}
+        matters = {name: value for name, value in asdict(settings).items() if name != "epochs"}
         self._identity = int(digest([loss.identity, matters])[:15], 16)
 
     # -- one epoch --------------------------------------------------------------------------------------------------

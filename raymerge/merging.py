@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,61 +68,87 @@ def merge(
     Beside what fails in reading and merging, raises ProofError and HubError; the saved model stays.
     """
     out = Path(out).expanduser()
-    there = saved_record(out) if verify and (out / RECORD_FILE).is_file() and saved_proof(out) is None else None
-    if out.exists() and there is None:
+    unproved = _unproved_record(out) if verify else None
+    if out.exists() and unproved is None:
         raise PlanError(f"{out} exists already: give another --out, or delete it")
     check_writable(out)
     checkpoint = Checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
     if push is not None:
         hub.check_push(push, private=private)
-    given = {"alignment": alignment, "norms": norms, "biases": biases, "refit": refit}
     told = progress or Silent()
     if isinstance(calibration, str | Path):
         calibration = CalibrationConfig(text=str(calibration))
     elif calibration is not None and calibration.text is None:
         calibration = None
     prompts = PlanPrompts(checkpoint, source, calibration)
-    plan = plan_to_merge(source, checkpoint, {k: v for k, v in given.items() if v is not None}, prompts, told)
-    refit = plan.refit
+    options = {"alignment": alignment, "norms": norms, "biases": biases, "refit": refit}
+    given = {name: value for name, value in options.items() if value is not None}
+    plan = plan_to_merge(source, checkpoint, given, prompts, told)
     chosen = isinstance(source, PlanConfig) and source.selection == "block" and source.block in MEASURED
-    if refit is None and calibration is not None and not chosen:
+    if calibration is not None and plan.refit is None and not chosen:
         raise PlanError(
             "--calibration is of a refit, or of a block chosen by cosine or angular distance, but neither is asked "
             "for: the model would be the same without it"
         )
-    if refit is not None:
-        fitted_on = prompts.calibration_identity
-        plan = replace(plan, refit=replace(refit, calibration=fitted_on))
-        if refit.calibration not in ("", fitted_on):
-            told.message(f"Warning: {source} has a refit on other tokens than these of {prompts.calibration_name}.")
-    if there is None:  # before fits, which take minutes
+    plan = _fitted_on_prompts(plan, source, prompts, told)
+    if unproved is None:  # before fits, which take minutes
         check_room(checkpoint, [kept.index for kept in plan.kept], out)
-    elif there["plan_id"] != plan.plan_id(checkpoint.identity):
+    elif unproved["plan_id"] != plan.plan_id(checkpoint.identity):
         raise PlanError(f"{out} exists already, of another merge: give another --out, or delete it")
-    # Only fits and states need a folder, which is gone when they are merged.
-    computes = refit is not None or plan.alignment == "activations"
-    with scratch_folder() if computes and cache_folder is None else nullcontext(cache_folder) as cache:
-        aligner, refits = prompts.aligner(plan, cache), None
-        if refit is not None:
-            assert cache is not None  # since it computes
-            runner = LayerRunner(checkpoint, dtype=prompts.dtype, aligner=aligner)
-            refitter = Refitter(runner, cache, lambda: prompts.calibration)
-            with step(told, f"refit ({refit.method}) on the calibration tokens"):
-                refitter.fit(plan)
-            refits = refitter.tensors
-        if there is None:
+    with _matches_and_fits(checkpoint, plan, prompts, cache_folder, told) as (aligner, refits):
+        if unproved is None:
             record = save_merged(
-                checkpoint, plan, out, aligner=aligner, refits=refits, verify=verify, command=command, progress=progress
+                checkpoint, plan, out, aligner=aligner, refits=refits, verify=verify, command=command, progress=told
             )
-        else:  # an earlier call was ended while it proved the model
+        else:
             clear_scratch(out)
-            _prove(checkpoint, plan, out, there, aligner=aligner, refits=refits, progress=progress)
-            record = there | {"bytes": sum(file.stat().st_size for file in out.glob("*.safetensors"))}
-            record["folder"] = str(out)
+            _prove(checkpoint, plan, out, unproved, aligner=aligner, refits=refits, progress=told)
+            written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+            record = unproved | {"bytes": written, "folder": str(out)}
     if push is None:
         return record | {"pushed": None}
     with step(told, "pushing to the hub"):
         return record | {"pushed": hub.push(out, push, private=private)}
+
+
+def _unproved_record(out: Path) -> dict[str, Any] | None:
+    """The record of a model that an earlier call saved in `out` and did not prove, most often because it was ended;
+    None where there is none."""
+    if not (out / RECORD_FILE).is_file() or saved_proof(out) is not None:
+        return None
+    return saved_record(out)
+
+
+def _fitted_on_prompts(plan: MergePlan, source: object, prompts: PlanPrompts, told: Progress) -> MergePlan:
+    """The plan with the identity of the tokens that its seams are fitted on here, where it has a refit."""
+    if plan.refit is None:
+        return plan
+    tokens = prompts.calibration_identity
+    if plan.refit.calibration not in ("", tokens):
+        told.message(f"Warning: {source} has a refit on other tokens than these of {prompts.calibration_name}.")
+    return replace(plan, refit=replace(plan.refit, calibration=tokens))
+
+
+@contextmanager
+def _matches_and_fits(
+    checkpoint: Checkpoint, plan: MergePlan, prompts: PlanPrompts, folder: str | Path | None, told: Progress
+) -> Iterator[tuple[Aligner, Refits | None]]:
+    """Where a merge takes permutations and, once they are made here, fitted tensors from.
+
+    folder: where they are kept; by default what needs one has a temporary one, which is gone when this ends.
+    """
+    computes = plan.refit is not None or plan.alignment == "activations"
+    with scratch_folder() if computes and folder is None else nullcontext(folder) as cache:
+        aligner = prompts.aligner(plan, cache)
+        if plan.refit is None:
+            yield aligner, None
+            return
+        assert cache is not None  # since it computes
+        runner = LayerRunner(checkpoint, dtype=prompts.dtype, aligner=aligner)
+        refitter = Refitter(runner, cache, lambda: prompts.calibration)
+        with step(told, f"refit ({plan.refit.method}) on the calibration tokens"):
+            refitter.fit(plan)
+        yield aligner, refitter.tensors
 
 
 def save_merged(
@@ -181,10 +207,10 @@ def _prove(
     *,
     aligner: Aligner,
     refits: Refits | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> None:
     """Prove the model saved in `folder`, and write what was found into its record and its files."""
-    with step(progress or Silent(), "proof: the saved model, loaded in a fresh process"):
+    with step(progress, "proof: the saved model, loaded in a fresh process"):
         record["proof"] = prove(checkpoint, plan, folder, aligner=aligner, refits=refits)
     for name, text in _described(checkpoint, record, results).items():
         Storage(folder).publish(name, text.encode())

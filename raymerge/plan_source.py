@@ -46,7 +46,7 @@ def plan_to_merge(
     prompts: PlanPrompts,
     told: Progress,
 ) -> MergePlan:
-    """The plan that `source` names, with the options given beside it; `told` is what speaks against it.
+    """The plan that `source` names, with the options given beside it; `told` hears what speaks against it.
 
     source: a path or a plan section; anything else is refused. given: fields of a MergePlan, which a plan file must
     leave open. prompts: read only where a block is chosen on them. Raises PlanError, RefitError, ConfigError (what a
@@ -73,8 +73,8 @@ def plan_to_merge(
 
 
 def keys_without_effect(section: PlanConfig) -> list[tuple[str, str]]:
-    """Keys that were given and change nothing, with what they are of. A run's section may have them for a sweep, which
-    takes other layers too; a merge's has no other use."""
+    """Keys of a merge's plan section that were given and change nothing, each with what it goes with. A run's section
+    may have them for a sweep, which takes other layers too."""
     by_block, run = section.selection == "block", [key for key in PlanConfig.model_fields if "similarity" in key]
     by_similarity = (
         section.base.startswith("similarity")
@@ -176,8 +176,11 @@ def _of_file(path: Path | str, n_layers: int, given: dict[str, Any]) -> tuple[Me
 def _unlike_record(
     path: Path | str, about: dict[str, Any] | None, checkpoint: Checkpoint, plan: MergePlan
 ) -> list[str]:
-    """What a plan file, or the record beside an alpha file, says against merging by it: it is of another model, or of
-    the alpha file's steps with other options, which alone make another model than the one that was measured."""
+    """What a plan file, or the record beside an alpha file, says against merging by it.
+
+    Either may be of another model. The record may also be of a merge with the alpha file's steps but other options:
+    without these the steps make another model than the one that was measured.
+    """
     beside = (
         path.parent / RECORD_FILE if isinstance(path, Path) else located(Storage(folder_of(path)[0]).show(RECORD_FILE))
     )

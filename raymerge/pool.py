@@ -81,10 +81,10 @@ class WorkerPool:
     never gives up workers for it. on_event(kind, worker, detail) hears of every worker that was "lost", came "back" or
     "joined" late, was "replaced", is "gone" for good or "refused" to take part.
 
-    The pool opens when all workers are there, or some and the others take longer than they did: those join when they
-    come, and one that then refuses - its machine has other files, or the hub does not answer - is left out. Raises
-    WorkerError where a constructor raises, UserError where it raises one or a machine lacks the code, NoRoomError where
-    none starts.
+    The pool opens when all workers are there, or once it has waited for the others twice as long as for the first, and
+    at least 10 s longer. Those join when they come; one that refuses then (its machine has other files, or the hub does
+    not answer) is left out. Raises WorkerError where a constructor raises, UserError where it raises one or a machine
+    lacks the code, NoRoomError where none starts.
     """
 
     def __init__(

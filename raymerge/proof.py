@@ -165,7 +165,7 @@ def _layerwise_logits(
     empty = np.empty(0, dtype=np.int64)
     shard = Shard(tuple(Group("", empty, (sequence,), (row,)) for row, sequence in enumerate(ids)))
     states = runner.run(runner.embed(shard), runner.plan_layers(plan))
-    hidden = [runner.vocabulary.normalise(state.batches[0][2][0]) for state in states]
+    hidden = [runner.vocabulary.normalise(state.batches[0].states[0]) for state in states]
     vocabulary = checkpoint[checkpoint.architecture.unembedding].shape[0]
     chunks = []
     for start in range(0, vocabulary, VOCABULARY_ROWS):

@@ -1,9 +1,9 @@
 """The layers at the seams of a merge, fitted in closed form to what the unmerged model computes on calibration tokens.
 
 A merge leaves seams: layers that stand for several. What leaves a seam is to be what left the last of the layers that
-it stands for; only matrices that write into the residual stream are fitted, o_proj and down_proj, whose outputs are
-linear in them, so that the best are found by least squares and nothing is added to the model. What they read is what
-they read in the merged model: layers are fitted in order, each on the states that the layers fitted before it give.
+it stands for. Only the matrices that write into the residual stream are fitted, o_proj and down_proj. Their outputs are
+linear in them, so that least squares finds the best ones, and nothing is added to the model. They are fitted to what
+they read in the merged model: layers in order, each on the states that the layers fitted before it give.
 
 `linear`: the MLP's output of the seam is multiplied by a matrix, absorbed into down_proj (ReplaceMe, Shopkhoev et al.
 2025, arXiv:2505.02819, equation 5), each token counting alike. `scale`: by a diagonal one: the part of LinearPatch's
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from raymerge.alignment import layer_tensors
-from raymerge.architectures import Architecture, source_tensor
+from raymerge.architectures import source_tensor
 from raymerge.checkpoint import Checkpoint
 from raymerge.device import moved
 from raymerge.forward import GroupStates, LayerRunner, joined
@@ -123,13 +123,6 @@ def check_refittable(checkpoint: Checkpoint, plan: MergePlan) -> None:
         )
     if not plan.groups:
         raise RefitError(f"plan {plan.name} merges nothing, so that it has no seam to refit")
-
-
-def _matrix(architecture: Architecture, projection: str) -> str:
-    """The matrix that holds this projection and no other."""
-    found = architecture.matrix_of(projection)
-    assert found is not None  # by `check_refittable`
-    return found
 
 
 def _is_seam(plan: MergePlan, position: int) -> bool:
@@ -303,7 +296,7 @@ class Refitter:
 
     def _fitted(self, step: Step) -> str:
         """The matrix that a step fits."""
-        return _matrix(self.runner.checkpoint.architecture, "o" if step.part == "attention" else "down")
+        return self.runner.checkpoint.architecture.holder_of("o" if step.part == "attention" else "down")
 
     def store(self, plan: MergePlan, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write what `solve` gave."""
@@ -407,7 +400,7 @@ class Refitter:
         found = []
         for source in sorted(plan.groups[plan.kept[step.position].index]):
             layer = layer_tensors(base, architecture, source)
-            names = [f"{_matrix(architecture, part)}.weight" for part in _UNITS]
+            names = [f"{architecture.holder_of(part)}.weight" for part in _UNITS]
             found.append((source, {n: source_tensor(architecture, layer, n, norms="fold") for n in names}))
         return found
 
@@ -416,7 +409,7 @@ class Refitter:
     ) -> Tensor:
         """(layers, n) float64: the units' weighted sums of squares on the states that the seam's MLP reads."""
         index, rows = plan.kept[step.position].index, []
-        down = _matrix(self.runner.checkpoint.architecture, "down")
+        down = self.runner.checkpoint.architecture.holder_of("down")
         packed, counts = self.runner.pack(states), token_weights(self._target(step.target + 1, shard)).double()
         for _, units in self._candidates(plan, step):
             own = {name: units[name].to(self.runner.device, self.runner.dtype) for name in units if down not in name}
@@ -428,12 +421,12 @@ class Refitter:
     def _chosen(self, plan: MergePlan, step: Step, own: Mapping[str, Tensor], squares: Tensor) -> dict[str, Tensor]:
         """The seam's MLP of the units that contribute most: root mean square times the length of their column."""
         candidates, architecture = self._candidates(plan, step), self.runner.checkpoint.architecture
-        down = f"{_matrix(architecture, 'down')}.weight"
+        down = f"{architecture.holder_of('down')}.weight"
         columns = torch.stack([units[down].double().norm(dim=0) for _, units in candidates])
         n = columns.shape[1]
         best = (squares.cpu().sqrt() * columns).flatten().topk(n).indices.sort().values
         found = {}
-        for name in (f"{_matrix(architecture, part)}.weight" for part in _UNITS):
+        for name in (f"{architecture.holder_of(part)}.weight" for part in _UNITS):
             axis = 1 if name == down else 0
             every = torch.cat([units[name] for _, units in candidates], dim=axis)
             found[name] = every.index_select(axis, best).to(own[name].dtype)
@@ -492,7 +485,7 @@ def observe(
     architecture = runner.checkpoint.architecture
     norm = architecture.norm_before_mlp  # which the state between attention and MLP enters
     assert norm is not None  # by `check_refittable`
-    module, matrices = runner.modules[index], (_matrix(architecture, "o"), _matrix(architecture, "down"))
+    module, matrices = runner.modules[index], (architecture.holder_of("o"), architecture.holder_of("down"))
     points = {matrix: module.get_submodule(matrix) for matrix in matrices} | {"middle": module.get_submodule(norm)}
     found = runner.observed(states, index, weights, points) | {"leaving": states}
     return {name: joined(runner.pack(group)) for name, group in found.items()}

@@ -46,7 +46,7 @@ class _Alike(NamedTuple):
     """What candidates that are scored at once have in common: they differ in their coefficients alone."""
 
     axes: int  # of a candidate's coefficients, (sources,) or (matrices, sources); 0: fused by itself (`is_stacked`)
-    rest: int  # the source layer that gives norms, attention window and, unless they are merged, biases
+    survivor: int  # the source layer that gives norms, attention window and, unless they are merged, biases
     merge_biases: bool
 
 
@@ -260,17 +260,17 @@ class TailScorer:
         for alike, batch in batches:
             if alike.axes == 0:
                 (plan,) = batch
-                yield self.layer.hidden(self.runner.deployed(self._fused(plan)), alike.rest)
+                yield self.layer.hidden(self.runner.deployed(self._fused(plan)), alike.survivor)
                 continue
             mixed, coefficients = next(pieces[alike.axes])
-            summed = self._key_coefficients(coefficients, alike.rest)
+            of_keys = self._key_coefficients(coefficients, alike.survivor)
             if len(batch) == 1:
-                weights = self.sources.weights(mixed[0], alike.rest, alike.merge_biases)
+                weights = self.sources.weights(mixed[0], alike.survivor, alike.merge_biases)
                 yield self.layer.hidden(
-                    self.runner.deployed(weights), alike.rest, None if summed is None else summed[0]
+                    self.runner.deployed(weights), alike.survivor, None if of_keys is None else of_keys[0]
                 )
             else:
-                yield from self._hidden_of_several(mixed, alike.rest, alike.merge_biases, summed)
+                yield from self._hidden_of_several(mixed, alike.survivor, alike.merge_biases, of_keys)
 
     def _batches(self, plans: Sequence[MergePlan]) -> list[tuple[_Alike, list[MergePlan]]]:
         """Plans in their order, cut into those that are scored at once, with what these have in common."""
@@ -286,16 +286,16 @@ class TailScorer:
         axes = 0 if not self.is_stacked(plan) else 2 if kept.matrices else 1
         return _Alike(axes, kept.index - self.first, plan.biases == "merge")
 
-    def _hidden_of_several(self, mixed: Tensor, rest: int, merge_biases: bool, summed: Tensor | None) -> Tensor:
+    def _hidden_of_several(self, mixed: Tensor, survivor: int, merge_biases: bool, of_keys: Tensor | None) -> Tensor:
         """`TailLayer.hidden`, (candidates, n, d), of several candidates with mixed weights (candidates, parameters).
 
         The states, and the weights that are not averaged, are read once for all of them.
         """
-        weights = self.sources.weights(mixed, rest, merge_biases)
+        weights = self.sources.weights(mixed, survivor, merge_biases)
         averaged = {name: weights.pop(name) for name in self.sources.averaged(merge_biases)}
-        dimensions = (0, None if summed is None else 0)
-        hidden = torch.func.vmap(lambda own, summed: self.layer.hidden(weights | own, rest, summed), dimensions)
-        return hidden(averaged, summed)
+        dimensions = (0, None if of_keys is None else 0)
+        hidden = torch.func.vmap(lambda own, of_keys: self.layer.hidden(weights | own, survivor, of_keys), dimensions)
+        return hidden(averaged, of_keys)
 
     @property
     def _is_batched(self) -> bool:
@@ -318,17 +318,17 @@ class TailScorer:
         layer = self.runner.fused(plan, self.first, dtype=self.fused_dtype)
         return {name: tensor.to(self.runner.device, torch.float32) for name, tensor in layer.items()}
 
-    def logits(self, coefficients: Tensor, *, rest: int = 0, merge_biases: bool = False) -> Tensor:
+    def logits(self, coefficients: Tensor, *, survivor: int = 0, merge_biases: bool = False) -> Tensor:
         """Answer logits (n, 4) in question order, differentiable in `coefficients`, (sources,) or (matrices, sources).
 
-        rest: which source layer gives norms, attention window and, unless they are merged, biases.
+        survivor: which source layer gives norms, attention window and, unless they are merged, biases.
         """
         (mixed,) = self.sources.mix(coefficients[None], self.fused_dtype)
-        return self.answer_logits(self.sources.weights(mixed, rest, merge_biases), rest)
+        return self.answer_logits(self.sources.weights(mixed, survivor, merge_biases), survivor)
 
-    def answer_logits(self, weights: Mapping[str, Tensor], rest: int) -> Tensor:
+    def answer_logits(self, weights: Mapping[str, Tensor], survivor: int) -> Tensor:
         """Answer logits (n, 4) in question order of a merged layer, differentiable in its weights."""
-        return self._unsort(self._answers(self.layer.hidden(weights, rest)))
+        return self._unsort(self._answers(self.layer.hidden(weights, survivor)))
 
     def _answers(self, hidden: Tensor) -> Tensor:
         return self.runner.vocabulary.capped(hidden @ self._letters.T)
@@ -350,12 +350,12 @@ class TailScorer:
         narrow = self.compute_dtype != torch.float32 or self.fused_dtype == torch.float32
         return narrow and self._is_batched and not set(between) & set(names)
 
-    def _key_coefficients(self, coefficients: Tensor, rest: int) -> Tensor | None:
+    def _key_coefficients(self, coefficients: Tensor, survivor: int) -> Tensor | None:
         """The coefficients of keys, (candidates, sources), out of (candidates, sources) or (candidates, matrices,
         sources). None where keys are to be projected from the states: the plan says so, or the keys held do not serve,
-        since layer first + rest has another norm gain or rotary embedding than the first source."""
+        since layer first + survivor has another norm gain or rotary embedding than the first source."""
         kinds = self.runner.checkpoint.rotary_types
-        unlike = rest and (self.sources.norms == "keep" or kinds[self.first + rest] != kinds[self.first])
+        unlike = survivor and (self.sources.norms == "keep" or kinds[self.first + survivor] != kinds[self.first])
         if self.plan.keys != "linear" or unlike:
             return None
         coefficients = coefficients.to(self.runner.device, torch.float32)

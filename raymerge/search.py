@@ -261,7 +261,7 @@ class BatchSearcher(Searcher):
         *,
         candidates: int,
         batch: int,
-        crew: WorkerPool,
+        pool: WorkerPool,
         concurrent: int | None = None,
         describe: Callable[[Point], Row],
         minimise: bool,
@@ -272,10 +272,10 @@ class BatchSearcher(Searcher):
         super().__init__(metric="value", mode="max")
         self._proposer, self._describe, self._record = proposer, describe, record
         self._minimise, self._on_progress = minimise, on_progress
-        self.crew = crew
+        self.pool = pool
         self.candidates, self.concurrent = candidates, math.inf if concurrent is None else concurrent
         self._supply = _Supply(proposer, candidates=candidates, batch=batch, replayed=replayed)
-        self._free = list(crew.present)
+        self._free = list(pool.present)
         self._running: dict[str, tuple[int, _Batch]] = {}
         self.scored: dict[str, list[float]] = {}  # actor -> seconds of each of its candidates in this call
         self.best: float | None = None  # value of the objective
@@ -287,8 +287,8 @@ class BatchSearcher(Searcher):
         self._handed_out = 0
 
     def _replay(self, rows: Sequence[Row]) -> None:
-        """Learn what the record has. Where one batch is tried at a time, the next is proposed before the last one's
-        values are known, as it would have been: else a search that was interrupted would go on otherwise."""
+        """Learn what the record has, as the search that made it did, so that it goes on as it would have. Where one
+        batch is tried at a time, the next one is proposed before the values of the last one are known."""
         ahead = [row for row in rows if row["batch"] == rows[-1]["batch"]] if self._takes_turns else []
         for row in rows[: len(rows) - len(ahead)]:
             self._learn(row)
@@ -305,9 +305,9 @@ class BatchSearcher(Searcher):
         if self.failure is not None or (self._supply.is_empty and not self._running):
             return self.FINISHED
         try:
-            self._free += self.crew.poll()
+            self._free += self.pool.poll()
             if not self._free and not self._running:
-                self.crew.require()
+                self.pool.require()
         except Exception as failed:
             # Tune would go on; it ends the search and is raised when Tune is done.
             self.failure = failed
@@ -323,8 +323,8 @@ class BatchSearcher(Searcher):
         first_round = self._first_round if self._handed_out <= len(self._first_round) else []
         return {
             "candidates": batch.points,
-            "worker": self.crew.name_of(slot),
-            "first_round": [self.crew.name_of(other) for other in first_round],
+            "worker": self.pool.name_of(slot),
+            "first_round": [self.pool.name_of(other) for other in first_round],
         }
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -332,19 +332,28 @@ class BatchSearcher(Searcher):
             return
         slot, batch = self._running.pop(trial_id)
         self.trial_failed = self.trial_failed or error
-        result = result or {}
-        results, count = result.get("results"), len(batch.points)
         try:
-            node = self._release(slot, result)
-        except Exception as failed:  # the crew writes losses down, which may fail as the record below may
+            rows = self._store(trial_id, slot, batch, result or {}, error)
+        except Exception as failed:  # of the record, and of what the pool writes down of a loss
+            # Tune would take an exception here for the trial's; it ends the search and is raised when Tune is done.
             self.failure = self.failure or failed
             return
+        self.finished += len(rows)
+        for row in rows:
+            self.scored.setdefault(row["actor"], []).append(row["seconds"])
+            self._learn(row)
+
+    def _store(self, trial_id: str, slot: int, batch: _Batch, result: dict[str, Any], error: bool) -> list[Row]:
+        """Store what a trial has found, also when the search is to end: what other workers have finished by then may be
+        the work of hours. Returns the rows; none of a batch that is to be tried again, now or at the next start."""
+        node = self._release(slot, result)
         if result.get("refused"):
             self.failure = self.failure or result["refused"]
-            return  # Nothing is stored of a batch that was not tried: it is done again at the next start.
+            return []
+        results, count = result.get("results"), len(batch.points)
         if error or results is None:
             if self._repeat(batch, node):
-                return
+                return []
             cause = result.get("lost") or "the Tune trial failed; its error stands in Tune's folder of the run"
             results = [{"error": cause}] * count
         elif len(results) != count:
@@ -353,36 +362,27 @@ class BatchSearcher(Searcher):
             self._row(trial_id, slot, batch.number, iteration, point, found)
             for iteration, point, found in zip(batch.iterations, batch.points, results, strict=True)
         ]
-        try:
-            # Also when the search is to end: what other workers have finished by then may be the work of hours.
-            self._record(f"{rows[0]['searcher']}-{batch.number:06d}", rows, results)
-        except Exception as failed:
-            # Tune would take an exception here for the trial's; it ends the search and is raised when Tune is done.
-            self.failure = self.failure or failed
-            return
+        self._record(f"{rows[0]['searcher']}-{batch.number:06d}", rows, results)
         results.clear()  # Tune keeps this list to the end, answers and all: in Ray's store, then copied by the driver
-        self.finished += len(rows)
-        for row in rows:
-            self.scored.setdefault(row["actor"], []).append(row["seconds"])
-            self._learn(row)
+        return rows
 
     def _release(self, slot: int, result: Mapping[str, Any]) -> str:
         """Take note of what has become of a trial's worker; return the node that it was on if it was lost, else ""."""
         if result.get("lost"):
-            node = self.crew.lose(slot, result["lost"])
-            self._free = self.crew.answering(self._free)
+            node = self.pool.lose(slot, result["lost"])
+            self._free = self.pool.answering(self._free)
             return node
         if result.get("results") is not None:
             self._free.append(slot)
-            self.crew.succeeded(slot)
+            self.pool.succeeded(slot)
         elif not result.get("refused"):  # the trial failed, which says nothing of the worker
-            self._free += self.crew.answering([slot])
+            self._free += self.pool.answering([slot])
         return ""
 
     def _repeat(self, batch: _Batch, node: str) -> bool:
-        """Give a batch whose worker was lost out once more; False where the crew gives it up."""
+        """Give a batch whose worker was lost out once more; False where the pool gives it up."""
         losses = (*batch.losses, node)
-        if self.crew.gives_up(losses):
+        if self.pool.gives_up(losses):
             return False
         self._supply.repeat(batch, losses)
         return True
@@ -446,7 +446,7 @@ def run_search(
     if batches.done >= batches.candidates:
         return SearchOutcome(0, 0.0, None)
     _quiet_tune()
-    pool = batches.crew
+    pool = batches.pool
     began, before = time.monotonic(), pool.seconds_present()
     folder, run_name = Path(storage_path).absolute(), f"{name}-{uuid.uuid4().hex[:8]}"
     options = {"timeout_s": pool.timeout_s, "method": method, "arguments": arguments}
@@ -516,8 +516,9 @@ _FALSE_ALARMS = {
 
 @contextmanager
 def _own_files(batches: BatchSearcher, folder: Path) -> Iterator[None]:
-    """What Tune raises where it cannot write its own files (at its end a ValueError, that there are none) is no error
-    when the record has all that is to be tried, or why it ended; else NoRoomError where a disk has no room."""
+    """Tune raises where it cannot write its own files (at its end a ValueError: there are none). That is no error if
+    the record has all that was to be tried, or if why the search ended is known; otherwise NoRoomError is raised where
+    a disk is full."""
     try:
         yield
     except (OSError, ValueError) as error:

@@ -138,17 +138,18 @@ class SourceLayers:
                     found[matrix] += (piece.float() @ own.float()).double().cpu()
         return found
 
-    def weights(self, mixed: Tensor, rest: int, merge_biases: bool) -> dict[str, Tensor]:
+    def weights(self, mixed: Tensor, survivor: int, merge_biases: bool) -> dict[str, Tensor]:
         """One candidate's layer: its mixed matrices, with the norms and, unless they are merged, the biases of source
-        layer `rest`, counted from 0.
+        layer `survivor`, counted from 0.
 
-        mixed may be (candidates, parameters) of several with the same rest: what is `averaged` then has this axis too.
+        mixed may be (candidates, parameters) of several that have the survivor in common: what is `averaged` then has
+        this axis too.
         """
         parts = zip(self._names, mixed.split(self._sizes, -1), self._shapes, strict=True)
         weights = {name: part.unflatten(-1, shape) for name, part, shape in parts}
         if not merge_biases:
-            own = self.stack[rest].split(self._sizes)[-len(self._biases) :] if self._biases else ()
+            own = self.stack[survivor].split(self._sizes)[-len(self._biases) :] if self._biases else ()
             # As saved: what folding adds to a bias is rounded with it.
             kept, stored = zip(self._biases, own, strict=True), self.runner.checkpoint.dtype
             weights.update((name, bias.to(stored).float()) for name, bias in kept)
-        return weights | self._others[rest]
+        return weights | self._others[survivor]

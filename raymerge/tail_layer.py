@@ -80,15 +80,15 @@ class TailLayer:
         cos, sin = self._rotary[kind]
         return cos[positions], sin[positions]
 
-    def hidden(self, weights: Mapping[str, Tensor], rest: int, summed: Tensor | None = None) -> Tensor:
+    def hidden(self, weights: Mapping[str, Tensor], survivor: int, key_coefficients: Tensor | None = None) -> Tensor:
         """States (n, d) float32 after the final norm at each question's last position, by place.
 
-        weights: the merged layer's tensors by relative name; rest: it has the window and rotary type of original layer
-        first + rest. summed: coefficients (sources,) with which keys are summed from those that `hold_keys` holds;
-        None projects them.
+        weights: the merged layer's tensors by relative name. survivor: the layer has the window and rotary type of
+        original layer first + survivor. key_coefficients: (sources,), with which keys are summed from those that
+        `hold_keys` holds; None projects them from the states.
         """
         checkpoint = self.runner.checkpoint
-        window, rotary = checkpoint.windows[self.first + rest], checkpoint.rotary_types[self.first + rest]
+        window, rotary = checkpoint.windows[self.first + survivor], checkpoint.rotary_types[self.first + survivor]
         states, layout = self.states, self.states.layout
         # A window that reaches over every position hides nothing.
         window = None if window is not None and window >= layout.positions else window
@@ -96,7 +96,7 @@ class TailLayer:
         query = self._product(states.last_normalised, *self._projection("q", weights), narrow=True)
         query = self._scaled(self._heads(query, "q", weights, self._rotary_at(last, rotary)), last)
         query = query.unflatten(1, (self._kv_heads, self._groups))
-        attended = self._attend(query, weights, window, rotary, summed).flatten(1)
+        attended = self._attend(query, weights, window, rotary, key_coefficients).flatten(1)
         rows = max(1, self.plan.chunk_tokens // _ROW)
         parts = zip(states.last.split(rows), attended.split(rows), strict=True)
         return torch.cat([self._finish(x, part, weights) for x, part in parts])
@@ -223,7 +223,7 @@ class TailLayer:
         return self._turns[key]
 
     def _keys(
-        self, chunks: Chunks, weights: Mapping[str, Tensor], rotary: str | None, summed: Tensor | None = None
+        self, chunks: Chunks, weights: Mapping[str, Tensor], rotary: str | None, key_coefficients: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Rotated keys float32 of each chunk, and its tokens' states (tokens, d).
 
@@ -231,11 +231,11 @@ class TailLayer:
         of queries and keys would copy those that have heads behind tokens.
         """
         spans = zip(chunks.spans, chunks.shapes, self.states.of(chunks.spans), strict=True)
-        if summed is not None:
+        if key_coefficients is not None:
             held = self._source_keys
             assert held is not None  # by `hold_keys`
             for (start, stop), shape, tokens in spans:
-                keys = _sum(summed, held[:, start:stop])
+                keys = _sum(key_coefficients, held[:, start:stop])
                 if shape is None:
                     yield keys.unflatten(-1, (self._kv_heads, self._head_dim)), tokens
                 else:
@@ -252,7 +252,7 @@ class TailLayer:
         weights: Mapping[str, Tensor],
         window: int | None,
         rotary: str | None,
-        summed: Tensor | None,
+        key_coefficients: Tensor | None,
     ) -> Tensor:
         """Attention of each last position, (n, kv, group, head_dim), over its prefix and its own tokens.
 
@@ -260,7 +260,7 @@ class TailLayer:
         subjects - and joined by their log-sum-exps.
         """
         chunks, layout = self._chunks(), self.states.layout
-        keys = self._keys(chunks, weights, rotary, summed)
+        keys = self._keys(chunks, weights, rotary, key_coefficients)
         value = self._projection("v", weights)
         prefix_parts = list(self._prefix_parts(query, chunks, keys, value, window))
         own_parts = []

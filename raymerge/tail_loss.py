@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ class LossWeights:
     text_kl: float = 0.0
 
     def __post_init__(self) -> None:
-        values = [self.answer_nll, self.answer_kl, self.text_nll, self.text_kl]
+        values = astuple(self)
         if not all(math.isfinite(value) and value >= 0.0 for value in values) or not any(values):
             raise GradientError(f"the weights of a loss must be not negative and not all 0: {self}")
 
@@ -187,7 +187,7 @@ class TextWindows:
         states = runner.from_packed(Shard((group,)), [(self._states[window][:0], self._states[window][: len(ids)])])
         weights = {name: tensor.to(runner.dtype) for name, tensor in layer.items()}
         (state,) = runner.run(states, [(self.first, lambda: weights)])
-        out = state.batches[0][2][0][positions.to(runner.device)]
+        out = state.batches[0].states[0][positions.to(runner.device)]
         targets = torch.from_numpy(self._ids[window])[positions + 1]
         nll = kl = out.new_zeros((), dtype=torch.float32)
         for start in range(0, len(positions), _TEXT_POSITIONS):
@@ -293,13 +293,12 @@ class TailLoss:
     @property
     def identity(self) -> str:
         """16 hex digits over everything that the loss depends on."""
-        weights = self.weights
         return digest(
             [
                 self.template.plan_id(self.runner.checkpoint.identity),
                 self.runner.cache_key,
                 "" if self.scorer is None else self.scorer.prompts.identity,
-                [weights.answer_nll, weights.answer_kl, weights.text_nll, weights.text_kl],
+                list(astuple(self.weights)),
                 "" if self.text is None else self.text.identity,
                 *self.runner.aligner.data(self.template.alignment),
             ]
@@ -355,9 +354,9 @@ class TailLoss:
             return self._of_chosen(scorer, layer, rows, leaves), _NOTHING
         # Where most questions are chosen, a copy of their tokens would cost more than it spares.
         logits = scorer.answer_logits(layer, 0)
-        answers = self._of_answers(logits, rows, leaves)
+        answers = self._of_answers(logits if rows is None else logits[list(rows)], rows, leaves)
         with torch.no_grad():
-            return answers, self._of_answers(logits.detach(), held_out) if held_out else _NOTHING
+            return answers, self._of_answers(logits[list(held_out)], held_out) if held_out else _NOTHING
 
     def _in_parts(
         self, scorer: TailScorer, layer: Mapping[str, Tensor], rows: Sequence[int], leaves: Sequence[Tensor] = ()
@@ -394,7 +393,7 @@ class TailLoss:
         share: float = 1.0,
     ) -> _Means:
         """`_of_answers` where only the questions' own tokens are run, with their prefixes."""
-        return self._of_answers(scorer.select(rows).answer_logits(layer, 0), rows, leaves, share, chosen=True)
+        return self._of_answers(scorer.select(rows).answer_logits(layer, 0), rows, leaves, share)
 
     def _of_answers(
         self,
@@ -402,17 +401,14 @@ class TailLoss:
         rows: Sequence[int] | None,
         leaves: Sequence[Tensor] = (),
         share: float = 1.0,
-        *,
-        chosen: bool = False,
     ) -> _Means:
-        """Means (NLL, KL) over the questions `rows`; logits are those of all questions, or, if `chosen`, of just these.
+        """Means (NLL, KL) over the questions `rows`, None for all, of which these are the logits (rows, 4).
 
         The gradient of the weighted sum, times share, is added to the leaves' gradients: to those of all leaves or, if
         memory runs out, of none.
         """
         weights = self.weights
         asked = slice(None) if rows is None else list(rows)
-        logits = logits if chosen else logits[asked]
         nll = F.cross_entropy(logits, self._answers[asked])
         kl, total = math.nan, weights.answer_nll * nll
         if self._reference is not None:
@@ -443,8 +439,5 @@ class TailLoss:
         return sums[0] / count, sums[1] / count if text.has_reference else math.nan
 
     def _total(self, answers: _Means, text: _Means) -> Loss:
-        weights = self.weights
-        pairs = zip(
-            (weights.answer_nll, weights.answer_kl, weights.text_nll, weights.text_kl), (*answers, *text), strict=True
-        )
+        pairs = zip(astuple(self.weights), (*answers, *text), strict=True)
         return Loss(sum(weight * value for weight, value in pairs if weight), *answers, *text)

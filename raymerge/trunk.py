@@ -67,20 +67,18 @@ def compute_trunks(caches: Sequence[TrunkCache], shard: Shard) -> None:
 
     The pass goes on from the deepest states that are there already.
     """
-    layers = None
-    states, depth = None, -1
+    states: list[GroupStates] | None = None  # those of `reached`; None: on disk, to be read if deeper ones are missing
+    reached: TrunkCache | None = None
     for cache in sorted(caches, key=lambda cache: cache.first):
-        path = cache.path(shard)
-        if is_whole(path, _WHAT):
-            states, depth = None, cache.first  # read only if a deeper one is missing
-            reached = cache
-            continue
-        if states is None:
-            states = reached.states(shard) if depth >= 0 else cache.runner.embed(shard)
-            depth = max(depth, 0)
-        layers = layers or cache.runner.plan_layers(base_plan(cache.runner.checkpoint.n_layers))
-        states, depth = cache.runner.run(states, layers[depth : cache.first]), cache.first
-        cache.store(shard, states)
+        if is_whole(cache.path(shard), _WHAT):
+            states = None
+        else:
+            if states is None:
+                states = cache.runner.embed(shard) if reached is None else reached.states(shard)
+            layers = cache.runner.plan_layers(base_plan(cache.runner.checkpoint.n_layers))
+            states = cache.runner.run(states, layers[0 if reached is None else reached.first : cache.first])
+            cache.store(shard, states)
+        reached = cache
 
 
 def mlp_units(entering: TrunkCache, shard: Shard, others: Iterable[TrunkCache] = ()) -> Tensor:

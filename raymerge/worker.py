@@ -45,6 +45,7 @@ from raymerge.memory import MemoryPlanError
 from raymerge.objectives import is_minimised, parse_objective, score_answers, score_text
 from raymerge.parametrisation import loss_by_alphas
 from raymerge.plan import MergePlan, base_plan
+from raymerge.prompts import Shard
 from raymerge.refit import PackedSums, Refitter, Sums
 from raymerge.reliability import Study, study
 from raymerge.role_prompts import RolePrompts
@@ -299,7 +300,7 @@ class ModelWorker:
         results, deadline = [], time.monotonic() + self.config.workers.timeout_s / 2
         for start in starts:
             began = _now()
-            loss = self._tail_loss(self.template.with_alphas(start, name="start", kind="found"))
+            loss = self._loss_of(self.template.with_alphas(start, name="start", kind="found"), self._drawn_text)
             settings = descent_settings(self.config, parametrisation)
             path = self.cache / f"descent-{digest([loss.identity, asdict(settings), list(start)])}.safetensors"
             found = descend(
@@ -321,9 +322,6 @@ class ModelWorker:
     def _result(self, plan: MergePlan, logits: np.ndarray | None, began: tuple[float, float]) -> dict[str, Any]:
         keep = logits is not None and self.config.output.store_candidate_answers
         return {**self._judged(plan, logits), **_taken(began), **({"logits": logits} if keep else {})}
-
-    def _tail_loss(self, start: MergePlan) -> TailLoss:
-        return self._loss_of(start, self._text_windows if loss_weights(self.config).of_text else None)
 
     def _loss_of(self, start: MergePlan, text: TextWindows | None) -> TailLoss:
         weights = loss_weights(self.config)
@@ -357,15 +355,19 @@ class ModelWorker:
                 f"the terms of search.objective {objective} have different subjects, but a loss with a gradient is "
                 "over one set of questions: name the same subjects in each"
             )
-        return self._loss_of(self.template, self._windows_of_text() if weights.of_text else None)
+        return self._loss_of(self.template, self._windows_of_text())
 
     @cached_property
-    def _text_windows(self) -> TextWindows:
+    def _drawn_text(self) -> TextWindows | None:
+        """The search text as a descent's steps draw it."""
         settings = self.config.gradient
         return self._windows_of_text(windows=settings.text_windows, positions=settings.text_positions)
 
-    def _windows_of_text(self, **drawn: int | None) -> TextWindows:
-        """The search text as it enters the merged layer, and how much of it a step draws."""
+    def _windows_of_text(self, **drawn: int | None) -> TextWindows | None:
+        """The search text as it enters the merged layer, and how much of it a step draws; None where the loss has no
+        term of text."""
+        if not loss_weights(self.config).of_text:
+            return None
         trunk, reference = self._trunks[self.template.resumes_at], self.config.gradient.text_kl > 0
         return TextWindows(trunk, self.prompts.search_text, reference=reference, **drawn)
 
@@ -527,9 +529,15 @@ class ModelWorker:
 
     def activations(self, number: int, plan: MergePlan | None = None) -> Activations:
         """Activations of subset `number` of the similarity section, collected or read from the cache."""
+        return self._activation_cache.get(self._subset_shards(number), plan)
+
+    @property
+    def _activation_cache(self) -> ActivationCache:
         settings = self.config.similarity
-        cache, shards = ActivationCache(self.cache), self.prompts.encode(self.material.subsets[number].questions).shards
-        return cache.get(self.runner, shards, pooling=settings.pooling, max_tokens=settings.max_tokens, plan=plan)
+        return ActivationCache(self.cache, self.runner, pooling=settings.pooling, max_tokens=settings.max_tokens)
+
+    def _subset_shards(self, number: int) -> Sequence[Shard]:
+        return self.prompts.encode(self.material.subsets[number].questions).shards
 
     def similarity(self, number: int) -> SubsetSimilarity:
         """One subset's similarity matrix with its noise, and what else its tables hold.
@@ -537,13 +545,10 @@ class ModelWorker:
         The study, which takes minutes where layers are many, is in the cache when it is made: a run that was cut short
         needs all of them for its correlations. Distances stay here: of 80 layers and 500 samples they are 160 MB.
         """
-        settings, found = self.config.similarity, self.activations(number)
+        settings, shards = self.config.similarity, self._subset_shards(number)
+        found, collected = self._activation_cache.get(shards), self._activation_cache.path(shards)
         recipe, draws = recipe_of(settings), ("null_draws", "interval_draws", "half_draws")
         options = {name: getattr(settings, name) for name in draws} | {"random_state": settings.seed}
-        shards = self.prompts.encode(self.material.subsets[number].questions).shards
-        collected = ActivationCache(self.cache).path(
-            self.runner, shards, pooling=settings.pooling, max_tokens=settings.max_tokens
-        )
         versions = [importlib.metadata.version(package) for package in _STUDIED_WITH]
         path = self.cache / f"study-{digest([collected.name, asdict(recipe), options, versions])}.safetensors"
         if is_whole(path, "the study"):

@@ -50,10 +50,10 @@ class LocalPool(nullcontext):
 
 
 def local_search(batches, *, name, storage_path, loggers, method="score", arguments=()):
-    """What `run_search` does, without Tune: the crew's worker scores the batches one by one."""
+    """What `run_search` does, without Tune: the pool's worker scores the batches one by one."""
     trial = 0
     while (asked := batches.suggest(f"trial-{trial}")) != BatchSearcher.FINISHED:
-        results = getattr(batches.crew.worker, method)(asked["candidates"], *arguments)
+        results = getattr(batches.pool.worker, method)(asked["candidates"], *arguments)
         batches.on_trial_complete(f"trial-{trial}", {"results": results})
         trial += 1
     if batches.failure is not None:

@@ -325,53 +325,55 @@ def test_short_sequences_after_a_long_prefix_are_run_a_few_at_a_time(llama, monk
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_hit_is_the_same_and_runs_no_layer(tmp_path, llama, monkeypatch, pooling):
-    cache = ActivationCache(tmp_path / "cache")
-    first = cache.get(llama, SHARDS, pooling=pooling)
+    cache = ActivationCache(tmp_path / "cache", llama, pooling=pooling)
+    first = cache.get(SHARDS)
     monkeypatch.setattr(LayerRunner, "run", None)
     monkeypatch.setattr(LayerRunner, "embed", None)
-    second = cache.get(llama, SHARDS, pooling=pooling)
+    second = cache.get(SHARDS)
     for name in ("distances", "states", "block_influence"):
         a, b = getattr(first, name), getattr(second, name)
         assert (a is None and b is None) or (a.dtype == b.dtype and np.array_equal(a, b))
-    path = cache.path(llama, SHARDS, pooling=pooling)
+    path = cache.path(SHARDS)
     assert list(cache.folder.iterdir()) == [path]
 
 
 def test_the_name_changes_with_everything_that_changes_the_content(tmp_path, runners, llama):
-    cache = ActivationCache(tmp_path)
+    def path(runner, shards, plan=None, **options):
+        return ActivationCache(tmp_path, runner, **options).path(shards, plan)
+
     plan, other = (tail_plan(5, [alpha], name="x", kind="found") for alpha in (0.5, 0.6))
     group = SHARDS[1].groups[0]
     swapped = [SHARDS[0], Shard((Group(group.subject, group.prefix, group.sequences, group.rows[::-1]),))]
     half = LayerRunner(llama.checkpoint, dtype=torch.bfloat16)
     names = [
-        cache.path(llama, SHARDS, pooling="last"),
-        cache.path(llama, SHARDS, pooling="mean"),
-        cache.path(llama, SHARDS, pooling="sequence"),
-        cache.path(llama, SHARDS, pooling="sequence", max_tokens=40),
-        cache.path(llama, SHARDS, pooling="last", plan=plan),
-        cache.path(llama, SHARDS, pooling="last", plan=other),
-        cache.path(llama, SHARDS[:1], pooling="last"),
-        cache.path(llama, swapped, pooling="last"),
-        cache.path(half, SHARDS, pooling="last"),
-        cache.path(runners["qwen3"], SHARDS, pooling="last"),
+        path(llama, SHARDS, pooling="last"),
+        path(llama, SHARDS, pooling="mean"),
+        path(llama, SHARDS, pooling="sequence"),
+        path(llama, SHARDS, pooling="sequence", max_tokens=40),
+        path(llama, SHARDS, pooling="last", plan=plan),
+        path(llama, SHARDS, pooling="last", plan=other),
+        path(llama, SHARDS[:1], pooling="last"),
+        path(llama, swapped, pooling="last"),
+        path(half, SHARDS, pooling="last"),
+        path(runners["qwen3"], SHARDS, pooling="last"),
     ]
     assert len(set(names)) == len(names)
     same = [
-        cache.path(llama, SHARDS, pooling="last", max_tokens=3),  # not used there
-        cache.path(llama, SHARDS, pooling="last", plan=base_plan(5)),
-        cache.path(LayerRunner(Checkpoint(str(llama.checkpoint.directory))), tuple(SHARDS), pooling="last"),
+        path(llama, SHARDS, pooling="last", max_tokens=3),  # not used there
+        path(llama, SHARDS, pooling="last", plan=base_plan(5)),
+        path(LayerRunner(Checkpoint(str(llama.checkpoint.directory))), tuple(SHARDS), pooling="last"),
     ]
     assert set(same) == {names[0]}
 
 
 def test_a_file_cut_short_is_made_anew(tmp_path, llama, caplog):
-    cache = ActivationCache(tmp_path)
-    cache.get(llama, SHARDS, pooling="last")
-    path = cache.path(llama, SHARDS, pooling="last")
+    cache = ActivationCache(tmp_path, llama, pooling="last")
+    cache.get(SHARDS)
+    path = cache.path(SHARDS)
     content = path.read_bytes()
     for broken in (content[:-9], b"", b"nothing"):
         path.write_bytes(broken)
-        cache.get(llama, SHARDS, pooling="last")
+        cache.get(SHARDS)
         assert path.read_bytes() == content
     assert caplog.text.count(f"{path.name} cannot be read and is made anew") == 3
 
@@ -379,7 +381,7 @@ def test_a_file_cut_short_is_made_anew(tmp_path, llama, caplog):
 def test_a_folder_that_cannot_be_written(tmp_path, llama):
     (tmp_path / "file").write_text(json.dumps({}))
     with pytest.raises(UserError, match="cannot be written"):
-        ActivationCache(tmp_path / "file" / "cache").get(llama, SHARDS, pooling="last")
+        ActivationCache(tmp_path / "file" / "cache", llama, pooling="last").get(SHARDS)
 
 
 def test_nothing_is_left_of_an_interrupted_write(tmp_path, llama, monkeypatch):
@@ -389,7 +391,7 @@ def test_nothing_is_left_of_an_interrupted_write(tmp_path, llama, monkeypatch):
 
     monkeypatch.setattr(raymerge.tensorfiles, "save_file", fail)
     with pytest.raises(UserError, match="No space left on device.*free space"):
-        ActivationCache(tmp_path).get(llama, SHARDS, pooling="last")
+        ActivationCache(tmp_path, llama, pooling="last").get(SHARDS)
     assert not list(tmp_path.iterdir())
 
 
@@ -400,7 +402,7 @@ def test_options_and_samples_that_are_refused(tmp_path, llama):
     with pytest.raises(ActivationError, match="pooling is 'max', but must be one of sequence, last, mean"):
         collect(llama, SHARDS, pooling="max")
     with pytest.raises(ActivationError, match="max_tokens is 0, but must be at least 1"):
-        ActivationCache(tmp_path).get(llama, SHARDS, pooling="sequence", max_tokens=0)
+        ActivationCache(tmp_path, llama, pooling="sequence", max_tokens=0)
     for count in (0, 1):
         with pytest.raises(ActivationError, match=f"{count} samples have no distances: give at least 2"):
             collect(llama, make_shards([[(3, (4,))]])[:count], pooling="last")

@@ -20,7 +20,7 @@ from raymerge.config import ConfigError, SearcherName
 from raymerge.config_file import load_config
 from raymerge.errors import UserError
 from raymerge.evaluation import Answers
-from raymerge.experiments import alpha_search, found_models
+from raymerge.experiments import alpha_search, common, found_models
 from raymerge.experiments.alpha_search import _check, _Search
 from raymerge.experiments.common import Inputs
 from raymerge.experiments.controls import controls_of, keeping_one
@@ -450,7 +450,7 @@ def stand_ins(monkeypatch, tmp_path):
     monkeypatch.setattr(alpha_search, "fit", lambda _, plans, *__: done.append(("fit", named(plans))))
     monkeypatch.setattr(alpha_search, "BatchSearcher", lambda proposer, **options: (proposer, options))
     monkeypatch.setattr(alpha_search, "run_search", run_search)
-    monkeypatch.setattr(alpha_search, "draw_figures", lambda *_: pytest.fail("none were asked for"))
+    monkeypatch.setattr(common, "draw_figures", lambda *_: pytest.fail("none were asked for"))
 
     class Reporting(Reporter):
         def report(self, pool, plans, shards, firsts, progress):

@@ -143,7 +143,7 @@ def search(pool, tmp_path, record, *, candidates=CANDIDATES, known=(), batch=1):
         RandomProposer(dimensions=2, bounds=(0, 1), seed=0, known=known),
         candidates=candidates,
         batch=batch,
-        crew=pool,
+        pool=pool,
         describe=lambda point: {"searcher": "random", "plan_id": f"{point[0]:.9f}"},
         minimise=False,
         record=record,

@@ -26,7 +26,7 @@ from raymerge.experiments.common import (
     counted,
     describe_workers,
     draw_figures,
-    model_facts,
+    finish,
     open_pool,
     open_run,
     read_inputs,
@@ -37,6 +37,7 @@ from raymerge.file_hashes import sha256_of
 from raymerge.identity import code_identity
 from raymerge.inputs import CALIBRATION, REPORT, SEARCH, TEXT, task_role
 from raymerge.plan import drop_block_plan, pairs_plan, tail_plan
+from raymerge.plan_section import Similarity
 from raymerge.progress import Silent
 from raymerge.prompts import encode_questions
 from raymerge.questions import load_questions
@@ -194,7 +195,8 @@ def test_a_run_is_held_to_the_sections_that_its_experiment_depends_on():
 def opened(folder, *, plans=(), matrix=None, text="a text"):
     inputs = Inputs(checkpoint=CHECKPOINT, text=text)
     config = load_config(None, [f"output.run={folder}"])
-    return open_run(config, "search", {}, inputs, Silent(), plans=plans, similarity=(matrix, None))
+    similarity = None if matrix is None else Similarity(matrix, None)
+    return open_run(config, "search", {}, inputs, Silent(), plans=plans, similarity=similarity)
 
 
 @pytest.mark.parametrize(
@@ -222,17 +224,23 @@ def test_a_complete_run_stays_as_it_is(tmp_path):
     assert again.complete and (tmp_path / "run" / "manifest.json").read_bytes() == written
 
 
-def test_a_manifest_names_model_prompts_and_text():
+def test_a_manifest_names_model_prompts_and_text(tmp_path):
     config = load_config(None, ["model.path=demo"])
-    facts = model_facts(config, Inputs(checkpoint=CHECKPOINT, text="a text"))
-    assert facts["model"] == {
+
+    def manifest(name, **text):
+        run = opened(tmp_path / name)
+        finish(run, config, Inputs(checkpoint=CHECKPOINT, **text), [], Silent(), command=["test"], seeds={"data": 3})
+        return run.manifest()
+
+    of_text = manifest("text", text="a text")
+    assert of_text["model"] == {
         "path": config.model.path,
         "identity": CHECKPOINT.identity,
         "revision": None,
         "gguf": None,
     }
-    assert facts["text_hash"] == text_hash("a text") and facts["data"] == {}
-    assert model_facts(config, Inputs(checkpoint=CHECKPOINT))["text_hash"] is None
+    assert of_text["text_hash"] == text_hash("a text") and of_text["data"] == {} and of_text["seeds"] == {"data": 3}
+    assert manifest("questions")["text_hash"] is None and of_text["figures"] == []
 
 
 @pytest.mark.parametrize("place", ["analysis", "raymerge/_analysis"])

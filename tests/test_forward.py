@@ -123,7 +123,7 @@ def test_states_that_other_code_computed_are_not_read(tmp_path, monkeypatch):
     def paths():
         runner = LayerRunner(checkpoint)
         refit = Refitter(runner, tmp_path)
-        cached = ActivationCache(tmp_path).path(runner, [shard], pooling="last")
+        cached = ActivationCache(tmp_path, runner, pooling="last").path([shard])
         return [TrunkCache(runner, 1, tmp_path).path(shard), cached, refit.path(plan, 0)]
 
     found = [paths(), paths()]
@@ -336,7 +336,7 @@ def test_up_to_the_limit_rotary_frequencies_are_those_of_whole_prompts(tmp_path,
     states = runner.run(runner.embed(Shard(groups)), runner.plan_layers(base_plan(tiny.N_LAYERS)))
     prompts = whole(Shard(groups))
     for state, expected in zip(states, hidden_states(folder, prompts).values(), strict=True):
-        found = torch.cat([state.prefix[0], state.batches[0][2][0]])
+        found = torch.cat([state.prefix[0], state.batches[0].states[0]])
         assert (found - expected[-1]).abs().max() < LIMIT * expected[-1].abs().max()
     longer = Group("cats", ids_of(0, 9), (ids_of(1, 32), ids_of(2, 2)), (0, 1))
     said = r"a prompt of cats has 41 tokens, but those of m have at most 40 \(.* may have other rotary frequencies"

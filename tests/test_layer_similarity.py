@@ -15,7 +15,7 @@ from raymerge.config_file import load_config
 from raymerge.demo import MMLU_PATH
 from raymerge.diffusion import SimilarityError
 from raymerge.embedding import embed_layers
-from raymerge.experiments import layer_similarity
+from raymerge.experiments import common, layer_similarity
 from raymerge.experiments.layer_similarity import (
     _check_ranges,
     _correlations,
@@ -258,7 +258,7 @@ def test_each_subset_is_stored_as_it_comes_and_all_pairs_are_correlated(measure,
         yield Pool(), ["its worker"]
 
     monkeypatch.setattr(layer_similarity, "_workers", workers)
-    monkeypatch.setattr(layer_similarity, "draw_figures", lambda _, scripts, __: drawn.append(scripts) or ["a.png"])
+    monkeypatch.setattr(common, "draw_figures", lambda _, scripts, __: drawn.append(scripts) or ["a.png"])
     asked = config(f"output.run={tmp_path / 'run'}", f"similarity.measure={measure}", "similarity.seed=4")
     run = similarity(asked, command=["test"])
     names = ["arithmetic", "country_capitals", "number_words"]

@@ -7,6 +7,7 @@ import pytest
 from test_heuristics import planted
 
 from raymerge.actors import NoRoomError
+from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError
 from raymerge.config_file import load_config
 from raymerge.experiments import planning
@@ -19,7 +20,8 @@ from raymerge.report.reached import chosen_layers
 from raymerge.summary import removal_table
 from raymerge.tables import RunDirectory
 
-N_LAYERS = 21
+CHECKPOINT = Checkpoint("demo")
+N_LAYERS = CHECKPOINT.n_layers
 
 
 def steps_of(plan):
@@ -69,14 +71,14 @@ def blocks(tmp_path, *settings):
     run = RunDirectory.open(tmp_path / "-".join(settings), {}, "search")
     options = ["plan.selection=block", "plan.starts=[2, 5, 9]", "calibration.text=demo", "data.perplexity_text=null"]
     config = load_config(None, [*options, *settings])
-    chosen = choose_blocks(config, N_LAYERS, [1, 3], run, "", None, Silent())
+    chosen = choose_blocks(config, CHECKPOINT, [1, 3], run, "", None, Silent())
     rows = run.read("blocks").to_pylist()
     assert [row["last"] - row["first"] + 1 for row in rows] == [row["merges"] for row in rows]
     assert {row["merges"]: row["first"] for row in rows if row["chosen"]} == chosen
     # What the table says is not measured again, as when a run that was cut short goes on.
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(planning, "open_pool")
-        assert choose_blocks(config, N_LAYERS, [3], run, "", None, Silent()) == {3: chosen[3]}
+        assert choose_blocks(config, CHECKPOINT, [3], run, "", None, Silent()) == {3: chosen[3]}
     return chosen, rows
 
 
@@ -86,7 +88,7 @@ def test_blocks_of_a_search_are_chosen_on_the_subjects_that_it_is_for(tmp_path, 
     for roles in ((CALIBRATION,), (SEARCH, REPORT, CALIBRATION)):
         pool = measured(shard_tokens=lambda _: [3], state_distances=lambda _: (np.eye(22), np.eye(22), 3))
         run = RunDirectory.open(tmp_path / str(len(roles)), {}, "search")
-        choose_blocks(config, N_LAYERS, [3], run, "", None, Silent(), roles=roles)
+        choose_blocks(config, CHECKPOINT, [3], run, "", None, Silent(), roles=roles)
         subjects[len(roles)] = pool.calibration.subjects
     assert len(subjects[1]) == 12 and subjects[3] == ("colour_mixing",)
 
@@ -103,7 +105,7 @@ def test_a_run_goes_on_in_the_dtype_in_which_its_blocks_were_chosen(tmp_path, me
         options = ["plan.selection=block", "calibration.text=demo", "data.perplexity_text=null"]
         config = load_config(None, [*options, f"plan.block={block}"])
         run = RunDirectory.open(tmp_path / block, {}, "search")
-        choose_blocks(config, N_LAYERS, [3], run, "", None, Silent())
+        choose_blocks(config, CHECKPOINT, [3], run, "", None, Silent())
         assert told.pop() is run
 
 

@@ -280,7 +280,7 @@ def test_what_is_run_is_what_is_saved_and_proved(refitter, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager", dtype=torch.float64)
     ids = windows(9, 1)[0]
     states = merged_states(refitter.runner, plan, shard_of([ids]), None)
-    normalised = refitter.runner.vocabulary.normalise(states[0].batches[0][2][0])
+    normalised = refitter.runner.vocabulary.normalise(states[0].batches[0].states[0])
     logits = normalised @ checkpoint[checkpoint.architecture.unembedding].T
     torch.testing.assert_close(logits.double(), plain_logits(merged, ids), rtol=1e-3, atol=1e-3)
     found = receipts(checkpoint, checkpoint.architecture, plan, refits=refitter.tensors)

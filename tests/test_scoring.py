@@ -450,7 +450,7 @@ def test_gradients_equal_those_through_the_whole_model(case, family, rest, merge
 
     ours = torch.tensor(values, dtype=torch.float64, requires_grad=True)
     scorer = TailScorer(case.trunk(first), case.prompts)
-    logits = scorer.logits(ours, rest=rest, merge_biases=merge_biases)
+    logits = scorer.logits(ours, survivor=rest, merge_biases=merge_biases)
     (logits.double() * weigh).sum().backward()
 
     close(logits.detach(), expected.detach())

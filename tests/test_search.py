@@ -326,7 +326,7 @@ class Crew:
 
 
 def searcher(log, *, record=None, **options):
-    options = {"candidates": 5, "batch": 2, "crew": Crew(2), "minimise": False, **options}
+    options = {"candidates": 5, "batch": 2, "pool": Crew(2), "minimise": False, **options}
     return BatchSearcher(
         Told(log),
         describe=lambda point: {"searcher": "fake"},
@@ -420,7 +420,7 @@ def test_a_record_that_cannot_be_written_ends_the_search_and_is_not_told():
 
 def test_a_lost_batch_is_done_again_one_by_one_and_fails_after_three_losses():
     log, crew = [], Crew(3)
-    tune = searcher(log, candidates=2, concurrent=1, crew=crew)
+    tune = searcher(log, candidates=2, concurrent=1, pool=crew)
     points = tune.suggest("a")["candidates"]
     lost = {"lost": "score: no answer in 3 s"}
     tune.on_trial_complete("a", lost)
@@ -444,7 +444,7 @@ def test_a_lost_batch_is_done_again_one_by_one_and_fails_after_three_losses():
 
 def test_a_candidate_whose_workers_nodes_were_lost_is_tried_until_one_stays():
     log, crew = [], Crew(6)
-    tune = searcher(log, candidates=1, batch=1, crew=crew)
+    tune = searcher(log, candidates=1, batch=1, pool=crew)
     for number, node in enumerate(("preempted", "there still", "preempted", "preempted", "there still")):
         crew.node = node
         points = tune.suggest(f"t{number}")["candidates"]
@@ -458,7 +458,7 @@ def test_a_candidate_whose_workers_nodes_were_lost_is_tried_until_one_stays():
 def test_workers_that_died_while_they_had_nothing_to_do_fail_no_candidate():
     """As when a node goes with all its workers while the last candidate is scored on one of them."""
     log, crew = [], Crew(4)
-    tune = searcher(log, candidates=1, batch=1, crew=crew)
+    tune = searcher(log, candidates=1, batch=1, pool=crew)
     points = tune.suggest("a")["candidates"]
     crew.dead = {1, 2}
     tune.on_trial_complete("a", {"lost": "died"})
@@ -469,7 +469,7 @@ def test_workers_that_died_while_they_had_nothing_to_do_fail_no_candidate():
 
 def test_a_worker_that_is_lost_gets_no_work_before_it_is_back_and_a_new_one_joins():
     log, crew = [], Crew(2)
-    tune = searcher(log, candidates=6, batch=1, crew=crew)
+    tune = searcher(log, candidates=6, batch=1, pool=crew)
     points = [tune.suggest(name)["candidates"] for name in "ab"]
     tune.on_trial_complete("a", {"lost": "died"})
     assert tune.suggest("c") is None
@@ -514,7 +514,7 @@ def test_what_other_workers_finish_is_stored_though_the_search_is_to_end():
             raise OSError(28, "No space left on device")
         log.append(("record", part, rows))
 
-    tune = searcher(log, crew=Crew(3), candidates=6, record=record)
+    tune = searcher(log, pool=Crew(3), candidates=6, record=record)
     for name in "abc":
         tune.suggest(name)
     tune.on_trial_complete("a", {"refused": NoRoomError("disk full: free some")})
@@ -528,7 +528,7 @@ def test_what_other_workers_finish_is_stored_though_the_search_is_to_end():
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_trial_that_failed_says_nothing_of_its_worker_which_is_asked_before_it_gets_more(alive):
     log, crew = [], Crew(1)
-    tune = searcher(log, crew=crew)
+    tune = searcher(log, pool=crew)
     points = tune.suggest("a")["candidates"]
     crew.dead = set() if alive else {0}
     tune.on_trial_complete("a", error=True)
@@ -598,7 +598,7 @@ def test_a_search_that_was_interrupted_goes_on_as_it_would_have(proposer, option
             proposer(dimensions=2, bounds=(0, 1), seed=3, known=[[0.5, 0.5]], **options),
             candidates=12,
             batch=batch,
-            crew=Crew(1),
+            pool=Crew(1),
             describe=lambda point: {"searcher": "fake"},
             minimise=False,
             record=lambda part, new, results: rows.extend(new),
@@ -644,13 +644,13 @@ def test_where_no_questions_are_asked_there_is_no_nll_to_break_ties():
 
 
 def test_only_trials_of_the_first_round_wait_for_each_other():
-    tune = searcher([], candidates=4, batch=1, crew=Crew(3), concurrent=2)
+    tune = searcher([], candidates=4, batch=1, pool=Crew(3), concurrent=2)
     rounds = [tune.suggest(name)["first_round"] for name in "ab"]
     tune.on_trial_complete("a", scores(0.5))
     assert rounds == [["actor-0", "actor-1"]] * 2 and tune.suggest("c")["first_round"] == []
     # No more than there is work for.
-    assert searcher([], candidates=3, batch=2, crew=Crew(3)).suggest("a")["first_round"] == ["actor-0", "actor-1"]
-    assert searcher([], candidates=1, batch=2, crew=Crew(3)).suggest("a")["first_round"] == ["actor-0"]
+    assert searcher([], candidates=3, batch=2, pool=Crew(3)).suggest("a")["first_round"] == ["actor-0", "actor-1"]
+    assert searcher([], candidates=1, batch=2, pool=Crew(3)).suggest("a")["first_round"] == ["actor-0"]
 
 
 def test_a_trial_that_ends_twice_is_stored_once():
@@ -690,7 +690,7 @@ def test_a_loss_that_cannot_be_written_down_ends_the_search():
             raise OSError(28, "No space left on device")
 
     log = []
-    tune = searcher(log, crew=Full(2))
+    tune = searcher(log, pool=Full(2))
     tune.suggest("a")
     tune.on_trial_complete("a", {"lost": "died"})
     assert isinstance(tune.failure, OSError) and log == []
@@ -707,7 +707,7 @@ def test_proposals_are_made_while_workers_are_busy_and_know_what_is_pending():
             return points
 
     tune = BatchSearcher(
-        Asked([]), candidates=5, batch=2, crew=Crew(1), describe=lambda _: {"searcher": "fake"}, minimise=False,
+        Asked([]), candidates=5, batch=2, pool=Crew(1), describe=lambda _: {"searcher": "fake"}, minimise=False,
         record=lambda *_: None,
     )  # fmt: skip
     first = tune.suggest("a")["candidates"]
@@ -783,7 +783,7 @@ def test_a_proposal_knows_of_the_candidates_that_lost_their_worker():
             return super().ask(count, pending)
 
     tune = BatchSearcher(
-        Asked([]), candidates=6, batch=2, crew=Crew(2), describe=lambda _: {"searcher": "fake"}, minimise=False,
+        Asked([]), candidates=6, batch=2, pool=Crew(2), describe=lambda _: {"searcher": "fake"}, minimise=False,
         record=lambda *_: None,
     )  # fmt: skip
     lost, running = (tune.suggest(name)["candidates"] for name in "ab")
@@ -964,7 +964,7 @@ def search(
         RandomProposer(dimensions=3, bounds=(0, 1), seed=0, known=known),
         candidates=candidates,
         batch=batch,
-        crew=pool,
+        pool=pool,
         concurrent=concurrent,
         describe=lambda point: {**common, "plan_id": f"{point[0]:.6f}"},
         minimise=False,

@@ -15,7 +15,7 @@ from raymerge.checkpoint import Checkpoint
 from raymerge.config import ConfigError
 from raymerge.config_file import load_config
 from raymerge.evaluation import check_generates
-from raymerge.experiments import compression_sweep
+from raymerge.experiments import common, compression_sweep
 from raymerge.experiments.common import Inputs
 from raymerge.experiments.compression_sweep import Chosen, _points, _starts, _Sweep, sweep
 from raymerge.experiments.reporting import Reporter
@@ -386,8 +386,8 @@ def stand_ins(monkeypatch):
     def named(plans):
         return [plan.name for plan in plans]
 
-    def choose_blocks(config, n_layers, merges, *_, **__):
-        done.append(("blocks", n_layers, merges))
+    def choose_blocks(config, checkpoint, merges, *_, **__):
+        done.append(("blocks", checkpoint.n_layers, merges))
         return {1: 9, 2: 4}
 
     def open_pool(*_, firsts, **__):
@@ -405,7 +405,7 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(of, "align", lambda _, plans, __: done.append(("align", named(plans))))
     monkeypatch.setattr(of, "align_rows", lambda _, plans, __: done.append(("rows", named(plans))))
     monkeypatch.setattr(of, "fit", lambda _, plans, *__: done.append(("fit", named(plans))))
-    monkeypatch.setattr(of, "draw_figures", lambda *_: pytest.fail("none were asked for"))
+    monkeypatch.setattr(common, "draw_figures", lambda *_: pytest.fail("none were asked for"))
 
     class Reporting(Reporter):
         def report(self, pool, plans, shards, firsts, progress):

@@ -168,24 +168,28 @@ def test_plan_files_of_another_base_are_said_to_be_so_at_the_start_and_in_the_ma
 
 def test_an_interrupted_sweep_goes_on_where_it_stopped(run, local_pools, tmp_path, monkeypatch):
     settings = config(tmp_path / "cut", "sweep.alignments=[none]", "sweep.norms=[keep]", "sweep.context=false")
-    reporting = experiments.compression_sweep.Reporter
+    job = experiments.reporting._Job
 
     class Cut(Exception):
         pass
 
-    original, stored = reporting._store, []
+    original, stored = job.take, []
 
-    def cut(self, method, plan, task, results):
+    def taken(self, result):
+        if len(self.results) == len(self.items) - 1:
+            stored.append((self.method, self.plan.name))
+        original(self, result)
+
+    def cut(self, result):
         if len(stored) == 5:
             raise Cut
-        stored.append((method, plan.name))
-        return original(self, method, plan, task, results)
+        taken(self, result)
 
-    monkeypatch.setattr(reporting, "_store", cut)
+    monkeypatch.setattr(job, "take", cut)
     with pytest.raises(Cut):
         sweep(settings, command=["test"])
     before, stored[:] = list(stored), []
-    monkeypatch.setattr(reporting, "_store", lambda *args: (stored.append((args[1], args[2].name)), original(*args)))
+    monkeypatch.setattr(job, "take", taken)
     whole = sweep(settings, command=["test"])
     assert whole.complete and not {item for item in before if item[0] != "receipts"} & set(stored)
     rows = whole.read("answers", ["plan_id", "question_id"]).to_pylist()
@@ -247,7 +251,7 @@ def test_blocks_are_chosen_once_for_every_number_of_layers_and_stand_beside_the_
     assert shown["deepest"] == f"{deepest}-{deepest + 5} ({scores[deepest]:.4g})"
 
     # What is in the table is not measured again, as when a run that was cut short goes on.
-    again = planning.choose_blocks(settings, N_LAYERS, [1, 6], run, str(tmp_path), None, Silent())
+    again = planning.choose_blocks(settings, Checkpoint("demo"), [1, 6], run, str(tmp_path), None, Silent())
     assert again == chosen
 
 
@@ -264,7 +268,7 @@ def test_a_block_that_is_given_or_similar_needs_no_model(tmp_path):
         run = RunDirectory.open(tmp_path / f"{first}", {}, "search")
         settings = config(tmp_path, *more)
         similar = plan_section.Similarity(matrix, None)
-        assert planning.choose_blocks(settings, N_LAYERS, [3], run, "", similar, Silent()) == {3: first}
+        assert planning.choose_blocks(settings, Checkpoint("demo"), [3], run, "", similar, Silent()) == {3: first}
         (row,) = (row for row in run.read("blocks").to_pylist() if row["chosen"])
         assert (row["measure"], row["first"], row["last"]) == (measure, first, first + 2)
         caption, _, (shown,) = summary.block_table(run)
@@ -280,7 +284,7 @@ def test_a_block_that_is_given_or_similar_needs_no_model(tmp_path):
         RunDirectory.open(tmp_path / "other", {}, "search"),
     )
     with pytest.raises(PlanError, match=r"layers \[0\] on have no finite score: set plan.starts"):
-        planning.choose_blocks(settings, N_LAYERS, [3], other, "", similar, Silent())
+        planning.choose_blocks(settings, Checkpoint("demo"), [3], other, "", similar, Silent())
 
 
 def test_plain_text_alone_judges_every_point_where_no_questions_are_asked(run, local_pools, tmp_path):

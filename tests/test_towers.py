@@ -129,7 +129,7 @@ def logits_of(checkpoint, plan, prefix, own):
     runner = LayerRunner(checkpoint)
     shard = Shard((Group("", prefix, (own,), (0,)),))
     state = runner.run(runner.embed(shard), runner.plan_layers(plan))[0]
-    hidden = runner.vocabulary.normalise(torch.cat([state.prefix[0], state.batches[0][2][0]]))
+    hidden = runner.vocabulary.normalise(torch.cat([state.prefix[0], state.batches[0].states[0]]))
     rows = checkpoint[checkpoint.architecture.unembedding].shape[0]
     return runner.vocabulary.capped(hidden @ runner.vocabulary.unembedding_rows(torch.arange(rows)).T)
 

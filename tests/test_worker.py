@@ -283,7 +283,7 @@ def test_a_descent_is_given_what_its_objective_takes(objective, of_reference, of
     worker = ModelWorker(config, roles=(SEARCH,), cache=tmp_path, template=template, firsts=[template.resumes_at])
     given = []
     monkeypatch.setattr("raymerge.worker.TailLoss", lambda *args, **options: given.append((args, options)))
-    worker._tail_loss(template)
+    worker._loss_of(template, worker._drawn_text)
     (((scorer, start, _), options),) = given
     assert scorer is worker._scorer(SEARCH, template) and start is template and options["sources"] is None
     assert (options["reference"] is not None, options["text"] is not None) == (of_reference, of_text)

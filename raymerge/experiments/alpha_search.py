@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -32,8 +32,7 @@ from raymerge.experiments.common import (
     compute_trunk,
     counted,
     describe_workers,
-    draw_figures,
-    model_facts,
+    finish,
     open_pool,
     open_run,
     read_inputs,
@@ -115,8 +114,7 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
     start = starting_plan(config.plan, n_layers, similarity, first)
     probes = [read_alpha_file(path, n_layers) for path in config.search.probes]
     _check(config, inputs, start, probes if block_size is None else [])
-    matrices = () if similarity is None else (similarity.matrix, similarity.block_influence)
-    run = open_run(config, "search", settings, inputs, progress, plans=[start, *probes], similarity=matrices)
+    run = open_run(config, "search", settings, inputs, progress, plans=[start, *probes], similarity=similarity)
     if run.complete:
         return run
     for warning in (warnings := similarity_warnings(config.plan, inputs.checkpoint.identity)):
@@ -126,16 +124,9 @@ def search(config: Config, *, command: Sequence[str] | None = None, progress: Pr
             start = recomputed_plan(config, n_layers, cache, progress)
             _check(config, inputs, start, probes)
         if block_size is not None:
+            roles = (*asked, CALIBRATION)
             found = choose_blocks(
-                config,
-                n_layers,
-                [block_size],
-                run,
-                cache,
-                similarity,
-                progress,
-                roles=(*asked, CALIBRATION),
-                checkpoint=inputs.checkpoint,
+                config, inputs.checkpoint, [block_size], run, cache, similarity, progress, roles=roles
             )
             start = starting_plan(config.plan, n_layers, similarity, found[block_size])
             _check(config, inputs, start, probes)
@@ -180,37 +171,34 @@ def _first_difference(own: list[tuple[int, int]], other: list[tuple[int, int]]) 
 
 def _searched_starts(config: Config, start: MergePlan, checkpoint: Checkpoint) -> list[int]:
     """The first layers of the blocks that are searched beside the coefficients; none where the block is fixed."""
-    plan = config.plan
-    if (plan.selection, plan.block) != ("block", "search"):
+    section = config.plan
+    if (section.selection, section.block) != ("block", "search"):
         return []
-    return allowed_starts(plan, start.n_layers, len(start.steps), checkpoint)
+    return allowed_starts(section, start.n_layers, len(start.steps), checkpoint)
 
 
+@dataclass(eq=False)
 class _Search:
     """One run of the alpha search: its inputs, where results go, and the pool while it is open."""
 
-    pool: WorkerPool
+    config: Config
+    inputs: Inputs
+    run: RunDirectory
+    cache: str
+    start: MergePlan
+    similarity: Similarity | None
+    progress: Progress
+    command: Sequence[str] | None
+    warnings: Sequence[str] = ()
+    pool: WorkerPool = field(init=False)
 
-    def __init__(
-        self,
-        config: Config,
-        inputs: Inputs,
-        run: RunDirectory,
-        cache: str,
-        start: MergePlan,
-        similarity: Similarity | None,
-        progress: Progress,
-        command: Sequence[str] | None,
-        warnings: Sequence[str] = (),
-    ):
-        self.config, self.inputs, self.run, self.cache = config, inputs, run, cache
-        self.start, self.similarity, self.progress, self.command = start, similarity, progress, command
-        self.warnings = list(warnings)
-        self.identity = inputs.checkpoint.identity
-        self.reporter = Reporter(config, inputs, run)
+    def __post_init__(self) -> None:
+        checkpoint, start = self.inputs.checkpoint, self.start
+        self.identity = checkpoint.identity
+        self.reporter = Reporter(self.config, self.inputs, self.run)
         # Whatever its coefficients turn out to be, a candidate changes nothing before its first merged layer.
         self.template = self._candidate([0.5] * len(start.steps))
-        self.blocks = _searched_starts(config, start, inputs.checkpoint)
+        self.blocks = _searched_starts(self.config, start, checkpoint)
         self.templates = [self.template.moved_to(first) for first in self.blocks] or [self.template]
         if start.selection == "block":
             # Its states are kept too: dropping the last layers, and the unmerged model, start from them.
@@ -220,7 +208,9 @@ class _Search:
         self.corners = [[1.0] * len(start.steps), [0.0] * len(start.steps)]
         self.facts: dict[str, Any] = {}
         self.loose = 0  # batches of trials since they were last gathered in one file
-        self.models = FoundModels(config, inputs.checkpoint, run, cache, command=command, progress=progress)
+        self.models = FoundModels(
+            self.config, checkpoint, self.run, self.cache, command=self.command, progress=self.progress
+        )
 
     def _candidate(self, alphas: Sequence[float], name: str = "candidate", kind: str = "found") -> MergePlan:
         matrices = self.inputs.checkpoint.architecture.matrices
@@ -250,40 +240,44 @@ class _Search:
             seconds_per_candidate = self._try_controls([*controls, *left])
             controls += self._take_kept(keeping, controls)
             self._search_all(probes, seconds_per_candidate)
-            plans = self._reported(controls)
-            refitted = self._refitted(plans[-1])
-            align_rows(pool, [*plans, *refitted], self.progress)
+            *others, best = self._reported(controls)
+            refitted = self._refitted(best)
+            align_rows(pool, [*others, best, *refitted], self.progress)
             fit(pool, refitted, self.inputs, self.run, self.progress)
             fitted = pool.map("refit_tensors", refitted[-1:])
-            # The best found stays the last: what was searched are coefficients without a refit.
-            plans = [*plans[:-1], *refitted, plans[-1]]
+            # The best found is the last: what was searched are coefficients without a refit.
+            plans = [*others, *refitted, best]
             self.reporter.report(pool, plans, shards, self.firsts, self.progress)
-            self.models.take_matches(pool, plans[-1:])
+            self.models.take_matches(pool, [best])
         self.reporter.write_plans(plans, alpha_files=True)
-        self._derive(plans)
-        best = plans[-1]
-        model, proof = self.models.save(best) if self.config.output.save_best else (None, None)
-        if refitted and self.config.output.save_best:
-            saved, proved = self.models.save(refitted[-1], fitted[0])
-            plan_id = refitted[-1].plan_id(self.identity)
-            found = {"name": refitted[-1].name, "plan_id": plan_id, "model": saved, "proof": proved}
-            self.facts["refitted"] = found
+        self._derive(best, plans)
+        model, proof = None, None
+        if self.config.output.save_best:
+            model, proof = self.models.save(best)
+            if refitted:  # of which the last is the best found
+                plan, (tensors,) = refitted[-1], fitted
+                saved, proved = self.models.save(plan, tensors)
+                found = {"name": plan.name, "plan_id": plan.plan_id(self.identity), "model": saved, "proof": proved}
+                self.facts["refitted"] = found
         self._conclude(best, model, proof)
         return self.run
 
-    def _derive(self, plans: list[MergePlan]) -> None:
+    def _derive(self, best: MergePlan, plans: Sequence[MergePlan]) -> None:
         """Tables that follow from what the plans reached; the best found, the last, is compared with every other."""
         with step(self.progress, "accuracies and comparisons"):
             judged_on = parse_objective(self.config.search.objective).judged_on
             # Where the objective names subjects, these are all that the search has questions of.
             subjects = self.inputs.questions[SEARCH].subjects if judged_on else ()
-            self.reporter.derive(plans, [(plans[-1], plan) for plan in plans[:-1]], subjects=subjects)
+            self.reporter.derive(plans, [(best, plan) for plan in plans[:-1]], subjects=subjects)
 
     def _conclude(self, best: MergePlan, model: str | None, proof: dict[str, Any] | None) -> None:
         """Draw the figures and write the manifest, last of all. model, proof: of the best plan, where it is saved."""
-        scripts = ("alphas.py", *(["accuracy.py"] if self.inputs.questions else []))
-        figures = draw_figures(self.run, scripts, self.progress) if self.config.output.figures else []
-        self.run.write_manifest(
+        finish(
+            self.run,
+            self.config,
+            self.inputs,
+            ["alphas.py", *(["accuracy.py"] if self.inputs.questions else [])],
+            self.progress,
             command=self.command,
             seeds={"data": self.config.data.seed, "search": self.config.search.seed},
             best={
@@ -293,9 +287,7 @@ class _Search:
                 "model": model,
                 "proof": proof,
             },
-            figures=figures,
             warnings=self.warnings,
-            **model_facts(self.config, self.inputs),
             **self.facts,
         )
 
@@ -435,7 +427,7 @@ class _Search:
     def _run(
         self,
         searcher: str,
-        proposer: Proposer | Starts,
+        proposer: Proposer,
         candidates: int,
         batch: int,
         done: list[dict[str, Any]],
@@ -448,7 +440,7 @@ class _Search:
             proposer,
             candidates=candidates,
             batch=batch,
-            crew=self.pool,
+            pool=self.pool,
             concurrent=None if settings.concurrent == "auto" else settings.concurrent,  # more workers may join
             describe=lambda point: {**common, "plan_id": self._candidate(point).plan_id(self.identity)},
             minimise=is_minimised(settings.objective),

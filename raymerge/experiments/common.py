@@ -22,6 +22,7 @@ from raymerge.config import Config, ConfigError
 from raymerge.identity import digest
 from raymerge.inputs import SEARCH_TEXT, TEXT, Material, check_matchable, read_material, read_text, task_role
 from raymerge.plan import MergePlan
+from raymerge.plan_section import Similarity
 from raymerge.pool import WorkerPool
 from raymerge.progress import Progress, Silent, step
 from raymerge.prompts import PromptError, encode_text
@@ -142,8 +143,8 @@ def open_pool(
     auto there are more as nodes join.
 
     plans: what is scored, from which a worker's memory is estimated. shards_each: cut prompts small enough that every
-    worker has so many shards of each role. Not where states are cached: their files are named by the shards, which
-    would change with the number of workers.
+    worker has so many shards of each role. Give it only where no states are cached: their files are named by the
+    shards, which would change with the number of workers.
     """
     workers, progress = config.workers, progress or Silent()
     refits = config.plan.refit != "none" or set(config.sweep.refits) != {"none"}
@@ -213,12 +214,12 @@ def open_run(
     progress: Progress,
     *,
     plans: Sequence[MergePlan] = (),
-    similarity: Sequence[np.ndarray | None] = (),
+    similarity: Similarity | None = None,
 ) -> RunDirectory:
     """The run directory, begun; one that is complete stays as it is, and says so.
 
     It is held to what its configuration led to: model, tokenizer, prompts and texts, and the merges and matrices that
-    files or other runs give; also a complete one where these lie elsewhere now. Raises RunError where a run that holds
+    files or other runs give. So is a complete run where these lie elsewhere now. Raises RunError where a run that holds
     results was begun with others.
     """
     run = RunDirectory.open(config.output.run, settings, experiment)
@@ -233,8 +234,10 @@ def open_run(
         read = RolePrompts(config, inputs, inputs.checkpoint).text
         held |= {"text": text_hash(inputs.text), TEXT_TOKENS: digest([shard.identity for shard in read])}
     held |= {"plan": digest([plan.plan_id("") for plan in plans])} if plans else {}
-    matrices = [np.round(matrix, 12).tobytes().hex() for matrix in similarity if matrix is not None]
-    run.hold_to(held | ({"similarity": digest(matrices)} if matrices else {}))
+    if similarity is not None:
+        matrices = [matrix for matrix in (similarity.matrix, similarity.block_influence) if matrix is not None]
+        held["similarity"] = digest([np.round(matrix, 12).tobytes().hex() for matrix in matrices])
+    run.hold_to(held)
     if run.complete:
         return _as_it_is(run, progress)
     run.begin()
@@ -388,18 +391,23 @@ def counted(
     return finished
 
 
-def model_facts(config: Config, inputs: Inputs) -> dict[str, Any]:
-    """What a manifest says of the model, the prompts and the text."""
-    return {
-        "model": {
-            "path": config.model.path,
-            "identity": inputs.checkpoint.identity,
-            "revision": config.model.revision,
-            "gguf": inputs.checkpoint.source,
-        },
-        "data": inputs.identities,
-        "text_hash": None if inputs.text is None else text_hash(inputs.text),
+def finish(
+    run: RunDirectory, config: Config, inputs: Inputs, figures: Sequence[str], progress: Progress, **facts: Any
+) -> None:
+    """Draw the figures, if they are asked for, and write the manifest, last of all: with it the run is complete.
+
+    figures: the analysis scripts that draw them. facts: what the manifest says beside the model, the prompts and the
+    text.
+    """
+    drawn = draw_figures(run, figures, progress) if figures and config.output.figures else []
+    model = {
+        "path": config.model.path,
+        "identity": inputs.checkpoint.identity,
+        "revision": config.model.revision,
+        "gguf": inputs.checkpoint.source,
     }
+    text = None if inputs.text is None else text_hash(inputs.text)
+    run.write_manifest(figures=drawn, model=model, data=inputs.identities, text_hash=text, **facts)
 
 
 def draw_figures(run: RunDirectory, scripts: Sequence[str], progress: Progress) -> list[str]:

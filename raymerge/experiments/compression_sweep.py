@@ -22,8 +22,7 @@ from raymerge.experiments.common import (
     compute_trunk,
     counted,
     describe_workers,
-    draw_figures,
-    model_facts,
+    finish,
     open_pool,
     open_run,
     read_inputs,
@@ -122,25 +121,17 @@ def sweep(config: Config, *, command: Sequence[str] | None = None, progress: Pro
     blocks = {merges: starts[0] for merges, starts in _starts(config, inputs).items()}
     shown = chosen = Chosen(blocks, greedy=range(n_layers - 1, n_layers - 1 - most, -1))
     points = _points(config, inputs, similarity, shown)
-    matrices = () if similarity is None else (similarity.matrix, similarity.block_influence)
     plans = [point.plan for point in points]
-    run = open_run(config, "sweep", settings, inputs, progress, plans=plans, similarity=matrices)
+    run = open_run(config, "sweep", settings, inputs, progress, plans=plans, similarity=similarity)
     if run.complete:
         return run
     for warning in (warnings := _warnings(config, inputs.checkpoint)):
         progress.message(f"Warning: {warning}.")
     with runtime(config, progress), swept_cache(config, run) as cache:
         if blocks:
+            averaged = _averages(config)
             found = choose_blocks(
-                config,
-                n_layers,
-                list(blocks),
-                run,
-                cache,
-                similarity,
-                progress,
-                checkpoint=inputs.checkpoint,
-                averaged=_averages(config),
+                config, inputs.checkpoint, list(blocks), run, cache, similarity, progress, averaged=averaged
             )
             chosen = replace(chosen, blocks=found)
         # Each layer follows from those before it: those of a smaller K are the first ones of the largest.
@@ -294,7 +285,7 @@ def _points_of(
 
 
 def _averaged(
-    settings: PlanConfig,
+    section: PlanConfig,
     n_layers: int,
     method: str,
     merges: int,
@@ -304,22 +295,22 @@ def _averaged(
     """The plan of a method that averages layers, under the method's name; blocks: as of `Chosen`."""
     matrix = None if similarity is None else similarity.matrix
     pairs, selection, kind = tail_pairs(n_layers, merges), "tail", "file"
-    base, ratio = method, settings.ratio
+    base, ratio = method, section.ratio
     if method.startswith("fixed:"):
         kind, base, ratio = "fixed", "fixed", float(method.removeprefix("fixed:"))
     elif method in ("most_similar", "merge_block"):
         # A file's coefficients belong to its own merges.
-        base = "fixed" if settings.base == "file" else settings.base
+        base = "fixed" if section.base == "file" else section.base
         if method == "most_similar":
             assert similarity is not None  # as `_check_sources` has seen to
             pairs = most_similar_pairs(similarity.matrix, merges=merges, first=similarity.first)
             selection = "most_similar"
         else:
-            pairs, selection = block_pairs(n_layers, blocks[merges], merges, settings.survivor), "block"
+            pairs, selection = block_pairs(n_layers, blocks[merges], merges, section.survivor), "block"
     return pairs_plan(
         n_layers,
         pairs,
-        pair_alphas(pairs, base, ratio=ratio, similarity=matrix, beta=settings.beta),
+        pair_alphas(pairs, base, ratio=ratio, similarity=matrix, beta=section.beta),
         name=_method_name(method),
         kind=kind,
         selection=selection,
@@ -363,24 +354,22 @@ def _refit_name(plan: MergePlan) -> str:
     return "none" if plan.refit is None else plan.refit.method
 
 
+@dataclass(eq=False)
 class _Sweep:
     """One sweep: its points, where results go, and what is measured while the pool is open."""
 
-    def __init__(
-        self,
-        config: Config,
-        inputs: Inputs,
-        run: RunDirectory,
-        cache: str,
-        points: list[Point],
-        progress: Progress,
-        command: Sequence[str] | None,
-        warnings: Sequence[str] = (),
-    ):
-        self.config, self.inputs, self.run, self.cache, self.points = config, inputs, run, cache, points
-        self.progress, self.command, self.warnings = progress, command, list(warnings)
-        self.identity = inputs.checkpoint.identity
-        self.plans = list({point.plan.plan_id(self.identity): point.plan for point in points}.values())
+    config: Config
+    inputs: Inputs
+    run: RunDirectory
+    cache: str
+    points: list[Point]
+    progress: Progress
+    command: Sequence[str] | None
+    warnings: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.identity = self.inputs.checkpoint.identity
+        self.plans = list({point.plan.plan_id(self.identity): point.plan for point in self.points}.values())
         # The last K layers' plans start at the deepest states; so does the unmerged model. Blocks start at their own.
         starting = [plan for plan in self.plans if plan.ends_at_once or plan.selection == "block" or plan.refit]
         self.firsts = sorted({plan.resumes_at for plan in starting})
@@ -412,14 +401,16 @@ class _Sweep:
             reporter.write_plans(plans)
             # Last, since it can take as long as all else: what is above can be looked at meanwhile.
             reporter.store_costs(plans, self._time_generation(pool))
-        figures = draw_figures(self.run, ["compression.py"], self.progress) if self.config.output.figures else []
-        self.run.write_manifest(
+        finish(
+            self.run,
+            self.config,
+            self.inputs,
+            ["compression.py"],
+            self.progress,
             command=self.command,
             seeds={"data": self.config.data.seed},
             workers=workers,
-            figures=figures,
             warnings=self.warnings,
-            **model_facts(self.config, self.inputs),
         )
         return self.run
 

@@ -1,4 +1,7 @@
-"""The plans that a search's result is held against, and that nothing but the last of them was chosen among."""
+"""The plans that a search's result is held against.
+
+Only one of them is chosen by what it reaches on the search questions: the best of those that keep a single layer.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ FIXED_CONTROL = PlanConfig().ratio  # the constant that published coefficients a
 
 
 def controls_of(
-    plan: PlanConfig, checkpoint: Checkpoint, start: MergePlan, similarity: Similarity | None, progress: Progress
+    section: PlanConfig, checkpoint: Checkpoint, start: MergePlan, similarity: Similarity | None, progress: Progress
 ) -> list[MergePlan]:
     """The unmerged model, both ways of dropping, the constant, what a similarity run offers, and the start."""
     n_layers, merges = checkpoint.n_layers, len(start.steps)
@@ -31,10 +34,10 @@ def controls_of(
         *influence_plan(similarity, merges),
         start.with_alphas([FIXED_CONTROL] * merges, name=f"fixed_{FIXED_CONTROL:g}", kind="fixed"),
     ]
-    if similarity is not None and (plan.base.startswith("similarity") or plan.selection == "most_similar"):
+    if similarity is not None and (section.base.startswith("similarity") or section.selection == "most_similar"):
         first = start.first_removed if start.selection == "block" else None
         check = partial(check_mergeable, checkpoint)
-        shuffled = shuffled_plan(plan, n_layers, similarity, merges, first, check=check)
+        shuffled = shuffled_plan(section, n_layers, similarity, merges, first, check=check)
         if not shuffled:
             progress.message("Warning: no shuffle of the similarity makes a plan that can be a control.")
         controls += shuffled
@@ -45,8 +48,8 @@ def controls_of(
 
 
 def keeping_one(start: MergePlan, controls: Sequence[MergePlan]) -> dict[int, MergePlan]:
-    """By layer, the plans that keep one of the layers that the start merges and drop the others: a control where it
-    does so. What a merge adds to the choice of a layer shows beside the best of them alone."""
+    """For each layer that the start merges, the plan that keeps it and drops the others; a control, where one does so
+    already. What merging adds to the choice of a single layer shows only beside the best of these."""
     dropping = [control for control in controls if set(control.alphas) == {1.0}]
     there = {_layers(control): control for control in reversed(dropping)}
     return {layer: there.get(_layers(plan), plan) for layer, plan in keep_one_plans(start).items()}

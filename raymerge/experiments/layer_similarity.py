@@ -24,7 +24,7 @@ from raymerge.experiments.common import (
     counted,
     describe_workers,
     draw_figures,
-    model_facts,
+    finish,
     open_pool,
     open_run,
     read_inputs,
@@ -85,15 +85,8 @@ def similarity(
         progress.message(warning)
     scripts = ["heatmaps.py", *(["correlations.py"] if correlations else [])]
     scripts += ["embeddings.py"] if run.has("embeddings") else []
-    figures = draw_figures(run, scripts, progress) if config.output.figures else []
-    run.write_manifest(
-        command=command,
-        seeds={"similarity": config.similarity.seed},
-        workers=workers,
-        figures=figures,
-        warnings=warnings,
-        **model_facts(config, inputs),
-    )
+    seeds = {"similarity": config.similarity.seed}
+    finish(run, config, inputs, scripts, progress, command=command, seeds=seeds, workers=workers, warnings=warnings)
     return run
 
 
@@ -348,8 +341,7 @@ def sensitivity(
     order = {(of.name, of.language): number for number, of in enumerate(inputs.subsets)}
     found = run.read("sensitivity").to_pylist()
     run.replace("sensitivity", sorted(found, key=lambda row: order[row["subset"], row["language"]]))
-    figures = draw_figures(run, ["sensitivity.py"], progress) if config.output.figures else []
-    run.write_manifest(command=command, workers=workers, figures=figures, **model_facts(config, inputs))
+    finish(run, config, inputs, ["sensitivity.py"], progress, command=command, workers=workers)
     return run
 
 

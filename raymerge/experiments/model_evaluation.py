@@ -18,8 +18,7 @@ from raymerge.experiments.common import (
     Inputs,
     counted,
     describe_workers,
-    draw_figures,
-    model_facts,
+    finish,
     open_pool,
     open_run,
     read_inputs,
@@ -72,9 +71,8 @@ def evaluate(config: Config, *, command: Sequence[str] | None = None, progress: 
     plan_id = plan.plan_id(inputs.checkpoint.identity)
     run.replace("plans", rows.plan_rows(plan, plan_id))
     run.replace("costs", [rows.cost_row(plan, plan_id, inputs.checkpoint, config.model.quantise)])
-    scripts = ["accuracy.py"] if config.output.figures and inputs.questions else []
-    figures = draw_figures(run, scripts, progress) if scripts else []
-    run.write_manifest(command=command, workers=workers, figures=figures, **model_facts(config, inputs))
+    figures = ["accuracy.py"] if inputs.questions else []
+    finish(run, config, inputs, figures, progress, command=command, workers=workers)
     return run
 
 

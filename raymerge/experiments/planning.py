@@ -22,7 +22,7 @@ from raymerge.tables import RunDirectory
 
 def choose_blocks(
     config: Config,
-    n_layers: int,
+    checkpoint: Checkpoint,
     merges: Sequence[int],
     run: RunDirectory,
     cache: str,
@@ -30,24 +30,26 @@ def choose_blocks(
     progress: Progress,
     *,
     roles: Sequence[str] = (CALIBRATION,),
-    checkpoint: Checkpoint | None = None,
     averaged: bool = True,
 ) -> dict[int, int]:
     """The first layer of the block of each number of layers, as plan.block says; the scores of all that are allowed go
     into table `blocks`.
 
-    roles: what is read; on questions, the calibration depends on whether SEARCH and REPORT are read too.
-    checkpoint, averaged: see `allowed_starts`.
+    roles: what is read. A calibration on questions is another one where SEARCH or REPORT are read with it.
+    averaged: whether blocks are averaged, not only dropped (`allowed_starts`).
+
     What is in the table is not measured again. Needs Ray where states or losses are measured, and then the calibration
     section's text or prompts. Raises PlanError, ConfigError.
     """
-    plan = config.plan
+    section = config.plan
     found = {row["merges"]: row["first"] for row in run.read("blocks").to_pylist() if row["chosen"]}
     if set(merges) <= set(found):
         return {count: found[count] for count in merges}
-    starts = {count: allowed_starts(plan, n_layers, count, checkpoint, averaged=averaged) for count in merges}
-    # A search over blocks begins with what the cosine chooses.
-    chosen_by = "cosine" if plan.block == "search" else "given" if isinstance(plan.block, int) else plan.block
+    n_layers = checkpoint.n_layers
+    starts = {count: allowed_starts(section, n_layers, count, checkpoint, averaged=averaged) for count in merges}
+    chosen_by: str = "given" if isinstance(section.block, int) else section.block
+    if chosen_by == "search":  # which begins with what the cosine chooses
+        chosen_by = "cosine"
     tokens = None
     if chosen_by == "given":
         scores: _Scores = {("given", count): dict.fromkeys(starts[count], math.nan) for count in merges}
@@ -202,15 +204,15 @@ def recomputed_plan(config: Config, n_layers: int, cache: str, progress: Progres
     The similarity section, prompts and subset are those of plan.similarity_run. What is collected is cached, so that
     a second call is quick. Needs Ray; one worker does it, since each merge waits for the one before it.
     """
-    plan = config.plan
-    assert plan.similarity_run is not None  # which plan.recompute goes with
-    stored = RunDirectory.load(plan.similarity_run)
-    source = parse_config(stored.config, source=f"{plan.similarity_run}/config.yaml")
+    section = config.plan
+    assert section.similarity_run is not None  # which plan.recompute goes with
+    stored = RunDirectory.load(section.similarity_run)
+    source = parse_config(stored.config, source=f"{section.similarity_run}/config.yaml")
     if source.model != config.model:
         theirs, ours = source.model.model_dump(), config.model.model_dump()
         differing = [f"model.{key} {theirs[key]!r}, not {ours[key]!r}" for key in ours if theirs[key] != ours[key]]
         raise ConfigError(
-            f"{plan.similarity_run} was made with {', '.join(differing)}: plan.recompute continues with that "
+            f"{section.similarity_run} was made with {', '.join(differing)}: plan.recompute continues with that "
             "run's similarity section and model, so repeat the similarity run with this model"
         )
     source = source.model_copy(update={"workers": config.workers})  # it may have been made on another cluster
@@ -218,31 +220,32 @@ def recomputed_plan(config: Config, n_layers: int, cache: str, progress: Progres
     wanted = [
         number
         for number, subset in enumerate(inputs.subsets)
-        if plan.similarity_subset in (None, subset.name) and plan.similarity_language in (None, subset.language)
+        if section.similarity_subset in (None, subset.name) and section.similarity_language in (None, subset.language)
     ]
     if len(wanted) != 1:
         raise ConfigError(
-            f"{plan.similarity_run} has {len(wanted)} subsets for plan.similarity_subset = {plan.similarity_subset} "
-            f"and plan.similarity_language = {plan.similarity_language}: recompute needs exactly one"
+            f"{section.similarity_run} has {len(wanted)} subsets for plan.similarity_subset = "
+            f"{section.similarity_subset} and plan.similarity_language = {section.similarity_language}: recompute "
+            "needs exactly one"
         )
     pairs: list[tuple[int, int]] = []
     alphas: list[float] = []
     first = inputs.checkpoint.deepstack_layers
-    most = plan.merges or n_layers - first - 1
+    most = section.merges or n_layers - first - 1
     with open_pool(source, inputs, cache, most=1, progress=progress) as pool:
         describe_workers(pool, inputs, progress)
         progress.stage("merging with recomputed similarity", most)
         while len(pairs) < most:
-            so_far = pairs_plan(n_layers, pairs, alphas, name="so far", kind="file", **options_of(plan))
+            so_far = pairs_plan(n_layers, pairs, alphas, name="so far", kind="file", **options_of(section))
             (values,) = pool.map("similarity_after", [(wanted[0], so_far)])
             # Rows of `values` are the kept layers, in order.
-            pair = most_similar_pair(values, range(first, len(values)), threshold=plan.threshold)
+            pair = most_similar_pair(values, range(first, len(values)), threshold=section.threshold)
             if pair is None:
                 break
-            alphas += pair_alphas([pair], plan.base, ratio=plan.ratio, similarity=values, beta=plan.beta)
+            alphas += pair_alphas([pair], section.base, ratio=section.ratio, similarity=values, beta=section.beta)
             kept = [layer.index for layer in so_far.kept]
             pairs.append((kept[pair[0]], kept[pair[1]]))
             progress.advance(len(pairs), f"layer {pairs[-1][1]} into {pairs[-1][0]}")
     if not pairs:
-        raise PlanError(f"no neighbouring layers are more similar than plan.threshold = {plan.threshold}: lower it")
-    return named_plan(plan, n_layers, pairs, alphas)
+        raise PlanError(f"no neighbouring layers are more similar than plan.threshold = {section.threshold}: lower it")
+    return named_plan(section, n_layers, pairs, alphas)

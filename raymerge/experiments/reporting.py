@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from raymerge.config import Config
 from raymerge.context import TextLosses
 from raymerge.evaluation import Answers
 from raymerge.experiments.common import Inputs, counted
+from raymerge.fusion import Receipt
 from raymerge.inputs import REPORT, SEARCH, TEXT, task_role
 from raymerge.plan import MergePlan
 from raymerge.plan_files import plan_file_text
@@ -35,6 +37,24 @@ from raymerge.tasks import Task
 
 _FILE_NAME = re.compile(r"[^./\\_][^/\\]{0,49}")  # an alpha file's own name may be a temporary one, or too long
 _PAIRS_OF = 12  # plans, at the most, of which all pairs (66) are compared
+
+
+@dataclass
+class _Job:
+    """What a method of the workers is asked of one plan, item by item. `store`: called with the results of all."""
+
+    plan: MergePlan
+    method: str
+    items: list[Any]
+    store: Callable[[list[Any]], None]
+    results: list[Any] = field(default_factory=list)
+
+    def take(self, result: Any) -> None:
+        """Take the result of one item."""
+        self.results.append(result)
+        if len(self.results) == len(self.items):
+            self.store(self.results)
+            self.results = []
 
 
 class Reporter:
@@ -66,67 +86,68 @@ class Reporter:
 
         shards: the number of shards by role (tasks' and TEXT too); firsts: layers whose inputs the workers have cached.
         """
+        jobs = self._jobs(plans, shards, firsts)
+        # Plans that start at the same layer one after the other: workers then load its states once.
+        jobs.sort(key=lambda job: (job.plan.resumes_at, job.method))
+        shares = [(job, item) for job in jobs for item in job.items]
+        on = self.config.data.report_split if self.inputs.questions else "text and tasks"
+        progress.stage(f"report on {on}", len(shares))
+        calls = [(job.method, item) for job, item in shares]
+        pool.map("run", calls, counted(progress, then=lambda number, result: shares[number][0].take(result)))
+
+    def _jobs(self, plans: Sequence[MergePlan], shards: Mapping[str, int], firsts: Sequence[int]) -> list[_Job]:
+        """What no table holds yet of these plans, each plan once however many names it has."""
         data = self.config.data
         answered = {plan for plan, of in self.run.distinct("answers", ["plan_id", "split"]) if of == data.report_split}
         measured = {plan for plan, of in self.run.distinct("perplexity", ["plan_id", "target"]) if of == "text"}
         receipted = {plan for (plan,) in self.run.distinct("receipts", ["plan_id"])}
         scored = self.run.distinct("task_answers", ["plan_id", "task"])
-        # (method, plan id, task) -> plan, what the method is called with
-        jobs: dict[tuple[str, str, str], tuple[MergePlan, list[Any]]] = {}
-        for plan in plans:
-            plan_id = plan.plan_id(self.identity)
+        jobs = []
+        for plan_id, plan in {plan.plan_id(self.identity): plan for plan in plans}.items():
             if REPORT in self.inputs.questions and plan_id not in answered:
                 # One layer at the last positions goes in one piece; whole layers, and prompt tokens, shard by shard.
                 at_once = plan.ends_at_once and plan.resumes_at in firsts and not data.question_perplexity
-                numbers = [None] if at_once else range(shards[REPORT])
-                items = [(plan, REPORT, number, data.question_perplexity) for number in numbers]
-                jobs["answers", plan_id, ""] = plan, items
+                items: list[Any] = [
+                    (plan, REPORT, number, data.question_perplexity)
+                    for number in ([None] if at_once else range(shards[REPORT]))
+                ]
+                jobs.append(_Job(plan, "answers", items, partial(self._store_report, plan)))
             if shards.get(TEXT) and plan_id not in measured:
-                jobs["text_nll", plan_id, ""] = plan, [(plan, number) for number in range(shards[TEXT])]
-            for name, role in {name: task_role(name) for name in self.inputs.tasks}.items():
+                items = [(plan, number) for number in range(shards[TEXT])]
+                jobs.append(_Job(plan, "text_nll", items, partial(self._store_text, plan)))
+            for name in self.inputs.tasks:
                 if (plan_id, name) not in scored:
-                    jobs["score_choices", plan_id, name] = plan, [(plan, role, n) for n in range(shards[role])]
+                    items = [(plan, task_role(name), number) for number in range(shards[task_role(name)])]
+                    jobs.append(_Job(plan, "score_choices", items, partial(self._store_task, plan, name)))
             if plan_id not in receipted:
-                jobs["receipts", plan_id, ""] = plan, [plan]
-        # Plans that start at the same layer one after the other: workers then load its states once.
-        order = sorted(jobs, key=lambda key: (jobs[key][0].resumes_at, key[0]))
-        tasks = [(key, item) for key in order for item in jobs[key][1]]
-        progress.stage(f"report on {data.report_split if self.inputs.questions else 'text and tasks'}", len(tasks))
-        results: dict[tuple[str, str, str], list[Any]] = {key: [] for key in jobs}
+                jobs.append(_Job(plan, "receipts", [plan], partial(self._store_receipts, plan)))
+        return jobs
 
-        def store(number: int, result: Any) -> None:
-            key = tasks[number][0]
-            results[key].append(result)
-            plan, items = jobs[key]
-            if len(results[key]) == len(items):
-                self._store(key[0], plan, key[2], results.pop(key))
-
-        pool.map("run", [(key[0], item) for key, item in tasks], counted(progress, then=store))
-
-    def _store(self, method: str, plan: MergePlan, task: str, results: list[Any]) -> None:
-        """Store what one plan answered (or chose in a task), its perplexity of the text, or what it changed, as one
-        part."""
-        plan_id = plan.plan_id(self.identity)
-        if method == "text_nll":
-            assert self.inputs.text is not None  # or there are no losses of it
-            losses, part = TextLosses.join(results), f"text-{plan_id}"
-            self.run.append("context", rows.position_rows(plan_id, losses), part=part)
-            self.run.append("text_losses", rows.text_loss_rows(plan_id, losses), part=part)
-            self.run.append("perplexity", [rows.text_perplexity_row(plan_id, losses, self.inputs.text)], part=part)
-            return
-        if method == "score_choices":
-            table = task_table(plan_id, self.inputs.tasks[task], results)
-            self.run.append("task_answers", table, part=f"{task}-{plan_id}")
-            return
-        if method == "receipts":
-            self.run.append("receipts", rows.receipt_rows(plan_id, results[0]), part=plan_id)
-            return
-        answers = Answers.join(results)
+    def _store_report(self, plan: MergePlan, results: Sequence[Answers]) -> None:
+        answers, plan_id = Answers.join(results), plan.plan_id(self.identity)
         if self.config.data.question_perplexity:
             found = rows.question_perplexity_rows(rows.answer_table(plan_id, self.inputs.questions[REPORT], answers))
             self.run.append("perplexity", found, part=f"question-{plan_id}")
         # Last: a plan whose answers are stored is not asked again.
         self.store_answers(plan, REPORT, answers)
+
+    def _store_text(self, plan: MergePlan, results: Sequence[TextLosses]) -> None:
+        assert self.inputs.text is not None  # or there are no losses of it
+        losses, plan_id = TextLosses.join(results), plan.plan_id(self.identity)
+        part = f"text-{plan_id}"
+        self.run.append("context", rows.position_rows(plan_id, losses), part=part)
+        self.run.append("text_losses", rows.text_loss_rows(plan_id, losses), part=part)
+        # Last: a plan whose perplexity is stored is not asked again.
+        self.run.append("perplexity", [rows.text_perplexity_row(plan_id, losses, self.inputs.text)], part=part)
+
+    def _store_task(self, plan: MergePlan, task: str, results: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        plan_id = plan.plan_id(self.identity)
+        table = task_table(plan_id, self.inputs.tasks[task], results)
+        self.run.append("task_answers", table, part=f"{task}-{plan_id}")
+
+    def _store_receipts(self, plan: MergePlan, results: Sequence[list[Receipt]]) -> None:
+        plan_id = plan.plan_id(self.identity)
+        self.run.append("receipts", rows.receipt_rows(plan_id, results[0]), part=plan_id)
 
     def derive(
         self,

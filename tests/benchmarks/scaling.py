@@ -44,7 +44,7 @@ def measure(body, actors, seconds):
             RandomProposer(dimensions=13, bounds=(0, 1), seed=0),
             candidates=candidates,
             batch=batch,
-            crew=pool,
+            pool=pool,
             describe=lambda _: {"searcher": "random"},
             minimise=False,
             record=lambda part, rows, results: records.append((time.perf_counter(), len(rows))),

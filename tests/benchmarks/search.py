@@ -57,7 +57,7 @@ def overhead(trials):
                     RandomProposer(dimensions=STEPS, bounds=(0, 1), seed=0),
                     candidates=batch * trials,
                     batch=batch,
-                    crew=pool,
+                    pool=pool,
                     concurrent=WORKERS,
                     describe=lambda _: {"searcher": "random"},
                     minimise=False,

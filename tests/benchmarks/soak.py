@@ -94,7 +94,7 @@ def main():
                 RandomProposer(dimensions=13, bounds=(0, 1), seed=options.seed),
                 candidates=options.candidates,
                 batch=options.batch,
-                crew=pool,
+                pool=pool,
                 describe=lambda _: {"searcher": "random"},
                 minimise=False,
                 record=record,
