@@ -17,7 +17,7 @@ import contextlib
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 DEVICE = torch.device("cuda", 0)
 
@@ -87,13 +87,10 @@ class FakeDevice(TorchFunctionMode):
         if name in _ASKS or func is torch.device:
             return func(*args, **kwargs)
         self.calls += 1
-        tensors = [
-            value
-            for value in tree_flatten((args, kwargs))[0]
-            if isinstance(value, torch.Tensor) and value.device.type != "meta"
-        ]
+        leaves = [*_leaves(args), *_leaves(kwargs)]
+        tensors = [value for value in leaves if isinstance(value, torch.Tensor) and value.device.type != "meta"]
         here = [tensor for tensor in tensors if self.on(tensor)]
-        target, given = self._target(name, args, kwargs)
+        target, given = self._target(name, leaves)
         if given:
             args, kwargs = tree_map(lambda v: torch.device("cpu") if _is_device(v) else v, (args, kwargs))
             kwargs.pop("pin_memory", None)
@@ -117,9 +114,9 @@ class FakeDevice(TorchFunctionMode):
             return self._take(found)
         return found
 
-    def _target(self, name, args, kwargs):
+    def _target(self, name, leaves):
         """(device asked for, whether one was): of `.to(…)`, `torch.empty(…, device=…)` and their like."""
-        asked = [value for value in tree_flatten((args, kwargs))[0] if _is_device(value)]
+        asked = [value for value in leaves if _is_device(value)]
         if name in ("cuda",):
             return DEVICE, True
         return (_device(asked[0]), True) if asked else (None, False)
@@ -140,13 +137,22 @@ class FakeDevice(TorchFunctionMode):
             )
 
     def _allocate(self, found):
-        made = [value for value in tree_flatten(found)[0] if isinstance(value, torch.Tensor)]
+        made = [value for value in _leaves(found) if isinstance(value, torch.Tensor)]
         with torch._C.DisableTorchFunction():
             unlucky = self.fail_next > 0 and any(self.fail_when(tensor) for tensor in made)
         if unlucky or any(tensor.numel() > self.fail_above for tensor in made):
             self.fail_next -= unlucky
             self.failures += 1
             raise torch.OutOfMemoryError("out of memory, for the test")
+
+
+def _leaves(value):
+    """What lists, tuples and dictionaries hold, however deep; pytree's, which knows of all else, takes far longer."""
+    if isinstance(value, list | tuple):
+        return [leaf for part in value for leaf in _leaves(part)]
+    if isinstance(value, dict):
+        return [leaf for part in value.values() for leaf in _leaves(part)]
+    return [value]
 
 
 def _unwrapped(tensor):
