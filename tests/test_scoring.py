@@ -182,11 +182,16 @@ def test_which_values_are_weighted_before_their_projection(case, monkeypatch):
         assert bool(weighed) == expected
 
 
-@pytest.mark.parametrize(
-    ("family", "name"),
-    # Averaging layers with different windows is refused (below).
-    [(f, p) for f in FAMILIES for p in PLANS if f in ONE_KIND or p in ("drop", "before_last")],
-)
+def names_of_plans(family):
+    """All of them where families differ in biases and windows; of the others one that averages all that is averaged,
+    and one that keeps another layer."""
+    if family not in ONE_KIND:
+        return "drop", "before_last"  # averaging layers with different windows is refused (below)
+    thorough = ("llama", "llama_biases", "mistral_window_60", "phi", "gpt_neox", "qwen2", "gemma3", "qwen3_moe")
+    return PLANS if family in thorough else ("merged_biases", "before_last")
+
+
+@pytest.mark.parametrize(("family", "name"), [(f, name) for f in FAMILIES for name in names_of_plans(f)])
 def test_scorer_and_evaluation_equal_plain_forwards(case, family, name):
     case, plan = case(family), PLANS[name]
     assert len(case.prompts.shards) > 2
