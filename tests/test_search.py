@@ -418,6 +418,20 @@ def test_a_record_that_cannot_be_written_ends_the_search_and_is_not_told():
     assert tune.suggest("c") == BatchSearcher.FINISHED
 
 
+def test_what_the_pool_raises_over_a_lost_batch_ends_the_search():
+    log, crew = [], Crew(2)
+
+    def gone(losses):
+        raise ConnectionError("the cluster's head is gone")
+
+    crew.gives_up = gone
+    tune = searcher(log, pool=crew)
+    tune.suggest("a")
+    tune.on_trial_complete("a", {"lost": "died"})
+    assert isinstance(tune.failure, ConnectionError) and log == []
+    assert tune.suggest("b") == BatchSearcher.FINISHED
+
+
 def test_a_lost_batch_is_done_again_one_by_one_and_fails_after_three_losses():
     log, crew = [], Crew(3)
     tune = searcher(log, candidates=2, concurrent=1, pool=crew)
