@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -201,11 +201,11 @@ def _own_problems(checkpoint: Checkpoint, plan: MergePlan, problems: dict[str, l
     """What transformers reports of the saved tensors, but for those that are no model's in the base's files either."""
     names = checkpoint.merged_names([kept.index for kept in plan.kept])
     foreign = {name for name in names if not checkpoint.architecture.has_tensor(name)}
+    spelled: Callable[[str], str] = str
     if checkpoint.multimodal:  # whose towers are the model's, and named in the report as transformers names them
-        foreign = set(checkpoint.unknown)
-    # Whatever their layers' numbers: a merge counts them anew.
-    kinds = set(map(_without_numbers, foreign))
-    unexpected = [name for name in problems.get("unexpected_keys", []) if _without_numbers(name) not in kinds]
+        # With the base's numbers of layers, which a merge counts anew.
+        spelled, foreign = _without_numbers, set(map(_without_numbers, checkpoint.unknown))
+    unexpected = [name for name in problems.get("unexpected_keys", []) if spelled(name) not in foreign]
     own = problems | {"unexpected_keys": unexpected}
     return {kind: found for kind, found in own.items() if found}
 
