@@ -109,7 +109,7 @@ def whole_model(case, coefficients, *, merge_biases=False, fold=False):
     config.num_hidden_layers = FIRST + 1
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: FIRST + 1]
-    model = AutoModelForCausalLM.from_config(config, **tiny.PLAIN, dtype=torch.float64).eval()  # some have dropout
+    model = tiny.empty_model(config)
     kind, state = config.model_type, {name: tensor.double() for name, tensor in case.base.state_dict().items()}
     stored = tiny.of_layers(tiny.stored_layer, kind, state)
     root, merged = tiny.root_of(kind), {}
@@ -141,22 +141,31 @@ def whole_model(case, coefficients, *, merge_biases=False, fold=False):
 
 
 def whole_losses(case, coefficients, **options):
-    """The four means of LossWeights, by whole prompts and windows."""
-    model = whole_model(case, coefficients, **options)
-    letters = list(case.prompts.letters)
-    base = copy.deepcopy(case.base).double()
-    pairs = ([], [], [], [])
+    """The means of LossWeights' NLLs, of the answers and of the text, by whole prompts and windows."""
+    model, letters = whole_model(case, coefficients, **options), list(case.prompts.letters)
+    answers, text = [], []
     for ids, answer in zip(case.whole, case.prompts.answers.tolist(), strict=True):
+        answers.append(-torch.log_softmax(model(ids, last=1)[-1, letters], -1)[answer])
+    for ids in case.windows:
+        log = torch.log_softmax(model(ids)[:-1], -1)
+        text.extend(-log[torch.arange(len(ids) - 1), torch.tensor(ids)[1:]])
+    return torch.stack(answers).mean(), torch.stack(text).mean()
+
+
+def whole_divergences(case, coefficients, **options):
+    """The means of LossWeights' divergences from the unmerged model, likewise."""
+    model, letters = whole_model(case, coefficients, **options), list(case.prompts.letters)
+    base = copy.deepcopy(case.base).double()
+    answers, text = [], []
+    for ids in case.whole:
         log = torch.log_softmax(model(ids, last=1)[-1, letters], -1)
         target = torch.log_softmax(tiny.plain_logits(base, ids, last=1)[-1, letters], -1)
-        pairs[0].append(-log[answer])
-        pairs[1].append((target.exp() * (target - log)).sum())
+        answers.append((target.exp() * (target - log)).sum())
     for ids in case.windows:
         log = torch.log_softmax(model(ids)[:-1], -1)
         target = torch.log_softmax(tiny.plain_logits(base, ids)[:-1], -1)
-        pairs[2].extend(-log[torch.arange(len(ids) - 1), torch.tensor(ids)[1:]])
-        pairs[3].extend((target.exp() * (target - log)).sum(-1))
-    return [torch.stack(values).mean() for values in pairs]
+        text.extend((target.exp() * (target - log)).sum(-1))
+    return torch.stack(answers).mean(), torch.stack(text).mean()
 
 
 def some_coefficients(seed=0, matrices=MATRICES):
@@ -176,16 +185,16 @@ def near(found, expected, limit):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_gradients_equal_those_through_the_whole_model(case, family):
-    """Per matrix and shared, of the answers' NLL and of the text's."""
+    """Per matrix, and shared in a dense family and one with experts, of the answers' NLL and of the text's."""
     case = case(family)
     values = some_coefficients(matrices=case.matrices)
-    for shared in (False, True):
+    for shared in (False, True) if family in ("llama", "qwen3_moe") else (False,):
         theirs = (values[0] if shared else values).clone().requires_grad_()
         expected = whole_losses(case, theirs.expand(len(case.matrices), 3))
-        for weights, number in ((ANSWERS, 0), (TEXT, 2)):
-            (gradient,) = torch.autograd.grad(expected[number], theirs, retain_graph=True)
+        for weights, loss in zip((ANSWERS, TEXT), expected, strict=True):
+            (gradient,) = torch.autograd.grad(loss, theirs, retain_graph=True)
             found = loss_of(case, weights)(theirs)
-            near(found.loss.total, expected[number].detach(), LIMIT)
+            near(found.loss.total, loss.detach(), LIMIT)
             near(found.gradient, gradient, GRADIENT_LIMIT)
             assert gradient.abs().max() > 1e-2
     # And the slope of the answers' own loss: roundings of 1e-6 over a step so small that no routing changes.
@@ -207,7 +216,9 @@ def test_every_term_with_every_option(case, family, options):
     """All four terms at once, each term's own value, biases averaged and norms folded."""
     case, theirs = case(family), some_coefficients(1).requires_grad_()
     merge_biases, fold = options.get("biases") == "merge", options.get("norms") == "fold"
-    expected = whole_losses(case, theirs, merge_biases=merge_biases, fold=fold)
+    nll = whole_losses(case, theirs, merge_biases=merge_biases, fold=fold)
+    kl = whole_divergences(case, theirs, merge_biases=merge_biases, fold=fold)
+    expected = (nll[0], kl[0], nll[1], kl[1])
     total = sum(w * value for w, value in zip((0.5, 1.0, 0.3, 2.0), expected, strict=True))
     total.backward()
     found = loss_of(case, EVERYTHING, template(**options))(theirs)

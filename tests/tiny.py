@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     GPTNeoXForCausalLM,
 )
+from transformers.initialization import no_init_weights
 
 from raymerge.architectures import permute_tensor
 from raymerge.demo import MODEL_PATH
@@ -342,9 +343,17 @@ def offset_gains(model_type):
     return "gemma" in model_type or model_type == "nemotron"
 
 
+def empty_model(config, dtype=torch.float64, kind=AutoModelForCausalLM):
+    """A transformers model whose parameters are to be set: drawing them takes most of the time of building it."""
+    with no_init_weights():
+        model = kind.from_config(config, **PLAIN, dtype=dtype)
+    model.tie_weights()  # as the drawing ends
+    return model.eval()  # some have dropout
+
+
 def random_model(config, *, seed=0, dtype=torch.float32, kind=AutoModelForCausalLM):
     """A transformers model with weights so large that attention is far from uniform and layers matter."""
-    model = kind.from_config(config, dtype=dtype, experts_implementation="eager")
+    model = empty_model(config, dtype, kind)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -358,7 +367,7 @@ def random_model(config, *, seed=0, dtype=torch.float32, kind=AutoModelForCausal
             else:
                 value = 1.5 * noise / tensor.shape[-1] ** 0.5
             tensor.copy_(value)
-    return model.eval()
+    return model
 
 
 def make_checkpoint(folder, family="llama", *, seed=0, dtype=torch.float32, shard="5GB", **options):
@@ -642,9 +651,9 @@ def merged_model(model, steps, *, biases="keep"):
         if getattr(config, key, None):
             setattr(config, key, [getattr(config, key)[layer] for layer in alive])
     config.num_hidden_layers = len(alive)
-    merged = AutoModelForCausalLM.from_config(config, **PLAIN, dtype=torch.float64)
+    merged = empty_model(config)
     merged.load_state_dict(state, strict=True)
-    return merged.eval()
+    return merged
 
 
 @torch.no_grad()
