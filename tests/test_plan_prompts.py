@@ -42,9 +42,15 @@ def searched(local_searches, tmp_path, monkeypatch):
     [
         (["plan.refit=outputs"], "found_random_outputs"),
         (["plan.refit=linear", "calibration.text=demo", "calibration.tokens=200"], "found_random_linear"),
-        (["plan.refit=linear", "model.dtype=bfloat16", "calibration.text=demo"], "found_random_linear"),
+        (
+            ["plan.refit=linear", "model.dtype=bfloat16", "calibration.text=demo", "calibration.tokens=200"],
+            "found_random_linear",
+        ),
         (["plan.alignment=activations"], "found_random"),
-        (["plan.alignment=activations", "plan.refit=scale", "calibration.text=demo"], "found_random_scale"),
+        (
+            ["plan.alignment=activations", "plan.refit=scale", "calibration.text=demo", "calibration.tokens=200"],
+            "found_random_scale",
+        ),
     ],
     ids=["prompts", "text", "bfloat16", "activations", "both"],
 )
