@@ -578,7 +578,7 @@ def any_merge(draw, checkpoint, first):
 def test_any_merge_with_any_options(case, family):
     """On any stack, alone or several together, with keys computed anew or summed."""
     draw, case = random.Random(family), case(family)
-    for _ in range(4):
+    for _ in range(3):
         first = draw.randrange(N - 1)
         plans = [any_merge(draw, case.runner.checkpoint, first) for _ in range(draw.choice([1, 2]))]
         same = {"norms": plans[0].norms, "alignment": "neurons" if plans[0].alignment == "neurons" else "none"}

@@ -343,17 +343,17 @@ def offset_gains(model_type):
     return "gemma" in model_type or model_type == "nemotron"
 
 
-def empty_model(config, dtype=torch.float64, kind=AutoModelForCausalLM):
+def empty_model(config, dtype=torch.float64, kind=AutoModelForCausalLM, **options):
     """A transformers model whose parameters are to be set: drawing them takes most of the time of building it."""
     with no_init_weights():
-        model = kind.from_config(config, **PLAIN, dtype=dtype)
+        model = kind.from_config(config, **(PLAIN | options), dtype=dtype)
     model.tie_weights()  # as the drawing ends
     return model.eval()  # some have dropout
 
 
 def random_model(config, *, seed=0, dtype=torch.float32, kind=AutoModelForCausalLM):
     """A transformers model with weights so large that attention is far from uniform and layers matter."""
-    model = empty_model(config, dtype, kind)
+    model = empty_model(config, dtype, kind, attn_implementation=None)  # of transformers' choice
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
