@@ -91,7 +91,9 @@ def attention_windows(config: Any) -> list[int | None]:
             f"layer_types has sliding_attention for layer {sliding}, but layers of {config.model_type} have no "
             "attention windows: make those layers full_attention"
         )
-    if sliding is not None and window is None:  # which transformers can load, but not run
+    # Of a window that is turned off transformers makes None, in some families 0; in others it stays.
+    off = window is None or (window == 0 and getattr(config, "use_sliding_window", None) is False)
+    if sliding is not None and off:  # which transformers can load, but not run
         raise ArchitectureError(
             f"layer_types has sliding_attention for layer {sliding}, but the config gives no sliding_window (or "
             "use_sliding_window is false): set it, or make those layers full_attention"

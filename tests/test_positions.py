@@ -69,6 +69,14 @@ def test_a_sliding_layer_without_a_window_is_refused():
         attention_windows(config)
 
 
+def test_a_window_that_is_turned_off_is_not_called_too_small():
+    """Of one that is off Qwen2-MoE's code makes 0: another number in the file would change nothing."""
+    kinds = ["full_attention"] * 3 + ["sliding_attention"] * 2
+    config = tiny.config_of("qwen2_moe", use_sliding_window=False, sliding_window=40, layer_types=kinds)
+    with pytest.raises(ArchitectureError, match="for layer 3, .* use_sliding_window is false"):
+        attention_windows(config)
+
+
 @pytest.mark.parametrize("window", [None, 8])
 def test_a_sliding_layer_of_a_family_without_windows_is_refused(window):
     """transformers' masks of it see everything, and its cache is that of a sliding layer: with a window generation
