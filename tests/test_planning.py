@@ -169,6 +169,7 @@ def test_layers_go_one_by_one_each_the_one_that_costs_least_without_those_before
     run = RunDirectory.open(tmp_path / "run", {}, "sweep")
     config = load_config(None, ["calibration.text=demo", "data.perplexity_text=null"])
     assert choose_one_by_one(config, 6, 3, run, "", Silent()) == [4, 2, 3]
+    assert pool.options["firsts"] == [1, 2, 3, 4]
     assert [removed_of(plan) for plan, _ in pool.asked["calibration_nll"][12::2]] == [
         *([0, 4], [1, 4], [2, 4], [3, 4], [4, 5]), *([0, 2, 4], [1, 2, 4], [2, 3, 4], [2, 4, 5])
     ]  # fmt: skip
@@ -186,9 +187,10 @@ def test_layers_go_one_by_one_each_the_one_that_costs_least_without_those_before
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(planning, "open_pool")
         assert choose_one_by_one(config, 6, 2, run, "", Silent()) == [4, 2]
-    # A run that was cut short goes on after the last whole step.
+    # A run that was cut short goes on after the last whole step, and from no deeper states than those steps leave.
     pool = measured(**answers)
     assert choose_one_by_one(config, 6, 4, run, "", Silent()) == [4, 2, 3, 5]
+    assert pool.options["firsts"] == [1]
     assert len(pool.asked["calibration_nll"]) == 2 * 3
 
 

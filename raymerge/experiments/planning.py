@@ -136,9 +136,11 @@ def choose_one_by_one(
     if len(gone) >= most:
         return gone[:most]
     inputs = read_inputs(config, (CALIBRATION,), text=False)
-    with open_pool(config, inputs, cache, run=run, firsts=range(1, n_layers), progress=progress) as pool:
+    free = range(inputs.checkpoint.deepstack_layers, n_layers)
+    following = [drop_layers_plan(n_layers, [*gone, layer], name="next") for layer in free if layer not in gone]
+    firsts = sorted({plan.resumes_at for plan in following} - {0})  # no later step goes on from another depth
+    with open_pool(config, inputs, cache, run=run, firsts=firsts, progress=progress) as pool:
         numbers = range(_calibration_states(pool, inputs, progress, run))
-        free = range(inputs.checkpoint.deepstack_layers, n_layers)
         candidates = sum(len(free) - step for step in range(len(gone), most))
         progress.stage("loss without each layer", candidates * len(numbers))
         done = 0
