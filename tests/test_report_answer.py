@@ -1,6 +1,7 @@
 """What a page answers, and what it calls the plans that it reached."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from report_runs import (
@@ -13,9 +14,9 @@ from report_runs import (
     search_run,
 )
 
-from raymerge import findings, summary
+from raymerge import findings, rows, summary
 from raymerge.card import search_results
-from raymerge.plan import base_plan, drop_block_plan, pairs_plan
+from raymerge.plan import base_plan, drop_block_plan, pairs_plan, tail_pairs
 from raymerge.report import (
     answer,
     plans,
@@ -261,6 +262,30 @@ def test_what_averages_nothing_is_not_said_to_gain_by_it(tmp_path, alphas, sourc
     first = LAYERS - 1 - MERGES
     whose = "" if source is None else f"; layer {first} has those of layer {source} and keeps its own norms and biases"
     assert f"It averages nothing: each of its matrices is a single layer's{whose}." in answer.in_words(reached)
+
+
+@pytest.mark.parametrize(
+    ("alphas", "own", "said", "fate"),
+    [
+        # One matrix is layer 5's, all others layer 2's: the brackets said "2, 5 merged", beside "averages nothing".
+        ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), "layers 2 and 5", "matrices of 2 and 5 in 2, without 3-4"),
+        ((0.0, 0.0, 0.0), (1.0, 1.0, 0.0), "layers 3 and 5", "matrices of 3 and 5 in 2, without 2, 4"),
+        ((1.0, 1.0, 1.0), (1.0, 1.0, 0.5), None, "2-3 merged, without 4-5"),
+    ],
+)
+def test_matrices_of_several_layers_none_of_which_is_averaged_are_told_alike_everywhere(
+    tmp_path, alphas, own, said, fate
+):
+    run = search_run(tmp_path / "run")
+    plan = pairs_plan(LAYERS, tail_pairs(LAYERS, MERGES), list(alphas), name="found_bayes", kind="found")
+    plan = replace(plan, matrix_alphas=(("mlp.up_proj", own),))
+    others = [row for row in run.read("coefficients").drop_columns("run_id").to_pylist() if row["plan_id"] != "found"]
+    run.replace("coefficients", [*others, *rows.coefficient_rows(plan, "found")])
+    reached = Reached(run)
+    assert reached.the_best["fate"] == fate
+    nothing = [text for text in answer.in_words(reached) if text.startswith("It averages nothing")]
+    told = f"layer 2 has those of {said} and keeps its own norms and biases."
+    assert nothing == ([f"It averages nothing: each of its matrices is a single layer's; {told}"] if said else [])
 
 
 @pytest.mark.parametrize(

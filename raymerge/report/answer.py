@@ -67,11 +67,14 @@ def _on_text(reached: Reached) -> str:
 def _beside_one_layer(reached: Reached) -> list[str]:
     """Whether the best plan averages anything, and is better than the best that keeps one of the same layers alone."""
     best, plan = reached.the_best, reached.run.config.get("plan") or {}
-    if not _averages(reached):
+    sources = findings.sources_of(reached.run).get(best["plan_id"])
+    if sources is None:
+        return []
+    if not any(own.averaged for own in sources.values()):
         kept_own = ["norms"] * (best["norms"] == "keep") + ["biases"] * (plan.get("biases") != "merge")
         keeping = f" and keeps its own {' and '.join(kept_own)}" if kept_own else ""
-        others = findings.replaced(findings.sources_of(reached.run)[best["plan_id"]]).items()
-        whose = [f"; layer {kept} has those of layer {source}{keeping}" for kept, source in others]
+        others = findings.replaced(sources).items()
+        whose = [f"; layer {kept} has those of {_layers(layers)}{keeping}" for kept, layers in others]
         return [f"It averages nothing: each of its matrices is a single layer's{''.join(whose)}."]
     name = ((reached.run.manifest() or {}).get("keep_one") or {}).get("best")
     # Of the rows: a search may have found what is also a control, whose line then has the found plan's name.
@@ -99,10 +102,10 @@ def _either(measures: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def _averages(reached: Reached) -> bool:
-    """Whether any layer of the best plan has the weights of several, and not of another one alone."""
-    rows = reached.run.read("coefficients").to_pylist()
-    return any(0.0 < row["coefficient"] < 1.0 for row in rows if row["plan_id"] == reached.the_best["plan_id"])
+def _layers(numbers: Iterable[int]) -> str:
+    """Layers in a sentence: "layer 11", "layers 7, 9 and 11"."""
+    named = [str(number) for number in sorted(numbers)]
+    return f"layer{'s' if len(named) > 1 else ''} {enumerated(named)}"
 
 
 def told(reached: Reached, found: dict[str, Row]) -> str:

@@ -176,8 +176,8 @@ def _layers(reached: Reached) -> str:
     if all(line["role"] == UNMERGED for line in reached.lines):
         return ""
     return (
-        ". In brackets: which of the original layers, counted from 0, are merged into one, take all their matrices "
-        "from another, and are dropped"
+        ". In brackets: which of the original layers, counted from 0, are averaged into one (merged), have whole "
+        "matrices in another, and are dropped"
     )
 
 
