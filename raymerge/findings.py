@@ -84,15 +84,16 @@ def plan_lines(run: RunDirectory, split: str) -> list[Row]:
     """For each plan, in the order in which they were stored, its name and what it reached on `split`.
 
     Keys: plan_id, name, label (`labels_of`), kind, layers, n (questions), accuracy, interval (low, high; 95 %), macro,
-    macro_interval, nll, perplexity (plain text), perplexity_interval, picked (share of each letter, A to D) and
-    top_is_letter (share); None where a table has nothing. In a run that asks no questions (data.mmlu null) all that is
-    about questions is None, and n is 0.
+    macro_interval, nll, perplexity (plain text), perplexity_interval, question_perplexity (the questions' own tokens),
+    question_interval, picked (share of each letter, A to D) and top_is_letter (share); None where a table has nothing.
+    In a run that asks no questions (data.mmlu null) all that is about questions is None, and n is 0.
     """
     plans = {row["plan_id"]: row for row in run.read("plans").to_pylist()}
     accuracy = {
         (row["plan_id"], row["subject"]): row for row in run.read("accuracy").to_pylist() if row["split"] == split
     }
     texts = {row["plan_id"]: row for row in run.read("perplexity").to_pylist() if row["target"] == "text"}
+    asked = question_perplexities(run)
     costs = {row["plan_id"]: row for row in run.read("costs").to_pylist()}
     answers = run.read("answers", ["plan_id", "split", "predicted", "top_is_letter"])
     answers = answers.filter(pc.equal(answers["split"], split))
@@ -116,7 +117,8 @@ def plan_lines(run: RunDirectory, split: str) -> list[Row]:
                 "macro": macro["accuracy"],
                 "macro_interval": (macro["ci_low"], macro["ci_high"]),
                 "nll": micro["nll"],
-                **_text(texts.get(plan_id)),
+                **_read("perplexity", "perplexity_interval", texts.get(plan_id)),
+                **_read("question_perplexity", "question_interval", asked.get((plan_id, None))),
                 "picked": picked,
                 "top_is_letter": pc.mean(own["top_is_letter"]).as_py(),
             }
@@ -127,10 +129,17 @@ def plan_lines(run: RunDirectory, split: str) -> list[Row]:
 _UNASKED = dict.fromkeys(("accuracy", "ci_low", "ci_high", "nll")) | {"n": 0}
 
 
-def _text(row: Row | None) -> dict[str, Any]:
-    """Perplexity of plain text and its interval, from a row of `perplexity` or none."""
+def _read(name: str, limits: str, row: Row | None) -> dict[str, Any]:
+    """A perplexity and its interval under these names, from a row of `perplexity` or none."""
     row = row or {}
-    return {"perplexity": row.get("perplexity"), "perplexity_interval": (row.get("ci_low"), row.get("ci_high"))}
+    return {name: row.get("perplexity"), limits: (row.get("ci_low"), row.get("ci_high"))}
+
+
+def question_perplexities(run: RunDirectory) -> dict[tuple[str, str | None], Row]:
+    """(plan_id, subject, or None for all questions) -> row of `perplexity` of the questions' own tokens, where
+    data.question_perplexity asked for them."""
+    rows = run.read("perplexity").to_pylist()
+    return {(row["plan_id"], row["subject"]): row for row in rows if row["target"] == "question"}
 
 
 _MORE_IS_BETTER = ("accuracy", "acc", "acc_norm")

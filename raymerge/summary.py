@@ -54,13 +54,15 @@ def budget_lines(run: RunDirectory) -> list[str]:
 def plan_table(lines: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the plans' table, as text; without columns of questions where none were asked."""
     asked = any(line["accuracy"] is not None for line in lines)
-    header = ["plan", "layers", *(_ANSWERED if asked else []), "text ppl [95 %]"]
+    own_tokens = any(line["question_perplexity"] is not None for line in lines)
+    header = ["plan", "layers", *(_ANSWERED if asked else []), *([_QUESTION] if own_tokens else []), _TEXT]
     header += ["picks A-D %", "letter %"] if asked else []
     rows = []
     for line in lines:
         cells = [line["label"], str(line["layers"] if line["layers"] is not None else "–")]
         if asked:
             cells += _answered(line)
+        cells += [_of_questions(line)] if own_tokens else []
         cells.append(number(line["perplexity"], line["perplexity_interval"]))
         if asked:
             cells.append("/".join(f"{100 * picked:.0f}" for picked in line["picked"]))
@@ -72,6 +74,12 @@ def plan_table(lines: list[Row]) -> tuple[list[str], list[list[str]]]:
 #: What `plan_table` cannot say in its header.
 PICKS = "picks A-D %: share of each letter among the answers; letter %: questions whose most probable token is a letter"
 _ANSWERED = ["accuracy [95 %]", "macro", "answer NLL"]
+_QUESTION, _TEXT = "question ppl [95 %]", "text ppl [95 %]"
+
+
+def _of_questions(line: Row) -> str:
+    """The cell of `_QUESTION`, of a line of `findings.plan_lines`."""
+    return number(line["question_perplexity"], line["question_interval"])
 
 
 def _answered(line: Row) -> list[str]:
@@ -477,11 +485,12 @@ def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str
     points = [row | {"refit": row["refit"] or "none"} for row in run.read("sweep").to_pylist()]
     varied = [key for key, plain in PLAIN.items() if any(row[key] != plain for row in points)]
     header = ["merged", "method", *varied]
-    header += [*(_ANSWERED if asks else []), "text ppl [95 %]"]
+    own_tokens = any(line["question_perplexity"] is not None for line in lines.values())
+    header += [*(_ANSWERED if asks else []), *([_QUESTION] if own_tokens else []), _TEXT]
     cells = []
     for row in sorted(points, key=lambda row: row["merges"]):
         line = lines[row["plan_id"]]
-        answered = _answered(line) if asks else []
+        answered = (_answered(line) if asks else []) + ([_of_questions(line)] if own_tokens else [])
         read = number(line["perplexity"], line["perplexity_interval"])
         cells.append([str(row["merges"]), row["method"], *(row[key] for key in varied), *answered, read])
     return header, cells

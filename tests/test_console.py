@@ -307,6 +307,7 @@ def test_a_search_in_the_terminal_has_the_numbers_of_its_tables(tmp_path, capsys
             "plan": name, "layers": str(costs[plan]),
             "accuracy [95 %]": f"{micro['accuracy']:.4f} [{micro['ci_low']:.3f}, {micro['ci_high']:.3f}]",
             "macro": f"{macro['accuracy']:.4f}", "answer NLL": f"{micro['nll']:.4f}",
+            "question ppl [95 %]": "1.100" if plan == "found" else "–",
             "text ppl [95 %]": f"{value} [{low}, {high}]",
             "picks A-D %": "/".join(f"{100 * picked.count(k) / 120:.0f}" for k in range(4)), "letter %": "–",
         }  # fmt: skip

@@ -225,6 +225,32 @@ def test_the_tables_of_a_curve_have_the_numbers_of_their_points(tmp_path):
     assert figure.views[0].description.endswith("2 methods and 1 variant at up to 3 merges.")
 
 
+def test_a_curve_shows_the_questions_own_perplexity_and_no_columns_of_what_was_not_measured(tmp_path):
+    """The published comparison of alpha files reads no text, but its questions: of that its page had a column of dashes
+    and "Unmerged: 90.0 %, perplexity –", and not the perplexities that were asked for."""
+    run = sweep_run(tmp_path / "run")
+    every = blocks([curve.answer(Reached(run))], Table)
+    assert not any("question perplexity" in table.header for table in every)
+    assert "question ppl [95 %]" not in summary.sweep_table(run, "test")[0]
+    points = ["base", "drop1", "half1", "drop3", "half3"]
+    run.replace("perplexity", [
+        {"plan_id": plan, "target": "question", "subject": subject, "tokens": 9, "nll": 0.1,
+         "perplexity": 2.0 + number, "ci_low": 1.5, "ci_high": 12.5}
+        for number, plan in enumerate(points) for subject in (None, "a")
+    ])  # fmt: skip
+    section = curve.answer(Reached(run))
+    best, every = blocks([section], Table)
+    assert "perplexity" not in {*best.header, *every.header} and "perplexity" not in best.caption
+    found = [row[every.header.index("question perplexity")] for row in every.cells]
+    assert found == [f"{2 + number}.00 [1.50, 12.5]" for number in range(5)]
+    shown = dict(zip(points, found, strict=True))
+    assert [row[best.header.index("question perplexity")] for row in best.cells] == [shown["half1"], shown["half3"]]
+    (figure,) = blocks([section], Figure)
+    assert "asked" not in figure.rows.columns
+    header, cells = summary.sweep_table(run, "test")
+    assert cells[0][header.index("question ppl [95 %]")] == "2.000 [1.500, 12.50]"
+
+
 def test_a_curve_without_questions_has_perplexities_alone(tmp_path):
     run = sweep_run(tmp_path / "run")
     config = run.config | {"data": {"mmlu": None, "report_split": "test"}}

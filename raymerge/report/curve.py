@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 from raymerge.findings import verdict
@@ -65,6 +65,7 @@ def curve(reached: Reached) -> list[Row]:
                 "merges": row["merges"],
                 **drawn(line),
                 "read": line["perplexity"],  # infinite where a model is so ruined that it has none to be drawn
+                "asked": (line["question_perplexity"], line["question_interval"]),
                 "macro": line["macro"],
                 "answer_nll": line["nll"],
                 "removed": removed_share(line["costs"]),
@@ -78,6 +79,16 @@ def curve(reached: Reached) -> list[Row]:
 
 def _limits(point: Row) -> tuple[float | None, float | None]:
     return point["perplexity_low"], point["perplexity_high"]
+
+
+def _columns(points: list[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+    """The perplexities that points have, as columns: name, and cell of a point."""
+    known: list[tuple[str, Callable[[Row], str]]] = []
+    if any(point["asked"][0] is not None for point in points):
+        known.append(("question perplexity", lambda point: perplexity(*point["asked"])))
+    if any(point["read"] is not None for point in points):
+        known.append(("perplexity", lambda point: perplexity(point["read"], _limits(point))))
+    return known
 
 
 def _known(point: Row) -> bool:
@@ -160,7 +171,7 @@ def _read(point: Row, unmerged: float | None) -> str:
 def _best(reached: Reached, base: Row | None, points: list[Row]) -> Table:
     asks, measure = reached.asks, "accuracy" if reached.asks else "text_nll"
     known = {(row["plan_a"], row["plan_b"]): row for row in reached.comparisons if row["measure"] == measure}
-    cells, tied = [], False
+    cells, tied, read = [], False, _columns(points)
     for merges in sorted({point["merges"] for point in points}):
         best, drop = _at(points, merges)
         level = _level(points, best)
@@ -172,14 +183,14 @@ def _best(reached: Reached, base: Row | None, points: list[Row]) -> Table:
                 percent(best["removed"]),
                 _way(best) + (f" and {level} more" if level else ""),
                 *([f"{percent(best['accuracy'])} {interval(best['low'], best['high'])}"] if asks else []),
-                perplexity(best["read"], _limits(best)),
+                *(cell(best) for _, cell in read),
                 dropping,
                 _against_dropping(best, drop, known),
             )
         )
     ranked = "most accurate way" if asks else "way of lowest perplexity"
-    header = ("merged", "parameters removed", ranked, *(["accuracy [95 %]"] if asks else []), "perplexity", "dropping",
-              "against dropping")  # fmt: skip
+    header = ("merged", "parameters removed", ranked, *(["accuracy [95 %]"] if asks else []),
+              *(name for name, _ in read), "dropping", "against dropping")  # fmt: skip
     several = len({(point["method"], point["variant"]) for point in points}) > 1
     caption = _caption_of_best(asks, base, ranked, several=several, tied=tied)
     return Table(caption, header, tuple(cells), words=(2, len(header) - 1))
@@ -210,13 +221,14 @@ def _caption_of_best(asks: bool, base: Row | None, ranked: str, *, several: bool
         caption += f" Against dropping: nats per token with 95 % intervals, over passages of the text. {TEXT_TEST}."
     if base is None:
         return caption
-    answered = f"{percent(base['accuracy'])}, " if asks else ""
-    return f"{caption} Unmerged: {answered}perplexity {perplexity(base['read'])}"
+    unmerged = [percent(base["accuracy"])] if asks else []
+    unmerged += [] if base["read"] is None else [f"perplexity {perplexity(base['read'])}"]
+    return f"{caption} Unmerged: {', '.join(unmerged)}"
 
 
 def _curves(reached: Reached, points: list[Row], base: Row | None) -> list[Figure]:
     """Accuracy where questions were asked, and perplexity where there is any."""
-    points = [{key: value for key, value in point.items() if key != "read"} for point in points]
+    points = [{key: value for key, value in point.items() if key not in ("read", "asked")} for point in points]
     drawn = [point for point in points if point["merges"] > 0] or points
     tips = [("plan", "plan"), ("method", "method"), ("variant", "variant"), ("merges", "layers merged"),
             ("accuracy", "accuracy", ".1%"), ("low", "95 % from", ".1%"), ("high", "to", ".1%"),
@@ -292,7 +304,8 @@ def _everything(points: list[Row]) -> Table:
     speed = any(point["tokens_per_second"] for point in points)
     asks = any(point["accuracy"] is not None for point in points)
     header = ["merged", "method", "variant", "parameters removed"]
-    header += [*(["accuracy [95 %]", "mean over subjects", "answer NLL"] if asks else []), "perplexity"]
+    read = _columns(points)
+    header += [*(["accuracy [95 %]", "mean over subjects", "answer NLL"] if asks else []), *(name for name, _ in read)]
     cells = tuple(
         (
             str(point["merges"]),
@@ -301,7 +314,7 @@ def _everything(points: list[Row]) -> Table:
             percent(point["removed"]),
             *([f"{percent(point['accuracy'])} {interval(point['low'], point['high'])}"] if asks else []),
             *([percent(point["macro"]), value(point["answer_nll"])] if asks else []),
-            perplexity(point["read"], _limits(point)),
+            *(cell(point) for _, cell in read),
             *([value(point["tokens_per_second"], 1)] if speed else []),
         )
         for point in points

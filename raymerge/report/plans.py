@@ -188,12 +188,14 @@ def plan_table(reached: Reached) -> Table:
         return _text_plan_table(reached)
     best = reached.best["plan_id"] if reached.best else None
     texts = any(line["perplexity"] is not None for line in reached.lines)
+    asked = any(line["question_perplexity"] is not None for line in reached.lines)
     cells = tuple(
         (
             *_named(line),
             f"{percent(line['accuracy'])} {interval(*line['interval'])}".strip(),
             f"{percent(line['macro'])} {interval(*line['macro_interval'])}".strip(),
             value(line["nll"]),
+            *([perplexity(line["question_perplexity"], line["question_interval"])] if asked else []),
             *([perplexity(line["perplexity"], line["perplexity_interval"])] if texts else []),
             "/".join(f"{100 * share:.0f}" for share in line["picked"]) if None not in line["picked"] else NONE,
         )
@@ -210,6 +212,7 @@ def plan_table(reached: Reached) -> Table:
             "accuracy",
             "mean over subjects",
             "answer NLL",
+            *(["question perplexity"] if asked else []),
             *(["perplexity"] if texts else []),
             "picks A/B/C/D, %",
         ),
