@@ -17,6 +17,12 @@ from raymerge.report.wording import difference, interval, percent, perplexity, p
 from raymerge.schemas import Row
 from raymerge.tables import RUINED, layer_ranges, way_of
 
+#: What variants are, by a word of their names.
+_VARIANTS = {
+    "aligned": "Aligned: neurons are reordered to match before averaging.",
+    "rows aligned": "Rows aligned: the rows of each matrix are reordered on their own before averaging.",
+    "folded": "Folded: norm gains are multiplied into the matrices before averaging.",
+}
 _OF_QUESTIONS = ("accuracy", "low", "high", "macro", "answer_nll")  # of a point, without value where none are asked
 
 
@@ -28,7 +34,7 @@ def answer(reached: Reached) -> Section:
     base, lasts = _unmerged(points), _merged(points)
     blocks: list[Block] = []
     if lasts:
-        blocks.append(Text(_sentence(base, lasts)))
+        blocks.append(Text(_sentence(reached, base, lasts)))
     if any(map(_judged, lasts)):
         blocks.append(_best(reached, base, lasts))
     blocks += [*chosen_layers(reached.run), *_curves(reached, points, base), _everything(points), *categories(reached)]
@@ -39,7 +45,7 @@ def in_words(reached: Reached) -> str:
     """The best way at the least and the most layers merged, in a sentence; "" of a run that has merged none."""
     points = curve(reached)
     lasts = _merged(points)
-    return _sentence(_unmerged(points), lasts) if lasts else ""
+    return _sentence(reached, _unmerged(points), lasts) if lasts else ""
 
 
 def _unmerged(points: list[Row]) -> Row | None:
@@ -130,7 +136,7 @@ def _judged(point: Row) -> bool:
     return point["accuracy"] is not None or point["read"] is not None
 
 
-def _sentence(base: Row | None, points: list[Row]) -> str:
+def _sentence(reached: Reached, base: Row | None, points: list[Row]) -> str:
     if not any(map(_judged, points)):
         return (
             "No questions were asked, and no plain text was read: the points were evaluated on tasks only, see below."
@@ -146,16 +152,30 @@ def _sentence(base: Row | None, points: list[Row]) -> str:
             for count, point in best.items()
         ]
         return f"{before}{'. '.join(told)}. No questions were asked."
-    before = (
-        "" if base is None else f"The unmerged model answers {percent(base['accuracy'])} of the questions correctly. "
-    )
+    asked = plural(reached.lines[0]["n"], f"{reached.split} question")
+    before = "" if base is None else f"The unmerged model answers {_share(base)} of {asked} correctly. "
     unmerged = None if base is None else base["perplexity"]
     told = [
-        f"With {plural(count, 'layer')} merged, {_way(point)} is the most accurate: "
-        f"{percent(point['accuracy'])}{_read(point, unmerged)}{_tie(points, point, 'is as accurate/are as accurate')}"
+        f"With {plural(count, 'layer')} merged, {_way(point)} is the most accurate: {_share(point)}"
+        f"{_read(point, unmerged)}{_tie(points, point, 'is as accurate/are as accurate')}{_better_read(points, point)}"
         for count, point in best.items()
     ]
     return f"{before}{'. '.join(told)}."
+
+
+def _share(point: Row) -> str:
+    return f"{percent(point['accuracy'])} {interval(point['low'], point['high'])}".strip()
+
+
+def _better_read(points: list[Row], best: Row) -> str:
+    """Which way predicts text best, where that is clearly another than the most accurate one: their intervals are
+    apart."""
+    mine = [point for point in points if point["merges"] == best["merges"] and _known(point)]
+    least = min(mine, key=lambda point: point["read"], default=best)
+    if not (_known(best) and least["perplexity_high"] < best["perplexity_low"]):
+        return ""
+    read = perplexity(least["read"], _limits(least))
+    return f"; {_way(least)} predicts plain text best: perplexity {read}, with {_share(least)} of answers correct"
 
 
 def _read(point: Row, unmerged: float | None) -> str:
@@ -182,10 +202,10 @@ def _best(reached: Reached, base: Row | None, points: list[Row]) -> Table:
                 str(merges),
                 percent(best["removed"]),
                 _way(best) + (f" and {level} more" if level else ""),
-                *([f"{percent(best['accuracy'])} {interval(best['low'], best['high'])}"] if asks else []),
+                *([_share(best)] if asks else []),
                 *(cell(best) for _, cell in read),
                 dropping,
-                _against_dropping(best, drop, known),
+                _against_dropping(points, best, drop, known),
             )
         )
     ranked = "most accurate way" if asks else "way of lowest perplexity"
@@ -196,12 +216,19 @@ def _best(reached: Reached, base: Row | None, points: list[Row]) -> Table:
     return Table(caption, header, tuple(cells), words=(2, len(header) - 1))
 
 
-def _against_dropping(best: Row, drop: Row | None, known: dict[tuple[str, str], Row]) -> str:
-    """What the paired test says of the best point and dropping as many layers."""
+def _against_dropping(points: list[Row], best: Row, drop: Row | None, known: dict[tuple[str, str], Row]) -> str:
+    """What the paired test says of the best point, or of the next best where it is dropping, and dropping as many
+    layers."""
     if drop is None:
         return "–"
     if best["plan_id"] == drop["plan_id"]:  # which other ways can come to, such as fixed:1
-        return "dropping is best"
+        others = [point for point in points if point["plan_id"] != drop["plan_id"] and _judged(point)]
+        if all(point["merges"] != best["merges"] for point in others):
+            return "dropping is best"
+        following, _ = _at(others, best["merges"])
+        row = known.get((following["plan_id"], drop["plan_id"]))
+        said = "" if row is None else f": {difference(row)}, {verdict(row)}"
+        return f"dropping is best; next {_way(following)}{said}"
     row = known.get((best["plan_id"], drop["plan_id"]))
     return "not compared" if row is None else f"{difference(row)}: {verdict(row)}"
 
@@ -209,6 +236,8 @@ def _against_dropping(best: Row, drop: Row | None, known: dict[tuple[str, str], 
 def _caption_of_best(asks: bool, base: Row | None, ranked: str, *, several: bool, tied: bool) -> str:
     judged, flattered = ("these same questions", "accuracy") if asks else ("this same text", "perplexity")
     caption = f"The {ranked} at every K, against dropping as many layers."
+    if asks and several:
+        caption += " Against dropping: percentage points with the 95 % interval of the paired difference."
     if tied:
         caption += " Of ways that are equally accurate, the one of lowest perplexity is shown."
     if several:
@@ -255,9 +284,10 @@ def _curves(reached: Reached, points: list[Row], base: Row | None) -> list[Figur
     if not views:
         return []
     title = f"{'Accuracy and perplexity' if reached.asks else 'Perplexity'} against compression"
-    caption = (
-        "Click a method in the legend to highlight it. Thin bars are 95 % intervals. Aligned: neurons are reordered to "
-        "match before averaging. Folded: norm gains are multiplied into the matrices before averaging."
+    caption = "Click a method in the legend to highlight it. Thin bars are 95 % intervals." + "".join(
+        f" {meaning}"
+        for word, meaning in _VARIANTS.items()
+        if any(part.startswith(word) for variant in variants for part in variant.split(", "))
     )
     if cut:
         caption += f" Perplexities above {RUINED:g} times the unmerged model's are not drawn; the table below has them."
@@ -312,7 +342,7 @@ def _everything(points: list[Row]) -> Table:
             point["method"],
             point["variant"],
             percent(point["removed"]),
-            *([f"{percent(point['accuracy'])} {interval(point['low'], point['high'])}"] if asks else []),
+            *([_share(point)] if asks else []),
             *([percent(point["macro"]), value(point["answer_nll"])] if asks else []),
             *(cell(point) for _, cell in read),
             *([value(point["tokens_per_second"], 1)] if speed else []),
