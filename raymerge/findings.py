@@ -30,8 +30,11 @@ def asks_questions(run: RunDirectory) -> bool:
 
 
 def labels_of(run: RunDirectory) -> dict[str, str]:
-    """plan_id -> what the plan is called (`schemas.plan_labels`)."""
+    """plan_id -> what the plan is called (`schemas.plan_labels`); of a model that was evaluated as it is, and may have
+    been merged before, "the model"."""
     plans = run.read("plans", ["plan_id", "name", "kind"]).to_pylist()
+    if run.experiment == "evaluate":
+        return {row["plan_id"]: "the model" for row in plans}
     return plan_labels(plans, run.read("trials", ["searcher", "status"]).to_pylist())
 
 

@@ -149,7 +149,8 @@ def test_a_step_that_fails_is_not_called_finished():
 def test_the_answer_stands_in_words_under_the_tables(tmp_path, capsys):
     console.print_sweep(sweep_run(tmp_path / "sweep"), "test")
     shown = capsys.readouterr().out
-    assert "of 120 test questions correctly. With 1 layer merged, fixed_0.5 is the most accurate" in " ".join(shown.split())
+    told = "of 120 test questions correctly. With 1 layer merged, fixed_0.5 is the most accurate"
+    assert told in " ".join(shown.split())
     assert max(map(len, shown.splitlines())) <= 120
 
     console.print_similarity(similarity_run(tmp_path / "similarity"))

@@ -138,9 +138,9 @@ def test_an_evaluation_without_questions_has_its_perplexity_and_its_tasks(tmp_pa
     assert "Its perplexity on plain text is 7.50 [" in blocks([answer], Text)[0].text
     (table,) = blocks([answer], Table)
     assert table.header == ("plan", "what it is", "layers", "perplexity")
-    assert table.cells[0][:2] == ("base", "the model as it is")
+    assert table.cells[0][:2] == ("the model", "as it is") and table.caption.startswith("The model on plain text, ")
     assert further.title == "Further tasks"
-    assert further.blocks[0].cells == (("base", "piqa", "50", "acc", "0.8000 ± 0.0700 [0.670, 0.888]"),)
+    assert further.blocks[0].cells == (("the model", "piqa", "50", "acc", "0.8000 ± 0.0700 [0.670, 0.888]"),)
     (facts,) = blocks([asked_of], Facts)
     known = {fact.term: fact.value for fact in facts.facts}
     assert known["Questions"] == "none" and known["Further tasks"] == "piqa (piqa, piqa.jsonl)"

@@ -203,7 +203,7 @@ def plan_table(reached: Reached) -> Table:
     )
     n = reached.lines[0]["n"]
     return Table(
-        f"Every plan on {plural(n, f'{reached.split} question')}, the most accurate first, with 95 % intervals "
+        f"{_of_plans(reached, plural(n, f'{reached.split} question'), 'the most accurate')}, with 95 % intervals "
         f"(accuracies: Wilson's). Always answering A would score {percent(_always_a(reached))}{_layers(reached)}",
         (
             "plan",
@@ -226,7 +226,7 @@ def plan_table(reached: Reached) -> Table:
 def _text_plan_table(reached: Reached) -> Table:
     read = any(line["perplexity"] is not None for line in reached.lines)
     told = (
-        "Every plan on plain text, the lowest perplexity first, with 95 % intervals. No questions were asked"
+        f"{_of_plans(reached, 'plain text', 'the lowest perplexity')}, with 95 % intervals. No questions were asked"
         if read
         else "Every plan. No questions were asked, and no plain text was read: the tasks below are all that there is"
     )
@@ -236,6 +236,13 @@ def _text_plan_table(reached: Reached) -> Table:
         tuple((*_named(line), perplexity(line["perplexity"], line["perplexity_interval"])) for line in reached.lines),
         words=(0, 1),
     )
+
+
+def _of_plans(reached: Reached, judged_by: str, first: str) -> str:
+    """How the caption of all plans begins, or of the one model of an evaluation."""
+    if all(line["as_is"] for line in reached.lines):
+        return f"The model on {judged_by}"
+    return f"Every plan on {judged_by}, {first} first"
 
 
 def _named(line: Row) -> tuple[str, str, str]:
