@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from raymerge.config import BLOCK_METHODS
 from raymerge.findings import (
     chosen_on,
     comparison_rows,
@@ -199,6 +200,8 @@ def block_table(run: RunDirectory) -> tuple[str, list[str], list[list[str]]]:
     # A search of blocks may end elsewhere: what was chosen is where it begins.
     begins = run.experiment == "search" and (plan.get("selection"), plan.get("block")) == ("block", "search")
     caption = "Layers that the search starts from, and that the controls merge or drop" if begins else "Layers removed"
+    if methods := [name for name in BLOCK_METHODS if name in run.config.get("sweep", {}).get("methods", [])]:
+        caption = f"Layers that {' and '.join(methods)} remove{'s' * (len(methods) == 1)}"
     caption += f"; the lowest score is best: {'; '.join(meant)}" if meant else ""
     return caption, ["layers", "removed", "chosen by", "score", "next best", "deepest"], cells
 

@@ -208,6 +208,8 @@ def test_the_best_single_layer_is_called_so_and_the_others_are_not_drawn(tmp_pat
     (figure, *_) = blocks([searched.search(reached)], Figure)
     drawn = [row["label"] for row in as_dicts(figure.rows) if row["kind"] == "control"]
     assert any("keep_3" in label for label in drawn) and not any("not the best" in label for label in drawn)
+    # "controls: 3 candidates", it said, above two lines.
+    assert "Dashed lines: controls (of the plans that keep one layer, the best alone). " in figure.caption
 
 
 def beside_one_layer(run, best="drop"):

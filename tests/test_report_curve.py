@@ -154,6 +154,20 @@ def test_the_figure_of_a_curve_explains_the_variants_that_it_has(tmp_path):
     assert "Aligned: neurons" not in rows
 
 
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        (["drop", "merge_block", "drop_block"], "Layers that drop_block and merge_block remove; "),
+        (["drop", "merge_block"], "Layers that merge_block removes; "),
+    ],
+)
+def test_whose_layers_were_chosen_in_a_curve_is_said(tmp_path, methods, said):
+    run = sweep_run(tmp_path / "curve")
+    run.config["sweep"]["methods"] = methods
+    run.append("blocks", [{"merges": 3, "first": 2, "last": 4, "measure": "cosine", "score": 0.1, "chosen": True}])
+    assert summary.block_table(run)[0].startswith(said)
+
+
 def test_another_name_of_dropping_is_held_to_be_dropping(tmp_path):
     run = sweep_run(tmp_path / "curve")
     points = run.read("sweep").drop_columns("run_id").to_pylist()

@@ -75,6 +75,14 @@ _MERGES = (
     ("folded, norms folded", "the gains of a layer's norms are multiplied into its matrices before averaging; what "
      "these make of the norms' biases, where there are any, is added to their own"),
 )  # fmt: skip
+_SEARCHED = (
+    ("objective", "what the search optimised on its own questions: micro_accuracy is the accuracy over all of them, "
+     "macro_accuracy the mean over subjects, answer_nll the answer NLL, answer_kl how far the answers' probabilities "
+     "are from the unmerged model's (Kullback-Leibler divergence, nats), text_nll the loss per token of a text, nats"),
+    ("optimism of the search", "how much better a plan did on the questions (or the text) that chose it than on the "
+     "report's. The controls, which nothing chose, show how much of it is only that one of the two is easier: what the "
+     "found plan has beyond theirs is due to the choice, noise aside"),
+)  # fmt: skip
 _ALIKE = (
     ("null, unrelated layers", "similarity after the prompts of one layer are shuffled against the other's: what noise "
      "scores"),
@@ -83,7 +91,7 @@ _ALIKE = (
 )  # fmt: skip
 #: What the words of a page mean, by the experiments that use them.
 GLOSSARY = {
-    "search": (*_SCORES, *_TESTS, *_MERGES),
+    "search": (*_SCORES, *_TESTS, *_SEARCHED, *_MERGES),
     "sweep": (*_SCORES, *_TESTS, *_MERGES),
     "evaluate": _SCORES,
     "similarity": _ALIKE,
