@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from raymerge.config import BLOCK_METHODS
@@ -55,8 +55,8 @@ def budget_lines(run: RunDirectory) -> list[str]:
 def plan_table(lines: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the plans' table, as text; without columns of questions where none were asked."""
     asked = any(line["accuracy"] is not None for line in lines)
-    own_tokens = any(line["question_perplexity"] is not None for line in lines)
-    header = ["plan", "layers", *(_ANSWERED if asked else []), *([_QUESTION] if own_tokens else []), _TEXT]
+    own_tokens, read = _perplexities_in(lines)
+    header = ["plan", "layers", *(_ANSWERED if asked else []), *own_tokens, *read]
     header += ["picks A-D %", "letter %"] if asked else []
     rows = []
     for line in lines:
@@ -64,7 +64,7 @@ def plan_table(lines: list[Row]) -> tuple[list[str], list[list[str]]]:
         if asked:
             cells += _answered(line)
         cells += [_of_questions(line)] if own_tokens else []
-        cells.append(number(line["perplexity"], line["perplexity_interval"]))
+        cells += [number(line["perplexity"], line["perplexity_interval"])] if read else []
         if asked:
             cells.append("/".join(f"{100 * picked:.0f}" for picked in line["picked"]))
             cells.append("–" if line["top_is_letter"] is None else f"{100 * line['top_is_letter']:.0f}")
@@ -76,6 +76,12 @@ def plan_table(lines: list[Row]) -> tuple[list[str], list[list[str]]]:
 PICKS = "picks A-D %: share of each letter among the answers; letter %: questions whose most probable token is a letter"
 _ANSWERED = ["accuracy [95 %]", "macro", "answer NLL"]
 _QUESTION, _TEXT = "question ppl [95 %]", "text ppl [95 %]"
+
+
+def _perplexities_in(lines: Collection[Row]) -> tuple[list[str], list[str]]:
+    """The column of the questions' own perplexity and that of plain text's, each where any line has one."""
+    asked, read = (any(line[key] is not None for line in lines) for key in ("question_perplexity", "perplexity"))
+    return [_QUESTION] * asked, [_TEXT] * read
 
 
 def _of_questions(line: Row) -> str:
@@ -488,14 +494,14 @@ def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str
     points = [row | {"refit": row["refit"] or "none"} for row in run.read("sweep").to_pylist()]
     varied = [key for key, plain in PLAIN.items() if any(row[key] != plain for row in points)]
     header = ["merged", "method", *varied]
-    own_tokens = any(line["question_perplexity"] is not None for line in lines.values())
-    header += [*(_ANSWERED if asks else []), *([_QUESTION] if own_tokens else []), _TEXT]
+    own_tokens, text = _perplexities_in(lines.values())
+    header += [*(_ANSWERED if asks else []), *own_tokens, *text]
     cells = []
     for row in sorted(points, key=lambda row: row["merges"]):
         line = lines[row["plan_id"]]
         answered = (_answered(line) if asks else []) + ([_of_questions(line)] if own_tokens else [])
-        read = number(line["perplexity"], line["perplexity_interval"])
-        cells.append([str(row["merges"]), row["method"], *(row[key] for key in varied), *answered, read])
+        read = [number(line["perplexity"], line["perplexity_interval"])] if text else []
+        cells.append([str(row["merges"]), row["method"], *(row[key] for key in varied), *answered, *read])
     return header, cells
 
 

@@ -251,6 +251,7 @@ def test_evaluated_models_are_tested_against_each_other_and_drawn_below_each_oth
     # What the page is for is said first, and there are no columns of dashes; both were called "base".
     assert page.sections[0].blocks[0] == Text("By accuracy and answer NLL a is better than b.")
     assert tables["The"].caption == "The evaluated models"
+    assert tables["Paired"].caption.startswith("Paired tests between the evaluated models, first minus second")
     assert tables["The"].header == ("run", "experiment", "model", "plan", "layers", "accuracy [95 %]")
     assert [row[3] for row in tables["The"].cells] == ["the model", "the model"]
 

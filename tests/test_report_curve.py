@@ -138,6 +138,10 @@ def test_where_dropping_is_best_the_next_way_is_held_against_it(tmp_path):
         told = f"{change(pairs[f'half{merges}'], 100, 1)}, {said}"
         assert cells[-1] == f"dropping is best; next fixed_0.5: {told}"
     assert "Against dropping: percentage points with the 95 % interval" in best.caption
+    level, _ = blocks([curve.answer(Reached(sweep_run(tmp_path / "level", half3=1.0, drop3=1.0)))], Table)
+    assert level.cells[1][2] == "drop and 1 more" and level.cells[1][-1].startswith(
+        "no way is better; next fixed_0.5: "
+    )
 
 
 def test_the_figure_of_a_curve_explains_the_variants_that_it_has(tmp_path):
@@ -306,8 +310,11 @@ def test_a_curve_shows_the_questions_own_perplexity_and_no_columns_of_what_was_n
     assert [row[best.header.index("question perplexity")] for row in best.cells] == [shown["half1"], shown["half3"]]
     (figure,) = blocks([section], Figure)
     assert "asked" not in figure.rows.columns
+    assert figure.title == "Accuracy against compression"
+    assert [source for source, _ in figure.rows.sources] == ["sweep", "accuracy", "costs"]
     header, cells = summary.sweep_table(run, "test")
     assert cells[0][header.index("question ppl [95 %]")] == "2.000 [1.500, 12.50]"
+    assert "text ppl [95 %]" not in header and "text ppl [95 %]" not in summary.plan_table(Reached(run).lines)[0]
 
 
 def test_a_curve_without_questions_has_perplexities_alone(tmp_path):

@@ -149,15 +149,17 @@ def _tests(reached: Sequence[Reached]) -> list[Block]:
     for pair in pairs:
         judged = (compared_cells(found.get((*pair, measure))) for measure in measures)
         cells.append((*(named[int(number)] for number in pair), *itertools.chain(*judged)))
+    searched = any(one.run.experiment != "evaluate" for one in _tested(reached))
+    whose = f"{'the plans that the searches found and ' if searched else ''}the evaluated models"
     many = f" (of the first {_PAIRED} of these runs)" if len(named) > _PAIRED else ""
     on_text = f". {TEXT_TEST}" if "text_nll" in measures else ""
     said = [_said(*(named[int(number)] for number in pair), pair, found) for pair in pairs] if len(pairs) <= 3 else []
     return [
         *map(Text, said),
         Table(
-            f"Paired tests between the plans that the searches found and the evaluated models{many}, first minus "
-            "second, where both were asked the same questions or read the same text, with 95 % intervals. Accuracy: "
-            "percentage points, p of McNemar's exact test. Losses: nats (lower is better), p of a sign-flip test. "
+            f"Paired tests between {whose}{many}, first minus second, where both were asked the same questions or read "
+            "the same text, with 95 % intervals. Accuracy: percentage points, p of McNemar's exact "
+            "test. Losses: nats (lower is better), p of a sign-flip test. "
             f"Holm's p, in brackets, is over this table, separately for each measure{on_text}{_caveat(reached)}",
             ("first", "second", *itertools.chain(*((MEASURES[name], VERDICT) for name in measures))),
             tuple(cells),

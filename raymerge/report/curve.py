@@ -17,6 +17,7 @@ from raymerge.report.wording import difference, interval, percent, perplexity, p
 from raymerge.schemas import Row
 from raymerge.tables import RUINED, layer_ranges, way_of
 
+_DRAWN = ("accuracy", "perplexity")  # tables
 #: What variants are, by a word of their names.
 _VARIANTS = {
     "aligned": "Aligned: neurons are reordered to match before averaging.",
@@ -228,7 +229,8 @@ def _against_dropping(points: list[Row], best: Row, drop: Row | None, known: dic
         following, _ = _at(others, best["merges"])
         row = known.get((following["plan_id"], drop["plan_id"]))
         said = "" if row is None else f": {difference(row)}, {verdict(row)}"
-        return f"dropping is best; next {_way(following)}{said}"
+        alike = "no way is better" if merit(following) == merit(drop) else "dropping is best"
+        return f"{alike}; next {_way(following)}{said}"
     row = known.get((best["plan_id"], drop["plan_id"]))
     return "not compared" if row is None else f"{difference(row)}: {verdict(row)}"
 
@@ -281,9 +283,11 @@ def _curves(reached: Reached, points: list[Row], base: Row | None) -> list[Figur
     if any(point["perplexity"] for point in drawn):
         view, cut = _perplexities(drawn, base, told, common)
         views.append(view)
+    else:
+        tables.remove("perplexity")
     if not views:
         return []
-    title = f"{'Accuracy and perplexity' if reached.asks else 'Perplexity'} against compression"
+    title = f"{' and '.join(table for table in tables if table in _DRAWN).capitalize()} against compression"
     caption = "Click a method in the legend to highlight it. Thin bars are 95 % intervals." + "".join(
         f" {meaning}"
         for word, meaning in _VARIANTS.items()

@@ -54,9 +54,9 @@ def _with_unit(value: Any) -> Any:
     return value
 
 
-def with_whole_intervals(cell: str) -> str:
-    """A table's cell in which no line ends inside an interval: it breaks before one where there is little room."""
-    return re.sub(r"(\[[^][\s]+,) (?=[^][\s]+\])", "\\1\N{NO-BREAK SPACE}", cell)
+def with_whole_intervals(text: str) -> str:
+    """A sentence, or a table's cell, in which no line ends inside an interval: it breaks before one."""
+    return re.sub(r"(\[[^][\s]+,) (?=[^][\s]+\])", "\\1\N{NO-BREAK SPACE}", text)
 
 
 def _figures(page: Page) -> list[Figure]:
