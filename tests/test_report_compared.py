@@ -65,6 +65,8 @@ def test_several_runs_are_compared_on_the_same_questions(tmp_path, search):
     assert compared.tests([reached[0], Reached(sweep_run(tmp_path / "sweep"))]) == []
     assert not any("chosen on these" in str(block) for block in page.sections[0].blocks)
     (table,) = (block for block in blocks(page.sections, Table) if block.caption.startswith("Paired tests between"))
+    said = page.sections[0].blocks[0].text
+    assert "found_bayes of k3 is " in said and " found_bayes of other" in said
     assert [len(table.header), *map(len, table.cells)] == [8, 8] and "over this table" in table.caption
 
 
@@ -249,7 +251,7 @@ def test_evaluated_models_are_tested_against_each_other_and_drawn_below_each_oth
     assert "In brackets" not in table.caption  # nothing is merged or dropped
     assert "first" not in table.caption and table.cells[0][:2] == ("the model", "as it is")  # one model is no ranking
     # What the page is for is said first, and there are no columns of dashes; both were called "base".
-    assert page.sections[0].blocks[0] == Text("By accuracy and answer NLL a is better than b.")
+    assert page.sections[0].blocks[0] == Text("By accuracy and answer NLL, a is better than b.")
     assert tables["The"].caption == "The evaluated models"
     assert tables["Paired"].caption.startswith("Paired tests between the evaluated models, first minus second")
     assert tables["The"].header == ("run", "experiment", "model", "plan", "layers", "accuracy [95 %]")
@@ -259,8 +261,8 @@ def test_evaluated_models_are_tested_against_each_other_and_drawn_below_each_oth
 @pytest.mark.parametrize(
     ("differences", "said"),
     [
-        ((0.0, 0.0, 0.0), "By accuracy, answer NLL and loss per token a is indistinguishable from b."),
-        ((0.0, 0.1, -0.1), "By loss per token a is better than b; by accuracy it is indistinguishable from it; by "
+        ((0.0, 0.0, 0.0), "By accuracy, answer NLL and loss per token, a is indistinguishable from b."),
+        ((0.0, 0.1, -0.1), "By loss per token, a is better than b; by accuracy it is indistinguishable from it; by "
                            "answer NLL it is worse than it."),
     ],
 )  # fmt: skip

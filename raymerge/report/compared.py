@@ -23,6 +23,7 @@ from raymerge.schemas import Row
 from raymerge.tables import TEXT_TOKENS
 
 _PAIRED = 8  # runs of which all pairs are tested
+_SAID = 3  # pairs of which a sentence tells, of more the table alone
 _DRAWN = 120  # plans in the figure
 
 
@@ -95,7 +96,9 @@ def _table(reached: Sequence[Reached]) -> Table:
     )
 
 
-def _without_empty_columns(caption: str, header: tuple[str, ...], cells: list[tuple[str, ...]], *, words: int) -> Table:
+def _without_empty_columns(
+    caption: str, header: tuple[str, ...], cells: Sequence[Sequence[str]], *, words: int
+) -> Table:
     """A table without the columns that have no value in any row; words: how many columns, the first, hold words."""
     shown = [i for i in range(len(header)) if i < words or any(row[i] != NONE for row in cells)]
     return Table.of(
@@ -153,7 +156,11 @@ def _tests(reached: Sequence[Reached]) -> list[Block]:
     whose = f"{'the plans that the searches found and ' if searched else ''}the evaluated models"
     many = f" (of the first {_PAIRED} of these runs)" if len(named) > _PAIRED else ""
     on_text = f". {TEXT_TEST}" if "text_nll" in measures else ""
-    said = [_said(*(named[int(number)] for number in pair), pair, found) for pair in pairs] if len(pairs) <= 3 else []
+    spoken = [
+        one.name if one.run.experiment == "evaluate" else f"{_called(one, headline(one))} of {one.name}"
+        for one in _tested(reached)
+    ]
+    said = [_said(spoken[int(a)], spoken[int(b)], (a, b), found) for a, b in pairs] if len(pairs) <= _SAID else []
     return [
         *map(Text, said),
         Table(
@@ -178,7 +185,7 @@ def _said(first: str, second: str, pair: tuple[str, str], found: dict[tuple[str,
     ]
     (measures, link), *further = parts
     others = [f"; by {measures} it is {link} it" for measures, link in further]
-    return f"By {measures} {first} is {link} {second}{''.join(others)}."
+    return f"By {measures}, {first} is {link} {second}{''.join(others)}."
 
 
 def tests(reached: Sequence[Reached]) -> list[Row]:
