@@ -13,7 +13,7 @@ from raymerge.report.asked import figure_of
 from raymerge.report.content import UNMERGED, Block, Section, Table
 from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import NONE, count, interval, percent, perplexity, signed, value
-from raymerge.schemas import Row
+from raymerge.schemas import CHANCE, Row
 from raymerge.statistics import paired_difference, wilson_interval
 from raymerge.tables import MACRO, MICRO, RunDirectory
 
@@ -182,6 +182,6 @@ def accuracies(run: RunDirectory, stored: list[Row]) -> list[Block]:
         axis="accuracy",
         form=figures.SHARES,
         tips=tips,
-        rule=(0.25, "chance"),
+        rule=(CHANCE, "chance"),
     )
     return [figure_of(run, "Accuracy by subject", f"{told} Bars: 95 % intervals.", [view], rows, "accuracy")]
