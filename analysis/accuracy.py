@@ -28,7 +28,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.axes import Axes
 from plotting import (
-    CHANCE,
     COLOURS,
     DOTTED,
     GREY,
@@ -47,6 +46,7 @@ from plotting import (
 )
 
 from raymerge.tables import (
+    CHANCE,
     MACRO,
     MICRO,
     Row,

@@ -40,7 +40,6 @@ from compression_points import (
 )
 from context_panels import describe_context, draw_context
 from plotting import (
-    CHANCE,
     STYLE,
     markdown,
     need,
@@ -52,7 +51,7 @@ from plotting import (
     with_interval,
 )
 
-from raymerge.tables import Row, RunDirectory
+from raymerge.tables import CHANCE, Row, RunDirectory
 
 
 def main(argv: list[str] | None = None) -> int:

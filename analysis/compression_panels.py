@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from plotting import BASE, CHANCE, DOTTED, curve_style, interval_bars, plain_log, save
+from plotting import BASE, DOTTED, curve_style, interval_bars, plain_log, save
 
-from raymerge.tables import RUINED, Row, RunDirectory
+from raymerge.tables import CHANCE, RUINED, Row, RunDirectory
 
 
 def draw_curves(points: list[Point], published: list[Row], split: str, language: str, path: Path) -> Path:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.artist import Artist
-from plotting import BASE, CHANCE, DOTTED, curve_style, interval_bars, markdown, save, style_of, with_interval
+from plotting import BASE, DOTTED, curve_style, interval_bars, markdown, save, style_of, with_interval
 
-from raymerge.tables import Row, wilson_interval
+from raymerge.tables import CHANCE, Row, wilson_interval
 
 _FEW = 10  # plans that the figure can tell apart
 _TITLES = {

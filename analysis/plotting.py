@@ -27,7 +27,6 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "#7F7F7F"  # of lines that others are held against
 DOTTED: dict[str, Any] = {"color": GREY, "ls": ":", "lw": 1.2}  # the line of chance
-CHANCE = 0.25  # of four letters, and of four keys of a retrieval prompt
 BASE = "base (unmerged)"
 _MOST_TICKS = 8  # of layers, a side of an image
 STYLE = matplotlib.RcParams(

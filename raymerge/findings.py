@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -29,39 +30,55 @@ def asks_questions(run: RunDirectory) -> bool:
 
 
 def labels_of(run: RunDirectory) -> dict[str, str]:
-    """plan_id -> what the plan is called (`schemas.plan_labels`)."""
+    """plan_id -> what the plan is called (`schemas.plan_labels`); of a model that was evaluated as it is, and may have
+    been merged before, "the model"."""
     plans = run.read("plans", ["plan_id", "name", "kind"]).to_pylist()
+    if run.experiment == "evaluate":
+        return {row["plan_id"]: "the model" for row in plans}
     return plan_labels(plans, run.read("trials", ["searcher", "status"]).to_pylist())
 
 
-def sources_of(run: RunDirectory) -> dict[str, dict[int, set[int]]]:
-    """plan_id -> kept layer -> the original layers that its matrices are averages of, by effective coefficients."""
-    kept: dict[str, dict[int, set[int]]] = {}
-    for row in run.read("coefficients").to_pylist():
-        sources = kept.setdefault(row["plan_id"], {}).setdefault(row["kept_layer"], set())
+@dataclass
+class Sources:
+    """The original layers whose matrices a kept layer has, by effective coefficients; averaged: whether any matrix is
+    of several of them. Where none is, several can still have a matrix each."""
+
+    layers: set[int] = field(default_factory=set)
+    averaged: bool = False
+
+
+def sources_of(run: RunDirectory) -> dict[str, dict[int, Sources]]:
+    """plan_id -> kept layer, ascending -> where its matrices come from."""
+    kept: dict[str, dict[int, Sources]] = {}
+    for row in sorted(run.read("coefficients").to_pylist(), key=lambda row: row["kept_layer"]):
+        sources = kept.setdefault(row["plan_id"], {}).setdefault(row["kept_layer"], Sources())
         if row["coefficient"] > 0.0:
-            sources.add(row["source_layer"])
+            sources.layers.add(row["source_layer"])
+        sources.averaged |= 0.0 < row["coefficient"] < 1.0
     return kept
 
 
-def replaced(sources: Mapping[int, set[int]]) -> dict[int, int]:
-    """Kept layer -> the one other layer that has all of its matrices, while it keeps what is not averaged."""
-    alone = {kept: own for kept, own in sorted(sources.items()) if len(own) == 1}
-    return {kept: source for kept, (source,) in alone.items() if source != kept}
+def replaced(sources: Mapping[int, Sources]) -> dict[int, set[int]]:
+    """Kept layer -> the layers that have a matrix of it whole, of one that averages none and has some of another
+    layer; it keeps what is not averaged."""
+    return {kept: own.layers for kept, own in sources.items() if not own.averaged and own.layers != {kept}}
 
 
 def fates_of(run: RunDirectory) -> dict[str, str]:
-    """plan_id -> which of the original layers are averaged into one, have all matrices of another layer, and are in no
-    layer of the merged model: '9-13 merged', 'without 9-12', 'matrices of 11 in 7, without 7-10', or '' if all stay.
+    """plan_id -> which of the original layers are averaged into one, have whole matrices in another layer, and are in
+    no layer of the merged model: '9-13 merged', 'without 9-12', 'matrices of 11 in 7, without 7-10', or '' if all stay.
 
     Not by the steps: one whose alpha is 0 removes the layer that it merges into.
     """
     costs = {row["plan_id"]: row["layers"] + row["layers_removed"] for row in run.read("costs").to_pylist()}
     fates = {}
     for plan_id, groups in sources_of(run).items():
-        words = [f"{layer_ranges(sources)} merged" for _, sources in sorted(groups.items()) if len(sources) > 1]
-        words += [f"matrices of {source} in {kept}" for kept, source in replaced(groups).items()]
-        gone = set(range(costs.get(plan_id, 0))).difference(*groups.values())
+        words = [f"{layer_ranges(own.layers)} merged" for own in groups.values() if own.averaged]
+        words += [
+            f"matrices of {layer_ranges(layers).replace(', ', ' and ')} in {kept}"
+            for kept, layers in replaced(groups).items()
+        ]
+        gone = set(range(costs.get(plan_id, 0))).difference(*(own.layers for own in groups.values()))
         fates[plan_id] = ", ".join(words + ([f"without {layer_ranges(gone)}"] if gone else []))
     return fates
 
@@ -70,15 +87,16 @@ def plan_lines(run: RunDirectory, split: str) -> list[Row]:
     """For each plan, in the order in which they were stored, its name and what it reached on `split`.
 
     Keys: plan_id, name, label (`labels_of`), kind, layers, n (questions), accuracy, interval (low, high; 95 %), macro,
-    macro_interval, nll, perplexity (plain text), perplexity_interval, picked (share of each letter, A to D) and
-    top_is_letter (share); None where a table has nothing. In a run that asks no questions (data.mmlu null) all that is
-    about questions is None, and n is 0.
+    macro_interval, nll, perplexity (plain text), perplexity_interval, question_perplexity (the questions' own tokens),
+    question_interval, picked (share of each letter, A to D) and top_is_letter (share); None where a table has nothing.
+    In a run that asks no questions (data.mmlu null) all that is about questions is None, and n is 0.
     """
     plans = {row["plan_id"]: row for row in run.read("plans").to_pylist()}
     accuracy = {
         (row["plan_id"], row["subject"]): row for row in run.read("accuracy").to_pylist() if row["split"] == split
     }
     texts = {row["plan_id"]: row for row in run.read("perplexity").to_pylist() if row["target"] == "text"}
+    asked = question_perplexities(run)
     costs = {row["plan_id"]: row for row in run.read("costs").to_pylist()}
     answers = run.read("answers", ["plan_id", "split", "predicted", "top_is_letter"])
     answers = answers.filter(pc.equal(answers["split"], split))
@@ -102,7 +120,8 @@ def plan_lines(run: RunDirectory, split: str) -> list[Row]:
                 "macro": macro["accuracy"],
                 "macro_interval": (macro["ci_low"], macro["ci_high"]),
                 "nll": micro["nll"],
-                **_text(texts.get(plan_id)),
+                **_read("perplexity", "perplexity_interval", texts.get(plan_id)),
+                **_read("question_perplexity", "question_interval", asked.get((plan_id, None))),
                 "picked": picked,
                 "top_is_letter": pc.mean(own["top_is_letter"]).as_py(),
             }
@@ -113,10 +132,17 @@ def plan_lines(run: RunDirectory, split: str) -> list[Row]:
 _UNASKED = dict.fromkeys(("accuracy", "ci_low", "ci_high", "nll")) | {"n": 0}
 
 
-def _text(row: Row | None) -> dict[str, Any]:
-    """Perplexity of plain text and its interval, from a row of `perplexity` or none."""
+def _read(name: str, limits: str, row: Row | None) -> dict[str, Any]:
+    """A perplexity and its interval under these names, from a row of `perplexity` or none."""
     row = row or {}
-    return {"perplexity": row.get("perplexity"), "perplexity_interval": (row.get("ci_low"), row.get("ci_high"))}
+    return {name: row.get("perplexity"), limits: (row.get("ci_low"), row.get("ci_high"))}
+
+
+def question_perplexities(run: RunDirectory) -> dict[tuple[str, str | None], Row]:
+    """(plan_id, subject, or None for all questions) -> row of `perplexity` of the questions' own tokens, where
+    data.question_perplexity asked for them."""
+    rows = run.read("perplexity").to_pylist()
+    return {(row["plan_id"], row["subject"]): row for row in rows if row["target"] == "question"}
 
 
 _MORE_IS_BETTER = ("accuracy", "acc", "acc_norm")

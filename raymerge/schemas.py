@@ -274,7 +274,10 @@ def _encoded(rows: pa.Table, names: Sequence[str]) -> tuple[dict[str, np.ndarray
     return keys, levels
 
 
-#: Times the unmerged model's perplexity: beyond, a plan is left out of figures so that the others can be told apart.
+#: Accuracy of guesses among four letters, or four keys of a retrieval prompt.
+CHANCE = 0.25
+#: Times the unmerged model's perplexity: beyond, a plan is called ruined as a language model, and figures of curves
+#: leave it out so that the others can be told apart.
 RUINED = 10.0
 
 

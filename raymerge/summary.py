@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from raymerge.config import BLOCK_METHODS
 from raymerge.findings import (
     chosen_on,
     comparison_rows,
@@ -54,14 +55,16 @@ def budget_lines(run: RunDirectory) -> list[str]:
 def plan_table(lines: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the plans' table, as text; without columns of questions where none were asked."""
     asked = any(line["accuracy"] is not None for line in lines)
-    header = ["plan", "layers", *(_ANSWERED if asked else []), "text ppl [95 %]"]
+    own_tokens, read = _perplexities_in(lines)
+    header = ["plan", "layers", *(_ANSWERED if asked else []), *own_tokens, *read]
     header += ["picks A-D %", "letter %"] if asked else []
     rows = []
     for line in lines:
         cells = [line["label"], str(line["layers"] if line["layers"] is not None else "–")]
         if asked:
             cells += _answered(line)
-        cells.append(number(line["perplexity"], line["perplexity_interval"]))
+        cells += [_of_questions(line)] if own_tokens else []
+        cells += [number(line["perplexity"], line["perplexity_interval"])] if read else []
         if asked:
             cells.append("/".join(f"{100 * picked:.0f}" for picked in line["picked"]))
             cells.append("–" if line["top_is_letter"] is None else f"{100 * line['top_is_letter']:.0f}")
@@ -72,6 +75,18 @@ def plan_table(lines: list[Row]) -> tuple[list[str], list[list[str]]]:
 #: What `plan_table` cannot say in its header.
 PICKS = "picks A-D %: share of each letter among the answers; letter %: questions whose most probable token is a letter"
 _ANSWERED = ["accuracy [95 %]", "macro", "answer NLL"]
+_QUESTION, _TEXT = "question ppl [95 %]", "text ppl [95 %]"
+
+
+def _perplexities_in(lines: Collection[Row]) -> tuple[list[str], list[str]]:
+    """The column of the questions' own perplexity and that of plain text's, each where any line has one."""
+    asked, read = (any(line[key] is not None for line in lines) for key in ("question_perplexity", "perplexity"))
+    return [_QUESTION] * asked, [_TEXT] * read
+
+
+def _of_questions(line: Row) -> str:
+    """The cell of `_QUESTION`, of a line of `findings.plan_lines`."""
+    return number(line["question_perplexity"], line["question_interval"])
 
 
 def _answered(line: Row) -> list[str]:
@@ -191,6 +206,8 @@ def block_table(run: RunDirectory) -> tuple[str, list[str], list[list[str]]]:
     # A search of blocks may end elsewhere: what was chosen is where it begins.
     begins = run.experiment == "search" and (plan.get("selection"), plan.get("block")) == ("block", "search")
     caption = "Layers that the search starts from, and that the controls merge or drop" if begins else "Layers removed"
+    if methods := [name for name in BLOCK_METHODS if name in run.config.get("sweep", {}).get("methods", [])]:
+        caption = f"Layers that {' and '.join(methods)} remove{'s' * (len(methods) == 1)}"
     caption += f"; the lowest score is best: {'; '.join(meant)}" if meant else ""
     return caption, ["layers", "removed", "chosen by", "score", "next best", "deepest"], cells
 
@@ -477,13 +494,14 @@ def sweep_table(run: RunDirectory, split: str) -> tuple[list[str], list[list[str
     points = [row | {"refit": row["refit"] or "none"} for row in run.read("sweep").to_pylist()]
     varied = [key for key, plain in PLAIN.items() if any(row[key] != plain for row in points)]
     header = ["merged", "method", *varied]
-    header += [*(_ANSWERED if asks else []), "text ppl [95 %]"]
+    own_tokens, text = _perplexities_in(lines.values())
+    header += [*(_ANSWERED if asks else []), *own_tokens, *text]
     cells = []
     for row in sorted(points, key=lambda row: row["merges"]):
         line = lines[row["plan_id"]]
-        answered = _answered(line) if asks else []
-        read = number(line["perplexity"], line["perplexity_interval"])
-        cells.append([str(row["merges"]), row["method"], *(row[key] for key in varied), *answered, read])
+        answered = (_answered(line) if asks else []) + ([_of_questions(line)] if own_tokens else [])
+        read = [number(line["perplexity"], line["perplexity_interval"])] if text else []
+        cells.append([str(row["merges"]), row["method"], *(row[key] for key in varied), *answered, *read])
     return header, cells
 
 

@@ -32,6 +32,7 @@ from raymerge.identity import digest, plain, software, without_secrets
 from raymerge.objectives import above_ceiling, descended, is_minimised, rank
 from raymerge.parts import Tables
 from raymerge.schemas import (
+    CHANCE,
     IMPORTED,
     MACRO,
     MICRO,
@@ -53,6 +54,7 @@ from raymerge.storage import LEFT_S, LOCK, TEMPORARY, Lock, RunError, Storage
 
 __all__ = [
     "CATEGORY_OF",
+    "CHANCE",
     "FREE_SECTIONS",
     "IMPORTED",
     "MACRO",

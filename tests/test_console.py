@@ -149,7 +149,8 @@ def test_a_step_that_fails_is_not_called_finished():
 def test_the_answer_stands_in_words_under_the_tables(tmp_path, capsys):
     console.print_sweep(sweep_run(tmp_path / "sweep"), "test")
     shown = capsys.readouterr().out
-    assert "of the questions correctly. With 1 layer merged, fixed_0.5 is the most accurate" in " ".join(shown.split())
+    told = "of 120 test questions correctly. With 1 layer merged, fixed_0.5 is the most accurate"
+    assert told in " ".join(shown.split())
     assert max(map(len, shown.splitlines())) <= 120
 
     console.print_similarity(similarity_run(tmp_path / "similarity"))
@@ -307,6 +308,7 @@ def test_a_search_in_the_terminal_has_the_numbers_of_its_tables(tmp_path, capsys
             "plan": name, "layers": str(costs[plan]),
             "accuracy [95 %]": f"{micro['accuracy']:.4f} [{micro['ci_low']:.3f}, {micro['ci_high']:.3f}]",
             "macro": f"{macro['accuracy']:.4f}", "answer NLL": f"{micro['nll']:.4f}",
+            "question ppl [95 %]": "1.100" if plan == "found" else "–",
             "text ppl [95 %]": f"{value} [{low}, {high}]",
             "picks A-D %": "/".join(f"{100 * picked.count(k) / 120:.0f}" for k in range(4)), "letter %": "–",
         }  # fmt: skip

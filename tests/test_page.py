@@ -88,6 +88,17 @@ def test_every_report_opens_without_error_or_request(browser, pages, size, schem
         page.context.close()
 
 
+def test_no_table_of_a_search_scrolls_on_a_small_laptop(browser, tmp_path):
+    """At 1,100 pixels with a scroll bar, the first table of the demo's page did."""
+    path = write_report([search_run(tmp_path / "run", control="best of 10 random").path_of()], tmp_path / "page.html")
+    context = browser.new_context(viewport={"width": 1024, "height": 800})
+    page = context.new_page()
+    page.goto(path.as_uri())
+    sizes = page.evaluate("[...document.querySelectorAll('.scroll')].map(s => [s.scrollWidth, s.clientWidth])")
+    assert len(sizes) > 2 and not [size for size in sizes if size[0] > size[1]]
+    context.close()
+
+
 def test_marks_stand_where_the_rows_say(browser, pages):
     page, _ = visit(browser, pages["search"], "wide")
     first = page.locator("#figure-1 svg").first

@@ -1,6 +1,7 @@
 """What a page answers, and what it calls the plans that it reached."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from report_runs import (
@@ -13,9 +14,9 @@ from report_runs import (
     search_run,
 )
 
-from raymerge import findings, summary
+from raymerge import findings, rows, summary
 from raymerge.card import search_results
-from raymerge.plan import base_plan, drop_block_plan, pairs_plan
+from raymerge.plan import base_plan, drop_block_plan, pairs_plan, tail_pairs
 from raymerge.report import (
     answer,
     plans,
@@ -124,6 +125,26 @@ def test_the_sentence_says_what_cannot_be_told_apart(search):
     assert page[:2] == [questions, text]
 
 
+@pytest.mark.parametrize(
+    ("base", "found", "said"),
+    [
+        (0.9, 0.5, None),
+        (0.9, 0.2, "This is not shown to be better than guessing (25 %). "),
+        (0.2, 0.2, "Neither this nor the unmerged model's accuracy is shown to be better than guessing (25 %)."),
+    ],
+)
+def test_guesses_and_ruined_models_are_called_so(tmp_path, base, found, said):
+    """A merge of a real model with a perplexity of 19,980, which guessed, was "better" and no more was said of it."""
+    run = search_run(tmp_path / "run", right={"base": base, "drop": 0.3, "fixed": 0.3, "found": found})
+    questions, text = answer.in_words(Reached(run))[:2]
+    assert ("guessing" in questions) == (said is not None) and (said or "") in questions
+    assert "ruined" not in text
+    rows = run.read("perplexity").drop_columns("run_id").to_pylist()
+    run.replace("perplexity", [row | ({"perplexity": 51.0} if row["plan_id"] == "found" else {}) for row in rows])
+    text = answer.in_words(Reached(run))[1]
+    assert "is 51.0; the unmerged model's is 5.00: it is ruined as a language model. By loss" in text
+
+
 def test_without_a_manifest_the_best_is_not_the_one_that_the_report_likes(tmp_path):
     run = search_run(tmp_path / "run")
     kinds = {"fixed": "found"}  # as of two searchers; stored before the one that the search chose
@@ -207,6 +228,8 @@ def test_the_best_single_layer_is_called_so_and_the_others_are_not_drawn(tmp_pat
     (figure, *_) = blocks([searched.search(reached)], Figure)
     drawn = [row["label"] for row in as_dicts(figure.rows) if row["kind"] == "control"]
     assert any("keep_3" in label for label in drawn) and not any("not the best" in label for label in drawn)
+    # "controls: 3 candidates", it said, above two lines.
+    assert "Dashed lines: controls (of the plans that keep one layer, the best alone). " in figure.caption
 
 
 def beside_one_layer(run, best="drop"):
@@ -220,8 +243,8 @@ def beside_one_layer(run, best="drop"):
 @pytest.mark.parametrize(
     ("right", "text", "said"),
     [
-        (0.8, 0, "By accuracy or answer NLL it is better than drop, the best of the plans that keep one of"),
-        (0.8, 1, "By accuracy or answer NLL it is better than drop, the best of the plans that keep one of"),
+        (0.8, -1, "By accuracy, answer NLL and loss per token it is better than drop, the best of the plans that keep"),
+        (0.8, 1, "By accuracy and answer NLL it is better than drop, the best of the plans that keep one of"),
         # It was said to gain nothing that the choice of a layer does not, after it was said to be better on text.
         (0.3, -1, "By loss per token it is better than drop, the best of the plans that keep one of"),
         (0.3, 1, "By accuracy, answer NLL or loss per token it is not better than drop, the best of the plans"),
@@ -240,6 +263,9 @@ def test_the_answer_says_whether_averaging_gained_anything(tmp_path, right, text
     row = reached.against("found")["drop"]
     assert (row["p_holm"] < 0.05 and row["difference"] > 0) == (right["found"] > 0.5)
     assert [paragraph[: len(said)] for paragraph in paragraphs] == [said] if said else paragraphs == []
+    # It was said to gain, "by accuracy or answer NLL", beside a loss on text of which nothing was said there.
+    worse = right["found"] > 0.5 and text == 1
+    assert any(paragraph.endswith("; by loss per token it is worse.") for paragraph in paragraphs) == worse
     # A search over blocks may have found another block than the one whose layers were kept.
     reached.run.config["plan"]["block"] = "search"
     assert [each for each in answer.in_words(reached) if "keep one of the merged" in each] == paragraphs, "of a tail"
@@ -261,6 +287,30 @@ def test_what_averages_nothing_is_not_said_to_gain_by_it(tmp_path, alphas, sourc
     first = LAYERS - 1 - MERGES
     whose = "" if source is None else f"; layer {first} has those of layer {source} and keeps its own norms and biases"
     assert f"It averages nothing: each of its matrices is a single layer's{whose}." in answer.in_words(reached)
+
+
+@pytest.mark.parametrize(
+    ("alphas", "own", "said", "fate"),
+    [
+        # One matrix is layer 5's, all others layer 2's: the brackets said "2, 5 merged", beside "averages nothing".
+        ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), "layers 2 and 5", "matrices of 2 and 5 in 2, without 3-4"),
+        ((0.0, 0.0, 0.0), (1.0, 1.0, 0.0), "layers 3 and 5", "matrices of 3 and 5 in 2, without 2, 4"),
+        ((1.0, 1.0, 1.0), (1.0, 1.0, 0.5), None, "2-3 merged, without 4-5"),
+    ],
+)
+def test_matrices_of_several_layers_none_of_which_is_averaged_are_told_alike_everywhere(
+    tmp_path, alphas, own, said, fate
+):
+    run = search_run(tmp_path / "run")
+    plan = pairs_plan(LAYERS, tail_pairs(LAYERS, MERGES), list(alphas), name="found_bayes", kind="found")
+    plan = replace(plan, matrix_alphas=(("mlp.up_proj", own),))
+    others = [row for row in run.read("coefficients").drop_columns("run_id").to_pylist() if row["plan_id"] != "found"]
+    run.replace("coefficients", [*others, *rows.coefficient_rows(plan, "found")])
+    reached = Reached(run)
+    assert reached.the_best["fate"] == fate
+    nothing = [text for text in answer.in_words(reached) if text.startswith("It averages nothing")]
+    told = f"layer 2 has those of {said} and keeps its own norms and biases."
+    assert nothing == ([f"It averages nothing: each of its matrices is a single layer's; {told}"] if said else [])
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from raymerge.report.content import (
     FOUND,
     Figure,
     Table,
+    Text,
 )
 from raymerge.report.reached import Reached
 from raymerge.statistics import mcnemar, paired_difference
@@ -64,6 +65,8 @@ def test_several_runs_are_compared_on_the_same_questions(tmp_path, search):
     assert compared.tests([reached[0], Reached(sweep_run(tmp_path / "sweep"))]) == []
     assert not any("chosen on these" in str(block) for block in page.sections[0].blocks)
     (table,) = (block for block in blocks(page.sections, Table) if block.caption.startswith("Paired tests between"))
+    said = page.sections[0].blocks[0].text
+    assert "found_bayes of k3 is " in said and " found_bayes of other" in said
     assert [len(table.header), *map(len, table.cells)] == [8, 8] and "over this table" in table.caption
 
 
@@ -242,8 +245,32 @@ def test_evaluated_models_are_tested_against_each_other_and_drawn_below_each_oth
     (figure,) = blocks([page.sections[0]], Figure)
     assert figure.title == "Accuracy, all runs"
     assert figure.views[0].spec["layer"][1]["encoding"]["y"]["sort"] == ["a", "b"]
-    (table,) = [table for table in blocks(page.sections, Table) if table.caption.startswith("Every plan")][:1]
+    (table, _) = [
+        table for table in blocks(page.sections, Table) if table.caption.startswith("The model on 120 test q")
+    ]
     assert "In brackets" not in table.caption  # nothing is merged or dropped
+    assert "first" not in table.caption and table.cells[0][:2] == ("the model", "as it is")  # one model is no ranking
+    # What the page is for is said first, and there are no columns of dashes; both were called "base".
+    assert page.sections[0].blocks[0] == Text("By accuracy and answer NLL, a is better than b.")
+    assert tables["The"].caption == "The evaluated models"
+    assert tables["Paired"].caption.startswith("Paired tests between the evaluated models, first minus second")
+    assert tables["The"].header == ("run", "experiment", "model", "plan", "layers", "accuracy [95 %]")
+    assert [row[3] for row in tables["The"].cells] == ["the model", "the model"]
+
+
+@pytest.mark.parametrize(
+    ("differences", "said"),
+    [
+        ((0.0, 0.0, 0.0), "By accuracy, answer NLL and loss per token, a is indistinguishable from b."),
+        ((0.0, 0.1, -0.1), "By loss per token, a is better than b; by accuracy it is indistinguishable from it; by "
+                           "answer NLL it is worse than it."),
+    ],
+)  # fmt: skip
+def test_what_tests_of_a_pair_say_is_a_sentence(differences, said):
+    found = {("0", "1", measure): {"measure": measure, "difference": difference, "p_value": 0.01 if difference else 1.0,
+                                   "p_holm": None}
+             for measure, difference in zip(compared.MEASURES, differences, strict=True)}  # fmt: skip
+    assert compared._said("a", "b", ("0", "1"), found) == said
 
 
 def test_an_evaluated_model_is_not_said_to_be_unmerged(tmp_path, search):
@@ -261,7 +288,7 @@ def test_an_evaluated_model_is_not_said_to_be_unmerged(tmp_path, search):
     assert figure.caption.endswith("An evaluated model stands at 0 %, also one that was merged before.")
     # Nor on its own page, which called it unmerged.
     (own,) = [table for table in blocks(run_sections(run, heading=None), Table) if table.header[1] == "what it is"]
-    assert own.cells[0][:3] == ("base", "the model as it is", "8")
+    assert own.cells[0][:3] == ("the model", "as it is", "8")
 
 
 def test_runs_in_folders_of_one_name_are_told_apart(tmp_path, monkeypatch):
@@ -336,7 +363,7 @@ def test_runs_beside_each_other_have_their_own_numbers(tmp_path):
         row, base = micro[name][plan[name]], micro[name]["base"]
         texts = stored_by(run, "perplexity", target="text")
         assert cells[:2] == (name, run.experiment)
-        assert cells[2:4] == (("x", "base") if name == "eval" else ("tiny", "found_bayes"))
+        assert cells[2:4] == (("x", "the model") if name == "eval" else ("tiny", "found_bayes"))
         assert cells[4:6] == (("6", "–") if name == "eval" else ("3 of 6", "50.0 %"))
         known = name != "eval"  # of what an evaluated model was made its run does not say
         assert cells[6] == pct(row["accuracy"], (row["ci_low"], row["ci_high"]))

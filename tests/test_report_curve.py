@@ -4,6 +4,7 @@ import json
 
 import pytest
 from report_runs import (
+    QUESTIONS,
     blocks,
     change,
     marks,
@@ -24,6 +25,7 @@ from raymerge.report.content import (
     Text,
 )
 from raymerge.report.reached import Reached
+from raymerge.statistics import wilson_interval
 from raymerge.tables import MICRO
 
 
@@ -52,8 +54,9 @@ def test_of_equally_accurate_ways_the_one_of_lowest_perplexity_is_named(tmp_path
     """Dropping, which is asked for first, was named, ruined or not, and a refit that was as accurate was not."""
     reached = Reached(sweep_run(tmp_path / "sweep", half1=1.0, drop1=1.0, half3=1.0, drop3=1.0))
     said = curve.in_words(reached)
-    assert "With 1 layer merged, fixed_0.5 is the most accurate: 100.0 % (perplexity 6.50); 1 other way" in said
-    assert "With 3 layers merged, drop is the most accurate: 100.0 % (perplexity 900" in said
+    share = pct(1.0, wilson_interval(QUESTIONS, QUESTIONS))
+    assert f"With 1 layer merged, fixed_0.5 is the most accurate: {share} (perplexity 6.50); 1 other way" in said
+    assert f"With 3 layers merged, drop is the most accurate: {share} (perplexity 900" in said
     best, _ = blocks([curve.answer(reached)], Table)
     assert [row[2] for row in best.cells] == ["fixed_0.5 and 1 more", "drop and 1 more"]
     assert "the one of lowest perplexity is shown" in best.caption
@@ -107,6 +110,66 @@ def test_the_only_way_was_not_chosen_as_the_best_of_several(tmp_path):
     run.replace("sweep", [row for row in dropped if row["method"] != "fixed_0.5"])
     best, _ = blocks([curve.answer(Reached(run))], Table)
     assert best.caption.startswith("The most accurate way at every K, against dropping as many layers. Unmerged:")
+
+
+def test_the_sentence_of_a_curve_has_intervals_and_names_the_way_that_predicts_text_best(tmp_path):
+    """Of the demo's 13 layers "drop is the most accurate: 62.5 % (perplexity 21.6)" hid a way of 8.7 and 59.2 %."""
+    run = sweep_run(tmp_path / "curve", half1=0.5, drop1=0.9, half3=0.4, drop3=0.9)
+    texts = run.read("perplexity").drop_columns("run_id").to_pylist()
+    other = {"perplexity": 30.0, "ci_low": 25.0, "ci_high": 35.0}
+    run.replace("perplexity", [row | (other if row["plan_id"] == "half3" else {}) for row in texts])
+    micro, text = stored_by(run, "accuracy", subject=MICRO), stored_by(run, "perplexity", target="text")
+    share = {plan: pct(row["accuracy"], (row["ci_low"], row["ci_high"])) for plan, row in micro.items()}
+    assert text["half1"]["perplexity"] < text["drop1"]["perplexity"]  # but their intervals reach each other
+    assert curve.in_words(Reached(run)) == (
+        f"The unmerged model answers {share['base']} of 120 test questions correctly. With 1 layer merged, drop is the "
+        f"most accurate: {share['drop1']} (perplexity 7.00). With 3 layers merged, drop is the most accurate: "
+        f"{share['drop3']} (perplexity 900, the unmerged model's is 5.00; it is ruined as a language model); fixed_0.5 "
+        f"predicts plain text best: perplexity 30.0 [25.0, 35.0], with {share['half3']} of answers correct."
+    )
+
+
+def test_where_dropping_is_best_the_next_way_is_held_against_it(tmp_path):
+    """By one question or by a hundred, "dropping is best" stood alone: whether averaging loses more was not said."""
+    run = sweep_run(tmp_path / "curve", half1=0.85, drop1=0.86, half3=0.3, drop3=0.9)
+    best, _ = blocks([curve.answer(Reached(run))], Table)
+    pairs = {row["plan_a"]: row for row in run.read("comparisons").to_pylist() if row["measure"] == "accuracy"}
+    for merges, said, cells in zip("13", ("indistinguishable", "worse"), best.cells, strict=True):
+        told = f"{change(pairs[f'half{merges}'], 100, 1)}, {said}"
+        assert cells[-1] == f"dropping is best; next fixed_0.5: {told}"
+    assert "Against dropping: percentage points with the 95 % interval" in best.caption
+    level, _ = blocks([curve.answer(Reached(sweep_run(tmp_path / "level", half3=1.0, drop3=1.0)))], Table)
+    assert level.cells[1][2] == "drop and 1 more" and level.cells[1][-1].startswith(
+        "no way is better; next fixed_0.5: "
+    )
+
+
+def test_the_figure_of_a_curve_explains_the_variants_that_it_has(tmp_path):
+    def caption(**other):
+        run = sweep_run(tmp_path / "-".join(other.values()))
+        rows = run.read("sweep").drop_columns("run_id").to_pylist()
+        run.replace("sweep", [row | (other if row["method"] == "fixed_0.5" else {}) for row in rows])
+        (figure,) = blocks([curve.answer(Reached(run))], Figure)
+        return figure.caption
+
+    assert "Aligned" not in (plain := caption(alignment="none")) and "Folded" not in plain
+    assert "Aligned: " in (aligned := caption(alignment="activations")) and "Folded" not in aligned
+    assert "Rows aligned: " in (rows := caption(alignment="rows", norms="fold")) and "Folded: " in rows
+    assert "Aligned: neurons" not in rows
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        (["drop", "merge_block", "drop_block"], "Layers that drop_block and merge_block remove; "),
+        (["drop", "merge_block"], "Layers that merge_block removes; "),
+    ],
+)
+def test_whose_layers_were_chosen_in_a_curve_is_said(tmp_path, methods, said):
+    run = sweep_run(tmp_path / "curve")
+    run.config["sweep"]["methods"] = methods
+    run.append("blocks", [{"merges": 3, "first": 2, "last": 4, "measure": "cosine", "score": 0.1, "chosen": True}])
+    assert summary.block_table(run)[0].startswith(said)
 
 
 def test_another_name_of_dropping_is_held_to_be_dropping(tmp_path):
@@ -225,6 +288,35 @@ def test_the_tables_of_a_curve_have_the_numbers_of_their_points(tmp_path):
     assert figure.views[0].description.endswith("2 methods and 1 variant at up to 3 merges.")
 
 
+def test_a_curve_shows_the_questions_own_perplexity_and_no_columns_of_what_was_not_measured(tmp_path):
+    """The published comparison of alpha files reads no text, but its questions: of that its page had a column of dashes
+    and "Unmerged: 90.0 %, perplexity –", and not the perplexities that were asked for."""
+    run = sweep_run(tmp_path / "run")
+    every = blocks([curve.answer(Reached(run))], Table)
+    assert not any("question perplexity" in table.header for table in every)
+    assert "question ppl [95 %]" not in summary.sweep_table(run, "test")[0]
+    points = ["base", "drop1", "half1", "drop3", "half3"]
+    run.replace("perplexity", [
+        {"plan_id": plan, "target": "question", "subject": subject, "tokens": 9, "nll": 0.1,
+         "perplexity": 2.0 + number, "ci_low": 1.5, "ci_high": 12.5}
+        for number, plan in enumerate(points) for subject in (None, "a")
+    ])  # fmt: skip
+    section = curve.answer(Reached(run))
+    best, every = blocks([section], Table)
+    assert "perplexity" not in {*best.header, *every.header} and "perplexity" not in best.caption
+    found = [row[every.header.index("question perplexity")] for row in every.cells]
+    assert found == [f"{2 + number}.00 [1.50, 12.5]" for number in range(5)]
+    shown = dict(zip(points, found, strict=True))
+    assert [row[best.header.index("question perplexity")] for row in best.cells] == [shown["half1"], shown["half3"]]
+    (figure,) = blocks([section], Figure)
+    assert "asked" not in figure.rows.columns
+    assert figure.title == "Accuracy against compression"
+    assert [source for source, _ in figure.rows.sources] == ["sweep", "accuracy", "costs"]
+    header, cells = summary.sweep_table(run, "test")
+    assert cells[0][header.index("question ppl [95 %]")] == "2.000 [1.500, 12.50]"
+    assert "text ppl [95 %]" not in header and "text ppl [95 %]" not in summary.plan_table(Reached(run).lines)[0]
+
+
 def test_a_curve_without_questions_has_perplexities_alone(tmp_path):
     run = sweep_run(tmp_path / "run")
     config = run.config | {"data": {"mmlu": None, "report_split": "test"}}
@@ -241,10 +333,11 @@ def test_a_curve_without_questions_has_perplexities_alone(tmp_path):
         "No questions were asked."
     )
     best, every = blocks([section], Table)
-    pair = {row["plan_a"]: row for row in run.read("comparisons").to_pylist() if row["measure"] == "text_nll"}["half1"]
+    read = {row["plan_a"]: row for row in run.read("comparisons").to_pylist() if row["measure"] == "text_nll"}
+    pair, worse = read["half1"], read["half3"]
     assert [cells[2:] for cells in best.cells] == [
         ("fixed_0.5", ppl(texts["half1"]), "7.00", f"{change(pair)}: {findings.verdict(pair)}"),
-        ("drop", ppl(texts["drop3"]), "900", "dropping is best"),
+        ("drop", ppl(texts["drop3"]), "900", f"dropping is best; next fixed_0.5: {change(worse)}, indistinguishable"),
     ]
     assert len(best.header) == 6 and best.caption.endswith("Unmerged: perplexity 5.00")
     for plan, cells in zip(["base", "drop1", "half1", "drop3", "half3"], every.cells, strict=True):

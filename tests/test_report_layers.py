@@ -44,7 +44,7 @@ def test_similarity_is_held_against_noise(tmp_path):
     # 1 / (1 + distance) is above 0.3 up to a distance of 2: 9 of the 14 defined pairs of six layers
     assert structure.text.startswith(f"In {100 * 9 / 14:.0f} % of all pairs of layers, over 3 subsets")
     # intervals reach the ceiling sqrt(0.96 * 0.94) = 0.950 in the first pair alone
-    assert "In 1 of 3 pairs" in agreement.text and "medical (en) and math (en)" in agreement.text.split("ceiling: ")[1]
+    assert "In 1 of 3 pairs" in agreement.text and "medical and math" in agreement.text.split("ceiling: ")[1]
     assert notices[0].text == "too few samples."
     heat, influence = blocks([layers.maps(run)], Figure)
     rows = as_dicts(heat.rows)
@@ -79,7 +79,7 @@ def test_of_many_subsets_some_are_drawn_and_chance_is_reckoned_with(tmp_path):
     run.replace("similarity_correlation", [{k: v for k, v in row.items() if k != "run_id"} for row in rows])
     said = layers.in_words(run)[1]
     assert "In 85 of 91 pairs" in said and "(by chance alone up to 2 pairs would be): " in said
-    pair = "{0[subset_a]} (en) and {0[subset_b]} (en)"
+    pair = "{0[subset_a]} and {0[subset_b]}"
     assert f"{pair.format(rows[5])}, {pair.format(rows[4])}" in said and said.endswith(" and 2 more.")
     heat, influence = blocks([layers.maps(run)], Figure)
     first = [f"subject_{i} (en)" for i in range(12)]
@@ -106,7 +106,7 @@ def test_degenerate_maps_are_said_to_say_nothing(tmp_path):
     (structure,) = blocks([section], Text)  # nothing of how the subsets' matrices agree
     assert structure.text.endswith("the maps say nothing about the model.") and "more than noise" not in structure.text
     assert {r["above"] for r in as_dicts(figure.rows)} == {"no", ""}
-    assert [row[8:] for row in blocks([section], Table)[0].cells] == [("–", "1", "6")] * 2
+    assert [row[5:] for row in blocks([section], Table)[0].cells] == [("–", "1", "6")] * 2
 
     section, figure = degenerate(medical=[20.0] * 6, law=[38.0, 20.0, 20.0, 20.0, 20.0, 36.1])
     structure, _ = blocks([section], Text)
@@ -123,9 +123,20 @@ def test_degenerate_maps_are_said_to_say_nothing(tmp_path):
         in layers.correlations(run).blocks[0].caption
     )
     assert "degenerate, so that its similarities are noise, do not count (2 layers of law (en))" in structure.text
-    assert [row[8:] for row in blocks([section], Table)[0].cells] == [("64", "1", "0"), ("83", "1", "2")]
+    assert [row[5:] for row in blocks([section], Table)[0].cells] == [("64", "1", "0"), ("83", "1", "2")]
     (cell,) = [r for r in as_dicts(figure.rows) if r["subset"] == "law (en)" and (r["layer_i"], r["layer_j"]) == (0, 1)]
     assert (cell["above"], cell["note"]) == ("no", "degenerate: noise")
+
+
+def test_what_subsets_do_not_share_stays_in_their_rows(tmp_path):
+    run = similarity_run(tmp_path / "s")
+    rows = run.read("similarity").drop_columns("run_id").to_pylist()
+    run.replace("similarity", [row | ({"measure": "cka", "language": "es"} if row["subset"] == "law" else {})
+                               for row in rows])  # fmt: skip
+    table, _ = blocks([layers.answer(run)], Table)
+    assert table.header[:4] == ("subset", "language", "measure", "prompts") and table.words == (0, 1, 2)
+    assert [row[:4] for row in table.cells] == [("medical", "en", "gaussian", "40"), ("law", "es", "cka", "40")]
+    assert "(embedding diffusion). gaussian: " in table.caption and ". cka: how alike" in table.caption
 
 
 def test_half_a_matrix_stands_for_both():
@@ -214,13 +225,17 @@ def test_what_is_said_of_similarity_is_computed_from_the_rows(tmp_path):
                            "ci_low": None, "ci_high": None}  # fmt: skip
     run.replace("similarity_correlation", [*found[:2], constant, *found[2:]])
     every, pairs = blocks([layers.answer(run)], Table)
+    assert every.caption.startswith(
+        "Mean similarity off the diagonal, by subset of prompts (language en, measure gaussian, embedding diffusion). "
+        "gaussian: the mutual information that"
+    )
     assert pairs.cells[2][2] == "nan"
     pairs = replace(pairs, cells=pairs.cells[:2] + pairs.cells[3:])
     for name, cells in zip(("medical", "law", "math"), every.cells, strict=True):
         mine = [row for row in stored if row["subset"] == name and row["layer_i"] < row["layer_j"]]
         known = [row for row in mine if row["value"] is not None]
         assert dict(zip(every.header, cells, strict=True)) == {
-            "subset": name, "language": "en", "measure": "gaussian", "embedding": "diffusion", "n": "40",
+            "subset": name, "prompts": "40",
             "mean": f"{np.mean([row['value'] for row in known]):.3f}",
             "neighbouring layers": f"{np.mean([r['value'] for r in known if r['layer_j'] - r['layer_i'] == 1]):.3f}",
             "unrelated layers": f"{np.mean([row['null_mean'] for row in known]):.3f}",

@@ -138,9 +138,9 @@ def test_an_evaluation_without_questions_has_its_perplexity_and_its_tasks(tmp_pa
     assert "Its perplexity on plain text is 7.50 [" in blocks([answer], Text)[0].text
     (table,) = blocks([answer], Table)
     assert table.header == ("plan", "what it is", "layers", "perplexity")
-    assert table.cells[0][:2] == ("base", "the model as it is")
+    assert table.cells[0][:2] == ("the model", "as it is") and table.caption.startswith("The model on plain text, ")
     assert further.title == "Further tasks"
-    assert further.blocks[0].cells == (("base", "piqa", "50", "acc", "0.8000 ± 0.0700 [0.670, 0.888]"),)
+    assert further.blocks[0].cells == (("the model", "piqa", "50", "acc", "0.8000 ± 0.0700 [0.670, 0.888]"),)
     (facts,) = blocks([asked_of], Facts)
     known = {fact.term: fact.value for fact in facts.facts}
     assert known["Questions"] == "none" and known["Further tasks"] == "piqa (piqa, piqa.jsonl)"
@@ -327,6 +327,8 @@ def test_a_page_explains_the_words_that_it_uses_and_no_others(tmp_path):
     assert "ceiling" in words(alike) and not {"accuracy", "alpha"} & set(words(alike))
     assert words(search, alike) == words(search) + words(alike)
     assert words(sensitivity_run(tmp_path / "sensitivity")) == []
+    # Its figure's axis is micro_accuracy, and a paragraph tells of its optimism.
+    assert {"objective", "optimism of the search"} <= set(words(search)) - set(words(sweep_run(tmp_path / "sweep")))
 
 
 def test_hostile_names_do_nothing(tmp_path):
@@ -406,6 +408,17 @@ def test_no_line_of_the_page_ends_between_a_number_and_its_per_cent_sign(search)
     page = render.to_html(page_of([search], "", Silent()))
     text = re.sub(r"<script.*?</script>|<style.*?</style>", "", page, flags=re.DOTALL)
     assert re.search("\\d\N{NO-BREAK SPACE}%", text) and not re.search(r"\d\s*[ \n]%", text)
+
+
+def test_a_cell_breaks_before_its_interval_and_a_command_can_be_copied(tmp_path):
+    assert render.with_whole_intervals("+0.190 [+0.154, +0.225]: better") == "+0.190 [+0.154,\xa0+0.225]: better"
+    run = search_run(tmp_path / "run")
+    run.write_manifest(command=["raymerge", "sweep", "--set", "sweep.merges=[1, 4]"], best=run.manifest()["best"])
+    page = unescape(render.to_html(page_of([run], "raymerge report", Silent())))
+    (section, *_) = run_sections(run, heading=None)
+    cell = blocks([section], Table)[0].cells[0][1]
+    assert cell.replace(", ", ",\xa0") in page and cell not in page
+    assert "sweep.merges=[1, 4]" in page and "td { white-space: normal; }" in page
 
 
 def test_json_in_a_script_element_ends_nothing():

@@ -123,7 +123,7 @@ def test_by_subject_the_best_is_held_against_eight_plans_on_the_report_s_questio
         assert (row["clear"] == "yes") == (row["low"] * row["high"] > 0)
 
     section = subjects.differences(reached)
-    (figure,), (table,) = blocks([section], Figure), blocks([section], Table)
+    (figure,), (_, table) = blocks([section], Figure), blocks([section], Table)
     first = sorted(found[:4], key=lambda row: row["difference"])
     clear = sum(row["clear"] == "yes" for row in first)
     worst, top = (f"{wording.signed(row['difference'], 1)} ({row['subject']})" for row in (first[0], first[-1]))
@@ -217,8 +217,9 @@ def test_the_tables_of_a_search_have_the_numbers_of_their_plans(tmp_path):
                      enumerate(run.read("comparisons").drop_columns("run_id").to_pylist())]  # fmt: skip
     run.replace("comparisons", compared_rows)
     run.append("perplexity", [
-        {"plan_id": plan, "target": "question", "subject": subject, "tokens": 9, "nll": 0.1, "perplexity": 1.1}
-        for plan in ("base", "drop", "fixed", "found") for subject in (None, "law")
+        {"plan_id": plan, "target": "question", "subject": subject, "tokens": 9, "nll": 0.1, "perplexity": read,
+         "ci_low": 1.0, "ci_high": 9.0}
+        for plan in ("base", "drop", "fixed", "found") for subject, read in ((None, 1.1), ("law", 1.3))
     ], part="questions")  # fmt: skip
     micro, macro = (stored_by(run, "accuracy", subject=subject) for subject in ("_micro", "_macro"))
     texts, costs = stored_by(run, "perplexity", target="text"), stored_by(run, "costs")
@@ -238,6 +239,7 @@ def test_the_tables_of_a_search_have_the_numbers_of_their_plans(tmp_path):
             "accuracy": pct(micro[plan]["accuracy"], (micro[plan]["ci_low"], micro[plan]["ci_high"])),
             "mean over subjects": pct(macro[plan]["accuracy"], (macro[plan]["ci_low"], macro[plan]["ci_high"])),
             "answer NLL": f"{micro[plan]['nll']:.3f}",
+            "question perplexity": "1.10 [1.00, 9.00]",
             "perplexity": ppl(texts[plan]),
             "picks A/B/C/D, %": "/".join(f"{100 * np.mean([p == k for p in picked]):.0f}" for k in range(4)),
         }
@@ -282,6 +284,43 @@ def test_the_tables_of_a_search_have_the_numbers_of_their_plans(tmp_path):
     first, last = order[0], order[-1]
     told = f"from {pct(micro[first]['accuracy'])} ({labels[first]}) to {pct(micro[last]['accuracy'])} ({labels[last]})"
     assert told in accuracies.description and "from 5.00 (base) to 90.0 (drop)" in perplexities.description
+
+
+def test_every_subject_of_the_best_plan_stands_beside_the_unmerged_model_s(tmp_path):
+    """5-shot accuracy by subject, with perplexity: a page of a search had differences alone."""
+    run = search_run(tmp_path / "run", subjects=("law", "algebra", "law"))
+    rows = run.read("accuracy").drop_columns("run_id").to_pylist()
+    run.append("accuracy", [row | {"split": "validation", "accuracy": 0.01} for row in rows], part="v")
+    stored = {(row["plan_id"], row["subject"]): row for row in rows}
+    order = sorted(("law", "algebra"), key=lambda subject: -stored["base", subject]["accuracy"])
+
+    def table():
+        (every,) = blocks([subjects.differences(Reached(run))], Table)
+        assert every.folded and every.caption.startswith("Every subject, the most accurate of base first, with 95 %")
+        return every
+
+    names = ("base", "found_bayes")
+    header = ("subject", "questions", *(f"{of}, {name}" for of in ("accuracy [95 %]", "answer NLL") for name in names))
+    assert table().header == header
+    run.append("perplexity", [
+        {"plan_id": plan, "target": "question", "subject": subject, "tokens": 9, "nll": 0.1, "perplexity": read}
+        for plan, subject, read in (("base", "law", 2.0), ("found", "law", 3.0), ("found", None, 7.0),
+                                    ("found", "algebra", 4.0), ("drop", "law", 5.0))
+    ], part="questions")  # fmt: skip
+    every = table()
+    assert every.header == (*header, *(f"question perplexity, {name}" for name in names))
+    read = {("base", "law"): "2.00", ("found", "law"): "3.00", ("found", "algebra"): "4.00"}
+    assert every.cells == tuple(
+        (
+            subject,
+            str(stored["base", subject]["n"]),
+            *(pct(row["accuracy"], (row["ci_low"], row["ci_high"])) for row in (base, found)),
+            *(f"{row['nll']:.3f}" for row in (base, found)),
+            *(read.get((plan, subject), wording.NONE) for plan in ("base", "found")),
+        )
+        for subject in order
+        for base, found in [(stored["base", subject], stored["found", subject])]
+    )
 
 
 def test_a_plan_of_two_names_is_called_by_both(tmp_path):

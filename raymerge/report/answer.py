@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from raymerge import findings, summary
 from raymerge.report.reached import Reached
 from raymerge.report.wording import enumerated, percent, perplexity, plural
-from raymerge.schemas import Row
+from raymerge.schemas import CHANCE, RUINED, Row
 
 _ORDER = {"base": 0, "random": 2}  # "the best of 10 random candidates and drop" would have drop among the 10
 _KEEPING = ("drop", "before_last", "keep_one")  # kinds of plans
@@ -39,6 +39,7 @@ def _on_questions(reached: Reached) -> str:
     best = reached.the_best
     questions = plural(best["n"], f"{reached.split} question")
     sentences = [f"The best plan found, {best['label']}, answers {percent(best['accuracy'])} of {questions} correctly."]
+    sentences += _beside_guessing(best, reached.base)
     if by_accuracy := told(reached, reached.against(best["plan_id"])):
         sentences.append(f"By accuracy it is {by_accuracy}.")
     if by_nll := told(reached, reached.against(best["plan_id"], "answer_nll")):
@@ -48,12 +49,24 @@ def _on_questions(reached: Reached) -> str:
     return " ".join(sentences)
 
 
+def _beside_guessing(best: Row, base: Row | None) -> list[str]:
+    """That an accuracy is not told from one of guesses, which a difference between such plans says nothing of."""
+    lows = [None if line is None else line["interval"][0] for line in (best, base)]
+    guessing, unmerged = (low is not None and low <= CHANCE for low in lows)
+    if not guessing:
+        return []
+    whose = "Neither this nor the unmerged model's accuracy is" if unmerged else "This is not"
+    return [f"{whose} shown to be better than guessing ({percent(CHANCE, 0)})."]
+
+
 def _on_text(reached: Reached) -> str:
     best, base = reached.the_best, reached.base
     subject = "Its perplexity" if reached.asks else f"The perplexity of the best plan found, {best['label']},"
     unmerged = ""
     if base is not None and base["perplexity"] is not None:
-        unmerged = f"; the unmerged model's is {perplexity(base['perplexity'])}"
+        ruined = best["perplexity"] > RUINED * base["perplexity"]
+        lost = ": it is ruined as a language model" if ruined else ""
+        unmerged = f"; the unmerged model's is {perplexity(base['perplexity'])}{lost}"
     sentences = [f"{subject} on plain text is {perplexity(best['perplexity'])}{unmerged}."]
     if by_loss := told(reached, reached.against(best["plan_id"], "text_nll")):
         sentences.append(f"By loss per token it is {by_loss}.")
@@ -67,11 +80,14 @@ def _on_text(reached: Reached) -> str:
 def _beside_one_layer(reached: Reached) -> list[str]:
     """Whether the best plan averages anything, and is better than the best that keeps one of the same layers alone."""
     best, plan = reached.the_best, reached.run.config.get("plan") or {}
-    if not _averages(reached):
+    sources = findings.sources_of(reached.run).get(best["plan_id"])
+    if sources is None:
+        return []
+    if not any(own.averaged for own in sources.values()):
         kept_own = ["norms"] * (best["norms"] == "keep") + ["biases"] * (plan.get("biases") != "merge")
         keeping = f" and keeps its own {' and '.join(kept_own)}" if kept_own else ""
-        others = findings.replaced(findings.sources_of(reached.run)[best["plan_id"]]).items()
-        whose = [f"; layer {kept} has those of layer {source}{keeping}" for kept, source in others]
+        others = findings.replaced(sources).items()
+        whose = [f"; layer {kept} has those of {_layers(layers)}{keeping}" for kept, layers in others]
         return [f"It averages nothing: each of its matrices is a single layer's{''.join(whose)}."]
     name = ((reached.run.manifest() or {}).get("keep_one") or {}).get("best")
     # Of the rows: a search may have found what is also a control, whose line then has the found plan's name.
@@ -86,8 +102,10 @@ def _beside_one_layer(reached: Reached) -> list[str]:
     asked = {measure: verdict for measure, verdict in said.items() if measure != "text_nll"}
     what = f"{kept['label']}, the best of the plans that keep one of the merged layers and drop the others"
     if "worse" not in asked.values() and "better" in said.values():
-        by = _either(asked if "better" in asked.values() else ["text_nll"])
-        return [f"By {by} it is better than {what}: averaging gained what no choice of one layer does."]
+        by = enumerated([MEASURES[measure] for measure, verdict in said.items() if verdict == "better"])
+        gained = "averaging gained what no choice of one layer does"
+        but = "; by loss per token it is worse" if "worse" in said.values() else ""
+        return [f"By {by} it is better than {what}: {gained}{but}."]
     if said and "better" not in said.values():
         gained = "the choice of a layer can explain all that it gains over others"
         return [f"By {_either(said)} it is not better than {what}: {gained}."]
@@ -99,10 +117,10 @@ def _either(measures: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def _averages(reached: Reached) -> bool:
-    """Whether any layer of the best plan has the weights of several, and not of another one alone."""
-    rows = reached.run.read("coefficients").to_pylist()
-    return any(0.0 < row["coefficient"] < 1.0 for row in rows if row["plan_id"] == reached.the_best["plan_id"])
+def _layers(numbers: Iterable[int]) -> str:
+    """Layers in a sentence: "layer 11", "layers 7, 9 and 11"."""
+    named = [str(number) for number in sorted(numbers)]
+    return f"layer{'s' if len(named) > 1 else ''} {enumerated(named)}"
 
 
 def told(reached: Reached, found: dict[str, Row]) -> str:

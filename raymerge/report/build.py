@@ -12,8 +12,8 @@ from raymerge.report.asked import asked, command_of, model_name, run_names, unfi
 from raymerge.report.content import Block, Notice, Page, Section, Table, Text
 from raymerge.report.plans import plan_table
 from raymerge.report.reached import Reached, missing
-from raymerge.report.wording import interval, percent, perplexity, plural, value
-from raymerge.tables import MACRO, MICRO, RunDirectory
+from raymerge.report.wording import interval, percent, perplexity, plural
+from raymerge.tables import RunDirectory
 
 _QUESTIONS = {
     "search": "To make a language model smaller, several of its decoder layers were merged into one, a weighted "
@@ -48,6 +48,9 @@ _SCORES = (
      "is guessing"),
     ("perplexity", "exp of the mean loss per token on plain text: the number of tokens that the model is undecided "
      "between. Lower is better. It exposes a ruined language model that accuracy does not"),
+    ("question perplexity", "exp of the mean over questions of the loss per token of a question's own text, choices "
+     "included, without the examples before it. Searches and sweeps measure it with data.question_perplexity=true"),
+    ("picks A/B/C/D", "share of each letter among a plan's answers: a ruined model often gives one letter only"),
 )  # fmt: skip
 _TESTS = (
     ("indistinguishable", "the paired test on the questions that both plans answered (McNemar's exact test for "
@@ -72,6 +75,14 @@ _MERGES = (
     ("folded, norms folded", "the gains of a layer's norms are multiplied into its matrices before averaging; what "
      "these make of the norms' biases, where there are any, is added to their own"),
 )  # fmt: skip
+_SEARCHED = (
+    ("objective", "what the search optimised on its own questions: micro_accuracy is the accuracy over all of them, "
+     "macro_accuracy the mean over subjects, answer_nll the answer NLL, answer_kl how far the answers' probabilities "
+     "are from the unmerged model's (Kullback-Leibler divergence, nats), text_nll the loss per token of a text, nats"),
+    ("optimism of the search", "how much better a plan did on the questions (or the text) that chose it than on the "
+     "report's. The controls, which nothing chose, show how much of it is only that one of the two is easier: what the "
+     "found plan has beyond theirs is due to the choice, noise aside"),
+)  # fmt: skip
 _ALIKE = (
     ("null, unrelated layers", "similarity after the prompts of one layer are shuffled against the other's: what noise "
      "scores"),
@@ -80,7 +91,7 @@ _ALIKE = (
 )  # fmt: skip
 #: What the words of a page mean, by the experiments that use them.
 GLOSSARY = {
-    "search": (*_SCORES, *_TESTS, *_MERGES),
+    "search": (*_SCORES, *_TESTS, *_SEARCHED, *_MERGES),
     "sweep": (*_SCORES, *_TESTS, *_MERGES),
     "evaluate": _SCORES,
     "similarity": _ALIKE,
@@ -183,7 +194,6 @@ def _sensitivity(run: RunDirectory) -> list[Section]:
 
 def _evaluate(run: RunDirectory) -> list[Section]:
     reached = Reached(run)
-    rows = [row for row in run.read("accuracy").to_pylist() if row["split"] == reached.split]
     if not reached.lines:
         return [Section("The answer", (missing(run, "accuracy", "answers", "plans"),))]
     (line, *_) = reached.lines
@@ -192,20 +202,7 @@ def _evaluate(run: RunDirectory) -> list[Section]:
         read = "" if line["perplexity"] is None else f" Its perplexity on plain text is {read}."
         text = f"{model_name(run)} was asked no MMLU-style questions.{read}"
         return [Section("The answer", (Text(text), plan_table(reached))), *plans.tasks(reached)]
-    asked_ppl = {
-        row["subject"]: row["perplexity"] for row in run.read("perplexity").to_pylist() if row["target"] == "question"
-    }
-    each = sorted((row for row in rows if row["subject"] not in (MICRO, MACRO)), key=lambda row: -row["accuracy"])
-    cells = tuple(
-        (
-            row["subject"],
-            str(row["n"]),
-            f"{percent(row['accuracy'])} {interval(row['ci_low'], row['ci_high'])}".strip(),
-            value(row["nll"]),
-            perplexity(asked_ppl.get(row["subject"])),
-        )
-        for row in each
-    )
+    each = subjects.stored_subjects(reached, line["plan_id"])
     text = (
         f"{model_name(run)} answers {percent(line['accuracy'])} {interval(*line['interval'])} of "
         f"{plural(line['n'], f'{reached.split} question')} in {plural(len(each), 'subject')}, "
@@ -218,11 +215,7 @@ def _evaluate(run: RunDirectory) -> list[Section]:
         plan_table(reached),
         *subjects.categories(reached),
         *subjects.accuracies(run, each),
-        Table(
-            "Every subject, the most accurate first; question perplexity is that of the prompts' tokens",
-            ("subject", "questions", "accuracy [95 %]", "answer NLL", "question perplexity"),
-            cells,
-        ),
+        *subjects.every_subject(reached, [line]),
     )
     return [Section("The answer", blocks), *plans.tasks(reached)]
 

@@ -13,26 +13,30 @@ import pyarrow.compute as pc
 from raymerge.comparisons import comparison_rows, text_comparison_rows
 from raymerge.findings import chosen_on
 from raymerge.report import figures
-from raymerge.report.answer import MEASURES
+from raymerge.report.answer import LINKS, MEASURES, firm
 from raymerge.report.asked import command_of, model_name, sources
-from raymerge.report.content import ROLES, Block, Figure, Rows, Section, Table
+from raymerge.report.content import ROLES, Block, Figure, Rows, Section, Table, Text
 from raymerge.report.plans import VERDICT, compared_cells
 from raymerge.report.reached import TEXT_TEST, Reached, removed_share
-from raymerge.report.wording import NONE, interval, percent, perplexity
+from raymerge.report.wording import NONE, enumerated, interval, percent, perplexity
 from raymerge.schemas import Row
 from raymerge.tables import TEXT_TOKENS
 
 _PAIRED = 8  # runs of which all pairs are tested
+_SAID = 3  # pairs of which a sentence tells, of more the table alone
 _DRAWN = 120  # plans in the figure
 
 
 def compared(reached: Sequence[Reached], others: Sequence[tuple[str, str, str]]) -> Section:
     """Runs with plans in a table, a figure and paired tests; others: (run, experiment, model) of those without."""
     blocks: list[Block] = []
+    judged = _tests(reached) if len(reached) > 1 else []
+    blocks += [block for block in judged if isinstance(block, Text)]  # the answer, before what it is about
     if reached:
         blocks.append(_table(reached))
+    blocks += [block for block in judged if not isinstance(block, Text)]
     if len(reached) > 1:
-        blocks += [*_tests(reached), *_figure(reached)]
+        blocks += _figure(reached)
     if others:
         blocks.append(
             Table("Runs without evaluated plans", ("run", "experiment", "model"), tuple(others), words=(0, 1, 2))
@@ -67,9 +71,14 @@ def _table(reached: Sequence[Reached]) -> Table:
                 NONE if base is None else perplexity(base["perplexity"]),
             )
         )
-    return Table(
-        "The main plan of each run - the one that a search found; for a sweep, the unmerged model; for an evaluation, "
-        f"the model as it is - next to the unmerged model{_caveat(reached)}{_texts(reached)}",
+    told = (
+        "The evaluated models"
+        if all(one.run.experiment == "evaluate" for one in reached)
+        else "The main plan of each run - the one that a search found; for a sweep, the unmerged model; for an "
+        "evaluation, the model as it is - next to the unmerged model"
+    )
+    return _without_empty_columns(
+        f"{told}{_caveat(reached)}{_texts(reached)}",
         (
             "run",
             "experiment",
@@ -82,8 +91,18 @@ def _table(reached: Sequence[Reached]) -> Table:
             "perplexity",
             "unmerged",
         ),
-        tuple(cells),
-        words=(0, 1, 2, 3),
+        cells,
+        words=4,
+    )
+
+
+def _without_empty_columns(
+    caption: str, header: tuple[str, ...], cells: Sequence[Sequence[str]], *, words: int
+) -> Table:
+    """A table without the columns that have no value in any row; words: how many columns, the first, hold words."""
+    shown = [i for i in range(len(header)) if i < words or any(row[i] != NONE for row in cells)]
+    return Table.of(
+        caption, [header[i] for i in shown], [[row[i] for i in shown] for row in cells], words=tuple(range(words))
     )
 
 
@@ -129,22 +148,44 @@ def _tests(reached: Sequence[Reached]) -> list[Block]:
     found = {(row["plan_a"], row["plan_b"], row["measure"]): row for row in rows}
     measures = [name for name in MEASURES if any(row["measure"] == name for row in rows)]
     cells = []
-    for pair in dict.fromkeys((row["plan_a"], row["plan_b"]) for row in rows):
+    pairs = list(dict.fromkeys((row["plan_a"], row["plan_b"]) for row in rows))
+    for pair in pairs:
         judged = (compared_cells(found.get((*pair, measure))) for measure in measures)
         cells.append((*(named[int(number)] for number in pair), *itertools.chain(*judged)))
+    searched = any(one.run.experiment != "evaluate" for one in _tested(reached))
+    whose = f"{'the plans that the searches found and ' if searched else ''}the evaluated models"
     many = f" (of the first {_PAIRED} of these runs)" if len(named) > _PAIRED else ""
     on_text = f". {TEXT_TEST}" if "text_nll" in measures else ""
+    spoken = [
+        one.name if one.run.experiment == "evaluate" else f"{_called(one, headline(one))} of {one.name}"
+        for one in _tested(reached)
+    ]
+    said = [_said(spoken[int(a)], spoken[int(b)], (a, b), found) for a, b in pairs] if len(pairs) <= _SAID else []
     return [
+        *map(Text, said),
         Table(
-            f"Paired tests between the plans that the searches found and the evaluated models{many}, first minus "
-            "second, where both were asked the same questions or read the same text, with 95 % intervals. Accuracy: "
-            "percentage points, p of McNemar's exact test. Losses: nats (lower is better), p of a sign-flip test. "
+            f"Paired tests between {whose}{many}, first minus second, where both were asked the same questions or read "
+            "the same text, with 95 % intervals. Accuracy: percentage points, p of McNemar's exact "
+            "test. Losses: nats (lower is better), p of a sign-flip test. "
             f"Holm's p, in brackets, is over this table, separately for each measure{on_text}{_caveat(reached)}",
             ("first", "second", *itertools.chain(*((MEASURES[name], VERDICT) for name in measures))),
             tuple(cells),
             words=(0, 1, *range(3, 3 + 2 * len(measures), 2)),
-        )
+        ),
     ]
+
+
+def _said(first: str, second: str, pair: tuple[str, str], found: dict[tuple[str, str, str], Row]) -> str:
+    """What the tests of a pair say, in a sentence."""
+    judged = {MEASURES[name]: firm(found[*pair, name]) for name in MEASURES if (*pair, name) in found}
+    parts = [
+        (enumerated([measure for measure, said in judged.items() if said == verdict]), link)
+        for verdict, link in LINKS.items()
+        if verdict in judged.values()
+    ]
+    (measures, link), *further = parts
+    others = [f"; by {measures} it is {link} it" for measures, link in further]
+    return f"By {measures}, {first} is {link} {second}{''.join(others)}."
 
 
 def tests(reached: Sequence[Reached]) -> list[Row]:

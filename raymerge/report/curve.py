@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 from raymerge.findings import verdict
@@ -17,6 +17,13 @@ from raymerge.report.wording import difference, interval, percent, perplexity, p
 from raymerge.schemas import Row
 from raymerge.tables import RUINED, layer_ranges, way_of
 
+_DRAWN = ("accuracy", "perplexity")  # tables
+#: What variants are, by a word of their names.
+_VARIANTS = {
+    "aligned": "Aligned: neurons are reordered to match before averaging.",
+    "rows aligned": "Rows aligned: the rows of each matrix are reordered on their own before averaging.",
+    "folded": "Folded: norm gains are multiplied into the matrices before averaging.",
+}
 _OF_QUESTIONS = ("accuracy", "low", "high", "macro", "answer_nll")  # of a point, without value where none are asked
 
 
@@ -28,7 +35,7 @@ def answer(reached: Reached) -> Section:
     base, lasts = _unmerged(points), _merged(points)
     blocks: list[Block] = []
     if lasts:
-        blocks.append(Text(_sentence(base, lasts)))
+        blocks.append(Text(_sentence(reached, base, lasts)))
     if any(map(_judged, lasts)):
         blocks.append(_best(reached, base, lasts))
     blocks += [*chosen_layers(reached.run), *_curves(reached, points, base), _everything(points), *categories(reached)]
@@ -39,7 +46,7 @@ def in_words(reached: Reached) -> str:
     """The best way at the least and the most layers merged, in a sentence; "" of a run that has merged none."""
     points = curve(reached)
     lasts = _merged(points)
-    return _sentence(_unmerged(points), lasts) if lasts else ""
+    return _sentence(reached, _unmerged(points), lasts) if lasts else ""
 
 
 def _unmerged(points: list[Row]) -> Row | None:
@@ -65,6 +72,7 @@ def curve(reached: Reached) -> list[Row]:
                 "merges": row["merges"],
                 **drawn(line),
                 "read": line["perplexity"],  # infinite where a model is so ruined that it has none to be drawn
+                "asked": (line["question_perplexity"], line["question_interval"]),
                 "macro": line["macro"],
                 "answer_nll": line["nll"],
                 "removed": removed_share(line["costs"]),
@@ -78,6 +86,16 @@ def curve(reached: Reached) -> list[Row]:
 
 def _limits(point: Row) -> tuple[float | None, float | None]:
     return point["perplexity_low"], point["perplexity_high"]
+
+
+def _columns(points: list[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+    """The perplexities that points have, as columns: name, and cell of a point."""
+    known: list[tuple[str, Callable[[Row], str]]] = []
+    if any(point["asked"][0] is not None for point in points):
+        known.append(("question perplexity", lambda point: perplexity(*point["asked"])))
+    if any(point["read"] is not None for point in points):
+        known.append(("perplexity", lambda point: perplexity(point["read"], _limits(point))))
+    return known
 
 
 def _known(point: Row) -> bool:
@@ -119,7 +137,7 @@ def _judged(point: Row) -> bool:
     return point["accuracy"] is not None or point["read"] is not None
 
 
-def _sentence(base: Row | None, points: list[Row]) -> str:
+def _sentence(reached: Reached, base: Row | None, points: list[Row]) -> str:
     if not any(map(_judged, points)):
         return (
             "No questions were asked, and no plain text was read: the points were evaluated on tasks only, see below."
@@ -135,16 +153,30 @@ def _sentence(base: Row | None, points: list[Row]) -> str:
             for count, point in best.items()
         ]
         return f"{before}{'. '.join(told)}. No questions were asked."
-    before = (
-        "" if base is None else f"The unmerged model answers {percent(base['accuracy'])} of the questions correctly. "
-    )
+    asked = plural(reached.lines[0]["n"], f"{reached.split} question")
+    before = "" if base is None else f"The unmerged model answers {_share(base)} of {asked} correctly. "
     unmerged = None if base is None else base["perplexity"]
     told = [
-        f"With {plural(count, 'layer')} merged, {_way(point)} is the most accurate: "
-        f"{percent(point['accuracy'])}{_read(point, unmerged)}{_tie(points, point, 'is as accurate/are as accurate')}"
+        f"With {plural(count, 'layer')} merged, {_way(point)} is the most accurate: {_share(point)}"
+        f"{_read(point, unmerged)}{_tie(points, point, 'is as accurate/are as accurate')}{_better_read(points, point)}"
         for count, point in best.items()
     ]
     return f"{before}{'. '.join(told)}."
+
+
+def _share(point: Row) -> str:
+    return f"{percent(point['accuracy'])} {interval(point['low'], point['high'])}".strip()
+
+
+def _better_read(points: list[Row], best: Row) -> str:
+    """Which way predicts text best, where that is clearly another than the most accurate one: their intervals are
+    apart."""
+    mine = [point for point in points if point["merges"] == best["merges"] and _known(point)]
+    least = min(mine, key=lambda point: point["read"], default=best)
+    if not (_known(best) and least["perplexity_high"] < best["perplexity_low"]):
+        return ""
+    read = perplexity(least["read"], _limits(least))
+    return f"; {_way(least)} predicts plain text best: perplexity {read}, with {_share(least)} of answers correct"
 
 
 def _read(point: Row, unmerged: float | None) -> str:
@@ -160,7 +192,7 @@ def _read(point: Row, unmerged: float | None) -> str:
 def _best(reached: Reached, base: Row | None, points: list[Row]) -> Table:
     asks, measure = reached.asks, "accuracy" if reached.asks else "text_nll"
     known = {(row["plan_a"], row["plan_b"]): row for row in reached.comparisons if row["measure"] == measure}
-    cells, tied = [], False
+    cells, tied, read = [], False, _columns(points)
     for merges in sorted({point["merges"] for point in points}):
         best, drop = _at(points, merges)
         level = _level(points, best)
@@ -171,26 +203,34 @@ def _best(reached: Reached, base: Row | None, points: list[Row]) -> Table:
                 str(merges),
                 percent(best["removed"]),
                 _way(best) + (f" and {level} more" if level else ""),
-                *([f"{percent(best['accuracy'])} {interval(best['low'], best['high'])}"] if asks else []),
-                perplexity(best["read"], _limits(best)),
+                *([_share(best)] if asks else []),
+                *(cell(best) for _, cell in read),
                 dropping,
-                _against_dropping(best, drop, known),
+                _against_dropping(points, best, drop, known),
             )
         )
     ranked = "most accurate way" if asks else "way of lowest perplexity"
-    header = ("merged", "parameters removed", ranked, *(["accuracy [95 %]"] if asks else []), "perplexity", "dropping",
-              "against dropping")  # fmt: skip
+    header = ("merged", "parameters removed", ranked, *(["accuracy [95 %]"] if asks else []),
+              *(name for name, _ in read), "dropping", "against dropping")  # fmt: skip
     several = len({(point["method"], point["variant"]) for point in points}) > 1
     caption = _caption_of_best(asks, base, ranked, several=several, tied=tied)
     return Table(caption, header, tuple(cells), words=(2, len(header) - 1))
 
 
-def _against_dropping(best: Row, drop: Row | None, known: dict[tuple[str, str], Row]) -> str:
-    """What the paired test says of the best point and dropping as many layers."""
+def _against_dropping(points: list[Row], best: Row, drop: Row | None, known: dict[tuple[str, str], Row]) -> str:
+    """What the paired test says of the best point, or of the next best where it is dropping, and dropping as many
+    layers."""
     if drop is None:
         return "–"
     if best["plan_id"] == drop["plan_id"]:  # which other ways can come to, such as fixed:1
-        return "dropping is best"
+        others = [point for point in points if point["plan_id"] != drop["plan_id"] and _judged(point)]
+        if all(point["merges"] != best["merges"] for point in others):
+            return "dropping is best"
+        following, _ = _at(others, best["merges"])
+        row = known.get((following["plan_id"], drop["plan_id"]))
+        said = "" if row is None else f": {difference(row)}, {verdict(row)}"
+        alike = "no way is better" if merit(following) == merit(drop) else "dropping is best"
+        return f"{alike}; next {_way(following)}{said}"
     row = known.get((best["plan_id"], drop["plan_id"]))
     return "not compared" if row is None else f"{difference(row)}: {verdict(row)}"
 
@@ -198,6 +238,8 @@ def _against_dropping(best: Row, drop: Row | None, known: dict[tuple[str, str], 
 def _caption_of_best(asks: bool, base: Row | None, ranked: str, *, several: bool, tied: bool) -> str:
     judged, flattered = ("these same questions", "accuracy") if asks else ("this same text", "perplexity")
     caption = f"The {ranked} at every K, against dropping as many layers."
+    if asks and several:
+        caption += " Against dropping: percentage points with the 95 % interval of the paired difference."
     if tied:
         caption += " Of ways that are equally accurate, the one of lowest perplexity is shown."
     if several:
@@ -210,13 +252,14 @@ def _caption_of_best(asks: bool, base: Row | None, ranked: str, *, several: bool
         caption += f" Against dropping: nats per token with 95 % intervals, over passages of the text. {TEXT_TEST}."
     if base is None:
         return caption
-    answered = f"{percent(base['accuracy'])}, " if asks else ""
-    return f"{caption} Unmerged: {answered}perplexity {perplexity(base['read'])}"
+    unmerged = [percent(base["accuracy"])] if asks else []
+    unmerged += [] if base["read"] is None else [f"perplexity {perplexity(base['read'])}"]
+    return f"{caption} Unmerged: {', '.join(unmerged)}"
 
 
 def _curves(reached: Reached, points: list[Row], base: Row | None) -> list[Figure]:
     """Accuracy where questions were asked, and perplexity where there is any."""
-    points = [{key: value for key, value in point.items() if key != "read"} for point in points]
+    points = [{key: value for key, value in point.items() if key not in ("read", "asked")} for point in points]
     drawn = [point for point in points if point["merges"] > 0] or points
     tips = [("plan", "plan"), ("method", "method"), ("variant", "variant"), ("merges", "layers merged"),
             ("accuracy", "accuracy", ".1%"), ("low", "95 % from", ".1%"), ("high", "to", ".1%"),
@@ -240,12 +283,15 @@ def _curves(reached: Reached, points: list[Row], base: Row | None) -> list[Figur
     if any(point["perplexity"] for point in drawn):
         view, cut = _perplexities(drawn, base, told, common)
         views.append(view)
+    else:
+        tables.remove("perplexity")
     if not views:
         return []
-    title = f"{'Accuracy and perplexity' if reached.asks else 'Perplexity'} against compression"
-    caption = (
-        "Click a method in the legend to highlight it. Thin bars are 95 % intervals. Aligned: neurons are reordered to "
-        "match before averaging. Folded: norm gains are multiplied into the matrices before averaging."
+    title = f"{' and '.join(table for table in tables if table in _DRAWN).capitalize()} against compression"
+    caption = "Click a method in the legend to highlight it. Thin bars are 95 % intervals." + "".join(
+        f" {meaning}"
+        for word, meaning in _VARIANTS.items()
+        if any(part.startswith(word) for variant in variants for part in variant.split(", "))
     )
     if cut:
         caption += f" Perplexities above {RUINED:g} times the unmerged model's are not drawn; the table below has them."
@@ -292,16 +338,17 @@ def _everything(points: list[Row]) -> Table:
     speed = any(point["tokens_per_second"] for point in points)
     asks = any(point["accuracy"] is not None for point in points)
     header = ["merged", "method", "variant", "parameters removed"]
-    header += [*(["accuracy [95 %]", "mean over subjects", "answer NLL"] if asks else []), "perplexity"]
+    read = _columns(points)
+    header += [*(["accuracy [95 %]", "mean over subjects", "answer NLL"] if asks else []), *(name for name, _ in read)]
     cells = tuple(
         (
             str(point["merges"]),
             point["method"],
             point["variant"],
             percent(point["removed"]),
-            *([f"{percent(point['accuracy'])} {interval(point['low'], point['high'])}"] if asks else []),
+            *([_share(point)] if asks else []),
             *([percent(point["macro"]), value(point["answer_nll"])] if asks else []),
-            perplexity(point["read"], _limits(point)),
+            *(cell(point) for _, cell in read),
             *([value(point["tokens_per_second"], 1)] if speed else []),
         )
         for point in points

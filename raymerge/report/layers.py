@@ -19,6 +19,18 @@ _MAPS = 12  # subsets that are drawn; the rows of 57 matrices of 80 layers made 
 _PAIRS = 60  # correlations that are drawn with their intervals
 
 
+#: What a similarity of 1 means, and whether there is more than 1.
+_MEASURES = {
+    "npib": "npib: the mutual information of two layers' maps, over the geometric mean of the layers' entropies; it "
+    "has no upper bound",
+    "gaussian": "gaussian: the mutual information that two layers' maps would have as normal variables, over the "
+    "geometric mean of the layers' entropies; it has no upper bound, and a layer's with itself is set to 1",
+    "cosine": "cosine: the mean cosine between the states of a prompt at the two layers; 1 is the same direction",
+    "cka": "cka: how alike the two layers place the prompts to each other, from 0 to 1 (linear centred kernel "
+    "alignment)",
+}
+
+
 def subset_name(row: Row, suffix: str = "") -> str:
     """How the page calls a row's subset."""
     subset, language = row[f"subset{suffix}"], row[f"language{suffix}"]
@@ -31,7 +43,14 @@ def answer(run: RunDirectory) -> Section:
         return Section("The answer", (missing(run, "similarity"),))
     blocks: list[Block] = [Text(sentence) for sentence in in_words(run)]
     header, cells = summary.similarity_table(run)
+    # What all subsets share stands above the table, as in the terminal.
+    shared = [i for i in range(1, 4) if len({row[i] for row in cells}) == 1]
+    common = ", ".join(f"{header[i]} {cells[0][i]}" for i in shared)
+    kept = [i for i in range(len(header)) if i not in shared]
+    measures = dict.fromkeys(row[header.index("measure")] for row in cells)
+    meant = "".join(f". {_MEASURES[measure]}" for measure in measures if measure in _MEASURES)
     words = {
+        "n": "prompts",
         "null": "unrelated layers",
         "above null %": "pairs above noise, %",
         "neighbours": "neighbouring layers",
@@ -39,12 +58,12 @@ def answer(run: RunDirectory) -> Section:
     }
     blocks.append(
         Table.of(
-            "Similarity off the diagonal, by subset of prompts. Unrelated layers: the mean after the prompts of one "
-            "layer are shuffled against the other's. By chance 5 % of pairs lie above noise; that share does not count "
-            "pairs with a degenerate layer",
-            [words.get(name, name) for name in header],
-            cells,
-            words=(0, 1, 2, 3),
+            f"Mean similarity off the diagonal, by subset of prompts{f' ({common})' if common else ''}{meant}. "
+            "Unrelated layers: the mean after the prompts of one layer are shuffled against the other's. By chance 5 % "
+            "of pairs lie above noise; that share does not count pairs with a degenerate layer",
+            [words.get(header[i], header[i]) for i in kept],
+            [[row[i] for i in kept] for row in cells],
+            words=tuple(range(4 - len(shared))),
         )
     )
     if run.has("similarity_correlation"):
@@ -125,7 +144,9 @@ def _agreement(run: RunDirectory) -> str:
     if not bounded:
         return ""
     reach = [row for row, bound in bounded if row["ci_high"] >= bound]
-    gaps = sorted((row["ci_high"] - bound, subset_name(row, "_a"), subset_name(row, "_b")) for row, bound in bounded)
+    languages = {row[f"language_{side}"] for row, _ in bounded for side in "ab"}
+    named = subset_name if len(languages) > 1 else lambda row, side: row[f"subset{side}"]
+    gaps = sorted((row["ci_high"] - bound, named(row, "_a"), named(row, "_b")) for row, bound in bounded)
     below = [f"{a} and {b}" for gap, a, b in gaps if gap < 0]
     r = [row["pearson_off_diagonal"] for row, _ in bounded]
     digits = correlation_digits(r)

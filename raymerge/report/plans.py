@@ -176,8 +176,8 @@ def _layers(reached: Reached) -> str:
     if all(line["role"] == UNMERGED for line in reached.lines):
         return ""
     return (
-        ". In brackets: which of the original layers, counted from 0, are merged into one, take all their matrices "
-        "from another, and are dropped"
+        ". In brackets: which of the original layers, counted from 0, are averaged into one (merged), have whole "
+        "matrices in another, and are dropped"
     )
 
 
@@ -188,12 +188,14 @@ def plan_table(reached: Reached) -> Table:
         return _text_plan_table(reached)
     best = reached.best["plan_id"] if reached.best else None
     texts = any(line["perplexity"] is not None for line in reached.lines)
+    asked = any(line["question_perplexity"] is not None for line in reached.lines)
     cells = tuple(
         (
             *_named(line),
             f"{percent(line['accuracy'])} {interval(*line['interval'])}".strip(),
             f"{percent(line['macro'])} {interval(*line['macro_interval'])}".strip(),
             value(line["nll"]),
+            *([perplexity(line["question_perplexity"], line["question_interval"])] if asked else []),
             *([perplexity(line["perplexity"], line["perplexity_interval"])] if texts else []),
             "/".join(f"{100 * share:.0f}" for share in line["picked"]) if None not in line["picked"] else NONE,
         )
@@ -201,7 +203,7 @@ def plan_table(reached: Reached) -> Table:
     )
     n = reached.lines[0]["n"]
     return Table(
-        f"Every plan on {plural(n, f'{reached.split} question')}, the most accurate first, with 95 % intervals "
+        f"{_of_plans(reached, plural(n, f'{reached.split} question'), 'the most accurate')}, with 95 % intervals "
         f"(accuracies: Wilson's). Always answering A would score {percent(_always_a(reached))}{_layers(reached)}",
         (
             "plan",
@@ -210,6 +212,7 @@ def plan_table(reached: Reached) -> Table:
             "accuracy",
             "mean over subjects",
             "answer NLL",
+            *(["question perplexity"] if asked else []),
             *(["perplexity"] if texts else []),
             "picks A/B/C/D, %",
         ),
@@ -223,7 +226,7 @@ def plan_table(reached: Reached) -> Table:
 def _text_plan_table(reached: Reached) -> Table:
     read = any(line["perplexity"] is not None for line in reached.lines)
     told = (
-        "Every plan on plain text, the lowest perplexity first, with 95 % intervals. No questions were asked"
+        f"{_of_plans(reached, 'plain text', 'the lowest perplexity')}, with 95 % intervals. No questions were asked"
         if read
         else "Every plan. No questions were asked, and no plain text was read: the tasks below are all that there is"
     )
@@ -233,6 +236,13 @@ def _text_plan_table(reached: Reached) -> Table:
         tuple((*_named(line), perplexity(line["perplexity"], line["perplexity_interval"])) for line in reached.lines),
         words=(0, 1),
     )
+
+
+def _of_plans(reached: Reached, judged_by: str, first: str) -> str:
+    """How the caption of all plans begins, or of the one model of an evaluation."""
+    if all(line["as_is"] for line in reached.lines):
+        return f"The model on {judged_by}"
+    return f"Every plan on {judged_by}, {first} first"
 
 
 def _named(line: Row) -> tuple[str, str, str]:

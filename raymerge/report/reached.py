@@ -132,7 +132,7 @@ def merit(line: Row) -> float:
 def described(line: Row) -> str:
     """What a plan is, in words, and in brackets which layers it merges or leaves out."""
     if line["as_is"]:  # it may have been merged before
-        return "the model as it is"
+        return "as it is"
     kind: str = line["kind"]
     alignment: str = line["alignment"]
     words = [_NAMES.get((line["name"], kind), _KINDS.get(kind, kind))]

@@ -33,7 +33,7 @@ def to_html(page: Page) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"script_json": json_for_script, "slug": slug}
+    environment.filters |= {"script_json": json_for_script, "slug": slug, "whole": with_whole_intervals}
     folder = files("raymerge.report") / "assets"
     numbered = {id(block): n for n, block in enumerate(_figures(page), 1)}
     return environment.from_string((folder / "page.html").read_text(encoding="utf-8")).render(
@@ -52,6 +52,11 @@ def _with_unit(value: Any) -> Any:
     if isinstance(value, str) and not isinstance(value, Markup):
         return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", value)
     return value
+
+
+def with_whole_intervals(text: str) -> str:
+    """A sentence, or a table's cell, in which no line ends inside an interval: it breaks before one."""
+    return re.sub(r"(\[[^][\s]+,) (?=[^][\s]+\])", "\\1\N{NO-BREAK SPACE}", text)
 
 
 def _figures(page: Page) -> list[Figure]:

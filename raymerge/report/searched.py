@@ -163,7 +163,9 @@ def _progress(reached: Reached, judged: list[Row], objective: str) -> Figure:
     run, lower = reached.run, is_minimised(objective)
     candidates = _candidates(judged, lower)
     # Of the plans that keep one layer only the best is a control, and has a label.
-    controls = [row for row in judged if row["searcher"] == "controls" and row["plan_id"] in reached.labels]
+    scored = [row for row in judged if row["searcher"] == "controls"]
+    controls = [row for row in scored if row["plan_id"] in reached.labels]
+    left = " (of the plans that keep one layer, the best alone)" if len(controls) < len(scored) else ""
     limits, far = _limits(candidates, controls, lower)
     empty = dict.fromkeys(candidates[0], None)
     named = [(reached.labels[row["plan_id"]], row["value"]) for row in controls]
@@ -185,7 +187,7 @@ def _progress(reached: Reached, judged: list[Row], objective: str) -> Figure:
         run,
         "Objective of every candidate",
         f"Measured on the search {on}, {other} ({'lower' if lower else 'higher'} is better). Solid line: the best so "
-        f"far. Dashed lines: controls. {beyond}{lines}.",
+        f"far. Dashed lines: controls{left}. {beyond}{lines}.",
         [view],
         rows,
         "trials",

@@ -6,15 +6,16 @@ from __future__ import annotations
 import numpy as np
 import pyarrow.compute as pc
 
+from raymerge import findings
 from raymerge.domains import CATEGORIES, CATEGORY_OF
 from raymerge.report import figures
 from raymerge.report.asked import figure_of
 from raymerge.report.content import UNMERGED, Block, Section, Table
 from raymerge.report.reached import Reached, missing
-from raymerge.report.wording import NONE, count, interval, percent, signed
-from raymerge.schemas import Row
+from raymerge.report.wording import NONE, count, interval, percent, perplexity, signed, value
+from raymerge.schemas import CHANCE, Row
 from raymerge.statistics import paired_difference, wilson_interval
-from raymerge.tables import RunDirectory
+from raymerge.tables import MACRO, MICRO, RunDirectory
 
 _AGAINST = 8  # plans that the best is compared with
 
@@ -42,7 +43,50 @@ def differences(reached: Reached) -> Section:
         "answers",
         "plans",
     )
-    return Section(title, (figure, *categories(reached)))
+    plans = [line for line in (reached.base, reached.the_best) if line is not None]
+    return Section(title, (figure, *every_subject(reached, plans, folded=True), *categories(reached)))
+
+
+def stored_subjects(reached: Reached, plan_id: str) -> list[Row]:
+    """A plan's rows of `accuracy` by subject on the report split, the most accurate first."""
+    rows = reached.run.read("accuracy").to_pylist()
+    own = [row for row in rows if (row["plan_id"], row["split"]) == (plan_id, reached.split)]
+    return sorted((row for row in own if row["subject"] not in (MICRO, MACRO)), key=lambda row: -row["accuracy"])
+
+
+def every_subject(reached: Reached, plans: list[Row], *, folded: bool = False) -> list[Block]:
+    """What plans reached in every subject, beside each other; the most accurate of the first one's first."""
+    plans = list({line["plan_id"]: line for line in plans}.values())
+    own = [{row["subject"]: row for row in stored_subjects(reached, line["plan_id"])} for line in plans]
+    asked = findings.question_perplexities(reached.run)
+    read = [
+        {subject: asked.get((line["plan_id"], subject)) for subject in rows}
+        for line, rows in zip(plans, own, strict=True)
+    ]
+    measures: list[tuple[str, list[dict[str, str]]]] = [
+        ("accuracy [95 %]", [{subject: _accuracy(row) for subject, row in rows.items()} for rows in own]),
+        ("answer NLL", [{subject: value(row["nll"]) for subject, row in rows.items()} for rows in own]),
+    ]
+    if any(row is not None for rows in read for row in rows.values()):
+        shown = [{subject: _perplexity(row) for subject, row in rows.items()} for rows in read]
+        measures.append(("question perplexity", shown))
+    names = [f", {line['label']}" if len(plans) > 1 else "" for line in plans]
+    header = ("subject", "questions", *(f"{measure}{name}" for measure, _ in measures for name in names))
+    cells = [
+        (subject, str(row["n"]), *(shown.get(subject, NONE) for _, columns in measures for shown in columns))
+        for subject, row in own[0].items()
+    ]
+    whose = f" of {plans[0]['label']}" if len(plans) > 1 else ""
+    caption = f"Every subject, the most accurate{whose} first, with 95 % intervals of each subject alone"
+    return [Table.of(caption, header, cells, folded=folded)] if cells else []
+
+
+def _accuracy(row: Row) -> str:
+    return f"{percent(row['accuracy'])} {interval(row['ci_low'], row['ci_high'])}".strip()
+
+
+def _perplexity(row: Row | None) -> str:
+    return NONE if row is None else perplexity(row["perplexity"], (row["ci_low"], row["ci_high"]))
 
 
 def categories(reached: Reached) -> list[Block]:
@@ -138,6 +182,6 @@ def accuracies(run: RunDirectory, stored: list[Row]) -> list[Block]:
         axis="accuracy",
         form=figures.SHARES,
         tips=tips,
-        rule=(0.25, "chance"),
+        rule=(CHANCE, "chance"),
     )
     return [figure_of(run, "Accuracy by subject", f"{told} Bars: 95 % intervals.", [view], rows, "accuracy")]
