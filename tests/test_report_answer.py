@@ -142,7 +142,7 @@ def test_guesses_and_ruined_models_are_called_so(tmp_path, base, found, said):
     rows = run.read("perplexity").drop_columns("run_id").to_pylist()
     run.replace("perplexity", [row | ({"perplexity": 51.0} if row["plan_id"] == "found" else {}) for row in rows])
     text = answer.in_words(Reached(run))[1]
-    assert "is 51.0; the unmerged model's is 5.00: it is ruined as a language model. By loss" in text
+    assert "is 51.0; the unmerged model's is 5.00. The merged model is ruined as a language model. By loss" in text
 
 
 def test_without_a_manifest_the_best_is_not_the_one_that_the_report_likes(tmp_path):

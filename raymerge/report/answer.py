@@ -62,12 +62,11 @@ def _beside_guessing(best: Row, base: Row | None) -> list[str]:
 def _on_text(reached: Reached) -> str:
     best, base = reached.the_best, reached.base
     subject = "Its perplexity" if reached.asks else f"The perplexity of the best plan found, {best['label']},"
-    unmerged = ""
-    if base is not None and base["perplexity"] is not None:
-        ruined = best["perplexity"] > RUINED * base["perplexity"]
-        lost = ": it is ruined as a language model" if ruined else ""
-        unmerged = f"; the unmerged model's is {perplexity(base['perplexity'])}{lost}"
-    sentences = [f"{subject} on plain text is {perplexity(best['perplexity'])}{unmerged}."]
+    unmerged = None if base is None else base["perplexity"]
+    beside = "" if unmerged is None else f"; the unmerged model's is {perplexity(unmerged)}"
+    sentences = [f"{subject} on plain text is {perplexity(best['perplexity'])}{beside}."]
+    if unmerged is not None and best["perplexity"] > RUINED * unmerged:
+        sentences.append("The merged model is ruined as a language model.")
     if by_loss := told(reached, reached.against(best["plan_id"], "text_nll")):
         sentences.append(f"By loss per token it is {by_loss}.")
     if others := _layers_that_cost_less(reached):
