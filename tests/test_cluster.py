@@ -220,6 +220,10 @@ def test_a_node_that_replaces_the_last_one_takes_over_and_one_more_joins(cluster
     with make_pool(tmp_path, 1, events, grow=lambda: count[0]) as pool:
         record = Record(6, lambda: (replace(), count.__setitem__(0, 2)))
         search(pool, tmp_path, record, candidates=40)
+        deadline = time.monotonic() + 60.0
+        while pool.count < 2 and time.monotonic() < deadline:  # a slow machine starts it after the search has ended
+            pool.poll()
+            time.sleep(0.2)
         assert pool.count == 2
     check(record, tmp_path, again=1, candidates=40)
     kinds = Counter(kind for kind, _, _ in events)
