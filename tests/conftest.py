@@ -1,41 +1,27 @@
 """Fixtures that many test files share."""
 
 import os
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture
-def local_pools(monkeypatch):
+def local_pools():
     """All experiments but the search, whose trials Ray runs, use a LocalPool; the list of those that were opened."""
-    from local_pool import LocalPool
+    from local_pool import opened_locally
 
-    pools = []
-
-    def opened(*args, **options):
-        pools.append(LocalPool(*args, **options))
-        return pools[-1]
-
-    _open_in(monkeypatch, opened, "compression_sweep", "layer_similarity", "model_evaluation")
-    monkeypatch.setattr("raymerge.experiments.planning.open_pool", opened)
-    return pools
+    with opened_locally() as pools:
+        yield pools
 
 
 @pytest.fixture
-def local_searches(local_pools, monkeypatch):
+def local_searches(local_pools):
     """Searches too use a LocalPool, and no Tune: for what depends on neither."""
-    from local_pool import LocalPool, local_search
+    from local_pool import searched_locally
 
-    _open_in(monkeypatch, LocalPool, "alpha_search")
-    monkeypatch.setattr("raymerge.experiments.alpha_search.run_search", local_search)
-
-
-def _open_in(monkeypatch, pool, *experiments):
-    for name in experiments:
-        monkeypatch.setattr(f"raymerge.experiments.{name}.open_pool", pool)
-        monkeypatch.setattr(f"raymerge.experiments.{name}.runtime", lambda *_: nullcontext())
+    with searched_locally():
+        yield
 
 
 @pytest.fixture

@@ -652,7 +652,7 @@ TEXT_ALONE = [
 ]
 
 
-def test_plain_text_alone_is_searched_on_where_no_questions_are_asked(ray_session, tmp_path, capsys):
+def test_plain_text_alone_is_searched_on_where_no_questions_are_asked(local_searches, tmp_path, capsys):
     """The loss of every candidate is that of its whole model on the text after the one that is reported on."""
     from raymerge.console import print_search
 

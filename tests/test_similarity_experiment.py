@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from local_pool import opened_locally
 
 from raymerge import worker
 from raymerge.checkpoint import Checkpoint
@@ -41,8 +42,9 @@ def config(out, *more):
 
 
 @pytest.fixture(scope="module")
-def run(ray_session, tmp_path_factory):
-    return similarity(config(tmp_path_factory.mktemp("runs") / "similarity", "workers.count=2"), command=["test"])
+def run(tmp_path_factory):
+    with opened_locally():
+        return similarity(config(tmp_path_factory.mktemp("runs") / "similarity", "workers.count=2"), command=["test"])
 
 
 def test_ceilings_of_few_samples_are_warned_of(run):

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 import tiny
+from local_pool import opened_locally
 
 from raymerge import experiments, plan_section, summary
 from raymerge.alpha_files import alpha_file_text
@@ -43,8 +44,9 @@ def config(out, *more):
 
 
 @pytest.fixture(scope="module")
-def run(ray_session, tmp_path_factory):
-    return sweep(config(tmp_path_factory.mktemp("runs") / "sweep", "workers.count=2"), command=["test"])
+def run(tmp_path_factory):
+    with opened_locally():
+        return sweep(config(tmp_path_factory.mktemp("runs") / "sweep", "workers.count=2"), command=["test"])
 
 
 def test_every_method_stands_at_every_number_of_merges(run):

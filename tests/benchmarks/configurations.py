@@ -26,10 +26,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
-from unittest.mock import patch
 
 import torch
 
@@ -37,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "audit"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import task_files
 from audit import audited
-from local_pool import LocalPool, local_search
+from local_pool import opened_locally, searched_locally
 from tiny import FAMILIES, MULTIMODAL, N_LAYERS, make_checkpoint, make_multimodal
 from transformers.utils import logging as transformers_logging
 
@@ -326,15 +324,6 @@ def audit_of(run):
     return next((line for line in lines if '"ok": false' in line), ""), counts
 
 
-def without_ray(stack):
-    """Every experiment's workers in this process, and searches without Tune."""
-    for name in ("alpha_search", "compression_sweep", "layer_similarity", "model_evaluation"):
-        stack.enter_context(patch(f"raymerge.experiments.{name}.open_pool", LocalPool))
-        stack.enter_context(patch(f"raymerge.experiments.{name}.runtime", lambda *_: nullcontext()))
-    stack.enter_context(patch("raymerge.experiments.planning.open_pool", LocalPool))
-    stack.enter_context(patch("raymerge.experiments.alpha_search.run_search", local_search))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=10)
@@ -353,7 +342,8 @@ def main():
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         drawer = Drawer(folder, options.prove, options.always, options.wild, options.families)
-        without_ray(stack)
+        stack.enter_context(opened_locally())
+        stack.enter_context(searched_locally())
         for seed in range(options.seed, sys.maxsize):
             if time.monotonic() > ends:
                 break
