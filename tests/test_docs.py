@@ -112,8 +112,8 @@ def test_every_public_name_loads_and_others_are_refused():
     assert dir(raymerge) == sorted(raymerge.__all__)
 
 
-def test_the_python_examples_of_the_guide_run(tmp_path, monkeypatch, ray_session, local_pools):
-    """In order and in one namespace, as in a notebook; all but the search in this process."""
+def test_the_python_examples_of_the_guide_run(tmp_path, monkeypatch, local_searches):
+    """In order and in one namespace, as in a notebook, over a worker in this process."""
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
     monkeypatch.chdir(tmp_path)
     assert len(GUIDE_PYTHON) >= 4
