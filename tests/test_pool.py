@@ -184,6 +184,7 @@ def test_a_death_and_a_slow_restart_lose_nothing(ray_session, tmp_path):
         assert pool.map("work", [("die once", 1), ("work", 2), ("work", 3)]) == [1, 4, 9]
 
 
+@pytest.mark.cluster
 def test_a_worker_that_an_error_has_broken_is_started_again_and_fails_no_other_work(ray_session, tmp_path):
     """After most CUDA errors a process can use its device no more: a search went on to fail every candidate there."""
     with WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, timeout_s=60) as pool:
@@ -191,6 +192,7 @@ def test_a_worker_that_an_error_has_broken_is_started_again_and_fails_no_other_w
         assert pool.map("work", items) == [number * number for number in range(8)]
 
 
+@pytest.mark.cluster
 def test_a_worker_that_hangs_is_restarted_and_its_item_done_again(ray_session, tmp_path):
     with WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, timeout_s=30) as pool:
         pool.timeout_s = 3.0
@@ -200,12 +202,14 @@ def test_a_worker_that_hangs_is_restarted_and_its_item_done_again(ray_session, t
         assert 3.0 <= time.monotonic() - began < 40
 
 
+@pytest.mark.cluster
 def test_an_item_that_kills_every_worker_is_named(ray_session, tmp_path):
     with WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, timeout_s=60, max_restarts=5) as pool:
         with pytest.raises(WorkerError, match=r"work of item 1 .*die.* failed 3 times"):
             pool.map("work", [("work", 0), ("die", 1)])
 
 
+@pytest.mark.cluster
 def test_workers_that_died_while_they_had_nothing_to_do_fail_no_item(ray_session, tmp_path):
     """As when a node is lost with all its workers, of which one or none was at work."""
     events = []
@@ -218,6 +222,7 @@ def test_workers_that_died_while_they_had_nothing_to_do_fail_no_item(ray_session
     assert {worker for kind, worker, _ in events if kind == "lost"} == set(killed)
 
 
+@pytest.mark.cluster
 def test_a_pool_whose_workers_are_used_up_says_so(ray_session, tmp_path):
     with WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, timeout_s=60, max_restarts=0) as pool:
         with pytest.raises(NoRoomError, match="no worker is left, each died .*the cluster has 4 CPUs and 0 GPUs"):
@@ -326,6 +331,7 @@ def test_a_stop_while_ray_starts_is_ours_to_answer(monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.cluster
 def test_a_local_ray_whose_process_is_killed_ends_the_command_with_a_message():
     """Without its GCS Ray ends the driver after 60 s with code 1 and no word of the run; calls wait as long."""
     code = (
@@ -413,6 +419,7 @@ def test_a_pool_without_room_for_any_says_what_there_is(ray_session, tmp_path):
         WorkerPool(Plain, {"folder": str(tmp_path)}, count=1, cpus_per_worker=9, wait_s=2)
 
 
+@pytest.mark.cluster
 def test_a_worker_that_has_worked_is_replaced_when_ray_gives_it_up(ray_session, tmp_path):
     events = []
     options = {"count": 1, "max_restarts": 0, "on_event": lambda *event: events.append(event)}
@@ -426,6 +433,7 @@ def test_a_worker_that_has_worked_is_replaced_when_ray_gives_it_up(ray_session, 
     ]
 
 
+@pytest.mark.cluster
 def test_items_do_not_wait_for_a_worker_that_is_not_back(ray_session, tmp_path, monkeypatch):
     """As when its node is lost and no other has room: nobody is ever told that it has died."""
     with WorkerPool(Plain, {"folder": str(tmp_path)}, count=2) as pool:

@@ -1053,6 +1053,7 @@ def test_every_candidate_ends_as_one_row_whatever_befalls_it(pool, tmp_path):
         assert row["utilisation"] == pytest.approx(row["scoring_seconds"] / row["present_seconds"], abs=1e-3)
 
 
+@pytest.mark.cluster
 def test_a_trial_actor_that_is_killed_is_started_again_without_a_trace(pool, tmp_path, monkeypatch):
     """Nothing is lost by it, and a trial that fails for good has its error in Tune's folder and in table trials."""
     told, rows = [], []
@@ -1117,6 +1118,7 @@ def test_tensorboard_gets_every_trials_averages(pool, tmp_path):
     assert len(list((tmp_path / "tune").rglob("events.out.tfevents*"))) == len({row["batch"] for row in rows})
 
 
+@pytest.mark.cluster
 def test_a_search_whose_workers_are_used_up_fails_and_stores_no_false_failures(ray_session, tmp_path):
     rows = []
     with WorkerPool(Scorer, {"folder": str(tmp_path)}, count=1, timeout_s=60, max_restarts=1) as pool:
