@@ -114,21 +114,21 @@ def made():
 
 
 @pytest.mark.parametrize(
-    ("how", "norms", "questions"),
+    ("how", "norms", "questions", "length"),
     [
-        (ScoringPlan("device", "recompute", 8, 32768), "keep", 1024),
-        (ScoringPlan("device", "recompute", 8, 8192), "keep", 128),
-        (ScoringPlan("device", "recompute", 8, 8192), "fold", 128),
-        (ScoringPlan("device", "recompute", 1, 32768), "keep", 2048),
-        (ScoringPlan("device", "linear", 8, 32768), "keep", 1024),
-        (ScoringPlan("device", "linear", 8, 4096), "keep", 1024),  # questions take more than their tokens' chunks
+        (ScoringPlan("device", "recompute", 8, 32768), "keep", 1024, 128),
+        (ScoringPlan("device", "recompute", 8, 8192), "keep", 128, 128),
+        (ScoringPlan("device", "recompute", 8, 8192), "fold", 128, 128),
+        (ScoringPlan("device", "recompute", 1, 32768), "keep", 2048, 128),
+        (ScoringPlan("device", "linear", 8, 32768), "keep", 1024, 128),
+        (ScoringPlan("device", "linear", 8, 4096), "keep", 1024, 32),  # questions take more than their tokens' chunks
     ],
 )
-def test_scoring_takes_no_more_than_the_planner_counts_on(made, how, norms, questions):
+def test_scoring_takes_no_more_than_the_planner_counts_on(made, how, norms, questions, length):
     runner, fake = made
     with LargeAreFake(fake):
         sources = SourceLayers(runner, FIRST, norms=norms)
-        scorer = TailScorer(Trunk(runner, fake), prompts_of(questions, 128), sources=sources, plan=how)
+        scorer = TailScorer(Trunk(runner, fake), prompts_of(questions, length), sources=sources, plan=how)
         plans = [tail_plan(LAYERS, [0.5] * MERGES, name="x", kind="found", norms=norms) for _ in range(how.candidates)]
         layer = scorer.layer
         work = ScoringWork(layer.states.layout.tokens, questions, MERGES + 1, sources.stack_dtype.itemsize, compute=2)
