@@ -121,7 +121,7 @@ def made():
         (ScoringPlan("device", "recompute", 8, 8192), "fold", 128, 128),
         (ScoringPlan("device", "recompute", 1, 32768), "keep", 2048, 128),
         (ScoringPlan("device", "linear", 8, 32768), "keep", 1024, 128),
-        (ScoringPlan("device", "linear", 8, 4096), "keep", 1024, 32),  # questions take more than their tokens' chunks
+        (ScoringPlan("device", "linear", 8, 4096), "keep", 4096, 8),  # questions take more than their tokens' chunks
     ],
 )
 def test_scoring_takes_no_more_than_the_planner_counts_on(made, how, norms, questions, length):
