@@ -6,7 +6,6 @@ stored dtype, so that several processes of one machine share the pages and nothi
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -34,6 +33,7 @@ from raymerge.gguf_input import SOURCE_FILE, converted_gguf, gguf_file_of
 from raymerge.hub import fetch
 from raymerge.identity import digest
 from raymerge.positions import attention_windows, rotary_types
+from raymerge.skeleton import skeleton_of
 from raymerge.tensorfiles import DTYPES, ITEM_BYTES, is_finite
 from raymerge.towers import names_inside, whole_model
 
@@ -211,10 +211,7 @@ class Checkpoint(Mapping[str, Tensor]):
         from transformers import AutoModelForCausalLM
 
         try:
-            with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(
-                    copy.deepcopy(self.config), trust_remote_code=self.trust_remote_code
-                )
+            skeleton = skeleton_of(AutoModelForCausalLM, self.config, trust_remote_code=self.trust_remote_code)
         except (*_UNREADABLE, ArithmeticError, RuntimeError) as error:
             raise CheckpointError(
                 f"transformers cannot build the model that {self.directory}/config.json describes: {error}"

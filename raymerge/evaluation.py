@@ -22,6 +22,7 @@ from raymerge.fusion import check_mergeable
 from raymerge.plan import MergePlan
 from raymerge.prompts import ChoicePrompts, Prompts, Shard
 from raymerge.saved_config import trimmed_config
+from raymerge.skeleton import skeleton_of
 from raymerge.trunk import TrunkCache
 
 _TEXT_TOKENS = 512  # positions whose whole-vocabulary logits are computed at once
@@ -244,8 +245,7 @@ def generation_speed(
     name = checkpoint.architecture.layer_name
     gone = tuple(name(layer, "") for layer in range(layers, checkpoint.n_layers))
     config = type(checkpoint.config).from_dict(trimmed_config(checkpoint.config.to_dict(), list(range(layers))))
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
+    skeleton = skeleton_of(AutoModelForCausalLM, config, trust_remote_code=checkpoint.trust_remote_code)
     kind, names = type(skeleton), set(skeleton.state_dict())
     # Tensor by tensor, as a saved model is loaded: random weights first, and all converted ones beside them, take twice
     # the memory and most of the time.

@@ -7,7 +7,6 @@ shard are all that is held.
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +29,7 @@ from raymerge.plan import MergePlan
 from raymerge.positions import NO_ROTARY, fixed_limit
 from raymerge.prompts import Group, PromptError, Shard
 from raymerge.quantisation import quantise_layer
+from raymerge.skeleton import skeleton_of
 from raymerge.vocabulary import Vocabulary
 
 _BATCH_TOKENS = 2048  # padded tokens of the sequences run together on a CPU, where more gains nothing
@@ -144,13 +144,13 @@ class LayerRunner:
         self._eager = arch.attention_softcap is not None
         softcap = arch.attention_softcap
         self.attention_softcap: float | None = getattr(config, softcap) if softcap else None
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config),  # from_config writes the compute dtype into it
-                attn_implementation="eager" if self._eager else "sdpa",
-                dtype=self.dtype,
-                trust_remote_code=checkpoint.trust_remote_code,
-            ).eval()
+        skeleton = skeleton_of(
+            AutoModelForCausalLM,
+            config,
+            attn_implementation="eager" if self._eager else "sdpa",
+            dtype=self.dtype,
+            trust_remote_code=checkpoint.trust_remote_code,
+        ).eval()
         root, _, norm_name = arch.loaded.final_norm.removesuffix(".weight").rpartition(".")
         inside = skeleton.get_submodule(root)
         self.modules = inside.layers

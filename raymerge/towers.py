@@ -6,7 +6,6 @@ over as they are stored. No weight of theirs is ever run.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from raymerge.architectures import Architecture
+from raymerge.skeleton import skeleton_of
 
 
 def _spelling(root: str, unembedding: str) -> dict[str, Any]:
@@ -64,8 +64,7 @@ def whole_model(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Whole:
     """Have transformers load tensors of these names and shapes, of which none takes memory, into the whole model."""
     from transformers import AutoModelForImageTextToText
 
-    with torch.device("meta"):
-        kind = type(AutoModelForImageTextToText.from_config(copy.deepcopy(config)))  # which writes into it
+    kind = type(skeleton_of(AutoModelForImageTextToText, config))
     nothing = torch.zeros((), dtype=torch.float16)
     with _quiet():
         _, report = kind.from_pretrained(

@@ -29,7 +29,7 @@ LAYERS = {
         "tail_states", "tail_layer", "scoring", "evaluation", "rows", "merging", "activations", "alignment", "context",
         "quantisation", "gradient", "parametrisation", "tail_loss", "trunk", "gguf_input", "mergekit", "proof",
         "reload", "card", "device", "plan_section", "normal_equations", "refit", "role_prompts", "saved_config",
-        "saving", "vocabulary", "plan_source", "plan_prompts", "towers", "positions",
+        "saving", "vocabulary", "plan_source", "plan_prompts", "towers", "positions", "skeleton",
     ),
     3: ("worker", "worker_memory", "candidates"),
     4: ("cluster", "actors", "pool", "search", "proposers", "experiments"),
