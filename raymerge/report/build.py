@@ -12,7 +12,7 @@ from raymerge.report.asked import asked, command_of, model_name, run_names, unfi
 from raymerge.report.content import Block, Notice, Page, Section, Table, Text
 from raymerge.report.plans import plan_table
 from raymerge.report.reached import Reached, missing
-from raymerge.report.wording import interval, percent, perplexity, plural
+from raymerge.report.wording import percent, perplexity, plural
 from raymerge.tables import RunDirectory
 
 _QUESTIONS = {
@@ -204,7 +204,7 @@ def _evaluate(run: RunDirectory) -> list[Section]:
         return [Section("The answer", (Text(text), plan_table(reached))), *plans.tasks(reached)]
     each = subjects.stored_subjects(reached, line["plan_id"])
     text = (
-        f"{model_name(run)} answers {percent(line['accuracy'])} {interval(*line['interval'])} of "
+        f"{model_name(run)} answers {percent(line['accuracy'], limits=line['interval'])} of "
         f"{plural(line['n'], f'{reached.split} question')} in {plural(len(each), 'subject')}, "
         f"{percent(line['macro'])} as a mean over subjects."
     )

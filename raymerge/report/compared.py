@@ -18,7 +18,7 @@ from raymerge.report.asked import command_of, model_name, sources
 from raymerge.report.content import ROLES, Block, Figure, Rows, Section, Table, Text
 from raymerge.report.plans import VERDICT, compared_cells
 from raymerge.report.reached import TEXT_TEST, Reached, removed_share
-from raymerge.report.wording import NONE, enumerated, interval, percent, perplexity
+from raymerge.report.wording import NONE, enumerated, percent, perplexity
 from raymerge.schemas import Row
 from raymerge.tables import TEXT_TOKENS
 
@@ -65,7 +65,7 @@ def _table(reached: Sequence[Reached]) -> Table:
                 _called(one, line),
                 _layers(line["costs"], evaluated),
                 NONE if evaluated else percent(removed_share(line["costs"])),
-                f"{percent(line['accuracy'])} {interval(*line['interval'])}".strip(),
+                percent(line["accuracy"], limits=line["interval"]),
                 NONE if base is None else percent(base["accuracy"]),
                 perplexity(line["perplexity"]),
                 NONE if base is None else perplexity(base["perplexity"]),

@@ -13,7 +13,7 @@ from raymerge.report.content import Block, Figure, Section, Table, Text, View
 from raymerge.report.reached import ALIGNED, TEXT_TEST, Reached, chosen_layers, drawn, merit, missing, removed_share
 from raymerge.report.receipts import tensor_name
 from raymerge.report.subjects import categories
-from raymerge.report.wording import difference, interval, percent, perplexity, plural, value
+from raymerge.report.wording import difference, percent, perplexity, plural, value
 from raymerge.schemas import Row
 from raymerge.tables import RUINED, layer_ranges, way_of
 
@@ -165,7 +165,7 @@ def _sentence(reached: Reached, base: Row | None, points: list[Row]) -> str:
 
 
 def _share(point: Row) -> str:
-    return f"{percent(point['accuracy'])} {interval(point['low'], point['high'])}".strip()
+    return percent(point["accuracy"], limits=(point["low"], point["high"]))
 
 
 def _better_read(points: list[Row], best: Row) -> str:

@@ -192,8 +192,8 @@ def plan_table(reached: Reached) -> Table:
     cells = tuple(
         (
             *_named(line),
-            f"{percent(line['accuracy'])} {interval(*line['interval'])}".strip(),
-            f"{percent(line['macro'])} {interval(*line['macro_interval'])}".strip(),
+            percent(line["accuracy"], limits=line["interval"]),
+            percent(line["macro"], limits=line["macro_interval"]),
             value(line["nll"]),
             *([perplexity(line["question_perplexity"], line["question_interval"])] if asked else []),
             *([perplexity(line["perplexity"], line["perplexity_interval"])] if texts else []),

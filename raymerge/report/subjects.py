@@ -82,7 +82,7 @@ def every_subject(reached: Reached, plans: list[Row], *, folded: bool = False) -
 
 
 def _accuracy(row: Row) -> str:
-    return f"{percent(row['accuracy'])} {interval(row['ci_low'], row['ci_high'])}".strip()
+    return percent(row["accuracy"], limits=(row["ci_low"], row["ci_high"]))
 
 
 def _perplexity(row: Row | None) -> str:

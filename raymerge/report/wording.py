@@ -15,9 +15,10 @@ def finite(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def percent(share: float | None, digits: int = 1) -> str:
-    """A share in [0, 1] as a percentage."""
-    return NONE if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f} %"
+def percent(share: float | None, digits: int = 1, *, limits: tuple[float | None, float | None] = (None, None)) -> str:
+    """A share in [0, 1] as a percentage, with its interval where there is one."""
+    text = NONE if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f} %"
+    return f"{text} {interval(*limits)}".rstrip()
 
 
 def interval(low: float | None, high: float | None) -> str:
