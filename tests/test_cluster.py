@@ -168,8 +168,8 @@ def kill_process(pool, slot):
     os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("nodes", [2, 4])
-def test_a_search_uses_every_node(cluster, tmp_path, nodes):
+def test_a_search_uses_every_node(cluster, tmp_path):
+    nodes = 4
     cluster(nodes)
     placement = plan_workers("auto", "auto", 1, cluster_nodes())
     assert (placement.count, placement.gpus) == (nodes, 1.0)
