@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 
 def skeleton_of(kind: Any, config: Any, **options: Any) -> Any:
@@ -16,18 +14,5 @@ def skeleton_of(kind: Any, config: Any, **options: Any) -> Any:
 
     options: of its `from_config`. config stays as it is. Raises whatever transformers raises over the config.
     """
-    with torch.device("meta"), _NoDraws():
+    with torch.device("meta"):
         return kind.from_config(copy.deepcopy(config), **options)  # which writes into it
-
-
-class _NoDraws(TorchFunctionMode):
-    """Within, modules do not initialise their weights: on the meta device too, where nothing holds what is drawn, that
-    takes nearly half of the time."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
