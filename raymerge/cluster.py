@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import signal
@@ -26,6 +27,7 @@ from raymerge.progress import SHOW_CURSOR, Progress, Silent, step
 
 _REACH_S = 10.0  # for a head to take a connection
 _LOOK_S = 1.0  # between looks at whether Ray's processes are there
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class ClusterError(UserError):
@@ -195,10 +197,18 @@ def start_ray(
                 if not isinstance(error, Exception):
                     raise
                 # Ray's own is of no narrower class where its processes do not come.
+                cure = (
+                    "It gives its processes 30 s: the machine may be busy or short of memory, or its folder for "
+                    "temporary files full. Run the same command again when there is room, or with TMPDIR on another "
+                    "disk"
+                )
+                if isinstance(error, OSError) and error.errno in _UNWRITABLE:  # such as HOME=/ in a container
+                    cure = (
+                        f"It writes into its user's home, {Path.home()}, and into a folder for temporary files: set "
+                        "HOME, or TMPDIR, to a folder that can be written"
+                    )
                 raise ClusterError(
-                    f"no local Ray could be started ({type(error).__name__}: {error}). It gives its processes 30 s: "
-                    "the machine may be busy or short of memory, or its folder for temporary files full. Run the same "
-                    "command again when there is room, or with TMPDIR on another disk"
+                    f"no local Ray could be started ({type(error).__name__}: {error}). {cure}"
                 ) from error
         up.set()
     try:

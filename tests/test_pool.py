@@ -1,5 +1,6 @@
 """Placement by arithmetic; the pool on a plain class whose instances die, hang and raise on request."""
 
+import errno
 import os
 import platform
 import re
@@ -362,6 +363,21 @@ def test_a_local_ray_that_does_not_start_is_no_bug(monkeypatch):
     monkeypatch.setattr("raymerge.cluster.ray.is_initialized", lambda: False)
     with pytest.raises(ClusterError, match="no local Ray .*timed out during startup.*same command again"), start_ray():
         pass
+
+
+def test_a_home_that_ray_cannot_write_into_is_named_with_the_cure(monkeypatch):
+    """As that of a container's user of no name: `docker run --user 1234` gives HOME=/."""
+
+    def starts(**_):
+        raise PermissionError(errno.EACCES, "Permission denied", "/.ray")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("HOME", "/")
+    monkeypatch.setattr("raymerge.cluster.ray.init", starts)
+    monkeypatch.setattr("raymerge.cluster.ray.is_initialized", lambda: False)
+    with pytest.raises(ClusterError, match=r"'/\.ray'\)\. It writes into its user's home, /, .*set HOME, or TMPDIR"):
+        with start_ray():
+            pass
 
 
 @pytest.mark.parametrize("address", [None, "local"])
