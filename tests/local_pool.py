@@ -91,8 +91,10 @@ def _open_in(patch, pool, *experiments):
 
 
 def _sent(value):
-    """What another process gets."""
-    return pickle.loads(pickle.dumps(value))
+    """What another process gets: a copy, into whose arrays nobody can write, as into those that Ray gives."""
+    buffers = []
+    data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    return pickle.loads(data, buffers=[buffer.raw().tobytes() for buffer in buffers])
 
 
 def local_search(batches, *, name, storage_path, loggers, method="score", arguments=()):
