@@ -50,9 +50,9 @@ def answer(reached: Reached) -> Section:
 def _tiles(best: Row, base: Row | None) -> list[Fact]:
     tiles = []
     if best["accuracy"] is not None:
-        tiles.append(Fact("Accuracy", percent(best["accuracy"]), f"95 % interval {interval(*best['interval'])}"))
+        tiles.append(Fact("Accuracy", percent(best["accuracy"]), _interval(best)))
     if base is not None and base["accuracy"] is not None:
-        tiles.append(Fact("Unmerged", percent(base["accuracy"]), f"95 % interval {interval(*base['interval'])}"))
+        tiles.append(Fact("Unmerged", percent(base["accuracy"]), _interval(base)))
     if best["perplexity"] is not None:
         unmerged = "" if base is None else f"unmerged {perplexity(base['perplexity'])}"
         tiles.append(Fact("Perplexity, plain text", perplexity(best["perplexity"]), unmerged))
@@ -63,6 +63,12 @@ def _tiles(best: Row, base: Row | None) -> list[Fact]:
         gone = f"{percent(removed_share(costs))} of {parameters} parameters removed"
         tiles.append(Fact("Layers", f"{costs['layers']} of {whole}", gone))
     return tiles
+
+
+def _interval(line: Row) -> str:
+    """The interval of a line's accuracy, which runs of earlier versions have not."""
+    known = interval(*line["interval"])
+    return known and f"95 % interval {known}"
 
 
 _SIGNS = {"better": "▲", "worse": "▼", "indistinguishable": "≈"}
