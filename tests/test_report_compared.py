@@ -78,6 +78,17 @@ def test_sweeps_stand_beside_each_other_without_a_plan_to_test(tmp_path):
     assert others == []
 
 
+def test_a_figure_without_the_runs_that_asked_nothing_does_not_say_that_all_are_there(tmp_path, search):
+    """"Every plan of every run", it said, without those of a run of text alone."""
+    other = search_run(tmp_path / "other", objective="text_nll")
+    other.config["data"] |= {"mmlu": None}
+    for table in ("answers", "accuracy"):
+        other.replace(table, [])
+    (figure,) = blocks([compared.compared([Reached(search), Reached(other)], [])], Figure)
+    assert figure.caption.startswith("Every plan that was asked questions, with 95 % intervals.")
+    assert {row["run"] for row in as_dicts(figure.rows)} == {"k3"}
+
+
 def test_tests_name_no_evaluated_models_where_there_are_none(tmp_path, search):
     other = search_run(tmp_path / "other", seed=1)
     _, tests = blocks([compared.compared([Reached(search), Reached(other)], [])], Table)

@@ -261,7 +261,9 @@ def _figure(reached: Sequence[Reached]) -> list[Figure]:
                     }
                 )
     rows.sort(key=lambda row: -ROLES.index(row["role"]))
-    which = "Every plan of every run" if len(rows) <= _DRAWN else f"{_DRAWN} of {len(rows)} plans, found plans first"
+    everything = len(rows) == sum(len(one.lines) for one in reached)
+    which = "Every plan of every run" if everything else "Every plan that was asked questions"
+    which = which if len(rows) <= _DRAWN else f"{_DRAWN} of {len(rows)} plans, found plans first"
     rows = rows[-_DRAWN:]
     if not rows:
         return []
