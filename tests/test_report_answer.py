@@ -326,6 +326,8 @@ def test_what_averages_nothing_is_not_said_to_gain_by_it(tmp_path, alphas, sourc
         ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), "layers 2 and 5", "matrices of 2 and 5 in 2, without 3-4"),
         ((0.0, 0.0, 0.0), (1.0, 1.0, 0.0), "layers 3 and 5", "matrices of 3 and 5 in 2, without 2, 4"),
         ((1.0, 1.0, 1.0), (1.0, 1.0, 0.5), None, "2-3 merged, without 4-5"),
+        # "4-5 merged, without 2-3" read like a merge of 5 into 4, whose norms are 4's.
+        ((0.5, 0.0, 0.0), (0.5, 0.0, 0.0), None, "matrices of 4-5 merged in 2, without 2-3"),
     ],
 )
 def test_matrices_of_several_layers_none_of_which_is_averaged_are_told_alike_everywhere(

@@ -79,7 +79,7 @@ def test_sweeps_stand_beside_each_other_without_a_plan_to_test(tmp_path):
 
 
 def test_a_figure_without_the_runs_that_asked_nothing_does_not_say_that_all_are_there(tmp_path, search):
-    """ "Every plan of every run", it said, without those of a run of text alone."""
+    """It said "Every plan of every run" without those of a run of text alone."""
     other = search_run(tmp_path / "other", objective="text_nll")
     other.config["data"] |= {"mmlu": None}
     for table in ("answers", "accuracy"):

@@ -155,7 +155,7 @@ def test_an_evaluation_without_questions_has_its_perplexity_and_its_tasks(tmp_pa
 
 
 def test_an_evaluation_on_tasks_alone_has_one_model_and_no_plans(tmp_path):
-    """ "Every plan", it said, above the one model, and a perplexity that was a dash."""
+    """It said "Every plan" above the one model, whose perplexity was a dash."""
     run = RunDirectory.open(tmp_path / "run", {"model": {"path": "/models/mine"}, "data": {"mmlu": None}}, "evaluate")
     run.begin()
     run.append("task_accuracy", [task_accuracy("base", 40)])
