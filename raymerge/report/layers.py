@@ -21,8 +21,8 @@ _PAIRS = 60  # correlations that are drawn with their intervals
 
 #: What a similarity of 1 means, and whether there is more than 1.
 _MEASURES = {
-    "npib": "npib: the mutual information of two layers' maps, over the geometric mean of the layers' entropies; it "
-    "has no upper bound",
+    "npib": "npib: the mean mutual information of a coordinate of one layer's map and one of the other's, over the "
+    "geometric mean of the layers' entropies; it has no upper bound",
     "gaussian": "gaussian: the mutual information that two layers' maps would have as normal variables, over the "
     "geometric mean of the layers' entropies; it has no upper bound, and a layer's with itself is set to 1",
     "cosine": "cosine: the mean cosine between the states of a prompt at the two layers; 1 is the same direction",
