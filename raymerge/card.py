@@ -111,6 +111,13 @@ def _proof_line(proof: dict[str, Any] | None) -> str:
     )
 
 
+#: What columns of `summary.plan_table` are, by the beginning of their names.
+_MEANT = {
+    "question ppl": "perplexity on the questions' own tokens",
+    "text ppl": "perplexity on plain text",
+}
+
+
 def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
     """Lines of markdown: the plan found beside every control on the report questions, with intervals of 95 %."""
     lines = findings.plan_lines(run, split)
@@ -122,6 +129,9 @@ def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
     chosen = "**on which the search chose**, so every figure of the found plan is too good."
     same = asked and run.config.get("data", {}).get("search_split") == split
     read = any(line["perplexity"] is not None for line in lines)
+    meant = "".join(
+        f"; {name} is {of}" for name, of in _MEANT.items() if any(column.startswith(name) for column in header)
+    )
     tasks, scored = summary.task_table(run)
     compared, pairs = summary.comparison_table(run, plan_id)
     unseen = "by none of which the search chose." if same else "none of which the search saw."
@@ -129,7 +139,7 @@ def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
         (f"On {lines[0]['n']} {split} questions, " if asked else "On plain text, " if read else "On the tasks below, ")
         + (chosen if findings.chosen_on(run, split) else unseen),
         f"The search objective was {', '.join(objectives)}. Every plan except base, the unmerged model, has the same "
-        "number of layers. Intervals are 95 % intervals; perplexity is on plain text.",
+        f"number of layers. Intervals are 95 % intervals{meant}.",
         "",
         *_markdown(header, cells),
         "",

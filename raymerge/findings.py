@@ -68,12 +68,19 @@ def fates_of(run: RunDirectory) -> dict[str, str]:
     """plan_id -> which of the original layers are averaged into one, have whole matrices in another layer, and are in
     no layer of the merged model: '9-13 merged', 'without 9-12', 'matrices of 11 in 7, without 7-10', or '' if all stay.
 
-    Not by the steps: one whose alpha is 0 removes the layer that it merges into.
+    Not by the steps: one whose alpha is 0 removes the layer that it merges into, which keeps what is not averaged
+    ('matrices of 10-11 merged in 7, without 7-9').
     """
     costs = {row["plan_id"]: row["layers"] + row["layers_removed"] for row in run.read("costs").to_pylist()}
     fates = {}
     for plan_id, groups in sources_of(run).items():
-        words = [f"{layer_ranges(own.layers)} merged" for own in groups.values() if own.averaged]
+        words = [
+            f"{layer_ranges(own.layers)} merged"
+            if kept in own.layers
+            else f"matrices of {layer_ranges(own.layers)} merged in {kept}"
+            for kept, own in groups.items()
+            if own.averaged
+        ]
         words += [
             f"matrices of {layer_ranges(layers).replace(', ', ' and ')} in {kept}"
             for kept, layers in replaced(groups).items()

@@ -124,6 +124,19 @@ def test_results_of_a_search_are_those_of_its_tables(tmp_path):
     assert (own["against"], own["difference"], own["verdict"]) == ("base", "-0.2000", "worse")
 
 
+def test_a_card_does_not_call_the_questions_own_perplexity_that_of_a_text(tmp_path):
+    run = search_run(tmp_path / "run")
+    run.replace("perplexity", [
+        {"plan_id": plan, "target": "question", "tokens": 9, "nll": 0.1, "perplexity": 2.0}
+        for plan in ("base", "drop", "fixed", "found")
+    ])  # fmt: skip
+    lines = search_results(run, "found", "test")
+    assert "question ppl [95 %]" in tables_of(lines)["plan"][0]
+    assert lines[1].endswith(" Intervals are 95 % intervals; question ppl is perplexity on the questions' own tokens.")
+    lines = search_results(search_run(tmp_path / "other"), "found", "test")
+    assert lines[1].endswith(" Intervals are 95 % intervals; text ppl is perplexity on plain text.")
+
+
 def test_results_of_a_search_without_questions_are_of_text_or_of_tasks(tmp_path):
     run = search_run(tmp_path / "run")
     run.config["data"]["mmlu"] = None

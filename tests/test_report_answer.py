@@ -16,7 +16,7 @@ from report_runs import (
 
 from raymerge import findings, rows, summary
 from raymerge.card import search_results
-from raymerge.plan import base_plan, drop_block_plan, pairs_plan, tail_pairs
+from raymerge.plan import base_plan, drop_block_plan, drop_plan, keep_one_plans, pairs_plan, tail_pairs
 from raymerge.report import (
     answer,
     plans,
@@ -277,6 +277,36 @@ def test_the_answer_says_whether_averaging_gained_anything(tmp_path, right, text
 
 
 @pytest.mark.parametrize(
+    ("beside_drop", "said"),
+    [
+        ({}, "By accuracy, answer NLL and loss per token it is better than keep_5, "),
+        # "averaging gained what no choice of one layer does" stood below "indistinguishable from drop", which is one.
+        ({"text_nll": 0.0}, "By accuracy and answer NLL it is better than keep_5, "),
+        ({"text_nll": 0.0, "accuracy": 0.0, "answer_nll": 0.0}, None),
+        ({"accuracy": -0.2}, None),
+    ],
+)
+def test_averaging_gains_where_it_is_better_than_every_choice_of_one_layer(tmp_path, beside_drop, said):
+    """keep_5 is the best on the search questions; dropping keeps another of the merged layers."""
+    run = search_run(tmp_path / "run", right={"base": 0.9, "drop": 0.3, "fixed": 0.3, "found": 0.9})
+    plan = keep_one_plans(drop_plan(LAYERS, MERGES))[5]
+    for table, rows_of in (("plans", rows.plan_rows), ("coefficients", rows.coefficient_rows)):
+        others = [row for row in run.read(table).drop_columns("run_id").to_pylist() if row["plan_id"] != "fixed"]
+        run.replace(table, [*others[:-1], *rows_of(plan, "fixed"), others[-1]])
+    stored = run.read("comparisons").drop_columns("run_id").to_pylist()
+    p = {measure: 0.001 if difference else 1.0 for measure, difference in beside_drop.items()}
+    changed = {"difference": beside_drop, "p_value": p, "p_holm": p}
+    run.replace("comparisons", [
+        row | {key: by[row["measure"]] for key, by in changed.items()
+               if row["plan_b"] == "drop" and row["measure"] in by}
+        for row in stored
+    ])  # fmt: skip
+    _, paragraphs = beside_one_layer(run, best="keep_5")
+    assert [paragraph[: len(said)] for paragraph in paragraphs] == [said] if said else paragraphs == []
+    assert all(paragraph.endswith(": averaging gained what choosing one layer did not.") for paragraph in paragraphs)
+
+
+@pytest.mark.parametrize(
     ("alphas", "source"), [((1.0, 0.0, 1.0), None), ((1.0, 1.0, 0.0), LAYERS - 3), ((0.0, 0.0, 0.0), LAYERS - 1)]
 )
 def test_what_averages_nothing_is_not_said_to_gain_by_it(tmp_path, alphas, source):
@@ -296,6 +326,8 @@ def test_what_averages_nothing_is_not_said_to_gain_by_it(tmp_path, alphas, sourc
         ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), "layers 2 and 5", "matrices of 2 and 5 in 2, without 3-4"),
         ((0.0, 0.0, 0.0), (1.0, 1.0, 0.0), "layers 3 and 5", "matrices of 3 and 5 in 2, without 2, 4"),
         ((1.0, 1.0, 1.0), (1.0, 1.0, 0.5), None, "2-3 merged, without 4-5"),
+        # "4-5 merged, without 2-3" read like a merge of 5 into 4, whose norms are 4's.
+        ((0.5, 0.0, 0.0), (0.5, 0.0, 0.0), None, "matrices of 4-5 merged in 2, without 2-3"),
     ],
 )
 def test_matrices_of_several_layers_none_of_which_is_averaged_are_told_alike_everywhere(

@@ -70,6 +70,31 @@ def test_several_runs_are_compared_on_the_same_questions(tmp_path, search):
     assert [len(table.header), *map(len, table.cells)] == [8, 8] and "over this table" in table.caption
 
 
+def test_sweeps_stand_beside_each_other_without_a_plan_to_test(tmp_path):
+    """Of two sweeps, none of which has a plan of its own to be tested, there was no page but an exception."""
+    runs = [sweep_run(tmp_path / name) for name in ("a", "b")]
+    table, *others = blocks([page_of(runs, "raymerge report", Silent()).sections[0]], Table)
+    assert [row[:4] for row in table.cells] == [(name, "sweep", "tiny", "base") for name in ("a", "b")]
+    assert others == []
+
+
+def test_a_figure_without_the_runs_that_asked_nothing_does_not_say_that_all_are_there(tmp_path, search):
+    """It said "Every plan of every run" without those of a run of text alone."""
+    other = search_run(tmp_path / "other", objective="text_nll")
+    other.config["data"] |= {"mmlu": None}
+    for table in ("answers", "accuracy"):
+        other.replace(table, [])
+    (figure,) = blocks([compared.compared([Reached(search), Reached(other)], [])], Figure)
+    assert figure.caption.startswith("Every plan that was asked questions, with 95 % intervals.")
+    assert {row["run"] for row in as_dicts(figure.rows)} == {"k3"}
+
+
+def test_tests_name_no_evaluated_models_where_there_are_none(tmp_path, search):
+    other = search_run(tmp_path / "other", seed=1)
+    _, tests = blocks([compared.compared([Reached(search), Reached(other)], [])], Table)
+    assert tests.caption.startswith("Paired tests between the plans that the searches found, first minus second, ")
+
+
 def test_runs_on_other_questions_or_another_text_are_compared_on_the_rest(tmp_path, search):
     other = search_run(tmp_path / "other")
     for name, changed in (("answers", {"content_hash": "another"}), ("perplexity", {"text_hash": "another"})):

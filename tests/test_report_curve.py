@@ -1,6 +1,7 @@
 """What a page says of the compression curve of a sweep."""
 
 import json
+import math
 
 import pytest
 from report_runs import (
@@ -127,6 +128,56 @@ def test_the_sentence_of_a_curve_has_intervals_and_names_the_way_that_predicts_t
         f"{share['drop3']} (perplexity 900, the unmerged model's is 5.00; it is ruined as a language model); fixed_0.5 "
         f"predicts plain text best: perplexity 30.0 [25.0, 35.0], with {share['half3']} of answers correct."
     )
+
+
+@pytest.mark.parametrize(
+    ("most", "other", "named"),
+    [
+        ((900.0, 700.0, 1000.0), (30.0, 25.0, 35.0), True),
+        # Of the two ruined models one was said to predict text best, as if it were a way out.
+        ((20000.0, 15000.0, 25000.0), (900.0, 700.0, 1000.0), False),
+        # Beside a perplexity that is infinite, where it matters most, no other way was named.
+        ((math.inf, None, None), (30.0, 25.0, 35.0), True),
+        ((math.inf, 15000.0, math.inf), (30.0, 25.0, 35.0), True),
+        ((math.inf, None, None), (math.inf, None, None), False),
+        ((900.0, None, None), (30.0, 25.0, 35.0), False),  # of an earlier version
+    ],
+)
+def test_the_way_that_predicts_text_best_is_named_where_it_is_clear_and_not_ruined_itself(tmp_path, most, other, named):
+    run = sweep_run(tmp_path / "curve", half3=0.4, drop3=0.9)
+    read = {"drop3": most, "half3": other}
+    run.replace("perplexity", [
+        row | dict(zip(("perplexity", "ci_low", "ci_high"), read.get(row["plan_id"], (row["perplexity"], row["ci_low"],
+                                                                                      row["ci_high"])), strict=True))
+        for row in run.read("perplexity").drop_columns("run_id").to_pylist()
+    ])  # fmt: skip
+    said = curve.in_words(Reached(run))
+    assert "ruined as a language model)" in said
+    assert ("; fixed_0.5 predicts plain text best: perplexity " in said) == named
+
+
+def test_a_curve_without_dropping_is_held_against_nothing(tmp_path):
+    """Two columns of dashes stood there, and a caption of what they would say."""
+    run = sweep_run(tmp_path / "curve")
+    points = run.read("sweep").drop_columns("run_id").to_pylist()
+    names = {"drop": "before_last"}
+    run.replace("sweep", [row | {"method": names.get(row["method"], row["method"])} for row in points])
+    best, _ = blocks([curve.answer(Reached(run))], Table)
+    assert best.header == ("merged", "parameters removed", "most accurate way", "accuracy [95 %]", "perplexity")
+    assert {len(row) for row in best.cells} == {5} and best.words == (2,)
+    assert best.caption.startswith(
+        "The most accurate way at every K. It was chosen as the best of several on these same questions, so its "
+        "accuracy is too good. Unmerged: "
+    )
+
+
+def test_what_was_chosen_as_the_best_is_the_way_and_not_the_difference(tmp_path):
+    """A sentence on the difference stood between the way and "It was chosen as the best of several"."""
+    best, _ = blocks([curve.answer(Reached(sweep_run(tmp_path / "curve")))], Table)
+    first, second, third, *_ = best.caption.split(". ")
+    assert first == "The most accurate way at every K, against dropping as many layers"
+    assert second.startswith("It was chosen as the best of several")
+    assert third.startswith("The verdicts use Holm's p")
 
 
 def test_where_dropping_is_best_the_next_way_is_held_against_it(tmp_path):

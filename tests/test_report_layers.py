@@ -198,6 +198,24 @@ def test_captions_of_imported_matrices_speak_of_no_noise_that_is_not_known(tmp_p
         assert words in captions["own"] and words not in captions["imported"]
 
 
+def test_the_table_of_imported_matrices_has_no_columns_of_what_is_not_known(tmp_path):
+    """Above it stood "(language imported, measure imported, embedding imported)", in it four columns of dashes, and
+    noise was explained that nothing is known of."""
+    table, *_ = blocks([layers.answer(imported_run(tmp_path / "run", ["a", "b", "c"]))], Table)
+    assert table.caption == "Mean similarity off the diagonal, by subset of prompts"
+    assert table.header == ("subset", "mean", "neighbouring layers", "undefined") and table.words == (0,)
+    assert [row[0] for row in table.cells] == ["a", "b", "c"] and "–" not in table.cells[0]
+    run = similarity_run(tmp_path / "own")
+    own, *_ = blocks([layers.answer(run)], Table)
+    assert "prompts (language en, measure gaussian, embedding diffusion). gaussian: " in own.caption
+    assert "By chance 5 % of pairs lie above noise" in own.caption and "unrelated layers" in own.header
+    rows = run.read("similarity").drop_columns("run_id").to_pylist()
+    run.replace("similarity", [row | {"measure": "npib"} for row in rows])
+    # It was called the mutual information of the maps, which gaussian is: it is of their coordinates, two by two.
+    own, *_ = blocks([layers.answer(run)], Table)
+    assert ". npib: the mean mutual information of a coordinate of one layer's map and one of the other" in own.caption
+
+
 @pytest.mark.parametrize(("least", "log"), [(1e-6, True), (0.0, False), (-2e-16, False)])
 def test_block_influence_is_drawn_and_named_on_a_logarithmic_axis_where_all_of_it_is_positive(tmp_path, least, log):
     """0 is a layer that changes nothing, and rounding can leave less."""

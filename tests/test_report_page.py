@@ -154,6 +154,18 @@ def test_an_evaluation_without_questions_has_its_perplexity_and_its_tasks(tmp_pa
     assert blocks(page_of([run, run], "", Silent()).sections[:1], Figure) == []
 
 
+def test_an_evaluation_on_tasks_alone_has_one_model_and_no_plans(tmp_path):
+    """It said "Every plan" above the one model, whose perplexity was a dash."""
+    run = RunDirectory.open(tmp_path / "run", {"model": {"path": "/models/mine"}, "data": {"mmlu": None}}, "evaluate")
+    run.begin()
+    run.append("task_accuracy", [task_accuracy("base", 40)])
+    run.append("plans", rows.plan_rows(base_plan(LAYERS), "base"))
+    run.write_manifest()
+    table, _ = blocks(run_sections(run, heading=None), Table)
+    assert table.caption.startswith("The model. No questions were asked, and no plain text was read: the tasks below")
+    assert table.header == ("plan", "what it is", "layers") and table.cells == (("the model", "as it is", "–"),)
+
+
 def test_a_search_that_reports_on_tasks_alone_speaks_of_no_plain_text(tmp_path, capsys):
     run = search_run(tmp_path / "run", objective="text_nll")
     run.config["data"] |= {"mmlu": None}
@@ -169,6 +181,7 @@ def test_a_search_that_reports_on_tasks_alone_speaks_of_no_plain_text(tmp_path, 
     sections = run_sections(run, heading=None)
     captions = [table.caption for table in blocks(sections, Table)]
     assert captions[0].startswith("Every plan. No questions were asked, and no plain text was read")
+    assert blocks(sections, Table)[0].header == ("plan", "what it is", "layers")  # no column of dashes
     console.print_search(run, "test")
     assert "On plain text:" not in capsys.readouterr().out
 

@@ -70,6 +70,15 @@ def test_a_caption_names_no_panel_that_is_not_there(tmp_path):
     assert "panel" not in figure.caption and "95 % intervals" in figure.caption
 
 
+def test_a_run_without_intervals_promises_none_beside_its_accuracies(tmp_path):
+    """Of a run of an earlier version "95 % interval" stood below the accuracies, and nothing behind it."""
+    run = search_run(tmp_path / "run")
+    stored = run.read("accuracy").drop_columns("run_id").to_pylist()
+    run.replace("accuracy", [row | {"ci_low": None, "ci_high": None} for row in stored])
+    (tiles,) = (block.facts for block in blocks([plans.answer(Reached(run))], Facts))
+    assert [(fact.term, fact.note) for fact in tiles[:2]] == [("Accuracy", ""), ("Unmerged", "")]
+
+
 def test_differences_by_subject_are_paired(search):
     rows = subjects.difference_rows(Reached(search))
     assert [row["against"] for row in rows[:2]] == ["base", "base"]

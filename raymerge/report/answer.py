@@ -77,9 +77,13 @@ def _on_text(reached: Reached) -> str:
 
 
 def _beside_one_layer(reached: Reached) -> list[str]:
-    """Whether the best plan averages anything, and is better than the best that keeps one of the same layers alone."""
+    """Whether the best plan averages anything, and is better than the best that keeps one of the same layers alone.
+
+    That averaging gained something is said where no plan that keeps one of them is as good: the best was chosen by the
+    search's objective alone, and by another measure dropping, which keeps the first, can be better."""
     best, plan = reached.the_best, reached.run.config.get("plan") or {}
-    sources = findings.sources_of(reached.run).get(best["plan_id"])
+    every = findings.sources_of(reached.run)
+    sources = every.get(best["plan_id"])
     if sources is None:
         return []
     if not any(own.averaged for own in sources.values()):
@@ -90,7 +94,8 @@ def _beside_one_layer(reached: Reached) -> list[str]:
         return [f"It averages nothing: each of its matrices is a single layer's{''.join(whose)}."]
     name = ((reached.run.manifest() or {}).get("keep_one") or {}).get("best")
     # Of the rows: a search may have found what is also a control, whose line then has the found plan's name.
-    ids = {row["plan_id"] for row in reached.plans if row["name"] == name and row["kind"] in _KEEPING}
+    dropping = [row for row in reached.plans if row["kind"] in _KEEPING]
+    ids = {row["plan_id"] for row in dropping if row["name"] == name}
     kept = next((line for line in reached.lines if line["plan_id"] in ids), None)
     # Where the found block need not be the start's.
     elsewhere = (plan.get("selection"), plan.get("block")) == ("block", "search")
@@ -98,13 +103,19 @@ def _beside_one_layer(reached: Reached) -> list[str]:
         return []
     rows = {measure: reached.against(best["plan_id"], measure).get(kept["plan_id"]) for measure in MEASURES}
     said = {measure: firm(row) for measure, row in rows.items() if row is not None}
-    asked = {measure: verdict for measure, verdict in said.items() if measure != "text_nll"}
     what = f"{kept['label']}, the best of the plans that keep one of the merged layers and drop the others"
-    if "worse" not in asked.values() and "better" in said.values():
-        by = enumerated([MEASURES[measure] for measure, verdict in said.items() if verdict == "better"])
-        gained = "averaging gained what no choice of one layer does"
-        but = "; by loss per token it is worse" if "worse" in said.values() else ""
-        return [f"By {by} it is better than {what}: {gained}{but}."]
+    untouched = {layer for layer, own in sources.items() if not own.averaged}
+    fitted = {line["plan_id"] for line in reached.lines if line["refit"]}
+    keep_one = {row["plan_id"] for row in dropping if untouched <= every.get(row["plan_id"], {}).keys()} - fitted
+    beside = {
+        measure: {firm(row) for other, row in reached.against(best["plan_id"], measure).items() if other in keep_one}
+        for measure in MEASURES
+    }
+    better = [MEASURES[measure] for measure, verdicts in beside.items() if verdicts == {"better"}]
+    if better and "worse" not in beside["accuracy"] | beside["answer_nll"]:
+        gained = "averaging gained what choosing one layer did not"
+        but = "; by loss per token it is worse" if said.get("text_nll") == "worse" else ""
+        return [f"By {enumerated(better)} it is better than {what}: {gained}{but}."]
     if said and "better" not in said.values():
         gained = "the choice of a layer can explain all that it gains over others"
         return [f"By {_either(said)} it is not better than {what}: {gained}."]

@@ -152,8 +152,9 @@ def _tests(reached: Sequence[Reached]) -> list[Block]:
     for pair in pairs:
         judged = (compared_cells(found.get((*pair, measure))) for measure in measures)
         cells.append((*(named[int(number)] for number in pair), *itertools.chain(*judged)))
-    searched = any(one.run.experiment != "evaluate" for one in _tested(reached))
-    whose = f"{'the plans that the searches found and ' if searched else ''}the evaluated models"
+    kinds = {one.run.experiment == "evaluate" for one in _tested(reached)}
+    tested = {False: "the plans that the searches found", True: "the evaluated models"}
+    whose = enumerated([name for kind, name in tested.items() if kind in kinds])
     many = f" (of the first {_PAIRED} of these runs)" if len(named) > _PAIRED else ""
     on_text = f". {TEXT_TEST}" if "text_nll" in measures else ""
     spoken = [
@@ -193,6 +194,8 @@ def tests(reached: Sequence[Reached]) -> list[Row]:
     are named by their places among these. On questions where both answered the same ones, on plain text where both read
     the same tokens of it."""
     found = _tested(reached)[:_PAIRED]
+    if len(found) < 2:  # as of sweeps
+        return []
     rows: list[Row] = []
     for part, compare in ((_answers, partial(comparison_rows, "")), (_losses, text_comparison_rows)):
         keys, tables = zip(*(part(one, str(number)) for number, one in enumerate(found)), strict=True)
@@ -258,7 +261,9 @@ def _figure(reached: Sequence[Reached]) -> list[Figure]:
                     }
                 )
     rows.sort(key=lambda row: -ROLES.index(row["role"]))
-    which = "Every plan of every run" if len(rows) <= _DRAWN else f"{_DRAWN} of {len(rows)} plans, found plans first"
+    everything = len(rows) == sum(len(one.lines) for one in reached)
+    which = "Every plan of every run" if everything else "Every plan that was asked questions"
+    which = which if len(rows) <= _DRAWN else f"{_DRAWN} of {len(rows)} plans, found plans first"
     rows = rows[-_DRAWN:]
     if not rows:
         return []

@@ -158,7 +158,8 @@ def _sentence(reached: Reached, base: Row | None, points: list[Row]) -> str:
     unmerged = None if base is None else base["perplexity"]
     told = [
         f"With {plural(count, 'layer')} merged, {_way(point)} is the most accurate: {_share(point)}"
-        f"{_read(point, unmerged)}{_tie(points, point, 'is as accurate/are as accurate')}{_better_read(points, point)}"
+        f"{_read(point, unmerged)}{_tie(points, point, 'is as accurate/are as accurate')}"
+        f"{_better_read(points, point, unmerged)}"
         for count, point in best.items()
     ]
     return f"{before}{'. '.join(told)}."
@@ -168,12 +169,13 @@ def _share(point: Row) -> str:
     return percent(point["accuracy"], limits=(point["low"], point["high"]))
 
 
-def _better_read(points: list[Row], best: Row) -> str:
-    """Which way predicts text best, where that is clearly another than the most accurate one: their intervals are
-    apart."""
+def _better_read(points: list[Row], best: Row, unmerged: float | None) -> str:
+    """Which way predicts text best, where that is clearly another than the most accurate one - their intervals are
+    apart - and is not ruined too."""
+    low = math.inf if best["read"] == math.inf else best["perplexity_low"]
     mine = [point for point in points if point["merges"] == best["merges"] and _known(point)]
     least = min(mine, key=lambda point: point["read"], default=best)
-    if not (_known(best) and least["perplexity_high"] < best["perplexity_low"]):
+    if low is None or not _known(least) or least["perplexity_high"] >= low or _ruined(least, unmerged):
         return ""
     read = perplexity(least["read"], _limits(least))
     return f"; {_way(least)} predicts plain text best: perplexity {read}, with {_share(least)} of answers correct"
@@ -183,16 +185,21 @@ def _read(point: Row, unmerged: float | None) -> str:
     """A point's perplexity for the sentence, and whether the language model is lost whatever the letters say."""
     if point["read"] is None:
         return ""
-    lost = unmerged is not None and point["read"] > RUINED * unmerged
+    lost = _ruined(point, unmerged)
     beside = "" if unmerged is None else f", the unmerged model's is {perplexity(unmerged)}"
     said = "; it is ruined as a language model" if lost else ""
     return f" (perplexity {perplexity(point['read'])}{beside if lost else ''}{said})"
+
+
+def _ruined(point: Row, unmerged: float | None) -> bool:
+    return unmerged is not None and point["read"] > RUINED * unmerged
 
 
 def _best(reached: Reached, base: Row | None, points: list[Row]) -> Table:
     asks, measure = reached.asks, "accuracy" if reached.asks else "text_nll"
     known = {(row["plan_a"], row["plan_b"]): row for row in reached.comparisons if row["measure"] == measure}
     cells, tied, read = [], False, _columns(points)
+    held = any(point["method"] == "drop" for point in points)
     for merges in sorted({point["merges"] for point in points}):
         best, drop = _at(points, merges)
         level = _level(points, best)
@@ -205,16 +212,15 @@ def _best(reached: Reached, base: Row | None, points: list[Row]) -> Table:
                 _way(best) + (f" and {level} more" if level else ""),
                 *([_share(best)] if asks else []),
                 *(cell(best) for _, cell in read),
-                dropping,
-                _against_dropping(points, best, drop, known),
+                *((dropping, _against_dropping(points, best, drop, known)) if held else ()),
             )
         )
     ranked = "most accurate way" if asks else "way of lowest perplexity"
     header = ("merged", "parameters removed", ranked, *(["accuracy [95 %]"] if asks else []),
-              *(name for name, _ in read), "dropping", "against dropping")  # fmt: skip
+              *(name for name, _ in read), *(("dropping", "against dropping") if held else ()))  # fmt: skip
     several = len({(point["method"], point["variant"]) for point in points}) > 1
-    caption = _caption_of_best(asks, base, ranked, several=several, tied=tied)
-    return Table(caption, header, tuple(cells), words=(2, len(header) - 1))
+    caption = _caption_of_best(asks, base, ranked, several=several, tied=tied, held=held)
+    return Table(caption, header, tuple(cells), words=(2, len(header) - 1) if held else (2,))
 
 
 def _against_dropping(points: list[Row], best: Row, drop: Row | None, known: dict[tuple[str, str], Row]) -> str:
@@ -235,21 +241,27 @@ def _against_dropping(points: list[Row], best: Row, drop: Row | None, known: dic
     return "not compared" if row is None else f"{difference(row)}: {verdict(row)}"
 
 
-def _caption_of_best(asks: bool, base: Row | None, ranked: str, *, several: bool, tied: bool) -> str:
+def _caption_of_best(asks: bool, base: Row | None, ranked: str, *, several: bool, tied: bool, held: bool) -> str:
+    """held: whether the ways are held against dropping, which a sweep need not have."""
     judged, flattered = ("these same questions", "accuracy") if asks else ("this same text", "perplexity")
-    caption = f"The {ranked} at every K, against dropping as many layers."
-    if asks and several:
-        caption += " Against dropping: percentage points with the 95 % interval of the paired difference."
+    caption = f"The {ranked} at every K{', against dropping as many layers' if held else ''}."
     if tied:
         caption += " Of ways that are equally accurate, the one of lowest perplexity is shown."
     if several:
         caption += (
-            f" It was chosen as the best of several on {judged}, so its {flattered} and its difference are too good. "
-            "The verdicts use Holm's p, which corrects for all comparisons that the sweep is about, including ways "
-            "that are not the best at their K."
+            f" It was chosen as the best of several on {judged}, so its {flattered} "
+            f"{'and its difference are' if held else 'is'} too good."
         )
-    if not asks:
-        caption += f" Against dropping: nats per token with 95 % intervals, over passages of the text. {TEXT_TEST}."
+    if several and held:
+        unit = (
+            "percentage points with the 95 % interval of the paired difference."
+            if asks
+            else f"nats per token with 95 % intervals, over passages of the text. {TEXT_TEST}."
+        )
+        caption += (
+            " The verdicts use Holm's p, which corrects for all comparisons that the sweep is about, including ways "
+            f"that are not the best at their K. Against dropping: {unit}"
+        )
     if base is None:
         return caption
     unmerged = [percent(base["accuracy"])] if asks else []

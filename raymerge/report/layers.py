@@ -11,7 +11,7 @@ from raymerge.report import figures
 from raymerge.report.asked import figure_of
 from raymerge.report.content import FOUND, Block, Figure, Section, Table, Text, View
 from raymerge.report.reached import missing
-from raymerge.report.wording import count, listed, percent, plural, value
+from raymerge.report.wording import NONE, count, listed, percent, plural, value
 from raymerge.schemas import Row
 from raymerge.tables import IMPORTED, RunDirectory, colour_scale, correlation_ceiling, correlation_digits
 
@@ -21,8 +21,8 @@ _PAIRS = 60  # correlations that are drawn with their intervals
 
 #: What a similarity of 1 means, and whether there is more than 1.
 _MEASURES = {
-    "npib": "npib: the mutual information of two layers' maps, over the geometric mean of the layers' entropies; it "
-    "has no upper bound",
+    "npib": "npib: the mean mutual information of a coordinate of one layer's map and one of the other's, over the "
+    "geometric mean of the layers' entropies; it has no upper bound",
     "gaussian": "gaussian: the mutual information that two layers' maps would have as normal variables, over the "
     "geometric mean of the layers' entropies; it has no upper bound, and a layer's with itself is set to 1",
     "cosine": "cosine: the mean cosine between the states of a prompt at the two layers; 1 is the same direction",
@@ -45,10 +45,17 @@ def answer(run: RunDirectory) -> Section:
     header, cells = summary.similarity_table(run)
     # What all subsets share stands above the table, as in the terminal.
     shared = [i for i in range(1, 4) if len({row[i] for row in cells}) == 1]
-    common = ", ".join(f"{header[i]} {cells[0][i]}" for i in shared)
-    kept = [i for i in range(len(header)) if i not in shared]
+    common = ", ".join(f"{header[i]} {cells[0][i]}" for i in shared if cells[0][i] != IMPORTED)
+    known = {row[header.index("null")] for row in cells} != {NONE}  # of imported matrices no noise is
+    kept = [i for i in range(len(header)) if i not in shared and (known or {row[i] for row in cells} != {NONE})]
     measures = dict.fromkeys(row[header.index("measure")] for row in cells)
     meant = "".join(f". {_MEASURES[measure]}" for measure in measures if measure in _MEASURES)
+    noise = (
+        ". Unrelated layers: the mean after the prompts of one layer are shuffled against the other's. By chance 5 % "
+        "of pairs lie above noise; that share does not count pairs with a degenerate layer"
+        if known
+        else ""
+    )
     words = {
         "n": "prompts",
         "null": "unrelated layers",
@@ -58,9 +65,7 @@ def answer(run: RunDirectory) -> Section:
     }
     blocks.append(
         Table.of(
-            f"Mean similarity off the diagonal, by subset of prompts{f' ({common})' if common else ''}{meant}. "
-            "Unrelated layers: the mean after the prompts of one layer are shuffled against the other's. By chance 5 % "
-            "of pairs lie above noise; that share does not count pairs with a degenerate layer",
+            f"Mean similarity off the diagonal, by subset of prompts{f' ({common})' if common else ''}{meant}{noise}",
             [words.get(header[i], header[i]) for i in kept],
             [[row[i] for i in kept] for row in cells],
             words=tuple(range(4 - len(shared))),

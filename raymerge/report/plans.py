@@ -50,9 +50,9 @@ def answer(reached: Reached) -> Section:
 def _tiles(best: Row, base: Row | None) -> list[Fact]:
     tiles = []
     if best["accuracy"] is not None:
-        tiles.append(Fact("Accuracy", percent(best["accuracy"]), f"95 % interval {interval(*best['interval'])}"))
+        tiles.append(Fact("Accuracy", percent(best["accuracy"]), _interval(best)))
     if base is not None and base["accuracy"] is not None:
-        tiles.append(Fact("Unmerged", percent(base["accuracy"]), f"95 % interval {interval(*base['interval'])}"))
+        tiles.append(Fact("Unmerged", percent(base["accuracy"]), _interval(base)))
     if best["perplexity"] is not None:
         unmerged = "" if base is None else f"unmerged {perplexity(base['perplexity'])}"
         tiles.append(Fact("Perplexity, plain text", perplexity(best["perplexity"]), unmerged))
@@ -63,6 +63,12 @@ def _tiles(best: Row, base: Row | None) -> list[Fact]:
         gone = f"{percent(removed_share(costs))} of {parameters} parameters removed"
         tiles.append(Fact("Layers", f"{costs['layers']} of {whole}", gone))
     return tiles
+
+
+def _interval(line: Row) -> str:
+    """The interval of a line's accuracy, which runs of earlier versions have not."""
+    known = interval(*line["interval"])
+    return known and f"95 % interval {known}"
 
 
 _SIGNS = {"better": "▲", "worse": "▼", "indistinguishable": "≈"}
@@ -225,11 +231,15 @@ def plan_table(reached: Reached) -> Table:
 
 def _text_plan_table(reached: Reached) -> Table:
     read = any(line["perplexity"] is not None for line in reached.lines)
-    told = (
-        f"{_of_plans(reached, 'plain text', 'the lowest perplexity')}, with 95 % intervals. No questions were asked"
-        if read
-        else "Every plan. No questions were asked, and no plain text was read: the tasks below are all that there is"
-    )
+    if not read:
+        told = "No questions were asked, and no plain text was read: the tasks below are all that there is"
+        return Table(
+            f"{_of_plans(reached)}. {told}{_layers(reached)}",
+            ("plan", "what it is", "layers"),
+            tuple(map(_named, reached.lines)),
+            words=(0, 1),
+        )
+    told = f"{_of_plans(reached, 'plain text', 'the lowest perplexity')}, with 95 % intervals. No questions were asked"
     return Table(
         f"{told}{_layers(reached)}",
         ("plan", "what it is", "layers", "perplexity"),
@@ -238,11 +248,12 @@ def _text_plan_table(reached: Reached) -> Table:
     )
 
 
-def _of_plans(reached: Reached, judged_by: str, first: str) -> str:
-    """How the caption of all plans begins, or of the one model of an evaluation."""
-    if all(line["as_is"] for line in reached.lines):
-        return f"The model on {judged_by}"
-    return f"Every plan on {judged_by}, {first} first"
+def _of_plans(reached: Reached, judged_by: str = "", first: str = "") -> str:
+    """How the caption of all plans begins, or of the one model of an evaluation; judged_by: what they are ranked by,
+    and which stands first, where there is any."""
+    alone = all(line["as_is"] for line in reached.lines)
+    on = f" on {judged_by}" if judged_by else ""
+    return f"{'The model' if alone else 'Every plan'}{on}{f', {first} first' if first and not alone else ''}"
 
 
 def _named(line: Row) -> tuple[str, str, str]:

@@ -12,7 +12,7 @@ from raymerge.report import figures
 from raymerge.report.asked import figure_of
 from raymerge.report.content import UNMERGED, Block, Section, Table
 from raymerge.report.reached import Reached, missing
-from raymerge.report.wording import NONE, count, interval, percent, perplexity, signed, value
+from raymerge.report.wording import NONE, count, percent, perplexity, signed, value
 from raymerge.schemas import CHANCE, Row
 from raymerge.statistics import paired_difference, wilson_interval
 from raymerge.tables import MACRO, MICRO, RunDirectory
@@ -114,7 +114,7 @@ def _share(counted: tuple[int, int] | None) -> str:
     if counted is None:
         return NONE
     correct, n = counted
-    return f"{percent(correct / n)} {interval(*wilson_interval(correct, n))}"
+    return percent(correct / n, limits=wilson_interval(correct, n))
 
 
 def difference_rows(reached: Reached) -> list[Row]:
