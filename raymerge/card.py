@@ -111,13 +111,6 @@ def _proof_line(proof: dict[str, Any] | None) -> str:
     )
 
 
-#: What columns of `summary.plan_table` are, by the beginning of their names.
-_MEANT = {
-    "question ppl": "perplexity on the questions' own tokens",
-    "text ppl": "perplexity on plain text",
-}
-
-
 def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
     """Lines of markdown: the plan found beside every control on the report questions, with intervals of 95 %."""
     lines = findings.plan_lines(run, split)
@@ -129,9 +122,7 @@ def search_results(run: RunDirectory, plan_id: str, split: str) -> list[str]:
     chosen = "**on which the search chose**, so every figure of the found plan is too good."
     same = asked and run.config.get("data", {}).get("search_split") == split
     read = any(line["perplexity"] is not None for line in lines)
-    meant = "".join(
-        f"; {name} is {of}" for name, of in _MEANT.items() if any(column.startswith(name) for column in header)
-    )
+    meant = "".join(f"; {name.partition(' [')[0]} is {of}" for name, of in summary.MEANT.items() if name in header)
     tasks, scored = summary.task_table(run)
     compared, pairs = summary.comparison_table(run, plan_id)
     unseen = "by none of which the search chose." if same else "none of which the search saw."

@@ -76,6 +76,8 @@ def plan_table(lines: list[Row]) -> tuple[list[str], list[list[str]]]:
 PICKS = "picks A-D %: share of each letter among the answers; letter %: questions whose most probable token is a letter"
 _ANSWERED = ["accuracy [95 %]", "macro", "answer NLL"]
 _QUESTION, _TEXT = "question ppl [95 %]", "text ppl [95 %]"
+#: What these two are, for those who have no other explanation beside the table.
+MEANT = {_QUESTION: "perplexity on the questions' own tokens", _TEXT: "perplexity on plain text"}
 
 
 def _perplexities_in(lines: Collection[Row]) -> tuple[list[str], list[str]]:

@@ -19,6 +19,7 @@ from report_runs import (
 from raymerge import findings, summary
 from raymerge.report import (
     curve,
+    receipts,
 )
 from raymerge.report.content import (
     Figure,
@@ -92,7 +93,7 @@ def test_a_curve_holds_every_way_against_dropping(tmp_path):
     assert "(perplexity 1,200, the unmerged model's is 5.00; it is ruined as a language model)." in sentence.text
     best, _ = blocks([curve.answer(reached)], Table)
     assert [row[0] for row in best.cells] == ["1", "3"]
-    (receipt,) = blocks([curve.receipts(reached)], Figure)
+    (receipt,) = blocks([receipts.receipts_of_points(reached)], Figure)
     assert "Under drop nothing is averaged and no tensor changes" in receipt.caption
     assert "are renumbered" in receipt.caption  # dropped blocks stood at 1,400 %, unlike on a search's page unexplained
     (figure,) = blocks([curve.answer(reached)], Figure)
@@ -239,7 +240,7 @@ def test_a_block_that_moves_layers_at_some_sizes_is_not_said_to_change_nothing(t
     run = sweep_run(tmp_path / "curve")
     run.append("receipts", [{"plan_id": "drop3", "tensor": "model.layers.1.mlp.up_proj.weight", "max_abs_change": 0.1,
                              "relative_change": 0.7}], part="moved")  # fmt: skip
-    (receipt,) = blocks([curve.receipts(Reached(run))], Figure)
+    (receipt,) = blocks([receipts.receipts_of_points(Reached(run))], Figure)
     assert "Under drop (K = 1) nothing is averaged and no tensor changes" in receipt.caption
 
 

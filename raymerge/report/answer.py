@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from raymerge import findings, summary
 from raymerge.report.reached import Reached
@@ -94,8 +94,7 @@ def _beside_one_layer(reached: Reached) -> list[str]:
         return [f"It averages nothing: each of its matrices is a single layer's{''.join(whose)}."]
     name = ((reached.run.manifest() or {}).get("keep_one") or {}).get("best")
     # Of the rows: a search may have found what is also a control, whose line then has the found plan's name.
-    dropping = [row for row in reached.plans if row["kind"] in _KEEPING]
-    ids = {row["plan_id"] for row in dropping if row["name"] == name}
+    ids = {row["plan_id"] for row in reached.plans if row["name"] == name and row["kind"] in _KEEPING}
     kept = next((line for line in reached.lines if line["plan_id"] in ids), None)
     # Where the found block need not be the start's.
     elsewhere = (plan.get("selection"), plan.get("block")) == ("block", "search")
@@ -104,13 +103,7 @@ def _beside_one_layer(reached: Reached) -> list[str]:
     rows = {measure: reached.against(best["plan_id"], measure).get(kept["plan_id"]) for measure in MEASURES}
     said = {measure: firm(row) for measure, row in rows.items() if row is not None}
     what = f"{kept['label']}, the best of the plans that keep one of the merged layers and drop the others"
-    untouched = {layer for layer, own in sources.items() if not own.averaged}
-    fitted = {line["plan_id"] for line in reached.lines if line["refit"]}
-    keep_one = {row["plan_id"] for row in dropping if untouched <= every.get(row["plan_id"], {}).keys()} - fitted
-    beside = {
-        measure: {firm(row) for other, row in reached.against(best["plan_id"], measure).items() if other in keep_one}
-        for measure in MEASURES
-    }
+    beside = _beside_each(reached, every)
     better = [MEASURES[measure] for measure, verdicts in beside.items() if verdicts == {"better"}]
     if better and "worse" not in beside["accuracy"] | beside["answer_nll"]:
         gained = "averaging gained what choosing one layer did not"
@@ -120,6 +113,20 @@ def _beside_one_layer(reached: Reached) -> list[str]:
         gained = "the choice of a layer can explain all that it gains over others"
         return [f"By {_either(said)} it is not better than {what}: {gained}."]
     return []
+
+
+def _beside_each(reached: Reached, sources: Mapping[str, Mapping[int, findings.Sources]]) -> dict[str, set[str]]:
+    """Measure -> what the tests say of the best plan beside each that keeps one of the layers that it merges and drops
+    the others, refitted ones aside; sources: of `findings.sources_of`."""
+    best = reached.the_best["plan_id"]
+    untouched = {layer for layer, own in sources[best].items() if not own.averaged}
+    fitted = {line["plan_id"] for line in reached.lines if line["refit"]}
+    dropping = {row["plan_id"] for row in reached.plans if row["kind"] in _KEEPING} - fitted
+    choices = {plan_id for plan_id in dropping if untouched <= sources.get(plan_id, {}).keys()}
+    return {
+        measure: {firm(row) for other, row in reached.against(best, measure).items() if other in choices}
+        for measure in MEASURES
+    }
 
 
 def _either(measures: Iterable[str]) -> str:

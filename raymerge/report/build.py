@@ -176,7 +176,7 @@ def _sweep(run: RunDirectory) -> list[Section]:
     answer = curve.answer(reached)
     if not curve.curve(reached):
         return [answer]
-    return [answer, *plans.tasks(reached), curve.receipts(reached)]
+    return [answer, *plans.tasks(reached), receipts.receipts_of_points(reached)]
 
 
 def _similarity(run: RunDirectory) -> list[Section]:

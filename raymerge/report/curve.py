@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import Any
 
 from raymerge.findings import verdict
@@ -11,11 +11,10 @@ from raymerge.report import figures
 from raymerge.report.asked import figure_of
 from raymerge.report.content import Block, Figure, Section, Table, Text, View
 from raymerge.report.reached import ALIGNED, TEXT_TEST, Reached, chosen_layers, drawn, merit, missing, removed_share
-from raymerge.report.receipts import tensor_name
 from raymerge.report.subjects import categories
 from raymerge.report.wording import difference, percent, perplexity, plural, value
 from raymerge.schemas import Row
-from raymerge.tables import RUINED, layer_ranges, way_of
+from raymerge.tables import RUINED, way_of
 
 _DRAWN = ("accuracy", "perplexity")  # tables
 #: What variants are, by a word of their names.
@@ -32,7 +31,7 @@ def answer(reached: Reached) -> Section:
     points = curve(reached)
     if not points:
         return Section("The answer", (missing(reached.run, "sweep", "accuracy", "answers"),))
-    base, lasts = _unmerged(points), _merged(points)
+    base, lasts = _unmerged(points), merged(points)
     blocks: list[Block] = []
     if lasts:
         blocks.append(Text(_sentence(reached, base, lasts)))
@@ -45,7 +44,7 @@ def answer(reached: Reached) -> Section:
 def in_words(reached: Reached) -> str:
     """The best way at the least and the most layers merged, in a sentence; "" of a run that has merged none."""
     points = curve(reached)
-    lasts = _merged(points)
+    lasts = merged(points)
     return _sentence(reached, _unmerged(points), lasts) if lasts else ""
 
 
@@ -53,7 +52,8 @@ def _unmerged(points: list[Row]) -> Row | None:
     return next((point for point in points if point["merges"] == 0), None)
 
 
-def _merged(points: list[Row]) -> list[Row]:
+def merged(points: list[Row]) -> list[Row]:
+    """Points but those of the unmerged model."""
     return [point for point in points if point["merges"] > 0]
 
 
@@ -372,72 +372,3 @@ def _everything(points: list[Row]) -> Table:
         words=(1, 2),
         folded=True,
     )
-
-
-def receipts(reached: Reached) -> Section:
-    """The largest change of each point, since a curve has too many tensors to draw."""
-    run, title = reached.run, "Receipts: what was changed"
-    points = {point["plan_id"]: point for point in curve(reached)}
-    largest: dict[str, Row] = {}
-    for row in run.read("receipts").to_pylist():
-        known = largest.get(row["plan_id"])
-        if row["plan_id"] in points and (known is None or row["relative_change"] > known["relative_change"]):
-            largest[row["plan_id"]] = row
-    if not largest:
-        return Section(title, (missing(run, "receipts"),))
-    rows = [
-        {
-            "method": point["method"],
-            "variant": point["variant"],
-            "merges": point["merges"],
-            "relative": largest[plan_id]["relative_change"],
-            "tensor": _layer_and_matrix(largest[plan_id]["tensor"]),
-            "plan": point["plan"],
-        }
-        for plan_id, point in points.items()
-        if plan_id in largest
-    ]
-    merged = _merged([*points.values()])
-    still = _still(merged, largest)
-    silent = f" Under {', '.join(still)} nothing is averaged and no tensor changes." if still else ""
-    view = figures.lines(
-        rows,
-        f"Largest relative change of a tensor against merged layers.{silent}",
-        x=("merges", "layers merged (K)"),
-        y=("relative", "change relative to the norm"),
-        series="method",
-        dash="variant",
-        tips=[("plan", "plan"), ("tensor", "tensor"), ("relative", "change", ".1%")],
-        form=figures.SHARES,
-        order=list(dict.fromkeys(point["method"] for point in merged)),
-        height=240,
-    )
-    figure = figure_of(
-        run,
-        "Largest change of a tensor, by number of merged layers",
-        "The norm of the difference between the merged and the original tensor, divided by the original's norm; the "
-        "largest value of each plan. Layers after a dropped layer are renumbered, so their tensors differ from those "
-        f"of the same name although nothing changed them.{silent}",
-        [view],
-        rows,
-        "receipts",
-        "sweep",
-    )
-    return Section(title, (figure,))
-
-
-def _still(points: list[Row], changed: Container[str]) -> list[str]:
-    """The methods whose plans changed no tensor, with the numbers of layers where at others they did: a block that is
-    dropped can be the last layers, or others, and then the layers behind it move."""
-    found = []
-    for method in sorted({point["method"] for point in points}):
-        own = [point for point in points if point["method"] == method]
-        merges = {point["merges"] for point in own if point["plan_id"] not in changed}
-        every = merges == {point["merges"] for point in own}
-        found += [method if every else f"{method} (K = {layer_ranges(merges)})"] if merges else []
-    return found
-
-
-def _layer_and_matrix(tensor: str) -> str:
-    matrix, layer = tensor_name(tensor)
-    return f"layer {layer} {matrix}"

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Container
 
-from raymerge.report import figures
+from raymerge.report import curve, figures
 from raymerge.report.asked import figure_of
 from raymerge.report.content import ROLES, Notice, Section, role_of
 from raymerge.report.reached import Reached, missing
 from raymerge.report.wording import finite, listed, percent, plural
 from raymerge.schemas import Row
+from raymerge.tables import layer_ranges
 
+_TITLE = "Receipts: what was changed"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def receipts(reached: Reached) -> Section:
     """Which tensors every plan changed, and by how much: the proof that a merge is one."""
-    run, title = reached.run, "Receipts: what was changed"
+    run = reached.run
     every = run.read("receipts").to_pylist()
     stored, experts = _largest_of_experts(every)
     touched = {row["plan_id"] for row in stored}
@@ -28,7 +31,7 @@ def receipts(reached: Reached) -> Section:
         else ""
     )
     if not stored:
-        return Section(title, (Notice(silent.strip()) if silent else missing(run, "receipts"),))
+        return Section(_TITLE, (Notice(silent.strip()) if silent else missing(run, "receipts"),))
     rows = []
     for row in stored:
         matrix, layer = tensor_name(_EXPERT.sub(".experts.*.", row["tensor"]))
@@ -62,7 +65,76 @@ def receipts(reached: Reached) -> Section:
         rows,
         "receipts",
     )
-    return Section(title, (figure,))
+    return Section(_TITLE, (figure,))
+
+
+def receipts_of_points(reached: Reached) -> Section:
+    """The largest change of each point, since a curve has too many tensors to draw."""
+    run = reached.run
+    points = {point["plan_id"]: point for point in curve.curve(reached)}
+    largest: dict[str, Row] = {}
+    for row in run.read("receipts").to_pylist():
+        known = largest.get(row["plan_id"])
+        if row["plan_id"] in points and (known is None or row["relative_change"] > known["relative_change"]):
+            largest[row["plan_id"]] = row
+    if not largest:
+        return Section(_TITLE, (missing(run, "receipts"),))
+    rows = [
+        {
+            "method": point["method"],
+            "variant": point["variant"],
+            "merges": point["merges"],
+            "relative": largest[plan_id]["relative_change"],
+            "tensor": _layer_and_matrix(largest[plan_id]["tensor"]),
+            "plan": point["plan"],
+        }
+        for plan_id, point in points.items()
+        if plan_id in largest
+    ]
+    shown = curve.merged([*points.values()])
+    still = _still(shown, largest)
+    silent = f" Under {', '.join(still)} nothing is averaged and no tensor changes." if still else ""
+    view = figures.lines(
+        rows,
+        f"Largest relative change of a tensor against merged layers.{silent}",
+        x=("merges", "layers merged (K)"),
+        y=("relative", "change relative to the norm"),
+        series="method",
+        dash="variant",
+        tips=[("plan", "plan"), ("tensor", "tensor"), ("relative", "change", ".1%")],
+        form=figures.SHARES,
+        order=list(dict.fromkeys(point["method"] for point in shown)),
+        height=240,
+    )
+    figure = figure_of(
+        run,
+        "Largest change of a tensor, by number of merged layers",
+        "The norm of the difference between the merged and the original tensor, divided by the original's norm; the "
+        "largest value of each plan. Layers after a dropped layer are renumbered, so their tensors differ from those "
+        f"of the same name although nothing changed them.{silent}",
+        [view],
+        rows,
+        "receipts",
+        "sweep",
+    )
+    return Section(_TITLE, (figure,))
+
+
+def _still(points: list[Row], changed: Container[str]) -> list[str]:
+    """The methods whose plans changed no tensor, with the numbers of layers where at others they did: a block that is
+    dropped can be the last layers, or others, and then the layers behind it move."""
+    found = []
+    for method in sorted({point["method"] for point in points}):
+        own = [point for point in points if point["method"] == method]
+        merges = {point["merges"] for point in own if point["plan_id"] not in changed}
+        every = merges == {point["merges"] for point in own}
+        found += [method if every else f"{method} (K = {layer_ranges(merges)})"] if merges else []
+    return found
+
+
+def _layer_and_matrix(tensor: str) -> str:
+    matrix, layer = tensor_name(tensor)
+    return f"layer {layer} {matrix}"
 
 
 def _largest_of_experts(stored: list[Row]) -> tuple[list[Row], bool]:
